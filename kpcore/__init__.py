@@ -1,0 +1,47 @@
+"""kpcore: the numerical core of point convolutions, on plain arrays.
+
+NumPy arrays in, NumPy arrays out, on all CPU cores. These conventions hold in every function:
+
+Shapes
+    N points (the supports), M queries, E neighbour pairs, H neighbours of a query, K kernel points, C channels, B batch
+    items, D dimensions. ``points`` comes before ``queries``; ``queries=None`` means the points themselves. Batches are
+    stacked along the first axis and bounded by ``row_splits`` (B + 1,) int64; items may be empty.
+Dtypes
+    Geometry (points, queries, kernel points) is float32 or float64, equal within a call; so are features and weights;
+    the two groups may differ. Integer or mixed input is an error that says which array to convert. Arrays that are not
+    contiguous are copied; none is ever written to.
+Neighbours
+    A list of rows in CSR form, :class:`Neighbors`. A radius is inclusive and a point is its own neighbour. Lengths are
+    in the unit of ``points``.
+Decisions
+    Which points are within the radius, which voxel a point is in, which kernel point is nearest: the same bits on every
+    machine, instruction set and number of threads. Floating-point results do not depend on the number of threads, and
+    agree between machines to 2e-5 (float32) or 1e-10 (float64) of the largest value.
+Edges
+    Empty input, empty neighbourhoods and equal points have defined results. NaN or infinite coordinates are an error in
+    searches and subsampling; convolutions let NaN features through to the queries that see them. One call takes at most
+    2**31 - 1 points; pairs are counted in 64 bits.
+"""
+
+from kpcore import autodiff
+from kpcore.config import __version__, get_num_threads, set_num_threads, show_config
+from kpcore.dispositions import kernel_points
+from kpcore.kpconv import kpconv
+from kpcore.neighbors import Neighbors, lengths, radius_search, row_splits
+from kpcore.subsampling import Subsampled, grid_subsample
+
+__all__ = [
+    "Neighbors",
+    "Subsampled",
+    "__version__",
+    "autodiff",
+    "get_num_threads",
+    "grid_subsample",
+    "kernel_points",
+    "kpconv",
+    "lengths",
+    "radius_search",
+    "row_splits",
+    "set_num_threads",
+    "show_config",
+]

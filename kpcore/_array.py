@@ -1,0 +1,117 @@
+"""Checks that every public function makes: what came must be an array of the named dimensions and an allowed dtype."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import numpy as np
+
+REAL = (np.dtype(np.float32), np.dtype(np.float64))
+LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
+INDEX = (np.dtype(np.int32),)
+SPLITS = (np.dtype(np.int64),)
+MAX_POINTS = 2**31 - 1
+
+
+def array(name, value, shape, dtypes, sizes, *, like=None):
+    """The array, C-contiguous; an error unless it has the given dimensions and dtype.
+
+    `shape` is a string of dimension names ("N D"). `sizes` maps those already seen to (size, name of the array that set
+    it); the others are added, so that all arrays of a call agree. `like` is another (name, array) whose dtype this one
+    must share.
+    """
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}; convert it with numpy.asarray")
+    dimensions = shape.split()
+    expected = "(" + ", ".join(str(sizes[d][0]) if d in sizes else d for d in dimensions)
+    expected += ",)" if len(dimensions) == 1 else ")"
+    agree = value.ndim == len(dimensions)
+    for size, d in zip(value.shape, dimensions, strict=False):
+        agree = agree and sizes.get(d, (size,))[0] == size
+    if not agree:
+        others = sorted({sizes[d][1] for d in dimensions if d in sizes})
+        matching = f" to match {' and '.join(others)}" if others else ""
+        raise ValueError(f"{name}: expected {expected}{matching}, got {value.shape}")
+    if value.dtype not in dtypes or not value.dtype.isnative:
+        names = " or ".join(d.name for d in dtypes)
+        raise TypeError(
+            f"{name}: expected {names}, got {value.dtype.str if not value.dtype.isnative else value.dtype}; "
+            f"convert it with {name}.astype(numpy.{dtypes[0].name})"
+        )
+    if like is not None and value.dtype != like[1].dtype:
+        raise TypeError(
+            f"{name}: expected {like[1].dtype} to match {like[0]}, got {value.dtype}; "
+            f"convert it with {name}.astype({like[0]}.dtype)"
+        )
+    for size, d in zip(value.shape, dimensions, strict=True):
+        sizes.setdefault(d, (size, name))
+    return np.ascontiguousarray(value)
+
+
+def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
+    """Coordinates (N, D): real, D among `dimensions`, few enough to be numbered in 32 bits."""
+    rows = "N" if name == "points" else "M"
+    value = array(name, value, f"{rows} D", REAL, sizes, like=like)
+    if value.shape[1] not in dimensions:
+        allowed = " or ".join(map(str, dimensions)) if len(dimensions) < 4 else f"{dimensions[0]} to {dimensions[-1]}"
+        raise ValueError(f"{name}: expected ({rows}, D) with D = {allowed}, got {value.shape}")
+    if len(value) > MAX_POINTS:
+        raise ValueError(f"{name}: expected at most {MAX_POINTS} rows, got {len(value)}")
+    return value
+
+
+def splits_array(name, value, rows, of):
+    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item."""
+    if value is None:
+        return np.array([0, rows], np.int64)
+    value = array(name, value, "B+1", SPLITS, {})
+    if not len(value) or value[0] != 0 or value[-1] != rows:
+        ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
+        raise ValueError(f"{name}: expected values from 0 to {rows} to match {of}, got {ends}")
+    if np.any(value[1:] < value[:-1]):
+        at = int(np.argmax(value[1:] < value[:-1]))
+        raise ValueError(f"{name}: expected values that never fall, got {value[at]} then {value[at + 1]} at {at}")
+    return value
+
+
+def positive(name, value):
+    """A finite number above zero."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: expected a finite number above zero, got {value}")
+    return number
+
+
+def integer(name, value, low, high=None):
+    """An integer from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}: expected {f'{low} to {high}' if high is not None else f'at least {low}'}, got {number}")
+    return number
+
+
+def choice(name, value, allowed):
+    """The position of `value` among the allowed ones."""
+    for i, a in enumerate(allowed):
+        if value is a or (isinstance(value, str) and value == a):
+            return i
+    raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def not_finite(**arrays):
+    """The error for the first row of the named arrays with a NaN or infinite coordinate."""
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        bad = ~np.isfinite(value).all(axis=1)
+        if bad.any():
+            row = int(np.argmax(bad))
+            return ValueError(f"{name}: expected finite coordinates, got {value[row].tolist()} in row {row}")
+    raise AssertionError("every coordinate is finite")

@@ -1,0 +1,349 @@
+# Typed doors into src/*.cpp: allocate, release the GIL, call, turn a status into an exception. No maths, no checks:
+# kpcore/*.py hands over contiguous NumPy arrays of agreeing shapes and dtypes.
+from libc.stdint cimport int32_t, int64_t, uint64_t
+
+import numpy as np
+
+cimport numpy as cnp
+
+cnp.import_array()
+
+cdef extern from "kernels.h" namespace "kp" nogil:
+    enum class DType(int):
+        float32
+        float64
+        int32
+        int64
+        uint8
+
+    struct Array:
+        void* data
+        int64_t rows, cols
+        DType dtype
+
+    enum class Status(int):
+        ok
+        out_of_memory
+        not_finite
+        out_of_range
+
+    enum class Sort(int):
+        pass
+
+    enum class Influence(int):
+        pass
+
+    enum class Aggregation(int):
+        pass
+
+    enum class Normalization(int):
+        pass
+
+    cdef struct RadiusSearch:
+        Array points, queries, points_row_splits, queries_row_splits
+        double radius
+        int64_t max_neighbors
+        Sort sort
+        int threads
+
+    cdef struct GridSubsample:
+        Array points, features, labels, row_splits
+        double voxel_size
+        int64_t ignore_label
+        bint has_ignore_label
+        int threads
+
+    cdef struct Subsampled:
+        Array points, features, labels, inverse, counts
+
+    cdef struct Transpose:
+        Array index, row_splits, distance, out_index, out_row_splits, out_distance
+        int threads
+
+    cdef struct KernelPoints:
+        int num, dimension, fixed
+        uint64_t seed
+        int threads
+
+    cdef struct KPConv:
+        Array points, queries, index, row_splits, features, weights, kernel_points
+        Array transposed_index, transposed_row_splits
+        double extent
+        Influence influence
+        Aggregation aggregation
+        Normalization normalization
+        int threads
+
+    cdef struct Kernels:
+        const char* isa
+        Status (*radius_search_count)(const RadiusSearch&, int64_t*, void**) noexcept nogil
+        Status (*radius_search_fill)(void*, int32_t*, void*) noexcept nogil
+        void (*radius_search_free)(void*) noexcept nogil
+        Status (*transpose)(const Transpose&) noexcept nogil
+        Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
+        Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
+        void (*grid_subsample_free)(void*) noexcept nogil
+        Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
+        Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
+        Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
+        Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
+        double (*fma_rate)(DType) noexcept nogil
+
+    const Kernels& kernels() noexcept
+    bint c_set_isa "kp::set_isa"(const char*) noexcept
+    const char* const* c_isas "kp::isas"() noexcept
+    bint c_has_openmp "kp::has_openmp"() noexcept
+    void c_pause_threads "kp::pause_threads"() noexcept
+
+
+class NotFinite(Exception):
+    """A coordinate is NaN or infinite; which one is for the caller to find."""
+
+
+class OutOfRange(Exception):
+    """More than 2**21 voxels along an axis; which one is for the caller to find."""
+
+
+cdef DTYPES = {np.dtype(name): code for code, name in enumerate(("float32", "float64", "int32", "int64", "uint8"))}
+
+
+cdef Array view(cnp.ndarray a) except *:
+    """The array's pointer, rows, columns and dtype; None is an array not given."""
+    cdef Array v
+    v.data = NULL
+    v.rows = v.cols = 0
+    v.dtype = <DType>0
+    if a is None:
+        return v
+    v.data = cnp.PyArray_DATA(a)
+    v.dtype = <DType><int>DTYPES[a.dtype]
+    v.cols = a.shape[a.ndim - 1] if a.ndim > 1 else 1
+    v.rows = 1
+    for i in range(a.ndim - 1 if a.ndim > 1 else a.ndim):
+        v.rows *= a.shape[i]
+    return v
+
+
+cdef int raise_for(Status status) except -1:
+    if status == Status.out_of_memory:
+        raise MemoryError("kpcore: not enough memory for scratch space")
+    if status == Status.not_finite:
+        raise NotFinite
+    if status == Status.out_of_range:
+        raise OutOfRange
+    return 0
+
+
+def radius_search(points, queries, points_row_splits, queries_row_splits, double radius, max_neighbors, int sort,
+                  bint return_distances, bint count_only, int threads):
+    """(row_splits, index or None, distance or None)"""
+    cdef RadiusSearch args
+    args.points = view(points)
+    args.queries = view(queries)
+    args.points_row_splits = view(points_row_splits)
+    args.queries_row_splits = view(queries_row_splits)
+    args.radius = radius
+    args.max_neighbors = -1 if max_neighbors is None else max_neighbors
+    args.sort = <Sort>sort
+    args.threads = threads
+    cdef void* plan = NULL
+    cdef Status status
+    row_splits = np.empty(len(points if queries is None else queries) + 1, np.int64)
+    cdef int64_t* splits = <int64_t*>cnp.PyArray_DATA(row_splits)
+    cdef int32_t* to_index
+    cdef void* to_distance
+    try:
+        with nogil:
+            status = kernels().radius_search_count(args, splits, &plan)
+        raise_for(status)
+        if count_only:
+            return row_splits, None, None
+        index = np.empty(row_splits[-1], np.int32)
+        distance = np.empty(row_splits[-1], points.dtype) if return_distances else None
+        to_index = <int32_t*>view(index).data
+        to_distance = view(distance).data
+        with nogil:
+            status = kernels().radius_search_fill(plan, to_index, to_distance)
+        raise_for(status)
+        return row_splits, index, distance
+    finally:
+        if plan != NULL:
+            with nogil:
+                kernels().radius_search_free(plan)
+
+
+def transpose(index, row_splits, distance, int64_t num_points, int threads):
+    """(index, row_splits, distance or None) of the columns"""
+    out_index = np.empty(row_splits[-1], np.int32)
+    out_row_splits = np.empty(num_points + 1, np.int64)
+    out_distance = None if distance is None else np.empty(row_splits[-1], distance.dtype)
+    cdef Transpose args
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    args.distance = view(distance)
+    args.out_index = view(out_index)
+    args.out_row_splits = view(out_row_splits)
+    args.out_distance = view(out_distance)
+    args.threads = threads
+    cdef Status status
+    with nogil:
+        status = kernels().transpose(args)
+    raise_for(status)
+    return out_index, out_row_splits, out_distance
+
+
+def grid_subsample(points, features, labels, row_splits, double voxel_size, ignore_label, int threads):
+    """(points, features or None, labels or None, row_splits, inverse, counts)"""
+    cdef GridSubsample args
+    args.points = view(points)
+    args.features = view(features)
+    args.labels = view(labels)
+    args.row_splits = view(row_splits)
+    args.voxel_size = voxel_size
+    args.has_ignore_label = ignore_label is not None
+    args.ignore_label = 0 if ignore_label is None else ignore_label
+    args.threads = threads
+    cdef Subsampled out
+    cdef void* plan = NULL
+    cdef Status status
+    out_row_splits = np.empty(len(row_splits), np.int64)
+    cdef int64_t* splits = <int64_t*>cnp.PyArray_DATA(out_row_splits)
+    try:
+        with nogil:
+            status = kernels().grid_subsample_count(args, splits, &plan)
+        raise_for(status)
+        voxels = out_row_splits[-1]
+        out_points = np.empty((voxels, points.shape[1]), points.dtype)
+        out_features = None if features is None else np.empty((voxels, *features.shape[1:]), features.dtype)
+        out_labels = None if labels is None else np.empty(voxels, labels.dtype)
+        inverse = np.empty(len(points), np.int32)
+        counts = np.empty(voxels, np.int32)
+        out.points = view(out_points)
+        out.features = view(out_features)
+        out.labels = view(out_labels)
+        out.inverse = view(inverse)
+        out.counts = view(counts)
+        with nogil:
+            status = kernels().grid_subsample_fill(plan, out)
+        raise_for(status)
+        return out_points, out_features, out_labels, out_row_splits, inverse, counts
+    finally:
+        if plan != NULL:
+            with nogil:
+                kernels().grid_subsample_free(plan)
+
+
+def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads):
+    """(num, dimension) float64, before any scaling"""
+    cdef KernelPoints args
+    args.num = num
+    args.dimension = dimension
+    args.fixed = fixed
+    args.seed = seed
+    args.threads = threads
+    out = np.empty((num, dimension), np.float64)
+    cdef double* to = <double*>cnp.PyArray_DATA(out)
+    cdef Status status
+    with nogil:
+        status = kernels().kernel_points(args, to)
+    raise_for(status)
+    return out
+
+
+cdef KPConv kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, double extent,
+                             int influence, int aggregation, int normalization, int threads) except *:
+    cdef KPConv args
+    args.points = view(points)
+    args.queries = view(queries)
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    args.features = view(features)
+    args.weights = view(weights)
+    args.kernel_points = view(kernel_points)
+    args.transposed_index = args.transposed_row_splits = view(None)
+    args.extent = extent
+    args.influence = <Influence>influence
+    args.aggregation = <Aggregation>aggregation
+    args.normalization = <Normalization>normalization
+    args.threads = threads
+    return args
+
+
+def kpconv(points, queries, index, row_splits, features, weights, kernel_points, double extent, int influence,
+           int aggregation, int normalization, int threads):
+    """(M, Cout)"""
+    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
+                                        influence, aggregation, normalization, threads)
+    out = np.empty((len(queries), weights.shape[2]), weights.dtype)
+    cdef Array to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().kpconv(args, to)
+    raise_for(status)
+    return out
+
+
+def kpconv_grad_features(points, queries, index, row_splits, transposed_index, transposed_row_splits, features, weights,
+                         kernel_points, double extent, int influence, int aggregation, int normalization, grad_out,
+                         int threads):
+    """(N, Cin)"""
+    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
+                                        influence, aggregation, normalization, threads)
+    args.transposed_index = view(transposed_index)
+    args.transposed_row_splits = view(transposed_row_splits)
+    grad_features = np.empty((len(points), weights.shape[1]), weights.dtype)
+    cdef Array given = view(grad_out), to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().kpconv_grad_features(args, given, to)
+    raise_for(status)
+    return grad_features
+
+
+def kpconv_grad_weights(points, queries, index, row_splits, features, weights, kernel_points, double extent,
+                        int influence, int aggregation, int normalization, grad_out, int threads):
+    """(K, Cin, Cout)"""
+    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
+                                        influence, aggregation, normalization, threads)
+    grad_weights = np.empty_like(weights)
+    cdef Array given = view(grad_out), to = view(grad_weights)
+    cdef Status status
+    with nogil:
+        status = kernels().kpconv_grad_weights(args, given, to)
+    raise_for(status)
+    return grad_weights
+
+
+def fma_rate(str dtype):
+    """Floating-point operations per second that one core reaches in fused multiply-adds; for benchmarks."""
+    cdef DType code = <DType><int>DTYPES[np.dtype(dtype)]
+    cdef double rate
+    with nogil:
+        rate = kernels().fma_rate(code)
+    return rate
+
+
+def isas():
+    """The instruction sets this machine can run, best last."""
+    cdef const char* const* names = c_isas()
+    found = []
+    while names[len(found)] != NULL:
+        found.append(names[len(found)].decode())
+    return tuple(found)
+
+
+def isa():
+    return kernels().isa.decode()
+
+
+def set_isa(str name):
+    if not c_set_isa(name.encode()):
+        raise ValueError(f"KPCORE_ISA: expected one of {', '.join(isas())} on this machine, got {name!r}")
+
+
+def has_openmp():
+    return c_has_openmp()
+
+
+def pause_threads():
+    c_pause_threads()

@@ -1,0 +1,129 @@
+"""Reverse-mode differentiation over a small tape.
+
+Every differentiable operator is one row, an `Op`: its forward, its vector-Jacobian product, and the arguments it can
+be differentiated in. Called with arrays, an operator just computes. Called with a `Tensor` for one of those arguments
+it also remembers what it did, and `vjp` walks back over that.
+
+    out, pullback = kpcore.autodiff.vjp(lambda f, w: kpcore.kpconv(points, None, nb, f, w, kpt, 0.048), features, weights)
+    grad_features, grad_weights = pullback(grad_out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Tensor:
+    """An array under differentiation: its `value`, and the call that made it (None for an input)."""
+
+    __slots__ = ("call", "value")
+
+    def __init__(self, value, call=None):
+        self.value = value
+        self.call = call
+
+    def __repr__(self):
+        made = f"made by {self.call.op.name}" if self.call else "input"
+        return f"Tensor({self.value.shape}, {self.value.dtype}, {made})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One use of an operator: what its vjp needs, and the tensors it was given by argument name."""
+
+    op: Op
+    residuals: object
+    inputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A differentiable operator.
+
+    ``forward(**arguments) -> (out, residuals)`` checks its arguments and computes; ``vjp(residuals, grad, needs)``
+    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Residuals are inputs,
+    never intermediate arrays: the vjp recomputes the rest.
+    """
+
+    name: str
+    forward: Callable
+    vjp: Callable
+    diff: tuple[str, ...]
+
+    def __call__(self, **arguments):
+        inputs = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+        for name in inputs:
+            if name not in self.diff:
+                raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
+        arguments.update((name, tensor.value) for name, tensor in inputs.items())
+        out, residuals = self.forward(**arguments)
+        return Tensor(out, _Call(self, residuals, inputs)) if inputs else out
+
+
+def vjp(fn, *primals):
+    """Evaluate a function and get its vector-Jacobian product.
+
+    Parameters
+    ----------
+    fn : callable
+        Takes one argument per primal and returns what a kpcore operator, or a chain of them, made of these.
+    *primals : arrays
+
+    Returns
+    -------
+    out : array
+        ``fn(*primals)``
+    pullback : callable
+        Takes the gradient of a scalar with respect to `out`, an array like it, and returns the gradients with respect to
+        the primals, a tuple of arrays like them; zeros where `fn` does not use a primal. May be called several times.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.zeros((1, 3))
+    >>> nb = kp.radius_search(points, None, 1.0)
+    >>> conv = lambda f, w: kp.kpconv(points, None, nb, f, w, np.zeros((1, 3)), extent=1.0)
+    >>> out, pullback = kp.autodiff.vjp(conv, np.array([[2.0]]), np.array([[[5.0]]]))
+    >>> out, pullback(np.array([[1.0]]))
+    (array([[10.]]), (array([[5.]]), array([[[2.]]])))
+    """
+    inputs = tuple(Tensor(p) for p in primals)
+    out = fn(*inputs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fn: expected a result computed from its arguments by kpcore operators, got {type(out).__name__}")
+
+    def pullback(grad):
+        if not isinstance(grad, np.ndarray) or grad.shape != out.value.shape or grad.dtype != out.value.dtype:
+            got = f"{grad.dtype} {grad.shape}" if isinstance(grad, np.ndarray) else type(grad).__name__
+            raise ValueError(f"grad: expected {out.value.dtype} {out.value.shape} to match the output, got {got}")
+        gradients = {id(out): grad}
+        for tensor in _consumers_first(out):
+            gradient = gradients.get(id(tensor))
+            if tensor.call is None or gradient is None:
+                continue
+            given = tensor.call.inputs
+            for name, g in tensor.call.op.vjp(tensor.call.residuals, gradient, frozenset(given)).items():
+                if name in given:
+                    key = id(given[name])
+                    gradients[key] = gradients[key] + g if key in gradients else g
+        return tuple(gradients[id(t)] if id(t) in gradients else np.zeros_like(t.value) for t in inputs)
+
+    return out.value, pullback
+
+
+def _consumers_first(out):
+    """The tensors that `out` was made from, each after all that were made from it. Not recursive: chains may be long."""
+    order, seen, stack = [], set(), [(out, False)]
+    while stack:
+        tensor, inputs_done = stack.pop()
+        if inputs_done:
+            order.append(tensor)
+        elif id(tensor) not in seen:
+            seen.add(id(tensor))
+            stack.append((tensor, True))
+            if tensor.call is not None:
+                stack.extend((t, False) for t in tensor.call.inputs.values())
+    return reversed(order)

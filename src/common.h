@@ -1,0 +1,16 @@
+// Types shared by every kernel, host and device. Nothing from the standard library, which NVRTC does not have.
+#pragma once
+
+#ifdef __CUDACC__
+#define KP_HD __host__ __device__ inline
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
+#include <stddef.h>
+#include <stdint.h>
+#define KP_HD inline
+#endif

@@ -1,0 +1,82 @@
+// Picks the table of functions for this machine once; KPCORE_ISA or set_isa() overrides.
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace kp {
+namespace {
+
+const Kernels* const compiled[] = {
+    &kernels_base,
+#ifdef KP_HAVE_AVX2
+    &kernels_avx2,
+#endif
+#ifdef KP_HAVE_AVX512
+    &kernels_avx512,
+#endif
+};
+
+bool runs_here(const Kernels& table) {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (!strcmp(table.isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (!strcmp(table.isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("bmi2");
+#endif
+  return true;
+}
+
+struct Choice {
+  const char* names[4] = {};
+  const Kernels* table = nullptr;
+
+  Choice() {
+    int n = 0;
+    for (const Kernels* k : compiled)
+      if (runs_here(*k)) {
+        names[n++] = k->isa;
+        table = k;
+      }
+  }
+};
+
+Choice& choice() {
+  static Choice c;
+  return c;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *choice().table; }
+const char* const* isas() { return choice().names; }
+
+bool set_isa(const char* name) {
+  for (const Kernels* k : compiled)
+    if (!strcmp(k->isa, name) && runs_here(*k)) {
+      choice().table = k;
+      return true;
+    }
+  return false;
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+// A forked child has no other thread, but libgomp still believes in its pool and waits for it for ever. Called before
+// a fork, this ends the pool; parent and child each start a new one when they next need it.
+void pause_threads() {
+#ifdef _OPENMP
+  omp_pause_resource_all(omp_pause_hard);
+#endif
+}
+
+}  // namespace kp

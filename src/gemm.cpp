@@ -1,0 +1,48 @@
+// The machine's own limit, for benchmarks to divide by.
+#include "gemm.h"
+
+#include <time.h>
+
+#include "kernels.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// The best of some 5 ms stretches of the micro-kernel on operands that stay in the first-level cache.
+template <class F>
+double measure() {
+  constexpr int length = 64, rows = rows_for(panel_vectors);
+  Buffer<F> a, b, o;
+  if (!a.resize(rows * length) || !b.resize(length * panel_width<F>) || !o.resize(rows * panel_width<F>)) return 0;
+  for (int64_t i = 0; i < a.size(); ++i) a[i] = F(1);
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = F(1);
+  const F* const panel = b.data();
+  double best = 0;
+  for (int stretch = 0; stretch < 20; ++stretch) {
+    const double start = seconds();
+    int64_t blocks = 0;
+    double elapsed;
+    do {
+      for (int i = 0; i < 1000; ++i, ++blocks)
+        multiply_block<F, rows, panel_vectors>(1, length, a.data(), length, 1, &panel, panel_width<F>, o.data(),
+                                               panel_width<F>, true);
+      elapsed = seconds() - start;
+    } while (elapsed < 5e-3);
+    best = larger(best, 2.0 * rows * length * panel_width<F> * double(blocks) / elapsed);
+  }
+  return best;
+}
+
+}  // namespace
+
+double fma_rate(DType dtype) { return dtype == DType::float32 ? measure<float>() : measure<double>(); }
+
+}  // namespace KP_ISA
+}  // namespace kp

@@ -1,0 +1,103 @@
+// What the extension module may call: one table of functions per instruction set, all with the same arguments.
+// Arrays come checked, contiguous and in C order; a null `data` is an argument that was not given.
+#pragma once
+
+#include "common.h"
+
+namespace kp {
+
+enum class DType : int { float32, float64, int32, int64, uint8 };
+
+struct Array {
+  void* data;
+  int64_t rows, cols;  // a vector has cols = 1; weights (K, Cin, Cout) are rows = K * Cin, cols = Cout
+  DType dtype;
+};
+
+enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
+enum class Sort : int { none, index, distance };
+enum class Influence : int { linear, gaussian, constant };
+enum class Aggregation : int { sum, closest };
+enum class Normalization : int { none, count, positive };
+
+struct RadiusSearch {
+  Array points, queries, points_row_splits, queries_row_splits;
+  double radius;
+  int64_t max_neighbors;  // < 0: no limit
+  Sort sort;
+  int threads;
+};
+
+struct GridSubsample {
+  Array points, features, labels, row_splits;
+  double voxel_size;
+  int64_t ignore_label;
+  bool has_ignore_label;
+  int threads;
+};
+
+struct Subsampled {
+  Array points, features, labels, inverse, counts;
+};
+
+struct Transpose {
+  Array index, row_splits, distance, out_index, out_row_splits, out_distance;
+  int threads;
+};
+
+struct KernelPoints {
+  int num, dimension, fixed;  // the first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis)
+  uint64_t seed;
+  int threads;
+};
+
+struct KPConv {
+  Array points, queries, index, row_splits, features, weights, kernel_points;
+  Array transposed_index, transposed_row_splits;  // of the neighbours; for grad_features only
+  double extent;
+  Influence influence;
+  Aggregation aggregation;
+  Normalization normalization;
+  int threads;
+};
+
+// What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
+#define KP_KERNELS(X)                                                                                              \
+  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the sorted points in between. */ \
+  X(Status, radius_search_count, (const RadiusSearch&, int64_t* row_splits, void** plan))                           \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                       \
+  X(void, radius_search_free, (void* plan))                                                                         \
+  X(Status, transpose, (const Transpose&))                                                                          \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                         \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                   \
+  X(void, grid_subsample_free, (void* plan))                                                                        \
+  X(Status, kpconv, (const KPConv&, const Array& out))                                                              \
+  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))               \
+  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                 \
+  X(Status, kernel_points, (const KernelPoints&, double* out))                                                      \
+  X(double, fma_rate, (DType))
+
+struct Kernels {
+  const char* isa;
+#define KP_MEMBER(result, name, arguments) result(*name) arguments;
+  KP_KERNELS(KP_MEMBER)
+#undef KP_MEMBER
+};
+
+#ifdef KP_ISA
+namespace KP_ISA {
+#define KP_DECLARE(result, name, arguments) result name arguments;
+KP_KERNELS(KP_DECLARE)
+#undef KP_DECLARE
+}  // namespace KP_ISA
+#endif
+
+const Kernels& kernels();
+bool set_isa(const char* name);           // false: not one of isas()
+const char* const* isas();                // the usable ones, best last, null-terminated
+bool has_openmp();
+void pause_threads();
+
+extern const Kernels kernels_base, kernels_avx2, kernels_avx512;
+
+}  // namespace kp

@@ -1,0 +1,488 @@
+// Rigid KPConv, forward and backward, by tiles.
+//
+//   out[q] = sum over k of (sum over neighbours i of q of influence(|x_i - x_q - p_k|) f_i) W_k     (Thomas et al. 2019)
+//
+// A tile is some 60 queries. Influences are sparse (about 1.6 kernel points per neighbour), so for each query the pairs
+// with an influence are listed by kernel point; each list is summed in registers and stored once, as one row of the
+// tile's A (queries, slots * Cin). A slot is a kernel point that the tile uses at all: on surfaces a sixth of them are
+// empty for a whole tile. A times the packed weights is the tile's output. Nothing larger than a tile ever exists.
+//
+// Backward: the gradient of the features is the same operator on the transposed neighbours with mirrored kernel points
+// and transposed weights. The gradient of W_k sums A_k^T grad over the tiles; every element is one thread's own and
+// adds the tiles in order. So no result depends on the number of threads.
+
+#include "kpconv.h"
+
+#include <new>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "neighbors.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+constexpr int max_dimension = 16;
+constexpr int64_t chunk = 128;               // neighbours looked at together
+constexpr int64_t tile_bytes = 7 << 19;      // 3.5 MiB of scratch for a thread's tile at most
+constexpr int64_t group_rows = 384;          // rows of packed weights used together: 96 KiB of a panel, within L2
+
+template <class T>
+const T* as(const Array& array) {
+  return static_cast<const T*>(array.data);
+}
+
+// One direction of the operator: what is gathered, from where, for whom.
+template <class G, class F>
+struct Problem {
+  const G *points, *queries;
+  int dimension;
+  const int32_t* index;
+  const int64_t* row_splits;
+  int64_t num_queries;
+  const F* features;
+  int64_t channels;
+  const G* kernel_points;  // (D, K)
+  int num_kernels;
+  G extent;
+  Influence influence;
+  Aggregation aggregation;
+  const F *query_scale, *point_scale;  // factors of a query's row and of a gathered row, or null
+};
+
+// Sums n rows of `features`, weighted, into `channels` values at `to`, which they replace or are added to.
+template <int NV, class F>
+KP_INLINE void sum_rows(const F* features, int64_t channels, const int32_t* rows, const F* weights, int64_t n, F* to,
+                        bool replace) {
+  Vec<F> sums[NV];
+  for (int v = 0; v < NV; ++v) sums[v] = replace ? Vec<F>{} : load(to + v * lanes<F>);
+  for (int64_t i = 0; i < n; ++i) {
+    const Vec<F> w = broadcast(weights[i]);
+    const F* const from = features + rows[i] * channels;
+    for (int v = 0; v < NV; ++v) sums[v] = fma(w, load(from + v * lanes<F>), sums[v]);
+  }
+  for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
+}
+template <class F>
+inline void sum_weighted_rows(const F* features, int64_t channels, const int32_t* rows, const F* weights, int64_t n,
+                              F* to, bool replace) {
+  int64_t c = 0;
+  for (; c + 8 * lanes<F> <= channels; c += 8 * lanes<F>)
+    sum_rows<8>(features + c, channels, rows, weights, n, to + c, replace);
+  if (c + 4 * lanes<F> <= channels) {
+    sum_rows<4>(features + c, channels, rows, weights, n, to + c, replace);
+    c += 4 * lanes<F>;
+  }
+  for (; c + lanes<F> <= channels; c += lanes<F>)
+    sum_rows<1>(features + c, channels, rows, weights, n, to + c, replace);
+  if (const int rest = int(channels - c)) {
+    Vec<F> sum = replace ? Vec<F>{} : load_first(to + c, rest);
+    for (int64_t i = 0; i < n; ++i)
+      sum = fma(broadcast(weights[i]), load_first(features + rows[i] * channels + c, rest), sum);
+    store_first(to + c, rest, sum);
+  }
+}
+
+// One thread's tile: A and its slots.
+template <class G, class F, int DIM>
+class Tile {
+ public:
+  bool reserve(const Problem<G, F>& problem, int64_t rows) {
+    const int64_t pairs = problem.num_kernels * chunk + lanes<G>;
+    row_ = row_length(problem.num_kernels * problem.channels);
+    if (!a_.resize(rows * row_ + row_step) || !slot_of_.resize(problem.num_kernels) || !kernel_of_.resize(problem.num_kernels) ||
+        !begin_.resize(problem.num_kernels + 1) || !d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs))
+      return false;
+    memset(a_.data(), 0, size_t(rows * row_) * sizeof(F));  // rows past the last query are multiplied, not used
+    return true;
+  }
+
+  void fill(const Problem<G, F>& problem, int64_t first, int64_t rows) {
+    slots_ = 0;
+    for (int k = 0; k < problem.num_kernels; ++k) slot_of_[k] = -1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t q = first + r;
+      int64_t e = problem.row_splits[q];
+      do {
+        const int64_t n = smaller(chunk, problem.row_splits[q + 1] - e);
+        list_pairs(problem, q, problem.index + e, n);
+        sum_lists(problem, r, e == problem.row_splits[q]);
+        e += n;
+      } while (e < problem.row_splits[q + 1]);
+    }
+  }
+
+  const F* a() const { return a_.data(); }
+  int64_t row() const { return row_; }
+  int64_t slots() const { return slots_; }
+  int kernel(int64_t slot) const { return kernel_of_[slot]; }
+  int slot(int k) const { return slot_of_[k]; }
+
+  // Not a multiple of 1 KiB, which would put a block's rows into the same cache sets.
+  static int64_t row_length(int64_t n) {
+    const int64_t line = 64 / sizeof(F), length = round_up(n, line);
+    return length % (16 * line) ? length : length + line;
+  }
+
+ private:
+  // Pairs of (neighbour, kernel point) with an influence, by kernel point; and their influences.
+  void list_pairs(const Problem<G, F>& problem, int64_t q, const int32_t* index, int64_t n) {
+    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    constexpr int stored = DIM ? DIM : max_dimension;
+    const bool linear = problem.influence == Influence::linear, closest = problem.aggregation == Aggregation::closest;
+    alignas(64) G relative[stored][chunk], nearest[chunk];
+    alignas(64) int32_t who[chunk];
+    const G* const center = problem.queries + q * D;
+    for (int64_t i = 0; i < n; ++i) {
+      who[i] = index[i];
+      const G* const x = problem.points + int64_t(index[i]) * D;
+      for (int a = 0; a < D; ++a) relative[a][i] = x[a] - center[a];
+    }
+    for (int64_t i = n; i < round_up(n, lanes<G>); ++i)
+      for (int a = 0; a < D; ++a) relative[a][i] = 0;
+
+    const auto squared = [&](int64_t i, int k) {
+      Vec<G> d[stored];
+      for (int a = 0; a < D; ++a) d[a] = load(&relative[a][i]) - broadcast(problem.kernel_points[a * K + k]);
+      return squared_distance(d, D);
+    };
+    if (closest)
+      for (int64_t i = 0; i < n; i += lanes<G>) {
+        Vec<G> best = squared(i, 0), which = {};
+        for (int k = 1; k < K; ++k) {
+          const Vec<G> d2 = squared(i, k);
+          which = d2 < best ? broadcast(G(k)) : which;
+          best = min(d2, best);
+        }
+        store(&nearest[i], which);
+      }
+
+    const Vec<G> limit = broadcast(problem.extent * problem.extent);
+    int64_t pairs = 0;
+    for (int k = 0; k < K; ++k) {
+      begin_[k] = pairs;
+      for (int64_t i = 0; i < n; i += lanes<G>) {
+        const Vec<G> d2 = squared(i, k);
+        unsigned mask = linear ? mask_lt(d2, limit) : ~0u;
+        mask &= first_lanes<G>(n - i);
+        if (closest) mask &= mask_eq(load(&nearest[i]), broadcast(G(k)));
+        compress(d2_.data() + pairs, mask, d2);
+        pairs += compress<G>(point_.data() + pairs, mask, who + i);
+      }
+    }
+    begin_[K] = pairs;
+    weigh(problem, q, pairs);
+  }
+
+  void weigh(const Problem<G, F>& problem, int64_t q, int64_t pairs) {
+    const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
+    for (int64_t i = 0; i < pairs; i += lanes<G>) {
+      const Vec<G> d2 = load(&d2_[i]);
+      Vec<G> influence = {};
+      switch (problem.influence) {
+        case Influence::linear: influence = linear_influence(d2, inverse_extent); break;
+        case Influence::gaussian: influence = exp_of<G>(d2 * scale); break;
+        case Influence::constant: influence = broadcast(G(1)); break;
+      }
+      if constexpr (std::is_same_v<G, F>) store(&weight_[i], influence);
+      else
+        for (int l = 0; l < lanes<G>; ++l) weight_[i + l] = F(influence[l]);
+    }
+    if (problem.query_scale)
+      for (int64_t i = 0; i < pairs; ++i) weight_[i] *= problem.query_scale[q];
+    if (problem.point_scale)
+      for (int64_t i = 0; i < pairs; ++i) weight_[i] *= problem.point_scale[point_[i]];
+  }
+
+  // Each list into its slot of row r.
+  void sum_lists(const Problem<G, F>& problem, int64_t r, bool first_chunk) {
+    const int64_t channels = problem.channels;
+    F* const row = a_.data() + r * row_;
+    for (int k = 0; k < problem.num_kernels; ++k) {
+      const int64_t begin = begin_[k], n = begin_[k + 1] - begin;
+      if (n && slot_of_[k] < 0) {
+        slot_of_[k] = slots_;
+        kernel_of_[slots_] = k;
+        for (int64_t i = 0; i <= r; ++i)
+          memset(a_.data() + i * row_ + slots_ * channels, 0, size_t(channels) * sizeof(F));
+        ++slots_;
+      }
+      if (slot_of_[k] < 0) continue;
+      F* const to = row + slot_of_[k] * channels;
+      if (n) sum_weighted_rows(problem.features, channels, &point_[begin], &weight_[begin], n, to, first_chunk);
+      else if (first_chunk) memset(to, 0, size_t(channels) * sizeof(F));
+    }
+  }
+
+  Buffer<F> a_, weight_;
+  Buffer<G> d2_;
+  Buffer<int32_t> point_, slot_of_, kernel_of_;
+  Buffer<int64_t> begin_;
+  int64_t row_ = 0;
+  int32_t slots_ = 0;
+};
+
+// Queries in a tile: as many as fit, at most 60.
+template <class F>
+int64_t rows_of_tile(int64_t row, int64_t columns) {
+  const int64_t fit = tile_bytes / (int64_t(sizeof(F)) * (row + columns));
+  return larger<int64_t>(row_step, smaller<int64_t>(60, fit / row_step * row_step));
+}
+
+// o (rows, padded columns) = the tile's A times the packed weights of its slots.
+template <class F, class T>
+void multiply(const T& tile, int64_t rows, int64_t channels, const Panels<F>& weights, F* o) {
+  const int64_t o_row = weights.padded_columns();
+  if (!tile.slots()) {
+    memset(o, 0, size_t(rows * o_row) * sizeof(F));
+    return;
+  }
+  constexpr int64_t most = 64;
+  const int64_t length = smaller(channels, group_rows);                // of each kernel point's rows
+  const int64_t group = smaller(most, larger<int64_t>(1, group_rows / channels));
+  for (int64_t c = 0; c < channels; c += length)
+    for (int64_t s = 0; s < tile.slots(); s += group) {
+      const int64_t segments = smaller(group, tile.slots() - s), size = smaller(length, channels - c);
+      for (int64_t p = 0; p < weights.count(); ++p) {
+        const F* b[most];
+        for (int64_t i = 0; i < segments; ++i) b[i] = weights.row(p, tile.kernel(s + i) * channels + c);
+        with_vectors(weights.vectors(p), [&](auto vectors) {
+          constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+          for (int64_t i = 0; i < rows; i += MR)
+            multiply_block<F, MR, NV>(segments, size, tile.a() + i * tile.row() + s * channels + c, tile.row(), 1, b,
+                                      NV * lanes<F>, o + i * o_row + p * panel_width<F>, o_row, !s && !c);
+        });
+      }
+    }
+}
+
+template <class G, class F, int DIM>
+Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, int64_t c_out, bool transposed, F* out,
+                int threads) {
+  Panels<F> panels;
+  if (!panels.pack(weights, problem.num_kernels, c_in, c_out, transposed, threads)) return Status::out_of_memory;
+  const int64_t row = Tile<G, F, DIM>::row_length(problem.num_kernels * problem.channels);
+  const int64_t tile_rows = rows_of_tile<F>(row, panels.padded_columns()), columns = panels.columns;
+  const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
+  threads = useful_threads(threads, tiles, 1);
+  bool enough = true;
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
+  {
+    Tile<G, F, DIM> tile;
+    Buffer<F> o;
+    enough = tile.reserve(problem, tile_rows) && o.resize(tile_rows * panels.padded_columns());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (!enough) continue;
+      const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
+      tile.fill(problem, first, rows);
+      multiply(tile, rows, problem.channels, panels, o.data());
+      for (int64_t r = 0; r < rows; ++r)
+        memcpy(out + (first + r) * columns, &o[r * panels.padded_columns()], size_t(columns) * sizeof(F));
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+// grad_weights (K, Cin, Cout). In each round every thread fills one tile; then every thread adds all of the round's
+// tiles, in order, to its own channels of the gradient.
+template <class G, class F, int DIM>
+Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t c_out, F* grad_weights, int threads) {
+  const int64_t channels = problem.channels, K = problem.num_kernels;
+  const int64_t row = Tile<G, F, DIM>::row_length(K * channels), padded = round_up(c_out, lanes<F>);
+  const int64_t tile_rows = rows_of_tile<F>(row, padded);
+  const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
+  constexpr int64_t block = 4 * row_step;  // channels in a unit of work
+  const int64_t blocks = (channels + block - 1) / block, units = K * blocks;
+  threads = useful_threads(threads, tiles, 1);
+
+  struct Work {
+    Tile<G, F, DIM> tile;
+    Buffer<F> grad;  // the tile's rows of grad_out, padded to whole vectors
+    int64_t rows;
+  };
+  Work* const works = static_cast<Work*>(calloc(size_t(threads), sizeof(Work)));
+  if (!works) return Status::out_of_memory;
+  bool enough = true;
+#pragma omp parallel num_threads(threads)
+  {
+    const int me = omp_get_thread_num();
+    const int64_t count = omp_get_num_threads();
+    Work& mine = *new (works + me) Work();
+    Vec<F> sums[row_step * panel_vectors];
+    F* const spill = reinterpret_cast<F*>(sums);
+    const bool got = mine.tile.reserve(problem, tile_rows) && mine.grad.resize(tile_rows * padded);
+#pragma omp critical(kp_weight_gradient)
+    enough = enough && got;
+#pragma omp barrier
+    for (int64_t u = me; u < units; u += count) {
+      const int64_t c = u % blocks * block;
+      memset(grad_weights + (u / blocks * channels + c) * c_out, 0, size_t(smaller(block, channels - c) * c_out) * sizeof(F));
+    }
+    for (int64_t round = 0; enough && round < tiles; round += count) {
+      if (round + me < tiles) {
+        const int64_t first = (round + me) * tile_rows;
+        mine.rows = smaller(tile_rows, problem.num_queries - first);
+        mine.tile.fill(problem, first, mine.rows);
+        for (int64_t r = 0; r < mine.rows; ++r) {
+          memcpy(&mine.grad[r * padded], grad_out + (first + r) * c_out, size_t(c_out) * sizeof(F));
+          for (int64_t v = c_out; v < padded; ++v) mine.grad[r * padded + v] = 0;
+        }
+      }
+#pragma omp barrier
+      for (int64_t u = me; u < units; u += count) {
+        const int64_t k = u / blocks, c = u % blocks * block, end = smaller(channels, c + block);
+        for (int64_t w = 0; w < smaller(count, tiles - round); ++w) {
+          const Work& work = works[w];
+          const int slot = work.tile.slot(int(k));
+          if (slot < 0) continue;
+          for (int64_t v = 0; v < c_out; v += panel_width<F>) {
+            const F* const b = &work.grad[v];
+            const int64_t width = smaller<int64_t>(panel_width<F>, c_out - v);
+            with_vectors(int((width + lanes<F> - 1) / lanes<F>), [&](auto vectors) {
+              constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+              for (int64_t i = c; i < end; i += MR) {
+                F* const to = grad_weights + (k * channels + i) * c_out + v;
+                const F* const a = work.tile.a() + slot * channels + i;
+                if (i + MR <= end && width == NV * lanes<F>) {
+                  multiply_block<F, MR, NV>(1, work.rows, a, 1, row, &b, padded, to, c_out, false);
+                  continue;
+                }
+                multiply_block<F, MR, NV>(1, work.rows, a, 1, row, &b, padded, spill, NV * lanes<F>, true);
+                for (int64_t x = 0; x < smaller<int64_t>(MR, end - i); ++x)
+                  for (int64_t y = 0; y < width; ++y) to[x * c_out + y] += spill[x * NV * lanes<F> + y];
+              }
+            });
+          }
+        }
+      }
+#pragma omp barrier
+    }
+    mine.~Work();
+  }
+  free(works);
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+// Whether a feature row sums to more than zero, in float64 and eight interleaved sums: alike on every machine.
+template <class F>
+bool sums_positive(const F* row, int64_t channels) {
+  double sums[8] = {};
+  for (int64_t c = 0; c < channels; ++c) sums[c % 8] += double(row[c]);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])) > 0;
+}
+
+// 1 / max(1, neighbours that count) of every query; none: an empty buffer.
+template <class F>
+Status normalize(const KPConv& args, Buffer<F>& scale) {
+  if (args.normalization == Normalization::none) return Status::ok;
+  const int64_t m = args.queries.rows, n = args.points.rows, channels = args.features.cols;
+  const auto* splits = as<int64_t>(args.row_splits);
+  const auto* index = as<int32_t>(args.index);
+  Buffer<uint8_t> positive;
+  if (!scale.resize(m) || !positive.resize(n)) return Status::out_of_memory;
+  const bool all = args.normalization == Normalization::count;
+#pragma omp parallel num_threads(useful_threads(args.threads, n, 1 << 12))
+  {
+    if (!all) {
+#pragma omp for
+      for (int64_t i = 0; i < n; ++i) positive[i] = sums_positive(as<F>(args.features) + i * channels, channels);
+    }
+#pragma omp for
+    for (int64_t q = 0; q < m; ++q) {
+      int64_t count = splits[q + 1] - splits[q];
+      if (!all) {
+        count = 0;
+        for (int64_t e = splits[q]; e < splits[q + 1]; ++e) count += positive[index[e]];
+      }
+      scale[q] = F(1) / F(larger<int64_t>(1, count));
+    }
+  }
+  return Status::ok;
+}
+
+// Kernel points as (D, K), mirrored for the way back.
+template <class G>
+bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
+  const int64_t K = kernel_points.rows, D = kernel_points.cols;
+  if (!to.resize(K * D)) return false;
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t a = 0; a < D; ++a) to[a * K + k] = sign * as<G>(kernel_points)[k * D + a];
+  return true;
+}
+
+// Calls f(geometry type, feature type, dimension or 0 for any).
+template <class Call>
+Status with_types(const KPConv& args, Call call) {
+  const auto with_feature = [&](auto g, auto f) {
+    if (args.points.cols == 2) return call(g, f, std::integral_constant<int, 2>());
+    if (args.points.cols == 3) return call(g, f, std::integral_constant<int, 3>());
+    return call(g, f, std::integral_constant<int, 0>());
+  };
+  const auto with_geometry = [&](auto g) {
+    return args.features.dtype == DType::float32 ? with_feature(g, float()) : with_feature(g, double());
+  };
+  return args.points.dtype == DType::float32 ? with_geometry(float()) : with_geometry(double());
+}
+
+template <class G, class F>
+Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
+  return {as<G>(args.points), as<G>(args.queries), int(args.points.cols), as<int32_t>(args.index),
+          as<int64_t>(args.row_splits), args.queries.rows, as<F>(args.features), args.features.cols,
+          kernel_points.data(), int(args.kernel_points.rows), G(args.extent), args.influence, args.aggregation,
+          scale.data(), nullptr};
+}
+
+}  // namespace
+
+Status kpconv(const KPConv& args, const Array& out) {
+  return with_types(args, [&](auto g, auto f, auto dim) {
+    using G = decltype(g);
+    using F = decltype(f);
+    Buffer<G> kernel_points;
+    Buffer<F> scale;
+    if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
+    if (Status status = normalize(args, scale); status != Status::ok) return status;
+    return convolve<G, F, decltype(dim)::value>(forward_problem(args, kernel_points, scale), as<F>(args.weights),
+                                                args.features.cols, out.cols, false, static_cast<F*>(out.data),
+                                                args.threads);
+  });
+}
+
+Status kpconv_grad_features(const KPConv& args, const Array& grad_out, const Array& grad_features) {
+  return with_types(args, [&](auto g, auto f, auto dim) {
+    using G = decltype(g);
+    using F = decltype(f);
+    Buffer<G> kernel_points;
+    Buffer<F> scale;
+    if (!by_axis(args.kernel_points, G(-1), kernel_points)) return Status::out_of_memory;
+    if (Status status = normalize(args, scale); status != Status::ok) return status;
+    Problem<G, F> problem = forward_problem(args, kernel_points, scale);
+    exchange(problem.points, problem.queries);
+    exchange(problem.query_scale, problem.point_scale);
+    problem.index = as<int32_t>(args.transposed_index);
+    problem.row_splits = as<int64_t>(args.transposed_row_splits);
+    problem.num_queries = args.points.rows;
+    problem.features = as<F>(grad_out);
+    problem.channels = grad_out.cols;
+    return convolve<G, F, decltype(dim)::value>(problem, as<F>(args.weights), args.features.cols, grad_out.cols, true,
+                                                static_cast<F*>(grad_features.data), args.threads);
+  });
+}
+
+Status kpconv_grad_weights(const KPConv& args, const Array& grad_out, const Array& grad_weights) {
+  return with_types(args, [&](auto g, auto f, auto dim) {
+    using G = decltype(g);
+    using F = decltype(f);
+    Buffer<G> kernel_points;
+    Buffer<F> scale;
+    if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
+    if (Status status = normalize(args, scale); status != Status::ok) return status;
+    return weight_gradient<G, F, decltype(dim)::value>(forward_problem(args, kernel_points, scale), as<F>(grad_out),
+                                                       grad_out.cols, static_cast<F*>(grad_weights.data), args.threads);
+  });
+}
+
+}  // namespace KP_ISA
+}  // namespace kp

@@ -1,0 +1,335 @@
+// Grid subsampling: points sorted by (item, Morton key of their voxel), then one pass over the voxels.
+//
+// The sort is stable and voxels belong to one thread each, so sums run over a voxel's points in their given order and
+// no result depends on the number of threads. Keys leave out the bits that an axis does not need, which changes no
+// order and saves sorting passes.
+
+#include "subsampling.h"
+
+#include <new>
+
+#include "geometry.h"
+#include "sort.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+constexpr int max_axis_bits = 21;
+
+// Interleaves voxel indices, x lowest. Table [axis][byte][value] holds where the bits of a byte go.
+template <int D>
+struct Interleaver {
+  uint64_t table[D][3][256];
+  int bits = 0, bytes = 1;
+
+  explicit Interleaver(const int* axis_bits) {
+    uint64_t place[D][24] = {};
+    for (int level = 0; level < max_axis_bits; ++level)
+      for (int a = 0; a < D; ++a)
+        if (level < axis_bits[a]) {
+          place[a][level] = uint64_t(1) << bits++;
+          bytes = level / 8 + 1;
+        }
+    for (int a = 0; a < D; ++a)
+      for (int byte = 0; byte < 3; ++byte)
+        for (int value = 0; value < 256; ++value) {
+          table[a][byte][value] = 0;
+          for (int bit = 0; bit < 8; ++bit)
+            if (value >> bit & 1) table[a][byte][value] |= place[a][8 * byte + bit];
+        }
+  }
+  uint64_t key(const uint32_t* voxel) const {
+    uint64_t key = 0;
+    for (int byte = 0; byte < bytes; ++byte)
+      for (int a = 0; a < D; ++a) key |= table[a][byte][voxel[a] >> 8 * byte & 255];
+    return key;
+  }
+};
+
+struct Plan {
+  GridSubsample args;
+  Buffer<int32_t> ids;     // points in voxel order
+  Buffer<uint32_t> begin;  // of each voxel, and the end
+  int64_t voxels = 0;
+};
+
+// The first position of every run of equal keys.
+template <class K>
+Status find_voxels(const K* keys, int64_t n, int threads, Plan& plan) {
+  threads = useful_threads(threads, n, 1 << 16);
+  Buffer<int64_t> found;
+  if (!found.resize(threads)) return Status::out_of_memory;
+  bool enough = true;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = omp_get_thread_num();
+    const Share share(n, t, omp_get_num_threads());
+    int64_t v = 0;
+    for (int64_t i = share.begin; i < share.end; ++i) v += !i || keys[i] != keys[i - 1];
+    found[t] = v;
+#pragma omp barrier
+#pragma omp single
+    {
+      int64_t sum = 0;
+      for (int u = 0; u < omp_get_num_threads(); ++u) {
+        const int64_t count = found[u];
+        found[u] = sum;
+        sum += count;
+      }
+      plan.voxels = sum;
+      enough = plan.begin.resize(sum + 1);
+      if (enough) plan.begin[sum] = uint32_t(n);
+    }
+    v = found[t];
+    for (int64_t i = share.begin; enough && i < share.end; ++i)
+      if (!i || keys[i] != keys[i - 1]) plan.begin[v++] = uint32_t(i);
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+template <class T, int D, class K>
+Status sort_points(const Interleaver<D>& interleaver, const double* low, int bits, Plan& plan) {
+  const GridSubsample& args = plan.args;
+  const auto* points = static_cast<const T*>(args.points.data);
+  const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+  const int64_t n = args.points.rows;
+  const T voxel_size = T(args.voxel_size);
+  Buffer<K> keys;
+  if (!keys.resize(n) || !plan.ids.resize(n)) return Status::out_of_memory;
+#pragma omp parallel num_threads(useful_threads(args.threads, n, 1 << 13))
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    constexpr int64_t block = 64;
+    int64_t item = 0;
+    for (int64_t i = share.begin; i < share.end; i += block) {
+      const int64_t count = smaller(block, share.end - i);
+      T voxel[block * D];
+      for (int64_t j = 0; j < count * D; ++j) voxel[j] = voxel_index(points[i * D + j], voxel_size);
+      for (int64_t j = 0; j < count; ++j) {
+        while (i + j >= splits[item + 1]) ++item;
+        uint32_t from_low[D];
+        for (int a = 0; a < D; ++a) from_low[a] = uint32_t(int64_t(double(voxel[j * D + a]) - low[item * D + a]));
+        keys[i + j] = K(interleaver.key(from_low) | (interleaver.bits < 64 ? uint64_t(item) << interleaver.bits : 0));
+        plan.ids[i + j] = int32_t(i + j);
+      }
+    }
+  }
+  if (Status status = radix_sort(keys, plan.ids, n, bits, args.threads); status != Status::ok) return status;
+  return find_voxels(keys.data(), n, args.threads, plan);
+}
+
+template <class T, int D>
+Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
+  Plan* const plan = static_cast<Plan*>(malloc(sizeof(Plan)));
+  if (!plan) return Status::out_of_memory;
+  new (plan) Plan();
+  *result = plan;
+  plan->args = args;
+  const auto* points = static_cast<const T*>(args.points.data);
+  const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+  const int64_t items = args.row_splits.rows - 1;
+  memset(row_splits, 0, size_t(items + 1) * sizeof(int64_t));
+  if (!args.points.rows) return Status::ok;
+
+  Buffer<double> low;
+  if (!low.resize(items * D)) return Status::out_of_memory;
+  int axis_bits[D] = {};
+  for (int64_t b = 0; b < items; ++b) {
+    double high[D];
+    if (!bounding_box<T, D>(points + splits[b] * D, splits[b + 1] - splits[b], args.threads, &low[b * D], high))
+      return Status::not_finite;
+    if (splits[b] == splits[b + 1]) continue;
+    for (int a = 0; a < D; ++a) {
+      // Division and floor keep order, so the box of the voxels is the voxels of the box.
+      low[b * D + a] = double(voxel_index(T(low[b * D + a]), T(args.voxel_size)));
+      const double range = double(voxel_index(T(high[a]), T(args.voxel_size))) - low[b * D + a];
+      if (!(range < double(1 << max_axis_bits))) return Status::out_of_range;
+      axis_bits[a] = larger(axis_bits[a], bits_for(uint64_t(range)));
+    }
+  }
+  const Interleaver<D> interleaver(axis_bits);
+  const int bits = larger(1, interleaver.bits + bits_for(uint64_t(items - 1)));
+  if (bits > 64) return Status::out_of_range;
+  const Status status = bits <= 32 ? sort_points<T, D, uint32_t>(interleaver, low.data(), bits, *plan)
+                                   : sort_points<T, D, uint64_t>(interleaver, low.data(), bits, *plan);
+  if (status != Status::ok) return status;
+  // Items keep their places in the sorted order, so an item's first voxel begins where its points do.
+  for (int64_t b = 1, v = 0; b <= items; ++b) {
+    while (int64_t(plan->begin[v]) < splits[b]) ++v;
+    row_splits[b] = v;
+  }
+  return Status::ok;
+}
+
+// Mean of a voxel's rows. Sums are taken about the first row: what is added is as small as the voxel, so nothing is
+// lost far from the origin.
+template <class T>
+KP_INLINE void mean_row(const T* rows, int64_t columns, const int32_t* ids, int64_t n, double* sums, T* mean) {
+  const T* const first = rows + ids[0] * columns;
+  for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    const T* const row = rows + ids[i] * columns;
+    for (int64_t c = 0; c < columns; ++c) sums[c] += double(row[c]) - double(first[c]);
+  }
+  for (int64_t c = 0; c < columns; ++c) mean[c] = T(double(first[c]) + sums[c] / double(n));
+}
+
+// The most frequent label of a voxel, the smallest of equals.
+template <class L>
+class Majority {
+ public:
+  Majority(const GridSubsample& args, int64_t smallest, int64_t largest)
+      : labels_(static_cast<const L*>(args.labels.data)), smallest_(smallest), ignore_(args.ignore_label),
+        has_ignore_(args.has_ignore_label), counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
+    if (!counting_) return;
+    const int64_t range = largest - smallest + 1;
+    enough_ = counts_.resize(range);
+    if (enough_) memset(counts_.data(), 0, size_t(range) * sizeof(int32_t));
+  }
+  bool enough() const { return enough_; }
+
+  // False: no memory.
+  bool vote(const int32_t* ids, int64_t n, L* winner) { return counting_ ? count(ids, n, winner) : sort(ids, n, winner); }
+
+ private:
+  bool ignored(L label) const { return has_ignore_ && int64_t(label) == ignore_; }
+
+  // Few labels: one counter each, cleared by walking the points again.
+  bool count(const int32_t* ids, int64_t n, L* winner) {
+    int32_t most = 0;
+    *winner = L(ignore_);
+    for (int64_t i = 0; i < n; ++i) {
+      const L label = labels_[ids[i]];
+      if (ignored(label)) continue;
+      const int32_t c = ++counts_[int64_t(label) - smallest_];
+      if (c > most || (c == most && label < *winner)) {
+        most = c;
+        *winner = label;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) counts_[int64_t(labels_[ids[i]]) - smallest_] = 0;
+    return true;
+  }
+  bool sort(const int32_t* ids, int64_t n, L* winner) {
+    if (!a_.resize(n) || !spare_.resize(n)) return false;
+    int64_t voters = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const L label = labels_[ids[i]];
+      if (!ignored(label)) a_[voters++] = label;
+    }
+    *winner = L(ignore_);
+    const L* sorted = merge_sort(a_.data(), spare_.data(), voters, int64_t(1), [](L a, L b) { return a < b; });
+    int64_t most = 0;
+    for (int64_t i = 0, run = 0; i < voters; ++i) {
+      run = i && sorted[i] == sorted[i - 1] ? run + 1 : 1;
+      if (run > most) {
+        most = run;
+        *winner = sorted[i];
+      }
+    }
+    return true;
+  }
+
+  const L* labels_;
+  int64_t smallest_, ignore_;
+  bool has_ignore_, counting_, enough_ = true;
+  Buffer<int32_t> counts_;
+  Buffer<L> a_, spare_;
+};
+
+constexpr int64_t block_of_voxels = 1024;
+
+// Calls visit(state, voxel, its points' ids, how many) for every voxel; each thread makes its own state.
+template <class Make, class Visit>
+Status for_each_voxel(const Plan& plan, Make make, Visit visit) {
+  const int64_t blocks = (plan.voxels + block_of_voxels - 1) / block_of_voxels;
+  bool enough = true;
+#pragma omp parallel num_threads(useful_threads(plan.args.threads, plan.args.points.rows, 1 << 13)) \
+    reduction(&& : enough)
+  {
+    auto state = make();
+    enough = state.enough();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t end = smaller(plan.voxels, (block + 1) * block_of_voxels);
+      for (int64_t v = block * block_of_voxels; enough && v < end; ++v)
+        enough = visit(state, v, &plan.ids[plan.begin[v]], int64_t(plan.begin[v + 1]) - plan.begin[v]);
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+struct Sums {
+  Buffer<double> of_column;
+  bool got;
+  explicit Sums(int64_t columns) : got(of_column.resize(columns)) {}
+  bool enough() const { return got; }
+};
+
+template <class T>
+Status average(const Plan& plan, const Array& rows, const Array& means) {
+  const auto* from = static_cast<const T*>(rows.data);
+  auto* to = static_cast<T*>(means.data);
+  const int64_t columns = rows.cols;
+  return for_each_voxel(plan, [=] { return Sums(columns); }, [=](Sums& sums, int64_t v, const int32_t* ids, int64_t n) {
+    if (columns == 3) mean_row<T>(from, 3, ids, n, sums.of_column.data(), to + v * 3);
+    else mean_row<T>(from, columns, ids, n, sums.of_column.data(), to + v * columns);
+    return true;
+  });
+}
+
+template <class L>
+Status elect(const Plan& plan, const Array& labels) {
+  const auto* from = static_cast<const L*>(plan.args.labels.data);
+  auto* to = static_cast<L*>(labels.data);
+  L smallest = from[0], largest = from[0];
+  for (int64_t i = 1; i < plan.args.points.rows; ++i) {
+    smallest = smaller(smallest, from[i]);
+    largest = larger(largest, from[i]);
+  }
+  return for_each_voxel(
+      plan, [&] { return Majority<L>(plan.args, int64_t(smallest), int64_t(largest)); },
+      [=](Majority<L>& majority, int64_t v, const int32_t* ids, int64_t n) { return majority.vote(ids, n, to + v); });
+}
+
+}  // namespace
+
+Status grid_subsample_count(const GridSubsample& args, int64_t* row_splits, void** plan) {
+  return with_geometry(args.points.dtype, args.points.cols, [&](auto t, auto d) {
+    return count<decltype(t), decltype(d)::value>(args, row_splits, plan);
+  });
+}
+
+Status grid_subsample_fill(void* opaque, const Subsampled& out) {
+  const Plan& plan = *static_cast<Plan*>(opaque);
+  const GridSubsample& args = plan.args;
+  if (!plan.voxels) return Status::ok;
+  auto* const inverse = static_cast<int32_t*>(out.inverse.data);
+  auto* const counts = static_cast<int32_t*>(out.counts.data);
+  const auto average_of = [&](const Array& rows, const Array& means) {
+    return rows.dtype == DType::float32 ? average<float>(plan, rows, means) : average<double>(plan, rows, means);
+  };
+  Status status = average_of(args.points, out.points);
+  if (status == Status::ok)
+    status = for_each_voxel(plan, [] { return Sums(0); }, [=](Sums&, int64_t v, const int32_t* ids, int64_t n) {
+      counts[v] = int32_t(n);
+      for (int64_t i = 0; i < n; ++i) inverse[ids[i]] = int32_t(v);
+      return true;
+    });
+  if (status == Status::ok && args.features.data) status = average_of(args.features, out.features);
+  if (status == Status::ok && args.labels.data) {
+    if (args.labels.dtype == DType::uint8) status = elect<uint8_t>(plan, out.labels);
+    else if (args.labels.dtype == DType::int32) status = elect<int32_t>(plan, out.labels);
+    else status = elect<int64_t>(plan, out.labels);
+  }
+  return status;
+}
+
+void grid_subsample_free(void* plan) {
+  static_cast<Plan*>(plan)->~Plan();
+  free(plan);
+}
+
+}  // namespace KP_ISA
+}  // namespace kp
