@@ -242,19 +242,18 @@ class Walker {
       n += end[i] - begin[i];
     }
     count_ = n;
-    const int64_t padded = n + lanes<T>;
     for (int a = 0; a < D; ++a)
-      if (!x_[a].resize(padded)) return false;
-    if (!ids_.resize(padded)) return false;
-    if (by_index && n) return gather_by_index(begin, end);
+      if (!x_[a].resize(n + lanes<T>)) return false;
+    if (!ids_.resize(n + lanes<T>)) return false;
     int64_t to = 0;
     for (int i = 0; i < fingers; ++i) {
       const int64_t size = end[i] - begin[i];
-      for (int a = 0; a < D; ++a) copy(&x_[a][to], &plan_.points.x[a][begin[i]], size);
-      copy(&ids_[to], &plan_.points.ids[begin[i]], size);
+      for (int a = 0; a < D; ++a) copy_over(&x_[a][to], &plan_.points.x[a][begin[i]], size);
+      copy_over(&ids_[to], &plan_.points.ids[begin[i]], size);
       to += size;
     }
-    pad();
+    if (by_index && !sort_by_index()) return false;
+    for (int l = 0; l < lanes<T>; ++l) x_[0][n + l] = T(NAN);  // no distance to it is within anything
     return true;
   }
 
@@ -298,20 +297,10 @@ class Walker {
     return true;
   }
 
+  // Whole vectors, the last one past the end: into room that the next run overwrites.
   template <class U>
-  static void copy(U* to, const U* from, int64_t n) {
-    constexpr int width = KP_VECTOR_BYTES / sizeof(U);
-    // Whole vectors, into room that the next run or the padding overwrites; a run is some ten points long.
-    int64_t i = 0;
-    for (; i + width <= n; i += width) store(to + i, load(from + i));
-    for (; i < n; ++i) to[i] = from[i];
-  }
-
-  void pad() {
-    for (int l = 0; l < lanes<T>; ++l) x_[0][count_ + l] = T(NAN);  // no distance to it is within anything
-    for (int a = 1; a < D; ++a)
-      for (int l = 0; l < lanes<T>; ++l) x_[a][count_ + l] = 0;
-    for (int l = 0; l < lanes<T>; ++l) ids_[count_ + l] = 0;
+  static void copy_over(U* to, const U* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes<U>) store(to + i, load(from + i));
   }
 
   KP_INLINE unsigned within(const T* q, int64_t i, Vec<T>* distance) const {
@@ -323,45 +312,53 @@ class Walker {
   }
 
   // Sorted once per cell, on (index, position); a dozen queries then find their rows sorted.
-  bool gather_by_index(const int64_t* begin, const int64_t* end) {
-    int32_t low = INT32_MAX, high = 0;
-    for (int i = 0; i < fingers; ++i)
-      for (int64_t j = begin[i]; j < end[i]; ++j) {
-        low = smaller(low, plan_.points.ids[j]);
-        high = larger(high, plan_.points.ids[j]);
-      }
-    const int position_bits = bits_for(uint64_t(count_));
-    if (position_bits + bits_for(uint64_t(high - low)) < 32)
-      return gather_sorted(narrow_, low, position_bits, begin, end);
-    return gather_sorted(wide_, low, position_bits, begin, end);
+  bool sort_by_index() {
+    const int64_t n = count_;
+    if (!n) return true;
+    Vec<int32_t> lows = broadcast(ids_[0]), highs = lows;
+    int64_t i = 0;
+    for (; i + lanes<int32_t> <= n; i += lanes<int32_t>) {
+      lows = min(lows, load(&ids_[i]));
+      highs = max(highs, load(&ids_[i]));
+    }
+    int32_t low = lows[0], high = highs[0];
+    for (int l = 1; l < lanes<int32_t>; ++l) {
+      low = smaller(low, lows[l]);
+      high = larger(high, highs[l]);
+    }
+    for (; i < n; ++i) {
+      low = smaller(low, ids_[i]);
+      high = larger(high, ids_[i]);
+    }
+    const int position_bits = bits_for(uint64_t(n));
+    return position_bits + bits_for(uint64_t(high - low)) < 32 ? permute(narrow_, low, position_bits)
+                                                                : permute(wide_, low, position_bits);
   }
   template <class K>
-  bool gather_sorted(Sorter<K>& sorter, int32_t low, int position_bits, const int64_t* begin, const int64_t* end) {
-    K* const keys = sorter.keys(count_);
-    if (!keys || !where_.resize(count_)) return false;
-    int64_t n = 0;
-    for (int i = 0; i < fingers; ++i)
-      for (int64_t j = begin[i]; j < end[i]; ++j, ++n) {
-        where_[n] = uint32_t(j);
-        keys[n] = K(plan_.points.ids[j] - low) << position_bits | K(n);
-      }
+  bool permute(Sorter<K>& sorter, int32_t low, int position_bits) {
+    const int64_t n = count_;
+    K* const keys = sorter.keys(n);
+    for (int a = 0; a < D; ++a)
+      if (!sorted_x_[a].resize(n + lanes<T>)) return false;
+    if (!keys || !sorted_ids_.resize(n + lanes<T>)) return false;
+    for (int64_t i = 0; i < n; ++i) keys[i] = K(ids_[i] - low) << position_bits | K(i);
     const K* const sorted = sorter.sort(n);
     const K mask = (K(1) << position_bits) - 1;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t j = where_[int64_t(sorted[i] & mask)];
-      for (int a = 0; a < D; ++a) x_[a][i] = plan_.points.x[a][j];
-      ids_[i] = plan_.points.ids[j];
+      const auto from = int64_t(sorted[i] & mask);
+      for (int a = 0; a < D; ++a) sorted_x_[a][i] = x_[a][from];
+      sorted_ids_[i] = ids_[from];
     }
-    pad();
+    for (int a = 0; a < D; ++a) x_[a].swap(sorted_x_[a]);
+    ids_.swap(sorted_ids_);
     return true;
   }
 
   const Plan<T, D>& plan_;
   Finger finger_[fingers];
   uint64_t row_key_ = no_row;
-  Buffer<T> x_[D];
-  Buffer<int32_t> ids_;
-  Buffer<uint32_t> where_;
+  Buffer<T> x_[D], sorted_x_[D];
+  Buffer<int32_t> ids_, sorted_ids_;
   Sorter<uint32_t> narrow_;
   Sorter<uint64_t> wide_;
   int64_t count_ = 0;
@@ -487,6 +484,17 @@ struct RowScratch {
   }
 };
 
+// Whole vectors, the last one drawn back to end with the row: a call to memcpy costs as much as the search.
+void copy_row(int32_t* to, const int32_t* from, int64_t n) {
+  constexpr int64_t width = lanes<int32_t>;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) store(to + i, load(from + i));
+  if (i == n) return;
+  if (n >= width) store(to + n - width, load(from + n - width));
+  else
+    for (; i < n; ++i) to[i] = from[i];
+}
+
 template <class T, int D>
 Status fill(Plan<T, D>& plan, int32_t* index, T* distance) {
   const RadiusSearch& args = plan.args;
@@ -505,7 +513,7 @@ Status fill(Plan<T, D>& plan, int32_t* index, T* distance) {
       if (by_distance || found > n) row.sort_by_distance(found);
       if (!by_distance && found > n) row.sort_by_index(n);
     }
-    memcpy(index + begin, ids, size_t(n) * sizeof(int32_t));
+    copy_row(index + begin, ids, n);
     if (distance)
       for (int64_t i = 0; i < n; ++i) distance[begin + i] = T(::sqrt(row.d2[i]));
   });

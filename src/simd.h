@@ -43,12 +43,10 @@ KP_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
-// Filled lane by lane, since `Vec{} + x` would turn -0 into +0; compilers make one broadcast of it.
+// Minus zero and not plus, which would turn -0 into +0; compilers make one instruction of it.
 template <class T>
 KP_INLINE Vec<T> broadcast(T x) {
-  Vec<T> v;
-  for (int i = 0; i < lanes<T>; ++i) v[i] = x;
-  return v;
+  return x - Vec<T>{};
 }
 
 #if defined(__AVX512F__)
