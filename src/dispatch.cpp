@@ -24,8 +24,8 @@ bool runs_here(const Kernels& table) {
   if (!strcmp(table.isa, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (!strcmp(table.isa, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("bmi2");
 #endif
   return true;
 }
@@ -51,8 +51,12 @@ Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels() { return *choice().table; }
-const char* const* isas() { return choice().names; }
+const Kernels& kernels() {
+  return *choice().table;
+}
+const char* const* isas() {
+  return choice().names;
+}
 
 bool set_isa(const char* name) {
   for (const Kernels* k : compiled)

@@ -72,7 +72,8 @@ struct Descent {
         }
       }
     // The points on the last axis slide along it only.
-    for (int i = 1; i < fixed; ++i) memset(g.gradient + i * point_size(), 0, size_t(point_size() - group) * sizeof(double));
+    for (int i = 1; i < fixed; ++i)
+      memset(g.gradient + i * point_size(), 0, size_t(point_size() - group) * sizeof(double));
   }
 
   // One step; returns the largest change of a gradient norm among the free points. A single vertical point has but its

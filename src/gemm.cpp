@@ -42,7 +42,9 @@ double measure() {
 
 }  // namespace
 
-double fma_rate(DType dtype) { return dtype == DType::float32 ? measure<float>() : measure<double>(); }
+double fma_rate(DType dtype) {
+  return dtype == DType::float32 ? measure<float>() : measure<double>();
+}
 
 }  // namespace KP_ISA
 }  // namespace kp

@@ -14,10 +14,14 @@ constexpr int panel_width = panel_vectors * lanes<F>;
 
 // Rows of sums held at once: 32 registers hold 6 x 4 sums, 16 hold 6 x 2; narrow panels need more rows to hide the
 // latency of the additions. Tiles have a multiple of `row_step` rows.
-constexpr int rows_for(int vectors) { return vectors <= panel_vectors / 2 ? 12 : 6; }
+constexpr int rows_for(int vectors) {
+  return vectors <= panel_vectors / 2 ? 12 : 6;
+}
 constexpr int row_step = 12;
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
 
 // sums[i, v] = sum over s < segments, c < length of a[i * a_row + (s * length + c) * a_step] * b[s][c * b_step + v];
 // they replace o or are added to it.

@@ -62,19 +62,19 @@ struct KPConv {
 };
 
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
-#define KP_KERNELS(X)                                                                                              \
+#define KP_KERNELS(X)                                                                                                \
   /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the sorted points in between. */ \
-  X(Status, radius_search_count, (const RadiusSearch&, int64_t* row_splits, void** plan))                           \
-  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                       \
-  X(void, radius_search_free, (void* plan))                                                                         \
-  X(Status, transpose, (const Transpose&))                                                                          \
-  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                         \
-  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                   \
-  X(void, grid_subsample_free, (void* plan))                                                                        \
-  X(Status, kpconv, (const KPConv&, const Array& out))                                                              \
-  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))               \
-  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                 \
-  X(Status, kernel_points, (const KernelPoints&, double* out))                                                      \
+  X(Status, radius_search_count, (const RadiusSearch&, int64_t* row_splits, void** plan))                            \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                        \
+  X(void, radius_search_free, (void* plan))                                                                          \
+  X(Status, transpose, (const Transpose&))                                                                           \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \
+  X(void, grid_subsample_free, (void* plan))                                                                         \
+  X(Status, kpconv, (const KPConv&, const Array& out))                                                               \
+  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
+  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
+  X(Status, kernel_points, (const KernelPoints&, double* out))                                                       \
   X(double, fma_rate, (DType))
 
 struct Kernels {
@@ -93,8 +93,8 @@ KP_KERNELS(KP_DECLARE)
 #endif
 
 const Kernels& kernels();
-bool set_isa(const char* name);           // false: not one of isas()
-const char* const* isas();                // the usable ones, best last, null-terminated
+bool set_isa(const char* name);  // false: not one of isas()
+const char* const* isas();       // the usable ones, best last, null-terminated
 bool has_openmp();
 void pause_threads();
 

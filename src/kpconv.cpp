@@ -1,6 +1,7 @@
 // Rigid KPConv, forward and backward, by tiles.
 //
-//   out[q] = sum over k of (sum over neighbours i of q of influence(|x_i - x_q - p_k|) f_i) W_k     (Thomas et al. 2019)
+//   out[q] = sum over k of (sum over neighbours i of q of influence(|x_i - x_q - p_k|) f_i) W_k     (Thomas et al.
+//   2019)
 //
 // A tile is some 60 queries. Influences are sparse (about 1.6 kernel points per neighbour), so for each query the pairs
 // with an influence are listed by kernel point; each list is summed in registers and stored once, as one row of the
@@ -24,9 +25,9 @@ namespace KP_ISA {
 namespace {
 
 constexpr int max_dimension = 16;
-constexpr int64_t chunk = 128;               // neighbours looked at together
-constexpr int64_t tile_bytes = 7 << 19;      // 3.5 MiB of scratch for a thread's tile at most
-constexpr int64_t group_rows = 384;          // rows of packed weights used together: 96 KiB of a panel, within L2
+constexpr int64_t chunk = 128;           // neighbours looked at together
+constexpr int64_t tile_bytes = 7 << 19;  // 3.5 MiB of scratch for a thread's tile at most
+constexpr int64_t group_rows = 128;              // rows of packed weights used together: 32 KiB of a panel, within L1
 
 template <class T>
 const T* as(const Array& array) {
@@ -57,9 +58,11 @@ KP_INLINE void sum_rows(const F* features, int64_t channels, const int32_t* rows
                         bool replace) {
   Vec<F> sums[NV];
   for (int v = 0; v < NV; ++v) sums[v] = replace ? Vec<F>{} : load(to + v * lanes<F>);
+  const char* const base = reinterpret_cast<const char*>(features);
+  const int64_t stride = channels * int64_t(sizeof(F));
   for (int64_t i = 0; i < n; ++i) {
     const Vec<F> w = broadcast(weights[i]);
-    const F* const from = features + rows[i] * channels;
+    const F* const from = reinterpret_cast<const F*>(base + rows[i] * stride);
     for (int v = 0; v < NV; ++v) sums[v] = fma(w, load(from + v * lanes<F>), sums[v]);
   }
   for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
@@ -91,8 +94,9 @@ class Tile {
   bool reserve(const Problem<G, F>& problem, int64_t rows) {
     const int64_t pairs = problem.num_kernels * chunk + lanes<G>;
     row_ = row_length(problem.num_kernels * problem.channels);
-    if (!a_.resize(rows * row_ + row_step) || !slot_of_.resize(problem.num_kernels) || !kernel_of_.resize(problem.num_kernels) ||
-        !begin_.resize(problem.num_kernels + 1) || !d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs))
+    if (!a_.resize(rows * row_ + row_step) || !slot_of_.resize(problem.num_kernels) ||
+        !kernel_of_.resize(problem.num_kernels) || !begin_.resize(problem.num_kernels + 1) || !d2_.resize(pairs) ||
+        !weight_.resize(pairs) || !point_.resize(pairs))
       return false;
     memset(a_.data(), 0, size_t(rows * row_) * sizeof(F));  // rows past the last query are multiplied, not used
     return true;
@@ -134,8 +138,11 @@ class Tile {
     alignas(64) G relative[stored][chunk], nearest[chunk];
     alignas(64) int32_t who[chunk];
     const G* const center = problem.queries + q * D;
+    const int64_t prefetched = smaller<int64_t>(problem.channels, 512 / int64_t(sizeof(F)));
     for (int64_t i = 0; i < n; ++i) {
       who[i] = index[i];
+      const F* const row = problem.features + int64_t(index[i]) * problem.channels;
+      for (int64_t c = 0; c < prefetched; c += 64 / int64_t(sizeof(F))) __builtin_prefetch(row + c);
       const G* const x = problem.points + int64_t(index[i]) * D;
       for (int a = 0; a < D; ++a) relative[a][i] = x[a] - center[a];
     }
@@ -181,11 +188,18 @@ class Tile {
       const Vec<G> d2 = load(&d2_[i]);
       Vec<G> influence = {};
       switch (problem.influence) {
-        case Influence::linear: influence = linear_influence(d2, inverse_extent); break;
-        case Influence::gaussian: influence = exp_of<G>(d2 * scale); break;
-        case Influence::constant: influence = broadcast(G(1)); break;
+        case Influence::linear:
+          influence = linear_influence(d2, inverse_extent);
+          break;
+        case Influence::gaussian:
+          influence = exp_of<G>(d2 * scale);
+          break;
+        case Influence::constant:
+          influence = broadcast(G(1));
+          break;
       }
-      if constexpr (std::is_same_v<G, F>) store(&weight_[i], influence);
+      if constexpr (std::is_same_v<G, F>)
+        store(&weight_[i], influence);
       else
         for (int l = 0; l < lanes<G>; ++l) weight_[i + l] = F(influence[l]);
     }
@@ -210,8 +224,10 @@ class Tile {
       }
       if (slot_of_[k] < 0) continue;
       F* const to = row + slot_of_[k] * channels;
-      if (n) sum_weighted_rows(problem.features, channels, &point_[begin], &weight_[begin], n, to, first_chunk);
-      else if (first_chunk) memset(to, 0, size_t(channels) * sizeof(F));
+      if (n)
+        sum_weighted_rows(problem.features, channels, &point_[begin], &weight_[begin], n, to, first_chunk);
+      else if (first_chunk)
+        memset(to, 0, size_t(channels) * sizeof(F));
     }
   }
 
@@ -239,7 +255,7 @@ void multiply(const T& tile, int64_t rows, int64_t channels, const Panels<F>& we
     return;
   }
   constexpr int64_t most = 64;
-  const int64_t length = smaller(channels, group_rows);                // of each kernel point's rows
+  const int64_t length = smaller(channels, group_rows);  // of each kernel point's rows
   const int64_t group = smaller(most, larger<int64_t>(1, group_rows / channels));
   for (int64_t c = 0; c < channels; c += length)
     for (int64_t s = 0; s < tile.slots(); s += group) {
@@ -318,7 +334,8 @@ Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t 
 #pragma omp barrier
     for (int64_t u = me; u < units; u += count) {
       const int64_t c = u % blocks * block;
-      memset(grad_weights + (u / blocks * channels + c) * c_out, 0, size_t(smaller(block, channels - c) * c_out) * sizeof(F));
+      memset(grad_weights + (u / blocks * channels + c) * c_out, 0,
+             size_t(smaller(block, channels - c) * c_out) * sizeof(F));
     }
     for (int64_t round = 0; enough && round < tiles; round += count) {
       if (round + me < tiles) {
@@ -428,10 +445,21 @@ Status with_types(const KPConv& args, Call call) {
 
 template <class G, class F>
 Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
-  return {as<G>(args.points), as<G>(args.queries), int(args.points.cols), as<int32_t>(args.index),
-          as<int64_t>(args.row_splits), args.queries.rows, as<F>(args.features), args.features.cols,
-          kernel_points.data(), int(args.kernel_points.rows), G(args.extent), args.influence, args.aggregation,
-          scale.data(), nullptr};
+  return {as<G>(args.points),
+          as<G>(args.queries),
+          int(args.points.cols),
+          as<int32_t>(args.index),
+          as<int64_t>(args.row_splits),
+          args.queries.rows,
+          as<F>(args.features),
+          args.features.cols,
+          kernel_points.data(),
+          int(args.kernel_points.rows),
+          G(args.extent),
+          args.influence,
+          args.aggregation,
+          scale.data(),
+          nullptr};
 }
 
 }  // namespace

@@ -136,7 +136,8 @@ struct Directory {
           cells += cell_count;
           rows += row_count;
         }
-        enough = cell_x.resize(cells) && cell_begin.resize(cells + 1) && row_cell.resize(rows + 1) && row_key.resize(rows);
+        enough =
+            cell_x.resize(cells) && cell_begin.resize(cells + 1) && row_cell.resize(rows + 1) && row_key.resize(rows);
         if (enough) {
           cell_begin[cells] = uint32_t(n);
           row_cell[rows] = uint32_t(cells);
@@ -173,16 +174,18 @@ int64_t gallop(const K* values, int64_t from, int64_t end, K value) {
   high = smaller(high, end);
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (values[middle] < value) low = middle + 1;
-    else high = middle;
+    if (values[middle] < value)
+      low = middle + 1;
+    else
+      high = middle;
   }
   return low;
 }
 
 // One of the rows beside the current one, and the window of its cells within one cell of the current x.
 struct Finger {
-  int64_t offset;          // of the row's key
-  int64_t row = 0;         // first row whose key is not below the wanted one
+  int64_t offset;   // of the row's key
+  int64_t row = 0;  // first row whose key is not below the wanted one
   int64_t low = 0, high = 0, end = 0;
 };
 
@@ -332,7 +335,7 @@ class Walker {
     }
     const int position_bits = bits_for(uint64_t(n));
     return position_bits + bits_for(uint64_t(high - low)) < 32 ? permute(narrow_, low, position_bits)
-                                                                : permute(wide_, low, position_bits);
+                                                               : permute(wide_, low, position_bits);
   }
   template <class K>
   bool permute(Sorter<K>& sorter, int32_t low, int position_bits) {
@@ -436,9 +439,9 @@ Status count(const RadiusSearch& args, int64_t* row_splits, void** result) {
   if (status != Status::ok) return status;
 
   int64_t* const counts = row_splits + 1;
-  status = for_each_query<T, D, NoScratch>(*plan, false, [=](const Walker<T, D>& walker, NoScratch&, const T* q, int64_t id) {
-    counts[id] = walker.count_neighbors(q);
-  });
+  status = for_each_query<T, D, NoScratch>(
+      *plan, false,
+      [=](const Walker<T, D>& walker, NoScratch&, const T* q, int64_t id) { counts[id] = walker.count_neighbors(q); });
   const int64_t limit = args.max_neighbors < 0 ? INT64_MAX : args.max_neighbors;
   for (int64_t i = 0; i < plan->num_queries; ++i) {
     counts[i] = smaller(counts[i], limit);
@@ -467,12 +470,15 @@ struct RowScratch {
   // Candidates come by index, so a stable sort leaves equal distances by index.
   void sort_by_distance(int64_t n) {
     for (int64_t i = 0; i < n; ++i) near[i] = {d2[i], ids[i]};
-    const Near<T>* sorted = merge_sort(near.data(), spare.data(), n, int64_t(1), [](const Near<T>& a, const Near<T>& b) { return a.d2 < b.d2; });
+    const Near<T>* sorted = merge_sort(near.data(), spare.data(), n, int64_t(1),
+                                       [](const Near<T>& a, const Near<T>& b) { return a.d2 < b.d2; });
     unpack(sorted, n);
   }
   void sort_by_index(int64_t n) {
     for (int64_t i = 0; i < n; ++i) near[i] = {d2[i], ids[i]};
-    unpack(merge_sort(near.data(), spare.data(), n, int64_t(1), [](const Near<T>& a, const Near<T>& b) { return a.id < b.id; }), n);
+    unpack(merge_sort(near.data(), spare.data(), n, int64_t(1),
+                      [](const Near<T>& a, const Near<T>& b) { return a.id < b.id; }),
+           n);
   }
 
  private:
@@ -490,7 +496,8 @@ void copy_row(int32_t* to, const int32_t* from, int64_t n) {
   int64_t i = 0;
   for (; i + width <= n; i += width) store(to + i, load(from + i));
   if (i == n) return;
-  if (n >= width) store(to + n - width, load(from + n - width));
+  if (n >= width)
+    store(to + n - width, load(from + n - width));
   else
     for (; i < n; ++i) to[i] = from[i];
 }
@@ -503,28 +510,28 @@ Status fill(Plan<T, D>& plan, int32_t* index, T* distance) {
   const bool with_d2 = limited || by_distance || distance;
   const int64_t* const row_splits = plan.row_splits;
   if (!row_splits[plan.num_queries]) return Status::ok;
-  return for_each_query<T, D, RowScratch<T>>(plan, by_index, [=](const Walker<T, D>& walker, RowScratch<T>& row, const T* q, int64_t id) {
-    const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
-    int32_t* const ids = row.ids.data();
-    if (!with_d2) {
-      walker.template collect<false>(q, ids, nullptr);
-    } else {
-      const int64_t found = walker.template collect<true>(q, ids, row.d2.data());
-      if (by_distance || found > n) row.sort_by_distance(found);
-      if (!by_distance && found > n) row.sort_by_index(n);
-    }
-    copy_row(index + begin, ids, n);
-    if (distance)
-      for (int64_t i = 0; i < n; ++i) distance[begin + i] = T(::sqrt(row.d2[i]));
-  });
+  return for_each_query<T, D, RowScratch<T>>(
+      plan, by_index, [=](const Walker<T, D>& walker, RowScratch<T>& row, const T* q, int64_t id) {
+        const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
+        int32_t* const ids = row.ids.data();
+        if (!with_d2) {
+          walker.template collect<false>(q, ids, nullptr);
+        } else {
+          const int64_t found = walker.template collect<true>(q, ids, row.d2.data());
+          if (by_distance || found > n) row.sort_by_distance(found);
+          if (!by_distance && found > n) row.sort_by_index(n);
+        }
+        copy_row(index + begin, ids, n);
+        if (distance)
+          for (int64_t i = 0; i < n; ++i) distance[begin + i] = T(::sqrt(row.d2[i]));
+      });
 }
 
 }  // namespace
 
 Status radius_search_count(const RadiusSearch& args, int64_t* row_splits, void** plan) {
-  return with_geometry(args.points.dtype, args.points.cols, [&](auto t, auto d) {
-    return count<decltype(t), decltype(d)::value>(args, row_splits, plan);
-  });
+  return with_geometry(args.points.dtype, args.points.cols,
+                       [&](auto t, auto d) { return count<decltype(t), decltype(d)::value>(args, row_splits, plan); });
 }
 
 Status radius_search_fill(void* plan, int32_t* index, void* distance) {
@@ -555,8 +562,8 @@ Status transpose(const Transpose& args) {
   auto* splits = static_cast<int64_t*>(args.out_row_splits.data);
   const int64_t m = args.row_splits.rows - 1, n = args.out_row_splits.rows - 1, pairs = rows[m];
   // One counter per thread and column: no more threads than make the counters half as large as the list.
-  const int threads = int(
-      larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 15), pairs / (4 * (n + 1)))));
+  const int threads =
+      int(larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 15), pairs / (4 * (n + 1)))));
   Buffer<int64_t> next;
   if (!next.resize(int64_t(threads) * n)) return Status::out_of_memory;
 #pragma omp parallel num_threads(threads)

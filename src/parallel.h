@@ -10,8 +10,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
-static inline int omp_get_thread_num() { return 0; }
-static inline int omp_get_num_threads() { return 1; }
+static inline int omp_get_thread_num() {
+  return 0;
+}
+static inline int omp_get_num_threads() {
+  return 1;
+}
 #endif
 
 #if defined(__linux__)
@@ -90,7 +94,9 @@ inline int useful_threads(int threads, int64_t n, int64_t grain) {
   return int(larger<int64_t>(1, smaller<int64_t>(threads, n / grain)));
 }
 
-inline int bits_for(uint64_t largest) { return largest ? 64 - __builtin_clzll(largest) : 0; }
+inline int bits_for(uint64_t largest) {
+  return largest ? 64 - __builtin_clzll(largest) : 0;
+}
 
 }  // namespace
 }  // namespace kp

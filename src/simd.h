@@ -50,38 +50,86 @@ KP_INLINE Vec<T> broadcast(T x) {
 }
 
 #if defined(__AVX512F__)
-KP_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
-KP_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-KP_INLINE Vec<float> sqrt(Vec<float> a) { return _mm512_sqrt_ps(a); }
-KP_INLINE Vec<double> sqrt(Vec<double> a) { return _mm512_sqrt_pd(a); }
-KP_INLINE unsigned mask_le(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-KP_INLINE unsigned mask_le(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
-KP_INLINE unsigned mask_lt(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-KP_INLINE unsigned mask_lt(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
-KP_INLINE unsigned mask_eq(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-KP_INLINE unsigned mask_eq(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
-KP_INLINE Vec<float> load_first(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
-KP_INLINE Vec<double> load_first(const double* p, int n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
-KP_INLINE void store_first(float* p, int n, Vec<float> v) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
-KP_INLINE void store_first(double* p, int n, Vec<double> v) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+KP_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+KP_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+KP_INLINE Vec<float> sqrt(Vec<float> a) {
+  return _mm512_sqrt_ps(a);
+}
+KP_INLINE Vec<double> sqrt(Vec<double> a) {
+  return _mm512_sqrt_pd(a);
+}
+KP_INLINE unsigned mask_le(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+}
+KP_INLINE unsigned mask_le(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ);
+}
+KP_INLINE unsigned mask_lt(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+}
+KP_INLINE unsigned mask_lt(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ);
+}
+KP_INLINE unsigned mask_eq(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+KP_INLINE unsigned mask_eq(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ);
+}
+KP_INLINE Vec<float> load_first(const float* p, int n) {
+  return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+KP_INLINE Vec<double> load_first(const double* p, int n) {
+  return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+}
+KP_INLINE void store_first(float* p, int n, Vec<float> v) {
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+}
+KP_INLINE void store_first(double* p, int n, Vec<double> v) {
+  _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+}
 #else
 #if defined(__AVX2__)
-KP_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
-KP_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
-KP_INLINE Vec<float> sqrt(Vec<float> a) { return _mm256_sqrt_ps(a); }
-KP_INLINE Vec<double> sqrt(Vec<double> a) { return _mm256_sqrt_pd(a); }
-KP_INLINE unsigned mask_of(Vec<int32_t> v) { return _mm256_movemask_ps((__m256)v); }
-KP_INLINE unsigned mask_of(Vec<int64_t> v) { return _mm256_movemask_pd((__m256d)v); }
+KP_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+KP_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+KP_INLINE Vec<float> sqrt(Vec<float> a) {
+  return _mm256_sqrt_ps(a);
+}
+KP_INLINE Vec<double> sqrt(Vec<double> a) {
+  return _mm256_sqrt_pd(a);
+}
+KP_INLINE unsigned mask_of(Vec<int32_t> v) {
+  return _mm256_movemask_ps((__m256)v);
+}
+KP_INLINE unsigned mask_of(Vec<int64_t> v) {
+  return _mm256_movemask_pd((__m256d)v);
+}
 #else
 template <class V>
 KP_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 #if defined(__SSE2__)
-KP_INLINE Vec<float> sqrt(Vec<float> a) { return _mm_sqrt_ps(a); }
-KP_INLINE Vec<double> sqrt(Vec<double> a) { return _mm_sqrt_pd(a); }
-KP_INLINE unsigned mask_of(Vec<int32_t> v) { return _mm_movemask_ps((__m128)v); }
-KP_INLINE unsigned mask_of(Vec<int64_t> v) { return _mm_movemask_pd((__m128d)v); }
+KP_INLINE Vec<float> sqrt(Vec<float> a) {
+  return _mm_sqrt_ps(a);
+}
+KP_INLINE Vec<double> sqrt(Vec<double> a) {
+  return _mm_sqrt_pd(a);
+}
+KP_INLINE unsigned mask_of(Vec<int32_t> v) {
+  return _mm_movemask_ps((__m128)v);
+}
+KP_INLINE unsigned mask_of(Vec<int64_t> v) {
+  return _mm_movemask_pd((__m128d)v);
+}
 #else
 KP_INLINE Vec<float> sqrt(Vec<float> a) {
   for (int i = 0; i < lanes<float>; ++i) a[i] = __builtin_sqrtf(a[i]);
@@ -156,7 +204,9 @@ KP_INLINE Vec<T> exp_of(Vec<T> x) {
   return x < lowest ? Vec<T>{} : sum * power;
 }
 
-KP_INLINE int popcount(unsigned mask) { return __builtin_popcount(mask); }
+KP_INLINE int popcount(unsigned mask) {
+  return __builtin_popcount(mask);
+}
 
 // The first n lanes set.
 template <class T>
@@ -206,11 +256,13 @@ KP_INLINE int compress(int32_t* p, unsigned mask, const int32_t* from) {
   if constexpr (lanes<T> == 16)
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(__mmask16(mask), _mm512_loadu_si512(from)));
   else
-    _mm256_storeu_si256((__m256i*)p, _mm256_maskz_compress_epi32(__mmask8(mask), _mm256_loadu_si256((const __m256i*)from)));
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm256_maskz_compress_epi32(__mmask8(mask), _mm256_loadu_si256((const __m256i*)from)));
 #else
 #if defined(__AVX2__)
   if constexpr (lanes<T> == 8) {
-    _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)from), compressing(mask)));
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)from), compressing(mask)));
     return popcount(mask);
   }
 #endif

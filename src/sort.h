@@ -1,4 +1,5 @@
-// Two sorts. `Sorter`: a few hundred distinct keys at a time, in registers. `radix_sort`: millions of (key, id), stable.
+// Two sorts. `Sorter`: a few hundred distinct keys at a time, in registers. `radix_sort`: millions of (key, id),
+// stable.
 #pragma once
 
 #include <utility>
@@ -49,9 +50,12 @@ KP_INLINE void merge_lanes(Vec<K>* v) {
     v[r] = choose<G>(min(a, b_mirrored), max(a, b_mirrored), all);
     v[R - 1 - r] = choose<G>(min(b, a_mirrored), max(b, a_mirrored), all);
   }
-  if constexpr (G >= 8) halve_lanes<4, R, K>(v);
-  else if constexpr (G >= 4) halve_lanes<2, R, K>(v);
-  else if constexpr (G >= 2) halve_lanes<1, R, K>(v);
+  if constexpr (G >= 8)
+    halve_lanes<4, R, K>(v);
+  else if constexpr (G >= 4)
+    halve_lanes<2, R, K>(v);
+  else if constexpr (G >= 2)
+    halve_lanes<1, R, K>(v);
   for (int stride = R / 2; stride; stride /= 2)
     for (int r = 0; r < R; ++r)
       if (!(r & stride)) order(v[r], v[r + stride]);

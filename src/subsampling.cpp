@@ -180,8 +180,11 @@ template <class L>
 class Majority {
  public:
   Majority(const GridSubsample& args, int64_t smallest, int64_t largest)
-      : labels_(static_cast<const L*>(args.labels.data)), smallest_(smallest), ignore_(args.ignore_label),
-        has_ignore_(args.has_ignore_label), counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
+      : labels_(static_cast<const L*>(args.labels.data)),
+        smallest_(smallest),
+        ignore_(args.ignore_label),
+        has_ignore_(args.has_ignore_label),
+        counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
     if (!counting_) return;
     const int64_t range = largest - smallest + 1;
     enough_ = counts_.resize(range);
@@ -190,7 +193,9 @@ class Majority {
   bool enough() const { return enough_; }
 
   // False: no memory.
-  bool vote(const int32_t* ids, int64_t n, L* winner) { return counting_ ? count(ids, n, winner) : sort(ids, n, winner); }
+  bool vote(const int32_t* ids, int64_t n, L* winner) {
+    return counting_ ? count(ids, n, winner) : sort(ids, n, winner);
+  }
 
  private:
   bool ignored(L label) const { return has_ignore_ && int64_t(label) == ignore_; }
@@ -272,11 +277,15 @@ Status average(const Plan& plan, const Array& rows, const Array& means) {
   const auto* from = static_cast<const T*>(rows.data);
   auto* to = static_cast<T*>(means.data);
   const int64_t columns = rows.cols;
-  return for_each_voxel(plan, [=] { return Sums(columns); }, [=](Sums& sums, int64_t v, const int32_t* ids, int64_t n) {
-    if (columns == 3) mean_row<T>(from, 3, ids, n, sums.of_column.data(), to + v * 3);
-    else mean_row<T>(from, columns, ids, n, sums.of_column.data(), to + v * columns);
-    return true;
-  });
+  return for_each_voxel(
+      plan, [=] { return Sums(columns); },
+      [=](Sums& sums, int64_t v, const int32_t* ids, int64_t n) {
+        if (columns == 3)
+          mean_row<T>(from, 3, ids, n, sums.of_column.data(), to + v * 3);
+        else
+          mean_row<T>(from, columns, ids, n, sums.of_column.data(), to + v * columns);
+        return true;
+      });
 }
 
 template <class L>
@@ -296,9 +305,8 @@ Status elect(const Plan& plan, const Array& labels) {
 }  // namespace
 
 Status grid_subsample_count(const GridSubsample& args, int64_t* row_splits, void** plan) {
-  return with_geometry(args.points.dtype, args.points.cols, [&](auto t, auto d) {
-    return count<decltype(t), decltype(d)::value>(args, row_splits, plan);
-  });
+  return with_geometry(args.points.dtype, args.points.cols,
+                       [&](auto t, auto d) { return count<decltype(t), decltype(d)::value>(args, row_splits, plan); });
 }
 
 Status grid_subsample_fill(void* opaque, const Subsampled& out) {
@@ -312,16 +320,21 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
   };
   Status status = average_of(args.points, out.points);
   if (status == Status::ok)
-    status = for_each_voxel(plan, [] { return Sums(0); }, [=](Sums&, int64_t v, const int32_t* ids, int64_t n) {
-      counts[v] = int32_t(n);
-      for (int64_t i = 0; i < n; ++i) inverse[ids[i]] = int32_t(v);
-      return true;
-    });
+    status = for_each_voxel(
+        plan, [] { return Sums(0); },
+        [=](Sums&, int64_t v, const int32_t* ids, int64_t n) {
+          counts[v] = int32_t(n);
+          for (int64_t i = 0; i < n; ++i) inverse[ids[i]] = int32_t(v);
+          return true;
+        });
   if (status == Status::ok && args.features.data) status = average_of(args.features, out.features);
   if (status == Status::ok && args.labels.data) {
-    if (args.labels.dtype == DType::uint8) status = elect<uint8_t>(plan, out.labels);
-    else if (args.labels.dtype == DType::int32) status = elect<int32_t>(plan, out.labels);
-    else status = elect<int64_t>(plan, out.labels);
+    if (args.labels.dtype == DType::uint8)
+      status = elect<uint8_t>(plan, out.labels);
+    else if (args.labels.dtype == DType::int32)
+      status = elect<int32_t>(plan, out.labels);
+    else
+      status = elect<int64_t>(plan, out.labels);
   }
   return status;
 }
