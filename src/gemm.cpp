@@ -23,7 +23,6 @@ double measure() {
   if (!a.resize(rows * length) || !b.resize(length * panel_width<F>) || !o.resize(rows * panel_width<F>)) return 0;
   for (int64_t i = 0; i < a.size(); ++i) a[i] = F(1);
   for (int64_t i = 0; i < b.size(); ++i) b[i] = F(1);
-  const F* const panel = b.data();
   double best = 0;
   for (int stretch = 0; stretch < 20; ++stretch) {
     const double start = seconds();
@@ -31,8 +30,9 @@ double measure() {
     double elapsed;
     do {
       for (int i = 0; i < 1000; ++i, ++blocks)
-        multiply_block<F, rows, panel_vectors>(1, length, a.data(), length, 1, &panel, panel_width<F>, o.data(),
-                                               panel_width<F>, true);
+        multiply_block<F, rows, panel_vectors, true>(
+            length, a.data(), length, 1, [&](int64_t c) { return &b[c * panel_width<F>]; },
+            [&](int64_t r) { return &o[r * panel_width<F>]; });
       elapsed = seconds() - start;
     } while (elapsed < 5e-3);
     best = larger(best, 2.0 * rows * length * panel_width<F> * double(blocks) / elapsed);

@@ -23,31 +23,28 @@ inline int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
-// sums[i, v] = sum over s < segments, c < length of a[i * a_row + (s * length + c) * a_step] * b[s][c * b_step + v];
-// they replace o or are added to it.
-template <class F, int MR, int NV>
-inline void multiply_block(int64_t segments, int64_t length, const F* a, int64_t a_row, int64_t a_step,
-                           const F* const* b, int64_t b_step, F* o, int64_t o_row, bool replace) {
+// For i < MR: the NV vectors at to(i) = or += the sum over c < length of a[i * a_row + c * a_step] * (those at
+// right(c)).
+template <class F, int MR, int NV, bool replace, class Right, class To>
+KP_INLINE void multiply_block(int64_t length, const F* a, int64_t a_row, int64_t a_step, Right right, To to) {
   Vec<F> sums[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) sums[i][v] = Vec<F>{};
-  for (int64_t s = 0; s < segments; ++s) {
-    const F* row = b[s];
-    for (int64_t c = 0; c < length; ++c, a += a_step, row += b_step) {
-      Vec<F> right[NV];
-      for (int v = 0; v < NV; ++v) right[v] = load(row + v * lanes<F>);
+  for (int64_t c = 0; c < length; ++c, a += a_step) {
+    const F* const row = right(c);
+    Vec<F> factors[NV];
+    for (int v = 0; v < NV; ++v) factors[v] = load(row + v * lanes<F>);
 #pragma GCC unroll 12
-      for (int i = 0; i < MR; ++i) {
-        const Vec<F> left = broadcast(a[i * a_row]);
-        for (int v = 0; v < NV; ++v) sums[i][v] = fma(left, right[v], sums[i][v]);
-      }
+    for (int i = 0; i < MR; ++i) {
+      const Vec<F> left = broadcast(a[i * a_row]);
+      for (int v = 0; v < NV; ++v) sums[i][v] = fma(left, factors[v], sums[i][v]);
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) {
-      F* const to = o + i * o_row + v * lanes<F>;
-      store(to, replace ? sums[i][v] : load(to) + sums[i][v]);
-    }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+    F* const o = to(i);
+    for (int v = 0; v < NV; ++v) store(o + v * lanes<F>, replace ? sums[i][v] : load(o + v * lanes<F>) + sums[i][v]);
+  }
 }
 
 // Calls f(vectors) with the number of vectors as a constant.

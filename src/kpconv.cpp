@@ -3,10 +3,11 @@
 //   out[q] = sum over k of (sum over neighbours i of q of influence(|x_i - x_q - p_k|) f_i) W_k     (Thomas et al.
 //   2019)
 //
-// A tile is some 60 queries. Influences are sparse (about 1.6 kernel points per neighbour), so for each query the pairs
-// with an influence are listed by kernel point; each list is summed in registers and stored once, as one row of the
-// tile's A (queries, slots * Cin). A slot is a kernel point that the tile uses at all: on surfaces a sixth of them are
-// empty for a whole tile. A times the packed weights is the tile's output. Nothing larger than a tile ever exists.
+// A tile is some hundred queries. Influences are sparse (about 1.6 kernel points per neighbour), so for each query the
+// pairs with an influence are listed by kernel point, and each list is summed in registers and stored once: as one more
+// row of the tile's A_k, beside the number of the query. On surfaces a quarter of the (query, kernel point) have no
+// pair, and so no row: they cost nothing. Then the tile's output is the sum over k of A_k W_k, added to the rows'
+// queries by a micro-kernel over packed weights. Nothing larger than a tile ever exists.
 //
 // Backward: the gradient of the features is the same operator on the transposed neighbours with mirrored kernel points
 // and transposed weights. The gradient of W_k sums A_k^T grad over the tiles; every element is one thread's own and
@@ -25,10 +26,10 @@ namespace KP_ISA {
 namespace {
 
 constexpr int max_dimension = 16;
-constexpr int64_t chunk = 128;           // neighbours looked at together
-constexpr int64_t tile_bytes = 7 << 19;  // 3.5 MiB of scratch for a thread's tile at most
-constexpr int64_t group_rows = 128;              // rows of packed weights used together: 32 KiB of a panel, within L1
-
+constexpr int64_t chunk = 128;            // neighbours looked at together
+constexpr int64_t most_rows = 120;        // queries in a tile
+constexpr int64_t cache_bytes = 1 << 19;  // what a tile of more than 60 queries may take: half a second-level cache
+constexpr int64_t tile_bytes = 7 << 19;   // what any tile may take: 3.5 MiB
 template <class T>
 const T* as(const Array& array) {
   return static_cast<const T*>(array.data);
@@ -87,47 +88,37 @@ inline void sum_weighted_rows(const F* features, int64_t channels, const int32_t
   }
 }
 
-// One thread's tile: A and its slots.
+// One thread's tile: for every kernel point the summed rows and the queries, counted from the tile's first, they are
+// of.
 template <class G, class F, int DIM>
 class Tile {
  public:
+  // Rows are a multiple of row_step.
   bool reserve(const Problem<G, F>& problem, int64_t rows) {
-    const int64_t pairs = problem.num_kernels * chunk + lanes<G>;
-    row_ = row_length(problem.num_kernels * problem.channels);
-    if (!a_.resize(rows * row_ + row_step) || !slot_of_.resize(problem.num_kernels) ||
-        !kernel_of_.resize(problem.num_kernels) || !begin_.resize(problem.num_kernels + 1) || !d2_.resize(pairs) ||
-        !weight_.resize(pairs) || !point_.resize(pairs))
-      return false;
-    memset(a_.data(), 0, size_t(rows * row_) * sizeof(F));  // rows past the last query are multiplied, not used
+    const int64_t K = problem.num_kernels, pairs = K * chunk + lanes<G>;
+    rows_ = rows;
+    channels_ = problem.channels;
+    if (!a_.resize(K * rows * channels_ + row_step) || !query_.resize(K * rows) || !size_.resize(K)) return false;
+    if (!begin_.resize(K + 1) || !d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs)) return false;
+    // The micro-kernel also reads rows up to the next multiple of row_step, for sums that are dropped.
+    memset(a_.data(), 0, size_t(a_.size()) * sizeof(F));
     return true;
   }
 
-  void fill(const Problem<G, F>& problem, int64_t first, int64_t rows) {
-    slots_ = 0;
-    for (int k = 0; k < problem.num_kernels; ++k) slot_of_[k] = -1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t q = first + r;
-      int64_t e = problem.row_splits[q];
-      do {
-        const int64_t n = smaller(chunk, problem.row_splits[q + 1] - e);
-        list_pairs(problem, q, problem.index + e, n);
-        sum_lists(problem, r, e == problem.row_splits[q]);
-        e += n;
-      } while (e < problem.row_splits[q + 1]);
+  void fill(const Problem<G, F>& problem, int64_t first, int64_t count) {
+    for (int k = 0; k < problem.num_kernels; ++k) size_[k] = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t q = first + r, end = problem.row_splits[q + 1];
+      for (int64_t e = problem.row_splits[q]; e < end; e += chunk) {
+        list_pairs(problem, q, problem.index + e, smaller(chunk, end - e));
+        sum_lists(problem, int32_t(r));
+      }
     }
   }
 
-  const F* a() const { return a_.data(); }
-  int64_t row() const { return row_; }
-  int64_t slots() const { return slots_; }
-  int kernel(int64_t slot) const { return kernel_of_[slot]; }
-  int slot(int k) const { return slot_of_[k]; }
-
-  // Not a multiple of 1 KiB, which would put a block's rows into the same cache sets.
-  static int64_t row_length(int64_t n) {
-    const int64_t line = 64 / sizeof(F), length = round_up(n, line);
-    return length % (16 * line) ? length : length + line;
-  }
+  int64_t size(int64_t k) const { return size_[k]; }
+  const F* a(int64_t k) const { return a_.data() + k * rows_ * channels_; }
+  const int32_t* queries(int64_t k) const { return query_.data() + k * rows_; }
 
  private:
   // Pairs of (neighbour, kernel point) with an influence, by kernel point; and their influences.
@@ -209,68 +200,53 @@ class Tile {
       for (int64_t i = 0; i < pairs; ++i) weight_[i] *= problem.point_scale[point_[i]];
   }
 
-  // Each list into its slot of row r.
-  void sum_lists(const Problem<G, F>& problem, int64_t r, bool first_chunk) {
-    const int64_t channels = problem.channels;
-    F* const row = a_.data() + r * row_;
+  // Each list into a row of its A_k: a new one, or that of this query's earlier neighbours.
+  void sum_lists(const Problem<G, F>& problem, int32_t r) {
     for (int k = 0; k < problem.num_kernels; ++k) {
       const int64_t begin = begin_[k], n = begin_[k + 1] - begin;
-      if (n && slot_of_[k] < 0) {
-        slot_of_[k] = slots_;
-        kernel_of_[slots_] = k;
-        for (int64_t i = 0; i <= r; ++i)
-          memset(a_.data() + i * row_ + slots_ * channels, 0, size_t(channels) * sizeof(F));
-        ++slots_;
-      }
-      if (slot_of_[k] < 0) continue;
-      F* const to = row + slot_of_[k] * channels;
-      if (n)
-        sum_weighted_rows(problem.features, channels, &point_[begin], &weight_[begin], n, to, first_chunk);
-      else if (first_chunk)
-        memset(to, 0, size_t(channels) * sizeof(F));
+      if (!n) continue;
+      int32_t* const queries = query_.data() + k * rows_;
+      const bool is_new = !size_[k] || queries[size_[k] - 1] != r;
+      if (is_new) queries[size_[k]++] = r;
+      F* const to = a_.data() + (k * rows_ + size_[k] - 1) * channels_;
+      sum_weighted_rows(problem.features, channels_, &point_[begin], &weight_[begin], n, to, is_new);
     }
   }
 
   Buffer<F> a_, weight_;
   Buffer<G> d2_;
-  Buffer<int32_t> point_, slot_of_, kernel_of_;
+  Buffer<int32_t> point_, query_, size_;
   Buffer<int64_t> begin_;
-  int64_t row_ = 0;
-  int32_t slots_ = 0;
+  int64_t rows_ = 0, channels_ = 0;
 };
 
-// Queries in a tile: as many as fit, at most 60.
+// Queries in a tile: what fits.
 template <class F>
-int64_t rows_of_tile(int64_t row, int64_t columns) {
-  const int64_t fit = tile_bytes / (int64_t(sizeof(F)) * (row + columns));
-  return larger<int64_t>(row_step, smaller<int64_t>(60, fit / row_step * row_step));
+int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
+  const int64_t row = int64_t(sizeof(F)) * (a_row + o_row);
+  const int64_t fit = larger(smaller<int64_t>(60, tile_bytes / row), smaller<int64_t>(most_rows, cache_bytes / row));
+  return larger<int64_t>(row_step, fit / row_step * row_step);
 }
 
-// o (rows, padded columns) = the tile's A times the packed weights of its slots.
+// o (tile rows + 1, padded columns) = the tile's A times the packed weights; the last row is for sums that are dropped.
 template <class F, class T>
-void multiply(const T& tile, int64_t rows, int64_t channels, const Panels<F>& weights, F* o) {
+void multiply(const T& tile, int64_t tile_rows, int num_kernels, int64_t channels, const Panels<F>& weights, F* o) {
   const int64_t o_row = weights.padded_columns();
-  if (!tile.slots()) {
-    memset(o, 0, size_t(rows * o_row) * sizeof(F));
-    return;
+  memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
+  for (int k = 0; k < num_kernels; ++k) {
+    const int64_t size = tile.size(k);
+    const int32_t* const queries = tile.queries(k);
+    for (int64_t p = 0; size && p < weights.count(); ++p)
+      with_vectors(weights.vectors(p), [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+        const F* const panel = weights.row(p, k * channels);
+        F* const to = o + p * panel_width<F>;
+        for (int64_t i = 0; i < size; i += MR)
+          multiply_block<F, MR, NV, false>(
+              channels, tile.a(k) + i * channels, channels, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
+              [=](int64_t r) { return to + (i + r < size ? queries[i + r] : tile_rows) * o_row; });
+      });
   }
-  constexpr int64_t most = 64;
-  const int64_t length = smaller(channels, group_rows);  // of each kernel point's rows
-  const int64_t group = smaller(most, larger<int64_t>(1, group_rows / channels));
-  for (int64_t c = 0; c < channels; c += length)
-    for (int64_t s = 0; s < tile.slots(); s += group) {
-      const int64_t segments = smaller(group, tile.slots() - s), size = smaller(length, channels - c);
-      for (int64_t p = 0; p < weights.count(); ++p) {
-        const F* b[most];
-        for (int64_t i = 0; i < segments; ++i) b[i] = weights.row(p, tile.kernel(s + i) * channels + c);
-        with_vectors(weights.vectors(p), [&](auto vectors) {
-          constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-          for (int64_t i = 0; i < rows; i += MR)
-            multiply_block<F, MR, NV>(segments, size, tile.a() + i * tile.row() + s * channels + c, tile.row(), 1, b,
-                                      NV * lanes<F>, o + i * o_row + p * panel_width<F>, o_row, !s && !c);
-        });
-      }
-    }
 }
 
 template <class G, class F, int DIM>
@@ -278,8 +254,8 @@ Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, in
                 int threads) {
   Panels<F> panels;
   if (!panels.pack(weights, problem.num_kernels, c_in, c_out, transposed, threads)) return Status::out_of_memory;
-  const int64_t row = Tile<G, F, DIM>::row_length(problem.num_kernels * problem.channels);
-  const int64_t tile_rows = rows_of_tile<F>(row, panels.padded_columns()), columns = panels.columns;
+  const int64_t tile_rows = rows_of_tile<F>(problem.num_kernels * problem.channels, panels.padded_columns());
+  const int64_t columns = panels.columns;
   const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
   threads = useful_threads(threads, tiles, 1);
   bool enough = true;
@@ -287,13 +263,13 @@ Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, in
   {
     Tile<G, F, DIM> tile;
     Buffer<F> o;
-    enough = tile.reserve(problem, tile_rows) && o.resize(tile_rows * panels.padded_columns());
+    enough = tile.reserve(problem, tile_rows) && o.resize((tile_rows + 1) * panels.padded_columns());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; ++t) {
       if (!enough) continue;
       const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
       tile.fill(problem, first, rows);
-      multiply(tile, rows, problem.channels, panels, o.data());
+      multiply(tile, tile_rows, problem.num_kernels, problem.channels, panels, o.data());
       for (int64_t r = 0; r < rows; ++r)
         memcpy(out + (first + r) * columns, &o[r * panels.padded_columns()], size_t(columns) * sizeof(F));
     }
@@ -306,8 +282,7 @@ Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, in
 template <class G, class F, int DIM>
 Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t c_out, F* grad_weights, int threads) {
   const int64_t channels = problem.channels, K = problem.num_kernels;
-  const int64_t row = Tile<G, F, DIM>::row_length(K * channels), padded = round_up(c_out, lanes<F>);
-  const int64_t tile_rows = rows_of_tile<F>(row, padded);
+  const int64_t padded = round_up(c_out, lanes<F>), tile_rows = rows_of_tile<F>(K * channels, padded);
   const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
   constexpr int64_t block = 4 * row_step;  // channels in a unit of work
   const int64_t blocks = (channels + block - 1) / block, units = K * blocks;
@@ -352,21 +327,24 @@ Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t 
         const int64_t k = u / blocks, c = u % blocks * block, end = smaller(channels, c + block);
         for (int64_t w = 0; w < smaller(count, tiles - round); ++w) {
           const Work& work = works[w];
-          const int slot = work.tile.slot(int(k));
-          if (slot < 0) continue;
-          for (int64_t v = 0; v < c_out; v += panel_width<F>) {
-            const F* const b = &work.grad[v];
+          const int64_t size = work.tile.size(k);
+          const int32_t* const queries = work.tile.queries(k);
+          for (int64_t v = 0; size && v < c_out; v += panel_width<F>) {
+            const F* const grad = &work.grad[v];
+            const auto right = [=](int64_t i) { return grad + queries[i] * padded; };
             const int64_t width = smaller<int64_t>(panel_width<F>, c_out - v);
             with_vectors(int((width + lanes<F> - 1) / lanes<F>), [&](auto vectors) {
               constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
               for (int64_t i = c; i < end; i += MR) {
                 F* const to = grad_weights + (k * channels + i) * c_out + v;
-                const F* const a = work.tile.a() + slot * channels + i;
+                const F* const a = work.tile.a(k) + i;
                 if (i + MR <= end && width == NV * lanes<F>) {
-                  multiply_block<F, MR, NV>(1, work.rows, a, 1, row, &b, padded, to, c_out, false);
+                  multiply_block<F, MR, NV, false>(size, a, 1, channels, right,
+                                                   [=](int64_t r) { return to + r * c_out; });
                   continue;
                 }
-                multiply_block<F, MR, NV>(1, work.rows, a, 1, row, &b, padded, spill, NV * lanes<F>, true);
+                multiply_block<F, MR, NV, true>(size, a, 1, channels, right,
+                                                [=](int64_t r) { return spill + r * NV * lanes<F>; });
                 for (int64_t x = 0; x < smaller<int64_t>(MR, end - i); ++x)
                   for (int64_t y = 0; y < width; ++y) to[x * c_out + y] += spill[x * NV * lanes<F> + y];
               }
