@@ -75,14 +75,19 @@ def splits_array(name, value, rows, of):
     return value
 
 
-def positive(name, value):
-    """A finite number above zero."""
+def length(name, value, dtype):
+    """A number above zero; its square, times or divided by a few, must not overflow or lose digits in `dtype`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
+    with np.errstate(over="ignore", under="ignore"):
+        square = dtype.type(number) * dtype.type(number)
+    limits = np.finfo(dtype)
+    if not 8 * limits.tiny <= square <= limits.max / 8:
+        raise ValueError(f"{name}: expected a number whose square {dtype} can hold, got {value}")
     return number
 
 
@@ -93,7 +98,9 @@ def integer(name, value, low, high=None):
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}: expected {f'{low} to {high}' if high is not None else f'at least {low}'}, got {number}")
+        raise ValueError(
+            f"{name}: expected {f'{low} to {high}' if high is not None else f'at least {low}'}, got {number}"
+        )
     return number
 
 

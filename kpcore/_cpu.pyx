@@ -94,6 +94,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     const char* const* c_isas "kp::isas"() noexcept
     bint c_has_openmp "kp::has_openmp"() noexcept
     void c_pause_threads "kp::pause_threads"() noexcept
+    const char* c_version "KP_VERSION"
 
 
 class NotFinite(Exception):
@@ -321,6 +322,10 @@ def fma_rate(str dtype):
     with nogil:
         rate = kernels().fma_rate(code)
     return rate
+
+
+def version():
+    return c_version.decode()
 
 
 def isas():

@@ -4,7 +4,8 @@ Every differentiable operator is one row, an `Op`: its forward, its vector-Jacob
 be differentiated in. Called with arrays, an operator just computes. Called with a `Tensor` for one of those arguments
 it also remembers what it did, and `vjp` walks back over that.
 
-    out, pullback = kpcore.autodiff.vjp(lambda f, w: kpcore.kpconv(points, None, nb, f, w, kpt, 0.048), features, weights)
+    conv = lambda f, w: kpcore.kpconv(points, None, neighbors, f, w, kernel_points, extent)
+    out, pullback = kpcore.autodiff.vjp(conv, features, weights)
     grad_features, grad_weights = pullback(grad_out)
 """
 
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from kpcore import _array
 
 
 class Tensor:
@@ -77,8 +80,8 @@ def vjp(fn, *primals):
     out : array
         ``fn(*primals)``
     pullback : callable
-        Takes the gradient of a scalar with respect to `out`, an array like it, and returns the gradients with respect to
-        the primals, a tuple of arrays like them; zeros where `fn` does not use a primal. May be called several times.
+        Takes the gradient of a scalar with respect to `out`, an array like it, and returns those with respect to the
+        primals, a tuple of arrays like them; zeros where `fn` does not use a primal. May be called several times.
 
     Examples
     --------
@@ -93,12 +96,13 @@ def vjp(fn, *primals):
     inputs = tuple(Tensor(p) for p in primals)
     out = fn(*inputs)
     if not isinstance(out, Tensor):
-        raise TypeError(f"fn: expected a result computed from its arguments by kpcore operators, got {type(out).__name__}")
+        raise TypeError(
+            f"fn: expected a result computed from its arguments by kpcore operators, got {type(out).__name__}"
+        )
 
     def pullback(grad):
-        if not isinstance(grad, np.ndarray) or grad.shape != out.value.shape or grad.dtype != out.value.dtype:
-            got = f"{grad.dtype} {grad.shape}" if isinstance(grad, np.ndarray) else type(grad).__name__
-            raise ValueError(f"grad: expected {out.value.dtype} {out.value.shape} to match the output, got {got}")
+        sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
+        grad = _array.array("grad", grad, " ".join(sizes), _array.REAL, sizes, like=("the output", out.value))
         gradients = {id(out): grad}
         for tensor in _consumers_first(out):
             gradient = gradients.get(id(tensor))
@@ -115,7 +119,7 @@ def vjp(fn, *primals):
 
 
 def _consumers_first(out):
-    """The tensors that `out` was made from, each after all that were made from it. Not recursive: chains may be long."""
+    """The tensors `out` was made from, each after all that were made from it. Not recursive: chains may be long."""
     order, seen, stack = [], set(), [(out, False)]
     while stack:
         tensor, inputs_done = stack.pop()

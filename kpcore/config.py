@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from kpcore import _array, _cpu
 
-__version__ = version("kpcore")
+__version__ = _cpu.version()
 
 
 def _available_cores():

@@ -57,15 +57,15 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", rotate=None, 
     dimension = _array.integer("dimension", dimension, 2, 8)
     _array.choice("fixed", fixed, tuple(_FIXED))
     num = _array.integer("num", num, max(1, _FIXED[fixed]), 4096)
-    radius = _array.positive("radius", radius)
-    _array.choice("rotate", rotate, (None, "vertical", "full"))
-    seed = _array.integer("seed", seed, 0, 2**64 - 1)
     try:
         dtype = np.dtype(dtype)
     except TypeError:
-        dtype = None
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
     if dtype not in _array.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    radius = _array.length("radius", radius, dtype)
+    _array.choice("rotate", rotate, (None, "vertical", "full"))
+    seed = _array.integer("seed", seed, 0, 2**64 - 1)
     points = _unit(num, dimension, _FIXED[fixed], seed) * radius
     if rotate is not None:
         rotation = _rotation(dimension, rotate, seed)

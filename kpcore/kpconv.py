@@ -91,7 +91,7 @@ def _forward(points, queries, neighbors, features, weights, kernel_points, exten
     kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=("points", points))
     if 0 in weights.shape:
         raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
-    extent = _array.positive("extent", extent)
+    extent = _array.length("extent", extent, points.dtype)
     geometry = (points, queries, neighbors.index, neighbors.row_splits)
     settings = (
         kernel_points,
@@ -106,8 +106,6 @@ def _forward(points, queries, neighbors, features, weights, kernel_points, exten
 
 def _vjp(residuals, grad, needs):
     geometry, neighbors, features, weights, settings = residuals
-    sizes = {"M": (neighbors.num_queries, "the output"), "Cout": (weights.shape[2], "the output")}
-    grad = _array.array("grad", grad, "M Cout", _array.REAL, sizes, like=("the output", features))
     threads = config.get_num_threads()
     grads = dict.fromkeys(("features", "weights"))
     if "features" in needs:

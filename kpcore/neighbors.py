@@ -196,10 +196,11 @@ class Neighbors:
         sizes = {}
         query = _array.array("query", query, "E", wide, sizes)
         point = _array.array("point", point, "E", wide, sizes)
-        for name, values, size in (("query", query, num_queries), ("point", point, num_points)):
+        for name, values, of, size in (("query", query, "num_queries", num_queries),
+                                       ("point", point, "num_points", num_points)):  # fmt: skip
             if len(values) and (values.min() < 0 or values.max() >= size):
                 bad = values.min() if values.min() < 0 else values.max()
-                raise ValueError(f"{name}: expected values from 0 to {size - 1} to match num_{'queries' if name == 'query' else 'points'}, got {bad}")
+                raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {of}, got {bad}")
         order = np.argsort(query, kind="stable")
         splits = row_splits(np.bincount(query, minlength=num_queries))
         return cls._trusted(point[order].astype(np.int32), splits, num_points)
@@ -290,12 +291,9 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     points = _array.points_array("points", points, sizes)
     if queries is not None:
         queries = _array.points_array("queries", queries, sizes, like=("points", points))
-    radius = _array.positive("radius", radius)
-    with np.errstate(over="ignore"):
-        if not np.isfinite(points.dtype.type(radius)) or points.dtype.type(radius) == 0:
-            raise ValueError(f"radius: expected a finite number above zero in {points.dtype}, got {radius}")
+    radius = _array.length("radius", radius, points.dtype)
     if max_neighbors is not None:
-        max_neighbors = _array.integer("max_neighbors", max_neighbors, 0)
+        max_neighbors = _array.integer("max_neighbors", max_neighbors, 0, 2**63 - 1)
     if queries is None and queries_row_splits is not None:
         raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
     if queries is not None and (points_row_splits is None) != (queries_row_splits is None):

@@ -72,7 +72,7 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
     """
     sizes = {}
     points = _array.points_array("points", points, sizes)
-    voxel_size = _array.positive("voxel_size", voxel_size)
+    voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
     if features is not None:
         features = _array.array("features", features, "N C", _array.REAL, sizes)
     if labels is not None:
@@ -83,9 +83,6 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
         limits = np.iinfo(labels.dtype)
         ignore_label = _array.integer("ignore_label", ignore_label, limits.min, limits.max)
     row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
-    with np.errstate(over="ignore"):
-        if not np.isfinite(points.dtype.type(voxel_size)) or points.dtype.type(voxel_size) == 0:
-            raise ValueError(f"voxel_size: expected a finite number above zero in {points.dtype}, got {voxel_size}")
     try:
         return Subsampled(
             *_cpu.grid_subsample(
@@ -101,12 +98,18 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
 def _too_many_voxels(points, voxel_size, row_splits):
     extent = [np.ptp(p.astype(np.float64), axis=0) for p in np.split(points, row_splits[1:-1]) if len(p)]
     extent = np.max(extent, axis=0)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.abs(points).max() / points.dtype.type(voxel_size)):
+            return ValueError(
+                f"voxel_size: expected one that divides the points in {points.dtype}, got {voxel_size} for coordinates "
+                f"of up to {np.abs(points).max():.4g}"
+            )
     if extent.max() / voxel_size >= 2**21 - 1:
         return ValueError(
             f"voxel_size: expected at most 2**21 voxels along an axis, got {extent.max() / voxel_size:.4g} "
             f"(an extent of {extent.max():.4g} in voxels of {voxel_size:.4g})"
         )
     return ValueError(
-        f"row_splits: expected items whose voxels can be numbered in 64 bits together, got {len(row_splits) - 1} items of "
-        f"up to {' x '.join(f'{e / voxel_size:.4g}' for e in extent)} voxels; subsample them in smaller batches"
+        f"row_splits: expected items whose voxels can be numbered in 64 bits together, got {len(row_splits) - 1} items "
+        f"of up to {' x '.join(f'{e / voxel_size:.4g}' for e in extent)} voxels; subsample them in smaller batches"
     )

@@ -47,10 +47,8 @@ Lattice<T, D> make_lattice(const double* low, const double* high, double radius,
   Lattice<T, D> lattice;
   const int item_bits = bits_for(uint64_t(items));
   const int axis_bits = smaller(max_cell_bits, (63 - item_bits) / D);
-  // A little wider than the radius: the test rounds (relative 4e-7 in float32), and may see pairs just beyond it. And
-  // not so narrow that squares underflow, where the test sees zero distances.
-  const double narrowest = sizeof(T) == 4 ? 1e-18 : 1e-150;
-  const double width = larger(radius * (1 + 1e-5), narrowest);
+  // A little wider than the radius: the test rounds (relative 4e-7 in float32), and may see pairs just beyond it.
+  const double width = radius * (1 + 1e-5);
   int shift = 0;
   for (int a = 0; a < D; ++a) {
     const double widest = ldexp(1.0, axis_bits) - 3;
