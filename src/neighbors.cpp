@@ -368,8 +368,8 @@ class Walker {
 constexpr int64_t block_of_queries = 512;
 
 // Calls visit(walker, query's coordinates, query's id) for every query, cell by cell, blocks of them in parallel.
-template <class T, int D, class Scratch, class Visit>
-Status for_each_query(const Plan<T, D>& plan, bool by_index, Visit visit) {
+template <class T, int D, class Scratch, class Announce, class Visit>
+Status for_each_query(const Plan<T, D>& plan, bool by_index, Announce announce, Visit visit) {
   const Sorted<T, D>& queries = *plan.queries;
   const int64_t n = plan.num_queries, blocks = (n + block_of_queries - 1) / block_of_queries;
   const int threads = useful_threads(plan.args.threads, blocks, 2);
@@ -385,6 +385,9 @@ Status for_each_query(const Plan<T, D>& plan, bool by_index, Visit visit) {
         const uint64_t key = queries.keys[i];
         enough = walker.move_to(key, by_index) && scratch.reserve(walker.candidates());
         for (; enough && i < end && queries.keys[i] == key; ++i) {
+          // Rows lie where the caller's order puts them; writing to one costs a cache miss unless it was asked for.
+          if (i + 16 < n) __builtin_prefetch(&plan.row_splits[queries.ids[i + 16]], 1);
+          if (i + 8 < n) announce(queries.ids[i + 8]);
           T q[D];
           for (int a = 0; a < D; ++a) q[a] = queries.x[a][i];
           visit(walker, scratch, q, int64_t(queries.ids[i]));
@@ -438,7 +441,7 @@ Status count(const RadiusSearch& args, int64_t* row_splits, void** result) {
 
   int64_t* const counts = row_splits + 1;
   status = for_each_query<T, D, NoScratch>(
-      *plan, false,
+      *plan, false, [](int32_t) {},
       [=](const Walker<T, D>& walker, NoScratch&, const T* q, int64_t id) { counts[id] = walker.count_neighbors(q); });
   const int64_t limit = args.max_neighbors < 0 ? INT64_MAX : args.max_neighbors;
   for (int64_t i = 0; i < plan->num_queries; ++i) {
@@ -508,8 +511,12 @@ Status fill(Plan<T, D>& plan, int32_t* index, T* distance) {
   const bool with_d2 = limited || by_distance || distance;
   const int64_t* const row_splits = plan.row_splits;
   if (!row_splits[plan.num_queries]) return Status::ok;
+  const auto announce = [=](int32_t id) {
+    const int32_t* const row = index + row_splits[id];
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(row + 16 * line, 1);
+  };
   return for_each_query<T, D, RowScratch<T>>(
-      plan, by_index, [=](const Walker<T, D>& walker, RowScratch<T>& row, const T* q, int64_t id) {
+      plan, by_index, announce, [=](const Walker<T, D>& walker, RowScratch<T>& row, const T* q, int64_t id) {
         const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
         int32_t* const ids = row.ids.data();
         if (!with_d2) {
