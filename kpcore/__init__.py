@@ -30,6 +30,15 @@ from kpcore.kpconv import kpconv
 from kpcore.neighbors import Neighbors, lengths, radius_search, row_splits
 from kpcore.subsampling import Subsampled, grid_subsample
 
+
+def __getattr__(name):
+    if name == "scenes":  # readers and the demo's room: loaded when first used
+        import kpcore.scenes
+
+        return kpcore.scenes
+    raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
+
+
 __all__ = [
     "Neighbors",
     "Subsampled",
