@@ -63,7 +63,9 @@ KP_INLINE void sum_rows(const F* features, int64_t channels, const int32_t* rows
   const int64_t stride = channels * int64_t(sizeof(F));
   for (int64_t i = 0; i < n; ++i) {
     const Vec<F> w = broadcast(weights[i]);
-    const F* const from = reinterpret_cast<const F*>(base + rows[i] * stride);
+    const char* row = base + rows[i] * stride;
+    asm("" : "+r"(row));  // or GCC keeps a base for every vector and runs out of registers
+    const F* const from = reinterpret_cast<const F*>(row);
     for (int v = 0; v < NV; ++v) sums[v] = fma(w, load(from + v * lanes<F>), sums[v]);
   }
   for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
@@ -140,16 +142,22 @@ class Tile {
     for (int64_t i = n; i < round_up(n, lanes<G>); ++i)
       for (int a = 0; a < D; ++a) relative[a][i] = 0;
 
-    const auto squared = [&](int64_t i, int k) {
+    const auto squared = [&](int64_t i, const Vec<G>* kernel_point) {
       Vec<G> d[stored];
-      for (int a = 0; a < D; ++a) d[a] = load(&relative[a][i]) - broadcast(problem.kernel_points[a * K + k]);
+      for (int a = 0; a < D; ++a) d[a] = load(&relative[a][i]) - kernel_point[a];
       return squared_distance(d, D);
     };
+    const auto kernel_point = [&](int k, Vec<G>* p) {
+      for (int a = 0; a < D; ++a) p[a] = broadcast(problem.kernel_points[a * K + k]);
+    };
+    Vec<G> p[stored];
     if (closest)
       for (int64_t i = 0; i < n; i += lanes<G>) {
-        Vec<G> best = squared(i, 0), which = {};
+        kernel_point(0, p);
+        Vec<G> best = squared(i, p), which = {};
         for (int k = 1; k < K; ++k) {
-          const Vec<G> d2 = squared(i, k);
+          kernel_point(k, p);
+          const Vec<G> d2 = squared(i, p);
           which = d2 < best ? broadcast(G(k)) : which;
           best = min(d2, best);
         }
@@ -157,16 +165,22 @@ class Tile {
       }
 
     const Vec<G> limit = broadcast(problem.extent * problem.extent);
+    unsigned valid[chunk / lanes<G>];
+    for (int64_t i = 0; i < n; i += lanes<G>) valid[i / lanes<G>] = first_lanes<G>(n - i);
+    G* const all_d2 = d2_.data();
+    int32_t* const all_points = point_.data();
+    int64_t* const begin = begin_.data();
     int64_t pairs = 0;
     for (int k = 0; k < K; ++k) {
-      begin_[k] = pairs;
+      begin[k] = pairs;
+      kernel_point(k, p);
       for (int64_t i = 0; i < n; i += lanes<G>) {
-        const Vec<G> d2 = squared(i, k);
-        unsigned mask = linear ? mask_lt(d2, limit) : ~0u;
-        mask &= first_lanes<G>(n - i);
+        const Vec<G> d2 = squared(i, p);
+        unsigned mask = valid[i / lanes<G>];
+        if (linear) mask &= mask_lt(d2, limit);
         if (closest) mask &= mask_eq(load(&nearest[i]), broadcast(G(k)));
-        compress(d2_.data() + pairs, mask, d2);
-        pairs += compress<G>(point_.data() + pairs, mask, who + i);
+        compress(all_d2 + pairs, mask, d2);
+        pairs += compress<G>(all_points + pairs, mask, who + i);
       }
     }
     begin_[K] = pairs;
