@@ -451,44 +451,63 @@ Status count(const RadiusSearch& args, int64_t* row_splits, void** result) {
   return status;
 }
 
-template <class T>
-struct Near {
-  T d2;
-  int32_t id;
-};
-
-// A row being made: what the query collected, and room to sort it by distance.
+// A row being made: what the query collected, and its sorts. Neither order has equals, since points differ.
 template <class T>
 struct RowScratch {
   Buffer<int32_t> ids;
   Buffer<T> d2;
-  Buffer<Near<T>> near, spare;
 
   bool reserve(int64_t n) {
     const int64_t room = n + 2 * lanes<T>;
-    return ids.resize(room) && d2.resize(room) && near.resize(room) && spare.resize(room);
+    if (!ids.resize(room) || !d2.resize(room)) return false;
+    if constexpr (packs)
+      return sorter_.keys(n) || !n;
+    else
+      return near_.resize(n) && spare_.resize(n);
   }
-  // Candidates come by index, so a stable sort leaves equal distances by index.
   void sort_by_distance(int64_t n) {
-    for (int64_t i = 0; i < n; ++i) near[i] = {d2[i], ids[i]};
-    const Near<T>* sorted = merge_sort(near.data(), spare.data(), n, int64_t(1),
-                                       [](const Near<T>& a, const Near<T>& b) { return a.d2 < b.d2; });
-    unpack(sorted, n);
+    sort<0>(n, [](const Near& a, const Near& b) { return a.d2 < b.d2 || (a.d2 == b.d2 && a.id < b.id); });
   }
   void sort_by_index(int64_t n) {
-    for (int64_t i = 0; i < n; ++i) near[i] = {d2[i], ids[i]};
-    unpack(merge_sort(near.data(), spare.data(), n, int64_t(1),
-                      [](const Near<T>& a, const Near<T>& b) { return a.id < b.id; }),
-           n);
+    sort<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; });
   }
 
  private:
-  void unpack(const Near<T>* sorted, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      ids[i] = sorted[i].id;
-      d2[i] = sorted[i].d2;
+  // A float32 that is not negative orders like its bits, so with the index it makes one key of 64.
+  static constexpr bool packs = sizeof(T) == 4;
+  struct Near {
+    T d2;
+    int32_t id;
+  };
+
+  template <int id_shift, class Less>
+  void sort(int64_t n, Less less) {
+    if (n < 2) return;
+    if constexpr (packs) {
+      uint64_t* const keys = sorter_.keys(n);
+      for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        memcpy(&bits, &d2[i], sizeof bits);
+        keys[i] = uint64_t(bits) << (32 - id_shift) | uint64_t(uint32_t(ids[i])) << id_shift;
+      }
+      const uint64_t* const sorted = sorter_.sort(n);
+      for (int64_t i = 0; i < n; ++i) {
+        const auto bits = uint32_t(sorted[i] >> (32 - id_shift));
+        memcpy(&d2[i], &bits, sizeof bits);
+        ids[i] = int32_t(sorted[i] >> id_shift);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) near_[i] = {d2[i], ids[i]};
+      const Near* const sorted = merge_sort(near_.data(), spare_.data(), n, int64_t(1), less);
+      for (int64_t i = 0; i < n; ++i) {
+        ids[i] = sorted[i].id;
+        d2[i] = sorted[i].d2;
+      }
     }
   }
+
+  Sorter<uint64_t> sorter_;
+  Buffer<Near> near_, spare_;
 };
 
 // Whole vectors, the last one drawn back to end with the row: a call to memcpy costs as much as the search.
@@ -507,7 +526,7 @@ template <class T, int D>
 Status fill(Plan<T, D>& plan, int32_t* index, T* distance) {
   const RadiusSearch& args = plan.args;
   const bool limited = args.max_neighbors >= 0, by_distance = args.sort == Sort::distance;
-  const bool by_index = args.sort != Sort::none || limited;
+  const bool by_index = args.sort == Sort::index;
   const bool with_d2 = limited || by_distance || distance;
   const int64_t* const row_splits = plan.row_splits;
   if (!row_splits[plan.num_queries]) return Status::ok;
