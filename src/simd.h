@@ -106,11 +106,12 @@ KP_INLINE Vec<float> sqrt(Vec<float> a) {
 KP_INLINE Vec<double> sqrt(Vec<double> a) {
   return _mm256_sqrt_pd(a);
 }
-KP_INLINE unsigned mask_of(Vec<int32_t> v) {
-  return _mm256_movemask_ps((__m256)v);
-}
-KP_INLINE unsigned mask_of(Vec<int64_t> v) {
-  return _mm256_movemask_pd((__m256d)v);
+template <class V>
+KP_INLINE unsigned mask_of(V v) {
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm256_movemask_ps((__m256)v);
+  else
+    return _mm256_movemask_pd((__m256d)v);
 }
 #else
 template <class V>
@@ -124,11 +125,12 @@ KP_INLINE Vec<float> sqrt(Vec<float> a) {
 KP_INLINE Vec<double> sqrt(Vec<double> a) {
   return _mm_sqrt_pd(a);
 }
-KP_INLINE unsigned mask_of(Vec<int32_t> v) {
-  return _mm_movemask_ps((__m128)v);
-}
-KP_INLINE unsigned mask_of(Vec<int64_t> v) {
-  return _mm_movemask_pd((__m128d)v);
+template <class V>
+KP_INLINE unsigned mask_of(V v) {
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm_movemask_ps((__m128)v);
+  else
+    return _mm_movemask_pd((__m128d)v);
 }
 #else
 KP_INLINE Vec<float> sqrt(Vec<float> a) {
