@@ -10,12 +10,12 @@
 // queries by a micro-kernel over packed weights. Nothing larger than a tile ever exists.
 //
 // Backward: the gradient of the features is the same operator on the transposed neighbours with mirrored kernel points
-// and transposed weights. The gradient of W_k sums A_k^T grad over the tiles; every element is one thread's own and
-// adds the tiles in order. So no result depends on the number of threads.
+// and transposed weights. The gradient of W_k sums A_k^T grad over the tiles, in their order. So no result depends on
+// the number of threads.
 
 #include "kpconv.h"
 
-#include <new>
+#include <sched.h>
 
 #include "gemm.h"
 #include "kernels.h"
@@ -291,87 +291,93 @@ Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, in
   return enough ? Status::ok : Status::out_of_memory;
 }
 
-// grad_weights (K, Cin, Cout). In each round every thread fills one tile; then every thread adds all of the round's
-// tiles, in order, to its own channels of the gradient.
+// Tiles are filled by whichever thread is free, but must be added in order: each part of a result counts the tiles it
+// has got. A thread waits only for the one just ahead of it, and gives its core away if that takes long. (Barriers
+// would be simpler; on a machine with other work to do, two of them per tile made the gradient forty times slower.)
+class Turns {
+ public:
+  bool reserve(int64_t parts) {
+    if (!turn_.resize(parts * line)) return false;
+    memset(turn_.data(), 0, size_t(parts * line) * sizeof(int64_t));
+    return true;
+  }
+  void wait(int64_t part, int64_t tile) {
+    for (int tries = 0; __atomic_load_n(&turn_[part * line], __ATOMIC_ACQUIRE) != tile; ++tries)
+      if (tries > 1000) sched_yield();
+  }
+  void pass(int64_t part, int64_t tile) { __atomic_store_n(&turn_[part * line], tile + 1, __ATOMIC_RELEASE); }
+
+ private:
+  static constexpr int64_t line = 8;  // a cache line each
+  Buffer<int64_t> turn_;
+};
+
+// Adds a tile's A_k^T grad to channels [first, end) of the gradient of W_k; `grad` holds the tile's rows of grad_out,
+// padded to whole vectors.
+template <class F, class T>
+void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end, int64_t channels, const F* grad,
+                            int64_t c_out, F* grad_weights) {
+  const int64_t size = tile.size(k), padded = round_up(c_out, lanes<F>);
+  const int32_t* const queries = tile.queries(k);
+  Vec<F> sums[row_step * panel_vectors];
+  F* const spill = reinterpret_cast<F*>(sums);
+  for (int64_t v = 0; size && v < c_out; v += panel_width<F>) {
+    const auto right = [=](int64_t i) { return grad + queries[i] * padded + v; };
+    const int64_t width = smaller<int64_t>(panel_width<F>, c_out - v);
+    with_vectors(int((width + lanes<F> - 1) / lanes<F>), [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+      for (int64_t c = first; c < end; c += MR) {
+        F* const to = grad_weights + (k * channels + c) * c_out + v;
+        const F* const a = tile.a(k) + c;
+        if (c + MR <= end && width == NV * lanes<F>) {
+          multiply_block<F, MR, NV, false>(size, a, 1, channels, right, [=](int64_t r) { return to + r * c_out; });
+          continue;
+        }
+        multiply_block<F, MR, NV, true>(size, a, 1, channels, right,
+                                        [=](int64_t r) { return spill + r * NV * lanes<F>; });
+        for (int64_t x = 0; x < smaller<int64_t>(MR, end - c); ++x)
+          for (int64_t y = 0; y < width; ++y) to[x * c_out + y] += spill[x * NV * lanes<F> + y];
+      }
+    });
+  }
+}
+
+// grad_weights (K, Cin, Cout)
 template <class G, class F, int DIM>
 Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t c_out, F* grad_weights, int threads) {
   const int64_t channels = problem.channels, K = problem.num_kernels;
   const int64_t padded = round_up(c_out, lanes<F>), tile_rows = rows_of_tile<F>(K * channels, padded);
   const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
-  constexpr int64_t block = 4 * row_step;  // channels in a unit of work
-  const int64_t blocks = (channels + block - 1) / block, units = K * blocks;
-  threads = useful_threads(threads, tiles, 1);
-
-  struct Work {
-    Tile<G, F, DIM> tile;
-    Buffer<F> grad;  // the tile's rows of grad_out, padded to whole vectors
-    int64_t rows;
-  };
-  Work* const works = static_cast<Work*>(calloc(size_t(threads), sizeof(Work)));
-  if (!works) return Status::out_of_memory;
-  bool enough = true;
-#pragma omp parallel num_threads(threads)
+  constexpr int64_t block = 8 * row_step;  // channels that have their turn together
+  const int64_t blocks = (channels + block - 1) / block;
+  Turns turns;
+  if (!turns.reserve(K * blocks)) return Status::out_of_memory;
+  memset(grad_weights, 0, size_t(K * channels * c_out) * sizeof(F));
+  int64_t next = 0;
+  bool some = false;  // thread had the memory to take part
+#pragma omp parallel num_threads(useful_threads(threads, tiles, 1)) reduction(|| : some)
   {
-    const int me = omp_get_thread_num();
-    const int64_t count = omp_get_num_threads();
-    Work& mine = *new (works + me) Work();
-    Vec<F> sums[row_step * panel_vectors];
-    F* const spill = reinterpret_cast<F*>(sums);
-    const bool got = mine.tile.reserve(problem, tile_rows) && mine.grad.resize(tile_rows * padded);
-#pragma omp critical(kp_weight_gradient)
-    enough = enough && got;
-#pragma omp barrier
-    for (int64_t u = me; u < units; u += count) {
-      const int64_t c = u % blocks * block;
-      memset(grad_weights + (u / blocks * channels + c) * c_out, 0,
-             size_t(smaller(block, channels - c) * c_out) * sizeof(F));
-    }
-    for (int64_t round = 0; enough && round < tiles; round += count) {
-      if (round + me < tiles) {
-        const int64_t first = (round + me) * tile_rows;
-        mine.rows = smaller(tile_rows, problem.num_queries - first);
-        mine.tile.fill(problem, first, mine.rows);
-        for (int64_t r = 0; r < mine.rows; ++r) {
-          memcpy(&mine.grad[r * padded], grad_out + (first + r) * c_out, size_t(c_out) * sizeof(F));
-          for (int64_t v = c_out; v < padded; ++v) mine.grad[r * padded + v] = 0;
-        }
+    Tile<G, F, DIM> tile;
+    Buffer<F> grad;
+    some = tile.reserve(problem, tile_rows) && grad.resize(tile_rows * padded);
+    while (some) {
+      const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (t >= tiles) break;
+      const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
+      tile.fill(problem, first, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        memcpy(&grad[r * padded], grad_out + (first + r) * c_out, size_t(c_out) * sizeof(F));
+        for (int64_t v = c_out; v < padded; ++v) grad[r * padded + v] = 0;
       }
-#pragma omp barrier
-      for (int64_t u = me; u < units; u += count) {
-        const int64_t k = u / blocks, c = u % blocks * block, end = smaller(channels, c + block);
-        for (int64_t w = 0; w < smaller(count, tiles - round); ++w) {
-          const Work& work = works[w];
-          const int64_t size = work.tile.size(k);
-          const int32_t* const queries = work.tile.queries(k);
-          for (int64_t v = 0; size && v < c_out; v += panel_width<F>) {
-            const F* const grad = &work.grad[v];
-            const auto right = [=](int64_t i) { return grad + queries[i] * padded; };
-            const int64_t width = smaller<int64_t>(panel_width<F>, c_out - v);
-            with_vectors(int((width + lanes<F> - 1) / lanes<F>), [&](auto vectors) {
-              constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-              for (int64_t i = c; i < end; i += MR) {
-                F* const to = grad_weights + (k * channels + i) * c_out + v;
-                const F* const a = work.tile.a(k) + i;
-                if (i + MR <= end && width == NV * lanes<F>) {
-                  multiply_block<F, MR, NV, false>(size, a, 1, channels, right,
-                                                   [=](int64_t r) { return to + r * c_out; });
-                  continue;
-                }
-                multiply_block<F, MR, NV, true>(size, a, 1, channels, right,
-                                                [=](int64_t r) { return spill + r * NV * lanes<F>; });
-                for (int64_t x = 0; x < smaller<int64_t>(MR, end - i); ++x)
-                  for (int64_t y = 0; y < width; ++y) to[x * c_out + y] += spill[x * NV * lanes<F> + y];
-              }
-            });
-          }
-        }
+      for (int64_t part = 0; part < K * blocks; ++part) {
+        const int64_t k = part / blocks, c = part % blocks * block;
+        turns.wait(part, t);
+        add_transposed_product(tile, k, c, smaller(channels, c + block), channels, grad.data(), c_out, grad_weights);
+        turns.pass(part, t);
       }
-#pragma omp barrier
     }
-    mine.~Work();
   }
-  free(works);
-  return enough ? Status::ok : Status::out_of_memory;
+  return some ? Status::ok : Status::out_of_memory;
 }
 
 // Whether a feature row sums to more than zero, in float64 and eight interleaved sums: alike on every machine.
