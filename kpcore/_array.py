@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 
 import numpy as np
@@ -76,17 +77,16 @@ def splits_array(name, value, rows, of):
 
 
 def length(name, value, dtype):
-    """A number above zero; its square, times or divided by a few, must not overflow or lose digits in `dtype`."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    number = float(value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
     with np.errstate(over="ignore", under="ignore"):
         square = dtype.type(number) * dtype.type(number)
     limits = np.finfo(dtype)
-    if not 8 * limits.tiny <= square <= limits.max / 8:
+    if not 2 * limits.tiny <= square <= limits.max:
         raise ValueError(f"{name}: expected a number whose square {dtype} can hold, got {value}")
     return number
 

@@ -293,7 +293,7 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
         queries = _array.points_array("queries", queries, sizes, like=("points", points))
     radius = _array.length("radius", radius, points.dtype)
     if max_neighbors is not None:
-        max_neighbors = _array.integer("max_neighbors", max_neighbors, 0, 2**63 - 1)
+        max_neighbors = min(_array.integer("max_neighbors", max_neighbors, 0), len(points))
     if queries is None and queries_row_splits is not None:
         raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
     if queries is not None and (points_row_splits is None) != (queries_row_splits is None):

@@ -1,0 +1,244 @@
+"""The demo's picture: points as shaded beads, drawn by a z-buffer in NumPy; matplotlib sets the type around them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BACKGROUND, INK, SOFT = "#0f1319", "#e9ecf0", "#8d98a7"
+DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
+HERO, SIDE, STRIP = (1560, 860), 720, 300
+ACROSS = 5  # levels in a row
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One neighbourhood, relative to its query, and the influence (H, K) of each kernel point on each neighbour."""
+
+    neighbors: np.ndarray
+    kernel_points: np.ndarray
+    influence: np.ndarray
+    radius: float
+    extent: float
+    caption: str
+
+
+def draw(path, title, subtitle, cloud, levels, patch):
+    """Write the picture: the cloud as it came, one neighbourhood beside it, the levels below.
+
+    levels : (points, colors or None, voxel, name, numbers) of each, the finest first.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scene = Scene(cloud.points, np.array(cloud.up, float))
+    across = min(len(levels), ACROSS)
+    rows = -(-len(levels) // across)
+    width = 2 * MARGIN + HERO[0] + GAP + SIDE
+    height = TOP + HERO[1] + rows * (STRIP + 100) + 40
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+
+    def text(x, y, words, size, color=INK, **style):
+        figure.text(x / width, 1 - y / height, words, size=size, color=color, va="baseline", **style)
+
+    def panel(x, y, w, h):
+        axes = figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+        axes.set_axis_off()
+        return axes
+
+    def show(image, x, y, w, h):
+        panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
+
+    text(MARGIN, 66, _short(title), 21, weight="bold")
+    text(MARGIN, 104, subtitle, 11, SOFT)
+    bead = min(0.5 * levels[0][2], 3 * scene.pixel(*HERO)) or 0.5 * levels[0][2]
+    show(scene.render(cloud.points, cloud.colors, bead, *HERO), MARGIN, TOP, *HERO)
+
+    left = MARGIN + HERO[0] + GAP
+    text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
+    text(left, 104, patch.caption, 10, SOFT)
+    _neighborhood(panel(left, TOP, SIDE, SIDE), patch, scene.axes)
+    show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + SIDE + 24, SIDE - 120, 14)
+    for x, words in ((60, "0"), (SIDE / 2, "influence = max(0, 1 − distance / extent)"), (SIDE - 60, "1")):
+        text(left + x, TOP + SIDE + 70, words, 10, SOFT, ha="center")
+    text(
+        left + SIDE / 2, TOP + SIDE + 106, "white: kernel points, larger where influence adds up", 10, SOFT, ha="center"
+    )
+
+    w = (width - 2 * MARGIN - (ACROSS - 1) * GAP) // ACROSS
+    for i, (points, colors, voxel, name, numbers) in enumerate(levels):
+        x, y = MARGIN + i % across * (w + GAP), TOP + HERO[1] + 40 + i // across * (STRIP + 100)
+        show(scene.render(points, colors, 0.5 * voxel, w, STRIP), x, y, w, STRIP)
+        text(x + w / 2, y + STRIP + 26, name, 10.5, weight="bold", ha="center")
+        text(x + w / 2, y + STRIP + 50, numbers, 9.5, SOFT, ha="center")
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _short(title):
+    """A file's name as it can be set: matplotlib reads $ as mathematics."""
+    title = title.replace("$", r"\$")
+    return title if len(title) <= 60 else title[:28] + " … " + title[-28:]
+
+
+class Scene:
+    """What all drawings of one cloud share: the view, what is cut away, and the colours of heights."""
+
+    def __init__(self, points, up):
+        self.up = up
+        # At random: every second point of a scan can be every second beam, and leave out half of the world.
+        if len(points) > 100_000:
+            points = points[np.random.default_rng(0).integers(len(points), size=100_000)]
+        low, high = np.percentile(points, [1.5, 98.5], axis=0)  # far specks shall not shrink the rest
+        margin = 0.08 * (high - low).max()
+        points = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
+        height = points @ up
+        self.low, self.high = np.percentile(height, [1, 99])
+        self.lid = self._lid(points, height)
+        room = np.isfinite(self.lid)
+        inside = points[height < self.lid]
+        self.axes = self._view(inside, room)
+        self.walls = []  # (direction, bound): the near walls of a room, which would hide it
+        for axis in np.eye(3)[up == 0] if room else ():
+            axis = axis * np.sign(axis @ self.axes[2])
+            self.walls.append((axis, (inside @ axis).max() - 0.025 * np.ptp(inside, axis=0).max()))
+        flat = points[self._kept(points)] @ self.axes.T
+        self.box = np.array([flat.min(axis=0), flat.max(axis=0)])
+
+    def _lid(self, points, height):
+        """Just below the ceiling where the cloud is a room: wide, and covered almost everywhere at the top."""
+        low, high = np.percentile(height, [0.5, 99.5])
+        ground = points[:, self.up == 0]
+        size = np.ptp(ground, axis=0).max()
+        if not 0 < high - low < 0.8 * size:
+            return np.inf
+        cells = np.floor((ground - ground.min(axis=0)) / (size / 32)) @ [1, 64]
+        covered = np.unique(cells[height > high - 0.08 * (high - low)]).size
+        return high - 0.1 * (high - low) if covered > 0.6 * np.unique(cells).size else np.inf
+
+    def _view(self, points, room):
+        """(right, above, toward) as rows: the first direction that shows almost as much as the best."""
+        if self.up[1]:  # a depth camera's own frame: from where it stood, a step to the side
+            return _axes(np.array([0.25, 0.15, -1.0]), self.up)
+        elevation = np.radians(50 if room else 30)
+        azimuths = (-68, -112, 112, 68, -22, -158, 158, 22) if room else range(-75, 285, 15)
+        tried = []
+        for azimuth in np.radians(azimuths):
+            level = np.cos(elevation) * np.array([np.cos(azimuth), np.sin(azimuth)])
+            axes = _axes(np.array([*level, np.sin(elevation)]), self.up)
+            flat = points @ axes[:2].T
+            cell = max(np.ptp(flat, axis=0) / [120, 66]) or 1  # in proportion to HERO
+            tried.append((np.unique(np.floor((flat - flat.min(axis=0)) / cell) @ [1, 256]).size, axes))
+        most = max(cells for cells, _ in tried)
+        return next(axes for cells, axes in tried if cells >= 0.95 * most)
+
+    def _kept(self, points):
+        keep = points @ self.up < self.lid
+        for axis, bound in self.walls:
+            keep &= points @ axis < bound
+        return keep if keep.any() else ~keep
+
+    def pixel(self, width, height):
+        """The length that one pixel stands for."""
+        return max((self.box[1] - self.box[0])[:2] / [width, height])
+
+    def render(self, points, colors, radius, width, height):
+        """An image (height, width, 3) in 0..1: orthographic, beads of this radius, a pixel at least."""
+        if colors is None:
+            colors = _heights(((points @ self.up - self.low) / (self.high - self.low or 1)).clip(0, 1))
+        else:
+            colors = colors / np.float32(255)
+        keep = self._kept(points)
+        return _beads(points[keep] @ self.axes.T, colors[keep], radius, self.box, width, height)
+
+
+def _axes(toward, up):
+    toward = toward / np.linalg.norm(toward)
+    right = np.cross(up, toward)
+    right /= np.linalg.norm(right)
+    return np.array([right, np.cross(toward, right), toward])
+
+
+def _heights(fraction):
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.15 + 0.83 * fraction)[:, :3].astype(np.float32)
+
+
+def _heat(influence):
+    from matplotlib import colormaps
+
+    return colormaps["plasma"](0.2 + 0.8 * influence)
+
+
+def _beads(flat, colors, radius, box, width, height):
+    over = 2  # drawn twice as large, then averaged
+    columns, rows = over * width, over * height
+    scale = min([columns, rows] / ((box[1] - box[0])[:2] + 2 * radius))
+    scale = min(scale, 32 * over / radius)  # a cloud of one bead needs no full-page sphere
+    bead = max(radius * scale, 0.75 * over)
+    reach = int(bead)
+    order = np.argsort(flat[:, 2])  # the farthest first: of equal pixels, the last assignment stays
+    flat, colors = (flat[order] - (box[0] + box[1]) / 2) * scale, colors[order]
+    x = np.floor(flat[:, 0] + columns / 2)
+    y = np.floor(rows / 2 - flat[:, 1])
+    inside = (x >= -reach) & (x < columns + reach) & (y >= -reach) & (y < rows + reach)
+    stride = columns + 4 * reach
+    pixel = ((y[inside] + 2 * reach) * stride + x[inside] + 2 * reach).astype(np.int64)
+    depth, colors = flat[inside, 2].astype(np.float32), colors[inside]
+
+    nearest = np.full(stride * (rows + 4 * reach), -np.inf, np.float32)
+    owner = np.full(nearest.size, -1, np.int32)
+    shade = np.ones(nearest.size, np.float32)
+    for dx in range(-reach, reach + 1):
+        for dy in range(-reach, reach + 1):
+            if dx * dx + dy * dy > bead * bead:
+                continue
+            bulge = (bead * bead - dx * dx - dy * dy) ** 0.5
+            at, here = pixel + (dy * stride + dx), depth + np.float32(bulge)
+            front = np.flatnonzero(here > nearest[at])
+            at = at[front]
+            nearest[at], owner[at] = here[front], front
+            if bead >= 4:  # lit from the upper left
+                shade[at] = 0.62 + 0.5 * max(0.0, (-0.45 * dx - 0.6 * dy + 0.66 * bulge) / bead)
+
+    nearest, owner, shade = (
+        image.reshape(-1, stride)[2 * reach : 2 * reach + rows, 2 * reach : 2 * reach + columns]
+        for image in (nearest, owner, shade)
+    )
+    # Eye-dome lighting: darker where the surroundings are nearer, so that edges and hollows show without normals.
+    hidden, step = np.zeros(nearest.shape, np.float32), 2 * over
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)):
+        with np.errstate(invalid="ignore"):  # where both are background
+            nearer = np.roll(nearest, (step * dy, step * dx), (0, 1)) - nearest - step
+        hidden += np.nan_to_num(nearer, nan=0, posinf=0, neginf=0).clip(0, 10 * over)
+    shade = 1.12 * shade * np.exp(-hidden / (60 * over))
+    background = np.array([int(BACKGROUND[i : i + 2], 16) / 255 for i in (1, 3, 5)], np.float32)
+    image = np.where((owner >= 0)[..., None], colors[owner] * shade[..., None], background)
+    return image.clip(0, 1).reshape(height, over, width, over, 3).mean(axis=(1, 3))
+
+
+def _neighborhood(axes, patch, view):
+    """Neighbours and kernel points by depth; a line wherever a neighbour has influence on a kernel point."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import Circle
+
+    points, kernel = patch.neighbors @ view.T, patch.kernel_points @ view.T
+    total = patch.influence.sum(axis=0) / (patch.influence.sum(axis=0).max() or 1)
+    reach = 1.03 * (np.linalg.norm(kernel[:, :2], axis=1).max() + patch.extent)
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=SOFT, lw=1.1, ls=(0, (6, 4))))
+    for (x, y, _), weight in zip(kernel, total, strict=True):
+        face, edge = (1, 1, 1, 0.01 + 0.05 * weight), (1, 1, 1, 0.08 + 0.3 * weight)
+        axes.add_patch(Circle((x, y), patch.extent, fc=face, ec=edge, lw=0.8))
+
+    n, k = np.nonzero(patch.influence)
+    strength = patch.influence[n, k]
+    colors = _heat(strength)
+    colors[:, 3] = 0.35 + 0.65 * strength
+    segments = np.stack([points[n, :2], kernel[k, :2]], axis=1)
+    axes.add_collection(LineCollection(segments, colors=colors, linewidths=0.8 + 2.6 * strength, zorder=2))
+
+    best = patch.influence.max(axis=1)
+    balls = [(z, xy, 0.026, _heat(h) if h > 0 else SOFT) for (*xy, z), h in zip(points, best, strict=True)]
+    balls += [(z, xy, 0.016 + 0.026 * w, INK) for (*xy, z), w in zip(kernel, total, strict=True)]
+    for _, xy, size, color in sorted(balls, key=lambda ball: ball[0]):
+        axes.add_patch(Circle(xy, size * reach, fc=color, ec=BACKGROUND, lw=1, zorder=3))
