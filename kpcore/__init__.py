@@ -9,7 +9,7 @@ Shapes
 Dtypes
     Geometry (points, queries, kernel points) is float32 or float64, equal within a call; so are features and weights;
     the two groups may differ. Integer or mixed input is an error that says which array to convert. Arrays that are not
-    contiguous are copied; none is ever written to.
+    contiguous or aligned are copied; none is ever written to.
 Neighbours
     A list of rows in CSR form, :class:`Neighbors`. A radius is inclusive and a point is its own neighbour. Lengths are
     in the unit of ``points``.

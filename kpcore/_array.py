@@ -16,7 +16,7 @@ MAX_POINTS = 2**31 - 1
 
 
 def array(name, value, shape, dtypes, sizes, *, like=None):
-    """The array, C-contiguous; an error unless it has the given dimensions and dtype.
+    """The array, C-contiguous and aligned; an error unless it has the given dimensions and dtype.
 
     `shape` is a string of dimension names ("N D"). `sizes` maps those already seen to (size, name of the array that set
     it); the others are added, so that all arrays of a call agree. `like` is another (name, array) whose dtype this one
@@ -47,7 +47,7 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
         )
     for size, d in zip(value.shape, dimensions, strict=True):
         sizes.setdefault(d, (size, name))
-    return np.ascontiguousarray(value)
+    return np.require(value, None, ("C", "A"))
 
 
 def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):

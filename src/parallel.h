@@ -49,9 +49,9 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { free(data_); }
 
-  // Keeps nothing of the old content. False: no memory.
+  // Keeps nothing of the old content; never null after, even of size 0. False: no memory.
   bool resize(int64_t size) {
-    if (size <= size_) return true;
+    if (data_ && size <= size_) return true;
     free(data_);
     data_ = nullptr;
     size_ = 0;
