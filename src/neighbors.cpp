@@ -461,7 +461,7 @@ struct RowScratch {
     const int64_t room = n + 2 * lanes<T>;
     if (!ids.resize(room) || !d2.resize(room)) return false;
     if constexpr (packs)
-      return sorter_.keys(n) || !n;
+      return sorter_.keys(n);
     else
       return near_.resize(n) && spare_.resize(n);
   }
