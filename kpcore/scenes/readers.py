@@ -87,9 +87,10 @@ def _read(path):
         raise ReadError("is empty")
     with path.open("rb") as file:
         start = file.read(11)
-    for signature, kind, suffixes in SIGNATURES:
-        if start.startswith(signature) != (path.suffix.lower() in suffixes):
-            raise ReadError(f"is a {kind} file" if start.startswith(signature) else f"is not a {kind} file")
+    found = next((kind for signature, kind, _ in SIGNATURES if start.startswith(signature)), None)
+    expected = next((kind for _, kind, suffixes in SIGNATURES if path.suffix.lower() in suffixes), None)
+    if found != expected:
+        raise ReadError(f"is a {found} file" if found else f"is not a {expected} file")
 
     points, colors, labels, *up = reader(path, size)
     if len(points) == 0:

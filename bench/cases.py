@@ -1,0 +1,351 @@
+"""What is measured, on what, and against which target. run.py calls each case in a process of its own."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import peers
+
+import kpcore as kp
+
+# A power of two: dividing by it and multiplying by its inverse agree, so all libraries cut the same voxels.
+VOXEL = np.float32(1 / 32)
+RADIUS = float(np.float32(2.5) * VOXEL)
+KERNEL = {"num": 15, "radius": float(1.65 * VOXEL)}
+EXTENT = float(np.float32(1.2) * VOXEL)
+RAW_PER_VOXEL = 6.4  # of surface(), measured
+SIZES = {
+    "full": {"raw": 4_000_000, "cloud": 1_000_000, "patch": 20_000, "growth": (10**4, 10**5, 10**6, 10**7)},
+    "quick": {"raw": 40_000, "cloud": 10_000, "patch": 2_000, "growth": (10**3, 10**4)},
+}
+
+# (case, what, order, against): target. Without a peer it is millions per second and core, or MiB; "xyz alone",
+# "FMA floor" and "its forward" bound our time as a multiple of that; otherwise it is how many times faster than the
+# peer we are. Every other row is information.
+TARGETS = {
+    ("radius_search", "by index", "random", None): (">=", 180),
+    ("radius_search", "by index", "voxel", None): (">=", 250),
+    ("radius_search", "unordered", "voxel", None): (">=", 300),
+    ("radius_search", "by index", "random", "Open3D nns"): (">=", 25),
+    ("radius_search", "by index", "random", "Open3D ml.torch"): (">=", 25),
+    ("radius_search", "by index", "voxel", "Open3D nns"): (">=", 12),
+    ("radius_search", "by index", "voxel", "Open3D ml.torch"): (">=", 12),
+    ("radius_search", "by index", "random", "SciPy cKDTree"): (">=", 60),
+    ("radius_search", "by index", "voxel", "SciPy cKDTree"): (">=", 60),
+    ("grid_subsample", "xyz float64", "random", "small_gicp"): (">=", 4),
+    ("grid_subsample", "xyz float64", "voxel", "small_gicp"): (">=", 4),
+    ("grid_subsample", "xyz", "random", "Open3D tensor"): (">=", 15),
+    ("grid_subsample", "xyz", "voxel", "Open3D tensor"): (">=", 15),
+    ("grid_subsample", "xyz, 3 features, labels", "random", "xyz alone"): ("<=", 2.5),
+    ("grid_subsample", "xyz, 3 features, labels", "voxel", "xyz alone"): ("<=", 2.5),
+    ("kpconv", "forward, C = 64", "voxel", "NumPy A @ W"): (">", 1),
+    ("kpconv", "forward, C = 128", "voxel", "NumPy A @ W"): (">", 1),
+    ("kpconv", "forward, C = 256", "voxel", "NumPy A @ W"): (">", 1),
+    ("kpconv", "forward, C = 64", "voxel", "NumPy A @ W, SkylakeX"): (">", 1),
+    ("kpconv", "forward, C = 128", "voxel", "NumPy A @ W, SkylakeX"): (">", 1),
+    ("kpconv", "forward, C = 256", "voxel", "NumPy A @ W, SkylakeX"): (">", 1),
+    ("kpconv", "forward, C = 64", "voxel", "FMA floor"): ("<=", 2.1),
+    ("kpconv", "forward, C = 128", "voxel", "FMA floor"): ("<=", 1.45),
+    ("kpconv", "forward, C = 256", "voxel", "FMA floor"): ("<=", 1.2),
+    ("kpconv", "forward, C = 64", "voxel", "dense torch"): (">=", 40),
+    ("kpconv", "forward, C = 128", "voxel", "dense torch"): (">=", 12),
+    ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "its forward"): ("<=", 3.3),
+    ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 20),
+    ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
+}
+
+
+ORDERS = ("voxel", "random")
+CHANNELS = (64, 128, 256)
+
+# The tasks of each case, each in a process of its own, once per number of threads; "coretype" is OPENBLAS_CORETYPE.
+TASKS = {
+    "radius_search": [{"order": order} for order in ORDERS],
+    "grid_subsample": [{"order": order} for order in ORDERS],
+    "kpconv": [
+        *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
+        *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
+    ],
+    "kpconv_vjp": [{"order": order} for order in ORDERS],
+    "memory": [{"implementation": name} for name in ("kpcore", "dense torch")],
+    "growth": [{"op": op} for op in ("grid_subsample", "radius_search", "kpconv")],
+}
+
+
+# Inputs, made once by run.py before any task and read by every one of them.
+
+
+def surface(n, seed=0):
+    """n points of a rough, wavy sheet, in no order.
+
+    Waves of 64, 23 and 9 voxels with slopes up to 0.8, noise of 0.35 voxel, an area that grows with n: subsampled, a
+    point has 37 neighbours within 2.5 voxels (without the noise it has 27).
+    """
+    rng = np.random.default_rng(seed)
+    x, y = rng.random((2, n)) * VOXEL * np.sqrt(n / 16)
+    z = rng.normal(0, 0.35 * VOXEL, n)
+    for wave in VOXEL * np.array((64, 23, 9)):
+        px, py = rng.random(2) * 2 * np.pi
+        z += wave / (2 * np.pi * 1.2) * np.sin(2 * np.pi * x / wave + px) * np.cos(2 * np.pi * y / (1.3 * wave) + py)
+    return np.column_stack([x, y, z]).astype(np.float32)
+
+
+def morton(points):
+    """Morton key of each point's voxel, counted from the lowest voxel."""
+    voxel = np.floor(points / VOXEL).astype(np.int64)
+    voxel = (voxel - voxel.min(0)).astype(np.uint64)
+    spread = (0x1F00000000FFFF, 0x1F0000FF0000FF, 0x100F00F00F00F00F, 0x10C30C30C30C30C3, 0x1249249249249249)
+    for shift, mask in zip((32, 16, 8, 4, 2), spread, strict=True):
+        voxel = (voxel | voxel << np.uint64(shift)) & np.uint64(mask)
+    return voxel[:, 0] | voxel[:, 1] << np.uint64(1) | voxel[:, 2] << np.uint64(2)
+
+
+def subsample(points):
+    """NumPy's barycentres (float64, in Morton order) and the voxel of each point."""
+    _, inverse, counts = np.unique(morton(points), return_inverse=True, return_counts=True)
+    sums = [np.bincount(inverse, column) for column in points.T]
+    return np.column_stack(sums) / counts[:, None], inverse
+
+
+def prepare(folder, size):
+    """Writes raw.npy (in no order), cloud.npy (subsampled, in voxel order) and patches of it with their neighbours."""
+    from scipy.spatial import cKDTree
+
+    np.save(folder / "raw.npy", surface(size["raw"]))
+    cloud = subsample(surface(int(1.05 * RAW_PER_VOXEL * size["cloud"]), seed=1))[0][: size["cloud"]].astype(np.float32)
+    assert len(cloud) == size["cloud"], f"the surface gave {len(cloud)} voxels"
+    np.save(folder / "cloud.npy", cloud)
+    for order in ORDERS:
+        points = arranged(cloud[: size["patch"]], order)
+        pairs = cKDTree(points).query_pairs(RADIUS, output_type="ndarray")
+        row, index = np.concatenate([pairs, pairs[:, ::-1], np.arange(len(points)).repeat(2).reshape(-1, 2)]).T
+        by_index = np.lexsort([index, row])
+        row_splits = np.searchsorted(row[by_index], np.arange(len(points) + 1))
+        index = index[by_index].astype(np.int32)
+        np.savez(folder / f"patch_{order}.npz", points=points, index=index, row_splits=row_splits)
+
+
+def arranged(points, order):
+    return np.ascontiguousarray(points if order == "voxel" else np.random.default_rng(2).permutation(points))
+
+
+def kpconv_problem(folder, order, channels):
+    """The patch, in the names dense_kpconv.py and kpconv share."""
+    rng = np.random.default_rng(3)
+    with np.load(Path(folder) / f"patch_{order}.npz") as patch:
+        problem = dict(patch)
+    problem["features"] = rng.standard_normal((len(problem["points"]), channels), np.float32)
+    problem["weights"] = rng.standard_normal((KERNEL["num"], channels, channels), np.float32) / np.float32(channels)
+    return problem | {"kernel_points": kp.kernel_points(**KERNEL), "extent": EXTENT}
+
+
+def neighbors_of(problem):
+    return kp.Neighbors(problem["index"], problem["row_splits"], len(problem["points"]))
+
+
+def convolve(problem, neighbors, features, weights):
+    return kp.kpconv(problem["points"], None, neighbors, features, weights, problem["kernel_points"], problem["extent"])
+
+
+# Checks, against the peers and against NumPy.
+
+
+def pair_keys(num_points, index, row_splits):
+    return np.repeat(np.arange(len(row_splits) - 1), np.diff(row_splits)) * num_points + index[: row_splits[-1]]
+
+
+def same_pairs(points, keys, found):
+    """Equal sets of pairs; only pairs at the radius itself, within rounding, may differ."""
+    theirs = np.sort(pair_keys(len(points), *found))
+    if np.array_equal(keys, theirs):
+        return
+    assert (np.diff(theirs) > 0).all(), "a pair comes twice"
+    query, point = np.divmod(np.setxor1d(keys, theirs, assume_unique=True), len(points))
+    distance = np.linalg.norm(points[query].astype(np.float64) - points[point], axis=1)
+    assert np.allclose(distance, RADIUS, rtol=1e-5, atol=0), f"{(abs(distance / RADIUS - 1) > 1e-5).sum()} pairs differ"
+
+
+def same_barycentres(expected, found):
+    """Equal voxels and barycentres. small_gicp's threads cut some voxels in two (its notes: up to 10 % more points)."""
+    together = morton(np.concatenate([expected, found]))
+    ours, theirs = together[: len(expected)], together[len(expected) :]
+    voxels, first, counts = np.unique(theirs, return_index=True, return_counts=True)
+    assert np.array_equal(voxels, ours), f"{len(voxels)} voxels for {len(expected)}"
+    assert len(found) <= 1.1 * len(expected), f"{len(found)} points for {len(expected)} voxels"
+    once = counts == 1
+    assert np.allclose(found[first[once]], expected[once], rtol=0, atol=1e-3 * VOXEL), "barycentres differ"
+
+
+def close(expected, found):
+    for want, got in zip(expected, found, strict=True):
+        error = abs(want - got).max() / abs(want).max()
+        assert error < 2e-5, f"error {error:.1e} of the largest value"
+
+
+def influences(problem):
+    """One sparse (M, N) matrix of linear influences per kernel point, in float64."""
+    from scipy.sparse import csr_array
+
+    points, index, row_splits = problem["points"].astype(np.float64), problem["index"], problem["row_splits"]
+    relative = points[index] - np.repeat(points, np.diff(row_splits), axis=0)
+    for kernel_point in problem["kernel_points"]:
+        influence = np.maximum(0, 1 - np.linalg.norm(relative - kernel_point, axis=1) / problem["extent"])
+        yield csr_array((influence, index, row_splits), shape=(len(points), len(points)))
+
+
+def aggregate(problem):
+    """A (M, K * C), the matrix that `A @ W` starts from."""
+    return np.hstack([influence @ problem["features"].astype(np.float64) for influence in influences(problem)])
+
+
+# The cases.
+
+
+def radius_search(bench, order):
+    points = arranged(np.load(bench.folder / "cloud.npy"), order)
+    by_index = partial(kp.radius_search, points, None, RADIUS)
+    unordered = partial(by_index, sort=None)
+    found = bench.first(by_index)
+    keys = pair_keys(len(points), found.index, found.row_splits)
+    assert (np.diff(keys) > 0).all(), "rows are not sorted by index"
+    check = partial(same_pairs, points, keys)
+    bench.label(order=order, size=f"{len(points):,}, H = {found.num_pairs / len(points):.1f}")
+    both = bench.first(unordered)
+    check((both.index, both.row_splits))
+    del both
+    for what, call in (("by index", by_index), ("unordered", unordered)):
+        bench.rate(what, call, found.num_pairs, "M neighbours/s per core")
+    search_peers = [peers.OPEN3D_NNS, peers.OPEN3D_HASH]
+    if bench.threads == bench.most_threads:  # workers=-1 is its best setting; on one core a call takes 10 s
+        search_peers.append(peers.SCIPY_BALL)
+    for peer in search_peers:
+        bench.against("by index", by_index, peer, {"points": points, "radius": RADIUS}, check)
+
+
+def grid_subsample(bench, order):
+    raw = np.load(bench.folder / "raw.npy")
+    raw = np.ascontiguousarray(raw if order == "random" else raw[np.argsort(morton(raw))])
+    rng = np.random.default_rng(4)
+    features, labels = rng.random(raw.shape, np.float32), rng.integers(0, 8, len(raw), np.uint8)
+    raw64 = raw.astype(np.float64)
+    xyz, xyz64 = partial(kp.grid_subsample, raw, float(VOXEL)), partial(kp.grid_subsample, raw64, float(VOXEL))
+    full = partial(xyz, features=features, labels=labels)
+
+    barycentres, inverse = subsample(raw)
+    votes = np.bincount(inverse * 8 + labels, minlength=8 * len(barycentres)).reshape(-1, 8)
+    means = np.column_stack([np.bincount(inverse, column) for column in features.T]) / votes.sum(1)[:, None]
+    for call in (xyz, xyz64, full):
+        sub = bench.first(call)
+        assert np.array_equal(sub.inverse, inverse) and np.array_equal(sub.counts, votes.sum(1)), "voxels differ"
+        assert np.allclose(sub.points, barycentres, rtol=0, atol=1e-3 * VOXEL), "barycentres differ"
+    close([means], [sub.features])
+    assert np.array_equal(sub.labels, votes.argmax(1)), "majority labels differ"
+
+    bench.label(order=order, size=f"{len(raw):,}, {len(barycentres):,} voxels")
+    check = partial(same_barycentres, barycentres)
+    for what, call in (("xyz", xyz), ("xyz, 3 features, labels", full)):
+        bench.rate(what, call, len(raw), "M points/s per core")
+    bench.compare("xyz, 3 features, labels", full, "xyz alone", xyz)
+    gicp = {"points": raw64, "voxel": float(VOXEL), "threads": bench.threads}
+    bench.against("xyz float64", xyz64, peers.SMALL_GICP, gicp, check, judged=bench.threads == 2)
+    bench.against("xyz", xyz, peers.OPEN3D_VOXEL, {"points": raw, "voxel": float(VOXEL)}, check)
+
+
+def kpconv(bench, order, channels, coretype=None):
+    problem = kpconv_problem(bench.folder, order, channels)
+    features, weights, neighbors = problem["features"], problem["weights"], neighbors_of(problem)
+    what, size = f"forward, C = {channels}", len(features)
+    forward = partial(convolve, problem, neighbors, features, weights)
+    out = bench.first(forward)
+    aggregated = aggregate(problem)
+
+    def check(found):
+        close([out], [found])
+
+    check(aggregated @ weights.reshape(-1, channels))
+    bench.label(order=order, size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
+    product = {"aggregated": aggregated.astype(np.float32), "weights": weights}
+    blas = f"OpenBLAS kernels: {peers.openblas_core()}"
+    if coretype:
+        forced = peers.NUMPY_MATMUL._replace(name=f"{peers.NUMPY_MATMUL.name}, {coretype}")
+        bench.against(what, forward, forced, product, check, note=blas)
+        return
+
+    def floor():
+        flops = 2 * KERNEL["num"] * channels * channels * size
+        return bench.Seconds(flops / (kp._cpu.fma_rate("float32") * bench.threads))
+
+    bench.rate(what, forward, size, "M points/s per core")
+    bench.compare(what, forward, "FMA floor", floor)
+    if order == "voxel":
+        bench.against(what, forward, peers.NUMPY_MATMUL, product, check, note=blas)
+        if channels < 256:  # beyond that, its matrix products are all that counts
+            bench.against(what, forward, peers.DENSE_FORWARD, problem, check)
+
+
+def kpconv_vjp(bench, order):
+    problem = kpconv_problem(bench.folder, order, 64)
+    features, weights = problem["features"], problem["weights"]
+    grad_out = np.random.default_rng(5).standard_normal(features.shape, np.float32)
+
+    def step(neighbors):
+        _, pullback = kp.autodiff.vjp(lambda f, w: convolve(problem, neighbors, f, w), features, weights)
+        return pullback(grad_out)
+
+    warm = neighbors_of(problem)
+    both, forward = partial(step, warm), partial(convolve, problem, warm, features, weights)
+    gradients = bench.first(both)
+    grad = grad_out.astype(np.float64)
+    expected_weights = (aggregate(problem).T @ grad).reshape(weights.shape)
+    expected_features = sum(map(lambda influence, w: influence.T @ (grad @ w.T), influences(problem), weights))
+    close([expected_features, expected_weights], gradients)
+    what, size = "forward + vjp, C = 64", len(features)
+    bench.label(order=order, size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
+    bench.compare(what, both, "its forward", forward)
+    bench.compare(f"{what}, new Neighbors", lambda: step(neighbors_of(problem)), "its forward", forward)
+    if order == "voxel":
+        bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
+
+
+def memory(bench, implementation):
+    """Peak resident memory of the first call of a process, beyond the output and, for kpcore, the packed weights."""
+    problem = kpconv_problem(bench.folder, "voxel", 64)
+    size, output, end = len(problem["points"]), problem["features"].nbytes, problem["row_splits"][100]
+    small = problem | {"index": np.minimum(problem["index"][:end], 99), "row_splits": problem["row_splits"][:101]}
+    small |= {"points": problem["points"][:100], "features": problem["features"][:100, :1].copy()}
+    small["weights"] = problem["weights"][:, :1, :1].copy()  # one channel, so that it leaves no scratch memory to reuse
+    bench.label(order="voxel", size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
+    if implementation == "kpcore":
+        forward, big = (lambda p, n: convolve(p, n, p["features"], p["weights"])), neighbors_of(problem)
+        forward(small, neighbors_of(small))  # starts the threads, loads the code
+        bench.memory("kpconv forward, C = 64", lambda: forward(problem, big), output + problem["weights"].nbytes)
+    elif reason := peers.missing(peers.DENSE_FORWARD):
+        bench.absent("dense torch forward, C = 64", None, reason)
+    else:
+        peers.DENSE_FORWARD.setup(**small)()
+        bench.memory("dense torch forward, C = 64", peers.DENSE_FORWARD.setup(**problem), output)
+
+
+def growth(bench, op):
+    """Time against size. The cloud beyond its own size is copies of it side by side."""
+    cloud = np.load(bench.folder / "cloud.npy")
+    period = np.float32(np.ceil(np.ptp(cloud[:, 0]) / VOXEL) + 8) * VOXEL
+    bytes_per_point = {"grid_subsample": 200, "radius_search": 500, "kpconv": 1000}[op]
+    for n in bench.sizes["growth"]:
+        what = "kpconv, C = 64" if op == "kpconv" else op
+        bench.label(order="random" if op == "grid_subsample" else "voxel", size=f"{n:,}")
+        if n * bytes_per_point > bench.free_memory():
+            bench.absent(what, None, f"needs about {n * bytes_per_point / 2**30:.0f} GiB of free memory")
+            continue
+        if op == "grid_subsample":
+            call = partial(kp.grid_subsample, surface(n), float(VOXEL))
+        else:
+            points = np.concatenate([cloud + np.float32([i, 0, 0]) * period for i in range(-(-n // len(cloud)))])[:n]
+            call = partial(kp.radius_search, points, None, RADIUS)
+        if op == "kpconv":
+            rng, neighbors = np.random.default_rng(6), call()
+            problem = {"points": points, "kernel_points": kp.kernel_points(**KERNEL), "extent": EXTENT}
+            features, weights = rng.random((n, 64), np.float32), rng.random((KERNEL["num"], 64, 64), np.float32)
+            call = partial(convolve, problem, neighbors, features, weights)
+        bench.first(call)
+        bench.per_point(what, call, n)

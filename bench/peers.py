@@ -1,0 +1,177 @@
+"""The libraries kpcore is measured against, each in the fastest form its public interface offers.
+
+A peer is (name, guard, setup, read). `guard()` imports what it needs and raises where that is missing,
+`setup(**inputs)` does what is not timed (wrapping arrays) and returns the call that is, and `read(result)` brings a
+result into the NumPy form the checks use. Index builds belong to the timed call. run.py limits the threads of them all.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections import namedtuple
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+Peer = namedtuple("Peer", "name guard setup read")
+
+SHARED = Path(os.environ.get("KPCORE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def missing(peer):
+    """Why the peer cannot run here, or None."""
+    try:
+        peer.guard()
+    except Exception as error:  # Open3D raises RuntimeError or OSError where its torch ops do not match torch
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None
+
+
+def imports(*names):
+    return lambda: [importlib.import_module(name) for name in names]
+
+
+# Fixed-radius search: read() gives (index, row_splits).
+
+
+def open3d_nns(points, radius):
+    """core.nns.NearestNeighborSearch: a kd-tree on the CPU; int32 and unsorted are its fastest settings."""
+    import open3d.core as o3c
+
+    cloud = o3c.Tensor.from_numpy(points)
+
+    def run():
+        search = o3c.nns.NearestNeighborSearch(cloud, o3c.int32)
+        search.fixed_radius_index(radius)
+        return search.fixed_radius_search(cloud, radius, sort=False)
+
+    return run
+
+
+def open3d_hash(points, radius):
+    """ml.torch.layers.FixedRadiusSearch: a hash grid with cells of two radii; never sorted."""
+    import open3d.ml.torch as ml
+    import torch
+
+    cloud, search = torch.from_numpy(points), ml.layers.FixedRadiusSearch(return_distances=False)
+    return lambda: search(cloud, cloud, radius)
+
+
+def scipy_ball(points, radius):
+    from scipy.spatial import cKDTree
+
+    return lambda: cKDTree(points).query_ball_point(points, radius, workers=-1, return_sorted=False)
+
+
+def read_lists(lists):
+    row_splits = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, lists), np.int64, len(lists)), out=row_splits[1:])
+    return np.fromiter(chain.from_iterable(lists), np.int32, row_splits[-1]), row_splits
+
+
+def read_nns(found):
+    index, _, row_splits = found
+    return index.numpy(), row_splits.numpy()
+
+
+def read_hash(found):
+    return found.neighbors_index.numpy(), found.neighbors_row_splits.numpy()
+
+
+OPEN3D_NNS = Peer("Open3D nns", imports("open3d.core"), open3d_nns, read_nns)
+OPEN3D_HASH = Peer("Open3D ml.torch", imports("torch", "open3d.ml.torch"), open3d_hash, read_hash)
+SCIPY_BALL = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_ball, read_lists)
+
+
+# Voxel grid subsampling: read() gives the barycentres.
+
+
+def gicp(points, voxel, threads):
+    """voxelgrid_sampling; it takes float64 and, from two threads on, may cut a voxel in two."""
+    import small_gicp
+
+    return lambda: small_gicp.voxelgrid_sampling(points, voxel, num_threads=threads)
+
+
+def open3d_voxel(points, voxel):
+    import open3d
+
+    cloud = open3d.t.geometry.PointCloud(open3d.core.Tensor.from_numpy(points))
+    return lambda: cloud.voxel_down_sample(voxel)
+
+
+SMALL_GICP = Peer("small_gicp", imports("small_gicp"), gicp, lambda cloud: np.asarray(cloud.points())[:, :3])
+OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda cloud: cloud.point.positions.numpy())
+
+
+# KPConv: read() gives the output, or (gradient of features, gradient of weights).
+
+
+def matmul(aggregated, weights):
+    """The matrix product alone, as if aggregating the neighbourhoods cost nothing."""
+    flat = weights.reshape(aggregated.shape[1], -1)
+    return lambda: aggregated @ flat
+
+
+def dense_module():
+    import torch  # noqa: F401, a missing torch is to be named before a missing file
+
+    path = SHARED / "peers" / "dense_kpconv.py"
+    if not path.exists():
+        raise FileNotFoundError("dense_kpconv.py: set KPCORE_SHARED to the folder that holds peers/dense_kpconv.py")
+    spec = importlib.util.spec_from_file_location("dense_kpconv", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dense_arguments(points, index, row_splits, features, weights, kernel_points, extent):
+    import torch
+
+    module = dense_module()
+    points, features, weights, kernel_points = map(torch.from_numpy, (points, features, weights, kernel_points))
+    neighbors = module.padded(index, row_splits, len(points))
+    return module.kpconv, (points, points, neighbors, features, weights, kernel_points, extent)
+
+
+def dense_forward(**problem):
+    import torch
+
+    kpconv, arguments = dense_arguments(**problem)
+
+    def run():
+        with torch.no_grad():
+            return kpconv(*arguments)
+
+    return run
+
+
+def dense_step(grad_out, **problem):
+    import torch
+
+    kpconv, arguments = dense_arguments(**problem)
+    inputs = [arguments[3].requires_grad_(), arguments[4].requires_grad_()]  # features, weights
+    grad_out = torch.from_numpy(grad_out)
+    return lambda: torch.autograd.grad(kpconv(*arguments), inputs, grad_out)
+
+
+NUMPY_MATMUL = Peer("NumPy A @ W", imports("numpy"), matmul, np.asarray)
+DENSE_FORWARD = Peer("dense torch", dense_module, dense_forward, lambda out: out.numpy())
+DENSE_STEP = Peer("dense torch", dense_module, dense_step, lambda grads: [grad.numpy() for grad in grads])
+
+
+def openblas_core():
+    """The kernel set NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return None
+    return next(
+        (
+            pool["architecture"]
+            for pool in threadpool_info()
+            if pool["internal_api"] == "openblas" and "numpy" in pool["filepath"]
+        ),
+        None,
+    )

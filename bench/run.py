@@ -1,0 +1,350 @@
+"""python bench/run.py cpu: checks that kpcore and the libraries people use agree, then measures them side by side.
+
+Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
+like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
+those cores and choose their kernels themselves. The two sides of a comparison alternate (A B A B), every call makes
+fresh outputs and includes its index build, and a time is the median of at least 5 calls. "First" is the first such call
+of the process. Linux with glibc only: it reads /proc and pins processes.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import operator
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from datetime import datetime, timezone
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
+OWN_TIMES = ("xyz alone", "FMA floor", "its forward")  # compared with as "x its time"; the peers as "x faster"
+
+
+class Seconds(float):
+    """Returned by a call that states its own time."""
+
+
+def clock(call):
+    start = time.perf_counter()
+    out = call()
+    seconds = time.perf_counter() - start
+    return out, float(out) if isinstance(out, Seconds) else seconds
+
+
+def alternate(calls, seconds):
+    """Times the calls in turns, 5 rounds at least, up to 51 while `seconds` last."""
+    taken, end = [[] for _ in calls], time.perf_counter() + seconds
+    gc.disable()
+    while len(taken[0]) < 5 or (time.perf_counter() < end and len(taken[0]) < 51):
+        for call, samples in zip(calls, taken, strict=True):
+            time.sleep(0.005)  # the other side's idle OpenMP threads spin for some milliseconds
+            samples.append(clock(call)[1])
+    gc.enable()
+    return [{"median": statistics.median(x), "min": min(x), "max": max(x), "samples": x} for x in taken]
+
+
+class Bench:
+    """What a case measures with; `rows` is the outcome."""
+
+    Seconds = Seconds
+
+    def __init__(self, case, targets, sizes, folder, seconds, threads, most_threads):
+        self.case, self.targets, self.sizes, self.folder, self.seconds = case, targets, sizes, Path(folder), seconds
+        self.threads, self.most_threads = threads, most_threads
+        self.rows, self.labels, self.firsts = [], {"order": "", "size": ""}, {}
+
+    def label(self, order, size):
+        self.labels = {"order": order, "size": size}
+
+    def first(self, call):
+        out, self.firsts[call] = clock(call)
+        return out
+
+    def row(self, what, value=None, unit="", against=None, verdict=None, judged=True, call=None, **more):
+        target = self.targets.get((self.case, what, self.labels["order"], against)) if judged else None
+        if verdict is None:
+            verdict = "" if target is None else "met" if COMPARE[target[0]](value, target[1]) else "MISSED"
+        row = {"case": self.case, "what": what, **self.labels, "threads": self.threads, "first": self.firsts.get(call)}
+        row |= {"against": against, "value": value, "unit": unit, "target": target, "verdict": verdict}
+        self.rows.append({"ours": None, "theirs": None, "note": ""} | row | more)
+
+    def rate(self, what, call, count, unit):
+        (ours,) = alternate([call], self.seconds)
+        self.row(what, count / ours["median"] / self.threads / 1e6, unit, call=call, ours=ours)
+
+    def per_point(self, what, call, count):
+        (ours,) = alternate([call], self.seconds)
+        self.row(what, ours["median"] / count * 1e9, "ns per point", call=call, ours=ours)
+
+    def compare(self, what, call, against, other, **more):
+        ours, theirs = alternate([call, other], self.seconds)
+        ratio = ours["median"] / theirs["median"]
+        value, unit = (ratio, "x its time") if against in OWN_TIMES else (1 / ratio, "x faster")
+        self.row(what, value, unit, against, call=call, ours=ours, theirs=theirs, **more)
+
+    def against(self, what, call, peer, inputs, check, **more):
+        """A peer: whether it is there, whether it agrees, and only then how long it takes."""
+        import peers
+
+        if reason := peers.missing(peer):
+            self.absent(what, peer.name, reason)
+            return
+        other = peer.setup(**inputs)
+        try:
+            check(peer.read(other()))
+        except AssertionError as error:
+            self.row(what, against=peer.name, verdict="WRONG", note=str(error))
+            return
+        self.compare(what, call, peer.name, other, **more)
+
+    def absent(self, what, against, reason):
+        self.row(what, against=against, verdict="missing", note=reason)
+
+    def memory(self, what, call, expected):
+        """The peak of resident memory during the first call, less what was there before and the expected bytes."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # free heap memory, 250 KiB of it, would hide what the call needs
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+        before = kilobytes("/proc/self/status", "VmRSS")
+        out = self.first(call)
+        extra = kilobytes("/proc/self/status", "VmHWM") - before - expected / 1024
+        del out
+        self.row(what, extra / 1024, "MiB beyond output and weights", call=call)
+
+    def free_memory(self):
+        return 0.8 * 1024 * kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def kilobytes(path, key):
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:"))
+
+
+# Tasks
+
+
+def work(task):
+    """Runs in the process of one task."""
+    os.sched_setaffinity(0, task["cores"])
+    import cases
+
+    import kpcore as kp
+
+    kp.set_num_threads(len(task["cores"]))
+    sizes, seconds = cases.SIZES["quick" if task["quick"] else "full"], 0 if task["quick"] else 2
+    threads = len(task["cores"]), task["most_threads"]
+    bench = Bench(task["case"], cases.TARGETS, sizes, task["folder"], seconds, *threads)
+    getattr(cases, task["case"])(bench, **task["arguments"])
+    (bench.folder / "rows.json").write_text(json.dumps(bench.rows))
+
+
+def run_task(task):
+    """The rows of a task; where it fails, that is a row."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KPCORE_NUM_THREADS"):
+        environment[name] = str(len(task["cores"]))
+    if "coretype" in task["arguments"]:
+        environment["OPENBLAS_CORETYPE"] = task["arguments"]["coretype"]
+    command = [sys.executable, __file__, "--task", json.dumps(task)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        return json.loads(Path(task["folder"], "rows.json").read_text())
+    print(done.stderr, file=sys.stderr)
+    note = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    return [failed_row(task, "FAILED", note)]
+
+
+def failed_row(task, verdict, note):
+    what = ", ".join(map(str, task["arguments"].values()))
+    row = {"case": task["case"], "what": what, "threads": len(task["cores"]), "verdict": verdict, "note": note}
+    texts, values = ("order", "size", "unit"), ("first", "ours", "against", "theirs", "value", "target")
+    return dict.fromkeys(texts, "") | dict.fromkeys(values) | row
+
+
+# The machine
+
+
+def one_cpu_per_core():
+    """The logical CPUs this process may use, leaving out the second thread of a core."""
+    cores = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.setdefault(siblings.read_text() if siblings.exists() else cpu, cpu)
+    return list(cores.values())
+
+
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git(*command):
+    return subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True).stdout.strip()
+
+
+def machine():
+    import kpcore as kp
+
+    cpu = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+    cpu = {key.strip(): value.strip("\t: ") for key, value in cpu.items()}
+    caches = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        caches[f"L{level} {kind.lower()}"] = size
+    config = StringIO()
+    with redirect_stdout(config):
+        kp.show_config()
+    names = ("numpy", "scipy", "torch", "open3d", "open3d-cpu", "small_gicp", "threadpoolctl")
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": git("rev-parse", "--short", "HEAD") + "-changed" * bool(git("status", "--porcelain", "-uno")),
+        "cpu": cpu.get("model name", platform.machine()),
+        "cpu_family": cpu.get("cpu family"),
+        "cpu_model": cpu.get("model"),
+        "avx512": "avx512f" in cpu.get("flags", ""),
+        "cores": len(one_cpu_per_core()),
+        "caches": caches,
+        "ram_gib": round(kilobytes("/proc/meminfo", "MemTotal") / 2**20, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {"kpcore": kp.__version__} | {name: version(name) for name in names if version(name)},
+        "isas": kp._cpu.isas(),
+        "load_before": os.getloadavg()[0],
+        "config": config.getvalue().splitlines(),
+    }
+
+
+# The tables
+
+HEADER = ["case", "what", "order", "points", "threads", "first, ms", "ms (min–max)"]
+HEADER += ["against", "its ms", "measured", "target", "verdict"]
+
+
+def digits(number):
+    """Three significant digits, never an exponent."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def milliseconds(seconds):
+    return digits(1000 * seconds)
+
+
+def cells(row):
+    ours, theirs = row["ours"], row["theirs"]
+    return [
+        *(row[name] for name in ("case", "what", "order", "size")),
+        str(row["threads"]),
+        milliseconds(row["first"]) if row["first"] else "",
+        "{} ({}–{})".format(*(milliseconds(ours[name]) for name in ("median", "min", "max"))) if ours else "",
+        row["against"] or "",
+        milliseconds(theirs["median"]) if theirs else "",
+        f"{digits(row['value'])} {row['unit']}" if row["value"] is not None else "",
+        "{} {}".format(*row["target"]) if row["target"] else "",
+        f"{row['verdict']} ({row['note']})" if row["note"] else row["verdict"],
+    ]
+
+
+def markdown(lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]) + "\n"
+
+
+def growth_table(rows):
+    """Points down, operators across."""
+    table = {}
+    for row in rows:
+        ours, size = row["ours"], row["size"]
+        time = f"{milliseconds(ours['median'])} ({digits(row['value'])} ns per point)" if ours else row["note"]
+        table.setdefault(size, {})[row["what"]] = time
+    ops = list(dict.fromkeys(row["what"] for row in rows))
+    return markdown([["points", *ops], *([size, *(times.get(op, "") for op in ops)] for size, times in table.items())])
+
+
+def write_up(report, everything):
+    """The result as Markdown: what was judged or could not be (or everything), then the growth."""
+    m, rows = report["machine"], report["rows"]
+    versions, caches = (", ".join(f"{k} {v}" for k, v in m[name].items()) for name in ("versions", "caches"))
+    verdicts = [row["verdict"] for row in rows if row["target"]]
+    failed = sum(row["verdict"] in ("FAILED", "WRONG") for row in rows)
+    text = (
+        f"{m['date']}, commit {m['commit']}, on {m['cpu']} (family {m['cpu_family']}, model {m['cpu_model']}), "
+        f"{m['cores']} cores, {'/'.join(m['isas'])}, {caches}, {m['ram_gib']} GiB, Linux {m['kernel']}; "
+        f"Python {m['python']}, {versions}.\n"
+        f"{verdicts.count('met')} of {len(verdicts)} targets met, {verdicts.count('missing')} could not be measured"
+    )
+    text += f"; {failed} failed or gave other results.\n" if failed else ".\n"
+    growth = [row for row in rows if row["case"] == "growth"]
+    table = [row for row in rows if row not in growth and (everything or row["target"] or row["verdict"])]
+    text += "\n" + markdown([HEADER, *map(cells, table)]) if table else ""
+    return text + ("\nHow the time grows, in ms:\n\n" + growth_table(growth) if growth else "")
+
+
+def write_readme(readme, text):
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    before, found, rest = readme.read_text().partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise SystemExit(f"{readme}: expected {begin} and {end}")
+    readme.write_text(f"{before}{begin}\n{text}{end}{after}")
+
+
+def main():
+    import cases
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", choices=list(cases.TASKS), help="one case")
+    parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.md; bench/results for a complete run")
+    parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
+    options = parser.parse_args()
+    complete = not (options.quick or options.only)
+    if options.readme and not complete:
+        parser.error("--readme takes a complete run, without --quick and --only")
+    out = options.out or (HERE / "results" if complete else None)
+
+    report = {"machine": machine(), "command": sys.argv[1:], "rows": []}
+    if (load := report["machine"]["load_before"]) > 0.5:
+        print(f"Load average {load:.1f}: other processes are running and spoil these times.", file=sys.stderr)
+    cores = one_cpu_per_core()[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
+        shared = {"folder": folder, "quick": options.quick, "most_threads": len(cores)}
+        for case in [options.only] if options.only else cases.TASKS:
+            few = len(cores) if case == "growth" else 1
+            for arguments in cases.TASKS[case]:
+                for threads in range(few, len(cores) + 1):
+                    task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}
+                    if "coretype" in arguments and not report["machine"]["avx512"]:
+                        rows = [failed_row(task, "missing", "this CPU has no AVX-512")]
+                    else:
+                        rows = run_task(task)
+                    report["rows"] += rows
+                    for row in rows:
+                        print(" | ".join(filter(None, cells(row))), flush=True)
+
+    print(f"\n{write_up(report, everything=True)}")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "cpu.md").write_text(write_up(report, everything=True))
+    if options.readme:
+        write_readme(HERE.parent / "README.md", write_up(report, everything=False))
+    return any(row["verdict"] in ("WRONG", "FAILED") for row in report["rows"])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--task"]:
+        work(json.loads(sys.argv[2]))
+    else:
+        sys.exit(main())

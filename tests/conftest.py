@@ -1,0 +1,84 @@
+"""Fixtures, and two rules: hypothesis tries 500 examples of a property; with KPCORE_NO_SKIP=1 a skip is a failure."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # the importlib mode puts no folder there: reference, clouds, gradcheck
+
+import kpcore as kp
+from kpcore import _cpu
+
+settings.register_profile("kpcore", max_examples=500, deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("kpcore")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: seconds or gigabytes; too much under a sanitizer")
+
+
+def fail_instead_of_skip(report):
+    if report.skipped and os.environ.get("KPCORE_NO_SKIP") == "1" and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped although KPCORE_NO_SKIP=1: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return fail_instead_of_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return fail_instead_of_skip((yield))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with the real scans: KPCORE_SHARED, else `shared` beside the repository."""
+    folder = Path(os.environ.get("KPCORE_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real scans in {folder}; set KPCORE_SHARED to the folder that has data/")
+    return folder
+
+
+@pytest.fixture
+def set_threads():
+    """kpcore.set_num_threads, undone afterwards."""
+    before = kp.get_num_threads()
+    yield kp.set_num_threads
+    kp.set_num_threads(before)
+
+
+@pytest.fixture
+def set_isa():
+    """kpcore._cpu.set_isa, undone afterwards."""
+    yield _cpu.set_isa
+    _cpu.set_isa(os.environ.get("KPCORE_ISA") or next(i for i in ("avx512", "avx2", "base") if i in _cpu.isas()))
+
+
+@pytest.fixture(params=_cpu.isas())
+def isa(request, set_isa):
+    set_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run code in a fresh interpreter, away from the repository, whose kpcore/ would shadow the installed package."""
+
+    def run(code, timeout=120, **env):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=os.environ | env,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+
+    return run

@@ -1,0 +1,204 @@
+"""Brute-force oracles, written from the formulas for reading, and the comparisons the tests use.
+
+The package never imports this. Values are float64. Decisions (within the radius, which voxel, nearest kernel
+point) are taken in the geometry's own dtype, one rounding per operation, because the package promises them bit for bit.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-10}  # of the largest value
+
+
+def tolerance(*dtypes):
+    """The looser of the tolerances of the dtypes that take part."""
+    return max(TOLERANCE[np.dtype(dtype)] for dtype in dtypes)
+
+
+# ---- comparisons
+
+
+def assert_close(got, expected, tolerance, magnitude=None):
+    """Equal shape, NaN in the same places, differences within `tolerance` of the largest magnitude."""
+    expected = np.asarray(expected)
+    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
+    assert np.array_equal(np.isnan(got), np.isnan(expected)), "NaN in other places than expected"
+    if expected.size:
+        largest = np.nanmax(np.abs(expected if magnitude is None else magnitude), initial=0)
+        error = np.nanmax(np.abs(got.astype(np.float64) - expected), initial=0)
+        assert error <= tolerance * largest, f"largest error {error:.3g}, allowed {tolerance:.0e} of {largest:.3g}"
+
+
+def assert_same_bits(got, expected):
+    """The same dtype, shape and bytes (so that -0.0 differs from 0.0 and NaN equals itself)."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert got.tobytes() == expected.tobytes(), f"{np.count_nonzero(got != expected)} of {got.size} values differ"
+
+
+def assert_rows(neighbors, rows):
+    """A CSR record holds exactly these lists of neighbours, in this order."""
+    assert neighbors.index.dtype == np.int32 and neighbors.row_splits.dtype == np.int64
+    assert np.array_equal(np.diff(neighbors.row_splits), [len(row) for row in rows]), "neighbours per query"
+    assert np.array_equal(neighbors.index, np.concatenate([*rows, np.empty(0, int)])), "neighbours or their order"
+
+
+def assert_same_pairs(got, expected, distance, radius, band):
+    """Two (E, 2) arrays of (query, point) are equal sets, but for pairs whose distance is within `band` of the radius.
+
+    `distance(pairs)` is the true distance of each pair. A pair that comes twice is an error.
+    """
+    num = max(got.max(initial=0), expected.max(initial=0)) + 1
+    got_keys, expected_keys = got @ [num, 1], expected @ [num, 1]
+    assert len(np.unique(got_keys)) == len(got), "a pair came twice"
+    differing = np.stack(np.divmod(np.setxor1d(got_keys, expected_keys), num), 1)
+    off = np.abs(distance(differing) - radius)
+    assert np.all(off <= band), (
+        f"{np.count_nonzero(off > band)} pairs too many or too few, up to {off.max():.3g} from the radius"
+    )
+
+
+# ---- neighbours
+
+
+def splits_or_whole(row_splits, num):
+    return np.array([0, num]) if row_splits is None else row_splits
+
+
+def squared_distances(points, queries):
+    """(M, N) values ((d0*d0 + d1*d1) + d2*d2) + ... with d = point - query, each step rounded to the arrays' dtype."""
+    with np.errstate(over="ignore"):  # coordinates of 1e30: infinitely far apart in float32
+        d = points[None, :, :] - queries[:, None, :]
+        total = d[..., 0] * d[..., 0]
+        for axis in range(1, d.shape[2]):
+            total = total + d[..., axis] * d[..., axis]
+    return total
+
+
+def radius_search(
+    points, queries, radius, points_row_splits=None, queries_row_splits=None, max_neighbors=None, sort="index"
+):
+    """-> (rows, distances): for every query, its neighbours' indices and their distances, in order.
+
+    sort="distance" orders by (squared distance, index); max_neighbors keeps the first of that order.
+    """
+    if queries is None:
+        queries, queries_row_splits = points, points_row_splits
+    points_row_splits = splits_or_whole(points_row_splits, len(points))
+    queries_row_splits = splits_or_whole(queries_row_splits, len(queries))
+    with np.errstate(over="ignore"):
+        limit = points.dtype.type(radius) * points.dtype.type(radius)
+    rows, distances = [], []
+    for item in range(len(points_row_splits) - 1):
+        first, last = points_row_splits[item : item + 2]
+        d2_of_queries = squared_distances(points[first:last], queries[slice(*queries_row_splits[item : item + 2])])
+        for d2 in d2_of_queries:
+            row = np.flatnonzero(d2 <= limit)
+            by_distance = row[np.lexsort((row, d2[row]))][:max_neighbors]
+            row = by_distance if sort == "distance" else np.sort(by_distance)
+            rows.append(row + first)
+            distances.append(np.sqrt(d2[row]))
+    return rows, distances
+
+
+# ---- subsampling
+
+
+def morton_key(voxel):
+    """Bits of the voxel index interleaved, x lowest: ... z1 y1 x1 z0 y0 x0. Any size of Python integer."""
+    dims = len(voxel)
+    return sum(((int(v) >> bit) & 1) << (bit * dims + axis) for axis, v in enumerate(voxel) for bit in range(21))
+
+
+def majority(labels, ignore_label):
+    """The most frequent label, the smallest of equals; ignored points do not vote unless there are no others."""
+    votes = [label for label in labels.tolist() if label != ignore_label]
+    return max(sorted(set(votes)), key=votes.count) if votes else ignore_label
+
+
+def exact_means(values, members):
+    """(V, C) the mean of each voxel's rows of `values`; the sums are exact."""
+    rows = [[math.fsum(column) / len(m) for column in values[m].astype(np.float64).T] for m in members]
+    return np.array(rows).reshape(len(members), values.shape[1])
+
+
+def grid_subsample(points, voxel_size, features=None, labels=None, row_splits=None, ignore_label=None):
+    """-> dict with float64 points and features, labels, row_splits, inverse, counts."""
+    size = points.dtype.type(voxel_size)
+    inverse, out_splits = np.empty(len(points), int), [0]
+    row_splits = splits_or_whole(row_splits, len(points))
+    for first, last in itertools.pairwise(row_splits):
+        cells = np.floor(points[first:last] / size)
+        cells, cell_of_point = np.unique(cells - cells.min(0, initial=np.inf), axis=0, return_inverse=True)
+        order = sorted(range(len(cells)), key=lambda i, cells=cells: morton_key(cells[i]))
+        inverse[first:last] = out_splits[-1] + np.argsort(order)[cell_of_point]
+        out_splits.append(out_splits[-1] + len(cells))
+    counts = np.bincount(inverse, minlength=out_splits[-1])
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
+    if labels is not None:
+        labels = np.array([majority(labels[m], ignore_label) for m in members], labels.dtype)
+    return {
+        "points": exact_means(points, members),
+        "features": None if features is None else exact_means(features, members),
+        "labels": labels,
+        "row_splits": np.array(out_splits),
+        "inverse": inverse,
+        "counts": counts,
+    }
+
+
+# ---- KPConv
+
+
+def nearest_kernel_point(relative, kernel_points):
+    """(H,) the kernel point nearest to each position (H, D), decided in their dtype; the smallest of equals."""
+    return squared_distances(kernel_points, relative).argmin(1)
+
+
+def influences(relative, kernel_points, extent, influence, aggregation):
+    """relative (H, D), kernel_points (K, D) -> (H, K)"""
+    d2 = squared_distances(kernel_points.astype(np.float64), relative.astype(np.float64))
+    if influence == "linear":
+        h = np.maximum(0, 1 - np.sqrt(d2) / extent)
+    elif influence == "gaussian":
+        h = np.exp(-d2 / (2 * (0.3 * extent) ** 2))
+    else:
+        h = np.ones_like(d2)
+    if aggregation == "closest":
+        h *= np.arange(len(kernel_points)) == nearest_kernel_point(relative, kernel_points)[:, None]
+    return h
+
+
+def kpconv_rows(
+    points, queries, rows, features, kernel_points, extent, influence="linear", aggregation="sum", normalization=None
+):
+    """A KPConv before features and weights: per query, (its neighbours, their influences (H, K) over the norm)."""
+    counted = {
+        None: lambda row: 1,
+        "count": lambda row: len(row),
+        "positive": lambda row: np.count_nonzero(features[row].astype(np.float64).sum(1) > 0),
+    }[normalization]
+    return [
+        (row, influences(points[row] - query, kernel_points, extent, influence, aggregation) / max(1, counted(row)))
+        for query, row in zip(queries, rows, strict=True)
+    ]
+
+
+def kpconv(influence_rows, features, weights):
+    """out_q = sum_k (sum_i h_qik f_i) W_k"""
+    features, weights = features.astype(np.float64), weights.astype(np.float64)
+    out = np.zeros((len(influence_rows), weights.shape[2]))
+    for q, (row, h) in enumerate(influence_rows):
+        out[q] = np.tensordot(h.T @ features[row], weights, 2)
+    return out
+
+
+def kpconv_vjp(influence_rows, features, weights, grad):
+    """-> (grad_features, grad_weights): df_i += h_qik W_k g_q and dW_k += (sum_i h_qik f_i) g_q^T"""
+    features, weights, grad = (a.astype(np.float64) for a in (features, weights, grad))
+    grad_features, aggregated = np.zeros_like(features), np.zeros((len(influence_rows), *weights.shape[:2]))
+    for q, (row, h) in enumerate(influence_rows):
+        np.add.at(grad_features, row, h @ (weights @ grad[q]))
+        aggregated[q] = h.T @ features[row]
+    return grad_features, np.tensordot(aggregated, grad, (0, 0))

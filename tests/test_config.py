@@ -1,0 +1,153 @@
+"""Threads, instruction sets, environment, what an import costs, and the rule that CI skips nothing."""
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import kpcore as kp
+from kpcore import _cpu
+
+USE = "import numpy as np, kpcore as kp; kp.radius_search(np.zeros((9, 3)), None, 1.0); "
+
+
+# ---- import
+
+
+def test_import_loads_no_framework(python):
+    heavy = {"scipy", "torch", "jax", "cupy", "matplotlib", "laspy", "plyfile", "tqdm"}
+    done = python(f"import sys, kpcore; print(*{heavy} & set(sys.modules))")
+    assert (done.stdout.split(), done.stderr, done.returncode) == ([], "", 0)
+
+
+def test_what_import_may_load_beyond_numpy(python):
+    # The number that stands for "under 50 ms": modules that numpy does not load itself.
+    code = "import sys, numpy; before = set(sys.modules); import kpcore; print(*sorted(set(sys.modules) - before))"
+    extra = [name for name in python(code).stdout.split() if not name.startswith("kpcore")]
+    assert len(extra) <= 40, extra
+
+
+def test_kernels_load_no_scipy(python):
+    assert python(USE + "import sys; print('scipy' in sys.modules)").stdout == "False\n"
+
+
+def test_version_is_that_of_the_installed_package():
+    from importlib.metadata import version
+
+    assert kp.__version__ == version("kpcore")
+
+
+def test_public_names_exist():
+    assert set(kp.__all__) <= set(dir(kp))
+
+
+# ---- threads
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_set_num_threads(num, set_threads):
+    set_threads(num)
+    assert kp.get_num_threads() == num
+
+
+def test_num_threads_is_the_same_in_every_python_thread(set_threads):
+    set_threads(3)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(kp.get_num_threads).result() == 3
+
+
+@pytest.mark.parametrize(
+    ("num", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError)]
+)
+def test_wrong_num_threads(num, error, set_threads):
+    before = kp.get_num_threads()
+    with pytest.raises(error):
+        set_threads(num)
+    assert kp.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"KPCORE_NUM_THREADS": "3"}, 3),
+        ({"KPCORE_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"KPCORE_NUM_THREADS": "3", "OMP_NUM_THREADS": "1"}, 3),
+    ],
+)
+def test_threads_from_the_environment(env, expected, python, monkeypatch):
+    monkeypatch.delenv("KPCORE_NUM_THREADS", raising=False)
+    assert python("import kpcore; print(kpcore.get_num_threads())", **env).stdout == f"{expected}\n"
+
+
+# ---- instruction sets
+
+
+def test_base_is_always_usable():
+    assert "base" in _cpu.isas()
+    assert set(_cpu.isas()) <= {"base", "avx2", "avx512"}
+
+
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2 "])
+def test_unknown_isa(name, set_isa):
+    with pytest.raises(ValueError, match="base"):
+        set_isa(name)
+
+
+def test_kpcore_isa_is_what_show_config_says(python):
+    printed = {isa: python("import kpcore; kpcore.show_config()", KPCORE_ISA=isa).stdout for isa in _cpu.isas()}
+    assert len(set(printed.values())) == len(printed)
+    for isa, text in printed.items():
+        assert isa in text
+
+
+def test_show_config_says_what_a_bug_report_needs(capsys, set_threads):
+    set_threads(3)
+    kp.show_config()
+    text = capsys.readouterr().out
+    for word in (kp.__version__, "openmp", "numpy", "threads", "3", "gpu"):
+        assert word in text.lower()
+
+
+# ---- wrong environment
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KPCORE_ISA", "sse9"),
+        ("KPCORE_NUM_THREADS", "0"),
+        ("KPCORE_NUM_THREADS", "-1"),
+        ("KPCORE_NUM_THREADS", "two"),
+        ("KPCORE_NUM_THREADS", "1.5"),
+    ],
+)
+def test_a_wrong_variable_is_a_clear_error(name, value, python):
+    done = python(USE, **{name: value})
+    assert done.returncode == 1
+    assert name in done.stderr.splitlines()[-1] and value in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["KPCORE_ISA", "KPCORE_NUM_THREADS"])
+def test_an_empty_variable_is_as_none(name, python):
+    done = python(USE, **{name: ""})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- the rules of a run
+
+
+@pytest.mark.parametrize("body", ["def test(): pytest.skip('why')", "pytest.skip('why', allow_module_level=True)"])
+@pytest.mark.parametrize(("no_skip", "returncodes"), [("1", {1, 2}), ("", {0, 5})])
+def test_a_skip_is_a_failure_where_none_is_allowed(body, no_skip, returncodes, tmp_path, monkeypatch):
+    monkeypatch.setenv("KPCORE_NO_SKIP", no_skip)
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode in returncodes
+    assert "why" in done.stdout

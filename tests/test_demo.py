@@ -1,0 +1,214 @@
+"""The command line, run in this process: what it prints, what it draws, and how it refuses."""
+
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import kpcore as kp
+from kpcore import demo, scenes
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROW = re.compile(r"^ +\d+ +[\d.e+-]+ +[\d,]+ .*$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """A small scan of the flat, as a file."""
+    cloud = scenes.indoor(30_000)
+    path = tmp_path_factory.mktemp("scan") / "flat.npz"
+    points = cloud.points + np.array([5e5, 4e6, 100])
+    np.savez(path, points=points, colors=cloud.colors, labels=cloud.labels)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run(*words):
+        """(exit code, stdout, stderr) of `kpcore demo ... --out` a fresh folder."""
+        code = demo.main(["demo", *map(str, words), "--out", str(tmp_path / "out")])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def save(path, points):
+    np.save(path, np.asarray(points, np.float64))
+    return path
+
+
+def table(out):
+    """The rows of the table as numbers."""
+    return np.array([[float(cell.replace(",", "")) for cell in row.split()] for row in ROW.findall(out)])
+
+
+def picture(path):
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+def test_the_main_job_on_a_file(run, tmp_path, flat):
+    code, out, err = run(flat, "--voxel", 0.1, "--levels", 3, "--channels", 8)
+    assert (code, err) == (0, "")
+    assert "flat.npz: 30,000 points" in out
+    assert "15 classes" in out
+    assert "subtracted in float64: 499999 3999999 99" in out
+    rows = table(out)
+    points = scenes.read(flat).points
+    assert rows.shape == (3, 10)
+    for level, row in enumerate(rows):
+        voxel = 0.1 * 2**level
+        points = kp.grid_subsample(points, voxel).points
+        pairs = kp.radius_search(points, None, 2.5 * voxel).num_pairs
+        np.testing.assert_allclose(row[:4], [level, voxel, len(points), pairs / len(points)], atol=0.05)
+        assert (row[4:8] >= 0).all()
+    assert (rows[:, 9] > 10).all()
+    image = picture(tmp_path / "out" / "kpcore-flat.png")
+    assert image.shape == (1430, 2400, 3)
+    for corner in (
+        image[200:900, 100:1500],
+        image[150:850, 1650:2350],
+        image[1040:1320, 50:480],
+        image[1040:1320, 970:1400],
+    ):
+        assert corner.std() > 0.05  # something is drawn in each panel
+
+
+def test_without_a_file_it_makes_a_scene(run, tmp_path, monkeypatch):
+    small = scenes.indoor(20_000)
+    monkeypatch.setattr(scenes, "indoor", lambda: small)
+    code, out, _ = run("--levels", 1, "--channels", 2)
+    assert code == 0
+    assert "indoor scene: 20,000 points" in out
+    assert (tmp_path / "out" / "kpcore-indoor.png").exists()
+
+
+@pytest.mark.parametrize(
+    "points", [[[1, 2, 3]], [[1, 2, 3]] * 4, [[0, 0, 0], [9, 0, 0]], np.eye(3), np.arange(18).reshape(6, 3)]
+)
+def test_tiny_clouds_go_down_to_one_point(run, tmp_path, points):
+    code, out, err = run(save(tmp_path / "tiny.npy", points), "--levels", 11, "--channels", 3)
+    assert (code, err) == (0, "")
+    assert (table(out)[0, 2], table(out)[-1, 2]) == (len(np.unique(points, axis=0)), 1)
+    assert picture(tmp_path / "out" / "kpcore-tiny.png").std() > 0.01
+
+
+def test_what_was_left_out_is_reported(run, tmp_path):
+    points = np.random.default_rng(0).random((100, 3))
+    points[:7, 1] = np.nan
+    code, out, _ = run(save(tmp_path / "holes.npy", points), "--voxel", 0.2, "--levels", 1, "--channels", 2)
+    assert code == 0
+    assert "holes.npy: 93 points" in out
+    assert "left out: 7 points with NaN or infinite coordinates" in out
+
+
+@pytest.mark.parametrize(
+    ("voxel", "said"), [("50", "leaves 1 of 30,000 points"), ("0.001", r"leaves a point 1\.\d neighbours")]
+)
+def test_a_voxel_out_of_scale_is_pointed_out_but_used(run, flat, voxel, said):
+    code, out, err = run(flat, "--voxel", voxel, "--levels", 1, "--channels", 2)
+    assert code == 0
+    assert re.fullmatch(rf"kpcore: --voxel {voxel} {said}.*; is it in the file's unit\? Try --voxel 0\.\d+\n", err)
+    assert table(out)[0, 1] == float(voxel)
+
+
+def test_a_voxel_too_small_for_the_grid_is_refused(run, flat):
+    code, out, err = run(flat, "--voxel", "1e-7", "--levels", 1)
+    assert code == 2
+    assert re.fullmatch(r"kpcore: --voxel 1e-07: .* Try --voxel 0\.\d+\n", err)
+    assert not table(out).size
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--voxel 0", "--voxel -1", "--voxel nan", "--voxel big", "--levels 0", "--levels 99", "--channels 0", "--hue 3"],
+)
+def test_options_that_make_no_sense(run, capsys, words):
+    with pytest.raises(SystemExit) as left:
+        run(*words.split())
+    assert left.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_bad_files_get_one_line_and_exit_code_2(run, tmp_path):
+    cut = save(tmp_path / "cut.npy", np.ones((50, 3)))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (tmp_path / "empty.ply").touch()
+    for name in ("cut.npy", "empty.ply", "missing.las", "what.docx"):
+        code, out, err = run(tmp_path / name)
+        assert (code, out) == (2, "")
+        assert re.fullmatch(rf"kpcore: {re.escape(str(tmp_path / name))}: [^\n]+\n", err)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert demo.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"kpcore: --out {tmp_path / 'file'}: File exists\n"
+
+
+def test_a_picture_that_cannot_be_written_is_refused(run, tmp_path, flat):
+    (tmp_path / "out" / "kpcore-flat.png").mkdir(parents=True)
+    code, _, err = run(flat, "--voxel", 0.2, "--levels", 1, "--channels", 2)
+    assert (code, err) == (2, f"kpcore: {tmp_path / 'out' / 'kpcore-flat.png'}: Is a directory\n")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("matplotlib", "plot"), ("tqdm", "io")])
+def test_a_missing_package_says_how_to_install_it(run, monkeypatch, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run() == (2, "", f'kpcore: {package} is not installed: pip install "kpcore[{extra}]"\n')
+
+
+def test_ctrl_c_is_quiet(run, flat, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kp, "radius_search", interrupt)
+    code, _, err = run(flat)
+    assert (code, err) == (130, "")
+
+
+def test_the_bar_shows_on_a_terminal_and_vanishes(run, flat, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(flat, "--voxel", 0.2, "--levels", 2, "--channels", 2)[0] == 0
+    shown = sys.stderr.getvalue()
+    assert re.search(r"level 1: backward .*%", shown)
+    assert "\n" not in shown
+    assert shown.rpartition("\r")[0].endswith(" ")  # wiped
+
+
+def test_version_and_config(capsys):
+    with pytest.raises(SystemExit) as left:
+        demo.main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, f"kpcore {kp.__version__}\n")
+    assert demo.main(["config"]) == 0
+    assert kp.__version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        demo.main([])
+
+
+def test_importing_kpcore_imports_neither_the_demo_nor_its_packages():
+    code = "import sys, kpcore; print({'kpcore.demo', 'kpcore.scenes', 'tqdm', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "voxel"), [("lone-star.laz", 0.4), ("region_growing_rgb_tutorial.pcd", 0.04), ("source.ply", 0.2)]
+)
+def test_real_scans(run, shared, tmp_path, name, voxel):
+    pytest.importorskip({"laz": "laspy", "ply": "plyfile"}.get(name.rpartition(".")[2], "numpy"))
+    code, out, err = run(shared / "data" / name, "--voxel", voxel, "--levels", 3, "--channels", 8)
+    assert (code, err) == (0, "")
+    rows = table(out)
+    assert (np.diff(rows[:, 2]) < 0).all()
+    assert ((rows[:, 3] > 8) & (rows[:, 3] < 60)).all()
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1

@@ -1,0 +1,413 @@
+"""kpconv: values and gradients against the formulas and against the published code, and the rules of its edges."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import clouds
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import assert_close, assert_same_bits, tolerance
+
+import kpcore as kp
+
+CHANNELS = [1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 130]
+KERNEL_SIZES = [1, 2, 3, 9, 15, 16, 17, 27, 43]
+INFLUENCES, AGGREGATIONS, NORMALIZATIONS = (
+    ["linear", "gaussian", "constant"],
+    ["sum", "closest"],
+    [None, "count", "positive"],
+)
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+each_geometry_type = pytest.mark.parametrize("geometry_type", [np.float32, np.float64])
+each_feature_type = pytest.mark.parametrize("feature_type", [np.float32, np.float64])
+
+
+def run(case, neighbors=None, **options):
+    """-> {"out", "grad_features", "grad_weights"} as the package computes them."""
+    neighbors = neighbors or kp.Neighbors(*case.csr())
+    out, pullback = kp.autodiff.vjp(
+        lambda f, w: kp.kpconv(case.points, case.queries, neighbors, f, w, case.kernel_points, case.extent, **options),
+        case.features,
+        case.weights,
+    )
+    return dict(zip(("out", "grad_features", "grad_weights"), (out, *pullback(case.grad)), strict=True))
+
+
+def check_kpconv(case, **options):
+    got = run(case, **options)
+    for name, (expected, magnitude) in case.reference(**options).items():
+        assert got[name].dtype == case.features.dtype, name
+        assert_close(got[name], expected, tolerance(case.points.dtype, case.features.dtype), magnitude)
+
+
+# ---- against the formulas
+
+
+@each_feature_type
+@each_geometry_type
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+def test_options_and_dtypes(influence, aggregation, normalization, geometry_type, feature_type):
+    case = clouds.random_case(geometry_type=geometry_type, feature_type=feature_type)
+    check_kpconv(case, influence=influence, aggregation=aggregation, normalization=normalization)
+
+
+@pytest.mark.parametrize("cout", CHANNELS)
+@pytest.mark.parametrize("cin", CHANNELS)
+@each_feature_type
+def test_channels(feature_type, cin, cout):
+    check_kpconv(clouds.random_case(num_kernel=3, cin=cin, cout=cout, feature_type=feature_type))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("num_kernel", KERNEL_SIZES)
+def test_kernel_sizes_and_dimensions(num_kernel, dim, aggregation):
+    for dtype in (np.float32, np.float64):
+        check_kpconv(clouds.random_case(dim=dim, num_kernel=num_kernel, geometry_type=dtype), aggregation=aggregation)
+
+
+@pytest.mark.parametrize("cin", [1, 17, 64])
+@pytest.mark.parametrize("num_queries", clouds.SIZES)
+def test_numbers_of_queries(num_queries, cin):
+    check_kpconv(clouds.random_case(num_queries=num_queries, cin=cin, num_kernel=9))
+
+
+@pytest.mark.parametrize("num_points", [1, 2, *clouds.SIZES])
+def test_numbers_of_points(num_points):
+    check_kpconv(clouds.random_case(num_points=num_points))
+
+
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("name", clouds.NASTY)
+def test_nasty_clouds(name, influence):
+    points, radius = clouds.nasty(name, num=130)
+    rows, _ = reference.radius_search(points, None, radius)
+    check_kpconv(clouds.kpconv_case(points, points, rows, radius), influence=influence, normalization="count")
+
+
+@given(st.data())
+def test_any_cloud_any_options(data):
+    points, radius = data.draw(clouds.clouds(max_num=130))
+    queries = points[:: data.draw(st.integers(1, 5))]
+    max_neighbors = data.draw(st.none() | st.integers(1, 20))
+    rows, _ = reference.radius_search(points, queries, radius, max_neighbors=max_neighbors)
+    sizes = {name: data.draw(st.integers(1, 20)) for name in ("num_kernel", "cin", "cout")}
+    feature_type = data.draw(clouds.float_types)
+    case = clouds.kpconv_case(
+        points, queries, rows, radius, feature_type=feature_type, seed=data.draw(clouds.seeds), **sizes
+    )
+    check_kpconv(
+        case,
+        influence=data.draw(st.sampled_from(INFLUENCES)),
+        aggregation=data.draw(st.sampled_from(AGGREGATIONS)),
+        normalization=data.draw(st.sampled_from(NORMALIZATIONS)),
+    )
+
+
+def with_rows(rows, num_points=5000, **sizes):
+    points = clouds.uniform(num_points)[0]
+    return clouds.kpconv_case(points, points[: len(rows)], [np.array(row, int) for row in rows], radius=1.0, **sizes)
+
+
+ROWS = {
+    "all_empty": [[]] * 70,
+    "thousands_for_one": [[], range(5000), [], [3]],
+    "thousands_for_some": [range(0, 5000, 1 + q % 7) if q % 20 == 5 else [q] for q in range(130)],
+    "repeated_and_unsorted": [[7, 7, 3, 9, 3], [4999, 0, 4999]],
+    "one_point_for_all": [[11]] * 200,
+    "no_queries": [],
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", ROWS)
+def test_neighborhoods_of_any_size(name, aggregation):
+    check_kpconv(with_rows(ROWS[name], cin=17, cout=33), aggregation=aggregation, normalization="positive")
+
+
+def test_no_points():
+    case = with_rows([[], []], num_points=2)
+    case = clouds.kpconv_case(case.points[:0], case.points, case.rows, radius=1.0)
+    check_kpconv(case)
+
+
+def test_empty_neighborhoods_give_zeros():
+    got = run(with_rows(ROWS["all_empty"]))
+    assert not any(array.any() for array in got.values())
+
+
+@pytest.mark.parametrize("influence", INFLUENCES)
+def test_far_away(influence):
+    points = clouds.uniform(200, dtype=np.float64)[0] * 4 + 5e6
+    rows, _ = reference.radius_search(points, None, 1.0)
+    check_kpconv(clouds.kpconv_case(points, points, rows, 1.0, feature_type=np.float64), influence=influence)
+
+
+def test_queries_none_means_the_points():
+    points, radius = clouds.uniform(130)
+    neighbors = kp.radius_search(points, None, radius)
+    case = clouds.kpconv_case(points, points, [], radius)
+    args = neighbors, case.features, case.weights, case.kernel_points, case.extent
+    assert_same_bits(kp.kpconv(points, None, *args), kp.kpconv(points, points, *args))
+
+
+def test_padded_neighbors_give_the_same():
+    case = clouds.random_case()
+    neighbors = kp.Neighbors(*case.csr())
+    padded = kp.Neighbors.from_padded(neighbors.to_padded(width=70), len(case.points))
+    for got, expected in zip(run(case, padded).values(), run(case, neighbors).values(), strict=True):
+        assert_same_bits(got, expected)
+
+
+def test_an_unused_end_of_the_index_changes_nothing():
+    case = clouds.random_case()
+    index, row_splits, num_points = case.csr()
+    longer = kp.Neighbors(np.concatenate([index, index[:9]]), row_splits, num_points)
+    for got, expected in zip(run(case, longer).values(), run(case).values(), strict=True):
+        assert_same_bits(got, expected)
+
+
+# ---- the published code
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("rigid_*.npz"))
+
+
+@both_dtypes
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden(path, dtype):
+    golden = np.load(path)
+    points, queries, features, weights, kernel_points, grad = (
+        golden[name].astype(dtype) for name in ("points", "queries", "features", "weights", "kernel_points", "grad_out")
+    )
+    neighbors = kp.Neighbors.from_padded(golden["neighbors_padded"], len(points))
+    options = {name: str(golden[name]) for name in ("influence", "aggregation")}
+    extent = float(golden["extent"])
+    out, pullback = kp.autodiff.vjp(
+        lambda f, w: kp.kpconv(points, queries, neighbors, f, w, kernel_points, extent, **options), features, weights
+    )
+    allowed = tolerance(np.float32 if options["influence"] == "gaussian" else dtype)
+    for name, got in zip(("out", "grad_features", "grad_weights"), (out, *pullback(grad)), strict=True):
+        assert_close(got, golden[name], allowed)
+
+
+def test_golden_is_complete():
+    assert len(GOLDEN) == 7
+
+
+# ---- the nearest kernel point
+
+
+def assignments(points, queries, kernel_points, dtype):
+    """The kernel point that each query's only neighbour goes to, read from a one-hot result."""
+    num, num_kernel = len(points), len(kernel_points)
+    neighbors = kp.Neighbors(np.arange(num, dtype=np.int32), np.arange(num + 1), num)
+    one_hot = np.eye(num_kernel, dtype=np.float32)[:, None, :]
+    features = np.ones((num, 1), np.float32)
+    options = {"influence": "constant", "aggregation": "closest"}
+    out = kp.kpconv(
+        *(a.astype(dtype) for a in (points, queries)),
+        neighbors,
+        features,
+        one_hot,
+        kernel_points.astype(dtype),
+        1.0,
+        **options,
+    )
+    assert np.all((out == 1).sum(1) == 1) and np.all((out == 0).sum(1) == num_kernel - 1)
+    return out.argmax(1)
+
+
+@both_dtypes
+@pytest.mark.parametrize("dim", [2, 3, 4])
+@pytest.mark.parametrize("num_kernel", KERNEL_SIZES)
+def test_nearest_kernel_point(num_kernel, dim, dtype, isa):
+    rng = np.random.default_rng(0)
+    points, queries, kernel_points = (rng.normal(size=(n, dim)).astype(dtype) for n in (1000, 1000, num_kernel))
+    expected = reference.nearest_kernel_point(points - queries, kernel_points)
+    assert assignments(points, queries, kernel_points, dtype).tolist() == expected.tolist()
+
+
+@both_dtypes
+@pytest.mark.parametrize("spacing", [0.25, 0.1])
+def test_nearest_kernel_point_of_ties_is_the_first(spacing, dtype, isa):
+    # Points half-way between kernel points; in steps of 0.1 rounding breaks some ties and makes others.
+    rng = np.random.default_rng(0)
+    kernel_points = clouds.lattice(rng, 3, spacing, 27).astype(dtype)
+    queries = rng.integers(-9, 9, (1000, 3)).astype(dtype) * dtype(spacing)
+    points = (queries + clouds.lattice(rng, 3, spacing / 2, 1000)).astype(dtype)
+    expected = reference.nearest_kernel_point(points - queries, kernel_points)
+    assert assignments(points, queries, kernel_points, dtype).tolist() == expected.tolist()
+
+
+@both_dtypes
+def test_how_many_neighbors_each_kernel_point_gets(dtype, isa, set_threads):
+    points, radius = clouds.nasty("lattice_ties", dtype=dtype, num=1000)
+    neighbors = kp.radius_search(points, None, radius)
+    kernel_points = clouds.lattice(np.random.default_rng(0), 3, 0.15, 27).astype(dtype)
+    features, one_hot = np.ones((len(points), 1), np.float32), np.eye(27, dtype=np.float32)[:, None, :]
+    expected = np.array(
+        [
+            np.bincount(reference.nearest_kernel_point(points[row] - query, kernel_points), minlength=27)
+            for query, row in zip(points, np.split(neighbors.index, neighbors.row_splits[1:-1]), strict=True)
+        ]
+    )
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        out = kp.kpconv(
+            points, None, neighbors, features, one_hot, kernel_points, 1.0, influence="constant", aggregation="closest"
+        )
+        assert out.tolist() == expected.tolist()
+
+
+# ---- the same bits everywhere
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@both_dtypes
+@pytest.mark.parametrize("name", ["uniform", "uneven", "few_queries"])
+def test_same_bits_with_any_number_of_threads(name, dtype, normalization, isa, set_threads):
+    if name == "uneven":
+        case = with_rows(ROWS["thousands_for_some"], cin=33, cout=17, feature_type=dtype)
+    else:
+        num_queries = 3000 if name == "uniform" else 61
+        case = clouds.random_case(
+            num_points=4097, num_queries=num_queries, cin=33, cout=65, geometry_type=dtype, feature_type=dtype
+        )
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(run(case, normalization=normalization))
+    for other in results[1:]:
+        for part, expected in results[0].items():
+            assert_same_bits(other[part], expected)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+@each_feature_type
+def test_any_instructions(feature_type, influence, normalization, isa):
+    check_kpconv(
+        clouds.random_case(cin=33, cout=65, feature_type=feature_type), influence=influence, normalization=normalization
+    )
+
+
+@each_feature_type
+def test_positive_means_the_same_with_any_instructions(feature_type, isa, set_isa):
+    # Channel sums that are zero but for rounding: their sign must not depend on the order of a SIMD sum.
+    case = clouds.random_case(cin=64, feature_type=feature_type)
+    features = np.random.default_rng(0).normal(size=case.features.shape)
+    features[:, 32:] = -features[:, :32][:, np.random.default_rng(1).permutation(32)]
+    case = replace(case, features=features.astype(feature_type))
+    got = run(case, normalization="positive")["out"]
+    set_isa("base")
+    assert_close(got, run(case, normalization="positive")["out"], tolerance(np.float32, feature_type))
+
+
+def test_positive_does_not_count_features_that_sum_to_zero():
+    features = np.array([[1.0, -1], [2, -1], [-3, 4], [-3, 1], [0, 0]])
+    points, kernel_points = np.zeros((5, 3)), np.zeros((1, 3))
+    everyone = kp.Neighbors(np.arange(5, dtype=np.int32), np.array([0, 5]), 5)
+    out = kp.kpconv(
+        points, points[:1], everyone, features, np.eye(2)[None], kernel_points, 1.0, normalization="positive"
+    )
+    assert out.tolist() == [[-3 / 2, 3 / 2]]
+
+
+# ---- metamorphic
+
+
+def test_permuting_points_and_queries_permutes_the_result():
+    case = clouds.random_case(geometry_type=np.float64, feature_type=np.float64)
+    rng = np.random.default_rng(0)
+    of_points, of_queries = rng.permutation(len(case.points)), rng.permutation(len(case.queries))
+    new_index = np.argsort(of_points)
+    permuted = clouds.Case(
+        points=case.points[of_points],
+        queries=case.queries[of_queries],
+        rows=[new_index[case.rows[q]] for q in of_queries],
+        features=case.features[of_points],
+        weights=case.weights,
+        kernel_points=case.kernel_points,
+        extent=case.extent,
+        grad=case.grad[of_queries],
+    )
+    expected, got = run(case), run(permuted)
+    assert_close(got["out"], expected["out"][of_queries], 1e-12)
+    assert_close(got["grad_features"], expected["grad_features"][of_points], 1e-12)
+    assert_close(got["grad_weights"], expected["grad_weights"], 1e-12)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_scaling_the_geometry_by_a_power_of_two_changes_nothing(factor, influence, aggregation):
+    case = clouds.random_case()
+    geometry = {name: getattr(case, name) * np.float32(factor) for name in ("points", "queries", "kernel_points")}
+    # In the dtype, so that the scaled extent rounds to the scaled rounded extent.
+    case = replace(case, extent=float(np.float32(case.extent)))
+    scaled = replace(case, **geometry, extent=case.extent * factor)
+    expected, got = (run(c, influence=influence, aggregation=aggregation) for c in (case, scaled))
+    for name in expected:
+        assert_close(got[name], expected[name], 1e-6)
+
+
+def test_splitting_the_queries_splits_the_result():
+    case = clouds.random_case(num_queries=257, cin=17)
+    whole = run(case)["out"]
+    for part in (slice(0, 1), slice(1, 62), slice(62, 257)):
+        piece = replace(case, queries=case.queries[part], rows=case.rows[part], grad=case.grad[part])
+        assert_close(run(piece)["out"], whole[part], 1e-6, magnitude=whole)
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@each_feature_type
+def test_a_feature_that_is_not_finite_reaches_only_queries_that_see_it(feature_type, value, aggregation, isa):
+    case = clouds.random_case(cin=17, feature_type=feature_type)
+    bad = 42
+    case.features[bad, 3] = value
+    sees = np.array([bad in row for row in case.rows])
+    assert 0 < sees.sum() < len(sees)
+    options = {"influence": "constant", "aggregation": aggregation}  # every neighbour has an influence
+    args = (
+        case.points,
+        case.queries,
+        kp.Neighbors(*case.csr()),
+        case.features,
+        case.weights,
+        case.kernel_points,
+        case.extent,
+    )
+    out = kp.kpconv(*args, **options)
+    assert not np.isfinite(out[sees]).any()
+    assert np.isfinite(out[~sees]).all()
+
+
+def test_a_gradient_that_is_not_finite_reaches_only_points_it_saw(isa):
+    case = clouds.random_case(cin=17)
+    case.grad[5, 2] = np.nan
+    seen = np.isin(np.arange(len(case.points)), case.rows[5])
+    grad = run(case, influence="constant")["grad_features"]
+    assert np.isnan(grad[seen]).all()
+    assert np.isfinite(grad[~seen]).all()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_coordinate_that_is_not_finite_changes_only_queries_that_see_it(value, influence, aggregation, isa):
+    case = clouds.random_case()
+    points = case.points.copy()
+    points[42] = value
+    sees = np.array([42 in row for row in case.rows])
+    options = {"influence": influence, "aggregation": aggregation}
+    expected, got = (run(c, **options)["out"] for c in (case, replace(case, points=points)))
+    assert_close(got[~sees], expected[~sees], 1e-6)

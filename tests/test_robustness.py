@@ -1,0 +1,554 @@
+"""Wrong input says what is wrong; strange but valid input works; more than 2**31 pairs, threads, forks and memory."""
+
+import re
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import clouds
+import numpy as np
+import pytest
+from reference import assert_same_bits
+
+import kpcore as kp
+
+INDEX = np.array([2, 0, 1, 3], np.int32)
+SPLITS = np.array([0, 2, 2, 4])
+
+
+def neighbors(**changes):
+    return kp.Neighbors(**{"index": INDEX, "row_splits": SPLITS, "num_points": 4, **changes})
+
+
+def arguments_of(name):
+    """Valid arguments of a function, by name."""
+    rng = np.random.default_rng(0)
+    points, queries = rng.uniform(size=(4, 3)).astype(np.float32), rng.uniform(size=(3, 3)).astype(np.float32)
+    return {
+        "radius_search": {
+            "points": points,
+            "queries": queries,
+            "radius": 0.5,
+            "points_row_splits": np.array([0, 4]),
+            "queries_row_splits": np.array([0, 3]),
+        },
+        "grid_subsample": {
+            "points": points,
+            "voxel_size": 0.5,
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "labels": np.arange(4),
+        },
+        "kpconv": {
+            "points": points,
+            "queries": queries,
+            "neighbors": neighbors(),
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "weights": rng.normal(size=(5, 2, 3)).astype(np.float32),
+            "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
+            "extent": 0.5,
+        },
+    }[name]
+
+
+# ---- wrong input: (function, argument, wrong value from the valid one, error)
+
+OPS_WITH_GEOMETRY = [
+    ("radius_search", "points"),
+    ("radius_search", "queries"),
+    ("grid_subsample", "points"),
+    ("kpconv", "points"),
+    ("kpconv", "queries"),
+    ("kpconv", "kernel_points"),
+]
+ARRAYS = [*OPS_WITH_GEOMETRY, ("grid_subsample", "features"), ("kpconv", "features"), ("kpconv", "weights")]
+CHANGES = {
+    "list": (lambda a: a.tolist(), TypeError),
+    "text": (lambda a: "text", TypeError),
+    "integers": (lambda a: a.astype(np.int32), TypeError),
+    "float16": (lambda a: a.astype(np.float16), TypeError),
+    "complex": (lambda a: a.astype(np.complex64), TypeError),
+    "objects": (lambda a: a.astype(object), TypeError),
+    "0-d": (lambda a: np.array(a.flat[0]), ValueError),
+    "1-d": (lambda a: a[(0,) * (a.ndim - 1)], ValueError),
+    "one axis more": (lambda a: a[None], ValueError),
+}
+WRONG = [(op, argument, *change) for op, argument in ARRAYS for change in CHANGES.values()]
+WRONG_IDS = [f"{op}-{argument}-{change}" for op, argument in ARRAYS for change in CHANGES]
+
+BAD_NUMBERS = [(bad, ValueError) for bad in (0, -1.0, np.nan, np.inf, -np.inf)] + [
+    (bad, TypeError) for bad in ("1", None, [1.0], 1j, np.array([0.5]))
+]
+BAD_SPLITS = {
+    "not from 0": (np.array([1, 2, 4]), ValueError),
+    "decreasing": (np.array([0, 3, 2, 4]), ValueError),
+    "short": (np.array([0, 2, 3]), ValueError),
+    "long": (np.array([0, 2, 5]), ValueError),
+    "negative": (np.array([0, -1, 4]), ValueError),
+    "empty": (np.array([], np.int64), ValueError),
+    "2-d": (np.array([[0, 4]]), ValueError),
+    "floats": (np.array([0.0, 4.0]), TypeError),
+    "list": ([0, 4], TypeError),
+}
+
+CALLS = [
+    ("radius_search", "points", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("radius_search", "queries", lambda a: a[:, :2], ValueError, "dims"),
+    ("radius_search", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
+    ("radius_search", "points", lambda a: np.ones((4, 1), np.float32), ValueError, "1-D"),
+    ("radius_search", "points", lambda a: np.ones((4, 0), np.float32), ValueError, "0-D"),
+    *[("radius_search", "radius", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[
+        ("radius_search", "max_neighbors", lambda a, v=v: v, e, repr(v))
+        for v, e in ((-1, ValueError), (1.5, TypeError))
+    ],
+    *[("radius_search", "sort", lambda a, v=v: v, ValueError, repr(v)) for v in ("none", "Index", "")],
+    *[("radius_search", "points_row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    *[("radius_search", "queries_row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    ("radius_search", "points_row_splits", lambda a: None, ValueError, "missing"),
+    ("radius_search", "queries_row_splits", lambda a: None, ValueError, "missing"),
+    ("radius_search", "points_row_splits", lambda a: np.array([0, 2, 4]), ValueError, "more items"),
+    ("radius_search", "queries", lambda a: None, ValueError, "splits for none"),
+    ("grid_subsample", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
+    ("grid_subsample", "features", lambda a: a[:3], ValueError, "length"),
+    ("grid_subsample", "labels", lambda a: a[:3], ValueError, "length"),
+    ("grid_subsample", "labels", lambda a: a[:, None], ValueError, "2-d"),
+    ("grid_subsample", "labels", lambda a: a.tolist(), TypeError, "list"),
+    *[
+        ("grid_subsample", "labels", lambda a, t=t: a.astype(t), TypeError, t)
+        for t in ("float32", "int16", "uint32", "bool", "object")
+    ],
+    ("grid_subsample", "ignore_label", lambda a: 1.5, TypeError, "1.5"),
+    ("grid_subsample", "ignore_label", lambda a: 2**63, ValueError, "beyond the dtype"),
+    *[("grid_subsample", "voxel_size", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[("grid_subsample", "row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    ("kpconv", "queries", lambda a: a[:, :2], ValueError, "dims"),
+    ("kpconv", "queries", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("kpconv", "queries", lambda a: a[:2], ValueError, "length"),
+    ("kpconv", "points", lambda a: a[:3], ValueError, "length"),
+    ("kpconv", "neighbors", lambda a: a.to_padded(), TypeError, "array"),
+    ("kpconv", "neighbors", lambda a: neighbors(num_points=5), ValueError, "num_points"),
+    ("kpconv", "neighbors", lambda a: kp.Neighbors(INDEX, np.array([0, 2, 4]), 4), ValueError, "num_queries"),
+    ("kpconv", "features", lambda a: a[:3], ValueError, "length"),
+    ("kpconv", "features", lambda a: a[:, :1], ValueError, "channels"),
+    ("kpconv", "features", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("kpconv", "weights", lambda a: a[:, :1], ValueError, "channels"),
+    ("kpconv", "weights", lambda a: a[:4], ValueError, "kernel"),
+    ("kpconv", "weights", lambda a: a[:, :, :0], ValueError, "no channels"),
+    ("kpconv", "weights", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("kpconv", "kernel_points", lambda a: a[:4], ValueError, "kernel"),
+    ("kpconv", "kernel_points", lambda a: a[:, :2], ValueError, "dims"),
+    ("kpconv", "kernel_points", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    *[("kpconv", "extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[
+        ("kpconv", option, lambda a: "other", ValueError, "other")
+        for option in ("influence", "aggregation", "normalization")
+    ],
+]
+WRONG += [call[:4] for call in CALLS]
+WRONG_IDS += [f"{op}-{argument}-{name}" for op, argument, _, _, name in CALLS]
+
+# Where two arguments disagree, either may be the one that is named.
+PARTNERS = {
+    "radius_search": {
+        "points": "queries",
+        "queries": "queries_row_splits",
+        "points_row_splits": "queries_row_splits",
+        "queries_row_splits": "points_row_splits",
+    },
+    "kpconv": {
+        "points": "queries|features|neighbors|kernel_points",
+        "queries": "neighbors|points",
+        "neighbors": "points|queries",
+    }
+    | {"features": "weights|points|neighbors", "weights": "features|kernel_points", "kernel_points": "weights|points"},
+}
+
+
+@pytest.mark.parametrize(("op", "argument", "change", "error"), WRONG, ids=WRONG_IDS)
+def test_wrong_argument(op, argument, change, error):
+    arguments = arguments_of(op)
+    arguments[argument] = change(arguments.get(argument))
+    named = "|".join(filter(None, (argument, PARTNERS.get(op, {}).get(argument))))
+    with pytest.raises(error, match=rf"\b({named})\b"):
+        getattr(kp, op)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(np.float32, size) for size in (1e-50, 1e-20, 1e20, 1e50)] + [(np.float64, size) for size in (1e-160, 1e160)],
+)
+def test_a_size_whose_square_overflows_or_loses_digits_is_an_error(dtype, size):
+    arguments = arguments_of("kpconv") | {"extent": size}
+    arguments |= {name: arguments[name].astype(dtype) for name in ("points", "queries", "kernel_points")}
+    with pytest.raises(ValueError, match="radius"):
+        kp.radius_search(arguments["points"], None, size)
+    with pytest.raises(ValueError, match="extent"):
+        kp.kpconv(**arguments, influence="gaussian")
+
+
+@pytest.mark.parametrize("voxel_size", [1e-50, 1e50])
+def test_a_voxel_size_beyond_the_dtype_is_an_error(voxel_size):
+    with pytest.raises(ValueError, match="voxel_size"):
+        kp.grid_subsample(np.zeros((2, 3), np.float32), voxel_size)
+
+
+def test_an_error_says_what_was_expected_and_what_came():
+    message = "queries: expected (M, 3) to match points, got (100, 2)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kp.radius_search(np.zeros((5, 3)), np.zeros((100, 2)), 1.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:3])
+def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, value):
+    points = np.random.default_rng(0).uniform(size=(1000, 3)).astype(dtype)
+    points[637, 1] = points[901, 2] = value
+    calls = {
+        ("radius_search", "points"): lambda: kp.radius_search(points, None, 1.0),
+        ("radius_search", "queries"): lambda: kp.radius_search(np.zeros((5, 3), dtype), points, 1.0),
+        ("grid_subsample", "points"): lambda: kp.grid_subsample(points, 1.0),
+    }
+    with pytest.raises(ValueError, match=rf"{argument}.*\b637\b"):
+        calls[op, argument]()
+
+
+NEIGHBORS_ERRORS = {
+    "below range": ({"index": np.array([2, 0, -1, 3], np.int32)}, ValueError, "index"),
+    "above range": ({"index": np.array([2, 0, 4, 3], np.int32)}, ValueError, "index"),
+    "floats": ({"index": INDEX.astype(float)}, TypeError, "index"),
+    "list": ({"index": INDEX.tolist()}, TypeError, "index"),
+    "2-d": ({"index": INDEX[None]}, ValueError, "index"),
+    "negative num_points": ({"num_points": -1}, ValueError, "num_points"),
+    "num_points float": ({"num_points": 4.5}, TypeError, "num_points"),
+    "no points": ({"num_points": 0}, ValueError, "index"),
+    "short distance": ({"distance": np.zeros(3, np.float32)}, ValueError, "distance"),
+    "integer distance": ({"distance": np.zeros(4, int)}, TypeError, "distance"),
+    **{
+        f"row_splits {name}": ({"row_splits": value}, error, "row_splits")
+        for name, (value, error) in BAD_SPLITS.items()
+        if name != "short"  # a bounded search leaves the end of index unused
+    },
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "named"), NEIGHBORS_ERRORS.values(), ids=NEIGHBORS_ERRORS)
+def test_wrong_neighbors(changes, error, named):
+    with pytest.raises(error, match=rf"\b{named}\b"):
+        neighbors(**changes)
+
+
+@pytest.mark.parametrize("place", [0, 1, 4095, 4096, 99_999])
+@pytest.mark.parametrize("value", [-1, 1000, 2**31 - 1, -(2**31)])
+def test_one_index_out_of_range_is_found_anywhere(value, place, isa):
+    index = np.random.default_rng(0).integers(0, 1000, 100_000).astype(np.int32)
+    index[place] = value
+    with pytest.raises(ValueError, match="index"):
+        kp.Neighbors(index, np.array([0, 100_000]), 1000)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: kp.Neighbors.from_padded(np.array([[0, -2]]), 4), ValueError),
+        (lambda: kp.Neighbors.from_padded(np.array([[0, 5]]), 4), ValueError),
+        (lambda: kp.Neighbors.from_padded(np.array([[0, 2**32]]), 4), ValueError),  # 0 in 32 bits
+        (lambda: kp.Neighbors.from_padded(np.array([0, 1]), 4), ValueError),
+        (lambda: kp.Neighbors.from_padded(np.array([[0.0, 1.0]]), 4), TypeError),
+        (lambda: kp.Neighbors.from_padded([[0, 1]], 4), TypeError),
+        (lambda: kp.Neighbors.from_coo(np.array([0, 1]), np.array([0]), 2, 2), ValueError),
+        (lambda: kp.Neighbors.from_coo(np.array([0, 2]), np.array([0, 0]), 2, 2), ValueError),
+        (lambda: kp.Neighbors.from_coo(np.array([0, -1]), np.array([0, 0]), 2, 2), ValueError),
+        (lambda: kp.Neighbors.from_coo(np.array([0, 1]), np.array([0, 2]), 2, 2), ValueError),
+        (lambda: kp.Neighbors.from_coo(np.array([0, 1]), np.array([0, 2**32]), 2, 2), ValueError),
+        (lambda: kp.Neighbors.from_coo(np.array([0.0, 1]), np.array([0, 1]), 2, 2), TypeError),
+        (lambda: neighbors().to_sparse(np.ones(3)), ValueError),
+        (lambda: neighbors().to_padded(width=-1), ValueError),
+        (lambda: neighbors().to("abacus"), ValueError),
+        (lambda: kp.row_splits([1, -1]), ValueError),
+        (lambda: kp.row_splits([1.5]), TypeError),
+        (lambda: kp.lengths(np.array([0, 2, 1])), ValueError),
+    ],
+)
+def test_wrong_conversions(call, error):
+    with pytest.raises(error):
+        call()
+
+
+# ---- strange but valid input
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def unaligned(a):
+    padded = np.frombuffer(b"\0" + a.tobytes(), np.uint8)
+    return padded[1:].view(a.dtype).reshape(a.shape)
+
+
+def memory_mapped(a):
+    with tempfile.TemporaryFile() as file:
+        a.tofile(file)
+        return np.memmap(file, a.dtype, "r", shape=a.shape)
+
+
+LAYOUTS = {
+    "every second row": lambda a: np.repeat(a, 2, 0)[::2],
+    "a column too many": lambda a: np.concatenate([a, a[..., :1]], -1)[..., :-1],
+    "Fortran": np.asfortranarray,
+    "backwards": lambda a: a[::-1].copy()[::-1],
+    "read-only": read_only,
+    "unaligned": unaligned,
+    "memory-mapped": memory_mapped,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout):
+    points, radius = clouds.uniform(150)
+    case = clouds.random_case(num_points=150, num_queries=61)
+    labels, row_splits = np.arange(150) % 3, np.array([0, 60, 150])
+
+    def results(change):
+        search = kp.radius_search(
+            change(points),
+            change(points),
+            radius,
+            points_row_splits=change(row_splits),
+            queries_row_splits=change(row_splits),
+        )
+        sub = kp.grid_subsample(
+            change(points), 0.2, features=change(case.features), labels=change(labels), row_splits=change(row_splits)
+        )
+        index, splits, num_points = case.csr()
+        out = kp.kpconv(
+            *map(change, (case.points, case.queries)),
+            kp.Neighbors(change(index), change(splits), num_points),
+            *map(change, (case.features, case.weights, case.kernel_points)),
+            case.extent,
+        )
+        return search.index, search.row_splits, sub.points, sub.features, sub.labels, sub.inverse, out
+
+    for got, expected in zip(results(LAYOUTS[layout]), results(lambda a: a), strict=True):
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize(("op", "argument"), ARRAYS)
+def test_foreign_byte_order_is_an_error(op, argument):
+    arguments = arguments_of(op)
+    arguments[argument] = arguments[argument].astype(">f4")
+    with pytest.raises(TypeError, match=rf"\b{argument}\b"):
+        getattr(kp, op)(**arguments)
+
+
+@pytest.mark.parametrize("radius", [1, np.float32(1), np.float64(1), np.int64(1)])
+def test_any_real_number_is_a_radius(radius):
+    points = clouds.uniform(50)[0]
+    assert kp.radius_search(points, None, radius).num_pairs == kp.radius_search(points, None, 1.0).num_pairs
+
+
+def test_inputs_stay_as_they_are():
+    case = clouds.random_case()
+    before = [array.copy() for array in (case.points, case.queries, case.features, case.weights, case.kernel_points)]
+    kp.kpconv(
+        case.points,
+        case.queries,
+        kp.Neighbors(*case.csr()),
+        case.features,
+        case.weights,
+        case.kernel_points,
+        case.extent,
+    )
+    for array, copy in zip(
+        (case.points, case.queries, case.features, case.weights, case.kernel_points), before, strict=True
+    ):
+        assert_same_bits(array, copy)
+
+
+# ---- more than 2**31
+
+
+@pytest.mark.slow
+def test_more_than_2_31_pairs_are_counted():
+    counts = kp.radius_search(np.zeros((47_000, 3), np.float32), None, 1.0, count_only=True)
+    assert counts.sum() == 47_000**2 > 2**31
+    assert np.all(counts == 47_000)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_pairs_are_convolved():
+    # Zero pages that are only read cost no memory. The first query sees nearly all, from too far away; the second four.
+    num_pairs = 2**31 + 8
+    many = kp.Neighbors(np.zeros(num_pairs, np.int32), np.array([0, num_pairs - 4, num_pairs]), 1)
+    points, queries = np.zeros((1, 3), np.float32), np.float32([[9, 0, 0], [0.5, 0, 0]])
+    features, weights, kernel_points = np.float32([[3]]), np.float32([[[5]]]), np.float32([[0, 0, 0]])
+    assert kp.kpconv(points, queries, many, features, weights, kernel_points, 1.0).tolist() == [[0], [4 * 0.5 * 15]]
+    assert many.counts.tolist() == [num_pairs - 4, 4]
+
+
+@pytest.mark.slow
+def test_features_of_more_than_2_31_values():
+    num, cin = 2**22 + 1, 512
+    points, features = np.zeros((num, 3), np.float32), np.zeros((num, cin), np.float32)
+    features[-1] = np.arange(cin)
+    last = kp.Neighbors(np.array([num - 1, 0], np.int32), np.array([0, 2]), num)
+    out = kp.kpconv(
+        points, points[:1], last, features, np.ones((1, cin, 1), np.float32), np.zeros((1, 3), np.float32), 1.0
+    )
+    assert out.tolist() == [[cin * (cin - 1) / 2]]
+
+
+# ---- threads and processes
+
+
+def everything():
+    """Bits of every kernel on enough points to use several threads."""
+    points, radius = clouds.uniform(20_000, seed=3)
+    found = kp.radius_search(points, None, radius, return_distances=True)
+    sub = kp.grid_subsample(points, 0.1, features=points, labels=np.arange(20_000) % 7)
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(20_000, 8)).astype(np.float32), rng.normal(size=(15, 8, 8)).astype(np.float32)
+    kernel_points = rng.normal(size=(15, 3)).astype(np.float32) * np.float32(radius / 2)
+    out, pullback = kp.autodiff.vjp(
+        lambda f, w: kp.kpconv(points, None, found, f, w, kernel_points, radius), features, weights
+    )
+    return [found.index, found.distance, sub.points, sub.features, sub.labels, sub.inverse, out, *pullback(out)]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_concurrent_calls_give_the_same_bits(num_threads, set_threads):
+    set_threads(num_threads)
+    expected = everything()
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(everything) for _ in range(8)]:
+            for got, array in zip(future.result(), expected, strict=True):
+                assert_same_bits(got, array)
+
+
+def test_concurrent_calls_share_a_transpose():
+    points, radius = clouds.uniform(20_000)
+    expected = kp.radius_search(points, points, radius).transpose()
+    for _ in range(5):
+        found, barrier = kp.radius_search(points, points, radius), threading.Barrier(4)
+
+        def transpose(_, found=found, barrier=barrier):
+            barrier.wait()
+            return found.transpose()
+
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(transpose, range(4)):
+                assert_same_bits(got.index, expected.index)
+
+
+@pytest.mark.slow
+def test_other_python_threads_run_during_a_call(set_threads):
+    set_threads(1)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(None)
+            time.sleep(1e-3)
+
+    points, radius = clouds.uniform(200_000, per_ball=150)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = len(ticks)
+    kp.radius_search(points, None, radius, sort="distance")
+    during = len(ticks) - before
+    stop.set()
+    thread.join()
+    assert during >= 10  # some hundred; with the GIL held one or two
+
+
+FORK = """
+import os, signal, sys, threading
+sys.path.insert(0, {tests!r})
+from test_robustness import everything
+def bits():
+    return [array.tobytes() for array in everything()]
+expected, stop = bits(), threading.Event()
+def work():
+    while not stop.is_set():
+        everything()
+worker = threading.Thread(target=work, daemon=True)
+if {busy}:
+    worker.start()
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if bits() == expected else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+assert bits() == expected
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("num_threads", ["1", "3"])
+def test_a_forked_child_works_after_use(num_threads, busy, python):
+    done = python(FORK.format(tests=str(Path(__file__).parent), busy=busy), timeout=300, KPCORE_NUM_THREADS=num_threads)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- memory
+
+PEAK = """
+import numpy as np, kpcore as kp
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+data = np.load("case.npz")
+points, features, weights, kernel_points, grad = (data[n] for n in "points features weights kernel_points grad".split())
+neighbors = kp.Neighbors(data["index"], data["row_splits"], len(points))
+transpose = neighbors.transpose()
+def dense():
+    relative = points[neighbors.to_padded(fill=0)] - points[:, None]
+    return np.linalg.norm(relative[:, :, None] - kernel_points, axis=3)
+def forward():
+    return kp.kpconv(points, None, neighbors, features, weights, kernel_points, 0.05)
+def vjp():
+    fn = lambda f, w: kp.kpconv(points, None, neighbors, f, w, kernel_points, 0.05)
+    out, pullback = kp.autodiff.vjp(fn, features, weights)
+    return out, pullback(grad)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far becomes the present size
+before = peak()
+kept = {call}()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "num_outputs", "small"), [("forward", 1, True), ("vjp", 2, True), ("dense", 1, False)]
+)
+def test_memory_beyond_the_output(call, num_outputs, small, python, tmp_path):
+    num, channels = 20_000, 64
+    rng = np.random.default_rng(0)
+    points = np.float32(rng.uniform(size=(num, 3)) * [1, 1, 0.01])
+    found = kp.radius_search(points, None, 0.022)
+    assert 25 < found.num_pairs / num < 35
+    arrays = {
+        "features": rng.normal(size=(num, channels)),
+        "weights": rng.normal(size=(15, channels, channels)),
+        "kernel_points": rng.normal(size=(15, 3)) / 50,
+        "grad": rng.normal(size=(num, channels)),
+    }
+    np.savez(
+        tmp_path / "case.npz",
+        points=points,
+        index=found.index,
+        row_splits=found.row_splits,
+        **{n: np.float32(a) for n, a in arrays.items()},
+    )
+    done = python(PEAK.format(call=call), KPCORE_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    outputs, packed_weights = num_outputs * num * channels * 4, num_outputs * 15 * channels * channels * 4
+    assert (
+        int(done.stdout) < outputs + packed_weights + 8 * 2**20
+    ) is small  # the dense formulation shows that the measure works

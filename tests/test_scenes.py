@@ -1,0 +1,471 @@
+"""The readers against files written here byte by byte, whole and damaged, and against real scans; the made-up flat."""
+
+import io
+import os
+import struct
+import sys
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from kpcore import scenes
+from kpcore.scenes import readers
+
+POINTS = np.array([[1.5, -2, 0.25], [3, 4.125, -1], [0, 0.5, 2], [10, 20, 30]])
+COLORS = np.array([[255, 0, 10], [1, 2, 3], [9, 80, 70], [200, 201, 202]], np.uint8)
+LABELS = np.array([3, 0, 7, 3], np.int32)
+TABLE = np.column_stack([POINTS, COLORS, LABELS])
+FAR = np.array([515368.0, 4918340.0, 2322.0])
+
+
+def ply(points, binary=True, kind="float"):
+    form = "binary_little_endian" if binary else "ascii"
+    axes = "".join(f"property {kind} {axis}\n" for axis in "xyz")
+    rest = "".join(f"property uchar {name}\n" for name in ("red", "green", "blue", "label"))
+    head = f"ply\nformat {form} 1.0\ncomment by hand\nelement vertex {len(points)}\n{axes}{rest}end_header\n"
+    layout = "<" + ("f" if kind == "float" else "d") * 3 + "4B"
+    rows = list(zip(points, COLORS, LABELS, strict=True))
+    if binary:
+        return head.encode() + b"".join(struct.pack(layout, *p, *c, label) for p, c, label in rows)
+    return head.encode() + "".join(" ".join(map(str, (*p, *c, label))) + "\n" for p, c, label in rows).encode()
+
+
+def lzf(data):
+    """Runs of at most 32 literal bytes: valid LZF that compresses nothing."""
+    return b"".join(bytes([len(data[i : i + 32]) - 1]) + data[i : i + 32] for i in range(0, len(data), 32))
+
+
+def pcd(points, encoding, width=None, height=1):
+    width = len(points) if width is None else width
+    packed = (COLORS.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)).astype(np.uint32)
+    x, y, z = np.array(points, np.float32).T
+    curve = np.zeros((len(points), 2), np.float32)  # a field of two numbers, in front of what matters
+    rgb, label = packed.view(np.float32), LABELS.astype(np.uint16)
+    head = (
+        "# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS curve x y z rgb label\nSIZE 4 4 4 4 4 2\n"
+        f"TYPE F F F F F U\nCOUNT 2 1 1 1 1 1\nWIDTH {width}\nHEIGHT {height}\nVIEWPOINT 0 0 0 1 0 0 0\n"
+        f"POINTS {width * height}\nDATA {encoding}\n"
+    ).encode()
+    if encoding == "ascii":
+        rows = zip(x, y, z, rgb, label, strict=True)
+        return head + "".join(f"0  0 {a} {b} {c} {float(d)!r}\t{e}\n" for a, b, c, d, e in rows).encode()
+    fields = [curve, x, y, z, rgb, label]
+    if encoding == "binary":
+        return head + b"".join(b"".join(field[i].tobytes() for field in fields) for i in range(len(points)))
+    plain = b"".join(field.tobytes() for field in fields)
+    return head + struct.pack("<II", len(lzf(plain)), len(plain)) + lzf(plain)
+
+
+def las(points, offset=(0, 0, 0), scale=0.125):
+    """LAS 1.2, point format 2, colours in 16 bits."""
+    whole = np.round((points - np.array(offset)) / scale).astype(int)
+    head = struct.pack("<4sHHIHH8sBB32s32sHH", b"LASF", 0, 0, 0, 0, 0, b"", 1, 2, b"", b"", 1, 2026)
+    head += struct.pack("<HIIBHI5I", 227, 227, 0, 2, 26, len(points), *[len(points)] * 5)
+    head += struct.pack(
+        "<12d", scale, scale, scale, *offset, *np.ravel(list(zip(points.max(0), points.min(0), strict=True)))
+    )
+    rows = zip(whole, COLORS.astype(int) * 256, LABELS, strict=True)
+    return head + b"".join(struct.pack("<3iHBBbBH3H", *p, 0, 9, label, 0, 0, 0, *c) for p, c, label in rows)
+
+
+def laz(points, form=2):
+    laspy = pytest.importorskip("laspy")
+    pytest.importorskip("lazrs")
+    header = laspy.LasHeader(point_format=form, version="1.2" if form < 6 else "1.4")
+    header.scales = [0.125] * 3
+    data = laspy.LasData(header)
+    data.x, data.y, data.z = points.T
+    data.classification = LABELS
+    data.red, data.green, data.blue = COLORS.T.astype(np.uint16) * 256
+    out = io.BytesIO()
+    data.write(out, do_compress=True, laz_backend=laspy.LazBackend.Lazrs)
+    return out.getvalue()
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def npz(**arrays):
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)
+    return out.getvalue()
+
+
+def structured(points):
+    table = np.zeros(
+        len(points), [("Y", "f8"), ("X", "f8"), ("Z", "f8"), ("R", "f4"), ("G", "f4"), ("B", "f4"), ("Class", "i8")]
+    )
+    for name, column in zip("XYZ", points.T, strict=True):
+        table[name] = column
+    for name, column in zip("RGB", COLORS.T / 255, strict=True):
+        table[name] = column
+    table["Class"] = LABELS
+    return table
+
+
+def text(points, separator, header=""):
+    rows = zip(points, COLORS, LABELS, strict=True)
+    return (header + "".join(separator.join(map(str, (*p, *c, label))) + "\n" for p, c, label in rows)).encode()
+
+
+FILES = {
+    "binary.ply": lambda p: ply(p),
+    "double.ply": lambda p: ply(p, kind="double"),
+    "ascii.ply": lambda p: ply(p, binary=False, kind="double"),
+    "ascii.pcd": lambda p: pcd(p, "ascii"),
+    "binary.pcd": lambda p: pcd(p, "binary"),
+    "compressed.pcd": lambda p: pcd(p, "binary_compressed"),
+    "plain.las": las,
+    "packed.laz": laz,
+    "layered.laz": lambda p: laz(p, 7),
+    "table.npy": lambda p: npy(np.column_stack([p, COLORS, LABELS])),
+    "fields.npy": lambda p: npy(structured(p)),
+    "arrays.npz": lambda p: npz(points=p, colors=COLORS, labels=LABELS),
+    "table.npz": lambda p: npz(anything=np.column_stack([p, COLORS, LABELS])),
+    "spaces.xyz": lambda p: text(p, " ", "# made by hand\n\n"),
+    "named.xyz": lambda p: text(p, "  ", "//X Y Z R G B Classification\n"),
+    "commas.csv": lambda p: text(p, " , ", "\ufeffx,y,z,red,green,blue,label\n"),
+    "semicolons.csv": lambda p: text(p, ";"),
+    "tabs.txt": lambda p: text(p, "\t", '"x"\t"y"\t"z"\t"r"\t"g"\t"b"\t"label"\n'),
+    "scan.bin": lambda p: np.column_stack([p, np.ones(4)]).astype(np.float32).tobytes(),
+}
+NEEDS = {".ply": "plyfile", ".las": "laspy", ".laz": "laspy"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, data):
+        if package := NEEDS.get(name[name.rindex(".") :].lower()):
+            pytest.importorskip(package)
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+def refusal(path):
+    """The one line with which a file is refused."""
+    with pytest.raises(scenes.ReadError) as refused:
+        scenes.read(path)
+    line = str(refused.value)
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+    return line.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_values_written(write, name):
+    cloud = scenes.read(str(write(name, FILES[name](POINTS))))
+    assert cloud.points.dtype == np.float32
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    np.testing.assert_array_equal(cloud.shift, np.zeros(3))
+    assert (cloud.left_out, cloud.up, cloud.names) == (0, (0, 0, 1), None)
+    if name == "scan.bin":
+        assert cloud.colors is None
+        assert cloud.labels is None
+    else:
+        assert (cloud.colors.dtype, cloud.labels.dtype) == (np.uint8, np.int32)
+        np.testing.assert_array_equal(cloud.colors, COLORS)
+        np.testing.assert_array_equal(cloud.labels, LABELS)
+
+
+@pytest.mark.parametrize("name", ["double.ply", "table.npy", "arrays.npz", "spaces.xyz", "plain.las"])
+def test_large_coordinates_are_shifted_in_float64(write, name):
+    points = POINTS + FAR + 0.125  # float32 is 0.5 coarse at 4.9 million
+    data = las(points, FAR) if name == "plain.las" else FILES[name](points)
+    cloud = scenes.read(write(name, data))
+    np.testing.assert_array_equal(cloud.shift, np.floor(points.min(axis=0)))
+    np.testing.assert_array_equal(cloud.points + cloud.shift, points)
+
+
+@pytest.mark.parametrize(
+    "name", ["binary.ply", "ascii.pcd", "binary.pcd", "compressed.pcd", "table.npy", "tabs.txt", "scan.bin"]
+)
+def test_points_that_are_not_finite_are_left_out(write, name):
+    points = POINTS.copy()
+    points[1, 2], points[2, 0] = np.nan, -np.inf
+    cloud = scenes.read(write(name, FILES[name](points)))
+    assert cloud.left_out == 2
+    np.testing.assert_array_equal(cloud.points, POINTS[[0, 3]])
+    if cloud.colors is not None:
+        np.testing.assert_array_equal(cloud.colors, COLORS[[0, 3]])
+        np.testing.assert_array_equal(cloud.labels, LABELS[[0, 3]])
+    assert "no finite points" in refusal(write(name, FILES[name](np.full((4, 3), np.nan))))
+
+
+def test_values_beyond_float32_are_left_out(write):
+    points = POINTS.copy()
+    points[1, 2] = 1e300
+    cloud = scenes.read(write("far.npy", npy(points)))
+    assert cloud.left_out == 1
+    np.testing.assert_array_equal(cloud.points, POINTS[[0, 2, 3]])
+
+
+def test_an_organised_camera_cloud_has_y_down(write):
+    points = np.abs(POINTS) + 1
+    assert scenes.read(write("camera.pcd", pcd(points, "binary", 2, 2))).up == (0, -1, 0)
+    assert scenes.read(write("lidar.pcd", pcd(POINTS, "binary", 2, 2))).up == (0, 0, 1)
+    assert scenes.read(write("row.pcd", pcd(points, "binary"))).up == (0, 0, 1)
+
+
+def test_normals_are_no_colours_and_blank_colours_none(write):
+    normals = np.column_stack([POINTS, np.eye(4, 3)])
+    assert scenes.read(write("normals.npy", npy(normals))).colors is None
+    black = np.column_stack([POINTS, np.zeros((4, 3))])
+    assert (
+        scenes.read(
+            write("black.csv", b"x,y,z,r,g,b\n" + "\n".join(",".join(map(str, r)) for r in black).encode())
+        ).colors
+        is None
+    )
+    assert scenes.read(write("half.npz", npz(points=POINTS, labels=LABELS + 0.5))).labels is None
+
+
+def test_lzf_copies_may_overlap_and_reach_far():
+    far = bytes(range(256)) * 20
+    assert readers._lzf(bytes([1]) + b"ab" + bytes([3 << 5, 1]), 7) == b"abababa"
+    assert readers._lzf(bytes([0]) + b"x" + bytes([7 << 5, 20, 0]), 30) == b"x" * 30
+    assert readers._lzf(lzf(far) + bytes([(1 << 5) | (4999 >> 8), 4999 & 255]), len(far) + 3)[-3:] == far[120:123]
+
+
+@pytest.mark.parametrize(
+    "data", [bytes([1 << 5, 0]), bytes([0, 65, 1 << 5, 1]), bytes([5, 65]), bytes([0, 65, 7 << 5])]
+)
+def test_damaged_lzf_is_refused(data):
+    with pytest.raises(scenes.ReadError, match="LZF"):
+        readers._lzf(data, 4)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_anywhere_is_refused_or_a_valid_prefix(write, name):
+    data = FILES[name](POINTS)
+    words = name.startswith("ascii") or name.endswith((".xyz", ".csv", ".txt"))
+    counted = not name.endswith((".xyz", ".csv", ".txt", ".bin"))  # the file says how many points it has
+    for size in range(len(data)):
+        path = write(name, data[:size])
+        try:
+            cloud = scenes.read(path)
+        except scenes.ReadError as error:
+            assert str(error).startswith(f"{path}: ")
+            assert "\n" not in str(error)
+            continue
+        num = len(cloud.points)
+        assert num == 4 or (num < 4 and not counted)
+        sure = num - 1 if words else num  # the cut may go through the last number
+        np.testing.assert_array_equal(cloud.points[:sure], POINTS[:sure])
+
+
+def patched(data, at, layout, *values):
+    """The data with some bytes of it replaced."""
+    new = struct.pack(layout, *values)
+    return data[:at] + new + data[at + len(new) :]
+
+
+EMPTY_PLY = b"ply\nformat ascii 1.0\nelement vertex 0\n" + b"property float %c\n" * 3 % tuple(b"xyz") + b"end_header\n"
+MANY = 4_000_000_000
+LIES = {
+    "ascii.ply": lambda: FILES["ascii.ply"](POINTS).replace(b"vertex 4", b"vertex %d" % MANY),
+    "binary.ply": lambda: FILES["binary.ply"](POINTS).replace(b"vertex 4", b"vertex %d" % MANY),
+    "ascii.pcd": lambda: pcd(POINTS, "ascii").replace(b"WIDTH 4", b"WIDTH %d" % MANY).replace(b"TS 4", b"TS %d" % MANY),
+    "binary.pcd": lambda: (
+        pcd(POINTS, "binary").replace(b"WIDTH 4", b"WIDTH %d" % MANY).replace(b"TS 4", b"TS %d" % MANY)
+    ),
+    "compressed.pcd": lambda: (
+        pcd(POINTS, "binary_compressed")
+        .replace(b"WIDTH 4", b"WIDTH 100000000")
+        .replace(b"TS 4", b"TS 100000000")
+        .replace(struct.pack("<I", 104), struct.pack("<I", 2_600_000_000))
+    ),
+    "points.las": lambda: patched(las(POINTS), 107, "<I", MANY),
+    "records.las": lambda: patched(las(POINTS), 100, "<I", MANY),
+    "points.laz": lambda: patched(laz(POINTS), 107, "<I", MANY),
+    "records.laz": lambda: patched(laz(POINTS), 100, "<I", MANY),
+    "layers.laz": lambda: patched(
+        laz(POINTS, 7), struct.unpack_from("<I", laz(POINTS, 7), 96)[0] + 8 + 36 + 4, "<I", MANY
+    ),
+    "table.npy": lambda: npy(TABLE).replace(b"(4, 7), }", b"(%d, 7), }" % MANY).replace(b" " * 12 + b"\n", b"   \n"),
+    "arrays.npz": lambda: lying_npz(),
+}
+
+
+def lying_npz():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("points.npy", LIES["table.npy"]())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_that_promises_too_much_allocates_nothing(write, name):
+    path = write(name, LIES[name]())
+    tracemalloc.start()
+    try:
+        assert "extension" not in refusal(path)  # found by looking, not by running into it
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40e6
+
+
+@pytest.mark.parametrize("suffix", [*readers.READERS, ".copc.laz", ".PLY"])
+def test_rubbish_under_any_extension_is_refused(write, suffix):
+    rubbish = np.random.default_rng(0).integers(128, 256, 1024).astype(np.uint8).tobytes()
+    refusal(write(f"rubbish{suffix}", rubbish))
+    assert refusal(write(f"empty{suffix}", b"")) == "is empty"
+    refusal(write(f"zeros{suffix}", bytes(1000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("ply.las", lambda: ply(POINTS), "is a PLY file"),
+        ("las.csv", lambda: las(POINTS), "is a LAS file"),
+        ("npy.bin", lambda: npy(TABLE), "is a NPY file"),
+        ("npz.npy", lambda: npz(points=POINTS), "is a NPZ file"),
+        ("xyz.ply", lambda: text(POINTS, " "), "is not a PLY file"),
+        ("what.obj", lambda: b"v 1 2 3", "unknown extension '.obj'"),
+        (
+            "faces.ply",
+            lambda: b"ply\nformat ascii 1.0\nelement face 0\nproperty float x\nend_header\n",
+            "no vertex element",
+        ),
+        ("flat.ply", lambda: ply(POINTS).replace(b"float z", b"float w"), "no field z"),
+        ("none.ply", lambda: EMPTY_PLY, "holds no points"),
+        (
+            "none.pcd",
+            lambda: pcd(POINTS, "ascii").replace(b"WIDTH 4", b"WIDTH 0").replace(b"TS 4", b"TS 0"),
+            "no points",
+        ),
+        ("sizes.pcd", lambda: pcd(POINTS, "ascii").replace(b"HEIGHT 1", b"HEIGHT 3"), "promises 4 points but 4 x 3"),
+        ("odd.pcd", lambda: pcd(POINTS, "ascii").replace(b"DATA ascii", b"DATA morse"), "unknown DATA morse"),
+        ("more.pcd", lambda: pcd(POINTS, "ascii") + b"0 0 1 2 3 4 5\n", "promises 4 points"),
+        ("cut.pcd", lambda: pcd(POINTS, "binary")[:-1], "truncated: 4 points need 104 bytes, 103 are there"),
+        ("cut.pcd", lambda: pcd(POINTS, "binary_compressed")[:-1], "truncated: 108 compressed bytes promised, 107"),
+        (
+            "size.pcd",
+            lambda: pcd(POINTS, "binary_compressed").replace(struct.pack("<I", 104), struct.pack("<I", 105)),
+            "105",
+        ),
+        ("none.las", lambda: patched(las(POINTS), 107, "<I", 0), "holds no points"),
+        ("text.npy", lambda: npy(np.array([["a", "b", "c"]])), "table of numbers"),
+        ("objects.npy", lambda: npy(np.array([[None] * 3], object)), "objects"),
+        ("thin.npy", lambda: npy(np.ones((5, 2))), "got (5, 2)"),
+        ("none.npy", lambda: npy(np.ones((0, 3))), "holds no points"),
+        ("other.npz", lambda: npz(a=np.ones(3)), "no array named points"),
+        ("few.npz", lambda: npz(points=POINTS, labels=LABELS[:2]), "4 points but 2 labels"),
+        ("words.xyz", lambda: b"1 2 3\n4 five 6\n", "five"),
+        ("lines.csv", lambda: b"1,2,3\n4,5\n", "columns"),
+        ("head.csv", lambda: b"lat,lon\n1,2\n", "line 1: expected numbers or the names x, y, z"),
+        ("names.csv", lambda: b"x,y,z\n", "holds no points"),
+        ("odd.bin", lambda: bytes(17), "17 bytes are not whole records"),
+        ("doubles.bin", lambda: np.random.default_rng(0).bytes(1600), "no KITTI scan"),
+    ],
+)
+def test_what_is_wrong_is_said(write, name, data, reason):
+    assert reason in refusal(write(name, data()))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    assert refusal(tmp_path / "missing.ply") == "No such file or directory"
+    assert refusal(tmp_path) == "is a directory"
+    os.mkfifo(tmp_path / "pipe.xyz")
+    assert refusal(tmp_path / "pipe.xyz") == "is not a regular file"
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.ply", "plyfile"), ("a.las", "laspy"), ("a.laz", "lazrs")])
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, name, package):
+    data = {"a.ply": ply, "a.las": las, "a.laz": laz}[name](POINTS)
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf'^{package} is not installed: pip install "kpcore\[io\]"$'):
+        scenes.read(tmp_path / name)
+
+
+REAL = {  # points, left out, coloured, labels
+    "ahn3_cropped_1.laz": (640_510, 0, False, {1, 2, 6, 9, 26}),
+    "ign_50x100m.las": (70_840, 0, True, {1, 2, 6}),
+    "lone-star.laz": (518_862, 0, False, None),
+    "autzen_trim.laz": (110_000, 0, True, {1, 2}),
+    "brighton_small.laz": (401_286, 0, True, {0, 2, 3, 6}),
+    "region_growing_rgb_tutorial.pcd": (259_847, 47_353, True, None),
+    "fragment.pcd": (113_662, 0, True, None),
+    "source.ply": (69_792, 0, False, None),
+    "car_cloud400.csv": (24_989, 0, False, None),
+    "lion_takanawa.copc.laz": (341_989, 0, True, None),
+    "isprs_terrain/samp11-utm.pcd": (38_010, 0, False, None),
+    "isprs_terrain/samp12-utm.pcd": (52_119, 0, False, None),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_scans(shared, name):
+    pytest.importorskip(NEEDS.get(name[name.rindex(".") :], "numpy"))
+    num, left_out, colored, labels = REAL[name]
+    cloud = scenes.read(shared / "data" / name)
+    assert (len(cloud.points), cloud.left_out, cloud.colors is not None) == (num, left_out, colored)
+    assert (cloud.labels if labels is None else set(np.unique(cloud.labels))) == labels
+    assert np.abs(cloud.points).max() < 1500
+    if colored:
+        assert cloud.colors.std() > 10
+        assert 40 < cloud.colors.mean() < 200
+
+
+def test_real_scans_lose_nothing_to_float32(shared):
+    laspy = pytest.importorskip("laspy")
+    cloud = scenes.read(shared / "data" / "lone-star.laz")
+    stored = laspy.read(shared / "data" / "lone-star.laz").xyz
+    assert np.abs(cloud.points + cloud.shift - stored).max() < 2e-6  # the file's own step is 2.5e-4
+
+
+@pytest.fixture(scope="module")
+def flat():
+    return scenes.indoor(300_000, seed=3)
+
+
+def test_the_flat_is_one_value_for_a_seed(flat):
+    again, other = scenes.indoor(300_000, seed=3), scenes.indoor(300_000, seed=4)
+    for name in ("points", "colors", "labels"):
+        np.testing.assert_array_equal(getattr(flat, name), getattr(again, name))
+        assert not np.array_equal(getattr(flat, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("num", [1, 10, 12_345])
+def test_the_flat_has_as_many_points_as_asked(num):
+    cloud = scenes.indoor(num)
+    assert cloud.points.shape == cloud.colors.shape == (num, 3)
+    assert cloud.labels.shape == (num,)
+    assert (cloud.points.dtype, cloud.colors.dtype, cloud.labels.dtype) == (np.float32, np.uint8, np.int32)
+
+
+def test_the_flat_needs_a_point():
+    with pytest.raises(ValueError, match=r"^num_points: expected at least 1, got 0$"):
+        scenes.indoor(0)
+
+
+def test_the_flat_is_a_furnished_flat(flat):
+    def of(name):
+        return flat.points[flat.labels == flat.names.index(name)]
+
+    assert set(np.unique(flat.labels)) == set(range(len(flat.names)))
+    np.testing.assert_allclose(np.ptp(flat.points, axis=0), [11, 5.4, 2.7], atol=0.3)
+    np.testing.assert_allclose(of("ceiling")[:, 2].mean(), 2.7, atol=0.001)
+    np.testing.assert_allclose(of("ceiling")[:, 2].std(), 0.002, rtol=0.05)  # the scanner's noise
+    assert np.percentile(of("floor")[:, 2], 99) < 0.03
+    assert of("books")[:, 2].min() > 0.05
+    assert of("lamp")[:, 2].max() > 2.5
+
+
+def test_the_flat_is_denser_near_a_scanner_and_has_shadows(flat):
+    floor = flat.points[(flat.labels == flat.names.index("floor")) & (flat.points[:, 2] < 0.011)]
+    distance = np.linalg.norm(floor[:, :2] - [9.3, 2.4], axis=1)
+    near, far = (distance < 0.8).sum() / 0.8**2, ((distance > 1.2) & (distance < 1.7)).sum() / (1.7**2 - 1.2**2)
+    assert near > 1.3 * far
+    under = (np.abs(floor[:, :2] - [7.6, 0.5]) < 0.15).all(axis=1)  # below a carton
+    beside = (np.abs(floor[:, :2] - [8.8, 0.5]) < 0.15).all(axis=1)
+    assert under.sum() < 0.2 * beside.sum()
