@@ -24,6 +24,8 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}; convert it with numpy.asarray")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled")
     dimensions = shape.split()
     expected = "(" + ", ".join(str(sizes[d][0]) if d in sizes else d for d in dimensions)
     expected += ",)" if len(dimensions) == 1 else ")"

@@ -73,6 +73,7 @@ CHANGES = {
     "0-d": (lambda a: np.array(a.flat[0]), ValueError),
     "1-d": (lambda a: a[(0,) * (a.ndim - 1)], ValueError),
     "one axis more": (lambda a: a[None], ValueError),
+    "masked": (lambda a: np.ma.masked_invalid(a), TypeError),
 }
 WRONG = [(op, argument, *change) for op, argument in ARRAYS for change in CHANGES.values()]
 WRONG_IDS = [f"{op}-{argument}-{change}" for op, argument in ARRAYS for change in CHANGES]
