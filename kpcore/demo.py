@@ -88,8 +88,9 @@ def _demo(args):
     if cloud.shift.any():
         print(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
 
-    levels, style = [], "{desc:20}{bar:40}{percentage:4.0f} %"
-    with tqdm(total=4 * args.levels + 1, disable=None, leave=False, bar_format=style) as bar:
+    levels = []
+    style = {"bar_format": "{desc:20}{bar:40}{percentage:4.0f} %", "leave": False, "ncols": 72, "nrows": 24}
+    with tqdm(desc="level 0", total=4 * args.levels + 1, disable=None, **style) as bar:
         for number in range(args.levels):
             levels.append(_level(number, levels[-1] if levels else cloud, args, bar))
         bar.set_description_str("picture")

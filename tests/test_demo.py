@@ -196,9 +196,11 @@ def test_version_and_config(capsys):
         demo.main([])
 
 
-def test_importing_kpcore_imports_neither_the_demo_nor_its_packages():
+def test_importing_kpcore_imports_neither_the_demo_nor_its_packages(tmp_path):
     code = "import sys, kpcore; print({'kpcore.demo', 'kpcore.scenes', 'tqdm', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    # Elsewhere: in the repository's root the package folder would shadow the installed one.
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

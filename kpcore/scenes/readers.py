@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import logging
 import re
 import struct
 import warnings
@@ -274,7 +273,6 @@ def _lzf(data, size):
 def _las(path, size):
     _check_las(path, size)
     laspy = require("laspy", "io")
-    logging.getLogger("laspy").addHandler(logging.NullHandler())  # or it prints a second line about every error
     points, colors, labels = [], [], []
     # Not lazrs in parallel: it trusts the chunk table and aborts the process when that asks for 4 GB.
     with laspy.open(path, laz_backend=laspy.LazBackend.Lazrs, read_evlrs=False) as file:
