@@ -92,8 +92,10 @@ struct Sorted {
 #pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      for (int64_t i = share.begin; i < share.end; ++i)
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        if (i + 16 < n) __builtin_prefetch(points + int64_t(ids[i + 16]) * D);
         for (int a = 0; a < D; ++a) x[a][i] = points[int64_t(ids[i]) * D + a];
+      }
     }
     return Status::ok;
   }

@@ -125,15 +125,17 @@ class Sorter {
   // Sorts the n keys put there.
   const K* sort(int64_t n) {
     K* const a = a_.data();
-    if (n <= 2 * lanes<K>) {
-      for (int64_t i = n; i < 2 * lanes<K>; ++i) a[i] = K(-1);
-      sort_block<2>(a);
-      return a;
+    const int64_t whole = n / block * block, rest = n - whole;
+    for (int64_t i = 0; i < whole; i += block) sort_block<8>(a + i);
+    if (rest) {
+      constexpr int64_t small = 2 * lanes<K>;
+      for (int64_t i = n; i < whole + (rest <= small ? small : block); ++i) a[i] = K(-1);
+      if (rest <= small)
+        sort_block<2>(a + whole);
+      else
+        sort_block<8>(a + whole);
     }
-    const int64_t size = (n + block - 1) / block * block;
-    for (int64_t i = n; i < size; ++i) a[i] = K(-1);
-    for (int64_t i = 0; i < size; i += block) sort_block<8>(a + i);
-    return merge_sort(a, spare_.data(), size, block, [](K x, K y) { return x < y; });
+    return merge_sort(a, spare_.data(), n, block, [](K x, K y) { return x < y; });
   }
 
  private:
