@@ -187,7 +187,7 @@ KP_INLINE V max(V a, V b) {
 template <class T>
 KP_INLINE Vec<T> exp_of(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;
-  using Bits = std::conditional_t<single, int32_t, int64_t>;
+  using Bits = std::conditional_t<single, uint32_t, uint64_t>;
   const Vec<T> one = broadcast(T(1)), magic = broadcast(single ? T(12582912) : T(6755399441055744));
   const Vec<T> lowest = broadcast(single ? T(-87) : T(-708));
   const Vec<T> clamped = max(x, lowest);
