@@ -47,7 +47,7 @@ def alternate(calls, seconds):
     gc.disable()
     while len(taken[0]) < 5 or (time.perf_counter() < end and len(taken[0]) < 51):
         for call, samples in zip(calls, taken, strict=True):
-            time.sleep(0.04)  # OpenBLAS threads spin for 2^26 cycles after a product, on the core that we would use
+            time.sleep(0.04)  # the other side's idle threads spin for a while; ours then have to be woken
             samples.append(clock(call)[1])
     gc.enable()
     return [{"median": statistics.median(x), "min": min(x), "max": max(x), "samples": x} for x in taken]

@@ -142,7 +142,7 @@ def test_what_has_no_gradient_says_so(argument):
     case = float64_case()
     arrays = {name: getattr(case, name) for name in ("points", "queries", "features", "weights", "kernel_points")}
     arrays |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent}
-    with pytest.raises((TypeError, ValueError, NotImplementedError), match=argument):
+    with pytest.raises(TypeError, match=argument):
         kp.autodiff.vjp(lambda x: kp.kpconv(**{**arrays, argument: x}), arrays[argument])[1](case.grad)
 
 
