@@ -27,6 +27,7 @@ namespace {
 
 constexpr int max_dimension = 16;
 constexpr int64_t chunk = 128;            // neighbours looked at together
+constexpr int64_t batch = 256;            // pairs after which their rows are summed
 constexpr int64_t most_rows = 120;        // queries in a tile
 constexpr int64_t cache_bytes = 1 << 19;  // what a tile of more than 60 queries may take: half a second-level cache
 constexpr int64_t tile_bytes = 7 << 19;   // what any tile may take: 3.5 MiB
@@ -53,15 +54,25 @@ struct Problem {
   const F *query_scale, *point_scale;  // factors of a query's row and of a gathered row, or null
 };
 
-// Sums n rows of `features`, weighted, into `channels` values at `to`, which they replace or are added to.
+// Pairs of one query and one kernel point: the sum of their feature rows, weighted, becomes a row of the tile or is
+// added to what earlier neighbours of the query left there.
+template <class F>
+struct List {
+  int64_t begin;  // of its pairs; they end where the next list begins
+  F* to;
+  bool is_new;
+};
+
+// Sums NV vectors of one list's rows, from channel c.
 template <int NV, class F>
-KP_INLINE void sum_rows(const F* features, int64_t channels, const int32_t* rows, const F* weights, int64_t n, F* to,
-                        bool replace) {
+KP_INLINE void sum_rows(const F* features, int64_t channels, int64_t c, const int32_t* rows, const F* weights,
+                        const List<F>* list) {
+  F* const to = list->to + c;
   Vec<F> sums[NV];
-  for (int v = 0; v < NV; ++v) sums[v] = replace ? Vec<F>{} : load(to + v * lanes<F>);
-  const char* const base = reinterpret_cast<const char*>(features);
-  const int64_t stride = channels * int64_t(sizeof(F));
-  for (int64_t i = 0; i < n; ++i) {
+  for (int v = 0; v < NV; ++v) sums[v] = list->is_new ? Vec<F>{} : load(to + v * lanes<F>);
+  const char* const base = reinterpret_cast<const char*>(features + c);
+  const int64_t stride = channels * int64_t(sizeof(F)), end = list[1].begin;
+  for (int64_t i = list->begin; i < end; ++i) {
     const Vec<F> w = broadcast(weights[i]);
     const char* row = base + rows[i] * stride;
     asm("" : "+r"(row));  // or GCC keeps a base for every vector and runs out of registers
@@ -70,23 +81,27 @@ KP_INLINE void sum_rows(const F* features, int64_t channels, const int32_t* rows
   }
   for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
 }
+
+// Sums lists[order[0]], lists[order[1]], ..., some channels of all of them at a time.
 template <class F>
-inline void sum_weighted_rows(const F* features, int64_t channels, const int32_t* rows, const F* weights, int64_t n,
-                              F* to, bool replace) {
+void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F* weights, const List<F>* lists,
+               const int32_t* order, int64_t count) {
   int64_t c = 0;
   for (; c + 8 * lanes<F> <= channels; c += 8 * lanes<F>)
-    sum_rows<8>(features + c, channels, rows, weights, n, to + c, replace);
+    for (int64_t l = 0; l < count; ++l) sum_rows<8>(features, channels, c, rows, weights, lists + order[l]);
   if (c + 4 * lanes<F> <= channels) {
-    sum_rows<4>(features + c, channels, rows, weights, n, to + c, replace);
+    for (int64_t l = 0; l < count; ++l) sum_rows<4>(features, channels, c, rows, weights, lists + order[l]);
     c += 4 * lanes<F>;
   }
   for (; c + lanes<F> <= channels; c += lanes<F>)
-    sum_rows<1>(features + c, channels, rows, weights, n, to + c, replace);
-  if (const int rest = int(channels - c)) {
-    Vec<F> sum = replace ? Vec<F>{} : load_first(to + c, rest);
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t l = 0; l < count; ++l) sum_rows<1>(features, channels, c, rows, weights, lists + order[l]);
+  const int rest = int(channels - c);
+  for (int64_t l = 0; rest && l < count; ++l) {
+    const List<F>* const list = lists + order[l];
+    Vec<F> sum = list->is_new ? Vec<F>{} : load_first(list->to + c, rest);
+    for (int64_t i = list->begin; i < list[1].begin; ++i)
       sum = fma(broadcast(weights[i]), load_first(features + rows[i] * channels + c, rest), sum);
-    store_first(to + c, rest, sum);
+    store_first(list->to + c, rest, sum);
   }
 }
 
@@ -97,11 +112,12 @@ class Tile {
  public:
   // Rows are a multiple of row_step.
   bool reserve(const Problem<G, F>& problem, int64_t rows) {
-    const int64_t K = problem.num_kernels, pairs = K * chunk + lanes<G>;
+    const int64_t K = problem.num_kernels, pairs = batch + K * chunk + lanes<G>;
     rows_ = rows;
     channels_ = problem.channels;
     if (!a_.resize(K * rows * channels_ + row_step) || !query_.resize(K * rows) || !size_.resize(K)) return false;
-    if (!begin_.resize(K + 1) || !d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs)) return false;
+    if (!lists_.resize(batch + K + 1) || !order_.resize(batch + K)) return false;
+    if (!d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs)) return false;
     // The micro-kernel also reads rows up to the next multiple of row_step, for sums that are dropped.
     memset(a_.data(), 0, size_t(a_.size()) * sizeof(F));
     return true;
@@ -109,13 +125,16 @@ class Tile {
 
   void fill(const Problem<G, F>& problem, int64_t first, int64_t count) {
     for (int k = 0; k < problem.num_kernels; ++k) size_[k] = 0;
+    num_lists_ = num_pairs_ = 0;
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t q = first + r, end = problem.row_splits[q + 1];
-      for (int64_t e = problem.row_splits[q]; e < end; e += chunk) {
-        list_pairs(problem, q, problem.index + e, smaller(chunk, end - e));
-        sum_lists(problem, int32_t(r));
+      const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
+      for (int64_t e = begin; e < end; e += chunk) {
+        // A list is added to the sum of the same query's earlier neighbours, which must be there.
+        if (num_pairs_ >= batch || e > begin) sum_batch(problem);
+        list_pairs(problem, q, int32_t(r), problem.index + e, smaller(chunk, end - e));
       }
     }
+    sum_batch(problem);
   }
 
   int64_t size(int64_t k) const { return size_[k]; }
@@ -123,8 +142,8 @@ class Tile {
   const int32_t* queries(int64_t k) const { return query_.data() + k * rows_; }
 
  private:
-  // Pairs of (neighbour, kernel point) with an influence, by kernel point; and their influences.
-  void list_pairs(const Problem<G, F>& problem, int64_t q, const int32_t* index, int64_t n) {
+  // Lists the pairs of a query with an influence, kernel point by kernel point, and computes their influences.
+  void list_pairs(const Problem<G, F>& problem, int64_t q, int32_t r, const int32_t* index, int64_t n) {
     const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
     constexpr int stored = DIM ? DIM : max_dimension;
     const bool linear = problem.influence == Influence::linear, closest = problem.aggregation == Aggregation::closest;
@@ -168,11 +187,13 @@ class Tile {
     unsigned valid[chunk / lanes<G>];
     for (int64_t i = 0; i < n; i += lanes<G>) valid[i / lanes<G>] = first_lanes<G>(n - i);
     G* const all_d2 = d2_.data();
-    int32_t* const all_points = point_.data();
-    int64_t* const begin = begin_.data();
-    int64_t pairs = 0;
+    F* const a = a_.data();
+    int32_t *const all_points = point_.data(), *const all_queries = query_.data(), *const size = size_.data();
+    const int64_t rows = rows_, channels = channels_;
+    List<F>* list = lists_.data() + num_lists_;
+    int64_t pairs = num_pairs_;
     for (int k = 0; k < K; ++k) {
-      begin[k] = pairs;
+      const int64_t begin = pairs;
       kernel_point(k, p);
       for (int64_t i = 0; i < n; i += lanes<G>) {
         const Vec<G> d2 = squared(i, p);
@@ -182,14 +203,23 @@ class Tile {
         compress(all_d2 + pairs, mask, d2);
         pairs += compress<G>(all_points + pairs, mask, who + i);
       }
+      // No branch: a quarter of the lists have no pair, at random.
+      int32_t* const queries = all_queries + k * rows;
+      const bool is_new = !size[k] || queries[size[k] - 1] != r, some = pairs > begin;
+      const int64_t row = size[k] - !is_new;
+      queries[row] = r;
+      *list = {begin, a + (k * rows + row) * channels, is_new};
+      size[k] += some & is_new;
+      list += some;
     }
-    begin_[K] = pairs;
-    weigh(problem, q, pairs);
+    weigh(problem, q, num_pairs_, pairs);
+    num_lists_ = list - lists_.data();
+    num_pairs_ = pairs;
   }
 
-  void weigh(const Problem<G, F>& problem, int64_t q, int64_t pairs) {
+  void weigh(const Problem<G, F>& problem, int64_t q, int64_t begin, int64_t end) {
     const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
-    for (int64_t i = 0; i < pairs; i += lanes<G>) {
+    for (int64_t i = begin; i < end; i += lanes<G>) {
       const Vec<G> d2 = load(&d2_[i]);
       Vec<G> influence = {};
       switch (problem.influence) {
@@ -209,29 +239,35 @@ class Tile {
         for (int l = 0; l < lanes<G>; ++l) weight_[i + l] = F(influence[l]);
     }
     if (problem.query_scale)
-      for (int64_t i = 0; i < pairs; ++i) weight_[i] *= problem.query_scale[q];
+      for (int64_t i = begin; i < end; ++i) weight_[i] *= problem.query_scale[q];
     if (problem.point_scale)
-      for (int64_t i = 0; i < pairs; ++i) weight_[i] *= problem.point_scale[point_[i]];
+      for (int64_t i = begin; i < end; ++i) weight_[i] *= problem.point_scale[point_[i]];
   }
 
-  // Each list into a row of its A_k: a new one, or that of this query's earlier neighbours.
-  void sum_lists(const Problem<G, F>& problem, int32_t r) {
-    for (int k = 0; k < problem.num_kernels; ++k) {
-      const int64_t begin = begin_[k], n = begin_[k + 1] - begin;
-      if (!n) continue;
-      int32_t* const queries = query_.data() + k * rows_;
-      const bool is_new = !size_[k] || queries[size_[k] - 1] != r;
-      if (is_new) queries[size_[k]++] = r;
-      F* const to = a_.data() + (k * rows_ + size_[k] - 1) * channels_;
-      sum_weighted_rows(problem.features, channels_, &point_[begin], &weight_[begin], n, to, is_new);
+  // Sums the lists so far, by length: the end of a loop that runs as often as the one before it is foreseen, which
+  // otherwise costs as much as three pairs, with five pairs in a list.
+  void sum_batch(const Problem<G, F>& problem) {
+    constexpr int64_t longest = 31;  // longer ones are rare
+    int32_t place[longest + 1] = {};
+    lists_[num_lists_].begin = num_pairs_;
+    const auto length = [&](int64_t l) { return smaller(longest, lists_[l + 1].begin - lists_[l].begin); };
+    for (int64_t l = 0; l < num_lists_; ++l) ++place[length(l)];
+    int32_t before = 0;
+    for (int32_t& p : place) {
+      const int32_t count = p;
+      p = before;
+      before += count;
     }
+    for (int64_t l = 0; l < num_lists_; ++l) order_[place[length(l)]++] = int32_t(l);
+    sum_lists(problem.features, channels_, point_.data(), weight_.data(), lists_.data(), order_.data(), num_lists_);
+    num_lists_ = num_pairs_ = 0;
   }
 
   Buffer<F> a_, weight_;
   Buffer<G> d2_;
-  Buffer<int32_t> point_, query_, size_;
-  Buffer<int64_t> begin_;
-  int64_t rows_ = 0, channels_ = 0;
+  Buffer<List<F>> lists_;
+  Buffer<int32_t> point_, query_, size_, order_;
+  int64_t rows_ = 0, channels_ = 0, num_lists_ = 0, num_pairs_ = 0;
 };
 
 // Queries in a tile: what fits.
