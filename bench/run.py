@@ -5,7 +5,8 @@ like set and OpenBLAS's own settings cleared before anything is imported: OpenMP
 those cores and choose their kernels themselves. The two sides of a comparison alternate (A B A B), every call makes
 fresh outputs and includes its index build, and a time is the median of at least 5 calls. A short call follows untimed
 ones of its own side, and OpenBLAS's idle threads go to sleep at once: they would spin on the other side's core for
-25 ms, and sleeping threads take up to 10 ms to wake on a virtual machine. "First" is the first such call of the process. Linux with glibc only: it reads /proc and pins processes.
+25 ms, and a sleeping thread takes up to 10 ms to wake on a virtual machine. "First" is the first such call of the
+process. Linux with glibc only: it reads /proc and pins processes.
 """
 
 import argparse
