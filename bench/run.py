@@ -3,10 +3,10 @@
 Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
 like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
 those cores and choose their kernels themselves. The two sides of a comparison alternate (A B A B), every call makes
-fresh outputs and includes its index build, and a time is the median of at least 5 calls. A short call follows untimed
-ones of its own side, and OpenBLAS's idle threads go to sleep at once: they would spin on the other side's core for
-25 ms, and a sleeping thread takes up to 10 ms to wake on a virtual machine. "First" is the first such call of the
-process. Linux with glibc only: it reads /proc and pins processes.
+fresh outputs and includes its index build, and a time is the median of at least 5 calls. Each follows 25 ms of untimed
+calls of its own side, or one: after the other side, threads wake up for up to 10 ms, and memory that it gave back comes
+at twice the price. OpenBLAS's idle threads, which would spin on a core for 25 ms, go to sleep at once. "First" is the
+first such call of the process. Linux with glibc only: it reads /proc and pins processes.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def alternate(calls, seconds):
     gc.disable()
     while len(taken[0]) < 5 or (time.perf_counter() < end and len(taken[0]) < 51):
         for call, samples in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            while (not samples or samples[-1] < 0.1) and time.perf_counter() < start + 0.025:
+            warm = time.perf_counter() + 0.025
+            while time.perf_counter() < warm:
                 call()
             samples.append(clock(call)[1])
     gc.enable()

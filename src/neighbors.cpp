@@ -343,17 +343,18 @@ class Walker {
     K* const keys = sorter.keys(n);
     for (int a = 0; a < D; ++a)
       if (!sorted_x_[a].resize(n + lanes<T>)) return false;
-    if (!keys || !sorted_ids_.resize(n + lanes<T>)) return false;
+    if (!keys) return false;
     for (int64_t i = 0; i < n; ++i) keys[i] = K(ids_[i] - low) << position_bits | K(i);
     const K* const sorted = sorter.sort(n);
     const K mask = (K(1) << position_bits) - 1;
-    for (int64_t i = 0; i < n; ++i) {
-      const auto from = int64_t(sorted[i] & mask);
-      for (int a = 0; a < D; ++a) sorted_x_[a][i] = x_[a][from];
-      sorted_ids_[i] = ids_[from];
-    }
+    int32_t* const ids = ids_.data();
+    const T* from[D];
+    T* to[D];
+    for (int a = 0; a < D; ++a) from[a] = x_[a].data(), to[a] = sorted_x_[a].data();
+    for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(sorted[i] >> position_bits) + low;
+    for (int64_t i = 0; i < n; ++i)
+      for (int a = 0; a < D; ++a) to[a][i] = from[a][sorted[i] & mask];
     for (int a = 0; a < D; ++a) x_[a].swap(sorted_x_[a]);
-    ids_.swap(sorted_ids_);
     return true;
   }
 
@@ -361,7 +362,7 @@ class Walker {
   Finger finger_[fingers];
   uint64_t row_key_ = no_row;
   Buffer<T> x_[D], sorted_x_[D];
-  Buffer<int32_t> ids_, sorted_ids_;
+  Buffer<int32_t> ids_;
   Sorter<uint32_t> narrow_;
   Sorter<uint64_t> wide_;
   int64_t count_ = 0;

@@ -60,22 +60,34 @@ KP_INLINE void merge_lanes(Vec<K>* v) {
     for (int r = 0; r < R; ++r)
       if (!(r & stride)) order(v[r], v[r + stride]);
 }
+// Batcher's odd-even merge sort of R elements, R a power of two: which pairs to put in order, one after the other.
+template <int R>
+struct Comparators {
+  uint8_t first[R * R / 2] = {}, second[R * R / 2] = {};
+  int count = 0;
+  constexpr Comparators() {
+    for (int p = 1; p < R; p *= 2)
+      for (int k = p; k; k /= 2)
+        for (int j = k % p; j + k < R; j += 2 * k)
+          for (int i = j; i < j + k && i + k < R; ++i)
+            if (i / (2 * p) == (i + k) / (2 * p)) {
+              first[count] = uint8_t(i);
+              second[count++] = uint8_t(i + k);
+            }
+  }
+};
+template <int R, class V, size_t... C>
+KP_INLINE void sort_registers(V* v, std::index_sequence<C...>) {
+  constexpr Comparators<R> comparators;
+  (order(v[comparators.first[C]], v[comparators.second[C]]), ...);
+}
+
 // Sorts R * lanes<K> keys in place.
 template <int R, class K>
 KP_INLINE void sort_block(K* keys) {
   Vec<K> v[R];
   for (int r = 0; r < R; ++r) v[r] = load(keys + r * lanes<K>);
-  if constexpr (R == 8) {  // Batcher's 19 comparators
-    order(v[0], v[1]), order(v[2], v[3]), order(v[4], v[5]), order(v[6], v[7]);
-    order(v[0], v[2]), order(v[1], v[3]), order(v[4], v[6]), order(v[5], v[7]);
-    order(v[1], v[2]), order(v[5], v[6]);
-    order(v[0], v[4]), order(v[1], v[5]), order(v[2], v[6]), order(v[3], v[7]);
-    order(v[2], v[4]), order(v[3], v[5]);
-    order(v[1], v[2]), order(v[3], v[4]), order(v[5], v[6]);
-  } else {
-    static_assert(R == 2);
-    order(v[0], v[1]);
-  }
+  sort_registers<R>(v, std::make_index_sequence<Comparators<R>().count>());
   if constexpr (lanes<K> >= 2) merge_lanes<1, R, K>(v);
   if constexpr (lanes<K> >= 4) merge_lanes<2, R, K>(v);
   if constexpr (lanes<K> >= 8) merge_lanes<4, R, K>(v);
@@ -115,7 +127,7 @@ inline T* merge_sort(T* a, T* spare, int64_t n, int64_t run, Less less) {
 template <class K>
 class Sorter {
  public:
-  static constexpr int block = 8 * lanes<K>;
+  static constexpr int block = 16 * lanes<K>;
 
   // Where to put n keys; null where there is no memory.
   K* keys(int64_t n) {
@@ -126,15 +138,18 @@ class Sorter {
   const K* sort(int64_t n) {
     K* const a = a_.data();
     const int64_t whole = n / block * block, rest = n - whole;
-    for (int64_t i = 0; i < whole; i += block) sort_block<8>(a + i);
-    if (rest) {
-      constexpr int64_t small = 2 * lanes<K>;
-      for (int64_t i = n; i < whole + (rest <= small ? small : block); ++i) a[i] = K(-1);
-      if (rest <= small)
-        sort_block<2>(a + whole);
-      else
-        sort_block<8>(a + whole);
-    }
+    for (int64_t i = 0; i < whole; i += block) sort_block<16>(a + i);
+    const auto sort_rest = [&](auto registers) {
+      constexpr int R = decltype(registers)::value;
+      for (int64_t i = n; i < whole + R * lanes<K>; ++i) a[i] = K(-1);
+      sort_block<R>(a + whole);
+    };
+    if (rest > 8 * lanes<K>)
+      sort_rest(std::integral_constant<int, 16>());
+    else if (rest > 2 * lanes<K>)
+      sort_rest(std::integral_constant<int, 8>());
+    else if (rest)
+      sort_rest(std::integral_constant<int, 2>());
     return merge_sort(a, spare_.data(), n, block, [](K x, K y) { return x < y; });
   }
 
