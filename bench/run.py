@@ -234,6 +234,7 @@ def machine():
 
 HEADER = ["case", "what", "order", "points", "threads", "first, ms", "ms (min–max)"]
 HEADER += ["against", "its ms", "measured", "target", "verdict"]
+SHORT = [column for column in range(len(HEADER)) if HEADER[column] not in ("points", "first, ms")]
 
 
 def digits(number):
@@ -276,7 +277,7 @@ def growth_table(rows):
 
 
 def write_up(report, everything):
-    """The result as Markdown: what was judged or could not be (or everything), then the growth."""
+    """The result as Markdown: everything, or what was judged on all cores or not met; then the growth."""
     m, rows = report["machine"], report["rows"]
     versions, caches = (", ".join(f"{k} {v}" for k, v in m[name].items()) for name in ("versions", "caches"))
     verdicts = [row["verdict"] for row in rows if row["target"]]
@@ -289,8 +290,15 @@ def write_up(report, everything):
     )
     text += f"; {failed} failed or gave other results.\n" if failed else ".\n"
     growth = [row for row in rows if row["case"] == "growth"]
-    table = [row for row in rows if row not in growth and (everything or row["target"] or row["verdict"])]
-    text += "\n" + markdown([HEADER, *map(cells, table)]) if table else ""
+    most = max((row["threads"] for row in rows), default=0)
+
+    def shown(row):
+        return everything or row["verdict"] not in ("", "met") or (row["target"] and row["threads"] == most)
+
+    table = [row for row in rows if row not in growth and shown(row)]
+    columns = range(len(HEADER)) if everything else SHORT
+    lines = [[line[column] for column in columns] for line in (HEADER, *map(cells, table))]
+    text += "\n" + markdown(lines) if table else ""
     return text + ("\nHow the time grows, in ms:\n\n" + growth_table(growth) if growth else "")
 
 
