@@ -32,6 +32,24 @@ TARGETS = {
     ("radius_search", "by index", "voxel", "Open3D ml.torch"): (">=", 12),
     ("radius_search", "by index", "random", "SciPy cKDTree"): (">=", 60),
     ("radius_search", "by index", "voxel", "SciPy cKDTree"): (">=", 60),
+    ("kdtree", "build", "random", "SciPy cKDTree"): (">=", 1 / 0.55),
+    ("kdtree", "build", "voxel", "SciPy cKDTree"): (">=", 1 / 0.55),
+    ("kdtree", "radius search", "random", "Open3D nns"): (">=", 3),
+    ("kdtree", "radius search", "voxel", "Open3D nns"): (">=", 3),
+    ("kdtree", "radius search", "random", "SciPy cKDTree"): (">=", 15),
+    ("kdtree", "radius search", "voxel", "SciPy cKDTree"): (">=", 15),
+    ("knn_search", "k = 16", "random", "pykdtree"): (">=", 3),
+    ("knn_search", "k = 16", "voxel", "pykdtree"): (">=", 3),
+    ("knn_search", "k = 16", "random", "Open3D nns"): (">=", 4),
+    ("knn_search", "k = 16", "voxel", "Open3D nns"): (">=", 4),
+    ("knn_search", "k = 16", "random", "SciPy cKDTree"): (">=", 5),
+    ("knn_search", "k = 16", "voxel", "SciPy cKDTree"): (">=", 5),
+    ("search_options", "radii", "random", "scalar L2"): ("<=", 1.3),
+    ("search_options", "radii", "voxel", "scalar L2"): ("<=", 1.3),
+    ("search_options", "l1", "random", "scalar L2"): ("<=", 1.3),
+    ("search_options", "l1", "voxel", "scalar L2"): ("<=", 1.3),
+    ("search_options", "linf", "random", "scalar L2"): ("<=", 1.3),
+    ("search_options", "linf", "voxel", "scalar L2"): ("<=", 1.3),
     ("grid_subsample", "xyz float64", "random", "small_gicp"): (">=", 4),
     ("grid_subsample", "xyz float64", "voxel", "small_gicp"): (">=", 4),
     ("grid_subsample", "xyz", "random", "Open3D tensor"): (">=", 15),
@@ -61,6 +79,9 @@ CHANNELS = (64, 128, 256)
 # The tasks of each case, each in a process of its own, once per number of threads; "coretype" is OPENBLAS_CORETYPE.
 TASKS = {
     "radius_search": [{"order": order} for order in ORDERS],
+    "kdtree": [{"order": order} for order in ORDERS],
+    "knn_search": [{"order": order} for order in ORDERS],
+    "search_options": [{"order": order} for order in ORDERS],
     "grid_subsample": [{"order": order} for order in ORDERS],
     "kpconv": [
         *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
@@ -220,6 +241,61 @@ def radius_search(bench, order):
         search_peers.append(peers.SCIPY_BALL)
     for peer in search_peers:
         bench.against("by index", by_index, peer, {"points": points, "radius": RADIUS}, check)
+
+
+def kdtree(bench, order):
+    points = arranged(np.load(bench.folder / "cloud.npy"), order)
+    bench.label(order=order, size=f"{len(points):,}")
+    build = partial(kp.KDTree, points)
+    tree = bench.first(build)
+    bench.rate("build", build, len(points), "M points/s per core")
+    bench.against("build", build, peers.SCIPY_BUILD, {"points": points}, lambda _: None)
+
+    def search():
+        return kp.KDTree(points).radius_search(None, RADIUS)
+
+    found = tree.radius_search(None, RADIUS)
+    grid = kp.radius_search(points, None, RADIUS)
+    assert np.array_equal(found.index, grid.index) and np.array_equal(found.row_splits, grid.row_splits)
+    check = partial(same_pairs, points, pair_keys(len(points), found.index, found.row_splits))
+    bench.label(order=order, size=f"{len(points):,}, H = {found.num_pairs / len(points):.1f}")
+    bench.rate("radius search", search, found.num_pairs, "M neighbours/s per core")
+    search_peers = [peers.OPEN3D_NNS] + [peers.SCIPY_BALL] * (bench.threads == bench.most_threads)
+    for peer in search_peers:
+        bench.against("radius search", search, peer, {"points": points, "radius": RADIUS}, check)
+
+
+def knn_search(bench, order):
+    points, k = arranged(np.load(bench.folder / "cloud.npy"), order), 16
+    bench.label(order=order, size=f"{len(points):,}")
+    search = partial(kp.knn_search, points, None, k, return_distances=True)
+    found = bench.first(search)
+    assert (found.counts == k).all()
+    distance = found.distance.reshape(-1, k)
+
+    def check(theirs):
+        assert np.allclose(theirs, distance, rtol=1e-5, atol=1e-6 * VOXEL), "distances differ"
+
+    bench.rate(f"k = {k}", search, len(points), "M queries/s per core")
+    for peer in (peers.PYKDTREE, peers.OPEN3D_KNN, peers.SCIPY_KNN):
+        bench.against(f"k = {k}", search, peer, {"points": points, "k": k}, check)
+
+
+def search_options(bench, order):
+    """Other metrics and radii, against the plain search of as many neighbours."""
+    points = arranged(np.load(bench.folder / "cloud.npy"), order)
+    plain = partial(kp.radius_search, points, None, RADIUS)
+    num_pairs = bench.first(plain).num_pairs
+    bench.label(order=order, size=f"{len(points):,}, H = {num_pairs / len(points):.1f}")
+    radii = np.full(len(points), RADIUS, np.float32)
+    bench.compare("radii", partial(kp.radius_search, points, None, radii), "scalar L2", plain)
+    for metric in ("l1", "linf"):
+        low, high = 0.5 * RADIUS, 2 * RADIUS  # the radius of as many neighbours
+        for _ in range(14):
+            middle = (low + high) / 2
+            sample = kp.radius_search(points, points[::97].copy(), middle, metric=metric, count_only=True)
+            low, high = (middle, high) if sample.mean() < num_pairs / len(points) else (low, middle)
+        bench.compare(metric, partial(kp.radius_search, points, None, low, metric=metric), "scalar L2", plain)
 
 
 def grid_subsample(bench, order):

@@ -79,6 +79,45 @@ def read_hash(found):
     return found.neighbors_index.numpy(), found.neighbors_row_splits.numpy()
 
 
+def scipy_build(points, **_):
+    """A tree alone: returns the tree, which no result is read from."""
+    from scipy.spatial import cKDTree
+
+    return lambda: cKDTree(points)
+
+
+# k nearest neighbours: read() gives their distances (M, k).
+
+
+def pykdtree_nearest(points, k):
+    from pykdtree.kdtree import KDTree
+
+    return lambda: KDTree(points).query(points, k)
+
+
+def open3d_nearest(points, k):
+    import open3d.core as o3c
+
+    cloud = o3c.Tensor.from_numpy(points)
+
+    def run():
+        search = o3c.nns.NearestNeighborSearch(cloud, o3c.int32)
+        search.knn_index()
+        return search.knn_search(cloud, k)
+
+    return run
+
+
+def scipy_nearest(points, k):
+    from scipy.spatial import cKDTree
+
+    return lambda: cKDTree(points).query(points, k, workers=-1)
+
+
+SCIPY_BUILD = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_build, lambda tree: tree)
+PYKDTREE = Peer("pykdtree", imports("pykdtree.kdtree"), pykdtree_nearest, lambda found: found[0])
+OPEN3D_KNN = Peer("Open3D nns", imports("open3d.core"), open3d_nearest, lambda found: np.sqrt(found[1].numpy()))
+SCIPY_KNN = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_nearest, lambda found: found[0])
 OPEN3D_NNS = Peer("Open3D nns", imports("open3d.core"), open3d_nns, read_nns)
 OPEN3D_HASH = Peer("Open3D ml.torch", imports("torch", "open3d.ml.torch"), open3d_hash, read_hash)
 SCIPY_BALL = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_ball, read_lists)

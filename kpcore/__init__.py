@@ -27,7 +27,7 @@ from kpcore import autodiff
 from kpcore.config import __version__, get_num_threads, set_num_threads, show_config
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
-from kpcore.neighbors import Neighbors, lengths, radius_search, row_splits
+from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
 from kpcore.subsampling import Subsampled, grid_subsample
 
 
@@ -40,6 +40,8 @@ def __getattr__(name):
 
 
 __all__ = [
+    "GridIndex",
+    "KDTree",
     "Neighbors",
     "Subsampled",
     "__version__",
@@ -47,6 +49,7 @@ __all__ = [
     "get_num_threads",
     "grid_subsample",
     "kernel_points",
+    "knn_search",
     "kpconv",
     "lengths",
     "radius_search",

@@ -93,6 +93,20 @@ def length(name, value, dtype):
     return number
 
 
+def lengths(name, value, rows, like):
+    """An array (M,) of lengths, each as `length` wants it, of the dtype of `like`, (its name, the array)."""
+    value = array(name, value, "M", REAL, {"M": (rows, "the queries")}, like=like)
+    limits = np.finfo(value.dtype)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        bad = ~((value > 0) & (value * value >= 2 * limits.tiny) & (value * value <= limits.max))
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise ValueError(
+            f"{name}: expected numbers above zero whose squares {value.dtype} can hold, got {value[row]} in row {row}"
+        )
+    return value
+
+
 def integer(name, value, low, high=None):
     """An integer from `low` to `high`."""
     try:

@@ -1,20 +1,36 @@
-from numpy import ndarray
+from numpy import dtype, ndarray
 
 class NotFinite(Exception): ...
 class OutOfRange(Exception): ...
 
+class Index:
+    num_points: int
+    dtype: dtype
+    def __init__(self, points: ndarray, row_splits: ndarray, cell: float | None, threads: int) -> None: ...
+
 def radius_search(
-    points: ndarray,
+    index: Index,
     queries: ndarray | None,
-    points_row_splits: ndarray,
     queries_row_splits: ndarray | None,
-    radius: float,
+    radius: float | ndarray,
     max_neighbors: int | None,
     sort: int,
+    metric: int,
+    ignore: int,
     return_distances: bool,
     count_only: bool,
     threads: int,
 ) -> tuple[ndarray, ndarray | None, ndarray | None]: ...
+def knn_search(
+    index: Index,
+    queries: ndarray | None,
+    queries_row_splits: ndarray | None,
+    k: int,
+    metric: int,
+    ignore: int,
+    return_distances: bool,
+    threads: int,
+) -> tuple[ndarray, ndarray, ndarray | None]: ...
 def transpose(
     index: ndarray, row_splits: ndarray, distance: ndarray | None, num_points: int, threads: int
 ) -> tuple[ndarray, ndarray, ndarray | None]: ...

@@ -30,6 +30,32 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     enum class Sort(int):
         pass
 
+    enum class Metric(int):
+        pass
+
+    enum class Ignore(int):
+        pass
+
+    enum class IndexKind(int):
+        grid
+        tree
+
+    cdef struct IndexPoints:
+        IndexKind kind
+        Array points, row_splits
+        double cell
+        int threads
+
+    cdef struct Search:
+        const void* index
+        Array queries, queries_row_splits, radii
+        double radius, reach
+        int64_t most
+        Sort sort
+        Metric metric
+        Ignore ignore
+        int threads
+
     enum class Influence(int):
         pass
 
@@ -38,13 +64,6 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     enum class Normalization(int):
         pass
-
-    cdef struct RadiusSearch:
-        Array points, queries, points_row_splits, queries_row_splits
-        double radius
-        int64_t max_neighbors
-        Sort sort
-        int threads
 
     cdef struct GridSubsample:
         Array points, features, labels, row_splits
@@ -76,9 +95,12 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct Kernels:
         const char* isa
-        Status (*radius_search_count)(const RadiusSearch&, int64_t*, void**) noexcept nogil
+        Status (*build_index)(const IndexPoints&, void**) noexcept nogil
+        void (*free_index)(void*) noexcept nogil
+        Status (*radius_search_count)(const Search&, int64_t*, void**) noexcept nogil
         Status (*radius_search_fill)(void*, int32_t*, void*) noexcept nogil
         void (*radius_search_free)(void*) noexcept nogil
+        Status (*knn_search)(const Search&, int32_t*, void*, int64_t*) noexcept nogil
         Status (*transpose)(const Transpose&) noexcept nogil
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
@@ -135,21 +157,65 @@ cdef int raise_for(Status status) except -1:
     return 0
 
 
-def radius_search(points, queries, points_row_splits, queries_row_splits, double radius, max_neighbors, int sort,
+cdef class Index:
+    """Points ready to be searched, a grid of cells or a kd-tree; never changed, so any thread may search it."""
+
+    cdef void* data
+    cdef readonly int64_t num_points
+    cdef readonly object dtype
+
+    def __cinit__(self):
+        self.data = NULL
+
+    def __init__(self, points, row_splits, cell, int threads):
+        """A grid of cells that wide, or a kd-tree if `cell` is None."""
+        cdef IndexPoints args
+        args.kind = IndexKind.tree if cell is None else IndexKind.grid
+        args.points = view(points)
+        args.row_splits = view(row_splits)
+        args.cell = 0 if cell is None else cell
+        args.threads = threads
+        self.num_points = len(points)
+        self.dtype = points.dtype
+        cdef Status status
+        with nogil:
+            status = kernels().build_index(args, &self.data)
+        raise_for(status)
+
+    def __dealloc__(self):
+        if self.data != NULL:
+            kernels().free_index(self.data)
+
+
+cdef Search search_arguments(Index index, queries, queries_row_splits, radius, int64_t most, int sort, int metric,
+                             int ignore, int threads) except *:
+    cdef Search args
+    args.index = index.data
+    args.queries = view(queries)
+    args.queries_row_splits = view(queries_row_splits)
+    if isinstance(radius, np.ndarray):
+        args.radii = view(radius)
+        args.radius = 0
+        args.reach = radius.max(initial=0)
+    else:
+        args.radii = view(None)
+        args.radius = args.reach = radius
+    args.most = most
+    args.sort = <Sort>sort
+    args.metric = <Metric>metric
+    args.ignore = <Ignore>ignore
+    args.threads = threads
+    return args
+
+
+def radius_search(Index index, queries, queries_row_splits, radius, max_neighbors, int sort, int metric, int ignore,
                   bint return_distances, bint count_only, int threads):
     """(row_splits, index or None, distance or None)"""
-    cdef RadiusSearch args
-    args.points = view(points)
-    args.queries = view(queries)
-    args.points_row_splits = view(points_row_splits)
-    args.queries_row_splits = view(queries_row_splits)
-    args.radius = radius
-    args.max_neighbors = -1 if max_neighbors is None else max_neighbors
-    args.sort = <Sort>sort
-    args.threads = threads
+    cdef Search args = search_arguments(index, queries, queries_row_splits, radius,
+                                        -1 if max_neighbors is None else max_neighbors, sort, metric, ignore, threads)
     cdef void* plan = NULL
     cdef Status status
-    row_splits = np.empty(len(points if queries is None else queries) + 1, np.int64)
+    row_splits = np.empty((index.num_points if queries is None else len(queries)) + 1, np.int64)
     cdef int64_t* splits = <int64_t*>cnp.PyArray_DATA(row_splits)
     cdef int32_t* to_index
     cdef void* to_distance
@@ -159,18 +225,36 @@ def radius_search(points, queries, points_row_splits, queries_row_splits, double
         raise_for(status)
         if count_only:
             return row_splits, None, None
-        index = np.empty(row_splits[-1], np.int32)
-        distance = np.empty(row_splits[-1], points.dtype) if return_distances else None
-        to_index = <int32_t*>view(index).data
+        found = np.empty(row_splits[-1], np.int32)
+        distance = np.empty(row_splits[-1], index.dtype) if return_distances else None
+        to_index = <int32_t*>view(found).data
         to_distance = view(distance).data
         with nogil:
             status = kernels().radius_search_fill(plan, to_index, to_distance)
         raise_for(status)
-        return row_splits, index, distance
+        return row_splits, found, distance
     finally:
         if plan != NULL:
             with nogil:
                 kernels().radius_search_free(plan)
+
+
+def knn_search(Index index, queries, queries_row_splits, int64_t k, int metric, int ignore, bint return_distances,
+               int threads):
+    """(counts (M,), index (M, k), distance (M, k) or None)"""
+    cdef Search args = search_arguments(index, queries, queries_row_splits, 0.0, k, 0, metric, ignore, threads)
+    num_queries = index.num_points if queries is None else len(queries)
+    counts = np.empty(num_queries, np.int64)
+    found = np.empty((num_queries, k), np.int32)
+    distance = np.empty((num_queries, k), index.dtype) if return_distances else None
+    cdef int64_t* to_counts = <int64_t*>view(counts).data
+    cdef int32_t* to_index = <int32_t*>view(found).data
+    cdef void* to_distance = view(distance).data
+    cdef Status status
+    with nogil:
+        status = kernels().knn_search(args, to_index, to_distance, to_counts)
+    raise_for(status)
+    return counts, found, distance
 
 
 def transpose(index, row_splits, distance, int64_t num_points, int threads):

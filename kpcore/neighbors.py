@@ -1,4 +1,4 @@
-"""Neighbour lists and the fixed-radius search that makes them."""
+"""Neighbour lists, and the searches that make them: within a radius, or the k nearest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import numpy as np
 from kpcore import _array, _cpu, config
 
 _SORTS = (None, "index", "distance")
+_METRICS = ("l2", "l1", "linf")
+_IGNORES = (False, True, "index")
+_GRID_DIMENSIONS, _DIMENSIONS = (2, 3), range(1, 17)
+_MOST_CELLS = 4  # that a search of a grid reaches to either side; beyond, coarser cells are made for it
 
 
 def row_splits(lengths):
@@ -235,23 +239,29 @@ def _unpickle(index, row_splits, num_points, distance, width):
     return Neighbors(index, row_splits, num_points, distance, width)
 
 
-def radius_search(points, queries, radius, *, points_row_splits=None, queries_row_splits=None, max_neighbors=None,
-                  sort="index", return_distances=False, count_only=False):  # fmt: skip
+def radius_search(points, queries, radius, *, points_row_splits=None, queries_row_splits=None, metric="l2",
+                  ignore_query_point=False, max_neighbors=None, sort="index", return_distances=False,
+                  count_only=False):  # fmt: skip
     """All points within a radius of each query.
 
-    A point x is a neighbour of q if ``|x - q| <= radius``, decided as ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` with
-    ``d = x - q`` in the dtype of the coordinates, on every machine alike. Where queries are points, each is its own
-    neighbour.
+    A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
+    machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
+    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"). Where queries are points, each is its own neighbour unless told otherwise.
 
     Parameters
     ----------
-    points : (N, D) float32 or float64, D = 2 or 3
+    points : (N, D) float32 or float64, D = 1 to 16
     queries : (M, D), same dtype, or None
         None: the points themselves.
-    radius : float
-        In the unit of the points, above zero, inclusive; rounded to the dtype of the points.
+    radius : float, or (M,) of the dtype of the points
+        For all queries or for each; in the unit of the points, above zero, inclusive; a number is rounded to the dtype
+        of the points.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
         Batch items, given together; a query sees the points of its own item. With ``queries=None`` only the first.
+    metric : {"l2", "l1", "linf"}
+    ignore_query_point : bool or "index"
+        True: points of exactly the query's coordinates are no neighbours (as in Open3D). "index": point i is none of
+        query i, which takes as many queries as points; others of its coordinates are.
     max_neighbors : int, optional
         Keep only so many, the nearest (of equally near ones those with the smallest index).
     sort : {"index", "distance", None}
@@ -271,11 +281,15 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
         For coordinates that are NaN or infinite, shapes that do not agree, or a radius that is not above zero.
     TypeError
         For other dtypes.
+    MemoryError
+        For a result larger than the free memory, before it is made.
 
     Notes
     -----
-    Time is proportional to the points within 3 radii of each other, memory to the points and the result. Points much
-    denser than the radius make neighbourhoods, and so results, that grow with the square of their number.
+    In two and three dimensions a grid of cells as wide as the radius is searched, otherwise, and where radii differ by
+    more than 4 from their median, a kd-tree; the result is the same. Time is proportional to the points within 3 radii
+    of each other, memory to the points and the result. Points much denser than the radius make neighbourhoods, and so
+    results, that grow with the square of their number.
 
     Examples
     --------
@@ -286,33 +300,231 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     (array([0, 1, 0, 1, 2], dtype=int32), array([0, 2, 4, 5]))
     >>> nb.distance
     array([0., 1., 1., 0., 0.], dtype=float32)
+    >>> kp.radius_search(points, None, 2.0, ignore_query_point="index").counts
+    array([1, 2, 1])
     """
-    sizes = {}
-    points = _array.points_array("points", points, sizes)
-    if queries is not None:
-        queries = _array.points_array("queries", queries, sizes, like=("points", points))
-    radius = _array.length("radius", radius, points.dtype)
-    if max_neighbors is not None:
-        max_neighbors = min(_array.integer("max_neighbors", max_neighbors, 0), len(points))
-    if queries is None and queries_row_splits is not None:
-        raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
-    if queries is not None and (points_row_splits is None) != (queries_row_splits is None):
-        missing = "points_row_splits" if points_row_splits is None else "queries_row_splits"
-        raise ValueError(f"{missing}: expected an array, because the other side is in batches, got None")
-    points_row_splits = _array.splits_array("points_row_splits", points_row_splits, len(points), "points")
-    if queries is not None:
-        queries_row_splits = _array.splits_array("queries_row_splits", queries_row_splits, len(queries), "queries")
-        if len(queries_row_splits) != len(points_row_splits):
+    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
+    radius = cloud.radius(radius)
+    even = np.ndim(radius) == 0 or (radius.size and radius.max() <= 4 * np.median(radius))
+    cell = float(np.max(radius)) if even and cloud.points.shape[1] in _GRID_DIMENSIONS else None
+    return _radius_search(cloud.index(cell), cloud, radius, metric, ignore_query_point, max_neighbors, sort,
+                          return_distances, count_only)  # fmt: skip
+
+
+def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits=None, metric="l2",
+               ignore_query_point=False, return_distances=False):  # fmt: skip
+    """The k nearest points of each query, by (distance, index).
+
+    Distances are compared as `radius_search` computes them; of equally near points those with the smallest index come
+    first. A row is shorter than k only where its batch item has fewer points to offer.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    queries : (M, D), same dtype, or None
+        None: the points themselves; each is then its own nearest neighbour, unless ignored.
+    k : int
+        At least 1.
+    points_row_splits, queries_row_splits : (B + 1,) int64, optional
+    metric : {"l2", "l1", "linf"}
+    ignore_query_point : bool or "index"
+        As in `radius_search`; the k nearest of the others are found.
+    return_distances : bool
+
+    Returns
+    -------
+    Neighbors
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryError
+        As `radius_search`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.array([[0.0], [1.0], [3.0]])
+    >>> kp.knn_search(points, None, 2).to_padded()
+    array([[0, 1],
+           [1, 0],
+           [2, 1]], dtype=int32)
+    """
+    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
+    return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
+
+
+class KDTree:
+    """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
+
+    Holds a copy of the points; may be searched from many threads at once. What it finds is what `radius_search` and
+    `knn_search` find, to the bit.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64
+    row_splits : (B + 1,) int64, optional
+        Batch items; a query sees the points of its own.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> tree = kp.KDTree(np.random.default_rng(0).random((100, 5)))
+    >>> tree.radius_search(None, 0.5).num_queries, tree.knn_search(None, 3).num_pairs
+    (100, 300)
+    """
+
+    __slots__ = ("_cell", "_index", "_points", "_row_splits")
+    _dimensions = _DIMENSIONS
+
+    def __init__(self, points, *, row_splits=None):
+        self._build(points, row_splits, None)
+
+    def _build(self, points, row_splits, cell):
+        cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
+        self._points, self._row_splits, self._cell = cloud.points.copy(), cloud.points_row_splits, cell
+        if cell is not None:
+            self._cell = _array.length("cell", cell, cloud.points.dtype)
+        self._index = cloud.index(self._cell)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({len(self._points)} points, {self._points.shape[1]} dimensions)"
+
+    def _with(self, queries, queries_row_splits):
+        splits = self._row_splits if queries is None or queries_row_splits is not None else None
+        if splits is None and len(self._row_splits) != 2:
+            raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
+        return _Cloud(self._points, splits, "row_splits", queries, queries_row_splits, self._dimensions)
+
+    def radius_search(self, queries, radius, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
+                      max_neighbors=None, sort="index", return_distances=False, count_only=False):  # fmt: skip
+        """As the function `radius_search`, without making an index."""
+        cloud = self._with(queries, queries_row_splits)
+        radius = cloud.radius(radius)
+        index, reach = self._index, np.max(radius, initial=0)
+        if self._cell is not None and reach > _MOST_CELLS * self._cell:
+            index = cloud.index(float(reach))
+        return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
+                              count_only)  # fmt: skip
+
+    def knn_search(self, queries, k, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
+                   return_distances=False):  # fmt: skip
+        """As the function `knn_search`, without making an index."""
+        cloud = self._with(queries, queries_row_splits)
+        return _knn_search(self._index, cloud, k, metric, ignore_query_point, return_distances)
+
+
+class GridIndex(KDTree):
+    """Points in cells, ready for searches with radii of about the cell, in two and three dimensions.
+
+    Faster than a `KDTree` for queries as dense as the points. A radius may reach over up to four cells; for a larger
+    one a coarser grid is made each time. The k nearest are found by a kd-tree made when first asked for.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 2 or 3
+    cell : float
+        Edge of a cell, in the unit of the points, above zero; best the radius to search with.
+    row_splits : (B + 1,) int64, optional
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> grid = kp.GridIndex(np.random.default_rng(0).random((100, 3)), 0.3)
+    >>> [grid.radius_search(None, r).num_pairs > 100 for r in (0.2, 0.3, 0.5)]
+    [True, True, True]
+    """
+
+    __slots__ = ("_tree",)
+    _dimensions = _GRID_DIMENSIONS
+
+    def __init__(self, points, cell, *, row_splits=None):
+        self._build(points, row_splits, cell)
+        self._tree = None
+
+    def knn_search(self, queries, k, **options):
+        """As the function `knn_search`."""
+        if self._tree is None:
+            self._tree = KDTree(self._points, row_splits=self._row_splits)
+        return self._tree.knn_search(queries, k, **options)
+
+
+class _Cloud:
+    """Points and queries of one search, checked."""
+
+    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=_DIMENSIONS):
+        sizes = {}
+        points = _array.points_array("points", points, sizes, dimensions=dimensions)
+        if queries is not None:
+            queries = _array.points_array("queries", queries, sizes, dimensions=dimensions, like=("points", points))
+        elif queries_row_splits is not None:
+            raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
+        if queries is not None and (points_row_splits is None) != (queries_row_splits is None):
+            missing = name if points_row_splits is None else "queries_row_splits"
+            raise ValueError(f"{missing}: expected an array, because the other side is in batches, got None")
+        points_row_splits = _array.splits_array(name, points_row_splits, len(points), "points")
+        if queries is not None:
+            queries_row_splits = _array.splits_array("queries_row_splits", queries_row_splits, len(queries), "queries")
+            if len(queries_row_splits) != len(points_row_splits):
+                raise ValueError(
+                    f"queries_row_splits: expected ({len(points_row_splits)},) to match {name}, "
+                    f"got {queries_row_splits.shape}"
+                )
+        self.points, self.points_row_splits = points, points_row_splits
+        self.queries, self.queries_row_splits = queries, queries_row_splits
+        self.num_queries = len(points if queries is None else queries)
+
+    def radius(self, radius):
+        """A number, or one for each query."""
+        if isinstance(radius, np.ndarray) and radius.ndim:
+            return _array.lengths("radius", radius, self.num_queries, ("points", self.points))
+        return _array.length("radius", radius, self.points.dtype)
+
+    def ignored(self, ignore_query_point):
+        if ignore_query_point == "index" and self.num_queries != len(self.points):
             raise ValueError(
-                f"queries_row_splits: expected ({len(points_row_splits)},) to match points_row_splits, "
-                f"got {queries_row_splits.shape}"
+                f"ignore_query_point: expected True or False for {self.num_queries} queries of {len(self.points)} "
+                'points, got "index"'
             )
-    sort = _array.choice("sort", sort, _SORTS)
+        return _array.choice("ignore_query_point", ignore_query_point, _IGNORES)
+
+    def index(self, cell):
+        try:
+            return _cpu.Index(self.points, self.points_row_splits, cell, config.get_num_threads())
+        except _cpu.NotFinite:
+            raise _array.not_finite(points=self.points) from None
+
+
+def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
+                   count_only):  # fmt: skip
+    num_points = len(cloud.points)
+    if max_neighbors is not None:
+        max_neighbors = min(_array.integer("max_neighbors", max_neighbors, 0), num_points)
+    metric, sort = _array.choice("metric", metric, _METRICS), _array.choice("sort", sort, _SORTS)
+    ignored = cloud.ignored(ignore_query_point)
     try:
-        splits, index, distance = _cpu.radius_search(
-            points, queries, points_row_splits, queries_row_splits, radius, max_neighbors, sort,
+        splits, found, distance = _cpu.radius_search(
+            index, cloud.queries, cloud.queries_row_splits, radius, max_neighbors, sort, metric, ignored,
             return_distances and not count_only, count_only, config.get_num_threads(),
         )  # fmt: skip
     except _cpu.NotFinite:
-        raise _array.not_finite(points=points, queries=queries) from None
-    return np.diff(splits) if count_only else Neighbors._trusted(index, splits, len(points), distance)
+        raise _array.not_finite(queries=cloud.queries) from None
+    return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
+
+
+def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
+    num_points = len(cloud.points)
+    k = min(_array.integer("k", k, 1), num_points)
+    metric, ignored = _array.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
+    try:
+        counts, found, distance = _cpu.knn_search(
+            index, cloud.queries, cloud.queries_row_splits, k, metric, ignored, return_distances,
+            config.get_num_threads(),
+        )  # fmt: skip
+    except _cpu.NotFinite:
+        raise _array.not_finite(queries=cloud.queries) from None
+    if np.all(counts == k):
+        found, distance = found.reshape(-1), None if distance is None else distance.reshape(-1)
+    else:
+        there = np.arange(k) < counts[:, None]
+        found, distance = found[there], None if distance is None else distance[there]
+    return Neighbors._trusted(found, row_splits(counts), num_points, distance)

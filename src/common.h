@@ -14,3 +14,9 @@ using uint64_t = unsigned long long;
 #include <stdint.h>
 #define KP_HD inline
 #endif
+
+namespace kp {
+
+enum class Metric : int { l2, l1, linf };
+
+}  // namespace kp

@@ -20,11 +20,32 @@ enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
 
-struct RadiusSearch {
-  Array points, queries, points_row_splits, queries_row_splits;
-  double radius;
-  int64_t max_neighbors;  // < 0: no limit
+// Points ready to be searched; the first member of every index.
+enum class IndexKind : int { grid, tree };
+struct Index {
+  IndexKind kind;
+  DType dtype;
+  int dimension;
+  int64_t num_points, items;
+};
+struct IndexPoints {
+  IndexKind kind;
+  Array points, row_splits;
+  double cell;  // of a grid; searches reach a whole number of them
+  int threads;
+};
+
+// Which point near a query is not a neighbour: none, those of equal coordinates, the one of equal index.
+enum class Ignore : int { none, equal, index };
+struct Search {
+  const void* index;
+  Array queries, queries_row_splits;  // no queries: the points themselves
+  Array radii;                        // one for each query, or none
+  double radius, reach;               // for all queries; the largest of them
+  int64_t most;                       // neighbours of a query, the nearest; < 0: no limit
   Sort sort;
+  Metric metric;
+  Ignore ignore;
   int threads;
 };
 
@@ -63,10 +84,14 @@ struct KPConv {
 
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
 #define KP_KERNELS(X)                                                                                                \
-  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the sorted points in between. */ \
-  X(Status, radius_search_count, (const RadiusSearch&, int64_t* row_splits, void** plan))                            \
+  X(Status, build_index, (const IndexPoints&, void** index))                                                         \
+  X(void, free_index, (void* index))                                                                                 \
+  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */       \
+  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                                  \
   X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                        \
   X(void, radius_search_free, (void* plan))                                                                          \
+  /* Rows of `most`, of which `counts` are used. */                                                                  \
+  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                            \
   X(Status, transpose, (const Transpose&))                                                                           \
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \

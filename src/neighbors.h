@@ -1,5 +1,5 @@
-// The squared distance that decides whether a point is a neighbour, and which kernel point is nearest. V is a scalar or
-// a vector of the geometry dtype; the sum is in this order and never contracted, so that every machine decides alike.
+// What decides whether a point is a neighbour, and which kernel point is nearest. V is a scalar or a vector of the
+// geometry dtype; sums are in this order and never contracted, so that every machine decides alike.
 #pragma once
 
 #include "common.h"
@@ -12,6 +12,21 @@ KP_HD V squared_distance(const V* d, int dimension) {
   V sum = d[0] * d[0];
   for (int a = 1; a < dimension; ++a) sum = sum + d[a] * d[a];
   return sum;
+}
+
+// The distance, squared for L2: it orders as the distance does.
+template <Metric metric, class V>
+KP_HD V measure(const V* d, int dimension) {
+  if constexpr (metric == Metric::l2) {
+    return squared_distance(d, dimension);
+  } else {
+    V result = d[0] < 0 ? -d[0] : d[0];
+    for (int a = 1; a < dimension; ++a) {
+      const V size = d[a] < 0 ? -d[a] : d[a];
+      result = metric == Metric::l1 ? result + size : size > result ? size : result;
+    }
+    return result;
+  }
 }
 
 }  // namespace

@@ -76,30 +76,60 @@ def squared_distances(points, queries):
     return total
 
 
-def radius_search(
-    points, queries, radius, points_row_splits=None, queries_row_splits=None, max_neighbors=None, sort="index"
-):
-    """-> (rows, distances): for every query, its neighbours' indices and their distances, in order.
+def measures(metric, points, queries):
+    """(M, N): what is compared, in the dtype of the points: squared for "l2"; sums in the order of the axes."""
+    if metric == "l2":
+        return squared_distances(points, queries)
+    with np.errstate(over="ignore"):
+        size = np.abs(points[None] - queries[:, None])
+    if metric == "linf":
+        return size.max(-1)
+    total = size[..., 0]
+    with np.errstate(over="ignore"):
+        for axis in range(1, size.shape[-1]):
+            total = total + size[..., axis]
+    return total
 
-    sort="distance" orders by (squared distance, index); max_neighbors keeps the first of that order.
+
+def search(points, queries, limit, points_row_splits=None, queries_row_splits=None, metric="l2",
+           ignore_query_point=False, most=None, sort="index"):  # fmt: skip
+    """-> (rows, distances): for every query, the points within its `limit` (an array, in `measures`), in order.
+
+    Rows keep the first `most` by (distance, index), and come in that order or by index.
     """
     if queries is None:
         queries, queries_row_splits = points, points_row_splits
     points_row_splits = splits_or_whole(points_row_splits, len(points))
     queries_row_splits = splits_or_whole(queries_row_splits, len(queries))
-    with np.errstate(over="ignore"):
-        limit = points.dtype.type(radius) * points.dtype.type(radius)
     rows, distances = [], []
     for item in range(len(points_row_splits) - 1):
         first, last = points_row_splits[item : item + 2]
-        d2_of_queries = squared_distances(points[first:last], queries[slice(*queries_row_splits[item : item + 2])])
-        for d2 in d2_of_queries:
-            row = np.flatnonzero(d2 <= limit)
-            by_distance = row[np.lexsort((row, d2[row]))][:max_neighbors]
+        start, stop = queries_row_splits[item : item + 2]
+        found = measures(metric, points[first:last], queries[start:stop])
+        for q, measured in zip(range(start, stop), found, strict=True):
+            near = measured <= limit[q]
+            if ignore_query_point is True:
+                near &= (points[first:last] != queries[q]).any(1)
+            elif ignore_query_point == "index":
+                near &= np.arange(first, last) != q
+            row = np.flatnonzero(near)
+            by_distance = row[np.lexsort((row, measured[row]))][:most]
             row = by_distance if sort == "distance" else np.sort(by_distance)
             rows.append(row + first)
-            distances.append(np.sqrt(d2[row]))
+            distances.append(np.sqrt(measured[row]) if metric == "l2" else measured[row])
     return rows, distances
+
+
+def radius_search(points, queries, radius, *, metric="l2", max_neighbors=None, **options):
+    with np.errstate(over="ignore"):
+        limit = np.full(len(points if queries is None else queries), radius, points.dtype)
+        limit = limit * limit if metric == "l2" else limit
+    return search(points, queries, limit, metric=metric, most=max_neighbors, **options)
+
+
+def knn_search(points, queries, k, **options):
+    limit = np.full(len(points if queries is None else queries), np.inf, points.dtype)
+    return search(points, queries, limit, most=k, sort="distance", **options)
 
 
 # ---- subsampling

@@ -1,7 +1,8 @@
-"""radius_search and Neighbors. Which pairs are neighbours, and in which order, is compared exactly."""
+"""Searches, indexes and Neighbors. Which pairs are neighbours, and in which order, is compared exactly."""
 
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import clouds
 import numpy as np
@@ -19,10 +20,38 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 nasty_names = pytest.mark.parametrize("name", clouds.NASTY)
 
 
-def check_search(points, queries, radius, **options):
-    """radius_search equals the brute force in neighbours, order and distances."""
-    rows, distances = reference.radius_search(points, queries, radius, **options)
-    neighbors = kp.radius_search(points, queries, radius, return_distances=True, **options)
+def check_search(points, queries, radius, engines=("function", "tree", "grid"), **options):
+    """radius_search equals the brute force in neighbours, order and distances, with every index."""
+    expected = reference.radius_search(points, queries, radius, **options)
+    for neighbors in searched("radius_search", engines, points, queries, radius, **options):
+        assert_found(neighbors, expected, points)
+
+
+def check_knn(points, queries, k, engines=("function", "tree"), **options):
+    expected = reference.knn_search(points, queries, k, **options)
+    for neighbors in searched("knn_search", engines, points, queries, k, **options):
+        assert_found(neighbors, expected, points)
+
+
+def searched(function, engines, points, queries, number, points_row_splits=None, queries_row_splits=None, **options):
+    """What the function finds, and each index that there is for such points."""
+    options["return_distances"] = True
+    splits = {"points_row_splits": points_row_splits, "queries_row_splits": queries_row_splits}
+    if "function" in engines:
+        yield getattr(kp, function)(points, queries, number, **splits, **options)
+    options["queries_row_splits"] = queries_row_splits
+    if "tree" in engines:
+        tree = kp.KDTree(points, row_splits=points_row_splits)
+        yield getattr(tree, function)(queries, number, **options)
+    if "grid" in engines and points.shape[1] in (2, 3):
+        for cells in (1, 0.4, 7):
+            cell = float(np.max(number) if np.ndim(number) == 0 or len(number) else 1) * cells
+            grid = kp.GridIndex(points, cell, row_splits=points_row_splits)
+            yield getattr(grid, function)(queries, number, **options)
+
+
+def assert_found(neighbors, expected, points):
+    rows, distances = expected
     assert_rows(neighbors, rows)
     assert neighbors.distance.dtype == points.dtype
     np.testing.assert_array_max_ulp(neighbors.distance, np.concatenate([*distances, np.empty(0, points.dtype)]), 1)
@@ -121,6 +150,181 @@ def test_a_radius_is_rounded_to_the_dtype_before_it_is_squared(radius):
     # Both are above themselves in float32, and float32(0.1 * 0.1) is below float32(0.1) * float32(0.1).
     points = np.float32([[0, 0], [radius, 0]])
     assert kp.radius_search(points, None, radius).num_pairs == 4
+
+
+# ---- metrics, radii, ignored points, dimensions
+
+
+metrics = pytest.mark.parametrize("metric", ["l2", "l1", "linf"])
+ignoring = pytest.mark.parametrize("ignore", [True, "index"])
+
+
+@pytest.mark.parametrize("sort", ["index", "distance"])
+@metrics
+@both_dtypes
+@both_dims
+@nasty_names
+def test_nasty_clouds_in_any_metric(name, dim, dtype, metric, sort):
+    points, radius = clouds.nasty(name, dim, dtype, num=150)
+    check_search(points, None, radius, metric=metric, sort=sort)
+
+
+@metrics
+@ignoring
+@pytest.mark.parametrize("name", ["duplicates", "all_equal", "lattice_ties", "one_point", "empty"])
+def test_ignored_points(name, ignore, metric):
+    points, radius = clouds.nasty(name)
+    for max_neighbors in (None, 3):
+        check_search(points, None, radius, metric=metric, ignore_query_point=ignore, max_neighbors=max_neighbors)
+    check_knn(points, None, 4, metric=metric, ignore_query_point=ignore)
+    check_search(points, points[::-1].copy(), radius, metric=metric, ignore_query_point=ignore)
+
+
+@metrics
+@both_dtypes
+@both_dims
+@pytest.mark.parametrize("name", ["empty", "duplicates", "lattice_ties", "mixed_density", "cluster_and_outliers"])
+def test_a_radius_for_each_query(name, dim, dtype, metric):
+    points, radius = clouds.nasty(name, dim, dtype)
+    spread = np.random.default_rng(3).choice([0.3, 1, 1, 1.9, 30], len(points))
+    for factor in (np.ones(len(points)), np.minimum(spread, 2), spread):
+        check_search(points, None, (radius * factor).astype(dtype), metric=metric)
+        check_search(points, points[::2].copy(), (radius * factor[::2]).astype(dtype), metric=metric, max_neighbors=5)
+
+
+@metrics
+@both_dtypes
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7, 16])
+def test_any_dimension(dim, dtype, metric):
+    points = np.random.default_rng(dim).uniform(0, 1, (400, dim)).astype(dtype)
+    queries = np.random.default_rng(50).uniform(-0.2, 1.2, (90, dim)).astype(dtype)
+    for radius in (0.1 * dim**0.5, 0.5 * dim**0.5):
+        check_search(points, None, radius, metric=metric)
+        check_search(points, queries, radius, metric=metric)
+    for k in (1, 16):
+        check_knn(points, None, k, metric=metric)
+        check_knn(points, queries, k, metric=metric)
+
+
+# ---- the k nearest
+
+
+@pytest.mark.parametrize("k", [1, 2, 16, 200, 10_000])
+@metrics
+@both_dtypes
+@both_dims
+@nasty_names
+def test_nearest_of_nasty_clouds(name, dim, dtype, metric, k):
+    check_knn(clouds.nasty(name, dim, dtype, num=150)[0], None, k, metric=metric)
+
+
+@pytest.mark.parametrize("num", clouds.SIZES)
+def test_nearest_with_sizes_of_points_and_queries(num):
+    points, queries = clouds.uniform(num)[0], clouds.uniform(70, seed=1)[0]
+    check_knn(points, None, 7)
+    check_knn(points, queries, 7)
+    check_knn(queries, points, 7)
+
+
+@given(st.data())
+def test_nearest_of_any_cloud(data):
+    points, _ = data.draw(clouds.clouds())
+    queries = data.draw(
+        st.none() | st.just(points[::3]) | clouds.clouds(points.shape[1], points.dtype.type).map(lambda c: c[0])
+    )
+    options = {
+        "metric": data.draw(st.sampled_from(["l2", "l1", "linf"])),
+        "ignore_query_point": data.draw(st.sampled_from([False, True])),
+    }
+    if data.draw(st.booleans()):
+        options["points_row_splits"] = data.draw(clouds.row_splits_of(len(points)))
+        if queries is not None:
+            num_items = len(options["points_row_splits"]) - 1
+            options["queries_row_splits"] = data.draw(clouds.row_splits_of(len(queries), num_items))
+    check_knn(points, queries, data.draw(st.integers(1, 40)), **options)
+
+
+@pytest.mark.parametrize("factor", [1e10, -1e30, 3e38])
+def test_nearest_of_queries_very_far_away(factor):
+    near, far = clouds.uniform(100)[0], clouds.uniform(100)[0] * np.float32(factor)
+    for points, queries in ((near, far), (far, near), (np.concatenate([near, far, -far]), None)):
+        check_knn(points, queries, 5)
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", ["uniform", "lattice", "plane"])
+def test_nearest_are_the_same_bits_with_any_instructions_and_threads(name, dtype, set_isa, set_threads):
+    points, _ = DECISIONS[name](dtype)
+    results = []
+    for isa, threads in itertools.product(_cpu.isas(), (1, 2, 3)):
+        set_isa(isa)
+        set_threads(threads)
+        results.append(kp.knn_search(points, None, 9, return_distances=True))
+    for part in ("index", "row_splits", "distance"):
+        for other in results[1:]:
+            assert_same_bits(getattr(other, part), getattr(results[0], part))
+
+
+@metrics
+@both_dtypes
+@both_dims
+def test_ten_thousand_small_searches(dim, dtype, metric):
+    rng = np.random.default_rng(9)
+    row_splits = clouds.splits(rng.integers(0, 12, 10_000))
+    points = rng.integers(0, 6, (row_splits[-1], dim)).astype(dtype) / dtype(4)  # many ties
+    radius = rng.choice([0.25, 0.4, 0.5, 1], len(points)).astype(dtype)
+    check_search(points, None, radius, points_row_splits=row_splits, metric=metric)
+    check_knn(points, None, 4, points_row_splits=row_splits, metric=metric)
+
+
+# ---- indexes
+
+
+def test_an_index_serves_any_radius_and_keeps_its_own_points():
+    points, radius = clouds.uniform(500)
+    given = points.copy()
+    tree, grid = kp.KDTree(given), kp.GridIndex(given, radius)
+    given[:] = 0
+    for factor in (0.3, 1, 3, 4.5, 20):
+        expected = reference.radius_search(points, None, radius * factor)[0]
+        assert_rows(tree.radius_search(None, radius * factor), expected)
+        assert_rows(grid.radius_search(None, radius * factor), expected)
+    assert_rows(grid.knn_search(None, 6), reference.knn_search(points, None, 6)[0])
+
+
+def test_an_index_serves_many_threads_at_once():
+    points, radius = clouds.uniform(3000)
+    tree, grid = kp.KDTree(points), kp.GridIndex(points, radius)
+    jobs = [(index, radius * factor) for index in (tree, grid) for factor in (0.5, 1, 1.5)] * 4
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda job: job[0].radius_search(None, job[1]), jobs))
+    for (_, r), found in zip(jobs, together, strict=True):
+        assert_same_bits(found.index, kp.radius_search(points, None, r).index)
+
+
+@pytest.mark.parametrize("make", [kp.KDTree, lambda p, **o: kp.GridIndex(p, 0.3, **o)])
+def test_queries_of_a_batched_index_need_their_splits(make):
+    points, _ = clouds.uniform(60)
+    index = make(points, row_splits=np.array([0, 20, 60]))
+    with pytest.raises(ValueError, match="queries_row_splits: expected an array"):
+        index.radius_search(points, 0.2)
+    with pytest.raises(ValueError, match="queries_row_splits: expected None"):
+        index.radius_search(None, 0.2, queries_row_splits=np.array([0, 20, 60]))
+
+
+def test_ignoring_by_index_takes_as_many_queries_as_points():
+    points, radius = clouds.uniform(60)
+    with pytest.raises(ValueError, match=r"ignore_query_point: .* 30 queries of 60"):
+        kp.radius_search(points, points[::2], radius, ignore_query_point="index")
+
+
+@pytest.mark.parametrize(
+    ("radius", "error"),
+    [(np.ones(59, np.float32), "60"), (np.ones(60), "float32"), (np.zeros(60, np.float32), "row 0")],
+)
+def test_bad_radii(radius, error):
+    with pytest.raises((ValueError, TypeError), match=f"radius: .*{error}"):
+        kp.radius_search(clouds.uniform(60)[0], None, radius)
 
 
 # ---- what the options promise

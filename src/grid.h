@@ -1,0 +1,290 @@
+// A cell list without a cell table: the index for searches in two and three dimensions with a radius known beforehand.
+//
+// Points are sorted by cell, cells by row: a row is all cells of equal (item, z, y), its points are contiguous and in
+// x order. A query looks at 3^(D-1) rows; its candidates in each are one run. Queries are visited in the same order, so
+// the runs move along their rows like fingers, and nothing depends on how large or how empty the bounding box is.
+#pragma once
+
+#include "candidates.h"
+#include "geometry.h"
+
+namespace kp {
+namespace {
+
+constexpr int max_cell_bits = 21;  // cells per axis; a box wider than 2^21 radii gets wider cells
+
+// Where the cells are. Fields of a key from the top: item, z, y, x; each cell number is stored plus one, so that the
+// rows beside a row have the keys beside its key.
+template <class T, int D>
+struct Lattice {
+  double low[D], side[D];
+  int64_t cells[D];
+  int shift[D], item_shift, bits;
+
+  uint64_t key(int64_t item, const T* p) const {
+    uint64_t key = uint64_t(item) << item_shift;
+    for (int a = 0; a < D; ++a) {
+      // Queries may lie anywhere; beyond the first empty cell they all see nothing.
+      double c = (double(p[a]) - low[a]) * (1 / side[a]);
+      c = smaller(larger(floor(c), -1.0), double(cells[a]));
+      key |= uint64_t(int64_t(c) + 1) << shift[a];
+    }
+    return key;
+  }
+  int64_t field(uint64_t key, int axis) const {
+    const int end = axis + 1 < D ? shift[axis + 1] : item_shift;
+    return int64_t(key >> shift[axis] & ((uint64_t(1) << (end - shift[axis])) - 1));
+  }
+  // Cells that a radius reaches to either side, at most; a little more than it needs: the test rounds.
+  int reach(int axis, double radius) const { return int(ceil(smaller(radius * (1 + 1e-5) / side[axis], 1e9))); }
+};
+
+template <class T, int D>
+Lattice<T, D> make_lattice(const double* low, const double* high, double cell, int64_t items) {
+  Lattice<T, D> lattice;
+  const int item_bits = bits_for(uint64_t(items));
+  const int axis_bits = smaller(max_cell_bits, (63 - item_bits) / D);
+  int shift = 0;
+  for (int a = 0; a < D; ++a) {
+    const double widest = ldexp(1.0, axis_bits) - 3;
+    const double extent = smaller(high[a] - low[a], 1e308);  // the difference of two finite numbers may be infinite
+    lattice.low[a] = low[a];
+    // A little wider than asked: the test rounds (relative 4e-7 in float32), and may see pairs just beyond the radius.
+    lattice.side[a] = larger(cell * (1 + 1e-5), extent * (1 + 1e-9) / widest);
+    lattice.cells[a] = int64_t(extent * (1 / lattice.side[a])) + 1;
+    lattice.shift[a] = shift;
+    shift += bits_for(uint64_t(lattice.cells[a]) + 1);
+  }
+  lattice.item_shift = shift;
+  lattice.bits = shift + item_bits;
+  return lattice;
+}
+
+// Points or queries in cell order.
+template <class T, int D>
+struct InCells {
+  Sorted<T, D> points;
+  Buffer<uint64_t> keys;
+
+  Status sort(const Lattice<T, D>& lattice, const T* coordinates, const int64_t* row_splits, int64_t items, int64_t n,
+              int threads) {
+    if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
+    Buffer<int32_t>& ids = points.ids;
+    threads = useful_threads(threads, n, 1 << 13);
+#pragma omp parallel num_threads(threads)
+    {
+      const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+      int64_t item = 0;
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        while (item + 1 < items && i >= row_splits[item + 1]) ++item;
+        keys[i] = lattice.key(item, coordinates + i * D);
+        ids[i] = int32_t(i);
+      }
+    }
+    if (Status status = radix_sort(keys, ids, n, lattice.bits, threads); status != Status::ok) return status;
+#pragma omp parallel num_threads(threads)
+    {
+      const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        if (i + 16 < n) __builtin_prefetch(coordinates + int64_t(ids[i + 16]) * D);
+        for (int a = 0; a < D; ++a) points.x[a][i] = coordinates[int64_t(ids[i]) * D + a];
+      }
+    }
+    return Status::ok;
+  }
+};
+
+// The occupied cells and rows of sorted points; both end with a sentinel.
+struct Directory {
+  Buffer<uint32_t> cell_x, cell_begin, row_cell;
+  Buffer<uint64_t> row_key;
+  int64_t cells, rows;
+
+  Status build(const uint64_t* keys, int64_t n, int x_bits, int threads) {
+    threads = useful_threads(threads, n, 1 << 16);
+    Buffer<int64_t> found;  // per thread: cells, rows
+    if (!found.resize(2 * threads)) return Status::out_of_memory;
+    bool enough = true;
+    const uint64_t x_mask = (uint64_t(1) << x_bits) - 1;
+#pragma omp parallel num_threads(threads)
+    {
+      const int t = omp_get_thread_num();
+      const Share share(n, t, omp_get_num_threads());
+      int64_t c = 0, r = 0;
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        const uint64_t change = i ? keys[i] ^ keys[i - 1] : ~uint64_t(0);
+        c += change != 0;
+        r += change > x_mask;
+      }
+      found[2 * t] = c;
+      found[2 * t + 1] = r;
+#pragma omp barrier
+#pragma omp single
+      {
+        cells = rows = 0;
+        for (int u = 0; u < omp_get_num_threads(); ++u) {
+          const int64_t cell_count = found[2 * u], row_count = found[2 * u + 1];
+          found[2 * u] = cells;
+          found[2 * u + 1] = rows;
+          cells += cell_count;
+          rows += row_count;
+        }
+        enough =
+            cell_x.resize(cells) && cell_begin.resize(cells + 1) && row_cell.resize(rows + 1) && row_key.resize(rows);
+        if (enough) {
+          cell_begin[cells] = uint32_t(n);
+          row_cell[rows] = uint32_t(cells);
+        }
+      }
+      if (enough) {
+        c = found[2 * t];
+        r = found[2 * t + 1];
+        for (int64_t i = share.begin; i < share.end; ++i) {
+          const uint64_t change = i ? keys[i] ^ keys[i - 1] : ~uint64_t(0);
+          if (!change) continue;
+          if (change > x_mask) {
+            row_key[r] = keys[i] >> x_bits;
+            row_cell[r++] = uint32_t(c);
+          }
+          cell_x[c] = uint32_t(keys[i] & x_mask);
+          cell_begin[c++] = uint32_t(i);
+        }
+      }
+    }
+    return enough ? Status::ok : Status::out_of_memory;
+  }
+};
+
+// The first position in [from, end) whose value is not below `value`, looked for in growing steps from `from`.
+template <class K>
+int64_t gallop(const K* values, int64_t from, int64_t end, K value) {
+  int64_t step = 1, low = from, high = from;
+  while (high < end && values[high] < value) {
+    low = high + 1;
+    high += step;
+    step *= 2;
+  }
+  high = smaller(high, end);
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (values[middle] < value)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <class T, int D>
+struct Grid {
+  static constexpr int dimensions = D;
+  Index head;
+  Lattice<T, D> lattice;
+  InCells<T, D> own;
+  Directory directory;
+
+  Status build(const IndexPoints& args) {
+    const auto* points = static_cast<const T*>(args.points.data);
+    const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+    const int64_t n = args.points.rows;
+    double low[D], high[D];
+    if (!bounding_box<T, D>(points, n, args.threads, low, high)) return Status::not_finite;
+    if (!n) return Status::ok;
+    lattice = make_lattice<T, D>(low, high, args.cell, head.items);
+    const Status status = own.sort(lattice, points, splits, head.items, n, args.threads);
+    return status == Status::ok ? directory.build(own.keys.data(), n, lattice.shift[1], args.threads) : status;
+  }
+  Status place(const Search& search, InCells<T, D>& queries) const {
+    const auto* splits = static_cast<const int64_t*>(search.queries_row_splits.data);
+    return queries.sort(lattice, static_cast<const T*>(search.queries.data), splits, head.items, search.queries.rows,
+                        search.threads);
+  }
+  const Sorted<T, D>& points() const { return own.points; }
+};
+
+// One of the rows beside the current one, and the window of its cells within reach of the current x.
+struct Finger {
+  int step[2];      // rows along y and z
+  int64_t row = 0;  // first row whose key is not below the wanted one
+  int64_t low = 0, high = 0, end = 0;
+};
+
+// Moves through queries in cell order and gathers the candidates of each cell.
+template <class T, int D>
+class GridWalker {
+ public:
+  GridWalker(const Grid<T, D>& grid, const InCells<T, D>& queries, double radius) : grid_(grid), queries_(queries) {
+    for (int a = 0; a < D; ++a) reach_[a] = grid.lattice.reach(a, radius);
+  }
+
+  bool reserve() {
+    const int64_t ys = 2 * reach_[1] + 1, zs = D == 3 ? 2 * reach_[D - 1] + 1 : 1;
+    num_fingers_ = ys * zs;
+    if (!fingers_.resize(num_fingers_) || !runs_.resize(num_fingers_)) return false;
+    for (int64_t i = 0; i < num_fingers_; ++i) {
+      fingers_[i] = Finger();
+      fingers_[i].step[0] = int(i % ys) - reach_[1];
+      fingers_[i].step[1] = D == 3 ? int(i / ys) - reach_[D - 1] : 0;
+    }
+    return true;
+  }
+
+  // The end of the group of queries that begins at i.
+  int64_t group_end(int64_t i, int64_t end) const {
+    const uint64_t key = queries_.keys[i];
+    while (++i < end && queries_.keys[i] == key) {
+    }
+    return i;
+  }
+
+  // Gathers what the queries [begin, end) of one cell may see. False: no memory.
+  bool move_to(int64_t begin, int64_t, T, bool by_index, Candidates<T, D>& candidates) {
+    const Directory& dir = grid_.directory;
+    const Lattice<T, D>& lattice = grid_.lattice;
+    const uint64_t key = queries_.keys[begin];
+    const int x_bits = lattice.shift[1];
+    const uint64_t row_key = key >> x_bits;
+    if (row_key != row_key_) {
+      const bool forward = row_key > row_key_ && row_key_ != no_row;
+      row_key_ = row_key;
+      for (int64_t i = 0; i < num_fingers_; ++i) {
+        Finger& f = fingers_[i];
+        uint64_t wanted = row_key;
+        bool occupied = true;
+        for (int a = 1; a < D; ++a) {
+          const int64_t cell = lattice.field(key, a) + f.step[a - 1];
+          occupied = occupied && cell > 0 && cell <= lattice.cells[a];
+          wanted += uint64_t(int64_t(f.step[a - 1]) * (int64_t(1) << (lattice.shift[a] - x_bits)));
+        }
+        if (occupied) {
+          f.row = gallop(dir.row_key.data(), forward ? f.row : 0, dir.rows, wanted);
+          occupied = f.row < dir.rows && dir.row_key[f.row] == wanted;
+        }
+        f.low = f.high = occupied ? dir.row_cell[f.row] : 0;
+        f.end = occupied ? dir.row_cell[f.row + 1] : 0;
+      }
+    }
+    const int64_t x = lattice.field(key, 0), first = larger<int64_t>(0, x - reach_[0]), last = x + reach_[0];
+    for (int64_t i = 0; i < num_fingers_; ++i) {
+      Finger& f = fingers_[i];
+      f.low = gallop(dir.cell_x.data(), f.low, f.end, uint32_t(first));
+      f.high = gallop(dir.cell_x.data(), larger(f.low, f.high), f.end, uint32_t(last + 1));
+      runs_[i] = f.low < f.high ? Run{dir.cell_begin[f.low], dir.cell_begin[f.high]} : Run{0, 0};
+    }
+    return candidates.gather(grid_.own.points, runs_.data(), num_fingers_, by_index);
+  }
+
+ private:
+  static constexpr uint64_t no_row = ~uint64_t(0);
+
+  const Grid<T, D>& grid_;
+  const InCells<T, D>& queries_;
+  Buffer<Finger> fingers_;
+  Buffer<Run> runs_;
+  int64_t num_fingers_ = 0;
+  int reach_[D];
+  uint64_t row_key_ = no_row;
+};
+
+}  // namespace
+}  // namespace kp

@@ -1,0 +1,437 @@
+// A kd-tree whose leaves are searched as wholes: the index for any dimension, any radius and k nearest neighbours.
+//
+// A node is split near the median of its widest axis; which point goes where is decided by a sample, and by an exact
+// median where that fails, so that depth is bounded and equal points do no harm. Nodes come in preorder with a skip
+// number each, so a walk needs no stack: go on to the next node, or skip the subtree. Queries of one leaf search
+// together: one walk with their bounding box gathers what any of them may see.
+//
+// Boxes are tight, and the distance between two boxes is computed like that of two points: rounding is monotonic, so no
+// pair is ever nearer than its boxes.
+#pragma once
+
+#include "candidates.h"
+
+namespace kp {
+namespace {
+
+constexpr int64_t leaf_size = 32;
+
+template <class T, int DIM>
+struct Record {
+  T x[DIM ? DIM : max_dimension];
+  int32_t id;
+};
+
+// The n-th smallest of values[0, size), which change places.
+template <class T>
+T select(T* values, int64_t size, int64_t n) {
+  int64_t low = 0, high = size - 1;
+  while (low < high) {
+    const T pivot = values[(low + high) / 2];
+    int64_t i = low, j = high;
+    while (i <= j) {
+      while (values[i] < pivot) ++i;
+      while (pivot < values[j]) --j;
+      if (i <= j) exchange(values[i++], values[j--]);
+    }
+    if (n <= j)
+      high = j;
+    else if (n >= i)
+      low = i;
+    else
+      return values[n];
+  }
+  return values[n];
+}
+
+template <class T, int DIM>
+struct Tree {
+  static constexpr int stored = DIM ? DIM : max_dimension;
+  struct Node {
+    uint32_t begin, end;  // its points
+    uint32_t next;        // the node after its subtree; a leaf's is the very next one
+    int32_t axis;
+    T split;  // the second child has the points from here on (some equal ones may be in the first)
+  };
+
+  Index head;
+  Sorted<T, DIM> sorted;
+  Buffer<Node> nodes;
+  Buffer<T> boxes;                  // (nodes, 2, D): lowest and highest coordinates
+  Buffer<uint32_t> roots;           // of every item, and a sentinel
+  Buffer<uint32_t> leaves, starts;  // leaf nodes in order, and where their points begin, with a sentinel
+  int64_t num_leaves = 0, num_nodes = 0;
+
+  int dimension() const { return DIM ? DIM : head.dimension; }
+  const T* low(int64_t node) const { return boxes.data() + node * 2 * dimension(); }
+  const T* high(int64_t node) const { return low(node) + dimension(); }
+  const Sorted<T, DIM>& points() const { return sorted; }
+
+  Status build(const IndexPoints& args) {
+    const int D = dimension();
+    const auto* points = static_cast<const T*>(args.points.data);
+    const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+    const int64_t n = args.points.rows;
+    Buffer<Record<T, DIM>> records, spare;
+    Buffer<Branch> branches;  // of a node of n points: as many as n / 2 - 1, laid out with gaps
+    if (!records.resize(n) || !spare.resize(n) || !branches.resize(n / 2 + head.items + 1)) return Status::out_of_memory;
+    if (!sorted.resize(n, D) || !roots.resize(head.items + 1)) return Status::out_of_memory;
+    const int threads = useful_threads(args.threads, n, 1 << 14);
+    bool finite = true;
+#pragma omp parallel num_threads(threads) reduction(&& : finite)
+    {
+      const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+      T bad = 0;
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        for (int a = 0; a < D; ++a) {
+          records[i].x[a] = points[i * D + a];
+          bad += points[i * D + a] - points[i * D + a];
+        }
+        records[i].id = int32_t(i);
+      }
+      finite = bad == 0;
+    }
+    if (!finite) return Status::not_finite;
+#pragma omp parallel num_threads(threads)
+#pragma omp single
+    for (int64_t b = 0; b < head.items; ++b)
+      if (splits[b + 1] > splits[b]) {
+        Record<T, DIM>* const all = records.data();
+        Record<T, DIM>* const other = spare.data();
+        Branch* const branch = branches.data() + first_branch(splits, b);
+#pragma omp task
+        grow(all, other, splits[b], splits[b + 1], branch, false);
+      }
+    return flatten(records.data(), splits, branches.data(), threads);
+  }
+
+  // Adds the runs of points that are within `limit` of a box.
+  template <Metric metric>
+  bool walk(int64_t item, const T* box_low, const T* box_high, T limit, Buffer<Run>& runs, int64_t& num_runs) const {
+    const int D = dimension();
+    int64_t n = 0;
+    const uint32_t end = roots[item + 1];
+    for (uint32_t i = roots[item]; i < end;) {
+      const Node& node = nodes[i];
+      const T *const l = low(i), *const h = high(i);
+      T gap[stored];
+      for (int a = 0; a < D; ++a) {
+        const T above = l[a] - box_high[a], below = box_low[a] - h[a];
+        gap[a] = larger(T(0), larger(above, below));
+      }
+      if (!(measure<metric>(gap, D) <= limit)) {
+        i = node.next;
+        continue;
+      }
+      if (node.next == ++i) {
+        if (n && runs[n - 1].end == node.begin)
+          runs[n - 1].end = node.end;
+        else
+          runs[n++] = {node.begin, node.end};
+      }
+    }
+    num_runs = n;
+    return true;
+  }
+
+  // The leaf of an item where a point would be, as a position in `leaves`.
+  int64_t leaf_of(int64_t item, const T* q) const {
+    uint32_t i = roots[item];
+    while (nodes[i].next != i + 1) i = q[nodes[i].axis] < nodes[i].split ? i + 1 : nodes[i + 1].next;
+    return leaf_at(nodes[i].begin);
+  }
+  int64_t leaf_at(int64_t position) const {
+    int64_t first = 0, last = num_leaves;
+    while (last - first > 1) {
+      const int64_t middle = (first + last) / 2;
+      (int64_t(starts[middle]) <= position ? first : last) = middle;
+    }
+    return first;
+  }
+
+ private:
+  struct Branch {
+    int64_t begin, end;
+    int64_t second;  // branch of the second child, counted from this one; 0 for a leaf
+    int32_t axis;
+    T split;
+  };
+  // A node of n > leaf_size points is split so that either side has an eighth of them: at least 4.
+  static int64_t branches_of(int64_t n) { return larger<int64_t>(1, n / 2 - 1); }
+  static int64_t first_branch(const int64_t* splits, int64_t item) { return splits[item] / 2 + item; }
+
+  // Orders points [begin, end) of a, with b as the other side, as the leaves of a subtree; the result is in the first
+  // of the two arrays of the whole build: a, or b if `swapped`.
+  void grow(Record<T, DIM>* a, Record<T, DIM>* b, int64_t begin, int64_t end, Branch* branch, bool swapped) const {
+    const int64_t n = end - begin;
+    *branch = {begin, end, 0, 0, T(0)};
+    if (n <= leaf_size) {
+      if (swapped) memcpy(static_cast<void*>(b + begin), a + begin, size_t(n) * sizeof *a);
+      return;
+    }
+    int axis = 0;
+    T split = sample(a + begin, n, axis);
+    int64_t left = begin, right = end - 1;
+    for (int64_t i = begin; i < end; ++i) {  // both sides are written, one counts: no branch
+      const bool second = !(a[i].x[axis] < split);
+      b[left] = a[i];
+      b[right] = a[i];
+      left += !second;
+      right -= second;
+    }
+    if (left - begin < n / 8 || end - left < n / 8) {
+      left = begin + n / 2;
+      split = halve(b + begin, n, axis);
+    }
+    branch->second = 1 + branches_of(left - begin);
+    branch->axis = axis;
+    branch->split = split;
+    Branch *const first = branch + 1, *const second = branch + branch->second;
+#pragma omp task if (n > (1 << 14))
+    grow(b, a, begin, left, first, !swapped);
+    grow(b, a, left, end, second, !swapped);
+  }
+
+  // The widest axis of some of the points, and their median along it.
+  T sample(const Record<T, DIM>* points, int64_t n, int& axis) const {
+    constexpr int most = 128;
+    const int D = dimension();
+    const int taken = n < 512 ? 17 : most;
+    T values[most], widest = -1;
+    for (int a = 0; a < D; ++a) {
+      T low = points[0].x[a], high = low;
+      for (int i = 1; i < taken; ++i) {
+        const T x = points[i * n / taken].x[a];
+        low = smaller(low, x);
+        high = larger(high, x);
+      }
+      const T width = high / 2 - low / 2;  // never infinite
+      if (width > widest) widest = width, axis = a;
+    }
+    for (int i = 0; i < taken; ++i) values[i] = points[i * n / taken].x[axis];
+    return select(values, taken, taken / 2);
+  }
+
+  // Puts the smaller half along the axis first; returns where the second half begins.
+  static T halve(Record<T, DIM>* points, int64_t n, int axis) {
+    int64_t low = 0, high = n - 1, middle = n / 2;
+    while (low < high) {
+      T tries[9];
+      for (int i = 0; i < 9; ++i) tries[i] = points[low + i * (high - low) / 8].x[axis];
+      const T pivot = select(tries, 9, 4);
+      int64_t i = low, j = high;
+      while (i <= j) {
+        while (points[i].x[axis] < pivot) ++i;
+        while (pivot < points[j].x[axis]) --j;
+        if (i <= j) {
+          exchange(points[i], points[j]);
+          ++i, --j;
+        }
+      }
+      if (middle <= j)
+        high = j;
+      else if (middle >= i)
+        low = i;
+      else
+        break;
+    }
+    return points[middle].x[axis];
+  }
+
+  // Nodes in preorder without gaps, their points an axis at a time, and their boxes.
+  Status flatten(const Record<T, DIM>* records, const int64_t* splits, const Branch* branches, int threads) {
+    const int D = dimension();
+    num_nodes = num_leaves = 0;
+    for (int64_t b = 0; b < head.items; ++b)
+      if (splits[b + 1] > splits[b]) count(branches + first_branch(splits, b));
+    if (!nodes.resize(num_nodes) || !boxes.resize(num_nodes * 2 * D)) return Status::out_of_memory;
+    if (!leaves.resize(num_leaves) || !starts.resize(num_leaves + 1)) return Status::out_of_memory;
+    num_nodes = num_leaves = 0;
+    for (int64_t b = 0; b < head.items; ++b) {
+      roots[b] = uint32_t(num_nodes);
+      if (splits[b + 1] > splits[b]) place(branches + first_branch(splits, b));
+    }
+    roots[head.items] = uint32_t(num_nodes);
+    starts[num_leaves] = uint32_t(sorted.size);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t l = 0; l < num_leaves; ++l) {
+      const uint32_t node = leaves[l];
+      T *const lowest = boxes.data() + int64_t(node) * 2 * D, *const highest = lowest + D;
+      for (int a = 0; a < D; ++a) {
+        T lo = T(INFINITY), hi = -T(INFINITY);
+        for (int64_t i = starts[l]; i < starts[l + 1]; ++i) {
+          const T x = records[i].x[a];
+          sorted.x[a][i] = x;
+          lo = smaller(lo, x);
+          hi = larger(hi, x);
+        }
+        lowest[a] = lo;
+        highest[a] = hi;
+      }
+      for (int64_t i = starts[l]; i < starts[l + 1]; ++i) sorted.ids[i] = records[i].id;
+    }
+    for (int64_t i = num_nodes - 1; i >= 0; --i) {
+      if (nodes[i].next == i + 1) continue;
+      const int64_t first = i + 1, second = nodes[first].next;
+      for (int a = 0; a < D; ++a) {
+        boxes[i * 2 * D + a] = smaller(low(first)[a], low(second)[a]);
+        boxes[i * 2 * D + D + a] = larger(high(first)[a], high(second)[a]);
+      }
+    }
+    return Status::ok;
+  }
+  void count(const Branch* branch) {
+    ++num_nodes;
+    if (!branch->second) {
+      ++num_leaves;
+      return;
+    }
+    count(branch + 1);
+    count(branch + branch->second);
+  }
+  void place(const Branch* branch) {
+    const int64_t i = num_nodes++;
+    nodes[i] = {uint32_t(branch->begin), uint32_t(branch->end), 0, branch->axis, branch->split};
+    if (branch->second) {
+      place(branch + 1);
+      place(branch + branch->second);
+    } else {
+      leaves[num_leaves] = uint32_t(i);
+      starts[num_leaves++] = uint32_t(branch->begin);
+    }
+    nodes[i].next = uint32_t(num_nodes);
+  }
+};
+
+// Queries by leaf: the points themselves, or others with the leaf that each would be in.
+template <class T, int DIM>
+struct InLeaves {
+  Sorted<T, DIM> points;
+  Buffer<uint64_t> keys;  // item, leaf
+
+  Status sort(const Tree<T, DIM>& tree, const T* queries, const int64_t* row_splits, int64_t n, int threads) {
+    const int D = tree.dimension();
+    if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
+    threads = useful_threads(threads, n, 1 << 11);
+    bool finite = true;
+    const int leaf_bits = bits_for(uint64_t(tree.num_leaves) + 1);
+#pragma omp parallel num_threads(threads) reduction(&& : finite)
+    {
+      const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+      int64_t item = 0;
+      T bad = 0;
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        while (item + 1 < tree.head.items && i >= row_splits[item + 1]) ++item;
+        const T* const q = queries + i * D;
+        for (int a = 0; a < D; ++a) bad += q[a] - q[a];
+        const bool empty = tree.roots[item] == tree.roots[item + 1];
+        keys[i] = uint64_t(item) << leaf_bits | uint64_t(empty ? 0 : tree.leaf_of(item, q));
+        points.ids[i] = int32_t(i);
+      }
+      finite = bad == 0;
+    }
+    if (!finite) return Status::not_finite;
+    const int bits = leaf_bits + bits_for(uint64_t(tree.head.items));
+    if (Status status = radix_sort(keys, points.ids, n, bits, threads); status != Status::ok) return status;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i)
+      for (int a = 0; a < D; ++a) points.x[a][i] = queries[int64_t(points.ids[i]) * D + a];
+    return Status::ok;
+  }
+};
+
+// Moves through queries in leaf order and gathers the candidates of each group of them.
+template <class T, int DIM>
+class TreeWalker {
+ public:
+  static constexpr int stored = DIM ? DIM : max_dimension;
+
+  // `queries` null: the points of the tree.
+  TreeWalker(const Tree<T, DIM>& tree, const InLeaves<T, DIM>* queries, Metric metric)
+      : tree_(tree), queries_(queries), metric_(metric), leaf_bits_(bits_for(uint64_t(tree.num_leaves) + 1)) {}
+
+  bool reserve() { return runs_.resize(tree_.num_leaves); }
+
+  int64_t group_end(int64_t i, int64_t end) {
+    if (!queries_) {
+      leaf_ = tree_.leaf_at(i);
+      return smaller<int64_t>(end, tree_.starts[leaf_ + 1]);
+    }
+    const uint64_t key = queries_->keys[i];
+    leaf_ = int64_t(key & ((uint64_t(1) << leaf_bits_) - 1));
+    // A query outside its leaf's box may be far from all others: it searches alone.
+    const int64_t last = smaller(end, i + leaf_size);
+    if (!inside(i)) return i + 1;
+    while (++i < last && queries_->keys[i] == key && inside(i)) {
+    }
+    return i;
+  }
+
+  bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates) {
+    const int D = tree_.dimension();
+    const Sorted<T, DIM>& queries = queries_ ? queries_->points : tree_.sorted;
+    T low[stored], high[stored];
+    for (int a = 0; a < D; ++a) {
+      low[a] = high[a] = queries.x[a][begin];
+      for (int64_t i = begin + 1; i < end; ++i) {
+        low[a] = smaller(low[a], queries.x[a][i]);
+        high[a] = larger(high[a], queries.x[a][i]);
+      }
+    }
+    int64_t num_runs = 0;
+    const int64_t item = item_of(begin);
+    if (metric_ == Metric::l2)
+      tree_.template walk<Metric::l2>(item, low, high, limit, runs_, num_runs);
+    else if (metric_ == Metric::l1)
+      tree_.template walk<Metric::l1>(item, low, high, limit, runs_, num_runs);
+    else
+      tree_.template walk<Metric::linf>(item, low, high, limit, runs_, num_runs);
+    return candidates.gather(tree_.sorted, runs_.data(), num_runs, by_index);
+  }
+
+  // The points of the smallest node around the group's leaf that has at least `wanted` of them, or all of the item.
+  Run around(int64_t begin, int64_t wanted) const {
+    const int64_t item = item_of(begin);
+    if (tree_.roots[item] == tree_.roots[item + 1]) return {0, 0};
+    const uint32_t leaf = tree_.leaves[leaf_];
+    uint32_t best = tree_.roots[item];
+    for (uint32_t i = best; tree_.nodes[i].end - tree_.nodes[i].begin >= wanted;) {
+      best = i;
+      if (i == leaf) break;
+      const uint32_t second = tree_.nodes[i + 1].next;
+      i = leaf < second ? i + 1 : second;
+    }
+    return {tree_.nodes[best].begin, tree_.nodes[best].end};
+  }
+
+ private:
+  int64_t item_of(int64_t query) const {
+    if (queries_) return int64_t(queries_->keys[query] >> leaf_bits_);
+    const uint32_t leaf = tree_.leaves[leaf_];
+    int64_t first = 0, last = tree_.head.items;
+    while (last - first > 1) {
+      const int64_t middle = (first + last) / 2;
+      (tree_.roots[middle] <= leaf ? first : last) = middle;
+    }
+    return first;
+  }
+  bool inside(int64_t query) const {
+    if (!tree_.num_leaves) return false;
+    const T *const low = tree_.low(tree_.leaves[leaf_]), *const high = tree_.high(tree_.leaves[leaf_]);
+    for (int a = 0; a < tree_.dimension(); ++a) {
+      const T x = queries_->points.x[a][query];
+      if (x < low[a] || x > high[a]) return false;
+    }
+    return true;
+  }
+
+  const Tree<T, DIM>& tree_;
+  const InLeaves<T, DIM>* queries_;
+  const Metric metric_;
+  const int leaf_bits_;
+  Buffer<Run> runs_;
+  int64_t leaf_ = 0;
+};
+
+}  // namespace
+}  // namespace kp
