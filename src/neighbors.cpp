@@ -314,12 +314,18 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
         if (!s.row.reserve(s.around.size()) || !s.sorter.keys(s.around.size()) || !s.limits.resize(group_end - group))
           return false;
         T q[Sorted<T, Kind::dimension>::stored], farthest = 0;
+        T guess = T(INFINITY);  // half as much again as the query before: 24 of 16 to sort, not 190
         for (int64_t i = group; i < group_end; ++i) {
           query_at<Kind>(queries, i, dimension, q);
-          const int64_t n = s.around.template collect<true>(q, queries.ids[i], T(INFINITY), s.row.ids.data(),
-                                                            s.row.measures.data());
-          s.limits[i - group] = s.kth(n, k);
-          farthest = larger(farthest, s.limits[i - group]);
+          int64_t n = 0;
+          for (T within = guess;; within = T(INFINITY)) {
+            n = s.around.template collect<true>(q, queries.ids[i], within, s.row.ids.data(), s.row.measures.data());
+            if (n >= k || within == T(INFINITY)) break;
+          }
+          const T limit = s.kth(n, k);
+          guess = limit > 0 ? T(1.5) * limit : T(INFINITY);
+          s.limits[i - group] = limit;
+          farthest = larger(farthest, limit);
         }
         if (!walker.move_to(group, group_end, farthest, false, s.candidates) || !s.row.reserve(s.candidates.size()))
           return false;

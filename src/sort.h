@@ -146,8 +146,10 @@ class Sorter {
     };
     if (rest > 8 * lanes<K>)
       sort_rest(std::integral_constant<int, 16>());
-    else if (rest > 2 * lanes<K>)
+    else if (rest > 4 * lanes<K>)
       sort_rest(std::integral_constant<int, 8>());
+    else if (rest > 2 * lanes<K>)
+      sort_rest(std::integral_constant<int, 4>());
     else if (rest)
       sort_rest(std::integral_constant<int, 2>());
     return merge_sort(a, spare_.data(), n, block, [](K x, K y) { return x < y; });
