@@ -24,7 +24,14 @@ Edges
 """
 
 from kpcore import autodiff
-from kpcore.config import __version__, get_num_threads, set_num_threads, show_config
+from kpcore.config import (
+    __version__,
+    get_memory_limit,
+    get_num_threads,
+    set_memory_limit,
+    set_num_threads,
+    show_config,
+)
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
@@ -46,6 +53,7 @@ __all__ = [
     "Subsampled",
     "__version__",
     "autodiff",
+    "get_memory_limit",
     "get_num_threads",
     "grid_subsample",
     "kernel_points",
@@ -54,6 +62,7 @@ __all__ = [
     "lengths",
     "radius_search",
     "row_splits",
+    "set_memory_limit",
     "set_num_threads",
     "show_config",
 ]

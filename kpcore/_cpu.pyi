@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from numpy import dtype, ndarray
 
 class NotFinite(Exception): ...
@@ -19,6 +21,7 @@ def radius_search(
     ignore: int,
     return_distances: bool,
     count_only: bool,
+    check_room: Callable[[int, int], None],
     threads: int,
 ) -> tuple[ndarray, ndarray | None, ndarray | None]: ...
 def knn_search(
@@ -29,6 +32,7 @@ def knn_search(
     metric: int,
     ignore: int,
     return_distances: bool,
+    check_room: Callable[[int, int], None],
     threads: int,
 ) -> tuple[ndarray, ndarray, ndarray | None]: ...
 def transpose(

@@ -209,8 +209,8 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
 
 
 def radius_search(Index index, queries, queries_row_splits, radius, max_neighbors, int sort, int metric, int ignore,
-                  bint return_distances, bint count_only, int threads):
-    """(row_splits, index or None, distance or None)"""
+                  bint return_distances, bint count_only, check_room, int threads):
+    """(row_splits, index or None, distance or None); `check_room` is told how many neighbours and bytes there will be."""
     cdef Search args = search_arguments(index, queries, queries_row_splits, radius,
                                         -1 if max_neighbors is None else max_neighbors, sort, metric, ignore, threads)
     cdef void* plan = NULL
@@ -225,6 +225,7 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
         raise_for(status)
         if count_only:
             return row_splits, None, None
+        check_room(int(row_splits[-1]), int(row_splits[-1]) * (4 + return_distances * index.dtype.itemsize))
         found = np.empty(row_splits[-1], np.int32)
         distance = np.empty(row_splits[-1], index.dtype) if return_distances else None
         to_index = <int32_t*>view(found).data
@@ -240,10 +241,11 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
 
 
 def knn_search(Index index, queries, queries_row_splits, int64_t k, int metric, int ignore, bint return_distances,
-               int threads):
+               check_room, int threads):
     """(counts (M,), index (M, k), distance (M, k) or None)"""
     cdef Search args = search_arguments(index, queries, queries_row_splits, 0.0, k, 0, metric, ignore, threads)
     num_queries = index.num_points if queries is None else len(queries)
+    check_room(num_queries * k, num_queries * k * (4 + return_distances * index.dtype.itemsize))
     counts = np.empty(num_queries, np.int64)
     found = np.empty((num_queries, k), np.int32)
     distance = np.empty((num_queries, k), index.dtype) if return_distances else None

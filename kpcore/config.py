@@ -81,6 +81,62 @@ def get_num_threads():
     return _threads
 
 
+_memory_limit = None
+
+
+def set_memory_limit(limit):
+    """Refuse results of searches that would take more than this many bytes, before they are made.
+
+    ``None``, the default, is the memory that is free when it comes to that: what Linux calls available, or what is left
+    of the control group's limit where that is less. Other systems have no limit then.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kp.set_memory_limit(100)
+    >>> kp.radius_search(np.zeros((10, 3)), None, 1.0)
+    Traceback (most recent call last):
+    MemoryError: 100 neighbours would take 400 bytes, more than the limit of 100 (kpcore.set_memory_limit)
+    >>> kp.set_memory_limit(None)
+    """
+    global _memory_limit
+    _memory_limit = None if limit is None else _array.integer("limit", limit, 0)
+
+
+def get_memory_limit():
+    """The limit in bytes, or None; see `set_memory_limit`."""
+    return _memory_limit
+
+
+def check_room(num_neighbors, size):
+    """An error if a result of that many bytes is over the limit."""
+    if _memory_limit is not None and size > _memory_limit:
+        whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
+    elif _memory_limit is None and size > 2**28 and size > (free := _free_memory()):  # reading /proc takes 30 us
+        whose = f"the {free} that are free (kpcore.set_memory_limit)"
+    else:
+        return
+    raise MemoryError(f"{num_neighbors} neighbours would take {size} bytes, more than {whose}")
+
+
+def _free_memory():
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
+    group = Path("/sys/fs/cgroup")
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return min(free, int((group / most).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
 def show_config():
     """Print the version, instruction set, threads and libraries in use, as a bug report should quote them."""
     cupy = sys.modules.get("cupy")

@@ -282,7 +282,7 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     TypeError
         For other dtypes.
     MemoryError
-        For a result larger than the free memory, before it is made.
+        For a result larger than the free memory, or the limit of `set_memory_limit`, before it is made.
 
     Notes
     -----
@@ -377,14 +377,12 @@ class KDTree:
     _dimensions = _DIMENSIONS
 
     def __init__(self, points, *, row_splits=None):
-        self._build(points, row_splits, None)
-
-    def _build(self, points, row_splits, cell):
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
-        self._points, self._row_splits, self._cell = cloud.points.copy(), cloud.points_row_splits, cell
-        if cell is not None:
-            self._cell = _array.length("cell", cell, cloud.points.dtype)
-        self._index = cloud.index(self._cell)
+        self._keep(cloud, None)
+
+    def _keep(self, cloud, cell):
+        self._points, self._row_splits, self._cell = cloud.points.copy(), cloud.points_row_splits.copy(), cell
+        self._index = cloud.index(cell)
 
     def __repr__(self):
         return f"{type(self).__name__}({len(self._points)} points, {self._points.shape[1]} dimensions)"
@@ -438,7 +436,8 @@ class GridIndex(KDTree):
     _dimensions = _GRID_DIMENSIONS
 
     def __init__(self, points, cell, *, row_splits=None):
-        self._build(points, row_splits, cell)
+        cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
+        self._keep(cloud, _array.length("cell", cell, cloud.points.dtype))
         self._tree = None
 
     def knn_search(self, queries, k, **options):
@@ -504,7 +503,7 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
     try:
         splits, found, distance = _cpu.radius_search(
             index, cloud.queries, cloud.queries_row_splits, radius, max_neighbors, sort, metric, ignored,
-            return_distances and not count_only, count_only, config.get_num_threads(),
+            return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except _cpu.NotFinite:
         raise _array.not_finite(queries=cloud.queries) from None
@@ -518,7 +517,7 @@ def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
     try:
         counts, found, distance = _cpu.knn_search(
             index, cloud.queries, cloud.queries_row_splits, k, metric, ignored, return_distances,
-            config.get_num_threads(),
+            config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except _cpu.NotFinite:
         raise _array.not_finite(queries=cloud.queries) from None

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kpcore as kp
@@ -151,3 +152,31 @@ def test_a_skip_is_a_failure_where_none_is_allowed(body, no_skip, returncodes, t
     )
     assert done.returncode in returncodes
     assert "why" in done.stdout
+
+
+def test_a_result_over_the_limit_is_an_error_before_it_is_made():
+    points = np.zeros((100, 3), np.float32)
+    try:
+        kp.set_memory_limit(4 * 100 * 100 - 1)
+        assert kp.get_memory_limit() == 39_999
+        with pytest.raises(MemoryError, match="10000 neighbours would take 40000 bytes, more than the limit of 39999"):
+            kp.radius_search(points, None, 1.0)
+        with pytest.raises(MemoryError, match="80000"):
+            kp.knn_search(points, None, 100, return_distances=True)
+        assert kp.radius_search(points, None, 1.0, count_only=True).sum() == 10_000
+        kp.set_memory_limit(4 * 100 * 100)
+        assert kp.radius_search(points, None, 1.0).num_pairs == 10_000
+    finally:
+        kp.set_memory_limit(None)
+
+
+def test_a_result_larger_than_the_free_memory_is_an_error_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**29)
+    with pytest.raises(
+        MemoryError, match=r"400000000 neighbours would take 1600000000 bytes, more than the 536870912 "
+    ):
+        kp.radius_search(np.zeros((20_000, 3), np.float32), None, 1.0)
+
+
+def test_free_memory_is_some():
+    assert 2**20 < kp.config._free_memory() < 2**50

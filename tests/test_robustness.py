@@ -34,6 +34,15 @@ def arguments_of(name):
             "points_row_splits": np.array([0, 4]),
             "queries_row_splits": np.array([0, 3]),
         },
+        "knn_search": {
+            "points": points,
+            "queries": queries,
+            "k": 2,
+            "points_row_splits": np.array([0, 4]),
+            "queries_row_splits": np.array([0, 3]),
+        },
+        "KDTree": {"points": points},
+        "GridIndex": {"points": points, "cell": 0.5},
         "grid_subsample": {
             "points": points,
             "voxel_size": 0.5,
@@ -57,6 +66,10 @@ def arguments_of(name):
 OPS_WITH_GEOMETRY = [
     ("radius_search", "points"),
     ("radius_search", "queries"),
+    ("knn_search", "points"),
+    ("knn_search", "queries"),
+    ("KDTree", "points"),
+    ("GridIndex", "points"),
     ("grid_subsample", "points"),
     ("kpconv", "points"),
     ("kpconv", "queries"),
@@ -96,10 +109,25 @@ BAD_SPLITS = {
 CALLS = [
     ("radius_search", "points", lambda a: a.astype(np.float64), TypeError, "mixed"),
     ("radius_search", "queries", lambda a: a[:, :2], ValueError, "dims"),
-    ("radius_search", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
-    ("radius_search", "points", lambda a: np.ones((4, 1), np.float32), ValueError, "1-D"),
-    ("radius_search", "points", lambda a: np.ones((4, 0), np.float32), ValueError, "0-D"),
-    *[("radius_search", "radius", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[
+        (op, argument, change, error, name)
+        for op in ("radius_search", "knn_search")
+        for argument, change, error, name in (
+            ("points", lambda a: np.ones((4, 17), np.float32), ValueError, "17-D"),
+            ("points", lambda a: np.ones((4, 0), np.float32), ValueError, "0-D"),
+            ("metric", lambda a: "L2", ValueError, "L2"),
+            ("ignore_query_point", lambda a: "equal", ValueError, "equal"),
+            ("ignore_query_point", lambda a: "index", ValueError, "fewer queries"),
+        )
+    ],
+    ("GridIndex", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
+    *[("GridIndex", "cell", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[("knn_search", "k", lambda a, v=v: v, e, repr(v)) for v, e in ((0, ValueError), (2.0, TypeError))],
+    *[("radius_search", "radius", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS if np.ndim(v) == 0],
+    ("radius_search", "radius", lambda a: [1.0], TypeError, "list"),
+    ("radius_search", "radius", lambda a: np.float32([1, 1, 0]), ValueError, "zero"),
+    ("radius_search", "radius", lambda a: np.float32([1, 1]), ValueError, "length"),
+    ("radius_search", "radius", lambda a: np.ones(3), TypeError, "mixed"),
     *[
         ("radius_search", "max_neighbors", lambda a, v=v: v, e, repr(v))
         for v, e in ((-1, ValueError), (1.5, TypeError))
@@ -158,6 +186,7 @@ PARTNERS = {
         "points_row_splits": "queries_row_splits",
         "queries_row_splits": "points_row_splits",
     },
+    "knn_search": {"points": "queries", "queries": "queries_row_splits"},
     "kpconv": {
         "points": "queries|features|neighbors|kernel_points",
         "queries": "neighbors|points",
@@ -203,13 +232,17 @@ def test_an_error_says_what_was_expected_and_what_came():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:3])
+@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:7])
 def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, value):
     points = np.random.default_rng(0).uniform(size=(1000, 3)).astype(dtype)
     points[637, 1] = points[901, 2] = value
     calls = {
         ("radius_search", "points"): lambda: kp.radius_search(points, None, 1.0),
         ("radius_search", "queries"): lambda: kp.radius_search(np.zeros((5, 3), dtype), points, 1.0),
+        ("knn_search", "points"): lambda: kp.knn_search(points, None, 3),
+        ("knn_search", "queries"): lambda: kp.knn_search(np.zeros((5, 3), dtype), points, 3),
+        ("KDTree", "points"): lambda: kp.KDTree(points),
+        ("GridIndex", "points"): lambda: kp.GridIndex(points, 1.0),
         ("grid_subsample", "points"): lambda: kp.grid_subsample(points, 1.0),
     }
     with pytest.raises(ValueError, match=rf"{argument}.*\b637\b"):
