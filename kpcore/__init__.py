@@ -35,6 +35,7 @@ from kpcore.config import (
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
+from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
 from kpcore.subsampling import Subsampled, grid_subsample
 
 
@@ -49,10 +50,14 @@ def __getattr__(name):
 __all__ = [
     "GridIndex",
     "KDTree",
+    "Level",
     "Neighbors",
+    "Pyramid",
     "Subsampled",
     "__version__",
     "autodiff",
+    "build_pyramid",
+    "calibrate_neighbor_limits",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",

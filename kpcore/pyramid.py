@@ -1,0 +1,173 @@
+"""Levels of ever coarser points and the neighbour lists between them: what a KPConv network takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kpcore import _array
+from kpcore.neighbors import GridIndex, Neighbors, knn_search
+from kpcore.subsampling import grid_subsample
+
+
+class Level(NamedTuple):
+    """One level of a `Pyramid`, of N points."""
+
+    points: np.ndarray  #: (N, D)
+    row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
+    features: np.ndarray | None  #: (N, C) means of the level before
+    labels: np.ndarray | None  #: (N,) majorities of the level before
+    voxel_size: float
+    radius: float  #: of `neighbors` and `pools`
+    neighbors: Neighbors  #: of this level's points among themselves
+    pools: Neighbors | None  #: queries are the next level's points; None on the last
+    upsamples: Neighbors | None  #: the nearest point of the next level for each of this one's; None on the last
+
+
+class Pyramid(tuple):
+    """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
+
+    __slots__ = ()
+
+
+def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=None, labels=None, subsampled=False,
+                  conv_radius=2.5, deform_radius=5.0, deform_levels=(), neighbor_limits=None):  # fmt: skip
+    """Subsample level by level, and find the neighbours within each level and between one and the next.
+
+    As the published code does (Thomas et al. 2019 and its data pipeline): level l has voxels of ``voxel_size * 2**l``,
+    made from the barycentres of level l - 1; radii are in voxels of their level.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 2 or 3
+    voxel_size : float
+        Of level 0, in the unit of the points.
+    num_levels : int
+        At least 1.
+    row_splits : (B + 1,) int64, optional
+        Bounds of batch items.
+    features : (N, C) float32 or float64, optional
+    labels : (N,) uint8, int32 or int64, optional
+        Averaged, and voted on, from level to level.
+    subsampled : bool
+        Whether the points already are level 0, one for each voxel; otherwise level 0 is
+        ``grid_subsample(points, voxel_size)``.
+    conv_radius, deform_radius : float
+        Radius of neighbourhoods in voxels; the latter on `deform_levels`.
+    deform_levels : sequence of int
+        Levels on which some convolution is deformable and needs the larger radius.
+    neighbor_limits : sequence of int, (num_levels,), optional
+        Keep only so many neighbours, the nearest, in the lists of each level; see `calibrate_neighbor_limits`.
+
+    Returns
+    -------
+    Pyramid
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryError
+        As `grid_subsample` and `radius_search`.
+
+    Notes
+    -----
+    Rows come by index, not by distance. The published code rotates each cloud at random before it is cut into voxels:
+    rotate the points before, and the levels back after, if that is wanted.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.random.default_rng(0).random((2000, 3), np.float32)
+    >>> pyramid = kp.build_pyramid(points, voxel_size=0.1, num_levels=3)
+    >>> [len(level.points) for level in pyramid]
+    [862, 125, 27]
+    >>> pyramid[0].pools
+    Neighbors(125 queries, 862 points, 5279 pairs)
+    """
+    num_levels = _array.integer("num_levels", num_levels, 1, 64)
+    points = _array.points_array("points", points, {})
+    voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
+    radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
+    limits = _limits(neighbor_limits, num_levels)
+    if subsampled:
+        row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
+        current = (points, features, labels, row_splits)
+    else:
+        current = grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=row_splits)[:4]
+
+    levels = []
+    for number, (radius, limit) in enumerate(zip(radii, limits, strict=True)):
+        points, features, labels, row_splits = current
+        voxel = voxel_size * 2**number
+        index = GridIndex(points, radius, row_splits=row_splits)
+        lists = [index.radius_search(None, radius, max_neighbors=limit), None, None]
+        if number + 1 < num_levels:
+            current = grid_subsample(points, 2 * voxel, features=features, labels=labels, row_splits=row_splits)[:4]
+            coarse, _, _, splits = current
+            lists[1] = index.radius_search(coarse, radius, queries_row_splits=splits, max_neighbors=limit)
+            lists[2] = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
+        levels.append(Level(points, row_splits, features, labels, voxel, radius, *lists))
+    return Pyramid(levels)
+
+
+def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5, deform_radius=5.0, deform_levels=(),
+                              fraction=0.9):  # fmt: skip
+    """Neighbour limits for `build_pyramid` that leave a fraction of the neighbourhoods of sample clouds untouched.
+
+    For each level, the smallest number that at least that fraction of its points have no more neighbours than; the
+    published code's rule (0.9 in its PyTorch form, 0.8 in its TensorFlow form).
+
+    Parameters
+    ----------
+    clouds : iterable of (N, D) arrays
+        Typical inputs, at least one point in all; each is counted and dropped.
+    voxel_size, num_levels, conv_radius, deform_radius, deform_levels
+        As in `build_pyramid`.
+    fraction : float
+        Above 0, at most 1.
+
+    Returns
+    -------
+    list of int, (num_levels,)
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> clouds = [np.random.default_rng(i).random((2000, 3), np.float32) for i in range(3)]
+    >>> kp.calibrate_neighbor_limits(clouds, voxel_size=0.1, num_levels=3)
+    [58, 59, 27]
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
+    num_levels = _array.integer("num_levels", num_levels, 1, 64)
+    histograms = [np.zeros(1, np.int64) for _ in range(num_levels)]
+    for cloud in clouds:
+        points = _array.points_array("clouds", cloud, {})
+        size = _array.length("voxel_size", voxel_size, points.dtype)
+        radii = _radii(points.dtype, size, num_levels, conv_radius, deform_radius, deform_levels)
+        for number, radius in enumerate(radii):
+            points = grid_subsample(points, size * 2**number).points
+            counts = GridIndex(points, radius).radius_search(None, radius, count_only=True)
+            histogram = np.bincount(counts, minlength=len(histograms[number]))
+            histogram[: len(histograms[number])] += histograms[number]
+            histograms[number] = histogram
+    if not histograms[0].any():
+        raise ValueError("clouds: expected some points, got none")
+    return [int(np.searchsorted(np.cumsum(h), fraction * h.sum())) for h in histograms]
+
+
+def _radii(dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels):
+    conv_radius = _array.length("conv_radius", conv_radius, dtype)
+    deform_radius = _array.length("deform_radius", deform_radius, dtype)
+    deformable = {_array.integer("deform_levels", level, 0, num_levels - 1) for level in deform_levels}
+    in_voxels = [deform_radius if level in deformable else conv_radius for level in range(num_levels)]
+    return [radius * voxel_size * 2**level for level, radius in enumerate(in_voxels)]
+
+
+def _limits(neighbor_limits, num_levels):
+    if neighbor_limits is None:
+        return [None] * num_levels
+    limits = [_array.integer("neighbor_limits", limit, 0) for limit in neighbor_limits]
+    if len(limits) != num_levels:
+        raise ValueError(f"neighbor_limits: expected {num_levels} numbers to match num_levels, got {len(limits)}")
+    return limits

@@ -1,0 +1,157 @@
+"""build_pyramid against the published pipeline's own output, and calibrate_neighbor_limits against its rule."""
+
+import pickle
+from pathlib import Path
+
+import clouds
+import numpy as np
+import pytest
+import reference
+from reference import assert_same_bits
+
+import kpcore as kp
+
+GOLDEN = Path(__file__).parent / "golden"
+SETTINGS = {"conv_radius": 2.5, "deform_radius": 4.0}
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def sets(padded, order_of_queries, number_of_point, num_points):
+    """The neighbours of each query, as sets, in another numbering of both."""
+    rows = [{int(number_of_point[i]) for i in row if i < num_points} for row in padded]
+    return [rows[q] for q in order_of_queries]
+
+
+def matching(ours, theirs):
+    """For each of our points the number of theirs: the same points, in another order, to a rounding."""
+    a, b = (np.lexsort(np.round(p.astype(np.float64), 5).T) for p in (ours, theirs))
+    assert len(a) == len(b) and np.abs(ours[a] - theirs[b]).max(initial=0) < 1e-6
+    number = np.empty(len(a), int)
+    number[a] = b
+    return number
+
+
+@pytest.mark.parametrize(("name", "deform_levels"), [("pyramid_kpcnn", (2, 3)), ("pyramid_kpfcnn", (2, 3))])
+def test_the_published_pyramid(name, deform_levels):
+    g = golden(name)
+    pyramid = kp.build_pyramid(
+        g["points/0"],
+        row_splits=kp.row_splits(g["lengths/0"]),
+        voxel_size=0.03,
+        num_levels=4,
+        subsampled=True,
+        deform_levels=deform_levels,
+        **SETTINGS,
+    )
+    numbers = [matching(level.points, g[f"points/{i}"]) for i, level in enumerate(pyramid)]
+    for i, level in enumerate(pyramid):
+        assert kp.lengths(level.row_splits).tolist() == g[f"lengths/{i}"].tolist()
+        n = len(level.points)
+        inverse = np.argsort(numbers[i])
+        ours = [set(row[row < n].tolist()) for row in level.neighbors.to_padded()]
+        assert ours == sets(g[f"neighbors/{i}"], numbers[i], inverse, n)
+        if i == 3:
+            assert level.pools is None and level.upsamples is None
+            continue
+        ours = [set(row[row < n].tolist()) for row in level.pools.to_padded()]
+        assert ours == sets(g[f"pools/{i}"], numbers[i + 1], inverse, n)
+        nearest = level.upsamples.index
+        assert level.upsamples.counts.tolist() == [1] * n
+        assert np.argsort(numbers[i + 1])[g[f"upsamples/{i}"][numbers[i], 0]].tolist() == nearest.tolist()
+
+
+def test_levels_are_the_functions_one_by_one():
+    points, _ = clouds.uniform(3000, dtype=np.float64)
+    rng = np.random.default_rng(1)
+    features, labels = rng.normal(size=(3000, 2)), rng.integers(0, 5, 3000)
+    splits = np.array([0, 1000, 1000, 3000])
+    limits = [9, 20, 400]
+    pyramid = kp.build_pyramid(
+        points, voxel_size=0.06, num_levels=3, row_splits=splits, features=features, labels=labels,
+        neighbor_limits=limits, deform_levels=[1],
+    )  # fmt: skip
+    assert len(pyramid) == 3
+    for i, (level, radius) in enumerate(zip(pyramid, (2.5 * 0.06, 5 * 0.12, 2.5 * 0.24), strict=True)):
+        sub = kp.grid_subsample(points, 0.06 * 2**i, features=features, labels=labels, row_splits=splits)
+        points, features, labels, splits = sub[:4]
+        for name in ("points", "features", "labels", "row_splits"):
+            assert_same_bits(getattr(level, name), getattr(sub, name))
+        assert (level.voxel_size, level.radius) == (0.06 * 2**i, radius)
+        options = {"max_neighbors": limits[i], "points_row_splits": splits}
+        expected = kp.radius_search(points, None, radius, **options)
+        assert_same_bits(level.neighbors.index, expected.index)
+        if i < 2:
+            following = pyramid[i + 1]
+            options["queries_row_splits"] = following.row_splits
+            assert_same_bits(level.pools.index, kp.radius_search(points, following.points, radius, **options).index)
+            nearest = reference.knn_search(
+                following.points, points, 1, points_row_splits=following.row_splits, queries_row_splits=splits
+            )[0]
+            reference.assert_rows(level.upsamples, nearest)
+
+
+@pytest.mark.parametrize("name", ["empty", "one_point", "all_equal", "collinear", "cluster_and_outliers"])
+def test_nasty_clouds(name):
+    points, _ = clouds.nasty(name)
+    pyramid = kp.build_pyramid(points, voxel_size=0.01, num_levels=5)
+    assert len(pyramid) == 5
+    for level in pyramid:
+        assert level.neighbors.counts.min(initial=1) >= 1
+
+
+def test_a_pyramid_goes_through_a_worker_without_growing():
+    points, _ = clouds.uniform(5000)
+    pyramid = kp.build_pyramid(points, voxel_size=0.03, num_levels=3)
+    pyramid[0].neighbors.transpose()
+    data = pickle.dumps(pyramid)
+    arrays = [
+        array
+        for level in pyramid
+        for array in (level.points, level.row_splits, *(
+            part for nb in (level.neighbors, level.pools, level.upsamples) if nb for part in (nb.index, nb.row_splits)
+        ))
+    ]  # fmt: skip
+    assert len(data) < sum(array.nbytes for array in arrays) + 10_000
+    copy = pickle.loads(data)
+    for ours, theirs in zip(pyramid, copy, strict=True):
+        assert_same_bits(ours.points, theirs.points)
+        assert_same_bits(ours.neighbors.index, theirs.neighbors.index)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 1.0])
+def test_limits_leave_a_fraction_untouched(fraction):
+    sample = [clouds.uniform(1000, seed=i)[0] for i in range(3)]
+    limits = kp.calibrate_neighbor_limits(sample, voxel_size=0.05, num_levels=3, fraction=fraction)
+    for number, limit in enumerate(limits):
+        counts = np.concatenate(
+            [kp.build_pyramid(c, voxel_size=0.05, num_levels=3)[number].neighbors.counts for c in sample]
+        )
+        # The published rule: how many bins of the histogram are below the fraction when added up.
+        below = np.cumsum(np.bincount(counts)) < fraction * len(counts)
+        assert limit == below.sum()
+        assert np.mean(counts <= limit) >= fraction > np.mean(counts <= limit - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_levels": 0}, "num_levels: expected 1 to 64"),
+        ({"neighbor_limits": [1]}, "neighbor_limits: expected 2 numbers"),
+        ({"neighbor_limits": [1, -1]}, "neighbor_limits: expected at least 0"),
+        ({"deform_levels": [2]}, "deform_levels: expected 0 to 1"),
+        ({"conv_radius": 0}, "conv_radius: expected a finite number above zero"),
+        ({"voxel_size": -1}, "voxel_size: expected a finite number above zero"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        kp.build_pyramid(clouds.uniform(10)[0], **{"voxel_size": 0.1, "num_levels": 2} | options)
+
+
+def test_limits_need_some_points():
+    with pytest.raises(ValueError, match="clouds: expected some points"):
+        kp.calibrate_neighbor_limits([], voxel_size=0.1, num_levels=2)
