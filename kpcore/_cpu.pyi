@@ -8,6 +8,7 @@ class OutOfRange(Exception): ...
 class Index:
     num_points: int
     dtype: dtype
+    crowding: float
     def __init__(self, points: ndarray, row_splits: ndarray, cell: float | None, threads: int) -> None: ...
 
 def radius_search(
@@ -28,7 +29,9 @@ def knn_search(
     index: Index,
     queries: ndarray | None,
     queries_row_splits: ndarray | None,
+    radius: float | ndarray,
     k: int,
+    sort: int,
     metric: int,
     ignore: int,
     return_distances: bool,

@@ -96,6 +96,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct Kernels:
         const char* isa
         Status (*build_index)(const IndexPoints&, void**) noexcept nogil
+        double (*crowding)(const void*) noexcept nogil
         void (*free_index)(void*) noexcept nogil
         Status (*radius_search_count)(const Search&, int64_t*, void**) noexcept nogil
         Status (*radius_search_fill)(void*, int32_t*, void*) noexcept nogil
@@ -182,6 +183,11 @@ cdef class Index:
             status = kernels().build_index(args, &self.data)
         raise_for(status)
 
+    @property
+    def crowding(self):
+        """Points in the cell of a point, on average; infinity for a tree, of which it is not known."""
+        return kernels().crowding(self.data)
+
     def __dealloc__(self):
         if self.data != NULL:
             kernels().free_index(self.data)
@@ -240,10 +246,10 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
                 kernels().radius_search_free(plan)
 
 
-def knn_search(Index index, queries, queries_row_splits, int64_t k, int metric, int ignore, bint return_distances,
-               check_room, int threads):
-    """(counts (M,), index (M, k), distance (M, k) or None)"""
-    cdef Search args = search_arguments(index, queries, queries_row_splits, 0.0, k, 0, metric, ignore, threads)
+def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int sort, int metric, int ignore,
+               bint return_distances, check_room, int threads):
+    """(counts (M,), index (M, k), distance (M, k) or None): the k nearest within the radius, which may be infinite"""
+    cdef Search args = search_arguments(index, queries, queries_row_splits, radius, k, sort, metric, ignore, threads)
     num_queries = index.num_points if queries is None else len(queries)
     check_room(num_queries * k, num_queries * k * (4 + return_distances * index.dtype.itemsize))
     counts = np.empty(num_queries, np.int64)

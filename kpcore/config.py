@@ -108,15 +108,17 @@ def get_memory_limit():
     return _memory_limit
 
 
-def check_room(num_neighbors, size):
-    """An error if a result of that many bytes is over the limit."""
-    if _memory_limit is not None and size > _memory_limit:
+def check_room(num_neighbors, size, estimated=False):
+    """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit."""
+    least = size // 2 if estimated else size
+    if _memory_limit is not None and least > _memory_limit:
         whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
-    elif _memory_limit is None and size > 2**28 and size > (free := _free_memory()):  # reading /proc takes 30 us
+    elif _memory_limit is None and least > 2**28 and least > (free := _free_memory()):  # reading /proc takes 30 us
         whose = f"the {free} that are free (kpcore.set_memory_limit)"
     else:
         return
-    raise MemoryError(f"{num_neighbors} neighbours would take {size} bytes, more than {whose}")
+    about = "about " if estimated else ""
+    raise MemoryError(f"{about}{num_neighbors} neighbours would take {size} bytes, more than {whose}")
 
 
 def _free_memory():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kpcore import _array, _cpu, config
@@ -10,6 +12,7 @@ _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
 _GRID_DIMENSIONS, _DIMENSIONS = (2, 3), range(1, 17)
+_CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
 _MOST_CELLS = 4  # that a search of a grid reaches to either side; beyond, coarser cells are made for it
 
 
@@ -478,6 +481,12 @@ class _Cloud:
             return _array.lengths("radius", radius, self.num_queries, ("points", self.points))
         return _array.length("radius", radius, self.points.dtype)
 
+    def sample(self, num):
+        """Up to `num` of the queries, evenly: their numbers, and their row_splits."""
+        rows = np.unique(np.linspace(0, self.num_queries - 1, num).astype(np.int64))
+        row_splits = self.points_row_splits if self.queries is None else self.queries_row_splits
+        return rows, np.searchsorted(rows, row_splits)
+
     def ignored(self, ignore_query_point):
         if ignore_query_point == "index" and self.num_queries != len(self.points):
             raise ValueError(
@@ -500,23 +509,43 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
         max_neighbors = min(_array.integer("max_neighbors", max_neighbors, 0), num_points)
     metric, sort = _array.choice("metric", metric, _METRICS), _array.choice("sort", sort, _SORTS)
     ignored = cloud.ignored(ignore_query_point)
-    try:
-        splits, found, distance = _cpu.radius_search(
-            index, cloud.queries, cloud.queries_row_splits, radius, max_neighbors, sort, metric, ignored,
-            return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
-        )  # fmt: skip
-    except _cpu.NotFinite:
-        raise _array.not_finite(queries=cloud.queries) from None
+    crowding = index.crowding
+    if max_neighbors is not None and not count_only and crowding > _CROWDED * (max_neighbors + 16):
+        tree = index if np.isinf(crowding) else cloud.index(None)
+        return _nearest(tree, cloud, radius, max_neighbors, sort or 1, metric, ignored, return_distances)
+
+    def search(queries, queries_row_splits, radius, count_only):
+        try:
+            return _cpu.radius_search(
+                index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignored,
+                return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
+            )  # fmt: skip
+        except _cpu.NotFinite:
+            raise _array.not_finite(queries=cloud.queries) from None
+
+    if not count_only and cloud.num_queries > 4096 and crowding * cloud.num_queries > 2**26:
+        # Counting would take long before it could say so: 256 queries say it at once, to a factor of two.
+        rows, queries_row_splits = cloud.sample(256)
+        sampled = radius[rows] if np.ndim(radius) else radius
+        counts = search(
+            (cloud.points if cloud.queries is None else cloud.queries)[rows], queries_row_splits, sampled, True
+        )
+        expected = int(np.mean(np.diff(counts[0])) * cloud.num_queries)
+        config.check_room(expected, 4 * expected, estimated=True)
+    splits, found, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
     return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
 
 
 def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
-    num_points = len(cloud.points)
-    k = min(_array.integer("k", k, 1), num_points)
+    k = min(_array.integer("k", k, 1), len(cloud.points))
     metric, ignored = _array.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
+    return _nearest(index, cloud, math.inf, k, _SORTS.index("distance"), metric, ignored, return_distances)
+
+
+def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
     try:
         counts, found, distance = _cpu.knn_search(
-            index, cloud.queries, cloud.queries_row_splits, k, metric, ignored, return_distances,
+            tree, cloud.queries, cloud.queries_row_splits, radius, k, sort, metric, ignored, return_distances,
             config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except _cpu.NotFinite:
@@ -526,4 +555,4 @@ def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
     else:
         there = np.arange(k) < counts[:, None]
         found, distance = found[there], None if distance is None else distance[there]
-    return Neighbors._trusted(found, row_splits(counts), num_points, distance)
+    return Neighbors._trusted(found, row_splits(counts), len(cloud.points), distance)

@@ -197,7 +197,9 @@ struct RowScratch {
       return near_.resize(n) && spare_.resize(n);
   }
   void sort_by_distance(int64_t n) {
-    sort<0>(n, [](const Near& a, const Near& b) { return a.measure < b.measure || (a.measure == b.measure && a.id < b.id); });
+    sort<0>(n, [](const Near& a, const Near& b) {
+      return a.measure < b.measure || (a.measure == b.measure && a.id < b.id);
+    });
   }
   void sort_by_index(int64_t n) {
     sort<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; });

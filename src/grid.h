@@ -194,6 +194,15 @@ struct Grid {
     const Status status = own.sort(lattice, points, splits, head.items, n, args.threads);
     return status == Status::ok ? directory.build(own.keys.data(), n, lattice.shift[1], args.threads) : status;
   }
+  // Points in the cell of a point, on average.
+  double crowding() const {
+    double sum = 0;
+    for (int64_t c = 0; head.num_points && c < directory.cells; ++c) {
+      const double n = double(directory.cell_begin[c + 1] - directory.cell_begin[c]);
+      sum += n * n;
+    }
+    return head.num_points ? sum / double(head.num_points) : 0;
+  }
   Status place(const Search& search, InCells<T, D>& queries) const {
     const auto* splits = static_cast<const int64_t*>(search.queries_row_splits.data);
     return queries.sort(lattice, static_cast<const T*>(search.queries.data), splits, head.items, search.queries.rows,
@@ -238,7 +247,7 @@ class GridWalker {
   }
 
   // Gathers what the queries [begin, end) of one cell may see. False: no memory.
-  bool move_to(int64_t begin, int64_t, T, bool by_index, Candidates<T, D>& candidates) {
+  bool move_to(int64_t begin, int64_t /*end*/, T /*limit*/, bool by_index, Candidates<T, D>& candidates) {
     const Directory& dir = grid_.directory;
     const Lattice<T, D>& lattice = grid_.lattice;
     const uint64_t key = queries_.keys[begin];

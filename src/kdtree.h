@@ -5,6 +5,9 @@
 // number each, so a walk needs no stack: go on to the next node, or skip the subtree. Queries of one leaf search
 // together: one walk with their bounding box gathers what any of them may see.
 //
+// Points that are all equal are one leaf, however many, and come by index: whoever wants k of them takes the first
+// ones.
+//
 // Boxes are tight, and the distance between two boxes is computed like that of two points: rounding is monotonic, so no
 // pair is ever nearer than its boxes.
 #pragma once
@@ -74,7 +77,8 @@ struct Tree {
     const int64_t n = args.points.rows;
     Buffer<Record<T, DIM>> records, spare;
     Buffer<Branch> branches;  // of a node of n points: as many as n / 2 - 1, laid out with gaps
-    if (!records.resize(n) || !spare.resize(n) || !branches.resize(n / 2 + head.items + 1)) return Status::out_of_memory;
+    if (!records.resize(n) || !spare.resize(n) || !branches.resize(n / 2 + head.items + 1))
+      return Status::out_of_memory;
     if (!sorted.resize(n, D) || !roots.resize(head.items + 1)) return Status::out_of_memory;
     const int threads = useful_threads(args.threads, n, 1 << 14);
     bool finite = true;
@@ -105,9 +109,15 @@ struct Tree {
     return flatten(records.data(), splits, branches.data(), threads);
   }
 
-  // Adds the runs of points that are within `limit` of a box.
+  // Of `most` wanted neighbours the points at one place offer no more, and one that may be the query itself.
+  Run run_of(const Node& node, int64_t most) const {
+    const int64_t size = node.end - node.begin;
+    return {node.begin, size > leaf_size && most < size ? node.begin + most + 1 : node.end};
+  }
+
+  // The runs of points that are within `limit` of a box, `most` of each place.
   template <Metric metric>
-  bool walk(int64_t item, const T* box_low, const T* box_high, T limit, Buffer<Run>& runs, int64_t& num_runs) const {
+  int64_t walk(int64_t item, const T* box_low, const T* box_high, T limit, int64_t most, Buffer<Run>& runs) const {
     const int D = dimension();
     int64_t n = 0;
     const uint32_t end = roots[item + 1];
@@ -124,14 +134,14 @@ struct Tree {
         continue;
       }
       if (node.next == ++i) {
-        if (n && runs[n - 1].end == node.begin)
-          runs[n - 1].end = node.end;
+        const Run run = run_of(node, most);
+        if (n && runs[n - 1].end == run.begin)
+          runs[n - 1].end = run.end;
         else
-          runs[n++] = {node.begin, node.end};
+          runs[n++] = run;
       }
     }
-    num_runs = n;
-    return true;
+    return n;
   }
 
   // The leaf of an item where a point would be, as a position in `leaves`.
@@ -165,12 +175,20 @@ struct Tree {
   void grow(Record<T, DIM>* a, Record<T, DIM>* b, int64_t begin, int64_t end, Branch* branch, bool swapped) const {
     const int64_t n = end - begin;
     *branch = {begin, end, 0, 0, T(0)};
-    if (n <= leaf_size) {
+    int axis = 0;
+    T split = 0;
+    bool leaf = n <= leaf_size;
+    if (!leaf) {
+      split = sample(a + begin, n, axis);
+      if ((leaf = all_equal(a + begin, n))) {
+        const auto by_id = [](const Record<T, DIM>& x, const Record<T, DIM>& y) { return x.id < y.id; };
+        if (merge_sort(a + begin, b + begin, n, int64_t(1), by_id) != a + begin) exchange(a, b), swapped = !swapped;
+      }
+    }
+    if (leaf) {
       if (swapped) memcpy(static_cast<void*>(b + begin), a + begin, size_t(n) * sizeof *a);
       return;
     }
-    int axis = 0;
-    T split = sample(a + begin, n, axis);
     int64_t left = begin, right = end - 1;
     for (int64_t i = begin; i < end; ++i) {  // both sides are written, one counts: no branch
       const bool second = !(a[i].x[axis] < split);
@@ -210,6 +228,13 @@ struct Tree {
     }
     for (int i = 0; i < taken; ++i) values[i] = points[i * n / taken].x[axis];
     return select(values, taken, taken / 2);
+  }
+
+  bool all_equal(const Record<T, DIM>* points, int64_t n) const {
+    for (int64_t i = 1; i < n; ++i)
+      for (int a = 0; a < dimension(); ++a)
+        if (points[i].x[a] != points[0].x[a]) return false;
+    return true;
   }
 
   // Puts the smaller half along the axis first; returns where the second half begins.
@@ -367,7 +392,8 @@ class TreeWalker {
     return i;
   }
 
-  bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates) {
+  bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates,
+               int64_t most = INT64_MAX) {
     const int D = tree_.dimension();
     const Sorted<T, DIM>& queries = queries_ ? queries_->points : tree_.sorted;
     T low[stored], high[stored];
@@ -378,19 +404,19 @@ class TreeWalker {
         high[a] = larger(high[a], queries.x[a][i]);
       }
     }
-    int64_t num_runs = 0;
     const int64_t item = item_of(begin);
+    int64_t num_runs = 0;
     if (metric_ == Metric::l2)
-      tree_.template walk<Metric::l2>(item, low, high, limit, runs_, num_runs);
+      num_runs = tree_.template walk<Metric::l2>(item, low, high, limit, most, runs_);
     else if (metric_ == Metric::l1)
-      tree_.template walk<Metric::l1>(item, low, high, limit, runs_, num_runs);
+      num_runs = tree_.template walk<Metric::l1>(item, low, high, limit, most, runs_);
     else
-      tree_.template walk<Metric::linf>(item, low, high, limit, runs_, num_runs);
+      num_runs = tree_.template walk<Metric::linf>(item, low, high, limit, most, runs_);
     return candidates.gather(tree_.sorted, runs_.data(), num_runs, by_index);
   }
 
   // The points of the smallest node around the group's leaf that has at least `wanted` of them, or all of the item.
-  Run around(int64_t begin, int64_t wanted) const {
+  Run around(int64_t begin, int64_t wanted, int64_t most) const {
     const int64_t item = item_of(begin);
     if (tree_.roots[item] == tree_.roots[item + 1]) return {0, 0};
     const uint32_t leaf = tree_.leaves[leaf_];
@@ -401,7 +427,7 @@ class TreeWalker {
       const uint32_t second = tree_.nodes[i + 1].next;
       i = leaf < second ? i + 1 : second;
     }
-    return {tree_.nodes[best].begin, tree_.nodes[best].end};
+    return best == leaf ? tree_.run_of(tree_.nodes[best], most) : Run{tree_.nodes[best].begin, tree_.nodes[best].end};
   }
 
  private:

@@ -83,23 +83,24 @@ struct KPConv {
 };
 
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
-#define KP_KERNELS(X)                                                                                                \
-  X(Status, build_index, (const IndexPoints&, void** index))                                                         \
-  X(void, free_index, (void* index))                                                                                 \
-  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */       \
-  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                                  \
-  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                        \
-  X(void, radius_search_free, (void* plan))                                                                          \
-  /* Rows of `most`, of which `counts` are used. */                                                                  \
-  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                            \
-  X(Status, transpose, (const Transpose&))                                                                           \
-  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
-  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \
-  X(void, grid_subsample_free, (void* plan))                                                                         \
-  X(Status, kpconv, (const KPConv&, const Array& out))                                                               \
-  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
-  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
-  X(Status, kernel_points, (const KernelPoints&, double* out))                                                       \
+#define KP_KERNELS(X)                                                                                          \
+  X(Status, build_index, (const IndexPoints&, void** index))                                                   \
+  X(double, crowding, (const void* index))                                                                     \
+  X(void, free_index, (void* index))                                                                           \
+  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */ \
+  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                            \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                  \
+  X(void, radius_search_free, (void* plan))                                                                    \
+  /* The nearest within the radius: rows of `most`, of which `counts` are used. */                             \
+  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                      \
+  X(Status, transpose, (const Transpose&))                                                                     \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                    \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
+  X(void, grid_subsample_free, (void* plan))                                                                   \
+  X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
+  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
+  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \
+  X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
   X(double, fma_rate, (DType))
 
 struct Kernels {

@@ -1,7 +1,7 @@
 // Neighbour searches over an index, grid or kd-tree, and the transpose of a neighbour list.
 //
-// Both indexes visit queries in groups: those of a cell, or of a leaf. The candidates of a group are copied side by side
-// once, sorted by index if the result is to be, and then every query of the group tests them all: no branch per
+// Both indexes visit queries in groups: those of a cell, or of a leaf. The candidates of a group are copied side by
+// side once, sorted by index if the result is to be, and then every query of the group tests them all: no branch per
 // candidate, and rows come out sorted because the candidates are. Which pairs are neighbours is decided in one place,
 // so the indexes agree to the bit.
 
@@ -24,6 +24,7 @@ template <class T, int D>
 struct GridKind {
   using Scalar = T;
   static constexpr int dimension = D;
+  static constexpr bool is_grid = true;
   using Built = Grid<T, D>;
   using Placed = InCells<T, D>;
   using Walker = GridWalker<T, D>;
@@ -43,6 +44,7 @@ template <class T, int DIM>
 struct TreeKind {
   using Scalar = T;
   static constexpr int dimension = DIM;
+  static constexpr bool is_grid = false;
   using Built = Tree<T, DIM>;
   using Placed = InLeaves<T, DIM>;
   using Walker = TreeWalker<T, DIM>;
@@ -117,9 +119,7 @@ struct Plan {
   const Sorted<T, Kind::dimension>& queries() const {
     return search.queries.data ? placed.points : Kind::points(index());
   }
-  Limits<T> limits() const {
-    return {static_cast<const T*>(search.radii.data), T(search.radius), search.metric};
-  }
+  Limits<T> limits() const { return {static_cast<const T*>(search.radii.data), T(search.radius), search.metric}; }
 
   // False: nothing can be found.
   Status prepare(const Search& given, bool& any) {
@@ -282,9 +282,8 @@ struct NearestScratch : GroupScratch<Kind> {
   explicit NearestScratch(const Plan<Kind>& plan)
       : GroupScratch<Kind>(plan), around(plan.index().head.dimension, plan.search.metric, plan.search.ignore) {}
 
-  // The k-th smallest of the row's n measures, which order like their bits, or infinity.
+  // The k-th smallest of the row's n measures, which order like their bits.
   T kth(int64_t n, int64_t k) {
-    if (n < k) return T(INFINITY);
     Bits* const keys = sorter.keys(n);
     memcpy(keys, this->row.measures.data(), size_t(n) * sizeof(T));
     T result;
@@ -293,8 +292,9 @@ struct NearestScratch : GroupScratch<Kind> {
   }
 };
 
-// Rows of k in (M, k) arrays and how many of each are there. The k-th nearest among the points around a query's leaf
-// bounds how far the search has to go; for four of five queries it already is the answer.
+// The k nearest within the radius: rows of k in (M, k) arrays and how many of each are there. The k-th nearest among
+// the points around a query's leaf bounds how far the search has to go; for four of five queries it already is the
+// answer. Its time depends on k, not on how many points the radius holds.
 template <class Kind>
 Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* distance, int64_t* counts) {
   using T = typename Kind::Scalar;
@@ -306,10 +306,11 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
   const int64_t k = search.most;
   if (!any || !k) return Status::ok;
   const auto& queries = plan.queries();
+  const Limits<T> limits = plan.limits();
   const int dimension = plan.index().head.dimension;
   return for_each_group<Kind, NearestScratch<Kind>>(
       plan, [&](auto& walker, NearestScratch<Kind>& s, int64_t group, int64_t group_end) {
-        const Run around = walker.around(group, larger<int64_t>(4 * leaf_size, 2 * k));
+        const Run around = walker.around(group, larger<int64_t>(4 * leaf_size, 2 * k), k);
         if (!s.around.gather(Kind::points(plan.index()), &around, 1, false)) return false;
         if (!s.row.reserve(s.around.size()) || !s.sorter.keys(s.around.size()) || !s.limits.resize(group_end - group))
           return false;
@@ -317,25 +318,28 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
         T guess = T(INFINITY);  // half as much again as the query before: 24 of 16 to sort, not 190
         for (int64_t i = group; i < group_end; ++i) {
           query_at<Kind>(queries, i, dimension, q);
+          const int32_t id = queries.ids[i];
+          const T most = limits(id);
           int64_t n = 0;
-          for (T within = guess;; within = T(INFINITY)) {
-            n = s.around.template collect<true>(q, queries.ids[i], within, s.row.ids.data(), s.row.measures.data());
-            if (n >= k || within == T(INFINITY)) break;
+          for (T within = smaller(guess, most);; within = most) {
+            n = s.around.template collect<true>(q, id, within, s.row.ids.data(), s.row.measures.data());
+            if (n >= k || within == most) break;
           }
-          const T limit = s.kth(n, k);
+          const T limit = n < k ? most : s.kth(n, k);
           guess = limit > 0 ? T(1.5) * limit : T(INFINITY);
           s.limits[i - group] = limit;
           farthest = larger(farthest, limit);
         }
-        if (!walker.move_to(group, group_end, farthest, false, s.candidates) || !s.row.reserve(s.candidates.size()))
+        if (!walker.move_to(group, group_end, farthest, false, s.candidates, k) || !s.row.reserve(s.candidates.size()))
           return false;
         for (int64_t i = group; i < group_end; ++i) {
           query_at<Kind>(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
-          const int64_t found = s.candidates.template collect<true>(q, id, s.limits[i - group], s.row.ids.data(),
-                                                                    s.row.measures.data());
+          const int64_t found =
+              s.candidates.template collect<true>(q, id, s.limits[i - group], s.row.ids.data(), s.row.measures.data());
           s.row.sort_by_distance(found);
           const int64_t n = smaller(found, k);
+          if (search.sort == Sort::index) s.row.sort_by_index(n);
           counts[id] = n;
           copy_row(index + id * k, s.row.ids.data(), n);
           if (distance)
@@ -355,6 +359,17 @@ Status build_index(const IndexPoints& args, void** index) {
     *index = made;
     made->head = head;
     return made->build(args);
+  });
+}
+
+// Of a tree it is not known: infinity.
+double crowding(const void* index) {
+  return with_kind(*static_cast<const Index*>(index), [&](auto kind) {
+    using Kind = decltype(kind);
+    if constexpr (Kind::is_grid)
+      return built<Kind>(index).crowding();
+    else
+      return double(INFINITY);
   });
 }
 

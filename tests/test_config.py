@@ -171,9 +171,9 @@ def test_a_result_over_the_limit_is_an_error_before_it_is_made():
 
 
 def test_a_result_larger_than_the_free_memory_is_an_error_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**29)
+    monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**29)  # half of it would be too much
     with pytest.raises(
-        MemoryError, match=r"400000000 neighbours would take 1600000000 bytes, more than the 536870912 "
+        MemoryError, match=r"about 400000000 neighbours would take 1600000000 bytes, more than the 536870912 "
     ):
         kp.radius_search(np.zeros((20_000, 3), np.float32), None, 1.0)
 

@@ -277,6 +277,38 @@ def test_ten_thousand_small_searches(dim, dtype, metric):
     check_knn(points, None, 4, points_row_splits=row_splits, metric=metric)
 
 
+# ---- crowds
+
+
+@pytest.mark.parametrize("sort", ["index", "distance"])
+@pytest.mark.parametrize("name", ["all_equal", "duplicates", "everything_within", "cluster_and_outliers"])
+def test_max_neighbors_of_a_crowd(name, sort):
+    points, radius = clouds.nasty(name, num=1500)
+    for ignore in (False, True, "index"):
+        for max_neighbors in (1, 5):
+            check_search(points, None, radius, max_neighbors=max_neighbors, sort=sort, ignore_query_point=ignore)
+
+
+@ignoring
+def test_nearest_among_many_equal_points(ignore):
+    rng = np.random.default_rng(0)
+    points = np.concatenate([np.full((700, 3), 0.5), rng.uniform(0, 1, (300, 3))])[rng.permutation(1000)]
+    for k in (1, 3, 40, 650, 900):
+        check_knn(points, None, k)
+        check_knn(points, None, k, ignore_query_point=ignore)
+
+
+def test_a_hopeless_search_says_so_before_it_counts(monkeypatch):
+    monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**33)
+    cluster = np.random.default_rng(0).normal(size=(10**6, 3)).astype(np.float32) * np.float32(1e-3)
+    with pytest.raises(MemoryError, match=r"about \d{12} neighbours would take \d{13} bytes"):  # 10^12 pairs: minutes
+        kp.radius_search(cluster, None, 1.0)
+    assert kp.radius_search(cluster[: 10**5], None, 1.0, max_neighbors=8).num_pairs == 8 * 10**5
+    same = np.zeros((10**6, 3), np.float32)
+    assert kp.radius_search(same, None, 1.0, max_neighbors=8).index[-8:].tolist() == list(range(8))
+    assert kp.knn_search(same, None, 8, ignore_query_point="index").index[:8].tolist() == list(range(1, 9))
+
+
 # ---- indexes
 
 
