@@ -15,8 +15,14 @@ KERNEL = {"num": 15, "radius": float(1.65 * VOXEL)}
 EXTENT = float(np.float32(1.2) * VOXEL)
 RAW_PER_VOXEL = 6.4  # of surface(), measured
 SIZES = {
-    "full": {"raw": 4_000_000, "cloud": 1_000_000, "patch": 20_000, "growth": (10**4, 10**5, 10**6, 10**7)},
-    "quick": {"raw": 40_000, "cloud": 10_000, "patch": 2_000, "growth": (10**3, 10**4)},
+    "full": {
+        "raw": 4_000_000,
+        "cloud": 1_000_000,
+        "patch": 20_000,
+        "pyramid": 100_000,
+        "growth": (10**4, 10**5, 10**6, 10**7),
+    },
+    "quick": {"raw": 40_000, "cloud": 10_000, "patch": 2_000, "pyramid": 2_000, "growth": (10**3, 10**4)},
 }
 
 # (case, what, order, against): target. Without a peer it is millions per second and core, or MiB; "xyz alone",
@@ -50,6 +56,8 @@ TARGETS = {
     ("search_options", "l1", "voxel", "scalar L2"): ("<=", 1.3),
     ("search_options", "linf", "random", "scalar L2"): ("<=", 1.3),
     ("search_options", "linf", "voxel", "scalar L2"): ("<=", 1.3),
+    ("pyramid", "5 levels", "random", "Open3D ops"): (">=", 15),
+    ("pyramid", "5 levels", "voxel", "Open3D ops"): (">=", 15),
     ("grid_subsample", "xyz float64", "random", "small_gicp"): (">=", 4),
     ("grid_subsample", "xyz float64", "voxel", "small_gicp"): (">=", 4),
     ("grid_subsample", "xyz", "random", "Open3D tensor"): (">=", 15),
@@ -75,6 +83,7 @@ TARGETS = {
 
 ORDERS = ("voxel", "random")
 CHANNELS = (64, 128, 256)
+CROWDS = ("99 % in one cell", "10 km at 2 cm", "all equal", "radius over everything")
 
 # The tasks of each case, each in a process of its own, once per number of threads; "coretype" is OPENBLAS_CORETYPE.
 TASKS = {
@@ -82,6 +91,8 @@ TASKS = {
     "kdtree": [{"order": order} for order in ORDERS],
     "knn_search": [{"order": order} for order in ORDERS],
     "search_options": [{"order": order} for order in ORDERS],
+    "pyramid": [{"order": order} for order in ORDERS],
+    "crowds": [{"cloud": cloud} for cloud in CROWDS],
     "grid_subsample": [{"order": order} for order in ORDERS],
     "kpconv": [
         *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
@@ -89,7 +100,7 @@ TASKS = {
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
     "memory": [{"implementation": name} for name in ("kpcore", "dense torch")],
-    "growth": [{"op": op} for op in ("grid_subsample", "radius_search", "kpconv")],
+    "growth": [{"op": op} for op in ("grid_subsample", "radius_search", "knn_search", "pyramid", "kpconv")],
 }
 
 
@@ -281,6 +292,47 @@ def knn_search(bench, order):
         bench.against(f"k = {k}", search, peer, {"points": points, "k": k}, check)
 
 
+def pyramid(bench, order):
+    """Five levels of 100,000 points after the first voxel, with all lists of neighbours, pools and upsampling."""
+    points, num_levels = arranged(np.load(bench.folder / "cloud.npy")[: bench.sizes["pyramid"]], order), 5
+    build = partial(kp.build_pyramid, points, voxel_size=float(VOXEL), num_levels=num_levels, subsampled=True)
+    levels = bench.first(build)
+    bench.label(order=order, size=f"{len(points):,}")
+
+    def check(sizes):
+        for level, theirs in zip(levels, sizes, strict=True):
+            pairs = [level.neighbors.num_pairs] + ([level.pools.num_pairs] if level.pools else [])
+            assert np.allclose(theirs, [len(level.points), *pairs], rtol=1e-4), (
+                f"{theirs}, {len(level.points)}, {pairs}"
+            )
+
+    bench.rate(f"{num_levels} levels", build, len(points), "M points/s per core")
+    inputs = {"points": points, "voxel": float(VOXEL), "num_levels": num_levels}
+    bench.against(f"{num_levels} levels", build, peers.OPEN3D_PYRAMID, inputs, check)
+
+
+def crowds(bench, cloud):
+    """Clouds that searches are known to choke on: the 16 nearest within the radius, and the 16 nearest at all."""
+    n, rng = bench.sizes["cloud"], np.random.default_rng(7)
+    if cloud == "99 % in one cell":
+        points, radius = rng.normal(0, 1e-3, (n, 3)), 0.1
+        points[::100] = rng.uniform(-50, 50, points[::100].shape)
+    elif cloud == "10 km at 2 cm":
+        points, radius = rng.uniform(0, [1e4, 1e4, 50], (n, 3)), 0.02
+    elif cloud == "all equal":
+        points, radius = np.zeros((n, 3)), 1.0
+    else:
+        points, radius = rng.uniform(0, 1, (n, 3)), 10.0
+    points = points.astype(np.float32)
+    bench.label(order=cloud, size=f"{n:,}")
+    for what, call in (
+        ("radius_search, 16 at most", partial(kp.radius_search, points, None, radius, max_neighbors=16)),
+        ("knn_search, k = 16", partial(kp.knn_search, points, None, 16)),
+    ):
+        bench.memory(what, call, 4 * 16 * n, "MiB beyond the result")
+        bench.per_point(what, call, n)
+
+
 def search_options(bench, order):
     """Other metrics and radii, against the plain search of as many neighbours."""
     points = arranged(np.load(bench.folder / "cloud.npy"), order)
@@ -406,7 +458,7 @@ def growth(bench, op):
     """Time against size. The cloud beyond its own size is copies of it side by side."""
     cloud = np.load(bench.folder / "cloud.npy")
     period = np.float32(np.ceil(np.ptp(cloud[:, 0]) / VOXEL) + 8) * VOXEL
-    bytes_per_point = {"grid_subsample": 200, "radius_search": 500, "kpconv": 1000}[op]
+    bytes_per_point = {"grid_subsample": 200, "kpconv": 1000}.get(op, 500)
     for n in bench.sizes["growth"]:
         what = "kpconv, C = 64" if op == "kpconv" else op
         bench.label(order="random" if op == "grid_subsample" else "voxel", size=f"{n:,}")
@@ -418,7 +470,11 @@ def growth(bench, op):
         else:
             points = np.concatenate([cloud + np.float32([i, 0, 0]) * period for i in range(-(-n // len(cloud)))])[:n]
             call = partial(kp.radius_search, points, None, RADIUS)
-        if op == "kpconv":
+        if op == "knn_search":
+            call = partial(kp.knn_search, points, None, 16)
+        elif op == "pyramid":
+            call = partial(kp.build_pyramid, points, voxel_size=float(VOXEL), num_levels=5, subsampled=True)
+        elif op == "kpconv":
             rng, neighbors = np.random.default_rng(6), call()
             problem = {"points": points, "kernel_points": kp.kernel_points(**KERNEL), "extent": EXTENT}
             features, weights = rng.random((n, 64), np.float32), rng.random((KERNEL["num"], 64, 64), np.float32)

@@ -144,6 +144,43 @@ SMALL_GICP = Peer("small_gicp", imports("small_gicp"), gicp, lambda cloud: np.as
 OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda cloud: cloud.point.positions.numpy())
 
 
+# The pyramid: read() gives the number of points of each level and of pairs of each list.
+
+
+def open3d_pyramid(points, voxel, num_levels):
+    """The published pipeline's steps by Open3D's ops: voxels, neighbours, pools, and the nearest coarse point.
+
+    As there, every list starts with a new tree.
+    """
+    import open3d.core as o3c
+    from open3d.t.geometry import PointCloud
+
+    def search(cloud, queries, radius):
+        nns = o3c.nns.NearestNeighborSearch(cloud, o3c.int32)
+        nns.fixed_radius_index(radius)
+        return nns.fixed_radius_search(queries, radius, sort=False)
+
+    def run():
+        cloud, sizes = PointCloud(o3c.Tensor.from_numpy(points)), []
+        for level in range(num_levels):
+            size = voxel * 2**level
+            positions, radius = cloud.point.positions, 2.5 * size
+            sizes.append([len(positions), len(search(positions, positions, radius)[0])])
+            if level + 1 < num_levels:
+                coarse = cloud.voxel_down_sample(2 * size)
+                sizes[-1].append(len(search(positions, coarse.point.positions, radius)[0]))
+                nearest = o3c.nns.NearestNeighborSearch(coarse.point.positions, o3c.int32)
+                nearest.knn_index()
+                nearest.knn_search(positions, 1)
+                cloud = coarse
+        return sizes
+
+    return run
+
+
+OPEN3D_PYRAMID = Peer("Open3D ops", imports("open3d"), open3d_pyramid, lambda sizes: sizes)
+
+
 # KPConv: read() gives the output, or (gradient of features, gradient of weights).
 
 

@@ -114,7 +114,7 @@ class Bench:
     def absent(self, what, against, reason):
         self.row(what, against=against, verdict="missing", note=reason)
 
-    def memory(self, what, call, expected):
+    def memory(self, what, call, expected, unit="MiB beyond output and weights"):
         """The peak of resident memory during the first call, less what was there before and the expected bytes."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # free heap memory, 250 KiB of it, would hide what the call needs
@@ -123,7 +123,7 @@ class Bench:
         out = self.first(call)
         extra = kilobytes("/proc/self/status", "VmHWM") - before - expected / 1024
         del out
-        self.row(what, extra / 1024, "MiB beyond output and weights", call=call)
+        self.row(what, extra / 1024, unit, call=call)
 
     def free_memory(self):
         return 0.8 * 1024 * kilobytes("/proc/meminfo", "MemAvailable")
