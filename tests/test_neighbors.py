@@ -277,6 +277,24 @@ def test_ten_thousand_small_searches(dim, dtype, metric):
     check_knn(points, None, 4, points_row_splits=row_splits, metric=metric)
 
 
+@pytest.mark.parametrize("dim", range(1, 9))
+@pytest.mark.parametrize(("metric", "p"), [("l2", 2), ("l1", 1), ("linf", np.inf)])
+def test_against_scipy_in_any_dimension(dim, metric, p):
+    from scipy.spatial import cKDTree
+
+    rng = np.random.default_rng(dim)
+    points, queries = rng.uniform(size=(20_000, dim)), rng.uniform(-0.1, 1.1, (500, dim))
+    tree = cKDTree(points)
+    distance, index = tree.query(queries, 10, p=p)
+    found = kp.knn_search(points, queries, 10, metric=metric, return_distances=True)
+    assert np.allclose(found.distance.reshape(-1, 10), distance, rtol=1e-12)
+    assert np.mean(found.index.reshape(-1, 10) == index) > 0.999  # ties apart
+    radius = np.median(distance[:, -1])
+    rows = tree.query_ball_point(queries, radius * (1 + 1e-12), p=p)
+    counts = kp.radius_search(points, queries, radius, metric=metric, count_only=True)
+    assert counts.tolist() == list(map(len, rows))
+
+
 # ---- crowds
 
 
