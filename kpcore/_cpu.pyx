@@ -49,7 +49,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct Search:
         const void* index
         Array queries, queries_row_splits, radii
-        double radius, reach
+        double radius
         int64_t most
         Sort sort
         Metric metric
@@ -202,10 +202,9 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
     if isinstance(radius, np.ndarray):
         args.radii = view(radius)
         args.radius = 0
-        args.reach = radius.max(initial=0)
     else:
         args.radii = view(None)
-        args.radius = args.reach = radius
+        args.radius = radius
     args.most = most
     args.sort = <Sort>sort
     args.metric = <Metric>metric

@@ -13,7 +13,6 @@ _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
 _GRID_DIMENSIONS, _DIMENSIONS = (2, 3), range(1, 17)
 _CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
-_MOST_CELLS = 4  # that a search of a grid reaches to either side; beyond, coarser cells are made for it
 
 
 def row_splits(lengths):
@@ -402,7 +401,7 @@ class KDTree:
         cloud = self._with(queries, queries_row_splits)
         radius = cloud.radius(radius)
         index, reach = self._index, np.max(radius, initial=0)
-        if self._cell is not None and reach > _MOST_CELLS * self._cell:
+        if self._cell is not None and reach > self._cell:
             index = cloud.index(float(reach))
         return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
                               count_only)  # fmt: skip
@@ -415,16 +414,17 @@ class KDTree:
 
 
 class GridIndex(KDTree):
-    """Points in cells, ready for searches with radii of about the cell, in two and three dimensions.
+    """Points in cells, ready for searches with radii up to the cell, in two and three dimensions.
 
-    Faster than a `KDTree` for queries as dense as the points. A radius may reach over up to four cells; for a larger
-    one a coarser grid is made each time. The k nearest are found by a kd-tree made when first asked for.
+    Faster than a `KDTree` for queries as dense as the points. For a radius larger than the cell a grid of its own is made
+    each time, which is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree made
+    when first asked for.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 2 or 3
     cell : float
-        Edge of a cell, in the unit of the points, above zero; best the radius to search with.
+        Edge of a cell, in the unit of the points, above zero: the largest radius to search with.
     row_splits : (B + 1,) int64, optional
 
     Examples

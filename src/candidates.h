@@ -51,12 +51,19 @@ class Candidates {
     for (int a = 0; a < D; ++a)
       if (!x_[a].resize(n + lanes<T>)) return false;
     if (!ids_.resize(n + lanes<T>)) return false;
-    int64_t to = 0;
+    T* to[stored];
+    const T* from[stored];
+    for (int a = 0; a < D; ++a) to[a] = x_[a].data(), from[a] = points.x[a].data();
+    int32_t* to_ids = ids_.data();
+    const int32_t* const from_ids = points.ids.data();
     for (int64_t i = 0; i < num_runs; ++i) {
       const int64_t begin = runs[i].begin, size = runs[i].end - begin;
-      for (int a = 0; a < D; ++a) copy_over(&x_[a][to], &points.x[a][begin], size);
-      copy_over(&ids_[to], &points.ids[begin], size);
-      to += size;
+      for (int64_t j = 0; j < size; j += lanes<T>) {  // whole vectors, the last one into what the next run overwrites
+        for (int a = 0; a < D; ++a) store(to[a] + j, load(from[a] + begin + j));
+      }
+      for (int64_t j = 0; j < size; j += lanes<int32_t>) store(to_ids + j, load(from_ids + begin + j));
+      for (int a = 0; a < D; ++a) to[a] += size;
+      to_ids += size;
     }
     if (by_index && !sort_by_index()) return false;
     for (int l = 0; l < lanes<T>; ++l) x_[0][n + l] = T(NAN);  // no distance to it is within anything
@@ -66,47 +73,51 @@ class Candidates {
   int64_t size() const { return count_; }
 
   int64_t count_within(const T* q, int32_t id, T limit) const {
-    int64_t n = 0;
-    with_metric([&](auto metric) {
-      for (int64_t i = 0; i < count_; i += lanes<T>) n += popcount(within(metric, q, id, limit, i, nullptr));
-    });
-    return n;
+    return with_test([&](auto test) { return test_all<false, false>(test, q, id, limit, nullptr, nullptr); });
   }
 
   // Neighbours of q, in candidate order; ids and measures have room for the candidates and a vector more.
   template <bool with_measures>
   int64_t collect(const T* q, int32_t id, T limit, int32_t* ids, T* measures) const {
-    int64_t n = 0;
-    with_metric([&](auto metric) {
-      for (int64_t i = 0; i < count_; i += lanes<T>) {
-        Vec<T> measure;
-        const unsigned mask = within(metric, q, id, limit, i, &measure);
-        if constexpr (with_measures) compress(measures + n, mask, measure);
-        n += compress<T>(ids + n, mask, &ids_[i]);
-      }
-    });
-    return n;
+    return with_test([&](auto test) { return test_all<true, with_measures>(test, q, id, limit, ids, measures); });
   }
 
  private:
   KP_INLINE int dimension() const { return DIM ? DIM : dimension_; }
 
+  // What a test depends on, as types: a branch in its loop costs 4 % of a search.
+  template <Metric metric, bool ignoring>
+  struct Test {};
+  template <bool ignoring, class Call>
+  KP_INLINE int64_t with_metric(Call call) const {
+    if (metric_ == Metric::l2) return call(Test<Metric::l2, ignoring>());
+    if (metric_ == Metric::l1) return call(Test<Metric::l1, ignoring>());
+    return call(Test<Metric::linf, ignoring>());
+  }
   template <class Call>
-  KP_INLINE void with_metric(Call call) const {
-    if (metric_ == Metric::l2) return call(std::integral_constant<Metric, Metric::l2>());
-    if (metric_ == Metric::l1) return call(std::integral_constant<Metric, Metric::l1>());
-    return call(std::integral_constant<Metric, Metric::linf>());
+  KP_INLINE int64_t with_test(Call call) const {
+    return ignore_ == Ignore::none ? with_metric<false>(call) : with_metric<true>(call);
   }
 
-  template <class M>
-  KP_INLINE unsigned within(M metric, const T* q, int32_t id, T limit, int64_t i, Vec<T>* out) const {
-    Vec<T> d[stored];
-    for (int a = 0; a < dimension(); ++a) d[a] = load(&x_[a][i]) - broadcast(q[a]);
-    const Vec<T> measured = measure<metric>(d, dimension());
-    if (out) *out = measured;
-    unsigned mask = mask_le(measured, broadcast(limit));
-    if (ignore_ != Ignore::none && mask) mask &= ~ignored(q, id, i);
-    return mask;
+  template <bool with_ids, bool with_measures, Metric metric, bool ignoring>
+  KP_INLINE int64_t test_all(Test<metric, ignoring>, const T* q, int32_t id, T limit, int32_t* ids, T* measures) const {
+    Vec<T> query[stored];
+    for (int a = 0; a < dimension(); ++a) query[a] = broadcast(q[a]);
+    const Vec<T> limits = broadcast(limit);
+    int64_t n = 0;
+    for (int64_t i = 0; i < count_; i += lanes<T>) {
+      Vec<T> d[stored];
+      for (int a = 0; a < dimension(); ++a) d[a] = load(&x_[a][i]) - query[a];
+      const Vec<T> measured = measure<metric>(d, dimension());
+      unsigned mask = mask_le(measured, limits);
+      if (ignoring && mask) mask &= ~ignored(q, id, i);
+      if constexpr (with_measures) compress(measures + n, mask, measured);
+      if constexpr (with_ids)
+        n += compress<T>(ids + n, mask, &ids_[i]);
+      else
+        n += popcount(mask);
+    }
+    return n;
   }
 
   // The lanes of the query itself: the point of its index, or all points of its very coordinates.
@@ -119,12 +130,6 @@ class Candidates {
     for (int l = 0; l < lanes<T>; ++l)
       if (ids_[i + l] != id) mask &= ~(1u << l);
     return mask;
-  }
-
-  // Whole vectors, the last one past the end: into room that the next run overwrites.
-  template <class U>
-  static void copy_over(U* to, const U* from, int64_t n) {
-    for (int64_t i = 0; i < n; i += lanes<U>) store(to + i, load(from + i));
   }
 
   // Sorted once per group, on (index, position); a dozen queries then find their rows sorted.
@@ -196,26 +201,49 @@ struct RowScratch {
     else
       return near_.resize(n) && spare_.resize(n);
   }
-  void sort_by_distance(int64_t n) {
-    sort<0>(n, [](const Near& a, const Near& b) {
-      return a.measure < b.measure || (a.measure == b.measure && a.id < b.id);
-    });
-  }
+  void sort_by_distance(int64_t n) { take<0>(sorted<0>(n, nearer), n); }
   void sort_by_index(int64_t n) {
-    sort<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; });
+    take<32>(sorted<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; }), n);
+  }
+  // Keeps the n nearest of `found`, in the order in which they are.
+  void keep_nearest(int64_t found, int64_t n) {
+    if (!n) return;
+    const Near last = near<0>(sorted<0>(found, nearer)[n - 1]);
+    for (int64_t i = 0, kept = 0; kept < n; ++i) {
+      const Near one = {measures[i], ids[i]};
+      measures[kept] = one.measure;
+      ids[kept] = one.id;
+      kept += !nearer(last, one);
+    }
   }
 
  private:
-  // A float32 that is not negative orders like its bits, so with the index it makes one key of 64.
-  static constexpr bool packs = sizeof(T) == 4;
   struct Near {
     T measure;
     int32_t id;
   };
+  static bool nearer(const Near& a, const Near& b) {
+    return a.measure < b.measure || (a.measure == b.measure && a.id < b.id);
+  }
 
+  // A float32 that is not negative orders like its bits, so with the index it makes one key of 64.
+  static constexpr bool packs = sizeof(T) == 4;
+  using Key = std::conditional_t<packs, uint64_t, Near>;
+
+  template <int id_shift>
+  static Near near(const Key& key) {
+    if constexpr (packs) {
+      const auto bits = uint32_t(key >> (32 - id_shift));
+      Near one = {0, int32_t(key >> id_shift)};
+      memcpy(&one.measure, &bits, sizeof bits);
+      return one;
+    } else {
+      return key;
+    }
+  }
+  // The row's keys in order; the row stays as it is.
   template <int id_shift, class Less>
-  void sort(int64_t n, Less less) {
-    if (n < 2) return;
+  const Key* sorted(int64_t n, Less less) {
     if constexpr (packs) {
       uint64_t* const keys = sorter_.keys(n);
       for (int64_t i = 0; i < n; ++i) {
@@ -223,19 +251,18 @@ struct RowScratch {
         memcpy(&bits, &measures[i], sizeof bits);
         keys[i] = uint64_t(bits) << (32 - id_shift) | uint64_t(uint32_t(ids[i])) << id_shift;
       }
-      const uint64_t* const sorted = sorter_.sort(n);
-      for (int64_t i = 0; i < n; ++i) {
-        const auto bits = uint32_t(sorted[i] >> (32 - id_shift));
-        memcpy(&measures[i], &bits, sizeof bits);
-        ids[i] = int32_t(sorted[i] >> id_shift);
-      }
+      return sorter_.sort(n);
     } else {
       for (int64_t i = 0; i < n; ++i) near_[i] = {measures[i], ids[i]};
-      const Near* const sorted = merge_sort(near_.data(), spare_.data(), n, int64_t(1), less);
-      for (int64_t i = 0; i < n; ++i) {
-        ids[i] = sorted[i].id;
-        measures[i] = sorted[i].measure;
-      }
+      return merge_sort(near_.data(), spare_.data(), n, int64_t(1), less);
+    }
+  }
+  template <int id_shift>
+  void take(const Key* keys, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Near one = near<id_shift>(keys[i]);
+      measures[i] = one.measure;
+      ids[i] = one.id;
     }
   }
 

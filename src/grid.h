@@ -35,8 +35,6 @@ struct Lattice {
     const int end = axis + 1 < D ? shift[axis + 1] : item_shift;
     return int64_t(key >> shift[axis] & ((uint64_t(1) << (end - shift[axis])) - 1));
   }
-  // Cells that a radius reaches to either side, at most; a little more than it needs: the test rounds.
-  int reach(int axis, double radius) const { return int(ceil(smaller(radius * (1 + 1e-5) / side[axis], 1e9))); }
 };
 
 template <class T, int D>
@@ -211,7 +209,7 @@ struct Grid {
   const Sorted<T, D>& points() const { return own.points; }
 };
 
-// One of the rows beside the current one, and the window of its cells within reach of the current x.
+// One of the rows beside the current one, and the window of its cells within one cell of the current x.
 struct Finger {
   int step[2];      // rows along y and z
   int64_t row = 0;  // first row whose key is not below the wanted one
@@ -222,21 +220,14 @@ struct Finger {
 template <class T, int D>
 class GridWalker {
  public:
-  GridWalker(const Grid<T, D>& grid, const InCells<T, D>& queries, double radius) : grid_(grid), queries_(queries) {
-    for (int a = 0; a < D; ++a) reach_[a] = grid.lattice.reach(a, radius);
+  GridWalker(const Grid<T, D>& grid, const InCells<T, D>& queries) : grid_(grid), queries_(queries) {
+    for (int i = 0; i < fingers; ++i) {
+      fingers_[i].step[0] = i % 3 - 1;
+      fingers_[i].step[1] = D == 3 ? i / 3 - 1 : 0;
+    }
   }
 
-  bool reserve() {
-    const int64_t ys = 2 * reach_[1] + 1, zs = D == 3 ? 2 * reach_[D - 1] + 1 : 1;
-    num_fingers_ = ys * zs;
-    if (!fingers_.resize(num_fingers_) || !runs_.resize(num_fingers_)) return false;
-    for (int64_t i = 0; i < num_fingers_; ++i) {
-      fingers_[i] = Finger();
-      fingers_[i].step[0] = int(i % ys) - reach_[1];
-      fingers_[i].step[1] = D == 3 ? int(i / ys) - reach_[D - 1] : 0;
-    }
-    return true;
-  }
+  bool reserve() { return true; }
 
   // The end of the group of queries that begins at i.
   int64_t group_end(int64_t i, int64_t end) const {
@@ -256,7 +247,7 @@ class GridWalker {
     if (row_key != row_key_) {
       const bool forward = row_key > row_key_ && row_key_ != no_row;
       row_key_ = row_key;
-      for (int64_t i = 0; i < num_fingers_; ++i) {
+      for (int i = 0; i < fingers; ++i) {
         Finger& f = fingers_[i];
         uint64_t wanted = row_key;
         bool occupied = true;
@@ -273,25 +264,24 @@ class GridWalker {
         f.end = occupied ? dir.row_cell[f.row + 1] : 0;
       }
     }
-    const int64_t x = lattice.field(key, 0), first = larger<int64_t>(0, x - reach_[0]), last = x + reach_[0];
-    for (int64_t i = 0; i < num_fingers_; ++i) {
+    const auto x = uint32_t(lattice.field(key, 0));
+    Run runs[fingers];
+    for (int i = 0; i < fingers; ++i) {
       Finger& f = fingers_[i];
-      f.low = gallop(dir.cell_x.data(), f.low, f.end, uint32_t(first));
-      f.high = gallop(dir.cell_x.data(), larger(f.low, f.high), f.end, uint32_t(last + 1));
-      runs_[i] = f.low < f.high ? Run{dir.cell_begin[f.low], dir.cell_begin[f.high]} : Run{0, 0};
+      f.low = gallop(dir.cell_x.data(), f.low, f.end, x ? x - 1 : 0);
+      f.high = gallop(dir.cell_x.data(), larger(f.low, f.high), f.end, x + 2);
+      runs[i] = f.low < f.high ? Run{dir.cell_begin[f.low], dir.cell_begin[f.high]} : Run{0, 0};
     }
-    return candidates.gather(grid_.own.points, runs_.data(), num_fingers_, by_index);
+    return candidates.gather(grid_.own.points, runs, fingers, by_index);
   }
 
  private:
+  static constexpr int fingers = D == 3 ? 9 : 3;
   static constexpr uint64_t no_row = ~uint64_t(0);
 
   const Grid<T, D>& grid_;
   const InCells<T, D>& queries_;
-  Buffer<Finger> fingers_;
-  Buffer<Run> runs_;
-  int64_t num_fingers_ = 0;
-  int reach_[D];
+  Finger fingers_[fingers];
   uint64_t row_key_ = no_row;
 };
 

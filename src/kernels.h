@@ -31,7 +31,7 @@ struct Index {
 struct IndexPoints {
   IndexKind kind;
   Array points, row_splits;
-  double cell;  // of a grid; searches reach a whole number of them
+  double cell;  // of a grid: the largest radius it can be searched with
   int threads;
 };
 
@@ -41,7 +41,7 @@ struct Search {
   const void* index;
   Array queries, queries_row_splits;  // no queries: the points themselves
   Array radii;                        // one for each query, or none
-  double radius, reach;               // for all queries; the largest of them
+  double radius;                      // for all queries
   int64_t most;                       // neighbours of a query, the nearest; < 0: no limit
   Sort sort;
   Metric metric;

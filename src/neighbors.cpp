@@ -36,8 +36,8 @@ struct GridKind {
     if (!bounding_box<T, D>(coordinates, search.queries.rows, search.threads, low, high)) return Status::not_finite;
     return index.head.num_points ? index.place(search, queries) : Status::ok;
   }
-  static Walker walker(const Built& index, const Placed* queries, const Search& search) {
-    return Walker(index, queries ? *queries : index.own, search.reach);
+  static Walker walker(const Built& index, const Placed* queries, const Search&) {
+    return Walker(index, queries ? *queries : index.own);
   }
 };
 template <class T, int DIM>
@@ -257,8 +257,10 @@ Status fill(const Plan<Kind>& plan, int32_t* index, typename Kind::Scalar* dista
             candidates.template collect<false>(q, id, limits(id), ids, nullptr);
           } else {
             const int64_t found = candidates.template collect<true>(q, id, limits(id), ids, row.measures.data());
-            if (by_distance || found > n) row.sort_by_distance(found);
-            if (!by_distance && found > n) row.sort_by_index(n);
+            if (by_distance)
+              row.sort_by_distance(found);
+            else if (found > n)
+              row.keep_nearest(found, n);
           }
           copy_row(index + begin, ids, n);
           if (distance)

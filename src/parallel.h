@@ -55,13 +55,16 @@ class Buffer {
     free(data_);
     data_ = nullptr;
     size_ = 0;
-    const size_t bytes = size_t(size) * sizeof(T) + 64;
-    // A fresh 4 KiB page costs 1.4 us; huge pages make the first touch 8 times faster.
-    const bool huge = bytes >= size_t(4) << 20;
+    size_t bytes = size_t(size) * sizeof(T) + 64;
+    // A fresh 4 KiB page costs 1.4 us; huge pages make the first touch 8 times faster, also of the end of the buffer if
+    // that is a whole page too: a search of a million points has ten arrays of 4 MB, just below two of these pages.
+    constexpr size_t page = size_t(2) << 20;
+    const size_t pages = (bytes + page - 1) / page * page;
+    if (pages - bytes <= bytes / 8) bytes = pages;
     void* p = nullptr;
-    if (posix_memalign(&p, huge ? size_t(2) << 20 : 64, bytes)) return false;
+    if (posix_memalign(&p, bytes >= page ? page : 64, bytes)) return false;
 #if defined(__linux__)
-    if (huge) madvise(p, bytes, MADV_HUGEPAGE);
+    if (bytes >= page) madvise(p, bytes / page * page, MADV_HUGEPAGE);
 #endif
     data_ = static_cast<T*>(p);
     size_ = size;
