@@ -15,6 +15,8 @@ struct Array {
 };
 
 enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
+enum class VoxelPoint : int { barycenter, center, nearest };
+enum class VoxelFeature : int { mean, max, nearest };
 enum class Sort : int { none, index, distance };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
@@ -30,7 +32,9 @@ struct RadiusSearch {
 
 struct GridSubsample {
   Array points, features, labels, row_splits;
-  double voxel_size;
+  Array voxel_size, origin;  // (D,), dtype of the points
+  VoxelPoint position;
+  VoxelFeature feature;
   int64_t ignore_label;
   bool has_ignore_label;
   int threads;
@@ -38,6 +42,13 @@ struct GridSubsample {
 
 struct Subsampled {
   Array points, features, labels, inverse, counts;
+  Array nearest;  // to the voxel's centre; given if the position or the feature asks for it
+};
+
+struct GridSubsampleGrad {
+  Array features, inverse, counts, nearest, grad_out;  // nearest only where it is the feature
+  VoxelFeature feature;
+  int threads;
 };
 
 struct Transpose {
@@ -71,6 +82,7 @@ struct KPConv {
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \
   X(void, grid_subsample_free, (void* plan))                                                                         \
+  X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                             \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                               \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
