@@ -76,6 +76,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct KernelPoints:
         int num, dimension, fixed
+        Array radii
         uint64_t seed
         int threads
 
@@ -102,6 +103,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
+        Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
 
     const Kernels& kernels() noexcept
@@ -274,12 +276,13 @@ def grid_subsample_grad(features, inverse, counts, nearest, int feature, grad_ou
     return grad_features
 
 
-def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads):
+def kernel_points(int num, int dimension, int fixed, radii, uint64_t seed, int threads):
     """(num, dimension) float64, before any scaling"""
     cdef KernelPoints args
     args.num = num
     args.dimension = dimension
     args.fixed = fixed
+    args.radii = view(radii)
     args.seed = seed
     args.threads = threads
     out = np.empty((num, dimension), np.float64)
@@ -287,6 +290,24 @@ def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads)
     cdef Status status
     with nogil:
         status = kernels().kernel_points(args, to)
+    raise_for(status)
+    return out
+
+
+def lloyd(int num, int dimension, int fixed, uint64_t seed, int threads):
+    """(num, dimension) float64, in the unit ball"""
+    cdef KernelPoints args
+    args.num = num
+    args.dimension = dimension
+    args.fixed = fixed
+    args.radii = view(None)
+    args.seed = seed
+    args.threads = threads
+    out = np.empty((num, dimension), np.float64)
+    cdef double* to = <double*>cnp.PyArray_DATA(out)
+    cdef Status status
+    with nogil:
+        status = kernels().lloyd(args, to)
     raise_for(status)
     return out
 

@@ -58,6 +58,7 @@ struct Transpose {
 
 struct KernelPoints {
   int num, dimension, fixed;  // the first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis)
+  Array radii;                // (num,) float64, of the points' shells; not given: points are free
   uint64_t seed;
   int threads;
 };
@@ -87,6 +88,7 @@ struct KPConv {
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
   X(Status, kernel_points, (const KernelPoints&, double* out))                                                       \
+  X(Status, lloyd, (const KernelPoints&, double* out))                                                               \
   X(double, fma_rate, (DType))
 
 struct Kernels {
