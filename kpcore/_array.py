@@ -106,7 +106,7 @@ def number(name, value, dtype):
 def per_axis(name, value, dimension, check, dtype):
     """`value` for each axis: a number, or a sequence of one for each, all passed through `check`; (D,) of `dtype`."""
     if not isinstance(value, (list, tuple, np.ndarray)):
-        return np.full(dimension, check(name, value, dtype), dtype)
+        return np.array([check(name, value, dtype)] * dimension, dtype)
     shape = value.shape if isinstance(value, np.ndarray) else (len(value),)
     if shape[:1] != (dimension,):
         raise ValueError(f"{name}: expected a number or {dimension} of them, got shape {shape}")

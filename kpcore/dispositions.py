@@ -78,8 +78,8 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     ((15, 3), np.float32(0.0))
     >>> round(float(np.linalg.norm(p[1:], axis=1).mean()), 4)
     0.066
-    >>> np.linalg.norm(kp.kernel_points([1, 3, 5], dimension=2, method="shells"), axis=1).round(2).tolist()
-    [0.0, 0.4, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8]
+    >>> np.linalg.norm(kp.kernel_points([1, 3, 4], dimension=2, method="shells"), axis=1).round(3)
+    array([0. , 0.4, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8], dtype=float32)
     """
     dimension = _array.integer("dimension", dimension, 2, 8)
     _array.choice("fixed", fixed, tuple(_FIXED))
