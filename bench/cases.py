@@ -358,6 +358,7 @@ def grid_subsample(bench, order):
     raw64 = raw.astype(np.float64)
     xyz, xyz64 = partial(kp.grid_subsample, raw, float(VOXEL)), partial(kp.grid_subsample, raw64, float(VOXEL))
     full = partial(xyz, features=features, labels=labels)
+    nearest, largest = partial(xyz, position="nearest"), partial(xyz, features=features, feature="max")
 
     barycentres, inverse = subsample(raw)
     votes = np.bincount(inverse * 8 + labels, minlength=8 * len(barycentres)).reshape(-1, 8)
@@ -368,12 +369,20 @@ def grid_subsample(bench, order):
         assert np.allclose(sub.points, barycentres, rtol=0, atol=1e-3 * VOXEL), "barycentres differ"
     close([means], [sub.features])
     assert np.array_equal(sub.labels, votes.argmax(1)), "majority labels differ"
+    from_center = raw64 - (np.floor(raw64 / VOXEL) + 0.5) * VOXEL
+    by_voxel = np.lexsort((np.arange(len(raw)), (from_center**2).sum(1), inverse))
+    starts = np.cumsum(votes.sum(1)) - votes.sum(1)
+    assert np.array_equal(bench.first(nearest).points, raw[by_voxel[starts]]), "nearest points differ"
+    maxima = np.maximum.reduceat(features[by_voxel], starts)
+    assert np.array_equal(bench.first(largest).features, maxima), "maxima differ"
 
     bench.label(order=order, size=f"{len(raw):,}, {len(barycentres):,} voxels")
     check = partial(same_barycentres, barycentres)
     for what, call in (("xyz", xyz), ("xyz, 3 features, labels", full)):
         bench.rate(what, call, len(raw), "M points/s per core")
     bench.compare("xyz, 3 features, labels", full, "xyz alone", xyz)
+    bench.compare("xyz nearest", nearest, "xyz alone", xyz)
+    bench.compare("xyz, max of 3 features", largest, "xyz alone", xyz)
     gicp = {"points": raw64, "voxel": float(VOXEL), "threads": bench.threads}
     bench.against("xyz float64", xyz64, peers.SMALL_GICP, gicp, check, judged=bench.threads == 2)
     bench.against("xyz", xyz, peers.OPEN3D_VOXEL, {"points": raw, "voxel": float(VOXEL)}, check)

@@ -107,6 +107,26 @@ def lengths(name, value, rows, like):
     return value
 
 
+def number(name, value, dtype):
+    """A finite number that `dtype` can hold."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > float(np.finfo(dtype).max):
+        raise ValueError(f"{name}: expected a finite number that {dtype} can hold, got {value}")
+    return number
+
+
+def per_axis(name, value, dimension, check, dtype):
+    """`value` for each axis: a number, or a sequence of one for each, all passed through `check`; (D,) of `dtype`."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return np.array([check(name, value, dtype)] * dimension, dtype)
+    shape = value.shape if isinstance(value, np.ndarray) else (len(value),)
+    if shape[:1] != (dimension,):
+        raise ValueError(f"{name}: expected a number or {dimension} of them, got shape {shape}")
+    return np.array([check(f"{name}[{axis}]", v, dtype) for axis, v in enumerate(value)], dtype)
+
+
 def integer(name, value, low, high=None):
     """An integer from `low` to `high`."""
     try:

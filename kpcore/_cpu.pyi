@@ -46,11 +46,25 @@ def grid_subsample(
     features: ndarray | None,
     labels: ndarray | None,
     row_splits: ndarray,
-    voxel_size: float,
+    voxel_size: ndarray,
+    origin: ndarray,
+    position: int,
+    feature: int,
+    return_nearest: bool,
     ignore_label: int | None,
     threads: int,
-) -> tuple[ndarray, ndarray | None, ndarray | None, ndarray, ndarray, ndarray]: ...
-def kernel_points(num: int, dimension: int, fixed: int, seed: int, threads: int) -> ndarray: ...
+) -> tuple[ndarray, ndarray | None, ndarray | None, ndarray, ndarray, ndarray, ndarray | None]: ...
+def grid_subsample_grad(
+    features: ndarray,
+    inverse: ndarray,
+    counts: ndarray,
+    nearest: ndarray | None,
+    feature: int,
+    grad_out: ndarray,
+    threads: int,
+) -> ndarray: ...
+def kernel_points(num: int, dimension: int, fixed: int, radii: ndarray | None, seed: int, threads: int) -> ndarray: ...
+def lloyd(num: int, dimension: int, fixed: int, seed: int, threads: int) -> ndarray: ...
 def kpconv(
     points: ndarray,
     queries: ndarray,

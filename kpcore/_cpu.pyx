@@ -27,6 +27,12 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         not_finite
         out_of_range
 
+    enum class VoxelPoint(int):
+        pass
+
+    enum class VoxelFeature(int):
+        pass
+
     enum class Sort(int):
         pass
 
@@ -67,13 +73,21 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct GridSubsample:
         Array points, features, labels, row_splits
-        double voxel_size
+        Array voxel_size, origin
+        VoxelPoint position
+        VoxelFeature feature
         int64_t ignore_label
         bint has_ignore_label
         int threads
 
     cdef struct Subsampled:
         Array points, features, labels, inverse, counts
+        Array nearest
+
+    cdef struct GridSubsampleGrad:
+        Array features, inverse, counts, nearest, grad_out
+        VoxelFeature feature
+        int threads
 
     cdef struct Transpose:
         Array index, row_splits, distance, out_index, out_row_splits, out_distance
@@ -81,6 +95,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct KernelPoints:
         int num, dimension, fixed
+        Array radii
         uint64_t seed
         int threads
 
@@ -106,10 +121,12 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
+        Status (*grid_subsample_grad)(const GridSubsampleGrad&, const Array&) noexcept nogil
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
+        Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
 
     const Kernels& kernels() noexcept
@@ -284,14 +301,18 @@ def transpose(index, row_splits, distance, int64_t num_points, int threads):
     return out_index, out_row_splits, out_distance
 
 
-def grid_subsample(points, features, labels, row_splits, double voxel_size, ignore_label, int threads):
-    """(points, features or None, labels or None, row_splits, inverse, counts)"""
+def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int position, int feature,
+                   bint return_nearest, ignore_label, int threads):
+    """(points, features or None, labels or None, row_splits, inverse, counts, nearest or None)"""
     cdef GridSubsample args
     args.points = view(points)
     args.features = view(features)
     args.labels = view(labels)
     args.row_splits = view(row_splits)
-    args.voxel_size = voxel_size
+    args.voxel_size = view(voxel_size)
+    args.origin = view(origin)
+    args.position = <VoxelPoint>position
+    args.feature = <VoxelFeature>feature
     args.has_ignore_label = ignore_label is not None
     args.ignore_label = 0 if ignore_label is None else ignore_label
     args.threads = threads
@@ -310,27 +331,49 @@ def grid_subsample(points, features, labels, row_splits, double voxel_size, igno
         out_labels = None if labels is None else np.empty(voxels, labels.dtype)
         inverse = np.empty(len(points), np.int32)
         counts = np.empty(voxels, np.int32)
+        nearest = np.empty(voxels, np.int32) if return_nearest else None
         out.points = view(out_points)
         out.features = view(out_features)
         out.labels = view(out_labels)
         out.inverse = view(inverse)
         out.counts = view(counts)
+        out.nearest = view(nearest)
         with nogil:
             status = kernels().grid_subsample_fill(plan, out)
         raise_for(status)
-        return out_points, out_features, out_labels, out_row_splits, inverse, counts
+        return out_points, out_features, out_labels, out_row_splits, inverse, counts, nearest
     finally:
         if plan != NULL:
             with nogil:
                 kernels().grid_subsample_free(plan)
 
 
-def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads):
+def grid_subsample_grad(features, inverse, counts, nearest, int feature, grad_out, int threads):
+    """(N, C)"""
+    cdef GridSubsampleGrad args
+    args.features = view(features)
+    args.inverse = view(inverse)
+    args.counts = view(counts)
+    args.nearest = view(nearest)
+    args.grad_out = view(grad_out)
+    args.feature = <VoxelFeature>feature
+    args.threads = threads
+    grad_features = np.empty_like(features)
+    cdef Array to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().grid_subsample_grad(args, to)
+    raise_for(status)
+    return grad_features
+
+
+def kernel_points(int num, int dimension, int fixed, radii, uint64_t seed, int threads):
     """(num, dimension) float64, before any scaling"""
     cdef KernelPoints args
     args.num = num
     args.dimension = dimension
     args.fixed = fixed
+    args.radii = view(radii)
     args.seed = seed
     args.threads = threads
     out = np.empty((num, dimension), np.float64)
@@ -338,6 +381,24 @@ def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads)
     cdef Status status
     with nogil:
         status = kernels().kernel_points(args, to)
+    raise_for(status)
+    return out
+
+
+def lloyd(int num, int dimension, int fixed, uint64_t seed, int threads):
+    """(num, dimension) float64, in the unit ball"""
+    cdef KernelPoints args
+    args.num = num
+    args.dimension = dimension
+    args.fixed = fixed
+    args.radii = view(None)
+    args.seed = seed
+    args.threads = threads
+    out = np.empty((num, dimension), np.float64)
+    cdef double* to = <double*>cnp.PyArray_DATA(out)
+    cdef Status status
+    with nogil:
+        status = kernels().lloyd(args, to)
     raise_for(status)
     return out
 

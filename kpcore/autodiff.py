@@ -47,14 +47,16 @@ class Op:
     """A differentiable operator.
 
     ``forward(**arguments) -> (out, residuals)`` checks its arguments and computes; ``vjp(residuals, grad, needs)``
-    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Residuals are inputs,
-    never intermediate arrays: the vjp recomputes the rest.
+    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Residuals are inputs and
+    outputs, never intermediate arrays: the vjp recomputes the rest. Where `out` is a named tuple, `field` is the one of
+    its fields that is differentiable; `grad` is that field's, and the others stay plain arrays.
     """
 
     name: str
     forward: Callable
     vjp: Callable
     diff: tuple[str, ...]
+    field: str | None = None
 
     def __call__(self, **arguments):
         inputs = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
@@ -63,7 +65,12 @@ class Op:
                 raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
         arguments.update((name, tensor.value) for name, tensor in inputs.items())
         out, residuals = self.forward(**arguments)
-        return Tensor(out, _Call(self, residuals, inputs)) if inputs else out
+        if not inputs:
+            return out
+        call = _Call(self, residuals, inputs)
+        if self.field is None:
+            return Tensor(out, call)
+        return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
 
 
 def vjp(fn, *primals):

@@ -7,38 +7,52 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore import _array, _cpu, config
+from kpcore.autodiff import Op
+
+_POSITIONS = ("barycenter", "center", "nearest")
+_FEATURES = ("mean", "max", "nearest")
 
 
 class Subsampled(NamedTuple):
     """What `grid_subsample` returns, for V voxels."""
 
-    points: np.ndarray  #: (V, D) barycentres
-    features: np.ndarray | None  #: (V, C) means
+    points: np.ndarray  #: (V, D) one for each voxel
+    features: np.ndarray | None  #: (V, C)
     labels: np.ndarray | None  #: (V,) majorities
     row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
     inverse: np.ndarray  #: (N,) int32 voxel of each input point
     counts: np.ndarray  #: (V,) int32 points of each voxel
 
 
-def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits=None, ignore_label=None):
-    """Replace the points of each voxel by their barycentre.
+def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits=None, origin=0, position="barycenter",
+                   feature="mean", ignore_label=None):  # fmt: skip
+    """Replace the points of each voxel by one: their barycentre, the voxel's centre or the point nearest that.
 
-    The voxel of a point is ``floor(p / voxel_size)``, by true division in the dtype of the points: the grid is anchored
-    at the origin, so parts of a scene agree on it. Voxels come by batch item and then along the Morton curve of their
-    index counted from the item's lowest voxel (x in the lowest bits), which keeps neighbours close in memory; an item's
-    result does not depend on the others.
+    The voxel of a point is ``floor((p - origin) / voxel_size)`` along each axis, with a true division, in the dtype of
+    the points: the grid is anchored at `origin`, so parts of a scene agree on it. Voxels come by batch item and then
+    along the Morton curve of their index counted from the item's lowest voxel (x in the lowest bits), which keeps
+    neighbours close in memory; an item's result does not depend on the others. Differentiable in `features`: the
+    result's field of that name; see `kpcore.autodiff`.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 2 or 3
-    voxel_size : float
-        Edge of a voxel, in the unit of the points, above zero.
+    voxel_size : float, or D of them
+        Edge of a voxel, or its edge along each axis, in the unit of the points, above zero.
     features : (N, C) float32 or float64, optional
-        Averaged per voxel.
     labels : (N,) uint8, int32 or int64, optional
         The most frequent one of each voxel, the smallest of equals.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
+    origin : float, or D of them
+        A corner of the grid. Like `voxel_size` it is rounded to the dtype of the points first.
+    position : {"barycenter", "center", "nearest"}
+        The point of a voxel: the mean of its points; its centre ``(index + 0.5) * voxel_size + origin``, computed in
+        float64 and rounded to the dtype of the points; or its point nearest to that centre before rounding (squared
+        distances in float64, summed x first; the smallest index of equals).
+    feature : {"mean", "max", "nearest"}
+        The features of a voxel: the mean of its points'; the largest of each channel, NaN where one is NaN; or those of
+        its point nearest the centre. Not looked at without `features`.
     ignore_label : int, optional
         Points of this label do not vote; a voxel of only such points gets it.
 
@@ -57,7 +71,11 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
     Notes
     -----
     Sums are float64 and taken relative to a voxel's first point, so barycentres are exact to the last bit far from the
-    origin too; features likewise. No result depends on the number of threads.
+    origin too; features likewise. No result depends on the number of threads; centres, nearest points and maxima are
+    the same bits on every machine.
+
+    The gradient of a mean goes to all points of the voxel alike; that of a maximum to the first point (by index) that
+    has it, the first NaN if there is one; that of "nearest" to that point.
 
     Examples
     --------
@@ -69,10 +87,28 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
            [1.5, 0.5]])
     >>> sub.labels, sub.inverse, sub.counts
     (array([1, 7]), array([0, 0, 1], dtype=int32), array([2, 1], dtype=int32))
+    >>> kp.grid_subsample(points, (2.0, 1.0), origin=0.25, position="center").points
+    array([[-0.75, -0.25],
+           [ 1.25, -0.25],
+           [ 1.25,  0.75]])
+
+    Their heights averaged, and how far each point takes part in a voxel's:
+
+    >>> mean = lambda f: kp.grid_subsample(points, 1.0, features=f).features
+    >>> out, pullback = kp.autodiff.vjp(mean, np.array([[10.0], [20.0], [30.0]]))
+    >>> out.ravel(), pullback(np.ones_like(out))[0].ravel()
+    (array([15., 30.]), array([0.5, 0.5, 1. ]))
     """
+    return OP(points=points, voxel_size=voxel_size, features=features, labels=labels, row_splits=row_splits,
+              origin=origin, position=position, feature=feature, ignore_label=ignore_label)  # fmt: skip
+
+
+def _forward(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label):
     sizes = {}
     points = _array.points_array("points", points, sizes)
-    voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
+    dimension = points.shape[1]
+    voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
+    origin = _array.per_axis("origin", origin, dimension, _array.number, points.dtype)
     if features is not None:
         features = _array.array("features", features, "N C", _array.REAL, sizes)
     if labels is not None:
@@ -83,33 +119,50 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
         limits = np.iinfo(labels.dtype)
         ignore_label = _array.integer("ignore_label", ignore_label, limits.min, limits.max)
     row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
+    position_code = _array.choice("position", position, _POSITIONS)
+    feature_code = _array.choice("feature", feature, _FEATURES)
+    by_nearest = position == "nearest" or (feature == "nearest" and features is not None)
+    threads = config.get_num_threads()
     try:
-        return Subsampled(
-            *_cpu.grid_subsample(
-                points, features, labels, row_splits, voxel_size, ignore_label, config.get_num_threads()
-            )
-        )
+        *fields, nearest = _cpu.grid_subsample(
+            points, features, labels, row_splits, voxel_size, origin, position_code, feature_code, by_nearest,
+            ignore_label, threads
+        )  # fmt: skip
     except _cpu.NotFinite:
         raise _array.not_finite(points=points) from None
     except _cpu.OutOfRange:
-        raise _too_many_voxels(points, voxel_size, row_splits) from None
+        raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
+    out = Subsampled(*fields)
+    return out, (features, out.inverse, out.counts, nearest, feature_code)
 
 
-def _too_many_voxels(points, voxel_size, row_splits):
+def _vjp(residuals, grad, needs):
+    return {"features": _cpu.grid_subsample_grad(*residuals, grad, config.get_num_threads())}
+
+
+OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
+
+
+def _too_many_voxels(points, voxel_size, origin, row_splits):
+    with np.errstate(over="ignore"):
+        largest = np.abs(points - origin).max(0)
+        overflowing = ~np.isfinite(largest / voxel_size)
+    if overflowing.any():
+        axis = int(np.argmax(overflowing))
+        return ValueError(
+            f"voxel_size: expected one that divides the points in {points.dtype}, got {voxel_size[axis]:.4g} for "
+            f"coordinates of up to {largest[axis]:.4g} from the origin"
+        )
     extent = [np.ptp(p.astype(np.float64), axis=0) for p in np.split(points, row_splits[1:-1]) if len(p)]
     extent = np.max(extent, axis=0)
-    with np.errstate(over="ignore"):
-        if not np.isfinite(np.abs(points).max() / points.dtype.type(voxel_size)):
-            return ValueError(
-                f"voxel_size: expected one that divides the points in {points.dtype}, got {voxel_size} for coordinates "
-                f"of up to {np.abs(points).max():.4g}"
-            )
-    if extent.max() / voxel_size >= 2**21 - 1:
+    voxels = extent / voxel_size
+    if voxels.max() >= 2**21 - 1:
+        axis = int(np.argmax(voxels))
         return ValueError(
-            f"voxel_size: expected at most 2**21 voxels along an axis, got {extent.max() / voxel_size:.4g} "
-            f"(an extent of {extent.max():.4g} in voxels of {voxel_size:.4g})"
+            f"voxel_size: expected at most 2**21 voxels along an axis, got {voxels[axis]:.4g} "
+            f"(an extent of {extent[axis]:.4g} in voxels of {voxel_size[axis]:.4g})"
         )
     return ValueError(
         f"row_splits: expected items whose voxels can be numbered in 64 bits together, got {len(row_splits) - 1} items "
-        f"of up to {' x '.join(f'{e / voxel_size:.4g}' for e in extent)} voxels; subsample them in smaller batches"
+        f"of up to {' x '.join(f'{v:.4g}' for v in voxels)} voxels; subsample them in smaller batches"
     )

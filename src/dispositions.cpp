@@ -1,12 +1,13 @@
 // Kernel point dispositions by the published potential method (Thomas et al. 2019, supplementary B; constants of the
 // published code): points repel each other as 1 / d and are drawn to the origin by 5 d², and descend the gradient with
-// a step that decays and is clipped. A hundred candidates descend together; the one that came to rest best is kept.
+// a step that decays and is clipped. On shells (KPConvX, Thomas et al. 2024) nothing draws them; they descend along
+// their sphere and are put back on it. A hundred candidates descend together; the one that came to rest best is kept.
 //
 // Only + - * / sqrt on float64 and an integer generator, never contracted: the same bits on every machine. Candidates
 // lie across the lanes of vectors and are independent of each other but for the common stop, so neither the width of
 // the vectors nor the number of threads changes anything.
 
-#include <math.h>
+#include "dispositions.h"
 
 #include "kernels.h"
 #include "parallel.h"
@@ -21,28 +22,6 @@ constexpr int max_steps = 10000, round_steps = 250;
 constexpr double first_rate = 1e-2, decay = 0.9995, longest_step = 0.05, softening = 1e-6, attraction = 10;
 constexpr double at_rest = 1e-5;  // change of a gradient's norm from one step to the next
 
-// splitmix64 (Steele, Lea, Flood 2014)
-uint64_t next(uint64_t& state) {
-  uint64_t z = state += 0x9e3779b97f4a7c15;
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-  z = (z ^ z >> 27) * 0x94d049bb133111eb;
-  return z ^ z >> 31;
-}
-
-// Uniform in the ball of squared radius 1/2, by rejection from the cube around it.
-void draw(uint64_t& state, int dimension, double* p, int64_t stride) {
-  const double half_side = ::sqrt(0.5);
-  double squared;
-  do {
-    squared = 0;
-    for (int a = 0; a < dimension; ++a) {
-      const double x = (double(next(state) >> 11) * (1.0 / 4503599627370496.0) - 1) * half_side;
-      p[a * stride] = x;
-      squared += x * x;
-    }
-  } while (squared >= 0.5);
-}
-
 // A group of candidates: positions, gradients and gradient norms, each (num, dimension, lane).
 struct Group {
   double *position, *gradient, *norm;
@@ -50,11 +29,13 @@ struct Group {
 
 struct Descent {
   int num, dimension, fixed;
+  const double* radii;  // of the points' shells; null without
 
   int64_t point_size() const { return int64_t(dimension) * group; }
 
   void gradient(const Group& g) const {
-    for (int64_t i = 0; i < num * point_size(); ++i) g.gradient[i] = attraction * g.position[i];
+    const double drawn = radii ? 0 : attraction;
+    for (int64_t i = 0; i < num * point_size(); ++i) g.gradient[i] = drawn * g.position[i];
     for (int i = 0; i < num; ++i)
       for (int j = i + 1; j < num; ++j) {
         const double *const p = g.position + i * point_size(), *const q = g.position + j * point_size();
@@ -74,6 +55,28 @@ struct Descent {
     // The points on the last axis slide along it only.
     for (int i = 1; i < fixed; ++i)
       memset(g.gradient + i * point_size(), 0, size_t(point_size() - group) * sizeof(double));
+    for (int i = 1; radii && i < num; ++i) project(g.position + i * point_size(), g.gradient + i * point_size());
+  }
+
+  Vec<double> dot(const double* p, const double* q) const {
+    Vec<double> sum = {};
+    for (int a = 0; a < dimension; ++a) sum = sum + load(p + a * group) * load(q + a * group);
+    return sum;
+  }
+
+  // Leaves of a gradient what is tangent to the sphere through p.
+  void project(const double* p, double* f) const {
+    const Vec<double> along = dot(p, f) / dot(p, p);
+    for (int a = 0; a < dimension; ++a) store(f + a * group, load(f + a * group) - along * load(p + a * group));
+  }
+
+  // Puts the points on their shells.
+  void restore(const Group& g) const {
+    for (int i = 1; radii && i < num; ++i) {
+      double* const p = g.position + i * point_size();
+      const Vec<double> scale = broadcast(radii[i]) / sqrt(dot(p, p));
+      for (int a = 0; a < dimension; ++a) store(p + a * group, load(p + a * group) * scale);
+    }
   }
 
   // One step; returns the largest change of a gradient norm among the free points. A single vertical point has but its
@@ -83,14 +86,13 @@ struct Descent {
     Vec<double> change = {};
     for (int i = fixed ? 1 : 0; i < num; ++i) {
       double *const p = g.position + i * point_size(), *const f = g.gradient + i * point_size();
-      Vec<double> squared = {};
-      for (int a = 0; a < dimension; ++a) squared = squared + load(f + a * group) * load(f + a * group);
-      const Vec<double> norm = sqrt(squared), difference = norm - load(g.norm + i * group);
+      const Vec<double> norm = sqrt(dot(f, f)), difference = norm - load(g.norm + i * group);
       if (i >= fixed) change = max(change, max(difference, -difference));
       store(g.norm + i * group, norm);
       const Vec<double> length = min(rate * norm, broadcast(longest_step)), scale = length / (norm + softening);
       for (int a = 0; a < dimension; ++a) store(p + a * group, load(p + a * group) - load(f + a * group) * scale);
     }
+    restore(g);
     double largest = 0;
     for (int l = 0; l < group; ++l) largest = larger(largest, change[l]);
     return largest;
@@ -100,7 +102,7 @@ struct Descent {
 }  // namespace
 
 Status kernel_points(const KernelPoints& args, double* out) {
-  const Descent descent{args.num, args.dimension, args.fixed};
+  const Descent descent{args.num, args.dimension, args.fixed, static_cast<const double*>(args.radii.data)};
   const int64_t size = args.num * descent.point_size(), norms = int64_t(args.num) * group, all = 2 * size + norms;
   Buffer<double> state, saved, changes;
   if (!state.resize(groups * all) || !saved.resize(groups * all) || !changes.resize(groups * round_steps))
@@ -113,17 +115,15 @@ Status kernel_points(const KernelPoints& args, double* out) {
 
   // Candidate c draws from its own stream, so that the lanes of a vector do not matter.
   for (int c = 0; c < groups * group; ++c) {
-    uint64_t stream = args.seed * 0x9e3779b97f4a7c15 + uint64_t(c % candidates);
-    next(stream);
+    uint64_t stream = stream_of(args.seed, uint64_t(c % candidates));
     double* const position = of_group(c / group).position + c % group;
     for (int i = 0; i < args.num; ++i) {
       double* const p = position + i * descent.point_size();
-      draw(stream, args.dimension, p, group);
-      if (i >= args.fixed) continue;
-      for (int a = 0; a < args.dimension; ++a) p[a * group] = 0;
-      if (i) p[(args.dimension - 1) * group] = i == 1 ? 2.0 / 3 : -2.0 / 3;
+      draw(stream, 0.5, args.dimension, p, group);
+      if (i < args.fixed) place_held(i, args.dimension, p, group);
     }
   }
+  for (int g = 0; g < groups; ++g) descent.restore(of_group(g));
 
   // All candidates stop together, at the first step at which none changes. Threads take rounds of steps on their own
   // groups and look at the whole after each; the last round is taken again up to that step.

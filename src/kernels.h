@@ -15,6 +15,8 @@ struct Array {
 };
 
 enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
+enum class VoxelPoint : int { barycenter, center, nearest };
+enum class VoxelFeature : int { mean, max, nearest };
 enum class Sort : int { none, index, distance };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
@@ -51,7 +53,9 @@ struct Search {
 
 struct GridSubsample {
   Array points, features, labels, row_splits;
-  double voxel_size;
+  Array voxel_size, origin;  // (D,), dtype of the points
+  VoxelPoint position;
+  VoxelFeature feature;
   int64_t ignore_label;
   bool has_ignore_label;
   int threads;
@@ -59,6 +63,13 @@ struct GridSubsample {
 
 struct Subsampled {
   Array points, features, labels, inverse, counts;
+  Array nearest;  // to the voxel's centre; given if the position or the feature asks for it
+};
+
+struct GridSubsampleGrad {
+  Array features, inverse, counts, nearest, grad_out;  // nearest only where it is the feature
+  VoxelFeature feature;
+  int threads;
 };
 
 struct Transpose {
@@ -68,6 +79,7 @@ struct Transpose {
 
 struct KernelPoints {
   int num, dimension, fixed;  // the first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis)
+  Array radii;                // (num,) float64, of the points' shells; not given: points are free
   uint64_t seed;
   int threads;
 };
@@ -97,10 +109,12 @@ struct KPConv {
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                    \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
   X(void, grid_subsample_free, (void* plan))                                                                   \
+  X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \
   X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
+  X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
   X(double, fma_rate, (DType))
 
 struct Kernels {

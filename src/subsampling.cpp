@@ -9,6 +9,7 @@
 #include <new>
 
 #include "geometry.h"
+#include "simd.h"
 #include "sort.h"
 
 namespace kp {
@@ -94,7 +95,6 @@ Status sort_points(const Interleaver<D>& interleaver, const double* low, int bit
   const auto* points = static_cast<const T*>(args.points.data);
   const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
   const int64_t n = args.points.rows;
-  const T voxel_size = T(args.voxel_size);
   Buffer<K> keys;
   if (!keys.resize(n) || !plan.ids.resize(n)) return Status::out_of_memory;
 #pragma omp parallel num_threads(useful_threads(args.threads, n, 1 << 13))
@@ -102,10 +102,15 @@ Status sort_points(const Interleaver<D>& interleaver, const double* low, int bit
     const Share share(n, omp_get_thread_num(), omp_get_num_threads());
     constexpr int64_t block = 64;
     int64_t item = 0;
+    T voxel_size[block * D], origin[block * D];  // of every coordinate of a block, for one loop without axes
+    for (int64_t j = 0; j < block * D; ++j) {
+      voxel_size[j] = static_cast<const T*>(args.voxel_size.data)[j % D];
+      origin[j] = static_cast<const T*>(args.origin.data)[j % D];
+    }
     for (int64_t i = share.begin; i < share.end; i += block) {
       const int64_t count = smaller(block, share.end - i);
       T voxel[block * D];
-      for (int64_t j = 0; j < count * D; ++j) voxel[j] = voxel_index(points[i * D + j], voxel_size);
+      for (int64_t j = 0; j < count * D; ++j) voxel[j] = voxel_index(points[i * D + j], origin[j], voxel_size[j]);
       for (int64_t j = 0; j < count; ++j) {
         while (i + j >= splits[item + 1]) ++item;
         uint32_t from_low[D];
@@ -127,6 +132,8 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
   *result = plan;
   plan->args = args;
   const auto* points = static_cast<const T*>(args.points.data);
+  const auto* voxel_size = static_cast<const T*>(args.voxel_size.data);
+  const auto* origin = static_cast<const T*>(args.origin.data);
   const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
   const int64_t items = args.row_splits.rows - 1;
   memset(row_splits, 0, size_t(items + 1) * sizeof(int64_t));
@@ -141,9 +148,9 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
       return Status::not_finite;
     if (splits[b] == splits[b + 1]) continue;
     for (int a = 0; a < D; ++a) {
-      // Division and floor keep order, so the box of the voxels is the voxels of the box.
-      low[b * D + a] = double(voxel_index(T(low[b * D + a]), T(args.voxel_size)));
-      const double range = double(voxel_index(T(high[a]), T(args.voxel_size))) - low[b * D + a];
+      // Difference, division and floor keep order, so the box of the voxels is the voxels of the box.
+      low[b * D + a] = double(voxel_index(T(low[b * D + a]), origin[a], voxel_size[a]));
+      const double range = double(voxel_index(T(high[a]), origin[a], voxel_size[a])) - low[b * D + a];
       if (!(range < double(1 << max_axis_bits))) return Status::out_of_range;
       axis_bits[a] = larger(axis_bits[a], bits_for(uint64_t(range)));
     }
@@ -179,6 +186,34 @@ KP_INLINE void mean_row(const T* rows, int64_t columns, const int32_t* ids, int6
     for (int64_t c = 0; c < columns; ++c) sums[c] += double(row[c]) - double(first[c]);
   }
   for (int64_t c = 0; c < columns; ++c) mean[c] = T(double(first[c]) + sums[c] / double(n));
+}
+
+// As wide as T, so that vectors of both have equally many lanes.
+template <class T>
+using IndexBeside = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// The largest of each column of a voxel's rows and, unless `which` is null, the row that has it, up to a whole vector.
+template <class T>
+KP_INLINE void max_row(const T* rows, int64_t columns, const int32_t* ids, int64_t n, T* largest,
+                       IndexBeside<T>* which) {
+  for (int64_t c = 0; c < columns; c += lanes<T>) {
+    const int width = int(smaller<int64_t>(lanes<T>, columns - c));
+    const auto row = [&](int32_t i) {
+      const T* const p = rows + i * columns + c;
+      return width == lanes<T> ? load(p) : load_first(p, width);
+    };
+    Vec<T> most = row(ids[0]);
+    Vec<IndexBeside<T>> has = broadcast(IndexBeside<T>(ids[0]));
+    for (int64_t i = 1; i < n; ++i) {
+      if (!c) __builtin_prefetch(rows + ids[i + ahead] * columns);
+      const Vec<T> x = row(ids[i]);
+      const auto more = exceeds(x, most);
+      most = more ? x : most;
+      has = more ? broadcast(IndexBeside<T>(ids[i])) : has;
+    }
+    store_first(largest + c, width, most);
+    if (which) store(which + c, has);
+  }
 }
 
 // The most frequent label of a voxel, the smallest of equals.
@@ -271,10 +306,11 @@ Status for_each_voxel(const Plan& plan, Make make, Visit visit) {
   return enough ? Status::ok : Status::out_of_memory;
 }
 
-struct Sums {
-  Buffer<double> of_column;
+template <class T>
+struct PerColumn {
+  Buffer<T> of_column;
   bool got;
-  explicit Sums(int64_t columns) : got(of_column.resize(columns)) {}
+  explicit PerColumn(int64_t columns) : got(of_column.resize(columns)) {}
   bool enough() const { return got; }
 };
 
@@ -284,12 +320,76 @@ Status average(const Plan& plan, const Array& rows, const Array& means) {
   auto* to = static_cast<T*>(means.data);
   const int64_t columns = rows.cols;
   return for_each_voxel(
-      plan, [=] { return Sums(columns); },
-      [=](Sums& sums, int64_t v, const int32_t* ids, int64_t n) {
+      plan, [=] { return PerColumn<double>(columns); },
+      [=](PerColumn<double>& sums, int64_t v, const int32_t* ids, int64_t n) {
         if (columns == 3)
           mean_row<T>(from, 3, ids, n, sums.of_column.data(), to + v * 3);
         else
           mean_row<T>(from, columns, ids, n, sums.of_column.data(), to + v * columns);
+        return true;
+      });
+}
+
+// Which of a voxel's points is nearest its centre, the first of equals.
+template <class T, int D>
+int32_t nearest_point(const T* points, const double* center, const int32_t* ids, int64_t n) {
+  int32_t nearest = ids[0];
+  double smallest = squared_distance<D>(points + nearest * int64_t(D), center);
+  __builtin_prefetch(points + ids[ahead] * int64_t(D));
+  for (int64_t i = 1; i < n; ++i) {
+    __builtin_prefetch(points + ids[i + ahead] * int64_t(D));
+    const double squared = squared_distance<D>(points + ids[i] * int64_t(D), center);
+    if (squared < smallest) smallest = squared, nearest = ids[i];
+  }
+  return nearest;
+}
+
+void copy_row(const Array& from, int64_t i, const Array& to, int64_t v) {
+  const int64_t bytes = from.cols * (from.dtype == DType::float32 ? 4 : 8);
+  memcpy(static_cast<char*>(to.data) + v * bytes, static_cast<const char*>(from.data) + i * bytes, size_t(bytes));
+}
+
+struct Nothing {
+  bool enough() const { return true; }
+};
+
+// What is asked of the voxels' centres: themselves, and the nearest points with their coordinates and features.
+template <class T, int D>
+Status use_centers(const Plan& plan, const Subsampled& out) {
+  const GridSubsample& args = plan.args;
+  const auto* points = static_cast<const T*>(args.points.data);
+  const auto* voxel_size = static_cast<const T*>(args.voxel_size.data);
+  const auto* origin = static_cast<const T*>(args.origin.data);
+  auto* const centers = static_cast<T*>(out.points.data);
+  auto* const nearest = static_cast<int32_t*>(out.nearest.data);
+  return for_each_voxel(
+      plan, [] { return Nothing(); },
+      [=, &args](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+        double center[D];
+        for (int a = 0; a < D; ++a) {
+          const T index = voxel_index(points[ids[0] * int64_t(D) + a], origin[a], voxel_size[a]);
+          center[a] = voxel_center(index, origin[a], voxel_size[a]);
+        }
+        if (args.position == VoxelPoint::center)
+          for (int a = 0; a < D; ++a) centers[v * D + a] = T(center[a]);
+        if (!nearest) return true;
+        nearest[v] = nearest_point<T, D>(points, center, ids, n);
+        if (args.position == VoxelPoint::nearest) copy_row(args.points, nearest[v], out.points, v);
+        if (args.feature == VoxelFeature::nearest && args.features.data)
+          copy_row(args.features, nearest[v], out.features, v);
+        return true;
+      });
+}
+
+template <class T>
+Status maximize(const Plan& plan, const Array& rows, const Array& maxima) {
+  const auto* from = static_cast<const T*>(rows.data);
+  auto* to = static_cast<T*>(maxima.data);
+  const int64_t columns = rows.cols;
+  return for_each_voxel(
+      plan, [] { return Nothing(); },
+      [=](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+        max_row<T>(from, columns, ids, n, to + v * columns, nullptr);
         return true;
       });
 }
@@ -308,6 +408,77 @@ Status elect(const Plan& plan, const Array& labels) {
       [=](Majority<L>& majority, int64_t v, const int32_t* ids, int64_t n) { return majority.vote(ids, n, to + v); });
 }
 
+// Each row of the gradient from that of its voxel: all of them a share of it, or the nearest the whole.
+template <class T>
+Status give_rows(const GridSubsampleGrad& args, const Array& grad_features) {
+  const auto* inverse = static_cast<const int32_t*>(args.inverse.data);
+  const auto* counts = static_cast<const int32_t*>(args.counts.data);
+  const auto* nearest = static_cast<const int32_t*>(args.nearest.data);
+  const auto* grad_out = static_cast<const T*>(args.grad_out.data);
+  auto* const to = static_cast<T*>(grad_features.data);
+  const int64_t n = args.inverse.rows, columns = grad_features.cols;
+#pragma omp parallel for num_threads(useful_threads(args.threads, n, 1 << 13)) schedule(static)
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t v = inverse[i];
+    const T* const given = grad_out + v * columns;
+    T* const row = to + i * columns;
+    if (args.feature == VoxelFeature::mean)
+      for (int64_t c = 0; c < columns; ++c) row[c] = given[c] / T(counts[v]);
+    else if (nearest[v] == i)
+      memcpy(row, given, size_t(columns) * sizeof(T));
+    else
+      memset(row, 0, size_t(columns) * sizeof(T));
+  }
+  return Status::ok;
+}
+
+// The points of each voxel by index again, from what came of them.
+Status regroup(const GridSubsampleGrad& args, Plan& plan) {
+  const auto* inverse = static_cast<const int32_t*>(args.inverse.data);
+  const auto* counts = static_cast<const int32_t*>(args.counts.data);
+  const int64_t n = args.inverse.rows;
+  plan.args.points = args.inverse;
+  plan.args.threads = args.threads;
+  plan.voxels = args.counts.rows;
+  if (!plan.ids.resize(n) || !plan.begin.resize(plan.voxels + 1)) return Status::out_of_memory;
+  uint32_t* const next = plan.begin.data() + 1;  // where a voxel's next point goes: in the end where the voxel ends
+  plan.begin[0] = 0;
+  for (int64_t v = 0, sum = 0; v < plan.voxels; ++v) next[v] = uint32_t(sum), sum += counts[v];
+  for (int64_t i = 0; i < n; ++i) plan.ids[next[inverse[i]]++] = int32_t(i);
+  return Status::ok;
+}
+
+template <class T>
+struct Maxima {
+  PerColumn<T> largest;
+  PerColumn<IndexBeside<T>> which;
+  explicit Maxima(int64_t columns) : largest(columns), which(columns) {}
+  bool enough() const { return largest.got && which.got; }
+};
+
+// Each value of a voxel's gradient goes to the row that had the maximum of its column.
+template <class T>
+Status give_to_maxima(const GridSubsampleGrad& args, const Array& grad_features) {
+  const auto* features = static_cast<const T*>(args.features.data);
+  const auto* grad_out = static_cast<const T*>(args.grad_out.data);
+  auto* const to = static_cast<T*>(grad_features.data);
+  const int64_t columns = grad_features.cols;
+  Plan plan;
+  if (Status status = regroup(args, plan); status != Status::ok) return status;
+  return for_each_voxel(
+      plan, [=] { return Maxima<T>(columns); },
+      [=](Maxima<T>& maxima, int64_t v, const int32_t* ids, int64_t n) {
+        IndexBeside<T>* const which = maxima.which.of_column.data();
+        max_row<T>(features, columns, ids, n, maxima.largest.of_column.data(), which);
+        const T* const given = grad_out + v * columns;
+        for (int64_t i = 0; i < n; ++i) {
+          T* const row = to + ids[i] * columns;
+          for (int64_t c = 0; c < columns; ++c) row[c] = which[c] == ids[i] ? given[c] : T(0);
+        }
+        return true;
+      });
+}
+
 }  // namespace
 
 Status grid_subsample_count(const GridSubsample& args, int64_t* row_splits, void** plan) {
@@ -324,16 +495,26 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
   const auto average_of = [&](const Array& rows, const Array& means) {
     return rows.dtype == DType::float32 ? average<float>(plan, rows, means) : average<double>(plan, rows, means);
   };
-  Status status = average_of(args.points, out.points);
+  Status status = Status::ok;
+  if (args.position == VoxelPoint::barycenter) status = average_of(args.points, out.points);
+  if (status == Status::ok && (args.position == VoxelPoint::center || out.nearest.data))
+    status = with_geometry(args.points.dtype, args.points.cols,
+                           [&](auto t, auto d) { return use_centers<decltype(t), decltype(d)::value>(plan, out); });
   if (status == Status::ok)
     status = for_each_voxel(
-        plan, [] { return Sums(0); },
-        [=](Sums&, int64_t v, const int32_t* ids, int64_t n) {
+        plan, [] { return Nothing(); },
+        [=](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
           counts[v] = int32_t(n);
           for (int64_t i = 0; i < n; ++i) inverse[ids[i]] = int32_t(v);
           return true;
         });
-  if (status == Status::ok && args.features.data) status = average_of(args.features, out.features);
+  if (status == Status::ok && args.features.data) {
+    if (args.feature == VoxelFeature::mean)
+      status = average_of(args.features, out.features);
+    else if (args.feature == VoxelFeature::max)
+      status = args.features.dtype == DType::float32 ? maximize<float>(plan, args.features, out.features)
+                                                     : maximize<double>(plan, args.features, out.features);
+  }
   if (status == Status::ok && args.labels.data) {
     if (args.labels.dtype == DType::uint8)
       status = elect<uint8_t>(plan, out.labels);
@@ -343,6 +524,13 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
       status = elect<int64_t>(plan, out.labels);
   }
   return status;
+}
+
+Status grid_subsample_grad(const GridSubsampleGrad& args, const Array& grad_features) {
+  const bool single = grad_features.dtype == DType::float32;
+  if (args.feature == VoxelFeature::max)
+    return single ? give_to_maxima<float>(args, grad_features) : give_to_maxima<double>(args, grad_features);
+  return single ? give_rows<float>(args, grad_features) : give_rows<double>(args, grad_features);
 }
 
 void grid_subsample_free(void* plan) {

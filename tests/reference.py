@@ -153,29 +153,76 @@ def exact_means(values, members):
     return np.array(rows).reshape(len(members), values.shape[1])
 
 
-def grid_subsample(points, voxel_size, features=None, labels=None, row_splits=None, ignore_label=None):
-    """-> dict with float64 points and features, labels, row_splits, inverse, counts."""
-    size = points.dtype.type(voxel_size)
-    inverse, out_splits = np.empty(len(points), int), [0]
+def grid_subsample(
+    points,
+    voxel_size,
+    features=None,
+    labels=None,
+    row_splits=None,
+    origin=0,
+    position="barycenter",
+    feature="mean",
+    ignore_label=None,
+):
+    """-> dict with points and features (means in float64), labels, row_splits, inverse, counts.
+
+    And what the gradient needs: `nearest`, each voxel's point nearest the centre, and `largest` (V, C), the point that
+    has the maximum of a channel, the first of equals and NaN above all.
+    """
+    size, origin = np.asarray(voxel_size, points.dtype), np.asarray(origin, points.dtype)
+    cells, inverse, out_splits = np.floor((points - origin) / size), np.empty(len(points), int), [0]
     row_splits = splits_or_whole(row_splits, len(points))
     for first, last in itertools.pairwise(row_splits):
-        cells = np.floor(points[first:last] / size)
-        cells, cell_of_point = np.unique(cells - cells.min(0, initial=np.inf), axis=0, return_inverse=True)
-        order = sorted(range(len(cells)), key=lambda i, cells=cells: morton_key(cells[i]))
+        of_item = cells[first:last]
+        found, cell_of_point = np.unique(of_item - of_item.min(0, initial=np.inf), axis=0, return_inverse=True)
+        order = sorted(range(len(found)), key=lambda i, found=found: morton_key(found[i]))
         inverse[first:last] = out_splits[-1] + np.argsort(order)[cell_of_point]
-        out_splits.append(out_splits[-1] + len(cells))
+        out_splits.append(out_splits[-1] + len(found))
     counts = np.bincount(inverse, minlength=out_splits[-1])
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
+    firsts = np.array([m[0] for m in members], int)
+    centers = (cells[firsts].astype(np.float64) + 0.5) * size.astype(np.float64) + origin.astype(np.float64)
+    squared = [
+        squared_distances(points[m].astype(np.float64), center[None])[0]
+        for m, center in zip(members, centers, strict=True)
+    ]
+    nearest = np.array([m[d2.argmin()] for m, d2 in zip(members, squared, strict=True)], int)
+    largest = None
+    if features is not None:
+        largest = np.array([m[features[m].argmax(0)] for m in members], int).reshape(-1, features.shape[1])
+        features = {
+            "mean": lambda: exact_means(features, members),
+            "max": lambda: np.take_along_axis(features, largest, 0),
+            "nearest": lambda: features[nearest],
+        }[feature]()
     if labels is not None:
         labels = np.array([majority(labels[m], ignore_label) for m in members], labels.dtype)
     return {
-        "points": exact_means(points, members),
-        "features": None if features is None else exact_means(features, members),
+        "points": {
+            "barycenter": lambda: exact_means(points, members),
+            "center": lambda: centers.astype(points.dtype),
+            "nearest": lambda: points[nearest],
+        }[position](),
+        "features": features,
         "labels": labels,
         "row_splits": np.array(out_splits),
         "inverse": inverse,
         "counts": counts,
+        "nearest": nearest,
+        "largest": largest,
     }
+
+
+def grid_subsample_vjp(expected, grad, feature):
+    """The gradient (N, C) of the features, from what `grid_subsample` gave."""
+    out = np.zeros((len(expected["inverse"]), grad.shape[1]), grad.dtype)
+    if feature == "mean":
+        out[:] = (grad / expected["counts"][:, None].astype(grad.dtype))[expected["inverse"]]
+    elif feature == "nearest":
+        out[expected["nearest"]] = grad
+    else:
+        np.put_along_axis(out, expected["largest"], grad, 0)
+    return out
 
 
 # ---- KPConv

@@ -92,7 +92,13 @@ WRONG = [(op, argument, *change) for op, argument in ARRAYS for change in CHANGE
 WRONG_IDS = [f"{op}-{argument}-{change}" for op, argument in ARRAYS for change in CHANGES]
 
 BAD_NUMBERS = [(bad, ValueError) for bad in (0, -1.0, np.nan, np.inf, -np.inf)] + [
-    (bad, TypeError) for bad in ("1", None, [1.0], 1j, np.array([0.5]))
+    (bad, TypeError) for bad in ("1", None, 1j, {1.0})
+]
+NOT_NUMBERS = [(bad, TypeError) for bad in ([1.0], np.array([0.5]))]
+BAD_PER_AXIS = [  # of three axes
+    *[(bad, ValueError) for bad in ([], [1.0], (1, 1, 1, 1), np.array([0.5]), np.array(0.5), np.ones((2, 3)))],
+    *[([1, 1, bad], error) for bad, error in BAD_NUMBERS[2:]],
+    *[(bad, TypeError) for bad in ([[1, 1, 1]] * 3, np.ones((3, 3)), range(3))],
 ]
 BAD_SPLITS = {
     "not from 0": (np.array([1, 2, 4]), ValueError),
@@ -121,9 +127,9 @@ CALLS = [
         )
     ],
     ("GridIndex", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
-    *[("GridIndex", "cell", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[("GridIndex", "cell", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
     *[("knn_search", "k", lambda a, v=v: v, e, repr(v)) for v, e in ((0, ValueError), (2.0, TypeError))],
-    *[("radius_search", "radius", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS if np.ndim(v) == 0],
+    *[("radius_search", "radius", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
     ("radius_search", "radius", lambda a: [1.0], TypeError, "list"),
     ("radius_search", "radius", lambda a: np.float32([1, 1, 0]), ValueError, "zero"),
     ("radius_search", "radius", lambda a: np.float32([1, 1]), ValueError, "length"),
@@ -150,7 +156,15 @@ CALLS = [
     ],
     ("grid_subsample", "ignore_label", lambda a: 1.5, TypeError, "1.5"),
     ("grid_subsample", "ignore_label", lambda a: 2**63, ValueError, "beyond the dtype"),
-    *[("grid_subsample", "voxel_size", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[("grid_subsample", "voxel_size", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + BAD_PER_AXIS],
+    *[("grid_subsample", "voxel_size", lambda a, v=v: v, ValueError, repr(v)) for v in ([1, 1, 0], (1, -1, 1))],
+    *[("grid_subsample", "origin", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS[2:] + BAD_PER_AXIS],
+    *[("grid_subsample", "origin", lambda a, v=v: v, ValueError, repr(v)) for v in (1e50, [0, -1e50, 0])],
+    *[
+        ("grid_subsample", option, lambda a, v=v: v, ValueError, repr(v))
+        for option in ("position", "feature")
+        for v in ("other", "Mean", "", None, 0)
+    ],
     *[("grid_subsample", "row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
     ("kpconv", "queries", lambda a: a[:, :2], ValueError, "dims"),
     ("kpconv", "queries", lambda a: a.astype(np.float64), TypeError, "mixed"),
@@ -169,7 +183,7 @@ CALLS = [
     ("kpconv", "kernel_points", lambda a: a[:4], ValueError, "kernel"),
     ("kpconv", "kernel_points", lambda a: a[:, :2], ValueError, "dims"),
     ("kpconv", "kernel_points", lambda a: a.astype(np.float64), TypeError, "mixed"),
-    *[("kpconv", "extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS],
+    *[("kpconv", "extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
     *[
         ("kpconv", option, lambda a: "other", ValueError, "other")
         for option in ("influence", "aggregation", "normalization")
@@ -222,6 +236,34 @@ def test_a_size_whose_square_overflows_or_loses_digits_is_an_error(dtype, size):
 def test_a_voxel_size_beyond_the_dtype_is_an_error(voxel_size):
     with pytest.raises(ValueError, match="voxel_size"):
         kp.grid_subsample(np.zeros((2, 3), np.float32), voxel_size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"voxel_size": [1, 2]}, "voxel_size: expected a number or 3 of them, got shape (2,)"),
+        ({"voxel_size": [1, 0, 2]}, "voxel_size[1]: expected a finite number above zero, got 0"),
+        ({"voxel_size": [1, 1, "1"]}, "voxel_size[2]: expected a number, got str"),
+        ({"origin": 1e39}, "origin: expected a finite number that float32 can hold, got 1e+39"),
+        ({"origin": (0, np.nan, 0)}, "origin[1]: expected a finite number that float32 can hold, got nan"),
+        ({"position": "centre"}, "position: expected 'barycenter' or 'center' or 'nearest', got 'centre'"),
+        ({"feature": "sum"}, "feature: expected 'mean' or 'max' or 'nearest', got 'sum'"),
+        (
+            {"voxel_size": (1, 1e-6, 1)},
+            "voxel_size: expected at most 2**21 voxels along an axis, got 3e+06 (an extent of 3 in voxels of 1e-06)",
+        ),
+        (
+            {"origin": (0, 0, 3e38), "voxel_size": 1e-3},
+            "voxel_size: expected one that divides the points in float32, got 0.001 for coordinates of up to 3e+38 "
+            "from the origin",
+        ),
+    ],
+)
+def test_errors_of_the_grid(arguments, message):
+    points = np.float32([[0, 0, 0], [1, 3, 2]])
+    with pytest.raises(ValueError if "expected a number," not in message else TypeError) as caught:
+        kp.grid_subsample(**{"points": points, "voxel_size": 1.0, **arguments})
+    assert str(caught.value) == message
 
 
 def test_an_error_says_what_was_expected_and_what_came():

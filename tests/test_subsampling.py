@@ -1,4 +1,4 @@
-"""grid_subsample. Voxel membership, their order and the majority labels are compared exactly."""
+"""grid_subsample. All but means are compared exactly: voxels, their order, labels, centres, nearest points, maxima."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import clouds
 import numpy as np
 import pytest
 import reference
+from gradcheck import check_vjp
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_close, assert_same_bits
@@ -14,6 +15,7 @@ import kpcore as kp
 
 both_dims = pytest.mark.parametrize("dim", [2, 3])
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+POSITIONS, FEATURES = ["barycenter", "center", "nearest"], ["mean", "max", "nearest"]
 LABEL_TYPES = [np.uint8, np.int32, np.int64]
 
 # One rounding to float32 at the end; in float64 sums of some thousand equal terms.
@@ -26,9 +28,14 @@ def check_subsample(points, voxel_size, **options):
     for name, dtype in ("inverse", np.int32), ("counts", np.int32), ("row_splits", np.int64):
         assert_same_bits(getattr(got, name), expected[name].astype(dtype))
     assert got.points.dtype == points.dtype
-    assert_close(got.points, expected["points"], MEAN_TOLERANCE[points.dtype])
+    if options.get("position", "barycenter") == "barycenter":
+        assert_close(got.points, expected["points"], MEAN_TOLERANCE[points.dtype])
+    else:
+        assert_same_bits(got.points, expected["points"])
     if options.get("features") is None:
         assert got.features is None
+    elif options.get("feature", "mean") != "mean":
+        assert_same_bits(got.features, expected["features"])
     else:
         assert got.features.dtype == options["features"].dtype
         assert_close(
@@ -50,6 +57,21 @@ def attributes(num, seed=0, channels=3, feature_type=np.float32, label_type=np.i
 
 # ---- against the reference
 
+
+def check_gradient(points, voxel_size, features, feature, **options):
+    expected = reference.grid_subsample(points, voxel_size, features, feature=feature, **options)
+    grad = np.random.default_rng(1).normal(size=expected["features"].shape).astype(features.dtype)
+    got = gradient(points, voxel_size, features, grad, feature=feature, **options)
+    assert_same_bits(got, reference.grid_subsample_vjp(expected, grad, feature))
+
+
+def gradient(points, voxel_size, features, grad, **options):
+    def fn(f):
+        return kp.grid_subsample(points, voxel_size, features=f, **options).features
+
+    return kp.autodiff.vjp(fn, features)[1](grad)[0]
+
+
 # Finer and coarser than the cloud's own spacing. Left out: a grid of more than 2**21 voxels, which is an error.
 VOXELS = {name: (radius / 2, radius * 3) for name, (_, radius) in clouds.NASTY.items() if name != "nothing_within"}
 VOXELS |= {
@@ -60,13 +82,14 @@ VOXELS |= {
 }
 
 
+@pytest.mark.parametrize(("position", "feature"), list(zip(POSITIONS, FEATURES, strict=True)))
 @pytest.mark.parametrize("which", [0, 1])
 @both_dtypes
 @both_dims
 @pytest.mark.parametrize("name", VOXELS)
-def test_nasty_clouds(name, dim, dtype, which):
+def test_nasty_clouds(name, dim, dtype, which, position, feature):
     points, _ = clouds.nasty(name, dim, dtype)
-    check_subsample(points, VOXELS[name][which], **attributes(len(points)))
+    check_subsample(points, VOXELS[name][which], position=position, feature=feature, **attributes(len(points)))
 
 
 @pytest.mark.parametrize("num", clouds.SIZES)
@@ -76,10 +99,11 @@ def test_sizes(num):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 16, 17, 65])
 @both_dtypes
-def test_channels(channels, dtype):
-    check_subsample(
-        clouds.uniform(257)[0], 0.2, features=attributes(257, channels=channels, feature_type=dtype)["features"]
-    )
+@pytest.mark.parametrize("feature", FEATURES)
+def test_channels(channels, dtype, feature, isa):
+    features = attributes(257, channels=channels, feature_type=dtype)["features"]
+    check_subsample(clouds.uniform(257)[0], 0.2, features=features, feature=feature)
+    check_gradient(clouds.uniform(257)[0], 0.2, features, feature)
 
 
 @given(st.data())
@@ -100,7 +124,15 @@ def test_any_cloud_any_options(data):
     options = {name: value for name, value in optional.items() if data.draw(st.booleans())}
     if "labels" in options:
         options["ignore_label"] = data.draw(st.none() | st.integers(0, 5))
-    check_subsample(points, data.draw(st.sampled_from(VOXELS[name])), **options)
+    voxel_size = data.draw(st.sampled_from(VOXELS[name]))
+    per_axis = st.lists(st.sampled_from([1, 1.5, 2.7]), min_size=points.shape[1], max_size=points.shape[1])
+    sizes = [voxel_size * factor for factor in data.draw(per_axis)]
+    options |= {
+        "origin": data.draw(st.sampled_from([0, 0.3 * voxel_size, [-7 * size for size in sizes]])),
+        "position": data.draw(st.sampled_from(POSITIONS)),
+        "feature": data.draw(st.sampled_from(FEATURES)),
+    }
+    check_subsample(points, data.draw(st.sampled_from([voxel_size, sizes])), **options)
 
 
 # ---- one rule each
@@ -248,22 +280,193 @@ def test_scaling_by_a_power_of_two_scales_the_barycentres(factor):
     assert_same_bits(got.inverse, expected.inverse)
 
 
+# ---- where the grid is, and what a voxel becomes
+
+
+@both_dims
+@both_dtypes
+def test_a_number_is_the_same_for_each_axis(dim, dtype):
+    points = clouds.uniform(300, dim, dtype)[0]
+    expected = kp.grid_subsample(points, 0.2, origin=0.05)
+    for sequence in (tuple, list, np.array, np.float32, lambda v: np.array(v, dtype)):
+        got = kp.grid_subsample(points, sequence([0.2] * dim), origin=sequence([0.05] * dim))
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None and b is None) or dtype == np.float64 or a.tobytes() == b.tobytes()
+
+
+def test_each_axis_has_its_voxel_size_and_origin():
+    points = np.array([[0.5, 0.5], [1.5, 0.5], [0.5, 1.5]])
+    assert kp.grid_subsample(points, (2, 1)).inverse.tolist() == [0, 0, 1]
+    assert kp.grid_subsample(points, [1, 2]).inverse.tolist() == [0, 1, 0]
+    assert kp.grid_subsample(points, 2, origin=(1, 0)).inverse.tolist() == [0, 1, 0]
+    assert kp.grid_subsample(points, 2, origin=np.array([0, 1])).inverse.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("origin", [0.1, -0.3, (0.1, 5e3, -5e3)])
+@both_dtypes
+def test_origin(dtype, origin, position):
+    # Points on the corners of voxels, where the order of the operations decides.
+    points = (np.arange(-300, 300).reshape(-1, 3) * 0.1).astype(dtype)
+    check_subsample(points, (0.1, 0.2, 0.3), origin=origin, position=position)
+
+
+def test_the_centre_is_that_of_the_grid():
+    points = np.array([[0.1, 0.1, -0.1], [7.9, 0.1, 0.1]])
+    got = kp.grid_subsample(points, (1, 2, 4), origin=(0, -1, 1), position="center")
+    assert got.points.tolist() == [[0.5, 0, -1], [7.5, 0, -1]]
+
+
+@pytest.mark.parametrize("order", [[2, 3], [3, 2]])
+def test_the_centre_is_not_rounded_before_the_nearest_point_is_found(order):
+    # Float32 steps here are 1/16, and the centre lies in the middle between two: rounded, it would prefer one of them.
+    points = np.float32(524288.125 + np.array(order)[:, None] / 16 * [1, 1])
+    got = kp.grid_subsample(points, 5 / 16, position="nearest")
+    assert_same_bits(got.points, points[:1])
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_the_first_of_equally_near_points(order):
+    points = np.array([[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]])[list(order)]
+    features = np.arange(4.0)[:, None]
+    got = kp.grid_subsample(points, 1, features=features, position="nearest", feature="nearest")
+    assert got.points.tolist() == [points[0].tolist()]
+    assert got.features.tolist() == [[0]]
+
+
+def test_nearest_features_go_with_any_position():
+    points, features = np.array([[0.1, 0.1], [0.5, 0.6]]), np.array([[1.0], [2.0]])
+    for position in POSITIONS:
+        got = kp.grid_subsample(points, 1, features=features, position=position, feature="nearest")
+        assert got.features.tolist() == [[2]]
+
+
+NAN = float("nan")
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("column", "which"),
+    [
+        ([1, 3, 2], 1),
+        ([3, 3, 3], 0),
+        ([-np.inf, -np.inf, -5], 2),
+        ([-0.0, 0.0, -0.0], 0),  # equal
+        ([0.0, -0.0, -1.0], 0),
+        ([1, NAN, np.inf], 1),
+        ([NAN, 1, NAN], 0),
+        ([np.inf, 1, NAN], 2),
+    ],
+)
+def test_maximum(column, which, dtype, isa):
+    # As one of many channels too: whole vectors and their rest take different paths.
+    features = np.repeat(np.array(column, dtype)[:, None], 21, 1)
+    for width in 1, 3, 21:
+        got = kp.grid_subsample(np.zeros((3, 2)), 1.0, features=features[:, :width].copy(), feature="max")
+        assert_same_bits(got.features, features[which : which + 1, :width])
+        grad = gradient(np.zeros((3, 2)), 1.0, features[:, :width].copy(), np.ones((1, width), dtype), feature="max")
+        assert (grad == (np.arange(3) == which)[:, None]).all()
+
+
+def test_equal_maxima_with_different_nans_keep_the_first():
+    nans = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)[:, None]
+    for features in nans, nans[::-1].copy():
+        got = kp.grid_subsample(np.zeros((2, 2)), 1.0, features=features, feature="max")
+        assert_same_bits(got.features, features[:1])
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@both_dtypes
+@pytest.mark.parametrize("name", VOXELS)
+def test_gradient_on_nasty_clouds(name, dtype, feature):
+    points, _ = clouds.nasty(name, 3, dtype)
+    features = attributes(len(points), channels=5, feature_type=dtype)["features"].round(1)  # with equal maxima
+    check_gradient(
+        points,
+        VOXELS[name][1],
+        features,
+        feature,
+        row_splits=clouds.splits([len(points) // 3, 0, -(-2 * len(points) // 3)]),
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_gradient_by_central_differences(feature):
+    points, features = clouds.uniform(300, dtype=np.float64)[0], attributes(300, feature_type=np.float64)["features"]
+
+    def fn(f):
+        return kp.grid_subsample(points, 0.2, features=f, feature=feature).features
+
+    pullback = kp.autodiff.vjp(fn, features)[1]
+    check_vjp(fn, pullback, (features,))
+    with pytest.raises(AssertionError, match="relative error"):
+        check_vjp(fn, lambda g: [1.001 * pullback(g)[0]], (features,))
+
+
+def test_gradient_through_a_convolution_after_it():
+    points, features = clouds.uniform(300, dtype=np.float64)[0], attributes(300, feature_type=np.float64)["features"]
+    weights = np.random.default_rng(2).normal(size=(5, 3, 4))
+
+    def fn(f, w):
+        sub = kp.grid_subsample(points, 0.2, features=f, feature="max")
+        nb = kp.radius_search(sub.points, None, 0.4)
+        return kp.kpconv(sub.points, None, nb, sub.features, w, kp.kernel_points(5, 0.2, dtype=np.float64), 0.2)
+
+    check_vjp(fn, kp.autodiff.vjp(fn, features, weights)[1], (features, weights))
+
+
+def test_only_the_features_of_a_traced_result_are_traced():
+    points = clouds.uniform(50)[0]
+    arrays = attributes(50)
+    plain = kp.grid_subsample(points, 0.2, **arrays)
+    traced = []
+
+    def fn(f):
+        traced.append(kp.grid_subsample(points, 0.2, features=f, labels=arrays["labels"]))
+        return traced[0].features
+
+    out, _ = kp.autodiff.vjp(fn, arrays["features"])
+    assert isinstance(traced[0], kp.Subsampled)
+    assert_same_bits(out, plain.features)
+    for name in ("points", "labels", "row_splits", "inverse", "counts"):
+        assert_same_bits(getattr(traced[0], name), getattr(plain, name))
+
+
+def test_gradients_of_nothing():
+    empty = np.empty((0, 3), np.float32)
+    for feature in FEATURES:
+        assert gradient(empty, 0.1, np.empty((0, 5)), np.empty((0, 5)), feature=feature).shape == (0, 5)
+        assert gradient(np.zeros((4, 3)), 0.1, np.empty((4, 0)), np.empty((1, 0)), feature=feature).shape == (4, 0)
+
+
+@pytest.mark.parametrize("argument", ["points", "voxel_size", "labels", "origin"])
+def test_what_has_no_gradient_says_so(argument):
+    arguments = {"points": np.zeros((2, 3)), "voxel_size": 1.0, "labels": np.zeros(2, int), "origin": np.zeros(3)}
+    with pytest.raises(TypeError, match=f"{argument}: grid_subsample cannot be differentiated in it, only in features"):
+        kp.autodiff.vjp(lambda x: kp.grid_subsample(**{**arguments, argument: x}).points, np.zeros((2, 3)))
+
+
 # ---- the same bits everywhere
 
 
 @both_dtypes
+@pytest.mark.parametrize(("position", "feature"), list(zip(POSITIONS, FEATURES, strict=True)))
 @pytest.mark.parametrize("name", ["uniform", "lattice", "one_voxel"])
-def test_same_bits_with_any_instructions_and_threads(name, dtype, isa, set_threads):
+def test_same_bits_with_any_instructions_and_threads(name, dtype, position, feature, isa, set_threads):
     points, voxel_size = {
         "uniform": (clouds.uniform(20_000, dtype=dtype)[0], 0.05),
         "lattice": (clouds.nasty("lattice_ties", dtype=dtype, num=8_000)[0], 0.3),
         "one_voxel": (clouds.uniform(20_000, dtype=dtype)[0], 2.0),
     }[name]
-    arrays = attributes(len(points))
+    arrays = attributes(len(points)) | {"position": position, "feature": feature}
     results = []
     for threads in (1, 2, 3):
         set_threads(threads)
         results.append(kp.grid_subsample(points, voxel_size, **arrays))
+        check_gradient(points, voxel_size, arrays["features"], feature)
     for other in results[1:]:
         for part in ("points", "features", "labels", "row_splits", "inverse", "counts"):
             assert_same_bits(getattr(other, part), getattr(results[0], part))
