@@ -28,6 +28,7 @@ from kpcore.config import __version__, get_num_threads, set_num_threads, show_co
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import Neighbors, lengths, radius_search, row_splits
+from kpcore.sampling import Sampled, farthest_point_sampling
 from kpcore.subsampling import Subsampled, grid_subsample
 
 
@@ -41,9 +42,11 @@ def __getattr__(name):
 
 __all__ = [
     "Neighbors",
+    "Sampled",
     "Subsampled",
     "__version__",
     "autodiff",
+    "farthest_point_sampling",
     "get_num_threads",
     "grid_subsample",
     "kernel_points",

@@ -27,6 +27,9 @@ def grid_subsample(
     ignore_label: int | None,
     threads: int,
 ) -> tuple[ndarray, ndarray | None, ndarray | None, ndarray, ndarray, ndarray]: ...
+def farthest_points(
+    points: ndarray, row_splits: ndarray, start: ndarray, out_row_splits: ndarray, buckets: bool, threads: int
+) -> ndarray: ...
 def kernel_points(num: int, dimension: int, fixed: int, seed: int, threads: int) -> ndarray: ...
 def kpconv(
     points: ndarray,

@@ -56,6 +56,11 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct Subsampled:
         Array points, features, labels, inverse, counts
 
+    cdef struct FarthestPoints:
+        Array points, row_splits, start, out_row_splits
+        bint buckets
+        int threads
+
     cdef struct Transpose:
         Array index, row_splits, distance, out_index, out_row_splits, out_distance
         int threads
@@ -83,6 +88,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
+        Status (*farthest_points)(const FarthestPoints&, int32_t*) noexcept nogil
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
@@ -232,6 +238,24 @@ def grid_subsample(points, features, labels, row_splits, double voxel_size, igno
         if plan != NULL:
             with nogil:
                 kernels().grid_subsample_free(plan)
+
+
+def farthest_points(points, row_splits, start, out_row_splits, bint buckets, int threads):
+    """(S,) of the stacked points"""
+    cdef FarthestPoints args
+    args.points = view(points)
+    args.row_splits = view(row_splits)
+    args.start = view(start)
+    args.out_row_splits = view(out_row_splits)
+    args.buckets = buckets
+    args.threads = threads
+    index = np.empty(out_row_splits[-1], np.int32)
+    cdef int32_t* to = <int32_t*>cnp.PyArray_DATA(index)
+    cdef Status status
+    with nogil:
+        status = kernels().farthest_points(args, to)
+    raise_for(status)
+    return index
 
 
 def kernel_points(int num, int dimension, int fixed, uint64_t seed, int threads):

@@ -40,6 +40,12 @@ struct Subsampled {
   Array points, features, labels, inverse, counts;
 };
 
+struct FarthestPoints {
+  Array points, row_splits, start, out_row_splits;
+  bool buckets;  // or scan; either chooses the same
+  int threads;
+};
+
 struct Transpose {
   Array index, row_splits, distance, out_index, out_row_splits, out_distance;
   int threads;
@@ -71,6 +77,7 @@ struct KPConv {
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \
   X(void, grid_subsample_free, (void* plan))                                                                         \
+  X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                                \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                               \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
