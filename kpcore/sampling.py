@@ -36,8 +36,8 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     start : int or (B,) int64
         The first point of each item, counted within it. Of no meaning where an item is empty.
     method : {None, "exact", "bucketed"}
-        How; the result is the same to the bit. "exact" computes all N distances for each chosen point. "bucketed" leaves
-        out the buckets of points that are too far away to change. None takes the faster one.
+        How; the result is the same to the bit. "exact" computes all N distances for each chosen point. "bucketed"
+        leaves out the buckets of points that are too far away to change. None takes the faster one.
 
     Returns
     -------

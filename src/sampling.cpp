@@ -282,7 +282,9 @@ class Buckets {
       int64_t to = first_[i] * block_points;
       for (int a = 0; a < dim(); ++a)
         range(x_[a].data(), begin_[i], begin_[i + 1], box + 2 * a * children, box + (2 * a + 1) * children);
+      // Where squares overflow, the first point may leave this as it is.
       box[2 * dim() * children] = T(INFINITY);
+      node_ids_[i] = ids_[begin_[i]];
       for (int64_t j = begin_[i]; j < begin_[i + 1]; ++j, ++to) {
         for (int a = 0; a < dim(); ++a) *points_.coordinate(to, a) = x_[a][j];
         points_.distance(to) = T(INFINITY);
@@ -306,6 +308,7 @@ class Buckets {
         for (int a = 0; a < dim(); ++a) box[2 * a * children] = T(INFINITY), box[(2 * a + 1) * children] = -T(INFINITY);
         box[2 * dim() * children] = -1;
       }
+      const int64_t before = n;
       n = full / children;
       for (int64_t i = 0; l + 1 < levels_ && i < n; ++i) {
         const T* const of = child(l, i * children);
@@ -317,6 +320,10 @@ class Buckets {
           box[row * children] = side;
         }
         box[2 * dim() * children] = T(INFINITY);
+        int32_t first = INT32_MAX;
+        for (int64_t c = i * children; c < smaller(before, (i + 1) * children); ++c)
+          first = smaller(first, node_ids_[level_[l] * children + c]);
+        node_ids_[level_[l + 1] * children + i] = first;
       }
     }
   }
