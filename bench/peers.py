@@ -105,6 +105,19 @@ SMALL_GICP = Peer("small_gicp", imports("small_gicp"), gicp, lambda cloud: np.as
 OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda cloud: cloud.point.positions.numpy())
 
 
+# Farthest point sampling: read() gives the index.
+
+
+def bucket_fps(points, num):
+    """bucket_fps_kdline_sampling at the height that is fastest for 100,000 points; it takes float32."""
+    import fpsample
+
+    return lambda: fpsample.bucket_fps_kdline_sampling(points, num, h=7, start_idx=0)
+
+
+FPSAMPLE = Peer("fpsample", imports("fpsample"), bucket_fps, np.asarray)
+
+
 # KPConv: read() gives the output, or (gradient of features, gradient of weights).
 
 

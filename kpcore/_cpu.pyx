@@ -30,6 +30,9 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     enum class Sort(int):
         pass
 
+    enum class Sampling(int):
+        pass
+
     enum class Influence(int):
         pass
 
@@ -58,7 +61,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct FarthestPoints:
         Array points, row_splits, start, out_row_splits
-        bint buckets
+        Sampling method
         int threads
 
     cdef struct Transpose:
@@ -240,14 +243,14 @@ def grid_subsample(points, features, labels, row_splits, double voxel_size, igno
                 kernels().grid_subsample_free(plan)
 
 
-def farthest_points(points, row_splits, start, out_row_splits, bint buckets, int threads):
+def farthest_points(points, row_splits, start, out_row_splits, int method, int threads):
     """(S,) of the stacked points"""
     cdef FarthestPoints args
     args.points = view(points)
     args.row_splits = view(row_splits)
     args.start = view(start)
     args.out_row_splits = view(out_row_splits)
-    args.buckets = buckets
+    args.method = <Sampling>method
     args.threads = threads
     index = np.empty(out_row_splits[-1], np.int32)
     cdef int32_t* to = <int32_t*>cnp.PyArray_DATA(index)

@@ -8,13 +8,11 @@ import numpy as np
 
 from kpcore import _array, _cpu, config
 
-METHODS = (None, "exact", "bucketed")
-
 
 class Sampled(NamedTuple):
     """What `farthest_point_sampling` returns, for S chosen points."""
 
-    index: np.ndarray  #: (S,) int32 of the stacked points, in the order of choice
+    index: np.ndarray  #: (S,) int32 among the stacked points, in the order of choice
     row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
 
 
@@ -54,7 +52,7 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     Notes
     -----
     The first k of n chosen points are the choice of k. The result is the same on every machine and with any number of
-    threads, of which there is work for one per batch item, or for several with "exact" and some 100 000 points.
+    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on.
 
     Examples
     --------
@@ -71,12 +69,11 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
     lengths = np.diff(row_splits)
     start = _starts(start, lengths)
-    _array.choice("method", method, METHODS)
+    method = _array.choice("method", method, (None, "exact", "bucketed"))
     out_row_splits = np.zeros_like(row_splits)
     np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
-    buckets = method == "bucketed"
     try:
-        index = _cpu.farthest_points(points, row_splits, start, out_row_splits, buckets, config.get_num_threads())
+        index = _cpu.farthest_points(points, row_splits, start, out_row_splits, method, config.get_num_threads())
     except _cpu.NotFinite:
         raise _array.not_finite(points=points) from None
     return Sampled(index, out_row_splits)

@@ -16,6 +16,7 @@ struct Array {
 
 enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
 enum class Sort : int { none, index, distance };
+enum class Sampling : int { fastest, exact, bucketed };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
@@ -42,7 +43,7 @@ struct Subsampled {
 
 struct FarthestPoints {
   Array points, row_splits, start, out_row_splits;
-  bool buckets;  // or scan; either chooses the same
+  Sampling method;
   int threads;
 };
 
