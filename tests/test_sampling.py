@@ -125,6 +125,9 @@ def test_ties_go_to_the_smallest_index(method):
 def test_no_point_is_chosen_twice(method):
     got = kp.farthest_point_sampling(np.full((300, 3), 0.1), 300, start=5, method=method).index
     assert got.tolist() == [5, *(i for i in range(300) if i != 5)]
+    row_splits = np.array([0, 100, 300])
+    got = kp.farthest_point_sampling(np.full((300, 3), 0.1), 50, row_splits=row_splits, start=5, method=method).index
+    assert got.tolist() == [5, *range(5), *range(6, 50), 105, *range(100, 105), *range(106, 150)]
 
 
 @both_methods
