@@ -20,9 +20,17 @@ SIZES = {
         "cloud": 1_000_000,
         "patch": 20_000,
         "pyramid": 100_000,
+        "sheet": 100_000,
         "growth": (10**4, 10**5, 10**6, 10**7),
     },
-    "quick": {"raw": 40_000, "cloud": 10_000, "patch": 2_000, "pyramid": 2_000, "growth": (10**3, 10**4)},
+    "quick": {
+        "raw": 40_000,
+        "cloud": 10_000,
+        "patch": 2_000,
+        "pyramid": 2_000,
+        "sheet": 10_000,
+        "growth": (10**3, 10**4),
+    },
 }
 
 # (case, what, order, against): target. Without a peer it is millions per second and core, or MiB; "xyz alone",
@@ -64,6 +72,7 @@ TARGETS = {
     ("grid_subsample", "xyz", "voxel", "Open3D tensor"): (">=", 15),
     ("grid_subsample", "xyz, 3 features, labels", "random", "xyz alone"): ("<=", 2.5),
     ("grid_subsample", "xyz, 3 features, labels", "voxel", "xyz alone"): ("<=", 2.5),
+    ("farthest_point_sampling", "1 of 24", "random", "fpsample"): (">=", 3),
     ("kpconv", "forward, C = 64", "voxel", "NumPy A @ W"): (">", 1),
     ("kpconv", "forward, C = 128", "voxel", "NumPy A @ W"): (">", 1),
     ("kpconv", "forward, C = 256", "voxel", "NumPy A @ W"): (">", 1),
@@ -94,6 +103,7 @@ TASKS = {
     "pyramid": [{"order": order} for order in ORDERS],
     "crowds": [{"cloud": cloud} for cloud in CROWDS],
     "grid_subsample": [{"order": order} for order in ORDERS],
+    "farthest_point_sampling": [{}],
     "kpconv": [
         *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
@@ -386,6 +396,23 @@ def grid_subsample(bench, order):
     gicp = {"points": raw64, "voxel": float(VOXEL), "threads": bench.threads}
     bench.against("xyz float64", xyz64, peers.SMALL_GICP, gicp, check, judged=bench.threads == 2)
     bench.against("xyz", xyz, peers.OPEN3D_VOXEL, {"points": raw, "voxel": float(VOXEL)}, check)
+
+
+def farthest_point_sampling(bench):
+    points = surface(bench.sizes["sheet"], seed=5)
+    num = len(points) * 4096 // 100_000
+    sample = partial(kp.farthest_point_sampling, points, num)
+    found = bench.first(sample).index
+    assert np.array_equal(found, sample(method="exact").index), "the two forms differ"
+
+    def check(theirs):
+        # Theirs starts at another point than it is told: at that place of its own order.
+        ours = sample(start=int(theirs[0])).index
+        assert np.array_equal(ours, theirs), f"{np.count_nonzero(ours != theirs)} of {num} points differ"
+
+    bench.label(order="random", size=f"{len(points):,}, {num:,} chosen")
+    bench.rate("1 of 24", sample, len(points), "M points/s per core")
+    bench.against("1 of 24", sample, peers.FPSAMPLE, {"points": points, "num": num}, check)
 
 
 def kpconv(bench, order, channels, coretype=None):

@@ -181,6 +181,19 @@ def open3d_pyramid(points, voxel, num_levels):
 OPEN3D_PYRAMID = Peer("Open3D ops", imports("open3d"), open3d_pyramid, lambda sizes: sizes)
 
 
+# Farthest point sampling: read() gives the index.
+
+
+def bucket_fps(points, num):
+    """bucket_fps_kdline_sampling at the height that is fastest for 100,000 points; it takes float32."""
+    import fpsample
+
+    return lambda: fpsample.bucket_fps_kdline_sampling(points, num, h=7, start_idx=0)
+
+
+FPSAMPLE = Peer("fpsample", imports("fpsample"), bucket_fps, np.asarray)
+
+
 # KPConv: read() gives the output, or (gradient of features, gradient of weights).
 
 

@@ -210,7 +210,7 @@ def machine():
     config = StringIO()
     with redirect_stdout(config):
         kp.show_config()
-    names = ("numpy", "scipy", "torch", "open3d", "open3d-cpu", "small_gicp", "threadpoolctl")
+    names = ("numpy", "scipy", "torch", "open3d", "open3d-cpu", "small_gicp", "fpsample", "threadpoolctl")
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git("rev-parse", "--short", "HEAD") + "-changed" * bool(git("status", "--porcelain", "-uno")),

@@ -36,6 +36,7 @@ from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
 from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
+from kpcore.sampling import Sampled, farthest_point_sampling
 from kpcore.subsampling import Subsampled, grid_subsample
 
 
@@ -53,11 +54,13 @@ __all__ = [
     "Level",
     "Neighbors",
     "Pyramid",
+    "Sampled",
     "Subsampled",
     "__version__",
     "autodiff",
     "build_pyramid",
     "calibrate_neighbor_limits",
+    "farthest_point_sampling",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",

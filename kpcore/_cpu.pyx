@@ -62,6 +62,9 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Ignore ignore
         int threads
 
+    enum class Sampling(int):
+        pass
+
     enum class Influence(int):
         pass
 
@@ -87,6 +90,11 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct GridSubsampleGrad:
         Array features, inverse, counts, nearest, grad_out
         VoxelFeature feature
+        int threads
+
+    cdef struct FarthestPoints:
+        Array points, row_splits, start, out_row_splits
+        Sampling method
         int threads
 
     cdef struct Transpose:
@@ -122,6 +130,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
         Status (*grid_subsample_grad)(const GridSubsampleGrad&, const Array&) noexcept nogil
+        Status (*farthest_points)(const FarthestPoints&, int32_t*) noexcept nogil
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
@@ -365,6 +374,24 @@ def grid_subsample_grad(features, inverse, counts, nearest, int feature, grad_ou
         status = kernels().grid_subsample_grad(args, to)
     raise_for(status)
     return grad_features
+
+
+def farthest_points(points, row_splits, start, out_row_splits, int method, int threads):
+    """(S,) of the stacked points"""
+    cdef FarthestPoints args
+    args.points = view(points)
+    args.row_splits = view(row_splits)
+    args.start = view(start)
+    args.out_row_splits = view(out_row_splits)
+    args.method = <Sampling>method
+    args.threads = threads
+    index = np.empty(out_row_splits[-1], np.int32)
+    cdef int32_t* to = <int32_t*>cnp.PyArray_DATA(index)
+    cdef Status status
+    with nogil:
+        status = kernels().farthest_points(args, to)
+    raise_for(status)
+    return index
 
 
 def kernel_points(int num, int dimension, int fixed, radii, uint64_t seed, int threads):

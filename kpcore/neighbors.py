@@ -416,9 +416,9 @@ class KDTree:
 class GridIndex(KDTree):
     """Points in cells, ready for searches with radii up to the cell, in two and three dimensions.
 
-    Faster than a `KDTree` for queries as dense as the points. For a radius larger than the cell a grid of its own is made
-    each time, which is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree made
-    when first asked for.
+    Faster than a `KDTree` for queries as dense as the points. For a radius larger than the cell a grid of its own is
+    made each time, which is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree
+    made when first asked for.
 
     Parameters
     ----------

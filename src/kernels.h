@@ -18,6 +18,7 @@ enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
 enum class VoxelPoint : int { barycenter, center, nearest };
 enum class VoxelFeature : int { mean, max, nearest };
 enum class Sort : int { none, index, distance };
+enum class Sampling : int { fastest, exact, bucketed };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
@@ -72,6 +73,12 @@ struct GridSubsampleGrad {
   int threads;
 };
 
+struct FarthestPoints {
+  Array points, row_splits, start, out_row_splits;
+  Sampling method;
+  int threads;
+};
+
 struct Transpose {
   Array index, row_splits, distance, out_index, out_row_splits, out_distance;
   int threads;
@@ -110,6 +117,7 @@ struct KPConv {
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
   X(void, grid_subsample_free, (void* plan))                                                                   \
   X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
+  X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                          \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \

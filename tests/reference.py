@@ -225,6 +225,29 @@ def grid_subsample_vjp(expected, grad, feature):
     return out
 
 
+# ---- sampling
+
+
+def farthest_points(points, num, row_splits=None, start=0):
+    """-> (index, row_splits): greedily the farthest point not yet chosen, the smallest index of equals.
+
+    All in the dtype of the points: which is farthest is a decision.
+    """
+    row_splits = splits_or_whole(row_splits, len(points))
+    starts = np.broadcast_to(start, len(row_splits) - 1)
+    index, out_splits = [], [0]
+    for (first, last), chosen in zip(itertools.pairwise(row_splits), starts, strict=True):
+        item = points[first:last]
+        distance = np.full(len(item), np.inf, points.dtype)
+        for _ in range(min(num, len(item))):
+            index.append(first + chosen)
+            distance = np.minimum(distance, squared_distances(item, item[chosen : chosen + 1])[0])
+            distance[chosen] = -1  # below every distance for good
+            chosen = distance.argmax()
+        out_splits.append(len(index))
+    return np.array(index, int), np.array(out_splits)
+
+
 # ---- KPConv
 
 

@@ -1,0 +1,92 @@
+"""Farthest point sampling: a given number of points, spread as far apart as a greedy choice gets them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kpcore import _array, _cpu, config
+
+
+class Sampled(NamedTuple):
+    """What `farthest_point_sampling` returns, for S chosen points."""
+
+    index: np.ndarray  #: (S,) int32 among the stacked points, in the order of choice
+    row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
+
+
+def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=None):
+    """Choose points that are far from each other.
+
+    An item's first point is `start`; each next one is the point farthest from those chosen so far, the smallest index
+    of equally far ones. The distance of a point is the smallest of its squared distances to the chosen ones, in the
+    dtype of the points. No point is chosen twice, though one equal to it may be: where the points of an item are fewer
+    than `num`, all of them are returned.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    num : int
+        Points to choose of each batch item, at least 1.
+    row_splits : (B + 1,) int64, optional
+        Bounds of batch items.
+    start : int or (B,) int64
+        The first point of each item, counted within it. Of no meaning where an item is empty.
+    method : {None, "exact", "bucketed"}
+        How; the result is the same to the bit. "exact" computes all N distances for each chosen point. "bucketed"
+        leaves out the buckets of points that are too far away to change. None takes the faster one.
+
+    Returns
+    -------
+    Sampled
+        ``points[index]`` are the chosen points.
+
+    Raises
+    ------
+    ValueError
+        For coordinates that are NaN or infinite, for a `start` outside its item, or for shapes that do not agree.
+    TypeError
+        For other dtypes.
+
+    Notes
+    -----
+    The first k of n chosen points are the choice of k. The result is the same on every machine and with any number of
+    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.array([[0.0, 0], [1, 0], [9, 0], [10, 0], [4, 0]])
+    >>> index, row_splits = kp.farthest_point_sampling(points, 3)
+    >>> index
+    array([0, 3, 4], dtype=int32)
+    >>> kp.farthest_point_sampling(points, 2, row_splits=np.array([0, 2, 5])).index
+    array([0, 1, 2, 4], dtype=int32)
+    """
+    points = _array.points_array("points", points, {}, dimensions=range(1, 17))
+    num = _array.integer("num", num, 1)
+    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
+    lengths = np.diff(row_splits)
+    start = _starts(start, lengths)
+    method = _array.choice("method", method, (None, "exact", "bucketed"))
+    out_row_splits = np.zeros_like(row_splits)
+    np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
+    try:
+        index = _cpu.farthest_points(points, row_splits, start, out_row_splits, method, config.get_num_threads())
+    except _cpu.NotFinite:
+        raise _array.not_finite(points=points) from None
+    return Sampled(index, out_row_splits)
+
+
+def _starts(start, lengths):
+    """(B,) int64, each within its item."""
+    if isinstance(start, np.ndarray):
+        start = _array.array("start", start, "B", _array.SPLITS, {"B": (len(lengths), "row_splits")})
+    else:
+        start = np.full(len(lengths), _array.integer("start", start, 0, _array.MAX_POINTS))
+    wrong = (lengths > 0) & ((start < 0) | (start >= lengths))
+    if wrong.any():
+        item = int(np.argmax(wrong))
+        raise ValueError(f"start: expected 0 to {lengths[item] - 1} in item {item}, got {start[item]}")
+    return start
