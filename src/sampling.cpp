@@ -23,9 +23,10 @@ namespace {
 constexpr int64_t bucket_points = 96;  // at most; of 32, 48, 64, 96 and 128 the fastest
 
 bool all_finite(const void* data, int64_t n, DType dtype, int threads) {
+  threads = useful_threads(threads, n, 1 << 16);
   const auto scan = [=](auto* values) {
     bool finite = true;
-#pragma omp parallel num_threads(useful_threads(threads, n, 1 << 16)) reduction(&& : finite)
+#pragma omp parallel num_threads(threads) reduction(&& : finite)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
       std::remove_const_t<std::remove_pointer_t<decltype(values)>> bad = 0;
