@@ -325,7 +325,7 @@ def test_the_centre_is_not_rounded_before_the_nearest_point_is_found(order):
     assert_same_bits(got.points, points[:1])
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_first_of_equally_near_points(order):
     points = np.array([[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]])[list(order)]
     features = np.arange(4.0)[:, None]
