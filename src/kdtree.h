@@ -384,7 +384,7 @@ class TreeWalker {
     }
     const uint64_t key = queries_->keys[i];
     leaf_ = int64_t(key & ((uint64_t(1) << leaf_bits_) - 1));
-    // A query outside its leaf's box may be far from all others: it searches alone.
+    // A query far from its leaf's box may be far from all others: it searches alone.
     const int64_t last = smaller(end, i + leaf_size);
     if (!inside(i)) return i + 1;
     while (++i < last && queries_->keys[i] == key && inside(i)) {
@@ -441,12 +441,15 @@ class TreeWalker {
     }
     return first;
   }
+  // Whether a query is in the box of its leaf or beside it, by no more than the box is wide.
   bool inside(int64_t query) const {
     if (!tree_.num_leaves) return false;
     const T *const low = tree_.low(tree_.leaves[leaf_]), *const high = tree_.high(tree_.leaves[leaf_]);
+    T margin = 0;
+    for (int a = 0; a < tree_.dimension(); ++a) margin = larger(margin, high[a] - low[a]);
     for (int a = 0; a < tree_.dimension(); ++a) {
       const T x = queries_->points.x[a][query];
-      if (x < low[a] || x > high[a]) return false;
+      if (x < low[a] - margin || x > high[a] + margin) return false;
     }
     return true;
   }
