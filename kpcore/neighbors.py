@@ -358,8 +358,8 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
 class KDTree:
     """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
 
-    Holds a copy of the points; may be searched from many threads at once. What it finds is what `radius_search` and
-    `knn_search` find, to the bit.
+    Holds a copy of the points; may be searched from many threads at once, and pickled, which makes it anew. What it
+    finds is what `radius_search` and `knn_search` find, to the bit.
 
     Parameters
     ----------
@@ -388,6 +388,9 @@ class KDTree:
 
     def __repr__(self):
         return f"{type(self).__name__}({len(self._points)} points, {self._points.shape[1]} dimensions)"
+
+    def __reduce__(self):
+        return _rebuilt, (type(self), self._points, self._row_splits, self._cell)
 
     def _with(self, queries, queries_row_splits):
         splits = self._row_splits if queries is None or queries_row_splits is not None else None
@@ -448,6 +451,10 @@ class GridIndex(KDTree):
         if self._tree is None:
             self._tree = KDTree(self._points, row_splits=self._row_splits)
         return self._tree.knn_search(queries, k, **options)
+
+
+def _rebuilt(cls, points, row_splits, cell):
+    return cls(points, row_splits=row_splits) if cell is None else cls(points, cell, row_splits=row_splits)
 
 
 class _Cloud:

@@ -12,8 +12,6 @@
 namespace kp {
 namespace {
 
-constexpr int max_dimension = 16;
-
 // Coordinates an axis at a time, and whose they are. DIM is the dimension, or 0 where it is known only at run time.
 template <class T, int DIM>
 struct Sorted {

@@ -17,7 +17,7 @@ constexpr int max_cell_bits = 21;  // cells per axis; a box wider than 2^21 radi
 // rows beside a row have the keys beside its key.
 template <class T, int D>
 struct Lattice {
-  double low[D], side[D];
+  double low[D], per_cell[D];  // cell number = (p - low) * per_cell
   int64_t cells[D];
   int shift[D], item_shift, bits;
 
@@ -25,7 +25,7 @@ struct Lattice {
     uint64_t key = uint64_t(item) << item_shift;
     for (int a = 0; a < D; ++a) {
       // Queries may lie anywhere; beyond the first empty cell they all see nothing.
-      double c = (double(p[a]) - low[a]) * (1 / side[a]);
+      double c = (double(p[a]) - low[a]) * per_cell[a];
       c = smaller(larger(floor(c), -1.0), double(cells[a]));
       key |= uint64_t(int64_t(c) + 1) << shift[a];
     }
@@ -48,8 +48,8 @@ Lattice<T, D> make_lattice(const double* low, const double* high, double cell, i
     const double extent = smaller(high[a] - low[a], 1e308);  // the difference of two finite numbers may be infinite
     lattice.low[a] = low[a];
     // A little wider than asked: the test rounds (relative 4e-7 in float32), and may see pairs just beyond the radius.
-    lattice.side[a] = larger(cell * (1 + 1e-5), extent * (1 + 1e-9) / widest);
-    lattice.cells[a] = int64_t(extent * (1 / lattice.side[a])) + 1;
+    lattice.per_cell[a] = 1 / larger(cell * (1 + 1e-5), extent * (1 + 1e-9) / widest);
+    lattice.cells[a] = int64_t(extent * lattice.per_cell[a]) + 1;
     lattice.shift[a] = shift;
     shift += bits_for(uint64_t(lattice.cells[a]) + 1);
   }

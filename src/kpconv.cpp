@@ -25,7 +25,6 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-constexpr int max_dimension = 16;
 constexpr int64_t chunk = 128;            // neighbours looked at together
 constexpr int64_t batch = 256;            // pairs after which their rows are summed
 constexpr int64_t most_rows = 120;        // queries in a tile

@@ -7,6 +7,8 @@
 namespace kp {
 namespace {
 
+constexpr int max_dimension = 16;
+
 template <class V>
 KP_HD V squared_distance(const V* d, int dimension) {
   V sum = d[0] * d[0];

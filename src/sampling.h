@@ -11,7 +11,7 @@
 namespace kp {
 namespace {
 
-constexpr int block_points = 16, max_dimension = 16;
+constexpr int block_points = 16;
 
 template <class T, int H = lanes<T> / 2>
 KP_INLINE T largest_lane(Vec<T> v) {

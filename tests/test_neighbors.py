@@ -342,6 +342,17 @@ def test_an_index_serves_any_radius_and_keeps_its_own_points():
     assert_rows(grid.knn_search(None, 6), reference.knn_search(points, None, 6)[0])
 
 
+@pytest.mark.parametrize("splits", [None, np.array([0, 30, 200])])
+@pytest.mark.parametrize("make", [kp.KDTree, lambda points, **o: kp.GridIndex(points, 0.3, **o)])
+def test_an_index_goes_through_pickle(make, splits):
+    points, _ = clouds.uniform(200)
+    index = make(points, row_splits=splits)
+    copy = pickle.loads(pickle.dumps(index))
+    assert type(copy) is type(index)
+    assert_same_bits(copy.radius_search(None, 0.3).index, index.radius_search(None, 0.3).index)
+    assert_same_bits(copy.knn_search(None, 3).index, index.knn_search(None, 3).index)
+
+
 def test_an_index_serves_many_threads_at_once():
     points, radius = clouds.uniform(3000)
     tree, grid = kp.KDTree(points), kp.GridIndex(points, radius)
