@@ -7,9 +7,29 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace kp {
 namespace {
+
+// Whether no value is NaN or infinite. It reads memory once: below 2 MB a second thread costs more than it saves.
+template <class T>
+bool all_finite(const T* values, int64_t n, int threads) {
+  threads = useful_threads(threads, n, (1 << 21) / int64_t(sizeof(T)));
+  bool finite = true;
+#pragma omp parallel num_threads(threads) reduction(&& : finite)
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    Vec<T> sums = {};  // 0, or NaN where x is infinite or NaN
+    int64_t i = share.begin;
+    for (; i + lanes<T> <= share.end; i += lanes<T>) sums += load(values + i) - load(values + i);
+    T bad = 0;
+    for (int l = 0; l < lanes<T>; ++l) bad += sums[l];
+    for (; i < share.end; ++i) bad += values[i] - values[i];
+    finite = bad == 0;
+  }
+  return finite;
+}
 
 // False: some coordinate is NaN or infinite. Of no points the box is (inf, -inf).
 template <class T, int D>

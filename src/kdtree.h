@@ -13,6 +13,7 @@
 #pragma once
 
 #include "candidates.h"
+#include "geometry.h"
 
 namespace kp {
 namespace {
@@ -81,21 +82,12 @@ struct Tree {
       return Status::out_of_memory;
     if (!sorted.resize(n, D) || !roots.resize(head.items + 1)) return Status::out_of_memory;
     const int threads = useful_threads(args.threads, n, 1 << 14);
-    bool finite = true;
-#pragma omp parallel num_threads(threads) reduction(&& : finite)
-    {
-      const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      T bad = 0;
-      for (int64_t i = share.begin; i < share.end; ++i) {
-        for (int a = 0; a < D; ++a) {
-          records[i].x[a] = points[i * D + a];
-          bad += points[i * D + a] - points[i * D + a];
-        }
-        records[i].id = int32_t(i);
-      }
-      finite = bad == 0;
+    if (!all_finite(points, n * D, threads)) return Status::not_finite;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+      for (int a = 0; a < D; ++a) records[i].x[a] = points[i * D + a];
+      records[i].id = int32_t(i);
     }
-    if (!finite) return Status::not_finite;
 #pragma omp parallel num_threads(threads)
 #pragma omp single
     for (int64_t b = 0; b < head.items; ++b)
@@ -338,24 +330,19 @@ struct InLeaves {
     const int D = tree.dimension();
     if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
     threads = useful_threads(threads, n, 1 << 11);
-    bool finite = true;
     const int leaf_bits = bits_for(uint64_t(tree.num_leaves) + 1);
-#pragma omp parallel num_threads(threads) reduction(&& : finite)
+#pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
       int64_t item = 0;
-      T bad = 0;
       for (int64_t i = share.begin; i < share.end; ++i) {
         while (item + 1 < tree.head.items && i >= row_splits[item + 1]) ++item;
         const T* const q = queries + i * D;
-        for (int a = 0; a < D; ++a) bad += q[a] - q[a];
         const bool empty = tree.roots[item] == tree.roots[item + 1];
         keys[i] = uint64_t(item) << leaf_bits | uint64_t(empty ? 0 : tree.leaf_of(item, q));
         points.ids[i] = int32_t(i);
       }
-      finite = bad == 0;
     }
-    if (!finite) return Status::not_finite;
     const int bits = leaf_bits + bits_for(uint64_t(tree.head.items));
     if (Status status = radix_sort(keys, points.ids, n, bits, threads); status != Status::ok) return status;
 #pragma omp parallel for num_threads(threads)

@@ -31,10 +31,7 @@ struct GridKind {
 
   static const Sorted<T, D>& points(const Built& index) { return index.own.points; }
   static Status place(const Built& index, const Search& search, Placed& queries) {
-    double low[D], high[D];
-    const auto* coordinates = static_cast<const T*>(search.queries.data);
-    if (!bounding_box<T, D>(coordinates, search.queries.rows, search.threads, low, high)) return Status::not_finite;
-    return index.head.num_points ? index.place(search, queries) : Status::ok;
+    return index.place(search, queries);
   }
   static Walker walker(const Built& index, const Placed* queries, const Search&) {
     return Walker(index, queries ? *queries : index.own);
@@ -121,14 +118,16 @@ struct Plan {
   }
   Limits<T> limits() const { return {static_cast<const T*>(search.radii.data), T(search.radius), search.metric}; }
 
-  // False: nothing can be found.
+  // Checks and places the queries; `any`: whether there is something to find.
   Status prepare(const Search& given, bool& any) {
     search = given;
     const Index& head = index().head;
     num_queries = search.queries.data ? search.queries.rows : head.num_points;
-    const Status status = search.queries.data ? Kind::place(index(), search, placed) : Status::ok;
     any = head.num_points && num_queries;
-    return status;
+    if (!search.queries.data) return Status::ok;
+    const auto* coordinates = static_cast<const T*>(search.queries.data);
+    if (!all_finite(coordinates, num_queries * head.dimension, search.threads)) return Status::not_finite;
+    return any ? Kind::place(index(), search, placed) : Status::ok;
   }
 };
 

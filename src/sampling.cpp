@@ -12,6 +12,7 @@
 
 #include <math.h>
 
+#include "geometry.h"
 #include "parallel.h"
 
 namespace kp {
@@ -19,18 +20,6 @@ namespace KP_ISA {
 namespace {
 
 constexpr int64_t bucket_points = 96;  // at most; of 32, 48, 64, 96 and 128 the fastest
-
-// On one thread: it reads memory once, and waiting for a second thread would cost more than it saves of the whole.
-template <class T>
-bool all_finite(const T* values, int64_t n) {
-  Vec<T> sums = {};  // 0, or NaN where x is infinite or NaN
-  int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) sums += load(values + i) - load(values + i);
-  T bad = 0;
-  for (int l = 0; l < lanes<T>; ++l) bad += sums[l];
-  for (; i < n; ++i) bad += values[i] - values[i];
-  return bad == 0;
-}
 
 // Where a batch item's points are and where its choice goes.
 template <class T>
@@ -423,7 +412,8 @@ Status farthest_points(const FarthestPoints& args, int32_t* index) {
   const Array& points = args.points;
   const auto of_dimension = [&](auto t) {
     using T = decltype(t);
-    if (!all_finite(static_cast<const T*>(points.data), points.rows * points.cols)) return Status::not_finite;
+    if (!all_finite(static_cast<const T*>(points.data), points.rows * points.cols, args.threads))
+      return Status::not_finite;
     if (points.cols == 2) return sample<T, 2>(args, index);
     return points.cols == 3 ? sample<T, 3>(args, index) : sample<T, 0>(args, index);
   };
