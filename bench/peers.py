@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections import namedtuple
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -147,10 +148,11 @@ OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda clo
 # The pyramid: read() gives the number of points of each level and of pairs of each list.
 
 
-def open3d_pyramid(points, voxel, num_levels):
-    """The published pipeline's steps by Open3D's ops: voxels, neighbours, pools, and the nearest coarse point.
+def open3d_pyramid(points, voxel, num_levels, published):
+    """Voxels, neighbours, pools, and the nearest coarse point by Open3D's ops; every list starts with a new tree.
 
-    As there, every list starts with a new tree.
+    As published, rows are sorted by distance, and the nearest coarse point is the first of all those within twice the
+    radius. Otherwise nothing is sorted, and one nearest point is looked for.
     """
     import open3d.core as o3c
     from open3d.t.geometry import PointCloud
@@ -158,7 +160,15 @@ def open3d_pyramid(points, voxel, num_levels):
     def search(cloud, queries, radius):
         nns = o3c.nns.NearestNeighborSearch(cloud, o3c.int32)
         nns.fixed_radius_index(radius)
-        return nns.fixed_radius_search(queries, radius, sort=False)
+        return nns.fixed_radius_search(queries, radius, sort=published)
+
+    def nearest(cloud, queries, radius):
+        if published:
+            index, _, starts = search(cloud, queries, 2 * radius)
+            return index[starts[:-1]]
+        nns = o3c.nns.NearestNeighborSearch(cloud, o3c.int32)
+        nns.knn_index()
+        return nns.knn_search(queries, 1)[0]
 
     def run():
         cloud, sizes = PointCloud(o3c.Tensor.from_numpy(points)), []
@@ -169,16 +179,17 @@ def open3d_pyramid(points, voxel, num_levels):
             if level + 1 < num_levels:
                 coarse = cloud.voxel_down_sample(2 * size)
                 sizes[-1].append(len(search(positions, coarse.point.positions, radius)[0]))
-                nearest = o3c.nns.NearestNeighborSearch(coarse.point.positions, o3c.int32)
-                nearest.knn_index()
-                nearest.knn_search(positions, 1)
+                nearest(coarse.point.positions, positions, radius)
                 cloud = coarse
         return sizes
 
     return run
 
 
-OPEN3D_PYRAMID = Peer("Open3D ops", imports("open3d"), open3d_pyramid, lambda sizes: sizes)
+PUBLISHED_PYRAMID, OPEN3D_PYRAMID = (
+    Peer(name, imports("open3d"), partial(open3d_pyramid, published=published), lambda sizes: sizes)
+    for name, published in (("published steps, Open3D ops", True), ("least steps, Open3D ops", False))
+)
 
 
 # Farthest point sampling: read() gives the index.

@@ -452,6 +452,26 @@ class GridIndex(KDTree):
             self._tree = KDTree(self._points, row_splits=self._row_splits)
         return self._tree.knn_search(queries, k, **options)
 
+    def _search_with(self, others, others_row_splits, radius, max_neighbors):
+        """The lists of the points themselves and of other queries, as `radius_search` makes them one after the other.
+
+        From one search, which gathers and sorts what is near a cell once for both: two thirds of the time.
+        """
+        cloud = self._with(others, others_row_splits)
+        num_points = len(self._points)
+        cloud.queries = np.concatenate([self._points, cloud.queries])
+        cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
+        cloud.num_queries = len(cloud.queries)
+        both = _radius_search(
+            self._index, cloud, cloud.radius(radius), "l2", False, max_neighbors, "index", False, False
+        )
+        splits = both.row_splits
+        own = splits[num_points]
+        return (
+            Neighbors._trusted(both.index[:own], splits[: num_points + 1], num_points),
+            Neighbors._trusted(both.index[own:], splits[num_points:] - own, num_points),
+        )
+
 
 def _rebuilt(cls, points, row_splits, cell):
     return cls(points, row_splits=row_splits) if cell is None else cls(points, cell, row_splits=row_splits)

@@ -100,13 +100,14 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
         points, features, labels, row_splits = current
         voxel = voxel_size * 2**number
         index = GridIndex(points, radius, row_splits=row_splits)
-        lists = [index.radius_search(None, radius, max_neighbors=limit), None, None]
         if number + 1 < num_levels:
             current = grid_subsample(points, 2 * voxel, features=features, labels=labels, row_splits=row_splits)[:4]
             coarse, _, _, splits = current
-            lists[1] = index.radius_search(coarse, radius, queries_row_splits=splits, max_neighbors=limit)
-            lists[2] = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
-        levels.append(Level(points, row_splits, features, labels, voxel, radius, *lists))
+            neighbors, pools = index._search_with(coarse, splits, radius, limit)
+            upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
+        else:
+            neighbors, pools, upsamples = index.radius_search(None, radius, max_neighbors=limit), None, None
+        levels.append(Level(points, row_splits, features, labels, voxel, radius, neighbors, pools, upsamples))
     return Pyramid(levels)
 
 

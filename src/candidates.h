@@ -32,6 +32,27 @@ struct Run {
   int64_t begin, end;
 };
 
+// The batch item of every row, asked for in rising order. Queries may be several sets, one after the other, each of
+// all items.
+class Items {
+ public:
+  Items(const Array& row_splits, int64_t items)
+      : splits_(static_cast<const int64_t*>(row_splits.data)), last_(row_splits.rows - 1), items_(items) {}
+
+  int64_t of(int64_t row) {
+    while (next_ < last_ && row >= splits_[next_]) {
+      ++next_;
+      item_ = item_ + 1 == items_ ? 0 : item_ + 1;
+    }
+    return item_;
+  }
+
+ private:
+  const int64_t* const splits_;
+  const int64_t last_, items_;
+  int64_t next_ = 1, item_ = 0;
+};
+
 // Which of the points near a group of queries are the neighbours of one of them.
 template <class T, int DIM>
 class Candidates {
@@ -80,6 +101,11 @@ class Candidates {
     return with_test([&](auto test) { return test_all<true, with_measures>(test, q, id, limit, ids, measures); });
   }
 
+  // The measure of the candidate nearest to q, infinity where there is none.
+  T smallest(const T* q, int32_t id) const {
+    return with_test([&](auto test) { return smallest_of(test, q, id); });
+  }
+
  private:
   KP_INLINE int dimension() const { return DIM ? DIM : dimension_; }
 
@@ -87,13 +113,13 @@ class Candidates {
   template <Metric metric, bool ignoring>
   struct Test {};
   template <bool ignoring, class Call>
-  KP_INLINE int64_t with_metric(Call call) const {
+  KP_INLINE auto with_metric(Call call) const {
     if (metric_ == Metric::l2) return call(Test<Metric::l2, ignoring>());
     if (metric_ == Metric::l1) return call(Test<Metric::l1, ignoring>());
     return call(Test<Metric::linf, ignoring>());
   }
   template <class Call>
-  KP_INLINE int64_t with_test(Call call) const {
+  KP_INLINE auto with_test(Call call) const {
     return ignore_ == Ignore::none ? with_metric<false>(call) : with_metric<true>(call);
   }
 
@@ -116,6 +142,27 @@ class Candidates {
         n += popcount(mask);
     }
     return n;
+  }
+
+  template <Metric metric, bool ignoring>
+  KP_INLINE T smallest_of(Test<metric, ignoring>, const T* q, int32_t id) const {
+    Vec<T> query[stored];
+    for (int a = 0; a < dimension(); ++a) query[a] = broadcast(q[a]);
+    Vec<T> smallest = broadcast(T(INFINITY));
+    for (int64_t i = 0; i < count_; i += lanes<T>) {
+      Vec<T> d[stored];
+      for (int a = 0; a < dimension(); ++a) d[a] = load(&x_[a][i]) - query[a];
+      Vec<T> measured = measure<metric>(d, dimension());
+      if (ignoring) {
+        const unsigned mask = ignored(q, id, i);
+        for (int l = 0; mask && l < lanes<T>; ++l)
+          if (mask >> l & 1) measured[l] = T(INFINITY);
+      }
+      smallest = min(measured, smallest);  // of the NaN after the last candidate the second
+    }
+    for (int l = lanes<T> / 2; l; l /= 2)
+      for (int i = 0; i < l; ++i) smallest[i] = smaller(smallest[i], smallest[i + l]);
+    return smallest[0];
   }
 
   // The lanes of the query itself: the point of its index, or all points of its very coordinates.
@@ -202,6 +249,16 @@ struct RowScratch {
   void sort_by_distance(int64_t n) { take<0>(sorted<0>(n, nearer), n); }
   void sort_by_index(int64_t n) {
     take<32>(sorted<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; }), n);
+  }
+  // Puts the nearest of n > 0 first, over what is there.
+  void put_nearest_first(int64_t n) {
+    Near first = {measures[0], ids[0]};
+    for (int64_t i = 1; i < n; ++i) {
+      const Near one = {measures[i], ids[i]};
+      if (nearer(one, first)) first = one;
+    }
+    measures[0] = first.measure;
+    ids[0] = first.id;
   }
   // Keeps the n nearest of `found`, in the order in which they are.
   void keep_nearest(int64_t found, int64_t n) {

@@ -64,18 +64,16 @@ struct InCells {
   Sorted<T, D> points;
   Buffer<uint64_t> keys;
 
-  Status sort(const Lattice<T, D>& lattice, const T* coordinates, const int64_t* row_splits, int64_t items, int64_t n,
-              int threads) {
+  Status sort(const Lattice<T, D>& lattice, const T* coordinates, int64_t n, const Items& items, int threads) {
     if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
     Buffer<int32_t>& ids = points.ids;
     threads = useful_threads(threads, n, 1 << 13);
 #pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      int64_t item = 0;
+      Items item = items;
       for (int64_t i = share.begin; i < share.end; ++i) {
-        while (item + 1 < items && i >= row_splits[item + 1]) ++item;
-        keys[i] = lattice.key(item, coordinates + i * D);
+        keys[i] = lattice.key(item.of(i), coordinates + i * D);
         ids[i] = int32_t(i);
       }
     }
@@ -183,13 +181,12 @@ struct Grid {
 
   Status build(const IndexPoints& args) {
     const auto* points = static_cast<const T*>(args.points.data);
-    const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
     const int64_t n = args.points.rows;
     double low[D], high[D];
     if (!bounding_box<T, D>(points, n, args.threads, low, high)) return Status::not_finite;
     if (!n) return Status::ok;
     lattice = make_lattice<T, D>(low, high, args.cell, head.items);
-    const Status status = own.sort(lattice, points, splits, head.items, n, args.threads);
+    const Status status = own.sort(lattice, points, n, Items(args.row_splits, head.items), args.threads);
     return status == Status::ok ? directory.build(own.keys.data(), n, lattice.shift[1], args.threads) : status;
   }
   // Points in the cell of a point, on average.
@@ -202,9 +199,8 @@ struct Grid {
     return head.num_points ? sum / double(head.num_points) : 0;
   }
   Status place(const Search& search, InCells<T, D>& queries) const {
-    const auto* splits = static_cast<const int64_t*>(search.queries_row_splits.data);
-    return queries.sort(lattice, static_cast<const T*>(search.queries.data), splits, head.items, search.queries.rows,
-                        search.threads);
+    return queries.sort(lattice, static_cast<const T*>(search.queries.data), search.queries.rows,
+                        Items(search.queries_row_splits, head.items), search.threads);
   }
   const Sorted<T, D>& points() const { return own.points; }
 };

@@ -54,8 +54,8 @@ struct Tree {
   struct Node {
     uint32_t begin, end;  // its points
     uint32_t next;        // the node after its subtree; a leaf's is the very next one
-    int32_t axis;
-    T split;  // the second child has the points from here on (some equal ones may be in the first)
+    int32_t axis;         // of a leaf: which of `leaves` it is
+    T split;              // the second child has the points from here on (some equal ones may be in the first)
   };
 
   Index head;
@@ -139,8 +139,11 @@ struct Tree {
   // The leaf of an item where a point would be, as a position in `leaves`.
   int64_t leaf_of(int64_t item, const T* q) const {
     uint32_t i = roots[item];
-    while (nodes[i].next != i + 1) i = q[nodes[i].axis] < nodes[i].split ? i + 1 : nodes[i + 1].next;
-    return leaf_at(nodes[i].begin);
+    while (nodes[i].next != i + 1) {
+      const uint32_t children[] = {i + 1, nodes[i + 1].next};
+      i = children[q[nodes[i].axis] >= nodes[i].split];  // no branch: it would be at random
+    }
+    return nodes[i].axis;
   }
   int64_t leaf_at(int64_t position) const {
     int64_t first = 0, last = num_leaves;
@@ -313,6 +316,7 @@ struct Tree {
       place(branch + 1);
       place(branch + branch->second);
     } else {
+      nodes[i].axis = int32_t(num_leaves);
       leaves[num_leaves] = uint32_t(i);
       starts[num_leaves++] = uint32_t(branch->begin);
     }
@@ -326,18 +330,17 @@ struct InLeaves {
   Sorted<T, DIM> points;
   Buffer<uint64_t> keys;  // item, leaf
 
-  Status sort(const Tree<T, DIM>& tree, const T* queries, const int64_t* row_splits, int64_t n, int threads) {
-    const int D = tree.dimension();
-    if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
+  Status sort(const Tree<T, DIM>& tree, const T* queries, int64_t n, const Items& items, int threads) {
+    if (!keys.resize(n) || !points.resize(n, tree.dimension())) return Status::out_of_memory;
     threads = useful_threads(threads, n, 1 << 11);
     const int leaf_bits = bits_for(uint64_t(tree.num_leaves) + 1);
 #pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      int64_t item = 0;
+      Items item_of = items;
       for (int64_t i = share.begin; i < share.end; ++i) {
-        while (item + 1 < tree.head.items && i >= row_splits[item + 1]) ++item;
-        const T* const q = queries + i * D;
+        const int64_t item = item_of.of(i);
+        const T* const q = queries + i * tree.dimension();
         const bool empty = tree.roots[item] == tree.roots[item + 1];
         keys[i] = uint64_t(item) << leaf_bits | uint64_t(empty ? 0 : tree.leaf_of(item, q));
         points.ids[i] = int32_t(i);
@@ -347,7 +350,8 @@ struct InLeaves {
     if (Status status = radix_sort(keys, points.ids, n, bits, threads); status != Status::ok) return status;
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; ++i)
-      for (int a = 0; a < D; ++a) points.x[a][i] = queries[int64_t(points.ids[i]) * D + a];
+      for (int a = 0; a < tree.dimension(); ++a)
+        points.x[a][i] = queries[int64_t(points.ids[i]) * tree.dimension() + a];
     return Status::ok;
   }
 };

@@ -42,7 +42,7 @@ struct IndexPoints {
 enum class Ignore : int { none, equal, index };
 struct Search {
   const void* index;
-  Array queries, queries_row_splits;  // no queries: the points themselves
+  Array queries, queries_row_splits;  // no queries: the points themselves; or several sets of all items
   Array radii;                        // one for each query, or none
   double radius;                      // for all queries
   int64_t most;                       // neighbours of a query, the nearest; < 0: no limit

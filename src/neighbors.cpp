@@ -48,8 +48,8 @@ struct TreeKind {
 
   static const Sorted<T, DIM>& points(const Built& index) { return index.sorted; }
   static Status place(const Built& index, const Search& search, Placed& queries) {
-    const auto* splits = static_cast<const int64_t*>(search.queries_row_splits.data);
-    return queries.sort(index, static_cast<const T*>(search.queries.data), splits, search.queries.rows, search.threads);
+    return queries.sort(index, static_cast<const T*>(search.queries.data), search.queries.rows,
+                        Items(search.queries_row_splits, index.head.items), search.threads);
   }
   static Walker walker(const Built& index, const Placed* queries, const Search& search) {
     return Walker(index, queries, search.metric);
@@ -311,7 +311,8 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
   const int dimension = plan.index().head.dimension;
   return for_each_group<Kind, NearestScratch<Kind>>(
       plan, [&](auto& walker, NearestScratch<Kind>& s, int64_t group, int64_t group_end) {
-        const Run around = walker.around(group, larger<int64_t>(4 * leaf_size, 2 * k), k);
+        // Of one nearest point the leaf gives a bound, and nothing needs sorting.
+        const Run around = walker.around(group, k == 1 ? 1 : larger<int64_t>(4 * leaf_size, 2 * k), k);
         if (!s.around.gather(Kind::points(plan.index()), &around, 1, false)) return false;
         if (!s.row.reserve(s.around.size()) || !s.sorter.keys(s.around.size()) || !s.limits.resize(group_end - group))
           return false;
@@ -321,13 +322,18 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
           query_at<Kind>(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
           const T most = limits(id);
-          int64_t n = 0;
-          for (T within = smaller(guess, most);; within = most) {
-            n = s.around.template collect<true>(q, id, within, s.row.ids.data(), s.row.measures.data());
-            if (n >= k || within == most) break;
+          T limit = most;
+          if (k == 1) {
+            limit = smaller(most, s.around.smallest(q, id));
+          } else {
+            int64_t n = 0;
+            for (T within = smaller(guess, most);; within = most) {
+              n = s.around.template collect<true>(q, id, within, s.row.ids.data(), s.row.measures.data());
+              if (n >= k || within == most) break;
+            }
+            if (n >= k) limit = s.kth(n, k);
+            guess = limit > 0 ? T(1.5) * limit : T(INFINITY);
           }
-          const T limit = n < k ? most : s.kth(n, k);
-          guess = limit > 0 ? T(1.5) * limit : T(INFINITY);
           s.limits[i - group] = limit;
           farthest = larger(farthest, limit);
         }
@@ -338,7 +344,10 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
           const int32_t id = queries.ids[i];
           const int64_t found =
               s.candidates.template collect<true>(q, id, s.limits[i - group], s.row.ids.data(), s.row.measures.data());
-          s.row.sort_by_distance(found);
+          if (k > 1)
+            s.row.sort_by_distance(found);
+          else if (found > 1)
+            s.row.put_nearest_first(found);
           const int64_t n = smaller(found, k);
           if (search.sort == Sort::index) s.row.sort_by_index(n);
           counts[id] = n;
