@@ -93,6 +93,15 @@ TARGETS = {
 ORDERS = ("voxel", "random")
 CHANNELS = (64, 128, 256)
 CROWDS = ("99 % in one cell", "10 km at 2 cm", "all equal", "radius over everything")
+GROWING = {  # and their peak, about, in bytes per point
+    "grid_subsample": 100,
+    "radius_search": 400,
+    "kdtree": 400,
+    "knn_search": 400,
+    "pyramid": 500,
+    "farthest_point_sampling": 100,
+    "kpconv": 1000,
+}
 
 # The tasks of each case, each in a process of its own, once per number of threads; "coretype" is OPENBLAS_CORETYPE.
 TASKS = {
@@ -110,7 +119,7 @@ TASKS = {
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
     "memory": [{"implementation": name} for name in ("kpcore", "dense torch")],
-    "growth": [{"op": op} for op in ("grid_subsample", "radius_search", "knn_search", "pyramid", "kpconv")],
+    "growth": [{"op": op} for op in GROWING],
 }
 
 
@@ -496,29 +505,34 @@ def memory(bench, implementation):
 
 
 def growth(bench, op):
-    """Time against size. The cloud beyond its own size is copies of it side by side."""
+    """Time and memory against size. The cloud beyond its own size is copies of it side by side."""
     cloud = np.load(bench.folder / "cloud.npy")
     period = np.float32(np.ceil(np.ptp(cloud[:, 0]) / VOXEL) + 8) * VOXEL
-    bytes_per_point = {"grid_subsample": 200, "kpconv": 1000}.get(op, 500)
+    what = {"kdtree": "KDTree, radius_search", "pyramid": "build_pyramid", "kpconv": "kpconv, C = 64"}.get(op, op)
+    if op == "farthest_point_sampling":
+        what += " of 4,096"
     for n in bench.sizes["growth"]:
-        what = "kpconv, C = 64" if op == "kpconv" else op
         bench.label(order="random" if op == "grid_subsample" else "voxel", size=f"{n:,}")
-        if n * bytes_per_point > bench.free_memory():
-            bench.absent(what, None, f"needs about {n * bytes_per_point / 2**30:.0f} GiB of free memory")
+        if n * GROWING[op] > bench.free_memory():
+            bench.absent(what, None, f"needs about {n * GROWING[op] / 2**30:.0f} GiB of free memory")
             continue
         if op == "grid_subsample":
-            call = partial(kp.grid_subsample, surface(n), float(VOXEL))
+            points = surface(n)
         else:
             points = np.concatenate([cloud + np.float32([i, 0, 0]) * period for i in range(-(-n // len(cloud)))])[:n]
-            call = partial(kp.radius_search, points, None, RADIUS)
-        if op == "knn_search":
-            call = partial(kp.knn_search, points, None, 16)
-        elif op == "pyramid":
-            call = partial(kp.build_pyramid, points, voxel_size=float(VOXEL), num_levels=5, subsampled=True)
-        elif op == "kpconv":
-            rng, neighbors = np.random.default_rng(6), call()
+        search = partial(kp.radius_search, points, None, RADIUS)
+        if op == "kpconv":
+            rng, neighbors = np.random.default_rng(6), search()
             problem = {"points": points, "kernel_points": kp.kernel_points(**KERNEL), "extent": EXTENT}
             features, weights = rng.random((n, 64), np.float32), rng.random((KERNEL["num"], 64, 64), np.float32)
             call = partial(convolve, problem, neighbors, features, weights)
-        bench.first(call)
-        bench.per_point(what, call, n)
+        else:
+            call = {
+                "grid_subsample": partial(kp.grid_subsample, points, float(VOXEL)),
+                "radius_search": search,
+                "kdtree": lambda points=points: kp.KDTree(points).radius_search(None, RADIUS),
+                "knn_search": partial(kp.knn_search, points, None, 16),
+                "pyramid": partial(kp.build_pyramid, points, voxel_size=float(VOXEL), num_levels=5, subsampled=True),
+                "farthest_point_sampling": partial(kp.farthest_point_sampling, points, min(n, 4096)),
+            }[op]
+        bench.per_point(what, call, n, bytes_per_point=bench.peak(call) / n)

@@ -86,9 +86,9 @@ class Bench:
         (ours,) = alternate([call], self.seconds)
         self.row(what, count / ours["median"] / self.threads / 1e6, unit, call=call, ours=ours)
 
-    def per_point(self, what, call, count):
+    def per_point(self, what, call, count, **more):
         (ours,) = alternate([call], self.seconds)
-        self.row(what, ours["median"] / count * 1e9, "ns per point", call=call, ours=ours)
+        self.row(what, ours["median"] / count * 1e9, "ns per point", call=call, ours=ours, **more)
 
     def compare(self, what, call, against, other, **more):
         ours, theirs = alternate([call, other], self.seconds)
@@ -114,16 +114,18 @@ class Bench:
     def absent(self, what, against, reason):
         self.row(what, against=against, verdict="missing", note=reason)
 
-    def memory(self, what, call, expected, unit="MiB beyond output and weights"):
-        """The peak of resident memory during the first call, less what was there before and the expected bytes."""
+    def peak(self, call):
+        """The most resident memory during the first call, its result included, beyond what was there before: bytes."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # free heap memory, 250 KiB of it, would hide what the call needs
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
         before = kilobytes("/proc/self/status", "VmRSS")
-        out = self.first(call)
-        extra = kilobytes("/proc/self/status", "VmHWM") - before - expected / 1024
-        del out
-        self.row(what, extra / 1024, unit, call=call)
+        self.first(call)
+        return 1024 * (kilobytes("/proc/self/status", "VmHWM") - before)
+
+    def memory(self, what, call, expected, unit="MiB beyond output and weights"):
+        """The peak less the expected bytes."""
+        self.row(what, (self.peak(call) - expected) / 2**20, unit, call=call)
 
     def free_memory(self):
         return 0.8 * 1024 * kilobytes("/proc/meminfo", "MemAvailable")
@@ -270,8 +272,10 @@ def growth_table(rows):
     table = {}
     for row in rows:
         ours, size = row["ours"], row["size"]
-        time = f"{milliseconds(ours['median'])} ({digits(row['value'])} ns per point)" if ours else row["note"]
-        table.setdefault(size, {})[row["what"]] = time
+        text = row["note"]
+        if ours:
+            text = f"{milliseconds(ours['median'])} ({digits(row['value'])} ns, {row['bytes_per_point']:.0f} B)"
+        table.setdefault(size, {})[row["what"]] = text
     ops = list(dict.fromkeys(row["what"] for row in rows))
     return markdown([["points", *ops], *([size, *(times.get(op, "") for op in ops)] for size, times in table.items())])
 
@@ -299,7 +303,11 @@ def write_up(report, everything):
     columns = range(len(HEADER)) if everything else SHORT
     lines = [[line[column] for column in columns] for line in (HEADER, *map(cells, table))]
     text += "\n" + markdown(lines) if table else ""
-    return text + ("\nHow the time grows, in ms:\n\n" + growth_table(growth) if growth else "")
+    return text + (
+        "\nHow time and memory grow: ms (ns and, with the result, peak bytes per point):\n\n" + growth_table(growth)
+        if growth
+        else ""
+    )
 
 
 def write_readme(readme, text):
