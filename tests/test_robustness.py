@@ -49,6 +49,14 @@ def arguments_of(name):
             "features": rng.normal(size=(4, 2)).astype(np.float32),
             "labels": np.arange(4),
         },
+        "farthest_point_sampling": {"points": points, "num": 2},
+        "build_pyramid": {
+            "points": points,
+            "voxel_size": 0.1,
+            "num_levels": 2,
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "labels": np.arange(4),
+        },
         "kpconv": {
             "points": points,
             "queries": queries,
@@ -71,11 +79,19 @@ OPS_WITH_GEOMETRY = [
     ("KDTree", "points"),
     ("GridIndex", "points"),
     ("grid_subsample", "points"),
+    ("farthest_point_sampling", "points"),
+    ("build_pyramid", "points"),
     ("kpconv", "points"),
     ("kpconv", "queries"),
     ("kpconv", "kernel_points"),
 ]
-ARRAYS = [*OPS_WITH_GEOMETRY, ("grid_subsample", "features"), ("kpconv", "features"), ("kpconv", "weights")]
+ARRAYS = [
+    *OPS_WITH_GEOMETRY,
+    ("grid_subsample", "features"),
+    ("build_pyramid", "features"),
+    ("kpconv", "features"),
+    ("kpconv", "weights"),
+]
 CHANGES = {
     "list": (lambda a: a.tolist(), TypeError),
     "text": (lambda a: "text", TypeError),
@@ -166,6 +182,37 @@ CALLS = [
         for v in ("other", "Mean", "", None, 0)
     ],
     *[("grid_subsample", "row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    *[
+        (op, "row_splits", lambda a, v=v: v, e, n)
+        for op in ("farthest_point_sampling", "build_pyramid", "KDTree", "GridIndex")
+        for n, (v, e) in BAD_SPLITS.items()
+    ],
+    *[
+        ("farthest_point_sampling", "num", lambda a, v=v: v, e, repr(v))
+        for v, e in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (None, TypeError))
+    ],
+    *[
+        ("farthest_point_sampling", "start", lambda a, v=v: v, e, repr(v))
+        for v, e in ((4, ValueError), (-1, ValueError), (0.0, TypeError), (np.array([0, 1]), ValueError))
+    ],
+    ("farthest_point_sampling", "method", lambda a: "fast", ValueError, "fast"),
+    *[
+        ("build_pyramid", option, lambda a, v=v: v, e, repr(v))
+        for option in ("voxel_size", "conv_radius", "deform_radius")
+        for v, e in BAD_NUMBERS + NOT_NUMBERS
+    ],
+    *[
+        ("build_pyramid", "num_levels", lambda a, v=v: v, e, repr(v))
+        for v, e in ((0, ValueError), (1.5, TypeError), (None, TypeError))
+    ],
+    *[
+        ("build_pyramid", "deform_levels", lambda a, v=v: v, e, repr(v))
+        for v, e in (([2], ValueError), ([-1], ValueError), ([0.5], TypeError))
+    ],
+    *[
+        ("build_pyramid", "neighbor_limits", lambda a, v=v: v, e, repr(v))
+        for v, e in (([1], ValueError), ([1, 2, 3], ValueError), ([1, -1], ValueError), ([1, 2.5], TypeError))
+    ],
     ("kpconv", "queries", lambda a: a[:, :2], ValueError, "dims"),
     ("kpconv", "queries", lambda a: a.astype(np.float64), TypeError, "mixed"),
     ("kpconv", "queries", lambda a: a[:2], ValueError, "length"),
@@ -274,7 +321,7 @@ def test_an_error_says_what_was_expected_and_what_came():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:7])
+@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:9])
 def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, value):
     points = np.random.default_rng(0).uniform(size=(1000, 3)).astype(dtype)
     points[637, 1] = points[901, 2] = value
@@ -286,6 +333,8 @@ def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, valu
         ("KDTree", "points"): lambda: kp.KDTree(points),
         ("GridIndex", "points"): lambda: kp.GridIndex(points, 1.0),
         ("grid_subsample", "points"): lambda: kp.grid_subsample(points, 1.0),
+        ("farthest_point_sampling", "points"): lambda: kp.farthest_point_sampling(points, 3),
+        ("build_pyramid", "points"): lambda: kp.build_pyramid(points, voxel_size=0.1, num_levels=2, subsampled=True),
     }
     with pytest.raises(ValueError, match=rf"{argument}.*\b637\b"):
         calls[op, argument]()
