@@ -455,7 +455,7 @@ class GridIndex(KDTree):
     def _search_with(self, others, others_row_splits, radius, max_neighbors):
         """The lists of the points themselves and of other queries, as `radius_search` makes them one after the other.
 
-        From one search, which gathers and sorts what is near a cell once for both: two thirds of the time.
+        From one search, which gathers and sorts what is near a cell once for both: three quarters of the time.
         """
         cloud = self._with(others, others_row_splits)
         num_points = len(self._points)

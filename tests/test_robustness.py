@@ -542,7 +542,12 @@ def everything():
     out, pullback = kp.autodiff.vjp(
         lambda f, w: kp.kpconv(points, None, found, f, w, kernel_points, radius), features, weights
     )
-    return [found.index, found.distance, sub.points, sub.features, sub.labels, sub.inverse, out, *pullback(out)]
+    lists = [kp.knn_search(points, None, 5)]
+    for level in kp.build_pyramid(points, voxel_size=0.02, num_levels=3):
+        lists += [level.neighbors] + [level.pools, level.upsamples] * (level.pools is not None)
+    chosen = kp.farthest_point_sampling(points, 100, row_splits=np.array([0, 5000, 20_000]))
+    indices = [chosen.index, *(nb.index for nb in lists)]
+    return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out)]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
