@@ -38,7 +38,8 @@ class _Call:
     """One use of an operator: what its vjp needs, and the tensors it was given by argument name."""
 
     op: Op
-    residuals: object
+    arguments: dict
+    saved: tuple
     inputs: dict[str, Tensor]
 
 
@@ -46,16 +47,19 @@ class _Call:
 class Op:
     """A differentiable operator.
 
-    ``forward(**arguments) -> (out, residuals)`` checks its arguments and computes; ``vjp(residuals, grad, needs)``
-    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Residuals are inputs and
-    outputs, never intermediate arrays: the vjp recomputes the rest. Where `out` is a named tuple, `field` is the one of
-    its fields that is differentiable; `grad` is that field's, and the others stay plain arrays.
+    ``forward(**arguments) -> (out, saved)`` checks its arguments and computes; `saved` is a tuple of the arrays that
+    the gradient needs besides the arguments, mostly empty: it recomputes the rest.
+    ``vjp(arguments, saved, grad, needs)`` returns a dict with the gradient of every argument named in `needs`, a subset
+    of `diff`. Where `out` is a named tuple, `field` is the one of its fields that is differentiable; `grad` is that
+    field's, and the others stay plain arrays. ``result(**arguments)`` gives (shape, dtype) of `out` and of each array
+    saved, from the shapes and dtypes of the arguments alone; None where they depend on values.
     """
 
     name: str
     forward: Callable
     vjp: Callable
     diff: tuple[str, ...]
+    result: Callable | None = None
     field: str | None = None
 
     def __call__(self, **arguments):
@@ -64,10 +68,10 @@ class Op:
             if name not in self.diff:
                 raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
         arguments.update((name, tensor.value) for name, tensor in inputs.items())
-        out, residuals = self.forward(**arguments)
+        out, saved = self.forward(**arguments)
         if not inputs:
             return out
-        call = _Call(self, residuals, inputs)
+        call = _Call(self, arguments, saved, inputs)
         if self.field is None:
             return Tensor(out, call)
         return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
@@ -115,8 +119,9 @@ def vjp(fn, *primals):
             gradient = gradients.get(id(tensor))
             if tensor.call is None or gradient is None:
                 continue
-            given = tensor.call.inputs
-            for name, g in tensor.call.op.vjp(tensor.call.residuals, gradient, frozenset(given)).items():
+            call = tensor.call
+            given = call.inputs
+            for name, g in call.op.vjp(call.arguments, call.saved, gradient, frozenset(given)).items():
                 if name in given:
                     key = id(given[name])
                     gradients[key] = gradients[key] + g if key in gradients else g

@@ -68,7 +68,7 @@ def kpconv(points, queries, neighbors, features, weights, kernel_points, extent,
               normalization=normalization)  # fmt: skip
 
 
-def _forward(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
+def _checked(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
              normalization):  # fmt: skip
     sizes = {}
     dimensions = range(1, 17)
@@ -100,16 +100,20 @@ def _forward(points, queries, neighbors, features, weights, kernel_points, exten
         _array.choice("aggregation", aggregation, _AGGREGATIONS),
         _array.choice("normalization", normalization, _NORMALIZATIONS),
     )
-    out = _cpu.kpconv(*geometry, features, weights, *settings, config.get_num_threads())
-    return out, (geometry, neighbors, features, weights, settings)
+    return geometry, features, weights, settings
 
 
-def _vjp(residuals, grad, needs):
-    geometry, neighbors, features, weights, settings = residuals
+def _forward(**arguments):
+    geometry, features, weights, settings = _checked(**arguments)
+    return _cpu.kpconv(*geometry, features, weights, *settings, config.get_num_threads()), ()
+
+
+def _vjp(arguments, saved, grad, needs):
+    geometry, features, weights, settings = _checked(**arguments)
     threads = config.get_num_threads()
-    grads = dict.fromkeys(("features", "weights"))
+    grads = {}
     if "features" in needs:
-        transposed = neighbors.transpose()
+        transposed = arguments["neighbors"].transpose()
         grads["features"] = _cpu.kpconv_grad_features(
             *geometry, transposed.index, transposed.row_splits, features, weights, *settings, grad, threads
         )
@@ -118,4 +122,8 @@ def _vjp(residuals, grad, needs):
     return grads
 
 
-OP = Op("kpconv", _forward, _vjp, diff=("features", "weights"))
+def _result(points, queries, features, weights, **_):
+    return [((len(points if queries is None else queries), weights.shape[-1]), features.dtype)]
+
+
+OP = Op("kpconv", _forward, _vjp, diff=("features", "weights"), result=_result)

@@ -133,11 +133,13 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     except _cpu.OutOfRange:
         raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
     out = Subsampled(*fields)
-    return out, (features, out.inverse, out.counts, nearest, feature_code)
+    return out, (out.inverse, out.counts, nearest)
 
 
-def _vjp(residuals, grad, needs):
-    return {"features": _cpu.grid_subsample_grad(*residuals, grad, config.get_num_threads())}
+def _vjp(arguments, saved, grad, needs):
+    feature = _array.choice("feature", arguments["feature"], _FEATURES)
+    features = np.ascontiguousarray(arguments["features"])
+    return {"features": _cpu.grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())}
 
 
 OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
