@@ -402,6 +402,7 @@ def test_golden_deformable(path):
     raw = raw + golden["offset_bias"]
     allowed = tolerance(np.float32 if options["influence"] == "gaussian" else np.float64)
     assert_close(raw, golden["offset_features"], allowed)
+    raw = golden["offset_features"]  # its own, so that what the gaussian differs by is not in it twice
     logits = raw[:, 3 * num_kernels :]
     arguments = {
         "offsets": extent * raw[:, : 3 * num_kernels].reshape(-1, num_kernels, 3),
@@ -467,7 +468,7 @@ def test_gradients_of_kpconvx_by_central_differences(factors, influence):
         return kp.kpconvx(**case, features=features, weights=weights, attention=attention, influence=influence)
 
     primals = features, weights, attention
-    check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals)
+    check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)  # the product of three has a third derivative
     for i, primal in enumerate(primals):
 
         def one(value, i=i):
