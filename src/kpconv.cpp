@@ -209,7 +209,10 @@ void add_scaled_rows(const T& tile, int64_t k, int64_t first, int64_t end, const
       continue;
     }
     const F* const factors = modulations + (q * weights.num_kernels + k) * weights.factors;
-    for (int64_t c = first; c < end; ++c) to[c] += a[c] * g[c] * factors[c / width];
+    for (int64_t c = first; c < end;) {
+      const F factor = factors[c / width];
+      for (const int64_t next = smaller(end, (c / width + 1) * width); c < next; ++c) to[c] += a[c] * g[c] * factor;
+    }
   }
 }
 
@@ -427,16 +430,16 @@ class PlaceTile {
       const int k = list.kernel;
       const int64_t q = first + pairs_.queries(k)[list.row - k * rows_];
       const G modulation = modulations ? G(modulations[q * K + k]) : G(1);
+      const int64_t begin = list.begin, end = pairs_.lists[l + 1].begin;
       G sum[stored] = {};
-      F of_modulation = 0;
-      for (int64_t i = list.begin; i < pairs_.lists[l + 1].begin; ++i) {
-        of_modulation += pairs_.weight[i] * along_[i];
-        for (int a = 0; a < D; ++a) {
-          const G part = modulation * pairs_.from[a][i];
-          sum[a] += part;
-          if (to.edges) to.edges[(base + pairs_.edge[i]) * D + a] += part;
-        }
+      for (int64_t i = begin; i < end; ++i)
+        for (int a = 0; a < D; ++a) sum[a] += modulation * pairs_.from[a][i];
+      for (int64_t i = begin; to.edges && i < end; ++i) {
+        G* const edge = to.edges + (base + pairs_.edge[i]) * D;
+        for (int a = 0; a < D; ++a) edge[a] += modulation * pairs_.from[a][i];
       }
+      F of_modulation = 0;
+      for (int64_t i = begin; to.modulations && i < end; ++i) of_modulation += pairs_.weight[i] * along_[i];
       for (int a = 0; a < D; ++a) {
         if (to.queries) to.queries[q * D + a] -= sum[a];
         if (to.offsets) to.offsets[(q * K + k) * D + a] -= sum[a];
