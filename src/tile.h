@@ -258,17 +258,17 @@ class Pairs {
       if (i + 4 < n)
         for (int64_t b = 0; b < D * padded; b += 64 / int64_t(sizeof(G)))
           __builtin_prefetch(problem.deformed + near.who[i + 4] * D * padded + b);
-      Vec<G> smallest = broadcast(G(INFINITY));
+      unsigned reached = 0;
       for (int64_t b = 0; b < padded; b += lanes<G>) {
         Vec<G> d[stored];
         for (int a = 0; a < D; ++a) d[a] = broadcast(-near.relative[a][i]) - load(own + a * padded + b);
         const Vec<G> squares = squared_distance(d, D);
         store(&row_d2_[b], squares);
-        smallest = min(squares, smallest);  // what pads a row is NaN
+        reached |= mask_lt(squares, broadcast(limit));  // what pads a row is NaN
       }
-      G best = smallest[0];
-      for (int l = 1; l < lanes<G>; ++l) best = smaller(best, smallest[l]);
-      if (!(best < limit)) continue;
+      if (!reached) continue;
+      G best = row_d2_[0];
+      for (int k = 1; closest && k < K; ++k) best = smaller(best, row_d2_[k]);
       const F* const row = problem.features + int64_t(near.who[i]) * problem.channels;
       const int64_t prefetched = smaller<int64_t>(problem.channels, 512 / int64_t(sizeof(F)));
       for (int64_t c = 0; c < prefetched; c += 64 / int64_t(sizeof(F))) __builtin_prefetch(row + c);
