@@ -86,6 +86,11 @@ TARGETS = {
     ("kpconv", "forward, C = 128", "voxel", "dense torch"): (">=", 12),
     ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "its forward"): ("<=", 3.3),
     ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 20),
+    ("kpconv_vjp", "vjp with points and kernel points", "voxel", "vjp without"): ("<=", 1.6),
+    ("deformable", "forward, C = 64", "voxel", "two rigid"): ("<=", 1.35),
+    ("deformable", "forward, C = 64", "voxel", "dense torch"): (">=", 30),
+    ("deformable", "forward + vjp, C = 64", "voxel", "two rigid"): ("<=", 1.35),
+    ("deformable", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 25),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
 }
 
@@ -118,7 +123,12 @@ TASKS = {
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
-    "memory": [{"implementation": name} for name in ("kpcore", "dense torch")],
+    "deformable": [{"order": order} for order in ORDERS],
+    "memory": [
+        {"implementation": name, "layer": layer}
+        for layer in ("rigid", "deformable")
+        for name in ("kpcore", "dense torch")
+    ],
     "growth": [{"op": op} for op in GROWING],
 }
 
@@ -481,27 +491,109 @@ def kpconv_vjp(bench, order):
     bench.label(order=order, size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
     bench.compare(what, both, "its forward", forward)
     bench.compare(f"{what}, new Neighbors", lambda: step(neighbors_of(problem)), "its forward", forward)
+
+    def placed(points, kernel_points, f, w):
+        return kp.kpconv(points, None, warm, f, w, kernel_points, problem["extent"])
+
+    _, without = kp.autodiff.vjp(lambda f, w: convolve(problem, warm, f, w), features, weights)
+    _, everything = kp.autodiff.vjp(placed, problem["points"], problem["kernel_points"], features, weights)
+    bench.compare(
+        "vjp with points and kernel points", lambda: everything(grad_out), "vjp without", lambda: without(grad_out)
+    )
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
 
 
-def memory(bench, implementation):
+def deformable_problem(folder, order):
+    """The patch with the weights of a convolution that gives the offsets, of up to an extent."""
+    problem = kpconv_problem(folder, order, 64)
+    rng, num = np.random.default_rng(8), KERNEL["num"]
+    problem["offset_weights"] = rng.standard_normal((num, 64, 3 * num), np.float32) / np.float32(40)
+    return problem | {"grad_out": rng.standard_normal(problem["features"].shape, np.float32)}
+
+
+def deformable_layer(problem, neighbors):
+    """-> (out, pullback to features, weights and weights of the offsets)"""
+    points, kernel_points, extent = problem["points"], problem["kernel_points"], problem["extent"]
+
+    def to_offsets(features, weights):
+        return kp.kpconv(points, None, neighbors, features, weights, kernel_points, extent)
+
+    def deformed(features, weights, offsets):
+        return kp.kpconv(points, None, neighbors, features, weights, kernel_points, extent, offsets=offsets)
+
+    features, scale = problem["features"], np.float32(extent)
+    raw, offsets_pullback = kp.autodiff.vjp(to_offsets, features, problem["offset_weights"])
+    offsets = (scale * raw).reshape(len(points), -1, 3)
+    out, pullback = kp.autodiff.vjp(deformed, features, problem["weights"], offsets)
+
+    def both(grad):
+        grad_features, grad_weights, grad_offsets = pullback(grad)
+        through_offsets, grad_offset_weights = offsets_pullback(scale * grad_offsets.reshape(raw.shape))
+        return grad_features + through_offsets, grad_weights, grad_offset_weights
+
+    return out, both
+
+
+def deformable(bench, order):
+    """A deformable layer with the convolution its offsets come from, on the neighbours of a rigid one."""
+    problem = deformable_problem(bench.folder, order)
+    neighbors, features, weights = neighbors_of(problem), problem["features"], problem["weights"]
+
+    def forward():
+        return deformable_layer(problem, neighbors)[0]
+
+    def step():
+        return deformable_layer(problem, neighbors)[1](problem["grad_out"])
+
+    def rigid():
+        for _ in range(2):
+            convolve(problem, neighbors, features, weights)
+
+    def rigid_step():
+        for _ in range(2):
+            _, pullback = kp.autodiff.vjp(lambda f, w: convolve(problem, neighbors, f, w), features, weights)
+            pullback(problem["grad_out"])
+
+    out, gradients = bench.first(forward), bench.first(step)
+    bench.label(order=order, size=f"{len(features):,}, H = {len(problem['index']) / len(features):.1f}")
+    bench.compare("forward, C = 64", forward, "two rigid", rigid)
+    bench.compare("forward + vjp, C = 64", step, "two rigid", rigid_step)
+    if order == "voxel":
+        bench.against("forward, C = 64", forward, peers.DENSE_DEFORMABLE, problem, lambda found: close([out], [found]))
+        bench.against("forward + vjp, C = 64", step, peers.DENSE_DEFORMABLE_STEP, problem, partial(close, gradients))
+
+
+def memory(bench, implementation, layer):
     """Peak resident memory of the first call of a process, beyond the output and, for kpcore, the packed weights."""
-    problem = kpconv_problem(bench.folder, "voxel", 64)
+    deforms = layer == "deformable"
+    problem = deformable_problem(bench.folder, "voxel") if deforms else kpconv_problem(bench.folder, "voxel", 64)
     size, output, end = len(problem["points"]), problem["features"].nbytes, problem["row_splits"][100]
     small = problem | {"index": np.minimum(problem["index"][:end], 99), "row_splits": problem["row_splits"][:101]}
     small |= {"points": problem["points"][:100], "features": problem["features"][:100, :1].copy()}
     small["weights"] = problem["weights"][:, :1, :1].copy()  # one channel, so that it leaves no scratch memory to reuse
+    if deforms:
+        output += sum(problem[name].nbytes for name in ("features", "weights", "offset_weights"))  # gradients
+        small |= {"offset_weights": problem["offset_weights"][:, :1].copy(), "grad_out": problem["grad_out"][:100, :1]}
+    what = "deformable step, C = 64" if deforms else "kpconv forward, C = 64"
     bench.label(order="voxel", size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
     if implementation == "kpcore":
-        forward, big = (lambda p, n: convolve(p, n, p["features"], p["weights"])), neighbors_of(problem)
-        forward(small, neighbors_of(small))  # starts the threads, loads the code
-        bench.memory("kpconv forward, C = 64", lambda: forward(problem, big), output + problem["weights"].nbytes)
-    elif reason := peers.missing(peers.DENSE_FORWARD):
-        bench.absent("dense torch forward, C = 64", None, reason)
+
+        def call(p, n):
+            if deforms:
+                return deformable_layer(p, n)[1](p["grad_out"])
+            return convolve(p, n, p["features"], p["weights"])
+
+        big = neighbors_of(problem)
+        call(small, neighbors_of(small))  # starts the threads, loads the code
+        bench.memory(what, lambda: call(problem, big), output + problem["weights"].nbytes)
+        return
+    peer = peers.DENSE_DEFORMABLE_STEP if deforms else peers.DENSE_FORWARD
+    if reason := peers.missing(peer):
+        bench.absent(f"dense torch {what.removeprefix('kpconv ')}", None, reason)
     else:
-        peers.DENSE_FORWARD.setup(**small)()
-        bench.memory("dense torch forward, C = 64", peers.DENSE_FORWARD.setup(**problem), output)
+        peer.setup(**small)()
+        bench.memory(f"dense torch {what.removeprefix('kpconv ')}", peer.setup(**problem), output)
 
 
 def growth(bench, op):

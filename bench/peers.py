@@ -256,6 +256,45 @@ def dense_step(grad_out, **problem):
     return lambda: torch.autograd.grad(kpconv(*arguments), inputs, grad_out)
 
 
+def dense_deformable(offset_weights, grad_out, **problem):
+    """-> (the layer as a function of features, weights and weights of the offsets, these)"""
+    import torch
+
+    kpconv, (points, _, neighbors, features, weights, kernel_points, extent) = dense_arguments(**problem)
+
+    def layer(features, weights, offset_weights):
+        raw = kpconv(points, points, neighbors, features, offset_weights, kernel_points, extent)
+        offsets = (extent * raw).reshape(len(points), -1, 3)
+        return kpconv(points, points, neighbors, features, weights, kernel_points, extent, offsets)
+
+    return layer, (features, weights, torch.from_numpy(offset_weights))
+
+
+def dense_deformable_forward(**problem):
+    import torch
+
+    layer, inputs = dense_deformable(**problem)
+
+    def run():
+        with torch.no_grad():
+            return layer(*inputs)
+
+    return run
+
+
+def dense_deformable_step(grad_out, **problem):
+    import torch
+
+    layer, inputs = dense_deformable(grad_out=grad_out, **problem)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    grad_out = torch.from_numpy(grad_out)
+    return lambda: torch.autograd.grad(layer(*inputs), inputs, grad_out)
+
+
+DENSE_DEFORMABLE = Peer("dense torch", dense_module, dense_deformable_forward, lambda out: out.numpy())
+DENSE_DEFORMABLE_STEP = Peer(
+    "dense torch", dense_module, dense_deformable_step, lambda grads: [grad.numpy() for grad in grads]
+)
 NUMPY_MATMUL = Peer("NumPy A @ W", imports("numpy"), matmul, np.asarray)
 DENSE_FORWARD = Peer("dense torch", dense_module, dense_forward, lambda out: out.numpy())
 DENSE_STEP = Peer("dense torch", dense_module, dense_step, lambda grads: [grad.numpy() for grad in grads])

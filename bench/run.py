@@ -29,7 +29,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
-OWN_TIMES = ("xyz alone", "scalar L2", "FMA floor", "its forward")  # compared with as "x its time"
+OWN_TIMES = (
+    "xyz alone",
+    "scalar L2",
+    "FMA floor",
+    "its forward",
+    "two rigid",
+    "vjp without",
+)  # compared with as "x its time"
 
 
 class Seconds(float):

@@ -33,7 +33,7 @@ from kpcore.config import (
     show_config,
 )
 from kpcore.dispositions import kernel_points
-from kpcore.kpconv import kpconv
+from kpcore.kpconv import kpconv, kpconvx
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
 from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
 from kpcore.sampling import Sampled, farthest_point_sampling
@@ -67,6 +67,7 @@ __all__ = [
     "kernel_points",
     "knn_search",
     "kpconv",
+    "kpconvx",
     "lengths",
     "radius_search",
     "row_splits",

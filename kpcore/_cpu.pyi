@@ -1,6 +1,8 @@
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from numpy import dtype, ndarray
+
+from kpcore.kpconv import Problem
 
 class NotFinite(Exception): ...
 class OutOfRange(Exception): ...
@@ -68,52 +70,13 @@ def farthest_points(
 ) -> ndarray: ...
 def kernel_points(num: int, dimension: int, fixed: int, radii: ndarray | None, seed: int, threads: int) -> ndarray: ...
 def lloyd(num: int, dimension: int, fixed: int, seed: int, threads: int) -> ndarray: ...
-def kpconv(
-    points: ndarray,
-    queries: ndarray,
-    index: ndarray,
-    row_splits: ndarray,
-    features: ndarray,
-    weights: ndarray,
-    kernel_points: ndarray,
-    extent: float,
-    influence: int,
-    aggregation: int,
-    normalization: int,
-    threads: int,
-) -> ndarray: ...
+def kpconv(problem: Problem) -> ndarray: ...
 def kpconv_grad_features(
-    points: ndarray,
-    queries: ndarray,
-    index: ndarray,
-    row_splits: ndarray,
-    transposed_index: ndarray,
-    transposed_row_splits: ndarray,
-    features: ndarray,
-    weights: ndarray,
-    kernel_points: ndarray,
-    extent: float,
-    influence: int,
-    aggregation: int,
-    normalization: int,
-    grad_out: ndarray,
-    threads: int,
+    problem: Problem, transposed_index: ndarray, transposed_row_splits: ndarray, grad_out: ndarray
 ) -> ndarray: ...
-def kpconv_grad_weights(
-    points: ndarray,
-    queries: ndarray,
-    index: ndarray,
-    row_splits: ndarray,
-    features: ndarray,
-    weights: ndarray,
-    kernel_points: ndarray,
-    extent: float,
-    influence: int,
-    aggregation: int,
-    normalization: int,
-    grad_out: ndarray,
-    threads: int,
-) -> ndarray: ...
+def kpconv_grad_weights(problem: Problem, grad_out: ndarray) -> ndarray: ...
+def kpconv_grad_factors(problem: Problem, grad_out: ndarray) -> ndarray: ...
+def kpconv_grad_places(problem: Problem, grad_out: ndarray, needs: Collection[str]) -> dict[str, ndarray]: ...
 def fma_rate(dtype: str) -> float: ...
 def version() -> str: ...
 def isas() -> tuple[str, ...]: ...

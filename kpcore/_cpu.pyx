@@ -109,12 +109,18 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
     cdef struct KPConv:
         Array points, queries, index, row_splits, features, weights, kernel_points
+        Array offsets, modulations
         Array transposed_index, transposed_row_splits
         double extent
         Influence influence
         Aggregation aggregation
         Normalization normalization
+        int groups, factors
+        bint depthwise
         int threads
+
+    cdef struct KPConvPlaces:
+        Array points, queries, kernel_points, offsets, modulations
 
     cdef struct Kernels:
         const char* isa
@@ -134,6 +140,8 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
+        Status (*kpconv_grad_factors)(const KPConv&, const Array&, const Array&) noexcept nogil
+        Status (*kpconv_grad_places)(const KPConv&, const Array&, const KPConvPlaces&) noexcept nogil
         Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
         Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
@@ -430,31 +438,34 @@ def lloyd(int num, int dimension, int fixed, uint64_t seed, int threads):
     return out
 
 
-cdef KPConv kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, double extent,
-                             int influence, int aggregation, int normalization, int threads) except *:
+cdef KPConv kpconv_arguments(problem) except *:
+    """Of kpcore.kpconv.Problem."""
     cdef KPConv args
-    args.points = view(points)
-    args.queries = view(queries)
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    args.features = view(features)
-    args.weights = view(weights)
-    args.kernel_points = view(kernel_points)
+    args.points = view(problem.points)
+    args.queries = view(problem.queries)
+    args.index = view(problem.index)
+    args.row_splits = view(problem.row_splits)
+    args.features = view(problem.features)
+    args.weights = view(problem.weights)
+    args.kernel_points = view(problem.kernel_points)
+    args.offsets = view(problem.offsets)
+    args.modulations = view(problem.modulations)
     args.transposed_index = args.transposed_row_splits = view(None)
-    args.extent = extent
-    args.influence = <Influence>influence
-    args.aggregation = <Aggregation>aggregation
-    args.normalization = <Normalization>normalization
-    args.threads = threads
+    args.extent = problem.extent
+    args.influence = <Influence><int>problem.influence
+    args.aggregation = <Aggregation><int>problem.aggregation
+    args.normalization = <Normalization><int>problem.normalization
+    args.groups = problem.groups
+    args.factors = problem.factors
+    args.depthwise = problem.weights.ndim == 2
+    args.threads = problem.threads
     return args
 
 
-def kpconv(points, queries, index, row_splits, features, weights, kernel_points, double extent, int influence,
-           int aggregation, int normalization, int threads):
+def kpconv(problem):
     """(M, Cout)"""
-    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
-                                        influence, aggregation, normalization, threads)
-    out = np.empty((len(queries), weights.shape[2]), weights.dtype)
+    cdef KPConv args = kpconv_arguments(problem)
+    out = np.empty((len(problem.queries), problem.weights.shape[problem.weights.ndim - 1]), problem.weights.dtype)
     cdef Array to = view(out)
     cdef Status status
     with nogil:
@@ -463,15 +474,12 @@ def kpconv(points, queries, index, row_splits, features, weights, kernel_points,
     return out
 
 
-def kpconv_grad_features(points, queries, index, row_splits, transposed_index, transposed_row_splits, features, weights,
-                         kernel_points, double extent, int influence, int aggregation, int normalization, grad_out,
-                         int threads):
+def kpconv_grad_features(problem, transposed_index, transposed_row_splits, grad_out):
     """(N, Cin)"""
-    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
-                                        influence, aggregation, normalization, threads)
+    cdef KPConv args = kpconv_arguments(problem)
     args.transposed_index = view(transposed_index)
     args.transposed_row_splits = view(transposed_row_splits)
-    grad_features = np.empty((len(points), weights.shape[1]), weights.dtype)
+    grad_features = np.empty_like(problem.features)
     cdef Array given = view(grad_out), to = view(grad_features)
     cdef Status status
     with nogil:
@@ -480,18 +488,47 @@ def kpconv_grad_features(points, queries, index, row_splits, transposed_index, t
     return grad_features
 
 
-def kpconv_grad_weights(points, queries, index, row_splits, features, weights, kernel_points, double extent,
-                        int influence, int aggregation, int normalization, grad_out, int threads):
-    """(K, Cin, Cout)"""
-    cdef KPConv args = kpconv_arguments(points, queries, index, row_splits, features, weights, kernel_points, extent,
-                                        influence, aggregation, normalization, threads)
-    grad_weights = np.empty_like(weights)
+def kpconv_grad_weights(problem, grad_out):
+    """like the weights"""
+    cdef KPConv args = kpconv_arguments(problem)
+    grad_weights = np.empty_like(problem.weights)
     cdef Array given = view(grad_out), to = view(grad_weights)
     cdef Status status
     with nogil:
         status = kernels().kpconv_grad_weights(args, given, to)
     raise_for(status)
     return grad_weights
+
+
+def kpconv_grad_factors(problem, grad_out):
+    """(M, K, factors)"""
+    cdef KPConv args = kpconv_arguments(problem)
+    grad_factors = np.empty_like(problem.modulations)
+    cdef Array given = view(grad_out), to = view(grad_factors)
+    cdef Status status
+    with nogil:
+        status = kernels().kpconv_grad_factors(args, given, to)
+    raise_for(status)
+    return grad_factors
+
+
+def kpconv_grad_places(problem, grad_out, needs):
+    """{name: gradient} of those of points, queries, kernel_points, offsets and modulations that are in `needs`"""
+    cdef KPConv args = kpconv_arguments(problem)
+    names = ("points", "queries", "kernel_points", "offsets", "modulations")
+    grads = {name: np.empty_like(getattr(problem, name)) if name in needs else None for name in names}
+    cdef KPConvPlaces to
+    to.points = view(grads["points"])
+    to.queries = view(grads["queries"])
+    to.kernel_points = view(grads["kernel_points"])
+    to.offsets = view(grads["offsets"])
+    to.modulations = view(grads["modulations"])
+    cdef Array given = view(grad_out)
+    cdef Status status
+    with nogil:
+        status = kernels().kpconv_grad_places(args, given, to)
+    raise_for(status)
+    return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def fma_rate(str dtype):

@@ -1,6 +1,10 @@
-"""Kernel point convolution (KPConv)."""
+"""Kernel point convolution (KPConv): rigid, deformable, modulated, in groups, by channel; with attention (KPConvX)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
 
 from kpcore import _array, _cpu, config
 from kpcore.autodiff import Op
@@ -9,15 +13,17 @@ from kpcore.neighbors import Neighbors
 _INFLUENCES = ("linear", "gaussian", "constant")
 _AGGREGATIONS = ("sum", "closest")
 _NORMALIZATIONS = (None, "count", "positive")
+_PLACES = ("points", "queries", "kernel_points", "offsets", "modulations")  # whose gradients come together
 
 
 def kpconv(points, queries, neighbors, features, weights, kernel_points, extent, *, influence="linear",
-           aggregation="sum", normalization=None):  # fmt: skip
-    """Rigid kernel point convolution.
+           aggregation="sum", normalization=None, groups=1, offsets=None, modulations=None):  # fmt: skip
+    """Kernel point convolution.
 
-    ``out[q] = Σ_k (Σ_i h(|x_i - q - p_k|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
-    (Thomas et al. 2019, eq. 1 to 4), without ever forming an array over neighbours and kernel points.
-    Differentiable in `features` and `weights`; see `kpcore.autodiff`.
+    ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
+    (Thomas et al. 2019, eq. 1 to 7), without ever forming an array over neighbours and kernel points. Without `offsets`
+    and `modulations` the kernel is rigid: o = 0, m = 1.
+    Differentiable in all its arrays; see `kpcore.autodiff`.
 
     Parameters
     ----------
@@ -27,7 +33,8 @@ def kpconv(points, queries, neighbors, features, weights, kernel_points, extent,
     neighbors : Neighbors
         M rows, N points.
     features : (N, Cin) float32 or float64
-    weights : (K, Cin, Cout), dtype of the features
+    weights : (K, Cin / groups, Cout) or (K, C), dtype of the features
+        (K, C): depthwise, every channel is multiplied by a number of its own.
     kernel_points : (K, D), dtype of the points
     extent : float
         Distance at which the linear influence reaches zero (σ in the paper), in the unit of the points.
@@ -38,6 +45,13 @@ def kpconv(points, queries, neighbors, features, weights, kernel_points, extent,
     normalization : {None, "count", "positive"}
         Divide a query's output by its number of neighbours, or by that of neighbours whose features sum to more than
         zero (as in Predator and GeoTransformer); at least by 1.
+    groups : int
+        The i-th of so many equal parts of the output channels sees only the i-th part of the input channels.
+    offsets : (M, K, D), dtype of the points, optional
+        Added to the kernel points of each query, in the unit of the points (the published layer multiplies what its
+        network gives by `extent`). Then a neighbour counts only if it is closer than `extent` to one of them, whatever
+        the influence, as published.
+    modulations : (M, K), dtype of the features, optional
 
     Returns
     -------
@@ -52,24 +66,98 @@ def kpconv(points, queries, neighbors, features, weights, kernel_points, extent,
     Notes
     -----
     Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread (and 4 bytes a query and one
-    a point with a normalisation). The backward pass also keeps the transpose of `neighbors`, made once per list.
+    a point with a normalisation). The backward pass also keeps the transpose of `neighbors`, made once per list, and
+    while it runs the deformed kernel points; for the gradient of the points (E, D) numbers.
+
+    Which kernel point is nearest and which neighbours are in range have no gradient; that of a distance is 0 at 0.
 
     Examples
     --------
     >>> import numpy as np, kpcore as kp
     >>> points = np.random.default_rng(0).random((1000, 3), np.float32)
     >>> nb = kp.radius_search(points, None, 0.2)
-    >>> weights = np.ones((15, 4, 8), np.float32)
-    >>> kp.kpconv(points, None, nb, np.ones((1000, 4), np.float32), weights, kp.kernel_points(15, 0.13), 0.1).shape
+    >>> features, kernel_points = np.ones((1000, 4), np.float32), kp.kernel_points(15, 0.13)
+    >>> kp.kpconv(points, None, nb, features, np.ones((15, 4, 8), np.float32), kernel_points, 0.1).shape
     (1000, 8)
+
+    Deformable, its offsets from a convolution of its own:
+
+    >>> to_offsets = np.zeros((15, 4, 45), np.float32)
+    >>> offsets = 0.1 * kp.kpconv(points, None, nb, features, to_offsets, kernel_points, 0.1).reshape(-1, 15, 3)
+    >>> kp.kpconv(points, None, nb, features, np.ones((15, 4), np.float32), kernel_points, 0.1, offsets=offsets).shape
+    (1000, 4)
     """
     return OP(points=points, queries=queries, neighbors=neighbors, features=features, weights=weights,
               kernel_points=kernel_points, extent=extent, influence=influence, aggregation=aggregation,
-              normalization=normalization)  # fmt: skip
+              normalization=normalization, groups=groups, offsets=offsets, modulations=modulations)  # fmt: skip
 
 
-def _checked(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
-             normalization):  # fmt: skip
+def kpconvx(points, queries, neighbors, features, weights, attention, kernel_points, extent, *,
+            influence="linear"):  # fmt: skip
+    """Depthwise kernel point convolution with attention over the kernel points.
+
+    ``out[q, c] = Σ_i h(|x_i - q - p_k|) W[k, c] a[q, k, c A // C] f_i[c]`` over the neighbours i of q, where k is the
+    kernel point nearest to i (KPConvX, Thomas et al. 2024; with no attention, KPConvD: ``kpconv`` with weights (K, C)
+    and ``aggregation="closest"``). Differentiable in `features`, `weights` and `attention`.
+
+    Parameters
+    ----------
+    points, queries, neighbors, features, kernel_points
+        As in `kpconv`.
+    weights : (K, C), dtype of the features
+    attention : (M, K, A), dtype of the features
+        Of every query, kernel point and group of C / A channels.
+    extent : float
+        As in `kpconv`; the published networks use the radius of the search.
+    influence : {"linear", "gaussian", "constant"}
+
+    Returns
+    -------
+    (M, C), dtype of the features
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `kpconv`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.random.default_rng(0).random((100, 3), np.float32)
+    >>> nb = kp.knn_search(points, None, 12)
+    >>> kernel_points = kp.kernel_points([1, 14], 0.3, method="shells")
+    >>> attention = np.full((100, 15, 4), 0.5, np.float32)
+    >>> weights, features = np.ones((15, 8), np.float32), np.ones((100, 8), np.float32)
+    >>> kp.kpconvx(points, None, nb, features, weights, attention, kernel_points, 0.4).shape
+    (100, 8)
+    """
+    return OPX(points=points, queries=queries, neighbors=neighbors, features=features, weights=weights,
+               attention=attention, kernel_points=kernel_points, extent=extent, influence=influence)  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """What the kernels get, checked."""
+
+    points: np.ndarray
+    queries: np.ndarray
+    index: np.ndarray
+    row_splits: np.ndarray
+    features: np.ndarray
+    weights: np.ndarray
+    kernel_points: np.ndarray
+    offsets: np.ndarray | None
+    modulations: np.ndarray | None  # (M, K), or (M, K, factors) where depthwise
+    extent: float
+    influence: int
+    aggregation: int
+    normalization: int
+    groups: int
+    factors: int
+    threads: int
+
+
+def _problem(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
+             normalization, groups, offsets, modulations, modulations_name="modulations"):  # fmt: skip
     sizes = {}
     dimensions = range(1, 17)
     points = _array.points_array("points", points, sizes, dimensions=dimensions)
@@ -86,39 +174,69 @@ def _checked(points, queries, neighbors, features, weights, kernel_points, exten
             f"neighbors: expected {expected[0]} queries and {expected[1]} points to match queries and points, "
             f"got {got[0]} and {got[1]}"
         )
+    groups = _array.integer("groups", groups, 1)
     features = _array.array("features", features, "N Cin", _array.REAL, sizes)
-    weights = _array.array("weights", weights, "K Cin Cout", _array.REAL, sizes, like=("features", features))
-    kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=("points", points))
+    depthwise = isinstance(weights, np.ndarray) and weights.ndim == 2
+    shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
+    if groups > 1:
+        if depthwise:
+            raise ValueError(f"groups: expected 1 for weights (K, C), got {groups}")
+        if features.shape[1] % groups:
+            raise ValueError(f"groups: expected a divisor of {features.shape[1]} channels of features, got {groups}")
+        sizes["Cin/groups"] = (features.shape[1] // groups, "features")
+    weights = _array.array("weights", weights, shape, _array.REAL, sizes, like=("features", features))
     if 0 in weights.shape:
         raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
-    extent = _array.length("extent", extent, points.dtype)
-    geometry = (points, queries, neighbors.index, neighbors.row_splits)
-    settings = (
-        kernel_points,
-        extent,
+    if weights.shape[-1] % groups:
+        raise ValueError(f"groups: expected a divisor of {weights.shape[-1]} channels of weights, got {groups}")
+    kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=("points", points))
+    if offsets is not None:
+        offsets = _array.array("offsets", offsets, "M K D", _array.REAL, sizes, like=("points", points))
+    factors = 1
+    if modulations is not None:
+        shape = "M K" if modulations_name == "modulations" else "M K A"
+        like = ("features", features)
+        modulations = _array.array(modulations_name, modulations, shape, _array.REAL, sizes, like=like)
+        factors = modulations.shape[2] if modulations.ndim == 3 else 1
+        if factors == 0 or features.shape[1] % factors:
+            channels = features.shape[1]
+            raise ValueError(
+                f"{modulations_name}: expected (M, K, A) with A a divisor of {channels} channels of features, "
+                f"got {modulations.shape}"
+            )
+    return Problem(
+        points, queries, neighbors.index, neighbors.row_splits, features, weights, kernel_points, offsets, modulations,
+        _array.length("extent", extent, points.dtype),
         _array.choice("influence", influence, _INFLUENCES),
         _array.choice("aggregation", aggregation, _AGGREGATIONS),
         _array.choice("normalization", normalization, _NORMALIZATIONS),
-    )
-    return geometry, features, weights, settings
+        groups, factors, config.get_num_threads(),
+    )  # fmt: skip
+
+
+def _grads(problem, neighbors, grad, needs):
+    """Gradients of all that `needs` names."""
+    grads = {}
+    if "features" in needs:
+        transposed = neighbors.transpose()
+        grads["features"] = _cpu.kpconv_grad_features(problem, transposed.index, transposed.row_splits, grad)
+    if "weights" in needs:
+        grads["weights"] = _cpu.kpconv_grad_weights(problem, grad)
+    if places := needs.intersection(_PLACES):
+        grads |= _cpu.kpconv_grad_places(problem, grad, places)
+    return grads
 
 
 def _forward(**arguments):
-    geometry, features, weights, settings = _checked(**arguments)
-    return _cpu.kpconv(*geometry, features, weights, *settings, config.get_num_threads()), ()
+    return _cpu.kpconv(_problem(**arguments)), ()
 
 
 def _vjp(arguments, saved, grad, needs):
-    geometry, features, weights, settings = _checked(**arguments)
-    threads = config.get_num_threads()
-    grads = {}
-    if "features" in needs:
-        transposed = arguments["neighbors"].transpose()
-        grads["features"] = _cpu.kpconv_grad_features(
-            *geometry, transposed.index, transposed.row_splits, features, weights, *settings, grad, threads
-        )
-    if "weights" in needs:
-        grads["weights"] = _cpu.kpconv_grad_weights(*geometry, features, weights, *settings, grad, threads)
+    problem = _problem(**arguments)
+    if arguments["queries"] is not None or "points" not in needs:
+        return _grads(problem, arguments["neighbors"], grad, needs)
+    grads = _grads(problem, arguments["neighbors"], grad, needs | {"queries"})
+    grads["points"] += grads.pop("queries")
     return grads
 
 
@@ -126,4 +244,31 @@ def _result(points, queries, features, weights, **_):
     return [((len(points if queries is None else queries), weights.shape[-1]), features.dtype)]
 
 
-OP = Op("kpconv", _forward, _vjp, diff=("features", "weights"), result=_result)
+def _problem_x(attention, **arguments):
+    weights = arguments["weights"]
+    if isinstance(weights, np.ndarray) and weights.ndim != 2:
+        raise ValueError(f"weights: expected (K, C), got {weights.shape}")
+    return _problem(
+        **arguments, modulations=attention, modulations_name="attention", aggregation="closest", normalization=None,
+        groups=1, offsets=None
+    )  # fmt: skip
+
+
+def _forward_x(**arguments):
+    return _cpu.kpconv(_problem_x(**arguments)), ()
+
+
+def _vjp_x(arguments, saved, grad, needs):
+    problem = _problem_x(**arguments)
+    grads = _grads(problem, arguments["neighbors"], grad, needs & {"features", "weights"})
+    if "attention" in needs:
+        if problem.factors > 1:
+            grads["attention"] = _cpu.kpconv_grad_factors(problem, grad)
+        else:
+            grads["attention"] = _cpu.kpconv_grad_places(problem, grad, {"modulations"})["modulations"]
+    return grads
+
+
+_DIFF = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
+OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result)
+OPX = Op("kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result)

@@ -58,36 +58,40 @@ KP_INLINE void with_vectors(int vectors, Call call) {
   }
 }
 
-// A (rows, columns) matrix cut into panels of panel_width columns, each panel's rows one after another; the last panel
-// is as many vectors wide as it needs, filled with zeros.
+// Matrices (rows, columns), one for each group of channels, cut into panels of panel_width columns, each panel's rows
+// one after another; the last panel is as many vectors wide as it needs, filled with zeros.
 template <class F>
 struct Panels {
   Buffer<F> data;
-  int64_t rows = 0, columns = 0;
+  int64_t rows = 0, columns = 0, groups = 1;
 
   int64_t count() const { return (columns + panel_width<F> - 1) / panel_width<F>; }
   int vectors(int64_t p) const {
     return int((smaller<int64_t>(panel_width<F>, columns - p * panel_width<F>) + lanes<F> - 1) / lanes<F>);
   }
   int64_t padded_columns() const { return round_up(columns, lanes<F>); }
-  const F* row(int64_t p, int64_t r) const {
-    return data.data() + p * panel_width<F> * rows + r * vectors(p) * lanes<F>;
+  const F* row(int64_t group, int64_t p, int64_t r) const {
+    return data.data() + group * padded_columns() * rows + p * panel_width<F> * rows + r * vectors(p) * lanes<F>;
   }
 
-  // Packs K matrices (Cin, Cout) stacked as rows, or their transposes. False: no memory.
-  bool pack(const F* weights, int64_t kernels, int64_t c_in, int64_t c_out, bool transposed, int threads) {
-    const int64_t height = transposed ? c_out : c_in;
+  // Packs K matrices (Cin / groups, Cout), of which every group has some columns, stacked as rows, or the groups'
+  // transposes. False: no memory.
+  bool pack(const F* weights, int64_t kernels, int64_t c_in, int64_t c_out, int64_t num_groups, bool transposed,
+            int threads) {
+    const int64_t inputs = c_in / num_groups, outputs = c_out / num_groups, height = transposed ? outputs : inputs;
     rows = kernels * height;
-    columns = transposed ? c_in : c_out;
-    if (!data.resize(padded_columns() * rows)) return false;
-    const int64_t jobs = count() * kernels;
-    threads = useful_threads(threads, rows * columns, 1 << 16);
+    columns = transposed ? inputs : outputs;
+    groups = num_groups;
+    if (!data.resize(groups * padded_columns() * rows)) return false;
+    const int64_t jobs = groups * count() * kernels;
+    threads = useful_threads(threads, groups * rows * columns, 1 << 16);
 #pragma omp parallel for num_threads(threads)
     for (int64_t job = 0; job < jobs; ++job) {
-      const int64_t p = job / kernels, k = job % kernels, width = vectors(p) * lanes<F>;
-      const F* const from = weights + k * c_in * c_out;
+      const int64_t group = job / (count() * kernels), p = job / kernels % count(), k = job % kernels;
+      const int64_t width = vectors(p) * lanes<F>;
+      const F* const from = weights + k * inputs * c_out + group * outputs;
       for (int64_t r = 0; r < height; ++r) {
-        F* const to = const_cast<F*>(row(p, k * height + r));
+        F* const to = const_cast<F*>(row(group, p, k * height + r));
         for (int64_t v = 0; v < width; ++v) {
           const int64_t c = p * panel_width<F> + v;
           to[v] = c < columns ? (transposed ? from[c * c_out + r] : from[r * c_out + c]) : F(0);

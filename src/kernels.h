@@ -93,12 +93,18 @@ struct KernelPoints {
 
 struct KPConv {
   Array points, queries, index, row_splits, features, weights, kernel_points;
+  Array offsets, modulations;                     // (M, K, D) and (M, K, factors), or none
   Array transposed_index, transposed_row_splits;  // of the neighbours; for grad_features only
   double extent;
   Influence influence;
   Aggregation aggregation;
   Normalization normalization;
+  int groups, factors;  // more than one factor of a (query, kernel point) only where depthwise
+  bool depthwise;       // weights (K, C)
   int threads;
+};
+struct KPConvPlaces {
+  Array points, queries, kernel_points, offsets, modulations;  // gradients; none where not wanted
 };
 
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
@@ -121,6 +127,8 @@ struct KPConv {
   X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \
+  X(Status, kpconv_grad_factors, (const KPConv&, const Array& grad_out, const Array& grad_factors))            \
+  X(Status, kpconv_grad_places, (const KPConv&, const Array& grad_out, const KPConvPlaces&))                   \
   X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
   X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
   X(double, fma_rate, (DType))

@@ -1,32 +1,27 @@
-// Rigid KPConv, forward and backward, by tiles.
+// KPConv, forward and backward, by tiles.
 //
-//   out[q] = sum over k of (sum over neighbours i of q of influence(|x_i - x_q - p_k|) f_i) W_k     (Thomas et al.
-//   2019)
+//   out[q] = sum over k of m[q, k] (sum over neighbours i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
+//   (Thomas et al. 2019; m and o where the kernel is modulated and deformed)
 //
-// A tile is some hundred queries. Influences are sparse (about 1.6 kernel points per neighbour), so for each query the
-// pairs with an influence are listed by kernel point, and each list is summed in registers and stored once: as one more
-// row of the tile's A_k, beside the number of the query. On surfaces a quarter of the (query, kernel point) have no
-// pair, and so no row: they cost nothing. Then the tile's output is the sum over k of A_k W_k, added to the rows'
+// A tile (src/tile.h) is some hundred queries: for every kernel point the rows of A_k, features summed with their
+// influences, and the queries they are of. Then the tile's output is the sum over k of A_k W_k, added to the rows'
 // queries by a micro-kernel over packed weights. Nothing larger than a tile ever exists.
 //
 // Backward: the gradient of the features is the same operator on the transposed neighbours with mirrored kernel points
-// and transposed weights. The gradient of W_k sums A_k^T grad over the tiles, in their order. So no result depends on
-// the number of threads.
+// and transposed weights. The gradient of W_k sums A_k^T grad over the tiles, in their order. All that depends on where
+// things are takes, for every pair, f_i . (grad W_k^T): the same tiles again, with the product before the sums. So no
+// result depends on the number of threads.
 
-#include "kpconv.h"
-
+#include <math.h>
 #include <sched.h>
 
 #include "gemm.h"
-#include "kernels.h"
-#include "neighbors.h"
+#include "tile.h"
 
 namespace kp {
 namespace KP_ISA {
 namespace {
 
-constexpr int64_t chunk = 128;            // neighbours looked at together
-constexpr int64_t batch = 256;            // pairs after which their rows are summed
 constexpr int64_t most_rows = 120;        // queries in a tile
 constexpr int64_t cache_bytes = 1 << 19;  // what a tile of more than 60 queries may take: half a second-level cache
 constexpr int64_t tile_bytes = 7 << 19;   // what any tile may take: 3.5 MiB
@@ -34,240 +29,6 @@ template <class T>
 const T* as(const Array& array) {
   return static_cast<const T*>(array.data);
 }
-
-// One direction of the operator: what is gathered, from where, for whom.
-template <class G, class F>
-struct Problem {
-  const G *points, *queries;
-  int dimension;
-  const int32_t* index;
-  const int64_t* row_splits;
-  int64_t num_queries;
-  const F* features;
-  int64_t channels;
-  const G* kernel_points;  // (D, K)
-  int num_kernels;
-  G extent;
-  Influence influence;
-  Aggregation aggregation;
-  const F *query_scale, *point_scale;  // factors of a query's row and of a gathered row, or null
-};
-
-// Pairs of one query and one kernel point: the sum of their feature rows, weighted, becomes a row of the tile or is
-// added to what earlier neighbours of the query left there.
-template <class F>
-struct List {
-  int64_t begin;  // of its pairs; they end where the next list begins
-  F* to;
-  bool is_new;
-};
-
-// Sums NV vectors of one list's rows, from channel c.
-template <int NV, class F>
-KP_INLINE void sum_rows(const F* features, int64_t channels, int64_t c, const int32_t* rows, const F* weights,
-                        const List<F>* list) {
-  F* const to = list->to + c;
-  Vec<F> sums[NV];
-  for (int v = 0; v < NV; ++v) sums[v] = list->is_new ? Vec<F>{} : load(to + v * lanes<F>);
-  const char* const base = reinterpret_cast<const char*>(features + c);
-  const int64_t stride = channels * int64_t(sizeof(F)), end = list[1].begin;
-  for (int64_t i = list->begin; i < end; ++i) {
-    const Vec<F> w = broadcast(weights[i]);
-    const char* row = base + rows[i] * stride;
-    asm("" : "+r"(row));  // or GCC keeps a base for every vector and runs out of registers
-    const F* const from = reinterpret_cast<const F*>(row);
-    for (int v = 0; v < NV; ++v) sums[v] = fma(w, load(from + v * lanes<F>), sums[v]);
-  }
-  for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
-}
-
-// Sums lists[order[0]], lists[order[1]], ..., some channels of all of them at a time.
-template <class F>
-void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F* weights, const List<F>* lists,
-               const int32_t* order, int64_t count) {
-  int64_t c = 0;
-  for (; c + 8 * lanes<F> <= channels; c += 8 * lanes<F>)
-    for (int64_t l = 0; l < count; ++l) sum_rows<8>(features, channels, c, rows, weights, lists + order[l]);
-  if (c + 4 * lanes<F> <= channels) {
-    for (int64_t l = 0; l < count; ++l) sum_rows<4>(features, channels, c, rows, weights, lists + order[l]);
-    c += 4 * lanes<F>;
-  }
-  for (; c + lanes<F> <= channels; c += lanes<F>)
-    for (int64_t l = 0; l < count; ++l) sum_rows<1>(features, channels, c, rows, weights, lists + order[l]);
-  const int rest = int(channels - c);
-  for (int64_t l = 0; rest && l < count; ++l) {
-    const List<F>* const list = lists + order[l];
-    Vec<F> sum = list->is_new ? Vec<F>{} : load_first(list->to + c, rest);
-    for (int64_t i = list->begin; i < list[1].begin; ++i)
-      sum = fma(broadcast(weights[i]), load_first(features + rows[i] * channels + c, rest), sum);
-    store_first(list->to + c, rest, sum);
-  }
-}
-
-// One thread's tile: for every kernel point the summed rows and the queries, counted from the tile's first, they are
-// of.
-template <class G, class F, int DIM>
-class Tile {
- public:
-  // Rows are a multiple of row_step.
-  bool reserve(const Problem<G, F>& problem, int64_t rows) {
-    const int64_t K = problem.num_kernels, pairs = batch + K * chunk + lanes<G>;
-    rows_ = rows;
-    channels_ = problem.channels;
-    if (!a_.resize(K * rows * channels_ + row_step) || !query_.resize(K * rows) || !size_.resize(K)) return false;
-    if (!lists_.resize(batch + K + 1) || !order_.resize(batch + K)) return false;
-    if (!d2_.resize(pairs) || !weight_.resize(pairs) || !point_.resize(pairs)) return false;
-    // The micro-kernel also reads rows up to the next multiple of row_step, for sums that are dropped.
-    memset(a_.data(), 0, size_t(a_.size()) * sizeof(F));
-    return true;
-  }
-
-  void fill(const Problem<G, F>& problem, int64_t first, int64_t count) {
-    for (int k = 0; k < problem.num_kernels; ++k) size_[k] = 0;
-    num_lists_ = num_pairs_ = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
-      for (int64_t e = begin; e < end; e += chunk) {
-        // A list is added to the sum of the same query's earlier neighbours, which must be there.
-        if (num_pairs_ >= batch || e > begin) sum_batch(problem);
-        list_pairs(problem, q, int32_t(r), problem.index + e, smaller(chunk, end - e));
-      }
-    }
-    sum_batch(problem);
-  }
-
-  int64_t size(int64_t k) const { return size_[k]; }
-  const F* a(int64_t k) const { return a_.data() + k * rows_ * channels_; }
-  const int32_t* queries(int64_t k) const { return query_.data() + k * rows_; }
-
- private:
-  // Lists the pairs of a query with an influence, kernel point by kernel point, and computes their influences.
-  void list_pairs(const Problem<G, F>& problem, int64_t q, int32_t r, const int32_t* index, int64_t n) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
-    constexpr int stored = DIM ? DIM : max_dimension;
-    const bool linear = problem.influence == Influence::linear, closest = problem.aggregation == Aggregation::closest;
-    alignas(64) G relative[stored][chunk], nearest[chunk];
-    alignas(64) int32_t who[chunk];
-    const G* const center = problem.queries + q * D;
-    const int64_t prefetched = smaller<int64_t>(problem.channels, 512 / int64_t(sizeof(F)));
-    for (int64_t i = 0; i < n; ++i) {
-      who[i] = index[i];
-      const F* const row = problem.features + int64_t(index[i]) * problem.channels;
-      for (int64_t c = 0; c < prefetched; c += 64 / int64_t(sizeof(F))) __builtin_prefetch(row + c);
-      const G* const x = problem.points + int64_t(index[i]) * D;
-      for (int a = 0; a < D; ++a) relative[a][i] = x[a] - center[a];
-    }
-    for (int64_t i = n; i < round_up(n, lanes<G>); ++i)
-      for (int a = 0; a < D; ++a) relative[a][i] = 0;
-
-    const auto squared = [&](int64_t i, const Vec<G>* kernel_point) {
-      Vec<G> d[stored];
-      for (int a = 0; a < D; ++a) d[a] = load(&relative[a][i]) - kernel_point[a];
-      return squared_distance(d, D);
-    };
-    const auto kernel_point = [&](int k, Vec<G>* p) {
-      for (int a = 0; a < D; ++a) p[a] = broadcast(problem.kernel_points[a * K + k]);
-    };
-    Vec<G> p[stored];
-    if (closest)
-      for (int64_t i = 0; i < n; i += lanes<G>) {
-        kernel_point(0, p);
-        Vec<G> best = squared(i, p), which = {};
-        for (int k = 1; k < K; ++k) {
-          kernel_point(k, p);
-          const Vec<G> d2 = squared(i, p);
-          which = d2 < best ? broadcast(G(k)) : which;
-          best = min(d2, best);
-        }
-        store(&nearest[i], which);
-      }
-
-    const Vec<G> limit = broadcast(problem.extent * problem.extent);
-    unsigned valid[chunk / lanes<G>];
-    for (int64_t i = 0; i < n; i += lanes<G>) valid[i / lanes<G>] = first_lanes<G>(n - i);
-    G* const all_d2 = d2_.data();
-    F* const a = a_.data();
-    int32_t *const all_points = point_.data(), *const all_queries = query_.data(), *const size = size_.data();
-    const int64_t rows = rows_, channels = channels_;
-    List<F>* list = lists_.data() + num_lists_;
-    int64_t pairs = num_pairs_;
-    for (int k = 0; k < K; ++k) {
-      const int64_t begin = pairs;
-      kernel_point(k, p);
-      for (int64_t i = 0; i < n; i += lanes<G>) {
-        const Vec<G> d2 = squared(i, p);
-        unsigned mask = valid[i / lanes<G>];
-        if (linear) mask &= mask_lt(d2, limit);
-        if (closest) mask &= mask_eq(load(&nearest[i]), broadcast(G(k)));
-        compress(all_d2 + pairs, mask, d2);
-        pairs += compress<G>(all_points + pairs, mask, who + i);
-      }
-      // No branch: a quarter of the lists have no pair, at random.
-      int32_t* const queries = all_queries + k * rows;
-      const bool is_new = !size[k] || queries[size[k] - 1] != r, some = pairs > begin;
-      const int64_t row = size[k] - !is_new;
-      queries[row] = r;
-      *list = {begin, a + (k * rows + row) * channels, is_new};
-      size[k] += some & is_new;
-      list += some;
-    }
-    weigh(problem, q, num_pairs_, pairs);
-    num_lists_ = list - lists_.data();
-    num_pairs_ = pairs;
-  }
-
-  void weigh(const Problem<G, F>& problem, int64_t q, int64_t begin, int64_t end) {
-    const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
-    for (int64_t i = begin; i < end; i += lanes<G>) {
-      const Vec<G> d2 = load(&d2_[i]);
-      Vec<G> influence = {};
-      switch (problem.influence) {
-        case Influence::linear:
-          influence = linear_influence(d2, inverse_extent);
-          break;
-        case Influence::gaussian:
-          influence = exp_of<G>(d2 * scale);
-          break;
-        case Influence::constant:
-          influence = broadcast(G(1));
-          break;
-      }
-      if constexpr (std::is_same_v<G, F>)
-        store(&weight_[i], influence);
-      else
-        for (int l = 0; l < lanes<G>; ++l) weight_[i + l] = F(influence[l]);
-    }
-    if (problem.query_scale)
-      for (int64_t i = begin; i < end; ++i) weight_[i] *= problem.query_scale[q];
-    if (problem.point_scale)
-      for (int64_t i = begin; i < end; ++i) weight_[i] *= problem.point_scale[point_[i]];
-  }
-
-  // Sums the lists so far, by length: the end of a loop that runs as often as the one before it is foreseen, which
-  // otherwise costs as much as three pairs, with five pairs in a list.
-  void sum_batch(const Problem<G, F>& problem) {
-    constexpr int64_t longest = 31;  // longer ones are rare
-    int32_t place[longest + 1] = {};
-    lists_[num_lists_].begin = num_pairs_;
-    const auto length = [&](int64_t l) { return smaller(longest, lists_[l + 1].begin - lists_[l].begin); };
-    for (int64_t l = 0; l < num_lists_; ++l) ++place[length(l)];
-    int32_t before = 0;
-    for (int32_t& p : place) {
-      const int32_t count = p;
-      p = before;
-      before += count;
-    }
-    for (int64_t l = 0; l < num_lists_; ++l) order_[place[length(l)]++] = int32_t(l);
-    sum_lists(problem.features, channels_, point_.data(), weight_.data(), lists_.data(), order_.data(), num_lists_);
-    num_lists_ = num_pairs_ = 0;
-  }
-
-  Buffer<F> a_, weight_;
-  Buffer<G> d2_;
-  Buffer<List<F>> lists_;
-  Buffer<int32_t> point_, query_, size_, order_;
-  int64_t rows_ = 0, channels_ = 0, num_lists_ = 0, num_pairs_ = 0;
-};
 
 // Queries in a tile: what fits.
 template <class F>
@@ -277,34 +38,82 @@ int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
   return larger<int64_t>(row_step, fit / row_step * row_step);
 }
 
+// The weights: (K, Cin / groups, Cout), or (K, C) where every channel is its own group.
+template <class F>
+struct Weights {
+  const F* data;
+  int num_kernels, groups;
+  int64_t c_in, c_out;
+  bool depthwise;
+  const F* modulations;  // (M, K, factors), where a kernel point has more than one factor
+  int factors;
+
+  const F* row(int64_t k) const { return data + k * c_out; }
+};
+
 // o (tile rows + 1, padded columns) = the tile's A times the packed weights; the last row is for sums that are dropped.
 template <class F, class T>
-void multiply(const T& tile, int64_t tile_rows, int num_kernels, int64_t channels, const Panels<F>& weights, F* o) {
-  const int64_t o_row = weights.padded_columns();
+void multiply(const T& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
+  const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.rows / num_kernels;
+  const int64_t channels = weights.groups * height;
   memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
   for (int k = 0; k < num_kernels; ++k) {
     const int64_t size = tile.size(k);
     const int32_t* const queries = tile.queries(k);
-    for (int64_t p = 0; size && p < weights.count(); ++p)
-      with_vectors(weights.vectors(p), [&](auto vectors) {
-        constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-        const F* const panel = weights.row(p, k * channels);
-        F* const to = o + p * panel_width<F>;
-        for (int64_t i = 0; i < size; i += MR)
-          multiply_block<F, MR, NV, false>(
-              channels, tile.a(k) + i * channels, channels, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
-              [=](int64_t r) { return to + (i + r < size ? queries[i + r] : tile_rows) * o_row; });
-      });
+    for (int g = 0; size && g < weights.groups; ++g)
+      for (int64_t p = 0; p < weights.count(); ++p)
+        with_vectors(weights.vectors(p), [&](auto vectors) {
+          constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+          const F* const panel = weights.row(g, p, k * height);
+          const F* const a = tile.a(k) + g * height;
+          F* const to = o + g * weights.padded_columns() + p * panel_width<F>;
+          for (int64_t i = 0; i < size; i += MR)
+            multiply_block<F, MR, NV, false>(
+                height, a + i * channels, channels, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
+                [=](int64_t r) { return to + (i + r < size ? queries[i + r] : tile_rows) * o_row; });
+        });
   }
 }
 
+// The same where every channel is its own group: o[q] += A_k[q] * W_k, and * the factors of (q, k).
+template <class F, class T>
+void scale_rows(const T& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {
+  const int64_t channels = weights.c_in, width = channels / weights.factors;
+  memset(o, 0, size_t(rows * channels) * sizeof(F));
+  for (int64_t k = 0; k < weights.num_kernels; ++k) {
+    const F* const w = weights.row(k);
+    for (int64_t i = 0; i < tile.size(k); ++i) {
+      const int64_t q = tile.queries(k)[i];
+      const F* const a = tile.a(k) + i * channels;
+      F* const to = o + q * channels;
+      if (!modulations) {
+        for (int64_t c = 0; c < channels; ++c) to[c] += a[c] * w[c];
+        continue;
+      }
+      const F* const factors = modulations + (q * weights.num_kernels + k) * weights.factors;
+      for (int64_t f = 0; f < weights.factors; ++f)
+        for (int64_t c = f * width; c < (f + 1) * width; ++c) to[c] += a[c] * w[c] * factors[f];
+    }
+  }
+}
+
+// Modulations from the tile's first query on, where they act on its sums.
+template <class G, class F>
+const F* modulations_at(const Problem<G, F>& problem, const Weights<F>& weights, int64_t first) {
+  if (!weights.modulations || problem.backward) return nullptr;
+  return weights.modulations + first * weights.num_kernels * weights.factors;
+}
+
 template <class G, class F, int DIM>
-Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, int64_t c_out, bool transposed, F* out,
-                int threads) {
+Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out, int threads) {
+  const bool dense = !weights.depthwise;
   Panels<F> panels;
-  if (!panels.pack(weights, problem.num_kernels, c_in, c_out, transposed, threads)) return Status::out_of_memory;
-  const int64_t tile_rows = rows_of_tile<F>(problem.num_kernels * problem.channels, panels.padded_columns());
-  const int64_t columns = panels.columns;
+  if (dense && !panels.pack(weights.data, weights.num_kernels, weights.c_in, weights.c_out, weights.groups,
+                            problem.backward, threads))
+    return Status::out_of_memory;
+  const int64_t columns = problem.backward ? weights.c_in : weights.c_out, group_columns = columns / weights.groups;
+  const int64_t o_row = dense ? weights.groups * panels.padded_columns() : columns;
+  const int64_t tile_rows = rows_of_tile<F>(problem.num_kernels * problem.channels, o_row);
   const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
   threads = useful_threads(threads, tiles, 1);
   bool enough = true;
@@ -312,15 +121,22 @@ Status convolve(const Problem<G, F>& problem, const F* weights, int64_t c_in, in
   {
     Tile<G, F, DIM> tile;
     Buffer<F> o;
-    enough = tile.reserve(problem, tile_rows) && o.resize((tile_rows + 1) * panels.padded_columns());
+    enough = tile.reserve(problem, tile_rows, row_step) && o.resize((tile_rows + 1) * o_row);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; ++t) {
       if (!enough) continue;
       const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
       tile.fill(problem, first, rows);
-      multiply(tile, tile_rows, problem.num_kernels, problem.channels, panels, o.data());
-      for (int64_t r = 0; r < rows; ++r)
-        memcpy(out + (first + r) * columns, &o[r * panels.padded_columns()], size_t(columns) * sizeof(F));
+      if (dense) {
+        multiply(tile, tile_rows, panels, problem.num_kernels, o.data());
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t g = 0; g < weights.groups; ++g)
+            memcpy(out + (first + r) * columns + g * group_columns, &o[r * o_row + g * panels.padded_columns()],
+                   size_t(group_columns) * sizeof(F));
+      } else {
+        scale_rows(tile, rows, weights, modulations_at(problem, weights, first), o.data());
+        memcpy(out + first * columns, o.data(), size_t(rows * columns) * sizeof(F));
+      }
     }
   }
   return enough ? Status::ok : Status::out_of_memory;
@@ -347,22 +163,23 @@ class Turns {
   Buffer<int64_t> turn_;
 };
 
-// Adds a tile's A_k^T grad to channels [first, end) of the gradient of W_k; `grad` holds the tile's rows of grad_out,
-// padded to whole vectors.
+// Adds A_k^T grad to channels [first, end), all of one group, of the gradient of W_k; `grad` holds the tile's rows of
+// grad_out, padded to whole vectors and a panel more.
 template <class F, class T>
-void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end, int64_t channels, const F* grad,
-                            int64_t c_out, F* grad_weights) {
-  const int64_t size = tile.size(k), padded = round_up(c_out, lanes<F>);
+void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
+                            const F* grad, int64_t grad_row, F* grad_weights) {
+  const int64_t size = tile.size(k), channels = weights.c_in, c_out = weights.c_out;
+  const int64_t height = channels / weights.groups, columns = c_out / weights.groups, group = first / height;
   const int32_t* const queries = tile.queries(k);
   Vec<F> sums[row_step * panel_vectors];
   F* const spill = reinterpret_cast<F*>(sums);
-  for (int64_t v = 0; size && v < c_out; v += panel_width<F>) {
-    const auto right = [=](int64_t i) { return grad + queries[i] * padded + v; };
-    const int64_t width = smaller<int64_t>(panel_width<F>, c_out - v);
+  for (int64_t v = group * columns, last = v + columns; size && v < last; v += panel_width<F>) {
+    const auto right = [=](int64_t i) { return grad + queries[i] * grad_row + v; };
+    const int64_t width = smaller<int64_t>(panel_width<F>, last - v);
     with_vectors(int((width + lanes<F> - 1) / lanes<F>), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
       for (int64_t c = first; c < end; c += MR) {
-        F* const to = grad_weights + (k * channels + c) * c_out + v;
+        F* const to = grad_weights + (k * height + c - group * height) * c_out + v;
         const F* const a = tile.a(k) + c;
         if (c + MR <= end && width == NV * lanes<F>) {
           multiply_block<F, MR, NV, false>(size, a, 1, channels, right, [=](int64_t r) { return to + r * c_out; });
@@ -377,42 +194,322 @@ void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end
   }
 }
 
-// grad_weights (K, Cin, Cout)
+// The same where every channel is its own group.
+template <class F, class T>
+void add_scaled_rows(const T& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
+                     const F* modulations, const F* grad, int64_t grad_row, F* grad_weights) {
+  const int64_t channels = weights.c_in, width = channels / weights.factors;
+  F* const to = grad_weights + k * channels;
+  for (int64_t i = 0; i < tile.size(k); ++i) {
+    const int64_t q = tile.queries(k)[i];
+    const F* const a = tile.a(k) + i * channels;
+    const F* const g = grad + q * grad_row;
+    if (!modulations) {
+      for (int64_t c = first; c < end; ++c) to[c] += a[c] * g[c];
+      continue;
+    }
+    const F* const factors = modulations + (q * weights.num_kernels + k) * weights.factors;
+    for (int64_t c = first; c < end;) {
+      const F factor = factors[c / width];
+      for (const int64_t next = smaller(end, (c / width + 1) * width); c < next; ++c) to[c] += a[c] * g[c] * factor;
+    }
+  }
+}
+
+// grad_weights, like the weights
 template <class G, class F, int DIM>
-Status weight_gradient(const Problem<G, F>& problem, const F* grad_out, int64_t c_out, F* grad_weights, int threads) {
-  const int64_t channels = problem.channels, K = problem.num_kernels;
-  const int64_t padded = round_up(c_out, lanes<F>), tile_rows = rows_of_tile<F>(K * channels, padded);
+Status weight_gradient(const Problem<G, F>& problem, const Weights<F>& weights, const F* grad_out, F* grad_weights,
+                       int threads) {
+  const int64_t channels = problem.channels, c_out = weights.c_out, K = problem.num_kernels;
+  const int64_t grad_row = round_up(c_out, lanes<F>), tile_rows = rows_of_tile<F>(K * channels, grad_row);
   const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
-  constexpr int64_t block = 8 * row_step;  // channels that have their turn together
-  const int64_t blocks = (channels + block - 1) / block;
+  // Channels that have their turn together, never of two groups.
+  const int64_t height = weights.depthwise ? channels : channels / weights.groups;
+  const int64_t block = smaller<int64_t>(height, 8 * row_step), blocks = (height + block - 1) / block;
+  const int64_t parts = K * (channels / height) * blocks;
+  const int64_t size = K * (weights.depthwise ? 1 : height) * c_out;
   Turns turns;
-  if (!turns.reserve(K * blocks)) return Status::out_of_memory;
-  memset(grad_weights, 0, size_t(K * channels * c_out) * sizeof(F));
+  if (!turns.reserve(parts)) return Status::out_of_memory;
+  memset(grad_weights, 0, size_t(size) * sizeof(F));
   int64_t next = 0;
   bool some = false;  // thread had the memory to take part
 #pragma omp parallel num_threads(useful_threads(threads, tiles, 1)) reduction(|| : some)
   {
     Tile<G, F, DIM> tile;
     Buffer<F> grad;
-    some = tile.reserve(problem, tile_rows) && grad.resize(tile_rows * padded);
+    some = tile.reserve(problem, tile_rows, row_step) && grad.resize(tile_rows * grad_row + panel_width<F>);
     while (some) {
       const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (t >= tiles) break;
       const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
       tile.fill(problem, first, rows);
       for (int64_t r = 0; r < rows; ++r) {
-        memcpy(&grad[r * padded], grad_out + (first + r) * c_out, size_t(c_out) * sizeof(F));
-        for (int64_t v = c_out; v < padded; ++v) grad[r * padded + v] = 0;
+        memcpy(&grad[r * grad_row], grad_out + (first + r) * c_out, size_t(c_out) * sizeof(F));
+        for (int64_t v = c_out; v < grad_row; ++v) grad[r * grad_row + v] = 0;
       }
-      for (int64_t part = 0; part < K * blocks; ++part) {
-        const int64_t k = part / blocks, c = part % blocks * block;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t k = part / (parts / K), of_kernel = part % (parts / K);
+        const int64_t group = of_kernel / blocks * height, c = group + of_kernel % blocks * block;
+        const int64_t end = smaller(group + height, c + block);
         turns.wait(part, t);
-        add_transposed_product(tile, k, c, smaller(channels, c + block), channels, grad.data(), c_out, grad_weights);
+        if (weights.depthwise)
+          add_scaled_rows(tile, k, c, end, weights, modulations_at(problem, weights, first), grad.data(), grad_row,
+                          grad_weights);
+        else
+          add_transposed_product(tile, k, c, end, weights, grad.data(), grad_row, grad_weights);
         turns.pass(part, t);
       }
     }
   }
   return some ? Status::ok : Status::out_of_memory;
+}
+
+// The gradient of factors of channels: of (q, k, f) the sum of A_k[q] * W_k * grad[q] over the channels of f.
+template <class G, class F, int DIM>
+Status factor_gradient(const Problem<G, F>& problem, const Weights<F>& weights, const F* grad_out, F* grad_factors,
+                       int threads) {
+  const int64_t channels = problem.channels, K = problem.num_kernels, width = channels / weights.factors;
+  const int64_t tile_rows = rows_of_tile<F>(K * channels, channels), per_query = K * weights.factors;
+  const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
+  bool enough = true;
+#pragma omp parallel num_threads(useful_threads(threads, tiles, 1)) reduction(&& : enough)
+  {
+    Tile<G, F, DIM> tile;
+    enough = tile.reserve(problem, tile_rows, row_step);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (!enough) continue;
+      const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
+      tile.fill(problem, first, rows);
+      memset(grad_factors + first * per_query, 0, size_t(rows * per_query) * sizeof(F));
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t i = 0; i < tile.size(k); ++i) {
+          const int64_t q = first + tile.queries(k)[i];
+          const F *const a = tile.a(k) + i * channels, *const g = grad_out + q * channels, *const w = weights.row(k);
+          for (int64_t f = 0; f < weights.factors; ++f) {
+            F sum = 0;
+            for (int64_t c = f * width; c < (f + 1) * width; ++c) sum += a[c] * w[c] * g[c];
+            grad_factors[(q * K + k) * weights.factors + f] = sum;
+          }
+        }
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+// ---- gradients of where things are -------------------------------------------------------------------------------
+
+// What to find; null for what is not asked for.
+template <class G, class F>
+struct Places {
+  G* queries;       // (M, D)
+  G* edges;         // (E, D): of the point of every pair
+  double* kernels;  // (tiles, K, D)
+  G* offsets;       // (M, K, D)
+  F* modulations;   // (M, K)
+};
+
+// One thread's products grad W_k^T, a row for each query and kernel point with a pair, and what follows from them. The
+// problem is that of the way there, without factors of its pairs.
+template <class G, class F, int DIM>
+class PlaceTile {
+ public:
+  bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows) {
+    const int64_t K = problem.num_kernels, most = most_pairs + K * chunk;
+    rows_ = rows;
+    return pairs_.reserve(problem, rows, most_pairs, true) && g_.resize(K * rows * problem.channels) &&
+           gathered_.resize((rows + row_step) * weights.c_out) && along_.resize(most + lanes<F> + lanes<G>) &&
+           row_.resize(most);
+  }
+
+  // Queries [first, first + count). `panels`: of the transposed weights; `scale`, `modulations`: of every query, and
+  // kernel point, or null; `kernels`: this tile's part of the gradient of the kernel points.
+  void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels, const F* scale,
+           const F* modulations, const F* grad_out, int64_t first, int64_t count, const Places<G, F>& to,
+           double* kernels) {
+    const int D = DIM ? DIM : problem.dimension;
+    const int64_t K = problem.num_kernels, base = problem.row_splits[first];
+    if (to.queries) memset(to.queries + first * D, 0, size_t(count * D) * sizeof(G));
+    if (to.offsets) memset(to.offsets + first * K * D, 0, size_t(count * K * D) * sizeof(G));
+    if (to.modulations) memset(to.modulations + first * K, 0, size_t(count * K) * sizeof(F));
+    if (to.edges) memset(to.edges + base * D, 0, size_t((problem.row_splits[first + count] - base) * D) * sizeof(G));
+    if (kernels) memset(kernels, 0, size_t(K * D) * sizeof(double));
+    const auto finish = [&] {
+      for (int64_t k = 0; k < K; ++k) {
+        gather_gradients(k, weights.c_out, scale, grad_out, first);
+        if (weights.depthwise)
+          scale_gradients(weights, k);
+        else
+          multiply_gradients(weights, panels, k);
+      }
+      take_products(problem);
+      spread(problem, modulations, first, base, to, kernels);
+      pairs_.start_rows();
+      pairs_.start_pairs();
+    };
+    pairs_.start_rows();
+    pairs_.start_pairs();
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
+      for (int64_t e = begin; e < end; e += chunk) {
+        if (pairs_.num_pairs >= most_pairs) finish();
+        pairs_.look_at(problem, q, int32_t(r), e, smaller(chunk, end - e), base);
+      }
+    }
+    finish();
+  }
+
+ private:
+  static constexpr int64_t most_pairs = 1 << 14;
+
+  // grad_out of the queries that have a pair with kernel point k
+  void gather_gradients(int64_t k, int64_t c_out, const F* scale, const F* grad_out, int64_t first) {
+    for (int64_t i = 0; i < pairs_.size(k); ++i) {
+      const int64_t q = first + pairs_.queries(k)[i];
+      const F* const grad = grad_out + q * c_out;
+      F* const row = &gathered_[i * c_out];
+      for (int64_t c = 0; c < c_out; ++c) row[c] = scale ? grad[c] * scale[q] : grad[c];
+    }
+  }
+  void scale_gradients(const Weights<F>& weights, int64_t k) {
+    for (int64_t i = 0; i < pairs_.size(k); ++i)
+      for (int64_t c = 0; c < weights.c_out; ++c)
+        g_[(k * rows_ + i) * weights.c_out + c] = gathered_[i * weights.c_out + c] * weights.row(k)[c];
+  }
+  void multiply_gradients(const Weights<F>& weights, const Panels<F>& panels, int64_t k) {
+    const int64_t size = pairs_.size(k), c_out = weights.c_out, height = c_out / weights.groups;
+    for (int64_t g = 0; size && g < weights.groups; ++g)
+      for (int64_t p = 0; p < panels.count(); ++p)
+        with_vectors(panels.vectors(p), [&](auto vectors) {
+          constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+          const F* const panel = panels.row(g, p, k * height);
+          F* const to = &g_[k * rows_ * weights.c_in + g * panels.columns + p * panel_width<F>];
+          const int64_t width = smaller<int64_t>(NV * lanes<F>, panels.columns - p * panel_width<F>);
+          Vec<F> products[MR * NV];
+          const F* const product = reinterpret_cast<const F*>(products);
+          for (int64_t i = 0; i < size; i += MR) {
+            multiply_block<F, MR, NV, true>(
+                height, &gathered_[i * c_out + g * height], c_out, 1,
+                [=](int64_t c) { return panel + c * NV * lanes<F>; },
+                [&](int64_t r) { return reinterpret_cast<F*>(products + r * NV); });
+            for (int64_t r = 0; r < smaller<int64_t>(MR, size - i); ++r)
+              memcpy(to + (i + r) * weights.c_in, product + r * NV * lanes<F>, size_t(width) * sizeof(F));
+          }
+        });
+  }
+
+  // along_[pair] = f_i . (grad W_k^T), as many pairs at a time as a vector has lanes
+  void take_products(const Problem<G, F>& problem) {
+    const int64_t channels = problem.channels, num_pairs = pairs_.num_pairs;
+    const int rest = int(channels % lanes<F>);
+    for (int64_t l = 0; l < pairs_.num_lists; ++l)
+      for (int64_t i = pairs_.lists[l].begin; i < pairs_.lists[l + 1].begin; ++i) row_[i] = pairs_.lists[l].row;
+    for (int64_t i = 0; i < num_pairs; i += lanes<F>) {
+      Vec<F> sums[lanes<F>];
+      for (int l = 0; l < lanes<F>; ++l) {
+        const int64_t pair = smaller(i + l, num_pairs - 1);
+        const F* const f = problem.features + int64_t(pairs_.point[pair]) * channels;
+        const F* const g = &g_[row_[pair] * channels];
+        Vec<F> sum = {};
+        int64_t c = 0;
+        for (; c + lanes<F> <= channels; c += lanes<F>) sum = fma(load(f + c), load(g + c), sum);
+        if (rest) sum = fma(load_first(f + c, rest), load_first(g + c, rest), sum);
+        sums[l] = sum;
+      }
+      store(&along_[i], sums_of<F>(sums));
+    }
+  }
+
+  void spread(const Problem<G, F>& problem, const F* modulations, int64_t first, int64_t base, const Places<G, F>& to,
+              double* kernels) {
+    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    constexpr int stored = DIM ? DIM : max_dimension;
+    push(problem);
+    for (int64_t l = 0; l < pairs_.num_lists; ++l) {
+      const List& list = pairs_.lists[l];
+      const int k = list.kernel;
+      const int64_t q = first + pairs_.queries(k)[list.row - k * rows_];
+      const G modulation = modulations ? G(modulations[q * K + k]) : G(1);
+      const int64_t begin = list.begin, end = pairs_.lists[l + 1].begin;
+      G sum[stored] = {};
+      for (int64_t i = begin; i < end; ++i)
+        for (int a = 0; a < D; ++a) sum[a] += modulation * pairs_.from[a][i];
+      for (int64_t i = begin; to.edges && i < end; ++i) {
+        G* const edge = to.edges + (base + pairs_.edge[i]) * D;
+        for (int a = 0; a < D; ++a) edge[a] += modulation * pairs_.from[a][i];
+      }
+      F of_modulation = 0;
+      for (int64_t i = begin; to.modulations && i < end; ++i) of_modulation += pairs_.weight[i] * along_[i];
+      for (int a = 0; a < D; ++a) {
+        if (to.queries) to.queries[q * D + a] -= sum[a];
+        if (to.offsets) to.offsets[(q * K + k) * D + a] -= sum[a];
+        if (kernels) kernels[k * D + a] -= double(sum[a]);
+      }
+      if (to.modulations) to.modulations[q * K + k] += of_modulation;
+    }
+  }
+
+  // Turns where the pairs are from their kernel points into the gradients of that, but for the modulations.
+  void push(const Problem<G, F>& problem) {
+    const int D = DIM ? DIM : problem.dimension;
+    const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
+    for (int64_t i = 0; i < pairs_.num_pairs; i += lanes<G>) {
+      const Vec<G> d2 = load(&pairs_.d2[i]);
+      Vec<G> factor = {};
+      if (problem.influence == Influence::linear)
+        factor = linear_slope(d2, inverse_extent);
+      else if (problem.influence == Influence::gaussian)
+        factor = 2 * scale * exp_of<G>(d2 * scale);
+      if constexpr (std::is_same_v<G, F>)
+        factor *= load(&along_[i]);
+      else
+        for (int l = 0; l < lanes<G>; ++l) factor[l] *= G(along_[i + l]);
+      for (int a = 0; a < D; ++a) store(&pairs_.from[a][i], factor * load(&pairs_.from[a][i]));
+    }
+  }
+
+  Pairs<G, F, DIM> pairs_;
+  Buffer<F> g_, gathered_, along_;
+  Buffer<int32_t> row_;
+  int64_t rows_ = 0;
+};
+
+template <class G, class F, int DIM>
+Status place_gradients(const Problem<G, F>& problem, const Weights<F>& weights, const F* scale, const F* modulations,
+                       const F* grad_out, const Places<G, F>& to, int64_t tile_rows, int threads) {
+  Panels<F> panels;
+  if (!weights.depthwise &&
+      !panels.pack(weights.data, weights.num_kernels, weights.c_in, weights.c_out, weights.groups, true, threads))
+    return Status::out_of_memory;
+  const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows, D = problem.dimension;
+  bool enough = true;
+#pragma omp parallel num_threads(useful_threads(threads, tiles, 1)) reduction(&& : enough)
+  {
+    PlaceTile<G, F, DIM> tile;
+    enough = tile.reserve(problem, weights, tile_rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (!enough) continue;
+      const int64_t first = t * tile_rows, rows = smaller(tile_rows, problem.num_queries - first);
+      tile.add(problem, weights, panels, scale, modulations, grad_out, first, rows, to,
+               to.kernels ? to.kernels + t * problem.num_kernels * D : nullptr);
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+// Adds up the gradients of all pairs of a point, in their order; every thread has some of the points.
+template <class G>
+void sum_edges(const G* edges, const int32_t* index, int64_t num_edges, int64_t D, int64_t num_points, G* points,
+               int threads) {
+#pragma omp parallel num_threads(useful_threads(threads, num_points, 1 << 12))
+  {
+    const Share share(num_points, omp_get_thread_num(), omp_get_num_threads());
+    memset(points + share.begin * D, 0, size_t((share.end - share.begin) * D) * sizeof(G));
+    for (int64_t e = 0; e < num_edges; ++e)
+      if (index[e] >= share.begin && index[e] < share.end)
+        for (int64_t a = 0; a < D; ++a) points[index[e] * D + a] += edges[e * D + a];
+  }
 }
 
 // Whether a feature row sums to more than zero, in float64 and eight interleaved sums: alike on every machine.
@@ -462,6 +559,21 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   return true;
 }
 
+// Every query's own kernel points, by axis and padded with NaN to whole vectors.
+template <class G>
+bool deform(const KPConv& args, Buffer<G>& to) {
+  const int64_t K = args.kernel_points.rows, D = args.kernel_points.cols, padded = round_up(K, lanes<G>);
+  const int64_t m = args.queries.rows;
+  if (!to.resize(m * D * padded)) return false;
+#pragma omp parallel for num_threads(useful_threads(args.threads, m, 1 << 8))
+  for (int64_t q = 0; q < m; ++q)
+    for (int64_t a = 0; a < D; ++a)
+      for (int64_t k = 0; k < padded; ++k)
+        to[(q * D + a) * padded + k] =
+            k < K ? as<G>(args.kernel_points)[k * D + a] + as<G>(args.offsets)[(q * K + k) * D + a] : G(NAN);
+  return true;
+}
+
 // Calls f(geometry type, feature type, dimension or 0 for any).
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
@@ -474,6 +586,18 @@ Status with_types(const KPConv& args, Call call) {
     return args.features.dtype == DType::float32 ? with_feature(g, float()) : with_feature(g, double());
   };
   return args.points.dtype == DType::float32 ? with_geometry(float()) : with_geometry(double());
+}
+
+template <class F>
+Weights<F> weights_of(const KPConv& args) {
+  return {as<F>(args.weights),
+          int(args.kernel_points.rows),
+          args.depthwise ? 1 : args.groups,
+          args.features.cols,
+          args.weights.cols,
+          args.depthwise,
+          args.factors > 1 ? as<F>(args.modulations) : nullptr,
+          args.factors};
 }
 
 template <class G, class F>
@@ -492,56 +616,106 @@ Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points
           args.influence,
           args.aggregation,
           scale.data(),
-          nullptr};
+          nullptr,
+          as<G>(args.offsets),
+          nullptr,
+          as<F>(args.modulations),
+          args.factors,
+          false};
+}
+
+// Calls f(the problem of the way there, weights, dimension, the queries' scale).
+template <class Call>
+Status with_problem(const KPConv& args, Call call) {
+  return with_types(args, [&](auto g, auto f, auto dim) {
+    using G = decltype(g);
+    using F = decltype(f);
+    Buffer<G> kernel_points;
+    Buffer<F> scale;
+    if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
+    if (Status status = normalize(args, scale); status != Status::ok) return status;
+    return call(forward_problem(args, kernel_points, scale), weights_of<F>(args), dim);
+  });
 }
 
 }  // namespace
 
 Status kpconv(const KPConv& args, const Array& out) {
-  return with_types(args, [&](auto g, auto f, auto dim) {
-    using G = decltype(g);
-    using F = decltype(f);
-    Buffer<G> kernel_points;
-    Buffer<F> scale;
-    if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
-    if (Status status = normalize(args, scale); status != Status::ok) return status;
-    return convolve<G, F, decltype(dim)::value>(forward_problem(args, kernel_points, scale), as<F>(args.weights),
-                                                args.features.cols, out.cols, false, static_cast<F*>(out.data),
-                                                args.threads);
+  return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
+    using F = std::decay_t<decltype(*weights.data)>;
+    using G = std::decay_t<decltype(*problem.points)>;
+    return convolve<G, F, decltype(dim)::value>(problem, weights, static_cast<F*>(out.data), args.threads);
   });
 }
 
 Status kpconv_grad_features(const KPConv& args, const Array& grad_out, const Array& grad_features) {
-  return with_types(args, [&](auto g, auto f, auto dim) {
-    using G = decltype(g);
-    using F = decltype(f);
-    Buffer<G> kernel_points;
-    Buffer<F> scale;
-    if (!by_axis(args.kernel_points, G(-1), kernel_points)) return Status::out_of_memory;
-    if (Status status = normalize(args, scale); status != Status::ok) return status;
-    Problem<G, F> problem = forward_problem(args, kernel_points, scale);
+  return with_problem(args, [&](auto problem, const auto& weights, auto dim) {
+    using F = std::decay_t<decltype(*weights.data)>;
+    using G = std::decay_t<decltype(*problem.points)>;
+    Buffer<G> mirrored, deformed;
+    if (!by_axis(args.kernel_points, G(-1), mirrored)) return Status::out_of_memory;
+    if (problem.offsets && !deform(args, deformed)) return Status::out_of_memory;
     exchange(problem.points, problem.queries);
     exchange(problem.query_scale, problem.point_scale);
+    problem.kernel_points = mirrored.data();
+    problem.deformed = problem.offsets ? deformed.data() : nullptr;
+    problem.offsets = nullptr;
+    problem.backward = true;
     problem.index = as<int32_t>(args.transposed_index);
     problem.row_splits = as<int64_t>(args.transposed_row_splits);
     problem.num_queries = args.points.rows;
     problem.features = as<F>(grad_out);
     problem.channels = grad_out.cols;
-    return convolve<G, F, decltype(dim)::value>(problem, as<F>(args.weights), args.features.cols, grad_out.cols, true,
-                                                static_cast<F*>(grad_features.data), args.threads);
+    return convolve<G, F, decltype(dim)::value>(problem, weights, static_cast<F*>(grad_features.data), args.threads);
   });
 }
 
 Status kpconv_grad_weights(const KPConv& args, const Array& grad_out, const Array& grad_weights) {
-  return with_types(args, [&](auto g, auto f, auto dim) {
-    using G = decltype(g);
-    using F = decltype(f);
-    Buffer<G> kernel_points;
-    Buffer<F> scale;
-    if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
-    if (Status status = normalize(args, scale); status != Status::ok) return status;
-    return weight_gradient<G, F, decltype(dim)::value>(forward_problem(args, kernel_points, scale), as<F>(grad_out),
-                                                       grad_out.cols, static_cast<F*>(grad_weights.data), args.threads);
+  return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
+    using F = std::decay_t<decltype(*weights.data)>;
+    using G = std::decay_t<decltype(*problem.points)>;
+    return weight_gradient<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out),
+                                                       static_cast<F*>(grad_weights.data), args.threads);
+  });
+}
+
+Status kpconv_grad_factors(const KPConv& args, const Array& grad_out, const Array& grad_factors) {
+  return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
+    using F = std::decay_t<decltype(*weights.data)>;
+    using G = std::decay_t<decltype(*problem.points)>;
+    return factor_gradient<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out),
+                                                       static_cast<F*>(grad_factors.data), args.threads);
+  });
+}
+
+Status kpconv_grad_places(const KPConv& args, const Array& grad_out, const KPConvPlaces& to) {
+  return with_problem(args, [&](auto problem, const auto& weights, auto dim) {
+    using F = std::decay_t<decltype(*weights.data)>;
+    using G = std::decay_t<decltype(*problem.points)>;
+    const int64_t D = problem.dimension, K = problem.num_kernels, num_edges = problem.row_splits[problem.num_queries];
+    const int64_t tile_rows = rows_of_tile<F>(K * problem.channels, weights.c_out);
+    const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
+    Buffer<G> edges;
+    Buffer<double> kernels;
+    if (to.points.data && !edges.resize(num_edges * D)) return Status::out_of_memory;
+    if (to.kernel_points.data && !kernels.resize(tiles * K * D)) return Status::out_of_memory;
+    const Places<G, F> places = {static_cast<G*>(to.queries.data), to.points.data ? edges.data() : nullptr,
+                                 to.kernel_points.data ? kernels.data() : nullptr, static_cast<G*>(to.offsets.data),
+                                 static_cast<F*>(to.modulations.data)};
+    const F *const scale = problem.query_scale, *const modulations = problem.modulations;
+    problem.query_scale = problem.modulations = nullptr;
+    const Status status = place_gradients<G, F, decltype(dim)::value>(problem, weights, scale, modulations,
+                                                                      as<F>(grad_out), places, tile_rows, args.threads);
+    if (status != Status::ok) return status;
+    if (places.edges)
+      sum_edges(places.edges, problem.index, num_edges, D, args.points.rows, static_cast<G*>(to.points.data),
+                args.threads);
+    for (int64_t i = 0; places.kernels && i < K * D; ++i) {
+      double sum = 0;
+      for (int64_t t = 0; t < tiles; ++t) sum += places.kernels[t * K * D + i];
+      static_cast<G*>(to.kernel_points.data)[i] = G(sum);
+    }
+    return Status::ok;
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "common.h"
 
@@ -180,6 +181,21 @@ KP_INLINE V min(V a, V b) {
 template <class V>
 KP_INLINE V max(V a, V b) {
   return a > b ? a : b;
+}
+
+// Lane l is the sum of all lanes of v[l]; v is overwritten. Neighbouring lanes are added until one is left of each.
+template <class T, int... I>
+KP_INLINE Vec<T> add_neighbors(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+template <class T>
+KP_INLINE Vec<T> sums_of(Vec<T>* v) {
+#pragma GCC unroll 4
+  for (int n = lanes<T> / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      v[i] = add_neighbors<T>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes<T>>());
+  return v[0];
 }
 
 // exp(x) to about one unit in the last place, 0 below the normal range: 2^n times the Taylor series of exp(r), with

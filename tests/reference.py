@@ -294,6 +294,34 @@ def kpconv(influence_rows, features, weights):
     return out
 
 
+def full_kpconv(points, queries, rows, features, weights, kernel_points, extent, offsets=None, modulations=None,
+                groups=1, influence="linear", aggregation="sum", normalization=None):  # fmt: skip
+    """(M, Cout): KPConv with offsets (M, K, D), modulations (M, K) or (M, K, A), groups; depthwise weights (K, C)."""
+    normal = kpconv_rows(points, queries, rows, features, kernel_points, extent, influence, aggregation, normalization)
+    features, weights = features.astype(np.float64), weights.astype(np.float64)
+    num_kernels, channels = len(kernel_points), features.shape[1]
+    out = np.zeros((len(queries), weights.shape[-1]))
+    for q, (row, h) in enumerate(normal):
+        if offsets is not None:
+            norm = 1 if normalization is None else kpconv_rows(
+                points, queries[q : q + 1], [row], features, kernel_points, extent, "constant", "sum", normalization
+            )[0][1].max(initial=0)  # fmt: skip
+            relative, own = points[row] - queries[q], kernel_points + offsets[q]
+            h = norm * influences(relative, own, extent, influence, aggregation)
+            reach = points.dtype.type(extent) * points.dtype.type(extent)
+            h = h * (squared_distances(own, relative) < reach).any(1, keepdims=True)
+        sums = h.T @ features[row]  # (K, C)
+        if modulations is not None:
+            per_kernel = modulations[q].astype(np.float64).reshape(num_kernels, -1)
+            sums = sums * np.repeat(per_kernel, channels // per_kernel.shape[1], axis=1)
+        if weights.ndim == 2:
+            out[q] = (sums * weights).sum(0)
+        else:
+            parts = zip(np.split(sums, groups, 1), np.split(weights, groups, 2), strict=True)
+            out[q] = np.concatenate([np.tensordot(a, w, 2) for a, w in parts])
+    return out
+
+
 def kpconv_vjp(influence_rows, features, weights, grad):
     """-> (grad_features, grad_weights): df_i += h_qik W_k g_q and dW_k += (sum_i h_qik f_i) g_q^T"""
     features, weights, grad = (a.astype(np.float64) for a in (features, weights, grad))

@@ -7,6 +7,7 @@ import clouds
 import numpy as np
 import pytest
 import reference
+from gradcheck import check_vjp
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_close, assert_same_bits, tolerance
@@ -197,6 +198,283 @@ def test_golden(path, dtype):
 
 def test_golden_is_complete():
     assert len(GOLDEN) == 7
+
+
+# ---- deformable, modulated, in groups, depthwise: see full_case
+
+
+VARIANTS = {
+    "deformed": {"deformed": True},
+    "modulated": {"modulated": True},
+    "both": {"deformed": True, "modulated": True},
+    "groups": {"groups": 3},
+    "depthwise": {"depthwise": True},
+    "all in groups": {"deformed": True, "modulated": True, "groups": 2},
+    "all depthwise": {"deformed": True, "modulated": True, "depthwise": True},
+}
+ARGUMENTS = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
+
+
+def full_case(deformed=False, modulated=False, groups=1, depthwise=False, wide=1, seed=0, **sizes):
+    """Keyword arguments of kpconv, without options; `wide`: how much farther the search than the kernel."""
+    sizes = {"cin": 6, "cout": 6} | sizes
+    case = clouds.random_case(seed=seed, **sizes)
+    rng = np.random.default_rng(seed + 7)
+    num_queries, num_kernels, (_, dim) = len(case.queries), len(case.kernel_points), case.points.shape
+    arguments = {name: getattr(case, name) for name in ("points", "queries", "features", "weights", "kernel_points")}
+    arguments |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent / wide}
+    arguments["kernel_points"] = case.kernel_points / case.kernel_points.dtype.type(wide)
+    if deformed:
+        offsets = rng.normal(size=(num_queries, num_kernels, dim)) * 0.4 * case.extent / wide
+        arguments["offsets"] = offsets.astype(case.points.dtype)
+    if modulated:
+        arguments["modulations"] = rng.uniform(0, 2, (num_queries, num_kernels)).astype(case.features.dtype)
+    if depthwise:
+        arguments["weights"] = rng.normal(size=(num_kernels, sizes["cin"])).astype(case.features.dtype)
+    elif groups > 1:
+        arguments["groups"] = groups
+        arguments["weights"] = arguments["weights"][:, : sizes["cin"] // groups].copy()
+    return arguments
+
+
+def with_reference(arguments, **options):
+    """What kpconv gives, and the reference."""
+    rows = np.split(arguments["neighbors"].index, arguments["neighbors"].row_splits[1:-1])[: len(arguments["queries"])]
+    others = {name: value for name, value in arguments.items() if name != "neighbors"}
+    return kp.kpconv(**arguments, **options), reference.full_kpconv(rows=rows, **others, **options)
+
+
+def gradients(arguments, grad, **options):
+    """-> {argument: gradient} of all that kpconv can be differentiated in and that is given."""
+    names = [name for name in ARGUMENTS if arguments.get(name) is not None]
+
+    def fn(*values):
+        return kp.kpconv(**arguments | dict(zip(names, values, strict=True)), **options)
+
+    return dict(zip(names, kp.autodiff.vjp(fn, *(arguments[name] for name in names))[1](grad), strict=True))
+
+
+@both_dtypes
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, influence, aggregation, dtype, isa):
+    arguments = full_case(**VARIANTS[variant], geometry_type=dtype, feature_type=dtype)
+    got, expected = with_reference(arguments, influence=influence, aggregation=aggregation, normalization="count")
+    assert np.abs(expected).max() > 0.1
+    assert_close(got, expected, tolerance(dtype))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_variants_by_central_differences(variant, influence, aggregation, normalization):
+    arguments = full_case(**VARIANTS[variant], geometry_type=np.float64, feature_type=np.float64)
+    rng, step, options = np.random.default_rng(3), 1e-7, {"influence": influence, "aggregation": aggregation}
+    options["normalization"] = normalization
+    shape = kp.kpconv(**arguments, **options).shape
+    grad = rng.normal(size=shape)
+    found = gradients(arguments, grad, **options)
+    for name, gradient in found.items():
+        direction = rng.normal(size=gradient.shape)
+        ahead, behind = (
+            kp.kpconv(**arguments | {name: arguments[name] + s * direction}, **options) for s in (step, -step)
+        )
+        numeric, analytic = np.vdot(grad, (ahead - behind) / (2 * step)), np.vdot(gradient, direction)
+        # Steps across the edge of an influence, and of a constant one in range, make small jumps of the slope.
+        assert abs(numeric - analytic) <= 2e-5 * np.linalg.norm(gradient) * np.linalg.norm(direction) + 1e-6, name
+    positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in found]
+    assert all(found[name].any() != (influence == "constant") for name in positions)
+
+
+@each_feature_type
+@each_geometry_type
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_variants_in_any_dtype(variant, geometry_type, feature_type, isa):
+    types = {"geometry_type": geometry_type, "feature_type": feature_type}
+    arguments = full_case(**VARIANTS[variant], **types)
+    exact = {
+        name: a.astype(np.float64) if isinstance(a, np.ndarray) else a for name, a in arguments.items()
+    }  # the same numbers
+    grad = np.random.default_rng(0).normal(size=(len(arguments["queries"]), 6)).astype(feature_type)
+    got, expected = gradients(arguments, grad), gradients(exact, grad.astype(np.float64))
+    for name, gradient in got.items():
+        assert gradient.dtype == arguments[name].dtype, name
+        assert_close(gradient, expected[name], 10 * tolerance(geometry_type, feature_type))
+
+
+@pytest.mark.parametrize("variant", ["both", "all depthwise", "all in groups"])
+@pytest.mark.parametrize("num_kernel", [1, 2, 15, 16, 17, 43])
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+def test_variants_of_any_size(dim, num_kernel, variant):
+    sizes = {"dim": dim, "num_kernel": num_kernel, "cin": 34, "cout": 34}
+    for influence in ("linear", "gaussian"):
+        got, expected = with_reference(full_case(**VARIANTS[variant], **sizes), influence=influence)
+        assert_close(got, expected, tolerance(np.float32))
+    rigid = full_case(**VARIANTS[variant] | {"deformed": False}, **sizes)
+    zeros = np.zeros((len(rigid["queries"]), num_kernel, dim), np.float32)
+    grad = np.random.default_rng(1).normal(size=got.shape).astype(np.float32)
+    offset_by_nothing = gradients(rigid | {"offsets": zeros}, grad)
+    for name, gradient in gradients(rigid, grad).items():
+        assert_close(offset_by_nothing[name], gradient, tolerance(np.float32))
+
+
+@pytest.mark.parametrize("influence", INFLUENCES)
+def test_neighbors_out_of_reach_of_a_deformed_kernel_do_not_count(influence, isa):
+    arguments = full_case(deformed=True, wide=3, num_points=600)
+    reached = with_reference(arguments, influence=influence)
+    assert_close(*reached, tolerance(np.float32))
+    rigid = {name: value for name, value in arguments.items() if name != "offsets"}
+    same = np.allclose(with_reference(rigid, influence=influence)[0], reached[0])
+    assert not same
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_give_the_same_bits_with_any_number_of_threads(variant, isa, set_threads):
+    arguments = full_case(**VARIANTS[variant], num_points=3000, num_queries=1500, cin=12, cout=12)
+    grad = np.random.default_rng(2).normal(size=(1500, 12)).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append([kp.kpconv(**arguments), *gradients(arguments, grad).values()])
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("influence", INFLUENCES)
+def test_points_that_are_also_the_queries_get_both_gradients(influence, aggregation):
+    points, radius = clouds.uniform(100, dtype=np.float64)
+    arguments = full_case(num_points=100, geometry_type=np.float64, feature_type=np.float64)
+    arguments |= {"points": points, "queries": points, "neighbors": kp.radius_search(points, None, radius)}
+    grad = np.random.default_rng(0).normal(size=(100, 6))
+    options = {"influence": influence, "aggregation": aggregation}
+    apart, together = (gradients(arguments | {"queries": q}, grad, **options) for q in (points, None))
+    assert_close(together["points"], apart["points"] + apart["queries"], 1e-13)
+
+
+def test_the_gradient_of_a_distance_of_zero_is_zero():
+    points = np.zeros((1, 3))
+    nb = kp.Neighbors(np.zeros(1, np.int32), np.array([0, 1]), 1)
+    arguments = {"points": points, "queries": points.copy(), "neighbors": nb, "features": np.ones((1, 1))}
+    arguments |= {"weights": np.ones((1, 1, 1)), "kernel_points": np.zeros((1, 3)), "extent": 1.0}
+    for name, gradient in gradients(arguments, np.ones((1, 1))).items():
+        assert np.all(gradient == (name in ("features", "weights"))), name
+
+
+@pytest.mark.parametrize("name", ["all_empty", "thousands_for_one", "repeated_and_unsorted", "no_queries"])
+def test_variants_of_neighborhoods_of_any_size(name):
+    case = with_rows(ROWS[name], cin=6, cout=6)
+    rng = np.random.default_rng(0)
+    arguments = {n: getattr(case, n) for n in ("points", "queries", "features", "weights", "kernel_points", "extent")}
+    arguments |= {"neighbors": kp.Neighbors(*case.csr())}
+    arguments["offsets"] = (rng.normal(size=(len(case.queries), 15, 3)) * 0.1).astype(np.float32)
+    arguments["modulations"] = rng.uniform(0, 2, (len(case.queries), 15)).astype(np.float32)
+    for influence in INFLUENCES:
+        got, expected = with_reference(arguments, influence=influence)
+        assert_close(got, expected, tolerance(np.float32))
+        exact = {n: a.astype(np.float64) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+        wanted = gradients(exact, case.grad.astype(np.float64), influence=influence)
+        for argument, gradient in gradients(arguments, case.grad, influence=influence).items():
+            assert_close(gradient, wanted[argument], 1e-3)
+
+
+DEFORMABLE = sorted((Path(__file__).parent / "golden").glob("deform_*.npz"))
+
+
+@pytest.mark.parametrize("path", DEFORMABLE, ids=lambda path: path.stem)
+def test_golden_deformable(path):
+    """The published layer: offsets and modulations from a rigid convolution of its own."""
+    golden = np.load(path)
+    points, queries, features = golden["points"], golden["queries"], golden["features"]
+    neighbors, extent = kp.Neighbors.from_padded(golden["neighbors_padded"], len(points)), float(golden["extent"])
+    options = {name: str(golden[name]) for name in ("influence", "aggregation")}
+    num_kernels = len(golden["kernel_points"])
+
+    def to_offsets(features, weights):
+        return kp.kpconv(
+            points, queries, neighbors, features, weights, golden["offset_kernel_points"], extent, **options
+        )
+
+    raw, raw_pullback = kp.autodiff.vjp(to_offsets, features, golden["offset_weights"])
+    raw = raw + golden["offset_bias"]
+    allowed = tolerance(np.float32 if options["influence"] == "gaussian" else np.float64)
+    assert_close(raw, golden["offset_features"], allowed)
+    raw = golden["offset_features"]  # its own, so that what the gaussian differs by is not in it twice
+    logits = raw[:, 3 * num_kernels :]
+    arguments = {
+        "offsets": extent * raw[:, : 3 * num_kernels].reshape(-1, num_kernels, 3),
+        "features": features,
+        "weights": golden["weights"],
+    }
+    if golden["modulated"]:
+        arguments["modulations"] = 2 / (1 + np.exp(-logits))
+    assert_close(golden["kernel_points"] + arguments["offsets"], golden["deformed_kernel_points"], allowed)
+    names = tuple(arguments)
+
+    def layer(*values):
+        return kp.kpconv(
+            points, queries, neighbors, kernel_points=golden["kernel_points"], extent=extent, **options,
+            **dict(zip(names, values, strict=True))
+        )  # fmt: skip
+
+    out, pullback = kp.autodiff.vjp(layer, *arguments.values())
+    assert_close(out, golden["out"], allowed)
+    grads = dict(zip(names, pullback(golden["grad_out"]), strict=True))
+    assert_close(grads["weights"], golden["grad_weights"], allowed)
+    grad_raw = np.zeros_like(raw)
+    grad_raw[:, : 3 * num_kernels] = extent * grads["offsets"].reshape(len(raw), -1)
+    if golden["modulated"]:
+        m = arguments["modulations"]
+        grad_raw[:, 3 * num_kernels :] = grads["modulations"] * m * (1 - m / 2)
+    grad_features, grad_offset_weights = raw_pullback(grad_raw)
+    assert_close(grad_raw.sum(0), golden["grad_offset_bias"], allowed)
+    assert_close(grad_offset_weights, golden["grad_offset_weights"], allowed)
+    assert_close(grad_features + grads["features"], golden["grad_features"], allowed)
+
+
+def test_golden_deformable_is_complete():
+    assert len(DEFORMABLE) == 3
+
+
+# ---- KPConvX
+
+
+@both_dtypes
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("factors", [1, 2, 3, 4, 12])
+def test_kpconvx(factors, influence, dtype, isa):
+    case = full_case(depthwise=True, cin=12, cout=12, geometry_type=dtype, feature_type=dtype)
+    rng = np.random.default_rng(4)
+    attention = rng.uniform(size=(len(case["queries"]), 15, factors)).astype(dtype)
+    rows = np.split(case["neighbors"].index, case["neighbors"].row_splits[1:-1])
+    others = {name: value for name, value in case.items() if name != "neighbors"}
+    expected = reference.full_kpconv(
+        rows=rows, **others, modulations=attention, influence=influence, aggregation="closest"
+    )
+    assert_close(kp.kpconvx(**case, attention=attention, influence=influence), expected, tolerance(dtype))
+
+
+@pytest.mark.parametrize("influence", INFLUENCES)
+@pytest.mark.parametrize("factors", [1, 3, 12])
+def test_gradients_of_kpconvx_by_central_differences(factors, influence):
+    case = full_case(depthwise=True, cin=12, cout=12, geometry_type=np.float64, feature_type=np.float64)
+    attention = np.random.default_rng(4).uniform(size=(len(case["queries"]), 15, factors))
+    features, weights = case.pop("features"), case.pop("weights")
+
+    def fn(features, weights, attention):
+        return kp.kpconvx(**case, features=features, weights=weights, attention=attention, influence=influence)
+
+    primals = features, weights, attention
+    check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)  # the product of three has a third derivative
+    for i, primal in enumerate(primals):
+
+        def one(value, i=i):
+            return fn(*(value if j == i else other for j, other in enumerate(primals)))
+
+        check_vjp(one, kp.autodiff.vjp(one, primal)[1], (primal,))
 
 
 # ---- the nearest kernel point

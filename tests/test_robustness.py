@@ -65,6 +65,18 @@ def arguments_of(name):
             "weights": rng.normal(size=(5, 2, 3)).astype(np.float32),
             "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
             "extent": 0.5,
+            "offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
+            "modulations": rng.normal(size=(3, 5)).astype(np.float32),
+        },
+        "kpconvx": {
+            "points": points,
+            "queries": queries,
+            "neighbors": neighbors(),
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "weights": rng.normal(size=(5, 2)).astype(np.float32),
+            "attention": rng.normal(size=(3, 5, 2)).astype(np.float32),
+            "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
+            "extent": 0.5,
         },
     }[name]
 
@@ -84,6 +96,10 @@ OPS_WITH_GEOMETRY = [
     ("kpconv", "points"),
     ("kpconv", "queries"),
     ("kpconv", "kernel_points"),
+    ("kpconv", "offsets"),
+    ("kpconvx", "points"),
+    ("kpconvx", "queries"),
+    ("kpconvx", "kernel_points"),
 ]
 ARRAYS = [
     *OPS_WITH_GEOMETRY,
@@ -91,6 +107,10 @@ ARRAYS = [
     ("build_pyramid", "features"),
     ("kpconv", "features"),
     ("kpconv", "weights"),
+    ("kpconv", "modulations"),
+    ("kpconvx", "features"),
+    ("kpconvx", "attention"),
+    ("kpconvx", "weights"),
 ]
 CHANGES = {
     "list": (lambda a: a.tolist(), TypeError),
@@ -231,6 +251,23 @@ CALLS = [
     ("kpconv", "kernel_points", lambda a: a[:, :2], ValueError, "dims"),
     ("kpconv", "kernel_points", lambda a: a.astype(np.float64), TypeError, "mixed"),
     *[("kpconv", "extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
+    ("kpconv", "weights", lambda a: a[:, 0, :1].copy(), ValueError, "depthwise channels"),
+    ("kpconv", "offsets", lambda a: a[:2], ValueError, "queries"),
+    ("kpconv", "offsets", lambda a: a[:, :4], ValueError, "kernel"),
+    ("kpconv", "offsets", lambda a: a[:, :, :2], ValueError, "dims"),
+    ("kpconv", "offsets", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("kpconv", "modulations", lambda a: a[:2], ValueError, "queries"),
+    ("kpconv", "modulations", lambda a: a[:, :4], ValueError, "kernel"),
+    ("kpconv", "modulations", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    *[
+        ("kpconv", "groups", lambda a, v=v: v, e, repr(v))
+        for v, e in ((0, ValueError), (3, ValueError), (1.0, TypeError))
+    ],
+    ("kpconvx", "attention", lambda a: np.ones((3, 5, 3), np.float32), ValueError, "no divisor"),
+    ("kpconvx", "attention", lambda a: a[:2], ValueError, "queries"),
+    ("kpconvx", "attention", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("kpconvx", "weights", lambda a: a[:, :, None], ValueError, "3-d"),
+    ("kpconvx", "influence", lambda a: "other", ValueError, "other"),
     *[
         ("kpconv", option, lambda a: "other", ValueError, "other")
         for option in ("influence", "aggregation", "normalization")
@@ -253,8 +290,10 @@ PARTNERS = {
         "queries": "neighbors|points",
         "neighbors": "points|queries",
     }
-    | {"features": "weights|points|neighbors", "weights": "features|kernel_points", "kernel_points": "weights|points"},
+    | {"features": "weights|points|neighbors", "weights": "features|kernel_points", "kernel_points": "weights|points"}
+    | {"offsets": "points|queries|weights", "modulations": "features|queries|weights"},
 }
+PARTNERS["kpconvx"] = PARTNERS["kpconv"] | {"attention": "features|queries|weights"}
 
 
 @pytest.mark.parametrize(("op", "argument", "change", "error"), WRONG, ids=WRONG_IDS)
@@ -272,7 +311,7 @@ def test_wrong_argument(op, argument, change, error):
 )
 def test_a_size_whose_square_overflows_or_loses_digits_is_an_error(dtype, size):
     arguments = arguments_of("kpconv") | {"extent": size}
-    arguments |= {name: arguments[name].astype(dtype) for name in ("points", "queries", "kernel_points")}
+    arguments |= {name: arguments[name].astype(dtype) for name in ("points", "queries", "kernel_points", "offsets")}
     with pytest.raises(ValueError, match="radius"):
         kp.radius_search(arguments["points"], None, size)
     with pytest.raises(ValueError, match="extent"):
