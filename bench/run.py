@@ -265,7 +265,7 @@ def cells(row):
         row["against"] or "",
         milliseconds(theirs["median"]) if theirs else "",
         f"{digits(row['value'])} {row['unit']}" if row["value"] is not None else "",
-        "{} {}".format(*row["target"]) if row["target"] else "",
+        f"{row['target'][0]} {digits(row['target'][1])}" if row["target"] else "",
         f"{row['verdict']} ({row['note']})" if row["note"] else row["verdict"],
     ]
 
