@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kpcore import _array, _cpu, config
+from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors
 
@@ -11,8 +12,9 @@ _AGGREGATIONS = ("sum", "closest")
 _NORMALIZATIONS = (None, "count", "positive")
 
 
-def kpconv(points, queries, neighbors, features, weights, kernel_points, extent, *, influence="linear",
-           aggregation="sum", normalization=None):  # fmt: skip
+def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
+           kernel_points: Array, extent: float, *, influence: str = "linear", aggregation: str = "sum",
+           normalization: str | None = None) -> Array:  # fmt: skip
     """Rigid kernel point convolution.
 
     ``out[q] = Σ_k (Σ_i h(|x_i - q - p_k|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
@@ -123,7 +125,7 @@ def _vjp(arguments, saved, grad, needs):
 
 
 def _result(points, queries, features, weights, **_):
-    return [((len(points if queries is None else queries), weights.shape[-1]), features.dtype)]
+    return [(((points if queries is None else queries).shape[0], weights.shape[-1]), features.dtype)]
 
 
-OP = Op("kpconv", _forward, _vjp, diff=("features", "weights"), result=_result)
+OP = Op("kpconv", _forward, _vjp, diff=("features", "weights"), result=_result, transposes=("features",))
