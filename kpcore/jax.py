@@ -141,7 +141,7 @@ def _ffi_call(call, what, results, arrays, more):
     names, buffers, lists = [], [], {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
-            transposed = value._transposed
+            transposed = None if what == "forward" else value._transposed
             lists[name] = [transposed is not None, value.num_points, value.width]
             buffers += [value.index, value.row_splits]
             if transposed is not None:

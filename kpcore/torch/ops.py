@@ -26,6 +26,7 @@ _DTYPES = {
     torch.bool: np.dtype(np.bool_),
 }
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 _LIBRARY = torch.library.Library("kpcore", "DEF")
 
 # What a Neighbors is to torch: each argument of that kind becomes these of a torch operator.
@@ -192,9 +193,8 @@ def define(op, public):
     # Not torch.library.register_autograd: for operators that return lists it takes three times as long as all the rest.
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *flat):
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = operator(*flat)
+        def forward(ctx, run, *flat):
+            outputs = run(*flat)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*outputs[:differentiable], *outputs[differentiable + 1 :])
             ctx.save_for_backward(*[flat[i] for i in layout.tensors], *outputs[num_outputs:])
@@ -206,56 +206,76 @@ def define(op, public):
             grad, tensors = grads[differentiable], ctx.saved_tensors
             num_tensors = len(layout.tensors)
             found = [None] * (num_tensors + len(layout.others))
+            needs = [ctx.needs_input_grad[1 + at] for at in layout.diff]
             if grad is not None:
                 flat = found.copy()
                 for i, tensor in zip(layout.tensors, tensors[:num_tensors], strict=True):
                     flat[i] = tensor
                 for i, other in zip(layout.others, ctx.others, strict=True):
                     flat[i] = other
-                needs = [ctx.needs_input_grad[at] for at in layout.diff]
-                gradients = iter(with_vjp_autograd(*flat, list(tensors[num_tensors:]), grad, needs))
+                direct = type(grad) is torch.Tensor and not torch.is_grad_enabled() and not _listening()
+                run = vjp if direct else vjp_operator
+                gradients = iter(run(*flat, list(tensors[num_tensors:]), grad, needs))
                 for at, need in zip(layout.diff, needs, strict=True):
                     if need:
                         found[at] = next(gradients)
-            return tuple(found)
+            return (None, *found)
 
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *flat):
-            with torch._C._AutoDispatchBelowAutograd():
-                return tuple(vjp_operator(*flat))
+        def forward(ctx, run, *flat):
+            return tuple(run(*flat))
 
         @staticmethod
         def backward(ctx, *grads):
             raise NotImplementedError(f"{op.name}: second derivatives (double backward) are not there")
 
-    operator, with_autograd = _register(op.name, layout.schema, forward, forward_of_shapes, Forward)
+    operator, autograd = _register(op.name, layout.schema, forward, forward_of_shapes, Forward)
     more = "Tensor[] saved, Tensor grad, bool[] needs"
-    vjp_operator, with_vjp_autograd = _register(
+    vjp_operator, _ = _register(
         f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, Backward
     )
 
     @functools.wraps(public)
     def function(*args, **kwargs):
         flat = layout.flatten(layout.bind(args, kwargs))
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if _listening() or not all(type(flat[i]) in _PLAIN for i in layout.tensors):
             outputs = operator(*flat)
         else:
-            outputs = with_autograd(*flat)  # where the operator would go next: its dispatch takes 8 µs each time
+            outputs = autograd(*flat, run=forward)
         return outputs[0] if op.record is None else op.record(*outputs[:num_outputs])
 
     return function
+
+
+def _listening():
+    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, modes.
+
+    Where nobody is, it goes past torch's dispatcher, which takes 10 to 30 µs to pass on so many arguments.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def _register(name, schema, kernel, kernel_of_shapes, differentiated):
     _LIBRARY.define(f"{name}({schema}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.kpcore, name).default
 
-    def autograd(*flat):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return list(differentiated.apply(*flat))
+    def below(*flat):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*flat)
+
+    def autograd(*flat, run=below):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+            return list(differentiated.apply(run, *flat))
+        return run(*flat)
 
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, autograd, "Autograd")
