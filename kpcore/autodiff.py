@@ -86,14 +86,13 @@ class Tensor:
                 tensor.grad = gradient if tensor.grad is None else np.asarray(tensor.grad + gradient)
 
 
-@dataclass(frozen=True, eq=False)
 class _Call:
     """One use of an operator: what its vjp needs, and the tensors it was given by argument name."""
 
-    op: Op
-    arguments: dict
-    saved: tuple
-    inputs: dict[str, Tensor]
+    __slots__ = ("arguments", "inputs", "op", "saved")
+
+    def __init__(self, op, arguments, saved, inputs):
+        self.op, self.arguments, self.saved, self.inputs = op, arguments, saved, inputs
 
 
 @dataclass(frozen=True)
@@ -306,6 +305,9 @@ def _consumers_first(out):
 
 
 def _checked_grad(out, grad):
+    like = out.value
+    if type(grad) is np.ndarray and grad.shape == like.shape and grad.dtype == like.dtype and grad.flags.carray:
+        return grad  # as it mostly is; asking so takes a tenth of the time
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
     return _array.array("grad", grad, " ".join(sizes), _array.REAL, sizes, like=("the output", out.value))
 

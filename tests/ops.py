@@ -4,11 +4,13 @@ A new operator needs an entry in CALLS; without one those tests fail.
 """
 
 import inspect
+from typing import NamedTuple
 
 import numpy as np
 from reference import radius_search
 
 import kpcore as kp
+from kpcore.autodiff import Op
 from kpcore.ops import OPS
 
 
@@ -89,3 +91,39 @@ def vjp(op, arguments, names):
 
 def covector(out):
     return np.random.default_rng(2).normal(size=out.shape).astype(out.dtype)
+
+
+# ---- an operator of every kind of argument that returns a record and saves something, which the table may not have
+
+
+class Weighted(NamedTuple):
+    features: np.ndarray
+    sums: np.ndarray
+
+
+def weighted(features: "Array", weights: "Array | None" = None, neighbors: "Neighbors | None" = None,  # noqa: F821
+             factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False, name: "str | None" = None):  # fmt: skip
+    return WEIGHTED(features=features, weights=weights, neighbors=neighbors, factor=factor, power=power, negate=negate,
+                    name=name)  # fmt: skip
+
+
+def _weighted(features, weights, neighbors, factor, power, negate, name):
+    scale = np.full(features.shape[1], factor**power * (-1 if negate else 1), features.dtype)
+    if weights is not None:
+        scale = scale * weights
+    return Weighted(features * scale, np.arange(len(features), dtype=np.int32)), (scale,)
+
+
+def _weighted_vjp(arguments, saved, grad, needs):
+    one = saved[0] if arguments["weights"] is None else saved[0] / arguments["weights"]
+    found = {"features": grad * saved[0], "weights": (grad * arguments["features"]).sum(0) * one}
+    return {name: found[name] for name in needs}
+
+
+def _weighted_result(features, **_):
+    num, channels = features.shape
+    return [((num, channels), features.dtype), ((num,), np.int32), ((channels,), features.dtype)]
+
+
+WEIGHTED = Op("weighted", _weighted, _weighted_vjp, diff=("features", "weights"), result=_weighted_result,
+              field="features", record=Weighted)  # fmt: skip

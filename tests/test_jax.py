@@ -174,6 +174,25 @@ def test_wrong_arguments_are_named(variant, x64):
         getattr(kpj, op.name)(**of_jax(arguments), surplus=1)
 
 
+def test_a_record_and_every_kind_of_argument(monkeypatch):
+    monkeypatch.setitem(OPS, "weighted", ops.WEIGHTED)
+    weighted = kpj.define(ops.WEIGHTED, ops.weighted)
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    neighbors = kp.Neighbors.from_padded(np.array([[0, 1], [1, 2]]), 2)
+    for weights, lists in ((None, None), (jnp.ones(3, jnp.float32) * 2, neighbors)):
+        scale = -9 if weights is None else -18
+
+        def fn(features, weights=weights, lists=lists):
+            return weighted(features, weights, lists, 3, power=2, negate=True, name="text")
+
+        out = jax.jit(fn)(features)
+        assert type(out) is ops.Weighted and out.sums.dtype == jnp.int32
+        assert np.allclose(out.features, scale * features)
+        gradient = jax.jit(jax.grad(lambda f, fn=fn: (fn(f).features ** 2).sum()))(features)
+        assert np.allclose(gradient, 2 * scale**2 * features, rtol=1e-5)
+        assert not np.any(jax.grad(lambda f, fn=fn: fn(f).sums.astype(jnp.float32).sum())(features))
+
+
 # ---- Neighbors
 
 

@@ -231,6 +231,38 @@ def scaled_torch():
     return define(COPY, scaled)
 
 
+@pytest.fixture(scope="module")
+def weighted_torch():
+    return define(ops.WEIGHTED, ops.weighted)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_record_and_every_kind_of_argument(weighted_torch, with_weights, compiled):
+    def fn(features, weights, neighbors):
+        return weighted_torch(features, weights, neighbors, 3, power=2, negate=True, name="text")
+
+    if compiled:
+        fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    neighbors = kp.Neighbors.from_padded(np.array([[0, 1], [1, 2]]), 2)
+    for num in (2, 5, 7):
+        features = torch.randn(num, 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.rand(3, dtype=torch.float64, requires_grad=True) if with_weights else None
+        out = fn(features, weights, neighbors if num == 5 else None)
+        assert type(out) is ops.Weighted and not out.sums.requires_grad
+        assert torch.equal(out.sums, torch.arange(num, dtype=torch.int32))
+        assert torch.allclose(out.features, -9 * features * (1 if weights is None else weights))
+        out.features.square().sum().backward()
+        expected = 2 * 81 * features * (1 if weights is None else weights**2)
+        assert torch.allclose(features.grad, expected)
+        if with_weights:
+            assert torch.allclose(weights.grad, 2 * 81 * (weights * features**2).sum(0))
+    with pytest.raises(TypeError, match="power: expected an integer"):
+        weighted_torch(features, power=1.5)
+    with pytest.raises(TypeError, match="negate: expected True or False"):
+        weighted_torch(features, negate=1)
+
+
 def test_memory_is_shared_in_both_directions(monkeypatch):
     seen = {}
 
@@ -287,6 +319,36 @@ def test_an_unknown_annotation_is_an_error():
 
     with pytest.raises(TypeError, match="x: expected an annotation"):
         define(replace(COPY, name="unknown"), unknown)
+
+
+def test_modes_and_profilers_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    _, arguments = ops.call("kpconv-0")
+    given = tensors(arguments, ["weights"])
+    with Mode():
+        kpt.kpconv(**given).sum().backward()
+    assert {"kpcore.kpconv.default", "kpcore.kpconv_vjp.default"} <= set(seen)
+    with torch.profiler.profile() as profile:
+        kpt.kpconv(**given).sum().backward()
+    assert {"kpcore::kpconv", "kpcore::kpconv_vjp"} <= {event.name for event in profile.events()}
+
+
+def test_under_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _, arguments = ops.call("kpconv-0")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in tensors(arguments).items()}
+        out = kpt.kpconv(**given)
+    assert type(out) is type(given["points"]) and out.shape == (16, 2)
 
 
 def test_signature_and_docstring_are_those_of_the_function():
