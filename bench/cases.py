@@ -92,6 +92,10 @@ TARGETS = {
     ("deformable", "forward + vjp, C = 64", "voxel", "two rigid"): ("<=", 1.35),
     ("deformable", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 25),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
+    ("overhead", "tape, forward + vjp", "", "the calls alone"): ("<=", 15),
+    ("overhead", "torch, forward", "", "the calls alone"): ("<=", 20),
+    ("overhead", "torch, forward + backward", "", "the calls alone"): ("<=", 60),
+    ("overhead", "JAX under jit, forward", "", "the calls alone"): ("<=", 25),
 }
 
 
@@ -124,6 +128,7 @@ TASKS = {
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
+    "overhead": [{}],
     "memory": [
         {"implementation": name, "layer": layer}
         for layer in ("rigid", "deformable")
@@ -594,6 +599,67 @@ def memory(bench, implementation, layer):
     else:
         peer.setup(**small)()
         bench.memory(f"dense torch {what.removeprefix('kpconv ')}", peer.setup(**problem), output)
+
+
+def overhead(bench):
+    """What a framework adds to a call: ten points, of which the operator is done at once."""
+    from kpcore.kpconv import OP
+
+    rng = np.random.default_rng(8)
+    points, features = rng.random((2, 10, 3), np.float32)
+    weights, grad = rng.random((4, 3, 2), np.float32), rng.random((10, 2), np.float32)
+    arguments = {"points": points, "queries": None, "neighbors": kp.radius_search(points, None, 0.3)}
+    arguments |= {"kernel_points": rng.random((4, 3), np.float32) / 4, "extent": 0.5}
+    arguments["neighbors"].transpose()
+    settings = {"influence": "linear", "aggregation": "sum", "normalization": None}
+    settings |= {"groups": 1, "offsets": None, "modulations": None}
+    call = partial(kp.kpconv, **arguments)
+    both = {"features": features, "weights": weights}
+
+    def forward():
+        return call(**both)
+
+    def forward_and_vjp():
+        given = {**arguments, **both, **settings}
+        out, saved = OP.forward(**given)
+        return out, tuple(OP.vjp(given, saved, grad, {"features", "weights"}).values())
+
+    def tape():
+        out, pullback = kp.autodiff.vjp(lambda f, w: call(features=f, weights=w), features, weights)
+        return out, pullback(grad)
+
+    bench.label(order="", size="10")
+    expected, gradients = forward_and_vjp()
+    close(gradients, tape()[1])
+    bench.beyond("tape, forward + vjp", tape, "the calls alone", forward_and_vjp)
+    if reason := peers.missing(peers.TORCH):
+        bench.absent("torch", None, reason)
+    else:
+        import torch
+
+        of_torch = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+        torch_call, torch_grad = partial(kp.torch.kpconv, **of_torch), torch.from_numpy(grad)
+        plain = {name: torch.from_numpy(a) for name, a in both.items()}
+        leaves = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in both.items()}
+
+        def backward():
+            return torch.autograd.grad(torch_call(**leaves), tuple(leaves.values()), torch_grad)
+
+        close([expected], [torch_call(**plain).numpy()])
+        close(gradients, [g.numpy() for g in backward()])
+        bench.beyond("torch, forward", lambda: torch_call(**plain), "the calls alone", forward)
+        bench.beyond("torch, forward + backward", backward, "the calls alone", forward_and_vjp)
+    if reason := peers.missing(peers.JAX):
+        bench.absent("JAX", None, reason)
+    else:
+        import jax
+
+        of_jax = jax.device_put({n: a for n, a in arguments.items() if n not in ("queries", "extent")} | both)
+        under_jit = jax.jit(partial(kp.jax.kpconv, queries=None, extent=0.5))
+        close([expected], [np.asarray(under_jit(**of_jax))])
+        bench.beyond(
+            "JAX under jit, forward", lambda: under_jit(**of_jax).block_until_ready(), "the calls alone", forward
+        )
 
 
 def growth(bench, op):

@@ -300,6 +300,10 @@ DENSE_FORWARD = Peer("dense torch", dense_module, dense_forward, lambda out: out
 DENSE_STEP = Peer("dense torch", dense_module, dense_step, lambda grads: [grad.numpy() for grad in grads])
 
 
+TORCH = Peer("torch", imports("kpcore.torch"), None, None)  # that they are there is all that is asked of these two
+JAX = Peer("JAX", imports("kpcore.jax"), None, None)
+
+
 def openblas_core():
     """The kernel set NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
     try:

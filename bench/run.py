@@ -103,6 +103,20 @@ class Bench:
         value, unit = (ratio, "x its time") if against in OWN_TIMES else (1 / ratio, "x faster")
         self.row(what, value, unit, against, call=call, ours=ours, theirs=theirs, **more)
 
+    def beyond(self, what, call, against, other, **more):
+        """How much longer a call of some microseconds takes than another: the mean of 100."""
+
+        def hundred(call):
+            start = time.perf_counter()
+            for _ in range(100):
+                call()
+            return Seconds((time.perf_counter() - start) / 100)
+
+        ours, theirs = alternate([lambda: hundred(call), lambda: hundred(other)], self.seconds)
+        self.row(
+            what, 1e6 * (ours["median"] - theirs["median"]), "µs beyond", against, ours=ours, theirs=theirs, **more
+        )
+
     def against(self, what, call, peer, inputs, check, **more):
         """A peer: whether it is there, whether it agrees, and only then how long it takes."""
         import peers

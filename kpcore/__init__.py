@@ -23,6 +23,8 @@ Edges
     2**31 - 1 points; pairs are counted in 64 bits.
 """
 
+import importlib
+
 from kpcore import autodiff
 from kpcore.config import (
     __version__,
@@ -41,10 +43,8 @@ from kpcore.subsampling import Subsampled, grid_subsample
 
 
 def __getattr__(name):
-    if name == "scenes":  # readers and the demo's room: loaded when first used
-        import kpcore.scenes
-
-        return kpcore.scenes
+    if name in ("jax", "ops", "scenes", "torch"):  # the frameworks and the readers are imported when first used
+        return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
 
 

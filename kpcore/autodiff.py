@@ -2,15 +2,21 @@
 
 Every differentiable operator is one row, an `Op`: its forward, its vector-Jacobian product, and the arguments it can
 be differentiated in. Called with arrays, an operator just computes. Called with a `Tensor` for one of those arguments
-it also remembers what it did, and `vjp` walks back over that.
+it also remembers what it did, and gradients are found by walking back over that: from a Tensor with `Tensor.backward`,
+of a function with `vjp`, `grad` and `value_and_grad`. kpcore.torch and kpcore.jax hand the same rows to their
+frameworks.
 
     conv = lambda f, w: kpcore.kpconv(points, None, neighbors, f, w, kernel_points, extent)
     out, pullback = kpcore.autodiff.vjp(conv, features, weights)
     grad_features, grad_weights = pullback(grad_out)
+
+The tape is the tensors themselves. There is no global state, so functions may be differentiated inside others that are
+being differentiated, in several threads at once, and an exception leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,29 +24,83 @@ import numpy as np
 
 from kpcore import _array
 
+_accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
+
 
 class Tensor:
-    """An array under differentiation: its `value`, and the call that made it (None for an input)."""
+    """An array under differentiation.
 
-    __slots__ = ("call", "value")
+    Made from an array it is an input, and collects its gradient in `grad` (None before the first `backward`).
+    Differentiable operators return others; `value` is the array, `call` what made it.
+
+    Parameters
+    ----------
+    value : float32 or float64 array
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.zeros((1, 3))
+    >>> nb = kp.radius_search(points, None, 1.0)
+    >>> weights = kp.autodiff.Tensor(np.array([[[5.0]]]))
+    >>> out = kp.kpconv(points, None, nb, np.array([[2.0]]), weights, np.zeros((1, 3)), extent=1.0)
+    >>> out.backward()
+    >>> out.value, weights.grad
+    (array([[10.]]), array([[[2.]]]))
+    """
+
+    __slots__ = ("call", "grad", "value")
 
     def __init__(self, value, call=None):
-        self.value = value
-        self.call = call
+        if call is None:
+            _check_primal("value", value)
+        self.value, self.call, self.grad = value, call, None
 
     def __repr__(self):
         made = f"made by {self.call.op.name}" if self.call else "input"
         return f"Tensor({self.value.shape}, {self.value.dtype}, {made})"
 
+    @property
+    def shape(self):
+        return self.value.shape
 
-@dataclass(frozen=True, eq=False)
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    def backward(self, grad=None):
+        """Add the gradient of a scalar to `grad` of every input this tensor was made from.
+
+        Parameters
+        ----------
+        grad : array like `value`, optional
+            The scalar's gradient with respect to this tensor. Not given, this tensor is the scalar.
+        """
+        if grad is None:
+            if self.value.size != 1:
+                raise ValueError(f"grad: expected an array, because the tensor is no scalar but {self.shape}, got None")
+            grad = np.ones_like(self.value)
+        found = _pull(self, _checked_grad(self, grad))
+        with _accumulating:
+            for tensor, gradient in found.values():
+                tensor.grad = gradient if tensor.grad is None else np.asarray(tensor.grad + gradient)
+
+
 class _Call:
     """One use of an operator: what its vjp needs, and the tensors it was given by argument name."""
 
-    op: Op
-    arguments: dict
-    saved: tuple
-    inputs: dict[str, Tensor]
+    __slots__ = ("arguments", "inputs", "op", "saved")
+
+    def __init__(self, op, arguments, saved, inputs):
+        self.op, self.arguments, self.saved, self.inputs = op, arguments, saved, inputs
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What `Op.result` sees of an array. It has no length: frameworks trace with sizes that are not known yet."""
+
+    shape: tuple
+    dtype: np.dtype
 
 
 @dataclass(frozen=True)
@@ -53,6 +113,13 @@ class Op:
     of `diff`. Where `out` is a named tuple, `field` is the one of its fields that is differentiable; `grad` is that
     field's, and the others stay plain arrays. ``result(**arguments)`` gives (shape, dtype) of `out` and of each array
     saved, from the shapes and dtypes of the arguments alone; None where they depend on values.
+
+    For frameworks that trace: arrays come to `result` as `Shaped`, whose sizes may be symbols, to be computed with but
+    not compared; a Neighbors has arrays of these. Where `out` is a named tuple of arrays, `record` is its type and
+    `result` begins with one entry for each field. `transposes` names the arguments whose gradient walks
+    ``neighbors.transpose()``, so that it is made before they trace; a vjp may call it anyway, but would then make it
+    each time. Of a Neighbors an operator sees everything but `distance`. What kind of thing each argument is says the
+    signature of the public function, see kpcore/ops.py.
     """
 
     name: str
@@ -61,6 +128,8 @@ class Op:
     diff: tuple[str, ...]
     result: Callable | None = None
     field: str | None = None
+    record: type | None = None
+    transposes: tuple[str, ...] = ()
 
     def __call__(self, **arguments):
         inputs = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
@@ -76,15 +145,35 @@ class Op:
             return Tensor(out, call)
         return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
 
+    def gradients(self, arguments, saved, grad, needs):
+        """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""
+        found = self.vjp(arguments, saved, grad, needs)
+        gradients = {}
+        for name in self.diff:
+            if name in needs:
+                gradient, like = found.get(name), arguments[name]
+                if gradient is None:
+                    raise NotImplementedError(f"{name}: {self.name} has no gradient with respect to it")
+                if gradient.shape != like.shape or gradient.dtype != like.dtype:
+                    raise AssertionError(
+                        f"{name}: {self.name} gave a gradient {gradient.shape} {gradient.dtype} "
+                        f"for an array {like.shape} {like.dtype}"
+                    )
+                gradients[name] = gradient
+        return gradients
 
-def vjp(fn, *primals):
+
+def vjp(fn, *primals, has_aux=False):
     """Evaluate a function and get its vector-Jacobian product.
 
     Parameters
     ----------
     fn : callable
         Takes one argument per primal and returns what a kpcore operator, or a chain of them, made of these.
-    *primals : arrays
+    *primals : arrays, or nests of lists, tuples and dicts of arrays
+        float32 or float64.
+    has_aux : bool
+        Whether `fn` returns a pair: what is differentiated, and anything else.
 
     Returns
     -------
@@ -92,7 +181,17 @@ def vjp(fn, *primals):
         ``fn(*primals)``
     pullback : callable
         Takes the gradient of a scalar with respect to `out`, an array like it, and returns those with respect to the
-        primals, a tuple of arrays like them; zeros where `fn` does not use a primal. May be called several times.
+        primals, a tuple of arrays (or nests) like them; zeros where `fn` does not use an array. May be called several
+        times.
+    aux
+        With `has_aux`, the second thing that `fn` returned, with arrays for its tensors.
+
+    Raises
+    ------
+    TypeError
+        If `fn` returns something that does not come from its primals, or uses one in an argument without a gradient.
+    NotImplementedError
+        From `pullback`, if an operator lacks the gradient; and for second derivatives.
 
     Examples
     --------
@@ -104,30 +203,90 @@ def vjp(fn, *primals):
     >>> out, pullback(np.array([[1.0]]))
     (array([[10.]]), (array([[5.]]), array([[[2.]]])))
     """
-    inputs = tuple(Tensor(p) for p in primals)
+    inputs = tuple(_map(Tensor, primal) for primal in primals)
     out = fn(*inputs)
+    if has_aux:
+        out, aux = out
+        aux = _map(lambda a: a.value if isinstance(a, Tensor) else a, aux)
     if not isinstance(out, Tensor):
         raise TypeError(
             f"fn: expected a result computed from its arguments by kpcore operators, got {type(out).__name__}"
         )
 
     def pullback(grad):
-        sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
-        grad = _array.array("grad", grad, " ".join(sizes), _array.REAL, sizes, like=("the output", out.value))
-        gradients = {id(out): grad}
-        for tensor in _consumers_first(out):
-            gradient = gradients.get(id(tensor))
-            if tensor.call is None or gradient is None:
-                continue
-            call = tensor.call
-            given = call.inputs
-            for name, g in call.op.vjp(call.arguments, call.saved, gradient, frozenset(given)).items():
-                if name in given:
-                    key = id(given[name])
-                    gradients[key] = gradients[key] + g if key in gradients else g
-        return tuple(gradients[id(t)] if id(t) in gradients else np.zeros_like(t.value) for t in inputs)
+        found = _pull(out, _checked_grad(out, grad))
+        return _map(lambda t: found[id(t)][1] if id(t) in found else np.zeros_like(t.value), inputs)
 
-    return out.value, pullback
+    return (out.value, pullback, aux) if has_aux else (out.value, pullback)
+
+
+def value_and_grad(fn, argnums=0, has_aux=False):
+    """A function that returns the value of `fn`, a scalar, and its gradient.
+
+    Parameters
+    ----------
+    fn : callable
+        Returns a tensor of one element; or, with `has_aux`, that and anything else.
+    argnums : int or tuple of int
+        Which of its positional arguments to differentiate: arrays, or nests of lists, tuples and dicts of arrays.
+
+    Returns
+    -------
+    callable
+        Takes the arguments of `fn` and returns (value, gradient), or ((value, aux), gradient); the gradient is like the
+        argument, or a tuple of those with a tuple of argnums.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.zeros((1, 3))
+    >>> nb = kp.radius_search(points, None, 1.0)
+    >>> conv = lambda p: kp.kpconv(points, None, nb, p["f"], p["w"], np.zeros((1, 3)), extent=1.0)
+    >>> kp.autodiff.value_and_grad(conv)({"f": np.array([[2.0]]), "w": np.array([[[5.0]]])})
+    (array([[10.]]), {'f': array([[5.]]), 'w': array([[[2.]]])})
+    """
+    single = not isinstance(argnums, tuple)
+    chosen = (argnums,) if single else argnums
+
+    def differentiated(*args, **kwargs):
+        def of_chosen(*primals):
+            given = list(args)
+            for position, primal in zip(chosen, primals, strict=True):
+                given[position] = primal
+            return fn(*given, **kwargs)
+
+        out, pullback, *aux = vjp(of_chosen, *(args[position] for position in chosen), has_aux=has_aux)
+        if out.size != 1:
+            raise ValueError(f"fn: expected a scalar to differentiate, got {out.shape}")
+        gradients = pullback(np.ones_like(out))
+        return (out, *aux) if has_aux else out, gradients[0] if single else gradients
+
+    return differentiated
+
+
+def grad(fn, argnums=0, has_aux=False):
+    """A function that returns the gradient of `fn`, or with `has_aux` (gradient, aux); see `value_and_grad`."""
+    differentiated = value_and_grad(fn, argnums, has_aux)
+
+    def gradient(*args, **kwargs):
+        value, found = differentiated(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
+
+    return gradient
+
+
+def _pull(out, grad):
+    """{id: (tensor, gradient)} of every input that `out` was made from."""
+    gradients, found = {id(out): grad}, {}
+    for tensor in _consumers_first(out):
+        gradient, call = gradients.pop(id(tensor)), tensor.call
+        if call is None:
+            found[id(tensor)] = tensor, gradient
+            continue
+        for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
+            key = id(call.inputs[name])
+            gradients[key] = np.asarray(gradients[key] + g) if key in gradients else g
+    return found
 
 
 def _consumers_first(out):
@@ -143,3 +302,32 @@ def _consumers_first(out):
             if tensor.call is not None:
                 stack.extend((t, False) for t in tensor.call.inputs.values())
     return reversed(order)
+
+
+def _checked_grad(out, grad):
+    like = out.value
+    if type(grad) is np.ndarray and grad.shape == like.shape and grad.dtype == like.dtype and grad.flags.carray:
+        return grad  # as it mostly is; asking so takes a tenth of the time
+    sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
+    return _array.array("grad", grad, " ".join(sizes), _array.REAL, sizes, like=("the output", out.value))
+
+
+def _check_primal(name, value):
+    if isinstance(value, Tensor):
+        raise NotImplementedError(f"{name}: second derivatives are not there; expected an array, got {value!r}")
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
+    if value.dtype not in _array.REAL:
+        raise TypeError(f"{name}: expected float32 or float64 to differentiate in, got {value.dtype}")
+
+
+def _map(fn, nest):
+    """A nest of lists, tuples and dicts with `fn` of its leaves."""
+    if isinstance(nest, dict):
+        return {key: _map(fn, value) for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        values = [_map(fn, value) for value in nest]
+        if hasattr(nest, "_fields"):
+            return type(nest)(*values)
+        return type(nest)(values)
+    return fn(nest)

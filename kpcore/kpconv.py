@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore import _array, _cpu, config
+from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors
 
@@ -16,8 +17,10 @@ _NORMALIZATIONS = (None, "count", "positive")
 _PLACES = ("points", "queries", "kernel_points", "offsets", "modulations")  # whose gradients come together
 
 
-def kpconv(points, queries, neighbors, features, weights, kernel_points, extent, *, influence="linear",
-           aggregation="sum", normalization=None, groups=1, offsets=None, modulations=None):  # fmt: skip
+def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
+           kernel_points: Array, extent: float, *, influence: str = "linear", aggregation: str = "sum",
+           normalization: str | None = None, groups: int = 1, offsets: Array | None = None,
+           modulations: Array | None = None) -> Array:  # fmt: skip
     """Kernel point convolution.
 
     ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
@@ -92,8 +95,8 @@ def kpconv(points, queries, neighbors, features, weights, kernel_points, extent,
               normalization=normalization, groups=groups, offsets=offsets, modulations=modulations)  # fmt: skip
 
 
-def kpconvx(points, queries, neighbors, features, weights, attention, kernel_points, extent, *,
-            influence="linear"):  # fmt: skip
+def kpconvx(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
+            attention: Array, kernel_points: Array, extent: float, *, influence: str = "linear") -> Array:  # fmt: skip
     """Depthwise kernel point convolution with attention over the kernel points.
 
     ``out[q, c] = Σ_i h(|x_i - q - p_k|) W[k, c] a[q, k, c A // C] f_i[c]`` over the neighbours i of q, where k is the
@@ -241,7 +244,7 @@ def _vjp(arguments, saved, grad, needs):
 
 
 def _result(points, queries, features, weights, **_):
-    return [((len(points if queries is None else queries), weights.shape[-1]), features.dtype)]
+    return [(((points if queries is None else queries).shape[0], weights.shape[-1]), features.dtype)]
 
 
 def _problem_x(attention, **arguments):
@@ -270,5 +273,7 @@ def _vjp_x(arguments, saved, grad, needs):
 
 
 _DIFF = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
-OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result)
-OPX = Op("kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result)
+OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result, transposes=("features",))
+OPX = Op(
+    "kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result, transposes=("features",)
+)

@@ -110,9 +110,9 @@ class Neighbors:
             width = _array.integer("width", width, 0)
         self._set(index, row_splits, num_points, distance, width)
 
-    def _set(self, index, row_splits, num_points, distance=None, width=None):
+    def _set(self, index, row_splits, num_points, distance=None, width=None, transposed=None):
         for name, value in (("index", index), ("row_splits", row_splits), ("num_points", num_points),
-                            ("distance", distance), ("width", width), ("_transposed", None)):  # fmt: skip
+                            ("distance", distance), ("width", width), ("_transposed", transposed)):  # fmt: skip
             object.__setattr__(self, name, value)
         return self
 
@@ -136,7 +136,7 @@ class Neighbors:
     @property
     def num_queries(self):
         """M."""
-        return len(self.row_splits) - 1
+        return self.row_splits.shape[0] - 1
 
     @property
     def num_pairs(self):

@@ -1,14 +1,21 @@
 """autodiff.vjp: gradients by central differences, and what the tape does with masks, chains and mistakes."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import clouds
 import numpy as np
+import ops
 import pytest
 from gradcheck import check_vjp
 from reference import assert_close, assert_same_bits
 
 import kpcore as kp
+from kpcore import ops as ops_table
+from kpcore.autodiff import Op, Shaped
+from kpcore.ops import OPS
 
 INFLUENCES, AGGREGATIONS, NORMALIZATIONS = (
     ["linear", "gaussian", "constant"],
@@ -141,9 +148,10 @@ def test_a_primal_that_is_not_used_gets_zeros():
 def test_what_has_no_gradient_says_so(argument):
     case = float64_case()
     arrays = {name: getattr(case, name) for name in ("points", "queries", "features", "weights", "kernel_points")}
-    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent}
+    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent, "weights": case.weights[:, :, 0].copy()}
+    arrays["attention"] = np.ones((len(case.queries), len(case.weights), 1))
     with pytest.raises(TypeError, match=argument):
-        kp.autodiff.vjp(lambda x: kp.kpconv(**{**arrays, argument: x}), arrays[argument])[1](case.grad)
+        kp.autodiff.vjp(lambda x: kp.kpconvx(**{**arrays, argument: x}), arrays[argument])
 
 
 @pytest.mark.parametrize(
@@ -184,3 +192,223 @@ def test_float32_gradients_are_the_float64_ones():
     got, expected = (kp.autodiff.vjp(layer(c), c.features, c.weights)[1](c.grad) for c in (case, as_float64))
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 2e-5)
+
+
+# ---- every operator of the table
+
+
+def test_every_operator_has_a_call_to_test():
+    assert set(ops.CALLS) == set(OPS)
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_by_central_differences(variant):
+    op, arguments = ops.call(variant)
+    for names in (ops.diff(op, arguments), *([name] for name in ops.diff(op, arguments))):
+        _, pullback = ops.vjp(op, arguments, names)
+
+        def fn(*values, names=names):
+            return ops.vjp(op, {**arguments, **dict(zip(names, values, strict=True))}, names)[0]
+
+        check_vjp(fn, pullback, [arguments[name] for name in names])
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_only_what_is_needed_is_computed(variant):
+    op, arguments = ops.call(variant)
+    asked = []
+    counting = replace(op, vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs))
+    for name in ops.diff(op, arguments):
+        asked.clear()
+        given = {**arguments, name: kp.autodiff.Tensor(arguments[name])}
+        out = ops.output(op, counting(**given))
+        out.backward(np.ones(out.shape, out.dtype))
+        assert asked == [{name}]
+
+
+def test_signatures_are_written_down():
+    docs = Path(__file__).parents[1] / "docs"
+    sys.path.insert(0, str(docs))
+    try:
+        import signatures
+    finally:
+        sys.path.remove(str(docs))
+    for file in signatures.FRAMEWORKS:
+        assert (docs.parent / "kpcore" / file).read_text() == signatures.text(file), "run python docs/signatures.py"
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float32), (np.float64, np.float32), (np.float64, np.float64)])
+def test_shapes_are_known_ahead(variant, dtypes):
+    op, arguments = ops.call(variant, 24, *dtypes)
+    out, saved = op.forward(**arguments)
+    outputs = (out,) if op.record is None else out
+    assert op.record is None or isinstance(out, op.record)
+    assert [(a.shape, a.dtype) for a in (*outputs, *saved)] == [
+        (tuple(shape), np.dtype(dtype)) for shape, dtype in op.result(**shaped(arguments))
+    ]
+
+
+def shaped(arguments):
+    def of(value):
+        if isinstance(value, np.ndarray):
+            return Shaped(value.shape, value.dtype)
+        if isinstance(value, kp.Neighbors):
+            index, row_splits = of(value.index), of(value.row_splits)
+            return kp.Neighbors._trusted(index, row_splits, value.num_points, None, value.width)
+        return value
+
+    return {name: of(value) for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_what_kind_each_argument_is(variant):
+    op, arguments = ops.call(variant)
+    kinds = ops_table.kinds(getattr(kp, op.name))
+    assert list(kinds) == list(arguments)
+    types = {
+        "Array": np.ndarray,
+        "Neighbors": kp.Neighbors,
+        "float": (float, int),
+        "int": int,
+        "bool": bool,
+        "str": str,
+    }
+    for name, (kind, optional) in kinds.items():
+        assert isinstance(arguments[name], types[kind]) or (arguments[name] is None and optional), name
+    assert {name for name in op.diff if kinds[name][0] != "Array"} == set()
+
+
+# ---- the tape itself
+
+
+def scalar_product(a, b):
+    """Σ a b, made for these tests: what the tape does with it is in plain sight."""
+    return PRODUCT(a=a, b=b)
+
+
+PRODUCT = Op(
+    "scalar_product",
+    lambda a, b: (np.array(np.vdot(a, b)), ()),
+    lambda arguments, saved, grad, needs: {
+        name: grad * arguments[other] for name, other in (("a", "b"), ("b", "a")) if name in needs
+    },
+    diff=("a", "b"),
+)
+
+
+def test_backward_adds_to_every_input():
+    a, b = kp.autodiff.Tensor(np.arange(3.0)), kp.autodiff.Tensor(np.ones(3))
+    out = scalar_product(a, b)
+    assert a.grad is None
+    out.backward()
+    assert_same_bits(a.grad, np.ones(3))
+    out.backward(np.array(2.0))
+    assert_same_bits(b.grad, 3 * np.arange(3.0))
+    scalar_product(a, a).backward()
+    assert_same_bits(a.grad, 3 + 2 * np.arange(3.0))
+
+
+def test_backward_of_what_is_no_scalar_needs_a_gradient():
+    case = float64_case()
+    out = layer(case)(kp.autodiff.Tensor(case.features), case.weights)
+    with pytest.raises(ValueError, match="grad"):
+        out.backward()
+    out.backward(case.grad)
+
+
+def test_nests_of_primals():
+    nest = {"a": np.arange(3.0), "more": [np.ones(3), (np.full(3, 2.0),)]}
+
+    def fn(nest):
+        return scalar_product(nest["a"], nest["more"][1][0])
+
+    value, grads = kp.autodiff.value_and_grad(fn)(nest)
+    assert value == 6
+    assert_same_bits(grads["a"], np.full(3, 2.0))
+    assert_same_bits(grads["more"][0], np.zeros(3))
+    assert_same_bits(grads["more"][1][0], np.arange(3.0))
+
+
+def test_grad_of_some_arguments():
+    a, b = np.arange(3.0), np.ones(3)
+    assert_same_bits(kp.autodiff.grad(scalar_product, argnums=1)(a, b), a)
+    both = kp.autodiff.grad(scalar_product, argnums=(1, 0))(a, b)
+    assert_same_bits(both[0], a)
+    assert_same_bits(both[1], b)
+    with pytest.raises(ValueError, match="scalar"):
+        case = float64_case()
+        kp.autodiff.grad(layer(case))(case.features, case.weights)
+
+
+def test_something_besides():
+    def fn(a):
+        return scalar_product(a, a), {"twice": scalar_product(a, np.full(3, 2.0)), "text": "kept"}
+
+    (value, aux), gradient = kp.autodiff.value_and_grad(fn, has_aux=True)(np.ones(3))
+    assert (value, aux["twice"], aux["text"]) == (3, 6, "kept")
+    assert type(aux["twice"]) is np.ndarray
+    assert_same_bits(gradient, np.full(3, 2.0))
+    assert kp.autodiff.grad(fn, has_aux=True)(np.ones(3))[1]["text"] == "kept"
+    assert kp.autodiff.vjp(fn, np.ones(3), has_aux=True)[2]["text"] == "kept"
+
+
+def test_one_inside_the_other():
+    def outer(a):
+        inner = kp.autodiff.grad(lambda b: scalar_product(b, np.full(3, 3.0)))(np.ones(3))
+        return scalar_product(a, inner)
+
+    assert_same_bits(kp.autodiff.grad(outer)(np.ones(3)), np.full(3, 3.0))
+
+
+def test_second_derivatives_are_an_error():
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        kp.autodiff.grad(lambda a: kp.autodiff.grad(lambda b: scalar_product(b, b))(a))(np.ones(3))
+
+
+@pytest.mark.parametrize("primal", [[1.0], 1.0, np.arange(3), None])
+def test_what_is_no_primal(primal):
+    with pytest.raises(TypeError, match="value"):
+        kp.autodiff.vjp(lambda a: scalar_product(a, a), primal)
+
+
+@pytest.mark.parametrize("gradient", [{}, {"a": None}])
+def test_a_missing_gradient_names_operator_and_argument(gradient):
+    op = replace(PRODUCT, vjp=lambda *_: gradient)
+    with pytest.raises(NotImplementedError, match="a: scalar_product"):
+        kp.autodiff.grad(lambda a: op(a=a, b=np.ones(3)))(np.ones(3))
+
+
+@pytest.mark.parametrize("gradient", [np.ones(2), np.ones((3, 1)), np.ones(3, np.float32)])
+def test_a_gradient_of_another_shape_or_dtype(gradient):
+    op = replace(PRODUCT, vjp=lambda *_: {"a": gradient})
+    with pytest.raises(AssertionError, match="a: scalar_product"):
+        kp.autodiff.grad(lambda a: op(a=a, b=np.ones(3)))(np.ones(3))
+
+
+def test_an_exception_leaves_nothing_behind():
+    a, b = kp.autodiff.Tensor(np.arange(3.0)), kp.autodiff.Tensor(np.ones(3))
+    failing = replace(PRODUCT, vjp=lambda arguments, saved, grad, needs: {"a": np.ones(3)})
+    out = scalar_product(failing(a=a, b=b), np.array(1.0))
+    with pytest.raises(NotImplementedError, match="b: scalar_product"):
+        out.backward()
+    assert a.grad is None and b.grad is None
+    scalar_product(a, b).backward()
+    assert_same_bits(a.grad, np.ones(3))
+
+
+def test_threads_add_to_one_tensor():
+    a = kp.autodiff.Tensor(np.ones(3))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: scalar_product(a, np.ones(3)).backward(), range(400)))
+    assert_same_bits(a.grad, np.full(3, 400.0))
+
+
+def test_a_long_chain():
+    def fn(a):
+        out = scalar_product(a, a)
+        for _ in range(5000):
+            out = scalar_product(out, np.array(1.0))
+        return out
+
+    assert_same_bits(kp.autodiff.grad(fn)(np.ones(3)), np.full(3, 2.0))

@@ -1,0 +1,438 @@
+"""kpcore on JAX arrays: the same names as in `kpcore`, under jit, grad and vmap, on the CPU.
+
+Differentiable operators are calls through XLA's foreign function interface (FFI), each a `jax.custom_vjp` whose
+gradient is another such call. Searches and `grid_subsample`, whose results have sizes that depend on values, take and
+return JAX arrays outside of jit. `kpcore.Neighbors` is a pytree. docs/frameworks.md shows all of it, and the limits.
+
+One C function is registered with XLA, made by ctypes from `_handler`. XLA calls it with the addresses of a call's
+buffers and one text, which says what to do: operator, settings, and what each buffer is. As the text says it all, a
+compiled program can be kept on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+try:
+    import jax
+except ModuleNotFoundError as error:
+    if error.name != "jax":
+        raise
+    raise ModuleNotFoundError("kpcore.jax needs JAX: pip install kpcore[jax]", name="jax") from None
+
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+
+import kpcore
+from kpcore.autodiff import Shaped
+from kpcore.neighbors import Neighbors
+from kpcore.ops import OPS, binder, kinds, setting
+
+# ---- Neighbors as a pytree
+
+
+def _flatten(neighbors):
+    row_splits = neighbors.row_splits
+    if isinstance(row_splits, np.ndarray) and row_splits.dtype == np.int64 and not jax.config.jax_enable_x64:
+        if len(row_splits) and row_splits[-1] > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"neighbors: expected at most 2**31 - 1 pairs unless jax_enable_x64 is on, got {row_splits[-1]}"
+            )
+        row_splits = row_splits.astype(np.int32)
+    leaves = neighbors.index, row_splits, neighbors.distance, neighbors._transposed
+    return leaves, (neighbors.num_points, neighbors.width)
+
+
+def _unflatten(sizes, leaves):
+    index, row_splits, distance, transposed = leaves
+    num_points, width = sizes
+    return Neighbors._trusted(index, row_splits, num_points, distance, width, transposed)
+
+
+jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
+
+
+# ---- the operators
+
+
+class _Call(NamedTuple):
+    """What is known when tracing: the operator and its settings, (name, value) pairs."""
+
+    op: str
+    settings: tuple
+
+
+def define(op, public):
+    """The public function for JAX arrays."""
+    of_argument, bind = kinds(public), binder(public)
+
+    @functools.wraps(public)
+    def function(*args, **kwargs):
+        bound, arrays, settings = bind(args, kwargs), {}, []
+        for name, (kind, optional) in of_argument.items():
+            value = bound[name]
+            if kind == "Array":
+                arrays[name] = _checked(name, value, optional)
+            elif kind != "Neighbors":
+                settings.append((name, setting(name, kind, optional, value)))
+            elif isinstance(value, Neighbors) or (value is None and optional):
+                arrays[name] = value
+            else:
+                raise TypeError(f"{name}: expected kpcore.Neighbors, got {type(value).__name__}")
+        return _differentiable(_Call(op.name, tuple(settings)), arrays)
+
+    return function
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(call, arrays):
+    return _forward(call, arrays)[0]
+
+
+def _forward(call, arrays):
+    """(out, saved)"""
+    op = OPS[call.op]
+    shaped = jax.tree.map(lambda a: Shaped(tuple(a.shape), np.dtype(a.dtype)), arrays)
+    outputs = _ffi_call(call, "forward", tuple(op.result(**shaped, **dict(call.settings))), arrays, [])
+    if op.record is None:
+        return outputs[0], outputs[1:]
+    num_outputs = len(op.record._fields)
+    return op.record(*outputs[:num_outputs]), outputs[num_outputs:]
+
+
+def _forward_rule(call, primals):
+    op, arrays = OPS[call.op], custom_vjp_primal_tree_values(primals)
+    for name, primal in primals.items():
+        if name not in op.diff and any(
+            p.perturbed and jnp.issubdtype(p.value.dtype, jnp.floating) for p in jax.tree.leaves(primal)
+        ):
+            raise TypeError(f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}")
+    out, saved = _forward(call, arrays)
+    needs = dict.fromkeys(name for name in op.diff if arrays[name] is not None and primals[name].perturbed)
+    return out, (arrays, saved, needs)
+
+
+def _backward_rule(call, kept, grad):
+    op, (arrays, saved, needs) = OPS[call.op], kept
+    if op.field is not None:
+        grad = getattr(grad, op.field)
+    gradients = dict.fromkeys(arrays)
+    if needs and not isinstance(grad, SymbolicZero):
+        needs = tuple(name for name in op.diff if name in needs)
+        results = tuple((arrays[name].shape, arrays[name].dtype) for name in needs)
+        gradients.update(zip(needs, _ffi_call(call, needs, results, arrays, [*saved, grad]), strict=True))
+    return (gradients,)
+
+
+_differentiable.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _ffi_call(call, what, results, arrays, more):
+    """`what` is "forward", or the names whose gradients are asked for; `results` are pairs of shape and dtype."""
+    names, buffers, lists = [], [], {}
+    for name, value in arrays.items():
+        if isinstance(value, Neighbors):
+            transposed = None if what == "forward" else value._transposed
+            lists[name] = [transposed is not None, value.num_points, value.width]
+            buffers += [value.index, value.row_splits]
+            if transposed is not None:
+                buffers += [transposed.index, transposed.row_splits]
+        elif value is not None:
+            names.append(name)
+    buffers += [arrays[name] for name in names]
+    absent = [name for name, value in arrays.items() if value is None]
+    text = json.dumps([call.op, what, dict(call.settings) | dict.fromkeys(absent), lists, names])
+    results = [jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype)) for shape, dtype in results]
+    return jax.ffi.ffi_call("kpcore", results, vmap_method="sequential")(*buffers, *more, call=text)
+
+
+@_ffi_call.defjvp
+def _second_derivatives(call, *_):
+    raise NotImplementedError(f"{call.op}: second derivatives are not there")
+
+
+def _checked(name, value, optional):
+    if isinstance(value, (jax.Array, np.ndarray)) or (value is None and optional):
+        if value is not None and value.dtype == np.float64 and not jax.config.jax_enable_x64:
+            raise TypeError(f"{name}: expected float32, because jax_enable_x64 is off, got float64")
+        return value
+    raise TypeError(f"{name}: expected a JAX or NumPy array{' or None' * optional}, got {type(value).__name__}")
+
+
+# ---- what XLA calls
+
+
+class _Text(NamedTuple):
+    """A decoded text."""
+
+    op: object
+    needs: tuple | None  # None: forward
+    settings: dict
+    lists: dict
+    names: list
+    num_buffers: int  # of the arguments; what was saved, and the gradient, follow
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoded(text):
+    name, what, settings, lists, names = json.loads(text)
+    num_buffers = len(names) + sum(4 if transposed else 2 for transposed, _, _ in lists.values())
+    return _Text(OPS[name], None if what == "forward" else frozenset(what), settings, lists, names, num_buffers)
+
+
+def _compute(text, inputs):
+    """The arrays that a call returns."""
+    call = _decoded(text)
+    op, arguments, given = call.op, dict(call.settings), iter(inputs)
+    for name, (transposed, num_points, width) in call.lists.items():
+        index, row_splits = next(given), next(given).astype(np.int64, copy=False)
+        back = None
+        if transposed:
+            back = Neighbors._trusted(next(given), next(given).astype(np.int64, copy=False), len(row_splits) - 1)
+        arguments[name] = Neighbors._trusted(index, row_splits, num_points, None, width, back)
+    for name in call.names:
+        array = next(given)
+        if name.endswith("row_splits"):
+            array = array.astype(np.int64, copy=False)  # int32 where jax_enable_x64 is off
+        arguments[name] = array
+    if call.needs is None:
+        out, saved = op.forward(**arguments)
+        return (*(out if op.record is not None else (out,)), *saved)
+    *saved, grad = given
+    return op.gradients(arguments, tuple(saved), grad, call.needs).values()
+
+
+# The structs of XLA's C interface that a handler sees, named as there; all fields up to the last one used.
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+class _Buffers(ctypes.Structure):  # XLA_FFI_Args and XLA_FFI_Rets
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+    ]
+
+
+class _ByteSpan(ctypes.Structure):
+    _fields_ = [("ptr", ctypes.c_void_p), ("len", ctypes.c_size_t)]
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("names", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(ctypes.POINTER(_ByteSpan))),
+    ]
+
+
+class _ApiVersion(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+    ]
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("version", _ApiVersion), ("traits", ctypes.c_uint32)]
+
+
+class _Extension(ctypes.Structure):  # XLA_FFI_Metadata_Extension
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
+        ("metadata", ctypes.POINTER(_Metadata)),
+    ]
+
+
+class _ErrorArguments(ctypes.Structure):  # XLA_FFI_Error_Create_Args
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("message", ctypes.c_char_p),
+        ("code", ctypes.c_int),
+    ]
+
+
+_create_error = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorArguments))
+
+
+class _Api(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.c_void_p),
+        ("version", _ApiVersion),
+        ("internal", ctypes.c_void_p),
+        ("create_error", _create_error),
+    ]
+
+
+class _Frame(ctypes.Structure):  # XLA_FFI_CallFrame
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension_start", ctypes.POINTER(_Extension)),
+        ("api", ctypes.POINTER(_Api)),
+        ("context", ctypes.c_void_p),
+        ("stage", ctypes.c_int),
+        ("arguments", _Buffers),
+        ("results", _Buffers),
+        ("attributes", _Attributes),
+    ]
+
+
+_METADATA, _EXECUTE, _INVALID_ARGUMENT = 1, 3, 3
+_DTYPES = {  # by XLA_FFI_DataType
+    1: np.dtype(np.bool_),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.uint8),
+    11: np.dtype(np.float32),
+    12: np.dtype(np.float64),
+}
+_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.restype, _view.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_READ, _WRITE = 0x100, 0x200  # PyBUF_READ, PyBUF_WRITE
+
+
+def _arrays(buffers, access):
+    arrays, pointers = [], buffers.buffers
+    for i in range(buffers.size):
+        buffer = pointers[i].contents
+        dtype, shape = _DTYPES.get(buffer.dtype), tuple(buffer.dims[: buffer.rank])
+        if dtype is None:
+            raise TypeError(f"expected float32 or float64, got an array of another dtype ({buffer.dtype} of XLA's)")
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        arrays.append(np.ndarray(shape, dtype, _view(buffer.data, size, access)) if size else np.empty(shape, dtype))
+    return arrays
+
+
+def _handle(frame):
+    frame = frame.contents
+    if frame.extension_start and frame.extension_start.contents.type == _METADATA:
+        version = frame.extension_start.contents.metadata.contents.version
+        version.major, version.minor = _major, _minor
+        return None
+    if frame.stage != _EXECUTE:
+        return None
+    try:
+        text = frame.attributes.attributes[0].contents
+        found = _compute(ctypes.string_at(text.ptr, text.len), _arrays(frame.arguments, _READ))
+        for to, array in zip(_arrays(frame.results, _WRITE), found, strict=True):
+            if to.shape != np.shape(array):
+                raise AssertionError(f"expected a result {to.shape}, got {np.shape(array)}")
+            to[...] = array
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}".encode()
+        arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message, _INVALID_ARGUMENT)
+        return frame.api.contents.create_error(arguments)
+    return None
+
+
+_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))(_handle)
+
+
+# The version of the interface is that of the jaxlib that is there; up to now none changed the fields above.
+_header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+_major, _minor = (int(re.search(rf"define XLA_FFI_API_{part} (\d+)", _header)[1]) for part in ("MAJOR", "MINOR"))
+if _major != 0:
+    raise ImportError(f"kpcore.jax: expected a jaxlib with version 0 of XLA's FFI, got {_major}")
+jax.ffi.register_ffi_target("kpcore", jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p).value))
+
+
+# ---- what is not traced
+
+
+def eager(public):
+    """A function of kpcore that takes and returns JAX arrays where that one has NumPy's, outside of jit."""
+    signature = inspect.signature(public)
+
+    @functools.wraps(public)
+    def function(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            given.arguments[name] = _given(public.__name__, name, value)
+        return _returned(public(*given.args, **given.kwargs))
+
+    return function
+
+
+class KDTree(kpcore.KDTree):
+    __doc__ = kpcore.KDTree.__doc__
+    __slots__ = ()
+    __init__ = eager(kpcore.KDTree.__init__)
+    radius_search = eager(kpcore.KDTree.radius_search)
+    knn_search = eager(kpcore.KDTree.knn_search)
+
+
+class GridIndex(kpcore.GridIndex):
+    __doc__ = kpcore.GridIndex.__doc__
+    __slots__ = ()
+    __init__ = eager(kpcore.GridIndex.__init__)
+    radius_search = eager(kpcore.GridIndex.radius_search)
+    knn_search = eager(kpcore.GridIndex.knn_search)
+
+
+def _given(function, name, value):
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: {function} is not traced; expected an array outside of jit, grad and vmap, got {value}"
+        )
+    if isinstance(value, dict):
+        return {key: _given(function, key, v) for key, v in value.items()}
+    if isinstance(value, jax.Array):
+        array = np.asarray(value)
+        return array.astype(np.int64) if name.endswith("row_splits") and array.dtype == np.int32 else array
+    return value
+
+
+def _returned(value):
+    if isinstance(value, np.ndarray):
+        if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+            narrow = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+            if value.dtype.kind == "f" or np.any(narrow != value):
+                raise TypeError(f"expected a result without {value.dtype}, because jax_enable_x64 is off")
+            value = narrow
+        return jnp.asarray(value)
+    if isinstance(value, tuple):
+        values = map(_returned, value)
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    return value
+
+
+_EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
+for _name, _op in OPS.items():
+    globals()[_name] = (eager if _op.result is None else functools.partial(define, _op))(getattr(kpcore, _name))
+for _name in _EAGER:
+    globals()[_name] = eager(getattr(kpcore, _name))
+
+__all__ = ["GridIndex", "KDTree", "Neighbors", *_EAGER, *OPS]
+__all__.sort()

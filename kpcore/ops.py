@@ -1,0 +1,67 @@
+"""The table of differentiable operators: kpcore.torch, kpcore.jax, their signatures and the generated tests look here.
+
+An operator's arguments are those of its public function, the one of its name in `kpcore`, whose annotations say what
+kind of thing each is: Array, Neighbors, float, int, bool or str, and whether it may be None ("Array | None"). The
+adapters go by that: arrays and the arrays of a Neighbors are traced, the rest are settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+
+from kpcore.kpconv import OP as KPCONV
+from kpcore.kpconv import OPX as KPCONVX
+from kpcore.subsampling import OP as GRID_SUBSAMPLE
+
+OPS = {op.name: op for op in (GRID_SUBSAMPLE, KPCONV, KPCONVX)}
+
+_SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
+_NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
+
+
+def kinds(public):
+    """{name: (kind, whether it may be None)} of the arguments of a public function, from its annotations."""
+    found = {}
+    for name, parameter in inspect.signature(public).parameters.items():
+        kind, _, none = str(parameter.annotation).partition(" | ")
+        if kind not in ("Array", "Neighbors", *_SETTINGS) or none not in ("", "None"):
+            raise TypeError(
+                f"{name}: expected an annotation in {public.__name__} that is Array, Neighbors, float, int, bool or "
+                f"str, with or without | None, got {parameter.annotation}"
+            )
+        found[name] = kind, none == "None"
+    return found
+
+
+def binder(public):
+    """A function that puts the arguments of a call, args and kwargs, in a dict by name, defaults filled in.
+
+    A tenth of the time of `inspect.Signature.bind`, which takes longer than all else that a call costs.
+    """
+    signature = inspect.signature(public)
+    parameters = signature.parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    def bind(args, kwargs):
+        given = dict(zip(positional, args))  # noqa: B905 - more of them are found below
+        bound = {**defaults, **given, **kwargs}
+        wrong = len(args) > len(positional) or len(bound) != len(parameters)
+        for name in kwargs:
+            wrong = wrong or name in given or name not in parameters
+        if wrong:
+            signature.bind(*args, **kwargs)  # raises what Python does for such a call
+        return bound
+
+    return bind
+
+
+def setting(name, kind, optional, value):
+    """An argument that is no array, as a plain float, int, bool, str or None."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, _SETTINGS[kind]):
+        raise TypeError(f"{name}: expected {_NOUNS[kind]}{' or None' * optional}, got {type(value).__name__}")
+    return float(value) if kind == "float" else int(value) if kind == "int" else value

@@ -1,0 +1,32 @@
+"""kpcore on torch tensors: the same names as in `kpcore`, under autograd, torch.compile, torch.export and autocast.
+
+Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample`, whose results have
+sizes that depend on values, run eagerly; so does what only prepares a network (`build_pyramid`, `kernel_points`).
+Tensors on the CPU; they share memory with the arrays that kpcore computes on, in both directions. Neighbour lists are
+`kpcore.Neighbors` here too. `KPConv` is a layer. docs/frameworks.md shows all of it, and the limits.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError("kpcore.torch needs PyTorch: pip install kpcore[torch]", name="torch") from None
+
+import kpcore as _kpcore
+from kpcore.neighbors import Neighbors
+from kpcore.ops import OPS as _OPS
+from kpcore.torch import eager as _eager
+from kpcore.torch.eager import GridIndex, KDTree
+from kpcore.torch.layers import KPConv
+from kpcore.torch.ops import define as _define
+
+_EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
+for _name, _op in _OPS.items():
+    _make = _define if _op.result is not None else _eager.differentiable
+    globals()[_name] = _make(_op, getattr(_kpcore, _name))
+for _name in _EAGER:
+    globals()[_name] = _eager.eager(getattr(_kpcore, _name))
+
+__all__ = ["GridIndex", "KDTree", "KPConv", "Neighbors", *_EAGER, *_OPS]
+__all__.sort()

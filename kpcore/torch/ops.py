@@ -1,0 +1,335 @@
+"""The table of operators on torch tensors: each row becomes two torch operators, itself and its vjp.
+
+Tensors and NumPy arrays share memory in both directions. A Neighbors is passed as its arrays and numbers, since torch
+traces tensors only. Everything here that is Python runs once per call or once per trace; the gradient is an operator of
+its own so that it can be traced too.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch.utils._pytree import GetAttrKey, register_pytree_node
+
+from kpcore import ops
+from kpcore.autodiff import Shaped
+from kpcore.neighbors import Neighbors
+
+_DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+    torch.bool: np.dtype(np.bool_),
+}
+_TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_LIBRARY = torch.library.Library("kpcore", "DEF")
+
+# What a Neighbors is to torch: each argument of that kind becomes these of a torch operator.
+_PARTS = {
+    "index": "Tensor",
+    "row_splits": "Tensor",
+    "transposed_index": "Tensor?",
+    "transposed_row_splits": "Tensor?",
+    "num_points": "SymInt",
+    "width": "SymInt?",
+}
+
+
+def to_array(name, tensor):
+    """The NumPy array in the memory of a tensor."""
+    try:
+        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    except TypeError:  # bfloat16 and others that NumPy lacks
+        raise _wrong_dtype(name, tensor.dtype) from None
+
+
+def to_tensor(array):
+    """The tensor in the memory of a NumPy array."""
+    return torch.from_numpy(np.asarray(array))
+
+
+def numpy_dtype(name, dtype):
+    if dtype not in _DTYPES:
+        raise _wrong_dtype(name, dtype)
+    return _DTYPES[dtype]
+
+
+def _wrong_dtype(name, dtype):
+    return TypeError(
+        f"{name}: expected float32 or float64, got {str(dtype)[6:]}; convert it with {name}.to(torch.float32)"
+    )
+
+
+def checked(op, name, value, optional=False):
+    """`value` if it is a tensor on the CPU, or a None that is allowed; `op` is None for what has no gradients."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_cpu:
+            raise TypeError(
+                f"{name}: expected a tensor on the CPU, got one on {value.device}; move it with {name}.cpu()"
+            )
+        if value.requires_grad and op is not None and name not in op.diff and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}; "
+                f"detach it with {name}.detach()"
+            )
+        return value
+    if value is None and optional:
+        return None
+    raise TypeError(
+        f"{name}: expected a torch tensor{' or None' * optional}, got {type(value).__name__}"
+        + ("; convert it with torch.from_numpy" if isinstance(value, np.ndarray) else "")
+    )
+
+
+class _Arguments:
+    """How the arguments of an operator are laid out for torch: `flat` is what torch sees, one after the other."""
+
+    def __init__(self, op, public):
+        self.op, self.bind = op, ops.binder(public)
+        self.rows, schema = [], []  # (name, kind, whether it may be None, where it begins)
+        for name, (kind, optional) in ops.kinds(public).items():
+            self.rows.append((name, kind, optional, len(schema)))
+            if kind == "Array":
+                schema.append(f"Tensor{'?' * optional} {name}")
+            elif kind == "Neighbors":
+                schema += [f"{part.rstrip('?')}{'?' * (optional or '?' in part)} {name}_{which}"
+                           for which, part in _PARTS.items()]  # fmt: skip
+            else:
+                schema.append(f"{kind}{'?' * optional} {name}")
+        self.schema = ", ".join(schema)
+        self.tensors = tuple(i for i, s in enumerate(schema) if s.startswith("Tensor"))
+        self.others = tuple(i for i in range(len(schema)) if i not in self.tensors)
+        stored = (*self.tensors, *self.others)
+        self.order = tuple(stored.index(i) for i in range(len(schema)))  # from tensors and then others to `flat`
+        positions = {name: at for name, _, _, at in self.rows}
+        self.diff = tuple(positions[name] for name in op.diff)
+
+    def flatten(self, bound):
+        flat, transpose = [], False
+        for name in self.op.transposes:
+            transpose = transpose or getattr(bound[name], "requires_grad", False)
+        for name, kind, optional, _ in self.rows:
+            value = bound[name]
+            if kind == "Array":
+                flat.append(checked(self.op, name, value, optional))
+            elif kind != "Neighbors":
+                flat.append(ops.setting(name, kind, optional, value))
+            elif isinstance(value, Neighbors):
+                flat += _parts(value, transpose and torch.is_grad_enabled())
+            elif value is None and optional:
+                flat += [None] * len(_PARTS)
+            else:
+                raise TypeError(f"{name}: expected kpcore.Neighbors, got {type(value).__name__}")
+        return flat
+
+    def unflatten(self, flat, to, transposed=False):
+        """The arguments by name, arrays passed through `to`; lists with their transpose, or without."""
+        arguments = {}
+        for name, kind, _, at in self.rows:
+            value = flat[at]
+            if value is not None:
+                if kind == "Array":
+                    value = to(name, value)
+                elif kind == "Neighbors":
+                    index, row_splits, back_index, back_splits, num_points, width = flat[at : at + len(_PARTS)]
+                    index, row_splits, back = to(name, index), to(name, row_splits), None
+                    if transposed and back_index is not None:
+                        back = to(name, back_index), to(name, back_splits), row_splits.shape[0] - 1
+                        back = Neighbors._trusted(*back)
+                    value = Neighbors._trusted(index, row_splits, num_points, None, width, back)
+            arguments[name] = value
+        return arguments
+
+
+def _parts(neighbors, transpose):
+    transposed = neighbors._transposed
+    if transposed is None and transpose and not torch.compiler.is_compiling():
+        transposed = neighbors.transpose()
+    return (
+        _as_tensor(neighbors.index),
+        _as_tensor(neighbors.row_splits),
+        None if transposed is None else _as_tensor(transposed.index),
+        None if transposed is None else _as_tensor(transposed.row_splits),
+        neighbors.num_points,
+        neighbors.width,
+    )
+
+
+def _as_tensor(array):
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+
+
+def define(op, public):
+    """Make the torch operators kpcore::<name> and kpcore::<name>_vjp; return the public function for tensors."""
+    layout = _Arguments(op, public)
+    num_outputs = 1 if op.record is None else len(op.record._fields)
+    differentiable = 0 if op.record is None else op.record._fields.index(op.field)
+
+    def forward(*flat):
+        given = layout.unflatten(flat, to_array)
+        out, saved = op.forward(**given)
+        return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
+
+    def forward_of_shapes(*flat):
+        shapes = op.result(**layout.unflatten(flat, _shaped))
+        like = next(t for t in flat if isinstance(t, torch.Tensor))
+        return [like.new_empty(shape, dtype=_TORCH_DTYPES[np.dtype(dtype)]) for shape, dtype in shapes]
+
+    def vjp(*flat):
+        *flat, saved, grad, needs = flat
+        given = layout.unflatten(flat, to_array, transposed=True)
+        grad = np.require(to_array("grad", grad), None, ("C", "A"))
+        saved = tuple(to_array("saved", t) for t in saved)
+        needed = frozenset(name for name, need in zip(op.diff, needs, strict=True) if need)
+        return _tensors(op.gradients(given, saved, grad, needed).values(), {**given, "grad": grad})
+
+    def vjp_of_shapes(*flat):
+        needs = flat[-1]
+        return [flat[at].new_empty(flat[at].shape) for at, need in zip(layout.diff, needs, strict=True) if need]
+
+    # Not torch.library.register_autograd: for operators that return lists it takes three times as long as all the rest.
+    # Only what may get a gradient is given to autograd as an input: each takes it a microsecond or two.
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, run, flat, *inputs):
+            outputs = run(*flat)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outputs[:differentiable], *outputs[differentiable + 1 :])
+            ctx.save_for_backward(*[flat[i] for i in layout.tensors], *outputs[num_outputs:])
+            ctx.others = [flat[i] for i in layout.others]
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            grad, needs = grads[differentiable], ctx.needs_input_grad[2:]
+            if grad is None:
+                return (None, None, *(None for _ in needs))
+            tensors, num_tensors = ctx.saved_tensors, len(layout.tensors)
+            stored = [*tensors[:num_tensors], *ctx.others]
+            flat = [stored[i] for i in layout.order]
+            direct = type(grad) is torch.Tensor and not torch.is_grad_enabled() and not _listening()
+            run = vjp if direct else vjp_operator
+            gradients = iter(run(*flat, list(tensors[num_tensors:]), grad, list(needs)))
+            return (None, None, *(next(gradients) if need else None for need in needs))
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, run, *flat):
+            return tuple(run(*flat))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"{op.name}: second derivatives (double backward) are not there")
+
+    def differentiated(run, flat):
+        return Forward.apply(run, flat, *[flat[i] for i in layout.diff])
+
+    operator, autograd = _register(op.name, layout.schema, forward, forward_of_shapes, differentiated)
+
+    def differentiated_again(run, flat):
+        return Backward.apply(run, *flat)
+
+    more = "Tensor[] saved, Tensor grad, bool[] needs"
+    vjp_operator, _ = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, differentiated_again)
+
+    @functools.wraps(public)
+    def function(*args, **kwargs):
+        flat = layout.flatten(layout.bind(args, kwargs))
+        if _listening() or not all(type(flat[i]) in _PLAIN for i in layout.tensors):
+            outputs = operator(*flat)
+        else:
+            outputs = autograd(*flat, run=forward)
+        return outputs[0] if op.record is None else op.record(*outputs[:num_outputs])
+
+    return function
+
+
+def _listening():
+    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, modes.
+
+    Where nobody is, it goes past torch's dispatcher, which takes 10 to 30 µs to pass on so many arguments.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _register(name, schema, kernel, kernel_of_shapes, differentiated):
+    _LIBRARY.define(f"{name}({schema}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.kpcore, name).default
+
+    def below(*flat):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*flat)
+
+    def autograd(*flat, run=below):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+            return list(differentiated(run, flat))
+        return run(*flat)
+
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
+    torch.library.register_autocast(f"kpcore::{name}", "cpu", torch.float32, lib=_LIBRARY)
+    return operator, autograd
+
+
+def _shaped(name, tensor):
+    return Shaped(tuple(tensor.shape), numpy_dtype(name, tensor.dtype))
+
+
+def _tensors(arrays, given):
+    """Tensors in the memory of the arrays; of copies of those that share it with what was given, or with each other.
+
+    torch takes what an operator returns for memory of its own.
+    """
+    tensors, done = [], []
+    for array in arrays:
+        array = np.asarray(array)
+        if not array.flags.owndata or any(array is other for other in done):
+            others = [*done, *(a for a in given.values() if isinstance(a, np.ndarray))]
+            if any(np.may_share_memory(array, other) for other in others):
+                array = array.copy()
+        done.append(array)
+        tensors.append(torch.from_numpy(array))
+    return tensors
+
+
+def _flatten_neighbors(neighbors):
+    transposed = neighbors._transposed
+    arrays = [neighbors.index, neighbors.row_splits]
+    arrays += [] if transposed is None else [transposed.index, transposed.row_splits]
+    return [neighbors.num_points, *map(_as_tensor, arrays)], neighbors.width
+
+
+def _unflatten_neighbors(leaves, width):
+    num_points, index, row_splits, *transposed = leaves
+    back = Neighbors._trusted(*transposed, row_splits.shape[0] - 1) if transposed else None
+    return Neighbors._trusted(index, row_splits, num_points, None, width, back)
+
+
+def _flatten_with_keys(neighbors):
+    leaves, width = _flatten_neighbors(neighbors)
+    names = "num_points", "index", "row_splits", "transposed_index", "transposed_row_splits"
+    return [(GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], width  # noqa: B905 - or without the last two
+
+
+# torch.export takes and gives nests of tensors and numbers.
+register_pytree_node(
+    Neighbors,
+    _flatten_neighbors,
+    _unflatten_neighbors,
+    serialized_type_name="kpcore.Neighbors",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

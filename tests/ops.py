@@ -1,0 +1,156 @@
+"""One call of every operator of the table, from which test_autodiff, test_torch and test_jax make their tests.
+
+A new operator needs an entry in CALLS; without one those tests fail.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+from reference import radius_search
+
+import kpcore as kp
+from kpcore.autodiff import Op
+from kpcore.ops import OPS
+
+
+def cloud(num, dtype):
+    """-> points (num, 3), and queries, two thirds as many, one of which sees nothing"""
+    points, queries = np.random.default_rng(0).uniform(size=(2, num, 3)).astype(dtype)
+    queries = queries[: 2 * num // 3]
+    queries[:1] += 5
+    return points, queries
+
+
+def lists(points, queries, radius=0.4):
+    """Their neighbours within the radius, found by brute force."""
+    rows = radius_search(points, queries, radius)[0] if len(points) and len(queries) else [[]] * len(queries)
+    index = np.concatenate([*rows, np.empty(0)]).astype(np.int32)
+    return kp.Neighbors(index, kp.row_splits(list(map(len, rows))), len(points))
+
+
+def kpconv(num, geometry, features):
+    rng = np.random.default_rng(1)
+    points, queries = cloud(num, geometry)
+    return {
+        "points": points,
+        "queries": queries,
+        "neighbors": lists(points, queries),
+        "features": rng.normal(size=(num, 3)).astype(features),
+        "weights": rng.normal(size=(4, 3, 2)).astype(features),
+        "kernel_points": rng.normal(size=(4, 3)).astype(geometry) / 5,
+        "extent": 0.4,
+    }
+
+
+def deformed(arguments):
+    """Offsets and modulations for a kpconv."""
+    rng, (num, dim) = np.random.default_rng(3), arguments["kernel_points"].shape
+    num_queries, geometry, features = len(arguments["queries"]), arguments["points"].dtype, arguments["features"].dtype
+    return {
+        "offsets": rng.normal(size=(num_queries, num, dim)).astype(geometry) / 10,
+        "modulations": rng.uniform(0, 2, (num_queries, num)).astype(features),
+    }
+
+
+def depthwise(arguments):
+    return deformed(arguments) | {"weights": arguments["weights"][:, :, 0].copy()}
+
+
+def kpconvx(num, geometry, features):
+    arguments = kpconv(num, geometry, features)
+    attention = np.random.default_rng(4).uniform(size=(len(arguments["queries"]), 4, 3)).astype(features)
+    return arguments | {"weights": arguments["weights"][:, :, 0].copy(), "attention": attention}
+
+
+def grid_subsample(num, geometry, features):
+    points = cloud(num, geometry)[0]
+    return {
+        "points": points,
+        "voxel_size": 0.4,
+        "features": np.random.default_rng(1).normal(size=(num, 3)).astype(features),
+    }
+
+
+# name: (arguments from a number of points and the dtypes of geometry and features, options to try, or what makes them
+# from the arguments)
+CALLS = {
+    "grid_subsample": (grid_subsample, [{}, {"feature": "max"}, {"feature": "nearest"}]),
+    "kpconv": (
+        kpconv,
+        [{}, {"influence": "gaussian", "normalization": "count"}, {"aggregation": "closest"}, deformed, depthwise],
+    ),
+    "kpconvx": (kpconvx, [{}]),
+}
+# "name-0" and so on: an operator with each of its options
+VARIANTS = {f"{name}-{i}": (name, i) for name, (_, options) in CALLS.items() for i in range(len(options))}
+TRACED = [variant for variant, (name, _) in VARIANTS.items() if OPS[name].result is not None]
+
+
+def call(variant, num=24, geometry=np.float64, features=np.float64):
+    """-> the operator, and the arguments of a call, all of them, by name"""
+    name, i = VARIANTS[variant]
+    make, options = CALLS[name]
+    defaults = {n: p.default for n, p in inspect.signature(getattr(kp, name)).parameters.items()}
+    arguments = make(num, geometry, features)
+    more = options[i](arguments) if callable(options[i]) else options[i]
+    return OPS[name], defaults | arguments | more
+
+
+def diff(op, arguments):
+    """The names of the given arguments in which the operator is differentiable."""
+    return [name for name in op.diff if arguments[name] is not None]
+
+
+def output(op, out):
+    """What of a result is differentiable."""
+    return out if op.field is None else getattr(out, op.field)
+
+
+def vjp(op, arguments, names):
+    """(out, pullback) of the operator as a function of the named arguments, by the tape."""
+
+    def fn(*values):
+        return output(op, getattr(kp, op.name)(**{**arguments, **dict(zip(names, values, strict=True))}))
+
+    return kp.autodiff.vjp(fn, *(arguments[name] for name in names))
+
+
+def covector(out):
+    return np.random.default_rng(2).normal(size=out.shape).astype(out.dtype)
+
+
+# ---- an operator of every kind of argument that returns a record and saves something, which the table may not have
+
+
+class Weighted(NamedTuple):
+    features: np.ndarray
+    sums: np.ndarray
+
+
+def weighted(features: "Array", weights: "Array | None" = None, neighbors: "Neighbors | None" = None,  # noqa: F821
+             factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False, name: "str | None" = None):  # fmt: skip
+    return WEIGHTED(features=features, weights=weights, neighbors=neighbors, factor=factor, power=power, negate=negate,
+                    name=name)  # fmt: skip
+
+
+def _weighted(features, weights, neighbors, factor, power, negate, name):
+    scale = np.full(features.shape[1], factor**power * (-1 if negate else 1), features.dtype)
+    if weights is not None:
+        scale = scale * weights
+    return Weighted(features * scale, np.arange(len(features), dtype=np.int32)), (scale,)
+
+
+def _weighted_vjp(arguments, saved, grad, needs):
+    one = saved[0] if arguments["weights"] is None else saved[0] / arguments["weights"]
+    found = {"features": grad * saved[0], "weights": (grad * arguments["features"]).sum(0) * one}
+    return {name: found[name] for name in needs}
+
+
+def _weighted_result(features, **_):
+    num, channels = features.shape
+    return [((num, channels), features.dtype), ((num,), np.int32), ((channels,), features.dtype)]
+
+
+WEIGHTED = Op("weighted", _weighted, _weighted_vjp, diff=("features", "weights"), result=_weighted_result,
+              field="features", record=Weighted)  # fmt: skip

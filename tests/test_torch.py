@@ -1,0 +1,590 @@
+"""kpcore.torch: every operator of the table under autograd, tracing, compilation and autocast; the rest eagerly."""
+
+from dataclasses import replace
+
+import clouds
+import numpy as np
+import ops
+import pytest
+from reference import assert_close, assert_same_bits
+
+import kpcore as kp
+from kpcore.autodiff import Op
+
+torch = pytest.importorskip("torch")
+
+from torch.autograd.gradcheck import GradcheckError, gradcheck  # noqa: E402
+
+import kpcore.torch as kpt  # noqa: E402
+from kpcore.torch.ops import define  # noqa: E402
+
+TIGHT = {"rtol": 1e-5, "atol": 1e-7}  # gradcheck's own let a relative error of a thousandth pass
+
+
+def tensors(arguments, names=()):
+    """The arguments as tensors, those named requiring a gradient."""
+    return {
+        name: torch.from_numpy(a.copy()).requires_grad_(name in names) if isinstance(a, np.ndarray) else a
+        for name, a in arguments.items()
+    }
+
+
+def call(op, arguments):
+    return ops.output(op, getattr(kpt, op.name)(**arguments))
+
+
+def gradients(op, arguments, names, grad):
+    out = call(op, arguments)
+    return torch.autograd.grad(out, [arguments[name] for name in names], torch.from_numpy(grad))
+
+
+# ---- every operator of the table
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_by_finite_differences(variant):
+    op, arguments = ops.call(variant, num=9)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments, names)
+
+    def fn(*values):
+        return call(op, {**given, **dict(zip(names, values, strict=True))})
+
+    assert gradcheck(fn, [given[name] for name in names], **TIGHT)
+
+
+@pytest.mark.parametrize("num", [24, 1, 0])
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)])
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_the_bits_of_the_tape(variant, dtypes, num):
+    op, arguments = ops.call(variant, num, *dtypes)
+    names = ops.diff(op, arguments)
+    out, pullback = ops.vjp(op, arguments, names)
+    given, grad = tensors(arguments, names), ops.covector(out)
+    assert_same_bits(call(op, given).detach().numpy(), out)
+    for got, expected in zip(gradients(op, given, names, grad), pullback(grad), strict=True):
+        assert_same_bits(got.numpy(), expected)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
+    "every second": lambda t: t.repeat_interleave(2, 0)[::2],
+    "within a larger one": lambda t: torch.nn.functional.pad(t, (1, 1))[..., 1:-1],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_any_layout(variant, layout):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = {name: LAYOUTS[layout](t) if name in names else t for name, t in tensors(arguments).items()}
+    arguments |= {name: given[name].contiguous().numpy() for name in names}
+    out, pullback = ops.vjp(op, arguments, names)
+    given |= {name: given[name].requires_grad_() for name in names}
+    result = call(op, given)
+    assert_same_bits(result.detach().numpy(), out)
+    grad = LAYOUTS[layout](torch.from_numpy(ops.covector(out))) if out.ndim else torch.tensor(2.0, dtype=result.dtype)
+    got = torch.autograd.grad(result, [given[name] for name in names], grad)
+    for g, expected in zip(got, pullback(grad.contiguous().numpy()), strict=True):
+        assert_same_bits(g.numpy(), expected)
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_opcheck(variant):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    torch_op = getattr(torch.ops.kpcore, op.name).default
+    torch.library.opcheck(torch_op, flat(op, tensors(arguments, names)))
+    for transposed in (False, True):
+        vjp_arguments = flat(op, tensors(arguments, names if transposed else ()))
+        *_, saved, grad, needs = vjp_call(op, arguments)
+        with torch.no_grad():
+            detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in vjp_arguments]
+        torch.library.opcheck(getattr(torch.ops.kpcore, f"{op.name}_vjp").default, (*detached, saved, grad, needs))
+
+
+def flat(op, arguments):
+    """What the torch operator gets."""
+    return tuple(kpt.ops._Arguments(op, getattr(kp, op.name)).flatten(arguments))
+
+
+def vjp_call(op, arguments):
+    out, saved = op.forward(**arguments)
+    grad = torch.from_numpy(ops.covector(ops.output(op, out)))
+    return [torch.from_numpy(a) for a in saved], grad, [arguments[name] is not None for name in op.diff]
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_compiled_in_one_graph(variant):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    compiled = torch.compile(lambda arguments: call(op, arguments), fullgraph=True, backend="aot_eager")
+    for num in (24, 24, 31, 40):  # the second shape is compiled for any number of points
+        op, arguments = ops.call(variant, num)
+        out, pullback = ops.vjp(op, arguments, names)
+        given, grad = tensors(arguments, names), ops.covector(out)
+        result = compiled(given)
+        assert_same_bits(result.detach().numpy(), out)
+        got = torch.autograd.grad(result, [given[name] for name in names], torch.from_numpy(grad))
+        for g, expected in zip(got, pullback(grad), strict=True):
+            assert_same_bits(g.numpy(), expected)
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_autocast_computes_in_float32(variant):
+    op, arguments = ops.call(variant, 24, np.float32, np.float32)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments)
+    given |= {name: given[name].to(torch.bfloat16) for name in names}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(op, given)
+    expected = call(op, given | {name: given[name].to(torch.float32) for name in names})
+    assert out.dtype == torch.float32
+    assert_same_bits(out.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_only_what_is_needed_is_computed(variant):
+    op, arguments = ops.call(variant)
+    asked = []
+    made = vjp_counting(op, asked)
+    for name in ops.diff(op, arguments):
+        asked.clear()
+        given = tensors(arguments, [name])
+        out = ops.output(op, made(**given))
+        torch.autograd.grad(out, given[name], torch.ones_like(out))
+        assert asked == [{name}]
+    with torch.no_grad():
+        assert not ops.output(op, made(**given)).requires_grad
+
+
+def vjp_counting(op, asked):
+    """The torch operator of a copy of the op that notes what it is asked for."""
+    vjp_counting.made = getattr(vjp_counting, "made", 0) + 1
+    counting = replace(
+        op,
+        name=f"{op.name}_counting{vjp_counting.made}",
+        vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs),
+    )
+    return define(counting, getattr(kp, op.name))
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_second_derivatives_are_an_error(variant):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments, names)
+    first = torch.autograd.grad(call(op, given).sum(), [given[name] for name in names], create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{op.name}: second derivatives"):
+        sum(g.sum() for g in first).backward()
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_an_argument_without_gradient_says_so(variant):
+    op, arguments = ops.call(variant)
+    for name, array in arguments.items():
+        if isinstance(array, np.ndarray) and array.dtype.kind == "f" and name not in op.diff:
+            with pytest.raises(TypeError, match=f"^{name}: {op.name} cannot be differentiated"):
+                call(op, tensors(arguments, [name]))
+
+
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_wrong_arguments_are_named(variant):
+    op, arguments = ops.call(variant, 24, np.float32, np.float32)
+    for name, array in arguments.items():
+        if not isinstance(array, np.ndarray):
+            continue
+        for wrong, error in (
+            (array, TypeError),
+            (array.tolist(), TypeError),
+            (torch.from_numpy(array).to("meta"), TypeError),
+            (torch.from_numpy(array).to(torch.complex64), TypeError),
+            (torch.from_numpy(array)[None], ValueError),
+        ):
+            with pytest.raises(error, match=rf"^{name}\b"):
+                call(op, tensors(arguments) | {name: wrong})
+    for wrong in ({"surplus": 1}, dict.fromkeys(list(arguments)[:1])):
+        with pytest.raises(TypeError):
+            call(op, tensors(arguments) | wrong)
+
+
+# ---- what it is made of
+
+
+COPY = Op(
+    "scaled",
+    lambda x, factor: (np.multiply(x, factor) if factor != 1 else x, ()),
+    lambda arguments, saved, grad, needs: {"x": grad * arguments["factor"] if arguments["factor"] != 1 else grad},
+    diff=("x",),
+    result=lambda x, factor: [(x.shape, x.dtype)],
+)
+
+
+def scaled(x: "Array", factor: "float" = 2.0) -> "Array":  # noqa: F821
+    return COPY(x=x, factor=factor)
+
+
+@pytest.fixture(scope="module")
+def scaled_torch():
+    return define(COPY, scaled)
+
+
+@pytest.fixture(scope="module")
+def weighted_torch():
+    return define(ops.WEIGHTED, ops.weighted)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_record_and_every_kind_of_argument(weighted_torch, with_weights, compiled):
+    def fn(features, weights, neighbors):
+        return weighted_torch(features, weights, neighbors, 3, power=2, negate=True, name="text")
+
+    if compiled:
+        fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    neighbors = kp.Neighbors.from_padded(np.array([[0, 1], [1, 2]]), 2)
+    for num in (2, 5, 7):
+        features = torch.randn(num, 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.rand(3, dtype=torch.float64, requires_grad=True) if with_weights else None
+        out = fn(features, weights, neighbors if num == 5 else None)
+        assert type(out) is ops.Weighted and not out.sums.requires_grad
+        assert torch.equal(out.sums, torch.arange(num, dtype=torch.int32))
+        assert torch.allclose(out.features, -9 * features * (1 if weights is None else weights))
+        out.features.square().sum().backward()
+        expected = 2 * 81 * features * (1 if weights is None else weights**2)
+        assert torch.allclose(features.grad, expected)
+        if with_weights:
+            assert torch.allclose(weights.grad, 2 * 81 * (weights * features**2).sum(0))
+    with pytest.raises(TypeError, match="power: expected an integer"):
+        weighted_torch(features, power=1.5)
+    with pytest.raises(TypeError, match="negate: expected True or False"):
+        weighted_torch(features, negate=1)
+
+
+def test_memory_is_shared_in_both_directions(monkeypatch):
+    seen = {}
+
+    def forward(x, factor):
+        seen["x"], seen["out"] = x, x * factor
+        return seen["out"], ()
+
+    def vjp(arguments, saved, grad, needs):
+        seen["grad"], seen["grad_x"] = grad, grad * arguments["factor"]
+        return {"x": seen["grad_x"]}
+
+    made = define(replace(COPY, name="seeing", forward=forward, vjp=vjp), scaled)
+    x = torch.randn(5, 3, requires_grad=True)
+    out = made(x)
+    assert seen["x"].ctypes.data == x.data_ptr() and seen["out"].ctypes.data == out.data_ptr()
+    grad = torch.randn(5, 3)
+    (grad_x,) = torch.autograd.grad(out, x, grad)
+    assert seen["grad"].ctypes.data == grad.data_ptr() and seen["grad_x"].ctypes.data == grad_x.data_ptr()
+
+
+def test_lists_share_memory():
+    points = torch.rand(50, 3)
+    neighbors = kpt.radius_search(points, None, 0.3)
+    index, row_splits, *_ = kpt.ops._parts(neighbors, False)
+    assert index.data_ptr() == neighbors.index.ctypes.data
+    assert row_splits.data_ptr() == neighbors.row_splits.ctypes.data
+
+
+def test_an_operator_that_returns_its_argument_is_copied(scaled_torch):
+    x = torch.randn(5, 3, requires_grad=True)
+    out = scaled_torch(x, 1.0)
+    assert out.data_ptr() != x.data_ptr()
+    grad = torch.randn(5, 3)
+    (grad_x,) = torch.autograd.grad(out, x, grad)
+    assert grad_x.data_ptr() != grad.data_ptr()
+    assert torch.equal(out, x) and torch.equal(grad_x, grad)
+
+
+def test_a_wrong_gradient_is_caught():
+    wrong = define(replace(COPY, name="wrong", vjp=lambda a, s, g, n: {"x": g * a["factor"] * 1.001}), scaled)
+    with pytest.raises(GradcheckError):
+        gradcheck(wrong, [torch.randn(5, 3, dtype=torch.float64, requires_grad=True)], **TIGHT)
+
+
+def test_a_missing_gradient_names_operator_and_argument():
+    missing = define(replace(COPY, name="missing", vjp=lambda *_: {}), scaled)
+    with pytest.raises(NotImplementedError, match="x: missing"):
+        missing(torch.ones(3, requires_grad=True)).sum().backward()
+
+
+def test_an_unknown_annotation_is_an_error():
+    def unknown(x: "complex"):
+        pass
+
+    with pytest.raises(TypeError, match="x: expected an annotation"):
+        define(replace(COPY, name="unknown"), unknown)
+
+
+def test_modes_and_profilers_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    _, arguments = ops.call("kpconv-0")
+    given = tensors(arguments, ["weights"])
+    with Mode():
+        kpt.kpconv(**given).sum().backward()
+    assert {"kpcore.kpconv.default", "kpcore.kpconv_vjp.default"} <= set(seen)
+    with torch.profiler.profile() as profile:
+        kpt.kpconv(**given).sum().backward()
+    assert {"kpcore::kpconv", "kpcore::kpconv_vjp"} <= {event.name for event in profile.events()}
+
+
+def test_under_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _, arguments = ops.call("kpconv-0")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in tensors(arguments).items()}
+        out = kpt.kpconv(**given)
+    assert type(out) is type(given["points"]) and out.shape == (16, 2)
+
+
+def test_signature_and_docstring_are_those_of_the_function():
+    import inspect
+
+    assert inspect.signature(kpt.kpconv) == inspect.signature(kp.kpconv)
+    assert kpt.kpconv.__doc__ == kp.kpconv.__doc__ and kpt.kpconv.__name__ == "kpconv"
+
+
+def test_changing_features_in_place_before_backward_is_noticed():
+    _, arguments = ops.call("kpconv-0")
+    given = tensors(arguments, ["features", "weights"])
+    features = given["features"] * 1
+    out = kpt.kpconv(**{**given, "features": features})
+    features.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.sum().backward()
+
+
+# ---- compiled and exported
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = kpt.KPConv(3, 8, 5, radius=0.2, extent=0.2)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.second = kpt.KPConv(8, 2, 5, radius=0.2, extent=0.2)
+
+    def forward(self, points, neighbors, features):
+        hidden = torch.nn.functional.leaky_relu(self.norm(self.first(points, None, neighbors, features)), 0.1)
+        return self.second(points, None, neighbors, hidden)
+
+
+def net_case(num, seed=0):
+    torch.manual_seed(seed)
+    points = torch.rand(num, 3)
+    return points, kpt.radius_search(points, None, 0.3), torch.randn(num, 3)
+
+
+@pytest.mark.slow
+def test_a_network_under_the_default_compiler():
+    torch.manual_seed(0)
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True)
+    for num in (60, 80, 100):
+        case = net_case(num, num)
+        expected = net(*case)
+        expected.square().sum().backward()
+        grads = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        out = compiled(*case)
+        out.square().sum().backward()
+        assert torch.allclose(out, expected, atol=1e-5)
+        for p, grad in zip(net.parameters(), grads, strict=True):
+            assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-4)
+        net.zero_grad()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_new_lists_do_not_recompile(transposed):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.manual_seed(0)
+    net = torch.compile(Net(), fullgraph=True, backend=counter)
+    for num in (50, 60, 70, 80):
+        case = net_case(num)
+        if transposed:
+            case[1].transpose()
+        net(*case).sum().backward()
+    assert counter.frame_count <= 2  # once for 50 points, once for any number
+
+
+def test_exported():
+    torch.manual_seed(0)
+    net, case = Net().eval(), net_case(60)
+    exported = torch.export.export(net, case)
+    assert torch.equal(exported.module()(*case), net(*case))
+    other = net_case(60, 1)
+    if other[1].num_pairs == case[1].num_pairs:
+        assert torch.equal(exported.module()(*other), net(*other))
+
+
+def test_exported_for_any_number_of_points():
+    torch.manual_seed(0)
+    net, case = Net().eval(), net_case(60)
+    num, pairs = torch.export.Dim("num", min=2), torch.export.Dim("pairs", min=2)
+    shapes = {
+        "points": {0: num},
+        "neighbors": [torch.export.Dim.AUTO, {0: pairs}, {0: torch.export.Dim.AUTO}],
+        "features": {0: num},
+    }
+    exported = torch.export.export(net, case, dynamic_shapes=shapes)
+    other = net_case(90, 1)
+    assert torch.equal(exported.module()(*other), net(*other))
+
+
+# ---- layers
+
+
+def test_the_layer_is_the_function():
+    torch.manual_seed(0)
+    layer = kpt.KPConv(
+        3, 4, 7, radius=0.2, extent=0.15, influence="gaussian", aggregation="closest", normalization="count"
+    )
+    points, _, features = net_case(60)
+    expected = kpt.kpconv(
+        points, points[:20], kpt.radius_search(points, points[:20], 0.3), features, layer.weights, layer.kernel_points,
+        0.15, influence="gaussian", aggregation="closest", normalization="count",
+    )  # fmt: skip
+    got = layer(points, points[:20], kpt.radius_search(points, points[:20], 0.3), features)
+    assert torch.equal(got, expected)
+
+
+def test_the_layer_takes_a_padded_matrix():
+    points, neighbors, features = net_case(60)
+    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15)
+    padded = neighbors.to_padded()
+    for fill, dtype in ((60, torch.int32), (-1, torch.int64)):
+        matrix = torch.from_numpy(np.where(padded == 60, fill, padded)).to(dtype)
+        assert torch.equal(layer(points, None, matrix, features), layer(points, None, neighbors, features))
+
+
+def test_the_state_and_initialisation_of_the_published_layer():
+    torch.manual_seed(0)
+    layer = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
+    assert {name: tuple(t.shape) for name, t in layer.state_dict().items()} == {
+        "weights": (15, 32, 64),
+        "kernel_points": (15, 3),
+    }
+    bound = 1 / np.sqrt(32 * 64)  # kaiming_uniform(a=sqrt(5)), to which (K, Cin, Cout) has a fan-in of Cin Cout
+    expected = torch.empty(15, 32, 64)
+    torch.nn.init.kaiming_uniform_(expected, a=np.sqrt(5))
+    assert layer.weights.abs().max() <= bound and torch.isclose(layer.weights.std(), expected.std(), rtol=0.02)
+    norms = layer.kernel_points.norm(dim=1)
+    assert norms[0] == 0 and torch.isclose(norms[1:].mean(), torch.tensor(0.2), rtol=1e-5)
+    other = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
+    assert not torch.equal(other.kernel_points, layer.kernel_points)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.kernel_points, layer.kernel_points)
+    torch.manual_seed(0)
+    again = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
+    assert torch.equal(again.weights, layer.weights) and torch.equal(again.kernel_points, layer.kernel_points)
+
+
+def test_a_layer_in_float64():
+    points, neighbors, features = net_case(60)
+    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15, dtype=torch.float64)
+    assert layer(points.double(), None, neighbors, features.double()).dtype == torch.float64
+    exact = kp.kernel_points(15, 0.2, dtype=np.float64)
+    assert_close(np.linalg.norm(layer.kernel_points.numpy(), axis=1), np.linalg.norm(exact, axis=1), 1e-12)
+
+
+# ---- what is not traced
+
+
+def test_searches_are_those_of_kpcore():
+    points, radius = clouds.uniform(300)
+    tensor, queries = torch.from_numpy(points), points[:40] + np.float32(0.01)
+    splits = np.array([0, 100, 300]), np.array([0, 10, 40])
+    expected = kp.radius_search(points, queries, radius, points_row_splits=splits[0], queries_row_splits=splits[1])
+    got = kpt.radius_search(
+        tensor, torch.from_numpy(queries), radius,
+        points_row_splits=torch.from_numpy(splits[0]), queries_row_splits=torch.from_numpy(splits[1])
+    )  # fmt: skip
+    assert isinstance(got, kp.Neighbors)
+    assert_same_bits(got.index, expected.index)
+    for index in kpt.KDTree(tensor), kpt.GridIndex(tensor, radius):
+        assert_same_bits(index.radius_search(None, radius).index, kp.radius_search(points, None, radius).index)
+        assert_same_bits(index.knn_search(None, 3).index, kp.knn_search(points, None, 3).index)
+    assert_same_bits(kpt.knn_search(tensor, None, 3).index, kp.knn_search(points, None, 3).index)
+    chosen = kpt.farthest_point_sampling(tensor, 10)
+    assert_same_bits(chosen.index.numpy(), kp.farthest_point_sampling(points, 10).index)
+    made = kpt.kernel_points(15, 0.5, dtype=torch.float64)
+    assert_same_bits(made.numpy(), kp.kernel_points(15, 0.5, dtype=np.float64))
+    counts = kpt.radius_search(tensor, None, radius, count_only=True)
+    assert_same_bits(counts.numpy(), kp.radius_search(points, None, radius, count_only=True))
+
+
+def test_levels():
+    points, _ = clouds.uniform(300)
+    got = kpt.build_pyramid(torch.from_numpy(points), voxel_size=0.1, num_levels=3)
+    expected = kp.build_pyramid(points, voxel_size=0.1, num_levels=3)
+    assert type(got) is kp.Pyramid
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a.points.numpy(), b.points)
+        assert_same_bits(a.neighbors.index, b.neighbors.index)
+
+
+def test_grid_subsample_keeps_the_gradient_of_features():
+    _, arguments = ops.call("grid_subsample-0")
+    given = tensors(arguments, ["features"])
+    sub = kpt.grid_subsample(**given)
+    assert type(sub) is kp.Subsampled and sub.features.requires_grad
+    expected = kp.grid_subsample(**arguments)
+    for got, array in zip(sub, expected, strict=True):
+        if array is not None:
+            assert_same_bits(got.detach().numpy(), array)
+    assert kpt.grid_subsample(given["points"], 0.4).features is None
+    sub.features.sum().backward()
+    first = torch.autograd.grad(
+        kpt.grid_subsample(**given).features.square().sum(), given["features"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="twice"):
+        first[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (np.zeros((5, 3), np.float32), TypeError),
+        (torch.zeros(5, 3, device="meta"), TypeError),
+        (torch.zeros(5), ValueError),
+    ],
+)
+def test_wrong_points_of_a_search(wrong, error):
+    with pytest.raises(error, match=r"^points"):
+        kpt.radius_search(wrong, None, 1.0)
+
+
+def test_all_names_are_there():
+    assert [name for name in kpt.__all__ if not hasattr(kpt, name)] == []
+    assert set(kp.ops.OPS) <= set(kpt.__all__)
+
+
+def test_without_torch_one_line_says_what_to_install(python):
+    done = python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import kpcore\n"
+        "try: kpcore.torch\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    assert done.stdout == "kpcore.torch needs PyTorch: pip install kpcore[torch]\n", done.stderr
+
+
+def test_torch_is_not_imported_before_it_is_used(python):
+    done = python("import sys, kpcore; print('torch' in sys.modules, 'jax' in sys.modules)")
+    assert done.stdout == "False False\n", done.stderr
