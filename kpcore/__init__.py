@@ -1,6 +1,7 @@
 """kpcore: the numerical core of point convolutions, on plain arrays.
 
-NumPy arrays in, NumPy arrays out, on all CPU cores. These conventions hold in every function:
+NumPy arrays in, NumPy arrays out, on all CPU cores; `kpcore.torch` and `kpcore.jax` have the same names for the arrays
+of those frameworks, which are not imported before. These conventions hold in every function:
 
 Shapes
     N points (the supports), M queries, E neighbour pairs, H neighbours of a query, K kernel points, C channels, B batch

@@ -38,7 +38,7 @@ def kinds(public):
 def binder(public):
     """A function that puts the arguments of a call, args and kwargs, in a dict by name, defaults filled in.
 
-    A tenth of the time of `inspect.Signature.bind`, which takes longer than all else that a call costs.
+    A seventh of the time of `inspect.Signature.bind`, which would be a third of what a call costs.
     """
     signature = inspect.signature(public)
     parameters = signature.parameters

@@ -398,10 +398,11 @@ def test_an_exception_leaves_nothing_behind():
 
 
 def test_threads_add_to_one_tensor():
-    a = kp.autodiff.Tensor(np.ones(3))
+    ones = np.ones(200_000)  # adding so many lets other threads run
+    a = kp.autodiff.Tensor(ones)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: scalar_product(a, np.ones(3)).backward(), range(400)))
-    assert_same_bits(a.grad, np.full(3, 400.0))
+        list(pool.map(lambda _: scalar_product(a, ones).backward(), range(200)))
+    assert_same_bits(a.grad, np.full(200_000, 200.0))
 
 
 def test_a_long_chain():

@@ -390,6 +390,7 @@ def net_case(num, seed=0):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 def test_a_network_under_the_default_compiler():
     torch.manual_seed(0)
     net = Net()

@@ -148,7 +148,13 @@ class _Arguments:
 
 def _parts(neighbors, transpose):
     transposed = neighbors._transposed
-    if transposed is None and transpose and not torch.compiler.is_compiling():
+    # While torch compiles it cannot be made, and the vjp makes it each time.
+    if (
+        transposed is None
+        and transpose
+        and isinstance(neighbors.index, np.ndarray)
+        and not torch.compiler.is_compiling()
+    ):
         transposed = neighbors.transpose()
     return (
         _as_tensor(neighbors.index),
@@ -183,7 +189,8 @@ def define(op, public):
     def vjp(*flat):
         *flat, saved, grad, needs = flat
         given = layout.unflatten(flat, to_array, transposed=True)
-        grad = np.require(to_array("grad", grad), None, ("C", "A"))
+        grad = to_array("grad", grad)
+        grad = grad if grad.flags.c_contiguous else grad.copy()
         saved = tuple(to_array("saved", t) for t in saved)
         needed = frozenset(name for name, need in zip(op.diff, needs, strict=True) if need)
         return _tensors(op.gradients(given, saved, grad, needed).values(), {**given, "grad": grad})
@@ -192,7 +199,7 @@ def define(op, public):
         needs = flat[-1]
         return [flat[at].new_empty(flat[at].shape) for at, need in zip(layout.diff, needs, strict=True) if need]
 
-    # Not torch.library.register_autograd: for operators that return lists it takes three times as long as all the rest.
+    # Not torch.library.register_autograd: for operators that return lists it takes twice as long as all the rest.
     # Only what may get a gradient is given to autograd as an input: each takes it a microsecond or two.
     class Forward(torch.autograd.Function):
         @staticmethod
@@ -252,7 +259,7 @@ def define(op, public):
 def _listening():
     """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, modes.
 
-    Where nobody is, it goes past torch's dispatcher, which takes 10 to 30 µs to pass on so many arguments.
+    Where nobody is, it goes past torch's dispatcher, which takes some 10 µs to pass on so many arguments.
     """
     return (
         torch.compiler.is_compiling()
