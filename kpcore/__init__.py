@@ -32,6 +32,7 @@ from kpcore.config import (
     set_num_threads,
     show_config,
 )
+from kpcore.deformation import fitting_loss, repulsion_loss
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
@@ -61,6 +62,7 @@ __all__ = [
     "build_pyramid",
     "calibrate_neighbor_limits",
     "farthest_point_sampling",
+    "fitting_loss",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",
@@ -69,6 +71,7 @@ __all__ = [
     "kpconv",
     "lengths",
     "radius_search",
+    "repulsion_loss",
     "row_splits",
     "set_memory_limit",
     "set_num_threads",

@@ -114,6 +114,44 @@ def kpconv_grad_weights(
     grad_out: ndarray,
     threads: int,
 ) -> ndarray: ...
+def fitting_loss(
+    points: ndarray,
+    queries: ndarray,
+    index: ndarray,
+    row_splits: ndarray,
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    weight: float,
+    threads: int,
+) -> tuple[ndarray, ndarray]: ...
+def fitting_loss_grad(
+    points: ndarray,
+    queries: ndarray,
+    index: ndarray,
+    row_splits: ndarray,
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    weight: float,
+    nearest: ndarray,
+    return_offsets: bool,
+    return_kernel_points: bool,
+    threads: int,
+) -> tuple[ndarray | None, ndarray | None]: ...
+def repulsion_loss(
+    kernel_points: ndarray, offsets: ndarray, extent: float, repulse_extent: float, weight: float, threads: int
+) -> ndarray: ...
+def repulsion_loss_grad(
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    repulse_extent: float,
+    weight: float,
+    return_offsets: bool,
+    return_kernel_points: bool,
+    threads: int,
+) -> tuple[ndarray | None, ndarray | None]: ...
 def fma_rate(dtype: str) -> float: ...
 def version() -> str: ...
 def isas() -> tuple[str, ...]: ...
