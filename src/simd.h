@@ -62,19 +62,6 @@ KP_INLINE Vec<float> sqrt(Vec<float> a) {
 KP_INLINE Vec<double> sqrt(Vec<double> a) {
   return _mm512_sqrt_pd(a);
 }
-// As min and max below; there GCC makes a comparison and a blend of it, three times the latency.
-KP_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
-  return _mm512_min_ps(a, b);
-}
-KP_INLINE Vec<double> min(Vec<double> a, Vec<double> b) {
-  return _mm512_min_pd(a, b);
-}
-KP_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
-  return _mm512_max_ps(a, b);
-}
-KP_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
-  return _mm512_max_pd(a, b);
-}
 KP_INLINE unsigned mask_le(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
 }
