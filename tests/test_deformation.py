@@ -196,6 +196,21 @@ def test_queries_none_means_the_points():
     assert_same_bits(kp.fitting_loss(points, None, *rest), kp.fitting_loss(points, points, *rest))
 
 
+@pytest.mark.parametrize(
+    "layout", [np.asfortranarray, lambda a: np.repeat(a, 2, 0)[::2], lambda a: a[::-1].copy()[::-1]]
+)
+def test_any_layout_and_read_only(layout):
+    case = clouds.random_case()
+    offsets = offsets_of(case)
+    other = replace(case, **{name: layout(getattr(case, name)) for name in ("points", "queries", "kernel_points")})
+    read_only = layout(offsets)
+    read_only.flags.writeable = False
+    for name, fn in losses(case).items():
+        expected = run(fn, offsets, case.kernel_points)
+        for got, want in zip(run(losses(other)[name], read_only, other.kernel_points), expected, strict=True):
+            assert_same_bits(got, want)
+
+
 # ---- decisions, zero distances, NaN
 
 
