@@ -53,11 +53,12 @@ def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent, *, 
     Notes
     -----
     A query without neighbours adds nothing to the sum, but counts in the mean. (In the published code its nearest point
-    is the padding, a thousand kilometres away, and it alone makes the loss 1e12 / extent².)
+    is the padding, at coordinates of 1e6, and each of its terms is some 1e12 / extent².)
 
-    Which neighbour is nearest is a decision: in the dtype of the points, d = x - q - p summed in the order of the axes,
-    the first of equals in the row. It alone has a gradient, 2 (p_k + o_qk - (x_i - q)) / extent². Sums are float64;
-    loss and gradients are the same bits with any number of threads and any instruction set.
+    Which neighbour is nearest is a decision: the squares of (x_i - q) - (p_k + o_qk) summed in the order of the axes,
+    in the dtype of the points; the first of equals in the row. The gradient of a term comes from that neighbour alone,
+    2 (p_k + o_qk - (x_i - q)) / extent². Sums are float64; loss and gradients are the same bits with any number of
+    threads and any instruction set.
 
     The published PyTorch code adds ``deform_fitting_power * (2 * fitting + repulsion)`` of every deformable layer to
     the loss, both with "mean"; the TensorFlow code ``0.1 * (fitting + repulsion)``, the latter with "points" and

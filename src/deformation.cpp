@@ -64,8 +64,9 @@ Status for_each_block(int64_t queries, int64_t width, int64_t size, int threads,
   const int64_t blocks = larger<int64_t>(1, (queries + block - 1) / block);
   if (!sums.resize(blocks * width)) return Status::out_of_memory;
   memset(sums.data(), 0, size_t(blocks * width) * sizeof(double));
+  threads = int(smaller<int64_t>(threads, blocks));
   bool enough = true;
-#pragma omp parallel num_threads(int(smaller<int64_t>(threads, blocks))) reduction(&& : enough)
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
   {
     Scratch<G> scratch(size);
     enough = scratch.enough;
