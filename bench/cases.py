@@ -127,6 +127,7 @@ TASKS = {
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
+    "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
     "overhead": [{}],
     "memory": [
@@ -507,6 +508,48 @@ def kpconv_vjp(bench, order):
     )
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
+
+
+def deformation(bench, order):
+    """The two losses of a deformable layer and their gradients, for offsets of a third of the extent."""
+    problem = {
+        name: a for name, a in kpconv_problem(bench.folder, order, 1).items() if name not in ("features", "weights")
+    }
+    points, kernel_points, neighbors = problem["points"], problem["kernel_points"], neighbors_of(problem)
+    shape = len(points), *kernel_points.shape
+    offsets = np.random.default_rng(8).standard_normal(shape, np.float32) * np.float32(EXTENT / 3)
+
+    def fit(o):
+        return kp.fitting_loss(points, None, neighbors, kernel_points, o, EXTENT)
+
+    def repel(o):
+        return kp.repulsion_loss(kernel_points, o, EXTENT)
+
+    def step(*losses):
+        for loss in losses:
+            out, pullback = kp.autodiff.vjp(loss, offsets)
+            yield from (out, *pullback(np.ones_like(out)))
+
+    def both():
+        return list(step(fit, repel))
+
+    out = bench.first(both)
+    deformed = kernel_points.astype(np.float64) + offsets
+    relative = points[problem["index"]].astype(np.float64) - np.repeat(points, neighbors.counts, axis=0)
+    rows, nearest = np.repeat(np.arange(len(points)), neighbors.counts), np.empty(shape[:2])
+    for k in range(KERNEL["num"]):
+        squared = ((relative - deformed[rows, k]) ** 2).sum(1)
+        nearest[:, k] = np.minimum.reduceat(squared, problem["row_splits"][:-1])
+    apart = [np.linalg.norm(deformed - np.roll(deformed, k, 1), axis=2) / EXTENT for k in range(1, KERNEL["num"])]
+    close([nearest.mean() / EXTENT**2, (np.minimum(0, np.array(apart) - 1.2) ** 2).sum(0).mean()], out[::2])
+
+    bench.label(order=order, size=f"{len(points):,}, H = {len(problem['index']) / len(points):.1f}")
+    bench.rate("fitting, forward + vjp", lambda: list(step(fit)), len(points), "M points/s per core")
+    bench.rate("repulsion, forward + vjp", lambda: list(step(repel)), len(points), "M points/s per core")
+    bench.rate("both losses, forward + vjp", both, len(points), "M points/s per core")
+    if order == "voxel":
+        inputs = problem | {"offsets": offsets}
+        bench.against("both losses, forward + vjp", both, peers.DENSE_LOSSES, inputs, partial(close, out))
 
 
 def deformable_problem(folder, order):

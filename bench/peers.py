@@ -304,6 +304,41 @@ TORCH = Peer("torch", imports("kpcore.torch"), None, None)  # that they are ther
 JAX = Peer("JAX", imports("kpcore.jax"), None, None)
 
 
+def dense_losses(points, index, row_splits, kernel_points, offsets, extent):
+    """Both losses of a deformable layer over padded neighbours, and their gradients, as published."""
+    import torch
+
+    neighbors = dense_module().padded(index, row_splits, len(points))
+    points, kernel_points, offsets = map(torch.from_numpy, (points, kernel_points, offsets))
+    offsets.requires_grad_()
+    with_padding = torch.cat([points, torch.full_like(points[:1], 1e6)])
+
+    def fitting(deformed):
+        relative = with_padding[neighbors] - points.unsqueeze(1)
+        squared = (relative.unsqueeze(2) - deformed.unsqueeze(1)).square().sum(3)  # (M, H, K)
+        return (squared.min(1).values / extent**2).mean()
+
+    def repulsion(deformed):
+        loss, apart = 0, deformed / extent
+        for k in range(apart.shape[1]):
+            others = torch.cat([apart[:, :k], apart[:, k + 1 :]], 1).detach()
+            distance = (others - apart[:, k : k + 1]).square().sum(2).sqrt()
+            loss = loss + (distance - 1.2).clamp(max=0).square().sum(1).mean()
+        return loss / apart.shape[1]
+
+    def run():
+        out = []
+        for loss in (fitting, repulsion):
+            value = loss(kernel_points + offsets)
+            out += [value.detach(), *torch.autograd.grad(value, offsets)]
+        return out
+
+    return run
+
+
+DENSE_LOSSES = Peer("dense torch", dense_module, dense_losses, lambda out: [part.numpy() for part in out])
+
+
 def openblas_core():
     """The kernel set NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
     try:

@@ -35,6 +35,7 @@ from kpcore.config import (
     set_num_threads,
     show_config,
 )
+from kpcore.deformation import fitting_loss, repulsion_loss
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv, kpconvx
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
@@ -62,6 +63,7 @@ __all__ = [
     "build_pyramid",
     "calibrate_neighbor_limits",
     "farthest_point_sampling",
+    "fitting_loss",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",
@@ -71,6 +73,7 @@ __all__ = [
     "kpconvx",
     "lengths",
     "radius_search",
+    "repulsion_loss",
     "row_splits",
     "set_memory_limit",
     "set_num_threads",

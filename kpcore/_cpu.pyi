@@ -77,6 +77,44 @@ def kpconv_grad_features(
 def kpconv_grad_weights(problem: Problem, grad_out: ndarray) -> ndarray: ...
 def kpconv_grad_factors(problem: Problem, grad_out: ndarray) -> ndarray: ...
 def kpconv_grad_places(problem: Problem, grad_out: ndarray, needs: Collection[str]) -> dict[str, ndarray]: ...
+def fitting_loss(
+    points: ndarray,
+    queries: ndarray,
+    index: ndarray,
+    row_splits: ndarray,
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    weight: float,
+    threads: int,
+) -> tuple[ndarray, ndarray]: ...
+def fitting_loss_grad(
+    points: ndarray,
+    queries: ndarray,
+    index: ndarray,
+    row_splits: ndarray,
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    weight: float,
+    nearest: ndarray,
+    return_offsets: bool,
+    return_kernel_points: bool,
+    threads: int,
+) -> tuple[ndarray | None, ndarray | None]: ...
+def repulsion_loss(
+    kernel_points: ndarray, offsets: ndarray, extent: float, repulse_extent: float, weight: float, threads: int
+) -> ndarray: ...
+def repulsion_loss_grad(
+    kernel_points: ndarray,
+    offsets: ndarray,
+    extent: float,
+    repulse_extent: float,
+    weight: float,
+    return_offsets: bool,
+    return_kernel_points: bool,
+    threads: int,
+) -> tuple[ndarray | None, ndarray | None]: ...
 def fma_rate(dtype: str) -> float: ...
 def version() -> str: ...
 def isas() -> tuple[str, ...]: ...

@@ -122,6 +122,16 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct KPConvPlaces:
         Array points, queries, kernel_points, offsets, modulations
 
+    cdef struct Deformation:
+        Array points, queries, index, row_splits
+        Array kernel_points, offsets
+        double extent, repulse_extent
+        double weight
+        int threads
+
+    cdef struct DeformationGrads:
+        Array offsets, kernel_points
+
     cdef struct Kernels:
         const char* isa
         Status (*build_index)(const IndexPoints&, void**) noexcept nogil
@@ -144,6 +154,10 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*kpconv_grad_places)(const KPConv&, const Array&, const KPConvPlaces&) noexcept nogil
         Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
         Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
+        Status (*fitting_loss)(const Deformation&, const Array&, const Array&) noexcept nogil
+        Status (*fitting_loss_grad)(const Deformation&, const Array&, const DeformationGrads&) noexcept nogil
+        Status (*repulsion_loss)(const Deformation&, const Array&) noexcept nogil
+        Status (*repulsion_loss_grad)(const Deformation&, const DeformationGrads&) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
 
     const Kernels& kernels() noexcept
@@ -529,6 +543,85 @@ def kpconv_grad_places(problem, grad_out, needs):
         status = kernels().kpconv_grad_places(args, given, to)
     raise_for(status)
     return {name: grad for name, grad in grads.items() if grad is not None}
+
+
+cdef Deformation deformation_arguments(kernel_points, offsets, double extent, double repulse_extent, double weight,
+                                       int threads) except *:
+    cdef Deformation args
+    args.points = args.queries = args.index = args.row_splits = view(None)
+    args.kernel_points = view(kernel_points)
+    args.offsets = view(offsets)
+    args.extent = extent
+    args.repulse_extent = repulse_extent
+    args.weight = weight
+    args.threads = threads
+    return args
+
+
+def fitting_loss(points, queries, index, row_splits, kernel_points, offsets, double extent, double weight, int threads):
+    """(loss (), nearest (M, K))"""
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight, threads)
+    args.points = view(points)
+    args.queries = view(queries)
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    loss = np.empty((), offsets.dtype)
+    nearest = np.empty(offsets.shape[:2], np.int32)
+    cdef Array to_loss = view(loss), to_nearest = view(nearest)
+    cdef Status status
+    with nogil:
+        status = kernels().fitting_loss(args, to_loss, to_nearest)
+    raise_for(status)
+    return loss, nearest
+
+
+def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, double extent, double weight, nearest,
+                      bint return_offsets, bint return_kernel_points, int threads):
+    """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None)"""
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight, threads)
+    args.points = view(points)
+    args.queries = view(queries)
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    grad_offsets = np.empty_like(offsets) if return_offsets else None
+    grad_kernel_points = np.empty_like(kernel_points) if return_kernel_points else None
+    cdef Array given = view(nearest)
+    cdef DeformationGrads to
+    to.offsets = view(grad_offsets)
+    to.kernel_points = view(grad_kernel_points)
+    cdef Status status
+    with nogil:
+        status = kernels().fitting_loss_grad(args, given, to)
+    raise_for(status)
+    return grad_offsets, grad_kernel_points
+
+
+def repulsion_loss(kernel_points, offsets, double extent, double repulse_extent, double weight, int threads):
+    """()"""
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight, threads)
+    loss = np.empty((), offsets.dtype)
+    cdef Array to = view(loss)
+    cdef Status status
+    with nogil:
+        status = kernels().repulsion_loss(args, to)
+    raise_for(status)
+    return loss
+
+
+def repulsion_loss_grad(kernel_points, offsets, double extent, double repulse_extent, double weight,
+                        bint return_offsets, bint return_kernel_points, int threads):
+    """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None), the other kernel points held fixed"""
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight, threads)
+    grad_offsets = np.empty_like(offsets) if return_offsets else None
+    grad_kernel_points = np.empty_like(kernel_points) if return_kernel_points else None
+    cdef DeformationGrads to
+    to.offsets = view(grad_offsets)
+    to.kernel_points = view(grad_kernel_points)
+    cdef Status status
+    with nogil:
+        status = kernels().repulsion_loss_grad(args, to)
+    raise_for(status)
+    return grad_offsets, grad_kernel_points
 
 
 def fma_rate(str dtype):

@@ -107,6 +107,18 @@ struct KPConvPlaces {
   Array points, queries, kernel_points, offsets, modulations;  // gradients; none where not wanted
 };
 
+struct Deformation {
+  Array points, queries, index, row_splits;  // of the fitting loss alone
+  Array kernel_points, offsets;              // (K, D), (M, K, D)
+  double extent, repulse_extent;             // the latter of the repulsion loss alone
+  double weight;                             // of one term of the sum
+  int threads;
+};
+
+struct DeformationGrads {
+  Array offsets, kernel_points;  // those that are wanted
+};
+
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
 #define KP_KERNELS(X)                                                                                          \
   X(Status, build_index, (const IndexPoints&, void** index))                                                   \
@@ -131,6 +143,12 @@ struct KPConvPlaces {
   X(Status, kpconv_grad_places, (const KPConv&, const Array& grad_out, const KPConvPlaces&))                   \
   X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
   X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
+  /* nearest (M, K): the neighbours that attain the minima, -1 where there are none */                         \
+  X(Status, fitting_loss, (const Deformation&, const Array& loss, const Array& nearest))                       \
+  X(Status, fitting_loss_grad, (const Deformation&, const Array& nearest, const DeformationGrads&))            \
+  /* The gradient holds the other kernel points fixed: times two it is the derivative. */                      \
+  X(Status, repulsion_loss, (const Deformation&, const Array& loss))                                           \
+  X(Status, repulsion_loss_grad, (const Deformation&, const DeformationGrads&))                                \
   X(double, fma_rate, (DType))
 
 struct Kernels {

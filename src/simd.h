@@ -93,6 +93,9 @@ KP_INLINE void store_first(float* p, int n, Vec<float> v) {
 KP_INLINE void store_first(double* p, int n, Vec<double> v) {
   _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
 }
+KP_INLINE void store_first(int32_t* p, int n, Vec<int32_t> v) {
+  _mm512_mask_storeu_epi32(p, (1u << n) - 1, (__m512i)v);
+}
 #else
 #if defined(__AVX2__)
 KP_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

@@ -330,3 +330,46 @@ def kpconv_vjp(influence_rows, features, weights, grad):
         np.add.at(grad_features, row, h @ (weights @ grad[q]))
         aggregated[q] = h.T @ features[row]
     return grad_features, np.tensordot(aggregated, grad, (0, 0))
+
+
+# ---- deformed kernel points
+
+
+def reduction_weight(reduction, num_queries, num_kernel):
+    """What each of the (M, K) terms of a loss counts."""
+    return {"mean": 1 / max(1, num_queries * num_kernel), "points": 1 / max(1, num_queries), "sum": 1}[reduction]
+
+
+def fitting_nearest(points, queries, rows, kernel_points, offsets):
+    """(M, K) the neighbour nearest to each deformed kernel point, the first of equals; -1 in empty rows.
+
+    Decided in the dtype of the points.
+    """
+    deformed = kernel_points + offsets
+    nearest = np.full(deformed.shape[:2], -1)
+    for q, row in enumerate(rows):
+        if len(row):
+            nearest[q] = row[squared_distances(points[row] - queries[q], deformed[q]).argmin(1)]
+    return nearest
+
+
+def fitting_loss(points, queries, rows, kernel_points, offsets, extent, reduction="mean"):
+    """-> (loss, gradient (M, K, D) of the offsets)"""
+    nearest = fitting_nearest(points, queries, rows, kernel_points, offsets)[..., None]
+    points, queries, offsets = (a.astype(np.float64) for a in (points, queries, offsets))
+    relative = np.vstack([points, np.zeros((1, points.shape[1]))])[nearest[..., 0]] - queries[:, None]
+    difference = np.where(nearest < 0, 0, kernel_points + offsets - relative) / extent
+    weight = reduction_weight(reduction, *offsets.shape[:2])
+    return weight * (difference**2).sum(), weight * 2 * difference / extent
+
+
+def repulsion_loss(kernel_points, offsets, extent, repulse_extent=1.2, detach_others=True, reduction="mean"):
+    """-> (loss, gradient (M, K, D) of the offsets)"""
+    deformed = kernel_points.astype(np.float64) + offsets
+    difference = deformed[:, :, None] - deformed[:, None]
+    distance = np.linalg.norm(difference, axis=3)
+    under = np.minimum(0, distance / extent - repulse_extent) * ~np.eye(len(kernel_points), dtype=bool)
+    slope = under / np.where(distance > 0, distance, np.inf) / extent
+    weight = reduction_weight(reduction, *offsets.shape[:2])
+    gradient = weight * 2 * (slope[..., None] * difference).sum(2)
+    return weight * (under**2).sum(), gradient if detach_others else 2 * gradient

@@ -78,6 +78,19 @@ def arguments_of(name):
             "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
             "extent": 0.5,
         },
+        "fitting_loss": {
+            "points": points,
+            "queries": queries,
+            "neighbors": neighbors(),
+            "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
+            "offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
+            "extent": 0.5,
+        },
+        "repulsion_loss": {
+            "kernel_points": rng.normal(size=(5, 3)).astype(np.float32),
+            "offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
+            "extent": 0.5,
+        },
     }[name]
 
 
@@ -100,6 +113,12 @@ OPS_WITH_GEOMETRY = [
     ("kpconvx", "points"),
     ("kpconvx", "queries"),
     ("kpconvx", "kernel_points"),
+    ("fitting_loss", "points"),
+    ("fitting_loss", "queries"),
+    ("fitting_loss", "kernel_points"),
+    ("fitting_loss", "offsets"),
+    ("repulsion_loss", "kernel_points"),
+    ("repulsion_loss", "offsets"),
 ]
 ARRAYS = [
     *OPS_WITH_GEOMETRY,
@@ -272,6 +291,31 @@ CALLS = [
         ("kpconv", option, lambda a: "other", ValueError, "other")
         for option in ("influence", "aggregation", "normalization")
     ],
+    ("fitting_loss", "queries", lambda a: a[:2], ValueError, "length"),
+    ("fitting_loss", "neighbors", lambda a: a.to_padded(), TypeError, "array"),
+    ("fitting_loss", "neighbors", lambda a: neighbors(num_points=5), ValueError, "num_points"),
+    *[
+        (op, argument, change, error, name)
+        for op in ("fitting_loss", "repulsion_loss")
+        for argument, change, error, name in (
+            ("offsets", lambda a: a[:, :4], ValueError, "kernel"),
+            ("offsets", lambda a: a[:, :, :2], ValueError, "dims"),
+            ("offsets", lambda a: a.astype(np.float64), TypeError, "mixed"),
+            ("kernel_points", lambda a: a[:4], ValueError, "kernel"),
+            ("kernel_points", lambda a: a[:0], ValueError, "no kernel"),
+            ("kernel_points", lambda a: np.ones((5, 17), np.float32), ValueError, "17-D"),
+            ("kernel_points", lambda a: np.ones((5, 0), np.float32), ValueError, "0-D"),
+            ("reduction", lambda a: "max", ValueError, "max"),
+        )
+    ],
+    ("fitting_loss", "offsets", lambda a: a[:2], ValueError, "length"),
+    *[
+        (op, "extent", lambda a, v=v: v, e, repr(v))
+        for op in ("fitting_loss", "repulsion_loss")
+        for v, e in BAD_NUMBERS + NOT_NUMBERS
+    ],
+    *[("repulsion_loss", "repulse_extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
+    ("repulsion_loss", "detach_others", lambda a: None, ValueError, "None"),
 ]
 WRONG += [call[:4] for call in CALLS]
 WRONG_IDS += [f"{op}-{argument}-{name}" for op, argument, _, _, name in CALLS]
@@ -292,6 +336,13 @@ PARTNERS = {
     }
     | {"features": "weights|points|neighbors", "weights": "features|kernel_points", "kernel_points": "weights|points"}
     | {"offsets": "points|queries|weights", "modulations": "features|queries|weights"},
+    "fitting_loss": {
+        "points": "queries|neighbors|kernel_points",
+        "queries": "neighbors|points|offsets",
+        "neighbors": "points|queries",
+        "kernel_points": "offsets",
+    },
+    "repulsion_loss": {"kernel_points": "offsets"},
 }
 PARTNERS["kpconvx"] = PARTNERS["kpconv"] | {"attention": "features|queries|weights"}
 

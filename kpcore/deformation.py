@@ -1,0 +1,225 @@
+"""What keeps deformed kernel points in order: near the points of the cloud, and apart from each other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpcore import _array, _cpu, config
+from kpcore.autodiff import Op
+from kpcore.neighbors import Neighbors
+
+_REDUCTIONS = ("mean", "points", "sum")
+_DIMENSIONS = range(1, 17)
+
+
+def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent, *, reduction="mean"):
+    """How far each deformed kernel point is from the nearest neighbour of its query.
+
+    ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
+    section 3.2), reduced as said, without ever forming an array over neighbours and kernel points. A kernel point that
+    has drifted away from all points gets no gradient from the convolution; this pulls it back. Differentiable in
+    `offsets` and `kernel_points`; see `kpcore.autodiff`.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    queries : (M, D), same dtype, or None
+        Where the layer's output lives. None: the points themselves.
+    neighbors : Neighbors
+        M rows, N points: all neighbours of the deformable layer, also those out of reach of every kernel point.
+    kernel_points : (K, D), dtype of the points
+    offsets : (M, K, D), dtype of the points
+        In the unit of the points (the published code's are in units of `extent`).
+    extent : float
+        Distance at which the linear influence reaches zero (σ in the paper), in the unit of the points.
+    reduction : {"mean", "points", "sum"}
+        The mean over queries and kernel points; the sum over kernel points of the mean over queries; or the sum.
+
+    Returns
+    -------
+    () array, dtype of the points
+        Zero without queries.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree. NaN is not looked for: a NaN coordinate that takes part makes the loss
+        NaN.
+
+    See Also
+    --------
+    repulsion_loss
+
+    Notes
+    -----
+    A query without neighbours adds nothing to the sum, but counts in the mean. (In the published code its nearest point
+    is the padding, at coordinates of 1e6, and each of its terms is some 1e12 / extent².)
+
+    Which neighbour is nearest is a decision: the squares of (x_i - q) - (p_k + o_qk) summed in the order of the axes,
+    in the dtype of the points; the first of equals in the row. The gradient of a term comes from that neighbour alone,
+    2 (p_k + o_qk - (x_i - q)) / extent². Sums are float64; loss and gradients are the same bits with any number of
+    threads and any instruction set.
+
+    The published PyTorch code adds ``deform_fitting_power * (2 * fitting + repulsion)`` of every deformable layer to
+    the loss, both with "mean"; the TensorFlow code ``0.1 * (fitting + repulsion)``, the latter with "points" and
+    ``repulse_extent=1.5``.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points, kernel_points = np.array([[0.0, 0], [1, 0]]), np.array([[0.0, 0], [0.5, 0]])
+    >>> nb = kp.radius_search(points, None, 2.0)
+    >>> loss = lambda offsets: kp.fitting_loss(points, None, nb, kernel_points, offsets, extent=0.5)
+    >>> loss(np.zeros((2, 2, 2)))
+    array(0.5)
+
+    The first kernel point lies on its query; the second one is half-way between two points, and drawn to the first:
+
+    >>> out, pullback = kp.autodiff.vjp(loss, np.zeros((2, 2, 2)))
+    >>> pullback(np.array(1.0))[0][0]
+    array([[0., 0.],
+           [1., 0.]])
+    """
+    return FITTING(points=points, queries=queries, neighbors=neighbors, kernel_points=kernel_points, offsets=offsets,
+                   extent=extent, reduction=reduction)  # fmt: skip
+
+
+def repulsion_loss(kernel_points, offsets, extent, *, repulse_extent=1.2, detach_others=True, reduction="mean"):
+    """How much the deformed kernel points of each query are in each other's way.
+
+    ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et
+    al. 2019, section 3.2, where `repulse_extent` is 1), reduced as said. Differentiable in `offsets` and
+    `kernel_points`; see `kpcore.autodiff`.
+
+    Parameters
+    ----------
+    kernel_points : (K, D) float32 or float64, D = 1 to 16
+    offsets : (M, K, D), same dtype
+        In the same unit.
+    extent : float
+        Distance at which the linear influence reaches zero (σ in the paper), in the same unit.
+    repulse_extent : float
+        From how far on, in units of `extent`, two kernel points leave each other alone; above zero.
+    detach_others : bool
+        Whether the gradient of a kernel point's terms is taken with the other kernel points held fixed, as the
+        published code does it. Each pair is in the sum twice, so that is half the derivative.
+    reduction : {"mean", "points", "sum"}
+        The mean over queries and kernel points k; the sum over kernel points of the mean over queries; or the sum.
+
+    Returns
+    -------
+    () array, dtype of the kernel points
+        Zero without queries and for a single kernel point.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree. NaN is not looked for: it makes the loss NaN.
+
+    See Also
+    --------
+    fitting_loss : and how the published codes weigh the two
+
+    Notes
+    -----
+    Kernel points at the same place are repelled with repulse_extent² each, but have no direction to part in: the
+    gradient at distance zero is 0. Sums are float64; loss and gradients are the same bits with any number of threads
+    and any instruction set.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kernel_points, offsets = np.array([[0.0, 0], [1, 0]]), np.zeros((1, 2, 2))
+    >>> kp.repulsion_loss(kernel_points, offsets, extent=1.0, repulse_extent=1.5)
+    array(0.25)
+
+    Descending the gradient parts the two:
+
+    >>> loss = lambda o: kp.repulsion_loss(kernel_points, o, 1.0, repulse_extent=1.5, detach_others=False)
+    >>> kp.autodiff.vjp(loss, offsets)[1](np.array(1.0))[0][0, :, 0]
+    array([ 1., -1.])
+    """
+    return REPULSION(kernel_points=kernel_points, offsets=offsets, extent=extent, repulse_extent=repulse_extent,
+                     detach_others=detach_others, reduction=reduction)  # fmt: skip
+
+
+def _fitting_checked(points, queries, neighbors, kernel_points, offsets, extent, reduction):
+    sizes = {}
+    points = _array.points_array("points", points, sizes, dimensions=_DIMENSIONS)
+    if queries is None:
+        queries = points
+        sizes["M"] = (len(points), "points")
+    else:
+        queries = _array.points_array("queries", queries, sizes, dimensions=_DIMENSIONS, like=("points", points))
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)
+    if expected != got:
+        raise ValueError(
+            f"neighbors: expected {expected[0]} queries and {expected[1]} points to match queries and points, "
+            f"got {got[0]} and {got[1]}"
+        )
+    kernel = _kernel(kernel_points, offsets, extent, sizes, ("points", points))
+    return points, queries, neighbors.index, neighbors.row_splits, *kernel, _weight(reduction, offsets)
+
+
+def _repulsion_checked(kernel_points, offsets, extent, repulse_extent, detach_others, reduction):
+    kernel = _kernel(kernel_points, offsets, extent, {})
+    repulse_extent = _array.length("repulse_extent", repulse_extent, kernel[0].dtype)
+    _array.choice("detach_others", detach_others, (False, True))
+    return *kernel, repulse_extent, _weight(reduction, offsets)
+
+
+def _kernel(kernel_points, offsets, extent, sizes, like=None):
+    kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=like)
+    if not len(kernel_points) or kernel_points.shape[1] not in _DIMENSIONS:
+        raise ValueError(
+            f"kernel_points: expected (K, D) with K of at least 1 and D = 1 to 16, got {kernel_points.shape}"
+        )
+    like = like or ("kernel_points", kernel_points)
+    offsets = _array.array("offsets", offsets, "M K D", _array.REAL, sizes, like=like)
+    return kernel_points, offsets, _array.length("extent", extent, kernel_points.dtype)
+
+
+def _weight(reduction, offsets):
+    """Of one query and kernel point in the loss."""
+    queries, kernel_points = max(1, offsets.shape[0]), offsets.shape[1]
+    return (1 / (queries * kernel_points), 1 / queries, 1.0)[_array.choice("reduction", reduction, _REDUCTIONS)]
+
+
+def _fitting_forward(**arguments):
+    loss, nearest = _cpu.fitting_loss(*_fitting_checked(**arguments), config.get_num_threads())
+    return loss, (nearest,)
+
+
+def _fitting_vjp(arguments, saved, grad, needs):
+    *geometry, weight = _fitting_checked(**arguments)
+    wanted = "offsets" in needs, "kernel_points" in needs
+    grads = _cpu.fitting_loss_grad(*geometry, weight * float(grad), *saved, *wanted, config.get_num_threads())
+    return dict(zip(("offsets", "kernel_points"), grads, strict=True))
+
+
+def _fitting_result(offsets, **_):
+    return [((), offsets.dtype), (offsets.shape[:2], np.dtype(np.int32))]
+
+
+def _repulsion_forward(**arguments):
+    return _cpu.repulsion_loss(*_repulsion_checked(**arguments), config.get_num_threads()), ()
+
+
+def _repulsion_vjp(arguments, saved, grad, needs):
+    *kernel, weight = _repulsion_checked(**arguments)
+    weight *= float(grad) * (1 if arguments["detach_others"] else 2)
+    wanted = "offsets" in needs, "kernel_points" in needs
+    grads = _cpu.repulsion_loss_grad(*kernel, weight, *wanted, config.get_num_threads())
+    return dict(zip(("offsets", "kernel_points"), grads, strict=True))
+
+
+def _repulsion_result(offsets, **_):
+    return [((), offsets.dtype)]
+
+
+FITTING = Op("fitting_loss", _fitting_forward, _fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result)
+REPULSION = Op(
+    "repulsion_loss", _repulsion_forward, _repulsion_vjp, diff=("offsets", "kernel_points"), result=_repulsion_result
+)
