@@ -228,7 +228,10 @@ void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& paddi
         row.template prefetch<NV>(rows, i, c);
         const int64_t r = row(i);
         for (int v = 0; v < NV; ++v) {
-          const Vec<F> x = rows.template vector<all>(r, c, v);
+          Vec<F> x = rows.template vector<all>(r, c, v);
+#if defined(__x86_64__)
+          asm("" : "+v"(x));  // or GCC loads it again for each use, and rows are rarely aligned
+#endif
           if constexpr (decltype(careful)::value) {
             offer<least, choosing>(x, I(r), best[v], chosen[v]);
           } else {
