@@ -392,10 +392,9 @@ def _interpolate(points, queries, features, k, power, points_row_splits, queries
         found.distance, found.row_splits, power, features.dtype, config.get_num_threads()
     )
     out = _weighted_sum(features, found.index, found.row_splits, weights)
+    # Where some cloud has fewer than k points, what is saved is as long as if none had: a size that shapes alone tell.
     index, unused = found.index, found.num_queries * min(k, len(points)) - found.num_pairs
-    if (
-        unused
-    ):  # some cloud has fewer than k points; what is saved is as long as if none had, a size that shapes alone tell
+    if unused:
         index, weights = np.pad(index, (0, unused)), np.pad(weights, (0, unused))
     return out, (found.row_splits, index, weights)
 
