@@ -135,7 +135,7 @@ struct KPConv {
   X(void, grid_subsample_free, (void* plan))                                                                   \
   X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
   X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                          \
-  /* A maximum or minimum also gives the chosen rows, -1 for none, unless choice is null. */                   \
+  /* A maximum or minimum also gives the chosen rows, -1 for none; of others choice is null. */                \
   X(Status, neighbor_reduce, (const NeighborReduce&, const Array& out, int32_t* choice))                       \
   X(Status, neighbor_reduce_grad_weights, (const NeighborReduce&, const Array& grad_out, const Array& grad))   \
   X(Status, segment_reduce, (const SegmentReduce&, const Array& out, int32_t* choice))                         \

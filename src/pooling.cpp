@@ -198,19 +198,18 @@ struct Padding {
 };
 
 // x, of the row `from`, takes the place of the best so far if it is larger or smaller.
-template <bool least, bool choosing, class I, class V, class W>
+template <bool least, class I, class V, class W>
 KP_INLINE void offer(V x, I from, V& best, W& chosen) {
   const auto better = displaces<least>(x, best);
   best = better ? x : best;
-  if constexpr (choosing) chosen = better ? broadcast(from) : chosen;
+  chosen = better ? broadcast(from) : chosen;
 }
 
-// to = the largest or smallest values of n rows; choice = the rows that have them, or null. The padding is seen last,
-// so a neighbour of equal value is the one chosen; where the padding is, choice is -1. Without rows there is only
-// padding.
-template <bool least, bool choosing, class F, class Row>
+// to = the largest or smallest values of n rows; choice = the rows that have them. The padding is seen last, so a
+// neighbour of equal value is the one chosen; where the padding is, choice is -1. Without rows there is only padding.
+template <bool least, class F, class Row>
 void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& padding, F* to, int32_t* choice) {
-  for_channels<choosing ? many : 8, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {
+  for_channels<many, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {
     constexpr int NV = decltype(vectors)::value;
     constexpr bool all = decltype(whole)::value;
     using I = IndexBeside<F>;
@@ -233,9 +232,9 @@ void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& paddi
           asm("" : "+v"(x));  // or GCC loads it again for each use, and rows are rarely aligned
 #endif
           if constexpr (decltype(careful)::value) {
-            offer<least, choosing>(x, I(r), best[v], chosen[v]);
+            offer<least>(x, I(r), best[v], chosen[v]);
           } else {
-            if constexpr (choosing) chosen[v] = (least ? x < best[v] : x > best[v]) ? broadcast(I(r)) : chosen[v];
+            chosen[v] = (least ? x < best[v] : x > best[v]) ? broadcast(I(r)) : chosen[v];
             best[v] = least ? min(x, best[v]) : max(x, best[v]);
             odd[v % 2] = fma(x, Vec<F>{}, odd[v % 2]);
           }
@@ -246,19 +245,17 @@ void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& paddi
     };
     if (!scan(std::false_type())) scan(std::true_type());
     for (int v = 0; v < NV; ++v) {
-      if (n < padding.width) offer<least, choosing>(broadcast(padding.value), I(-1), best[v], chosen[v]);
+      if (n < padding.width) offer<least>(broadcast(padding.value), I(-1), best[v], chosen[v]);
       rows.template put<all>(to, c, v, best[v]);
-      if constexpr (choosing) {
-        if constexpr (all)
-          put_index(choice + c + v * lanes<F>, chosen[v]);
-        else
-          for (int64_t l = 0; l < rows.channels - c; ++l) choice[c + l] = int32_t(chosen[v][l]);
-      }
+      if constexpr (all)
+        put_index(choice + c + v * lanes<F>, chosen[v]);
+      else
+        for (int64_t l = 0; l < rows.channels - c; ++l) choice[c + l] = int32_t(chosen[v][l]);
     }
   });
 }
 
-template <bool least, bool choosing, class F>
+template <bool least, class F>
 Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* choice) {
   const Rows<F> rows(args.features);
   const auto* splits = as<int64_t>(args.row_splits);
@@ -272,13 +269,13 @@ Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* c
   for (int64_t q = 0; q < m; ++q) {
     const int64_t begin = splits[q], n = splits[q + 1] - begin;
     F* const row = to + q * channels;
-    int32_t* const chosen = choosing ? choice + q * channels : nullptr;
+    int32_t* const chosen = choice + q * channels;
     if (n || padding.width) {
-      choose_row<least, choosing>(rows, Listed{index + begin, last}, n, padding, row, chosen);
+      choose_row<least>(rows, Listed{index + begin, last}, n, padding, row, chosen);
       continue;
     }
     fill(row, channels, empty);
-    if (choosing) fill(chosen, channels, -1);
+    fill(chosen, channels, -1);
   }
   return Status::ok;
 }
@@ -430,7 +427,7 @@ Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* cho
       !partial_choice.resize(blocks.count() * channels))
     return Status::out_of_memory;
   const auto choose = [&](int64_t first, int64_t n, F* best, int32_t* chosen) {
-    choose_row<least, true>(rows, Stretch{first}, n, Padding<F>{0, F(0)}, best, chosen);
+    choose_row<least>(rows, Stretch{first}, n, Padding<F>{0, F(0)}, best, chosen);
   };
   blocks.for_each(
       useful_threads(args.threads, (args.features.rows + out.rows) * channels, busy),
@@ -569,12 +566,8 @@ void weigh(const Array& distance, const Array& row_splits, double power, const A
 Status neighbor_reduce(const NeighborReduce& args, const Array& out, int32_t* choice) {
   return with_type(out.dtype, [&](auto f) {
     using F = decltype(f);
-    if (args.reduction == Reduction::max)
-      return choice ? choose_neighbors<false, true, F>(args, out, choice)
-                    : choose_neighbors<false, false, F>(args, out, choice);
-    if (args.reduction == Reduction::min)
-      return choice ? choose_neighbors<true, true, F>(args, out, choice)
-                    : choose_neighbors<true, false, F>(args, out, choice);
+    if (args.reduction == Reduction::max) return choose_neighbors<false, F>(args, out, choice);
+    if (args.reduction == Reduction::min) return choose_neighbors<true, F>(args, out, choice);
     return sum_neighbors<F>(args, out);
   });
 }
