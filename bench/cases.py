@@ -73,6 +73,8 @@ TARGETS = {
     ("grid_subsample", "xyz, 3 features, labels", "random", "xyz alone"): ("<=", 2.5),
     ("grid_subsample", "xyz, 3 features, labels", "voxel", "xyz alone"): ("<=", 2.5),
     ("farthest_point_sampling", "1 of 24", "random", "fpsample"): (">=", 3),
+    ("neighbor_reduce", "max, C = 128", "random", "torch gather + amax"): (">=", 4),
+    ("neighbor_reduce", "max, C = 128", "voxel", "torch gather + amax"): (">=", 4),
     ("kpconv", "forward, C = 64", "voxel", "NumPy A @ W"): (">", 1),
     ("kpconv", "forward, C = 128", "voxel", "NumPy A @ W"): (">", 1),
     ("kpconv", "forward, C = 256", "voxel", "NumPy A @ W"): (">", 1),
@@ -122,6 +124,7 @@ TASKS = {
     "crowds": [{"cloud": cloud} for cloud in CROWDS],
     "grid_subsample": [{"order": order} for order in ORDERS],
     "farthest_point_sampling": [{}],
+    "neighbor_reduce": [{"order": order} for order in ORDERS],
     "kpconv": [
         *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
@@ -443,6 +446,38 @@ def farthest_point_sampling(bench):
     bench.label(order="random", size=f"{len(points):,}, {num:,} chosen")
     bench.rate("1 of 24", sample, len(points), "M points/s per core")
     bench.against("1 of 24", sample, peers.FPSAMPLE, {"points": points, "num": num}, check)
+
+
+def neighbor_reduce(bench, order):
+    """100,000 queries of 30 neighbours each, so that a padded matrix of them has no padding."""
+    points, h = arranged(np.load(bench.folder / "cloud.npy")[: bench.sizes["pyramid"]], order), 30
+    rng = np.random.default_rng(8)
+    features, grad_out = rng.standard_normal((2, len(points), 128), np.float32)
+    neighbors = kp.knn_search(points, None, h)
+    index = neighbors.index.reshape(-1, h)
+    bench.label(order=order, size=f"{len(points):,}, H = {h}")
+    for reduce, join in (("max", np.maximum), ("mean", np.add)):
+        what = f"{reduce}, C = {features.shape[1]}"
+        forward = partial(kp.neighbor_reduce, features, neighbors, reduce)
+
+        def step(forward=forward):
+            out, pullback = kp.autodiff.vjp(lambda f: forward.func(f, *forward.args[1:]), features)
+            return [out, *pullback(grad_out)]
+
+        out = bench.first(forward)
+        expected = features[index[:, 0]]
+        for column in index.T[1:]:
+            join(expected, features[column], out=expected)
+        close([expected if reduce == "max" else expected / h], [out])
+        bench.rate(what, forward, neighbors.num_pairs, "M pairs/s per core")
+        inputs = {"features": features, "index": index}
+        for peer in peers.POOLING[reduce]:
+            bench.against(what, forward, peer, inputs, lambda found, out=out: close([out], [found]))
+        both = step()
+        bench.compare(f"{what}, forward + vjp", step, "its forward", forward)
+        inputs |= {"grad_out": grad_out}
+        for peer in peers.POOLING_STEP[reduce]:
+            bench.against(f"{what}, forward + vjp", step, peer, inputs, partial(close, both))
 
 
 def kpconv(bench, order, channels, coretype=None):

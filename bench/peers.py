@@ -8,6 +8,7 @@ result into the NumPy form the checks use. Index builds belong to the timed call
 import importlib
 import importlib.util
 import os
+import timeit
 from collections import namedtuple
 from functools import partial
 from itertools import chain
@@ -203,6 +204,62 @@ def bucket_fps(points, num):
 
 
 FPSAMPLE = Peer("fpsample", imports("fpsample"), bucket_fps, np.asarray)
+
+
+# Pooling over neighbours (M, H): read() gives the output, or that and the gradient of the features.
+
+
+def torch_pool(features, index, reduced, grad_out=None):
+    """Rows gathered into (M, H, C), by the fastest of the ways torch has for it, and reduced."""
+    import torch
+
+    index, features = torch.from_numpy(index).long(), torch.from_numpy(features)
+    (m, h), c = index.shape, features.shape[1]
+    by_row, flat = index.unsqueeze(2).expand(-1, -1, c), index.flatten()
+    forms = [
+        lambda f: f[index],
+        lambda f: f.index_select(0, flat).view(m, h, c),
+        lambda f: f.unsqueeze(1).expand(-1, h, -1).gather(0, by_row),
+    ]
+    calls = [torch_call(lambda f, form=form: getattr(form(f), reduced)(1), features, grad_out) for form in forms]
+    return min(calls, key=lambda call: min(timeit.repeat(call, number=1, repeat=2)))
+
+
+def torch_bag(features, index, reduced, grad_out=None):
+    """embedding_bag, which gathers and reduces in one."""
+    import torch
+
+    index, features = torch.from_numpy(index).long(), torch.from_numpy(features)
+    return torch_call(lambda f: torch.nn.functional.embedding_bag(index, f, mode=reduced), features, grad_out)
+
+
+def torch_call(fn, features, grad_out):
+    import torch
+
+    if grad_out is None:
+        return torch.no_grad()(lambda: fn(features))
+    leaf, grad_out = features.requires_grad_(), torch.from_numpy(grad_out)
+
+    def run():
+        out = fn(leaf)
+        return out, torch.autograd.grad(out, leaf, grad_out)[0]
+
+    return run
+
+
+def pooling_peers(read):
+    """Of each reduction."""
+    return {
+        reduce: [
+            Peer(f"torch gather + {reduced}", imports("torch"), partial(torch_pool, reduced=reduced), read),
+            Peer("torch embedding_bag", imports("torch"), partial(torch_bag, reduced=reduce), read),
+        ]
+        for reduce, reduced in (("max", "amax"), ("mean", "mean"))
+    }
+
+
+POOLING = pooling_peers(lambda out: out.numpy())
+POOLING_STEP = pooling_peers(lambda found: [a.detach().numpy() for a in found])
 
 
 # KPConv: read() gives the output, or (gradient of features, gradient of weights).

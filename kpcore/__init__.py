@@ -39,6 +39,7 @@ from kpcore.deformation import fitting_loss, repulsion_loss
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv, kpconvx
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
+from kpcore.pooling import gather, interpolate, nearest_upsample, neighbor_reduce, segment_reduce
 from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
 from kpcore.sampling import Sampled, farthest_point_sampling
 from kpcore.subsampling import Subsampled, grid_subsample
@@ -64,17 +65,22 @@ __all__ = [
     "calibrate_neighbor_limits",
     "farthest_point_sampling",
     "fitting_loss",
+    "gather",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",
+    "interpolate",
     "kernel_points",
     "knn_search",
     "kpconv",
     "kpconvx",
     "lengths",
+    "nearest_upsample",
+    "neighbor_reduce",
     "radius_search",
     "repulsion_loss",
     "row_splits",
+    "segment_reduce",
     "set_memory_limit",
     "set_num_threads",
     "show_config",

@@ -101,6 +101,22 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Array index, row_splits, distance, out_index, out_row_splits, out_distance
         int threads
 
+    enum class Reduction(int):
+        pass
+
+    cdef struct NeighborReduce:
+        Array features, index, row_splits, weights, shared
+        Reduction reduction
+        double empty, pad_value
+        int64_t width
+        int threads
+
+    cdef struct SegmentReduce:
+        Array features, row_splits
+        Reduction reduction
+        double empty
+        int threads
+
     cdef struct KernelPoints:
         int num, dimension, fixed
         Array radii
@@ -147,6 +163,13 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         void (*grid_subsample_free)(void*) noexcept nogil
         Status (*grid_subsample_grad)(const GridSubsampleGrad&, const Array&) noexcept nogil
         Status (*farthest_points)(const FarthestPoints&, int32_t*) noexcept nogil
+        Status (*neighbor_reduce)(const NeighborReduce&, const Array&, int32_t*) noexcept nogil
+        Status (*neighbor_reduce_grad_weights)(const NeighborReduce&, const Array&, const Array&) noexcept nogil
+        Status (*segment_reduce)(const SegmentReduce&, const Array&, int32_t*) noexcept nogil
+        Status (*segment_reduce_grad)(const SegmentReduce&, const Array&) noexcept nogil
+        Status (*unpool)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*gather_rows)(const Array&, const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*inverse_distance_weights)(const Array&, const Array&, double, const Array&, int) noexcept nogil
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
         Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
@@ -414,6 +437,120 @@ def farthest_points(points, row_splits, start, out_row_splits, int method, int t
         status = kernels().farthest_points(args, to)
     raise_for(status)
     return index
+
+
+def neighbor_reduce(features, index, row_splits, weights, shared, int reduction, double empty, double pad_value,
+                    int64_t width, bint return_choice, int threads):
+    """(M, C) and, if asked for, the chosen rows (M, C) or None"""
+    cdef NeighborReduce args
+    args.features = view(features)
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    args.weights = view(weights)
+    args.shared = view(shared)
+    args.reduction = <Reduction>reduction
+    args.empty = empty
+    args.pad_value = pad_value
+    args.width = width
+    args.threads = threads
+    out = np.empty((len(row_splits) - 1, features.shape[1]), features.dtype)
+    choice = np.empty(out.shape, np.int32) if return_choice else None
+    cdef Array to = view(out)
+    cdef int32_t* to_choice = <int32_t*>view(choice).data
+    cdef Status status
+    with nogil:
+        status = kernels().neighbor_reduce(args, to, to_choice)
+    raise_for(status)
+    return out, choice
+
+
+def neighbor_reduce_grad_weights(features, index, row_splits, int reduction, grad_out, int threads):
+    """(E,)"""
+    cdef NeighborReduce args
+    args.features = view(features)
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    args.weights = args.shared = view(None)
+    args.reduction = <Reduction>reduction
+    args.empty = args.pad_value = args.width = 0
+    args.threads = threads
+    grad_weights = np.empty(row_splits[-1], features.dtype)
+    cdef Array given = view(grad_out), to = view(grad_weights)
+    cdef Status status
+    with nogil:
+        status = kernels().neighbor_reduce_grad_weights(args, given, to)
+    raise_for(status)
+    return grad_weights
+
+
+cdef SegmentReduce segment_arguments(features, row_splits, int reduction, double empty, int threads) except *:
+    cdef SegmentReduce args
+    args.features = view(features)
+    args.row_splits = view(row_splits)
+    args.reduction = <Reduction>reduction
+    args.empty = empty
+    args.threads = threads
+    return args
+
+
+def segment_reduce(features, row_splits, int reduction, double empty, bint return_choice, int threads):
+    """(B, C) and, if asked for, the chosen rows (B, C) or None"""
+    cdef SegmentReduce args = segment_arguments(features, row_splits, reduction, empty, threads)
+    out = np.empty((len(row_splits) - 1, features.shape[1]), features.dtype)
+    choice = np.empty(out.shape, np.int32) if return_choice else None
+    cdef Array to = view(out)
+    cdef int32_t* to_choice = <int32_t*>view(choice).data
+    cdef Status status
+    with nogil:
+        status = kernels().segment_reduce(args, to, to_choice)
+    raise_for(status)
+    return out, choice
+
+
+def segment_reduce_grad(grad_out, row_splits, int reduction, int threads):
+    """(N, C) of a sum or mean"""
+    cdef SegmentReduce args = segment_arguments(grad_out, row_splits, reduction, 0, threads)
+    grad_features = np.empty((row_splits[-1], grad_out.shape[1]), grad_out.dtype)
+    cdef Array to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().segment_reduce_grad(args, to)
+    raise_for(status)
+    return grad_features
+
+
+def unpool(choice, grad_out, int64_t num_rows, int threads):
+    """(num_rows, C): every value of the gradient at the row that was chosen for it"""
+    grad_features = np.empty((num_rows, grad_out.shape[1]), grad_out.dtype)
+    cdef Array chosen = view(choice), given = view(grad_out), to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().unpool(chosen, given, to, threads)
+    raise_for(status)
+    return grad_features
+
+
+def gather_rows(features, index, row_splits, int threads):
+    """(M, C): the rows of the index or, with row_splits, of the first entry of each range, zeros where it is empty"""
+    num_rows = len(index) if row_splits is None else len(row_splits) - 1
+    out = np.empty((num_rows, features.shape[1]), features.dtype)
+    cdef Array rows = view(features), numbers = view(index), splits = view(row_splits), to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().gather_rows(rows, numbers, splits, to, threads)
+    raise_for(status)
+    return out
+
+
+def inverse_distance_weights(distance, row_splits, double power, dtype, int threads):
+    """(E,) of that dtype; every row sums to one"""
+    weights = np.empty(len(distance), dtype)
+    cdef Array given = view(distance), splits = view(row_splits), to = view(weights)
+    cdef Status status
+    with nogil:
+        status = kernels().inverse_distance_weights(given, splits, power, to, threads)
+    raise_for(status)
+    return weights
 
 
 def kernel_points(int num, int dimension, int fixed, radii, uint64_t seed, int threads):

@@ -22,6 +22,7 @@ enum class Sampling : int { fastest, exact, bucketed };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
+enum class Reduction : int { mean, sum, max, min };
 
 // Points ready to be searched; the first member of every index.
 enum class IndexKind : int { grid, tree };
@@ -84,6 +85,22 @@ struct Transpose {
   int threads;
 };
 
+struct NeighborReduce {
+  Array features, index, row_splits, weights;  // weights: one of each pair, or none
+  Array shared;  // row_splits of lists, one of each row of features, which counts one over its length; or none
+  Reduction reduction;
+  double empty, pad_value;
+  int64_t width;  // rows shorter than this also see pad_value, in a maximum or minimum
+  int threads;
+};
+
+struct SegmentReduce {
+  Array features, row_splits;  // for the gradient, features are that of the items
+  Reduction reduction;
+  double empty;
+  int threads;
+};
+
 struct KernelPoints {
   int num, dimension, fixed;  // the first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis)
   Array radii;                // (num,) float64, of the points' shells; not given: points are free
@@ -136,6 +153,17 @@ struct DeformationGrads {
   X(void, grid_subsample_free, (void* plan))                                                                   \
   X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
   X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                          \
+  /* A maximum or minimum also gives the chosen rows, -1 for none; of others choice is null. */                \
+  X(Status, neighbor_reduce, (const NeighborReduce&, const Array& out, int32_t* choice))                       \
+  X(Status, neighbor_reduce_grad_weights, (const NeighborReduce&, const Array& grad_out, const Array& grad))   \
+  X(Status, segment_reduce, (const SegmentReduce&, const Array& out, int32_t* choice))                         \
+  X(Status, segment_reduce_grad, (const SegmentReduce&, const Array& grad_features))                           \
+  X(Status, unpool, (const Array& choice, const Array& grad_out, const Array& grad_features, int threads))     \
+  /* The rows of an index, or the first of each range of it. */                                                \
+  X(Status, gather_rows,                                                                                       \
+    (const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads))       \
+  X(Status, inverse_distance_weights,                                                                          \
+    (const Array& distance, const Array& row_splits, double power, const Array& weights, int threads))         \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
   X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \

@@ -373,3 +373,59 @@ def repulsion_loss(kernel_points, offsets, extent, repulse_extent=1.2, detach_ot
     weight = reduction_weight(reduction, *offsets.shape[:2])
     gradient = weight * 2 * (slope[..., None] * difference).sum(2)
     return weight * (under**2).sum(), gradient if detach_others else 2 * gradient
+
+
+# ---- pooling
+
+
+def neighbor_reduce(features, rows, reduce="mean", weights=None, empty=0.0, pad_value=None, width=0):
+    """-> (out, chosen), both (M, C): `chosen` is the point that has a maximum or minimum, -1 where none has.
+
+    The first of equals, and the first NaN; a row shorter than `width` ends with `pad_value`, if that is given.
+    """
+    features, channels = features.astype(np.float64), np.arange(features.shape[1])
+    out, chosen = np.full((len(rows), len(channels)), float(empty)), np.full((len(rows), len(channels)), -1)
+    ends = np.cumsum([len(row) for row in rows])
+    for q, row in enumerate(rows):
+        seen, numbers = features[row], np.asarray(row, int)
+        if reduce in ("mean", "sum"):
+            w = np.ones(len(row)) if weights is None else weights[ends[q] - len(row) : ends[q]].astype(np.float64)
+            if len(row):
+                out[q] = w @ seen / (len(row) if reduce == "mean" else 1)
+            continue
+        if pad_value is not None and len(row) < width:
+            seen, numbers = np.vstack([seen, np.full((1, len(channels)), pad_value)]), np.append(numbers, -1)
+        if len(seen):
+            at = seen.argmax(0) if reduce == "max" else seen.argmin(0)
+            out[q], chosen[q] = seen[at, channels], numbers[at]
+    return out, chosen
+
+
+def neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights=None):
+    """-> (grad_features, grad_weights), the latter of a mean or sum."""
+    features, grad = features.astype(np.float64), grad.astype(np.float64)
+    grad_features, grad_weights = np.zeros_like(features), []
+    for q, row in enumerate(rows):
+        if reduce in ("mean", "sum"):
+            share = grad[q] / (len(row) if reduce == "mean" and len(row) else 1)
+            w = np.ones(len(row)) if weights is None else weights[len(grad_weights) :][: len(row)].astype(np.float64)
+            np.add.at(grad_features, np.asarray(row, int), w[:, None] * share)
+            grad_weights.extend(features[row] @ share)
+        else:
+            channels = np.flatnonzero(chosen[q] >= 0)
+            np.add.at(grad_features, (chosen[q, channels], channels), grad[q, channels])
+    return grad_features, np.array(grad_weights)
+
+
+def inverse_distance_rows(points, queries, k, power, **splits):
+    """-> (rows, weights): the k nearest points of each query and what they weigh, their sum one.
+
+    w_i = d_i^-power, or where some d_i are zero, ones for those alone.
+    """
+    rows, distances = knn_search(points, queries, k, **splits)
+    weights = []
+    for distance in distances:
+        distance = distance.astype(np.float64)
+        w = (distance == 0).astype(float) if (distance == 0).any() else distance ** -float(power)
+        weights.append(w / w.sum() if len(w) else w)
+    return rows, weights

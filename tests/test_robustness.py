@@ -57,6 +57,21 @@ def arguments_of(name):
             "features": rng.normal(size=(4, 2)).astype(np.float32),
             "labels": np.arange(4),
         },
+        "neighbor_reduce": {
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "neighbors": neighbors(),
+            "weights": rng.normal(size=4).astype(np.float32),
+        },
+        "nearest_upsample": {"features": rng.normal(size=(4, 2)).astype(np.float32), "neighbors": neighbors()},
+        "gather": {"features": rng.normal(size=(4, 2)).astype(np.float32), "index": np.arange(3)},
+        "interpolate": {
+            "points": points,
+            "queries": queries,
+            "features": rng.normal(size=(4, 2)).astype(np.float32),
+            "points_row_splits": np.array([0, 4]),
+            "queries_row_splits": np.array([0, 3]),
+        },
+        "segment_reduce": {"features": rng.normal(size=(4, 2)).astype(np.float32), "row_splits": np.array([0, 4])},
         "kpconv": {
             "points": points,
             "queries": queries,
@@ -124,6 +139,13 @@ ARRAYS = [
     *OPS_WITH_GEOMETRY,
     ("grid_subsample", "features"),
     ("build_pyramid", "features"),
+    ("neighbor_reduce", "features"),
+    ("nearest_upsample", "features"),
+    ("gather", "features"),
+    ("interpolate", "points"),
+    ("interpolate", "queries"),
+    ("interpolate", "features"),
+    ("segment_reduce", "features"),
     ("kpconv", "features"),
     ("kpconv", "weights"),
     ("kpconv", "modulations"),
@@ -252,6 +274,47 @@ CALLS = [
         ("build_pyramid", "neighbor_limits", lambda a, v=v: v, e, repr(v))
         for v, e in (([1], ValueError), ([1, 2, 3], ValueError), ([1, -1], ValueError), ([1, 2.5], TypeError))
     ],
+    *[
+        (op, "neighbors", change, error, name)
+        for op in ("neighbor_reduce", "nearest_upsample")
+        for change, error, name in (
+            (lambda a: a.to_padded(), TypeError, "array"),
+            (lambda a: neighbors(num_points=5), ValueError, "num_points"),
+        )
+    ],
+    *[
+        (op, "features", lambda a: a[:3], ValueError, "length")
+        for op in ("neighbor_reduce", "nearest_upsample", "interpolate", "segment_reduce")
+    ],
+    *[(op, "reduce", lambda a: "amax", ValueError, "amax") for op in ("neighbor_reduce", "segment_reduce")],
+    ("neighbor_reduce", "reduce", lambda a: "max", ValueError, "weights of a maximum"),
+    ("neighbor_reduce", "weights", lambda a: a[:3], ValueError, "length"),
+    ("neighbor_reduce", "weights", lambda a: a[:, None], ValueError, "2-d"),
+    ("neighbor_reduce", "weights", lambda a: a.tolist(), TypeError, "list"),
+    ("neighbor_reduce", "weights", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("neighbor_reduce", "pad_value", lambda a: 0.0, ValueError, "of a mean"),
+    *[
+        (op, "empty", lambda a, v=v: v, e, repr(v))
+        for op in ("neighbor_reduce", "segment_reduce")
+        for v, e in (*BAD_NUMBERS[2:], (1e50, ValueError))
+    ],
+    *[
+        ("gather", "index", lambda a, v=v: v, e, repr(v))
+        for v, e in (
+            (np.array([0, 4]), ValueError),
+            (np.array([-1]), ValueError),
+            (np.array([[0]]), ValueError),
+            (np.array([0.0]), TypeError),
+            (np.array([0], np.uint32), TypeError),
+            ([0], TypeError),
+        )
+    ],
+    ("interpolate", "queries", lambda a: a[:, :2], ValueError, "dims"),
+    ("interpolate", "queries", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    *[("interpolate", "k", lambda a, v=v: v, e, repr(v)) for v, e in ((0, ValueError), (2.0, TypeError))],
+    *[("interpolate", "power", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
+    *[("interpolate", "points_row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    *[("segment_reduce", "row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
     ("kpconv", "queries", lambda a: a[:, :2], ValueError, "dims"),
     ("kpconv", "queries", lambda a: a.astype(np.float64), TypeError, "mixed"),
     ("kpconv", "queries", lambda a: a[:2], ValueError, "length"),
@@ -329,6 +392,15 @@ PARTNERS = {
         "queries_row_splits": "points_row_splits",
     },
     "knn_search": {"points": "queries", "queries": "queries_row_splits"},
+    "neighbor_reduce": {"neighbors": "features", "features": "neighbors|weights", "reduce": "weights"},
+    "nearest_upsample": {"neighbors": "features", "features": "neighbors"},
+    "interpolate": {
+        "points": "queries|features",
+        "queries": "queries_row_splits",
+        "features": "points",
+        "points_row_splits": "queries_row_splits",
+    },
+    "segment_reduce": {"features": "row_splits"},
     "kpconv": {
         "points": "queries|features|neighbors|kernel_points",
         "queries": "neighbors|points",
@@ -636,8 +708,15 @@ def everything():
     for level in kp.build_pyramid(points, voxel_size=0.02, num_levels=3):
         lists += [level.neighbors] + [level.pools, level.upsamples] * (level.pools is not None)
     chosen = kp.farthest_point_sampling(points, 100, row_splits=np.array([0, 5000, 20_000]))
+    pooled = []
+    for reduce in ("mean", "max"):
+        down, back = kp.autodiff.vjp(lambda f, r=reduce: kp.neighbor_reduce(f, found, r), features)
+        whole, all_back = kp.autodiff.vjp(lambda f, r=reduce: kp.segment_reduce(f, None, r), features)
+        pooled += [down, *back(down), whole, *all_back(whole)]
+    smooth, back = kp.autodiff.vjp(lambda f: kp.interpolate(points, None, f), features)
+    pooled += [smooth, *back(smooth), kp.nearest_upsample(features, found), kp.gather(features, found.index)]
     indices = [chosen.index, *(nb.index for nb in lists)]
-    return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out)]
+    return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out), *pooled]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

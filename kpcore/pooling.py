@@ -1,0 +1,454 @@
+"""Pooling and its ways back: rows of features reduced over neighbours or batch items, gathered, and interpolated."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpcore import _array, _cpu, config
+from kpcore.autodiff import Op
+from kpcore.neighbors import Neighbors, knn_search, row_splits
+
+_REDUCES = ("mean", "sum", "max", "min")
+_SUM = _REDUCES.index("sum")
+_INDEX = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+def neighbor_reduce(features, neighbors, reduce="mean", *, weights=None, empty=0.0, pad_value=None):
+    """The mean, sum, maximum or minimum of the features of each query's neighbours.
+
+    With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
+
+        "mean"  out[q] = (Σ_i w_qi f_i) / n            "max"  out[q] = max_i f_i, channel by channel
+        "sum"   out[q] = Σ_i w_qi f_i                  "min"  out[q] = min_i f_i
+
+    A mean is divided by the number of neighbours, whatever the weights: for a weighted average, let those of a row sum
+    to one and ask for the sum. Differentiable in `features` and `weights`; see `kpcore.autodiff`.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+    neighbors : Neighbors
+        M rows, N points.
+    reduce : {"mean", "sum", "max", "min"}
+    weights : (E,), dtype of the features, optional
+        One of each pair, in the order of ``neighbors.index``; for a mean or sum.
+    empty : float
+        The result of a query without neighbours.
+    pad_value : float, optional
+        For a maximum or minimum of a list that came from a padded matrix: also seen, in every channel, by rows shorter
+        than ``neighbors.width``, also by those without neighbours. 0 gives the max-pooling of KPConv-PyTorch, which
+        gathers a row of zeros where there is no neighbour, so that negative maxima of short rows become 0. Without it
+        rows see their neighbours only.
+
+    Returns
+    -------
+    (M, C), dtype of the features
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree, for weights of a maximum or minimum, for a `pad_value` of a mean, a sum,
+        or a list without a width.
+
+    Notes
+    -----
+    A maximum or minimum is NaN where a neighbour is. Its gradient goes to the first neighbour in the row that attains
+    it (the first NaN if there is one); to none where that is `pad_value`, or `empty`. Gradients are the same bits with
+    any number of threads. That of the features of a mean or sum keeps the transpose of `neighbors`, made once per list;
+    with weights, these are transposed each time.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> nb = kp.Neighbors(np.array([0, 1, 1], np.int32), kp.row_splits([2, 0, 1]), num_points=2)
+    >>> features = np.array([[1.0, -8.0], [3.0, -4.0]])
+    >>> kp.neighbor_reduce(features, nb)
+    array([[ 2., -6.],
+           [ 0.,  0.],
+           [ 3., -4.]])
+    >>> kp.neighbor_reduce(features, nb, "sum", weights=np.array([0.25, 0.75, 1.0]))
+    array([[ 2.5, -5. ],
+           [ 0. ,  0. ],
+           [ 3. , -4. ]])
+    >>> padded = kp.Neighbors.from_padded(nb.to_padded(), num_points=2)
+    >>> kp.neighbor_reduce(features, padded, "max", pad_value=0.0)
+    array([[ 3., -4.],
+           [ 0.,  0.],
+           [ 3.,  0.]])
+    """
+    return NEIGHBOR_REDUCE(features=features, neighbors=neighbors, reduce=reduce, weights=weights, empty=empty,
+                           pad_value=pad_value)  # fmt: skip
+
+
+def nearest_upsample(features, neighbors):
+    """The features of the first neighbour of each query; zeros where there is none.
+
+    With the nearest coarse point of each fine one (`build_pyramid`'s ``upsamples``, or `knn_search` with k = 1) this
+    carries features up a level: the unpooling of KP-FCNN. Lists that are not sorted by distance have another point
+    first. Differentiable in `features`.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+    neighbors : Neighbors
+        M rows, N points.
+
+    Returns
+    -------
+    (M, C), dtype of the features
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> coarse, fine = np.array([[0.0], [1.0]]), np.array([[0.2], [0.4], [0.9]])
+    >>> kp.nearest_upsample(np.array([[10.0], [20.0]]), kp.knn_search(coarse, fine, 1)).ravel()
+    array([10., 10., 20.])
+    """
+    return NEAREST_UPSAMPLE(features=features, neighbors=neighbors)
+
+
+def gather(features, index):
+    """The rows of an index: ``features[index]``, with a gradient.
+
+    With ``neighbors.index`` it gives the features of every pair, for what no other function does with them; see
+    `segment_reduce`, which brings pairs back to queries. Differentiable in `features`: the gradient of a row is the sum
+    of those of its copies, in their order.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+    index : (M,) int32 or int64
+        0 to N - 1. There is no "no row": -1 and N are errors like everything else outside.
+
+    Returns
+    -------
+    (M, C), dtype of the features
+
+    Raises
+    ------
+    ValueError
+        For an index outside the rows, or other shapes.
+    TypeError
+        For other dtypes.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> rows, pullback = kp.autodiff.vjp(lambda f: kp.gather(f, np.array([1, 1, 0])), np.array([[10.0], [20.0]]))
+    >>> rows.ravel(), pullback(np.array([[1.0], [2.0], [4.0]]))[0].ravel()
+    (array([20., 20., 10.]), array([4., 3.]))
+    """
+    return GATHER(features=features, index=index)
+
+
+def interpolate(points, queries, features, k=3, power=2, *, points_row_splits=None, queries_row_splits=None):
+    """Features at the queries from those of the k nearest points, the nearer the more.
+
+    ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
+    feature propagation of PointNet++ (Qi et al. 2017, eq. 2). A query in the same place as some of these points gets
+    the mean of those alone, to which the formula tends. Differentiable in `features`.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    queries : (M, D), same dtype, or None
+        None: the points themselves.
+    features : (N, C) float32 or float64
+    k : int
+        At least 1. Fewer are taken where a cloud has fewer points; a query of an empty one gets zeros.
+    power : float
+        Above zero.
+    points_row_splits, queries_row_splits : (B + 1,) int64, optional
+        Batch items, given together; a query sees the points of its own item. With ``queries=None`` only the first.
+
+    Returns
+    -------
+    (M, C), dtype of the features
+
+    Raises
+    ------
+    ValueError
+        For coordinates that are NaN or infinite, or shapes that do not agree.
+    TypeError
+        For other dtypes.
+
+    Notes
+    -----
+    The points and their distances are those of `knn_search`. Weights are computed in float64, relative to that of the
+    nearest point, so no distance is too small or too large. The forward pass keeps its list and weights for the
+    gradient. To interpolate several features between the same points, search once and call `neighbor_reduce` with
+    weights of your own.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points, queries = np.array([[0.0], [3.0], [9.0]]), np.array([[1.0], [3.0]])
+    >>> kp.interpolate(points, queries, np.array([[10.0], [20.0], [70.0]]), k=2).ravel()
+    array([12., 20.])
+    """
+    return INTERPOLATE(points=points, queries=queries, features=features, k=k, power=power,
+                       points_row_splits=points_row_splits, queries_row_splits=queries_row_splits)  # fmt: skip
+
+
+def segment_reduce(features, row_splits, reduce="mean", *, empty=0.0):
+    """The mean, sum, maximum or minimum of the rows of each batch item: global pooling.
+
+    ``out[b]`` reduces ``features[row_splits[b]:row_splits[b + 1]]``, channel by channel. Differentiable in `features`.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+    row_splits : (B + 1,) int64, or None
+        Bounds of batch items; None: all rows are one.
+    reduce : {"mean", "sum", "max", "min"}
+    empty : float
+        The result of an item without rows.
+
+    Returns
+    -------
+    (B, C), dtype of the features
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree.
+
+    Notes
+    -----
+    Sums are float64, in blocks of 1024 rows that all threads share and that are added in their order: the mean of ten
+    million float32 rows is right to its last digit, and the same bits with any number of threads. A maximum or minimum
+    is NaN where a row is; its gradient goes to the first row that attains it, or the first NaN.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> features = np.array([[1.0, 5.0], [3.0, 3.0], [4.0, 0.0]])
+    >>> kp.segment_reduce(features, kp.row_splits([2, 0, 1]), "max")
+    array([[3., 5.],
+           [0., 0.],
+           [4., 0.]])
+    """
+    return SEGMENT_REDUCE(features=features, row_splits=row_splits, reduce=reduce, empty=empty)
+
+
+def _features_of(neighbors, features):
+    """The features, one row of each point of the list."""
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    return _array.array("features", features, "N C", _array.REAL, {"N": (neighbors.num_points, "neighbors")})
+
+
+def _few_enough(name, value):
+    if len(value) > _array.MAX_POINTS:
+        raise ValueError(f"{name}: expected at most {_array.MAX_POINTS} rows, got {len(value)}")
+    return value
+
+
+def _weighted_sum(features, index, row_splits, weights=None, shared=None):
+    threads = config.get_num_threads()
+    return _cpu.neighbor_reduce(features, index, row_splits, weights, shared, _SUM, 0.0, 0.0, 0, False, threads)[0]
+
+
+# ---- neighbor_reduce
+
+
+def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_value):
+    features = _features_of(neighbors, features)
+    reduction = _array.choice("reduce", reduce, _REDUCES)
+    chooses = reduce in ("max", "min")
+    if weights is not None:
+        if chooses:
+            raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
+        pairs = {"E": (neighbors.num_pairs, "neighbors")}
+        weights = _array.array("weights", weights, "E", _array.REAL, pairs, like=("features", features))
+    empty, width = _array.number("empty", empty, features.dtype), 0
+    if pad_value is None:
+        pad_value = 0.0
+    elif not chooses:
+        raise ValueError(f"pad_value: expected None with reduce={reduce!r}, got {pad_value}")
+    elif neighbors.width is None:
+        raise ValueError(
+            f"pad_value: expected None for a list without a width (Neighbors.from_padded), got {pad_value}"
+        )
+    else:
+        pad_value, width = _array.number("pad_value", pad_value, features.dtype), neighbors.width
+    return features, reduction, chooses, weights, (empty, pad_value, width)
+
+
+def _neighbor_reduce(features, neighbors, **options):
+    features, reduction, chooses, weights, values = _neighbor_reduce_checked(features, neighbors, **options)
+    out, choice = _cpu.neighbor_reduce(
+        features, neighbors.index, neighbors.row_splits, weights, None, reduction, *values, chooses,
+        config.get_num_threads()
+    )  # fmt: skip
+    return out, (choice,) if chooses else ()
+
+
+def _neighbor_reduce_vjp(arguments, saved, grad, needs):
+    features, reduction, chooses, weights, _ = _neighbor_reduce_checked(**arguments)
+    neighbors, threads = arguments["neighbors"], config.get_num_threads()
+    if chooses:
+        return {"features": _cpu.unpool(*saved, grad, len(features), threads)}
+    index, splits, grads = neighbors.index, neighbors.row_splits, {}
+    if "features" in needs:
+        if weights is None:
+            transposed = neighbors.transpose()
+            transposed = transposed.index, transposed.row_splits, None
+        else:
+            transposed = _cpu.transpose(index, splits, weights, neighbors.num_points, threads)
+        shared = splits if arguments["reduce"] == "mean" else None
+        grads["features"] = _weighted_sum(grad, *transposed, shared)
+    if "weights" in needs:
+        grads["weights"] = _cpu.neighbor_reduce_grad_weights(features, index, splits, reduction, grad, threads)
+    return grads
+
+
+def _neighbor_reduce_result(features, neighbors, reduce, **_):
+    shape = (neighbors.num_queries, features.shape[1])
+    choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
+    return [(shape, features.dtype), *choice]
+
+
+NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, diff=("features", "weights"),
+                     result=_neighbor_reduce_result)  # fmt: skip
+
+
+# ---- nearest_upsample
+
+
+def _nearest_upsample(features, neighbors):
+    features = _features_of(neighbors, features)
+    return _cpu.gather_rows(features, neighbors.index, neighbors.row_splits, config.get_num_threads()), ()
+
+
+def _nearest_upsample_vjp(arguments, saved, grad, needs):
+    neighbors = arguments["neighbors"]
+    counts = neighbors.counts
+    if np.all(counts == 1):
+        transposed = neighbors.transpose()
+        return {"features": _weighted_sum(grad, transposed.index, transposed.row_splits)}
+    first = neighbors.index[neighbors.row_splits[:-1][counts > 0]]
+    splits = row_splits(np.minimum(counts, 1))
+    index, splits, _ = _cpu.transpose(first, splits, None, neighbors.num_points, config.get_num_threads())
+    return {"features": _weighted_sum(grad, index, splits)}
+
+
+def _nearest_upsample_result(features, neighbors):
+    return [((neighbors.num_queries, features.shape[1]), features.dtype)]
+
+
+NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_vjp, diff=("features",),
+                      result=_nearest_upsample_result)  # fmt: skip
+
+
+# ---- gather
+
+
+def _gather_checked(features, index):
+    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, {}))
+    index = _few_enough("index", _array.array("index", index, "M", _INDEX, {}))
+    low, high = (int(index.min()), int(index.max())) if len(index) else (0, -1)
+    if low < 0 or high >= len(features):
+        bad = low if low < 0 else high
+        raise ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
+    return features, index
+
+
+def _gather(features, index):
+    return _cpu.gather_rows(*_gather_checked(features, index), None, config.get_num_threads()), ()
+
+
+def _gather_vjp(arguments, saved, grad, needs):
+    features, index = _gather_checked(**arguments)
+    each = np.arange(len(index) + 1)
+    index, splits, _ = _cpu.transpose(
+        index.astype(np.int32, copy=False), each, None, len(features), config.get_num_threads()
+    )
+    return {"features": _weighted_sum(grad, index, splits)}
+
+
+def _gather_result(features, index):
+    return [((len(index), features.shape[1]), features.dtype)]
+
+
+GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result)
+
+
+# ---- interpolate
+
+
+def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
+    points = _array.points_array("points", points, {}, dimensions=range(1, 17))
+    features = _array.array("features", features, "N C", _array.REAL, {"N": (len(points), "points")})
+    power = _array.length("power", power, np.dtype(np.float64))
+    found = knn_search(points, queries, k, points_row_splits=points_row_splits,
+                       queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
+    weights = _cpu.inverse_distance_weights(
+        found.distance, found.row_splits, power, features.dtype, config.get_num_threads()
+    )
+    out = _weighted_sum(features, found.index, found.row_splits, weights)
+    # Where some cloud has fewer than k points, what is saved is as long as if none had: a size that shapes alone tell.
+    index, unused = found.index, found.num_queries * min(k, len(points)) - found.num_pairs
+    if unused:
+        index, weights = np.pad(index, (0, unused)), np.pad(weights, (0, unused))
+    return out, (found.row_splits, index, weights)
+
+
+def _interpolate_vjp(arguments, saved, grad, needs):
+    splits, index, weights = saved
+    threads = config.get_num_threads()
+    return {"features": _weighted_sum(grad, *_cpu.transpose(index, splits, weights, len(arguments["points"]), threads))}
+
+
+def _interpolate_result(points, queries, features, k, **_):
+    num_queries = len(points if queries is None else queries)
+    num_pairs = num_queries * min(k, len(points))
+    return [
+        ((num_queries, features.shape[1]), features.dtype),
+        ((num_queries + 1,), np.dtype(np.int64)),
+        ((num_pairs,), np.dtype(np.int32)),
+        ((num_pairs,), features.dtype),
+    ]
+
+
+INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features",), result=_interpolate_result)
+
+
+# ---- segment_reduce
+
+
+def _segment_reduce_checked(features, row_splits, reduce, empty):
+    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, {}))
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features")
+    reduction = _array.choice("reduce", reduce, _REDUCES)
+    return features, row_splits, reduction, _array.number("empty", empty, features.dtype)
+
+
+def _segment_reduce(features, row_splits, reduce, empty):
+    arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
+    chooses = reduce in ("max", "min")
+    out, choice = _cpu.segment_reduce(*arguments, chooses, config.get_num_threads())
+    return out, (choice,) if chooses else ()
+
+
+def _segment_reduce_vjp(arguments, saved, grad, needs):
+    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments)
+    threads = config.get_num_threads()
+    if saved:
+        return {"features": _cpu.unpool(*saved, grad, len(features), threads)}
+    return {"features": _cpu.segment_reduce_grad(grad, row_splits, reduction, threads)}
+
+
+def _segment_reduce_result(features, row_splits, reduce, **_):
+    shape = (1 if row_splits is None else len(row_splits) - 1, features.shape[1])
+    choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
+    return [(shape, features.dtype), *choice]
+
+
+SEGMENT_REDUCE = Op("segment_reduce", _segment_reduce, _segment_reduce_vjp, diff=("features",),
+                    result=_segment_reduce_result)  # fmt: skip
