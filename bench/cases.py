@@ -22,6 +22,7 @@ SIZES = {
         "pyramid": 100_000,
         "sheet": 100_000,
         "growth": (10**4, 10**5, 10**6, 10**7),
+        "rows": 200_000,
     },
     "quick": {
         "raw": 40_000,
@@ -30,6 +31,7 @@ SIZES = {
         "pyramid": 2_000,
         "sheet": 10_000,
         "growth": (10**3, 10**4),
+        "rows": 2_000,
     },
 }
 
@@ -86,6 +88,7 @@ TARGETS = {
     ("kpconv", "forward, C = 128", "voxel", "dense torch"): (">=", 12),
     ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "its forward"): ("<=", 3.3),
     ("kpconv_vjp", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 20),
+    ("rows", "batch_norm + leaky_relu, forward + vjp", "", "torch"): (">=", 1),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
 }
 
@@ -118,6 +121,7 @@ TASKS = {
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
+    "rows": [{}],
     "memory": [{"implementation": name} for name in ("kpcore", "dense torch")],
     "growth": [{"op": op} for op in GROWING],
 }
@@ -483,6 +487,48 @@ def kpconv_vjp(bench, order):
     bench.compare(f"{what}, new Neighbors", lambda: step(neighbors_of(problem)), "its forward", forward)
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
+
+
+def rows(bench):
+    """Layers on rows of features. All but the product are bound by memory: see "GB/s"."""
+    rng, (n, c) = np.random.default_rng(8), (bench.sizes["rows"], 128)
+    features, grad = rng.standard_normal((2, n, c), np.float32)
+    scale, shift, mean, var = rng.random((4, c), np.float32)
+    bench.label(order="", size=f"{n:,} x {c}")
+
+    def normalize():
+        layer = partial(kp.batch_norm, running_mean=mean, running_var=var, negative_slope=0.1)
+        out, pullback = kp.autodiff.vjp(lambda *primals: layer(*primals).features, features, scale, shift)
+        return [out, *pullback(grad)]
+
+    what = "batch_norm + leaky_relu, forward + vjp"
+    found = bench.first(normalize)
+    traffic = 8 * features.nbytes  # reads: 2 forward, 4 backward; writes: 1 and 1
+    bench.rate(f"{what}, traffic", normalize, traffic / 1e3, "GB/s per core")
+    inputs = {"features": features, "scale": scale, "shift": shift, "mean": mean, "var": var, "grad": grad}
+    bench.against(what, normalize, peers.TORCH_BATCH_NORM, inputs, partial(close, found))
+
+    weights = rng.standard_normal((c, c), np.float32)
+    product = partial(kp.linear, features, weights)
+    out = bench.first(product)
+    bench.against("linear, C = 128", product, peers.NUMPY_LINEAR, {"features": features, "weights": weights},
+                  lambda theirs: close([theirs], [out]))  # fmt: skip
+
+    def floor():
+        return bench.Seconds(2 * n * c * c / (kp._cpu.fma_rate("float32") * bench.threads))
+
+    bench.compare("linear, C = 128", product, "FMA floor", floor)
+
+    logits, labels = features[:, :13].copy(), rng.integers(0, 13, n)
+
+    def loss():
+        value, pullback = kp.autodiff.vjp(lambda x: kp.softmax_cross_entropy(x, labels), logits)
+        return [value, *pullback(np.ones_like(value))]
+
+    expected = bench.first(loss)
+    bench.label(order="", size=f"{n:,} x 13")
+    bench.against("softmax_cross_entropy, forward + vjp", loss, peers.TORCH_CROSS_ENTROPY,
+                  {"logits": logits, "labels": labels}, partial(close, expected))  # fmt: skip
 
 
 def memory(bench, implementation):

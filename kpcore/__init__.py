@@ -36,6 +36,20 @@ from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
 from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
+from kpcore.rows import (
+    BatchNormed,
+    add,
+    batch_norm,
+    concatenate,
+    dropout,
+    group_norm,
+    leaky_relu,
+    linear,
+    relu,
+    sigmoid,
+    softmax,
+    softmax_cross_entropy,
+)
 from kpcore.sampling import Sampled, farthest_point_sampling
 from kpcore.subsampling import Subsampled, grid_subsample
 
@@ -49,6 +63,7 @@ def __getattr__(name):
 
 
 __all__ = [
+    "BatchNormed",
     "GridIndex",
     "KDTree",
     "Level",
@@ -57,20 +72,31 @@ __all__ = [
     "Sampled",
     "Subsampled",
     "__version__",
+    "add",
     "autodiff",
+    "batch_norm",
     "build_pyramid",
     "calibrate_neighbor_limits",
+    "concatenate",
+    "dropout",
     "farthest_point_sampling",
     "get_memory_limit",
     "get_num_threads",
     "grid_subsample",
+    "group_norm",
     "kernel_points",
     "knn_search",
     "kpconv",
+    "leaky_relu",
     "lengths",
+    "linear",
     "radius_search",
+    "relu",
     "row_splits",
     "set_memory_limit",
     "set_num_threads",
     "show_config",
+    "sigmoid",
+    "softmax",
+    "softmax_cross_entropy",
 ]
