@@ -8,6 +8,7 @@ import operator
 
 import numpy as np
 
+Array = np.ndarray  # or an autodiff.Tensor, where a function is differentiable; adapters read this name, see ops.py
 REAL = (np.dtype(np.float32), np.dtype(np.float64))
 LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 INDEX = (np.dtype(np.int32),)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore import _array, _cpu, config
+from kpcore._array import Array
 from kpcore.autodiff import Op
 
 _ACTIVATIONS = ("leaky_relu", "relu", "sigmoid")
@@ -22,7 +23,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 # ---- linear
 
 
-def linear(features, weights, bias=None):
+def linear(features: Array, weights: Array, bias: Array | None = None) -> Array:
     """``features @ weights + bias``: a 1 x 1 convolution, or a fully connected layer.
 
     Parameters
@@ -76,7 +77,7 @@ def _linear_vjp(arguments, saved, grad, needs):
 
 
 def _linear_result(features, weights, **_):
-    return [((len(features), weights.shape[1]), features.dtype)]
+    return [((features.shape[0], weights.shape[1]), features.dtype)]
 
 
 LINEAR = Op("linear", _linear, _linear_vjp, diff=("features", "weights", "bias"), result=_linear_result)
@@ -93,8 +94,9 @@ class BatchNormed(NamedTuple):
     running_var: np.ndarray  #: (C,)
 
 
-def batch_norm(features, scale, shift, running_mean, running_var, *, training=True, momentum=0.02, eps=1e-5,
-               negative_slope=None):  # fmt: skip
+def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array, running_var: Array, *,
+               training: bool = True, momentum: float = 0.02, eps: float = 1e-5,
+               negative_slope: float | None = None) -> BatchNormed:  # fmt: skip
     """Batch normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015), with the mean and
@@ -211,7 +213,8 @@ BATCH_NORM = Op(
 )
 
 
-def group_norm(features, num_groups, scale, shift, *, row_splits=None, eps=1e-5, negative_slope=None):
+def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, row_splits: Array | None = None,
+               eps: float = 1e-5, negative_slope: float | None = None) -> Array:  # fmt: skip
     """Group normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), where mean and variance are those of a
@@ -282,7 +285,7 @@ def _group_norm_vjp(arguments, saved, grad, needs):
 
 
 def _group_norm_result(features, num_groups, row_splits, **_):
-    items = 1 if row_splits is None else len(row_splits) - 1
+    items = 1 if row_splits is None else row_splits.shape[0] - 1
     return [(features.shape, features.dtype), *[((items, num_groups), np.dtype(np.float64))] * 2]
 
 
@@ -323,7 +326,7 @@ def _between(name, value, low, high):
 # ---- element by element, of any shape
 
 
-def leaky_relu(features, negative_slope=0.1):
+def leaky_relu(features: Array, negative_slope: float = 0.1) -> Array:
     """The features where they are positive, elsewhere `negative_slope` times them (Maas et al. 2013).
 
     Parameters
@@ -353,7 +356,7 @@ def leaky_relu(features, negative_slope=0.1):
     return LEAKY_RELU(features=features, negative_slope=negative_slope)
 
 
-def relu(features):
+def relu(features: Array) -> Array:
     """The features where they are positive, elsewhere zero.
 
     Parameters
@@ -382,7 +385,7 @@ def relu(features):
     return RELU(features=features)
 
 
-def sigmoid(features):
+def sigmoid(features: Array) -> Array:
     """``1 / (1 + exp(-features))``, which never overflows.
 
     Parameters
@@ -436,7 +439,7 @@ def _like_features(features, **_):
 LEAKY_RELU, RELU, SIGMOID = map(_activation, _ACTIVATIONS)
 
 
-def dropout(features, rate, seed, *, training=True):
+def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -> Array:
     """Sets a share of the features to zero, at random, and divides the others by ``1 - rate`` (Srivastava et al. 2014).
 
     Parameters
@@ -494,7 +497,7 @@ def _dropout_vjp(arguments, saved, grad, needs):
 DROPOUT = Op("dropout", _dropout, _dropout_vjp, diff=("features",), result=_like_features)
 
 
-def add(first, second):
+def add(first: Array, second: Array) -> Array:
     """``first + second``, of one shape and dtype: a residual connection.
 
     Parameters
@@ -536,7 +539,7 @@ ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, s
 # ---- along the channels
 
 
-def concatenate(first, second, third=None, fourth=None):
+def concatenate(first: Array, second: Array, third: Array | None = None, fourth: Array | None = None) -> Array:
     """Two to four arrays of features side by side: a skip connection.
 
     Parameters
@@ -582,7 +585,7 @@ def _concatenate_vjp(arguments, saved, grad, needs):
 
 def _concatenate_result(**features):
     given = [a for a in features.values() if a is not None]
-    return [((len(given[0]), sum(a.shape[1] for a in given)), given[0].dtype)]
+    return [((given[0].shape[0], sum(a.shape[1] for a in given)), given[0].dtype)]
 
 
 CONCATENATE = Op(
@@ -590,7 +593,7 @@ CONCATENATE = Op(
 )
 
 
-def softmax(features):
+def softmax(features: Array) -> Array:
     """``exp(features)`` over its sum along the last axis, which never overflows.
 
     Parameters
@@ -641,7 +644,8 @@ SOFTMAX = Op("softmax", _softmax, _softmax_vjp, diff=("features",), result=_like
 # ---- loss
 
 
-def softmax_cross_entropy(logits, labels, *, ignore_index=None, class_weights=None, reduction="mean"):
+def softmax_cross_entropy(logits: Array, labels: Array, *, ignore_index: int | None = None,
+                          class_weights: Array | None = None, reduction: str = "mean") -> Array:  # fmt: skip
     """The cross entropy between labels and the softmax of logits.
 
     ``w[y] * (log(sum(exp(x))) - x[y])`` for a row x of label y. Differentiable in `logits`.

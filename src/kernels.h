@@ -144,46 +144,44 @@ struct Columns {
 };
 
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
-#define KP_KERNELS(X)                                                                                                \
-  X(Status, build_index, (const IndexPoints&, void** index))                                                         \
-  X(double, crowding, (const void* index))                                                                           \
-  X(void, free_index, (void* index))                                                                                 \
-  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */       \
-  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                                  \
-  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                        \
-  X(void, radius_search_free, (void* plan))                                                                          \
-  /* The nearest within the radius: rows of `most`, of which `counts` are used. */                                   \
-  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                            \
-  X(Status, transpose, (const Transpose&))                                                                           \
-  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                          \
-  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                                    \
-  X(void, grid_subsample_free, (void* plan))                                                                         \
-  X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                             \
-  X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                                \
-  X(Status, kpconv, (const KPConv&, const Array& out))                                                               \
-  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))                \
-  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))                  \
-  X(Status, kernel_points, (const KernelPoints&, double* out))                                                       \
-  X(Status, lloyd, (const KernelPoints&, double* out))                                                               \
-  X(Status, linear, (const Array& features, const Array& weights, const Array& bias, const Array& out, int threads)) \
-  X(Status, linear_grad_features,                                                                                    \
-    (const Array& weights, const Array& grad_out, const Array& grad_features, int threads))                          \
-  X(Status, linear_grad_weights,                                                                                     \
-    (const Array& features, const Array& grad_out, const Array& grad_weights, int threads))                          \
-  X(Status, sum_rows, (const Array& rows, const Array& sums, int threads))                                           \
-  X(Status, moments, (const Normalize&, const Array& mean, const Array& variance))                                   \
-  X(Status, normalize, (const Normalize&, const Array& out))                                                         \
-  X(Status, normalize_grad, (const Normalize&, const Array& grad_out, const NormalizeGrad&))                         \
-  X(Status, activate, (const Activate&, const Array& out))                                                           \
-  X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))                     \
-  X(Status, add, (const Array& first, const Array& second, const Array& out, int threads))                           \
-  X(Status, dropout, (const Dropout&, const Array& out))                                                             \
-  X(Status, softmax, (const Array& features, const Array& out, int threads))                                         \
-  X(Status, softmax_grad, (const Array& features, const Array& grad_out, const Array& grad_features, int threads))   \
-  X(Status, cross_entropy, (const CrossEntropy&, const Array& out))                                                  \
-  X(Status, cross_entropy_grad, (const CrossEntropy&, const Array& grad_out, const Array& grad_logits))              \
-  X(Status, concatenate, (const Columns&, const Array& whole))                                                       \
-  X(Status, split, (const Columns&, const Array& whole))                                                             \
+#define KP_KERNELS(X)                                                                                          \
+  X(Status, build_index, (const IndexPoints&, void** index))                                                   \
+  X(double, crowding, (const void* index))                                                                     \
+  X(void, free_index, (void* index))                                                                           \
+  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */ \
+  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                            \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                  \
+  X(void, radius_search_free, (void* plan))                                                                    \
+  /* The nearest within the radius: rows of `most`, of which `counts` are used. */                             \
+  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                      \
+  X(Status, transpose, (const Transpose&))                                                                     \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                    \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
+  X(void, grid_subsample_free, (void* plan))                                                                   \
+  X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
+  X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                          \
+  X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
+  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
+  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \
+  X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
+  X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
+  X(Status, linear, (const Array& rows, const Array& weights, const Array& bias, const Array& to, int))        \
+  X(Status, linear_grad_features, (const Array& weights, const Array& grad, const Array& to, int threads))     \
+  X(Status, linear_grad_weights, (const Array& rows, const Array& grad, const Array& to, int threads))         \
+  X(Status, sum_rows, (const Array& rows, const Array& sums, int threads))                                     \
+  X(Status, moments, (const Normalize&, const Array& mean, const Array& variance))                             \
+  X(Status, normalize, (const Normalize&, const Array& out))                                                   \
+  X(Status, normalize_grad, (const Normalize&, const Array& grad_out, const NormalizeGrad&))                   \
+  X(Status, activate, (const Activate&, const Array& out))                                                     \
+  X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))               \
+  X(Status, add, (const Array& first, const Array& second, const Array& to, int threads))                      \
+  X(Status, dropout, (const Dropout&, const Array& out))                                                       \
+  X(Status, softmax, (const Array& rows, const Array& to, int threads))                                        \
+  X(Status, softmax_grad, (const Array& rows, const Array& grad, const Array& to, int threads))                \
+  X(Status, cross_entropy, (const CrossEntropy&, const Array& out))                                            \
+  X(Status, cross_entropy_grad, (const CrossEntropy&, const Array& grad_out, const Array& grad_logits))        \
+  X(Status, concatenate, (const Columns&, const Array& whole))                                                 \
+  X(Status, split, (const Columns&, const Array& whole))                                                       \
   X(double, fma_rate, (DType))
 
 struct Kernels {

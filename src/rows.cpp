@@ -156,44 +156,22 @@ bool sum_columns(const Blocks& blocks, int64_t items, int64_t columns, int threa
 
 constexpr int64_t tile_rows = 10 * row_step;
 
-// The rows of an array, tile_rows at a time; the last of them in a copy that vectors and micro-kernels may overrun.
-template <class F>
-class Tiles {
- public:
-  bool cut(const F* rows, int64_t n, int64_t columns) {
-    rows_ = rows;
-    columns_ = columns;
-    whole_ = n ? (n - 1) / tile_rows : 0;
-    const int64_t rest = n - whole_ * tile_rows, size = round_up(rest, row_step) * columns;
-    if (!last_.resize(size + row_step)) return false;
-    memset(last_.data(), 0, size_t(size + row_step) * sizeof(F));
-    memcpy(last_.data(), rows + whole_ * tile_rows * columns, size_t(rest * columns) * sizeof(F));
-    return true;
-  }
-  const F* operator[](int64_t t) const { return t < whole_ ? rows_ + t * tile_rows * columns_ : last_.data(); }
-
- private:
-  const F* rows_ = nullptr;
-  int64_t columns_ = 0, whole_ = 0;
-  Buffer<F> last_;
-};
-
 // out (n, columns) = left (n, length) times the weights or their transpose, plus the bias if there is one.
 template <class F>
 Status multiply(const Array& left, const Array& weights, bool transposed, const F* bias, const Array& out,
                 int threads) {
   const int64_t n = left.rows, length = left.cols, columns = out.cols;
+  const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
   Panels<F> panels;
-  Tiles<F> rows;
-  Buffer<F> start;
+  Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
   if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, transposed, threads)) return Status::out_of_memory;
-  if (!rows.cut(as<F>(left), n, length) || !start.resize(panels.padded_columns())) return Status::out_of_memory;
+  if (!start.resize(panels.padded_columns()) || !last.resize(row_step * length)) return Status::out_of_memory;
   for (int64_t c = 0; c < panels.padded_columns(); ++c) start[c] = bias && c < columns ? bias[c] : F(0);
-  const int64_t tiles = (n + tile_rows - 1) / tile_rows;
+  memset(last.data(), 0, size_t(row_step * length) * sizeof(F));
+  memcpy(last.data(), as<F>(left) + whole * length, size_t((n - whole) * length) * sizeof(F));
 #pragma omp parallel for num_threads(useful_threads(threads, n * length * columns, 1 << 20)) schedule(dynamic, 1)
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t count = smaller(tile_rows, n - t * tile_rows);
-    F* const tile_out = into<F>(out) + t * tile_rows * columns;
+    const int64_t end = smaller(n, (t + 1) * tile_rows);
     Vec<F> sums[row_step * panel_vectors];
     F* const spill = reinterpret_cast<F*>(sums);
     for (int64_t p = 0; p < panels.count(); ++p)
@@ -201,17 +179,18 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
         constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
         const F *const panel = panels.row(p, 0), *const begin = start.data() + p * panel_width<F>;
         const int64_t width = smaller<int64_t>(panel_width<F>, columns - p * panel_width<F>);
-        for (int64_t i = 0; i < count; i += MR) {
-          F* const block = tile_out + i * columns + p * panel_width<F>;
-          const bool fits = i + MR <= count && width == NV * lanes<F>;
+        for (int64_t i = t * tile_rows; i < end; i += MR) {
+          const F* const rows = i < whole ? as<F>(left) + i * length : last.data() + (i - whole) * length;
+          F* const block = into<F>(out) + i * columns + p * panel_width<F>;
+          const bool fits = i + MR <= end && width == NV * lanes<F>;
           F* const to = fits ? block : spill;
           const int64_t stride = fits ? columns : NV * lanes<F>;
           for (int r = 0; r < MR; ++r)
             for (int v = 0; v < NV; ++v) store(to + r * stride + v * lanes<F>, load(begin + v * lanes<F>));
           multiply_block<F, MR, NV, false>(
-              length, rows[t] + i * length, length, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
+              length, rows, length, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
               [=](int64_t r) { return to + r * stride; });
-          for (int64_t r = 0; !fits && r < smaller<int64_t>(MR, count - i); ++r)
+          for (int64_t r = 0; !fits && r < smaller<int64_t>(MR, end - i); ++r)
             memcpy(block + r * columns, spill + r * stride, size_t(width) * sizeof(F));
         }
       });
@@ -219,50 +198,78 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
   return Status::ok;
 }
 
+// A tile for its transposed product: `count` rows of some channels in strips of row_step, and of the gradient in
+// panels, both filled up with zeros. In place, rows a power of two apart would share a few sets of the cache.
+template <class F>
+void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, int64_t c_out, int64_t count, F* left,
+               F* right) {
+  const int64_t padded = round_up(c_out, lanes<F>);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < channels; c += row_step) {
+      F* const to = left + c * tile_rows + i * row_step;
+      for (int64_t k = 0; k < row_step; ++k) to[k] = c + k < channels ? rows[i * stride + c + k] : F(0);
+    }
+    for (int64_t v = 0; v < padded; v += panel_width<F>) {
+      const int64_t width = smaller<int64_t>(panel_width<F>, padded - v), given = smaller(width, c_out - v);
+      F* const to = right + v * tile_rows + i * width;
+      memcpy(to, grad + i * c_out + v, size_t(given) * sizeof(F));
+      for (int64_t k = given; k < width; ++k) to[k] = 0;
+    }
+  }
+}
+
 // grad_weights = features^T grad_out. Tiles are dealt to a number of sums that depends on the sizes alone, which are
 // then added in order; within a sum, a tile's product is taken in registers first.
 template <class F>
 Status weight_gradient(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
-  constexpr int64_t block = 8 * row_step;  // channels of a job
   const int64_t n = features.rows, c_in = features.cols, c_out = grad_out.cols;
   const int64_t height = round_up(c_in, row_step), padded = round_up(c_out, lanes<F>);
-  const int64_t tiles = (n + tile_rows - 1) / tile_rows, blocks = (c_in + block - 1) / block;
+  const int64_t tiles = (n + tile_rows - 1) / tile_rows;
   const int64_t fit = (int64_t(1) << 21) / larger<int64_t>(1, height * padded);  // in 8 MiB of float32
   const int64_t sums = larger<int64_t>(1, smaller(smaller<int64_t>(64, tiles / 16), fit));
-  Tiles<F> rows, grads;
+  const int64_t block = (sums < 16 ? 8 : 32) * row_step;  // channels of a job: fewer make more jobs, and read more
+  const int64_t blocks = (c_in + block - 1) / block;
   Buffer<F> partial;
-  if (!rows.cut(as<F>(features), n, c_in) || !grads.cut(as<F>(grad_out), n, c_out)) return Status::out_of_memory;
   if (!partial.resize(sums * height * padded)) return Status::out_of_memory;
-#pragma omp parallel num_threads(useful_threads(threads, n * c_in * c_out, 1 << 20))
+  bool enough = true;
+#pragma omp parallel num_threads(useful_threads(threads, n * c_in * c_out, 1 << 20)) reduction(&& : enough)
   {
+    Buffer<F> left, right;
+    enough = left.resize(tile_rows * block) && right.resize(tile_rows * padded);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < sums * blocks; ++job) {
+      if (!enough) continue;
       const int64_t sum = job / blocks, first = job % blocks * block, end = smaller(height, first + block);
       F* const to = partial.data() + sum * height * padded;
       memset(to + first * padded, 0, size_t((end - first) * padded) * sizeof(F));
       const Share share(tiles, int(sum), int(sums));
-      for (int64_t t = share.begin; t < share.end; ++t)
+      for (int64_t t = share.begin; t < share.end; ++t) {
+        const int64_t row = t * tile_rows, count = smaller(tile_rows, n - row);
+        pack_tile(as<F>(features) + row * c_in + first, c_in, smaller(c_in, end) - first, as<F>(grad_out) + row * c_out,
+                  c_out, count, left.data(), right.data());
         for (int64_t v = 0; v < padded; v += panel_width<F>)
           with_vectors(int(smaller<int64_t>(panel_width<F>, padded - v) / lanes<F>), [&](auto vectors) {
             constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-            const F* const grad = grads[t] + v;
-            for (int64_t c = first; c < end; c += MR)
+            const F* const panel = right.data() + v * tile_rows;
+            for (int64_t c = 0; c < end - first; c += MR)
               multiply_block<F, MR, NV, false>(
-                  smaller(tile_rows, n - t * tile_rows), rows[t] + c, 1, c_in,
-                  [=](int64_t i) { return grad + i * c_out; }, [=](int64_t r) { return to + (c + r) * padded + v; });
+                  count, &left[c / row_step * row_step * tile_rows + c % row_step], 1, row_step,
+                  [=](int64_t i) { return panel + i * NV * lanes<F>; },
+                  [=](int64_t r) { return to + (first + c + r) * padded + v; });
           });
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < c_in; ++c) {
-      F* const to = into<F>(grad_weights) + c * c_out;
-      memcpy(to, &partial[c * padded], size_t(c_out) * sizeof(F));
+      F* const row = into<F>(grad_weights) + c * c_out;
+      memcpy(row, &partial[c * padded], size_t(c_out) * sizeof(F));
       for (int64_t sum = 1; sum < sums; ++sum) {
         const F* const from = &partial[(sum * height + c) * padded];
-        for (int64_t v = 0; v < c_out; ++v) to[v] += from[v];
+        for (int64_t v = 0; v < c_out; ++v) row[v] += from[v];
       }
     }
   }
-  return Status::ok;
+  return enough ? Status::ok : Status::out_of_memory;
 }
 
 template <class F>
@@ -560,7 +567,10 @@ Status drop(const Dropout& args, T* out) {
     T* const to = out + b * words_of_block;
     const int64_t count = smaller(words_of_block, n - b * words_of_block);
     const auto keep = [&](int64_t values) {
-      for (int64_t i = 0; i < values; ++i) to[i] = words[i] >= least ? from[i] * scale : T(0);
+      for (int64_t i = 0; i < values; ++i) {
+        const T value = from[i] * scale;  // whether it is kept or not, or there would be a branch
+        to[i] = words[i] >= least ? value : T(0);
+      }
     };
     if (all) {
       memset(to, 0, size_t(count) * sizeof(T));

@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -438,6 +439,20 @@ def test_the_gradient_of_weights_over_many_rows():
     assert_close(grad_b, g.sum(0, dtype=np.float64), 1e-7)
 
 
+@both_dtypes
+@pytest.mark.parametrize("c_in", [130, 400])
+def test_the_gradient_of_weights_in_many_sums(c_in, dtype, set_threads):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(40_000, c_in)).astype(dtype), rng.normal(size=(40_000, 70)).astype(dtype)
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        found.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
+    assert_close(found[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
+    for got in found[1:]:
+        assert_same_bits(got, found[0])
+
+
 def test_a_loss_over_many_rows():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(300_000, 4)).astype(np.float32), rng.integers(0, 4, 300_000)
@@ -667,7 +682,11 @@ def test_shapes_and_dtypes_are_known_ahead():
     for op, arguments in calls:
         out, saved = op.forward(**arguments)
         arrays = [*(out if op.field else (out,)), *saved]
-        assert op.result(**arguments) == [(a.shape, a.dtype) for a in arrays], op.name
+        shaped = {
+            name: SimpleNamespace(shape=a.shape, dtype=a.dtype) if isinstance(a, np.ndarray) else a
+            for name, a in arguments.items()
+        }
+        assert op.result(**shaped) == [(a.shape, a.dtype) for a in arrays], op.name
     assert {op.name for op, _ in calls} <= set(kp.__all__)
 
 
