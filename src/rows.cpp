@@ -369,12 +369,13 @@ struct Affine {
 template <class T>
 Status apply(const Normalize& args, const Array& out) {
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1;
+  const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
   Affine<T> affine;
   Blocks blocks;
   if (!affine.set(args) || !blocks.cut(as<int64_t>(args.row_splits), items, columns)) return Status::out_of_memory;
   const T* const x = as<T>(args.features);
   T* const y = into<T>(out);
-#pragma omp parallel for num_threads(useful_threads(args.threads, args.features.rows* columns, grain)) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks.count(); ++b) {
     const int64_t at_item = blocks.item(b) * affine.padded;
     const T *const center = &affine.center[at_item], *const factor = &affine.factor[at_item];
@@ -415,9 +416,8 @@ Status differentiate(const Normalize& args, const Array& grad_out, const Normali
   memset(slant.data(), 0, size_t(items * padded) * sizeof(T));
   memset(level.data(), 0, size_t(items * padded) * sizeof(T));
   if (out.grad_scale.data || out.grad_shift.data || !args.is_given) {
-    Buffer<double> sums, grad_scale;
-    if (!grad_scale.resize(columns) ||
-        !sum_columns<T>(blocks, items, columns, threads, sums,
+    Buffer<double> sums;
+    if (!sum_columns<T>(blocks, items, columns, threads, sums,
                         [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
                           const Vec<T> narrow = at(x + r * columns + c) - load(center + item * padded + c);
                           Vec<double> d[parts<T>], g[parts<T>];
