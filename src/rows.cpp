@@ -778,7 +778,8 @@ Status with_types(const CrossEntropy& args, Call call) {
 template <class Copy>
 void for_each_part(const Columns& args, const Array& whole, Copy copy) {
   const int64_t size = whole.dtype == DType::float32 ? 4 : 8, stride = whole.cols * size;
-#pragma omp parallel for num_threads(useful_threads(args.threads, whole.rows* whole.cols, grain)) schedule(static)
+  const int threads = useful_threads(args.threads, whole.rows * whole.cols, grain);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < whole.rows; ++r) {
     char* to = static_cast<char*>(whole.data) + r * stride;
     for (const Array& part : args.parts) {
