@@ -22,6 +22,7 @@ SIZES = {
         "pyramid": 100_000,
         "sheet": 100_000,
         "growth": (10**4, 10**5, 10**6, 10**7),
+        "rows": 200_000,
     },
     "quick": {
         "raw": 40_000,
@@ -30,6 +31,7 @@ SIZES = {
         "pyramid": 2_000,
         "sheet": 10_000,
         "growth": (10**3, 10**4),
+        "rows": 2_000,
     },
 }
 
@@ -93,6 +95,7 @@ TARGETS = {
     ("deformable", "forward, C = 64", "voxel", "dense torch"): (">=", 30),
     ("deformable", "forward + vjp, C = 64", "voxel", "two rigid"): ("<=", 1.35),
     ("deformable", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 25),
+    ("rows", "batch_norm + leaky_relu, forward + vjp", "", "torch"): (">=", 1),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
     ("overhead", "tape, forward + vjp", "", "the calls alone"): ("<=", 15),
     ("overhead", "torch, forward", "", "the calls alone"): ("<=", 20),
@@ -130,6 +133,7 @@ TASKS = {
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
+    "rows": [{}],
     "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
     "overhead": [{}],
@@ -543,6 +547,69 @@ def kpconv_vjp(bench, order):
     )
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
+
+
+def normalized(features, scale, shift, grad):
+    """Batch normalisation and leaky ReLU, and their gradients, by the formulas in float64."""
+    relative = features - features.mean(0, dtype=np.float64)
+    inverse = 1 / np.sqrt(np.square(relative).mean(0) + 1e-5)
+    relative *= inverse
+    out = relative * scale + shift
+    slope = np.where(out > 0, 1, 0.1)
+    grad = grad * slope
+    of_shift, of_scale = grad.sum(0), (grad * relative).sum(0)
+    n = len(features)
+    return [out * slope, inverse * scale * (grad - of_shift / n - relative * of_scale / n), of_scale, of_shift]
+
+
+def rows(bench):
+    """Layers on rows of features. All but the product are bound by memory: see "GB/s"."""
+    rng, (n, c) = np.random.default_rng(8), (bench.sizes["rows"], 128)
+    features, grad = rng.standard_normal((2, n, c), np.float32)
+    scale, shift, mean, var = rng.random((4, c), np.float32)
+    bench.label(order="", size=f"{n:,} x {c}")
+
+    def normalize():
+        layer = partial(kp.batch_norm, running_mean=mean, running_var=var, negative_slope=0.1)
+        out, pullback = kp.autodiff.vjp(lambda *primals: layer(*primals).features, features, scale, shift)
+        return [out, *pullback(grad)]
+
+    what = "batch_norm + leaky_relu, forward + vjp"
+    found = bench.first(normalize)
+    close(normalized(features, scale, shift, grad), found)
+
+    def check(theirs):
+        # Torch's sums are float32: its gradient of the scale is off by 0.5 %, and slopes differ where it rounds to
+        # another side of zero.
+        for ours, other in zip(found, theirs, strict=True):
+            assert abs(ours - other).mean() < 1e-2 * abs(ours).max(), "results differ"
+
+    traffic = 8 * features.nbytes  # reads: 2 forward, 4 backward; writes: 1 and 1
+    bench.rate(f"{what}, traffic", normalize, traffic / 1e3, "GB/s per core")
+    inputs = {"features": features, "scale": scale, "shift": shift, "mean": mean, "var": var, "grad": grad}
+    bench.against(what, normalize, peers.TORCH_BATCH_NORM, inputs, check)
+
+    weights = rng.standard_normal((c, c), np.float32)
+    product = partial(kp.linear, features, weights)
+    out = bench.first(product)
+    bench.against("linear, C = 128", product, peers.NUMPY_LINEAR, {"features": features, "weights": weights},
+                  lambda theirs: close([theirs], [out]))  # fmt: skip
+
+    def floor():
+        return bench.Seconds(2 * n * c * c / (kp._cpu.fma_rate("float32") * bench.threads))
+
+    bench.compare("linear, C = 128", product, "FMA floor", floor)
+
+    logits, labels = features[:, :13].copy(), rng.integers(0, 13, n)
+
+    def loss():
+        value, pullback = kp.autodiff.vjp(lambda x: kp.softmax_cross_entropy(x, labels), logits)
+        return [value, *pullback(np.ones_like(value))]
+
+    expected = bench.first(loss)
+    bench.label(order="", size=f"{n:,} x 13")
+    bench.against("softmax_cross_entropy, forward + vjp", loss, peers.TORCH_CROSS_ENTROPY,
+                  {"logits": logits, "labels": labels}, partial(close, expected))  # fmt: skip
 
 
 def deformation(bench, order):

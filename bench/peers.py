@@ -396,6 +396,45 @@ def dense_losses(points, index, row_splits, kernel_points, offsets, extent):
 DENSE_LOSSES = Peer("dense torch", dense_module, dense_losses, lambda out: [part.numpy() for part in out])
 
 
+# Layers on rows: read() gives the result and its gradients.
+
+
+def torch_batch_norm(features, scale, shift, mean, var, grad):
+    import torch
+    from torch.nn import functional
+
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (features, scale, shift)]
+    mean, var, grad = torch.from_numpy(mean.copy()), torch.from_numpy(var.copy()), torch.from_numpy(grad)
+
+    def run():
+        out = functional.batch_norm(inputs[0], mean, var, *inputs[1:], training=True, momentum=0.02)
+        out = functional.leaky_relu(out, 0.1, inplace=True)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    return run
+
+
+def torch_cross_entropy(logits, labels):
+    import torch
+
+    logits, labels = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
+
+    def run():
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return [loss.detach(), *torch.autograd.grad(loss, [logits])]
+
+    return run
+
+
+def read_tensors(tensors):
+    return [tensor.numpy() for tensor in tensors]
+
+
+TORCH_BATCH_NORM = Peer("torch", imports("torch"), torch_batch_norm, read_tensors)
+TORCH_CROSS_ENTROPY = Peer("torch", imports("torch"), torch_cross_entropy, read_tensors)
+NUMPY_LINEAR = Peer("NumPy X @ W", imports("numpy"), lambda features, weights: lambda: features @ weights, np.asarray)
+
+
 def openblas_core():
     """The kernel set NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
     try:

@@ -41,6 +41,20 @@ from kpcore.kpconv import kpconv, kpconvx
 from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
 from kpcore.pooling import gather, interpolate, nearest_upsample, neighbor_reduce, segment_reduce
 from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
+from kpcore.rows import (
+    BatchNormed,
+    add,
+    batch_norm,
+    concatenate,
+    dropout,
+    group_norm,
+    leaky_relu,
+    linear,
+    relu,
+    sigmoid,
+    softmax,
+    softmax_cross_entropy,
+)
 from kpcore.sampling import Sampled, farthest_point_sampling
 from kpcore.subsampling import Subsampled, grid_subsample
 
@@ -52,6 +66,7 @@ def __getattr__(name):
 
 
 __all__ = [
+    "BatchNormed",
     "GridIndex",
     "KDTree",
     "Level",
@@ -60,9 +75,13 @@ __all__ = [
     "Sampled",
     "Subsampled",
     "__version__",
+    "add",
     "autodiff",
+    "batch_norm",
     "build_pyramid",
     "calibrate_neighbor_limits",
+    "concatenate",
+    "dropout",
     "farthest_point_sampling",
     "fitting_loss",
     "gather",
@@ -70,18 +89,25 @@ __all__ = [
     "get_num_threads",
     "grid_subsample",
     "interpolate",
+    "group_norm",
     "kernel_points",
     "knn_search",
     "kpconv",
     "kpconvx",
+    "leaky_relu",
     "lengths",
     "nearest_upsample",
     "neighbor_reduce",
+    "linear",
     "radius_search",
     "repulsion_loss",
+    "relu",
     "row_splits",
     "segment_reduce",
     "set_memory_limit",
     "set_num_threads",
     "show_config",
+    "sigmoid",
+    "softmax",
+    "softmax_cross_entropy",
 ]

@@ -148,6 +148,46 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     cdef struct DeformationGrads:
         Array offsets, kernel_points
 
+    cdef struct Normalize:
+        Array features, row_splits
+        Array scale, shift
+        Array mean, inverse_std
+        bint is_given
+        double negative_slope
+        int threads
+
+    cdef struct NormalizeGrad:
+        Array grad_features, grad_scale, grad_shift
+
+    enum class Activation(int):
+        pass
+
+    cdef struct Activate:
+        Array features
+        Activation activation
+        double negative_slope
+        int threads
+
+    cdef struct Dropout:
+        Array features
+        double rate
+        uint64_t seed
+        int threads
+
+    enum class CrossEntropyReduction(int):
+        pass
+
+    cdef struct CrossEntropy:
+        Array logits, labels, class_weights
+        int64_t ignore_index
+        bint has_ignore_index
+        CrossEntropyReduction reduction
+        int threads
+
+    cdef struct Columns:
+        Array parts[4]
+        int threads
+
     cdef struct Kernels:
         const char* isa
         Status (*build_index)(const IndexPoints&, void**) noexcept nogil
@@ -181,6 +221,23 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*fitting_loss_grad)(const Deformation&, const Array&, const DeformationGrads&) noexcept nogil
         Status (*repulsion_loss)(const Deformation&, const Array&) noexcept nogil
         Status (*repulsion_loss_grad)(const Deformation&, const DeformationGrads&) noexcept nogil
+        Status (*linear)(const Array&, const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*linear_grad_features)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*linear_grad_weights)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*sum_rows)(const Array&, const Array&, int) noexcept nogil
+        Status (*moments)(const Normalize&, const Array&, const Array&) noexcept nogil
+        Status (*normalize)(const Normalize&, const Array&) noexcept nogil
+        Status (*normalize_grad)(const Normalize&, const Array&, const NormalizeGrad&) noexcept nogil
+        Status (*activate)(const Activate&, const Array&) noexcept nogil
+        Status (*activate_grad)(const Activate&, const Array&, const Array&) noexcept nogil
+        Status (*add)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*dropout)(const Dropout&, const Array&) noexcept nogil
+        Status (*softmax)(const Array&, const Array&, int) noexcept nogil
+        Status (*softmax_grad)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*cross_entropy)(const CrossEntropy&, const Array&) noexcept nogil
+        Status (*cross_entropy_grad)(const CrossEntropy&, const Array&, const Array&) noexcept nogil
+        Status (*concatenate)(const Columns&, const Array&) noexcept nogil
+        Status (*split)(const Columns&, const Array&) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
 
     const Kernels& kernels() noexcept
@@ -759,6 +816,266 @@ def repulsion_loss_grad(kernel_points, offsets, double extent, double repulse_ex
         status = kernels().repulsion_loss_grad(args, to)
     raise_for(status)
     return grad_offsets, grad_kernel_points
+
+
+def linear(features, weights, bias, int threads):
+    """(N, Cout)"""
+    out = np.empty((len(features), weights.shape[1]), features.dtype)
+    cdef Array left = view(features), right = view(weights), start = view(bias), to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().linear(left, right, start, to, threads)
+    raise_for(status)
+    return out
+
+
+def linear_grad_features(weights, grad_out, int threads):
+    """(N, Cin)"""
+    grad_features = np.empty((len(grad_out), weights.shape[0]), grad_out.dtype)
+    cdef Array right = view(weights), given = view(grad_out), to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().linear_grad_features(right, given, to, threads)
+    raise_for(status)
+    return grad_features
+
+
+def linear_grad_weights(features, grad_out, int threads):
+    """(Cin, Cout)"""
+    grad_weights = np.empty((features.shape[1], grad_out.shape[1]), grad_out.dtype)
+    cdef Array left = view(features), given = view(grad_out), to = view(grad_weights)
+    cdef Status status
+    with nogil:
+        status = kernels().linear_grad_weights(left, given, to, threads)
+    raise_for(status)
+    return grad_weights
+
+
+def sum_rows(rows, int threads):
+    """(C,)"""
+    sums = np.empty(rows.shape[1], rows.dtype)
+    cdef Array given = view(rows), to = view(sums)
+    cdef Status status
+    with nogil:
+        status = kernels().sum_rows(given, to, threads)
+    raise_for(status)
+    return sums
+
+
+def moments(features, row_splits, int64_t groups, int threads):
+    """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none"""
+    cdef Normalize args
+    args.features = view(features)
+    args.row_splits = view(row_splits)
+    args.scale = args.shift = args.mean = args.inverse_std = view(None)
+    args.is_given = False
+    args.negative_slope = 1
+    args.threads = threads
+    mean = np.empty((len(row_splits) - 1, groups), np.float64)
+    variance = np.empty_like(mean)
+    cdef Array to_mean = view(mean), to_variance = view(variance)
+    cdef Status status
+    with nogil:
+        status = kernels().moments(args, to_mean, to_variance)
+    raise_for(status)
+    return mean, variance
+
+
+cdef Normalize normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, bint is_given,
+                                   double negative_slope, int threads) except *:
+    cdef Normalize args
+    args.features = view(features)
+    args.row_splits = view(row_splits)
+    args.scale = view(scale)
+    args.shift = view(shift)
+    args.mean = view(mean)
+    args.inverse_std = view(inverse_std)
+    args.is_given = is_given
+    args.negative_slope = negative_slope
+    args.threads = threads
+    return args
+
+
+def normalize(features, row_splits, scale, shift, mean, inverse_std, double negative_slope, int threads):
+    """(N, C)"""
+    cdef Normalize args = normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, False,
+                                              negative_slope, threads)
+    out = np.empty_like(features)
+    cdef Array to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().normalize(args, to)
+    raise_for(status)
+    return out
+
+
+def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, bint is_given, double negative_slope,
+                   grad_out, bint features_needed, bint scale_needed, bint shift_needed, int threads):
+    """(grad_features (N, C), grad_scale (C,), grad_shift (C,)), None for those that are not needed"""
+    cdef Normalize args = normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, is_given,
+                                              negative_slope, threads)
+    grad_features = np.empty_like(features) if features_needed else None
+    grad_scale = np.empty_like(scale) if scale_needed else None
+    grad_shift = np.empty_like(shift) if shift_needed else None
+    cdef NormalizeGrad to
+    to.grad_features = view(grad_features)
+    to.grad_scale = view(grad_scale)
+    to.grad_shift = view(grad_shift)
+    cdef Array given = view(grad_out)
+    cdef Status status
+    with nogil:
+        status = kernels().normalize_grad(args, given, to)
+    raise_for(status)
+    return grad_features, grad_scale, grad_shift
+
+
+def activate(features, int activation, double negative_slope, int threads):
+    """an array like the features"""
+    cdef Activate args
+    args.features = view(features)
+    args.activation = <Activation>activation
+    args.negative_slope = negative_slope
+    args.threads = threads
+    out = np.empty_like(features)
+    cdef Array to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().activate(args, to)
+    raise_for(status)
+    return out
+
+
+def activate_grad(features, int activation, double negative_slope, grad_out, int threads):
+    """an array like the features"""
+    cdef Activate args
+    args.features = view(features)
+    args.activation = <Activation>activation
+    args.negative_slope = negative_slope
+    args.threads = threads
+    grad_features = np.empty_like(features)
+    cdef Array given = view(grad_out), to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().activate_grad(args, given, to)
+    raise_for(status)
+    return grad_features
+
+
+def add(first, second, int threads):
+    """an array like both"""
+    out = np.empty_like(first)
+    cdef Array a = view(first), b = view(second), to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().add(a, b, to, threads)
+    raise_for(status)
+    return out
+
+
+def dropout(features, double rate, uint64_t seed, int threads):
+    """an array like the features"""
+    cdef Dropout args
+    args.features = view(features)
+    args.rate = rate
+    args.seed = seed
+    args.threads = threads
+    out = np.empty_like(features)
+    cdef Array to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().dropout(args, to)
+    raise_for(status)
+    return out
+
+
+def softmax(features, int threads):
+    """(N, C)"""
+    out = np.empty_like(features)
+    cdef Array given = view(features), to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().softmax(given, to, threads)
+    raise_for(status)
+    return out
+
+
+def softmax_grad(features, grad_out, int threads):
+    """(N, C)"""
+    grad_features = np.empty_like(features)
+    cdef Array rows = view(features), given = view(grad_out), to = view(grad_features)
+    cdef Status status
+    with nogil:
+        status = kernels().softmax_grad(rows, given, to, threads)
+    raise_for(status)
+    return grad_features
+
+
+cdef CrossEntropy cross_entropy_arguments(logits, labels, ignore_index, class_weights, int reduction,
+                                          int threads) except *:
+    cdef CrossEntropy args
+    args.logits = view(logits)
+    args.labels = view(labels)
+    args.class_weights = view(class_weights)
+    args.has_ignore_index = ignore_index is not None
+    args.ignore_index = 0 if ignore_index is None else ignore_index
+    args.reduction = <CrossEntropyReduction>reduction
+    args.threads = threads
+    return args
+
+
+def cross_entropy(logits, labels, ignore_index, class_weights, int reduction, bint each, int threads):
+    """(N,) of `each` row, or 0-d"""
+    cdef CrossEntropy args = cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction, threads)
+    out = np.empty(len(logits) if each else (), logits.dtype)
+    cdef Array to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().cross_entropy(args, to)
+    raise_for(status)
+    return out
+
+
+def cross_entropy_grad(logits, labels, ignore_index, class_weights, int reduction, grad_out, int threads):
+    """(N, C)"""
+    cdef CrossEntropy args = cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction, threads)
+    grad_logits = np.empty_like(logits)
+    cdef Array given = view(grad_out), to = view(grad_logits)
+    cdef Status status
+    with nogil:
+        status = kernels().cross_entropy_grad(args, given, to)
+    raise_for(status)
+    return grad_logits
+
+
+def concatenate(features, int threads):
+    """(N, channels of all), of four arrays at most"""
+    cdef Columns args
+    for i in range(4):
+        args.parts[i] = view(features[i] if i < len(features) else None)
+    args.threads = threads
+    out = np.empty((len(features[0]), sum([f.shape[1] for f in features])), features[0].dtype)
+    cdef Array whole = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().concatenate(args, whole)
+    raise_for(status)
+    return out
+
+
+def split(whole, channels, needed, int threads):
+    """a list of (N, channels[i]), None where it is not needed; four at most"""
+    cdef Columns args
+    parts = [np.empty((len(whole), c), whole.dtype) if n else None for c, n in zip(channels, needed, strict=True)]
+    for i in range(4):
+        args.parts[i] = view(parts[i] if i < len(parts) else None)
+        args.parts[i].cols = channels[i] if i < len(channels) else 0
+    args.threads = threads
+    cdef Array given = view(whole)
+    cdef Status status
+    with nogil:
+        status = kernels().split(args, given)
+    raise_for(status)
+    return parts
 
 
 def fma_rate(str dtype):

@@ -136,6 +136,48 @@ struct DeformationGrads {
   Array offsets, kernel_points;  // those that are wanted
 };
 
+// Normalisation of every group of channels over the rows of every batch item, and a leaky ReLU after it.
+struct Normalize {
+  Array features, row_splits;
+  Array scale, shift;       // (C,)
+  Array mean, inverse_std;  // (B, groups) float64
+  bool is_given;            // they do not depend on the features
+  double negative_slope;    // 1: no leaky ReLU
+  int threads;
+};
+struct NormalizeGrad {
+  Array grad_features, grad_scale, grad_shift;  // those asked for
+};
+
+enum class Activation : int { leaky_relu, relu, sigmoid };
+struct Activate {
+  Array features;
+  Activation activation;
+  double negative_slope;
+  int threads;
+};
+
+struct Dropout {
+  Array features;
+  double rate;
+  uint64_t seed;
+  int threads;
+};
+
+enum class CrossEntropyReduction : int { mean, sum, none };
+struct CrossEntropy {
+  Array logits, labels, class_weights;
+  int64_t ignore_index;
+  bool has_ignore_index;
+  CrossEntropyReduction reduction;
+  int threads;
+};
+
+struct Columns {
+  Array parts[4];  // side by side; one without data is passed over, one without columns is none
+  int threads;
+};
+
 // What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
 #define KP_KERNELS(X)                                                                                          \
   X(Status, build_index, (const IndexPoints&, void** index))                                                   \
@@ -177,6 +219,23 @@ struct DeformationGrads {
   /* The gradient holds the other kernel points fixed: times two it is the derivative. */                      \
   X(Status, repulsion_loss, (const Deformation&, const Array& loss))                                           \
   X(Status, repulsion_loss_grad, (const Deformation&, const DeformationGrads&))                                \
+  X(Status, linear, (const Array& rows, const Array& weights, const Array& bias, const Array& to, int))        \
+  X(Status, linear_grad_features, (const Array& weights, const Array& grad, const Array& to, int threads))     \
+  X(Status, linear_grad_weights, (const Array& rows, const Array& grad, const Array& to, int threads))         \
+  X(Status, sum_rows, (const Array& rows, const Array& sums, int threads))                                     \
+  X(Status, moments, (const Normalize&, const Array& mean, const Array& variance))                             \
+  X(Status, normalize, (const Normalize&, const Array& out))                                                   \
+  X(Status, normalize_grad, (const Normalize&, const Array& grad_out, const NormalizeGrad&))                   \
+  X(Status, activate, (const Activate&, const Array& out))                                                     \
+  X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))               \
+  X(Status, add, (const Array& first, const Array& second, const Array& to, int threads))                      \
+  X(Status, dropout, (const Dropout&, const Array& out))                                                       \
+  X(Status, softmax, (const Array& rows, const Array& to, int threads))                                        \
+  X(Status, softmax_grad, (const Array& rows, const Array& grad, const Array& to, int threads))                \
+  X(Status, cross_entropy, (const CrossEntropy&, const Array& out))                                            \
+  X(Status, cross_entropy_grad, (const CrossEntropy&, const Array& grad_out, const Array& grad_logits))        \
+  X(Status, concatenate, (const Columns&, const Array& whole))                                                 \
+  X(Status, split, (const Columns&, const Array& whole))                                                       \
   X(double, fma_rate, (DType))
 
 struct Kernels {

@@ -429,3 +429,57 @@ def inverse_distance_rows(points, queries, k, power, **splits):
         w = (distance == 0).astype(float) if (distance == 0).any() else distance ** -float(power)
         weights.append(w / w.sum() if len(w) else w)
     return rows, weights
+
+
+# ---- rows of features
+
+
+def normalize(features, scale, shift, mean, variance, eps, negative_slope=None):
+    """mean and variance broadcast against (N, C)"""
+    features, scale, shift = (a.astype(np.float64) for a in (features, scale, shift))
+    out = (features - mean) / np.sqrt(variance + eps) * scale + shift
+    return out if negative_slope is None else np.where(out > 0, out, out * negative_slope)
+
+
+def group_moments(features, num_groups, row_splits=None):
+    """-> (mean, variance) (N, C): of each value's batch item and group of channels."""
+    mean, variance = np.empty((2, *features.shape))
+    for first, last in itertools.pairwise(splits_or_whole(row_splits, len(features))):
+        for channels in np.split(np.arange(features.shape[1]), num_groups):
+            of_group = np.s_[first:last, channels[0] : channels[-1] + 1]
+            if first < last:
+                mean[of_group] = features[of_group].mean(dtype=np.float64)
+                variance[of_group] = ((features[of_group] - mean[of_group]) ** 2).mean()
+    return mean, variance
+
+
+def softmax(features):
+    e = np.exp(features.astype(np.float64) - features.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cross_entropies(logits, labels, ignore_index=None, class_weights=None):
+    """-> (losses, weights) (N,), both 0 where ignored"""
+    counts = labels != ignore_index
+    classes = np.where(counts, labels, 0).astype(int)
+    weights = counts * (1.0 if class_weights is None else class_weights.astype(np.float64)[classes])
+    return -weights * np.log(softmax(logits)[np.arange(len(logits)), classes]), weights
+
+
+def philox(counter, key):
+    """Four words of 32 bits from four of a counter and two of a key (Salmon et al. 2011, Philox4x32-10)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def dropout_mask(size, rate, seed):
+    """Which of so many values are kept."""
+    words = [
+        philox(((i // 64 * 16 + i % 16), 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[i // 16 % 4] for i in range(size)
+    ]
+    return np.array(words, np.uint64) >= np.uint64(rate * 2**32)

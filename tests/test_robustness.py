@@ -22,6 +22,10 @@ def neighbors(**changes):
     return kp.Neighbors(**{"index": INDEX, "row_splits": SPLITS, "num_points": 4, **changes})
 
 
+def features_of(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
 def arguments_of(name):
     """Valid arguments of a function, by name."""
     rng = np.random.default_rng(0)
@@ -106,6 +110,23 @@ def arguments_of(name):
             "offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
             "extent": 0.5,
         },
+        **{
+            op: {"features": features_of(4, 2), "scale": features_of(2), "shift": features_of(2), **more}
+            for op, more in (
+                ("batch_norm", {"running_mean": features_of(2), "running_var": np.ones(2, np.float32)}),
+                ("group_norm", {"num_groups": 2}),
+            )
+        },
+        **{op: {"features": features_of(4, 2)} for op in ("leaky_relu", "relu", "sigmoid", "softmax")},
+        "linear": {"features": features_of(4, 2), "weights": features_of(2, 3), "bias": features_of(3)},
+        "dropout": {"features": features_of(4, 2), "rate": 0.5, "seed": 0},
+        "add": {"first": features_of(4, 2), "second": features_of(4, 2)},
+        "concatenate": {"first": features_of(4, 2), "second": features_of(4, 3), "third": features_of(4, 1)},
+        "softmax_cross_entropy": {
+            "logits": features_of(4, 3),
+            "labels": np.array([0, 1, 2, 0]),
+            "class_weights": np.ones(3, np.float32),
+        },
     }[name]
 
 
@@ -152,6 +173,13 @@ ARRAYS = [
     ("kpconvx", "features"),
     ("kpconvx", "attention"),
     ("kpconvx", "weights"),
+    ("linear", "features"),
+    ("linear", "weights"),
+    ("batch_norm", "features"),
+    ("group_norm", "features"),
+    ("concatenate", "first"),
+    ("concatenate", "second"),
+    ("softmax_cross_entropy", "logits"),
 ]
 CHANGES = {
     "list": (lambda a: a.tolist(), TypeError),
@@ -379,6 +407,80 @@ CALLS = [
     ],
     *[("repulsion_loss", "repulse_extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
     ("repulsion_loss", "detach_others", lambda a: None, ValueError, "None"),
+    ("linear", "weights", lambda a: a[:1], ValueError, "channels"),
+    ("linear", "weights", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("linear", "bias", lambda a: a[:2], ValueError, "channels"),
+    ("linear", "bias", lambda a: a[None], ValueError, "2-d"),
+    ("linear", "bias", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    *[
+        (op, argument, change, error, name)
+        for op, arguments in (
+            ("batch_norm", ("scale", "shift", "running_mean", "running_var")),
+            ("group_norm", ("scale", "shift")),
+        )
+        for argument in arguments
+        for change, error, name in (
+            (lambda a: a[:1], ValueError, "channels"),
+            (lambda a: a[None], ValueError, "2-d"),
+            (lambda a: a.astype(np.float64), TypeError, "mixed"),
+            (lambda a: None, TypeError, "missing"),
+        )
+    ],
+    *[(op, "eps", lambda a, v=v: v, e, repr(v)) for op in ("batch_norm", "group_norm") for v, e in BAD_NUMBERS],
+    *[
+        (op, "negative_slope", lambda a, v=v: v, e, repr(v))
+        for op in ("batch_norm", "group_norm", "leaky_relu")
+        for v, e in ((np.nan, ValueError), (1e50, ValueError), ("1", TypeError), ([0.1], TypeError))
+    ],
+    *[
+        (op, argument, lambda a, v=v: v, e, repr(v))
+        for op, argument in (("batch_norm", "momentum"), ("dropout", "rate"))
+        for v, e in ((-0.1, ValueError), (1.1, ValueError), (np.nan, ValueError), ("1", TypeError), (None, TypeError))
+    ],
+    *[(op, "training", lambda a, v=v: v, TypeError, repr(v)) for op in ("batch_norm", "dropout") for v in (1, "yes")],
+    *[
+        ("group_norm", "num_groups", lambda a, v=v: v, e, repr(v))
+        for v, e in ((3, ValueError), (0, ValueError), (1.0, TypeError), (None, TypeError))
+    ],
+    *[("group_norm", "row_splits", lambda a, v=v: v, e, n) for n, (v, e) in BAD_SPLITS.items()],
+    *[
+        (op, argument, *CHANGES[name], name)
+        for op, argument in (
+            ("leaky_relu", "features"),
+            ("relu", "features"),
+            ("sigmoid", "features"),
+            ("softmax", "features"),
+            ("dropout", "features"),
+            ("add", "first"),
+            ("add", "second"),
+            ("concatenate", "third"),
+        )
+        for name in ("list", "text", "integers", "float16", "complex", "objects", "masked")
+    ],
+    *[
+        ("dropout", "seed", lambda a, v=v: v, e, repr(v))
+        for v, e in ((-1, ValueError), (2**63, ValueError), (1.5, TypeError), (None, TypeError))
+    ],
+    ("softmax", "features", lambda a: np.array(1.0), ValueError, "0-d"),
+    ("add", "second", lambda a: a[:3], ValueError, "length"),
+    ("add", "second", lambda a: a[0], ValueError, "broadcast"),
+    ("add", "second", lambda a: a[None], ValueError, "one axis more"),
+    ("add", "second", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("concatenate", "second", lambda a: a[:3], ValueError, "length"),
+    ("concatenate", "second", lambda a: None, TypeError, "missing"),
+    ("concatenate", "third", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("softmax_cross_entropy", "labels", lambda a: a[:3], ValueError, "length"),
+    ("softmax_cross_entropy", "labels", lambda a: a[:, None], ValueError, "2-d"),
+    ("softmax_cross_entropy", "labels", lambda a: a.tolist(), TypeError, "list"),
+    *[
+        ("softmax_cross_entropy", "labels", lambda a, t=t: a.astype(t), TypeError, t)
+        for t in ("float32", "int16", "uint32", "bool")
+    ],
+    ("softmax_cross_entropy", "class_weights", lambda a: a[:2], ValueError, "length"),
+    ("softmax_cross_entropy", "class_weights", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    ("softmax_cross_entropy", "ignore_index", lambda a: 1.5, TypeError, "1.5"),
+    ("softmax_cross_entropy", "ignore_index", lambda a: 2**63, ValueError, "beyond the dtype"),
+    ("softmax_cross_entropy", "reduction", lambda a: "max", ValueError, "max"),
 ]
 WRONG += [call[:4] for call in CALLS]
 WRONG_IDS += [f"{op}-{argument}-{name}" for op, argument, _, _, name in CALLS]
@@ -619,7 +721,16 @@ def test_any_layout(layout):
             *map(change, (case.features, case.weights, case.kernel_points)),
             case.extent,
         )
-        return search.index, search.row_splits, sub.points, sub.features, sub.labels, sub.inverse, out
+        return (
+            search.index,
+            search.row_splits,
+            sub.points,
+            sub.features,
+            sub.labels,
+            sub.inverse,
+            out,
+            *layers(*map(change, (case.features, case.weights[0], case.features[0], labels, row_splits))),
+        )
 
     for got, expected in zip(results(LAYOUTS[layout]), results(lambda a: a), strict=True):
         assert_same_bits(got, expected)
@@ -693,6 +804,21 @@ def test_features_of_more_than_2_31_values():
 # ---- threads and processes
 
 
+def layers(features, weights, scale, labels, row_splits):
+    """The loss of one layer of each kind that works on rows, and its gradients."""
+    mean, var = np.zeros_like(scale), np.ones_like(scale)
+
+    def fn(features, weights, scale):
+        x = kp.batch_norm(features, scale, scale, mean, var, negative_slope=0.1).features
+        x = kp.add(kp.group_norm(x, 1, scale, scale, row_splits=row_splits), kp.softmax(kp.sigmoid(x)))
+        x = kp.linear(kp.relu(kp.dropout(x, 0.1, seed=0)), weights)
+        x = kp.concatenate(x, kp.leaky_relu(x))
+        return kp.softmax_cross_entropy(x, labels)
+
+    loss, pullback = kp.autodiff.vjp(fn, features, weights, scale)
+    return loss, *pullback(np.ones_like(loss))
+
+
 def everything():
     """Bits of every kernel on enough points to use several threads."""
     points, radius = clouds.uniform(20_000, seed=3)
@@ -716,7 +842,8 @@ def everything():
     smooth, back = kp.autodiff.vjp(lambda f: kp.interpolate(points, None, f), features)
     pooled += [smooth, *back(smooth), kp.nearest_upsample(features, found), kp.gather(features, found.index)]
     indices = [chosen.index, *(nb.index for nb in lists)]
-    return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out), *pooled]
+    loss = layers(features, weights[0], features[0], np.arange(20_000) % 7, np.array([0, 5000, 20_000]))
+    return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out), *pooled, *loss]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
