@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kpcore import _array, _cpu, config
+from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors
 
@@ -12,7 +13,8 @@ _REDUCTIONS = ("mean", "points", "sum")
 _DIMENSIONS = range(1, 17)
 
 
-def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent, *, reduction="mean"):
+def fitting_loss(points: Array, queries: Array | None, neighbors: Neighbors, kernel_points: Array, offsets: Array,
+                 extent: float, *, reduction: str = "mean") -> Array:  # fmt: skip
     """How far each deformed kernel point is from the nearest neighbour of its query.
 
     ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
@@ -84,7 +86,8 @@ def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent, *, 
                    extent=extent, reduction=reduction)  # fmt: skip
 
 
-def repulsion_loss(kernel_points, offsets, extent, *, repulse_extent=1.2, detach_others=True, reduction="mean"):
+def repulsion_loss(kernel_points: Array, offsets: Array, extent: float, *, repulse_extent: float = 1.2,
+                   detach_others: bool = True, reduction: str = "mean") -> Array:  # fmt: skip
     """How much the deformed kernel points of each query are in each other's way.
 
     ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et

@@ -9,6 +9,22 @@ from kpcore import Pyramid, Sampled, Subsampled
 class GridIndex(kpcore.GridIndex): ...
 class KDTree(kpcore.KDTree): ...
 
+def add(
+    first: Array,
+    second: Array,
+) -> Array: ...
+def batch_norm(
+    features: Array,
+    scale: Array,
+    shift: Array,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    training: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    negative_slope: float | None = ...,
+) -> BatchNormed: ...
 def build_pyramid(
     points: Any,
     *,
@@ -23,6 +39,19 @@ def build_pyramid(
     deform_levels: Any = ...,
     neighbor_limits: Any = ...,
 ) -> Pyramid: ...
+def concatenate(
+    first: Array,
+    second: Array,
+    third: Array | None = ...,
+    fourth: Array | None = ...,
+) -> Array: ...
+def dropout(
+    features: Array,
+    rate: float,
+    seed: int,
+    *,
+    training: bool = ...,
+) -> Array: ...
 def farthest_point_sampling(
     points: Any,
     num: Any,
@@ -31,6 +60,20 @@ def farthest_point_sampling(
     start: Any = ...,
     method: Any = ...,
 ) -> Sampled: ...
+def fitting_loss(
+    points: Array,
+    queries: Array | None,
+    neighbors: Neighbors,
+    kernel_points: Array,
+    offsets: Array,
+    extent: float,
+    *,
+    reduction: str = ...,
+) -> Array: ...
+def gather(
+    features: Array,
+    index: Array,
+) -> Array: ...
 def grid_subsample(
     points: Any,
     voxel_size: Any,
@@ -43,6 +86,26 @@ def grid_subsample(
     feature: Any = ...,
     ignore_label: Any = ...,
 ) -> Subsampled: ...
+def group_norm(
+    features: Array,
+    num_groups: int,
+    scale: Array,
+    shift: Array,
+    *,
+    row_splits: Array | None = ...,
+    eps: float = ...,
+    negative_slope: float | None = ...,
+) -> Array: ...
+def interpolate(
+    points: Array,
+    queries: Array,
+    features: Array,
+    k: int = ...,
+    power: float = ...,
+    *,
+    points_row_splits: Array | None = ...,
+    queries_row_splits: Array | None = ...,
+) -> Array: ...
 def kernel_points(
     num: Any,
     radius: Any = ...,
@@ -93,6 +156,28 @@ def kpconvx(
     *,
     influence: str = ...,
 ) -> Array: ...
+def leaky_relu(
+    features: Array,
+    negative_slope: float = ...,
+) -> Array: ...
+def linear(
+    features: Array,
+    weights: Array,
+    bias: Array | None = ...,
+) -> Array: ...
+def nearest_upsample(
+    features: Array,
+    neighbors: Neighbors,
+) -> Array: ...
+def neighbor_reduce(
+    features: Array,
+    neighbors: Neighbors,
+    reduce: str = ...,
+    *,
+    weights: Array | None = ...,
+    empty: float = ...,
+    pad_value: float | None = ...,
+) -> Array: ...
 def radius_search(
     points: Any,
     queries: Any,
@@ -107,3 +192,36 @@ def radius_search(
     return_distances: Any = ...,
     count_only: Any = ...,
 ) -> Any: ...
+def relu(
+    features: Array,
+) -> Array: ...
+def repulsion_loss(
+    kernel_points: Array,
+    offsets: Array,
+    extent: float,
+    *,
+    repulse_extent: float = ...,
+    detach_others: bool = ...,
+    reduction: str = ...,
+) -> Array: ...
+def segment_reduce(
+    features: Array,
+    row_splits: Array | None,
+    reduce: str = ...,
+    *,
+    empty: float = ...,
+) -> Array: ...
+def sigmoid(
+    features: Array,
+) -> Array: ...
+def softmax(
+    features: Array,
+) -> Array: ...
+def softmax_cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    ignore_index: int | None = ...,
+    class_weights: Array | None = ...,
+    reduction: str = ...,
+) -> Array: ...

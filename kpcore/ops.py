@@ -11,11 +11,34 @@ import inspect
 
 import numpy as np
 
+from kpcore.deformation import FITTING, REPULSION
 from kpcore.kpconv import OP as KPCONV
 from kpcore.kpconv import OPX as KPCONVX
+from kpcore.pooling import GATHER, INTERPOLATE, NEAREST_UPSAMPLE, NEIGHBOR_REDUCE, SEGMENT_REDUCE
+from kpcore.rows import (
+    ADD,
+    BATCH_NORM,
+    CONCATENATE,
+    DROPOUT,
+    GROUP_NORM,
+    LEAKY_RELU,
+    LINEAR,
+    RELU,
+    SIGMOID,
+    SOFTMAX,
+    SOFTMAX_CROSS_ENTROPY,
+)
 from kpcore.subsampling import OP as GRID_SUBSAMPLE
 
-OPS = {op.name: op for op in (GRID_SUBSAMPLE, KPCONV, KPCONVX)}
+OPS = {
+    op.name: op
+    for op in (
+        *(GRID_SUBSAMPLE, KPCONV, KPCONVX, FITTING, REPULSION),
+        *(NEIGHBOR_REDUCE, NEAREST_UPSAMPLE, INTERPOLATE, SEGMENT_REDUCE, GATHER),
+        *(LINEAR, BATCH_NORM, GROUP_NORM, LEAKY_RELU, RELU, SIGMOID, SOFTMAX, DROPOUT, CONCATENATE, ADD),
+        SOFTMAX_CROSS_ENTROPY,
+    )
+}
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}

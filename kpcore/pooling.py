@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kpcore import _array, _cpu, config
+from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors, knn_search, row_splits
 
@@ -13,7 +14,8 @@ _SUM = _REDUCES.index("sum")
 _INDEX = (np.dtype(np.int32), np.dtype(np.int64))
 
 
-def neighbor_reduce(features, neighbors, reduce="mean", *, weights=None, empty=0.0, pad_value=None):
+def neighbor_reduce(features: Array, neighbors: Neighbors, reduce: str = "mean", *, weights: Array | None = None,
+                    empty: float = 0.0, pad_value: float | None = None) -> Array:  # fmt: skip
     """The mean, sum, maximum or minimum of the features of each query's neighbours.
 
     With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
@@ -80,7 +82,7 @@ def neighbor_reduce(features, neighbors, reduce="mean", *, weights=None, empty=0
                            pad_value=pad_value)  # fmt: skip
 
 
-def nearest_upsample(features, neighbors):
+def nearest_upsample(features: Array, neighbors: Neighbors) -> Array:
     """The features of the first neighbour of each query; zeros where there is none.
 
     With the nearest coarse point of each fine one (`build_pyramid`'s ``upsamples``, or `knn_search` with k = 1) this
@@ -112,7 +114,7 @@ def nearest_upsample(features, neighbors):
     return NEAREST_UPSAMPLE(features=features, neighbors=neighbors)
 
 
-def gather(features, index):
+def gather(features: Array, index: Array) -> Array:
     """The rows of an index: ``features[index]``, with a gradient.
 
     With ``neighbors.index`` it gives the features of every pair, for what no other function does with them; see
@@ -146,7 +148,8 @@ def gather(features, index):
     return GATHER(features=features, index=index)
 
 
-def interpolate(points, queries, features, k=3, power=2, *, points_row_splits=None, queries_row_splits=None):
+def interpolate(points: Array, queries: Array, features: Array, k: int = 3, power: float = 2, *,
+                points_row_splits: Array | None = None, queries_row_splits: Array | None = None) -> Array:  # fmt: skip
     """Features at the queries from those of the k nearest points, the nearer the more.
 
     ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
@@ -195,7 +198,7 @@ def interpolate(points, queries, features, k=3, power=2, *, points_row_splits=No
                        points_row_splits=points_row_splits, queries_row_splits=queries_row_splits)  # fmt: skip
 
 
-def segment_reduce(features, row_splits, reduce="mean", *, empty=0.0):
+def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mean", *, empty: float = 0.0) -> Array:
     """The mean, sum, maximum or minimum of the rows of each batch item: global pooling.
 
     ``out[b]`` reduces ``features[row_splits[b]:row_splits[b + 1]]``, channel by channel. Differentiable in `features`.
@@ -309,13 +312,13 @@ def _neighbor_reduce_vjp(arguments, saved, grad, needs):
 
 
 def _neighbor_reduce_result(features, neighbors, reduce, **_):
-    shape = (neighbors.num_queries, features.shape[1])
+    shape = (neighbors.row_splits.shape[0] - 1, features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
     return [(shape, features.dtype), *choice]
 
 
 NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, diff=("features", "weights"),
-                     result=_neighbor_reduce_result)  # fmt: skip
+                     result=_neighbor_reduce_result, transposes=("features",))  # fmt: skip
 
 
 # ---- nearest_upsample
@@ -339,11 +342,11 @@ def _nearest_upsample_vjp(arguments, saved, grad, needs):
 
 
 def _nearest_upsample_result(features, neighbors):
-    return [((neighbors.num_queries, features.shape[1]), features.dtype)]
+    return [((neighbors.row_splits.shape[0] - 1, features.shape[1]), features.dtype)]
 
 
 NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_vjp, diff=("features",),
-                      result=_nearest_upsample_result)  # fmt: skip
+                      result=_nearest_upsample_result, transposes=("features",))  # fmt: skip
 
 
 # ---- gather
@@ -373,7 +376,7 @@ def _gather_vjp(arguments, saved, grad, needs):
 
 
 def _gather_result(features, index):
-    return [((len(index), features.shape[1]), features.dtype)]
+    return [((index.shape[0], features.shape[1]), features.dtype)]
 
 
 GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result)
@@ -392,11 +395,7 @@ def _interpolate(points, queries, features, k, power, points_row_splits, queries
         found.distance, found.row_splits, power, features.dtype, config.get_num_threads()
     )
     out = _weighted_sum(features, found.index, found.row_splits, weights)
-    # Where some cloud has fewer than k points, what is saved is as long as if none had: a size that shapes alone tell.
-    index, unused = found.index, found.num_queries * min(k, len(points)) - found.num_pairs
-    if unused:
-        index, weights = np.pad(index, (0, unused)), np.pad(weights, (0, unused))
-    return out, (found.row_splits, index, weights)
+    return out, (found.row_splits, found.index, weights)
 
 
 def _interpolate_vjp(arguments, saved, grad, needs):
@@ -405,18 +404,7 @@ def _interpolate_vjp(arguments, saved, grad, needs):
     return {"features": _weighted_sum(grad, *_cpu.transpose(index, splits, weights, len(arguments["points"]), threads))}
 
 
-def _interpolate_result(points, queries, features, k, **_):
-    num_queries = len(points if queries is None else queries)
-    num_pairs = num_queries * min(k, len(points))
-    return [
-        ((num_queries, features.shape[1]), features.dtype),
-        ((num_queries + 1,), np.dtype(np.int64)),
-        ((num_pairs,), np.dtype(np.int32)),
-        ((num_pairs,), features.dtype),
-    ]
-
-
-INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features",), result=_interpolate_result)
+INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features",))
 
 
 # ---- segment_reduce
@@ -445,7 +433,7 @@ def _segment_reduce_vjp(arguments, saved, grad, needs):
 
 
 def _segment_reduce_result(features, row_splits, reduce, **_):
-    shape = (1 if row_splits is None else len(row_splits) - 1, features.shape[1])
+    shape = (1 if row_splits is None else row_splits.shape[0] - 1, features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
     return [(shape, features.dtype), *choice]
 

@@ -210,6 +210,7 @@ BATCH_NORM = Op(
     diff=("features", "scale", "shift"),
     result=_batch_norm_result,
     field="features",
+    record=BatchNormed,
 )
 
 

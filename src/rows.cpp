@@ -164,7 +164,7 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
   const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
   Panels<F> panels;
   Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
-  if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, transposed, threads)) return Status::out_of_memory;
+  if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, 1, transposed, threads)) return Status::out_of_memory;
   if (!start.resize(panels.padded_columns()) || !last.resize(row_step * length)) return Status::out_of_memory;
   for (int64_t c = 0; c < panels.padded_columns(); ++c) start[c] = bias && c < columns ? bias[c] : F(0);
   memset(last.data(), 0, size_t(row_step * length) * sizeof(F));
@@ -177,7 +177,7 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
     for (int64_t p = 0; p < panels.count(); ++p)
       with_vectors(panels.vectors(p), [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-        const F *const panel = panels.row(p, 0), *const begin = start.data() + p * panel_width<F>;
+        const F *const panel = panels.row(0, p, 0), *const begin = start.data() + p * panel_width<F>;
         const int64_t width = smaller<int64_t>(panel_width<F>, columns - p * panel_width<F>);
         for (int64_t i = t * tile_rows; i < end; i += MR) {
           const F* const rows = i < whole ? as<F>(left) + i * length : last.data() + (i - whole) * length;

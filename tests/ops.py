@@ -63,6 +63,83 @@ def kpconvx(num, geometry, features):
     return arguments | {"weights": arguments["weights"][:, :, 0].copy(), "attention": attention}
 
 
+def losses(num, geometry, features):
+    arguments = kpconv(num, geometry, features)
+    kept = {name: arguments[name] for name in ("points", "queries", "neighbors", "kernel_points", "extent")}
+    return kept | {"offsets": deformed(arguments)["offsets"]}
+
+
+def repulsion(num, geometry, features):
+    arguments = losses(num, geometry, features)
+    return {name: arguments[name] for name in ("kernel_points", "offsets", "extent")}
+
+
+def pooling(num, geometry, features):
+    arguments = kpconv(num, geometry, features)
+    return {name: arguments[name] for name in ("neighbors", "features")}
+
+
+def weighted_pooling(arguments):
+    num_pairs = arguments["neighbors"].num_pairs
+    return {"weights": np.random.default_rng(5).uniform(size=num_pairs).astype(arguments["features"].dtype)}
+
+
+def interpolation(num, geometry, features):
+    arguments = kpconv(num, geometry, features)
+    return {name: arguments[name] for name in ("points", "queries", "features")}
+
+
+def rows(num, geometry, features):
+    return {"features": np.random.default_rng(1).normal(size=(num, 4)).astype(features)}
+
+
+def items(num, geometry, features):
+    return rows(num, geometry, features) | {"row_splits": np.array([0, num // 3, num // 3, num])}
+
+
+def gathered(num, geometry, features):
+    index = np.random.default_rng(1).integers(0, max(1, num), 2 * num).astype(np.int32)
+    return rows(num, geometry, features) | {"index": index}
+
+
+def linear(num, geometry, features):
+    rng = np.random.default_rng(2)
+    return rows(num, geometry, features) | {
+        "weights": rng.normal(size=(4, 3)).astype(features),
+        "bias": rng.normal(size=3).astype(features),
+    }
+
+
+def scaled(num, geometry, features):
+    rng = np.random.default_rng(2)
+    return rows(num, geometry, features) | {
+        name: rng.uniform(0.5, 2, 4).astype(features) for name in ("scale", "shift")
+    }
+
+
+def batch_norm(num, geometry, features):
+    running = {"running_mean": np.zeros(4, features), "running_var": np.ones(4, features)}
+    return scaled(num, geometry, features) | running | {"training": num > 1}
+
+
+def group_norm(num, geometry, features):
+    return scaled(num, geometry, features) | {"num_groups": 2}
+
+
+def dropout(num, geometry, features):
+    return rows(num, geometry, features) | {"rate": 0.4, "seed": 7}
+
+
+def pair(num, geometry, features):
+    first = rows(num, geometry, features)["features"]
+    return {"first": first, "second": first[:, ::-1].copy()}
+
+
+def labelled(num, geometry, features):
+    labels = np.random.default_rng(6).integers(0, 4, num).astype(np.int32)
+    return {"logits": rows(num, geometry, features)["features"], "labels": labels}
+
+
 def grid_subsample(num, geometry, features):
     points = cloud(num, geometry)[0]
     return {
@@ -81,6 +158,24 @@ CALLS = {
         [{}, {"influence": "gaussian", "normalization": "count"}, {"aggregation": "closest"}, deformed, depthwise],
     ),
     "kpconvx": (kpconvx, [{}]),
+    "fitting_loss": (losses, [{}]),
+    "repulsion_loss": (repulsion, [{"detach_others": False}]),
+    "neighbor_reduce": (pooling, [{}, {"reduce": "max"}, weighted_pooling]),
+    "nearest_upsample": (pooling, [{}]),
+    "interpolate": (interpolation, [{}]),
+    "segment_reduce": (items, [{}, {"reduce": "min"}]),
+    "gather": (gathered, [{}]),
+    "linear": (linear, [{}, {"bias": None}]),
+    "batch_norm": (batch_norm, [{}, {"negative_slope": 0.1}]),
+    "group_norm": (group_norm, [{}]),
+    "leaky_relu": (rows, [{}]),
+    "relu": (rows, [{}]),
+    "sigmoid": (rows, [{}]),
+    "softmax": (rows, [{}]),
+    "dropout": (dropout, [{}]),
+    "concatenate": (pair, [{}]),
+    "add": (pair, [{}]),
+    "softmax_cross_entropy": (labelled, [{}, {"reduction": "none"}]),
 }
 # "name-0" and so on: an operator with each of its options
 VARIANTS = {f"{name}-{i}": (name, i) for name, (_, options) in CALLS.items() for i in range(len(options))}

@@ -210,7 +210,7 @@ def test_by_central_differences(variant):
         def fn(*values, names=names):
             return ops.vjp(op, {**arguments, **dict(zip(names, values, strict=True))}, names)[0]
 
-        check_vjp(fn, pullback, [arguments[name] for name in names])
+        check_vjp(fn, pullback, [arguments[name] for name in names], step=1e-6)
 
 
 @pytest.mark.parametrize("variant", ops.VARIANTS)

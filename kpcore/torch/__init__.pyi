@@ -10,6 +10,22 @@ from kpcore.torch.layers import KPConv as KPConv
 class GridIndex(kpcore.GridIndex): ...
 class KDTree(kpcore.KDTree): ...
 
+def add(
+    first: Tensor,
+    second: Tensor,
+) -> Tensor: ...
+def batch_norm(
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    training: bool = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    negative_slope: float | None = ...,
+) -> BatchNormed: ...
 def build_pyramid(
     points: Any,
     *,
@@ -24,6 +40,19 @@ def build_pyramid(
     deform_levels: Any = ...,
     neighbor_limits: Any = ...,
 ) -> Pyramid: ...
+def concatenate(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None = ...,
+    fourth: Tensor | None = ...,
+) -> Tensor: ...
+def dropout(
+    features: Tensor,
+    rate: float,
+    seed: int,
+    *,
+    training: bool = ...,
+) -> Tensor: ...
 def farthest_point_sampling(
     points: Any,
     num: Any,
@@ -32,6 +61,20 @@ def farthest_point_sampling(
     start: Any = ...,
     method: Any = ...,
 ) -> Sampled: ...
+def fitting_loss(
+    points: Tensor,
+    queries: Tensor | None,
+    neighbors: Neighbors,
+    kernel_points: Tensor,
+    offsets: Tensor,
+    extent: float,
+    *,
+    reduction: str = ...,
+) -> Tensor: ...
+def gather(
+    features: Tensor,
+    index: Tensor,
+) -> Tensor: ...
 def grid_subsample(
     points: Any,
     voxel_size: Any,
@@ -44,6 +87,26 @@ def grid_subsample(
     feature: Any = ...,
     ignore_label: Any = ...,
 ) -> Subsampled: ...
+def group_norm(
+    features: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    row_splits: Tensor | None = ...,
+    eps: float = ...,
+    negative_slope: float | None = ...,
+) -> Tensor: ...
+def interpolate(
+    points: Tensor,
+    queries: Tensor,
+    features: Tensor,
+    k: int = ...,
+    power: float = ...,
+    *,
+    points_row_splits: Tensor | None = ...,
+    queries_row_splits: Tensor | None = ...,
+) -> Tensor: ...
 def kernel_points(
     num: Any,
     radius: Any = ...,
@@ -94,6 +157,28 @@ def kpconvx(
     *,
     influence: str = ...,
 ) -> Tensor: ...
+def leaky_relu(
+    features: Tensor,
+    negative_slope: float = ...,
+) -> Tensor: ...
+def linear(
+    features: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = ...,
+) -> Tensor: ...
+def nearest_upsample(
+    features: Tensor,
+    neighbors: Neighbors,
+) -> Tensor: ...
+def neighbor_reduce(
+    features: Tensor,
+    neighbors: Neighbors,
+    reduce: str = ...,
+    *,
+    weights: Tensor | None = ...,
+    empty: float = ...,
+    pad_value: float | None = ...,
+) -> Tensor: ...
 def radius_search(
     points: Any,
     queries: Any,
@@ -108,3 +193,36 @@ def radius_search(
     return_distances: Any = ...,
     count_only: Any = ...,
 ) -> Any: ...
+def relu(
+    features: Tensor,
+) -> Tensor: ...
+def repulsion_loss(
+    kernel_points: Tensor,
+    offsets: Tensor,
+    extent: float,
+    *,
+    repulse_extent: float = ...,
+    detach_others: bool = ...,
+    reduction: str = ...,
+) -> Tensor: ...
+def segment_reduce(
+    features: Tensor,
+    row_splits: Tensor | None,
+    reduce: str = ...,
+    *,
+    empty: float = ...,
+) -> Tensor: ...
+def sigmoid(
+    features: Tensor,
+) -> Tensor: ...
+def softmax(
+    features: Tensor,
+) -> Tensor: ...
+def softmax_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int | None = ...,
+    class_weights: Tensor | None = ...,
+    reduction: str = ...,
+) -> Tensor: ...
