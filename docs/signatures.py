@@ -16,8 +16,8 @@ FRAMEWORKS = {
     "jax.pyi": ("from jax import Array", "Array"),
 }
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
-RECORDS = {"build_pyramid": "Pyramid", "farthest_point_sampling": "Sampled", "grid_subsample": "Subsampled",
-           "knn_search": "Neighbors"}  # fmt: skip
+RECORDS = {"batch_norm": "BatchNormed", "build_pyramid": "Pyramid", "farthest_point_sampling": "Sampled",
+           "grid_subsample": "Subsampled", "knn_search": "Neighbors"}  # fmt: skip
 
 
 def text(file):
@@ -25,7 +25,7 @@ def text(file):
     imported, array = FRAMEWORKS[file]
     lines = ["from typing import Any", "", imported, "", "import kpcore"]
     lines.append("from kpcore import Neighbors as Neighbors")
-    lines.append("from kpcore import Pyramid, Sampled, Subsampled")
+    lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
     if array == "Tensor":
         lines.append("from kpcore.torch.layers import KPConv as KPConv")
     lines += ["", "class GridIndex(kpcore.GridIndex): ...", "class KDTree(kpcore.KDTree): ...", ""]

@@ -201,8 +201,8 @@ def _compute(text, inputs):
         arguments[name] = Neighbors._trusted(index, row_splits, num_points, None, width, back)
     for name in call.names:
         array = next(given)
-        if name.endswith("row_splits"):
-            array = array.astype(np.int64, copy=False)  # int32 where jax_enable_x64 is off
+        if name.endswith("row_splits") and array.dtype == np.int32:
+            array = array.astype(np.int64)  # as it is where jax_enable_x64 is off
         arguments[name] = array
     if call.needs is None:
         out, saved = op.forward(**arguments)

@@ -4,7 +4,7 @@ from jax import Array
 
 import kpcore
 from kpcore import Neighbors as Neighbors
-from kpcore import Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 
 class GridIndex(kpcore.GridIndex): ...
 class KDTree(kpcore.KDTree): ...

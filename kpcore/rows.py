@@ -183,7 +183,7 @@ def _batch_norm(features, scale, shift, running_mean, running_var, training, mom
         running_mean, running_var = running_mean.copy(), running_var.copy()
     inverse_std = 1 / np.sqrt(variance + eps)
     out = _cpu.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
-    return BatchNormed(out, running_mean, running_var), (mean, inverse_std)
+    return BatchNormed(out, running_mean, running_var), _as_saved(mean, inverse_std)
 
 
 def _towards(running, batch, momentum):
@@ -200,7 +200,7 @@ def _batch_norm_vjp(arguments, saved, grad, needs):
 def _batch_norm_result(features, **_):
     channels = features.shape[1:]
     statistics = [(channels, features.dtype)] * 2
-    return [(features.shape, features.dtype), *statistics, *[((1, *channels), np.dtype(np.float64))] * 2]
+    return [(features.shape, features.dtype), *statistics, ((2, 1, 2 * channels[0]), np.dtype(np.int32))]
 
 
 BATCH_NORM = Op(
@@ -276,7 +276,7 @@ def _group_norm(features, num_groups, scale, shift, row_splits, eps, negative_sl
     mean, variance = _cpu.moments(features, row_splits, num_groups, threads)
     inverse_std = 1 / np.sqrt(variance + eps)
     out = _cpu.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
-    return out, (mean, inverse_std)
+    return out, _as_saved(mean, inverse_std)
 
 
 def _group_norm_vjp(arguments, saved, grad, needs):
@@ -287,7 +287,7 @@ def _group_norm_vjp(arguments, saved, grad, needs):
 
 def _group_norm_result(features, num_groups, row_splits, **_):
     items = 1 if row_splits is None else row_splits.shape[0] - 1
-    return [(features.shape, features.dtype), *[((items, num_groups), np.dtype(np.float64))] * 2]
+    return [(features.shape, features.dtype), ((2, items, 2 * num_groups), np.dtype(np.int32))]
 
 
 GROUP_NORM = Op(
@@ -295,12 +295,18 @@ GROUP_NORM = Op(
 )
 
 
+def _as_saved(mean, inverse_std):
+    """Both float64, as int32: JAX has no float64 unless it is asked for."""
+    return (np.stack([mean, inverse_std]).view(np.int32),)
+
+
 def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs):
     scale, shift = _contiguous(arguments["scale"]), _contiguous(arguments["shift"])
     names = ("features", "scale", "shift")
     slope = _slope(arguments["negative_slope"], features)
+    mean, inverse_std = saved[0].view(np.float64)
     grads = _cpu.normalize_grad(
-        features, row_splits, scale, shift, *saved, is_given, slope, grad, *(name in needs for name in names),
+        features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad, *(name in needs for name in names),
         config.get_num_threads()
     )  # fmt: skip
     return {name: g for name, g in zip(names, grads, strict=True) if name in needs}

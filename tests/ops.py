@@ -177,6 +177,7 @@ CALLS = {
     "add": (pair, [{}]),
     "softmax_cross_entropy": (labelled, [{}, {"reduction": "none"}]),
 }
+ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "sigmoid", "softmax")  # what takes arrays of any shape
 # "name-0" and so on: an operator with each of its options
 VARIANTS = {f"{name}-{i}": (name, i) for name, (_, options) in CALLS.items() for i in range(len(options))}
 TRACED = [variant for variant, (name, _) in VARIANTS.items() if OPS[name].result is not None]

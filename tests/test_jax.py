@@ -164,7 +164,7 @@ def test_wrong_arguments_are_named(variant, x64):
             continue
         for wrong, error in (
             (array.tolist(), TypeError),
-            (jnp.asarray(array)[None], Exception),
+            *([] if op.name in ops.ANY_SHAPE else [(jnp.asarray(array)[None], Exception)]),
             (jnp.asarray(array, jnp.bfloat16), Exception),
             *([] if x64 else [(array.astype(np.float64), TypeError)]),
         ):

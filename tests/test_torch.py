@@ -118,6 +118,7 @@ def vjp_call(op, arguments):
 
 @pytest.mark.parametrize("variant", ops.TRACED)
 def test_compiled_in_one_graph(variant):
+    torch._dynamo.reset()  # it counts how often a function was compiled, whatever it closes over
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     compiled = torch.compile(lambda arguments: call(op, arguments), fullgraph=True, backend="aot_eager")
@@ -201,7 +202,7 @@ def test_wrong_arguments_are_named(variant):
             (array.tolist(), TypeError),
             (torch.from_numpy(array).to("meta"), TypeError),
             (torch.from_numpy(array).to(torch.complex64), TypeError),
-            (torch.from_numpy(array)[None], ValueError),
+            *([] if op.name in ops.ANY_SHAPE else [(torch.from_numpy(array)[None], ValueError)]),
         ):
             with pytest.raises(error, match=rf"^{name}\b"):
                 call(op, tensors(arguments) | {name: wrong})

@@ -4,7 +4,7 @@ from torch import Tensor
 
 import kpcore
 from kpcore import Neighbors as Neighbors
-from kpcore import Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 from kpcore.torch.layers import KPConv as KPConv
 
 class GridIndex(kpcore.GridIndex): ...
