@@ -24,8 +24,8 @@ def text(file):
     """What the file is to hold."""
     imported, array = FRAMEWORKS[file]
     lines = ["from typing import Any", "", imported, "", "import kpcore"]
-    lines.append("from kpcore import Neighbors as Neighbors")
     lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
+    lines.append("from kpcore import Neighbors as Neighbors")
     if array == "Tensor":
         lines.append("from kpcore.torch.layers import KPConv as KPConv")
     lines += ["", "class GridIndex(kpcore.GridIndex): ...", "class KDTree(kpcore.KDTree): ...", ""]

@@ -3,8 +3,8 @@ from typing import Any
 from jax import Array
 
 import kpcore
-from kpcore import Neighbors as Neighbors
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
+from kpcore import Neighbors as Neighbors
 
 class GridIndex(kpcore.GridIndex): ...
 class KDTree(kpcore.KDTree): ...

@@ -306,8 +306,8 @@ def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs
     slope = _slope(arguments["negative_slope"], features)
     mean, inverse_std = saved[0].view(np.float64)
     grads = _cpu.normalize_grad(
-        features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad, *(name in needs for name in names),
-        config.get_num_threads()
+        features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad,
+        *(name in needs for name in names), config.get_num_threads()
     )  # fmt: skip
     return {name: g for name, g in zip(names, grads, strict=True) if name in needs}
 

@@ -3,8 +3,8 @@ from typing import Any
 from torch import Tensor
 
 import kpcore
-from kpcore import Neighbors as Neighbors
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
+from kpcore import Neighbors as Neighbors
 from kpcore.torch.layers import KPConv as KPConv
 
 class GridIndex(kpcore.GridIndex): ...
