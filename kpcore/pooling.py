@@ -433,6 +433,8 @@ def _segment_reduce_vjp(arguments, saved, grad, needs):
 
 
 def _segment_reduce_result(features, row_splits, reduce, **_):
+    if row_splits is not None and len(row_splits.shape) != 1:  # a result without rows may never be computed
+        raise ValueError(f"row_splits: expected (B+1,), got {row_splits.shape}")
     shape = (1 if row_splits is None else row_splits.shape[0] - 1, features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
     return [(shape, features.dtype), *choice]

@@ -169,7 +169,7 @@ def test_wrong_arguments_are_named(variant, x64):
             *([] if x64 else [(array.astype(np.float64), TypeError)]),
         ):
             with pytest.raises(error, match=rf"\b{name}\b" if error is TypeError else None):
-                getattr(kpj, op.name)(**of_jax(arguments) | {name: wrong})
+                jax.block_until_ready(getattr(kpj, op.name)(**of_jax(arguments) | {name: wrong}))
     with pytest.raises(TypeError):
         getattr(kpj, op.name)(**of_jax(arguments), surplus=1)
 
