@@ -141,9 +141,10 @@ def test_a_primal_that_is_not_used_gets_zeros():
 def test_what_has_no_gradient_says_so(argument):
     case = float64_case()
     arrays = {name: getattr(case, name) for name in ("points", "queries", "features", "weights", "kernel_points")}
-    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent}
+    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "extent": case.extent, "weights": case.weights[:, :, 0].copy()}
+    arrays["attention"] = np.ones((len(case.queries), len(case.weights), 1))
     with pytest.raises(TypeError, match=argument):
-        kp.autodiff.vjp(lambda x: kp.kpconv(**{**arrays, argument: x}), arrays[argument])[1](case.grad)
+        kp.autodiff.vjp(lambda x: kp.kpconvx(**{**arrays, argument: x}), arrays[argument])
 
 
 @pytest.mark.parametrize(
