@@ -17,14 +17,14 @@ template <class G, class F>
 struct Gradients {
   F* weights;       // like the weights
   F* factors;       // (M, K, factors), of channels
+  G* points;        // (N, D)
   G* queries;       // (M, D)
-  G* edges;         // (E, D): of the point of every pair
-  double* kernels;  // (tiles, K, D)
+  double* kernels;  // (K, D), of the kernel points
   G* offsets;       // (M, K, D)
   F* modulations;   // (M, K)
 
   bool of_sums() const { return weights || factors; }
-  bool of_places() const { return queries || edges || kernels || offsets || modulations; }
+  bool of_places() const { return points || queries || kernels || offsets || modulations; }
 };
 
 // Tiles are filled by whichever thread is free, but must be added in order: each part of a result counts the tiles it
@@ -156,44 +156,104 @@ void find_factors(const T& tile, const Weights<F>& weights, const F* grad_out, i
     }
 }
 
+// Four numbers of a place; places of more dimensions take several.
+template <class G>
+struct FourOf {
+  typedef G type __attribute__((vector_size(4 * sizeof(G)), aligned(alignof(G)), may_alias));
+};
+template <class G>
+using Four = typename FourOf<G>::type;
+
+// The columns of four rows.
+template <class G>
+KP_INLINE void transpose(const Four<G>* rows, Four<G>* columns) {
+  const Four<G> low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const Four<G> high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const Four<G> more_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const Four<G> more_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  columns[0] = __builtin_shufflevector(low, more_low, 0, 1, 4, 5);
+  columns[1] = __builtin_shufflevector(low, more_low, 2, 3, 6, 7);
+  columns[2] = __builtin_shufflevector(high, more_high, 0, 1, 4, 5);
+  columns[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
+}
+
 // One thread's products grad W_k^T, a row for each row of the tile, and what follows from them for the tile's pairs.
 template <class G, class F, int DIM>
 class Places {
  public:
-  bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows) {
+  // `most_edges` of a tile.
+  bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows, int64_t most_edges) {
     const int64_t K = problem.num_kernels, most = Tile<G, F, DIM>::most_pairs + K * chunk;
     rows_ = rows;
+    stride_ = round_up(problem.dimension, 4);
     return g_.resize(K * rows_stored() * weights.c_in) && done_.resize(K) &&
            gathered_.resize((rows + row_step) * weights.c_out) && along_.resize(most + lanes<F> + lanes<G>) &&
-           row_.resize(most);
+           row_.resize(most + lanes<int32_t>) && factor_.resize(K * rows_stored()) &&
+           modulation_.resize(K * rows_stored()) && sums_.resize(K * rows_stored() * stride_) &&
+           kernels_.resize(K * problem.dimension) && edges_.resize(most_edges * stride_);
   }
 
-  // Of a tile's queries [first, first + count); `kernels`: its part of the gradient of the kernel points.
-  void start(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t first, int64_t count, double* kernels) {
-    const int64_t D = problem.dimension, K = problem.num_kernels, base = problem.row_splits[first];
+  // Of the tile's queries from `first` on.
+  void start(const Problem<G, F>& problem, int64_t first, int64_t num_edges) {
     first_ = first;
-    kernels_ = kernels;
-    for (int64_t k = 0; k < K; ++k) done_[k] = 0;
-    if (to.queries) memset(to.queries + first * D, 0, size_t(count * D) * sizeof(G));
-    if (to.offsets) memset(to.offsets + first * K * D, 0, size_t(count * K * D) * sizeof(G));
-    if (to.modulations) memset(to.modulations + first * K, 0, size_t(count * K) * sizeof(F));
-    if (to.edges) memset(to.edges + base * D, 0, size_t((problem.row_splits[first + count] - base) * D) * sizeof(G));
-    if (kernels) memset(kernels, 0, size_t(K * D) * sizeof(double));
+    for (int k = 0; k < problem.num_kernels; ++k) done_[k] = 0;
+    memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(G));
+    memset(modulation_.data(), 0, size_t(modulation_.size()) * sizeof(F));
+    if (edges_.size()) memset(edges_.data(), 0, size_t(num_edges * stride_) * sizeof(G));
   }
 
-  // `panels`: of the transposed weights
+  // Adds what follows from some of its pairs. `panels`: of the transposed weights
   void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out,
            Pairs<G, F, DIM>& pairs, const Gradients<G, F>& to) {
-    for (int64_t k = 0; k < problem.num_kernels; ++k) {
-      gather_gradients(problem, pairs, k, weights.c_out, grad_out);
+    for (int k = 0; k < problem.num_kernels; ++k) {
+      gather_gradients(pairs, k, weights.c_out, grad_out);
       if (weights.depthwise)
         scale_gradients(pairs, weights, k);
       else
         multiply_gradients(pairs, weights, panels, k);
+      for (int64_t i = done_[k]; i < pairs.size(k); ++i) {
+        const int64_t q = first_ + pairs.queries(k)[i];
+        factor_[k * rows_stored() + i] =
+            G(problem.modulations ? problem.modulations[q * problem.num_kernels + k] : F(1)) *
+            G(problem.query_scale ? problem.query_scale[q] : F(1));
+      }
       done_[k] = pairs.size(k);
     }
     take_products(problem, pairs);
-    spread(problem, pairs, to);
+    if (to.points)
+      spread<true>(problem, pairs, to.modulations);
+    else
+      spread<false>(problem, pairs, to.modulations);
+  }
+
+  // Gives the gradients of the tile's `count` queries.
+  void give(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t count, const Tile<G, F, DIM>& tile) {
+    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    if (to.queries) memset(to.queries + first_ * D, 0, size_t(count * D) * sizeof(G));
+    if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
+    if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
+    for (int i = 0; i < K * D; ++i) kernels_[i] = 0;
+    for (int k = 0; k < K; ++k)
+      for (int64_t i = 0; i < tile.size(k); ++i) {
+        const int64_t row = k * rows_stored() + i, q = first_ + tile.queries(k)[i];
+        for (int a = 0; a < D; ++a) {
+          const G part = factor_[row] * sums_[row * stride_ + a];
+          if (to.queries) to.queries[q * D + a] -= part;
+          if (to.offsets) to.offsets[(q * K + k) * D + a] = -part;
+          kernels_[k * D + a] -= double(part);
+        }
+        if (to.modulations)
+          to.modulations[q * K + k] = modulation_[row] * (problem.query_scale ? problem.query_scale[q] : F(1));
+      }
+  }
+
+  // Adds the gradients of what other tiles add to.
+  void give_shared(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t num_edges) const {
+    const int D = DIM ? DIM : problem.dimension;
+    const int32_t* const index = problem.index + problem.row_splits[first_];
+    for (int64_t e = 0; to.points && e < num_edges; ++e)
+      for (int a = 0; a < D; ++a) to.points[int64_t(index[e]) * D + a] += edges_[e * stride_ + a];
+    for (int i = 0; to.kernels && i < problem.num_kernels * D; ++i) to.kernels[i] += kernels_[i];
   }
 
  private:
@@ -201,26 +261,22 @@ class Places {
   int64_t rows_stored() const { return rows_ + row_step; }
 
   // grad_out of the queries that have a pair with kernel point k, but for those done
-  void gather_gradients(const Problem<G, F>& problem, const Pairs<G, F, DIM>& pairs, int64_t k, int64_t c_out,
-                        const F* grad_out) {
+  void gather_gradients(const Pairs<G, F, DIM>& pairs, int k, int64_t c_out, const F* grad_out) {
     for (int64_t i = done_[k]; i < pairs.size(k); ++i) {
-      const int64_t q = first_ + pairs.queries(k)[i];
-      const F* const grad = grad_out + q * c_out;
+      const F* const grad = grad_out + (first_ + pairs.queries(k)[i]) * c_out;
       F* const row = &gathered_[(i - done_[k]) * c_out];
-      if (problem.query_scale)
-        for (int64_t c = 0; c < c_out; ++c) row[c] = grad[c] * problem.query_scale[q];
-      else
-        memcpy(row, grad, size_t(c_out) * sizeof(F));
+      int64_t c = 0;  // memcpy is a call, as long as the copy of 64 channels
+      for (; c + lanes<F> <= c_out; c += lanes<F>) store(row + c, load(grad + c));
+      for (; c < c_out; ++c) row[c] = grad[c];
     }
   }
-  void scale_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, int64_t k) {
+  void scale_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, int k) {
     for (int64_t i = done_[k]; i < pairs.size(k); ++i)
       for (int64_t c = 0; c < weights.c_out; ++c)
         g_[(k * rows_stored() + i) * weights.c_out + c] =
             gathered_[(i - done_[k]) * weights.c_out + c] * weights.row(k)[c];
   }
-  void multiply_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, const Panels<F>& panels,
-                          int64_t k) {
+  void multiply_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, const Panels<F>& panels, int k) {
     const int64_t size = pairs.size(k) - done_[k], c_out = weights.c_out, height = c_out / weights.groups;
     for (int64_t g = 0; size && g < weights.groups; ++g)
       for (int64_t p = 0; p < panels.count(); ++p)
@@ -252,8 +308,8 @@ class Places {
     const int rest = int(channels % lanes<F>);
     for (int64_t l = 0; l < pairs.num_lists; ++l) {
       const List& list = pairs.lists[l];
-      const int32_t row = list.row + list.kernel * row_step;
-      for (int64_t i = list.begin; i < pairs.lists[l + 1].begin; ++i) row_[i] = row;
+      const Vec<int32_t> row = broadcast(list.row + list.kernel * row_step);
+      for (int64_t i = list.begin; i < pairs.lists[l + 1].begin; i += lanes<int32_t>) store(&row_[i], row);
     }
     for (int64_t i = 0; i < num_pairs; i += lanes<F>) {
       Vec<F> sums[lanes<F>];
@@ -261,8 +317,14 @@ class Places {
         const int64_t pair = smaller(i + l, num_pairs - 1);
         const F* const f = problem.features + int64_t(pairs.point[pair]) * channels;
         const F* const g = &g_[row_[pair] * channels];
-        Vec<F> sum = {};
+        Vec<F> sum = {}, other = {};
         int64_t c = 0;
+        for (; c + 4 * lanes<F> <= channels; c += 4 * lanes<F>)
+          for (int v = 0; v < 4; v += 2) {
+            sum = fma(load(f + c + v * lanes<F>), load(g + c + v * lanes<F>), sum);
+            other = fma(load(f + c + (v + 1) * lanes<F>), load(g + c + (v + 1) * lanes<F>), other);
+          }
+        sum += other;
         for (; c + lanes<F> <= channels; c += lanes<F>) sum = fma(load(f + c), load(g + c), sum);
         if (rest) sum = fma(load_first(f + c, rest), load_first(g + c, rest), sum);
         sums[l] = sum;
@@ -271,64 +333,57 @@ class Places {
     }
   }
 
-  void spread(const Problem<G, F>& problem, Pairs<G, F, DIM>& pairs, const Gradients<G, F>& to) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
-    constexpr int stored = DIM ? DIM : max_dimension;
-    const int64_t base = problem.row_splits[first_];
-    push(problem, pairs, to.modulations);
-    for (int64_t l = 0; l < pairs.num_lists; ++l) {
-      const List& list = pairs.lists[l];
-      const int k = list.kernel;
-      const int64_t q = first_ + pairs.queries(k)[list.row - k * rows_];
-      const G modulation = problem.modulations ? G(problem.modulations[q * K + k]) : G(1);
-      const int64_t begin = list.begin, end = pairs.lists[l + 1].begin;
-      G sum[stored] = {};
-      for (int64_t i = begin; i < end; ++i)
-        for (int a = 0; a < D; ++a) sum[a] += modulation * pairs.from[a][i];
-      for (int64_t i = begin; to.edges && i < end; ++i) {
-        G* const edge = to.edges + (base + pairs.edge[i]) * D;
-        for (int a = 0; a < D; ++a) edge[a] += modulation * pairs.from[a][i];
-      }
-      F of_modulation = 0;
-      for (int64_t i = begin; to.modulations && i < end; ++i) of_modulation += pairs.weight[i];
-      for (int a = 0; a < D; ++a) {
-        if (to.queries) to.queries[q * D + a] -= sum[a];
-        if (to.offsets) to.offsets[(q * K + k) * D + a] -= sum[a];
-        if (kernels_) kernels_[k * D + a] -= double(sum[a]);
-      }
-      if (to.modulations) to.modulations[q * K + k] += of_modulation;
-    }
-  }
-
-  // Turns where the pairs are from their kernel points into the gradients of that, but for the modulations; and their
-  // weights into the gradients of these.
-  void push(const Problem<G, F>& problem, Pairs<G, F, DIM>& pairs, bool of_modulations) {
+  // Adds up, by the tile's rows and by pairs of query and point, the gradients of where a pair's point is from its
+  // kernel point. One pair after the other: a loop over the five pairs of a list ends unforeseen.
+  template <bool of_points>
+  void spread(const Problem<G, F>& problem, const Pairs<G, F, DIM>& pairs, bool of_modulations) {
+    constexpr int step = lanes<G> < 4 ? 4 : lanes<G>, stored = (Pairs<G, F, DIM>::stored + 3) / 4 * 4;
     const int D = DIM ? DIM : problem.dimension;
     const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
-    for (int64_t i = 0; i < pairs.num_pairs; i += lanes<G>) {
-      const Vec<G> d2 = load(&pairs.d2[i]);
-      Vec<G> along, slope = {}, influence = broadcast(G(1));
-      if constexpr (std::is_same_v<G, F>)
-        along = load(&along_[i]);
-      else
-        for (int l = 0; l < lanes<G>; ++l) along[l] = G(along_[i + l]);
-      if (problem.influence == Influence::linear) {
-        slope = linear_slope(d2, inverse_extent);
-        influence = linear_influence(d2, inverse_extent);
-      } else if (problem.influence == Influence::gaussian) {
-        influence = exp_of<G>(d2 * scale);
-        slope = 2 * scale * influence;
+    alignas(64) G pushed[stored][step] = {}, influences[step];
+    for (int64_t i = 0; i < pairs.num_pairs; i += step) {
+      for (int v = 0; v < step; v += lanes<G>) {
+        const Vec<G> d2 = load(&pairs.d2[i + v]);
+        Vec<G> along, slope = {}, influence = broadcast(G(1));
+        if constexpr (std::is_same_v<G, F>)
+          along = load(&along_[i + v]);
+        else
+          for (int l = 0; l < lanes<G>; ++l) along[l] = G(along_[i + v + l]);
+        if (problem.influence == Influence::linear) {
+          slope = linear_slope(d2, inverse_extent);
+          influence = linear_influence(d2, inverse_extent);
+        } else if (problem.influence == Influence::gaussian) {
+          influence = exp_of<G>(d2 * scale);
+          slope = 2 * scale * influence;
+        }
+        for (int a = 0; a < D; ++a) store(&pushed[a][v], along * slope * load(&pairs.from[a][i + v]));
+        store(&influences[v], influence);
       }
-      for (int a = 0; a < D; ++a) store(&pairs.from[a][i], along * slope * load(&pairs.from[a][i]));
-      for (int l = 0; of_modulations && l < lanes<G>; ++l) pairs.weight[i + l] = F(influence[l]) * along_[i + l];
+      const int count = int(smaller<int64_t>(step, pairs.num_pairs - i));
+      for (int j = 0; of_modulations && j < count; ++j) modulation_[row_[i + j]] += F(influences[j]) * along_[i + j];
+      for (int a = 0; a < D; a += 4)
+        for (int j = 0; j < count; j += 4) {
+          Four<G> axes[4], places[4];
+          for (int b = 0; b < 4; ++b) axes[b] = *reinterpret_cast<const Four<G>*>(&pushed[a + b][j]);
+          transpose<G>(axes, places);
+          for (int64_t l = 0; l < 4 && j + l < count; ++l) {
+            const int64_t pair = i + j + l, row = row_[pair];
+            *reinterpret_cast<Four<G>*>(&sums_[row * stride_ + a]) += places[l];
+            if (of_points)
+              *reinterpret_cast<Four<G>*>(&edges_[pairs.edge[pair] * stride_ + a]) += places[l] * factor_[row];
+          }
+        }
     }
   }
 
   Buffer<F> g_, gathered_, along_;
-  Buffer<int32_t> row_;
-  Buffer<int64_t> done_;  // rows of the tile that g_ has
-  int64_t rows_ = 0, first_ = 0;
-  double* kernels_ = nullptr;
+  Buffer<int32_t> row_;     // of g_ for every pair
+  Buffer<int64_t> done_;    // rows of the tile that g_ has
+  Buffer<G> factor_;        // of a row: its modulation and its query's normalisation
+  Buffer<G> sums_, edges_;  // rows of stride_
+  Buffer<F> modulation_;
+  Buffer<double> kernels_;
+  int64_t rows_ = 0, first_ = 0, stride_ = 0;
 };
 
 template <class G, class F, int DIM>
@@ -340,31 +395,43 @@ struct Pass {
 
 template <class G, class F, int DIM>
 Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, const F* grad_out,
-                      const Gradients<G, F>& to, int64_t tile_rows, int threads) {
-  const int64_t K = problem.num_kernels, D = problem.dimension;
+                      const Gradients<G, F>& to, int threads) {
+  const int64_t K = problem.num_kernels, D = problem.dimension, num_queries = problem.num_queries;
+  const int64_t tile_rows = rows_of_tile<F>(K * problem.channels, weights.c_out);
   const Blocks blocks(weights);
   Turns turns;
   Panels<F> panels;
-  if (to.weights) {
-    if (!turns.reserve(blocks.count())) return Status::out_of_memory;
+  if (!turns.reserve(blocks.count() + 1)) return Status::out_of_memory;
+  if (to.weights)
     memset(to.weights, 0, size_t(K * (weights.depthwise ? 1 : blocks.height) * weights.c_out) * sizeof(F));
-  }
+  for (int64_t i = 0; to.kernels && i < K * D; ++i) to.kernels[i] = 0;
   if (to.of_places() && !weights.depthwise &&
       !panels.pack(weights.data, K, weights.c_in, weights.c_out, weights.groups, true, threads))
     return Status::out_of_memory;
+  const int64_t* const splits = problem.row_splits;
+  int64_t most_edges = 0;
+  for (int64_t q = 0; to.points && q < num_queries; q += tile_rows)
+    most_edges = larger(most_edges, splits[smaller(q + tile_rows, num_queries)] - splits[q]);
   using Own = Pass<G, F, DIM>;
   const auto reserve = [&](Own& own) {
     return own.tile.reserve(problem, tile_rows, to.of_sums(), to.of_places()) &&
-           (!to.of_places() || own.places.reserve(problem, weights, tile_rows)) &&
+           (!to.of_places() || own.places.reserve(problem, weights, tile_rows, most_edges)) &&
            (!to.weights || own.grad.resize(tile_rows * round_up(weights.c_out, lanes<F>) + panel_width<F>));
   };
   return over_tiles<Own>(
-      problem.num_queries, tile_rows, threads, reserve, [&](Own& own, int64_t t, int64_t first, int64_t rows) {
+      num_queries, tile_rows, threads, reserve, [&](Own& own, int64_t t, int64_t first, int64_t rows) {
         if (to.of_places()) {
-          own.places.start(problem, to, first, rows, to.kernels ? to.kernels + t * K * D : nullptr);
+          const int64_t num_edges = splits[first + rows] - splits[first];
+          own.places.start(problem, first, num_edges);
           own.tile.fill(problem, first, rows, own.tile.most_pairs, [&](Pairs<G, F, DIM>& pairs) {
             own.places.add(problem, weights, panels, grad_out, pairs, to);
           });
+          own.places.give(problem, to, rows, own.tile);
+          if (to.points || to.kernels) {
+            turns.wait(blocks.count(), t);
+            own.places.give_shared(problem, to, num_edges);
+            turns.pass(blocks.count(), t);
+          }
         } else {
           own.tile.fill(problem, first, rows);
         }
@@ -374,53 +441,29 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
       });
 }
 
-// Adds up the gradients of all pairs of a point, in their order; every thread has some of the points.
-template <class G>
-void sum_edges(const G* edges, const int32_t* index, int64_t num_edges, int64_t D, int64_t num_points, G* points,
-               int threads) {
-#pragma omp parallel num_threads(useful_threads(threads, num_points, 1 << 12))
-  {
-    const Share share(num_points, omp_get_thread_num(), omp_get_num_threads());
-    memset(points + share.begin * D, 0, size_t((share.end - share.begin) * D) * sizeof(G));
-    for (int64_t e = 0; e < num_edges; ++e)
-      if (index[e] >= share.begin && index[e] < share.end)
-        for (int64_t a = 0; a < D; ++a) points[index[e] * D + a] += edges[e * D + a];
-  }
-}
-
 }  // namespace
 
 Status kpconv_grads(const KPConv& args, const Array& grad_out, const KPConvGrads& to) {
   return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
-    const int64_t D = problem.dimension, K = problem.num_kernels, num_edges = problem.row_splits[problem.num_queries];
-    const int64_t tile_rows = rows_of_tile<F>(K * problem.channels, weights.c_out);
-    const int64_t tiles = (problem.num_queries + tile_rows - 1) / tile_rows;
-    Buffer<G> edges;
+    const int64_t size = int64_t(problem.num_kernels) * problem.dimension;
     Buffer<double> kernels;
-    if (to.points.data && !edges.resize(num_edges * D)) return Status::out_of_memory;
-    if (to.kernel_points.data && !kernels.resize(tiles * K * D)) return Status::out_of_memory;
-    const bool by_channels = weights.factors > 1;
+    if (!kernels.resize(size)) return Status::out_of_memory;
+    F* const modulations = static_cast<F*>(to.modulations.data);
+    G *const points = static_cast<G*>(to.points.data), *const kernel_points = static_cast<G*>(to.kernel_points.data);
+    if (points) memset(points, 0, size_t(args.points.rows * problem.dimension) * sizeof(G));
     const Gradients<G, F> found = {static_cast<F*>(to.weights.data),
-                                   by_channels ? static_cast<F*>(to.modulations.data) : nullptr,
+                                   weights.factors > 1 ? modulations : nullptr,
+                                   points,
                                    static_cast<G*>(to.queries.data),
-                                   to.points.data ? edges.data() : nullptr,
-                                   to.kernel_points.data ? kernels.data() : nullptr,
+                                   kernel_points ? kernels.data() : nullptr,
                                    static_cast<G*>(to.offsets.data),
-                                   by_channels ? nullptr : static_cast<F*>(to.modulations.data)};
+                                   weights.factors > 1 ? nullptr : modulations};
     const Status status =
-        find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out), found, tile_rows, args.threads);
-    if (status != Status::ok) return status;
-    if (found.edges)
-      sum_edges(found.edges, problem.index, num_edges, D, args.points.rows, static_cast<G*>(to.points.data),
-                args.threads);
-    for (int64_t i = 0; found.kernels && i < K * D; ++i) {
-      double sum = 0;
-      for (int64_t t = 0; t < tiles; ++t) sum += found.kernels[t * K * D + i];
-      static_cast<G*>(to.kernel_points.data)[i] = G(sum);
-    }
-    return Status::ok;
+        find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out), found, args.threads);
+    for (int64_t i = 0; found.kernels && i < size; ++i) kernel_points[i] = G(kernels[i]);
+    return status;
   });
 }
 
