@@ -67,9 +67,9 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
 
     Notes
     -----
-    Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread (and 4 bytes a query and one
-    a point with a normalisation). The backward pass also keeps the transpose of `neighbors`, made once per list, and
-    while it runs the deformed kernel points; for the gradient of the points (E, D) numbers.
+    Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread, 8 MiB for gradients of
+    positions, offsets and modulations (and 4 bytes a query and one a point with a normalisation). The backward pass
+    also keeps the transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
 
     Which kernel point is nearest and which neighbours are in range have no gradient; that of a distance is 0 at 0.
 

@@ -103,9 +103,9 @@ class Pairs {
     Neighborhood near;
     const int32_t* const index = problem.index + begin;
     const G* const center = problem.queries + q * D;
+    for (int64_t i = 0; with_places_ && i < n; ++i) near.edge[i] = int32_t(begin + i - first);
     for (int64_t i = 0; i < n; ++i) {
       near.who[i] = index[i];
-      near.edge[i] = int32_t(begin + i - first);
       const G* const x = problem.points + int64_t(index[i]) * D;
       for (int a = 0; a < D; ++a) near.relative[a][i] = x[a] - center[a];
     }
@@ -120,8 +120,10 @@ class Pairs {
       for (int a = 0; a < D; ++a) near.relative[a][i] = 0;
     if (problem.deformed)
       find_by_neighbor(problem, near, n);
+    else if (with_places_)
+      find_by_kernel<true>(problem, kernel_points, near, n);
     else
-      find_by_kernel(problem, kernel_points, near, n);
+      find_by_kernel<false>(problem, kernel_points, near, n);
     make_lists(problem, q, r);
   }
 
@@ -161,7 +163,7 @@ class Pairs {
   int64_t keep(const Problem<G, F>& problem, Neighborhood& near, int64_t i, int64_t kept, unsigned mask) const {
     for (int a = 0; a < (DIM ? DIM : problem.dimension); ++a)
       compress(&near.relative[a][kept], mask, load(&near.relative[a][i]));
-    compress<G>(near.edge + kept, mask, near.edge + i);
+    if (with_places_) compress<G>(near.edge + kept, mask, near.edge + i);
     return kept + compress<G>(near.who + kept, mask, near.who + i);
   }
 
@@ -205,6 +207,7 @@ class Pairs {
   }
 
   // Pairs in the order of the kernel points, each with vectors of neighbours.
+  template <bool places>
   void find_by_kernel(const Problem<G, F>& problem, const G* kernel_points, Neighborhood& near, int64_t n) {
     const int K = problem.num_kernels;
     const bool linear = problem.influence == Influence::linear, closest = problem.aggregation == Aggregation::closest;
@@ -235,7 +238,7 @@ class Pairs {
         if (linear) mask &= mask_lt(squares, limit);
         if (closest) mask &= mask_eq(load(&near.nearest[i]), broadcast(G(k)));
         compress(all_d2 + pairs, mask, squares);
-        if (with_places_) {
+        if (places) {
           compress<G>(all_edges + pairs, mask, near.edge + i);
           for (int a = 0; a < (DIM ? DIM : problem.dimension); ++a)
             compress(from[a].data() + pairs, mask, load(&near.relative[a][i]) - p[a]);
