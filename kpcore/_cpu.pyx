@@ -135,8 +135,8 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         bint depthwise
         int threads
 
-    cdef struct KPConvPlaces:
-        Array points, queries, kernel_points, offsets, modulations
+    cdef struct KPConvGrads:
+        Array weights, points, queries, kernel_points, offsets, modulations
 
     cdef struct Deformation:
         Array points, queries, index, row_splits
@@ -212,9 +212,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*inverse_distance_weights)(const Array&, const Array&, double, const Array&, int) noexcept nogil
         Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
         Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
-        Status (*kpconv_grad_weights)(const KPConv&, const Array&, const Array&) noexcept nogil
-        Status (*kpconv_grad_factors)(const KPConv&, const Array&, const Array&) noexcept nogil
-        Status (*kpconv_grad_places)(const KPConv&, const Array&, const KPConvPlaces&) noexcept nogil
+        Status (*kpconv_grads)(const KPConv&, const Array&, const KPConvGrads&) noexcept nogil
         Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
         Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
         Status (*fitting_loss)(const Deformation&, const Array&, const Array&) noexcept nogil
@@ -696,36 +694,13 @@ def kpconv_grad_features(problem, transposed_index, transposed_row_splits, grad_
     return grad_features
 
 
-def kpconv_grad_weights(problem, grad_out):
-    """like the weights"""
+def kpconv_grads(problem, grad_out, needs):
+    """{name: gradient} of those of all but the features that are in `needs`"""
     cdef KPConv args = kpconv_arguments(problem)
-    grad_weights = np.empty_like(problem.weights)
-    cdef Array given = view(grad_out), to = view(grad_weights)
-    cdef Status status
-    with nogil:
-        status = kernels().kpconv_grad_weights(args, given, to)
-    raise_for(status)
-    return grad_weights
-
-
-def kpconv_grad_factors(problem, grad_out):
-    """(M, K, factors)"""
-    cdef KPConv args = kpconv_arguments(problem)
-    grad_factors = np.empty_like(problem.modulations)
-    cdef Array given = view(grad_out), to = view(grad_factors)
-    cdef Status status
-    with nogil:
-        status = kernels().kpconv_grad_factors(args, given, to)
-    raise_for(status)
-    return grad_factors
-
-
-def kpconv_grad_places(problem, grad_out, needs):
-    """{name: gradient} of those of points, queries, kernel_points, offsets and modulations that are in `needs`"""
-    cdef KPConv args = kpconv_arguments(problem)
-    names = ("points", "queries", "kernel_points", "offsets", "modulations")
+    names = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")
     grads = {name: np.empty_like(getattr(problem, name)) if name in needs else None for name in names}
-    cdef KPConvPlaces to
+    cdef KPConvGrads to
+    to.weights = view(grads["weights"])
     to.points = view(grads["points"])
     to.queries = view(grads["queries"])
     to.kernel_points = view(grads["kernel_points"])
@@ -734,7 +709,7 @@ def kpconv_grad_places(problem, grad_out, needs):
     cdef Array given = view(grad_out)
     cdef Status status
     with nogil:
-        status = kernels().kpconv_grad_places(args, given, to)
+        status = kernels().kpconv_grads(args, given, to)
     raise_for(status)
     return {name: grad for name, grad in grads.items() if grad is not None}
 

@@ -14,7 +14,6 @@ from kpcore.neighbors import Neighbors
 _INFLUENCES = ("linear", "gaussian", "constant")
 _AGGREGATIONS = ("sum", "closest")
 _NORMALIZATIONS = (None, "count", "positive")
-_PLACES = ("points", "queries", "kernel_points", "offsets", "modulations")  # whose gradients come together
 
 
 def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
@@ -68,9 +67,9 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
 
     Notes
     -----
-    Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread (and 4 bytes a query and one
-    a point with a normalisation). The backward pass also keeps the transpose of `neighbors`, made once per list, and
-    while it runs the deformed kernel points; for the gradient of the points (E, D) numbers.
+    Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread, 8 MiB for gradients of
+    positions, offsets and modulations (and 4 bytes a query and one a point with a normalisation). The backward pass
+    also keeps the transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
 
     Which kernel point is nearest and which neighbours are in range have no gradient; that of a distance is 0 at 0.
 
@@ -223,10 +222,8 @@ def _grads(problem, neighbors, grad, needs):
     if "features" in needs:
         transposed = neighbors.transpose()
         grads["features"] = _cpu.kpconv_grad_features(problem, transposed.index, transposed.row_splits, grad)
-    if "weights" in needs:
-        grads["weights"] = _cpu.kpconv_grad_weights(problem, grad)
-    if places := needs.intersection(_PLACES):
-        grads |= _cpu.kpconv_grad_places(problem, grad, places)
+    if others := needs - {"features"}:
+        grads |= _cpu.kpconv_grads(problem, grad, others)
     return grads
 
 
@@ -263,13 +260,9 @@ def _forward_x(**arguments):
 
 def _vjp_x(arguments, saved, grad, needs):
     problem = _problem_x(**arguments)
-    grads = _grads(problem, arguments["neighbors"], grad, needs & {"features", "weights"})
-    if "attention" in needs:
-        if problem.factors > 1:
-            grads["attention"] = _cpu.kpconv_grad_factors(problem, grad)
-        else:
-            grads["attention"] = _cpu.kpconv_grad_places(problem, grad, {"modulations"})["modulations"]
-    return grads
+    names = {name: "modulations" if name == "attention" else name for name in needs}
+    grads = _grads(problem, arguments["neighbors"], grad, frozenset(names.values()))
+    return {name: grads[kernels] for name, kernels in names.items()}
 
 
 _DIFF = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")

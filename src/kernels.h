@@ -120,8 +120,8 @@ struct KPConv {
   bool depthwise;       // weights (K, C)
   int threads;
 };
-struct KPConvPlaces {
-  Array points, queries, kernel_points, offsets, modulations;  // gradients; none where not wanted
+struct KPConvGrads {  // like these; none where not wanted
+  Array weights, points, queries, kernel_points, offsets, modulations;
 };
 
 struct Deformation {
@@ -208,9 +208,7 @@ struct Columns {
     (const Array& distance, const Array& row_splits, double power, const Array& weights, int threads))         \
   X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
   X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
-  X(Status, kpconv_grad_weights, (const KPConv&, const Array& grad_out, const Array& grad_weights))            \
-  X(Status, kpconv_grad_factors, (const KPConv&, const Array& grad_out, const Array& grad_factors))            \
-  X(Status, kpconv_grad_places, (const KPConv&, const Array& grad_out, const KPConvPlaces&))                   \
+  X(Status, kpconv_grads, (const KPConv&, const Array& grad_out, const KPConvGrads&))                          \
   X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
   X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
   /* nearest (M, K): the neighbours that attain the minima, -1 where there are none */                         \

@@ -7,6 +7,7 @@
 // cost nothing.
 #pragma once
 
+#include "gemm.h"
 #include "kernels.h"
 #include "kpconv.h"
 #include "neighbors.h"
@@ -102,9 +103,9 @@ class Pairs {
     Neighborhood near;
     const int32_t* const index = problem.index + begin;
     const G* const center = problem.queries + q * D;
+    for (int64_t i = 0; with_places_ && i < n; ++i) near.edge[i] = int32_t(begin + i - first);
     for (int64_t i = 0; i < n; ++i) {
       near.who[i] = index[i];
-      near.edge[i] = int32_t(begin + i - first);
       const G* const x = problem.points + int64_t(index[i]) * D;
       for (int a = 0; a < D; ++a) near.relative[a][i] = x[a] - center[a];
     }
@@ -119,8 +120,10 @@ class Pairs {
       for (int a = 0; a < D; ++a) near.relative[a][i] = 0;
     if (problem.deformed)
       find_by_neighbor(problem, near, n);
+    else if (with_places_)
+      find_by_kernel<true>(problem, kernel_points, near, n);
     else
-      find_by_kernel(problem, kernel_points, near, n);
+      find_by_kernel<false>(problem, kernel_points, near, n);
     make_lists(problem, q, r);
   }
 
@@ -160,7 +163,7 @@ class Pairs {
   int64_t keep(const Problem<G, F>& problem, Neighborhood& near, int64_t i, int64_t kept, unsigned mask) const {
     for (int a = 0; a < (DIM ? DIM : problem.dimension); ++a)
       compress(&near.relative[a][kept], mask, load(&near.relative[a][i]));
-    compress<G>(near.edge + kept, mask, near.edge + i);
+    if (with_places_) compress<G>(near.edge + kept, mask, near.edge + i);
     return kept + compress<G>(near.who + kept, mask, near.who + i);
   }
 
@@ -204,6 +207,7 @@ class Pairs {
   }
 
   // Pairs in the order of the kernel points, each with vectors of neighbours.
+  template <bool places>
   void find_by_kernel(const Problem<G, F>& problem, const G* kernel_points, Neighborhood& near, int64_t n) {
     const int K = problem.num_kernels;
     const bool linear = problem.influence == Influence::linear, closest = problem.aggregation == Aggregation::closest;
@@ -234,7 +238,7 @@ class Pairs {
         if (linear) mask &= mask_lt(squares, limit);
         if (closest) mask &= mask_eq(load(&near.nearest[i]), broadcast(G(k)));
         compress(all_d2 + pairs, mask, squares);
-        if (with_places_) {
+        if (places) {
           compress<G>(all_edges + pairs, mask, near.edge + i);
           for (int a = 0; a < (DIM ? DIM : problem.dimension); ++a)
             compress(from[a].data() + pairs, mask, load(&near.relative[a][i]) - p[a]);
@@ -408,30 +412,46 @@ void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F
 template <class G, class F, int DIM>
 class Tile {
  public:
-  // Rows are a multiple of `step`.
-  bool reserve(const Problem<G, F>& problem, int64_t rows, int64_t step) {
+  static constexpr int64_t most_pairs = 1 << 14;  // kept where somebody wants them
+
+  // Rows are a multiple of row_step. Sums only `with_sums`; where the pairs are from only `with_places`.
+  bool reserve(const Problem<G, F>& problem, int64_t rows, bool with_sums = true, bool with_places = false) {
     const int64_t K = problem.num_kernels;
     rows_ = rows;
     channels_ = problem.channels;
-    if (!a_.resize(K * rows * channels_ + step) || !order_.resize(batch + K)) return false;
-    if (!pairs_.reserve(problem, rows, batch, false)) return false;
-    // The micro-kernel also reads rows up to the next multiple of `step`, for sums that are dropped.
+    with_sums_ = with_sums;
+    if (!pairs_.reserve(problem, rows, with_places ? most_pairs : batch, with_places)) return false;
+    if (!with_sums) return true;
+    if (!a_.resize(K * rows * channels_ + row_step) || !order_.resize(batch + K)) return false;
+    // The micro-kernel also reads rows up to the next multiple of row_step, for sums that are dropped.
     memset(a_.data(), 0, size_t(a_.size()) * sizeof(F));
     return true;
   }
 
   void fill(const Problem<G, F>& problem, int64_t first, int64_t count) {
+    fill(problem, first, count, batch, [](const auto&) {});
+  }
+
+  // Also calls finish(pairs), after which they are forgotten, whenever they are `most`, and in the end.
+  template <class Finish>
+  void fill(const Problem<G, F>& problem, int64_t first, int64_t count, int64_t most, Finish finish) {
     pairs_.start_rows();
-    pairs_.start_pairs();
+    start_pairs();
     for (int64_t r = 0; r < count; ++r) {
       const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
       for (int64_t e = begin; e < end; e += chunk) {
         // A list is added to the sum of the same query's earlier neighbours, which must be there.
-        if (pairs_.num_pairs >= batch || e > begin) sum_batch(problem);
-        pairs_.look_at(problem, q, int32_t(r), e, smaller(chunk, end - e), begin);
+        if (pairs_.num_pairs - summed_pairs_ >= batch || e > begin) sum_batch(problem);
+        if (pairs_.num_pairs >= most) {
+          sum_batch(problem);
+          finish(pairs_);
+          start_pairs();
+        }
+        pairs_.look_at(problem, q, int32_t(r), e, smaller(chunk, end - e), problem.row_splits[first]);
       }
     }
     sum_batch(problem);
+    finish(pairs_);
   }
 
   int64_t size(int64_t k) const { return pairs_.size(k); }
@@ -439,13 +459,21 @@ class Tile {
   const int32_t* queries(int64_t k) const { return pairs_.queries(k); }
 
  private:
+  void start_pairs() {
+    pairs_.start_pairs();
+    summed_ = summed_pairs_ = 0;
+  }
+
   // Sums the lists so far, by length: the end of a loop that runs as often as the one before it is foreseen, which
   // otherwise costs as much as three pairs, with five pairs in a list.
   void sum_batch(const Problem<G, F>& problem) {
     constexpr int64_t longest = 31;  // longer ones are rare
+    const List* const lists = pairs_.lists.data() + summed_;
+    const int64_t count = with_sums_ ? pairs_.num_lists - summed_ : 0;
+    summed_ = pairs_.num_lists;
+    summed_pairs_ = pairs_.num_pairs;
+    if (problem.backward && problem.modulations && problem.factors > 1) return sum_modulated(problem, lists, count);
     int32_t place[longest + 1] = {};
-    const List* const lists = pairs_.lists.data();
-    const int64_t count = pairs_.num_lists;
     const auto length = [&](int64_t l) { return smaller(longest, lists[l + 1].begin - lists[l].begin); };
     for (int64_t l = 0; l < count; ++l) ++place[length(l)];
     int32_t before = 0;
@@ -455,22 +483,18 @@ class Tile {
       before += size;
     }
     for (int64_t l = 0; l < count; ++l) order_[place[length(l)]++] = int32_t(l);
-    if (problem.backward && problem.modulations && problem.factors > 1)
-      sum_modulated(problem);
-    else
-      sum_lists(problem.features, channels_, pairs_.point.data(), pairs_.weight.data(), lists, order_.data(), count,
-                a_.data());
-    pairs_.start_pairs();
+    sum_lists(problem.features, channels_, pairs_.point.data(), pairs_.weight.data(), lists, order_.data(), count,
+              a_.data());
   }
 
   // On the way back every gathered row has factors of its own, each for some of its channels.
-  void sum_modulated(const Problem<G, F>& problem) {
+  void sum_modulated(const Problem<G, F>& problem, const List* lists, int64_t count) {
     const int64_t width = channels_ / problem.factors;
-    for (int64_t l = 0; l < pairs_.num_lists; ++l) {
-      const List& list = pairs_.lists[l];
+    for (int64_t l = 0; l < count; ++l) {
+      const List& list = lists[l];
       F* const to = &a_[list.row * channels_];
       if (list.is_new) memset(to, 0, size_t(channels_) * sizeof(F));
-      for (int64_t i = list.begin; i < pairs_.lists[l + 1].begin; ++i) {
+      for (int64_t i = list.begin; i < lists[l + 1].begin; ++i) {
         const int64_t who = pairs_.point[i];
         const F* const factors = problem.modulations + (who * problem.num_kernels + list.kernel) * problem.factors;
         const F* const from = problem.features + who * channels_;
@@ -485,7 +509,8 @@ class Tile {
   Pairs<G, F, DIM> pairs_;
   Buffer<F> a_;
   Buffer<int32_t> order_;
-  int64_t rows_ = 0, channels_ = 0;
+  int64_t rows_ = 0, channels_ = 0, summed_ = 0, summed_pairs_ = 0;  // lists, and pairs, that are in the sums
+  bool with_sums_ = true;
 };
 
 }  // namespace

@@ -364,6 +364,28 @@ def test_the_gradient_of_a_distance_of_zero_is_zero():
         assert np.all(gradient == (name in ("features", "weights"))), name
 
 
+@pytest.mark.parametrize("only", [None, "offsets", "weights"])
+def test_gradients_of_more_pairs_than_a_tile_keeps(only):
+    """100 queries, each with 300 neighbors that all reach all 15 kernel points: 450,000 pairs, of which 16,384 fit."""
+    arguments = full_case(num_points=300, num_queries=100, geometry_type=np.float64, feature_type=np.float64)
+    rng = np.random.default_rng(5)
+    arguments["neighbors"] = kp.Neighbors(
+        np.concatenate([rng.permutation(300) for _ in range(100)]).astype(np.int32), 300 * np.arange(101), 300
+    )
+    arguments["modulations"] = rng.uniform(0, 2, (100, 15))
+    names = (only,) if only else ("points", "queries", "features", "weights", "kernel_points", "modulations")
+    if only == "offsets":
+        arguments["offsets"] = rng.normal(size=(100, 15, 3)) * 0.1
+    arguments["extent"] *= 3
+
+    def fn(*values):
+        given = arguments | dict(zip(names, values, strict=True))
+        return kp.kpconv(**given, influence="gaussian", normalization="count")
+
+    primals = [arguments[name] for name in names]
+    check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)
+
+
 @pytest.mark.parametrize("name", ["all_empty", "thousands_for_one", "repeated_and_unsorted", "no_queries"])
 def test_variants_of_neighborhoods_of_any_size(name):
     case = with_rows(ROWS[name], cin=6, cout=6)
@@ -540,6 +562,27 @@ def test_how_many_neighbors_each_kernel_point_gets(dtype, isa, set_threads):
             points, None, neighbors, features, one_hot, kernel_points, 1.0, influence="constant", aggregation="closest"
         )
         assert out.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("factors", [1, 4])
+def test_kpconvx_gives_the_same_bits_with_any_number_of_threads(factors, isa, set_threads):
+    case = full_case(depthwise=True, cin=12, cout=12, num_points=3000, num_queries=1500)
+    rng = np.random.default_rng(4)
+    attention = rng.uniform(size=(1500, 15, factors)).astype(np.float32)
+    grad = rng.normal(size=(1500, 12)).astype(np.float32)
+    features, weights = case.pop("features"), case.pop("weights")
+
+    def fn(features, weights, attention):
+        return kp.kpconvx(**case, features=features, weights=weights, attention=attention)
+
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        out, pullback = kp.autodiff.vjp(fn, features, weights, attention)
+        results.append([out, *pullback(grad)])
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_same_bits(got, expected)
 
 
 # ---- the same bits everywhere
