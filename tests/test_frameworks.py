@@ -65,6 +65,14 @@ def by_jax(weights, *inputs):
         jax.config.update("jax_enable_x64", before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = kp.get_num_threads()
+    kp.set_num_threads(1)  # the network is small, and the frameworks have threads of their own
+    yield
+    kp.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def case():
     """Random features of random points: which are within a cylinder has to be seen from where their neighbours lie."""
