@@ -16,6 +16,7 @@ FRAMEWORKS = {
     "jax.pyi": ("from jax import Array", "Array"),
 }
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
+LAYERS = ("DeformableKPConv", "KPConv", "KPConvX")
 RECORDS = {"batch_norm": "BatchNormed", "build_pyramid": "Pyramid", "farthest_point_sampling": "Sampled",
            "grid_subsample": "Subsampled", "knn_search": "Neighbors"}  # fmt: skip
 
@@ -27,7 +28,7 @@ def text(file):
     lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
     if array == "Tensor":
-        lines.append("from kpcore.torch.layers import KPConv as KPConv")
+        lines += [f"from kpcore.torch.layers import {layer} as {layer}" for layer in LAYERS]
     lines += ["", "class GridIndex(kpcore.GridIndex): ...", "class KDTree(kpcore.KDTree): ...", ""]
     for name in sorted({*EAGER, *OPS}):
         parameters, star = [], False

@@ -68,6 +68,18 @@ class Tensor:
     def dtype(self):
         return self.value.dtype
 
+    __array_ufunc__ = None  # a NumPy scalar times a tensor is the tensor's business, not an array of objects
+
+    def reshape(self, *shape):
+        """This tensor with other axes, as arrays do it: offsets (M, K D), say, as (M, K, D)."""
+        return _RESHAPE(array=self, shape=shape)
+
+    def __mul__(self, factor):
+        """This tensor times a number, which does not change its dtype."""
+        return _SCALE(array=self, factor=_array.number("factor", factor, self.dtype))
+
+    __rmul__ = __mul__
+
     def backward(self, grad=None):
         """Add the gradient of a scalar to `grad` of every input this tensor was made from.
 
@@ -161,6 +173,27 @@ class Op:
                     )
                 gradients[name] = gradient
         return gradients
+
+
+def _reshape(array, shape):
+    return array.reshape(*shape), ()
+
+
+def _reshape_vjp(arguments, saved, grad, needs):
+    return {"array": grad.reshape(arguments["array"].shape).copy()}  # who gets it may add to it in place
+
+
+def _scale(array, factor):
+    return np.asarray(array * array.dtype.type(factor)), ()
+
+
+def _scale_vjp(arguments, saved, grad, needs):
+    return {"array": _scale(grad, arguments["factor"])[0]}
+
+
+# What a tensor does by itself; frameworks have their own.
+_RESHAPE = Op("reshape", _reshape, _reshape_vjp, diff=("array",))
+_SCALE = Op("scale", _scale, _scale_vjp, diff=("array",))
 
 
 def vjp(fn, *primals, has_aux=False):

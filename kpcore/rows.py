@@ -530,6 +530,8 @@ def add(first: Array, second: Array) -> Array:
 
 
 def _add(first, second):
+    # NumPy's arithmetic turns arrays without axes, such as losses, into scalars.
+    first, second = (np.asarray(a) if isinstance(a, np.generic) else a for a in (first, second))
     sizes = {}
     first = _any_shape("first", first, sizes)
     second = _array.array("second", second, " ".join(sizes), _array.REAL, sizes, like=("first", first))

@@ -413,3 +413,53 @@ def test_a_long_chain():
         return out
 
     assert_same_bits(kp.autodiff.grad(fn)(np.ones(3)), np.full(3, 2.0))
+
+
+# ---- what a tensor does by itself
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda t: t.reshape(-1, 2, 3), lambda a: a.reshape(-1, 2, 3)),
+        (lambda t: t.reshape((3, 8)), lambda a: a.reshape(3, 8)),
+        (lambda t: t * 3, lambda a: a * 3),
+        (lambda t: np.float64(0.3) * t, lambda a: a * a.dtype.type(0.3)),
+        (lambda t: 2 * (t.reshape(24) * -0.5).reshape(2, 12), lambda a: -a.reshape(2, 12)),
+    ],
+)
+def test_other_axes_and_a_factor(fn, expected, dtype):
+    a = np.random.default_rng(0).normal(size=(4, 6)).astype(dtype)
+    out, pullback = kp.autodiff.vjp(fn, a)
+    assert_same_bits(out, expected(a))
+    grad = np.random.default_rng(1).normal(size=out.shape).astype(dtype)
+    (found,) = pullback(grad)
+    assert_same_bits(found, expected(np.ones_like(a)).flat[0] * grad.reshape(a.shape))
+    assert not np.may_share_memory(found, grad)
+    tensor = kp.autodiff.Tensor(a)
+    fn(tensor).backward(grad)
+    assert_same_bits(tensor.grad, found)
+
+
+def test_a_factor_of_a_scalar():
+    product = lambda a: 0.5 * scalar_product(a, np.ones(3, np.float32))  # noqa: E731
+    value, grad = kp.autodiff.value_and_grad(product)(np.ones(3, np.float32))
+    assert_same_bits(value, np.array(1.5, np.float32))
+    assert_same_bits(grad, np.full(3, 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda t: t * t, "factor: expected a number, got Tensor"),
+        (lambda t: np.ones(3) * t, "factor: expected a number, got ndarray"),
+        (lambda t: t * "2", "factor: expected a number, got str"),
+        (lambda t: t * np.inf, "factor: expected a finite number"),
+        (lambda t: t.reshape(2, 2), "reshape"),
+        (lambda t: t + 1, "unsupported operand"),
+    ],
+)
+def test_what_a_tensor_does_not_do(wrong, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        wrong(kp.autodiff.Tensor(np.ones(3)))

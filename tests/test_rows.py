@@ -702,3 +702,11 @@ def test_any_normalisation(data):
     assert_close(
         got, reference.normalize(x, scale, shift, *moments, 1e-5, slope), 1e-10, magnitude=np.r_[got.ravel(), 1]
     )
+
+
+def test_add_of_numbers_that_were_arrays():
+    loss = 0.5 * np.array(3.0)  # by NumPy a scalar, no array
+    assert_same_bits(kp.add(loss, np.array(2.0)), np.array(3.5))
+    assert_same_bits(kp.add(np.array(2.0), loss), np.array(3.5))
+    with pytest.raises(TypeError, match="second"):
+        kp.add(loss, 2.0)

@@ -6,7 +6,7 @@ import clouds
 import numpy as np
 import ops
 import pytest
-from reference import assert_close, assert_same_bits
+from reference import assert_same_bits
 
 import kpcore as kp
 from kpcore.autodiff import Op
@@ -447,62 +447,6 @@ def test_exported_for_any_number_of_points():
     exported = torch.export.export(net, case, dynamic_shapes=shapes)
     other = net_case(90, 1)
     assert torch.equal(exported.module()(*other), net(*other))
-
-
-# ---- layers
-
-
-def test_the_layer_is_the_function():
-    torch.manual_seed(0)
-    layer = kpt.KPConv(
-        3, 4, 7, radius=0.2, extent=0.15, influence="gaussian", aggregation="closest", normalization="count"
-    )
-    points, _, features = net_case(60)
-    expected = kpt.kpconv(
-        points, points[:20], kpt.radius_search(points, points[:20], 0.3), features, layer.weights, layer.kernel_points,
-        0.15, influence="gaussian", aggregation="closest", normalization="count",
-    )  # fmt: skip
-    got = layer(points, points[:20], kpt.radius_search(points, points[:20], 0.3), features)
-    assert torch.equal(got, expected)
-
-
-def test_the_layer_takes_a_padded_matrix():
-    points, neighbors, features = net_case(60)
-    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15)
-    padded = neighbors.to_padded()
-    for fill, dtype in ((60, torch.int32), (-1, torch.int64)):
-        matrix = torch.from_numpy(np.where(padded == 60, fill, padded)).to(dtype)
-        assert torch.equal(layer(points, None, matrix, features), layer(points, None, neighbors, features))
-
-
-def test_the_state_and_initialisation_of_the_published_layer():
-    torch.manual_seed(0)
-    layer = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
-    assert {name: tuple(t.shape) for name, t in layer.state_dict().items()} == {
-        "weights": (15, 32, 64),
-        "kernel_points": (15, 3),
-    }
-    bound = 1 / np.sqrt(32 * 64)  # kaiming_uniform(a=sqrt(5)), to which (K, Cin, Cout) has a fan-in of Cin Cout
-    expected = torch.empty(15, 32, 64)
-    torch.nn.init.kaiming_uniform_(expected, a=np.sqrt(5))
-    assert layer.weights.abs().max() <= bound and torch.isclose(layer.weights.std(), expected.std(), rtol=0.02)
-    norms = layer.kernel_points.norm(dim=1)
-    assert norms[0] == 0 and torch.isclose(norms[1:].mean(), torch.tensor(0.2), rtol=1e-5)
-    other = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
-    assert not torch.equal(other.kernel_points, layer.kernel_points)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.kernel_points, layer.kernel_points)
-    torch.manual_seed(0)
-    again = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
-    assert torch.equal(again.weights, layer.weights) and torch.equal(again.kernel_points, layer.kernel_points)
-
-
-def test_a_layer_in_float64():
-    points, neighbors, features = net_case(60)
-    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15, dtype=torch.float64)
-    assert layer(points.double(), None, neighbors, features.double()).dtype == torch.float64
-    exact = kp.kernel_points(15, 0.2, dtype=np.float64)
-    assert_close(np.linalg.norm(layer.kernel_points.numpy(), axis=1), np.linalg.norm(exact, axis=1), 1e-12)
 
 
 # ---- what is not traced

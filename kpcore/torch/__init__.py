@@ -3,7 +3,8 @@
 Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample`, whose results have
 sizes that depend on values, run eagerly; so does what only prepares a network (`build_pyramid`, `kernel_points`).
 Tensors on the CPU; they share memory with the arrays that kpcore computes on, in both directions. Neighbour lists are
-`kpcore.Neighbors` here too. `KPConv` is a layer. docs/frameworks.md shows all of it, and the limits.
+`kpcore.Neighbors` here too. `KPConv`, `DeformableKPConv` and `KPConvX` are layers. docs/frameworks.md shows all of it,
+and the limits.
 """
 
 try:
@@ -18,7 +19,7 @@ from kpcore.neighbors import Neighbors
 from kpcore.ops import OPS as _OPS
 from kpcore.torch import eager as _eager
 from kpcore.torch.eager import GridIndex, KDTree
-from kpcore.torch.layers import KPConv
+from kpcore.torch.layers import DeformableKPConv, KPConv, KPConvX
 from kpcore.torch.ops import define as _define
 
 _EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
@@ -28,5 +29,5 @@ for _name, _op in _OPS.items():
 for _name in _EAGER:
     globals()[_name] = _eager.eager(getattr(_kpcore, _name))
 
-__all__ = ["GridIndex", "KDTree", "KPConv", "Neighbors", *_EAGER, *_OPS]
+__all__ = ["DeformableKPConv", "GridIndex", "KDTree", "KPConv", "KPConvX", "Neighbors", *_EAGER, *_OPS]
 __all__.sort()

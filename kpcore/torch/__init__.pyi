@@ -5,7 +5,9 @@ from torch import Tensor
 import kpcore
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
+from kpcore.torch.layers import KPConvX as KPConvX
 
 class GridIndex(kpcore.GridIndex): ...
 class KDTree(kpcore.KDTree): ...

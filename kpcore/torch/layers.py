@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 
 import kpcore
+from kpcore import _array
 from kpcore.dispositions import _rotation
 from kpcore.neighbors import Neighbors
+from kpcore.torch.ops import checked, to_array
+
+_ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softmax": lambda logits: torch.softmax(logits, 1),
+    None: lambda logits: logits,
+}
 
 
 class KPConv(torch.nn.Module):
@@ -56,25 +66,18 @@ class KPConv(torch.nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size=15, *, radius, extent, dimension=3, influence="linear",
                  aggregation="sum", normalization=None, fixed="center", rotate="vertical", dtype=None):  # fmt: skip
         super().__init__()
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        points = kpcore.torch.kernel_points(kernel_size, radius, dimension=dimension, fixed=fixed, dtype=dtype)
-        if rotate is not None:
-            turn = _rotation(dimension, rotate, int(torch.randint(2**62, ())))
-            points = points @ torch.from_numpy(turn).to(dtype)
-        self.extent, self.influence, self.aggregation, self.normalization = (
-            extent,
-            influence,
-            aggregation,
-            normalization,
-        )
-        self.weights = torch.nn.Parameter(torch.empty(kernel_size, in_channels, out_channels, dtype=dtype))
+        in_channels = _array.integer("in_channels", in_channels, 1)
+        out_channels = _array.integer("out_channels", out_channels, 1)
+        points = _kernel_points(kernel_size, radius, rotate, dtype, dimension=dimension, fixed=fixed)
+        self.extent = extent
+        self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
+        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
         self.register_buffer("kernel_points", points)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Draw the weights again."""
-        bound = 1 / math.sqrt(self.weights[0].numel())
-        torch.nn.init.uniform_(self.weights, -bound, bound)
+        _uniform(self.weights)
 
     def extra_repr(self):
         kernel_size, in_channels, out_channels = self.weights.shape
@@ -93,9 +96,293 @@ class KPConv(torch.nn.Module):
             layers share one, ``Neighbors.from_padded`` once is better.
         features : (N, in_channels) tensor
         """
-        if isinstance(neighbors, torch.Tensor):
-            neighbors = Neighbors.from_padded(neighbors.numpy(), len(points))
         return kpcore.torch.kpconv(
-            points, queries, neighbors, features, self.weights, self.kernel_points, self.extent,
-            influence=self.influence, aggregation=self.aggregation, normalization=self.normalization
+            points, queries, _listed(neighbors, points), features, self.weights, self.kernel_points, self.extent,
+            **self.options
         )  # fmt: skip
+
+
+class DeformableKPConv(torch.nn.Module):
+    """Deformable kernel point convolution (Thomas et al. 2019, section 3.2), as a layer; see `kpcore.kpconv`.
+
+    A rigid convolution, `offset_conv`, gives every query D numbers for each kernel point, and with `modulated` one
+    more: ``raw = offset_conv(...) + offset_bias``. The first K D of them, times `extent`, are the offsets of the kernel
+    points; twice the sigmoid of the last K is what modulates those. The state is called as in the published PyTorch
+    code; checkpoints of that load.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size
+        As in `KPConv`.
+    radius, extent, dimension, influence, aggregation, normalization, fixed, rotate, dtype
+        As in `KPConv`, for both convolutions. The kernel points may move, so neighbours are to come from farther than
+        `radius`: the published networks search 5 voxels for deformable layers, 2.5 for others, and take 0.66 of the
+        latter as `radius` in both.
+    modulated : bool
+
+    Attributes
+    ----------
+    weights : (K, in_channels, out_channels) parameter
+        Uniform in ±1 / sqrt(in_channels * out_channels).
+    kernel_points : (K, D) buffer
+    offset_conv : KPConv
+        From `in_channels` to K D channels, or with `modulated` K (D + 1); its weights are drawn in the same way, and so
+        not zero, and its kernel points are turned on their own, both as in the published PyTorch code.
+    offset_bias : (K D,) or (K (D + 1),) parameter
+        Zeros. The published training gives what has "offset" in its name a tenth of the learning rate.
+
+    Examples
+    --------
+    >>> import torch, kpcore.torch as kpt
+    >>> points, features = torch.rand(100, 3), torch.rand(100, 4)
+    >>> neighbors = kpt.radius_search(points, None, 0.5)
+    >>> layer = kpt.DeformableKPConv(4, 8, radius=0.2, extent=0.15)
+    >>> layer(points, None, neighbors, features).shape
+    torch.Size([100, 8])
+
+    In training, with what keeps the kernel points in order; nothing is kept in the module from one call to the next,
+    so it compiles in one graph:
+
+    >>> out, offsets = layer(points, None, neighbors, features, return_offsets=True)
+    >>> loss = out.square().mean() + layer.regularization(points, None, neighbors, offsets)
+    >>> loss.backward()
+    >>> (layer.kernel_points + offsets).shape
+    torch.Size([100, 15, 3])
+    >>> sorted(layer.state_dict())
+    ['kernel_points', 'offset_bias', 'offset_conv.kernel_points', 'offset_conv.weights', 'weights']
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size=15, *, radius, extent, modulated=False, dimension=3,
+                 influence="linear", aggregation="sum", normalization=None, fixed="center", rotate="vertical",
+                 dtype=None):  # fmt: skip
+        super().__init__()
+        in_channels = _array.integer("in_channels", in_channels, 1)
+        out_channels = _array.integer("out_channels", out_channels, 1)
+        points = _kernel_points(kernel_size, radius, rotate, dtype, dimension=dimension, fixed=fixed)
+        self.extent, self.modulated = extent, modulated
+        self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
+        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
+        self.register_buffer("kernel_points", points)
+        num_raw = kernel_size * (dimension + bool(modulated))
+        self.offset_conv = KPConv(in_channels, num_raw, kernel_size, radius=radius, extent=extent, dimension=dimension,
+                                  fixed=fixed, rotate=rotate, dtype=dtype, **self.options)  # fmt: skip
+        self.offset_bias = torch.nn.Parameter(points.new_zeros(num_raw))
+        _uniform(self.weights)
+
+    def reset_parameters(self):
+        """Draw all weights again, and set the bias to zero."""
+        _uniform(self.weights)
+        self.offset_conv.reset_parameters()
+        torch.nn.init.zeros_(self.offset_bias)
+
+    def extra_repr(self):
+        kernel_size, in_channels, out_channels = self.weights.shape
+        text = f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
+        return text + ", modulated=True" * self.modulated
+
+    def forward(self, points, queries, neighbors, features, return_offsets=False):
+        """(M, out_channels), or with `return_offsets` that and the offsets (M, K, D), in the unit of the points.
+
+        The deformed kernel points are ``kernel_points + offsets``. `kpcore.fitting_loss` and `kpcore.repulsion_loss`
+        take the offsets; `regularization` is the two together.
+
+        Parameters
+        ----------
+        points, queries, neighbors, features
+            As in `KPConv.forward`.
+        return_offsets : bool
+        """
+        neighbors = _listed(neighbors, points)
+        raw = self.offset_conv(points, queries, neighbors, features) + self.offset_bias
+        size = self.kernel_points.shape
+        offsets = self.extent * raw[:, : size.numel()].unflatten(1, size)
+        out = kpcore.torch.kpconv(
+            points, queries, neighbors, features, self.weights, self.kernel_points, self.extent, offsets=offsets,
+            modulations=2 * torch.sigmoid(raw[:, size.numel() :]) if self.modulated else None, **self.options
+        )  # fmt: skip
+        return (out, offsets) if return_offsets else out
+
+    def regularization(self, points, queries, neighbors, offsets, repulse_extent=1.2):
+        """``2 * fitting_loss + repulsion_loss``, which the published PyTorch code adds to the loss for every layer.
+
+        Parameters
+        ----------
+        points, queries, neighbors
+            As in the call that gave the offsets.
+        offsets : (M, K, D) tensor
+        repulse_extent : float
+            Of `kpcore.repulsion_loss`.
+
+        Returns
+        -------
+        () tensor
+        """
+        neighbors = _listed(neighbors, points)
+        fitting = kpcore.torch.fitting_loss(points, queries, neighbors, self.kernel_points, offsets, self.extent)
+        repulsion = kpcore.torch.repulsion_loss(self.kernel_points, offsets, self.extent, repulse_extent=repulse_extent)
+        return 2 * fitting + repulsion
+
+
+class KPConvX(torch.nn.Module):
+    """Depthwise kernel point convolution with attention over its kernel points, as a layer; see `kpcore.kpconvx`.
+
+    ``attention = activation(group_norm(L2 leaky_relu(L1 f_q + b)))`` of the features f_q of each query (Thomas et al.
+    2024), A numbers for each kernel point, where `attention_groups` channels side by side share one. The group
+    normalisation is there if asked for; without any attention the layer is KPConvD. The state is called as in the
+    published code; checkpoints of that load. As there, positions have no gradient with attention.
+
+    Parameters
+    ----------
+    channels : int
+        C, in and out.
+    shell_sizes : sequence of int
+        The kernel points of each shell, from 1 at the centre outwards.
+    radius : float
+        Of the ball that the shells fill to half a spacing, see `kpcore.kernel_points`: the search radius, as published.
+    extent : float
+        Distance at which the linear influence reaches zero; the published networks take the search radius here too.
+    attention_groups : int or None
+        How many channels share one number of the attention; a divisor of C. The published networks take 4 (S3DIS) and
+        8. None, for KPConvD, leaves attention out.
+    attention_activation : {"sigmoid", "tanh", "softmax", None}
+        The softmax is over the K A numbers of a query, as published.
+    attention_norm : bool
+        Whether to normalise the attention of each kernel point before its activation, over all queries and its A
+        numbers: all batch items together, as published.
+    dimension, influence, fixed, rotate, dtype
+        As in `KPConv`. The published code also moves each kernel point by a thousandth of the radius.
+
+    Attributes
+    ----------
+    weights : (K, C) parameter
+        Uniform in ±1 / sqrt(C), the published initialisation.
+    kernel_points : (K, D) buffer
+    alpha_mlp : torch.nn.Sequential
+        Attention's two layers, C to C to K A, with torch's own initialisation; the bias b, zeros, is called
+        `alpha_mlp.1.norm.bias`.
+    grpnorm : torch.nn.GroupNorm
+        K groups of A numbers. It is part of the published state whether it is used or not; not used it does not train.
+
+    Examples
+    --------
+    >>> import torch, kpcore.torch as kpt
+    >>> points = torch.rand(100, 3)
+    >>> neighbors = kpt.knn_search(points, None, 16)
+    >>> layer = kpt.KPConvX(32, radius=0.3, extent=0.3, attention_groups=8)
+    >>> layer(points, None, neighbors, torch.ones(100, 32)).shape
+    torch.Size([100, 32])
+    >>> list(layer.state_dict())[:2], list(layer.alpha_mlp.state_dict()), list(layer.grpnorm.state_dict())
+    (['weights', 'kernel_points'], ['0.weight', '1.norm.bias', '3.weight'], ['weight', 'bias'])
+    >>> list(kpt.KPConvX(32, radius=0.3, extent=0.3, attention_groups=None).state_dict())
+    ['weights', 'kernel_points']
+    """
+
+    def __init__(self, channels, shell_sizes=(1, 14, 28), *, radius, extent, attention_groups=8,
+                 attention_activation="sigmoid", attention_norm=False, dimension=3, influence="linear", fixed="center",
+                 rotate="vertical", dtype=None):  # fmt: skip
+        super().__init__()
+        channels = _array.integer("channels", channels, 1)
+        points = _kernel_points(shell_sizes, radius, rotate, dtype, dimension=dimension, fixed=fixed, method="shells")
+        kernel_size, dtype = len(points), points.dtype
+        self.extent, self.influence, self.attention_groups = extent, influence, attention_groups
+        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, channels))
+        self.register_buffer("kernel_points", points)
+        if attention_groups is not None:
+            attention_groups = _array.integer("attention_groups", attention_groups, 1)
+            if channels % attention_groups:
+                raise ValueError(f"attention_groups: expected a divisor of {channels} channels, got {attention_groups}")
+            _array.choice("attention_activation", attention_activation, tuple(_ACTIVATIONS))
+            self.attention_activation, self.attention_norm = attention_activation, attention_norm
+            num_logits = kernel_size * (channels // attention_groups)
+            self.alpha_mlp = torch.nn.Sequential(
+                torch.nn.Linear(channels, channels, bias=False, dtype=dtype),
+                torch.nn.Sequential(OrderedDict(norm=_Bias(channels, dtype))),
+                torch.nn.LeakyReLU(0.1),
+                torch.nn.Linear(channels, num_logits, bias=False, dtype=dtype),
+            )
+            self.grpnorm = torch.nn.GroupNorm(kernel_size, num_logits, dtype=dtype)
+            self.grpnorm.requires_grad_(bool(attention_norm))
+        _uniform(self.weights)
+
+    def reset_parameters(self):
+        """Draw all weights again, and set what else is trained to how it begins."""
+        _uniform(self.weights)
+        if self.attention_groups is not None:
+            for module in (*self.alpha_mlp[::3], *self.alpha_mlp[1], self.grpnorm):
+                module.reset_parameters()
+
+    def extra_repr(self):
+        kernel_size, channels = self.weights.shape
+        text = f"{channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
+        return f"{text}, attention_groups={self.attention_groups}"
+
+    def forward(self, points, queries, neighbors, features, query_features=None):
+        """(M, C).
+
+        Parameters
+        ----------
+        points, queries, neighbors, features
+            As in `KPConv.forward`.
+        query_features : (M, C) tensor, optional
+            What the attention is made of. Not given: the features themselves where queries are None or the points;
+            else those of the first neighbour in each row, which is the nearest in lists sorted by distance, or zeros
+            without one. (The published code takes the features themselves wherever queries are as many as points.)
+        """
+        neighbors = _listed(neighbors, points)
+        if self.attention_groups is None:
+            return kpcore.torch.kpconv(
+                points, queries, neighbors, features, self.weights, self.kernel_points, self.extent,
+                influence=self.influence, aggregation="closest"
+            )  # fmt: skip
+        if query_features is None:
+            own = queries is None or queries is points
+            query_features = features if own else kpcore.torch.nearest_upsample(features, neighbors)
+        logits, norm = self.alpha_mlp(query_features), self.grpnorm
+        if self.attention_norm:
+            logits = kpcore.torch.group_norm(logits, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
+        attention = _ACTIVATIONS[self.attention_activation](logits).unflatten(1, (len(self.weights), -1))
+        return kpcore.torch.kpconvx(
+            points, queries, neighbors, features, self.weights, attention, self.kernel_points, self.extent,
+            influence=self.influence
+        )  # fmt: skip
+
+
+class _Bias(torch.nn.Module):
+    """Where the published code may have a normalisation, and has a bias instead."""
+
+    def __init__(self, channels, dtype):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(channels, dtype=dtype))
+
+    def reset_parameters(self):
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, features):
+        return features + self.bias
+
+
+def _kernel_points(num, radius, rotate, dtype, dimension, **options):
+    """(K, D), turned at random by torch's generator."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
+    _array.choice("rotate", rotate, (None, "vertical", "full"))
+    if rotate is not None:
+        turn = _rotation(dimension, rotate, int(torch.randint(2**62, ())))
+        points = points @ torch.from_numpy(turn).to(dtype)
+    return points
+
+
+def _uniform(weights):
+    """As torch's kaiming_uniform_ with a = sqrt(5) does it: to which all axes but the first are a fan-in."""
+    bound = 1 / math.sqrt(weights[0].numel())
+    torch.nn.init.uniform_(weights, -bound, bound)
+
+
+def _listed(neighbors, points):
+    """Neighbors, made of a padded matrix if they came as one."""
+    if not isinstance(neighbors, torch.Tensor):
+        return neighbors
+    if torch.compiler.is_compiling():
+        raise TypeError("neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; "
+                        "convert it before with Neighbors.from_padded(neighbors.numpy(), len(points))")  # fmt: skip
+    return Neighbors.from_padded(to_array("neighbors", checked(None, "neighbors", neighbors)), len(points))

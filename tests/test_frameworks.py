@@ -1,0 +1,101 @@
+"""One network, written once, trained on the tape, in PyTorch and in JAX."""
+
+import numpy as np
+import pytest
+
+import kpcore as kp
+
+STEPS, RATE, EXTENT = 50, 0.1, 0.2
+
+
+def deformable(F, cloud, features, weights, offset_weights):
+    """-> what a deformable layer gives, and how it is regularised"""
+    points, neighbors, kernel_points = cloud
+    raw = F.kpconv(points, None, neighbors, features, offset_weights, kernel_points, EXTENT)
+    offsets = EXTENT * raw.reshape(-1, 15, 3)
+    out = F.kpconv(points, None, neighbors, features, weights, kernel_points, EXTENT, offsets=offsets)
+    fitting = F.fitting_loss(points, None, neighbors, kernel_points, offsets, EXTENT)
+    return out, F.add(2 * fitting, F.repulsion_loss(kernel_points, offsets, EXTENT))
+
+
+def loss(F, weights, cloud, norm, features, labels):
+    hidden, first = deformable(F, cloud, features, *weights[:2])
+    hidden = F.batch_norm(hidden, *norm, negative_slope=0.1).features
+    logits, second = deformable(F, cloud, hidden, *weights[2:])
+    return F.add(F.softmax_cross_entropy(logits, labels), 0.05 * F.add(first, second))
+
+
+def by_the_tape(weights, *inputs):
+    losses = []
+    for _ in range(STEPS):
+        value, grads = kp.autodiff.value_and_grad(lambda w: loss(kp, w, *inputs))(weights)
+        weights = [w - RATE * g for w, g in zip(weights, grads, strict=True)]
+        losses.append(float(value))
+    return losses
+
+
+def by_torch(weights, cloud, norm, features, labels):
+    torch = pytest.importorskip("torch")
+    weights = [torch.tensor(w, requires_grad=True) for w in weights]
+    cloud = torch.tensor(cloud[0]), cloud[1], torch.tensor(cloud[2])
+    norm, features, labels = [torch.tensor(n) for n in norm], torch.tensor(features), torch.tensor(labels)
+    optimizer, losses = torch.optim.SGD(weights, RATE), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(kp.torch, weights, cloud, norm, features, labels)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def by_jax(weights, *inputs):
+    jax, F = pytest.importorskip("jax"), kp.jax
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        step = jax.jit(jax.value_and_grad(lambda w, *inputs: loss(F, w, *inputs)))
+        losses = []
+        for _ in range(STEPS):
+            value, grads = step(weights, *inputs)
+            weights = [w - RATE * g for w, g in zip(weights, grads, strict=True)]
+            losses.append(float(value))
+        return losses
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = kp.get_num_threads()
+    kp.set_num_threads(1)  # the network is small, and the frameworks have threads of their own
+    yield
+    kp.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Random features of random points: which are within a cylinder has to be seen from where their neighbours lie."""
+    rng = np.random.default_rng(0)
+    points, features = rng.random((200, 3)), rng.standard_normal((200, 4))
+    labels = (((points[:, :2] - 0.5) ** 2).sum(1) < 0.15).astype(np.int64)
+    cloud = points, kp.radius_search(points, None, 0.3), kp.kernel_points(15, 0.2, dtype=np.float64)
+    norm = np.ones(8), np.zeros(8), np.zeros(8), np.ones(8)
+    weights = [0.03 * rng.standard_normal(shape) for shape in ((15, 4, 8), (15, 4, 45), (15, 8, 2), (15, 8, 45))]
+    return weights, cloud, norm, features, labels
+
+
+@pytest.fixture(scope="module")
+def curve(case):
+    return by_the_tape(*case)
+
+
+def test_the_tape_learns(case, curve):
+    assert curve[-1] < curve[0] / 4
+    rigid = loss(kp, [w * (i % 2 == 0) for i, w in enumerate(case[0])], *case[1:])
+    assert abs(rigid - curve[0]) > 1e-3  # the offsets do something
+
+
+@pytest.mark.parametrize("framework", [by_torch, by_jax])
+def test_the_curve_of_the_tape(case, curve, framework):
+    np.testing.assert_allclose(framework(*case), curve, rtol=1e-8)

@@ -1,0 +1,402 @@
+"""The layers of kpcore.torch: what the published ones compute, under the names of their state."""
+
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import assert_close
+
+import kpcore as kp
+
+torch = pytest.importorskip("torch")
+
+from torch.autograd.gradcheck import gradcheck  # noqa: E402
+
+import kpcore.torch as kpt  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+DEFORMABLE = sorted(GOLDEN.glob("deform_*.npz"))
+
+# name: a layer of 4 channels and few kernel points, by dtype
+LAYERS = {
+    "rigid": lambda dtype=None: kpt.KPConv(4, 3, 5, radius=0.2, extent=0.25, normalization="count", dtype=dtype),
+    "deformable": lambda dtype=None: kpt.DeformableKPConv(4, 3, 5, radius=0.2, extent=0.25, dtype=dtype),
+    "modulated": lambda dtype=None: kpt.DeformableKPConv(
+        4, 3, 5, radius=0.2, extent=0.25, modulated=True, influence="gaussian", normalization="count", dtype=dtype
+    ),
+    "x": lambda dtype=None: kpt.KPConvX(4, [1, 4], radius=0.3, extent=0.3, attention_groups=2, dtype=dtype),
+    "x, normalized": lambda dtype=None: kpt.KPConvX(
+        4, [1, 4], radius=0.3, extent=0.3, attention_groups=1, attention_activation="tanh", attention_norm=True,
+        dtype=dtype
+    ),
+    "d": lambda dtype=None: kpt.KPConvX(4, [1, 4], radius=0.3, extent=0.3, attention_groups=None, dtype=dtype),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LAYERS)
+def make(request):
+    torch.manual_seed(0)
+    return LAYERS[request.param]
+
+
+def case(num=40, dtype=torch.float32, seed=0):
+    """-> points, queries of which the first sees nothing, their neighbors by distance, features"""
+    generator = torch.Generator().manual_seed(seed)
+    points, features = (torch.rand(num, c, generator=generator, dtype=dtype) for c in (3, 4))
+    queries = points[: num // 2] + 0.01
+    queries[:1] += 9
+    return points, queries, kpt.radius_search(points, queries, 0.35, sort="distance"), features - 0.5
+
+
+def with_offsets(layer, *inputs):
+    """All that a layer gives: its output, and of a deformable one also its regularization."""
+    if not isinstance(layer, kpt.DeformableKPConv):
+        return (layer(*inputs),)
+    out, offsets = layer(*inputs, return_offsets=True)
+    return out, layer.regularization(*inputs[:3], offsets)
+
+
+# ---- all of them
+
+
+def test_by_finite_differences(make):
+    layer, (points, queries, neighbors, features) = make(torch.float64), case(dtype=torch.float64)
+    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in parameters.values():
+            p += 0.1 * torch.randn_like(p)  # no bias of zero
+
+    def fn(features, *values):
+        given = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(layer, given, (points, queries, neighbors, features))
+
+    assert gradcheck(fn, [features.requires_grad_(), *parameters.values()], rtol=1e-5, atol=1e-7)
+
+
+def test_every_parameter_learns(make):
+    layer, inputs = make(), case()
+    out = with_offsets(layer, *inputs)
+    sum(o.square().sum() for o in out).backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.any() and parameter.grad.isfinite().all(), name
+
+
+def test_compiled_in_one_graph(make):
+    torch._dynamo.reset()
+    layer = make()
+    compiled = torch.compile(lambda *inputs: with_offsets(layer, *inputs), fullgraph=True, backend="aot_eager")
+    for num in (40, 40, 60, 70):
+        inputs = case(num, seed=num)
+        results = []
+        for fn in (lambda *inputs: with_offsets(layer, *inputs), compiled):
+            layer.zero_grad()
+            out = fn(*inputs)
+            sum(o.square().sum() for o in out).backward()
+            results.append([*out, *(p.grad for p in layer.parameters() if p.requires_grad)])
+        for eager, traced in zip(*results, strict=True):
+            assert torch.equal(eager, traced)
+
+
+def test_exported(make):
+    layer, inputs = make().eval(), case()
+    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), layer(*inputs))
+
+
+def test_a_padded_matrix(make):
+    layer, (points, queries, neighbors, features) = make(), case()
+    padded = neighbors.to_padded()
+    for fill, dtype in ((len(points), torch.int32), (-1, torch.int64)):
+        matrix = torch.from_numpy(np.where(padded == len(points), fill, padded)).to(dtype)
+        for got, expected in zip(
+            with_offsets(layer, points, queries, matrix, features),
+            with_offsets(layer, points, queries, neighbors, features),
+            strict=True,
+        ):
+            assert torch.equal(got, expected)
+    with pytest.raises(Exception, match=r"neighbors: expected kpcore\.Neighbors under torch\.compile"):
+        torch.compile(layer, fullgraph=True, backend="eager")(points, queries, matrix, features)
+
+
+def test_float64_is_what_float32_rounds(make):
+    layer, inputs = make(), case()
+    exact = with_offsets(layer, *inputs[:2], inputs[2], inputs[3])
+    layer.double()
+    found = with_offsets(layer, inputs[0].double(), inputs[1].double(), inputs[2], inputs[3].double())
+    for single, double in zip(exact, found, strict=True):
+        assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+        assert_close(single.detach().numpy(), double.detach().numpy(), 2e-5)
+    assert {t.dtype for t in make(torch.float64).state_dict().values()} == {torch.float64}
+
+
+def test_neither_queries_nor_neighbors(make):
+    layer, (points, queries, neighbors, features) = make(), case()
+    out, *regularization = with_offsets(layer, points, queries, neighbors, features)
+    assert not neighbors.counts[0] and not out[0].any() and out[1:].any()
+    assert all(r.isfinite() for r in regularization)
+    nothing = kp.Neighbors(np.empty(0, np.int32), np.zeros(1, np.int64), len(points))
+    if not getattr(layer, "attention_norm", False):
+        out, *regularization = with_offsets(layer, points, queries[:0], nothing, features)
+        assert out.shape == (0, layer.weights.shape[-1]) and not any(regularization)
+
+
+def test_the_same_from_the_same_seed(make):
+    torch.manual_seed(1)
+    first = make()
+    torch.manual_seed(1)
+    again, other = make(), make()
+    copy = pickle.loads(pickle.dumps(first))
+    for name, state in first.state_dict().items():
+        assert torch.equal(state, again.state_dict()[name]) and torch.equal(state, copy.state_dict()[name])
+    assert not torch.equal(first.kernel_points, other.kernel_points)
+    assert not torch.equal(first.weights, other.weights)
+    other.load_state_dict(first.state_dict())
+    inputs = case()
+    assert torch.equal(other(*inputs), first(*inputs))
+    assert torch.equal(copy(*inputs), first(*inputs))
+
+
+def test_reset(make):
+    layer = make()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(7)
+    layer.reset_parameters()
+    for name, p in layer.named_parameters():
+        if torch.equal(before[name], before[name].flatten()[:1].expand(p.shape)):  # zeros, or ones
+            assert torch.equal(p, before[name]), name
+        else:
+            assert not torch.equal(p, before[name]) and abs(p).max() < 1, name
+
+
+def test_printed(make):
+    text = repr(make())
+    assert ("4, 3, kernel_size=5" in text or "4, kernel_size=5" in text) and "extent=0." in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda: kpt.KPConv(0, 3, radius=0.2, extent=0.2), r"^in_channels: expected at least 1, got 0"),
+        (
+            lambda: kpt.DeformableKPConv(3, 1.5, radius=0.2, extent=0.2),
+            r"^out_channels: expected an integer, got float",
+        ),
+        (lambda: kpt.KPConv(3, 3, radius=0.2, extent=0.2, rotate="up"), r"^rotate: expected None or 'vertical'"),
+        (lambda: kpt.KPConv(3, 3, radius=-1, extent=0.2), r"^radius: expected"),
+        (lambda: kpt.KPConvX(0, radius=0.2, extent=0.2), r"^channels: expected at least 1"),
+        (lambda: kpt.KPConvX(12, radius=0.2, extent=0.2), r"^attention_groups: expected a divisor of 12 .* got 8"),
+        (lambda: kpt.KPConvX(8, radius=0.2, extent=0.2, attention_activation="relu"), r"^attention_activation: expe"),
+        (lambda: kpt.KPConvX(8, 15, radius=0.2, extent=0.2), r"^num: expected a sequence"),
+    ],
+)
+def test_wrong_settings(wrong, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        wrong()
+
+
+def test_wrong_inputs(make):
+    layer, (points, queries, neighbors, features) = make(), case()
+    for wrong, error in (
+        ((points, queries, neighbors, features[:, :3]), "features|weights|linear|shapes"),
+        ((points, queries, neighbors, features[:-1]), "features"),
+        ((points, queries[:-1], neighbors, features), "neighbors"),
+        ((points, queries, neighbors.index, features), "neighbors: expected kpcore.Neighbors, got ndarray"),
+        ((points, queries, torch.zeros(20, 3), features), "index"),
+        ((points, queries, torch.zeros(20, 3, device="meta"), features), "neighbors: expected a tensor on the CPU"),
+        ((points.double(), queries.double(), neighbors, features), "kernel_points"),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=error):
+            layer(*wrong)
+
+
+# ---- KPConv
+
+
+def test_the_layer_is_the_function():
+    torch.manual_seed(0)
+    layer = kpt.KPConv(
+        4, 3, 7, radius=0.2, extent=0.15, influence="gaussian", aggregation="closest", normalization="count"
+    )
+    points, queries, neighbors, features = case()
+    expected = kpt.kpconv(
+        points, queries, neighbors, features, layer.weights, layer.kernel_points, 0.15, influence="gaussian",
+        aggregation="closest", normalization="count"
+    )  # fmt: skip
+    assert torch.equal(layer(points, queries, neighbors, features), expected)
+
+
+def test_kernel_points_are_turned():
+    exact = np.linalg.norm(kp.kernel_points(15, 0.2, dtype=np.float64), axis=1)
+    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15, dtype=torch.float64)
+    assert_close(np.linalg.norm(layer.kernel_points.numpy(), axis=1), exact, 1e-12)
+    still = kpt.KPConv(3, 4, radius=0.2, extent=0.15, rotate=None)
+    assert np.array_equal(still.kernel_points.numpy(), kp.kernel_points(15, 0.2))
+    deformable = kpt.DeformableKPConv(3, 4, radius=0.2, extent=0.15)
+    kernels = still.kernel_points, deformable.kernel_points, deformable.offset_conv.kernel_points
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(kernels, 2))
+
+
+# ---- what they begin with, and how it is called
+
+
+def drawn_like(weights, fan_in):
+    """Whether weights are uniform in ±1 / sqrt(fan_in), as far as can be told from them."""
+    bound = fan_in**-0.5
+    assert bound * 0.98 < weights.abs().max() <= bound
+    assert abs(weights.mean()) < 0.02 * bound
+    assert abs(weights.std() - bound / 3**0.5) < 0.02 * bound
+    expected = torch.empty_like(weights)
+    torch.nn.init.kaiming_uniform_(expected, a=5**0.5)  # what the published code calls
+    assert abs(expected.std() - weights.std()) < 0.02 * bound
+
+
+def shapes(layer):
+    return {name: tuple(state.shape) for name, state in layer.state_dict().items()}
+
+
+def test_the_state_of_kpconv():
+    layer = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
+    assert shapes(layer) == {"weights": (15, 32, 64), "kernel_points": (15, 3)}
+    drawn_like(layer.weights, 32 * 64)
+    norms = layer.kernel_points.norm(dim=1)
+    assert norms[0] == 0 and torch.isclose(norms[1:].mean(), torch.tensor(0.2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_state_of_a_deformable_layer(modulated):
+    torch.manual_seed(0)
+    layer = kpt.DeformableKPConv(32, 64, 13, radius=0.2, extent=0.15, modulated=modulated)
+    num = 13 * (3 + modulated)
+    expected = {
+        "weights": (13, 32, 64),
+        "kernel_points": (13, 3),
+        "offset_bias": (num,),
+        "offset_conv.weights": (13, 32, num),
+        "offset_conv.kernel_points": (13, 3),
+    }
+    assert shapes(layer) == expected
+    drawn_like(layer.weights, 32 * 64)
+    drawn_like(layer.offset_conv.weights, 32 * num)
+    assert not layer.offset_bias.any()
+    published = {name: torch.randn(shape) for name, shape in expected.items()}
+    layer.load_state_dict(published, strict=True)
+    assert all(torch.equal(state, published[name]) for name, state in layer.state_dict().items())
+    names = [name for name, _ in layer.named_parameters()]
+    assert [name for name in names if "offset" in name] == ["offset_bias", "offset_conv.weights"]
+
+
+def test_the_state_of_kpconvx():
+    torch.manual_seed(0)
+    layer = kpt.KPConvX(64, radius=0.2, extent=0.2, attention_groups=4)
+    assert shapes(layer) == {
+        "weights": (43, 64),
+        "kernel_points": (43, 3),
+        "alpha_mlp.0.weight": (64, 64),
+        "alpha_mlp.1.norm.bias": (64,),
+        "alpha_mlp.3.weight": (43 * 16, 64),
+        "grpnorm.weight": (43 * 16,),
+        "grpnorm.bias": (43 * 16,),
+    }
+    drawn_like(layer.weights, 64)
+    drawn_like(layer.alpha_mlp[0].weight, 64)
+    drawn_like(layer.alpha_mlp[3].weight, 64)
+    assert not layer.alpha_mlp[1].norm.bias.any() and not layer.grpnorm.weight.requires_grad
+    radii = layer.kernel_points.norm(dim=1)
+    assert_close(radii.numpy(), 0.2 * np.repeat([0, 0.4, 0.8], [1, 14, 28]), 1e-6)
+    assert set(shapes(kpt.KPConvX(64, radius=0.2, extent=0.2, attention_groups=None))) == {"weights", "kernel_points"}
+
+
+# ---- the published code
+
+
+@pytest.mark.parametrize("path", DEFORMABLE, ids=lambda path: path.stem)
+def test_golden_deformable(path):
+    golden = np.load(path)
+    names = "weights", "offset_weights", "offset_bias", "kernel_points", "offset_kernel_points"
+    num, in_channels, out_channels = golden["weights"].shape
+    layer = kpt.DeformableKPConv(
+        in_channels, out_channels, num, radius=0.1, extent=float(golden["extent"]), modulated=bool(golden["modulated"]),
+        influence=str(golden["influence"]), aggregation=str(golden["aggregation"]), dtype=torch.float64
+    )  # fmt: skip
+    state = {name.replace("offset_w", "offset_conv.w").replace("offset_k", "offset_conv.k"): name for name in names}
+    layer.load_state_dict({theirs: torch.from_numpy(golden[name]) for theirs, name in state.items()}, strict=True)
+    points, queries, features = (torch.from_numpy(golden[name]) for name in ("points", "queries", "features"))
+    features.requires_grad_()
+    cloud = points, queries, torch.from_numpy(golden["neighbors_padded"])
+    # The published gaussian's 1e-9 (see golden/README) is in the offsets, and again in what is made with them.
+    allowed = 4e-5 if golden["influence"] == "gaussian" else 1e-10
+
+    out, offsets = layer(*cloud, features, return_offsets=True)
+    assert torch.equal(out, layer(*cloud, features))
+    assert_close(out.detach().numpy(), golden["out"], allowed)
+    assert_close((layer.kernel_points + offsets).detach().numpy(), golden["deformed_kernel_points"], allowed)
+    regularization = layer.regularization(*cloud, offsets)
+    losses = 2 * golden["fitting_loss"] + golden["repulsive_loss"]
+    assert_close(regularization.detach().numpy(), losses, allowed)
+
+    inputs = features, layer.weights, layer.offset_conv.weights, layer.offset_bias
+    grads = torch.autograd.grad(out, inputs, torch.from_numpy(golden["grad_out"]), retain_graph=True)
+    for grad, name in zip(grads, ("features", "weights", "offset_weights", "offset_bias"), strict=True):
+        assert_close(grad.numpy(), golden[f"grad_{name}"], allowed)
+    grads = torch.autograd.grad(regularization, inputs[2:])
+    for grad, name in zip(grads, ("offset_weights", "offset_bias"), strict=True):
+        expected = 2 * golden[f"grad_fit_{name}"] + golden[f"grad_rep_{name}"]
+        assert_close(grad.numpy(), expected, allowed)
+
+
+def test_golden_deformable_is_complete():
+    assert len(DEFORMABLE) == 3
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh_strided", "softmax_constant", "none"])
+def test_golden_kpconvx(name):
+    golden = {key.removeprefix(f"{name}/"): value for key, value in np.load(GOLDEN / "kpconvx.npz").items()}
+    activation, influence = golden["options"].tolist()
+    layer = kpt.KPConvX(
+        12, [1, 14], radius=0.45, extent=float(golden["extent"]), attention_groups=int(golden["groups"]),
+        attention_activation=None if activation == "none" else activation, attention_norm=bool(golden["norm"]),
+        influence=influence, dtype=torch.float64
+    )  # fmt: skip
+    state = {key.removeprefix("state/"): torch.from_numpy(golden[key]) for key in golden if key.startswith("state/")}
+    layer.load_state_dict(state, strict=True)
+    points, queries = torch.from_numpy(golden["points"]), torch.from_numpy(golden["queries"])
+    features = torch.from_numpy(golden["features"]).requires_grad_()
+    neighbors = torch.from_numpy(golden["neighbors_padded"].astype(np.int64))
+    for own in (queries,) if golden["strided"] else (None, points):
+        out = layer(points, own, neighbors, features)
+        assert_close(out.detach().numpy(), golden["out"], 1e-10)
+    out.backward(torch.from_numpy(golden["grad_out"]))
+    assert_close(features.grad.numpy(), golden["grad/features"], 1e-10)
+    for key, parameter in layer.named_parameters():
+        assert (parameter.grad is not None) == (f"grad/{key}" in golden), key
+        if parameter.grad is not None:
+            assert_close(parameter.grad.numpy(), golden[f"grad/{key}"], 1e-10)
+
+
+def test_what_attention_is_made_of():
+    torch.manual_seed(0)
+    layer, (points, queries, neighbors, features) = LAYERS["x"](), case()
+    first = features[neighbors.index[neighbors.row_splits[:-1]]] * torch.from_numpy(neighbors.counts > 0)[:, None]
+    expected = layer(points, queries, neighbors, features)
+    assert torch.equal(layer(points, queries, neighbors, features, first), expected)
+    assert not torch.equal(layer(points, queries, neighbors, features, -first), expected)
+    neighbors = kpt.radius_search(points, None, 0.35)  # by index: the first is another point
+    expected = layer(points, None, neighbors, features)
+    assert torch.equal(layer(points, points, neighbors, features), expected)
+    assert torch.equal(layer(points, points.clone(), neighbors, features, features), expected)
+
+
+def test_without_attention_it_is_kpconvd():
+    torch.manual_seed(0)
+    layer, (points, queries, neighbors, features) = LAYERS["d"](torch.float64), case(dtype=torch.float64)
+    expected = torch.zeros(len(queries), 4, dtype=torch.float64)
+    for q in range(len(queries)):
+        for i in neighbors.index[neighbors.row_splits[q] : neighbors.row_splits[q + 1]]:
+            distances = (points[i] - queries[q] - layer.kernel_points).norm(dim=1)
+            k = distances.argmin()
+            expected[q] += max(0, 1 - distances[k] / 0.3) * layer.weights[k].detach() * features[i]
+    assert_close(layer(points, queries, neighbors, features).detach().numpy(), expected.numpy(), 1e-10)
