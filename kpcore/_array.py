@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -23,34 +24,43 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     it); the others are added, so that all arrays of a call agree. `like` is another (name, array) whose dtype this one
     must share.
     """
+    if type(value) is not np.ndarray:
+        _check_class(name, value)
+    dimensions, dtype = shape.split(), value.dtype
+    agree = value.ndim == len(dimensions)
+    for size, d in zip(value.shape, dimensions, strict=False):
+        seen = sizes.setdefault(d, (size, name))
+        agree = agree and seen[0] == size
+    if not agree:
+        raise _wrong_shape(name, value, dimensions, sizes)
+    if dtype not in dtypes:  # nor is one that is not native
+        names = " or ".join(d.name for d in dtypes)
+        raise TypeError(
+            f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
+            f"convert it with {name}.astype(numpy.{dtypes[0].name})"
+        )
+    if like is not None and dtype != like[1].dtype:
+        raise TypeError(
+            f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
+            f"convert it with {name}.astype({like[0]}.dtype)"
+        )
+    flags = value.flags
+    return value if flags.c_contiguous and flags.aligned else np.require(value, None, ("C", "A"))
+
+
+def _check_class(name, value):
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}; convert it with numpy.asarray")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled")
-    dimensions = shape.split()
-    expected = "(" + ", ".join(str(sizes[d][0]) if d in sizes else d for d in dimensions)
-    expected += ",)" if len(dimensions) == 1 else ")"
-    agree = value.ndim == len(dimensions)
-    for size, d in zip(value.shape, dimensions, strict=False):
-        agree = agree and sizes.get(d, (size,))[0] == size
-    if not agree:
-        others = sorted({sizes[d][1] for d in dimensions if d in sizes})
-        matching = f" to match {' and '.join(others)}" if others else ""
-        raise ValueError(f"{name}: expected {expected}{matching}, got {value.shape}")
-    if value.dtype not in dtypes or not value.dtype.isnative:
-        names = " or ".join(d.name for d in dtypes)
-        raise TypeError(
-            f"{name}: expected {names}, got {value.dtype.str if not value.dtype.isnative else value.dtype}; "
-            f"convert it with {name}.astype(numpy.{dtypes[0].name})"
-        )
-    if like is not None and value.dtype != like[1].dtype:
-        raise TypeError(
-            f"{name}: expected {like[1].dtype} to match {like[0]}, got {value.dtype}; "
-            f"convert it with {name}.astype({like[0]}.dtype)"
-        )
-    for size, d in zip(value.shape, dimensions, strict=True):
-        sizes.setdefault(d, (size, name))
-    return np.require(value, None, ("C", "A"))
+
+
+def _wrong_shape(name, value, dimensions, sizes):
+    known = {d: sizes[d] for d in dimensions if d in sizes and sizes[d][1] != name}  # by other arrays
+    expected = ", ".join(str(known[d][0]) if d in known else d for d in dimensions) + "," * (len(dimensions) == 1)
+    others = sorted({other for _, other in known.values()})
+    matching = f" to match {' and '.join(others)}" if others else ""
+    return ValueError(f"{name}: expected ({expected}){matching}, got {value.shape}")
 
 
 def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
@@ -86,12 +96,17 @@ def length(name, value, dtype):
     number = float(value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
+    if not _square_fits(number, dtype):
+        raise ValueError(f"{name}: expected a number whose square {dtype} can hold, got {value}")
+    return number
+
+
+@functools.lru_cache(maxsize=1024)  # errstate and finfo take as long as an operator on ten points
+def _square_fits(number, dtype):
     with np.errstate(over="ignore", under="ignore"):
         square = dtype.type(number) * dtype.type(number)
     limits = np.finfo(dtype)
-    if not 2 * limits.tiny <= square <= limits.max:
-        raise ValueError(f"{name}: expected a number whose square {dtype} can hold, got {value}")
-    return number
+    return 2 * limits.tiny <= square <= limits.max
 
 
 def lengths(name, value, rows, like):

@@ -1062,6 +1062,44 @@ def fma_rate(str dtype):
     return rate
 
 
+# What XLA hands to kpcore.jax, named as in XLA's C interface; up to the last field used.
+cdef struct XlaBuffer:
+    size_t struct_size
+    void* extension_start
+    int dtype
+    void* data
+    int64_t rank
+    int64_t* dims
+
+
+cdef struct XlaBuffers:  # XLA_FFI_Args and XLA_FFI_Rets
+    size_t struct_size
+    void* extension_start
+    int64_t size
+    void* types
+    XlaBuffer** buffers
+
+
+def xla_arrays(size_t address, dict dtypes, bint writeable):
+    """The arrays of a call from XLA, in its memory; `dtypes` by their numbers in XLA."""
+    cdef XlaBuffers* given = <XlaBuffers*>address
+    cdef XlaBuffer* buffer
+    cdef cnp.ndarray array
+    arrays = []
+    for i in range(given.size):
+        buffer = given.buffers[i]
+        dtype = dtypes.get(buffer.dtype)
+        if dtype is None:
+            raise TypeError(f"expected float32 or float64, got an array of another dtype ({buffer.dtype} of XLA's)")
+        array = cnp.PyArray_SimpleNewFromData(
+            <int>buffer.rank, <cnp.npy_intp*>buffer.dims, (<cnp.dtype>dtype).type_num, buffer.data
+        )
+        if not writeable:
+            cnp.PyArray_CLEARFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
+        arrays.append(array)
+    return arrays
+
+
 def version():
     return c_version.decode()
 

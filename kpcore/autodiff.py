@@ -148,10 +148,10 @@ class Op:
         for name in inputs:
             if name not in self.diff:
                 raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
-        arguments.update((name, tensor.value) for name, tensor in inputs.items())
-        out, saved = self.forward(**arguments)
         if not inputs:
-            return out
+            return self.forward(**arguments)[0]
+        arguments.update({name: tensor.value for name, tensor in inputs.items()})
+        out, saved = self.forward(**arguments)
         call = _Call(self, arguments, saved, inputs)
         if self.field is None:
             return Tensor(out, call)
@@ -310,30 +310,30 @@ def grad(fn, argnums=0, has_aux=False):
 
 def _pull(out, grad):
     """{id: (tensor, gradient)} of every input that `out` was made from."""
-    gradients, found = {id(out): grad}, {}
-    for tensor in _consumers_first(out):
-        gradient, call = gradients.pop(id(tensor)), tensor.call
-        if call is None:
-            found[id(tensor)] = tensor, gradient
-            continue
+    found = {id(out): (out, grad)}
+    for tensor in _made(out):
+        call, (_, gradient) = tensor.call, found.pop(id(tensor))
         for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
-            key = id(call.inputs[name])
-            gradients[key] = np.asarray(gradients[key] + g) if key in gradients else g
+            given = call.inputs[name]
+            key = id(given)
+            found[key] = given, np.asarray(found[key][1] + g) if key in found else g
     return found
 
 
-def _consumers_first(out):
-    """The tensors `out` was made from, each after all that were made from it. Not recursive: chains may be long."""
+def _made(out):
+    """The results of operators that `out` was made from, each after all that were made from it.
+
+    Not recursive: chains may be long.
+    """
     order, seen, stack = [], set(), [(out, False)]
     while stack:
         tensor, inputs_done = stack.pop()
         if inputs_done:
             order.append(tensor)
-        elif id(tensor) not in seen:
+        elif tensor.call is not None and id(tensor) not in seen:
             seen.add(id(tensor))
             stack.append((tensor, True))
-            if tensor.call is not None:
-                stack.extend((t, False) for t in tensor.call.inputs.values())
+            stack += [(t, False) for t in tensor.call.inputs.values() if t.call is not None]
     return reversed(order)
 
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 import kpcore
+from kpcore import _cpu
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
 from kpcore.ops import OPS, binder, kinds, setting
@@ -214,24 +215,13 @@ def _compute(text, inputs):
 # The structs of XLA's C interface that a handler sees, named as there; all fields up to the last one used.
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t),
-        ("extension_start", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.POINTER(ctypes.c_int64)),
-    ]
-
-
-class _Buffers(ctypes.Structure):  # XLA_FFI_Args and XLA_FFI_Rets
+class _Buffers(ctypes.Structure):  # XLA_FFI_Args and XLA_FFI_Rets; read by _cpu.xla_arrays
     _fields_ = [
         ("struct_size", ctypes.c_size_t),
         ("extension_start", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("types", ctypes.c_void_p),
-        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+        ("buffers", ctypes.c_void_p),
     ]
 
 
@@ -316,27 +306,10 @@ _DTYPES = {  # by XLA_FFI_DataType
     11: np.dtype(np.float32),
     12: np.dtype(np.float64),
 }
-_view = ctypes.pythonapi.PyMemoryView_FromMemory
-_view.restype, _view.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_READ, _WRITE = 0x100, 0x200  # PyBUF_READ, PyBUF_WRITE
-
-
-def _arrays(buffers, access):
-    arrays, pointers = [], buffers.buffers
-    for i in range(buffers.size):
-        buffer = pointers[i].contents
-        dtype, shape = _DTYPES.get(buffer.dtype), tuple(buffer.dims[: buffer.rank])
-        if dtype is None:
-            raise TypeError(f"expected float32 or float64, got an array of another dtype ({buffer.dtype} of XLA's)")
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        arrays.append(np.ndarray(shape, dtype, _view(buffer.data, size, access)) if size else np.empty(shape, dtype))
-    return arrays
 
 
 def _handle(frame):
-    frame = frame.contents
+    address, frame = frame, _Frame.from_address(frame)
     if frame.extension_start and frame.extension_start.contents.type == _METADATA:
         version = frame.extension_start.contents.metadata.contents.version
         version.major, version.minor = _major, _minor
@@ -345,8 +318,9 @@ def _handle(frame):
         return None
     try:
         text = frame.attributes.attributes[0].contents
-        found = _compute(ctypes.string_at(text.ptr, text.len), _arrays(frame.arguments, _READ))
-        for to, array in zip(_arrays(frame.results, _WRITE), found, strict=True):
+        inputs = _cpu.xla_arrays(address + _Frame.arguments.offset, _DTYPES, False)
+        found = _compute(ctypes.string_at(text.ptr, text.len), inputs)
+        for to, array in zip(_cpu.xla_arrays(address + _Frame.results.offset, _DTYPES, True), found, strict=True):
             if to.shape != np.shape(array):
                 raise AssertionError(f"expected a result {to.shape}, got {np.shape(array)}")
             to[...] = array
@@ -357,7 +331,7 @@ def _handle(frame):
     return None
 
 
-_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))(_handle)
+_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
 
 
 # The version of the interface is that of the jaxlib that is there; up to now none changed the fields above.

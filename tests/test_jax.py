@@ -48,8 +48,7 @@ def float_types(x64):
 # ---- every operator of the table
 
 
-@pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("num", [24, 1, 0])
+@pytest.mark.parametrize("num, jit", [(24, True), (24, False), (1, True), (0, True)])
 @pytest.mark.parametrize("variant", ops.TRACED)
 def test_the_bits_of_the_tape(variant, num, jit, x64):
     for dtypes in float_types(x64):

@@ -340,6 +340,10 @@ def test_modes_and_profilers_see_the_operator():
     with torch.profiler.profile() as profile:
         kpt.kpconv(**given).sum().backward()
     assert {"kpcore::kpconv", "kpcore::kpconv_vjp"} <= {event.name for event in profile.events()}
+    out = kpt.kpconv(**given)
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    assert "kpcore::kpconv_vjp" in {event.name for event in profile.events()}
 
 
 def test_under_fake_tensors():
@@ -359,14 +363,64 @@ def test_signature_and_docstring_are_those_of_the_function():
     assert kpt.kpconv.__doc__ == kp.kpconv.__doc__ and kpt.kpconv.__name__ == "kpconv"
 
 
-def test_changing_features_in_place_before_backward_is_noticed():
+@pytest.mark.parametrize("name", ["features", "points"])
+def test_changing_an_argument_in_place_before_backward_is_noticed(name):
     _, arguments = ops.call("kpconv-0")
     given = tensors(arguments, ["features", "weights"])
-    features = given["features"] * 1
-    out = kpt.kpconv(**{**given, "features": features})
-    features.mul_(2)
+    changed = given[name] * 1
+    out = kpt.kpconv(**{**given, name: changed})
+    with torch.no_grad():
+        changed.mul_(2)
     with pytest.raises(RuntimeError, match="inplace"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("variant", ["kpconv-0", "neighbor_reduce-1", "batch_norm-0"])
+def test_a_graph_is_walked_again_only_where_it_is_retained(variant):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments, names)
+    out = call(op, given)
+    inputs, grad = [given[name] for name in names], torch.ones_like(out)
+    first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    for again, gradient in zip(torch.autograd.grad(out, inputs, grad), first, strict=True):
+        assert_same_bits(again.numpy(), gradient.numpy())
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(out, inputs, grad)
+
+
+def test_after_backward_lists_are_dropped_while_the_result_is_kept():
+    import gc
+    import weakref
+
+    op, arguments = ops.call("kpconv-0")
+    given = tensors(arguments, ["features", "weights"])
+    index, out = weakref.ref(given["neighbors"].index), call(op, given)
+    del arguments, given["neighbors"]
+    gc.collect()
+    assert index() is not None
+    out.sum().backward()
+    gc.collect()
+    assert index() is None and given["features"].grad is not None
+
+
+def test_hooks_of_saved_tensors_see_and_may_replace_them():
+    op, arguments = ops.call("kpconv-0")
+    names = ops.diff(op, arguments)
+    given, saved = tensors(arguments, names), []
+
+    def pack(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor.detach().clone()
+
+    grad = np.ones_like(call(op, given).detach().numpy())
+    expected = gradients(op, given, names, grad)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call(op, given)
+    assert {given[name].data_ptr() for name in names} <= set(saved)
+    found = torch.autograd.grad(out, [given[name] for name in names], torch.from_numpy(grad))
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one.numpy(), other.numpy())
 
 
 # ---- compiled and exported

@@ -8,6 +8,7 @@ its own so that it can be traced too.
 from __future__ import annotations
 
 import functools
+from itertools import compress
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ _DTYPES = {
     torch.bool: np.dtype(np.bool_),
 }
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 _LIBRARY = torch.library.Library("kpcore", "DEF")
 
 # What a Neighbors is to torch: each argument of that kind becomes these of a torch operator.
@@ -109,6 +110,25 @@ class _Arguments:
         positions = {name: at for name, _, _, at in self.rows}
         self.diff = tuple(positions[name] for name in op.diff)
 
+    def split(self, bound):
+        """The tensors by name, and all other arguments; None where a tensor is of a class that wants to see its use."""
+        tensors, others = {}, {}
+        for name, kind, optional, _ in self.rows:
+            value = bound[name]
+            if value is None and optional:
+                others[name] = None
+            elif kind == "Array":
+                if type(value) not in _PLAIN:
+                    return None
+                tensors[name] = checked(self.op, name, value)
+            elif kind == "Neighbors":
+                if not isinstance(value, Neighbors) or isinstance(value.index, torch.Tensor):
+                    return None
+                others[name] = value
+            else:
+                others[name] = ops.setting(name, kind, optional, value)
+        return tensors, others
+
     def flatten(self, bound):
         flat, transpose = [], False
         for name in self.op.transposes:
@@ -177,7 +197,9 @@ def define(op, public):
     differentiable = 0 if op.record is None else op.record._fields.index(op.field)
 
     def forward(*flat):
-        given = layout.unflatten(flat, to_array)
+        return computed(layout.unflatten(flat, to_array))
+
+    def computed(given):
         out, saved = op.forward(**given)
         return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
 
@@ -188,12 +210,13 @@ def define(op, public):
 
     def vjp(*flat):
         *flat, saved, grad, needs = flat
-        given = layout.unflatten(flat, to_array, transposed=True)
+        return gradients(layout.unflatten(flat, to_array, transposed=True), saved, grad, set(compress(op.diff, needs)))
+
+    def gradients(given, saved, grad, needs):
         grad = to_array("grad", grad)
         grad = grad if grad.flags.c_contiguous else grad.copy()
-        saved = tuple(to_array("saved", t) for t in saved)
-        needed = frozenset(name for name, need in zip(op.diff, needs, strict=True) if need)
-        return _tensors(op.gradients(given, saved, grad, needed).values(), {**given, "grad": grad})
+        saved = tuple([to_array("saved", t) for t in saved])
+        return _tensors(op.gradients(given, saved, grad, needs).values(), given, grad)
 
     def vjp_of_shapes(*flat):
         needs = flat[-1]
@@ -219,10 +242,31 @@ def define(op, public):
             tensors, num_tensors = ctx.saved_tensors, len(layout.tensors)
             stored = [*tensors[:num_tensors], *ctx.others]
             flat = [stored[i] for i in layout.order]
-            direct = type(grad) is torch.Tensor and not torch.is_grad_enabled() and not _listening()
-            run = vjp if direct else vjp_operator
-            gradients = iter(run(*flat, list(tensors[num_tensors:]), grad, list(needs)))
-            return (None, None, *(next(gradients) if need else None for need in needs))
+            found = iter(vjp_operator(*flat, list(tensors[num_tensors:]), grad, list(needs)))
+            return (None, None, *(next(found) if need else None for need in needs))
+
+    # The same where nobody listens: after the operator, which was called without torch, and with lists as they are.
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, call, *inputs):
+            ctx.inputs, tensors, ctx.others, outputs = call
+            ctx.names = tuple(tensors)
+            ctx.save_for_backward(*tensors.values(), *outputs[num_outputs:])
+            return outputs[differentiable]
+
+        @staticmethod
+        def backward(ctx, grad):
+            stored, others, needs = ctx.saved_tensors, ctx.others, set(compress(ctx.inputs, ctx.needs_input_grad[1:]))
+            tensors, saved = dict(zip(ctx.names, stored)), stored[len(ctx.names) :]  # noqa: B905 - what was saved is left
+            if torch.is_grad_enabled() or type(grad) is not torch.Tensor or _listening():
+                flat = layout.flatten(others | tensors)
+                found = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
+            else:
+                found = gradients(others | _arrays(tensors), saved, grad, needs)
+                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                    ctx.others = None  # lists, as torch drops the tensors; a graph outlives its use
+            found = iter(found)
+            return (None, *[next(found) if name in needs else None for name in ctx.inputs])
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -236,21 +280,27 @@ def define(op, public):
     def differentiated(run, flat):
         return Forward.apply(run, flat, *[flat[i] for i in layout.diff])
 
-    operator, autograd = _register(op.name, layout.schema, forward, forward_of_shapes, differentiated)
+    operator = _register(op.name, layout.schema, forward, forward_of_shapes, differentiated)
 
     def differentiated_again(run, flat):
         return Backward.apply(run, *flat)
 
     more = "Tensor[] saved, Tensor grad, bool[] needs"
-    vjp_operator, _ = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, differentiated_again)
+    vjp_operator = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, differentiated_again)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
-        flat = layout.flatten(layout.bind(args, kwargs))
-        if _listening() or not all(type(flat[i]) in _PLAIN for i in layout.tensors):
-            outputs = operator(*flat)
+        bound = layout.bind(args, kwargs)
+        split = None if _listening() else layout.split(bound)
+        if split is None:
+            outputs = operator(*layout.flatten(bound))
         else:
-            outputs = autograd(*flat, run=forward)
+            tensors, others = split
+            outputs = computed(others | _arrays(tensors))
+            inputs = tuple([name for name in op.diff if name in tensors and tensors[name].requires_grad])
+            if inputs and torch.is_grad_enabled():
+                call = inputs, tensors, others, outputs
+                outputs[differentiable] = Direct.apply(call, *[tensors[name] for name in inputs])
         return outputs[0] if op.record is None else op.record(*outputs[:num_outputs])
 
     return function
@@ -280,23 +330,27 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*flat)
 
-    def autograd(*flat, run=below):
+    def autograd(*flat):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return list(differentiated(run, flat))
-        return run(*flat)
+            return list(differentiated(below, flat))
+        return below(*flat)
 
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
     torch.library.register_autocast(f"kpcore::{name}", "cpu", torch.float32, lib=_LIBRARY)
-    return operator, autograd
+    return operator
+
+
+def _arrays(tensors):
+    return {name: to_array(name, tensor) for name, tensor in tensors.items()}
 
 
 def _shaped(name, tensor):
     return Shaped(tuple(tensor.shape), numpy_dtype(name, tensor.dtype))
 
 
-def _tensors(arrays, given):
+def _tensors(arrays, given, grad=None):
     """Tensors in the memory of the arrays; of copies of those that share it with what was given, or with each other.
 
     torch takes what an operator returns for memory of its own.
@@ -305,7 +359,7 @@ def _tensors(arrays, given):
     for array in arrays:
         array = np.asarray(array)
         if not array.flags.owndata or any(array is other for other in done):
-            others = [*done, *(a for a in given.values() if isinstance(a, np.ndarray))]
+            others = [*done, *(a for a in (grad, *given.values()) if isinstance(a, np.ndarray))]
             if any(np.may_share_memory(array, other) for other in others):
                 array = array.copy()
         done.append(array)
