@@ -606,23 +606,11 @@ def test_sparse_matrix():
 def test_shapes_and_dtypes_ahead():
     nb = neighbors_of(rows_of(61, 50), 50)
     of_one = kp.row_splits([50])
-    points, queries = values(50, 3), values(61, 3)
     cases = [
         *((pooling.NEIGHBOR_REDUCE, {"neighbors": nb, "reduce": r, "weights": None, "empty": 0.0}) for r in REDUCES),
         (pooling.NEAREST_UPSAMPLE, {"neighbors": nb}),
         (pooling.GATHER, {"index": np.arange(9)}),
         *((pooling.SEGMENT_REDUCE, {"row_splits": s, "reduce": r}) for r in REDUCES for s in (None, of_one)),
-        *((pooling.INTERPOLATE, {"points": points, "queries": q, "k": k}) for q in (None, queries) for k in (3, 70)),
-        (
-            pooling.INTERPOLATE,
-            {
-                "points": points,
-                "queries": queries,
-                "k": 3,
-                "points_row_splits": np.array([0, 1, 1, 50]),
-                "queries_row_splits": np.array([0, 9, 30, 61]),
-            },
-        ),
     ]
     for op, given_arguments in cases:
         names = inspect.signature(getattr(kp, op.name)).parameters
