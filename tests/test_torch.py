@@ -182,6 +182,15 @@ def test_second_derivatives_are_an_error(variant):
         sum(g.sum() for g in first).backward()
 
 
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_forward_mode_is_an_error(variant):
+    op, arguments = ops.call(variant)
+    name = ops.diff(op, arguments)[0]
+    given = tensors(arguments)
+    with pytest.raises(NotImplementedError, match=f"{op.name}: forward-mode derivatives"):
+        torch.func.jvp(lambda x: call(op, given | {name: x}), (given[name],), (torch.ones_like(given[name]),))
+
+
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 def test_an_argument_without_gradient_says_so(variant):
     op, arguments = ops.call(variant)

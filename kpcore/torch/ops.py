@@ -12,6 +12,7 @@ from itertools import compress
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from kpcore import ops
@@ -307,7 +308,7 @@ def define(op, public):
 
 
 def _listening():
-    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, modes.
+    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, jvp, modes.
 
     Where nobody is, it goes past torch's dispatcher, which takes some 10 µs to pass on so many arguments.
     """
@@ -319,6 +320,7 @@ def _listening():
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -331,6 +333,10 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
             return operator(*flat)
 
     def autograd(*flat):
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in flat if isinstance(t, torch.Tensor)
+        ):
+            raise NotImplementedError(f"{name}: forward-mode derivatives (jvp) are not there")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return list(differentiated(below, flat))
         return below(*flat)
