@@ -15,6 +15,7 @@ LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 INDEX = (np.dtype(np.int32),)
 SPLITS = (np.dtype(np.int64),)
 MAX_POINTS = 2**31 - 1
+DIMENSIONS = range(1, 17)
 
 
 def array(name, value, shape, dtypes, sizes, *, like=None):

@@ -7,10 +7,9 @@ import numpy as np
 from kpcore import _array, _cpu, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import Neighbors, geometry
 
 _REDUCTIONS = ("mean", "points", "sum")
-_DIMENSIONS = range(1, 17)
 
 
 def fitting_loss(points: Array, queries: Array | None, neighbors: Neighbors, kernel_points: Array, offsets: Array,
@@ -148,20 +147,7 @@ def repulsion_loss(kernel_points: Array, offsets: Array, extent: float, *, repul
 
 def _fitting_checked(points, queries, neighbors, kernel_points, offsets, extent, reduction):
     sizes = {}
-    points = _array.points_array("points", points, sizes, dimensions=_DIMENSIONS)
-    if queries is None:
-        queries = points
-        sizes["M"] = (len(points), "points")
-    else:
-        queries = _array.points_array("queries", queries, sizes, dimensions=_DIMENSIONS, like=("points", points))
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
-    expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)
-    if expected != got:
-        raise ValueError(
-            f"neighbors: expected {expected[0]} queries and {expected[1]} points to match queries and points, "
-            f"got {got[0]} and {got[1]}"
-        )
+    points, queries = geometry(points, queries, neighbors, sizes)
     kernel = _kernel(kernel_points, offsets, extent, sizes, ("points", points))
     return points, queries, neighbors.index, neighbors.row_splits, *kernel, _weight(reduction, offsets)
 
@@ -175,7 +161,7 @@ def _repulsion_checked(kernel_points, offsets, extent, repulse_extent, detach_ot
 
 def _kernel(kernel_points, offsets, extent, sizes, like=None):
     kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=like)
-    if not len(kernel_points) or kernel_points.shape[1] not in _DIMENSIONS:
+    if not len(kernel_points) or kernel_points.shape[1] not in _array.DIMENSIONS:
         raise ValueError(
             f"kernel_points: expected (K, D) with K of at least 1 and D = 1 to 16, got {kernel_points.shape}"
         )

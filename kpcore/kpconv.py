@@ -9,7 +9,7 @@ import numpy as np
 from kpcore import _array, _cpu, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import Neighbors, geometry
 
 _INFLUENCES = ("linear", "gaussian", "constant")
 _AGGREGATIONS = ("sum", "closest")
@@ -161,21 +161,7 @@ class Problem(NamedTuple):
 def _problem(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
              normalization, groups, offsets, modulations, modulations_name="modulations"):  # fmt: skip
     sizes = {}
-    dimensions = range(1, 17)
-    points = _array.points_array("points", points, sizes, dimensions=dimensions)
-    if queries is None:
-        queries = points
-        sizes["M"] = (len(points), "points")
-    else:
-        queries = _array.points_array("queries", queries, sizes, dimensions=dimensions, like=("points", points))
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
-    expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)
-    if expected != got:
-        raise ValueError(
-            f"neighbors: expected {expected[0]} queries and {expected[1]} points to match queries and points, "
-            f"got {got[0]} and {got[1]}"
-        )
+    points, queries = geometry(points, queries, neighbors, sizes)
     groups = _array.integer("groups", groups, 1)
     features = _array.array("features", features, "N Cin", _array.REAL, sizes)
     depthwise = isinstance(weights, np.ndarray) and weights.ndim == 2

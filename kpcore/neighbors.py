@@ -11,7 +11,7 @@ from kpcore import _array, _cpu, config
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
-_GRID_DIMENSIONS, _DIMENSIONS = (2, 3), range(1, 17)
+_GRID_DIMENSIONS = (2, 3)
 _CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
 
 
@@ -355,6 +355,26 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
     return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
 
 
+def geometry(points, queries, neighbors, sizes):
+    """Points, queries (None: the points) and the list between them, checked; `sizes` as in `_array.array`."""
+    points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
+    if queries is None:
+        queries = points
+        sizes["M"] = (len(points), "points")
+    else:
+        like = ("points", points)
+        queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)
+    if expected != got:
+        raise ValueError(
+            f"neighbors: expected {expected[0]} queries and {expected[1]} points to match queries and points, "
+            f"got {got[0]} and {got[1]}"
+        )
+    return points, queries
+
+
 class KDTree:
     """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
 
@@ -376,7 +396,7 @@ class KDTree:
     """
 
     __slots__ = ("_cell", "_index", "_points", "_row_splits")
-    _dimensions = _DIMENSIONS
+    _dimensions = _array.DIMENSIONS
 
     def __init__(self, points, *, row_splits=None):
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
@@ -480,7 +500,7 @@ def _rebuilt(cls, points, row_splits, cell):
 class _Cloud:
     """Points and queries of one search, checked."""
 
-    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=_DIMENSIONS):
+    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=_array.DIMENSIONS):
         sizes = {}
         points = _array.points_array("points", points, sizes, dimensions=dimensions)
         if queries is not None:

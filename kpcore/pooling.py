@@ -386,7 +386,7 @@ GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_r
 
 
 def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
-    points = _array.points_array("points", points, {}, dimensions=range(1, 17))
+    points = _array.points_array("points", points, {}, dimensions=_array.DIMENSIONS)
     features = _array.array("features", features, "N C", _array.REAL, {"N": (len(points), "points")})
     power = _array.length("power", power, np.dtype(np.float64))
     found = knn_search(points, queries, k, points_row_splits=points_row_splits,

@@ -64,7 +64,7 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     >>> kp.farthest_point_sampling(points, 2, row_splits=np.array([0, 2, 5])).index
     array([0, 1, 2, 4], dtype=int32)
     """
-    points = _array.points_array("points", points, {}, dimensions=range(1, 17))
+    points = _array.points_array("points", points, {}, dimensions=_array.DIMENSIONS)
     num = _array.integer("num", num, 1)
     row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
     lengths = np.diff(row_splits)
