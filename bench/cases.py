@@ -95,8 +95,10 @@ TARGETS = {
     ("deformable", "forward, C = 64", "voxel", "dense torch"): (">=", 30),
     ("deformable", "forward + vjp, C = 64", "voxel", "two rigid"): ("<=", 1.35),
     ("deformable", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 25),
+    ("deformable", "both losses, forward + vjp", "voxel", "the layer's step"): ("<=", 0.08),
     ("rows", "batch_norm + leaky_relu, forward + vjp", "", "torch"): (">=", 1),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
+    ("memory", "deformable step, C = 64", "voxel", None): ("<=", 37),  # a thirtieth of dense torch's
     ("overhead", "tape, forward + vjp", "", "the calls alone"): ("<=", 15),
     ("overhead", "torch, forward", "", "the calls alone"): ("<=", 20),
     ("overhead", "torch, forward + backward", "", "the calls alone"): ("<=", 60),
@@ -612,6 +614,20 @@ def rows(bench):
                   {"logits": logits, "labels": labels}, partial(close, expected))  # fmt: skip
 
 
+def fitting_step(points, neighbors, kernel_points, offsets):
+    """-> [the loss, its gradient]"""
+    loss, pullback = kp.autodiff.vjp(
+        lambda o: kp.fitting_loss(points, None, neighbors, kernel_points, o, EXTENT), offsets
+    )
+    return [loss, *pullback(np.ones_like(loss))]
+
+
+def repulsion_step(kernel_points, offsets):
+    """-> [the loss, its gradient]"""
+    loss, pullback = kp.autodiff.vjp(lambda o: kp.repulsion_loss(kernel_points, o, EXTENT), offsets)
+    return [loss, *pullback(np.ones_like(loss))]
+
+
 def deformation(bench, order):
     """The two losses of a deformable layer and their gradients, for offsets of a third of the extent."""
     problem = {
@@ -620,20 +636,11 @@ def deformation(bench, order):
     points, kernel_points, neighbors = problem["points"], problem["kernel_points"], neighbors_of(problem)
     shape = len(points), *kernel_points.shape
     offsets = np.random.default_rng(8).standard_normal(shape, np.float32) * np.float32(EXTENT / 3)
-
-    def fit(o):
-        return kp.fitting_loss(points, None, neighbors, kernel_points, o, EXTENT)
-
-    def repel(o):
-        return kp.repulsion_loss(kernel_points, o, EXTENT)
-
-    def step(*losses):
-        for loss in losses:
-            out, pullback = kp.autodiff.vjp(loss, offsets)
-            yield from (out, *pullback(np.ones_like(out)))
+    fit = partial(fitting_step, points, neighbors, kernel_points, offsets)
+    repel = partial(repulsion_step, kernel_points, offsets)
 
     def both():
-        return list(step(fit, repel))
+        return fit() + repel()
 
     out = bench.first(both)
     deformed = kernel_points.astype(np.float64) + offsets
@@ -646,8 +653,8 @@ def deformation(bench, order):
     close([nearest.mean() / EXTENT**2, (np.minimum(0, np.array(apart) - 1.2) ** 2).sum(0).mean()], out[::2])
 
     bench.label(order=order, size=f"{len(points):,}, H = {len(problem['index']) / len(points):.1f}")
-    bench.rate("fitting, forward + vjp", lambda: list(step(fit)), len(points), "M points/s per core")
-    bench.rate("repulsion, forward + vjp", lambda: list(step(repel)), len(points), "M points/s per core")
+    bench.rate("fitting, forward + vjp", fit, len(points), "M points/s per core")
+    bench.rate("repulsion, forward + vjp", repel, len(points), "M points/s per core")
     bench.rate("both losses, forward + vjp", both, len(points), "M points/s per core")
     if order == "voxel":
         inputs = problem | {"offsets": offsets}
@@ -709,6 +716,14 @@ def deformable(bench, order):
     bench.label(order=order, size=f"{len(features):,}, H = {len(problem['index']) / len(features):.1f}")
     bench.compare("forward, C = 64", forward, "two rigid", rigid)
     bench.compare("forward + vjp, C = 64", step, "two rigid", rigid_step)
+    points, kernel_points = problem["points"], problem["kernel_points"]
+    raw = kp.kpconv(points, None, neighbors, features, problem["offset_weights"], kernel_points, EXTENT)
+    offsets = np.float32(EXTENT) * raw.reshape(len(points), -1, 3)
+
+    def losses():
+        return fitting_step(points, neighbors, kernel_points, offsets) + repulsion_step(kernel_points, offsets)
+
+    bench.compare("both losses, forward + vjp", losses, "the layer's step", step)
     if order == "voxel":
         bench.against("forward, C = 64", forward, peers.DENSE_DEFORMABLE, problem, lambda found: close([out], [found]))
         bench.against("forward + vjp, C = 64", step, peers.DENSE_DEFORMABLE_STEP, problem, partial(close, gradients))

@@ -35,6 +35,7 @@ OWN_TIMES = (
     "FMA floor",
     "its forward",
     "two rigid",
+    "the layer's step",
     "vjp without",
 )  # compared with as "x its time"
 
