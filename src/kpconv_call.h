@@ -113,11 +113,10 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   return true;
 }
 
-// Calls f(geometry type, feature type, dimension or 0 for any).
+// Calls f(geometry type, feature type, dimension: 3, or 0 for any; a copy for 2 would take a third longer to compile).
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
   const auto with_feature = [&](auto g, auto f) {
-    if (args.points.cols == 2) return call(g, f, std::integral_constant<int, 2>());
     if (args.points.cols == 3) return call(g, f, std::integral_constant<int, 3>());
     return call(g, f, std::integral_constant<int, 0>());
   };
