@@ -17,8 +17,8 @@ namespace KP_ISA {
 namespace {
 
 // o (tile rows + 1, padded columns) = the tile's A times the packed weights; the last row is for sums that are dropped.
-template <class F, class T>
-void multiply(const T& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
+template <class F>
+void multiply(const Rows<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
   const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.rows / num_kernels;
   const int64_t channels = weights.groups * height;
   memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
@@ -41,8 +41,8 @@ void multiply(const T& tile, int64_t tile_rows, const Panels<F>& weights, int nu
 }
 
 // The same where every channel is its own group: o[q] += A_k[q] * W_k, and * the factors of (q, k).
-template <class F, class T>
-void scale_rows(const T& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {
+template <class F>
+void scale_rows(const Rows<F>& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {
   const int64_t channels = weights.c_in, width = channels / weights.factors;
   memset(o, 0, size_t(rows * channels) * sizeof(F));
   for (int64_t k = 0; k < weights.num_kernels; ++k) {
@@ -87,11 +87,11 @@ Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out,
         const F* const o = own.o.data();
         own.tile.fill(problem, first, rows);
         if (!dense) {
-          scale_rows(own.tile, rows, weights, modulations_at(problem, weights, first), own.o.data());
+          scale_rows(own.tile.rows(), rows, weights, modulations_at(problem, weights, first), own.o.data());
           memcpy(out + first * columns, o, size_t(rows * columns) * sizeof(F));
           return;
         }
-        multiply(own.tile, tile_rows, panels, problem.num_kernels, own.o.data());
+        multiply(own.tile.rows(), tile_rows, panels, problem.num_kernels, own.o.data());
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t g = 0; g < weights.groups; ++g)
             memcpy(out + (first + r) * columns + g * group_columns, o + r * o_row + g * panels.padded_columns(),

@@ -50,8 +50,8 @@ class Turns {
 
 // Adds A_k^T grad to channels [first, end), all of one group, of the gradient of W_k; `grad` holds the tile's rows of
 // grad_out, padded to whole vectors and a panel more.
-template <class F, class T>
-void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
+template <class F>
+void add_transposed_product(const Rows<F>& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
                             const F* grad, int64_t grad_row, F* grad_weights) {
   const int64_t size = tile.size(k), channels = weights.c_in, c_out = weights.c_out;
   const int64_t height = channels / weights.groups, columns = c_out / weights.groups, group = first / height;
@@ -80,8 +80,8 @@ void add_transposed_product(const T& tile, int64_t k, int64_t first, int64_t end
 }
 
 // The same where every channel is its own group.
-template <class F, class T>
-void add_scaled_rows(const T& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
+template <class F>
+void add_scaled_rows(const Rows<F>& tile, int64_t k, int64_t first, int64_t end, const Weights<F>& weights,
                      const F* modulations, const F* grad, int64_t grad_row, F* grad_weights) {
   const int64_t channels = weights.c_in, width = channels / weights.factors;
   F* const to = grad_weights + k * channels;
@@ -120,8 +120,8 @@ struct Blocks {
 };
 
 // Adds the tile's part of the gradient of the weights, when it is its turn. `padded` is for its rows of grad_out.
-template <class G, class F, class T>
-void add_weights(const T& tile, const Problem<G, F>& problem, const Weights<F>& weights, const Blocks& blocks,
+template <class F>
+void add_weights(const Rows<F>& tile, const Weights<F>& weights, const F* modulations, const Blocks& blocks,
                  const F* grad_out, int64_t t, int64_t first, int64_t rows, Turns& turns, F* padded, F* to) {
   const int64_t c_out = weights.c_out, grad_row = round_up(c_out, lanes<F>);
   for (int64_t r = 0; r < rows; ++r) {
@@ -131,8 +131,8 @@ void add_weights(const T& tile, const Problem<G, F>& problem, const Weights<F>& 
   for (int64_t i = 0; i < blocks.count(); ++i) {
     turns.wait(i, t);
     if (weights.depthwise)
-      add_scaled_rows(tile, blocks.kernel(i), blocks.begin(i), blocks.end(i), weights,
-                      modulations_at(problem, weights, first), padded, grad_row, to);
+      add_scaled_rows(tile, blocks.kernel(i), blocks.begin(i), blocks.end(i), weights, modulations, padded, grad_row,
+                      to);
     else
       add_transposed_product(tile, blocks.kernel(i), blocks.begin(i), blocks.end(i), weights, padded, grad_row, to);
     turns.pass(i, t);
@@ -140,8 +140,9 @@ void add_weights(const T& tile, const Problem<G, F>& problem, const Weights<F>& 
 }
 
 // Of (q, k, f) the sum of A_k[q] * W_k * grad[q] over the channels of f.
-template <class F, class T>
-void find_factors(const T& tile, const Weights<F>& weights, const F* grad_out, int64_t first, int64_t rows, F* to) {
+template <class F>
+void find_factors(const Rows<F>& tile, const Weights<F>& weights, const F* grad_out, int64_t first, int64_t rows,
+                  F* to) {
   const int64_t channels = weights.c_in, K = weights.num_kernels, width = channels / weights.factors;
   memset(to + first * K * weights.factors, 0, size_t(rows * K * weights.factors) * sizeof(F));
   for (int64_t k = 0; k < K; ++k)
@@ -177,107 +178,88 @@ KP_INLINE void transpose(const Four<G>* rows, Four<G>* columns) {
   columns[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
 }
 
-// One thread's products grad W_k^T, a row for each row of the tile, and what follows from them for the tile's pairs.
-template <class G, class F, int DIM>
-class Places {
+// One thread's products grad W_k^T, a row for each row of the tile, and of these with the features of its pairs.
+template <class F>
+class Products {
  public:
-  // `most_edges` of a tile.
-  bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows, int64_t most_edges) {
-    const int64_t K = problem.num_kernels, most = Tile<G, F, DIM>::most_pairs + K * chunk;
+  Buffer<F> along;      // of every pair f_i . (grad W_k^T)
+  Buffer<int32_t> row;  // of every pair
+
+  bool reserve(const Weights<F>& weights, int64_t rows, int64_t most_pairs) {
     rows_ = rows;
-    stride_ = round_up(problem.dimension, 4);
-    return g_.resize(K * rows_stored() * weights.c_in) && done_.resize(K) &&
-           gathered_.resize((rows + row_step) * weights.c_out) && along_.resize(most + lanes<F> + lanes<G>) &&
-           row_.resize(most + lanes<int32_t>) && factor_.resize(K * rows_stored()) &&
-           modulation_.resize(K * rows_stored()) && sums_.resize(K * rows_stored() * stride_) &&
-           kernels_.resize(K * problem.dimension) && edges_.resize(most_edges * stride_);
+    return g_.resize(weights.num_kernels * rows_stored() * weights.c_in) && done_.resize(weights.num_kernels) &&
+           gathered_.resize((rows + row_step) * weights.c_out) && along.resize(most_pairs + 2 * lanes<F>) &&
+           row.resize(most_pairs + lanes<int32_t>);
   }
 
-  // Of the tile's queries from `first` on.
-  void start(const Problem<G, F>& problem, int64_t first, int64_t num_edges) {
-    first_ = first;
-    for (int k = 0; k < problem.num_kernels; ++k) done_[k] = 0;
-    memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(G));
-    memset(modulation_.data(), 0, size_t(modulation_.size()) * sizeof(F));
-    if (edges_.size()) memset(edges_.data(), 0, size_t(num_edges * stride_) * sizeof(G));
+  // The micro-kernel also stores rows up to the next multiple of row_step.
+  int64_t rows_stored() const { return rows_ + row_step; }
+  void start() {
+    for (int64_t k = 0; k < done_.size(); ++k) done_[k] = 0;
   }
+  int64_t done(int64_t k) const { return done_[k]; }
 
-  // Adds what follows from some of its pairs. `panels`: of the transposed weights
-  void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out,
-           Pairs<G, F, DIM>& pairs, const Gradients<G, F>& to) {
-    for (int k = 0; k < problem.num_kernels; ++k) {
-      gather_gradients(pairs, k, weights.c_out, grad_out);
+  // Adds the tile's new rows. `panels`: of the transposed weights; `grad_out` from the tile's first query on
+  void multiply(const Rows<F>& tile, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out) {
+    for (int k = 0; k < weights.num_kernels; ++k) {
+      gather_gradients(tile, k, weights.c_out, grad_out);
       if (weights.depthwise)
-        scale_gradients(pairs, weights, k);
+        scale_gradients(tile, weights, k);
       else
-        multiply_gradients(pairs, weights, panels, k);
-      for (int64_t i = done_[k]; i < pairs.size(k); ++i) {
-        const int64_t q = first_ + pairs.queries(k)[i];
-        factor_[k * rows_stored() + i] =
-            G(problem.modulations ? problem.modulations[q * problem.num_kernels + k] : F(1)) *
-            G(problem.query_scale ? problem.query_scale[q] : F(1));
-      }
-      done_[k] = pairs.size(k);
+        multiply_gradients(tile, weights, panels, k);
+      done_[k] = tile.size(k);
     }
-    take_products(problem, pairs);
-    if (to.points)
-      spread<true>(problem, pairs, to.modulations);
-    else
-      spread<false>(problem, pairs, to.modulations);
   }
 
-  // Gives the gradients of the tile's `count` queries.
-  void give(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t count, const Tile<G, F, DIM>& tile) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
-    if (to.queries) memset(to.queries + first_ * D, 0, size_t(count * D) * sizeof(G));
-    if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
-    if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
-    for (int i = 0; i < K * D; ++i) kernels_[i] = 0;
-    for (int k = 0; k < K; ++k)
-      for (int64_t i = 0; i < tile.size(k); ++i) {
-        const int64_t row = k * rows_stored() + i, q = first_ + tile.queries(k)[i];
-        for (int a = 0; a < D; ++a) {
-          const G part = factor_[row] * sums_[row * stride_ + a];
-          if (to.queries) to.queries[q * D + a] -= part;
-          if (to.offsets) to.offsets[(q * K + k) * D + a] = -part;
-          kernels_[k * D + a] -= double(part);
-        }
-        if (to.modulations)
-          to.modulations[q * K + k] = modulation_[row] * (problem.query_scale ? problem.query_scale[q] : F(1));
+  // Finds `along` and `row`, of as many pairs at a time as a vector has lanes.
+  void dot(const List* lists, int64_t num_lists, const int32_t* points, int64_t num_pairs, const F* features,
+           int64_t channels) {
+    const int rest = int(channels % lanes<F>);
+    for (const List* list = lists; list < lists + num_lists; ++list) {
+      const Vec<int32_t> number = broadcast(list->row + list->kernel * row_step);
+      for (int64_t i = list->begin; i < list[1].begin; i += lanes<int32_t>) store(&row[i], number);
+    }
+    for (int64_t i = 0; i < num_pairs; i += lanes<F>) {
+      Vec<F> sums[lanes<F>];
+      for (int l = 0; l < lanes<F>; ++l) {
+        const int64_t pair = smaller(i + l, num_pairs - 1);
+        const F* const f = features + int64_t(points[pair]) * channels;
+        const F* const g = &g_[row[pair] * channels];
+        Vec<F> sum = {}, other = {};
+        int64_t c = 0;
+        for (; c + 4 * lanes<F> <= channels; c += 4 * lanes<F>)
+          for (int v = 0; v < 4; v += 2) {
+            sum = fma(load(f + c + v * lanes<F>), load(g + c + v * lanes<F>), sum);
+            other = fma(load(f + c + (v + 1) * lanes<F>), load(g + c + (v + 1) * lanes<F>), other);
+          }
+        sum += other;
+        for (; c + lanes<F> <= channels; c += lanes<F>) sum = fma(load(f + c), load(g + c), sum);
+        if (rest) sum = fma(load_first(f + c, rest), load_first(g + c, rest), sum);
+        sums[l] = sum;
       }
-  }
-
-  // Adds the gradients of what other tiles add to.
-  void give_shared(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t num_edges) const {
-    const int D = DIM ? DIM : problem.dimension;
-    const int32_t* const index = problem.index + problem.row_splits[first_];
-    for (int64_t e = 0; to.points && e < num_edges; ++e)
-      for (int a = 0; a < D; ++a) to.points[int64_t(index[e]) * D + a] += edges_[e * stride_ + a];
-    for (int i = 0; to.kernels && i < problem.num_kernels * D; ++i) to.kernels[i] += kernels_[i];
+      store(&along[i], sums_of<F>(sums));
+    }
   }
 
  private:
-  // The micro-kernel also stores rows up to the next multiple of row_step.
-  int64_t rows_stored() const { return rows_ + row_step; }
-
   // grad_out of the queries that have a pair with kernel point k, but for those done
-  void gather_gradients(const Pairs<G, F, DIM>& pairs, int k, int64_t c_out, const F* grad_out) {
-    for (int64_t i = done_[k]; i < pairs.size(k); ++i) {
-      const F* const grad = grad_out + (first_ + pairs.queries(k)[i]) * c_out;
+  void gather_gradients(const Rows<F>& tile, int k, int64_t c_out, const F* grad_out) {
+    for (int64_t i = done_[k]; i < tile.size(k); ++i) {
+      const F* const grad = grad_out + tile.queries(k)[i] * c_out;
       F* const row = &gathered_[(i - done_[k]) * c_out];
       int64_t c = 0;  // memcpy is a call, as long as the copy of 64 channels
       for (; c + lanes<F> <= c_out; c += lanes<F>) store(row + c, load(grad + c));
       for (; c < c_out; ++c) row[c] = grad[c];
     }
   }
-  void scale_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, int k) {
-    for (int64_t i = done_[k]; i < pairs.size(k); ++i)
+  void scale_gradients(const Rows<F>& tile, const Weights<F>& weights, int k) {
+    for (int64_t i = done_[k]; i < tile.size(k); ++i)
       for (int64_t c = 0; c < weights.c_out; ++c)
         g_[(k * rows_stored() + i) * weights.c_out + c] =
             gathered_[(i - done_[k]) * weights.c_out + c] * weights.row(k)[c];
   }
-  void multiply_gradients(const Pairs<G, F, DIM>& pairs, const Weights<F>& weights, const Panels<F>& panels, int k) {
-    const int64_t size = pairs.size(k) - done_[k], c_out = weights.c_out, height = c_out / weights.groups;
+  void multiply_gradients(const Rows<F>& tile, const Weights<F>& weights, const Panels<F>& panels, int k) {
+    const int64_t size = tile.size(k) - done_[k], c_out = weights.c_out, height = c_out / weights.groups;
     for (int64_t g = 0; size && g < weights.groups; ++g)
       for (int64_t p = 0; p < panels.count(); ++p)
         with_vectors(panels.vectors(p), [&](auto vectors) {
@@ -302,37 +284,84 @@ class Places {
         });
   }
 
-  // along_[pair] = f_i . (grad W_k^T), as many pairs at a time as a vector has lanes
-  void take_products(const Problem<G, F>& problem, const Pairs<G, F, DIM>& pairs) {
-    const int64_t channels = problem.channels, num_pairs = pairs.num_pairs;
-    const int rest = int(channels % lanes<F>);
-    for (int64_t l = 0; l < pairs.num_lists; ++l) {
-      const List& list = pairs.lists[l];
-      const Vec<int32_t> row = broadcast(list.row + list.kernel * row_step);
-      for (int64_t i = list.begin; i < pairs.lists[l + 1].begin; i += lanes<int32_t>) store(&row_[i], row);
-    }
-    for (int64_t i = 0; i < num_pairs; i += lanes<F>) {
-      Vec<F> sums[lanes<F>];
-      for (int l = 0; l < lanes<F>; ++l) {
-        const int64_t pair = smaller(i + l, num_pairs - 1);
-        const F* const f = problem.features + int64_t(pairs.point[pair]) * channels;
-        const F* const g = &g_[row_[pair] * channels];
-        Vec<F> sum = {}, other = {};
-        int64_t c = 0;
-        for (; c + 4 * lanes<F> <= channels; c += 4 * lanes<F>)
-          for (int v = 0; v < 4; v += 2) {
-            sum = fma(load(f + c + v * lanes<F>), load(g + c + v * lanes<F>), sum);
-            other = fma(load(f + c + (v + 1) * lanes<F>), load(g + c + (v + 1) * lanes<F>), other);
-          }
-        sum += other;
-        for (; c + lanes<F> <= channels; c += lanes<F>) sum = fma(load(f + c), load(g + c), sum);
-        if (rest) sum = fma(load_first(f + c, rest), load_first(g + c, rest), sum);
-        sums[l] = sum;
-      }
-      store(&along_[i], sums_of<F>(sums));
-    }
+  Buffer<F> g_, gathered_;
+  Buffer<int64_t> done_;  // rows of the tile that g_ has
+  int64_t rows_ = 0;
+};
+
+// One thread's gradients of where things are, from the products of its tile.
+template <class G, class F, int DIM>
+class Places {
+ public:
+  // `most_edges` of a tile.
+  bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows, int64_t most_edges) {
+    const int64_t K = problem.num_kernels;
+    if (!products_.reserve(weights, rows, Tile<G, F, DIM>::most_pairs + K * chunk)) return false;
+    const int64_t all_rows = K * products_.rows_stored();
+    stride_ = round_up(problem.dimension, 4);
+    return factor_.resize(all_rows) && modulation_.resize(all_rows) && sums_.resize(all_rows * stride_) &&
+           kernels_.resize(K * problem.dimension) && edges_.resize(most_edges * stride_);
   }
 
+  // Of the tile's queries from `first` on.
+  void start(int64_t first, int64_t num_edges) {
+    first_ = first;
+    products_.start();
+    memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(G));
+    memset(modulation_.data(), 0, size_t(modulation_.size()) * sizeof(F));
+    if (edges_.size()) memset(edges_.data(), 0, size_t(num_edges * stride_) * sizeof(G));
+  }
+
+  // Adds what follows from some of its pairs. `panels`: of the transposed weights
+  void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out,
+           const Rows<F>& tile, const Pairs<G, F, DIM>& pairs, const Gradients<G, F>& to) {
+    const int64_t K = problem.num_kernels;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t i = products_.done(k); i < tile.size(k); ++i) {
+        const int64_t q = first_ + tile.queries(k)[i];
+        factor_[k * products_.rows_stored() + i] = G(problem.modulations ? problem.modulations[q * K + k] : F(1)) *
+                                                   G(problem.query_scale ? problem.query_scale[q] : F(1));
+      }
+    products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
+    products_.dot(pairs.lists.data(), pairs.num_lists, pairs.point.data(), pairs.num_pairs, problem.features,
+                  problem.channels);
+    if (to.points)
+      spread<true>(problem, pairs, to.modulations);
+    else
+      spread<false>(problem, pairs, to.modulations);
+  }
+
+  // Gives the gradients of the tile's `count` queries.
+  void give(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t count, const Rows<F>& tile) {
+    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    if (to.queries) memset(to.queries + first_ * D, 0, size_t(count * D) * sizeof(G));
+    if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
+    if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
+    for (int i = 0; i < K * D; ++i) kernels_[i] = 0;
+    for (int k = 0; k < K; ++k)
+      for (int64_t i = 0; i < tile.size(k); ++i) {
+        const int64_t row = k * products_.rows_stored() + i, q = first_ + tile.queries(k)[i];
+        for (int a = 0; a < D; ++a) {
+          const G part = factor_[row] * sums_[row * stride_ + a];
+          if (to.queries) to.queries[q * D + a] -= part;
+          if (to.offsets) to.offsets[(q * K + k) * D + a] = -part;
+          kernels_[k * D + a] -= double(part);
+        }
+        if (to.modulations)
+          to.modulations[q * K + k] = modulation_[row] * (problem.query_scale ? problem.query_scale[q] : F(1));
+      }
+  }
+
+  // Adds the gradients of what other tiles add to.
+  void give_shared(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t num_edges) const {
+    const int D = DIM ? DIM : problem.dimension;
+    const int32_t* const index = problem.index + problem.row_splits[first_];
+    for (int64_t e = 0; to.points && e < num_edges; ++e)
+      for (int a = 0; a < D; ++a) to.points[int64_t(index[e]) * D + a] += edges_[e * stride_ + a];
+    for (int i = 0; to.kernels && i < problem.num_kernels * D; ++i) to.kernels[i] += kernels_[i];
+  }
+
+ private:
   // Adds up, by the tile's rows and by pairs of query and point, the gradients of where a pair's point is from its
   // kernel point. One pair after the other: a loop over the five pairs of a list ends unforeseen.
   template <bool of_points>
@@ -346,9 +375,9 @@ class Places {
         const Vec<G> d2 = load(&pairs.d2[i + v]);
         Vec<G> along, slope = {}, influence = broadcast(G(1));
         if constexpr (std::is_same_v<G, F>)
-          along = load(&along_[i + v]);
+          along = load(&products_.along[i + v]);
         else
-          for (int l = 0; l < lanes<G>; ++l) along[l] = G(along_[i + v + l]);
+          for (int l = 0; l < lanes<G>; ++l) along[l] = G(products_.along[i + v + l]);
         if (problem.influence == Influence::linear) {
           slope = linear_slope(d2, inverse_extent);
           influence = linear_influence(d2, inverse_extent);
@@ -360,14 +389,15 @@ class Places {
         store(&influences[v], influence);
       }
       const int count = int(smaller<int64_t>(step, pairs.num_pairs - i));
-      for (int j = 0; of_modulations && j < count; ++j) modulation_[row_[i + j]] += F(influences[j]) * along_[i + j];
+      for (int j = 0; of_modulations && j < count; ++j)
+        modulation_[products_.row[i + j]] += F(influences[j]) * products_.along[i + j];
       for (int a = 0; a < D; a += 4)
         for (int j = 0; j < count; j += 4) {
           Four<G> axes[4], places[4];
           for (int b = 0; b < 4; ++b) axes[b] = *reinterpret_cast<const Four<G>*>(&pushed[a + b][j]);
           transpose<G>(axes, places);
           for (int64_t l = 0; l < 4 && j + l < count; ++l) {
-            const int64_t pair = i + j + l, row = row_[pair];
+            const int64_t pair = i + j + l, row = products_.row[pair];
             *reinterpret_cast<Four<G>*>(&sums_[row * stride_ + a]) += places[l];
             if (of_points)
               *reinterpret_cast<Four<G>*>(&edges_[pairs.edge[pair] * stride_ + a]) += places[l] * factor_[row];
@@ -376,14 +406,12 @@ class Places {
     }
   }
 
-  Buffer<F> g_, gathered_, along_;
-  Buffer<int32_t> row_;     // of g_ for every pair
-  Buffer<int64_t> done_;    // rows of the tile that g_ has
+  Products<F> products_;
   Buffer<G> factor_;        // of a row: its modulation and its query's normalisation
   Buffer<G> sums_, edges_;  // rows of stride_
   Buffer<F> modulation_;
   Buffer<double> kernels_;
-  int64_t rows_ = 0, first_ = 0, stride_ = 0;
+  int64_t first_ = 0, stride_ = 0;
 };
 
 template <class G, class F, int DIM>
@@ -422,11 +450,11 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
       num_queries, tile_rows, threads, reserve, [&](Own& own, int64_t t, int64_t first, int64_t rows) {
         if (to.of_places()) {
           const int64_t num_edges = splits[first + rows] - splits[first];
-          own.places.start(problem, first, num_edges);
-          own.tile.fill(problem, first, rows, own.tile.most_pairs, [&](Pairs<G, F, DIM>& pairs) {
-            own.places.add(problem, weights, panels, grad_out, pairs, to);
+          own.places.start(first, num_edges);
+          own.tile.fill(problem, first, rows, own.tile.most_pairs, [&](const Pairs<G, F, DIM>& pairs) {
+            own.places.add(problem, weights, panels, grad_out, own.tile.rows(), pairs, to);
           });
-          own.places.give(problem, to, rows, own.tile);
+          own.places.give(problem, to, rows, own.tile.rows());
           if (to.points || to.kernels) {
             turns.wait(blocks.count(), t);
             own.places.give_shared(problem, to, num_edges);
@@ -435,9 +463,10 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
         } else {
           own.tile.fill(problem, first, rows);
         }
-        if (to.factors) find_factors(own.tile, weights, grad_out, first, rows, to.factors);
+        if (to.factors) find_factors(own.tile.rows(), weights, grad_out, first, rows, to.factors);
         if (to.weights)
-          add_weights(own.tile, problem, weights, blocks, grad_out, t, first, rows, turns, own.grad.data(), to.weights);
+          add_weights(own.tile.rows(), weights, modulations_at(problem, weights, first), blocks, grad_out, t, first,
+                      rows, turns, own.grad.data(), to.weights);
       });
 }
 

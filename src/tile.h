@@ -93,8 +93,8 @@ class Pairs {
   }
   void start_pairs() { num_lists = num_pairs = 0; }
 
-  int64_t size(int64_t k) const { return size_[k]; }
-  const int32_t* queries(int64_t k) const { return query_.data() + k * rows_; }
+  const int32_t* sizes() const { return size_.data(); }
+  const int32_t* all_queries() const { return query_.data(); }
   const G* deformed_kernel() const { return own_.data(); }  // (D, K), of the query looked at last
 
   // Lists the pairs of query q, row r of the tile, with n <= chunk of its neighbours. `first`: the tile's first edge.
@@ -407,8 +407,21 @@ void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F
   }
 }
 
-// One thread's tile: for every kernel point the summed rows, and the queries, counted from the tile's first, they are
-// of.
+// What is summed: for every kernel point some rows, and the queries, counted from the tile's first, they are of. What
+// follows from them depends on the type of features only, and so is compiled twice and not for every geometry.
+template <class F>
+struct Rows {
+  const F* sums;
+  const int32_t* all_queries;
+  const int32_t* sizes;
+  int64_t most, channels;
+
+  int64_t size(int64_t k) const { return sizes[k]; }
+  const F* a(int64_t k) const { return sums + k * most * channels; }
+  const int32_t* queries(int64_t k) const { return all_queries + k * most; }
+};
+
+// One thread's tile.
 template <class G, class F, int DIM>
 class Tile {
  public:
@@ -454,9 +467,7 @@ class Tile {
     finish(pairs_);
   }
 
-  int64_t size(int64_t k) const { return pairs_.size(k); }
-  const F* a(int64_t k) const { return a_.data() + k * rows_ * channels_; }
-  const int32_t* queries(int64_t k) const { return pairs_.queries(k); }
+  Rows<F> rows() const { return {a_.data(), pairs_.all_queries(), pairs_.sizes(), rows_, channels_}; }
 
  private:
   void start_pairs() {
