@@ -183,6 +183,7 @@ def test_second_derivatives_are_an_error(variant):
         sum(g.sum() for g in first).backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by make_dual itself
 @pytest.mark.parametrize("variant", ops.TRACED)
 def test_forward_mode_is_an_error(variant):
     op, arguments = ops.call(variant)
