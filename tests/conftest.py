@@ -71,7 +71,7 @@ def isa(request, set_isa):
 def python(tmp_path):
     """Run code in a fresh interpreter, away from the repository, whose kpcore/ would shadow the installed package."""
 
-    def run(code, timeout=120, **env):
+    def run(code, timeout=600, **env):
         return subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,

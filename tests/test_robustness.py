@@ -662,7 +662,7 @@ assert bits() == expected
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("num_threads", ["1", "3"])
 def test_a_forked_child_works_after_use(num_threads, busy, python):
-    done = python(FORK.format(tests=str(Path(__file__).parent), busy=busy), timeout=300, KPCORE_NUM_THREADS=num_threads)
+    done = python(FORK.format(tests=str(Path(__file__).parent), busy=busy), timeout=900, KPCORE_NUM_THREADS=num_threads)
     assert done.returncode == 0, done.stderr
 
 
