@@ -184,7 +184,7 @@ def _reshape_vjp(arguments, saved, grad, needs):
 
 
 def _scale(array, factor):
-    return np.asarray(array * array.dtype.type(factor)), ()
+    return np.asarray(array * factor), ()
 
 
 def _scale_vjp(arguments, saved, grad, needs):
