@@ -37,7 +37,7 @@ struct Run {
 class Items {
  public:
   Items(const Array& row_splits, int64_t items)
-      : splits_(static_cast<const int64_t*>(row_splits.data)), last_(row_splits.rows - 1), items_(items) {}
+      : splits_(as<int64_t>(row_splits)), last_(row_splits.rows - 1), items_(items) {}
 
   int64_t of(int64_t row) {
     while (next_ < last_ && row >= splits_[next_]) {

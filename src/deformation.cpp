@@ -33,12 +33,12 @@ struct Problem {
   int64_t num_kernels, num_queries;
 
   explicit Problem(const Deformation& args)
-      : points(static_cast<const G*>(args.points.data)),
-        queries(static_cast<const G*>(args.queries.data)),
-        index(static_cast<const int32_t*>(args.index.data)),
-        row_splits(static_cast<const int64_t*>(args.row_splits.data)),
-        kernel_points(static_cast<const G*>(args.kernel_points.data)),
-        offsets(static_cast<const G*>(args.offsets.data)),
+      : points(as<G>(args.points)),
+        queries(as<G>(args.queries)),
+        index(as<int32_t>(args.index)),
+        row_splits(as<int64_t>(args.row_splits)),
+        kernel_points(as<G>(args.kernel_points)),
+        offsets(as<G>(args.offsets)),
         dimension(int(args.kernel_points.cols)),
         num_kernels(args.kernel_points.rows),
         num_queries(args.offsets.rows / args.kernel_points.rows) {}
@@ -90,10 +90,6 @@ KP_INLINE void add_lanes(double* sums, Vec<G> values) {
     sums += lanes<double>;
   }
 }
-
-// As wide as G, so that vectors of both have equally many lanes.
-template <class G>
-using IndexBeside = std::conditional_t<sizeof(G) == 4, int32_t, int64_t>;
 
 // A query's nearest neighbour of every kernel point, the first of equals, and the squared distances added to `sums`.
 // `deformed` holds the kernel points by axis, `stride` each, a multiple of the lanes.
@@ -157,7 +153,7 @@ Status fitting(const Deformation& args, const Array& loss, const Array& nearest)
   const Problem<G> problem(args);
   const int64_t K = problem.num_kernels, stride = (K + lanes<G> - 1) / lanes<G> * lanes<G>;
   const int64_t pairs = problem.row_splits[problem.num_queries];
-  auto* const to = static_cast<int32_t*>(nearest.data);
+  auto* const to = into<int32_t>(nearest);
   Buffer<double> sums;
   const Status status = for_each_block<G>(problem.num_queries, stride, problem.dimension * stride,
                                           useful_threads(args.threads, pairs * K, 1 << 17), sums,
@@ -170,7 +166,7 @@ Status fitting(const Deformation& args, const Array& loss, const Array& nearest)
   if (status != Status::ok) return status;
   double sum = 0;
   for (int64_t k = 0; k < K; ++k) sum += sums[k];
-  *static_cast<G*>(loss.data) = G(sum * (args.weight / (args.extent * args.extent)));
+  *into<G>(loss) = G(sum * (args.weight / (args.extent * args.extent)));
   return Status::ok;
 }
 
@@ -193,8 +189,8 @@ struct BlockGrads {
 template <class G, class Visit>
 Status differentiate(const Problem<G>& problem, int64_t size, int threads, const DeformationGrads& grads, Visit visit) {
   const int64_t row = problem.row();
-  auto* const offsets = static_cast<G*>(grads.offsets.data);
-  auto* const kernel_points = static_cast<G*>(grads.kernel_points.data);
+  auto* const offsets = into<G>(grads.offsets);
+  auto* const kernel_points = into<G>(grads.kernel_points);
   Buffer<double> sums;
   const Status status =
       for_each_block<G>(problem.num_queries, kernel_points ? row : 0, size, threads, sums,
@@ -226,7 +222,7 @@ template <class G, int DIM>
 Status fitting_gradient(const Deformation& args, const Array& nearest, const DeformationGrads& grads) {
   const Problem<G> problem(args);
   const int64_t K = problem.num_kernels;
-  const auto* of_all = static_cast<const int32_t*>(nearest.data);
+  const auto* of_all = as<int32_t>(nearest);
   const G scale = G(2 * args.weight / (args.extent * args.extent));
   return differentiate<G>(problem, problem.row(), useful_threads(args.threads, problem.num_queries * K, 1 << 14), grads,
                           [=, &problem](G* scratch, int64_t begin, int64_t end, const BlockGrads<G>& to) {
@@ -294,7 +290,7 @@ Status repelling(const Deformation& args, const Array& loss) {
         }
       });
   if (status != Status::ok) return status;
-  *static_cast<G*>(loss.data) = G(2 * args.weight * sum[0]);  // of each pair both
+  *into<G>(loss) = G(2 * args.weight * sum[0]);  // of each pair both
   return Status::ok;
 }
 
@@ -354,7 +350,7 @@ Status with_types(const Deformation& args, Call call) {
     if (args.kernel_points.cols == 3) return call(g, std::integral_constant<int, 3>());
     return call(g, std::integral_constant<int, 0>());
   };
-  return args.kernel_points.dtype == DType::float32 ? of_dimension(float()) : of_dimension(double());
+  return with_real(args.kernel_points.dtype, of_dimension);
 }
 
 }  // namespace

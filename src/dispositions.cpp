@@ -102,7 +102,7 @@ struct Descent {
 }  // namespace
 
 Status kernel_points(const KernelPoints& args, double* out) {
-  const Descent descent{args.num, args.dimension, args.fixed, static_cast<const double*>(args.radii.data)};
+  const Descent descent{args.num, args.dimension, args.fixed, as<double>(args.radii)};
   const int64_t size = args.num * descent.point_size(), norms = int64_t(args.num) * group, all = 2 * size + norms;
   Buffer<double> state, saved, changes;
   if (!state.resize(groups * all) || !saved.resize(groups * all) || !changes.resize(groups * round_steps))

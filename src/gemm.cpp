@@ -43,7 +43,7 @@ double measure() {
 }  // namespace
 
 double fma_rate(DType dtype) {
-  return dtype == DType::float32 ? measure<float>() : measure<double>();
+  return with_real(dtype, [](auto t) { return measure<decltype(t)>(); });
 }
 
 }  // namespace KP_ISA

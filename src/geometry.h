@@ -66,8 +66,7 @@ template <class F>
 auto with_geometry(DType dtype, int64_t dimension, F f) {
   using two = std::integral_constant<int, 2>;
   using three = std::integral_constant<int, 3>;
-  if (dtype == DType::float32) return dimension == 2 ? f(float(), two()) : f(float(), three());
-  return dimension == 2 ? f(double(), two()) : f(double(), three());
+  return with_real(dtype, [&](auto t) { return dimension == 2 ? f(t, two()) : f(t, three()); });
 }
 
 }  // namespace

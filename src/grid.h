@@ -180,7 +180,7 @@ struct Grid {
   Directory directory;
 
   Status build(const IndexPoints& args) {
-    const auto* points = static_cast<const T*>(args.points.data);
+    const auto* points = as<T>(args.points);
     const int64_t n = args.points.rows;
     double low[D], high[D];
     if (!bounding_box<T, D>(points, n, args.threads, low, high)) return Status::not_finite;
@@ -199,7 +199,7 @@ struct Grid {
     return head.num_points ? sum / double(head.num_points) : 0;
   }
   Status place(const Search& search, InCells<T, D>& queries) const {
-    return queries.sort(lattice, static_cast<const T*>(search.queries.data), search.queries.rows,
+    return queries.sort(lattice, as<T>(search.queries), search.queries.rows,
                         Items(search.queries_row_splits, head.items), search.threads);
   }
   const Sorted<T, D>& points() const { return own.points; }

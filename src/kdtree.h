@@ -73,8 +73,8 @@ struct Tree {
 
   Status build(const IndexPoints& args) {
     const int D = dimension();
-    const auto* points = static_cast<const T*>(args.points.data);
-    const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+    const auto* points = as<T>(args.points);
+    const auto* splits = as<int64_t>(args.row_splits);
     const int64_t n = args.points.rows;
     Buffer<Record<T, DIM>> records, spare;
     Buffer<Branch> branches;  // of a node of n points: as many as n / 2 - 1, laid out with gaps

@@ -15,6 +15,31 @@ struct Array {
 };
 
 enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
+
+namespace {
+
+// The elements of an array, to read and to write.
+template <class T>
+const T* as(const Array& array) {
+  return static_cast<const T*>(array.data);
+}
+template <class T>
+T* into(const Array& array) {
+  return static_cast<T*>(array.data);
+}
+
+constexpr int64_t size_of(DType real) {
+  return real == DType::float32 ? 4 : 8;
+}
+
+// Calls call(float()) or call(double()).
+template <class Call>
+auto with_real(DType dtype, Call call) {
+  return dtype == DType::float32 ? call(float()) : call(double());
+}
+
+}  // namespace
+
 enum class VoxelPoint : int { barycenter, center, nearest };
 enum class VoxelFeature : int { mean, max, nearest };
 enum class Sort : int { none, index, distance };

@@ -120,7 +120,7 @@ Status kpconv(const KPConv& args, const Array& out) {
   return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, static_cast<F*>(out.data), args.threads);
+    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(out), args.threads);
   });
 }
 
@@ -142,7 +142,7 @@ Status kpconv_grad_features(const KPConv& args, const Array& grad_out, const Arr
     problem.num_queries = args.points.rows;
     problem.features = as<F>(grad_out);
     problem.channels = grad_out.cols;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, static_cast<F*>(grad_features.data), args.threads);
+    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(grad_features), args.threads);
   });
 }
 

@@ -13,11 +13,6 @@ constexpr int64_t most_rows = 120;        // queries in a tile
 constexpr int64_t cache_bytes = 1 << 19;  // what a tile of more than 60 queries may take: half a second-level cache
 constexpr int64_t tile_bytes = 7 << 19;   // what any tile may take: 3.5 MiB
 
-template <class T>
-const T* as(const Array& array) {
-  return static_cast<const T*>(array.data);
-}
-
 // Queries in a tile: what fits.
 template <class F>
 int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
@@ -116,14 +111,12 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
 // Calls f(geometry type, feature type, dimension: 3, or 0 for any; a copy for 2 would take a third longer to compile).
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
-  const auto with_feature = [&](auto g, auto f) {
-    if (args.points.cols == 3) return call(g, f, std::integral_constant<int, 3>());
-    return call(g, f, std::integral_constant<int, 0>());
-  };
-  const auto with_geometry = [&](auto g) {
-    return args.features.dtype == DType::float32 ? with_feature(g, float()) : with_feature(g, double());
-  };
-  return args.points.dtype == DType::float32 ? with_geometry(float()) : with_geometry(double());
+  return with_real(args.points.dtype, [&](auto g) {
+    return with_real(args.features.dtype, [&](auto f) {
+      if (args.points.cols == 3) return call(g, f, std::integral_constant<int, 3>());
+      return call(g, f, std::integral_constant<int, 0>());
+    });
+  });
 }
 
 template <class F>

@@ -479,15 +479,15 @@ Status kpconv_grads(const KPConv& args, const Array& grad_out, const KPConvGrads
     const int64_t size = int64_t(problem.num_kernels) * problem.dimension;
     Buffer<double> kernels;
     if (!kernels.resize(size)) return Status::out_of_memory;
-    F* const modulations = static_cast<F*>(to.modulations.data);
-    G *const points = static_cast<G*>(to.points.data), *const kernel_points = static_cast<G*>(to.kernel_points.data);
+    F* const modulations = into<F>(to.modulations);
+    G *const points = into<G>(to.points), *const kernel_points = into<G>(to.kernel_points);
     if (points) memset(points, 0, size_t(args.points.rows * problem.dimension) * sizeof(G));
-    const Gradients<G, F> found = {static_cast<F*>(to.weights.data),
+    const Gradients<G, F> found = {into<F>(to.weights),
                                    weights.factors > 1 ? modulations : nullptr,
                                    points,
-                                   static_cast<G*>(to.queries.data),
+                                   into<G>(to.queries),
                                    kernel_points ? kernels.data() : nullptr,
-                                   static_cast<G*>(to.offsets.data),
+                                   into<G>(to.offsets),
                                    weights.factors > 1 ? nullptr : modulations};
     const Status status =
         find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out), found, args.threads);

@@ -48,7 +48,7 @@ struct TreeKind {
 
   static const Sorted<T, DIM>& points(const Built& index) { return index.sorted; }
   static Status place(const Built& index, const Search& search, Placed& queries) {
-    return queries.sort(index, static_cast<const T*>(search.queries.data), search.queries.rows,
+    return queries.sort(index, as<T>(search.queries), search.queries.rows,
                         Items(search.queries_row_splits, index.head.items), search.threads);
   }
   static Walker walker(const Built& index, const Placed* queries, const Search& search) {
@@ -65,7 +65,7 @@ auto with_kind_of(const Index& index, F f) {
 }
 template <class F>
 auto with_kind(const Index& index, F f) {
-  return index.dtype == DType::float32 ? with_kind_of<float>(index, f) : with_kind_of<double>(index, f);
+  return with_real(index.dtype, [&](auto t) { return with_kind_of<decltype(t)>(index, f); });
 }
 
 template <class Kind>
@@ -116,7 +116,7 @@ struct Plan {
   const Sorted<T, Kind::dimension>& queries() const {
     return search.queries.data ? placed.points : Kind::points(index());
   }
-  Limits<T> limits() const { return {static_cast<const T*>(search.radii.data), T(search.radius), search.metric}; }
+  Limits<T> limits() const { return {as<T>(search.radii), T(search.radius), search.metric}; }
 
   // Checks and places the queries; `any`: whether there is something to find.
   Status prepare(const Search& given, bool& any) {
@@ -125,7 +125,7 @@ struct Plan {
     num_queries = search.queries.data ? search.queries.rows : head.num_points;
     any = head.num_points && num_queries;
     if (!search.queries.data) return Status::ok;
-    const auto* coordinates = static_cast<const T*>(search.queries.data);
+    const auto* coordinates = as<T>(search.queries);
     if (!all_finite(coordinates, num_queries * head.dimension, search.threads)) return Status::not_finite;
     return any ? Kind::place(index(), search, placed) : Status::ok;
   }
@@ -422,17 +422,17 @@ Status knn_search(const Search& search, int32_t* index, void* distance, int64_t*
     if (head.dimension == 2) return with(TreeKind<T, 2>());
     return head.dimension == 3 ? with(TreeKind<T, 3>()) : with(TreeKind<T, 0>());
   };
-  return head.dtype == DType::float32 ? of(float()) : of(double());
+  return with_real(head.dtype, of);
 }
 
 // A counting sort by index. Each thread takes a range of rows and, after the counts are known, writes its own slice of
 // every column, so that columns hold their rows in order whatever the number of threads.
 Status transpose(const Transpose& args) {
   const Array &distance = args.distance, &out_distance = args.out_distance;
-  const auto* from = static_cast<const int32_t*>(args.index.data);
-  const auto* rows = static_cast<const int64_t*>(args.row_splits.data);
-  auto* to = static_cast<int32_t*>(args.out_index.data);
-  auto* splits = static_cast<int64_t*>(args.out_row_splits.data);
+  const auto* from = as<int32_t>(args.index);
+  const auto* rows = as<int64_t>(args.row_splits);
+  auto* to = into<int32_t>(args.out_index);
+  auto* splits = into<int64_t>(args.out_row_splits);
   const int64_t m = args.row_splits.rows - 1, n = args.out_row_splits.rows - 1, pairs = rows[m];
   // One counter per thread and column: no more threads than make the counters half as large as the list.
   const int threads =
@@ -474,9 +474,9 @@ Status transpose(const Transpose& args) {
         to[at] = int32_t(i);
         if (!distance.data) continue;
         if (distance.dtype == DType::float32)
-          static_cast<float*>(out_distance.data)[at] = static_cast<const float*>(distance.data)[e];
+          into<float>(out_distance)[at] = as<float>(distance)[e];
         else
-          static_cast<double*>(out_distance.data)[at] = static_cast<const double*>(distance.data)[e];
+          into<double>(out_distance)[at] = as<double>(distance)[e];
       }
   }
   return Status::ok;

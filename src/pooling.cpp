@@ -23,16 +23,6 @@ constexpr int64_t block_of_rows = 1024;              // of a batch item, one thr
 constexpr int64_t busy = 1 << 15;                    // values that keep a thread busy for some 20 us
 constexpr int many = KP_VECTOR_BYTES == 64 ? 8 : 4;  // vectors of maxima and their points that fit the registers
 
-template <class T>
-const T* as(const Array& array) {
-  return static_cast<const T*>(array.data);
-}
-
-template <class Call>
-Status with_type(DType dtype, Call call) {
-  return dtype == DType::float32 ? call(float()) : call(double());
-}
-
 // Calls f(how many vectors, whether they are whole, the first channel) until all channels are done.
 template <int most, class F, class Call>
 KP_INLINE void for_channels(int64_t channels, Call call) {
@@ -125,7 +115,7 @@ Status sum_neighbors(const NeighborReduce& args, const Array& out) {
   const auto* weights = as<F>(args.weights);
   const auto *splits = as<int64_t>(args.row_splits), *shared = as<int64_t>(args.shared);
   const auto* index = as<int32_t>(args.index);
-  auto* const to = static_cast<F*>(out.data);
+  auto* const to = into<F>(out);
   const int64_t m = out.rows, pairs = splits[m];
   const int32_t* const last = index + pairs - 1;
   const bool mean = args.reduction == Reduction::mean;
@@ -161,10 +151,6 @@ Status sum_neighbors(const NeighborReduce& args, const Array& out) {
   }
   return enough ? Status::ok : Status::out_of_memory;
 }
-
-// As wide as T, so that vectors of both have equally many lanes.
-template <class T>
-using IndexBeside = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 KP_INLINE void put_index(int32_t* to, Vec<int32_t> x) {
   store(to, x);
@@ -260,7 +246,7 @@ Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* c
   const Rows<F> rows(args.features);
   const auto* splits = as<int64_t>(args.row_splits);
   const auto* index = as<int32_t>(args.index);
-  auto* const to = static_cast<F*>(out.data);
+  auto* const to = into<F>(out);
   const int64_t m = out.rows, channels = rows.channels, pairs = splits[m];
   const int32_t* const last = index + pairs - 1;
   const Padding<F> padding{args.width, F(args.pad_value)};
@@ -289,12 +275,9 @@ KP_INLINE F dot(const F* a, const F* b, int64_t n) {
   for (; c + 4 * step <= n; c += 4 * step)
     for (int v = 0; v < 4; ++v) sums[v] = fma(load(a + c + v * step), load(b + c + v * step), sums[v]);
   for (; c + step <= n; c += step) sums[0] = fma(load(a + c), load(b + c), sums[0]);
-  F parts[step];
-  store(parts, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (int64_t half = step / 2; half; half /= 2)
-    for (int64_t l = 0; l < half; ++l) parts[l] += parts[l + half];
-  for (; c < n; ++c) parts[0] += a[c] * b[c];
-  return parts[0];
+  F sum = sum_of_lanes<F>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; c < n; ++c) sum += a[c] * b[c];
+  return sum;
 }
 
 // ---- over batch items --------------------------------------------------------------------------------------------
@@ -381,7 +364,7 @@ void sum_stretch(const F* rows, int64_t n, int64_t channels, double* sums) {
 template <class F>
 Status sum_segments(const SegmentReduce& args, const Array& out) {
   const auto* from = as<F>(args.features);
-  auto* const to = static_cast<F*>(out.data);
+  auto* const to = into<F>(out);
   const int64_t channels = args.features.cols;
   const int threads = useful_threads(args.threads, (args.features.rows + out.rows) * channels, busy);
   const bool mean = args.reduction == Reduction::mean;
@@ -417,7 +400,7 @@ Status sum_segments(const SegmentReduce& args, const Array& out) {
 template <bool least, class F>
 Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* choice) {
   const Rows<F> rows(args.features);
-  auto* const to = static_cast<F*>(out.data);
+  auto* const to = into<F>(out);
   const int64_t channels = rows.channels;
   const F empty = F(args.empty);
   Blocks blocks;
@@ -459,7 +442,7 @@ template <class F>
 Status spread_segments(const SegmentReduce& args, const Array& grad_features) {
   const auto* given = as<F>(args.features);
   const auto* splits = as<int64_t>(args.row_splits);
-  auto* const to = static_cast<F*>(grad_features.data);
+  auto* const to = into<F>(grad_features);
   const int64_t n = grad_features.rows, items = args.row_splits.rows - 1, channels = grad_features.cols;
   const int64_t blocks = (n + block_of_rows - 1) / block_of_rows;
   const bool mean = args.reduction == Reduction::mean;
@@ -496,7 +479,7 @@ template <class F>
 void unpool_rows(const Array& choice, const Array& grad_out, const Array& grad_features, int threads) {
   const auto* chosen = as<int32_t>(choice);
   const auto* grad = as<F>(grad_out);
-  auto* const to = static_cast<F*>(grad_features.data);
+  auto* const to = into<F>(grad_features);
   const int64_t m = grad_out.rows, n = grad_features.rows, channels = grad_features.cols;
   threads = useful_threads(threads, (m + n) * channels, busy);
   // Threads first share the channels, at least a cache line to each; then the points.
@@ -525,9 +508,9 @@ template <class I>
 void copy_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
   const auto* numbers = as<I>(index);
   const auto* splits = as<int64_t>(row_splits);
-  const int64_t m = out.rows, width = features.dtype == DType::float32 ? 4 : 8, bytes = features.cols * width;
-  const auto* from = static_cast<const char*>(features.data);
-  auto* const to = static_cast<char*>(out.data);
+  const int64_t m = out.rows, bytes = features.cols * size_of(features.dtype);
+  const auto* from = as<char>(features);
+  auto* const to = into<char>(out);
   const auto place = [=](int64_t q) -> const char* {
     if (splits && splits[q] == splits[q + 1]) return nullptr;
     return from + int64_t(numbers[splits ? splits[q] : q]) * bytes;
@@ -547,7 +530,7 @@ template <class G, class F>
 void weigh(const Array& distance, const Array& row_splits, double power, const Array& weights, int threads) {
   const auto* d = as<G>(distance);
   const auto* splits = as<int64_t>(row_splits);
-  auto* const to = static_cast<F*>(weights.data);
+  auto* const to = into<F>(weights);
   const int64_t m = row_splits.rows - 1;
 #pragma omp parallel for num_threads(useful_threads(threads, splits[m], 1 << 12)) schedule(static)
   for (int64_t q = 0; q < m; ++q) {
@@ -564,7 +547,7 @@ void weigh(const Array& distance, const Array& row_splits, double power, const A
 }  // namespace
 
 Status neighbor_reduce(const NeighborReduce& args, const Array& out, int32_t* choice) {
-  return with_type(out.dtype, [&](auto f) {
+  return with_real(out.dtype, [&](auto f) {
     using F = decltype(f);
     if (args.reduction == Reduction::max) return choose_neighbors<false, F>(args, out, choice);
     if (args.reduction == Reduction::min) return choose_neighbors<true, F>(args, out, choice);
@@ -573,12 +556,12 @@ Status neighbor_reduce(const NeighborReduce& args, const Array& out, int32_t* ch
 }
 
 Status neighbor_reduce_grad_weights(const NeighborReduce& args, const Array& grad_out, const Array& grad_weights) {
-  return with_type(grad_out.dtype, [&](auto f) {
+  return with_real(grad_out.dtype, [&](auto f) {
     using F = decltype(f);
     const auto *features = as<F>(args.features), *grad = as<F>(grad_out);
     const auto* splits = as<int64_t>(args.row_splits);
     const auto* index = as<int32_t>(args.index);
-    auto* const to = static_cast<F*>(grad_weights.data);
+    auto* const to = into<F>(grad_weights);
     const int64_t m = grad_out.rows, channels = grad_out.cols, last = splits[m] - 1;
     const bool mean = args.reduction == Reduction::mean;
 #pragma omp parallel for num_threads(useful_threads(args.threads, splits[m] * channels, busy)) schedule(dynamic, 64)
@@ -596,7 +579,7 @@ Status neighbor_reduce_grad_weights(const NeighborReduce& args, const Array& gra
 }
 
 Status unpool(const Array& choice, const Array& grad_out, const Array& grad_features, int threads) {
-  return with_type(grad_out.dtype, [&](auto f) {
+  return with_real(grad_out.dtype, [&](auto f) {
     unpool_rows<decltype(f)>(choice, grad_out, grad_features, threads);
     return Status::ok;
   });
@@ -612,8 +595,8 @@ Status gather_rows(const Array& features, const Array& index, const Array& row_s
 
 Status inverse_distance_weights(const Array& distance, const Array& row_splits, double power, const Array& weights,
                                 int threads) {
-  return with_type(distance.dtype, [&](auto g) {
-    return with_type(weights.dtype, [&](auto f) {
+  return with_real(distance.dtype, [&](auto g) {
+    return with_real(weights.dtype, [&](auto f) {
       weigh<decltype(g), decltype(f)>(distance, row_splits, power, weights, threads);
       return Status::ok;
     });
@@ -621,7 +604,7 @@ Status inverse_distance_weights(const Array& distance, const Array& row_splits, 
 }
 
 Status segment_reduce(const SegmentReduce& args, const Array& out, int32_t* choice) {
-  return with_type(out.dtype, [&](auto f) {
+  return with_real(out.dtype, [&](auto f) {
     using F = decltype(f);
     if (args.reduction == Reduction::max) return choose_segments<false, F>(args, out, choice);
     if (args.reduction == Reduction::min) return choose_segments<true, F>(args, out, choice);
@@ -630,7 +613,7 @@ Status segment_reduce(const SegmentReduce& args, const Array& out, int32_t* choi
 }
 
 Status segment_reduce_grad(const SegmentReduce& args, const Array& grad_features) {
-  return with_type(grad_features.dtype, [&](auto f) { return spread_segments<decltype(f)>(args, grad_features); });
+  return with_real(grad_features.dtype, [&](auto f) { return spread_segments<decltype(f)>(args, grad_features); });
 }
 
 }  // namespace KP_ISA

@@ -16,20 +16,6 @@ namespace {
 
 constexpr int64_t grain = 1 << 16;  // values that keep a thread busy for some 20 us
 
-template <class T>
-const T* as(const Array& array) {
-  return static_cast<const T*>(array.data);
-}
-template <class T>
-T* into(const Array& array) {
-  return static_cast<T*>(array.data);
-}
-
-template <class Call>
-Status with_real(DType dtype, Call call) {
-  return dtype == DType::float32 ? call(float()) : call(double());
-}
-
 // out[i] = call(i, at) for i < n, a vector at a time; at(p) loads the values at p that belong to it.
 template <class T, class Call>
 KP_INLINE void map(int64_t n, T* out, Call call) {
@@ -54,15 +40,6 @@ void map_shared(int64_t n, int threads, T* out, Call call) {
 template <class T>
 KP_INLINE Vec<T> exponential(Vec<T> x) {
   return x == x ? exp_of<T>(x) : x;
-}
-
-template <class T>
-KP_INLINE T sum_of_lanes(Vec<T> v) {
-  T lane[lanes<T>];
-  store(lane, v);
-  for (int half = lanes<T> / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
 }
 
 // ---- sums of columns
@@ -777,13 +754,13 @@ Status with_types(const CrossEntropy& args, Call call) {
 // Calls copy(part's row, its place in the whole's row, bytes) for every row and part.
 template <class Copy>
 void for_each_part(const Columns& args, const Array& whole, Copy copy) {
-  const int64_t size = whole.dtype == DType::float32 ? 4 : 8, stride = whole.cols * size;
+  const int64_t size = size_of(whole.dtype), stride = whole.cols * size;
   const int threads = useful_threads(args.threads, whole.rows * whole.cols, grain);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < whole.rows; ++r) {
-    char* to = static_cast<char*>(whole.data) + r * stride;
+    char* to = into<char>(whole) + r * stride;
     for (const Array& part : args.parts) {
-      if (part.data) copy(static_cast<char*>(part.data) + r * part.cols * size, to, size_t(part.cols * size));
+      if (part.data) copy(into<char>(part) + r * part.cols * size, to, size_t(part.cols * size));
       to += part.cols * size;
     }
   }

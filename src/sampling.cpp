@@ -377,9 +377,9 @@ bool bucketed(Sampling method, int64_t count, int dimension) {
 
 template <class T, int D>
 Status sample(const FarthestPoints& args, int32_t* index) {
-  const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
-  const auto* out_splits = static_cast<const int64_t*>(args.out_row_splits.data);
-  const auto* start = static_cast<const int64_t*>(args.start.data);
+  const auto* splits = as<int64_t>(args.row_splits);
+  const auto* out_splits = as<int64_t>(args.out_row_splits);
+  const auto* start = as<int64_t>(args.start);
   const int64_t items = args.row_splits.rows - 1;
   const int dimension = int(args.points.cols);
   bool enough = true;
@@ -390,7 +390,7 @@ Status sample(const FarthestPoints& args, int32_t* index) {
     for (int64_t b = 0; b < items; ++b) {
       const int64_t n = splits[b + 1] - splits[b], count = out_splits[b + 1] - out_splits[b];
       if (!enough || !count) continue;
-      const Item<T> item{static_cast<const T*>(args.points.data) + splits[b] * dimension,
+      const Item<T> item{as<T>(args.points) + splits[b] * dimension,
                          n,
                          dimension,
                          start[b],
@@ -412,12 +412,11 @@ Status farthest_points(const FarthestPoints& args, int32_t* index) {
   const Array& points = args.points;
   const auto of_dimension = [&](auto t) {
     using T = decltype(t);
-    if (!all_finite(static_cast<const T*>(points.data), points.rows * points.cols, args.threads))
-      return Status::not_finite;
+    if (!all_finite(as<T>(points), points.rows * points.cols, args.threads)) return Status::not_finite;
     if (points.cols == 2) return sample<T, 2>(args, index);
     return points.cols == 3 ? sample<T, 3>(args, index) : sample<T, 0>(args, index);
   };
-  return points.dtype == DType::float32 ? of_dimension(float()) : of_dimension(double());
+  return with_real(points.dtype, of_dimension);
 }
 
 }  // namespace KP_ISA

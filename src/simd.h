@@ -186,6 +186,19 @@ KP_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// As wide as T, so that vectors of both have equally many lanes.
+template <class T>
+using IndexBeside = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <class T>
+KP_INLINE T sum_of_lanes(Vec<T> v) {
+  T lane[lanes<T>];
+  store(lane, v);
+  for (int half = lanes<T> / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
 // Lane l is the sum of all lanes of v[l]; v is overwritten. Neighbouring lanes are added until one is left of each.
 template <class T, int... I>
 KP_INLINE Vec<T> add_neighbors(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {

@@ -92,8 +92,8 @@ Status find_voxels(const K* keys, int64_t n, int threads, Plan& plan) {
 template <class T, int D, class K>
 Status sort_points(const Interleaver<D>& interleaver, const double* low, int bits, Plan& plan) {
   const GridSubsample& args = plan.args;
-  const auto* points = static_cast<const T*>(args.points.data);
-  const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+  const auto* points = as<T>(args.points);
+  const auto* splits = as<int64_t>(args.row_splits);
   const int64_t n = args.points.rows;
   Buffer<K> keys;
   if (!keys.resize(n) || !plan.ids.resize(n)) return Status::out_of_memory;
@@ -104,8 +104,8 @@ Status sort_points(const Interleaver<D>& interleaver, const double* low, int bit
     int64_t item = 0;
     T voxel_size[block * D], origin[block * D];  // of every coordinate of a block, for one loop without axes
     for (int64_t j = 0; j < block * D; ++j) {
-      voxel_size[j] = static_cast<const T*>(args.voxel_size.data)[j % D];
-      origin[j] = static_cast<const T*>(args.origin.data)[j % D];
+      voxel_size[j] = as<T>(args.voxel_size)[j % D];
+      origin[j] = as<T>(args.origin)[j % D];
     }
     for (int64_t i = share.begin; i < share.end; i += block) {
       const int64_t count = smaller(block, share.end - i);
@@ -131,10 +131,10 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
   new (plan) Plan();
   *result = plan;
   plan->args = args;
-  const auto* points = static_cast<const T*>(args.points.data);
-  const auto* voxel_size = static_cast<const T*>(args.voxel_size.data);
-  const auto* origin = static_cast<const T*>(args.origin.data);
-  const auto* splits = static_cast<const int64_t*>(args.row_splits.data);
+  const auto* points = as<T>(args.points);
+  const auto* voxel_size = as<T>(args.voxel_size);
+  const auto* origin = as<T>(args.origin);
+  const auto* splits = as<int64_t>(args.row_splits);
   const int64_t items = args.row_splits.rows - 1;
   memset(row_splits, 0, size_t(items + 1) * sizeof(int64_t));
   if (!args.points.rows) return Status::ok;
@@ -188,10 +188,6 @@ KP_INLINE void mean_row(const T* rows, int64_t columns, const int32_t* ids, int6
   for (int64_t c = 0; c < columns; ++c) mean[c] = T(double(first[c]) + sums[c] / double(n));
 }
 
-// As wide as T, so that vectors of both have equally many lanes.
-template <class T>
-using IndexBeside = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
 // The largest of each column of a voxel's rows and, unless `which` is null, the row that has it, up to a whole vector.
 template <class T>
 KP_INLINE void max_row(const T* rows, int64_t columns, const int32_t* ids, int64_t n, T* largest,
@@ -221,7 +217,7 @@ template <class L>
 class Majority {
  public:
   Majority(const GridSubsample& args, int64_t smallest, int64_t largest)
-      : labels_(static_cast<const L*>(args.labels.data)),
+      : labels_(as<L>(args.labels)),
         smallest_(smallest),
         ignore_(args.ignore_label),
         has_ignore_(args.has_ignore_label),
@@ -316,8 +312,8 @@ struct PerColumn {
 
 template <class T>
 Status average(const Plan& plan, const Array& rows, const Array& means) {
-  const auto* from = static_cast<const T*>(rows.data);
-  auto* to = static_cast<T*>(means.data);
+  const auto* from = as<T>(rows);
+  auto* to = into<T>(means);
   const int64_t columns = rows.cols;
   return for_each_voxel(
       plan, [=] { return PerColumn<double>(columns); },
@@ -345,8 +341,8 @@ int32_t nearest_point(const T* points, const double* center, const int32_t* ids,
 }
 
 void copy_row(const Array& from, int64_t i, const Array& to, int64_t v) {
-  const int64_t bytes = from.cols * (from.dtype == DType::float32 ? 4 : 8);
-  memcpy(static_cast<char*>(to.data) + v * bytes, static_cast<const char*>(from.data) + i * bytes, size_t(bytes));
+  const int64_t bytes = from.cols * size_of(from.dtype);
+  memcpy(into<char>(to) + v * bytes, as<char>(from) + i * bytes, size_t(bytes));
 }
 
 struct Nothing {
@@ -357,11 +353,11 @@ struct Nothing {
 template <class T, int D>
 Status use_centers(const Plan& plan, const Subsampled& out) {
   const GridSubsample& args = plan.args;
-  const auto* points = static_cast<const T*>(args.points.data);
-  const auto* voxel_size = static_cast<const T*>(args.voxel_size.data);
-  const auto* origin = static_cast<const T*>(args.origin.data);
-  auto* const centers = static_cast<T*>(out.points.data);
-  auto* const nearest = static_cast<int32_t*>(out.nearest.data);
+  const auto* points = as<T>(args.points);
+  const auto* voxel_size = as<T>(args.voxel_size);
+  const auto* origin = as<T>(args.origin);
+  auto* const centers = into<T>(out.points);
+  auto* const nearest = into<int32_t>(out.nearest);
   return for_each_voxel(
       plan, [] { return Nothing(); },
       [=, &args](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
@@ -383,8 +379,8 @@ Status use_centers(const Plan& plan, const Subsampled& out) {
 
 template <class T>
 Status maximize(const Plan& plan, const Array& rows, const Array& maxima) {
-  const auto* from = static_cast<const T*>(rows.data);
-  auto* to = static_cast<T*>(maxima.data);
+  const auto* from = as<T>(rows);
+  auto* to = into<T>(maxima);
   const int64_t columns = rows.cols;
   return for_each_voxel(
       plan, [] { return Nothing(); },
@@ -396,8 +392,8 @@ Status maximize(const Plan& plan, const Array& rows, const Array& maxima) {
 
 template <class L>
 Status elect(const Plan& plan, const Array& labels) {
-  const auto* from = static_cast<const L*>(plan.args.labels.data);
-  auto* to = static_cast<L*>(labels.data);
+  const auto* from = as<L>(plan.args.labels);
+  auto* to = into<L>(labels);
   L smallest = from[0], largest = from[0];
   for (int64_t i = 1; i < plan.args.points.rows; ++i) {
     smallest = smaller(smallest, from[i]);
@@ -411,11 +407,11 @@ Status elect(const Plan& plan, const Array& labels) {
 // Each row of the gradient from that of its voxel: all of them a share of it, or the nearest the whole.
 template <class T>
 Status give_rows(const GridSubsampleGrad& args, const Array& grad_features) {
-  const auto* inverse = static_cast<const int32_t*>(args.inverse.data);
-  const auto* counts = static_cast<const int32_t*>(args.counts.data);
-  const auto* nearest = static_cast<const int32_t*>(args.nearest.data);
-  const auto* grad_out = static_cast<const T*>(args.grad_out.data);
-  auto* const to = static_cast<T*>(grad_features.data);
+  const auto* inverse = as<int32_t>(args.inverse);
+  const auto* counts = as<int32_t>(args.counts);
+  const auto* nearest = as<int32_t>(args.nearest);
+  const auto* grad_out = as<T>(args.grad_out);
+  auto* const to = into<T>(grad_features);
   const int64_t n = args.inverse.rows, columns = grad_features.cols;
 #pragma omp parallel for num_threads(useful_threads(args.threads, n, 1 << 13)) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
@@ -434,8 +430,8 @@ Status give_rows(const GridSubsampleGrad& args, const Array& grad_features) {
 
 // The points of each voxel by index again, from what came of them.
 Status regroup(const GridSubsampleGrad& args, Plan& plan) {
-  const auto* inverse = static_cast<const int32_t*>(args.inverse.data);
-  const auto* counts = static_cast<const int32_t*>(args.counts.data);
+  const auto* inverse = as<int32_t>(args.inverse);
+  const auto* counts = as<int32_t>(args.counts);
   const int64_t n = args.inverse.rows;
   plan.args.points = args.inverse;
   plan.args.threads = args.threads;
@@ -459,9 +455,9 @@ struct Maxima {
 // Each value of a voxel's gradient goes to the row that had the maximum of its column.
 template <class T>
 Status give_to_maxima(const GridSubsampleGrad& args, const Array& grad_features) {
-  const auto* features = static_cast<const T*>(args.features.data);
-  const auto* grad_out = static_cast<const T*>(args.grad_out.data);
-  auto* const to = static_cast<T*>(grad_features.data);
+  const auto* features = as<T>(args.features);
+  const auto* grad_out = as<T>(args.grad_out);
+  auto* const to = into<T>(grad_features);
   const int64_t columns = grad_features.cols;
   Plan plan;
   if (Status status = regroup(args, plan); status != Status::ok) return status;
@@ -490,10 +486,10 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
   const Plan& plan = *static_cast<Plan*>(opaque);
   const GridSubsample& args = plan.args;
   if (!plan.voxels) return Status::ok;
-  auto* const inverse = static_cast<int32_t*>(out.inverse.data);
-  auto* const counts = static_cast<int32_t*>(out.counts.data);
+  auto* const inverse = into<int32_t>(out.inverse);
+  auto* const counts = into<int32_t>(out.counts);
   const auto average_of = [&](const Array& rows, const Array& means) {
-    return rows.dtype == DType::float32 ? average<float>(plan, rows, means) : average<double>(plan, rows, means);
+    return with_real(rows.dtype, [&](auto t) { return average<decltype(t)>(plan, rows, means); });
   };
   Status status = Status::ok;
   if (args.position == VoxelPoint::barycenter) status = average_of(args.points, out.points);
@@ -512,8 +508,8 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
     if (args.feature == VoxelFeature::mean)
       status = average_of(args.features, out.features);
     else if (args.feature == VoxelFeature::max)
-      status = args.features.dtype == DType::float32 ? maximize<float>(plan, args.features, out.features)
-                                                     : maximize<double>(plan, args.features, out.features);
+      status = with_real(args.features.dtype,
+                         [&](auto t) { return maximize<decltype(t)>(plan, args.features, out.features); });
   }
   if (status == Status::ok && args.labels.data) {
     if (args.labels.dtype == DType::uint8)
@@ -527,10 +523,11 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
 }
 
 Status grid_subsample_grad(const GridSubsampleGrad& args, const Array& grad_features) {
-  const bool single = grad_features.dtype == DType::float32;
-  if (args.feature == VoxelFeature::max)
-    return single ? give_to_maxima<float>(args, grad_features) : give_to_maxima<double>(args, grad_features);
-  return single ? give_rows<float>(args, grad_features) : give_rows<double>(args, grad_features);
+  return with_real(grad_features.dtype, [&](auto t) {
+    using T = decltype(t);
+    return args.feature == VoxelFeature::max ? give_to_maxima<T>(args, grad_features)
+                                             : give_rows<T>(args, grad_features);
+  });
 }
 
 void grid_subsample_free(void* plan) {
