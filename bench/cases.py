@@ -482,8 +482,7 @@ def neighbor_reduce(bench, order):
         both = step()
         bench.compare(f"{what}, forward + vjp", step, "its forward", forward)
         inputs |= {"grad_out": grad_out}
-        for peer in peers.POOLING_STEP[reduce]:
-            bench.against(f"{what}, forward + vjp", step, peer, inputs, partial(close, both))
+        bench.against(f"{what}, forward + vjp", step, peers.POOLING_STEP[reduce], inputs, partial(close, both))
 
 
 def kpconv(bench, order, channels, coretype=None):

@@ -209,8 +209,11 @@ FPSAMPLE = Peer("fpsample", imports("fpsample"), bucket_fps, np.asarray)
 # Pooling over neighbours (M, H): read() gives the output, or that and the gradient of the features.
 
 
-def torch_pool(features, index, reduced, grad_out=None):
-    """Rows gathered into (M, H, C), by the fastest of the ways torch has for it, and reduced."""
+def torch_pool(features, index, reduced):
+    """Rows gathered into (M, H, C), by the fastest of the ways torch has for it, and reduced.
+
+    Forward only: with its gradient a call takes up to nine seconds, and embedding_bag one.
+    """
     import torch
 
     index, features = torch.from_numpy(index).long(), torch.from_numpy(features)
@@ -221,7 +224,7 @@ def torch_pool(features, index, reduced, grad_out=None):
         lambda f: f.index_select(0, flat).view(m, h, c),
         lambda f: f.unsqueeze(1).expand(-1, h, -1).gather(0, by_row),
     ]
-    calls = [torch_call(lambda f, form=form: getattr(form(f), reduced)(1), features, grad_out) for form in forms]
+    calls = [lambda form=form: getattr(form(features), reduced)(1) for form in forms]
     return min(calls, key=lambda call: min(timeit.repeat(call, number=1, repeat=2)))
 
 
@@ -230,38 +233,31 @@ def torch_bag(features, index, reduced, grad_out=None):
     import torch
 
     index, features = torch.from_numpy(index).long(), torch.from_numpy(features)
-    return torch_call(lambda f: torch.nn.functional.embedding_bag(index, f, mode=reduced), features, grad_out)
-
-
-def torch_call(fn, features, grad_out):
-    import torch
-
+    bag = partial(torch.nn.functional.embedding_bag, index, mode=reduced)
     if grad_out is None:
-        return torch.no_grad()(lambda: fn(features))
+        return lambda: bag(features)
     leaf, grad_out = features.requires_grad_(), torch.from_numpy(grad_out)
 
     def run():
-        out = fn(leaf)
+        out = bag(leaf)
         return out, torch.autograd.grad(out, leaf, grad_out)[0]
 
     return run
 
 
-def pooling_peers(read):
-    """Of each reduction."""
-    return {
-        reduce: [
-            Peer(f"torch gather + {reduced}", imports("torch"), partial(torch_pool, reduced=reduced), read),
-            Peer("torch embedding_bag", imports("torch"), partial(torch_bag, reduced=reduce), read),
-        ]
-        for reduce, reduced in (("max", "amax"), ("mean", "mean"))
-    }
+def bag_peer(reduced, read):
+    return Peer("torch embedding_bag", imports("torch"), partial(torch_bag, reduced=reduced), read)
 
 
-POOLING = pooling_peers(lambda out: out.numpy())
-# Without the gathered form, of which a step takes nine seconds for a maximum.
+POOLING = {
+    reduced: [
+        Peer(f"torch gather + {name}", imports("torch"), partial(torch_pool, reduced=name), lambda out: out.numpy()),
+        bag_peer(reduced, lambda out: out.numpy()),
+    ]
+    for reduced, name in (("max", "amax"), ("mean", "mean"))
+}
 POOLING_STEP = {
-    reduce: both[1:] for reduce, both in pooling_peers(lambda found: [a.detach().numpy() for a in found]).items()
+    reduced: bag_peer(reduced, lambda found: [part.detach().numpy() for part in found]) for reduced in POOLING
 }
 
 
