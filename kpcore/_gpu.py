@@ -1,0 +1,166 @@
+"""The GPU: the names and signatures of `_cpu`, on CuPy arrays.
+
+Kernels are the files in cuda/, plain CUDA C++ that shares its formulas with the CPU. A kernel is compiled by CuPy when it
+is first launched, for the types at hand, and kept on disk. Everything here is launches on CuPy's current stream; what
+waits for the device says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+_SOURCES = Path(__file__).with_name("cuda")
+_BLOCK = 128
+_MOST_BLOCKS = 1 << 15  # kernels go on to the next query themselves
+_WARP = 32
+_CTYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+
+
+class NotFinite(Exception):
+    """Coordinates that are NaN or infinite."""
+
+
+# ---- kernels
+
+
+def source(name, seen=None):
+    """A file with what it includes, once each: CuPy's cache looks at the text alone.
+
+    Headers of the system are left out; the compiler for GPUs has none, and needs none.
+    """
+    seen = {name} if seen is None else seen
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate((_SOURCES / name).read_text().splitlines(), 1):
+        if line.startswith('#include "'):
+            included = line.split('"')[1]
+            if included not in seen:
+                seen.add(included)
+                lines += [source(included, seen), f'#line {number + 1} "{name}"']
+        else:
+            lines.append("" if line.startswith(("#include <", "#pragma once")) else line)
+    return "\n".join(lines)
+
+
+@functools.cache
+def _module(name, defines):
+    # Not contracted: what decides is to be the same bits as on the CPU.
+    options = ("-std=c++17", "--fmad=false", *(f"-D{key}={value}" for key, value in defines))
+    return cupy.RawModule(code=source(name), options=options)
+
+
+def _launch(module, name, threads, *arguments):
+    """A kernel for so many threads, in whole blocks; none at all for no threads."""
+    if threads:
+        blocks = min(_MOST_BLOCKS, -(-threads // _BLOCK))
+        module.get_function(name)((blocks,), (_BLOCK,), arguments)
+
+
+# ---- search
+
+
+class Index:
+    """Points in the order of their cells, or along a curve with boxes: see neighbors.cu."""
+
+    def __init__(self, points, row_splits, cell, threads):
+        self.points, self.row_splits, self.cell = points, row_splits, cell
+        self.num_points, self.dtype, self.crowding = len(points), points.dtype, 0.0
+        if self.num_points:
+            self._arguments = self._boxes() if cell is None else self._cells(float(cell))
+
+    def kernels(self, metric):
+        defines = {"KP_T": _CTYPES[self.dtype], "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
+        return _module("neighbors.cu", (*defines.items(), ("KP_TREE", int(self.cell is None))))
+
+    def _located(self, order):
+        words = (self.dtype.itemsize * self.points.shape[1] + 4) // 4
+        words += words % (self.dtype.itemsize // 4)
+        located = cupy.empty((self.num_points, words), np.uint32)
+        _launch(self.kernels(0), "locate", self.num_points, self.points, order, np.int64(self.num_points), located)
+        return located
+
+    def _cells(self, cell):
+        n, axes = self.num_points, min(3, self.points.shape[1])
+        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits of a table with two cells for each point, or more
+        bits = [(total + axes - 1 - a) // axes if a < axes else 0 for a in range(3)]
+        settings = np.float64(1 / cell), *map(np.int32, bits)
+        keys = cupy.empty(n, np.int32)
+        _launch(self.kernels(0), "cell_keys", n, self.points, np.int64(n), *settings, keys)
+        order = cupy.argsort(keys)
+        num_cells = 1 << sum(bits)
+        starts = cupy.empty(num_cells + 1, np.int32)
+        _launch(self.kernels(0), "cell_starts", num_cells + 1, keys[order], np.int32(n), np.int32(num_cells), starts)
+        return self._located(order), starts, *settings
+
+    def _boxes(self):
+        n, dimension = self.points.shape
+        items = len(self.row_splits) - 1
+        bits = min(21, (63 - items.bit_length()) // min(3, dimension))
+        low, high = cupy.amin(self.points, 0), cupy.amax(self.points, 0)
+        keys = cupy.empty(n, np.int64)
+        _launch(self.kernels(0), "curve_keys", n, self.points, np.int64(n), self.row_splits, np.int32(items), low, high,
+                np.int32(bits), keys)  # fmt: skip
+        order = cupy.argsort(keys)
+        self._curve = keys[order], low, high, np.int32(bits)
+        located = self._located(order)
+        nodes = [-(-n // _WARP)]
+        while nodes[-1] > _WARP:
+            nodes.append(-(-nodes[-1] // _WARP))
+        boxes = cupy.empty((sum(nodes), 2, dimension), self.dtype)
+        _launch(self.kernels(0), "leaf_boxes", nodes[0] * _WARP, located, np.int32(n), boxes)
+        first = 0
+        for below, number in zip(nodes, nodes[1:], strict=False):
+            _launch(self.kernels(0), "node_boxes", number * dimension, boxes[first : first + below], np.int32(below),
+                    boxes[first + below : first + below + number])  # fmt: skip
+            first += below
+        return located, boxes, np.int32(n)
+
+    def _queries(self, queries, queries_row_splits, radius, ignore):
+        """What all kernels of a search begin with."""
+        if queries is None:
+            queries, queries_row_splits = self.points, self.row_splits
+        per_query = isinstance(radius, cupy.ndarray)
+        radii = radius if per_query else cupy.full(1, radius, self.dtype)
+        return (*self._arguments, queries, np.int64(len(queries)), radii, np.int64(per_query), self.row_splits,
+                queries_row_splits, np.int32(len(queries_row_splits) - 1), np.int32(ignore))  # fmt: skip
+
+
+def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
+                  count_only, check_room, threads):  # fmt: skip
+    """(row_splits, index, distance); waits once, for the number of pairs."""
+    num_queries = len(index.points if queries is None else queries)
+    splits = cupy.zeros(num_queries + 1, np.int64)
+    if not index.num_points or not num_queries:
+        return splits, cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
+    kernels, warps = index.kernels(metric), num_queries * _WARP
+    arguments = index._queries(queries, queries_row_splits, radius, ignore)
+    most = np.int64(index.num_points if max_neighbors is None else max_neighbors)
+    _launch(kernels, "radius_count", warps, *arguments, most, splits[1:])
+    splits = cupy.cumsum(splits)
+    if count_only:
+        return splits, None, None
+    pairs = int(splits[-1])
+    check_room(pairs, pairs * (4 + return_distances * index.dtype.itemsize))
+    found = cupy.empty(pairs, np.int32)
+    by_distance = sort == 2
+    distance = cupy.empty(pairs if return_distances or by_distance else 0, index.dtype)
+    _launch(kernels, "radius_fill", warps, *arguments, splits, np.int32(sort), found, distance,
+            np.int32(return_distances or by_distance))  # fmt: skip
+    return splits, found, distance if return_distances else None
+
+
+def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
+               threads):  # fmt: skip
+    """(counts, index, distance), the latter (M, k); waits for nothing."""
+    num_queries = len(index.points if queries is None else queries)
+    counts = cupy.zeros(num_queries, np.int64)
+    found, distance = cupy.empty((num_queries, k), np.int32), cupy.empty((num_queries, k), index.dtype)
+    check_room(num_queries * k, num_queries * k * (4 + index.dtype.itemsize))
+    if index.num_points and k:
+        arguments = index._queries(queries, queries_row_splits, radius, ignore)
+        _launch(index.kernels(metric), "nearest", num_queries * _WARP, *arguments, *index._curve, np.int64(k),
+                np.int32(sort), found, distance, counts)  # fmt: skip
+    return counts, found, distance if return_distances else None

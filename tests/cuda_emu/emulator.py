@@ -1,0 +1,201 @@
+"""Runs CUDA C++ kernels on the CPU: ``Module(source).get_function(name)(grid, block, arguments)`` on NumPy arrays.
+
+The source is the text that CuPy's RawModule takes. It is compiled by g++ behind device.h, with the runtime linked in, and
+called through ctypes; what is made is kept by the hash of everything that went into it. With ``check=True`` every load
+and store is checked for bounds, alignment, initialisation and races, at a fifth of the speed; without, arrays end at pages
+that trap, and have canaries before them.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("KPCORE_EMU_CACHE", Path(tempfile.gettempdir()) / f"kpcore_cuda_emu_{os.getuid()}"))
+COMMON = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
+# No library of the compiler's: what it puts in is answered by runtime.cpp, undefined behaviour by a trap.
+CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+          "-fsanitize=shift,bounds,alignment,float-cast-overflow,integer-divide-by-zero",
+          "-fsanitize-undefined-trap-on-error")  # fmt: skip
+ORDERS = ("forward", "reverse", "random")
+
+_launching = threading.Lock()
+
+
+class EmulatorError(Exception):
+    """What a kernel did wrong: kernel, block, thread, line and how."""
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("place", ctypes.c_int),
+        ("element", ctypes.c_int),
+        ("initialized", ctypes.c_int),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_size_t),
+        ("order", ctypes.c_int),
+        ("preempt", ctypes.c_int),
+        ("seed", ctypes.c_uint64),
+        ("arrays", ctypes.POINTER(_Argument)),
+        ("num_arrays", ctypes.c_int),
+    ]
+
+
+class Module:
+    """A compiled source.
+
+    `options` are CuPy's, of which -D matter here. `order` is in which threads and blocks run; `preempt`, of a thousand
+    accesses how many let another thread go on, for random order.
+    """
+
+    def __init__(self, source, options=(), *, check=True, order="forward", seed=0, preempt=0):
+        self.path = _built(source, tuple(o for o in options if o.startswith("-D")), check)
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.emu_launch.restype = ctypes.c_char_p
+        self.library.emu_static_shared.restype = ctypes.c_size_t
+        self.order, self.seed, self.preempt = ORDERS.index(order), seed, preempt
+
+    def get_function(self, name):
+        return Kernel(self, name)
+
+
+class Kernel:
+    """A kernel of a module; called like CuPy's, but on NumPy arrays and scalars whose types it checks."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+        self.call = getattr(module.library, f"emu_call_{name}")
+        signature = getattr(module.library, f"emu_signature_{name}")
+        signature.restype = ctypes.c_char_p
+        self.parameters = signature().decode().split()
+
+    def __call__(self, grid, block, arguments, *, shared_mem=0, uninitialized=()):
+        """`uninitialized`: places of the arrays in which nothing is written yet."""
+        if len(arguments) != len(self.parameters):
+            raise TypeError(f"{self.name}: expected {len(self.parameters)} arguments, got {len(arguments)}")
+        grid, block = ((*size, 1, 1)[:3] for size in (grid, block))
+        if min(*grid, *block) < 1 or np.prod(block) > 1024 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            raise ValueError(f"{self.name}: no GPU has a grid {grid} of blocks {block}")
+        if shared_mem + self.module.library.emu_static_shared() > 48 << 10:
+            raise ValueError(f"{self.name}: expected at most 48 KiB of shared memory, got {shared_mem} bytes of it dynamic")
+        scalars, arrays = [], []
+        for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
+            if parameter.startswith("*"):
+                arrays.append(self._array(place, value, parameter, place not in uninitialized))
+                scalars.append(ctypes.c_void_p())
+            else:
+                scalars.append(self._scalar(place, value, parameter))
+        self._check_overlaps(arguments)
+        pointers = (ctypes.c_void_p * max(1, len(scalars)))(*map(ctypes.addressof, scalars))
+        launch = _Launch(
+            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared_mem, self.module.order, self.module.preempt,
+            self.module.seed, (_Argument * max(1, len(arrays)))(*arrays), len(arrays),
+        )  # fmt: skip
+        with _launching:
+            error = self.module.library.emu_launch(self.call, pointers, ctypes.byref(launch))
+        if error is not None:
+            raise EmulatorError(f"{self.name}: {self._with_lines(error.decode())}")
+
+    def _array(self, place, value, parameter, initialized):
+        where, (kind, size) = f"{self.name}: argument {place}", _kind(parameter.lstrip("*"))
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{where}: expected an array, got {type(value).__name__}")
+        if kind == "v":  # a vector type, or a struct
+            if value.nbytes % size:
+                raise ValueError(f"{where}: expected a multiple of {size} bytes, got {value.nbytes}")
+        elif (_letter(value.dtype), value.dtype.itemsize) != (kind, size):
+            raise TypeError(f"{where}: expected {kind}{size}, got an array of {value.dtype}")
+        if not value.flags.c_contiguous:
+            raise ValueError(f"{where}: expected a contiguous array, got strides {value.strides}")
+        if not parameter.startswith("*c") and not value.flags.writeable:
+            raise ValueError(f"{where}: expected an array that may be written, got a read-only one")
+        return _Argument(value.ctypes.data, value.nbytes, place, min(4, value.dtype.itemsize), initialized)
+
+    def _scalar(self, place, value, parameter):
+        """CuPy passes what it gets, a Python int as 64 bits: so no int here, but a NumPy number of the right type."""
+        kind, size = _kind(parameter)
+        if not isinstance(value, np.generic) or (kind != "v" and (_letter(value.dtype), value.dtype.itemsize) != (kind, size)):
+            raise TypeError(
+                f"{self.name}: argument {place}: expected a NumPy scalar {kind}{size}, got {type(value).__name__}"
+            )
+        return ctypes.create_string_buffer(value.tobytes(), size)
+
+    def _check_overlaps(self, arguments):
+        """The arrays are copied for a launch, and each is __restrict__: none may share memory that is written."""
+        seen = []
+        for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
+            if not parameter.startswith("*") or not value.nbytes:
+                continue
+            begin, constant = value.ctypes.data, parameter.startswith("*c")
+            for other, (its_begin, its_end, its_constant) in seen:
+                if begin < its_end and its_begin < begin + value.nbytes and not (constant and its_constant):
+                    raise ValueError(f"{self.name}: argument {place} shares memory with argument {other}")
+            seen.append((place, (begin, begin + value.nbytes, constant)))
+
+    def _with_lines(self, text):
+        """Code addresses as source:line."""
+
+        def line(match):
+            command = ["addr2line", "-s", "-e", str(self.module.path), match[1]]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return found.split()[0]
+
+        return re.sub(r"\{\{([0-9a-f]+)\}\}", line, text)
+
+
+def _kind(parameter):
+    return parameter.lstrip("c")[0], int(parameter.lstrip("c")[1:])
+
+
+def _letter(dtype):
+    return "f" if dtype.kind == "f" else dtype.kind
+
+
+def _built(source, defines, check):
+    names = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)
+    text = re.sub(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"EMU_DYNAMIC_SHARED(\1, \2);", source)
+    text += "\n" + "\n".join(f"EMU_EXPORT({name})" for name in names) + "\n"
+    checks = CHECKS if check else ()
+    ours = [(HERE / name).read_text() for name in ("runtime.h", "runtime.cpp", "device.h")]
+    path = CACHE / f"{_hash(text, *ours, *COMMON, *checks, *defines)}.so"
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    runtime = CACHE / f"{_hash(*ours[:2], *COMMON, *checks)}.o"
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        made = Path(folder, "made")
+        if not runtime.exists():
+            defined = ("-DEMU_CHECK",) if check else ()
+            _compile(*COMMON, *defined, "-Wall", "-Wextra", "-c", str(HERE / "runtime.cpp"), "-o", str(made))
+            made.replace(runtime)
+        kernels = Path(folder, "kernels.o")
+        _compile(*COMMON, *checks, *defines, "-Wno-unknown-pragmas", "-include", str(HERE / "device.h"), "-x", "c++", "-c", "-", "-o",
+                 str(kernels), text=text)  # fmt: skip
+        _compile("-shared", "-Wl,--no-undefined", str(kernels), str(runtime), "-o", str(made), "-lm")
+        made.replace(path)
+    return path
+
+
+def _compile(*options, text=None):
+    done = subprocess.run(["g++", *options], input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulatorError(f"does not compile:\n{done.stderr}")
+
+
+def _hash(*texts):
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]

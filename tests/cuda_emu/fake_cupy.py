@@ -1,0 +1,220 @@
+"""A stand-in for CuPy on NumPy arrays and the emulator, stricter wherever CuPy would fail, be undefined, or wait.
+
+Only what kpcore uses is here; anything else is an AttributeError. `install()` puts it in the place of the module `cupy`.
+
+- Arrays of the host and of the device do not mix, and nothing becomes a NumPy array but by `get`.
+- What makes the host wait for the device is counted: `counts.waits`. So are launches and copies to the device.
+- What `empty` gives is known to be unwritten, and a kernel that reads it fails.
+- Assignment through an index that has a number twice is an error: on a GPU any of the values may stay.
+"""
+
+import sys
+import types
+from dataclasses import dataclass
+
+import emulator
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+
+@dataclass
+class Counts:
+    launches: int = 0
+    waits: int = 0
+    uploads: int = 0
+
+
+counts = Counts()
+mode = {}  # of emulator.Module: check, order, seed, preempt
+
+
+class ndarray(NDArrayOperatorsMixin):
+    """An array on the device. `base` is the one that owns the memory, which knows whether it was written."""
+
+    __module__ = "cupy"
+    __array_priority__ = 100
+
+    def __init__(self, array, base=None):
+        self._array, self._base, self._written = array, base, True
+
+    shape = property(lambda self: self._array.shape)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    nbytes = property(lambda self: self._array.nbytes)
+    flags = property(lambda self: self._array.flags)
+    T = property(lambda self: ndarray(self._array.T, self._owner))
+
+    @property
+    def _owner(self):
+        return self if self._base is None else self._base
+
+    def __repr__(self):
+        return f"cupy.{self._array!r}"
+
+    def __len__(self):
+        return len(self._array)
+
+    # NumPy's functions: none of them by itself.
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        if method != "__call__" or out is not None:
+            raise TypeError(f"{ufunc.__name__}.{method} with out={out} is not in the stand-in")
+        return _device(ufunc(*map(_host, inputs), **kwargs))
+
+    # What waits.
+
+    def get(self):
+        counts.waits += 1
+        return self._array.copy()
+
+    def item(self):
+        counts.waits += 1
+        return self._array.item()
+
+    def __int__(self):
+        return int(self.item())
+
+    def __float__(self):
+        return float(self.item())
+
+    def __bool__(self):
+        return bool(self.item())
+
+    def __index__(self):
+        return self.item().__index__()
+
+    def __iter__(self):
+        raise TypeError("iterating over a device array waits for each of its rows")
+
+    def tolist(self):
+        raise TypeError("use `.get().tolist()`")
+
+    # Views and copies.
+
+    def __getitem__(self, key):
+        key = _host(key)
+        if _is_mask(key):
+            counts.waits += 1  # for the size of what comes out
+        found = self._array[key]
+        shares = isinstance(found, np.ndarray) and np.shares_memory(found, self._array)
+        return ndarray(np.asarray(found), self._owner if shares else None)
+
+    def __setitem__(self, key, value):
+        key, value = _host(key), _host(value)
+        if isinstance(key, np.ndarray) and not _is_mask(key) and len(np.unique(key)) < key.size and np.ndim(value):
+            raise ValueError("assignment through an index with a number twice is undefined")
+        self._array[key] = value
+        self._owner._written = True
+
+    def reshape(self, *shape):
+        return ndarray(self._array.reshape(*shape), self._owner)
+
+    def view(self, dtype):
+        return ndarray(self._array.view(dtype), self._owner)
+
+    def astype(self, dtype, copy=True):
+        return ndarray(self._array.astype(dtype, copy=True))
+
+    def copy(self):
+        return ndarray(self._array.copy())
+
+    def fill(self, value):
+        self._array.fill(value)
+        self._owner._written = True
+
+
+def _is_mask(key):
+    return any(isinstance(k, np.ndarray) and k.dtype == bool for k in (key if isinstance(key, tuple) else (key,)))
+
+
+def _host(value):
+    """What is in an array of the device; an error for one of the host."""
+    if isinstance(value, ndarray):
+        return value._array
+    if isinstance(value, tuple):
+        return tuple(map(_host, value))
+    if isinstance(value, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    return value
+
+
+def _device(value):
+    """Results are arrays, also those without axes."""
+    return ndarray(np.asarray(value))
+
+
+def _function(name, of=None):
+    """NumPy's function of that name, on arrays of the device alone."""
+    numpy_function = of or getattr(np, name)
+
+    def function(*args, **kwargs):
+        return _device(numpy_function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()}))
+
+    function.__name__ = name
+    return function
+
+
+def empty(shape, dtype=float):
+    array = ndarray(np.empty(shape, dtype))
+    array._array.reshape(-1).view(np.uint8)[...] = 0xFF
+    array._written = array.size == 0
+    return array
+
+
+def empty_like(a, dtype=None):
+    return empty(a.shape, dtype or a.dtype)
+
+
+def asarray(a, dtype=None):
+    if isinstance(a, ndarray):
+        return a if dtype in (None, a.dtype) else a.astype(dtype)
+    counts.uploads += 1
+    return ndarray(np.array(a, dtype))
+
+
+def asnumpy(a):
+    return a.get()
+
+
+def argsort(a, axis=-1, kind=None):
+    """CuPy's is a radix sort, and so stable."""
+    if kind not in (None, "stable"):
+        raise ValueError(f"CuPy sorts in no other way than 'stable', not {kind}")
+    return _device(np.argsort(_host(a), axis, kind="stable"))
+
+
+class RawModule:
+    def __init__(self, *, code, options=()):
+        self._code, self._options, self._modules = code, options, {}
+
+    def get_function(self, name):
+        key = tuple(sorted(mode.items()))
+        if key not in self._modules:
+            self._modules[key] = emulator.Module(self._code, self._options, **mode)
+        kernel = self._modules[key].get_function(name)
+
+        def launch(grid, block, arguments, *, shared_mem=0):
+            counts.launches += 1
+            unwritten = [i for i, a in enumerate(arguments) if isinstance(a, ndarray) and not a._owner._written]
+            kernel(grid, block, [_host(a) for a in arguments], shared_mem=shared_mem, uninitialized=unwritten)
+            for a, parameter in zip(arguments, kernel.parameters, strict=True):
+                if isinstance(a, ndarray) and not parameter.startswith("*c"):
+                    a._owner._written = True
+
+        return launch
+
+
+def install():
+    """Make `import cupy` find this; -> the module."""
+    module = types.ModuleType("cupy")
+    names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
+    module.__dict__.update({name: globals()[name] for name in names})
+    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax"):
+        setattr(module, name, _function(name))
+    module.__version__ = "14.2.0"
+    sys.modules["cupy"] = module
+    return module
