@@ -3,6 +3,10 @@
 
 #ifdef __CUDACC__
 #define KP_HD __host__ __device__ inline
+#else
+#define KP_HD inline
+#endif
+#ifdef __CUDACC_RTC__
 using int8_t = signed char;
 using uint8_t = unsigned char;
 using int32_t = int;
@@ -12,7 +16,6 @@ using uint64_t = unsigned long long;
 #else
 #include <stddef.h>
 #include <stdint.h>
-#define KP_HD inline
 #endif
 
 namespace kp {

@@ -473,6 +473,7 @@ struct Best {
       place += __popc(__ballot_sync(all_lanes, before));
     }
     if (n < k) ++n;
+    __syncwarp();
     // From the end, 32 entries at a time, one place up.
     for (int64_t end = n - 1; end > place; end -= warp) {
       const int64_t from = end - 1 - lane;
@@ -528,6 +529,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       index.visit_leaf(at / warp, visit);
       index.for_candidates(query, visit, at / warp);
     }
+    __syncwarp();
     if (sort != 2) sort_row(best.index, best.distance, best.n, false);
     if (metric == Metric::l2)
       for (int64_t i = lane_number(); i < best.n; i += warp) best.distance[i] = sqrt(best.distance[i]);

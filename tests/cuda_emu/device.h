@@ -3,9 +3,6 @@
 // choose. Only what our kernels use is here, so a new word is an error that says where to put it.
 #pragma once
 
-#define CUDA_EMU 1
-#define __CUDACC__ 1
-
 #include <math.h>
 #include <string.h>
 

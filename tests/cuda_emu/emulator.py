@@ -23,7 +23,8 @@ COMMON = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-stri
 # No library of the compiler's: what it puts in is answered by runtime.cpp, undefined behaviour by a trap.
 CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
           "-fsanitize=shift,bounds,alignment,float-cast-overflow,integer-divide-by-zero",
-          "-fsanitize-undefined-trap-on-error")  # fmt: skip
+          "-fsanitize-undefined-trap-on-error",
+          "-fno-crossjumping", "-fno-tree-tail-merge")  # fmt: skip  # or all traps are one, at one line
 ORDERS = ("forward", "reverse", "random")
 
 _launching = threading.Lock()
@@ -167,6 +168,8 @@ def _letter(dtype):
 
 
 def _built(source, defines, check):
+    # Preprocessed first, for the kernels that are left of an #if.
+    source = _compile("-E", "-D__CUDACC__", "-DCUDA_EMU", *defines, "-x", "c++", "-", text=source)
     names = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)
     text = re.sub(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"EMU_DYNAMIC_SHARED(\1, \2);", source)
     text += "\n" + "\n".join(f"EMU_EXPORT({name})" for name in names) + "\n"
@@ -195,6 +198,7 @@ def _compile(*options, text=None):
     done = subprocess.run(["g++", *options], input=text, capture_output=True, text=True)
     if done.returncode:
         raise EmulatorError(f"does not compile:\n{done.stderr}")
+    return done.stdout
 
 
 def _hash(*texts):

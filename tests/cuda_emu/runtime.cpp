@@ -301,10 +301,13 @@ struct Access {
   uint32_t thread, barriers, warp_barriers;
   bool atomic;
 };
+// Who read an element since it was written. The last reader stands for all: what comes after it comes after them too,
+// if they are of one warp, or, at a barrier, of one block.
+enum class Readers : uint8_t { nobody, one, warp, block, grid };
 struct Cell {
   Access write, read;
-  bool written, several;  // several: other threads read it too, since the same barriers
-  bool blocks;            // threads of other blocks too
+  Readers readers;
+  bool written;
 };
 struct Memory {
   char *begin, *end;
@@ -322,13 +325,51 @@ uint32_t global_number() {
 uint64_t block_of(uint32_t thread) {
   return (thread - 1) / num_threads;
 }
+unsigned warp_of(uint32_t thread) {
+  return (thread - 1) % num_threads / 32;
+}
 
 // Whether what another access did is done before this thread goes on.
 bool is_past(const Access& a) {
   if (a.thread == global_number()) return true;
   if (block_of(a.thread) != block_number) return false;
   if (a.barriers < barriers) return true;
-  return (a.thread - 1) % num_threads / 32 == self->warp && a.warp_barriers < warp_barriers[self->warp];
+  return warp_of(a.thread) == self->warp && a.warp_barriers < warp_barriers[self->warp];
+}
+
+bool is_past(const Cell& cell) {
+  const Access& last = cell.read;
+  switch (cell.readers) {
+    case Readers::nobody:
+      return true;
+    case Readers::one:
+      return is_past(last);
+    case Readers::grid:
+      return false;
+    default:
+      if (block_of(last.thread) != block_number) return false;
+      return last.barriers < barriers || (cell.readers == Readers::warp && warp_of(last.thread) == self->warp &&
+                                          last.warp_barriers < warp_barriers[self->warp]);
+  }
+}
+
+// Adds a reader.
+void note_read(Cell& cell, const Access& access) {
+  const Access& last = cell.read;
+  const Readers before = cell.readers;
+  if (before == Readers::nobody)
+    cell.readers = Readers::one;
+  else if (before == Readers::grid || block_of(last.thread) != block_number)
+    cell.readers = Readers::grid;
+  else if (last.barriers < barriers)
+    cell.readers = Readers::one;  // the others are past for the whole block
+  else if (before == Readers::block || warp_of(last.thread) != self->warp)
+    cell.readers = Readers::block;
+  else if (last.warp_barriers < access.warp_barriers)
+    cell.readers = Readers::one;  // for the whole warp
+  else if (last.thread != access.thread)
+    cell.readers = Readers::warp;
+  cell.read = access;
 }
 
 // "{{address}}" is for emulator.py, which finds the line.
@@ -395,22 +436,14 @@ void check(const void* address, size_t size, bool writes, bool atomic, const voi
     const auto collides = [&](const Access& a) { return a.thread && !(atomic && a.atomic) && !is_past(a); };
     if (collides(cell.write))
       fail_at(code, line, writes ? "race: written" : "race: read", *memory, at, &cell.write);
-    if (writes && cell.read.thread && !(atomic && cell.read.atomic)) {
-      const bool in_time = cell.blocks ? false
-                           : cell.several ? block_of(cell.read.thread) == block_number && cell.read.barriers < barriers
-                                          : is_past(cell.read);
-      if (!in_time) fail_at(code, line, "race: written after it was read", *memory, at, &cell.read);
-    }
+    if (writes && !(atomic && cell.read.atomic) && !is_past(cell))
+      fail_at(code, line, "race: written after it was read", *memory, at, &cell.read);
     if (writes) {
       cell.write = access;
       cell.written = true;
+      cell.readers = Readers::nobody;
     }
-    if (!writes || atomic) {
-      const Access& before = cell.read;
-      if (before.thread && block_of(before.thread) != block_number) cell.blocks = true;
-      cell.several = before.thread && before.barriers == barriers && (cell.several || before.thread != me);
-      cell.read = access;
-    }
+    if (!writes || atomic) note_read(cell, access);
   }
   if (preempt && int(random_below(1000)) < preempt) {
     can_go_on(own());
@@ -561,8 +594,8 @@ unsigned barrier(int predicate, int line) {
 
 uint32_t meet(Meeting meeting, uint32_t mask, uint64_t value, uint64_t* values, int line) {
   Thread& t = own();
-  if (mask & returned_lanes[t.warp]) fail("line %d: the mask %08x has lanes that have returned, or never were", line, mask);
   if (!(mask >> t.lane & 1)) fail("line %d: lane %u is not in the mask it gives, %08x", line, t.lane, mask);
+  if (mask & returned_lanes[t.warp]) fail("line %d: the mask %08x has lanes that have returned, or never were", line, mask);
   t.meeting = meeting;
   t.mask = mask;
   t.value = value;
@@ -683,6 +716,12 @@ EMU_SEEN_OF(4)
 EMU_SEEN_OF(8)
 EMU_SEEN_OF(16)
 
+extern "C" void __tsan_read_range(void* at, size_t size) {
+  emu::check(at, size, false, false, __builtin_return_address(0), 0);
+}
+extern "C" void __tsan_write_range(void* at, size_t size) {
+  emu::check(at, size, true, false, __builtin_return_address(0), 0);
+}
 #define EMU_SEEN_COPY(name)                                                        \
   extern "C" void* __tsan_##name(void* to, const void* from, size_t size) {        \
     emu::check(from, size, false, false, __builtin_return_address(0), 0);          \
