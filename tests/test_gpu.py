@@ -1,0 +1,132 @@
+"""The GPU backend against the CPU's: the same kernels and the same _gpu.py, on the emulator with all of its checks."""
+
+import sys
+from pathlib import Path
+
+import clouds
+import numpy as np
+import pytest
+from reference import assert_same_bits
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
+
+import fake_cupy
+
+cupy = fake_cupy.install()
+
+from kpcore import _cpu, _gpu  # noqa: E402
+
+MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}}
+
+
+@pytest.fixture(autouse=True, params=MODES, ids=MODES)
+def mode(request, monkeypatch):
+    monkeypatch.setattr(fake_cupy, "mode", MODES[request.param])
+
+
+def to_device(value):
+    return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def to_host(value):
+    return value.get() if isinstance(value, cupy.ndarray) else value
+
+
+def no_limit(*args, **kwargs):
+    pass
+
+
+# ---- search
+
+
+def both(name, points, splits, cell, *arguments):
+    """What a search returns, on the CPU and on the GPU."""
+    return (
+        getattr(_cpu, name)(_cpu.Index(points, splits, cell, 1), *arguments, no_limit, 1),
+        tuple(map(to_host, getattr(_gpu, name)(_gpu.Index(to_device(points), to_device(splits), cell, 1),
+                                               *map(to_device, arguments), no_limit, 1))),
+    )  # fmt: skip
+
+
+def check_radius_search(points, queries, radius, cell, *, splits=None, queries_splits=None, sort=1, metric=0, ignore=0):
+    splits = np.array([0, len(points)]) if splits is None else splits
+    if queries is not None and queries_splits is None:
+        queries_splits = np.array([0, len(queries)])
+    expected, got = both("radius_search", points, splits, cell, queries, queries_splits, radius, None, sort, metric,
+                         ignore, True, False)  # fmt: skip
+    for a, b in zip(expected, got, strict=True):
+        assert_same_bits(b, a)
+
+
+def check_knn_search(points, queries, k, *, splits=None, queries_splits=None, metric=0, ignore=0, radius=np.inf):
+    splits = np.array([0, len(points)]) if splits is None else splits
+    if queries is not None and queries_splits is None:
+        queries_splits = np.array([0, len(queries)])
+    (counts, *expected), (got_counts, *got) = both(
+        "knn_search", points, splits, None, queries, queries_splits, radius, k, 2, metric, ignore, True
+    )
+    assert_same_bits(got_counts, counts)
+    there = np.arange(k) < counts[:, None]
+    for a, b in zip(expected, got, strict=True):
+        assert_same_bits(b[there], a[there])
+
+
+both_kinds = pytest.mark.parametrize("kind", ["cells", "boxes"])
+nasty = pytest.mark.parametrize("name", clouds.NASTY)
+types = pytest.mark.parametrize("dim, dtype", [(3, np.float32), (2, np.float64)])
+
+
+@both_kinds
+@types
+@nasty
+def test_radius_search_of_nasty_clouds(name, dim, dtype, kind):
+    points, radius = clouds.nasty(name, dim, dtype, num=150)
+    cell = radius if kind == "cells" else None
+    check_radius_search(points, None, radius, cell)
+    check_radius_search(points, points[::3].copy(), radius, cell, sort=2, metric=1, ignore=1)
+
+
+@types
+@nasty
+def test_knn_search_of_nasty_clouds(name, dim, dtype):
+    points, radius = clouds.nasty(name, dim, dtype, num=150)
+    for k in (1, 5, 40):
+        check_knn_search(points, None, min(k, len(points)))
+        check_knn_search(points, points[::3].copy(), min(k, len(points)), metric=2, ignore=1)
+    check_knn_search(points, None, min(5, len(points)), radius=radius, ignore=2)
+
+
+@both_kinds
+def test_batches_and_a_radius_for_each(kind):
+    points, radius = clouds.nasty("duplicates", num=200)
+    queries = np.concatenate([points[::2], points[:5] + np.float32(radius) / 3])
+    splits, queries_splits = np.array([0, 60, 60, 200]), np.array([0, 50, 70, len(queries)])
+    radii = np.random.default_rng(0).uniform(0.2, 1, len(queries)).astype(np.float32) * np.float32(radius)
+    cell = radius if kind == "cells" else None
+    check_radius_search(points, queries, radii, cell, splits=splits, queries_splits=queries_splits)
+    check_knn_search(points, queries, 7, splits=splits, queries_splits=queries_splits)
+
+
+@pytest.mark.parametrize("dim", [1, 4, 16])
+def test_other_dimensions(dim):
+    points, radius = clouds.uniform(120, dim)
+    check_radius_search(points, None, radius, None)
+    check_knn_search(points, None, 6)
+
+
+def test_many_levels_of_boxes():
+    points, radius = clouds.uniform(2500)
+    check_radius_search(points, points[::50].copy(), radius, None)
+    check_knn_search(points, points[::50].copy(), 40)
+
+
+def test_a_search_waits_once():
+    points, radius = clouds.uniform(100)
+    index = _gpu.Index(to_device(points), to_device(np.array([0, 100])), radius, 1)
+    fake_cupy.counts.waits = fake_cupy.counts.launches = 0
+    _gpu.radius_search(index, None, None, radius, None, 1, 0, 0, False, False, no_limit, 1)
+    assert (fake_cupy.counts.waits, fake_cupy.counts.launches) == (1, 2)
+    index = _gpu.Index(to_device(points), to_device(np.array([0, 100])), None, 1)
+    fake_cupy.counts.waits = fake_cupy.counts.launches = 0
+    _gpu.knn_search(index, None, None, np.inf, 4, 2, 0, 0, False, no_limit, 1)
+    assert (fake_cupy.counts.waits, fake_cupy.counts.launches) == (0, 1)
