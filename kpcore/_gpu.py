@@ -24,6 +24,10 @@ class NotFinite(Exception):
     """Coordinates that are NaN or infinite."""
 
 
+class OutOfRange(Exception):
+    """More voxels along an axis than their keys can number."""
+
+
 # ---- kernels
 
 
@@ -164,3 +168,67 @@ def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, igno
         _launch(index.kernels(metric), "nearest", num_queries * _WARP, *arguments, *index._curve, np.int64(k),
                 np.int32(sort), found, distance, counts)  # fmt: skip
     return counts, found, distance if return_distances else None
+
+
+# ---- subsampling
+
+
+def grid_subsample(points, features, labels, row_splits, voxel_size, origin, position, feature, return_nearest,
+                   ignore_label, threads):  # fmt: skip
+    """(points, features, labels, row_splits, inverse, counts, nearest); waits once, for the number of voxels."""
+    n, dimension = points.shape
+    items = len(row_splits) - 1
+    kernels = _rows_kernels(points.dtype, dimension)
+    size, origin = cupy.asarray(voxel_size), cupy.asarray(origin)
+    of_points = points, np.int64(n), row_splits, np.int32(items), origin, size
+    low = cupy.full((items, dimension), 2**64 - 1, np.uint64)
+    keys, problems = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
+    _launch(kernels, "lowest_voxels", n, *of_points, low, problems)
+    _launch(kernels, "voxel_keys", n, *of_points, low, keys, problems)
+    order = cupy.argsort(keys)
+    if items > 1:
+        its_item = cupy.empty(n, np.int32)
+        _launch(kernels, "items_of", n, order, np.int64(n), row_splits, np.int32(items), its_item)
+        order = order[cupy.argsort(its_item)]
+    heads = cupy.empty(n, np.int32)
+    _launch(kernels, "voxel_heads", n, keys, order, np.int64(n), row_splits, np.int32(items), heads)
+    numbers = cupy.cumsum(heads, dtype=np.int64)
+    voxels, wrong = (int(x) for x in cupy.concatenate([numbers[-1:], problems.astype(np.int64)]).get()) if n else (0, 0)
+    if wrong & 1:
+        raise NotFinite
+    if wrong & 2:
+        raise OutOfRange
+    inverse, begins = cupy.empty(n, np.int32), cupy.empty(voxels + 1, np.int64)
+    out_splits = cupy.empty(items + 1, np.int64) if n else cupy.zeros(items + 1, np.int64)
+    _launch(kernels, "number_voxels", max(n, items + 1) if n else 0, order, numbers, np.int64(n), row_splits,
+            np.int32(items), inverse, begins, out_splits)  # fmt: skip
+    counts = cupy.empty(voxels, np.int32)
+    _launch(kernels, "count_points", voxels, begins, np.int64(voxels), counts)
+
+    def reduced(kernel, rows):
+        out = cupy.empty((voxels, rows.shape[1]), rows.dtype)
+        _launch(_rows_kernels(rows.dtype, dimension), kernel, out.size, rows, np.int64(rows.shape[1]), order, begins,
+                np.int64(voxels), out)  # fmt: skip
+        return out
+
+    centers, nearest = cupy.empty((voxels * (position == 1), dimension), points.dtype), None
+    if position == 1 or return_nearest:
+        nearest = cupy.empty(voxels * return_nearest, np.int32)
+        _launch(kernels, "use_centers", voxels, points, order, begins, np.int64(voxels), origin, size,
+                np.int32(position == 1), centers, np.int32(return_nearest), nearest)  # fmt: skip
+        nearest = nearest if return_nearest else None
+    out_points = (lambda: reduced("average", points), lambda: centers, lambda: points[nearest])[position]()
+    out_features = out_labels = None
+    if features is not None:
+        out_features = features[nearest] if feature == 2 else reduced(("average", "maximize")[feature], features)
+    if labels is not None:
+        by_label = cupy.argsort(labels)
+        by_voxel = by_label[cupy.argsort(inverse[by_label])]
+        out_labels = cupy.empty(voxels, labels.dtype)
+        _launch(kernels, f"elect_{labels.dtype.name}_t", voxels, labels[by_voxel], begins, np.int64(voxels),
+                np.int32(ignore_label is not None), np.int64(ignore_label or 0), out_labels)  # fmt: skip
+    return out_points, out_features, out_labels, out_splits, inverse, counts, nearest
+
+
+def _rows_kernels(dtype, dimension):
+    return _module("subsampling.cu", (("KP_T", _CTYPES[dtype]), ("KP_DIM", dimension)))

@@ -11,6 +11,7 @@
 // A box is as far from a query as the nearest point it could hold, by the same formula: rounding never turns order
 // around, so nothing is ever missed. Decisions are those of neighbors.h, compiled without contraction.
 
+#include "launch.h"
 #include "neighbors.h"
 
 namespace kp {
@@ -20,8 +21,6 @@ using T = KP_T;
 constexpr int D = KP_DIM;
 constexpr int axes = D < 3 ? D : 3;  // that cells and curves see
 constexpr Metric metric = Metric(KP_METRIC);
-constexpr unsigned all_lanes = 0xffffffffu;
-constexpr int warp = 32;
 
 // A point and its number, in the order of the index.
 struct alignas(sizeof(T) * D + 4 == 16 ? 16 : sizeof(T)) Located {
@@ -29,39 +28,10 @@ struct alignas(sizeof(T) * D + 4 == 16 ? 16 : sizeof(T)) Located {
   int32_t number;
 };
 
-__device__ int lane_number() {
-  return int(threadIdx.x) % warp;
-}
-__device__ int64_t first_warp() {
-  return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / warp;
-}
-__device__ int64_t num_warps() {
-  return int64_t(gridDim.x) * blockDim.x / warp;
-}
-__device__ int64_t first_thread() {
-  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-__device__ int64_t num_threads() {
-  return int64_t(gridDim.x) * blockDim.x;
-}
-
 template <class V>
 __device__ V sum_of_lanes(V x) {
   for (int bit = warp / 2; bit; bit /= 2) x += __shfl_xor_sync(all_lanes, x, bit);
   return x;
-}
-
-// The item that row i is of: the last one that begins at or before it.
-__device__ int item_of(const int64_t* splits, int num_items, int64_t i) {
-  int low = 0, high = num_items;
-  while (low + 1 < high) {
-    const int middle = (low + high) / 2;
-    if (splits[middle] <= i)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
 }
 
 // ---- what a query asks
@@ -400,7 +370,7 @@ extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, 
 
 #endif
 
-// to[i] = the point order[i]; `bad` becomes one row with a coordinate that is not finite.
+// to[i] = the point order[i]
 extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, Located* to) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     Located p;

@@ -130,3 +130,48 @@ def test_a_search_waits_once():
     fake_cupy.counts.waits = fake_cupy.counts.launches = 0
     _gpu.knn_search(index, None, None, np.inf, 4, 2, 0, 0, False, no_limit, 1)
     assert (fake_cupy.counts.waits, fake_cupy.counts.launches) == (0, 1)
+
+
+# ---- subsampling
+
+
+def check_grid_subsample(points, voxel_size, *, features=None, labels=None, splits=None, origin=0.0, position=0, feature=0,
+                         ignore_label=None):  # fmt: skip
+    splits = np.array([0, len(points)]) if splits is None else splits
+    sizes = np.full(points.shape[1], voxel_size, points.dtype), np.full(points.shape[1], origin, points.dtype)
+    by_nearest = position == 2 or (feature == 2 and features is not None)
+    arguments = points, features, labels, splits, *sizes, position, feature, by_nearest, ignore_label
+    on_device = [cupy.asarray(a) if isinstance(a, np.ndarray) and i < 4 else a for i, a in enumerate(arguments)]
+    expected = _cpu.grid_subsample(*arguments, 1)
+    for a, b in zip(expected, map(to_host, _gpu.grid_subsample(*on_device, 1)), strict=True):
+        if a is None:
+            assert b is None
+        else:
+            assert_same_bits(b, a)
+
+
+@types
+@nasty
+def test_grid_subsample_of_nasty_clouds(name, dim, dtype):
+    points, radius = clouds.nasty(name, dim, dtype, num=150)
+    if name in ("sparse_beyond_64_bits", "astronomic", "nothing_within"):
+        radius = float(np.ptp(points)) / 1000 or 1.0
+    rng = np.random.default_rng(0)
+    n = len(points)
+    features, labels = rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, 4, n).astype(np.uint8)
+    check_grid_subsample(points, radius, features=features, labels=labels)
+    check_grid_subsample(points, 2 * radius, features=features.astype(np.float64), feature=1, position=1, origin=0.25)
+    check_grid_subsample(points, 2 * radius, features=features, feature=2, position=2,
+                         labels=labels.astype(np.int64) - 1, ignore_label=1,
+                         splits=np.array([0, n // 3, n // 3, n]))  # fmt: skip
+
+
+@pytest.mark.parametrize("value, error", [(np.nan, "NotFinite"), (np.inf, "NotFinite"), (1e9, "OutOfRange")])
+def test_what_cannot_be_subsampled(value, error):
+    points = clouds.uniform(50)[0]
+    points[17, 1] = value
+    for module in (_cpu, _gpu):
+        with pytest.raises(getattr(module, error)):
+            device = to_device if module is _gpu else lambda a: a
+            module.grid_subsample(device(points), None, None, device(np.array([0, 50])), np.full(3, 0.1, np.float32),
+                                  np.zeros(3, np.float32), 0, 0, False, None, 1)  # fmt: skip

@@ -187,6 +187,10 @@ def argsort(a, axis=-1, kind=None):
     return _device(np.argsort(_host(a), axis, kind="stable"))
 
 
+def concatenate(arrays):
+    return _device(np.concatenate([_host(a) for a in arrays]))
+
+
 class RawModule:
     def __init__(self, *, code, options=()):
         self._code, self._options, self._modules = code, options, {}
@@ -213,6 +217,7 @@ def install():
     module = types.ModuleType("cupy")
     names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
     module.__dict__.update({name: globals()[name] for name in names})
+    module.concatenate = concatenate
     for name in ("zeros", "full", "arange", "cumsum", "amin", "amax"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"

@@ -1,0 +1,42 @@
+// What all GPU kernels begin with: threads go through their work in steps of the whole grid.
+#pragma once
+
+#include "common.h"
+
+namespace kp {
+namespace {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int warp = 32;
+
+__device__ int lane_number() {
+  return int(threadIdx.x) % warp;
+}
+__device__ int64_t first_thread() {
+  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ int64_t num_threads() {
+  return int64_t(gridDim.x) * blockDim.x;
+}
+__device__ int64_t first_warp() {
+  return first_thread() / warp;
+}
+__device__ int64_t num_warps() {
+  return num_threads() / warp;
+}
+
+// The item that row i is of: the last one that begins at or before it.
+__device__ int item_of(const int64_t* splits, int num_items, int64_t i) {
+  int low = 0, high = num_items;
+  while (low + 1 < high) {
+    const int middle = (low + high) / 2;
+    if (splits[middle] <= i)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace
+}  // namespace kp

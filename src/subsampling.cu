@@ -1,0 +1,194 @@
+// Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
+// column, which goes through its points in their given order, as on the CPU: the same bits.
+//
+// Compiled for the type of geometry and its dimension, KP_T and KP_DIM; what reduces rows of features is compiled for
+// their type as KP_T.
+
+#include "launch.h"
+#include "subsampling.h"
+
+namespace kp {
+namespace {
+
+using T = KP_T;
+constexpr int D = KP_DIM;
+constexpr int most_axis_bits = 21;
+
+enum Problem : unsigned { not_finite = 1, out_of_range = 2 };
+
+// Integers in the order of the numbers, for atomic minima.
+__device__ unsigned long long ordered(double x) {
+  const unsigned long long bits = (unsigned long long)__double_as_longlong(x);
+  return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+__device__ double from_ordered(unsigned long long x) {
+  return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
+}
+
+// Bits of x, D apart.
+__device__ uint64_t spread(uint64_t x) {
+  uint64_t out = 0;
+  for (int b = 0; b < most_axis_bits; ++b) out |= (x >> b & 1) << b * D;
+  return out;
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// low[item] = its lowest voxel, as ordered integers; `problems` gathers what is wrong.
+extern "C" __global__ void lowest_voxels(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                         const T* origin, const T* voxel_size, unsigned long long* low,
+                                         unsigned* problems) {
+  // A thread's points are mostly of one item: what it found so far is given away when another begins.
+  double lowest[D];
+  int item = -1;
+  const auto give = [&] {
+    for (int a = 0; a < D && item >= 0; ++a) atomicMin(&low[item * D + a], ordered(lowest[a]));
+  };
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int its = item_of(splits, num_items, i);
+    if (its != item) {
+      give();
+      item = its;
+      for (int a = 0; a < D; ++a) lowest[a] = INFINITY;
+    }
+    for (int a = 0; a < D; ++a) {
+      const T x = points[i * D + a];
+      if (!(x - x == 0)) atomicOr(problems, unsigned(not_finite));
+      const double voxel = double(voxel_index(x, origin[a], voxel_size[a]));
+      if (voxel < lowest[a]) lowest[a] = voxel;
+    }
+  }
+  give();
+}
+
+// keys[i] = Morton key of the voxel of point i, from its item's lowest
+extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                      const T* origin, const T* voxel_size, const unsigned long long* low,
+                                      int64_t* keys, unsigned* problems) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int item = item_of(splits, num_items, i);
+    uint64_t key = 0;
+    for (int a = 0; a < D; ++a) {
+      const double voxel = double(voxel_index(points[i * D + a], origin[a], voxel_size[a]));
+      const double from_low = voxel - from_ordered(low[item * D + a]);
+      if (from_low < double(1 << most_axis_bits))
+        key |= spread(uint64_t(from_low)) << a;
+      else
+        atomicOr(problems, unsigned(out_of_range));  // or not finite
+    }
+    keys[i] = int64_t(key);
+  }
+}
+
+extern "C" __global__ void items_of(const int64_t* order, int64_t num_points, const int64_t* splits, int num_items,
+                                    int32_t* items) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads())
+    items[i] = int32_t(item_of(splits, num_items, order[i]));
+}
+
+// heads[i] = whether a voxel begins with the i-th point in order
+extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order, int64_t num_points,
+                                       const int64_t* splits, int num_items, int32_t* heads) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    bool is_head = i == 0 || keys[order[i]] != keys[order[i - 1]];
+    if (!is_head) is_head = item_of(splits, num_items, order[i]) != item_of(splits, num_items, order[i - 1]);
+    heads[i] = is_head;
+  }
+}
+
+// From numbers[i], how many voxels begin with the first i + 1 points: the voxel of every point, where each voxel begins
+// in order, and the items' bounds.
+extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* numbers, int64_t num_points,
+                                         const int64_t* splits, int num_items, int32_t* inverse, int64_t* begins,
+                                         int64_t* out_splits) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int64_t voxel = numbers[i] - 1;
+    inverse[order[i]] = int32_t(voxel);
+    if (i == 0 || numbers[i - 1] != numbers[i]) begins[voxel] = i;
+    if (i + 1 == num_points) begins[voxel + 1] = num_points;
+  }
+  for (int64_t b = first_thread(); b <= num_items; b += num_threads()) out_splits[b] = splits[b] ? numbers[splits[b] - 1] : 0;
+}
+
+extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxels, int32_t* counts) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) counts[v] = int32_t(begins[v + 1] - begins[v]);
+}
+
+// Means of the rows of each voxel, about the first.
+extern "C" __global__ void average(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                   int64_t num_voxels, T* means) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns, begin = begins[v], end = begins[v + 1];
+    const T first = rows[order[begin] * columns + c];
+    double sum = 0;
+    for (int64_t at = begin + 1; at < end; ++at) sum += double(rows[order[at] * columns + c]) - double(first);
+    means[i] = T(double(first) + sum / double(end - begin));
+  }
+}
+
+// The largest values of the rows of each voxel.
+extern "C" __global__ void maximize(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                    int64_t num_voxels, T* maxima) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns;
+    T largest = rows[order[begins[v]] * columns + c];
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
+      const T x = rows[order[at] * columns + c];
+      if (exceeds(x, largest)) largest = x;
+    }
+    maxima[i] = largest;
+  }
+}
+
+// Voxels' centres, unless `centers` is not wanted, and the point nearest to each, the first of equals.
+extern "C" __global__ void use_centers(const T* points, const int64_t* order, const int64_t* begins, int64_t num_voxels,
+                                       const T* origin, const T* voxel_size, int wants_centers, T* centers,
+                                       int wants_nearest, int32_t* nearest) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
+    double center[D];
+    for (int a = 0; a < D; ++a) {
+      const T index = voxel_index(points[order[begins[v]] * D + a], origin[a], voxel_size[a]);
+      center[a] = voxel_center(index, origin[a], voxel_size[a]);
+      if (wants_centers) centers[v * D + a] = T(center[a]);
+    }
+    if (!wants_nearest) continue;
+    int64_t best = order[begins[v]];
+    double smallest = squared_distance<D>(points + best * D, center);
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
+      const double squared = squared_distance<D>(points + order[at] * D, center);
+      if (squared < smallest) {
+        smallest = squared;
+        best = order[at];
+      }
+    }
+    nearest[v] = int32_t(best);
+  }
+}
+
+// The most frequent of each voxel's labels, which lie sorted from its begin on; the smallest of equals.
+template <class L>
+__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, int64_t ignore, L* winners) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
+    L winner = L(ignore);
+    int64_t most = 0, run = 0;
+    for (int64_t at = begins[v]; at < begins[v + 1]; ++at) {
+      run = at > begins[v] && labels[at] == labels[at - 1] ? run + 1 : 1;
+      if (run > most && !(has_ignore && int64_t(labels[at]) == ignore)) {
+        most = run;
+        winner = labels[at];
+      }
+    }
+    winners[v] = winner;
+  }
+}
+#define KP_ELECT(L)                                                                                          \
+  extern "C" __global__ void elect_##L(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, \
+                                       int64_t ignore, L* winners) {                                        \
+    elect(labels, begins, num_voxels, has_ignore, ignore, winners);                                          \
+  }
+KP_ELECT(uint8_t)
+KP_ELECT(int32_t)
+KP_ELECT(int64_t)
