@@ -232,3 +232,109 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
 
 def _rows_kernels(dtype, dimension):
     return _module("subsampling.cu", (("KP_T", _CTYPES[dtype]), ("KP_DIM", dimension)))
+
+
+# ---- lists
+
+
+def transpose(index, row_splits, distance, num_points, threads):
+    """(index, row_splits, distance) of the points' queries; waits for nothing."""
+    pairs, queries = len(index), len(row_splits) - 1
+    kernels = _module("lists.cu", ())
+    keys, rows = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
+    _launch(kernels, "rows_of_pairs", pairs, index, np.int64(pairs), row_splits, np.int32(queries), np.int32(num_points),
+            keys, rows)  # fmt: skip
+    order = cupy.argsort(keys)
+    splits = cupy.empty(num_points + 1, np.int64)
+    _launch(kernels, "begins_of_keys", num_points + 1, keys[order], np.int64(pairs), np.int64(num_points + 1), splits)
+    return rows[order], splits, None if distance is None else distance[order]
+
+
+# ---- kpconv
+
+_SUMS_BYTES = 32 << 20  # at a time: they stay in the second-level cache of an H100 or H200
+
+
+def _queries_scale(problem):
+    if not problem.normalization:
+        return None
+    kernels, queries = _kpconv_kernels(problem), len(problem.queries)
+    positive = cupy.empty(len(problem.points) if problem.normalization == 2 else 0, np.int32)
+    _launch(kernels, "find_positive", len(positive), problem.features, np.int64(len(problem.points)),
+            np.int32(problem.features.shape[1]), positive)  # fmt: skip
+    scale = cupy.empty(queries, problem.features.dtype)
+    _launch(kernels, "normalize", queries, problem.index, problem.row_splits, np.int64(queries), positive,
+            np.int32(problem.normalization == 2), scale)  # fmt: skip
+    return scale
+
+
+def _kpconv_kernels(problem):
+    geometry, features = _CTYPES[problem.points.dtype], _CTYPES[problem.features.dtype]
+    return _module("kpconv.cu", (("KP_G", geometry), ("KP_F", features), ("KP_DIM", problem.points.shape[1])))
+
+
+def _aggregated(problem, transposed=None):
+    """(first query, end, sums (groups, rows, K * channels of a group)) for some queries after the other."""
+    points, queries, features = problem.points, problem.queries, problem.features
+    index, row_splits, whose, sign = problem.index, problem.row_splits, 1, 1
+    if transposed is not None:
+        index, row_splits, features = transposed
+        points, queries, whose, sign = queries, points, 2, -1
+    geometry, number, kernels = points.dtype.type, features.dtype.type, len(problem.kernel_points)
+    scale, nothing = _queries_scale(problem), cupy.empty(0, features.dtype)
+    scales = nothing if scale is None else scale, 0 if scale is None else whose
+    channels = features.shape[1]
+    rows = max(1, _SUMS_BYTES // (kernels * channels * features.dtype.itemsize))
+    for first in range(0, len(queries), rows):
+        count = min(rows, len(queries) - first)
+        sums = cupy.empty((problem.groups, count, kernels * channels // problem.groups), number)
+        _launch(
+            _kpconv_kernels(problem), "aggregate", count * _WARP, points, queries, index, row_splits, features,
+            np.int32(channels), problem.kernel_points, np.int32(kernels),
+            cupy.empty(0, geometry) if problem.offsets is None else problem.offsets,
+            np.int32(problem.offsets is not None and whose), nothing if problem.modulations is None else problem.modulations,
+            np.int32(problem.modulations is not None and whose), scales[0], scales[0], np.int32(scales[1]), geometry(sign),
+            geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation), np.int32(problem.groups),
+            np.int64(first), np.int64(count), sums,
+        )  # fmt: skip
+        yield first, first + count, sums
+
+
+def _of_group(array, g, groups):
+    """The g-th part of the last axis."""
+    width = array.shape[-1] // groups
+    return array[..., g * width : (g + 1) * width]
+
+
+def kpconv(problem):
+    """(M, Cout)"""
+    weights, groups = problem.weights, problem.groups
+    out = cupy.empty((len(problem.queries), weights.shape[-1]), problem.features.dtype)
+    flat = [cupy.ascontiguousarray(_of_group(weights, g, groups)).reshape(-1, weights.shape[-1] // groups)
+            for g in range(groups)]  # fmt: skip
+    for first, end, sums in _aggregated(problem):
+        for g in range(groups):
+            _of_group(out[first:end], g, groups)[...] = sums[g] @ flat[g]
+    return out
+
+
+def kpconv_grad_features(problem, transposed_index, transposed_row_splits, grad_out):
+    """(N, Cin)"""
+    weights, groups = problem.weights, problem.groups
+    grads = cupy.empty(problem.features.shape, problem.features.dtype)
+    flat = [cupy.ascontiguousarray(_of_group(weights, g, groups).transpose(0, 2, 1)).reshape(-1, weights.shape[1])
+            for g in range(groups)]  # fmt: skip
+    for first, end, sums in _aggregated(problem, (transposed_index, transposed_row_splits, grad_out)):
+        for g in range(groups):
+            _of_group(grads[first:end], g, groups)[...] = sums[g] @ flat[g]
+    return grads
+
+
+def _kpconv_grad_weights(problem, grad_out):
+    """(K, Cin / groups, Cout)"""
+    groups, (kernels, height, columns) = problem.groups, problem.weights.shape
+    parts = [cupy.zeros((kernels * height, columns // groups), problem.features.dtype) for _ in range(groups)]
+    for first, end, sums in _aggregated(problem):
+        for g in range(groups):
+            parts[g] += sums[g].T @ _of_group(grad_out[first:end], g, groups)
+    return cupy.concatenate(parts, axis=1).reshape(kernels, height, columns)

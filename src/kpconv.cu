@@ -1,14 +1,15 @@
-// KPConv on the GPU: sums of features by kernel point, a warp for each query; the products with the weights are cuBLAS's.
+// KPConv on the GPU: features summed by kernel point, a warp for each query; the products with the weights are cuBLAS's.
 //
-// Compiled for the types of geometry and features and the dimension: KP_G, KP_F, KP_DIM. The sums A (rows, groups, K,
-// channels of a group) of some thousand queries at a time stay in the second-level cache, so that nothing of all queries
-// times kernel points is ever made.
+// Compiled for the types of geometry and features and the dimension: KP_G, KP_F, KP_DIM. The sums (groups, rows, K,
+// channels of a group) are those of some thousand queries at a time and stay in the second-level cache: nothing of all
+// queries times kernel points is ever made.
 //
 // Each lane looks at a neighbour: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
-// features of those it acts on, in the order of the list: results do not depend on the launch. The gradient of the
-// features is the same on the transposed list with mirrored kernel points.
+// features of those it acts on, each some channels, in the order of the list: results do not depend on the launch. The
+// gradient of the features is the same on the transposed list with mirrored kernel points.
 
 #include "kpconv.h"
+#include "launch.h"
 #include "neighbors.h"
 
 namespace kp {
@@ -17,36 +18,127 @@ namespace {
 using G = KP_G;
 using F = KP_F;
 constexpr int D = KP_DIM;
-constexpr unsigned all_lanes = 0xffffffffu;
-constexpr int warp = 32;
-constexpr int slice = 4;  // channels of a lane at a time
+constexpr int at_once = 4;  // channels of a lane in registers
 
 enum Influence : int { linear, gaussian, constant };
 enum Aggregation : int { sum, closest };
-
-__device__ int lane_number() {
-  return int(threadIdx.x) % warp;
-}
+enum Whose : int { nobodys, the_queries, the_gathered };  // what offsets and modulations are of
 
 struct Kernel {
-  const G* points;  // (K, D)
-  const G* offsets;  // (queries, K, D) of the kernel points, or null
-  int num;
+  const G* points;   // (K, D)
+  const G* offsets;  // (queries or gathered, K, D)
+  int num, offsets_of;
   G sign;  // -1 where the list is transposed
-  G extent;
+  G extent, inverse_extent, scale;
   int influence, aggregation;
 
-  // The squared distance of kernel point k, for a query, from a neighbour at `relative`.
-  __device__ G squared(const G* relative, int64_t query, int k) const {
+  __device__ G squared(const G* relative, int64_t query, int64_t gathered, int k) const {
     G d[D];
     for (int a = 0; a < D; ++a) {
       G p = points[k * D + a];
-      if (offsets) p = p + offsets[(query * num + k) * D + a];
+      if (offsets_of) p = p + offsets[((offsets_of == the_queries ? query : gathered) * num + k) * D + a];
       d[a] = relative[a] - sign * p;
     }
     return squared_distance(d, D);
+  }
+  // Which kernel points may act on a neighbour: all (-1), none (-2), or one.
+  __device__ int choice(const G* relative, int64_t query, int64_t gathered) const {
+    if (aggregation == sum && !offsets_of) return -1;
+    int nearest = 0;
+    G least = squared(relative, query, gathered, 0);
+    for (int k = 1; k < num; ++k) {
+      const G d2 = squared(relative, query, gathered, k);
+      if (d2 < least) {
+        least = d2;
+        nearest = k;
+      }
+    }
+    if (offsets_of && !(least < extent * extent)) return -2;
+    return aggregation == closest ? nearest : -1;
+  }
+  __device__ G weight(G d2) const {
+    if (influence == linear) return d2 < extent * extent ? linear_influence(d2, inverse_extent) : G(0);
+    return influence == gaussian ? exp(scale * d2) : G(1);
   }
 };
 
 }  // namespace
 }  // namespace kp
+
+using namespace kp;
+
+// sums of queries [first, first + rows)
+extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
+                                     const F* features, int channels, const G* kernel_points, int num_kernels,
+                                     const G* offsets, int offsets_of, const F* modulations, int modulations_of,
+                                     const F* query_scale, const F* point_scale, int scaled, G sign, G extent,
+                                     int influence, int aggregation, int groups, int64_t first, int64_t rows, F* sums) {
+  const Kernel kernel{kernel_points, offsets,     num_kernels,           offsets_of, sign,
+                      extent,        1 / extent, gaussian_scale(extent), influence,  aggregation};
+  const int lane = lane_number(), width = channels / groups;
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
+    const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * num_kernels + k) * width + c % width; };
+    for (int k = 0; k < num_kernels && begin == end; ++k)
+      for (int c = lane; c < channels; c += warp) *at(k, c) = F(0);
+    for (int64_t batch = begin; batch < end; batch += warp) {
+      const bool there = batch + lane < end;
+      const int32_t i = there ? index[batch + lane] : 0;
+      G relative[D];
+      for (int a = 0; a < D; ++a) relative[a] = there ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
+      const int choice = there ? kernel.choice(relative, q, i) : -2;
+      for (int k = 0; k < num_kernels; ++k) {
+        F weight = F(0);
+        if (choice == -1 || choice == k) {
+          weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
+          if (modulations_of) weight *= modulations[(modulations_of == the_queries ? q : int64_t(i)) * num_kernels + k];
+          if (scaled == the_queries) weight *= query_scale[q];
+          if (scaled == the_gathered) weight *= point_scale[i];
+        }
+        const unsigned acting = __ballot_sync(all_lanes, weight != F(0));
+        for (int from = 0; from < channels; from += warp * at_once) {
+          F sum[at_once];
+          for (int j = 0; j < at_once; ++j) {
+            const int c = from + j * warp + lane;
+            sum[j] = c < channels && batch != begin ? *at(k, c) : F(0);
+          }
+          for (unsigned rest = acting; rest; rest &= rest - 1) {
+            const int source = __ffs(int(rest)) - 1;
+            const F w = __shfl_sync(all_lanes, weight, source);
+            const F* const row = features + int64_t(__shfl_sync(all_lanes, i, source)) * channels;
+            for (int j = 0; j < at_once; ++j) {
+              const int c = from + j * warp + lane;
+              if (c < channels) sum[j] += w * row[c];
+            }
+          }
+          for (int j = 0; j < at_once; ++j) {
+            const int c = from + j * warp + lane;
+            if (c < channels) *at(k, c) = sum[j];
+          }
+        }
+      }
+    }
+  }
+}
+
+// positive[i] = whether feature row i sums to more than zero, in float64 and eight interleaved sums, as on the CPU
+extern "C" __global__ void find_positive(const F* features, int64_t num_points, int channels, int32_t* positive) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    double sums[8] = {};
+    for (int c = 0; c < channels; ++c) sums[c % 8] += double(features[i * channels + c]);
+    positive[i] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])) > 0;
+  }
+}
+
+// scale[q] = 1 / max(1, neighbours that count)
+extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_splits, int64_t num_queries,
+                                     const int32_t* positive, int only_positive, F* scale) {
+  for (int64_t q = first_thread(); q < num_queries; q += num_threads()) {
+    int64_t count = row_splits[q + 1] - row_splits[q];
+    if (only_positive) {
+      count = 0;
+      for (int64_t e = row_splits[q]; e < row_splits[q + 1]; ++e) count += positive[index[e]];
+    }
+    scale[q] = F(1) / F(count > 1 ? count : 1);
+  }
+}

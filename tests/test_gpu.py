@@ -14,7 +14,9 @@ import fake_cupy
 
 cupy = fake_cupy.install()
 
+import kpcore as kp  # noqa: E402
 from kpcore import _cpu, _gpu  # noqa: E402
+from kpcore.kpconv import Problem  # noqa: E402
 
 MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}}
 
@@ -175,3 +177,67 @@ def test_what_cannot_be_subsampled(value, error):
             device = to_device if module is _gpu else lambda a: a
             module.grid_subsample(device(points), None, None, device(np.array([0, 50])), np.full(3, 0.1, np.float32),
                                   np.zeros(3, np.float32), 0, 0, False, None, 1)  # fmt: skip
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize("longer", [0, 7])
+def test_transpose(longer):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 9, 60)
+    splits = kp.row_splits(counts)
+    index = rng.integers(0, 40, splits[-1] + longer).astype(np.int32)
+    distance = rng.random(len(index))
+    expected = _cpu.transpose(index[: splits[-1]], splits, distance[: splits[-1]], 40, 1)
+    got = [to_host(a) for a in _gpu.transpose(*map(to_device, (index, splits, distance)), 40, 1)]
+    pairs = splits[-1]
+    for a, b in zip(expected, (got[0][:pairs], got[1], got[2][:pairs]), strict=True):
+        assert_same_bits(b, a)
+
+
+# ---- kpconv
+
+
+def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, *, channels=(6, 4), groups=1, deformed=False,
+                   influence=0, aggregation=0, normalization=0, num=70, seed=0):  # fmt: skip
+    case = clouds.random_case(num, 37, dim, geometry, seed, cin=channels[0], cout=channels[1], feature_type=features)
+    index, splits, _ = case.csr()
+    rng, kernels = np.random.default_rng(seed), len(case.kernel_points)
+    offsets = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry) if deformed else None
+    modulations = rng.uniform(0, 2, (37, kernels)).astype(features) if deformed else None
+    weights = case.weights[:, : channels[0] // groups].copy()
+    return Problem(case.points, case.queries, index, splits, case.features, weights, case.kernel_points, offsets,
+                   modulations, case.extent, influence, aggregation, normalization, groups, 1, 1), case.grad  # fmt: skip
+
+
+KPCONVS = {
+    "rigid": {},
+    "gaussian": {"influence": 1, "normalization": 1},
+    "constant": {"influence": 2, "aggregation": 1, "normalization": 2},
+    "closest": {"aggregation": 1},
+    "deformed": {"deformed": True},
+    "deformed_gaussian": {"deformed": True, "influence": 1, "aggregation": 1, "normalization": 2},
+    "groups": {"groups": 2, "channels": (140, 4)},
+    "plane": {"dim": 2, "geometry": np.float64},
+    "float64": {"features": np.float64, "channels": (1, 3)},
+}
+
+
+@pytest.mark.parametrize("sums_bytes", [32 << 20, 5000])
+@pytest.mark.parametrize("name", KPCONVS)
+def test_kpconv(name, sums_bytes, monkeypatch):
+    monkeypatch.setattr(_gpu, "_SUMS_BYTES", sums_bytes)
+    problem, grad = kpconv_problem(**KPCONVS[name])
+    device = Problem(*map(to_device, problem))
+    tolerance = 2e-5 if problem.features.dtype == np.float32 else 1e-10
+    transposed = _cpu.transpose(problem.index, problem.row_splits, None, len(problem.points), 1)[:2]
+    for expected, got in (
+        (_cpu.kpconv(problem), _gpu.kpconv(device)),
+        (_cpu.kpconv_grad_features(problem, *transposed, grad),
+         _gpu.kpconv_grad_features(device, *map(to_device, (*transposed, grad)))),
+        (_cpu.kpconv_grads(problem, grad, {"weights"})["weights"], _gpu._kpconv_grad_weights(device, to_device(grad))),
+    ):  # fmt: skip
+        got = got.get()
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()

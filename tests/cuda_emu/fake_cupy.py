@@ -61,9 +61,16 @@ class ndarray(NDArrayOperatorsMixin):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        if method != "__call__" or out is not None:
-            raise TypeError(f"{ufunc.__name__}.{method} with out={out} is not in the stand-in")
+        if method != "__call__":
+            raise TypeError(f"{ufunc.__name__}.{method} is not in the stand-in")
+        if out is not None:
+            return out[0]._filled(ufunc(*map(_host, inputs), **kwargs))
         return _device(ufunc(*map(_host, inputs), **kwargs))
+
+    def _filled(self, values):
+        self._array[...] = values
+        self._owner._written = True
+        return self
 
     # What waits.
 
@@ -109,6 +116,9 @@ class ndarray(NDArrayOperatorsMixin):
             raise ValueError("assignment through an index with a number twice is undefined")
         self._array[key] = value
         self._owner._written = True
+
+    def transpose(self, *axes):
+        return ndarray(self._array.transpose(*axes), self._owner)
 
     def reshape(self, *shape):
         return ndarray(self._array.reshape(*shape), self._owner)
@@ -187,8 +197,8 @@ def argsort(a, axis=-1, kind=None):
     return _device(np.argsort(_host(a), axis, kind="stable"))
 
 
-def concatenate(arrays):
-    return _device(np.concatenate([_host(a) for a in arrays]))
+def concatenate(arrays, axis=0):
+    return _device(np.concatenate([_host(a) for a in arrays], axis))
 
 
 class RawModule:
@@ -218,7 +228,7 @@ def install():
     names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
     module.__dict__.update({name: globals()[name] for name in names})
     module.concatenate = concatenate
-    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax"):
+    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"
     sys.modules["cupy"] = module

@@ -1,0 +1,29 @@
+// Lists of neighbours on the GPU: what turns them around.
+
+#include "launch.h"
+
+using namespace kp;
+
+// Of every pair its point, num_points past the end of the list, and its query.
+extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs, const int64_t* row_splits,
+                                         int num_queries, int num_points, int32_t* points, int32_t* queries) {
+  for (int64_t e = first_thread(); e < num_pairs; e += num_threads()) {
+    points[e] = e < row_splits[num_queries] ? index[e] : num_points;
+    queries[e] = int32_t(item_of(row_splits, num_queries, e));
+  }
+}
+
+// begins[k] = how many of the sorted keys lie below k
+extern "C" __global__ void begins_of_keys(const int32_t* keys, int64_t num_keys, int64_t num_begins, int64_t* begins) {
+  for (int64_t k = first_thread(); k < num_begins; k += num_threads()) {
+    int64_t low = 0, high = num_keys;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (keys[middle] < k)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    begins[k] = low;
+  }
+}
