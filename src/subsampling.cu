@@ -52,7 +52,7 @@ extern "C" __global__ void lowest_voxels(const T* points, int64_t num_points, co
     if (its != item) {
       give();
       item = its;
-      for (int a = 0; a < D; ++a) lowest[a] = INFINITY;
+      for (int a = 0; a < D; ++a) lowest[a] = __longlong_as_double(0x7ff0000000000000);  // infinity
     }
     for (int a = 0; a < D; ++a) {
       const T x = points[i * D + a];

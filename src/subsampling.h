@@ -10,10 +10,14 @@ namespace {
 // True division and floor in the geometry dtype. Without an origin (0) the difference is the coordinate itself.
 template <class T>
 KP_HD T voxel_index(T coordinate, T origin, T voxel_size) {
+#ifdef __CUDACC__
+  return floor((coordinate - origin) / voxel_size);
+#else
   if constexpr (sizeof(T) == 4)
     return __builtin_floorf((coordinate - origin) / voxel_size);
   else
     return __builtin_floor((coordinate - origin) / voxel_size);
+#endif
 }
 
 // In float64 whatever the geometry dtype: at a kilometre in voxels of 2 cm a float32 centre would be 0.3 % of a voxel

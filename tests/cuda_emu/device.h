@@ -11,6 +11,9 @@
 
 #include "runtime.h"
 
+#undef INFINITY  // the compiler for GPUs has no such macros
+#undef NAN
+
 #define __global__
 #define __device__
 #define __host__
