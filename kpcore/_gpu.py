@@ -338,3 +338,94 @@ def _kpconv_grad_weights(problem, grad_out):
         for g in range(groups):
             parts[g] += sums[g].T @ _of_group(grad_out[first:end], g, groups)
     return cupy.concatenate(parts, axis=1).reshape(kernels, height, columns)
+
+
+# ---- pooling
+
+
+def _pooling_kernels(features, geometry=np.dtype(np.float32)):
+    return _module("pooling.cu", (("KP_F", _CTYPES[features]), ("KP_G", _CTYPES[geometry])))
+
+
+def neighbor_reduce(features, index, row_splits, weights, shared, reduction, empty, pad_value, width, return_choice,
+                    threads):  # fmt: skip
+    """(out (M, C), choice (M, C) or None)"""
+    queries, channels, dtype = len(row_splits) - 1, features.shape[1], features.dtype
+    kernels, out = _pooling_kernels(dtype), cupy.empty((queries, channels), dtype)
+    of_rows = features, np.int64(channels), index, row_splits, np.int64(queries)
+    if reduction < 2:
+        _launch(
+            kernels, "sum_neighbors", queries * _WARP, *of_rows, cupy.empty(0, dtype) if weights is None else weights,
+            np.int32(weights is not None), cupy.empty(0, np.int64) if shared is None else shared,
+            np.int32(shared is not None), np.int32(reduction), dtype.type(empty), out,
+        )  # fmt: skip
+        return out, None
+    choice = cupy.empty((queries, channels), np.int32)
+    _launch(kernels, "choose_neighbors", queries * _WARP, *of_rows, np.int32(reduction), dtype.type(empty),
+            dtype.type(pad_value), np.int64(width), out, choice)  # fmt: skip
+    return out, choice if return_choice else None
+
+
+def neighbor_reduce_grad_weights(features, index, row_splits, reduction, grad_out, threads):
+    """(E,)"""
+    queries, grads = len(row_splits) - 1, cupy.empty(len(index), features.dtype)
+    _launch(_pooling_kernels(features.dtype), "grad_weights", queries * _WARP, features, np.int64(features.shape[1]), index,
+            row_splits, np.int64(queries), np.int32(reduction), grad_out, grads)  # fmt: skip
+    return grads
+
+
+def unpool(choice, grad_out, num_rows, threads):
+    """(num_rows, C)"""
+    channels, kernels = grad_out.shape[1], _pooling_kernels(grad_out.dtype)
+    keys, grads = cupy.empty(choice.size, np.int64), cupy.empty((num_rows, channels), grad_out.dtype)
+    _launch(kernels, "chosen_values", choice.size, choice, np.int64(choice.size), np.int64(channels), np.int64(num_rows), keys)
+    order = cupy.argsort(keys)
+    _launch(kernels, "sum_chosen", grads.size, keys[order], order, np.int64(choice.size), grad_out, np.int64(grads.size),
+            grads)  # fmt: skip
+    return grads
+
+
+def gather_rows(features, index, row_splits, threads):
+    """(M, C): the rows of an index, or of the first of each list."""
+    if row_splits is None:
+        return features[index]
+    queries, channels = len(row_splits) - 1, features.shape[1]
+    out = cupy.empty((queries, channels), features.dtype)
+    _launch(_pooling_kernels(features.dtype), "gather_first", out.size, features, np.int64(channels), index, row_splits,
+            np.int64(queries), out)  # fmt: skip
+    return out
+
+
+def inverse_distance_weights(distance, row_splits, power, dtype, threads):
+    """(E,)"""
+    weights, queries = cupy.empty(len(distance), dtype), len(row_splits) - 1
+    _launch(_pooling_kernels(np.dtype(dtype), distance.dtype), "weigh_distances", queries, distance, row_splits,
+            np.int64(queries), np.float64(power), weights)  # fmt: skip
+    return weights
+
+
+def segment_reduce(features, row_splits, reduction, empty, return_choice, threads):
+    """(out (B, C), choice (B, C) or None)"""
+    (rows, channels), items, dtype = features.shape, len(row_splits) - 1, features.dtype
+    kernels, most = _pooling_kernels(dtype), rows // 1024 + items
+    counts = cupy.zeros(items + 1, np.int64)
+    _launch(kernels, "count_blocks", items, row_splits, np.int64(items), counts[1:])
+    firsts, chooses = cupy.cumsum(counts), reduction >= 2
+    sums = cupy.empty(most * channels * (not chooses), np.float64)
+    bests, choices = (cupy.empty(most * channels * chooses, d) for d in (dtype, np.int32))
+    _launch(kernels, "reduce_blocks", most * channels, features, np.int64(channels), row_splits, np.int32(items), firsts,
+            np.int64(most), np.int32(reduction), sums, bests, choices)  # fmt: skip
+    out, choice = cupy.empty((items, channels), dtype), cupy.empty((items * chooses, channels), np.int32)
+    _launch(kernels, "join_blocks", items * channels, row_splits, np.int64(items), np.int64(channels), firsts,
+            np.int32(reduction), dtype.type(empty), sums, bests, choices, out, choice)  # fmt: skip
+    return out, choice if return_choice and chooses else None
+
+
+def segment_reduce_grad(grad_out, row_splits, reduction, threads):
+    """(N, C); waits for the number of rows"""
+    items, channels = grad_out.shape
+    rows = int(row_splits[-1])
+    grads = cupy.empty((rows, channels), grad_out.dtype)
+    _launch(_pooling_kernels(grad_out.dtype), "spread_items", grads.size, grad_out, np.int64(channels), row_splits,
+            np.int32(items), np.int64(rows), np.int32(reduction), grads)  # fmt: skip
+    return grads

@@ -21,7 +21,11 @@ KP_HD auto displaces(V x, V best) {
 // overflow, and 0 / 0 or inf / inf does not come up.
 KP_HD double inverse_distance(double d, double nearest, double power) {
   const double ratio = d == nearest ? 1 : nearest / d;
+#ifdef __CUDACC__
+  return power == 2 ? ratio * ratio : power == 1 ? ratio : pow(ratio, power);
+#else
   return power == 2 ? ratio * ratio : power == 1 ? ratio : __builtin_pow(ratio, power);
+#endif
 }
 
 }  // namespace

@@ -241,3 +241,87 @@ def test_kpconv(name, sums_bytes, monkeypatch):
         got = got.get()
         assert got.dtype == expected.dtype and got.shape == expected.shape
         assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+# ---- pooling
+
+
+def check_close(got, expected, exactly=False):
+    if expected is None:
+        assert got is None
+        return
+    got = to_host(got)
+    if exactly:
+        return assert_same_bits(got, expected)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    tolerance = 2e-6 if expected.dtype == np.float32 else 1e-13
+    assert np.abs(got - expected).max(initial=0) <= tolerance * max(1, np.abs(expected).max(initial=0))
+
+
+def rows_and_lists(dtype, channels, num=90, queries=50, seed=0):
+    rng = np.random.default_rng(seed)
+    splits = kp.row_splits(rng.integers(0, 40, queries) * (rng.random(queries) < 0.8))
+    features = rng.normal(size=(num, channels)).astype(dtype)
+    return features, rng.integers(0, num, splits[-1]).astype(np.int32), splits, rng
+
+
+real_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@real_types
+@pytest.mark.parametrize("channels", [1, 33, 130])
+def test_neighbor_reduce(channels, dtype):
+    features, index, splits, rng = rows_and_lists(dtype, channels)
+    features[::7, 0], features[3::11] = np.nan, 1.5  # ties too
+    weights, shared = rng.random(len(index)).astype(dtype), kp.row_splits(rng.integers(1, 5, len(features)))
+    grad = rng.normal(size=(len(splits) - 1, channels)).astype(dtype)
+    clean = np.nan_to_num(features)
+    for reduction in range(4):
+        for width in (0, 30) if reduction > 1 else (0,):
+            arguments = (index, splits, None, None, reduction, -3.0, 0.25, width, True)
+            source = features if reduction > 1 else clean
+            expected = _cpu.neighbor_reduce(source, *arguments, 1)
+            got = _gpu.neighbor_reduce(to_device(source), *map(to_device, arguments), 1)
+            check_close(got[0], expected[0], exactly=reduction > 1)
+            check_close(got[1], expected[1] if reduction > 1 else None, exactly=True)
+            if reduction > 1:
+                unpooled = _cpu.unpool(expected[1], grad, len(features), 1)
+                check_close(_gpu.unpool(got[1], to_device(grad), len(features), 1), unpooled, exactly=True)
+    for options in ((weights, None, 0), (weights, shared, 1), (None, shared, 1)):
+        arguments = (index, splits, *options, 0.0, 0.0, 0, False)
+        expected = _cpu.neighbor_reduce(clean, *arguments, 1)[0]
+        check_close(_gpu.neighbor_reduce(to_device(clean), *map(to_device, arguments), 1)[0], expected)
+    arguments = clean, index, splits, 0, grad
+    check_close(_gpu.neighbor_reduce_grad_weights(*map(to_device, arguments), 1),
+                _cpu.neighbor_reduce_grad_weights(*arguments, 1))  # fmt: skip
+    for rows, bounds in ((index, None), (index.astype(np.int64), None), (index, splits)):
+        arguments = clean, rows, bounds
+        check_close(_gpu.gather_rows(*map(to_device, arguments), 1), _cpu.gather_rows(*arguments, 1), exactly=True)
+
+
+@real_types
+def test_segment_reduce(dtype):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2500, 5)).astype(dtype)
+    features[1900, 2], features[5, 0] = np.nan, np.nan
+    for splits in (np.array([0, 2500]), np.array([0, 3, 3, 1030, 2500]), np.array([0, 0, 2500, 2500])):
+        for reduction in range(4):
+            arguments = features if reduction > 1 else np.nan_to_num(features), splits, reduction, -2.0, True
+            expected = _cpu.segment_reduce(*arguments, 1)
+            got = _gpu.segment_reduce(*map(to_device, arguments), 1)
+            check_close(got[0], expected[0], exactly=reduction > 1)
+            check_close(got[1], expected[1] if reduction > 1 else None, exactly=True)
+            if reduction < 2:
+                arguments = rng.normal(size=(len(splits) - 1, 5)).astype(dtype), splits, reduction
+                check_close(_gpu.segment_reduce_grad(*map(to_device, arguments), 1),
+                            _cpu.segment_reduce_grad(*arguments, 1), exactly=True)  # fmt: skip
+
+
+@real_types
+@pytest.mark.parametrize("power", [1.0, 2.0, 2.5])
+def test_inverse_distance_weights(power, dtype):
+    _, _, splits, rng = rows_and_lists(dtype, 1)
+    distance = np.sort(rng.random(splits[-1])).astype(np.float64)
+    distance[: splits[3]] = 0
+    arguments = distance, splits, power, np.dtype(dtype)
+    check_close(_gpu.inverse_distance_weights(*map(to_device, arguments), 1), _cpu.inverse_distance_weights(*arguments, 1))
