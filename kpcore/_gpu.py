@@ -429,3 +429,96 @@ def segment_reduce_grad(grad_out, row_splits, reduction, threads):
     _launch(_pooling_kernels(grad_out.dtype), "spread_items", grads.size, grad_out, np.int64(channels), row_splits,
             np.int32(items), np.int64(rows), np.int32(reduction), grads)  # fmt: skip
     return grads
+
+
+# ---- rows
+
+
+def _rows_of(array):
+    return _module("rows.cu", (("KP_F", _CTYPES[array.dtype]),))
+
+
+def linear(features, weights, bias, threads):
+    """(N, Cout)"""
+    out = features @ weights
+    if bias is not None:
+        out += bias
+    return out
+
+
+def linear_grad_features(weights, grad_out, threads):
+    """(N, Cin)"""
+    return grad_out @ weights.T
+
+
+def linear_grad_weights(features, grad_out, threads):
+    """(Cin, Cout)"""
+    return features.T @ grad_out
+
+
+def sum_rows(rows, threads):
+    """(C,)"""
+    (n, columns), kernels = rows.shape, _rows_of(rows)
+    blocks = -(-n // 1024)
+    partial, sums = cupy.empty((blocks, columns), np.float64), cupy.empty(columns, rows.dtype)
+    _launch(kernels, "sum_blocks", partial.size, rows, np.int64(n), np.int64(columns), partial)
+    _launch(kernels, "join_sums", columns, partial, np.int64(blocks), np.int64(columns), sums)
+    return sums
+
+
+def activate(features, activation, negative_slope, threads):
+    """an array like the features"""
+    out = cupy.empty_like(features)
+    _launch(_rows_of(features), "activate", out.size, features, np.int64(out.size), np.int32(activation),
+            features.dtype.type(negative_slope), out)  # fmt: skip
+    return out
+
+
+def activate_grad(features, activation, negative_slope, grad_out, threads):
+    """an array like the features"""
+    out = cupy.empty_like(features)
+    _launch(_rows_of(features), "activate_grad", out.size, features, grad_out, np.int64(out.size), np.int32(activation),
+            features.dtype.type(negative_slope), out)  # fmt: skip
+    return out
+
+
+def add(first, second, threads):
+    """an array like both"""
+    return first + second
+
+
+def dropout(features, rate, seed, threads):
+    """an array like the features"""
+    if rate >= 1:
+        return cupy.zeros(features.shape, features.dtype)
+    out = cupy.empty_like(features)
+    _launch(_rows_of(features), "dropout", -(-out.size // 64) * 16, features, np.int64(out.size), np.uint64(seed),
+            np.uint32(rate * 2**32), features.dtype.type(1 / (1 - rate)), out)  # fmt: skip
+    return out
+
+
+def softmax(features, threads):
+    """(N, C)"""
+    (rows, columns), out = features.shape, cupy.empty_like(features)
+    _launch(_rows_of(features), "softmax", rows * _WARP * (columns > 0), features, np.int64(rows), np.int64(columns), out)
+    return out
+
+
+def softmax_grad(features, grad_out, threads):
+    """(N, C)"""
+    (rows, columns), out = features.shape, cupy.empty_like(features)
+    _launch(_rows_of(features), "softmax_grad", rows * _WARP * (columns > 0), features, grad_out, np.int64(rows),
+            np.int64(columns), out)  # fmt: skip
+    return out
+
+
+def concatenate(features, threads):
+    """(N, channels of all)"""
+    return cupy.concatenate(features, axis=1)
+
+
+def split(whole, channels, needed, threads):
+    """a list of (N, channels[i]), None where it is not needed"""
+    begins = np.cumsum([0, *channels[:-1]])
+    return [cupy.ascontiguousarray(whole[:, begin : begin + c]) if need else None
+            for begin, c, need in zip(begins, channels, needed, strict=True)]  # fmt: skip

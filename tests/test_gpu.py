@@ -325,3 +325,40 @@ def test_inverse_distance_weights(power, dtype):
     distance[: splits[3]] = 0
     arguments = distance, splits, power, np.dtype(dtype)
     check_close(_gpu.inverse_distance_weights(*map(to_device, arguments), 1), _cpu.inverse_distance_weights(*arguments, 1))
+
+
+# ---- rows
+
+
+def check_rows(name, *arguments, exactly=False):
+    expected, got = getattr(_cpu, name)(*arguments, 1), getattr(_gpu, name)(*map(to_device, arguments), 1)
+    if not isinstance(expected, list):
+        expected, got = [expected], [got]
+    for a, b in zip(expected, got, strict=True):
+        check_close(b, a, exactly)
+
+
+@real_types
+@pytest.mark.parametrize("shape", [(37, 5), (3, 70), (1, 1), (2100, 3)])
+def test_rows(shape, dtype):
+    rng = np.random.default_rng(0)
+    features, grad = rng.normal(size=(2, *shape)).astype(dtype)
+    weights, bias = rng.normal(size=(shape[1], 4)).astype(dtype), rng.normal(size=4).astype(dtype)
+    check_rows("linear", features, weights, bias)
+    check_rows("linear", features, weights, None)
+    check_rows("linear_grad_features", weights, features[:, :1] * bias)
+    check_rows("linear_grad_weights", features, grad)
+    check_rows("sum_rows", features)
+    for activation in range(3):
+        check_rows("activate", features, activation, 0.1, exactly=activation < 2)
+        check_rows("activate_grad", features, activation, 0.1, grad, exactly=activation < 2)
+    check_rows("add", features, grad, exactly=True)
+    for rate in (0.0, 0.4, 1.0):
+        check_rows("dropout", features, rate, 2**40 + 7, exactly=True)
+    check_rows("softmax", 10 * features)
+    check_rows("softmax_grad", 3 * features, grad)
+    whole = _gpu.concatenate([to_device(features), to_device(weights[:1].repeat(shape[0], 0))], 1)
+    check_close(whole, _cpu.concatenate([features, weights[:1].repeat(shape[0], 0)], 1), exactly=True)
+    parts = _gpu.split(whole, [shape[1], 4], [False, True], 1)
+    assert parts[0] is None
+    check_close(parts[1], weights[:1].repeat(shape[0], 0), exactly=True)
