@@ -522,3 +522,74 @@ def split(whole, channels, needed, threads):
     begins = np.cumsum([0, *channels[:-1]])
     return [cupy.ascontiguousarray(whole[:, begin : begin + c]) if need else None
             for begin, c, need in zip(begins, channels, needed, strict=True)]  # fmt: skip
+
+
+# ---- losses of deformed kernel points
+
+
+def _deformation_kernels(kernel_points):
+    return _module("deformation.cu", (("KP_T", _CTYPES[kernel_points.dtype]), ("KP_DIM", kernel_points.shape[1])))
+
+
+def _total(values, weight, threads):
+    """() of the dtype of the values, summed in float64"""
+    partial = values.reshape(-1, 1)
+    kernels, n = _rows_of(values), values.size
+    blocks = -(-n // 1024)
+    sums, total = cupy.zeros((blocks, 1), np.float64), cupy.zeros(1, np.float64)
+    _launch(kernels, "sum_blocks", blocks, partial, np.int64(n), np.int64(1), sums)
+    _launch(_module("rows.cu", (("KP_F", "double"),)), "join_sums", 1, sums, np.int64(blocks), np.int64(1), total)
+    return (total * weight).astype(values.dtype).reshape(())
+
+
+def _sizes(offsets):
+    return np.int64(offsets.shape[0]), np.int64(offsets.shape[1])
+
+
+def _of_both(of_offsets, return_offsets, return_kernel_points, threads):
+    """(gradient of the offsets, gradient of the kernel points): the latter is the sum of the former"""
+    queries, kernels, dimension = of_offsets.shape
+    of_kernel = None
+    if return_kernel_points:
+        of_kernel = sum_rows(of_offsets.reshape(queries, kernels * dimension), threads).reshape(kernels, dimension)
+    return of_offsets if return_offsets else None, of_kernel
+
+
+def fitting_loss(points, queries, index, row_splits, kernel_points, offsets, extent, weight, threads):
+    """(loss (), nearest (M, K))"""
+    nearest, least = cupy.empty(offsets.shape[:2], np.int32), cupy.empty(offsets.shape[:2], points.dtype)
+    _launch(_deformation_kernels(kernel_points), "fit", nearest.size, points, queries, index, row_splits, kernel_points,
+            offsets, *_sizes(offsets), nearest, least)  # fmt: skip
+    return _total(least, weight / (extent * extent), threads), nearest
+
+
+def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, extent, weight, nearest, return_offsets,
+                      return_kernel_points, threads):  # fmt: skip
+    """(grad_offsets (M, K, D), grad_kernel_points (K, D)), None for those that are not needed"""
+    grads = cupy.empty(offsets.shape, offsets.dtype)
+    scale = offsets.dtype.type(2 * weight / (extent * extent))
+    _launch(_deformation_kernels(kernel_points), "fit_gradient", nearest.size, points, queries, kernel_points, offsets,
+            nearest, *_sizes(offsets), scale, grads)  # fmt: skip
+    return _of_both(grads, return_offsets, return_kernel_points, threads)
+
+
+def _repulsion(kernel_points, offsets, extent, repulse_extent):
+    number = offsets.dtype.type
+    return kernel_points, offsets, *_sizes(offsets), number(1) / number(extent), number(repulse_extent)
+
+
+def repulsion_loss(kernel_points, offsets, extent, repulse_extent, weight, threads):
+    """()"""
+    losses = cupy.empty(offsets.shape[:2], offsets.dtype)
+    _launch(_deformation_kernels(kernel_points), "repel", losses.size,
+            *_repulsion(kernel_points, offsets, extent, repulse_extent), losses)  # fmt: skip
+    return _total(losses, 2 * weight, threads)  # of each pair both
+
+
+def repulsion_loss_grad(kernel_points, offsets, extent, repulse_extent, weight, return_offsets, return_kernel_points,
+                        threads):  # fmt: skip
+    """(grad_offsets (M, K, D), grad_kernel_points (K, D)), None for those that are not needed"""
+    grads = cupy.empty(offsets.shape, offsets.dtype)
+    _launch(_deformation_kernels(kernel_points), "repel_gradient", offsets.shape[0] * offsets.shape[1],
+            *_repulsion(kernel_points, offsets, extent, repulse_extent), offsets.dtype.type(weight), grads)  # fmt: skip
+    return _of_both(grads, return_offsets, return_kernel_points, threads)

@@ -362,3 +362,31 @@ def test_rows(shape, dtype):
     parts = _gpu.split(whole, [shape[1], 4], [False, True], 1)
     assert parts[0] is None
     check_close(parts[1], weights[:1].repeat(shape[0], 0), exactly=True)
+
+
+# ---- losses of deformed kernel points
+
+
+@types
+@pytest.mark.parametrize("num_queries", [0, 1, 37])
+def test_losses(num_queries, dim, dtype):
+    case = clouds.random_case(150, 37, dim, dtype)
+    index, splits, _ = case.csr()
+    queries, splits = case.queries[:num_queries], splits[: num_queries + 1]
+    kernels, rng = len(case.kernel_points), np.random.default_rng(0)
+    offsets = (rng.normal(size=(num_queries, kernels, dim)) * case.extent).astype(dtype)
+    kernel = case.kernel_points, offsets, case.extent
+    weight = 0.3 / max(1, num_queries)
+    fitting = case.points, queries, index, splits, *kernel, weight
+    loss, nearest = _cpu.fitting_loss(*fitting, 1)
+    got_loss, got_nearest = _gpu.fitting_loss(*map(to_device, fitting), 1)
+    check_close(got_loss, loss)
+    check_close(got_nearest, nearest, exactly=True)
+    repulsion = *kernel, 1.2, weight
+    check_close(_gpu.repulsion_loss(*map(to_device, repulsion), 1), _cpu.repulsion_loss(*repulsion, 1))
+    for wanted in ((True, True), (True, False), (False, True)):
+        for name, arguments in (("fitting_loss_grad", (*fitting, nearest, *wanted)),
+                                ("repulsion_loss_grad", (*repulsion, *wanted))):  # fmt: skip
+            expected, got = getattr(_cpu, name)(*arguments, 1), getattr(_gpu, name)(*map(to_device, arguments), 1)
+            for a, b in zip(expected, got, strict=True):
+                check_close(b, a)
