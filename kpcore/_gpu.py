@@ -593,3 +593,103 @@ def repulsion_loss_grad(kernel_points, offsets, extent, repulse_extent, weight, 
     _launch(_deformation_kernels(kernel_points), "repel_gradient", offsets.shape[0] * offsets.shape[1],
             *_repulsion(kernel_points, offsets, extent, repulse_extent), offsets.dtype.type(weight), grads)  # fmt: skip
     return _of_both(grads, return_offsets, return_kernel_points, threads)
+
+
+# ---- normalisation
+
+
+def _blocks(features, row_splits):
+    """(number of each item's first block, an upper bound of them all)"""
+    items = len(row_splits) - 1
+    counts = cupy.zeros(items + 1, np.int64)
+    _launch(_rows_of(features), "count_blocks", items, row_splits, np.int64(items), counts[1:])
+    return cupy.cumsum(counts), len(features) // 1024 + items
+
+
+def moments(features, row_splits, groups, threads):
+    """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none"""
+    columns, items, kernels = features.shape[1], len(row_splits) - 1, _rows_of(features)
+    firsts, most = _blocks(features, row_splits)
+    sums, squares = cupy.empty((most, columns), np.float64), cupy.empty((most, columns), np.float64)
+    _launch(kernels, "moment_blocks", sums.size, features, np.int64(columns), row_splits, np.int32(items), firsts,
+            np.int64(most), sums, squares)  # fmt: skip
+    mean, variance = cupy.empty((items, groups), np.float64), cupy.empty((items, groups), np.float64)
+    _launch(kernels, "join_moments", mean.size, features, np.int64(columns), np.int64(groups), row_splits, np.int64(items),
+            firsts, sums, squares, mean, variance)  # fmt: skip
+    return mean, variance
+
+
+def normalize(features, row_splits, scale, shift, mean, inverse_std, negative_slope, threads):
+    """(N, C)"""
+    out = cupy.empty_like(features)
+    _launch(_rows_of(features), "normalize", out.size, features, *map(np.int64, out.shape), row_splits,
+            np.int32(len(row_splits) - 1), scale, shift, mean, inverse_std, np.int64(mean.shape[1]),
+            features.dtype.type(negative_slope), out)  # fmt: skip
+    return out
+
+
+def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_given, negative_slope, grad_out,
+                   features_needed, scale_needed, shift_needed, threads):  # fmt: skip
+    """(grad_features (N, C), grad_scale (C,), grad_shift (C,)), None for those that are not needed"""
+    (rows, columns), kernels, dtype = features.shape, _rows_of(features), features.dtype
+    items, groups = len(row_splits) - 1, mean.shape[1]
+    of_items = row_splits, np.int32(items), scale, shift, mean, inverse_std, np.int64(groups), dtype.type(negative_slope)
+    slant, level = cupy.zeros((items, groups), dtype), cupy.zeros((items, groups), dtype)
+    grads = [None, None, None]
+    if scale_needed or shift_needed or not is_given:
+        firsts, most = _blocks(features, row_splits)
+        shifts, scales = cupy.empty((most, columns), np.float64), cupy.empty((most, columns), np.float64)
+        _launch(kernels, "grad_blocks", shifts.size, features, grad_out, np.int64(columns), *of_items, firsts,
+                np.int64(most), shifts, scales)  # fmt: skip
+        of_shift, of_scale = cupy.empty((items, columns), np.float64), cupy.empty((items, columns), np.float64)
+        _launch(kernels, "join_grads", of_shift.size, np.int64(columns), np.int64(items), firsts, mean, inverse_std,
+                np.int64(groups), shifts, scales, of_shift, of_scale)  # fmt: skip
+        if not is_given:
+            _launch(kernels, "statistics_grads", slant.size, np.int64(columns), np.int64(groups), row_splits,
+                    np.int64(items), scale, mean, inverse_std, of_shift, of_scale, slant, level)  # fmt: skip
+        for i, needed, sums in ((1, scale_needed, of_scale), (2, shift_needed, of_shift)):
+            if needed:
+                grads[i] = cupy.empty(columns, dtype)
+                _launch(kernels, "sum_items", columns, sums, np.int64(items), np.int64(columns), grads[i])
+    if features_needed:
+        grads[0] = cupy.empty_like(features)
+        _launch(kernels, "normalize_grad", rows * columns, features, grad_out, np.int64(rows), np.int64(columns), *of_items,
+                slant, level, grads[0])  # fmt: skip
+    return tuple(grads)
+
+
+# ---- cross entropy
+
+
+def _entropies(logits, labels, ignore_index, class_weights):
+    """(labels as int64, losses, weights), of each row; waits, to see whether all labels are classes."""
+    (rows, classes), wide = logits.shape, labels.astype(np.int64)
+    losses, weights, wrong = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64), cupy.zeros(1, np.uint32)
+    _launch(_rows_of(logits), "entropies", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide,
+            cupy.empty(0, logits.dtype) if class_weights is None else class_weights, np.int32(class_weights is not None),
+            np.int64(ignore_index or 0), np.int32(ignore_index is not None), losses, weights, wrong)  # fmt: skip
+    if int(wrong):
+        raise OutOfRange
+    return wide, losses, weights
+
+
+def cross_entropy(logits, labels, ignore_index, class_weights, reduction, each, threads):
+    """(N,) of `each` row, or 0-d"""
+    _, losses, weights = _entropies(logits, labels, ignore_index, class_weights)
+    if each:
+        return losses.astype(logits.dtype)
+    loss, weight = _total(losses, 1.0, threads), _total(weights, 1.0, threads)
+    if reduction == 0:
+        loss = cupy.where(weight != 0, loss / cupy.where(weight != 0, weight, 1.0), 0.0)
+    return loss.astype(logits.dtype)
+
+
+def cross_entropy_grad(logits, labels, ignore_index, class_weights, reduction, grad_out, threads):
+    """(N, C)"""
+    (rows, classes), out = logits.shape, cupy.empty_like(logits)
+    wide, _, weights = _entropies(logits, labels, ignore_index, class_weights)
+    total = _total(weights, 1.0, threads).reshape(1)
+    _launch(_rows_of(logits), "entropies_grad", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide, weights,
+            np.int64(ignore_index or 0), np.int32(ignore_index is not None), grad_out.reshape(-1), np.int32(reduction == 2),
+            total, np.int32(reduction == 0), out)  # fmt: skip
+    return out

@@ -104,3 +104,216 @@ extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int6
     sums[c] = F(sum);
   }
 }
+
+// ---- normalisation: items are cut into blocks, of which firsts[b] is the number of the first of item b
+
+extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_items, int64_t* counts) {
+  for (int64_t b = first_thread(); b < num_items; b += num_threads())
+    counts[b] = (row_splits[b + 1] - row_splits[b] + block_of_rows - 1) / block_of_rows;
+}
+
+namespace kp {
+namespace {
+
+struct Block {
+  int item;
+  int64_t begin, end;
+  __device__ Block(const int64_t* row_splits, const int64_t* firsts, int num_items, int64_t k)
+      : item(item_of(firsts, num_items, k)), begin(row_splits[item] + (k - firsts[item]) * block_of_rows) {
+    end = begin + block_of_rows < row_splits[item + 1] ? begin + block_of_rows : row_splits[item + 1];
+  }
+};
+
+// y = (x - center) * factor + offset, of an item and channel; see rows.cpp.
+struct Affine {
+  F center, factor, offset;
+};
+__device__ Affine affine_of(const double* mean, const double* inverse_std, const F* scale, const F* shift,
+                            int64_t columns, int64_t groups, int64_t item, int64_t c) {
+  const int64_t g = item * groups + c * groups / columns;
+  const double factor = inverse_std[g] * double(scale[c]);
+  const F center = F(mean[g]);
+  return {center, F(factor), F(double(shift[c]) - (mean[g] - double(center)) * factor)};
+}
+
+}  // namespace
+}  // namespace kp
+
+// Of each block and column the sums of the values, from the item's first row on, and of their squares.
+extern "C" __global__ void moment_blocks(const F* x, int64_t columns, const int64_t* row_splits, int num_items,
+                                         const int64_t* firsts, int64_t most_blocks, double* sums, double* squares) {
+  for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
+    const int64_t k = i / columns, c = i % columns;
+    if (k >= firsts[num_items]) continue;
+    const Block block(row_splits, firsts, num_items, k);
+    const double about = double(x[row_splits[block.item] * columns + c]);
+    double sum = 0, square = 0;
+    for (int64_t r = block.begin; r < block.end; ++r) {
+      const double d = double(x[r * columns + c]) - about;
+      sum += d;
+      square += d * d;
+    }
+    sums[i] = sum;
+    squares[i] = square;
+  }
+}
+
+// A thread for each item and group.
+extern "C" __global__ void join_moments(const F* x, int64_t columns, int64_t groups, const int64_t* row_splits,
+                                        int64_t num_items, const int64_t* firsts, const double* sums,
+                                        const double* squares, double* mean, double* variance) {
+  const int64_t width = columns / groups;
+  for (int64_t i = first_thread(); i < num_items * groups; i += num_threads()) {
+    const int64_t b = i / groups, begin = i % groups * width;
+    const double n = double(row_splits[b + 1] - row_splits[b]);
+    const auto total = [=](const double* of, int64_t c) {
+      double sum = 0;
+      for (int64_t k = firsts[b]; k < firsts[b + 1]; ++k) sum += of[k * columns + c];
+      return sum / n;
+    };
+    const auto middle_of = [=](int64_t c) { return double(x[row_splits[b] * columns + c]) + total(sums, c); };
+    double middle = 0, spread = 0;
+    for (int64_t c = begin; n > 0 && c < begin + width; ++c) middle += middle_of(c) / double(width);
+    for (int64_t c = begin; n > 0 && c < begin + width; ++c) {
+      const double off = middle_of(c) - middle, first = total(sums, c), own = total(squares, c) - first * first;
+      spread += (own < 0 ? 0 : own) + off * off;
+    }
+    mean[i] = middle;
+    variance[i] = spread / double(width);
+  }
+}
+
+extern "C" __global__ void normalize(const F* x, int64_t rows, int64_t columns, const int64_t* row_splits, int num_items,
+                                     const F* scale, const F* shift, const double* mean, const double* inverse_std,
+                                     int64_t groups, F slope, F* out) {
+  for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
+    const int item = item_of(row_splits, num_items, i / columns);
+    const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, i % columns);
+    out[i] = leaky_relu(F(fma(x[i] - a.center, a.factor, a.offset)), slope);
+  }
+}
+
+// Of each block and column the sums of the gradient before the leaky ReLU, and of its products with x - center.
+extern "C" __global__ void grad_blocks(const F* x, const F* grad, int64_t columns, const int64_t* row_splits,
+                                       int num_items, const F* scale, const F* shift, const double* mean,
+                                       const double* inverse_std, int64_t groups, F slope, const int64_t* firsts,
+                                       int64_t most_blocks, double* shifts, double* scales) {
+  for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
+    const int64_t k = i / columns, c = i % columns;
+    if (k >= firsts[num_items]) continue;
+    const Block block(row_splits, firsts, num_items, k);
+    const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, block.item, c);
+    double sum = 0, product = 0;
+    for (int64_t r = block.begin; r < block.end; ++r) {
+      const F d = x[r * columns + c] - a.center;
+      const double g = double(leaky_relu_grad(F(fma(d, a.factor, a.offset)), grad[r * columns + c], slope));
+      sum += g;
+      product += g * double(d);
+    }
+    shifts[i] = sum;
+    scales[i] = product;
+  }
+}
+
+// The blocks of each item joined: of_shift and of_scale (items, columns).
+extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const int64_t* firsts, const double* mean,
+                                      const double* inverse_std, int64_t groups, const double* shifts,
+                                      const double* scales, double* of_shift, double* of_scale) {
+  for (int64_t i = first_thread(); i < num_items * columns; i += num_threads()) {
+    const int64_t b = i / columns, c = i % columns, g = b * groups + c * groups / columns;
+    double shift = 0, scale = 0;
+    for (int64_t k = firsts[b]; k < firsts[b + 1]; ++k) {
+      shift += shifts[k * columns + c];
+      scale += scales[k * columns + c];
+    }
+    of_shift[i] = shift;
+    of_scale[i] = inverse_std[g] * (scale - (mean[g] - double(F(mean[g]))) * shift);
+  }
+}
+
+// Where the statistics are those of the rows: grad_x = g factor + (x - center) slant + level, of an item and group.
+extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, const int64_t* row_splits,
+                                            int64_t num_items, const F* scale, const double* mean,
+                                            const double* inverse_std, const double* of_shift, const double* of_scale,
+                                            F* slant, F* level) {
+  const int64_t width = columns / groups;
+  for (int64_t i = first_thread(); i < num_items * groups; i += num_threads()) {
+    const int64_t b = i / groups, begin = i % groups * width;
+    const double values = double(row_splits[b + 1] - row_splits[b]) * double(width);
+    double mean_grad = 0, mean_product = 0;
+    for (int64_t c = begin; values > 0 && c < begin + width; ++c) {
+      mean_grad += double(scale[c]) * of_shift[b * columns + c] / values;
+      mean_product += double(scale[c]) * of_scale[b * columns + c] / values;
+    }
+    const double slope = -inverse_std[i] * inverse_std[i] * mean_product;
+    slant[i] = F(slope);
+    level[i] = F(-inverse_std[i] * mean_grad - slope * (mean[i] - double(F(mean[i]))));
+  }
+}
+
+extern "C" __global__ void normalize_grad(const F* x, const F* grad, int64_t rows, int64_t columns,
+                                          const int64_t* row_splits, int num_items, const F* scale, const F* shift,
+                                          const double* mean, const double* inverse_std, int64_t groups, F slope,
+                                          const F* slant, const F* level, F* out) {
+  for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
+    const int64_t c = i % columns;
+    const int item = item_of(row_splits, num_items, i / columns);
+    const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, c);
+    const int64_t g = item * groups + c * groups / columns;
+    const F d = x[i] - a.center;
+    const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), grad[i], slope);
+    out[i] = F(fma(before, a.factor, F(fma(d, slant[g], level[g]))));
+  }
+}
+
+// sums[c] = the sum over the items
+extern "C" __global__ void sum_items(const double* of_items, int64_t num_items, int64_t columns, F* sums) {
+  for (int64_t c = first_thread(); c < columns; c += num_threads()) {
+    double sum = 0;
+    for (int64_t b = 0; b < num_items; ++b) sum += of_items[b * columns + c];
+    sums[c] = F(sum);
+  }
+}
+
+// ---- cross entropy: a warp for each row
+
+// losses and weights of all rows; both 0 where a label is ignored. `wrong` becomes 1 where one is no class.
+extern "C" __global__ void entropies(const F* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                     const F* class_weights, int has_weights, int64_t ignore, int has_ignore,
+                                     double* losses, double* weights, unsigned* wrong) {
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t label = labels[r];
+    double loss = 0, weight = 0;
+    if (!(has_ignore && label == ignore)) {
+      if (label < 0 || label >= classes) {
+        if (lane_number() == 0) atomicOr(wrong, 1u);
+      } else {
+        const Exponentials found(logits + r * classes, classes);
+        weight = has_weights ? double(class_weights[label]) : 1;
+        loss = weight * (log(double(found.sum)) + (double(found.largest) - double(logits[r * classes + label])));
+      }
+    }
+    if (lane_number() == 0) {
+      losses[r] = loss;
+      weights[r] = weight;
+    }
+  }
+}
+
+// Weight times (softmax - one-hot), times the row's gradient, or the one there is over the sum of the weights.
+extern "C" __global__ void entropies_grad(const F* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                          const double* weights, int64_t ignore, int has_ignore, const F* grad_out,
+                                          int each, const double* total, int is_mean, F* out) {
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t label = labels[r];
+    const bool counts = !(has_ignore && label == ignore) && label >= 0 && label < classes;
+    double share = double(grad_out[each ? r : 0]);
+    if (is_mean) share = *total != 0 ? share / *total : 0;
+    const F factor = F(share * weights[r]);
+    const Exponentials found(logits + r * classes, classes);
+    for (int64_t c = lane_number(); c < classes; c += warp) {
+      const F y = exp(logits[r * classes + c] - found.largest) / found.sum * factor;
+      out[r * classes + c] = counts ? y - (c == label ? factor : F(0)) : F(0);
+    }
+  }
+}

@@ -390,3 +390,49 @@ def test_losses(num_queries, dim, dtype):
             expected, got = getattr(_cpu, name)(*arguments, 1), getattr(_gpu, name)(*map(to_device, arguments), 1)
             for a, b in zip(expected, got, strict=True):
                 check_close(b, a)
+
+
+# ---- normalisation and cross entropy
+
+
+@real_types
+@pytest.mark.parametrize("splits", [[0, 60], [0, 7, 7, 60], [0, 2000], [0, 0]])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_normalisation(groups, splits, dtype):
+    rng, splits = np.random.default_rng(0), np.array(splits)
+    features, grad = rng.normal(size=(2, splits[-1], 6)).astype(dtype)
+    features[:, 3] += 100
+    scale, shift = rng.uniform(0.5, 2, (2, 6)).astype(dtype)
+    mean, variance = _cpu.moments(features, splits, groups, 1)
+    for got, expected in zip(_gpu.moments(to_device(features), to_device(splits), groups, 1), (mean, variance), strict=True):
+        check_close(got, expected)
+    inverse = 1 / np.sqrt(variance + 1e-5)
+    given = features, splits, scale, shift, mean, inverse
+    check_rows("normalize", *given, 0.1)
+    for is_given in (False, True):
+        for needs in ((True, True, True), (True, False, False), (False, False, True)):
+            arguments = *given, is_given, 0.1, grad, *needs
+            expected = _cpu.normalize_grad(*arguments, 1)
+            for a, b in zip(expected, _gpu.normalize_grad(*map(to_device, arguments), 1), strict=True):
+                check_close(b, a)
+
+
+@real_types
+@pytest.mark.parametrize("label_type", [np.uint8, np.int32, np.int64])
+def test_cross_entropy(label_type, dtype):
+    rng = np.random.default_rng(0)
+    logits, labels = (5 * rng.normal(size=(1500, 40))).astype(dtype), rng.integers(0, 40, 1500).astype(label_type)
+    weights = rng.uniform(0.5, 2, 40).astype(dtype)
+    for ignore, class_weights in ((None, None), (3, weights)):
+        for reduction in range(3):
+            given = logits, labels, ignore, class_weights, reduction
+            loss = _cpu.cross_entropy(*given, reduction == 2, 1)
+            check_close(_gpu.cross_entropy(*map(to_device, given), reduction == 2, 1), loss)
+            grad = np.asarray(rng.normal(size=loss.shape), dtype)
+            check_rows("cross_entropy_grad", *given, grad)
+    labels[700] = 40
+    for module, place in ((_cpu, lambda a: a), (_gpu, to_device)):
+        with pytest.raises(module.OutOfRange):
+            module.cross_entropy(place(logits), place(labels), None, None, 0, False, 1)
+    labels[:] = 3
+    check_close(_gpu.cross_entropy(to_device(logits), to_device(labels), 3, None, 0, False, 1), np.zeros((), dtype))

@@ -228,7 +228,7 @@ def install():
     names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
     module.__dict__.update({name: globals()[name] for name in names})
     module.concatenate = concatenate
-    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray"):
+    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray", "where"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"
     sys.modules["cupy"] = module
