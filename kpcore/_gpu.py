@@ -239,6 +239,12 @@ def _rows_kernels(dtype, dimension):
 
 def transpose(index, row_splits, distance, num_points, threads):
     """(index, row_splits, distance) of the points' queries; waits for nothing."""
+    order, rows, splits = _by_point(index, row_splits, num_points)
+    return rows[order], splits, None if distance is None else distance[order]
+
+
+def _by_point(index, row_splits, num_points):
+    """(pairs in the order of their points, their queries, where each point's begin)"""
     pairs, queries = len(index), len(row_splits) - 1
     kernels = _module("lists.cu", ())
     keys, rows = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
@@ -247,7 +253,7 @@ def transpose(index, row_splits, distance, num_points, threads):
     order = cupy.argsort(keys)
     splits = cupy.empty(num_points + 1, np.int64)
     _launch(kernels, "begins_of_keys", num_points + 1, keys[order], np.int64(pairs), np.int64(num_points + 1), splits)
-    return rows[order], splits, None if distance is None else distance[order]
+    return order, rows, splits
 
 
 # ---- kpconv
@@ -282,22 +288,28 @@ def _aggregated(problem, transposed=None):
         points, queries, whose, sign = queries, points, 2, -1
     geometry, number, kernels = points.dtype.type, features.dtype.type, len(problem.kernel_points)
     scale, nothing = _queries_scale(problem), cupy.empty(0, features.dtype)
-    scales = nothing if scale is None else scale, 0 if scale is None else whose
-    channels = features.shape[1]
-    rows = max(1, _SUMS_BYTES // (kernels * channels * features.dtype.itemsize))
-    for first in range(0, len(queries), rows):
-        count = min(rows, len(queries) - first)
-        sums = cupy.empty((problem.groups, count, kernels * channels // problem.groups), number)
+    scale, scaled = (nothing, 0) if scale is None else (scale, whose)
+    channels, groups = features.shape[1], problem.groups
+    for first, count in _portions(problem, len(queries), channels):
+        sums = cupy.empty((groups, count, kernels * channels // groups), number)
         _launch(
             _kpconv_kernels(problem), "aggregate", count * _WARP, points, queries, index, row_splits, features,
             np.int32(channels), problem.kernel_points, np.int32(kernels),
             cupy.empty(0, geometry) if problem.offsets is None else problem.offsets,
             np.int32(problem.offsets is not None and whose), nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None and whose), scales[0], scales[0], np.int32(scales[1]), geometry(sign),
-            geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation), np.int32(problem.groups),
-            np.int64(first), np.int64(count), sums,
+            np.int32(problem.modulations is not None and whose), np.int32(problem.factors), scale, scale, np.int32(scaled),
+            geometry(sign), geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation),
+            np.int32(groups), np.int64(first), np.int64(count), sums,
         )  # fmt: skip
         yield first, first + count, sums
+
+
+def _portions(problem, queries, channels):
+    """(first query, how many) whose sums, K * channels each, are to be there at a time."""
+    row = len(problem.kernel_points) * channels * problem.features.dtype.itemsize
+    rows = max(1, _SUMS_BYTES // row)
+    for first in range(0, queries, rows):
+        yield first, min(rows, queries - first)
 
 
 def _of_group(array, g, groups):
@@ -306,38 +318,123 @@ def _of_group(array, g, groups):
     return array[..., g * width : (g + 1) * width]
 
 
+def _channelwise(problem, kernel, first, rows, *arguments, threads):
+    """A kernel of where every channel is its own group."""
+    kernels, channels = problem.weights.shape
+    _launch(_kpconv_kernels(problem), kernel, threads, *arguments[:1], np.int64(first), np.int64(rows), np.int32(kernels),
+            np.int32(channels), *arguments[1:])  # fmt: skip
+
+
+def _convolved(problem, flat, queries, channels, transposed=None):
+    out = cupy.empty((queries, channels), problem.features.dtype)
+    factors = problem.factors if transposed is None else 1
+    modulations = problem.modulations if factors > 1 else cupy.empty(0, out.dtype)
+    for first, end, sums in _aggregated(problem, transposed):
+        if flat is None:
+            _channelwise(problem, "scale_sums", first, end - first, sums, problem.weights, modulations, np.int32(factors),
+                         out, threads=(end - first) * channels)  # fmt: skip
+            continue
+        for g, weights in enumerate(flat):
+            _of_group(out[first:end], g, len(flat))[...] = sums[g] @ weights
+    return out
+
+
 def kpconv(problem):
     """(M, Cout)"""
-    weights, groups = problem.weights, problem.groups
-    out = cupy.empty((len(problem.queries), weights.shape[-1]), problem.features.dtype)
-    flat = [cupy.ascontiguousarray(_of_group(weights, g, groups)).reshape(-1, weights.shape[-1] // groups)
-            for g in range(groups)]  # fmt: skip
-    for first, end, sums in _aggregated(problem):
-        for g in range(groups):
-            _of_group(out[first:end], g, groups)[...] = sums[g] @ flat[g]
-    return out
+    weights, groups, flat = problem.weights, problem.groups, None
+    if weights.ndim == 3:
+        flat = [cupy.ascontiguousarray(_of_group(weights, g, groups)).reshape(-1, weights.shape[-1] // groups)
+                for g in range(groups)]  # fmt: skip
+    return _convolved(problem, flat, len(problem.queries), weights.shape[-1])
 
 
 def kpconv_grad_features(problem, transposed_index, transposed_row_splits, grad_out):
     """(N, Cin)"""
-    weights, groups = problem.weights, problem.groups
-    grads = cupy.empty(problem.features.shape, problem.features.dtype)
-    flat = [cupy.ascontiguousarray(_of_group(weights, g, groups).transpose(0, 2, 1)).reshape(-1, weights.shape[1])
-            for g in range(groups)]  # fmt: skip
-    for first, end, sums in _aggregated(problem, (transposed_index, transposed_row_splits, grad_out)):
-        for g in range(groups):
-            _of_group(grads[first:end], g, groups)[...] = sums[g] @ flat[g]
+    weights, groups, flat = problem.weights, problem.groups, None
+    if weights.ndim == 3:
+        flat = [cupy.ascontiguousarray(_of_group(weights, g, groups).transpose(0, 2, 1)).reshape(-1, weights.shape[1])
+                for g in range(groups)]  # fmt: skip
+    transposed = transposed_index, transposed_row_splits, grad_out
+    return _convolved(problem, flat, *problem.features.shape, transposed)
+
+
+def kpconv_grads(problem, grad_out, needs):
+    """{name: gradient} of those of all but the features that are in `needs`"""
+    grads, needs, factors = {}, set(needs), problem.factors
+    if "weights" in needs or (factors > 1 and "modulations" in needs):
+        grads |= _kpconv_grads_of_sums(problem, grad_out, needs)
+    if needs - {"weights"} - ({"modulations"} if factors > 1 else set()):
+        grads |= _kpconv_grads_of_places(problem, grad_out, needs - set(grads))
     return grads
 
 
-def _kpconv_grad_weights(problem, grad_out):
-    """(K, Cin / groups, Cout)"""
-    groups, (kernels, height, columns) = problem.groups, problem.weights.shape
-    parts = [cupy.zeros((kernels * height, columns // groups), problem.features.dtype) for _ in range(groups)]
+def _kpconv_grads_of_sums(problem, grad_out, needs):
+    weights, groups, dtype = problem.weights, problem.groups, problem.features.dtype
+    channelwise, factors, grads = weights.ndim == 2, problem.factors, {}
+    columns = weights.shape[-1] // groups
+    parts = [cupy.zeros((weights.size // weights.shape[-1], columns), dtype) for _ in range(groups)]
+    if channelwise:
+        parts = [cupy.zeros(weights.size, dtype)]
+    if factors > 1 and "modulations" in needs:
+        grads["modulations"] = cupy.empty_like(problem.modulations)
     for first, end, sums in _aggregated(problem):
+        rows = end - first
+        if "modulations" in grads:
+            _channelwise(problem, "factors_grad", first, rows, sums, weights, grad_out, np.int32(factors),
+                         grads["modulations"], threads=rows * len(weights) * factors)  # fmt: skip
+        if "weights" not in needs:
+            continue
+        if channelwise:
+            products = cupy.empty((rows, weights.size), dtype)
+            _channelwise(problem, "weights_products", first, rows, sums, grad_out,
+                         problem.modulations if factors > 1 else cupy.empty(0, dtype), np.int32(factors), products,
+                         threads=products.size)  # fmt: skip
+            parts[0] += sum_rows(products, problem.threads)
+            continue
         for g in range(groups):
             parts[g] += sums[g].T @ _of_group(grad_out[first:end], g, groups)
-    return cupy.concatenate(parts, axis=1).reshape(kernels, height, columns)
+    if "weights" in needs:
+        grads["weights"] = (parts[0] if channelwise else cupy.concatenate(parts, axis=1)).reshape(*weights.shape)
+    return grads
+
+
+def _kpconv_grads_of_places(problem, grad_out, needs):
+    points, queries, features, weights = problem.points, problem.queries, problem.features, problem.weights
+    (n, dimension), kernels, groups = points.shape, len(problem.kernel_points), problem.groups
+    geometry, number, channels = points.dtype.type, features.dtype, features.shape[1]
+    of_pairs, of_queries = cupy.empty((len(problem.index), dimension), points.dtype), cupy.empty_like(queries)
+    of_offsets = cupy.empty((len(queries), kernels, dimension), points.dtype)
+    of_modulations = cupy.empty((len(queries), kernels), number)
+    nothing, scale = cupy.empty(0, number), _queries_scale(problem)
+    for first, rows in _portions(problem, len(queries), channels):
+        products = cupy.empty((groups, rows, kernels * channels // groups), number)
+        if weights.ndim == 2:
+            _launch(_kpconv_kernels(problem), "grad_products", products.size, np.int64(first), np.int64(rows),
+                    np.int32(kernels), np.int32(channels), weights, grad_out, products)  # fmt: skip
+        else:
+            for g in range(groups):
+                flat = _of_group(weights, g, groups).transpose(2, 0, 1)
+                products[g] = _of_group(grad_out[first : first + rows], g, groups) @ cupy.ascontiguousarray(flat).reshape(
+                    flat.shape[0], -1
+                )
+        _launch(
+            _kpconv_kernels(problem), "place_grads", rows * _WARP, points, queries, problem.index, problem.row_splits,
+            features, np.int32(channels), problem.kernel_points, np.int32(kernels),
+            cupy.empty(0, points.dtype) if problem.offsets is None else problem.offsets,
+            np.int32(problem.offsets is not None), nothing if problem.modulations is None else problem.modulations,
+            np.int32(problem.modulations is not None), nothing if scale is None else scale, np.int32(scale is not None),
+            geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation), np.int32(groups),
+            np.int64(first), np.int64(rows), products, of_pairs, of_queries, of_offsets, of_modulations,
+        )  # fmt: skip
+    grads = {"queries": of_queries, "offsets": of_offsets, "modulations": of_modulations}
+    if "kernel_points" in needs:
+        of_kernel = sum_rows(of_offsets.reshape(len(queries), kernels * dimension), problem.threads)
+        grads["kernel_points"] = of_kernel.reshape(kernels, dimension)
+    if "points" in needs:
+        order, _, begins = _by_point(problem.index, problem.row_splits, n)
+        grads["points"] = cupy.empty_like(points)
+        _launch(_kpconv_kernels(problem), "sum_pairs", n * dimension, of_pairs, order, begins, np.int64(n), grads["points"])
+    return {name: grad for name, grad in grads.items() if name in needs}
 
 
 # ---- pooling

@@ -70,7 +70,7 @@ using namespace kp;
 // sums of queries [first, first + rows)
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const F* features, int channels, const G* kernel_points, int num_kernels,
-                                     const G* offsets, int offsets_of, const F* modulations, int modulations_of,
+                                     const G* offsets, int offsets_of, const F* modulations, int modulations_of, int factors,
                                      const F* query_scale, const F* point_scale, int scaled, G sign, G extent,
                                      int influence, int aggregation, int groups, int64_t first, int64_t rows, F* sums) {
   const Kernel kernel{kernel_points, offsets,     num_kernels,           offsets_of, sign,
@@ -91,7 +91,7 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
         F weight = F(0);
         if (choice == -1 || choice == k) {
           weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
-          if (modulations_of) weight *= modulations[(modulations_of == the_queries ? q : int64_t(i)) * num_kernels + k];
+          if (modulations_of && factors == 1) weight *= modulations[(modulations_of == the_queries ? q : int64_t(i)) * num_kernels + k];
           if (scaled == the_queries) weight *= query_scale[q];
           if (scaled == the_gathered) weight *= point_scale[i];
         }
@@ -105,10 +105,14 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
           for (unsigned rest = acting; rest; rest &= rest - 1) {
             const int source = __ffs(int(rest)) - 1;
             const F w = __shfl_sync(all_lanes, weight, source);
-            const F* const row = features + int64_t(__shfl_sync(all_lanes, i, source)) * channels;
+            const int64_t its = __shfl_sync(all_lanes, i, source);
+            const F* const row = features + its * channels;
+            const F* const own = modulations + (its * num_kernels + k) * factors;
             for (int j = 0; j < at_once; ++j) {
               const int c = from + j * warp + lane;
-              if (c < channels) sum[j] += w * row[c];
+              // Several factors of a kernel point are each for some channels; those of queries come after the sums.
+              if (c < channels)
+                sum[j] += modulations_of == the_gathered && factors > 1 ? w * own[c * factors / channels] * row[c] : w * row[c];
             }
           }
           for (int j = 0; j < at_once; ++j) {
@@ -140,5 +144,135 @@ extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_sp
       for (int64_t e = row_splits[q]; e < row_splits[q + 1]; ++e) count += positive[index[e]];
     }
     scale[q] = F(1) / F(count > 1 ? count : 1);
+  }
+}
+
+// Where every channel is its own group: out[q, c] = the sum over k of sums * weights, and * the factors of (q, k).
+extern "C" __global__ void scale_sums(const F* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                      const F* weights, const F* modulations, int factors, F* out) {
+  for (int64_t i = first_thread(); i < rows * channels; i += num_threads()) {
+    const int64_t r = i / channels, c = i % channels;
+    F sum = F(0);
+    for (int k = 0; k < num_kernels; ++k) {
+      const F product = sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c];
+      sum += factors > 1 ? product * modulations[((first + r) * num_kernels + k) * factors + c * factors / channels] : product;
+    }
+    out[(first + r) * channels + c] = sum;
+  }
+}
+
+// products[r, k, c] = sums * grad_out, and * the factors of (q, k): of which the sum over r is the weights' gradient.
+extern "C" __global__ void weights_products(const F* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                            const F* grad_out, const F* modulations, int factors, F* products) {
+  for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
+    const int64_t q = first + i / channels / num_kernels, k = i / channels % num_kernels, c = i % channels;
+    const F product = sums[i] * grad_out[q * channels + c];
+    products[i] = factors > 1 ? product * modulations[(q * num_kernels + k) * factors + c * factors / channels] : product;
+  }
+}
+
+// Of (q, k, f) the sum of sums * weights * grad_out over the channels of f.
+extern "C" __global__ void factors_grad(const F* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                        const F* weights, const F* grad_out, int factors, F* grads) {
+  const int width = channels / factors;
+  for (int64_t i = first_thread(); i < rows * num_kernels * factors; i += num_threads()) {
+    const int64_t r = i / factors / num_kernels, k = i / factors % num_kernels, f = i % factors;
+    F sum = F(0);
+    for (int64_t c = f * width; c < (f + 1) * width; ++c)
+      sum += sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c] * grad_out[(first + r) * channels + c];
+    grads[first * num_kernels * factors + i] = sum;
+  }
+}
+
+// products[r, k, c] = grad_out * weights, where every channel is its own group
+extern "C" __global__ void grad_products(int64_t first, int64_t rows, int num_kernels, int channels, const F* weights,
+                                         const F* grad_out, F* products) {
+  for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
+    const int64_t r = i / channels / num_kernels, k = i / channels % num_kernels, c = i % channels;
+    products[i] = weights[k * channels + c] * grad_out[(first + r) * channels + c];
+  }
+}
+
+// Gradients of where things are, from products (groups, rows, K, width) = grad_out W_k^T of queries [first, first +
+// rows): of_pairs (E, D), of the point of each pair; of_queries (M, D); of_offsets (M, K, D); of_modulations (M, K).
+extern "C" __global__ void place_grads(const G* points, const G* queries, const int32_t* index,
+                                       const int64_t* row_splits, const F* features, int channels,
+                                       const G* kernel_points, int num_kernels, const G* offsets, int offsets_of,
+                                       const F* modulations, int modulations_of, const F* query_scale, int scaled,
+                                       G extent, int influence, int aggregation, int groups, int64_t first,
+                                       int64_t rows, const F* products, G* of_pairs, G* of_queries, G* of_offsets,
+                                       F* of_modulations) {
+  const Kernel kernel{kernel_points, offsets,    num_kernels,            offsets_of, G(1),
+                      extent,        1 / extent, gaussian_scale(extent), influence,  aggregation};
+  const int lane = lane_number(), width = channels / groups;
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
+    G of_query[D] = {};
+    for (int64_t i = lane; i < num_kernels * D; i += warp) of_offsets[q * num_kernels * D + i] = G(0);
+    for (int64_t k = lane; k < num_kernels; k += warp) of_modulations[q * num_kernels + k] = F(0);
+    __syncwarp();
+    for (int64_t batch = begin; batch < end; batch += warp) {
+      const bool there = batch + lane < end;
+      const int32_t i = there ? index[batch + lane] : 0;
+      G relative[D], of_point[D] = {};
+      for (int a = 0; a < D; ++a) relative[a] = there ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
+      const int choice = there ? kernel.choice(relative, q, i) : -2;
+      for (int k = 0; k < num_kernels; ++k) {
+        const bool may = choice == -1 || choice == k;
+        const G d2 = may ? kernel.squared(relative, q, i, k) : G(0);
+        const bool acts = may && !(influence == linear && !(d2 < extent * extent));
+        const unsigned acting = __ballot_sync(all_lanes, acts);
+        if (!acting) continue;
+        F along = F(0);  // f_i . (grad W_k^T)
+        for (unsigned rest = acting; rest; rest &= rest - 1) {
+          const int source = __ffs(int(rest)) - 1;
+          const F* const row = features + int64_t(__shfl_sync(all_lanes, i, source)) * channels;
+          F product = F(0);
+          for (int c = lane; c < channels; c += warp)
+            product += row[c] * products[((c / width * rows + r) * num_kernels + k) * width + c % width];
+          for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
+          if (lane == source) along = product;
+        }
+        if (scaled) along *= query_scale[q];
+        F of_modulation = acts ? F(kernel.weight(d2)) * along : F(0);
+        if (modulations_of) along *= modulations[q * num_kernels + k];
+        G slope = G(0);
+        if (acts && influence == linear) slope = linear_slope(d2, kernel.inverse_extent);
+        if (acts && influence == gaussian) slope = 2 * kernel.scale * kernel.weight(d2);
+        G move[D];
+        for (int a = 0; a < D; ++a) {
+          G p = kernel_points[k * D + a];
+          if (offsets_of) p = p + offsets[(q * num_kernels + k) * D + a];
+          move[a] = G(along) * slope * (relative[a] - p);
+          of_point[a] += move[a];
+        }
+        for (int bit = warp / 2; bit; bit /= 2) {
+          of_modulation += __shfl_xor_sync(all_lanes, of_modulation, bit);
+          for (int a = 0; a < D; ++a) move[a] += __shfl_xor_sync(all_lanes, move[a], bit);
+        }
+        if (lane == 0) {
+          of_modulations[q * num_kernels + k] += of_modulation;
+          for (int a = 0; a < D; ++a) of_offsets[(q * num_kernels + k) * D + a] -= move[a];
+        }
+      }
+      for (int a = 0; a < D; ++a) {
+        if (there) of_pairs[(batch + lane) * D + a] = of_point[a];
+        of_query[a] -= of_point[a];
+      }
+    }
+    for (int a = 0; a < D; ++a) {
+      for (int bit = warp / 2; bit; bit /= 2) of_query[a] += __shfl_xor_sync(all_lanes, of_query[a], bit);
+      if (lane == 0) of_queries[q * D + a] = of_query[a];
+    }
+  }
+}
+
+// of_points[i] = the sum over the pairs of point i, in their order
+extern "C" __global__ void sum_pairs(const G* of_pairs, const int64_t* order, const int64_t* begins, int64_t num_points,
+                                     G* of_points) {
+  for (int64_t i = first_thread(); i < num_points * D; i += num_threads()) {
+    G sum = G(0);
+    for (int64_t at = begins[i / D]; at < begins[i / D + 1]; ++at) sum += of_pairs[order[at] * D + i % D];
+    of_points[i] = sum;
   }
 }

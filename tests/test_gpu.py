@@ -200,15 +200,20 @@ def test_transpose(longer):
 
 
 def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, *, channels=(6, 4), groups=1, deformed=False,
-                   influence=0, aggregation=0, normalization=0, num=70, seed=0):  # fmt: skip
+                   influence=0, aggregation=0, normalization=0, num=70, seed=0, depthwise=False, factors=1):  # fmt: skip
     case = clouds.random_case(num, 37, dim, geometry, seed, cin=channels[0], cout=channels[1], feature_type=features)
     index, splits, _ = case.csr()
     rng, kernels = np.random.default_rng(seed), len(case.kernel_points)
     offsets = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry) if deformed else None
     modulations = rng.uniform(0, 2, (37, kernels)).astype(features) if deformed else None
     weights = case.weights[:, : channels[0] // groups].copy()
+    grad = case.grad
+    if depthwise:
+        weights, grad = weights[:, :, 0].copy(), rng.normal(size=(37, channels[0])).astype(features)
+    if factors > 1:
+        modulations = rng.uniform(0, 2, (37, kernels, factors)).astype(features)
     return Problem(case.points, case.queries, index, splits, case.features, weights, case.kernel_points, offsets,
-                   modulations, case.extent, influence, aggregation, normalization, groups, 1, 1), case.grad  # fmt: skip
+                   modulations, case.extent, influence, aggregation, normalization, groups, factors, 1), grad  # fmt: skip
 
 
 KPCONVS = {
@@ -221,7 +226,14 @@ KPCONVS = {
     "groups": {"groups": 2, "channels": (140, 4)},
     "plane": {"dim": 2, "geometry": np.float64},
     "float64": {"features": np.float64, "channels": (1, 3)},
+    "depthwise": {"depthwise": True, "deformed": True},
+    "attention": {"depthwise": True, "factors": 3, "aggregation": 1},
 }
+
+
+def paired(expected, got):
+    assert expected.keys() == got.keys()
+    return [(expected[name], got[name]) for name in expected]
 
 
 @pytest.mark.parametrize("sums_bytes", [32 << 20, 5000])
@@ -230,16 +242,21 @@ def test_kpconv(name, sums_bytes, monkeypatch):
     monkeypatch.setattr(_gpu, "_SUMS_BYTES", sums_bytes)
     problem, grad = kpconv_problem(**KPCONVS[name])
     device = Problem(*map(to_device, problem))
-    tolerance = 2e-5 if problem.features.dtype == np.float32 else 1e-10
     transposed = _cpu.transpose(problem.index, problem.row_splits, None, len(problem.points), 1)[:2]
+    needs = {"weights", "points", "queries", "kernel_points"} if problem.factors == 1 else {"weights", "modulations"}
+    if problem.offsets is not None:
+        needs |= {"offsets", "modulations"}
     for expected, got in (
         (_cpu.kpconv(problem), _gpu.kpconv(device)),
         (_cpu.kpconv_grad_features(problem, *transposed, grad),
          _gpu.kpconv_grad_features(device, *map(to_device, (*transposed, grad)))),
-        (_cpu.kpconv_grads(problem, grad, {"weights"})["weights"], _gpu._kpconv_grad_weights(device, to_device(grad))),
+        *((theirs, ours) for names in ({"weights"}, needs, needs - {"weights"}, {"points"} & needs)
+          for theirs, ours in paired(_cpu.kpconv_grads(problem, grad, names),
+                                     _gpu.kpconv_grads(device, to_device(grad), names))),
     ):  # fmt: skip
         got = got.get()
         assert got.dtype == expected.dtype and got.shape == expected.shape
+        tolerance = 1e-10 if expected.dtype == problem.features.dtype == np.float64 else 2e-5
         assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
