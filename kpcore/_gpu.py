@@ -88,7 +88,9 @@ class Index:
 
     def _cells(self, cell):
         n, axes = self.num_points, min(3, self.points.shape[1])
-        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits of a table with two cells for each point, or more
+        total = max(
+            axes, min(27, int(2 * n - 1).bit_length())
+        )  # bits of a table with two cells for each point, or more
         bits = [(total + axes - 1 - a) // axes if a < axes else 0 for a in range(3)]
         settings = np.float64(1 / cell), *map(np.int32, bits)
         keys = cupy.empty(n, np.int32)
@@ -139,6 +141,9 @@ def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sor
     splits = cupy.zeros(num_queries + 1, np.int64)
     if not index.num_points or not num_queries:
         return splits, cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
+    if max_neighbors is not None and not count_only:
+        return _nearest_within(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
+                               return_distances, check_room)  # fmt: skip
     kernels, warps = index.kernels(metric), num_queries * _WARP
     arguments = index._queries(queries, queries_row_splits, radius, ignore)
     most = np.int64(index.num_points if max_neighbors is None else max_neighbors)
@@ -154,6 +159,19 @@ def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sor
     _launch(kernels, "radius_fill", warps, *arguments, splits, np.int32(sort), found, distance,
             np.int32(return_distances or by_distance))  # fmt: skip
     return splits, found, distance if return_distances else None
+
+
+def _nearest_within(index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances,
+                    check_room):  # fmt: skip
+    """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
+    tree = index if index.cell is None else Index(index.points, index.row_splits, None, None)
+    counts, found, distance = knn_search(tree, queries, queries_row_splits, radius, most, sort or 1, metric, ignore, True,
+                                         check_room, None)  # fmt: skip
+    splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
+    packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, index.dtype)
+    _launch(_module("lists.cu", (("KP_T", _CTYPES[index.dtype]),)), "pack_rows", found.size, found, distance, np.int64(most),
+            splits, np.int64(len(counts)), packed, packed_distance, np.int32(return_distances))  # fmt: skip
+    return splits, packed, packed_distance if return_distances else None
 
 
 def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
@@ -228,6 +246,20 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
         _launch(kernels, f"elect_{labels.dtype.name}_t", voxels, labels[by_voxel], begins, np.int64(voxels),
                 np.int32(ignore_label is not None), np.int64(ignore_label or 0), out_labels)  # fmt: skip
     return out_points, out_features, out_labels, out_splits, inverse, counts, nearest
+
+
+def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, threads):
+    """(N, C)"""
+    (n, columns), grads = features.shape, cupy.empty_like(features)
+    kernels = _rows_kernels(features.dtype, 3)
+    if feature == 1:
+        begins = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts, dtype=np.int64)])
+        _launch(kernels, "give_to_maxima", grad_out.size, features, np.int64(columns), cupy.argsort(inverse), begins,
+                np.int64(len(counts)), grad_out, grads)  # fmt: skip
+    else:
+        _launch(kernels, "give_rows", grads.size, inverse, counts, cupy.empty(0, np.int32) if nearest is None else nearest,
+                np.int32(feature == 2), grad_out, np.int64(n), np.int64(columns), grads)  # fmt: skip
+    return grads
 
 
 def _rows_kernels(dtype, dimension):
@@ -414,9 +446,9 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
         else:
             for g in range(groups):
                 flat = _of_group(weights, g, groups).transpose(2, 0, 1)
-                products[g] = _of_group(grad_out[first : first + rows], g, groups) @ cupy.ascontiguousarray(flat).reshape(
-                    flat.shape[0], -1
-                )
+                products[g] = _of_group(grad_out[first : first + rows], g, groups) @ cupy.ascontiguousarray(
+                    flat
+                ).reshape(flat.shape[0], -1)
         _launch(
             _kpconv_kernels(problem), "place_grads", rows * _WARP, points, queries, problem.index, problem.row_splits,
             features, np.int32(channels), problem.kernel_points, np.int32(kernels),
@@ -433,7 +465,9 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
     if "points" in needs:
         order, _, begins = _by_point(problem.index, problem.row_splits, n)
         grads["points"] = cupy.empty_like(points)
-        _launch(_kpconv_kernels(problem), "sum_pairs", n * dimension, of_pairs, order, begins, np.int64(n), grads["points"])
+        _launch(
+            _kpconv_kernels(problem), "sum_pairs", n * dimension, of_pairs, order, begins, np.int64(n), grads["points"]
+        )
     return {name: grad for name, grad in grads.items() if name in needs}
 
 
@@ -475,7 +509,16 @@ def unpool(choice, grad_out, num_rows, threads):
     """(num_rows, C)"""
     channels, kernels = grad_out.shape[1], _pooling_kernels(grad_out.dtype)
     keys, grads = cupy.empty(choice.size, np.int64), cupy.empty((num_rows, channels), grad_out.dtype)
-    _launch(kernels, "chosen_values", choice.size, choice, np.int64(choice.size), np.int64(channels), np.int64(num_rows), keys)
+    _launch(
+        kernels,
+        "chosen_values",
+        choice.size,
+        choice,
+        np.int64(choice.size),
+        np.int64(channels),
+        np.int64(num_rows),
+        keys,
+    )
     order = cupy.argsort(keys)
     _launch(kernels, "sum_chosen", grads.size, keys[order], order, np.int64(choice.size), grad_out, np.int64(grads.size),
             grads)  # fmt: skip
@@ -597,7 +640,9 @@ def dropout(features, rate, seed, threads):
 def softmax(features, threads):
     """(N, C)"""
     (rows, columns), out = features.shape, cupy.empty_like(features)
-    _launch(_rows_of(features), "softmax", rows * _WARP * (columns > 0), features, np.int64(rows), np.int64(columns), out)
+    _launch(
+        _rows_of(features), "softmax", rows * _WARP * (columns > 0), features, np.int64(rows), np.int64(columns), out
+    )
     return out
 
 
@@ -730,7 +775,16 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
     """(grad_features (N, C), grad_scale (C,), grad_shift (C,)), None for those that are not needed"""
     (rows, columns), kernels, dtype = features.shape, _rows_of(features), features.dtype
     items, groups = len(row_splits) - 1, mean.shape[1]
-    of_items = row_splits, np.int32(items), scale, shift, mean, inverse_std, np.int64(groups), dtype.type(negative_slope)
+    of_items = (
+        row_splits,
+        np.int32(items),
+        scale,
+        shift,
+        mean,
+        inverse_std,
+        np.int64(groups),
+        dtype.type(negative_slope),
+    )
     slant, level = cupy.zeros((items, groups), dtype), cupy.zeros((items, groups), dtype)
     grads = [None, None, None]
     if scale_needed or shift_needed or not is_given:

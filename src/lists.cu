@@ -27,3 +27,17 @@ extern "C" __global__ void begins_of_keys(const int32_t* keys, int64_t num_keys,
     begins[k] = low;
   }
 }
+
+#ifdef KP_T
+// Rows of `width`, of which the bounds say how much is there, one after the other.
+extern "C" __global__ void pack_rows(const int32_t* index, const KP_T* distance, int64_t width,
+                                     const int64_t* row_splits, int64_t num_rows, int32_t* to, KP_T* to_distance,
+                                     int has_distances) {
+  for (int64_t i = first_thread(); i < num_rows * width; i += num_threads()) {
+    const int64_t row = i / width, at = row_splits[row] + i % width;
+    if (at >= row_splits[row + 1]) continue;
+    to[at] = index[i];
+    if (has_distances) to_distance[at] = distance[i];
+  }
+}
+#endif

@@ -192,3 +192,29 @@ __device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels
 KP_ELECT(uint8_t)
 KP_ELECT(int32_t)
 KP_ELECT(int64_t)
+
+// ---- gradient of features
+
+// A point's share of the gradient of its voxel's mean, or, with `nearest`, the whole of it or nothing.
+extern "C" __global__ void give_rows(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
+                                     int to_nearest, const T* grad_out, int64_t num_points, int64_t columns, T* grads) {
+  for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
+    const int64_t point = i / columns, v = inverse[point];
+    const T given = grad_out[v * columns + i % columns];
+    grads[i] = !to_nearest ? given / T(counts[v]) : nearest[v] == point ? given : T(0);
+  }
+}
+
+// The point that has the maximum of each voxel and column gets its gradient, the others nothing. `order`: points by
+// voxel.
+extern "C" __global__ void give_to_maxima(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                          int64_t num_voxels, const T* grad_out, T* grads) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns;
+    int64_t has = order[begins[v]];
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at)
+      if (exceeds(rows[order[at] * columns + c], rows[has * columns + c])) has = order[at];
+    for (int64_t at = begins[v]; at < begins[v + 1]; ++at)
+      grads[order[at] * columns + c] = order[at] == has ? grad_out[i] : T(0);
+  }
+}

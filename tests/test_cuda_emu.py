@@ -74,7 +74,9 @@ y[i] = lane == 0 ? v : lane == 1 ? (odd == 0xaaaaaaaau) : lane == 2 ? before : l
     ).reshape(-1, 32)
     x = np.arange(N).reshape(-1, 32)
     assert np.array_equal(y[:, 0], x.sum(1))
-    assert np.array_equal(y[:, 1:7], np.stack([x[:, 0] * 0 + 1, x[:, 1], x[:, 4], x[:, 0] * 0 + 8] + [x[:, 0] * 0 + 1, x[:, 0] * 0], 1))
+    assert np.array_equal(
+        y[:, 1:7], np.stack([x[:, 0] * 0 + 1, x[:, 1], x[:, 4], x[:, 0] * 0 + 8] + [x[:, 0] * 0 + 1, x[:, 0] * 0], 1)
+    )
 
 
 def test_half_a_warp_may_meet_on_its_own(mode):
@@ -103,8 +105,10 @@ y[i] = s[127 - t] + many;"""), shared_mem=512, **mode)  # fmt: skip
 
 def test_blocks_and_grids_of_three_axes(mode):
     y = np.zeros(24, np.int32)
-    source = 'extern "C" __global__ void k(int* y) {\n' \
-             "y[((blockIdx.y * 3 + threadIdx.z) * 2 + threadIdx.y) * 2 + threadIdx.x] = blockIdx.y * 100 + threadIdx.z * 10 + threadIdx.y; }"
+    source = (
+        'extern "C" __global__ void k(int* y) {\n'
+        "y[((blockIdx.y * 3 + threadIdx.z) * 2 + threadIdx.y) * 2 + threadIdx.x] = blockIdx.y * 100 + threadIdx.z * 10 + threadIdx.y; }"
+    )
     Module(source, **mode).get_function("k")((1, 2), (2, 2, 3), (y,))
     assert y.reshape(2, 3, 2, 2).tolist() == [
         [[[b * 100 + z * 10 + r] * 2 for r in range(2)] for z in range(3)] for b in range(2)

@@ -341,7 +341,9 @@ def test_inverse_distance_weights(power, dtype):
     distance = np.sort(rng.random(splits[-1])).astype(np.float64)
     distance[: splits[3]] = 0
     arguments = distance, splits, power, np.dtype(dtype)
-    check_close(_gpu.inverse_distance_weights(*map(to_device, arguments), 1), _cpu.inverse_distance_weights(*arguments, 1))
+    check_close(
+        _gpu.inverse_distance_weights(*map(to_device, arguments), 1), _cpu.inverse_distance_weights(*arguments, 1)
+    )
 
 
 # ---- rows
@@ -421,7 +423,9 @@ def test_normalisation(groups, splits, dtype):
     features[:, 3] += 100
     scale, shift = rng.uniform(0.5, 2, (2, 6)).astype(dtype)
     mean, variance = _cpu.moments(features, splits, groups, 1)
-    for got, expected in zip(_gpu.moments(to_device(features), to_device(splits), groups, 1), (mean, variance), strict=True):
+    for got, expected in zip(
+        _gpu.moments(to_device(features), to_device(splits), groups, 1), (mean, variance), strict=True
+    ):
         check_close(got, expected)
     inverse = 1 / np.sqrt(variance + 1e-5)
     given = features, splits, scale, shift, mean, inverse
@@ -453,3 +457,48 @@ def test_cross_entropy(label_type, dtype):
             module.cross_entropy(place(logits), place(labels), None, None, 0, False, 1)
     labels[:] = 3
     check_close(_gpu.cross_entropy(to_device(logits), to_device(labels), 3, None, 0, False, 1), np.zeros((), dtype))
+
+
+# ---- the rest
+
+
+@both_kinds
+@pytest.mark.parametrize("sort", [1, 2])
+@pytest.mark.parametrize("most", [0, 1, 7, 40])
+def test_the_nearest_within_a_radius(most, sort, kind):
+    points, radius = clouds.nasty("lattice_ties", num=150)
+    expected = kp.radius_search(points, None, radius, max_neighbors=most, sort=(None, "index", "distance")[sort],
+                                return_distances=True)  # fmt: skip
+    index = _gpu.Index(to_device(points), to_device(np.array([0, len(points)])), radius if kind == "cells" else None, 1)
+    got = _gpu.radius_search(index, None, None, radius, most, sort, 0, 0, True, False, no_limit, 1)
+    pairs = expected.num_pairs
+    assert_same_bits(got[0].get(), expected.row_splits)
+    assert_same_bits(got[1].get()[:pairs], expected.index)
+    assert_same_bits(got[2].get()[:pairs], expected.distance)
+
+
+@real_types
+@pytest.mark.parametrize("feature", range(3))
+def test_grid_subsample_gradient(feature, dtype):
+    points, radius = clouds.nasty("duplicates", num=150)
+    rng = np.random.default_rng(0)
+    features = rng.integers(0, 5, (150, 3)).astype(dtype)
+    settings = np.full(3, 2 * radius, np.float32), np.zeros(3, np.float32), 0, feature, feature == 2, None
+    *_, inverse, counts, nearest = _cpu.grid_subsample(points, features, None, np.array([0, len(points)]), *settings, 1)
+    grad = rng.normal(size=(len(counts), 3)).astype(dtype)
+    check_rows("grid_subsample_grad", features, inverse, counts, nearest, feature, grad, exactly=True)
+
+
+def test_the_names_and_arguments_of_the_cpu():
+    """All of _cpu.pyi but what has no meaning there."""
+    import ast
+
+    text = ast.parse(Path(_gpu.__file__).with_name("_cpu.pyi").read_text())
+    cpu = {f.name: [a.arg for a in f.args.args] for f in text.body if isinstance(f, ast.FunctionDef)}
+    of_the_cpu_alone = {"fma_rate", "has_openmp", "isa", "isas", "kernel_points", "lloyd", "pause_threads", "set_isa",
+                        "version", "xla_arrays"}  # fmt: skip
+    missing = {name for name in cpu if not hasattr(_gpu, name)} - of_the_cpu_alone
+    assert missing == {"farthest_points"}  # not written yet
+    for name in set(cpu) - missing - of_the_cpu_alone:
+        code = getattr(_gpu, name).__code__
+        assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name

@@ -93,7 +93,9 @@ class Kernel:
         if min(*grid, *block) < 1 or np.prod(block) > 1024 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
             raise ValueError(f"{self.name}: no GPU has a grid {grid} of blocks {block}")
         if shared_mem + self.module.library.emu_static_shared() > 48 << 10:
-            raise ValueError(f"{self.name}: expected at most 48 KiB of shared memory, got {shared_mem} bytes of it dynamic")
+            raise ValueError(
+                f"{self.name}: expected at most 48 KiB of shared memory, got {shared_mem} bytes of it dynamic"
+            )
         scalars, arrays = [], []
         for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
             if parameter.startswith("*"):
@@ -130,7 +132,9 @@ class Kernel:
     def _scalar(self, place, value, parameter):
         """CuPy passes what it gets, a Python int as 64 bits: so no int here, but a NumPy number of the right type."""
         kind, size = _kind(parameter)
-        if not isinstance(value, np.generic) or (kind != "v" and (_letter(value.dtype), value.dtype.itemsize) != (kind, size)):
+        if not isinstance(value, np.generic) or (
+            kind != "v" and (_letter(value.dtype), value.dtype.itemsize) != (kind, size)
+        ):
             raise TypeError(
                 f"{self.name}: argument {place}: expected a NumPy scalar {kind}{size}, got {type(value).__name__}"
             )
