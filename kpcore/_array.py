@@ -1,13 +1,21 @@
-"""Checks that every public function makes: what came must be an array of the named dimensions and an allowed dtype."""
+"""Checks that every public function makes: what came must be an array of the named dimensions and an allowed dtype.
+
+And where it is: NumPy's arrays are computed with by `_cpu`, CuPy's by `_gpu`, which has the same functions. CuPy is looked
+for only among the modules that are there already: who has an array of CuPy has imported it.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import numbers
 import operator
+import sys
 
 import numpy as np
+
+from kpcore import _cpu
 
 Array = np.ndarray  # or an autodiff.Tensor, where a function is differentiable; adapters read this name, see ops.py
 REAL = (np.dtype(np.float32), np.dtype(np.float64))
@@ -22,11 +30,12 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     """The array, C-contiguous and aligned; an error unless it has the given dimensions and dtype.
 
     `shape` is a string of dimension names ("N D"). `sizes` maps those already seen to (size, name of the array that set
-    it); the others are added, so that all arrays of a call agree. `like` is another (name, array) whose dtype this one
-    must share.
+    it); the others are added, so that all arrays of a call agree; under "device" also on where they are. `like` is
+    another (name, array) whose dtype this one must share.
     """
-    if type(value) is not np.ndarray:
-        _check_class(name, value)
+    where = "cpu" if type(value) is np.ndarray else _device(name, value)
+    if sizes.setdefault("device", (where, name))[0] != where:
+        raise _wrong_device(name, where, *sizes["device"])
     dimensions, dtype = shape.split(), value.dtype
     agree = value.ndim == len(dimensions)
     for size, d in zip(value.shape, dimensions, strict=False):
@@ -45,15 +54,81 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
             f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
             f"convert it with {name}.astype({like[0]}.dtype)"
         )
+    return contiguous(value)
+
+
+def contiguous(value):
+    """C-contiguous and aligned, as kernels want an array that was checked before."""
     flags = value.flags
-    return value if flags.c_contiguous and flags.aligned else np.require(value, None, ("C", "A"))
+    if flags.c_contiguous and (not isinstance(value, np.ndarray) or flags.aligned):
+        return value
+    return np.require(value, None, ("C", "A")) if isinstance(value, np.ndarray) else namespace(value).ascontiguousarray(value)
 
 
-def _check_class(name, value):
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}; convert it with numpy.asarray")
+def _device(name, value):
+    """"cpu", or the number of the GPU, which must be the current one."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled")
+    if isinstance(value, np.ndarray):
+        return "cpu"
+    if not is_array(value):
+        raise TypeError(
+            f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; convert it with numpy.asarray"
+        )
+    device, current = value.device.id, sys.modules["cupy"].cuda.Device().id
+    if device != current:
+        raise ValueError(
+            f"{name}: expected an array on the current GPU {current}, got one on GPU {device}; "
+            f"call within `with {name}.device:`"
+        )
+    return device
+
+
+def _wrong_device(name, where, other, of):
+    kinds = ("NumPy", "CuPy") if other == "cpu" else ("CuPy", "NumPy")
+    move = f"cupy.asnumpy({name})" if other == "cpu" else f"cupy.asarray({name})"
+    return TypeError(
+        f"{name}: expected a {kinds[0]} array, because {of} is one, got a {kinds[1]} array; nothing is moved between "
+        f"devices by itself, move it with {move}"
+    )
+
+
+def is_array(value):
+    """Whether it is an array of NumPy or CuPy."""
+    if isinstance(value, np.ndarray):
+        return True
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def backend(value):
+    """The module with the kernels for such an array: `_cpu`, or `_gpu`, which has the same names and arguments."""
+    return _cpu if isinstance(value, (np.ndarray, np.generic)) else _gpu()
+
+
+@functools.cache
+def _gpu():
+    return importlib.import_module("kpcore._gpu")
+
+
+def namespace(value):
+    """numpy or cupy: what makes other arrays where this one is."""
+    return np if isinstance(value, np.ndarray) else sys.modules["cupy"]
+
+
+def on_host(value):
+    """A NumPy array or number of what may be on the GPU; waits for it there."""
+    return value.get() if not isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def as_array(value):
+    """An array for the scalar that NumPy's arithmetic makes of an array without axes; everything else as it is."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def like(array, values):
+    """What a host knows, where that array is."""
+    return np.asarray(values) if isinstance(array, np.ndarray) else namespace(array).asarray(values)
 
 
 def _wrong_shape(name, value, dimensions, sizes):
@@ -76,18 +151,32 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
     return value
 
 
-def splits_array(name, value, rows, of):
-    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item."""
+def splits_array(name, value, rows, of, sizes, *, known=False):
+    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item.
+
+    Waits for the GPU to look at them, unless they are `known` to be good.
+    """
     if value is None:
-        return np.array([0, rows], np.int64)
-    value = array(name, value, "B+1", SPLITS, {})
+        return whole(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
+    value = array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
+    if not known:
+        check_splits(name, on_host(value), rows, of)
+    return value
+
+
+def whole(rows, xp):
+    """The bounds of a single item, in NumPy or CuPy."""
+    return xp.arange(0, 2 * rows, rows, np.int64) if rows else xp.zeros(2, np.int64)  # one launch, and no copy to a GPU
+
+
+def check_splits(name, value, rows, of):
+    """An error unless they are bounds of so many rows, as `splits_array` wants them."""
     if not len(value) or value[0] != 0 or value[-1] != rows:
         ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
         raise ValueError(f"{name}: expected values from 0 to {rows} to match {of}, got {ends}")
     if np.any(value[1:] < value[:-1]):
         at = int(np.argmax(value[1:] < value[:-1]))
         raise ValueError(f"{name}: expected values that never fall, got {value[at]} then {value[at + 1]} at {at}")
-    return value
 
 
 def length(name, value, dtype):
@@ -110,9 +199,17 @@ def _square_fits(number, dtype):
     return 2 * limits.tiny <= square <= limits.max
 
 
+def device_of(named):
+    """What `sizes` says of the device of an array, given as (its name, the array)."""
+    name, value = named
+    return {"device": ("cpu" if type(value) is np.ndarray else _device(name, value), name)}
+
+
 def lengths(name, value, rows, like):
-    """An array (M,) of lengths, each as `length` wants it, of the dtype of `like`, (its name, the array)."""
-    value = array(name, value, "M", REAL, {"M": (rows, "the queries")}, like=like)
+    """An array (M,) of lengths, each as `length` wants it, of the dtype of `like`, (its name, the array); twice, the
+    second time on the host."""
+    given = array(name, value, "M", REAL, {"M": (rows, "the queries")} | device_of(like), like=like)
+    value = on_host(given)
     limits = np.finfo(value.dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bad = ~((value > 0) & (value * value >= 2 * limits.tiny) & (value * value <= limits.max))
@@ -121,7 +218,7 @@ def lengths(name, value, rows, like):
         raise ValueError(
             f"{name}: expected numbers above zero whose squares {value.dtype} can hold, got {value[row]} in row {row}"
         )
-    return value
+    return given, value
 
 
 def number(name, value, dtype):
@@ -170,6 +267,7 @@ def not_finite(**arrays):
     for name, value in arrays.items():
         if value is None:
             continue
+        value = on_host(value)
         bad = ~np.isfinite(value).all(axis=1)
         if bad.any():
             row = int(np.argmax(bad))

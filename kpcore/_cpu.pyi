@@ -66,7 +66,13 @@ def grid_subsample_grad(
     threads: int,
 ) -> ndarray: ...
 def farthest_points(
-    points: ndarray, row_splits: ndarray, start: ndarray, out_row_splits: ndarray, method: int, threads: int
+    points: ndarray,
+    row_splits: ndarray,
+    start: ndarray,
+    out_row_splits: ndarray,
+    total: int,
+    method: int,
+    threads: int,
 ) -> ndarray: ...
 def neighbor_reduce(
     features: ndarray,
@@ -87,7 +93,9 @@ def neighbor_reduce_grad_weights(
 def segment_reduce(
     features: ndarray, row_splits: ndarray, reduction: int, empty: float, return_choice: bool, threads: int
 ) -> tuple[ndarray, ndarray | None]: ...
-def segment_reduce_grad(grad_out: ndarray, row_splits: ndarray, reduction: int, threads: int) -> ndarray: ...
+def segment_reduce_grad(
+    grad_out: ndarray, row_splits: ndarray, reduction: int, num_rows: int, threads: int
+) -> ndarray: ...
 def unpool(choice: ndarray, grad_out: ndarray, num_rows: int, threads: int) -> ndarray: ...
 def gather_rows(features: ndarray, index: ndarray, row_splits: ndarray | None, threads: int) -> ndarray: ...
 def inverse_distance_weights(
@@ -121,6 +129,7 @@ def fitting_loss_grad(
     extent: float,
     weight: float,
     nearest: ndarray,
+    grad_out: ndarray,
     return_offsets: bool,
     return_kernel_points: bool,
     threads: int,
@@ -134,6 +143,7 @@ def repulsion_loss_grad(
     extent: float,
     repulse_extent: float,
     weight: float,
+    grad_out: ndarray,
     return_offsets: bool,
     return_kernel_points: bool,
     threads: int,

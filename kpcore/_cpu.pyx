@@ -373,7 +373,7 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
 
 def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int sort, int metric, int ignore,
                bint return_distances, check_room, int threads):
-    """(counts (M,), index (M, k), distance (M, k) or None): the k nearest within the radius, which may be infinite"""
+    """(row_splits, index, distance or None): the k nearest within the radius, which may be infinite"""
     cdef Search args = search_arguments(index, queries, queries_row_splits, radius, k, sort, metric, ignore, threads)
     num_queries = index.num_points if queries is None else len(queries)
     check_room(num_queries * k, num_queries * k * (4 + return_distances * index.dtype.itemsize))
@@ -387,7 +387,12 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     with nogil:
         status = kernels().knn_search(args, to_index, to_distance, to_counts)
     raise_for(status)
-    return counts, found, distance
+    row_splits = np.zeros(num_queries + 1, np.int64)
+    np.cumsum(counts, out=row_splits[1:])
+    if row_splits[num_queries] == num_queries * k:
+        return row_splits, found.reshape(-1), None if distance is None else distance.reshape(-1)
+    there = np.arange(k) < counts[:, None]
+    return row_splits, found[there], None if distance is None else distance[there]
 
 
 def transpose(index, row_splits, distance, int64_t num_points, int threads):
@@ -476,7 +481,7 @@ def grid_subsample_grad(features, inverse, counts, nearest, int feature, grad_ou
     return grad_features
 
 
-def farthest_points(points, row_splits, start, out_row_splits, int method, int threads):
+def farthest_points(points, row_splits, start, out_row_splits, int64_t total, int method, int threads):
     """(S,) of the stacked points"""
     cdef FarthestPoints args
     args.points = view(points)
@@ -485,7 +490,7 @@ def farthest_points(points, row_splits, start, out_row_splits, int method, int t
     args.out_row_splits = view(out_row_splits)
     args.method = <Sampling>method
     args.threads = threads
-    index = np.empty(out_row_splits[-1], np.int32)
+    index = np.empty(total, np.int32)
     cdef int32_t* to = <int32_t*>cnp.PyArray_DATA(index)
     cdef Status status
     with nogil:
@@ -529,7 +534,8 @@ def neighbor_reduce_grad_weights(features, index, row_splits, int reduction, gra
     args.reduction = <Reduction>reduction
     args.empty = args.pad_value = args.width = 0
     args.threads = threads
-    grad_weights = np.empty(row_splits[-1], features.dtype)
+    grad_weights = np.empty(len(index), features.dtype)
+    grad_weights[row_splits[-1]:] = 0
     cdef Array given = view(grad_out), to = view(grad_weights)
     cdef Status status
     with nogil:
@@ -562,10 +568,10 @@ def segment_reduce(features, row_splits, int reduction, double empty, bint retur
     return out, choice
 
 
-def segment_reduce_grad(grad_out, row_splits, int reduction, int threads):
+def segment_reduce_grad(grad_out, row_splits, int reduction, int64_t num_rows, int threads):
     """(N, C) of a sum or mean"""
     cdef SegmentReduce args = segment_arguments(grad_out, row_splits, reduction, 0, threads)
-    grad_features = np.empty((row_splits[-1], grad_out.shape[1]), grad_out.dtype)
+    grad_features = np.empty((num_rows, grad_out.shape[1]), grad_out.dtype)
     cdef Array to = view(grad_features)
     cdef Status status
     with nogil:
@@ -745,9 +751,9 @@ def fitting_loss(points, queries, index, row_splits, kernel_points, offsets, dou
 
 
 def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, double extent, double weight, nearest,
-                      bint return_offsets, bint return_kernel_points, int threads):
+                      double grad_out, bint return_offsets, bint return_kernel_points, int threads):
     """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None)"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight, threads)
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight * grad_out, threads)
     args.points = view(points)
     args.queries = view(queries)
     args.index = view(index)
@@ -778,9 +784,10 @@ def repulsion_loss(kernel_points, offsets, double extent, double repulse_extent,
 
 
 def repulsion_loss_grad(kernel_points, offsets, double extent, double repulse_extent, double weight,
-                        bint return_offsets, bint return_kernel_points, int threads):
+                        double grad_out, bint return_offsets, bint return_kernel_points, int threads):
     """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None), the other kernel points held fixed"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight, threads)
+    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight * grad_out,
+                                                  threads)
     grad_offsets = np.empty_like(offsets) if return_offsets else None
     grad_kernel_points = np.empty_like(kernel_points) if return_kernel_points else None
     cdef DeformationGrads to

@@ -67,17 +67,22 @@ def _launch(module, name, threads, *arguments):
 
 
 class Index:
-    """Points in the order of their cells, or along a curve with boxes: see neighbors.cu."""
+    """Points in the order of their cells, or along a curve with boxes: see neighbors.cu. Made when first searched."""
+
+    crowding = 0.0  # of no interest here
 
     def __init__(self, points, row_splits, cell, threads):
         self.points, self.row_splits, self.cell = points, row_splits, cell
-        self.num_points, self.dtype, self.crowding = len(points), points.dtype, 0.0
-        if self.num_points:
-            self._arguments = self._boxes() if cell is None else self._cells(float(cell))
+        self.num_points, self.dtype = len(points), points.dtype
 
     def kernels(self, metric):
         defines = {"KP_T": _CTYPES[self.dtype], "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
         return _module("neighbors.cu", (*defines.items(), ("KP_TREE", int(self.cell is None))))
+
+    @functools.cached_property
+    def tree(self):
+        """The same points along a curve."""
+        return self if self.cell is None else Index(self.points, self.row_splits, None, None)
 
     def _located(self, order):
         words = (self.dtype.itemsize * self.points.shape[1] + 4) // 4
@@ -86,31 +91,32 @@ class Index:
         _launch(self.kernels(0), "locate", self.num_points, self.points, order, np.int64(self.num_points), located)
         return located
 
-    def _cells(self, cell):
+    @functools.cached_property
+    def _cells(self):
+        """(what kernels get of the index, whether a coordinate is not finite)"""
         n, axes = self.num_points, min(3, self.points.shape[1])
-        total = max(
-            axes, min(27, int(2 * n - 1).bit_length())
-        )  # bits of a table with two cells for each point, or more
+        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits of a table with a cell or two for each point
         bits = [(total + axes - 1 - a) // axes if a < axes else 0 for a in range(3)]
-        settings = np.float64(1 / cell), *map(np.int32, bits)
-        keys = cupy.empty(n, np.int32)
-        _launch(self.kernels(0), "cell_keys", n, self.points, np.int64(n), *settings, keys)
+        settings = np.float64(1 / self.cell), *map(np.int32, bits)
+        keys, problems = cupy.empty(n, np.int32), cupy.zeros(1, np.uint32)
+        _launch(self.kernels(0), "cell_keys", n, self.points, np.int64(n), *settings, keys, problems)
         order = cupy.argsort(keys)
         num_cells = 1 << sum(bits)
         starts = cupy.empty(num_cells + 1, np.int32)
         _launch(self.kernels(0), "cell_starts", num_cells + 1, keys[order], np.int32(n), np.int32(num_cells), starts)
-        return self._located(order), starts, *settings
+        return (self._located(order), starts, *settings), problems
 
+    @functools.cached_property
     def _boxes(self):
+        """(what kernels get of the index, whether a coordinate is not finite, where a query would lie on the curve)"""
         n, dimension = self.points.shape
         items = len(self.row_splits) - 1
-        bits = min(21, (63 - items.bit_length()) // min(3, dimension))
+        bits = np.int32(min(21, (63 - items.bit_length()) // min(3, dimension)))
         low, high = cupy.amin(self.points, 0), cupy.amax(self.points, 0)
-        keys = cupy.empty(n, np.int64)
+        keys, problems = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
         _launch(self.kernels(0), "curve_keys", n, self.points, np.int64(n), self.row_splits, np.int32(items), low, high,
-                np.int32(bits), keys)  # fmt: skip
+                bits, keys, problems)  # fmt: skip
         order = cupy.argsort(keys)
-        self._curve = keys[order], low, high, np.int32(bits)
         located = self._located(order)
         nodes = [-(-n // _WARP)]
         while nodes[-1] > _WARP:
@@ -122,70 +128,135 @@ class Index:
             _launch(self.kernels(0), "node_boxes", number * dimension, boxes[first : first + below], np.int32(below),
                     boxes[first + below : first + below + number])  # fmt: skip
             first += below
-        return located, boxes, np.int32(n)
+        return (located, boxes, np.int32(n)), problems, (keys[order], low, high, bits)
 
-    def _queries(self, queries, queries_row_splits, radius, ignore):
-        """What all kernels of a search begin with."""
+    def search(self, queries, queries_row_splits, radius, ignore):
+        """(what all kernels of a search begin with, whether a coordinate of the points is not finite)"""
+        of_index, problems = (self._boxes if self.cell is None else self._cells)[:2]
         if queries is None:
             queries, queries_row_splits = self.points, self.row_splits
         per_query = isinstance(radius, cupy.ndarray)
         radii = radius if per_query else cupy.full(1, radius, self.dtype)
-        return (*self._arguments, queries, np.int64(len(queries)), radii, np.int64(per_query), self.row_splits,
-                queries_row_splits, np.int32(len(queries_row_splits) - 1), np.int32(ignore))  # fmt: skip
+        return (*of_index, queries, np.int64(len(queries)), radii, np.int64(per_query), self.row_splits,
+                queries_row_splits, np.int32(len(queries_row_splits) - 1), np.int32(ignore)), problems  # fmt: skip
+
+    def has_nothing(self, queries):
+        """Whether there is nothing to search in, or for; an error if that nothing is searched for somewhere undefined."""
+        if self.num_points or queries is None:
+            return not self.num_points
+        if len(queries) and not bool(cupy.isfinite(queries).all()):
+            raise NotFinite
+        return True
+
+
+def _wait(*numbers):
+    """Arrays of one number each, on the host: what waits for the device, and so once a call at most."""
+    return cupy.concatenate([n.astype(np.int64) for n in numbers]).get().tolist()
+
+
+def _free_memory():
+    return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
 
 
 def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
                   count_only, check_room, threads):  # fmt: skip
-    """(row_splits, index, distance); waits once, for the number of pairs."""
+    """(row_splits, index, distance); waits once, for the number of pairs; with `max_neighbors` not at all."""
+    return radius_searches([(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
+                             return_distances, count_only, check_room)])[0]  # fmt: skip
+
+
+def radius_searches(searches):
+    """What `radius_search` gives for each of several tuples of its arguments, waiting once for all."""
+    found, counted = [], []
+    for search in searches:
+        index, queries, queries_row_splits, _, max_neighbors, *_, return_distances, count_only, _ = search
+        if index.has_nothing(queries):
+            splits = cupy.zeros(len(index.points if queries is None else queries) + 1, np.int64)
+            nothing = cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
+            found.append((splits, None, None) if count_only else (splits, *nothing))
+        elif max_neighbors is not None and not count_only:
+            found.append(_nearest_within(*search))
+        else:
+            found.append(None)
+            counted.append((len(found) - 1, search, *_count(*search)))
+    if counted:
+        numbers = iter(_wait(*(n for _, _, splits, _, problems in counted for n in (splits[-1:], *problems))))
+        for place, search, splits, arguments, problems in counted:
+            pairs = next(numbers)
+            if any([next(numbers) for _ in problems]):
+                raise NotFinite
+            found[place] = (splits, None, None) if search[-2] else _fill(pairs, splits, arguments, *search)
+    return found
+
+
+def _count(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances, count_only,
+           check_room):  # fmt: skip
+    """(row_splits, what the kernels get, whether a coordinate of the points or queries is not finite)"""
     num_queries = len(index.points if queries is None else queries)
-    splits = cupy.zeros(num_queries + 1, np.int64)
-    if not index.num_points or not num_queries:
-        return splits, cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
-    if max_neighbors is not None and not count_only:
-        return _nearest_within(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
-                               return_distances, check_room)  # fmt: skip
-    kernels, warps = index.kernels(metric), num_queries * _WARP
-    arguments = index._queries(queries, queries_row_splits, radius, ignore)
+    arguments, of_points = index.search(queries, queries_row_splits, radius, ignore)
+    splits, of_queries = cupy.zeros(num_queries + 1, np.int64), cupy.zeros(1, np.uint32)
     most = np.int64(index.num_points if max_neighbors is None else max_neighbors)
-    _launch(kernels, "radius_count", warps, *arguments, most, splits[1:])
-    splits = cupy.cumsum(splits)
-    if count_only:
-        return splits, None, None
-    pairs = int(splits[-1])
-    check_room(pairs, pairs * (4 + return_distances * index.dtype.itemsize))
+    _launch(index.kernels(metric), "radius_count", num_queries * _WARP, *arguments, most, splits[1:], of_queries)
+    return cupy.cumsum(splits), arguments, (of_points, of_queries)
+
+
+def _fill(pairs, splits, arguments, index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
+          return_distances, count_only, check_room):  # fmt: skip
+    check_room(pairs, pairs * (4 + return_distances * index.dtype.itemsize), free=_free_memory)
     found = cupy.empty(pairs, np.int32)
-    by_distance = sort == 2
-    distance = cupy.empty(pairs if return_distances or by_distance else 0, index.dtype)
-    _launch(kernels, "radius_fill", warps, *arguments, splits, np.int32(sort), found, distance,
-            np.int32(return_distances or by_distance))  # fmt: skip
+    measured = return_distances or sort == 2
+    distance = cupy.empty(pairs * measured, index.dtype)
+    _launch(index.kernels(metric), "radius_fill", (len(splits) - 1) * _WARP, *arguments, splits, np.int32(sort), found,
+            distance, np.int32(measured))  # fmt: skip
     return splits, found, distance if return_distances else None
 
 
-def _nearest_within(index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances,
-                    check_room):  # fmt: skip
-    """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
-    tree = index if index.cell is None else Index(index.points, index.row_splits, None, None)
-    counts, found, distance = knn_search(tree, queries, queries_row_splits, radius, most, sort or 1, metric, ignore, True,
-                                         check_room, None)  # fmt: skip
+def _nearest(index, queries, queries_row_splits, radius, k, sort, metric, ignore, check_room):
+    """(counts (M,), index (M, k), distance (M, k), whether coordinates are not finite)"""
+    tree, num_queries = index.tree, len(index.points if queries is None else queries)
+    check_room(num_queries * k, num_queries * k * (4 + index.dtype.itemsize), free=_free_memory)
+    counts, of_queries = cupy.zeros(num_queries, np.int64), cupy.zeros(1, np.uint32)
+    found, distance = cupy.empty((num_queries, k), np.int32), cupy.empty((num_queries, k), index.dtype)
+    arguments, of_points = tree.search(queries, queries_row_splits, radius, ignore)
+    _launch(tree.kernels(metric), "nearest", num_queries * _WARP * (k > 0), *arguments, *tree._boxes[2], np.int64(k),
+            np.int32(sort), found, distance, counts, of_queries)  # fmt: skip
+    return counts, found, distance, (of_points, of_queries)
+
+
+def _packed(counts, found, distance, return_distances):
+    """Rows of which not all is there one after the other, in arrays as long as if it were."""
+    most, dtype = found.shape[1], distance.dtype
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
-    packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, index.dtype)
-    _launch(_module("lists.cu", (("KP_T", _CTYPES[index.dtype]),)), "pack_rows", found.size, found, distance, np.int64(most),
+    packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, dtype)
+    _launch(_module("lists.cu", (("KP_T", _CTYPES[dtype]),)), "pack_rows", found.size, found, distance, np.int64(most),
             splits, np.int64(len(counts)), packed, packed_distance, np.int32(return_distances))  # fmt: skip
     return splits, packed, packed_distance if return_distances else None
 
 
+def _nearest_within(index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances, count_only,
+                    check_room):  # fmt: skip
+    """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
+    counts, found, distance, _ = _nearest(index, queries, queries_row_splits, radius, most, sort or 1, metric, ignore,
+                                          check_room)  # fmt: skip
+    return _packed(counts, found, distance, return_distances)
+
+
 def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
                threads):  # fmt: skip
-    """(counts, index, distance), the latter (M, k); waits for nothing."""
-    num_queries = len(index.points if queries is None else queries)
-    counts = cupy.zeros(num_queries, np.int64)
-    found, distance = cupy.empty((num_queries, k), np.int32), cupy.empty((num_queries, k), index.dtype)
-    check_room(num_queries * k, num_queries * k * (4 + index.dtype.itemsize))
-    if index.num_points and k:
-        arguments = index._queries(queries, queries_row_splits, radius, ignore)
-        _launch(index.kernels(metric), "nearest", num_queries * _WARP, *arguments, *index._curve, np.int64(k),
-                np.int32(sort), found, distance, counts)  # fmt: skip
-    return counts, found, distance if return_distances else None
+    """(row_splits, index, distance); waits once, to see whether all rows are full and all coordinates finite."""
+    if index.has_nothing(queries):
+        splits = cupy.zeros(len(index.points if queries is None else queries) + 1, np.int64)
+        return splits, cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
+    counts, found, distance, problems = _nearest(index, queries, queries_row_splits, radius, k, sort, metric, ignore,
+                                                 check_room)  # fmt: skip
+    pairs, *wrong = _wait(counts.sum().reshape(1), *problems)
+    if any(wrong):
+        raise NotFinite
+    if pairs == found.size:
+        splits = cupy.arange(len(counts) + 1) * k
+        return splits, found.reshape(-1), distance.reshape(-1) if return_distances else None
+    splits, found, distance = _packed(counts, found, distance, return_distances)
+    return splits, found[:pairs].copy(), distance[:pairs].copy() if return_distances else None
 
 
 # ---- subsampling
@@ -197,7 +268,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     n, dimension = points.shape
     items = len(row_splits) - 1
     kernels = _rows_kernels(points.dtype, dimension)
-    size, origin = cupy.asarray(voxel_size), cupy.asarray(origin)
+    origin, size = cupy.asarray(np.stack([origin, voxel_size]))
     of_points = points, np.int64(n), row_splits, np.int32(items), origin, size
     low = cupy.full((items, dimension), 2**64 - 1, np.uint64)
     keys, problems = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
@@ -211,7 +282,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     heads = cupy.empty(n, np.int32)
     _launch(kernels, "voxel_heads", n, keys, order, np.int64(n), row_splits, np.int32(items), heads)
     numbers = cupy.cumsum(heads, dtype=np.int64)
-    voxels, wrong = (int(x) for x in cupy.concatenate([numbers[-1:], problems.astype(np.int64)]).get()) if n else (0, 0)
+    voxels, wrong = _wait(numbers[-1:], problems) if n else (0, 0)
     if wrong & 1:
         raise NotFinite
     if wrong & 2:
@@ -264,6 +335,23 @@ def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, t
 
 def _rows_kernels(dtype, dimension):
     return _module("subsampling.cu", (("KP_T", _CTYPES[dtype]), ("KP_DIM", dimension)))
+
+
+# ---- sampling
+
+
+def farthest_points(points, row_splits, start, out_row_splits, total, method, threads):
+    """(S,) of the stacked points; waits, to see whether all coordinates are finite."""
+    items, index, wrong = len(row_splits) - 1, cupy.empty(total, np.int32), cupy.zeros(1, np.uint32)
+    if len(points):
+        module = _module("sampling.cu", (("KP_T", _CTYPES[points.dtype]), ("KP_DIM", points.shape[1])))
+        module.get_function("farthest")(
+            (min(_MOST_BLOCKS, items),), (512,),
+            (points, row_splits, start, out_row_splits, np.int32(items), cupy.empty(len(points), points.dtype), index, wrong),
+        )  # fmt: skip
+    if any(_wait(wrong)):
+        raise NotFinite
+    return index
 
 
 # ---- lists
@@ -499,7 +587,7 @@ def neighbor_reduce(features, index, row_splits, weights, shared, reduction, emp
 
 def neighbor_reduce_grad_weights(features, index, row_splits, reduction, grad_out, threads):
     """(E,)"""
-    queries, grads = len(row_splits) - 1, cupy.empty(len(index), features.dtype)
+    queries, grads = len(row_splits) - 1, cupy.zeros(len(index), features.dtype)
     _launch(_pooling_kernels(features.dtype), "grad_weights", queries * _WARP, features, np.int64(features.shape[1]), index,
             row_splits, np.int64(queries), np.int32(reduction), grad_out, grads)  # fmt: skip
     return grads
@@ -561,13 +649,12 @@ def segment_reduce(features, row_splits, reduction, empty, return_choice, thread
     return out, choice if return_choice and chooses else None
 
 
-def segment_reduce_grad(grad_out, row_splits, reduction, threads):
-    """(N, C); waits for the number of rows"""
+def segment_reduce_grad(grad_out, row_splits, reduction, num_rows, threads):
+    """(N, C)"""
     items, channels = grad_out.shape
-    rows = int(row_splits[-1])
-    grads = cupy.empty((rows, channels), grad_out.dtype)
+    grads = cupy.empty((num_rows, channels), grad_out.dtype)
     _launch(_pooling_kernels(grad_out.dtype), "spread_items", grads.size, grad_out, np.int64(channels), row_splits,
-            np.int32(items), np.int64(rows), np.int32(reduction), grads)  # fmt: skip
+            np.int32(items), np.int64(num_rows), np.int32(reduction), grads)  # fmt: skip
     return grads
 
 
@@ -705,13 +792,13 @@ def fitting_loss(points, queries, index, row_splits, kernel_points, offsets, ext
     return _total(least, weight / (extent * extent), threads), nearest
 
 
-def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, extent, weight, nearest, return_offsets,
-                      return_kernel_points, threads):  # fmt: skip
+def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, extent, weight, nearest, grad_out,
+                      return_offsets, return_kernel_points, threads):  # fmt: skip
     """(grad_offsets (M, K, D), grad_kernel_points (K, D)), None for those that are not needed"""
     grads = cupy.empty(offsets.shape, offsets.dtype)
     scale = offsets.dtype.type(2 * weight / (extent * extent))
     _launch(_deformation_kernels(kernel_points), "fit_gradient", nearest.size, points, queries, kernel_points, offsets,
-            nearest, *_sizes(offsets), scale, grads)  # fmt: skip
+            nearest, *_sizes(offsets), scale, grad_out.reshape(1), grads)  # fmt: skip
     return _of_both(grads, return_offsets, return_kernel_points, threads)
 
 
@@ -728,12 +815,13 @@ def repulsion_loss(kernel_points, offsets, extent, repulse_extent, weight, threa
     return _total(losses, 2 * weight, threads)  # of each pair both
 
 
-def repulsion_loss_grad(kernel_points, offsets, extent, repulse_extent, weight, return_offsets, return_kernel_points,
-                        threads):  # fmt: skip
+def repulsion_loss_grad(kernel_points, offsets, extent, repulse_extent, weight, grad_out, return_offsets,
+                        return_kernel_points, threads):  # fmt: skip
     """(grad_offsets (M, K, D), grad_kernel_points (K, D)), None for those that are not needed"""
     grads = cupy.empty(offsets.shape, offsets.dtype)
     _launch(_deformation_kernels(kernel_points), "repel_gradient", offsets.shape[0] * offsets.shape[1],
-            *_repulsion(kernel_points, offsets, extent, repulse_extent), offsets.dtype.type(weight), grads)  # fmt: skip
+            *_repulsion(kernel_points, offsets, extent, repulse_extent), offsets.dtype.type(weight),
+            grad_out.reshape(1), grads)  # fmt: skip
     return _of_both(grads, return_offsets, return_kernel_points, threads)
 
 
@@ -813,20 +901,20 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
 
 
 def _entropies(logits, labels, ignore_index, class_weights):
-    """(labels as int64, losses, weights), of each row; waits, to see whether all labels are classes."""
+    """(labels as int64, losses, weights, whether a label is no class), of each row"""
     (rows, classes), wide = logits.shape, labels.astype(np.int64)
     losses, weights, wrong = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64), cupy.zeros(1, np.uint32)
     _launch(_rows_of(logits), "entropies", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide,
             cupy.empty(0, logits.dtype) if class_weights is None else class_weights, np.int32(class_weights is not None),
             np.int64(ignore_index or 0), np.int32(ignore_index is not None), losses, weights, wrong)  # fmt: skip
-    if int(wrong):
-        raise OutOfRange
-    return wide, losses, weights
+    return wide, losses, weights, wrong
 
 
 def cross_entropy(logits, labels, ignore_index, class_weights, reduction, each, threads):
-    """(N,) of `each` row, or 0-d"""
-    _, losses, weights = _entropies(logits, labels, ignore_index, class_weights)
+    """(N,) of `each` row, or 0-d; waits, to see whether all labels are classes."""
+    _, losses, weights, wrong = _entropies(logits, labels, ignore_index, class_weights)
+    if any(_wait(wrong)):
+        raise OutOfRange
     if each:
         return losses.astype(logits.dtype)
     loss, weight = _total(losses, 1.0, threads), _total(weights, 1.0, threads)
@@ -836,9 +924,9 @@ def cross_entropy(logits, labels, ignore_index, class_weights, reduction, each, 
 
 
 def cross_entropy_grad(logits, labels, ignore_index, class_weights, reduction, grad_out, threads):
-    """(N, C)"""
+    """(N, C), zeros in a row whose label is no class: `cross_entropy` has found none, and this waits for nothing."""
     (rows, classes), out = logits.shape, cupy.empty_like(logits)
-    wide, _, weights = _entropies(logits, labels, ignore_index, class_weights)
+    wide, _, weights, _ = _entropies(logits, labels, ignore_index, class_weights)
     total = _total(weights, 1.0, threads).reshape(1)
     _launch(_rows_of(logits), "entropies_grad", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide, weights,
             np.int64(ignore_index or 0), np.int32(ignore_index is not None), grad_out.reshape(-1), np.int32(reduction == 2),

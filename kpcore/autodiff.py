@@ -95,7 +95,7 @@ class Tensor:
         found = _pull(self, _checked_grad(self, grad))
         with _accumulating:
             for tensor, gradient in found.values():
-                tensor.grad = gradient if tensor.grad is None else np.asarray(tensor.grad + gradient)
+                tensor.grad = gradient if tensor.grad is None else _array.as_array(tensor.grad + gradient)
 
 
 class _Call:
@@ -184,7 +184,7 @@ def _reshape_vjp(arguments, saved, grad, needs):
 
 
 def _scale(array, factor):
-    return np.asarray(array * factor), ()
+    return _array.as_array(array * array.dtype.type(factor)), ()
 
 
 def _scale_vjp(arguments, saved, grad, needs):
@@ -316,7 +316,7 @@ def _pull(out, grad):
         for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
             given = call.inputs[name]
             key = id(given)
-            found[key] = given, np.asarray(found[key][1] + g) if key in found else g
+            found[key] = given, _array.as_array(found[key][1] + g) if key in found else g
     return found
 
 
@@ -342,13 +342,15 @@ def _checked_grad(out, grad):
     if type(grad) is np.ndarray and grad.shape == like.shape and grad.dtype == like.dtype and grad.flags.carray:
         return grad  # as it mostly is; asking so takes a tenth of the time
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
-    return _array.array("grad", grad, " ".join(sizes), _array.REAL, sizes, like=("the output", out.value))
+    dimensions = " ".join(sizes)
+    sizes |= _array.device_of(("the output", like))
+    return _array.array("grad", grad, dimensions, _array.REAL, sizes, like=("the output", out.value))
 
 
 def _check_primal(name, value):
     if isinstance(value, Tensor):
         raise NotImplementedError(f"{name}: second derivatives are not there; expected an array, got {value!r}")
-    if not isinstance(value, np.ndarray):
+    if not _array.is_array(value):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
     if value.dtype not in _array.REAL:
         raise TypeError(f"{name}: expected float32 or float64 to differentiate in, got {value.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import sys
@@ -108,13 +109,29 @@ def get_memory_limit():
     return _memory_limit
 
 
-def check_room(num_neighbors, size, estimated=False):
-    """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit."""
+def cupy():
+    """The module, or an error that says what it lacks."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is ({error})"
+        ) from error
+    if not cupy.cuda.is_available():
+        raise RuntimeError("expected a GPU and its driver, for arrays on it: CuPy finds none")
+    return cupy
+
+
+def check_room(num_neighbors, size, estimated=False, free=None):
+    """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit.
+
+    `free` says what else is free than the host's memory.
+    """
     least = size // 2 if estimated else size
     if _memory_limit is not None and least > _memory_limit:
         whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
-    elif _memory_limit is None and least > 2**28 and least > (free := _free_memory()):  # reading /proc takes 30 us
-        whose = f"the {free} that are free (kpcore.set_memory_limit)"
+    elif _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)()):  # reading /proc takes 30 us
+        whose = f"the {room} that are free (kpcore.set_memory_limit)"
     else:
         return
     about = "about " if estimated else ""
@@ -139,9 +156,21 @@ def _free_memory():
     return free
 
 
+def _gpu():
+    if importlib.util.find_spec("cupy") is None:
+        return "not used: CuPy is not installed (kpcore[cuda12], kpcore[cuda13])"
+    try:
+        module = cupy()
+    except (ImportError, RuntimeError) as error:
+        return f"not used: {error}"
+    device, version = module.cuda.Device(), module.cuda.runtime.driverGetVersion()
+    name = module.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+    driver = f"{version // 1000}.{version % 1000 // 10}"
+    return f"{name}, compute capability {device.compute_capability}, driver for CUDA {driver}, CuPy {module.__version__}"
+
+
 def show_config():
     """Print the version, instruction set, threads and libraries in use, as a bug report should quote them."""
-    cupy = sys.modules.get("cupy")
     rows = {
         "kpcore": __version__,
         "instruction set": f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; KPCORE_ISA overrides)",
@@ -149,7 +178,7 @@ def show_config():
         "OpenMP": "yes" if _cpu.has_openmp() else "no: built without it, one thread",
         "Python": sys.version.split()[0],
         "NumPy": np.__version__,
-        "GPU": f"cupy {cupy.__version__} is imported, but this version runs on the CPU only" if cupy else "not used",
+        "GPU": _gpu(),
     }
     for name, value in rows.items():
         print(f"{name:16} {value}")

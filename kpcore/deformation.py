@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors, geometry
@@ -177,14 +177,15 @@ def _weight(reduction, offsets):
 
 
 def _fitting_forward(**arguments):
-    loss, nearest = _cpu.fitting_loss(*_fitting_checked(**arguments), config.get_num_threads())
+    checked = _fitting_checked(**arguments)
+    loss, nearest = _array.backend(checked[0]).fitting_loss(*checked, config.get_num_threads())
     return loss, (nearest,)
 
 
 def _fitting_vjp(arguments, saved, grad, needs):
     *geometry, weight = _fitting_checked(**arguments)
     wanted = "offsets" in needs, "kernel_points" in needs
-    grads = _cpu.fitting_loss_grad(*geometry, weight * float(grad), *saved, *wanted, config.get_num_threads())
+    grads = _array.backend(grad).fitting_loss_grad(*geometry, weight, *saved, grad, *wanted, config.get_num_threads())
     return dict(zip(("offsets", "kernel_points"), grads, strict=True))
 
 
@@ -193,14 +194,15 @@ def _fitting_result(offsets, **_):
 
 
 def _repulsion_forward(**arguments):
-    return _cpu.repulsion_loss(*_repulsion_checked(**arguments), config.get_num_threads()), ()
+    checked = _repulsion_checked(**arguments)
+    return _array.backend(checked[0]).repulsion_loss(*checked, config.get_num_threads()), ()
 
 
 def _repulsion_vjp(arguments, saved, grad, needs):
     *kernel, weight = _repulsion_checked(**arguments)
-    weight *= float(grad) * (1 if arguments["detach_others"] else 2)
+    weight *= 1 if arguments["detach_others"] else 2
     wanted = "offsets" in needs, "kernel_points" in needs
-    grads = _cpu.repulsion_loss_grad(*kernel, weight, *wanted, config.get_num_threads())
+    grads = _array.backend(grad).repulsion_loss_grad(*kernel, weight, grad, *wanted, config.get_num_threads())
     return dict(zip(("offsets", "kernel_points"), grads, strict=True))
 
 

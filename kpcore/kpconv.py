@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors, geometry
@@ -164,7 +164,7 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
     points, queries = geometry(points, queries, neighbors, sizes)
     groups = _array.integer("groups", groups, 1)
     features = _array.array("features", features, "N Cin", _array.REAL, sizes)
-    depthwise = isinstance(weights, np.ndarray) and weights.ndim == 2
+    depthwise = _array.is_array(weights) and weights.ndim == 2
     shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
     if groups > 1:
         if depthwise:
@@ -207,14 +207,15 @@ def _grads(problem, neighbors, grad, needs):
     grads = {}
     if "features" in needs:
         transposed = neighbors.transpose()
-        grads["features"] = _cpu.kpconv_grad_features(problem, transposed.index, transposed.row_splits, grad)
+        grads["features"] = _array.backend(grad).kpconv_grad_features(problem, transposed.index, transposed.row_splits, grad)
     if others := needs - {"features"}:
-        grads |= _cpu.kpconv_grads(problem, grad, others)
+        grads |= _array.backend(grad).kpconv_grads(problem, grad, others)
     return grads
 
 
 def _forward(**arguments):
-    return _cpu.kpconv(_problem(**arguments)), ()
+    problem = _problem(**arguments)
+    return _array.backend(problem.features).kpconv(problem), ()
 
 
 def _vjp(arguments, saved, grad, needs):
@@ -232,7 +233,7 @@ def _result(points, queries, features, weights, **_):
 
 def _problem_x(attention, **arguments):
     weights = arguments["weights"]
-    if isinstance(weights, np.ndarray) and weights.ndim != 2:
+    if _array.is_array(weights) and weights.ndim != 2:
         raise ValueError(f"weights: expected (K, C), got {weights.shape}")
     return _problem(
         **arguments, modulations=attention, modulations_name="attention", aggregation="closest", normalization=None,
@@ -241,7 +242,8 @@ def _problem_x(attention, **arguments):
 
 
 def _forward_x(**arguments):
-    return _cpu.kpconv(_problem_x(**arguments)), ()
+    problem = _problem_x(**arguments)
+    return _array.backend(problem.features).kpconv(problem), ()
 
 
 def _vjp_x(arguments, saved, grad, needs):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
@@ -32,14 +32,12 @@ def row_splits(lengths):
     >>> kp.row_splits([3, 0, 2])
     array([0, 3, 3, 5])
     """
-    values = np.asarray(lengths)
+    values = lengths if _array.is_array(lengths) else np.asarray(lengths)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise TypeError(f"lengths: expected integers (B,), got {values.dtype} {values.shape}")
     if values.size and values.min() < 0:
         raise ValueError(f"lengths: expected no negative number, got {values.min()}")
-    splits = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=splits[1:])
-    return splits
+    return _bounds(values)
 
 
 def lengths(row_splits):
@@ -52,7 +50,12 @@ def lengths(row_splits):
     array([3, 0, 2])
     """
     values = _array.array("row_splits", row_splits, "B+1", _array.SPLITS, {})
-    return np.diff(_array.splits_array("row_splits", values, values[-1] if len(values) else 0, "its last value"))
+    _check_own_splits(_array.on_host(values))
+    return np.diff(values)
+
+
+def _check_own_splits(values):
+    _array.check_splits("row_splits", values, values[-1] if len(values) else 0, "its last value")
 
 
 class Neighbors:
@@ -93,10 +96,12 @@ class Neighbors:
 
     def __init__(self, index, row_splits, num_points, distance=None, width=None):
         num_points = _array.integer("num_points", num_points, 0, _array.MAX_POINTS)
-        index = _array.array("index", index, "E", _array.INDEX, {})
-        row_splits = _array.array("row_splits", row_splits, "M+1", _array.SPLITS, {})
-        used = int(row_splits[-1]) if len(row_splits) else 0
-        row_splits = _array.splits_array("row_splits", row_splits, used, "its last value")
+        sizes = {}
+        index = _array.array("index", index, "E", _array.INDEX, sizes)
+        row_splits = _array.array("row_splits", row_splits, "M+1", _array.SPLITS, sizes)
+        on_host = _array.on_host(row_splits)
+        _check_own_splits(on_host)
+        used = int(on_host[-1])
         if used > len(index):
             raise ValueError(f"row_splits: expected a last value of at most {len(index)} to match index, got {used}")
         if used:
@@ -105,7 +110,7 @@ class Neighbors:
                 bad = low if low < 0 else high
                 raise ValueError(f"index: expected values from 0 to {num_points - 1} to match num_points, got {bad}")
         if distance is not None:
-            distance = _array.array("distance", distance, "E", _array.REAL, {"E": (len(index), "index")})
+            distance = _array.array("distance", distance, "E", _array.REAL, sizes)
         if width is not None:
             width = _array.integer("width", width, 0)
         self._set(index, row_splits, num_points, distance, width)
@@ -140,7 +145,7 @@ class Neighbors:
 
     @property
     def num_pairs(self):
-        """Pairs in use, ``row_splits[-1]``."""
+        """Pairs in use, ``row_splits[-1]``; on the GPU this waits for it."""
         return int(self.row_splits[-1])
 
     @property
@@ -163,16 +168,15 @@ class Neighbors:
         -------
         (M, width) int32
         """
-        counts = self.counts
+        counts, xp = self.counts, _array.namespace(self.index)
         if width is None:
-            width = int(counts.max(initial=0))
+            width = int(counts.max()) if len(counts) else 0
         width = _array.integer("width", width, 0)
         fill = self.num_points if fill is None else _array.integer("fill", fill, -(2**31), 2**31 - 1)
-        padded = np.full((self.num_queries, width), fill, np.int32)
-        taken = np.minimum(counts, width)
-        column = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
-        row = np.repeat(np.arange(self.num_queries), taken)
-        padded[row, column] = self.index[np.repeat(self.row_splits[:-1], taken) + column]
+        column = xp.arange(width)
+        there = column < counts[:, None]
+        padded = xp.full((self.num_queries, width), fill, np.int32)
+        padded[there] = self.index[(self.row_splits[:-1, None] + column)[there]]
         return padded
 
     @classmethod
@@ -186,12 +190,13 @@ class Neighbors:
         valid = (index >= 0) & (index < num_points)
         wrong = ~(valid | (index == -1) | (index == num_points))
         if wrong.any():
-            row, column = np.argwhere(wrong)[0]
+            row, column = divmod(int(wrong.argmax()), wrong.shape[1])
             raise ValueError(
                 f"index: expected values from -1 to {num_points} to match num_points, got {index[row, column]} "
                 f"in row {row}, column {column}"
             )
-        return cls._trusted(index[valid].astype(np.int32), row_splits(valid.sum(1)), num_points, None, index.shape[1])
+        splits = _bounds(valid.sum(1))
+        return cls._trusted(index[valid].astype(np.int32), splits, num_points, None, index.shape[1])
 
     @classmethod
     def from_coo(cls, query, point, num_queries, num_points):
@@ -204,37 +209,68 @@ class Neighbors:
         point = _array.array("point", point, "E", wide, sizes)
         for name, values, of, size in (("query", query, "num_queries", num_queries),
                                        ("point", point, "num_points", num_points)):  # fmt: skip
-            if len(values) and (values.min() < 0 or values.max() >= size):
-                bad = values.min() if values.min() < 0 else values.max()
+            if len(values) and ((low := int(values.min())) < 0 or int(values.max()) >= size):
+                bad = low if low < 0 else int(values.max())
                 raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {of}, got {bad}")
-        order = np.argsort(query, kind="stable")
-        splits = row_splits(np.bincount(query, minlength=num_queries))
+        order = _array.namespace(query).argsort(query, kind="stable")
+        splits = _bounds(_array.namespace(query).bincount(query, minlength=num_queries))
         return cls._trusted(point[order].astype(np.int32), splits, num_points)
 
     def transpose(self):
         """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
         if self._transposed is None:
-            index, splits, distance = _cpu.transpose(
+            index, splits, distance = _array.backend(self.index).transpose(
                 self.index, self.row_splits, self.distance, self.num_points, config.get_num_threads()
             )
             object.__setattr__(self, "_transposed", Neighbors._trusted(index, splits, self.num_queries, distance))
         return self._transposed
 
     def to_sparse(self, values=None):
-        """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32)."""
-        from scipy.sparse import csr_array
+        """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32).
 
-        pairs = self.num_pairs
+        On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which numbers its values in 32 bits.
+        """
+        pairs, xp = self.num_pairs, _array.namespace(self.index)
         if values is None:
-            values = np.ones(pairs, np.float32)
+            values = xp.ones(pairs, np.float32)
         else:
-            values = _array.array("values", values, "E", _array.REAL, {"E": (pairs, "row_splits")})
-        return csr_array((values, self.index[:pairs], self.row_splits), shape=(self.num_queries, self.num_points))
+            sizes = {"E": (pairs, "row_splits")} | _array.device_of(("neighbors", self.index))
+            values = _array.array("values", values, "E", _array.REAL, sizes)
+        splits = self.row_splits
+        if xp is np:
+            from scipy.sparse import csr_array
+        else:
+            from cupyx.scipy.sparse import csr_matrix as csr_array
+
+            if pairs > _array.MAX_POINTS:
+                raise ValueError(f"neighbors: expected at most {_array.MAX_POINTS} pairs on the GPU, got {pairs}")
+            splits = splits.astype(np.int32)
+        return csr_array((values, self.index[:pairs], splits), shape=(self.num_queries, self.num_points))
 
     def to(self, device):
-        """This list on ``"cpu"``, which is where it is: the only device so far."""
-        _array.choice("device", device, ("cpu",))
-        return self
+        """This list with its arrays on ``"cpu"`` (NumPy) or ``"cuda"`` (CuPy, on the current GPU).
+
+        The list itself where it is there already, else a copy, with its transpose if that is known.
+        """
+        if (_array.choice("device", device, ("cpu", "cuda")) == 0) == isinstance(self.index, np.ndarray):
+            return self
+        if device == "cuda":
+            move = config.cupy().asarray
+        else:
+            move = _array.on_host
+        transposed = self._transposed
+        return self._trusted(
+            move(self.index), move(self.row_splits), self.num_points,
+            None if self.distance is None else move(self.distance), self.width,
+            None if transposed is None else transposed.to(device)
+        )  # fmt: skip
+
+
+def _bounds(counts):
+    """`row_splits` of counts that are known to be fine, where they are."""
+    splits = _array.namespace(counts).zeros(len(counts) + 1, np.int64)
+    splits[1:] = np.cumsum(counts)
+    return splits
 
 
 def _unpickle(index, row_splits, num_points, distance, width):
@@ -306,9 +342,8 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     array([1, 2, 1])
     """
     cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
-    radius = cloud.radius(radius)
-    even = np.ndim(radius) == 0 or (radius.size and radius.max() <= 4 * np.median(radius))
-    cell = float(np.max(radius)) if even and cloud.points.shape[1] in _GRID_DIMENSIONS else None
+    radius, reach, even = cloud.radius(radius)
+    cell = reach if even and cloud.points.shape[1] in _GRID_DIMENSIONS else None
     return _radius_search(cloud.index(cell), cloud, radius, metric, ignore_query_point, max_neighbors, sort,
                           return_distances, count_only)  # fmt: skip
 
@@ -355,6 +390,13 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
     return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
 
 
+def sizes_of(neighbors):
+    """What `_array.array` is to know of a list: how many points it has, and where they are."""
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    return {"N": (neighbors.num_points, "neighbors")} | _array.device_of(("neighbors", neighbors.index))
+
+
 def geometry(points, queries, neighbors, sizes):
     """Points, queries (None: the points) and the list between them, checked; `sizes` as in `_array.array`."""
     points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
@@ -364,8 +406,12 @@ def geometry(points, queries, neighbors, sizes):
     else:
         like = ("points", points)
         queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    its_sizes = sizes_of(neighbors)
+    if sizes["device"][0] != its_sizes["device"][0]:
+        raise TypeError(
+            f'neighbors: expected a list where {sizes["device"][1]} is, got one on another device; nothing is moved '
+            "between devices by itself, move it with neighbors.to"
+        )
     expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)
     if expected != got:
         raise ValueError(
@@ -416,16 +462,16 @@ class KDTree:
         splits = self._row_splits if queries is None or queries_row_splits is not None else None
         if splits is None and len(self._row_splits) != 2:
             raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
-        return _Cloud(self._points, splits, "row_splits", queries, queries_row_splits, self._dimensions)
+        return _Cloud(self._points, splits, "row_splits", queries, queries_row_splits, self._dimensions, known=True)
 
     def radius_search(self, queries, radius, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
                       max_neighbors=None, sort="index", return_distances=False, count_only=False):  # fmt: skip
         """As the function `radius_search`, without making an index."""
         cloud = self._with(queries, queries_row_splits)
-        radius = cloud.radius(radius)
-        index, reach = self._index, np.max(radius, initial=0)
+        radius, reach, _ = cloud.radius(radius)
+        index = self._index
         if self._cell is not None and reach > self._cell:
-            index = cloud.index(float(reach))
+            index = cloud.index(reach)
         return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
                               count_only)  # fmt: skip
 
@@ -483,7 +529,7 @@ class GridIndex(KDTree):
         cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
         cloud.num_queries = len(cloud.queries)
         both = _radius_search(
-            self._index, cloud, cloud.radius(radius), "l2", False, max_neighbors, "index", False, False
+            self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
         )
         splits = both.row_splits
         own = splits[num_points]
@@ -500,7 +546,9 @@ def _rebuilt(cls, points, row_splits, cell):
 class _Cloud:
     """Points and queries of one search, checked."""
 
-    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=_array.DIMENSIONS):
+    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=_array.DIMENSIONS,
+                 known=False):  # fmt: skip
+        """`known`: the points' row_splits were checked before."""
         sizes = {}
         points = _array.points_array("points", points, sizes, dimensions=dimensions)
         if queries is not None:
@@ -510,9 +558,11 @@ class _Cloud:
         if queries is not None and (points_row_splits is None) != (queries_row_splits is None):
             missing = name if points_row_splits is None else "queries_row_splits"
             raise ValueError(f"{missing}: expected an array, because the other side is in batches, got None")
-        points_row_splits = _array.splits_array(name, points_row_splits, len(points), "points")
+        points_row_splits = _array.splits_array(name, points_row_splits, len(points), "points", sizes, known=known)
         if queries is not None:
-            queries_row_splits = _array.splits_array("queries_row_splits", queries_row_splits, len(queries), "queries")
+            queries_row_splits = _array.splits_array(
+                "queries_row_splits", queries_row_splits, len(queries), "queries", sizes
+            )
             if len(queries_row_splits) != len(points_row_splits):
                 raise ValueError(
                     f"queries_row_splits: expected ({len(points_row_splits)},) to match {name}, "
@@ -523,10 +573,13 @@ class _Cloud:
         self.num_queries = len(points if queries is None else queries)
 
     def radius(self, radius):
-        """A number, or one for each query."""
-        if isinstance(radius, np.ndarray) and radius.ndim:
-            return _array.lengths("radius", radius, self.num_queries, ("points", self.points))
-        return _array.length("radius", radius, self.points.dtype)
+        """(a number, or one for each query, the largest, whether they are much alike)"""
+        if _array.is_array(radius) and radius.ndim:
+            radius, on_host = _array.lengths("radius", radius, self.num_queries, ("points", self.points))
+            reach = float(on_host.max(initial=0))
+            return radius, reach, bool(len(on_host)) and reach <= 4 * np.median(on_host)
+        radius = _array.length("radius", radius, self.points.dtype)
+        return radius, radius, True
 
     def sample(self, num):
         """Up to `num` of the queries, evenly: their numbers, and their row_splits."""
@@ -543,15 +596,16 @@ class _Cloud:
         return _array.choice("ignore_query_point", ignore_query_point, _IGNORES)
 
     def index(self, cell):
+        backend = _array.backend(self.points)
         try:
-            return _cpu.Index(self.points, self.points_row_splits, cell, config.get_num_threads())
-        except _cpu.NotFinite:
+            return backend.Index(self.points, self.points_row_splits, cell, config.get_num_threads())
+        except backend.NotFinite:
             raise _array.not_finite(points=self.points) from None
 
 
 def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
                    count_only):  # fmt: skip
-    num_points = len(cloud.points)
+    num_points, backend = len(cloud.points), _array.backend(cloud.points)
     if max_neighbors is not None:
         max_neighbors = min(_array.integer("max_neighbors", max_neighbors, 0), num_points)
     metric, sort = _array.choice("metric", metric, _METRICS), _array.choice("sort", sort, _SORTS)
@@ -563,12 +617,12 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
 
     def search(queries, queries_row_splits, radius, count_only):
         try:
-            return _cpu.radius_search(
+            return backend.radius_search(
                 index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignored,
                 return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
             )  # fmt: skip
-        except _cpu.NotFinite:
-            raise _array.not_finite(queries=cloud.queries) from None
+        except backend.NotFinite:
+            raise _array.not_finite(points=cloud.points, queries=cloud.queries) from None
 
     if not count_only and cloud.num_queries > 4096 and crowding * cloud.num_queries > 2**26:
         # Counting would take long before it could say so: 256 queries say it at once, to a factor of two.
@@ -583,6 +637,45 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
     return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
 
 
+def lists_of_levels(levels, radii, limits):
+    """[(neighbors, pools, upsamples)] of each level, given as (points, row_splits), and the next coarser one.
+
+    On the GPU all searches are asked for before their sizes are waited for, once.
+    """
+    coarser = [*levels[1:], None]
+    if isinstance(levels[0][0], np.ndarray):
+        return [_lists_of_level(*each) for each in zip(levels, coarser, radii, limits, strict=True)]
+    backend, clouds, searches = _array.backend(levels[0][0]), [], []
+    for points, row_splits in levels:
+        clouds.append(_Cloud(points, row_splits, "row_splits", None, None, _GRID_DIMENSIONS, known=True))
+    indices = [cloud.index(radius) for cloud, radius in zip(clouds, radii, strict=True)]
+    options = _SORTS.index("index"), _METRICS.index("l2"), _IGNORES.index(False), False, False, config.check_room
+    for number, (index, limit) in enumerate(zip(indices, limits, strict=True)):
+        most = None if limit is None else min(limit, index.num_points)
+        searches.append((index, None, None, radii[number], most, *options))
+        if coarser[number]:
+            searches.append((index, *coarser[number], radii[number], most, *options))
+            searches.append((indices[number + 1], *levels[number], math.inf, 1, *options))
+    try:
+        found = backend.radius_searches(searches)
+    except backend.NotFinite:
+        raise _array.not_finite(points=levels[0][0]) from None
+    lists = [
+        Neighbors._trusted(index, splits, search[0].num_points)
+        for search, (splits, index, _) in zip(searches, found, strict=True)
+    ]
+    return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]
+
+
+def _lists_of_level(level, coarser, radius, limit):
+    index = GridIndex(level[0], radius, row_splits=level[1])
+    if coarser is None:
+        return index.radius_search(None, radius, max_neighbors=limit), None, None
+    (points, row_splits), (coarse, splits) = level, coarser
+    upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
+    return *index._search_with(coarse, splits, radius, limit), upsamples
+
+
 def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
     k = min(_array.integer("k", k, 1), len(cloud.points))
     metric, ignored = _array.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
@@ -590,16 +683,12 @@ def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
 
 
 def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
+    backend = _array.backend(cloud.points)
     try:
-        counts, found, distance = _cpu.knn_search(
+        splits, found, distance = backend.knn_search(
             tree, cloud.queries, cloud.queries_row_splits, radius, k, sort, metric, ignored, return_distances,
             config.check_room, config.get_num_threads(),
         )  # fmt: skip
-    except _cpu.NotFinite:
-        raise _array.not_finite(queries=cloud.queries) from None
-    if np.all(counts == k):
-        found, distance = found.reshape(-1), None if distance is None else distance.reshape(-1)
-    else:
-        there = np.arange(k) < counts[:, None]
-        found, distance = found[there], None if distance is None else distance[there]
-    return Neighbors._trusted(found, row_splits(counts), len(cloud.points), distance)
+    except backend.NotFinite:
+        raise _array.not_finite(points=cloud.points, queries=cloud.queries) from None
+    return Neighbors._trusted(found, splits, len(cloud.points), distance)

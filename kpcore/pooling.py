@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
-from kpcore.neighbors import Neighbors, knn_search, row_splits
+from kpcore.neighbors import Neighbors, _bounds, knn_search, sizes_of
 
 _REDUCES = ("mean", "sum", "max", "min")
 _SUM = _REDUCES.index("sum")
@@ -33,7 +33,7 @@ def neighbor_reduce(features: Array, neighbors: Neighbors, reduce: str = "mean",
         M rows, N points.
     reduce : {"mean", "sum", "max", "min"}
     weights : (E,), dtype of the features, optional
-        One of each pair, in the order of ``neighbors.index``; for a mean or sum.
+        One of each pair, as long as ``neighbors.index`` and in its order; for a mean or sum.
     empty : float
         The result of a query without neighbours.
     pad_value : float, optional
@@ -241,9 +241,7 @@ def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mea
 
 def _features_of(neighbors, features):
     """The features, one row of each point of the list."""
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
-    return _array.array("features", features, "N C", _array.REAL, {"N": (neighbors.num_points, "neighbors")})
+    return _array.array("features", features, "N C", _array.REAL, sizes_of(neighbors))
 
 
 def _few_enough(name, value):
@@ -254,7 +252,8 @@ def _few_enough(name, value):
 
 def _weighted_sum(features, index, row_splits, weights=None, shared=None):
     threads = config.get_num_threads()
-    return _cpu.neighbor_reduce(features, index, row_splits, weights, shared, _SUM, 0.0, 0.0, 0, False, threads)[0]
+    backend = _array.backend(features)
+    return backend.neighbor_reduce(features, index, row_splits, weights, shared, _SUM, 0.0, 0.0, 0, False, threads)[0]
 
 
 # ---- neighbor_reduce
@@ -267,7 +266,7 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
     if weights is not None:
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
-        pairs = {"E": (neighbors.num_pairs, "neighbors")}
+        pairs = sizes_of(neighbors) | {"E": (len(neighbors.index), "neighbors")}
         weights = _array.array("weights", weights, "E", _array.REAL, pairs, like=("features", features))
     empty, width = _array.number("empty", empty, features.dtype), 0
     if pad_value is None:
@@ -285,7 +284,7 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
 
 def _neighbor_reduce(features, neighbors, **options):
     features, reduction, chooses, weights, values = _neighbor_reduce_checked(features, neighbors, **options)
-    out, choice = _cpu.neighbor_reduce(
+    out, choice = _array.backend(features).neighbor_reduce(
         features, neighbors.index, neighbors.row_splits, weights, None, reduction, *values, chooses,
         config.get_num_threads()
     )  # fmt: skip
@@ -296,18 +295,19 @@ def _neighbor_reduce_vjp(arguments, saved, grad, needs):
     features, reduction, chooses, weights, _ = _neighbor_reduce_checked(**arguments)
     neighbors, threads = arguments["neighbors"], config.get_num_threads()
     if chooses:
-        return {"features": _cpu.unpool(*saved, grad, len(features), threads)}
+        return {"features": _array.backend(grad).unpool(*saved, grad, len(features), threads)}
+    backend = _array.backend(grad)
     index, splits, grads = neighbors.index, neighbors.row_splits, {}
     if "features" in needs:
         if weights is None:
             transposed = neighbors.transpose()
             transposed = transposed.index, transposed.row_splits, None
         else:
-            transposed = _cpu.transpose(index, splits, weights, neighbors.num_points, threads)
+            transposed = backend.transpose(index, splits, weights, neighbors.num_points, threads)
         shared = splits if arguments["reduce"] == "mean" else None
         grads["features"] = _weighted_sum(grad, *transposed, shared)
     if "weights" in needs:
-        grads["weights"] = _cpu.neighbor_reduce_grad_weights(features, index, splits, reduction, grad, threads)
+        grads["weights"] = backend.neighbor_reduce_grad_weights(features, index, splits, reduction, grad, threads)
     return grads
 
 
@@ -326,18 +326,25 @@ NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, 
 
 def _nearest_upsample(features, neighbors):
     features = _features_of(neighbors, features)
-    return _cpu.gather_rows(features, neighbors.index, neighbors.row_splits, config.get_num_threads()), ()
+    backend = _array.backend(features)
+    return backend.gather_rows(features, neighbors.index, neighbors.row_splits, config.get_num_threads()), ()
 
 
 def _nearest_upsample_vjp(arguments, saved, grad, needs):
-    neighbors = arguments["neighbors"]
-    counts = neighbors.counts
-    if np.all(counts == 1):
-        transposed = neighbors.transpose()
-        return {"features": _weighted_sum(grad, transposed.index, transposed.row_splits)}
-    first = neighbors.index[neighbors.row_splits[:-1][counts > 0]]
-    splits = row_splits(np.minimum(counts, 1))
-    index, splits, _ = _cpu.transpose(first, splits, None, neighbors.num_points, config.get_num_threads())
+    neighbors, backend = arguments["neighbors"], _array.backend(grad)
+    counts, begins, num_points = neighbors.counts, neighbors.row_splits[:-1], neighbors.num_points
+    if isinstance(grad, np.ndarray):
+        if np.all(counts == 1):
+            transposed = neighbors.transpose()
+            return {"features": _weighted_sum(grad, transposed.index, transposed.row_splits)}
+        first, splits = neighbors.index[begins[counts > 0]], _bounds(np.minimum(counts, 1))
+    elif not len(neighbors.index):
+        return {"features": grad.dtype.type(0) * arguments["features"]}
+    else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
+        index = neighbors.index[np.minimum(begins, len(neighbors.index) - 1)]
+        first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
+        splits = _array.namespace(grad).arange(len(counts) + 1)
+    index, splits, _ = backend.transpose(first, splits, None, num_points, config.get_num_threads())
     return {"features": _weighted_sum(grad, index, splits)}
 
 
@@ -352,10 +359,17 @@ NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_v
 # ---- gather
 
 
+def _gather_arrays(features, index):
+    sizes = {}
+    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, sizes))
+    return features, _few_enough("index", _array.array("index", index, "M", _INDEX, sizes))
+
+
 def _gather_checked(features, index):
-    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, {}))
-    index = _few_enough("index", _array.array("index", index, "M", _INDEX, {}))
-    low, high = (int(index.min()), int(index.max())) if len(index) else (0, -1)
+    features, index = _gather_arrays(features, index)
+    low, high = 0, -1
+    if len(index):
+        low, high = map(int, _array.on_host(np.stack([index.min(), index.max()])))
     if low < 0 or high >= len(features):
         bad = low if low < 0 else high
         raise ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
@@ -363,13 +377,14 @@ def _gather_checked(features, index):
 
 
 def _gather(features, index):
-    return _cpu.gather_rows(*_gather_checked(features, index), None, config.get_num_threads()), ()
+    features, index = _gather_checked(features, index)
+    return _array.backend(features).gather_rows(features, index, None, config.get_num_threads()), ()
 
 
 def _gather_vjp(arguments, saved, grad, needs):
-    features, index = _gather_checked(**arguments)
-    each = np.arange(len(index) + 1)
-    index, splits, _ = _cpu.transpose(
+    features, index = _gather_arrays(**arguments)
+    each = _array.namespace(index).arange(len(index) + 1)
+    index, splits, _ = _array.backend(index).transpose(
         index.astype(np.int32, copy=False), each, None, len(features), config.get_num_threads()
     )
     return {"features": _weighted_sum(grad, index, splits)}
@@ -386,12 +401,13 @@ GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_r
 
 
 def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
-    points = _array.points_array("points", points, {}, dimensions=_array.DIMENSIONS)
-    features = _array.array("features", features, "N C", _array.REAL, {"N": (len(points), "points")})
+    sizes = {}
+    points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
+    features = _array.array("features", features, "N C", _array.REAL, sizes)
     power = _array.length("power", power, np.dtype(np.float64))
     found = knn_search(points, queries, k, points_row_splits=points_row_splits,
                        queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
-    weights = _cpu.inverse_distance_weights(
+    weights = _array.backend(features).inverse_distance_weights(
         found.distance, found.row_splits, power, features.dtype, config.get_num_threads()
     )
     out = _weighted_sum(features, found.index, found.row_splits, weights)
@@ -401,7 +417,8 @@ def _interpolate(points, queries, features, k, power, points_row_splits, queries
 def _interpolate_vjp(arguments, saved, grad, needs):
     splits, index, weights = saved
     threads = config.get_num_threads()
-    return {"features": _weighted_sum(grad, *_cpu.transpose(index, splits, weights, len(arguments["points"]), threads))}
+    transposed = _array.backend(grad).transpose(index, splits, weights, len(arguments["points"]), threads)
+    return {"features": _weighted_sum(grad, *transposed)}
 
 
 INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features",))
@@ -410,9 +427,10 @@ INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features"
 # ---- segment_reduce
 
 
-def _segment_reduce_checked(features, row_splits, reduce, empty):
-    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, {}))
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features")
+def _segment_reduce_checked(features, row_splits, reduce, empty, known=False):
+    sizes = {}
+    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, sizes))
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
     reduction = _array.choice("reduce", reduce, _REDUCES)
     return features, row_splits, reduction, _array.number("empty", empty, features.dtype)
 
@@ -420,16 +438,16 @@ def _segment_reduce_checked(features, row_splits, reduce, empty):
 def _segment_reduce(features, row_splits, reduce, empty):
     arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
     chooses = reduce in ("max", "min")
-    out, choice = _cpu.segment_reduce(*arguments, chooses, config.get_num_threads())
+    out, choice = _array.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
     return out, (choice,) if chooses else ()
 
 
 def _segment_reduce_vjp(arguments, saved, grad, needs):
-    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments)
-    threads = config.get_num_threads()
+    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments, known=True)
+    backend, threads = _array.backend(grad), config.get_num_threads()
     if saved:
-        return {"features": _cpu.unpool(*saved, grad, len(features), threads)}
-    return {"features": _cpu.segment_reduce_grad(grad, row_splits, reduction, threads)}
+        return {"features": backend.unpool(*saved, grad, len(features), threads)}
+    return {"features": backend.segment_reduce_grad(grad, row_splits, reduction, len(features), threads)}
 
 
 def _segment_reduce_result(features, row_splits, reduce, **_):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore import _array
-from kpcore.neighbors import GridIndex, Neighbors, knn_search
-from kpcore.subsampling import grid_subsample
+from kpcore.neighbors import GridIndex, Neighbors, lists_of_levels
+from kpcore.subsampling import grid_subsample, subsample_level
 
 
 class Level(NamedTuple):
@@ -71,6 +71,9 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
 
     Notes
     -----
+    On the GPU it waits once for each level's number of points, and without `neighbor_limits` once more for all numbers
+    of neighbours; with `subsampled` and limits nothing looks whether coordinates are finite.
+
     Rows come by index, not by distance. The published code rotates each cloud at random before it is cut into voxels:
     rotate the points before, and the levels back after, if that is wanted.
 
@@ -85,30 +88,24 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     Neighbors(125 queries, 862 points, 5279 pairs)
     """
     num_levels = _array.integer("num_levels", num_levels, 1, 64)
-    points = _array.points_array("points", points, {})
+    sizes = {}
+    points = _array.points_array("points", points, sizes)
     voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
     radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
     limits = _limits(neighbor_limits, num_levels)
     if subsampled:
-        row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
-        current = (points, features, labels, row_splits)
+        row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
+        levels = [(points, features, labels, row_splits)]
     else:
-        current = grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=row_splits)[:4]
-
-    levels = []
-    for number, (radius, limit) in enumerate(zip(radii, limits, strict=True)):
-        points, features, labels, row_splits = current
-        voxel = voxel_size * 2**number
-        index = GridIndex(points, radius, row_splits=row_splits)
-        if number + 1 < num_levels:
-            current = grid_subsample(points, 2 * voxel, features=features, labels=labels, row_splits=row_splits)[:4]
-            coarse, _, _, splits = current
-            neighbors, pools = index._search_with(coarse, splits, radius, limit)
-            upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
-        else:
-            neighbors, pools, upsamples = index.radius_search(None, radius, max_neighbors=limit), None, None
-        levels.append(Level(points, row_splits, features, labels, voxel, radius, neighbors, pools, upsamples))
-    return Pyramid(levels)
+        levels = [grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=row_splits)[:4]]
+    voxels = [voxel_size * 2**number for number in range(num_levels)]
+    for voxel in voxels[1:]:
+        levels.append(subsample_level(voxel, *levels[-1]))
+    lists = lists_of_levels([(points, row_splits) for points, _, _, row_splits in levels], radii, limits)
+    return Pyramid(
+        Level(points, row_splits, features, labels, *more)
+        for (points, features, labels, row_splits), *more in zip(levels, voxels, radii, *zip(*lists, strict=True), strict=True)
+    )
 
 
 def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5, deform_radius=5.0, deform_levels=(),
@@ -148,7 +145,7 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5
         radii = _radii(points.dtype, size, num_levels, conv_radius, deform_radius, deform_levels)
         for number, radius in enumerate(radii):
             points = grid_subsample(points, size * 2**number).points
-            counts = GridIndex(points, radius).radius_search(None, radius, count_only=True)
+            counts = _array.on_host(GridIndex(points, radius).radius_search(None, radius, count_only=True))
             histogram = np.bincount(counts, minlength=len(histograms[number]))
             histogram[: len(histograms[number])] += histograms[number]
             histograms[number] = histogram

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
 
@@ -61,18 +61,19 @@ def _linear_arguments(features, weights, bias):
 
 
 def _linear(**arguments):
-    return _cpu.linear(*_linear_arguments(**arguments), config.get_num_threads()), ()
+    checked = _linear_arguments(**arguments)
+    return _array.backend(checked[0]).linear(*checked, config.get_num_threads()), ()
 
 
 def _linear_vjp(arguments, saved, grad, needs):
     features, weights, _ = _linear_arguments(**arguments)
-    threads, grads = config.get_num_threads(), {}
+    backend, threads, grads = _array.backend(grad), config.get_num_threads(), {}
     if "features" in needs:
-        grads["features"] = _cpu.linear_grad_features(weights, grad, threads)
+        grads["features"] = backend.linear_grad_features(weights, grad, threads)
     if "weights" in needs:
-        grads["weights"] = _cpu.linear_grad_weights(features, grad, threads)
+        grads["weights"] = backend.linear_grad_weights(features, grad, threads)
     if "bias" in needs:
-        grads["bias"] = _cpu.sum_rows(grad, threads)
+        grads["bias"] = backend.sum_rows(grad, threads)
     return grads
 
 
@@ -125,8 +126,8 @@ def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array,
     Raises
     ------
     ValueError
-        For fewer than two rows where `training`, for a negative running variance where not, or for shapes that do not
-        agree.
+        For fewer than two rows where `training`, for a negative running variance where not (on the GPU its channel
+        becomes NaN), or for shapes that do not agree.
     TypeError
         For other dtypes.
 
@@ -167,22 +168,23 @@ def _batch_norm(features, scale, shift, running_mean, running_var, training, mom
     momentum = _between("momentum", momentum, 0, 1)
     eps = _array.length("eps", eps, np.dtype(np.float64))
     slope = _slope(negative_slope, features)
-    (n, channels), threads = features.shape, config.get_num_threads()
-    row_splits = np.array([0, n])
+    (n, channels), backend, threads = features.shape, _array.backend(features), config.get_num_threads()
+    row_splits = _array.whole(n, _array.namespace(features))
     if training:
         if n < 2:
             raise ValueError(f"features: expected at least 2 rows where training, got {features.shape}")
-        mean, variance = _cpu.moments(features, row_splits, channels, threads)
+        mean, variance = backend.moments(features, row_splits, channels, threads)
         running_mean = _towards(running_mean, mean[0], momentum)
         running_var = _towards(running_var, n / (n - 1) * variance[0], momentum)
     else:
-        if (running_var < 0).any():
+        # Not on the GPU, where to look is to wait for all that was asked for before: NaN in that channel there.
+        if isinstance(running_var, np.ndarray) and (running_var < 0).any():
             at = int(np.argmax(running_var < 0))
             raise ValueError(f"running_var: expected no negative values, got {running_var[at]} in channel {at}")
         mean, variance = running_mean.astype(np.float64)[None], running_var.astype(np.float64)[None]
         running_mean, running_var = running_mean.copy(), running_var.copy()
     inverse_std = 1 / np.sqrt(variance + eps)
-    out = _cpu.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
+    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
     return BatchNormed(out, running_mean, running_var), _as_saved(mean, inverse_std)
 
 
@@ -192,8 +194,9 @@ def _towards(running, batch, momentum):
 
 
 def _batch_norm_vjp(arguments, saved, grad, needs):
-    features = _contiguous(arguments["features"])
-    return _normalize_vjp(features, np.array([0, len(features)]), not arguments["training"], arguments, saved, grad,
+    features = _array.contiguous(arguments["features"])
+    row_splits = _array.whole(len(features), _array.namespace(features))
+    return _normalize_vjp(features, row_splits, not arguments["training"], arguments, saved, grad,
                           needs)  # fmt: skip
 
 
@@ -270,18 +273,21 @@ def _group_norm(features, num_groups, scale, shift, row_splits, eps, negative_sl
     num_groups = _array.integer("num_groups", num_groups, 1)
     if features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features")
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes)
     eps = _array.length("eps", eps, np.dtype(np.float64))
-    slope, threads = _slope(negative_slope, features), config.get_num_threads()
-    mean, variance = _cpu.moments(features, row_splits, num_groups, threads)
+    slope, threads, backend = _slope(negative_slope, features), config.get_num_threads(), _array.backend(features)
+    mean, variance = backend.moments(features, row_splits, num_groups, threads)
     inverse_std = 1 / np.sqrt(variance + eps)
-    out = _cpu.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
+    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
     return out, _as_saved(mean, inverse_std)
 
 
 def _group_norm_vjp(arguments, saved, grad, needs):
-    features = _contiguous(arguments["features"])
-    row_splits = _array.splits_array("row_splits", arguments["row_splits"], len(features), "features")
+    features = _array.contiguous(arguments["features"])
+    sizes = _array.device_of(("features", features))
+    row_splits = _array.splits_array(
+        "row_splits", arguments["row_splits"], len(features), "features", sizes, known=True
+    )
     return _normalize_vjp(features, row_splits, False, arguments, saved, grad, needs)
 
 
@@ -301,20 +307,15 @@ def _as_saved(mean, inverse_std):
 
 
 def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs):
-    scale, shift = _contiguous(arguments["scale"]), _contiguous(arguments["shift"])
+    scale, shift = _array.contiguous(arguments["scale"]), _array.contiguous(arguments["shift"])
     names = ("features", "scale", "shift")
     slope = _slope(arguments["negative_slope"], features)
     mean, inverse_std = saved[0].view(np.float64)
-    grads = _cpu.normalize_grad(
+    grads = _array.backend(features).normalize_grad(
         features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad,
         *(name in needs for name in names), config.get_num_threads()
     )  # fmt: skip
     return {name: g for name, g in zip(names, grads, strict=True) if name in needs}
-
-
-def _contiguous(array):
-    """As `_array.array` gives it, of one that it has seen before."""
-    return np.require(array, None, ("C", "A"))
 
 
 def _slope(negative_slope, features):
@@ -424,11 +425,12 @@ def _activation(name):
     def forward(features, negative_slope=0):
         features = _any_shape("features", features, {})
         slope = _array.number("negative_slope", negative_slope, features.dtype)
-        return _cpu.activate(features, code, slope, config.get_num_threads()), ()
+        return _array.backend(features).activate(features, code, slope, config.get_num_threads()), ()
 
     def vjp(arguments, saved, grad, needs):
-        features, slope = _contiguous(arguments["features"]), arguments.get("negative_slope", 0)
-        return {"features": _cpu.activate_grad(features, code, slope, np.asarray(grad), config.get_num_threads())}
+        features, slope = _array.contiguous(arguments["features"]), arguments.get("negative_slope", 0)
+        grad, threads = _array.contiguous(_array.as_array(grad)), config.get_num_threads()
+        return {"features": _array.backend(features).activate_grad(features, code, slope, grad, threads)}
 
     return Op(name, forward, vjp, diff=("features",), result=_like_features)
 
@@ -494,11 +496,11 @@ def _dropout(features, rate, seed, training):
         raise TypeError(f"training: expected True or False, got {type(training).__name__}")
     if not training:
         return features.copy(), ()
-    return _cpu.dropout(features, rate, seed, config.get_num_threads()), ()
+    return _array.backend(features).dropout(features, rate, seed, config.get_num_threads()), ()
 
 
 def _dropout_vjp(arguments, saved, grad, needs):
-    return {"features": _dropout(**{**arguments, "features": np.asarray(grad)})[0]}
+    return {"features": _dropout(**{**arguments, "features": _array.as_array(grad)})[0]}
 
 
 DROPOUT = Op("dropout", _dropout, _dropout_vjp, diff=("features",), result=_like_features)
@@ -531,15 +533,15 @@ def add(first: Array, second: Array) -> Array:
 
 def _add(first, second):
     # NumPy's arithmetic turns arrays without axes, such as losses, into scalars.
-    first, second = (np.asarray(a) if isinstance(a, np.generic) else a for a in (first, second))
+    first, second = _array.as_array(first), _array.as_array(second)
     sizes = {}
     first = _any_shape("first", first, sizes)
-    second = _array.array("second", second, " ".join(sizes), _array.REAL, sizes, like=("first", first))
-    return _cpu.add(first, second, config.get_num_threads()), ()
+    second = _array.array("second", second, " ".join(map(str, range(first.ndim))), _array.REAL, sizes, like=("first", first))
+    return _array.backend(first).add(first, second, config.get_num_threads()), ()
 
 
 def _add_vjp(arguments, saved, grad, needs):
-    return {name: np.copy(grad) for name in needs}  # each its own: who gets it may add to it in place
+    return {name: grad.copy() for name in needs}  # each its own: who gets it may add to it in place
 
 
 ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, second: [(first.shape, first.dtype)])
@@ -583,12 +585,13 @@ def _concatenate(**features):
             continue
         like = ("first", arrays[0]) if arrays else None
         arrays.append(_array.array(name, value, f"N C{len(arrays) + 1}", _array.REAL, sizes, like=like))
-    return _cpu.concatenate(arrays, config.get_num_threads()), ()
+    return _array.backend(arrays[0]).concatenate(arrays, config.get_num_threads()), ()
 
 
 def _concatenate_vjp(arguments, saved, grad, needs):
     given = {name: a.shape[1] for name, a in arguments.items() if a is not None}
-    parts = _cpu.split(grad, list(given.values()), [name in needs for name in given], config.get_num_threads())
+    needed, threads = [name in needs for name in given], config.get_num_threads()
+    parts = _array.backend(grad).split(grad, list(given.values()), needed, threads)
     return {name: part for name, part in zip(given, parts, strict=True) if part is not None}
 
 
@@ -638,12 +641,12 @@ def _as_rows(features):
 
 def _softmax(features):
     rows = _as_rows(features)
-    return _cpu.softmax(rows, config.get_num_threads()).reshape(features.shape), ()
+    return _array.backend(rows).softmax(rows, config.get_num_threads()).reshape(features.shape), ()
 
 
 def _softmax_vjp(arguments, saved, grad, needs):
     rows = _as_rows(arguments["features"])
-    grads = _cpu.softmax_grad(rows, grad.reshape(rows.shape), config.get_num_threads())
+    grads = _array.backend(rows).softmax_grad(rows, grad.reshape(rows.shape), config.get_num_threads())
     return {"features": grads.reshape(grad.shape)}
 
 
@@ -716,22 +719,24 @@ def _cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduct
 
 def _cross_entropy(**arguments):
     checked = _cross_entropy_arguments(**arguments)
-    each = arguments["reduction"] == "none"
+    each, backend = arguments["reduction"] == "none", _array.backend(checked[0])
     try:
-        return _cpu.cross_entropy(*checked, each, config.get_num_threads()), ()
-    except _cpu.OutOfRange:
+        return backend.cross_entropy(*checked, each, config.get_num_threads()), ()
+    except backend.OutOfRange:
         raise _no_class(*checked[:3]) from None
 
 
 def _cross_entropy_vjp(arguments, saved, grad, needs):
     checked = _cross_entropy_arguments(**arguments)
+    backend, grad = _array.backend(checked[0]), _array.as_array(grad)
     try:
-        return {"logits": _cpu.cross_entropy_grad(*checked, np.asarray(grad), config.get_num_threads())}
-    except _cpu.OutOfRange:  # the labels were changed meanwhile
+        return {"logits": backend.cross_entropy_grad(*checked, grad, config.get_num_threads())}
+    except backend.OutOfRange:  # the labels were changed meanwhile
         raise _no_class(*checked[:3]) from None
 
 
 def _no_class(logits, labels, ignore_index):
+    labels = _array.on_host(labels)
     wrong = (labels < 0) | (labels >= logits.shape[1])
     expected = f"0 to {logits.shape[1] - 1}"
     if ignore_index is not None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 
 
 class Sampled(NamedTuple):
@@ -52,7 +52,8 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     Notes
     -----
     The first k of n chosen points are the choice of k. The result is the same on every machine and with any number of
-    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on.
+    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on. On the
+    GPU each item is one block's, whatever the method.
 
     Examples
     --------
@@ -64,25 +65,31 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     >>> kp.farthest_point_sampling(points, 2, row_splits=np.array([0, 2, 5])).index
     array([0, 1, 2, 4], dtype=int32)
     """
-    points = _array.points_array("points", points, {}, dimensions=_array.DIMENSIONS)
+    sizes = {}
+    points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
     num = _array.integer("num", num, 1)
-    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
-    lengths = np.diff(row_splits)
-    start = _starts(start, lengths)
+    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
+    lengths = np.diff(_array.on_host(row_splits))
+    start = _starts(start, lengths, sizes["device"])
     method = _array.choice("method", method, (None, "exact", "bucketed"))
-    out_row_splits = np.zeros_like(row_splits)
+    out_row_splits = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
+    total, backend = int(out_row_splits[-1]), _array.backend(points)
+    start, out_row_splits = _array.like(points, start), _array.like(points, out_row_splits)
     try:
-        index = _cpu.farthest_points(points, row_splits, start, out_row_splits, method, config.get_num_threads())
-    except _cpu.NotFinite:
+        index = backend.farthest_points(
+            points, row_splits, start, out_row_splits, total, method, config.get_num_threads()
+        )
+    except backend.NotFinite:
         raise _array.not_finite(points=points) from None
     return Sampled(index, out_row_splits)
 
 
-def _starts(start, lengths):
-    """(B,) int64, each within its item."""
-    if isinstance(start, np.ndarray):
-        start = _array.array("start", start, "B", _array.SPLITS, {"B": (len(lengths), "row_splits")})
+def _starts(start, lengths, device):
+    """(B,) int64 on the host, each within its item."""
+    if _array.is_array(start):
+        sizes = {"B": (len(lengths), "row_splits"), "device": device}
+        start = _array.on_host(_array.array("start", start, "B", _array.SPLITS, sizes))
     else:
         start = np.full(len(lengths), _array.integer("start", start, 0, _array.MAX_POINTS))
     wrong = (lengths > 0) & ((start < 0) | (start >= lengths))

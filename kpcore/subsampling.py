@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import _array, config
 from kpcore.autodiff import Op
 
 _POSITIONS = ("barycenter", "center", "nearest")
@@ -103,7 +103,7 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
               origin=origin, position=position, feature=feature, ignore_label=ignore_label)  # fmt: skip
 
 
-def _forward(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label):
+def _forward(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label, known=False):
     sizes = {}
     points = _array.points_array("points", points, sizes)
     dimension = points.shape[1]
@@ -118,34 +118,40 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
             raise ValueError("ignore_label: expected None, because there are no labels, got a number")
         limits = np.iinfo(labels.dtype)
         ignore_label = _array.integer("ignore_label", ignore_label, limits.min, limits.max)
-    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points")
+    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
     position_code = _array.choice("position", position, _POSITIONS)
     feature_code = _array.choice("feature", feature, _FEATURES)
     by_nearest = position == "nearest" or (feature == "nearest" and features is not None)
-    threads = config.get_num_threads()
+    backend, threads = _array.backend(points), config.get_num_threads()
     try:
-        *fields, nearest = _cpu.grid_subsample(
+        *fields, nearest = backend.grid_subsample(
             points, features, labels, row_splits, voxel_size, origin, position_code, feature_code, by_nearest,
             ignore_label, threads
         )  # fmt: skip
-    except _cpu.NotFinite:
+    except backend.NotFinite:
         raise _array.not_finite(points=points) from None
-    except _cpu.OutOfRange:
+    except backend.OutOfRange:
         raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
     out = Subsampled(*fields)
     return out, (out.inverse, out.counts, nearest)
 
 
+def subsample_level(voxel_size, points, features, labels, row_splits):
+    """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
+    return _forward(points, voxel_size, features, labels, row_splits, 0.0, "barycenter", "mean", None, known=True)[0][:4]
+
+
 def _vjp(arguments, saved, grad, needs):
     feature = _array.choice("feature", arguments["feature"], _FEATURES)
-    features = np.ascontiguousarray(arguments["features"])
-    return {"features": _cpu.grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())}
+    features = _array.contiguous(arguments["features"])
+    return {"features": _array.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())}
 
 
 OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
 
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):
+    points, row_splits = _array.on_host(points), _array.on_host(row_splits)
     with np.errstate(over="ignore"):
         largest = np.abs(points - origin).max(0)
         overflowing = ~np.isfinite(largest / voxel_size)

@@ -50,13 +50,14 @@ extern "C" __global__ void fit(const T* points, const T* queries, const int32_t*
 
 extern "C" __global__ void fit_gradient(const T* points, const T* queries, const T* kernel_points, const T* offsets,
                                         const int32_t* nearest, int64_t num_queries, int64_t num_kernels, T scale,
-                                        T* grads) {
+                                        const T* grad_out, T* grads) {
+  const T factor = scale * *grad_out;
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     for (int a = 0; a < D; ++a)
       grads[i * D + a] =
           nearest[i] < 0 ? T(0)
-                         : scale * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
+                         : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
                                                  deformed(kernel_points, offsets, num_kernels, q, k, a));
   }
 }
@@ -80,7 +81,9 @@ extern "C" __global__ void repel(const T* kernel_points, const T* offsets, int64
 }
 
 extern "C" __global__ void repel_gradient(const T* kernel_points, const T* offsets, int64_t num_queries,
-                                          int64_t num_kernels, T inverse_extent, T repulse_extent, T scale, T* grads) {
+                                          int64_t num_kernels, T inverse_extent, T repulse_extent, T scale,
+                                          const T* grad_out, T* grads) {
+  const T factor = scale * *grad_out;
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     T sum[D] = {};
@@ -93,6 +96,6 @@ extern "C" __global__ void repel_gradient(const T* kernel_points, const T* offse
       const T slope = repulsion_slope(squared_distance(d, D), inverse_extent, repulse_extent);
       for (int a = 0; a < D; ++a) sum[a] += slope * d[a];
     }
-    for (int a = 0; a < D; ++a) grads[i * D + a] = scale * sum[a];
+    for (int a = 0; a < D; ++a) grads[i * D + a] = factor * sum[a];
   }
 }

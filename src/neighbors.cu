@@ -34,6 +34,13 @@ __device__ V sum_of_lanes(V x) {
   return x;
 }
 
+__device__ bool is_finite(const T* at, unsigned* not_finite) {
+  bool finite = true;
+  for (int a = 0; a < D; ++a) finite = finite && at[a] - at[a] == 0;
+  if (!finite) atomicOr(not_finite, 1u);
+  return finite;
+}
+
 // ---- what a query asks
 
 enum Ignore : int { nobody, equal_coordinates, equal_number };
@@ -294,9 +301,11 @@ using namespace kp;
 
 // keys[i] = (item, place on the curve) of each point
 extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
-                                      const T* low, const T* high, int bits, int64_t* keys) {
-  for (int64_t i = first_thread(); i < num_points; i += num_threads())
+                                      const T* low, const T* high, int bits, int64_t* keys, unsigned* not_finite) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    is_finite(points + i * D, not_finite);
     keys[i] = curve_key(points + i * D, low, high, item_of(splits, num_items, i), bits);
+  }
 }
 
 // Boxes of the leaves: a warp for each.
@@ -340,15 +349,13 @@ extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxe
 
 // keys[i] = the cell of each point in the table
 extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double inverse_cell, int bits_x, int bits_y,
-                                     int bits_z, int32_t* keys) {
+                                     int bits_z, int32_t* keys, unsigned* not_finite) {
   const Cells cells{nullptr, nullptr, inverse_cell, {bits_x, bits_y, bits_z}};
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    int cell[3] = {};
-    for (int a = 0; a < axes; ++a) {
-      const double at = double(points[i * D + a]);
-      // What is not finite is found elsewhere, and no neighbour of anything.
-      if (at - at == 0) cell[a] = wrapped(cell_of(at, inverse_cell), cells.bits[a]);
-    }
+    int cell[3] = {};  // for what is not finite, which is no neighbour of anything
+    if (is_finite(points + i * D, not_finite))
+      for (int a = 0; a < axes; ++a)
+        cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
     keys[i] = cells.number(cell);
   }
 }
@@ -381,15 +388,17 @@ extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t
 }
 
 // counts[q] = neighbours of each query, at most `most`
-extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts) {
+extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts,
+                                        unsigned* not_finite) {
   const Index index = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);
     int64_t count = 0;
-    index.for_candidates(query, [&](const Located& p, bool there) {
+    const auto visit = [&](const Located& p, bool there) {
       T measured;
       count += there && query.is_neighbor(p, measured);
-    });
+    };
+    if (is_finite(query.at, not_finite)) index.for_candidates(query, visit);
     count = sum_of_lanes(count);
     if (lane_number() == 0) counts[q] = count < most ? count : most;
   }
@@ -470,7 +479,8 @@ struct Best {
 
 // The k nearest within a radius of each query: rows of k, of which counts[q] are there.
 extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, const T* low, const T* high, int bits,
-                                   int64_t k, int sort, int32_t* found, T* distances, int64_t* counts) {
+                                   int64_t k, int sort, int32_t* found, T* distances, int64_t* counts,
+                                   unsigned* not_finite) {
   const Index index = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     Query query = KP_QUERY(q);
@@ -484,7 +494,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       }
       if (best.n == k) query.limit = best.distance[k - 1];
     };
-    if (query.begin < query.end) {
+    if (is_finite(query.at, not_finite) && query.begin < query.end) {
       // The leaf where the query would lie is seen first: its points rule most others out.
       const int item = item_of(queries_splits, num_items, q);
       const int64_t key = curve_key(query.at, low, high, item, bits);

@@ -241,7 +241,7 @@ ERRORS = {
     "17-D": ({"points": np.zeros((5, 17))}, ValueError, "points: expected (N, D) with D = 1 to 16, got (5, 17)"),
     "0-D": ({"points": np.zeros((5, 0))}, ValueError, "points: expected (N, D) with D = 1 to 16, got (5, 0)"),
     "1-d": ({"points": np.zeros(5)}, ValueError, "points: expected (N, D), got (5,)"),
-    "list": ({"points": [[0.0]]}, TypeError, "points: expected a NumPy array, got list"),
+    "list": ({"points": [[0.0]]}, TypeError, "points: expected a NumPy or CuPy array, got list"),
     "integers": ({"points": np.zeros((5, 3), int)}, TypeError, "points: expected float32 or float64, got int64"),
     "none": ({"num": 0}, ValueError, "num: expected at least 1, got 0"),
     "half": ({"num": 1.5}, TypeError, "num: expected an integer, got float"),

@@ -11,6 +11,7 @@ Only what kpcore uses is here; anything else is an AttributeError. `install()` p
 import sys
 import types
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import emulator
 import numpy as np
@@ -24,7 +25,22 @@ class Counts:
     uploads: int = 0
 
 
+@dataclass
+class Flags:
+    """All that CuPy's have."""
+
+    of: object
+    c_contiguous = property(lambda self: self.of.c_contiguous)
+    f_contiguous = property(lambda self: self.of.f_contiguous)
+    owndata = property(lambda self: self.of.owndata)
+
+
+class Device(NamedTuple):
+    id: int
+
+
 counts = Counts()
+current = Device(0)
 mode = {}  # of emulator.Module: check, order, seed, preempt
 
 
@@ -42,7 +58,8 @@ class ndarray(NDArrayOperatorsMixin):
     ndim = property(lambda self: self._array.ndim)
     size = property(lambda self: self._array.size)
     nbytes = property(lambda self: self._array.nbytes)
-    flags = property(lambda self: self._array.flags)
+    flags = property(lambda self: Flags(self._array.flags))
+    device = property(lambda self: current)
     T = property(lambda self: ndarray(self._array.T, self._owner))
 
     @property
@@ -72,6 +89,32 @@ class ndarray(NDArrayOperatorsMixin):
         self._owner._written = True
         return self
 
+    # And those that CuPy answers to, by its own ones of the same names.
+
+    def __array_function__(self, function, types, args, kwargs):
+        own = getattr(sys.modules["cupy"], function.__name__, None)
+        if own is None or not all(issubclass(t, ndarray) for t in types):
+            return NotImplemented
+        return own(*args, **kwargs)
+
+    def any(self, axis=None):
+        return _device(self._array.any(axis))
+
+    def all(self, axis=None):
+        return _device(self._array.all(axis))
+
+    def sum(self, axis=None):
+        return _device(self._array.sum(axis))
+
+    def min(self, axis=None):
+        return _device(self._array.min(axis))
+
+    def max(self, axis=None):
+        return _device(self._array.max(axis))
+
+    def argmax(self, axis=None):
+        return _device(self._array.argmax(axis))
+
     # What waits.
 
     def get(self):
@@ -95,7 +138,9 @@ class ndarray(NDArrayOperatorsMixin):
         return self.item().__index__()
 
     def __iter__(self):
-        raise TypeError("iterating over a device array waits for each of its rows")
+        if self.ndim < 2:
+            raise TypeError("iterating over numbers on the device: what would wait for each of them, in most uses")
+        return (self[i] for i in range(len(self)))
 
     def tolist(self):
         raise TypeError("use `.get().tolist()`")
@@ -201,6 +246,10 @@ def concatenate(arrays, axis=0):
     return _device(np.concatenate([_host(a) for a in arrays], axis))
 
 
+def stack(arrays, axis=0):
+    return _device(np.stack([_host(a) for a in arrays], axis))
+
+
 class RawModule:
     def __init__(self, *, code, options=()):
         self._code, self._options, self._modules = code, options, {}
@@ -227,8 +276,15 @@ def install():
     module = types.ModuleType("cupy")
     names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
     module.__dict__.update({name: globals()[name] for name in names})
-    module.concatenate = concatenate
-    for name in ("zeros", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray", "where"):
+    module.concatenate, module.stack = concatenate, stack
+    module.cuda = types.SimpleNamespace(
+        Device=lambda: current,
+        is_available=lambda: True,
+        runtime=types.SimpleNamespace(memGetInfo=lambda: (1 << 37, 1 << 38)),
+    )
+    module.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
+    names = ("zeros", "zeros_like", "ones", "ones_like", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray")
+    for name in (*names, "where", "diff", "isfinite", "minimum", "bincount"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"
     sys.modules["cupy"] = module
