@@ -192,7 +192,7 @@ class Neighbors:
         if wrong.any():
             row, column = divmod(int(wrong.argmax()), wrong.shape[1])
             raise ValueError(
-                f"index: expected values from -1 to {num_points} to match num_points, got {index[row, column]} "
+                f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
                 f"in row {row}, column {column}"
             )
         splits = _bounds(valid.sum(1))

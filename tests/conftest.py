@@ -18,6 +18,7 @@ settings.load_profile("kpcore")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: on a GPU where there is one, else on the emulator")
     config.addinivalue_line("markers", "slow: seconds or gigabytes; too much under a sanitizer")
 
 

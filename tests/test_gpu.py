@@ -1,10 +1,16 @@
-"""The GPU backend against the CPU's: the same kernels and the same _gpu.py, on the emulator with all of its checks."""
+"""The GPU against the CPU: the same public functions on NumPy's arrays and on CuPy's, their results and their errors.
 
+On a GPU where CuPy finds one, elsewhere on the emulator with all of its checks, in two orders of threads and blocks. What
+decides is to be the same to the bit: neighbours, voxels, which of several is taken, and the order of everything.
+"""
+
+import ast
 import sys
 from pathlib import Path
 
 import clouds
 import numpy as np
+import ops
 import pytest
 from reference import assert_same_bits
 
@@ -12,13 +18,22 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
 
 import fake_cupy
 
-cupy = fake_cupy.install()
+try:
+    import cupy
+
+    EMULATED = not cupy.cuda.is_available()
+except ImportError:
+    EMULATED = True
+if EMULATED:
+    cupy = fake_cupy.install()
 
 import kpcore as kp  # noqa: E402
-from kpcore import _cpu, _gpu  # noqa: E402
-from kpcore.kpconv import Problem  # noqa: E402
+from kpcore import _gpu  # noqa: E402
+from kpcore.neighbors import Neighbors  # noqa: E402
 
-MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}}
+pytestmark = pytest.mark.gpu
+MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}} if EMULATED else {"gpu": {}}
+emulated = pytest.mark.skipif(not EMULATED, reason="counted by the stand-in for CuPy")
 
 
 @pytest.fixture(autouse=True, params=MODES, ids=MODES)
@@ -26,66 +41,166 @@ def mode(request, monkeypatch):
     monkeypatch.setattr(fake_cupy, "mode", MODES[request.param])
 
 
+def of_all(leaf, value):
+    """A nest with `leaf` of all its arrays and lists of neighbours."""
+    if isinstance(value, (np.ndarray, cupy.ndarray, Neighbors)):
+        return leaf(value)
+    if isinstance(value, dict):
+        return {name: of_all(leaf, v) for name, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        values = [of_all(leaf, v) for v in value]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    return value
+
+
 def to_device(value):
-    return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+    return of_all(lambda a: a.to("cuda") if isinstance(a, Neighbors) else cupy.asarray(a), value)
 
 
 def to_host(value):
-    return value.get() if isinstance(value, cupy.ndarray) else value
+    return of_all(lambda a: a.to("cpu") if isinstance(a, Neighbors) else a.get(), value)
 
 
-def no_limit(*args, **kwargs):
-    pass
+def outcome(function, *args, **kwargs):
+    """What it returns, or the type and the text of its error."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def assert_equal(got, expected, exactly=True, tolerance=1e-10):
+    """Nests of the host and of the device; of lists what is used. Where float32 went in, nothing is more exact."""
+    if isinstance(expected, Neighbors):
+        got, pairs = got.to("cpu"), expected.num_pairs
+        assert_same_bits(got.row_splits, expected.row_splits)
+        assert_same_bits(got.index[:pairs], expected.index[:pairs])
+        assert (got.num_points, got.width) == (expected.num_points, expected.width)
+        assert (got.distance is None) == (expected.distance is None)
+        if expected.distance is not None:
+            assert_same_bits(got.distance[:pairs], expected.distance[:pairs])
+    elif isinstance(expected, np.ndarray):
+        assert isinstance(got, cupy.ndarray)
+        got = got.get()
+        if exactly:
+            assert_same_bits(got, expected)
+        else:
+            assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+            tolerance = 2e-5 if expected.dtype == np.float32 else tolerance
+            assert_same_bits(np.isnan(got), np.isnan(expected))
+            difference = np.nan_to_num(np.abs(got - expected)).max(initial=0)
+            assert difference <= tolerance * np.nan_to_num(np.abs(expected)).max(initial=0)
+    elif isinstance(expected, (tuple, list)):
+        assert type(got) is type(expected) and len(got) == len(expected)
+        if any(isinstance(a, np.ndarray) and a.dtype == np.float32 for a in expected):
+            tolerance = 2e-5
+        for a, b in zip(got, expected, strict=True):
+            assert_equal(a, b, exactly, tolerance)
+    else:
+        assert got == expected
+
+
+def check(function, *args, exactly=True, **kwargs):
+    """The same result, or the same error, in both places."""
+    expected = outcome(function, *args, **kwargs)
+    assert_equal(outcome(function, *to_device(args), **to_device(kwargs)), expected, exactly)
+    return expected
+
+
+def check_gradients(function, *primals, exactly=False, seed=2, **kwargs):
+    """The same value and gradients in both places."""
+
+    def differentiated(primals, kwargs, place):
+        out, pullback = kp.autodiff.vjp(lambda *p: function(*p, **kwargs), *primals)
+        grad = np.random.default_rng(seed).normal(size=out.shape).astype(out.dtype)
+        return [out, *pullback(place(grad))]
+
+    expected = differentiated(primals, kwargs, lambda a: a)
+    assert_equal(differentiated(to_device(primals), to_device(kwargs), cupy.asarray), expected, exactly)
+
+
+both_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+types = pytest.mark.parametrize("dim, dtype", [(3, np.float32), (2, np.float64)])
+nasty = pytest.mark.parametrize("name", clouds.NASTY)
+
+
+# ---- every operator
+
+
+@pytest.mark.parametrize("geometry, features", [(np.float32, np.float32), (np.float64, np.float32), (np.float64,) * 2])
+@pytest.mark.parametrize("num", [0, 1, 24])
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_every_operator_and_its_gradients(variant, num, geometry, features):
+    op, arguments = ops.call(variant, num, geometry, features)
+    names = ops.diff(op, arguments)
+    for_host = outcome(ops.vjp, op, arguments, names)
+    for_device = outcome(ops.vjp, op, to_device(arguments), names)
+    if isinstance(for_host[0], type):
+        assert for_device == for_host
+        return
+    (out, pullback), (got, got_pullback) = for_host, for_device
+    grad = np.asarray(ops.covector(out))
+    assert_equal([got, *got_pullback(cupy.asarray(grad))], [np.asarray(a) for a in (out, *pullback(grad))], exactly=False)
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_every_operator_twice_is_the_same_bits(variant):
+    op, arguments = ops.call(variant, features=np.float32)
+    names, arguments = ops.diff(op, arguments), to_device(arguments)
+    results = []
+    for _ in range(2):
+        out, pullback = ops.vjp(op, arguments, names)
+        results.append(to_host([out, *pullback(cupy.asarray(np.asarray(ops.covector(out))))]))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+# How often a forward and a backward pass wait for the device. What waits in a forward pass looks at values: bounds of
+# items, labels, an index, coordinates; or at how many results there are.
+WAITS = {"grid_subsample": 1, "interpolate": 1, "segment_reduce": 1, "group_norm": 1, "gather": 1, "softmax_cross_entropy": 1}
+LAUNCHES = {
+    "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
+    "nearest_upsample": 1, "interpolate": 6, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
+    "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0,
+}  # fmt: skip  # of kernels of ours, at most; 1 of the others
+
+
+@emulated
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_launches_and_waits(variant):
+    op, arguments = ops.call(variant)
+    arguments, names = to_device(arguments), ops.diff(op, arguments)
+    counts = fake_cupy.counts
+    counts.waits = counts.launches = counts.uploads = 0
+    out, pullback = ops.vjp(op, arguments, names)
+    unbatched = op.name == "group_norm" and arguments["row_splits"] is None
+    assert counts.waits == (0 if unbatched else WAITS.get(op.name, 0))
+    assert counts.uploads == (op.name == "grid_subsample")  # the size and the origin of voxels
+    assert counts.launches <= LAUNCHES.get(op.name, 1)
+    grad = cupy.asarray(np.asarray(ops.covector(out)))
+    counts.waits = counts.uploads = 0
+    pullback(grad)
+    assert (counts.waits, counts.uploads) == (0, 0)
 
 
 # ---- search
 
 
-def both(name, points, splits, cell, *arguments):
-    """What a search returns, on the CPU and on the GPU."""
-    return (
-        getattr(_cpu, name)(_cpu.Index(points, splits, cell, 1), *arguments, no_limit, 1),
-        tuple(map(to_host, getattr(_gpu, name)(_gpu.Index(to_device(points), to_device(splits), cell, 1),
-                                               *map(to_device, arguments), no_limit, 1))),
-    )  # fmt: skip
-
-
-def check_radius_search(points, queries, radius, cell, *, splits=None, queries_splits=None, sort=1, metric=0, ignore=0):
-    splits = np.array([0, len(points)]) if splits is None else splits
-    if queries is not None and queries_splits is None:
-        queries_splits = np.array([0, len(queries)])
-    expected, got = both("radius_search", points, splits, cell, queries, queries_splits, radius, None, sort, metric,
-                         ignore, True, False)  # fmt: skip
-    for a, b in zip(expected, got, strict=True):
-        assert_same_bits(b, a)
-
-
-def check_knn_search(points, queries, k, *, splits=None, queries_splits=None, metric=0, ignore=0, radius=np.inf):
-    splits = np.array([0, len(points)]) if splits is None else splits
-    if queries is not None and queries_splits is None:
-        queries_splits = np.array([0, len(queries)])
-    (counts, *expected), (got_counts, *got) = both(
-        "knn_search", points, splits, None, queries, queries_splits, radius, k, 2, metric, ignore, True
-    )
-    assert_same_bits(got_counts, counts)
-    there = np.arange(k) < counts[:, None]
-    for a, b in zip(expected, got, strict=True):
-        assert_same_bits(b[there], a[there])
-
-
-both_kinds = pytest.mark.parametrize("kind", ["cells", "boxes"])
-nasty = pytest.mark.parametrize("name", clouds.NASTY)
-types = pytest.mark.parametrize("dim, dtype", [(3, np.float32), (2, np.float64)])
-
-
-@both_kinds
+@pytest.mark.parametrize("make", ["function", "KDTree", "GridIndex"])
 @types
 @nasty
-def test_radius_search_of_nasty_clouds(name, dim, dtype, kind):
+def test_radius_search_of_nasty_clouds(name, dim, dtype, make):
     points, radius = clouds.nasty(name, dim, dtype, num=150)
-    cell = radius if kind == "cells" else None
-    check_radius_search(points, None, radius, cell)
-    check_radius_search(points, points[::3].copy(), radius, cell, sort=2, metric=1, ignore=1)
+
+    def search(points, queries, radius, **options):
+        if make == "function":
+            return kp.radius_search(points, queries, radius, **options)
+        index = kp.KDTree(points) if make == "KDTree" else kp.GridIndex(points, radius)
+        return index.radius_search(queries, radius, **options)
+
+    check(search, points, None, radius, return_distances=True)
+    check(search, points, points[::3].copy(), radius, sort="distance", metric="l1", ignore_query_point=True)
+    check(search, points, points[::3].copy(), radius, metric="linf", count_only=True)
 
 
 @types
@@ -93,63 +208,154 @@ def test_radius_search_of_nasty_clouds(name, dim, dtype, kind):
 def test_knn_search_of_nasty_clouds(name, dim, dtype):
     points, radius = clouds.nasty(name, dim, dtype, num=150)
     for k in (1, 5, 40):
-        check_knn_search(points, None, min(k, len(points)))
-        check_knn_search(points, points[::3].copy(), min(k, len(points)), metric=2, ignore=1)
-    check_knn_search(points, None, min(5, len(points)), radius=radius, ignore=2)
+        check(kp.knn_search, points, None, k, return_distances=True)
+        check(kp.knn_search, points, points[::3].copy(), k, metric="linf", ignore_query_point=True)
+    check(lambda p: kp.KDTree(p).knn_search(None, 5, ignore_query_point="index", return_distances=True), points)
+    check(lambda p: kp.GridIndex(p, radius).knn_search(None, 3), points)
 
 
-@both_kinds
-def test_batches_and_a_radius_for_each(kind):
+@pytest.mark.parametrize("sort", ["index", "distance"])
+@pytest.mark.parametrize("most", [0, 1, 7, 40])
+def test_the_nearest_within_a_radius(most, sort):
+    points, radius = clouds.nasty("lattice_ties", num=150)
+    for make in (kp.radius_search, lambda p, q, r, **o: kp.GridIndex(p, r).radius_search(q, r, **o)):
+        check(make, points, None, radius, max_neighbors=most, sort=sort, return_distances=True)
+        check(make, points, points[::4].copy(), radius, max_neighbors=most, count_only=True)
+
+
+def test_batches_and_a_radius_for_each():
     points, radius = clouds.nasty("duplicates", num=200)
     queries = np.concatenate([points[::2], points[:5] + np.float32(radius) / 3])
-    splits, queries_splits = np.array([0, 60, 60, 200]), np.array([0, 50, 70, len(queries)])
+    batches = {"points_row_splits": np.array([0, 60, 60, 200]), "queries_row_splits": np.array([0, 50, 70, len(queries)])}
     radii = np.random.default_rng(0).uniform(0.2, 1, len(queries)).astype(np.float32) * np.float32(radius)
-    cell = radius if kind == "cells" else None
-    check_radius_search(points, queries, radii, cell, splits=splits, queries_splits=queries_splits)
-    check_knn_search(points, queries, 7, splits=splits, queries_splits=queries_splits)
+    check(kp.radius_search, points, queries, radii, **batches)
+    radii[::7] *= 20
+    check(kp.radius_search, points, queries, radii, **batches)
+    check(kp.knn_search, points, queries, 7, return_distances=True, **batches)
+    check(kp.radius_search, points, queries, radius, max_neighbors=5, **batches)
+    check(kp.radius_search, points, None, radius, points_row_splits=batches["points_row_splits"])
 
 
 @pytest.mark.parametrize("dim", [1, 4, 16])
 def test_other_dimensions(dim):
     points, radius = clouds.uniform(120, dim)
-    check_radius_search(points, None, radius, None)
-    check_knn_search(points, None, 6)
+    check(kp.radius_search, points, None, radius, return_distances=True)
+    check(kp.knn_search, points, None, 6)
 
 
 def test_many_levels_of_boxes():
     points, radius = clouds.uniform(2500)
-    check_radius_search(points, points[::50].copy(), radius, None)
-    check_knn_search(points, points[::50].copy(), 40)
+    queries = points[::50].copy()
+    check(lambda p, q: kp.KDTree(p).radius_search(q, radius), points, queries)
+    check(kp.knn_search, points, queries, 40)
 
 
-def test_a_search_waits_once():
+def test_an_index_is_searched_again():
+    points, radius = clouds.uniform(300)
+
+    def searches(points):
+        grid, tree = kp.GridIndex(points, radius), kp.KDTree(points)
+        return [index.radius_search(None, r, max_neighbors=most) for index in (grid, tree) for r in (radius / 2, radius, 2 * radius)
+                for most in (None, 4)]  # fmt: skip
+
+    check(searches, points)
+
+
+@emulated
+def test_how_often_a_search_waits():
     points, radius = clouds.uniform(100)
-    index = _gpu.Index(to_device(points), to_device(np.array([0, 100])), radius, 1)
-    fake_cupy.counts.waits = fake_cupy.counts.launches = 0
-    _gpu.radius_search(index, None, None, radius, None, 1, 0, 0, False, False, no_limit, 1)
-    assert (fake_cupy.counts.waits, fake_cupy.counts.launches) == (1, 2)
-    index = _gpu.Index(to_device(points), to_device(np.array([0, 100])), None, 1)
-    fake_cupy.counts.waits = fake_cupy.counts.launches = 0
-    _gpu.knn_search(index, None, None, np.inf, 4, 2, 0, 0, False, no_limit, 1)
-    assert (fake_cupy.counts.waits, fake_cupy.counts.launches) == (0, 1)
+    points = to_device(points)
+    grid, tree, counts = kp.GridIndex(points, radius), kp.KDTree(points), fake_cupy.counts
+    for search, waits, launches in (
+        (lambda: grid.radius_search(None, radius), 1, 5),
+        (lambda: grid.radius_search(None, radius), 1, 2),
+        (lambda: grid.radius_search(None, radius, max_neighbors=3), 0, 5),
+        (lambda: tree.knn_search(None, 4), 1, 4),
+        (lambda: tree.knn_search(None, 4), 1, 1),
+        (lambda: tree.radius_search(None, radius, max_neighbors=3), 0, 2),
+        (lambda: kp.radius_search(points, None, radius, count_only=True), 1, 4),
+    ):
+        counts.waits = counts.launches = 0
+        search()
+        assert (counts.waits, counts.launches) == (waits, launches)
 
 
-# ---- subsampling
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_coordinates_that_are_not_finite(value):
+    good, bad = clouds.uniform(50)[0], clouds.uniform(50)[0]
+    bad[17, 1] = value
+    for points, queries in ((bad, None), (bad, good), (good, bad), (good[:0], bad)):
+        check(kp.radius_search, points, queries, 0.1)
+        check(kp.radius_search, points, queries, 0.1, count_only=True)
+        check(kp.knn_search, points, queries, 3)
+        check(lambda p, q: kp.KDTree(p).radius_search(q, 0.1), points, queries)
+    check(kp.grid_subsample, bad, 0.1)
+    check(kp.farthest_point_sampling, bad, 3)
+    check(kp.interpolate, good, bad, good)
+    for subsampled in (False, True):
+        check(kp.build_pyramid, bad, voxel_size=0.1, num_levels=2, subsampled=subsampled)
 
 
-def check_grid_subsample(points, voxel_size, *, features=None, labels=None, splits=None, origin=0.0, position=0, feature=0,
-                         ignore_label=None):  # fmt: skip
-    splits = np.array([0, len(points)]) if splits is None else splits
-    sizes = np.full(points.shape[1], voxel_size, points.dtype), np.full(points.shape[1], origin, points.dtype)
-    by_nearest = position == 2 or (feature == 2 and features is not None)
-    arguments = points, features, labels, splits, *sizes, position, feature, by_nearest, ignore_label
-    on_device = [cupy.asarray(a) if isinstance(a, np.ndarray) and i < 4 else a for i, a in enumerate(arguments)]
-    expected = _cpu.grid_subsample(*arguments, 1)
-    for a, b in zip(expected, map(to_host, _gpu.grid_subsample(*on_device, 1)), strict=True):
-        if a is None:
-            assert b is None
-        else:
-            assert_same_bits(b, a)
+def test_bounded_searches_do_not_look_whether_coordinates_are_finite():
+    """That is what they would have to wait for: they are nobody's neighbours, and have none."""
+    points, radius = clouds.uniform(60)
+    odd = points.copy()
+    odd[17, 1], odd[18, 0] = np.nan, np.inf
+    found = kp.radius_search(to_device(odd), None, radius, max_neighbors=9).to("cpu")
+    rest = np.delete(np.arange(60), [17, 18])
+    expected = kp.radius_search(points[rest], points[rest], radius, max_neighbors=9)
+    assert found.counts[17] == found.counts[18] == 0
+    assert_same_bits(found.counts[rest], expected.counts)
+    assert_same_bits(found.index[: found.num_pairs], rest[expected.index].astype(np.int32))
+
+
+# ---- lists
+
+
+def random_list(num_queries=61, num_points=40, longer=0, seed=0):
+    rng = np.random.default_rng(seed)
+    splits = kp.row_splits(rng.integers(0, 9, num_queries) * (rng.random(num_queries) < 0.8))
+    index = rng.integers(0, num_points, splits[-1] + longer).astype(np.int32)
+    return kp.Neighbors(index, splits, num_points, distance=rng.random(len(index)))
+
+
+@pytest.mark.parametrize("longer", [0, 7])
+def test_lists(longer):
+    given = random_list(longer=longer)
+    check(lambda nb: nb, given)
+    check(lambda nb: nb.transpose(), given)
+    check(lambda nb: nb.transpose().transpose(), given)
+    check(lambda nb: nb.counts, given)
+    check(lambda nb: [nb.to_padded(), nb.to_padded(3), nb.to_padded(9, -1)], given)
+    check(lambda nb: kp.Neighbors.from_padded(nb.to_padded(9), 40), given)
+    check(lambda nb: kp.Neighbors(nb.index, nb.row_splits, 40, nb.distance), given)
+    check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), given)
+    query = np.repeat(np.arange(61), given.counts)[::-1].copy()
+    check(kp.Neighbors.from_coo, query, given.index[: len(query)][::-1].astype(np.int64), 61, 40)
+    assert repr(given.to("cuda")) == repr(given)
+
+
+def test_lists_of_nothing():
+    empty = kp.Neighbors(np.empty(0, np.int32), np.zeros(4, np.int64), 0)
+    check(lambda nb: [nb.transpose(), nb.to_padded(), nb.to_padded(2), nb.counts], empty)
+    check(kp.Neighbors.from_padded, np.empty((0, 3), np.int32), 5)
+    check(kp.Neighbors.from_coo, np.empty(0, np.int32), np.empty(0, np.int32), 3, 0)
+
+
+def test_lists_move_with_what_they_know():
+    given = random_list()
+    assert given.to("cpu") is given
+    device = given.to("cuda")
+    assert device.to("cuda") is device and device._transposed is None
+    given.transpose()
+    moved = given.to("cuda")
+    assert isinstance(moved._transposed.index, cupy.ndarray)
+    assert_equal(moved.transpose(), given.transpose())
+    with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'gpu'"):
+        given.to("gpu")
+
+
+# ---- subsampling, sampling, pyramids
 
 
 @types
@@ -158,232 +364,220 @@ def test_grid_subsample_of_nasty_clouds(name, dim, dtype):
     points, radius = clouds.nasty(name, dim, dtype, num=150)
     if name in ("sparse_beyond_64_bits", "astronomic", "nothing_within"):
         radius = float(np.ptp(points)) / 1000 or 1.0
-    rng = np.random.default_rng(0)
-    n = len(points)
+    rng, n = np.random.default_rng(0), len(points)
     features, labels = rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, 4, n).astype(np.uint8)
-    check_grid_subsample(points, radius, features=features, labels=labels)
-    check_grid_subsample(points, 2 * radius, features=features.astype(np.float64), feature=1, position=1, origin=0.25)
-    check_grid_subsample(points, 2 * radius, features=features, feature=2, position=2,
-                         labels=labels.astype(np.int64) - 1, ignore_label=1,
-                         splits=np.array([0, n // 3, n // 3, n]))  # fmt: skip
+    check(kp.grid_subsample, points, radius, features=features, labels=labels)
+    check(kp.grid_subsample, points, 2 * radius, features=features.astype(np.float64), feature="max", position="center",
+          origin=0.25)  # fmt: skip
+    check(kp.grid_subsample, points, 2 * radius, features=features, feature="nearest", position="nearest",
+          labels=labels.astype(np.int64) - 1, ignore_label=1, row_splits=np.array([0, n // 3, n // 3, n]))  # fmt: skip
 
 
-@pytest.mark.parametrize("value, error", [(np.nan, "NotFinite"), (np.inf, "NotFinite"), (1e9, "OutOfRange")])
-def test_what_cannot_be_subsampled(value, error):
+def test_more_voxels_than_can_be_numbered():
     points = clouds.uniform(50)[0]
-    points[17, 1] = value
-    for module in (_cpu, _gpu):
-        with pytest.raises(getattr(module, error)):
-            device = to_device if module is _gpu else lambda a: a
-            module.grid_subsample(device(points), None, None, device(np.array([0, 50])), np.full(3, 0.1, np.float32),
-                                  np.zeros(3, np.float32), 0, 0, False, None, 1)  # fmt: skip
+    points[17, 1] = 1e9
+    for splits in (None, np.array([0, 20, 50])):
+        check(kp.grid_subsample, points, 0.1, row_splits=splits)
+        check(kp.grid_subsample, points, 1e-30, row_splits=splits)
 
 
-# ---- lists
+@both_types
+@pytest.mark.parametrize("feature", ["mean", "max", "nearest"])
+def test_gradients_of_grid_subsample(feature, dtype):
+    points, radius = clouds.nasty("duplicates", num=150)
+    features = np.random.default_rng(0).integers(0, 5, (150, 3)).astype(dtype)
+
+    def function(features, points):
+        return kp.grid_subsample(points, 2 * radius, features=features, feature=feature).features
+
+    check_gradients(function, features, points=points, exactly=feature != "mean")
 
 
-@pytest.mark.parametrize("longer", [0, 7])
-def test_transpose(longer):
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 9, 60)
-    splits = kp.row_splits(counts)
-    index = rng.integers(0, 40, splits[-1] + longer).astype(np.int32)
-    distance = rng.random(len(index))
-    expected = _cpu.transpose(index[: splits[-1]], splits, distance[: splits[-1]], 40, 1)
-    got = [to_host(a) for a in _gpu.transpose(*map(to_device, (index, splits, distance)), 40, 1)]
-    pairs = splits[-1]
-    for a, b in zip(expected, (got[0][:pairs], got[1], got[2][:pairs]), strict=True):
-        assert_same_bits(b, a)
+@types
+@nasty
+def test_farthest_points_of_nasty_clouds(name, dim, dtype):
+    points, _ = clouds.nasty(name, dim, dtype, num=150)
+    n = len(points)
+    check(kp.farthest_point_sampling, points, 20)
+    splits = np.array([0, n // 3, n // 3, n])
+    check(kp.farthest_point_sampling, points, n, row_splits=splits, start=np.array([0, 0, (n > 3) + 0]))
+
+
+@pytest.mark.parametrize("limits", [None, (9, 12, 5)])
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_pyramids(subsampled, limits):
+    points, _ = clouds.uniform(400)
+    rng, splits = np.random.default_rng(0), np.array([0, 150, 150, 400])
+    settings = {"voxel_size": 0.08, "num_levels": 3, "subsampled": subsampled, "deform_levels": (1,)}
+    more = {"features": rng.random((400, 2)).astype(np.float32), "labels": rng.integers(0, 5, 400)}
+    counts = fake_cupy.counts
+    on_device = to_device({"points": points, "row_splits": splits, **more})
+    counts.waits = 0
+    got = kp.build_pyramid(**on_device, **settings, neighbor_limits=limits)
+    if EMULATED:  # a level's points each, and the lists of neighbours together; the given bounds
+        assert counts.waits == 3 - subsampled + (limits is None) + 1
+    expected = kp.build_pyramid(points, row_splits=splits, **more, **settings, neighbor_limits=limits)
+    for a, b in zip(got, expected, strict=True):
+        assert_equal(tuple(a), tuple(b))
+    if limits is None and not subsampled:
+        check(lambda p: kp.calibrate_neighbor_limits([p], voxel_size=0.08, num_levels=3), points)
 
 
 # ---- kpconv
 
 
-def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, *, channels=(6, 4), groups=1, deformed=False,
-                   influence=0, aggregation=0, normalization=0, num=70, seed=0, depthwise=False, factors=1):  # fmt: skip
-    case = clouds.random_case(num, 37, dim, geometry, seed, cin=channels[0], cout=channels[1], feature_type=features)
-    index, splits, _ = case.csr()
-    rng, kernels = np.random.default_rng(seed), len(case.kernel_points)
-    offsets = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry) if deformed else None
-    modulations = rng.uniform(0, 2, (37, kernels)).astype(features) if deformed else None
-    weights = case.weights[:, : channels[0] // groups].copy()
-    grad = case.grad
-    if depthwise:
-        weights, grad = weights[:, :, 0].copy(), rng.normal(size=(37, channels[0])).astype(features)
-    if factors > 1:
-        modulations = rng.uniform(0, 2, (37, kernels, factors)).astype(features)
-    return Problem(case.points, case.queries, index, splits, case.features, weights, case.kernel_points, offsets,
-                   modulations, case.extent, influence, aggregation, normalization, groups, factors, 1), grad  # fmt: skip
-
-
 KPCONVS = {
     "rigid": {},
-    "gaussian": {"influence": 1, "normalization": 1},
-    "constant": {"influence": 2, "aggregation": 1, "normalization": 2},
-    "closest": {"aggregation": 1},
+    "gaussian": {"influence": "gaussian", "normalization": "count"},
+    "constant": {"influence": "constant", "aggregation": "closest", "normalization": "positive"},
+    "closest": {"aggregation": "closest"},
     "deformed": {"deformed": True},
-    "deformed_gaussian": {"deformed": True, "influence": 1, "aggregation": 1, "normalization": 2},
+    "deformed_gaussian": {"deformed": True, "influence": "gaussian", "aggregation": "closest", "normalization": "positive"},
     "groups": {"groups": 2, "channels": (140, 4)},
     "plane": {"dim": 2, "geometry": np.float64},
     "float64": {"features": np.float64, "channels": (1, 3)},
     "depthwise": {"depthwise": True, "deformed": True},
-    "attention": {"depthwise": True, "factors": 3, "aggregation": 1},
+    "attention": {"depthwise": True, "factors": 3},
 }
 
 
-def paired(expected, got):
-    assert expected.keys() == got.keys()
-    return [(expected[name], got[name]) for name in expected]
+def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6, 4), groups=1, deformed=False,
+                   depthwise=False, factors=0, **options):  # fmt: skip
+    case = clouds.random_case(70, 37, dim, geometry, cin=channels[0], cout=channels[1], feature_type=features)
+    index, splits, _ = case.csr()
+    rng, kernels = np.random.default_rng(0), len(case.kernel_points)
+    weights = case.weights[:, : channels[0] // groups].copy()
+    primals = {"points": case.points, "queries": case.queries, "features": case.features,
+               "weights": weights[:, :, 0].copy() if depthwise else weights, "kernel_points": case.kernel_points}  # fmt: skip
+    if deformed:
+        primals["offsets"] = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry)
+        primals["modulations"] = rng.uniform(0, 2, (37, kernels)).astype(features)
+    settings = {"neighbors": kp.Neighbors(index, splits, 70), "extent": case.extent}
+    if factors:
+        primals["attention"] = rng.uniform(0, 2, (37, kernels, factors)).astype(features)
+        return kp.kpconvx, primals, settings | options
+    return kp.kpconv, primals, settings | options | {"groups": groups}
 
 
 @pytest.mark.parametrize("sums_bytes", [32 << 20, 5000])
 @pytest.mark.parametrize("name", KPCONVS)
 def test_kpconv(name, sums_bytes, monkeypatch):
     monkeypatch.setattr(_gpu, "_SUMS_BYTES", sums_bytes)
-    problem, grad = kpconv_problem(**KPCONVS[name])
-    device = Problem(*map(to_device, problem))
-    transposed = _cpu.transpose(problem.index, problem.row_splits, None, len(problem.points), 1)[:2]
-    needs = {"weights", "points", "queries", "kernel_points"} if problem.factors == 1 else {"weights", "modulations"}
-    if problem.offsets is not None:
-        needs |= {"offsets", "modulations"}
-    for expected, got in (
-        (_cpu.kpconv(problem), _gpu.kpconv(device)),
-        (_cpu.kpconv_grad_features(problem, *transposed, grad),
-         _gpu.kpconv_grad_features(device, *map(to_device, (*transposed, grad)))),
-        *((theirs, ours) for names in ({"weights"}, needs, needs - {"weights"}, {"points"} & needs)
-          for theirs, ours in paired(_cpu.kpconv_grads(problem, grad, names),
-                                     _gpu.kpconv_grads(device, to_device(grad), names))),
-    ):  # fmt: skip
-        got = got.get()
-        assert got.dtype == expected.dtype and got.shape == expected.shape
-        tolerance = 1e-10 if expected.dtype == problem.features.dtype == np.float64 else 2e-5
-        assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+    function, primals, settings = kpconv_problem(**KPCONVS[name])
+    everything = tuple(primals) if function is kp.kpconv else ("features", "weights", "attention")
+    for names in (everything, ("weights",), ("features",), everything[:1]):
+        constants = {n: a for n, a in primals.items() if n not in names}
+
+        def call(*given, names=names, **more):
+            return function(**dict(zip(names, given, strict=True)), **more)
+
+        check_gradients(call, *(primals[n] for n in names), **constants, **settings)
+
+
+def test_kpconv_of_points_among_themselves():
+    _, primals, settings = kpconv_problem()
+    neighbors = kp.radius_search(primals["points"], None, 2 * settings["extent"])
+
+    def call(points, features, **more):
+        return kp.kpconv(points, None, neighbors=more.pop("neighbors"), features=features, **more)
+
+    more = {"weights": primals["weights"], "kernel_points": primals["kernel_points"], "extent": settings["extent"]}
+    check_gradients(call, primals["points"], primals["features"], neighbors=neighbors, **more)
 
 
 # ---- pooling
 
 
-def check_close(got, expected, exactly=False):
-    if expected is None:
-        assert got is None
-        return
-    got = to_host(got)
-    if exactly:
-        return assert_same_bits(got, expected)
-    assert got.dtype == expected.dtype and got.shape == expected.shape
-    tolerance = 2e-6 if expected.dtype == np.float32 else 1e-13
-    assert np.abs(got - expected).max(initial=0) <= tolerance * max(1, np.abs(expected).max(initial=0))
-
-
-def rows_and_lists(dtype, channels, num=90, queries=50, seed=0):
-    rng = np.random.default_rng(seed)
-    splits = kp.row_splits(rng.integers(0, 40, queries) * (rng.random(queries) < 0.8))
-    features = rng.normal(size=(num, channels)).astype(dtype)
-    return features, rng.integers(0, num, splits[-1]).astype(np.int32), splits, rng
-
-
-real_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-
-
-@real_types
+@both_types
 @pytest.mark.parametrize("channels", [1, 33, 130])
 def test_neighbor_reduce(channels, dtype):
-    features, index, splits, rng = rows_and_lists(dtype, channels)
+    neighbors, rng = random_list(longer=5), np.random.default_rng(0)
+    features = rng.normal(size=(40, channels)).astype(dtype)
+    weights = rng.random(len(neighbors.index)).astype(dtype)
+    padded = kp.Neighbors.from_padded(neighbors.to_padded(30), 40)
+    for reduce in ("mean", "sum"):
+        check_gradients(lambda f, w, nb, r=reduce: kp.neighbor_reduce(f, nb, r, weights=w), features, weights, nb=neighbors)
+        check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, empty=-3.0), features, nb=neighbors)
     features[::7, 0], features[3::11] = np.nan, 1.5  # ties too
-    weights, shared = rng.random(len(index)).astype(dtype), kp.row_splits(rng.integers(1, 5, len(features)))
-    grad = rng.normal(size=(len(splits) - 1, channels)).astype(dtype)
-    clean = np.nan_to_num(features)
-    for reduction in range(4):
-        for width in (0, 30) if reduction > 1 else (0,):
-            arguments = (index, splits, None, None, reduction, -3.0, 0.25, width, True)
-            source = features if reduction > 1 else clean
-            expected = _cpu.neighbor_reduce(source, *arguments, 1)
-            got = _gpu.neighbor_reduce(to_device(source), *map(to_device, arguments), 1)
-            check_close(got[0], expected[0], exactly=reduction > 1)
-            check_close(got[1], expected[1] if reduction > 1 else None, exactly=True)
-            if reduction > 1:
-                unpooled = _cpu.unpool(expected[1], grad, len(features), 1)
-                check_close(_gpu.unpool(got[1], to_device(grad), len(features), 1), unpooled, exactly=True)
-    for options in ((weights, None, 0), (weights, shared, 1), (None, shared, 1)):
-        arguments = (index, splits, *options, 0.0, 0.0, 0, False)
-        expected = _cpu.neighbor_reduce(clean, *arguments, 1)[0]
-        check_close(_gpu.neighbor_reduce(to_device(clean), *map(to_device, arguments), 1)[0], expected)
-    arguments = clean, index, splits, 0, grad
-    check_close(_gpu.neighbor_reduce_grad_weights(*map(to_device, arguments), 1),
-                _cpu.neighbor_reduce_grad_weights(*arguments, 1))  # fmt: skip
-    for rows, bounds in ((index, None), (index.astype(np.int64), None), (index, splits)):
-        arguments = clean, rows, bounds
-        check_close(_gpu.gather_rows(*map(to_device, arguments), 1), _cpu.gather_rows(*arguments, 1), exactly=True)
+    for reduce in ("max", "min"):
+        check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, empty=-3.0), features, nb=neighbors, exactly=True)
+        check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, pad_value=0.25), features, nb=padded, exactly=True)
+    check_gradients(lambda f, nb: kp.nearest_upsample(f, nb), np.nan_to_num(features), nb=neighbors)
+    for index_type in (np.int32, np.int64):
+        check_gradients(lambda f, i: kp.gather(f, i), np.nan_to_num(features), i=neighbors.index.astype(index_type))
 
 
-@real_types
-def test_segment_reduce(dtype):
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(2500, 5)).astype(dtype)
-    features[1900, 2], features[5, 0] = np.nan, np.nan
-    for splits in (np.array([0, 2500]), np.array([0, 3, 3, 1030, 2500]), np.array([0, 0, 2500, 2500])):
-        for reduction in range(4):
-            arguments = features if reduction > 1 else np.nan_to_num(features), splits, reduction, -2.0, True
-            expected = _cpu.segment_reduce(*arguments, 1)
-            got = _gpu.segment_reduce(*map(to_device, arguments), 1)
-            check_close(got[0], expected[0], exactly=reduction > 1)
-            check_close(got[1], expected[1] if reduction > 1 else None, exactly=True)
-            if reduction < 2:
-                arguments = rng.normal(size=(len(splits) - 1, 5)).astype(dtype), splits, reduction
-                check_close(_gpu.segment_reduce_grad(*map(to_device, arguments), 1),
-                            _cpu.segment_reduce_grad(*arguments, 1), exactly=True)  # fmt: skip
+@both_types
+@pytest.mark.parametrize("splits", [[0, 2500], [0, 3, 3, 1030, 2500], [0, 0, 2500, 2500]])
+def test_segment_reduce(splits, dtype):
+    features, splits = np.random.default_rng(0).normal(size=(2500, 5)).astype(dtype), np.array(splits)
+    for reduce in ("mean", "sum", "max", "min"):
+        if reduce == "max":
+            features[1900, 2], features[5, 0] = np.nan, np.nan
+        check_gradients(lambda f, s, r=reduce: kp.segment_reduce(f, s, r, empty=-2.0), features, s=splits,
+                        exactly=reduce in ("max", "min"))  # fmt: skip
 
 
-@real_types
+@both_types
 @pytest.mark.parametrize("power", [1.0, 2.0, 2.5])
-def test_inverse_distance_weights(power, dtype):
-    _, _, splits, rng = rows_and_lists(dtype, 1)
-    distance = np.sort(rng.random(splits[-1])).astype(np.float64)
-    distance[: splits[3]] = 0
-    arguments = distance, splits, power, np.dtype(dtype)
-    check_close(
-        _gpu.inverse_distance_weights(*map(to_device, arguments), 1), _cpu.inverse_distance_weights(*arguments, 1)
-    )
+def test_interpolate(power, dtype):
+    points = clouds.nasty("duplicates", 3, np.float64, num=60)[0]
+    queries = np.concatenate([points[::2], points[:9] + 0.01])
+    features = np.random.default_rng(0).normal(size=(60, 7)).astype(dtype)
+    check_gradients(lambda f, p, q: kp.interpolate(p, q, f, 4, power), features, p=points, q=queries)
 
 
 # ---- rows
 
 
-def check_rows(name, *arguments, exactly=False):
-    expected, got = getattr(_cpu, name)(*arguments, 1), getattr(_gpu, name)(*map(to_device, arguments), 1)
-    if not isinstance(expected, list):
-        expected, got = [expected], [got]
-    for a, b in zip(expected, got, strict=True):
-        check_close(b, a, exactly)
-
-
-@real_types
+@both_types
 @pytest.mark.parametrize("shape", [(37, 5), (3, 70), (1, 1), (2100, 3)])
 def test_rows(shape, dtype):
     rng = np.random.default_rng(0)
-    features, grad = rng.normal(size=(2, *shape)).astype(dtype)
+    features, other = rng.normal(size=(2, *shape)).astype(dtype)
     weights, bias = rng.normal(size=(shape[1], 4)).astype(dtype), rng.normal(size=4).astype(dtype)
-    check_rows("linear", features, weights, bias)
-    check_rows("linear", features, weights, None)
-    check_rows("linear_grad_features", weights, features[:, :1] * bias)
-    check_rows("linear_grad_weights", features, grad)
-    check_rows("sum_rows", features)
-    for activation in range(3):
-        check_rows("activate", features, activation, 0.1, exactly=activation < 2)
-        check_rows("activate_grad", features, activation, 0.1, grad, exactly=activation < 2)
-    check_rows("add", features, grad, exactly=True)
+    check_gradients(kp.linear, features, weights, bias)
+    check_gradients(kp.linear, features, weights)
+    check_gradients(lambda f: kp.leaky_relu(f, 0.3), features, exactly=True)
+    check_gradients(kp.relu, features, exactly=True)
+    check_gradients(kp.sigmoid, features)
+    check_gradients(kp.add, features, other, exactly=True)
+    check_gradients(kp.concatenate, features, other[:, :1].copy(), other, exactly=True)
     for rate in (0.0, 0.4, 1.0):
-        check_rows("dropout", features, rate, 2**40 + 7, exactly=True)
-    check_rows("softmax", 10 * features)
-    check_rows("softmax_grad", 3 * features, grad)
-    whole = _gpu.concatenate([to_device(features), to_device(weights[:1].repeat(shape[0], 0))], 1)
-    check_close(whole, _cpu.concatenate([features, weights[:1].repeat(shape[0], 0)], 1), exactly=True)
-    parts = _gpu.split(whole, [shape[1], 4], [False, True], 1)
-    assert parts[0] is None
-    check_close(parts[1], weights[:1].repeat(shape[0], 0), exactly=True)
+        check_gradients(lambda f, rate=rate: kp.dropout(f, rate, 2**40 + 7), features, exactly=True)
+    check_gradients(kp.softmax, 10 * features)
 
 
-# ---- losses of deformed kernel points
+@both_types
+@pytest.mark.parametrize("splits", [[0, 60], [0, 7, 7, 60], [0, 2000], [0, 0]])
+def test_normalisation(splits, dtype):
+    rng, splits = np.random.default_rng(0), np.array(splits)
+    features = rng.normal(size=(splits[-1], 6)).astype(dtype)
+    features[:, 3] += 100
+    scale, shift, mean, var = rng.uniform(0.5, 2, (4, 6)).astype(dtype)
+    for groups in (1, 2, 6):
+        check_gradients(lambda f, a, b, s, g=groups: kp.group_norm(f, g, a, b, row_splits=s, negative_slope=0.1),
+                        features, scale, shift, s=splits)  # fmt: skip
+    for training in (True, False)[len(features) < 2 :]:
+        running = {"running_mean": mean, "running_var": var, "training": training}
+        check_gradients(lambda f, a, b, **more: kp.batch_norm(f, a, b, **more).features, features, scale, shift, **running)
+        check(kp.batch_norm, features, scale, shift, **running, exactly=False)
+
+
+@both_types
+@pytest.mark.parametrize("label_type", [np.uint8, np.int32, np.int64])
+def test_cross_entropy(label_type, dtype):
+    rng = np.random.default_rng(0)
+    logits, labels = (5 * rng.normal(size=(1500, 40))).astype(dtype), rng.integers(0, 40, 1500).astype(label_type)
+    weights = rng.uniform(0.5, 2, 40).astype(dtype)
+    for ignore_index, class_weights in ((None, None), (3, weights)):
+        for reduction in ("mean", "sum", "none"):
+            check_gradients(kp.softmax_cross_entropy, logits, labels=labels, ignore_index=ignore_index,
+                            class_weights=class_weights, reduction=reduction)  # fmt: skip
+    labels[700] = 40
+    check(kp.softmax_cross_entropy, logits, labels)
+    labels[:] = 3
+    check(kp.softmax_cross_entropy, logits, labels, ignore_index=3)
 
 
 @types
@@ -391,114 +585,133 @@ def test_rows(shape, dtype):
 def test_losses(num_queries, dim, dtype):
     case = clouds.random_case(150, 37, dim, dtype)
     index, splits, _ = case.csr()
-    queries, splits = case.queries[:num_queries], splits[: num_queries + 1]
-    kernels, rng = len(case.kernel_points), np.random.default_rng(0)
-    offsets = (rng.normal(size=(num_queries, kernels, dim)) * case.extent).astype(dtype)
-    kernel = case.kernel_points, offsets, case.extent
-    weight = 0.3 / max(1, num_queries)
-    fitting = case.points, queries, index, splits, *kernel, weight
-    loss, nearest = _cpu.fitting_loss(*fitting, 1)
-    got_loss, got_nearest = _gpu.fitting_loss(*map(to_device, fitting), 1)
-    check_close(got_loss, loss)
-    check_close(got_nearest, nearest, exactly=True)
-    repulsion = *kernel, 1.2, weight
-    check_close(_gpu.repulsion_loss(*map(to_device, repulsion), 1), _cpu.repulsion_loss(*repulsion, 1))
-    for wanted in ((True, True), (True, False), (False, True)):
-        for name, arguments in (("fitting_loss_grad", (*fitting, nearest, *wanted)),
-                                ("repulsion_loss_grad", (*repulsion, *wanted))):  # fmt: skip
-            expected, got = getattr(_cpu, name)(*arguments, 1), getattr(_gpu, name)(*map(to_device, arguments), 1)
-            for a, b in zip(expected, got, strict=True):
-                check_close(b, a)
+    neighbors = kp.Neighbors(index, splits[: num_queries + 1], 150)
+    rng = np.random.default_rng(0)
+    offsets = (rng.normal(size=(num_queries, len(case.kernel_points), dim)) * case.extent).astype(dtype)
+    given = {"points": case.points, "queries": case.queries[:num_queries], "neighbors": neighbors}
+    for reduction in ("mean", "sum"):
+        check_gradients(lambda k, o, r=reduction, **more: kp.fitting_loss(**more, kernel_points=k, offsets=o, extent=case.extent,
+                                                                           reduction=r), case.kernel_points, offsets, **given)  # fmt: skip
+        for detached in (True, False):
+            check_gradients(
+                lambda k, o, r=reduction, d=detached: kp.repulsion_loss(k, o, case.extent, detach_others=d, reduction=r),
+                case.kernel_points, offsets,
+            )  # fmt: skip
 
 
-# ---- normalisation and cross entropy
+# ---- errors
 
 
-@real_types
-@pytest.mark.parametrize("splits", [[0, 60], [0, 7, 7, 60], [0, 2000], [0, 0]])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_normalisation(groups, splits, dtype):
-    rng, splits = np.random.default_rng(0), np.array(splits)
-    features, grad = rng.normal(size=(2, splits[-1], 6)).astype(dtype)
-    features[:, 3] += 100
-    scale, shift = rng.uniform(0.5, 2, (2, 6)).astype(dtype)
-    mean, variance = _cpu.moments(features, splits, groups, 1)
-    for got, expected in zip(
-        _gpu.moments(to_device(features), to_device(splits), groups, 1), (mean, variance), strict=True
+def calls_that_fail():
+    """{name: (function, arguments)}: one array too short, of another dtype, of other dimensions, of every operator."""
+    found = {}
+    for variant in ops.VARIANTS:
+        op, arguments = ops.call(variant)
+        function = getattr(kp, op.name)
+        for name, value in arguments.items():
+            if not isinstance(value, np.ndarray) or not value.ndim:
+                continue
+            for what, wrong in (("short", value[:-1].copy()), ("dtype", value.astype(np.int16)),
+                                ("dimensions", value[..., None].copy()), ("list", value.tolist())):  # fmt: skip
+                found[f"{variant} {name} {what}"] = function, arguments | {name: wrong}
+    points = np.zeros((4, 3))
+    nb = kp.radius_search(points, None, 1.0)
+    found |= {
+        "radius": (kp.radius_search, {"points": points, "queries": None, "radius": -1.0}),
+        "radii": (kp.radius_search, {"points": points, "queries": None, "radius": np.array([1.0, 2.0, 0.0, 1.0])}),
+        "k": (kp.knn_search, {"points": points, "queries": None, "k": 0}),
+        "falling": (kp.radius_search, {"points": points, "queries": None, "radius": 1.0,
+                                       "points_row_splits": np.array([0, 3, 2, 4])}),
+        "ends": (kp.segment_reduce, {"features": points, "row_splits": np.array([0, 3])}),
+        "start": (kp.farthest_point_sampling, {"points": points, "num": 2, "start": np.array([4])}),
+        "index": (kp.Neighbors, {"index": np.array([0, 9], np.int32), "row_splits": np.array([0, 2]), "num_points": 3}),
+        "gather": (kp.gather, {"features": points, "index": np.array([0, 4])}),
+        "padded": (kp.Neighbors.from_padded, {"index": np.array([[0, 5], [7, -1]]), "num_points": 5}),
+        "coo": (kp.Neighbors.from_coo, {"query": np.array([0, 3]), "point": np.array([0, 0]), "num_queries": 2,
+                                        "num_points": 1}),
+        "list": (kp.neighbor_reduce, {"features": points[:3].copy(), "neighbors": nb}),
+        "too large": (kp.grid_subsample, {"points": points, "voxel_size": 1e200}),
+    }  # fmt: skip
+    return found
+
+
+def fails(expected):
+    return isinstance(expected, tuple) and isinstance(expected[0], type)
+
+
+FAILING = {name: call for name, call in calls_that_fail().items() if fails(outcome(call[0], **call[1]))}
+
+
+def test_most_of_them_fail():
+    assert len(FAILING) > 0.85 * len(calls_that_fail()) > 150
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_errors_are_those_of_the_cpu(name):
+    function, arguments = FAILING[name]
+    assert outcome(function, **to_device(arguments)) == outcome(function, **arguments)
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_arrays_of_both_places_do_not_mix(variant):
+    op, arguments = ops.call(variant)
+    function, device = getattr(kp, op.name), to_device(arguments)
+    arrays = [name for name, value in arguments.items() if isinstance(value, (np.ndarray, Neighbors))]
+    for name in arrays:
+        for given in (arguments | {name: device[name]}, device | {name: arguments[name]}):
+            if len(arrays) > 1:
+                with pytest.raises(TypeError, match="nothing is moved between devices by itself"):
+                    function(**given)
+
+
+def test_searches_do_not_mix_places():
+    points = clouds.uniform(20)[0]
+    device, splits = to_device(points), np.array([0, 20])
+    for call in (
+        lambda: kp.radius_search(device, points, 0.1),
+        lambda: kp.radius_search(points, device, 0.1),
+        lambda: kp.radius_search(device, None, np.full(20, 0.1, np.float32)),
+        lambda: kp.radius_search(device, None, 0.1, points_row_splits=splits),
+        lambda: kp.KDTree(device).knn_search(points, 1),
+        lambda: kp.grid_subsample(device, 0.1, row_splits=splits),
+        lambda: kp.farthest_point_sampling(device, 3, start=np.array([0])),
+        lambda: kp.Neighbors(np.zeros(1, np.int32), to_device(np.array([0, 1])), 1),
     ):
-        check_close(got, expected)
-    inverse = 1 / np.sqrt(variance + 1e-5)
-    given = features, splits, scale, shift, mean, inverse
-    check_rows("normalize", *given, 0.1)
-    for is_given in (False, True):
-        for needs in ((True, True, True), (True, False, False), (False, False, True)):
-            arguments = *given, is_given, 0.1, grad, *needs
-            expected = _cpu.normalize_grad(*arguments, 1)
-            for a, b in zip(expected, _gpu.normalize_grad(*map(to_device, arguments), 1), strict=True):
-                check_close(b, a)
+        with pytest.raises(TypeError, match="nothing is moved between devices by itself"):
+            call()
 
 
-@real_types
-@pytest.mark.parametrize("label_type", [np.uint8, np.int32, np.int64])
-def test_cross_entropy(label_type, dtype):
-    rng = np.random.default_rng(0)
-    logits, labels = (5 * rng.normal(size=(1500, 40))).astype(dtype), rng.integers(0, 40, 1500).astype(label_type)
-    weights = rng.uniform(0.5, 2, 40).astype(dtype)
-    for ignore, class_weights in ((None, None), (3, weights)):
-        for reduction in range(3):
-            given = logits, labels, ignore, class_weights, reduction
-            loss = _cpu.cross_entropy(*given, reduction == 2, 1)
-            check_close(_gpu.cross_entropy(*map(to_device, given), reduction == 2, 1), loss)
-            grad = np.asarray(rng.normal(size=loss.shape), dtype)
-            check_rows("cross_entropy_grad", *given, grad)
-    labels[700] = 40
-    for module, place in ((_cpu, lambda a: a), (_gpu, to_device)):
-        with pytest.raises(module.OutOfRange):
-            module.cross_entropy(place(logits), place(labels), None, None, 0, False, 1)
-    labels[:] = 3
-    check_close(_gpu.cross_entropy(to_device(logits), to_device(labels), 3, None, 0, False, 1), np.zeros((), dtype))
+@emulated
+def test_an_array_of_another_gpu(monkeypatch):
+    points = to_device(clouds.uniform(20)[0])
+    monkeypatch.setattr(fake_cupy, "current", fake_cupy.Device(1))
+    monkeypatch.setattr(type(points), "device", fake_cupy.Device(0))
+    with pytest.raises(ValueError, match=r"points: expected an array on the current GPU 1, got one on GPU 0; call within"):
+        kp.radius_search(points, None, 0.1)
 
 
-# ---- the rest
+def test_what_differentiates_wants_arrays_of_one_place():
+    features = to_device(np.ones((3, 2)))
+    out, pullback = kp.autodiff.vjp(kp.relu, features)
+    with pytest.raises(TypeError, match="grad: expected a CuPy array, because the output is one, got a NumPy array"):
+        pullback(np.ones((3, 2)))
+    assert_equal(pullback(cupy.asarray(np.ones((3, 2))))[0], np.ones((3, 2)))
+    value, (grad, unused) = kp.autodiff.value_and_grad(
+        lambda f, g: kp.softmax_cross_entropy(0.5 * f, to_device(np.array([0, 1, 1]))), argnums=(0, 1)
+    )(features, features)
+    assert isinstance(value, cupy.ndarray) and isinstance(grad, cupy.ndarray)
+    assert not unused.get().any()
 
 
-@both_kinds
-@pytest.mark.parametrize("sort", [1, 2])
-@pytest.mark.parametrize("most", [0, 1, 7, 40])
-def test_the_nearest_within_a_radius(most, sort, kind):
-    points, radius = clouds.nasty("lattice_ties", num=150)
-    expected = kp.radius_search(points, None, radius, max_neighbors=most, sort=(None, "index", "distance")[sort],
-                                return_distances=True)  # fmt: skip
-    index = _gpu.Index(to_device(points), to_device(np.array([0, len(points)])), radius if kind == "cells" else None, 1)
-    got = _gpu.radius_search(index, None, None, radius, most, sort, 0, 0, True, False, no_limit, 1)
-    pairs = expected.num_pairs
-    assert_same_bits(got[0].get(), expected.row_splits)
-    assert_same_bits(got[1].get()[:pairs], expected.index)
-    assert_same_bits(got[2].get()[:pairs], expected.distance)
-
-
-@real_types
-@pytest.mark.parametrize("feature", range(3))
-def test_grid_subsample_gradient(feature, dtype):
-    points, radius = clouds.nasty("duplicates", num=150)
-    rng = np.random.default_rng(0)
-    features = rng.integers(0, 5, (150, 3)).astype(dtype)
-    settings = np.full(3, 2 * radius, np.float32), np.zeros(3, np.float32), 0, feature, feature == 2, None
-    *_, inverse, counts, nearest = _cpu.grid_subsample(points, features, None, np.array([0, len(points)]), *settings, 1)
-    grad = rng.normal(size=(len(counts), 3)).astype(dtype)
-    check_rows("grid_subsample_grad", features, inverse, counts, nearest, feature, grad, exactly=True)
+# ---- how it is put together
 
 
 def test_the_names_and_arguments_of_the_cpu():
     """All of _cpu.pyi but what has no meaning there."""
-    import ast
-
     text = ast.parse(Path(_gpu.__file__).with_name("_cpu.pyi").read_text())
     cpu = {f.name: [a.arg for a in f.args.args] for f in text.body if isinstance(f, ast.FunctionDef)}
     of_the_cpu_alone = {"fma_rate", "has_openmp", "isa", "isas", "kernel_points", "lloyd", "pause_threads", "set_isa",
                         "version", "xla_arrays"}  # fmt: skip
-    missing = {name for name in cpu if not hasattr(_gpu, name)} - of_the_cpu_alone
-    assert missing == {"farthest_points"}  # not written yet
-    for name in set(cpu) - missing - of_the_cpu_alone:
+    for name in set(cpu) - of_the_cpu_alone:
         code = getattr(_gpu, name).__code__
         assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name
