@@ -19,6 +19,8 @@ from kpcore import _cpu
 
 Array = np.ndarray  # or an autodiff.Tensor, where a function is differentiable; adapters read this name, see ops.py
 REAL = (np.dtype(np.float32), np.dtype(np.float64))
+FEATURES = list(REAL)  # and on the GPU these:
+HALVES = ("float16", "bfloat16")
 LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 INDEX = (np.dtype(np.int32),)
 SPLITS = (np.dtype(np.int64),)
@@ -43,7 +45,7 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
         agree = agree and seen[0] == size
     if not agree:
         raise _wrong_shape(name, value, dimensions, sizes)
-    if dtype not in dtypes:  # nor is one that is not native
+    if dtype not in dtypes and not (dtypes is FEATURES and where != "cpu" and dtype.name in HALVES):  # nor is one not native
         names = " or ".join(d.name for d in dtypes)
         raise TypeError(
             f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
@@ -226,9 +228,18 @@ def number(name, value, dtype):
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     number = float(value)
-    if not math.isfinite(number) or abs(number) > float(np.finfo(dtype).max):
+    if not math.isfinite(number) or abs(number) > _largest(dtype):
         raise ValueError(f"{name}: expected a finite number that {dtype} can hold, got {value}")
     return number
+
+
+def _largest(dtype):
+    return 65504.0 if dtype.name == "float16" else 255 / 128 * 2.0**127 if dtype.name == "bfloat16" else float(np.finfo(dtype).max)
+
+
+def is_real(value):
+    """Whether an array may be differentiated in."""
+    return value.dtype in REAL or (value.dtype.name in HALVES and not isinstance(value, np.ndarray))
 
 
 def per_axis(name, value, dimension, check, dtype):

@@ -17,7 +17,7 @@ _SOURCES = Path(__file__).with_name("cuda")
 _BLOCK = 128
 _MOST_BLOCKS = 1 << 15  # kernels go on to the next query themselves
 _WARP = 32
-_CTYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+_CTYPES = {"float32": "float", "float64": "double", "float16": "kp::Half", "bfloat16": "kp::Bfloat"}
 
 
 class NotFinite(Exception):
@@ -63,6 +63,11 @@ def _launch(module, name, threads, *arguments):
         module.get_function(name)((blocks,), (_BLOCK,), arguments)
 
 
+def _real(dtype):
+    """What numbers of such arrays are computed with, as scalars are passed."""
+    return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
+
+
 # ---- search
 
 
@@ -76,7 +81,7 @@ class Index:
         self.num_points, self.dtype = len(points), points.dtype
 
     def kernels(self, metric):
-        defines = {"KP_T": _CTYPES[self.dtype], "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
+        defines = {"KP_T": _CTYPES[self.dtype.name], "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
         return _module("neighbors.cu", (*defines.items(), ("KP_TREE", int(self.cell is None))))
 
     @functools.cached_property
@@ -228,7 +233,7 @@ def _packed(counts, found, distance, return_distances):
     most, dtype = found.shape[1], distance.dtype
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
     packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, dtype)
-    _launch(_module("lists.cu", (("KP_T", _CTYPES[dtype]),)), "pack_rows", found.size, found, distance, np.int64(most),
+    _launch(_module("lists.cu", (("KP_T", _CTYPES[dtype.name]),)), "pack_rows", found.size, found, distance, np.int64(most),
             splits, np.int64(len(counts)), packed, packed_distance, np.int32(return_distances))  # fmt: skip
     return splits, packed, packed_distance if return_distances else None
 
@@ -267,7 +272,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     """(points, features, labels, row_splits, inverse, counts, nearest); waits once, for the number of voxels."""
     n, dimension = points.shape
     items = len(row_splits) - 1
-    kernels = _rows_kernels(points.dtype, dimension)
+    kernels = _voxel_kernels(points.dtype, dimension)
     origin, size = cupy.asarray(np.stack([origin, voxel_size]))
     of_points = points, np.int64(n), row_splits, np.int32(items), origin, size
     low = cupy.full((items, dimension), 2**64 - 1, np.uint64)
@@ -296,7 +301,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
 
     def reduced(kernel, rows):
         out = cupy.empty((voxels, rows.shape[1]), rows.dtype)
-        _launch(_rows_kernels(rows.dtype, dimension), kernel, out.size, rows, np.int64(rows.shape[1]), order, begins,
+        _launch(_voxel_rows_kernels(rows.dtype), kernel, out.size, rows, np.int64(rows.shape[1]), order, begins,
                 np.int64(voxels), out)  # fmt: skip
         return out
 
@@ -322,7 +327,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
 def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, threads):
     """(N, C)"""
     (n, columns), grads = features.shape, cupy.empty_like(features)
-    kernels = _rows_kernels(features.dtype, 3)
+    kernels = _voxel_rows_kernels(features.dtype)
     if feature == 1:
         begins = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts, dtype=np.int64)])
         _launch(kernels, "give_to_maxima", grad_out.size, features, np.int64(columns), cupy.argsort(inverse), begins,
@@ -333,8 +338,12 @@ def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, t
     return grads
 
 
-def _rows_kernels(dtype, dimension):
-    return _module("subsampling.cu", (("KP_T", _CTYPES[dtype]), ("KP_DIM", dimension)))
+def _voxel_kernels(dtype, dimension):
+    return _module("subsampling.cu", (("KP_T", _CTYPES[dtype.name]), ("KP_DIM", dimension), ("KP_S", "KP_T")))
+
+
+def _voxel_rows_kernels(dtype):
+    return _module("subsampling.cu", (("KP_T", "float"), ("KP_DIM", 3), ("KP_S", _CTYPES[dtype.name])))
 
 
 # ---- sampling
@@ -344,7 +353,7 @@ def farthest_points(points, row_splits, start, out_row_splits, total, method, th
     """(S,) of the stacked points; waits, to see whether all coordinates are finite."""
     items, index, wrong = len(row_splits) - 1, cupy.empty(total, np.int32), cupy.zeros(1, np.uint32)
     if len(points):
-        module = _module("sampling.cu", (("KP_T", _CTYPES[points.dtype]), ("KP_DIM", points.shape[1])))
+        module = _module("sampling.cu", (("KP_T", _CTYPES[points.dtype.name]), ("KP_DIM", points.shape[1])))
         module.get_function("farthest")(
             (min(_MOST_BLOCKS, items),), (512,),
             (points, row_splits, start, out_row_splits, np.int32(items), cupy.empty(len(points), points.dtype), index, wrong),
@@ -388,14 +397,14 @@ def _queries_scale(problem):
     positive = cupy.empty(len(problem.points) if problem.normalization == 2 else 0, np.int32)
     _launch(kernels, "find_positive", len(positive), problem.features, np.int64(len(problem.points)),
             np.int32(problem.features.shape[1]), positive)  # fmt: skip
-    scale = cupy.empty(queries, problem.features.dtype)
+    scale = cupy.empty(queries, _real(problem.features.dtype))
     _launch(kernels, "normalize", queries, problem.index, problem.row_splits, np.int64(queries), positive,
             np.int32(problem.normalization == 2), scale)  # fmt: skip
     return scale
 
 
 def _kpconv_kernels(problem):
-    geometry, features = _CTYPES[problem.points.dtype], _CTYPES[problem.features.dtype]
+    geometry, features = _CTYPES[problem.points.dtype.name], _CTYPES[problem.features.dtype.name]
     return _module("kpconv.cu", (("KP_G", geometry), ("KP_F", features), ("KP_DIM", problem.points.shape[1])))
 
 
@@ -406,9 +415,9 @@ def _aggregated(problem, transposed=None):
     if transposed is not None:
         index, row_splits, features = transposed
         points, queries, whose, sign = queries, points, 2, -1
-    geometry, number, kernels = points.dtype.type, features.dtype.type, len(problem.kernel_points)
-    scale, nothing = _queries_scale(problem), cupy.empty(0, features.dtype)
-    scale, scaled = (nothing, 0) if scale is None else (scale, whose)
+    geometry, number, kernels = points.dtype.type, features.dtype, len(problem.kernel_points)
+    scale, nothing = _queries_scale(problem), cupy.empty(0, number)
+    scale, scaled = (cupy.empty(0, _real(number)), 0) if scale is None else (scale, whose)
     channels, groups = features.shape[1], problem.groups
     for first, count in _portions(problem, len(queries), channels):
         sums = cupy.empty((groups, count, kernels * channels // groups), number)
@@ -492,9 +501,9 @@ def _kpconv_grads_of_sums(problem, grad_out, needs):
     weights, groups, dtype = problem.weights, problem.groups, problem.features.dtype
     channelwise, factors, grads = weights.ndim == 2, problem.factors, {}
     columns = weights.shape[-1] // groups
-    parts = [cupy.zeros((weights.size // weights.shape[-1], columns), dtype) for _ in range(groups)]
+    parts = [cupy.zeros((weights.size // weights.shape[-1], columns), _real(dtype)) for _ in range(groups)]
     if channelwise:
-        parts = [cupy.zeros(weights.size, dtype)]
+        parts = [cupy.zeros(weights.size, _real(dtype))]
     if factors > 1 and "modulations" in needs:
         grads["modulations"] = cupy.empty_like(problem.modulations)
     for first, end, sums in _aggregated(problem):
@@ -514,7 +523,8 @@ def _kpconv_grads_of_sums(problem, grad_out, needs):
         for g in range(groups):
             parts[g] += sums[g].T @ _of_group(grad_out[first:end], g, groups)
     if "weights" in needs:
-        grads["weights"] = (parts[0] if channelwise else cupy.concatenate(parts, axis=1)).reshape(*weights.shape)
+        whole = parts[0] if channelwise else cupy.concatenate(parts, axis=1)
+        grads["weights"] = whole.reshape(*weights.shape).astype(dtype, copy=False)
     return grads
 
 
@@ -524,7 +534,7 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
     geometry, number, channels = points.dtype.type, features.dtype, features.shape[1]
     of_pairs, of_queries = cupy.empty((len(problem.index), dimension), points.dtype), cupy.empty_like(queries)
     of_offsets = cupy.empty((len(queries), kernels, dimension), points.dtype)
-    of_modulations = cupy.empty((len(queries), kernels), number)
+    of_modulations = cupy.empty((len(queries), kernels), _real(number))
     nothing, scale = cupy.empty(0, number), _queries_scale(problem)
     for first, rows in _portions(problem, len(queries), channels):
         products = cupy.empty((groups, rows, kernels * channels // groups), number)
@@ -542,10 +552,11 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
             features, np.int32(channels), problem.kernel_points, np.int32(kernels),
             cupy.empty(0, points.dtype) if problem.offsets is None else problem.offsets,
             np.int32(problem.offsets is not None), nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None), nothing if scale is None else scale, np.int32(scale is not None),
+            np.int32(problem.modulations is not None), cupy.empty(0, _real(number)) if scale is None else scale, np.int32(scale is not None),
             geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation), np.int32(groups),
             np.int64(first), np.int64(rows), products, of_pairs, of_queries, of_offsets, of_modulations,
         )  # fmt: skip
+    of_modulations = of_modulations.astype(number, copy=False)
     grads = {"queries": of_queries, "offsets": of_offsets, "modulations": of_modulations}
     if "kernel_points" in needs:
         of_kernel = sum_rows(of_offsets.reshape(len(queries), kernels * dimension), problem.threads)
@@ -563,25 +574,25 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
 
 
 def _pooling_kernels(features, geometry=np.dtype(np.float32)):
-    return _module("pooling.cu", (("KP_F", _CTYPES[features]), ("KP_G", _CTYPES[geometry])))
+    return _module("pooling.cu", (("KP_F", _CTYPES[features.name]), ("KP_G", _CTYPES[geometry.name])))
 
 
 def neighbor_reduce(features, index, row_splits, weights, shared, reduction, empty, pad_value, width, return_choice,
                     threads):  # fmt: skip
     """(out (M, C), choice (M, C) or None)"""
     queries, channels, dtype = len(row_splits) - 1, features.shape[1], features.dtype
-    kernels, out = _pooling_kernels(dtype), cupy.empty((queries, channels), dtype)
+    kernels, out, number = _pooling_kernels(dtype), cupy.empty((queries, channels), dtype), _real(dtype).type
     of_rows = features, np.int64(channels), index, row_splits, np.int64(queries)
     if reduction < 2:
         _launch(
             kernels, "sum_neighbors", queries * _WARP, *of_rows, cupy.empty(0, dtype) if weights is None else weights,
             np.int32(weights is not None), cupy.empty(0, np.int64) if shared is None else shared,
-            np.int32(shared is not None), np.int32(reduction), dtype.type(empty), out,
+            np.int32(shared is not None), np.int32(reduction), number(empty), out,
         )  # fmt: skip
         return out, None
     choice = cupy.empty((queries, channels), np.int32)
-    _launch(kernels, "choose_neighbors", queries * _WARP, *of_rows, np.int32(reduction), dtype.type(empty),
-            dtype.type(pad_value), np.int64(width), out, choice)  # fmt: skip
+    _launch(kernels, "choose_neighbors", queries * _WARP, *of_rows, np.int32(reduction), number(empty),
+            number(pad_value), np.int64(width), out, choice)  # fmt: skip
     return out, choice if return_choice else None
 
 
@@ -640,12 +651,12 @@ def segment_reduce(features, row_splits, reduction, empty, return_choice, thread
     _launch(kernels, "count_blocks", items, row_splits, np.int64(items), counts[1:])
     firsts, chooses = cupy.cumsum(counts), reduction >= 2
     sums = cupy.empty(most * channels * (not chooses), np.float64)
-    bests, choices = (cupy.empty(most * channels * chooses, d) for d in (dtype, np.int32))
+    bests, choices = (cupy.empty(most * channels * chooses, d) for d in (_real(dtype), np.int32))
     _launch(kernels, "reduce_blocks", most * channels, features, np.int64(channels), row_splits, np.int32(items), firsts,
             np.int64(most), np.int32(reduction), sums, bests, choices)  # fmt: skip
     out, choice = cupy.empty((items, channels), dtype), cupy.empty((items * chooses, channels), np.int32)
     _launch(kernels, "join_blocks", items * channels, row_splits, np.int64(items), np.int64(channels), firsts,
-            np.int32(reduction), dtype.type(empty), sums, bests, choices, out, choice)  # fmt: skip
+            np.int32(reduction), _real(dtype).type(empty), sums, bests, choices, out, choice)  # fmt: skip
     return out, choice if return_choice and chooses else None
 
 
@@ -662,7 +673,7 @@ def segment_reduce_grad(grad_out, row_splits, reduction, num_rows, threads):
 
 
 def _rows_of(array):
-    return _module("rows.cu", (("KP_F", _CTYPES[array.dtype]),))
+    return _module("rows.cu", (("KP_F", _CTYPES[array.dtype.name]),))
 
 
 def linear(features, weights, bias, threads):
@@ -697,7 +708,7 @@ def activate(features, activation, negative_slope, threads):
     """an array like the features"""
     out = cupy.empty_like(features)
     _launch(_rows_of(features), "activate", out.size, features, np.int64(out.size), np.int32(activation),
-            features.dtype.type(negative_slope), out)  # fmt: skip
+            _real(features.dtype).type(negative_slope), out)  # fmt: skip
     return out
 
 
@@ -705,7 +716,7 @@ def activate_grad(features, activation, negative_slope, grad_out, threads):
     """an array like the features"""
     out = cupy.empty_like(features)
     _launch(_rows_of(features), "activate_grad", out.size, features, grad_out, np.int64(out.size), np.int32(activation),
-            features.dtype.type(negative_slope), out)  # fmt: skip
+            _real(features.dtype).type(negative_slope), out)  # fmt: skip
     return out
 
 
@@ -720,7 +731,7 @@ def dropout(features, rate, seed, threads):
         return cupy.zeros(features.shape, features.dtype)
     out = cupy.empty_like(features)
     _launch(_rows_of(features), "dropout", -(-out.size // 64) * 16, features, np.int64(out.size), np.uint64(seed),
-            np.uint32(rate * 2**32), features.dtype.type(1 / (1 - rate)), out)  # fmt: skip
+            np.uint32(rate * 2**32), _real(features.dtype).type(1 / (1 - rate)), out)  # fmt: skip
     return out
 
 
@@ -757,7 +768,7 @@ def split(whole, channels, needed, threads):
 
 
 def _deformation_kernels(kernel_points):
-    return _module("deformation.cu", (("KP_T", _CTYPES[kernel_points.dtype]), ("KP_DIM", kernel_points.shape[1])))
+    return _module("deformation.cu", (("KP_T", _CTYPES[kernel_points.dtype.name]), ("KP_DIM", kernel_points.shape[1])))
 
 
 def _total(values, weight, threads):
@@ -854,7 +865,7 @@ def normalize(features, row_splits, scale, shift, mean, inverse_std, negative_sl
     out = cupy.empty_like(features)
     _launch(_rows_of(features), "normalize", out.size, features, *map(np.int64, out.shape), row_splits,
             np.int32(len(row_splits) - 1), scale, shift, mean, inverse_std, np.int64(mean.shape[1]),
-            features.dtype.type(negative_slope), out)  # fmt: skip
+            _real(features.dtype).type(negative_slope), out)  # fmt: skip
     return out
 
 
@@ -871,9 +882,9 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
         mean,
         inverse_std,
         np.int64(groups),
-        dtype.type(negative_slope),
+        _real(dtype).type(negative_slope),
     )
-    slant, level = cupy.zeros((items, groups), dtype), cupy.zeros((items, groups), dtype)
+    slant, level = cupy.zeros((2, items, groups), _real(dtype))
     grads = [None, None, None]
     if scale_needed or shift_needed or not is_given:
         firsts, most = _blocks(features, row_splits)

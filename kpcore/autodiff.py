@@ -344,7 +344,7 @@ def _checked_grad(out, grad):
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
     dimensions = " ".join(sizes)
     sizes |= _array.device_of(("the output", like))
-    return _array.array("grad", grad, dimensions, _array.REAL, sizes, like=("the output", out.value))
+    return _array.array("grad", grad, dimensions, _array.FEATURES, sizes, like=("the output", out.value))
 
 
 def _check_primal(name, value):
@@ -352,7 +352,7 @@ def _check_primal(name, value):
         raise NotImplementedError(f"{name}: second derivatives are not there; expected an array, got {value!r}")
     if not _array.is_array(value):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
-    if value.dtype not in _array.REAL:
+    if not _array.is_real(value):
         raise TypeError(f"{name}: expected float32 or float64 to differentiate in, got {value.dtype}")
 
 

@@ -163,7 +163,7 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
     sizes = {}
     points, queries = geometry(points, queries, neighbors, sizes)
     groups = _array.integer("groups", groups, 1)
-    features = _array.array("features", features, "N Cin", _array.REAL, sizes)
+    features = _array.array("features", features, "N Cin", _array.FEATURES, sizes)
     depthwise = _array.is_array(weights) and weights.ndim == 2
     shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
     if groups > 1:
@@ -172,7 +172,7 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
         if features.shape[1] % groups:
             raise ValueError(f"groups: expected a divisor of {features.shape[1]} channels of features, got {groups}")
         sizes["Cin/groups"] = (features.shape[1] // groups, "features")
-    weights = _array.array("weights", weights, shape, _array.REAL, sizes, like=("features", features))
+    weights = _array.array("weights", weights, shape, _array.FEATURES, sizes, like=("features", features))
     if 0 in weights.shape:
         raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
     if weights.shape[-1] % groups:
@@ -184,7 +184,7 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
     if modulations is not None:
         shape = "M K" if modulations_name == "modulations" else "M K A"
         like = ("features", features)
-        modulations = _array.array(modulations_name, modulations, shape, _array.REAL, sizes, like=like)
+        modulations = _array.array(modulations_name, modulations, shape, _array.FEATURES, sizes, like=like)
         factors = modulations.shape[2] if modulations.ndim == 3 else 1
         if factors == 0 or features.shape[1] % factors:
             channels = features.shape[1]

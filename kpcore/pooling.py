@@ -241,7 +241,7 @@ def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mea
 
 def _features_of(neighbors, features):
     """The features, one row of each point of the list."""
-    return _array.array("features", features, "N C", _array.REAL, sizes_of(neighbors))
+    return _array.array("features", features, "N C", _array.FEATURES, sizes_of(neighbors))
 
 
 def _few_enough(name, value):
@@ -267,7 +267,7 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
         pairs = sizes_of(neighbors) | {"E": (len(neighbors.index), "neighbors")}
-        weights = _array.array("weights", weights, "E", _array.REAL, pairs, like=("features", features))
+        weights = _array.array("weights", weights, "E", _array.FEATURES, pairs, like=("features", features))
     empty, width = _array.number("empty", empty, features.dtype), 0
     if pad_value is None:
         pad_value = 0.0
@@ -361,7 +361,7 @@ NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_v
 
 def _gather_arrays(features, index):
     sizes = {}
-    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, sizes))
+    features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
     return features, _few_enough("index", _array.array("index", index, "M", _INDEX, sizes))
 
 
@@ -403,7 +403,7 @@ GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_r
 def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
     sizes = {}
     points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
-    features = _array.array("features", features, "N C", _array.REAL, sizes)
+    features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     power = _array.length("power", power, np.dtype(np.float64))
     found = knn_search(points, queries, k, points_row_splits=points_row_splits,
                        queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
@@ -429,7 +429,7 @@ INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features"
 
 def _segment_reduce_checked(features, row_splits, reduce, empty, known=False):
     sizes = {}
-    features = _few_enough("features", _array.array("features", features, "N C", _array.REAL, sizes))
+    features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
     row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
     reduction = _array.choice("reduce", reduce, _REDUCES)
     return features, row_splits, reduction, _array.number("empty", empty, features.dtype)

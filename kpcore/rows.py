@@ -53,10 +53,10 @@ def linear(features: Array, weights: Array, bias: Array | None = None) -> Array:
 
 def _linear_arguments(features, weights, bias):
     sizes = {}
-    features = _array.array("features", features, "N Cin", _array.REAL, sizes)
-    weights = _array.array("weights", weights, "Cin Cout", _array.REAL, sizes, like=("features", features))
+    features = _array.array("features", features, "N Cin", _array.FEATURES, sizes)
+    weights = _array.array("weights", weights, "Cin Cout", _array.FEATURES, sizes, like=("features", features))
     if bias is not None:
-        bias = _array.array("bias", bias, "Cout", _array.REAL, sizes, like=("features", features))
+        bias = _array.array("bias", bias, "Cout", _array.FEATURES, sizes, like=("features", features))
     return features, weights, bias
 
 
@@ -153,9 +153,9 @@ def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array,
 
 def _batch_norm(features, scale, shift, running_mean, running_var, training, momentum, eps, negative_slope):
     sizes = {}
-    features = _array.array("features", features, "N C", _array.REAL, sizes)
+    features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     scale, shift, running_mean, running_var = (
-        _array.array(name, value, "C", _array.REAL, sizes, like=("features", features))
+        _array.array(name, value, "C", _array.FEATURES, sizes, like=("features", features))
         for name, value in (
             ("scale", scale),
             ("shift", shift),
@@ -267,9 +267,9 @@ def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, 
 
 def _group_norm(features, num_groups, scale, shift, row_splits, eps, negative_slope):
     sizes = {}
-    features = _array.array("features", features, "N C", _array.REAL, sizes)
-    scale = _array.array("scale", scale, "C", _array.REAL, sizes, like=("features", features))
-    shift = _array.array("shift", shift, "C", _array.REAL, sizes, like=("features", features))
+    features = _array.array("features", features, "N C", _array.FEATURES, sizes)
+    scale = _array.array("scale", scale, "C", _array.FEATURES, sizes, like=("features", features))
+    shift = _array.array("shift", shift, "C", _array.FEATURES, sizes, like=("features", features))
     num_groups = _array.integer("num_groups", num_groups, 1)
     if features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
@@ -438,7 +438,7 @@ def _activation(name):
 def _any_shape(name, value, sizes):
     """Any dimensions, named by their place."""
     dimensions = " ".join(map(str, range(getattr(value, "ndim", 0))))
-    return _array.array(name, value, dimensions, _array.REAL, sizes)
+    return _array.array(name, value, dimensions, _array.FEATURES, sizes)
 
 
 def _like_features(features, **_):
@@ -536,7 +536,7 @@ def _add(first, second):
     first, second = _array.as_array(first), _array.as_array(second)
     sizes = {}
     first = _any_shape("first", first, sizes)
-    second = _array.array("second", second, " ".join(map(str, range(first.ndim))), _array.REAL, sizes, like=("first", first))
+    second = _array.array("second", second, " ".join(map(str, range(first.ndim))), _array.FEATURES, sizes, like=("first", first))
     return _array.backend(first).add(first, second, config.get_num_threads()), ()
 
 
@@ -584,7 +584,7 @@ def _concatenate(**features):
         if value is None and name in ("third", "fourth"):
             continue
         like = ("first", arrays[0]) if arrays else None
-        arrays.append(_array.array(name, value, f"N C{len(arrays) + 1}", _array.REAL, sizes, like=like))
+        arrays.append(_array.array(name, value, f"N C{len(arrays) + 1}", _array.FEATURES, sizes, like=like))
     return _array.backend(arrays[0]).concatenate(arrays, config.get_num_threads()), ()
 
 
@@ -707,13 +707,13 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, ignore_index: int | N
 
 def _cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction):
     sizes = {}
-    logits = _array.array("logits", logits, "N C", _array.REAL, sizes)
+    logits = _array.array("logits", logits, "N C", _array.FEATURES, sizes)
     labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
     if ignore_index is not None:
         limits = np.iinfo(labels.dtype)
         ignore_index = _array.integer("ignore_index", ignore_index, limits.min, limits.max)
     if class_weights is not None:
-        class_weights = _array.array("class_weights", class_weights, "C", _array.REAL, sizes, like=("logits", logits))
+        class_weights = _array.array("class_weights", class_weights, "C", _array.FEATURES, sizes, like=("logits", logits))
     return logits, labels, ignore_index, class_weights, _array.choice("reduction", reduction, _REDUCTIONS)
 
 

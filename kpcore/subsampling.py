@@ -110,7 +110,7 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
     origin = _array.per_axis("origin", origin, dimension, _array.number, points.dtype)
     if features is not None:
-        features = _array.array("features", features, "N C", _array.REAL, sizes)
+        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     if labels is not None:
         labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
     if ignore_label is not None:

@@ -5,11 +5,13 @@
 
 #include "launch.h"
 #include "rows.h"
+#include "storage.h"
 
 namespace kp {
 namespace {
 
-using F = KP_F;
+using S = KP_F;
+using F = Real<S>;
 constexpr int64_t block_of_rows = 1024;
 
 enum Activation : int { leaky, rectified, logistic };
@@ -21,13 +23,13 @@ __device__ F exp_minus_abs(F x) {
 // The largest of a row and the sum of exp(x - largest), by a warp.
 struct Exponentials {
   F largest, sum;
-  __device__ Exponentials(const F* row, int64_t columns) : largest(row[0]), sum(0) {
-    for (int64_t c = lane_number(); c < columns; c += warp) largest = row[c] > largest ? row[c] : largest;
+  __device__ Exponentials(const S* row, int64_t columns) : largest(F(row[0])), sum(0) {
+    for (int64_t c = lane_number(); c < columns; c += warp) largest = F(row[c]) > largest ? F(row[c]) : largest;
     for (int bit = warp / 2; bit; bit /= 2) {
       const F other = __shfl_xor_sync(all_lanes, largest, bit);
       largest = other > largest ? other : largest;
     }
-    for (int64_t c = lane_number(); c < columns; c += warp) sum += exp(row[c] - largest);
+    for (int64_t c = lane_number(); c < columns; c += warp) sum += exp(F(row[c]) - largest);
     for (int bit = warp / 2; bit; bit /= 2) sum += __shfl_xor_sync(all_lanes, sum, bit);
   }
 };
@@ -37,71 +39,71 @@ struct Exponentials {
 
 using namespace kp;
 
-extern "C" __global__ void activate(const F* x, int64_t n, int activation, F slope, F* out) {
+extern "C" __global__ void activate(const S* x, int64_t n, int activation, F slope, S* out) {
   for (int64_t i = first_thread(); i < n; i += num_threads())
-    out[i] = activation == leaky       ? leaky_relu(x[i], slope)
-             : activation == rectified ? relu(x[i])
-                                       : sigmoid(x[i], exp_minus_abs(x[i]));
+    out[i] = S(activation == leaky       ? leaky_relu(F(x[i]), slope)
+               : activation == rectified ? relu(F(x[i]))
+                                         : sigmoid(F(x[i]), exp_minus_abs(F(x[i]))));
 }
 
-extern "C" __global__ void activate_grad(const F* x, const F* grad, int64_t n, int activation, F slope, F* out) {
+extern "C" __global__ void activate_grad(const S* x, const S* grad, int64_t n, int activation, F slope, S* out) {
   for (int64_t i = first_thread(); i < n; i += num_threads())
-    out[i] = activation == leaky       ? leaky_relu_grad(x[i], grad[i], slope)
-             : activation == rectified ? relu_grad(x[i], grad[i])
-                                       : grad[i] * sigmoid_grad(exp_minus_abs(x[i]));
+    out[i] = S(activation == leaky       ? leaky_relu_grad(F(x[i]), F(grad[i]), slope)
+               : activation == rectified ? relu_grad(F(x[i]), F(grad[i]))
+                                         : F(grad[i]) * sigmoid_grad(exp_minus_abs(F(x[i]))));
 }
 
 // A thread makes the four words of a counter, and so four values 16 places apart. `least` of the words keep theirs.
-extern "C" __global__ void dropout(const F* x, int64_t n, uint64_t seed, uint32_t least, F scale, F* out) {
+extern "C" __global__ void dropout(const S* x, int64_t n, uint64_t seed, uint32_t least, F scale, S* out) {
   const int64_t counters = (n + words_of_block - 1) / words_of_block * counters_of_block;
   for (int64_t i = first_thread(); i < counters; i += num_threads()) {
     uint64_t word[4] = {uint64_t(i), uint64_t(i) >> 32, 0, 0};
     philox(word, seed, [](uint64_t a, uint32_t b) { return uint64_t(uint32_t(a)) * b; });
     for (int w = 0; w < 4; ++w) {
       const int64_t at = i / counters_of_block * words_of_block + w * counters_of_block + i % counters_of_block;
-      if (at < n) out[at] = uint32_t(word[w]) >= least ? x[at] * scale : F(0);
+      if (at < n) out[at] = S(uint32_t(word[w]) >= least ? F(x[at]) * scale : F(0));
     }
   }
 }
 
-extern "C" __global__ void softmax(const F* x, int64_t rows, int64_t columns, F* out) {
+extern "C" __global__ void softmax(const S* x, int64_t rows, int64_t columns, S* out) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const Exponentials found(x + r * columns, columns);
     for (int64_t c = lane_number(); c < columns; c += warp)
-      out[r * columns + c] = exp(x[r * columns + c] - found.largest) / found.sum;
+      out[r * columns + c] = S(exp(F(x[r * columns + c]) - found.largest) / found.sum);
   }
 }
 
 // With y the softmax: y (g - sum of g y).
-extern "C" __global__ void softmax_grad(const F* x, const F* grad, int64_t rows, int64_t columns, F* out) {
+extern "C" __global__ void softmax_grad(const S* x, const S* grad, int64_t rows, int64_t columns, S* out) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const Exponentials found(x + r * columns, columns);
-    const auto y = [&](int64_t c) { return exp(x[r * columns + c] - found.largest) / found.sum; };
+    const auto y = [&](int64_t c) { return exp(F(x[r * columns + c]) - found.largest) / found.sum; };
     F mean = F(0);
-    for (int64_t c = lane_number(); c < columns; c += warp) mean += y(c) * grad[r * columns + c];
+    for (int64_t c = lane_number(); c < columns; c += warp) mean += y(c) * F(grad[r * columns + c]);
     for (int bit = warp / 2; bit; bit /= 2) mean += __shfl_xor_sync(all_lanes, mean, bit);
     for (int64_t c = lane_number(); c < columns; c += warp)
-      out[r * columns + c] = y(c) * (grad[r * columns + c] - mean);
+      out[r * columns + c] = S(y(c) * (F(grad[r * columns + c]) - mean));
   }
 }
 
 // partial[b] = the sums of the columns of block b
-extern "C" __global__ void sum_blocks(const F* rows, int64_t num_rows, int64_t columns, double* partial) {
+extern "C" __global__ void sum_blocks(const S* rows, int64_t num_rows, int64_t columns, double* partial) {
   const int64_t blocks = (num_rows + block_of_rows - 1) / block_of_rows;
   for (int64_t i = first_thread(); i < blocks * columns; i += num_threads()) {
     const int64_t first = i / columns * block_of_rows, c = i % columns;
     const int64_t end = first + block_of_rows < num_rows ? first + block_of_rows : num_rows;
     double sum = 0;
-    for (int64_t r = first; r < end; ++r) sum += double(rows[r * columns + c]);
+    for (int64_t r = first; r < end; ++r) sum += double(F(rows[r * columns + c]));
     partial[i] = sum;
   }
 }
 
-extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int64_t columns, F* sums) {
+extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int64_t columns, S* sums) {
   for (int64_t c = first_thread(); c < columns; c += num_threads()) {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) sum += partial[b * columns + c];
-    sums[c] = F(sum);
+    sums[c] = S(F(sum));
   }
 }
 
@@ -128,28 +130,28 @@ struct Block {
 struct Affine {
   F center, factor, offset;
 };
-__device__ Affine affine_of(const double* mean, const double* inverse_std, const F* scale, const F* shift,
+__device__ Affine affine_of(const double* mean, const double* inverse_std, const S* scale, const S* shift,
                             int64_t columns, int64_t groups, int64_t item, int64_t c) {
   const int64_t g = item * groups + c * groups / columns;
-  const double factor = inverse_std[g] * double(scale[c]);
+  const double factor = inverse_std[g] * double(F(scale[c]));
   const F center = F(mean[g]);
-  return {center, F(factor), F(double(shift[c]) - (mean[g] - double(center)) * factor)};
+  return {center, F(factor), F(double(F(shift[c])) - (mean[g] - double(center)) * factor)};
 }
 
 }  // namespace
 }  // namespace kp
 
 // Of each block and column the sums of the values, from the item's first row on, and of their squares.
-extern "C" __global__ void moment_blocks(const F* x, int64_t columns, const int64_t* row_splits, int num_items,
+extern "C" __global__ void moment_blocks(const S* x, int64_t columns, const int64_t* row_splits, int num_items,
                                          const int64_t* firsts, int64_t most_blocks, double* sums, double* squares) {
   for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
     const int64_t k = i / columns, c = i % columns;
     if (k >= firsts[num_items]) continue;
     const Block block(row_splits, firsts, num_items, k);
-    const double about = double(x[row_splits[block.item] * columns + c]);
+    const double about = double(F(x[row_splits[block.item] * columns + c]));
     double sum = 0, square = 0;
     for (int64_t r = block.begin; r < block.end; ++r) {
-      const double d = double(x[r * columns + c]) - about;
+      const double d = double(F(x[r * columns + c])) - about;
       sum += d;
       square += d * d;
     }
@@ -159,7 +161,7 @@ extern "C" __global__ void moment_blocks(const F* x, int64_t columns, const int6
 }
 
 // A thread for each item and group.
-extern "C" __global__ void join_moments(const F* x, int64_t columns, int64_t groups, const int64_t* row_splits,
+extern "C" __global__ void join_moments(const S* x, int64_t columns, int64_t groups, const int64_t* row_splits,
                                         int64_t num_items, const int64_t* firsts, const double* sums,
                                         const double* squares, double* mean, double* variance) {
   const int64_t width = columns / groups;
@@ -171,7 +173,7 @@ extern "C" __global__ void join_moments(const F* x, int64_t columns, int64_t gro
       for (int64_t k = firsts[b]; k < firsts[b + 1]; ++k) sum += of[k * columns + c];
       return sum / n;
     };
-    const auto middle_of = [=](int64_t c) { return double(x[row_splits[b] * columns + c]) + total(sums, c); };
+    const auto middle_of = [=](int64_t c) { return double(F(x[row_splits[b] * columns + c])) + total(sums, c); };
     double middle = 0, spread = 0;
     for (int64_t c = begin; n > 0 && c < begin + width; ++c) middle += middle_of(c) / double(width);
     for (int64_t c = begin; n > 0 && c < begin + width; ++c) {
@@ -183,19 +185,19 @@ extern "C" __global__ void join_moments(const F* x, int64_t columns, int64_t gro
   }
 }
 
-extern "C" __global__ void normalize(const F* x, int64_t rows, int64_t columns, const int64_t* row_splits, int num_items,
-                                     const F* scale, const F* shift, const double* mean, const double* inverse_std,
-                                     int64_t groups, F slope, F* out) {
+extern "C" __global__ void normalize(const S* x, int64_t rows, int64_t columns, const int64_t* row_splits, int num_items,
+                                     const S* scale, const S* shift, const double* mean, const double* inverse_std,
+                                     int64_t groups, F slope, S* out) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int item = item_of(row_splits, num_items, i / columns);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, i % columns);
-    out[i] = leaky_relu(F(fma(x[i] - a.center, a.factor, a.offset)), slope);
+    out[i] = S(leaky_relu(F(fma(F(x[i]) - a.center, a.factor, a.offset)), slope));
   }
 }
 
 // Of each block and column the sums of the gradient before the leaky ReLU, and of its products with x - center.
-extern "C" __global__ void grad_blocks(const F* x, const F* grad, int64_t columns, const int64_t* row_splits,
-                                       int num_items, const F* scale, const F* shift, const double* mean,
+extern "C" __global__ void grad_blocks(const S* x, const S* grad, int64_t columns, const int64_t* row_splits,
+                                       int num_items, const S* scale, const S* shift, const double* mean,
                                        const double* inverse_std, int64_t groups, F slope, const int64_t* firsts,
                                        int64_t most_blocks, double* shifts, double* scales) {
   for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
@@ -205,8 +207,8 @@ extern "C" __global__ void grad_blocks(const F* x, const F* grad, int64_t column
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, block.item, c);
     double sum = 0, product = 0;
     for (int64_t r = block.begin; r < block.end; ++r) {
-      const F d = x[r * columns + c] - a.center;
-      const double g = double(leaky_relu_grad(F(fma(d, a.factor, a.offset)), grad[r * columns + c], slope));
+      const F d = F(x[r * columns + c]) - a.center;
+      const double g = double(leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad[r * columns + c]), slope));
       sum += g;
       product += g * double(d);
     }
@@ -233,7 +235,7 @@ extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const 
 
 // Where the statistics are those of the rows: grad_x = g factor + (x - center) slant + level, of an item and group.
 extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, const int64_t* row_splits,
-                                            int64_t num_items, const F* scale, const double* mean,
+                                            int64_t num_items, const S* scale, const double* mean,
                                             const double* inverse_std, const double* of_shift, const double* of_scale,
                                             F* slant, F* level) {
   const int64_t width = columns / groups;
@@ -242,8 +244,8 @@ extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, con
     const double values = double(row_splits[b + 1] - row_splits[b]) * double(width);
     double mean_grad = 0, mean_product = 0;
     for (int64_t c = begin; values > 0 && c < begin + width; ++c) {
-      mean_grad += double(scale[c]) * of_shift[b * columns + c] / values;
-      mean_product += double(scale[c]) * of_scale[b * columns + c] / values;
+      mean_grad += double(F(scale[c])) * of_shift[b * columns + c] / values;
+      mean_product += double(F(scale[c])) * of_scale[b * columns + c] / values;
     }
     const double slope = -inverse_std[i] * inverse_std[i] * mean_product;
     slant[i] = F(slope);
@@ -251,35 +253,35 @@ extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, con
   }
 }
 
-extern "C" __global__ void normalize_grad(const F* x, const F* grad, int64_t rows, int64_t columns,
-                                          const int64_t* row_splits, int num_items, const F* scale, const F* shift,
+extern "C" __global__ void normalize_grad(const S* x, const S* grad, int64_t rows, int64_t columns,
+                                          const int64_t* row_splits, int num_items, const S* scale, const S* shift,
                                           const double* mean, const double* inverse_std, int64_t groups, F slope,
-                                          const F* slant, const F* level, F* out) {
+                                          const F* slant, const F* level, S* out) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int64_t c = i % columns;
     const int item = item_of(row_splits, num_items, i / columns);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, c);
     const int64_t g = item * groups + c * groups / columns;
-    const F d = x[i] - a.center;
-    const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), grad[i], slope);
-    out[i] = F(fma(before, a.factor, F(fma(d, slant[g], level[g]))));
+    const F d = F(x[i]) - a.center;
+    const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad[i]), slope);
+    out[i] = S(F(fma(before, a.factor, F(fma(d, slant[g], level[g])))));
   }
 }
 
 // sums[c] = the sum over the items
-extern "C" __global__ void sum_items(const double* of_items, int64_t num_items, int64_t columns, F* sums) {
+extern "C" __global__ void sum_items(const double* of_items, int64_t num_items, int64_t columns, S* sums) {
   for (int64_t c = first_thread(); c < columns; c += num_threads()) {
     double sum = 0;
     for (int64_t b = 0; b < num_items; ++b) sum += of_items[b * columns + c];
-    sums[c] = F(sum);
+    sums[c] = S(F(sum));
   }
 }
 
 // ---- cross entropy: a warp for each row
 
 // losses and weights of all rows; both 0 where a label is ignored. `wrong` becomes 1 where one is no class.
-extern "C" __global__ void entropies(const F* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                     const F* class_weights, int has_weights, int64_t ignore, int has_ignore,
+extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                     const S* class_weights, int has_weights, int64_t ignore, int has_ignore,
                                      double* losses, double* weights, unsigned* wrong) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
@@ -289,8 +291,8 @@ extern "C" __global__ void entropies(const F* logits, int64_t rows, int64_t clas
         if (lane_number() == 0) atomicOr(wrong, 1u);
       } else {
         const Exponentials found(logits + r * classes, classes);
-        weight = has_weights ? double(class_weights[label]) : 1;
-        loss = weight * (log(double(found.sum)) + (double(found.largest) - double(logits[r * classes + label])));
+        weight = has_weights ? double(F(class_weights[label])) : 1;
+        loss = weight * (log(double(found.sum)) + (double(found.largest) - double(F(logits[r * classes + label]))));
       }
     }
     if (lane_number() == 0) {
@@ -301,19 +303,19 @@ extern "C" __global__ void entropies(const F* logits, int64_t rows, int64_t clas
 }
 
 // Weight times (softmax - one-hot), times the row's gradient, or the one there is over the sum of the weights.
-extern "C" __global__ void entropies_grad(const F* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                          const double* weights, int64_t ignore, int has_ignore, const F* grad_out,
-                                          int each, const double* total, int is_mean, F* out) {
+extern "C" __global__ void entropies_grad(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                          const double* weights, int64_t ignore, int has_ignore, const S* grad_out,
+                                          int each, const double* total, int is_mean, S* out) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
     const bool counts = !(has_ignore && label == ignore) && label >= 0 && label < classes;
-    double share = double(grad_out[each ? r : 0]);
+    double share = double(F(grad_out[each ? r : 0]));
     if (is_mean) share = *total != 0 ? share / *total : 0;
     const F factor = F(share * weights[r]);
     const Exponentials found(logits + r * classes, classes);
     for (int64_t c = lane_number(); c < classes; c += warp) {
-      const F y = exp(logits[r * classes + c] - found.largest) / found.sum * factor;
-      out[r * classes + c] = counts ? y - (c == label ? factor : F(0)) : F(0);
+      const F y = exp(F(logits[r * classes + c]) - found.largest) / found.sum * factor;
+      out[r * classes + c] = S(counts ? y - (c == label ? factor : F(0)) : F(0));
     }
   }
 }

@@ -1,16 +1,18 @@
 // Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
 // column, which goes through its points in their given order, as on the CPU: the same bits.
 //
-// Compiled for the type of geometry and its dimension, KP_T and KP_DIM; what reduces rows of features is compiled for
-// their type as KP_T.
+// Compiled for the type of geometry and its dimension, KP_T and KP_DIM, and for the type of the rows that are reduced, KP_S.
 
 #include "launch.h"
+#include "storage.h"
 #include "subsampling.h"
 
 namespace kp {
 namespace {
 
 using T = KP_T;
+using S = KP_S;  // of rows of features, or T
+using F = Real<S>;
 constexpr int D = KP_DIM;
 constexpr int most_axis_bits = 21;
 
@@ -118,28 +120,28 @@ extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxel
 }
 
 // Means of the rows of each voxel, about the first.
-extern "C" __global__ void average(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                   int64_t num_voxels, T* means) {
+extern "C" __global__ void average(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                   int64_t num_voxels, S* means) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns, begin = begins[v], end = begins[v + 1];
-    const T first = rows[order[begin] * columns + c];
+    const double first = double(F(rows[order[begin] * columns + c]));
     double sum = 0;
-    for (int64_t at = begin + 1; at < end; ++at) sum += double(rows[order[at] * columns + c]) - double(first);
-    means[i] = T(double(first) + sum / double(end - begin));
+    for (int64_t at = begin + 1; at < end; ++at) sum += double(F(rows[order[at] * columns + c])) - first;
+    means[i] = S(F(first + sum / double(end - begin)));
   }
 }
 
 // The largest values of the rows of each voxel.
-extern "C" __global__ void maximize(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                    int64_t num_voxels, T* maxima) {
+extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                    int64_t num_voxels, S* maxima) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns;
-    T largest = rows[order[begins[v]] * columns + c];
+    F largest = F(rows[order[begins[v]] * columns + c]);
     for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
-      const T x = rows[order[at] * columns + c];
+      const F x = F(rows[order[at] * columns + c]);
       if (exceeds(x, largest)) largest = x;
     }
-    maxima[i] = largest;
+    maxima[i] = S(largest);
   }
 }
 
@@ -197,24 +199,24 @@ KP_ELECT(int64_t)
 
 // A point's share of the gradient of its voxel's mean, or, with `nearest`, the whole of it or nothing.
 extern "C" __global__ void give_rows(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
-                                     int to_nearest, const T* grad_out, int64_t num_points, int64_t columns, T* grads) {
+                                     int to_nearest, const S* grad_out, int64_t num_points, int64_t columns, S* grads) {
   for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
     const int64_t point = i / columns, v = inverse[point];
-    const T given = grad_out[v * columns + i % columns];
-    grads[i] = !to_nearest ? given / T(counts[v]) : nearest[v] == point ? given : T(0);
+    const F given = F(grad_out[v * columns + i % columns]);
+    grads[i] = S(!to_nearest ? given / F(counts[v]) : nearest[v] == point ? given : F(0));
   }
 }
 
 // The point that has the maximum of each voxel and column gets its gradient, the others nothing. `order`: points by
 // voxel.
-extern "C" __global__ void give_to_maxima(const T* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                          int64_t num_voxels, const T* grad_out, T* grads) {
+extern "C" __global__ void give_to_maxima(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                          int64_t num_voxels, const S* grad_out, S* grads) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns;
     int64_t has = order[begins[v]];
     for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at)
-      if (exceeds(rows[order[at] * columns + c], rows[has * columns + c])) has = order[at];
+      if (exceeds(F(rows[order[at] * columns + c]), F(rows[has * columns + c]))) has = order[at];
     for (int64_t at = begins[v]; at < begins[v + 1]; ++at)
-      grads[order[at] * columns + c] = order[at] == has ? grad_out[i] : T(0);
+      grads[order[at] * columns + c] = order[at] == has ? grad_out[i] : S(F(0));
   }
 }

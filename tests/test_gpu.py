@@ -715,3 +715,59 @@ def test_the_names_and_arguments_of_the_cpu():
     for name in set(cpu) - of_the_cpu_alone:
         code = getattr(_gpu, name).__code__
         assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name
+
+
+# ---- 16 bits
+
+
+def halves(dtype):
+    return cupy.asarray(np.zeros(1, np.float16)).dtype if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("variant", [v for v, (name, _) in ops.VARIANTS.items() if name not in ("fitting_loss", "repulsion_loss")])
+def test_features_of_16_bits(variant, dtype, tolerance):
+    """Against float32 of the same numbers, rounded once."""
+    dtype = halves(dtype)
+    op, arguments = ops.call(variant, 24, np.float32, np.float32)
+    kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
+    kinds -= {"points", "queries", "kernel_points", "offsets"}
+    small = {name: arguments[name].astype(dtype) for name in kinds}
+    rounded = arguments | {name: a.astype(np.float32) for name, a in small.items()}
+    names = ops.diff(op, arguments)
+    out, pullback = ops.vjp(op, rounded, names)
+    got, got_pullback = ops.vjp(op, to_device(arguments | small), names)
+    grad = np.asarray(ops.covector(out)).astype(dtype)
+    expected = [out, *pullback(grad.astype(np.float32))]
+    for name, a, b in zip(("", *names), [got, *got_pullback(to_device(grad))], expected, strict=True):
+        assert a.dtype == (dtype if not name or name in kinds else np.float32)
+        a = a.get().astype(np.float64)
+        assert np.abs(a - b).max(initial=0) <= tolerance * max(np.abs(b).max(initial=0), 1e-3), name
+
+
+def test_16_bits_are_for_features_on_the_gpu():
+    for arrays, text in (
+        (np.ones((3, 2), np.float16), "features: expected float32 or float64, got float16"),
+        (to_device(np.ones((3, 2), np.float16)), None),
+    ):
+        if text:
+            with pytest.raises(TypeError, match=text):
+                kp.relu(arrays)
+        else:
+            assert kp.relu(arrays).dtype == np.float16
+    with pytest.raises(TypeError, match="points: expected float32 or float64, got float16"):
+        kp.radius_search(to_device(np.ones((3, 2), np.float16)), None, 1.0)
+
+
+def test_every_number_of_16_bits():
+    """Back and forth, and what lies between two of them; CuPy's compiler flushes what is not normal in float32 to zero."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    for dtype in (np.dtype(np.float16), halves("bfloat16")):
+        values = bits.view(dtype)
+        same, wide = kp.leaky_relu(to_device(values), 1.0).get(), values.astype(np.float32)
+        assert np.isnan(same[np.isnan(wide)].astype(np.float32)).all()
+        normal = (np.abs(wide) >= 2**-120) | (wide == 0)
+        assert normal.sum() > 63000 - 2048
+        assert_same_bits(same[normal].view(np.uint16), bits[normal])
+        scaled = kp.leaky_relu(to_device(-np.abs(values[normal])), 0.3).get()
+        assert_same_bits(scaled.view(np.uint16), (-np.abs(wide[normal]) * np.float32(0.3)).astype(dtype).view(np.uint16))

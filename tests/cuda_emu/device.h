@@ -221,6 +221,27 @@ inline double __longlong_as_double(long long x) {
   return emu_from_bits<double>(uint64_t(x));
 }
 
+// Of 16 bits; what kernels do with an instruction. By float's own rounding: 2^-24 is the least of them, and added to what
+// is 2^24 of the last place, the sum rounds there.
+inline float emu_of_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 31 ? (fraction ? __builtin_nanf("") : __builtin_inff())
+                     : exponent     ? ldexpf(float(1024 + fraction), exponent - 25)
+                                    : ldexpf(float(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+inline uint16_t emu_half_of(float x) {
+  const uint16_t sign = uint16_t(__float_as_uint(x) >> 16 & 0x8000);
+  const float size = fabsf(x);
+  if (size == 0) return sign;
+  if (!(size < 65520)) return uint16_t(sign | (size == size ? 0x7c00 : 0x7e00));
+  int exponent;
+  frexpf(size, &exponent);  // size = [0.5, 1) 2^exponent
+  const int unit = exponent < -13 ? -24 : exponent - 11;
+  const int fraction = int(nearbyintf(ldexpf(size, -unit)));  // 1024 to 2048, or less of what is not normal
+  return uint16_t(sign | (unit == -24 ? fraction : ((unit + 24) << 10) + fraction));
+}
+
 // ---- what a launch needs of a kernel: its arguments' types in a text, and how to call it with pointers to them
 
 namespace emu {
