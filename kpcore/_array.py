@@ -1,7 +1,7 @@
 """Checks that every public function makes: what came must be an array of the named dimensions and an allowed dtype.
 
-And where it is: NumPy's arrays are computed with by `_cpu`, CuPy's by `_gpu`, which has the same functions. CuPy is looked
-for only among the modules that are there already: who has an array of CuPy has imported it.
+And where it is: NumPy's arrays are computed with by `_cpu`, CuPy's by `_gpu`, which has the same functions. CuPy is
+looked for only among the modules that are there already: who has an array of CuPy has imported it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
         agree = agree and seen[0] == size
     if not agree:
         raise _wrong_shape(name, value, dimensions, sizes)
-    if dtype not in dtypes and not (dtypes is FEATURES and where != "cpu" and dtype.name in HALVES):  # nor is one not native
+    if dtype not in dtypes and not (
+        dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
+    ):  # nor is one not native
         names = " or ".join(d.name for d in dtypes)
         raise TypeError(
             f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
@@ -64,11 +66,15 @@ def contiguous(value):
     flags = value.flags
     if flags.c_contiguous and (not isinstance(value, np.ndarray) or flags.aligned):
         return value
-    return np.require(value, None, ("C", "A")) if isinstance(value, np.ndarray) else namespace(value).ascontiguousarray(value)
+    return (
+        np.require(value, None, ("C", "A"))
+        if isinstance(value, np.ndarray)
+        else namespace(value).ascontiguousarray(value)
+    )
 
 
 def _device(name, value):
-    """"cpu", or the number of the GPU, which must be the current one."""
+    """ "cpu", or the number of the GPU, which must be the current one."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled")
     if isinstance(value, np.ndarray):
@@ -234,7 +240,13 @@ def number(name, value, dtype):
 
 
 def _largest(dtype):
-    return 65504.0 if dtype.name == "float16" else 255 / 128 * 2.0**127 if dtype.name == "bfloat16" else float(np.finfo(dtype).max)
+    return (
+        65504.0
+        if dtype.name == "float16"
+        else 255 / 128 * 2.0**127
+        if dtype.name == "bfloat16"
+        else float(np.finfo(dtype).max)
+    )
 
 
 def is_real(value):

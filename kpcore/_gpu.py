@@ -1,19 +1,22 @@
 """The GPU: the names and signatures of `_cpu`, on CuPy arrays.
 
-Kernels are the files in cuda/, plain CUDA C++ that shares its formulas with the CPU. A kernel is compiled by CuPy when it
-is first launched, for the types at hand, and kept on disk. Everything here is launches on CuPy's current stream; what
-waits for the device says so.
+Kernels are the files in cuda/, plain CUDA C++ that shares its formulas with the CPU. A kernel is compiled by CuPy when
+it is first launched, for the types at hand, and kept on disk. Everything here is launches on CuPy's current stream;
+what waits for the device says so.
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from pathlib import Path
 
 import cupy
 import numpy as np
 
 _SOURCES = Path(__file__).with_name("cuda")
+if not _SOURCES.is_dir():  # of an editable install
+    _SOURCES = Path(__file__).parents[1] / "src"
 _BLOCK = 128
 _MOST_BLOCKS = 1 << 15  # kernels go on to the next query themselves
 _WARP = 32
@@ -129,7 +132,7 @@ class Index:
         boxes = cupy.empty((sum(nodes), 2, dimension), self.dtype)
         _launch(self.kernels(0), "leaf_boxes", nodes[0] * _WARP, located, np.int32(n), boxes)
         first = 0
-        for below, number in zip(nodes, nodes[1:], strict=False):
+        for below, number in pairwise(nodes):
             _launch(self.kernels(0), "node_boxes", number * dimension, boxes[first : first + below], np.int32(below),
                     boxes[first + below : first + below + number])  # fmt: skip
             first += below
@@ -146,7 +149,7 @@ class Index:
                 queries_row_splits, np.int32(len(queries_row_splits) - 1), np.int32(ignore)), problems  # fmt: skip
 
     def has_nothing(self, queries):
-        """Whether there is nothing to search in, or for; an error if that nothing is searched for somewhere undefined."""
+        """Whether there is nothing to search in; an error if it is searched from somewhere undefined."""
         if self.num_points or queries is None:
             return not self.num_points
         if len(queries) and not bool(cupy.isfinite(queries).all()):
@@ -174,7 +177,7 @@ def radius_searches(searches):
     """What `radius_search` gives for each of several tuples of its arguments, waiting once for all."""
     found, counted = [], []
     for search in searches:
-        index, queries, queries_row_splits, _, max_neighbors, *_, return_distances, count_only, _ = search
+        index, queries, _, _, max_neighbors, *_, return_distances, count_only, _ = search
         if index.has_nothing(queries):
             splits = cupy.zeros(len(index.points if queries is None else queries) + 1, np.int64)
             nothing = cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
@@ -188,14 +191,26 @@ def radius_searches(searches):
         numbers = iter(_wait(*(n for _, _, splits, _, problems in counted for n in (splits[-1:], *problems))))
         for place, search, splits, arguments, problems in counted:
             pairs = next(numbers)
-            if any([next(numbers) for _ in problems]):
+            wrong = [next(numbers) for _ in problems]
+            if any(wrong):
                 raise NotFinite
             found[place] = (splits, None, None) if search[-2] else _fill(pairs, splits, arguments, *search)
     return found
 
 
-def _count(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances, count_only,
-           check_room):  # fmt: skip
+def _count(
+    index,
+    queries,
+    queries_row_splits,
+    radius,
+    max_neighbors,
+    sort,
+    metric,
+    ignore,
+    return_distances,
+    count_only,
+    check_room,
+):
     """(row_splits, what the kernels get, whether a coordinate of the points or queries is not finite)"""
     num_queries = len(index.points if queries is None else queries)
     arguments, of_points = index.search(queries, queries_row_splits, radius, ignore)
@@ -233,13 +248,25 @@ def _packed(counts, found, distance, return_distances):
     most, dtype = found.shape[1], distance.dtype
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
     packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, dtype)
-    _launch(_module("lists.cu", (("KP_T", _CTYPES[dtype.name]),)), "pack_rows", found.size, found, distance, np.int64(most),
-            splits, np.int64(len(counts)), packed, packed_distance, np.int32(return_distances))  # fmt: skip
+    _launch(
+        _module("lists.cu", (("KP_T", _CTYPES[dtype.name]),)),
+        "pack_rows",
+        found.size,
+        found,
+        distance,
+        np.int64(most),
+        splits,
+        np.int64(len(counts)),
+        packed,
+        packed_distance,
+        np.int32(return_distances),
+    )
     return splits, packed, packed_distance if return_distances else None
 
 
-def _nearest_within(index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances, count_only,
-                    check_room):  # fmt: skip
+def _nearest_within(
+    index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances, count_only, check_room
+):
     """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
     counts, found, distance, _ = _nearest(index, queries, queries_row_splits, radius, most, sort or 1, metric, ignore,
                                           check_room)  # fmt: skip
@@ -333,8 +360,19 @@ def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, t
         _launch(kernels, "give_to_maxima", grad_out.size, features, np.int64(columns), cupy.argsort(inverse), begins,
                 np.int64(len(counts)), grad_out, grads)  # fmt: skip
     else:
-        _launch(kernels, "give_rows", grads.size, inverse, counts, cupy.empty(0, np.int32) if nearest is None else nearest,
-                np.int32(feature == 2), grad_out, np.int64(n), np.int64(columns), grads)  # fmt: skip
+        _launch(
+            kernels,
+            "give_rows",
+            grads.size,
+            inverse,
+            counts,
+            cupy.empty(0, np.int32) if nearest is None else nearest,
+            np.int32(feature == 2),
+            grad_out,
+            np.int64(n),
+            np.int64(columns),
+            grads,
+        )
     return grads
 
 
@@ -355,9 +393,19 @@ def farthest_points(points, row_splits, start, out_row_splits, total, method, th
     if len(points):
         module = _module("sampling.cu", (("KP_T", _CTYPES[points.dtype.name]), ("KP_DIM", points.shape[1])))
         module.get_function("farthest")(
-            (min(_MOST_BLOCKS, items),), (512,),
-            (points, row_splits, start, out_row_splits, np.int32(items), cupy.empty(len(points), points.dtype), index, wrong),
-        )  # fmt: skip
+            (min(_MOST_BLOCKS, items),),
+            (512,),
+            (
+                points,
+                row_splits,
+                start,
+                out_row_splits,
+                np.int32(items),
+                cupy.empty(len(points), points.dtype),
+                index,
+                wrong,
+            ),
+        )
     if any(_wait(wrong)):
         raise NotFinite
     return index
@@ -377,8 +425,18 @@ def _by_point(index, row_splits, num_points):
     pairs, queries = len(index), len(row_splits) - 1
     kernels = _module("lists.cu", ())
     keys, rows = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
-    _launch(kernels, "rows_of_pairs", pairs, index, np.int64(pairs), row_splits, np.int32(queries), np.int32(num_points),
-            keys, rows)  # fmt: skip
+    _launch(
+        kernels,
+        "rows_of_pairs",
+        pairs,
+        index,
+        np.int64(pairs),
+        row_splits,
+        np.int32(queries),
+        np.int32(num_points),
+        keys,
+        rows,
+    )
     order = cupy.argsort(keys)
     splits = cupy.empty(num_points + 1, np.int64)
     _launch(kernels, "begins_of_keys", num_points + 1, keys[order], np.int64(pairs), np.int64(num_points + 1), splits)
@@ -422,14 +480,34 @@ def _aggregated(problem, transposed=None):
     for first, count in _portions(problem, len(queries), channels):
         sums = cupy.empty((groups, count, kernels * channels // groups), number)
         _launch(
-            _kpconv_kernels(problem), "aggregate", count * _WARP, points, queries, index, row_splits, features,
-            np.int32(channels), problem.kernel_points, np.int32(kernels),
+            _kpconv_kernels(problem),
+            "aggregate",
+            count * _WARP,
+            points,
+            queries,
+            index,
+            row_splits,
+            features,
+            np.int32(channels),
+            problem.kernel_points,
+            np.int32(kernels),
             cupy.empty(0, geometry) if problem.offsets is None else problem.offsets,
-            np.int32(problem.offsets is not None and whose), nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None and whose), np.int32(problem.factors), scale, scale, np.int32(scaled),
-            geometry(sign), geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation),
-            np.int32(groups), np.int64(first), np.int64(count), sums,
-        )  # fmt: skip
+            np.int32(problem.offsets is not None and whose),
+            nothing if problem.modulations is None else problem.modulations,
+            np.int32(problem.modulations is not None and whose),
+            np.int32(problem.factors),
+            scale,
+            scale,
+            np.int32(scaled),
+            geometry(sign),
+            geometry(problem.extent),
+            np.int32(problem.influence),
+            np.int32(problem.aggregation),
+            np.int32(groups),
+            np.int64(first),
+            np.int64(count),
+            sums,
+        )
         yield first, first + count, sums
 
 
@@ -447,11 +525,28 @@ def _of_group(array, g, groups):
     return array[..., g * width : (g + 1) * width]
 
 
+def _product(a, b, out, g, groups):
+    """a @ b to the g-th part of the last axis, in place where that is all of it."""
+    if groups == 1:
+        np.matmul(a, b, out=out)
+    else:
+        _of_group(out, g, groups)[...] = a @ b
+
+
 def _channelwise(problem, kernel, first, rows, *arguments, threads):
     """A kernel of where every channel is its own group."""
     kernels, channels = problem.weights.shape
-    _launch(_kpconv_kernels(problem), kernel, threads, *arguments[:1], np.int64(first), np.int64(rows), np.int32(kernels),
-            np.int32(channels), *arguments[1:])  # fmt: skip
+    _launch(
+        _kpconv_kernels(problem),
+        kernel,
+        threads,
+        *arguments[:1],
+        np.int64(first),
+        np.int64(rows),
+        np.int32(kernels),
+        np.int32(channels),
+        *arguments[1:],
+    )
 
 
 def _convolved(problem, flat, queries, channels, transposed=None):
@@ -460,11 +555,21 @@ def _convolved(problem, flat, queries, channels, transposed=None):
     modulations = problem.modulations if factors > 1 else cupy.empty(0, out.dtype)
     for first, end, sums in _aggregated(problem, transposed):
         if flat is None:
-            _channelwise(problem, "scale_sums", first, end - first, sums, problem.weights, modulations, np.int32(factors),
-                         out, threads=(end - first) * channels)  # fmt: skip
+            _channelwise(
+                problem,
+                "scale_sums",
+                first,
+                end - first,
+                sums,
+                problem.weights,
+                modulations,
+                np.int32(factors),
+                out,
+                threads=(end - first) * channels,
+            )
             continue
         for g, weights in enumerate(flat):
-            _of_group(out[first:end], g, len(flat))[...] = sums[g] @ weights
+            _product(sums[g], weights, out[first:end], g, len(flat))
     return out
 
 
@@ -544,18 +649,38 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
         else:
             for g in range(groups):
                 flat = _of_group(weights, g, groups).transpose(2, 0, 1)
-                products[g] = _of_group(grad_out[first : first + rows], g, groups) @ cupy.ascontiguousarray(
-                    flat
-                ).reshape(flat.shape[0], -1)
+                flat = cupy.ascontiguousarray(flat).reshape(flat.shape[0], -1)
+                np.matmul(_of_group(grad_out[first : first + rows], g, groups), flat, out=products[g])
         _launch(
-            _kpconv_kernels(problem), "place_grads", rows * _WARP, points, queries, problem.index, problem.row_splits,
-            features, np.int32(channels), problem.kernel_points, np.int32(kernels),
+            _kpconv_kernels(problem),
+            "place_grads",
+            rows * _WARP,
+            points,
+            queries,
+            problem.index,
+            problem.row_splits,
+            features,
+            np.int32(channels),
+            problem.kernel_points,
+            np.int32(kernels),
             cupy.empty(0, points.dtype) if problem.offsets is None else problem.offsets,
-            np.int32(problem.offsets is not None), nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None), cupy.empty(0, _real(number)) if scale is None else scale, np.int32(scale is not None),
-            geometry(problem.extent), np.int32(problem.influence), np.int32(problem.aggregation), np.int32(groups),
-            np.int64(first), np.int64(rows), products, of_pairs, of_queries, of_offsets, of_modulations,
-        )  # fmt: skip
+            np.int32(problem.offsets is not None),
+            nothing if problem.modulations is None else problem.modulations,
+            np.int32(problem.modulations is not None),
+            cupy.empty(0, _real(number)) if scale is None else scale,
+            np.int32(scale is not None),
+            geometry(problem.extent),
+            np.int32(problem.influence),
+            np.int32(problem.aggregation),
+            np.int32(groups),
+            np.int64(first),
+            np.int64(rows),
+            products,
+            of_pairs,
+            of_queries,
+            of_offsets,
+            of_modulations,
+        )
     of_modulations = of_modulations.astype(number, copy=False)
     grads = {"queries": of_queries, "offsets": of_offsets, "modulations": of_modulations}
     if "kernel_points" in needs:
@@ -573,8 +698,8 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
 # ---- pooling
 
 
-def _pooling_kernels(features, geometry=np.dtype(np.float32)):
-    return _module("pooling.cu", (("KP_F", _CTYPES[features.name]), ("KP_G", _CTYPES[geometry.name])))
+def _pooling_kernels(features, geometry="float32"):
+    return _module("pooling.cu", (("KP_F", _CTYPES[features.name]), ("KP_G", _CTYPES[geometry])))
 
 
 def neighbor_reduce(features, index, row_splits, weights, shared, reduction, empty, pad_value, width, return_choice,
@@ -599,8 +724,19 @@ def neighbor_reduce(features, index, row_splits, weights, shared, reduction, emp
 def neighbor_reduce_grad_weights(features, index, row_splits, reduction, grad_out, threads):
     """(E,)"""
     queries, grads = len(row_splits) - 1, cupy.zeros(len(index), features.dtype)
-    _launch(_pooling_kernels(features.dtype), "grad_weights", queries * _WARP, features, np.int64(features.shape[1]), index,
-            row_splits, np.int64(queries), np.int32(reduction), grad_out, grads)  # fmt: skip
+    _launch(
+        _pooling_kernels(features.dtype),
+        "grad_weights",
+        queries * _WARP,
+        features,
+        np.int64(features.shape[1]),
+        index,
+        row_splits,
+        np.int64(queries),
+        np.int32(reduction),
+        grad_out,
+        grads,
+    )
     return grads
 
 
@@ -619,8 +755,17 @@ def unpool(choice, grad_out, num_rows, threads):
         keys,
     )
     order = cupy.argsort(keys)
-    _launch(kernels, "sum_chosen", grads.size, keys[order], order, np.int64(choice.size), grad_out, np.int64(grads.size),
-            grads)  # fmt: skip
+    _launch(
+        kernels,
+        "sum_chosen",
+        grads.size,
+        keys[order],
+        order,
+        np.int64(choice.size),
+        grad_out,
+        np.int64(grads.size),
+        grads,
+    )
     return grads
 
 
@@ -638,7 +783,7 @@ def gather_rows(features, index, row_splits, threads):
 def inverse_distance_weights(distance, row_splits, power, dtype, threads):
     """(E,)"""
     weights, queries = cupy.empty(len(distance), dtype), len(row_splits) - 1
-    _launch(_pooling_kernels(np.dtype(dtype), distance.dtype), "weigh_distances", queries, distance, row_splits,
+    _launch(_pooling_kernels(np.dtype(dtype), distance.dtype.name), "weigh_distances", queries, distance, row_splits,
             np.int64(queries), np.float64(power), weights)  # fmt: skip
     return weights
 
@@ -652,8 +797,21 @@ def segment_reduce(features, row_splits, reduction, empty, return_choice, thread
     firsts, chooses = cupy.cumsum(counts), reduction >= 2
     sums = cupy.empty(most * channels * (not chooses), np.float64)
     bests, choices = (cupy.empty(most * channels * chooses, d) for d in (_real(dtype), np.int32))
-    _launch(kernels, "reduce_blocks", most * channels, features, np.int64(channels), row_splits, np.int32(items), firsts,
-            np.int64(most), np.int32(reduction), sums, bests, choices)  # fmt: skip
+    _launch(
+        kernels,
+        "reduce_blocks",
+        most * channels,
+        features,
+        np.int64(channels),
+        row_splits,
+        np.int32(items),
+        firsts,
+        np.int64(most),
+        np.int32(reduction),
+        sums,
+        bests,
+        choices,
+    )
     out, choice = cupy.empty((items, channels), dtype), cupy.empty((items * chooses, channels), np.int32)
     _launch(kernels, "join_blocks", items * channels, row_splits, np.int64(items), np.int64(channels), firsts,
             np.int32(reduction), _real(dtype).type(empty), sums, bests, choices, out, choice)  # fmt: skip
@@ -855,8 +1013,21 @@ def moments(features, row_splits, groups, threads):
     _launch(kernels, "moment_blocks", sums.size, features, np.int64(columns), row_splits, np.int32(items), firsts,
             np.int64(most), sums, squares)  # fmt: skip
     mean, variance = cupy.empty((items, groups), np.float64), cupy.empty((items, groups), np.float64)
-    _launch(kernels, "join_moments", mean.size, features, np.int64(columns), np.int64(groups), row_splits, np.int64(items),
-            firsts, sums, squares, mean, variance)  # fmt: skip
+    _launch(
+        kernels,
+        "join_moments",
+        mean.size,
+        features,
+        np.int64(columns),
+        np.int64(groups),
+        row_splits,
+        np.int64(items),
+        firsts,
+        sums,
+        squares,
+        mean,
+        variance,
+    )
     return mean, variance
 
 
@@ -903,8 +1074,19 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
                 _launch(kernels, "sum_items", columns, sums, np.int64(items), np.int64(columns), grads[i])
     if features_needed:
         grads[0] = cupy.empty_like(features)
-        _launch(kernels, "normalize_grad", rows * columns, features, grad_out, np.int64(rows), np.int64(columns), *of_items,
-                slant, level, grads[0])  # fmt: skip
+        _launch(
+            kernels,
+            "normalize_grad",
+            rows * columns,
+            features,
+            grad_out,
+            np.int64(rows),
+            np.int64(columns),
+            *of_items,
+            slant,
+            level,
+            grads[0],
+        )
     return tuple(grads)
 
 
@@ -915,9 +1097,22 @@ def _entropies(logits, labels, ignore_index, class_weights):
     """(labels as int64, losses, weights, whether a label is no class), of each row"""
     (rows, classes), wide = logits.shape, labels.astype(np.int64)
     losses, weights, wrong = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64), cupy.zeros(1, np.uint32)
-    _launch(_rows_of(logits), "entropies", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide,
-            cupy.empty(0, logits.dtype) if class_weights is None else class_weights, np.int32(class_weights is not None),
-            np.int64(ignore_index or 0), np.int32(ignore_index is not None), losses, weights, wrong)  # fmt: skip
+    _launch(
+        _rows_of(logits),
+        "entropies",
+        rows * _WARP,
+        logits,
+        np.int64(rows),
+        np.int64(classes),
+        wide,
+        cupy.empty(0, logits.dtype) if class_weights is None else class_weights,
+        np.int32(class_weights is not None),
+        np.int64(ignore_index or 0),
+        np.int32(ignore_index is not None),
+        losses,
+        weights,
+        wrong,
+    )
     return wide, losses, weights, wrong
 
 
@@ -939,7 +1134,21 @@ def cross_entropy_grad(logits, labels, ignore_index, class_weights, reduction, g
     (rows, classes), out = logits.shape, cupy.empty_like(logits)
     wide, _, weights, _ = _entropies(logits, labels, ignore_index, class_weights)
     total = _total(weights, 1.0, threads).reshape(1)
-    _launch(_rows_of(logits), "entropies_grad", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide, weights,
-            np.int64(ignore_index or 0), np.int32(ignore_index is not None), grad_out.reshape(-1), np.int32(reduction == 2),
-            total, np.int32(reduction == 0), out)  # fmt: skip
+    _launch(
+        _rows_of(logits),
+        "entropies_grad",
+        rows * _WARP,
+        logits,
+        np.int64(rows),
+        np.int64(classes),
+        wide,
+        weights,
+        np.int64(ignore_index or 0),
+        np.int32(ignore_index is not None),
+        grad_out.reshape(-1),
+        np.int32(reduction == 2),
+        total,
+        np.int32(reduction == 0),
+        out,
+    )
     return out

@@ -339,7 +339,12 @@ def _made(out):
 
 def _checked_grad(out, grad):
     like = out.value
-    if type(grad) is type(like) is np.ndarray and grad.shape == like.shape and grad.dtype == like.dtype and grad.flags.carray:
+    if (
+        type(grad) is type(like) is np.ndarray
+        and grad.shape == like.shape
+        and grad.dtype == like.dtype
+        and grad.flags.carray
+    ):
         return grad  # as it mostly is; asking so takes a tenth of the time
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
     dimensions = " ".join(sizes)

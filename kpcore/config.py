@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -109,13 +110,15 @@ def get_memory_limit():
     return _memory_limit
 
 
+@functools.cache
 def cupy():
     """The module, or an error that says what it lacks."""
     try:
         import cupy
     except ImportError as error:
         raise ImportError(
-            f"expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is ({error})"
+            "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is "
+            f"({error})"
         ) from error
     if not cupy.cuda.is_available():
         raise RuntimeError("expected a GPU and its driver, for arrays on it: CuPy finds none")
@@ -130,7 +133,9 @@ def check_room(num_neighbors, size, estimated=False, free=None):
     least = size // 2 if estimated else size
     if _memory_limit is not None and least > _memory_limit:
         whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
-    elif _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)()):  # reading /proc takes 30 us
+    elif (
+        _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)())
+    ):  # reading /proc takes 30 us
         whose = f"the {room} that are free (kpcore.set_memory_limit)"
     else:
         return
@@ -166,7 +171,9 @@ def _gpu():
     device, version = module.cuda.Device(), module.cuda.runtime.driverGetVersion()
     name = module.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
     driver = f"{version // 1000}.{version % 1000 // 10}"
-    return f"{name}, compute capability {device.compute_capability}, driver for CUDA {driver}, CuPy {module.__version__}"
+    return (
+        f"{name}, compute capability {device.compute_capability}, driver for CUDA {driver}, CuPy {module.__version__}"
+    )
 
 
 def show_config():

@@ -42,6 +42,10 @@ from kpcore.ops import OPS, binder, kinds, setting
 
 def _flatten(neighbors):
     row_splits = neighbors.row_splits
+    if type(row_splits).__module__.split(".")[0] == "cupy":
+        raise TypeError(
+            "neighbors: expected a list on the CPU, got one of CuPy's arrays; move it with neighbors.to('cpu')"
+        )
     if isinstance(row_splits, np.ndarray) and row_splits.dtype == np.int64 and not jax.config.jax_enable_x64:
         if len(row_splits) and row_splits[-1] > np.iinfo(np.int32).max:
             raise ValueError(
@@ -308,7 +312,7 @@ _DTYPES = {  # by XLA_FFI_DataType
 }
 
 
-def _handle(frame):
+def _handle(answer, frame):
     address, frame = frame, _Frame.from_address(frame)
     if frame.extension_start and frame.extension_start.contents.type == _METADATA:
         version = frame.extension_start.contents.metadata.contents.version
@@ -316,6 +320,10 @@ def _handle(frame):
         return None
     if frame.stage != _EXECUTE:
         return None
+    return answer(address, frame)
+
+
+def _compute_on_host(address, frame):
     try:
         text = frame.attributes.attributes[0].contents
         inputs = _cpu.xla_arrays(address + _Frame.arguments.offset, _DTYPES, False)
@@ -325,13 +333,28 @@ def _handle(frame):
                 raise AssertionError(f"expected a result {to.shape}, got {np.shape(array)}")
             to[...] = array
     except BaseException as error:
-        message = f"{type(error).__name__}: {error}".encode()
-        arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message, _INVALID_ARGUMENT)
-        return frame.api.contents.create_error(arguments)
+        return _error(frame, f"{type(error).__name__}: {error}")
     return None
 
 
-_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
+def _refuse(address, frame):
+    return _error(frame, f"TypeError: {_ELSEWHERE}")
+
+
+def _error(frame, message):
+    arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message.encode(), _INVALID_ARGUMENT)
+    return frame.api.contents.create_error(arguments)
+
+
+_ELSEWHERE = (
+    "kpcore.jax computes on the CPU: move what it gets there, jax.device_put(x, jax.devices('cpu')[0]), or use CuPy's "
+    "or torch's arrays for the GPU"
+)
+_Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+_handlers = {
+    "cpu": _Handler(functools.partial(_handle, _compute_on_host)),
+    "CUDA": _Handler(functools.partial(_handle, _refuse)),
+}
 
 
 # The version of the interface is that of the jaxlib that is there; up to now none changed the fields above.
@@ -339,7 +362,9 @@ _header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(
 _major, _minor = (int(re.search(rf"define XLA_FFI_API_{part} (\d+)", _header)[1]) for part in ("MAJOR", "MINOR"))
 if _major != 0:
     raise ImportError(f"kpcore.jax: expected a jaxlib with version 0 of XLA's FFI, got {_major}")
-jax.ffi.register_ffi_target("kpcore", jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p).value))
+for _platform, _handler in _handlers.items():
+    _capsule = jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p).value)
+    jax.ffi.register_ffi_target("kpcore", _capsule, platform=_platform)
 
 
 # ---- what is not traced
@@ -383,6 +408,8 @@ def _given(function, name, value):
     if isinstance(value, dict):
         return {key: _given(function, key, v) for key, v in value.items()}
     if isinstance(value, jax.Array):
+        if any(device.platform != "cpu" for device in value.devices()):
+            raise TypeError(f"{name}: expected an array on the CPU, got one on {value.device}; {_ELSEWHERE}")
         array = np.asarray(value)
         return array.astype(np.int64) if name.endswith("row_splits") and array.dtype == np.int32 else array
     return value

@@ -207,7 +207,9 @@ def _grads(problem, neighbors, grad, needs):
     grads = {}
     if "features" in needs:
         transposed = neighbors.transpose()
-        grads["features"] = _array.backend(grad).kpconv_grad_features(problem, transposed.index, transposed.row_splits, grad)
+        grads["features"] = _array.backend(grad).kpconv_grad_features(
+            problem, transposed.index, transposed.row_splits, grad
+        )
     if others := needs - {"features"}:
         grads |= _array.backend(grad).kpconv_grads(problem, grad, others)
     return grads

@@ -254,10 +254,7 @@ class Neighbors:
         """
         if (_array.choice("device", device, ("cpu", "cuda")) == 0) == isinstance(self.index, np.ndarray):
             return self
-        if device == "cuda":
-            move = config.cupy().asarray
-        else:
-            move = _array.on_host
+        move = config.cupy().asarray if device == "cuda" else _array.on_host
         transposed = self._transposed
         return self._trusted(
             move(self.index), move(self.row_splits), self.num_points,
@@ -409,7 +406,7 @@ def geometry(points, queries, neighbors, sizes):
     its_sizes = sizes_of(neighbors)
     if sizes["device"][0] != its_sizes["device"][0]:
         raise TypeError(
-            f'neighbors: expected a list where {sizes["device"][1]} is, got one on another device; nothing is moved '
+            f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"
         )
     expected, got = (len(queries), len(points)), (neighbors.num_queries, neighbors.num_points)

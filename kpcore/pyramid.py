@@ -104,7 +104,9 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     lists = lists_of_levels([(points, row_splits) for points, _, _, row_splits in levels], radii, limits)
     return Pyramid(
         Level(points, row_splits, features, labels, *more)
-        for (points, features, labels, row_splits), *more in zip(levels, voxels, radii, *zip(*lists, strict=True), strict=True)
+        for (points, features, labels, row_splits), *more in zip(
+            levels, voxels, radii, *zip(*lists, strict=True), strict=True
+        )
     )
 
 

@@ -536,7 +536,9 @@ def _add(first, second):
     first, second = _array.as_array(first), _array.as_array(second)
     sizes = {}
     first = _any_shape("first", first, sizes)
-    second = _array.array("second", second, " ".join(map(str, range(first.ndim))), _array.FEATURES, sizes, like=("first", first))
+    second = _array.array(
+        "second", second, " ".join(map(str, range(first.ndim))), _array.FEATURES, sizes, like=("first", first)
+    )
     return _array.backend(first).add(first, second, config.get_num_threads()), ()
 
 
@@ -713,7 +715,9 @@ def _cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduct
         limits = np.iinfo(labels.dtype)
         ignore_index = _array.integer("ignore_index", ignore_index, limits.min, limits.max)
     if class_weights is not None:
-        class_weights = _array.array("class_weights", class_weights, "C", _array.FEATURES, sizes, like=("logits", logits))
+        class_weights = _array.array(
+            "class_weights", class_weights, "C", _array.FEATURES, sizes, like=("logits", logits)
+        )
     return logits, labels, ignore_index, class_weights, _array.choice("reduction", reduction, _REDUCTIONS)
 
 

@@ -52,8 +52,8 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     Notes
     -----
     The first k of n chosen points are the choice of k. The result is the same on every machine and with any number of
-    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on. On the
-    GPU each item is one block's, whatever the method.
+    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on. On
+    the GPU each item is one block's, whatever the method.
 
     Examples
     --------

@@ -138,13 +138,17 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
 
 def subsample_level(voxel_size, points, features, labels, row_splits):
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
-    return _forward(points, voxel_size, features, labels, row_splits, 0.0, "barycenter", "mean", None, known=True)[0][:4]
+    return _forward(points, voxel_size, features, labels, row_splits, 0.0, "barycenter", "mean", None, known=True)[0][
+        :4
+    ]
 
 
 def _vjp(arguments, saved, grad, needs):
     feature = _array.choice("feature", arguments["feature"], _FEATURES)
     features = _array.contiguous(arguments["features"])
-    return {"features": _array.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())}
+    return {
+        "features": _array.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())
+    }
 
 
 OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")

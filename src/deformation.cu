@@ -1,5 +1,5 @@
-// The losses of deformed kernel points on the GPU: a thread for each query and kernel point. Losses are summed in float64,
-// in blocks joined in their order; nothing is contracted, as on the CPU.
+// The losses of deformed kernel points on the GPU: a thread for each query and kernel point. Losses are summed in
+// float64, in blocks joined in their order; nothing is contracted, as on the CPU.
 //
 // Compiled for the type of geometry and the dimension: KP_T, KP_DIM.
 
@@ -55,10 +55,10 @@ extern "C" __global__ void fit_gradient(const T* points, const T* queries, const
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     for (int a = 0; a < D; ++a)
-      grads[i * D + a] =
-          nearest[i] < 0 ? T(0)
-                         : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
-                                                 deformed(kernel_points, offsets, num_kernels, q, k, a));
+      grads[i * D + a] = nearest[i] < 0
+                             ? T(0)
+                             : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
+                                                      deformed(kernel_points, offsets, num_kernels, q, k, a));
   }
 }
 

@@ -1,4 +1,5 @@
-// KPConv on the GPU: features summed by kernel point, a warp for each query; the products with the weights are cuBLAS's.
+// KPConv on the GPU: features summed by kernel point, a warp for each query; the products with the weights are
+// cuBLAS's.
 //
 // Compiled for the types of geometry and features and the dimension: KP_G, KP_F, KP_DIM. The sums (groups, rows, K,
 // channels of a group) are those of some thousand queries at a time and stay in the second-level cache: nothing of all
@@ -6,8 +7,8 @@
 //
 // Each lane looks at a neighbour: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
 // features of those it acts on, each some channels, in the order of the list: results do not depend on the launch. What
-// is stored in 16 bits is summed in float, and rounded once for each 256 neighbours. The gradient of the features is the
-// same on the transposed list with mirrored kernel points.
+// is stored in 16 bits is summed in float, and rounded once for each 256 neighbours. The gradient of the features is
+// the same on the transposed list with mirrored kernel points.
 
 #include "kpconv.h"
 #include "launch.h"
@@ -77,12 +78,13 @@ using namespace kp;
 // sums of queries [first, first + rows)
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
-                                     const G* offsets, int offsets_of, const S* modulations, int modulations_of, int factors,
-                                     const F* query_scale, const F* point_scale, int scaled, G sign, G extent,
-                                     int influence, int aggregation, int groups, int64_t first, int64_t rows, S* sums) {
+                                     const G* offsets, int offsets_of, const S* modulations, int modulations_of,
+                                     int factors, const F* query_scale, const F* point_scale, int scaled, G sign,
+                                     G extent, int influence, int aggregation, int groups, int64_t first, int64_t rows,
+                                     S* sums) {
   __shared__ int32_t choices[most_warps * kept];
-  const Kernel kernel{kernel_points, offsets,     num_kernels,           offsets_of, sign,
-                      extent,        1 / extent, gaussian_scale(extent), influence,  aggregation};
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_of, sign, extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
   int32_t* const choice_of = choices + int(threadIdx.x) / warp * kept;
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
@@ -134,8 +136,9 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
                 const int c = from + j * warp + lane;
                 // Several factors of a kernel point are each for some channels; those of queries come after the sums.
                 if (c < channels)
-                  sum[j] += modulations_of == the_gathered && factors > 1 ? w * F(own[c * factors / channels]) * F(row[c])
-                                                                          : w * F(row[c]);
+                  sum[j] += modulations_of == the_gathered && factors > 1
+                                ? w * F(own[c * factors / channels]) * F(row[c])
+                                : w * F(row[c]);
               }
             }
           }
@@ -180,7 +183,8 @@ extern "C" __global__ void scale_sums(const S* sums, int64_t first, int64_t rows
     F sum = F(0);
     for (int k = 0; k < num_kernels; ++k) {
       const F product = sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c];
-      sum += factors > 1 ? product * modulations[((first + r) * num_kernels + k) * factors + c * factors / channels] : product;
+      sum += factors > 1 ? product * modulations[((first + r) * num_kernels + k) * factors + c * factors / channels]
+                         : product;
     }
     out[(first + r) * channels + c] = S(sum);
   }
@@ -192,7 +196,8 @@ extern "C" __global__ void weights_products(const S* sums, int64_t first, int64_
   for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
     const int64_t q = first + i / channels / num_kernels, k = i / channels % num_kernels, c = i % channels;
     const F product = sums[i] * grad_out[q * channels + c];
-    products[i] = S(factors > 1 ? product * modulations[(q * num_kernels + k) * factors + c * factors / channels] : product);
+    products[i] =
+        S(factors > 1 ? product * modulations[(q * num_kernels + k) * factors + c * factors / channels] : product);
   }
 }
 
@@ -204,7 +209,8 @@ extern "C" __global__ void factors_grad(const S* sums, int64_t first, int64_t ro
     const int64_t r = i / factors / num_kernels, k = i / factors % num_kernels, f = i % factors;
     F sum = F(0);
     for (int64_t c = f * width; c < (f + 1) * width; ++c)
-      sum += sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c] * grad_out[(first + r) * channels + c];
+      sum +=
+          sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c] * grad_out[(first + r) * channels + c];
     grads[first * num_kernels * factors + i] = S(sum);
   }
 }
@@ -227,8 +233,8 @@ extern "C" __global__ void place_grads(const G* points, const G* queries, const 
                                        G extent, int influence, int aggregation, int groups, int64_t first,
                                        int64_t rows, const S* products, G* of_pairs, G* of_queries, G* of_offsets,
                                        F* of_modulations) {
-  const Kernel kernel{kernel_points, offsets,    num_kernels,            offsets_of, G(1),
-                      extent,        1 / extent, gaussian_scale(extent), influence,  aggregation};
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_of, G(1), extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];

@@ -46,9 +46,9 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
 enum Ignore : int { nobody, equal_coordinates, equal_number };
 
 struct Query {
-  T at[D], limit;      // of the measure: r² for L2
-  double reach;        // along an axis, and a little more
-  int begin, end;      // numbers of the points of its batch item
+  T at[D], limit;  // of the measure: r² for L2
+  double reach;    // along an axis, and a little more
+  int begin, end;  // numbers of the points of its batch item
   int32_t number;
   int ignore;
 
@@ -248,11 +248,15 @@ using Index = Boxes;
 #else
 using Index = Cells;
 #define KP_INDEX const Located *points, const int32_t *starts, double inverse_cell, int bits_x, int bits_y, int bits_z
-#define KP_MAKE_INDEX \
-  Index { points, starts, inverse_cell, { bits_x, bits_y, bits_z } }
+#define KP_MAKE_INDEX               \
+  Index {                           \
+    points, starts, inverse_cell, { \
+      bits_x, bits_y, bits_z        \
+    }                               \
+  }
 #endif
-#define KP_QUERIES                                                                                                 \
-  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *points_splits,      \
+#define KP_QUERIES                                                                                            \
+  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *points_splits, \
       const int64_t *queries_splits, int num_items, int ignore
 #define KP_QUERY(q) query_of(queries, radii, radius_stride, points_splits, queries_splits, num_items, ignore, q)
 
@@ -354,8 +358,7 @@ extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     int cell[3] = {};  // for what is not finite, which is no neighbour of anything
     if (is_finite(points + i * D, not_finite))
-      for (int a = 0; a < axes; ++a)
-        cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
+      for (int a = 0; a < axes; ++a) cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
     keys[i] = cells.number(cell);
   }
 }
@@ -388,8 +391,7 @@ extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t
 }
 
 // counts[q] = neighbours of each query, at most `most`
-extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts,
-                                        unsigned* not_finite) {
+extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts, unsigned* not_finite) {
   const Index index = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);

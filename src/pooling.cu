@@ -68,7 +68,8 @@ extern "C" __global__ void choose_neighbors(const S* features, int64_t channels,
         choose<false>(features, channels, c, row, n, best, chosen);
       else
         choose<true>(features, channels, c, row, n, best, chosen);
-      if (n && n < width && (reduction == maximum ? displaces<false>(pad_value, best) : displaces<true>(pad_value, best))) {
+      if (n && n < width &&
+          (reduction == maximum ? displaces<false>(pad_value, best) : displaces<true>(pad_value, best))) {
         best = pad_value;
         chosen = -1;
       }
@@ -80,8 +81,8 @@ extern "C" __global__ void choose_neighbors(const S* features, int64_t channels,
 
 // Of every pair the product of its point's features and its query's gradient: a warp for each query.
 extern "C" __global__ void grad_weights(const S* features, int64_t channels, const int32_t* index,
-                                        const int64_t* row_splits, int64_t num_queries, int reduction, const S* grad_out,
-                                        S* grads) {
+                                        const int64_t* row_splits, int64_t num_queries, int reduction,
+                                        const S* grad_out, S* grads) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], end = row_splits[q + 1];
     const F divisor = reduction == mean ? F(end - begin) : F(1);
@@ -175,8 +176,8 @@ extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, co
 
 // Blocks of an item joined in their order.
 extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
-                                       const int64_t* firsts, int reduction, F empty, const double* sums, const F* bests,
-                                       const int32_t* choices, S* out, int32_t* choice) {
+                                       const int64_t* firsts, int reduction, F empty, const double* sums,
+                                       const F* bests, const int32_t* choices, S* out, int32_t* choice) {
   for (int64_t i = first_thread(); i < num_items * channels; i += num_threads()) {
     const int64_t b = i / channels, c = i % channels, begin = firsts[b], end = firsts[b + 1];
     if (reduction == mean || reduction == sum) {

@@ -1,7 +1,7 @@
 // Layers on rows of features on the GPU. Products are cuBLAS's; all else is bound by memory and goes over it once.
 //
-// Compiled for the type of the features, KP_F. Sums over rows are float64, in blocks of rows whose number depends on the
-// sizes alone, joined in their order.
+// Compiled for the type of the features, KP_F. Sums over rows are float64, in blocks of rows whose number depends on
+// the sizes alone, joined in their order.
 
 #include "launch.h"
 #include "rows.h"
@@ -185,9 +185,9 @@ extern "C" __global__ void join_moments(const S* x, int64_t columns, int64_t gro
   }
 }
 
-extern "C" __global__ void normalize(const S* x, int64_t rows, int64_t columns, const int64_t* row_splits, int num_items,
-                                     const S* scale, const S* shift, const double* mean, const double* inverse_std,
-                                     int64_t groups, F slope, S* out) {
+extern "C" __global__ void normalize(const S* x, int64_t rows, int64_t columns, const int64_t* row_splits,
+                                     int num_items, const S* scale, const S* shift, const double* mean,
+                                     const double* inverse_std, int64_t groups, F slope, S* out) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int item = item_of(row_splits, num_items, i / columns);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, i % columns);

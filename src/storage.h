@@ -1,5 +1,5 @@
-// Features on the GPU may be stored in 16 bits; all computing is done in float then. `Real<S>` is what a stored number is
-// computed with: S itself, or float.
+// Features on the GPU may be stored in 16 bits; all computing is done in float then. `Real<S>` is what a stored number
+// is computed with: S itself, or float.
 #pragma once
 
 #include "common.h"

@@ -1,7 +1,8 @@
 // Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
 // column, which goes through its points in their given order, as on the CPU: the same bits.
 //
-// Compiled for the type of geometry and its dimension, KP_T and KP_DIM, and for the type of the rows that are reduced, KP_S.
+// Compiled for the type of geometry and its dimension, KP_T and KP_DIM, and for the type of the rows that are reduced,
+// KP_S.
 
 #include "launch.h"
 #include "storage.h"
@@ -112,7 +113,8 @@ extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* nu
     if (i == 0 || numbers[i - 1] != numbers[i]) begins[voxel] = i;
     if (i + 1 == num_points) begins[voxel + 1] = num_points;
   }
-  for (int64_t b = first_thread(); b <= num_items; b += num_threads()) out_splits[b] = splits[b] ? numbers[splits[b] - 1] : 0;
+  for (int64_t b = first_thread(); b <= num_items; b += num_threads())
+    out_splits[b] = splits[b] ? numbers[splits[b] - 1] : 0;
 }
 
 extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxels, int32_t* counts) {
@@ -172,7 +174,8 @@ extern "C" __global__ void use_centers(const T* points, const int64_t* order, co
 
 // The most frequent of each voxel's labels, which lie sorted from its begin on; the smallest of equals.
 template <class L>
-__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, int64_t ignore, L* winners) {
+__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, int64_t ignore,
+                      L* winners) {
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
     L winner = L(ignore);
     int64_t most = 0, run = 0;
@@ -186,10 +189,10 @@ __device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels
     winners[v] = winner;
   }
 }
-#define KP_ELECT(L)                                                                                          \
+#define KP_ELECT(L)                                                                                                \
   extern "C" __global__ void elect_##L(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, \
-                                       int64_t ignore, L* winners) {                                        \
-    elect(labels, begins, num_voxels, has_ignore, ignore, winners);                                          \
+                                       int64_t ignore, L* winners) {                                               \
+    elect(labels, begins, num_voxels, has_ignore, ignore, winners);                                                \
   }
 KP_ELECT(uint8_t)
 KP_ELECT(int32_t)

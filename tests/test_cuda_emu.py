@@ -75,7 +75,7 @@ y[i] = lane == 0 ? v : lane == 1 ? (odd == 0xaaaaaaaau) : lane == 2 ? before : l
     x = np.arange(N).reshape(-1, 32)
     assert np.array_equal(y[:, 0], x.sum(1))
     assert np.array_equal(
-        y[:, 1:7], np.stack([x[:, 0] * 0 + 1, x[:, 1], x[:, 4], x[:, 0] * 0 + 8] + [x[:, 0] * 0 + 1, x[:, 0] * 0], 1)
+        y[:, 1:7], np.stack([x[:, 0] * 0 + 1, x[:, 1], x[:, 4], x[:, 0] * 0 + 8, x[:, 0] * 0 + 1, x[:, 0] * 0], 1)
     )
 
 
@@ -107,7 +107,8 @@ def test_blocks_and_grids_of_three_axes(mode):
     y = np.zeros(24, np.int32)
     source = (
         'extern "C" __global__ void k(int* y) {\n'
-        "y[((blockIdx.y * 3 + threadIdx.z) * 2 + threadIdx.y) * 2 + threadIdx.x] = blockIdx.y * 100 + threadIdx.z * 10 + threadIdx.y; }"
+        "y[((blockIdx.y * 3 + threadIdx.z) * 2 + threadIdx.y) * 2 + threadIdx.x] = "
+        "blockIdx.y * 100 + threadIdx.z * 10 + threadIdx.y; }"
     )
     Module(source, **mode).get_function("k")((1, 2), (2, 2, 3), (y,))
     assert y.reshape(2, 3, 2, 2).tolist() == [
@@ -120,34 +121,90 @@ def test_blocks_and_grids_of_three_axes(mode):
 # name: (body, what the report says, its line, more for `run`, whether it shows without the checks)
 BUGS = {
     "race in shared memory, a barrier missing": (
-        "__shared__ float s[128];\ns[t] = x[i];\ny[i] = s[127 - t];", "race|nothing in this block", 5, {}),
+        "__shared__ float s[128];\ns[t] = x[i];\ny[i] = s[127 - t];",
+        "race|nothing in this block",
+        5,
+        {},
+    ),
     "race of a warp, __syncwarp missing": (
-        "__shared__ float s[128];\ns[t] = 0;\n__syncthreads();\ns[t] = x[i];\ny[i] = s[t ^ 1];", "race", None, {}),
+        "__shared__ float s[128];\ns[t] = 0;\n__syncthreads();\ns[t] = x[i];\ny[i] = s[t ^ 1];",
+        "race",
+        None,
+        {},
+    ),
     "race of reader and writer": (
-        "__shared__ float s[128];\ns[t] = x[i];\n__syncthreads();\nconst float v = s[(t + 32) % 128];\ns[t] = v;\ny[i] = v;", "race", None, {}),
+        "__shared__ float s[128];\ns[t] = x[i];\n__syncthreads();\nconst float v = s[(t + 32) % 128];\ns[t] = v;\n"
+        "y[i] = v;",
+        "race",
+        None,
+        {},
+    ),
     "race between blocks": ("y[t] = x[i];", "race: written, byte .* with thread .* of block", 3, {}),
     "race between blocks, read": ("y[i] = x[i];\nif (i >= 128) y[i] = y[i - 128];", "race|nothing has written", 4, {}),
     "no atomic": ("y[i] = x[i];\nc[0] += 1;", "race", 4, {"more": "c"}),
-    "a barrier for some": ("if (t < 64)\n__syncthreads();\ny[i] = x[i];", "wait at __syncthreads|have returned", None, {}),
-    "barriers at two places": ("if (t < 64)\n__syncthreads();\nelse\n__syncthreads();\ny[i] = x[i];", "__syncthreads at line 4 .* line 6", None, {}),
-    "return before a barrier": ("if (t >= 100) return;\n__syncthreads();\ny[i] = x[i];", "have returned|wait at", None, {}),
-    "a shuffle of lanes that are elsewhere": ("float v = x[i];\nif (lane < 16)\nv = __shfl_xor_sync(0xffffffffu, v, 1);\ny[i] = v;",
-                                             "waits for it at line 5|have returned|deadlock", None, {}),
-    "a shuffle from outside its mask": ("float v = x[i];\nif (lane < 16)\nv = __shfl_sync(0xffffu, v, 20);\ny[i] = v;", "line 5: a shuffle reads lane 20", None, {}),
+    "a barrier for some": (
+        "if (t < 64)\n__syncthreads();\ny[i] = x[i];",
+        "wait at __syncthreads|have returned",
+        None,
+        {},
+    ),
+    "barriers at two places": (
+        "if (t < 64)\n__syncthreads();\nelse\n__syncthreads();\ny[i] = x[i];",
+        "__syncthreads at line 4 .* line 6",
+        None,
+        {},
+    ),
+    "return before a barrier": (
+        "if (t >= 100) return;\n__syncthreads();\ny[i] = x[i];",
+        "have returned|wait at",
+        None,
+        {},
+    ),
+    "a shuffle of lanes that are elsewhere": (
+        "float v = x[i];\nif (lane < 16)\nv = __shfl_xor_sync(0xffffffffu, v, 1);\ny[i] = v;",
+        "waits for it at line 5|have returned|deadlock",
+        None,
+        {},
+    ),
+    "a shuffle from outside its mask": (
+        "float v = x[i];\nif (lane < 16)\nv = __shfl_sync(0xffffu, v, 20);\ny[i] = v;",
+        "line 5: a shuffle reads lane 20",
+        None,
+        {},
+    ),
     "a mask without oneself": ("y[i] = __shfl_sync(0xffffu, x[i], 3);", "not in the mask it gives", 3, {}),
     "write past the end": ("y[i + 1] = x[i];", "outside|no memory", 3, {}),
     "write before the begin": ("y[i - 1] = x[i];", "outside|wrote before", None, {}),
     "read past the end": ("y[i] = x[i + 64];", "outside|no memory", 3, {}),
-    "shared memory past its end": ("__shared__ float s[128];\ns[t + 1] = x[i];\n__syncthreads();\ny[i] = s[t];", "undefined behaviour|outside|nothing", 4, {}),
-    "too little dynamic shared memory": ("extern __shared__ float s[];\ns[t] = x[i];\ny[i] = s[t];", "outside|no memory", 4, {"shared_mem": 256}),
-    "shared memory nobody wrote": ("__shared__ float s[128];\nif (t) s[t] = x[i];\n__syncthreads();\ny[i] = s[t] > 1e30f ? 0 : x[i];",
-                                  "read of what nothing in this block has written", 6, {}),
+    "shared memory past its end": (
+        "__shared__ float s[128];\ns[t + 1] = x[i];\n__syncthreads();\ny[i] = s[t];",
+        "undefined behaviour|outside|nothing",
+        4,
+        {},
+    ),
+    "too little dynamic shared memory": (
+        "extern __shared__ float s[];\ns[t] = x[i];\ny[i] = s[t];",
+        "outside|no memory",
+        4,
+        {"shared_mem": 256},
+    ),
+    "shared memory nobody wrote": (
+        "__shared__ float s[128];\nif (t) s[t] = x[i];\n__syncthreads();\ny[i] = s[t] > 1e30f ? 0 : x[i];",
+        "read of what nothing in this block has written",
+        6,
+        {},
+    ),
     "an output that is read": ("y[i] += x[i];", "read of what nothing has written", 3, {}),
-    "misaligned float4": ("if (i < 32) {\nconst float4 v = *(const float4*)(x + 4 * i + 1);\ny[i] = v.x + v.w;\n}", "misaligned|undefined", 4, {}),
+    "misaligned float4": (
+        "if (i < 32) {\nconst float4 v = *(const float4*)(x + 4 * i + 1);\ny[i] = v.x + v.w;\n}",
+        "misaligned|undefined",
+        4,
+        {},
+    ),
     "a shift by 32": ("y[i] = float(1u << n / 8);", "undefined behaviour", 3, {}),
     "a number no int holds": ("y[i] = float(int(x[i] * 1e12f));", "undefined behaviour", 3, {}),
     "division by zero": ("y[i] = float(n / (n - 256));", "division by zero|undefined behaviour", 3, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])

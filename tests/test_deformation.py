@@ -134,7 +134,9 @@ def test_any_cloud_any_options(data):
         "repulse_extent": data.draw(st.sampled_from([0.3, 1, 1.2, 2])),
     }
     loss, _ = reference.repulsion_loss(case.kernel_points, offsets, case.extent, **options | {"reduction": "sum"})
-    assume(not 0 < loss < 1e-3 * len(offsets))  # of points that are as far apart as they should be float32 has no digits to compare
+    assume(
+        not 0 < loss < 1e-3 * len(offsets)
+    )  # of points that are as far apart as they should be float32 has no digits to compare
     check_losses(case, offsets, **options)
 
 

@@ -1,7 +1,7 @@
 """The GPU against the CPU: the same public functions on NumPy's arrays and on CuPy's, their results and their errors.
 
-On a GPU where CuPy finds one, elsewhere on the emulator with all of its checks, in two orders of threads and blocks. What
-decides is to be the same to the bit: neighbours, voxels, which of several is taken, and the order of everything.
+On a GPU where CuPy finds one, elsewhere on the emulator with all of its checks, in two orders of threads and blocks.
+What decides is to be the same to the bit: neighbours, voxels, which of several is taken, and the order of everything.
 """
 
 import ast
@@ -27,9 +27,9 @@ except ImportError:
 if EMULATED:
     cupy = fake_cupy.install()
 
-import kpcore as kp  # noqa: E402
-from kpcore import _gpu  # noqa: E402
-from kpcore.neighbors import Neighbors  # noqa: E402
+import kpcore as kp
+from kpcore import _gpu
+from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
 MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}} if EMULATED else {"gpu": {}}
@@ -140,7 +140,9 @@ def test_every_operator_and_its_gradients(variant, num, geometry, features):
         return
     (out, pullback), (got, got_pullback) = for_host, for_device
     grad = np.asarray(ops.covector(out))
-    assert_equal([got, *got_pullback(cupy.asarray(grad))], [np.asarray(a) for a in (out, *pullback(grad))], exactly=False)
+    assert_equal(
+        [got, *got_pullback(cupy.asarray(grad))], [np.asarray(a) for a in (out, *pullback(grad))], exactly=False
+    )
 
 
 @pytest.mark.parametrize("variant", ops.VARIANTS)
@@ -157,7 +159,14 @@ def test_every_operator_twice_is_the_same_bits(variant):
 
 # How often a forward and a backward pass wait for the device. What waits in a forward pass looks at values: bounds of
 # items, labels, an index, coordinates; or at how many results there are.
-WAITS = {"grid_subsample": 1, "interpolate": 1, "segment_reduce": 1, "group_norm": 1, "gather": 1, "softmax_cross_entropy": 1}
+WAITS = {
+    "grid_subsample": 1,
+    "interpolate": 1,
+    "segment_reduce": 1,
+    "group_norm": 1,
+    "gather": 1,
+    "softmax_cross_entropy": 1,
+}
 LAUNCHES = {
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
     "nearest_upsample": 1, "interpolate": 6, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
@@ -226,7 +235,10 @@ def test_the_nearest_within_a_radius(most, sort):
 def test_batches_and_a_radius_for_each():
     points, radius = clouds.nasty("duplicates", num=200)
     queries = np.concatenate([points[::2], points[:5] + np.float32(radius) / 3])
-    batches = {"points_row_splits": np.array([0, 60, 60, 200]), "queries_row_splits": np.array([0, 50, 70, len(queries)])}
+    batches = {
+        "points_row_splits": np.array([0, 60, 60, 200]),
+        "queries_row_splits": np.array([0, 50, 70, len(queries)]),
+    }
     radii = np.random.default_rng(0).uniform(0.2, 1, len(queries)).astype(np.float32) * np.float32(radius)
     check(kp.radius_search, points, queries, radii, **batches)
     radii[::7] *= 20
@@ -255,8 +267,12 @@ def test_an_index_is_searched_again():
 
     def searches(points):
         grid, tree = kp.GridIndex(points, radius), kp.KDTree(points)
-        return [index.radius_search(None, r, max_neighbors=most) for index in (grid, tree) for r in (radius / 2, radius, 2 * radius)
-                for most in (None, 4)]  # fmt: skip
+        return [
+            index.radius_search(None, r, max_neighbors=most)
+            for index in (grid, tree)
+            for r in (radius / 2, radius, 2 * radius)
+            for most in (None, 4)
+        ]
 
     check(searches, points)
 
@@ -432,7 +448,12 @@ KPCONVS = {
     "constant": {"influence": "constant", "aggregation": "closest", "normalization": "positive"},
     "closest": {"aggregation": "closest"},
     "deformed": {"deformed": True},
-    "deformed_gaussian": {"deformed": True, "influence": "gaussian", "aggregation": "closest", "normalization": "positive"},
+    "deformed_gaussian": {
+        "deformed": True,
+        "influence": "gaussian",
+        "aggregation": "closest",
+        "normalization": "positive",
+    },
     "groups": {"groups": 2, "channels": (140, 4)},
     "plane": {"dim": 2, "geometry": np.float64},
     "float64": {"features": np.float64, "channels": (1, 3)},
@@ -447,8 +468,13 @@ def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6,
     index, splits, _ = case.csr()
     rng, kernels = np.random.default_rng(0), len(case.kernel_points)
     weights = case.weights[:, : channels[0] // groups].copy()
-    primals = {"points": case.points, "queries": case.queries, "features": case.features,
-               "weights": weights[:, :, 0].copy() if depthwise else weights, "kernel_points": case.kernel_points}  # fmt: skip
+    primals = {
+        "points": case.points,
+        "queries": case.queries,
+        "features": case.features,
+        "weights": weights[:, :, 0].copy() if depthwise else weights,
+        "kernel_points": case.kernel_points,
+    }
     if deformed:
         primals["offsets"] = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry)
         primals["modulations"] = rng.uniform(0, 2, (37, kernels)).astype(features)
@@ -496,12 +522,18 @@ def test_neighbor_reduce(channels, dtype):
     weights = rng.random(len(neighbors.index)).astype(dtype)
     padded = kp.Neighbors.from_padded(neighbors.to_padded(30), 40)
     for reduce in ("mean", "sum"):
-        check_gradients(lambda f, w, nb, r=reduce: kp.neighbor_reduce(f, nb, r, weights=w), features, weights, nb=neighbors)
+        check_gradients(
+            lambda f, w, nb, r=reduce: kp.neighbor_reduce(f, nb, r, weights=w), features, weights, nb=neighbors
+        )
         check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, empty=-3.0), features, nb=neighbors)
     features[::7, 0], features[3::11] = np.nan, 1.5  # ties too
     for reduce in ("max", "min"):
-        check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, empty=-3.0), features, nb=neighbors, exactly=True)
-        check_gradients(lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, pad_value=0.25), features, nb=padded, exactly=True)
+        check_gradients(
+            lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, empty=-3.0), features, nb=neighbors, exactly=True
+        )
+        check_gradients(
+            lambda f, nb, r=reduce: kp.neighbor_reduce(f, nb, r, pad_value=0.25), features, nb=padded, exactly=True
+        )
     check_gradients(lambda f, nb: kp.nearest_upsample(f, nb), np.nan_to_num(features), nb=neighbors)
     for index_type in (np.int32, np.int64):
         check_gradients(lambda f, i: kp.gather(f, i), np.nan_to_num(features), i=neighbors.index.astype(index_type))
@@ -560,7 +592,9 @@ def test_normalisation(splits, dtype):
                         features, scale, shift, s=splits)  # fmt: skip
     for training in (True, False)[len(features) < 2 :]:
         running = {"running_mean": mean, "running_var": var, "training": training}
-        check_gradients(lambda f, a, b, **more: kp.batch_norm(f, a, b, **more).features, features, scale, shift, **running)
+        check_gradients(
+            lambda f, a, b, **more: kp.batch_norm(f, a, b, **more).features, features, scale, shift, **running
+        )
         check(kp.batch_norm, features, scale, shift, **running, exactly=False)
 
 
@@ -590,13 +624,22 @@ def test_losses(num_queries, dim, dtype):
     offsets = (rng.normal(size=(num_queries, len(case.kernel_points), dim)) * case.extent).astype(dtype)
     given = {"points": case.points, "queries": case.queries[:num_queries], "neighbors": neighbors}
     for reduction in ("mean", "sum"):
-        check_gradients(lambda k, o, r=reduction, **more: kp.fitting_loss(**more, kernel_points=k, offsets=o, extent=case.extent,
-                                                                           reduction=r), case.kernel_points, offsets, **given)  # fmt: skip
+        check_gradients(
+            lambda k, o, r=reduction, **more: kp.fitting_loss(
+                **more, kernel_points=k, offsets=o, extent=case.extent, reduction=r
+            ),
+            case.kernel_points,
+            offsets,
+            **given,
+        )
         for detached in (True, False):
             check_gradients(
-                lambda k, o, r=reduction, d=detached: kp.repulsion_loss(k, o, case.extent, detach_others=d, reduction=r),
-                case.kernel_points, offsets,
-            )  # fmt: skip
+                lambda k, o, r=reduction, d=detached: kp.repulsion_loss(
+                    k, o, case.extent, detach_others=d, reduction=r
+                ),
+                case.kernel_points,
+                offsets,
+            )
 
 
 # ---- errors
@@ -686,13 +729,15 @@ def test_an_array_of_another_gpu(monkeypatch):
     points = to_device(clouds.uniform(20)[0])
     monkeypatch.setattr(fake_cupy, "current", fake_cupy.Device(1))
     monkeypatch.setattr(type(points), "device", fake_cupy.Device(0))
-    with pytest.raises(ValueError, match=r"points: expected an array on the current GPU 1, got one on GPU 0; call within"):
+    with pytest.raises(
+        ValueError, match=r"points: expected an array on the current GPU 1, got one on GPU 0; call within"
+    ):
         kp.radius_search(points, None, 0.1)
 
 
 def test_what_differentiates_wants_arrays_of_one_place():
     features = to_device(np.ones((3, 2)))
-    out, pullback = kp.autodiff.vjp(kp.relu, features)
+    _, pullback = kp.autodiff.vjp(kp.relu, features)
     with pytest.raises(TypeError, match="grad: expected a CuPy array, because the output is one, got a NumPy array"):
         pullback(np.ones((3, 2)))
     assert_equal(pullback(cupy.asarray(np.ones((3, 2))))[0], np.ones((3, 2)))
@@ -721,11 +766,17 @@ def test_the_names_and_arguments_of_the_cpu():
 
 
 def halves(dtype):
-    return cupy.asarray(np.zeros(1, np.float16)).dtype if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return (
+        cupy.asarray(np.zeros(1, np.float16)).dtype
+        if dtype == "float16"
+        else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("variant", [v for v, (name, _) in ops.VARIANTS.items() if name not in ("fitting_loss", "repulsion_loss")])
+@pytest.mark.parametrize(
+    "variant", [v for v, (name, _) in ops.VARIANTS.items() if name not in ("fitting_loss", "repulsion_loss")]
+)
 def test_features_of_16_bits(variant, dtype, tolerance):
     """Against float32 of the same numbers, rounded once."""
     dtype = halves(dtype)
@@ -760,7 +811,7 @@ def test_16_bits_are_for_features_on_the_gpu():
 
 
 def test_every_number_of_16_bits():
-    """Back and forth, and what lies between two of them; CuPy's compiler flushes what is not normal in float32 to zero."""
+    """Back and forth, and what lies between two of them; CuPy's compiler makes zero of what is not normal."""
     bits = np.arange(2**16, dtype=np.uint16)
     for dtype in (np.dtype(np.float16), halves("bfloat16")):
         values = bits.view(dtype)
@@ -770,4 +821,6 @@ def test_every_number_of_16_bits():
         assert normal.sum() > 63000 - 2048
         assert_same_bits(same[normal].view(np.uint16), bits[normal])
         scaled = kp.leaky_relu(to_device(-np.abs(values[normal])), 0.3).get()
-        assert_same_bits(scaled.view(np.uint16), (-np.abs(wide[normal]) * np.float32(0.3)).astype(dtype).view(np.uint16))
+        assert_same_bits(
+            scaled.view(np.uint16), (-np.abs(wide[normal]) * np.float32(0.3)).astype(dtype).view(np.uint16)
+        )

@@ -1,5 +1,6 @@
 """kpcore.jax: every operator of the table under jit, grad and vmap; the rest outside of them."""
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -310,3 +311,12 @@ def test_labels_that_32_bits_cannot_hold(x64):
     else:
         with pytest.raises(TypeError, match="jax_enable_x64"):
             kpj.grid_subsample(points, 1.0, labels=labels)
+
+
+def test_an_accelerator_is_refused_in_words():
+    """What XLA would call there, called here."""
+    handler = ctypes.cast(kpj._handlers["CUDA"], ctypes.c_void_p).value
+    jax.ffi.register_ffi_target("kpcore_elsewhere", jax.ffi.pycapsule(handler))
+    call = jax.ffi.ffi_call("kpcore_elsewhere", jax.ShapeDtypeStruct((1,), np.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kpcore.jax computes on the CPU: move what it gets there"):
+        jax.block_until_ready(call(np.ones(1, np.float32)))

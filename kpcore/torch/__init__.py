@@ -2,9 +2,9 @@
 
 Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample`, whose results have
 sizes that depend on values, run eagerly; so does what only prepares a network (`build_pyramid`, `kernel_points`).
-Tensors on the CPU; they share memory with the arrays that kpcore computes on, in both directions. Neighbour lists are
-`kpcore.Neighbors` here too. `KPConv`, `DeformableKPConv` and `KPConvX` are layers. docs/frameworks.md shows all of it,
-and the limits.
+Tensors are on the CPU or on a GPU, which takes CuPy; they share memory with the arrays that kpcore computes on, in both
+directions, and on a GPU its stream is torch's. Neighbour lists are `kpcore.Neighbors` here too. `KPConv`,
+`DeformableKPConv` and `KPConvX` are layers. docs/frameworks.md shows all of it, and the limits.
 """
 
 try:
@@ -21,6 +21,7 @@ from kpcore.torch import eager as _eager
 from kpcore.torch.eager import GridIndex, KDTree
 from kpcore.torch.layers import DeformableKPConv, KPConv, KPConvX
 from kpcore.torch.ops import define as _define
+from kpcore.torch.ops import use_torch_allocator
 
 _EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 for _name, _op in _OPS.items():
@@ -29,5 +30,15 @@ for _name, _op in _OPS.items():
 for _name in _EAGER:
     globals()[_name] = _eager.eager(getattr(_kpcore, _name))
 
-__all__ = ["DeformableKPConv", "GridIndex", "KDTree", "KPConv", "KPConvX", "Neighbors", *_EAGER, *_OPS]
+__all__ = [
+    "DeformableKPConv",
+    "GridIndex",
+    "KDTree",
+    "KPConv",
+    "KPConvX",
+    "Neighbors",
+    "use_torch_allocator",
+    *_EAGER,
+    *_OPS,
+]
 __all__.sort()

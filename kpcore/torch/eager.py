@@ -10,7 +10,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import kpcore
-from kpcore.torch.ops import checked, numpy_dtype, to_array, to_tensor
+from kpcore import _array
+from kpcore.torch.ops import checked, numpy_dtype, stream_of, to_array, to_tensor
 
 
 def eager(public):
@@ -20,9 +21,10 @@ def eager(public):
     @functools.wraps(public)
     def function(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
-        for name, value in given.arguments.items():
-            given.arguments[name] = _given(None, name, value)
-        return _returned(public(*given.args, **given.kwargs))
+        with stream_of(_tensors(given.arguments)):
+            for name, value in given.arguments.items():
+                given.arguments[name] = _given(None, name, value)
+            return _returned(public(*given.args, **given.kwargs))
 
     return function
 
@@ -37,14 +39,15 @@ def differentiable(op, public):
         bound.apply_defaults()
         arguments = bound.arguments
         tensors = [arguments[name] for name in op.diff]
-        arguments = {name: _given(op, name, value) for name, value in arguments.items()}
-        outs = []
-        differentiated = _Function.apply(op, arguments, outs, *tensors)
-        if op.field is None:
-            return differentiated
-        (out,) = outs
-        fields = {name: _returned(value) for name, value in out._asdict().items() if name != op.field}
-        return type(out)(**fields, **{op.field: differentiated})
+        with stream_of(_tensors(arguments)):
+            arguments = {name: _given(op, name, value) for name, value in arguments.items()}
+            outs = []
+            differentiated = _Function.apply(op, arguments, outs, *tensors)
+            if op.field is None:
+                return differentiated
+            (out,) = outs
+            fields = {name: _returned(value) for name, value in out._asdict().items() if name != op.field}
+            return type(out)(**fields, **{op.field: differentiated})
 
     return function
 
@@ -65,9 +68,9 @@ class _Function(torch.autograd.Function):
         ctx.saved_tensors  # noqa: B018 - raises if one of them was changed in place
         needs = dict(zip(ctx.op.diff, ctx.needs_input_grad[3:], strict=True))
         needed = frozenset(name for name, need in needs.items() if need)
-        grad = np.require(to_array("grad", grad), None, ("C", "A"))
-        found = ctx.op.gradients(ctx.arguments, ctx.saved, grad, needed)
-        return (None, None, None, *(to_tensor(found[name]) if need else None for name, need in needs.items()))
+        with stream_of((grad,)):
+            found = ctx.op.gradients(ctx.arguments, ctx.saved, _array.contiguous(to_array("grad", grad)), needed)
+            return (None, None, None, *(to_tensor(found[name]) if need else None for name, need in needs.items()))
 
 
 class KDTree(kpcore.KDTree):
@@ -86,6 +89,14 @@ class GridIndex(kpcore.GridIndex):
     knn_search = eager(kpcore.GridIndex.knn_search)
 
 
+def _tensors(arguments):
+    """Those among them, and the points of an index on a GPU."""
+    index = arguments.get("self")
+    if index is not None and hasattr(index, "_points") and not isinstance(index._points, np.ndarray):
+        return [to_tensor(index._points)]
+    return [a for a in arguments.values() if isinstance(a, torch.Tensor)]
+
+
 def _given(op, name, value):
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return to_array(name, checked(op, name, value))
@@ -97,7 +108,7 @@ def _given(op, name, value):
 
 
 def _returned(value):
-    if isinstance(value, np.ndarray):
+    if _array.is_array(value):
         return to_tensor(value)
     if isinstance(value, tuple):
         values = map(_returned, value)

@@ -1,13 +1,15 @@
 """The table of operators on torch tensors: each row becomes two torch operators, itself and its vjp.
 
-Tensors and NumPy arrays share memory in both directions. A Neighbors is passed as its arrays and numbers, since torch
-traces tensors only. Everything here that is Python runs once per call or once per trace; the gradient is an operator of
-its own so that it can be traced too.
+Tensors share memory with NumPy's arrays, on a GPU with CuPy's, in both directions; there everything is asked for on the
+stream that torch is using. A Neighbors is passed as its arrays and numbers, since torch traces tensors only.
+Everything here that is Python runs once per call or once per trace; the gradient is an operator of its own so that it
+can be traced too.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager, nullcontext
 from itertools import compress
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from kpcore import ops
+from kpcore import _array, config, ops
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
 
@@ -28,6 +30,8 @@ _DTYPES = {
     torch.bool: np.dtype(np.bool_),
 }
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
+_HALVES = (torch.float16, torch.bfloat16)  # on a GPU
+_HALVES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _LIBRARY = torch.library.Library("kpcore", "DEF")
 
@@ -42,23 +46,83 @@ _PARTS = {
 }
 
 
+def on_gpu(tensor):
+    """Whether its array is CuPy's."""
+    return tensor.is_cuda
+
+
+def stream_of(tensors):
+    """A context in which CuPy uses the stream that torch does, if one of the tensors is on a GPU."""
+    for tensor in tensors:
+        if on_gpu(tensor):
+            return _torch_stream(tensor.device)
+    return _NO_STREAM
+
+
+_NO_STREAM = nullcontext()
+
+
+@contextmanager
+def _torch_stream(device):
+    cuda = config.cupy().cuda
+    with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+        yield
+
+
+def use_torch_allocator():
+    """Let CuPy, and so kpcore, take memory on the GPU from torch's pool, in place of one of its own.
+
+    Two pools each keep what the other could use; with one, ``torch.cuda.max_memory_allocated`` also counts what kpcore
+    takes. For the whole process, until ``cupy.cuda.set_allocator`` is called again.
+    """
+    cuda = config.cupy().cuda
+
+    def allocate(size, device):
+        return torch.cuda.caching_allocator_alloc(size, device, cuda.get_current_stream().ptr)
+
+    def free(address, device):
+        torch.cuda.caching_allocator_delete(address)
+
+    cuda.set_allocator(cuda.PythonFunctionAllocator(allocate, free).malloc)
+
+
 def to_array(name, tensor):
-    """The NumPy array in the memory of a tensor."""
+    """The array in the memory of a tensor: NumPy's, or CuPy's."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    if on_gpu(tensor):
+        return config.cupy().from_dlpack(tensor)
     try:
-        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+        return tensor.numpy()
     except TypeError:  # bfloat16 and others that NumPy lacks
         raise _wrong_dtype(name, tensor.dtype) from None
 
 
 def to_tensor(array):
-    """The tensor in the memory of a NumPy array."""
-    return torch.from_numpy(np.asarray(array))
+    """The tensor in the memory of an array."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.asarray(array))
+    return torch.from_dlpack(array)
 
 
-def numpy_dtype(name, dtype):
-    if dtype not in _DTYPES:
-        raise _wrong_dtype(name, dtype)
-    return _DTYPES[dtype]
+def numpy_dtype(name, dtype, tensor=None):
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if tensor is not None and on_gpu(tensor) and dtype in _HALVES:
+        return _half(dtype)
+    raise _wrong_dtype(name, dtype)
+
+
+def _half(dtype):
+    if dtype == torch.float16:
+        return np.dtype(np.float16)
+    import ml_dtypes  # which CuPy needs for it
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def _torch_dtype(dtype):
+    dtype = np.dtype(dtype)
+    return _HALVES_BY_NAME[dtype.name] if dtype.name in _HALVES_BY_NAME else _TORCH_DTYPES[dtype]
 
 
 def _wrong_dtype(name, dtype):
@@ -68,11 +132,12 @@ def _wrong_dtype(name, dtype):
 
 
 def checked(op, name, value, optional=False):
-    """`value` if it is a tensor on the CPU, or a None that is allowed; `op` is None for what has no gradients."""
+    """`value` if it is a tensor on the CPU or a GPU, or an allowed None; `op` is None for what has no gradients."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cpu:
+        if not (value.is_cpu or value.is_cuda):
             raise TypeError(
-                f"{name}: expected a tensor on the CPU, got one on {value.device}; move it with {name}.cpu()"
+                f"{name}: expected a tensor on the CPU or a CUDA GPU, got one on {value.device}; "
+                f"move it with {name}.cpu()"
             )
         if value.requires_grad and op is not None and name not in op.diff and torch.is_grad_enabled():
             raise TypeError(
@@ -170,12 +235,7 @@ class _Arguments:
 def _parts(neighbors, transpose):
     transposed = neighbors._transposed
     # While torch compiles it cannot be made, and the vjp makes it each time.
-    if (
-        transposed is None
-        and transpose
-        and isinstance(neighbors.index, np.ndarray)
-        and not torch.compiler.is_compiling()
-    ):
+    if transposed is None and transpose and _array.is_array(neighbors.index) and not torch.compiler.is_compiling():
         transposed = neighbors.transpose()
     return (
         _as_tensor(neighbors.index),
@@ -188,7 +248,7 @@ def _parts(neighbors, transpose):
 
 
 def _as_tensor(array):
-    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+    return array if isinstance(array, torch.Tensor) else to_tensor(array)
 
 
 def define(op, public):
@@ -198,7 +258,8 @@ def define(op, public):
     differentiable = 0 if op.record is None else op.record._fields.index(op.field)
 
     def forward(*flat):
-        return computed(layout.unflatten(flat, to_array))
+        with stream_of([flat[i] for i in layout.tensors if flat[i] is not None]):
+            return computed(layout.unflatten(flat, to_array))
 
     def computed(given):
         out, saved = op.forward(**given)
@@ -207,15 +268,16 @@ def define(op, public):
     def forward_of_shapes(*flat):
         shapes = op.result(**layout.unflatten(flat, _shaped))
         like = next(t for t in flat if isinstance(t, torch.Tensor))
-        return [like.new_empty(shape, dtype=_TORCH_DTYPES[np.dtype(dtype)]) for shape, dtype in shapes]
+        return [like.new_empty(shape, dtype=_torch_dtype(dtype)) for shape, dtype in shapes]
 
     def vjp(*flat):
         *flat, saved, grad, needs = flat
-        return gradients(layout.unflatten(flat, to_array, transposed=True), saved, grad, set(compress(op.diff, needs)))
+        with stream_of((grad,)):
+            given = layout.unflatten(flat, to_array, transposed=True)
+            return gradients(given, saved, grad, set(compress(op.diff, needs)))
 
     def gradients(given, saved, grad, needs):
-        grad = to_array("grad", grad)
-        grad = grad if grad.flags.c_contiguous else grad.copy()
+        grad = _array.contiguous(to_array("grad", grad))
         saved = tuple([to_array("saved", t) for t in saved])
         return _tensors(op.gradients(given, saved, grad, needs).values(), given, grad)
 
@@ -263,7 +325,8 @@ def define(op, public):
                 flat = layout.flatten(others | tensors)
                 found = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
             else:
-                found = gradients(others | _arrays(tensors), saved, grad, needs)
+                with stream_of((grad,)):
+                    found = gradients(others | _arrays(tensors), saved, grad, needs)
                 if not torch._C._autograd._get_current_graph_task_keep_graph():
                     ctx.others = None  # lists, as torch drops the tensors; a graph outlives its use
             found = iter(found)
@@ -297,7 +360,8 @@ def define(op, public):
             outputs = operator(*layout.flatten(bound))
         else:
             tensors, others = split
-            outputs = computed(others | _arrays(tensors))
+            with stream_of(tensors.values()):
+                outputs = computed(others | _arrays(tensors))
             inputs = tuple([name for name in op.diff if name in tensors and tensors[name].requires_grad])
             if inputs and torch.is_grad_enabled():
                 call = inputs, tensors, others, outputs
@@ -315,6 +379,7 @@ def _listening():
     return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
@@ -342,9 +407,11 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
         return below(*flat)
 
     _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, kernel, "CUDA")
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
-    torch.library.register_autocast(f"kpcore::{name}", "cpu", torch.float32, lib=_LIBRARY)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"kpcore::{name}", device, torch.float32, lib=_LIBRARY)
     return operator
 
 
@@ -353,7 +420,7 @@ def _arrays(tensors):
 
 
 def _shaped(name, tensor):
-    return Shaped(tuple(tensor.shape), numpy_dtype(name, tensor.dtype))
+    return Shaped(tuple(tensor.shape), numpy_dtype(name, tensor.dtype, tensor))
 
 
 def _tensors(arrays, given, grad=None):
@@ -363,13 +430,13 @@ def _tensors(arrays, given, grad=None):
     """
     tensors, done = [], []
     for array in arrays:
-        array = np.asarray(array)
+        array = _array.as_array(array)
         if not array.flags.owndata or any(array is other for other in done):
-            others = [*done, *(a for a in (grad, *given.values()) if isinstance(a, np.ndarray))]
+            others = [*done, *(a for a in (grad, *given.values()) if _array.is_array(a))]
             if any(np.may_share_memory(array, other) for other in others):
                 array = array.copy()
         done.append(array)
-        tensors.append(torch.from_numpy(array))
+        tensors.append(to_tensor(array))
     return tensors
 
 

@@ -1,9 +1,9 @@
 """Runs CUDA C++ kernels on the CPU: ``Module(source).get_function(name)(grid, block, arguments)`` on NumPy arrays.
 
-The source is the text that CuPy's RawModule takes. It is compiled by g++ behind device.h, with the runtime linked in, and
-called through ctypes; what is made is kept by the hash of everything that went into it. With ``check=True`` every load
-and store is checked for bounds, alignment, initialisation and races, at a fifth of the speed; without, arrays end at pages
-that trap, and have canaries before them.
+The source is the text that CuPy's RawModule takes. It is compiled by g++ behind device.h, with the runtime linked in,
+and called through ctypes; what is made is kept by the hash of everything that went into it. With ``check=True`` every
+load and store is checked for bounds, alignment, initialisation and races, at a fifth of the speed; without, arrays end
+at pages that trap, and have canaries before them.
 """
 
 import ctypes
@@ -191,8 +191,21 @@ def _built(source, defines, check):
             _compile(*COMMON, *defined, "-Wall", "-Wextra", "-c", str(HERE / "runtime.cpp"), "-o", str(made))
             made.replace(runtime)
         kernels = Path(folder, "kernels.o")
-        _compile(*COMMON, *checks, *defines, "-Wno-unknown-pragmas", "-include", str(HERE / "device.h"), "-x", "c++", "-c", "-", "-o",
-                 str(kernels), text=text)  # fmt: skip
+        _compile(
+            *COMMON,
+            *checks,
+            *defines,
+            "-Wno-unknown-pragmas",
+            "-include",
+            str(HERE / "device.h"),
+            "-x",
+            "c++",
+            "-c",
+            "-",
+            "-o",
+            str(kernels),
+            text=text,
+        )
         _compile("-shared", "-Wl,--no-undefined", str(kernels), str(runtime), "-o", str(made), "-lm")
         made.replace(path)
     return path

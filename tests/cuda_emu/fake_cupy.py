@@ -1,6 +1,6 @@
 """A stand-in for CuPy on NumPy arrays and the emulator, stricter wherever CuPy would fail, be undefined, or wait.
 
-Only what kpcore uses is here; anything else is an AttributeError. `install()` puts it in the place of the module `cupy`.
+Only what kpcore uses is here; anything else is an AttributeError. `install()` puts it in place of the module `cupy`.
 
 - Arrays of the host and of the device do not mix, and nothing becomes a NumPy array but by `get`.
 - What makes the host wait for the device is counted: `counts.waits`. So are launches and copies to the device.
@@ -81,7 +81,7 @@ class ndarray(NDArrayOperatorsMixin):
         if method != "__call__":
             raise TypeError(f"{ufunc.__name__}.{method} is not in the stand-in")
         if ufunc is np.matmul:
-            return _device(_product(*map(_host, inputs)))
+            ufunc = _product
         if out is not None:
             return out[0]._filled(ufunc(*map(_host, inputs), **kwargs))
         return _device(ufunc(*map(_host, inputs), **kwargs))
@@ -170,6 +170,14 @@ class ndarray(NDArrayOperatorsMixin):
     def reshape(self, *shape):
         return ndarray(self._array.reshape(*shape), self._owner)
 
+    # torch's way: a tensor of the host stands for one of the device.
+
+    def __dlpack__(self, **kwargs):
+        return self._array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
     def view(self, dtype):
         return ndarray(self._array.view(dtype), self._owner)
 
@@ -238,6 +246,11 @@ def asarray(a, dtype=None):
     return ndarray(np.array(a, dtype))
 
 
+def from_dlpack(tensor):
+    """A tensor of the host stands for one of the device."""
+    return ndarray(tensor.numpy())
+
+
 def asnumpy(a):
     return a.get()
 
@@ -251,6 +264,10 @@ def argsort(a, axis=-1, kind=None):
 
 def concatenate(arrays, axis=0):
     return _device(np.concatenate([_host(a) for a in arrays], axis))
+
+
+def may_share_memory(a, b):
+    return np.may_share_memory(_host(a), _host(b))
 
 
 def stack(arrays, axis=0):
@@ -281,16 +298,40 @@ class RawModule:
 def install():
     """Make `import cupy` find this; -> the module."""
     module = types.ModuleType("cupy")
-    names = ("ndarray", "RawModule", "empty", "empty_like", "asarray", "asnumpy", "argsort")
+    names = (
+        "ndarray",
+        "RawModule",
+        "empty",
+        "empty_like",
+        "asarray",
+        "asnumpy",
+        "argsort",
+        "from_dlpack",
+        "may_share_memory",
+    )
     module.__dict__.update({name: globals()[name] for name in names})
     module.concatenate, module.stack = concatenate, stack
     module.cuda = types.SimpleNamespace(
         Device=lambda: current,
         is_available=lambda: True,
+        get_current_stream=lambda: types.SimpleNamespace(ptr=0),
+        PythonFunctionAllocator=lambda allocate, free: types.SimpleNamespace(malloc=(allocate, free)),
+        set_allocator=None,
         runtime=types.SimpleNamespace(memGetInfo=lambda: (1 << 37, 1 << 38)),
     )
     module.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
-    names = ("zeros", "zeros_like", "ones", "ones_like", "full", "arange", "cumsum", "amin", "amax", "ascontiguousarray")
+    names = (
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "arange",
+        "cumsum",
+        "amin",
+        "amax",
+        "ascontiguousarray",
+    )
     for name in (*names, "where", "diff", "isfinite", "minimum", "bincount"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"

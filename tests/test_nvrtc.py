@@ -1,0 +1,76 @@
+"""All kernels, compiled for real architectures by NVIDIA's compiler, without a GPU or a driver."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
+
+import nvrtc
+
+LIBRARY = nvrtc.library()
+needed = pytest.mark.skipif(LIBRARY is None, reason="the wheel nvidia-cuda-nvrtc is not installed")
+EACH = [(name, variant) for name, variants in nvrtc.VARIANTS.items() for variant in variants]
+THREADS = {"farthest": 512}  # of a block; 128 of all others
+
+
+@pytest.fixture(scope="module")
+def source():
+    import fake_cupy
+
+    if "cupy" not in sys.modules:
+        fake_cupy.install()
+    from kpcore import _gpu
+
+    return _gpu.source
+
+
+def test_every_file_is_here(source):
+    from kpcore import _gpu
+
+    assert {path.name for path in _gpu._SOURCES.glob("*.cu")} == set(nvrtc.VARIANTS)
+
+
+@needed
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("name, variant", EACH, ids=lambda value: value.replace(" ", ","))
+def test_registers_spills_and_shared_memory(name, variant, architecture, source):
+    made = nvrtc.compiled(LIBRARY, source(name), architecture, variant.split())
+    assert made.kernels and set(made.kernels) == set(re.findall(r"\.entry (\w+)", made.ptx))
+    for kernel, found in made.kernels.items():
+        threads = THREADS.get(kernel, 128)
+        assert found.spills == 0, kernel
+        # Of a multiprocessor's registers and shared memory enough for four blocks, which hides what loads take.
+        assert 0 < found.registers * threads * (4 if threads == 128 else 1) <= 65536, kernel
+        assert found.shared * 4 <= 65536, kernel
+    assert "warning" not in made.log, made.log
+
+
+@needed
+@pytest.mark.parametrize(
+    "name, variant",
+    [(n, v) for n, v in EACH if n in ("lists.cu", "neighbors.cu", "sampling.cu", "subsampling.cu", "kpconv.cu")],
+)
+def test_what_decides_is_not_contracted(name, variant, source):
+    # The exponential of a gaussian has fused operations of its own, and decides nothing.
+    definitions = [*variant.split(), *(["exp(x)=(x)"] if name == "kpconv.cu" else [])]
+    ptx = nvrtc.compiled(LIBRARY, source(name), 80, definitions).ptx
+    assert not re.search(r"\bfma\.|\bmad\.\w+\.f", ptx)
+    contracted = nvrtc.compiled(LIBRARY, source(name), 80, definitions, options=("--std=c++17", "--fmad=true")).ptx
+    assert name == "lists.cu" or "METRIC=2" in variant or re.search(r"\bfma\.", contracted)
+
+
+@needed
+def test_an_error_names_file_and_line(source):
+    text = source("neighbors.cu")
+    wrong = text.replace(
+        "double cell_of(double x, double inverse_cell) {", "double cell_of(double x, double inverse_cell) { wrong;"
+    )
+    assert wrong != text
+    line = (Path(sys.modules["kpcore._gpu"].__file__).with_name("cuda") / "neighbors.cu").read_text().split(
+        "cell_of(double x"
+    )[0].count("\n") + 1
+    with pytest.raises(ValueError, match=rf"neighbors\.cu\({line}\): error: identifier \"wrong\" is undefined"):
+        nvrtc.compiled(LIBRARY, wrong, 80, nvrtc.VARIANTS["neighbors.cu"][0].split())
