@@ -1,4 +1,4 @@
-"""python bench/run.py cpu: checks that kpcore and the libraries people use agree, then measures them side by side.
+"""python bench/run.py cpu (or gpu, see gpu.py): checks that kpcore and others agree, then measures them side by side.
 
 Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
 like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
@@ -345,7 +345,7 @@ def main():
     import cases
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("device", choices=["cpu", "gpu"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--only", choices=list(cases.TASKS), help="one case")
     parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.md; bench/results for a complete run")
@@ -354,7 +354,11 @@ def main():
     complete = not (options.quick or options.only)
     if options.readme and not complete:
         parser.error("--readme takes a complete run, without --quick and --only")
-    out = options.out or (HERE / "results" if complete else None)
+    out = options.out = options.out or (HERE / "results" if complete else None)
+    if options.device == "gpu":
+        import gpu
+
+        return gpu.main(options, git("rev-parse", "--short", "HEAD"))
 
     report = {"machine": machine(), "command": sys.argv[1:], "rows": []}
     if (load := report["machine"]["load_before"]) > 0.5:

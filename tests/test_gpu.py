@@ -5,8 +5,11 @@ What decides is to be the same to the bit: neighbours, voxels, which of several 
 """
 
 import ast
+import importlib
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import clouds
 import numpy as np
@@ -760,6 +763,31 @@ def test_the_names_and_arguments_of_the_cpu():
     for name in set(cpu) - of_the_cpu_alone:
         code = getattr(_gpu, name).__code__
         assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name
+
+
+class Event:
+    """A time on the host, as a launch of the stand-in is over when it returns."""
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+@emulated
+def test_the_benchmark_runs_and_its_results_agree(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    monkeypatch.setattr(fake_cupy, "mode", {"check": False})
+    monkeypatch.setattr(cupy.cuda, "Event", Event, raising=False)
+    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda a, b: 1000 * (b.time - a.time), raising=False)
+    pool = SimpleNamespace(free_all_blocks=lambda: None, total_bytes=lambda: 0, free_bytes=lambda: 0)
+    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
+    gpu = importlib.import_module("gpu")
+    rows = gpu.measure(quick=True)
+    told = {(row["case"], row["what"], row["against"]) for row in rows}
+    assert {key for key in gpu.TARGETS if key[2] != "torch brute force"} <= told
+    assert not any(row["target"] for row in rows)
 
 
 # ---- 16 bits
