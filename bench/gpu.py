@@ -273,6 +273,8 @@ def dense(bench, cloud):
         import torch
 
         module = peers.dense_module()
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch has no GPU")
         given = [torch.from_dlpack(a) for a in (points, features, weights, kernel_points)]
         padded = module.padded(neighbors.index, neighbors.row_splits, len(cloud)).cuda()
         function = torch.compile(module.kpconv) if compiled else module.kpconv

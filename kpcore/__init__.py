@@ -1,7 +1,8 @@
 """kpcore: the numerical core of point convolutions, on plain arrays.
 
-NumPy arrays in, NumPy arrays out, on all CPU cores; `kpcore.torch` and `kpcore.jax` have the same names for the arrays
-of those frameworks, which are not imported before. These conventions hold in every function:
+NumPy arrays in, NumPy arrays out, on all CPU cores; CuPy arrays in, CuPy arrays out, on the GPU. `kpcore.torch` and
+`kpcore.jax` have the same names for the arrays of those frameworks. None of the three is imported before it is used.
+These conventions hold in every function:
 
 Shapes
     N points (the supports), M queries, E neighbour pairs, H neighbours of a query, K kernel points, C channels, B batch
@@ -9,14 +10,15 @@ Shapes
     stacked along the first axis and bounded by ``row_splits`` (B + 1,) int64; items may be empty.
 Dtypes
     Geometry (points, queries, kernel points) is float32 or float64, equal within a call; so are features and weights;
-    the two groups may differ. Integer or mixed input is an error that says which array to convert. Arrays that are not
+    the two groups may differ. On the GPU features and weights may also be float16 or bfloat16, computed with in float32.
+    Integer or mixed input is an error that says which array to convert; so are arrays on two devices. Arrays that are not
     contiguous or aligned are copied; none is ever written to.
 Neighbours
     A list of rows in CSR form, :class:`Neighbors`. A radius is inclusive and a point is its own neighbour. Lengths are
     in the unit of ``points``.
 Decisions
     Which points are within the radius, which voxel a point is in, which kernel point is nearest: the same bits on every
-    machine, instruction set and number of threads. Floating-point results do not depend on the number of threads, and
+    machine, instruction set, number of threads and GPU. Floating-point results do not depend on the number of threads, and
     agree between machines to 2e-5 (float32) or 1e-10 (float64) of the largest value.
 Edges
     Empty input, empty neighbourhoods and equal points have defined results. NaN or infinite coordinates are an error in
