@@ -80,7 +80,8 @@ template <class T>
 EMU_WORD T emu_shuffle(unsigned mask, T value, unsigned from, int line) {
   uint64_t values[32];
   const uint32_t there = emu::meet(emu::Meeting::shuffle, mask, emu_bits(value), values, line);
-  if (!(there >> from & 1)) emu::fail("line %d: a shuffle reads lane %u, which is not in its mask %08x", line, from, mask);
+  if (!(there >> from & 1))
+    emu::fail("line %d: a shuffle reads lane %u, which is not in its mask %08x", line, from, mask);
   memcpy(&value, &values[from], sizeof(T));
   return value;
 }
@@ -127,13 +128,13 @@ EMU_WORD unsigned __match_any_sync(unsigned mask, T value, EMU_LINE) {
 
 // ---- atomics: nothing comes between the check and the operation, as fibers switch nowhere else
 
-#define EMU_ATOMIC(word, result)                                       \
-  template <class T>                                                   \
-  EMU_WORD T word(T* at, std::common_type_t<T> operand, EMU_LINE) {    \
-    emu::before_atomic(at, sizeof(T), line);                           \
-    const T old = *at;                                                 \
-    *at = T(result);                                                   \
-    return old;                                                        \
+#define EMU_ATOMIC(word, result)                                    \
+  template <class T>                                                \
+  EMU_WORD T word(T* at, std::common_type_t<T> operand, EMU_LINE) { \
+    emu::before_atomic(at, sizeof(T), line);                        \
+    const T old = *at;                                              \
+    *at = T(result);                                                \
+    return old;                                                     \
   }
 EMU_ATOMIC(atomicAdd, old + operand)
 EMU_ATOMIC(atomicMin, operand < old ? operand : old)
@@ -221,8 +222,8 @@ inline double __longlong_as_double(long long x) {
   return emu_from_bits<double>(uint64_t(x));
 }
 
-// Of 16 bits; what kernels do with an instruction. By float's own rounding: 2^-24 is the least of them, and added to what
-// is 2^24 of the last place, the sum rounds there.
+// Of 16 bits; what kernels do with an instruction. By float's own rounding: 2^-24 is the least of them, and added to
+// what is 2^24 of the last place, the sum rounds there.
 inline float emu_of_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31 ? (fraction ? __builtin_nanf("") : __builtin_inff())
@@ -287,10 +288,10 @@ EMU_WORD void call(void (*kernel)(A...), void** arguments) {
 
 }  // namespace emu
 
-#define EMU_EXPORT(kernel)                                                                           \
+#define EMU_EXPORT(kernel)                                                                                         \
   extern "C" __attribute__((visibility("default"), no_sanitize_thread)) void emu_call_##kernel(void** arguments) { \
-    emu::call(kernel, arguments);                                                                    \
-  }                                                                                                  \
-  extern "C" __attribute__((visibility("default"))) const char* emu_signature_##kernel() {           \
-    return emu::signature(kernel);                                                                   \
+    emu::call(kernel, arguments);                                                                                  \
+  }                                                                                                                \
+  extern "C" __attribute__((visibility("default"))) const char* emu_signature_##kernel() {                         \
+    return emu::signature(kernel);                                                                                 \
   }

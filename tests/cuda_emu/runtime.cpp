@@ -92,7 +92,7 @@ std::vector<Thread> threads;
 std::vector<uint32_t> returned_lanes;  // of each warp, also those it never had
 unsigned num_threads, alive, waiting;
 uint64_t block_number;
-uint32_t barriers;                   // passed by the block
+uint32_t barriers;                    // passed by the block
 std::vector<uint32_t> warp_barriers;  // passed by each warp
 
 // Threads that can go on, from `turn`.
@@ -244,9 +244,7 @@ bool meet_in(unsigned warp, uint32_t mask, Meeting meeting) {
     for (uint32_t rest = mask; rest; rest &= rest - 1) call(lanes[__builtin_ctz(rest)]);
   };
   bool all = true;
-  each([&](const Thread& t) {
-    all = all && t.state == State::at_meeting && t.mask == mask && t.meeting == meeting;
-  });
+  each([&](const Thread& t) { all = all && t.state == State::at_meeting && t.mask == mask && t.meeting == meeting; });
   if (!all) return false;
   uint64_t values[32] = {};
   each([&](const Thread& t) { values[t.lane] = t.value; });
@@ -431,11 +429,11 @@ void check(const void* address, size_t size, bool writes, bool atomic, const voi
   for (ptrdiff_t i = first; i <= last; ++i) {
     Cell& cell = memory->cells[size_t(i)];
     if ((!writes || atomic) && !cell.written)
-      fail_at(code, line, memory->shared ? "read of what nothing in this block has written" : "read of what nothing has written",
+      fail_at(code, line,
+              memory->shared ? "read of what nothing in this block has written" : "read of what nothing has written",
               *memory, at, nullptr);
     const auto collides = [&](const Access& a) { return a.thread && !(atomic && a.atomic) && !is_past(a); };
-    if (collides(cell.write))
-      fail_at(code, line, writes ? "race: written" : "race: read", *memory, at, &cell.write);
+    if (collides(cell.write)) fail_at(code, line, writes ? "race: written" : "race: read", *memory, at, &cell.write);
     if (writes && !(atomic && cell.read.atomic) && !is_past(cell))
       fail_at(code, line, "race: written after it was read", *memory, at, &cell.read);
     if (writes) {
@@ -506,8 +504,10 @@ void on_signal(int number, siginfo_t* info, void* context) {
 #endif
   const size_t at = code - reinterpret_cast<size_t>(__ehdr_start) + (number == SIGILL);
   if (number == SIGILL)
-    fail("{{%zx}}: undefined behaviour: a shift, an array's bound, an alignment, a number that the integer cannot hold, "
-         "or a division by zero", at);
+    fail(
+        "{{%zx}}: undefined behaviour: a shift, an array's bound, an alignment, a number that the integer cannot hold, "
+        "or a division by zero",
+        at);
   if (number == SIGFPE) fail("{{%zx}}: integer division by zero", at);
   fail("{{%zx}}: access to %p, which is no memory of the kernel's", at, info->si_addr);
 }
@@ -595,7 +595,8 @@ unsigned barrier(int predicate, int line) {
 uint32_t meet(Meeting meeting, uint32_t mask, uint64_t value, uint64_t* values, int line) {
   Thread& t = own();
   if (!(mask >> t.lane & 1)) fail("line %d: lane %u is not in the mask it gives, %08x", line, t.lane, mask);
-  if (mask & returned_lanes[t.warp]) fail("line %d: the mask %08x has lanes that have returned, or never were", line, mask);
+  if (mask & returned_lanes[t.warp])
+    fail("line %d: the mask %08x has lanes that have returned, or never were", line, mask);
   t.meeting = meeting;
   t.mask = mask;
   t.value = value;
@@ -660,7 +661,8 @@ extern "C" __attribute__((visibility("default"))) const char* emu_launch(void (*
   const uint64_t num_blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
   std::vector<uint64_t> numbers(num_blocks);
   for (uint64_t i = 0; i < num_blocks; ++i) numbers[i] = order == reversed ? num_blocks - 1 - i : i;
-  for (uint64_t i = num_blocks; order == random_order && i > 1; --i) std::swap(numbers[i - 1], numbers[random_below(i)]);
+  for (uint64_t i = num_blocks; order == random_order && i > 1; --i)
+    std::swap(numbers[i - 1], numbers[random_below(i)]);
 #if defined(__x86_64__)
   const unsigned control = __builtin_ia32_stmxcsr();
   __builtin_ia32_ldmxcsr(control | 0x8040);  // CuPy compiles with -ftz=true: denormal numbers are zero
@@ -701,11 +703,11 @@ extern "C" __attribute__((visibility("default"))) size_t emu_static_shared() {
 
 #ifdef EMU_CHECK
 // What -fsanitize=thread calls.
-#define EMU_SEEN(name, bytes, writes)                                                                  \
-  extern "C" void __tsan_##name##bytes(void* at) {                                                     \
-    emu::check(at, bytes, writes, false, __builtin_return_address(0), 0);                              \
+#define EMU_SEEN(name, bytes, writes)                                     \
+  extern "C" void __tsan_##name##bytes(void* at) {                        \
+    emu::check(at, bytes, writes, false, __builtin_return_address(0), 0); \
   }
-#define EMU_SEEN_OF(bytes)             \
+#define EMU_SEEN_OF(bytes)               \
   EMU_SEEN(read, bytes, false)           \
   EMU_SEEN(write, bytes, true)           \
   EMU_SEEN(unaligned_read, bytes, false) \
@@ -722,11 +724,11 @@ extern "C" void __tsan_read_range(void* at, size_t size) {
 extern "C" void __tsan_write_range(void* at, size_t size) {
   emu::check(at, size, true, false, __builtin_return_address(0), 0);
 }
-#define EMU_SEEN_COPY(name)                                                        \
-  extern "C" void* __tsan_##name(void* to, const void* from, size_t size) {        \
-    emu::check(from, size, false, false, __builtin_return_address(0), 0);          \
-    emu::check(to, size, true, false, __builtin_return_address(0), 0);             \
-    return name(to, from, size);                                                   \
+#define EMU_SEEN_COPY(name)                                                 \
+  extern "C" void* __tsan_##name(void* to, const void* from, size_t size) { \
+    emu::check(from, size, false, false, __builtin_return_address(0), 0);   \
+    emu::check(to, size, true, false, __builtin_return_address(0), 0);      \
+    return name(to, from, size);                                            \
   }
 EMU_SEEN_COPY(memcpy)
 EMU_SEEN_COPY(memmove)

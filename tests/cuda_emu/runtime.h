@@ -1,4 +1,5 @@
-// What a kernel compiled for the CPU (device.h) and the scheduler that runs its threads (runtime.cpp) know of each other.
+// What a kernel compiled for the CPU (device.h) and the scheduler that runs its threads (runtime.cpp) know of each
+// other.
 #pragma once
 
 #include <stddef.h>
