@@ -10,16 +10,16 @@ Shapes
     stacked along the first axis and bounded by ``row_splits`` (B + 1,) int64; items may be empty.
 Dtypes
     Geometry (points, queries, kernel points) is float32 or float64, equal within a call; so are features and weights;
-    the two groups may differ. On the GPU features and weights may also be float16 or bfloat16, computed with in float32.
-    Integer or mixed input is an error that says which array to convert; so are arrays on two devices. Arrays that are not
-    contiguous or aligned are copied; none is ever written to.
+    the two groups may differ. On the GPU features and weights may also be float16 or bfloat16, computed with in
+    float32. Integer or mixed input is an error that says which array to convert; so are arrays on two devices. Arrays
+    that are not contiguous or aligned are copied; none is ever written to.
 Neighbours
     A list of rows in CSR form, :class:`Neighbors`. A radius is inclusive and a point is its own neighbour. Lengths are
     in the unit of ``points``.
 Decisions
     Which points are within the radius, which voxel a point is in, which kernel point is nearest: the same bits on every
-    machine, instruction set, number of threads and GPU. Floating-point results do not depend on the number of threads, and
-    agree between machines to 2e-5 (float32) or 1e-10 (float64) of the largest value.
+    machine, instruction set, number of threads and GPU. Floating-point results do not depend on the number of threads,
+    and agree between machines to 2e-5 (float32) or 1e-10 (float64) of the largest value.
 Edges
     Empty input, empty neighbourhoods and equal points have defined results. NaN or infinite coordinates are an error in
     searches and subsampling; convolutions let NaN features through to the queries that see them. One call takes at most

@@ -58,7 +58,8 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
             f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
             f"convert it with {name}.astype({like[0]}.dtype)"
         )
-    return contiguous(value)
+    flags = value.flags
+    return value if flags.c_contiguous and (where != "cpu" or flags.aligned) else contiguous(value)
 
 
 def contiguous(value):
@@ -239,6 +240,7 @@ def number(name, value, dtype):
     return number
 
 
+@functools.lru_cache(maxsize=16)  # a dtype's name takes 2 us, as long as a small operator
 def _largest(dtype):
     return (
         65504.0

@@ -403,8 +403,9 @@ def geometry(points, queries, neighbors, sizes):
     else:
         like = ("points", points)
         queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
-    its_sizes = sizes_of(neighbors)
-    if sizes["device"][0] != its_sizes["device"][0]:
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    if type(neighbors.index) is not type(points):
         raise TypeError(
             f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 import kpcore
 from kpcore import _array
-from kpcore.torch.ops import checked, numpy_dtype, stream_of, to_array, to_tensor
+from kpcore.torch.ops import checked, numpy_dtype, on_stream_of, to_array, to_tensor
 
 
 def eager(public):
@@ -21,10 +21,13 @@ def eager(public):
     @functools.wraps(public)
     def function(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
-        with stream_of(_tensors(given.arguments)):
+
+        def computed():
             for name, value in given.arguments.items():
                 given.arguments[name] = _given(None, name, value)
             return _returned(public(*given.args, **given.kwargs))
+
+        return on_stream_of(_first_tensor(given.arguments), computed)
 
     return function
 
@@ -39,15 +42,18 @@ def differentiable(op, public):
         bound.apply_defaults()
         arguments = bound.arguments
         tensors = [arguments[name] for name in op.diff]
-        with stream_of(_tensors(arguments)):
-            arguments = {name: _given(op, name, value) for name, value in arguments.items()}
+
+        def computed():
+            given = {name: _given(op, name, value) for name, value in arguments.items()}
             outs = []
-            differentiated = _Function.apply(op, arguments, outs, *tensors)
+            differentiated = _Function.apply(op, given, outs, *tensors)
             if op.field is None:
                 return differentiated
             (out,) = outs
             fields = {name: _returned(value) for name, value in out._asdict().items() if name != op.field}
             return type(out)(**fields, **{op.field: differentiated})
+
+        return on_stream_of(_first_tensor(arguments), computed)
 
     return function
 
@@ -68,9 +74,12 @@ class _Function(torch.autograd.Function):
         ctx.saved_tensors  # noqa: B018 - raises if one of them was changed in place
         needs = dict(zip(ctx.op.diff, ctx.needs_input_grad[3:], strict=True))
         needed = frozenset(name for name, need in needs.items() if need)
-        with stream_of((grad,)):
+
+        def gradients():
             found = ctx.op.gradients(ctx.arguments, ctx.saved, _array.contiguous(to_array("grad", grad)), needed)
             return (None, None, None, *(to_tensor(found[name]) if need else None for name, need in needs.items()))
+
+        return on_stream_of(grad, gradients)
 
 
 class KDTree(kpcore.KDTree):
@@ -89,12 +98,12 @@ class GridIndex(kpcore.GridIndex):
     knn_search = eager(kpcore.GridIndex.knn_search)
 
 
-def _tensors(arguments):
-    """Those among them, and the points of an index on a GPU."""
+def _first_tensor(arguments):
+    """Which says where all are: one of the arguments, or the points of an index on a GPU; None without."""
     index = arguments.get("self")
     if index is not None and hasattr(index, "_points") and not isinstance(index._points, np.ndarray):
-        return [to_tensor(index._points)]
-    return [a for a in arguments.values() if isinstance(a, torch.Tensor)]
+        return to_tensor(index._points)
+    return next((a for a in arguments.values() if isinstance(a, torch.Tensor)), None)
 
 
 def _given(op, name, value):

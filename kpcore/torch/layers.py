@@ -11,7 +11,7 @@ import kpcore
 from kpcore import _array
 from kpcore.dispositions import _rotation
 from kpcore.neighbors import Neighbors
-from kpcore.torch.ops import checked, stream_of, to_array
+from kpcore.torch.ops import checked, on_stream_of, to_array
 
 _ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
@@ -385,5 +385,8 @@ def _listed(neighbors, points):
     if torch.compiler.is_compiling():
         raise TypeError("neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; "
                         "convert it before with Neighbors.from_padded(neighbors.numpy(), len(points))")  # fmt: skip
-    with stream_of((neighbors,)):
+
+    def listed():
         return Neighbors.from_padded(to_array("neighbors", checked(None, "neighbors", neighbors)), len(points))
+
+    return on_stream_of(neighbors, listed)

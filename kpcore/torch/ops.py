@@ -9,7 +9,7 @@ can be traced too.
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import compress
 
 import numpy as np
@@ -51,15 +51,12 @@ def on_gpu(tensor):
     return tensor.is_cuda
 
 
-def stream_of(tensors):
-    """A context in which CuPy uses the stream that torch does, if one of the tensors is on a GPU."""
-    for tensor in tensors:
-        if on_gpu(tensor):
-            return _torch_stream(tensor.device)
-    return _NO_STREAM
-
-
-_NO_STREAM = nullcontext()
+def on_stream_of(tensor, function, *arguments):
+    """Its result, computed on torch's stream if the tensor, or None, is on a GPU."""
+    if tensor is None or not on_gpu(tensor):
+        return function(*arguments)
+    with _torch_stream(tensor.device):
+        return function(*arguments)
 
 
 @contextmanager
@@ -88,11 +85,10 @@ def use_torch_allocator():
 
 def to_array(name, tensor):
     """The array in the memory of a tensor: NumPy's, or CuPy's."""
-    tensor = tensor.detach() if tensor.requires_grad else tensor
     if on_gpu(tensor):
-        return config.cupy().from_dlpack(tensor)
+        return config.cupy().from_dlpack(tensor.detach())
     try:
-        return tensor.numpy()
+        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
     except TypeError:  # bfloat16 and others that NumPy lacks
         raise _wrong_dtype(name, tensor.dtype) from None
 
@@ -258,12 +254,18 @@ def define(op, public):
     differentiable = 0 if op.record is None else op.record._fields.index(op.field)
 
     def forward(*flat):
-        with stream_of([flat[i] for i in layout.tensors if flat[i] is not None]):
-            return computed(layout.unflatten(flat, to_array))
+        first = next(t for t in flat if isinstance(t, torch.Tensor))
+        return on_stream_of(first, lambda: computed(layout.unflatten(flat, to_array)))
 
     def computed(given):
         out, saved = op.forward(**given)
         return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
+
+    def computed_of_tensors(tensors, others):
+        return computed(others | _arrays(tensors))
+
+    def gradients_of_tensors(tensors, others, saved, grad, needs):
+        return gradients(others | _arrays(tensors), saved, grad, needs)
 
     def forward_of_shapes(*flat):
         shapes = op.result(**layout.unflatten(flat, _shaped))
@@ -272,9 +274,12 @@ def define(op, public):
 
     def vjp(*flat):
         *flat, saved, grad, needs = flat
-        with stream_of((grad,)):
+
+        def found():
             given = layout.unflatten(flat, to_array, transposed=True)
             return gradients(given, saved, grad, set(compress(op.diff, needs)))
+
+        return on_stream_of(grad, found)
 
     def gradients(given, saved, grad, needs):
         grad = _array.contiguous(to_array("grad", grad))
@@ -325,8 +330,7 @@ def define(op, public):
                 flat = layout.flatten(others | tensors)
                 found = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
             else:
-                with stream_of((grad,)):
-                    found = gradients(others | _arrays(tensors), saved, grad, needs)
+                found = on_stream_of(grad, gradients_of_tensors, tensors, others, saved, grad, needs)
                 if not torch._C._autograd._get_current_graph_task_keep_graph():
                     ctx.others = None  # lists, as torch drops the tensors; a graph outlives its use
             found = iter(found)
@@ -360,8 +364,7 @@ def define(op, public):
             outputs = operator(*layout.flatten(bound))
         else:
             tensors, others = split
-            with stream_of(tensors.values()):
-                outputs = computed(others | _arrays(tensors))
+            outputs = on_stream_of(next(iter(tensors.values()), None), computed_of_tensors, tensors, others)
             inputs = tuple([name for name in op.diff if name in tensors and tensors[name].requires_grad])
             if inputs and torch.is_grad_enabled():
                 call = inputs, tensors, others, outputs
@@ -378,8 +381,7 @@ def _listening():
     """
     return (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
