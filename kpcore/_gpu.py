@@ -8,8 +8,10 @@ what waits for the device says so.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import cupy
 import numpy as np
@@ -20,6 +22,7 @@ if not _SOURCES.is_dir():  # of an editable install
 _BLOCK = 128
 _MOST_BLOCKS = 1 << 15  # kernels go on to the next query themselves
 _WARP = 32
+_FLOAT = np.dtype(np.float32)
 _CTYPES = {"float32": "float", "float64": "double", "float16": "kp::Half", "bfloat16": "kp::Bfloat"}
 
 
@@ -37,12 +40,15 @@ class OutOfRange(Exception):
 def source(name, seen=None):
     """A file with what it includes, once each: CuPy's cache looks at the text alone.
 
-    Headers of the system are left out; the compiler for GPUs has none, and needs none.
+    Headers of the system, and those that only the CPU has, are left out.
     """
-    seen = {name} if seen is None else seen
+    seen, of_the_cpu = {name} if seen is None else seen, False
     lines = [f'#line 1 "{name}"']
     for number, line in enumerate((_SOURCES / name).read_text().splitlines(), 1):
-        if line.startswith('#include "'):
+        of_the_cpu = line.startswith("#ifndef __CUDACC__") or (of_the_cpu and not line.startswith(("#endif", "#else")))
+        if of_the_cpu and line.startswith("#include"):
+            lines.append("")
+        elif line.startswith('#include "'):
             included = line.split('"')[1]
             if included not in seen:
                 seen.add(included)
@@ -59,16 +65,26 @@ def _module(name, defines):
     return cupy.RawModule(code=source(name), options=options)
 
 
+@functools.cache
+def _kernel(module, name):
+    return module.get_function(name)
+
+
+@functools.cache
+def _ctype(dtype):
+    return _CTYPES[dtype.name]
+
+
 def _launch(module, name, threads, *arguments):
     """A kernel for so many threads, in whole blocks; none at all for no threads."""
     if threads:
         blocks = min(_MOST_BLOCKS, -(-threads // _BLOCK))
-        module.get_function(name)((blocks,), (_BLOCK,), arguments)
+        _kernel(module, name)((blocks,), (_BLOCK,), arguments)
 
 
 def _real(dtype):
     """What numbers of such arrays are computed with, as scalars are passed."""
-    return dtype if dtype.itemsize > 2 else np.dtype(np.float32)
+    return dtype if dtype.itemsize > 2 else _FLOAT
 
 
 # ---- search
@@ -84,7 +100,7 @@ class Index:
         self.num_points, self.dtype = len(points), points.dtype
 
     def kernels(self, metric):
-        defines = {"KP_T": _CTYPES[self.dtype.name], "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
+        defines = {"KP_T": _ctype(self.dtype), "KP_DIM": self.points.shape[1], "KP_METRIC": metric}
         return _module("neighbors.cu", (*defines.items(), ("KP_TREE", int(self.cell is None))))
 
     @functools.cached_property
@@ -166,121 +182,119 @@ def _free_memory():
     return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
 
 
+class Search(NamedTuple):
+    """The arguments of `radius_search`, but for the threads."""
+
+    index: Index
+    queries: cupy.ndarray | None
+    queries_row_splits: cupy.ndarray | None
+    radius: float | cupy.ndarray
+    max_neighbors: int | None
+    sort: int
+    metric: int
+    ignore: int
+    return_distances: bool
+    count_only: bool
+    check_room: Callable
+
+    @property
+    def num_queries(self):
+        return self.index.num_points if self.queries is None else len(self.queries)
+
+    def launch(self, index, kernel, *arguments):
+        """A warp for each query; returns where a coordinate of the points shows that is not finite."""
+        of_all, problems = index.search(self.queries, self.queries_row_splits, self.radius, self.ignore)
+        _launch(index.kernels(self.metric), kernel, self.num_queries * _WARP, *of_all, *arguments)
+        return problems
+
+    def nothing(self):
+        """(row_splits, index, distance) without pairs"""
+        return (cupy.zeros(self.num_queries + 1, np.int64), cupy.empty(0, np.int32),
+                cupy.empty(0, self.index.dtype) if self.return_distances else None)  # fmt: skip
+
+
 def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
                   count_only, check_room, threads):  # fmt: skip
     """(row_splits, index, distance); waits once, for the number of pairs; with `max_neighbors` not at all."""
-    return radius_searches([(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
-                             return_distances, count_only, check_room)])[0]  # fmt: skip
+    return radius_searches([Search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
+                                   return_distances, count_only, check_room)])[0]  # fmt: skip
 
 
 def radius_searches(searches):
-    """What `radius_search` gives for each of several tuples of its arguments, waiting once for all."""
+    """What `radius_search` gives for each of several, waiting once for all."""
     found, counted = [], []
-    for search in searches:
-        index, queries, _, _, max_neighbors, *_, return_distances, count_only, _ = search
-        if index.has_nothing(queries):
-            splits = cupy.zeros(len(index.points if queries is None else queries) + 1, np.int64)
-            nothing = cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
-            found.append((splits, None, None) if count_only else (splits, *nothing))
-        elif max_neighbors is not None and not count_only:
-            found.append(_nearest_within(*search))
+    for place, search in enumerate(searches):
+        found.append(None)
+        bounded = search.max_neighbors is not None and not search.count_only
+        if search.index.has_nothing(search.queries) or (bounded and search.max_neighbors == 0):
+            found[place] = search.nothing()
+        elif bounded:
+            found[place] = _nearest_within(search)
         else:
-            found.append(None)
-            counted.append((len(found) - 1, search, *_count(*search)))
+            counted.append((place, search, *_count(search)))
     if counted:
-        numbers = iter(_wait(*(n for _, _, splits, _, problems in counted for n in (splits[-1:], *problems))))
-        for place, search, splits, arguments, problems in counted:
-            pairs = next(numbers)
-            wrong = [next(numbers) for _ in problems]
+        numbers = iter(_wait(*(n for *_, splits, problems in counted for n in (splits[-1:], *problems))))
+        for place, search, splits, problems in counted:
+            pairs, wrong = next(numbers), [next(numbers) for _ in problems]
             if any(wrong):
                 raise NotFinite
-            found[place] = (splits, None, None) if search[-2] else _fill(pairs, splits, arguments, *search)
+            found[place] = (splits, None, None) if search.count_only else _fill(search, splits, pairs)
     return found
 
 
-def _count(
-    index,
-    queries,
-    queries_row_splits,
-    radius,
-    max_neighbors,
-    sort,
-    metric,
-    ignore,
-    return_distances,
-    count_only,
-    check_room,
-):
-    """(row_splits, what the kernels get, whether a coordinate of the points or queries is not finite)"""
-    num_queries = len(index.points if queries is None else queries)
-    arguments, of_points = index.search(queries, queries_row_splits, radius, ignore)
-    splits, of_queries = cupy.zeros(num_queries + 1, np.int64), cupy.zeros(1, np.uint32)
-    most = np.int64(index.num_points if max_neighbors is None else max_neighbors)
-    _launch(index.kernels(metric), "radius_count", num_queries * _WARP, *arguments, most, splits[1:], of_queries)
-    return cupy.cumsum(splits), arguments, (of_points, of_queries)
+def _count(search):
+    """(row_splits, whether a coordinate is not finite)"""
+    splits, index = cupy.zeros(search.num_queries + 1, np.int64), search.index
+    most = np.int64(index.num_points if search.max_neighbors is None else search.max_neighbors)
+    of_queries = cupy.zeros(1, np.uint32)
+    of_points = search.launch(index, "radius_count", most, splits[1:], of_queries)
+    return cupy.cumsum(splits), (of_points, of_queries)
 
 
-def _fill(pairs, splits, arguments, index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
-          return_distances, count_only, check_room):  # fmt: skip
-    check_room(pairs, pairs * (4 + return_distances * index.dtype.itemsize), free=_free_memory)
-    found = cupy.empty(pairs, np.int32)
-    measured = return_distances or sort == 2
-    distance = cupy.empty(pairs * measured, index.dtype)
-    _launch(index.kernels(metric), "radius_fill", (len(splits) - 1) * _WARP, *arguments, splits, np.int32(sort), found,
-            distance, np.int32(measured))  # fmt: skip
-    return splits, found, distance if return_distances else None
+def _fill(search, splits, pairs):
+    dtype, measured = search.index.dtype, search.return_distances or search.sort == 2
+    search.check_room(pairs, pairs * (4 + search.return_distances * dtype.itemsize), free=_free_memory)
+    found, distance = cupy.empty(pairs, np.int32), cupy.empty(pairs * measured, dtype)
+    search.launch(search.index, "radius_fill", splits, np.int32(search.sort), found, distance, np.int32(measured))
+    return splits, found, distance if search.return_distances else None
 
 
-def _nearest(index, queries, queries_row_splits, radius, k, sort, metric, ignore, check_room):
-    """(counts (M,), index (M, k), distance (M, k), whether coordinates are not finite)"""
-    tree, num_queries = index.tree, len(index.points if queries is None else queries)
-    check_room(num_queries * k, num_queries * k * (4 + index.dtype.itemsize), free=_free_memory)
-    counts, of_queries = cupy.zeros(num_queries, np.int64), cupy.zeros(1, np.uint32)
-    found, distance = cupy.empty((num_queries, k), np.int32), cupy.empty((num_queries, k), index.dtype)
-    arguments, of_points = tree.search(queries, queries_row_splits, radius, ignore)
-    _launch(tree.kernels(metric), "nearest", num_queries * _WARP * (k > 0), *arguments, *tree._boxes[2], np.int64(k),
-            np.int32(sort), found, distance, counts, of_queries)  # fmt: skip
+def _nearest(search, k, sort):
+    """(counts (M,), index (M, k), distance (M, k), whether a coordinate is not finite)"""
+    tree, dtype = search.index.tree, search.index.dtype
+    search.check_room(search.num_queries * k, search.num_queries * k * (4 + dtype.itemsize), free=_free_memory)
+    counts = cupy.zeros(search.num_queries, np.int64)
+    found, distance = cupy.empty((len(counts), k), np.int32), cupy.empty((len(counts), k), dtype)
+    settings, of_queries = (*tree._boxes[2], np.int64(k), np.int32(sort)), cupy.zeros(1, np.uint32)
+    of_points = search.launch(tree, "nearest", *settings, found, distance, counts, of_queries)
     return counts, found, distance, (of_points, of_queries)
 
 
 def _packed(counts, found, distance, return_distances):
     """Rows of which not all is there one after the other, in arrays as long as if it were."""
-    most, dtype = found.shape[1], distance.dtype
+    kernels, most = _module("lists.cu", (("KP_T", _ctype(distance.dtype)),)), np.int64(found.shape[1])
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
-    packed, packed_distance = cupy.zeros(found.size, np.int32), cupy.zeros(found.size * return_distances, dtype)
-    _launch(
-        _module("lists.cu", (("KP_T", _CTYPES[dtype.name]),)),
-        "pack_rows",
-        found.size,
-        found,
-        distance,
-        np.int64(most),
-        splits,
-        np.int64(len(counts)),
-        packed,
-        packed_distance,
-        np.int32(return_distances),
-    )
+    packed = cupy.zeros(found.size, np.int32)
+    packed_distance = cupy.zeros(found.size * return_distances, distance.dtype)
+    _launch(kernels, "pack_rows", found.size, found, distance, most, splits, np.int64(len(counts)), packed,
+            packed_distance, np.int32(return_distances))  # fmt: skip
     return splits, packed, packed_distance if return_distances else None
 
 
-def _nearest_within(
-    index, queries, queries_row_splits, radius, most, sort, metric, ignore, return_distances, count_only, check_room
-):
+def _nearest_within(search):
     """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
-    counts, found, distance, _ = _nearest(index, queries, queries_row_splits, radius, most, sort or 1, metric, ignore,
-                                          check_room)  # fmt: skip
-    return _packed(counts, found, distance, return_distances)
+    *found, _ = _nearest(search, search.max_neighbors, search.sort or 1)
+    return _packed(*found, search.return_distances)
 
 
 def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
                threads):  # fmt: skip
     """(row_splits, index, distance); waits once, to see whether all rows are full and all coordinates finite."""
+    search = Search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, False,
+                    check_room)  # fmt: skip
     if index.has_nothing(queries):
-        splits = cupy.zeros(len(index.points if queries is None else queries) + 1, np.int64)
-        return splits, cupy.empty(0, np.int32), cupy.empty(0, index.dtype) if return_distances else None
-    counts, found, distance, problems = _nearest(index, queries, queries_row_splits, radius, k, sort, metric, ignore,
-                                                 check_room)  # fmt: skip
+        return search.nothing()
+    counts, found, distance, problems = _nearest(search, k, sort)
     pairs, *wrong = _wait(counts.sum().reshape(1), *problems)
     if any(wrong):
         raise NotFinite
@@ -377,11 +391,11 @@ def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, t
 
 
 def _voxel_kernels(dtype, dimension):
-    return _module("subsampling.cu", (("KP_T", _CTYPES[dtype.name]), ("KP_DIM", dimension), ("KP_S", "KP_T")))
+    return _module("subsampling.cu", (("KP_T", _ctype(dtype)), ("KP_DIM", dimension), ("KP_S", "KP_T")))
 
 
 def _voxel_rows_kernels(dtype):
-    return _module("subsampling.cu", (("KP_T", "float"), ("KP_DIM", 3), ("KP_S", _CTYPES[dtype.name])))
+    return _module("subsampling.cu", (("KP_T", "float"), ("KP_DIM", 3), ("KP_S", _ctype(dtype))))
 
 
 # ---- sampling
@@ -391,8 +405,8 @@ def farthest_points(points, row_splits, start, out_row_splits, total, method, th
     """(S,) of the stacked points; waits, to see whether all coordinates are finite."""
     items, index, wrong = len(row_splits) - 1, cupy.empty(total, np.int32), cupy.zeros(1, np.uint32)
     if len(points):
-        module = _module("sampling.cu", (("KP_T", _CTYPES[points.dtype.name]), ("KP_DIM", points.shape[1])))
-        module.get_function("farthest")(
+        module = _module("sampling.cu", (("KP_T", _ctype(points.dtype)), ("KP_DIM", points.shape[1])))
+        _kernel(module, "farthest")(
             (min(_MOST_BLOCKS, items),),
             (512,),
             (
@@ -462,7 +476,7 @@ def _queries_scale(problem):
 
 
 def _kpconv_kernels(problem):
-    geometry, features = _CTYPES[problem.points.dtype.name], _CTYPES[problem.features.dtype.name]
+    geometry, features = _ctype(problem.points.dtype), _ctype(problem.features.dtype)
     return _module("kpconv.cu", (("KP_G", geometry), ("KP_F", features), ("KP_DIM", problem.points.shape[1])))
 
 
@@ -528,7 +542,7 @@ def _of_group(array, g, groups):
 def _product(a, b, out, g, groups):
     """a @ b to the g-th part of the last axis, in place where that is all of it."""
     if groups == 1:
-        np.matmul(a, b, out=out)
+        cupy.matmul(a, b, out=out)
     else:
         _of_group(out, g, groups)[...] = a @ b
 
@@ -650,7 +664,7 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
             for g in range(groups):
                 flat = _of_group(weights, g, groups).transpose(2, 0, 1)
                 flat = cupy.ascontiguousarray(flat).reshape(flat.shape[0], -1)
-                np.matmul(_of_group(grad_out[first : first + rows], g, groups), flat, out=products[g])
+                cupy.matmul(_of_group(grad_out[first : first + rows], g, groups), flat, out=products[g])
         _launch(
             _kpconv_kernels(problem),
             "place_grads",
@@ -698,8 +712,8 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
 # ---- pooling
 
 
-def _pooling_kernels(features, geometry="float32"):
-    return _module("pooling.cu", (("KP_F", _CTYPES[features.name]), ("KP_G", _CTYPES[geometry])))
+def _pooling_kernels(features, geometry=_FLOAT):
+    return _module("pooling.cu", (("KP_F", _ctype(features)), ("KP_G", _ctype(geometry))))
 
 
 def neighbor_reduce(features, index, row_splits, weights, shared, reduction, empty, pad_value, width, return_choice,
@@ -783,7 +797,7 @@ def gather_rows(features, index, row_splits, threads):
 def inverse_distance_weights(distance, row_splits, power, dtype, threads):
     """(E,)"""
     weights, queries = cupy.empty(len(distance), dtype), len(row_splits) - 1
-    _launch(_pooling_kernels(np.dtype(dtype), distance.dtype.name), "weigh_distances", queries, distance, row_splits,
+    _launch(_pooling_kernels(np.dtype(dtype), distance.dtype), "weigh_distances", queries, distance, row_splits,
             np.int64(queries), np.float64(power), weights)  # fmt: skip
     return weights
 
@@ -831,7 +845,7 @@ def segment_reduce_grad(grad_out, row_splits, reduction, num_rows, threads):
 
 
 def _rows_of(array):
-    return _module("rows.cu", (("KP_F", _CTYPES[array.dtype.name]),))
+    return _module("rows.cu", (("KP_F", _ctype(array.dtype)),))
 
 
 def linear(features, weights, bias, threads):
@@ -926,7 +940,7 @@ def split(whole, channels, needed, threads):
 
 
 def _deformation_kernels(kernel_points):
-    return _module("deformation.cu", (("KP_T", _CTYPES[kernel_points.dtype.name]), ("KP_DIM", kernel_points.shape[1])))
+    return _module("deformation.cu", (("KP_T", _ctype(kernel_points.dtype)), ("KP_DIM", kernel_points.shape[1])))
 
 
 def _total(values, weight, threads):

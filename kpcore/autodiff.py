@@ -184,7 +184,7 @@ def _reshape_vjp(arguments, saved, grad, needs):
 
 
 def _scale(array, factor):
-    return _array.as_array(array * array.dtype.type(factor)), ()
+    return _array.as_array(array * factor), ()
 
 
 def _scale_vjp(arguments, saved, grad, needs):

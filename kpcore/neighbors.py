@@ -650,16 +650,16 @@ def lists_of_levels(levels, radii, limits):
     options = _SORTS.index("index"), _METRICS.index("l2"), _IGNORES.index(False), False, False, config.check_room
     for number, (index, limit) in enumerate(zip(indices, limits, strict=True)):
         most = None if limit is None else min(limit, index.num_points)
-        searches.append((index, None, None, radii[number], most, *options))
+        searches.append(backend.Search(index, None, None, radii[number], most, *options))
         if coarser[number]:
-            searches.append((index, *coarser[number], radii[number], most, *options))
-            searches.append((indices[number + 1], *levels[number], math.inf, 1, *options))
+            searches.append(backend.Search(index, *coarser[number], radii[number], most, *options))
+            searches.append(backend.Search(indices[number + 1], *levels[number], math.inf, 1, *options))
     try:
         found = backend.radius_searches(searches)
     except backend.NotFinite:
         raise _array.not_finite(points=levels[0][0]) from None
     lists = [
-        Neighbors._trusted(index, splits, search[0].num_points)
+        Neighbors._trusted(index, splits, search.index.num_points)
         for search, (splits, index, _) in zip(searches, found, strict=True)
     ]
     return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]

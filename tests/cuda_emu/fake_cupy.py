@@ -80,8 +80,8 @@ class ndarray(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         if method != "__call__":
             raise TypeError(f"{ufunc.__name__}.{method} is not in the stand-in")
-        if ufunc is np.matmul:
-            ufunc = _product
+        if ufunc.signature is not None:  # such as np.matmul
+            return NotImplemented
         if out is not None:
             return out[0]._filled(ufunc(*map(_host, inputs), **kwargs))
         return _device(ufunc(*map(_host, inputs), **kwargs))
@@ -147,6 +147,9 @@ class ndarray(NDArrayOperatorsMixin):
     def tolist(self):
         raise TypeError("use `.get().tolist()`")
 
+    def __matmul__(self, other):
+        return matmul(self, other)
+
     # Views and copies.
 
     def __getitem__(self, key):
@@ -195,6 +198,11 @@ class ndarray(NDArrayOperatorsMixin):
 def _product(a, b):
     """cuBLAS's of 16 bits: summed in float32."""
     return a @ b if a.dtype.itemsize > 2 else (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype)
+
+
+def matmul(a, b, out=None):
+    found = _product(_host(a), _host(b))
+    return _device(found) if out is None else out._filled(found)
 
 
 def _is_mask(key):
@@ -279,13 +287,12 @@ class RawModule:
         self._code, self._options, self._modules = code, options, {}
 
     def get_function(self, name):
-        key = tuple(sorted(mode.items()))
-        if key not in self._modules:
-            self._modules[key] = emulator.Module(self._code, self._options, **mode)
-        kernel = self._modules[key].get_function(name)
-
         def launch(grid, block, arguments, *, shared_mem=0):
             counts.launches += 1
+            key = tuple(sorted(mode.items()))
+            if key not in self._modules:
+                self._modules[key] = emulator.Module(self._code, self._options, **mode)
+            kernel = self._modules[key].get_function(name)
             unwritten = [i for i, a in enumerate(arguments) if isinstance(a, ndarray) and not a._owner._written]
             kernel(grid, block, [_host(a) for a in arguments], shared_mem=shared_mem, uninitialized=unwritten)
             for a, parameter in zip(arguments, kernel.parameters, strict=True):
@@ -310,7 +317,7 @@ def install():
         "may_share_memory",
     )
     module.__dict__.update({name: globals()[name] for name in names})
-    module.concatenate, module.stack = concatenate, stack
+    module.concatenate, module.stack, module.matmul = concatenate, stack, matmul
     module.cuda = types.SimpleNamespace(
         Device=lambda: current,
         is_available=lambda: True,
