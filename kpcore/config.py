@@ -162,7 +162,7 @@ def _free_memory():
 
 
 def _gpu():
-    if importlib.util.find_spec("cupy") is None:
+    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
         return "not used: CuPy is not installed (kpcore[cuda12], kpcore[cuda13])"
     try:
         module = cupy()

@@ -180,3 +180,26 @@ def test_a_result_larger_than_the_free_memory_is_an_error_before_it_is_made(monk
 
 def test_free_memory_is_some():
     assert 2**20 < kp.config._free_memory() < 2**50
+
+
+def test_show_config_names_the_gpu_or_what_it_lacks(python):
+    run = python("import kpcore; kpcore.show_config()", CUDA_VISIBLE_DEVICES="")
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("GPU")]
+    assert "not used: CuPy is not installed" in line or "not used: expected a GPU and its driver" in line
+    run = python("import sys, types; sys.modules['cupy'] = None; import kpcore.config as c; c.cupy()")
+    assert "ImportError: expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13]" in run.stderr
+
+
+def test_no_function_imports_cupy(python):
+    """Who has no GPU waits for nothing of it."""
+    code = """
+import sys
+import numpy as np
+import kpcore as kp
+points = np.random.default_rng(0).random((50, 3))
+kp.build_pyramid(points, voxel_size=0.2, num_levels=2)
+nb = kp.knn_search(points, None, 3).to("cpu")
+kp.kpconv(points, None, nb, points, np.ones((1, 3, 2)), np.zeros((1, 3)), 1.0)
+print("cupy" in sys.modules or "kpcore._gpu" in sys.modules)
+"""
+    assert python(code).stdout == "False\n"

@@ -751,6 +751,13 @@ def test_what_differentiates_wants_arrays_of_one_place():
     assert not unused.get().any()
 
 
+def test_what_a_bug_report_says(capsys):
+    kp.show_config()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU")]
+    if EMULATED:
+        assert line == "GPU              emulator, compute capability 90, driver for CUDA 13.0, CuPy 14.2.0"
+
+
 # ---- how it is put together
 
 

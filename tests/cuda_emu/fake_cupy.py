@@ -37,6 +37,7 @@ class Flags:
 
 class Device(NamedTuple):
     id: int
+    compute_capability: str = "90"
 
 
 counts = Counts()
@@ -324,7 +325,11 @@ def install():
         get_current_stream=lambda: types.SimpleNamespace(ptr=0),
         PythonFunctionAllocator=lambda allocate, free: types.SimpleNamespace(malloc=(allocate, free)),
         set_allocator=None,
-        runtime=types.SimpleNamespace(memGetInfo=lambda: (1 << 37, 1 << 38)),
+        runtime=types.SimpleNamespace(
+            memGetInfo=lambda: (1 << 37, 1 << 38),
+            driverGetVersion=lambda: 13000,
+            getDeviceProperties=lambda device: {"name": b"emulator", "totalGlobalMem": 1 << 38},
+        ),
     )
     module.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
     names = (
