@@ -374,19 +374,9 @@ def grid_subsample_grad(features, inverse, counts, nearest, feature, grad_out, t
         _launch(kernels, "give_to_maxima", grad_out.size, features, np.int64(columns), cupy.argsort(inverse), begins,
                 np.int64(len(counts)), grad_out, grads)  # fmt: skip
     else:
-        _launch(
-            kernels,
-            "give_rows",
-            grads.size,
-            inverse,
-            counts,
-            cupy.empty(0, np.int32) if nearest is None else nearest,
-            np.int32(feature == 2),
-            grad_out,
-            np.int64(n),
-            np.int64(columns),
-            grads,
-        )
+        _launch(kernels, "give_rows", grads.size, inverse, counts,
+                cupy.empty(0, np.int32) if nearest is None else nearest, np.int32(feature == 2), grad_out, np.int64(n),
+                np.int64(columns), grads)  # fmt: skip
     return grads
 
 
@@ -439,18 +429,8 @@ def _by_point(index, row_splits, num_points):
     pairs, queries = len(index), len(row_splits) - 1
     kernels = _module("lists.cu", ())
     keys, rows = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
-    _launch(
-        kernels,
-        "rows_of_pairs",
-        pairs,
-        index,
-        np.int64(pairs),
-        row_splits,
-        np.int32(queries),
-        np.int32(num_points),
-        keys,
-        rows,
-    )
+    _launch(kernels, "rows_of_pairs", pairs, index, np.int64(pairs), row_splits, np.int32(queries),
+            np.int32(num_points), keys, rows)  # fmt: skip
     order = cupy.argsort(keys)
     splits = cupy.empty(num_points + 1, np.int64)
     _launch(kernels, "begins_of_keys", num_points + 1, keys[order], np.int64(pairs), np.int64(num_points + 1), splits)
@@ -480,57 +460,51 @@ def _kpconv_kernels(problem):
     return _module("kpconv.cu", (("KP_G", geometry), ("KP_F", features), ("KP_DIM", problem.points.shape[1])))
 
 
+def _kernel_arguments(problem, whose):
+    """What kernels get of the kernel points; offsets and modulations are of the queries (1) or what is gathered (2)."""
+    offsets, modulations = problem.offsets, problem.modulations
+    return (
+        problem.kernel_points, np.int32(len(problem.kernel_points)),
+        cupy.empty(0, problem.points.dtype) if offsets is None else offsets, np.int32(offsets is not None and whose),
+        cupy.empty(0, problem.features.dtype) if modulations is None else modulations,
+        np.int32(modulations is not None and whose),
+    )  # fmt: skip
+
+
 def _aggregated(problem, transposed=None):
-    """(first query, end, sums (groups, rows, K * channels of a group)) for some queries after the other."""
+    """(first query, end, sums (groups, rows, K * channels of a group)) for some queries after the other.
+
+    The sums are in one buffer: what is done with a portion is asked for before the next is.
+    """
     points, queries, features = problem.points, problem.queries, problem.features
     index, row_splits, whose, sign = problem.index, problem.row_splits, 1, 1
     if transposed is not None:
         index, row_splits, features = transposed
         points, queries, whose, sign = queries, points, 2, -1
-    geometry, number, kernels = points.dtype.type, features.dtype, len(problem.kernel_points)
-    scale, nothing = _queries_scale(problem), cupy.empty(0, number)
-    scale, scaled = (cupy.empty(0, _real(number)), 0) if scale is None else (scale, whose)
-    channels, groups = features.shape[1], problem.groups
-    for first, count in _portions(problem, len(queries), channels):
-        sums = cupy.empty((groups, count, kernels * channels // groups), number)
-        _launch(
-            _kpconv_kernels(problem),
-            "aggregate",
-            count * _WARP,
-            points,
-            queries,
-            index,
-            row_splits,
-            features,
-            np.int32(channels),
-            problem.kernel_points,
-            np.int32(kernels),
-            cupy.empty(0, geometry) if problem.offsets is None else problem.offsets,
-            np.int32(problem.offsets is not None and whose),
-            nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None and whose),
-            np.int32(problem.factors),
-            scale,
-            scale,
-            np.int32(scaled),
-            geometry(sign),
-            geometry(problem.extent),
-            np.int32(problem.influence),
-            np.int32(problem.aggregation),
-            np.int32(groups),
-            np.int64(first),
-            np.int64(count),
-            sums,
-        )
+    geometry, dtype, groups, channels = points.dtype.type, features.dtype, problem.groups, features.shape[1]
+    scale, scaled = _queries_scale(problem), whose
+    if scale is None:
+        scale, scaled = cupy.empty(0, _real(dtype)), 0
+    # Launching takes the host as long as the GPU takes for a portion: whatever is always the same is made once.
+    kernel = _kernel(_kpconv_kernels(problem), "aggregate")
+    given = (
+        points, queries, index, row_splits, features, np.int32(channels), *_kernel_arguments(problem, whose),
+        np.int32(problem.factors), scale, np.int32(scaled), geometry(sign), geometry(problem.extent),
+        np.int32(problem.influence), np.int32(problem.aggregation), np.int32(groups),
+    )  # fmt: skip
+    columns, rows = len(problem.kernel_points) * channels, _rows_at_once(problem, channels)
+    buffer = cupy.empty((min(rows, len(queries)), columns), dtype)
+    for first in range(0, len(queries), rows):
+        count = min(rows, len(queries) - first)
+        sums = buffer[:count].reshape(groups, count, columns // groups)
+        blocks = min(_MOST_BLOCKS, -(-count * _WARP // _BLOCK))
+        kernel((blocks,), (_BLOCK,), (*given, np.int64(first), np.int64(count), sums))
         yield first, first + count, sums
 
 
-def _portions(problem, queries, channels):
-    """(first query, how many) whose sums, K * channels each, are to be there at a time."""
-    row = len(problem.kernel_points) * channels * problem.features.dtype.itemsize
-    rows = max(1, _SUMS_BYTES // row)
-    for first in range(0, queries, rows):
-        yield first, min(rows, queries - first)
+def _rows_at_once(problem, channels):
+    """Queries whose sums, K * channels each, are to be there at a time."""
+    return max(1, _SUMS_BYTES // (len(problem.kernel_points) * channels * problem.features.dtype.itemsize))
 
 
 def _of_group(array, g, groups):
@@ -550,17 +524,8 @@ def _product(a, b, out, g, groups):
 def _channelwise(problem, kernel, first, rows, *arguments, threads):
     """A kernel of where every channel is its own group."""
     kernels, channels = problem.weights.shape
-    _launch(
-        _kpconv_kernels(problem),
-        kernel,
-        threads,
-        *arguments[:1],
-        np.int64(first),
-        np.int64(rows),
-        np.int32(kernels),
-        np.int32(channels),
-        *arguments[1:],
-    )
+    settings = np.int64(first), np.int64(rows), np.int32(kernels), np.int32(channels)
+    _launch(_kpconv_kernels(problem), kernel, threads, *arguments[:1], *settings, *arguments[1:])
 
 
 def _convolved(problem, flat, queries, channels, transposed=None):
@@ -569,18 +534,8 @@ def _convolved(problem, flat, queries, channels, transposed=None):
     modulations = problem.modulations if factors > 1 else cupy.empty(0, out.dtype)
     for first, end, sums in _aggregated(problem, transposed):
         if flat is None:
-            _channelwise(
-                problem,
-                "scale_sums",
-                first,
-                end - first,
-                sums,
-                problem.weights,
-                modulations,
-                np.int32(factors),
-                out,
-                threads=(end - first) * channels,
-            )
+            _channelwise(problem, "scale_sums", first, end - first, sums, problem.weights, modulations,
+                         np.int32(factors), out, threads=(end - first) * channels)  # fmt: skip
             continue
         for g, weights in enumerate(flat):
             _product(sums[g], weights, out[first:end], g, len(flat))
@@ -654,47 +609,28 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
     of_pairs, of_queries = cupy.empty((len(problem.index), dimension), points.dtype), cupy.empty_like(queries)
     of_offsets = cupy.empty((len(queries), kernels, dimension), points.dtype)
     of_modulations = cupy.empty((len(queries), kernels), _real(number))
-    nothing, scale = cupy.empty(0, number), _queries_scale(problem)
-    for first, rows in _portions(problem, len(queries), channels):
-        products = cupy.empty((groups, rows, kernels * channels // groups), number)
-        if weights.ndim == 2:
-            _launch(_kpconv_kernels(problem), "grad_products", products.size, np.int64(first), np.int64(rows),
-                    np.int32(kernels), np.int32(channels), weights, grad_out, products)  # fmt: skip
-        else:
-            for g in range(groups):
-                flat = _of_group(weights, g, groups).transpose(2, 0, 1)
-                flat = cupy.ascontiguousarray(flat).reshape(flat.shape[0], -1)
-                cupy.matmul(_of_group(grad_out[first : first + rows], g, groups), flat, out=products[g])
-        _launch(
-            _kpconv_kernels(problem),
-            "place_grads",
-            rows * _WARP,
-            points,
-            queries,
-            problem.index,
-            problem.row_splits,
-            features,
-            np.int32(channels),
-            problem.kernel_points,
-            np.int32(kernels),
-            cupy.empty(0, points.dtype) if problem.offsets is None else problem.offsets,
-            np.int32(problem.offsets is not None),
-            nothing if problem.modulations is None else problem.modulations,
-            np.int32(problem.modulations is not None),
-            cupy.empty(0, _real(number)) if scale is None else scale,
-            np.int32(scale is not None),
-            geometry(problem.extent),
-            np.int32(problem.influence),
-            np.int32(problem.aggregation),
-            np.int32(groups),
-            np.int64(first),
-            np.int64(rows),
-            products,
-            of_pairs,
-            of_queries,
-            of_offsets,
-            of_modulations,
-        )
+    scale, scaled = _queries_scale(problem), np.int32(bool(problem.normalization))
+    module, flats, at_once = _kpconv_kernels(problem), [], _rows_at_once(problem, channels)
+    if weights.ndim == 3:
+        flats = [cupy.ascontiguousarray(_of_group(weights, g, groups).transpose(2, 0, 1)) for g in range(groups)]
+        flats = [flat.reshape(len(flat), -1) for flat in flats]
+    given = (
+        points, queries, problem.index, problem.row_splits, features, np.int32(channels),
+        *_kernel_arguments(problem, 1),
+        cupy.empty(0, _real(number)) if scale is None else scale, scaled, geometry(problem.extent),
+        np.int32(problem.influence), np.int32(problem.aggregation), np.int32(groups),
+    )  # fmt: skip
+    buffer = cupy.empty((min(at_once, len(queries)), kernels * channels), number)
+    for first in range(0, len(queries), at_once):
+        rows = min(at_once, len(queries) - first)
+        products = buffer[:rows].reshape(groups, rows, kernels * channels // groups)
+        for g, flat in enumerate(flats):
+            cupy.matmul(_of_group(grad_out[first : first + rows], g, groups), flat, out=products[g])
+        if not flats:
+            _launch(module, "grad_products", products.size, np.int64(first), np.int64(rows), np.int32(kernels),
+                    np.int32(channels), weights, grad_out, products)  # fmt: skip
+        _launch(module, "place_grads", rows * _WARP, *given, np.int64(first), np.int64(rows), products, of_pairs,
+                of_queries, of_offsets, of_modulations)  # fmt: skip
     of_modulations = of_modulations.astype(number, copy=False)
     grads = {"queries": of_queries, "offsets": of_offsets, "modulations": of_modulations}
     if "kernel_points" in needs:
@@ -703,9 +639,8 @@ def _kpconv_grads_of_places(problem, grad_out, needs):
     if "points" in needs:
         order, _, begins = _by_point(problem.index, problem.row_splits, n)
         grads["points"] = cupy.empty_like(points)
-        _launch(
-            _kpconv_kernels(problem), "sum_pairs", n * dimension, of_pairs, order, begins, np.int64(n), grads["points"]
-        )
+        _launch(_kpconv_kernels(problem), "sum_pairs", n * dimension, of_pairs, order, begins, np.int64(n),
+                grads["points"])  # fmt: skip
     return {name: grad for name, grad in grads.items() if name in needs}
 
 
@@ -723,11 +658,10 @@ def neighbor_reduce(features, index, row_splits, weights, shared, reduction, emp
     kernels, out, number = _pooling_kernels(dtype), cupy.empty((queries, channels), dtype), _real(dtype).type
     of_rows = features, np.int64(channels), index, row_splits, np.int64(queries)
     if reduction < 2:
-        _launch(
-            kernels, "sum_neighbors", queries * _WARP, *of_rows, cupy.empty(0, dtype) if weights is None else weights,
-            np.int32(weights is not None), cupy.empty(0, np.int64) if shared is None else shared,
-            np.int32(shared is not None), np.int32(reduction), number(empty), out,
-        )  # fmt: skip
+        _launch(kernels, "sum_neighbors", queries * _WARP, *of_rows,
+                cupy.empty(0, dtype) if weights is None else weights, np.int32(weights is not None),
+                cupy.empty(0, np.int64) if shared is None else shared, np.int32(shared is not None),
+                np.int32(reduction), number(empty), out)  # fmt: skip
         return out, None
     choice = cupy.empty((queries, channels), np.int32)
     _launch(kernels, "choose_neighbors", queries * _WARP, *of_rows, np.int32(reduction), number(empty),
@@ -738,19 +672,8 @@ def neighbor_reduce(features, index, row_splits, weights, shared, reduction, emp
 def neighbor_reduce_grad_weights(features, index, row_splits, reduction, grad_out, threads):
     """(E,)"""
     queries, grads = len(row_splits) - 1, cupy.zeros(len(index), features.dtype)
-    _launch(
-        _pooling_kernels(features.dtype),
-        "grad_weights",
-        queries * _WARP,
-        features,
-        np.int64(features.shape[1]),
-        index,
-        row_splits,
-        np.int64(queries),
-        np.int32(reduction),
-        grad_out,
-        grads,
-    )
+    _launch(_pooling_kernels(features.dtype), "grad_weights", queries * _WARP, features, np.int64(features.shape[1]),
+            index, row_splits, np.int64(queries), np.int32(reduction), grad_out, grads)  # fmt: skip
     return grads
 
 
@@ -758,28 +681,11 @@ def unpool(choice, grad_out, num_rows, threads):
     """(num_rows, C)"""
     channels, kernels = grad_out.shape[1], _pooling_kernels(grad_out.dtype)
     keys, grads = cupy.empty(choice.size, np.int64), cupy.empty((num_rows, channels), grad_out.dtype)
-    _launch(
-        kernels,
-        "chosen_values",
-        choice.size,
-        choice,
-        np.int64(choice.size),
-        np.int64(channels),
-        np.int64(num_rows),
-        keys,
-    )
+    _launch(kernels, "chosen_values", choice.size, choice, np.int64(choice.size), np.int64(channels),
+            np.int64(num_rows), keys)  # fmt: skip
     order = cupy.argsort(keys)
-    _launch(
-        kernels,
-        "sum_chosen",
-        grads.size,
-        keys[order],
-        order,
-        np.int64(choice.size),
-        grad_out,
-        np.int64(grads.size),
-        grads,
-    )
+    _launch(kernels, "sum_chosen", grads.size, keys[order], order, np.int64(choice.size), grad_out,
+            np.int64(grads.size), grads)  # fmt: skip
     return grads
 
 
@@ -811,21 +717,8 @@ def segment_reduce(features, row_splits, reduction, empty, return_choice, thread
     firsts, chooses = cupy.cumsum(counts), reduction >= 2
     sums = cupy.empty(most * channels * (not chooses), np.float64)
     bests, choices = (cupy.empty(most * channels * chooses, d) for d in (_real(dtype), np.int32))
-    _launch(
-        kernels,
-        "reduce_blocks",
-        most * channels,
-        features,
-        np.int64(channels),
-        row_splits,
-        np.int32(items),
-        firsts,
-        np.int64(most),
-        np.int32(reduction),
-        sums,
-        bests,
-        choices,
-    )
+    _launch(kernels, "reduce_blocks", most * channels, features, np.int64(channels), row_splits, np.int32(items),
+            firsts, np.int64(most), np.int32(reduction), sums, bests, choices)  # fmt: skip
     out, choice = cupy.empty((items, channels), dtype), cupy.empty((items * chooses, channels), np.int32)
     _launch(kernels, "join_blocks", items * channels, row_splits, np.int64(items), np.int64(channels), firsts,
             np.int32(reduction), _real(dtype).type(empty), sums, bests, choices, out, choice)  # fmt: skip
@@ -910,9 +803,8 @@ def dropout(features, rate, seed, threads):
 def softmax(features, threads):
     """(N, C)"""
     (rows, columns), out = features.shape, cupy.empty_like(features)
-    _launch(
-        _rows_of(features), "softmax", rows * _WARP * (columns > 0), features, np.int64(rows), np.int64(columns), out
-    )
+    _launch(_rows_of(features), "softmax", rows * _WARP * (columns > 0), features, np.int64(rows), np.int64(columns),
+            out)  # fmt: skip
     return out
 
 
@@ -1027,21 +919,8 @@ def moments(features, row_splits, groups, threads):
     _launch(kernels, "moment_blocks", sums.size, features, np.int64(columns), row_splits, np.int32(items), firsts,
             np.int64(most), sums, squares)  # fmt: skip
     mean, variance = cupy.empty((items, groups), np.float64), cupy.empty((items, groups), np.float64)
-    _launch(
-        kernels,
-        "join_moments",
-        mean.size,
-        features,
-        np.int64(columns),
-        np.int64(groups),
-        row_splits,
-        np.int64(items),
-        firsts,
-        sums,
-        squares,
-        mean,
-        variance,
-    )
+    _launch(kernels, "join_moments", mean.size, features, np.int64(columns), np.int64(groups), row_splits,
+            np.int64(items), firsts, sums, squares, mean, variance)  # fmt: skip
     return mean, variance
 
 
@@ -1088,19 +967,8 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
                 _launch(kernels, "sum_items", columns, sums, np.int64(items), np.int64(columns), grads[i])
     if features_needed:
         grads[0] = cupy.empty_like(features)
-        _launch(
-            kernels,
-            "normalize_grad",
-            rows * columns,
-            features,
-            grad_out,
-            np.int64(rows),
-            np.int64(columns),
-            *of_items,
-            slant,
-            level,
-            grads[0],
-        )
+        _launch(kernels, "normalize_grad", rows * columns, features, grad_out, np.int64(rows), np.int64(columns),
+                *of_items, slant, level, grads[0])  # fmt: skip
     return tuple(grads)
 
 
@@ -1111,22 +979,10 @@ def _entropies(logits, labels, ignore_index, class_weights):
     """(labels as int64, losses, weights, whether a label is no class), of each row"""
     (rows, classes), wide = logits.shape, labels.astype(np.int64)
     losses, weights, wrong = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64), cupy.zeros(1, np.uint32)
-    _launch(
-        _rows_of(logits),
-        "entropies",
-        rows * _WARP,
-        logits,
-        np.int64(rows),
-        np.int64(classes),
-        wide,
-        cupy.empty(0, logits.dtype) if class_weights is None else class_weights,
-        np.int32(class_weights is not None),
-        np.int64(ignore_index or 0),
-        np.int32(ignore_index is not None),
-        losses,
-        weights,
-        wrong,
-    )
+    _launch(_rows_of(logits), "entropies", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide,
+            cupy.empty(0, logits.dtype) if class_weights is None else class_weights,
+            np.int32(class_weights is not None), np.int64(ignore_index or 0), np.int32(ignore_index is not None),
+            losses, weights, wrong)  # fmt: skip
     return wide, losses, weights, wrong
 
 
@@ -1148,21 +1004,7 @@ def cross_entropy_grad(logits, labels, ignore_index, class_weights, reduction, g
     (rows, classes), out = logits.shape, cupy.empty_like(logits)
     wide, _, weights, _ = _entropies(logits, labels, ignore_index, class_weights)
     total = _total(weights, 1.0, threads).reshape(1)
-    _launch(
-        _rows_of(logits),
-        "entropies_grad",
-        rows * _WARP,
-        logits,
-        np.int64(rows),
-        np.int64(classes),
-        wide,
-        weights,
-        np.int64(ignore_index or 0),
-        np.int32(ignore_index is not None),
-        grad_out.reshape(-1),
-        np.int32(reduction == 2),
-        total,
-        np.int32(reduction == 0),
-        out,
-    )
+    _launch(_rows_of(logits), "entropies_grad", rows * _WARP, logits, np.int64(rows), np.int64(classes), wide, weights,
+            np.int64(ignore_index or 0), np.int32(ignore_index is not None), grad_out.reshape(-1),
+            np.int32(reduction == 2), total, np.int32(reduction == 0), out)  # fmt: skip
     return out

@@ -79,9 +79,8 @@ using namespace kp;
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
                                      const G* offsets, int offsets_of, const S* modulations, int modulations_of,
-                                     int factors, const F* query_scale, const F* point_scale, int scaled, G sign,
-                                     G extent, int influence, int aggregation, int groups, int64_t first, int64_t rows,
-                                     S* sums) {
+                                     int factors, const F* scale, int scaled, G sign, G extent, int influence,
+                                     int aggregation, int groups, int64_t first, int64_t rows, S* sums) {
   __shared__ int32_t choices[most_warps * kept];
   const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_of, sign, extent, 1 / extent,
                       gaussian_scale(extent), influence, aggregation};
@@ -123,8 +122,7 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
               weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
               if (modulations_of && factors == 1)
                 weight *= F(modulations[(modulations_of == the_queries ? q : int64_t(i)) * num_kernels + k]);
-              if (scaled == the_queries) weight *= query_scale[q];
-              if (scaled == the_gathered) weight *= point_scale[i];
+              if (scaled) weight *= scale[scaled == the_queries ? q : int64_t(i)];
             }
             for (unsigned rest = __ballot_sync(all_lanes, weight != F(0)); rest; rest &= rest - 1) {
               const int source = __ffs(int(rest)) - 1;
