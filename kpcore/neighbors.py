@@ -298,7 +298,8 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
         True: points of exactly the query's coordinates are no neighbours (as in Open3D). "index": point i is none of
         query i, which takes as many queries as points; others of its coordinates are.
     max_neighbors : int, optional
-        Keep only so many, the nearest (of equally near ones those with the smallest index).
+        Keep only so many, the nearest (of equally near ones those with the smallest index). On the GPU such a search
+        waits for nothing: ``Neighbors.index`` is as long as it could become, and what is not finite is no error.
     sort : {"index", "distance", None}
         Order within a row: by point index; by (distance, index); or unspecified, which is fastest.
     return_distances : bool

@@ -514,6 +514,27 @@ def test_kpconv_of_points_among_themselves():
     check_gradients(call, primals["points"], primals["features"], neighbors=neighbors, **more)
 
 
+@emulated
+@pytest.mark.parametrize("backward", [False, True])
+def test_kpconv_takes_memory_for_some_queries_at_a_time(backward, monkeypatch):
+    monkeypatch.setattr(_gpu, "_SUMS_BYTES", 1 << 14)
+    monkeypatch.setattr(fake_cupy, "mode", {"check": False})
+    points, radius = clouds.uniform(600)
+    device, rng = to_device(points), np.random.default_rng(0)
+    neighbors, kernel_points = kp.radius_search(device, None, radius), to_device(kp.kernel_points(15, radius))
+    features, weights = (to_device(rng.normal(size=s).astype(np.float32)) for s in ((600, 16), (15, 16, 16)))
+    neighbors.transpose()
+    counts = fake_cupy.counts
+    before = counts.peak = counts.live
+    out, pullback = kp.autodiff.vjp(
+        lambda f, w: kp.kpconv(device, None, neighbors, f, w, kernel_points, radius), features, weights
+    )
+    grads = pullback(out) if backward else ()
+    results = sum(a.nbytes for a in (out, *grads))
+    beyond = counts.peak - before - results
+    assert 1 << 14 <= beyond <= (1 << 14) + 4 * weights.nbytes  # all sums would be 560 KiB
+
+
 # ---- pooling
 
 

@@ -3,7 +3,7 @@
 Only what kpcore uses is here; anything else is an AttributeError. `install()` puts it in place of the module `cupy`.
 
 - Arrays of the host and of the device do not mix, and nothing becomes a NumPy array but by `get`.
-- What makes the host wait for the device is counted: `counts.waits`. So are launches and copies to the device.
+- What makes the host wait for the device is counted: `counts.waits`. So are launches, copies to the device, and memory.
 - What `empty` gives is known to be unwritten, and a kernel that reads it fails.
 - Assignment through an index that has a number twice is an error: on a GPU any of the values may stay.
 """
@@ -23,6 +23,8 @@ class Counts:
     launches: int = 0
     waits: int = 0
     uploads: int = 0
+    live: int = 0  # bytes of all arrays there are
+    peak: int = 0
 
 
 @dataclass
@@ -53,6 +55,13 @@ class ndarray(NDArrayOperatorsMixin):
 
     def __init__(self, array, base=None):
         self._array, self._base, self._written = array, base, True
+        if base is None:
+            counts.live += array.nbytes
+            counts.peak = max(counts.peak, counts.live)
+
+    def __del__(self):
+        if self._base is None:
+            counts.live -= self._array.nbytes
 
     shape = property(lambda self: self._array.shape)
     dtype = property(lambda self: self._array.dtype)
