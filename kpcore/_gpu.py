@@ -20,6 +20,7 @@ _SOURCES = Path(__file__).with_name("cuda")
 if not _SOURCES.is_dir():  # of an editable install
     _SOURCES = Path(__file__).parents[1] / "src"
 _BLOCK = 128
+_BLOCK_OF_ROWS = 1024  # of launch.h
 _MOST_BLOCKS = 1 << 15  # kernels go on to the next query themselves
 _WARP = 32
 _FLOAT = np.dtype(np.float32)
@@ -437,6 +438,14 @@ def _by_point(index, row_splits, num_points):
     return order, rows, splits
 
 
+def _blocks(rows, row_splits):
+    """(number of each item's first block, an upper bound of them all)"""
+    items = len(row_splits) - 1
+    counts = cupy.zeros(items + 1, np.int64)
+    _launch(_module("lists.cu", ()), "count_blocks", items, row_splits, np.int64(items), counts[1:])
+    return cupy.cumsum(counts), rows // _BLOCK_OF_ROWS + items
+
+
 # ---- kpconv
 
 _SUMS_BYTES = 32 << 20  # at a time: they stay in the second-level cache of an H100 or H200
@@ -711,10 +720,8 @@ def inverse_distance_weights(distance, row_splits, power, dtype, threads):
 def segment_reduce(features, row_splits, reduction, empty, return_choice, threads):
     """(out (B, C), choice (B, C) or None)"""
     (rows, channels), items, dtype = features.shape, len(row_splits) - 1, features.dtype
-    kernels, most = _pooling_kernels(dtype), rows // 1024 + items
-    counts = cupy.zeros(items + 1, np.int64)
-    _launch(kernels, "count_blocks", items, row_splits, np.int64(items), counts[1:])
-    firsts, chooses = cupy.cumsum(counts), reduction >= 2
+    kernels, chooses = _pooling_kernels(dtype), reduction >= 2
+    firsts, most = _blocks(rows, row_splits)
     sums = cupy.empty(most * channels * (not chooses), np.float64)
     bests, choices = (cupy.empty(most * channels * chooses, d) for d in (_real(dtype), np.int32))
     _launch(kernels, "reduce_blocks", most * channels, features, np.int64(channels), row_splits, np.int32(items),
@@ -762,7 +769,7 @@ def linear_grad_weights(features, grad_out, threads):
 def sum_rows(rows, threads):
     """(C,)"""
     (n, columns), kernels = rows.shape, _rows_of(rows)
-    blocks = -(-n // 1024)
+    blocks = -(-n // _BLOCK_OF_ROWS)
     partial, sums = cupy.empty((blocks, columns), np.float64), cupy.empty(columns, rows.dtype)
     _launch(kernels, "sum_blocks", partial.size, rows, np.int64(n), np.int64(columns), partial)
     _launch(kernels, "join_sums", columns, partial, np.int64(blocks), np.int64(columns), sums)
@@ -839,7 +846,7 @@ def _total(values, weight, threads):
     """() of the dtype of the values, summed in float64"""
     partial = values.reshape(-1, 1)
     kernels, n = _rows_of(values), values.size
-    blocks = -(-n // 1024)
+    blocks = -(-n // _BLOCK_OF_ROWS)
     sums, total = cupy.zeros((blocks, 1), np.float64), cupy.zeros(1, np.float64)
     _launch(kernels, "sum_blocks", blocks, partial, np.int64(n), np.int64(1), sums)
     _launch(_module("rows.cu", (("KP_F", "double"),)), "join_sums", 1, sums, np.int64(blocks), np.int64(1), total)
@@ -903,18 +910,10 @@ def repulsion_loss_grad(kernel_points, offsets, extent, repulse_extent, weight, 
 # ---- normalisation
 
 
-def _blocks(features, row_splits):
-    """(number of each item's first block, an upper bound of them all)"""
-    items = len(row_splits) - 1
-    counts = cupy.zeros(items + 1, np.int64)
-    _launch(_rows_of(features), "count_blocks", items, row_splits, np.int64(items), counts[1:])
-    return cupy.cumsum(counts), len(features) // 1024 + items
-
-
 def moments(features, row_splits, groups, threads):
     """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none"""
     columns, items, kernels = features.shape[1], len(row_splits) - 1, _rows_of(features)
-    firsts, most = _blocks(features, row_splits)
+    firsts, most = _blocks(len(features), row_splits)
     sums, squares = cupy.empty((most, columns), np.float64), cupy.empty((most, columns), np.float64)
     _launch(kernels, "moment_blocks", sums.size, features, np.int64(columns), row_splits, np.int32(items), firsts,
             np.int64(most), sums, squares)  # fmt: skip
@@ -951,7 +950,7 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
     slant, level = cupy.zeros((2, items, groups), _real(dtype))
     grads = [None, None, None]
     if scale_needed or shift_needed or not is_given:
-        firsts, most = _blocks(features, row_splits)
+        firsts, most = _blocks(len(features), row_splits)
         shifts, scales = cupy.empty((most, columns), np.float64), cupy.empty((most, columns), np.float64)
         _launch(kernels, "grad_blocks", shifts.size, features, grad_out, np.int64(columns), *of_items, firsts,
                 np.int64(most), shifts, scales)  # fmt: skip

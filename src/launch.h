@@ -25,6 +25,21 @@ __device__ int64_t num_warps() {
   return num_threads() / warp;
 }
 
+// The first of the sorted keys from `begin` on that is not below `key`; `end` if all are.
+template <class K>
+__device__ int64_t lower_bound(const K* keys, int64_t begin, int64_t end, int64_t key) {
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (keys[middle] < key)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+constexpr int64_t block_of_rows = 1024;  // of an item, that are summed by one thread
+
 // The item that row i is of: the last one that begins at or before it.
 __device__ int item_of(const int64_t* splits, int num_items, int64_t i) {
   int low = 0, high = num_items;

@@ -1,4 +1,4 @@
-// Lists of neighbours on the GPU: what turns them around.
+// Lists on the GPU: what turns those of neighbours around, and cuts those of items into blocks.
 
 #include "launch.h"
 
@@ -15,17 +15,13 @@ extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs
 
 // begins[k] = how many of the sorted keys lie below k
 extern "C" __global__ void begins_of_keys(const int32_t* keys, int64_t num_keys, int64_t num_begins, int64_t* begins) {
-  for (int64_t k = first_thread(); k < num_begins; k += num_threads()) {
-    int64_t low = 0, high = num_keys;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (keys[middle] < k)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    begins[k] = low;
-  }
+  for (int64_t k = first_thread(); k < num_begins; k += num_threads()) begins[k] = lower_bound(keys, 0, num_keys, k);
+}
+
+// counts[b] = blocks of rows of item b
+extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_items, int64_t* counts) {
+  for (int64_t b = first_thread(); b < num_items; b += num_threads())
+    counts[b] = (row_splits[b + 1] - row_splits[b] + block_of_rows - 1) / block_of_rows;
 }
 
 #ifdef KP_T

@@ -365,17 +365,8 @@ extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double
 
 // starts[c] = how many keys lie below c
 extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, int32_t num_cells, int32_t* starts) {
-  for (int64_t c = first_thread(); c <= num_cells; c += num_threads()) {
-    int32_t low = 0, high = num_points;
-    while (low < high) {
-      const int32_t middle = low + (high - low) / 2;
-      if (keys[middle] < c)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    starts[c] = low;
-  }
+  for (int64_t c = first_thread(); c <= num_cells; c += num_threads())
+    starts[c] = int32_t(lower_bound(keys, 0, num_points, c));
 }
 
 #endif
@@ -500,16 +491,9 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       // The leaf where the query would lie is seen first: its points rule most others out.
       const int item = item_of(queries_splits, num_items, q);
       const int64_t key = curve_key(query.at, low, high, item, bits);
-      int32_t at = query.begin, end = query.end - 1;
-      while (at < end) {
-        const int32_t middle = at + (end - at) / 2;
-        if (keys[middle] < key)
-          at = middle + 1;
-        else
-          end = middle;
-      }
-      index.visit_leaf(at / warp, visit);
-      index.for_candidates(query, visit, at / warp);
+      const int32_t leaf = int32_t(lower_bound(keys, query.begin, query.end - 1, key) / warp);
+      index.visit_leaf(leaf, visit);
+      index.for_candidates(query, visit, leaf);
     }
     __syncwarp();
     if (sort != 2) sort_row(best.index, best.distance, best.n, false);

@@ -13,7 +13,6 @@ namespace {
 using S = KP_F;
 using F = Real<S>;
 using G = KP_G;
-constexpr int64_t block_of_rows = 1024;
 
 enum Reduction : int { mean, sum, maximum, minimum };
 
@@ -107,16 +106,9 @@ extern "C" __global__ void chosen_values(const int32_t* choice, int64_t num_valu
 extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order, int64_t num_keys, const S* grad_out,
                                       int64_t num_values, S* grads) {
   for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
-    int64_t low = 0, high = num_keys;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (keys[middle] < v)
-        low = middle + 1;
-      else
-        high = middle;
-    }
     F sum = F(0);
-    for (; low < num_keys && keys[low] == v; ++low) sum += F(grad_out[order[low]]);
+    for (int64_t at = lower_bound(keys, 0, num_keys, v); at < num_keys && keys[at] == v; ++at)
+      sum += F(grad_out[order[at]]);
     grads[v] = S(sum);
   }
 }
@@ -142,12 +134,6 @@ extern "C" __global__ void weigh_distances(const G* distance, const int64_t* row
     }
     for (int64_t e = begin; e < end; ++e) weights[e] = S(F(double(F(weights[e])) / total));
   }
-}
-
-// counts[b] = blocks of item b
-extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_items, int64_t* counts) {
-  for (int64_t b = first_thread(); b < num_items; b += num_threads())
-    counts[b] = (row_splits[b + 1] - row_splits[b] + block_of_rows - 1) / block_of_rows;
 }
 
 // Of each block and channel the sum, or the best and its row. `firsts`: the number of each item's first block.

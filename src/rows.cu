@@ -12,7 +12,6 @@ namespace {
 
 using S = KP_F;
 using F = Real<S>;
-constexpr int64_t block_of_rows = 1024;
 
 enum Activation : int { leaky, rectified, logistic };
 
@@ -108,11 +107,6 @@ extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int6
 }
 
 // ---- normalisation: items are cut into blocks, of which firsts[b] is the number of the first of item b
-
-extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_items, int64_t* counts) {
-  for (int64_t b = first_thread(); b < num_items; b += num_threads())
-    counts[b] = (row_splits[b + 1] - row_splits[b] + block_of_rows - 1) / block_of_rows;
-}
 
 namespace kp {
 namespace {
