@@ -503,6 +503,23 @@ def test_kpconv(name, sums_bytes, monkeypatch):
         check_gradients(call, *(primals[n] for n in names), **constants, **settings)
 
 
+@pytest.mark.parametrize("deformed", [False, True])
+def test_the_first_of_equally_near_kernel_points(deformed):
+    points, radius = clouds.nasty("dyadic_lattice", num=150)
+    neighbors, rng = kp.radius_search(points, None, radius), np.random.default_rng(0)
+    kernel_points = np.array([[1, 0, 0], [0, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 1, 1]], np.float32) * np.float32(radius)
+    features, weights = (rng.normal(size=s).astype(np.float32) for s in ((len(points), 2), (5, 2, 3)))
+    constants = {"points": points, "neighbors": neighbors, "kernel_points": kernel_points}
+    constants["offsets"] = np.zeros((len(points), 5, 3), np.float32) if deformed else None
+
+    def closest(features, weights, **constants):
+        return kp.kpconv(
+            queries=None, features=features, weights=weights, extent=radius, aggregation="closest", **constants
+        )
+
+    check_gradients(closest, features, weights, **constants)
+
+
 def test_kpconv_of_points_among_themselves():
     _, primals, settings = kpconv_problem()
     neighbors = kp.radius_search(primals["points"], None, 2 * settings["extent"])
@@ -877,7 +894,8 @@ def test_every_number_of_16_bits():
         normal = (np.abs(wide) >= 2**-120) | (wide == 0)
         assert normal.sum() > 63000 - 2048
         assert_same_bits(same[normal].view(np.uint16), bits[normal])
-        scaled = kp.leaky_relu(to_device(-np.abs(values[normal])), 0.3).get()
-        assert_same_bits(
-            scaled.view(np.uint16), (-np.abs(wide[normal]) * np.float32(0.3)).astype(dtype).view(np.uint16)
-        )
+        for slope in (0.3, 1 + 2**-8, 1 + 2**-11):  # of which the latter fall halfway between two
+            scaled = kp.leaky_relu(to_device(-np.abs(values[normal])), slope).get()
+            with np.errstate(over="ignore"):
+                expected = (-np.abs(wide[normal]) * np.float32(slope)).astype(dtype)
+            assert_same_bits(scaled.view(np.uint16), expected.view(np.uint16))
