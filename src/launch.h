@@ -26,10 +26,10 @@ __device__ int64_t num_warps() {
 }
 
 // The first of the sorted keys from `begin` on that is not below `key`; `end` if all are.
-template <class K>
-__device__ int64_t lower_bound(const K* keys, int64_t begin, int64_t end, int64_t key) {
+template <class K, class I>
+__device__ I lower_bound(const K* keys, I begin, I end, int64_t key) {
   while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
+    const I middle = begin + (end - begin) / 2;
     if (keys[middle] < key)
       begin = middle + 1;
     else

@@ -15,7 +15,8 @@ extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs
 
 // begins[k] = how many of the sorted keys lie below k
 extern "C" __global__ void begins_of_keys(const int32_t* keys, int64_t num_keys, int64_t num_begins, int64_t* begins) {
-  for (int64_t k = first_thread(); k < num_begins; k += num_threads()) begins[k] = lower_bound(keys, 0, num_keys, k);
+  for (int64_t k = first_thread(); k < num_begins; k += num_threads())
+    begins[k] = lower_bound(keys, int64_t(0), num_keys, k);
 }
 
 // counts[b] = blocks of rows of item b

@@ -365,8 +365,7 @@ extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double
 
 // starts[c] = how many keys lie below c
 extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, int32_t num_cells, int32_t* starts) {
-  for (int64_t c = first_thread(); c <= num_cells; c += num_threads())
-    starts[c] = int32_t(lower_bound(keys, 0, num_points, c));
+  for (int64_t c = first_thread(); c <= num_cells; c += num_threads()) starts[c] = lower_bound(keys, 0, num_points, c);
 }
 
 #endif
@@ -491,7 +490,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       // The leaf where the query would lie is seen first: its points rule most others out.
       const int item = item_of(queries_splits, num_items, q);
       const int64_t key = curve_key(query.at, low, high, item, bits);
-      const int32_t leaf = int32_t(lower_bound(keys, query.begin, query.end - 1, key) / warp);
+      const int32_t leaf = lower_bound(keys, query.begin, query.end - 1, key) / warp;
       index.visit_leaf(leaf, visit);
       index.for_candidates(query, visit, leaf);
     }

@@ -107,7 +107,7 @@ extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order,
                                       int64_t num_values, S* grads) {
   for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
     F sum = F(0);
-    for (int64_t at = lower_bound(keys, 0, num_keys, v); at < num_keys && keys[at] == v; ++at)
+    for (int64_t at = lower_bound(keys, int64_t(0), num_keys, v); at < num_keys && keys[at] == v; ++at)
       sum += F(grad_out[order[at]]);
     grads[v] = S(sum);
   }
