@@ -20,7 +20,7 @@ from kpcore import _cpu
 Array = np.ndarray  # or an autodiff.Tensor, where a function is differentiable; adapters read this name, see ops.py
 REAL = (np.dtype(np.float32), np.dtype(np.float64))
 FEATURES = list(REAL)  # and on the GPU these:
-HALVES = ("float16", "bfloat16")
+HALVES = {"float16": 65504.0, "bfloat16": 255 / 128 * 2.0**127}  # and the largest number of each
 LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 INDEX = (np.dtype(np.int32),)
 SPLITS = (np.dtype(np.int64),)
@@ -45,9 +45,8 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
         agree = agree and seen[0] == size
     if not agree:
         raise _wrong_shape(name, value, dimensions, sizes)
-    if dtype not in dtypes and not (
-        dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
-    ):  # nor is one not native
+    halves = dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
+    if dtype not in dtypes and not halves:  # nor is one that is not native
         names = " or ".join(d.name for d in dtypes)
         raise TypeError(
             f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
@@ -242,13 +241,7 @@ def number(name, value, dtype):
 
 @functools.lru_cache(maxsize=16)  # a dtype's name takes 2 us, as long as a small operator
 def _largest(dtype):
-    return (
-        65504.0
-        if dtype.name == "float16"
-        else 255 / 128 * 2.0**127
-        if dtype.name == "bfloat16"
-        else float(np.finfo(dtype).max)
-    )
+    return HALVES.get(dtype.name) or float(np.finfo(dtype).max)
 
 
 def is_real(value):

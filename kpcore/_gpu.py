@@ -397,20 +397,8 @@ def farthest_points(points, row_splits, start, out_row_splits, total, method, th
     items, index, wrong = len(row_splits) - 1, cupy.empty(total, np.int32), cupy.zeros(1, np.uint32)
     if len(points):
         module = _module("sampling.cu", (("KP_T", _ctype(points.dtype)), ("KP_DIM", points.shape[1])))
-        _kernel(module, "farthest")(
-            (min(_MOST_BLOCKS, items),),
-            (512,),
-            (
-                points,
-                row_splits,
-                start,
-                out_row_splits,
-                np.int32(items),
-                cupy.empty(len(points), points.dtype),
-                index,
-                wrong,
-            ),
-        )
+        of_points = points, row_splits, start, out_row_splits, np.int32(items), cupy.empty(len(points), points.dtype)
+        _kernel(module, "farthest")((min(_MOST_BLOCKS, items),), (512,), (*of_points, index, wrong))
     if any(_wait(wrong)):
         raise NotFinite
     return index
@@ -937,16 +925,8 @@ def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, is_giv
     """(grad_features (N, C), grad_scale (C,), grad_shift (C,)), None for those that are not needed"""
     (rows, columns), kernels, dtype = features.shape, _rows_of(features), features.dtype
     items, groups = len(row_splits) - 1, mean.shape[1]
-    of_items = (
-        row_splits,
-        np.int32(items),
-        scale,
-        shift,
-        mean,
-        inverse_std,
-        np.int64(groups),
-        _real(dtype).type(negative_slope),
-    )
+    slope = _real(dtype).type(negative_slope)
+    of_items = row_splits, np.int32(items), scale, shift, mean, inverse_std, np.int64(groups), slope
     slant, level = cupy.zeros((2, items, groups), _real(dtype))
     grads = [None, None, None]
     if scale_needed or shift_needed or not is_given:

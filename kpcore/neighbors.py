@@ -37,7 +37,7 @@ def row_splits(lengths):
         raise TypeError(f"lengths: expected integers (B,), got {values.dtype} {values.shape}")
     if values.size and values.min() < 0:
         raise ValueError(f"lengths: expected no negative number, got {values.min()}")
-    return _bounds(values)
+    return bounds_of(values)
 
 
 def lengths(row_splits):
@@ -195,7 +195,7 @@ class Neighbors:
                 f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
                 f"in row {row}, column {column}"
             )
-        splits = _bounds(valid.sum(1))
+        splits = bounds_of(valid.sum(1))
         return cls._trusted(index[valid].astype(np.int32), splits, num_points, None, index.shape[1])
 
     @classmethod
@@ -213,7 +213,7 @@ class Neighbors:
                 bad = low if low < 0 else int(values.max())
                 raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {of}, got {bad}")
         order = _array.namespace(query).argsort(query, kind="stable")
-        splits = _bounds(_array.namespace(query).bincount(query, minlength=num_queries))
+        splits = bounds_of(_array.namespace(query).bincount(query, minlength=num_queries))
         return cls._trusted(point[order].astype(np.int32), splits, num_points)
 
     def transpose(self):
@@ -263,7 +263,7 @@ class Neighbors:
         )  # fmt: skip
 
 
-def _bounds(counts):
+def bounds_of(counts):
     """`row_splits` of counts that are known to be fine, where they are."""
     splits = _array.namespace(counts).zeros(len(counts) + 1, np.int64)
     splits[1:] = np.cumsum(counts)

@@ -7,7 +7,7 @@ import numpy as np
 from kpcore import _array, config
 from kpcore._array import Array
 from kpcore.autodiff import Op
-from kpcore.neighbors import Neighbors, _bounds, knn_search, sizes_of
+from kpcore.neighbors import Neighbors, bounds_of, knn_search, sizes_of
 
 _REDUCES = ("mean", "sum", "max", "min")
 _SUM = _REDUCES.index("sum")
@@ -337,7 +337,7 @@ def _nearest_upsample_vjp(arguments, saved, grad, needs):
         if np.all(counts == 1):
             transposed = neighbors.transpose()
             return {"features": _weighted_sum(grad, transposed.index, transposed.row_splits)}
-        first, splits = neighbors.index[begins[counts > 0]], _bounds(np.minimum(counts, 1))
+        first, splits = neighbors.index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
     elif not len(neighbors.index):
         return {"features": grad.dtype.type(0) * arguments["features"]}
     else:  # without waiting for how many they are: num_points, where there is none, is beyond all points

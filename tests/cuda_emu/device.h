@@ -151,51 +151,11 @@ EMU_WORD T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T
 
 // ---- numbers
 
-template <class T>
-inline T __ldg(const T* at) {
-  return *at;
-}
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
 }
-inline int __clz(int x) {
-  return x ? __builtin_clz(unsigned(x)) : 32;
-}
-inline int __clzll(long long x) {
-  return x ? __builtin_clzll((unsigned long long)x) : 64;
-}
 inline int __ffs(int x) {
   return __builtin_ffs(x);
-}
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return unsigned(uint64_t(a) * b >> 32);
-}
-inline float __fadd_rn(float a, float b) {
-  return a + b;
-}
-inline float __fsub_rn(float a, float b) {
-  return a - b;
-}
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}
-inline float __fdiv_rn(float a, float b) {
-  return a / b;
-}
-inline float __fsqrt_rn(float a) {
-  return sqrtf(a);
-}
-inline double __dadd_rn(double a, double b) {
-  return a + b;
-}
-inline double __dsub_rn(double a, double b) {
-  return a - b;
-}
-inline double __dmul_rn(double a, double b) {
-  return a * b;
-}
-inline double __ddiv_rn(double a, double b) {
-  return a / b;
 }
 template <class T>
 EMU_WORD T emu_from_bits(uint64_t bits) {
@@ -208,12 +168,6 @@ inline unsigned __float_as_uint(float x) {
 }
 inline float __uint_as_float(unsigned x) {
   return emu_from_bits<float>(x);
-}
-inline int __float_as_int(float x) {
-  return int(emu_bits(x));
-}
-inline float __int_as_float(int x) {
-  return emu_from_bits<float>(unsigned(x));
 }
 inline long long __double_as_longlong(double x) {
   return (long long)emu_bits(x);
