@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kpcore import _array
+from kpcore import _array, config
 
 _accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
 
@@ -79,6 +79,17 @@ class Tensor:
         return _SCALE(array=self, factor=_array.number("factor", factor, self.dtype))
 
     __rmul__ = __mul__
+
+    def __add__(self, other):
+        """This tensor and another like it, or a row (C,) for each of its rows: a bias, say."""
+        return _PLUS(array=self, other=other)
+
+    def __radd__(self, other):
+        return _PLUS(array=other, other=self)
+
+    def __getitem__(self, columns):
+        """Some columns, ``tensor[:, begin:end]``."""
+        return _COLUMNS(array=self, columns=columns)
 
     def backward(self, grad=None):
         """Add the gradient of a scalar to `grad` of every input this tensor was made from.
@@ -191,9 +202,45 @@ def _scale_vjp(arguments, saved, grad, needs):
     return {"array": _scale(grad, arguments["factor"])[0]}
 
 
+def _plus(array, other):
+    array, other, sizes = _array.as_array(array), _array.as_array(other), {}
+    axes = [str(axis) for axis in range(array.ndim)]
+    _array.array("the first", array, " ".join(axes), _array.FEATURES, sizes)
+    shape = " ".join(axes[-1:] if other.ndim == 1 else axes)  # a row has the last axis alone
+    _array.array("the second", other, shape, _array.FEATURES, sizes, like=("the first", array))
+    return _array.as_array(array + other), ()
+
+
+def _plus_vjp(arguments, saved, grad, needs):
+    grads = {}
+    for name in needs:
+        like, given = arguments[name], _array.as_array(grad)
+        if given.ndim > like.ndim:
+            rows = _array.contiguous(given).reshape(-1, given.shape[-1])
+            grads[name] = _array.backend(rows).sum_rows(rows, config.get_num_threads())
+        else:
+            grads[name] = given.copy()
+    return grads
+
+
+def _columns(array, columns):
+    every, columns = columns
+    if every != slice(None) or not isinstance(columns, slice) or columns.step not in (None, 1):
+        raise TypeError(f"expected columns as tensor[:, begin:end], got {every}, {columns}")
+    return _array.contiguous(array[:, columns]), ()
+
+
+def _columns_vjp(arguments, saved, grad, needs):
+    out = _array.namespace(grad).zeros(arguments["array"].shape, grad.dtype)
+    out[arguments["columns"]] = grad
+    return {"array": out}
+
+
 # What a tensor does by itself; frameworks have their own.
 _RESHAPE = Op("reshape", _reshape, _reshape_vjp, diff=("array",))
 _SCALE = Op("scale", _scale, _scale_vjp, diff=("array",))
+_PLUS = Op("plus", _plus, _plus_vjp, diff=("array", "other"))
+_COLUMNS = Op("columns", _columns, _columns_vjp, diff=("array",))
 
 
 def vjp(fn, *primals, has_aux=False):

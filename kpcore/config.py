@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -123,6 +124,15 @@ def cupy():
     if not cupy.cuda.is_available():
         raise RuntimeError("expected a GPU and its driver, for arrays on it: CuPy finds none")
     return cupy
+
+
+def require(module, extra):
+    """Import an optional package, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        install = f'pip install "kpcore[{extra}]"'
+        raise ModuleNotFoundError(f"{module.partition('.')[0]} is not installed: {install}") from None
 
 
 def check_room(num_neighbors, size, estimated=False, free=None):

@@ -1,8 +1,8 @@
-"""The command `kpcore`: the main job on a real scan, timed and drawn."""
+"""`kpcore demo`: a network trained and used on the spot; or the main job on a scan, timed and drawn."""
 
-import argparse
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,9 @@ import numpy as np
 
 import kpcore as kp
 from kpcore import scenes
-from kpcore.scenes.readers import require
+from kpcore.config import require
+from kpcore.scenes.indoor import NAMES
+from kpcore.scenes.settings import Part
 
 NUM_KERNEL_POINTS = 15
 RADIUS, KERNEL_RADIUS, EXTENT = 2.5, 0.66 * 2.5, 1.2  # in voxels, as published
@@ -19,68 +21,36 @@ HEADER = "level     voxel      points  neighbours   subsample    search   forwar
 ROW = "{:>5}{:>10.4g}{:>12,}{:>12.1f}{:>12.1f}{:>10.1f}{:>10.1f}{:>10.1f}{:>13.2f}{:>10,}"
 
 
-def main(argv=None):
-    """The console script: returns 0, 2 for input that cannot be used, 130 after Ctrl-C."""
-    try:
-        args = _parser().parse_args(argv)
-        args.run(args)
-    except (scenes.ReadError, Refused, ModuleNotFoundError) as error:
-        print(f"kpcore: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+BAR = {"bar_format": "{desc:26}{bar:30}{percentage:4.0f} %  {rate_fmt}  {elapsed}<{remaining}{postfix}", "leave": False,
+       "ncols": 110, "nrows": 24, "disable": None, "unit": " steps"}  # fmt: skip
+PLAIN = "{desc:26}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}"
+# Five flats that differ in how they are furnished; the unseen one is mirrored as well.
+TRAINING = {
+    "data": {
+        "train": [{"indoor": seed} for seed in range(5)],
+        "features": ["one", "color", "height"],
+        "classes": {name: [number] for number, name in enumerate(NAMES)},
+    },
+    "network": {"voxel_size": 0.06, "levels": 4, "width": 32},
+    "training": {
+        "radius": 1.5, "batch_points": 20_000, "batch_clouds": 8, "epochs": 1, "steps": 1100, "momentum": 0.9,
+        "schedule": "one_cycle", "lr": 0.05, "flip": [True, True, False], "class_weights": "root",
+    },
+}  # fmt: skip
+UNSEEN = Part(indoor=100, mirror=True)
 
 
 class Refused(ValueError):
     """The options cannot be carried out."""
 
 
-def _parser():
-    def length(text):
-        value = float(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a positive length, got {text}")
-        return value
-
-    def up_to(most):
-        def number(text):
-            value = int(text)
-            if not 1 <= value <= most:
-                raise argparse.ArgumentTypeError(f"expected 1 to {most}, got {text}")
-            return value
-
-        return number
-
-    parser = argparse.ArgumentParser(prog="kpcore", description="The numerical core of point convolutions.")
-    parser.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="subsample, search and convolve a scan, level by level; a table and a picture",
-        description="Reads a scan, or makes a furnished flat of a million points; level by level subsamples it, "
-        "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
-    )
-    demo.add_argument("file", nargs="?", metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, XYZ, TXT, CSV, KITTI BIN")
-    demo.add_argument("--voxel", type=length, default=0.04, help="voxel of level 0 in the file's unit (default 0.04)")
-    demo.add_argument("--levels", type=up_to(12), default=5, help="each of twice the voxel (default 5)")
-    demo.add_argument("--channels", type=up_to(1024), default=64, help="channels in and out (default 64)")
-    demo.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
-    demo.set_defaults(run=_demo)
-    commands.add_parser("config", help="version, instruction set, threads").set_defaults(run=lambda _: kp.show_config())
-    return parser
-
-
-def _demo(args):
+def scan(args):
+    """The main job on a file."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
 
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {args.out}: {error.strerror}") from None
-    cloud = scenes.read(args.file) if args.file else scenes.indoor()
-    name, stem = (Path(args.file).name, Path(args.file).stem) if args.file else ("indoor scene", "indoor")
+    _make_folder(args.out)
+    cloud, name, stem = scenes.read(args.file), Path(args.file).name, Path(args.file).stem
     about = _about(cloud)
     print(f"{name}: {about}")
     if cloud.left_out:
@@ -112,6 +82,62 @@ def _demo(args):
         bar.update()
     _table(levels, args.channels)
     print(f"picture: {path}")
+
+
+def train(args):
+    """A small KP-FCNN, trained on embedded scenes for some two minutes, labels one that it has not seen."""
+    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
+    require("safetensors", "io")
+    from kpcore.scenes import segmentation, voting
+    from kpcore.scenes.data import load
+    from kpcore.scenes.settings import from_dict
+    from kpcore.scenes.training import Training
+
+    _make_folder(args.out)
+    settings = from_dict(TRAINING)
+    steps = settings.training.epochs * settings.training.steps
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(settings, folder, folder)
+        size = kp.nn.count(training.model.params)
+        print(f"KP-FCNN of {size:,} parameters: {steps} steps on {len(training.scenes)} furnished flats")
+        with tqdm(desc="training", total=steps, **BAR) as bar:
+
+            def watch(entry):
+                bar.set_postfix_str(f"  loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right", refresh=False)
+                bar.update()
+
+            begin = time.perf_counter()
+            training.run(watch)
+        print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
+        (scene,), _ = load(settings, [UNSEEN], folder, training.model.columns)
+    begin = time.perf_counter()
+    with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": PLAIN}) as bar:
+        classes = voting.labels_of(training.model, scene, watch=lambda done: bar.update(done - bar.n))
+    found = segmentation.found(training.model, scene, classes)
+    seconds = time.perf_counter() - begin
+    print(
+        f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"
+    )
+    print()
+    print(f"{'class':>10} {'IoU':>7} {'points':>9}")
+    true = np.bincount(found.true, minlength=len(settings.names))
+    for name, number in zip(settings.names, true, strict=True):
+        value = found.scores["iou"][name]
+        print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
+    print(f"{'mean':>10} {found.scores['miou']:>7.3f}   accuracy {found.scores['accuracy']:.3f}")
+    path = args.out / "kpcore-indoor.png"
+    try:
+        segmentation.draw(path, "A flat that the network has not seen", found, settings.names)
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    print(f"picture: {path}")
+
+
+def _make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from None
 
 
 def _about(cloud):

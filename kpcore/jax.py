@@ -36,6 +36,7 @@ from kpcore import _cpu
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
 from kpcore.ops import OPS, binder, kinds, setting
+from kpcore.pyramid import Pyramid
 
 # ---- Neighbors as a pytree
 
@@ -63,6 +64,7 @@ def _unflatten(sizes, leaves):
 
 
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 
 
 # ---- the operators

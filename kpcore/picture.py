@@ -73,6 +73,47 @@ def draw(path, title, subtitle, cloud, levels, patch):
     FigureCanvasAgg(figure).print_png(path)
 
 
+def class_colors(number):
+    """(number, 3) uint8, apart from each other."""
+    from matplotlib import colormaps
+
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
+    return np.array([colormaps["tab20"](order[i % 20], bytes=True)[:3] for i in range(number)], np.uint8)
+
+
+def draw_classes(path, title, subtitle, cloud, panels, legend):
+    """Write a picture of a cloud in several colourings.
+
+    panels : (name, (N, 3) uint8 colours) of each; legend : (name, colour) of each class.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scene, (w, h) = Scene(cloud.points, np.array(cloud.up, float)), (1100, 760)
+    width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
+    across = max(1, (width - 2 * MARGIN) // 220)
+    height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+
+    def text(x, y, words, size, color=INK, **style):
+        figure.text(x / width, 1 - y / height, words, size=size, color=color, va="baseline", **style)
+
+    text(MARGIN, 66, _short(title), 21, weight="bold")
+    text(MARGIN, 104, subtitle, 11, SOFT)
+    bead = 3 * scene.pixel(w, h)
+    for i, (name, colors) in enumerate(panels):
+        x = MARGIN + i * (w + GAP)
+        axes = figure.add_axes((x / width, 1 - (TOP + h) / height, w / width, h / height))
+        axes.set_axis_off()
+        axes.imshow(scene.render(cloud.points, colors, bead, w, h), interpolation="none", aspect="auto")
+        text(x + w / 2, TOP + h + 34, name, 11, weight="bold", ha="center")
+    for i, (name, color) in enumerate(legend):
+        x, y = MARGIN + i % across * 220, TOP + h + 80 + 36 * (i // across)
+        text(x, y, "●", 12, tuple(color / 255))
+        text(x + 26, y, name, 10, SOFT)
+    FigureCanvasAgg(figure).print_png(path)
+
+
 def _short(title):
     """A file's name as it can be set: matplotlib reads $ as mathematics."""
     title = title.replace("$", r"\$")

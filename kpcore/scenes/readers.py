@@ -1,15 +1,16 @@
 """One function per file format, each strict about what the file promises, all ending in the same Cloud."""
 
-import importlib
 import io
 import re
 import struct
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from kpcore.config import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class Cloud:
     left_out : how many points were left out for a coordinate that is NaN, infinite or beyond float32.
     names : the class names that labels index, or None.
     up : the axis that points away from the ground; a depth camera's own frame has y pointing down.
+    fields : what else was asked for, by name, each (N,) float32.
+    kept : (n,) bool, which of the file's points these are; None: all.
     """
 
     points: np.ndarray
@@ -33,25 +36,30 @@ class Cloud:
     left_out: int = 0
     names: tuple[str, ...] | None = None
     up: tuple[int, int, int] = (0, 0, 1)
+    fields: dict = field(default_factory=dict)
+    kept: np.ndarray | None = None
 
 
 class ReadError(ValueError):
     """The file cannot be read; the message is one line that names the file and the reason."""
 
 
-def read(path):
+def read(path, *, fields=(), label=None):
     """Read a point cloud from a file; its extension names the format.
 
     PLY, PCD (ascii, binary, binary_compressed), LAS, LAZ and COPC, NPY (a table or a structured array), NPZ (points,
     colors, labels), XYZ / TXT / CSV (comma, semicolon, tab or space; with a header line or without), KITTI .bin.
     A table without names holds x y z [r g b [label]]. The result is a `Cloud`. Raises ReadError for anything that is
     not a whole and valid file, ModuleNotFoundError where the format needs a package that is not installed.
+
+    `fields` are names of what else to read, such as intensity; an error unless they are there. `label` names the field
+    of the labels; not given, it is the first there is of the usual names.
     """
     path = Path(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the readers' grumbles: each is an error here, or of no consequence
         try:
-            return _read(path)
+            return _read(path, tuple(name.lower() for name in fields), label and label.lower())
         except (ModuleNotFoundError, KeyboardInterrupt, SystemExit):
             raise
         except ReadError as error:
@@ -64,16 +72,7 @@ def read(path):
     raise ReadError(f"{path}: {reason}")
 
 
-def require(module, extra):
-    """Import an optional package, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        install = f'pip install "kpcore[{extra}]"'
-        raise ModuleNotFoundError(f"{module.partition('.')[0]} is not installed: {install}") from None
-
-
-def _read(path):
+def _read(path, fields, label):
     if path.is_dir():
         raise ReadError("is a directory")
     if path.exists() and not path.is_file():
@@ -91,27 +90,44 @@ def _read(path):
     if found != expected:
         raise ReadError(f"is a {found} file" if found else f"is not a {expected} file")
 
-    points, colors, labels, *up = reader(path, size)
+    asked = {*fields, *([] if label is None else [label])}
+    points, colors, labels, more, *up = reader(path, size, asked)
+    if missing := sorted(asked - more.keys()):
+        raise ReadError(f"has no field {' '.join(missing)}")
     if len(points) == 0:
         raise ReadError("holds no points")
-    for name, array in (("colors", colors), ("labels", labels)):
+    if label is not None:
+        labels = _labels(more[label])
+        if labels is None:
+            raise ReadError(f"field {label} holds no labels, which are whole numbers, not all 0")
+    more = {name: _field(name, more[name]) for name in fields}
+    for name, array in (("colors", colors), ("labels", labels), *more.items()):
         if array is not None and len(array) != len(points):
             raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
 
     keep = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # False for NaN as well
     if not keep.any():
         raise ReadError(f"holds no finite points: all {len(points)} have a coordinate that is NaN or infinite")
-    points, colors, labels = (a if a is None or keep.all() else a[keep] for a in (points, colors, labels))
+    kept = None if keep.all() else keep
+    points, colors, labels = (a if a is None or kept is None else a[kept] for a in (points, colors, labels))
+    more = {name: values if kept is None else values[kept] for name, values in more.items()}
     low, high = points.min(axis=0).astype(np.float64), points.max(axis=0).astype(np.float64)
     far = max(np.abs(low).max(), np.abs(high).max()) > max(1000.0, 10.0 * (high - low).max())
     shift = np.floor(low) if far else np.zeros(3)
     if far:
         points = points - shift
-    return Cloud(np.ascontiguousarray(points, np.float32), colors, labels, shift, int((~keep).sum()), None, *up)
+    points = np.ascontiguousarray(points, np.float32)
+    return Cloud(points, colors, labels, shift, int((~keep).sum()), None, *up, fields=more, kept=kept)
 
 
-def _from_columns(columns):
-    """(points, colors, labels) from a mapping of field names to arrays."""
+def _field(name, values):
+    if values.ndim != 1 or values.dtype.kind not in "fiub":
+        raise ReadError(f"field {name} is not one plain number for each point")
+    return values.astype(np.float32)
+
+
+def _from_columns(columns, asked):
+    """(points, colors, labels, fields) from a mapping of field names to arrays."""
     columns = {name.lower().removeprefix("scalar_"): np.asarray(values) for name, values in columns.items()}
     missing = [axis for axis in "xyz" if axis not in columns]
     if missing:
@@ -133,11 +149,11 @@ def _from_columns(columns):
 
     names = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
     labels = next((_labels(columns[name]) for name in names if name in columns), None)
-    return points, colors, labels
+    return points, colors, labels, {name: columns[name] for name in asked if name in columns}
 
 
-def _from_table(table):
-    """(points, colors, labels) from x y z [r g b [label]]; columns that cannot be colours are something else."""
+def _from_table(table, asked):
+    """(points, colors, labels, fields) from x y z [r g b [label]]; what cannot be colours is something else."""
     if table.ndim != 2 or table.shape[1] < 3 or table.dtype.kind not in "fiu":
         raise ReadError(f"expected an (N, 3 or more) table of numbers, got {table.shape} {table.dtype}")
     columns = dict(zip("xyz", table.T, strict=False))
@@ -146,7 +162,7 @@ def _from_table(table):
         columns |= zip("rgb", rgb.T, strict=True)
         if table.shape[1] > 6:
             columns["label"] = table[:, 6]
-    return _from_columns(columns)
+    return _from_columns(columns, asked)
 
 
 def _colors(rgb):
@@ -172,7 +188,7 @@ def _labels(values):
     return values.astype(np.int32) if whole.all() else None
 
 
-def _ply(path, size):
+def _ply(path, size, asked):
     plyfile = require("plyfile", "io")
     with path.open("rb") as file:
         header = file.read(1 << 16).partition(b"end_header")[0]
@@ -183,10 +199,10 @@ def _ply(path, size):
     if "vertex" not in ply:
         raise ReadError("has no vertex element")
     vertex = ply["vertex"].data
-    return _from_columns({name: vertex[name] for name in vertex.dtype.names})
+    return _from_columns({name: vertex[name] for name in vertex.dtype.names}, asked)
 
 
-def _pcd(path, size):
+def _pcd(path, size, asked):
     # Not through pypcd4 1.5.1: it returns a cut ascii file as if it were whole, rejects two spaces between
     # numbers, files without COUNT and versions before 0.7.
     with path.open("rb") as file:
@@ -240,9 +256,9 @@ def _pcd(path, size):
     else:
         raise ReadError(f"unknown DATA {encoding}")
 
-    points, colors, labels = _from_columns(columns)
+    points, colors, labels, more = _from_columns(columns, asked)
     camera = height > 1 and np.nanmin(points[:, 2]) > 0  # an image: x right, y down, z forward
-    return points, colors, labels, (0, -1, 0) if camera else (0, 0, 1)
+    return points, colors, labels, more, (0, -1, 0) if camera else (0, 0, 1)
 
 
 def _lzf(data, size):
@@ -270,20 +286,24 @@ def _lzf(data, size):
     return bytes(out)
 
 
-def _las(path, size):
+def _las(path, size, asked):
     _check_las(path, size)
     laspy = require("laspy", "io")
-    points, colors, labels = [], [], []
+    points, colors, labels, more = [], [], [], {}
     # Not lazrs in parallel: it trusts the chunk table and aborts the process when that asks for 4 GB.
     with laspy.open(path, laz_backend=laspy.LazBackend.Lazrs, read_evlrs=False) as file:
-        has_color = "red" in file.header.point_format.dimension_names
+        names = {name.lower(): name for name in file.header.point_format.dimension_names}
+        has_color, more = "red" in names, {name: [] for name in asked if name in names}
         for chunk in file.chunk_iterator(1_000_000):
             points.append(np.column_stack([chunk.x, chunk.y, chunk.z]))
             labels.append(np.asarray(chunk.classification))
             if has_color:
                 colors.append(np.column_stack([chunk.red, chunk.green, chunk.blue]))
+            for name, values in more.items():
+                values.append(np.asarray(chunk[names[name]]))
     rgb = _colors(np.concatenate(colors)) if has_color else None
-    return np.concatenate(points), rgb, _labels(np.concatenate(labels))
+    more = {name: np.concatenate(values) for name, values in more.items()}
+    return np.concatenate(points), rgb, _labels(np.concatenate(labels)), more
 
 
 def _check_las(path, size):
@@ -346,12 +366,14 @@ def _at(file, position, count):
     return file.read(count)
 
 
-def _numpy(path, size):
+def _numpy(path, size, asked):
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a lying header meets the file's size
-    return _from_columns({name: array[name] for name in array.dtype.names}) if array.dtype.names else _from_table(array)
+    if not array.dtype.names:
+        return _from_table(array, asked)
+    return _from_columns({name: array[name] for name in array.dtype.names}, asked)
 
 
-def _npz(path, size):
+def _npz(path, size, asked):
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():  # deflate packs at most 1032 : 1
             if member.file_size > 1032 * max(member.compress_size, 1) or member.compress_size > size:
@@ -374,12 +396,13 @@ def _npz(path, size):
         points = tables[0]
     if points is None:
         raise ReadError(f"has no array named points, only {' '.join(arrays)[:120] or 'none'}")
-    points, colors, labels = _from_table(points)
+    points, colors, labels, more = _from_table(points, asked)
     rgb, classes = find("colors", "color", "rgb"), find("labels", "label", "classes", "y")
-    return points, colors if rgb is None else _colors(rgb), labels if classes is None else _labels(classes)
+    more |= {name: arrays[name] for name in asked if name in arrays}
+    return points, colors if rgb is None else _colors(rgb), labels if classes is None else _labels(classes), more
 
 
-def _text(path, size):
+def _text(path, size, asked):
     names, commented, skip = None, True, 0
     with path.open(encoding="utf-8-sig") as file:
         while line := file.readline(100_000):
@@ -397,10 +420,10 @@ def _text(path, size):
         raise ReadError("holds no points")
     table = np.loadtxt(path, delimiter=delimiter, skiprows=skip, ndmin=2, encoding="utf-8-sig")
     if names and len(names) == table.shape[1]:
-        return _from_columns(dict(zip(names, table.T, strict=True)))
+        return _from_columns(dict(zip(names, table.T, strict=True)), asked)
     if not commented:
         raise ReadError(f"names {len(names)} columns, has {table.shape[1]}")
-    return _from_table(table)
+    return _from_table(table, asked)
 
 
 def _is_number(word):
@@ -411,13 +434,14 @@ def _is_number(word):
     return True
 
 
-def _kitti(path, size):
+def _kitti(path, size, asked):
     if size % 16:
         raise ReadError(f"truncated or no KITTI scan: {size} bytes are not whole records of 4 float32")
-    points = np.fromfile(path, np.float32).reshape(-1, 4)[:, :3]
+    table = np.fromfile(path, np.float32).reshape(-1, 4)
+    points = table[:, :3]
     if np.abs(points, where=np.isfinite(points), out=np.zeros_like(points)).max(initial=0) > 1e5:  # a lidar sees 200 m
         raise ReadError("is no KITTI scan: as float32 x, y, z, intensity its coordinates exceed 100 km")
-    return points, None, None
+    return points, None, None, {name: table[:, 3] for name in asked if name == "intensity"}
 
 
 READERS = {

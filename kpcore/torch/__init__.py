@@ -4,7 +4,8 @@ Differentiable operators are torch operators (``torch.ops.kpcore``). Searches an
 sizes that depend on values, run eagerly; so does what only prepares a network (`build_pyramid`, `kernel_points`).
 Tensors are on the CPU or on a GPU, which takes CuPy; they share memory with the arrays that kpcore computes on, in both
 directions, and on a GPU its stream is torch's. Neighbour lists are `kpcore.Neighbors` here too. `KPConv`,
-`DeformableKPConv` and `KPConvX` are layers. docs/frameworks.md shows all of it, and the limits.
+`DeformableKPConv` and `KPConvX` are layers, `Network` is a whole one of `kpcore.nn`. docs/frameworks.md shows all of
+it, and the limits.
 """
 
 try:
@@ -20,6 +21,7 @@ from kpcore.ops import OPS as _OPS
 from kpcore.torch import eager as _eager
 from kpcore.torch.eager import GridIndex, KDTree
 from kpcore.torch.layers import DeformableKPConv, KPConv, KPConvX
+from kpcore.torch.networks import Network
 from kpcore.torch.ops import define as _define
 from kpcore.torch.ops import use_torch_allocator
 
@@ -37,6 +39,7 @@ __all__ = [
     "KPConv",
     "KPConvX",
     "Neighbors",
+    "Network",
     "use_torch_allocator",
     *_EAGER,
     *_OPS,

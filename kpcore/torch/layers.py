@@ -11,6 +11,7 @@ import kpcore
 from kpcore import _array
 from kpcore.dispositions import _rotation
 from kpcore.neighbors import Neighbors
+from kpcore.nn import blocks
 from kpcore.torch.ops import checked, on_stream_of, to_array
 
 _ACTIVATIONS = {
@@ -194,12 +195,8 @@ class DeformableKPConv(torch.nn.Module):
         """
         neighbors = _listed(neighbors, points)
         raw = self.offset_conv(points, queries, neighbors, features) + self.offset_bias
-        size = self.kernel_points.shape
-        offsets = self.extent * raw[:, : size.numel()].unflatten(1, size)
-        out = kpcore.torch.kpconv(
-            points, queries, neighbors, features, self.weights, self.kernel_points, self.extent, offsets=offsets,
-            modulations=2 * torch.sigmoid(raw[:, size.numel() :]) if self.modulated else None, **self.options
-        )  # fmt: skip
+        out, offsets = blocks.deformed(kpcore.torch, (points, queries, neighbors), features, self.weights,
+                                       self.kernel_points, self.extent, raw, self.options)  # fmt: skip
         return (out, offsets) if return_offsets else out
 
     def regularization(self, points, queries, neighbors, offsets, repulse_extent=1.2):
@@ -217,10 +214,9 @@ class DeformableKPConv(torch.nn.Module):
         -------
         () tensor
         """
-        neighbors = _listed(neighbors, points)
-        fitting = kpcore.torch.fitting_loss(points, queries, neighbors, self.kernel_points, offsets, self.extent)
-        repulsion = kpcore.torch.repulsion_loss(self.kernel_points, offsets, self.extent, repulse_extent=repulse_extent)
-        return 2 * fitting + repulsion
+        where = points, queries, _listed(neighbors, points)
+        return blocks.regularization(kpcore.torch, where, self.kernel_points, offsets, self.extent,
+                                     repulse_extent=repulse_extent)  # fmt: skip
 
 
 class KPConvX(torch.nn.Module):

@@ -1,0 +1,177 @@
+"""The command `kpcore`."""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import kpcore as kp
+from kpcore import demo, scenes
+from kpcore.config import require
+from kpcore.demo import BAR, PLAIN, Refused
+
+
+def main(argv=None):
+    """The console script: returns 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    from kpcore.scenes.settings import SettingsError
+    from kpcore.scenes.training import NotFinite
+
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except (scenes.ReadError, SettingsError, NotFinite, Refused, ModuleNotFoundError) as error:
+        print(f"kpcore: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser():
+    def length(text):
+        value = float(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive length, got {text}")
+        return value
+
+    def up_to(most, least=1):
+        def number(text):
+            value = int(text)
+            if not least <= value <= most:
+                raise argparse.ArgumentTypeError(f"expected {least} to {most}, got {text}")
+            return value
+
+        return number
+
+    parser = argparse.ArgumentParser(prog="kpcore", description="The numerical core of point convolutions.")
+    parser.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    shown = commands.add_parser(
+        "demo",
+        help="train a network and label a scene with it; or subsample, search and convolve a scan",
+        description="Without a file: trains a small KP-FCNN on a furnished flat for some two minutes, labels another "
+        "one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, searches "
+        "neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
+    )
+    shown.add_argument("file", nargs="?", metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, XYZ, TXT, CSV, KITTI BIN")
+    shown.add_argument("--voxel", type=length, default=0.04, help="voxel of level 0 in the file's unit (default 0.04)")
+    shown.add_argument("--levels", type=up_to(12), default=5, help="each of twice the voxel (default 5)")
+    shown.add_argument("--channels", type=up_to(1024), default=64, help="channels in and out (default 64)")
+    shown.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
+    shown.set_defaults(run=lambda args: demo.scan(args) if args.file else demo.train(args))
+
+    trained = commands.add_parser("train", help="train a network on labelled clouds, as a TOML file says")
+    trained.add_argument("settings", type=Path, metavar="TOML")
+    trained.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, the log and curves")
+    trained.add_argument("--data", type=Path, metavar="DIR", help="where its files are (default: where the TOML is)")
+    trained.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="of all that is drawn (default 0)")
+    trained.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
+    trained.set_defaults(run=_train)
+
+    tested = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
+    tested.add_argument("model", type=Path, metavar="MODEL", help="best.safetensors of a training")
+    tested.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="where the files are (default here)")
+    tested.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
+    tested.set_defaults(run=_test)
+
+    segmented = commands.add_parser("segment", help="label a scan with a trained network")
+    segmented.add_argument("model", type=Path, metavar="MODEL", help="best.safetensors of a training")
+    segmented.add_argument("file", type=Path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
+    segmented.add_argument("--out", type=Path, required=True, metavar="FILE", help="the same kind of file, labelled")
+    segmented.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
+    segmented.add_argument("--picture", type=Path, metavar="PNG")
+    segmented.set_defaults(run=_segment)
+    commands.add_parser("config", help="version, instruction set, threads").set_defaults(run=lambda _: kp.show_config())
+    return parser
+
+
+def _train(args):
+    from kpcore.scenes.settings import read_settings
+    from kpcore.scenes.training import LAST, LOG, Training
+
+    tqdm = require("tqdm", "io").tqdm
+    require("safetensors", "io")
+    settings = read_settings(args.settings)
+    if args.resume and not (args.out / LAST).is_file():
+        raise Refused(f"--resume: {args.out} has no {LAST}")
+    if not args.resume and (args.out / LOG).exists():
+        raise Refused(f"--out {args.out}: has a run already; --resume goes on with it")
+    try:
+        training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    net, how = training.net, settings.training
+    print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
+          f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
+    done = training.epoch * how.steps + training.step
+    with tqdm(total=how.epochs * how.steps, initial=done, desc="training", **BAR) as bar:
+
+        def watch(entry):
+            if "test" in entry:
+                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"]))
+                return
+            bar.set_description_str(f"epoch {entry['epoch'] + 1} of {how.epochs}")
+            bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
+            bar.update()
+
+        begin = time.perf_counter()
+        training.run(watch)
+    print(f"done in {time.perf_counter() - begin:.0f} s: {args.out}")
+
+
+def _scores(when, scores):
+    parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
+    return f"{when}: mIoU {scores['miou']:.4f}, accuracy {scores['accuracy']:.4f} | IoU {', '.join(parts)}"
+
+
+def _model(path):
+    from kpcore.scenes.training import Model
+
+    require("safetensors", "io")
+    if not path.is_file():
+        raise Refused(f"{path}: no such file")
+    try:
+        return Model.load(path)
+    except Exception as error:  # safetensors has its own kinds
+        raise Refused(f"{path}: {error}") from None
+
+
+def _test(args):
+    from kpcore.scenes import voting
+    from kpcore.scenes.data import load
+
+    model = _model(args.model)
+    if not model.settings.data.test:
+        raise Refused(f"{args.model}: its settings name no test files")
+    loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
+    confusion = voting.evaluate(model, loaded, args.votes)
+    print(_scores(f"{confusion.sum():,} labelled", voting.scores(confusion, model.settings.names)))
+    print("confusion, a row for each true class:")
+    for name, row in zip(model.settings.names, confusion, strict=True):
+        print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
+
+
+def _segment(args):
+    from kpcore.scenes import segmentation
+
+    tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    if not model.net.segments:
+        raise Refused(f"{args.model}: classifies whole clouds, and labels no points")
+    segmentation.check_out(args.file, args.out)
+    if args.picture:
+        require("matplotlib", "plot")
+    with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
+
+        def watch(done):
+            bar.update(done - bar.n)
+
+        found = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
+    print(f"{args.out}: {len(found.classes):,} points labelled")
+    for name, number in zip(model.settings.names, found.counts, strict=True):
+        print(f"{name:>16} {number:>12,}")
+    if found.scores:
+        print(_scores("against the labels that were there", found.scores))
+    if args.picture:
+        segmentation.draw(args.picture, args.file.name, found, model.settings.names)
+        print(f"picture: {args.picture}")

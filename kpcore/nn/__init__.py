@@ -1,0 +1,33 @@
+"""Networks of point convolutions, written once for arrays, the tape, PyTorch and JAX.
+
+    net = kpcore.nn.kpfcnn(num_features=1, num_classes=13, voxel_size=0.04)
+    params, state = net.init(seed=0)
+    logits = net(kpcore, params, state, net.pyramid(points), features).logits
+
+A network is a pure function of a namespace of operators, dicts of parameters and state by name, and a pyramid.
+"""
+
+from kpcore.nn.blocks import Run
+from kpcore.nn.checkpoints import load, save
+from kpcore.nn.networks import Network, Result, architecture, count, kpcnn, kpfcnn
+from kpcore.nn.optimizers import SGD, AdamW, clip_by_norm, clip_by_value, exponential, one_cycle
+from kpcore.nn.published import import_kpconv_pytorch
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Network",
+    "Result",
+    "Run",
+    "architecture",
+    "clip_by_norm",
+    "clip_by_value",
+    "count",
+    "exponential",
+    "import_kpconv_pytorch",
+    "kpcnn",
+    "kpfcnn",
+    "load",
+    "one_cycle",
+    "save",
+]

@@ -1,0 +1,217 @@
+"""Blocks of the published networks, as functions of the operators.
+
+Each is written once, for every framework: `run.F` is the namespace that has the operators (`kpcore`, `kpcore.torch` or
+`kpcore.jax`), and features are its arrays or tensors. What is between operators (sums, slices, products with a number)
+is what arrays and tensors do by themselves.
+
+A block is told its output's width alone. It asks its `Run` for parameters by name and shape; while a network is being
+initialised, on no points at all, the `Run` makes them. So the shapes are written once too.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+
+import kpcore
+from kpcore import _array
+from kpcore.dispositions import _rotation
+
+
+class Run:
+    """One pass through a network: what blocks compute with, and what they leave.
+
+    Parameters
+    ----------
+    F : module
+        `kpcore`, for arrays and `kpcore.autodiff.Tensor`; `kpcore.torch`; `kpcore.jax`.
+    params, state : dict of arrays by name
+        What is trained; and what is not: running statistics and kernel points.
+    training : bool
+        Whether batch normalisation takes its statistics from the features.
+    norm : {"batch", "group", "instance", None}
+        None: a bias. Groups and instances are normalised for each batch item.
+    groups : int
+        Of the group normalisation; fewer where channels are no multiple: the greatest common divisor.
+    momentum, slope : float
+        Of the batch normalisation, and of the leaky ReLU.
+    conv : dict
+        The options of all convolutions: influence, aggregation, normalization.
+    new : dict, optional
+        How to make what is missing: seed, dtype.
+
+    Attributes
+    ----------
+    new_state : dict
+        The state after the pass.
+    regularization : list
+        One number for each deformable convolution, where training.
+    """
+
+    def __init__(self, F, params, state, *, training=False, norm="batch", groups=32, momentum=0.02, slope=0.1,
+                 conv=None, repulse_extent=1.2, new=None):  # fmt: skip
+        self.F, self.params, self.state, self.training = F, params, state, training
+        self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
+        self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
+        self.new_state, self.regularization = dict(state), []
+
+    def parameter(self, name, shape, draw):
+        """What is trained; `draw(rng, shape)` gives its first values."""
+        return self._get("params", self.params, name, shape, draw)
+
+    def buffer(self, name, shape, draw):
+        """What is not."""
+        return self._get("state", self.state, name, shape, draw)
+
+    def _get(self, kind, values, name, shape, draw):
+        if self.new is not None and name not in values:
+            # Drawn from the name, so that a block more or less changes no other's.
+            rng = np.random.default_rng([self.new["seed"], zlib.crc32(name.encode())])
+            values[name] = np.ascontiguousarray(draw(rng, shape), self.new["dtype"])
+        if name not in values:
+            raise ValueError(f"{kind}: expected {name} {shape}, which the architecture has, got none of this name")
+        value = values[name]
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{kind}: expected {name} {shape}, got {tuple(value.shape)}")
+        return value
+
+
+def _uniform(fan_in):
+    """Uniform in ±1 / sqrt(fan_in), which is PyTorch's default for linear layers."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda rng, shape: rng.uniform(-bound, bound, shape)
+
+
+def _zeros(rng, shape):
+    return np.zeros(shape)
+
+
+def _ones(rng, shape):
+    return np.ones(shape)
+
+
+def norm(run, name, features, row_splits, activate=True):
+    """The normalisation of a network, or a bias, and after it a leaky ReLU."""
+    F, channels = run.F, features.shape[1]
+    shift = run.parameter(f"{name}.shift", (channels,), _zeros)
+    slope = run.slope if activate else None
+    if run.norm is None:
+        features = features + shift
+        return F.leaky_relu(features, slope) if activate else features
+    scale = run.parameter(f"{name}.scale", (channels,), _ones)
+    if run.norm == "batch":
+        mean = run.buffer(f"{name}.mean", (channels,), _zeros)
+        variance = run.buffer(f"{name}.variance", (channels,), _ones)
+        out = F.batch_norm(
+            features, scale, shift, mean, variance, training=run.training, momentum=run.momentum, negative_slope=slope
+        )
+        if run.training:
+            run.new_state[f"{name}.mean"], run.new_state[f"{name}.variance"] = out[1:]
+        return out[0]
+    groups = channels if run.norm == "instance" else math.gcd(run.groups, channels)
+    return F.group_norm(features, groups, scale, shift, row_splits=row_splits, negative_slope=slope)
+
+
+def unary(run, name, features, width, row_splits, activate=True):
+    """A linear layer of every point, normalised: to `width` channels."""
+    channels = features.shape[1]
+    weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
+    return norm(run, f"{name}.norm", run.F.linear(features, weights), row_splits, activate)
+
+
+def dense(run, name, features, width, activate=True):
+    """A linear layer of every point with a bias: to `width` channels."""
+    channels = features.shape[1]
+    weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
+    out = run.F.linear(features, weights, run.parameter(f"{name}.bias", (width,), _zeros))
+    return run.F.leaky_relu(out, run.slope) if activate else out
+
+
+def kernel(run, name, places):
+    """Kernel points of a layer, a buffer: `places` has num, radius, extent and dimension. Turned about the last axis by
+    an angle of its own, as published."""
+    num, radius, dimension = places["num"], places["radius"], places["dimension"]
+
+    def draw(rng, shape):
+        points = kpcore.kernel_points(num, radius, dimension=dimension, dtype=np.float64)
+        return points @ _rotation(dimension, "vertical", int(rng.integers(2**62)))
+
+    return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
+
+
+def conv(run, name, where, features, width, places):
+    """A rigid convolution. `where` is (points, queries, neighbors), as `kpcore.kpconv` takes them."""
+    num, channels = places["num"], features.shape[1]
+    weights = run.parameter(f"{name}.weights", (num, channels, width), _uniform(channels * width))
+    return run.F.kpconv(*where, features, weights, kernel(run, name, places), places["extent"], **run.conv)
+
+
+def deformable_conv(run, name, where, features, width, places, modulated=False):
+    """A deformable convolution, whose offsets a rigid one makes; see `deformed`."""
+    num, channels = places["num"], features.shape[1]
+    weights = run.parameter(f"{name}.weights", (num, channels, width), _uniform(channels * width))
+    points = kernel(run, name, places)
+    raw = conv(run, f"{name}.offset_conv", where, features, num * (places["dimension"] + modulated), places)
+    raw = raw + run.parameter(f"{name}.offset_bias", (raw.shape[1],), _zeros)
+    out, offsets = deformed(run.F, where, features, weights, points, places["extent"], raw, run.conv)
+    if run.training:
+        run.regularization.append(
+            regularization(run.F, where, points, offsets, places["extent"], repulse_extent=run.repulse_extent)
+        )
+    return out
+
+
+def deformed(F, where, features, weights, kernel_points, extent, raw, options):
+    """The convolution by what the offsets' convolution gave, and the offsets (M, K, D) (Thomas et al. 2019, 3.2).
+
+    The first K D of `raw`, times the extent, are offsets; twice the sigmoid of K more, if they are there, modulates.
+    """
+    num, dimension = kernel_points.shape
+    split = num * dimension
+    offsets = extent * raw[:, :split].reshape(-1, num, dimension)
+    modulations = 2 * F.sigmoid(raw[:, split:]) if raw.shape[1] > split else None
+    out = F.kpconv(*where, features, weights, kernel_points, extent, offsets=offsets, modulations=modulations,
+                   **options)  # fmt: skip
+    return out, offsets
+
+
+def regularization(F, where, kernel_points, offsets, extent, *, repulse_extent=1.2):
+    """``2 * fitting_loss + repulsion_loss``, as in the published PyTorch code."""
+    fitting = F.fitting_loss(*where, kernel_points, offsets, extent)
+    return 2 * fitting + F.repulsion_loss(kernel_points, offsets, extent, repulse_extent=repulse_extent)
+
+
+def simple(run, name, where, features, width, places, row_splits, deform=None):
+    """A convolution, normalised. `deform`: None for a rigid one, else whether it is modulated."""
+    if deform is None:
+        out = conv(run, f"{name}.conv", where, features, width, places)
+    else:
+        out = deformable_conv(run, f"{name}.conv", where, features, width, places, deform)
+    return norm(run, f"{name}.norm", out, row_splits)
+
+
+def bottleneck(run, name, where, features, width, places, row_splits, queries_row_splits, deform=None,
+               always_narrow=False, pad_value=None):  # fmt: skip
+    """A residual block: down to a quarter of the width, a convolution, up again; added to a shortcut.
+
+    Where the queries are other points, the shortcut is a maximum over the neighbours; `pad_value` is seen by those
+    with fewer than the list's width, as published code has it. Where the width changes it has a linear layer.
+    """
+    narrow, shortcut = features, features
+    if always_narrow or features.shape[1] != width // 4:
+        narrow = unary(run, f"{name}.unary1", features, width // 4, row_splits)
+    out = simple(run, name, where, narrow, width // 4, places, queries_row_splits, deform)
+    out = unary(run, f"{name}.unary2", out, width, queries_row_splits, activate=False)
+    if where[1] is not None:
+        shortcut = run.F.neighbor_reduce(features, where[2], "max", pad_value=pad_value)
+    if features.shape[1] != width:
+        shortcut = unary(run, f"{name}.unary_shortcut", shortcut, width, queries_row_splits, activate=False)
+    return run.F.leaky_relu(run.F.add(out, shortcut), run.slope)
+
+
+def check_norm(norm, groups):
+    """Arguments of a Run, as a network checks them."""
+    _array.choice("norm", norm, ("batch", "group", "instance", None))
+    _array.integer("norm_groups", groups, 1)

@@ -1,0 +1,380 @@
+"""KP-CNN and KP-FCNN (Thomas et al. 2019) from a list of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+import kpcore
+from kpcore import _array
+from kpcore.neighbors import Neighbors
+from kpcore.nn import blocks
+from kpcore.pyramid import Pyramid
+
+
+class Result(NamedTuple):
+    """What a network makes of features."""
+
+    logits: np.ndarray  #: (N, classes), or (B, classes) after a global average
+    state: dict  #: after the pass: running statistics, where training
+    regularization: object  #: of deformable convolutions, a number, where training and there are some; else None
+
+
+def architecture(levels=5, convs=3, *, deformable=0, segment=True):
+    """The list of blocks of the published networks.
+
+    Parameters
+    ----------
+    levels : int
+    convs : int
+        Of each level but the first, which has two, among them the strided one that comes to it. 2 gives the networks
+        of the paper, 3 the deeper ones of its PyTorch code.
+    deformable : int
+        How many of the last blocks with a convolution are deformable: 5 in the paper.
+    segment : bool
+        Whether the features go up to the points again (KP-FCNN) or are averaged (KP-CNN).
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> architecture(2, 2, deformable=1)
+    ('simple', 'resnetb', 'resnetb_strided', 'resnetb_deformable', 'nearest_upsample', 'unary')
+    >>> len(architecture()), architecture(segment=False)[-1]
+    (22, 'global_average')
+    """
+    levels, convs = _array.integer("levels", levels, 1, 16), _array.integer("convs", convs, 2)
+    found = ["simple", "resnetb"]
+    for _ in range(levels - 1):
+        found += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
+    deformable = _array.integer("deformable", deformable, 0, len(found))
+    for i in range(len(found) - deformable, len(found)):
+        found[i] = found[i].replace("_strided", "") + "_deformable" + "_strided" * found[i].endswith("_strided")
+    return (*found, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
+
+
+@dataclass(frozen=True)
+class Network:
+    """KP-CNN or KP-FCNN: what it is, without its parameters.
+
+    Called with those, it is a pure function of the operators of `F`: `kpcore`, `kpcore.torch` or `kpcore.jax`.
+
+    Parameters
+    ----------
+    architecture : sequence of str
+        Blocks as the published PyTorch code names them: simple, resnetb, each with _deformable and _strided; max_pool;
+        then global_average, or nearest_upsample and unary up to the first level. See `architecture`.
+    num_features, num_classes : int
+    voxel_size : float
+        Of level 0, in the unit of the points; twice that of each further level.
+    dimension : int
+        D, 2 or 3.
+    width : int
+        Of the first residual block; a simple block has half; twice that of each further level. 128 in the published
+        code; 64 as the paper counts.
+    decoder_width : int, optional
+        Of level 0 after upsampling; `width` if not given. The paper's networks have half.
+    head_width : int, optional
+        Of the layer before the logits; 1024 after a global average, else `width`, if not given.
+    head_norm : bool
+        Whether that layer is normalised, as in the paper's networks, or has a bias.
+    kernel_size : int
+        K.
+    conv_radius, deform_radius, extent : float
+        In voxels of the level: of neighbourhoods, of those where a block of the level is deformable, and of influence.
+    kernel_radius : float
+        The mean norm of the kernel points, in `conv_radius`.
+    influence, aggregation, normalization
+        As in `kpcore.kpconv`.
+    modulated : bool
+        Whether deformable convolutions also modulate their kernel points.
+    norm : {"batch", "group", "instance", None}
+    norm_groups : int
+        At most; see `nn.Run`.
+    momentum : float
+        Of the running statistics.
+    slope : float
+        Of the leaky ReLU.
+    always_narrow : bool
+        Whether residual blocks have their first layer where it changes no width, as in the paper's networks.
+    pool_pad_value : float, optional
+        What a shorter row sees besides its neighbours in a maximum: 0 in the published PyTorch code.
+    fitting_power, repulse_extent : float
+        Of the regularisation of deformable convolutions.
+    dropout : float
+        Of the layer before the logits, in training.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> net = kp.nn.Network(kp.nn.architecture(3, 2), num_features=1, num_classes=4, voxel_size=0.04, width=16)
+    >>> params, state = net.init(seed=0)
+    >>> points = kp.scenes.indoor(20_000).points
+    >>> pyramid = net.pyramid(points)
+    >>> features = np.ones((len(pyramid[0].points), 1), np.float32)
+    >>> result = net(kp, params, state, pyramid, features)
+    >>> result.logits.shape == (len(features), 4)
+    True
+    """
+
+    architecture: tuple
+    num_features: int
+    num_classes: int
+    voxel_size: float
+    dimension: int = 3
+    width: int = 128
+    decoder_width: int | None = None
+    head_width: int | None = None
+    head_norm: bool = False
+    kernel_size: int = 15
+    conv_radius: float = 2.5
+    deform_radius: float = 5.0
+    extent: float = 1.2
+    kernel_radius: float = 0.66
+    influence: str = "linear"
+    aggregation: str = "sum"
+    normalization: str | None = None
+    modulated: bool = False
+    norm: str | None = "batch"
+    norm_groups: int = 32
+    momentum: float = 0.02
+    slope: float = 0.1
+    always_narrow: bool = False
+    pool_pad_value: float | None = None
+    fitting_power: float = 1.0
+    repulse_extent: float = 1.2
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "architecture", tuple(self.architecture))
+        for name in ("num_features", "num_classes", "kernel_size"):
+            _array.integer(name, getattr(self, name), 1)
+        _array.integer("dimension", self.dimension, 2, 3)
+        _array.length("voxel_size", self.voxel_size, np.dtype(np.float32))
+        if _array.integer("width", self.width, 4) % 4:
+            raise ValueError(f"width: expected a multiple of 4, got {self.width}")
+        blocks.check_norm(self.norm, self.norm_groups)
+        _check_architecture(self.architecture)
+
+    @property
+    def num_levels(self):
+        return 1 + sum(_coarser(block) for block in self.architecture)
+
+    @property
+    def num_downs(self):
+        """Blocks before the first that goes up again."""
+        up = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
+        return up[0] if up else len(self.architecture)
+
+    @property
+    def deform_levels(self):
+        """Where some convolution is deformable and so needs the larger neighbourhoods."""
+        level, found = 0, set()
+        for block in self.architecture:
+            if "deformable" in block:
+                found.add(level)
+            level += _coarser(block)
+        return tuple(sorted(found))
+
+    @property
+    def segments(self):
+        """Whether each point gets logits; otherwise each batch item does."""
+        return self.architecture[-1] != "global_average"
+
+    def pyramid(self, points, *, row_splits=None, neighbor_limits=None, subsampled=False, features=None, labels=None,
+                F=kpcore):  # fmt: skip
+        """The levels and neighbours that the network works on, made by `F.build_pyramid` with its sizes."""
+        levels = F.build_pyramid(
+            points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
+            labels=labels, subsampled=subsampled, conv_radius=self.conv_radius, deform_radius=self.deform_radius,
+            deform_levels=self.deform_levels, neighbor_limits=neighbor_limits
+        )  # fmt: skip
+        if self.pool_pad_value is None:
+            return levels
+        return Pyramid(level._replace(pools=_with_width(level.pools)) for level in levels)
+
+    def init(self, seed=0, dtype=np.float32):
+        """(params, state): dicts of arrays by name.
+
+        Weights are drawn as in the published PyTorch code, uniform in ±1 / sqrt(fan-in), by NumPy from the seed and
+        the name; the same on every machine.
+
+        Parameters
+        ----------
+        seed : int
+        dtype : float32 or float64
+        """
+        dtype = np.dtype(dtype)
+        if dtype not in _array.REAL:
+            raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+        params, state = {}, {}
+        points = np.zeros((0, self.dimension), dtype)
+        new = {"seed": _array.integer("seed", seed, 0), "dtype": dtype}
+        features = np.zeros((0, self.num_features), dtype)
+        self._run(self._new_run(kpcore, params, state, new=new), self.pyramid(points), features, None)
+        return params, state
+
+    def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
+        """Logits of the points, or of the batch items.
+
+        Parameters
+        ----------
+        F : module
+            `kpcore` for arrays and for tensors of the tape, `kpcore.torch`, `kpcore.jax`.
+        params, state : dict by name
+            As from `init`; of the kind that `F` computes with.
+        pyramid : sequence of Level
+            As from `pyramid`, of the kind that `F` computes with.
+        features : (N, num_features)
+            Of the points of level 0.
+        training : bool
+            Whether to normalise by the statistics of this batch, drop out, and compute the regularisation.
+        seed : int, optional
+            Of dropout; needed where it is on in training.
+
+        Returns
+        -------
+        Result
+        """
+        if len(pyramid) != self.num_levels:
+            raise ValueError(f"pyramid: expected {self.num_levels} levels for the architecture, got {len(pyramid)}")
+        if features.shape[1] != self.num_features:
+            raise ValueError(f"features: expected (N, {self.num_features}), got {tuple(features.shape)}")
+        run = self._new_run(F, params, state, training=training)
+        logits = self._run(run, pyramid, features, seed)
+        total = None
+        for one in run.regularization:
+            total = one if total is None else total + one
+        return Result(logits, run.new_state, None if total is None else self.fitting_power * total)
+
+    def _new_run(self, F, params, state, **more):
+        conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
+        return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
+                          slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
+
+    def _run(self, run, pyramid, x, seed):
+        level, width, downs, skips = 0, self.width, self.num_downs, []
+        for number, block in enumerate(self.architecture):
+            kind, deform = block.split("_")[0], self.modulated if "deformable" in block else None
+            here = pyramid[level]
+            if number < downs:
+                name = f"encoder.{number}"
+                if _coarser(block):
+                    skips.append(x)
+            else:
+                name = f"decoder.{number - downs}"
+                decoder_width = (self.decoder_width or self.width) * 2**level
+            target, where = here, (here.points, None, here.neighbors)
+            if _coarser(block):
+                target = pyramid[level + 1]
+                where = here.points, target.points, here.pools
+            bounds, places = (here.row_splits, target.row_splits), self._places(level)
+            if block == "global_average":
+                x = run.F.segment_reduce(x, here.row_splits, "mean")
+            elif block == "nearest_upsample":
+                level -= 1
+                x = run.F.concatenate(run.F.nearest_upsample(x, pyramid[level].upsamples), skips.pop())
+            elif block == "max_pool":
+                x = run.F.neighbor_reduce(x, here.pools, "max", pad_value=self.pool_pad_value)
+            elif kind == "unary":
+                x = blocks.unary(run, name, x, width if number < downs else decoder_width, here.row_splits)
+            elif kind == "simple":
+                x = blocks.simple(run, name, where, x, width // 2, places, bounds[1], deform)
+            else:
+                x = blocks.bottleneck(run, name, where, x, width, places, *bounds, deform, self.always_narrow,
+                                      self.pool_pad_value)  # fmt: skip
+            if _coarser(block):
+                level, width = level + 1, 2 * width
+        return self._head(run, x, pyramid[0].row_splits if self.segments else None, seed)
+
+    def _head(self, run, x, row_splits, seed):
+        width = self.head_width or (self.width if self.segments else 1024)
+        if self.head_norm:
+            x = blocks.unary(run, "head.0", x, width, row_splits)
+        else:
+            x = blocks.dense(run, "head.0", x, width)
+        if self.dropout and run.training:
+            if seed is None:
+                raise ValueError(f"seed: expected an integer, because dropout is {self.dropout} in training, got None")
+            x = run.F.dropout(x, self.dropout, seed)
+        return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
+
+    def _places(self, level):
+        voxel = self.voxel_size * 2**level
+        radius = self.kernel_radius * self.conv_radius * voxel
+        return {"num": self.kernel_size, "radius": radius, "extent": self.extent * voxel, "dimension": self.dimension}
+
+
+def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+    """KP-CNN, which classifies clouds, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
+
+    `options` are those of `Network`.
+
+    >>> import kpcore as kp
+    >>> kp.nn.count(kp.nn.kpcnn(1, 40, 0.02, convs=2).init()[0])
+    """
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
+
+
+def kpfcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+    """KP-FCNN, which labels points, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
+
+    `options` are those of `Network`.
+    """
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, True, options)
+
+
+def _published(num_features, num_classes, voxel_size, convs, levels, deformable, segment, options):
+    if convs == 2:  # the paper's TensorFlow code
+        options = {"always_narrow": True, "head_norm": True, "slope": 0.2} | options
+        if segment:
+            options = {
+                "decoder_width": options.get("width", 128) // 2,
+                "head_width": options.get("width", 128) // 2,
+            } | options
+    blocks_of = architecture(levels, convs, deformable=deformable, segment=segment)
+    return Network(blocks_of, num_features, num_classes, voxel_size, **options)
+
+
+def count(params):
+    """How many numbers there are in a dict of arrays."""
+    return sum(int(np.prod(value.shape)) for value in params.values())
+
+
+def _coarser(block):
+    return "strided" in block or block == "max_pool"
+
+
+def _check_architecture(given):
+    level, up = 0, False
+    for number, block in enumerate(given):
+        kind, *more = block.split("_")
+        known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
+            kind in ("simple", "resnetb") and more in ([], ["deformable"], ["strided"], ["deformable", "strided"])
+        )
+        if not known:
+            raise ValueError(f"architecture: expected a block of the published networks, got {block!r}")
+        if block == "nearest_upsample":
+            level, up = level - 1, True
+        elif up and block != "unary":
+            raise ValueError(f"architecture: expected nearest_upsample or unary after going up, got {block!r}")
+        elif block == "global_average" and number != len(given) - 1:
+            raise ValueError("architecture: expected global_average at the end")
+        level += _coarser(block)
+        if level < 0:
+            raise ValueError("architecture: expected as many blocks down as up, got one up more")
+    if not given or (given[-1] != "global_average" and level):
+        raise ValueError(f"architecture: expected global_average at the end, or to be on level 0 there, got {given}")
+
+
+def _with_width(neighbors):
+    """The list as of a padded matrix, in which the longest row has no padding."""
+    if neighbors is None or neighbors.width is not None:
+        return neighbors
+    width = int(neighbors.counts.max()) if neighbors.num_queries else 0
+    return Neighbors._trusted(neighbors.index, neighbors.row_splits, neighbors.num_points, neighbors.distance, width,
+                              neighbors._transposed)  # fmt: skip

@@ -1,0 +1,90 @@
+"""Checkpoints of the published PyTorch code (HuguesTHOMAS/KPConv-PyTorch)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpcore.nn.networks import Network
+
+# Its names of settings, and ours.
+_SETTINGS = {
+    "num_classes": "num_classes", "in_features_dim": "num_features", "first_features_dim": "width",
+    "first_subsampling_dl": "voxel_size", "conv_radius": "conv_radius", "deform_radius": "deform_radius",
+    "KP_extent": "extent", "KP_influence": "influence", "aggregation_mode": "aggregation", "modulated": "modulated",
+    "batch_norm_momentum": "momentum", "num_kernel_points": "kernel_size", "in_points_dim": "dimension",
+    "deform_fitting_power": "fitting_power", "repulse_extent": "repulse_extent",
+}  # fmt: skip
+_NEEDED = ("num_classes", "in_features_dim", "first_features_dim", "first_subsampling_dl")
+_BLOCKS = {"block_ops": "encoder", "encoder_blocks": "encoder", "decoder_blocks": "decoder"}
+_HEADS = {"head_mlp": "head.0", "head_softmax": "head.1"}
+_LAYERS = {"KPConv": "conv", "batch_norm": "norm", "batch_norm_conv": "norm"}
+_NORM = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "variance"}
+
+
+def import_kpconv_pytorch(state_dict, architecture, config):
+    """A network and its parameters from a checkpoint of the published PyTorch code.
+
+    Nothing is unpickled here: load the file with ``torch.load(path, weights_only=True)["model_state_dict"]``.
+
+    Parameters
+    ----------
+    state_dict : dict of arrays or torch tensors on the CPU
+    architecture : sequence of str
+        As in the checkpoint's ``parameters.txt``.
+    config : dict
+        Settings by the names of that file; at least num_classes, in_features_dim, first_features_dim and
+        first_subsampling_dl. Those that say nothing of the network are left out of account.
+
+    Returns
+    -------
+    net : Network
+        A maximum over pooled neighbours sees the zeros that the published code pads with.
+    params, state : dict of float32 arrays by name
+
+    Raises
+    ------
+    ValueError
+        For settings or arrays that are missing, of other shapes, or in the checkpoint alone.
+    """
+    missing = [name for name in _NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"config: expected {', '.join(missing)}, got none")
+    options = {ours: config[theirs] for theirs, ours in _SETTINGS.items() if theirs in config}
+    if not config.get("use_batch_norm", True):
+        options["norm"] = None
+    net = Network(tuple(architecture), **options, pool_pad_value=0.0)
+    values = {}
+    for theirs, value in state_dict.items():
+        if theirs.endswith("num_batches_tracked"):
+            continue
+        ours = _name(theirs)
+        value = np.asarray(value, np.float32)
+        values[ours] = np.ascontiguousarray(value.T if theirs.endswith("mlp.weight") else value)
+    expected = net.init()
+    found = tuple({name: values.pop(name) for name in part if name in values} for part in expected)
+    for kind, have, like in zip(("parameters", "state"), found, expected, strict=True):
+        for name, value in like.items():
+            if name not in have:
+                raise ValueError(f"state_dict: expected {kind} for {name}, got none")
+            if have[name].shape != value.shape:
+                raise ValueError(f"state_dict: expected {value.shape} for {name}, got {have[name].shape}")
+    if values:
+        raise ValueError(f"state_dict: expected only what the architecture has, got {', '.join(sorted(values))} too")
+    return net, *found
+
+
+def _name(theirs):
+    """encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale"""
+    first, *layers, leaf = theirs.split(".")
+    if first in _HEADS:
+        # A layer with a bias is there a normalisation that is none.
+        return f"{_HEADS[first]}.{'bias' if layers == ['batch_norm'] else 'weights'}"
+    if first not in _BLOCKS:
+        raise ValueError(f"state_dict: expected names of the published PyTorch code, got {theirs}")
+    path = [_BLOCKS[first]]
+    for layer in layers:
+        ours = _LAYERS.get(layer, layer)
+        if ours not in ("mlp", path[-1]):
+            path.append(ours)
+    leaf = _NORM[leaf] if path[-1] == "norm" else "weights" if leaf == "weight" else leaf
+    return ".".join([*path, leaf])

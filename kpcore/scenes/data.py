@@ -1,0 +1,214 @@
+"""Labelled clouds in memory, ready to be cut into batches."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import kpcore as kp
+from kpcore.scenes.indoor import indoor
+from kpcore.scenes.readers import ReadError, read
+from kpcore.scenes.settings import Digits, SettingsError
+
+_OWN = ("one", "color", "height", "local", "value")
+IGNORED = -1  # the label of points that are of no class
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A cloud with a point a voxel.
+
+    points : (N, D) float32
+    columns : (N, C) float32, the features but for those that depend on the input sphere; see `Columns`
+    labels : (N,) int64, numbers of classes, or IGNORED
+    tree : of the points
+    full : (n, D) float32, the points before subsampling; full_labels (n,) of those, or None
+    cloud : the file's own Cloud, or None for digits
+    """
+
+    points: np.ndarray
+    columns: np.ndarray
+    labels: np.ndarray
+    tree: kp.KDTree
+    full: np.ndarray
+    full_labels: np.ndarray | None
+    cloud: object = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How features are made: the names, and for those that files give, what is subtracted and divided by."""
+
+    names: tuple[str, ...]
+    center: dict
+    scale: dict
+
+    @property
+    def fields(self):
+        """What files have to have."""
+        return tuple(name for name in self.names if name not in _OWN)
+
+    def of(self, points, cloud, rows):
+        """(n, C) of rows of a cloud, zeros for "local"; `points` are the cloud's."""
+        parts = []
+        for name in self.names:
+            if name == "one":
+                parts.append(np.ones((len(points), 1), np.float32))
+            elif name == "local":
+                parts.append(np.zeros_like(points))
+            elif name == "color":
+                parts.append(cloud.colors[rows].astype(np.float32) / 255)
+            else:
+                parts.append((self.raw(name, points, cloud, rows)[:, None] - self.center[name]) / self.scale[name])
+        return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
+
+    def raw(self, name, points, cloud, rows):
+        """(n,) before anything is subtracted."""
+        if name == "height":
+            return (points[:, -1] + cloud.shift[-1]).astype(np.float32)
+        return np.asarray(cloud.fields[name.lower()][rows], np.float32)
+
+    def span(self, name):
+        """The columns of a name."""
+        widths = [{"color": 3, "local": 0}.get(one, 1) for one in self.names]
+        at = self.names.index(name)
+        return slice(sum(widths[:at]), sum(widths[: at + 1]))
+
+
+def load_scenes(settings, parts, folder, columns=None):
+    """([Scene], Columns) of files; the columns are made of these scenes unless given."""
+    clouds = [_part(settings, part, folder) for part in parts]
+    if columns is None:
+        columns = _columns(settings, clouds)
+    return [_scene(settings, columns, *cloud) for cloud in clouds], columns
+
+
+def scene_of(settings, columns, cloud):
+    """A Scene of a whole cloud, labelled or not."""
+    return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
+
+
+def read_cloud(settings, path):
+    """The Cloud of a file with the fields that the features need."""
+    fields = [name for name in settings.data.features if name not in _OWN]
+    cloud = read(path, fields=fields, label=settings.data.label)
+    if "color" in settings.data.features and cloud.colors is None:
+        raise ReadError(f"{path}: has no colours, which are among the features")
+    return cloud
+
+
+def class_numbers(settings, labels):
+    """Numbers of classes of a file's labels, IGNORED for all others."""
+    out = np.full(len(labels), IGNORED, np.int64)
+    for number, values in enumerate(settings.data.classes.values()):
+        out[np.isin(labels, values)] = number
+    return out
+
+
+def _part(settings, part, folder):
+    """(cloud, rows of it)"""
+    if part.indoor is not None:
+        cloud = indoor(part.points, part.indoor)
+        if part.mirror:
+            cloud.points[:, 0] *= -1
+    else:
+        path = Path(folder, part.file)
+        cloud = read_cloud(settings, path)
+        if cloud.labels is None:
+            raise ReadError(f"{path}: has no labels; [data] label names their field")
+    keep = np.ones(len(cloud.points), bool)
+    for bound, sign in ((part.min, 1), (part.max, -1)):
+        if bound is None:
+            continue
+        if len(bound) > 3:
+            raise SettingsError(f"[data] {part}: expected corners of up to 3 coordinates, got {bound}")
+        for axis, limit in enumerate(bound):
+            # One side keeps what lies on the limit.
+            at = cloud.points[:, axis] + cloud.shift[axis]
+            keep &= at >= limit if sign > 0 else at < limit
+    if not keep.any():
+        raise SettingsError(f"[data] {part}: expected points between the corners, got none")
+    return cloud, np.flatnonzero(keep)
+
+
+def _columns(settings, clouds):
+    names = tuple(settings.data.features)
+    if "value" in names:
+        raise SettingsError("[data] features: value is of digits; scenes have the fields of their files")
+    columns, center, scale = Columns(names, {}, {}), {}, {}
+    for name in names:
+        if name in ("one", "color", "local"):
+            continue
+        values = [columns.raw(name, cloud.points[rows], cloud, rows) for cloud, rows in clouds]
+        # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
+        low, middle, high = np.quantile(np.concatenate(values).astype(np.float64), (0.05, 0.5, 0.95))
+        center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
+    return Columns(names, center, scale)
+
+
+def _scene(settings, columns, cloud, rows):
+    full = cloud.points[rows]
+    labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
+    features = np.clip(columns.of(full, cloud, rows), -10, 10)
+    try:
+        sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
+                                ignore_label=None if labels is None else IGNORED)  # fmt: skip
+    except ValueError as error:
+        raise SettingsError(f"[network] voxel_size: {error}") from None
+    own = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
+    return Scene(sub.points, sub.features, own, kp.KDTree(sub.points), full, labels, cloud)
+
+
+def load_digits(settings, parts, folder):
+    """[Scene] of idx files, one for each image: a point for each pixel that is not black, in pixels from the middle."""
+    scenes = []
+    for part in parts:
+        images, labels = (_idx(Path(folder, name)) for name in (part.images, part.labels))
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise SettingsError(
+                f"[data] {part.images}: expected images and as many labels, got {images.shape} and {labels.shape}"
+            )
+        if labels.max() > 9:
+            raise SettingsError(f"[data] {part.labels}: expected labels from 0 to 9, got {labels.max()}")
+        middle = (np.array(images.shape[:0:-1], np.float32) - 1) / 2
+        for image, label in zip(images[part.first : part.last], labels[part.first : part.last], strict=True):
+            rows, columns = np.nonzero(image)
+            points = np.stack([columns, len(image) - 1 - rows], 1).astype(np.float32) - middle
+            made = []
+            for name in settings.data.features:
+                if name not in ("one", "value", "local"):
+                    raise SettingsError(f"[data] features: expected one, value or local for digits, got {name}")
+                made.append({"one": np.ones((len(points), 1)), "local": np.zeros((len(points), 2)),
+                             "value": image[rows, columns, None] / 255}[name])  # fmt: skip
+            features = np.concatenate(made, axis=1).astype(np.float32)
+            scenes.append(Scene(points, features, np.array([label], np.int64), None, points, None))
+    if not scenes:
+        raise SettingsError("[data]: expected digits, got none")
+    return scenes
+
+
+def _idx(path):
+    """The array of an idx file, gzipped or not (format: yann.lecun.com/exdb/mnist)."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise ReadError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or len(data) < 4 + 4 * data[3]:
+        raise ReadError(f"{path}: is no idx file of bytes")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    if len(data) != 4 + 4 * data[3] + math.prod(shape):
+        raise ReadError(f"{path}: truncated: an array of shape {shape} promised, {len(data)} bytes are there")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def load(settings, parts, folder, columns=None):
+    """([Scene], Columns or None) of what the settings name."""
+    if isinstance(parts[0], Digits):
+        return load_digits(settings, parts, folder), None
+    return load_scenes(settings, parts, folder, columns)

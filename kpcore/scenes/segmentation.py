@@ -1,0 +1,158 @@
+"""A scan in, the same scan out with labels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kpcore.config import require
+from kpcore.scenes import voting
+from kpcore.scenes.data import IGNORED, read_cloud, scene_of
+from kpcore.scenes.readers import Cloud, ReadError
+
+_KINDS = {".las": "LAS", ".laz": "LAS", ".ply": "PLY", ".npz": "NPZ"}
+_LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
+
+
+class Segmented(NamedTuple):
+    """What `segment` found."""
+
+    cloud: Cloud
+    classes: np.ndarray  #: (N,) numbers of classes, of the cloud's points
+    counts: np.ndarray  #: (classes,) points of each
+    true: np.ndarray | None  #: (N,) what the file's own labels say, IGNORED where they are of no class
+    scores: dict | None  #: against those, see `voting.scores`
+
+
+def check_out(source, out):
+    """An error unless labels of that file can be written to this one."""
+    kinds = [_KINDS.get(Path(path).suffix.lower()) for path in (source, out)]
+    if None in kinds or kinds[0] != kinds[1]:
+        raise ReadError(f"{out}: labels are written to PLY, LAS, LAZ and NPZ files, of the kind of {source}")
+
+
+def segment(model, source, out, *, votes=None, watch=None):
+    """Label the points of a file, and write it with these labels; what else it holds stays as it is.
+
+    Points that were left out (see `Cloud`) keep the label they have.
+    """
+    check_out(source, out)
+    cloud = read_cloud(model.settings, source)
+    scene = scene_of(model.settings, model.columns, cloud)
+    classes = voting.labels_of(model, scene, votes, watch=watch)
+    values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
+    write_labels(source, out, values[classes], kept=cloud.kept, label=model.settings.data.label)
+    return found(model, scene, classes)
+
+
+def found(model, scene, classes):
+    """`Segmented` of a scene's points."""
+    counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
+    if true is not None and (true != IGNORED).any():
+        scores = voting.scores(voting.confusion(true, classes, len(counts)), model.settings.names)
+    return Segmented(scene.cloud, classes, counts, true, scores)
+
+
+def write_labels(source, out, labels, *, kept=None, label=None):
+    """Write a file again with other labels, whole or not at all.
+
+    LAS and LAZ have the field classification; in a PLY or NPZ it is `label`, or the first there is of the usual names,
+    or a new one called label.
+
+    Parameters
+    ----------
+    source, out : path
+    labels : (N,) integers
+    kept : (n,) bool, optional
+        Which of the file's points they are of; all if not given.
+    label : str, optional
+    """
+    check_out(source, out)
+    source, out = Path(source), Path(out)
+    part = out.with_name(f".{out.stem}.part{out.suffix}")
+    try:
+        {"LAS": _las, "PLY": _ply, "NPZ": _npz}[_KINDS[source.suffix.lower()]](source, part, labels, kept, label)
+        os.replace(part, out)
+    except OSError as error:
+        raise ReadError(f"{out}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _filled(before, labels, kept):
+    """All of the file's labels: the new ones where there are."""
+    after = np.array(before)
+    limits = np.iinfo(after.dtype)
+    if len(labels) and (labels.min() < limits.min or labels.max() > limits.max):
+        raise ReadError(f"its labels are {after.dtype}, which cannot hold {labels.min()} to {labels.max()}")
+    after[slice(None) if kept is None else kept] = labels
+    return after
+
+
+def _las(source, out, labels, kept, label):
+    laspy = require("laspy", "io")
+    las = laspy.read(source, laz_backend=laspy.LazBackend.Lazrs if source.suffix.lower() == ".laz" else None)
+    name = label or "classification"
+    if name == "classification" and las.point_format.id < 6 and labels.max(initial=0) > 31:
+        raise ReadError(f"{source}: point format {las.point_format.id} has classes up to 31, got {labels.max()}")
+    las[name] = _filled(las[name], labels, kept)
+    las.write(out, laz_backend=laspy.LazBackend.Lazrs if out.suffix.lower() == ".laz" else None)
+
+
+def _ply(source, out, labels, kept, label):
+    plyfile = require("plyfile", "io")
+    ply = plyfile.PlyData.read(source)
+    vertex = ply["vertex"]
+    names = {name.lower().removeprefix("scalar_"): name for name in vertex.data.dtype.names}
+    name = next((names[one] for one in ([label] if label else _LABELS) if one in names), None)
+    if name is None:
+        name = label or "label"
+        wider = np.empty(len(vertex.data), [*vertex.data.dtype.descr, (name, "i4")])
+        for one in vertex.data.dtype.names:
+            wider[one] = vertex.data[one]
+        wider[name] = 0
+        properties = (*vertex.properties, plyfile.PlyProperty(name, "int"))
+        new = plyfile.PlyElement("vertex", properties, len(wider), vertex.comments)
+        new.data = wider
+        ply.elements = [new if element.name == "vertex" else element for element in ply.elements]
+        vertex = new
+    before = vertex.data[name]
+    after = _filled(before.astype(np.int64), labels, kept)
+    vertex.data[name] = after.astype(before.dtype)
+    if (vertex.data[name] != after).any():
+        raise ReadError(f"{source}: its {name} is {before.dtype}, which cannot hold {labels.max()}")
+    ply.write(out)
+
+
+def _npz(source, out, labels, kept, label):
+    with np.load(source, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    names = {name.lower(): name for name in arrays}
+    name = next(
+        (names[one] for one in ([label] if label else ("labels", "label", "classes", "y")) if one in names), None
+    )
+    before = arrays[name] if name else np.zeros(len(labels) if kept is None else len(kept), np.int32)
+    after = _filled(before.astype(np.int64), labels, kept)
+    arrays[name or "labels"] = after.astype(before.dtype)
+    if (arrays[name or "labels"] != after).any():
+        raise ReadError(f"{source}: its {name} is {before.dtype}, which cannot hold {labels.max()}")
+    np.savez_compressed(out, **arrays)
+
+
+def draw(path, title, found, names):
+    """Write a picture: the cloud by what was found, and where there are labels by those and by where they differ."""
+    from kpcore import picture
+
+    colors = picture.class_colors(len(names))
+    panels = [("found", colors[found.classes])]
+    if found.true is not None and found.scores:
+        true = np.where(found.true == IGNORED, len(names), found.true)
+        with_none = np.vstack([colors, [90, 90, 90]]).astype(np.uint8)
+        right = np.where(found.true == found.classes, 0, 1)
+        wrong = np.array([[96, 104, 112], [236, 64, 64]], np.uint8)[np.where(found.true == IGNORED, 0, right)]
+        panels += [("labels", with_none[true]), ("where they differ", wrong)]
+    subtitle = "" if not found.scores else f"mIoU {found.scores['miou']:.3f}, accuracy {found.scores['accuracy']:.3f}"
+    picture.draw_classes(path, title, subtitle, found.cloud, panels, [*zip(names, colors, strict=True)])

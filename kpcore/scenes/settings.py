@@ -1,0 +1,287 @@
+"""What is trained, on what and how: a TOML file, checked."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from kpcore import nn
+from kpcore.config import require
+
+
+class SettingsError(ValueError):
+    """A setting cannot be carried out; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of points with labels, or what of it lies between two corners in the file's own coordinates.
+
+    Instead of a file the embedded scene: `indoor` is its seed, `points` how many; mirrored or not.
+    """
+
+    file: str | None = None
+    min: list[float] | None = None
+    max: list[float] | None = None
+    indoor: int | None = None
+    points: int = 300_000
+    mirror: bool = False
+
+    def __str__(self):
+        return self.file if self.indoor is None else f"indoor {self.indoor}"
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images and labels in idx files, of which those from `first` on to before `last` are taken."""
+
+    images: str
+    labels: str
+    first: int = 0
+    last: int | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where points and labels come from.
+
+    train, test : parts of scenes, or digits
+    classes : for each name the labels in the files that it stands for; others are ignored. Digits have their own.
+    features : "one", "color" (three), "height" (the last coordinate of the file), "local" (the coordinates in the input
+        sphere), "value" (grey of a digit), or the name of a field of the files
+    label : the field of the labels, if it has none of the usual names
+    """
+
+    train: list
+    test: list = field(default_factory=list)
+    classes: dict = field(default_factory=dict)
+    features: list[str] = field(default_factory=lambda: ["one"])
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of `kpcore.nn.Network`: `levels`, `convs` and `deformable` are those of `kpcore.nn.architecture`;
+    what is not named here goes by `options`."""
+
+    voxel_size: float
+    levels: int = 5
+    convs: int = 2
+    deformable: int = 0
+    width: int = 64
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained; lengths in the unit of the points.
+
+    radius : of input spheres
+    sampling : "regular", spheres where the fewest have been, or "balanced", around a point of a class drawn evenly
+    batch_points, batch_clouds : a batch ends before it would exceed either
+    epochs, steps : and batches in each epoch
+    optimizer : "sgd" or "adamw"
+    schedule : "exponential" (lr_decay every lr_decay_epochs) or "one_cycle"
+    offset_lr : factor of the learning rate for what has "offset" in its name
+    clip_value, clip_norm : 0 for none
+    class_weights : "none", "root" or "inverse": of how often a class is in the training data
+    rotate : "vertical", "all" or "none", or as a number at most so many degrees about the vertical
+    scale : least and largest factor of each axis
+    flip : for each axis whether it may be turned over
+    noise : standard deviation of what is added to coordinates
+    keep_color : how often the colours of a sphere are not blanked
+    turn_grid : whether voxels lie along axes turned at random
+    vote_radius : which part of a sphere, from its centre, is counted in validation
+    validate : every so many epochs, and after the last
+    workers : threads that prepare batches ahead
+    """
+
+    radius: float = 2.0
+    sampling: str = "regular"
+    batch_points: int = 20_000
+    batch_clouds: int = 32
+    epochs: int = 20
+    steps: int = 100
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.98
+    weight_decay: float = 1e-3
+    schedule: str = "exponential"
+    lr_decay: float = 0.1
+    lr_decay_epochs: float = 150.0
+    offset_lr: float = 0.1
+    clip_value: float = 100.0
+    clip_norm: float = 0.0
+    class_weights: str = "none"
+    rotate: str | float = "vertical"
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    flip: list[bool] = field(default_factory=list)
+    noise: float = 0.001
+    keep_color: float = 0.8
+    turn_grid: bool = True
+    vote_radius: float = 0.7
+    votes: int = 1
+    validate: int = 5
+    workers: int = 2
+
+
+_CHOICES = {
+    "sampling": ("regular", "balanced"), "optimizer": ("sgd", "adamw"), "schedule": ("exponential", "one_cycle"),
+    "class_weights": ("none", "root", "inverse"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole file."""
+
+    data: Data
+    network: Architecture
+    training: Training
+
+    @property
+    def digits(self):
+        return isinstance(self.data.train[0], Digits)
+
+    @property
+    def names(self):
+        """Of the classes."""
+        return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
+
+    def net(self):
+        """The network, for as many features and classes as the data has."""
+        given = self.network
+        blocks = nn.architecture(given.levels, given.convs, deformable=given.deformable, segment=not self.digits)
+        widths = {"local": 2 if self.digits else 3, "color": 3}
+        num_features = sum(widths.get(name, 1) for name in self.data.features)
+        options = {"width": given.width, "dimension": 2 if self.digits else 3} | given.options
+        try:
+            return nn.Network(blocks, num_features, len(self.names), given.voxel_size, **options)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"[network] {error}") from None
+
+    def asdict(self):
+        """What `from_dict` makes these settings of."""
+        return asdict(self)
+
+
+def read_settings(path):
+    """Settings of a TOML file; errors name the setting."""
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
+    try:
+        return from_dict(toml.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: is not text") from None
+    except (toml.TOMLDecodeError, SettingsError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+
+
+def from_dict(given):
+    """Settings of nested dicts, as TOML gives them."""
+    given = dict(given)
+    data = dict(given.pop("data", {}))
+    for name in ("train", "test"):
+        parts = data.get(name, [])
+        if not isinstance(parts, list) or (name == "train" and not parts):
+            raise SettingsError(f"[data] {name}: expected a list of files, got {parts!r}")
+        kinds = [Digits if isinstance(part, dict) and "images" in part else Part for part in parts]
+        if len({*kinds}) > 1:
+            raise SettingsError(f"[data] {name}: expected scenes or digits, got both")
+        data[name] = [
+            _section(kind, {"file": part} if isinstance(part, str) else part, f"[data] {name}[{i}]")
+            for i, (kind, part) in enumerate(zip(kinds, parts, strict=True))
+        ]
+        for i, part in enumerate(data[name]):
+            if isinstance(part, Part) and (part.file is None) == (part.indoor is None):
+                raise SettingsError(f"[data] {name}[{i}]: expected either file or indoor")
+    data = _section(Data, data, "[data]")
+    if len({type(part) for part in (*data.train, *data.test)}) > 1:
+        raise SettingsError("[data] test: expected the same kind as train, scenes or digits")
+    if isinstance(data.train[0], Part):
+        if len(data.classes) < 2:
+            raise SettingsError(f"[data.classes]: expected at least two names with labels, got {len(data.classes)}")
+        seen = set()
+        for name, labels in data.classes.items():
+            if not isinstance(labels, list) or not labels or not all(type(v) is int for v in labels):
+                raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {labels!r}")
+            if seen & {*labels}:
+                raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {labels}")
+            seen |= {*labels}
+    if not data.features:
+        raise SettingsError("[data] features: expected at least one, got none")
+    network = given.pop("network", {})
+    known = {f.name for f in fields(Architecture)}
+    if isinstance(network, dict):
+        more = {name: value for name, value in network.items() if name not in known}
+        network = {name: value for name, value in network.items() if name in known}
+        network["options"] = more | network.get("options", {})
+    network = _section(Architecture, network, "[network]")
+    training = _section(Training, given.pop("training", {}), "[training]")
+    if given:
+        raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
+    _check(training)
+    settings = Settings(data, network, training)
+    settings.net()
+    return settings
+
+
+def _section(kind, given, where):
+    """A dataclass of a dict; an error for names it does not have, and values of another type than its defaults."""
+    if not isinstance(given, dict):
+        raise SettingsError(f"{where}: expected names and values, got {given!r}")
+    known = {f.name: f for f in fields(kind)}
+    for name, value in given.items():
+        if name not in known:
+            raise SettingsError(f"{where} {name}: there is no such setting; there are {', '.join(known)}")
+        types = str(known[name].type)
+        if types == "float" and type(value) is int:
+            given = {**given, name: float(value)}
+        elif not _is(value, types):
+            raise SettingsError(f"{where} {name}: expected {types}, got {value!r}")
+    for name, f in known.items():
+        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise SettingsError(f"{where} {name}: expected a value, got none")
+    return kind(**given)
+
+
+def _is(value, types):
+    for one in types.split(" | "):
+        outer, _, inner = one.partition("[")
+        if one == "None":
+            fits = value is None
+        elif outer == "list":
+            fits = isinstance(value, list) and all(_is(v, inner.rstrip("]")) for v in value if inner)
+        elif one == "float":
+            fits = type(value) in (int, float)
+        else:
+            fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[one]
+        if fits:
+            return True
+    return False
+
+
+def _check(training):
+    for name, choices in _CHOICES.items():
+        if getattr(training, name) not in choices:
+            raise SettingsError(f"[training] {name}: expected {' or '.join(choices)}, got {getattr(training, name)!r}")
+    above_zero = (
+        "radius", "batch_points", "batch_clouds", "epochs", "steps", "lr", "lr_decay", "lr_decay_epochs",
+        "vote_radius", "votes", "validate"
+    )  # fmt: skip
+    for name in above_zero:
+        if not 0 < getattr(training, name) < np.inf:
+            raise SettingsError(f"[training] {name}: expected a number above zero, got {getattr(training, name)}")
+    for name in ("momentum", "weight_decay", "offset_lr", "clip_value", "clip_norm", "noise", "workers"):
+        if not 0 <= getattr(training, name) < np.inf:
+            raise SettingsError(f"[training] {name}: expected a number of at least zero, got {getattr(training, name)}")
+    if not 0 <= training.keep_color <= 1:
+        raise SettingsError(f"[training] keep_color: expected 0 to 1, got {training.keep_color}")
+    if isinstance(training.rotate, str) and training.rotate not in ("vertical", "all", "none"):
+        raise SettingsError(f"[training] rotate: expected vertical, all, none or degrees, got {training.rotate!r}")
+    if len(training.scale) != 2 or not 0 < training.scale[0] <= training.scale[1]:
+        raise SettingsError(f"[training] scale: expected the least and largest factor, got {training.scale}")

@@ -1,0 +1,322 @@
+"""Training on the tape, and what comes out of it: checkpoints, a log, curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+import kpcore as kp
+from kpcore import nn
+from kpcore.config import require
+from kpcore.nn import checkpoints
+from kpcore.scenes import batches, voting
+from kpcore.scenes.data import IGNORED, Columns, load
+from kpcore.scenes.settings import from_dict
+
+LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
+_BETWEEN_CHECKPOINTS = 60  # seconds; where it is has no influence on a run
+
+
+class NotFinite(ArithmeticError):
+    """A loss is NaN or infinite; the message names the first layer that is."""
+
+
+class Model:
+    """A network with what is needed to use it on a cloud."""
+
+    def __init__(self, net, params, state, settings, columns):
+        self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
+
+    @classmethod
+    def load(cls, path):
+        """Of a file that a training wrote."""
+        net, params, state, about = nn.load(path)
+        if "settings" not in about:
+            raise ValueError(f"path: expected a file that kpcore train wrote, got {path}")
+        columns = about["columns"]
+        if columns is not None:
+            columns = Columns(tuple(columns["names"]), columns["center"], columns["scale"])
+        return cls(net, params, state, from_dict(about["settings"]), columns)
+
+    def about(self):
+        """What JSON holds of it besides the network."""
+        columns = self.columns
+        return {
+            "settings": self.settings.asdict(),
+            "columns": None if columns is None else {"names": columns.names, "center": columns.center,
+                                                     "scale": columns.scale},
+        }  # fmt: skip
+
+
+class Training:
+    """A run in a folder, new or gone on with.
+
+    Everything that is drawn is drawn from the seed and the numbers of the epoch and the step, so that a run continued
+    from any of its checkpoints is the same to the bit as one that was never stopped.
+
+    Parameters
+    ----------
+    settings : Settings
+    out : Path
+        A folder; with `resume` that of the run to continue.
+    folder : Path
+        Where the settings' files are.
+    seed : int
+    resume : bool
+    """
+
+    def __init__(self, settings, out, folder, *, seed=0, resume=False):
+        self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
+        self.epoch = self.step = 0  # the next to be done: of all epochs, and in this one
+        self.best, self.results, self.loss = -1.0, [], None
+        self.scenes, columns = load(settings, settings.data.train, folder)
+        self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
+        self.net = settings.net()
+        params, state = self.net.init(seed)
+        self.model = Model(self.net, params, state, settings, columns)
+        self.optimizer = self._optimizer(params)
+        self.schedule = self._schedule()
+        self.class_weights = self._class_weights()
+        if resume:
+            self._resume()
+
+    # ---- a run
+
+    def run(self, watch=None):
+        """Train until all epochs are done. `watch` is told of each step, a dict as in the log."""
+        training = self.settings.training
+        self.out.mkdir(parents=True, exist_ok=True)
+        saved = time.perf_counter()
+        with open(self.out / LOG, "a", encoding="utf-8") as log:
+            while self.epoch < training.epochs:
+                for entry in self._epoch():
+                    log.write(json.dumps(entry) + "\n")
+                    log.flush()
+                    if watch:
+                        watch(entry)
+                    if time.perf_counter() - saved > _BETWEEN_CHECKPOINTS and self.step < training.steps:
+                        self._save_last()
+                        saved = time.perf_counter()
+                self.epoch, self.step = self.epoch + 1, 0
+                if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
+                    entry = self._validated()
+                    log.write(json.dumps(entry) + "\n")
+                    log.flush()
+                    if watch:
+                        watch(entry)
+                self._save_last()
+                saved = time.perf_counter()
+        curves(self.out)
+        if not self.test_scenes:
+            self._save(BEST, {})
+        return self.results
+
+    def _epoch(self):
+        training, epoch = self.settings.training, self.epoch
+        rng = np.random.default_rng([self.seed, epoch])
+        jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
+        numbered = [*zip(range(training.steps), jobs, strict=True)][self.step :] if self.step else enumerate(jobs)
+
+        def make(job):
+            number, spheres = job
+            rng = np.random.default_rng([self.seed, epoch, number])
+            return batches.make_batch(self.net, self.scenes, spheres, training, self.model.columns, rng)
+
+        ready = batches.Prefetched(numbered, make, training.workers)
+        waited, began = 0.0, time.perf_counter()
+        for batch in ready:
+            entry = self._train(batch)
+            self.step += 1
+            now = time.perf_counter()
+            entry |= {"seconds": now - began, "waited": ready.waited - waited}
+            waited, began = ready.waited, now
+            yield entry
+
+    def _train(self, batch):
+        """One step; what the log says of it."""
+        model, training = self.model, self.settings.training
+        number = self.epoch * training.steps + self.step
+        lr = self.schedule(number)
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
+        seed = (self.seed << 32) + number
+        result = self.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
+        entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
+                                           class_weights=self.class_weights)  # fmt: skip
+        loss = entropy if result.regularization is None else entropy + result.regularization
+        if not math.isfinite(loss.value):
+            raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
+        loss.backward()
+        grads = {name: _grad(tensor) for name, tensor in tensors.items()}
+        del tensors, result.logits.call  # what the tape remembers
+        for name, grad in grads.items():
+            if not np.isfinite(grad).all():
+                raise NotFinite(self._blame(batch, f"the gradient of {name} is not finite"))
+        if training.clip_value:
+            nn.clip_by_value(grads, training.clip_value)
+        if training.clip_norm:
+            nn.clip_by_norm(grads, training.clip_norm)
+        self.optimizer.step(grads, lr)
+        model.state, self.loss = result.state, float(loss.value)
+        found, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
+        entry = {"epoch": self.epoch, "step": self.step, "loss": float(loss.value), "entropy": float(entropy.value)}
+        if result.regularization is not None:
+            entry["regularization"] = float(result.regularization.value)
+        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
+        return entry | {"accuracy": accuracy, "lr": lr, "points": len(batch.features)}
+
+    def _blame(self, batch, what):
+        """A report of the first layer whose output is not finite, found by computing all again."""
+        where = f"epoch {self.epoch}, step {self.step}: {what}"
+        for name, value in self.model.params.items():
+            if not np.isfinite(value).all():
+                return f"{where}; {name} is not finite already before the step: a smaller learning rate may help"
+        if not np.isfinite(batch.features).all():
+            return f"{where}; the features of the batch are not finite"
+        watched = _Watched(self.model.params)
+        try:
+            self.net(watched, self.model.params, self.model.state, batch.pyramid, batch.features, training=True, seed=0)
+        except NotFinite as error:
+            return f"{where}; {error}"
+        return f"{where}; all layers' outputs are finite"
+
+    def _validated(self):
+        """Confusion on the test scenes, and what the log says of it; the best is kept."""
+        begin = time.perf_counter()
+        confusion = voting.evaluate(self.model, self.test_scenes)
+        entry = {"epoch": self.epoch, "test": voting.scores(confusion, self.settings.names),
+                 "seconds": time.perf_counter() - begin}  # fmt: skip
+        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
+        score = entry["test"]["accuracy" if self.settings.digits else "miou"]
+        if score > self.best:
+            self.best = score
+            self._save(BEST, {"result": self.results[-1]})
+        return entry
+
+    # ---- checkpoints
+
+    def _save(self, name, more):
+        model = self.model
+        nn.save(self.out / name, self.net, model.params, model.state, **model.about(), **more)
+
+    def _save_last(self):
+        model = self.model
+        arrays = {f"params.{name}": value for name, value in model.params.items()}
+        arrays |= {f"state.{name}": value for name, value in model.state.items()}
+        arrays |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        about = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
+        checkpoints.write_network(self.out / LAST, self.net, arrays, {**model.about(), "run": about})
+
+    def _resume(self):
+        arrays, about = checkpoints.read(self.out / LAST)
+        if about.get("settings") != json.loads(json.dumps(self.settings.asdict())):
+            raise ValueError(f"resume: expected the settings that {self.out / LAST} was made with, got others")
+        run = about["run"]
+        if run["seed"] != self.seed:
+            raise ValueError(f"seed: expected {run['seed']}, as {self.out / LAST} was made with, got {self.seed}")
+        self.epoch, self.step, self.best, self.results = (run[key] for key in ("epoch", "step", "best", "results"))
+        for name, value in self.model.params.items():
+            value[...] = arrays[f"params.{name}"]
+        self.model.state = {name: arrays[f"state.{name}"] for name in self.model.state}
+        kind = "optimizer."
+        self.optimizer.restore({name[len(kind) :]: a for name, a in arrays.items() if name.startswith(kind)})
+        self._cut_log()
+
+    def _cut_log(self):
+        """Leave out what was logged after the checkpoint: it is done again."""
+        path = self.out / LOG
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut by the end of the process
+                break
+            done = (entry["epoch"], 0) <= (self.epoch, self.step) if "test" in entry else (
+                (entry["epoch"], entry["step"]) < (self.epoch, self.step))  # fmt: skip
+            if done:
+                kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+
+    # ---- how
+
+    def _optimizer(self, params):
+        training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
+        if training.optimizer == "sgd":
+            return nn.SGD(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
+        return nn.AdamW(params, weight_decay=training.weight_decay, lr_scales=scales)
+
+    def _schedule(self):
+        training = self.settings.training
+        if training.schedule == "one_cycle":
+            return nn.one_cycle(training.lr, max(2, training.epochs * training.steps))
+        return nn.exponential(training.lr, training.lr_decay, max(1, round(training.lr_decay_epochs * training.steps)))
+
+    def _class_weights(self):
+        kind = self.settings.training.class_weights
+        if kind == "none":
+            return None
+        labels = np.concatenate([scene.labels for scene in self.scenes])
+        counts = np.bincount(labels[labels != IGNORED], minlength=len(self.settings.names))
+        weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
+        weights[counts == 0] = 0
+        return (weights / weights[counts > 0].mean()).astype(np.float32)
+
+
+def _grad(tensor):
+    return np.zeros_like(tensor.value) if tensor.grad is None else tensor.grad
+
+
+class _Watched:
+    """The operators of kpcore; an error for the first whose result is not finite, by the layer it belongs to."""
+
+    def __init__(self, params):
+        self._names, self._layer = {id(value): name for name, value in params.items()}, "the input"
+
+    def __getattr__(self, name):
+        function = getattr(kp, name)
+
+        def watched(*args, **kwargs):
+            for value in (*args, *kwargs.values()):
+                self._layer = self._names.get(id(value), self._layer)
+            out = function(*args, **kwargs)
+            first = out[0] if isinstance(out, tuple) else out
+            if not np.isfinite(first).all():
+                layer = self._layer.rpartition(".")[0] or self._layer
+                raise NotFinite(f"the first that is not finite comes from {name} in layer {layer}")
+            return out
+
+        return watched
+
+
+def curves(out):
+    """Draw the log of a run: the loss, and what the tests scored."""
+    plot = require("matplotlib.figure", "plot")
+    entries = [json.loads(line) for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines()]
+    steps, tests = [e for e in entries if "loss" in e], [e for e in entries if "test" in e]
+    if not steps:
+        return
+    figure = plot.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    per_epoch = 1 + max(e["step"] for e in steps)
+    at = np.array([e["epoch"] + e["step"] / per_epoch for e in steps])
+    for name in ("loss", "entropy", "regularization"):
+        if name in steps[0]:
+            values = np.array([e[name] for e in steps])
+            width = max(1, len(values) // 100)
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
+    left.set(xlabel="epoch", yscale="log")
+    left.legend()
+    for name in ("miou", "accuracy"):
+        values = [(e["epoch"], e["test"][name]) for e in tests if e["test"].get(name) is not None]
+        if values:
+            right.plot(*zip(*values, strict=True), marker="o", label=name)
+    for name in tests[0]["test"].get("iou", {}) if tests else ():
+        right.plot([e["epoch"] for e in tests], [e["test"]["iou"][name] for e in tests], lw=0.8, label=f"IoU {name}")
+    right.set(xlabel="epoch", ylim=(0, 1))
+    if tests:
+        right.legend(fontsize="small")
+    figure.savefig(Path(out) / CURVES, dpi=120)

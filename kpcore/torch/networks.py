@@ -1,0 +1,78 @@
+"""The networks of kpcore.nn as torch modules."""
+
+from __future__ import annotations
+
+import torch
+
+import kpcore
+
+
+class Network(torch.nn.Module):
+    """A network of `kpcore.nn` as a module; its state is called as there.
+
+    Parameters
+    ----------
+    net : kpcore.nn.Network
+    params, state : dict of NumPy arrays by name, optional
+        Copied; ``net.init(seed)`` if not given.
+    seed : int
+
+    Examples
+    --------
+    >>> import torch, kpcore as kp, kpcore.torch as kpt
+    >>> net = kp.nn.Network(kp.nn.architecture(2, 2), num_features=1, num_classes=4, voxel_size=0.1, width=16)
+    >>> module = kpt.Network(net)
+    >>> pyramid = net.pyramid(torch.rand(1000, 3), F=kpt)
+    >>> logits, _ = module(pyramid, torch.ones(len(pyramid[0].points), 1))
+    >>> logits.shape == (len(pyramid[0].points), 4), len(list(module.parameters())) == len(net.init()[0])
+    (True, True)
+    """
+
+    def __init__(self, net, params=None, state=None, seed=0):
+        super().__init__()
+        if params is None:
+            params, state = net.init(seed)
+        self.net = net
+        for name, value in params.items():
+            self._parent(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(torch.tensor(value)))
+        for name, value in state.items():
+            self._parent(name).register_buffer(name.rpartition(".")[2], torch.tensor(value))
+
+    def _parent(self, name):
+        """The module that a parameter belongs to, made where there is none."""
+        module = self
+        for part in name.split(".")[:-1]:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        return module
+
+    def extra_repr(self):
+        return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
+
+    def forward(self, pyramid, features):
+        """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are moved on.
+
+        Parameters
+        ----------
+        pyramid : sequence of Level
+            ``net.pyramid(..., F=kpcore.torch)``.
+        features : (N, num_features) tensor
+        """
+        seed = int(torch.randint(2**62, ())) if self.net.dropout and self.training else None
+        params, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        # Copies: autograd keeps what an operator was given, and the statistics are overwritten below.
+        state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
+        result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
+        with torch.no_grad():
+            for name, value in result.state.items():
+                if value is not state[name]:
+                    buffers[name].copy_(value)
+        return result.logits, result.regularization
+
+    def arrays(self):
+        """(params, state): copies as NumPy arrays, for `kpcore.nn`, other frameworks and files."""
+        return tuple(
+            {name: value.detach().cpu().numpy().copy() for name, value in values()}
+            for values in (self.named_parameters, self.named_buffers)
+        )
