@@ -82,10 +82,10 @@ class Tensor:
 
     def __add__(self, other):
         """This tensor and another like it, or a row (C,) for each of its rows: a bias, say."""
-        return _PLUS(array=self, other=other)
+        return _PLUS(array=self, other=other) if _addable(other) else NotImplemented
 
     def __radd__(self, other):
-        return _PLUS(array=other, other=self)
+        return _PLUS(array=other, other=self) if _addable(other) else NotImplemented
 
     def __getitem__(self, columns):
         """Some columns, ``tensor[:, begin:end]``."""
@@ -200,6 +200,10 @@ def _scale(array, factor):
 
 def _scale_vjp(arguments, saved, grad, needs):
     return {"array": _scale(grad, arguments["factor"])[0]}
+
+
+def _addable(other):
+    return isinstance(other, (Tensor, np.generic)) or _array.is_array(other)
 
 
 def _plus(array, other):

@@ -449,6 +449,27 @@ def test_a_factor_of_a_scalar():
     assert_same_bits(grad, np.full(3, 0.5, np.float32))
 
 
+def test_sums_and_columns_of_tensors():
+    rng = np.random.default_rng(0)
+    x, y, row = rng.random((5, 4)), rng.random((5, 2)), rng.random(2)
+
+    def loss(x, y, row):
+        return kp.linear((x[:, 1:3] + row + y).reshape(1, -1), np.arange(10.0)[:, None]).reshape(())
+
+    value, (of_x, of_y, of_row) = kp.autodiff.value_and_grad(loss, (0, 1, 2))(x, y, row)
+    weights = np.arange(10.0).reshape(5, 2)
+    np.testing.assert_allclose(value, (weights * (x[:, 1:3] + row + y)).sum())
+    assert_same_bits(of_y, weights)
+    np.testing.assert_array_equal(of_x, np.hstack([np.zeros((5, 1)), weights, np.zeros((5, 1))]))
+    np.testing.assert_allclose(of_row, weights.sum(axis=0))
+    both = y + kp.autodiff.Tensor(row.reshape(1, 2).repeat(5, 0)), kp.autodiff.Tensor(np.array(2.0)) + np.float64(3)
+    assert_same_bits(both[0].value, y + row)
+    assert both[1].value == 5.0
+    tensor = kp.autodiff.Tensor(y)
+    (tensor + tensor).backward(weights)
+    assert_same_bits(tensor.grad, 2 * weights)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -458,6 +479,12 @@ def test_a_factor_of_a_scalar():
         (lambda t: t * np.inf, "factor: expected a finite number"),
         (lambda t: t.reshape(2, 2), "reshape"),
         (lambda t: t + 1, "unsupported operand"),
+        (lambda t: "x" + t, "can only concatenate str"),
+        (lambda t: t + np.ones(4), r"the second: expected \(3,\)|the second: expected .* got \(4,\)"),
+        (lambda t: np.ones(3, np.float32) + t, "the second"),
+        (lambda t: t[:, 1], "expected columns as tensor"),
+        (lambda t: t.reshape(1, 3)[0:1, 1:2], "expected columns as tensor"),
+        (lambda t: t.reshape(1, 3)[:, ::2], "expected columns as tensor"),
     ],
 )
 def test_what_a_tensor_does_not_do(wrong, error):

@@ -1,6 +1,7 @@
 """The command line, run in this process: what it prints, what it draws, and how it refuses."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 import kpcore as kp
-from kpcore import demo, scenes
+from kpcore import cli, demo, scenes
+from kpcore.scenes.settings import Part
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -31,7 +33,7 @@ def flat(tmp_path_factory):
 def run(tmp_path, capsys):
     def run(*words):
         """(exit code, stdout, stderr) of `kpcore demo ... --out` a fresh folder."""
-        code = demo.main(["demo", *map(str, words), "--out", str(tmp_path / "out")])
+        code = cli.main(["demo", *map(str, words), "--out", str(tmp_path / "out")])
         return code, *capsys.readouterr()
 
     return run
@@ -80,13 +82,40 @@ def test_the_main_job_on_a_file(run, tmp_path, flat):
         assert corner.std() > 0.05  # something is drawn in each panel
 
 
-def test_without_a_file_it_makes_a_scene(run, tmp_path, monkeypatch):
-    small = scenes.indoor(20_000)
-    monkeypatch.setattr(scenes, "indoor", lambda: small)
-    code, out, _ = run("--levels", 1, "--channels", 2)
-    assert code == 0
-    assert "indoor scene: 20,000 points" in out
-    assert (tmp_path / "out" / "kpcore-indoor.png").exists()
+@pytest.fixture
+def small(monkeypatch):
+    """A demo of seconds."""
+    part = {"indoor": 0, "points": 20_000}
+    given = {
+        "data": demo.TRAINING["data"] | {"train": [part]},
+        "network": {"voxel_size": 0.2, "levels": 2, "width": 8, "momentum": 0.3},
+    }
+    monkeypatch.setattr(demo, "TRAINING", given | {"training": {"epochs": 1, "steps": 12, "batch_clouds": 2}})
+    monkeypatch.setattr(demo, "UNSEEN", Part(indoor=100, mirror=True, points=10_000))
+
+
+def test_without_a_file_it_trains_and_labels(run, tmp_path, small):
+    pytest.importorskip("safetensors")
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert re.search(r"^KP-FCNN of [\d,]+ parameters: 12 steps on 1 furnished flats$", out, re.MULTILINE)
+    rows = re.findall(r"^ +(\w+) +([\d.]+|-) +([\d,]+)$", out, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(scenes.indoor(1).names)
+    assert sum(int(points.replace(",", "")) for _, _, points in rows) == 10_000
+    mean, accuracy = re.search(r"mean +([\d.]+) +accuracy ([\d.]+)", out).groups()
+    assert float(mean) > 0.02 and float(accuracy) > 0.2  # ceiling, floor and walls are learned at once
+    assert os.listdir(tmp_path / "out") == ["kpcore-indoor.png"]
+    image = picture(tmp_path / "out" / "kpcore-indoor.png")
+    for begin in (60, 1184, 2308):
+        assert image[200:850, begin : begin + 1000].std() > 0.05
+
+
+def test_the_demo_is_that_of_the_settings():
+    from kpcore.scenes.settings import from_dict
+
+    settings = from_dict(demo.TRAINING)
+    assert settings.names == scenes.indoor(1).names and len(settings.data.train) == 5
+    assert demo.UNSEEN not in settings.data.train and demo.UNSEEN.indoor not in range(5)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +177,7 @@ def test_bad_files_get_one_line_and_exit_code_2(run, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert demo.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == f"kpcore: --out {tmp_path / 'file'}: File exists\n"
 
 
@@ -188,16 +217,17 @@ def test_the_bar_shows_on_a_terminal_and_vanishes(run, flat, monkeypatch):
 
 def test_version_and_config(capsys):
     with pytest.raises(SystemExit) as left:
-        demo.main(["--version"])
+        cli.main(["--version"])
     assert (left.value.code, capsys.readouterr().out) == (0, f"kpcore {kp.__version__}\n")
-    assert demo.main(["config"]) == 0
+    assert cli.main(["config"]) == 0
     assert kp.__version__ in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        demo.main([])
+        cli.main([])
 
 
 def test_importing_kpcore_imports_neither_the_demo_nor_its_packages(tmp_path):
-    code = "import sys, kpcore; print({'kpcore.demo', 'kpcore.scenes', 'tqdm', 'matplotlib'} & set(sys.modules))"
+    lazy = {"kpcore.cli", "kpcore.demo", "kpcore.nn", "kpcore.scenes", "tqdm", "matplotlib"}
+    code = f"import sys, kpcore; print({lazy} & set(sys.modules))"
     # Elsewhere: in the repository's root the package folder would shadow the installed one.
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

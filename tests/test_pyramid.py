@@ -35,7 +35,7 @@ def matching(ours, theirs):
     return number
 
 
-@pytest.mark.parametrize(("name", "deform_levels"), [("pyramid_kpcnn", (2, 3)), ("pyramid_kpfcnn", (2, 3))])
+@pytest.mark.parametrize(("name", "deform_levels"), [("network_kpcnn", (2, 3)), ("network_kpfcnn", (2, 3))])
 def test_the_published_pyramid(name, deform_levels):
     g = golden(name)
     pyramid = kp.build_pyramid(

@@ -378,7 +378,7 @@ def test_laspy_adds_no_line_of_its_own(write):
     data = laz(POINTS)
     compressor = data.index(b"laszip encoded") + 52
     path = write("damaged.laz", patched(data, compressor, "<H", 119))
-    code = f"import kpcore.demo; raise SystemExit(kpcore.demo.main(['demo', {str(path)!r}]))"
+    code = f"import kpcore.cli; raise SystemExit(kpcore.cli.main(['demo', {str(path)!r}]))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path.parent)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
 

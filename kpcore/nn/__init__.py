@@ -9,6 +9,7 @@ A network is a pure function of a namespace of operators, dicts of parameters an
 
 from kpcore.nn.blocks import Run
 from kpcore.nn.checkpoints import load, save
+from kpcore.nn.kpnext import KPNeXt, kpnext
 from kpcore.nn.networks import Network, Result, architecture, count, kpcnn, kpfcnn
 from kpcore.nn.optimizers import SGD, AdamW, clip_by_norm, clip_by_value, exponential, one_cycle
 from kpcore.nn.published import import_kpconv_pytorch
@@ -16,6 +17,7 @@ from kpcore.nn.published import import_kpconv_pytorch
 __all__ = [
     "SGD",
     "AdamW",
+    "KPNeXt",
     "Network",
     "Result",
     "Run",
@@ -27,6 +29,7 @@ __all__ = [
     "import_kpconv_pytorch",
     "kpcnn",
     "kpfcnn",
+    "kpnext",
     "load",
     "one_cycle",
     "save",

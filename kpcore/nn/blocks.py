@@ -130,12 +130,13 @@ def dense(run, name, features, width, activate=True):
 
 
 def kernel(run, name, places):
-    """Kernel points of a layer, a buffer: `places` has num, radius, extent and dimension. Turned about the last axis by
-    an angle of its own, as published."""
-    num, radius, dimension = places["num"], places["radius"], places["dimension"]
+    """Kernel points of a layer, a buffer: `places` has num, radius, extent and dimension, and shells where they lie on
+    some. Turned about the last axis by an angle of its own, as published."""
+    num, radius, dimension, shells = (places.get(key) for key in ("num", "radius", "dimension", "shells"))
 
     def draw(rng, shape):
-        points = kpcore.kernel_points(num, radius, dimension=dimension, dtype=np.float64)
+        points = kpcore.kernel_points(shells or num, radius, dimension=dimension, dtype=np.float64,
+                                      method="shells" if shells else "potential")  # fmt: skip
         return points @ _rotation(dimension, "vertical", int(rng.integers(2**62)))
 
     return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
@@ -215,3 +216,36 @@ def check_norm(norm, groups):
     """Arguments of a Run, as a network checks them."""
     _array.choice("norm", norm, ("batch", "group", "instance", None))
     _array.integer("norm_groups", groups, 1)
+
+
+def depthwise(run, name, where, features, places, attention_groups=None):
+    """KPConvD, or with `attention_groups` KPConvX (Thomas et al. 2024): each neighbour by its nearest kernel point.
+
+    `attention_groups` channels side by side share a number of the attention, which is made of the queries' features;
+    queries are the points.
+    """
+    F, num, channels = run.F, places["num"], features.shape[1]
+    weights = run.parameter(f"{name}.weights", (num, channels), _uniform(channels))
+    points, extent = kernel(run, name, places), places["extent"]
+    if attention_groups is None:
+        return F.kpconv(*where, features, weights, points, extent, aggregation="closest")
+    first = run.parameter(f"{name}.attention.0.weights", (channels, channels), _uniform(channels))
+    bias = run.parameter(f"{name}.attention.0.bias", (channels,), _zeros)
+    shared = num * (channels // attention_groups)
+    second = run.parameter(f"{name}.attention.1.weights", (channels, shared), _uniform(channels))
+    logits = F.linear(F.leaky_relu(F.linear(features, first, bias), run.slope), second)
+    attention = F.sigmoid(logits).reshape(-1, num, channels // attention_groups)
+    return F.kpconvx(*where, features, weights, attention, points, extent)
+
+
+def inverted(run, name, where, features, width, places, row_splits, attention_groups=None):
+    """A residual block of KPNeXt: a depthwise convolution, four times the channels, and down to `width`."""
+    channels = features.shape[1]
+    out = depthwise(run, f"{name}.conv", where, features, places, attention_groups)
+    out = norm(run, f"{name}.norm", out, row_splits)
+    out = unary(run, f"{name}.unary1", out, 4 * channels, row_splits)
+    out = unary(run, f"{name}.unary2", out, width, row_splits, activate=False)
+    shortcut = features
+    if channels != width:
+        shortcut = unary(run, f"{name}.unary_shortcut", features, width, row_splits, activate=False)
+    return run.F.leaky_relu(run.F.add(out, shortcut), run.slope)

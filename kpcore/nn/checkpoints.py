@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kpcore.config import require
+from kpcore.nn.kpnext import KPNeXt
 from kpcore.nn.networks import Network
 
 
@@ -19,7 +20,7 @@ def save(path, net, params, state, **more):
     Parameters
     ----------
     path : str or Path
-    net : Network
+    net : Network or KPNeXt
     params, state : dict of NumPy arrays by name
     **more : anything that JSON can hold
         What else is to be known of it, such as the names of the classes.
@@ -34,7 +35,8 @@ def load(path):
     arrays, about = read(path)
     if "network" not in about:
         raise ValueError(f"path: expected a file that kpcore.nn.save wrote, got {path}")
-    net = Network(**about.pop("network"))
+    given = about.pop("network")
+    net = {"Network": Network, "KPNeXt": KPNeXt}[given.pop("kind")](**given)
     params, state = ({name[len(kind) :]: value for name, value in arrays.items() if name.startswith(kind)}
                      for kind in ("params.", "state."))  # fmt: skip
     return net, params, state, about
@@ -42,7 +44,8 @@ def load(path):
 
 def write_network(path, net, arrays, about):
     """As `write`, with what makes the network again."""
-    write(path, arrays, {"network": dataclasses.asdict(net), **about})
+    kind = {"kind": type(net).__name__}
+    write(path, arrays, {"network": kind | dataclasses.asdict(net), **about})
 
 
 def write(path, arrays, about):
@@ -50,7 +53,7 @@ def write(path, arrays, about):
     safetensors = require("safetensors.numpy", "io")
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     with open(part, "wb") as file:
         file.write(safetensors.save(arrays, {"kpcore": json.dumps(about)}))
         file.flush()

@@ -208,15 +208,7 @@ class Network:
         seed : int
         dtype : float32 or float64
         """
-        dtype = np.dtype(dtype)
-        if dtype not in _array.REAL:
-            raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-        params, state = {}, {}
-        points = np.zeros((0, self.dimension), dtype)
-        new = {"seed": _array.integer("seed", seed, 0), "dtype": dtype}
-        features = np.zeros((0, self.num_features), dtype)
-        self._run(self._new_run(kpcore, params, state, new=new), self.pyramid(points), features, None)
-        return params, state
+        return initialised(self, seed, dtype)
 
     def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
         """Logits of the points, or of the batch items.
@@ -240,16 +232,7 @@ class Network:
         -------
         Result
         """
-        if len(pyramid) != self.num_levels:
-            raise ValueError(f"pyramid: expected {self.num_levels} levels for the architecture, got {len(pyramid)}")
-        if features.shape[1] != self.num_features:
-            raise ValueError(f"features: expected (N, {self.num_features}), got {tuple(features.shape)}")
-        run = self._new_run(F, params, state, training=training)
-        logits = self._run(run, pyramid, features, seed)
-        total = None
-        for one in run.regularization:
-            total = one if total is None else total + one
-        return Result(logits, run.new_state, None if total is None else self.fitting_power * total)
+        return evaluated(self, F, params, state, pyramid, features, training, seed)
 
     def _new_run(self, F, params, state, **more):
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
@@ -338,6 +321,32 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
             } | options
     blocks_of = architecture(levels, convs, deformable=deformable, segment=segment)
     return Network(blocks_of, num_features, num_classes, voxel_size, **options)
+
+
+def initialised(net, seed, dtype):
+    """(params, state) of a network: all that a pass over no points asks for."""
+    dtype = np.dtype(dtype)
+    if dtype not in _array.REAL:
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    params, state = {}, {}
+    new = {"seed": _array.integer("seed", seed, 0), "dtype": dtype}
+    pyramid = net.pyramid(np.zeros((0, net.dimension), dtype))
+    net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
+    return params, state
+
+
+def evaluated(net, F, params, state, pyramid, features, training, seed):
+    """The `Result` of a network."""
+    if len(pyramid) != net.num_levels:
+        raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
+    if features.shape[1] != net.num_features:
+        raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
+    run = net._new_run(F, params, state, training=training)
+    logits = net._run(run, pyramid, features, seed)
+    total = None
+    for one in run.regularization:
+        total = one if total is None else total + one
+    return Result(logits, run.new_state, None if total is None else net.fitting_power * total)
 
 
 def count(params):

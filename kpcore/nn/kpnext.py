@@ -1,0 +1,207 @@
+"""KPNeXt (Thomas et al. 2024): depthwise convolutions, with attention over their kernel points or without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import kpcore
+from kpcore import _array, config
+from kpcore.neighbors import Neighbors
+from kpcore.nn import blocks
+from kpcore.nn.networks import evaluated, initialised
+from kpcore.pyramid import Level, Pyramid
+
+_SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
+
+
+@dataclass(frozen=True)
+class KPNeXt:
+    """KPNeXt for labelling points or clouds: what it is, without its parameters; used as `Network` is.
+
+    After a full convolution there are stages of residual blocks, `nn.inverted`, the last of which widens; between them
+    the maximum over the points of each voxel. To label points, the way back: the features of a point's voxel and those
+    of the point before, a linear layer, and a block. The published training also drops residuals at random (drop path);
+    this does not.
+
+    Parameters
+    ----------
+    depths : sequence of int
+        Blocks of each stage; see `kpnext`.
+    num_features, num_classes : int
+    voxel_size : float
+        Of level 0, in the unit of the points.
+    attention_groups : int or None
+        Channels that share a number of the attention from the second stage on (KPConvX); None: no attention (KPConvD).
+    segment : bool
+        Whether each point gets logits; otherwise each batch item does.
+    dimension : int
+    width : int
+        Of the first stage; others have 1.41 times as many, in whole sixteens.
+    num_neighbors : sequence of int
+        Of each level.
+    shells : sequence of int
+        Kernel points of each shell.
+    radius : float
+        Of the kernel and of influence, in voxels of the level.
+    grid_factor : float
+        By which voxels grow from level to level.
+    norm, norm_groups, momentum, slope
+        As of `Network`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> net = kp.nn.KPNeXt((1, 1), 1, 4, voxel_size=0.1, width=16, num_neighbors=(12, 16), attention_groups=4)
+    >>> params, state = net.init()
+    >>> pyramid = net.pyramid(kp.scenes.indoor(5_000).points)
+    >>> features = np.ones((len(pyramid[0].points), 1), np.float32)
+    >>> net(kp, params, state, pyramid, features).logits.shape == (len(features), 4)
+    True
+    """
+
+    depths: tuple
+    num_features: int
+    num_classes: int
+    voxel_size: float
+    attention_groups: int | None = 4
+    segment: bool = True
+    dimension: int = 3
+    width: int = 64
+    num_neighbors: tuple = (12, 16, 20, 20, 20)
+    shells: tuple = (1, 14, 28)
+    radius: float = 2.1
+    grid_factor: float = 2.2
+    norm: str | None = "batch"
+    norm_groups: int = 32
+    momentum: float = 0.1
+    slope: float = 0.1
+
+    fitting_power = 1.0  # nothing is deformable
+
+    def __post_init__(self):
+        for name in ("depths", "num_neighbors", "shells"):
+            values = tuple(_array.integer(name, value, 1) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+        if not self.depths or len(self.num_neighbors) < len(self.depths):
+            got = f"got {self.num_neighbors}"
+            raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
+        for name in ("num_features", "num_classes", "width"):
+            _array.integer(name, getattr(self, name), 1)
+        _array.integer("dimension", self.dimension, 2, 3)
+        for name in ("voxel_size", "radius", "grid_factor"):
+            _array.length(name, getattr(self, name), np.dtype(np.float32))
+        blocks.check_norm(self.norm, self.norm_groups)
+        if self.attention_groups is not None:
+            _array.integer("attention_groups", self.attention_groups, 1)
+            if any(width % self.attention_groups for width in self.widths):
+                raise ValueError(f"attention_groups: expected a divisor of {self.widths}, got {self.attention_groups}")
+
+    @property
+    def num_levels(self):
+        return len(self.depths)
+
+    @property
+    def segments(self):
+        """Whether each point gets logits; otherwise each batch item does."""
+        return self.segment
+
+    @property
+    def widths(self):
+        """Channels of each stage."""
+        return tuple(-(-int(self.width * 1.41**level) // 16) * 16 for level in range(self.num_levels))
+
+    def pyramid(self, points, *, row_splits=None, subsampled=False, features=None, labels=None, F=kpcore):
+        """The levels and neighbours that the network works on: the nearest `num_neighbors`, and what each voxel holds.
+
+        ``pools`` of a level are the points in each voxel of the next, ``upsamples`` the voxel of each point.
+        """
+        here = points, features, labels, row_splits
+        if not subsampled:
+            more = {"features": features, "labels": labels, "row_splits": row_splits}
+            here = F.grid_subsample(points, self.voxel_size, **more)[:4]
+        levels = []
+        for number in range(self.num_levels):
+            points, features, labels, row_splits = here
+            voxel = self.voxel_size * self.grid_factor**number
+            k = self.num_neighbors[number]
+            neighbors = F.knn_search(points, None, k, points_row_splits=row_splits)
+            pools = upsamples = None
+            if number + 1 < self.num_levels:
+                coarser = F.grid_subsample(points, voxel * self.grid_factor, features=features, labels=labels,
+                                           row_splits=row_splits)  # fmt: skip
+                here = coarser[:4]
+                upsamples = _inverse(coarser.inverse, len(coarser.points))
+                pools = upsamples.transpose()
+            levels.append(Level(points, row_splits, features, labels, voxel, self.radius * voxel, neighbors, pools,
+                                upsamples))  # fmt: skip
+        return Pyramid(levels)
+
+    def init(self, seed=0, dtype=np.float32):
+        """(params, state), as of `Network.init`."""
+        return initialised(self, seed, dtype)
+
+    def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
+        """The `Result` of a pass, as of `Network`; nothing is dropped out, and `seed` has no use."""
+        return evaluated(self, F, params, state, pyramid, features, training, seed)
+
+    def _new_run(self, F, params, state, **more):
+        return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
+                          slope=self.slope, conv={"aggregation": "closest"}, **more)  # fmt: skip
+
+    def _run(self, run, pyramid, x, seed):
+        widths, skips = self.widths, []
+        first = pyramid[0]
+        x = blocks.simple(run, "stem", (first.points, None, first.neighbors), x, widths[0], self._places(0),
+                          first.row_splits)  # fmt: skip
+        for level, depth in enumerate(self.depths):
+            here = pyramid[level]
+            if level:
+                x = run.F.neighbor_reduce(x, pyramid[level - 1].pools, "max")
+            for number in range(depth):
+                width = widths[min(level + 1, len(widths) - 1)] if number == depth - 1 else widths[level]
+                x = self._block(run, f"encoder.{level}.{number}", here, x, width, level)
+            skips.append(x)
+        if not self.segment:
+            x = run.F.segment_reduce(x, pyramid[-1].row_splits, "mean")
+            x = blocks.unary(run, "head.0", x, widths[-1], None)
+            return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
+        for level in range(self.num_levels - 2, -1, -1):
+            here = pyramid[level]
+            x = run.F.concatenate(run.F.nearest_upsample(x, here.upsamples), skips[level])
+            x = blocks.unary(run, f"decoder.{level}.unary", x, widths[level], here.row_splits)
+            x = self._block(run, f"decoder.{level}.block", here, x, widths[level], level)
+        x = blocks.unary(run, "head.0", x, widths[0], first.row_splits)
+        return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
+
+    def _block(self, run, name, here, x, width, level):
+        where, groups = (here.points, None, here.neighbors), self.attention_groups if level else None
+        return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, groups)
+
+    def _places(self, level):
+        radius = self.radius * self.voxel_size * self.grid_factor**level
+        return {"num": sum(self.shells), "radius": radius, "extent": radius, "dimension": self.dimension,
+                "shells": self.shells}  # fmt: skip
+
+
+def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, **options):
+    """KPNeXt as published: KPConvX, or without `attention` KPConvD, in the sizes "S" and "L".
+
+    `options` are those of `KPNeXt`.
+
+    >>> import kpcore as kp
+    >>> [round(kp.nn.count(kp.nn.kpnext(5, 13, 0.04, size=size, attention=False).init()[0]) / 1e6, 1) for size in "SL"]
+    """
+    _array.choice("size", size, tuple(_SIZES))
+    return KPNeXt(_SIZES[size], num_features, num_classes, voxel_size,
+                  **{"attention_groups": 4 if attention else None} | options)  # fmt: skip
+
+
+def _inverse(inverse, num_voxels):
+    """The voxel of each point as a list, where the points are."""
+    array = inverse
+    if not _array.is_array(inverse):  # of another framework
+        array = config.cupy().from_dlpack(inverse) if getattr(inverse, "is_cuda", False) else np.asarray(inverse)
+    splits = _array.namespace(array).arange(len(array) + 1)
+    return Neighbors._trusted(array, splits, num_voxels)

@@ -1,0 +1,608 @@
+"""Networks against the published code's, in every framework; what trains them against torch's."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import assert_same_bits
+
+import kpcore as kp
+from kpcore import nn
+from kpcore.nn import blocks, checkpoints
+from kpcore.nn.published import _name
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def small(**options):
+    """A network of 3 levels, the last of them deformable, on features of 2 channels."""
+    return nn.Network(nn.architecture(3, 2, deformable=2), 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
+
+
+def batch(net, dtype=np.float32, seed=0, num=150):
+    """(pyramid, features, labels) of two random clouds."""
+    rng = np.random.default_rng(seed)
+    points = rng.random((2 * num, net.dimension)).astype(dtype)
+    labels = rng.integers(0, net.num_classes, 2 * num)
+    features = rng.standard_normal((2 * num, net.num_features)).astype(dtype)
+    splits = np.array([0, num, 2 * num])
+    levels = net.pyramid(points, row_splits=splits, features=features, labels=labels)
+    labels = levels[0].labels if net.segments else np.array([1, 2])
+    return levels, levels[0].features, labels
+
+
+def relative(got, expected):
+    return np.abs(got - expected).max() / np.abs(expected).max()
+
+
+# ---- what there is
+
+
+@pytest.mark.parametrize(
+    ("make", "convs", "deformable", "millions"),
+    [
+        (nn.kpcnn, 2, 0, 14.30), (nn.kpcnn, 2, 5, 15.16), (nn.kpfcnn, 2, 0, 14.08), (nn.kpfcnn, 2, 5, 14.95),
+        (nn.kpfcnn, 3, 0, 24.38), (nn.kpfcnn, 3, 5, 25.59),
+    ],
+)  # fmt: skip
+def test_the_published_numbers_of_parameters(make, convs, deformable, millions):
+    features, classes = (1, 40) if make is nn.kpcnn else (5, 13)
+    params, _ = make(features, classes, 0.03, convs=convs, deformable=deformable).init()
+    assert round(nn.count(params) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("size", "attention", "millions"), [("S", False, 5.0), ("L", False, 7.8), ("S", True, 11.3), ("L", True, 18.1)]
+)
+def test_the_published_numbers_of_parameters_of_kpnext(size, attention, millions):
+    # Those with attention are published as 11.4 and 18.3: there each block has a normalisation that is not used.
+    params, _ = nn.kpnext(5, 13, 0.04, size=size, attention=attention).init()
+    assert round(nn.count(params) / 1e6, 1) == millions
+
+
+def test_architectures():
+    paper = nn.architecture(5, 2, deformable=5, segment=False)
+    assert paper == (
+        "simple", "resnetb", "resnetb_strided", "resnetb", "resnetb_strided",
+        "resnetb_deformable", "resnetb_deformable_strided", "resnetb_deformable", "resnetb_deformable_strided",
+        "resnetb_deformable", "global_average",
+    )  # fmt: skip
+    net = nn.Network(paper, 1, 40, 0.02)
+    assert (net.num_levels, net.deform_levels, net.segments) == (5, (2, 3, 4), False)
+    assert nn.architecture(1) == ("simple", "resnetb")
+    assert nn.architecture(5)[-8:] == ("nearest_upsample", "unary") * 4
+
+
+@pytest.mark.parametrize(
+    ("blocks_of", "message"),
+    [
+        (["simple", "resnet"], "architecture: expected a block of the published networks, got 'resnet'"),
+        (["simple_strided"], "on level 0"),
+        (["simple", "nearest_upsample"], "as many blocks down as up"),
+        (["simple", "global_average", "unary"], "global_average at the end"),
+        (["simple_strided", "nearest_upsample", "simple"], "after going up, got 'simple'"),
+        ([], "architecture"),
+    ],
+)
+def test_architectures_that_are_none(blocks_of, message):
+    with pytest.raises(ValueError, match=message):
+        nn.Network(blocks_of, 1, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 30}, "width: expected a multiple of 4, got 30"),
+        ({"norm": "layer"}, "norm: expected"),
+        ({"dimension": 4}, "dimension"),
+        ({"voxel_size": 0.0}, "voxel_size"),
+        ({"num_classes": 0}, "num_classes"),
+    ],
+)
+def test_sizes_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.Network(**{"architecture": ("simple",), "num_features": 1, "num_classes": 2, "voxel_size": 0.1} | options)
+
+
+# ---- parameters
+
+
+def test_initial_values_come_from_the_seed_and_the_name():
+    params, state = small().init(3)
+    again, same = small().init(3)
+    for one, other in ((params, again), (state, same)):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert_same_bits(value, other[name])
+            assert value.dtype == np.float32 and value.flags.c_contiguous
+    deeper, _ = nn.Network(nn.architecture(3, 3), 2, 5, 0.2, width=8, kernel_size=5).init(3)
+    assert_same_bits(params["encoder.1.unary1.weights"], deeper["encoder.1.unary1.weights"])
+    other, _ = small().init(4)
+    assert not (params["encoder.0.conv.weights"] == other["encoder.0.conv.weights"]).any()
+    double, _ = small().init(3, np.float64)
+    np.testing.assert_array_equal(double["head.1.weights"].astype(np.float32), params["head.1.weights"])
+    with pytest.raises(TypeError, match="dtype: expected float32 or float64, got float16"):
+        small().init(0, np.float16)
+
+
+def test_initial_values_are_those_published():
+    params, state = small().init()
+    for name, value in params.items():
+        leaf = name.rpartition(".")[2]
+        if leaf == "weights":  # of a convolution torch takes all but the first axis for a fan-in
+            fan_in = value[0].size if value.ndim == 3 else len(value)
+            assert np.abs(value).max() <= 1 / math.sqrt(fan_in) + 1e-7
+            assert value.size < 100 or np.abs(value).max() > 0.95 / math.sqrt(fan_in)
+        else:
+            assert (value == (1 if leaf == "scale" else 0)).all(), name
+    kernels = {name: value for name, value in state.items() if name.endswith("kernel_points")}
+    assert len(kernels) == 6 + 2
+    for name, value in kernels.items():
+        level = {"0": 0, "1": 0, "2": 0, "3": 1, "4": 1, "5": 2}[name.split(".")[1]]
+        radius = np.linalg.norm(value[1:], axis=1).mean()
+        np.testing.assert_allclose(radius, 0.66 * 2.5 * 0.2 * 2**level, rtol=1e-6)
+    one, other = kernels["encoder.0.conv.kernel_points"], kernels["encoder.1.conv.kernel_points"]
+    np.testing.assert_allclose(one[:, 2], other[:, 2], atol=1e-6)  # turned, but about the last axis
+    assert np.abs(one - other).max() > 1e-2
+
+
+def test_a_parameter_that_is_missing_or_of_another_shape():
+    net = small()
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    without = {name: value for name, value in params.items() if name != "encoder.3.unary1.weights"}
+    with pytest.raises(ValueError, match=r"params: expected encoder.3.unary1.weights \(8, 4\), .* got none"):
+        net(kp, without, state, pyramid, features)
+    with pytest.raises(ValueError, match=r"state: expected encoder.0.norm.mean \(4,\), got \(5,\)"):
+        net(kp, params, state | {"encoder.0.norm.mean": np.zeros(5, np.float32)}, pyramid, features)
+    with pytest.raises(ValueError, match="pyramid: expected 3 levels for the architecture, got 2"):
+        net(kp, params, state, pyramid[:2], features)
+    with pytest.raises(ValueError, match=r"features: expected \(N, 2\), got"):
+        net(kp, params, state, pyramid, features[:, :1])
+
+
+# ---- against the published code
+
+
+def published(name):
+    """(network, params, state, pyramid, what the published code says of it)"""
+    golden = dict(np.load(GOLDEN / f"network_{name}.npz"))
+    config = {}
+    for line in golden["config"]:
+        key, value = str(line).split("=")
+        config[key] = float(value) if "." in value else int(value)
+    state_dict = {key[6:]: value for key, value in golden.items() if key.startswith("state/")}
+    net, params, state = nn.import_kpconv_pytorch(state_dict, golden["architecture"].tolist(), config)
+    pyramid = []
+    for level in range(net.num_levels):
+
+        def listed(kind, level=level, of=0):
+            return kp.Neighbors.from_padded(golden[f"{kind}/{level}"], len(golden[f"points/{level + of}"]))
+
+        points, splits = golden[f"points/{level}"], kp.row_splits(golden[f"lengths/{level}"])
+        between = [listed("pools"), listed("upsamples", of=1)] if level + 1 < net.num_levels else [None, None]
+        pyramid.append(kp.Level(points, splits, None, None, 0.0, 0.0, listed("neighbors"), *between))
+    return net, params, state, pyramid, golden
+
+
+@pytest.mark.parametrize("name", ["kpcnn", "kpfcnn"])
+def test_the_published_networks(name):
+    net, params, state, pyramid, golden = published(name)
+    tensors = {key: kp.autodiff.Tensor(value) for key, value in params.items()}
+    result = net(kp, tensors, state, pyramid, golden["features"], training=True)
+    entropy = kp.softmax_cross_entropy(result.logits, golden["labels"])
+    loss = entropy + result.regularization
+    loss.backward()
+    assert relative(result.logits.value, golden["logits_train"]) < 2e-5
+    for got, expected in ((entropy, "output_loss"), (result.regularization, "reg_loss"), (loss, "loss")):
+        np.testing.assert_allclose(got.value, golden[expected], rtol=2e-6)
+    checked = 0
+    for key, value in golden.items():
+        kind, _, theirs = key.partition("/")
+        if kind == "grad":
+            value = value.T if theirs.endswith("mlp.weight") else value
+            assert relative(tensors[_name(theirs)].grad, value) < 1e-4, theirs
+            checked += 1
+        elif kind == "state_after" and "running" in theirs:
+            assert relative(result.state[_name(theirs)], value) < 2e-5, theirs
+            checked += 1
+    assert checked == len(params) + sum("norm" in name for name in state)
+    logits = net(kp, params, result.state, pyramid, golden["features"]).logits
+    assert relative(logits, golden["logits_eval"]) < 2e-5
+
+
+def test_the_import_says_what_is_wrong():
+    golden = dict(np.load(GOLDEN / "network_kpcnn.npz"))
+    state_dict = {key[6:]: value for key, value in golden.items() if key.startswith("state/")}
+    architecture = golden["architecture"].tolist()
+    config = {"num_classes": 6, "in_features_dim": 4, "first_features_dim": 16, "first_subsampling_dl": 0.03}
+
+    def load(change=None, **more):
+        return nn.import_kpconv_pytorch(state_dict | (change or {}), architecture, config | more)
+
+    with pytest.raises(ValueError, match="config: expected num_classes"):
+        nn.import_kpconv_pytorch(state_dict, architecture, {})
+    with pytest.raises(ValueError, match=r"expected \(1024, 7\) for head.1.weights, got \(1024, 6\)"):
+        load(num_classes=7)
+    with pytest.raises(ValueError, match=r"names of the published PyTorch code, got extra\.weight"):
+        load({"extra.weight": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"only what the architecture has, got encoder\.9\.conv\.weights too"):
+        load({"block_ops.9.KPConv.weights": np.zeros(3)})
+    missing = state_dict.pop("block_ops.1.unary1.mlp.weight")
+    with pytest.raises(ValueError, match=r"expected parameters for encoder\.1\.unary1\.weights, got none"):
+        load()
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(value) for name, value in state_dict.items()}
+    tensors["block_ops.1.unary1.mlp.weight"] = torch.tensor(missing)
+    params = nn.import_kpconv_pytorch(tensors, architecture, config)[1]
+    assert_same_bits(params["encoder.1.unary1.weights"], np.ascontiguousarray(missing.T))
+
+
+# ---- gradients
+
+
+def differences(loss, params, way, step=1e-7):
+    """The derivative of a loss along a way, a dict like the parameters."""
+    there, back = (
+        float(loss({name: kp.autodiff.Tensor(v + s * way[name]) for name, v in params.items()}).value)
+        for s in (step, -step)
+    )
+    return (there - back) / (2 * step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"norm": "group", "norm_groups": 2}, {"norm": "instance"}, {"norm": None}, {"modulated": True},
+        {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
+        {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradients_of_whole_networks(options):
+    net = small(repulse_extent=1e-3, **options)  # of the repulsion it is half the derivative, as published
+    params, state = net.init(1, np.float64)
+    pyramid, features, labels = batch(net, np.float64)
+    # Off the initial zeros and ones, where much has no gradient.
+    rng = np.random.default_rng(5)
+    params = {name: value + 0.1 * rng.standard_normal(value.shape) for name, value in params.items()}
+
+    def loss(params):
+        result = net(kp, params, state, pyramid, features, training=True, seed=3)
+        return kp.softmax_cross_entropy(result.logits, labels) + 0.01 * result.regularization
+
+    value, grads = kp.autodiff.value_and_grad(loss)(params)
+    assert value.shape == ()
+    way = {name: rng.standard_normal(v.shape) * (np.abs(grads[name]).max() > 1e-9) for name, v in params.items()}
+    along = sum((grads[name] * way[name]).sum() for name in params)
+    np.testing.assert_allclose(differences(loss, params, way), along, rtol=1e-4)
+    assert sum(np.abs(g).max() > 0 for g in grads.values()) > 0.9 * len(grads)
+
+
+def test_normalisation_of_instances_looks_at_each_item_alone():
+    net = small(norm="instance")
+    params, state = net.init()
+    assert not any(name.endswith(("mean", "variance")) for name in state)
+    one, other = (batch(net, seed=seed, num=100)[0][0].points[:100] for seed in (1, 2))
+    features = np.ones((len(one) + len(other), 2), np.float32)
+    both = net.pyramid(
+        np.concatenate([one, other]), row_splits=np.array([0, len(one), len(one) + len(other)]), subsampled=True
+    )
+    logits = net(kp, params, state, both, features).logits
+    alone = net(kp, params, state, net.pyramid(one, subsampled=True), features[: len(one)]).logits
+    assert relative(logits[: len(one)], alone) < 1e-5
+
+
+def test_padding_of_pooling_is_seen_where_published():
+    net = small(pool_pad_value=0.0)
+    pyramid = batch(net)[0]
+    assert pyramid[0].pools.width == pyramid[0].pools.counts.max()
+    assert pyramid[2].pools is None
+    assert small().pyramid(pyramid[0].points)[0].pools.width is None
+
+
+# ---- in every framework
+
+
+def losses_by_the_tape(net, params, state, pyramid, features, labels, steps):
+    params, found = {name: value.copy() for name, value in params.items()}, []
+    optimizer = nn.SGD(params, momentum=0.9, weight_decay=1e-3, lr_scales={"offset": 0.1})
+    for _ in range(steps):
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+        result = net(kp, tensors, state, pyramid, features, training=True)
+        loss = kp.softmax_cross_entropy(result.logits, labels) + result.regularization
+        loss.backward()
+        state = result.state
+        optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 0.02)
+        found.append(float(loss.value))
+    return found, params, state
+
+
+def test_one_definition_trained_by_the_tape_and_by_torch():
+    torch = pytest.importorskip("torch")
+    net = small(modulated=True)
+    params, state = net.init()
+    pyramid, features, labels = batch(net)
+    expected, after, state_after = losses_by_the_tape(net, params, state, pyramid, features, labels, 10)
+    assert expected[-1] < 0.8 * expected[0]
+
+    module = kp.torch.Network(net, params, state)
+    assert {*module.state_dict()} == {*params, *state}
+    named = dict(module.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if ("offset" in name) == slow], "lr": 0.002 if slow else 0.02}
+        for slow in (False, True)
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-3)
+    splits = torch.from_numpy(pyramid[0].row_splits)
+    levels = net.pyramid(torch.from_numpy(pyramid[0].points), row_splits=splits, subsampled=True, F=kp.torch)
+    got = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        logits, regularization = module(levels, torch.from_numpy(features))
+        loss = kp.torch.softmax_cross_entropy(logits, torch.from_numpy(labels)) + regularization
+        loss.backward()
+        optimizer.step()
+        got.append(loss.item())
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    trained, trained_state = module.arrays()
+    for name, value in (after | state_after).items():
+        np.testing.assert_allclose((trained | trained_state)[name], value, atol=1e-4, err_msg=name)
+    # And back again: the module's weights are the tape's.
+    module.eval()
+    with torch.no_grad():
+        logits, regularization = module(levels, torch.from_numpy(features))
+    assert regularization is None
+    again = net(kp, trained, trained_state, pyramid, features).logits
+    assert_same_bits(np.ascontiguousarray(logits.numpy()), again)
+    other = kp.torch.Network(net, seed=7)
+    other.load_state_dict(module.state_dict())
+    assert_same_bits(other.arrays()[0]["head.1.weights"], trained["head.1.weights"])
+
+
+def test_one_definition_trained_by_the_tape_and_by_jax():
+    jax, F = pytest.importorskip("jax"), kp.jax
+    net = small()
+    params, state = net.init()
+    pyramid, features, labels = batch(net)
+    expected, _, _ = losses_by_the_tape(net, params, state, pyramid, features, labels, 10)
+
+    def loss(params, state, pyramid, features, labels):
+        result = net(F, params, state, pyramid, features, training=True)
+        return F.softmax_cross_entropy(result.logits, labels) + result.regularization, result.state
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    inputs = jax.tree.map(jax.numpy.asarray, (pyramid, features, labels.astype(np.int32)))
+    params, state = jax.tree.map(jax.numpy.asarray, (params, state))
+    moments, got = jax.tree.map(jax.numpy.zeros_like, params), []
+    for _ in range(10):
+        (value, state), grads = step(params, state, *inputs)
+        moments = {name: 0.9 * moments[name] + grads[name] + 1e-3 * params[name] for name in params}
+        params = {name: p - (0.002 if "offset" in name else 0.02) * moments[name] for name, p in params.items()}
+        got.append(float(value))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_torch_module_in_one_graph():
+    torch = pytest.importorskip("torch")
+    net = small()
+    module = kp.torch.Network(net).eval()
+    pyramid, features, _ = batch(net)
+    levels = net.pyramid(torch.from_numpy(pyramid[0].points), subsampled=True, F=kp.torch)
+    compiled = torch.compile(lambda features: module(levels, features)[0], fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = module(levels, torch.from_numpy(features))[0]
+        torch.testing.assert_close(compiled(torch.from_numpy(features)), expected)
+
+
+# ---- KPNeXt
+
+
+@pytest.mark.parametrize("attention_groups", [None, 4])
+@pytest.mark.parametrize("segment", [True, False])
+def test_gradients_of_kpnext(segment, attention_groups):
+    net = nn.KPNeXt((1, 2), 2, 3, 0.2, attention_groups, segment, width=16, num_neighbors=(8, 10), shells=(1, 6))
+    params, state = net.init(0, np.float64)
+    pyramid, features, labels = batch(net, np.float64)
+
+    def loss(params):
+        result = net(kp, params, state, pyramid, features, training=True)
+        assert result.regularization is None
+        return kp.softmax_cross_entropy(result.logits, labels)
+
+    _, grads = kp.autodiff.value_and_grad(loss)(params)
+    rng = np.random.default_rng(0)
+    way = {name: rng.standard_normal(value.shape) for name, value in params.items()}
+    along = sum((grads[name] * way[name]).sum() for name in params)
+    np.testing.assert_allclose(differences(loss, params, way), along, rtol=1e-4)
+    assert any("attention" in name for name in params) == (attention_groups is not None)
+
+
+def test_the_lists_of_kpnext_are_those_of_voxels():
+    net = nn.KPNeXt((1, 1), 2, 3, 0.2, None, width=16, num_neighbors=(8, 10))
+    fine, coarse = batch(net)[0]
+    cells = [np.floor(level.points / np.float32(0.2 * 2.2)).astype(int) for level in (fine, coarse)]
+    item = [np.repeat([0, 1], np.diff(level.row_splits)) for level in (fine, coarse)]
+    of = fine.upsamples.index
+    assert (item[1][of] == item[0]).all() and (cells[1][of] == cells[0]).all()
+    assert fine.pools.num_pairs == len(fine.points)
+    for voxel in range(len(coarse.points)):
+        begin, end = fine.pools.row_splits[voxel : voxel + 2]
+        assert (of[fine.pools.index[begin:end]] == voxel).all()
+    assert (fine.neighbors.counts == 8).all()
+
+
+def test_kpconvx_is_that_of_the_torch_layer():
+    torch = pytest.importorskip("torch")
+    layer = kp.torch.KPConvX(16, (1, 6), radius=0.5, extent=0.5, attention_groups=4)
+    layer.alpha_mlp[1].norm.bias.data.normal_()
+    rng = np.random.default_rng(0)
+    points, features = rng.random((80, 3), np.float32), rng.standard_normal((80, 16), np.float32)
+    neighbors = kp.knn_search(points, None, 12)
+    weights = {name: value.numpy().copy() for name, value in layer.state_dict().items()}
+    params = {
+        "x.weights": weights["weights"], "x.attention.0.weights": weights["alpha_mlp.0.weight"].T.copy(),
+        "x.attention.0.bias": weights["alpha_mlp.1.norm.bias"],
+        "x.attention.1.weights": weights["alpha_mlp.3.weight"].T.copy(),
+    }  # fmt: skip
+    run = blocks.Run(kp, params, {"x.kernel_points": weights["kernel_points"]})
+    places = {"num": 7, "radius": 0.5, "extent": 0.5, "dimension": 3, "shells": (1, 6)}
+    got = blocks.depthwise(run, "x", (points, None, neighbors), features, places, 4)
+    with torch.no_grad():
+        expected = layer(torch.from_numpy(points), None, neighbors, torch.from_numpy(features)).numpy()
+    assert relative(got, expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_neighbors": (8,)}, "num_neighbors: expected one for each of 2 levels"),
+        ({"attention_groups": 5}, "attention_groups: expected a divisor"),
+        ({"norm": "layer"}, "norm"),
+    ],
+)
+def test_what_kpnext_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.KPNeXt((1, 1), 1, 2, 0.1, **options)
+
+
+# ---- what trains
+
+
+def run_both(ours, theirs, steps, schedule):
+    """Parameters after steps by an optimiser of ours and one of torch's, of the same gradients."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    params = {"a": rng.standard_normal((300, 250)), "offset": rng.standard_normal(7)}
+    tensors = {name: torch.tensor(value, requires_grad=True) for name, value in params.items()}
+    optimizer, other = ours(params), theirs(tensors)
+    for step in range(steps):
+        grads = {name: rng.standard_normal(value.shape) for name, value in params.items()}
+        for name, tensor in tensors.items():
+            tensor.grad = torch.tensor(grads[name])
+        for group in other.param_groups:
+            group["lr"] = schedule(step) * group.get("scale", 1.0)
+        optimizer.step(grads, schedule(step))
+        other.step()
+    for name, value in params.items():
+        np.testing.assert_allclose(value, tensors[name].detach().numpy(), rtol=1e-9, atol=1e-11)
+
+
+def test_sgd_is_torchs():
+    torch = pytest.importorskip("torch")
+    run_both(
+        lambda p: nn.SGD(p, momentum=0.9, weight_decay=0.01, lr_scales={"offset": 0.1}),
+        lambda t: torch.optim.SGD(
+            [{"params": [t["a"]]}, {"params": [t["offset"]], "scale": 0.1}], lr=1.0, momentum=0.9, weight_decay=0.01
+        ),
+        5, lambda step: 0.1 / (step + 1),
+    )  # fmt: skip
+
+
+def test_adamw_is_torchs():
+    torch = pytest.importorskip("torch")
+    run_both(
+        lambda p: nn.AdamW(p, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+        lambda t: torch.optim.AdamW([*t.values()], lr=1.0, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+        5, lambda step: 0.1 / (step + 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [nn.SGD, nn.AdamW])
+def test_an_optimizer_goes_on_where_another_stopped(make):
+    rng = np.random.default_rng(0)
+    start = {"a": rng.standard_normal((5, 4)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+    grads = [{name: rng.standard_normal(v.shape).astype(np.float32) for name, v in start.items()} for _ in range(4)]
+    whole, first = ({name: value.copy() for name, value in start.items()} for _ in range(2))
+    one, two = make(whole), make(first)
+    for g in grads:
+        one.step(g, 0.1)
+    for g in grads[:2]:
+        two.step(g, 0.1)
+    kept = {name: np.array(value) for name, value in two.state().items()}
+    second = {name: value.copy() for name, value in first.items()}
+    three = make(second)
+    three.restore(kept)
+    for g in grads[2:]:
+        three.step(g, 0.1)
+    for name, value in whole.items():
+        assert_same_bits(second[name], value)
+    with pytest.raises(ValueError, match="state: expected what"):
+        three.restore({"num_steps": np.array(1)})
+
+
+def test_optimizers_refuse_other_gradients():
+    optimizer = nn.SGD({"a": np.zeros(3)})
+    with pytest.raises(ValueError, match="grads: expected one for each parameter, got others: a"):
+        optimizer.step({}, 0.1)
+    with pytest.raises(ValueError, match=r"grads: expected a \(3,\) float64, got \(4,\)"):
+        optimizer.step({"a": np.zeros(4)}, 0.1)
+    with pytest.raises(ValueError, match="lr: expected a finite number"):
+        optimizer.step({"a": np.zeros(3)}, math.nan)
+
+
+def test_clipping():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    grads = {"a": 3 * rng.standard_normal((50, 4)), "b": 3 * rng.standard_normal(9)}
+    tensors = [torch.zeros(g.shape, dtype=torch.float64, requires_grad=True) for g in grads.values()]
+    for limit in (1000.0, 5.0):
+        for tensor, grad in zip(tensors, grads.values(), strict=True):
+            tensor.grad = torch.tensor(grad)
+        got = {name: grad.copy() for name, grad in grads.items()}
+        norm = torch.nn.utils.clip_grad_norm_(tensors, limit)
+        np.testing.assert_allclose(nn.clip_by_norm(got, limit), norm.item(), rtol=1e-12)
+        for tensor, grad in zip(tensors, got.values(), strict=True):
+            np.testing.assert_allclose(grad, tensor.grad.numpy(), rtol=1e-6)
+    nn.clip_by_value(grads, 2.0)
+    assert np.abs(grads["a"]).max() == 2.0 and (np.abs(grads["a"]) < 2).any()
+
+
+def test_schedules():
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=50, cycle_momentum=False)
+    ours = nn.one_cycle(0.3, 50)
+    for step in range(50):
+        np.testing.assert_allclose(ours(step), optimizer.param_groups[0]["lr"], rtol=1e-9)
+        optimizer.step()
+        if step < 49:
+            theirs.step()
+    exponential = nn.exponential(0.01, 0.1, 150)
+    np.testing.assert_allclose([exponential(s) for s in (0, 75, 150, 300)], [1e-2, 10**-2.5, 1e-3, 1e-4])
+
+
+# ---- files
+
+
+def test_a_network_in_a_file(tmp_path):
+    pytest.importorskip("safetensors")
+    for net in (small(), nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 4))):
+        params, state = net.init()
+        nn.save(tmp_path / "net.safetensors", net, params, state, names=["a", "b"])
+        assert os.listdir(tmp_path) == ["net.safetensors"]
+        again, *arrays, more = nn.load(tmp_path / "net.safetensors")
+        assert again == net and more == {"names": ["a", "b"]}
+        for one, other in zip(arrays, (params, state), strict=True):
+            assert one.keys() == other.keys()
+            for name, value in other.items():
+                assert_same_bits(one[name], value)
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    checkpoints.write(path, {"x": np.arange(3.0)}, {"n": 1})
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stopped)  # before the new one takes the place of the old
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.write(path, {"x": np.arange(4.0)}, {"n": 2})
+    arrays, about = checkpoints.read(path)
+    assert about == {"n": 1} and arrays["x"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"path: expected a file that kpcore\.nn\.save wrote"):
+        nn.load(path)

@@ -1,0 +1,740 @@
+"""Training on labelled scenes: settings, batches, runs that go on, votes, labels in files, the commands."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from reference import assert_same_bits
+
+import kpcore as kp
+from kpcore import cli, scenes
+from kpcore.nn import checkpoints
+from kpcore.scenes import batches, data, segmentation, settings, training, voting
+from kpcore.scenes.settings import SettingsError, from_dict
+
+pytest.importorskip("safetensors")
+
+CLASSES = {"flat": [0, 1], "upright": [2, 3, 4, 5], "thing": [*range(6, 14)]}  # 14, clutter, is ignored
+
+
+def given(**more):
+    """Settings of seconds, as TOML has them; `more` by section."""
+    sections = {
+        "data": {
+            "train": [{"indoor": 0, "points": 12_000}],
+            "test": [{"indoor": 1, "points": 6_000}],
+            "classes": CLASSES,
+            "features": ["one", "color", "height"],
+        },
+        "network": {"voxel_size": 0.2, "levels": 2, "width": 8, "kernel_size": 5, "momentum": 0.2},
+        "training": {
+            "radius": 1.5, "batch_points": 1500, "batch_clouds": 3, "epochs": 2, "steps": 6, "validate": 1, "lr": 0.05,
+            "momentum": 0.9,
+        },
+    }  # fmt: skip
+    for name, values in more.items():
+        sections[name] = sections[name] | values
+    return sections
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, Training) of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    run = training.Training(from_dict(given()), folder, folder)
+    run.run()
+    return folder, run
+
+
+# ---- settings
+
+
+def test_settings_are_what_is_asked_for_and_defaults():
+    found = from_dict(given())
+    assert found.names == ("flat", "upright", "thing") and not found.digits
+    net = found.net()
+    assert (net.num_features, net.num_classes, net.width, net.kernel_size) == (5, 3, 8, 5)
+    assert found.training.rotate == "vertical" and found.training.workers == 2
+    assert from_dict(json.loads(json.dumps(found.asdict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"training": {"speed": 3}}, r"\[training\] speed: there is no such setting; there are radius"),
+        ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
+        ({"training": {"radius": 0}}, r"\[training\] radius: expected a number above zero, got 0"),
+        ({"training": {"optimizer": "lion"}}, r"\[training\] optimizer: expected sgd or adamw, got 'lion'"),
+        ({"training": {"rotate": "sideways"}}, r"\[training\] rotate: expected vertical, all, none or degrees"),
+        ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
+        ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
+        ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
+        ({"network": {"hue": 3}}, r"\[network\] .*hue"),
+        ({"data": {"train": []}}, r"\[data\] train: expected a list of files, got \[\]"),
+        ({"data": {"train": [{"file": "a.las", "indoor": 1}]}}, r"train\[0\]: expected either file or indoor"),
+        ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor"),
+        ({"data": {"test": [{"images": "a", "labels": "b"}]}}, r"\[data\] test: expected the same kind as train"),
+        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected at least two"),
+        ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels of no other class"),
+        ({"data": {"classes": {"a": [1], "b": ["x"]}}}, r"\[data.classes\] b: expected a list of integers"),
+        ({"data": {"features": []}}, r"\[data\] features: expected at least one"),
+        ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
+    ],
+)
+def test_settings_that_cannot_be(more, message):
+    sections = given()
+    for name, values in more.items():
+        sections[name] = sections.get(name, {}) | values
+    with pytest.raises(SettingsError, match=message):
+        from_dict(sections)
+
+
+def test_settings_files_that_are_none(tmp_path):
+    with pytest.raises(SettingsError, match=r"missing.toml: No such file"):
+        settings.read_settings(tmp_path / "missing.toml")
+    for name, text in (("a", b"[data"), ("b", b"\xff\xfe"), ("c", b"[data]\ntrain = 3")):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(SettingsError, match=str(tmp_path / name)):
+            settings.read_settings(tmp_path / name)
+
+
+# ---- scenes
+
+
+def test_scenes_are_subsampled_with_features_and_labels():
+    found = from_dict(given())
+    (scene,), columns = data.load(found, found.data.train, ".")
+    cloud = scenes.indoor(12_000, 0)
+    own = kp.grid_subsample(cloud.points, 0.2)
+    assert_same_bits(scene.points, own.points)
+    number = np.array([0, 0, 1, 1, 1, 1, *[2] * 8, data.IGNORED])[cloud.labels]
+    assert_same_bits(scene.full_labels, number)
+    for voxel in range(0, len(scene.points), 50):
+        inside = number[own.inverse == voxel]
+        counts = np.bincount(inside[inside >= 0], minlength=3)
+        assert scene.labels[voxel] == (counts.argmax() if counts.any() else data.IGNORED)
+    assert (scene.columns[:, 0] == 1).all()
+    colors = kp.grid_subsample(cloud.points, 0.2, features=cloud.colors.astype(np.float32) / 255).features
+    np.testing.assert_allclose(scene.columns[:, 1:4], colors, atol=1e-6)
+    low, middle, high = np.quantile(cloud.points[:, 2].astype(np.float64), (0.05, 0.5, 0.95))
+    heights = kp.grid_subsample(cloud.points, 0.2, features=cloud.points[:, 2:]).features
+    np.testing.assert_allclose(scene.columns[:, 4:], (heights - middle) / ((high - low) / 2), atol=1e-5)
+    assert columns.names == ("one", "color", "height")
+
+
+def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
+    rng = np.random.default_rng(0)
+    points = rng.random((4000, 3)) * 100 + [85_000, 447_000, 10]
+    labels, intensity = rng.integers(1, 3, 4000), rng.random(4000) * 1000
+    np.savez(tmp_path / "scan.npz", points=points, labels=labels, intensity=intensity)
+    half = {"train": [{"file": "scan.npz", "max": [85_040.0]}], "test": [{"file": "scan.npz", "min": [85_040.0]}],
+            "classes": {"a": [1], "b": [2]}, "features": ["intensity", "height"]}  # fmt: skip
+    found = from_dict(given(data=half))
+    (west,), columns = data.load(found, found.data.train, tmp_path)
+    (east,), same = data.load(found, found.data.test, tmp_path, columns)
+    assert same is columns
+    is_west = points[:, 0] < 85_040
+    assert (len(west.full), len(east.full)) == (is_west.sum(), (~is_west).sum())
+    assert_same_bits(west.full_labels, labels[is_west] - 1)
+    middle = np.quantile(intensity[is_west].astype(np.float32).astype(np.float64), 0.5)
+    np.testing.assert_allclose(columns.center["intensity"], middle)
+    assert 5 < columns.center["height"] < 115  # of the file, not of what is left after its shift
+    nothing = {"train": [{"file": "scan.npz", "max": [1.0]}]}
+    with pytest.raises(SettingsError, match="expected points between the corners, got none"):
+        data.load(found, from_dict(given(data=half | nothing)).data.train, tmp_path)
+    with pytest.raises(scenes.ReadError, match="has no field echo"):
+        wrong = from_dict(given(data=half | {"features": ["echo"]}))
+        data.load(wrong, wrong.data.train, tmp_path)
+    with pytest.raises(scenes.ReadError, match="has no colours"):
+        wrong = from_dict(given(data=half | {"features": ["color"]}))
+        data.load(wrong, wrong.data.train, tmp_path)
+
+
+def idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(header + array.tobytes())
+
+
+def digits(folder, number=60, seed=0):
+    """Images of two kinds, a bar lying and a bar standing, as idx files; settings for them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, number).astype(np.uint8)
+    images = np.zeros((number, 12, 12), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        at = rng.integers(3, 8)
+        bar = image[at : at + 2, 1:11] if label else image[1:11, at : at + 2]
+        bar[...] = rng.integers(100, 256, bar.shape)
+    idx(folder / "images.gz", images)
+    idx(folder / "labels", labels)
+    files = {"images": "images.gz", "labels": "labels"}
+    sections = given(training={"rotate": 10, "epochs": 3, "steps": 10, "batch_clouds": 8, "noise": 0.05, "validate": 3})
+    sections["data"] = {"train": [files | {"last": 40}], "test": [files | {"first": 40}], "features": ["one", "value"]}
+    sections["network"] |= {"voxel_size": 1.0, "head_width": 16, "width": 16}
+    return images, labels, from_dict(sections)
+
+
+def test_digits_are_points_in_two_dimensions(tmp_path):
+    images, labels, found = digits(tmp_path)
+    made = data.load(found, found.data.train, tmp_path)[0]
+    assert len(made) == 40 and found.digits and found.net().dimension == 2
+    for scene, image, label in zip(made, images, labels, strict=False):
+        drawn = np.zeros((12, 12))
+        at = (scene.points + 5.5).astype(int)
+        drawn[11 - at[:, 1], at[:, 0]] = np.round(255 * scene.columns[:, 1])
+        assert (drawn == image).all() and scene.labels.tolist() == [label]
+    (tmp_path / "labels").write_bytes(b"no")
+    with pytest.raises(scenes.ReadError, match="is no idx file of bytes"):
+        data.load(found, found.data.train, tmp_path)
+
+
+def test_idx_files_that_are_cut(tmp_path):
+    found = digits(tmp_path)[2]
+    whole = gzip.decompress((tmp_path / "images.gz").read_bytes())
+    with gzip.open(tmp_path / "images.gz", "wb") as file:
+        file.write(whole[:-1])
+    with pytest.raises(scenes.ReadError, match="truncated: an array of shape"):
+        data.load(found, found.data.train, tmp_path)
+    (tmp_path / "images.gz").write_bytes(b"\x1f\x8b broken")
+    with pytest.raises(scenes.ReadError, match=r"images\.gz"):
+        data.load(found, found.data.train, tmp_path)
+
+
+# ---- batches
+
+
+def test_potentials_go_where_the_fewest_have_been():
+    found = from_dict(given())
+    (scene,), _ = data.load(found, found.data.train, ".")
+    sampler = batches.Potentials([scene], 1.5, np.random.default_rng(0))
+    visited = np.zeros(len(scene.points), int)
+    for number in range(1, 400):
+        sphere = sampler.next()
+        distance = np.linalg.norm(scene.points - sphere.center, axis=1)
+        assert {*np.flatnonzero(distance < 1.5 - 1e-5)} <= {*sphere.rows} <= {*np.flatnonzero(distance < 1.5 + 1e-5)}
+        visited[sphere.rows] += 1
+        if visited.min() > 0 and number < 150:
+            break
+    assert visited.min() > 0 and visited.max() < 40 * max(1, np.median(visited))
+
+
+def test_balanced_spheres_are_about_all_classes():
+    found = from_dict(given())
+    (scene,), _ = data.load(found, found.data.train, ".")
+    sampler = batches.Balanced([scene, scene], 1.5, np.random.default_rng(0))
+    counts, whose = np.zeros(3), set()
+    for _ in range(300):
+        sphere = sampler.next()
+        at = np.flatnonzero((scene.points == sphere.center).all(axis=1))
+        counts[scene.labels[at[0]]] += 1
+        whose.add(sphere.scene)
+    assert counts.min() > 70 and whose == {0, 1}
+
+
+def batches_of(found, workers, seed=0):
+    loaded, columns = data.load(found, found.data.train, ".")
+    rng = np.random.default_rng([seed, 0])
+    jobs = enumerate(batches.training_jobs(loaded, found.training, False, rng, 5))
+
+    def make(job):
+        time.sleep(0.01 * (job[0] % 2))  # so that threads end in another order than they begin
+        return batches.make_batch(
+            found.net(), loaded, job[1], found.training, columns, np.random.default_rng([seed, job[0]])
+        )
+
+    return [*batches.Prefetched(jobs, make, workers)], loaded
+
+
+def test_batches_are_the_same_with_any_number_of_workers():
+    found = from_dict(given(data={"features": ["local", "color", "one"]}))
+    first, loaded = batches_of(found, 0)
+    for workers in (1, 3):
+        for one, other in zip(first, batches_of(found, workers)[0], strict=True):
+            assert_same_bits(one.features, other.features)
+            assert_same_bits(one.labels, other.labels)
+            for level, same in zip(one.pyramid, other.pyramid, strict=True):
+                assert_same_bits(level.points, same.points)
+                assert_same_bits(level.neighbors.index, same.neighbors.index)
+    assert (first[0].features != batches_of(found, 0, seed=1)[0][0].features[: len(first[0].features)]).any()
+    for batch in first:
+        sizes = [len(sphere.rows) for sphere in batch.spheres]
+        assert len(sizes) <= 3 and (sum(sizes) <= 1500 or len(sizes) == 1)
+        assert batch.pyramid[0].row_splits.tolist() == [0, *np.cumsum(sizes)]
+        rows = np.concatenate([sphere.rows for sphere in batch.spheres])
+        assert_same_bits(batch.labels, loaded[0].labels[rows])
+        assert_same_bits(batch.features[:, :3], batch.pyramid[0].points)  # "local": what the network sees
+
+
+def test_an_error_in_a_worker_comes_out():
+    def fail(job):
+        raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        [*batches.Prefetched(range(10), fail, 2)]
+
+
+@pytest.mark.parametrize("rotate", ["vertical", "all", "none", 20])
+def test_augmentation_keeps_the_shape(rotate):
+    found = from_dict(given(training={"rotate": rotate, "noise": 0.0, "scale": [1.0, 1.0]}))
+    made, loaded = batches_of(found, 0)
+    for batch in made:
+        for i, sphere in enumerate(batch.spheres):
+            begin, end = batch.pyramid[0].row_splits[i : i + 2]
+            own = batch.pyramid[0].points[begin:end]
+            was = loaded[0].points[sphere.rows] - sphere.center
+            np.testing.assert_allclose(np.linalg.norm(own, axis=1), np.linalg.norm(was, axis=1), atol=1e-5)
+            if rotate != "all":
+                np.testing.assert_allclose(own[:, 2], was[:, 2], atol=1e-6)
+            if rotate == "none":
+                np.testing.assert_allclose(own, was, atol=1e-6)
+            if rotate == 20:
+                level = np.linalg.norm(was[:, :2], axis=1) > 0.1
+                turn = np.einsum("nd,nd->n", own[level, :2], was[level, :2]) / (was[level, :2] ** 2).sum(axis=1)
+                assert np.cos(np.deg2rad(20)) - 1e-4 < turn.min()
+
+
+def test_scale_noise_flips_and_lost_colors():
+    found = from_dict(given(training={
+        "rotate": "none", "noise": 0.01, "scale": [0.5, 2.0], "flip": [True, False, False], "keep_color": 0.5
+    }))  # fmt: skip
+    made, loaded = batches_of(found, 0)
+    signs, blank = set(), set()
+    for batch in made:
+        for i, sphere in enumerate(batch.spheres):
+            begin, end = batch.pyramid[0].row_splits[i : i + 2]
+            was = loaded[0].points[sphere.rows] - sphere.center
+            own = batch.pyramid[0].points[begin:end]
+            factor = (own * was).sum(axis=0) / (was * was).sum(axis=0)
+            assert (np.abs(factor) > 0.49).all() and (np.abs(factor) < 2.01).all() and (factor[1:] > 0).all()
+            assert 0.005 < (own - factor * was).std() < 0.02
+            signs.add(np.sign(factor[0]))
+            blank.add(not batch.features[begin:end, 1:4].any())
+    assert signs == {-1, 1} and blank == {True, False}
+
+
+def test_turned_grids_are_turned_back():
+    """Neighbours are within their radius in the coordinates that the network gets, whatever the voxels' axes."""
+    made, _ = batches_of(from_dict(given()), 0)
+    plain, _ = batches_of(from_dict(given(training={"turn_grid": False})), 0)
+    differ = False
+    for batch, other in zip(made, plain, strict=True):
+        assert_same_bits(batch.pyramid[0].points, other.pyramid[0].points)
+        differ |= len(batch.pyramid[1].points) != len(other.pyramid[1].points)
+        fine, coarse = batch.pyramid
+        pools, queries = fine.pools, np.repeat(np.arange(len(coarse.points)), fine.pools.counts)
+        distance = np.linalg.norm(fine.points[pools.index] - coarse.points[queries], axis=1)
+        assert distance.max() <= 2.5 * 0.2 * (1 + 1e-5)
+    assert differ
+
+
+# ---- runs
+
+
+def test_a_run_learns_and_leaves_what_it_should(trained):
+    folder, run = trained
+    assert sorted(os.listdir(folder)) == ["best.safetensors", "curves.png", "last.safetensors", "log.jsonl"]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps, tests = [e for e in entries if "loss" in e], [e for e in entries if "test" in e]
+    assert [(e["epoch"], e["step"]) for e in steps] == [(epoch, step) for epoch in range(2) for step in range(6)]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert [e["epoch"] for e in tests] == [1, 2]
+    assert tests[-1]["test"]["points"] > 5000 and {*tests[-1]["test"]["iou"]} == {*CLASSES}
+    best = max(tests, key=lambda e: e["test"]["miou"])
+    model = training.Model.load(folder / "best.safetensors")
+    assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.net
+    found = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
+    assert found == best["test"]
+    from matplotlib.image import imread
+
+    assert imread(folder / "curves.png")[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("how", [{"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}, {}])
+@pytest.mark.parametrize("network", [{}, {"deformable": 1, "dropout": 0.2}])
+def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
+    found = from_dict(given(training=how, network=network))
+    whole = training.Training(found, tmp_path / "whole", ".", seed=5)
+    whole.run()
+    monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(*when):
+        def watch(entry):
+            if "loss" in entry and (entry["epoch"], entry["step"]) == when:
+                raise Stop
+
+        return watch
+
+    part = training.Training(found, tmp_path / "part", ".", seed=5)
+    for when in ((0, 3), (1, 0), (1, 4)):
+        with pytest.raises(Stop):
+            part.run(stop_at(*when))
+        part = training.Training(found, tmp_path / "part", ".", seed=5, resume=True)
+    part.run()
+    for name in ("last", "best"):
+        one, other = (checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part"))
+        assert one[1] == other[1] and one[0].keys() == other[0].keys()
+        for key, value in one[0].items():
+            assert_same_bits(value, other[0][key])
+
+    def log(run):
+        entries = map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
+        return [{k: v for k, v in e.items() if k not in ("seconds", "waited")} for e in entries]
+
+    assert log("whole") == log("part")
+    with pytest.raises(ValueError, match="seed: expected 5"):
+        training.Training(found, tmp_path / "part", ".", seed=6, resume=True)
+    with pytest.raises(ValueError, match="resume: expected the settings"):
+        training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
+    sections = json.dumps(given(training={"epochs": 3}))
+    code = f"""
+import json, sys
+from kpcore.scenes import training
+from kpcore.scenes.settings import from_dict
+training._BETWEEN_CHECKPOINTS = 0
+out, resume = sys.argv[1], sys.argv[2] == "resume"
+training.Training(from_dict(json.loads({sections!r})), out, ".", resume=resume).run(lambda e: print("step", flush=True))
+"""
+
+    def start(out, how):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(out), how], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole", "new")
+    assert len(whole.communicate()[0].splitlines()) == 3 * 7
+    rng, how = np.random.default_rng(0), "new"
+    for steps in (2, 3, 4, 5):
+        process = start(tmp_path / "part", how)
+        for _ in range(steps):
+            assert process.stdout.readline() == "step\n"
+        time.sleep(float(rng.uniform(0, 0.05)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        how = "resume" if (tmp_path / "part" / "last.safetensors").exists() else "new"
+    process = start(tmp_path / "part", how)
+    assert process.communicate()[0].count("step") < 21
+    assert process.returncode == 0
+    one, other = (checkpoints.read(tmp_path / run / "last.safetensors") for run in ("whole", "part"))
+    assert one[1] == other[1]
+    for key, value in one[0].items():
+        assert_same_bits(value, other[0][key])
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
+    run = training.Training(from_dict(given()), tmp_path, ".")
+    run.model.params["encoder.2.unary1.weights"][0, 0] = np.nan
+    with pytest.raises(training.NotFinite, match=r"step 0: the loss is nan; encoder\.2\.unary1\.weights is not"):
+        run.run()
+    run = training.Training(from_dict(given(training={"lr": 1e18, "clip_value": 0})), tmp_path, ".")
+    with pytest.raises(training.NotFinite, match=r"epoch 0, step [1-5]: the (loss|gradient) .*(in layer|not finite)"):
+        run.run()
+    run = training.Training(from_dict(given()), tmp_path, ".")
+    run.model.params["encoder.1.unary1.weights"][...] = 1e30
+    run.model.params["encoder.1.conv.weights"][...] = 1e30
+    with pytest.raises(training.NotFinite, match=r"comes from kpconv in layer encoder\.1\.conv"):
+        run.model.net = None
+        run.net = SimpleNamespace()
+        run.net = _without_norm(run)
+        run.run()
+
+
+def _without_norm(run):
+    """The same network without what would tame its numbers."""
+    from dataclasses import replace
+
+    net = replace(run.settings.net(), norm=None)
+    params, state = net.init()
+    params["encoder.1.conv.weights"][...] = 1e38
+    run.model.params, run.model.state, run.optimizer = params, state, run._optimizer(params)
+    return net
+
+
+def test_class_weights():
+    loaded = [SimpleNamespace(labels=np.array([0, 0, 0, 0, 1, -1]))]
+    for kind, expected in (("inverse", [0.4, 1.6, 0]), ("root", [2 / 3, 4 / 3, 0])):
+        run = SimpleNamespace(settings=from_dict(given(training={"class_weights": kind})), scenes=loaded)
+        np.testing.assert_allclose(training.Training._class_weights(run), expected, rtol=1e-6)
+
+
+def test_digits_are_learned(tmp_path):
+    found = digits(tmp_path)[2]
+    run = training.Training(found, tmp_path / "run", tmp_path)
+    (result,) = run.run()
+    assert result["accuracy"] >= 0.9 and sum(map(sum, result["confusion"])) == 20
+
+
+# ---- votes
+
+
+class Oracle:
+    """A "network" that knows the labels of a scene, and doubts those at the rim of its spheres."""
+
+    segments, num_classes = True, 3
+
+    def __init__(self, scene):
+        self.scene, self.net, self.params, self.state = scene, self, {}, {}
+
+    def pyramid(self, points, **more):
+        return points
+
+    def __call__(self, F, params, state, pyramid, features):
+        assert F is kp
+        return SimpleNamespace(logits=features)
+
+
+def oracle(found, scene):
+    labels = np.maximum(scene.labels, 0)
+    columns = np.zeros((len(labels), 3), np.float32)
+    columns[np.arange(len(labels)), labels] = 5
+    known = data.Scene(scene.points, columns, scene.labels, scene.tree, scene.full, scene.full_labels)
+    model = Oracle(known)
+    model.settings, model.columns = found, None
+    return model, known
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+def test_votes_come_back_to_every_point(votes):
+    found = from_dict(given())
+    (scene,), _ = data.load(found, found.data.test, ".")
+    model, known = oracle(found, scene)
+    shares = voting.probabilities(model, known, votes)
+    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
+    assert (shares.argmax(axis=1) == np.maximum(scene.labels, 0)).all()
+    labels = voting.labels_of(model, known, votes)
+    nearest = ((scene.full[:, None] - scene.points) ** 2).sum(axis=2).argmin(axis=1)
+    assert (labels == np.maximum(scene.labels, 0)[nearest]).all()
+    confusion = voting.evaluate(model, [known, known], votes)
+    counted = scene.full_labels >= 0
+    assert confusion.sum() == 2 * counted.sum()
+    assert np.trace(confusion) == 2 * (labels == scene.full_labels)[counted].sum()
+
+
+def test_scores():
+    confusion = np.array([[5, 1, 0], [2, 2, 0], [0, 0, 0]])
+    found = voting.scores(confusion, ("a", "b", "c"))
+    assert found == {
+        "miou": (5 / 8 + 2 / 5) / 2,
+        "accuracy": 0.7,
+        "iou": {"a": 5 / 8, "b": 2 / 5, "c": None},
+        "points": 10,
+    }
+    assert voting.scores(np.zeros((2, 2), int), "ab")["miou"] is None
+
+
+# ---- labels in files
+
+
+def las_file(path, form=3, number=500):
+    laspy = pytest.importorskip("laspy")
+    rng = np.random.default_rng(0)
+    las = laspy.create(point_format=form, file_version="1.4" if form >= 6 else "1.2")
+    las.header.offsets, las.header.scales = [85_000, 447_000, 0], [0.001] * 3
+    las.x, las.y, las.z = (rng.random((3, number)).T * 20 + [85_000, 447_000, 0]).T
+    las.classification, las.intensity = rng.integers(0, 20, number), rng.integers(0, 60_000, number)
+    las.red, las.green, las.blue = rng.integers(0, 65_536, (3, number))
+    las.gps_time = rng.random(number)
+    las.add_extra_dim(laspy.ExtraBytesParams("height above", "f8"))
+    las["height above"] = rng.random(number)
+    las.vlrs.append(laspy.VLR("someone", 7, "a record", b"12345"))
+    las.write(path)
+    return las
+
+
+@pytest.mark.parametrize(("suffix", "out"), [("las", "las"), ("laz", "laz"), ("laz", "las")])
+@pytest.mark.parametrize("form", [3, 7])
+def test_labels_in_las_files(tmp_path, suffix, out, form):
+    laspy = pytest.importorskip("laspy")
+    before = las_file(tmp_path / f"a.{suffix}", form)
+    labels = np.random.default_rng(1).integers(0, 20, 500).astype(np.int32)
+    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"b.{out}", labels)
+    after = laspy.read(tmp_path / f"b.{out}")
+    assert (np.asarray(after.classification) == labels).all()
+    for name in before.point_format.dimension_names:
+        if name != "classification":
+            np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]), err_msg=name)
+    assert ("someone", 7, "a record") in [(v.user_id, v.record_id, v.description) for v in after.vlrs]
+    assert after.header.offsets.tolist() == before.header.offsets.tolist()
+    assert {*os.listdir(tmp_path)} == {f"a.{suffix}", f"b.{out}"}
+    if form == 3:
+        with pytest.raises(scenes.ReadError, match="has classes up to 31, got 40"):
+            segmentation.write_labels(
+                tmp_path / f"a.{suffix}", tmp_path / f"c.{out}", labels + 21 + (40 - 21 - labels.max())
+            )
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("has_label", [True, False])
+def test_labels_in_ply_files(tmp_path, text, has_label):
+    plyfile = pytest.importorskip("plyfile")
+    rng = np.random.default_rng(0)
+    fields = [("x", "f8"), ("y", "f8"), ("z", "f8"), ("quality", "u2"), *[("scalar_Label", "u1")] * has_label]
+    table = np.zeros(50, fields)
+    for name, _ in fields:
+        table[name] = rng.integers(0, 200, 50)
+    table["x"][3] = np.nan
+    faces = np.array([([0, 1, 2],)], [("vertex_indices", "i4", (3,))])
+    elements = [
+        plyfile.PlyElement.describe(table, "vertex", comments=["by hand"]),
+        plyfile.PlyElement.describe(faces, "face"),
+    ]
+    plyfile.PlyData(elements, text=text, comments=["kept"]).write(tmp_path / "a.ply")
+    cloud = scenes.read(tmp_path / "a.ply", fields=["quality"])
+    assert cloud.kept.sum() == 49 and not cloud.kept[3]
+    assert_same_bits(cloud.fields["quality"], table["quality"][cloud.kept].astype(np.float32))
+    labels = rng.integers(1, 100, 49).astype(np.int32)
+    segmentation.write_labels(tmp_path / "a.ply", tmp_path / "b.ply", labels, kept=cloud.kept)
+    after = plyfile.PlyData.read(tmp_path / "b.ply")
+    name = "scalar_Label" if has_label else "label"
+    expected = np.zeros(50, int)
+    expected[3] = table["scalar_Label"][3] if has_label else 0
+    expected[cloud.kept] = labels
+    assert (after["vertex"][name] == expected).all()
+    for name in ("x", "y", "z", "quality"):
+        np.testing.assert_array_equal(after["vertex"][name], table[name])
+    assert (after.text, after.comments, after["vertex"].comments) == (text, ["kept"], ["by hand"])
+    assert np.array_equal(after["face"]["vertex_indices"][0], [0, 1, 2])
+    if has_label:
+        with pytest.raises(scenes.ReadError, match="cannot hold 300"):
+            segmentation.write_labels(
+                tmp_path / "a.ply", tmp_path / "c.ply", labels + 300 - labels.max(), kept=cloud.kept
+            )
+        assert not (tmp_path / "c.ply").exists()
+
+
+def test_labels_in_npz_files(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"points": rng.random((30, 3)), "Labels": np.zeros(30, np.uint8), "other": rng.random(5)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    labels = rng.integers(0, 9, 30).astype(np.int32)
+    segmentation.write_labels(tmp_path / "a.npz", tmp_path / "b.npz", labels)
+    with np.load(tmp_path / "b.npz") as after:
+        assert {*after.files} == {*arrays}
+        assert (after["Labels"] == labels).all() and after["Labels"].dtype == np.uint8
+        assert_same_bits(after["other"], arrays["other"])
+    del arrays["Labels"]
+    np.savez(tmp_path / "c.npz", **arrays)
+    segmentation.write_labels(tmp_path / "c.npz", tmp_path / "d.npz", labels)
+    with np.load(tmp_path / "d.npz") as after:
+        assert (after["labels"] == labels).all()
+
+
+def test_files_that_labels_are_not_written_to(tmp_path):
+    for source, out in (("a.las", "b.ply"), ("a.xyz", "b.xyz"), ("a.npz", "b")):
+        with pytest.raises(scenes.ReadError, match="labels are written to PLY, LAS, LAZ and NPZ files"):
+            segmentation.check_out(tmp_path / source, tmp_path / out)
+
+
+# ---- commands
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*words):
+        code = cli.main([*map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+TOML = """
+[data]
+train = [{ indoor = 0, points = 12000 }]
+test = [{ indoor = 1, points = 6000 }]
+features = ["one", "height"]
+[data.classes]
+flat = [0, 1]
+upright = [2, 3, 4, 5]
+[network]
+voxel_size = 0.2
+levels = 2
+width = 8
+momentum = 0.3
+[training]
+radius = 1.5
+batch_clouds = 3
+epochs = 2
+steps = 8
+lr = 0.05
+momentum = 0.9
+"""
+
+
+def test_train_test_and_segment(command, tmp_path):
+    pytest.importorskip("laspy")
+    (tmp_path / "a.toml").write_text(TOML)
+    code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert re.search(r"^[\d,]+ parameters, 2 levels, 2 classes; [\d,]+ points to train on$", out, re.MULTILINE)
+    number = r"[\d.]+"
+    line = rf"^after epoch 2: mIoU ({number}), accuracy {number} \| IoU flat {number}, upright {number}$"
+    scored = re.search(line, out, re.MULTILINE)
+    assert float(scored[1]) > 0.6
+    code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
+    assert code == 2 and "has a run already; --resume goes on with it" in err
+    assert command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")[0] == 0
+    code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "none", "--resume")
+    assert code == 2 and "has no last.safetensors" in err
+
+    model = tmp_path / "run" / "best.safetensors"
+    code, out, _ = command("test", model)
+    assert code == 0 and f"mIoU {scored[1]}" in out
+    assert sum(int(n.replace(",", "")) for row in out.splitlines()[2:] for n in row.split()[1:]) == int(
+        out.split()[0].replace(",", "")
+    )
+
+    cloud = scenes.indoor(5000, seed=7)
+    np.savez(
+        tmp_path / "scan.npz", points=cloud.points + np.array([5e5, 4e6, 0]), labels=cloud.labels, extra=np.arange(3)
+    )
+    code, out, err = command(
+        "segment", model, tmp_path / "scan.npz", "--out", tmp_path / "done.npz", "--picture", tmp_path / "p.png"
+    )
+    assert (code, err) == (0, "")
+    with np.load(tmp_path / "done.npz") as done:
+        found = done["labels"]
+        assert {*np.unique(found)} == {0, 2} and done["extra"].tolist() == [0, 1, 2]
+    true = np.where(cloud.labels < 2, 0, np.where(cloud.labels < 6, 2, -1))
+    right = (found == true)[true >= 0].mean()
+    assert right > 0.7 and f"accuracy {right:.4f}" in out
+    assert f"flat {(found == 0).sum():>12,}" in out
+    from matplotlib.image import imread
+
+    assert imread(tmp_path / "p.png")[..., :3].std() > 0.05
+
+
+def test_commands_that_cannot_be_carried_out(command, tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    for words, said in (
+        (["train", tmp_path / "b.toml", "--out", tmp_path], "b.toml: No such file"),
+        (["test", tmp_path / "none.safetensors"], "none.safetensors: no such file"),
+        (["test", tmp_path / "bad.safetensors"], "bad.safetensors: "),
+        (["segment", tmp_path / "bad.safetensors", "a.las", "--out", "b.las"], "bad.safetensors: "),
+    ):
+        code, out, err = command(*words)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_a_nan_ends_a_run_with_one_line(command, tmp_path):
+    (tmp_path / "a.toml").write_text(TOML.replace("lr = 0.05", "lr = 1e18\nclip_value = 0.0"))
+    code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
+    assert code == 2 and re.search(r"^kpcore: epoch 0, step \d: ", err, re.MULTILINE)
