@@ -13,6 +13,7 @@ from collections import namedtuple
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -448,3 +449,83 @@ def openblas_core():
         ),
         None,
     )
+
+
+# Whole networks over dense operators in PyTorch.
+
+
+def dense_network(pyramid):
+    """(operators, pyramid) for a network of `kpcore.nn`, on padded lists that are made here."""
+    import torch
+    from torch.nn import functional
+
+    dense = dense_module()
+
+    def padded(neighbors):
+        if neighbors is None:
+            return None
+        return dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
+
+    def kpconv(points, queries, neighbors, features, weights, kernel_points, extent, *, offsets=None,
+               modulations=None, influence="linear", aggregation="sum", normalization=None):  # fmt: skip
+        assert (influence, aggregation, normalization) == ("linear", "sum", None)
+        queries = points if queries is None else queries
+        return dense.kpconv(points, queries, neighbors, features, weights, kernel_points, extent, offsets, modulations)
+
+    def batch_norm(features, scale, shift, mean, variance, *, training, momentum, negative_slope):
+        mean, variance = mean.clone(), variance.clone()
+        out = functional.batch_norm(features, mean, variance, scale, shift, training, momentum, 1e-5)
+        return out if negative_slope is None else functional.leaky_relu(out, negative_slope), mean, variance
+
+    def neighbor_reduce(features, neighbors, reduce, pad_value=None):
+        assert (reduce, pad_value) == ("max", None)
+        low = torch.full_like(features[:1], -torch.inf)
+        return dense._gather(torch.cat([features, low]), neighbors).amax(1)
+
+    def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent):
+        shadow = torch.cat([points, torch.full_like(points[:1], 1e6)])
+        relative = shadow[neighbors] - (points if queries is None else queries).unsqueeze(1)
+        squared = (relative.unsqueeze(2) - (kernel_points + offsets).unsqueeze(1)).square().sum(3)
+        return (squared.amin(1) / extent**2).mean()
+
+    def repulsion_loss(kernel_points, offsets, extent, *, repulse_extent):
+        moved, num = (kernel_points + offsets) / extent, kernel_points.shape[0]
+        total = 0
+        for k in range(num):
+            others = torch.cat([moved[:, :k], moved[:, k + 1 :]], 1).detach()
+            distance = (others - moved[:, k : k + 1]).square().sum(2).sqrt()
+            total = total + (distance - repulse_extent).clamp(max=0).square().sum(1).mean()
+        return total / num
+
+    operators = SimpleNamespace(
+        kpconv=kpconv, batch_norm=batch_norm, neighbor_reduce=neighbor_reduce, fitting_loss=fitting_loss,
+        repulsion_loss=repulsion_loss, leaky_relu=functional.leaky_relu, add=torch.add, sigmoid=torch.sigmoid,
+        linear=lambda x, w, bias=None: x @ w if bias is None else torch.addmm(bias, x, w),
+        nearest_upsample=lambda features, neighbors: features[neighbors[:, 0]],
+        concatenate=lambda *parts: torch.cat(parts, 1), softmax_cross_entropy=functional.cross_entropy,
+    )  # fmt: skip
+    levels = []
+    for level in pyramid:
+        lists = {name: padded(getattr(level, name)) for name in ("neighbors", "pools", "upsamples")}
+        levels.append(level._replace(points=torch.from_numpy(level.points), **lists))
+    return operators, levels
+
+
+def dense_convolution(points, queries, neighbors, primals, kernel_points, extent, grad):
+    """A function that gives the gradients of features, weights and, if they are there, offsets."""
+    import torch
+
+    dense = dense_module()
+    index = dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
+    points, kernel_points, grad = (torch.from_numpy(a) for a in (points, kernel_points, grad))
+    queries = points if queries is None else torch.from_numpy(queries)
+    leaves = [torch.from_numpy(a).requires_grad_() for a in primals]
+
+    def run():
+        out = dense.kpconv(points, queries, index, *leaves[:2], kernel_points, extent, *leaves[2:])
+        return torch.autograd.grad(out, leaves, grad)
+
+    return run
+
+
+DENSE_NETWORK = Peer("dense torch", dense_module, None, None)

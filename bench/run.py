@@ -1,4 +1,4 @@
-"""python bench/run.py cpu (or gpu, see gpu.py): checks that kpcore and others agree, then measures them side by side.
+"""python bench/run.py cpu (or networks, or gpu, see gpu.py): checks that kpcore and others agree, then measures both.
 
 Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
 like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
@@ -12,6 +12,7 @@ first such call of the process. Linux with glibc only: it reads /proc and pins p
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import operator
 import os
@@ -163,10 +164,9 @@ def kilobytes(path, key):
 def work(task):
     """Runs in the process of one task."""
     os.sched_setaffinity(0, task["cores"])
-    import cases
-
     import kpcore as kp
 
+    cases = importlib.import_module(task["module"])
     kp.set_num_threads(len(task["cores"]))
     sizes, seconds = cases.SIZES["quick" if task["quick"] else "full"], 0 if task["quick"] else 2
     threads = len(task["cores"]), task["most_threads"]
@@ -343,17 +343,21 @@ def write_readme(readme, text):
 
 def main():
     import cases
+    import networks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "gpu"])
+    parser.add_argument("device", choices=["cpu", "gpu", "networks"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", choices=list(cases.TASKS), help="one case")
-    parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.md; bench/results for a complete run")
+    parser.add_argument("--only", choices=[*cases.TASKS, *networks.TASKS], help="one case")
+    parser.add_argument("--out", type=Path, help="folder for the results; bench/results for a complete run")
     parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
     options = parser.parse_args()
     complete = not (options.quick or options.only)
-    if options.readme and not complete:
-        parser.error("--readme takes a complete run, without --quick and --only")
+    if options.readme and not (complete and options.device == "cpu"):
+        parser.error("--readme takes a complete run on the cpu, without --quick and --only")
+    cases = networks if options.device == "networks" else cases
+    if options.only and options.only not in cases.TASKS:
+        parser.error(f"--only: expected one of {', '.join(cases.TASKS)}, got {options.only}")
     out = options.out = options.out or (HERE / "results" if complete else None)
     if options.device == "gpu":
         import gpu
@@ -366,9 +370,9 @@ def main():
     cores = one_cpu_per_core()[:2]
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
-        shared = {"folder": folder, "quick": options.quick, "most_threads": len(cores)}
+        shared = {"folder": folder, "module": cases.__name__, "quick": options.quick, "most_threads": len(cores)}
         for case in [options.only] if options.only else cases.TASKS:
-            few = len(cores) if case == "growth" else 1
+            few = len(cores) if case == "growth" or cases is networks else 1
             for arguments in cases.TASKS[case]:
                 for threads in range(few, len(cores) + 1):
                     task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}
@@ -383,8 +387,8 @@ def main():
     print(f"\n{write_up(report, everything=True)}")
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "cpu.md").write_text(write_up(report, everything=True))
+        (out / f"{options.device}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / f"{options.device}.md").write_text(write_up(report, everything=True))
     if options.readme:
         write_readme(HERE.parent / "README.md", write_up(report, everything=False))
     return any(row["verdict"] in ("WRONG", "FAILED") for row in report["rows"])

@@ -572,7 +572,7 @@ def test_labels_in_las_files(tmp_path, suffix, out, form):
         if name != "classification":
             np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]), err_msg=name)
     assert ("someone", 7, "a record") in [(v.user_id, v.record_id, v.description) for v in after.vlrs]
-    assert after.header.offsets.tolist() == before.header.offsets.tolist()
+    assert [*after.header.offsets] == [*before.header.offsets]
     assert {*os.listdir(tmp_path)} == {f"a.{suffix}", f"b.{out}"}
     if form == 3:
         with pytest.raises(scenes.ReadError, match="has classes up to 31, got 40"):

@@ -1,0 +1,243 @@
+"""What is measured of whole networks, and against which target: ``python bench/run.py networks``.
+
+The network is KP-FCNN as its published PyTorch code has it, at S3DIS widths (24.4 million parameters), in training on
+one batch of three pieces of the embedded flat, some 15,000 points. The peer is the same definition over dense operators
+in PyTorch, with the same weights, on the same lists, cut where the published calibration cuts them.
+"""
+
+import tempfile
+import time
+from functools import partial
+
+import numpy as np
+import peers
+
+import kpcore as kp
+from kpcore import nn
+
+SIZES = {"full": {"scene": 1_000_000, "piece": 5_000, "steps": 12}, "quick": {"scene": 20_000, "piece": 60, "steps": 2}}
+TASKS = {
+    "step": [{"deformable": 0}, {"deformable": 5}],
+    "convolutions": [{"deformable": 0}, {"deformable": 5}],
+    "peak": [{"implementation": name} for name in ("tape", "kpcore.torch", "dense torch")],
+    "preprocessing": [{}],
+    "loading": [{}],
+}
+# {(case, what, order, against): target}
+TARGETS = {
+    ("step", "rigid, tape", "", "dense torch"): (">=", 5),
+    ("step", "rigid, kpcore.torch", "", "dense torch"): (">=", 5),
+    ("step", "deformable, tape", "", "dense torch"): (">=", 5),
+    ("step", "deformable, kpcore.torch", "", "dense torch"): (">=", 5),
+    ("convolutions", "rigid, forward + vjp", "", "dense torch"): (">=", 15),
+    ("convolutions", "deformable, forward + vjp", "", "dense torch"): (">=", 15),
+    ("preprocessing", "pyramid of the batch", "", "the step"): ("<=", 10),
+    ("loading", "waiting, 2 workers", "", None): ("<=", 5),
+}
+CLASSES, FEATURES = 13, 5
+
+
+def prepare(folder, size):
+    """Nothing is kept between tasks."""
+
+
+class Problem:
+    """A network, a batch of it, and its parameters; smaller where it is to be quick."""
+
+    def __init__(self, bench, deformable=0):
+        sizes, quick = bench.sizes, bench.sizes["piece"] < 1000
+        options = {"width": 16, "levels": 3} if quick else {}
+        self.net = nn.kpfcnn(
+            FEATURES, CLASSES, 0.2 if quick else 0.04, deformable=min(deformable, 3 if quick else 5), **options
+        )
+        scene = kp.scenes.indoor(sizes["scene"])
+        sub = kp.grid_subsample(scene.points, self.net.voxel_size, features=scene.colors.astype(np.float32) / 255)
+        rng = np.random.default_rng(0)
+        tree = kp.KDTree(sub.points)
+        pieces = tree.knn_search(
+            sub.points[rng.integers(len(sub.points), size=3)], min(sizes["piece"], len(sub.points))
+        ).index
+        self.points, self.row_splits = sub.points[pieces], kp.row_splits([len(pieces) // 3] * 3)
+        radii = {"conv_radius": self.net.conv_radius, "deform_radius": self.net.deform_radius}
+        self.limits = kp.calibrate_neighbor_limits(
+            [sub.points], voxel_size=self.net.voxel_size, num_levels=self.net.num_levels,
+            deform_levels=self.net.deform_levels, **radii
+        )  # fmt: skip
+        self.pyramid = self.prepared()
+        z = self.points[:, 2:]
+        self.features = np.concatenate([np.ones_like(z), sub.features[pieces], z], axis=1)
+        self.labels = rng.integers(0, CLASSES, len(z))
+        self.params, self.state = self.net.init()
+        bench.label(order="", size=f"{len(z):,}, H = {self.pyramid[0].neighbors.num_pairs / len(z):.1f}")
+
+    def prepared(self):
+        return self.net.pyramid(self.points, row_splits=self.row_splits, subsampled=True, neighbor_limits=self.limits)
+
+    def loss(self, F, params, state, pyramid, features, labels):
+        result = self.net(F, params, state, pyramid, features, training=True)
+        loss = F.softmax_cross_entropy(result.logits, labels)
+        return loss if result.regularization is None else loss + result.regularization
+
+    def tape(self):
+        """A step: the loss and gradients of all parameters, which an optimiser moves."""
+        params = {name: value.copy() for name, value in self.params.items()}
+        optimizer = nn.SGD(params, momentum=0.98, lr_scales={"offset": 0.1})
+
+        def step():
+            tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+            loss = self.loss(kp, tensors, self.state, self.pyramid, self.features, self.labels)
+            loss.backward()
+            optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 1e-9)
+            return float(loss.value)
+
+        return step
+
+    def torch(self, F, pyramid):
+        """The same with torch's autograd and optimiser over the operators of F."""
+        import torch
+
+        params = {name: torch.tensor(value, requires_grad=True) for name, value in self.params.items()}
+        state = {name: torch.tensor(value) for name, value in self.state.items()}
+        features, labels = torch.from_numpy(self.features), torch.from_numpy(self.labels)
+        optimizer = torch.optim.SGD([*params.values()], lr=1e-9, momentum=0.98, weight_decay=1e-3)
+
+        def step():
+            optimizer.zero_grad()
+            loss = self.loss(F, params, state, pyramid, features, labels)
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
+
+        return step
+
+    def kpcore_torch(self):
+        import torch
+
+        levels = [
+            level._replace(points=torch.from_numpy(level.points), row_splits=torch.from_numpy(level.row_splits))
+            for level in self.pyramid
+        ]
+        return self.torch(kp.torch, levels)
+
+    def dense(self):
+        return self.torch(*peers.dense_network(self.pyramid))
+
+
+def step(bench, deformable):
+    problem, kind = Problem(bench, deformable), "deformable" if deformable else "rigid"
+    tape, own = problem.tape(), problem.kpcore_torch()
+    expected = bench.first(tape)
+    for what, call in ((f"{kind}, tape", tape), (f"{kind}, kpcore.torch", own)):
+        if reason := peers.missing(peers.DENSE_NETWORK):
+            bench.absent(what, peers.DENSE_NETWORK.name, reason)
+            continue
+        other = problem.dense()
+        np.testing.assert_allclose([call(), other()], expected, rtol=1e-4)
+        bench.compare(what, call, peers.DENSE_NETWORK.name, other)
+
+
+class Recorded:
+    """The operators of kpcore; remembers every convolution."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        function = getattr(kp, name)
+        if name != "kpconv":
+            return function
+
+        def recorded(*args, **kwargs):
+            self.calls.append((args, kwargs))
+            return function(*args, **kwargs)
+
+        return recorded
+
+
+def convolutions(bench, deformable):
+    """All convolutions of the network alone, one after the other: forward, and the gradients that training needs."""
+    problem, kind, recorded = Problem(bench, deformable), "deformable" if deformable else "rigid", Recorded()
+    problem.net(recorded, problem.params, problem.state, problem.pyramid, problem.features, training=True)
+    rng, ours, theirs = np.random.default_rng(0), [], []
+    if reason := peers.missing(peers.DENSE_NETWORK):
+        bench.absent(f"{kind}, forward + vjp", peers.DENSE_NETWORK.name, reason)
+        return
+    for args, kwargs in recorded.calls:
+        points, queries, neighbors, features, weights, kernel_points, extent = args
+        offsets = kwargs.get("offsets")
+        grad = rng.standard_normal((neighbors.num_queries, weights.shape[-1]), np.float32)
+        primals = [features, weights, *([] if offsets is None else [offsets])]
+
+        ours.append(partial(own_convolution, args, primals, grad))
+        theirs.append(peers.dense_convolution(points, queries, neighbors, primals, kernel_points, extent, grad))
+        for one, other in zip(ours[-1](), theirs[-1](), strict=True):
+            allowed = 1e-4 * max(np.abs(one).max(), 1e-30)
+            assert np.abs(one - other.numpy()).max() <= allowed, (one.shape, np.abs(one - other.numpy()).max(), allowed)
+    bench.compare(f"{kind}, forward + vjp", lambda: [call() for call in ours], peers.DENSE_NETWORK.name,
+                  lambda: [call() for call in theirs])  # fmt: skip
+
+
+def own_convolution(args, primals, grad):
+    """Gradients of a convolution's features, weights and, if they are there, offsets."""
+
+    def conv(features, weights, offsets=None):
+        return kp.kpconv(*args[:3], features, weights, *args[5:], offsets=offsets)
+
+    return kp.autodiff.vjp(conv, *primals)[1](grad)
+
+
+def peak(bench, implementation):
+    """Peak resident memory of the first step of a process, beyond what was there before: parameters, batch, lists."""
+    problem = Problem(bench)
+    if implementation == "dense torch" and (reason := peers.missing(peers.DENSE_NETWORK)):
+        bench.absent(implementation, None, reason)
+        return
+    if implementation != "tape":
+        import torch
+
+        torch.ones(2, requires_grad=True).sum().backward()  # starts its threads
+    make = {"tape": problem.tape, "kpcore.torch": problem.kpcore_torch, "dense torch": problem.dense}[implementation]
+    bench.memory(implementation, make(), 0, "MiB beyond parameters and batch")
+
+
+def preprocessing(bench):
+    problem = Problem(bench)
+    tape = problem.tape()
+    taken = []
+    for call in (problem.prepared, tape):
+        call()
+        samples = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - begin)
+        taken.append(
+            {"median": float(np.median(samples)), "min": min(samples), "max": max(samples), "samples": samples}
+        )
+    ours, whole = taken
+    bench.row(
+        "pyramid of the batch", 100 * ours["median"] / whole["median"], "% of it", "the step", ours=ours, theirs=whole
+    )
+
+
+def loading(bench):
+    """How much of the time training waits for batches."""
+    from kpcore.scenes.settings import from_dict
+    from kpcore.scenes.training import Training
+
+    quick = bench.sizes["piece"] < 1000
+    network = {"voxel_size": 0.2, "width": 16, "levels": 3} if quick else {"voxel_size": 0.04, "width": 128, "convs": 3}
+    settings = from_dict({
+        "data": {"train": [{"indoor": 0, "points": bench.sizes["scene"]}], "features": ["one", "color", "height"],
+                 "classes": {f"class {i}": [i] for i in range(CLASSES)}},
+        "network": network,
+        "training": {"radius": 1.2, "batch_points": 15_000, "epochs": 1, "steps": bench.sizes["steps"], "workers": 2},
+    })  # fmt: skip
+    entries = []
+    with tempfile.TemporaryDirectory() as folder:
+        Training(settings, folder, folder).run(entries.append)
+    entries = entries[1:]  # the first batch is there for nobody
+    seconds, waited = (sum(entry[name] for entry in entries) for name in ("seconds", "waited"))
+    points = np.mean([entry["points"] for entry in entries])
+    bench.label(order="", size=f"{points:,.0f}")
+    bench.row("waiting, 2 workers", 100 * waited / seconds, "% of the time")
