@@ -31,7 +31,7 @@ if EMULATED:
     cupy = fake_cupy.install()
 
 import kpcore as kp
-from kpcore import _gpu
+from kpcore import _gpu, nn
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
@@ -899,3 +899,35 @@ def test_every_number_of_16_bits():
             with np.errstate(over="ignore"):
                 expected = (-np.abs(wide[normal]) * np.float32(slope)).astype(dtype)
             assert_same_bits(scaled.view(np.uint16), expected.view(np.uint16))
+
+
+def step_of_a_network(net, place):
+    """What one step of training leaves: the loss, parameters and state, and what they then give."""
+    params, state = (place(part) for part in net.init(0, np.float64))
+    points = np.random.default_rng(0).random((90, 3))
+    pyramid = net.pyramid(place(points), row_splits=place(np.array([0, 40, 90])))
+    number = len(pyramid[0].points)
+    features, labels = place(points[:number, :2].copy()), place(np.arange(number) % 3)
+    tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+    result = net(kp, tensors, state, pyramid, features, training=True)
+    loss = kp.softmax_cross_entropy(result.logits, labels)
+    if result.regularization is not None:
+        loss = loss + result.regularization
+    loss.backward()
+    grads = {name: tensor.grad for name, tensor in tensors.items()}
+    nn.clip_by_norm(grads, 1.0)
+    nn.clip_by_value(grads, 0.1)
+    nn.SGD(params, lr_scales={"offset": 0.1}).step(grads, 0.5)
+    logits = net(kp, params, result.state, pyramid, features).logits
+    return loss.value, *params.values(), *result.state.values(), logits
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+def test_networks(norm):
+    net = nn.Network(nn.architecture(2, 2, deformable=1), 2, 3, 0.4, width=8, kernel_size=4, norm=norm, modulated=True)
+    assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)
+
+
+def test_kpnext():
+    net = nn.KPNeXt((1, 1), 2, 3, 0.4, 4, width=16, num_neighbors=(6, 6), shells=(1, 4))
+    assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)

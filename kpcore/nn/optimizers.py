@@ -141,7 +141,8 @@ def clip_by_value(grads, limit):
     """Gradients, changed in place, of at most `limit` in size; 100 in the published code."""
     limit = _array.length("limit", limit, np.dtype(np.float64))
     for grad in grads.values():
-        grad.clip(-limit, limit, out=grad)
+        np.minimum(grad, limit, out=grad)
+        np.maximum(grad, -limit, out=grad)
 
 
 def clip_by_norm(grads, limit):
