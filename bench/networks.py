@@ -83,12 +83,16 @@ class Problem:
         params = {name: value.copy() for name, value in self.params.items()}
         optimizer = nn.SGD(params, momentum=0.98, lr_scales={"offset": 0.1})
 
-        def step():
+        def gradients():
             tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
             loss = self.loss(kp, tensors, self.state, self.pyramid, self.features, self.labels)
             loss.backward()
-            optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 1e-9)
-            return float(loss.value)
+            return float(loss.value), {name: tensor.grad for name, tensor in tensors.items()}
+
+        def step():
+            loss, grads = gradients()  # what the tape kept is given back before the optimiser needs its moments
+            optimizer.step(grads, 1e-9)
+            return loss
 
         return step
 

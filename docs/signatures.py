@@ -29,6 +29,7 @@ def text(file):
     lines.append("from kpcore import Neighbors as Neighbors")
     if array == "Tensor":
         lines += [f"from kpcore.torch.layers import {layer} as {layer}" for layer in LAYERS]
+        lines += ["from kpcore.torch.networks import Network as Network"]
         lines += ["from kpcore.torch.ops import use_torch_allocator as use_torch_allocator"]
     lines += ["", "class GridIndex(kpcore.GridIndex): ...", "class KDTree(kpcore.KDTree): ...", ""]
     for name in sorted({*EAGER, *OPS}):

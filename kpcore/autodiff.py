@@ -110,7 +110,10 @@ class Tensor:
 
 
 class _Call:
-    """One use of an operator: what its vjp needs, and the tensors it was given by argument name."""
+    """One use of an operator: what its vjp needs, and where its arguments came from, by name.
+
+    That is another call, or a tensor that is an input. Not the tensors between, whose arrays may then go.
+    """
 
     __slots__ = ("arguments", "inputs", "op", "saved")
 
@@ -143,6 +146,8 @@ class Op:
     ``neighbors.transpose()``, so that it is made before they trace; a vjp may call it anyway, but would then make it
     each time. Of a Neighbors an operator sees everything but `distance`. What kind of thing each argument is says the
     signature of the public function, see kpcore/ops.py.
+
+    `keeps` names the arguments whose values the vjp looks at, if not all: of the others the tape keeps a `Shaped`.
     """
 
     name: str
@@ -153,17 +158,20 @@ class Op:
     field: str | None = None
     record: type | None = None
     transposes: tuple[str, ...] = ()
+    keeps: tuple[str, ...] | None = None
 
     def __call__(self, **arguments):
-        inputs = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
-        for name in inputs:
+        tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+        for name in tensors:
             if name not in self.diff:
                 raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
-        if not inputs:
+        if not tensors:
             return self.forward(**arguments)[0]
-        arguments.update({name: tensor.value for name, tensor in inputs.items()})
+        arguments.update({name: tensor.value for name, tensor in tensors.items()})
         out, saved = self.forward(**arguments)
-        call = _Call(self, arguments, saved, inputs)
+        if self.keeps is not None:
+            arguments = {name: a if name in self.keeps else _shaped(a) for name, a in arguments.items()}
+        call = _Call(self, arguments, saved, {name: tensor.call or tensor for name, tensor in tensors.items()})
         if self.field is None:
             return Tensor(out, call)
         return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
@@ -184,6 +192,11 @@ class Op:
                     )
                 gradients[name] = gradient
         return gradients
+
+
+def _shaped(value):
+    """What is known of an array that is not kept."""
+    return Shaped(value.shape, value.dtype) if _array.is_array(value) else value
 
 
 def _reshape(array, shape):
@@ -219,7 +232,7 @@ def _plus_vjp(arguments, saved, grad, needs):
     grads = {}
     for name in needs:
         like, given = arguments[name], _array.as_array(grad)
-        if given.ndim > like.ndim:
+        if given.ndim > len(like.shape):
             rows = _array.contiguous(given).reshape(-1, given.shape[-1])
             grads[name] = _array.backend(rows).sum_rows(rows, config.get_num_threads())
         else:
@@ -241,10 +254,10 @@ def _columns_vjp(arguments, saved, grad, needs):
 
 
 # What a tensor does by itself; frameworks have their own.
-_RESHAPE = Op("reshape", _reshape, _reshape_vjp, diff=("array",))
-_SCALE = Op("scale", _scale, _scale_vjp, diff=("array",))
-_PLUS = Op("plus", _plus, _plus_vjp, diff=("array", "other"))
-_COLUMNS = Op("columns", _columns, _columns_vjp, diff=("array",))
+_RESHAPE = Op("reshape", _reshape, _reshape_vjp, diff=("array",), keeps=())
+_SCALE = Op("scale", _scale, _scale_vjp, diff=("array",), keeps=())
+_PLUS = Op("plus", _plus, _plus_vjp, diff=("array", "other"), keeps=())
+_COLUMNS = Op("columns", _columns, _columns_vjp, diff=("array",), keeps=())
 
 
 def vjp(fn, *primals, has_aux=False):
@@ -361,9 +374,10 @@ def grad(fn, argnums=0, has_aux=False):
 
 def _pull(out, grad):
     """{id: (tensor, gradient)} of every input that `out` was made from."""
-    found = {id(out): (out, grad)}
-    for tensor in _made(out):
-        call, (_, gradient) = tensor.call, found.pop(id(tensor))
+    end = out.call or out
+    found = {id(end): (end, grad)}
+    for call in _made(end):
+        _, gradient = found.pop(id(call))
         for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
             given = call.inputs[name]
             key = id(given)
@@ -371,20 +385,20 @@ def _pull(out, grad):
     return found
 
 
-def _made(out):
-    """The results of operators that `out` was made from, each after all that were made from it.
+def _made(end):
+    """The calls that led to the last one, each after all that used its result; none for an input.
 
     Not recursive: chains may be long.
     """
-    order, seen, stack = [], set(), [(out, False)]
+    order, seen, stack = [], set(), [(end, False)]
     while stack:
-        tensor, inputs_done = stack.pop()
+        call, inputs_done = stack.pop()
         if inputs_done:
-            order.append(tensor)
-        elif tensor.call is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            stack.append((tensor, True))
-            stack += [(t, False) for t in tensor.call.inputs.values() if t.call is not None]
+            order.append(call)
+        elif type(call) is _Call and id(call) not in seen:
+            seen.add(id(call))
+            stack.append((call, True))
+            stack += [(given, False) for given in call.inputs.values()]
     return reversed(order)
 
 

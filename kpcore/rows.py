@@ -546,7 +546,8 @@ def _add_vjp(arguments, saved, grad, needs):
     return {name: grad.copy() for name in needs}  # each its own: who gets it may add to it in place
 
 
-ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, second: [(first.shape, first.dtype)])
+ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, second: [(first.shape, first.dtype)],
+         keeps=())  # fmt: skip
 
 
 # ---- along the channels
@@ -603,7 +604,7 @@ def _concatenate_result(**features):
 
 
 CONCATENATE = Op(
-    "concatenate", _concatenate, _concatenate_vjp, ("first", "second", "third", "fourth"), _concatenate_result
+    "concatenate", _concatenate, _concatenate_vjp, ("first", "second", "third", "fourth"), _concatenate_result, keeps=()
 )
 
 

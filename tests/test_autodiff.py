@@ -1,6 +1,7 @@
 """autodiff.vjp: gradients by central differences, and what the tape does with masks, chains and mistakes."""
 
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -447,6 +448,24 @@ def test_a_factor_of_a_scalar():
     value, grad = kp.autodiff.value_and_grad(product)(np.ones(3, np.float32))
     assert_same_bits(value, np.array(1.5, np.float32))
     assert_same_bits(grad, np.full(3, 0.5, np.float32))
+
+
+def test_the_tape_keeps_only_what_gradients_look_at():
+    first, second, kept = kp.autodiff.Tensor(np.ones((3, 2))), kp.autodiff.Tensor(np.ones((3, 2))), {}
+
+    def passed_on(name, tensor):
+        kept[name] = weakref.ref(tensor.value)
+        return tensor
+
+    added = passed_on("added", kp.add(first, second))
+    both = passed_on("concatenated", kp.concatenate(added, passed_on("scaled", 2 * first)))
+    out = kp.linear(both, np.ones((4, 1)))
+    del added, both
+    alive = {name for name, reference in kept.items() if reference() is not None}
+    assert alive == {"concatenated"}  # the product looks at its features
+    out.backward(np.ones((3, 1)))
+    assert_same_bits(first.grad, np.full((3, 2), 3.0))
+    assert_same_bits(second.grad, np.ones((3, 2)))
 
 
 def test_sums_and_columns_of_tensors():

@@ -192,6 +192,7 @@ def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, *
 
     >>> import kpcore as kp
     >>> [round(kp.nn.count(kp.nn.kpnext(5, 13, 0.04, size=size, attention=False).init()[0]) / 1e6, 1) for size in "SL"]
+    [5.0, 7.8]
     """
     _array.choice("size", size, tuple(_SIZES))
     return KPNeXt(_SIZES[size], num_features, num_classes, voxel_size,

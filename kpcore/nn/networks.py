@@ -299,6 +299,7 @@ def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformabl
 
     >>> import kpcore as kp
     >>> kp.nn.count(kp.nn.kpcnn(1, 40, 0.02, convs=2).init()[0])
+    14295144
     """
     return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
 
@@ -315,10 +316,8 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
     if convs == 2:  # the paper's TensorFlow code
         options = {"always_narrow": True, "head_norm": True, "slope": 0.2} | options
         if segment:
-            options = {
-                "decoder_width": options.get("width", 128) // 2,
-                "head_width": options.get("width", 128) // 2,
-            } | options
+            half = options.get("width", 128) // 2
+            options = {"decoder_width": half, "head_width": half} | options
     blocks_of = architecture(levels, convs, deformable=deformable, segment=segment)
     return Network(blocks_of, num_features, num_classes, voxel_size, **options)
 

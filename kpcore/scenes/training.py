@@ -140,18 +140,7 @@ class Training:
         """One step; what the log says of it."""
         model, training = self.model, self.settings.training
         number = self.epoch * training.steps + self.step
-        lr = self.schedule(number)
-        tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
-        seed = (self.seed << 32) + number
-        result = self.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
-        entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
-                                           class_weights=self.class_weights)  # fmt: skip
-        loss = entropy if result.regularization is None else entropy + result.regularization
-        if not math.isfinite(loss.value):
-            raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
-        loss.backward()
-        grads = {name: _grad(tensor) for name, tensor in tensors.items()}
-        del tensors, result.logits.call  # what the tape remembers
+        entry, grads = self._gradients(batch, seed=(self.seed << 32) + number)
         for name, grad in grads.items():
             if not np.isfinite(grad).all():
                 raise NotFinite(self._blame(batch, f"the gradient of {name} is not finite"))
@@ -159,14 +148,33 @@ class Training:
             nn.clip_by_value(grads, training.clip_value)
         if training.clip_norm:
             nn.clip_by_norm(grads, training.clip_norm)
+        lr = self.schedule(number)
         self.optimizer.step(grads, lr)
-        model.state, self.loss = result.state, float(loss.value)
+        model.state, self.loss = entry.pop("state"), entry["loss"]
+        return {"epoch": self.epoch, "step": self.step, **entry, "lr": lr, "points": len(batch.features)}
+
+    def _gradients(self, batch, seed):
+        """(what the log says and the state after it, gradients); nothing that the tape kept is left."""
+        model = self.model
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
+        result = self.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
+        entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
+                                           class_weights=self.class_weights)  # fmt: skip
+        loss = entropy if result.regularization is None else entropy + result.regularization
+        if not math.isfinite(loss.value):
+            raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
+        loss.backward()
         found, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
-        entry = {"epoch": self.epoch, "step": self.step, "loss": float(loss.value), "entropy": float(entropy.value)}
+        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
+        entry = {
+            "loss": float(loss.value),
+            "entropy": float(entropy.value),
+            "accuracy": accuracy,
+            "state": result.state,
+        }
         if result.regularization is not None:
             entry["regularization"] = float(result.regularization.value)
-        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
-        return entry | {"accuracy": accuracy, "lr": lr, "points": len(batch.features)}
+        return entry, {name: _grad(tensor) for name, tensor in tensors.items()}
 
     def _blame(self, batch, what):
         """A report of the first layer whose output is not finite, found by computing all again."""

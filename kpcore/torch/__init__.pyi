@@ -8,6 +8,7 @@ from kpcore import Neighbors as Neighbors
 from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
 from kpcore.torch.layers import KPConvX as KPConvX
+from kpcore.torch.networks import Network as Network
 from kpcore.torch.ops import use_torch_allocator as use_torch_allocator
 
 class GridIndex(kpcore.GridIndex): ...

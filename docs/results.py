@@ -1,0 +1,123 @@
+"""python docs/results.py [curves|ablation]: figures and tables of docs/results.md that no other command makes.
+
+curves: one network trained on the tape, in PyTorch and in JAX.
+ablation: the paper's comparison of kernels in small (Thomas et al. 2019, section 4.3: numbers of kernel points, rigid
+and deformable, on S3DIS): the demo's network, trained as the demo trains it for half the steps, tested on its flat.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import kpcore as kp
+from kpcore import demo, nn
+from kpcore.scenes import voting
+from kpcore.scenes.data import load
+from kpcore.scenes.settings import from_dict
+from kpcore.scenes.training import Training
+
+KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
+
+
+def trained(kernel_size, deformable, seed):
+    """(mIoU, seconds, parameters)"""
+    network = demo.TRAINING["network"] | {"kernel_size": kernel_size, "deformable": 4 if deformable else 0}
+    settings = from_dict(demo.TRAINING | {"network": network, "training": demo.TRAINING["training"] | {"steps": STEPS}})
+    with tempfile.TemporaryDirectory() as folder:
+        run = Training(settings, folder, folder, seed=seed)
+        begin = time.perf_counter()
+        run.run()
+        seconds = time.perf_counter() - begin
+    (scene,), _ = load(settings, [demo.UNSEEN], ".", run.model.columns)
+    scores = voting.scores(voting.evaluate(run.model, [scene]), settings.names)
+    return scores["miou"], seconds, nn.count(run.model.params)
+
+
+def curves(steps=100):
+    """Losses of the same steps, and how far apart they are."""
+    import jax
+    import torch
+
+    net = nn.kpfcnn(3, 15, 0.1, levels=4, convs=2, deformable=3, width=16)
+    params, state = net.init()
+    scene = kp.scenes.indoor(60_000)
+    pyramid = net.pyramid(scene.points, features=scene.colors.astype(np.float32) / 255, labels=scene.labels)
+    features, labels = pyramid[0].features, pyramid[0].labels
+
+    def loss(F, params, state, pyramid, features, labels):
+        result = net(F, params, state, pyramid, features, training=True)
+        return F.softmax_cross_entropy(result.logits, labels) + result.regularization, result.state
+
+    found = {"tape": [], "torch": [], "JAX": []}
+    own, own_state = {name: value.copy() for name, value in params.items()}, state
+    optimizer = nn.SGD(own, momentum=0.9, lr_scales={"offset": 0.1})
+    for _ in range(steps):
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in own.items()}
+        value, own_state = loss(kp, tensors, own_state, pyramid, features, labels)
+        value.backward()
+        optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 0.02)
+        found["tape"].append(float(value.value))
+
+    module = kp.torch.Network(net, params, state)
+    groups = [
+        {"params": [p for name, p in module.named_parameters() if ("offset" in name) == slow], "lr": rate}
+        for slow, rate in ((False, 0.02), (True, 0.002))
+    ]
+    torch_optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-3)
+    levels = net.pyramid(torch.from_numpy(scene.points), F=kp.torch)
+    for _ in range(steps):
+        torch_optimizer.zero_grad()
+        logits, regularization = module(levels, torch.from_numpy(features))
+        value = kp.torch.softmax_cross_entropy(logits, torch.from_numpy(labels)) + regularization
+        value.backward()
+        torch_optimizer.step()
+        found["torch"].append(value.item())
+
+    F = kp.jax
+    step = jax.jit(jax.value_and_grad(lambda *inputs: loss(F, *inputs), has_aux=True))
+    moments = {name: np.zeros_like(value) for name, value in params.items()}
+    for _ in range(steps):
+        (value, state), grads = step(params, state, pyramid, features, labels)
+        moments = {name: 0.9 * moments[name] + grads[name] + 1e-3 * params[name] for name in params}
+        params = {name: p - (0.002 if "offset" in name else 0.02) * moments[name] for name, p in params.items()}
+        found["JAX"].append(float(value))
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), width, color in zip(found.items(), (7, 3.5, 1), ("C0", "C1", "k"), strict=True):
+        axes.plot(values, lw=width, color=color, label=name)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    figure.savefig(Path(__file__).with_name("curves.png"), dpi=120)
+    tape, *others = map(np.array, found.values())
+    for name, values in zip(("torch", "JAX"), others, strict=True):
+        off = np.abs(values / tape - 1).max()
+        print(f"{name}: {tape[0]:.4f} -> {tape[-1]:.4f}, at most {off:.1e} off the tape's losses")
+
+
+def ablation():
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    print("| kernel points | | mIoU, median of three seeds (least–most) | s | parameters |\n|---|---|---|---|---|")
+    for kind, deformable in (("rigid", False), ("deformable", True)):
+        medians = []
+        for kernel_size in KERNELS:
+            found = [trained(kernel_size, deformable, seed) for seed in SEEDS]
+            scores, seconds, sizes = zip(*found, strict=True)
+            medians.append(np.median(scores))
+            axes.plot([kernel_size] * len(scores), scores, ".", color="C1" if deformable else "C0", alpha=0.4)
+            print(f"| {kernel_size} | {kind} | {medians[-1]:.3f} ({min(scores):.3f}–{max(scores):.3f}) | "
+                  f"{np.median(seconds):.0f} | {sizes[0]:,} |", flush=True)  # fmt: skip
+        axes.plot(KERNELS, medians, "o-", color="C1" if deformable else "C0", label=kind)
+    axes.set(xlabel="kernel points", ylabel="mIoU on an unseen flat", xticks=KERNELS)
+    axes.legend()
+    figure.savefig(Path(__file__).with_name("ablation.png"), dpi=120)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("curves", "ablation"):
+        {"curves": curves, "ablation": ablation}[name]()
