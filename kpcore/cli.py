@@ -9,7 +9,7 @@ from pathlib import Path
 import kpcore as kp
 from kpcore import demo, scenes
 from kpcore.config import require
-from kpcore.demo import BAR, PLAIN, Refused
+from kpcore.demo import BAR, PLAIN, Refused, make_folder
 
 
 def main(argv=None):
@@ -92,7 +92,9 @@ def _train(args):
 
     tqdm = require("tqdm", "io").tqdm
     require("safetensors", "io")
+    require("matplotlib.figure", "plot")  # before hours of training, not after
     settings = read_settings(args.settings)
+    make_folder(args.out)
     if args.resume and not (args.out / LAST).is_file():
         raise Refused(f"--resume: {args.out} has no {LAST}")
     if not args.resume and (args.out / LOG).exists():

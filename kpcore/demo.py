@@ -49,7 +49,7 @@ def scan(args):
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
 
-    _make_folder(args.out)
+    make_folder(args.out)
     cloud, name, stem = scenes.read(args.file), Path(args.file).name, Path(args.file).stem
     about = _about(cloud)
     print(f"{name}: {about}")
@@ -93,7 +93,7 @@ def train(args):
     from kpcore.scenes.settings import from_dict
     from kpcore.scenes.training import Training
 
-    _make_folder(args.out)
+    make_folder(args.out)
     settings = from_dict(TRAINING)
     steps = settings.training.epochs * settings.training.steps
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def train(args):
     print(f"picture: {path}")
 
 
-def _make_folder(out):
+def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

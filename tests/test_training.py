@@ -275,6 +275,21 @@ def test_batches_are_the_same_with_any_number_of_workers():
         assert_same_bits(batch.features[:, :3], batch.pyramid[0].points)  # "local": what the network sees
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"training": {"radius": 0.01}}, r"\[training\] radius: expected several points within 0.01"),
+        (
+            {"training": {"radius": 0.2, "batch_clouds": 1}, "network": {"levels": 3}},
+            r"\[network\] levels: expected at least two points .* got 1 on level [12]",
+        ),
+    ],
+)
+def test_spheres_that_are_too_small(tmp_path, more, message):
+    with pytest.raises(SettingsError, match=message):
+        training.Training(from_dict(given(**more)), tmp_path, ".").run()
+
+
 def test_an_error_in_a_worker_comes_out():
     def fail(job):
         raise ValueError("bad")
@@ -396,6 +411,8 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     assert log("whole") == log("part")
     with pytest.raises(ValueError, match="seed: expected 5"):
         training.Training(found, tmp_path / "part", ".", seed=6, resume=True)
+    more = from_dict(given(training=how | {"workers": 5}, network=network))
+    assert training.Training(more, tmp_path / "part", ".", seed=5, resume=True).epoch == 2
     with pytest.raises(ValueError, match="resume: expected the settings"):
         training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
 
@@ -719,6 +736,17 @@ def test_train_test_and_segment(command, tmp_path):
     from matplotlib.image import imread
 
     assert imread(tmp_path / "p.png")[..., :3].std() > 0.05
+
+
+def test_a_scan_without_the_label_field_is_labelled_too(trained, tmp_path):
+    model = training.Model.load(trained[0] / "best.safetensors")
+    model.settings = from_dict(given(data={"label": "truth"}))
+    cloud = scenes.indoor(2000, seed=3)
+    np.savez(tmp_path / "a.npz", points=cloud.points, colors=cloud.colors)
+    found = segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert found.scores is None and found.counts.sum() == 2000
+    with np.load(tmp_path / "b.npz") as after:
+        assert (after["truth"] == np.array([0, 2, 6])[found.classes]).all()
 
 
 def test_commands_that_cannot_be_carried_out(command, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import kpcore as kp
 from kpcore.dispositions import _rotation
 from kpcore.pyramid import Pyramid
+from kpcore.scenes.settings import SettingsError
 
 
 class Sphere(NamedTuple):
@@ -107,7 +108,7 @@ def whole(scenes, number):
 
 def _fill(source, training, held):
     """(spheres for a batch, the one that did not fit or None)"""
-    spheres, points = [], 0
+    spheres, points, alone = [], 0, 0
     while len(spheres) < training.batch_clouds:
         sphere = next(source, None) if held is None else held
         held = None
@@ -116,9 +117,13 @@ def _fill(source, training, held):
         if spheres and points + len(sphere.rows) > training.batch_points:
             held = sphere
             break
-        if len(sphere.rows) > 1:  # a place moved off the scene
+        if len(sphere.rows) > 1:
             spheres.append(sphere)
             points += len(sphere.rows)
+            continue
+        alone += 1  # moved off the scene, as happens; but not always
+        if alone == 1000:
+            raise SettingsError(f"[training] radius: expected several points within {training.radius}, got one at most")
     return spheres, held
 
 
@@ -138,8 +143,15 @@ def make_batch(net, scenes, spheres, training=None, columns=None, rng=None):
     if columns is not None and "local" in columns.names:
         at = columns.span("local").start
         features = [np.insert(f, [at], own, axis=1) for f, own in zip(features, points, strict=True)]
-    return Batch(spheres, _pyramid(net, stacked, row_splits, training, rng), np.concatenate(features),
-                 np.concatenate(labels))  # fmt: skip
+    pyramid = _pyramid(net, stacked, row_splits, training, rng)
+    normalised = rng is not None and net.norm == "batch"
+    few = [number for number, level in enumerate(pyramid) if normalised and len(level.points) < 2]
+    if few:
+        raise SettingsError(
+            f"[network] levels: expected at least two points of a batch on each, to normalise, got "
+            f"{len(pyramid[few[0]].points)} on level {few[0]}; larger spheres or batches help"
+        )
+    return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels))
 
 
 def _pyramid(net, points, row_splits, training, rng):

@@ -93,10 +93,15 @@ def scene_of(settings, columns, cloud):
     return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
-def read_cloud(settings, path):
-    """The Cloud of a file with the fields that the features need."""
+def read_cloud(settings, path, labelled=True):
+    """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
     fields = [name for name in settings.data.features if name not in _OWN]
-    cloud = read(path, fields=fields, label=settings.data.label)
+    try:
+        cloud = read(path, fields=fields, label=settings.data.label)
+    except ReadError:
+        if labelled or settings.data.label is None:
+            raise
+        cloud = read(path, fields=fields)
     if "color" in settings.data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, which are among the features")
     return cloud

@@ -40,7 +40,7 @@ def segment(model, source, out, *, votes=None, watch=None):
     Points that were left out (see `Cloud`) keep the label they have.
     """
     check_out(source, out)
-    cloud = read_cloud(model.settings, source)
+    cloud = read_cloud(model.settings, source, labelled=False)
     scene = scene_of(model.settings, model.columns, cloud)
     classes = voting.labels_of(model, scene, votes, watch=watch)
     values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
@@ -136,8 +136,9 @@ def _npz(source, out, labels, kept, label):
     )
     before = arrays[name] if name else np.zeros(len(labels) if kept is None else len(kept), np.int32)
     after = _filled(before.astype(np.int64), labels, kept)
-    arrays[name or "labels"] = after.astype(before.dtype)
-    if (arrays[name or "labels"] != after).any():
+    name = name or label or "labels"
+    arrays[name] = after.astype(before.dtype)
+    if (arrays[name] != after).any():
         raise ReadError(f"{source}: its {name} is {before.dtype}, which cannot hold {labels.max()}")
     np.savez_compressed(out, **arrays)
 

@@ -220,7 +220,9 @@ class Training:
 
     def _resume(self):
         arrays, about = checkpoints.read(self.out / LAST)
-        if about.get("settings") != json.loads(json.dumps(self.settings.asdict())):
+        made, own = about.get("settings"), json.loads(json.dumps(self.settings.asdict()))
+        own["training"]["workers"] = made["training"]["workers"] if made else None  # which has no influence
+        if made != own:
             raise ValueError(f"resume: expected the settings that {self.out / LAST} was made with, got others")
         run = about["run"]
         if run["seed"] != self.seed:
