@@ -275,19 +275,14 @@ def test_batches_are_the_same_with_any_number_of_workers():
         assert_same_bits(batch.features[:, :3], batch.pyramid[0].points)  # "local": what the network sees
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"training": {"radius": 0.01}}, r"\[training\] radius: expected several points within 0.01"),
-        (
-            {"training": {"radius": 0.2, "batch_clouds": 1}, "network": {"levels": 3}},
-            r"\[network\] levels: expected at least two points .* got 1 on level [12]",
-        ),
-    ],
-)
-def test_spheres_that_are_too_small(tmp_path, more, message):
-    with pytest.raises(SettingsError, match=message):
-        training.Training(from_dict(given(**more)), tmp_path, ".").run()
+def test_spheres_that_are_too_small(tmp_path):
+    found = from_dict(given(training={"radius": 0.01}))
+    with pytest.raises(SettingsError, match=r"\[training\] radius: expected several points within 0\.01"):
+        training.Training(found, tmp_path, ".").run()
+    loaded, columns = data.load(found, found.data.train, ".")
+    alone = batches.Sphere(0, loaded[0].points[5], np.array([5]))
+    with pytest.raises(SettingsError, match=r"\[network\] levels: expected at least two points .* got 1 on level 0"):
+        batches.make_batch(found.net(), loaded, [alone], found.training, columns, np.random.default_rng(0))
 
 
 def test_an_error_in_a_worker_comes_out():
