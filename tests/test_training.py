@@ -147,7 +147,12 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     assert_same_bits(west.full_labels, labels[is_west] - 1)
     middle = np.quantile(intensity[is_west].astype(np.float32).astype(np.float64), 0.5)
     np.testing.assert_allclose(columns.center["intensity"], middle)
-    assert 5 < columns.center["height"] < 115  # of the file, not of what is left after its shift
+    low, middle, high = np.quantile(
+        points[is_west, 2], (0.05, 0.5, 0.95)
+    )  # of the file, not of what is left after a shift
+    np.testing.assert_allclose(
+        [columns.center["height"], columns.scale["height"]], [middle, (high - low) / 2], rtol=1e-5
+    )
     nothing = {"train": [{"file": "scan.npz", "max": [1.0]}]}
     with pytest.raises(SettingsError, match="expected points between the corners, got none"):
         data.load(found, from_dict(given(data=half | nothing)).data.train, tmp_path)
@@ -285,6 +290,16 @@ def test_spheres_that_are_too_small(tmp_path):
         batches.make_batch(found.net(), loaded, [alone], found.training, columns, np.random.default_rng(0))
 
 
+def test_a_batch_ends_before_it_has_too_many_points():
+    found = from_dict(given(training={"batch_points": 500, "batch_clouds": 8}))
+    ended = 0
+    for batch in batches_of(found, 0)[0]:
+        sizes = [len(sphere.rows) for sphere in batch.spheres]
+        assert len(sizes) < 8 and (sum(sizes) <= 500 or len(sizes) == 1)
+        ended += len(sizes) > 1
+    assert ended
+
+
 def test_an_error_in_a_worker_comes_out():
     def fail(job):
         raise ValueError("bad")
@@ -315,7 +330,7 @@ def test_augmentation_keeps_the_shape(rotate):
 
 def test_scale_noise_flips_and_lost_colors():
     found = from_dict(given(training={
-        "rotate": "none", "noise": 0.01, "scale": [0.5, 2.0], "flip": [True, False, False], "keep_color": 0.5
+        "rotate": "none", "noise": 0.01, "scale": [0.5, 2.0], "flip": [False, True, False], "keep_color": 0.5
     }))  # fmt: skip
     made, loaded = batches_of(found, 0)
     signs, blank = set(), set()
@@ -325,9 +340,9 @@ def test_scale_noise_flips_and_lost_colors():
             was = loaded[0].points[sphere.rows] - sphere.center
             own = batch.pyramid[0].points[begin:end]
             factor = (own * was).sum(axis=0) / (was * was).sum(axis=0)
-            assert (np.abs(factor) > 0.49).all() and (np.abs(factor) < 2.01).all() and (factor[1:] > 0).all()
+            assert (np.abs(factor) > 0.49).all() and (np.abs(factor) < 2.01).all() and (factor[::2] > 0).all()
             assert 0.005 < (own - factor * was).std() < 0.02
-            signs.add(np.sign(factor[0]))
+            signs.add(np.sign(factor[1]))
             blank.add(not batch.features[begin:end, 1:4].any())
     assert signs == {-1, 1} and blank == {True, False}
 
@@ -538,6 +553,11 @@ def test_votes_come_back_to_every_point(votes):
     counted = scene.full_labels >= 0
     assert confusion.sum() == 2 * counted.sum()
     assert np.trace(confusion) == 2 * (labels == scene.full_labels)[counted].sum()
+
+
+def test_confusion_has_a_row_for_each_true_class():
+    found = voting.confusion(np.array([0, 0, 1, -1, 2]), np.array([1, 0, 1, 2, 0]), 3)
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_scores():
