@@ -89,7 +89,9 @@ def draw_classes(path, title, subtitle, cloud, panels, legend):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scene, (w, h) = Scene(cloud.points, np.array(cloud.up, float)), (1100, 760)
+    scene, w = Scene(cloud.points, np.array(cloud.up, float)), 1100
+    across_box, up_box = (scene.box[1] - scene.box[0])[:2]
+    h = int(np.clip(w * up_box / (across_box or 1), 300, 1100))
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
     across = max(1, (width - 2 * MARGIN) // 220)
     height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30

@@ -475,7 +475,8 @@ def run_both(ours, theirs, steps, schedule):
     """Parameters after steps by an optimiser of ours and one of torch's, of the same gradients."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
-    params = {"a": rng.standard_normal((300, 250)), "offset": rng.standard_normal(7)}
+    # More than one thread has work.
+    params = {"a": rng.standard_normal((2300, 2000)), "offset": rng.standard_normal(7)}
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in params.items()}
     optimizer, other = ours(params), theirs(tensors)
     for step in range(steps):
@@ -539,6 +540,8 @@ def test_optimizers_refuse_other_gradients():
         optimizer.step({}, 0.1)
     with pytest.raises(ValueError, match=r"grads: expected a \(3,\) float64, got \(4,\)"):
         optimizer.step({"a": np.zeros(4)}, 0.1)
+    with pytest.raises(ValueError, match=r"params: expected C-contiguous arrays, .* got another: a"):
+        nn.SGD({"a": np.zeros((3, 2)).T})
     with pytest.raises(ValueError, match="lr: expected a finite number"):
         optimizer.step({"a": np.zeros(3)}, math.nan)
 
