@@ -148,6 +148,8 @@ class Op:
     signature of the public function, see kpcore/ops.py.
 
     `keeps` names the arguments whose values the vjp looks at, if not all: of the others the tape keeps a `Shaped`.
+    ``by_result(arguments)`` says whether the result in place of `diff`'s only argument gives the same gradient, so that
+    the tape need not keep that one.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Op:
     record: type | None = None
     transposes: tuple[str, ...] = ()
     keeps: tuple[str, ...] | None = None
+    by_result: Callable | None = None
 
     def __call__(self, **arguments):
         tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
@@ -169,6 +172,8 @@ class Op:
             return self.forward(**arguments)[0]
         arguments.update({name: tensor.value for name, tensor in tensors.items()})
         out, saved = self.forward(**arguments)
+        if self.by_result is not None and self.by_result(arguments):
+            arguments[self.diff[0]] = out
         if self.keeps is not None:
             arguments = {name: a if name in self.keeps else _shaped(a) for name, a in arguments.items()}
         call = _Call(self, arguments, saved, {name: tensor.call or tensor for name, tensor in tensors.items()})

@@ -432,7 +432,11 @@ def _activation(name):
         grad, threads = _array.contiguous(_array.as_array(grad)), config.get_num_threads()
         return {"features": _array.backend(features).activate_grad(features, code, slope, grad, threads)}
 
-    return Op(name, forward, vjp, diff=("features",), result=_like_features)
+    def by_result(arguments):
+        # Its result has the sign of the features, and is what the next operator keeps anyway.
+        return arguments["negative_slope"] >= 0 if name == "leaky_relu" else name == "relu"
+
+    return Op(name, forward, vjp, diff=("features",), result=_like_features, by_result=by_result)
 
 
 def _any_shape(name, value, sizes):

@@ -468,6 +468,20 @@ def test_the_tape_keeps_only_what_gradients_look_at():
     assert_same_bits(second.grad, np.ones((3, 2)))
 
 
+@pytest.mark.parametrize("slope", [0.1, 0.0, -0.5, 2.0, None])
+def test_an_activation_is_differentiated_by_its_result(slope):
+    special = [0.0, -0.0, np.nan, np.inf, 1e-320, -1e-320, 5e-324, -5e-324]
+    x = np.concatenate([np.random.default_rng(0).standard_normal(50), special])
+    op, more = (kp.relu, {}) if slope is None else (kp.leaky_relu, {"negative_slope": slope})
+    tensor = kp.autodiff.Tensor(x)
+    grad = np.arange(1.0, 59.0)
+    out = op(tensor, **more)
+    assert (out.call.arguments["features"] is x) == (slope == -0.5)
+    out.backward(grad)
+    row = ops_table.OPS["relu" if slope is None else "leaky_relu"]
+    assert_same_bits(tensor.grad, row.vjp({"features": x} | more, (), grad, frozenset(["features"]))["features"])
+
+
 def test_sums_and_columns_of_tensors():
     rng = np.random.default_rng(0)
     x, y, row = rng.random((5, 4)), rng.random((5, 2)), rng.random(2)
