@@ -167,27 +167,29 @@ def convolutions(bench, deformable):
         bench.absent(f"{kind}, forward + vjp", peers.DENSE_NETWORK.name, reason)
         return
     for args, kwargs in recorded.calls:
-        points, queries, neighbors, features, weights, kernel_points, extent = args
-        offsets = kwargs.get("offsets")
-        grad = rng.standard_normal((neighbors.num_queries, weights.shape[-1]), np.float32)
-        primals = [features, weights, *([] if offsets is None else [offsets])]
-
-        ours.append(partial(own_convolution, args, primals, grad))
-        theirs.append(peers.dense_convolution(points, queries, neighbors, primals, kernel_points, extent, grad))
-        for one, other in zip(ours[-1](), theirs[-1](), strict=True):
+        features, weights, offsets = args[3], args[4], kwargs.get("offsets")
+        grad = rng.standard_normal((args[2].num_queries, weights.shape[-1]), np.float32)
+        # The network's own features have no gradient in training.
+        primals = {} if features is problem.features else {"features": features}
+        primals |= {"weights": weights} | ({} if offsets is None else {"offsets": offsets})
+        ours.append(partial(own_convolution, args, kwargs, primals, grad))
+        theirs.append(peers.dense_convolution(args, primals, grad))
+        for name, other in theirs[-1]().items():
+            one = ours[-1]()[name]
             allowed = 1e-4 * max(np.abs(one).max(), 1e-30)
-            assert np.abs(one - other.numpy()).max() <= allowed, (one.shape, np.abs(one - other.numpy()).max(), allowed)
+            assert np.abs(one - other.numpy()).max() <= allowed, (name, np.abs(one - other.numpy()).max(), allowed)
     bench.compare(f"{kind}, forward + vjp", lambda: [call() for call in ours], peers.DENSE_NETWORK.name,
                   lambda: [call() for call in theirs])  # fmt: skip
 
 
-def own_convolution(args, primals, grad):
-    """Gradients of a convolution's features, weights and, if they are there, offsets."""
+def own_convolution(args, options, primals, grad):
+    """{name: gradient} of those of a convolution's arguments that are in `primals`."""
 
-    def conv(features, weights, offsets=None):
-        return kp.kpconv(*args[:3], features, weights, *args[5:], offsets=offsets)
+    def conv(primals):
+        given = {"features": args[3], "weights": args[4], **options, **primals}
+        return kp.kpconv(*args[:3], kernel_points=args[5], extent=args[6], **given)
 
-    return kp.autodiff.vjp(conv, *primals)[1](grad)
+    return kp.autodiff.vjp(conv, primals)[1](grad)[0]
 
 
 def peak(bench, implementation):

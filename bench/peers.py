@@ -511,19 +511,22 @@ def dense_network(pyramid):
     return operators, levels
 
 
-def dense_convolution(points, queries, neighbors, primals, kernel_points, extent, grad):
-    """A function that gives the gradients of features, weights and, if they are there, offsets."""
+def dense_convolution(args, primals, grad):
+    """A function that gives {name: gradient} of those of a convolution's arguments that are in `primals`."""
     import torch
 
     dense = dense_module()
+    points, queries, neighbors, features, weights, kernel_points, extent = args
     index = dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
     points, kernel_points, grad = (torch.from_numpy(a) for a in (points, kernel_points, grad))
     queries = points if queries is None else torch.from_numpy(queries)
-    leaves = [torch.from_numpy(a).requires_grad_() for a in primals]
+    given = {"features": torch.from_numpy(features), "weights": torch.from_numpy(weights)}
+    leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in primals.items()}
+    given |= leaves
 
     def run():
-        out = dense.kpconv(points, queries, index, *leaves[:2], kernel_points, extent, *leaves[2:])
-        return torch.autograd.grad(out, leaves, grad)
+        out = dense.kpconv(points, queries, index, kernel_points=kernel_points, extent=extent, **given)
+        return dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], grad), strict=True))
 
     return run
 
