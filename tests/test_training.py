@@ -79,6 +79,8 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
         ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
         ({"network": {"hue": 3}}, r"\[network\] .*hue"),
+        ({"network": {"kind": "unet"}}, r"\[network\] kind: expected kpconv or kpnext, got 'unet'"),
+        ({"network": {"kind": "kpnext"}}, r"\[network\] levels: expected none for kpnext"),
         ({"data": {"train": []}}, r"\[data\] train: expected a list of files, got \[\]"),
         ({"data": {"train": [{"file": "a.las", "indoor": 1}]}}, r"train\[0\]: expected either file or indoor"),
         ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor"),
@@ -385,9 +387,15 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
 
 
 @pytest.mark.parametrize("how", [{"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}, {}])
-@pytest.mark.parametrize("network", [{}, {"deformable": 1, "dropout": 0.2}])
+@pytest.mark.parametrize(
+    "network",
+    [{}, {"deformable": 1, "dropout": 0.2}, {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}],
+)
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
-    found = from_dict(given(training=how, network=network))
+    sections = given(training=how, network=network)
+    if "kind" in network:
+        sections["network"] = {"voxel_size": 0.2, "momentum": 0.2} | network
+    found = from_dict(sections)
     whole = training.Training(found, tmp_path / "whole", ".", seed=5)
     whole.run()
     monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
@@ -421,7 +429,7 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     assert log("whole") == log("part")
     with pytest.raises(ValueError, match="seed: expected 5"):
         training.Training(found, tmp_path / "part", ".", seed=6, resume=True)
-    more = from_dict(given(training=how | {"workers": 5}, network=network))
+    more = from_dict(sections | {"training": sections["training"] | {"workers": 5}})
     assert training.Training(more, tmp_path / "part", ".", seed=5, resume=True).epoch == 2
     with pytest.raises(ValueError, match="resume: expected the settings"):
         training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)

@@ -195,8 +195,8 @@ def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, *
     [5.0, 7.8]
     """
     _array.choice("size", size, tuple(_SIZES))
-    return KPNeXt(_SIZES[size], num_features, num_classes, voxel_size,
-                  **{"attention_groups": 4 if attention else None} | options)  # fmt: skip
+    options = {"depths": _SIZES[size], "attention_groups": 4 if attention else None} | options
+    return KPNeXt(num_features=num_features, num_classes=num_classes, voxel_size=voxel_size, **options)
 
 
 def _inverse(inverse, num_voxels):

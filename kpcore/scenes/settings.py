@@ -64,10 +64,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network of `kpcore.nn.Network`: `levels`, `convs` and `deformable` are those of `kpcore.nn.architecture`;
-    what is not named here goes by `options`."""
+    """A network of `kpcore.nn`.
+
+    kind : "kpconv", a `Network`, of which `levels`, `convs` and `deformable` are those of `kpcore.nn.architecture`; or
+        "kpnext", a `KPNeXt`, for which they have no meaning
+    options : whatever else is named, of `Network`; or of `kpcore.nn.kpnext`
+    """
 
     voxel_size: float
+    kind: str = "kpconv"
     levels: int = 5
     convs: int = 2
     deformable: int = 0
@@ -154,12 +159,15 @@ class Settings:
     def net(self):
         """The network, for as many features and classes as the data has."""
         given = self.network
-        blocks = nn.architecture(given.levels, given.convs, deformable=given.deformable, segment=not self.digits)
         widths = {"local": 2 if self.digits else 3, "color": 3}
         num_features = sum(widths.get(name, 1) for name in self.data.features)
+        sizes = num_features, len(self.names), given.voxel_size
         options = {"width": given.width, "dimension": 2 if self.digits else 3} | given.options
         try:
-            return nn.Network(blocks, num_features, len(self.names), given.voxel_size, **options)
+            if given.kind == "kpnext":
+                return nn.kpnext(*sizes, segment=not self.digits, **options)
+            blocks = nn.architecture(given.levels, given.convs, deformable=given.deformable, segment=not self.digits)
+            return nn.Network(blocks, *sizes, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
 
@@ -221,6 +229,14 @@ def from_dict(given):
         network = {name: value for name, value in network.items() if name in known}
         network["options"] = more | network.get("options", {})
     network = _section(Architecture, network, "[network]")
+    if network.kind not in ("kpconv", "kpnext"):
+        raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {network.kind!r}")
+    if network.kind == "kpnext":
+        for name in ("levels", "convs", "deformable"):
+            if getattr(network, name) != getattr(Architecture, name):
+                raise SettingsError(
+                    f"[network] {name}: expected none for kpnext, which has depths, got {getattr(network, name)}"
+                )
     training = _section(Training, given.pop("training", {}), "[training]")
     if given:
         raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
