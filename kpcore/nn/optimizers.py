@@ -26,9 +26,7 @@ class _Optimizer:
     def __init__(self, params, lr_scales):
         for name, value in params.items():
             if not value.flags.c_contiguous:
-                raise ValueError(
-                    f"params: expected C-contiguous arrays, which are changed in place, got others: {name}"
-                )
+                raise ValueError(f"params: expected C-contiguous arrays, to be changed in place, got another: {name}")
         self.params, self.num_steps = params, 0
         self._scales = dict.fromkeys(params, 1.0)
         for part, factor in (lr_scales or {}).items():
