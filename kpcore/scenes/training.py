@@ -319,6 +319,8 @@ def curves(out):
             smooth = np.convolve(values, np.ones(width) / width, "valid")
             left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
     left.set(xlabel="epoch", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(lambda value, _: "")
     left.legend()
     for name in ("miou", "accuracy"):
         values = [(e["epoch"], e["test"][name]) for e in tests if e["test"].get(name) is not None]
