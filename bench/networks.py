@@ -81,7 +81,7 @@ class Problem:
     def tape(self):
         """A step: the loss and gradients of all parameters, which an optimiser moves."""
         params = {name: value.copy() for name, value in self.params.items()}
-        optimizer = nn.SGD(params, momentum=0.98, lr_scales={"offset": 0.1})
+        optimizer = nn.sgd(params, momentum=0.98, lr_scales={"offset": 0.1})
 
         def gradients():
             tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}

@@ -54,7 +54,7 @@ def curves(steps=100):
 
     found = {"tape": [], "torch": [], "JAX": []}
     own, own_state = {name: value.copy() for name, value in params.items()}, state
-    optimizer = nn.SGD(own, momentum=0.9, lr_scales={"offset": 0.1})
+    optimizer = nn.sgd(own, momentum=0.9, lr_scales={"offset": 0.1})
     for _ in range(steps):
         tensors = {name: kp.autodiff.Tensor(value) for name, value in own.items()}
         value, own_state = loss(kp, tensors, own_state, pyramid, features, labels)

@@ -239,6 +239,15 @@ def number(name, value, dtype):
     return number
 
 
+def between(name, value, low, high):
+    """A number from one to another."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+    return float(value)
+
+
 @functools.lru_cache(maxsize=16)  # a dtype's name takes 2 us, as long as a small operator
 def _largest(dtype):
     return HALVES.get(dtype.name) or float(np.finfo(dtype).max)

@@ -246,10 +246,11 @@ def _plus_vjp(arguments, saved, grad, needs):
 
 
 def _columns(array, columns):
-    every, columns = columns
-    if every != slice(None) or not isinstance(columns, slice) or columns.step not in (None, 1):
-        raise TypeError(f"expected columns as tensor[:, begin:end], got {every}, {columns}")
-    return _array.contiguous(array[:, columns]), ()
+    given = columns if isinstance(columns, tuple) else (columns,)
+    some = given[1] if len(given) == 2 and given[0] == slice(None) else None
+    if not isinstance(some, slice) or some.step not in (None, 1):
+        raise TypeError(f"expected columns as tensor[:, begin:end], got {columns}")
+    return _array.contiguous(array[:, some]), ()
 
 
 def _columns_vjp(arguments, saved, grad, needs):

@@ -9,7 +9,7 @@ from pathlib import Path
 import kpcore as kp
 from kpcore import demo, scenes
 from kpcore.config import require
-from kpcore.demo import BAR, PLAIN, Refused, make_folder
+from kpcore.demo import BAR, PLAIN, Refused, make_folder, writing
 
 
 def main(argv=None):
@@ -55,11 +55,11 @@ def _parser():
         "neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
     shown.add_argument("file", nargs="?", metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, XYZ, TXT, CSV, KITTI BIN")
-    shown.add_argument("--voxel", type=length, default=0.04, help="voxel of level 0 in the file's unit (default 0.04)")
-    shown.add_argument("--levels", type=up_to(12), default=5, help="each of twice the voxel (default 5)")
-    shown.add_argument("--channels", type=up_to(1024), default=64, help="channels in and out (default 64)")
+    shown.add_argument("--voxel", type=length, help="of a FILE: voxel of level 0 in its unit (default 0.04)")
+    shown.add_argument("--levels", type=up_to(12), help="of a FILE: each of twice the voxel (default 5)")
+    shown.add_argument("--channels", type=up_to(1024), help="of a FILE: channels in and out (default 64)")
     shown.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
-    shown.set_defaults(run=lambda args: demo.scan(args) if args.file else demo.train(args))
+    shown.set_defaults(run=_demo)
 
     trained = commands.add_parser("train", help="train a network on labelled clouds, as a TOML file says")
     trained.add_argument("settings", type=Path, metavar="TOML")
@@ -86,6 +86,16 @@ def _parser():
     return parser
 
 
+def _demo(args):
+    given = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
+    if args.file:
+        demo.scan(args.file, args.out, **demo.SCAN | given)
+    elif given:
+        raise Refused(f"--{' --'.join(given)}: expected a FILE that this is about, got none")
+    else:
+        demo.train(args.out)
+
+
 def _train(args):
     from kpcore.scenes.settings import read_settings
     from kpcore.scenes.training import LAST, LOG, Training
@@ -103,7 +113,7 @@ def _train(args):
         training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
     except ValueError as error:
         raise Refused(str(error)) from None
-    net, how = training.net, settings.training
+    net, how = training.model.net, settings.training
     print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
           f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
     done = training.epoch * how.steps + training.step
@@ -146,6 +156,8 @@ def _test(args):
     model = _model(args.model)
     if not model.settings.data.test:
         raise Refused(f"{args.model}: its settings name no test files")
+    if args.votes and not model.net.segments:
+        raise Refused(f"--votes: {args.model} classifies whole clouds, which have no places to vote on")
     loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
     confusion = voting.evaluate(model, loaded, args.votes)
     print(_scores(f"{confusion.sum():,} labelled", voting.scores(confusion, model.settings.names)))
@@ -163,6 +175,8 @@ def _segment(args):
     segmentation.check_out(args.file, args.out)
     if args.picture:
         require("matplotlib", "plot")
+        if not args.picture.parent.is_dir():
+            raise Refused(f"{args.picture}: there is no folder {args.picture.parent}")
     with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
 
         def watch(done):
@@ -175,5 +189,6 @@ def _segment(args):
     if found.scores:
         print(_scores("against the labels that were there", found.scores))
     if args.picture:
-        segmentation.draw(args.picture, args.file.name, found, model.settings.names)
+        with writing(args.picture):
+            segmentation.draw(args.picture, args.file.name, found, model.settings.names)
         print(f"picture: {args.picture}")

@@ -4,6 +4,7 @@ import math
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kpcore.config import require
 from kpcore.scenes.indoor import NAMES
 from kpcore.scenes.settings import Part
 
+SCAN = {"voxel": 0.04, "levels": 5, "channels": 64}  # what may be said of a file
 NUM_KERNEL_POINTS = 15
 RADIUS, KERNEL_RADIUS, EXTENT = 2.5, 0.66 * 2.5, 1.2  # in voxels, as published
 HEADER = "level     voxel      points  neighbours   subsample    search   forward  backward   M points/s   peak MB"
@@ -44,13 +46,13 @@ class Refused(ValueError):
     """The options cannot be carried out."""
 
 
-def scan(args):
+def scan(file, out, voxel, levels, channels):
     """The main job on a file."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
 
-    make_folder(args.out)
-    cloud, name, stem = scenes.read(args.file), Path(args.file).name, Path(args.file).stem
+    make_folder(out)
+    cloud, name, stem = scenes.read(file), Path(file).name, Path(file).stem
     about = _about(cloud)
     print(f"{name}: {about}")
     if cloud.left_out:
@@ -58,13 +60,13 @@ def scan(args):
     if cloud.shift.any():
         print(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
 
-    levels = []
+    done = []
     style = {"bar_format": "{desc:20}{bar:40}{percentage:4.0f} %", "leave": False, "ncols": 72, "nrows": 24}
-    with tqdm(desc="level 0", total=4 * args.levels + 1, disable=None, **style) as bar:
-        for number in range(args.levels):
-            levels.append(_level(number, levels[-1] if levels else cloud, args, bar))
+    with tqdm(desc="level 0", total=4 * levels + 1, disable=None, **style) as bar:
+        for number in range(levels):
+            done.append(_level(number, done[-1] if done else cloud, voxel * 2**number, channels, bar))
         bar.set_description_str("picture")
-        path = args.out / f"kpcore-{stem}.png"
+        path = out / f"kpcore-{stem}.png"
         panels = [
             (
                 level.points,
@@ -73,18 +75,16 @@ def scan(args):
                 f"level {number} · voxel {level.voxel:.4g}",
                 f"{len(level.points):,} points · {level.mean_neighbors:.1f} neighbours",
             )
-            for number, level in enumerate(levels)
+            for number, level in enumerate(done)
         ]
-        try:
-            picture.draw(path, name, about, cloud, panels, _patch(levels[0]))
-        except OSError as error:
-            raise Refused(f"{path}: {error.strerror}") from None
+        with writing(path):
+            picture.draw(path, name, about, cloud, panels, _patch(done[0]))
         bar.update()
-    _table(levels, args.channels)
+    _table(done, channels)
     print(f"picture: {path}")
 
 
-def train(args):
+def train(out):
     """A small KP-FCNN, trained on embedded scenes for some two minutes, labels one that it has not seen."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     require("safetensors", "io")
@@ -93,7 +93,7 @@ def train(args):
     from kpcore.scenes.settings import from_dict
     from kpcore.scenes.training import Training
 
-    make_folder(args.out)
+    make_folder(out)
     settings = from_dict(TRAINING)
     steps = settings.training.epochs * settings.training.steps
     with tempfile.TemporaryDirectory() as folder:
@@ -125,19 +125,24 @@ def train(args):
         value = found.scores["iou"][name]
         print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
     print(f"{'mean':>10} {found.scores['miou']:>7.3f}   accuracy {found.scores['accuracy']:.3f}")
-    path = args.out / "kpcore-indoor.png"
-    try:
+    path = out / "kpcore-indoor.png"
+    with writing(path):
         segmentation.draw(path, "A flat that the network has not seen", found, settings.names)
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
     print(f"picture: {path}")
 
 
 def make_folder(out):
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(path):
+    """What cannot be written is one line."""
+    try:
+        yield
     except OSError as error:
-        raise Refused(f"--out {out}: {error.strerror}") from None
+        raise Refused(f"{path}: {error.strerror}") from None
 
 
 def _about(cloud):
@@ -162,9 +167,8 @@ class Level:
         return self.neighbors.num_pairs / len(self.points)
 
 
-def _level(number, finer, args, bar):
+def _level(number, finer, voxel, channels, bar):
     """The main job on one level: its points from the finer level's, their neighbours, a KPConv and its gradients."""
-    voxel = args.voxel * 2**number
     seconds = []
 
     def step(name, job):
@@ -179,9 +183,8 @@ def _level(number, finer, args, bar):
     try:
         sub = step("subsample", lambda: kp.grid_subsample(finer.points, voxel, features=colors, labels=finer.labels))
     except ValueError as error:  # more voxels along an axis than their keys have room for
-        raise Refused(f"--voxel {args.voxel:g}: {error}{_try(finer.points)}") from None
+        raise Refused(f"--voxel {voxel:g}: {error}{_try(finer.points)}") from None
     rng = np.random.default_rng(number)
-    channels = args.channels
     features, grad = rng.standard_normal((2, len(sub.points), channels), np.float32)
     weights = rng.standard_normal((NUM_KERNEL_POINTS, channels, channels), np.float32) / channels
     kernel = kp.kernel_points(NUM_KERNEL_POINTS, KERNEL_RADIUS * voxel)

@@ -27,50 +27,33 @@ def draw(path, title, subtitle, cloud, levels, patch):
 
     levels : (points, colors or None, voxel, name, numbers) of each, the finest first.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scene = Scene(cloud.points, np.array(cloud.up, float))
     across = min(len(levels), ACROSS)
     rows = -(-len(levels) // across)
     width = 2 * MARGIN + HERO[0] + GAP + SIDE
     height = TOP + HERO[1] + rows * (STRIP + 100) + 40
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-
-    def text(x, y, words, size, color=INK, **style):
-        figure.text(x / width, 1 - y / height, words, size=size, color=color, va="baseline", **style)
-
-    def panel(x, y, w, h):
-        axes = figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
-        axes.set_axis_off()
-        return axes
-
-    def show(image, x, y, w, h):
-        panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
-
-    text(MARGIN, 66, _short(title), 21, weight="bold")
-    text(MARGIN, 104, subtitle, 11, SOFT)
+    page = _Page(width, height, title, subtitle)
     bead = min(0.5 * levels[0][2], 3 * scene.pixel(*HERO)) or 0.5 * levels[0][2]
-    show(scene.render(cloud.points, cloud.colors, bead, *HERO), MARGIN, TOP, *HERO)
+    page.show(scene.render(cloud.points, cloud.colors, bead, *HERO), MARGIN, TOP, *HERO)
 
     left = MARGIN + HERO[0] + GAP
-    text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
-    text(left, 104, patch.caption, 10, SOFT)
-    _neighborhood(panel(left, TOP, SIDE, SIDE), patch, scene.axes)
-    show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + SIDE + 24, SIDE - 120, 14)
+    page.text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
+    page.text(left, 104, patch.caption, 10, SOFT)
+    _neighborhood(page.panel(left, TOP, SIDE, SIDE), patch, scene.axes)
+    page.show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + SIDE + 24, SIDE - 120, 14)
     for x, words in ((60, "0"), (SIDE / 2, "influence = max(0, 1 − distance / extent)"), (SIDE - 60, "1")):
-        text(left + x, TOP + SIDE + 70, words, 10, SOFT, ha="center")
-    text(
+        page.text(left + x, TOP + SIDE + 70, words, 10, SOFT, ha="center")
+    page.text(
         left + SIDE / 2, TOP + SIDE + 106, "white: kernel points, larger where influence adds up", 10, SOFT, ha="center"
     )
 
     w = (width - 2 * MARGIN - (ACROSS - 1) * GAP) // ACROSS
     for i, (points, colors, voxel, name, numbers) in enumerate(levels):
         x, y = MARGIN + i % across * (w + GAP), TOP + HERO[1] + 40 + i // across * (STRIP + 100)
-        show(scene.render(points, colors, 0.5 * voxel, w, STRIP), x, y, w, STRIP)
-        text(x + w / 2, y + STRIP + 26, name, 10.5, weight="bold", ha="center")
-        text(x + w / 2, y + STRIP + 50, numbers, 9.5, SOFT, ha="center")
-    FigureCanvasAgg(figure).print_png(path)
+        page.show(scene.render(points, colors, 0.5 * voxel, w, STRIP), x, y, w, STRIP)
+        page.text(x + w / 2, y + STRIP + 26, name, 10.5, weight="bold", ha="center")
+        page.text(x + w / 2, y + STRIP + 50, numbers, 9.5, SOFT, ha="center")
+    page.write(path)
 
 
 def class_colors(number):
@@ -86,34 +69,53 @@ def draw_classes(path, title, subtitle, cloud, panels, legend):
 
     panels : (name, (N, 3) uint8 colours) of each; legend : (name, colour) of each class.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scene, w = Scene(cloud.points, np.array(cloud.up, float)), 1100
     across_box, up_box = (scene.box[1] - scene.box[0])[:2]
     h = int(np.clip(w * up_box / (across_box or 1), 300, 1100))
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
     across = max(1, (width - 2 * MARGIN) // 220)
     height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-
-    def text(x, y, words, size, color=INK, **style):
-        figure.text(x / width, 1 - y / height, words, size=size, color=color, va="baseline", **style)
-
-    text(MARGIN, 66, _short(title), 21, weight="bold")
-    text(MARGIN, 104, subtitle, 11, SOFT)
+    page = _Page(width, height, title, subtitle)
     bead = 3 * scene.pixel(w, h)
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
-        axes = figure.add_axes((x / width, 1 - (TOP + h) / height, w / width, h / height))
-        axes.set_axis_off()
-        axes.imshow(scene.render(cloud.points, colors, bead, w, h), interpolation="none", aspect="auto")
-        text(x + w / 2, TOP + h + 34, name, 11, weight="bold", ha="center")
+        page.show(scene.render(cloud.points, colors, bead, w, h), x, TOP, w, h)
+        page.text(x + w / 2, TOP + h + 34, name, 11, weight="bold", ha="center")
     for i, (name, color) in enumerate(legend):
         x, y = MARGIN + i % across * 220, TOP + h + 80 + 36 * (i // across)
-        text(x, y, "●", 12, tuple(color / 255))
-        text(x + 26, y, name, 10, SOFT)
-    FigureCanvasAgg(figure).print_png(path)
+        page.text(x, y, "●", 12, tuple(color / 255))
+        page.text(x + 26, y, name, 10, SOFT)
+    page.write(path)
+
+
+class _Page:
+    """A figure with a title, on which places and lengths are in pixels from the upper left."""
+
+    def __init__(self, width, height, title, subtitle):
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+        self.text(MARGIN, 66, _short(title), 21, weight="bold")
+        self.text(MARGIN, 104, subtitle, 11, SOFT)
+
+    def text(self, x, y, words, size, color=INK, **style):
+        place = x / self.width, 1 - y / self.height
+        self.figure.text(*place, words, size=size, color=color, va="baseline", **style)
+
+    def panel(self, x, y, w, h):
+        place = x / self.width, 1 - (y + h) / self.height, w / self.width, h / self.height
+        axes = self.figure.add_axes(place)
+        axes.set_axis_off()
+        return axes
+
+    def show(self, image, x, y, w, h):
+        self.panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
+
+    def write(self, path):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        FigureCanvasAgg(self.figure).print_png(path)
 
 
 def _short(title):

@@ -7,7 +7,6 @@ uses all threads; no result depends on how many.
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -165,7 +164,7 @@ def _batch_norm(features, scale, shift, running_mean, running_var, training, mom
     )
     if not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training: expected True or False, got {type(training).__name__}")
-    momentum = _between("momentum", momentum, 0, 1)
+    momentum = _array.between("momentum", momentum, 0, 1)
     eps = _array.length("eps", eps, np.dtype(np.float64))
     slope = _slope(negative_slope, features)
     (n, channels), backend, threads = features.shape, _array.backend(features), config.get_num_threads()
@@ -321,14 +320,6 @@ def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs
 def _slope(negative_slope, features):
     """1, which changes nothing, for None."""
     return 1.0 if negative_slope is None else _array.number("negative_slope", negative_slope, features.dtype)
-
-
-def _between(name, value, low, high):
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
-    return float(value)
 
 
 # ---- element by element, of any shape
@@ -494,7 +485,7 @@ def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -
 
 def _dropout(features, rate, seed, training):
     features = _any_shape("features", features, {})
-    rate = _between("rate", rate, 0, 1)
+    rate = _array.between("rate", rate, 0, 1)
     seed = _array.integer("seed", seed, 0, 2**63 - 1)
     if not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training: expected True or False, got {type(training).__name__}")

@@ -917,7 +917,7 @@ def step_of_a_network(net, place):
     grads = {name: tensor.grad for name, tensor in tensors.items()}
     nn.clip_by_norm(grads, 1.0)
     nn.clip_by_value(grads, 0.1)
-    nn.SGD(params, lr_scales={"offset": 0.1}).step(grads, 0.5)
+    nn.sgd(params, lr_scales={"offset": 0.1}).step(grads, 0.5)
     logits = net(kp, params, result.state, pyramid, features).logits
     return loss.value, *params.values(), *result.state.values(), logits
 

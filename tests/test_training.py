@@ -46,6 +46,9 @@ def given(**more):
     return sections
 
 
+DIGITS = {"images": "a", "labels": "b"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(folder, Training) of a run."""
@@ -74,7 +77,7 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
         ({"training": {"radius": 0}}, r"\[training\] radius: expected a number above zero, got 0"),
         ({"training": {"optimizer": "lion"}}, r"\[training\] optimizer: expected sgd or adamw, got 'lion'"),
-        ({"training": {"rotate": "sideways"}}, r"\[training\] rotate: expected vertical, all, none or degrees"),
+        ({"training": {"rotate": "sideways"}}, r"\[training\] rotate: expected vertical, all, none, or degrees"),
         ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
         ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
         ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
@@ -84,11 +87,36 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ({"data": {"train": []}}, r"\[data\] train: expected a list of files, got \[\]"),
         ({"data": {"train": [{"file": "a.las", "indoor": 1}]}}, r"train\[0\]: expected either file or indoor"),
         ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor"),
-        ({"data": {"test": [{"images": "a", "labels": "b"}]}}, r"\[data\] test: expected the same kind as train"),
+        (
+            {"data": {"test": [{"images": "a", "labels": "b"}]}},
+            r"\[data\]: expected scenes or digits to train",
+        ),
         ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected at least two"),
         ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels of no other class"),
         ({"data": {"classes": {"a": [1], "b": ["x"]}}}, r"\[data.classes\] b: expected a list of integers"),
         ({"data": {"features": []}}, r"\[data\] features: expected at least one"),
+        ({"data": {"features": ["one", "Echo", "echo"]}}, r"\[data\] features: expected at least one and none twice"),
+        ({"data": {"features": ["value"]}}, r"\[data\] features: value is of digits"),
+        ({"data": {"train": [{"file": "a.las", "min": [0.0] * 4}]}}, r"train\[0\] min: expected up to 3 coordinates"),
+        ({"data": {"train": [DIGITS]}}, r"\[data\]: expected scenes or digits to train"),
+        (
+            {"data": {"train": [DIGITS], "test": []}},
+            r"\[data\] features: .* for digits, got (color|height)",
+        ),
+        (
+            {"data": {"train": [DIGITS], "test": [], "features": ["one"]}},
+            r"expected no classes .* for digits",
+        ),
+        ({"data": {"train": [DIGITS | {"first": 3, "last": 3}]}}, r"train\[0\]: expected first of at least 0 and last"),
+        ({"data": {"train": [DIGITS | {"first": -3}]}}, r"train\[0\]: expected first of at least 0 and last above it"),
+        ({"training": {"vote_radius": 0.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 0\.1"),
+        ({"training": {"vote_radius": 1.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 1\.1"),
+        ({"training": {"votes": 0}}, r"\[training\] votes: expected a number above zero, got 0"),
+        ({"training": {"rotate": -1}}, r"\[training\] rotate: expected vertical, all, none, or degrees from 0 to 180"),
+        ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the least and largest factor"),
+        ({"training": {"flip": [True] * 4}}, r"\[training\] flip: expected up to 3 axes, got \[True"),
+        ({"network": {"dropout": 1.5}}, r"\[network\] dropout: expected 0 to 1, got 1\.5"),
+        ({"network": {"conv_radius": -1.0}}, r"\[network\] conv_radius: expected"),
         ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
     ],
 )
@@ -130,7 +158,7 @@ def test_scenes_are_subsampled_with_features_and_labels():
     low, middle, high = np.quantile(cloud.points[:, 2].astype(np.float64), (0.05, 0.5, 0.95))
     heights = kp.grid_subsample(cloud.points, 0.2, features=cloud.points[:, 2:]).features
     np.testing.assert_allclose(scene.columns[:, 4:], (heights - middle) / ((high - low) / 2), atol=1e-5)
-    assert columns.names == ("one", "color", "height")
+    assert columns.widths == {"one": 1, "color": 3, "height": 1}
 
 
 def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
@@ -164,6 +192,25 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     with pytest.raises(scenes.ReadError, match="has no colours"):
         wrong = from_dict(given(data=half | {"features": ["color"]}))
         data.load(wrong, wrong.data.train, tmp_path)
+    with pytest.raises(SettingsError, match=r"\[data\] scan\.npz: expected labels of the classes, got none"):
+        wrong = from_dict(given(data=half | {"classes": {"a": [7], "b": [8]}}))
+        data.load(wrong, wrong.data.train, tmp_path)
+    with pytest.raises(SettingsError, match=r"\[data\] features: the embedded scenes have no intensity"):
+        wrong = from_dict(given(data={"features": ["intensity"]}))
+        data.load(wrong, wrong.data.train, tmp_path)
+
+
+def test_features_are_limited(tmp_path):
+    points = np.random.default_rng(0).random((1000, 3))
+    echo = points[:, 0].copy()
+    echo[3], echo[5] = 1e6, -1e6
+    np.savez(tmp_path / "scan.npz", points=points, labels=np.ones(1000, int), echo=echo)
+    found = from_dict(given(
+        data={"train": ["scan.npz"], "test": [], "features": ["echo"], "classes": {"a": [1], "b": [2]}},
+        network={"voxel_size": 1e-3},
+    ))  # fmt: skip
+    (scene,), _ = data.load(found, found.data.train, tmp_path)
+    assert scene.columns.max() == 10 and scene.columns.min() == -10 and np.median(np.abs(scene.columns)) < 1
 
 
 def idx(path, array):
@@ -173,7 +220,7 @@ def idx(path, array):
         file.write(header + array.tobytes())
 
 
-def digits(folder, number=60, seed=0):
+def digits(folder, number=60, seed=0, features=("one", "value")):
     """Images of two kinds, a bar lying and a bar standing, as idx files; settings for them."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, number).astype(np.uint8)
@@ -186,7 +233,7 @@ def digits(folder, number=60, seed=0):
     idx(folder / "labels", labels)
     files = {"images": "images.gz", "labels": "labels"}
     sections = given(training={"rotate": 10, "epochs": 3, "steps": 10, "batch_clouds": 8, "noise": 0.05, "validate": 3})
-    sections["data"] = {"train": [files | {"last": 40}], "test": [files | {"first": 40}], "features": ["one", "value"]}
+    sections["data"] = {"train": [files | {"last": 40}], "test": [files | {"first": 40}], "features": [*features]}
     sections["network"] |= {"voxel_size": 1.0, "head_width": 16, "width": 16}
     return images, labels, from_dict(sections)
 
@@ -200,9 +247,27 @@ def test_digits_are_points_in_two_dimensions(tmp_path):
         at = (scene.points + 5.5).astype(int)
         drawn[11 - at[:, 1], at[:, 0]] = np.round(255 * scene.columns[:, 1])
         assert (drawn == image).all() and scene.labels.tolist() == [label]
+    idx(tmp_path / "labels", np.full(len(labels), 10, np.uint8))
+    with pytest.raises(SettingsError, match="labels: expected labels from 0 to 9, got 10"):
+        data.load(found, found.data.train, tmp_path)
     (tmp_path / "labels").write_bytes(b"no")
     with pytest.raises(scenes.ReadError, match="is no idx file of bytes"):
         data.load(found, found.data.train, tmp_path)
+    idx(tmp_path / "labels", labels[:0])
+    idx(tmp_path / "images.gz", images[:0])
+    with pytest.raises(SettingsError, match=r"\[data\] images\.gz: expected labels of the classes, got none"):
+        data.load(found, found.data.train, tmp_path)
+
+
+@pytest.mark.parametrize("bright", [0, 1])
+def test_digits_without_ink_are_classified_too(tmp_path, bright):
+    images, labels, found = digits(tmp_path)
+    images[40:] = 0
+    images[40:, 5, 5] = bright
+    idx(tmp_path / "images.gz", images)
+    run = training.Training(found, tmp_path / "run", tmp_path)
+    confusion = voting.evaluate(run.model, run.test_scenes)
+    assert_same_bits(confusion.sum(axis=1), np.bincount(labels[40:], minlength=10))
 
 
 def test_idx_files_that_are_cut(tmp_path):
@@ -256,7 +321,7 @@ def batches_of(found, workers, seed=0):
     def make(job):
         time.sleep(0.01 * (job[0] % 2))  # so that threads end in another order than they begin
         return batches.make_batch(
-            found.net(), loaded, job[1], found.training, columns, np.random.default_rng([seed, job[0]])
+            found.net(), loaded, columns, job[1], found.training, np.random.default_rng([seed, job[0]])
         )
 
     return [*batches.Prefetched(jobs, make, workers)], loaded
@@ -280,6 +345,8 @@ def test_batches_are_the_same_with_any_number_of_workers():
         rows = np.concatenate([sphere.rows for sphere in batch.spheres])
         assert_same_bits(batch.labels, loaded[0].labels[rows])
         assert_same_bits(batch.features[:, :3], batch.pyramid[0].points)  # "local": what the network sees
+        assert batch.features.shape[1] == found.net().num_features == 7
+        assert (batch.features[:, 6] == 1).all()
 
 
 def test_spheres_that_are_too_small(tmp_path):
@@ -289,7 +356,7 @@ def test_spheres_that_are_too_small(tmp_path):
     loaded, columns = data.load(found, found.data.train, ".")
     alone = batches.Sphere(0, loaded[0].points[5], np.array([5]))
     with pytest.raises(SettingsError, match=r"\[network\] levels: expected at least two points .* got 1 on level 0"):
-        batches.make_batch(found.net(), loaded, [alone], found.training, columns, np.random.default_rng(0))
+        batches.make_batch(found.net(), loaded, columns, [alone], found.training, np.random.default_rng(0))
 
 
 def test_a_batch_ends_before_it_has_too_many_points():
@@ -378,7 +445,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     assert tests[-1]["test"]["points"] > 5000 and {*tests[-1]["test"]["iou"]} == {*CLASSES}
     best = max(tests, key=lambda e: e["test"]["miou"])
     model = training.Model.load(folder / "best.safetensors")
-    assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.net
+    assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.model.net
     found = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
     assert found == best["test"]
     from matplotlib.image import imread
@@ -418,9 +485,7 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     part.run()
     for name in ("last", "best"):
         one, other = (checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part"))
-        assert one[1] == other[1] and one[0].keys() == other[0].keys()
-        for key, value in one[0].items():
-            assert_same_bits(value, other[0][key])
+        assert_same_checkpoints(one, other)
 
     def log(run):
         entries = map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
@@ -435,8 +500,16 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
         training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
 
 
+def assert_same_checkpoints(one, other):
+    (groups, about), (others, about_other) = one, other
+    assert about == about_other and groups.keys() == others.keys()
+    for group, values in groups.items():
+        assert values.keys() == others[group].keys()
+        for name, value in values.items():
+            assert_same_bits(value, others[group][name])
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
     sections = json.dumps(given(training={"epochs": 3}))
     code = f"""
@@ -469,9 +542,7 @@ training.Training(from_dict(json.loads({sections!r})), out, ".", resume=resume).
     assert process.communicate()[0].count("step") < 21
     assert process.returncode == 0
     one, other = (checkpoints.read(tmp_path / run / "last.safetensors") for run in ("whole", "part"))
-    assert one[1] == other[1]
-    for key, value in one[0].items():
-        assert_same_bits(value, other[0][key])
+    assert_same_checkpoints(one, other)
 
 
 def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
@@ -486,9 +557,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
     run.model.params["encoder.1.unary1.weights"][...] = 1e30
     run.model.params["encoder.1.conv.weights"][...] = 1e30
     with pytest.raises(training.NotFinite, match=r"comes from kpconv in layer encoder\.1\.conv"):
-        run.model.net = None
-        run.net = SimpleNamespace()
-        run.net = _without_norm(run)
+        run.model.net = _without_norm(run)
         run.run()
 
 
@@ -510,8 +579,10 @@ def test_class_weights():
         np.testing.assert_allclose(training.Training._class_weights(run), expected, rtol=1e-6)
 
 
-def test_digits_are_learned(tmp_path):
-    found = digits(tmp_path)[2]
+@pytest.mark.parametrize("features", [["one", "value"], ["local", "value"]])
+def test_digits_are_learned(tmp_path, features):
+    found = digits(tmp_path, features=features)[2]
+    assert found.net().num_features == sum(2 if name == "local" else 1 for name in features)
     run = training.Training(found, tmp_path / "run", tmp_path)
     (result,) = run.run()
     assert result["accuracy"] >= 0.9 and sum(map(sum, result["confusion"])) == 20
@@ -542,7 +613,7 @@ def oracle(found, scene):
     columns[np.arange(len(labels)), labels] = 5
     known = data.Scene(scene.points, columns, scene.labels, scene.tree, scene.full, scene.full_labels)
     model = Oracle(known)
-    model.settings, model.columns = found, None
+    model.settings, model.columns = found, data.Columns({"known": 3}, {}, {})
     return model, known
 
 
@@ -561,6 +632,14 @@ def test_votes_come_back_to_every_point(votes):
     counted = scene.full_labels >= 0
     assert confusion.sum() == 2 * counted.sum()
     assert np.trace(confusion) == 2 * (labels == scene.full_labels)[counted].sum()
+
+
+def test_a_run_with_local_coordinates(tmp_path):
+    found = from_dict(given(data={"features": ["height", "local"]}, training={"steps": 12}))
+    run = training.Training(found, tmp_path, ".")
+    assert run.run()[-1]["miou"] > 0.2
+    model = training.Model.load(tmp_path / "best.safetensors")
+    assert model.columns == run.model.columns and model.columns.span("local") == slice(1, 4)
 
 
 def test_confusion_has_a_row_for_each_true_class():
@@ -614,6 +693,12 @@ def test_labels_in_las_files(tmp_path, suffix, out, form):
     assert ("someone", 7, "a record") in [(v.user_id, v.record_id, v.description) for v in after.vlrs]
     assert [*after.header.offsets] == [*before.header.offsets]
     assert {*os.listdir(tmp_path)} == {f"a.{suffix}", f"b.{out}"}
+    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"e.{out}", labels, label="Height Above")
+    after = laspy.read(tmp_path / f"e.{out}")
+    assert (np.asarray(after["height above"]) == labels).all()
+    assert (np.asarray(after.classification) == np.asarray(before.classification)).all()
+    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"e.{out}", labels, label="truth")
+    assert (np.asarray(laspy.read(tmp_path / f"e.{out}").classification) == labels).all()
     if form == 3:
         with pytest.raises(scenes.ReadError, match="has classes up to 31, got 40"):
             segmentation.write_labels(
@@ -653,7 +738,7 @@ def test_labels_in_ply_files(tmp_path, text, has_label):
     assert (after.text, after.comments, after["vertex"].comments) == (text, ["kept"], ["by hand"])
     assert np.array_equal(after["face"]["vertex_indices"][0], [0, 1, 2])
     if has_label:
-        with pytest.raises(scenes.ReadError, match="cannot hold 300"):
+        with pytest.raises(scenes.ReadError, match=r"scalar_Label is uint8, which cannot hold .* to 300"):
             segmentation.write_labels(
                 tmp_path / "a.ply", tmp_path / "c.ply", labels + 300 - labels.max(), kept=cloud.kept
             )
@@ -670,6 +755,18 @@ def test_labels_in_npz_files(tmp_path):
         assert {*after.files} == {*arrays}
         assert (after["Labels"] == labels).all() and after["Labels"].dtype == np.uint8
         assert_same_bits(after["other"], arrays["other"])
+    fractions = np.random.default_rng(1).random(30).astype(np.float32)
+    fractions[7] = np.nan
+    np.savez(tmp_path / "f.npz", points=arrays["points"], Truth=fractions)
+    kept = np.arange(30) % 5 != 2  # the seventh is not
+    segmentation.write_labels(tmp_path / "f.npz", tmp_path / "g.npz", labels[kept], kept=kept, label="TRUTH")
+    with np.load(tmp_path / "g.npz") as after:
+        assert_same_bits(after["Truth"], np.where(kept, labels, fractions).astype(np.float32))
+    with pytest.raises(scenes.ReadError, match=r"a\.npz: Labels is uint8, which cannot hold 7 to 300"):
+        segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", np.repeat([7, 300], 15))
+    with pytest.raises(scenes.ReadError, match=r"a\.npz: other is \(5,\) float64, not a number for each of 30 points"):
+        segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", labels, label="other")
+    assert not [name for name in os.listdir(tmp_path) if "h" in name or "part" in name]
     del arrays["Labels"]
     np.savez(tmp_path / "c.npz", **arrays)
     segmentation.write_labels(tmp_path / "c.npz", tmp_path / "d.npz", labels)
@@ -677,7 +774,29 @@ def test_labels_in_npz_files(tmp_path):
         assert (after["labels"] == labels).all()
 
 
+def test_labels_in_a_copc(shared, tmp_path):
+    laspy = pytest.importorskip("laspy")
+    source = shared / "data" / "lion_takanawa.copc.laz"
+    before = laspy.read(source)
+    labels = (np.arange(len(before.points)) % 30).astype(np.int32)
+    segmentation.write_labels(source, tmp_path / "a.laz", labels)
+    after = laspy.read(tmp_path / "a.laz")
+    assert (np.asarray(after.classification) == labels).all()
+    for name in before.point_format.dimension_names:
+        if name != "classification":
+            np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]), err_msg=name)
+    records = [*after.vlrs, *(after.evlrs or [])]
+    assert "copc" in {record.user_id for record in before.vlrs}
+    assert "copc" not in {record.user_id for record in records}
+    assert len(scenes.read(tmp_path / "a.laz").points) == len(labels)
+
+
 def test_files_that_labels_are_not_written_to(tmp_path):
+    (tmp_path / "a.las").write_bytes(b"")
+    with pytest.raises(scenes.ReadError, match=r"a\.las: expected another file than the one that is read"):
+        segmentation.check_out(tmp_path / "a.las", tmp_path / ".." / tmp_path.name / "a.las")
+    with pytest.raises(scenes.ReadError, match=r"b\.las: there is no folder .*none"):
+        segmentation.check_out(tmp_path / "a.las", tmp_path / "none" / "b.las")
     for source, out in (("a.las", "b.ply"), ("a.xyz", "b.xyz"), ("a.npz", "b")):
         with pytest.raises(scenes.ReadError, match="labels are written to PLY, LAS, LAZ and NPZ files"):
             segmentation.check_out(tmp_path / source, tmp_path / out)
@@ -783,6 +902,23 @@ def test_commands_that_cannot_be_carried_out(command, tmp_path):
     ):
         code, out, err = command(*words)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_options_that_have_nothing_to_say(command, trained, tmp_path):
+    code, out, err = command("demo", "--levels", 3, "--voxel", 0.1, "--out", tmp_path)
+    assert (code, out) == (2, "") and "--voxel --levels: expected a FILE" in err
+    _, _, found = digits(tmp_path)
+    model = tmp_path / "model.safetensors"
+    training.Training(found, tmp_path, tmp_path)._save(model.name, {})
+    code, out, err = command("test", model, "--data", tmp_path, "--votes", 2)
+    assert (code, out) == (2, "") and "--votes: " in err and "classifies whole clouds" in err
+    code, out, _ = command("test", model, "--data", tmp_path)
+    assert code == 0 and out.startswith("20 labelled: ")
+    code, out, err = command("segment", model, "a.las", "--out", "b.las")
+    assert (code, out) == (2, "") and "labels no points" in err
+    model = trained[0] / "best.safetensors"
+    code, out, err = command("segment", model, "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "no" / "p")
+    assert (code, out) == (2, "") and "there is no folder" in err
 
 
 def test_a_nan_ends_a_run_with_one_line(command, tmp_path):

@@ -7,21 +7,23 @@
 A network is a pure function of a namespace of operators, dicts of parameters and state by name, and a pyramid.
 """
 
+from kpcore.nn import blocks
 from kpcore.nn.blocks import Run
 from kpcore.nn.checkpoints import load, save
 from kpcore.nn.kpnext import KPNeXt, kpnext
 from kpcore.nn.networks import Network, Result, architecture, count, kpcnn, kpfcnn
-from kpcore.nn.optimizers import SGD, AdamW, clip_by_norm, clip_by_value, exponential, one_cycle
+from kpcore.nn.optimizers import Optimizer, adamw, clip_by_norm, clip_by_value, exponential, one_cycle, sgd
 from kpcore.nn.published import import_kpconv_pytorch
 
 __all__ = [
-    "SGD",
-    "AdamW",
     "KPNeXt",
     "Network",
+    "Optimizer",
     "Result",
     "Run",
+    "adamw",
     "architecture",
+    "blocks",
     "clip_by_norm",
     "clip_by_value",
     "count",
@@ -33,4 +35,5 @@ __all__ = [
     "load",
     "one_cycle",
     "save",
+    "sgd",
 ]

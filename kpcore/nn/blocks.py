@@ -78,6 +78,12 @@ class Run:
         return value
 
 
+def check_norm(norm, groups):
+    """Arguments of a Run, as a network checks them."""
+    _array.choice("norm", norm, ("batch", "group", "instance", None))
+    _array.integer("norm_groups", groups, 1)
+
+
 def _uniform(fan_in):
     """Uniform in ±1 / sqrt(fan_in), which is PyTorch's default for linear layers."""
     bound = 1 / math.sqrt(fan_in)
@@ -210,12 +216,6 @@ def bottleneck(run, name, where, features, width, places, row_splits, queries_ro
     if features.shape[1] != width:
         shortcut = unary(run, f"{name}.unary_shortcut", shortcut, width, queries_row_splits, activate=False)
     return run.F.leaky_relu(run.F.add(out, shortcut), run.slope)
-
-
-def check_norm(norm, groups):
-    """Arguments of a Run, as a network checks them."""
-    _array.choice("norm", norm, ("batch", "group", "instance", None))
-    _array.integer("norm_groups", groups, 1)
 
 
 def depthwise(run, name, where, features, places, attention_groups=None):

@@ -25,37 +25,37 @@ def save(path, net, params, state, **more):
     **more : anything that JSON can hold
         What else is to be known of it, such as the names of the classes.
     """
-    arrays = {f"params.{name}": value for name, value in params.items()}
-    arrays |= {f"state.{name}": value for name, value in state.items()}
-    write_network(path, net, arrays, more)
+    write(path, {"params": params, "state": state}, about_network(net) | more)
 
 
 def load(path):
     """(network, params, state, more) of a file that `save` wrote; arrays are NumPy's."""
-    arrays, about = read(path)
+    groups, about = read(path)
     if "network" not in about:
         raise ValueError(f"path: expected a file that kpcore.nn.save wrote, got {path}")
     given = about.pop("network")
     net = {"Network": Network, "KPNeXt": KPNeXt}[given.pop("kind")](**given)
-    params, state = ({name[len(kind) :]: value for name, value in arrays.items() if name.startswith(kind)}
-                     for kind in ("params.", "state."))  # fmt: skip
-    return net, params, state, about
+    return net, groups["params"], groups["state"], about
 
 
-def write_network(path, net, arrays, about):
-    """As `write`, with what makes the network again."""
-    kind = {"kind": type(net).__name__}
-    write(path, arrays, {"network": kind | dataclasses.asdict(net), **about})
+def about_network(net):
+    """What JSON holds of a network, of which `load` makes it again."""
+    return {"network": {"kind": type(net).__name__, **dataclasses.asdict(net)}}
 
 
-def write(path, arrays, about):
-    """Arrays by name and what JSON can hold, in one file that is there whole or not at all."""
+def write(path, groups, about):
+    """Dicts of arrays by name, each dict with a name without dots, and what JSON can hold, in one file that is there
+    whole or not at all."""
     safetensors = require("safetensors.numpy", "io")
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    arrays = {
+        f"{group}.{name}": np.asarray(value, order="C")
+        for group, values in groups.items()
+        for name, value in values.items()
+    }
     with open(part, "wb") as file:
-        file.write(safetensors.save(arrays, {"kpcore": json.dumps(about)}))
+        file.write(safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})}))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -66,4 +66,8 @@ def read(path):
     safe_open = require("safetensors", "io").safe_open
     with safe_open(path, "numpy") as file:
         about = json.loads((file.metadata() or {}).get("kpcore", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a dict
+        groups = {group: {} for group in about.pop("groups", ())}
+        for whole in file.keys():  # noqa: SIM118 - not a dict
+            group, _, name = whole.partition(".")
+            groups.setdefault(group, {})[name] = file.get_tensor(whole)
+    return groups, about

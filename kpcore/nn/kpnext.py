@@ -20,10 +20,10 @@ _SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
 class KPNeXt:
     """KPNeXt for labelling points or clouds: what it is, without its parameters; used as `Network` is.
 
-    After a full convolution there are stages of residual blocks, `nn.inverted`, the last of which widens; between them
-    the maximum over the points of each voxel. To label points, the way back: the features of a point's voxel and those
-    of the point before, a linear layer, and a block. The published training also drops residuals at random (drop path);
-    this does not.
+    After a full convolution there are stages of residual blocks, `nn.blocks.inverted`, the last of which widens;
+    between them the maximum over the points of each voxel. To label points, the way back: the features of a point's
+    voxel and those of the point before, a linear layer, and a block. The published training also drops residuals at
+    random (drop path); this does not.
 
     Parameters
     ----------
@@ -77,8 +77,6 @@ class KPNeXt:
     norm_groups: int = 32
     momentum: float = 0.1
     slope: float = 0.1
-
-    fitting_power = 1.0  # nothing is deformable
 
     def __post_init__(self):
         for name in ("depths", "num_neighbors", "shells"):

@@ -154,7 +154,10 @@ class Network:
         for name in ("num_features", "num_classes", "kernel_size"):
             _array.integer(name, getattr(self, name), 1)
         _array.integer("dimension", self.dimension, 2, 3)
-        _array.length("voxel_size", self.voxel_size, np.dtype(np.float32))
+        for name in ("voxel_size", "conv_radius", "deform_radius", "extent", "kernel_radius"):
+            _array.length(name, getattr(self, name), np.dtype(np.float32))
+        for name in ("dropout", "momentum"):
+            _array.between(name, getattr(self, name), 0, 1)
         if _array.integer("width", self.width, 4) % 4:
             raise ValueError(f"width: expected a multiple of 4, got {self.width}")
         blocks.check_norm(self.norm, self.norm_groups)

@@ -18,16 +18,27 @@ _CHUNK = 1 << 16
 _CHUNKS_OF_A_THREAD = 32  # some 0.7 ms of work; starting a thread takes 0.05
 
 
-class _Optimizer:
-    """Parameters, and for each as many arrays of moments as `moments` names, zero at first."""
+class Optimizer:
+    """Parameters, what is remembered of each, and a rule that changes them. Made by `sgd` and `adamw`.
 
-    moments = ()
+    Parameters
+    ----------
+    params : dict of C-contiguous arrays by name
+        Changed in place by `step`.
+    moments : sequence of str
+        Names of the arrays that are kept for each parameter, zero at first.
+    update : callable
+        Takes the learning rate, the number of the step from 1 on, and parts of a parameter, its gradient and each of
+        its moments, and changes the first and the last of these in place.
+    lr_scales : dict of float by part of a name, optional
+        Factors of the learning rate.
+    """
 
-    def __init__(self, params, lr_scales):
+    def __init__(self, params, moments, update, lr_scales=None):
         for name, value in params.items():
             if not value.flags.c_contiguous:
                 raise ValueError(f"params: expected C-contiguous arrays, to be changed in place, got another: {name}")
-        self.params, self.num_steps = params, 0
+        self.params, self.moments, self.update, self.num_steps = params, moments, update, 0
         self._scales = dict.fromkeys(params, 1.0)
         for part, factor in (lr_scales or {}).items():
             factor = _array.number(f"lr_scales[{part!r}]", factor, np.dtype(np.float64))
@@ -36,7 +47,7 @@ class _Optimizer:
                     self._scales[name] *= factor
         self._moments = {
             f"{moment}.{name}": _array.namespace(value).zeros_like(value)
-            for moment in self.moments
+            for moment in moments
             for name, value in params.items()
         }
 
@@ -74,8 +85,8 @@ class _Optimizer:
         self.num_steps += 1
 
         def update(some):
-            for part in some:
-                self._update(*part)
+            for rate, *arrays in some:
+                self.update(rate, self.num_steps, *arrays)
 
         threads = min(config.get_num_threads(), len(parts) // _CHUNKS_OF_A_THREAD)
         if threads > 1 and isinstance(parts[0][1], np.ndarray):
@@ -85,7 +96,7 @@ class _Optimizer:
             update(parts)
 
 
-class SGD(_Optimizer):
+def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     """Stochastic gradient descent with momentum: ``m = momentum m + g + weight_decay p``, ``p -= lr m``.
 
     As torch.optim.SGD does it. The published networks train with a momentum of 0.98, a weight decay of 1e-3 and a tenth
@@ -93,65 +104,64 @@ class SGD(_Optimizer):
 
     Parameters
     ----------
-    params : dict of arrays by name
-        Changed in place by `step`.
+    params, lr_scales
+        As of `Optimizer`.
     momentum, weight_decay : float
-    lr_scales : dict of float by part of a name, optional
-        Factors of the learning rate.
+
+    Returns
+    -------
+    Optimizer
 
     Examples
     --------
     >>> import numpy as np, kpcore as kp
     >>> params = {"weights": np.array([1.0, 2.0])}
-    >>> optimizer = kp.nn.SGD(params, momentum=0.9, weight_decay=0.0)
+    >>> optimizer = kp.nn.sgd(params, momentum=0.9, weight_decay=0.0)
     >>> optimizer.step({"weights": np.array([0.5, 0.0])}, lr=0.1)
     >>> params["weights"]
     array([0.95, 2.  ])
     """
+    momentum = _array.number("momentum", momentum, np.dtype(np.float64))
+    weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
 
-    moments = ("momentum",)
-
-    def __init__(self, params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
-        super().__init__(params, lr_scales)
-        self.momentum = _array.number("momentum", momentum, np.dtype(np.float64))
-        self.weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
-
-    def _update(self, lr, value, grad, moment):
-        moment *= self.momentum
+    def update(lr, step, value, grad, moment):
+        moment *= momentum
         moment += grad
-        moment += self.weight_decay * value
+        moment += weight_decay * value
         value -= lr * moment
 
+    return Optimizer(params, ("momentum",), update, lr_scales)
 
-class AdamW(_Optimizer):
+
+def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=None):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as torch.optim.AdamW does it.
 
     Parameters
     ----------
     params, lr_scales
-        As of `SGD`.
+        As of `Optimizer`.
     betas : (float, float)
     eps, weight_decay : float
+
+    Returns
+    -------
+    Optimizer
     """
+    first, second = (_array.between("betas", beta, 0, 1) for beta in betas)
+    eps = _array.length("eps", eps, np.dtype(np.float64))
+    weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
 
-    moments = ("mean", "square")
-
-    def __init__(self, params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=None):
-        super().__init__(params, lr_scales)
-        self.betas = tuple(_array.number("betas", beta, np.dtype(np.float64)) for beta in betas)
-        self.eps = _array.number("eps", eps, np.dtype(np.float64))
-        self.weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
-
-    def _update(self, lr, value, grad, mean, square):
-        first, second = self.betas
-        value *= 1 - lr * self.weight_decay
+    def update(lr, step, value, grad, mean, square):
+        value *= 1 - lr * weight_decay
         mean += (1 - first) * (grad - mean)
         square *= second
         square += (1 - second) * grad * grad
         deviation = np.sqrt(square)
-        deviation /= math.sqrt(1 - second**self.num_steps)
-        deviation += self.eps
-        value -= lr / (1 - first**self.num_steps) * mean / deviation
+        deviation /= math.sqrt(1 - second**step)
+        deviation += eps
+        value -= lr / (1 - first**step) * mean / deviation
+
+    return Optimizer(params, ("mean", "square"), update, lr_scales)
 
 
 def clip_by_value(grads, limit):
@@ -189,7 +199,7 @@ def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
     From ``start * lr`` and to ``start * end * lr``, as torch.optim.lr_scheduler.OneCycleLR has it. A function of the
     number of the step.
     """
-    lr = _array.length("lr", lr, np.dtype(np.float64))
+    lr, warm = _array.length("lr", lr, np.dtype(np.float64)), _array.between("warm", warm, 0, 1)
     steps = _array.integer("steps", steps, 2)
     top = warm * steps - 1
 
@@ -197,8 +207,8 @@ def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
         return b + (a - b) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
 
     def at(step):
-        if step <= top:
+        if step < top:
             return along(start * lr, lr, step / top)
-        return along(lr, start * end * lr, (step - top) / (steps - 1 - top))
+        return along(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)
 
     return at

@@ -127,22 +127,21 @@ def _fill(source, training, held):
     return spheres, held
 
 
-def make_batch(net, scenes, spheres, training=None, columns=None, rng=None):
-    """A Batch of spheres; augmented with `training`'s settings where `rng` is given."""
-    points, features, labels = [], [], []
+def make_batch(net, scenes, columns, spheres, training=None, rng=None):
+    """A Batch of spheres of scenes with these Columns; augmented as `training` says where `rng` is given."""
+    points, features, labels, local = [], [], [], columns.span("local")
     for sphere in spheres:
         scene = scenes[sphere.scene]
         own, columns_of = scene.points[sphere.rows] - sphere.center, scene.columns[sphere.rows]
         if rng is not None:
             own, columns_of = _augmented(own, columns_of, training, columns, rng)
+        if local:
+            columns_of[:, local] = own
         points.append(own)
         features.append(columns_of)
         labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
     lengths = [len(own) for own in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
-    if columns is not None and "local" in columns.names:
-        at = columns.span("local").start
-        features = [np.insert(f, [at], own, axis=1) for f, own in zip(features, points, strict=True)]
     pyramid = _pyramid(net, stacked, row_splits, training, rng)
     normalised = rng is not None and net.norm == "batch"
     few = [number for number, level in enumerate(pyramid) if normalised and len(level.points) < 2]
@@ -188,12 +187,12 @@ def _augmented(points, columns_of, training, columns, rng):
         points = points @ turn.astype(np.float32)
     scale = rng.uniform(*training.scale, dimension)
     flips = rng.random(dimension) < 0.5
-    scale[[axis for axis, flip in enumerate(training.flip[:dimension]) if flip and flips[axis]]] *= -1
+    scale[[axis for axis, flip in enumerate(training.flip) if flip and flips[axis]]] *= -1
     points = points * scale.astype(np.float32)
     points = points + rng.normal(0, training.noise, points.shape).astype(np.float32)
-    if columns is not None and "color" in columns.names and rng.random() >= training.keep_color:
-        columns_of = columns_of.copy()
-        columns_of[:, columns.span("color")] = 0
+    color = columns.span("color")
+    if color and rng.random() >= training.keep_color:
+        columns_of[:, color] = 0
     return points, columns_of
 
 

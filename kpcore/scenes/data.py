@@ -13,9 +13,9 @@ import numpy as np
 import kpcore as kp
 from kpcore.scenes.indoor import indoor
 from kpcore.scenes.readers import ReadError, read
-from kpcore.scenes.settings import Digits, SettingsError
+from kpcore.scenes.settings import OWN, SettingsError
 
-_OWN = ("one", "color", "height", "local", "value")
+_LARGEST = 10.0  # of a feature, either way
 IGNORED = -1  # the label of points that are of no class
 
 
@@ -24,7 +24,7 @@ class Scene:
     """A cloud with a point a voxel.
 
     points : (N, D) float32
-    columns : (N, C) float32, the features but for those that depend on the input sphere; see `Columns`
+    columns : (N, C) float32, the features, see `Columns`; zeros for what depends on the input sphere
     labels : (N,) int64, numbers of classes, or IGNORED
     tree : of the points
     full : (n, D) float32, the points before subsampling; full_labels (n,) of those, or None
@@ -42,42 +42,30 @@ class Scene:
 
 @dataclass(frozen=True)
 class Columns:
-    """How features are made: the names, and for those that files give, what is subtracted and divided by."""
+    """How features are made.
 
-    names: tuple[str, ...]
+    widths : of each by its name, in their order
+    center, scale : for those that are given, what is subtracted and divided by
+    """
+
+    widths: dict
     center: dict
     scale: dict
 
-    @property
-    def fields(self):
-        """What files have to have."""
-        return tuple(name for name in self.names if name not in _OWN)
-
-    def of(self, points, cloud, rows):
-        """(n, C) of rows of a cloud, zeros for "local"; `points` are the cloud's."""
+    def of(self, points, given):
+        """(n, C) float32; `given` holds by name (n,) or (n, width) what points do not tell. Zeros for "local"."""
         parts = []
-        for name in self.names:
-            if name == "one":
-                parts.append(np.ones((len(points), 1), np.float32))
-            elif name == "local":
-                parts.append(np.zeros_like(points))
-            elif name == "color":
-                parts.append(cloud.colors[rows].astype(np.float32) / 255)
+        for name, width in self.widths.items():
+            if name in ("one", "local"):
+                parts.append(np.full((len(points), width), name == "one", np.float32))
             else:
-                parts.append((self.raw(name, points, cloud, rows)[:, None] - self.center[name]) / self.scale[name])
+                parts.append((given[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
         return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
 
-    def raw(self, name, points, cloud, rows):
-        """(n,) before anything is subtracted."""
-        if name == "height":
-            return (points[:, -1] + cloud.shift[-1]).astype(np.float32)
-        return np.asarray(cloud.fields[name.lower()][rows], np.float32)
-
     def span(self, name):
-        """The columns of a name."""
-        widths = [{"color": 3, "local": 0}.get(one, 1) for one in self.names]
-        at = self.names.index(name)
-        return slice(sum(widths[:at]), sum(widths[: at + 1]))
+        """The columns of a name; None if there are none."""
+        widths, at = [*self.widths.values()], {one: i for i, one in enumerate(self.widths)}.get(name)
+        return None if at is None else slice(sum(widths[:at]), sum(widths[: at + 1]))
 
 
 def load_scenes(settings, parts, folder, columns=None):
@@ -95,7 +83,7 @@ def scene_of(settings, columns, cloud):
 
 def read_cloud(settings, path, labelled=True):
     """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
-    fields = [name for name in settings.data.features if name not in _OWN]
+    fields = [name for name in settings.data.features if name not in OWN]
     try:
         cloud = read(path, fields=fields, label=settings.data.label)
     except ReadError:
@@ -118,6 +106,8 @@ def class_numbers(settings, labels):
 def _part(settings, part, folder):
     """(cloud, rows of it)"""
     if part.indoor is not None:
+        if others := [name for name in settings.data.features if name not in OWN]:
+            raise SettingsError(f"[data] features: the embedded scenes have no {', '.join(others)}")
         cloud = indoor(part.points, part.indoor)
         if part.mirror:
             cloud.points[:, 0] *= -1
@@ -130,8 +120,6 @@ def _part(settings, part, folder):
     for bound, sign in ((part.min, 1), (part.max, -1)):
         if bound is None:
             continue
-        if len(bound) > 3:
-            raise SettingsError(f"[data] {part}: expected corners of up to 3 coordinates, got {bound}")
         for axis, limit in enumerate(bound):
             # One side keeps what lies on the limit.
             at = cloud.points[:, axis] + cloud.shift[axis]
@@ -141,25 +129,36 @@ def _part(settings, part, folder):
     return cloud, np.flatnonzero(keep)
 
 
+def _given(settings, cloud, rows):
+    """What features take from rows of a cloud, by name, (n,) or (n, 3) float32."""
+    given = {}
+    for name in settings.data.features:
+        if name == "color":
+            given[name] = cloud.colors[rows].astype(np.float32)
+        elif name == "height":
+            given[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+        elif name not in OWN:
+            given[name] = cloud.fields[name.lower()][rows]
+    return given
+
+
 def _columns(settings, clouds):
-    names = tuple(settings.data.features)
-    if "value" in names:
-        raise SettingsError("[data] features: value is of digits; scenes have the fields of their files")
-    columns, center, scale = Columns(names, {}, {}), {}, {}
-    for name in names:
-        if name in ("one", "color", "local"):
+    center, scale = {"color": 0.0}, {"color": 255.0}
+    given = [_given(settings, cloud, rows) for cloud, rows in clouds]
+    for name in given[0]:
+        if name == "color":
             continue
-        values = [columns.raw(name, cloud.points[rows], cloud, rows) for cloud, rows in clouds]
         # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
-        low, middle, high = np.quantile(np.concatenate(values).astype(np.float64), (0.05, 0.5, 0.95))
+        values = np.concatenate([one[name] for one in given]).astype(np.float64)
+        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
         center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
-    return Columns(names, center, scale)
+    return Columns(settings.widths, center, scale)
 
 
 def _scene(settings, columns, cloud, rows):
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = np.clip(columns.of(full, cloud, rows), -10, 10)
+    features = np.clip(columns.of(full, _given(settings, cloud, rows)), -_LARGEST, _LARGEST)
     try:
         sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
                                 ignore_label=None if labels is None else IGNORED)  # fmt: skip
@@ -170,31 +169,24 @@ def _scene(settings, columns, cloud, rows):
 
 
 def load_digits(settings, parts, folder):
-    """[Scene] of idx files, one for each image: a point for each pixel that is not black, in pixels from the middle."""
-    scenes = []
+    """([Scene], Columns) of idx files, a scene for each image: a point for each pixel that is not black, in pixels from
+    the middle."""
+    scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
     for part in parts:
         images, labels = (_idx(Path(folder, name)) for name in (part.images, part.labels))
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise SettingsError(
                 f"[data] {part.images}: expected images and as many labels, got {images.shape} and {labels.shape}"
             )
-        if labels.max() > 9:
+        if labels.max(initial=0) > 9:
             raise SettingsError(f"[data] {part.labels}: expected labels from 0 to 9, got {labels.max()}")
         middle = (np.array(images.shape[:0:-1], np.float32) - 1) / 2
         for image, label in zip(images[part.first : part.last], labels[part.first : part.last], strict=True):
-            rows, columns = np.nonzero(image)
-            points = np.stack([columns, len(image) - 1 - rows], 1).astype(np.float32) - middle
-            made = []
-            for name in settings.data.features:
-                if name not in ("one", "value", "local"):
-                    raise SettingsError(f"[data] features: expected one, value or local for digits, got {name}")
-                made.append({"one": np.ones((len(points), 1)), "local": np.zeros((len(points), 2)),
-                             "value": image[rows, columns, None] / 255}[name])  # fmt: skip
-            features = np.concatenate(made, axis=1).astype(np.float32)
+            rows, across = np.nonzero(image)
+            points = np.stack([across, len(image) - 1 - rows], 1).astype(np.float32) - middle
+            features = columns.of(points, {"value": image[rows, across].astype(np.float32)})
             scenes.append(Scene(points, features, np.array([label], np.int64), None, points, None))
-    if not scenes:
-        raise SettingsError("[data]: expected digits, got none")
-    return scenes
+    return scenes, columns
 
 
 def _idx(path):
@@ -213,7 +205,11 @@ def _idx(path):
 
 
 def load(settings, parts, folder, columns=None):
-    """([Scene], Columns or None) of what the settings name."""
-    if isinstance(parts[0], Digits):
-        return load_digits(settings, parts, folder), None
-    return load_scenes(settings, parts, folder, columns)
+    """([Scene], Columns) of what the settings name; the columns are made of these scenes unless given."""
+    if settings.digits:
+        scenes, columns = load_digits(settings, parts, folder)
+    else:
+        scenes, columns = load_scenes(settings, parts, folder, columns)
+    if not any((scene.labels != IGNORED).any() for scene in scenes):
+        raise SettingsError(f"[data] {', '.join(map(str, parts))}: expected labels of the classes, got none")
+    return scenes, columns

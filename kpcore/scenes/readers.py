@@ -12,6 +12,10 @@ import numpy as np
 
 from kpcore.config import require
 
+# Usual names of labels, the first there is counts: of a field, and of an array in an NPZ.
+LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
+LABEL_ARRAYS = ("labels", "label", "classes", "y")
+
 
 @dataclass(frozen=True, eq=False)
 class Cloud:
@@ -147,8 +151,7 @@ def _from_columns(columns, asked):
         bits = np.ascontiguousarray(packed).view(np.uint32)
         colors = _colors(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
 
-    names = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
-    labels = next((_labels(columns[name]) for name in names if name in columns), None)
+    labels = next((_labels(columns[name]) for name in LABELS if name in columns), None)
     return points, colors, labels, {name: columns[name] for name in asked if name in columns}
 
 
@@ -397,7 +400,7 @@ def _npz(path, size, asked):
     if points is None:
         raise ReadError(f"has no array named points, only {' '.join(arrays)[:120] or 'none'}")
     points, colors, labels, more = _from_table(points, asked)
-    rgb, classes = find("colors", "color", "rgb"), find("labels", "label", "classes", "y")
+    rgb, classes = find("colors", "color", "rgb"), find(*LABEL_ARRAYS)
     more |= {name: arrays[name] for name in asked if name in arrays}
     return points, colors if rgb is None else _colors(rgb), labels if classes is None else _labels(classes), more
 

@@ -11,10 +11,9 @@ import numpy as np
 from kpcore.config import require
 from kpcore.scenes import voting
 from kpcore.scenes.data import IGNORED, read_cloud, scene_of
-from kpcore.scenes.readers import Cloud, ReadError
+from kpcore.scenes.readers import LABEL_ARRAYS, LABELS, Cloud, ReadError
 
 _KINDS = {".las": "LAS", ".laz": "LAS", ".ply": "PLY", ".npz": "NPZ"}
-_LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
 
 
 class Segmented(NamedTuple):
@@ -29,9 +28,14 @@ class Segmented(NamedTuple):
 
 def check_out(source, out):
     """An error unless labels of that file can be written to this one."""
-    kinds = [_KINDS.get(Path(path).suffix.lower()) for path in (source, out)]
+    source, out = Path(source), Path(out)
+    kinds = [_KINDS.get(path.suffix.lower()) for path in (source, out)]
     if None in kinds or kinds[0] != kinds[1]:
         raise ReadError(f"{out}: labels are written to PLY, LAS, LAZ and NPZ files, of the kind of {source}")
+    if not out.parent.is_dir():
+        raise ReadError(f"{out}: there is no folder {out.parent}")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ReadError(f"{out}: expected another file than the one that is read")
 
 
 def segment(model, source, out, *, votes=None, watch=None):
@@ -59,46 +63,60 @@ def found(model, scene, classes):
 def write_labels(source, out, labels, *, kept=None, label=None):
     """Write a file again with other labels, whole or not at all.
 
-    LAS and LAZ have the field classification; in a PLY or NPZ it is `label`, or the first there is of the usual names,
-    or a new one called label.
+    In the field `label`, if the file has one; else a LAS or LAZ has the field classification, and in a PLY or NPZ it is
+    a new one of that name. Without `label` it is the first there is of the usual names, or a new one called label, in
+    an NPZ labels. A COPC becomes a plain LAZ, as its octree says where in the file its points are.
 
     Parameters
     ----------
     source, out : path
     labels : (N,) integers
     kept : (n,) bool, optional
-        Which of the file's points they are of; all if not given.
+        Which of the file's points they are of; all if not given. The others keep the label they have, or 0.
     label : str, optional
     """
     check_out(source, out)
     source, out = Path(source), Path(out)
     part = out.with_name(f".{out.stem}.part{out.suffix}")
+    kept = np.ones(len(labels), bool) if kept is None else kept
     try:
         {"LAS": _las, "PLY": _ply, "NPZ": _npz}[_KINDS[source.suffix.lower()]](source, part, labels, kept, label)
         os.replace(part, out)
     except OSError as error:
         raise ReadError(f"{out}: {error.strerror}") from None
+    except ReadError as error:
+        raise ReadError(f"{source}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def _filled(before, labels, kept):
-    """All of the file's labels: the new ones where there are."""
-    after = np.array(before)
-    limits = np.iinfo(after.dtype)
-    if len(labels) and (labels.min() < limits.min or labels.max() > limits.max):
-        raise ReadError(f"its labels are {after.dtype}, which cannot hold {labels.min()} to {labels.max()}")
-    after[slice(None) if kept is None else kept] = labels
-    return after
+def _fill(name, values, labels, kept):
+    """Put labels where they belong; the others stay as they are."""
+    if values.shape != kept.shape or values.dtype.kind not in "iuf":
+        raise ReadError(f"{name} is {values.shape} {values.dtype}, not a number for each of {len(kept)} points")
+    values[kept] = labels
+    if (values[kept] != labels).any():
+        raise ReadError(f"{name} is {values.dtype}, which cannot hold {labels.min()} to {labels.max()}")
+
+
+def _named(names, label, usual):
+    """Which of a file's names, lower-case ones to their own, the labels have; None if none."""
+    return next((names[one] for one in ((label.lower(),) if label else usual) if one in names), None)
 
 
 def _las(source, out, labels, kept, label):
     laspy = require("laspy", "io")
     las = laspy.read(source, laz_backend=laspy.LazBackend.Lazrs if source.suffix.lower() == ".laz" else None)
-    name = label or "classification"
+    names = {name.lower(): name for name in las.point_format.dimension_names}
+    name = _named(names, label, ()) or "classification"
     if name == "classification" and las.point_format.id < 6 and labels.max(initial=0) > 31:
-        raise ReadError(f"{source}: point format {las.point_format.id} has classes up to 31, got {labels.max()}")
-    las[name] = _filled(las[name], labels, kept)
+        raise ReadError(f"point format {las.point_format.id} has classes up to 31, got {labels.max()}")
+    values = np.array(las[name])
+    _fill(name, values, labels, kept)
+    las[name] = values
+    for records in (las.vlrs, las.evlrs or []):
+        for record in [record for record in records if record.user_id == "copc"]:
+            records.remove(record)
     las.write(out, laz_backend=laspy.LazBackend.Lazrs if out.suffix.lower() == ".laz" else None)
 
 
@@ -106,8 +124,7 @@ def _ply(source, out, labels, kept, label):
     plyfile = require("plyfile", "io")
     ply = plyfile.PlyData.read(source)
     vertex = ply["vertex"]
-    names = {name.lower().removeprefix("scalar_"): name for name in vertex.data.dtype.names}
-    name = next((names[one] for one in ([label] if label else _LABELS) if one in names), None)
+    name = _named({one.lower().removeprefix("scalar_"): one for one in vertex.data.dtype.names}, label, LABELS)
     if name is None:
         name = label or "label"
         wider = np.empty(len(vertex.data), [*vertex.data.dtype.descr, (name, "i4")])
@@ -119,27 +136,20 @@ def _ply(source, out, labels, kept, label):
         new.data = wider
         ply.elements = [new if element.name == "vertex" else element for element in ply.elements]
         vertex = new
-    before = vertex.data[name]
-    after = _filled(before.astype(np.int64), labels, kept)
-    vertex.data[name] = after.astype(before.dtype)
-    if (vertex.data[name] != after).any():
-        raise ReadError(f"{source}: its {name} is {before.dtype}, which cannot hold {labels.max()}")
+    values = np.array(vertex.data[name])
+    _fill(name, values, labels, kept)
+    vertex.data[name] = values
     ply.write(out)
 
 
 def _npz(source, out, labels, kept, label):
     with np.load(source, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    names = {name.lower(): name for name in arrays}
-    name = next(
-        (names[one] for one in ([label] if label else ("labels", "label", "classes", "y")) if one in names), None
-    )
-    before = arrays[name] if name else np.zeros(len(labels) if kept is None else len(kept), np.int32)
-    after = _filled(before.astype(np.int64), labels, kept)
-    name = name or label or "labels"
-    arrays[name] = after.astype(before.dtype)
-    if (arrays[name] != after).any():
-        raise ReadError(f"{source}: its {name} is {before.dtype}, which cannot hold {labels.max()}")
+    name = _named({one.lower(): one for one in arrays}, label, LABEL_ARRAYS)
+    if name is None:
+        name = label or "labels"
+        arrays[name] = np.zeros(len(kept), np.int32)
+    _fill(name, arrays[name], labels, kept)
     np.savez_compressed(out, **arrays)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from kpcore import nn
 from kpcore.config import require
 
+OWN = ("one", "color", "height", "local", "value")  # features that are no field of a file
+
 
 class SettingsError(ValueError):
     """A setting cannot be carried out; the message is one line that names it."""
@@ -43,6 +45,9 @@ class Digits:
     first: int = 0
     last: int | None = None
 
+    def __str__(self):
+        return self.images
+
 
 @dataclass(frozen=True)
 class Data:
@@ -50,8 +55,10 @@ class Data:
 
     train, test : parts of scenes, or digits
     classes : for each name the labels in the files that it stands for; others are ignored. Digits have their own.
-    features : "one", "color" (three), "height" (the last coordinate of the file), "local" (the coordinates in the input
-        sphere), "value" (grey of a digit), or the name of a field of the files
+    features : "one", "color" (0 to 1, three), "height" (the last coordinate of the file), "local" (the coordinates from
+        the centre of the input sphere, as augmented), "value" (grey of a digit, 0 to 1), or the name of a field of the
+        files. Of height and fields the middle nine tenths of the training data become -1 to 1, and what is beyond -10
+        or 10 is set to these.
     label : the field of the labels, if it has none of the usual names
     """
 
@@ -99,7 +106,8 @@ class Training:
     noise : standard deviation of what is added to coordinates
     keep_color : how often the colours of a sphere are not blanked
     turn_grid : whether voxels lie along axes turned at random
-    vote_radius : which part of a sphere, from its centre, is counted in validation
+    vote_radius : which part of a sphere, from its centre, has a vote
+    votes : how often each place of a scene is voted on, in validation too
     validate : every so many epochs, and after the last
     workers : threads that prepare batches ahead
     """
@@ -156,13 +164,20 @@ class Settings:
         """Of the classes."""
         return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
 
+    @property
+    def dimension(self):
+        return 2 if self.digits else 3
+
+    @property
+    def widths(self):
+        """Columns of each feature by its name."""
+        return {name: {"local": self.dimension, "color": 3}.get(name, 1) for name in self.data.features}
+
     def net(self):
         """The network, for as many features and classes as the data has."""
         given = self.network
-        widths = {"local": 2 if self.digits else 3, "color": 3}
-        num_features = sum(widths.get(name, 1) for name in self.data.features)
-        sizes = num_features, len(self.names), given.voxel_size
-        options = {"width": given.width, "dimension": 2 if self.digits else 3} | given.options
+        sizes = sum(self.widths.values()), len(self.names), given.voxel_size
+        options = {"width": given.width, "dimension": self.dimension} | given.options
         try:
             if given.kind == "kpnext":
                 return nn.kpnext(*sizes, segment=not self.digits, **options)
@@ -192,43 +207,74 @@ def read_settings(path):
 def from_dict(given):
     """Settings of nested dicts, as TOML gives them."""
     given = dict(given)
-    data = dict(given.pop("data", {}))
+    settings = Settings(
+        _data(given.pop("data", {})),
+        _network(given.pop("network", {})),
+        _section(Training, given.pop("training", {}), "[training]"),
+    )
+    if given:
+        raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
+    _check_training(settings.training, settings.dimension)
+    settings.net()
+    return settings
+
+
+def _data(given):
+    data = dict(given)
     for name in ("train", "test"):
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
             raise SettingsError(f"[data] {name}: expected a list of files, got {parts!r}")
-        kinds = [Digits if isinstance(part, dict) and "images" in part else Part for part in parts]
-        if len({*kinds}) > 1:
-            raise SettingsError(f"[data] {name}: expected scenes or digits, got both")
-        data[name] = [
-            _section(kind, {"file": part} if isinstance(part, str) else part, f"[data] {name}[{i}]")
-            for i, (kind, part) in enumerate(zip(kinds, parts, strict=True))
-        ]
-        for i, part in enumerate(data[name]):
-            if isinstance(part, Part) and (part.file is None) == (part.indoor is None):
-                raise SettingsError(f"[data] {name}[{i}]: expected either file or indoor")
+        data[name] = [_part(part, f"[data] {name}[{i}]") for i, part in enumerate(parts)]
     data = _section(Data, data, "[data]")
-    if len({type(part) for part in (*data.train, *data.test)}) > 1:
-        raise SettingsError("[data] test: expected the same kind as train, scenes or digits")
-    if isinstance(data.train[0], Part):
-        if len(data.classes) < 2:
-            raise SettingsError(f"[data.classes]: expected at least two names with labels, got {len(data.classes)}")
-        seen = set()
-        for name, labels in data.classes.items():
-            if not isinstance(labels, list) or not labels or not all(type(v) is int for v in labels):
-                raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {labels!r}")
-            if seen & {*labels}:
-                raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {labels}")
-            seen |= {*labels}
-    if not data.features:
-        raise SettingsError("[data] features: expected at least one, got none")
-    network = given.pop("network", {})
+    kinds = {type(part) for part in (*data.train, *data.test)}
+    if len(kinds) > 1:
+        raise SettingsError("[data]: expected scenes or digits to train on and to test, got both")
+    (kind,), names = kinds, data.features
+    if not names or len({name.lower() for name in names}) < len(names):
+        raise SettingsError(f"[data] features: expected at least one and none twice, got {names}")
+    if kind is Digits:
+        if others := {*names} - {"one", "value", "local"}:
+            raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(others)}")
+        if data.classes or data.label:
+            raise SettingsError("[data]: expected no classes and no label for digits, which have their own")
+        return data
+    if "value" in names:
+        raise SettingsError("[data] features: value is of digits; scenes have the fields of their files")
+    if len(data.classes) < 2:
+        raise SettingsError(f"[data.classes]: expected at least two names with labels, got {len(data.classes)}")
+    seen = set()
+    for name, labels in data.classes.items():
+        if not isinstance(labels, list) or not labels or not all(type(v) is int for v in labels):
+            raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {labels!r}")
+        if seen & {*labels}:
+            raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {labels}")
+        seen |= {*labels}
+    return data
+
+
+def _part(given, where):
+    if isinstance(given, dict) and "images" in given:
+        part = _section(Digits, given, where)
+        if part.first < 0 or (part.last is not None and part.last <= part.first):
+            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {part}")
+        return part
+    part = _section(Part, {"file": given} if isinstance(given, str) else given, where)
+    if (part.file is None) == (part.indoor is None):
+        raise SettingsError(f"{where}: expected either file or indoor")
+    for name in ("min", "max"):
+        if len(getattr(part, name) or ()) > 3:
+            raise SettingsError(f"{where} {name}: expected up to 3 coordinates, got {getattr(part, name)}")
+    return part
+
+
+def _network(given):
     known = {f.name for f in fields(Architecture)}
-    if isinstance(network, dict):
-        more = {name: value for name, value in network.items() if name not in known}
-        network = {name: value for name, value in network.items() if name in known}
-        network["options"] = more | network.get("options", {})
-    network = _section(Architecture, network, "[network]")
+    if isinstance(given, dict):
+        options = {name: value for name, value in given.items() if name not in known}
+        given = {name: value for name, value in given.items() if name in known}
+        given["options"] = options | given.get("options", {})
+    network = _section(Architecture, given, "[network]")
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {network.kind!r}")
     if network.kind == "kpnext":
@@ -237,13 +283,7 @@ def from_dict(given):
                 raise SettingsError(
                     f"[network] {name}: expected none for kpnext, which has depths, got {getattr(network, name)}"
                 )
-    training = _section(Training, given.pop("training", {}), "[training]")
-    if given:
-        raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
-    _check(training)
-    settings = Settings(data, network, training)
-    settings.net()
-    return settings
+    return network
 
 
 def _section(kind, given, where):
@@ -281,23 +321,27 @@ def _is(value, types):
     return False
 
 
-def _check(training):
+def _check_training(training, dimension):
+    def check(name, fits, expected):
+        if not fits:
+            raise SettingsError(f"[training] {name}: expected {expected}, got {getattr(training, name)!r}")
+
     for name, choices in _CHOICES.items():
-        if getattr(training, name) not in choices:
-            raise SettingsError(f"[training] {name}: expected {' or '.join(choices)}, got {getattr(training, name)!r}")
+        check(name, getattr(training, name) in choices, " or ".join(choices))
     above_zero = (
-        "radius", "batch_points", "batch_clouds", "epochs", "steps", "lr", "lr_decay", "lr_decay_epochs",
-        "vote_radius", "votes", "validate"
+        "radius", "batch_points", "batch_clouds", "epochs", "steps", "lr", "lr_decay", "lr_decay_epochs", "votes",
+        "validate"
     )  # fmt: skip
     for name in above_zero:
-        if not 0 < getattr(training, name) < np.inf:
-            raise SettingsError(f"[training] {name}: expected a number above zero, got {getattr(training, name)}")
+        check(name, 0 < getattr(training, name) < np.inf, "a number above zero")
     for name in ("momentum", "weight_decay", "offset_lr", "clip_value", "clip_norm", "noise", "workers"):
-        if not 0 <= getattr(training, name) < np.inf:
-            raise SettingsError(f"[training] {name}: expected a number of at least zero, got {getattr(training, name)}")
-    if not 0 <= training.keep_color <= 1:
-        raise SettingsError(f"[training] keep_color: expected 0 to 1, got {training.keep_color}")
-    if isinstance(training.rotate, str) and training.rotate not in ("vertical", "all", "none"):
-        raise SettingsError(f"[training] rotate: expected vertical, all, none or degrees, got {training.rotate!r}")
-    if len(training.scale) != 2 or not 0 < training.scale[0] <= training.scale[1]:
-        raise SettingsError(f"[training] scale: expected the least and largest factor, got {training.scale}")
+        check(name, 0 <= getattr(training, name) < np.inf, "a number of at least zero")
+    check("keep_color", 0 <= training.keep_color <= 1, "0 to 1")
+    # Spheres are centred on the means of voxels of a tenth of the radius: the points of one are within 0.174 of it.
+    check("vote_radius", 0.2 <= training.vote_radius <= 1, "0.2 to 1")
+    rotate = training.rotate
+    turns = rotate in ("vertical", "all", "none") if isinstance(rotate, str) else 0 <= rotate <= 180
+    check("rotate", turns, "vertical, all, none, or degrees from 0 to 180")
+    scale = training.scale
+    check("scale", len(scale) == 2 and 0 < scale[0] <= scale[1] < np.inf, "the least and largest factor")
+    check("flip", len(training.flip) <= dimension, f"up to {dimension} axes")

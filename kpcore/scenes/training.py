@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +39,11 @@ class Model:
         net, params, state, about = nn.load(path)
         if "settings" not in about:
             raise ValueError(f"path: expected a file that kpcore train wrote, got {path}")
-        columns = about["columns"]
-        if columns is not None:
-            columns = Columns(tuple(columns["names"]), columns["center"], columns["scale"])
-        return cls(net, params, state, from_dict(about["settings"]), columns)
+        return cls(net, params, state, from_dict(about["settings"]), Columns(**about["columns"]))
 
     def about(self):
         """What JSON holds of it besides the network."""
-        columns = self.columns
-        return {
-            "settings": self.settings.asdict(),
-            "columns": None if columns is None else {"names": columns.names, "center": columns.center,
-                                                     "scale": columns.scale},
-        }  # fmt: skip
+        return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
 
 
 class Training:
@@ -75,9 +69,9 @@ class Training:
         self.best, self.results, self.loss = -1.0, [], None
         self.scenes, columns = load(settings, settings.data.train, folder)
         self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
-        self.net = settings.net()
-        params, state = self.net.init(seed)
-        self.model = Model(self.net, params, state, settings, columns)
+        net = settings.net()
+        params, state = net.init(seed)
+        self.model = Model(net, params, state, settings, columns)
         self.optimizer = self._optimizer(params)
         self.schedule = self._schedule()
         self.class_weights = self._class_weights()
@@ -119,12 +113,12 @@ class Training:
         training, epoch = self.settings.training, self.epoch
         rng = np.random.default_rng([self.seed, epoch])
         jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
-        numbered = [*zip(range(training.steps), jobs, strict=True)][self.step :] if self.step else enumerate(jobs)
+        numbered = itertools.islice(enumerate(jobs), self.step, None)
 
         def make(job):
             number, spheres = job
             rng = np.random.default_rng([self.seed, epoch, number])
-            return batches.make_batch(self.net, self.scenes, spheres, training, self.model.columns, rng)
+            return batches.make_batch(self.model.net, self.scenes, self.model.columns, spheres, training, rng)
 
         ready = batches.Prefetched(numbered, make, training.workers)
         waited, began = 0.0, time.perf_counter()
@@ -141,10 +135,13 @@ class Training:
         model, training = self.model, self.settings.training
         number = self.epoch * training.steps + self.step
         entry, grads = self._gradients(batch, seed=(self.seed << 32) + number)
+        largest = 0.0
         for name, grad in grads.items():
-            if not np.isfinite(grad).all():
+            size = max(-grad.min(), grad.max())  # both are NaN where one element is
+            if not math.isfinite(size):
                 raise NotFinite(self._blame(batch, f"the gradient of {name} is not finite"))
-        if training.clip_value:
+            largest = max(largest, size)
+        if 0 < training.clip_value < largest:
             nn.clip_by_value(grads, training.clip_value)
         if training.clip_norm:
             nn.clip_by_norm(grads, training.clip_norm)
@@ -157,7 +154,7 @@ class Training:
         """(what the log says and the state after it, gradients); nothing that the tape kept is left."""
         model = self.model
         tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
-        result = self.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
+        result = model.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
         entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
                                            class_weights=self.class_weights)  # fmt: skip
         loss = entropy if result.regularization is None else entropy + result.regularization
@@ -179,14 +176,15 @@ class Training:
     def _blame(self, batch, what):
         """A report of the first layer whose output is not finite, found by computing all again."""
         where = f"epoch {self.epoch}, step {self.step}: {what}"
-        for name, value in self.model.params.items():
+        model = self.model
+        for name, value in model.params.items():
             if not np.isfinite(value).all():
                 return f"{where}; {name} is not finite already before the step: a smaller learning rate may help"
         if not np.isfinite(batch.features).all():
             return f"{where}; the features of the batch are not finite"
-        watched = _Watched(self.model.params)
+        watched = _Watched(model.params)
         try:
-            self.net(watched, self.model.params, self.model.state, batch.pyramid, batch.features, training=True, seed=0)
+            model.net(watched, model.params, model.state, batch.pyramid, batch.features, training=True, seed=0)
         except NotFinite as error:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
@@ -208,18 +206,16 @@ class Training:
 
     def _save(self, name, more):
         model = self.model
-        nn.save(self.out / name, self.net, model.params, model.state, **model.about(), **more)
+        nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
 
     def _save_last(self):
         model = self.model
-        arrays = {f"params.{name}": value for name, value in model.params.items()}
-        arrays |= {f"state.{name}": value for name, value in model.state.items()}
-        arrays |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
-        about = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
-        checkpoints.write_network(self.out / LAST, self.net, arrays, {**model.about(), "run": about})
+        groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
+        run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
+        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
 
     def _resume(self):
-        arrays, about = checkpoints.read(self.out / LAST)
+        groups, about = checkpoints.read(self.out / LAST)
         made, own = about.get("settings"), json.loads(json.dumps(self.settings.asdict()))
         own["training"]["workers"] = made["training"]["workers"] if made else None  # which has no influence
         if made != own:
@@ -229,10 +225,9 @@ class Training:
             raise ValueError(f"seed: expected {run['seed']}, as {self.out / LAST} was made with, got {self.seed}")
         self.epoch, self.step, self.best, self.results = (run[key] for key in ("epoch", "step", "best", "results"))
         for name, value in self.model.params.items():
-            value[...] = arrays[f"params.{name}"]
-        self.model.state = {name: arrays[f"state.{name}"] for name in self.model.state}
-        kind = "optimizer."
-        self.optimizer.restore({name[len(kind) :]: a for name, a in arrays.items() if name.startswith(kind)})
+            value[...] = groups["params"][name]
+        self.model.state = groups["state"]
+        self.optimizer.restore(groups["optimizer"])
         self._cut_log()
 
     def _cut_log(self):
@@ -255,8 +250,8 @@ class Training:
     def _optimizer(self, params):
         training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
         if training.optimizer == "sgd":
-            return nn.SGD(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
-        return nn.AdamW(params, weight_decay=training.weight_decay, lr_scales=scales)
+            return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
+        return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)
 
     def _schedule(self):
         training = self.settings.training

@@ -42,7 +42,7 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
             yield spheres
 
     def make(spheres):
-        return batches.make_batch(net, [scene], spheres, columns=model.columns)
+        return batches.make_batch(net, [scene], model.columns, spheres)
 
     for batch in batches.Prefetched(jobs(), make, training.workers):
         logits = net(kp, model.params, model.state, batch.pyramid, batch.features).logits
@@ -96,7 +96,7 @@ def _classified(model, scenes, total):
     whole = [batches.whole(scenes, number) for number in range(len(scenes))]
 
     def make(spheres):
-        return batches.make_batch(model.net, scenes, spheres, columns=model.columns)
+        return batches.make_batch(model.net, scenes, model.columns, spheres)
 
     jobs = (whole[i : i + size] for i in range(0, len(whole), size))
     for batch in batches.Prefetched(jobs, make, training.workers):
