@@ -99,6 +99,10 @@ def test_architectures_that_are_none(blocks_of, message):
         ({"dimension": 4}, "dimension"),
         ({"voxel_size": 0.0}, "voxel_size"),
         ({"num_classes": 0}, "num_classes"),
+        ({"deform_radius": 0.0}, "deform_radius"),
+        ({"momentum": 2.0}, "momentum: expected 0 to 1, got 2"),
+        ({"dropout": -0.1}, "dropout: expected 0 to 1, got -0.1"),
+        ({"architecture": ("simple", "global_average"), "norm": "instance", "head_norm": True}, "norm: expected"),
     ],
 )
 def test_sizes_that_cannot_be(options, message):
@@ -240,6 +244,52 @@ def test_the_import_says_what_is_wrong():
     assert_same_bits(params["encoder.1.unary1.weights"], np.ascontiguousarray(missing.T))
 
 
+def under_published_names(values, norm):
+    """A state_dict as the published PyTorch code would name it."""
+    leaves = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
+    found = {}
+    for name, value in values.items():
+        first, number, *layers, leaf = name.split(".")
+        if first == "head":
+            part = "head_mlp" if number == "0" else "head_softmax"
+            found[f"{part}.{'batch_norm.bias' if leaf == 'bias' else 'mlp.weight'}"] = value.T
+            continue
+        path = [f"{first}_blocks", number]
+        for i, layer in enumerate(layers):
+            if layer == "norm":
+                of_block = first == "encoder" and number != "0" and i == 0
+                path.append("batch_norm_conv" if of_block else "batch_norm")
+                path += ["batch_norm"] * (norm == "batch")
+                leaf = leaves[leaf]
+            else:
+                path.append("KPConv" if layer == "conv" else layer)
+        if leaf == "weights" and "KPConv" not in path:
+            found[".".join([*path, "mlp.weight"])] = value.T
+        else:
+            found[".".join([*path, leaf])] = value
+    return found
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_import_of_other_settings(norm, modulated):
+    net = nn.kpfcnn(3, 5, 0.1, levels=2, deformable=1, width=16, modulated=modulated, norm=norm, pool_pad_value=0.0)
+    params, state = net.init(4)
+    config = {
+        "num_classes": 5, "in_features_dim": 3, "first_features_dim": 16, "first_subsampling_dl": 0.1,
+        "modulated": modulated, "use_batch_norm": norm is not None, "batch_norm_momentum": 0.02, "dataset": "S3DIS",
+    }  # fmt: skip
+    given = under_published_names(params | state, norm)
+    assert ("encoder_blocks.1.unary2.batch_norm.bias" in given) == (norm is None)
+    assert given["encoder_blocks.4.KPConv.offset_bias"].shape == (15 * (4 if modulated else 3),)
+    got, *imported = nn.import_kpconv_pytorch(given, net.architecture, config)
+    assert got == net
+    for one, other in zip(imported, (params, state), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert_same_bits(one[name], value)
+
+
 # ---- gradients
 
 
@@ -281,18 +331,59 @@ def test_gradients_of_whole_networks(options):
     assert sum(np.abs(g).max() > 0 for g in grads.values()) > 0.9 * len(grads)
 
 
-def test_normalisation_of_instances_looks_at_each_item_alone():
-    net = small(norm="instance")
+@pytest.mark.parametrize(
+    "net",
+    [
+        small(norm="instance"), small(norm="group", norm_groups=4), small(norm=None),
+        nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, norm="group", norm_groups=4),
+        nn.kpcnn(2, 5, 0.2, levels=3, width=8, norm="instance"),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16, norm="group", norm_groups=4),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
+    ],
+    ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments}",
+)  # fmt: skip
+def test_other_norms_look_at_each_item_alone(net):
     params, state = net.init()
     assert not any(name.endswith(("mean", "variance")) for name in state)
+    params = {name: value + np.float32(0.1) for name, value in params.items()}  # shifts are zero at first
     one, other = (batch(net, seed=seed, num=100)[0][0].points[:100] for seed in (1, 2))
-    features = np.ones((len(one) + len(other), 2), np.float32)
+    features = np.random.default_rng(0).standard_normal((len(one) + len(other), 2)).astype(np.float32)
     both = net.pyramid(
         np.concatenate([one, other]), row_splits=np.array([0, len(one), len(one) + len(other)]), subsampled=True
     )
     logits = net(kp, params, state, both, features).logits
     alone = net(kp, params, state, net.pyramid(one, subsampled=True), features[: len(one)]).logits
-    assert relative(logits[: len(one)], alone) < 1e-5
+    assert relative(logits[: len(alone)], alone) < 1e-5
+    assert np.ptp(logits, axis=0).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "net", [small(norm=None, dropout=0.5), nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16, norm=None, dropout=0.5)],
+    ids=["Network", "KPNeXt"],
+)  # fmt: skip
+def test_dropout_is_before_the_logits_in_training(net):
+    params, state = net.init()
+    # Ones before the last layer, whose sum is its output: each logit counts what is left, twice.
+    params["head.0.bias" if "head.0.bias" in params else "head.0.norm.shift"][...] = 1
+    params["head.0.weights"][...] = 0
+    params["head.1.weights"][...] = 1 / len(params["head.1.weights"])
+    pyramid, features, _ = batch(net)
+
+    def logits(**more):
+        return net(kp, params, state, pyramid, features, **more).logits
+
+    assert (logits() == 1).all()
+    kept = logits(training=True, seed=4)
+    assert abs(kept.mean() - 1) < 0.1 and len(np.unique(kept)) > 3
+    assert_same_bits(kept, logits(training=True, seed=4))
+    assert (kept != logits(training=True, seed=5)).any()
+    with pytest.raises(ValueError, match=r"seed: expected an integer, because dropout is 0\.5 in training, got None"):
+        logits(training=True)
+    torch = pytest.importorskip("torch")
+    module = kp.torch.Network(net, params, state)
+    levels = net.pyramid(torch.from_numpy(pyramid[0].points), subsampled=True, F=kp.torch)
+    one, other = (module(levels, torch.from_numpy(features))[0] for _ in range(2))
+    assert (one != other).any()
 
 
 def test_padding_of_pooling_is_seen_where_published():
@@ -385,6 +476,65 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, deformable=2, kernel_size=5),
+        nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True),
+        small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
+        nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group"),
+    ],
+    ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments} {net.dimension}",
+)  # fmt: skip
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_is_the_same_in_every_framework(net, framework, training):
+    module = pytest.importorskip(framework)
+    F, place = (kp.torch, module.from_numpy) if framework == "torch" else (kp.jax, module.numpy.asarray)
+    params, state = net.init(2)
+    pyramid, features, _ = batch(net)
+    pyramid = net.pyramid(pyramid[0].points, row_splits=pyramid[0].row_splits, subsampled=True)
+    expected = net(kp, params, state, pyramid, features, training=training, seed=9)
+    if framework == "torch":
+        levels = net.pyramid(
+            place(pyramid[0].points), row_splits=place(pyramid[0].row_splits), subsampled=True, F=kp.torch
+        )
+    else:
+        levels = module.tree.map(place, pyramid)
+    given = ({name: place(value) for name, value in values.items()} for values in (params, state))
+    got = net(F, *given, levels, place(features), training=training, seed=9)
+    np.testing.assert_allclose(np.asarray(got.logits), expected.logits, rtol=1e-4, atol=1e-5)
+    for name, value in expected.state.items():
+        np.testing.assert_allclose(np.asarray(got.state[name]), value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (got.regularization is None) == (expected.regularization is None)
+    if expected.regularization is not None:
+        np.testing.assert_allclose(float(got.regularization), expected.regularization, rtol=1e-4)
+
+
+@pytest.mark.parametrize("net", [small(modulated=True), nn.KPNeXt((1, 2), 2, 5, 0.2, 4, width=16)], ids=repr)
+def test_a_torch_module_is_trained_in_one_graph(net):
+    torch = pytest.importorskip("torch")
+    pyramid, features, labels = batch(net)
+    levels = net.pyramid(torch.from_numpy(pyramid[0].points), subsampled=True, F=kp.torch)
+    features, labels = torch.from_numpy(features), torch.from_numpy(labels)
+
+    def gradients(compiled):
+        module = kp.torch.Network(net)
+
+        def loss(features):
+            logits, regularization = module(levels, features)
+            loss = kp.torch.softmax_cross_entropy(logits, labels)
+            return loss if regularization is None else loss + regularization
+
+        value = (torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss)(features)
+        value.backward()
+        return value, [p.grad for p in module.parameters()], dict(module.named_buffers())
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
 def test_a_torch_module_in_one_graph():
     torch = pytest.importorskip("torch")
     net = small()
@@ -432,6 +582,11 @@ def test_the_lists_of_kpnext_are_those_of_voxels():
         begin, end = fine.pools.row_splits[voxel : voxel + 2]
         assert (of[fine.pools.index[begin:end]] == voxel).all()
     assert (fine.neighbors.counts == 8).all()
+    for alone in (net.pyramid(fine.points), net.pyramid(fine.points, subsampled=True)):
+        assert alone[0].row_splits.tolist() == [0, len(alone[0].points)]
+    torch = pytest.importorskip("torch")
+    alone = net.pyramid(torch.from_numpy(fine.points), subsampled=True, F=kp.torch)
+    assert alone[0].row_splits.tolist() == [0, len(fine.points)] and alone[0].row_splits.dtype == torch.int64
 
 
 def test_kpconvx_is_that_of_the_torch_layer():
@@ -461,6 +616,7 @@ def test_kpconvx_is_that_of_the_torch_layer():
         ({"num_neighbors": (8,)}, "num_neighbors: expected one for each of 2 levels"),
         ({"attention_groups": 5}, "attention_groups: expected a divisor"),
         ({"norm": "layer"}, "norm"),
+        ({"norm": "instance", "segment": False}, "norm: expected"),
     ],
 )
 def test_what_kpnext_cannot_be(options, message):

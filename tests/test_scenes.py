@@ -176,6 +176,44 @@ def test_every_format_gives_the_values_written(write, name):
         np.testing.assert_array_equal(cloud.labels, LABELS)
 
 
+# For each file a field that may be a feature, one that may be labels, and what they hold.
+FIELDS = {
+    **dict.fromkeys(("binary.ply", "ascii.ply", "commas.csv"), ("Red", COLORS[:, 0], "green", COLORS[:, 1])),
+    **dict.fromkeys(("ascii.pcd", "binary.pcd", "compressed.pcd"), ("label", LABELS, "LABEL", LABELS)),
+    **dict.fromkeys(
+        ("plain.las", "packed.laz", "layered.laz"), ("RED", COLORS[:, 0] * 256.0, "Classification", LABELS)
+    ),
+    **dict.fromkeys(("table.npy", "table.npz", "spaces.xyz", "semicolons.csv"), ("g", COLORS[:, 1], "b", COLORS[:, 2])),
+    **dict.fromkeys(("tabs.txt", "named.xyz"), ("R", COLORS[:, 0], "B", COLORS[:, 2])),
+    "fields.npy": ("G", np.float32(COLORS[:, 1] / 255), "Class", LABELS),
+    "arrays.npz": ("labels", LABELS, "Labels", LABELS),
+    "scan.bin": ("Intensity", np.ones(4), "intensity", np.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_of_every_format(write, name):
+    field, values, label, labels = FIELDS[name]
+    path = write(name, FILES[name](POINTS))
+    cloud = scenes.read(path, fields=[field], label=label)
+    assert cloud.fields.keys() == {field.lower()} and cloud.fields[field.lower()].dtype == np.float32
+    np.testing.assert_array_equal(cloud.fields[field.lower()], values)
+    np.testing.assert_array_equal(cloud.labels, labels)
+    assert cloud.labels.dtype == np.int32 and cloud.kept is None
+    for more in ({"fields": [field, "echo"]}, {"label": "echo"}):
+        with pytest.raises(scenes.ReadError, match="has no field echo"):
+            scenes.read(path, **more)
+
+
+def test_fields_that_are_not_one_number_for_each_point(write):
+    with pytest.raises(scenes.ReadError, match="field curve is not one plain number for each point"):
+        scenes.read(write("a.pcd", pcd(POINTS, "binary")), fields=["curve"])
+    with pytest.raises(scenes.ReadError, match="field class holds no labels, which are whole numbers, not all 0"):
+        scenes.read(write("a.npz", npz(points=POINTS, **{"class": LABELS + 0.5})), label="class")
+    with pytest.raises(scenes.ReadError, match="holds 4 points but 3 echo"):
+        scenes.read(write("b.npz", npz(points=POINTS, echo=np.ones(3))), fields=["echo"])
+
+
 @pytest.mark.parametrize("name", ["double.ply", "table.npy", "arrays.npz", "spaces.xyz", "plain.las"])
 def test_large_coordinates_are_shifted_in_float64(write, name):
     points = POINTS + FAR + 0.125  # float32 is 0.5 coarse at 4.9 million

@@ -561,6 +561,33 @@ def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
         run.run()
 
 
+def test_gradients_have_to_be_finite_and_are_clipped(tmp_path):
+    def spoiled(value):
+        run = training.Training(from_dict(given(training={"clip_value": 0.5})), tmp_path, ".")
+        made = run._gradients
+
+        def gradients(batch, seed):
+            entry, grads = made(batch, seed)
+            grads["encoder.1.conv.weights"].reshape(-1)[3] = value
+            return entry, grads
+
+        def step(grads, lr):
+            run.given = {name: (grad.min(), grad.max()) for name, grad in grads.items()}
+
+        run._gradients, run.optimizer.step = gradients, step
+        return run
+
+    for value in (np.nan, np.inf, -np.inf):
+        said = r"step 0: the gradient of encoder\.1\.conv\.weights is not finite; all layers' outputs are finite"
+        with pytest.raises(training.NotFinite, match=said):
+            spoiled(value).run()
+    for value in (-7, 7):
+        run = spoiled(value)
+        run.run()
+        assert {*map(abs, run.given["encoder.1.conv.weights"])} >= {0.5}
+        assert max(max(-low, high) for low, high in run.given.values()) <= 0.5
+
+
 def _without_norm(run):
     """The same network without what would tame its numbers."""
     from dataclasses import replace

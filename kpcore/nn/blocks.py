@@ -78,10 +78,18 @@ class Run:
         return value
 
 
-def check_norm(norm, groups):
-    """Arguments of a Run, as a network checks them."""
+def check_norm(norm, groups, of_items):
+    """Arguments of a Run, as a network checks them; `of_items` where a layer of one row for each item is normalised."""
     _array.choice("norm", norm, ("batch", "group", "instance", None))
     _array.integer("norm_groups", groups, 1)
+    if of_items and norm == "instance":
+        raise ValueError('norm: expected "batch", "group" or None where a head of one row for each item is normalised, '
+                         'got "instance", which leaves nothing of a row')  # fmt: skip
+
+
+def one_row_each(row_splits):
+    """The row_splits of as many items with a row each, such as their averages; of the same framework."""
+    return (row_splits * 0 + 1).cumsum(0) - 1
 
 
 def _uniform(fan_in):
@@ -133,6 +141,15 @@ def dense(run, name, features, width, activate=True):
     weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
     out = run.F.linear(features, weights, run.parameter(f"{name}.bias", (width,), _zeros))
     return run.F.leaky_relu(out, run.slope) if activate else out
+
+
+def dropout(run, features, rate, seed):
+    """Features of which, in training, so many are dropped, as `kpcore.dropout` does it."""
+    if not rate or not run.training:
+        return features
+    if seed is None:
+        raise ValueError(f"seed: expected an integer, because dropout is {rate} in training, got None")
+    return run.F.dropout(features, rate, seed)
 
 
 def kernel(run, name, places):

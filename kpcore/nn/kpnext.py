@@ -47,7 +47,7 @@ class KPNeXt:
         Of the kernel and of influence, in voxels of the level.
     grid_factor : float
         By which voxels grow from level to level.
-    norm, norm_groups, momentum, slope
+    norm, norm_groups, momentum, slope, dropout
         As of `Network`.
 
     Examples
@@ -77,6 +77,7 @@ class KPNeXt:
     norm_groups: int = 32
     momentum: float = 0.1
     slope: float = 0.1
+    dropout: float = 0.0
 
     def __post_init__(self):
         for name in ("depths", "num_neighbors", "shells"):
@@ -90,7 +91,9 @@ class KPNeXt:
         _array.integer("dimension", self.dimension, 2, 3)
         for name in ("voxel_size", "radius", "grid_factor"):
             _array.length(name, getattr(self, name), np.dtype(np.float32))
-        blocks.check_norm(self.norm, self.norm_groups)
+        for name in ("dropout", "momentum"):
+            _array.between(name, getattr(self, name), 0, 1)
+        blocks.check_norm(self.norm, self.norm_groups, of_items=not self.segment)
         if self.attention_groups is not None:
             _array.integer("attention_groups", self.attention_groups, 1)
             if any(width % self.attention_groups for width in self.widths):
@@ -119,6 +122,9 @@ class KPNeXt:
         if not subsampled:
             more = {"features": features, "labels": labels, "row_splits": row_splits}
             here = F.grid_subsample(points, self.voxel_size, **more)[:4]
+        elif row_splits is None:
+            # Bounds of a single item, of the framework that the points are of.
+            here = *here[:3], blocks.one_row_each(F.grid_subsample(points, self.voxel_size).row_splits) * len(points)
         levels = []
         for number in range(self.num_levels):
             points, features, labels, row_splits = here
@@ -141,7 +147,7 @@ class KPNeXt:
         return initialised(self, seed, dtype)
 
     def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
-        """The `Result` of a pass, as of `Network`; nothing is dropped out, and `seed` has no use."""
+        """The `Result` of a pass, as of `Network`."""
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
     def _new_run(self, F, params, state, **more):
@@ -163,14 +169,16 @@ class KPNeXt:
             skips.append(x)
         if not self.segment:
             x = run.F.segment_reduce(x, pyramid[-1].row_splits, "mean")
-            x = blocks.unary(run, "head.0", x, widths[-1], None)
-            return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
+            return self._head(run, x, widths[-1], blocks.one_row_each(first.row_splits), seed)
         for level in range(self.num_levels - 2, -1, -1):
             here = pyramid[level]
             x = run.F.concatenate(run.F.nearest_upsample(x, here.upsamples), skips[level])
             x = blocks.unary(run, f"decoder.{level}.unary", x, widths[level], here.row_splits)
             x = self._block(run, f"decoder.{level}.block", here, x, widths[level], level)
-        x = blocks.unary(run, "head.0", x, widths[0], first.row_splits)
+        return self._head(run, x, widths[0], first.row_splits, seed)
+
+    def _head(self, run, x, width, row_splits, seed):
+        x = blocks.dropout(run, blocks.unary(run, "head.0", x, width, row_splits), self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
     def _block(self, run, name, here, x, width, level):

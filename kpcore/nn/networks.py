@@ -160,8 +160,8 @@ class Network:
             _array.between(name, getattr(self, name), 0, 1)
         if _array.integer("width", self.width, 4) % 4:
             raise ValueError(f"width: expected a multiple of 4, got {self.width}")
-        blocks.check_norm(self.norm, self.norm_groups)
         _check_architecture(self.architecture)
+        blocks.check_norm(self.norm, self.norm_groups, of_items=self.head_norm and not self.segments)
 
     @property
     def num_levels(self):
@@ -275,7 +275,8 @@ class Network:
                                       self.pool_pad_value)  # fmt: skip
             if _coarser(block):
                 level, width = level + 1, 2 * width
-        return self._head(run, x, pyramid[0].row_splits if self.segments else None, seed)
+        row_splits = pyramid[0].row_splits
+        return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
 
     def _head(self, run, x, row_splits, seed):
         width = self.head_width or (self.width if self.segments else 1024)
@@ -283,10 +284,7 @@ class Network:
             x = blocks.unary(run, "head.0", x, width, row_splits)
         else:
             x = blocks.dense(run, "head.0", x, width)
-        if self.dropout and run.training:
-            if seed is None:
-                raise ValueError(f"seed: expected an integer, because dropout is {self.dropout} in training, got None")
-            x = run.F.dropout(x, self.dropout, seed)
+        x = blocks.dropout(run, x, self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
     def _places(self, level):
