@@ -248,6 +248,19 @@ def between(name, value, low, high):
     return float(value)
 
 
+def not_negative(name, value):
+    """A finite number of at least zero."""
+    if not number(name, value, np.dtype(np.float64)) >= 0:
+        raise ValueError(f"{name}: expected a number of at least zero, got {value}")
+    return float(value)
+
+
+def boolean(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 @functools.lru_cache(maxsize=16)  # a dtype's name takes 2 us, as long as a small operator
 def _largest(dtype):
     return HALVES.get(dtype.name) or float(np.finfo(dtype).max)

@@ -50,9 +50,9 @@ def _parser():
     shown = commands.add_parser(
         "demo",
         help="train a network and label a scene with it; or subsample, search and convolve a scan",
-        description="Without a file: trains a small KP-FCNN on a furnished flat for some two minutes, labels another "
-        "one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, searches "
-        "neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
+        description="Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
+        "another one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, "
+        "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
     shown.add_argument("file", nargs="?", metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, XYZ, TXT, CSV, KITTI BIN")
     shown.add_argument("--voxel", type=length, help="of a FILE: voxel of level 0 in its unit (default 0.04)")

@@ -11,9 +11,9 @@ from kpcore._array import Array
 from kpcore.autodiff import Op
 from kpcore.neighbors import Neighbors, geometry
 
-_INFLUENCES = ("linear", "gaussian", "constant")
-_AGGREGATIONS = ("sum", "closest")
-_NORMALIZATIONS = (None, "count", "positive")
+INFLUENCES = ("linear", "gaussian", "constant")
+AGGREGATIONS = ("sum", "closest")
+NORMALIZATIONS = (None, "count", "positive")
 
 
 def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
@@ -195,9 +195,9 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
     return Problem(
         points, queries, neighbors.index, neighbors.row_splits, features, weights, kernel_points, offsets, modulations,
         _array.length("extent", extent, points.dtype),
-        _array.choice("influence", influence, _INFLUENCES),
-        _array.choice("aggregation", aggregation, _AGGREGATIONS),
-        _array.choice("normalization", normalization, _NORMALIZATIONS),
+        _array.choice("influence", influence, INFLUENCES),
+        _array.choice("aggregation", aggregation, AGGREGATIONS),
+        _array.choice("normalization", normalization, NORMALIZATIONS),
         groups, factors, config.get_num_threads(),
     )  # fmt: skip
 

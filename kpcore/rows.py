@@ -162,8 +162,7 @@ def _batch_norm(features, scale, shift, running_mean, running_var, training, mom
             ("running_var", running_var),
         )
     )
-    if not isinstance(training, (bool, np.bool_)):
-        raise TypeError(f"training: expected True or False, got {type(training).__name__}")
+    training = _array.boolean("training", training)
     momentum = _array.between("momentum", momentum, 0, 1)
     eps = _array.length("eps", eps, np.dtype(np.float64))
     slope = _slope(negative_slope, features)
@@ -487,8 +486,7 @@ def _dropout(features, rate, seed, training):
     features = _any_shape("features", features, {})
     rate = _array.between("rate", rate, 0, 1)
     seed = _array.integer("seed", seed, 0, 2**63 - 1)
-    if not isinstance(training, (bool, np.bool_)):
-        raise TypeError(f"training: expected True or False, got {type(training).__name__}")
+    training = _array.boolean("training", training)
     if not training:
         return features.copy(), ()
     return _array.backend(features).dropout(features, rate, seed, config.get_num_threads()), ()

@@ -54,10 +54,9 @@ def test_the_published_numbers_of_parameters(make, convs, deformable, millions):
 
 
 @pytest.mark.parametrize(
-    ("size", "attention", "millions"), [("S", False, 5.0), ("L", False, 7.8), ("S", True, 11.3), ("L", True, 18.1)]
+    ("size", "attention", "millions"), [("S", False, 5.0), ("L", False, 7.8), ("S", True, 11.4), ("L", True, 18.2)]
 )
 def test_the_published_numbers_of_parameters_of_kpnext(size, attention, millions):
-    # Those with attention are published as 11.4 and 18.3: there each block has a normalisation that is not used.
     params, _ = nn.kpnext(5, 13, 0.04, size=size, attention=attention).init()
     assert round(nn.count(params) / 1e6, 1) == millions
 
@@ -102,12 +101,54 @@ def test_architectures_that_are_none(blocks_of, message):
         ({"deform_radius": 0.0}, "deform_radius"),
         ({"momentum": 2.0}, "momentum: expected 0 to 1, got 2"),
         ({"dropout": -0.1}, "dropout: expected 0 to 1, got -0.1"),
-        ({"architecture": ("simple", "global_average"), "norm": "instance", "head_norm": True}, "norm: expected"),
+        ({"architecture": ("simple", "global_average"), "norm": "instance", "head_norm": True}, "norm: expected one"),
+        (
+            {"architecture": ("simple", "global_average"), "norm": "group", "head_norm": True, "head_width": 32},
+            "norm: expected one that leaves something of the 32 numbers of an item",
+        ),
+        ({"head_width": 0}, "head_width: expected at least 1, got 0"),
+        ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
+        ({"fitting_power": -1.0}, "fitting_power: expected a number of at least zero, got -1.0"),
+        ({"repulse_extent": 0}, "repulse_extent: expected a finite number above zero"),
+        ({"slope": math.inf}, "slope: expected a finite number"),
+        ({"pool_pad_value": math.nan}, "pool_pad_value: expected a finite number"),
+        ({"influence": "square"}, "influence: expected 'linear' or"),
+        ({"aggregation": "mean"}, "aggregation: expected 'sum' or"),
+        ({"normalization": "sum"}, "normalization: expected None or"),
     ],
 )
 def test_sizes_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         nn.Network(**{"architecture": ("simple",), "num_features": 1, "num_classes": 2, "voxel_size": 0.1} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_width": 2.5}, "decoder_width: expected an integer, got float"),
+        ({"fitting_power": "x"}, "fitting_power: expected a number, got str"),
+        ({"head_norm": 1}, "head_norm: expected True or False, got int"),
+    ],
+)
+def test_types_that_no_network_takes(options, message):
+    with pytest.raises(TypeError, match=message):
+        nn.Network(**{"architecture": ("simple",), "num_features": 1, "num_classes": 2, "voxel_size": 0.1} | options)
+
+
+def test_points_and_features_of_other_shapes():
+    flat = np.zeros((5, 2), np.float32)
+    for net in (small(), nn.KPNeXt((1, 1), 2, 3, 0.2, None, width=16)):
+        with pytest.raises(ValueError, match=r"points: expected \(N, 3\) for the network, got \(5, 2\)"):
+            net.pyramid(flat)
+        with pytest.raises(TypeError, match="points"):
+            net.pyramid([[0.0, 0.0, 0.0]])
+        params, state = net.init()
+        pyramid, features, _ = batch(net)
+        with pytest.raises(ValueError, match=r"features: expected \(N, 2\), got \(\d+,\)"):
+            net(kp, params, state, pyramid, features[:, 0])
+        other = kp.build_pyramid(flat, voxel_size=0.2, num_levels=net.num_levels)
+        with pytest.raises(ValueError, match=r"points: expected \(N, 3\) for the network, got"):
+            net(kp, params, state, other, features)
 
 
 # ---- parameters
@@ -228,14 +269,24 @@ def test_the_import_says_what_is_wrong():
 
     with pytest.raises(ValueError, match="config: expected num_classes"):
         nn.import_kpconv_pytorch(state_dict, architecture, {})
-    with pytest.raises(ValueError, match=r"expected \(1024, 7\) for head.1.weights, got \(1024, 6\)"):
+    with pytest.raises(ValueError, match=r"state_dict: expected head\.1\.weights \(1024, 7\), got \(1024, 6\)"):
         load(num_classes=7)
     with pytest.raises(ValueError, match=r"names of the published PyTorch code, got extra\.weight"):
         load({"extra.weight": np.zeros(3)})
     with pytest.raises(ValueError, match=r"only what the architecture has, got encoder\.9\.conv\.weights too"):
         load({"block_ops.9.KPConv.weights": np.zeros(3)})
+    for name, message in (
+        ("epoch", "names of the published PyTorch code, got epoch"),
+        ("block_ops.weights", r"names of the published PyTorch code, got block_ops\.weights"),
+        ("block_ops.0.batch_norm.batch_norm.gamma", r"only what the architecture has, got encoder\.0\.norm\.gamma too"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load({name: np.zeros(3)})
     missing = state_dict.pop("block_ops.1.unary1.mlp.weight")
-    with pytest.raises(ValueError, match=r"expected parameters for encoder\.1\.unary1\.weights, got none"):
+    with pytest.raises(
+        ValueError,
+        match=r"state_dict: expected encoder\.1\.unary1\.weights \(.*, got none",
+    ):
         load()
     torch = pytest.importorskip("torch")
     tensors = {name: torch.tensor(value) for name, value in state_dict.items()}
@@ -338,7 +389,7 @@ def test_gradients_of_whole_networks(options):
         nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, norm="group", norm_groups=4),
         nn.kpcnn(2, 5, 0.2, levels=3, width=8, norm="instance"),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16, norm="group", norm_groups=4),
-        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, False, width=16, norm="group", norm_groups=4, attention_norm=False),
     ],
     ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments}",
 )  # fmt: skip
@@ -485,7 +536,7 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
         small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
-        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group"),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
     ],
     ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments} {net.dimension}",
 )  # fmt: skip
@@ -589,10 +640,14 @@ def test_the_lists_of_kpnext_are_those_of_voxels():
     assert alone[0].row_splits.tolist() == [0, len(fine.points)] and alone[0].row_splits.dtype == torch.int64
 
 
-def test_kpconvx_is_that_of_the_torch_layer():
+@pytest.mark.parametrize("attention_norm", [True, False])
+def test_kpconvx_is_that_of_the_torch_layer(attention_norm):
     torch = pytest.importorskip("torch")
-    layer = kp.torch.KPConvX(16, (1, 6), radius=0.5, extent=0.5, attention_groups=4)
-    layer.alpha_mlp[1].norm.bias.data.normal_()
+    layer = kp.torch.KPConvX(
+        16, (1, 6), radius=0.5, extent=0.5, attention_groups=4, attention_norm=attention_norm
+    )  # fmt: skip
+    for values in (layer.alpha_mlp[1].norm.bias, layer.grpnorm.weight, layer.grpnorm.bias):
+        values.data.normal_()
     rng = np.random.default_rng(0)
     points, features = rng.random((80, 3), np.float32), rng.standard_normal((80, 16), np.float32)
     neighbors = kp.knn_search(points, None, 12)
@@ -601,10 +656,11 @@ def test_kpconvx_is_that_of_the_torch_layer():
         "x.weights": weights["weights"], "x.attention.0.weights": weights["alpha_mlp.0.weight"].T.copy(),
         "x.attention.0.bias": weights["alpha_mlp.1.norm.bias"],
         "x.attention.1.weights": weights["alpha_mlp.3.weight"].T.copy(),
+        "x.attention.norm.scale": weights["grpnorm.weight"], "x.attention.norm.shift": weights["grpnorm.bias"],
     }  # fmt: skip
     run = blocks.Run(kp, params, {"x.kernel_points": weights["kernel_points"]})
     places = {"num": 7, "radius": 0.5, "extent": 0.5, "dimension": 3, "shells": (1, 6)}
-    got = blocks.depthwise(run, "x", (points, None, neighbors), features, places, 4)
+    got = blocks.depthwise(run, "x", (points, None, neighbors), features, places, 4, attention_norm)
     with torch.no_grad():
         expected = layer(torch.from_numpy(points), None, neighbors, torch.from_numpy(features)).numpy()
     assert relative(got, expected) < 2e-5
@@ -616,12 +672,37 @@ def test_kpconvx_is_that_of_the_torch_layer():
         ({"num_neighbors": (8,)}, "num_neighbors: expected one for each of 2 levels"),
         ({"attention_groups": 5}, "attention_groups: expected a divisor"),
         ({"norm": "layer"}, "norm"),
-        ({"norm": "instance", "segment": False}, "norm: expected"),
+        (
+            {"norm": "instance", "segment": False},
+            "norm: expected one that leaves something of the 32 numbers of an item",
+        ),
+        (
+            {"norm": "group", "segment": False, "width": 16},
+            "norm: expected one that leaves something of the 32 numbers",
+        ),
+        ({"grid_factor": 1.0}, "grid_factor: expected a number above 1, got 1.0"),
+        ({"shells": (14, 28)}, r"shells: expected those from the centre, of 1 point, outwards, got \(14, 28\)"),
+        ({"dropout": 2}, "dropout: expected 0 to 1, got 2"),
+        ({"slope": math.nan}, "slope: expected a finite number"),
     ],
 )
 def test_what_kpnext_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        nn.KPNeXt((1, 1), 1, 2, 0.1, **options)
+        nn.KPNeXt((1, 1), 1, 2, 0.1, **{"attention_groups": 4} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": 3}, "depths: expected a sequence of integers, got int"),
+        ({"num_neighbors": 12}, "num_neighbors: expected a sequence"), ({"segment": "no"}, "segment: expected True or"),
+        ({"attention_norm": None}, "attention_norm: expected True or False, got NoneType"),
+        ({"width": 16.0}, "width: expected an integer, got float"),
+    ],
+)  # fmt: skip
+def test_types_that_kpnext_does_not_take(options, message):
+    with pytest.raises(TypeError, match=message):
+        nn.KPNeXt(**{"depths": (1, 1), "num_features": 1, "num_classes": 2, "voxel_size": 0.1} | options)
 
 
 # ---- what trains
@@ -700,6 +781,41 @@ def test_optimizers_refuse_other_gradients():
         nn.sgd({"a": np.zeros((3, 2)).T})
     with pytest.raises(ValueError, match="lr: expected a finite number"):
         optimizer.step({"a": np.zeros(3)}, math.nan)
+    with pytest.raises(ValueError, match=r"grads: expected a \(3,\) float64, got None"):
+        optimizer.step({"a": None}, 0.1)
+    assert optimizer.num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: nn.sgd(p, momentum=-1), "momentum: expected a number of at least zero, got -1"),
+        (lambda p: nn.sgd(p, weight_decay=-1), "weight_decay: expected a number of at least zero"),
+        (lambda p: nn.adamw(p, betas=(0.9, 1.0)), r"betas: expected numbers below 1, got \(0\.9, 1\.0\)"),
+        (lambda p: nn.adamw(p, betas=(0.9,)), r"betas: expected two numbers, got \(0\.9,\)"),
+        (lambda p: nn.adamw(p, eps=-1e-8), "eps: expected a number of at least zero"),
+        (lambda p: nn.sgd(p).step({"a": np.zeros(3)}, -1.0), "lr: expected a number of at least zero, got -1.0"),
+        (lambda p: nn.sgd({"a": np.broadcast_to(0.0, 3)}), "params: expected C-contiguous arrays, .* got another: a"),
+        (lambda p: nn.sgd({"a": np.frombuffer(bytes(8))}), "params: expected C-contiguous arrays, .* got another: a"),
+        (
+            lambda p: nn.sgd({"a": np.zeros(3, int)}),
+            "params: expected .* arrays, got ndarray int64 for a",
+        ),
+        (lambda p: nn.sgd({"a": [1.0]}), "params: expected float32 or float64 arrays, got list for a"),
+    ],
+)
+def test_what_optimizers_cannot_be(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make({"a": np.zeros(3)})
+
+
+def test_the_state_of_an_optimizer_is_of_its_moment():
+    params = {"a": np.ones(3)}
+    optimizer = nn.sgd(params, momentum=0.9, weight_decay=0.0)
+    optimizer.step({"a": np.ones(3)}, 0.1)
+    state = optimizer.state()
+    optimizer.step({"a": np.ones(3)}, 0.1)
+    assert state["momentum.a"].tolist() == [1, 1, 1] and state["num_steps"] == 1
 
 
 def test_clipping():
@@ -748,6 +864,47 @@ def test_a_network_in_a_file(tmp_path):
             assert one.keys() == other.keys()
             for name, value in other.items():
                 assert_same_bits(one[name], value)
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
+    pytest.importorskip("safetensors")
+    nets = (
+        nn.kpfcnn(np.int64(1), np.int64(4), np.float32(0.1), levels=2, width=np.int32(16), head_norm=np.bool_(True)),
+        nn.kpnext(np.int64(1), np.int64(4), np.float32(0.1), depths=np.array([1, 1]), width=np.int64(16)),
+    )
+    for net in nets:
+        nn.save(tmp_path / "a", net, *net.init())
+        assert nn.load(tmp_path / "a")[0] == net
+    with pytest.raises(TypeError, match="JSON"):
+        nn.save(tmp_path / "b", net, *net.init(), names={1, 2})
+    for name in ("groups", "network"):
+        with pytest.raises(ValueError, match=f"more: expected names that are not the file's own, got {name}"):
+            nn.save(tmp_path / "b", net, *net.init(), **{name: 1})
+    assert os.listdir(tmp_path) == ["a"]
+    checkpoints.write(tmp_path / "c", {"params": {}, "state": {}}, {"network": {"kind": "UNet"}})
+    with pytest.raises(ValueError, match="path: expected a network of Network or KPNeXt, got UNet in"):
+        nn.load(tmp_path / "c")
+
+
+def test_a_torch_module_takes_what_the_network_has():
+    pytest.importorskip("torch")
+    net = small()
+    params, state = net.init()
+    for given, message in (
+        ((params, None), "state: expected both params and state"),
+        ((None, state), "params: expected both params and state"),
+        (({}, {}), r"params: expected encoder\.0\.conv\.weights .*, which the architecture has, got none"),
+        (
+            (small(width=16).init()[0], state),
+            r"params: expected encoder\.0\.conv\.weights \(5, 2, 4\), got",
+        ),
+        (
+            (params, state | {"more": params["head.1.bias"]}),
+            "state: expected only what .* has, got more too",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kp.torch.Network(net, *given)
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

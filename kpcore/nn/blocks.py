@@ -78,13 +78,21 @@ class Run:
         return value
 
 
-def check_norm(norm, groups, of_items):
-    """Arguments of a Run, as a network checks them; `of_items` where a layer of one row for each item is normalised."""
-    _array.choice("norm", norm, ("batch", "group", "instance", None))
-    _array.integer("norm_groups", groups, 1)
-    if of_items and norm == "instance":
-        raise ValueError('norm: expected "batch", "group" or None where a head of one row for each item is normalised, '
-                         'got "instance", which leaves nothing of a row')  # fmt: skip
+def check_fields(net, check, names, *limits):
+    """Fields of a network as one of the checks of arguments returns them: plain numbers, which JSON can hold."""
+    for name in names:
+        object.__setattr__(net, name, check(name, getattr(net, name), *limits))
+
+
+def check_norm(net, width_of_items):
+    """The fields of a network that say how it is normalised; `width_of_items` is that of a normalised layer of one row
+    for each item, if there is one."""
+    _array.choice("norm", net.norm, ("batch", "group", "instance", None))
+    check_fields(net, _array.integer, ("norm_groups",), 1)
+    groups = {"group": math.gcd(net.norm_groups, width_of_items or 1), "instance": width_of_items}.get(net.norm)
+    if width_of_items and groups == width_of_items:
+        raise ValueError(f"norm: expected one that leaves something of the {width_of_items} numbers of an item before "
+                         f"the logits, got {net.norm!r}, a group for each")  # fmt: skip
 
 
 def one_row_each(row_splits):
@@ -235,11 +243,12 @@ def bottleneck(run, name, where, features, width, places, row_splits, queries_ro
     return run.F.leaky_relu(run.F.add(out, shortcut), run.slope)
 
 
-def depthwise(run, name, where, features, places, attention_groups=None):
+def depthwise(run, name, where, features, places, attention_groups=None, attention_norm=True):
     """KPConvD, or with `attention_groups` KPConvX (Thomas et al. 2024): each neighbour by its nearest kernel point.
 
     `attention_groups` channels side by side share a number of the attention, which is made of the queries' features;
-    queries are the points.
+    queries are the points. With `attention_norm` the numbers of each kernel point are normalised before the sigmoid,
+    over all points of the batch together, in training or not, as published.
     """
     F, num, channels = run.F, places["num"], features.shape[1]
     weights = run.parameter(f"{name}.weights", (num, channels), _uniform(channels))
@@ -251,14 +260,17 @@ def depthwise(run, name, where, features, places, attention_groups=None):
     shared = num * (channels // attention_groups)
     second = run.parameter(f"{name}.attention.1.weights", (channels, shared), _uniform(channels))
     logits = F.linear(F.leaky_relu(F.linear(features, first, bias), run.slope), second)
+    if attention_norm:
+        scale = run.parameter(f"{name}.attention.norm.scale", (shared,), _ones)
+        logits = F.group_norm(logits, num, scale, run.parameter(f"{name}.attention.norm.shift", (shared,), _zeros))
     attention = F.sigmoid(logits).reshape(-1, num, channels // attention_groups)
     return F.kpconvx(*where, features, weights, attention, points, extent)
 
 
-def inverted(run, name, where, features, width, places, row_splits, attention_groups=None):
+def inverted(run, name, where, features, width, places, row_splits, attention_groups=None, attention_norm=True):
     """A residual block of KPNeXt: a depthwise convolution, four times the channels, and down to `width`."""
     channels = features.shape[1]
-    out = depthwise(run, f"{name}.conv", where, features, places, attention_groups)
+    out = depthwise(run, f"{name}.conv", where, features, places, attention_groups, attention_norm)
     out = norm(run, f"{name}.norm", out, row_splits)
     out = unary(run, f"{name}.unary1", out, 4 * channels, row_splits)
     out = unary(run, f"{name}.unary2", out, width, row_splits, activate=False)

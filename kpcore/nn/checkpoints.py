@@ -25,6 +25,8 @@ def save(path, net, params, state, **more):
     **more : anything that JSON can hold
         What else is to be known of it, such as the names of the classes.
     """
+    if taken := {"network", "groups"} & more.keys():
+        raise ValueError(f"more: expected names that are not the file's own, got {', '.join(sorted(taken))}")
     write(path, {"params": params, "state": state}, about_network(net) | more)
 
 
@@ -34,7 +36,10 @@ def load(path):
     if "network" not in about:
         raise ValueError(f"path: expected a file that kpcore.nn.save wrote, got {path}")
     given = about.pop("network")
-    net = {"Network": Network, "KPNeXt": KPNeXt}[given.pop("kind")](**given)
+    kinds, kind = {"Network": Network, "KPNeXt": KPNeXt}, given.pop("kind")
+    if kind not in kinds:
+        raise ValueError(f"path: expected a network of {' or '.join(kinds)}, got {kind} in {path}")
+    net = kinds[kind](**given)
     return net, groups["params"], groups["state"], about
 
 
@@ -54,8 +59,9 @@ def write(path, groups, about):
         for group, values in groups.items()
         for name, value in values.items()
     }
+    data = safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})})
     with open(part, "wb") as file:
-        file.write(safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})}))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -10,7 +10,7 @@ import kpcore
 from kpcore import _array, config
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
-from kpcore.nn.networks import evaluated, initialised
+from kpcore.nn.networks import check_dimension, evaluated, initialised
 from kpcore.pyramid import Level, Pyramid
 
 _SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
@@ -34,6 +34,9 @@ class KPNeXt:
         Of level 0, in the unit of the points.
     attention_groups : int or None
         Channels that share a number of the attention from the second stage on (KPConvX); None: no attention (KPConvD).
+    attention_norm : bool
+        Whether the attention's numbers of each kernel point are normalised before their sigmoid, over all points of the
+        batch together. So it is published; there what a point gets depends on what else is in the batch.
     segment : bool
         Whether each point gets logits; otherwise each batch item does.
     dimension : int
@@ -78,24 +81,30 @@ class KPNeXt:
     momentum: float = 0.1
     slope: float = 0.1
     dropout: float = 0.0
+    attention_norm: bool = True
 
     def __post_init__(self):
         for name in ("depths", "num_neighbors", "shells"):
-            values = tuple(_array.integer(name, value, 1) for value in getattr(self, name))
-            object.__setattr__(self, name, values)
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple, np.ndarray)):
+                raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
+            object.__setattr__(self, name, tuple(_array.integer(name, value, 1) for value in values))
         if not self.depths or len(self.num_neighbors) < len(self.depths):
             got = f"got {self.num_neighbors}"
             raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
-        for name in ("num_features", "num_classes", "width"):
-            _array.integer(name, getattr(self, name), 1)
-        _array.integer("dimension", self.dimension, 2, 3)
-        for name in ("voxel_size", "radius", "grid_factor"):
-            _array.length(name, getattr(self, name), np.dtype(np.float32))
-        for name in ("dropout", "momentum"):
-            _array.between(name, getattr(self, name), 0, 1)
-        blocks.check_norm(self.norm, self.norm_groups, of_items=not self.segment)
+        if self.shells[:1] != (1,):
+            raise ValueError(f"shells: expected those from the centre, of 1 point, outwards, got {self.shells}")
+        blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "width"), 1)
+        blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
+        blocks.check_fields(self, _array.length, ("voxel_size", "radius", "grid_factor"), np.dtype(np.float32))
+        if not self.grid_factor > 1:
+            raise ValueError(f"grid_factor: expected a number above 1, got {self.grid_factor}")
+        blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
+        blocks.check_fields(self, _array.number, ("slope",), np.dtype(np.float32))
+        blocks.check_fields(self, _array.boolean, ("segment", "attention_norm"))
+        blocks.check_norm(self, None if self.segment else self.widths[-1])
         if self.attention_groups is not None:
-            _array.integer("attention_groups", self.attention_groups, 1)
+            blocks.check_fields(self, _array.integer, ("attention_groups",), 1)
             if any(width % self.attention_groups for width in self.widths):
                 raise ValueError(f"attention_groups: expected a divisor of {self.widths}, got {self.attention_groups}")
 
@@ -118,6 +127,7 @@ class KPNeXt:
 
         ``pools`` of a level are the points in each voxel of the next, ``upsamples`` the voxel of each point.
         """
+        check_dimension(self, points)
         here = points, features, labels, row_splits
         if not subsampled:
             more = {"features": features, "labels": labels, "row_splits": row_splits}
@@ -183,7 +193,8 @@ class KPNeXt:
 
     def _block(self, run, name, here, x, width, level):
         where, groups = (here.points, None, here.neighbors), self.attention_groups if level else None
-        return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, groups)
+        return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, groups,
+                               self.attention_norm)  # fmt: skip
 
     def _places(self, level):
         radius = self.radius * self.voxel_size * self.grid_factor**level

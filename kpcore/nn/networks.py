@@ -9,6 +9,7 @@ import numpy as np
 
 import kpcore
 from kpcore import _array
+from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.pyramid import Pyramid
@@ -150,18 +151,27 @@ class Network:
     dropout: float = 0.0
 
     def __post_init__(self):
+        single = np.dtype(np.float32)
         object.__setattr__(self, "architecture", tuple(self.architecture))
-        for name in ("num_features", "num_classes", "kernel_size"):
-            _array.integer(name, getattr(self, name), 1)
-        _array.integer("dimension", self.dimension, 2, 3)
-        for name in ("voxel_size", "conv_radius", "deform_radius", "extent", "kernel_radius"):
-            _array.length(name, getattr(self, name), np.dtype(np.float32))
-        for name in ("dropout", "momentum"):
-            _array.between(name, getattr(self, name), 0, 1)
-        if _array.integer("width", self.width, 4) % 4:
-            raise ValueError(f"width: expected a multiple of 4, got {self.width}")
         _check_architecture(self.architecture)
-        blocks.check_norm(self.norm, self.norm_groups, of_items=self.head_norm and not self.segments)
+        blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "kernel_size"), 1)
+        blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
+        blocks.check_fields(self, _array.integer, ("width",), 4)
+        if self.width % 4:
+            raise ValueError(f"width: expected a multiple of 4, got {self.width}")
+        widths = [name for name in ("decoder_width", "head_width") if getattr(self, name) is not None]
+        blocks.check_fields(self, _array.integer, widths, 1)
+        lengths = "voxel_size", "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
+        blocks.check_fields(self, _array.length, lengths, single)
+        blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
+        blocks.check_fields(self, _array.not_negative, ("fitting_power",))
+        numbers = ["slope"] + ["pool_pad_value"] * (self.pool_pad_value is not None)
+        blocks.check_fields(self, _array.number, numbers, single)
+        blocks.check_fields(self, _array.boolean, ("head_norm", "modulated", "always_narrow"))
+        for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
+                              ("normalization", NORMALIZATIONS)):  # fmt: skip
+            _array.choice(name, getattr(self, name), allowed)
+        blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
     def num_levels(self):
@@ -191,6 +201,7 @@ class Network:
     def pyramid(self, points, *, row_splits=None, neighbor_limits=None, subsampled=False, features=None, labels=None,
                 F=kpcore):  # fmt: skip
         """The levels and neighbours that the network works on, made by `F.build_pyramid` with its sizes."""
+        check_dimension(self, points)
         levels = F.build_pyramid(
             points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
             labels=labels, subsampled=subsampled, conv_radius=self.conv_radius, deform_radius=self.deform_radius,
@@ -278,12 +289,15 @@ class Network:
         row_splits = pyramid[0].row_splits
         return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
 
+    @property
+    def _head_width(self):
+        return self.head_width or (self.width if self.segments else 1024)
+
     def _head(self, run, x, row_splits, seed):
-        width = self.head_width or (self.width if self.segments else 1024)
         if self.head_norm:
-            x = blocks.unary(run, "head.0", x, width, row_splits)
+            x = blocks.unary(run, "head.0", x, self._head_width, row_splits)
         else:
-            x = blocks.dense(run, "head.0", x, width)
+            x = blocks.dense(run, "head.0", x, self._head_width)
         x = blocks.dropout(run, x, self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
@@ -323,6 +337,25 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
     return Network(blocks_of, num_features, num_classes, voxel_size, **options)
 
 
+def check_dimension(net, points):
+    """An error for arrays of points of another dimension; what is none is told so by what takes it."""
+    shape = tuple(getattr(points, "shape", (0, net.dimension)))
+    if shape[1:] != (net.dimension,):
+        raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
+
+
+def check_values(net, given, kinds=("params", "state")):
+    """An error unless the dicts in `given`, parameters and state, have what the network has, in its shapes."""
+    for kind, values, like in zip(kinds, given, net.init(), strict=True):
+        for name, value in like.items():
+            if name not in values:
+                raise ValueError(f"{kind}: expected {name} {value.shape}, which the architecture has, got none")
+            if tuple(values[name].shape) != value.shape:
+                raise ValueError(f"{kind}: expected {name} {value.shape}, got {tuple(values[name].shape)}")
+        if others := sorted(values.keys() - like.keys()):
+            raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others)} too")
+
+
 def initialised(net, seed, dtype):
     """(params, state) of a network: all that a pass over no points asks for."""
     dtype = np.dtype(dtype)
@@ -339,7 +372,8 @@ def evaluated(net, F, params, state, pyramid, features, training, seed):
     """The `Result` of a network."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
-    if features.shape[1] != net.num_features:
+    check_dimension(net, pyramid[0].points)
+    if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
     run = net._new_run(F, params, state, training=training)
     logits = net._run(run, pyramid, features, seed)

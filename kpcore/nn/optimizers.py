@@ -36,7 +36,10 @@ class Optimizer:
 
     def __init__(self, params, moments, update, lr_scales=None):
         for name, value in params.items():
-            if not value.flags.c_contiguous:
+            if not (_array.is_array(value) and _array.is_real(value)):
+                got = f"{type(value).__name__} {getattr(value, 'dtype', '')}".rstrip()
+                raise TypeError(f"params: expected float32 or float64 arrays, got {got} for {name}")
+            if not value.flags.c_contiguous or (isinstance(value, np.ndarray) and not value.flags.writeable):
                 raise ValueError(f"params: expected C-contiguous arrays, to be changed in place, got another: {name}")
         self.params, self.moments, self.update, self.num_steps = params, moments, update, 0
         self._scales = dict.fromkeys(params, 1.0)
@@ -52,8 +55,9 @@ class Optimizer:
         }
 
     def state(self):
-        """What a run is continued with: arrays by name, and under "num_steps" a number."""
-        return {**self._moments, "num_steps": np.array(self.num_steps)}
+        """What a run is continued with: copies of arrays by name, and under "num_steps" a number."""
+        moments = {name: value.copy() for name, value in self._moments.items()}
+        return {**moments, "num_steps": np.array(self.num_steps)}
 
     def restore(self, state):
         """Go on from what `state` returned, of equal parameters."""
@@ -69,13 +73,17 @@ class Optimizer:
 
     def step(self, grads, lr):
         """Change the parameters by their gradients, dicts by name; `lr` is the learning rate of this step."""
-        lr = _array.number("lr", lr, np.dtype(np.float64))
+        lr = _array.not_negative("lr", lr)
         if grads.keys() != self.params.keys():
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads: expected one for each parameter, got others: {', '.join(wrong[:3])}")
         parts = []
         for name, value in self.params.items():
             grad = grads[name]
+            if grad is None:
+                raise ValueError(
+                    f"grads: expected {name} {value.shape} {value.dtype}, got None; zeros where it has none"
+                )
             if grad.shape != value.shape or grad.dtype != value.dtype:
                 raise ValueError(f"grads: expected {name} {value.shape} {value.dtype}, got {grad.shape} {grad.dtype}")
             flat = [a.reshape(-1) for a in (value, grad, *(self._moments[f"{m}.{name}"] for m in self.moments))]
@@ -121,8 +129,8 @@ def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     >>> params["weights"]
     array([0.95, 2.  ])
     """
-    momentum = _array.number("momentum", momentum, np.dtype(np.float64))
-    weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
+    momentum = _array.not_negative("momentum", momentum)
+    weight_decay = _array.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, moment):
         moment *= momentum
@@ -147,9 +155,13 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     -------
     Optimizer
     """
-    first, second = (_array.between("betas", beta, 0, 1) for beta in betas)
-    eps = _array.length("eps", eps, np.dtype(np.float64))
-    weight_decay = _array.number("weight_decay", weight_decay, np.dtype(np.float64))
+    if len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers, got {betas}")
+    first, second = (_array.not_negative("betas", beta) for beta in betas)
+    if max(first, second) >= 1:
+        raise ValueError(f"betas: expected numbers below 1, got {betas}")
+    eps = _array.not_negative("eps", eps)
+    weight_decay = _array.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, mean, square):
         value *= 1 - lr * weight_decay
@@ -176,7 +188,7 @@ def clip_by_norm(grads, limit):
     """Gradients, changed in place, scaled so that their norm together is at most `limit`. Returns what it was."""
     limit = _array.length("limit", limit, np.dtype(np.float64))
     norm = math.sqrt(sum(float(grad.reshape(-1) @ grad.reshape(-1)) for grad in grads.values()))
-    if norm > limit:
+    if not norm <= limit:  # NaN too, and then all are, as in torch
         for grad in grads.values():
             grad *= limit / norm
     return norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore.nn.networks import Network
+from kpcore.nn.networks import Network, check_values
 
 # Its names of settings, and ours.
 _SETTINGS = {
@@ -60,31 +60,25 @@ def import_kpconv_pytorch(state_dict, architecture, config):
         ours = _name(theirs)
         value = np.asarray(value, np.float32)
         values[ours] = np.ascontiguousarray(value.T if theirs.endswith("mlp.weight") else value)
-    expected = net.init()
-    found = tuple({name: values.pop(name) for name in part if name in values} for part in expected)
-    for kind, have, like in zip(("parameters", "state"), found, expected, strict=True):
-        for name, value in like.items():
-            if name not in have:
-                raise ValueError(f"state_dict: expected {kind} for {name}, got none")
-            if have[name].shape != value.shape:
-                raise ValueError(f"state_dict: expected {value.shape} for {name}, got {have[name].shape}")
-    if values:
-        raise ValueError(f"state_dict: expected only what the architecture has, got {', '.join(sorted(values))} too")
-    return net, *found
+    trained = net.init()[0]
+    params = {name: value for name, value in values.items() if name in trained}
+    state = {name: value for name, value in values.items() if name not in params}
+    check_values(net, (params, state), ("state_dict", "state_dict"))
+    return net, params, state
 
 
 def _name(theirs):
     """encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale"""
-    first, *layers, leaf = theirs.split(".")
+    first, *layers, leaf = theirs.split(".") if "." in theirs else (theirs, "")
     if first in _HEADS:
         # A layer with a bias is there a normalisation that is none.
         return f"{_HEADS[first]}.{'bias' if layers == ['batch_norm'] else 'weights'}"
-    if first not in _BLOCKS:
+    if first not in _BLOCKS or not layers:
         raise ValueError(f"state_dict: expected names of the published PyTorch code, got {theirs}")
     path = [_BLOCKS[first]]
     for layer in layers:
         ours = _LAYERS.get(layer, layer)
         if ours not in ("mlp", path[-1]):
             path.append(ours)
-    leaf = _NORM[leaf] if path[-1] == "norm" else "weights" if leaf == "weight" else leaf
+    leaf = _NORM.get(leaf, leaf) if path[-1] == "norm" else "weights" if leaf == "weight" else leaf
     return ".".join([*path, leaf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import kpcore
+from kpcore.nn.networks import check_values
 
 
 class Network(torch.nn.Module):
@@ -14,7 +15,7 @@ class Network(torch.nn.Module):
     ----------
     net : kpcore.nn.Network
     params, state : dict of NumPy arrays by name, optional
-        Copied; ``net.init(seed)`` if not given.
+        Copied; ``net.init(seed)`` if neither is given.
     seed : int
 
     Examples
@@ -30,8 +31,14 @@ class Network(torch.nn.Module):
 
     def __init__(self, net, params=None, state=None, seed=0):
         super().__init__()
+        if (params is None) != (state is None):
+            raise ValueError(
+                f"{'params' if params is None else 'state'}: expected both params and state, or none of them"
+            )
         if params is None:
             params, state = net.init(seed)
+        else:
+            check_values(net, (params, state))
         self.net = net
         for name, value in params.items():
             self._parent(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(torch.tensor(value)))
