@@ -107,7 +107,7 @@ def _train(args):
     make_folder(args.out)
     if args.resume and not (args.out / LAST).is_file():
         raise Refused(f"--resume: {args.out} has no {LAST}")
-    if not args.resume and (args.out / LOG).exists():
+    if not args.resume and (args.out / LOG).exists() and (args.out / LOG).stat().st_size:
         raise Refused(f"--out {args.out}: has a run already; --resume goes on with it")
     try:
         training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
@@ -177,6 +177,8 @@ def _segment(args):
         require("matplotlib", "plot")
         if not args.picture.parent.is_dir():
             raise Refused(f"{args.picture}: there is no folder {args.picture.parent}")
+        if args.picture.is_dir():
+            raise Refused(f"{args.picture}: is a folder")
     with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
 
         def watch(done):

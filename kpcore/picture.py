@@ -76,7 +76,7 @@ def draw_classes(path, title, subtitle, cloud, panels, legend):
     across = max(1, (width - 2 * MARGIN) // 220)
     height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
     page = _Page(width, height, title, subtitle)
-    bead = 3 * scene.pixel(w, h)
+    bead = 3 * scene.pixel(w, h) or 1.0  # of a single point
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
         page.show(scene.render(cloud.points, colors, bead, w, h), x, TOP, w, h)

@@ -208,10 +208,22 @@ def test_fields_of_every_format(write, name):
 def test_fields_that_are_not_one_number_for_each_point(write):
     with pytest.raises(scenes.ReadError, match="field curve is not one plain number for each point"):
         scenes.read(write("a.pcd", pcd(POINTS, "binary")), fields=["curve"])
-    with pytest.raises(scenes.ReadError, match="field class holds no labels, which are whole numbers, not all 0"):
+    with pytest.raises(scenes.ReadError, match="field class holds no labels, which are whole numbers"):
         scenes.read(write("a.npz", npz(points=POINTS, **{"class": LABELS + 0.5})), label="class")
     with pytest.raises(scenes.ReadError, match="holds 4 points but 3 echo"):
         scenes.read(write("b.npz", npz(points=POINTS, echo=np.ones(3))), fields=["echo"])
+
+
+def test_labels_that_are_all_zero_are_some_where_they_are_named(write):
+    path = write("a.npz", npz(points=POINTS, label=np.zeros(4, np.uint8)))
+    assert scenes.read(path).labels is None
+    assert scenes.read(path, label="label").labels.tolist() == [0] * 4
+
+
+def test_coordinates_of_las_files_as_fields(write):
+    for scale in (0.125, 0.0625):
+        cloud = scenes.read(write("a.las", las(POINTS, scale=scale)), fields=["x", "Z"])
+        np.testing.assert_array_equal(np.column_stack([*cloud.fields.values()]), POINTS[:, [0, 2]])
 
 
 @pytest.mark.parametrize("name", ["double.ply", "table.npy", "arrays.npz", "spaces.xyz", "plain.las"])

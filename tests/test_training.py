@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,6 +116,23 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ({"training": {"rotate": -1}}, r"\[training\] rotate: expected vertical, all, none, or degrees from 0 to 180"),
         ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the least and largest factor"),
         ({"training": {"flip": [True] * 4}}, r"\[training\] flip: expected up to 3 axes, got \[True"),
+        (
+            {"training": {"scale": [1e9, 1e9]}},
+            r"\[training\] scale: expected the least and largest factor, 0\.01 to",
+        ),
+        ({"training": {"momentum": 1.0}}, r"\[training\] momentum: expected a number from 0 to below 1, got 1\.0"),
+        ({"network": {"dimension": 2}}, r"\[network\] dimension: expected none"),
+        ({"network": {"options": 3}}, r"\[network\] options: expected names and values, got 3"),
+        ({"network": {"slope": "x"}}, r"\[network\] slope: expected a number, got str"),
+        ({"network": {"kind": "kpnext", "levels": 5, "segment": False}}, r"\[network\] .*segment"),
+        (
+            {"data": {"train": [{"file": "a.las", "mirror": True}]}},
+            r"train\[0\]: expected points and mirror of the emb",
+        ),
+        (
+            {"data": {"train": [{"file": "a.las", "points": 3}]}},
+            r"train\[0\]: expected points and mirror of the embedded",
+        ),
         ({"network": {"dropout": 1.5}}, r"\[network\] dropout: expected 0 to 1, got 1\.5"),
         ({"network": {"conv_radius": -1.0}}, r"\[network\] conv_radius: expected"),
         ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
@@ -195,6 +213,17 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     with pytest.raises(SettingsError, match=r"\[data\] scan\.npz: expected labels of the classes, got none"):
         wrong = from_dict(given(data=half | {"classes": {"a": [7], "b": [8]}}))
         data.load(wrong, wrong.data.train, tmp_path)
+    np.savez(tmp_path / "nan.npz", points=points, labels=labels, intensity=np.where(intensity < 3, np.nan, intensity))
+    with pytest.raises(
+        scenes.ReadError, match=rf"field intensity, a feature, is NaN or infinite for {(intensity < 3).sum()}"
+    ):
+        data.load(found, from_dict(given(data=half | {"train": ["nan.npz"]})).data.train, tmp_path)
+    zero = half | {"train": ["zero.npz"], "classes": {"a": [0], "b": [1]}}
+    np.savez(tmp_path / "zero.npz", points=points, labels=np.zeros(4000, int), intensity=intensity)
+    with pytest.raises(scenes.ReadError, match=r"zero.npz: has no labels, or none but 0; \[data\] label names"):
+        data.load(from_dict(given(data=zero)), from_dict(given(data=zero)).data.train, tmp_path)
+    named = from_dict(given(data=zero | {"label": "labels"}))
+    assert (data.load(named, named.data.train, tmp_path)[0][0].full_labels == 0).all()
     with pytest.raises(SettingsError, match=r"\[data\] features: the embedded scenes have no intensity"):
         wrong = from_dict(given(data={"features": ["intensity"]}))
         data.load(wrong, wrong.data.train, tmp_path)
@@ -353,6 +382,9 @@ def test_spheres_that_are_too_small(tmp_path):
     found = from_dict(given(training={"radius": 0.01}))
     with pytest.raises(SettingsError, match=r"\[training\] radius: expected several points within 0\.01"):
         training.Training(found, tmp_path, ".").run()
+    tiny = from_dict(given(training={"radius": 1e-5}))
+    with pytest.raises(SettingsError, match=r"\[training\] radius: expected a larger one, got 1e-05; of its tenth"):
+        training.Training(tiny, tmp_path, ".").run()
     loaded, columns = data.load(found, found.data.train, ".")
     alone = batches.Sphere(0, loaded[0].points[5], np.array([5]))
     with pytest.raises(SettingsError, match=r"\[network\] levels: expected at least two points .* got 1 on level 0"):
@@ -545,6 +577,36 @@ training.Training(from_dict(json.loads({sections!r})), out, ".", resume=resume).
     assert_same_checkpoints(one, other)
 
 
+def test_a_run_goes_on_from_its_first_moment(command, tmp_path):
+    """Nothing that ends a run makes its folder useless."""
+    out = tmp_path / "run"
+    (tmp_path / "a.toml").write_text(TOML.replace("radius = 1.5", "radius = 0.0001"))
+    code, _, err = command("train", tmp_path / "a.toml", "--out", out)
+    assert code == 2 and "[training] radius" in err
+    (tmp_path / "a.toml").write_text(TOML)
+
+    def stop(entry):
+        raise KeyboardInterrupt
+
+    found = settings.read_settings(tmp_path / "a.toml")
+    with pytest.raises(KeyboardInterrupt):
+        training.Training(found, out, ".").run(stop)  # after the first step, and before a checkpoint
+    code, _, err = command("train", tmp_path / "a.toml", "--out", out)
+    assert code == 2 and "--resume goes on with it" in err
+    assert command("train", tmp_path / "a.toml", "--out", out, "--resume")[0] == 0
+    assert command("train", tmp_path / "a.toml", "--out", tmp_path / "whole")[0] == 0
+    assert_same_checkpoints(*(checkpoints.read(folder / "last.safetensors") for folder in (out, tmp_path / "whole")))
+    last = out / "last.safetensors"
+    best = (out / "best.safetensors").read_bytes()
+    for spoiled, said in (
+        (last.read_bytes()[:1000], "cannot be read"),
+        (best, "expected a last checkpoint of kpcore train"),
+    ):
+        last.write_bytes(spoiled)
+        code, _, err = command("train", tmp_path / "a.toml", "--out", out, "--resume")
+        assert code == 2 and err.startswith("kpcore: resume: ") and said in err and err.count("\n") == 1
+
+
 def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
     run = training.Training(from_dict(given()), tmp_path, ".")
     run.model.params["encoder.2.unary1.weights"][0, 0] = np.nan
@@ -644,9 +706,9 @@ def oracle(found, scene):
     return model, known
 
 
-@pytest.mark.parametrize("votes", [1, 3])
-def test_votes_come_back_to_every_point(votes):
-    found = from_dict(given())
+@pytest.mark.parametrize(("votes", "vote_radius"), [(1, 0.7), (3, 0.7), (1, 0.2), (2, 0.3)])
+def test_votes_come_back_to_every_point(votes, vote_radius):
+    found = from_dict(given(training={"vote_radius": vote_radius}))
     (scene,), _ = data.load(found, found.data.test, ".")
     model, known = oracle(found, scene)
     shares = voting.probabilities(model, known, votes)
@@ -816,6 +878,47 @@ def test_labels_in_a_copc(shared, tmp_path):
     assert "copc" in {record.user_id for record in before.vlrs}
     assert "copc" not in {record.user_id for record in records}
     assert len(scenes.read(tmp_path / "a.laz").points) == len(labels)
+
+
+def test_an_npz_of_any_names(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"points": rng.random((30, 3)), "file": rng.random(5), "allow_pickle": rng.random(2), "a/b": np.array(3)}
+    with zipfile.ZipFile(tmp_path / "A.NPZ", "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+    labels = rng.integers(0, 9, 30).astype(np.int32)
+    segmentation.write_labels(tmp_path / "A.NPZ", tmp_path / "B.NPZ", labels)
+    with np.load(tmp_path / "B.NPZ") as after:
+        assert {*after.files} == {*arrays, "labels"}
+        assert_same_bits(after["labels"], labels)
+        for name, array in arrays.items():
+            assert_same_bits(after[name], array)
+    assert sorted(os.listdir(tmp_path)) == ["A.NPZ", "B.NPZ"]
+
+
+def test_labels_that_cannot_be_written_are_said_before_the_work(trained, tmp_path, monkeypatch):
+    model = training.Model.load(trained[0] / "best.safetensors")
+    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("was at work"))
+    points = scenes.indoor(2000, seed=3)
+    for labels, said in (
+        (np.ones(2000, bool), r"labels is \(2000,\) bool"),
+        (np.ones((2000, 1)), r"labels is \(2000, 1\)"),
+    ):
+        np.savez(tmp_path / "a.npz", points=points.points, colors=points.colors, labels=labels)
+        with pytest.raises(scenes.ReadError, match=rf"a\.npz: labels is {said}"):
+            segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def test_one_point_is_labelled_and_drawn(command, trained, tmp_path):
+    np.savez(tmp_path / "a.npz", points=np.ones((1, 3)), colors=np.full((1, 3), 200, np.uint8))
+    model = trained[0] / "best.safetensors"
+    code, out, err = command(
+        "segment", model, tmp_path / "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "p.png"
+    )
+    assert (code, err) == (0, "") and "1 points labelled" in out
+    code, _, err = command("segment", model, tmp_path / "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path)
+    assert code == 2 and "is a folder" in err
 
 
 def test_files_that_labels_are_not_written_to(tmp_path):

@@ -41,7 +41,12 @@ class Potentials:
 
     def __init__(self, scenes, radius, rng, move=True):
         self.scenes, self.radius, self.rng, self.move = scenes, radius, rng, move
-        places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
+        try:
+            places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
+        except ValueError as error:
+            raise SettingsError(
+                f"[training] radius: expected a larger one, got {radius}; of its tenth: {error}"
+            ) from None
         self._bounds = np.cumsum([0, *map(len, places)])
         self._places = np.concatenate(places)
         self.values = rng.uniform(0, 1e-3, len(self._places))
@@ -53,6 +58,10 @@ class Potentials:
         if self.move:
             by = self.rng.normal(0, self.radius / 10, len(center))
             center = (center + np.clip(by, -self.radius / 2, self.radius / 2)).astype(np.float32)
+        return self.at(number, center)
+
+    def at(self, number, center):
+        """A sphere of a scene at a given place."""
         own = slice(self._bounds[number], self._bounds[number + 1])
         squared = ((self._places[own] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
         self.values[own] += np.where(squared < 1, (1 - squared) ** 2, 0)

@@ -90,6 +90,9 @@ def read_cloud(settings, path, labelled=True):
         if labelled or settings.data.label is None:
             raise
         cloud = read(path, fields=fields)
+    for name, values in cloud.fields.items():
+        if bad := len(values) - int(np.isfinite(values).sum()):
+            raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in settings.data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, which are among the features")
     return cloud
@@ -115,7 +118,7 @@ def _part(settings, part, folder):
         path = Path(folder, part.file)
         cloud = read_cloud(settings, path)
         if cloud.labels is None:
-            raise ReadError(f"{path}: has no labels; [data] label names their field")
+            raise ReadError(f"{path}: has no labels, or none but 0; [data] label names their field")
     keep = np.ones(len(cloud.points), bool)
     for bound, sign in ((part.min, 1), (part.max, -1)):
         if bound is None:

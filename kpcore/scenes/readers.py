@@ -57,7 +57,7 @@ def read(path, *, fields=(), label=None):
     not a whole and valid file, ModuleNotFoundError where the format needs a package that is not installed.
 
     `fields` are names of what else to read, such as intensity; an error unless they are there. `label` names the field
-    of the labels; not given, it is the first there is of the usual names.
+    of the labels; not given, it is the first there is of the usual names, unless that is 0 throughout.
     """
     path = Path(path)
     with warnings.catch_warnings():
@@ -101,9 +101,9 @@ def _read(path, fields, label):
     if len(points) == 0:
         raise ReadError("holds no points")
     if label is not None:
-        labels = _labels(more[label])
+        labels = _labels(more[label], blank=True)
         if labels is None:
-            raise ReadError(f"field {label} holds no labels, which are whole numbers, not all 0")
+            raise ReadError(f"field {label} holds no labels, which are whole numbers")
     more = {name: _field(name, more[name]) for name in fields}
     for name, array in (("colors", colors), ("labels", labels), *more.items()):
         if array is not None and len(array) != len(points):
@@ -182,10 +182,11 @@ def _colors(rgb):
     return rgb.clip(0, 255).astype(np.uint8)
 
 
-def _labels(values):
-    """int32 from anything that holds whole numbers; None for what does not, or is 0 throughout (never classified)."""
+def _labels(values, blank=False):
+    """int32 from anything that holds whole numbers; None for what does not, or, unless `blank`, is 0 throughout (never
+    classified)."""
     values = np.asarray(values)
-    if values.ndim != 1 or values.dtype.kind not in "fiub" or not values.any():
+    if values.ndim != 1 or values.dtype.kind not in "fiub" or not (blank or values.any()):
         return None
     whole = (np.abs(values.astype(np.float64)) < 2**31) & (values == np.floor(values))
     return values.astype(np.int32) if whole.all() else None
@@ -303,7 +304,8 @@ def _las(path, size, asked):
             if has_color:
                 colors.append(np.column_stack([chunk.red, chunk.green, chunk.blue]))
             for name, values in more.items():
-                values.append(np.asarray(chunk[names[name]]))
+                # X, Y and Z are whole numbers there, of a scale; x, y and z are coordinates.
+                values.append(np.asarray(getattr(chunk, name) if name in ("x", "y", "z") else chunk[names[name]]))
     rgb = _colors(np.concatenate(colors)) if has_color else None
     more = {name: np.concatenate(values) for name, values in more.items()}
     return np.concatenate(points), rgb, _labels(np.concatenate(labels)), more

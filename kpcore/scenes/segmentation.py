@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +47,10 @@ def segment(model, source, out, *, votes=None, watch=None):
     """
     check_out(source, out)
     cloud = read_cloud(model.settings, source, labelled=False)
+    values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
+    _filled(source, np.resize(values, len(cloud.points)), cloud.kept, model.settings.data.label)  # or an error, early
     scene = scene_of(model.settings, model.columns, cloud)
     classes = voting.labels_of(model, scene, votes, watch=watch)
-    values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
     write_labels(source, out, values[classes], kept=cloud.kept, label=model.settings.data.label)
     return found(model, scene, classes)
 
@@ -76,27 +79,43 @@ def write_labels(source, out, labels, *, kept=None, label=None):
     label : str, optional
     """
     check_out(source, out)
-    source, out = Path(source), Path(out)
+    out = Path(out)
     part = out.with_name(f".{out.stem}.part{out.suffix}")
-    kept = np.ones(len(labels), bool) if kept is None else kept
     try:
-        {"LAS": _las, "PLY": _ply, "NPZ": _npz}[_KINDS[source.suffix.lower()]](source, part, labels, kept, label)
+        _filled(source, labels, kept, label).write(part)
         os.replace(part, out)
     except OSError as error:
         raise ReadError(f"{out}: {error.strerror}") from None
-    except ReadError as error:
-        raise ReadError(f"{source}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fill(name, values, labels, kept):
-    """Put labels where they belong; the others stay as they are."""
-    if values.shape != kept.shape or values.dtype.kind not in "iuf":
-        raise ReadError(f"{name} is {values.shape} {values.dtype}, not a number for each of {len(kept)} points")
-    values[kept] = labels
-    if (values[kept] != labels).any():
-        raise ReadError(f"{name} is {values.dtype}, which cannot hold {labels.min()} to {labels.max()}")
+class _Target(NamedTuple):
+    """A file in memory, with the labels in it."""
+
+    name: str
+    values: np.ndarray  #: a copy, or in an NPZ the array itself
+    largest: int | None  #: label, where that is not the dtype's
+    write: Callable  #: takes a path; writes the file with `values`
+
+
+def _filled(source, labels, kept, label):
+    """The file in memory with these labels; the others stay as they are."""
+    source = Path(source)
+    kept = np.ones(len(labels), bool) if kept is None else kept
+    try:
+        target = {"LAS": _las, "PLY": _ply, "NPZ": _npz}[_KINDS[source.suffix.lower()]](source, label, len(kept))
+        name, values = target.name, target.values
+        if values.shape != kept.shape or values.dtype.kind not in "iuf":
+            raise ReadError(f"{name} is {values.shape} {values.dtype}, not a number for each of {len(kept)} points")
+        if target.largest is not None and labels.max(initial=0) > target.largest:
+            raise ReadError(f"{name} has classes up to {target.largest}, got {labels.max()}, in this format")
+        values[kept] = labels
+        if (values[kept] != labels).any():
+            raise ReadError(f"{name} is {values.dtype}, which cannot hold {labels.min()} to {labels.max()}")
+    except ReadError as error:
+        raise ReadError(f"{source}: {error}") from None
+    return target
 
 
 def _named(names, label, usual):
@@ -104,23 +123,25 @@ def _named(names, label, usual):
     return next((names[one] for one in ((label.lower(),) if label else usual) if one in names), None)
 
 
-def _las(source, out, labels, kept, label):
+def _las(source, label, num):
     laspy = require("laspy", "io")
     las = laspy.read(source, laz_backend=laspy.LazBackend.Lazrs if source.suffix.lower() == ".laz" else None)
     names = {name.lower(): name for name in las.point_format.dimension_names}
     name = _named(names, label, ()) or "classification"
-    if name == "classification" and las.point_format.id < 6 and labels.max(initial=0) > 31:
-        raise ReadError(f"point format {las.point_format.id} has classes up to 31, got {labels.max()}")
     values = np.array(las[name])
-    _fill(name, values, labels, kept)
-    las[name] = values
     for records in (las.vlrs, las.evlrs or []):
         for record in [record for record in records if record.user_id == "copc"]:
             records.remove(record)
-    las.write(out, laz_backend=laspy.LazBackend.Lazrs if out.suffix.lower() == ".laz" else None)
+
+    def write(out):
+        las[name] = values
+        las.write(out, laz_backend=laspy.LazBackend.Lazrs if out.suffix.lower() == ".laz" else None)
+
+    five_bits = name == "classification" and las.point_format.id < 6
+    return _Target(name, values, 31 if five_bits else None, write)
 
 
-def _ply(source, out, labels, kept, label):
+def _ply(source, label, num):
     plyfile = require("plyfile", "io")
     ply = plyfile.PlyData.read(source)
     vertex = ply["vertex"]
@@ -137,20 +158,30 @@ def _ply(source, out, labels, kept, label):
         ply.elements = [new if element.name == "vertex" else element for element in ply.elements]
         vertex = new
     values = np.array(vertex.data[name])
-    _fill(name, values, labels, kept)
-    vertex.data[name] = values
-    ply.write(out)
+
+    def write(out):
+        vertex.data[name] = values
+        ply.write(out)
+
+    return _Target(name, values, None, write)
 
 
-def _npz(source, out, labels, kept, label):
+def _npz(source, label, num):
     with np.load(source, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     name = _named({one.lower(): one for one in arrays}, label, LABEL_ARRAYS)
     if name is None:
         name = label or "labels"
-        arrays[name] = np.zeros(len(kept), np.int32)
-    _fill(name, arrays[name], labels, kept)
-    np.savez_compressed(out, **arrays)
+        arrays[name] = np.zeros(num, np.int32)
+
+    def write(out):
+        # Not np.savez_compressed: it takes names of arrays for its own arguments, and adds to the file's name.
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            for one, array in arrays.items():
+                with archive.open(f"{one}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+    return _Target(name, arrays[name], None, write)
 
 
 def draw(path, title, found, names):

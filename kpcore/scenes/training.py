@@ -84,6 +84,9 @@ class Training:
         """Train until all epochs are done. `watch` is told of each step, a dict as in the log."""
         training = self.settings.training
         self.out.mkdir(parents=True, exist_ok=True)
+        if not (self.epoch or self.step):
+            self._save_last()  # so that a run can be gone on with from its first moment
+            (self.out / LOG).write_text("", encoding="utf-8")
         saved = time.perf_counter()
         with open(self.out / LOG, "a", encoding="utf-8") as log:
             while self.epoch < training.epochs:
@@ -215,7 +218,12 @@ class Training:
         checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
 
     def _resume(self):
-        groups, about = checkpoints.read(self.out / LAST)
+        try:
+            groups, about = checkpoints.read(self.out / LAST)
+        except Exception as error:  # safetensors has its own kinds
+            raise ValueError(f"resume: {self.out / LAST} cannot be read: {error}") from None
+        if "run" not in about:
+            raise ValueError(f"resume: expected a last checkpoint of kpcore train, got another: {self.out / LAST}")
         made, own = about.get("settings"), json.loads(json.dumps(self.settings.asdict()))
         own["training"]["workers"] = made["training"]["workers"] if made else None  # which has no influence
         if made != own:

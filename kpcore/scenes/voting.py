@@ -15,8 +15,9 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
     """(n, classes) of the scene's subsampled points.
 
     Spheres lie where the fewest have been, until each point was in one and all potentials are above ``votes - 1``; each
-    says something of its points within the settings' `vote_radius` of its radius. A point's first vote counts fully,
-    each further one for a twentieth. `watch` is told how much is done, 0 to 1.
+    says something of its points within the settings' `vote_radius` of its radius. What by then was in none has spheres
+    of its own. A point's first vote counts fully, each further one for a twentieth. `watch` is told how much is done, 0
+    to 1.
     """
     training, net = model.settings.training, model.net
     votes = training.votes if votes is None else votes
@@ -28,7 +29,9 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
     def jobs():
         spheres, points = [], 0
         while not asked.all() or sampler.values.min() < votes - 1:
-            sphere = sampler.next()
+            # Potentials reach further than votes: places amid others of the rim may never be the lowest.
+            left_out = sampler.values.min() >= votes
+            sphere = sampler.at(0, scene.points[asked.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
                 continue
             if spheres and (points + len(sphere.rows) > training.batch_points or len(spheres) == training.batch_clouds):
