@@ -103,7 +103,7 @@ class Problem:
         params = {name: torch.tensor(value, requires_grad=True) for name, value in self.params.items()}
         state = {name: torch.tensor(value) for name, value in self.state.items()}
         features, labels = torch.from_numpy(self.features), torch.from_numpy(self.labels)
-        optimizer = torch.optim.SGD([*params.values()], lr=1e-9, momentum=0.98, weight_decay=1e-3)
+        optimizer = torch.optim.SGD([*params.values()], lr=1e-9, momentum=0.98, weight_decay=1e-3, fused=True)
 
         def step():
             optimizer.zero_grad()
