@@ -21,6 +21,17 @@ int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
   return larger<int64_t>(row_step, fit / row_step * row_step);
 }
 
+// Queries dealt evenly to as few tiles as hold them, by whole steps of the micro-kernel: of 309 in tiles of 60, the
+// last of which had 9, two threads were busy for 6 / 7 of the time.
+struct Tiles {
+  int64_t num_queries, steps, count;
+  Tiles(int64_t queries, int64_t tile_rows)
+      : num_queries(queries),
+        steps((queries + row_step - 1) / row_step),
+        count((queries + tile_rows - 1) / tile_rows) {}
+  int64_t begin(int64_t t) const { return count ? smaller(num_queries, steps * t / count * row_step) : 0; }
+};
+
 // The weights: (K, Cin / groups, Cout), or (K, C) where every channel is its own group.
 template <class F>
 struct Weights {
@@ -45,17 +56,17 @@ const F* modulations_at(const Problem<G, F>& problem, const Weights<F>& weights,
 // reserve a state.
 template <class State, class Reserve, class Work>
 Status over_tiles(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
-  const int64_t tiles = (num_queries + tile_rows - 1) / tile_rows;
+  const Tiles tiles(num_queries, tile_rows);
   int64_t next = 0;
   bool some = false;
-#pragma omp parallel num_threads(useful_threads(threads, tiles, 1)) reduction(|| : some)
+#pragma omp parallel num_threads(useful_threads(threads, tiles.count, 1)) reduction(|| : some)
   {
     State state;
     some = reserve(state);
     while (some) {
       const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (t >= tiles) break;
-      work(state, t, t * tile_rows, smaller(tile_rows, num_queries - t * tile_rows));
+      if (t >= tiles.count) break;
+      work(state, t, tiles.begin(t), tiles.begin(t + 1) - tiles.begin(t));
     }
   }
   return some ? Status::ok : Status::out_of_memory;

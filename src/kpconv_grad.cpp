@@ -438,8 +438,9 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
     return Status::out_of_memory;
   const int64_t* const splits = problem.row_splits;
   int64_t most_edges = 0;
-  for (int64_t q = 0; to.points && q < num_queries; q += tile_rows)
-    most_edges = larger(most_edges, splits[smaller(q + tile_rows, num_queries)] - splits[q]);
+  const Tiles tiles(num_queries, tile_rows);
+  for (int64_t t = 0; to.points && t < tiles.count; ++t)
+    most_edges = larger(most_edges, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
   using Own = Pass<G, F, DIM>;
   const auto reserve = [&](Own& own) {
     return own.tile.reserve(problem, tile_rows, to.of_sums(), to.of_places()) &&

@@ -139,6 +139,7 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
                 int threads) {
   const int64_t n = left.rows, length = left.cols, columns = out.cols;
   const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
+  const int64_t parts = (16 + tiles - 1) / larger<int64_t>(1, tiles);  // of columns: 103 rows are one tile
   Panels<F> panels;
   Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
   if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, 1, transposed, threads)) return Status::out_of_memory;
@@ -147,11 +148,12 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
   memset(last.data(), 0, size_t(row_step * length) * sizeof(F));
   memcpy(last.data(), as<F>(left) + whole * length, size_t((n - whole) * length) * sizeof(F));
 #pragma omp parallel for num_threads(useful_threads(threads, n * length * columns, 1 << 20)) schedule(dynamic, 1)
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t end = smaller(n, (t + 1) * tile_rows);
+  for (int64_t job = 0; job < tiles * parts; ++job) {
+    const int64_t t = job / parts, end = smaller(n, (t + 1) * tile_rows);
+    const Share share(panels.count(), int(job % parts), int(parts));
     Vec<F> sums[row_step * panel_vectors];
     F* const spill = reinterpret_cast<F*>(sums);
-    for (int64_t p = 0; p < panels.count(); ++p)
+    for (int64_t p = share.begin; p < share.end; ++p)
       with_vectors(panels.vectors(p), [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
         const F *const panel = panels.row(0, p, 0), *const begin = start.data() + p * panel_width<F>;
@@ -184,7 +186,11 @@ void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, i
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t c = 0; c < channels; c += row_step) {
       F* const to = left + c * tile_rows + i * row_step;
-      for (int64_t k = 0; k < row_step; ++k) to[k] = c + k < channels ? rows[i * stride + c + k] : F(0);
+      const F* const from = rows + i * stride + c;
+      if (c + row_step <= channels)
+        memcpy(to, from, row_step * sizeof(F));
+      else
+        for (int64_t k = 0; k < row_step; ++k) to[k] = c + k < channels ? from[k] : F(0);
     }
     for (int64_t v = 0; v < padded; v += panel_width<F>) {
       const int64_t width = smaller<int64_t>(panel_width<F>, padded - v), given = smaller(width, c_out - v);
@@ -204,12 +210,15 @@ Status weight_gradient(const Array& features, const Array& grad_out, const Array
   const int64_t tiles = (n + tile_rows - 1) / tile_rows;
   const int64_t fit = (int64_t(1) << 21) / larger<int64_t>(1, height * padded);  // in 8 MiB of float32
   const int64_t sums = larger<int64_t>(1, smaller(smaller<int64_t>(64, tiles / 16), fit));
-  const int64_t block = (sums < 16 ? 8 : 32) * row_step;  // channels of a job: fewer make more jobs, and read more
+  // Channels of a job: few make many jobs, each of which packs the gradient again.
+  threads = useful_threads(threads, n * c_in * c_out, 1 << 20);
+  const int64_t jobs = (4 * threads + sums - 1) / sums, share = (c_in + jobs - 1) / jobs;
+  const int64_t block = round_up(smaller<int64_t>(32 * row_step, larger<int64_t>(8 * row_step, share)), row_step);
   const int64_t blocks = (c_in + block - 1) / block;
   Buffer<F> partial;
   if (!partial.resize(sums * height * padded)) return Status::out_of_memory;
   bool enough = true;
-#pragma omp parallel num_threads(useful_threads(threads, n * c_in * c_out, 1 << 20)) reduction(&& : enough)
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
   {
     Buffer<F> left, right;
     enough = left.resize(tile_rows * block) && right.resize(tile_rows * padded);
