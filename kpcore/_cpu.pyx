@@ -168,6 +168,16 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         double negative_slope
         int threads
 
+    cdef struct Sgd:
+        Array value, grad, moment
+        double lr, momentum, weight_decay
+        int threads
+
+    cdef struct AdamW:
+        Array value, grad, mean, square
+        double keep, first, second, rate, inverse_root, eps
+        int threads
+
     cdef struct Dropout:
         Array features
         double rate
@@ -229,6 +239,8 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*activate)(const Activate&, const Array&) noexcept nogil
         Status (*activate_grad)(const Activate&, const Array&, const Array&) noexcept nogil
         Status (*add)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*sgd)(const Sgd&) noexcept nogil
+        Status (*adamw)(const AdamW&) noexcept nogil
         Status (*dropout)(const Dropout&, const Array&) noexcept nogil
         Status (*softmax)(const Array&, const Array&, int) noexcept nogil
         Status (*softmax_grad)(const Array&, const Array&, const Array&, int) noexcept nogil
@@ -952,6 +964,32 @@ def add(first, second, int threads):
         status = kernels().add(a, b, to, threads)
     raise_for(status)
     return out
+
+
+def sgd(value, grad, moment, double lr, double momentum, double weight_decay, int threads):
+    """None: changes value and moment"""
+    cdef Sgd args
+    args.value, args.grad, args.moment = view(value), view(grad), view(moment)
+    args.lr, args.momentum, args.weight_decay = lr, momentum, weight_decay
+    args.threads = threads
+    cdef Status status
+    with nogil:
+        status = kernels().sgd(args)
+    raise_for(status)
+
+
+def adamw(value, grad, mean, square, double keep, double first, double second, double rate, double inverse_root,
+          double eps, int threads):
+    """None: changes value, mean and square"""
+    cdef AdamW args
+    args.value, args.grad, args.mean, args.square = view(value), view(grad), view(mean), view(square)
+    args.keep, args.first, args.second, args.rate = keep, first, second, rate
+    args.inverse_root, args.eps = inverse_root, eps
+    args.threads = threads
+    cdef Status status
+    with nogil:
+        status = kernels().adamw(args)
+    raise_for(status)
 
 
 def dropout(features, double rate, uint64_t seed, int threads):

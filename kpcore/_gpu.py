@@ -785,6 +785,18 @@ def add(first, second, threads):
     return first + second
 
 
+def sgd(value, grad, moment, lr, momentum, weight_decay, threads):
+    """None: changes value and moment"""
+    numbers = (value.dtype.type(number) for number in (lr, momentum, weight_decay))
+    _launch(_rows_of(value), "sgd", value.size, value, grad, moment, np.int64(value.size), *numbers)
+
+
+def adamw(value, grad, mean, square, keep, first, second, rate, inverse_root, eps, threads):
+    """None: changes value, mean and square"""
+    numbers = (value.dtype.type(number) for number in (keep, first, second, rate, inverse_root, eps))
+    _launch(_rows_of(value), "adamw", value.size, value, grad, mean, square, np.int64(value.size), *numbers)
+
+
 def dropout(features, rate, seed, threads):
     """an array like the features"""
     if rate >= 1:

@@ -182,6 +182,17 @@ struct Activate {
   int threads;
 };
 
+struct Sgd {
+  Array value, grad, moment;
+  double lr, momentum, weight_decay;
+  int threads;
+};
+struct AdamW {
+  Array value, grad, mean, square;
+  double keep, first, second, rate, inverse_root, eps;
+  int threads;
+};
+
 struct Dropout {
   Array features;
   double rate;
@@ -252,6 +263,8 @@ struct Columns {
   X(Status, activate, (const Activate&, const Array& out))                                                     \
   X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))               \
   X(Status, add, (const Array& first, const Array& second, const Array& to, int threads))                      \
+  X(Status, sgd, (const Sgd&))                                                                                 \
+  X(Status, adamw, (const AdamW&))                                                                             \
   X(Status, dropout, (const Dropout&, const Array& out))                                                       \
   X(Status, softmax, (const Array& rows, const Array& to, int threads))                                        \
   X(Status, softmax_grad, (const Array& rows, const Array& grad, const Array& to, int threads))                \

@@ -505,6 +505,55 @@ Status activate_all_grad(const Activate& args, const T* grad, T* out) {
   return Status::ok;
 }
 
+// ---- optimisers
+
+// step(load, store) for vectors of n values, by several threads; load(p) and store(p, v) are of those at p + i.
+template <class T, class Step>
+void step_shared(int64_t n, int threads, Step step) {
+#pragma omp parallel num_threads(useful_threads(threads, n, grain))
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    int64_t i = share.begin;
+    for (; i + lanes<T> <= share.end; i += lanes<T>)
+      step([i](const T* p) { return load(p + i); }, [i](T* p, Vec<T> v) { store(p + i, v); });
+    if (const int rest = int(share.end - i))
+      step([i, rest](const T* p) { return load_first(p + i, rest); },
+           [i, rest](T* p, Vec<T> v) { store_first(p + i, rest, v); });
+  }
+}
+
+template <class T>
+Status descend(const Sgd& args) {
+  T *const value = into<T>(args.value), *const moment = into<T>(args.moment);
+  const T* const grad = as<T>(args.grad);
+  const Vec<T> lr = broadcast(T(args.lr)), momentum = broadcast(T(args.momentum));
+  const Vec<T> weight_decay = broadcast(T(args.weight_decay));
+  step_shared<T>(args.value.rows * args.value.cols, args.threads, [=](auto load, auto store) {
+    Vec<T> v = load(value), m = load(moment);
+    sgd_step(v, load(grad), m, lr, momentum, weight_decay);
+    store(value, v);
+    store(moment, m);
+  });
+  return Status::ok;
+}
+
+template <class T>
+Status adapt(const AdamW& args) {
+  T *const value = into<T>(args.value), *const mean = into<T>(args.mean), *const square = into<T>(args.square);
+  const T* const grad = as<T>(args.grad);
+  const Vec<T> keep = broadcast(T(args.keep)), first = broadcast(T(args.first)), second = broadcast(T(args.second));
+  const Vec<T> rate = broadcast(T(args.rate)), inverse_root = broadcast(T(args.inverse_root));
+  const Vec<T> eps = broadcast(T(args.eps));
+  step_shared<T>(args.value.rows * args.value.cols, args.threads, [=](auto load, auto store) {
+    Vec<T> v = load(value), m = load(mean), s = load(square);
+    adamw_step(v, load(grad), m, s, keep, first, second, rate, inverse_root, eps);
+    store(value, v);
+    store(mean, m);
+    store(square, s);
+  });
+  return Status::ok;
+}
+
 // ---- dropout
 
 using Words = Vec<uint64_t>;
@@ -829,6 +878,14 @@ Status add(const Array& first, const Array& second, const Array& out, int thread
     map_shared(out.rows * out.cols, threads, into<T>(out), [=](int64_t i, auto at) { return at(a + i) + at(b + i); });
     return Status::ok;
   });
+}
+
+Status sgd(const Sgd& args) {
+  return with_real(args.value.dtype, [&](auto t) { return descend<decltype(t)>(args); });
+}
+
+Status adamw(const AdamW& args) {
+  return with_real(args.value.dtype, [&](auto t) { return adapt<decltype(t)>(args); });
 }
 
 Status dropout(const Dropout& args, const Array& out) {

@@ -52,6 +52,17 @@ extern "C" __global__ void activate_grad(const S* x, const S* grad, int64_t n, i
                                          : F(grad[i]) * sigmoid_grad(exp_minus_abs(F(x[i]))));
 }
 
+extern "C" __global__ void sgd(F* value, const F* grad, F* moment, int64_t n, F lr, F momentum, F weight_decay) {
+  for (int64_t i = first_thread(); i < n; i += num_threads())
+    sgd_step(value[i], grad[i], moment[i], lr, momentum, weight_decay);
+}
+
+extern "C" __global__ void adamw(F* value, const F* grad, F* mean, F* square, int64_t n, F keep, F first, F second,
+                                 F rate, F inverse_root, F eps) {
+  for (int64_t i = first_thread(); i < n; i += num_threads())
+    adamw_step(value[i], grad[i], mean[i], square[i], keep, first, second, rate, inverse_root, eps);
+}
+
 // A thread makes the four words of a counter, and so four values 16 places apart. `least` of the words keep theirs.
 extern "C" __global__ void dropout(const S* x, int64_t n, uint64_t seed, uint32_t least, F scale, S* out) {
   const int64_t counters = (n + words_of_block - 1) / words_of_block * counters_of_block;

@@ -1,11 +1,18 @@
-// What layers do to one value: activations with their gradients, and the random words of dropout. V is a scalar or a
-// vector.
+// What layers do to one value: activations with their gradients, and the random words of dropout; and what optimisers
+// do to a parameter. V is a scalar or a vector.
 #pragma once
 
+#include <math.h>
+
 #include "common.h"
+#ifndef __CUDACC__
+#include "simd.h"
+#endif
 
 namespace kp {
 namespace {
+
+using ::sqrt;
 
 template <class V>
 KP_HD V leaky_relu(V x, V slope) {
@@ -37,6 +44,22 @@ template <class V>
 KP_HD V sigmoid_grad(V e) {
   const V inverse = 1 / (1 + e);
   return e * inverse * inverse;
+}
+
+// A step of stochastic gradient descent with momentum.
+template <class V>
+KP_HD void sgd_step(V& value, V grad, V& moment, V lr, V momentum, V weight_decay) {
+  moment = momentum * moment + (grad + weight_decay * value);
+  value -= lr * moment;
+}
+
+// A step of Adam with decoupled weight decay (Loshchilov and Hutter 2019). `keep` is 1 - lr * weight decay; `rate` and
+// `inverse_root` hold the corrections of the means' first steps.
+template <class V>
+KP_HD void adamw_step(V& value, V grad, V& mean, V& square, V keep, V first, V second, V rate, V inverse_root, V eps) {
+  mean += (1 - first) * (grad - mean);
+  square = second * square + (1 - second) * grad * grad;
+  value = keep * value - rate * mean / (sqrt(square) * inverse_root + eps);
 }
 
 // Philox4x32-10 (Salmon et al. 2011): makes four random words of 32 bits from four words of a counter and a key. Words

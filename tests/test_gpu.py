@@ -931,3 +931,23 @@ def test_networks(norm):
 def test_kpnext():
     net = nn.KPNeXt((1, 1), 2, 3, 0.4, 4, width=16, num_neighbors=(6, 6), shells=(1, 4))
     assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("make", [nn.sgd, nn.adamw])
+def test_optimizers(make, dtype):
+    rng = np.random.default_rng(0)
+    sizes = {"a": (7, 5), "offset": 300, "none": 0}
+    start = {name: rng.standard_normal(size).astype(dtype) for name, size in sizes.items()}
+    given = [{name: rng.standard_normal(size).astype(dtype) for name, size in sizes.items()} for _ in range(3)]
+
+    def moved(place):
+        params = {name: place(value.copy()) for name, value in start.items()}
+        optimizer = make(params, lr_scales={"offset": 0.1})
+        for grads in given:
+            optimizer.step({name: place(value) for name, value in grads.items()}, 0.02)
+        state = optimizer.state()
+        assert int(state.pop("num_steps")) == 3
+        return *params.values(), *state.values()
+
+    assert_equal(moved(to_device), moved(lambda value: value), False)

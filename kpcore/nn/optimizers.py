@@ -6,16 +6,10 @@ Parameters and gradients are dicts of arrays by name, NumPy's or CuPy's; paramet
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from kpcore import _array, config
-
-# Numbers at a time: four arrays of as many float32 stay in a second-level cache. Of 24 million a step of SGD takes
-# half as long as in whole arrays.
-_CHUNK = 1 << 16
-_CHUNKS_OF_A_THREAD = 32  # some 0.7 ms of work; starting a thread takes 0.05
 
 
 class Optimizer:
@@ -28,8 +22,8 @@ class Optimizer:
     moments : sequence of str
         Names of the arrays that are kept for each parameter, zero at first.
     update : callable
-        Takes the learning rate, the number of the step from 1 on, and parts of a parameter, its gradient and each of
-        its moments, and changes the first and the last of these in place.
+        Takes the learning rate, the number of the step from 1 on, a parameter, its gradient and each of its moments,
+        and changes the parameter and the moments in place.
     lr_scales : dict of float by part of a name, optional
         Factors of the learning rate.
     """
@@ -77,31 +71,16 @@ class Optimizer:
         if grads.keys() != self.params.keys():
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads: expected one for each parameter, got others: {', '.join(wrong[:3])}")
-        parts = []
         for name, value in self.params.items():
             grad = grads[name]
             if grad is None:
-                raise ValueError(
-                    f"grads: expected {name} {value.shape} {value.dtype}, got None; zeros where it has none"
-                )
+                raise ValueError(f"grads: expected {name} {value.shape} {value.dtype}, got None")
             if grad.shape != value.shape or grad.dtype != value.dtype:
                 raise ValueError(f"grads: expected {name} {value.shape} {value.dtype}, got {grad.shape} {grad.dtype}")
-            flat = [a.reshape(-1) for a in (value, grad, *(self._moments[f"{m}.{name}"] for m in self.moments))]
-            size = _CHUNK if isinstance(value, np.ndarray) else max(1, value.size)
-            for begin in range(0, value.size, size):
-                parts.append((lr * self._scales[name], *(a[begin : begin + size] for a in flat)))
         self.num_steps += 1
-
-        def update(some):
-            for rate, *arrays in some:
-                self.update(rate, self.num_steps, *arrays)
-
-        threads = min(config.get_num_threads(), len(parts) // _CHUNKS_OF_A_THREAD)
-        if threads > 1 and isinstance(parts[0][1], np.ndarray):
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(update, (parts[i::threads] for i in range(threads))))
-        else:
-            update(parts)
+        for name, value in self.params.items():
+            moments = (self._moments[f"{moment}.{name}"] for moment in self.moments)
+            self.update(lr * self._scales[name], self.num_steps, value, _array.contiguous(grads[name]), *moments)
 
 
 def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
@@ -133,10 +112,7 @@ def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     weight_decay = _array.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, moment):
-        moment *= momentum
-        moment += grad
-        moment += weight_decay * value
-        value -= lr * moment
+        _array.backend(value).sgd(value, grad, moment, lr, momentum, weight_decay, config.get_num_threads())
 
     return Optimizer(params, ("momentum",), update, lr_scales)
 
@@ -164,14 +140,9 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     weight_decay = _array.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, mean, square):
-        value *= 1 - lr * weight_decay
-        mean += (1 - first) * (grad - mean)
-        square *= second
-        square += (1 - second) * grad * grad
-        deviation = np.sqrt(square)
-        deviation /= math.sqrt(1 - second**step)
-        deviation += eps
-        value -= lr / (1 - first**step) * mean / deviation
+        rate, inverse_root = lr / (1 - first**step), 1 / math.sqrt(1 - second**step)
+        _array.backend(value).adamw(value, grad, mean, square, 1 - lr * weight_decay, first, second, rate, inverse_root,
+                                    eps, config.get_num_threads())  # fmt: skip
 
     return Optimizer(params, ("mean", "square"), update, lr_scales)
 
