@@ -353,8 +353,8 @@ def main():
     parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
     options = parser.parse_args()
     complete = not (options.quick or options.only)
-    if options.readme and not (complete and options.device == "cpu"):
-        parser.error("--readme takes a complete run on the cpu, without --quick and --only")
+    if options.readme and not (complete and options.device == "networks"):
+        parser.error("--readme takes a complete run of the networks, without --quick and --only")
     cases = networks if options.device == "networks" else cases
     if options.only and options.only not in cases.TASKS:
         parser.error(f"--only: expected one of {', '.join(cases.TASKS)}, got {options.only}")

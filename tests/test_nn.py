@@ -748,6 +748,32 @@ def test_adamw_is_torchs():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 7, 33, 2**17 + 11])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_optimizers_in_any_dtype_size_and_number_of_threads(name, size, dtype, isa, set_threads):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(size)
+    start = rng.standard_normal(size).astype(dtype)
+    grads = [rng.standard_normal(2 * size).astype(dtype)[::2] for _ in range(3)]  # not contiguous
+    options = {"momentum": 0.9} if name == "SGD" else {"betas": (0.8, 0.95), "eps": 1e-6}
+    tensor = torch.tensor(start, requires_grad=True)
+    theirs = getattr(torch.optim, name)([tensor], lr=0.1, weight_decay=0.05, **options)
+    for grad in grads:
+        tensor.grad = torch.tensor(grad.copy())
+        theirs.step()
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        params = {"a": start.copy()}
+        ours = getattr(nn, name.lower())(params, weight_decay=0.05, **options)
+        for grad in grads:
+            ours.step({"a": grad}, 0.1)
+        found.append(params["a"])
+        assert_same_bits(found[0], found[-1])
+    np.testing.assert_allclose(found[0], tensor.detach().numpy(), atol=20 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("make", [nn.sgd, nn.adamw])
 def test_an_optimizer_goes_on_where_another_stopped(make):
     rng = np.random.default_rng(0)

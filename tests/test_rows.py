@@ -473,6 +473,27 @@ def test_linear_of_any_channels(dtype, c_in, c_out, isa):
         compare(got, (x @ w + b, grad @ w.T, x.T @ grad, grad.sum(0)), dtype)
 
 
+@both_dtypes
+@pytest.mark.parametrize("rows", [1, 13, 103, 121, 309])
+def test_products_of_few_rows_by_many_threads(rows, dtype, isa, set_threads):
+    """Rows of a tile or two: columns are dealt to the threads too."""
+    rng = np.random.default_rng(rows)
+    features, weights, bias, grad = (
+        rng.standard_normal(shape).astype(dtype) for shape in ((rows, 301), (301, 711), (711,), (rows, 711))
+    )
+    found = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        out, pullback = kp.autodiff.vjp(lambda *args: kp.linear(*args), features, weights, bias)
+        found.append((out, *pullback(grad)))
+    for one, other in itertools.product(found[:1], found[1:]):
+        for value, same in zip(one, other, strict=True):
+            assert_same_bits(value, same)
+    x, w, g = (a.astype(np.float64) for a in (features, weights, grad))
+    for value, expected in zip(found[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
+        assert np.abs(value - expected).max() <= 100 * np.finfo(dtype).eps * np.abs(expected).max()
+
+
 # ---- dropout
 
 # Three vectors of the reference implementation: counter, key, words.

@@ -344,9 +344,9 @@ def check_dimension(net, points):
         raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
 
 
-def check_values(net, given, kinds=("params", "state")):
-    """An error unless the dicts in `given`, parameters and state, have what the network has, in its shapes."""
-    for kind, values, like in zip(kinds, given, net.init(), strict=True):
+def check_values(given, expected, kinds=("params", "state")):
+    """An error unless the dicts in `given`, parameters and state, have what is in those of `init`, in its shapes."""
+    for kind, values, like in zip(kinds, given, expected, strict=True):
         for name, value in like.items():
             if name not in values:
                 raise ValueError(f"{kind}: expected {name} {value.shape}, which the architecture has, got none")

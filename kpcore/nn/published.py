@@ -60,10 +60,10 @@ def import_kpconv_pytorch(state_dict, architecture, config):
         ours = _name(theirs)
         value = np.asarray(value, np.float32)
         values[ours] = np.ascontiguousarray(value.T if theirs.endswith("mlp.weight") else value)
-    trained = net.init()[0]
-    params = {name: value for name, value in values.items() if name in trained}
+    expected = net.init()
+    params = {name: value for name, value in values.items() if name in expected[0]}
     state = {name: value for name, value in values.items() if name not in params}
-    check_values(net, (params, state), ("state_dict", "state_dict"))
+    check_values((params, state), expected, ("state_dict", "state_dict"))
     return net, params, state
 
 

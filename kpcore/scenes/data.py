@@ -64,8 +64,12 @@ class Columns:
 
     def span(self, name):
         """The columns of a name; None if there are none."""
-        widths, at = [*self.widths.values()], {one: i for i, one in enumerate(self.widths)}.get(name)
-        return None if at is None else slice(sum(widths[:at]), sum(widths[: at + 1]))
+        begin = 0
+        for one, width in self.widths.items():
+            if one == name:
+                return slice(begin, begin + width)
+            begin += width
+        return None
 
 
 def load_scenes(settings, parts, folder, columns=None):

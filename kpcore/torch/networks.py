@@ -35,10 +35,10 @@ class Network(torch.nn.Module):
             raise ValueError(
                 f"{'params' if params is None else 'state'}: expected both params and state, or none of them"
             )
+        expected = net.init(seed)
         if params is None:
-            params, state = net.init(seed)
-        else:
-            check_values(net, (params, state))
+            params, state = expected
+        check_values((params, state), expected)
         self.net = net
         for name, value in params.items():
             self._parent(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(torch.tensor(value)))
