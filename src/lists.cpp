@@ -51,9 +51,10 @@ bool check_index(const T* from, int64_t size, int64_t used, int64_t num_points, 
   return !bad;
 }
 
+// Whether a number of a padded matrix is a point, with one comparison.
 template <class T>
 bool is_point(T value, int64_t num_points) {
-  return value >= 0 && value < num_points;
+  return std::make_unsigned_t<T>(value) < std::make_unsigned_t<T>(num_points);
 }
 
 }  // namespace
@@ -111,17 +112,18 @@ Status count_padded(const Array& padded, int64_t num_points, const Array& row_sp
   const int threads = useful_threads(most_threads, padded.rows * width, pairs_of_a_thread);
   const bool good = with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
+    using Unsigned = std::make_unsigned_t<T>;
     int bad = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
     for (int64_t i = 0; i < padded.rows; ++i) {
       const T* const row = as<T>(padded) + i * width;
-      int64_t count = 0;
+      Unsigned count = 0, wrong = 0;  // as wide as the numbers, for as many lanes; rows are shorter than 2^31
       for (int64_t j = 0; j < width; ++j) {
-        const bool there = is_point(row[j], num_points);
-        count += there;
-        bad |= !(there | (row[j] == -1) | (row[j] == num_points));
+        count += is_point(row[j], num_points);
+        wrong |= Unsigned(row[j]) + 1 > Unsigned(num_points) + 1;  // -1 is 0 here
       }
-      bounds[i + 1] = count;
+      bounds[i + 1] = int64_t(count);
+      bad |= wrong != 0;
     }
     return !bad;
   });
@@ -130,10 +132,11 @@ Status count_padded(const Array& padded, int64_t num_points, const Array& row_sp
   return good ? Status::ok : Status::out_of_range;
 }
 
+// Out of range: another thread wrote to the matrix after its rows were counted.
 Status unpad(const Array& padded, int64_t num_points, const Array& row_splits, const Array& out, int most_threads) {
   const auto* const bounds = as<int64_t>(row_splits);
   const int64_t width = padded.cols;
-  const int threads = useful_threads(most_threads, padded.rows * width, pairs_of_a_thread);
+  const int threads = useful_threads(most_threads, out.rows, pairs_of_a_thread);
   int changed = 0;
   with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
@@ -141,16 +144,21 @@ Status unpad(const Array& padded, int64_t num_points, const Array& row_splits, c
     for (int64_t i = 0; i < padded.rows; ++i) {
       const T* const row = as<T>(padded) + i * width;
       int32_t* to = into<int32_t>(out) + bounds[i];
-      int32_t* const end = into<int32_t>(out) + bounds[i + 1];
+      const int64_t count = bounds[i + 1] - bounds[i];
+      T outside = 0;
+      for (int64_t j = 0; j < count; ++j) {  // mostly all points come first, and the rest need not be read
+        to[j] = int32_t(row[j]);
+        outside |= !is_point(to[j], num_points);
+      }
+      if (!outside) continue;
+      int32_t* const end = to + count;
       for (int64_t j = 0; j < width && to < end; ++j) {
-        const T point = row[j];
-        *to = int32_t(point);
-        to += is_point(point, num_points);
+        *to = int32_t(row[j]);
+        to += is_point(*to, num_points);
       }
       changed |= to < end;
     }
   });
-  // Another thread wrote to the matrix after its rows were counted.
   return changed ? Status::out_of_range : Status::ok;
 }
 
