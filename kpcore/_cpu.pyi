@@ -56,7 +56,7 @@ def grid_subsample(
     labels: ndarray | None,
     row_splits: ndarray,
     voxel_size: ndarray,
-    origin: ndarray,
+    origin: ndarray | None,
     position: int,
     feature: int,
     return_nearest: bool,

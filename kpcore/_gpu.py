@@ -315,12 +315,16 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     n, dimension = points.shape
     items = len(row_splits) - 1
     kernels = _voxel_kernels(points.dtype, dimension)
-    origin, size = cupy.asarray(np.stack([origin, voxel_size]))
-    of_points = points, np.int64(n), row_splits, np.int32(items), origin, size
-    low = cupy.full((items, dimension), 2**64 - 1, np.uint64)
+    # What the host knows goes up in one copy: (D,) numbers; origins of items, (B, D), are there already.
+    on_host = [voxel_size] if origin is None or origin.ndim == 2 else [voxel_size, origin]
+    on_device = cupy.asarray(np.stack(on_host))
+    origins = on_device[1:] if origin is None or origin.ndim == 1 else origin
+    grid = origins, np.int32(len(origins)), on_device
+    lowest = cupy.full((items, dimension), 2**64 - 1, np.uint64)
     keys, problems = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
-    _launch(kernels, "lowest_voxels", n, *of_points, low, problems)
-    _launch(kernels, "voxel_keys", n, *of_points, low, keys, problems)
+    of_points = points, np.int64(n), row_splits, np.int32(items)
+    _launch(kernels, "lowest_coordinates", n, *of_points, lowest, problems)
+    _launch(kernels, "voxel_keys", n, *of_points, *grid, lowest, keys, problems)
     order = cupy.argsort(keys)
     if items > 1:
         its_item = cupy.empty(n, np.int32)
@@ -350,8 +354,8 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     centers, nearest = cupy.empty((voxels * (position == 1), dimension), points.dtype), None
     if position == 1 or return_nearest:
         nearest = cupy.empty(voxels * return_nearest, np.int32)
-        _launch(kernels, "use_centers", voxels, points, order, begins, np.int64(voxels), origin, size,
-                np.int32(position == 1), centers, np.int32(return_nearest), nearest)  # fmt: skip
+        _launch(kernels, "use_centers", voxels, points, row_splits, np.int32(items), order, begins, np.int64(voxels),
+                *grid, lowest, np.int32(position == 1), centers, np.int32(return_nearest), nearest)  # fmt: skip
         nearest = nearest if return_nearest else None
     out_points = (lambda: reduced("average", points), lambda: centers, lambda: points[nearest])[position]()
     out_features = out_labels = None

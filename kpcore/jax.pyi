@@ -34,6 +34,7 @@ def build_pyramid(
     features: Any = ...,
     labels: Any = ...,
     subsampled: Any = ...,
+    origin: Any = ...,
     conv_radius: Any = ...,
     deform_radius: Any = ...,
     deform_levels: Any = ...,

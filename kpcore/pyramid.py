@@ -8,7 +8,7 @@ import numpy as np
 
 from kpcore import _array
 from kpcore.neighbors import GridIndex, Neighbors, lists_of_levels
-from kpcore.subsampling import grid_subsample, subsample_level
+from kpcore.subsampling import common_origin, grid_subsample, subsample_level
 
 
 class Level(NamedTuple):
@@ -32,7 +32,7 @@ class Pyramid(tuple):
 
 
 def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=None, labels=None, subsampled=False,
-                  conv_radius=2.5, deform_radius=5.0, deform_levels=(), neighbor_limits=None):  # fmt: skip
+                  origin=0, conv_radius=2.5, deform_radius=5.0, deform_levels=(), neighbor_limits=None):  # fmt: skip
     """Subsample level by level, and find the neighbours within each level and between one and the next.
 
     As the published code does (Thomas et al. 2019 and its data pipeline): level l has voxels of ``voxel_size * 2**l``,
@@ -52,7 +52,10 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
         Averaged, and voted on, from level to level.
     subsampled : bool
         Whether the points already are level 0, one for each voxel; otherwise level 0 is
-        ``grid_subsample(points, voxel_size)``.
+        ``grid_subsample(points, voxel_size, origin=origin)``.
+    origin : {0, "published"}
+        Of the grid of each level: the same for all, or as `grid_subsample` says from the points that go into it, as the
+        published code has it.
     conv_radius, deform_radius : float
         Radius of neighbourhoods in voxels; the latter on `deform_levels`.
     deform_levels : sequence of int
@@ -91,16 +94,18 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     sizes = {}
     points = _array.points_array("points", points, sizes)
     voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
+    origin = common_origin(origin)
     radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
     limits = _limits(neighbor_limits, num_levels)
     if subsampled:
         row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
         levels = [(points, features, labels, row_splits)]
     else:
-        levels = [grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=row_splits)[:4]]
+        more = {"features": features, "labels": labels, "row_splits": row_splits}
+        levels = [grid_subsample(points, voxel_size, origin=origin, **more)[:4]]
     voxels = [voxel_size * 2**number for number in range(num_levels)]
     for voxel in voxels[1:]:
-        levels.append(subsample_level(voxel, *levels[-1]))
+        levels.append(subsample_level(voxel, origin, *levels[-1]))
     lists = lists_of_levels([(points, row_splits) for points, _, _, row_splits in levels], radii, limits)
     return Pyramid(
         Level(points, row_splits, features, labels, *more)
@@ -110,8 +115,8 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     )
 
 
-def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5, deform_radius=5.0, deform_levels=(),
-                              fraction=0.9):  # fmt: skip
+def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, origin=0, conv_radius=2.5, deform_radius=5.0,
+                              deform_levels=(), fraction=0.9):  # fmt: skip
     """Neighbour limits for `build_pyramid` that leave a fraction of the neighbourhoods of sample clouds untouched.
 
     For each level, the smallest number that at least that fraction of its points have no more neighbours than; the
@@ -121,7 +126,7 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5
     ----------
     clouds : iterable of (N, D) arrays
         Typical inputs, at least one point in all; each is counted and dropped.
-    voxel_size, num_levels, conv_radius, deform_radius, deform_levels
+    voxel_size, num_levels, origin, conv_radius, deform_radius, deform_levels
         As in `build_pyramid`.
     fraction : float
         Above 0, at most 1.
@@ -139,14 +144,14 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, conv_radius=2.5
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
-    num_levels = _array.integer("num_levels", num_levels, 1, 64)
+    num_levels, origin = _array.integer("num_levels", num_levels, 1, 64), common_origin(origin)
     histograms = [np.zeros(1, np.int64) for _ in range(num_levels)]
     for cloud in clouds:
         points = _array.points_array("clouds", cloud, {})
         size = _array.length("voxel_size", voxel_size, points.dtype)
         radii = _radii(points.dtype, size, num_levels, conv_radius, deform_radius, deform_levels)
         for number, radius in enumerate(radii):
-            points = grid_subsample(points, size * 2**number).points
+            points = grid_subsample(points, size * 2**number, origin=origin).points
             counts = _array.on_host(GridIndex(points, radius).radius_search(None, radius, count_only=True))
             histogram = np.bincount(counts, minlength=len(histograms[number]))
             histogram[: len(histograms[number])] += histograms[number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from kpcore.autodiff import Op
 
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
+PUBLISHED = "published"
 
 
 class Subsampled(NamedTuple):
@@ -29,10 +31,10 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
     """Replace the points of each voxel by one: their barycentre, the voxel's centre or the point nearest that.
 
     The voxel of a point is ``floor((p - origin) / voxel_size)`` along each axis, with a true division, in the dtype of
-    the points: the grid is anchored at `origin`, so parts of a scene agree on it. Voxels come by batch item and then
-    along the Morton curve of their index counted from the item's lowest voxel (x in the lowest bits), which keeps
-    neighbours close in memory; an item's result does not depend on the others. Differentiable in `features`: the
-    result's field of that name; see `kpcore.autodiff`.
+    the points: the grid is anchored at `origin`, by default the same for all, so parts of a scene agree on it. Voxels
+    come by batch item and then along the Morton curve of their index counted from the item's lowest voxel (x in the
+    lowest bits), which keeps neighbours close in memory; an item's result does not depend on the others. Differentiable
+    in `features`: the result's field of that name; see `kpcore.autodiff`.
 
     Parameters
     ----------
@@ -44,8 +46,11 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
         The most frequent one of each voxel, the smallest of equals.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
-    origin : float, or D of them
-        A corner of the grid. Like `voxel_size` it is rounded to the dtype of the points first.
+    origin : float, D of them, (B, D) of the dtype of the points, or "published"
+        A corner of the grid, of all items or of each; numbers are rounded to the dtype of the points first, like
+        `voxel_size`. "published": of each item ``floor(lowest * (1 / voxel_size)) * voxel_size``, where `lowest` are
+        its lowest coordinates, in the dtype of the points, as the C++ code of KPConv and of what was made from it has
+        it. On a lattice of points voxels differ from those at 0, since there rounding decides.
     position : {"barycenter", "center", "nearest"}
         The point of a voxel: the mean of its points; its centre ``(index + 0.5) * voxel_size + origin``, computed in
         float64 and rounded to the dtype of the points; or its point nearest to that centre before rounding (squared
@@ -63,8 +68,8 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
     Raises
     ------
     ValueError
-        For coordinates that are NaN or infinite, for more than 2**21 voxels along an axis of an item, or for shapes
-        that do not agree.
+        For coordinates or origins that are NaN or infinite, for more than 2**21 voxels along an axis of an item, or for
+        shapes that do not agree.
     TypeError
         For other dtypes.
 
@@ -108,7 +113,6 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     points = _array.points_array("points", points, sizes)
     dimension = points.shape[1]
     voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
-    origin = _array.per_axis("origin", origin, dimension, _array.number, points.dtype)
     if features is not None:
         features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     if labels is not None:
@@ -119,6 +123,7 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
         limits = np.iinfo(labels.dtype)
         ignore_label = _array.integer("ignore_label", ignore_label, limits.min, limits.max)
     row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
+    origin = _origin(origin, points, len(row_splits) - 1, sizes)
     position_code = _array.choice("position", position, _POSITIONS)
     feature_code = _array.choice("feature", feature, _FEATURES)
     by_nearest = position == "nearest" or (feature == "nearest" and features is not None)
@@ -136,11 +141,29 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     return out, (out.inverse, out.counts, nearest)
 
 
-def subsample_level(voxel_size, points, features, labels, row_splits):
+def subsample_level(voxel_size, origin, points, features, labels, row_splits):
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
-    return _forward(points, voxel_size, features, labels, row_splits, 0.0, "barycenter", "mean", None, known=True)[0][
-        :4
-    ]
+    out, _ = _forward(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
+    return out[:4]
+
+
+def common_origin(origin):
+    """The origin of grids of several voxel sizes: 0 or "published"; anything else is an error."""
+    if isinstance(origin, numbers.Real) and origin == 0:
+        return 0
+    _array.choice("origin", origin, (0, PUBLISHED))
+    return PUBLISHED
+
+
+def _origin(origin, points, num_items, sizes):
+    """(D,), or (B, D) where the points are; None for the published one, which the kernels compute."""
+    if isinstance(origin, str):
+        _array.choice("origin", origin, (PUBLISHED,))
+        return None
+    if origin.ndim > 1 if isinstance(origin, np.ndarray) else _array.is_array(origin):
+        sizes = sizes | {"B": (num_items, "row_splits")}
+        return _array.array("origin", origin, "B D", _array.REAL, sizes, like=("points", points))
+    return _array.per_axis("origin", origin, points.shape[1], _array.number, points.dtype)
 
 
 def _vjp(arguments, saved, grad, needs):
@@ -156,6 +179,15 @@ OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):
     points, row_splits = _array.on_host(points), _array.on_host(row_splits)
+    if origin is None:
+        origin = 0
+    elif origin.ndim == 2:
+        items = np.repeat(np.arange(len(origin)), np.diff(row_splits))
+        origin = _array.on_host(origin)[items]
+        bad = ~np.isfinite(origin).all(axis=1)
+        if bad.any():
+            row = int(np.argmax(bad))
+            return ValueError(f"origin: expected finite numbers, got {origin[row].tolist()} in row {items[row]}")
     with np.errstate(over="ignore"):
         largest = np.abs(points - origin).max(0)
         overflowing = ~np.isfinite(largest / voxel_size)

@@ -80,7 +80,8 @@ struct Search {
 
 struct GridSubsample {
   Array points, features, labels, row_splits;
-  Array voxel_size, origin;  // (D,), dtype of the points
+  Array voxel_size;  // (D,), dtype of the points
+  Array origin;      // the same, or (B, D); not given: where the published code puts it
   VoxelPoint position;
   VoxelFeature feature;
   int64_t ignore_label;

@@ -50,9 +50,15 @@ struct Interleaver {
 
 struct Plan {
   GridSubsample args;
+  Buffer<double> origins;  // (1, D) of all items, or (B, D); of the geometry dtype
   Buffer<int32_t> ids;     // points in voxel order
   Buffer<uint32_t> begin;  // of each voxel, and the end
   int64_t voxels = 0;
+
+  bool has_item_origins() const { return !args.origin.data || args.origin.cols > 1; }
+  const double* origin(int64_t item) const {
+    return origins.data() + (has_item_origins() ? item * args.points.cols : 0);
+  }
 };
 
 // The first position of every run of equal keys.
@@ -103,12 +109,19 @@ Status sort_points(const Interleaver<D>& interleaver, const double* low, int bit
     constexpr int64_t block = 64;
     int64_t item = 0;
     T voxel_size[block * D], origin[block * D];  // of every coordinate of a block, for one loop without axes
-    for (int64_t j = 0; j < block * D; ++j) {
-      voxel_size[j] = as<T>(args.voxel_size)[j % D];
-      origin[j] = as<T>(args.origin)[j % D];
-    }
-    for (int64_t i = share.begin; i < share.end; i += block) {
-      const int64_t count = smaller(block, share.end - i);
+    const auto repeat_origin = [&](int64_t count) {
+      const double* const of_item = plan.origin(item);
+      for (int64_t j = 0; j < count * D; ++j) origin[j] = T(of_item[j % D]);
+    };
+    for (int64_t j = 0; j < block * D; ++j) voxel_size[j] = as<T>(args.voxel_size)[j % D];
+    if (!plan.has_item_origins()) repeat_origin(block);
+    for (int64_t i = share.begin, count; i < share.end; i += count) {
+      count = smaller(block, share.end - i);
+      if (plan.has_item_origins()) {
+        while (i >= splits[item + 1]) ++item;
+        count = smaller(count, splits[item + 1] - i);
+        repeat_origin(count);
+      }
       T voxel[block * D];
       for (int64_t j = 0; j < count * D; ++j) voxel[j] = voxel_index(points[i * D + j], origin[j], voxel_size[j]);
       for (int64_t j = 0; j < count; ++j) {
@@ -133,14 +146,15 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
   plan->args = args;
   const auto* points = as<T>(args.points);
   const auto* voxel_size = as<T>(args.voxel_size);
-  const auto* origin = as<T>(args.origin);
   const auto* splits = as<int64_t>(args.row_splits);
   const int64_t items = args.row_splits.rows - 1;
   memset(row_splits, 0, size_t(items + 1) * sizeof(int64_t));
   if (!args.points.rows) return Status::ok;
 
   Buffer<double> low;
-  if (!low.resize(items * D)) return Status::out_of_memory;
+  const int64_t num_origins = plan->has_item_origins() ? items : 1;
+  if (!low.resize(items * D) || !plan->origins.resize(num_origins * D)) return Status::out_of_memory;
+  for (int64_t j = 0; args.origin.data && j < num_origins * D; ++j) plan->origins[j] = double(as<T>(args.origin)[j]);
   int axis_bits[D] = {};
   for (int64_t b = 0; b < items; ++b) {
     double high[D];
@@ -148,9 +162,11 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
       return Status::not_finite;
     if (splits[b] == splits[b + 1]) continue;
     for (int a = 0; a < D; ++a) {
+      if (!args.origin.data) plan->origins[b * D + a] = double(published_origin(T(low[b * D + a]), voxel_size[a]));
       // Difference, division and floor keep order, so the box of the voxels is the voxels of the box.
-      low[b * D + a] = double(voxel_index(T(low[b * D + a]), origin[a], voxel_size[a]));
-      const double range = double(voxel_index(T(high[a]), origin[a], voxel_size[a])) - low[b * D + a];
+      const T origin = T(plan->origin(b)[a]);
+      low[b * D + a] = double(voxel_index(T(low[b * D + a]), origin, voxel_size[a]));
+      const double range = double(voxel_index(T(high[a]), origin, voxel_size[a])) - low[b * D + a];
       if (!(range < double(1 << max_axis_bits))) return Status::out_of_range;
       axis_bits[a] = larger(axis_bits[a], bits_for(uint64_t(range)));
     }
@@ -349,22 +365,34 @@ struct Nothing {
   bool enough() const { return true; }
 };
 
+// The item that a point is of: the last one that begins at or before it.
+int64_t item_of(const Array& row_splits, int64_t point) {
+  const auto* splits = as<int64_t>(row_splits);
+  int64_t first = 0, last = row_splits.rows - 1;
+  while (last - first > 1) {
+    const int64_t middle = (first + last) / 2;
+    (splits[middle] <= point ? first : last) = middle;
+  }
+  return first;
+}
+
 // What is asked of the voxels' centres: themselves, and the nearest points with their coordinates and features.
 template <class T, int D>
 Status use_centers(const Plan& plan, const Subsampled& out) {
   const GridSubsample& args = plan.args;
   const auto* points = as<T>(args.points);
   const auto* voxel_size = as<T>(args.voxel_size);
-  const auto* origin = as<T>(args.origin);
   auto* const centers = into<T>(out.points);
   auto* const nearest = into<int32_t>(out.nearest);
   return for_each_voxel(
       plan, [] { return Nothing(); },
-      [=, &args](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+      [=, &args, &plan](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+        const double* const of_item = plan.origin(plan.has_item_origins() ? item_of(args.row_splits, ids[0]) : 0);
         double center[D];
         for (int a = 0; a < D; ++a) {
-          const T index = voxel_index(points[ids[0] * int64_t(D) + a], origin[a], voxel_size[a]);
-          center[a] = voxel_center(index, origin[a], voxel_size[a]);
+          const T origin = T(of_item[a]);
+          const T index = voxel_index(points[ids[0] * int64_t(D) + a], origin, voxel_size[a]);
+          center[a] = voxel_center(index, origin, voxel_size[a]);
         }
         if (args.position == VoxelPoint::center)
           for (int a = 0; a < D; ++a) centers[v * D + a] = T(center[a]);

@@ -28,6 +28,14 @@ __device__ double from_ordered(unsigned long long x) {
   return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
 }
 
+// Where an item's grid begins, along an axis: at the one origin that there is or at the item's, or, without any, where
+// the published code puts it. `lowest`: of each item its coordinates, as ordered integers.
+__device__ T origin_of(int item, int a, const T* origins, int num_origins, const T* voxel_size,
+                       const unsigned long long* lowest) {
+  if (num_origins) return origins[num_origins > 1 ? item * D + a : a];
+  return published_origin(T(from_ordered(lowest[item * D + a])), voxel_size[a]);
+}
+
 // Bits of x, D apart.
 __device__ uint64_t spread(uint64_t x) {
   uint64_t out = 0;
@@ -40,43 +48,43 @@ __device__ uint64_t spread(uint64_t x) {
 
 using namespace kp;
 
-// low[item] = its lowest voxel, as ordered integers; `problems` gathers what is wrong.
-extern "C" __global__ void lowest_voxels(const T* points, int64_t num_points, const int64_t* splits, int num_items,
-                                         const T* origin, const T* voxel_size, unsigned long long* low,
-                                         unsigned* problems) {
+// lowest[item] = its lowest coordinates, as ordered integers; `problems` gathers what is wrong.
+extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                              unsigned long long* lowest, unsigned* problems) {
   // A thread's points are mostly of one item: what it found so far is given away when another begins.
-  double lowest[D];
+  double low[D];
   int item = -1;
   const auto give = [&] {
-    for (int a = 0; a < D && item >= 0; ++a) atomicMin(&low[item * D + a], ordered(lowest[a]));
+    for (int a = 0; a < D && item >= 0; ++a) atomicMin(&lowest[item * D + a], ordered(low[a]));
   };
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     const int its = item_of(splits, num_items, i);
     if (its != item) {
       give();
       item = its;
-      for (int a = 0; a < D; ++a) lowest[a] = __longlong_as_double(0x7ff0000000000000);  // infinity
+      for (int a = 0; a < D; ++a) low[a] = __longlong_as_double(0x7ff0000000000000);  // infinity
     }
     for (int a = 0; a < D; ++a) {
       const T x = points[i * D + a];
       if (!(x - x == 0)) atomicOr(problems, unsigned(not_finite));
-      const double voxel = double(voxel_index(x, origin[a], voxel_size[a]));
-      if (voxel < lowest[a]) lowest[a] = voxel;
+      if (double(x) < low[a]) low[a] = double(x);
     }
   }
   give();
 }
 
-// keys[i] = Morton key of the voxel of point i, from its item's lowest
+// keys[i] = Morton key of the voxel of point i, from its item's lowest: difference, division and floor keep order, so
+// that is the voxel of the lowest coordinates
 extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
-                                      const T* origin, const T* voxel_size, const unsigned long long* low,
-                                      int64_t* keys, unsigned* problems) {
+                                      const T* origins, int num_origins, const T* voxel_size,
+                                      const unsigned long long* lowest, int64_t* keys, unsigned* problems) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     const int item = item_of(splits, num_items, i);
     uint64_t key = 0;
     for (int a = 0; a < D; ++a) {
-      const double voxel = double(voxel_index(points[i * D + a], origin[a], voxel_size[a]));
-      const double from_low = voxel - from_ordered(low[item * D + a]);
+      const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
+      const T low = voxel_index(T(from_ordered(lowest[item * D + a])), origin, voxel_size[a]);
+      const double from_low = double(voxel_index(points[i * D + a], origin, voxel_size[a])) - double(low);
       if (from_low < double(1 << most_axis_bits))
         key |= spread(uint64_t(from_low)) << a;
       else
@@ -148,14 +156,17 @@ extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_
 }
 
 // Voxels' centres, unless `centers` is not wanted, and the point nearest to each, the first of equals.
-extern "C" __global__ void use_centers(const T* points, const int64_t* order, const int64_t* begins, int64_t num_voxels,
-                                       const T* origin, const T* voxel_size, int wants_centers, T* centers,
-                                       int wants_nearest, int32_t* nearest) {
+extern "C" __global__ void use_centers(const T* points, const int64_t* splits, int num_items, const int64_t* order,
+                                       const int64_t* begins, int64_t num_voxels, const T* origins, int num_origins,
+                                       const T* voxel_size, const unsigned long long* lowest, int wants_centers,
+                                       T* centers, int wants_nearest, int32_t* nearest) {
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
+    const int item = item_of(splits, num_items, order[begins[v]]);
     double center[D];
     for (int a = 0; a < D; ++a) {
-      const T index = voxel_index(points[order[begins[v]] * D + a], origin[a], voxel_size[a]);
-      center[a] = voxel_center(index, origin[a], voxel_size[a]);
+      const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
+      const T index = voxel_index(points[order[begins[v]] * D + a], origin, voxel_size[a]);
+      center[a] = voxel_center(index, origin, voxel_size[a]);
       if (wants_centers) centers[v * D + a] = T(center[a]);
     }
     if (!wants_nearest) continue;

@@ -7,17 +7,29 @@
 namespace kp {
 namespace {
 
+template <class T>
+KP_HD T rounded_down(T x) {
+#ifdef __CUDACC__
+  return floor(x);
+#else
+  if constexpr (sizeof(T) == 4)
+    return __builtin_floorf(x);
+  else
+    return __builtin_floor(x);
+#endif
+}
+
 // True division and floor in the geometry dtype. Without an origin (0) the difference is the coordinate itself.
 template <class T>
 KP_HD T voxel_index(T coordinate, T origin, T voxel_size) {
-#ifdef __CUDACC__
-  return floor((coordinate - origin) / voxel_size);
-#else
-  if constexpr (sizeof(T) == 4)
-    return __builtin_floorf((coordinate - origin) / voxel_size);
-  else
-    return __builtin_floor((coordinate - origin) / voxel_size);
-#endif
+  return rounded_down((coordinate - origin) / voxel_size);
+}
+
+// Along an axis, from the lowest coordinate of an item. The published code multiplies by the reciprocal here and
+// divides in voxel_index, so on a lattice the lowest point may lie below the origin by a rounding, in voxel -1.
+template <class T>
+KP_HD T published_origin(T lowest, T voxel_size) {
+  return rounded_down(lowest * (T(1) / voxel_size)) * voxel_size;
 }
 
 // In float64 whatever the geometry dtype: at a kilometre in voxels of 2 cm a float32 centre would be 0.3 % of a voxel

@@ -149,10 +149,17 @@ def grid_subsample(num, geometry, features):
     }
 
 
+def origin_of_item(arguments):
+    return {"origin": np.full((1, 3), 0.1, arguments["points"].dtype), "feature": "nearest"}
+
+
 # name: (arguments from a number of points and the dtypes of geometry and features, options to try, or what makes them
 # from the arguments)
 CALLS = {
-    "grid_subsample": (grid_subsample, [{}, {"feature": "max"}, {"feature": "nearest"}]),
+    "grid_subsample": (
+        grid_subsample,
+        [{}, {"feature": "max"}, {"feature": "nearest"}, {"origin": "published"}, origin_of_item],
+    ),
     "kpconv": (
         kpconv,
         [{}, {"influence": "gaussian", "normalization": "count"}, {"aggregation": "closest"}, deformed, depthwise],

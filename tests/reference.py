@@ -153,6 +153,16 @@ def exact_means(values, members):
     return np.array(rows).reshape(len(members), values.shape[1])
 
 
+def published_origins(points, voxel_size, row_splits):
+    """(B, D) corners of grids as the published code has them, one rounding per operation; 0 for an empty item."""
+    size, one = np.asarray(voxel_size, points.dtype), points.dtype.type(1)
+    origins = np.zeros((len(row_splits) - 1, points.shape[1]), points.dtype)
+    for item, (first, last) in enumerate(itertools.pairwise(row_splits)):
+        if last > first:
+            origins[item] = np.floor(points[first:last].min(0) * (one / size)) * size
+    return origins
+
+
 def grid_subsample(
     points,
     voxel_size,
@@ -169,9 +179,12 @@ def grid_subsample(
     And what the gradient needs: `nearest`, each voxel's point nearest the centre, and `largest` (V, C), the point that
     has the maximum of a channel, the first of equals and NaN above all.
     """
-    size, origin = np.asarray(voxel_size, points.dtype), np.asarray(origin, points.dtype)
+    size, row_splits = np.asarray(voxel_size, points.dtype), splits_or_whole(row_splits, len(points))
+    if isinstance(origin, str):
+        origin = published_origins(points, voxel_size, row_splits)
+    origin = np.asarray(origin, points.dtype)
+    origin = np.repeat(origin, np.diff(row_splits), 0) if origin.ndim == 2 else np.broadcast_to(origin, points.shape)
     cells, inverse, out_splits = np.floor((points - origin) / size), np.empty(len(points), int), [0]
-    row_splits = splits_or_whole(row_splits, len(points))
     for first, last in itertools.pairwise(row_splits):
         of_item = cells[first:last]
         found, cell_of_point = np.unique(of_item - of_item.min(0, initial=np.inf), axis=0, return_inverse=True)
@@ -181,7 +194,7 @@ def grid_subsample(
     counts = np.bincount(inverse, minlength=out_splits[-1])
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
     firsts = np.array([m[0] for m in members], int)
-    centers = (cells[firsts].astype(np.float64) + 0.5) * size.astype(np.float64) + origin.astype(np.float64)
+    centers = (cells[firsts].astype(np.float64) + 0.5) * size.astype(np.float64) + origin[firsts].astype(np.float64)
     squared = [
         squared_distances(points[m].astype(np.float64), center[None])[0]
         for m, center in zip(members, centers, strict=True)

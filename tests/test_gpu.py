@@ -390,6 +390,30 @@ def test_grid_subsample_of_nasty_clouds(name, dim, dtype):
           origin=0.25)  # fmt: skip
     check(kp.grid_subsample, points, 2 * radius, features=features, feature="nearest", position="nearest",
           labels=labels.astype(np.int64) - 1, ignore_label=1, row_splits=np.array([0, n // 3, n // 3, n]))  # fmt: skip
+    for origin in ("published", rng.normal(size=(3, dim)).astype(dtype)):
+        check(kp.grid_subsample, points, 2 * radius, features=features, feature="nearest", position="center",
+              origin=origin, row_splits=np.array([0, n // 3, n // 3, n]))  # fmt: skip
+
+
+@types
+def test_origins_on_a_lattice(dtype, dim):
+    # Where a fused or an inexact operation would move points to the next voxel.
+    rng = np.random.default_rng(0)
+    points = (np.array([0.3, -0.3, 12.7])[:, None, None] + rng.integers(0, 20, (3, 50, dim)) * 0.0125).astype(dtype)
+    more = {"row_splits": np.array([0, 50, 100, 150]), "position": "nearest"}
+    for multiple in (1, 2, 4, 0.5):
+        check(kp.grid_subsample, points.reshape(-1, dim), 0.0125 * multiple, origin="published", **more)
+        check(kp.grid_subsample, points.reshape(-1, dim), 0.0125 * multiple, origin=points.min(1), **more)
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e38])
+def test_origins_that_are_no_corners(bad):
+    origin = np.zeros((3, 3), np.float32)
+    origin[0] = np.nan  # of an item without points
+    origin[2, 1] = bad
+    points = clouds.uniform(50)[0]
+    check(kp.grid_subsample, points, 0.1, origin=origin, row_splits=np.array([0, 0, 20, 50]))
+    check(kp.grid_subsample, points, 0.1, origin=origin[:2], row_splits=np.array([0, 0, 20, 50]))
 
 
 def test_more_voxels_than_can_be_numbered():
@@ -423,11 +447,11 @@ def test_farthest_points_of_nasty_clouds(name, dim, dtype):
 
 
 @pytest.mark.parametrize("limits", [None, (9, 12, 5)])
-@pytest.mark.parametrize("subsampled", [False, True])
-def test_pyramids(subsampled, limits):
+@pytest.mark.parametrize(("subsampled", "origin"), [(False, 0), (True, 0), (False, "published")])
+def test_pyramids(subsampled, origin, limits):
     points, _ = clouds.uniform(400)
     rng, splits = np.random.default_rng(0), np.array([0, 150, 150, 400])
-    settings = {"voxel_size": 0.08, "num_levels": 3, "subsampled": subsampled, "deform_levels": (1,)}
+    settings = {"voxel_size": 0.08, "num_levels": 3, "origin": origin, "subsampled": subsampled, "deform_levels": (1,)}
     more = {"features": rng.random((400, 2)).astype(np.float32), "labels": rng.integers(0, 5, 400)}
     counts = fake_cupy.counts
     on_device = to_device({"points": points, "row_splits": splits, **more})
@@ -439,7 +463,7 @@ def test_pyramids(subsampled, limits):
     for a, b in zip(got, expected, strict=True):
         assert_equal(tuple(a), tuple(b))
     if limits is None and not subsampled:
-        check(lambda p: kp.calibrate_neighbor_limits([p], voxel_size=0.08, num_levels=3), points)
+        check(lambda p: kp.calibrate_neighbor_limits([p], voxel_size=0.08, num_levels=3, origin=origin), points)
 
 
 # ---- kpconv
@@ -856,7 +880,7 @@ def test_features_of_16_bits(variant, dtype, tolerance):
     dtype = halves(dtype)
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
-    kinds -= {"points", "queries", "kernel_points", "offsets"}
+    kinds -= {"points", "queries", "kernel_points", "offsets", "origin"}
     small = {name: arguments[name].astype(dtype) for name in kinds}
     rounded = arguments | {name: a.astype(np.float32) for name, a in small.items()}
     names = ops.diff(op, arguments)

@@ -297,7 +297,13 @@ def test_searches_are_those_of_kpcore(x64):
     sub, expected = kpj.grid_subsample(given, 0.1), kp.grid_subsample(points, 0.1)
     assert_same_bits(np.asarray(sub.points), expected.points)
     assert isinstance(sub.counts, jax.Array) and sub.features is None
-    levels = kpj.build_pyramid(given, voxel_size=0.1, num_levels=3)
+    for origin in ("published", np.float32([[0.03, -0.1, 0.2]])):
+        expected = kp.grid_subsample(points, 0.1, origin=origin)
+        passed = origin if isinstance(origin, str) else jnp.asarray(origin)
+        assert_same_bits(np.asarray(kpj.grid_subsample(given, 0.1, origin=passed).points), expected.points)
+    levels = kpj.build_pyramid(given, voxel_size=0.1, num_levels=3, origin="published")
+    expected = kp.build_pyramid(points, voxel_size=0.1, num_levels=3, origin="published")
+    assert_same_bits(np.asarray(levels[1].points), expected[1].points)
     assert type(levels) is kp.Pyramid and isinstance(levels[1].points, jax.Array)
     with pytest.raises(TypeError, match="points: radius_search is not traced"):
         jax.jit(lambda p: kpj.radius_search(p, None, radius))(given)

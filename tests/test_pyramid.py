@@ -44,6 +44,7 @@ def test_the_published_pyramid(name, deform_levels):
         voxel_size=0.03,
         num_levels=4,
         subsampled=True,
+        origin="published",
         deform_levels=deform_levels,
         **SETTINGS,
     )
@@ -64,7 +65,8 @@ def test_the_published_pyramid(name, deform_levels):
         assert np.argsort(numbers[i + 1])[g[f"upsamples/{i}"][numbers[i], 0]].tolist() == nearest.tolist()
 
 
-def test_levels_are_the_functions_one_by_one():
+@pytest.mark.parametrize("origin", [0, "published"])
+def test_levels_are_the_functions_one_by_one(origin):
     points, _ = clouds.uniform(3000, dtype=np.float64)
     rng = np.random.default_rng(1)
     features, labels = rng.normal(size=(3000, 2)), rng.integers(0, 5, 3000)
@@ -72,11 +74,11 @@ def test_levels_are_the_functions_one_by_one():
     limits = [9, 20, 400]
     pyramid = kp.build_pyramid(
         points, voxel_size=0.06, num_levels=3, row_splits=splits, features=features, labels=labels,
-        neighbor_limits=limits, deform_levels=[1],
+        neighbor_limits=limits, deform_levels=[1], origin=origin,
     )  # fmt: skip
     assert len(pyramid) == 3
     for i, (level, radius) in enumerate(zip(pyramid, (2.5 * 0.06, 5 * 0.12, 2.5 * 0.24), strict=True)):
-        sub = kp.grid_subsample(points, 0.06 * 2**i, features=features, labels=labels, row_splits=splits)
+        sub = kp.grid_subsample(points, 0.06 * 2**i, features=features, labels=labels, row_splits=splits, origin=origin)
         points, features, labels, splits = sub[:4]
         for name in ("points", "features", "labels", "row_splits"):
             assert_same_bits(getattr(level, name), getattr(sub, name))
@@ -92,6 +94,50 @@ def test_levels_are_the_functions_one_by_one():
                 following.points, points, 1, points_row_splits=following.row_splits, queries_row_splits=splits
             )[0]
             reference.assert_rows(level.upsamples, nearest)
+
+
+def lattice():
+    """Two scans of a sensor's lattice, most of whose points lie on faces of voxels; float32."""
+    steps = np.random.default_rng(0).integers(0, 32, (2, 800, 3)) * 0.0125
+    return (np.array([0.3, -0.3])[:, None, None] + steps).astype(np.float32)
+
+
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_every_level_has_the_published_origin_of_its_points(subsampled):
+    scans, splits = lattice(), np.array([0, 800, 800, 1600])
+    settings = {"voxel_size": 0.025, "num_levels": 4, "row_splits": splits, "subsampled": subsampled}
+    pyramid = kp.build_pyramid(scans.reshape(-1, 3), origin="published", **settings)
+    at_zero = kp.build_pyramid(scans.reshape(-1, 3), **settings)
+    points = scans.reshape(-1, 3)
+    for number, level in enumerate(pyramid):
+        if number or not subsampled:
+            expected = reference.grid_subsample(points, 0.025 * 2**number, row_splits=splits, origin="published")
+            assert_same_bits(level.row_splits, expected["row_splits"])
+            reference.assert_close(level.points, expected["points"], 6e-8)
+        points, splits = level.points, level.row_splits
+    assert any(len(a.points) != len(b.points) for a, b in zip(pyramid, at_zero, strict=True))
+
+
+@pytest.mark.parametrize("origin", [0, 0.0, "published"])
+def test_limits_are_of_the_same_pyramid(origin):
+    scans = lattice()
+    limits = kp.calibrate_neighbor_limits(scans, voxel_size=0.025, num_levels=2, fraction=1.0, origin=origin)
+    counts = [
+        [level.neighbors.counts.max() for level in kp.build_pyramid(s, voxel_size=0.025, num_levels=2, origin=origin)]
+        for s in scans
+    ]
+    assert limits == np.max(counts, 0).tolist()
+    other = kp.calibrate_neighbor_limits(
+        scans, voxel_size=0.025, num_levels=2, fraction=1.0, origin=0 if origin else "published"
+    )
+    assert limits != other
+
+
+@pytest.mark.parametrize("origin", [0.1, None, "Published", (0, 0, 0), np.zeros((1, 3))])
+def test_origins_that_no_pyramid_has(origin):
+    for call in (kp.build_pyramid, lambda p, **more: kp.calibrate_neighbor_limits([p], **more)):
+        with pytest.raises(ValueError, match="origin: expected 0 or 'published', got "):
+            call(clouds.uniform(10)[0], voxel_size=0.1, num_levels=1, origin=origin)
 
 
 @pytest.mark.parametrize("name", ["empty", "one_point", "all_equal", "collinear", "cluster_and_outliers"])

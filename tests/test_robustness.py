@@ -263,8 +263,17 @@ CALLS = [
     ("grid_subsample", "ignore_label", lambda a: 2**63, ValueError, "beyond the dtype"),
     *[("grid_subsample", "voxel_size", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + BAD_PER_AXIS],
     *[("grid_subsample", "voxel_size", lambda a, v=v: v, ValueError, repr(v)) for v in ([1, 1, 0], (1, -1, 1))],
-    *[("grid_subsample", "origin", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS[2:] + BAD_PER_AXIS],
-    *[("grid_subsample", "origin", lambda a, v=v: v, ValueError, repr(v)) for v in (1e50, [0, -1e50, 0])],
+    *[
+        ("grid_subsample", "origin", lambda a, v=v: v, e, repr(v))
+        for v, e in BAD_NUMBERS[2:] + BAD_PER_AXIS
+        if not isinstance(v, str) and np.ndim(v) < 2
+    ],
+    *[
+        ("grid_subsample", "origin", lambda a, v=v: v, ValueError, repr(v))
+        for v in (1e50, [0, -1e50, 0], "1", "", np.ones((3, 3), np.float32), np.float32([[0, np.nan, 0]]))
+    ],
+    *[("grid_subsample", "origin", lambda a, v=v: v, TypeError, repr(v)) for v in ([[1, 1, 1]] * 3, np.ones((1, 3)))],
+    *[("build_pyramid", "origin", lambda a, v=v: v, ValueError, repr(v)) for v in (1, "1", None, (0, 0, 0))],
     *[
         ("grid_subsample", option, lambda a, v=v: v, ValueError, repr(v))
         for option in ("position", "feature")

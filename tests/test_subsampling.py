@@ -1,6 +1,8 @@
 """grid_subsample. All but means are compared exactly: voxels, their order, labels, centres, nearest points, maxima."""
 
 import itertools
+import re
+from pathlib import Path
 
 import clouds
 import numpy as np
@@ -122,13 +124,16 @@ def test_any_cloud_any_options(data):
     )
     optional |= {"row_splits": data.draw(clouds.row_splits_of(len(points)))}
     options = {name: value for name, value in optional.items() if data.draw(st.booleans())}
+    row_splits = options.get("row_splits", np.array([0, len(points)]))
     if "labels" in options:
         options["ignore_label"] = data.draw(st.none() | st.integers(0, 5))
     voxel_size = data.draw(st.sampled_from(VOXELS[name]))
     per_axis = st.lists(st.sampled_from([1, 1.5, 2.7]), min_size=points.shape[1], max_size=points.shape[1])
     sizes = [voxel_size * factor for factor in data.draw(per_axis)]
+    of_items = np.random.default_rng(seed).integers(-3, 4, (len(row_splits) - 1, points.shape[1])) * voxel_size * 0.3
+    origins = [0, 0.3 * voxel_size, [-7 * size for size in sizes], "published", of_items.astype(points.dtype)]
     options |= {
-        "origin": data.draw(st.sampled_from([0, 0.3 * voxel_size, [-7 * size for size in sizes]])),
+        "origin": data.draw(st.sampled_from(origins)),
         "position": data.draw(st.sampled_from(POSITIONS)),
         "feature": data.draw(st.sampled_from(FEATURES)),
     }
@@ -311,6 +316,133 @@ def test_origin(dtype, origin, position):
     check_subsample(points, (0.1, 0.2, 0.3), origin=origin, position=position)
 
 
+LATTICES = {"float32": np.float32([0.3, -0.3, 12.7]), "float64": np.array([0.3, -0.3, 512345.7])}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("multiple", [1, 2, 4, 0.5])
+@pytest.mark.parametrize("dtype", LATTICES)
+def test_the_published_origin_on_lattices(dtype, multiple, position, isa):
+    # Most points lie on faces of voxels, where one rounding more or less moves them into the next.
+    rng = np.random.default_rng(0)
+    steps = rng.integers(0, 40, (3, 300, 3)).astype(dtype) * np.dtype(dtype).type(0.0125)
+    points = (LATTICES[dtype][:, None, None] + steps).astype(dtype).reshape(-1, 3)
+    splits = np.array([0, 0, 300, 600, 600, 900, 900])
+    options = attributes(900) | {"row_splits": splits, "position": position, "feature": "nearest"}
+    check_subsample(points, multiple * 0.0125, origin="published", **options)
+    assert not np.array_equal(
+        kp.grid_subsample(points, 0.0125 * multiple, origin="published", **options).inverse,
+        kp.grid_subsample(points, 0.0125 * multiple, **options).inverse,
+    )
+
+
+def test_the_lowest_point_may_lie_below_the_published_origin():
+    # In float32 0.45 times 20 is 9, and 9 times 0.05 is one step above 0.45.
+    lowest, voxel = np.float32(0.45), np.float32(0.05)
+    assert np.floor(lowest * (1 / voxel)) * voxel > lowest
+    points = np.stack([lowest + np.float32([0, 0.01, 0.06]), np.zeros(3, np.float32)], 1)
+    check_subsample(points, 0.05, origin="published")
+    assert kp.grid_subsample(points, 0.05, origin="published").inverse.tolist() == [0, 1, 2]
+
+
+@both_dims
+@both_dtypes
+@pytest.mark.parametrize("position", POSITIONS)
+def test_each_item_has_its_origin(position, dtype, dim):
+    # Items of a point, of none, and some longer than a block of the kernel.
+    row_splits = kp.row_splits([0, 130, 1, 1, 0, 200, 68, 0])
+    points = clouds.uniform(400, dim, dtype)[0]
+    origins = np.random.default_rng(0).normal(size=(8, dim)).astype(dtype)
+    origins[[0, 4, 7]] = np.nan  # of nothing
+    options = attributes(400) | {"row_splits": row_splits, "position": position, "feature": "nearest"}
+    check_subsample(points, 0.2, origin=origins, **options)
+    got = kp.grid_subsample(points, 0.2, origin=origins, position=position, row_splits=row_splits)
+    published = kp.grid_subsample(points, 0.2, origin="published", position=position, row_splits=row_splits)
+    for item, (first, last) in enumerate(itertools.pairwise(row_splits)):
+        if first == last:
+            continue
+        for whole, origin in ((got, origins[item].tolist()), (published, "published")):
+            alone = kp.grid_subsample(points[first:last], 0.2, origin=origin, position=position)
+            assert_same_bits(whole.points[slice(*whole.row_splits[item : item + 2])], alone.points)
+    assert np.isfinite(published.points).all()
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ("Published", "origin: expected 'published', got 'Published'"),
+        (np.zeros((2, 3)), "origin: expected (3, 3) to match points and row_splits, got (2, 3)"),
+        (np.zeros((3, 2)), "origin: expected (3, 3) to match points and row_splits, got (3, 2)"),
+        (
+            np.zeros((3, 3), np.float32),
+            "origin: expected float64 to match points, got float32; convert it with origin.astype(points.dtype)",
+        ),
+        ([[0.0] * 3] * 3, "origin[0]: expected a number, got list"),
+        (
+            np.array([[0, 0, 0], [np.inf, 0, 0], [0, np.nan, 0]]),
+            "origin: expected finite numbers, got [0.0, nan, 0.0] in row 2",
+        ),
+        (
+            np.array([[0, 0, 0], [0, 0, 0], [0, 0, 1e308]]),
+            "voxel_size: expected one that divides the points in float64, got 0.1 for coordinates of up to 1e+308 from "
+            "the origin",
+        ),
+    ],
+)
+def test_wrong_origins(origin, message):
+    points = np.zeros((4, 3))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        kp.grid_subsample(points, 0.1, row_splits=np.array([0, 2, 2, 4]), origin=origin)
+    assert str(caught.value) == message
+
+
+def test_errors_with_the_published_origin():
+    with pytest.raises(ValueError, match=re.escape("points: expected finite coordinates, got [nan, 0.0] in row 1")):
+        kp.grid_subsample(np.array([[0, 0], [np.nan, 0]]), 0.1, origin="published")
+    for far in (2.0**21, 1e300):
+        with pytest.raises(ValueError, match=re.escape("voxel_size: expected at most 2**21 voxels along an axis")):
+            kp.grid_subsample(np.array([[0, 0], [far, 0]]), 1.0, origin="published")
+    with pytest.raises(ValueError, match="voxel_size: expected one that divides the points in float32"):
+        kp.grid_subsample(np.float32([[1e38, 0]]), 1e-10, origin="published")
+
+
+@pytest.fixture(scope="module")
+def published_grids():
+    with np.load(Path(__file__).parent / "golden" / "published_grids.npz") as file:
+        return dict(file)
+
+
+CLOUDS = ["uniform", "room", "repeated", "lattice"]
+PUBLISHED_GRIDS = [f"{code}/{name}" for code in ("kpconv", "geotransformer", "kpconvx") for name in CLOUDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [(name, "published") for name in (*PUBLISHED_GRIDS, "kpconv/lattice_half", "kpconv/lattice_wide")]
+    # Easy-KPConv's grids begin at 0, but it multiplies by the reciprocal, which lattices would show.
+    + [(f"easykpconv/{name}", 0) for name in CLOUDS[:3]],
+)
+def test_the_voxels_of_published_code(published_grids, name, origin):
+    g = {key.removeprefix(f"{name}/"): value for key, value in published_grids.items() if key.startswith(f"{name}/")}
+    arrays = {key: g[key] for key in ("features", "labels") if key in g}
+    got = kp.grid_subsample(
+        g["points"], float(g["voxel_size"]), row_splits=kp.row_splits(g["lengths"]), origin=origin, **arrays
+    )
+    assert kp.lengths(got.row_splits).tolist() == g["out_lengths"].tolist()
+    for begin, end in itertools.pairwise(got.row_splits):
+        # Theirs come in another order, with sums in float32.
+        distance = np.abs(got.points[begin:end, None] - g["out_points"][None, begin:end]).max(-1)
+        theirs = distance.argmin(1) + begin
+        assert sorted(theirs) == [*range(begin, end)] and distance.min(1).max() < 2e-7
+        if arrays:
+            assert_close(got.features[begin:end], g["out_features"][theirs], 2e-7)
+            one = g["tie"][theirs, 0] == 0
+            assert got.labels[begin:end][one].tolist() == g["out_labels"][theirs, 0][one].tolist()
+        if "voxel_of_point" in g:
+            of_item = slice(*kp.row_splits(g["lengths"])[np.searchsorted(got.row_splits, begin, "right") - 1 :][:2])
+            assert theirs[got.inverse[of_item] - begin].tolist() == g["voxel_of_point"][of_item].tolist()
+
+
 def test_the_centre_is_that_of_the_grid():
     points = np.array([[0.1, 0.1, -0.1], [7.9, 0.1, 0.1]])
     got = kp.grid_subsample(points, (1, 2, 4), origin=(0, -1, 1), position="center")
@@ -454,14 +586,16 @@ def test_what_has_no_gradient_says_so(argument):
 
 @both_dtypes
 @pytest.mark.parametrize(("position", "feature"), list(zip(POSITIONS, FEATURES, strict=True)))
-@pytest.mark.parametrize("name", ["uniform", "lattice", "one_voxel"])
-def test_same_bits_with_any_instructions_and_threads(name, dtype, position, feature, isa, set_threads):
+@pytest.mark.parametrize(
+    ("name", "origin"), [("uniform", 0), ("lattice", 0), ("one_voxel", 0), ("uniform", "published")]
+)
+def test_same_bits_with_any_instructions_and_threads(name, origin, dtype, position, feature, isa, set_threads):
     points, voxel_size = {
         "uniform": (clouds.uniform(20_000, dtype=dtype)[0], 0.05),
         "lattice": (clouds.nasty("lattice_ties", dtype=dtype, num=8_000)[0], 0.3),
         "one_voxel": (clouds.uniform(20_000, dtype=dtype)[0], 2.0),
     }[name]
-    arrays = attributes(len(points)) | {"position": position, "feature": feature}
+    arrays = attributes(len(points)) | {"position": position, "feature": feature, "origin": origin}
     results = []
     for threads in (1, 2, 3):
         set_threads(threads)

@@ -560,6 +560,13 @@ def test_grid_subsample_keeps_the_gradient_of_features():
         if array is not None:
             assert_same_bits(got.detach().numpy(), array)
     assert kpt.grid_subsample(given["points"], 0.4).features is None
+    for origin in ("published", np.array([[0.03, -0.1, 0.2]])):
+        passed = origin if isinstance(origin, str) else torch.from_numpy(origin)
+        got = kpt.grid_subsample(given["points"], 0.4, origin=passed)
+        assert_same_bits(got.points.numpy(), kp.grid_subsample(arguments["points"], 0.4, origin=origin).points)
+    levels = kpt.build_pyramid(given["points"], voxel_size=0.4, num_levels=2, origin="published")
+    expected = kp.build_pyramid(arguments["points"], voxel_size=0.4, num_levels=2, origin="published")
+    assert_same_bits(levels[1].points.numpy(), expected[1].points)
     sub.features.sum().backward()
     first = torch.autograd.grad(
         kpt.grid_subsample(**given).features.square().sum(), given["features"], create_graph=True
