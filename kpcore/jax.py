@@ -70,6 +70,39 @@ jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 
 
+# ---- several devices
+
+
+def _varying(array):
+    """The axes of the mesh over which it differs from device to device, inside a shard_map that checks that."""
+    if not hasattr(jax, "typeof"):  # before JAX 0.6, whose shard_map refuses every FFI call unless told not to check
+        return frozenset()
+    kind = jax.typeof(array)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # since JAX 0.10, before
+
+
+def _unreduced(array):
+    """Whether it is still to be summed over devices: JAX keeps that in two places, depending on its version."""
+    kind = jax.typeof(array) if hasattr(jax, "typeof") else None
+    parts = getattr(getattr(kind, "sharding", None), "spec", None), getattr(kind, "manual_axis_type", None)
+    return any(getattr(part, "unreduced", None) for part in parts)
+
+
+def _made_varying(axes, array):
+    missing = tuple(sorted(axes - _varying(array), key=str))
+    if not missing:
+        return array
+    return jax.lax.pcast(array, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, missing)
+
+
+def _placed_like(primal, gradient):
+    """The gradient as the primal is divided among the devices of a mesh with Explicit axes."""
+    if not hasattr(jax.sharding, "reshard"):  # before JAX 0.7
+        return gradient
+    sharding = jax.typeof(primal).sharding
+    return gradient if jax.typeof(gradient).sharding == sharding else jax.sharding.reshard(gradient, sharding)
+
+
 # ---- the operators
 
 
@@ -97,9 +130,22 @@ def define(op, public):
                 arrays[name] = value
             else:
                 raise TypeError(f"{name}: expected kpcore.Neighbors, got {type(value).__name__}")
-        return _differentiable(_Call(op.name, tuple(settings)), arrays)
+        out = _called(_Call(op.name, tuple(settings)), arrays)
+        if op.record is None:
+            return out
+        others = {field: jax.lax.stop_gradient(a) for field, a in out._asdict().items() if field != op.field}
+        return out._replace(**others)
 
     return function
+
+
+# In a jit, because a shard_map that is not jitted refuses a custom_vjp with symbolic zeros.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _called(call, arrays):
+    # All arguments vary over the axes that any of them varies over: an argument that is made to do so gets the sum of
+    # the gradients on all devices, which its own rule could not know of.
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
+    return _differentiable(call, jax.tree.map(functools.partial(_made_varying, axes), arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,19 +172,22 @@ def _forward_rule(call, primals):
         ):
             raise TypeError(f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}")
     out, saved = _forward(call, arrays)
-    needs = dict.fromkeys(name for name in op.diff if arrays[name] is not None and primals[name].perturbed)
-    return out, (arrays, saved, needs)
+    needs = [arrays[name] is not None and primals[name].perturbed for name in op.diff]
+    # As the size of an empty array: of a function that is traced once and differentiated in several ways JAX keeps one
+    # structure of what is kept, that of the last way, and flags in it would be those of another gradient.
+    return out, (arrays, saved, jnp.empty((sum(need << bit for bit, need in enumerate(needs)), 0)))
 
 
 def _backward_rule(call, kept, grad):
-    op, (arrays, saved, needs) = OPS[call.op], kept
+    op, (arrays, saved, flags) = OPS[call.op], kept
+    needs = tuple(name for bit, name in enumerate(op.diff) if flags.shape[0] >> bit & 1)
     if op.field is not None:
         grad = getattr(grad, op.field)
     gradients = dict.fromkeys(arrays)
     if needs and not isinstance(grad, SymbolicZero):
-        needs = tuple(name for name in op.diff if name in needs)
         results = tuple((arrays[name].shape, arrays[name].dtype) for name in needs)
-        gradients.update(zip(needs, _ffi_call(call, needs, results, arrays, [*saved, grad]), strict=True))
+        found = _ffi_call(call, needs, results, arrays, [*saved, grad])
+        gradients.update({n: _placed_like(arrays[n], g) for n, g in zip(needs, found, strict=True)})
     return (gradients,)
 
 
@@ -162,7 +211,9 @@ def _ffi_call(call, what, results, arrays, more):
     absent = [name for name, value in arrays.items() if value is None]
     text = json.dumps([call.op, what, dict(call.settings) | dict.fromkeys(absent), lists, names])
     results = [jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype)) for shape, dtype in results]
-    return jax.ffi.ffi_call("kpcore", results, vmap_method="sequential")(*buffers, *more, call=text)
+    outputs = jax.ffi.ffi_call("kpcore", results, vmap_method="sequential")(*buffers, *more, call=text)
+    axes = frozenset().union(*map(_varying, [*buffers, *more]))  # which ffi_call drops since JAX 0.8
+    return [_made_varying(axes, output) for output in outputs]
 
 
 @_ffi_call.defjvp
@@ -174,6 +225,8 @@ def _checked(name, value, optional):
     if isinstance(value, (jax.Array, np.ndarray)) or (value is None and optional):
         if value is not None and value.dtype == np.float64 and not jax.config.jax_enable_x64:
             raise TypeError(f"{name}: expected float32, because jax_enable_x64 is off, got float64")
+        if isinstance(value, jax.Array) and _unreduced(value):
+            raise TypeError(f"{name}: expected an array, got a part of a sum over devices; sum it with jax.lax.psum")
         return value
     raise TypeError(f"{name}: expected a JAX or NumPy array{' or None' * optional}, got {type(value).__name__}")
 
@@ -365,6 +418,11 @@ _header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(
 _major, _minor = (int(re.search(rf"define XLA_FFI_API_{part} (\d+)", _header)[1]) for part in ("MAJOR", "MINOR"))
 if _major != 0:
     raise ImportError(f"kpcore.jax: expected a jaxlib with version 0 of XLA's FFI, got {_major}")
+if hasattr(jax, "typeof") and not any(hasattr(jax.typeof(0.0), name) for name in ("vma", "manual_axis_type")):
+    raise ImportError(
+        "kpcore.jax: expected a JAX whose types say over which axes of a mesh an array varies, as those of 0.6 to 0.10 "
+        f"do, got {jax.__version__}"
+    )
 for _platform, _handler in _handlers.items():
     _capsule = jax.ffi.pycapsule(ctypes.cast(_handler, ctypes.c_void_p).value)
     jax.ffi.register_ffi_target("kpcore", _capsule, platform=_platform)
@@ -380,11 +438,19 @@ def eager(public):
     @functools.wraps(public)
     def function(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
+        device = next(filter(None, map(_chosen_device, jax.tree.leaves(given.arguments))), None)
         for name, value in given.arguments.items():
             given.arguments[name] = _given(public.__name__, name, value)
-        return _returned(public(*given.args, **given.kwargs))
+        return _returned(public(*given.args, **given.kwargs), device)
 
     return function
+
+
+def _chosen_device(value):
+    """The device that an array was put on; None for others, which JAX moves to where they are used."""
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.committed:
+        return next(iter(value.devices())) if len(value.devices()) == 1 else None
+    return None
 
 
 class KDTree(kpcore.KDTree):
@@ -413,21 +479,26 @@ def _given(function, name, value):
     if isinstance(value, jax.Array):
         if any(device.platform != "cpu" for device in value.devices()):
             raise TypeError(f"{name}: expected an array on the CPU, got one on {value.device}; {_ELSEWHERE}")
+        if not value.is_fully_replicated:
+            raise TypeError(
+                f"{name}: {function} is not divided among devices; expected an array on one device, got parts on "
+                f"{len(value.devices())}"
+            )
         array = np.asarray(value)
         return array.astype(np.int64) if name.endswith("row_splits") and array.dtype == np.int32 else array
     return value
 
 
-def _returned(value):
+def _returned(value, device):
     if isinstance(value, np.ndarray):
         if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
             narrow = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
             if value.dtype.kind == "f" or np.any(narrow != value):
                 raise TypeError(f"expected a result without {value.dtype}, because jax_enable_x64 is off")
             value = narrow
-        return jnp.asarray(value)
+        return jnp.asarray(value) if device is None else jax.device_put(value, device)
     if isinstance(value, tuple):
-        values = map(_returned, value)
+        values = [_returned(v, device) for v in value]
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return value
 

@@ -99,3 +99,74 @@ def test_the_tape_learns(case, curve):
 @pytest.mark.parametrize("framework", [by_torch, by_jax])
 def test_the_curve_of_the_tape(case, curve, framework):
     np.testing.assert_allclose(framework(*case), curve, rtol=1e-8)
+
+
+# ---- running statistics
+
+
+def two_passes(F, scale, first, second, running):
+    """The statistics of one pass go into the next, within one loss."""
+    shift = 0 * running[0]
+    one = F.batch_norm(first, scale, shift, *running)
+    two = F.batch_norm(second, scale, shift, one.running_mean, one.running_var)
+    return F.add(F.segment_reduce(one.features, None, "sum"), F.segment_reduce(two.features, None, "max")), two
+
+
+def passes_by_the_tape(scale, *arrays):
+    scale = kp.autodiff.Tensor(scale)
+    out, last = two_passes(kp, scale, arrays[0], arrays[1], arrays[2:])
+    out.backward(np.ones((1, 4), np.float32))
+    return scale.grad, last.running_mean, last.running_var
+
+
+def passes_by_torch(scale, *arrays):
+    torch = pytest.importorskip("torch")
+    scale, arrays = torch.tensor(scale, requires_grad=True), list(map(torch.tensor, arrays))
+    out, last = two_passes(kp.torch, scale, arrays[0], arrays[1], arrays[2:])
+    out.sum().backward()
+    assert not last.running_mean.requires_grad
+    return scale.grad.numpy(), last.running_mean.numpy(), last.running_var.numpy()
+
+
+def passes_by_jax(scale, *arrays):
+    jax = pytest.importorskip("jax")
+
+    def loss(scale):
+        out, last = two_passes(kp.jax, scale, arrays[0], arrays[1], arrays[2:])
+        return out.sum(), last[1:]
+
+    gradient, statistics = jax.jit(jax.grad(loss, has_aux=True))(scale)
+    assert not np.any(jax.grad(lambda scale: sum(map(sum, loss(scale)[1])))(scale))
+    return map(np.asarray, (gradient, *statistics))
+
+
+def passes_by_a_scan(scale, *arrays):
+    """With `lax.scan` over the clouds, which takes a sum of both."""
+    jax = pytest.importorskip("jax")
+
+    def loss(scale):
+        def step(running, x):
+            out = kp.jax.batch_norm(x, scale, 0 * scale, *running)
+            return tuple(out[1:]), (out.features.sum(), out.features.max(0).sum())
+
+        running, (sums, most) = jax.lax.scan(step, arrays[2:], np.stack(arrays[:2]))
+        return sums[0] + most[1], running
+
+    gradient, statistics = jax.grad(loss, has_aux=True)(scale)
+    return map(np.asarray, (gradient, *statistics))
+
+
+@pytest.mark.parametrize("framework", [passes_by_the_tape, passes_by_torch, passes_by_jax, passes_by_a_scan])
+def test_running_statistics_go_from_one_pass_to_the_next_in_one_loss(framework):
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(0.5, 2, 4).astype(np.float32)
+    first, second = rng.normal(2, 3, (2, 9, 4)).astype(np.float32)
+    gradient, mean, variance = framework(scale, first, second, np.zeros(4, np.float32), np.ones(4, np.float32))
+    momentum, whitened = 0.02, [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in (first, second)]
+    np.testing.assert_allclose(gradient, whitened[0].sum(0) + whitened[1].max(0), rtol=1e-4)
+    expected_mean, expected_variance = 0, 1
+    for x in first, second:
+        expected_mean = (1 - momentum) * expected_mean + momentum * x.mean(0)
+        expected_variance = (1 - momentum) * expected_variance + momentum * x.var(0, ddof=1)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
+    np.testing.assert_allclose(variance, expected_variance, rtol=1e-5)

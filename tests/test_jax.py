@@ -1,8 +1,13 @@
 """kpcore.jax: every operator of the table under jit, grad and vmap; the rest outside of them."""
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import clouds
 import numpy as np
@@ -16,6 +21,7 @@ import kpcore as kp
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import jax_devices  # noqa: E402
 
 import kpcore.jax as kpj  # noqa: E402
 from kpcore.ops import OPS  # noqa: E402
@@ -99,6 +105,24 @@ def test_only_what_is_needed_is_computed(variant, monkeypatch):
         jax.jit(jax.grad(lambda x, fn=fn: fn(x).sum()))(given[name]).block_until_ready()
         assert asked == [{name}]
     kpj._decoded.cache_clear()
+
+
+@pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
+@pytest.mark.parametrize("inline", [True, False])
+def test_one_trace_differentiated_in_several_ways(inline):
+    """In all arguments at once, in each, and in all again: what is needed is not that of the time before."""
+    op, arguments = ops.call("fitting_loss-0", 24, np.float32, np.float32)
+    names = ops.diff(op, arguments)
+    traced = jax.jit(function(op, of_jax(arguments), names), inline=inline)
+    expected = dict(zip(names, ops.vjp(op, arguments, names)[1](np.ones((), np.float32)), strict=True))
+    for wanted in (names, *([name] for name in names), names):
+
+        def fn(*values, wanted=wanted):
+            return traced(*[(arguments | dict(zip(wanted, values, strict=True)))[name] for name in names])
+
+        got = jax.vjp(fn, *(arguments[name] for name in wanted))[1](jnp.ones(()))
+        for name, gradient in zip(wanted, got, strict=True):
+            assert_same_bits(np.asarray(gradient), expected[name])
 
 
 @pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
@@ -235,6 +259,29 @@ def test_more_pairs_than_32_bits_need_x64(x64):
     else:
         with pytest.raises(ValueError, match="neighbors"):
             jax.tree.flatten(many)
+
+
+# ---- several devices
+
+
+@pytest.fixture(scope="module")
+def on_four_devices(tmp_path_factory):
+    """What went wrong in a process that has them, by case."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "jax_devices.py"],
+        cwd=tmp_path_factory.mktemp("devices"),
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={jax_devices.DEVICES}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
+@pytest.mark.parametrize("case", [case.__name__ for case in jax_devices.CASES])
+def test_several_devices(case, on_four_devices):
+    assert case not in on_four_devices, on_four_devices[case]
 
 
 # ---- what it is made of
