@@ -1230,6 +1230,22 @@ def xla_arrays(size_t address, dict dtypes, bint writeable):
     return arrays
 
 
+def array_at(size_t address, shape, strides, cnp.dtype dtype, owner):
+    """The array in memory that `owner` keeps, for as long as the array is there; strides in numbers, not bytes."""
+    cdef cnp.npy_intp dims[32]
+    cdef cnp.npy_intp steps[32]
+    cdef int ndim = len(shape)
+    if ndim > 32:
+        raise ValueError(f"expected at most 32 axes, got {ndim}")
+    for axis in range(ndim):
+        dims[axis] = shape[axis]
+        steps[axis] = <cnp.npy_intp>strides[axis] * dtype.itemsize
+    array = cnp.PyArray_New(np.ndarray, ndim, dims, dtype.type_num, steps, <void*>address, 0,
+                            cnp.NPY_ARRAY_WRITEABLE, None)
+    cnp.set_array_base(array, owner)
+    return array
+
+
 def version():
     return c_version.decode()
 

@@ -158,18 +158,51 @@ def test_the_same_from_the_same_seed(make):
     assert torch.equal(copy(*inputs), first(*inputs))
 
 
-def test_reset(make):
-    layer = make()
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_reset(make, dtype):
+    """All that a layer holds, whatever its memory held before, is what a new one has that draws the same."""
+    layer = make(dtype)
     with torch.no_grad():
-        for p in layer.parameters():
-            p.fill_(7)
+        for state in layer.state_dict().values():
+            state.fill_(float("nan"))
+    torch.manual_seed(3)
     layer.reset_parameters()
-    for name, p in layer.named_parameters():
-        if torch.equal(before[name], before[name].flatten()[:1].expand(p.shape)):  # zeros, or ones
-            assert torch.equal(p, before[name]), name
-        else:
-            assert not torch.equal(p, before[name]) and abs(p).max() < 1, name
+    torch.manual_seed(3)
+    for name, state in make(dtype).state_dict().items():
+        assert torch.equal(layer.state_dict()[name], state), name
+
+
+def late(make):
+    """A module made without memory, which is then given some, as it comes; it draws no random numbers."""
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        module = make()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(state.is_meta for state in module.state_dict().values())
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for state in module.state_dict().values():
+            state.fill_(float("nan") if state.is_floating_point() else 99)
+    torch.manual_seed(3)
+    module.reset_parameters()
+    return module
+
+
+def test_without_memory_at_first(make):
+    module, inputs = late(make), case()
+    torch.manual_seed(3)
+    expected = make()
+    for name, state in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], state), name
+    assert torch.equal(module(*inputs), expected(*inputs))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_network_without_memory_at_first(seed):
+    net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
+    module, expected = late(lambda: kpt.Network(net, seed=seed)), kpt.Network(net, seed=seed)
+    for name, state in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], state), name
 
 
 def test_printed(make):

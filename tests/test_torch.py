@@ -72,6 +72,7 @@ LAYOUTS = {
     "every second": lambda t: t.repeat_interleave(2, 0)[::2],
     "within a larger one": lambda t: torch.nn.functional.pad(t, (1, 1))[..., 1:-1],
     "expanded": lambda t: t[:1].expand(t.shape),
+    "a negative view": lambda t: torch.complex(t, -t).conj().imag,
 }
 
 
@@ -81,14 +82,14 @@ def test_any_layout(variant, layout):
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     given = {name: LAYOUTS[layout](t) if name in names else t for name, t in tensors(arguments).items()}
-    arguments |= {name: given[name].contiguous().numpy() for name in names}
+    arguments |= {name: given[name].resolve_neg().contiguous().numpy() for name in names}
     out, pullback = ops.vjp(op, arguments, names)
     given |= {name: given[name].requires_grad_() for name in names}
     result = call(op, given)
     assert_same_bits(result.detach().numpy(), out)
     grad = LAYOUTS[layout](torch.from_numpy(ops.covector(out))) if out.ndim else torch.tensor(2.0, dtype=result.dtype)
     got = torch.autograd.grad(result, [given[name] for name in names], grad)
-    for g, expected in zip(got, pullback(grad.contiguous().numpy()), strict=True):
+    for g, expected in zip(got, pullback(grad.resolve_neg().contiguous().numpy()), strict=True):
         assert_same_bits(g.numpy(), expected)
 
 
@@ -181,6 +182,76 @@ def test_second_derivatives_are_an_error(variant):
     first = torch.autograd.grad(call(op, given).sum(), [given[name] for name in names], create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{op.name}: second derivatives"):
         sum(g.sum() for g in first).backward()
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_functions_that_make_gradients(variant):
+    """torch.func.grad_and_value and vjp, also nested, and under torch.autograd."""
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments)
+    covector = torch.from_numpy(ops.covector(call(op, given).numpy()))
+    expected = gradients(op, tensors(arguments, names), names, covector.numpy())
+
+    def fn(values):
+        return call(op, {**given, **values})
+
+    def loss(values):
+        return (fn(values) * covector).sum()
+
+    def same(found):
+        for name, gradient in zip(names, expected, strict=True):
+            assert_same_bits(found[name].detach().numpy(), gradient.numpy())
+
+    primals = {name: given[name] for name in names}
+    found, value = torch.func.grad_and_value(loss)(primals)
+    same(found)
+    assert torch.equal(value, loss(primals))
+    out, pullback = torch.func.vjp(fn, primals)
+    assert torch.equal(out, call(op, given))
+    same(pullback(covector)[0])
+    first, *rest = names
+    outer = {name: given[name].clone().requires_grad_() for name in rest}  # of an outer level, or of torch.autograd
+
+    def inner(values):
+        return torch.func.grad_and_value(lambda t: loss({first: t, **values}))(primals[first])[1]
+
+    if rest:
+        same({first: expected[0], **torch.func.grad(inner)({name: primals[name] for name in rest})})
+        inner(outer).backward()
+        same({first: expected[0], **{name: tensor.grad for name, tensor in outer.items()}})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by jvp itself
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_functions_that_are_not_there(variant):
+    op, arguments = ops.call(variant)
+    name = ops.diff(op, arguments)[0]
+    given = tensors(arguments)
+
+    def fn(value):
+        return call(op, {**given, name: value})
+
+    batch, leaf = torch.stack([given[name]] * 2), given[name].clone().requires_grad_()
+    out = fn(leaf)
+    with pytest.raises(NotImplementedError, match=rf"{op.name}: vmap .* kpcore\.torch"):
+        torch.func.vmap(fn)(batch)
+    with pytest.raises(NotImplementedError, match=rf"{op.name}: vmap .* kpcore\.torch"):
+        torch.func.vmap(torch.func.grad(lambda value: fn(value).sum()))(batch)
+    with pytest.raises(NotImplementedError, match=rf"{op.name}: forward-mode derivatives .* kpcore\.torch"):
+        torch.func.jvp(fn, (given[name],), (given[name],))
+    with pytest.raises(NotImplementedError, match=rf"{op.name}: second derivatives .* kpcore\.torch"):
+        torch.func.grad(lambda value: torch.func.grad(lambda v: fn(v).square().sum())(value).sum())(given[name])
+    with pytest.raises(NotImplementedError, match=rf"gradient of {op.name}: .* is_grads_batched"):
+        torch.autograd.grad(out, leaf, torch.stack([torch.ones_like(out)] * 2), is_grads_batched=True)
+
+
+def test_a_torch_operator_within_torch_func_says_what_to_call():
+    weights = torch.ones(2, 3)
+    with pytest.raises(
+        NotImplementedError, match=r"linear: expected a call of kpcore\.torch\.linear, .* got one of torch"
+    ):
+        torch.func.grad(lambda x: torch.ops.kpcore.linear(x, weights, None)[0].sum())(torch.ones(4, 2))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by make_dual itself
@@ -295,6 +366,36 @@ def test_memory_is_shared_in_both_directions(monkeypatch):
     assert seen["grad"].ctypes.data == grad.data_ptr() and seen["grad_x"].ctypes.data == grad_x.data_ptr()
 
 
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_memory_stays_resizable(variant):
+    """FSDP frees the memory of parameters between their uses, which torch refuses after tensor.numpy()."""
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in tensors(arguments).items()}
+    grad = torch.ones_like(call(op, given))
+    inputs = [given[name].requires_grad_() for name in names]
+    torch.autograd.grad(call(op, given), inputs, grad)
+    for tensor in (grad, *(t for t in given.values() if isinstance(t, torch.Tensor))):
+        tensor.detach().resize_(2 * tensor.numel())
+
+
+def test_memory_that_was_freed():
+    x = torch.rand(5, 3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^features: expected a tensor with memory, got \(5, 3\) in a storage of no"):
+        kpt.relu(x)
+    assert kpt.relu(torch.empty(0, 3)).shape == (0, 3)
+
+
+def test_memory_outlives_the_tensor_it_was_given_by():
+    import gc
+
+    array = kpt.ops.to_array("x", torch.full((1000, 1000), 7.0))  # of a size that the allocator gives back
+    gc.collect()
+    others = [torch.zeros(1000, 1000) for _ in range(5)]
+    assert (array == 7).all() and not others[0].any()
+
+
 def test_lists_share_memory():
     points = torch.rand(50, 3)
     neighbors = kpt.radius_search(points, None, 0.3)
@@ -323,6 +424,120 @@ def test_a_missing_gradient_names_operator_and_argument():
     missing = define(replace(COPY, name="missing", vjp=lambda *_: {}), scaled)
     with pytest.raises(NotImplementedError, match="x: missing"):
         missing(torch.ones(3, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (
+            lambda x: x.to_sparse(),
+            r"a dense tensor, got one of layout torch\.sparse_coo; convert it with X\.to_dense\(\)",
+        ),
+        (lambda x: x.to_sparse_csr(), r"a dense tensor, got one of layout torch\.sparse_csr; .* X\.to_dense\(\)"),
+        (lambda x: x.to_mkldnn(), r"a dense tensor, got one of layout torch\._mkldnn; convert it with X\.to_dense\(\)"),
+        (lambda x: torch.nested.nested_tensor([x, x]), r"a tensor of rows, got a nested one; .* torch\.cat\(X\.unbind"),
+        (
+            lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+            r"a tensor of rows, got a nested one; .* row_splits",
+        ),
+        (
+            lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+            r"float32 or float64, got quint8; convert it with X\.dequantize\(\)",
+        ),
+        (lambda x: x.to("meta"), r"a tensor on the CPU or a CUDA GPU, got one on meta; move it with X\.cpu\(\)"),
+        (lambda x: torch.complex(x, x).conj(), r"float32 or float64, got complex64; .* X\.to\(torch\.float32\)"),
+        (lambda x: x.to(torch.float16), r"float32 or float64, got float16; convert it with X\.to\(torch\.float32\)"),
+        (lambda x: x.to(torch.bfloat16), r"float32 or float64, got bfloat16; convert it with X\.to\(torch\.float32\)"),
+        (lambda x: x.to(torch.int16), r"float32 or float64, got int16; convert it with X\.to\(torch\.float32\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch's of what it deprecates itself
+def test_what_a_tensor_is_instead(make, error):
+    x = make(torch.ones(4, 3))
+    with pytest.raises(TypeError, match=f"^features: expected {error.replace('X', 'features')}"):
+        kpt.linear(x, torch.ones(3, 2))
+    with pytest.raises(TypeError, match=f"^points: expected {error.replace('X', 'points')}"):
+        kpt.radius_search(x, None, 1.0)
+
+
+def test_advice_is_about_tensors():
+    x = torch.ones(4, 3)
+    for call_of, error in (
+        (lambda: kpt.linear(x, x.T.double()), r"weights\.to\(features\.dtype\)"),
+        (lambda: kpt.softmax_cross_entropy(x, x[:, 0]), r"labels\.to\(torch\.uint8\)"),
+        (
+            lambda: kpt.gather(x, torch.ones(2, dtype=torch.int16)),
+            r"index: expected int32 or int64, .* index\.to\(torch",
+        ),
+        (lambda: kpt.grid_subsample(x.int(), 1.0), r"points\.to\(torch\.float32\)"),
+        (lambda: kpt.KDTree(x.int()), r"points\.to\(torch\.float32\)"),
+    ):
+        with pytest.raises(TypeError, match=error):
+            call_of()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("concatenate", [(4,), (9, 4)], r"first: expected \(N, C1\), got \(4,\)"),
+        ("linear", [(9,), (4, 3)], r"features: expected \(N, .*\), got \(9,\)"),
+        ("gather", [(9, 4), ()], r"index: expected \(M,\), got \(\)"),
+        ("batch_norm", [(9,), *[(9,)] * 4], r"features: expected \(N, .*\), got \(9,\)"),
+        ("segment_reduce", [(9,), None], r"features: expected \(N, C\), got \(9,\)"),
+    ],
+)
+def test_too_few_axes_under_the_compiler(name, arguments, error):
+    given = [None if shape is None else torch.zeros(shape) for shape in arguments]
+    if name == "gather":
+        given[1] = given[1].int()
+    function = getattr(kpt, name)
+    with pytest.raises(ValueError, match=f"^{error}"):
+        function(*given)
+    with pytest.raises(Exception, match=error):
+        torch.compile(function, fullgraph=True, backend="eager")(*given)
+
+
+def test_a_release_of_torch_that_changed_inside_is_named(python):
+    """Of all that is taken from inside of torch, what is missing."""
+    done = python(
+        "import ast, pathlib, torch, kpcore.torch.internals as internals\n"
+        "for node in ast.parse(pathlib.Path(internals.__file__).read_text()).body:\n"
+        "    if isinstance(node, ast.Try):\n"
+        "        names = [ast.unparse(n.value) for n in node.body if isinstance(n.value, ast.Attribute)]\n"
+        "import sys\n"
+        "for name in names:\n"
+        "    owner, _, last = name.rpartition('.')\n"
+        "    owner = eval(owner); kept = getattr(owner, last); delattr(owner, last)\n"
+        "    sys.modules.pop('kpcore.torch.internals', None)\n"
+        "    try: import kpcore.torch.internals\n"
+        "    except ImportError as error: print(last in str(error), error)\n"
+        "    setattr(owner, last, kept)\n"
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 12, done.stderr
+    assert all(line.startswith("True kpcore.torch: expected torch 2.6 to 2.13, got ") for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_who_listens():
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from kpcore.torch import internals
+
+    assert not internals.listening() and not internals.transforming()
+    for context in (
+        torch.autocast("cpu"), TorchDispatchMode(), TorchFunctionMode(), torch.profiler.profile(),
+        forward_ad.dual_level(), torch.device("cpu")
+    ):  # fmt: skip
+        with context:
+            assert internals.listening(), context
+        assert not internals.listening(), context
+    seen = []
+    torch.func.grad(lambda x: seen.append((internals.listening(), internals.transforming())) or x.sum())(torch.ones(2))
+    torch.jit.trace(lambda x: seen.append((internals.listening(), internals.transforming())) or x + 1, torch.ones(2))
+    assert seen[:2] == [(True, True), (True, False)]
+    assert not internals.listening() and not internals.transforming()
 
 
 def test_an_unknown_annotation_is_an_error():
@@ -490,6 +705,55 @@ def test_new_lists_do_not_recompile(transposed):
     assert counter.frame_count <= 2  # once for 50 points, once for any number
 
 
+class Counting:
+    """A compiler that counts its graphs."""
+
+    def __init__(self):
+        self.num_graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.num_graphs += 1
+        return graph.forward
+
+
+def test_new_seeds_do_not_recompile():
+    torch._dynamo.reset()
+    counting, x = Counting(), torch.rand(50, 4)
+    compiled = torch.compile(lambda x, seed: kpt.dropout(x, 0.5, seed), backend=counting, fullgraph=True)
+    for seed in (*range(2, 14), 2**62, torch.tensor(3), torch.tensor(4)):
+        assert torch.equal(compiled(x, seed), kpt.dropout(x, 0.5, int(seed)))
+    assert counting.num_graphs <= 3  # for the first seed, for any, and for tensors
+
+
+def test_a_compiled_network_drops_others_in_each_step():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = kp.nn.kpfcnn(1, 4, 0.15, levels=2, convs=2, width=8, dropout=0.5)
+    module, counting = kpt.Network(net), Counting()
+    levels = net.pyramid(torch.rand(300, 3), F=kpt)
+    x = torch.ones(len(levels[0].points), 1)
+    compiled = torch.compile(module, backend=counting, fullgraph=True)
+    outs = [compiled(levels, x)[0] for _ in range(10)]
+    assert counting.num_graphs == 1 and len({float(out.detach().sum()) for out in outs}) == 10
+    outs[-1].sum().backward()
+    module.eval()
+    assert torch.equal(module(levels, x)[0], module(levels, x)[0])
+
+
+def test_seeds_are_integers_or_tensors_of_one():
+    x = torch.rand(50, 4, requires_grad=True)
+    seed = torch.tensor(5)
+    out = kpt.dropout(x, 0.5, seed)
+    assert torch.equal(out, kpt.dropout(x, 0.5, 5))
+    with torch.no_grad():
+        seed.fill_(6)
+    out.sum().backward()
+    assert torch.equal(x.grad != 0, out != 0)
+    for wrong, got in ((torch.tensor(0.5), "Tensor"), (torch.ones(2, dtype=torch.int64), "Tensor"), (0.5, "float")):
+        with pytest.raises(TypeError, match=f"^seed: expected an integer, got {got}"):
+            kpt.dropout(x, 0.5, wrong)
+
+
 def test_exported():
     torch.manual_seed(0)
     net, case = Net().eval(), net_case(60)
@@ -571,7 +835,7 @@ def test_grid_subsample_keeps_the_gradient_of_features():
     first = torch.autograd.grad(
         kpt.grid_subsample(**given).features.square().sum(), given["features"], create_graph=True
     )
-    with pytest.raises(RuntimeError, match="twice"):
+    with pytest.raises(NotImplementedError, match="grid_subsample: second derivatives"):
         first[0].sum().backward()
 
 

@@ -7,11 +7,21 @@ import inspect
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 import kpcore
 from kpcore import _array
-from kpcore.torch.ops import checked, numpy_dtype, on_stream_of, to_array, to_tensor
+from kpcore.torch import internals
+from kpcore.torch.ops import (
+    NO_JVP,
+    NO_SECOND,
+    NO_VMAP,
+    checked,
+    numpy_dtype,
+    on_arrays,
+    on_stream_of,
+    to_array,
+    to_tensor,
+)
 
 
 def eager(public):
@@ -24,8 +34,8 @@ def eager(public):
 
         def computed():
             for name, value in given.arguments.items():
-                given.arguments[name] = _given(None, name, value)
-            return _returned(public(*given.args, **given.kwargs))
+                given.arguments[name] = _given(name, value)
+            return _returned(on_arrays(public, *given.args, **given.kwargs))
 
         return on_stream_of(_first_tensor(given.arguments), computed)
 
@@ -41,45 +51,87 @@ def differentiable(op, public):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
+        for name, value in arguments.items():
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                checked(op, name, value)
         tensors = [arguments[name] for name in op.diff]
 
         def computed():
-            given = {name: _given(op, name, value) for name, value in arguments.items()}
-            outs = []
-            differentiated = _Function.apply(op, given, outs, *tensors)
+            made = _Made()
+            differentiated = internals.apply(_Forward, op, arguments, made, *tensors)
             if op.field is None:
                 return differentiated
-            (out,) = outs
-            fields = {name: _returned(value) for name, value in out._asdict().items() if name != op.field}
-            return type(out)(**fields, **{op.field: differentiated})
+            fields = {name: _returned(value) for name, value in made.out._asdict().items() if name != op.field}
+            return type(made.out)(**fields, **{op.field: differentiated})
 
         return on_stream_of(_first_tensor(arguments), computed)
 
     return function
 
 
-class _Function(torch.autograd.Function):
+class _Made:
+    """What the forward pass of an operator leaves besides its differentiable result."""
+
+    __slots__ = ("arguments", "out", "saved")
+
+
+class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, arguments, outs, *tensors):
-        out, saved = op.forward(**arguments)
-        outs.append(out)
-        ctx.save_for_backward(*tensors)
-        ctx.op, ctx.arguments, ctx.saved = op, arguments, saved
-        out = out if op.field is None else getattr(out, op.field)
+    def forward(op, arguments, made, *tensors):
+        made.arguments = {
+            name: to_array(name, value) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        made.out, made.saved = on_arrays(op.forward, **made.arguments)
+        out = made.out if op.field is None else getattr(made.out, op.field)
         return None if out is None else to_tensor(out)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.op, arguments, ctx.made, *_ = inputs
+        ctx.save_for_backward(*[value for value in arguments.values() if isinstance(value, torch.Tensor)])
+
+    @staticmethod
     def backward(ctx, grad):
         ctx.saved_tensors  # noqa: B018 - raises if one of them was changed in place
-        needs = dict(zip(ctx.op.diff, ctx.needs_input_grad[3:], strict=True))
-        needed = frozenset(name for name, need in needs.items() if need)
+        needed = tuple(name for name, need in zip(ctx.op.diff, ctx.needs_input_grad[3:], strict=True) if need)
+        found = iter(internals.apply(_Backward, ctx.op, ctx.made, needed, grad))
+        return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
 
+    @staticmethod
+    def vmap(info, in_dims, op, *_):
+        raise NotImplementedError(f"{op.name}: {NO_VMAP}")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(op, made, needed, grad):
         def gradients():
-            found = ctx.op.gradients(ctx.arguments, ctx.saved, _array.contiguous(to_array("grad", grad)), needed)
-            return (None, None, None, *(to_tensor(found[name]) if need else None for name, need in needs.items()))
+            array = _array.contiguous(to_array(f"gradient of {op.name}", grad))
+            found = op.gradients(made.arguments, made.saved, array, frozenset(needed))
+            return tuple(to_tensor(found[name]) for name in needed)
 
         return on_stream_of(grad, gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.op.name}: {NO_SECOND}")
+
+    @staticmethod
+    def vmap(info, in_dims, op, *_):
+        raise NotImplementedError(f"{op.name}: {NO_VMAP}")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
 
 
 class KDTree(kpcore.KDTree):
@@ -106,13 +158,13 @@ def _first_tensor(arguments):
     return next((a for a in arguments.values() if isinstance(a, torch.Tensor)), None)
 
 
-def _given(op, name, value):
+def _given(name, value):
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        return to_array(name, checked(op, name, value))
+        return to_array(name, checked(None, name, value))
     if isinstance(value, torch.dtype):
         return numpy_dtype(name, value)
     if isinstance(value, dict):
-        return {key: _given(op, key, v) for key, v in value.items()}
+        return {key: _given(key, v) for key, v in value.items()}
     return value
 
 

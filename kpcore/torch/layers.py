@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from functools import partial
 
 import torch
 
@@ -69,15 +70,17 @@ class KPConv(torch.nn.Module):
         super().__init__()
         in_channels = _array.integer("in_channels", in_channels, 1)
         out_channels = _array.integer("out_channels", out_channels, 1)
-        points = _kernel_points(kernel_size, radius, rotate, dtype, dimension=dimension, fixed=fixed)
+        self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
+        points = self._draw(dtype)
         self.extent = extent
         self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
         self.register_buffer("kernel_points", points)
-        self.reset_parameters()
+        _uniform(self.weights)
 
     def reset_parameters(self):
-        """Draw the weights again."""
+        """Draw the weights again, and turn the kernel points again."""
+        _redraw(self)
         _uniform(self.weights)
 
     def extra_repr(self):
@@ -159,7 +162,8 @@ class DeformableKPConv(torch.nn.Module):
         super().__init__()
         in_channels = _array.integer("in_channels", in_channels, 1)
         out_channels = _array.integer("out_channels", out_channels, 1)
-        points = _kernel_points(kernel_size, radius, rotate, dtype, dimension=dimension, fixed=fixed)
+        self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
+        points = self._draw(dtype)
         self.extent, self.modulated = extent, modulated
         self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
@@ -171,10 +175,11 @@ class DeformableKPConv(torch.nn.Module):
         _uniform(self.weights)
 
     def reset_parameters(self):
-        """Draw all weights again, and set the bias to zero."""
-        _uniform(self.weights)
+        """Draw all weights again, turn the kernel points again, and set the bias to zero."""
+        _redraw(self)
         self.offset_conv.reset_parameters()
         torch.nn.init.zeros_(self.offset_bias)
+        _uniform(self.weights)
 
     def extra_repr(self):
         kernel_size, in_channels, out_channels = self.weights.shape
@@ -278,7 +283,9 @@ class KPConvX(torch.nn.Module):
                  rotate="vertical", dtype=None):  # fmt: skip
         super().__init__()
         channels = _array.integer("channels", channels, 1)
-        points = _kernel_points(shell_sizes, radius, rotate, dtype, dimension=dimension, fixed=fixed, method="shells")
+        self._draw = partial(_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
+                             method="shells")  # fmt: skip
+        points = self._draw(dtype)
         kernel_size, dtype = len(points), points.dtype
         self.extent, self.influence, self.attention_groups = extent, influence, attention_groups
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, channels))
@@ -301,11 +308,12 @@ class KPConvX(torch.nn.Module):
         _uniform(self.weights)
 
     def reset_parameters(self):
-        """Draw all weights again, and set what else is trained to how it begins."""
-        _uniform(self.weights)
+        """Draw all weights again, turn the kernel points again, and set what else is trained to how it begins."""
+        _redraw(self)
         if self.attention_groups is not None:
             for module in (*self.alpha_mlp[::3], *self.alpha_mlp[1], self.grpnorm):
                 module.reset_parameters()
+        _uniform(self.weights)
 
     def extra_repr(self):
         kernel_size, channels = self.weights.shape
@@ -358,14 +366,23 @@ class _Bias(torch.nn.Module):
 
 
 def _kernel_points(num, radius, rotate, dtype, dimension, **options):
-    """(K, D), turned at random by torch's generator."""
-    dtype = torch.get_default_dtype() if dtype is None else dtype
+    """(K, D), turned at random by torch's generator; on the device that torch makes tensors on."""
+    dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
     _array.choice("rotate", rotate, (None, "vertical", "full"))
-    if rotate is not None:
-        turn = _rotation(dimension, rotate, int(torch.randint(2**62, ())))
+    if rotate is not None and device.type != "meta":  # which draws nothing, as torch's own layers
+        turn = _rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
         points = points @ torch.from_numpy(turn).to(dtype)
-    return points
+    return points.to(device)
+
+
+@torch.no_grad()
+def _redraw(layer):
+    """Set the kernel points of a layer, whose memory may hold anything after `to_empty`."""
+    points = layer.kernel_points
+    if not points.is_meta:
+        with torch.device("cpu"):
+            points.copy_(layer._draw(torch.float64 if points.dtype == torch.float64 else torch.float32))
 
 
 def _uniform(weights):

@@ -39,20 +39,34 @@ class Network(torch.nn.Module):
         if params is None:
             params, state = expected
         check_values((params, state), expected)
-        self.net = net
+        self.net, self.seed = net, seed
         for name, value in params.items():
-            self._parent(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(torch.tensor(value)))
+            self._part(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(torch.tensor(value)))
         for name, value in state.items():
-            self._parent(name).register_buffer(name.rpartition(".")[2], torch.tensor(value))
+            self._part(name).register_buffer(name.rpartition(".")[2], torch.tensor(value))
+        self._places = [
+            {name: (self._part(name), name.rpartition(".")[2]) for name in names} for names in (params, state)
+        ]
 
-    def _parent(self, name):
+    def _part(self, name):
         """The module that a parameter belongs to, made where there is none."""
         module = self
         for part in name.split(".")[:-1]:
             if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
+                module.add_module(part, _Part())
             module = module._modules[part]
         return module
+
+    def _values(self):
+        """(params, state): tensors by name. Attributes of the parts: of a parametrised one that is what it computes."""
+        return [{name: getattr(*place) for name, place in places.items()} for places in self._places]
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Set parameters and buffers to those of ``net.init(seed)``."""
+        for values, new in zip(self._values(), self.net.init(self.seed), strict=True):
+            for name, value in values.items():
+                value.copy_(_spread(torch.from_numpy(new[name]), value))
 
     def extra_repr(self):
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
@@ -66,8 +80,8 @@ class Network(torch.nn.Module):
             ``net.pyramid(..., F=kpcore.torch)``.
         features : (N, num_features) tensor
         """
-        seed = int(torch.randint(2**62, ())) if self.net.dropout and self.training else None
-        params, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        seed = torch.randint(2**62, (), device="cpu") if self.net.dropout and self.training else None
+        params, buffers = self._values()
         # Copies: autograd keeps what an operator was given, and the statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
         result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
@@ -80,6 +94,27 @@ class Network(torch.nn.Module):
     def arrays(self):
         """(params, state): copies as NumPy arrays, for `kpcore.nn`, other frameworks and files."""
         return tuple(
-            {name: value.detach().cpu().numpy().copy() for name, value in values()}
-            for values in (self.named_parameters, self.named_buffers)
+            {name: value.detach().cpu().clone().numpy() for name, value in values.items()} for values in self._values()
         )
+
+
+class _Part(torch.nn.Module):
+    """Holds parameters under their names. A network is one function of all of them: no part is ever called."""
+
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Network: expected a call or a hook of the whole network, got one of a part, which holds parameters and "
+            "computes nothing; a parametrisation (torch.nn.utils.parametrize) is there"
+        )
+
+    register_forward_pre_hook = register_forward_hook = forward
+    register_full_backward_pre_hook = register_full_backward_hook = forward
+
+
+def _spread(tensor, like):
+    """A tensor as another one is spread over processes, if it is (fully_shard)."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)

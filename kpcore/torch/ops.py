@@ -9,31 +9,44 @@ can be traced too.
 from __future__ import annotations
 
 import functools
+import re
 from contextlib import contextmanager
 from itertools import compress
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
-from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from kpcore import _array, config, ops
+from kpcore import _array, _cpu, config, ops
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
+from kpcore.torch import internals
 
 _DTYPES = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.uint8: np.dtype(np.uint8),
-    torch.int32: np.dtype(np.int32),
-    torch.int64: np.dtype(np.int64),
-    torch.bool: np.dtype(np.bool_),
-}
+    getattr(torch, name): np.dtype(name)
+    for name in ("float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32",
+                 "int64")
+}  # fmt: skip
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
-_HALVES = (torch.float16, torch.bfloat16)  # on a GPU
-_HALVES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _LIBRARY = torch.library.Library("kpcore", "DEF")
+
+NO_SECOND = "second derivatives (double backward) are not there in kpcore.torch"
+NO_JVP = "forward-mode derivatives (jvp) are not there in kpcore.torch"
+NO_VMAP = "vmap is not there in kpcore.torch; call it for one item after the other"
+
+# Integers that differ from call to call, as the seed of dropout does, are tensors without axes to torch: a compiler
+# makes a program for each value of another integer. Tensors are taken too, since it can draw those itself.
+_SEEDS = ("seed",)
+
+# What an error about an array says to do, and what is to be done with a tensor.
+_ADVICE = (
+    (re.compile(r"(\w+)\.astype\(numpy\.(\w+)\)"), r"\1.to(torch.\2)"),
+    (re.compile(r"(\w+)\.astype\((\w+)\.dtype\)"), r"\1.to(\2.dtype)"),
+    (re.compile(r"cupy\.asnumpy\((\w+)\)"), r'\1.to("cpu")'),
+    (re.compile(r"cupy\.asarray\((\w+)\)"), r'\1.to("cuda")'),
+    (re.compile("NumPy array"), "tensor on the CPU"),
+    (re.compile("CuPy array"), "tensor on a GPU"),
+)
 
 # What a Neighbors is to torch: each argument of that kind becomes these of a torch operator.
 _PARTS = {
@@ -87,10 +100,33 @@ def to_array(name, tensor):
     """The array in the memory of a tensor: NumPy's, or CuPy's."""
     if on_gpu(tensor):
         return config.cupy().from_dlpack(tensor.detach())
+    dtype = _DTYPES.get(tensor.dtype) or numpy_dtype(name, tensor.dtype, tensor)
+    if tensor.is_neg():  # a negative view: its memory has the numbers of the other sign
+        tensor = tensor.resolve_neg()
+    # Not tensor.numpy(), after which torch refuses for ever to resize the storage, as FSDP does with parameters.
     try:
-        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
-    except TypeError:  # bfloat16 and others that NumPy lacks
-        raise _wrong_dtype(name, tensor.dtype) from None
+        address = tensor.data_ptr()
+    except RuntimeError:
+        raise NotImplementedError(
+            f"{name}: expected a tensor with memory, got one of is_grads_batched, vmap or a tracer, which are not "
+            "there in kpcore.torch"
+        ) from None
+    if not address and tensor.numel():
+        raise ValueError(f"{name}: expected a tensor with memory, got {tuple(tensor.shape)} in a storage of no bytes")
+    return _cpu.array_at(address, tensor.shape, tensor.stride(), dtype, tensor.untyped_storage())
+
+
+def on_arrays(function, *args, **kwargs):
+    """Its result; errors that say what to do with an array say what to do with the tensor it was."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        if error.args and isinstance(error.args[0], str):
+            message = error.args[0]
+            for pattern, advice in _ADVICE:
+                message = pattern.sub(advice, message)
+            error.args = (message, *error.args[1:])
+        raise
 
 
 def to_tensor(array):
@@ -103,28 +139,17 @@ def to_tensor(array):
 def numpy_dtype(name, dtype, tensor=None):
     if dtype in _DTYPES:
         return _DTYPES[dtype]
-    if tensor is not None and on_gpu(tensor) and dtype in _HALVES:
-        return _half(dtype)
-    raise _wrong_dtype(name, dtype)
+    if dtype == torch.bfloat16 and tensor is not None and on_gpu(tensor):
+        import ml_dtypes  # which CuPy needs for it
 
-
-def _half(dtype):
-    if dtype == torch.float16:
-        return np.dtype(np.float16)
-    import ml_dtypes  # which CuPy needs for it
-
-    return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(ml_dtypes.bfloat16)
+    convert = "dequantize()" if tensor is not None and tensor.is_quantized else "to(torch.float32)"
+    raise TypeError(f"{name}: expected float32 or float64, got {str(dtype)[6:]}; convert it with {name}.{convert}")
 
 
 def _torch_dtype(dtype):
     dtype = np.dtype(dtype)
-    return _HALVES_BY_NAME[dtype.name] if dtype.name in _HALVES_BY_NAME else _TORCH_DTYPES[dtype]
-
-
-def _wrong_dtype(name, dtype):
-    return TypeError(
-        f"{name}: expected float32 or float64, got {str(dtype)[6:]}; convert it with {name}.to(torch.float32)"
-    )
+    return torch.bfloat16 if dtype.name == "bfloat16" else _TORCH_DTYPES[dtype]
 
 
 def checked(op, name, value, optional=False):
@@ -134,6 +159,15 @@ def checked(op, name, value, optional=False):
             raise TypeError(
                 f"{name}: expected a tensor on the CPU or a CUDA GPU, got one on {value.device}; "
                 f"move it with {name}.cpu()"
+            )
+        if value.is_nested:
+            raise TypeError(
+                f"{name}: expected a tensor of rows, got a nested one; stack its items with "
+                f"torch.cat({name}.unbind()), and pass their bounds as row_splits"
+            )
+        if value.layout != torch.strided:
+            raise TypeError(
+                f"{name}: expected a dense tensor, got one of layout {value.layout}; convert it with {name}.to_dense()"
             )
         if value.requires_grad and op is not None and name not in op.diff and torch.is_grad_enabled():
             raise TypeError(
@@ -157,7 +191,7 @@ class _Arguments:
         self.rows, schema = [], []  # (name, kind, whether it may be None, where it begins)
         for name, (kind, optional) in ops.kinds(public).items():
             self.rows.append((name, kind, optional, len(schema)))
-            if kind == "Array":
+            if kind == "Array" or name in _SEEDS:
                 schema.append(f"Tensor{'?' * optional} {name}")
             elif kind == "Neighbors":
                 schema += [f"{part.rstrip('?')}{'?' * (optional or '?' in part)} {name}_{which}"
@@ -187,6 +221,10 @@ class _Arguments:
                 if not isinstance(value, Neighbors) or isinstance(value._index, torch.Tensor):
                     return None
                 others[name] = value
+            elif name in _SEEDS and isinstance(value, torch.Tensor):
+                if type(value) not in _PLAIN:
+                    return None
+                others[name] = _array.integer(name, checked(self.op, name, value), 0)
             else:
                 others[name] = ops.setting(name, kind, optional, value)
         return tensors, others
@@ -199,6 +237,10 @@ class _Arguments:
             value = bound[name]
             if kind == "Array":
                 flat.append(checked(self.op, name, value, optional))
+            elif name in _SEEDS:
+                if not isinstance(value, torch.Tensor):
+                    value = torch.full((), ops.setting(name, kind, optional, value), dtype=torch.int64, device="cpu")
+                flat.append(checked(self.op, name, value))
             elif kind != "Neighbors":
                 flat.append(ops.setting(name, kind, optional, value))
             elif isinstance(value, Neighbors):
@@ -257,6 +299,7 @@ def _as_tensor(array):
 def define(op, public):
     """Make the torch operators kpcore::<name> and kpcore::<name>_vjp; return the public function for tensors."""
     layout = _Arguments(op, public)
+    grad_name = f"gradient of {op.name}"
     num_outputs = 1 if op.record is None else len(op.record._fields)
     differentiable = 0 if op.record is None else op.record._fields.index(op.field)
 
@@ -265,7 +308,7 @@ def define(op, public):
         return on_stream_of(first, lambda: computed(layout.unflatten(flat, to_array)))
 
     def computed(given):
-        out, saved = op.forward(**given)
+        out, saved = on_arrays(op.forward, **given)
         return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
 
     def computed_of_tensors(tensors, others):
@@ -275,7 +318,11 @@ def define(op, public):
         return gradients(others | _arrays(tensors), saved, grad, needs)
 
     def forward_of_shapes(*flat):
-        shapes = op.result(**layout.unflatten(flat, _shaped))
+        try:
+            shapes = op.result(**layout.unflatten(flat, _shaped))
+        except IndexError:  # of an array with too few axes
+            on_arrays(op.forward, **layout.unflatten(flat, _zeros))
+            raise
         like = next(t for t in flat if isinstance(t, torch.Tensor))
         return [like.new_empty(shape, dtype=_torch_dtype(dtype)) for shape, dtype in shapes]
 
@@ -289,7 +336,7 @@ def define(op, public):
         return on_stream_of(grad, found)
 
     def gradients(given, saved, grad, needs):
-        grad = _array.contiguous(to_array("grad", grad))
+        grad = _array.contiguous(to_array(grad_name, grad))
         saved = tuple([to_array("saved", t) for t in saved])
         return _tensors(op.gradients(given, saved, grad, needs).values(), given, grad)
 
@@ -297,17 +344,21 @@ def define(op, public):
         needs = flat[-1]
         return [flat[at].new_empty(flat[at].shape) for at, need in zip(layout.diff, needs, strict=True) if need]
 
-    # Not torch.library.register_autograd: for operators that return lists it takes twice as long as all the rest.
-    # Only what may get a gradient is given to autograd as an input: each takes it a microsecond or two.
+    # Not torch.library.register_autograd: for operators that return lists it takes twice as long as all the rest, and
+    # torch.func cannot see through it. Only what may get a gradient is given to autograd as an input: each takes it a
+    # microsecond or two.
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, run, flat, *inputs):
-            outputs = run(*flat)
+        def forward(run, flat, *inputs):
+            return tuple(run(*flat))
+
+        @staticmethod
+        def setup_context(ctx, inputs, outputs):
+            flat = inputs[1]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*outputs[:differentiable], *outputs[differentiable + 1 :])
             ctx.save_for_backward(*[flat[i] for i in layout.tensors], *outputs[num_outputs:])
             ctx.others = [flat[i] for i in layout.others]
-            return tuple(outputs)
 
         @staticmethod
         def backward(ctx, *grads):
@@ -319,6 +370,9 @@ def define(op, public):
             flat = [stored[i] for i in layout.order]
             found = iter(vjp_operator(*flat, list(tensors[num_tensors:]), grad, list(needs)))
             return (None, None, *(next(found) if need else None for need in needs))
+
+        vmap = internals.refusal(f"{op.name}: {NO_VMAP}")
+        jvp = internals.refusal(f"{op.name}: {NO_JVP}")
 
     # The same where nobody listens: after the operator, which was called without torch, and with lists as they are.
     class Direct(torch.autograd.Function):
@@ -333,32 +387,39 @@ def define(op, public):
         def backward(ctx, grad):
             stored, others, needs = ctx.saved_tensors, ctx.others, set(compress(ctx.inputs, ctx.needs_input_grad[1:]))
             tensors, saved = dict(zip(ctx.names, stored)), stored[len(ctx.names) :]  # noqa: B905 - what was saved is left
-            if torch.is_grad_enabled() or type(grad) is not torch.Tensor or _listening():
+            if torch.is_grad_enabled() or type(grad) is not torch.Tensor or internals.listening():
                 flat = layout.flatten(others | tensors)
                 found = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
             else:
                 found = on_stream_of(grad, gradients_of_tensors, tensors, others, saved, grad, needs)
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                if not internals.keeps_graph():
                     ctx.others = None  # lists, as torch drops the tensors; a graph outlives its use
             found = iter(found)
             return (None, *[next(found) if name in needs else None for name in ctx.inputs])
 
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, run, *flat):
+        def forward(run, *flat):
             return tuple(run(*flat))
 
         @staticmethod
+        def setup_context(ctx, inputs, outputs):
+            pass
+
+        @staticmethod
         def backward(ctx, *grads):
-            raise NotImplementedError(f"{op.name}: second derivatives (double backward) are not there")
+            raise NotImplementedError(f"{op.name}: {NO_SECOND}")
+
+        vmap = internals.refusal(f"{op.name}: {NO_VMAP}")
+        jvp = internals.refusal(f"{op.name}: {NO_JVP}")
 
     def differentiated(run, flat):
-        return Forward.apply(run, flat, *[flat[i] for i in layout.diff])
+        return internals.apply(Forward, run, flat, *[flat[i] for i in layout.diff])
 
     operator = _register(op.name, layout.schema, forward, forward_of_shapes, differentiated)
 
     def differentiated_again(run, flat):
-        return Backward.apply(run, *flat)
+        return internals.apply(Backward, run, *flat)
 
     more = "Tensor[] saved, Tensor grad, bool[] needs"
     vjp_operator = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, differentiated_again)
@@ -366,7 +427,7 @@ def define(op, public):
     @functools.wraps(public)
     def function(*args, **kwargs):
         bound = layout.bind(args, kwargs)
-        split = None if _listening() else layout.split(bound)
+        split = None if internals.listening() else layout.split(bound)
         if split is None:
             outputs = operator(*layout.flatten(bound))
         else:
@@ -375,27 +436,10 @@ def define(op, public):
             inputs = tuple([name for name in op.diff if name in tensors and tensors[name].requires_grad])
             if inputs and torch.is_grad_enabled():
                 call = inputs, tensors, others, outputs
-                outputs[differentiable] = Direct.apply(call, *[tensors[name] for name in inputs])
+                outputs[differentiable] = internals.apply(Direct, call, *[tensors[name] for name in inputs])
         return outputs[0] if op.record is None else op.record(*outputs[:num_outputs])
 
     return function
-
-
-def _listening():
-    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, jvp, modes.
-
-    Where nobody is, it goes past torch's dispatcher, which takes some 10 µs to pass on so many arguments.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
 
 
 def _register(name, schema, kernel, kernel_of_shapes, differentiated):
@@ -403,17 +447,32 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
     operator = getattr(torch.ops.kpcore, name).default
 
     def below(*flat):
-        with torch._C._AutoDispatchBelowAutograd():
+        with internals.below_autograd():
             return operator(*flat)
 
+    def is_differentiated(flat):
+        return torch.is_grad_enabled() and internals.any_requires_grad(*flat)
+
     def autograd(*flat):
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(t).tangent is not None for t in flat if isinstance(t, torch.Tensor)
-        ):
-            raise NotImplementedError(f"{name}: forward-mode derivatives (jvp) are not there")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return list(differentiated(below, flat))
-        return below(*flat)
+        if internals.in_forward_mode(flat):
+            raise NotImplementedError(f"{name}: {NO_JVP}")
+        if not is_differentiated(flat):
+            return below(*flat)
+        if internals.transforming():
+            raise NotImplementedError(
+                f"{name}: expected a call of kpcore.torch.{name.removesuffix('_vjp')}, outside of torch.compile, in "
+                f"torch.func, got one of torch.ops.kpcore.{name}"
+            )
+        return list(differentiated(below, flat))
+
+    def vmapped(info, in_dims, *flat):
+        raise NotImplementedError(f"{name}: {NO_VMAP}")
+
+    def call(*flat):
+        # torch.func is told of a Function here, before torch's dispatcher, which hides it.
+        if not torch.compiler.is_compiling() and internals.transforming() and is_differentiated(flat):
+            return list(differentiated(operator, flat))
+        return operator(*flat)
 
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
@@ -421,11 +480,17 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
     torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"kpcore::{name}", device, torch.float32, lib=_LIBRARY)
-    return operator
+    torch.library.register_vmap(f"kpcore::{name}", vmapped, lib=_LIBRARY)
+    return call
 
 
 def _arrays(tensors):
     return {name: to_array(name, tensor) for name, tensor in tensors.items()}
+
+
+def _zeros(name, tensor):
+    """An array of the shape and dtype of a tensor that may have no memory."""
+    return np.broadcast_to(np.zeros((), numpy_dtype(name, tensor.dtype, tensor)), [int(size) for size in tensor.shape])
 
 
 def _shaped(name, tensor):
@@ -480,11 +545,11 @@ def _unflatten_neighbors(leaves, context):
 def _flatten_with_keys(neighbors):
     leaves, context = _flatten_neighbors(neighbors)
     names = "num_points", "index", "row_splits", "transposed_index", "transposed_row_splits"
-    return [(GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], context  # noqa: B905 - or without the last two
+    return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], context  # noqa: B905 - or without the last two
 
 
 # torch.export takes and gives nests of tensors and numbers.
-register_pytree_node(
+internals.register_pytree_node(
     Neighbors,
     _flatten_neighbors,
     _unflatten_neighbors,

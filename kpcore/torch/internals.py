@@ -1,0 +1,72 @@
+"""All that kpcore.torch takes from inside of torch, which any release of torch may change.
+
+torch's dispatcher takes some 10 µs to pass on as many arguments as an operator has, half of what that costs on ten
+points. So calls that nobody but autograd is to see go past it, and torch has no public way to ask who else listens.
+"""
+
+from operator import attrgetter
+
+import torch
+from torch.autograd import forward_ad
+
+try:
+    any_requires_grad = torch._C._any_requires_grad
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+    GetAttrKey = torch.utils._pytree.GetAttrKey
+    register_namedtuple = torch.utils._pytree._register_namedtuple
+    register_pytree_node = torch.utils._pytree.register_pytree_node
+    _autocast_is_on = torch._C._is_any_autocast_enabled
+    _num_dispatch_modes = torch._C._len_torch_dispatch_stack
+    _num_function_modes = torch._C._len_torch_function_stack
+    _transform_level = torch._C._functorch.maybe_current_level
+    _tracing_state = torch._C._get_tracing_state
+    _profiler_is_on = torch._C._autograd._profiler_enabled
+    _forward_level = attrgetter("_current_level")
+    _forward_level(forward_ad)
+except AttributeError as error:
+    raise ImportError(
+        f"kpcore.torch: expected torch 2.6 to 2.13, got {torch.__version__}, which has changed inside: {error}"
+    ) from error
+
+
+def listening():
+    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, jvp, modes."""
+    return (
+        torch.compiler.is_compiling()
+        or _autocast_is_on()
+        or _num_dispatch_modes() > 0
+        or _num_function_modes() > 0
+        or _transform_level() is not None
+        or _tracing_state() is not None
+        or _profiler_is_on()
+        or _forward_level(forward_ad) >= 0
+    )
+
+
+def transforming():
+    """Whether a call is within a transform of torch.func."""
+    return _transform_level() is not None
+
+
+def in_forward_mode(values):
+    """Whether one of the tensors among them carries a forward-mode derivative along."""
+    return _forward_level(forward_ad) >= 0 and any(
+        forward_ad.unpack_dual(value).tangent is not None for value in values if isinstance(value, torch.Tensor)
+    )
+
+
+def apply(function, *arguments):
+    """`function.apply`, which reads the signature of `forward` in each call, for arguments left out: some 15 µs."""
+    if transforming():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def refusal(message):
+    """The method of a torch.autograd.Function for what is not there."""
+
+    def refuse(*_):
+        raise NotImplementedError(message)
+
+    return staticmethod(refuse)
