@@ -16,15 +16,21 @@ KP_HD V squared_distance(const V* d, int dimension) {
   return sum;
 }
 
+// |x|, +0 for both zeros: distances are sorted by their bits, and those of -0 lie beyond all other numbers'.
+template <class V>
+KP_HD V absolute(V x) {
+  return x > 0 ? x : 0 - x;
+}
+
 // The distance, squared for L2: it orders as the distance does.
 template <Metric metric, class V>
 KP_HD V measure(const V* d, int dimension) {
   if constexpr (metric == Metric::l2) {
     return squared_distance(d, dimension);
   } else {
-    V result = d[0] < 0 ? -d[0] : d[0];
+    V result = absolute(d[0]);
     for (int a = 1; a < dimension; ++a) {
-      const V size = d[a] < 0 ? -d[a] : d[a];
+      const V size = absolute(d[a]);
       result = metric == Metric::l1 ? result + size : size > result ? size : result;
     }
     return result;

@@ -53,7 +53,7 @@ def searched(function, engines, points, queries, number, points_row_splits=None,
 def assert_found(neighbors, expected, points):
     rows, distances = expected
     assert_rows(neighbors, rows)
-    assert neighbors.distance.dtype == points.dtype
+    assert neighbors.distance.dtype == points.dtype and not np.signbit(neighbors.distance).any()
     np.testing.assert_array_max_ulp(neighbors.distance, np.concatenate([*distances, np.empty(0, points.dtype)]), 1)
     assert neighbors.num_points == len(points)
 
@@ -204,6 +204,19 @@ def test_any_dimension(dim, dtype, metric):
     for k in (1, 16):
         check_knn(points, None, k, metric=metric)
         check_knn(points, queries, k, metric=metric)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+@both_dtypes
+@metrics
+def test_zeros_of_either_sign_are_equal(metric, dtype, dim):
+    points = np.round(np.random.default_rng(dim).normal(size=(200, dim))).astype(dtype)  # -0.3 becomes -0.0
+    assert 0 < np.signbit(points[points == 0]).mean() < 1
+    for queries in (None, points[::5] + dtype(0), -points[::5]):
+        check_knn(points, queries, 9, metric=metric)
+        for most in (None, 1, 2, 9):
+            check_search(points, queries, 1.5, metric=metric, sort="distance", max_neighbors=most)
+            check_search(points, queries, 1.5, metric=metric, ignore_query_point=True, max_neighbors=most)
 
 
 # ---- the k nearest
