@@ -37,5 +37,17 @@ KP_HD V measure(const V* d, int dimension) {
   }
 }
 
+// Whether distances within a box of these sides tell points apart: the measure of its diagonal is zero, or a normal
+// number of the dtype. What overflows or vanishes would all be equally near. Only `is_bounded`, by a radius: what
+// overflows is beyond it, as it should be.
+template <Metric metric, class T>
+KP_HD bool is_measurable(const T* sides, int dimension, bool is_bounded) {
+  const T smallest = sizeof(T) == 4 ? T(1.17549435e-38f) : T(2.2250738585072014e-308);
+  bool is_place = true;
+  for (int a = 0; a < dimension; ++a) is_place = is_place && !(sides[a] > 0);  // of no points sides are -inf
+  const T measured = measure<metric>(sides, dimension);
+  return is_place || (measured >= smallest && (is_bounded || measured - measured == 0));
+}
+
 }  // namespace
 }  // namespace kp
