@@ -22,8 +22,9 @@ Decisions
     and agree between machines to 2e-5 (float32) or 1e-10 (float64) of the largest value.
 Edges
     Empty input, empty neighbourhoods and equal points have defined results. NaN or infinite coordinates are an error in
-    searches and subsampling; convolutions let NaN features through to the queries that see them. One call takes at most
-    2**31 - 1 points; pairs are counted in 64 bits.
+    searches and subsampling, and so are, where nearest points are sought, coordinates so large or close together that
+    distances overflow or vanish; convolutions let NaN features through to the queries that see them. One call takes at
+    most 2**31 - 1 points; pairs are counted in 64 bits.
 """
 
 import importlib

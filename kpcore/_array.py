@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import numbers
 import operator
@@ -162,12 +163,16 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
 def splits_array(name, value, rows, of, sizes, *, known=False):
     """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item.
 
-    Waits for the GPU to look at them, unless they are `known` to be good.
+    On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
+    them, unless they are `known` to be good.
     """
     if value is None:
         return whole(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
     value = array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
-    if not known:
+    if isinstance(value, np.ndarray):
+        value = value.copy()
+        check_splits(name, value, rows, of)
+    elif not known:
         check_splits(name, on_host(value), rows, of)
     return value
 
@@ -303,12 +308,45 @@ def choice(name, value, allowed):
 
 
 def changed(name):
-    """The error for an array in which nothing is wrong any more, once it is looked at again."""
-    return ValueError(f"{name}: expected an array that nothing writes to during the call, got one that changed")
+    """The error where what was wrong during a call is not so any more."""
+    return ValueError(f"{name}: expected an array that stays as it is during the call, got one that was changed")
 
 
 def not_finite(**arrays):
     """The error for the first row of the named arrays with a NaN or infinite coordinate."""
+    return _not_finite(**arrays) or changed(" or ".join(name for name, value in arrays.items() if value is not None))
+
+
+def not_measurable(points, row_splits, metric="l2", queries=None, queries_row_splits=None, *, is_bounded=False):
+    """The error for coordinates that are not finite, or whose distances overflow or vanish; None if all are fine.
+
+    `is_bounded`: by a radius, as in src/neighbors.h.
+    """
+    if error := _not_finite(points=points, queries=queries):
+        return error
+    points, bounds, limits = on_host(points), on_host(row_splits), np.finfo(points.dtype)
+    for item, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if begin == end:
+            continue
+        there = points[begin:end]
+        if queries is not None:
+            there = np.concatenate([there, on_host(queries)[slice(*on_host(queries_row_splits)[item : item + 2])]])
+        with np.errstate(over="ignore", under="ignore"):
+            sides = np.ptp(there, axis=0)
+            of_axis = sides * sides if metric == "l2" else sides
+            measured = of_axis.max() if metric == "linf" else functools.reduce(operator.add, of_axis)
+        if not sides.any() or (limits.tiny <= measured and (is_bounded or measured <= limits.max)):
+            continue
+        return ValueError(
+            f"points: expected {'squared ' * (metric == 'l2')}distances that {points.dtype} can hold, got "
+            f"points{'' if queries is None else ' and queries'} up to {np.hypot.reduce(sides.astype(np.float64)):.3g} "
+            f"apart{f' in item {item}' * (len(bounds) > 2)}; "
+            f"{'convert them to float64 or ' * (points.dtype == np.float32)}rescale them"
+        )
+    return None
+
+
+def _not_finite(**arrays):
     for name, value in arrays.items():
         if value is None:
             continue
@@ -317,4 +355,4 @@ def not_finite(**arrays):
         if bad.any():
             row = int(np.argmax(bad))
             return ValueError(f"{name}: expected finite coordinates, got {value[row].tolist()} in row {row}")
-    raise AssertionError("every coordinate is finite")
+    return None

@@ -270,7 +270,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
 
 
 class NotFinite(Exception):
-    """A coordinate is NaN or infinite; which one is for the caller to find."""
+    """A coordinate is NaN or infinite, or distances overflow or vanish; which is for the caller to find."""
 
 
 class OutOfRange(Exception):

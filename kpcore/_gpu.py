@@ -8,6 +8,7 @@ what waits for the device says so.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ _CTYPES = {"float32": "float", "float64": "double", "float16": "kp::Half", "bflo
 
 
 class NotFinite(Exception):
-    """Coordinates that are NaN or infinite."""
+    """Coordinates that are NaN or infinite, or whose distances overflow or vanish."""
 
 
 class OutOfRange(Exception):
@@ -202,6 +203,10 @@ class Search(NamedTuple):
     def num_queries(self):
         return self.index.num_points if self.queries is None else len(self.queries)
 
+    @property
+    def is_unbounded(self):
+        return not isinstance(self.radius, cupy.ndarray) and self.radius == math.inf
+
     def launch(self, index, kernel, *arguments):
         """A warp for each query; returns where a coordinate of the points shows that is not finite."""
         of_all, problems = index.search(self.queries, self.queries_row_splits, self.radius, self.ignore)
@@ -223,18 +228,21 @@ def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sor
 
 def radius_searches(searches):
     """What `radius_search` gives for each of several, waiting once for all."""
-    found, counted = [], []
+    found, counted, of_bounded = [], [], []  # what is wrong with bounded ones is told where others wait
     for place, search in enumerate(searches):
         found.append(None)
         bounded = search.max_neighbors is not None and not search.count_only
         if search.index.has_nothing(search.queries) or (bounded and search.max_neighbors == 0):
             found[place] = search.nothing()
         elif bounded:
-            found[place] = _nearest_within(search)
+            found[place], problems = _nearest_within(search)
+            of_bounded += problems
         else:
             counted.append((place, search, *_count(search)))
     if counted:
-        numbers = iter(_wait(*(n for *_, splits, problems in counted for n in (splits[-1:], *problems))))
+        numbers = iter(_wait(*of_bounded, *(n for *_, splits, problems in counted for n in (splits[-1:], *problems))))
+        if any(next(numbers) for _ in of_bounded):
+            raise NotFinite
         for place, search, splits, problems in counted:
             pairs, wrong = next(numbers), [next(numbers) for _ in problems]
             if any(wrong):
@@ -260,6 +268,18 @@ def _fill(search, splits, pairs):
     return splits, found, distance if search.return_distances else None
 
 
+def _check_boxes(points, row_splits, metric, problems, queries=None, queries_row_splits=None):
+    """Sets `problems` where distances between an item's points and queries overflow or vanish."""
+    (n, dimension), items = points.shape, len(row_splits) - 1
+    kernels = _module("boxes.cu", (("KP_T", _ctype(points.dtype)), ("KP_DIM", dimension), ("KP_METRIC", metric)))
+    boxes = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64)
+    _launch(kernels, "grow_boxes", n, points, np.int64(n), row_splits, np.int32(items), boxes)
+    if queries is not None:
+        m = len(queries)
+        _launch(kernels, "grow_boxes", m, queries, np.int64(m), queries_row_splits, np.int32(items), boxes)
+    _launch(kernels, "check_boxes", items, boxes, row_splits, np.int32(items), problems)
+
+
 def _nearest(search, k, sort):
     """(counts (M,), index (M, k), distance (M, k), whether a coordinate is not finite)"""
     tree, dtype = search.index.tree, search.index.dtype
@@ -268,6 +288,8 @@ def _nearest(search, k, sort):
     found, distance = cupy.empty((len(counts), k), np.int32), cupy.empty((len(counts), k), dtype)
     settings, of_queries = (*tree._boxes[2], np.int64(k), np.int32(sort)), cupy.zeros(1, np.uint32)
     of_points = search.launch(tree, "nearest", *settings, found, distance, counts, of_queries)
+    if search.is_unbounded:
+        _check_boxes(tree.points, tree.row_splits, search.metric, of_queries, search.queries, search.queries_row_splits)
     return counts, found, distance, (of_points, of_queries)
 
 
@@ -283,9 +305,10 @@ def _packed(counts, found, distance, return_distances):
 
 
 def _nearest_within(search):
-    """As `radius_search`, the nearest only; waits for nothing, so `index` is as long as it may have to be."""
-    *found, _ = _nearest(search, search.max_neighbors, search.sort or 1)
-    return _packed(*found, search.return_distances)
+    """As `radius_search`, the nearest only, and whether a coordinate is not finite; waits for nothing, so `index` is as
+    long as it may have to be."""
+    *found, problems = _nearest(search, search.max_neighbors, search.sort or 1)
+    return _packed(*found, search.return_distances), problems
 
 
 def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
@@ -397,9 +420,10 @@ def _voxel_rows_kernels(dtype):
 
 
 def farthest_points(points, row_splits, start, out_row_splits, total, method, threads):
-    """(S,) of the stacked points; waits, to see whether all coordinates are finite."""
+    """(S,) of the stacked points; waits, to see whether all coordinates and distances are finite."""
     items, index, wrong = len(row_splits) - 1, cupy.empty(total, np.int32), cupy.zeros(1, np.uint32)
     if len(points):
+        _check_boxes(points, row_splits, 0, wrong)
         module = _module("sampling.cu", (("KP_T", _ctype(points.dtype)), ("KP_DIM", points.shape[1])))
         of_points = points, row_splits, start, out_row_splits, np.int32(items), cupy.empty(len(points), points.dtype)
         _kernel(module, "farthest")((min(_MOST_BLOCKS, items),), (512,), (*of_points, index, wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -419,7 +420,8 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
         query i, which takes as many queries as points; others of its coordinates are.
     max_neighbors : int, optional
         Keep only so many, the nearest (of equally near ones those with the smallest index). On the GPU such a search
-        waits for nothing: ``Neighbors.index`` is as long as it could become, and what is not finite is no error.
+        waits for nothing: ``Neighbors.index`` is as long as it could become, and what is not finite, or vanishes, is no
+        error.
     sort : {"index", "distance", None}
         Order within a row: by point index; by (distance, index); or unspecified, which is fastest.
     return_distances : bool
@@ -434,7 +436,8 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     Raises
     ------
     ValueError
-        For coordinates that are NaN or infinite, shapes that do not agree, or a radius that is not above zero.
+        For coordinates that are NaN or infinite, shapes that do not agree, or a radius that is not above zero; with
+        `max_neighbors` also for points so close together that distances vanish, as for `knn_search`.
     TypeError
         For other dtypes.
     MemoryError
@@ -443,9 +446,12 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
     Notes
     -----
     In two and three dimensions a grid of cells as wide as the radius is searched, otherwise, and where radii differ by
-    more than 4 from their median, a kd-tree; the result is the same. Time is proportional to the points within 3 radii
-    of each other, memory to the points and the result. Points much denser than the radius make neighbourhoods, and so
-    results, that grow with the square of their number.
+    more than 4 from their median or points lie 10^6 radii apart, a kd-tree; the result is the same. Time is
+    proportional to the points within 3 radii of each other, memory to the points and the result. Points much denser
+    than the radius make neighbourhoods, and so results, that grow with the square of their number.
+
+    A distance that overflows is beyond any radius; one that vanishes (below 1e-19 in float32) is within it, and may be
+    given as 0.
 
     Examples
     --------
@@ -492,6 +498,10 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
 
     Raises
     ------
+    ValueError
+        Also where distances would all be equal, because they overflow or vanish: if for some item the measure of the
+        diagonal of the box around its points and queries, squared for "l2", is not zero and lies above the largest or
+        below the smallest normal number of the dtype (for "l2" in float32, sides of some 1e19 and 1e-19).
     ValueError, TypeError, MemoryError
         As `radius_search`.
 
@@ -566,7 +576,8 @@ class KDTree:
         self._keep(cloud, None)
 
     def _keep(self, cloud, cell):
-        self._points, self._row_splits, self._cell = cloud.points.copy(), cloud.points_row_splits.copy(), cell
+        cloud.points = cloud.points.copy()
+        self._points, self._row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
         self._index = cloud.index(cell)
 
     def __repr__(self):
@@ -602,9 +613,10 @@ class KDTree:
 class GridIndex(KDTree):
     """Points in cells, ready for searches with radii up to the cell, in two and three dimensions.
 
-    Faster than a `KDTree` for queries as dense as the points. For a radius larger than the cell a grid of its own is
-    made each time, which is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree
-    made when first asked for.
+    Faster than a `KDTree` for queries as dense as the points. Points more than some 10^6 cells apart are searched as a
+    `KDTree` does, unless they are sparse. For a radius larger than the cell a grid of its own is made each time, which
+    is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree made when first asked
+    for.
 
     Parameters
     ----------
@@ -719,6 +731,14 @@ class _Cloud:
         except backend.NotFinite:
             raise _array.not_finite(points=self.points) from None
 
+    def error(self, metric, *, is_bounded):
+        """The error for coordinates that a search could not take; `is_bounded` by a radius."""
+        error = _array.not_measurable(
+            self.points, self.points_row_splits, _METRICS[metric], self.queries, self.queries_row_splits,
+            is_bounded=is_bounded
+        )  # fmt: skip
+        return error or _array.changed("points" if self.queries is None else "points or queries")
+
 
 def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
                    count_only):  # fmt: skip
@@ -739,7 +759,7 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
                 return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
             )  # fmt: skip
         except backend.NotFinite:
-            raise _array.not_finite(points=cloud.points, queries=cloud.queries) from None
+            raise cloud.error(metric, is_bounded=True) from None
 
     if not count_only and cloud.num_queries > 4096 and crowding * cloud.num_queries > 2**26:
         # Counting would take long before it could say so: 256 queries say it at once, to a factor of two.
@@ -776,7 +796,9 @@ def lists_of_levels(levels, radii, limits):
     try:
         found = backend.radius_searches(searches)
     except backend.NotFinite:
-        raise _array.not_finite(points=levels[0][0]) from None
+        of_pairs = (_array.not_measurable(*coarse, "l2", *fine) for fine, coarse in itertools.pairwise(levels))
+        errors = filter(None, (_array.not_measurable(*levels[0], is_bounded=True), *of_pairs))
+        raise next(errors, _array.changed("points")) from None
     lists = [
         Neighbors._trusted(index, splits, search.index.num_points)
         for search, (splits, index, _) in zip(searches, found, strict=True)
@@ -807,5 +829,5 @@ def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
             config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except backend.NotFinite:
-        raise _array.not_finite(points=cloud.points, queries=cloud.queries) from None
+        raise cloud.error(metric, is_bounded=np.ndim(radius) > 0 or math.isfinite(radius)) from None
     return Neighbors._trusted(found, splits, len(cloud.points), distance)

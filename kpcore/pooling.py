@@ -176,7 +176,8 @@ def interpolate(points: Array, queries: Array, features: Array, k: int = 3, powe
     Raises
     ------
     ValueError
-        For coordinates that are NaN or infinite, or shapes that do not agree.
+        For coordinates that are NaN or infinite, or too large or close together (as for `knn_search`), or shapes that
+        do not agree.
     TypeError
         For other dtypes.
 

@@ -45,7 +45,8 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     Raises
     ------
     ValueError
-        For coordinates that are NaN or infinite, for a `start` outside its item, or for shapes that do not agree.
+        For coordinates that are NaN or infinite, or so large or close together that squared distances overflow or
+        vanish (as for `knn_search`), for a `start` outside its item, or for shapes that do not agree.
     TypeError
         For other dtypes.
 
@@ -81,7 +82,7 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
             points, row_splits, start, out_row_splits, total, method, config.get_num_threads()
         )
     except backend.NotFinite:
-        raise _array.not_finite(points=points) from None
+        raise _array.not_measurable(points, row_splits) or _array.changed("points") from None
     return Sampled(index, out_row_splits)
 
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "neighbors.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -31,34 +32,69 @@ bool all_finite(const T* values, int64_t n, int threads) {
   return finite;
 }
 
+// The box of n points, grown from what low and high hold. False: some coordinate is NaN or infinite. D = 0: the
+// dimension is known at run time.
+template <class T, int D>
+bool grow_box(const T* points, int64_t n, int dimension, double* low, double* high) {
+  constexpr int stored = D ? D : max_dimension;
+  const int dims = D ? D : dimension;
+  Vec<T> least[stored], most[stored], bad = {};  // `dims` vectors hold a vector of points: a lane's axis stays the same
+  for (int v = 0; v < dims; ++v) least[v] = broadcast(T(INFINITY)), most[v] = broadcast(-T(INFINITY));
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>)
+    for (int v = 0; v < dims; ++v) {
+      const Vec<T> x = load(points + i * dims + v * lanes<T>);
+      least[v] = min(least[v], x);
+      most[v] = max(most[v], x);
+      bad += x - x;  // 0, or NaN where x is infinite or NaN
+    }
+  const auto take = [&](int axis, T lo, T hi) {
+    low[axis] = smaller(low[axis], double(lo));
+    high[axis] = larger(high[axis], double(hi));
+  };
+  T sum = 0;
+  for (int l = 0; l < lanes<T>; ++l) sum += bad[l];
+  for (int v = 0; v < dims; ++v)
+    for (int l = 0; l < lanes<T>; ++l) take((v * lanes<T> + l) % dims, least[v][l], most[v][l]);
+  for (; i < n; ++i)
+    for (int a = 0; a < dims; ++a) {
+      const T x = points[i * dims + a];
+      take(a, x, x);
+      sum += x - x;
+    }
+  return sum == 0;
+}
+
 // False: some coordinate is NaN or infinite. Of no points the box is (inf, -inf).
 template <class T, int D>
-bool bounding_box(const T* points, int64_t n, int threads, double* low, double* high) {
-  threads = useful_threads(threads, n, 1 << 15);
-  for (int a = 0; a < D; ++a) low[a] = INFINITY, high[a] = -INFINITY;
+bool bounding_box(const T* points, int64_t n, int threads, double* low, double* high, int dimension = D) {
+  for (int a = 0; a < dimension; ++a) low[a] = INFINITY, high[a] = -INFINITY;
+  threads = useful_threads(threads, n, 1 << 16);
+  if (threads == 1) return grow_box<T, D>(points, n, dimension, low, high);
   bool finite = true;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(&& : finite)
   {
     const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-    T lo[D], hi[D], bad = 0;
-    for (int a = 0; a < D; ++a) lo[a] = T(INFINITY), hi[a] = -T(INFINITY);
-    for (int64_t i = share.begin; i < share.end; ++i)
-      for (int a = 0; a < D; ++a) {
-        const T x = points[i * D + a];
-        lo[a] = smaller(lo[a], x);
-        hi[a] = larger(hi[a], x);
-        bad += x - x;  // 0, or NaN where x is infinite or NaN
-      }
+    double its_low[max_dimension], its_high[max_dimension];
+    for (int a = 0; a < dimension; ++a) its_low[a] = INFINITY, its_high[a] = -INFINITY;
+    finite = grow_box<T, D>(points + share.begin * dimension, share.end - share.begin, dimension, its_low, its_high);
 #pragma omp critical(kp_bounding_box)
-    {
-      for (int a = 0; a < D; ++a) {
-        low[a] = smaller(low[a], double(lo[a]));
-        high[a] = larger(high[a], double(hi[a]));
-      }
-      finite &= bad == 0;
+    for (int a = 0; a < dimension; ++a) {
+      low[a] = smaller(low[a], its_low[a]);
+      high[a] = larger(high[a], its_high[a]);
     }
   }
   return finite;
+}
+
+// is_measurable() of a box, in the dtype of the points.
+template <class T>
+bool is_measurable(Metric metric, const double* low, const double* high, int dimension, bool is_bounded) {
+  T d[max_dimension];
+  for (int a = 0; a < dimension; ++a) d[a] = T(high[a]) - T(low[a]);
+  if (metric == Metric::l2) return is_measurable<Metric::l2>(d, dimension, is_bounded);
+  if (metric == Metric::l1) return is_measurable<Metric::l1>(d, dimension, is_bounded);
+  return is_measurable<Metric::linf>(d, dimension, is_bounded);
 }
 
 // Calls f(T(), integral_constant<int, D>()).

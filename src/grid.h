@@ -2,7 +2,8 @@
 //
 // Points are sorted by cell, cells by row: a row is all cells of equal (item, z, y), its points are contiguous and in
 // x order. A query looks at 3^(D-1) rows; its candidates in each are one run. Queries are visited in the same order, so
-// the runs move along their rows like fingers, and nothing depends on how large or how empty the bounding box is.
+// the runs move along their rows like fingers, and nothing depends on how empty the bounding box is. Cells are counted
+// from the lowest corner of their item's box, so items may lie anywhere.
 #pragma once
 
 #include "candidates.h"
@@ -11,23 +12,58 @@
 namespace kp {
 namespace {
 
-constexpr int max_cell_bits = 21;  // cells per axis; a box wider than 2^21 radii gets wider cells
+constexpr int max_cell_bits = 31;  // cells per axis, and all axes and the item in 63 together: else cells get wider
+constexpr int64_t most_in_wide_cell = 64;  // points; a cell as wide as the radius holds some ten of 37 neighbours
 
-// Where the cells are. Fields of a key from the top: item, z, y, x; each cell number is stored plus one, so that the
+// Where the cells are. Fields of a key from the top: item, z, y, x; each cell number is stored plus two, so that the
 // rows beside a row have the keys beside its key.
 template <class T, int D>
 struct Lattice {
-  double low[D], per_cell[D];  // cell number = (p - low) * per_cell
-  int64_t cells[D];
+  Buffer<double> low, high;  // (items, D): the boxes of the items
+  double per_cell[D];        // cell number = (p - low) * per_cell
+  int64_t cells[D];          // of the widest item
   int shift[D], item_shift, bits;
+  bool is_wide;  // some axis has cells more than twice as wide as asked
+
+  // From the boxes of the items.
+  void set_cells(double cell, int64_t items) {
+    const int item_bits = bits_for(uint64_t(items));
+    // A little wider than asked: the test rounds (relative 4e-7 in float32), and may see pairs just beyond the radius.
+    const double width = cell * (1 + 1e-5);
+    double extent[D];
+    int axis_bits = max_cell_bits + 1, sum = 0;
+    for (int a = 0; a < D; ++a) {
+      extent[a] = 0;
+      for (int64_t b = 0; b < items; ++b) extent[a] = larger(extent[a], high[b * D + a] - low[b * D + a]);
+      extent[a] = smaller(extent[a], 1e308);  // the difference of two finite numbers may be infinite
+    }
+    do {
+      --axis_bits;
+      sum = 0;
+      for (int a = 0; a < D; ++a) sum += bits_for(uint64_t(smaller(extent[a] / width + 5, ldexp(1.0, axis_bits) - 1)));
+    } while (sum + item_bits > 63);
+    is_wide = false;
+    sum = 0;
+    for (int a = 0; a < D; ++a) {
+      const double widest = ldexp(1.0, axis_bits) - 5;
+      per_cell[a] = 1 / larger(width, extent[a] * (1 + 1e-9) / widest);
+      is_wide |= per_cell[a] * width < 0.5;
+      cells[a] = int64_t(extent[a] * per_cell[a]) + 1;
+      shift[a] = sum;
+      sum += bits_for(uint64_t(cells[a]) + 3);
+    }
+    item_shift = sum;
+    bits = sum + item_bits;
+  }
 
   uint64_t key(int64_t item, const T* p) const {
     uint64_t key = uint64_t(item) << item_shift;
+    const double* const begin = low.data() + item * D;
     for (int a = 0; a < D; ++a) {
-      // Queries may lie anywhere; beyond the first empty cell they all see nothing.
-      double c = (double(p[a]) - low[a]) * per_cell[a];
-      c = smaller(larger(floor(c), -1.0), double(cells[a]));
-      key |= uint64_t(int64_t(c) + 1) << shift[a];
+      // Queries may lie anywhere; two cells away they all see nothing. So does what has become NaN since it was
+      // checked.
+      const double c = floor((double(p[a]) - begin[a]) * per_cell[a]);
+      key |= uint64_t(int64_t(smaller(larger(-2.0, c), double(cells[a] + 1))) + 2) << shift[a];
     }
     return key;
   }
@@ -36,27 +72,6 @@ struct Lattice {
     return int64_t(key >> shift[axis] & ((uint64_t(1) << (end - shift[axis])) - 1));
   }
 };
-
-template <class T, int D>
-Lattice<T, D> make_lattice(const double* low, const double* high, double cell, int64_t items) {
-  Lattice<T, D> lattice;
-  const int item_bits = bits_for(uint64_t(items));
-  const int axis_bits = smaller(max_cell_bits, (63 - item_bits) / D);
-  int shift = 0;
-  for (int a = 0; a < D; ++a) {
-    const double widest = ldexp(1.0, axis_bits) - 3;
-    const double extent = smaller(high[a] - low[a], 1e308);  // the difference of two finite numbers may be infinite
-    lattice.low[a] = low[a];
-    // A little wider than asked: the test rounds (relative 4e-7 in float32), and may see pairs just beyond the radius.
-    lattice.per_cell[a] = 1 / larger(cell * (1 + 1e-5), extent * (1 + 1e-9) / widest);
-    lattice.cells[a] = int64_t(extent * lattice.per_cell[a]) + 1;
-    lattice.shift[a] = shift;
-    shift += bits_for(uint64_t(lattice.cells[a]) + 1);
-  }
-  lattice.item_shift = shift;
-  lattice.bits = shift + item_bits;
-  return lattice;
-}
 
 // Points or queries in cell order.
 template <class T, int D>
@@ -179,15 +194,27 @@ struct Grid {
   InCells<T, D> own;
   Directory directory;
 
+  // Status::crowded: cells are so much wider than asked that some hold more than a few points.
   Status build(const IndexPoints& args) {
     const auto* points = as<T>(args.points);
-    const int64_t n = args.points.rows;
-    double low[D], high[D];
-    if (!bounding_box<T, D>(points, n, args.threads, low, high)) return Status::not_finite;
+    const auto* splits = as<int64_t>(args.row_splits);
+    const int64_t n = args.points.rows, items = head.items;
+    if (!lattice.low.resize(items * D) || !lattice.high.resize(items * D)) return Status::out_of_memory;
+    for (int64_t b = 0; b < items; ++b)
+      if (!bounding_box<T, D>(points + splits[b] * D, splits[b + 1] - splits[b], args.threads, &lattice.low[b * D],
+                              &lattice.high[b * D]))
+        return Status::not_finite;
     if (!n) return Status::ok;
-    lattice = make_lattice<T, D>(low, high, args.cell, head.items);
-    const Status status = own.sort(lattice, points, n, Items(args.row_splits, head.items), args.threads);
-    return status == Status::ok ? directory.build(own.keys.data(), n, lattice.shift[1], args.threads) : status;
+    lattice.set_cells(args.cell, items);
+    Status status = own.sort(lattice, points, n, Items(args.row_splits, items), args.threads);
+    if (status == Status::ok) status = directory.build(own.keys.data(), n, lattice.shift[1], args.threads);
+    return status == Status::ok && lattice.is_wide && fullest_cell() > most_in_wide_cell ? Status::crowded : status;
+  }
+  int64_t fullest_cell() const {
+    int64_t most = 0;
+    for (int64_t c = 0; c < directory.cells; ++c)
+      most = larger<int64_t>(most, directory.cell_begin[c + 1] - directory.cell_begin[c]);
+    return most;
   }
   // Points in the cell of a point, on average.
   double crowding() const {
@@ -203,6 +230,10 @@ struct Grid {
                         Items(search.queries_row_splits, head.items), search.threads);
   }
   const Sorted<T, D>& points() const { return own.points; }
+  // The box of an item's points; (inf, -inf) of none.
+  void box_of(int64_t item, double* low, double* high) const {
+    for (int a = 0; a < D; ++a) low[a] = lattice.low[item * D + a], high[a] = lattice.high[item * D + a];
+  }
 };
 
 // One of the rows beside the current one, and the window of its cells within one cell of the current x.
@@ -249,7 +280,7 @@ class GridWalker {
         bool occupied = true;
         for (int a = 1; a < D; ++a) {
           const int64_t cell = lattice.field(key, a) + f.step[a - 1];
-          occupied = occupied && cell > 0 && cell <= lattice.cells[a];
+          occupied = occupied && cell > 1 && cell <= lattice.cells[a] + 1;
           wanted += uint64_t(int64_t(f.step[a - 1]) * (int64_t(1) << (lattice.shift[a] - x_bits)));
         }
         if (occupied) {

@@ -101,6 +101,15 @@ struct Tree {
     return flatten(records.data(), splits, branches.data(), threads);
   }
 
+  // The box of an item's points; (inf, -inf) of none.
+  void box_of(int64_t item, double* box_low, double* box_high) const {
+    const bool empty = roots[item] == roots[item + 1];
+    for (int a = 0; a < dimension(); ++a) {
+      box_low[a] = empty ? double(INFINITY) : double(low(roots[item])[a]);
+      box_high[a] = empty ? -double(INFINITY) : double(high(roots[item])[a]);
+    }
+  }
+
   // Of `most` wanted neighbours the points at one place offer no more, and one that may be the query itself.
   Run run_of(const Node& node, int64_t most) const {
     const int64_t size = node.end - node.begin;

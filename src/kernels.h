@@ -14,7 +14,9 @@ struct Array {
   DType dtype;
 };
 
-enum class Status : int { ok, out_of_memory, not_finite, out_of_range };
+// not_finite: a coordinate is NaN or infinite, or distances overflow or vanish: see is_measurable(). crowded: of a
+// grid, in whose place a tree is made.
+enum class Status : int { ok, out_of_memory, not_finite, out_of_range, crowded };
 
 namespace {
 
@@ -60,7 +62,7 @@ struct Index {
 struct IndexPoints {
   IndexKind kind;
   Array points, row_splits;
-  double cell;  // of a grid: the largest radius it can be searched with
+  double cell;  // of a grid: the largest radius it can be searched with. Points too far apart for cells get a tree
   int threads;
 };
 

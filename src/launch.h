@@ -38,6 +38,15 @@ __device__ I lower_bound(const K* keys, I begin, I end, int64_t key) {
   return begin;
 }
 
+// Integers in the order of the numbers, for atomic minima.
+__device__ unsigned long long ordered(double x) {
+  const unsigned long long bits = (unsigned long long)__double_as_longlong(x);
+  return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+__device__ double from_ordered(unsigned long long x) {
+  return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
+}
+
 constexpr int64_t block_of_rows = 1024;  // of an item, that are summed by one thread
 
 // The item that row i is of: the last one that begins at or before it.

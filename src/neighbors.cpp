@@ -108,6 +108,7 @@ struct Plan {
   using T = typename Kind::Scalar;
   Search search;
   typename Kind::Placed placed;
+  Buffer<T> radii;  // read twice: a copy, as the caller's may change in between
   int64_t* row_splits = nullptr;
   int64_t num_queries = 0;
 
@@ -116,7 +117,7 @@ struct Plan {
   const Sorted<T, Kind::dimension>& queries() const {
     return search.queries.data ? placed.points : Kind::points(index());
   }
-  Limits<T> limits() const { return {as<T>(search.radii), T(search.radius), search.metric}; }
+  Limits<T> limits() const { return {search.radii.data ? radii.data() : nullptr, T(search.radius), search.metric}; }
 
   // Checks and places the queries; `any`: whether there is something to find.
   Status prepare(const Search& given, bool& any) {
@@ -124,10 +125,35 @@ struct Plan {
     const Index& head = index().head;
     num_queries = search.queries.data ? search.queries.rows : head.num_points;
     any = head.num_points && num_queries;
+    if (search.radii.data) {
+      if (!radii.resize(num_queries)) return Status::out_of_memory;
+      memcpy(radii.data(), search.radii.data, size_t(num_queries) * sizeof(T));
+    }
     if (!search.queries.data) return Status::ok;
     const auto* coordinates = as<T>(search.queries);
     if (!all_finite(coordinates, num_queries * head.dimension, search.threads)) return Status::not_finite;
     return any ? Kind::place(index(), search, placed) : Status::ok;
+  }
+
+  // Whether distances tell the points of every item apart, seen from its queries.
+  bool is_measurable() const {
+    const Index& head = index().head;
+    const int D = head.dimension;
+    const bool is_bounded = search.radii.data || search.radius - search.radius == 0;
+    const auto* splits = as<int64_t>(search.queries_row_splits);
+    const int64_t sets = search.queries.data ? search.queries_row_splits.rows - 1 : head.items;
+    for (int64_t s = 0; s < sets; ++s) {
+      double low[max_dimension], high[max_dimension], its_low[max_dimension], its_high[max_dimension];
+      index().box_of(s % head.items, low, high);
+      if (!(low[0] <= high[0])) continue;
+      if (search.queries.data) {
+        bounding_box<T, Kind::dimension>(as<T>(search.queries) + splits[s] * D, splits[s + 1] - splits[s],
+                                         search.threads, its_low, its_high, D);
+        for (int a = 0; a < D; ++a) low[a] = smaller(low[a], its_low[a]), high[a] = larger(high[a], its_high[a]);
+      }
+      if (!kp::is_measurable<T>(search.metric, low, high, D, is_bounded)) return false;
+    }
+    return true;
   }
 };
 
@@ -230,6 +256,7 @@ Status fill(const Plan<Kind>& plan, int32_t* index, typename Kind::Scalar* dista
   const bool measured = limited || by_distance || distance;
   const int64_t* const row_splits = plan.row_splits;
   if (!row_splits[plan.num_queries]) return Status::ok;
+  if (limited && !plan.is_measurable()) return Status::not_finite;
   const auto& queries = plan.queries();
   const Limits<T> limits = plan.limits();
   const int dimension = plan.index().head.dimension;
@@ -306,6 +333,7 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
   memset(counts, 0, size_t(plan.num_queries) * sizeof(int64_t));
   const int64_t k = search.most;
   if (!any || !k) return Status::ok;
+  if (!plan.is_measurable()) return Status::not_finite;
   const auto& queries = plan.queries();
   const Limits<T> limits = plan.limits();
   const int dimension = plan.index().head.dimension;
@@ -363,13 +391,19 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
 
 Status build_index(const IndexPoints& args, void** index) {
   const Index head{args.kind, args.points.dtype, int(args.points.cols), args.points.rows, args.row_splits.rows - 1};
-  return with_kind(head, [&](auto kind) {
+  const Status status = with_kind(head, [&](auto kind) {
     auto* const made = create<typename decltype(kind)::Built>();
     if (!made) return Status::out_of_memory;
     *index = made;
     made->head = head;
     return made->build(args);
   });
+  if (status != Status::crowded) return status;
+  free_index(*index);
+  *index = nullptr;
+  IndexPoints as_tree = args;
+  as_tree.kind = IndexKind::tree;
+  return build_index(as_tree, index);
 }
 
 // Of a tree it is not known: infinity.

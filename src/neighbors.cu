@@ -402,19 +402,21 @@ extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* row_
   const Index index = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);
-    const int64_t begin = row_splits[q];
+    const int64_t begin = row_splits[q], end = row_splits[q + 1];
     int64_t n = 0;
     index.for_candidates(query, [&](const Located& p, bool there) {
       T measured;
       const bool is_neighbor = there && query.is_neighbor(p, measured);
       const unsigned lanes = __ballot_sync(all_lanes, is_neighbor);
-      if (is_neighbor) {
-        const int64_t at = begin + n + __popc(lanes & ((1u << lane_number()) - 1));
+      const int64_t at = begin + n + __popc(lanes & ((1u << lane_number()) - 1));
+      if (is_neighbor && at < end) {  // a query may have changed since it was counted
         found[at] = p.number;
         if (has_distances) distances[at] = measured;
       }
       n += __popc(lanes);
     });
+    if (n > end - begin) n = end - begin;
+    for (int64_t at = begin + n + lane_number(); at < end; at += warp) found[at] = 0;
     __syncwarp();
     T* const row = has_distances ? distances + begin : nullptr;
     if (sort) sort_row(found + begin, row, n, sort == 2);

@@ -382,14 +382,14 @@ Status sample(const FarthestPoints& args, int32_t* index) {
   const auto* start = as<int64_t>(args.start);
   const int64_t items = args.row_splits.rows - 1;
   const int dimension = int(args.points.cols);
-  bool enough = true;
-#pragma omp parallel num_threads(int(smaller<int64_t>(args.threads, items))) reduction(&& : enough)
+  bool enough = true, measurable = true;
+#pragma omp parallel num_threads(int(smaller<int64_t>(args.threads, items))) reduction(&& : enough, measurable)
   {
     Buckets<T, D> buckets;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < items; ++b) {
       const int64_t n = splits[b + 1] - splits[b], count = out_splits[b + 1] - out_splits[b];
-      if (!enough || !count) continue;
+      if (!enough || !measurable || !count) continue;
       const Item<T> item{as<T>(args.points) + splits[b] * dimension,
                          n,
                          dimension,
@@ -397,13 +397,18 @@ Status sample(const FarthestPoints& args, int32_t* index) {
                          count,
                          index + out_splits[b],
                          int32_t(splits[b])};
+      const int threads = items == 1 ? args.threads : 1;
+      double low[max_dimension], high[max_dimension];
+      measurable = bounding_box<T, D>(item.points, n, threads, low, high, dimension) &&
+                   is_measurable<T>(Metric::l2, low, high, dimension, false);
+      if (!measurable) continue;
       if (bucketed(args.method, count, dimension))
         enough = buckets.build(item) && buckets.sample(item);
       else
-        enough = scan<T, D>(item, items == 1 ? args.threads : 1);
+        enough = scan<T, D>(item, threads);
     }
   }
-  return enough ? Status::ok : Status::out_of_memory;
+  return !measurable ? Status::not_finite : enough ? Status::ok : Status::out_of_memory;
 }
 
 }  // namespace
@@ -412,7 +417,6 @@ Status farthest_points(const FarthestPoints& args, int32_t* index) {
   const Array& points = args.points;
   const auto of_dimension = [&](auto t) {
     using T = decltype(t);
-    if (!all_finite(as<T>(points), points.rows * points.cols, args.threads)) return Status::not_finite;
     if (points.cols == 2) return sample<T, 2>(args, index);
     return points.cols == 3 ? sample<T, 3>(args, index) : sample<T, 0>(args, index);
   };

@@ -19,15 +19,6 @@ constexpr int most_axis_bits = 21;
 
 enum Problem : unsigned { not_finite = 1, out_of_range = 2 };
 
-// Integers in the order of the numbers, for atomic minima.
-__device__ unsigned long long ordered(double x) {
-  const unsigned long long bits = (unsigned long long)__double_as_longlong(x);
-  return bits >> 63 ? ~bits : bits | 1ull << 63;
-}
-__device__ double from_ordered(unsigned long long x) {
-  return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
-}
-
 // Where an item's grid begins, along an axis: at the one origin that there is or at the item's, or, without any, where
 // the published code puts it. `lowest`: of each item its coordinates, as ordered integers.
 __device__ T origin_of(int item, int a, const T* origins, int num_origins, const T* voxel_size,

@@ -37,7 +37,7 @@ def cluster_and_outliers(rng, dim, num, far):
 NASTY = {
     "empty": (lambda rng, dim, num: np.empty((0, dim)), 0.1),
     "one_point": (lambda rng, dim, num: rng.normal(size=(1, dim)), 0.1),
-    "all_equal": (lambda rng, dim, num: np.full((num, dim), 0.1), 0.1),
+    "all_equal": (lambda rng, dim, num: np.full((num, dim), 0.1) * (np.arange(dim) > 0), 0.1),  # 0 on the first axis
     "duplicates": (lambda rng, dim, num: rng.choice(rng.uniform(0, 1, (num // 5 + 1, dim)), num), 0.2),
     "lattice_ties": (lambda rng, dim, num: lattice(rng, dim, 0.1, num), 0.3),
     "lattice_far_away": (lambda rng, dim, num: lattice(rng, dim, 0.1, num) + 1000.3, 0.3),
@@ -55,10 +55,19 @@ NASTY = {
 }
 
 
+AS_THEY_ARE = ("all_equal", "lattice_far_away", "far_away")  # with zeros they would not be equal, or far away
+
+
 def nasty(name, dim=3, dtype=np.float32, num=300, seed=0):
-    """-> (points, radius)"""
+    """-> (points, radius); but for some clouds, a tenth of the points are at zero on the first axis and half of those
+    at the origin. A zero's sign is random, so that equal points differ in it."""
     make, radius = NASTY[name]
-    return make(np.random.default_rng(seed), dim, num).astype(dtype), radius
+    rng = np.random.default_rng(seed)
+    points = make(rng, dim, num)
+    if name not in AS_THEY_ARE:
+        place = rng.uniform(size=(len(points), 1))
+        points[(place < 0.1) & ((place < 0.05) | (np.arange(dim) == 0))] = 0
+    return np.where((points == 0) & (rng.uniform(size=points.shape) < 0.5), -0.0, points).astype(dtype), radius
 
 
 def uniform(num, dim=3, dtype=np.float32, seed=0, per_ball=20):

@@ -6,6 +6,7 @@ point) are taken in the geometry's own dtype, one rounding per operation, becaus
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -60,6 +61,27 @@ def assert_same_pairs(got, expected, distance, radius, band):
 
 
 # ---- neighbours
+
+
+def tells_apart(points, queries=None, metric="l2", points_row_splits=None, queries_row_splits=None, **_):
+    """Whether, of every item, the measure of the diagonal of the box around its points and queries is zero or a normal
+    number of their dtype. Exact."""
+    limits = np.finfo(points.dtype)
+    if queries is None:
+        queries, queries_row_splits = points, points_row_splits
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(splits_or_whole(points_row_splits, len(points))),
+        itertools.pairwise(splits_or_whole(queries_row_splits, len(queries))),
+        strict=True,
+    ):
+        if a == b:
+            continue
+        both = np.concatenate([points[a:b], queries[c:d]]).astype(np.float64).T
+        sides = [Fraction(axis.max()) - Fraction(axis.min()) for axis in both]
+        measured = {"l2": sum(side**2 for side in sides), "l1": sum(sides), "linf": max(sides)}[metric]
+        if measured and not Fraction(float(limits.tiny)) <= measured <= Fraction(float(limits.max)):
+            return False
+    return True
 
 
 def splits_or_whole(row_splits, num):

@@ -172,7 +172,7 @@ WAITS = {
 }
 LAUNCHES = {
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
-    "nearest_upsample": 1, "interpolate": 6, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
+    "nearest_upsample": 1, "interpolate": 9, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
     "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0,
 }  # fmt: skip  # of kernels of ours, at most; 1 of the others
 
@@ -249,6 +249,52 @@ def test_batches_and_a_radius_for_each():
     check(kp.knn_search, points, queries, 7, return_distances=True, **batches)
     check(kp.radius_search, points, queries, radius, max_neighbors=5, **batches)
     check(kp.radius_search, points, None, radius, points_row_splits=batches["points_row_splits"])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1e30), (np.float32, 1e-30), (np.float64, 1e200)])
+def test_squares_that_overflow_or_vanish(dtype, scale):
+    points = (np.random.default_rng(0).uniform(0, 0.3, (80, 3)) * scale).astype(dtype)
+    queries, splits, radius = points[::3].copy(), np.array([0, 40, 40, 80]), 1e18
+    for found in (
+        check(kp.knn_search, points, None, 3),
+        check(kp.knn_search, np.zeros((1, 3), dtype), queries, 1),
+        check(lambda p, q: kp.KDTree(p).knn_search(q, 3), points, queries),
+        check(kp.interpolate, points, queries, np.ones((80, 2))),
+        check(kp.farthest_point_sampling, points, 5),
+        check(kp.farthest_point_sampling, points * (np.arange(80) > 39)[:, None].astype(dtype), 5, row_splits=splits),
+    ):
+        assert found[0] is ValueError and found[1].startswith("points: expected squared distances that ")
+    check(kp.knn_search, points, None, 3, metric="l1")
+    check(kp.knn_search, points, queries, 3, metric="linf")
+    check(kp.knn_search, np.full((9, 3), scale, dtype), None, 3)
+    check(kp.radius_search, points, queries, radius, return_distances=scale > 1)
+    if scale > 1:
+        check(kp.radius_search, points, queries, radius, max_neighbors=3)
+
+
+def test_a_pyramid_of_squares_that_overflow():
+    points = np.random.default_rng(0).uniform(0, 1e22, (50, 3)).astype(np.float32)
+    for subsampled in (False, True):
+        error, text = check(kp.build_pyramid, points, voxel_size=9e18, num_levels=2, conv_radius=0.5,
+                            subsampled=subsampled)  # fmt: skip
+        assert error is ValueError and text.startswith("points: expected squared distances that float32 can hold")
+
+
+def test_a_query_that_changes_after_it_was_counted(monkeypatch):
+    points, radius = clouds.uniform(300)
+    queries, count = cupy.asarray(points[:40] + 5), _gpu._count
+
+    def counted(search):
+        found = count(search)
+        queries[:20] = cupy.asarray(points[:20])  # more neighbours than counted
+        return found
+
+    monkeypatch.setattr(_gpu, "_count", counted)
+    assert kp.radius_search(cupy.asarray(points), queries, radius).num_pairs == 0
+    queries[...] = cupy.asarray(points[:40])
+    points[:20] += 7  # fewer
+    found = kp.radius_search(cupy.asarray(points), queries, radius, return_distances=True)
+    assert found.index.get().min() >= 0 and found.index.get().max() < 300
 
 
 @pytest.mark.parametrize("dim", [1, 4, 16])

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import clouds
@@ -29,6 +30,11 @@ def check_search(points, queries, radius, engines=("function", "tree", "grid"), 
 
 
 def check_knn(points, queries, k, engines=("function", "tree"), **options):
+    if not reference.tells_apart(points, queries, **options):
+        for engine in engines:
+            with pytest.raises(ValueError, match=r"points: expected .*distances that float.* rescale them"):
+                next(searched("knn_search", (engine,), points, queries, k, **options))
+        return
     expected = reference.knn_search(points, queries, k, **options)
     for neighbors in searched("knn_search", engines, points, queries, k, **options):
         assert_found(neighbors, expected, points)
@@ -54,7 +60,7 @@ def searched(function, engines, points, queries, number, points_row_splits=None,
 def assert_found(neighbors, expected, points):
     rows, distances = expected
     assert_rows(neighbors, rows)
-    assert neighbors.distance.dtype == points.dtype
+    assert neighbors.distance.dtype == points.dtype and not np.signbit(neighbors.distance).any()
     np.testing.assert_array_max_ulp(neighbors.distance, np.concatenate([*distances, np.empty(0, points.dtype)]), 1)
     assert neighbors.num_points == len(points)
 
@@ -205,6 +211,135 @@ def test_any_dimension(dim, dtype, metric):
     for k in (1, 16):
         check_knn(points, None, k, metric=metric)
         check_knn(points, queries, k, metric=metric)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+@both_dtypes
+@metrics
+def test_zeros_of_either_sign_are_equal(metric, dtype, dim):
+    points = np.round(np.random.default_rng(dim).normal(size=(200, dim))).astype(dtype)  # -0.3 becomes -0.0
+    assert 0 < np.signbit(points[points == 0]).mean() < 1
+    for queries in (None, points[::5] + dtype(0), -points[::5]):
+        check_knn(points, queries, 9, metric=metric)
+        for most in (None, 1, 2, 9):
+            check_search(points, queries, 1.5, metric=metric, sort="distance", max_neighbors=most)
+            check_search(points, queries, 1.5, metric=metric, ignore_query_point=True, max_neighbors=most)
+
+
+# ---- outliers
+
+
+def crowding(points, cell, row_splits=None):
+    """Points in the cell of a point, on average; infinity where a kd-tree takes the grid's place."""
+    return kp.GridIndex(points, cell, row_splits=row_splits)._index.crowding
+
+
+@pytest.mark.parametrize("num", [1, 5, 300])
+@pytest.mark.parametrize("far", [1e6, 1e9, 1e15, 1e18])
+@both_dtypes
+@both_dims
+def test_outliers_crowd_no_cell(dim, dtype, far, num):
+    rng, radius = np.random.default_rng(0), 0.03
+    points = rng.uniform(0, 1, (1500, dim)).astype(dtype)
+    alone = crowding(points, radius)
+    points[rng.permutation(1500)[:num]] = rng.choice([-1, 1], (num, dim)) * rng.uniform(0.5, 1, (num, dim)) * far
+    got = crowding(points, radius)
+    assert got == np.inf or got < 2 * alone
+    queries = rng.uniform(0, 1, (400, dim)).astype(dtype)
+    queries[:num] = points[:num] + dtype(radius / 2)
+    check_search(points, None, radius, ("function", "grid"))
+    check_search(points[num:], queries, radius, ("function", "grid"), sort="distance", max_neighbors=3)
+
+
+@both_dims
+def test_queries_may_be_far_from_all_points(dim):
+    rng, radius = np.random.default_rng(0), 0.2
+    points = rng.uniform(0, 1, (400, dim))
+    for far in (0.3, 1e3, 1e9, 1e15, 1e300):
+        queries = rng.uniform(0, 1, (200, dim)) + rng.integers(-1, 2, (200, dim)) * far
+        check_search(points, queries, radius)
+
+
+@both_dims
+@both_dtypes
+def test_items_of_a_batch_may_lie_anywhere(dtype, dim):
+    rng, radius = np.random.default_rng(0), 0.05
+    local = rng.uniform(0, 1, (700, dim)) * ([1, 1, 0.01][:dim])
+    items = [local, local + [4.5e5, 5.4e6, 100][:dim], np.empty((0, dim)), local[:200] - 1e5]
+    items = [item.astype(dtype) for item in items]
+    points, row_splits = np.concatenate(items), kp.row_splits([len(item) for item in items])
+    alone = sum(len(item) * crowding(item, radius) for item in items) / len(points)
+    assert crowding(points, radius, row_splits) == pytest.approx(alone)
+    check_search(points, None, radius, points_row_splits=row_splits)
+    check_search(points, points, radius, points_row_splits=row_splits, queries_row_splits=row_splits, max_neighbors=4)
+    others = row_splits[::-1].max() - row_splits[::-1]  # items look for points of others, far away
+    check_search(points, points[::-1].copy(), radius, points_row_splits=row_splits, queries_row_splits=others)
+
+
+def test_a_sparse_cloud_stays_in_cells():
+    points = np.random.default_rng(0).uniform(0, 1, (500, 3))
+    assert crowding(points, 1e-9) == 1  # 10^27 cells are asked for
+    check_search(points, None, 1e-9)
+
+
+# ---- distances that the dtype cannot hold
+
+EXTREMES = [(np.float32, s) for s in (1e30, 3e38, 1e-22, 1e-30)] + [(np.float64, s) for s in (1e200, 1e-200)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), EXTREMES)
+def test_squares_that_overflow_or_vanish_are_an_error(dtype, scale):
+    points = (np.random.default_rng(0).uniform(0, 1, (90, 3)) * scale).astype(dtype)
+    queries, features, zero = points[::3].copy(), np.ones((90, 2)), np.zeros((1, 3), dtype)
+    calls = {
+        "knn_search": lambda: kp.knn_search(points, None, 4),
+        "of queries": lambda: kp.knn_search(zero, queries, 1),
+        "tree": lambda: kp.KDTree(points).knn_search(queries, 2),
+        "grid": lambda: kp.GridIndex(points, 1.0).knn_search(None, 2),
+        "interpolate": lambda: kp.interpolate(points, queries, features),
+        "farthest points": lambda: kp.farthest_point_sampling(points, 5),
+        "buckets": lambda: kp.farthest_point_sampling(points, 5, method="bucketed"),
+    }
+    if scale < 1:
+        calls["nearest within"] = lambda: kp.radius_search(points, None, 1.0, max_neighbors=4)
+        calls["of a crowd"] = lambda: kp.KDTree(points).radius_search(queries, 1.0, max_neighbors=4)
+    convert = "convert them to float64 or " * (dtype == np.float32)
+    for name, call in calls.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        expected = (
+            rf"points: expected squared distances that {np.dtype(dtype)} can hold, got points( and queries)? up to "
+            rf"[\d.]+e[+-]\d+ apart; {convert}rescale them"
+        )
+        assert re.fullmatch(expected, str(caught.value)), (name, str(caught.value))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), EXTREMES)
+def test_what_does_not_overflow_is_found_at_any_scale(dtype, scale):
+    rng = np.random.default_rng(0)
+    points = (rng.uniform(0, 0.3, (90, 3)) * scale).astype(dtype)
+    for metric in ("l1", "linf"):  # nothing is squared
+        check_knn(points, points[::3].copy(), 4, metric=metric)
+    radius = {np.float32: 1e18, np.float64: 1e150}[dtype]
+    check_search(points, None, radius)  # an infinite distance is beyond it, and zero within
+    if scale > 1:
+        check_search(points, None, radius, max_neighbors=4, sort="distance")
+    same = np.full((90, 3), scale, dtype)
+    check_knn(same, None, 4)
+    assert kp.farthest_point_sampling(same, 4).index.tolist() == [0, 1, 2, 3]
+
+
+def test_the_item_with_squares_that_overflow_is_named():
+    points = np.random.default_rng(0).uniform(0, 1, (90, 3)).astype(np.float32)
+    points[50:60] *= np.float32(1e25)
+    splits = np.array([0, 50, 50, 60, 90])
+    for call in (lambda: kp.knn_search(points, None, 3, points_row_splits=splits),
+                 lambda: kp.farthest_point_sampling(points, 3, row_splits=splits)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"points: .* got points up to .*e\+25 apart in item 2; convert them"):
+            call()
+    # Far from each other, but not within an item.
+    points[50:60] = points[0] + np.float32(1e25)
+    check_knn(points, None, 3, points_row_splits=splits)
 
 
 # ---- the k nearest

@@ -552,6 +552,32 @@ def test_a_size_whose_square_overflows_or_loses_digits_is_an_error(dtype, size):
         kp.kpconv(**arguments, influence="gaussian")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_sign_of_a_zero_changes_nothing(dtype):
+    rng = np.random.default_rng(0)
+    signed = np.round(rng.normal(size=(300, 3))).astype(dtype)  # -0.3 becomes -0.0
+    assert 0 < np.signbit(signed[signed == 0]).mean() < 1
+    features, weights = rng.normal(size=(300, 4)).astype(dtype), rng.normal(size=(7, 4, 5)).astype(dtype)
+    kernel_points = np.round(rng.normal(size=(7, 3))).astype(dtype)
+
+    def results(points, kernel_points):
+        found = kp.radius_search(points, None, 1.5)
+        sub = kp.grid_subsample(points, 1.0, features=features, position="nearest", feature="nearest")
+        yield from (found.index, sub.features, sub.inverse, sub.points + 0)
+        for method in ("exact", "bucketed"):
+            yield kp.farthest_point_sampling(points, 200, method=method).index
+        yield kp.interpolate(points, points[::3] * dtype(0.5), features, k=9)
+        for aggregation in ("sum", "closest"):
+            yield kp.kpconv(points, None, found, features, weights, kernel_points, 1.2, aggregation=aggregation)
+        for level in kp.build_pyramid(points, voxel_size=1.0, num_levels=2):
+            yield level.neighbors.index
+
+    for got, expected in zip(
+        results(signed, kernel_points), results(signed + dtype(0), kernel_points + dtype(0)), strict=True
+    ):
+        assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize("voxel_size", [1e-50, 1e50])
 def test_a_voxel_size_beyond_the_dtype_is_an_error(voxel_size):
     with pytest.raises(ValueError, match="voxel_size"):
@@ -878,6 +904,77 @@ def test_concurrent_calls_share_a_transpose():
         with ThreadPoolExecutor(4) as pool:
             for got in pool.map(transpose, range(4)):
                 assert_same_bits(got.index, expected.index)
+
+
+WRITTEN_TO = """
+import sys, threading
+import numpy as np, kpcore as kp
+
+sys.setswitchinterval(1e-5)
+rng, radius = np.random.default_rng(0), 0.03
+points = rng.random((20_000, 3), np.float32)
+written, queries, radii = points.copy(), points[:8000].copy(), np.full(20_000, radius, np.float32)
+splits, elsewhere = np.array([0, 10_000, 20_000]), points * np.float32(0.2)
+tree, grid = kp.KDTree(points), kp.GridIndex(points, radius)
+
+
+def write_coordinates(array):
+    whole, half = points[: len(array)], len(array) // 2
+    array[...] = elsewhere[: len(array)]
+    array[:half] = np.nan
+    array[half::7] = 1e30
+    array[...] = whole
+
+
+def write_radii(array):
+    for value in (1e-3, 0.08, np.nan, radius):
+        array[:] = value
+
+
+def write_splits(array):
+    for value in (20_000 + 10**6, -(10**6), 5000, 10_000):
+        array[1] = value
+
+
+calls = {
+    "points": (written, write_coordinates, lambda: kp.radius_search(written, points, radius, return_distances=True)),
+    "both": (written, write_coordinates, lambda: kp.radius_search(written, None, radius)),
+    "nearest": (written, write_coordinates, lambda: kp.knn_search(written, queries, 5)),
+    "indexes": (written, write_coordinates, lambda: (kp.KDTree(written), kp.GridIndex(written, radius))),
+    "queries": (queries, write_coordinates, lambda: kp.radius_search(points, queries, radius)),
+    "of a tree": (queries, write_coordinates, lambda: tree.radius_search(queries, radius, max_neighbors=4)),
+    "of a grid": (queries, write_coordinates, lambda: grid.radius_search(queries, radius, sort="distance")),
+    "their nearest": (queries, write_coordinates, lambda: kp.knn_search(points, queries, 5)),
+    "radii": (radii, write_radii, lambda: kp.radius_search(points, None, radii)),
+    "bounds": (splits, write_splits, lambda: kp.radius_search(points, None, radius, points_row_splits=splits)),
+    "farthest": (written, write_coordinates, lambda: kp.farthest_point_sampling(written, 30)),
+}
+for name, (array, write, call) in calls.items():
+    stop = threading.Event()
+
+    def keep_writing(array=array, write=write, stop=stop):
+        while not stop.is_set():
+            write(array)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    for _ in range(15):
+        try:
+            found = call()
+        except (ValueError, MemoryError) as error:  # a radius of NaN, a coordinate, bounds; or too many pairs
+            assert str(error).startswith(("points", "queries", "radius", "kpcore")) or "neighbours" in str(error), error
+            continue
+        if isinstance(found, kp.Neighbors) and len(found.index):
+            assert 0 <= found.index.min() <= found.index.max() < found.num_points, name
+    stop.set()
+    writer.join()
+"""
+
+
+@pytest.mark.parametrize("num_threads", ["1", "2"])
+def test_arrays_that_are_written_to_during_a_search(num_threads, python):
+    done = python(WRITTEN_TO, KPCORE_NUM_THREADS=num_threads)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ OPTIONS = ("--std=c++17", "--fmad=false", "-ftz=true", "--ptxas-options=-v")
 # Files, and the definitions that they are compiled with. Of the searches those for three dimensions stand for the
 # others, and sixteen for the most registers.
 VARIANTS = {
+    "boxes.cu": ["KP_T=float KP_DIM=3 KP_METRIC=0", "KP_T=double KP_DIM=16 KP_METRIC=1"],
     "deformation.cu": ["KP_T=float KP_DIM=3", "KP_T=double KP_DIM=2"],
     "kpconv.cu": [
         f"KP_G={g} KP_F={f} KP_DIM=3"
