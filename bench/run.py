@@ -1,4 +1,4 @@
-"""python bench/run.py cpu (or networks, or gpu, see gpu.py): checks that kpcore and others agree, then measures both.
+"""python bench/run.py cpu (or networks): checks that kpcore and others agree, then measures. (gpu, threads: see there.)
 
 Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
 like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
@@ -346,12 +346,17 @@ def main():
     import networks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "gpu", "networks"])
+    parser.add_argument("device", choices=["cpu", "gpu", "networks", "threads"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--only", choices=[*cases.TASKS, *networks.TASKS], help="one case")
     parser.add_argument("--out", type=Path, help="folder for the results; bench/results for a complete run")
     parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
+    parser.add_argument("--python", action="append", help="for threads: an interpreter whose kpcore is measured; again")
     options = parser.parse_args()
+    if options.device == "threads":
+        import threads
+
+        return threads.main(options)
     complete = not (options.quick or options.only)
     if options.readme and not (complete and options.device == "networks"):
         parser.error("--readme takes a complete run of the networks, without --quick and --only")

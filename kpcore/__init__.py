@@ -29,7 +29,7 @@ Edges
 
 import importlib
 
-from kpcore import autodiff
+from kpcore import _openmp, autodiff  # noqa: F401 (_openmp first: it loads _cpu)
 from kpcore.config import (
     __version__,
     get_memory_limit,

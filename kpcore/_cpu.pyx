@@ -265,6 +265,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     bint c_set_isa "kp::set_isa"(const char*) noexcept
     const char* const* c_isas "kp::isas"() noexcept
     bint c_has_openmp "kp::has_openmp"() noexcept
+    const char* c_openmp_library "kp::openmp_library"() noexcept
     void c_pause_threads "kp::pause_threads"() noexcept
     const char* c_version "KP_VERSION"
 
@@ -1270,6 +1271,11 @@ def set_isa(str name):
 
 def has_openmp():
     return c_has_openmp()
+
+
+def openmp_library():
+    cdef const char* path = c_openmp_library()
+    return None if path is NULL else path.decode()
 
 
 def pause_threads():

@@ -12,23 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from kpcore import _array, _cpu
+from kpcore import _array, _cpu, _openmp
 
 __version__ = _cpu.version()
 
 
 def _available_cores():
-    """Cores this process may use: its affinity, and its control group's quota where that is lower."""
+    """Cores this process may use: its affinity, and its control group's quota where that is lower; and which it is."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         cores = os.cpu_count() or 1
     for quota in (_quota_v2, _quota_v1):
         try:
-            return max(1, math.ceil(min(cores, quota())))
+            granted = max(1, math.ceil(min(cores, quota())))
         except (OSError, ValueError):
             continue
-    return cores
+        if granted < cores:
+            return granted, "the quota of this control group"
+        break
+    return cores, "the cores this process may use"
 
 
 def _quota_v2():
@@ -42,30 +45,60 @@ def _quota_v1():
     return math.inf if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
 
 
-def _initial_threads():
-    if not _cpu.has_openmp():
-        return 1
+def _threads_asked_for():
+    """By the environment, and by what of it; None: nothing."""
     for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one per level of nesting
         if text:
             if not text.isdecimal() or int(text) < 1:
                 raise ValueError(f"{name}: expected a number of threads, at least 1, got {os.environ[name]!r}")
-            return int(text)
-    return _available_cores()
+            return int(text), f"{name}={os.environ[name]}"
+    return None
 
 
-_threads = _initial_threads()
+def _threads_and_why():
+    """The number of threads of a call, and who chose it."""
+    global _chosen
+    if _chosen:
+        return _chosen
+    process = sys.modules.get("multiprocessing.process")
+    if not _cpu.has_openmp():
+        choice = 1, "built without OpenMP"
+    elif _asked_for:
+        choice = _asked_for
+    elif process and process.current_process().daemon:
+        choice = 1, "a worker process (daemonic, as those of a DataLoader or Pool), one of several"
+    else:
+        choice = _available_cores()
+    # A spawned child runs its parent's main module before it knows what kind of child it is: not its last word.
+    if not (process and "__mp_main__" in sys.modules and process.parent_process() is None):
+        _chosen = choice
+    return choice
+
+
+def _forget_threads():
+    """A forked child may be a worker process; what `set_num_threads` said stays."""
+    global _chosen
+    if _chosen and _chosen[1] != _SET:
+        _chosen = None
+
+
+_SET = "kpcore.set_num_threads"
+_asked_for = _threads_asked_for()
+_chosen = None  # what _threads_and_why says, once it has
 if os.environ.get("KPCORE_ISA"):
     _cpu.set_isa(os.environ["KPCORE_ISA"])
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_cpu.pause_threads)
+    os.register_at_fork(before=_cpu.pause_threads, after_in_child=_forget_threads)
 
 
 def set_num_threads(threads):
     """Use this many threads in every later call, in all Python threads.
 
-    Until then it is ``KPCORE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the cores that this process may use. No
-    result depends on it. A build without OpenMP has one.
+    Until then it is ``KPCORE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else one in a daemonic process of
+    `multiprocessing` (the workers of a DataLoader or Pool), else the cores that this process may use. A forked child
+    keeps what was set here. Calls with little to do take fewer. No result depends on it. A build without OpenMP has
+    one.
 
     Examples
     --------
@@ -74,14 +107,15 @@ def set_num_threads(threads):
     >>> kp.get_num_threads()
     2
     """
-    global _threads
+    global _chosen
     threads = _array.integer("threads", threads, 1, 2**16)
-    _threads = threads if _cpu.has_openmp() else 1
+    if _cpu.has_openmp():
+        _chosen = threads, _SET
 
 
 def get_num_threads():
-    """The number of threads that calls use; see `set_num_threads`."""
-    return _threads
+    """The number of threads that calls use at most; see `set_num_threads`."""
+    return (_chosen or _threads_and_why())[0]
 
 
 _memory_limit = None
@@ -188,11 +222,12 @@ def _gpu():
 
 def show_config():
     """Print the version, instruction set, threads and libraries in use, as a bug report should quote them."""
+    threads, why = _threads_and_why()
     rows = {
         "kpcore": __version__,
         "instruction set": f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; KPCORE_ISA overrides)",
-        "threads": f"{get_num_threads()} (KPCORE_NUM_THREADS, kpcore.set_num_threads)",
-        "OpenMP": "yes" if _cpu.has_openmp() else "no: built without it, one thread",
+        "threads": f"{threads}: {why} (KPCORE_NUM_THREADS and kpcore.set_num_threads override)",
+        "OpenMP": _openmp.waiting(),
         "Python": sys.version.split()[0],
         "NumPy": np.__version__,
         "GPU": _gpu(),

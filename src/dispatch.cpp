@@ -1,4 +1,5 @@
 // Picks the table of functions for this machine once; KPCORE_ISA or set_isa() overrides.
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -73,6 +74,15 @@ bool has_openmp() {
 #else
   return false;
 #endif
+}
+
+// The file of the OpenMP library that this one is bound to; null without.
+const char* openmp_library() {
+#ifdef _OPENMP
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(&omp_get_thread_num), &info)) return info.dli_fname;
+#endif
+  return nullptr;
 }
 
 // A forked child has no other thread, but libgomp still believes in its pool and waits for it for ever. Called before

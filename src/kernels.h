@@ -310,6 +310,7 @@ const Kernels& kernels();
 bool set_isa(const char* name);  // false: not one of isas()
 const char* const* isas();       // the usable ones, best last, null-terminated
 bool has_openmp();
+const char* openmp_library();
 void pause_threads();
 
 extern const Kernels kernels_base, kernels_avx2, kernels_avx512;

@@ -82,7 +82,7 @@ Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out,
     return own.tile.reserve(problem, tile_rows) && own.o.resize((tile_rows + 1) * o_row);
   };
   return over_tiles<Convolution<G, F, DIM>>(
-      problem.num_queries, tile_rows, threads, reserve,
+      problem.num_queries, tile_rows, threads_of_pass(problem, weights, threads), reserve,
       [&](Convolution<G, F, DIM>& own, int64_t, int64_t first, int64_t rows) {
         const F* const o = own.o.data();
         own.tile.fill(problem, first, rows);

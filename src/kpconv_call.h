@@ -52,14 +52,22 @@ const F* modulations_at(const Problem<G, F>& problem, const Weights<F>& weights,
   return weights.modulations + first * weights.num_kernels * weights.factors;
 }
 
+// Threads worth starting for a pass over all pairs: to place one costs as much as some 256 products.
+template <class G, class F>
+int threads_of_pass(const Problem<G, F>& problem, const Weights<F>& weights, int threads) {
+  const int64_t products = weights.depthwise ? weights.c_out : weights.c_in * weights.c_out / weights.groups;
+  return useful_threads(threads, problem.row_splits[problem.num_queries] * (256 + products), 1 << 19);
+}
+
 // Calls work(state, tile, its first query, their number) for all tiles, in their order on as many threads as could
 // reserve a state.
 template <class State, class Reserve, class Work>
 Status over_tiles(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
   const Tiles tiles(num_queries, tile_rows);
+  threads = int(smaller<int64_t>(threads, larger<int64_t>(1, tiles.count)));
   int64_t next = 0;
   bool some = false;
-#pragma omp parallel num_threads(useful_threads(threads, tiles.count, 1)) reduction(|| : some)
+#pragma omp parallel num_threads(threads) reduction(|| : some)
   {
     State state;
     some = reserve(state);

@@ -447,6 +447,7 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
            (!to.of_places() || own.places.reserve(problem, weights, tile_rows, most_edges)) &&
            (!to.weights || own.grad.resize(tile_rows * round_up(weights.c_out, lanes<F>) + panel_width<F>));
   };
+  threads = threads_of_pass(problem, weights, threads);
   return over_tiles<Own>(
       num_queries, tile_rows, threads, reserve, [&](Own& own, int64_t t, int64_t first, int64_t rows) {
         if (to.of_places()) {

@@ -163,14 +163,17 @@ constexpr int64_t block_of_queries = 512;
 template <class Kind, class Scratch, class Visit>
 Status for_each_group(const Plan<Kind>& plan, Visit visit) {
   const int64_t n = plan.num_queries, blocks = (n + block_of_queries - 1) / block_of_queries;
-  const int threads = useful_threads(plan.search.threads, blocks, 2);
+  const int threads = useful_threads(plan.search.threads, blocks, 1);
+  // Blocks that a thread takes at a time. The more, the longer a walker goes on from where it is; but of four blocks
+  // taken by fours, the second thread got none.
+  const int64_t taken = larger<int64_t>(1, smaller<int64_t>(4, blocks / (2 * threads)));
   bool enough = true;
 #pragma omp parallel num_threads(threads) reduction(&& : enough)
   {
     auto walker = Kind::walker(plan.index(), plan.others(), plan.search);
     Scratch scratch(plan);
     enough = walker.reserve();
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, taken)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t end = smaller(n, (b + 1) * block_of_queries);
       for (int64_t i = b * block_of_queries; enough && i < end;) {
@@ -468,9 +471,10 @@ Status transpose(const Transpose& args) {
   auto* to = into<int32_t>(args.out_index);
   auto* splits = into<int64_t>(args.out_row_splits);
   const int64_t m = args.row_splits.rows - 1, n = args.out_row_splits.rows - 1, pairs = rows[m];
-  // One counter per thread and column: no more threads than make the counters half as large as the list.
+  // One counter per thread and column: no more threads than make the counters half as large as the list. Up to half a
+  // million pairs one thread's cache holds all, and two take longer.
   const int threads =
-      int(larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 15), pairs / (4 * (n + 1)))));
+      int(larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 17), pairs / (4 * (n + 1)))));
   Buffer<int64_t> next;
   if (!next.resize(int64_t(threads) * n)) return Status::out_of_memory;
 #pragma omp parallel num_threads(threads)

@@ -58,7 +58,7 @@ bool scan(const Item<T>& item, int threads) {
     for (int a = 0; a < all.dim(); ++a) *all.coordinate(i, a) = item.points[i * all.dim() + a];
     all.distance(i) = T(INFINITY);
   }
-  threads = useful_threads(threads, item.n, 1 << 16);
+  threads = useful_threads(threads, item.n, 1 << 15);
   struct alignas(64) Farthest {  // of a thread's points
     T distance;
     int64_t point;
@@ -382,8 +382,10 @@ Status sample(const FarthestPoints& args, int32_t* index) {
   const auto* start = as<int64_t>(args.start);
   const int64_t items = args.row_splits.rows - 1;
   const int dimension = int(args.points.cols);
+  const int64_t cost = args.points.rows + 32 * out_splits[items];  // cutting 32 points takes as long as a choice
+  const int threads = useful_threads(int(smaller<int64_t>(args.threads, items)), cost, 1 << 10);
   bool enough = true, measurable = true;
-#pragma omp parallel num_threads(int(smaller<int64_t>(args.threads, items))) reduction(&& : enough, measurable)
+#pragma omp parallel num_threads(threads) reduction(&& : enough, measurable)
   {
     Buckets<T, D> buckets;
 #pragma omp for schedule(dynamic, 1)

@@ -303,7 +303,7 @@ template <class Make, class Visit>
 Status for_each_voxel(const Plan& plan, Make make, Visit visit) {
   const int64_t blocks = (plan.voxels + block_of_voxels - 1) / block_of_voxels;
   bool enough = true;
-#pragma omp parallel num_threads(useful_threads(plan.args.threads, plan.args.points.rows, 1 << 13)) \
+#pragma omp parallel num_threads(useful_threads(plan.args.threads, plan.args.points.rows, 1 << 12)) \
     reduction(&& : enough)
   {
     auto state = make();

@@ -1,5 +1,6 @@
 """Threads, instruction sets, environment, what an import costs, and the rule that CI skips nothing."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,191 @@ def test_wrong_num_threads(num, error, set_threads):
 def test_threads_from_the_environment(env, expected, python, monkeypatch):
     monkeypatch.delenv("KPCORE_NUM_THREADS", raising=False)
     assert python("import kpcore; print(kpcore.get_num_threads())", **env).stdout == f"{expected}\n"
+
+
+# ---- threads that wait
+
+needs_gomp = pytest.mark.skipif("gomp" not in (_cpu.openmp_library() or ""), reason="not GCC's OpenMP")
+SPINS = "ctypes.CDLL(kp._cpu.openmp_library()).omp_display_env(1)"  # OpenMP itself says it, to stderr
+
+
+@pytest.fixture
+def no_wish(monkeypatch):
+    """An environment that says nothing of threads."""
+    for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def spins(done):
+    return re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr).group(1)
+
+
+@needs_gomp
+@pytest.mark.parametrize(
+    ("env", "expected", "words"),
+    [
+        ({}, "1000", "waiting threads spin 1000 rounds, then sleep"),
+        ({"GOMP_SPINCOUNT": ""}, "1000", "waiting threads spin 1000 rounds, then sleep"),
+        ({"GOMP_SPINCOUNT": "77"}, "77", "as said by GOMP_SPINCOUNT=77"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0", "as said by OMP_WAIT_POLICY=passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "30000000000", "as said by OMP_WAIT_POLICY=active"),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(env, expected, words, python, no_wish):
+    """And the environment is what it was, for Python and for a child."""
+    code = f"""
+import ctypes, os, subprocess
+before = dict(os.environ)
+import kpcore as kp
+assert dict(os.environ) == before
+child = subprocess.check_output("echo $GOMP_SPINCOUNT", shell=True, text=True)
+assert child.strip() == before.get("GOMP_SPINCOUNT", "")
+kp.show_config()
+{SPINS}
+"""
+    done = python(code, **env)
+    assert done.returncode == 0, done.stderr
+    assert spins(done) == expected
+    assert words in done.stdout
+
+
+@needs_gomp
+def test_config_says_that_an_openmp_loaded_before_does_not_know_of_the_short_wait(python, no_wish):
+    """As when torch, which brings its own, is imported first."""
+    first = f"import ctypes; ctypes.CDLL({_cpu.openmp_library()!r}); "
+    done = python(f"{first}import kpcore as kp; kp.show_config(); {SPINS}")
+    assert spins(done) == "300000"
+    assert "loaded before kpcore" in done.stdout and "set GOMP_SPINCOUNT=1000 before Python starts" in done.stdout
+    done = python(f"{first}import kpcore as kp; kp.show_config(); {SPINS}", GOMP_SPINCOUNT="50")
+    assert spins(done) == "50"
+    assert "as said by GOMP_SPINCOUNT=50" in done.stdout
+
+
+@needs_gomp
+@pytest.mark.parametrize(("names", "first"), [("torch, kpcore", True), ("kpcore, torch", False)])
+def test_config_knows_the_openmp_of_torch(names, first, python, no_wish):
+    pytest.importorskip("torch")
+    done = python(f"import {names}; kpcore.show_config()")
+    assert ("loaded before kpcore" in done.stdout) is first
+    assert ("torch" in re.search(r"OpenMP +(\S+)", done.stdout).group(1)) is first
+
+
+# ---- how many threads a worker process has
+
+WORKERS = """
+import multiprocessing
+import kpcore as kp
+
+kp.config._available_cores = lambda: (5, "the cores of some machine")
+
+def in_process(queue):
+    queue.put(kp.get_num_threads())
+
+if {early}:  # in a spawned child too, which does not know yet that it is one
+    kp.get_num_threads()
+if {explicit}:
+    kp.set_num_threads(3)
+if __name__ == "__main__":
+    found = [kp.get_num_threads()]
+    context = multiprocessing.get_context({method!r})
+    with context.Pool(1) as pool:
+        found.append(pool.apply(kp.get_num_threads))
+        pool.close()
+        pool.join()
+    for daemon in (True, False):
+        queue = context.SimpleQueue()
+        process = context.Process(target=in_process, args=(queue,), daemon=daemon)
+        process.start()
+        found.append(queue.get())
+        process.join()
+    print(*found)
+"""
+
+
+def run_workers(folder, **choices):
+    """The numbers of threads of a main process, of a Pool's worker, of a daemonic child and of another child."""
+    script = folder / "main.py"
+    script.write_text(WORKERS.format(**choices))
+    done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_daemonic_children_take_one_thread_and_others_all(method, early, tmp_path, no_wish):
+    found = run_workers(tmp_path, method=method, early=early, explicit=False)
+    assert found == [5, 1, 1, 5]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_explicit_number_of_threads_wins_in_worker_processes(method, tmp_path, no_wish, monkeypatch):
+    assert run_workers(tmp_path, method=method, early=True, explicit=True) == [3, 3, 3, 3]
+    monkeypatch.setenv("KPCORE_NUM_THREADS", "4")
+    assert run_workers(tmp_path, method=method, early=True, explicit=False) == [4, 4, 4, 4]
+    monkeypatch.delenv("KPCORE_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")
+    assert run_workers(tmp_path, method=method, early=False, explicit=False) == [6, 6, 6, 6]
+
+
+def test_a_quota_below_the_cores_is_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(kp.config.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for quota, expected in (
+        (1.5, (2, "the quota of this control group")),
+        (9.0, (8, "the cores this process may use")),
+    ):
+        monkeypatch.setattr(kp.config, "_quota_v2", lambda quota=quota: quota)
+        assert kp.config._available_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "expected"),
+    [
+        ({"KPCORE_NUM_THREADS": "3"}, "", "3: KPCORE_NUM_THREADS=3 "),
+        ({"OMP_NUM_THREADS": "3,1"}, "", "3: OMP_NUM_THREADS=3,1 "),
+        ({"OMP_NUM_THREADS": "3"}, "kp.set_num_threads(2)", "2: kpcore.set_num_threads "),
+        ({}, "kp.config._quota_v2 = lambda: 0.5", "1: the quota of this control group "),
+        ({}, "import multiprocessing as m; m.current_process().daemon = True", "1: a worker process "),
+    ],
+)
+def test_config_says_how_many_threads_and_why(env, code, expected, python, no_wish):
+    done = python(f"import kpcore as kp\n{code}\nkp.show_config()", **env)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("threads ")]
+    assert line.split(maxsplit=1)[1].startswith(expected)
+
+
+# ---- small problems
+
+NUM_TASKS = """
+import sys
+sys.path.insert(0, {tests!r})
+import numpy as np, kpcore as kp, ops
+def num_threads():
+    return int(open("/proc/self/status").read().split("Threads:")[1].split()[0])
+before = num_threads()
+num, points = {num}, ops.cloud({num}, np.float32)[0]
+kp.radius_search(points, None, 0.1)
+kp.knn_search(points, None, 3)
+kp.KDTree(points)
+kp.farthest_point_sampling(points, num // 4, row_splits=np.array([0, num // 2, num]))
+kp.build_pyramid(points, voxel_size=0.1, num_levels=3)
+for variant in ops.VARIANTS if {operators} else ():
+    op, arguments = ops.call(variant, num)
+    out, pullback = ops.vjp(op, arguments, ops.diff(op, arguments))
+    pullback(ops.covector(out))
+print(num_threads() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num", "operators", "started"), [(10, True, False), (200, True, False), (50_000, False, True)]
+)
+def test_small_problems_start_no_threads(num, operators, started, python):
+    """OpenMP keeps a thread that it has started."""
+    code = NUM_TASKS.format(tests=str(Path(__file__).parent), num=num, operators=operators)
+    done = python(code, KPCORE_NUM_THREADS="8")
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) > 0) is started
 
 
 # ---- instruction sets

@@ -595,7 +595,7 @@ def test_same_bits_with_any_number_of_threads(name, dtype, normalization, isa, s
     if name == "uneven":
         case = with_rows(ROWS["thousands_for_some"], cin=33, cout=17, feature_type=dtype)
     else:
-        num_queries = 3000 if name == "uniform" else 61
+        num_queries = 3000 if name == "uniform" else 241
         case = clouds.random_case(
             num_points=4097, num_queries=num_queries, cin=33, cout=65, geometry_type=dtype, feature_type=dtype
         )

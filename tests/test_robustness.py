@@ -854,13 +854,13 @@ def layers(features, weights, scale, labels, row_splits):
     return loss, *pullback(np.ones_like(loss))
 
 
-def everything():
-    """Bits of every kernel on enough points to use several threads."""
-    points, radius = clouds.uniform(20_000, seed=3)
+def everything(num=20_000):
+    """Bits of every kernel, by default on enough points to use several threads."""
+    points, radius = clouds.uniform(num, seed=3)
     found = kp.radius_search(points, None, radius, return_distances=True)
-    sub = kp.grid_subsample(points, 0.1, features=points, labels=np.arange(20_000) % 7)
+    sub = kp.grid_subsample(points, 0.1, features=points, labels=np.arange(num) % 7)
     rng = np.random.default_rng(0)
-    features, weights = rng.normal(size=(20_000, 8)).astype(np.float32), rng.normal(size=(15, 8, 8)).astype(np.float32)
+    features, weights = rng.normal(size=(num, 8)).astype(np.float32), rng.normal(size=(15, 8, 8)).astype(np.float32)
     kernel_points = rng.normal(size=(15, 3)).astype(np.float32) * np.float32(radius / 2)
     out, pullback = kp.autodiff.vjp(
         lambda f, w: kp.kpconv(points, None, found, f, w, kernel_points, radius), features, weights
@@ -868,7 +868,7 @@ def everything():
     lists = [kp.knn_search(points, None, 5)]
     for level in kp.build_pyramid(points, voxel_size=0.02, num_levels=3):
         lists += [level.neighbors] + [level.pools, level.upsamples] * (level.pools is not None)
-    chosen = kp.farthest_point_sampling(points, 100, row_splits=np.array([0, 5000, 20_000]))
+    chosen = kp.farthest_point_sampling(points, 100, row_splits=np.array([0, num // 4, num]))
     pooled = []
     for reduce in ("mean", "max"):
         down, back = kp.autodiff.vjp(lambda f, r=reduce: kp.neighbor_reduce(f, found, r), features)
@@ -877,8 +877,19 @@ def everything():
     smooth, back = kp.autodiff.vjp(lambda f: kp.interpolate(points, None, f), features)
     pooled += [smooth, *back(smooth), kp.nearest_upsample(features, found), kp.gather(features, found.index)]
     indices = [chosen.index, *(nb.index for nb in lists)]
-    loss = layers(features, weights[0], features[0], np.arange(20_000) % 7, np.array([0, 5000, 20_000]))
+    loss = layers(features, weights[0], features[0], np.arange(num) % 7, np.array([0, num // 4, num]))
     return [found.index, found.distance, *sub[:3], sub.inverse, *indices, out, *pullback(out), *pooled, *loss]
+
+
+@pytest.mark.parametrize("num", [300, 1500, 4500, 40_000])
+def test_problems_of_any_size_have_the_same_bits_with_any_number_of_threads(num, set_threads):
+    """Sizes at which some parts of a call take one thread and others take several."""
+    set_threads(1)
+    expected = everything(num)
+    for threads in (2, 3, 8):
+        set_threads(threads)
+        for got, array in zip(everything(num), expected, strict=True):
+            assert_same_bits(got, array)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -474,7 +474,7 @@ def test_linear_of_any_channels(dtype, c_in, c_out, isa):
 
 
 @both_dtypes
-@pytest.mark.parametrize("rows", [1, 13, 103, 121, 309])
+@pytest.mark.parametrize("rows", [1, 29, 103, 121, 309])
 def test_products_of_few_rows_by_many_threads(rows, dtype, isa, set_threads):
     """Rows of a tile or two: columns are dealt to the threads too."""
     rng = np.random.default_rng(rows)

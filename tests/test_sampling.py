@@ -208,7 +208,7 @@ def test_same_bits_with_any_instructions_and_threads(name, dim, dtype, method, i
 
 @pytest.mark.parametrize("name", ["uniform", "lattice"])
 def test_the_scan_shares_its_points_among_threads(name, isa, set_threads):
-    # 65,536 points keep a thread busy.
+    # 65,536 points are enough for a thread.
     points = clouds.uniform(200_000)[0] if name == "uniform" else clouds.nasty("lattice_ties", num=200_000)[0]
     results = []
     for threads in (1, 2, 3):

@@ -591,9 +591,9 @@ def test_what_has_no_gradient_says_so(argument):
 )
 def test_same_bits_with_any_instructions_and_threads(name, origin, dtype, position, feature, isa, set_threads):
     points, voxel_size = {
-        "uniform": (clouds.uniform(20_000, dtype=dtype)[0], 0.05),
-        "lattice": (clouds.nasty("lattice_ties", dtype=dtype, num=8_000)[0], 0.3),
-        "one_voxel": (clouds.uniform(20_000, dtype=dtype)[0], 2.0),
+        "uniform": (clouds.uniform(40_000, dtype=dtype)[0], 0.05),
+        "lattice": (clouds.nasty("lattice_ties", dtype=dtype, num=40_000)[0], 0.3),
+        "one_voxel": (clouds.uniform(40_000, dtype=dtype)[0], 2.0),
     }[name]
     arrays = attributes(len(points)) | {"position": position, "feature": feature, "origin": origin}
     results = []
