@@ -1,7 +1,9 @@
 """Networks against the published code's, in every framework; what trains them against torch's."""
 
+import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,11 @@ def batch(net, dtype=np.float32, seed=0, num=150):
     return levels, levels[0].features, labels
 
 
+def lattice():
+    """Points of which most lie on faces of voxels of 0.03."""
+    return (np.random.default_rng(0).integers(0, 16, (800, 3)) * 0.015 - 0.3).astype(np.float32)
+
+
 def relative(got, expected):
     return np.abs(got - expected).max() / np.abs(expected).max()
 
@@ -53,12 +60,34 @@ def test_the_published_numbers_of_parameters(make, convs, deformable, millions):
     assert round(nn.count(params) / 1e6, 2) == millions
 
 
+def parameters_of_kpnext(depths, widths, features, classes, kernel_size, attention_groups):
+    """How many the published code has: only the blocks of the encoder's first stage have no attention."""
+
+    def block(channels, width, attention):
+        shared = kernel_size * channels // (attention_groups or 1)
+        of_attention = channels * channels + channels + channels * shared + 2 * shared
+        conv = kernel_size * channels + 2 * channels + (of_attention if attention and attention_groups else 0)
+        shortcut = channels * width + 2 * width if channels != width else 0
+        return conv + 4 * channels * channels + 8 * channels + 4 * channels * width + 2 * width + shortcut
+
+    following = [*widths[1:], widths[-1]]
+    total = kernel_size * features * widths[0] + 2 * widths[0]
+    for level, depth in enumerate(depths):
+        total += (depth - 1) * block(widths[level], widths[level], level)
+        total += block(widths[level], following[level], level)
+    for level, width in enumerate(widths[:-1]):
+        total += 2 * following[level] * width + 2 * width + block(width, width, True)
+    return total + widths[0] ** 2 + 2 * widths[0] + classes * widths[0] + classes
+
+
 @pytest.mark.parametrize(
-    ("size", "attention", "millions"), [("S", False, 5.0), ("L", False, 7.8), ("S", True, 11.4), ("L", True, 18.2)]
+    ("size", "attention", "number"),
+    [("S", False, 4_986_733), ("L", False, 7_829_069), ("S", True, 11_442_685), ("L", True, 18_288_909)],
 )
-def test_the_published_numbers_of_parameters_of_kpnext(size, attention, millions):
-    params, _ = nn.kpnext(5, 13, 0.04, size=size, attention=attention).init()
-    assert round(nn.count(params) / 1e6, 1) == millions
+def test_the_published_numbers_of_parameters_of_kpnext(size, attention, number):
+    net = nn.kpnext(5, 13, 0.04, size=size, attention=attention)
+    widths, groups = [64, 96, 128, 192, 256], 4 if attention else None
+    assert nn.count(net.init()[0]) == parameters_of_kpnext(net.depths, widths, 5, 13, 43, groups) == number
 
 
 def test_architectures():
@@ -115,6 +144,7 @@ def test_architectures_that_are_none(blocks_of, message):
         ({"influence": "square"}, "influence: expected 'linear' or"),
         ({"aggregation": "mean"}, "aggregation: expected 'sum' or"),
         ({"normalization": "sum"}, "normalization: expected None or"),
+        ({"origin": 0.1}, "origin: expected 0 or 'published', got 0.1"),
     ],
 )
 def test_sizes_that_cannot_be(options, message):
@@ -258,6 +288,119 @@ def test_the_published_networks(name):
     assert relative(logits, golden["logits_eval"]) < 2e-5
 
 
+def kpnext_name(theirs):
+    """encoder_2.0.up_mlp.1.norm.batch_norm.weight -> encoder.1.0.unary1.norm.scale"""
+    name = re.sub(r"^encoder_(\d+)", lambda m: f"encoder.{int(m[1]) - 1}", theirs)
+    name = re.sub(r"^decoder_unary_(\d+)", lambda m: f"decoder.{int(m[1]) - 1}.unary", name)
+    name = re.sub(r"^decoder_layer_(\d+)", lambda m: f"decoder.{int(m[1]) - 1}.block", name)
+    name = name.replace("norm.norm.batch_norm", "norm").replace("norm.batch_norm", "norm").replace("conv_norm", "norm")
+    for layer, ours in (("up_mlp", "unary1"), ("down_mlp", "unary2"), ("mlp_downcut", "unary_shortcut")):
+        name = re.sub(rf"\.{layer}\.[01]\.", f".{ours}.", name)
+    name = name.replace("alpha_mlp.0", "attention.0").replace("alpha_mlp.1.norm", "attention.0")
+    name = name.replace("alpha_mlp.3", "attention.1").replace("grpnorm", "attention.norm").replace(".mlp.", ".")
+    layer, _, leaf = name.rpartition(".")
+    leaves = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "variance"}
+    return f"{layer}.{leaves[leaf] if layer.endswith('norm') else {'weight': 'weights'}.get(leaf, leaf)}"
+
+
+def kpnext_values(values):
+    """Under our names: linear layers transposed, the stem without its one group."""
+    return {
+        kpnext_name(name): np.ascontiguousarray(
+            value[:, 0] if value.ndim == 4 else value.T if name.endswith(".weight") else value
+        )
+        for name, value in values.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("name", ["kpconvx", "kpconvd"])
+def test_the_published_kpnext(shared, name):
+    path = shared / "golden" / "clients" / f"network_kpnext_{name}.npz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with np.load(path) as file:
+        golden = {key.removeprefix("net/"): file[key] for key in file}
+
+    def values(kind):
+        return kpnext_values({key.removeprefix(kind): v for key, v in golden.items() if key.startswith(kind)})
+
+    depths, limits, shells = (
+        golden[f"in/{key}"].tolist() for key in ("layer_blocks", "neighbor_limits", "shell_sizes")
+    )
+    groups = int(golden["in/inv_groups"]) if name == "kpconvx" else None
+    net = nn.KPNeXt(depths, 5, 5, float(golden["in/voxel_size"]), groups, width=16, num_neighbors=limits,
+                    shells=shells, origin="published")  # fmt: skip
+    params, state = net.init()
+    given = values("in/state/")
+    assert given.keys() == params.keys() | state.keys()
+    params, state = ({key: given[key] for key in part} for part in (params, state))
+    assert nn.count(params) == parameters_of_kpnext(depths, net.widths, 5, 5, sum(shells), groups)
+    levels = []
+    for level in range(3):
+
+        def listed(kind, level=level, of=0):
+            return kp.Neighbors.from_padded(golden[f"in/{kind}/{level}"], len(golden[f"in/points/{level + of}"]))
+
+        splits = kp.row_splits(golden[f"in/lengths/{level}"].astype(np.int64))
+        between = [listed("pools"), listed("upsamples", of=1)] if level < 2 else [None, None]
+        levels.append(
+            kp.Level(golden[f"in/points/{level}"], splits, None, None, 0.0, 0.0, listed("neighbors"), *between)
+        )
+    features = golden["in/features"]
+    assert relative(net(kp, params, state, levels, features).logits, golden["out/logits_eval"]) < 3e-5
+    tensors = {key: kp.autodiff.Tensor(value) for key, value in params.items()}
+    result = net(kp, tensors, state, levels, features, training=True)
+    loss = kp.softmax_cross_entropy(result.logits, golden["in/labels"])
+    loss.backward()
+    assert relative(result.logits.value, golden["out/logits_train"]) < 3e-5
+    np.testing.assert_allclose(loss.value, golden["out/loss"], rtol=2e-6)
+    for key, value in values("out/grad/").items():
+        assert relative(tensors[key].grad, value) < 3e-5, key
+    for key, value in values("out/state_after/").items():
+        assert relative(result.state[key], value) < 3e-5, key
+    pyramid = net.pyramid(golden["in/points/0"], row_splits=levels[0].row_splits, subsampled=True)
+    for ours, theirs in zip(pyramid, levels, strict=True):
+        assert ours.row_splits.tolist() == theirs.row_splits.tolist()
+        ours, theirs = (level.points[np.lexsort(level.points.round(4).T)] for level in (ours, theirs))
+        assert np.abs(ours - theirs).max() < 1e-6
+
+
+def test_an_imported_network_has_the_published_grids(tmp_path):
+    net, params, state, *_ = published("kpfcnn")
+    assert net.origin == "published" and small().origin == 0
+    points = lattice()
+    sizes = {"voxel_size": 0.03, "num_levels": net.num_levels, "deform_levels": net.deform_levels}
+    sizes |= {"conv_radius": net.conv_radius, "deform_radius": net.deform_radius}
+
+    def same(levels, origin):
+        expected = kp.build_pyramid(points, origin=origin, **sizes)
+        return all(np.array_equal(a.points, b.points) for a, b in zip(levels, expected, strict=True))
+
+    assert same(net.pyramid(points), "published") and not same(net.pyramid(points), 0)
+    assert same(dataclasses.replace(net, origin=0).pyramid(points), 0)
+    pytest.importorskip("safetensors")
+    nn.save(tmp_path / "net", net, params, state)
+    assert nn.load(tmp_path / "net")[0] == net
+    # A file of before there were origins has none.
+    groups, about = checkpoints.read(tmp_path / "net")
+    del about["network"]["origin"]
+    checkpoints.write(tmp_path / "old", groups, about)
+    assert nn.load(tmp_path / "old")[0] == dataclasses.replace(net, origin=0)
+
+
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_the_grids_of_kpnext(subsampled):
+    points = lattice()
+    net = nn.KPNeXt((1, 1, 1), 1, 2, 0.03, None, width=16, grid_factor=2, origin="published")
+    expected = kp.build_pyramid(points, voxel_size=0.03, num_levels=3, subsampled=subsampled, origin="published")
+    at_zero = dataclasses.replace(net, origin=0).pyramid(points, subsampled=subsampled)
+    levels = net.pyramid(points, subsampled=subsampled)
+    for one, other in zip(levels, expected, strict=True):
+        assert_same_bits(one.points, other.points)
+    assert not np.array_equal(levels[-1].points, at_zero[-1].points)
+
+
 def test_the_import_says_what_is_wrong():
     golden = dict(np.load(GOLDEN / "network_kpcnn.npz"))
     state_dict = {key[6:]: value for key, value in golden.items() if key.startswith("state/")}
@@ -324,7 +467,8 @@ def under_published_names(values, norm):
 @pytest.mark.parametrize("norm", ["batch", None])
 @pytest.mark.parametrize("modulated", [False, True])
 def test_the_import_of_other_settings(norm, modulated):
-    net = nn.kpfcnn(3, 5, 0.1, levels=2, deformable=1, width=16, modulated=modulated, norm=norm, pool_pad_value=0.0)
+    net = nn.kpfcnn(3, 5, 0.1, levels=2, deformable=1, width=16, modulated=modulated, norm=norm, pool_pad_value=0.0,
+                    origin="published")  # fmt: skip
     params, state = net.init(4)
     config = {
         "num_classes": 5, "in_features_dim": 3, "first_features_dim": 16, "first_subsampling_dl": 0.1,
@@ -684,6 +828,7 @@ def test_kpconvx_is_that_of_the_torch_layer(attention_norm):
         ({"shells": (14, 28)}, r"shells: expected those from the centre, of 1 point, outwards, got \(14, 28\)"),
         ({"dropout": 2}, "dropout: expected 0 to 1, got 2"),
         ({"slope": math.nan}, "slope: expected a finite number"),
+        ({"origin": "first"}, "origin: expected 0 or 'published', got 'first'"),
     ],
 )
 def test_what_kpnext_cannot_be(options, message):
@@ -890,6 +1035,22 @@ def test_a_network_in_a_file(tmp_path):
             assert one.keys() == other.keys()
             for name, value in other.items():
                 assert_same_bits(one[name], value)
+
+
+def test_a_file_with_other_arrays_than_the_network_has(tmp_path):
+    pytest.importorskip("safetensors")
+    net = nn.KPNeXt((1, 1), 1, 2, 0.1, 4, width=16, num_neighbors=(4, 4))
+    params, state = net.init()
+    without = {name: value for name, value in params.items() if "decoder.0.block.conv.attention" not in name}
+    for values, message in (
+        # As saved when the last block had no attention.
+        (without, r"params: expected decoder\.0\.block\.conv\.attention\.0\.weights \(16, 16\), .* got none"),
+        (params | {"head.1.bias": np.zeros(3, np.float32)}, r"params: expected head\.1\.bias \(2,\), got \(3,\)"),
+        (params | {"head.2.bias": params["head.1.bias"]}, "params: expected only what .* has, got head.2.bias too"),
+    ):
+        nn.save(tmp_path / "net", net, values, state)
+        with pytest.raises(ValueError, match=message):
+            nn.load(tmp_path / "net")
 
 
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):

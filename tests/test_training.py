@@ -179,6 +179,25 @@ def test_scenes_are_subsampled_with_features_and_labels():
     assert columns.widths == {"one": 1, "color": 3, "height": 1}
 
 
+def test_scenes_are_subsampled_as_the_network_says(tmp_path):
+    # A lattice, with points on the faces of voxels.
+    points = (0.3 + np.random.default_rng(0).integers(0, 24, (3000, 3)) * 0.1).astype(np.float32)
+    np.savez(tmp_path / "a.npz", points=points, labels=(np.arange(3000) % 6 + 1).astype(np.int32))
+    part = {"train": [{"file": "a.npz"}], "test": [], "features": ["one"]}
+    for origin, network in ((0, {}), (0, {"origin": 0}), ("published", {"origin": "published"})):
+        found = from_dict(given(data=part, network=network))
+        assert found.net().origin == origin
+        loaded, columns = data.load(found, found.data.train, tmp_path)
+        assert_same_bits(loaded[0].points, kp.grid_subsample(loaded[0].full, 0.2, origin=origin).points)
+        other = kp.grid_subsample(loaded[0].full, 0.2, origin=0 if origin else "published").points
+        assert not np.array_equal(loaded[0].points, other)
+        spheres = [batches.Sphere(0, np.zeros(3, np.float32), np.arange(len(loaded[0].points)))]
+        levels = batches.make_batch(found.net(), loaded, columns, spheres).pyramid
+        assert_same_bits(levels[1].points, kp.grid_subsample(levels[0].points, 0.4, origin=origin).points)
+    with pytest.raises(SettingsError, match=r"\[network\] origin: expected 0 or 'published', got 1"):
+        from_dict(given(network={"origin": 1}))
+
+
 def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     rng = np.random.default_rng(0)
     points = rng.random((4000, 3)) * 100 + [85_000, 447_000, 10]
@@ -530,6 +549,11 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     assert training.Training(more, tmp_path / "part", ".", seed=5, resume=True).epoch == 2
     with pytest.raises(ValueError, match="resume: expected the settings"):
         training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
+    groups, about = checkpoints.read(tmp_path / "part" / "last.safetensors")
+    name, _ = groups["params"].popitem()
+    checkpoints.write(tmp_path / "part" / "last.safetensors", groups, about)
+    with pytest.raises(ValueError, match=rf"resume: params: expected {re.escape(name)} .* got none"):
+        training.Training(found, tmp_path / "part", ".", seed=5, resume=True)
 
 
 def assert_same_checkpoints(one, other):

@@ -40,7 +40,7 @@ class Run:
     conv : dict
         The options of all convolutions: influence, aggregation, normalization.
     new : dict, optional
-        How to make what is missing: seed, dtype.
+        How to make what is missing: seed (None: zeros), dtype.
 
     Attributes
     ----------
@@ -67,9 +67,13 @@ class Run:
 
     def _get(self, kind, values, name, shape, draw):
         if self.new is not None and name not in values:
-            # Drawn from the name, so that a block more or less changes no other's.
-            rng = np.random.default_rng([self.new["seed"], zlib.crc32(name.encode())])
-            values[name] = np.ascontiguousarray(draw(rng, shape), self.new["dtype"])
+            seed, dtype = self.new["seed"], self.new["dtype"]
+            if seed is None:
+                values[name] = np.zeros(shape, dtype)
+            else:
+                # Drawn from the name, so that a block more or less changes no other's.
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                values[name] = np.ascontiguousarray(draw(rng, shape), dtype)
         if name not in values:
             raise ValueError(f"{kind}: expected {name} {shape}, which the architecture has, got none of this name")
         value = values[name]

@@ -11,7 +11,7 @@ import numpy as np
 
 from kpcore.config import require
 from kpcore.nn.kpnext import KPNeXt
-from kpcore.nn.networks import Network
+from kpcore.nn.networks import Network, check_values, zeros
 
 
 def save(path, net, params, state, **more):
@@ -40,6 +40,7 @@ def load(path):
     if kind not in kinds:
         raise ValueError(f"path: expected a network of {' or '.join(kinds)}, got {kind} in {path}")
     net = kinds[kind](**given)
+    check_values((groups["params"], groups["state"]), zeros(net))
     return net, groups["params"], groups["state"], about
 
 

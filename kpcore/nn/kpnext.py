@@ -12,6 +12,7 @@ from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.nn.networks import check_dimension, evaluated, initialised
 from kpcore.pyramid import Level, Pyramid
+from kpcore.subsampling import common_origin
 
 _SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
 
@@ -33,7 +34,8 @@ class KPNeXt:
     voxel_size : float
         Of level 0, in the unit of the points.
     attention_groups : int or None
-        Channels that share a number of the attention from the second stage on (KPConvX); None: no attention (KPConvD).
+        Channels that share a number of the attention, which all blocks but those of the first stage have (KPConvX);
+        None: no attention (KPConvD).
     attention_norm : bool
         Whether the attention's numbers of each kernel point are normalised before their sigmoid, over all points of the
         batch together. So it is published; there what a point gets depends on what else is in the batch.
@@ -50,7 +52,7 @@ class KPNeXt:
         Of the kernel and of influence, in voxels of the level.
     grid_factor : float
         By which voxels grow from level to level.
-    norm, norm_groups, momentum, slope, dropout
+    norm, norm_groups, momentum, slope, dropout, origin
         As of `Network`.
 
     Examples
@@ -82,6 +84,7 @@ class KPNeXt:
     slope: float = 0.1
     dropout: float = 0.0
     attention_norm: bool = True
+    origin: int | str = 0
 
     def __post_init__(self):
         for name in ("depths", "num_neighbors", "shells"):
@@ -89,6 +92,7 @@ class KPNeXt:
             if not isinstance(values, (list, tuple, np.ndarray)):
                 raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
             object.__setattr__(self, name, tuple(_array.integer(name, value, 1) for value in values))
+        object.__setattr__(self, "origin", common_origin(self.origin))
         if not self.depths or len(self.num_neighbors) < len(self.depths):
             got = f"got {self.num_neighbors}"
             raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
@@ -130,7 +134,7 @@ class KPNeXt:
         check_dimension(self, points)
         here = points, features, labels, row_splits
         if not subsampled:
-            more = {"features": features, "labels": labels, "row_splits": row_splits}
+            more = {"features": features, "labels": labels, "row_splits": row_splits, "origin": self.origin}
             here = F.grid_subsample(points, self.voxel_size, **more)[:4]
         elif row_splits is None:
             # Bounds of a single item, of the framework that the points are of.
@@ -144,7 +148,7 @@ class KPNeXt:
             pools = upsamples = None
             if number + 1 < self.num_levels:
                 coarser = F.grid_subsample(points, voxel * self.grid_factor, features=features, labels=labels,
-                                           row_splits=row_splits)  # fmt: skip
+                                           row_splits=row_splits, origin=self.origin)  # fmt: skip
                 here = coarser[:4]
                 upsamples = _inverse(coarser.inverse, len(coarser.points))
                 pools = upsamples.transpose()
@@ -175,7 +179,8 @@ class KPNeXt:
                 x = run.F.neighbor_reduce(x, pyramid[level - 1].pools, "max")
             for number in range(depth):
                 width = widths[min(level + 1, len(widths) - 1)] if number == depth - 1 else widths[level]
-                x = self._block(run, f"encoder.{level}.{number}", here, x, width, level)
+                groups = self.attention_groups if level else None
+                x = self._block(run, f"encoder.{level}.{number}", here, x, width, level, groups)
             skips.append(x)
         if not self.segment:
             x = run.F.segment_reduce(x, pyramid[-1].row_splits, "mean")
@@ -184,16 +189,16 @@ class KPNeXt:
             here = pyramid[level]
             x = run.F.concatenate(run.F.nearest_upsample(x, here.upsamples), skips[level])
             x = blocks.unary(run, f"decoder.{level}.unary", x, widths[level], here.row_splits)
-            x = self._block(run, f"decoder.{level}.block", here, x, widths[level], level)
+            x = self._block(run, f"decoder.{level}.block", here, x, widths[level], level, self.attention_groups)
         return self._head(run, x, widths[0], first.row_splits, seed)
 
     def _head(self, run, x, width, row_splits, seed):
         x = blocks.dropout(run, blocks.unary(run, "head.0", x, width, row_splits), self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
-    def _block(self, run, name, here, x, width, level):
-        where, groups = (here.points, None, here.neighbors), self.attention_groups if level else None
-        return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, groups,
+    def _block(self, run, name, here, x, width, level, attention_groups):
+        where = here.points, None, here.neighbors
+        return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, attention_groups,
                                self.attention_norm)  # fmt: skip
 
     def _places(self, level):

@@ -12,6 +12,7 @@ from kpcore import _array
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.nn import blocks
 from kpcore.pyramid import Pyramid
+from kpcore.subsampling import common_origin
 
 
 class Result(NamedTuple):
@@ -107,6 +108,8 @@ class Network:
         Of the regularisation of deformable convolutions.
     dropout : float
         Of the layer before the logits, in training.
+    origin : {0, "published"}
+        Where the grids of its pyramids begin, as of `kpcore.build_pyramid`.
 
     Examples
     --------
@@ -148,10 +151,12 @@ class Network:
     fitting_power: float = 1.0
     repulse_extent: float = 1.2
     dropout: float = 0.0
+    origin: int | str = 0
 
     def __post_init__(self):
         single = np.dtype(np.float32)
         object.__setattr__(self, "architecture", tuple(self.architecture))
+        object.__setattr__(self, "origin", common_origin(self.origin))
         _check_architecture(self.architecture)
         blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "kernel_size"), 1)
         blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
@@ -203,8 +208,8 @@ class Network:
         check_dimension(self, points)
         levels = F.build_pyramid(
             points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
-            labels=labels, subsampled=subsampled, conv_radius=self.conv_radius, deform_radius=self.deform_radius,
-            deform_levels=self.deform_levels, neighbor_limits=neighbor_limits
+            labels=labels, subsampled=subsampled, origin=self.origin, conv_radius=self.conv_radius,
+            deform_radius=self.deform_radius, deform_levels=self.deform_levels, neighbor_limits=neighbor_limits
         )  # fmt: skip
         if self.pool_pad_value is None:
             return levels
@@ -360,8 +365,16 @@ def initialised(net, seed, dtype):
     dtype = np.dtype(dtype)
     if dtype not in _array.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-    params, state = {}, {}
-    new = {"seed": _array.integer("seed", seed, 0), "dtype": dtype}
+    return _asked_for(net, {"seed": _array.integer("seed", seed, 0), "dtype": dtype})
+
+
+def zeros(net):
+    """(params, state) of a network, all zero: the shapes, without the second that drawing 24 million values takes."""
+    return _asked_for(net, {"seed": None, "dtype": np.dtype(np.float32)})
+
+
+def _asked_for(net, new):
+    params, state, dtype = {}, {}, new["dtype"]
     pyramid = net.pyramid(np.zeros((0, net.dimension), dtype))
     net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
     return params, state

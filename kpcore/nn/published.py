@@ -38,7 +38,9 @@ def import_kpconv_pytorch(state_dict, architecture, config):
     Returns
     -------
     net : Network
-        A maximum over pooled neighbours sees the zeros that the published code pads with.
+        A maximum over pooled neighbours sees the zeros that the published code pads with, and the grids of its pyramids
+        begin where those of the published code do: ``origin="published"``. Its code subsamples scenes so too, before it
+        cuts spheres out of them.
     params, state : dict of float32 arrays by name
 
     Raises
@@ -52,7 +54,7 @@ def import_kpconv_pytorch(state_dict, architecture, config):
     options = {ours: config[theirs] for theirs, ours in _SETTINGS.items() if theirs in config}
     if not config.get("use_batch_norm", True):
         options["norm"] = None
-    net = Network(tuple(architecture), **options, pool_pad_value=0.0)
+    net = Network(tuple(architecture), **options, pool_pad_value=0.0, origin="published")
     values = {}
     for theirs, value in state_dict.items():
         if theirs.endswith("num_batches_tracked"):

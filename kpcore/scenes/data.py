@@ -168,7 +168,8 @@ def _scene(settings, columns, cloud, rows):
     features = np.clip(columns.of(full, _given(settings, cloud, rows)), -_LARGEST, _LARGEST)
     try:
         sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
-                                ignore_label=None if labels is None else IGNORED)  # fmt: skip
+                                ignore_label=None if labels is None else IGNORED,
+                                origin=settings.net().origin)  # fmt: skip
     except ValueError as error:
         raise SettingsError(f"[network] voxel_size: {error}") from None
     own = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels

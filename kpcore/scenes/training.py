@@ -15,6 +15,7 @@ import kpcore as kp
 from kpcore import nn
 from kpcore.config import require
 from kpcore.nn import checkpoints
+from kpcore.nn.networks import check_values
 from kpcore.scenes import batches, voting
 from kpcore.scenes.data import IGNORED, Columns, load
 from kpcore.scenes.settings import from_dict
@@ -228,13 +229,16 @@ class Training:
         own["training"]["workers"] = made["training"]["workers"] if made else None  # which has no influence
         if made != own:
             raise ValueError(f"resume: expected the settings that {self.out / LAST} was made with, got others")
-        run = about["run"]
+        model, run = self.model, about["run"]
+        check_values(
+            (groups["params"], groups["state"]), (model.params, model.state), ("resume: params", "resume: state")
+        )
         if run["seed"] != self.seed:
             raise ValueError(f"seed: expected {run['seed']}, as {self.out / LAST} was made with, got {self.seed}")
         self.epoch, self.step, self.best, self.results = (run[key] for key in ("epoch", "step", "best", "results"))
-        for name, value in self.model.params.items():
+        for name, value in model.params.items():
             value[...] = groups["params"][name]
-        self.model.state = groups["state"]
+        model.state = groups["state"]
         self.optimizer.restore(groups["optimizer"])
         self._cut_log()
 
