@@ -1221,7 +1221,7 @@ def xla_arrays(size_t address, dict dtypes, bint writeable):
         buffer = given.buffers[i]
         dtype = dtypes.get(buffer.dtype)
         if dtype is None:
-            raise TypeError(f"expected float32 or float64, got an array of another dtype ({buffer.dtype} of XLA's)")
+            raise TypeError(f"argument {i + 1}: expected a dtype of NumPy's, got number {buffer.dtype} of XLA's")
         array = cnp.PyArray_SimpleNewFromData(
             <int>buffer.rank, <cnp.npy_intp*>buffer.dims, (<cnp.dtype>dtype).type_num, buffer.data
         )

@@ -147,6 +147,9 @@ class Op:
     each time. Of a Neighbors an operator sees everything but `distance`. What kind of thing each argument is says the
     signature of the public function, see kpcore/ops.py.
 
+    ``check(**arguments)`` makes those of forward's checks that look at no value of an array; frameworks make them while
+    they trace.
+
     `keeps` names the arguments whose values the vjp looks at, if not all: of the others the tape keeps a `Shaped`.
     ``by_result(arguments)`` says whether the result in place of `diff`'s only argument gives the same gradient, so that
     the tape need not keep that one.
@@ -157,6 +160,7 @@ class Op:
     vjp: Callable
     diff: tuple[str, ...]
     result: Callable | None = None
+    check: Callable | None = None
     field: str | None = None
     record: type | None = None
     transposes: tuple[str, ...] = ()

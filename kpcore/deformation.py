@@ -210,7 +210,7 @@ def _repulsion_result(offsets, **_):
     return [((), offsets.dtype)]
 
 
-FITTING = Op("fitting_loss", _fitting_forward, _fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result)
-REPULSION = Op(
-    "repulsion_loss", _repulsion_forward, _repulsion_vjp, diff=("offsets", "kernel_points"), result=_repulsion_result
-)
+FITTING = Op("fitting_loss", _fitting_forward, _fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result,
+             check=_fitting_checked)  # fmt: skip
+REPULSION = Op("repulsion_loss", _repulsion_forward, _repulsion_vjp, diff=("offsets", "kernel_points"),
+               result=_repulsion_result, check=_repulsion_checked)  # fmt: skip

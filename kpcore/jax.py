@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 import kpcore
-from kpcore import _cpu
+from kpcore import _array, _cpu
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
 from kpcore.ops import OPS, binder, kinds, setting
@@ -156,12 +156,41 @@ def _differentiable(call, arrays):
 def _forward(call, arrays):
     """(out, saved)"""
     op = OPS[call.op]
+    _check(op, call, arrays)
     shaped = jax.tree.map(lambda a: Shaped(tuple(a.shape), np.dtype(a.dtype)), arrays)
     outputs = _ffi_call(call, "forward", tuple(op.result(**shaped, **dict(call.settings))), arrays, [])
     if op.record is None:
         return outputs[0], outputs[1:]
     num_outputs = len(op.record._fields)
     return op.record(*outputs[:num_outputs]), outputs[num_outputs:]
+
+
+def _check(op, call, arrays):
+    """The operator's checks of dtypes and shapes, made on arrays that have no values: their memory is never touched."""
+    if not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
+        return  # sizes that jax.export leaves open: found when the call runs
+    empty = {}
+    for name, value in arrays.items():
+        if isinstance(value, Neighbors):
+            for part in "index", "row_splits":
+                _array.array(f"{name}.{part}", _empty(getattr(value, part)), "E", _array.INTEGERS, {})
+            index, row_splits = np.empty(value.index.shape, np.int32), np.empty(value.row_splits.shape, np.int64)
+            empty[name] = Neighbors._trusted(index, row_splits, value.num_points, None, value.width)
+        else:
+            empty[name] = None if value is None else _empty(value, _is_splits(name, value))
+    try:
+        op.check(**empty, **dict(call.settings))
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace(".astype(numpy.", ".astype(jnp.")) from None
+
+
+def _empty(array, as_int64=False):
+    return np.empty(array.shape, np.int64 if as_int64 else array.dtype)
+
+
+def _is_splits(name, array):
+    """Whether they are `row_splits` as they are where jax_enable_x64 is off."""
+    return name.endswith("row_splits") and array.dtype == np.int32
 
 
 def _forward_rule(call, primals):
@@ -222,13 +251,22 @@ def _second_derivatives(call, *_):
 
 
 def _checked(name, value, optional):
-    if isinstance(value, (jax.Array, np.ndarray)) or (value is None and optional):
-        if value is not None and value.dtype == np.float64 and not jax.config.jax_enable_x64:
-            raise TypeError(f"{name}: expected float32, because jax_enable_x64 is off, got float64")
-        if isinstance(value, jax.Array) and _unreduced(value):
-            raise TypeError(f"{name}: expected an array, got a part of a sum over devices; sum it with jax.lax.psum")
+    if value is None and optional:
         return value
-    raise TypeError(f"{name}: expected a JAX or NumPy array{' or None' * optional}, got {type(value).__name__}")
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected a JAX or NumPy array{' or None' * optional}, got {type(value).__name__}")
+    if not isinstance(value.dtype, np.dtype):
+        raise TypeError(f"{name}: expected an array of numbers, got {value.dtype}")
+    if isinstance(value, jax.Array) and _unreduced(value):
+        raise TypeError(f"{name}: expected an array, got a part of a sum over devices; sum it with jax.lax.psum")
+    if value.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(
+            f"{name}: expected float32, because jax_enable_x64 is off, got float64; convert it with "
+            f"{name}.astype(jnp.float32)"
+        )
+    if value.dtype == np.int64 and not jax.config.jax_enable_x64 and np.any(value != value.astype(np.int32)):
+        raise ValueError(f"{name}: expected values that int32 can hold, because jax_enable_x64 is off, got others")
+    return value
 
 
 # ---- what XLA calls
@@ -262,9 +300,7 @@ def _compute(text, inputs):
         arguments[name] = Neighbors._borrowed(index, row_splits, num_points, width, back)
     for name in call.names:
         array = next(given)
-        if name.endswith("row_splits") and array.dtype == np.int32:
-            array = array.astype(np.int64)  # as it is where jax_enable_x64 is off
-        arguments[name] = array
+        arguments[name] = array.astype(np.int64) if _is_splits(name, array) else array
     if call.needs is None:
         out, saved = op.forward(**arguments)
         return (*(out if op.record is not None else (out,)), *saved)
@@ -360,11 +396,20 @@ class _Frame(ctypes.Structure):  # XLA_FFI_CallFrame
 _METADATA, _EXECUTE, _INVALID_ARGUMENT = 1, 3, 3
 _DTYPES = {  # by XLA_FFI_DataType
     1: np.dtype(np.bool_),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
     4: np.dtype(np.int32),
     5: np.dtype(np.int64),
     6: np.dtype(np.uint8),
+    7: np.dtype(np.uint16),
+    8: np.dtype(np.uint32),
+    9: np.dtype(np.uint64),
+    10: np.dtype(np.float16),
     11: np.dtype(np.float32),
     12: np.dtype(np.float64),
+    15: np.dtype(np.complex64),
+    16: np.dtype(jnp.bfloat16),
+    18: np.dtype(np.complex128),
 }
 
 
@@ -485,7 +530,7 @@ def _given(function, name, value):
                 f"{len(value.devices())}"
             )
         array = np.asarray(value)
-        return array.astype(np.int64) if name.endswith("row_splits") and array.dtype == np.int32 else array
+        return array.astype(np.int64) if _is_splits(name, array) else array
     return value
 
 

@@ -257,7 +257,6 @@ def _vjp_x(arguments, saved, grad, needs):
 
 
 _DIFF = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
-OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result, transposes=("features",))
-OPX = Op(
-    "kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result, transposes=("features",)
-)
+OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result, check=_problem, transposes=("features",))
+OPX = Op("kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result, check=_problem_x,
+         transposes=("features",))  # fmt: skip

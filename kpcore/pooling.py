@@ -240,7 +240,7 @@ def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mea
     return SEGMENT_REDUCE(features=features, row_splits=row_splits, reduce=reduce, empty=empty)
 
 
-def _features_of(neighbors, features):
+def _features_of(features, neighbors):
     """The features, one row of each point of the list."""
     return _array.array("features", features, "N C", _array.FEATURES, sizes_of(neighbors))
 
@@ -261,7 +261,7 @@ def _weighted_sum(features, index, row_splits, weights=None, shared=None):
 
 
 def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_value):
-    features = _features_of(neighbors, features)
+    features = _features_of(features, neighbors)
     reduction = _array.choice("reduce", reduce, _REDUCES)
     chooses = reduce in ("max", "min")
     if weights is not None:
@@ -319,14 +319,15 @@ def _neighbor_reduce_result(features, neighbors, reduce, **_):
 
 
 NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, diff=("features", "weights"),
-                     result=_neighbor_reduce_result, transposes=("features",))  # fmt: skip
+                     result=_neighbor_reduce_result, check=_neighbor_reduce_checked,
+                     transposes=("features",))  # fmt: skip
 
 
 # ---- nearest_upsample
 
 
 def _nearest_upsample(features, neighbors):
-    features = _features_of(neighbors, features)
+    features = _features_of(features, neighbors)
     backend = _array.backend(features)
     return backend.gather_rows(features, neighbors._index, neighbors._row_splits, config.get_num_threads()), ()
 
@@ -354,7 +355,7 @@ def _nearest_upsample_result(features, neighbors):
 
 
 NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_vjp, diff=("features",),
-                      result=_nearest_upsample_result, transposes=("features",))  # fmt: skip
+                      result=_nearest_upsample_result, check=_features_of, transposes=("features",))  # fmt: skip
 
 
 # ---- gather
@@ -395,7 +396,7 @@ def _gather_result(features, index):
     return [((index.shape[0], features.shape[1]), features.dtype)]
 
 
-GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result)
+GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result, check=_gather_arrays)
 
 
 # ---- interpolate
@@ -428,7 +429,7 @@ INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features"
 # ---- segment_reduce
 
 
-def _segment_reduce_checked(features, row_splits, reduce, empty, known=False):
+def _segment_reduce_checked(features, row_splits, reduce, empty, known=True):
     sizes = {}
     features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
     row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
@@ -437,14 +438,14 @@ def _segment_reduce_checked(features, row_splits, reduce, empty, known=False):
 
 
 def _segment_reduce(features, row_splits, reduce, empty):
-    arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
+    arguments = _segment_reduce_checked(features, row_splits, reduce, empty, known=False)
     chooses = reduce in ("max", "min")
     out, choice = _array.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
     return out, (choice,) if chooses else ()
 
 
 def _segment_reduce_vjp(arguments, saved, grad, needs):
-    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments, known=True)
+    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments)
     backend, threads = _array.backend(grad), config.get_num_threads()
     if saved:
         return {"features": backend.unpool(*saved, grad, len(features), threads)}
@@ -460,4 +461,4 @@ def _segment_reduce_result(features, row_splits, reduce, **_):
 
 
 SEGMENT_REDUCE = Op("segment_reduce", _segment_reduce, _segment_reduce_vjp, diff=("features",),
-                    result=_segment_reduce_result)  # fmt: skip
+                    result=_segment_reduce_result, check=_segment_reduce_checked)  # fmt: skip

@@ -80,7 +80,14 @@ def _linear_result(features, weights, **_):
     return [((features.shape[0], weights.shape[1]), features.dtype)]
 
 
-LINEAR = Op("linear", _linear, _linear_vjp, diff=("features", "weights", "bias"), result=_linear_result)
+LINEAR = Op(
+    "linear",
+    _linear,
+    _linear_vjp,
+    diff=("features", "weights", "bias"),
+    result=_linear_result,
+    check=_linear_arguments,
+)
 
 
 # ---- normalisation
@@ -150,7 +157,7 @@ def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array,
                       training=training, momentum=momentum, eps=eps, negative_slope=negative_slope)  # fmt: skip
 
 
-def _batch_norm(features, scale, shift, running_mean, running_var, training, momentum, eps, negative_slope):
+def _batch_norm_arguments(features, scale, shift, running_mean, running_var, training, momentum, eps, negative_slope):
     sizes = {}
     features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     scale, shift, running_mean, running_var = (
@@ -165,12 +172,18 @@ def _batch_norm(features, scale, shift, running_mean, running_var, training, mom
     training = _array.boolean("training", training)
     momentum = _array.between("momentum", momentum, 0, 1)
     eps = _array.length("eps", eps, np.dtype(np.float64))
-    slope = _slope(negative_slope, features)
+    if training and features.shape[0] < 2:
+        raise ValueError(f"features: expected at least 2 rows where training, got {features.shape}")
+    return features, scale, shift, running_mean, running_var, training, momentum, eps, _slope(negative_slope, features)
+
+
+def _batch_norm(**arguments):
+    features, scale, shift, running_mean, running_var, training, momentum, eps, slope = _batch_norm_arguments(
+        **arguments
+    )
     (n, channels), backend, threads = features.shape, _array.backend(features), config.get_num_threads()
     row_splits = _array.whole(n, _array.namespace(features))
     if training:
-        if n < 2:
-            raise ValueError(f"features: expected at least 2 rows where training, got {features.shape}")
         mean, variance = backend.moments(features, row_splits, channels, threads)
         running_mean = _towards(running_mean, mean[0], momentum)
         running_var = _towards(running_var, n / (n - 1) * variance[0], momentum)
@@ -210,6 +223,7 @@ BATCH_NORM = Op(
     _batch_norm_vjp,
     diff=("features", "scale", "shift"),
     result=_batch_norm_result,
+    check=_batch_norm_arguments,
     field="features",
     record=BatchNormed,
 )
@@ -263,7 +277,7 @@ def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, 
                       eps=eps, negative_slope=negative_slope)  # fmt: skip
 
 
-def _group_norm(features, num_groups, scale, shift, row_splits, eps, negative_slope):
+def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, negative_slope, known=True):
     sizes = {}
     features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     scale = _array.array("scale", scale, "C", _array.FEATURES, sizes, like=("features", features))
@@ -271,9 +285,14 @@ def _group_norm(features, num_groups, scale, shift, row_splits, eps, negative_sl
     num_groups = _array.integer("num_groups", num_groups, 1)
     if features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes)
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
     eps = _array.length("eps", eps, np.dtype(np.float64))
-    slope, threads, backend = _slope(negative_slope, features), config.get_num_threads(), _array.backend(features)
+    return features, num_groups, scale, shift, row_splits, eps, _slope(negative_slope, features)
+
+
+def _group_norm(**arguments):
+    features, num_groups, scale, shift, row_splits, eps, slope = _group_norm_arguments(**arguments, known=False)
+    threads, backend = config.get_num_threads(), _array.backend(features)
     mean, variance = backend.moments(features, row_splits, num_groups, threads)
     inverse_std = 1 / np.sqrt(variance + eps)
     out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
@@ -295,7 +314,12 @@ def _group_norm_result(features, num_groups, row_splits, **_):
 
 
 GROUP_NORM = Op(
-    "group_norm", _group_norm, _group_norm_vjp, diff=("features", "scale", "shift"), result=_group_norm_result
+    "group_norm",
+    _group_norm,
+    _group_norm_vjp,
+    diff=("features", "scale", "shift"),
+    result=_group_norm_result,
+    check=_group_norm_arguments,
 )
 
 
@@ -412,9 +436,12 @@ def _activation(name):
     """The row of an activation; all but the leaky ReLU have no slope."""
     code = _ACTIVATIONS.index(name)
 
-    def forward(features, negative_slope=0):
+    def check(features, negative_slope=0):
         features = _any_shape("features", features, {})
-        slope = _array.number("negative_slope", negative_slope, features.dtype)
+        return features, _array.number("negative_slope", negative_slope, features.dtype)
+
+    def forward(**arguments):
+        features, slope = check(**arguments)
         return _array.backend(features).activate(features, code, slope, config.get_num_threads()), ()
 
     def vjp(arguments, saved, grad, needs):
@@ -426,7 +453,7 @@ def _activation(name):
         # Its result has the sign of the features, and is what the next operator keeps anyway.
         return arguments["negative_slope"] >= 0 if name == "leaky_relu" else name == "relu"
 
-    return Op(name, forward, vjp, diff=("features",), result=_like_features, by_result=by_result)
+    return Op(name, forward, vjp, diff=("features",), result=_like_features, check=check, by_result=by_result)
 
 
 def _any_shape(name, value, sizes):
@@ -482,11 +509,15 @@ def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -
     return DROPOUT(features=features, rate=rate, seed=seed, training=training)
 
 
-def _dropout(features, rate, seed, training):
+def _dropout_arguments(features, rate, seed, training):
     features = _any_shape("features", features, {})
     rate = _array.between("rate", rate, 0, 1)
     seed = _array.integer("seed", seed, 0, 2**63 - 1)
-    training = _array.boolean("training", training)
+    return features, rate, seed, _array.boolean("training", training)
+
+
+def _dropout(**arguments):
+    features, rate, seed, training = _dropout_arguments(**arguments)
     if not training:
         return features.copy(), ()
     return _array.backend(features).dropout(features, rate, seed, config.get_num_threads()), ()
@@ -496,7 +527,7 @@ def _dropout_vjp(arguments, saved, grad, needs):
     return {"features": _dropout(**{**arguments, "features": _array.as_array(grad)})[0]}
 
 
-DROPOUT = Op("dropout", _dropout, _dropout_vjp, diff=("features",), result=_like_features)
+DROPOUT = Op("dropout", _dropout, _dropout_vjp, diff=("features",), result=_like_features, check=_dropout_arguments)
 
 
 def add(first: Array, second: Array) -> Array:
@@ -524,7 +555,7 @@ def add(first: Array, second: Array) -> Array:
     return ADD(first=first, second=second)
 
 
-def _add(first, second):
+def _add_arguments(first, second):
     # NumPy's arithmetic turns arrays without axes, such as losses, into scalars.
     first, second = _array.as_array(first), _array.as_array(second)
     sizes = {}
@@ -532,6 +563,11 @@ def _add(first, second):
     second = _array.array(
         "second", second, " ".join(map(str, range(first.ndim))), _array.FEATURES, sizes, like=("first", first)
     )
+    return first, second
+
+
+def _add(**arguments):
+    first, second = _add_arguments(**arguments)
     return _array.backend(first).add(first, second, config.get_num_threads()), ()
 
 
@@ -540,7 +576,7 @@ def _add_vjp(arguments, saved, grad, needs):
 
 
 ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, second: [(first.shape, first.dtype)],
-         keeps=())  # fmt: skip
+         check=_add_arguments, keeps=())  # fmt: skip
 
 
 # ---- along the channels
@@ -574,13 +610,18 @@ def concatenate(first: Array, second: Array, third: Array | None = None, fourth:
     return CONCATENATE(first=first, second=second, third=third, fourth=fourth)
 
 
-def _concatenate(**features):
+def _concatenate_arguments(**features):
     sizes, arrays = {}, []
     for name, value in features.items():
         if value is None and name in ("third", "fourth"):
             continue
         like = ("first", arrays[0]) if arrays else None
         arrays.append(_array.array(name, value, f"N C{len(arrays) + 1}", _array.FEATURES, sizes, like=like))
+    return arrays
+
+
+def _concatenate(**features):
+    arrays = _concatenate_arguments(**features)
     return _array.backend(arrays[0]).concatenate(arrays, config.get_num_threads()), ()
 
 
@@ -596,9 +637,8 @@ def _concatenate_result(**features):
     return [((given[0].shape[0], sum(a.shape[1] for a in given)), given[0].dtype)]
 
 
-CONCATENATE = Op(
-    "concatenate", _concatenate, _concatenate_vjp, ("first", "second", "third", "fourth"), _concatenate_result, keeps=()
-)
+CONCATENATE = Op("concatenate", _concatenate, _concatenate_vjp, ("first", "second", "third", "fourth"),
+                 _concatenate_result, check=_concatenate_arguments, keeps=())  # fmt: skip
 
 
 def softmax(features: Array) -> Array:
@@ -646,7 +686,7 @@ def _softmax_vjp(arguments, saved, grad, needs):
     return {"features": grads.reshape(grad.shape)}
 
 
-SOFTMAX = Op("softmax", _softmax, _softmax_vjp, diff=("features",), result=_like_features)
+SOFTMAX = Op("softmax", _softmax, _softmax_vjp, diff=("features",), result=_like_features, check=_as_rows)
 
 
 # ---- loss
@@ -748,6 +788,5 @@ def _cross_entropy_result(logits, reduction, **_):
     return [(logits.shape[:1] if reduction == "none" else (), logits.dtype)]
 
 
-SOFTMAX_CROSS_ENTROPY = Op(
-    "softmax_cross_entropy", _cross_entropy, _cross_entropy_vjp, diff=("logits",), result=_cross_entropy_result
-)
+SOFTMAX_CROSS_ENTROPY = Op("softmax_cross_entropy", _cross_entropy, _cross_entropy_vjp, diff=("logits",),
+                           result=_cross_entropy_result, check=_cross_entropy_arguments)  # fmt: skip

@@ -205,6 +205,47 @@ def test_wrong_arguments_are_named(variant, x64):
         getattr(kpj, op.name)(**of_jax(arguments), surplus=1)
 
 
+def said(function, *args):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        function(*args)
+    return type(caught.value), str(caught.value).replace("numpy.", "jnp.")
+
+
+def trace(op, arguments, name):
+    """The call as a function of one argument, traced and not run."""
+
+    def fn(value):
+        return getattr(kpj, op.name)(**of_jax(arguments) | {name: value})
+
+    return jax.eval_shape(fn, jnp.asarray(arguments[name]))
+
+
+@pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
+@pytest.mark.parametrize("variant", ops.TRACED)
+def test_wrong_dtypes_and_shapes_are_named_while_tracing_as_by_numpy(variant):
+    op, arguments = ops.call(variant, 24, np.float32, np.float32)
+    for name, array in arguments.items():
+        if not isinstance(array, np.ndarray):
+            continue
+        wrongs = [array.astype(dtype) for dtype in (jnp.bfloat16, np.float16, np.int16, np.uint32, np.complex64)]
+        if op.name not in ops.ANY_SHAPE:
+            wrongs += [array[None], np.array(array.flat[0])]
+            wrongs += [np.concatenate([array, array])] if name in ("weights", "scale", "labels", "second") else []
+        for wrong in wrongs:
+            given = arguments | {name: wrong}
+            of_numpy = said(lambda given: getattr(kp, op.name)(**given), given)
+            assert said(trace, op, given, name) == of_numpy, (name, wrong.dtype, wrong.shape)
+
+
+def test_keys_and_wide_integers_are_named(x64):
+    with pytest.raises(TypeError, match=r"features: expected an array of numbers, got key<fry>"):
+        kpj.relu(jax.random.key(0))
+    logits, labels = np.zeros((2, 3), np.float32), np.array([0, 2**32])
+    error = Exception if x64 else ValueError  # with x64 labels are looked at when the call runs
+    with pytest.raises(error, match="labels: expected"):
+        jax.block_until_ready(kpj.softmax_cross_entropy(logits, labels))
+
+
 def test_a_record_and_every_kind_of_argument(monkeypatch):
     monkeypatch.setitem(OPS, "weighted", ops.WEIGHTED)
     weighted = kpj.define(ops.WEIGHTED, ops.weighted)
@@ -290,7 +331,7 @@ def test_several_devices(case, on_four_devices):
 def test_an_error_in_the_operator_is_that_of_the_call():
     _, arguments = ops.call("kpconv-0", 24, np.float32, np.float32)
     given = of_jax(arguments) | {"influence": "cubic"}
-    with pytest.raises(Exception, match="influence: expected 'linear' or 'gaussian' or 'constant', got 'cubic'"):
+    with pytest.raises(ValueError, match="influence: expected 'linear' or 'gaussian' or 'constant', got 'cubic'"):
         jax.jit(lambda f: kpj.kpconv(**{**given, "features": f}))(given["features"]).block_until_ready()
     kpj.kpconv(**of_jax(arguments)).block_until_ready()  # and the next one works
 
