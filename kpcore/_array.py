@@ -22,7 +22,7 @@ REAL = (np.dtype(np.float32), np.dtype(np.float64))
 FEATURES = list(REAL)  # and on the GPU these:
 HALVES = {"float16": 65504.0, "bfloat16": 255 / 128 * 2.0**127}  # and the largest number of each
 LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
-INDEX = (np.dtype(np.int32),)
+INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 SPLITS = (np.dtype(np.int64),)
 MAX_POINTS = 2**31 - 1
 DIMENSIONS = range(1, 17)
@@ -300,6 +300,11 @@ def choice(name, value, allowed):
         if value is a or (isinstance(value, str) and value == a):
             return i
     raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def changed(name):
+    """The error for an array in which nothing is wrong any more, once it is looked at again."""
+    return ValueError(f"{name}: expected an array that nothing writes to during the call, got one that changed")
 
 
 def not_finite(**arrays):

@@ -104,6 +104,12 @@ cdef extern from "kernels.h" namespace "kp" nogil:
     enum class Reduction(int):
         pass
 
+    cdef struct CheckList:
+        Array index, row_splits
+        int64_t num_points
+        Array out_index, out_row_splits
+        int threads
+
     cdef struct NeighborReduce:
         Array features, index, row_splits, weights, shared
         Reduction reduction
@@ -208,6 +214,11 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         void (*radius_search_free)(void*) noexcept nogil
         Status (*knn_search)(const Search&, int32_t*, void*, int64_t*) noexcept nogil
         Status (*transpose)(const Transpose&) noexcept nogil
+        Status (*check_list)(const CheckList&) noexcept nogil
+        int64_t (*longest_row)(const Array&, int) noexcept nogil
+        Status (*pad_list)(const Array&, const Array&, int64_t, const Array&, int) noexcept nogil
+        Status (*count_padded)(const Array&, int64_t, const Array&, int) noexcept nogil
+        Status (*unpad)(const Array&, int64_t, const Array&, const Array&, int) noexcept nogil
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
@@ -263,7 +274,7 @@ class NotFinite(Exception):
 
 
 class OutOfRange(Exception):
-    """More than 2**21 voxels along an axis; which one is for the caller to find."""
+    """More than 2**21 voxels along an axis, or a list with a number out of range; which one is for the caller to find."""
 
 
 cdef DTYPES = {np.dtype(name): code for code, name in enumerate(("float32", "float64", "int32", "int64", "uint8"))}
@@ -425,6 +436,80 @@ def transpose(index, row_splits, distance, int64_t num_points, int threads):
         status = kernels().transpose(args)
     raise_for(status)
     return out_index, out_row_splits, out_distance
+
+
+cdef class Memory:
+    """What a read-only array lies in. It offers no buffer, so that NumPy never makes such an array writable again."""
+
+    cdef object array
+
+    def __init__(self, array):
+        self.array = array
+
+
+def frozen(cnp.ndarray array not None):
+    """Another array in the same memory, which cannot be written to or made writable."""
+    cdef cnp.ndarray same = cnp.PyArray_SimpleNewFromData(array.ndim, array.shape, cnp.PyArray_TYPE(array),
+                                                          cnp.PyArray_DATA(array))
+    cnp.set_array_base(same, Memory(array))
+    cnp.PyArray_CLEARFLAGS(same, cnp.NPY_ARRAY_WRITEABLE)
+    return same
+
+
+def checked_list(index, row_splits, int64_t num_points, bint copy, int threads):
+    """(index int32, row_splits int64) of a list from outside; `copy`: an index of its own, else it may be the same one"""
+    out_index = np.empty(len(index), np.int32) if copy or index.dtype != np.int32 else None
+    out_row_splits = np.empty(len(row_splits), np.int64)
+    cdef CheckList args
+    args.index = view(index)
+    args.row_splits = view(row_splits)
+    args.num_points = num_points
+    args.out_index = view(out_index)
+    args.out_row_splits = view(out_row_splits)
+    args.threads = threads
+    cdef Status status
+    with nogil:
+        status = kernels().check_list(args)
+    raise_for(status)
+    return index if out_index is None else out_index, out_row_splits
+
+
+def longest_row(row_splits, int threads):
+    """An int; 0 without rows"""
+    cdef Array bounds = view(row_splits)
+    cdef int64_t longest
+    with nogil:
+        longest = kernels().longest_row(bounds, threads)
+    return longest
+
+
+def padded(index, row_splits, int64_t width, int64_t fill, dtype, int threads):
+    """(M, width) of that dtype"""
+    out = np.empty((len(row_splits) - 1, width), dtype)
+    cdef Array pairs = view(index), bounds = view(row_splits), to = view(out)
+    cdef Status status
+    with nogil:
+        status = kernels().pad_list(pairs, bounds, fill, to, threads)
+    raise_for(status)
+    return out
+
+
+def unpadded(matrix, int64_t num_points, int threads):
+    """(index, row_splits) of a matrix (M, width) in which -1 and num_points are none"""
+    row_splits = np.empty(len(matrix) + 1, np.int64)
+    cdef Array given = view(matrix), bounds = view(row_splits), to
+    given.cols = matrix.shape[1]
+    given.rows = len(matrix)
+    cdef Status status
+    with nogil:
+        status = kernels().count_padded(given, num_points, bounds, threads)
+    raise_for(status)
+    index = np.empty(row_splits[-1], np.int32)
+    to = view(index)
+    with nogil:
+        status = kernels().unpad(given, num_points, bounds, to, threads)
+    raise_for(status)
+    return index, row_splits
 
 
 def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int position, int feature,

@@ -32,7 +32,7 @@ class NotFinite(Exception):
 
 
 class OutOfRange(Exception):
-    """More voxels along an axis than their keys can number."""
+    """More voxels along an axis than their keys can number, or a list with a number out of range."""
 
 
 # ---- kernels
@@ -405,6 +405,48 @@ def farthest_points(points, row_splits, start, out_row_splits, total, method, th
 
 
 # ---- lists
+
+
+def checked_list(index, row_splits, num_points, copy, threads):
+    """(index int32, row_splits int64) of a list from outside.
+
+    Waits to look at the values; not for one that is `copy` false, used in this call alone, and of these dtypes.
+    """
+    if not copy and index.dtype == np.int32 and row_splits.dtype == np.int64:
+        return index, row_splits
+    bounds = row_splits.get()
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] > len(index) or np.any(bounds[1:] < bounds[:-1]):
+        raise OutOfRange
+    used = index[: int(bounds[-1])]
+    if len(used):
+        low, high = cupy.stack([used.min(), used.max()]).get()
+        if low < 0 or high >= num_points:
+            raise OutOfRange
+    return index.astype(np.int32, copy=False), row_splits.astype(np.int64, copy=False)
+
+
+def longest_row(row_splits, threads):
+    """An int; waits."""
+    return int(cupy.diff(row_splits).max()) if len(row_splits) > 1 else 0
+
+
+def padded(index, row_splits, width, fill, dtype, threads):
+    """(M, width) of that dtype; waits."""
+    column = cupy.arange(width)
+    there = column < cupy.diff(row_splits)[:, None]
+    out = cupy.full(there.shape, fill, dtype)
+    out[there] = index[(row_splits[:-1, None] + column)[there]]
+    return out
+
+
+def unpadded(matrix, num_points, threads):
+    """(index, row_splits) of a matrix (M, width) in which -1 and num_points are none; waits."""
+    there = (matrix >= 0) & (matrix < num_points)
+    if not (there | (matrix == -1) | (matrix == num_points)).all():
+        raise OutOfRange
+    row_splits = cupy.zeros(len(matrix) + 1, np.int64)
+    row_splits[1:] = cupy.cumsum(there.sum(1))
+    return matrix[there].astype(np.int32), row_splits
 
 
 def transpose(index, row_splits, distance, num_points, threads):

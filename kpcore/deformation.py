@@ -149,7 +149,7 @@ def _fitting_checked(points, queries, neighbors, kernel_points, offsets, extent,
     sizes = {}
     points, queries = geometry(points, queries, neighbors, sizes)
     kernel = _kernel(kernel_points, offsets, extent, sizes, ("points", points))
-    return points, queries, neighbors.index, neighbors.row_splits, *kernel, _weight(reduction, offsets)
+    return points, queries, neighbors._index, neighbors._row_splits, *kernel, _weight(reduction, offsets)
 
 
 def _repulsion_checked(kernel_points, offsets, extent, repulse_extent, detach_others, reduction):

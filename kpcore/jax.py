@@ -53,14 +53,17 @@ def _flatten(neighbors):
                 f"neighbors: expected at most 2**31 - 1 pairs unless jax_enable_x64 is on, got {row_splits[-1]}"
             )
         row_splits = row_splits.astype(np.int32)
-    leaves = neighbors.index, row_splits, neighbors.distance, neighbors._transposed
-    return leaves, (neighbors.num_points, neighbors.width)
+    transposed = None
+    if neighbors.carries_transpose:
+        transposed = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
+    leaves = neighbors.index, row_splits, neighbors.distance, transposed
+    return leaves, (neighbors.num_points, neighbors.width, neighbors.carries_transpose)
 
 
 def _unflatten(sizes, leaves):
     index, row_splits, distance, transposed = leaves
-    num_points, width = sizes
-    return Neighbors._trusted(index, row_splits, num_points, distance, width, transposed)
+    num_points, width, carries_transpose = sizes
+    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, transposed, carries_transpose)
 
 
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
@@ -152,7 +155,7 @@ def _ffi_call(call, what, results, arrays, more):
             lists[name] = [transposed is not None, value.num_points, value.width]
             buffers += [value.index, value.row_splits]
             if transposed is not None:
-                buffers += [transposed.index, transposed.row_splits]
+                buffers += [transposed._index, transposed._row_splits]
         elif value is not None:
             names.append(name)
     buffers += [arrays[name] for name in names]
@@ -201,11 +204,9 @@ def _compute(text, inputs):
     call = _decoded(text)
     op, arguments, given = call.op, dict(call.settings), iter(inputs)
     for name, (transposed, num_points, width) in call.lists.items():
-        index, row_splits = next(given), next(given).astype(np.int64, copy=False)
-        back = None
-        if transposed:
-            back = Neighbors._trusted(next(given), next(given).astype(np.int64, copy=False), len(row_splits) - 1)
-        arguments[name] = Neighbors._trusted(index, row_splits, num_points, None, width, back)
+        index, row_splits = next(given), next(given)
+        back = (next(given), next(given)) if transposed else None
+        arguments[name] = Neighbors._borrowed(index, row_splits, num_points, width, back)
     for name in call.names:
         array = next(given)
         if name.endswith("row_splits") and array.dtype == np.int32:

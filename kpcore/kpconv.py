@@ -193,7 +193,8 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
                 f"got {modulations.shape}"
             )
     return Problem(
-        points, queries, neighbors.index, neighbors.row_splits, features, weights, kernel_points, offsets, modulations,
+        points, queries, neighbors._index, neighbors._row_splits, features, weights, kernel_points, offsets,
+        modulations,
         _array.length("extent", extent, points.dtype),
         _array.choice("influence", influence, INFLUENCES),
         _array.choice("aggregation", aggregation, AGGREGATIONS),
@@ -208,7 +209,7 @@ def _grads(problem, neighbors, grad, needs):
     if "features" in needs:
         transposed = neighbors.transpose()
         grads["features"] = _array.backend(grad).kpconv_grad_features(
-            problem, transposed.index, transposed.row_splits, grad
+            problem, transposed._index, transposed._row_splits, grad
         )
     if others := needs - {"features"}:
         grads |= _array.backend(grad).kpconv_grads(problem, grad, others)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kpcore import _array, config
+from kpcore import _array, _cpu, config
 
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
@@ -50,25 +50,32 @@ def lengths(row_splits):
     array([3, 0, 2])
     """
     values = _array.array("row_splits", row_splits, "B+1", _array.SPLITS, {})
-    _check_own_splits(_array.on_host(values))
+    _check_bounds("row_splits", _array.on_host(values))
     return np.diff(values)
 
 
-def _check_own_splits(values):
-    _array.check_splits("row_splits", values, values[-1] if len(values) else 0, "its last value")
+def _check_bounds(name, values):
+    """An error unless they are bounds of as many rows as the last one says."""
+    _array.check_splits(name, values, values[-1] if len(values) else 0, "its last value")
 
 
 class Neighbors:
     """The neighbours of M queries among N points, as one list of rows (CSR).
 
     The neighbours of query ``q`` are ``index[row_splits[q]:row_splits[q + 1]]``. The order within a row is that of the
-    function that made it. Frozen, checked once when made, compared by identity, picklable.
+    function that made it. Frozen, compared by identity, picklable.
+
+    Arrays of NumPy are copied, and those of the list are read-only: what was checked stays true. One that was put
+    together again by something else, from a pickle or by a map over a pytree of JAX or torch, is checked when it is
+    first used. CuPy's arrays cannot be made read-only: they are checked once and must not be changed afterwards.
 
     Parameters
     ----------
-    index : (E,) int32
-        Point numbers, 0 to ``num_points - 1``. May be longer than ``row_splits[-1]``; the rest is not used.
-    row_splits : (M + 1,) int64
+    index : (E,) int32 or int64
+        Point numbers, 0 to ``num_points - 1``. May be longer than ``row_splits[-1]``; the rest is not used. The list
+        has int32.
+    row_splits : (M + 1,) int32 or int64
+        Of which the list has int64.
     num_points : int
     distance : (E,) float32 or float64, optional
         True distances, never squared.
@@ -92,39 +99,67 @@ class Neighbors:
            [1, 2]], dtype=int32)
     """
 
-    __slots__ = ("_transposed", "distance", "index", "num_points", "row_splits", "width")
+    __slots__ = ("_distance", "_index", "_is_checked", "_leaves", "_row_splits", "_transposed", "carries_transpose",
+                 "num_points", "width")  # fmt: skip
 
     def __init__(self, index, row_splits, num_points, distance=None, width=None):
-        num_points = _array.integer("num_points", num_points, 0, _array.MAX_POINTS)
-        sizes = {}
-        index = _array.array("index", index, "E", _array.INDEX, sizes)
-        row_splits = _array.array("row_splits", row_splits, "M+1", _array.SPLITS, sizes)
-        on_host = _array.on_host(row_splits)
-        _check_own_splits(on_host)
-        used = int(on_host[-1])
-        if used > len(index):
-            raise ValueError(f"row_splits: expected a last value of at most {len(index)} to match index, got {used}")
-        if used:
-            low, high = int(index[:used].min()), int(index[:used].max())
-            if low < 0 or high >= num_points:
-                bad = low if low < 0 else high
-                raise ValueError(f"index: expected values from 0 to {num_points - 1} to match num_points, got {bad}")
-        if distance is not None:
-            distance = _array.array("distance", distance, "E", _array.REAL, sizes)
-        if width is not None:
-            width = _array.integer("width", width, 0)
-        self._set(index, row_splits, num_points, distance, width)
+        self._set(*_checked_fields("", index, row_splits, num_points, distance, width))
 
-    def _set(self, index, row_splits, num_points, distance=None, width=None, transposed=None):
-        for name, value in (("index", index), ("row_splits", row_splits), ("num_points", num_points),
-                            ("distance", distance), ("width", width), ("_transposed", transposed)):  # fmt: skip
+    def _set(self, index, row_splits, num_points, distance=None, width=None, transposed=None, carries_transpose=False,
+             is_checked=True):  # fmt: skip
+        fields = {"_index": index, "_row_splits": row_splits, "num_points": num_points, "_distance": distance,
+                  "width": width, "_transposed": transposed, "carries_transpose": carries_transpose,
+                  "_is_checked": is_checked, "_leaves": None}  # fmt: skip
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
         return self
 
     @classmethod
     def _trusted(cls, *args, **kwargs):
-        """A list that the library itself just made, which needs no check."""
+        """A list of arrays that the library itself just made and that nobody else has, which needs no check."""
         return object.__new__(cls)._set(*args, **kwargs)
+
+    @classmethod
+    def _rebuilt(cls, *args, **kwargs):
+        """A list of whatever something else made of its parts; checked when it is first used."""
+        return object.__new__(cls)._set(*args, **kwargs, is_checked=False)
+
+    @classmethod
+    def _borrowed(cls, index, row_splits, num_points, width=None, transposed=None):
+        """A list of arrays that are not ours, for the time of one call: checked, its index not copied.
+
+        `transposed`: the index and row_splits of its transpose, or None.
+        """
+        index, row_splits = _checked_pairs("neighbors.", index, row_splits, num_points, copy=False)
+        if transposed is not None:
+            num_queries = len(row_splits) - 1
+            back = _checked_pairs("the transpose of neighbors.", *transposed, num_queries, copy=False)
+            if isinstance(index, np.ndarray):  # a GPU would have to be waited for
+                expected, got = (num_points, int(row_splits[-1])), (len(back[1]) - 1, int(back[1][-1]))
+                if expected != got:
+                    raise ValueError(
+                        f"neighbors: expected a transpose of {expected[0]} rows and {expected[1]} pairs, got {got[0]} "
+                        f"and {got[1]}"
+                    )
+            transposed = cls._trusted(*back, num_queries)
+        return cls._trusted(index, row_splits, num_points, None, width, transposed)
+
+    # What others get of NumPy's arrays is read-only, and cannot be made writable: what was checked stays true.
+
+    @property
+    def index(self):
+        """(E,) int32."""
+        return _read_only(self._index)
+
+    @property
+    def row_splits(self):
+        """(M + 1,) int64."""
+        return _read_only(self._row_splits)
+
+    @property
+    def distance(self):
+        """(E,) float32 or float64, or None."""
+        return _read_only(self._distance)
 
     def __setattr__(self, name, value):
         raise AttributeError(f"Neighbors is frozen: cannot set {name}")
@@ -136,24 +171,25 @@ class Neighbors:
         return f"Neighbors({self.num_queries} queries, {self.num_points} points, {self.num_pairs} pairs)"
 
     def __reduce__(self):
-        return _unpickle, (self.index, self.row_splits, self.num_points, self.distance, self.width)
+        fields = self._index, self._row_splits, self.num_points, self._distance, self.width, self.carries_transpose
+        return _unpickle, fields
 
     @property
     def num_queries(self):
         """M."""
-        return self.row_splits.shape[0] - 1
+        return self._row_splits.shape[0] - 1
 
     @property
     def num_pairs(self):
         """Pairs in use, ``row_splits[-1]``; on the GPU this waits for it."""
-        return int(self.row_splits[-1])
+        return int(checked(self)._row_splits[-1])
 
     @property
     def counts(self):
         """(M,) int64: neighbours of each query."""
-        return np.diff(self.row_splits)
+        return np.diff(checked(self)._row_splits)
 
-    def to_padded(self, width=None, fill=None):
+    def to_padded(self, width=None, fill=None, *, dtype=np.int32):
         """The rows as a matrix, the form of the published code.
 
         Parameters
@@ -163,21 +199,24 @@ class Neighbors:
             sorted by distance.
         fill : int, optional
             Written where a row has no more neighbours; ``num_points`` if not given.
+        dtype : int32 or int64
+            Indexing a torch tensor with a matrix takes int64.
 
         Returns
         -------
-        (M, width) int32
+        (M, width) of that dtype
         """
-        counts, xp = self.counts, _array.namespace(self.index)
+        checked(self)
+        backend, threads = _array.backend(self._index), config.get_num_threads()
+        dtype = np.dtype(dtype)
+        if dtype not in _array.INTEGERS:
+            raise TypeError(f"dtype: expected int32 or int64, got {dtype}")
         if width is None:
-            width = int(counts.max()) if len(counts) else 0
+            width = backend.longest_row(self._row_splits, threads)
         width = _array.integer("width", width, 0)
-        fill = self.num_points if fill is None else _array.integer("fill", fill, -(2**31), 2**31 - 1)
-        column = xp.arange(width)
-        there = column < counts[:, None]
-        padded = xp.full((self.num_queries, width), fill, np.int32)
-        padded[there] = self.index[(self.row_splits[:-1, None] + column)[there]]
-        return padded
+        limits = np.iinfo(dtype)
+        fill = self.num_points if fill is None else _array.integer("fill", fill, int(limits.min), int(limits.max))
+        return backend.padded(self._index, self._row_splits, width, fill, dtype, threads)
 
     @classmethod
     def from_padded(cls, index, num_points):
@@ -186,27 +225,29 @@ class Neighbors:
         The order of the columns is kept. Anything else outside the points is an error.
         """
         num_points = _array.integer("num_points", num_points, 0, _array.MAX_POINTS)
-        index = _array.array("index", index, "M H", (np.dtype(np.int32), np.dtype(np.int64)), {})
-        valid = (index >= 0) & (index < num_points)
-        wrong = ~(valid | (index == -1) | (index == num_points))
-        if wrong.any():
+        index = _array.array("index", index, "M H", _array.INTEGERS, {})
+        backend = _array.backend(index)
+        try:
+            pairs, row_splits = backend.unpadded(index, num_points, config.get_num_threads())
+        except backend.OutOfRange:
+            wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
+            if not wrong.any():
+                raise _array.changed("index") from None
             row, column = divmod(int(wrong.argmax()), wrong.shape[1])
             raise ValueError(
                 f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
                 f"in row {row}, column {column}"
-            )
-        splits = bounds_of(valid.sum(1))
-        return cls._trusted(index[valid].astype(np.int32), splits, num_points, None, index.shape[1])
+            ) from None
+        return cls._trusted(pairs, row_splits, num_points, None, index.shape[1])
 
     @classmethod
     def from_coo(cls, query, point, num_queries, num_points):
         """From pairs (query, point), each (E,) int32 or int64, in any order; a row keeps the order of its pairs."""
-        wide = (np.dtype(np.int32), np.dtype(np.int64))
         num_points = _array.integer("num_points", num_points, 0, _array.MAX_POINTS)
         num_queries = _array.integer("num_queries", num_queries, 0, _array.MAX_POINTS)
         sizes = {}
-        query = _array.array("query", query, "E", wide, sizes)
-        point = _array.array("point", point, "E", wide, sizes)
+        query = _array.array("query", query, "E", _array.INTEGERS, sizes)
+        point = _array.array("point", point, "E", _array.INTEGERS, sizes)
         for name, values, of, size in (("query", query, "num_queries", num_queries),
                                        ("point", point, "num_points", num_points)):  # fmt: skip
             if len(values) and ((low := int(values.min())) < 0 or int(values.max()) >= size):
@@ -218,25 +259,43 @@ class Neighbors:
 
     def transpose(self):
         """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
-        if self._transposed is None:
-            index, splits, distance = _array.backend(self.index).transpose(
-                self.index, self.row_splits, self.distance, self.num_points, config.get_num_threads()
+        if checked(self)._transposed is None:
+            index, splits, distance = _array.backend(self._index).transpose(
+                self._index, self._row_splits, self._distance, self.num_points, config.get_num_threads()
             )
             object.__setattr__(self, "_transposed", Neighbors._trusted(index, splits, self.num_queries, distance))
         return self._transposed
+
+    def with_transpose(self, carries_transpose=True):
+        """This list as one that has its transpose with it where JAX or torch take it apart into arrays.
+
+        A compiled function sees a list's arrays only. The gradient of features needs the transpose, and makes it in
+        each call unless it is among them. Lists with and without it are different inputs to such a function; whether
+        `transpose` was ever called makes no difference.
+        """
+        transposed = self.transpose() if carries_transpose else checked(self)._transposed
+        return self._trusted(self._index, self._row_splits, self.num_points, self._distance, self.width, transposed,
+                             _array.boolean("carries_transpose", carries_transpose))  # fmt: skip
+
+    def with_width(self, width):
+        """This list as of a padded matrix of that width."""
+        width = _array.integer("width", width, 0)
+        checked(self)
+        return self._trusted(self._index, self._row_splits, self.num_points, self._distance, width, self._transposed,
+                             self.carries_transpose)  # fmt: skip
 
     def to_sparse(self, values=None):
         """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32).
 
         On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which numbers its values in 32 bits.
         """
-        pairs, xp = self.num_pairs, _array.namespace(self.index)
+        pairs, xp = self.num_pairs, _array.namespace(self._index)
         if values is None:
             values = xp.ones(pairs, np.float32)
         else:
-            sizes = {"E": (pairs, "row_splits")} | _array.device_of(("neighbors", self.index))
+            sizes = {"E": (pairs, "row_splits")} | _array.device_of(("neighbors", self._index))
             values = _array.array("values", values, "E", _array.REAL, sizes)
-        splits = self.row_splits
+        index, splits = self.index, self.row_splits
         if xp is np:
             from scipy.sparse import csr_array
         else:
@@ -245,22 +304,83 @@ class Neighbors:
             if pairs > _array.MAX_POINTS:
                 raise ValueError(f"neighbors: expected at most {_array.MAX_POINTS} pairs on the GPU, got {pairs}")
             splits = splits.astype(np.int32)
-        return csr_array((values, self.index[:pairs], splits), shape=(self.num_queries, self.num_points))
+        return csr_array((values, index[:pairs], splits), shape=(self.num_queries, self.num_points))
 
     def to(self, device):
         """This list with its arrays on ``"cpu"`` (NumPy) or ``"cuda"`` (CuPy, on the current GPU).
 
         The list itself where it is there already, else a copy, with its transpose if that is known.
         """
-        if (_array.choice("device", device, ("cpu", "cuda")) == 0) == isinstance(self.index, np.ndarray):
+        if (_array.choice("device", device, ("cpu", "cuda")) == 0) == isinstance(checked(self)._index, np.ndarray):
             return self
         move = config.cupy().asarray if device == "cuda" else _array.on_host
         transposed = self._transposed
         return self._trusted(
-            move(self.index), move(self.row_splits), self.num_points,
-            None if self.distance is None else move(self.distance), self.width,
-            None if transposed is None else transposed.to(device)
+            move(self._index), move(self._row_splits), self.num_points,
+            None if self._distance is None else move(self._distance), self.width,
+            None if transposed is None else transposed.to(device), self.carries_transpose
         )  # fmt: skip
+
+
+def _read_only(array):
+    return _cpu.frozen(array) if type(array) is np.ndarray else array
+
+
+def checked(neighbors):
+    """The list itself, checked now if something else than the library put it together; an error if it is none."""
+    if not isinstance(neighbors, Neighbors):
+        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
+    if not neighbors._is_checked:
+        fields = neighbors._index, neighbors._row_splits, neighbors.num_points, neighbors._distance, neighbors.width
+        # Without the transpose, of which it would take as long to see whether it is one as to make it.
+        neighbors._set(*_checked_fields("neighbors.", *fields), None, neighbors.carries_transpose)
+    return neighbors
+
+
+def _checked_fields(of, index, row_splits, num_points, distance, width):
+    """(index, row_splits, num_points, distance, width) of a list; arrays of NumPy are copies."""
+    num_points = _array.integer(f"{of}num_points", num_points, 0, _array.MAX_POINTS)
+    index, row_splits = _checked_pairs(of, index, row_splits, num_points, copy=True)
+    if distance is not None:
+        sizes = {"E": (len(index), f"{of}index")} | _array.device_of((f"{of}index", index))
+        distance = _array.array(f"{of}distance", distance, "E", _array.REAL, sizes)
+        if isinstance(distance, np.ndarray):
+            distance = distance.copy()
+    if width is not None:
+        width = _array.integer(f"{of}width", width, 0)
+    return index, row_splits, num_points, distance, width
+
+
+def _checked_pairs(of, index, row_splits, num_points, copy):
+    """(index int32, row_splits int64) of a list; an error unless they are good.
+
+    Of NumPy's arrays the row_splits are a copy, and the index where `copy` says so.
+    """
+    sizes, names = {}, (f"{of}index", f"{of}row_splits")
+    index = _array.array(names[0], index, "E", _array.INTEGERS, sizes)
+    row_splits = _array.array(names[1], row_splits, "M+1", _array.INTEGERS, sizes)
+    backend = _array.backend(index)
+    try:
+        return backend.checked_list(index, row_splits, num_points, copy, config.get_num_threads())
+    except backend.OutOfRange:
+        raise _wrong_pairs(names, index, row_splits, num_points) from None
+
+
+def _wrong_pairs(names, index, row_splits, num_points):
+    """The error for a list whose arrays are not those of one."""
+    row_splits = _array.on_host(row_splits)
+    try:
+        _check_bounds(names[1], row_splits)
+    except ValueError as error:
+        return error
+    used = int(row_splits[-1])
+    if used > len(index):
+        return ValueError(f"{names[1]}: expected a last value of at most {len(index)} to match index, got {used}")
+    low, high = (int(index[:used].min()), int(index[:used].max())) if used else (0, -1)
+    if low < 0 or high >= num_points:
+        bad = low if low < 0 else high
+        return ValueError(f"{names[0]}: expected values from 0 to {num_points - 1} to match num_points, got {bad}")
+    return _array.changed(names[0])
 
 
 def bounds_of(counts):
@@ -270,8 +390,8 @@ def bounds_of(counts):
     return splits
 
 
-def _unpickle(index, row_splits, num_points, distance, width):
-    return Neighbors(index, row_splits, num_points, distance, width)
+def _unpickle(index, row_splits, num_points, distance, width, carries_transpose=False):
+    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, None, carries_transpose)
 
 
 def radius_search(points, queries, radius, *, points_row_splits=None, queries_row_splits=None, metric="l2",
@@ -390,9 +510,8 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
 
 def sizes_of(neighbors):
     """What `_array.array` is to know of a list: how many points it has, and where they are."""
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
-    return {"N": (neighbors.num_points, "neighbors")} | _array.device_of(("neighbors", neighbors.index))
+    checked(neighbors)
+    return {"N": (neighbors.num_points, "neighbors")} | _array.device_of(("neighbors", neighbors._index))
 
 
 def geometry(points, queries, neighbors, sizes):
@@ -404,9 +523,8 @@ def geometry(points, queries, neighbors, sizes):
     else:
         like = ("points", points)
         queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
-    if not isinstance(neighbors, Neighbors):
-        raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
-    if type(neighbors.index) is not type(points):
+    checked(neighbors)
+    if type(neighbors._index) is not type(points):
         raise TypeError(
             f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"
@@ -530,11 +648,11 @@ class GridIndex(KDTree):
         both = _radius_search(
             self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
         )
-        splits = both.row_splits
+        splits = both._row_splits
         own = splits[num_points]
         return (
-            Neighbors._trusted(both.index[:own], splits[: num_points + 1], num_points),
-            Neighbors._trusted(both.index[own:], splits[num_points:] - own, num_points),
+            Neighbors._trusted(both._index[:own], splits[: num_points + 1], num_points),
+            Neighbors._trusted(both._index[own:], splits[num_points:] - own, num_points),
         )
 
 

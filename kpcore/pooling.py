@@ -266,7 +266,7 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
     if weights is not None:
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
-        pairs = sizes_of(neighbors) | {"E": (len(neighbors.index), "neighbors")}
+        pairs = sizes_of(neighbors) | {"E": (len(neighbors._index), "neighbors")}
         weights = _array.array("weights", weights, "E", _array.FEATURES, pairs, like=("features", features))
     empty, width = _array.number("empty", empty, features.dtype), 0
     if pad_value is None:
@@ -285,7 +285,7 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
 def _neighbor_reduce(features, neighbors, **options):
     features, reduction, chooses, weights, values = _neighbor_reduce_checked(features, neighbors, **options)
     out, choice = _array.backend(features).neighbor_reduce(
-        features, neighbors.index, neighbors.row_splits, weights, None, reduction, *values, chooses,
+        features, neighbors._index, neighbors._row_splits, weights, None, reduction, *values, chooses,
         config.get_num_threads()
     )  # fmt: skip
     return out, (choice,) if chooses else ()
@@ -297,11 +297,11 @@ def _neighbor_reduce_vjp(arguments, saved, grad, needs):
     if chooses:
         return {"features": _array.backend(grad).unpool(*saved, grad, len(features), threads)}
     backend = _array.backend(grad)
-    index, splits, grads = neighbors.index, neighbors.row_splits, {}
+    index, splits, grads = neighbors._index, neighbors._row_splits, {}
     if "features" in needs:
         if weights is None:
             transposed = neighbors.transpose()
-            transposed = transposed.index, transposed.row_splits, None
+            transposed = transposed._index, transposed._row_splits, None
         else:
             transposed = backend.transpose(index, splits, weights, neighbors.num_points, threads)
         shared = splits if arguments["reduce"] == "mean" else None
@@ -312,7 +312,7 @@ def _neighbor_reduce_vjp(arguments, saved, grad, needs):
 
 
 def _neighbor_reduce_result(features, neighbors, reduce, **_):
-    shape = (neighbors.row_splits.shape[0] - 1, features.shape[1])
+    shape = (neighbors._row_splits.shape[0] - 1, features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
     return [(shape, features.dtype), *choice]
 
@@ -327,21 +327,21 @@ NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, 
 def _nearest_upsample(features, neighbors):
     features = _features_of(neighbors, features)
     backend = _array.backend(features)
-    return backend.gather_rows(features, neighbors.index, neighbors.row_splits, config.get_num_threads()), ()
+    return backend.gather_rows(features, neighbors._index, neighbors._row_splits, config.get_num_threads()), ()
 
 
 def _nearest_upsample_vjp(arguments, saved, grad, needs):
     neighbors, backend = arguments["neighbors"], _array.backend(grad)
-    counts, begins, num_points = neighbors.counts, neighbors.row_splits[:-1], neighbors.num_points
+    counts, begins, num_points = neighbors.counts, neighbors._row_splits[:-1], neighbors.num_points
     if isinstance(grad, np.ndarray):
         if np.all(counts == 1):
             transposed = neighbors.transpose()
-            return {"features": _weighted_sum(grad, transposed.index, transposed.row_splits)}
-        first, splits = neighbors.index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
-    elif not len(neighbors.index):
+            return {"features": _weighted_sum(grad, transposed._index, transposed._row_splits)}
+        first, splits = neighbors._index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
+    elif not len(neighbors._index):
         return {"features": grad.dtype.type(0) * arguments["features"]}
     else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
-        index = neighbors.index[np.minimum(begins, len(neighbors.index) - 1)]
+        index = neighbors._index[np.minimum(begins, len(neighbors._index) - 1)]
         first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
         splits = _array.namespace(grad).arange(len(counts) + 1)
     index, splits, _ = backend.transpose(first, splits, None, num_points, config.get_num_threads())
@@ -349,7 +349,7 @@ def _nearest_upsample_vjp(arguments, saved, grad, needs):
 
 
 def _nearest_upsample_result(features, neighbors):
-    return [((neighbors.row_splits.shape[0] - 1, features.shape[1]), features.dtype)]
+    return [((neighbors._row_splits.shape[0] - 1, features.shape[1]), features.dtype)]
 
 
 NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_vjp, diff=("features",),
@@ -408,10 +408,10 @@ def _interpolate(points, queries, features, k, power, points_row_splits, queries
     found = knn_search(points, queries, k, points_row_splits=points_row_splits,
                        queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
     weights = _array.backend(features).inverse_distance_weights(
-        found.distance, found.row_splits, power, features.dtype, config.get_num_threads()
+        found._distance, found._row_splits, power, features.dtype, config.get_num_threads()
     )
-    out = _weighted_sum(features, found.index, found.row_splits, weights)
-    return out, (found.row_splits, found.index, weights)
+    out = _weighted_sum(features, found._index, found._row_splits, weights)
+    return out, (found._row_splits, found._index, weights)
 
 
 def _interpolate_vjp(arguments, saved, grad, needs):

@@ -110,6 +110,14 @@ struct Transpose {
   int threads;
 };
 
+// A list from outside. The bounds are always copied, the index where out_index is given.
+struct CheckList {
+  Array index, row_splits;  // int32 or int64
+  int64_t num_points;
+  Array out_index, out_row_splits;  // int32, int64
+  int threads;
+};
+
 struct NeighborReduce {
   Array features, index, row_splits, weights;  // weights: one of each pair, or none
   Array shared;  // row_splits of lists, one of each row of features, which counts one over its length; or none
@@ -226,6 +234,12 @@ struct Columns {
   /* The nearest within the radius: rows of `most`, of which `counts` are used. */                             \
   X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                      \
   X(Status, transpose, (const Transpose&))                                                                     \
+  X(Status, check_list, (const CheckList&))                                                                    \
+  X(int64_t, longest_row, (const Array& row_splits, int threads))                                              \
+  X(Status, pad_list, (const Array& index, const Array& row_splits, int64_t fill, const Array& out, int))      \
+  /* Padded matrices of int32 or int64: counts first, then fills. */                                           \
+  X(Status, count_padded, (const Array& padded, int64_t num_points, const Array& row_splits, int threads))     \
+  X(Status, unpad, (const Array& padded, int64_t num_points, const Array& row_splits, const Array& out, int))  \
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                    \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
   X(void, grid_subsample_free, (void* plan))                                                                   \

@@ -204,8 +204,7 @@ def test_a_record_and_every_kind_of_argument(monkeypatch):
 
 
 def test_a_list_is_a_pytree():
-    neighbors = ops.call("kpconv-0", 24, np.float32, np.float32)[1]["neighbors"]
-    neighbors.transpose()
+    neighbors = ops.call("kpconv-0", 24, np.float32, np.float32)[1]["neighbors"].with_transpose()
     leaves, structure = jax.tree.flatten(neighbors)
     again = jax.tree.unflatten(structure, leaves)
     assert (again.num_points, again.width, again.distance) == (neighbors.num_points, neighbors.width, None)

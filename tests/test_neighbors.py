@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import clouds
 import numpy as np
+import ops
 import pytest
 import reference
 from hypothesis import given
@@ -575,7 +576,47 @@ def test_padded_and_back(rows_and_num):
     rows, num_points = rows_and_num
     neighbors = make(rows, num_points)
     for fill in (None, -1):
-        assert lists(kp.Neighbors.from_padded(neighbors.to_padded(fill=fill), num_points)) == rows
+        for dtype in (np.int32, np.int64):
+            padded = neighbors.to_padded(fill=fill, dtype=dtype)
+            assert padded.dtype == dtype
+            assert lists(kp.Neighbors.from_padded(padded, num_points)) == rows
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 300])
+def test_large_padded_matrices(dtype, width, isa):
+    """Of several threads: with gaps anywhere, and rows cut to the width."""
+    rng = np.random.default_rng(width)
+    padded = rng.integers(-1, 1001, (3000, width)).astype(dtype)
+    padded[::2, width // 2 :] = 1000
+    neighbors = kp.Neighbors.from_padded(padded, 1000)
+    rows = [[int(i) for i in row if 0 <= i < 1000] for row in padded]
+    assert lists(neighbors) == rows
+    for columns in (width, width // 2):
+        expected = [(row + [-7] * columns)[:columns] for row in rows]
+        got = neighbors.to_padded(columns, -7, dtype=dtype)
+        assert got.dtype == dtype and got.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("value", [-2, 1001, 2**31 - 1, -(2**31), 2**32 + 3, -(2**63)])
+def test_one_padded_number_out_of_range_is_found_anywhere(dtype, value, isa):
+    if not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+        return
+    for row, column in ((0, 0), (1999, 36), (1234, 17)):
+        padded = np.random.default_rng(0).integers(-1, 1001, (2000, 37)).astype(dtype)
+        padded[row, column] = value
+        with pytest.raises(ValueError, match=rf"index: expected .* got {value} in row {row}, column {column}"):
+            kp.Neighbors.from_padded(padded, 1000)
+
+
+@pytest.mark.parametrize("fill", [2**40, -(2**63)])
+def test_what_64_bits_may_be_filled_with(fill):
+    assert make().to_padded(fill=fill, dtype=np.int64)[1].tolist() == [fill] * 3
+    with pytest.raises(ValueError, match="fill"):
+        make().to_padded(fill=fill)
+    with pytest.raises(TypeError, match="dtype: expected int32 or int64, got float32"):
+        make().to_padded(dtype=np.float32)
 
 
 @given(neighbor_rows())
@@ -621,6 +662,167 @@ def test_pickle_keeps_the_values():
         assert_same_bits(getattr(copy, name), getattr(neighbors, name))
     assert copy.num_points == neighbors.num_points
     assert lists(copy.transpose()) == lists(neighbors.transpose())
+
+
+ARRAYS = ("index", "row_splits", "distance")
+WRITES = {
+    "an entry": lambda a: a.__setitem__(0, 1),
+    "all": lambda a: a.fill(1),
+    "the flag": lambda a: a.setflags(write=True),
+    "the flag of a part": lambda a: a[:2].setflags(write=True),
+    "the flag of a view": lambda a: a.view(np.uint8).setflags(write=True),
+    "a buffer": lambda a: memoryview(a).__setitem__(0, 1),
+    "the flag of an array over its buffer": lambda a: np.asarray(memoryview(a)).setflags(write=True),
+    "sorted": lambda a: a.sort(),
+    "resized": lambda a: a.resize(2),
+}
+
+
+def with_distances():
+    return make(distance=np.arange(6.0))
+
+
+LISTS = {
+    "made": with_distances,
+    "a transpose": lambda: with_distances().transpose(),
+    "with its transpose": lambda: with_distances().with_transpose(),
+    "with a width": lambda: with_distances().with_width(4),
+    "unpickled": lambda: pickled(with_distances()),
+    "within a radius": lambda: kp.radius_search(*insert_none(clouds.uniform(60)), return_distances=True),
+    "nearest": lambda: kp.knn_search(clouds.uniform(60)[0], None, 3, return_distances=True),
+}
+
+
+@pytest.mark.parametrize("of", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_arrays_of_a_list_cannot_be_written_to(of, write):
+    neighbors = of()
+    neighbors.transpose()  # which also checks it, where it comes from a pickle
+    for name in ARRAYS:
+        array = getattr(neighbors, name)
+        before = array.copy()
+        with pytest.raises((ValueError, TypeError)):
+            write(array)
+        assert_same_bits(getattr(neighbors, name), before)
+
+
+def test_what_is_done_to_the_shape_of_an_array_is_not_done_to_the_list():
+    neighbors, before = with_distances(), with_distances()
+    for name in ARRAYS:
+        array = getattr(neighbors, name)
+        array.__setstate__((1, (2,), array.dtype, False, bytes(2 * array.itemsize)))
+        assert len(array) == 2
+        assert_same_bits(getattr(neighbors, name), getattr(before, name))
+
+
+def test_a_list_is_not_changed_by_what_happens_to_the_arrays_it_was_made_of():
+    before = with_distances()
+    arrays = {name: getattr(before, name).copy() for name in ARRAYS}
+    neighbors = kp.Neighbors(**arrays, num_points=4)
+    padded = before.to_padded()
+    from_padded = kp.Neighbors.from_padded(padded, 4)
+    for array in (*arrays.values(), padded):
+        array.fill(10**6)
+    for name in ARRAYS:
+        assert_same_bits(getattr(neighbors, name), getattr(before, name))
+    assert lists(from_padded) == ROWS
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("splits_dtype", [np.int32, np.int64])
+def test_either_integer_makes_a_list(dtype, splits_dtype):
+    plain = make()
+    neighbors = kp.Neighbors(plain.index.astype(dtype), plain.row_splits.astype(splits_dtype), 4)
+    assert (neighbors.index.dtype, neighbors.row_splits.dtype) == (np.int32, np.int64)
+    assert lists(neighbors) == ROWS
+    with pytest.raises(ValueError, match="index: expected values from 0 to 3"):
+        kp.Neighbors(np.array([2**32], np.int64), np.array([0, 1], splits_dtype), 4)  # 0 in 32 bits
+
+
+def pickled(neighbors, **changes):
+    """A list out of a pickle, of which some parts were changed on the way."""
+    make_again, fields = neighbors.__reduce__()
+    names = ("index", "row_splits", "num_points", "distance", "width", "carries_transpose")
+    parts = dict(zip(names, fields, strict=True))
+    return make_again(*({**parts, **changes}[name] for name in names))
+
+
+REBUILT = {
+    "int64": ({"index": lambda a: a.astype(np.int64)}, None),
+    "int32 bounds": ({"row_splits": lambda a: a.astype(np.int32)}, None),
+    "both": ({"index": lambda a: a.astype(np.int64), "row_splits": lambda a: a.astype(np.int32)}, None),
+    "columns of a matrix": ({"index": lambda a: np.stack([a, a], 1)[:, 0]}, None),
+    "float": ({"index": lambda a: a.astype(np.float32)}, "neighbors.index: expected int32 or int64, got float32"),
+    "float bounds": ({"row_splits": lambda a: a.astype(np.float64)}, "neighbors.row_splits: expected int32 or int64"),
+    "too large": ({"index": lambda a: a + 10**8}, "neighbors.index: expected values from 0 to"),
+    "negative": ({"index": lambda a: a - 100}, "neighbors.index: expected values from 0 to"),
+    "too large for 32 bits": ({"index": lambda a: a.astype(np.int64) + 2**32}, "neighbors.index: expected"),
+    "falling bounds": ({"row_splits": lambda a: np.concatenate([a[:1], a[:0:-1]])}, "neighbors.row_splits: expected"),
+    "bounds beyond the index": ({"row_splits": lambda a: 1000 * a}, "neighbors.row_splits: expected a last value"),
+    "negative bounds": ({"row_splits": lambda a: a - 1}, "neighbors.row_splits: expected values from 0"),
+    "no bounds": ({"row_splits": lambda a: a[:0]}, "neighbors.row_splits: expected"),
+    "two axes": ({"index": lambda a: a[None]}, "neighbors.index: expected"),
+    "a list": ({"index": lambda a: a.tolist()}, "neighbors.index: expected a NumPy or CuPy array, got list"),
+    "fewer points": ({"num_points": lambda n: 1}, "neighbors.index: expected values from 0 to 0"),
+    "points that are no number": ({"num_points": lambda n: "n"}, "neighbors.num_points: expected an integer"),
+    "fewer distances": ({"distance": lambda a: a[1:]}, "neighbors.distance: expected"),
+}
+
+
+@pytest.mark.parametrize("variant", [v for v in ops.TRACED if "neighbors" in ops.call(v)[1]])
+@pytest.mark.parametrize(("changes", "error"), REBUILT.values(), ids=REBUILT)
+def test_a_list_put_together_again_is_checked_where_it_is_used(variant, changes, error):
+    op, arguments = ops.call(variant)
+    plain = arguments["neighbors"]
+    plain = kp.Neighbors(plain.index, plain.row_splits, plain.num_points, np.ones(plain.num_pairs), plain.width)
+    parts = {name: change(getattr(plain, name)) for name, change in changes.items()}
+    public = getattr(kp, op.name)
+    if error is None:
+        expected = public(**arguments | {"neighbors": plain})
+        assert_same_bits(public(**arguments | {"neighbors": pickled(plain, **parts)}), expected)
+    else:
+        with pytest.raises((TypeError, ValueError), match=error):
+            public(**arguments | {"neighbors": pickled(plain, **parts)})
+
+
+METHODS = {
+    "counts": lambda nb: nb.counts,
+    "num_pairs": lambda nb: nb.num_pairs,
+    "to_padded": lambda nb: nb.to_padded(),
+    "transpose": lambda nb: nb.transpose(),
+    "with_transpose": lambda nb: nb.with_transpose(),
+    "with_width": lambda nb: nb.with_width(3),
+    "to_sparse": lambda nb: nb.to_sparse(),
+    "to": lambda nb: nb.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_methods_check_a_list_put_together_again(method):
+    wide = {"index": make().index.astype(np.int64), "row_splits": make().row_splits.astype(np.int32)}
+    method(pickled(make(), **wide))
+    wrong = pickled(make(), row_splits=2**40 * make().row_splits)
+    for _ in range(2):  # the first error leaves it as it was
+        with pytest.raises(ValueError, match=r"neighbors.row_splits"):
+            method(wrong)
+
+
+def test_the_transpose_is_carried_on_request_only():
+    plain = make()
+    plain.transpose()
+    assert not plain.carries_transpose
+    carrying = plain.with_transpose()
+    assert carrying.carries_transpose and lists(carrying) == ROWS
+    assert carrying.transpose() is plain.transpose()
+    assert pickle.loads(pickle.dumps(carrying)).carries_transpose
+    assert carrying.with_width(5).carries_transpose and not carrying.with_transpose(False).carries_transpose
+
+
+def test_with_width():
+    assert make().with_width(5).width == 5
+    assert lists(make().with_width(5)) == ROWS
+    with pytest.raises(ValueError, match="width"):
+        make().with_width(-1)
 
 
 def test_neighbors_are_frozen_and_compare_by_identity():

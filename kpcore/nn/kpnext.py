@@ -222,4 +222,4 @@ def _inverse(inverse, num_voxels):
     if not _array.is_array(inverse):  # of another framework
         array = config.cupy().from_dlpack(inverse) if getattr(inverse, "is_cuda", False) else np.asarray(inverse)
     splits = _array.namespace(array).arange(len(array) + 1)
-    return Neighbors._trusted(array, splits, num_voxels)
+    return Neighbors(array, splits, num_voxels)

@@ -10,7 +10,6 @@ import numpy as np
 import kpcore
 from kpcore import _array
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
-from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.pyramid import Pyramid
 
@@ -418,6 +417,4 @@ def _with_width(neighbors):
     """The list as of a padded matrix, in which the longest row has no padding."""
     if neighbors is None or neighbors.width is not None:
         return neighbors
-    width = int(neighbors.counts.max()) if neighbors.num_queries else 0
-    return Neighbors._trusted(neighbors.index, neighbors.row_splits, neighbors.num_points, neighbors.distance, width,
-                              neighbors._transposed)  # fmt: skip
+    return neighbors.with_width(int(neighbors.counts.max()) if neighbors.num_queries else 0)

@@ -226,7 +226,7 @@ class _Arguments:
                     return None
                 tensors[name] = checked(self.op, name, value)
             elif kind == "Neighbors":
-                if not isinstance(value, Neighbors) or isinstance(value.index, torch.Tensor):
+                if not isinstance(value, Neighbors) or isinstance(value._index, torch.Tensor):
                     return None
                 others[name] = value
             elif name in _SEEDS and isinstance(value, torch.Tensor):
@@ -260,7 +260,10 @@ class _Arguments:
         return flat
 
     def unflatten(self, flat, to, transposed=False):
-        """The arguments by name, arrays passed through `to`; lists with their transpose, or without."""
+        """The arguments by name, arrays passed through `to`; lists with their transpose, or without.
+
+        Lists are checked, as anybody may have made or changed their tensors.
+        """
         arguments = {}
         for name, kind, _, at in self.rows:
             value = flat[at]
@@ -271,23 +274,27 @@ class _Arguments:
                     index, row_splits, back_index, back_splits, num_points, width = flat[at : at + len(_PARTS)]
                     index, row_splits, back = to(name, index), to(name, row_splits), None
                     if transposed and back_index is not None:
-                        back = to(name, back_index), to(name, back_splits), row_splits.shape[0] - 1
-                        back = Neighbors._trusted(*back)
-                    value = Neighbors._trusted(index, row_splits, num_points, None, width, back)
+                        back = to(name, back_index), to(name, back_splits)
+                    if to is _shaped:
+                        value = Neighbors._rebuilt(index, row_splits, num_points, None, width)
+                    else:
+                        value = Neighbors._borrowed(index, row_splits, num_points, width, back)
             arguments[name] = value
         return arguments
 
 
 def _parts(neighbors, transpose):
     transposed = neighbors._transposed
-    # While torch compiles it cannot be made, and the vjp makes it each time.
-    if transposed is None and transpose and _array.is_array(neighbors.index) and not torch.compiler.is_compiling():
+    # While torch compiles it cannot be made, and the vjp makes it each time unless the list carries it.
+    if torch.compiler.is_compiling():
+        transposed = transposed if neighbors.carries_transpose else None
+    elif transposed is None and transpose and _array.is_array(neighbors._index):
         transposed = neighbors.transpose()
     return (
-        _as_tensor(neighbors.index),
-        _as_tensor(neighbors.row_splits),
-        None if transposed is None else _as_tensor(transposed.index),
-        None if transposed is None else _as_tensor(transposed.row_splits),
+        _as_tensor(neighbors._index),
+        _as_tensor(neighbors._row_splits),
+        None if transposed is None else _as_tensor(transposed._index),
+        None if transposed is None else _as_tensor(transposed._row_splits),
         neighbors.num_points,
         neighbors.width,
     )
@@ -520,22 +527,37 @@ def _tensors(arrays, given, grad=None):
 
 
 def _flatten_neighbors(neighbors):
-    transposed = neighbors._transposed
-    arrays = [neighbors.index, neighbors.row_splits]
-    arrays += [] if transposed is None else [transposed.index, transposed.row_splits]
-    return [neighbors.num_points, *map(_as_tensor, arrays)], neighbors.width
+    lists = [neighbors]
+    if neighbors.carries_transpose:
+        lists.append(neighbors.transpose() if neighbors._transposed is None else neighbors._transposed)
+    leaves = [leaf for each in lists for leaf in _leaves(each)]
+    return [neighbors.num_points, *leaves], (neighbors.width, neighbors.carries_transpose)
 
 
-def _unflatten_neighbors(leaves, width):
+def _leaves(neighbors):
+    """The index and row_splits as tensors: copies, as whatever is done to them is not to change the list.
+
+    They are kept, since torch.export knows an input again by its memory.
+    """
+    if isinstance(neighbors._index, torch.Tensor):
+        return neighbors._index, neighbors._row_splits
+    if neighbors._leaves is None:
+        copies = tuple(_as_tensor(array).clone() for array in (neighbors._index, neighbors._row_splits))
+        object.__setattr__(neighbors, "_leaves", copies)
+    return neighbors._leaves
+
+
+def _unflatten_neighbors(leaves, context):
     num_points, index, row_splits, *transposed = leaves
-    back = Neighbors._trusted(*transposed, row_splits.shape[0] - 1) if transposed else None
-    return Neighbors._trusted(index, row_splits, num_points, None, width, back)
+    width, carries_transpose = context
+    back = Neighbors._rebuilt(*transposed, row_splits.shape[0] - 1) if transposed else None
+    return Neighbors._rebuilt(index, row_splits, num_points, None, width, back, carries_transpose)
 
 
 def _flatten_with_keys(neighbors):
-    leaves, width = _flatten_neighbors(neighbors)
+    leaves, context = _flatten_neighbors(neighbors)
     names = "num_points", "index", "row_splits", "transposed_index", "transposed_row_splits"
-    return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], width  # noqa: B905 - or without the last two
+    return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], context  # noqa: B905 - or without the last two
 
 
 # torch.export takes and gives nests of tensors and numbers.

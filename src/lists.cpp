@@ -1,0 +1,166 @@
+// Neighbour lists that come from outside: checked, and made from and into padded matrices.
+#include <type_traits>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace kp {
+namespace {
+
+constexpr int64_t pairs_of_a_thread = 1 << 15;
+
+// Calls call(int32_t()) or call(int64_t()).
+template <class Call>
+auto with_integer(DType dtype, Call call) {
+  return dtype == DType::int32 ? call(int32_t()) : call(int64_t());
+}
+
+// Whether the bounds start at 0, never fall and end at `most` or before; copies them, so that what was checked is what
+// is used.
+template <class T>
+bool copy_bounds(const T* from, int64_t size, int64_t most, int64_t* to) {
+  bool good = size > 0;
+  for (int64_t i = 0; i < size; ++i) to[i] = from[i];
+  for (int64_t i = 1; i < size; ++i) good &= to[i - 1] <= to[i];
+  return good && to[0] == 0 && to[size - 1] <= most;
+}
+
+// Whether all pairs in use are points. Where `to` is given, also copies the pairs, those beyond `used` as well.
+template <class T>
+bool check_index(const T* from, int64_t size, int64_t used, int64_t num_points, int32_t* to, int most_threads) {
+  using Unsigned = std::make_unsigned_t<T>;
+  const Unsigned limit = Unsigned(num_points);
+  const int threads = useful_threads(most_threads, size, pairs_of_a_thread);
+  int bad = 0;
+#pragma omp parallel num_threads(threads) reduction(| : bad)
+  {
+    const Share share(size, omp_get_thread_num(), omp_get_num_threads());
+    const int64_t checked = larger(share.begin, smaller(share.end, used));
+    // Read once: another thread may be writing to the caller's array.
+    if (to) {
+      for (int64_t e = share.begin; e < checked; ++e) {
+        const T point = from[e];
+        to[e] = int32_t(point);
+        bad |= Unsigned(point) >= limit;
+      }
+      for (int64_t e = checked; e < share.end; ++e) to[e] = int32_t(from[e]);
+    } else {
+      for (int64_t e = share.begin; e < checked; ++e) bad |= Unsigned(from[e]) >= limit;
+    }
+  }
+  return !bad;
+}
+
+// Whether a number of a padded matrix is a point, with one comparison.
+template <class T>
+bool is_point(T value, int64_t num_points) {
+  return std::make_unsigned_t<T>(value) < std::make_unsigned_t<T>(num_points);
+}
+
+}  // namespace
+
+namespace KP_ISA {
+
+Status check_list(const CheckList& args) {
+  const Array &index = args.index, &row_splits = args.row_splits;
+  auto* const bounds = into<int64_t>(args.out_row_splits);
+  const bool bounded = with_integer(row_splits.dtype, [&](auto t) {
+    return copy_bounds(as<decltype(t)>(row_splits), row_splits.rows, index.rows, bounds);
+  });
+  if (!bounded) return Status::out_of_range;
+  const int64_t used = bounds[row_splits.rows - 1];
+  const bool good = with_integer(index.dtype, [&](auto t) {
+    return check_index(as<decltype(t)>(index), index.rows, used, args.num_points, into<int32_t>(args.out_index),
+                       args.threads);
+  });
+  return good ? Status::ok : Status::out_of_range;
+}
+
+int64_t longest_row(const Array& row_splits, int most_threads) {
+  const auto* const bounds = as<int64_t>(row_splits);
+  const int64_t num_rows = row_splits.rows - 1;
+  const int threads = useful_threads(most_threads, num_rows, pairs_of_a_thread);
+  int64_t longest = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : longest)
+  for (int64_t i = 0; i < num_rows; ++i) longest = larger(longest, bounds[i + 1] - bounds[i]);
+  return longest;
+}
+
+Status pad_list(const Array& index, const Array& row_splits, int64_t fill, const Array& out, int most_threads) {
+  const auto* const from = as<int32_t>(index);
+  const auto* const bounds = as<int64_t>(row_splits);
+  const int64_t width = out.cols;
+  const int threads = useful_threads(most_threads, out.rows * width, pairs_of_a_thread);
+  with_integer(out.dtype, [&](auto t) {
+    using T = decltype(t);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < out.rows; ++i) {
+      const int32_t* const row = from + bounds[i];
+      const int64_t size = smaller(width, bounds[i + 1] - bounds[i]);
+      T* const to = into<T>(out) + i * width;
+      for (int64_t j = 0; j < size; ++j) to[j] = row[j];
+      for (int64_t j = size; j < width; ++j) to[j] = T(fill);
+    }
+  });
+  return Status::ok;
+}
+
+// A number that is neither a point, nor -1, nor num_points, is out of range.
+Status count_padded(const Array& padded, int64_t num_points, const Array& row_splits, int most_threads) {
+  auto* const bounds = into<int64_t>(row_splits);
+  const int64_t width = padded.cols;
+  const int threads = useful_threads(most_threads, padded.rows * width, pairs_of_a_thread);
+  const bool good = with_integer(padded.dtype, [&](auto t) {
+    using T = decltype(t);
+    using Unsigned = std::make_unsigned_t<T>;
+    int bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
+    for (int64_t i = 0; i < padded.rows; ++i) {
+      const T* const row = as<T>(padded) + i * width;
+      Unsigned count = 0, wrong = 0;  // as wide as the numbers, for as many lanes; rows are shorter than 2^31
+      for (int64_t j = 0; j < width; ++j) {
+        count += is_point(row[j], num_points);
+        wrong |= Unsigned(row[j]) + 1 > Unsigned(num_points) + 1;  // -1 is 0 here
+      }
+      bounds[i + 1] = int64_t(count);
+      bad |= wrong != 0;
+    }
+    return !bad;
+  });
+  bounds[0] = 0;
+  for (int64_t i = 0; i < padded.rows; ++i) bounds[i + 1] += bounds[i];
+  return good ? Status::ok : Status::out_of_range;
+}
+
+// Out of range: another thread wrote to the matrix after its rows were counted.
+Status unpad(const Array& padded, int64_t num_points, const Array& row_splits, const Array& out, int most_threads) {
+  const auto* const bounds = as<int64_t>(row_splits);
+  const int64_t width = padded.cols;
+  const int threads = useful_threads(most_threads, out.rows, pairs_of_a_thread);
+  int changed = 0;
+  with_integer(padded.dtype, [&](auto t) {
+    using T = decltype(t);
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : changed)
+    for (int64_t i = 0; i < padded.rows; ++i) {
+      const T* const row = as<T>(padded) + i * width;
+      int32_t* to = into<int32_t>(out) + bounds[i];
+      const int64_t count = bounds[i + 1] - bounds[i];
+      T outside = 0;
+      for (int64_t j = 0; j < count; ++j) {  // mostly all points come first, and the rest need not be read
+        to[j] = int32_t(row[j]);
+        outside |= !is_point(to[j], num_points);
+      }
+      if (!outside) continue;
+      int32_t* const end = to + count;
+      for (int64_t j = 0; j < width && to < end; ++j) {
+        *to = int32_t(row[j]);
+        to += is_point(*to, num_points);
+      }
+      changed |= to < end;
+    }
+  });
+  return changed ? Status::out_of_range : Status::ok;
+}
+
+}  // namespace KP_ISA
+}  // namespace kp
