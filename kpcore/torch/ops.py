@@ -121,12 +121,16 @@ def on_arrays(function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        if error.args and isinstance(error.args[0], str):
-            message = error.args[0]
-            for pattern, advice in _ADVICE:
-                message = pattern.sub(advice, message)
-            error.args = (message, *error.args[1:])
+        _speak_of_tensors(error)
         raise
+
+
+def _speak_of_tensors(error):
+    if error.args and isinstance(error.args[0], str):
+        message = error.args[0]
+        for pattern, advice in _ADVICE:
+            message = pattern.sub(advice, message)
+        error.args = (message, *error.args[1:])
 
 
 def to_tensor(array):
@@ -155,20 +159,8 @@ def _torch_dtype(dtype):
 def checked(op, name, value, optional=False):
     """`value` if it is a tensor on the CPU or a GPU, or an allowed None; `op` is None for what has no gradients."""
     if isinstance(value, torch.Tensor):
-        if not (value.is_cpu or value.is_cuda):
-            raise TypeError(
-                f"{name}: expected a tensor on the CPU or a CUDA GPU, got one on {value.device}; "
-                f"move it with {name}.cpu()"
-            )
-        if value.is_nested:
-            raise TypeError(
-                f"{name}: expected a tensor of rows, got a nested one; stack its items with "
-                f"torch.cat({name}.unbind()), and pass their bounds as row_splits"
-            )
-        if value.layout != torch.strided:
-            raise TypeError(
-                f"{name}: expected a dense tensor, got one of layout {value.layout}; convert it with {name}.to_dense()"
-            )
+        if value.layout is not torch.strided or value.is_nested or not (value.is_cpu or value.is_cuda):
+            raise _unusual(name, value)
         if value.requires_grad and op is not None and name not in op.diff and torch.is_grad_enabled():
             raise TypeError(
                 f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}; "
@@ -180,6 +172,22 @@ def checked(op, name, value, optional=False):
     raise TypeError(
         f"{name}: expected a torch tensor{' or None' * optional}, got {type(value).__name__}"
         + ("; convert it with torch.from_numpy" if isinstance(value, np.ndarray) else "")
+    )
+
+
+def _unusual(name, tensor):
+    """The error for a tensor without an array of rows and columns where kpcore computes."""
+    if not (tensor.is_cpu or tensor.is_cuda):
+        return TypeError(
+            f"{name}: expected a tensor on the CPU or a CUDA GPU, got one on {tensor.device}; move it with {name}.cpu()"
+        )
+    if tensor.is_nested:
+        return TypeError(
+            f"{name}: expected a tensor of rows, got a nested one; stack its items with torch.cat({name}.unbind()), "
+            f"and pass their bounds as row_splits"
+        )
+    return TypeError(
+        f"{name}: expected a dense tensor, got one of layout {tensor.layout}; convert it with {name}.to_dense()"
     )
 
 
@@ -308,7 +316,11 @@ def define(op, public):
         return on_stream_of(first, lambda: computed(layout.unflatten(flat, to_array)))
 
     def computed(given):
-        out, saved = on_arrays(op.forward, **given)
+        try:  # not on_arrays, which would pass on so many arguments again
+            out, saved = op.forward(**given)
+        except (TypeError, ValueError) as error:
+            _speak_of_tensors(error)
+            raise
         return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
 
     def computed_of_tensors(tensors, others):
