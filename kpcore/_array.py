@@ -48,17 +48,21 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     halves = dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
     if dtype not in dtypes and not halves:  # nor is one that is not native
         names = " or ".join(d.name for d in dtypes)
-        raise TypeError(
-            f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
-            f"convert it with {name}.astype(numpy.{dtypes[0].name})"
-        )
+        to = dtypes[0] if dtypes[0].kind == "f" else dtypes[-1]  # of integers the widest, which loses nothing
+        got = dtype if dtype.isnative else dtype.str
+        raise _wrong_dtype(f"{name}: expected {names}, got {got}", name, f"numpy.{to.name}")
     if like is not None and dtype != like[1].dtype:
-        raise TypeError(
-            f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
-            f"convert it with {name}.astype({like[0]}.dtype)"
-        )
+        what = f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}"
+        raise _wrong_dtype(what, name, f"{like[0]}.dtype")
     flags = value.flags
     return value if flags.c_contiguous and (where != "cpu" or flags.aligned) else contiguous(value)
+
+
+def _wrong_dtype(what, name, to):
+    """The error with the advice for arrays, and as `in_torch` that for tensors, see `kpcore.torch.ops`."""
+    error = TypeError(f"{what}; convert it with {name}.astype({to})")
+    error.in_torch = f"{what}; convert it with {name}.to({to.replace('numpy.', 'torch.')})"
+    return error
 
 
 def contiguous(value):
@@ -80,9 +84,13 @@ def _device(name, value):
     if isinstance(value, np.ndarray):
         return "cpu"
     if not is_array(value):
-        raise TypeError(
-            f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; convert it with numpy.asarray"
+        got, module = type(value).__name__, type(value).__module__.partition(".")[0]
+        advice = {"torch": "call kpcore.torch, which takes them", "jaxlib": "call kpcore.jax, which takes them"}
+        error = TypeError(
+            f"{name}: expected a NumPy or CuPy array, got {got}; " + advice.get(module, "convert it with numpy.asarray")
         )
+        error.in_torch = f"{name}: expected a torch tensor, got {got}; convert it with torch.as_tensor"
+        raise error
     device, current = value.device.id, sys.modules["cupy"].cuda.Device().id
     if device != current:
         raise ValueError(
@@ -95,10 +103,16 @@ def _device(name, value):
 def _wrong_device(name, where, other, of):
     kinds = ("NumPy", "CuPy") if other == "cpu" else ("CuPy", "NumPy")
     move = f"cupy.asnumpy({name})" if other == "cpu" else f"cupy.asarray({name})"
-    return TypeError(
+    error = TypeError(
         f"{name}: expected a {kinds[0]} array, because {of} is one, got a {kinds[1]} array; nothing is moved between "
         f"devices by itself, move it with {move}"
     )
+    places = ("the CPU", "a GPU") if other == "cpu" else ("a GPU", "the CPU")
+    error.in_torch = (
+        f"{name}: expected a tensor on {places[0]}, because {of} is there, got one on {places[1]}; nothing is moved "
+        f"between devices by itself, move it with {name}.to({of}.device)"
+    )
+    return error
 
 
 def is_array(value):
@@ -162,12 +176,16 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
 def splits_array(name, value, rows, of, sizes, *, known=False):
     """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item.
 
-    Waits for the GPU to look at them, unless they are `known` to be good.
+    On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
+    them, unless they are `known` to be good.
     """
     if value is None:
         return whole(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
     value = array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
-    if not known:
+    if isinstance(value, np.ndarray):
+        value = value.copy()
+        check_splits(name, value, rows, of)
+    elif not known:
         check_splits(name, on_host(value), rows, of)
     return value
 
@@ -182,16 +200,24 @@ def check_splits(name, value, rows, of):
     if not len(value) or value[0] != 0 or value[-1] != rows:
         ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
         raise ValueError(f"{name}: expected values from 0 to {rows} to match {of}, got {ends}")
-    if np.any(value[1:] < value[:-1]):
+    if (value[1:] < value[:-1]).any():
         at = int(np.argmax(value[1:] < value[:-1]))
         raise ValueError(f"{name}: expected values that never fall, got {value[at]} then {value[at + 1]} at {at}")
 
 
-def length(name, value, dtype):
-    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+def _real(name, value):
+    """A float; an error unless it is a number, and one that float64 reaches."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that float64 can hold, got one beyond it") from None
+
+
+def length(name, value, dtype):
+    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+    number = _real(name, value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
     if not _square_fits(number, dtype):
@@ -231,9 +257,7 @@ def lengths(name, value, rows, like):
 
 def number(name, value, dtype):
     """A finite number that `dtype` can hold."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
+    number = _real(name, value)
     if not math.isfinite(number) or abs(number) > _largest(dtype):
         raise ValueError(f"{name}: expected a finite number that {dtype} can hold, got {value}")
     return number
@@ -241,18 +265,18 @@ def number(name, value, dtype):
 
 def between(name, value, low, high):
     """A number from one to another."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value <= high:
+    number = _real(name, value)
+    if not low <= number <= high:
         raise ValueError(f"{name}: expected {low} to {high}, got {value}")
-    return float(value)
+    return number
 
 
 def not_negative(name, value):
     """A finite number of at least zero."""
-    if not number(name, value, np.dtype(np.float64)) >= 0:
+    found = number(name, value, np.dtype(np.float64))
+    if not found >= 0:
         raise ValueError(f"{name}: expected a number of at least zero, got {value}")
-    return float(value)
+    return found
 
 
 def boolean(name, value):
@@ -282,15 +306,16 @@ def per_axis(name, value, dimension, check, dtype):
 
 
 def integer(name, value, low, high=None):
-    """An integer from `low` to `high`."""
+    """An integer from `low` to `high`, which is the largest of 64 bits if not given."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(
-            f"{name}: expected {f'{low} to {high}' if high is not None else f'at least {low}'}, got {number}"
-        )
+    if not low <= number <= (2**63 - 1 if high is None else high):
+        end = "2**63 - 1" if high is None else high
+        expected = f"at least {low}" if high is None and number < low else f"{low} to {end}"
+        got = number if abs(number) < 2**64 else "one beyond 64 bits"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
     return number
 
 
@@ -300,6 +325,11 @@ def choice(name, value, allowed):
         if value is a or (isinstance(value, str) and value == a):
             return i
     raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def changed(name):
+    """The error where what was wrong during a call is not so any more."""
+    return ValueError(f"{name}: expected an array that stays as it is during the call, got one that was changed")
 
 
 def not_finite(**arrays):
@@ -312,4 +342,4 @@ def not_finite(**arrays):
         if bad.any():
             row = int(np.argmax(bad))
             return ValueError(f"{name}: expected finite coordinates, got {value[row].tolist()} in row {row}")
-    raise AssertionError("every coordinate is finite")
+    return changed(" or ".join(name for name, value in arrays.items() if value is not None))

@@ -109,10 +109,7 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     dimension = points.shape[1]
     voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
     origin = _array.per_axis("origin", origin, dimension, _array.number, points.dtype)
-    if features is not None:
-        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
-    if labels is not None:
-        labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
+    features, labels = checked_rows(features, labels, sizes)
     if ignore_label is not None:
         if labels is None:
             raise ValueError("ignore_label: expected None, because there are no labels, got a number")
@@ -136,6 +133,15 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     return out, (out.inverse, out.counts, nearest)
 
 
+def checked_rows(features, labels, sizes):
+    """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
+    if features is not None:
+        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
+    if labels is not None:
+        labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
+    return features, labels
+
+
 def subsample_level(voxel_size, points, features, labels, row_splits):
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
     return _forward(points, voxel_size, features, labels, row_splits, 0.0, "barycenter", "mean", None, known=True)[0][
@@ -151,7 +157,7 @@ def _vjp(arguments, saved, grad, needs):
     }
 
 
-OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
+OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features", keeps=("features", "feature"))
 
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):

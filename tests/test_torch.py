@@ -599,3 +599,45 @@ def test_without_torch_one_line_says_what_to_install(python):
 def test_torch_is_not_imported_before_it_is_used(python):
     done = python("import sys, kpcore; print('torch' in sys.modules, 'jax' in sys.modules)")
     assert done.stdout == "False False\n", done.stderr
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: kpt.relu(torch.ones(3, 2, dtype=torch.int64)),
+            "features: expected float32 or float64, got int64; convert it with features.to(torch.float32)",
+        ),
+        (
+            lambda: kpt.linear(torch.ones(3, 2), torch.ones(2, 2, dtype=torch.float64)),
+            "weights: expected float32 to match features, got float64; convert it with weights.to(features.dtype)",
+        ),
+        (
+            lambda: kpt.softmax_cross_entropy(torch.ones(3, 2), torch.ones(3)),
+            "labels: expected uint8 or int32 or int64, got float32; convert it with labels.to(torch.int64)",
+        ),
+        (
+            lambda: kpt.radius_search(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.float64), 1.0),
+            "queries: expected float32 to match points, got float64; convert it with queries.to(points.dtype)",
+        ),
+        (
+            lambda: kpt.grid_subsample(torch.ones(3, 2, dtype=torch.int32), 1.0),
+            "points: expected float32 or float64, got int32; convert it with points.to(torch.float32)",
+        ),
+        (
+            lambda: kpt.knn_search([[0.0, 0.0]], None, 1),
+            "points: expected a torch tensor, got list; convert it with torch.as_tensor",
+        ),
+        (
+            lambda: kp.knn_search(torch.ones(3, 2), None, 1),
+            "points: expected a NumPy or CuPy array, got Tensor; call kpcore.torch, which takes them",
+        ),
+    ],
+)
+def test_errors_advise_what_tensors_have(call, message):
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value) == message

@@ -61,7 +61,7 @@ def differentiable(op, public):
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, arguments, outs, *tensors):
-        out, saved = op.forward(**arguments)
+        out, saved = op.recorded(arguments)
         outs.append(out)
         ctx.save_for_backward(*tensors)
         ctx.op, ctx.arguments, ctx.saved = op, arguments, saved
