@@ -49,20 +49,17 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     if dtype not in dtypes and not halves:  # nor is one that is not native
         names = " or ".join(d.name for d in dtypes)
         to = dtypes[0] if dtypes[0].kind == "f" else dtypes[-1]  # of integers the widest, which loses nothing
-        got = dtype if dtype.isnative else dtype.str
-        raise _wrong_dtype(f"{name}: expected {names}, got {got}", name, f"numpy.{to.name}")
+        raise TypeError(
+            f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
+            f"convert it with {name}.astype(numpy.{to.name})"
+        )
     if like is not None and dtype != like[1].dtype:
-        what = f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}"
-        raise _wrong_dtype(what, name, f"{like[0]}.dtype")
+        raise TypeError(
+            f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
+            f"convert it with {name}.astype({like[0]}.dtype)"
+        )
     flags = value.flags
     return value if flags.c_contiguous and (where != "cpu" or flags.aligned) else contiguous(value)
-
-
-def _wrong_dtype(what, name, to):
-    """The error with the advice for arrays, and as `in_torch` that for tensors, see `kpcore.torch.ops`."""
-    error = TypeError(f"{what}; convert it with {name}.astype({to})")
-    error.in_torch = f"{what}; convert it with {name}.to({to.replace('numpy.', 'torch.')})"
-    return error
 
 
 def contiguous(value):
@@ -84,13 +81,9 @@ def _device(name, value):
     if isinstance(value, np.ndarray):
         return "cpu"
     if not is_array(value):
-        got, module = type(value).__name__, type(value).__module__.partition(".")[0]
-        advice = {"torch": "call kpcore.torch, which takes them", "jaxlib": "call kpcore.jax, which takes them"}
-        error = TypeError(
-            f"{name}: expected a NumPy or CuPy array, got {got}; " + advice.get(module, "convert it with numpy.asarray")
-        )
-        error.in_torch = f"{name}: expected a torch tensor, got {got}; convert it with torch.as_tensor"
-        raise error
+        framework = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}.get(type(value).__module__.partition(".")[0])
+        advice = f"call kpcore.{framework}, which takes them" if framework else "convert it with numpy.asarray"
+        raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; {advice}")
     device, current = value.device.id, sys.modules["cupy"].cuda.Device().id
     if device != current:
         raise ValueError(
@@ -103,16 +96,10 @@ def _device(name, value):
 def _wrong_device(name, where, other, of):
     kinds = ("NumPy", "CuPy") if other == "cpu" else ("CuPy", "NumPy")
     move = f"cupy.asnumpy({name})" if other == "cpu" else f"cupy.asarray({name})"
-    error = TypeError(
+    return TypeError(
         f"{name}: expected a {kinds[0]} array, because {of} is one, got a {kinds[1]} array; nothing is moved between "
         f"devices by itself, move it with {move}"
     )
-    places = ("the CPU", "a GPU") if other == "cpu" else ("a GPU", "the CPU")
-    error.in_torch = (
-        f"{name}: expected a tensor on {places[0]}, because {of} is there, got one on {places[1]}; nothing is moved "
-        f"between devices by itself, move it with {name}.to({of}.device)"
-    )
-    return error
 
 
 def is_array(value):

@@ -578,6 +578,20 @@ def test_errors_of_the_grid(arguments, message):
     assert str(caught.value) == message
 
 
+def test_the_advice_of_an_error_fits_the_array():
+    features = features_of(4, 2)
+    for labels in (np.ones(4, np.int16), np.ones(4, np.float32)):  # not to the first of the dtypes, which is uint8
+        message = "labels: expected uint8 or int32 or int64, got .*; convert it with labels.astype(numpy.int64)"
+        with pytest.raises(TypeError, match=re.escape(message).replace(r"\.\*", ".*")):
+            kp.softmax_cross_entropy(features, labels)
+    with pytest.raises(TypeError, match=r"got int64; convert it with features\.astype\(numpy\.float32\)$"):
+        kp.softmax(np.ones((4, 2), int))
+    torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
+    for framework, array in (("torch", torch.ones(4, 2)), ("jax", jnp.ones((4, 2)))):
+        with pytest.raises(TypeError, match=rf"^features: .*; call kpcore\.{framework}, which takes them$"):
+            kp.softmax(array)
+
+
 def test_an_error_says_what_was_expected_and_what_came():
     message = "queries: expected (M, 3) to match points, got (100, 2)"
     with pytest.raises(ValueError, match=re.escape(message)):

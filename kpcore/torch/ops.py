@@ -52,16 +52,11 @@ def on_gpu(tensor):
 
 
 def on_stream_of(tensor, function, *arguments):
-    """Its result, computed on torch's stream if the tensor, or None, is on a GPU; errors give advice for tensors."""
-    try:
-        if tensor is None or not on_gpu(tensor):
-            return function(*arguments)
-        with _torch_stream(tensor.device):
-            return function(*arguments)
-    except TypeError as error:
-        if not hasattr(error, "in_torch"):
-            raise
-        raise TypeError(error.in_torch) from None
+    """Its result, computed on torch's stream if the tensor, or None, is on a GPU."""
+    if tensor is None or not on_gpu(tensor):
+        return function(*arguments)
+    with _torch_stream(tensor.device):
+        return function(*arguments)
 
 
 @contextmanager
