@@ -49,9 +49,10 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     halves = dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
     if dtype not in dtypes and not halves:  # nor is one that is not native
         names = " or ".join(d.name for d in dtypes)
+        to = dtypes[0] if dtypes[0].kind == "f" else dtypes[-1]  # of integers the widest, which loses nothing
         raise TypeError(
             f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
-            f"convert it with {name}.astype(numpy.{dtypes[0].name})"
+            f"convert it with {name}.astype(numpy.{to.name})"
         )
     if like is not None and dtype != like[1].dtype:
         raise TypeError(
@@ -81,9 +82,9 @@ def _device(name, value):
     if isinstance(value, np.ndarray):
         return "cpu"
     if not is_array(value):
-        raise TypeError(
-            f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; convert it with numpy.asarray"
-        )
+        framework = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}.get(type(value).__module__.partition(".")[0])
+        advice = f"call kpcore.{framework}, which takes them" if framework else "convert it with numpy.asarray"
+        raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; {advice}")
     device, current = value.device.id, sys.modules["cupy"].cuda.Device().id
     if device != current:
         raise ValueError(
@@ -187,16 +188,24 @@ def check_splits(name, value, rows, of):
     if not len(value) or value[0] != 0 or value[-1] != rows:
         ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
         raise ValueError(f"{name}: expected values from 0 to {rows} to match {of}, got {ends}")
-    if np.any(value[1:] < value[:-1]):
+    if (value[1:] < value[:-1]).any():
         at = int(np.argmax(value[1:] < value[:-1]))
         raise ValueError(f"{name}: expected values that never fall, got {value[at]} then {value[at + 1]} at {at}")
 
 
-def length(name, value, dtype):
-    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+def _real(name, value):
+    """A float; an error unless it is a number, and one that float64 reaches."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that float64 can hold, got one beyond it") from None
+
+
+def length(name, value, dtype):
+    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+    number = _real(name, value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
     if not _square_fits(number, dtype):
@@ -236,9 +245,7 @@ def lengths(name, value, rows, like):
 
 def number(name, value, dtype):
     """A finite number that `dtype` can hold."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
+    number = _real(name, value)
     if not math.isfinite(number) or abs(number) > _largest(dtype):
         raise ValueError(f"{name}: expected a finite number that {dtype} can hold, got {value}")
     return number
@@ -246,18 +253,18 @@ def number(name, value, dtype):
 
 def between(name, value, low, high):
     """A number from one to another."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value <= high:
+    number = _real(name, value)
+    if not low <= number <= high:
         raise ValueError(f"{name}: expected {low} to {high}, got {value}")
-    return float(value)
+    return number
 
 
 def not_negative(name, value):
     """A finite number of at least zero."""
-    if not number(name, value, np.dtype(np.float64)) >= 0:
+    found = number(name, value, np.dtype(np.float64))
+    if not found >= 0:
         raise ValueError(f"{name}: expected a number of at least zero, got {value}")
-    return float(value)
+    return found
 
 
 def boolean(name, value):
@@ -287,15 +294,16 @@ def per_axis(name, value, dimension, check, dtype):
 
 
 def integer(name, value, low, high=None):
-    """An integer from `low` to `high`."""
+    """An integer from `low` to `high`, which is the largest of 64 bits if not given."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(
-            f"{name}: expected {f'{low} to {high}' if high is not None else f'at least {low}'}, got {number}"
-        )
+    if not low <= number <= (2**63 - 1 if high is None else high):
+        end = "2**63 - 1" if high is None else high
+        expected = f"at least {low}" if high is None and number < low else f"{low} to {end}"
+        got = number if abs(number) < 2**64 else "one beyond 64 bits"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
     return number
 
 

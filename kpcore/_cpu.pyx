@@ -250,6 +250,7 @@ cdef extern from "kernels.h" namespace "kp" nogil:
         Status (*activate)(const Activate&, const Array&) noexcept nogil
         Status (*activate_grad)(const Activate&, const Array&, const Array&) noexcept nogil
         Status (*add)(const Array&, const Array&, const Array&, int) noexcept nogil
+        Status (*sum_squares)(const Array&, double*, int) noexcept nogil
         Status (*sgd)(const Sgd&) noexcept nogil
         Status (*adamw)(const AdamW&) noexcept nogil
         Status (*dropout)(const Dropout&, const Array&) noexcept nogil
@@ -275,7 +276,7 @@ class NotFinite(Exception):
 
 
 class OutOfRange(Exception):
-    """More than 2**21 voxels along an axis, or a list with a number out of range; which one is for the caller to find."""
+    """Too many voxels along an axis, a label that is no class, a number of no row; which one is for the caller to find."""
 
 
 cdef DTYPES = {np.dtype(name): code for code, name in enumerate(("float32", "float64", "int32", "int64", "uint8"))}
@@ -1050,6 +1051,17 @@ def add(first, second, int threads):
         status = kernels().add(a, b, to, threads)
     raise_for(status)
     return out
+
+
+def sum_squares(values, int threads):
+    """A float, of an array of any shape"""
+    cdef Array given = view(values)
+    cdef double total = 0
+    cdef Status status
+    with nogil:
+        status = kernels().sum_squares(given, &total, threads)
+    raise_for(status)
+    return total
 
 
 def sgd(value, grad, moment, double lr, double momentum, double weight_decay, int threads):

@@ -757,8 +757,11 @@ def unpool(choice, grad_out, num_rows, threads):
 
 
 def gather_rows(features, index, row_splits, threads):
-    """(M, C): the rows of an index, or of the first of each list."""
+    """(M, C): the rows of an index, which waits, to see whether there are such rows; or of the first of each list."""
     if row_splits is None:
+        low, high = _wait(index.min().reshape(1), index.max().reshape(1)) if len(index) else (0, -1)
+        if low < 0 or high >= len(features):
+            raise OutOfRange
         return features[index]
     queries, channels = len(row_splits) - 1, features.shape[1]
     out = cupy.empty((queries, channels), features.dtype)
@@ -853,6 +856,12 @@ def activate_grad(features, activation, negative_slope, grad_out, threads):
 def add(first, second, threads):
     """an array like both"""
     return first + second
+
+
+def sum_squares(values, threads):
+    """A float, of an array of any shape; waits for it."""
+    wide = values.reshape(-1).astype(np.float64)
+    return float(_total(wide * wide, 1.0, threads).get())
 
 
 def sgd(value, grad, moment, lr, momentum, weight_decay, threads):

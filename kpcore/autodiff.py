@@ -151,6 +151,8 @@ class Op:
     they trace.
 
     `keeps` names the arguments whose values the vjp looks at, if not all: of the others the tape keeps a `Shaped`.
+    `copies` names those of integers, of which it keeps copies: they say which rows a gradient reads and writes, and
+    loops fill one array anew for every batch.
     ``by_result(arguments)`` says whether the result in place of `diff`'s only argument gives the same gradient, so that
     the tape need not keep that one.
     """
@@ -165,6 +167,7 @@ class Op:
     record: type | None = None
     transposes: tuple[str, ...] = ()
     keeps: tuple[str, ...] | None = None
+    copies: tuple[str, ...] = ()
     by_result: Callable | None = None
 
     def __call__(self, **arguments):
@@ -175,7 +178,10 @@ class Op:
         if not tensors:
             return self.forward(**arguments)[0]
         arguments.update({name: tensor.value for name, tensor in tensors.items()})
-        out, saved = self.forward(**arguments)
+        for name in self.copies:
+            if _array.is_array(arguments[name]):
+                arguments[name] = arguments[name].copy()
+        out, saved = self.recorded(arguments)
         if self.by_result is not None and self.by_result(arguments):
             arguments[self.diff[0]] = out
         if self.keeps is not None:
@@ -184,6 +190,13 @@ class Op:
         if self.field is None:
             return Tensor(out, call)
         return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
+
+    def recorded(self, arguments):
+        """(out, saved) of `forward`, where nobody who gets `out` can change what is saved."""
+        out, saved = self.forward(**arguments)
+        if self.field is not None:
+            saved = tuple(a.copy() if any(a is field for field in out) and a is not None else a for a in saved)
+        return out, saved
 
     def gradients(self, arguments, saved, grad, needs):
         """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""

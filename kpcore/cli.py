@@ -20,8 +20,11 @@ def main(argv=None):
     try:
         args = _parser().parse_args(argv)
         args.run(args)
-    except (scenes.ReadError, SettingsError, NotFinite, Refused, ModuleNotFoundError) as error:
+    except (scenes.ReadError, SettingsError, NotFinite, Refused, ImportError) as error:
         print(f"kpcore: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"kpcore: {error or 'not enough memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -145,6 +148,8 @@ def _model(path):
         raise Refused(f"{path}: no such file")
     try:
         return Model.load(path)
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # safetensors has its own kinds
         raise Refused(f"{path}: {error}") from None
 

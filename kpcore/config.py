@@ -15,6 +15,7 @@ import numpy as np
 from kpcore import _array, _cpu, _openmp
 
 __version__ = _cpu.version()
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def _available_cores():
@@ -148,25 +149,29 @@ def get_memory_limit():
 @functools.cache
 def cupy():
     """The module, or an error that says what it lacks."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise ImportError(
-            "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is "
-            f"({error})"
-        ) from error
+    missing = "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is"
+    cupy = _imported("cupy", missing)
     if not cupy.cuda.is_available():
         raise RuntimeError("expected a GPU and its driver, for arrays on it: CuPy finds none")
     return cupy
 
 
 def require(module, extra):
-    """Import an optional package, or say how to install it."""
+    """Import an optional package, or say how to install it, or what is wrong with the one that is there."""
+    return _imported(module, f'{module.partition(".")[0]} is not installed: pip install "kpcore[{extra}]"')
+
+
+def _imported(module, missing):
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError:
-        install = f'pip install "kpcore[{extra}]"'
-        raise ModuleNotFoundError(f"{module.partition('.')[0]} is not installed: {install}") from None
+    except Exception as error:  # a package of another NumPy's raises what it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise ModuleNotFoundError(missing, name=package) from None
+        said = " ".join(str(error).split()) or "no reason given"
+        raise ImportError(
+            f"{package} is installed but cannot be imported: {type(error).__name__}: {said}", name=package
+        ) from error
 
 
 def check_room(num_neighbors, size, estimated=False, free=None):
@@ -189,20 +194,39 @@ def check_room(num_neighbors, size, estimated=False, free=None):
 
 def _free_memory():
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (_PROC / "meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return math.inf
-    group = Path("/sys/fs/cgroup")
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return min(free, int((group / most).read_text()) - int((group / used).read_text()))
-        except (OSError, ValueError):
+    return min([free, *_free_in_groups()])
+
+
+def _free_in_groups():
+    """What is left of the limit of each control group that this process is in, those above it included.
+
+    Cached files count as used there, but make room when memory is wanted, as in what Linux calls available.
+    """
+    try:
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, most, used, cached = _GROUPS, "memory.max", "memory.current", ("inactive_file", "active_file")
+        elif "memory" in controllers.split(","):
+            root, most, used = _GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file", "total_active_file"
+        else:
             continue
-    return free
+        own = root / path.strip("/")  # not there where a container sees its own group as the root
+        for group in (own, *own.parents)[: 1 + len(own.relative_to(root).parts)]:
+            try:
+                room = int((group / most).read_text()) - int((group / used).read_text())  # "max" has no limit
+                numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield room + sum(int(numbers[name]) for name in cached)
+            except (OSError, ValueError, KeyError):
+                continue
 
 
 def _gpu():

@@ -11,6 +11,7 @@ from kpcore import _array, _cpu, config
 _FIXED = {"none": 0, "center": 1, "verticals": 3}
 _METHODS = ("potential", "lloyd", "shells")
 _STARTS = 8
+_MOST = {"potential": 100, "lloyd": 4096}  # points, in some seconds of one core
 
 
 def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="potential", rotate=None, seed=0,
@@ -22,8 +23,9 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     Parameters
     ----------
     num : int, or with ``method="shells"`` a sequence of int
-        K, at most 4096. At least 1, or 3 with ``fixed="verticals"``. On shells: how many points each has, from the
-        centre outwards, so the first is 1; [1, 14, 28] are the 43 points of KPConvX.
+        K, at most 100 with "potential", 4096 with "lloyd". At least 1, or 3 with ``fixed="verticals"``. On shells: how
+        many points each has, from the centre outwards, so the first is 1, and at most 4096 in all; [1, 14, 28] are the
+        43 points of KPConvX.
     radius : float
         With "potential" the mean norm of the points other than the centre (of all with ``fixed="none"``); the published
         networks take 0.66 of the search radius. With "lloyd" and "shells" that of the ball which the points share: take
@@ -54,7 +56,8 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     -----
     "potential" (Thomas et al. 2019, supplementary B, with the constants of the published code): points repel each other
     with the potential 1 / d and are drawn to the origin by 5 d²; of a hundred seeded starts the one that comes to rest
-    best is kept. For tens of points: 60 take some 1 s of one core, and the time grows with K².
+    best is kept. For tens of points: 60 take some 1 s of one core and 100 some 4 s; 400 would take minutes, so more are
+    an error.
 
     "lloyd", for more (the published code goes over to it above K = 30): a uniform sample of the ball, 65536 + 64 K
     seeded points, is divided among the nearest of K others, which move to the mean of their part, a hundred times or
@@ -63,7 +66,7 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
 
     "shells" (Thomas et al. 2024, KPConvX): of S shells, shell s has radius 2 s / (2 S - 1) of the ball's; the ball ends
     half a spacing outside the last. Points repel each other as in "potential" and slide on their shells. Starts are
-    uniform on the sphere; the published ones are denser at its poles.
+    uniform on the sphere; the published ones are denser at its poles. It takes as long as "potential".
 
     The spacing is checked: should two points be closer than a quarter of the ideal, the method starts again from the
     next seed derived from `seed`; of eight starts in all that fail it keeps the widest spaced. The ideal is
@@ -87,7 +90,12 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     if method == "shells":
         sizes = _shell_sizes(num, fixed)
     else:
-        sizes = (_array.integer("num", num, max(1, _FIXED[fixed]), 4096),)
+        sizes = (_array.integer("num", num, max(1, _FIXED[fixed]), _MOST["lloyd"]),)
+        if sizes[0] > _MOST[method]:
+            raise ValueError(
+                f"num: expected at most {_MOST[method]} with method='potential', whose time grows faster than its "
+                f"square, got {num}; take method='lloyd'"
+            )
     try:
         dtype = np.dtype(dtype)
     except TypeError:
@@ -99,9 +107,7 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     seed = _array.integer("seed", seed, 0, 2**64 - 1)
     points = _unit(sizes, dimension, _FIXED[fixed], method, seed) * radius
     if rotate is not None:
-        rotation = _rotation(dimension, rotate, seed)
-        # Not a matrix product, whose sums differ from machine to machine.
-        points = sum(points[:, a, None] * rotation[a] for a in range(dimension))
+        points = _rotated(points, _rotation(dimension, rotate, seed))
     return points.astype(dtype)
 
 
@@ -169,6 +175,11 @@ def _is_spaced(closest, points, sizes, radii):
     return quadruple * (2 * len(sizes) - 1) ** 2 >= 1 or any(
         n**2 * quadruple ** (dimension - 1) >= (r * r) ** (dimension - 1) for n, r in shells
     )
+
+
+def _rotated(points, rotation):
+    """``points @ rotation`` of arrays or tensors; not a matrix product, whose sums differ from machine to machine."""
+    return sum(points[:, a, None] * row for a, row in enumerate(rotation))
 
 
 def _rotation(dimension, rotate, seed):

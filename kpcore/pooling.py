@@ -341,7 +341,7 @@ def _nearest_upsample_vjp(arguments, saved, grad, needs):
             return {"features": _weighted_sum(grad, transposed._index, transposed._row_splits)}
         first, splits = neighbors._index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
     elif not len(neighbors._index):
-        return {"features": grad.dtype.type(0) * arguments["features"]}
+        return {"features": _array.namespace(grad).zeros(arguments["features"].shape, grad.dtype)}
     else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
         index = neighbors._index[np.minimum(begins, len(neighbors._index) - 1)]
         first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
@@ -367,24 +367,32 @@ def _gather_arrays(features, index):
     return features, _few_enough("index", _array.array("index", index, "M", _INDEX, sizes))
 
 
-def _gather_checked(features, index):
-    features, index = _gather_arrays(features, index)
-    low, high = 0, -1
-    if len(index):
-        low, high = map(int, _array.on_host(np.stack([index.min(), index.max()])))
-    if low < 0 or high >= len(features):
-        bad = low if low < 0 else high
-        raise ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
-    return features, index
-
-
 def _gather(features, index):
-    features, index = _gather_checked(features, index)
-    return _array.backend(features).gather_rows(features, index, None, config.get_num_threads()), ()
+    features, index = _gather_arrays(features, index)
+    backend = _array.backend(features)
+    try:
+        return backend.gather_rows(features, index, None, config.get_num_threads()), ()
+    except backend.OutOfRange:
+        raise _no_row(features, index) from None
+
+
+def _no_row(features, index):
+    index = _array.on_host(index)
+    low, high = int(index.min()), int(index.max())
+    if low >= 0 and high < len(features):
+        return _array.changed("index")
+    bad = low if low < 0 else high
+    return ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
 
 
 def _gather_vjp(arguments, saved, grad, needs):
     features, index = _gather_arrays(**arguments)
+    if isinstance(index, np.ndarray):  # which somebody may have changed since the forward pass looked at it
+        index = index.copy()
+        if len(index) and not (index.min() >= 0 and index.max() < len(features)):
+            raise _no_row(features, index)
+    if not features.shape[1]:  # however many rows
+        return {"features": _array.namespace(grad).empty(features.shape, grad.dtype)}
     each = _array.namespace(index).arange(len(index) + 1)
     index, splits, _ = _array.backend(index).transpose(
         index.astype(np.int32, copy=False), each, None, len(features), config.get_num_threads()
@@ -396,7 +404,8 @@ def _gather_result(features, index):
     return [((index.shape[0], features.shape[1]), features.dtype)]
 
 
-GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result, check=_gather_arrays)
+GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result, check=_gather_arrays,
+            copies=("index",))  # fmt: skip
 
 
 # ---- interpolate
@@ -461,4 +470,5 @@ def _segment_reduce_result(features, row_splits, reduce, **_):
 
 
 SEGMENT_REDUCE = Op("segment_reduce", _segment_reduce, _segment_reduce_vjp, diff=("features",),
-                    result=_segment_reduce_result, check=_segment_reduce_checked)  # fmt: skip
+                    result=_segment_reduce_result, check=_segment_reduce_checked,
+                    copies=("row_splits",))  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 
 from kpcore import _array
 from kpcore.neighbors import GridIndex, Neighbors, lists_of_levels
-from kpcore.subsampling import common_origin, grid_subsample, subsample_level
+from kpcore.subsampling import checked_rows, common_origin, grid_subsample, subsample_level
 
 
 class Level(NamedTuple):
@@ -99,7 +99,7 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     limits = _limits(neighbor_limits, num_levels)
     if subsampled:
         row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
-        levels = [(points, features, labels, row_splits)]
+        levels = [(points, *checked_rows(features, labels, sizes), row_splits)]
     else:
         more = {"features": features, "labels": labels, "row_splits": row_splits}
         levels = [grid_subsample(points, voxel_size, origin=origin, **more)[:4]]
@@ -142,7 +142,7 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, origin=0, conv_
     >>> kp.calibrate_neighbor_limits(clouds, voxel_size=0.1, num_levels=3)
     [58, 59, 27]
     """
-    if not 0 < fraction <= 1:
+    if not 0 < _array.number("fraction", fraction, np.dtype(np.float64)) <= 1:
         raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
     num_levels, origin = _array.integer("num_levels", num_levels, 1, 64), common_origin(origin)
     histograms = [np.zeros(1, np.int64) for _ in range(num_levels)]

@@ -283,7 +283,7 @@ def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, n
     scale = _array.array("scale", scale, "C", _array.FEATURES, sizes, like=("features", features))
     shift = _array.array("shift", shift, "C", _array.FEATURES, sizes, like=("features", features))
     num_groups = _array.integer("num_groups", num_groups, 1)
-    if features.shape[1] % num_groups:
+    if num_groups > max(1, features.shape[1]) or features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
     row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
     eps = _array.length("eps", eps, np.dtype(np.float64))
@@ -320,6 +320,7 @@ GROUP_NORM = Op(
     diff=("features", "scale", "shift"),
     result=_group_norm_result,
     check=_group_norm_arguments,
+    copies=("row_splits",),
 )
 
 
@@ -769,7 +770,7 @@ def _cross_entropy_vjp(arguments, saved, grad, needs):
     backend, grad = _array.backend(checked[0]), _array.as_array(grad)
     try:
         return {"logits": backend.cross_entropy_grad(*checked, grad, config.get_num_threads())}
-    except backend.OutOfRange:  # the labels were changed meanwhile
+    except backend.OutOfRange:  # the labels were changed since the forward pass looked at them
         raise _no_class(*checked[:3]) from None
 
 
@@ -780,6 +781,8 @@ def _no_class(logits, labels, ignore_index):
     if ignore_index is not None:
         wrong &= labels != ignore_index
         expected += f", or {ignore_index} to be ignored"
+    if not wrong.any():
+        return _array.changed("labels")
     row = int(np.argmax(wrong))
     return ValueError(f"labels: expected {expected}, got {labels[row]} in row {row}")
 
@@ -788,5 +791,12 @@ def _cross_entropy_result(logits, reduction, **_):
     return [(logits.shape[:1] if reduction == "none" else (), logits.dtype)]
 
 
-SOFTMAX_CROSS_ENTROPY = Op("softmax_cross_entropy", _cross_entropy, _cross_entropy_vjp, diff=("logits",),
-                           result=_cross_entropy_result, check=_cross_entropy_arguments)  # fmt: skip
+SOFTMAX_CROSS_ENTROPY = Op(
+    "softmax_cross_entropy",
+    _cross_entropy,
+    _cross_entropy_vjp,
+    diff=("logits",),
+    result=_cross_entropy_result,
+    check=_cross_entropy_arguments,
+    copies=("labels",),
+)

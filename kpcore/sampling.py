@@ -90,7 +90,7 @@ def _starts(start, lengths, device):
     """(B,) int64 on the host, each within its item."""
     if _array.is_array(start):
         sizes = {"B": (len(lengths), "row_splits"), "device": device}
-        start = _array.on_host(_array.array("start", start, "B", _array.SPLITS, sizes))
+        start = _array.on_host(_array.array("start", start, "B", _array.SPLITS, sizes)).copy()
     else:
         start = np.full(len(lengths), _array.integer("start", start, 0, _array.MAX_POINTS))
     wrong = (lengths > 0) & ((start < 0) | (start >= lengths))

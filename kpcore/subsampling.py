@@ -113,10 +113,7 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
     points = _array.points_array("points", points, sizes)
     dimension = points.shape[1]
     voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
-    if features is not None:
-        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
-    if labels is not None:
-        labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
+    features, labels = checked_rows(features, labels, sizes)
     if ignore_label is not None:
         if labels is None:
             raise ValueError("ignore_label: expected None, because there are no labels, got a number")
@@ -139,6 +136,15 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
         raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
     out = Subsampled(*fields)
     return out, (out.inverse, out.counts, nearest)
+
+
+def checked_rows(features, labels, sizes):
+    """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
+    if features is not None:
+        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
+    if labels is not None:
+        labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
+    return features, labels
 
 
 def subsample_level(voxel_size, origin, points, features, labels, row_splits):
@@ -174,7 +180,7 @@ def _vjp(arguments, saved, grad, needs):
     }
 
 
-OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features")
+OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features", keeps=("features", "feature"))
 
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):

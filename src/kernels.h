@@ -280,6 +280,7 @@ struct Columns {
   X(Status, activate, (const Activate&, const Array& out))                                                     \
   X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))               \
   X(Status, add, (const Array& first, const Array& second, const Array& to, int threads))                      \
+  X(Status, sum_squares, (const Array& values, double* sum, int threads))                                      \
   X(Status, sgd, (const Sgd&))                                                                                 \
   X(Status, adamw, (const AdamW&))                                                                             \
   X(Status, dropout, (const Dropout&, const Array& out))                                                       \

@@ -40,6 +40,13 @@ KP_HD T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+// A number of the caller's, who may be writing to it in another thread: read once, so that what was checked is what is
+// used.
+template <class T>
+inline T read_once(const T* p) {
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
 // Uninitialised, 64-byte aligned, with a cache line to spare past the end so that vectors may overrun.
 template <class T>
 class Buffer {

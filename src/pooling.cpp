@@ -444,6 +444,7 @@ Status spread_segments(const SegmentReduce& args, const Array& grad_features) {
   const auto* splits = as<int64_t>(args.row_splits);
   auto* const to = into<F>(grad_features);
   const int64_t n = grad_features.rows, items = args.row_splits.rows - 1, channels = grad_features.cols;
+  if (!channels) return Status::ok;  // however many rows
   const int64_t blocks = (n + block_of_rows - 1) / block_of_rows;
   const bool mean = args.reduction == Reduction::mean;
   bool enough = true;
@@ -503,27 +504,33 @@ void unpool_rows(const Array& choice, const Array& grad_out, const Array& grad_f
   }
 }
 
-// out[q] = the row index[q], or the first of row_splits' q-th range of them, or zeros.
+// out[q] = the row index[q], or the first of row_splits' q-th range of them, or zeros. False: there is no such row.
 template <class I>
-void copy_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
+bool copy_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
   const auto* numbers = as<I>(index);
   const auto* splits = as<int64_t>(row_splits);
   const int64_t m = out.rows, bytes = features.cols * size_of(features.dtype);
   const auto* from = as<char>(features);
   auto* const to = into<char>(out);
-  const auto place = [=](int64_t q) -> const char* {
+  const auto place = [=, &features](int64_t q, bool& valid) -> const char* {
     if (splits && splits[q] == splits[q + 1]) return nullptr;
-    return from + int64_t(numbers[splits ? splits[q] : q]) * bytes;
+    const int64_t i = int64_t(read_once(numbers + (splits ? splits[q] : q)));
+    if (i >= 0 && i < features.rows) return from + i * bytes;
+    valid = false;
+    return nullptr;
   };
-#pragma omp parallel for num_threads(useful_threads(threads, m* features.cols, busy)) schedule(static)
+  bool valid = true;
+#pragma omp parallel for num_threads(useful_threads(threads, m* features.cols, busy)) schedule(static) \
+    reduction(&& : valid)
   for (int64_t q = 0; q < m; ++q) {
-    if (const char* const later = place(smaller(q + ahead, m - 1)))
+    if (const char* const later = place(smaller(q + ahead, m - 1), valid))
       for (int64_t byte = 0; byte < smaller<int64_t>(bytes, 512); byte += 64) __builtin_prefetch(later + byte);
-    if (const char* const row = place(q))
+    if (const char* const row = place(q, valid))
       memcpy(to + q * bytes, row, size_t(bytes));
     else
       memset(to + q * bytes, 0, size_t(bytes));
   }
+  return valid;
 }
 
 template <class G, class F>
@@ -586,11 +593,9 @@ Status unpool(const Array& choice, const Array& grad_out, const Array& grad_feat
 }
 
 Status gather_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
-  if (index.dtype == DType::int32)
-    copy_rows<int32_t>(features, index, row_splits, out, threads);
-  else
-    copy_rows<int64_t>(features, index, row_splits, out, threads);
-  return Status::ok;
+  const bool valid = index.dtype == DType::int32 ? copy_rows<int32_t>(features, index, row_splits, out, threads)
+                                                 : copy_rows<int64_t>(features, index, row_splits, out, threads);
+  return valid ? Status::ok : Status::out_of_range;
 }
 
 Status inverse_distance_weights(const Array& distance, const Array& row_splits, double power, const Array& weights,

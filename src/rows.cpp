@@ -48,7 +48,8 @@ KP_INLINE Vec<T> exponential(Vec<T> x) {
 class Blocks {
  public:
   bool cut(const int64_t* row_splits, int64_t items, int64_t columns) {
-    const int64_t rows = larger<int64_t>(64, smaller<int64_t>(1024, (1 << 16) / larger<int64_t>(1, columns)));
+    if (!columns) return true;  // no blocks, however many rows
+    const int64_t rows = larger<int64_t>(64, smaller<int64_t>(1024, (1 << 16) / columns));
     for (int64_t item = 0; item < items; ++item) count_ += (row_splits[item + 1] - row_splits[item] + rows - 1) / rows;
     if (!begin_.resize(count_) || !end_.resize(count_) || !item_.resize(count_)) return false;
     for (int64_t item = 0, b = 0; item < items; ++item)
@@ -138,8 +139,9 @@ template <class F>
 Status multiply(const Array& left, const Array& weights, bool transposed, const F* bias, const Array& out,
                 int threads) {
   const int64_t n = left.rows, length = left.cols, columns = out.cols;
+  if (!n || !columns) return Status::ok;
   const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
-  const int64_t parts = (16 + tiles - 1) / larger<int64_t>(1, tiles);  // of columns: 103 rows are one tile
+  const int64_t parts = (16 + tiles - 1) / tiles;  // of columns: 103 rows are one tile
   Panels<F> panels;
   Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
   if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, 1, transposed, threads)) return Status::out_of_memory;
@@ -206,9 +208,10 @@ void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, i
 template <class F>
 Status weight_gradient(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
   const int64_t n = features.rows, c_in = features.cols, c_out = grad_out.cols;
+  if (!c_in || !c_out) return Status::ok;
   const int64_t height = round_up(c_in, row_step), padded = round_up(c_out, lanes<F>);
   const int64_t tiles = (n + tile_rows - 1) / tile_rows;
-  const int64_t fit = (int64_t(1) << 21) / larger<int64_t>(1, height * padded);  // in 8 MiB of float32
+  const int64_t fit = (int64_t(1) << 21) / (height * padded);  // in 8 MiB of float32
   const int64_t sums = larger<int64_t>(1, smaller(smaller<int64_t>(64, tiles / 16), fit));
   // Channels of a job: few make many jobs, each of which packs the gradient again.
   threads = useful_threads(threads, n * c_in * c_out, 1 << 20);
@@ -505,6 +508,43 @@ Status activate_all_grad(const Activate& args, const T* grad, T* out) {
   return Status::ok;
 }
 
+// ---- sums of squares
+
+// The sum of term(i) from begin to end: by halves, so that what rounding loses does not grow with their number, and of
+// the smallest parts by eight running sums, whatever the width of vectors is.
+template <class Term>
+double sum_pairwise(int64_t begin, int64_t end, const Term& term) {
+  constexpr int64_t smallest = 128;
+  constexpr int running = 8;
+  if (end - begin > smallest) {
+    const int64_t middle = begin + round_up((end - begin) / 2, smallest);
+    return sum_pairwise(begin, middle, term) + sum_pairwise(middle, end, term);
+  }
+  double sums[running] = {};
+  int64_t i = begin;
+  for (; i + running <= end; i += running)
+    for (int l = 0; l < running; ++l) sums[l] += term(i + l);
+  for (int l = 0; i + l < end; ++l) sums[l] += term(i + l);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <class T>
+Status sum_all_squares(const Array& values, double* sum, int threads) {
+  constexpr int64_t block = 1 << 16;
+  const T* const x = as<T>(values);
+  const int64_t n = values.rows * values.cols, blocks = (n + block - 1) / block;
+  Buffer<double> partial;
+  if (!partial.resize(blocks)) return Status::out_of_memory;
+#pragma omp parallel for num_threads(useful_threads(threads, n, grain)) schedule(static)
+  for (int64_t b = 0; b < blocks; ++b)
+    partial[b] = sum_pairwise(b * block, smaller(n, (b + 1) * block), [=](int64_t i) {
+      const double value = double(x[i]);
+      return value * value;
+    });
+  *sum = sum_pairwise(0, blocks, [&](int64_t b) { return partial[b]; });
+  return Status::ok;
+}
+
 // ---- optimisers
 
 // step(load, store) for vectors of n values, by several threads; load(p) and store(p, v) are of those at p + i.
@@ -660,6 +700,7 @@ struct Exponentials {
 template <class T>
 Status softmax_rows(const Array& features, T* out, int threads) {
   const int64_t n = features.rows, columns = features.cols;
+  if (!columns) return Status::ok;
 #pragma omp parallel for num_threads(useful_threads(threads, n* columns, grain / 4)) schedule(static)
   for (int64_t r = 0; r < n; ++r) {
     T* const row = out + r * columns;
@@ -673,6 +714,7 @@ Status softmax_rows(const Array& features, T* out, int threads) {
 template <class T>
 Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threads) {
   const int64_t n = features.rows, columns = features.cols;
+  if (!columns) return Status::ok;
 #pragma omp parallel for num_threads(useful_threads(threads, n* columns, grain / 4)) schedule(static)
   for (int64_t r = 0; r < n; ++r) {
     T* const row = out + r * columns;
@@ -701,10 +743,10 @@ class Labelled {
         classes_(args.logits.cols),
         ignore_(args.ignore_index),
         has_ignore_(args.has_ignore_index) {}
-  bool is_ignored(int64_t r) const { return has_ignore_ && int64_t(labels_[r]) == ignore_; }
-  bool is_valid(int64_t r) const { return int64_t(labels_[r]) >= 0 && int64_t(labels_[r]) < classes_; }
-  int64_t label(int64_t r) const { return int64_t(labels_[r]); }
-  double weight(int64_t r) const { return weights_ ? double(weights_[labels_[r]]) : 1; }
+  int64_t label(int64_t r) const { return int64_t(read_once(labels_ + r)); }
+  bool is_ignored(int64_t label) const { return has_ignore_ && label == ignore_; }
+  bool is_valid(int64_t label) const { return label >= 0 && label < classes_; }
+  double weight(int64_t label) const { return weights_ ? double(weights_[label]) : 1; }
 
  private:
   const L* labels_;
@@ -728,15 +770,15 @@ Status entropies(const CrossEntropy& args, T* out) {
     double loss_sum = 0, weight_sum = 0;
     for (int64_t r = b * rows_of_block; r < smaller(n, (b + 1) * rows_of_block); ++r) {
       double loss = 0;
-      if (!rows.is_ignored(r)) {
-        if (!rows.is_valid(r)) {
+      if (const int64_t label = rows.label(r); !rows.is_ignored(label)) {
+        if (!rows.is_valid(label)) {
           valid = false;
           break;
         }
         const T* const x = as<T>(args.logits) + r * classes;
         const Exponentials<T> found(x, classes, nullptr);
-        loss = rows.weight(r) * (log(double(found.sum)) + (double(found.largest) - double(x[rows.label(r)])));
-        weight_sum += rows.weight(r);
+        loss = rows.weight(label) * (log(double(found.sum)) + (double(found.largest) - double(x[label])));
+        weight_sum += rows.weight(label);
       }
       loss_sum += loss;
       if (!reduce) out[r] = T(loss);
@@ -764,9 +806,10 @@ Status sum_weights(const Labelled<T, L>& rows, int64_t n, int threads, double* s
   for (int64_t b = 0; b < blocks; ++b) {
     weights[b] = 0;
     for (int64_t r = b * rows_of_block; valid && r < smaller(n, (b + 1) * rows_of_block); ++r) {
-      if (rows.is_ignored(r)) continue;
-      valid = rows.is_valid(r);
-      if (valid) weights[b] += rows.weight(r);
+      const int64_t label = rows.label(r);
+      if (rows.is_ignored(label)) continue;
+      valid = rows.is_valid(label);
+      if (valid) weights[b] += rows.weight(label);
     }
   }
   *sum = 0;
@@ -783,19 +826,23 @@ Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
   double share = each ? 1 : double(*grad), weight;
   if (Status status = sum_weights(rows, n, args.threads, &weight); status != Status::ok) return status;
   if (args.reduction == CrossEntropyReduction::mean) share = weight != 0 ? share / weight : 0;
-#pragma omp parallel for num_threads(useful_threads(args.threads, n* classes, grain / 4)) schedule(static)
+  bool valid = true;
+#pragma omp parallel for num_threads(useful_threads(args.threads, n* classes, grain / 4)) schedule(static) \
+    reduction(&& : valid)
   for (int64_t r = 0; r < n; ++r) {
     T* const row = out + r * classes;
-    if (rows.is_ignored(r)) {
+    const int64_t label = rows.label(r);
+    if (rows.is_ignored(label) || !rows.is_valid(label)) {
+      valid = valid && rows.is_ignored(label);
       memset(row, 0, size_t(classes) * sizeof(T));
       continue;
     }
     const Exponentials<T> found(as<T>(args.logits) + r * classes, classes, row);
-    const T factor = T((each ? double(grad[r]) : share) * rows.weight(r));
+    const T factor = T((each ? double(grad[r]) : share) * rows.weight(label));
     map(classes, row, [&](int64_t c, auto at) { return at(row + c) / found.sum * factor; });
-    row[rows.label(r)] -= factor;
+    row[label] -= factor;
   }
-  return Status::ok;
+  return valid ? Status::ok : Status::out_of_range;
 }
 
 // Calls call(T(), L()) with the dtypes of logits and labels.
@@ -812,6 +859,7 @@ Status with_types(const CrossEntropy& args, Call call) {
 // Calls copy(part's row, its place in the whole's row, bytes) for every row and part.
 template <class Copy>
 void for_each_part(const Columns& args, const Array& whole, Copy copy) {
+  if (!whole.cols) return;
   const int64_t size = size_of(whole.dtype), stride = whole.cols * size;
   const int threads = useful_threads(args.threads, whole.rows * whole.cols, grain);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -878,6 +926,10 @@ Status add(const Array& first, const Array& second, const Array& out, int thread
     map_shared(out.rows * out.cols, threads, into<T>(out), [=](int64_t i, auto at) { return at(a + i) + at(b + i); });
     return Status::ok;
   });
+}
+
+Status sum_squares(const Array& values, double* sum, int threads) {
+  return with_real(values.dtype, [&](auto t) { return sum_all_squares<decltype(t)>(values, sum, threads); });
 }
 
 Status sgd(const Sgd& args) {

@@ -159,7 +159,7 @@ class Buckets {
         continue;
       }
       const int64_t middle = r.depth < max_depth ? split(r.begin, r.end) : r.begin;
-      if (middle == r.begin) {  // equal points, or an absurd cloud: anywhere
+      if (middle == r.begin || middle == r.end) {  // equal points, an absurd cloud, or NaN by now: anywhere
         for (int64_t i = r.begin; i < r.end; i += bucket_points) begin_[buckets_++] = i;
         continue;
       }
@@ -209,11 +209,12 @@ class Buckets {
     constexpr int num = 16;
     T some[num];
     for (int i = 0; i < num; ++i) some[i] = x[(2 * i + 1) * n / (2 * num)];
-    for (int i = 0;; ++i) {
+    for (int i = 0; i < num; ++i) {
       int rank = 0;
       for (int j = 0; j < num; ++j) rank += j < i ? some[j] <= some[i] : some[j] < some[i];
       if (rank == num / 2) return some[i];
     }
+    return some[0];  // of numbers that became NaN after they were found finite
   }
 
   // Those at most `pivot` are packed in place, behind what is read; the others go where the blocks will be, and then

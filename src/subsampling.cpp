@@ -239,9 +239,9 @@ class Majority {
         has_ignore_(args.has_ignore_label),
         counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
     if (!counting_) return;
-    const int64_t range = largest - smallest + 1;
-    enough_ = counts_.resize(range);
-    if (enough_) memset(counts_.data(), 0, size_t(range) * sizeof(int32_t));
+    range_ = uint64_t(largest - smallest) + 1;
+    enough_ = counts_.resize(int64_t(range_));
+    if (enough_) memset(counts_.data(), 0, size_t(range_) * sizeof(int32_t));
   }
   bool enough() const { return enough_; }
 
@@ -252,21 +252,24 @@ class Majority {
 
  private:
   bool ignored(L label) const { return has_ignore_ && int64_t(label) == ignore_; }
+  // Of its counter: from range_ on for a label that was changed since the smallest and the largest were found.
+  uint64_t place(L label) const { return uint64_t(label) - uint64_t(smallest_); }
 
   // Few labels: one counter each, cleared by walking the points again.
   bool count(const int32_t* ids, int64_t n, L* winner) {
     int32_t most = 0;
     *winner = L(ignore_);
     for (int64_t i = 0; i < n; ++i) {
-      const L label = labels_[ids[i]];
-      if (ignored(label)) continue;
-      const int32_t c = ++counts_[int64_t(label) - smallest_];
+      const L label = read_once(labels_ + ids[i]);
+      if (ignored(label) || place(label) >= range_) continue;
+      const int32_t c = ++counts_[int64_t(place(label))];
       if (c > most || (c == most && label < *winner)) {
         most = c;
         *winner = label;
       }
     }
-    for (int64_t i = 0; i < n; ++i) counts_[int64_t(labels_[ids[i]]) - smallest_] = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (const uint64_t at = place(read_once(labels_ + ids[i])); at < range_) counts_[int64_t(at)] = 0;
     return true;
   }
   bool sort(const int32_t* ids, int64_t n, L* winner) {
@@ -291,6 +294,7 @@ class Majority {
 
   const L* labels_;
   int64_t smallest_, ignore_;
+  uint64_t range_ = 0;
   bool has_ignore_, counting_, enough_ = true;
   Buffer<int32_t> counts_;
   Buffer<L> a_, spare_;

@@ -368,12 +368,65 @@ def test_free_memory_is_some():
     assert 2**20 < kp.config._free_memory() < 2**50
 
 
+GIB = 2**30
+
+
+def groups(tmp_path, monkeypatch, own, files):
+    """A machine of 64 GiB, this process in the control group `own`, and what the groups' files say, in GiB."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text(f"MemTotal: {2**27} kB\nMemAvailable: {2**26} kB\n")
+    (tmp_path / "self/cgroup").write_text(own)
+    for name, value in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(value, dict):
+            path.write_text("".join(f"{key} {int(number * GIB)}\n" for key, number in value.items()))
+        else:
+            path.write_text(f"{value if isinstance(value, str) else int(value * GIB)}\n")
+    monkeypatch.setattr(kp.config, "_PROC", tmp_path)
+    monkeypatch.setattr(kp.config, "_GROUPS", tmp_path / "groups")
+    return kp.config._free_memory() / GIB
+
+
+def v2(folder, most, used, **stat):
+    stat = {"anon": 1, "inactive_file": 0, "active_file": 0, "shmem": 3} | stat
+    return {f"{folder}memory.max": most, f"{folder}memory.current": used, f"{folder}memory.stat": stat}
+
+
+def v1(folder, most, used, **stat):
+    names = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"
+    stat = {"inactive_file": 9, "total_inactive_file": 0, "total_active_file": 0} | stat
+    return {f"memory/{folder}{name}": value for name, value in zip(names, (most, used, stat), strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "free"),
+    [
+        ("0::/\n", {}, 64),
+        ("0::/\n", v2("", 16, 4), 12),
+        ("0::/\n", v2("", 16, 15, inactive_file=6, active_file=5), 12),  # files that were read, and nothing else
+        ("0::/\n", v2("", "max", 15), 64),
+        ("0::/a/b\n", v2("a/", 16, 15, inactive_file=6) | v2("a/b/", "max", 3), 7),  # the group above has the limit
+        ("0::/a/b\n", v2("a/", 16, 8) | v2("a/b/", 4, 3, active_file=1), 2),
+        ("0::/elsewhere\n", v2("", 16, 4), 12),  # a container's own group, named as outside of it
+        ("12:cpu:/x\n5:memory:/\n", v1("", 16, 15, total_inactive_file=2, total_active_file=3), 6),
+        ("5:memory,cpu:/a/b\n", v1("a/", 16, 4) | v1("a/b/", 2**33, 3), 12),
+        ("0::/\n4:memory:/a\n", v1("a/", 8, 4), 4),  # both at once
+        ("0::/\n", v2("", 16, 4) | {"memory.stat": "gone"}, 64),
+    ],
+)
+def test_what_is_free_in_a_control_group(tmp_path, monkeypatch, own, files, free):
+    assert groups(tmp_path, monkeypatch, own, files) == free
+
+
 def test_show_config_names_the_gpu_or_what_it_lacks(python):
     run = python("import kpcore; kpcore.show_config()", CUDA_VISIBLE_DEVICES="")
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("GPU")]
     assert "not used: CuPy is not installed" in line or "not used: expected a GPU and its driver" in line
     run = python("import sys, types; sys.modules['cupy'] = None; import kpcore.config as c; c.cupy()")
-    assert "ImportError: expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13]" in run.stderr
+    assert (
+        "NotFoundError: expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13]" in run.stderr
+    )
 
 
 def test_no_function_imports_cupy(python):

@@ -345,6 +345,12 @@ def test_one_point_is_the_centre():
         ({"num": 9, "dtype": np.float16}, TypeError, "dtype: expected float32 or float64, got float16"),
         ({"num": 9, "method": "loyd"}, ValueError, "method: expected 'potential' or 'lloyd' or 'shells', got 'loyd'"),
         ({"num": [1, 14]}, TypeError, "num: expected an integer, got list"),
+        (
+            {"num": 101},
+            ValueError,
+            "num: expected at most 100 with method='potential', whose time grows faster than its square, got 101; "
+            "take method='lloyd'",
+        ),
         ({"num": 4097, "method": "lloyd"}, ValueError, "num: expected 1 to 4096, got 4097"),
         (
             {"num": 15, "method": "shells"},

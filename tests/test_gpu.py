@@ -148,6 +148,35 @@ def test_every_operator_and_its_gradients(variant, num, geometry, features):
     )
 
 
+EMPTY = [v for v, (name, _) in ops.VARIANTS.items() if "neighbors" in ops.call(v)[1] or "row_splits" in ops.call(v)[1]]
+
+
+@pytest.mark.parametrize("rows", ["none", "some"])
+@pytest.mark.parametrize("variant", EMPTY)
+def test_what_is_not_finite_does_not_reach_empty_rows(variant, rows):
+    """The features of a point that nobody sees are not multiplied by zero, which would be NaN."""
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    if arguments.get("neighbors") is not None:
+        queries, points = arguments["neighbors"].num_queries, arguments["neighbors"].num_points
+        counts = np.arange(queries) % 2 * 2 * (rows == "some")
+        index = np.arange(counts.sum(), dtype=np.int32) % (points // 2)  # the other points have no query
+        arguments["neighbors"] = kp.Neighbors(index, kp.row_splits(counts), points)
+        if arguments.get("weights") is not None and op.name == "neighbor_reduce":
+            arguments["weights"] = np.ones(len(index))
+    elif arguments["row_splits"] is None or rows == "none":
+        num = len(arguments["features"])
+        arguments["row_splits"] = np.array([0, 0, num, num])
+    if "features" in arguments:
+        features = arguments["features"].copy()
+        features[len(features) // 2 :] = np.nan
+        arguments["features"] = features
+    for_host, for_device = ops.vjp(op, arguments, names), ops.vjp(op, to_device(arguments), names)
+    grad = np.asarray(ops.covector(for_host[0]))
+    expected = [np.asarray(a) for a in (for_host[0], *for_host[1](grad))]
+    assert_equal([for_device[0], *for_device[1](cupy.asarray(grad))], expected, exactly=False)
+
+
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 def test_every_operator_twice_is_the_same_bits(variant):
     op, arguments = ops.call(variant, features=np.float32)
@@ -359,6 +388,13 @@ def test_coordinates_that_are_not_finite(value):
     check(kp.interpolate, good, bad, good)
     for subsampled in (False, True):
         check(kp.build_pyramid, bad, voxel_size=0.1, num_levels=2, subsampled=subsampled)
+
+
+@pytest.mark.parametrize("wrong", [{"features": np.ones((4, 2), np.float32)}, {"labels": np.zeros(3, np.int32)}])
+def test_a_pyramid_of_rows_that_are_not_the_points(wrong):
+    settings = {"voxel_size": 0.1, "num_levels": 1, "subsampled": True}
+    error, message = check(kp.build_pyramid, np.zeros((5, 3), np.float32), **settings, **wrong)
+    assert error is ValueError and message.startswith(f"{next(iter(wrong))}: expected (5,")
 
 
 def test_bounded_searches_do_not_look_whether_coordinates_are_finite():

@@ -50,10 +50,20 @@ def case(num=40, dtype=torch.float32, seed=0):
     return points, queries, kpt.radius_search(points, queries, 0.35, sort="distance"), features - 0.5
 
 
+def of_queries(layer, points, queries, neighbors, features):
+    """The inputs, and for attention the features of the queries' nearest points."""
+    inputs = points, queries, neighbors, features
+    if getattr(layer, "attention_groups", None) is None or queries is None:
+        return inputs
+    if isinstance(neighbors, torch.Tensor):
+        neighbors = kp.Neighbors.from_padded(neighbors.numpy(), len(points))
+    return (*inputs, kpt.nearest_upsample(features, neighbors))
+
+
 def with_offsets(layer, *inputs):
     """All that a layer gives: its output, and of a deformable one also its regularization."""
     if not isinstance(layer, kpt.DeformableKPConv):
-        return (layer(*inputs),)
+        return (layer(*of_queries(layer, *inputs)),)
     out, offsets = layer(*inputs, return_offsets=True)
     return out, layer.regularization(*inputs[:3], offsets)
 
@@ -70,7 +80,7 @@ def test_by_finite_differences(make):
 
     def fn(features, *values):
         given = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(layer, given, (points, queries, neighbors, features))
+        return torch.func.functional_call(layer, given, of_queries(layer, points, queries, neighbors, features))
 
     assert gradcheck(fn, [features.requires_grad_(), *parameters.values()], rtol=1e-5, atol=1e-7)
 
@@ -101,7 +111,8 @@ def test_compiled_in_one_graph(make):
 
 
 def test_exported(make):
-    layer, inputs = make().eval(), case()
+    layer = make().eval()
+    inputs = of_queries(layer, *case())
     assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), layer(*inputs))
 
 
@@ -153,7 +164,7 @@ def test_the_same_from_the_same_seed(make):
     assert not torch.equal(first.kernel_points, other.kernel_points)
     assert not torch.equal(first.weights, other.weights)
     other.load_state_dict(first.state_dict())
-    inputs = case()
+    inputs = of_queries(first, *case())
     assert torch.equal(other(*inputs), first(*inputs))
     assert torch.equal(copy(*inputs), first(*inputs))
 
@@ -243,7 +254,7 @@ def test_wrong_inputs(make):
         ((points.double(), queries.double(), neighbors, features), "kernel_points"),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=error):
-            layer(*wrong)
+            layer(*wrong, *of_queries(layer, points, queries, neighbors, features)[4:])
 
 
 # ---- KPConv
@@ -400,7 +411,8 @@ def test_golden_kpconvx(name):
     features = torch.from_numpy(golden["features"]).requires_grad_()
     neighbors = torch.from_numpy(golden["neighbors_padded"].astype(np.int64))
     for own in (queries,) if golden["strided"] else (None, points):
-        out = layer(points, own, neighbors, features)
+        out = layer(*of_queries(layer, points, own, neighbors, features) if golden["strided"] else
+                    (points, own, neighbors, features))  # fmt: skip
         assert_close(out.detach().numpy(), golden["out"], 1e-10)
     out.backward(torch.from_numpy(golden["grad_out"]))
     assert_close(features.grad.numpy(), golden["grad/features"], 1e-10)
@@ -413,14 +425,25 @@ def test_golden_kpconvx(name):
 def test_what_attention_is_made_of():
     torch.manual_seed(0)
     layer, (points, queries, neighbors, features) = LAYERS["x"](), case()
-    first = features[neighbors.index[neighbors.row_splits[:-1]]] * torch.from_numpy(neighbors.counts > 0)[:, None]
-    expected = layer(points, queries, neighbors, features)
-    assert torch.equal(layer(points, queries, neighbors, features, first), expected)
-    assert not torch.equal(layer(points, queries, neighbors, features, -first), expected)
+    first = features[: len(queries)]
+    assert not torch.equal(layer(points, queries, neighbors, features, first),
+                           layer(points, queries, neighbors, features, -first))  # fmt: skip
     neighbors = kpt.radius_search(points, None, 0.35)  # by index: the first is another point
     expected = layer(points, None, neighbors, features)
     assert torch.equal(layer(points, points, neighbors, features), expected)
     assert torch.equal(layer(points, points.clone(), neighbors, features, features), expected)
+
+
+@pytest.mark.parametrize(
+    "queries", [lambda points: points.clone(), lambda points: points[:], lambda points: points[:7]]
+)
+def test_attention_of_other_queries_wants_their_features(queries):
+    points, _, _, features = case()
+    queries = queries(points)
+    neighbors = kpt.radius_search(points, queries, 0.35, sort="distance")
+    with pytest.raises(ValueError, match=r"^query_features: expected \(M, C\)"):
+        LAYERS["x"]()(points, queries, neighbors, features)
+    assert LAYERS["d"]()(points, queries, neighbors, features).shape == (len(queries), 4)
 
 
 def test_without_attention_it_is_kpconvd():

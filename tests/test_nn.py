@@ -1006,6 +1006,53 @@ def test_clipping():
     assert np.abs(grads["a"]).max() == 2.0 and (np.abs(grads["a"]) < 2).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 9, 1000, 300_001])
+def test_the_norm_is_the_same_bits_everywhere_and_right_to_the_last(dtype, size, set_threads, set_isa):
+    rng = np.random.default_rng(size)
+    grads = {name: (rng.standard_normal(n) * 10.0 ** rng.integers(-9, 9, n)).astype(dtype)
+             for name, n in (("a", size), ("b", 7))}  # fmt: skip
+    squares = math.fsum(float(v) * float(v) for grad in grads.values() for v in grad)
+    found = set()
+    for isa in kp._cpu.isas():
+        set_isa(isa)
+        for num_threads in (1, 2, 3):
+            set_threads(num_threads)
+            found.add(nn.clip_by_norm(grads, 1e100))
+    (norm,) = found
+    assert abs(norm - math.sqrt(squares)) <= 2 * math.ulp(norm)
+
+
+def test_the_norm_of_float32_gradients_beyond_their_squares():
+    grads = {"a": np.float32([3e30, 4e30])}
+    np.testing.assert_allclose(nn.clip_by_norm(grads, 1.0), 5e30, rtol=1e-6)
+    np.testing.assert_allclose(grads["a"], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nn.sgd({"w": np.ones(3)}).step({"w": [1.0, 1.0, 1.0]}, 0.1), r"grads: expected w \(3,\) float64"),
+        (lambda: nn.adamw({"w": np.ones(3)}).step({"w": 1.0}, 0.1), r"grads: expected w \(3,\) float64"),
+        (lambda: nn.sgd({"w": np.ones(3)}).step({"w": np.ones(3)}, 10**400), "lr: expected a number that float64"),
+        (lambda: nn.sgd({"w": np.ones(3)}).restore({"momentum.w": [0, 0, 0], "num_steps": 0}), "state: expected mom"),
+        (lambda: nn.adamw({}, betas=0.9), "betas: expected two numbers, got 0.9"),
+        (lambda: nn.adamw({}, betas=(0.9, 10**400)), "betas: expected a number that float64"),
+        (lambda: nn.clip_by_norm({"w": [1.0]}, 1.0), "grads: expected float32 or float64 arrays, got list for w"),
+        (lambda: nn.clip_by_value({"w": np.ones(3, int)}, 1.0), "grads: expected .* got ndarray int64 for w"),
+        (lambda: nn.exponential(0.1, 10.0, 1)(10**6), "step: expected one whose learning rate float64 can hold"),
+        (lambda: nn.exponential(0.1, 10.0, 1)(10**400), "step: expected a number that float64"),
+        (lambda: nn.exponential(0.1, 10.0, 2**63), r"steps: expected 1 to 2\*\*63 - 1"),
+        (lambda: nn.one_cycle(0.1, 10)("1"), "step: expected a number, got str"),
+        (lambda: nn.one_cycle(0.1, 10, start="1"), "start: expected a number, got str"),
+        (lambda: nn.one_cycle(0.1, 10, warm=10**400), "warm: expected a number that float64"),
+    ],
+)
+def test_what_trains_names_what_is_wrong(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call()
+
+
 def test_schedules():
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

@@ -201,3 +201,27 @@ def test_wrong_arguments(options, message):
 def test_limits_need_some_points():
     with pytest.raises(ValueError, match="clouds: expected some points"):
         kp.calibrate_neighbor_limits([], voxel_size=0.1, num_levels=2)
+
+
+@pytest.mark.parametrize("num_levels", [1, 2])
+@pytest.mark.parametrize("subsampled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("features", np.ones((4, 2), np.float32), ValueError),
+        ("features", np.ones(5, np.float32), ValueError),
+        ("features", np.ones((5, 2), np.int32), TypeError),
+        ("labels", np.ones(6, np.int32), ValueError),
+        ("labels", np.ones(5, np.float32), TypeError),
+    ],
+)
+def test_features_and_labels_are_checked_on_every_way(num_levels, subsampled, name, value, error):
+    points = np.random.default_rng(0).random((5, 3), np.float32)
+    with pytest.raises(error, match=rf"^{name}: expected"):
+        kp.build_pyramid(points, voxel_size=0.1, num_levels=num_levels, subsampled=subsampled, **{name: value})
+
+
+@pytest.mark.parametrize("fraction", ["1", None, 10**400, np.nan, 0, 1.1])
+def test_a_fraction_that_is_none_is_named(fraction):
+    with pytest.raises((TypeError, ValueError), match=r"^fraction: expected"):
+        kp.calibrate_neighbor_limits([], voxel_size=0.1, num_levels=1, fraction=fraction)

@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import clouds
@@ -612,6 +613,20 @@ def test_errors_of_the_grid(arguments, message):
     assert str(caught.value) == message
 
 
+def test_the_advice_of_an_error_fits_the_array():
+    features = features_of(4, 2)
+    for labels in (np.ones(4, np.int16), np.ones(4, np.float32)):  # not to the first of the dtypes, which is uint8
+        message = "labels: expected uint8 or int32 or int64, got .*; convert it with labels.astype(numpy.int64)"
+        with pytest.raises(TypeError, match=re.escape(message).replace(r"\.\*", ".*")):
+            kp.softmax_cross_entropy(features, labels)
+    with pytest.raises(TypeError, match=r"got int64; convert it with features\.astype\(numpy\.float32\)$"):
+        kp.softmax(np.ones((4, 2), int))
+    torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
+    for framework, array in (("torch", torch.ones(4, 2)), ("jax", jnp.ones((4, 2)))):
+        with pytest.raises(TypeError, match=rf"^features: .*; call kpcore\.{framework}, which takes them$"):
+            kp.softmax(array)
+
+
 def test_an_error_says_what_was_expected_and_what_came():
     message = "queries: expected (M, 3) to match points, got (100, 2)"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -699,6 +714,60 @@ def test_one_index_out_of_range_is_found_anywhere(value, place, isa):
 def test_wrong_conversions(call, error):
     with pytest.raises(error):
         call()
+
+
+NUMBERS = {  # the numbers among the arguments of a function, and what is a good value
+    "radius_search": {"radius": 0.5, "max_neighbors": 3},
+    "knn_search": {"k": 2},
+    "GridIndex": {"cell": 0.5},
+    "grid_subsample": {"voxel_size": 0.5, "origin": 0.5, "ignore_label": 1},
+    "farthest_point_sampling": {"num": 2, "start": 0},
+    "build_pyramid": {"voxel_size": 0.1, "num_levels": 2, "conv_radius": 2.5, "deform_radius": 5.0},
+    "neighbor_reduce": {"empty": 0.0},
+    "segment_reduce": {"empty": 0.0},
+    "interpolate": {"k": 3, "power": 2},
+    "kpconv": {"extent": 0.5, "groups": 1},
+    "kpconvx": {"extent": 0.5},
+    "fitting_loss": {"extent": 0.5},
+    "repulsion_loss": {"extent": 0.5, "repulse_extent": 1.2},
+    "batch_norm": {"momentum": 0.1, "eps": 1e-5, "negative_slope": 0.1},
+    "group_norm": {"num_groups": 2, "eps": 1e-5, "negative_slope": 0.1},
+    "leaky_relu": {"negative_slope": 0.1},
+    "dropout": {"rate": 0.5, "seed": 0},
+    "softmax_cross_entropy": {"ignore_index": 0},
+}
+BEYOND = {"10**400": 10**400, "-10**400": -(10**400), "10**5000": 10**5000, "a fraction": Fraction(10**400, 3)}
+
+
+@pytest.mark.parametrize("value", BEYOND)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in NUMBERS.items() for name in names])
+def test_a_number_beyond_all_is_named(op, name, value):
+    arguments = arguments_of(op)
+    getattr(kp, op)(**arguments | {name: NUMBERS[op][name]})
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected"):
+        getattr(kp, op)(**arguments | {name: BEYOND[value]})
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63 - 1, 2**63, 2**64])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, names in NUMBERS.items() for name, good in names.items() if isinstance(good, int)],
+)
+def test_a_large_integer_is_taken_or_named(op, name, value):
+    try:
+        getattr(kp, op)(**arguments_of(op) | {name: value})
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(f"{name}: expected")
+    except MemoryError:
+        assert name in ("k", "max_neighbors")
+
+
+def test_groups_of_no_channels():
+    none = np.zeros((4, 0), np.float32)
+    assert kp.group_norm(none, 1, none[0], none[0]).shape == (4, 0)
+    for num_groups in (2, 2**40, 2**63):
+        with pytest.raises(ValueError, match=r"^num_groups: expected"):
+            kp.group_norm(none, num_groups, none[0], none[0])
 
 
 # ---- strange but valid input
@@ -801,6 +870,164 @@ def test_inputs_stay_as_they_are():
         (case.points, case.queries, case.features, case.weights, case.kernel_points), before, strict=True
     ):
         assert_same_bits(array, copy)
+
+
+# ---- arrays that change
+
+
+BIG = 10**8
+REFILLED = {  # what a loop may fill anew before the gradient is asked for: a function of features and of that array
+    "gather": (lambda f, a: kp.gather(f, a), np.arange(900, dtype=np.int32) % 300),
+    "gather int64": (lambda f, a: kp.gather(f, a), np.arange(900) % 300),
+    **{
+        f"segment_reduce {reduce}": (lambda f, a, r=reduce: kp.segment_reduce(f, a, r), np.array([0, 100, 300]))
+        for reduce in ("mean", "sum", "max")
+    },
+    "group_norm": (
+        lambda f, a: kp.group_norm(f, 2, features_of(4), features_of(4), row_splits=a),
+        np.array([0, 100, 300]),
+    ),
+    **{
+        f"cross entropy {dtype.__name__}": (kp.softmax_cross_entropy, (np.arange(300) % 4).astype(dtype))
+        for dtype in (np.uint8, np.int32, np.int64)
+    },
+    "interpolate": (
+        lambda f, a: kp.interpolate(features_of(300, 3), None, f, points_row_splits=a),
+        np.array([0, 100, 300]),
+    ),
+    **{
+        f"grid_subsample {feature}": (
+            lambda f, a, w=feature: (
+                kp.grid_subsample(features_of(300, 3), 0.5, features=f, row_splits=a, feature=w).features
+            ),
+            np.array([0, 100, 300]),
+        )
+        for feature in ("mean", "max", "nearest")
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFILLED)
+def test_a_gradient_is_that_of_what_was_computed(name):
+    function, given = REFILLED[name]
+    found = []
+    for refill in (False, True):
+        array = given.copy()
+        out, pullback = kp.autodiff.vjp(lambda f, a=array: function(f, a), features_of(300, 4))
+        if refill:
+            array[:] = 200 if array.dtype == np.uint8 else BIG
+        found.append(pullback(np.ones_like(out))[0])
+    assert found[0].any()
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("feature", ["mean", "max", "nearest"])
+@pytest.mark.parametrize("place", ["tape", "torch"])
+def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
+    points, features, found = features_of(300, 3), features_of(300, 4), []
+    for refill in (False, True):
+        if place == "tape":
+            features = kp.autodiff.Tensor(features_of(300, 4))
+            sub = kp.grid_subsample(points, 0.5, features=features, feature=feature)
+            arrays = sub.inverse, sub.counts
+        else:
+            torch, kpt = pytest.importorskip("torch"), pytest.importorskip("kpcore.torch")
+            features = torch.from_numpy(features_of(300, 4)).requires_grad_()
+            sub = kpt.grid_subsample(torch.from_numpy(points), 0.5, features=features, feature=feature)
+            arrays = sub.inverse.numpy(), sub.counts.numpy()
+        for array in arrays if refill else ():
+            array[:] = BIG
+        if place == "tape":
+            sub.features.backward(np.ones_like(sub.features.value))
+        else:
+            sub.features.sum().backward()
+        found.append(np.asarray(features.grad))
+    assert found[0].any()
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("gather", "index"), ("segment_reduce", "row_splits"), ("group_norm", "row_splits"),
+                           ("softmax_cross_entropy", "labels")]
+)  # fmt: skip
+def test_what_torch_does_not_see_change_is_named(name, argument):
+    torch, kpt = pytest.importorskip("torch"), pytest.importorskip("kpcore.torch")
+    function, given = {
+        "gather": (kpt.gather, np.arange(900) % 300),
+        "segment_reduce": (kpt.segment_reduce, np.array([0, 100, 300])),
+        "group_norm": (
+            lambda f, a: kpt.group_norm(f, 2, torch.ones(4), torch.ones(4), row_splits=a),
+            np.array([0, 100, 300]),
+        ),
+        "softmax_cross_entropy": (kpt.softmax_cross_entropy, np.arange(300) % 4),
+    }[name]
+    array, features = given.copy(), torch.from_numpy(features_of(300, 4)).requires_grad_()
+    out = function(features, torch.from_numpy(array))
+    array[1:-1] = BIG  # through NumPy: torch counts changes of its own only
+    with pytest.raises(ValueError, match=rf"^{argument}: expected"):
+        out.sum().backward()
+
+
+CHANGING = """
+import sys, threading, time
+import numpy as np, kpcore as kp
+r = np.random.default_rng(0)
+n = 20_000
+points, features = r.random((n, 3), np.float32), r.random((n, 8), np.float32)
+labels, index = r.integers(0, 5, n).astype(np.int32), r.integers(0, n, n).astype(np.int32)
+splits = np.array([0, n // 2, n])
+other, one = points.copy(), np.ones((), np.float32)
+def fill(array, *values):
+    def change():
+        for value in values:
+            array[...] = value
+    return change
+def nan():
+    other[:] = np.nan
+    other[:] = points
+def beyond():
+    splits[1] = n + 10**6
+    splits[1] = n // 2
+mislabel = fill(labels, 2**31 - 1, -5, 3)
+norm = np.ones(8, np.float32)
+CASES = {
+    "gather": (lambda: kp.gather(features, index), fill(index, 2**31 - 1, -(2**31), 5), "index"),
+    "grid_subsample labels": (lambda: kp.grid_subsample(points, 0.05, labels=labels), mislabel, ""),
+    "grid_subsample row_splits": (lambda: kp.grid_subsample(points, 0.05, row_splits=splits), beyond, "row_splits"),
+    "grid_subsample points": (lambda: kp.grid_subsample(other, 0.05), nan, "points|row_splits"),
+    "segment_reduce": (lambda: kp.segment_reduce(features, splits, "max"), beyond, "row_splits"),
+    "group_norm": (lambda: kp.group_norm(features, 2, norm, norm, row_splits=splits),
+                   beyond, "row_splits"),
+    "cross entropy": (lambda: kp.softmax_cross_entropy(features, labels, ignore_index=-5),
+                      mislabel, "labels"),
+    "cross entropy back": (lambda: kp.autodiff.vjp(lambda f: kp.softmax_cross_entropy(f, labels, ignore_index=-5),
+                                                   features)[1](one), mislabel, "labels"),
+    "farthest_point_sampling": (lambda: kp.farthest_point_sampling(other, 200, method="bucketed"), nan, "points"),
+}
+for name, (call, change, named) in CASES.items():
+    stop = threading.Event()
+    def work():
+        while not stop.is_set():
+            change()
+    thread = threading.Thread(target=work)
+    thread.start()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            call()
+        except ValueError as error:
+            assert named and any(str(error).startswith(one + ": expected") for one in named.split("|")), (name, error)
+    stop.set()
+    thread.join()
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_threads", ["1", "2"])
+def test_an_array_that_changes_during_a_call_does_not_end_the_process(num_threads, python):
+    done = python(CHANGING, KPCORE_NUM_THREADS=num_threads)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 # ---- more than 2**31

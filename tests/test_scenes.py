@@ -412,8 +412,14 @@ def test_rubbish_under_any_extension_is_refused(write, suffix):
         ("none.npy", lambda: npy(np.ones((0, 3))), "holds no points"),
         ("other.npz", lambda: npz(a=np.ones(3)), "no array named points"),
         ("few.npz", lambda: npz(points=POINTS, labels=LABELS[:2]), "4 points but 2 labels"),
-        ("words.xyz", lambda: b"1 2 3\n4 five 6\n", "five"),
-        ("lines.csv", lambda: b"1,2,3\n4,5\n", "columns"),
+        ("words.xyz", lambda: b"# x y z\n1 2 3\n\n4 five 6\n", "line 4: expected numbers, got 'five'"),
+        ("lines.csv", lambda: b"x,y,z\n1,2,3\n4,5\n", "line 3: expected 3 numbers, got 2"),
+        ("gap.csv", lambda: b"1,2,3\n4,,6\n", "line 2: expected numbers, got ''"),
+        (
+            "lines.pcd",
+            lambda: pcd(POINTS, "ascii").replace(b"DATA ascii\n", b"DATA ascii\n1 2 3 4 5 6 7\n1 2 3\n"),
+            "line 13: expected 7 numbers, got 3",
+        ),
         ("head.csv", lambda: b"lat,lon\n1,2\n", "line 1: expected numbers or the names x, y, z"),
         ("names.csv", lambda: b"x,y,z\n", "holds no points"),
         ("odd.bin", lambda: bytes(17), "17 bytes are not whole records"),
@@ -447,6 +453,33 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, name, p
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=rf'^{package} is not installed: pip install "kpcore\[io\]"$'):
         scenes.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.ply", "plyfile"), ("a.las", "laspy"), ("a.laz", "lazrs")])
+def test_a_broken_package_says_what_is_wrong_with_it(tmp_path, monkeypatch, name, package):
+    """It is there, but what it needs is not, or is another version."""
+    (tmp_path / name).write_bytes({"a.ply": ply, "a.las": las, "a.laz": laz}[name](POINTS))
+    for cause in ("import a_library_that_is_not_there", "raise RuntimeError('built for another NumPy')"):
+        (tmp_path / f"{package}.py").write_text(cause)
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError, match=rf"^{package} is installed but cannot be imported: ") as caught:
+            scenes.read(tmp_path / name)
+        said = "a_library_that_is_not_there" if "import" in cause else "RuntimeError: built for another NumPy"
+        assert said in str(caught.value) and caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("name", ["a.ply", "a.pcd", "a.npy", "a.xyz"])
+def test_too_little_memory_is_no_damage(write, monkeypatch, name):
+    made = {"a.ply": ply, "a.pcd": lambda p: pcd(p, "binary"), "a.npy": npy, "a.xyz": lambda p: text(p, " ")}
+    path = write(name, made[name](POINTS))
+
+    def refuse(*args, **kwargs):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(np, "column_stack", refuse)
+    with pytest.raises(MemoryError, match="9 GiB"):
+        scenes.read(path)
 
 
 REAL = {  # points, left out, coloured, labels

@@ -887,6 +887,43 @@ def test_labels_in_npz_files(tmp_path):
         assert (after["labels"] == labels).all()
 
 
+TERMINATED = """
+import os, signal, sys, zipfile
+import numpy as np
+from kpcore import nn
+from kpcore.nn import checkpoints
+from kpcore.scenes import segmentation
+np.savez("a.npz", points=np.zeros((9, 3)))
+if len(sys.argv) > 1:
+    signal.signal(signal.{name}, signal.SIG_IGN)
+def end(*args, **kwargs):
+    assert [name for name in os.listdir() if "part" in name]
+    os.kill(os.getpid(), signal.{name})
+    raise KeyError("went on")
+if {labels}:
+    np.lib.format.write_array = end
+    segmentation.write_labels("a.npz", "b.npz", np.zeros(9, np.int32))
+else:
+    os.fsync = end
+    checkpoints.write("b.safetensors", {{}}, {{}})
+"""
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_part_of_a_file(name, labels, python, tmp_path):
+    done = python(TERMINATED.format(name=name, labels=labels))
+    assert done.returncode == -getattr(signal, name), done.stderr
+    assert os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_a_signal_that_is_handled_is_left_alone(python, tmp_path):
+    code = TERMINATED.format(name="SIGTERM", labels=True).replace("len(sys.argv) > 1", "True")
+    done = python(code)
+    assert done.returncode == 1 and "went on" in done.stderr
+    assert os.listdir(tmp_path) == ["a.npz"]
+
+
 def test_labels_in_a_copc(shared, tmp_path):
     laspy = pytest.importorskip("laspy")
     source = shared / "data" / "lion_takanawa.copc.laz"

@@ -17,7 +17,7 @@ import numpy as np
 
 import kpcore
 from kpcore import _array
-from kpcore.dispositions import _rotation
+from kpcore.dispositions import _rotated, _rotation
 
 
 class Run:
@@ -172,7 +172,7 @@ def kernel(run, name, places):
     def draw(rng, shape):
         points = kpcore.kernel_points(shells or num, radius, dimension=dimension, dtype=np.float64,
                                       method="shells" if shells else "potential")  # fmt: skip
-        return points @ _rotation(dimension, "vertical", int(rng.integers(2**62)))
+        return _rotated(points, _rotation(dimension, "vertical", int(rng.integers(2**62))))
 
     return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
 
@@ -251,14 +251,16 @@ def depthwise(run, name, where, features, places, attention_groups=None, attenti
     """KPConvD, or with `attention_groups` KPConvX (Thomas et al. 2024): each neighbour by its nearest kernel point.
 
     `attention_groups` channels side by side share a number of the attention, which is made of the queries' features;
-    queries are the points. With `attention_norm` the numbers of each kernel point are normalised before the sigmoid,
-    over all points of the batch together, in training or not, as published.
+    queries are the points, None in `where`. With `attention_norm` the numbers of each kernel point are normalised
+    before the sigmoid, over all points of the batch together, in training or not, as published.
     """
     F, num, channels = run.F, places["num"], features.shape[1]
     weights = run.parameter(f"{name}.weights", (num, channels), _uniform(channels))
     points, extent = kernel(run, name, places), places["extent"]
     if attention_groups is None:
         return F.kpconv(*where, features, weights, points, extent, aggregation="closest")
+    if where[1] is not None:
+        raise ValueError("where: expected None for the queries with attention, which is made of the points' features")
     first = run.parameter(f"{name}.attention.0.weights", (channels, channels), _uniform(channels))
     bias = run.parameter(f"{name}.attention.0.bias", (channels,), _zeros)
     shared = num * (channels // attention_groups)

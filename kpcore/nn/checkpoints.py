@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 
 from kpcore.config import require
+from kpcore.files import whole
 from kpcore.nn.kpnext import KPNeXt
 from kpcore.nn.networks import Network, check_values, zeros
 
@@ -53,19 +53,16 @@ def write(path, groups, about):
     """Dicts of arrays by name, each dict with a name without dots, and what JSON can hold, in one file that is there
     whole or not at all."""
     safetensors = require("safetensors.numpy", "io")
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
     arrays = {
         f"{group}.{name}": np.asarray(value, order="C")
         for group, values in groups.items()
         for name, value in values.items()
     }
     data = safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})})
-    with open(part, "wb") as file:
+    with whole(path) as part, open(part, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def read(path):

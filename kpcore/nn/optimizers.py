@@ -60,8 +60,8 @@ class Optimizer:
             wrong = sorted(state.keys() ^ expected.keys())
             raise ValueError(f"state: expected what state() returned for these parameters, got others: {wrong[:3]}")
         for name, value in self._moments.items():
-            if state[name].shape != value.shape:
-                raise ValueError(f"state: expected {name} {value.shape}, got {state[name].shape}")
+            _check_like("state", name, state[name], value)
+        for name, value in self._moments.items():
             value[...] = state[name]
         self.num_steps = int(state["num_steps"])
 
@@ -72,15 +72,22 @@ class Optimizer:
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads: expected one for each parameter, got others: {', '.join(wrong[:3])}")
         for name, value in self.params.items():
-            grad = grads[name]
-            if grad is None:
-                raise ValueError(f"grads: expected {name} {value.shape} {value.dtype}, got None")
-            if grad.shape != value.shape or grad.dtype != value.dtype:
-                raise ValueError(f"grads: expected {name} {value.shape} {value.dtype}, got {grad.shape} {grad.dtype}")
+            _check_like("grads", name, grads[name], value)
         self.num_steps += 1
         for name, value in self.params.items():
             moments = (self._moments[f"{moment}.{name}"] for moment in self.moments)
             self.update(lr * self._scales[name], self.num_steps, value, _array.contiguous(grads[name]), *moments)
+
+
+def _check_like(argument, name, value, like):
+    """An error unless it is an array like that of the parameter, and where that is."""
+    expected = f"{argument}: expected {name} {like.shape} {like.dtype}"
+    if value is None:
+        raise ValueError(f"{expected}, got None")
+    if not _array.is_array(value) or isinstance(value, np.ndarray) != isinstance(like, np.ndarray):
+        raise TypeError(f"{expected} of {type(like).__module__}, got {type(value).__name__}")
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"{expected}, got {value.shape} {value.dtype}")
 
 
 def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
@@ -131,7 +138,7 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     -------
     Optimizer
     """
-    if len(betas) != 2:
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
         raise ValueError(f"betas: expected two numbers, got {betas}")
     first, second = (_array.not_negative("betas", beta) for beta in betas)
     if max(first, second) >= 1:
@@ -150,19 +157,34 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
 def clip_by_value(grads, limit):
     """Gradients, changed in place, of at most `limit` in size; 100 in the published code."""
     limit = _array.length("limit", limit, np.dtype(np.float64))
+    _check_grads(grads)
     for grad in grads.values():
         np.minimum(grad, limit, out=grad)
         np.maximum(grad, -limit, out=grad)
 
 
 def clip_by_norm(grads, limit):
-    """Gradients, changed in place, scaled so that their norm together is at most `limit`. Returns what it was."""
+    """Gradients, changed in place, scaled so that their norm together is at most `limit`. Returns what it was.
+
+    The norm is that in float64, the same bits with any number of threads and instruction set.
+    """
     limit = _array.length("limit", limit, np.dtype(np.float64))
-    norm = math.sqrt(sum(float(grad.reshape(-1) @ grad.reshape(-1)) for grad in grads.values()))
+    _check_grads(grads)
+    squares = 0.0
+    for grad in grads.values():  # not by sum(), which newer versions of Python compensate
+        squares += _array.backend(grad).sum_squares(_array.contiguous(grad), config.get_num_threads())
+    norm = math.sqrt(squares)
     if not norm <= limit:  # NaN too, and then all are, as in torch
         for grad in grads.values():
             grad *= limit / norm
     return norm
+
+
+def _check_grads(grads):
+    for name, grad in grads.items():
+        if not (_array.is_array(grad) and _array.is_real(grad)):
+            got = f"{type(grad).__name__} {getattr(grad, 'dtype', '')}".rstrip()
+            raise TypeError(f"grads: expected float32 or float64 arrays, got {got} for {name}")
 
 
 def exponential(lr, factor, steps):
@@ -173,7 +195,18 @@ def exponential(lr, factor, steps):
     """
     lr, factor = _array.length("lr", lr, np.dtype(np.float64)), _array.length("factor", factor, np.dtype(np.float64))
     steps = _array.integer("steps", steps, 1)
-    return lambda step: lr * factor ** (step / steps)
+
+    def at(step):
+        step = _array.number("step", step, np.dtype(np.float64))
+        try:
+            rate = lr * factor ** (step / steps)
+        except OverflowError:
+            rate = math.inf
+        if rate == math.inf:
+            raise ValueError(f"step: expected one whose learning rate float64 can hold, got {step:.17g}")
+        return rate
+
+    return at
 
 
 def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
@@ -184,12 +217,14 @@ def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
     """
     lr, warm = _array.length("lr", lr, np.dtype(np.float64)), _array.between("warm", warm, 0, 1)
     steps = _array.integer("steps", steps, 2)
+    start, end = _array.not_negative("start", start), _array.not_negative("end", end)
     top = warm * steps - 1
 
     def along(a, b, part):
         return b + (a - b) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
 
     def at(step):
+        step = _array.number("step", step, np.dtype(np.float64))
         if step < top:
             return along(start * lr, lr, step / top)
         return along(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 import kpcore as kp
-from kpcore.dispositions import _rotation
+from kpcore.dispositions import _rotated, _rotation
 from kpcore.pyramid import Pyramid
 from kpcore.scenes.settings import SettingsError
 
@@ -177,7 +177,8 @@ def _pyramid(net, points, row_splits, training, rng):
 
 def _turned(points, row_splits, turns):
     return np.concatenate([
-        points[begin:end] @ turn for begin, end, turn in zip(row_splits[:-1], row_splits[1:], turns, strict=True)
+        _rotated(points[begin:end], turn)
+        for begin, end, turn in zip(row_splits[:-1], row_splits[1:], turns, strict=True)
     ])  # fmt: skip
 
 
@@ -188,12 +189,13 @@ def _turn(dimension, kind, rng):
 def _augmented(points, columns_of, training, columns, rng):
     dimension = points.shape[1]
     if training.rotate in ("vertical", "all"):
-        points = points @ _turn(dimension, "vertical" if training.rotate == "vertical" else "full", rng)
+        turn = _turn(dimension, "vertical" if training.rotate == "vertical" else "full", rng)
+        points = _rotated(points, turn)
     elif training.rotate != "none":
         angle = np.deg2rad(rng.uniform(-training.rotate, training.rotate))
         turn = np.eye(dimension)
         turn[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        points = points @ turn.astype(np.float32)
+        points = _rotated(points, turn.astype(np.float32))
     scale = rng.uniform(*training.scale, dimension)
     flips = rng.random(dimension) < 0.5
     scale[[axis for axis, flip in enumerate(training.flip) if flip and flips[axis]]] *= -1

@@ -64,7 +64,7 @@ def read(path, *, fields=(), label=None):
         warnings.simplefilter("ignore")  # the readers' grumbles: each is an error here, or of no consequence
         try:
             return _read(path, tuple(name.lower() for name in fields), label and label.lower())
-        except (ModuleNotFoundError, KeyboardInterrupt, SystemExit):
+        except (ImportError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except ReadError as error:
             reason = str(error)
@@ -210,9 +210,9 @@ def _pcd(path, size, asked):
     # Not through pypcd4 1.5.1: it returns a cut ascii file as if it were whole, rejects two spaces between
     # numbers, files without COUNT and versions before 0.7.
     with path.open("rb") as file:
-        header = {}
+        header, num_lines = {}, 0
         while "DATA" not in header:
-            line = file.readline(4096)
+            line, num_lines = file.readline(4096), num_lines + 1
             if not line or len(header) > 100:
                 raise ReadError("is not a PCD file, or its header is cut: it has no DATA line")
             key, *values = line.decode("latin-1").split() or ["#"]
@@ -237,7 +237,8 @@ def _pcd(path, size, asked):
 
     encoding = header["DATA"][0]
     if encoding == "ascii":
-        table = np.loadtxt(io.StringIO(body.decode()), ndmin=2) if body.strip() else np.empty((0, sum(counts)))
+        empty = np.empty((0, sum(counts)))
+        table = _numbers(io.StringIO(body.decode()), before=num_lines) if body.strip() else empty
         if table.shape != (num, sum(counts)):
             raise ReadError(f"promises {num} points of {sum(counts)} numbers, holds a table of {table.shape}")
         starts = np.cumsum([0, *counts])
@@ -423,12 +424,36 @@ def _text(path, size, asked):
             skip += 1
     if not line:
         raise ReadError("holds no points")
-    table = np.loadtxt(path, delimiter=delimiter, skiprows=skip, ndmin=2, encoding="utf-8-sig")
+    table = _numbers(path, delimiter, skip)
     if names and len(names) == table.shape[1]:
         return _from_columns(dict(zip(names, table.T, strict=True)), asked)
     if not commented:
         raise ReadError(f"names {len(names)} columns, has {table.shape[1]}")
     return _from_table(table, asked)
+
+
+def _numbers(source, delimiter=None, skip=0, before=0):
+    """The table in a file, or in a StringIO of what follows `before` lines of one, without the first `skip` lines."""
+    try:
+        return np.loadtxt(source, delimiter=delimiter, skiprows=skip, ndmin=2, encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise
+    except ValueError:  # NumPy counts other lines, and advises its own caller
+        width = None
+    if isinstance(source, io.StringIO):
+        source.seek(0)
+    with source if isinstance(source, io.StringIO) else source.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            words = [word.strip() for word in line.partition("#")[0].strip().split(delimiter)]
+            if number <= skip or not any(words):
+                continue
+            width = width or len(words)
+            if len(words) != width:
+                raise ReadError(f"line {before + number}: expected {width} numbers, got {len(words)}")
+            for word in words:
+                if not _is_number(word):
+                    raise ReadError(f"line {before + number}: expected numbers, got {word[:40]!r}")
+    raise ReadError("holds no table of numbers")
 
 
 def _is_number(word):

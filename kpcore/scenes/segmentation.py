@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore.config import require
+from kpcore.files import whole
 from kpcore.scenes import voting
 from kpcore.scenes.data import IGNORED, read_cloud, scene_of
 from kpcore.scenes.readers import LABEL_ARRAYS, LABELS, Cloud, ReadError
@@ -79,15 +79,11 @@ def write_labels(source, out, labels, *, kept=None, label=None):
     label : str, optional
     """
     check_out(source, out)
-    out = Path(out)
-    part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        _filled(source, labels, kept, label).write(part)
-        os.replace(part, out)
+        with whole(out) as part:
+            _filled(source, labels, kept, label).write(part)
     except OSError as error:
         raise ReadError(f"{out}: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class _Target(NamedTuple):

@@ -221,6 +221,8 @@ class Training:
     def _resume(self):
         try:
             groups, about = checkpoints.read(self.out / LAST)
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # safetensors has its own kinds
             raise ValueError(f"resume: {self.out / LAST} cannot be read: {error}") from None
         if "run" not in about:

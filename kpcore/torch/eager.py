@@ -82,7 +82,7 @@ class _Forward(torch.autograd.Function):
             name: to_array(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
-        made.out, made.saved = on_arrays(op.forward, **made.arguments)
+        made.out, made.saved = on_arrays(op.recorded, made.arguments)
         out = made.out if op.field is None else getattr(made.out, op.field)
         return None if out is None else to_tensor(out)
 

@@ -10,7 +10,7 @@ import torch
 
 import kpcore
 from kpcore import _array
-from kpcore.dispositions import _rotation
+from kpcore.dispositions import _rotated, _rotation
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.torch.ops import checked, on_stream_of, to_array
@@ -328,9 +328,10 @@ class KPConvX(torch.nn.Module):
         points, queries, neighbors, features
             As in `KPConv.forward`.
         query_features : (M, C) tensor, optional
-            What the attention is made of. Not given: the features themselves where queries are None or the points;
-            else those of the first neighbour in each row, which is the nearest in lists sorted by distance, or zeros
-            without one. (The published code takes the features themselves wherever queries are as many as points.)
+            What the attention is made of. Not given: the features themselves, where queries are None or `points`, the
+            very tensor; an error with other queries. The published code takes the features themselves wherever queries
+            are as many as points, else those of each row's first neighbour, which in lists sorted by distance is the
+            nearest: ``kpt.nearest_upsample(features, neighbors)``.
         """
         neighbors = _listed(neighbors, points)
         if self.attention_groups is None:
@@ -339,8 +340,13 @@ class KPConvX(torch.nn.Module):
                 influence=self.influence, aggregation="closest"
             )  # fmt: skip
         if query_features is None:
-            own = queries is None or queries is points
-            query_features = features if own else kpcore.torch.nearest_upsample(features, neighbors)
+            if queries is not None and queries is not points:  # values are not compared
+                raise ValueError(
+                    "query_features: expected (M, C), because queries is neither None nor the very tensor points, got "
+                    "None; with lists sorted by distance those of the nearest point are "
+                    "kpcore.torch.nearest_upsample(features, neighbors)"
+                )
+            query_features = features
         logits, norm = self.alpha_mlp(query_features), self.grpnorm
         if self.attention_norm:
             logits = kpcore.torch.group_norm(logits, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
@@ -372,7 +378,7 @@ def _kernel_points(num, radius, rotate, dtype, dimension, **options):
     _array.choice("rotate", rotate, (None, "vertical", "full"))
     if rotate is not None and device.type != "meta":  # which draws nothing, as torch's own layers
         turn = _rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
-        points = points @ torch.from_numpy(turn).to(dtype)
+        points = _rotated(points, torch.from_numpy(turn).to(dtype))
     return points.to(device)
 
 
