@@ -392,6 +392,86 @@ def test_golden_deformable(path):
         assert_close(grad.numpy(), expected, allowed)
 
 
+# The layers of docs/frameworks.md by what they are there, with the channels of the test.
+TABLE = {
+    published.split("`")[1]: ours.split("`")[1].replace("(64, 64,", "(*channels,").replace("(64,", "(channels[0],")
+    for _, published, ours, _ in (
+        line.split("|")
+        for line in (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `KPConv") and "64" in line
+    )
+}
+RIGID = "KPConv(15, 3, 64, 64, KP_extent, radius)"
+MODULATED = "KPConv(15, 3, 64, 64, KP_extent, radius, deformable=True, modulated=True)"
+ATTENTIVE, DEPTHWISE = "KPConvX(64, shells, radius, sigma, attention_groups)", "KPConvD(64, shells, radius, sigma)"
+
+
+def of_the_table(published, channels, radius, sigma, shells=None, attention_groups=None):
+    """The layer in float64 that docs/frameworks.md has for a published one."""
+    names = {"channels": channels, "radius": radius, "sigma": sigma, "KP_extent": sigma, "shells": shells,
+             "attention_groups": attention_groups, "float64": torch.float64}  # fmt: skip
+    return eval(f"{TABLE[published][:-1]}, dtype=float64)", vars(kpt) | names)
+
+
+@pytest.mark.parametrize(
+    ("published", "norms"),
+    [
+        # Of the dispositions in the published repositories, in search radii: a flattened ball; shells.
+        (RIGID, [0] + [0.6539] * 2 + [0.6610] * 12),
+        (MODULATED, [0] + [0.6539] * 2 + [0.6610] * 12),
+        (ATTENTIVE, [0] + [0.4] * 14 + [0.8] * 28),
+        (DEPTHWISE, [0] + [0.4] * 14 + [0.8] * 28),
+    ],
+)
+def test_kernel_points_are_where_the_published_are(published, norms):
+    layer = of_the_table(published, (4, 6), 2.5, 1.2, (1, 14, 28), 2)
+    convs = [layer, layer.offset_conv] if published == MODULATED else [layer]
+    for conv in convs:
+        got = np.sort(conv.kernel_points.norm(dim=1).numpy())
+        np.testing.assert_allclose(got, 2.5 * np.array(norms), atol=2.5e-3)
+        assert conv.extent == 1.2
+
+
+CLIENTS = [
+    *[("kpconv_rigid", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
+    ("kpconv_modulated", "linear", MODULATED),
+    *[("predator", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
+    *[("geotransformer", case, RIGID) for case in ("no_bias", "bias", "bias_strided")],
+    *[("easykpconv", case, RIGID) for case in ("no_bias", "bias_strided")],
+    *[("open3dml", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
+    ("kpconvx_conv", "KPConvD/linear", DEPTHWISE),
+    ("kpconvx_attention", "KPConvX/groups2_strided", ATTENTIVE),
+]
+
+
+@pytest.mark.parametrize(("file", "case", "published"), CLIENTS)
+def test_layers_of_published_code(shared, file, case, published):
+    path = shared / "golden" / "clients" / f"layers_{file}.npz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with np.load(path) as golden:
+        g = {key.removeprefix(f"{case}/"): golden[key] for key in golden if key.startswith(f"{case}/")}
+    state = {key.removeprefix("in/state/"): torch.from_numpy(v) for key, v in g.items() if key.startswith("in/state/")}
+    names = "in/in_channels", "in/out_channels", "in/channels"
+    channels = [int(g[name]) for name in names if name in g]
+    sigma = float(g["in/sigma"] if "in/sigma" in g else g["in/extent"])
+    shells, groups = g.get("in/shell_sizes", np.ones(1, int)).tolist(), int(g.get("in/attention_groups", 0))
+    layer = of_the_table(published, channels, float(g["in/radius"]), sigma, shells, groups)
+    # These also divide by how many neighbours have features, and have a bias.
+    if file in ("predator", "geotransformer", "easykpconv"):
+        layer.options["normalization"] = "positive"
+    bias = state.pop("bias", torch.zeros(channels[-1], dtype=torch.float64))
+    state["weights"] = state["weights"].reshape(layer.weights.shape)
+    # They moved each kernel point by a hundredth of the radius.
+    ours, theirs = (points.norm(dim=1).sort()[0] for points in (layer.kernel_points, state["kernel_points"]))
+    assert (ours - theirs).abs().max() < 0.04 * float(g["in/radius"])
+    assert abs(ours[1:].mean() / theirs[1:].mean() - 1) < 0.01
+    layer.load_state_dict(state)
+    points, queries, features = (torch.from_numpy(g[f"in/{name}"]) for name in ("s_points", "q_points", "features"))
+    out = layer(points, None if len(points) == len(queries) else queries, torch.from_numpy(g["in/neighbors"]), features)
+    assert_close((out + bias).detach().numpy(), g["out/output"], 1e-10)
+
+
 def test_golden_deformable_is_complete():
     assert len(DEFORMABLE) == 3
 
