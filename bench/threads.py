@@ -67,6 +67,10 @@ class Pyramids:
         return pyramid(self.patch, item)
 
 
+def as_made(item):
+    return item
+
+
 # In the process of one number
 
 
@@ -80,7 +84,7 @@ def time_call(task, sizes):
     num, patch = sizes["points"], sizes["patch"]
     points, radius = cloud(num), 2.5 / patch**0.5
     if task["what"] == "kpconv forward + vjp":
-        level = kp.build_pyramid(cloud(patch), voxel_size=1 / patch**0.5, num_levels=1).levels[0]
+        level = kp.build_pyramid(cloud(patch), voxel_size=1 / patch**0.5, num_levels=1)[0]
     call = {
         "build_pyramid": lambda: pyramid(num),
         "kpconv forward + vjp": lambda: step(level, radius),
@@ -98,19 +102,21 @@ def time_call(task, sizes):
 
 def steps_per_second(task, sizes):
     """Steps of training, each from a pyramid that the loader's workers made, or all from the same."""
-    import torch
+    import kpcore  # noqa: F401 (first, so that threads wait as it has them)
+
+    import torch  # isort: skip
 
     if task["loader"] == "none":
         batches = [pyramid(sizes["patch"])] * sizes["batches"]
     else:
         data = Pyramids(sizes["batches"] + 4, sizes["patch"])
         context = {"num_workers": 4, "multiprocessing_context": task["loader"]}
-        batches = iter(torch.utils.data.DataLoader(data, batch_size=None, collate_fn=lambda made: made, **context))
+        batches = iter(torch.utils.data.DataLoader(data, batch_size=None, collate_fn=as_made, **context))
         for _ in range(4):  # until all workers have started
             next(batches)
     start = time.perf_counter()
     for made in batches:
-        for level in made.levels[:2]:
+        for level in made[:2]:
             step(level, 2.5 / sizes["patch"] ** 0.5)
     return sizes["batches"] / (time.perf_counter() - start)
 
@@ -129,7 +135,7 @@ def measure(python, task):
     busy = 2 * (task["situation"] != "idle")
     beside = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
     try:
-        command = [python, __file__, json.dumps(task)]
+        command = [python, "-W", "ignore", __file__, json.dumps(task)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     finally:
         for process in beside:
