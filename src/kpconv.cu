@@ -38,7 +38,7 @@ struct Kernel {
   G extent, inverse_extent, scale;
   int influence, aggregation;
 
-  __device__ G squared(const G* relative, int64_t query, int64_t gathered, int k) const {
+  __device__ G squared(const G* relative, int64_t query, int64_t gathered, int64_t k) const {
     G d[D];
     for (int a = 0; a < D; ++a) {
       G p = points[k * D + a];
@@ -135,7 +135,7 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
                 // Several factors of a kernel point are each for some channels; those of queries come after the sums.
                 if (c < channels)
                   sum[j] += modulations_of == the_gathered && factors > 1
-                                ? w * F(own[c * factors / channels]) * F(row[c])
+                                ? w * F(own[int64_t(c) * factors / channels]) * F(row[c])
                                 : w * F(row[c]);
               }
             }
@@ -179,7 +179,7 @@ extern "C" __global__ void scale_sums(const S* sums, int64_t first, int64_t rows
   for (int64_t i = first_thread(); i < rows * channels; i += num_threads()) {
     const int64_t r = i / channels, c = i % channels;
     F sum = F(0);
-    for (int k = 0; k < num_kernels; ++k) {
+    for (int64_t k = 0; k < num_kernels; ++k) {
       const F product = sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c];
       sum += factors > 1 ? product * modulations[((first + r) * num_kernels + k) * factors + c * factors / channels]
                          : product;
@@ -237,7 +237,7 @@ extern "C" __global__ void place_grads(const G* points, const G* queries, const 
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
     G of_query[D] = {};
-    for (int64_t i = lane; i < num_kernels * D; i += warp) of_offsets[q * num_kernels * D + i] = G(0);
+    for (int64_t i = lane; i < int64_t(num_kernels) * D; i += warp) of_offsets[q * num_kernels * D + i] = G(0);
     for (int64_t k = lane; k < num_kernels; k += warp) of_modulations[q * num_kernels + k] = F(0);
     __syncwarp();
     for (int64_t batch = begin; batch < end; batch += warp) {
@@ -246,7 +246,7 @@ extern "C" __global__ void place_grads(const G* points, const G* queries, const 
       G relative[D], of_point[D] = {};
       for (int a = 0; a < D; ++a) relative[a] = there ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
       const int choice = there ? kernel.choice(relative, q, i) : -2;
-      for (int k = 0; k < num_kernels; ++k) {
+      for (int64_t k = 0; k < num_kernels; ++k) {
         const bool may = choice == -1 || choice == k;
         const G d2 = may ? kernel.squared(relative, q, i, k) : G(0);
         const bool acts = may && !(influence == linear && !(d2 < extent * extent));

@@ -333,12 +333,12 @@ class Places {
 
   // Gives the gradients of the tile's `count` queries.
   void give(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t count, const Rows<F>& tile) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    const int64_t D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
     if (to.queries) memset(to.queries + first_ * D, 0, size_t(count * D) * sizeof(G));
     if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
     if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
-    for (int i = 0; i < K * D; ++i) kernels_[i] = 0;
-    for (int k = 0; k < K; ++k)
+    for (int64_t i = 0; i < K * D; ++i) kernels_[i] = 0;
+    for (int64_t k = 0; k < K; ++k)
       for (int64_t i = 0; i < tile.size(k); ++i) {
         const int64_t row = k * products_.rows_stored() + i, q = first_ + tile.queries(k)[i];
         for (int a = 0; a < D; ++a) {
@@ -358,7 +358,7 @@ class Places {
     const int32_t* const index = problem.index + problem.row_splits[first_];
     for (int64_t e = 0; to.points && e < num_edges; ++e)
       for (int a = 0; a < D; ++a) to.points[int64_t(index[e]) * D + a] += edges_[e * stride_ + a];
-    for (int i = 0; to.kernels && i < problem.num_kernels * D; ++i) to.kernels[i] += kernels_[i];
+    for (int64_t i = 0; to.kernels && i < int64_t(problem.num_kernels) * D; ++i) to.kernels[i] += kernels_[i];
   }
 
  private:

@@ -53,7 +53,7 @@ constexpr int64_t block_of_rows = 1024;  // of an item, that are summed by one t
 __device__ int item_of(const int64_t* splits, int num_items, int64_t i) {
   int low = 0, high = num_items;
   while (low + 1 < high) {
-    const int middle = (low + high) / 2;
+    const int middle = low + (high - low) / 2;
     if (splits[middle] <= i)
       low = middle;
     else

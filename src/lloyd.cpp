@@ -83,7 +83,7 @@ struct Relaxation {
     for (int j = 0; j < args.num; ++j)
       if (squared[j] <= 4 * slack * farthest) candidates[count++] = j;
     for (int a = 0; a < args.dimension; ++a)
-      for (int64_t c = 0; c < count; ++c) near[a * args.num + c] = axes[int64_t(a) * args.num + candidates[c]];
+      for (int64_t c = 0; c < count; ++c) near[int64_t(a) * args.num + c] = axes[int64_t(a) * args.num + candidates[c]];
     for (int64_t i = begin[k]; i < begin[k + 1]; ++i) {
       distances(near, args.num, count, &sample[ids[i] * int64_t(args.dimension)], squared);
       int64_t best = 0;

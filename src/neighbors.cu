@@ -152,6 +152,11 @@ struct Cells {
 
 constexpr int most_levels = 7;  // 32^7 > 2^31
 
+// Parents of so many: one for each 32.
+__device__ int32_t parents_of(int32_t nodes) {
+  return nodes / warp + (nodes % warp != 0);
+}
+
 struct Boxes {
   const Located* points;
   const T* boxes;  // (nodes, 2, D): lowest and highest coordinates, level by level from the leaves
@@ -167,7 +172,7 @@ struct Boxes {
       : points(points), boxes(boxes), num_points(num_points), top(-1) {
     int32_t nodes = num_points, first = 0;
     do {
-      nodes = (nodes + warp - 1) / warp;
+      nodes = parents_of(nodes);
       levels[++top] = {nodes, first};
       first += nodes;
     } while (nodes > warp);
@@ -314,7 +319,7 @@ extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const
 
 // Boxes of the leaves: a warp for each.
 extern "C" __global__ void leaf_boxes(const Located* points, int32_t num_points, T* boxes) {
-  const int32_t leaves = (num_points + warp - 1) / warp;
+  const int32_t leaves = parents_of(num_points);
   for (int64_t leaf = first_warp(); leaf < leaves; leaf += num_warps()) {
     const int64_t i = leaf * warp + lane_number();
     const Located& p = points[i < num_points ? i : num_points - 1];
@@ -335,7 +340,7 @@ extern "C" __global__ void leaf_boxes(const Located* points, int32_t num_points,
 
 // Boxes of a level from those below it: a thread for each.
 extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxes) {
-  const int32_t nodes = (num_below + warp - 1) / warp;
+  const int32_t nodes = parents_of(num_below);
   for (int64_t i = first_thread(); i < int64_t(nodes) * D; i += num_threads()) {
     const int64_t node = i / D, a = i % D, end = (node + 1) * warp < num_below ? (node + 1) * warp : num_below;
     T low = below[node * warp * 2 * D + a], high = below[node * warp * 2 * D + D + a];

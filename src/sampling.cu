@@ -35,24 +35,24 @@ extern "C" __global__ void farthest(const T* points, const int64_t* row_splits, 
   __shared__ int32_t point_of[warp];
   const int own = int(threadIdx.x), its_warp = own / warp, num_warps = int(blockDim.x) / warp;
   for (int item = int(blockIdx.x); item < num_items; item += int(gridDim.x)) {
-    const int32_t begin = int32_t(row_splits[item]), end = int32_t(row_splits[item + 1]);
-    for (int32_t i = begin + own; i < end; i += int(blockDim.x))
+    const int64_t begin = row_splits[item], end = row_splits[item + 1];
+    for (int64_t i = begin + own; i < end; i += int(blockDim.x))
       for (int a = 0; a < D; ++a) {
-        const T x = points[int64_t(i) * D + a];
+        const T x = points[i * D + a];
         if (x - x != 0) atomicOr(not_finite, 1u);
       }
-    int32_t chosen = begin + int32_t(starts[item]);
+    int32_t chosen = int32_t(begin + starts[item]);
     for (int64_t s = out_splits[item]; s < out_splits[item + 1]; ++s) {
       if (own == 0) index[s] = chosen;
       Farthest best{T(-2), 0};
-      for (int32_t i = begin + own; i < end; i += int(blockDim.x)) {
+      for (int64_t i = begin + own; i < end; i += int(blockDim.x)) {
         T d[D];
-        for (int a = 0; a < D; ++a) d[a] = points[int64_t(i) * D + a] - points[int64_t(chosen) * D + a];
+        for (int a = 0; a < D; ++a) d[a] = points[i * D + a] - points[int64_t(chosen) * D + a];
         const T d2 = squared_distance(d, D);
         const bool falls = s == out_splits[item] || d2 < distances[i];
         const T now = i == chosen ? T(-1) : falls ? d2 : distances[i];
         distances[i] = now;
-        best.take(now, i);
+        best.take(now, int32_t(i));
       }
       for (int bit = warp / 2; bit; bit /= 2) {
         const T its_distance = __shfl_xor_sync(all_lanes, best.distance, bit);

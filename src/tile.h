@@ -143,7 +143,7 @@ class Pairs {
 
   // The query's own kernel points, by axis.
   void deform(const Problem<G, F>& problem, int64_t q) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    const int64_t D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
     const G* const offsets = problem.offsets + q * K * D;
     for (int k = 0; k < K; ++k)
       for (int a = 0; a < D; ++a) own_[a * K + k] = problem.kernel_points[a * K + k] + offsets[k * D + a];
@@ -157,7 +157,7 @@ class Pairs {
   }
   static void kernel_point_at(const Problem<G, F>& problem, const G* kernel_points, int k, Vec<G>* p) {
     for (int a = 0; a < (DIM ? DIM : problem.dimension); ++a)
-      p[a] = broadcast(kernel_points[a * problem.num_kernels + k]);
+      p[a] = broadcast(kernel_points[int64_t(a) * problem.num_kernels + k]);
   }
 
   int64_t keep(const Problem<G, F>& problem, Neighborhood& near, int64_t i, int64_t kept, unsigned mask) const {
@@ -170,7 +170,7 @@ class Pairs {
   // Leaves the neighbours closer than the extent to some kernel point of the query: first those near the box of all of
   // them (in the wide neighbourhoods of deformable layers a fifth), by which the linear influence needs no more.
   int64_t keep_in_reach(const Problem<G, F>& problem, Neighborhood& near, int64_t n) {
-    const int D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    const int64_t D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
     Vec<G> low[stored], high[stored];
     for (int a = 0; a < D; ++a) {
       G lowest = own_[a * K], highest = lowest;
@@ -258,10 +258,10 @@ class Pairs {
     for (int k = 0; k <= K; ++k) ends_[k] = 0;
     int64_t found = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const G* const own = problem.deformed + near.who[i] * D * padded;
+      const G* const own = problem.deformed + near.who[i] * (D * padded);
       if (i + 4 < n)
         for (int64_t b = 0; b < D * padded; b += 64 / int64_t(sizeof(G)))
-          __builtin_prefetch(problem.deformed + near.who[i + 4] * D * padded + b);
+          __builtin_prefetch(problem.deformed + near.who[i + 4] * (D * padded) + b);
       unsigned reached = 0;
       for (int64_t b = 0; b < padded; b += lanes<G>) {
         Vec<G> d[stored];
