@@ -1,5 +1,6 @@
 """Threads, instruction sets, environment, what an import costs, and the rule that CI skips nothing."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -208,6 +209,31 @@ def test_an_explicit_number_of_threads_wins_in_worker_processes(method, tmp_path
     monkeypatch.delenv("KPCORE_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "6,2")
     assert run_workers(tmp_path, method=method, early=False, explicit=False) == [6, 6, 6, 6]
+
+
+LOADER = """
+import torch
+import kpcore as kp
+
+def num_threads(item):
+    return kp.get_num_threads()
+
+if __name__ == "__main__":
+    kp.get_num_threads()
+    loader = torch.utils.data.DataLoader(range(2), batch_size=None, collate_fn=num_threads, num_workers=1,
+                                         multiprocessing_context={method!r})
+    print(*loader)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(("env", "expected"), [({}, "1 1"), ({"KPCORE_NUM_THREADS": "3"}, "3 3")])
+def test_workers_of_a_dataloader_take_one_thread_unless_told_otherwise(method, env, expected, tmp_path, no_wish):
+    pytest.importorskip("torch")
+    script = tmp_path / "main.py"
+    script.write_text(LOADER.format(method=method))
+    done = subprocess.run([sys.executable, script], env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_a_quota_below_the_cores_is_the_number_of_threads(monkeypatch):
