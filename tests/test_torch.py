@@ -514,7 +514,7 @@ def test_a_release_of_torch_that_changed_inside_is_named(python):
         "    setattr(owner, last, kept)\n"
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 12, done.stderr
+    assert len(lines) == 13, done.stderr
     assert all(line.startswith("True kpcore.torch: expected torch 2.6 to 2.13, got ") for line in lines)
 
 
