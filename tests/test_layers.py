@@ -13,6 +13,7 @@ import kpcore as kp
 torch = pytest.importorskip("torch")
 
 from torch.autograd.gradcheck import gradcheck  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 import kpcore.torch as kpt  # noqa: E402
 
@@ -536,3 +537,81 @@ def test_without_attention_it_is_kpconvd():
             k = distances.argmin()
             expected[q] += max(0, 1 - distances[k] / 0.3) * layer.weights[k].detach() * features[i]
     assert_close(layer(points, queries, neighbors, features).detach().numpy(), expected.numpy(), 1e-10)
+
+
+# ---- whole networks
+
+
+@pytest.fixture
+def network():
+    """-> a network in evaluation, what it is called with, and a part of it"""
+    net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
+    levels = net.pyramid(torch.rand(200, 3, generator=torch.Generator().manual_seed(0)), F=kpt)
+    module = kpt.Network(net).eval()
+    return module, (levels, torch.ones(len(levels[0].points), 1)), module.get_submodule("encoder.1.unary2")
+
+
+def with_weights(module, name, weights):
+    """A copy of a network with other weights in one place."""
+    params, state = module.arrays()
+    assert name in params
+    return kpt.Network(module.net, params | {name: weights.detach().numpy()}, state).eval()
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weights):
+        return 2 * weights
+
+
+def test_a_part_of_a_network_parametrised(network):
+    module, given, part = network
+    expected = with_weights(module, "encoder.1.unary2.weights", 2 * part.weights)(*given)[0]
+    torch.nn.utils.parametrize.register_parametrization(part, "weights", Doubled())
+    out = module(*given)[0]
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert part.parametrizations.weights.original.grad.any()
+    assert list(module.arrays()[0]) == list(module.net.init()[0])
+
+
+def test_a_part_of_a_network_pruned(network):
+    module, given, part = network
+    prune.l1_unstructured(part, "weights", amount=0.5)
+    assert (part.weights == 0).float().mean() == 0.5
+    for _ in range(2):  # masked again in each pass, as the weights are trained
+        expected = with_weights(module, "encoder.1.unary2.weights", part.weights_orig * part.weights_mask)(*given)[0]
+        out = module(*given)[0]
+        assert torch.equal(out, expected)
+        out.sum().backward()
+        with torch.no_grad():
+            part.weights_orig.mul_(2)
+
+
+def test_a_part_of_a_network_has_no_hook_for_results(network):
+    module, given, part = network
+    for name in ("register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
+        with pytest.raises(NotImplementedError, match="Network: expected a hook of the whole network"):
+            getattr(part, name)(lambda *_: None)
+    seen = []
+    module.register_forward_hook(lambda module, inputs, result: seen.append(result))
+    assert module(*given) is seen[0]
+
+
+def test_batch_norm_is_not_made_one_of_several_processes(network):
+    module, given, _ = network
+    expected = module(*given)[0]
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert converted is module and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules())
+    assert torch.equal(module(*given)[0], expected)
+
+
+def test_the_default_dtype():
+    """That of layers, as of torch's; networks have that of `init`, and kernel points float32 unless told."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {t.dtype for t in LAYERS["x"]().state_dict().values()} == {torch.float64}
+        net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
+        assert {t.dtype for t in kpt.Network(net).state_dict().values()} == {torch.float32}
+        assert kpt.kernel_points(5, 0.2).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,6 +1,12 @@
 """kpcore.torch: every operator of the table under autograd, tracing, compilation and autocast; the rest eagerly."""
 
+import copy
+import pickle
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import clouds
 import numpy as np
@@ -15,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from torch.autograd import forward_ad  # noqa: E402
 from torch.autograd.gradcheck import GradcheckError, gradcheck  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure  # noqa: E402
 
 import kpcore.torch as kpt  # noqa: E402
 from kpcore.torch.ops import define  # noqa: E402
@@ -514,7 +521,7 @@ def test_a_release_of_torch_that_changed_inside_is_named(python):
         "    setattr(owner, last, kept)\n"
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 12, done.stderr
+    assert len(lines) == 13, done.stderr
     assert all(line.startswith("True kpcore.torch: expected torch 2.6 to 2.13, got ") for line in lines)
 
 
@@ -700,7 +707,7 @@ def test_new_lists_do_not_recompile(transposed):
     for num in (50, 60, 70, 80):
         case = net_case(num)
         if transposed:
-            case[1].transpose()
+            case = case[0], case[1].with_transpose(), case[2]
         net(*case).sum().backward()
     assert counter.frame_count <= 2  # once for 50 points, once for any number
 
@@ -776,6 +783,285 @@ def test_exported_for_any_number_of_points():
     exported = torch.export.export(net, case, dynamic_shapes=shapes)
     other = net_case(90, 1)
     assert torch.equal(exported.module()(*other), net(*other))
+
+
+def any_size(value):
+    """`dynamic_shapes` for sizes of every kind."""
+    auto = torch.export.Dim.AUTO
+    if isinstance(value, torch.Tensor):
+        return {0: auto}
+    if isinstance(value, kp.Neighbors):
+        return [auto] + [{0: auto}] * (len(tree_leaves(value)) - 1)
+    if isinstance(value, kp.pyramid.Level):
+        return type(value)(*map(any_size, value))._replace(row_splits=None)
+    return list(map(any_size, value)) if isinstance(value, (tuple, list)) else None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's, of its own doings
+def test_a_network_exported_saved_and_loaded(monkeypatch):
+    import io
+    import logging
+
+    # torch has a warning when it loads the example inputs, as it knows not their classes, and cannot format it.
+    monkeypatch.setattr(logging.getLogger("torch._export.serde.serialize"), "disabled", True)
+
+    def case(num):
+        levels = net.pyramid(torch.rand(num, 3), F=kpt)
+        return levels, torch.ones(len(levels[0].points), 1)
+
+    torch.manual_seed(0)
+    net = kp.nn.kpfcnn(1, 4, 0.15, levels=2, convs=2, width=8)
+    module, given, file = kpt.Network(net).eval(), case(300), io.BytesIO()
+    torch.export.save(torch.export.export(module, given, dynamic_shapes=tuple(map(any_size, given))), file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    for num in (300, 500):
+        given = case(num)
+        assert torch.equal(loaded(*given)[0], module(*given)[0])
+
+
+@pytest.mark.parametrize("trained_first", [False, True])
+def test_an_exported_program_takes_lists_trained_with_or_not(trained_first):
+    layer = kpt.KPConv(3, 2, 5, radius=0.2, extent=0.2)
+    cases = [(points, None, neighbors, x) for points, neighbors, x in (net_case(60), net_case(80, 1))]
+    points, _, neighbors, x = cases[0 if trained_first else 1]
+    layer(points, None, neighbors, x.clone().requires_grad_()).sum().backward()
+    assert neighbors._transposed is not None
+    shapes = tuple(None if value is None else any_size(value) for value in cases[0])
+    program = torch.export.export(layer, cases[0], dynamic_shapes=shapes).module()
+    assert torch.equal(program(*cases[1]), layer(*cases[1]))
+
+
+# ---- lists as nests of tensors
+
+
+LISTED = [variant for variant in ops.TRACED if "neighbors" in ops.call(variant)[1]]
+
+
+def test_a_list_mapped_over():
+    points, _ = clouds.uniform(100)
+    neighbors = kp.radius_search(points, None, 0.3, return_distances=True).with_width(90)
+    for given in (neighbors, neighbors.with_transpose()):
+        mapped = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, given)
+        for name in ("index", "row_splits", "distance", "counts"):
+            assert_same_bits(getattr(mapped, name), getattr(given, name))
+        for name in ("num_points", "num_queries", "num_pairs", "width", "carries_transpose"):
+            assert getattr(mapped, name) == getattr(given, name)
+        assert_same_bits(mapped.to_padded(), given.to_padded())
+        assert_same_bits(mapped.transpose().index, given.transpose().index)
+        assert_same_bits(mapped.transpose().distance, given.transpose().distance)
+        assert (mapped.to_sparse() != given.to_sparse()).nnz == 0
+        assert repr(mapped) == repr(given) and mapped.to("cpu") is mapped
+        mapped = tree_map(lambda leaf: leaf, given)
+        for again in (pickle.loads(pickle.dumps(mapped)), copy.deepcopy(mapped)):
+            assert_same_bits(again.index, given.index)
+            assert_same_bits(again.distance, given.distance)
+
+
+def test_leaves_are_copies():
+    points, neighbors, _ = net_case(60)
+    expected = kpt.neighbor_reduce(points, neighbors)
+    for leaf in tree_leaves(neighbors)[1:]:
+        leaf.fill_(10**8)
+    assert torch.equal(kpt.neighbor_reduce(points, neighbors), expected)
+
+
+def test_the_structure_of_a_list_is_what_was_asked_for():
+    _, neighbors, _ = net_case(60)
+    before = tree_structure(neighbors)
+    neighbors.transpose()
+    assert tree_structure(neighbors) == before != tree_structure(neighbors.with_transpose())
+    assert tree_structure(neighbors.with_transpose().with_transpose(False)) == before
+
+
+def test_a_transpose_that_is_carried_is_not_made_again(monkeypatch):
+    torch._dynamo.reset()
+    op, arguments = ops.call("kpconv-0")
+    names = ops.diff(op, arguments)
+    given = tensors(arguments, names)
+    expected = torch.autograd.grad(call(op, given).sum(), given["features"])
+    given["neighbors"] = given["neighbors"].with_transpose()
+    monkeypatch.setattr(kp._cpu, "transpose", None)
+    out = torch.compile(lambda given: call(op, given), fullgraph=True, backend="aot_eager")(given)
+    assert torch.equal(torch.autograd.grad(out.sum(), given["features"])[0], expected[0])
+
+
+def test_a_pyramid_mapped_over():
+    points, _ = clouds.uniform(300)
+    pyramid = kpt.build_pyramid(torch.from_numpy(points), voxel_size=0.1, num_levels=3)
+
+    def double(leaf):
+        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    mapped = tree_map(double, pyramid)
+    assert type(mapped) is kp.Pyramid and all(type(level) is kp.pyramid.Level for level in mapped)
+    for found, level in zip(mapped, pyramid, strict=True):
+        assert torch.equal(found.points, level.points.double())
+        assert_same_bits(found.neighbors.index, level.neighbors.index)
+        assert found.voxel_size == level.voxel_size and found.labels is None
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("variant", LISTED)
+def test_lists_cast_with_their_batch(variant, dtype, traced):
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    out, pullback = ops.vjp(op, arguments, names)
+    given, grad = tensors(arguments, names), ops.covector(out)
+    given["neighbors"] = tree_map(lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) else leaf,
+                                  given["neighbors"])  # fmt: skip
+    with torch.profiler.profile() if traced else nullcontext():
+        assert_same_bits(call(op, given).detach().numpy(), out)
+        for got, expected in zip(gradients(op, given, names, grad), pullback(grad), strict=True):
+            assert_same_bits(got.numpy(), expected)
+
+
+WRONG = {
+    "beyond the points": lambda leaf: leaf + 10**8 if len(leaf) > 20 else leaf,
+    "negative": lambda leaf: -leaf,
+    "row_splits beyond the index": lambda leaf: leaf * 1000 if leaf[0] == 0 and len(leaf) < 20 else leaf,
+    "float32": lambda leaf: leaf.float(),
+    "bfloat16": lambda leaf: leaf.bfloat16(),
+    "two axes": lambda leaf: leaf[None],
+    "nothing": lambda leaf: leaf[:0],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("variant", LISTED)
+def test_lists_that_a_map_made_wrong(variant, wrong):
+    op, arguments = ops.call(variant)
+    given = tensors(arguments, ops.diff(op, arguments))
+    bad = tree_map(lambda leaf: WRONG[wrong](leaf) if isinstance(leaf, torch.Tensor) else leaf, given["neighbors"])
+    for context in (nullcontext(), torch.profiler.profile()):
+        with context, pytest.raises((TypeError, ValueError), match=r"^neighbors\."):
+            call(op, given | {"neighbors": bad})
+    if wrong in ("float32", "bfloat16"):
+        with pytest.raises(TypeError, match=r"^neighbors\.index: expected int.*; .* neighbors\.index\.to\("):
+            call(op, given | {"neighbors": bad})
+
+
+@pytest.mark.parametrize("part", ["index", "row_splits"])
+@pytest.mark.parametrize("variant", LISTED)
+def test_torch_operators_look_at_lists_in_each_call(variant, part):
+    """Whoever calls torch.ops.kpcore, a loaded program for one, may give it any tensors."""
+    op, arguments = ops.call(variant)
+    names = ops.diff(op, arguments)
+    given = tensors(arguments, names)
+    layout = kpt.ops._Arguments(op, getattr(kp, op.name))
+    given_flat = [t.detach() if isinstance(t, torch.Tensor) else t for t in layout.flatten(given)]
+    saved, grad, needs = vjp_call(op, arguments)
+    at = next(at for name, _, _, at in layout.rows if name == "neighbors") + (part == "row_splits")
+    given_flat[at] = given_flat[at].clone()
+    given_flat[at][3] = 10**8
+    with pytest.raises(ValueError, match=rf"^neighbors\.{part}: expected"):
+        getattr(torch.ops.kpcore, op.name)(*given_flat)
+    with pytest.raises(ValueError, match=rf"^neighbors\.{part}: expected"):
+        getattr(torch.ops.kpcore, f"{op.name}_vjp")(*given_flat, saved, grad, needs)
+
+
+# ---- with the rest of torch
+
+
+def test_on_several_processes(tmp_path):
+    """DistributedDataParallel and fully_shard train as one process does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "torch_processes.py", "ranks", tmp_path],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_of_a_loader(tmp_path, method):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "torch_processes.py", "workers", method],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def dropped(seed=0):
+    """A network in training, with dropout, and what it is called with."""
+    torch.manual_seed(seed)
+    net = kp.nn.kpfcnn(1, 4, 0.15, levels=2, convs=2, width=8, dropout=0.5)
+    levels = net.pyramid(torch.rand(300, 3), F=kpt)
+    return kpt.Network(net), (levels, torch.ones(len(levels[0].points), 1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    """What is computed again in the backward pass drops the same."""
+    from torch.utils.checkpoint import checkpoint
+
+    results = []
+    for run in (lambda module, *given: module(*given), lambda *given: checkpoint(*given, use_reentrant=reentrant)):
+        module, (levels, x) = dropped()
+        x.requires_grad_()
+        torch.manual_seed(1)
+        logits, _ = run(module, levels, x)
+        logits.square().sum().backward()
+        results.append([logits, x.grad, *(p.grad for p in module.parameters() if p.grad is not None)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_compiled_autograd():
+    net, case = Net(), net_case(60)
+    net(*case).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    torch._dynamo.reset()
+
+    @torch.compile(backend="aot_eager")
+    def step():
+        net(*case).square().sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step()
+    for p, grad in zip(net.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, grad, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ensemble():
+    """Of stacked parameters, one member after the other, as vmap is not there."""
+    points, neighbors, x = net_case(60)
+    layers = [kpt.KPConv(3, 2, 5, radius=0.2, extent=0.2) for _ in range(3)]
+    stacked = torch.func.stack_module_state(layers)
+
+    def member(*state):
+        return torch.func.functional_call(layers[0], state, (points, None, neighbors, x))
+
+    with pytest.raises(NotImplementedError, match="kpconv: vmap"):
+        torch.func.vmap(member)(*stacked)
+    for number, layer in enumerate(layers):
+        state = [{name: values[number] for name, values in which.items()} for which in stacked]
+        assert torch.equal(member(*state), layer(points, None, neighbors, x))
+
+
+def test_another_extent_is_another_program():
+    torch._dynamo.reset()
+    points, neighbors, x = net_case(60)
+    counting, weights, places = Counting(), torch.rand(5, 3, 2), kpt.kernel_points(5, 0.2)
+
+    def convolve(extent):
+        return kpt.kpconv(points, None, neighbors, x, weights, places, extent)
+
+    compiled = torch.compile(convolve, fullgraph=True, backend=counting)
+    for extent in (0.1, 0.2, 0.3, 0.2):
+        assert torch.equal(compiled(extent), convolve(extent))
+    assert counting.num_graphs == 3
+
+
+@pytest.mark.parametrize("name", ["grid_subsample", "interpolate"])
+def test_autocast_leaves_what_is_not_traced(name):
+    op, arguments = ops.call(f"{name}-0", 24, np.float32, np.float32)
+    given = tensors(arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(op, given), call(op, given))
+        with pytest.raises(TypeError, match=r"^features: expected .*, got bfloat16"):
+            call(op, given | {"features": given["features"].bfloat16()})
 
 
 # ---- what is not traced

@@ -14,6 +14,7 @@ try:
     below_autograd = torch._C._AutoDispatchBelowAutograd
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
+    SequenceKey = torch.utils._pytree.SequenceKey
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
     _autocast_is_on = torch._C._is_any_autocast_enabled

@@ -48,6 +48,10 @@ class Network(torch.nn.Module):
             {name: (self._part(name), name.rpartition(".")[2]) for name in names} for names in (params, state)
         ]
 
+    @property
+    def _parts(self):
+        return [module for module in self.modules() if isinstance(module, _Part)]
+
     def _part(self, name):
         """The module that a parameter belongs to, made where there is none."""
         module = self
@@ -80,15 +84,18 @@ class Network(torch.nn.Module):
             ``net.pyramid(..., F=kpcore.torch)``.
         features : (N, num_features) tensor
         """
+        for part in self._parts:
+            part()
         seed = torch.randint(2**62, (), device="cpu") if self.net.dropout and self.training else None
         params, buffers = self._values()
         # Copies: autograd keeps what an operator was given, and the statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
         result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
-        with torch.no_grad():
-            for name, value in result.state.items():
-                if value is not state[name]:
-                    buffers[name].copy_(value)
+        if self.training:
+            with torch.no_grad():
+                for name, value in result.state.items():
+                    if value is not state[name]:
+                        buffers[name].copy_(value)
         return result.logits, result.regularization
 
     def arrays(self):
@@ -99,16 +106,21 @@ class Network(torch.nn.Module):
 
 
 class _Part(torch.nn.Module):
-    """Holds parameters under their names. A network is one function of all of them: no part is ever called."""
+    """Holds parameters under their names; a network is one function of all of them.
 
-    def forward(self, *args, **kwargs):
+    It is called, with nothing, before each pass: pruning, and other things that compute a parameter, do so in a hook.
+    """
+
+    def forward(self):
+        pass
+
+    def register_forward_hook(self, *args, **kwargs):
         raise NotImplementedError(
-            "Network: expected a call or a hook of the whole network, got one of a part, which holds parameters and "
-            "computes nothing; a parametrisation (torch.nn.utils.parametrize) is there"
+            "Network: expected a hook of the whole network, got one of a part of it, which holds parameters and gives "
+            "no result that a hook could see"
         )
 
-    register_forward_pre_hook = register_forward_hook = forward
-    register_full_backward_pre_hook = register_full_backward_hook = forward
+    register_full_backward_pre_hook = register_full_backward_hook = register_forward_hook
 
 
 def _spread(tensor, like):

@@ -19,6 +19,10 @@ import torch
 from kpcore import _array, _cpu, config, ops
 from kpcore.autodiff import Shaped
 from kpcore.neighbors import Neighbors
+from kpcore.pyramid import Level, Pyramid
+from kpcore.rows import BatchNormed
+from kpcore.sampling import Sampled
+from kpcore.subsampling import Subsampled
 from kpcore.torch import internals
 
 _DTYPES = {
@@ -147,8 +151,12 @@ def numpy_dtype(name, dtype, tensor=None):
         import ml_dtypes  # which CuPy needs for it
 
         return np.dtype(ml_dtypes.bfloat16)
-    convert = "dequantize()" if tensor is not None and tensor.is_quantized else "to(torch.float32)"
-    raise TypeError(f"{name}: expected float32 or float64, got {str(dtype)[6:]}; convert it with {name}.{convert}")
+    expected, convert = "float32 or float64", "to(torch.float32)"
+    if name.rpartition(".")[2] in ("index", "labels", "row_splits"):
+        expected, convert = "integers", "to(torch.int64)"
+    elif tensor is not None and tensor.is_quantized:
+        convert = "dequantize()"
+    raise TypeError(f"{name}: expected {expected}, got {str(dtype)[6:]}; convert it with {name}.{convert}")
 
 
 def _torch_dtype(dtype):
@@ -272,7 +280,8 @@ class _Arguments:
                     value = to(name, value)
                 elif kind == "Neighbors":
                     index, row_splits, back_index, back_splits, num_points, width = flat[at : at + len(_PARTS)]
-                    index, row_splits, back = to(name, index), to(name, row_splits), None
+                    index, row_splits = to(f"{name}.index", index), to(f"{name}.row_splits", row_splits)
+                    back = None
                     if transposed and back_index is not None:
                         back = to(name, back_index), to(name, back_splits)
                     if to is _shaped:
@@ -527,37 +536,54 @@ def _tensors(arrays, given, grad=None):
 
 
 def _flatten_neighbors(neighbors):
-    lists = [neighbors]
-    if neighbors.carries_transpose:
-        lists.append(neighbors.transpose() if neighbors._transposed is None else neighbors._transposed)
-    leaves = [leaf for each in lists for leaf in _leaves(each)]
-    return [neighbors.num_points, *leaves], (neighbors.width, neighbors.carries_transpose)
-
-
-def _leaves(neighbors):
-    """The index and row_splits as tensors: copies, as whatever is done to them is not to change the list.
-
-    They are kept, since torch.export knows an input again by its memory.
-    """
-    if isinstance(neighbors._index, torch.Tensor):
-        return neighbors._index, neighbors._row_splits
-    if neighbors._leaves is None:
-        copies = tuple(_as_tensor(array).clone() for array in (neighbors._index, neighbors._row_splits))
-        object.__setattr__(neighbors, "_leaves", copies)
-    return neighbors._leaves
-
-
-def _unflatten_neighbors(leaves, context):
-    num_points, index, row_splits, *transposed = leaves
-    width, carries_transpose = context
-    back = Neighbors._rebuilt(*transposed, row_splits.shape[0] - 1) if transposed else None
-    return Neighbors._rebuilt(index, row_splits, num_points, None, width, back, carries_transpose)
+    names, leaves = _leaves(neighbors)
+    return leaves, [neighbors.width, neighbors.carries_transpose, "distance" in names]
 
 
 def _flatten_with_keys(neighbors):
-    leaves, context = _flatten_neighbors(neighbors)
-    names = "num_points", "index", "row_splits", "transposed_index", "transposed_row_splits"
-    return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves)], context  # noqa: B905 - or without the last two
+    names, leaves = _leaves(neighbors)
+    context = [neighbors.width, neighbors.carries_transpose, "distance" in names]
+    return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
+
+
+def _leaves(neighbors):
+    """(names, leaves): num_points and tensors, copies, as whatever is done to them is not to change the list.
+
+    They are kept, since torch.export knows an input again by its memory.
+    """
+    if neighbors._leaves is None:
+        arrays = {"index": neighbors._index, "row_splits": neighbors._row_splits}
+        if neighbors._distance is not None:
+            arrays["distance"] = neighbors._distance
+        if neighbors.carries_transpose:
+            back = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
+            arrays |= {"transposed_index": back._index, "transposed_row_splits": back._row_splits}
+        copies = [to_tensor(array).clone() if _array.is_array(array) else array for array in arrays.values()]
+        object.__setattr__(neighbors, "_leaves", (("num_points", *arrays), copies))
+    names, copies = neighbors._leaves
+    return names, [neighbors.num_points, *copies]
+
+
+def _unflatten_neighbors(leaves, context):
+    num_points, *leaves = leaves
+    width, carries_transpose, has_distance = context
+    index, row_splits, *others = map(_array_if_there, leaves)
+    distance, *others = others if has_distance else (None, *others)
+    back = None
+    if carries_transpose:
+        shape = getattr(row_splits, "shape", None)  # what a tree may have in the place of tensors has none
+        back = Neighbors._rebuilt(*others, shape[0] - 1 if shape else None)
+    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, back, carries_transpose)
+
+
+def _array_if_there(leaf):
+    """The array of a tensor; what stands for one while torch traces or transforms, and anything else, as it is."""
+    if type(leaf) not in _PLAIN or torch.compiler.is_compiling() or not (leaf.is_cpu or leaf.is_cuda):
+        return leaf
+    try:
+        return to_array("neighbors", leaf)
+    except (TypeError, NotImplementedError):  # of a dtype that NumPy lacks; wrapped by torch.func
+        return leaf
 
 
 # torch.export takes and gives nests of tensors and numbers.
@@ -568,3 +594,12 @@ internals.register_pytree_node(
     serialized_type_name="kpcore.Neighbors",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+internals.register_pytree_node(
+    Pyramid,
+    lambda levels: (list(levels), None),
+    lambda levels, _: Pyramid(levels),
+    serialized_type_name="kpcore.Pyramid",
+    flatten_with_keys_fn=lambda levels: ([(internals.SequenceKey(i), level) for i, level in enumerate(levels)], None),
+)
+for _record in (BatchNormed, Level, Sampled, Subsampled):
+    internals.register_namedtuple(_record, serialized_type_name=f"kpcore.{_record.__name__}")
