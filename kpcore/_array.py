@@ -195,6 +195,8 @@ def check_splits(name, value, rows, of):
 
 def _real(name, value):
     """A float; an error unless it is a number, and one that float64 reaches."""
+    if type(value) is float:  # as it mostly is; to ask numbers takes 0.4 us
+        return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:

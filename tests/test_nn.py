@@ -1053,6 +1053,15 @@ def test_what_trains_names_what_is_wrong(call, message):
         call()
 
 
+@pytest.mark.parametrize("depths", [(1,), (1, 1)])
+@pytest.mark.parametrize("more", [{"features": np.ones((4, 1), np.float32)}, {"labels": np.zeros(6, np.int32)}])
+def test_the_levels_of_kpnext_take_a_row_for_each_point(depths, more):
+    net = nn.KPNeXt(depths, 1, 4, voxel_size=0.1, width=16, num_neighbors=(4, 4), attention_groups=None)
+    for subsampled in (False, True):
+        with pytest.raises(ValueError, match=rf"^{next(iter(more))}: expected"):
+            net.pyramid(np.random.default_rng(0).random((5, 3), np.float32), subsampled=subsampled, **more)
+
+
 def test_schedules():
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

@@ -132,6 +132,9 @@ class KPNeXt:
         ``pools`` of a level are the points in each voxel of the next, ``upsamples`` the voxel of each point.
         """
         check_dimension(self, points)
+        for name, value in (("features", features), ("labels", labels)):
+            if value is not None and len(value) != len(points):
+                raise ValueError(f"{name}: expected {len(points)} rows to match points, got {tuple(value.shape)}")
         here = points, features, labels, row_splits
         if not subsampled:
             more = {"features": features, "labels": labels, "row_splits": row_splits, "origin": self.origin}
