@@ -166,7 +166,8 @@ def _origin(origin, points, num_items, sizes):
     if isinstance(origin, str):
         _array.choice("origin", origin, (PUBLISHED,))
         return None
-    if origin.ndim > 1 if isinstance(origin, np.ndarray) else _array.is_array(origin):
+    ndim = getattr(origin, "ndim", 0)
+    if ndim > 1 or (ndim and not isinstance(origin, np.ndarray)):
         sizes = sizes | {"B": (num_items, "row_splits")}
         return _array.array("origin", origin, "B D", _array.REAL, sizes, like=("points", points))
     return _array.per_axis("origin", origin, points.shape[1], _array.number, points.dtype)

@@ -154,7 +154,8 @@ Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
   Buffer<double> low;
   const int64_t num_origins = plan->has_item_origins() ? items : 1;
   if (!low.resize(items * D) || !plan->origins.resize(num_origins * D)) return Status::out_of_memory;
-  for (int64_t j = 0; args.origin.data && j < num_origins * D; ++j) plan->origins[j] = double(as<T>(args.origin)[j]);
+  for (int64_t j = 0; j < num_origins * D; ++j)
+    plan->origins[j] = args.origin.data ? double(as<T>(args.origin)[j]) : 0;  // empty items keep the 0
   int axis_bits[D] = {};
   for (int64_t b = 0; b < items; ++b) {
     double high[D];
@@ -369,6 +370,16 @@ struct Nothing {
   bool enough() const { return true; }
 };
 
+// Where a grid begins.
+template <class T, int D>
+struct Corner {
+  T origin[D];
+  explicit Corner(const double* from) {
+    for (int a = 0; a < D; ++a) origin[a] = T(from[a]);
+  }
+  bool enough() const { return true; }
+};
+
 // The item that a point is of: the last one that begins at or before it.
 int64_t item_of(const Array& row_splits, int64_t point) {
   const auto* splits = as<int64_t>(row_splits);
@@ -388,15 +399,15 @@ Status use_centers(const Plan& plan, const Subsampled& out) {
   const auto* voxel_size = as<T>(args.voxel_size);
   auto* const centers = into<T>(out.points);
   auto* const nearest = into<int32_t>(out.nearest);
+  const bool has_item_origins = plan.has_item_origins();
   return for_each_voxel(
-      plan, [] { return Nothing(); },
-      [=, &args, &plan](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
-        const double* const of_item = plan.origin(plan.has_item_origins() ? item_of(args.row_splits, ids[0]) : 0);
+      plan, [&] { return Corner<T, D>(plan.origin(0)); },
+      [=, &args, &plan](Corner<T, D>& corner, int64_t v, const int32_t* ids, int64_t n) {
+        if (has_item_origins) corner = Corner<T, D>(plan.origin(item_of(args.row_splits, ids[0])));
         double center[D];
         for (int a = 0; a < D; ++a) {
-          const T origin = T(of_item[a]);
-          const T index = voxel_index(points[ids[0] * int64_t(D) + a], origin, voxel_size[a]);
-          center[a] = voxel_center(index, origin, voxel_size[a]);
+          const T index = voxel_index(points[ids[0] * int64_t(D) + a], corner.origin[a], voxel_size[a]);
+          center[a] = voxel_center(index, corner.origin[a], voxel_size[a]);
         }
         if (args.position == VoxelPoint::center)
           for (int a = 0; a < D; ++a) centers[v * D + a] = T(center[a]);
