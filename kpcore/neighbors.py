@@ -542,7 +542,7 @@ def geometry(points, queries, neighbors, sizes):
         like = ("points", points)
         queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
     checked(neighbors)
-    if type(neighbors._index) is not type(points):
+    if isinstance(neighbors._index, np.ndarray) is not isinstance(points, np.ndarray):
         raise TypeError(
             f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"
