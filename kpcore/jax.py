@@ -28,15 +28,20 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("kpcore.jax needs JAX: pip install kpcore[jax]", name="jax") from None
 
+import jax.export
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 import kpcore
 from kpcore import _array, _cpu
 from kpcore.autodiff import Shaped
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import TO_HOST, Neighbors
+from kpcore.nn.networks import Result
 from kpcore.ops import OPS, binder, kinds, setting
-from kpcore.pyramid import Pyramid
+from kpcore.pyramid import Level, Pyramid
+from kpcore.rows import BatchNormed
+from kpcore.sampling import Sampled
+from kpcore.subsampling import Subsampled
 
 # ---- Neighbors as a pytree
 
@@ -66,8 +71,36 @@ def _unflatten(sizes, leaves):
     return Neighbors._rebuilt(index, row_splits, num_points, distance, width, transposed, carries_transpose)
 
 
+def _to_host(name, array):
+    """For what looks at the values of a list."""
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: expected an array outside of jit, grad and vmap, got {array}; a list that is traced has no values"
+        )
+    if any(device.platform != "cpu" for device in array.devices()):
+        raise TypeError(f"{name}: expected an array on the CPU, got one on {array.device}; {_ELSEWHERE}")
+    return np.asarray(array)
+
+
+TO_HOST[jax.Array] = _to_host
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
+
+# For jax.export, which keeps a program with the structure of what it takes and gives.
+jax.export.register_pytree_node_serialization(
+    Neighbors,
+    serialized_name="kpcore.Neighbors",
+    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
+jax.export.register_pytree_node_serialization(
+    Pyramid,
+    serialized_name="kpcore.Pyramid",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+)
+for _record in (Level, BatchNormed, Subsampled, Sampled, Result):
+    jax.export.register_namedtuple_serialization(_record, serialized_name=f"kpcore.{_record.__name__}")
 
 
 # ---- several devices
@@ -172,8 +205,8 @@ def _check(op, call, arrays):
     empty = {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
-            for part in "index", "row_splits":
-                _array.array(f"{name}.{part}", _empty(getattr(value, part)), "E", _array.INTEGERS, {})
+            for part, shape in ("index", "E"), ("row_splits", "M+1"):
+                _array.array(f"{name}.{part}", _empty(getattr(value, part)), shape, _array.INTEGERS, {})
             index, row_splits = np.empty(value.index.shape, np.int32), np.empty(value.row_splits.shape, np.int64)
             empty[name] = Neighbors._trusted(index, row_splits, value.num_points, None, value.width)
         else:
@@ -522,14 +555,12 @@ def _given(function, name, value):
     if isinstance(value, dict):
         return {key: _given(function, key, v) for key, v in value.items()}
     if isinstance(value, jax.Array):
-        if any(device.platform != "cpu" for device in value.devices()):
-            raise TypeError(f"{name}: expected an array on the CPU, got one on {value.device}; {_ELSEWHERE}")
         if not value.is_fully_replicated:
             raise TypeError(
                 f"{name}: {function} is not divided among devices; expected an array on one device, got parts on "
                 f"{len(value.devices())}"
             )
-        array = np.asarray(value)
+        array = _to_host(name, value)
         return array.astype(np.int64) if _is_splits(name, array) else array
     return value
 

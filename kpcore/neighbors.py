@@ -9,6 +9,8 @@ import numpy as np
 
 from kpcore import _array, _cpu, config
 
+# What makes NumPy's arrays of a framework's, by their type, from (name, array): frameworks' modules add theirs.
+TO_HOST = {}
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
@@ -68,7 +70,8 @@ class Neighbors:
 
     Arrays of NumPy are copied, and those of the list are read-only: what was checked stays true. One that was put
     together again by something else, from a pickle or by a map over a pytree of JAX or torch, is checked when it is
-    first used. CuPy's arrays cannot be made read-only: they are checked once and must not be changed afterwards.
+    first used; of a list of JAX's arrays a method puts NumPy's in their place. CuPy's arrays cannot be made read-only:
+    they are checked once and must not be changed afterwards.
 
     Parameters
     ----------
@@ -169,11 +172,14 @@ class Neighbors:
         raise AttributeError(f"Neighbors is frozen: cannot delete {name}")
 
     def __repr__(self):
+        if not self._is_checked:  # there may be no values, as while JAX traces, or nothing that makes a list
+            index, row_splits = (getattr(a, "shape", a) for a in (self._index, self._row_splits))
+            return f"Neighbors({self.num_points} points, index {index}, row_splits {row_splits}, not checked yet)"
         return f"Neighbors({self.num_queries} queries, {self.num_points} points, {self.num_pairs} pairs)"
 
     def __reduce__(self):
-        fields = self._index, self._row_splits, self.num_points, self._distance, self.width, self.carries_transpose
-        return _unpickle, fields
+        index, row_splits, distance = _on_host(self)
+        return _unpickle, (index, row_splits, self.num_points, distance, self.width, self.carries_transpose)
 
     @property
     def num_queries(self):
@@ -332,10 +338,22 @@ def checked(neighbors):
     if not isinstance(neighbors, Neighbors):
         raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
     if not neighbors._is_checked:
-        fields = neighbors._index, neighbors._row_splits, neighbors.num_points, neighbors._distance, neighbors.width
+        index, row_splits, distance = _on_host(neighbors)
+        fields = index, row_splits, neighbors.num_points, distance, neighbors.width
         # Without the transpose, of which it would take as long to see whether it is one as to make it.
         neighbors._set(*_checked_fields("neighbors.", *fields), None, neighbors.carries_transpose)
     return neighbors
+
+
+def _on_host(neighbors):
+    """(index, row_splits, distance) of a list: of a framework's arrays the NumPy arrays, others as they are."""
+    names = ("index", "row_splits", "distance")
+    arrays = [getattr(neighbors, f"_{name}") for name in names]
+    for at, array in enumerate(arrays):
+        for kind, to_host in TO_HOST.items():
+            if isinstance(array, kind):
+                arrays[at] = to_host(f"neighbors.{names[at]}", array)
+    return arrays
 
 
 def _checked_fields(of, index, row_splits, num_points, distance, width):
@@ -534,7 +552,7 @@ def geometry(points, queries, neighbors, sizes):
         like = ("points", points)
         queries = _array.points_array("queries", queries, sizes, dimensions=_array.DIMENSIONS, like=like)
     checked(neighbors)
-    if type(neighbors._index) is not type(points):
+    if isinstance(neighbors._index, np.ndarray) is not isinstance(points, np.ndarray):
         raise TypeError(
             f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"

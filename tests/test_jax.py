@@ -1,8 +1,10 @@
 """kpcore.jax: every operator of the table under jit, grad and vmap; the rest outside of them."""
 
+import copy
 import ctypes
 import json
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -127,14 +129,18 @@ def test_one_trace_differentiated_in_several_ways(inline):
 
 @pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
 @pytest.mark.parametrize("variant", ops.TRACED)
-def test_a_list_with_its_transpose(variant):
+def test_a_list_with_its_transpose(variant, monkeypatch):
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     names = ops.diff(op, arguments)
     lists = [a for a in arguments.values() if isinstance(a, kp.Neighbors)]
     fn = function(op, of_jax(arguments), names)
     first = jax.grad(lambda *values: fn(*values).sum(), tuple(range(len(names))))(*(arguments[n] for n in names))
-    for neighbors in lists:
-        neighbors.transpose()
+    if not lists:
+        return
+    arguments["neighbors"] = lists[0].with_transpose()
+    fn = function(op, of_jax(arguments), names)
+    if variant in ("kpconv-0", "kpconvx-0", "neighbor_reduce-0"):  # which have use for nothing but that one
+        monkeypatch.setattr(kp._cpu, "transpose", None)
     again = jax.grad(lambda *values: fn(*values).sum(), tuple(range(len(names))))(*(arguments[n] for n in names))
     for a, b in zip(first, again, strict=True):
         assert_same_bits(np.asarray(a), np.asarray(b))
@@ -300,6 +306,273 @@ def test_more_pairs_than_32_bits_need_x64(x64):
     else:
         with pytest.raises(ValueError, match="neighbors"):
             jax.tree.flatten(many)
+
+
+def a_list():
+    points = np.random.default_rng(0).random((60, 3)).astype(np.float32)
+    return kp.radius_search(points, None, 0.3, return_distances=True)
+
+
+REBUILT = {
+    "tree.map": lambda neighbors: jax.tree.map(lambda a: a, neighbors),
+    "unflatten": lambda neighbors: jax.tree.unflatten(*jax.tree.flatten(neighbors)[::-1]),
+    "device_put": jax.device_put,
+    "device_get": lambda neighbors: jax.device_get(jax.device_put(neighbors)),
+    "jit": lambda neighbors: jax.jit(lambda neighbors: neighbors)(neighbors),
+    "int32": lambda neighbors: jax.tree.map(lambda a: a if a.dtype.kind == "f" else a.astype(np.int32), neighbors),
+    "int64": lambda neighbors: jax.tree.map(lambda a: a if a.dtype.kind == "f" else a.astype(np.int64), neighbors),
+}
+METHODS = {
+    "counts": lambda neighbors: neighbors.counts,
+    "num_pairs": lambda neighbors: np.array(neighbors.num_pairs),
+    "to_padded": lambda neighbors: neighbors.to_padded(),
+    "to_sparse": lambda neighbors: neighbors.to_sparse().toarray(),
+    "transpose": lambda neighbors: neighbors.transpose().index,
+    "distance of the transpose": lambda neighbors: neighbors.transpose().distance,
+    "with_transpose": lambda neighbors: neighbors.with_transpose()._transposed.row_splits,
+    "to": lambda neighbors: neighbors.to("cpu").index,
+    "pickle": lambda neighbors: pickle.loads(pickle.dumps(neighbors)).distance,
+    "pickled matrix": lambda neighbors: pickle.loads(pickle.dumps(neighbors)).to_padded(),
+    "copy": lambda neighbors: copy.copy(neighbors).distance,
+    "deepcopy": lambda neighbors: copy.deepcopy(neighbors).distance,
+    "neighbor_reduce": lambda neighbors: kp.neighbor_reduce(np.arange(60.0)[:, None], neighbors, "sum"),
+    "nearest_upsample": lambda neighbors: kp.nearest_upsample(np.arange(60.0)[:, None], neighbors),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("rebuilt", REBUILT.values(), ids=REBUILT)
+def test_methods_of_a_list_that_jax_made(rebuilt, method):
+    expected, got = method(a_list()), method(rebuilt(a_list()))
+    assert_same_bits(np.asarray(got), np.asarray(expected))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("rebuilt", REBUILT.values(), ids=REBUILT)
+def test_an_operator_on_a_list_that_jax_made(rebuilt, jit):
+    features = np.random.default_rng(1).normal(size=(60, 4)).astype(np.float32)
+
+    def fn(features, neighbors):
+        return kpj.neighbor_reduce(features, neighbors, "max")
+
+    expected = np.stack([features[row[row < 60]].max(0) for row in a_list().to_padded()])
+    assert_same_bits(np.asarray((jax.jit(fn) if jit else fn)(features, rebuilt(a_list()))), expected)
+
+
+@pytest.mark.parametrize(
+    "part, change, said",
+    [
+        ("index", lambda a: a + 10**8, "neighbors.index: expected values from 0 to 59"),
+        ("index", lambda a: a - 60, "neighbors.index: expected values from 0 to 59"),
+        ("row_splits", lambda a: a * 1000, "neighbors.row_splits: expected a last value of at most"),
+        ("row_splits", lambda a: a[::-1], "neighbors.row_splits: expected"),
+        ("row_splits", lambda a: a.at[3].set(10**6), "neighbors.row_splits: expected values that never fall"),
+        ("row_splits", lambda a: -a, "neighbors.row_splits: expected"),
+        ("index", lambda a: a.astype(jnp.float32), r"neighbors.index: expected int32 or int64, got float32"),
+        ("row_splits", lambda a: a.astype(jnp.float32), r"neighbors.row_splits: expected int32 or int64, got float32"),
+        ("row_splits", lambda a: a[None], r"neighbors.row_splits: expected \(M\+1,\), got \(1, 61\)"),
+    ],
+)
+def test_a_wrong_list_is_refused_in_each_call(part, change, said):
+    """Of lists that are arguments of a compiled program nothing is known before it runs."""
+    neighbors = jax.device_put(a_list())
+    parts = {"index": neighbors.index, "row_splits": neighbors.row_splits}
+    parts[part] = change(jnp.asarray(parts[part]))
+    wrong = kp.Neighbors._rebuilt(*parts.values(), 60)
+    features = np.ones((60, 1), np.float32)
+    for fn in (
+        kpj.neighbor_reduce,
+        jax.jit(kpj.neighbor_reduce),
+        jax.jit(jax.grad(lambda f, n: kpj.neighbor_reduce(f, n).sum())),
+    ):
+        with pytest.raises(Exception, match=said):
+            jax.block_until_ready(fn(features, wrong))
+
+
+def test_what_a_list_without_values_says():
+    texts = []
+
+    def fn(neighbors):
+        texts.append(repr(neighbors))
+        with pytest.raises(TypeError, match=r"neighbors.index: expected an array outside of jit"):
+            neighbors.transpose()
+        return neighbors.index
+
+    jax.jit(fn)(a_list())
+    pairs = a_list().num_pairs
+    assert texts == [f"Neighbors(60 points, index ({pairs},), row_splits (61,), not checked yet)"]
+    assert repr(jax.eval_shape(lambda neighbors: neighbors, a_list())) == texts[0]
+    assert repr(jax.tree.map(lambda a: None, a_list())).startswith("Neighbors(60 points, index None")
+
+
+def test_whether_a_list_was_trained_with_is_no_part_of_its_structure():
+    one, other = a_list(), a_list()
+    one.transpose()
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    features = np.ones((60, 1), np.float32)
+    program = jax.jit(kpj.neighbor_reduce).lower(features, one).compile()
+    assert np.array_equal(program(features, other), program(features, one))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), one, other)
+    assert stacked.index.shape == (2, one.num_pairs)
+    assert jax.tree.structure(one.with_transpose()) != jax.tree.structure(other)
+    assert jax.tree.structure(one.with_transpose().with_transpose(False)) == jax.tree.structure(other)
+
+
+# ---- ways that JAX has of calling
+
+
+def convolution(num=40):
+    """-> a function of a list, features and weights, and such arguments"""
+    _, arguments = ops.call("kpconv-0", num, np.float32, np.float32)
+    names = "neighbors", "features", "weights"
+
+    def fn(*values):
+        return kpj.kpconv(**of_jax(arguments) | dict(zip(names, values, strict=True)))
+
+    return fn, [arguments[name] for name in names]
+
+
+def by_numpy(neighbors, features, weights):
+    return kp.kpconv(**ops.call("kpconv-0", 40, np.float32, np.float32)[1] | {"neighbors": neighbors,
+                     "features": np.asarray(features), "weights": np.asarray(weights)})  # fmt: skip
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_export(symbolic):
+    """Sizes may be left open; the structure of lists is kept with the program."""
+    pytest.importorskip("flatbuffers")
+    from jax import export
+
+    fn, (neighbors, features, weights) = convolution()
+    traced = jax.jit(lambda given: {"out": fn(given["lists"], given["features"], weights), "lists": given["lists"]})
+    given = {"features": features, "lists": neighbors}
+    with pytest.raises(ValueError, match="custom calls"):
+        export.export(traced)(given)
+    pairs = export.symbolic_shape("E")[0] if symbolic else neighbors.num_pairs
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((pairs,) if a is neighbors.index else a.shape, a.dtype), given)
+    checks = [export.DisabledSafetyCheck.custom_call("kpcore")]
+    text = export.export(traced, disabled_checks=checks)(shapes).serialize(vjp_order=0)
+    got = export.deserialize(text).call(given)
+    assert_same_bits(np.asarray(got["out"]), by_numpy(neighbors, features, weights))
+    assert_same_bits(got["lists"].counts, neighbors.counts)
+
+
+def test_export_of_a_gradient_and_of_records():
+    export = pytest.importorskip("jax.export")
+    pytest.importorskip("flatbuffers")
+    points = np.random.default_rng(0).random((200, 3)).astype(np.float32)
+    levels = kp.build_pyramid(points, voxel_size=0.2, num_levels=2)
+    num, one = len(levels[0].points), np.ones(4, np.float32)
+    features = np.random.default_rng(1).normal(size=(num, 4)).astype(np.float32)
+
+    def fn(levels, features):
+        normed = kpj.batch_norm(features, one, 0 * one, 0 * one, one)
+        return normed, kpj.neighbor_reduce(normed.features, levels[0].pools)
+
+    checks = [export.DisabledSafetyCheck.custom_call("kpcore")]
+    program = export.export(jax.jit(fn), disabled_checks=checks)(levels, features)
+    program = export.deserialize(program.serialize(vjp_order=1))
+    normed, pooled = program.call(levels, features)
+    expected = kp.batch_norm(features, one, 0 * one, 0 * one, one)
+    assert type(normed) is kp.BatchNormed
+    assert_same_bits(np.asarray(normed.features), expected.features)
+    assert_same_bits(np.asarray(pooled), kp.neighbor_reduce(expected.features, levels[0].pools))
+    gradient = jax.grad(lambda f: (program.call(levels, f)[1] ** 2).sum())(features)
+    assert_same_bits(
+        np.asarray(gradient), np.asarray(jax.jit(jax.grad(lambda f: (fn(levels, f)[1] ** 2).sum()))(features))
+    )
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable])
+def test_remat(policy):
+    fn, arguments = convolution()
+
+    def loss(fn):
+        return lambda features, weights: (fn(arguments[0], features, weights) ** 2).sum()
+
+    expected = jax.grad(loss(fn), (0, 1))(*arguments[1:])
+    for wrap in jax.jit, lambda fn: fn:
+        got = wrap(jax.grad(loss(jax.checkpoint(fn, policy=policy)), (0, 1)))(*arguments[1:])
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(np.asarray(a), np.asarray(b))
+
+
+def test_scan_and_map_over_clouds():
+    """Clouds of one size, their lists stacked leaf by leaf."""
+    rng = np.random.default_rng(0)
+    points = rng.random((3, 30, 3)).astype(np.float32)
+    lists, features = [kp.knn_search(p, None, 5) for p in points], rng.normal(size=(3, 30, 4)).astype(np.float32)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *lists)
+    expected = np.stack([f[nb.index.reshape(-1, 5)].max(1) for nb, f in zip(lists, features, strict=True)])
+
+    def one(cloud):
+        return kpj.neighbor_reduce(cloud[1], cloud[0], "max")
+
+    assert_same_bits(np.asarray(jax.lax.map(one, (stacked, features))), expected)
+
+    def total(scale):
+        def step(sum, cloud):
+            return sum + (scale * one(cloud)).sum(), None
+
+        return jax.lax.scan(step, jnp.zeros(()), (stacked, features))[0]
+
+    np.testing.assert_allclose(jax.grad(total)(1.0), expected.sum(dtype=np.float64), rtol=1e-4)
+
+
+def test_an_ensemble_by_vmap_over_parameters():
+    fn, (neighbors, features, weights) = convolution()
+    ensemble = np.stack([weights, -weights, weights[::-1]])
+    got = jax.jit(jax.vmap(fn, in_axes=(None, None, 0)))(neighbors, features, ensemble)
+    for out, each in zip(got, ensemble, strict=True):
+        assert_same_bits(np.asarray(out), by_numpy(neighbors, features, each))
+
+    def loss(weights):
+        return (fn(neighbors, features, weights) ** 2).sum()
+
+    grads = jax.jit(jax.vmap(jax.grad(loss)))(ensemble)
+    for gradient, each in zip(grads, ensemble, strict=True):
+        assert_same_bits(np.asarray(gradient), np.asarray(jax.grad(loss)(each)))
+
+
+def test_arguments_may_be_donated():
+    """No operator writes into what it is given, and what JAX makes of donated memory harms no list."""
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    neighbors = a_list()
+    kept, index = features.copy(), neighbors.index.copy()
+    given, lists = jax.device_put(features), jax.device_put(neighbors)
+
+    def step(features, neighbors):
+        return kpj.relu(features - kpj.neighbor_reduce(features, neighbors)), jax.tree.map(lambda a: a + 1, neighbors)
+
+    got, _ = jax.jit(step, donate_argnums=(0, 1))(given, lists)
+    assert_same_bits(np.asarray(got), np.maximum(features - kp.neighbor_reduce(features, neighbors), 0))
+    assert_same_bits(features, kept)
+    assert_same_bits(neighbors.index, index)
+
+
+@pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
+def test_a_program_is_kept_on_disk(python, tmp_path):
+    code = (
+        "import jax, jax.monitoring, numpy as np, kpcore.jax as kpj\n"
+        "jax.config.update('jax_compilation_cache_dir', 'cache')\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)\n"
+        "events = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: events.append(event))\n"
+        "fn = jax.jit(jax.grad(lambda x: (kpj.leaky_relu(x, 0.5) ** 2).sum()))\n"
+        "print(fn(np.array([-2, 3], np.float32)), any('cache_hits' in event for event in events))"
+    )
+    assert [python(code).stdout for _ in range(2)] == ["[-1.  6.] False\n", "[-1.  6.] True\n"]
+
+
+def test_the_default_dtype(x64):
+    """Of what kpcore.jax makes by itself, with float64 on and off."""
+    points = jnp.asarray(np.random.default_rng(0).random((50, 3)))
+    assert points.dtype == (jnp.float64 if x64 else jnp.float32)
+    sub = kpj.grid_subsample(points, 0.3, labels=np.arange(50))
+    assert sub.points.dtype == points.dtype
+    assert sub.labels.dtype == sub.row_splits.dtype == (jnp.int64 if x64 else jnp.int32)
+    assert kpj.kernel_points(15).dtype == jnp.float32
 
 
 # ---- several devices
