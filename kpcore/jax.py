@@ -28,7 +28,6 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("kpcore.jax needs JAX: pip install kpcore[jax]", name="jax") from None
 
-import jax.export
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
@@ -86,21 +85,32 @@ TO_HOST[jax.Array] = _to_host
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 
-# For jax.export, which keeps a program with the structure of what it takes and gives.
-jax.export.register_pytree_node_serialization(
-    Neighbors,
-    serialized_name="kpcore.Neighbors",
-    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
-    deserialize_auxdata=lambda text: tuple(json.loads(text)),
-)
-jax.export.register_pytree_node_serialization(
-    Pyramid,
-    serialized_name="kpcore.Pyramid",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: None,
-)
-for _record in (Level, BatchNormed, Subsampled, Sampled, Result):
-    jax.export.register_namedtuple_serialization(_record, serialized_name=f"kpcore.{_record.__name__}")
+
+def _register_with_export():
+    """For jax.export, which keeps a program with the structure of what it takes and gives."""
+    export.register_pytree_node_serialization(
+        Neighbors,
+        serialized_name="kpcore.Neighbors",
+        serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    )
+    export.register_pytree_node_serialization(
+        Pyramid,
+        serialized_name="kpcore.Pyramid",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+    )
+    for record in Level, BatchNormed, Subsampled, Sampled, Result:
+        export.register_namedtuple_serialization(record, serialized_name=f"kpcore.{record.__name__}")
+
+
+try:
+    from jax import export
+except ModuleNotFoundError as error:  # JAX 0.5 does not install what its export imports
+    if error.name != "absl":
+        raise
+else:
+    _register_with_export()
 
 
 # ---- several devices
@@ -200,8 +210,8 @@ def _forward(call, arrays):
 
 def _check(op, call, arrays):
     """The operator's checks of dtypes and shapes, made on arrays that have no values: their memory is never touched."""
-    if not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
-        return  # sizes that jax.export leaves open: found when the call runs
+    if op.check is None or not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
+        return  # or sizes are those that jax.export leaves open: what is wrong is found when the call runs
     empty = {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
@@ -246,11 +256,17 @@ def _backward_rule(call, kept, grad):
     if op.field is not None:
         grad = getattr(grad, op.field)
     gradients = dict.fromkeys(arrays)
+    gradients.update({name: _zero_like(arrays[name]) for name in op.diff if arrays[name] is not None})
     if needs and not isinstance(grad, SymbolicZero):
         results = tuple((arrays[name].shape, arrays[name].dtype) for name in needs)
         found = _ffi_call(call, needs, results, arrays, [*saved, grad])
         gradients.update({n: _placed_like(arrays[n], g) for n, g in zip(needs, found, strict=True)})
     return (gradients,)
+
+
+def _zero_like(array):
+    """In place of None, because JAX before 0.8 expects results of one structure, too."""
+    return SymbolicZero((jax.typeof if hasattr(jax, "typeof") else jax.core.get_aval)(array).to_tangent_aval())
 
 
 _differentiable.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
