@@ -39,6 +39,8 @@ def text(file):
             if parameter.kind is parameter.KEYWORD_ONLY and not star:
                 star = parameters.append("*") is None
             annotation = "Any" if parameter.annotation is parameter.empty else str(parameter.annotation)
+            if array == "Tensor" and parameter.name == "seed" and name in OPS:
+                annotation = "int | Tensor"
             default = "" if parameter.default is parameter.empty else " = ..."
             parameters.append(f"{parameter.name}: {annotation.replace('Array', array)}{default}")
         result = RECORDS.get(

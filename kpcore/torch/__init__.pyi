@@ -54,7 +54,7 @@ def concatenate(
 def dropout(
     features: Tensor,
     rate: float,
-    seed: int,
+    seed: int | Tensor,
     *,
     training: bool = ...,
 ) -> Tensor: ...

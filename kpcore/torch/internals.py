@@ -10,11 +10,11 @@ import torch
 from torch.autograd import forward_ad
 
 try:
-    any_requires_grad = torch._C._any_requires_grad
     below_autograd = torch._C._AutoDispatchBelowAutograd
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
     SequenceKey = torch.utils._pytree.SequenceKey
+    register_autocast = torch.library.register_autocast  # public, but not there before 2.7
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
     _autocast_is_on = torch._C._is_any_autocast_enabled
@@ -27,7 +27,7 @@ try:
     _forward_level(forward_ad)
 except AttributeError as error:
     raise ImportError(
-        f"kpcore.torch: expected torch 2.6 to 2.13, got {torch.__version__}, which has changed inside: {error}"
+        f"kpcore.torch: expected torch 2.7 to 2.13, got {torch.__version__}, which differs inside: {error}"
     ) from error
 
 

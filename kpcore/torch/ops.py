@@ -472,7 +472,7 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
             return operator(*flat)
 
     def is_differentiated(flat):
-        return torch.is_grad_enabled() and internals.any_requires_grad(*flat)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in flat if isinstance(t, torch.Tensor))
 
     def autograd(*flat):
         if internals.in_forward_mode(flat):
@@ -500,7 +500,7 @@ def _register(name, schema, kernel, kernel_of_shapes, differentiated):
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
-        torch.library.register_autocast(f"kpcore::{name}", device, torch.float32, lib=_LIBRARY)
+        internals.register_autocast(f"kpcore::{name}", device, torch.float32, lib=_LIBRARY)
     torch.library.register_vmap(f"kpcore::{name}", vmapped, lib=_LIBRARY)
     return call
 
