@@ -161,15 +161,17 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
     return value
 
 
-def splits_array(name, value, rows, of, sizes, *, known=False):
+def splits_array(name, value, rows, of, sizes, *, known=False, traced=False):
     """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item.
 
     On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
-    them, unless they are `known` to be good.
+    them, unless they are `known` to be good. Of an array that is `traced` there are only shape and dtype to look at.
     """
     if value is None:
         return whole(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
     value = array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
+    if traced:
+        return value
     if isinstance(value, np.ndarray):
         value = value.copy()
         check_splits(name, value, rows, of)

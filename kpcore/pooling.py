@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from kpcore import _array, config
@@ -438,23 +440,23 @@ INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features"
 # ---- segment_reduce
 
 
-def _segment_reduce_checked(features, row_splits, reduce, empty, known=True):
+def _segment_reduce_checked(features, row_splits, reduce, empty, **splits):
     sizes = {}
     features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
     reduction = _array.choice("reduce", reduce, _REDUCES)
     return features, row_splits, reduction, _array.number("empty", empty, features.dtype)
 
 
 def _segment_reduce(features, row_splits, reduce, empty):
-    arguments = _segment_reduce_checked(features, row_splits, reduce, empty, known=False)
+    arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
     chooses = reduce in ("max", "min")
     out, choice = _array.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
     return out, (choice,) if chooses else ()
 
 
 def _segment_reduce_vjp(arguments, saved, grad, needs):
-    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments)
+    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments, known=True)
     backend, threads = _array.backend(grad), config.get_num_threads()
     if saved:
         return {"features": backend.unpool(*saved, grad, len(features), threads)}
@@ -470,5 +472,5 @@ def _segment_reduce_result(features, row_splits, reduce, **_):
 
 
 SEGMENT_REDUCE = Op("segment_reduce", _segment_reduce, _segment_reduce_vjp, diff=("features",),
-                    result=_segment_reduce_result, check=_segment_reduce_checked,
+                    result=_segment_reduce_result, check=partial(_segment_reduce_checked, traced=True),
                     copies=("row_splits",))  # fmt: skip

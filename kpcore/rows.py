@@ -7,6 +7,7 @@ uses all threads; no result depends on how many.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -277,7 +278,7 @@ def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, 
                       eps=eps, negative_slope=negative_slope)  # fmt: skip
 
 
-def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, negative_slope, known=True):
+def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, negative_slope, **splits):
     sizes = {}
     features = _array.array("features", features, "N C", _array.FEATURES, sizes)
     scale = _array.array("scale", scale, "C", _array.FEATURES, sizes, like=("features", features))
@@ -285,13 +286,13 @@ def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, n
     num_groups = _array.integer("num_groups", num_groups, 1)
     if num_groups > max(1, features.shape[1]) or features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, known=known)
+    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
     eps = _array.length("eps", eps, np.dtype(np.float64))
     return features, num_groups, scale, shift, row_splits, eps, _slope(negative_slope, features)
 
 
 def _group_norm(**arguments):
-    features, num_groups, scale, shift, row_splits, eps, slope = _group_norm_arguments(**arguments, known=False)
+    features, num_groups, scale, shift, row_splits, eps, slope = _group_norm_arguments(**arguments)
     threads, backend = config.get_num_threads(), _array.backend(features)
     mean, variance = backend.moments(features, row_splits, num_groups, threads)
     inverse_std = 1 / np.sqrt(variance + eps)
@@ -319,7 +320,7 @@ GROUP_NORM = Op(
     _group_norm_vjp,
     diff=("features", "scale", "shift"),
     result=_group_norm_result,
-    check=_group_norm_arguments,
+    check=partial(_group_norm_arguments, traced=True),
     copies=("row_splits",),
 )
 
