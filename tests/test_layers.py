@@ -201,7 +201,8 @@ def late(make):
 
 
 def test_without_memory_at_first(make):
-    module, inputs = late(make), case()
+    module, (points, _, _, features) = late(make), case()
+    inputs = points, None, kpt.radius_search(points, None, 0.35), features
     torch.manual_seed(3)
     expected = make()
     for name, state in expected.state_dict().items():
