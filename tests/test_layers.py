@@ -470,7 +470,12 @@ def test_layers_of_published_code(shared, file, case, published):
     assert abs(ours[1:].mean() / theirs[1:].mean() - 1) < 0.01
     layer.load_state_dict(state)
     points, queries, features = (torch.from_numpy(g[f"in/{name}"]) for name in ("s_points", "q_points", "features"))
-    out = layer(points, None if len(points) == len(queries) else queries, torch.from_numpy(g["in/neighbors"]), features)
+    neighbors, more = torch.from_numpy(g["in/neighbors"]), {}
+    if len(points) == len(queries):
+        queries = None
+    elif groups:  # the published attention is of the first neighbor in a row, of zeros where there is none
+        more["query_features"] = torch.cat([features, torch.zeros_like(features[:1])])[neighbors[:, 0]]
+    out = layer(points, queries, neighbors, features, **more)
     assert_close((out + bias).detach().numpy(), g["out/output"], 1e-10)
 
 

@@ -98,9 +98,11 @@ def test_max_neighbors_keeps_the_nearest_ties_by_index(name, max_neighbors, sort
     check_search(points, None, radius, max_neighbors=max_neighbors, sort=sort)
 
 
-def test_max_neighbors_beyond_64_bits():
+def test_max_neighbors_of_64_bits():
     points, radius = clouds.uniform(50)
-    check_search(points, None, radius, max_neighbors=2**70)
+    check_search(points, None, radius, max_neighbors=2**63 - 1)
+    with pytest.raises(ValueError, match="max_neighbors"):
+        kp.radius_search(points, None, radius, max_neighbors=2**63)
 
 
 @given(st.data())
