@@ -894,8 +894,7 @@ from kpcore import nn
 from kpcore.nn import checkpoints
 from kpcore.scenes import segmentation
 np.savez("a.npz", points=np.zeros((9, 3)))
-if len(sys.argv) > 1:
-    signal.signal(signal.{name}, signal.SIG_IGN)
+signal.signal(signal.{name}, signal.SIG_IGN if len(sys.argv) > 1 else signal.SIG_DFL)  # whoever runs the tests
 def end(*args, **kwargs):
     assert [name for name in os.listdir() if "part" in name]
     os.kill(os.getpid(), signal.{name})
