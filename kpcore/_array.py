@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import math
 import numbers
 import operator
@@ -336,15 +335,16 @@ def not_measurable(points, row_splits, metric="l2", queries=None, queries_row_sp
     """
     if error := _not_finite(points=points, queries=queries):
         return error
-    points, bounds, limits = on_host(points), on_host(row_splits), np.finfo(points.dtype)
-    for item, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if begin == end:
+    arrays, limits = [(on_host(points), on_host(row_splits))], np.finfo(points.dtype)
+    if queries is not None:
+        arrays.append((on_host(queries), on_host(queries_row_splits)))
+    num_items = len(row_splits) - 1
+    for item in range(num_items):
+        parts = [values[bounds[item] : bounds[item + 1]] for values, bounds in arrays]
+        if not all(map(len, parts)):
             continue
-        there = points[begin:end]
-        if queries is not None:
-            there = np.concatenate([there, on_host(queries)[slice(*on_host(queries_row_splits)[item : item + 2])]])
         with np.errstate(over="ignore", under="ignore"):
-            sides = np.ptp(there, axis=0)
+            sides = np.ptp(np.concatenate(parts), axis=0)
             of_axis = sides * sides if metric == "l2" else sides
             measured = of_axis.max() if metric == "linf" else functools.reduce(operator.add, of_axis)
         if not sides.any() or (limits.tiny <= measured and (is_bounded or measured <= limits.max)):
@@ -352,7 +352,7 @@ def not_measurable(points, row_splits, metric="l2", queries=None, queries_row_sp
         return ValueError(
             f"points: expected {'squared ' * (metric == 'l2')}distances that {points.dtype} can hold, got "
             f"points{'' if queries is None else ' and queries'} up to {np.hypot.reduce(sides.astype(np.float64)):.3g} "
-            f"apart{f' in item {item}' * (len(bounds) > 2)}; "
+            f"apart{f' in item {item}' * (num_items > 1)}; "
             f"{'convert them to float64 or ' * (points.dtype == np.float32)}rescale them"
         )
     return None

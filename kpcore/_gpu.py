@@ -277,7 +277,9 @@ def _check_boxes(points, row_splits, metric, problems, queries=None, queries_row
     if queries is not None:
         m = len(queries)
         _launch(kernels, "grow_boxes", m, queries, np.int64(m), queries_row_splits, np.int32(items), boxes)
-    _launch(kernels, "check_boxes", items, boxes, row_splits, np.int32(items), problems)
+    else:
+        queries_row_splits = row_splits
+    _launch(kernels, "check_boxes", items, boxes, row_splits, queries_row_splits, np.int32(items), problems)
 
 
 def _nearest(search, k, sort):

@@ -44,11 +44,11 @@ extern "C" __global__ void grow_boxes(const T* points, int64_t num_points, const
   }
 }
 
-// problems[0] = 1 where distances in the box of an item that has points do not
-extern "C" __global__ void check_boxes(const unsigned long long* boxes, const int64_t* points_splits, int num_items,
-                                       unsigned* problems) {
+// problems[0] = 1 where distances in the box of an item that has points and queries do not
+extern "C" __global__ void check_boxes(const unsigned long long* boxes, const int64_t* points_splits,
+                                       const int64_t* queries_splits, int num_items, unsigned* problems) {
   for (int64_t item = first_thread(); item < num_items; item += num_threads()) {
-    if (points_splits[item] == points_splits[item + 1]) continue;
+    if (points_splits[item] == points_splits[item + 1] || queries_splits[item] == queries_splits[item + 1]) continue;
     T sides[D];
     for (int a = 0; a < D; ++a)
       sides[a] = T(-from_ordered(boxes[item * 2 * D + D + a])) - T(from_ordered(boxes[item * 2 * D + a]));

@@ -145,8 +145,9 @@ struct Plan {
     for (int64_t s = 0; s < sets; ++s) {
       double low[max_dimension], high[max_dimension], its_low[max_dimension], its_high[max_dimension];
       index().box_of(s % head.items, low, high);
-      if (!(low[0] <= high[0])) continue;
+      if (!(low[0] <= high[0])) continue;  // no points
       if (search.queries.data) {
+        if (splits[s] == splits[s + 1]) continue;
         bounding_box<T, Kind::dimension>(as<T>(search.queries) + splits[s] * D, splits[s + 1] - splits[s],
                                          search.threads, its_low, its_high, D);
         for (int a = 0; a < D; ++a) low[a] = smaller(low[a], its_low[a]), high[a] = larger(high[a], its_high[a]);

@@ -64,8 +64,8 @@ def assert_same_pairs(got, expected, distance, radius, band):
 
 
 def tells_apart(points, queries=None, metric="l2", points_row_splits=None, queries_row_splits=None, **_):
-    """Whether, of every item, the measure of the diagonal of the box around its points and queries is zero or a normal
-    number of their dtype. Exact."""
+    """Whether, of every item that has both, the measure of the diagonal of the box around its points and queries is
+    zero or a normal number of their dtype. Exact."""
     limits = np.finfo(points.dtype)
     if queries is None:
         queries, queries_row_splits = points, points_row_splits
@@ -74,7 +74,7 @@ def tells_apart(points, queries=None, metric="l2", points_row_splits=None, queri
         itertools.pairwise(splits_or_whole(queries_row_splits, len(queries))),
         strict=True,
     ):
-        if a == b:
+        if a == b or c == d:
             continue
         both = np.concatenate([points[a:b], queries[c:d]]).astype(np.float64).T
         sides = [Fraction(axis.max()) - Fraction(axis.min()) for axis in both]

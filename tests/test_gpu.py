@@ -298,6 +298,9 @@ def test_squares_that_overflow_or_vanish(dtype, scale):
     check(kp.knn_search, points, None, 3, metric="l1")
     check(kp.knn_search, points, queries, 3, metric="linf")
     check(kp.knn_search, np.full((9, 3), scale, dtype), None, 3)
+    check(kp.knn_search, points, queries[:0], 3)
+    check(kp.knn_search, points, np.zeros((2, 3), dtype), 3, points_row_splits=splits,
+          queries_row_splits=np.array([0, 0, 2, 2]))  # fmt: skip
     check(kp.radius_search, points, queries, radius, return_distances=scale > 1)
     if scale > 1:
         check(kp.radius_search, points, queries, radius, max_neighbors=3)

@@ -342,6 +342,9 @@ def test_the_item_with_squares_that_overflow_is_named():
                  lambda: kp.farthest_point_sampling(points, 3, row_splits=splits)):  # fmt: skip
         with pytest.raises(ValueError, match=r"points: .* got points up to .*e\+25 apart in item 2; convert them"):
             call()
+    near = np.array([0, 5, 5, 5, 9])  # nobody asks in item 2
+    check_knn(points, points[:9], 3, points_row_splits=splits, queries_row_splits=near)
+    check_knn(points, points[:0], 3)
     # Far from each other, but not within an item.
     points[50:60] = points[0] + np.float32(1e25)
     check_knn(points, None, 3, points_row_splits=splits)
