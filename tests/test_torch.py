@@ -478,6 +478,7 @@ def test_advice_is_about_tensors():
         ),
         (lambda: kpt.grid_subsample(x.int(), 1.0), r"points\.to\(torch\.float32\)"),
         (lambda: kpt.KDTree(x.int()), r"points\.to\(torch\.float32\)"),
+        (lambda: kpt.knn_search([[0.0, 0.0]], None, 1), r"points: expected a torch tensor, got list; .*torch\.tensor"),
     ):
         with pytest.raises(TypeError, match=error):
             call_of()
