@@ -264,10 +264,10 @@ def between(name, value, low, high):
 
 def not_negative(name, value):
     """A finite number of at least zero."""
-    found = number(name, value, np.dtype(np.float64))
-    if not found >= 0:
+    size = number(name, value, np.dtype(np.float64))
+    if not size >= 0:
         raise ValueError(f"{name}: expected a number of at least zero, got {value}")
-    return found
+    return size
 
 
 def boolean(name, value):

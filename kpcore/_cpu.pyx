@@ -459,7 +459,7 @@ def frozen(cnp.ndarray array not None):
 
 
 def checked_list(index, row_splits, int64_t num_points, bint copy, int threads):
-    """(index int32, row_splits int64) of a list from outside; `copy`: an index of its own, else it may be the same one"""
+    """(index int32, row_splits int64) of a list from outside; with `copy` the index is always a new array"""
     out_index = np.empty(len(index), np.int32) if copy or index.dtype != np.int32 else None
     out_row_splits = np.empty(len(row_splits), np.int64)
     cdef CheckList args
@@ -499,17 +499,17 @@ def padded(index, row_splits, int64_t width, int64_t fill, dtype, int threads):
 def unpadded(matrix, int64_t num_points, int threads):
     """(index, row_splits) of a matrix (M, width) in which -1 and num_points are none"""
     row_splits = np.empty(len(matrix) + 1, np.int64)
-    cdef Array given = view(matrix), bounds = view(row_splits), to
-    given.cols = matrix.shape[1]
-    given.rows = len(matrix)
+    cdef Array padded_rows = view(matrix), bounds = view(row_splits), to
+    padded_rows.cols = matrix.shape[1]
+    padded_rows.rows = len(matrix)
     cdef Status status
     with nogil:
-        status = kernels().count_padded(given, num_points, bounds, threads)
+        status = kernels().count_padded(padded_rows, num_points, bounds, threads)
     raise_for(status)
     index = np.empty(row_splits[-1], np.int32)
     to = view(index)
     with nogil:
-        status = kernels().unpad(given, num_points, bounds, to, threads)
+        status = kernels().unpad(padded_rows, num_points, bounds, to, threads)
     raise_for(status)
     return index, row_splits
 
@@ -1055,11 +1055,11 @@ def add(first, second, int threads):
 
 def sum_squares(values, int threads):
     """A float, of an array of any shape"""
-    cdef Array given = view(values)
+    cdef Array numbers = view(values)
     cdef double total = 0
     cdef Status status
     with nogil:
-        status = kernels().sum_squares(given, &total, threads)
+        status = kernels().sum_squares(numbers, &total, threads)
     raise_for(status)
     return total
 

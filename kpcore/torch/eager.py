@@ -75,7 +75,19 @@ class _Made:
     __slots__ = ("arguments", "out", "saved")
 
 
-class _Forward(torch.autograd.Function):
+class _OfAnOperator(torch.autograd.Function):
+    """Says of transforms that are not there which operator they are not there for."""
+
+    @staticmethod
+    def vmap(info, in_dims, op, *_):
+        raise NotImplementedError(f"{op.name}: {NO_VMAP}")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
+
+
+class _Forward(_OfAnOperator):
     @staticmethod
     def forward(op, arguments, made, *tensors):
         made.arguments = {
@@ -98,16 +110,8 @@ class _Forward(torch.autograd.Function):
         found = iter(internals.apply(_Backward, ctx.op, ctx.made, needed, grad))
         return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
 
-    @staticmethod
-    def vmap(info, in_dims, op, *_):
-        raise NotImplementedError(f"{op.name}: {NO_VMAP}")
 
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
-
-
-class _Backward(torch.autograd.Function):
+class _Backward(_OfAnOperator):
     @staticmethod
     def forward(op, made, needed, grad):
         def gradients():
@@ -124,14 +128,6 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise NotImplementedError(f"{ctx.op.name}: {NO_SECOND}")
-
-    @staticmethod
-    def vmap(info, in_dims, op, *_):
-        raise NotImplementedError(f"{op.name}: {NO_VMAP}")
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
 
 
 class KDTree(kpcore.KDTree):
