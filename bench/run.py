@@ -351,7 +351,9 @@ def main():
     parser.add_argument("--only", choices=[*cases.TASKS, *networks.TASKS], help="one case")
     parser.add_argument("--out", type=Path, help="folder for the results; bench/results for a complete run")
     parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
-    parser.add_argument("--python", action="append", help="for threads: an interpreter whose kpcore is measured; again")
+    parser.add_argument(
+        "--python", action="append", help="for threads: measure the kpcore of this interpreter; several may be named"
+    )
     options = parser.parse_args()
     if options.device == "threads":
         import threads

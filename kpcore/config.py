@@ -168,9 +168,9 @@ def _imported(module, missing):
     except Exception as error:  # a package of another NumPy's raises what it likes
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ModuleNotFoundError(missing, name=package) from None
-        said = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).split()) or "no reason given"
         raise ImportError(
-            f"{package} is installed but cannot be imported: {type(error).__name__}: {said}", name=package
+            f"{package} is installed but cannot be imported: {type(error).__name__}: {reason}", name=package
         ) from error
 
 
@@ -219,8 +219,8 @@ def _free_in_groups():
             cached = "total_inactive_file", "total_active_file"
         else:
             continue
-        own = root / path.strip("/")  # not there where a container sees its own group as the root
-        for group in (own, *own.parents)[: 1 + len(own.relative_to(root).parts)]:
+        inner = root / path.strip("/")  # not there where a container sees its own group as the root
+        for group in (inner, *inner.parents)[: 1 + len(inner.relative_to(root).parts)]:
             try:
                 room = int((group / most).read_text()) - int((group / used).read_text())  # "max" has no limit
                 numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
