@@ -63,7 +63,7 @@ from kpcore.subsampling import Subsampled, grid_subsample
 
 
 def __getattr__(name):
-    if name in ("jax", "nn", "ops", "scenes", "torch"):  # the frameworks and the readers are imported when first used
+    if name in ("io", "jax", "nn", "ops", "scenes", "torch"):  # frameworks and readers are imported when first used
         return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
 

@@ -10,6 +10,8 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the importlib mode puts no folder there: reference, clouds, gradcheck
 
+from files import NEEDS
+
 import kpcore as kp
 from kpcore import _cpu
 
@@ -83,3 +85,17 @@ def python(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write bytes to a file of that name; its path. Skips where the package that reads its kind is not there."""
+
+    def write(name, data):
+        if package := NEEDS.get(name[name.rindex(".") :].lower()):
+            pytest.importorskip(package)
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write

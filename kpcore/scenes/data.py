@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import kpcore as kp
+from kpcore.io import ReadError, read
 from kpcore.scenes.indoor import indoor
-from kpcore.scenes.readers import ReadError, read
 from kpcore.scenes.settings import OWN, SettingsError
 
 _LARGEST = 10.0  # of a feature, either way

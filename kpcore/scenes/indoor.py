@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .readers import Cloud
+from kpcore.io import Cloud
 
 NAMES = (
     "ceiling", "floor", "wall", "window", "door", "column", "table", "chair",

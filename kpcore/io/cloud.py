@@ -1,0 +1,310 @@
+"""What every format ends in: a Cloud, and the rules by which columns become points, colours, labels and fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+# Usual names of labels, the first there is counts: of a field, and of an array in an NPZ.
+LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
+LABEL_ARRAYS = ("labels", "label", "classes", "y")
+COLORS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+UNLABELED = -1
+
+
+class ReadError(ValueError):
+    """The file cannot be read; the message is one line that names the file and the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """A point cloud ready for kpcore: float32 coordinates near the origin.
+
+    points : (N, 3) float32, finite; the file's own coordinates are ``points + shift``.
+    colors : (N, 3) uint8, or None.
+    labels : (N,) int32, -1 for points without one (NaN, or all bits set, as in an unsigned -1); or None.
+    shift : (3,) float64, subtracted in float64 before rounding to float32. It is zero unless the largest coordinate
+        exceeds both 1000 and ten extents of the cloud, where float32 would lose detail (half a metre at UTM northings).
+        Points far from nine tenths of the others, and points at (0, 0, 0), have no say in it.
+    left_out : how many points were left out for a coordinate that is NaN, infinite or beyond float32.
+    names : the class names that labels index, or None.
+    up : the axis that points away from the ground; a depth camera's own frame has y pointing down.
+    fields : what else was asked for, by name in lower case, each (N,): float32 where that holds every value of the
+        file's type (integers of up to 16 bits, float32), else float64.
+    kept : (n,) bool, which of the file's points these are; None: all.
+    rounding : the largest change of a coordinate by rounding to float32, in the file's unit.
+    unlabeled : why labels is None, in words.
+    """
+
+    points: np.ndarray
+    colors: np.ndarray | None
+    labels: np.ndarray | None
+    shift: np.ndarray
+    left_out: int = 0
+    names: tuple[str, ...] | None = None
+    up: tuple[int, int, int] = (0, 0, 1)
+    fields: dict = field(default_factory=dict)
+    kept: np.ndarray | None = None
+    rounding: float = 0.0
+    unlabeled: str | None = None
+
+
+class Content(NamedTuple):
+    """What is in a file, as its format's reader gives it."""
+
+    points: np.ndarray  #: (N, 3) float32 or float64
+    names: tuple  #: of all fields that may be asked for
+    fields: dict  #: by the name asked for, in the file's types
+    colors: np.ndarray | None = None  #: (N, 3) uint8
+    labels: np.ndarray | None = None  #: (N,) int32
+    unlabeled: str | None = None  #: why there are no labels
+    up: tuple = (0, 0, 1)
+    doubt: str | None = None  #: what may be another thing than it was read as, a warning
+
+
+class Asked(NamedTuple):
+    """What is wanted of a file besides points and colours; names as they were written."""
+
+    fields: tuple = ()
+    label: str | None = None  #: the field of the labels; None: the first there is of the usual names
+    columns: tuple | None = None  #: names for the columns of a table that names none
+
+
+class LabelField(NamedTuple):
+    """Where in a file labels are, or are to be added."""
+
+    name: str
+    num: int  #: how many points the file has
+    least: int  #: label that it holds
+    most: int
+    write: Callable  #: (path, labels, kept): the file again with these labels of the points that are kept
+
+
+def span(dtype):
+    """The least and the largest whole number up to which a type holds all."""
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f":
+        most = 2 ** (np.finfo(dtype).nmant + 1)
+        return -most, most
+    return (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+
+
+class Columns:
+    """Named arrays of a file, in its order. A name is meant as it is written, else in any case, else after "scalar_",
+    which CloudCompare puts in front."""
+
+    def __init__(self, pairs):
+        self.pairs = [(str(name), np.asarray(values)) for name, values in pairs]
+
+    @property
+    def names(self):
+        return tuple(name for name, _ in self.pairs)
+
+    def find(self, name):
+        """The array that the name means; None if none."""
+        at = position(self.names, name)
+        return None if at is None else self.pairs[at][1]
+
+
+def position(names, name):
+    """Which of a file's names is meant by a name, see `Columns`; None if none, an error if two are equally near."""
+    small, bare = name.lower(), [one.lower().removeprefix("scalar_") for one in names]
+    for nearness in (
+        [one == name for one in names],
+        [one.lower() == small for one in names],
+        [one == small for one in bare],
+    ):
+        if sum(nearness) > 1:
+            raise ReadError(f"has {sum(nearness)} fields named {name}")
+        if any(nearness):
+            return nearness.index(True)
+    return None
+
+
+def first_of(names, usual):
+    """The position of the first of the usual names that a file has; None if none."""
+    return next((at for one in usual if (at := position(names, one)) is not None), None)
+
+
+def listed(names):
+    """Names for a message."""
+    text = " ".join(names)
+    return (text if len(text) <= 400 else f"{text[:400]} ...") or "none"
+
+
+def from_columns(columns, asked, label_names=LABELS):
+    """Content of `Columns`."""
+    xyz = [columns.find(axis) for axis in "xyz"]
+    if missing := [axis for axis, values in zip("xyz", xyz, strict=True) if values is None]:
+        raise ReadError(f"has no field {' '.join(missing)}; there are {listed(columns.names)}")
+    if any(values.dtype.kind not in "fiu" or values.ndim != 1 for values in xyz):
+        raise ReadError("x, y and z are not plain numbers")
+    single = all(values.dtype.newbyteorder("=") in (np.float16, np.float32) for values in xyz)
+    points = np.column_stack([values.astype(np.float32 if single else np.float64) for values in xyz])
+
+    colors = None
+    for names in COLORS:
+        rgb = [columns.find(name) for name in names]
+        if colors is None and all(values is not None for values in rgb):
+            colors = colors_of(np.column_stack(rgb))
+    packed = next((values for name in ("rgb", "rgba") if (values := columns.find(name)) is not None), None)
+    if colors is None and packed is not None and packed.ndim == 1 and packed.dtype.itemsize == 4:
+        bits = np.ascontiguousarray(packed, packed.dtype.newbyteorder("=")).view(np.uint32)
+        colors = colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
+    labels, unlabeled = found_labels(columns, asked, label_names)
+    return Content(points, columns.names, found_fields(columns, asked), colors, labels, unlabeled)
+
+
+def found_fields(columns, asked):
+    """The fields that were asked for; an error that lists those there are unless all are there."""
+    wanted = (*asked.fields, *([] if asked.label is None else [asked.label]))
+    if missing := sorted({name for name in wanted if columns.find(name) is None}):
+        raise ReadError(f"has no field {' '.join(missing)}; there are {listed(columns.names)}")
+    return {name: columns.find(name) for name in asked.fields}
+
+
+def found_labels(columns, asked, usual=LABELS):
+    """(labels or None, why there are none) of the field that was asked for, else of the first of the usual names."""
+    if asked.label is not None:
+        values = columns.find(asked.label)
+        labels, reason = (None, None) if values is None else labels_of(values, f"field {asked.label}", blank=True)
+        if reason:
+            raise ReadError(reason)
+        return labels, None
+    at = first_of(columns.names, usual)
+    if at is None:
+        return None, "none of its fields has a usual name of labels"
+    return labels_of(columns.pairs[at][1], f"field {columns.names[at]}")
+
+
+def labels_of(values, name, blank=False):
+    """(labels or None, why there are none) of anything that holds whole numbers.
+
+    NaN, and the largest of an unsigned type of 32 or 64 bits, mean a point without a label: -1. Unless `blank`, labels
+    that are 0 throughout (never classified) are none.
+    """
+    values = np.asarray(values)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1 or values.dtype.kind not in "fiub":
+        return None, f"{name} is not one plain number for each point: {values.shape[1:]} {values.dtype}"
+    if np.can_cast(values.dtype, np.int32):
+        return (values.astype(np.int32), None) if blank or values.any() else (None, f"{name} is 0 throughout")
+    none = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
+    none |= (values == 2**32 - 1) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
+    labels = np.where(none, 0, values)
+    wrong = ~((labels >= -(2.0**31)) & (labels < 2.0**31) & (labels == np.floor(labels)))
+    if wrong.any():
+        at = int(wrong.argmax())
+        return None, f"{name} holds {values[at]} (point {at}), which is no label: expected whole numbers of 32 bits"
+    if len(values) and none.all():
+        return None, f"{name} is {values[0]} throughout"
+    if not (blank or labels.any() or none.any()):
+        return None, f"{name} is 0 throughout"
+    return np.where(none, UNLABELED, labels).astype(np.int32), None
+
+
+def from_table(table, asked):
+    """Content of a table without names: x y z, and r g b where only three columns can be these.
+
+    Never labels, as nothing tells x y z r g b label (S3DIS) from x y z intensity r g b (PTS).
+    """
+    if table.ndim != 2 or table.shape[1] < 3 or table.dtype.kind not in "fiu":
+        raise ReadError(f"expected an (N, 3 or more) table of numbers, got {table.shape} {table.dtype}")
+    num, width = table.shape
+    if asked.columns:
+        if len(asked.columns) != width:
+            raise ReadError(f"has {width} columns, but columns names {len(asked.columns)}: {listed(asked.columns)}")
+        return from_columns(Columns(zip(asked.columns, table.T, strict=True)), asked)
+    if num < width and width > 9:
+        raise ReadError(f"expected a row for each point, got {table.shape}: transpose it, or name its columns")
+    columns = dict(zip("xyz", table.T, strict=False))
+    places = [at for at in ((3,) if width == 6 else (3, 4)) if _may_be_colors(table[:, at : at + 3])]
+    if len(places) == 1:
+        columns |= zip("rgb", table[:, places[0] : places[0] + 3].T, strict=True)
+    content = from_columns(Columns(columns.items()), asked)
+    doubt = None
+    if len(places) == 2:
+        doubt = (f"its {width} columns without names may be x y z r g b label or x y z intensity r g b: neither "
+                 "colours nor labels were read; columns= names them")  # fmt: skip
+    reason = "its columns have no names; columns=, in settings [data] columns, names them"
+    return content._replace(unlabeled=content.unlabeled and reason, doubt=doubt)
+
+
+def _may_be_colors(rgb):
+    return rgb.shape[1] == 3 and rgb.size and rgb.min() >= 0 and 1 < rgb.max() <= 255 and (rgb == np.floor(rgb)).all()
+
+
+def colors_of(rgb):
+    """uint8 from 8-bit, 16-bit or 0..1 colours; None if all are black, as where a field was left blank."""
+    if rgb.ndim != 2 or rgb.shape[1] < 3 or rgb.dtype.kind not in "fiu":
+        raise ReadError(f"expected (N, 3) colours, got {rgb.shape} {rgb.dtype}")
+    rgb = np.nan_to_num(rgb[:, :3])
+    if not rgb.any():
+        return None
+    if rgb.dtype.kind == "f" and rgb.max() <= 1:
+        rgb = np.round(rgb * 255)
+    elif rgb.max() > 255:
+        rgb = rgb // 256
+    return rgb.clip(0, 255).astype(np.uint8)
+
+
+def cloud_of(content):
+    """The Cloud of what a reader found."""
+    points, colors, labels = content.points, content.colors, content.labels
+    if len(points) == 0:
+        raise ReadError("holds no points")
+    fields = {name.lower(): _field(name, values) for name, values in content.fields.items()}
+    for name, array in (("colors", colors), ("labels", labels), *fields.items()):
+        if array is not None and len(array) != len(points):
+            raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
+
+    keep = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # False for NaN as well
+    if not keep.any():
+        raise ReadError(f"holds no finite points: all {len(points)} have a coordinate that is NaN or infinite")
+    kept = None if keep.all() else keep
+    if kept is not None:
+        points, colors, labels = (a if a is None else a[kept] for a in (points, colors, labels))
+        fields = {name: values[kept] for name, values in fields.items()}
+    shift = _shift(points)
+    exact = points - shift if shift.any() else points
+    points = np.ascontiguousarray(exact, np.float32)
+    rounding = 0.0 if exact.dtype == np.float32 else float(np.abs(exact - points).max())
+    return Cloud(points, colors, labels, shift, int((~keep).sum()), None, content.up, fields, kept, rounding,
+                 content.unlabeled if labels is None else None)  # fmt: skip
+
+
+def _shift(points):
+    """What is subtracted, see `Cloud`; of a cloud without outliers floor(lowest) or zero.
+
+    One point at (0, 0, 0) in a scan at UTM northings would switch it off if all points had a say: 0.25 m lost.
+    """
+    placed = points[points.any(axis=1)]
+    if len(placed) == 0:
+        return np.zeros(3)
+    low, high = placed.min(axis=0).astype(np.float64), placed.max(axis=0).astype(np.float64)
+    sample = placed[:: 1 + len(placed) // 100_000].astype(np.float64)
+    least, most = np.quantile(sample, (0.05, 0.95), axis=0)
+    reach = 10.0 * (most - least).max()
+    if (low < least - reach).any() or (high > most + reach).any():
+        near = placed[((placed >= least - reach) & (placed <= most + reach)).all(axis=1)]
+        low, high = near.min(axis=0).astype(np.float64), near.max(axis=0).astype(np.float64)
+    far = max(np.abs(low).max(), np.abs(high).max()) > max(1000.0, 10.0 * (high - low).max())
+    return np.floor(low) if far else np.zeros(3)
+
+
+def _field(name, values):
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "fiub":
+        raise ReadError(f"field {name} is not one plain number for each point: {values.shape[1:]} {values.dtype}")
+    exact = np.result_type(values.dtype, np.float32)  # float32 or float64
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and (abs_max := _largest(values)) > 2**53:
+        raise ReadError(f"field {name} holds {abs_max}, which float64 cannot tell from its neighbours")
+    return values.astype(exact)
+
+
+def _largest(values):
+    return max(abs(int(values.min(initial=0))), int(values.max(initial=0)))

@@ -1,0 +1,170 @@
+"""Which format reads which file, and writes labels into it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from kpcore.files import whole
+from kpcore.io import las, npz, pcd, ply, sweeps, text
+from kpcore.io.cloud import Asked, ReadError, cloud_of
+
+READERS = {
+    ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
+    ".xyz": text.read, ".txt": text.read, ".csv": text.read, ".pts": text.read, ".bin": sweeps.read,
+}  # fmt: skip
+SIGNATURES = [
+    (b"ply", "PLY", {".ply"}),
+    (b"LASF", "LAS", {".las", ".laz"}),
+    (b"\x93NUMPY", "NPY", {".npy"}),
+    (b"PK\x03\x04", "NPZ", {".npz"}),
+]
+LABELED = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # those that labels are written to
+
+
+def read(path, *, fields=(), label=None, columns=None):
+    """Read a point cloud from a file; its extension names the format.
+
+    PLY, PCD (ascii, binary, binary_compressed), LAS, LAZ and COPC, NPY (a table or a structured array), NPZ (points,
+    colors, labels), XYZ / TXT / CSV (comma, semicolon, tab or space; with a header line or without), PTS, KITTI and
+    nuScenes .bin.
+
+    Parameters
+    ----------
+    path : str or Path
+    fields : sequence of str
+        Names of what else to read, such as intensity; an error unless they are there. A name is meant as it is written
+        in the file, else in any case, else after "scalar_", which CloudCompare puts in front.
+    label : str, optional
+        The field of the labels. Otherwise it is the first there is of the usual names (label, labels, class,
+        classification, semantic, semantic_label, class_id), unless that is 0 throughout.
+    columns : sequence of str, optional
+        Names for the columns of a table that has none (text, NPY, NPZ, .bin), such as ``"x y z intensity".split()``.
+        Without them a table holds x y z, then r g b where only three of its columns can be colours, and no labels: x y
+        z r g b label and x y z intensity r g b look alike.
+
+    Returns
+    -------
+    Cloud
+
+    Raises
+    ------
+    ReadError
+        The file is not whole and valid, or lacks what was asked for.
+    ModuleNotFoundError
+        The format needs a package that is not installed.
+    """
+    path = Path(path)
+    asked = Asked(tuple(fields), label, None if columns is None else tuple(columns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the readers' grumbles: each is an error here, or of no consequence
+        content = told(path, lambda: _content(path, asked))
+        cloud = told(path, lambda: cloud_of(content))
+    if content.doubt:
+        warnings.warn(f"{path}: {content.doubt}", stacklevel=2)
+    return cloud
+
+
+def told(path, work):
+    """What the work returns; what is wrong with the file is a ReadError of one line that names it."""
+    try:
+        return work()
+    except (ImportError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except ReadError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except BaseException as error:  # lazrs is Rust: its panics arrive as bare BaseExceptions
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = f"damaged, or not what its extension says: {said}"
+    raise ReadError(f"{path}: {reason}")
+
+
+def _content(path, asked):
+    if path.is_dir():
+        raise ReadError("is a directory")
+    if path.exists() and not path.is_file():
+        raise ReadError("is not a regular file")
+    size = path.stat().st_size
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ReadError(f"unknown extension {path.suffix!r}; kpcore reads {' '.join(READERS)}")
+    if size == 0:
+        raise ReadError("is empty")
+    with path.open("rb") as file:
+        start = file.read(11)
+    actual = next((kind for signature, kind, _ in SIGNATURES if start.startswith(signature)), None)
+    expected = next((kind for _, kind, suffixes in SIGNATURES if path.suffix.lower() in suffixes), None)
+    if actual != expected:
+        raise ReadError(f"is a {actual} file" if actual else f"is not a {expected} file")
+    return reader(path, size, asked)
+
+
+def check_out(source, out):
+    """An error unless labels of that file can be written to this one."""
+    source, out = Path(source), Path(out)
+    kinds = [LABELED.get(path.suffix.lower()) for path in (source, out)]
+    if None in kinds or kinds[0] != kinds[1]:
+        raise ReadError(f"{out}: labels are written to PLY, LAS, LAZ and NPZ files, of the kind of {source}")
+    if not out.parent.is_dir():
+        raise ReadError(f"{out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ReadError(f"{out}: is a directory")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ReadError(f"{out}: expected another file than the one that is read")
+    if not os.access(out.parent, os.W_OK):
+        raise ReadError(f"{out}: the folder {out.parent} cannot be written to")
+
+
+def label_field(source, num, *, label=None, values=()):
+    """The LabelField of a file in which the labels of that many points go; an error unless it holds these values."""
+    source = Path(source)
+    field = told(source, lambda: LABELED[source.suffix.lower()].label_field(source, label))
+    if field.num != num:
+        raise ReadError(f"{source}: holds {field.num} points, got labels of {num}")
+    if len(values) and not (field.least <= np.min(values) and np.max(values) <= field.most):
+        low, high = np.min(values), np.max(values)
+        raise ReadError(f"{source}: {field.name} holds {field.least} to {field.most}, got labels {low} to {high}; "
+                        "label= names another field, or a new one")  # fmt: skip
+    return field
+
+
+def write_labels(source, out, labels, *, kept=None, label=None):
+    """Write a file again with other labels, whole or not at all; all else stays as it is.
+
+    Without `label` they go into the classification of a LAS or LAZ, and in a PLY or NPZ into the first there is of the
+    usual names, or a new one called label, in an NPZ labels. Of a LAS or LAZ every byte but those of the labels is
+    kept, the points of a LAZ being compressed again. A COPC becomes a plain LAZ, as its octree says where in the file
+    its points are.
+
+    Parameters
+    ----------
+    source, out : path
+    labels : (N,) integers
+    kept : (n,) bool, optional
+        Which of the file's points they are of; all if not given. The others keep the label they have, or 0.
+    label : str, optional
+        The field, a new one if the file has none of that name.
+    """
+    check_out(source, out)
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+        raise ValueError(f"labels: expected (N,) integers, got {labels.shape} {labels.dtype}")
+    kept = np.ones(len(labels), bool) if kept is None else np.asarray(kept)
+    if kept.dtype != bool or kept.ndim != 1 or int(kept.sum()) != len(labels):
+        raise ValueError(f"kept: expected (n,) bool, {len(labels)} of them true, got {kept.shape} {kept.dtype}")
+    write_to(label_field(source, len(kept), label=label, values=labels), source, out, labels, kept)
+
+
+def write_to(field, source, out, labels, kept):
+    """Write the file again with labels in a `LabelField` of it."""
+
+    try:
+        with whole(out) as part:
+            field.write(part, labels, kept)
+    except OSError as error:
+        raise ReadError(f"{out}: {error.strerror or error}") from None
