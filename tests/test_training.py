@@ -775,50 +775,6 @@ def test_scores():
 # ---- labels in files
 
 
-def las_file(path, form=3, number=500):
-    laspy = pytest.importorskip("laspy")
-    rng = np.random.default_rng(0)
-    las = laspy.create(point_format=form, file_version="1.4" if form >= 6 else "1.2")
-    las.header.offsets, las.header.scales = [85_000, 447_000, 0], [0.001] * 3
-    las.x, las.y, las.z = (rng.random((3, number)).T * 20 + [85_000, 447_000, 0]).T
-    las.classification, las.intensity = rng.integers(0, 20, number), rng.integers(0, 60_000, number)
-    las.red, las.green, las.blue = rng.integers(0, 65_536, (3, number))
-    las.gps_time = rng.random(number)
-    las.add_extra_dim(laspy.ExtraBytesParams("height above", "f8"))
-    las["height above"] = rng.random(number)
-    las.vlrs.append(laspy.VLR("someone", 7, "a record", b"12345"))
-    las.write(path)
-    return las
-
-
-@pytest.mark.parametrize(("suffix", "out"), [("las", "las"), ("laz", "laz"), ("laz", "las")])
-@pytest.mark.parametrize("form", [3, 7])
-def test_labels_in_las_files(tmp_path, suffix, out, form):
-    laspy = pytest.importorskip("laspy")
-    before = las_file(tmp_path / f"a.{suffix}", form)
-    labels = np.random.default_rng(1).integers(0, 20, 500).astype(np.int32)
-    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"b.{out}", labels)
-    after = laspy.read(tmp_path / f"b.{out}")
-    assert (np.asarray(after.classification) == labels).all()
-    for name in before.point_format.dimension_names:
-        if name != "classification":
-            np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]), err_msg=name)
-    assert ("someone", 7, "a record") in [(v.user_id, v.record_id, v.description) for v in after.vlrs]
-    assert [*after.header.offsets] == [*before.header.offsets]
-    assert {*os.listdir(tmp_path)} == {f"a.{suffix}", f"b.{out}"}
-    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"e.{out}", labels, label="Height Above")
-    after = laspy.read(tmp_path / f"e.{out}")
-    assert (np.asarray(after["height above"]) == labels).all()
-    assert (np.asarray(after.classification) == np.asarray(before.classification)).all()
-    segmentation.write_labels(tmp_path / f"a.{suffix}", tmp_path / f"e.{out}", labels, label="truth")
-    assert (np.asarray(laspy.read(tmp_path / f"e.{out}").classification) == labels).all()
-    if form == 3:
-        with pytest.raises(scenes.ReadError, match="has classes up to 31, got 40"):
-            segmentation.write_labels(
-                tmp_path / f"a.{suffix}", tmp_path / f"c.{out}", labels + 21 + (40 - 21 - labels.max())
-            )
-
-
 @pytest.mark.parametrize("text", [True, False])
 @pytest.mark.parametrize("has_label", [True, False])
 def test_labels_in_ply_files(tmp_path, text, has_label):
@@ -921,23 +877,6 @@ def test_a_signal_that_is_handled_is_left_alone(python, tmp_path):
     done = python(code)
     assert done.returncode == 1 and "went on" in done.stderr
     assert os.listdir(tmp_path) == ["a.npz"]
-
-
-def test_labels_in_a_copc(shared, tmp_path):
-    laspy = pytest.importorskip("laspy")
-    source = shared / "data" / "lion_takanawa.copc.laz"
-    before = laspy.read(source)
-    labels = (np.arange(len(before.points)) % 30).astype(np.int32)
-    segmentation.write_labels(source, tmp_path / "a.laz", labels)
-    after = laspy.read(tmp_path / "a.laz")
-    assert (np.asarray(after.classification) == labels).all()
-    for name in before.point_format.dimension_names:
-        if name != "classification":
-            np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]), err_msg=name)
-    records = [*after.vlrs, *(after.evlrs or [])]
-    assert "copc" in {record.user_id for record in before.vlrs}
-    assert "copc" not in {record.user_id for record in records}
-    assert len(scenes.read(tmp_path / "a.laz").points) == len(labels)
 
 
 def test_an_npz_of_any_names(tmp_path):

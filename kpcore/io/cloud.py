@@ -81,6 +81,7 @@ class LabelField(NamedTuple):
     least: int  #: label that it holds
     most: int
     write: Callable  #: (path, labels, kept): the file again with these labels of the points that are kept
+    check: Callable = lambda path: None  #: an error if that file cannot be written
 
 
 def span(dtype):
@@ -158,11 +159,16 @@ def from_columns(columns, asked, label_names=LABELS):
     return Content(points, columns.names, found_fields(columns, asked), colors, labels, unlabeled)
 
 
-def found_fields(columns, asked):
-    """The fields that were asked for; an error that lists those there are unless all are there."""
+def check_fields(names, asked):
+    """An error that lists the fields there are, unless all that was asked for are among them."""
     wanted = (*asked.fields, *([] if asked.label is None else [asked.label]))
-    if missing := sorted({name for name in wanted if columns.find(name) is None}):
-        raise ReadError(f"has no field {' '.join(missing)}; there are {listed(columns.names)}")
+    if missing := sorted({name for name in wanted if position(names, name) is None}):
+        raise ReadError(f"has no field {' '.join(missing)}; there are {listed(names)}")
+
+
+def found_fields(columns, asked):
+    """The fields that were asked for."""
+    check_fields(columns.names, asked)
     return {name: columns.find(name) for name in asked.fields}
 
 

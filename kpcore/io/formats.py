@@ -120,26 +120,30 @@ def check_out(source, out):
         raise ReadError(f"{out}: the folder {out.parent} cannot be written to")
 
 
-def label_field(source, num, *, label=None, values=()):
+def label_field(source, out, num, *, label=None, into=None, values=()):
     """The LabelField of a file in which the labels of that many points go; an error unless it holds these values."""
-    source = Path(source)
-    field = told(source, lambda: LABELED[source.suffix.lower()].label_field(source, label))
+    source, out = Path(source), Path(out)
+    check_out(source, out)
+    field = told(source, lambda: LABELED[source.suffix.lower()].label_field(source, label, into))
+    told(source, lambda: field.check(out))
     if field.num != num:
         raise ReadError(f"{source}: holds {field.num} points, got labels of {num}")
     if len(values) and not (field.least <= np.min(values) and np.max(values) <= field.most):
         low, high = np.min(values), np.max(values)
         raise ReadError(f"{source}: {field.name} holds {field.least} to {field.most}, got labels {low} to {high}; "
-                        "label= names another field, or a new one")  # fmt: skip
+                        "into= names another field, or a new one")  # fmt: skip
     return field
 
 
-def write_labels(source, out, labels, *, kept=None, label=None):
+def write_labels(source, out, labels, *, kept=None, label=None, into=None):
     """Write a file again with other labels, whole or not at all; all else stays as it is.
 
-    Without `label` they go into the classification of a LAS or LAZ, and in a PLY or NPZ into the first there is of the
-    usual names, or a new one called label, in an NPZ labels. Of a LAS or LAZ every byte but those of the labels is
-    kept, the points of a LAZ being compressed again. A COPC becomes a plain LAZ, as its octree says where in the file
-    its points are.
+    They go into the field `into`, a new one if the file has none of that name. Without `into` that is the field
+    `label`, if the file has one; else the classification of a LAS or LAZ, and in a PLY or NPZ a new one of that name.
+    Without either it is the first there is of the usual names, or a new one called label, in an NPZ labels.
+
+    Of a LAS or LAZ every byte but those of the labels is kept, the points of a LAZ being compressed again. A COPC
+    becomes a plain LAZ, as its octree says where in the file its points are.
 
     Parameters
     ----------
@@ -147,17 +151,16 @@ def write_labels(source, out, labels, *, kept=None, label=None):
     labels : (N,) integers
     kept : (n,) bool, optional
         Which of the file's points they are of; all if not given. The others keep the label they have, or 0.
-    label : str, optional
-        The field, a new one if the file has none of that name.
+    label, into : str, optional
+        Names of fields.
     """
-    check_out(source, out)
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise ValueError(f"labels: expected (N,) integers, got {labels.shape} {labels.dtype}")
     kept = np.ones(len(labels), bool) if kept is None else np.asarray(kept)
     if kept.dtype != bool or kept.ndim != 1 or int(kept.sum()) != len(labels):
         raise ValueError(f"kept: expected (n,) bool, {len(labels)} of them true, got {kept.shape} {kept.dtype}")
-    write_to(label_field(source, len(kept), label=label, values=labels), source, out, labels, kept)
+    write_to(label_field(source, out, len(kept), label=label, into=into, values=labels), source, out, labels, kept)
 
 
 def write_to(field, source, out, labels, kept):

@@ -1,77 +1,278 @@
-"""LAS and LAZ."""
+"""LAS 1.0 to 1.4 and LAZ (ASPRS LAS 1.4 R15; LASzip through lazrs): points by name, and labels written among bytes that
+stay as they are.
+
+Not through laspy 2.7: it writes files anew, where waveforms, the minima of extra bytes and what is not ASCII are lost,
+and knows one record of extra bytes.
+"""
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 
 from kpcore.config import require
-from kpcore.io.cloud import Columns, ReadError, from_columns
+from kpcore.io.cloud import (
+    Columns,
+    Content,
+    LabelField,
+    ReadError,
+    check_fields,
+    colors_of,
+    found_fields,
+    found_labels,
+    position,
+    span,
+)
+
+_BLOCK = 1_000_000  # points in memory at once
+_SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes of a point of each format
+_TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")  # of extra bytes
+_VARYING = 2**32 - 1  # the number of points in a chunk of no fixed number
+_MOST_RECORDS = 65_535  # extended records that are looked at; 2**32 - 1 can be promised
+
+
+class Dimension(NamedTuple):
+    """What a record holds of a point."""
+
+    name: str
+    at: int  #: byte in the record
+    dtype: str
+    shift: int = 0  #: of its lowest bit
+    bits: int = 0  #: how many; 0: all
+    scale: float | None = None
+    offset: float = 0.0
+
+    def of(self, records):
+        """Its values in (n, size) uint8 records, scaled where it is."""
+        values = self.stored(records)
+        if self.bits:
+            values = values >> self.shift & (1 << self.bits) - 1
+        return values if self.scale is None else values * self.scale + self.offset
+
+    def stored(self, records):
+        """A view of the records."""
+        return np.ndarray(len(records), self.dtype, records, self.at, records.strides[:1])
+
+    def put(self, records, chosen, values):
+        """Set those that are chosen."""
+        stored = self.stored(records)
+        values = values.astype(self.dtype)
+        if self.bits:
+            others = stored[chosen] & (255 - ((1 << self.bits) - 1 << self.shift))
+            values = others | values << self.shift
+        stored[chosen] = values
+
+
+class Record(NamedTuple):
+    """A variable-length record, with the bytes of its header."""
+
+    user: bytes
+    number: int
+    header: bytes
+    data: bytes
+
+    @property
+    def bytes(self):
+        return self.header + self.data
+
+    @property
+    def describes(self):
+        """Whether it describes extra bytes."""
+        return (self.user, self.number) == (b"LASF_Spec", 4)
+
+    @property
+    def compresses(self):
+        return (self.user, self.number) == (b"laszip encoded", 22204)
+
+    def holding(self, data):
+        """The same with other data."""
+        return self._replace(data=data, header=self.header[:20] + struct.pack("<H", len(data)) + self.header[22:])
+
+
+class Header(NamedTuple):
+    """What the header and the records after it say."""
+
+    bytes: bytes  #: up to the first record
+    records: list  #: of `Record`
+    padding: bytes  #: between the records and the points
+    minor: int  #: of the version, 1.minor
+    form: int  #: of the points
+    num: int
+    size: int  #: of a point, in bytes
+    compressed: bool
+    laszip: bytes  #: the record of the compressor
+    scales: tuple
+    offsets: tuple
+    end: int  #: of the points in the file
+    dimensions: list
+    undescribed: int  #: bytes at the end of each point that nothing describes
+    described_behind: bool  #: whether extra bytes are described in an extended record
+
+    @property
+    def start(self):
+        """The byte where the points start."""
+        return len(self.bytes) + sum(len(record.bytes) for record in self.records) + len(self.padding)
 
 
 def read(path, size, asked):
-    _check_las(path, size)
-    laspy = require("laspy", "io")
-    las = laspy.read(path, laz_backend=laspy.LazBackend.Lazrs)
-    columns = Columns((name, las[name]) for name in las.point_format.dimension_names if name not in "XYZ")
-    columns.pairs += [(name, np.asarray(getattr(las, name))) for name in "xyz"]
-    return from_columns(columns, asked)
-
-
-def _check_las(path, size):
-    """What laspy and lazrs take on trust: a header of 4 billion records keeps them busy for minutes."""
     with path.open("rb") as file:
-        head = file.read(375)
-        if len(head) < 227:
-            raise ReadError("truncated: the header is cut")
-        header_size, offset, num_vlrs, form, record, num = struct.unpack_from("<HIIBHI", head, 94)
-        if head[25] >= 4:
-            if len(head) < 375:
-                raise ReadError("truncated: the header is cut")
-            num = struct.unpack_from("<Q", head, 247)[0]
-        if not 227 <= header_size <= offset <= size:
-            raise ReadError(f"truncated: the points start at byte {offset} of {size}")
-        if num == 0:
-            raise ReadError("holds no points")
-        vlrs, at, laszip = _at(file, 0, offset), header_size, b""
-        for _ in range(num_vlrs):
-            if at + 54 > offset:
-                raise ReadError(f"damaged: {num_vlrs} variable-length records do not fit {offset - header_size} bytes")
-            record_id, length = struct.unpack_from("<HH", vlrs, at + 18)
-            if record_id == 22204 and vlrs.startswith(b"laszip encoded", at + 2):
-                laszip = vlrs[at + 54 : at + 54 + length]
-            at += 54 + length
-        if not form & 0xC0:
-            if offset + num * record > size:
-                raise ReadError(f"truncated: {num} points of {record} bytes from byte {offset} exceed {size} bytes")
-            return
+        head = _header(file, size)
+        names = tuple(dimension.name for dimension in head.dimensions)
+        check_fields(names, asked)
+        standard = {one.name: one for one in reversed(head.dimensions)}  # an extra dimension never replaces them
+        wanted = {at: head.dimensions[at] for name in (*asked.fields, *([asked.label] if asked.label else []))
+                  if (at := position(names, name)) is not None}  # fmt: skip
+        if not asked.label:
+            wanted.setdefault(names.index("classification"), standard["classification"])
+        points, colors, more = [], [], {at: [] for at in wanted}
+        for records in _blocks(file, head):
+            points.append(np.column_stack([standard[axis].of(records) for axis in "xyz"]))
+            if "red" in standard:
+                colors.append(np.column_stack([standard[name].of(records) for name in ("red", "green", "blue")]))
+            for at, dimension in wanted.items():
+                more[at].append(dimension.of(records).copy())
+    columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
+    labels, unlabeled = found_labels(columns, asked, ("classification",))
+    doubt = None
+    if any(record.user == b"lascompatible" for record in head.records):
+        doubt = "was written in LASzip's compatibility mode: classes above 31 are in its extra bytes, and were not read"
+    return Content(np.concatenate(points), names, found_fields(columns, asked),
+                   colors_of(np.concatenate(colors)) if colors else None, labels, unlabeled, doubt=doubt)  # fmt: skip
 
-        require("lazrs", "io")
-        if len(laszip) < 34:
-            raise ReadError("damaged: compressed, but without a LASzip record")
-        chunk_size, num_items = struct.unpack_from("<I", laszip, 12)[0], struct.unpack_from("<H", laszip, 32)[0]
-        items = struct.unpack_from(f"<{3 * num_items}H", laszip, 34)  # (type, size, version) each
-        if sum(items[1::3]) != record:
-            raise ReadError(f"damaged: LASzip items of {sum(items[1::3])} bytes for points of {record}")
-        table = struct.unpack("<q", _at(file, offset, 8))[0]
-        if table == -1:  # written to a pipe: the position stands at the end
-            table = struct.unpack_from("<q", _at(file, size - 8, 8))[0]
-        if not offset + 8 <= table <= size - 8:
-            raise ReadError(f"truncated: the chunk table starts at byte {table} of {size}")
-        num_chunks = struct.unpack_from("<I", _at(file, table, 8), 4)[0]
-        # Every chunk starts with one whole point; the size 2**32 - 1 stands for chunks of varying size.
-        if num_chunks * record > table - offset or num > num_chunks * chunk_size:
-            raise ReadError(f"damaged: {num} points in {num_chunks} chunks do not fit {table - offset} bytes")
-        if laszip[0] == 3:  # layered: a point, the chunk's number of points, the size of each layer, the layers
-            layers = {10: 9, 11: 1, 12: 2, 13: 1}  # point, RGB, RGB and NIR, wave packet; extra bytes have one each
-            words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
-            at, found = offset + 8, 0
-            while at < table:
-                counts = struct.unpack(f"<{words}I", _at(file, at + record, 4 * words))
-                found, at = found + counts[0], at + record + 4 * words + sum(counts[1:])
-            if (found, at) != (num, table):
-                raise ReadError(f"damaged: {num} points up to byte {table} promised, {found} up to byte {at} found")
+
+# ---- the header and its records
+
+
+def _header(file, size):
+    """The Header, checked: what it promises is in the file. 4 billion records would keep readers busy for minutes."""
+    head = _at(file, 0, 375)
+    if len(head) < 227:
+        raise ReadError("truncated: the header is cut")
+    major, minor = head[24], head[25]
+    if major != 1 or minor > 5:
+        raise ReadError(f"is LAS {major}.{minor}; kpcore reads 1.0 to 1.4")
+    header_size, start, num_records, form, record_size, num = struct.unpack_from("<HIIBHI", head, 94)
+    compressed, form = bool(form & 0xC0), form & 0x3F  # LASzip sets the highest bit, or both
+    least = {3: 235}.get(minor, 227 if minor < 3 else 375)
+    if len(head) < least or not 227 <= header_size <= start <= size:
+        raise ReadError(f"truncated: the points start at byte {start} of {size}")
+    if header_size < least:
+        raise ReadError(f"damaged: a header of {header_size} bytes, version 1.{minor} has {least}")
+    if minor >= 4:
+        num = struct.unpack_from("<Q", head, 247)[0] or num  # some writers fill in the old count alone
+    if num == 0:
+        raise ReadError("holds no points")
+    if form >= len(_SIZES) or record_size < _SIZES[form]:
+        raise ReadError(f"damaged: point format {form} in records of {record_size} bytes")
+    numbers = struct.unpack_from("<6d", head, 131)
+    scales, offsets = numbers[:3], numbers[3:]
+    if not np.isfinite(numbers).all() or 0 in scales:
+        raise ReadError(f"damaged: expected scales above zero and finite offsets, got {scales} and {offsets}")
+
+    before, at, records = _at(file, 0, start), header_size, []
+    for _ in range(num_records):
+        if at + 54 > start:
+            raise ReadError(f"damaged: {num_records} variable-length records do not fit {start - header_size} bytes")
+        number, length = struct.unpack_from("<HH", before, at + 18)
+        records.append(_record(before[at : at + 54], number, before[at + 54 : at + 54 + length]))
+        at += 54 + length
+    laszip = next((record.data for record in records if record.compresses), b"")
+    described = [record.data for record in records if record.describes]
+    behind = [
+        _at(file, at + 60, length) for at, length, record in _extended(file, head, minor, size) if record.describes
+    ]
+    dimensions, undescribed = _dimensions(form, scales, offsets, b"".join(described + behind), record_size)
+    header = Header(before[:header_size], records, before[at:], minor, form, num, record_size, compressed, laszip,
+                    scales, offsets, start + num * record_size, dimensions, undescribed, bool(behind))  # fmt: skip
+    if not compressed:
+        if header.end > size:
+            raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
+        return header
+    return header._replace(end=_check_chunks(file, header, size))
+
+
+def _record(header, number, data):
+    return Record(header[2:18].partition(b"\0")[0], number, header, data)
+
+
+def _extended(file, head, minor, size):
+    """(byte, length of the data, Record without it) of the extended records, up to the first that exceeds the file."""
+    if minor < 4:
+        return
+    at, count = struct.unpack_from("<QI", head, 235)
+    for _ in range(min(count, _MOST_RECORDS)):
+        header = _at(file, at, 60) if at < size else b""
+        if len(header) < 60 or (length := struct.unpack_from("<Q", header, 20)[0]) > size - at - 60:
+            return
+        yield at, length, _record(header, struct.unpack_from("<H", header, 18)[0], b"")
+        at += 60 + length
+
+
+def _dimensions(form, scales, offsets, described, record_size):
+    """([Dimension], bytes that nothing describes) of records of a point format with these extra bytes."""
+    xyz = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
+    if form < 6:
+        flags = (
+            ("return_number", 14, 0, 3), ("number_of_returns", 14, 3, 3), ("scan_direction_flag", 14, 6, 1),
+            ("edge_of_flight_line", 14, 7, 1), ("classification", 15, 0, 5), ("synthetic", 15, 5, 1),
+            ("key_point", 15, 6, 1), ("withheld", 15, 7, 1),
+        )  # fmt: skip
+        rest = [("scan_angle_rank", "i1"), ("user_data", "u1"), ("point_source_id", "<u2")]
+    else:
+        flags = (
+            ("return_number", 14, 0, 4), ("number_of_returns", 14, 4, 4), ("synthetic", 15, 0, 1),
+            ("key_point", 15, 1, 1), ("withheld", 15, 2, 1), ("overlap", 15, 3, 1), ("scanner_channel", 15, 4, 2),
+            ("scan_direction_flag", 15, 6, 1), ("edge_of_flight_line", 15, 7, 1),
+        )  # fmt: skip
+        rest = [("classification", "u1"), ("user_data", "u1"), ("scan_angle", "<i2"), ("point_source_id", "<u2")]
+    if form not in (0, 2):
+        rest += [("gps_time", "<f8")]
+    if form in (2, 3, 5, 7, 8, 10):
+        rest += [("red", "<u2"), ("green", "<u2"), ("blue", "<u2")]
+    if form in (8, 10):
+        rest += [("nir", "<u2")]
+    if form in (4, 5, 9, 10):
+        rest += [
+            ("wavepacket_index", "u1"), ("wavepacket_offset", "<u8"), ("wavepacket_size", "<u4"),
+            ("return_point_wave_location", "<f4"), ("x_t", "<f4"), ("y_t", "<f4"), ("z_t", "<f4"),
+        ]  # fmt: skip
+    dimensions = [*xyz, Dimension("intensity", 12, "<u2")]
+    dimensions += [Dimension(name, at, "u1", *bits) for name, at, *bits in flags]
+    at = 16
+    for name, dtype in rest:
+        dimensions.append(Dimension(name, at, dtype))
+        at += np.dtype(dtype).itemsize
+
+    for i in range(0, len(described) - 191, 192):
+        kind, options = described[i + 2 : i + 4]
+        name = _text(described[i + 4 : i + 36])
+        count = 1 + (kind - 1) // 10 if kind else 1  # 11 to 30, of old: two or three numbers
+        dtype = f"<{_TYPES[(kind - 1) % 10 + 1]}" if 0 < kind <= 30 else "V"
+        width = count * np.dtype(dtype).itemsize if dtype != "V" else options
+        if kind > 30 or at + width > record_size:
+            break
+        if dtype != "V":
+            scale, offset = (struct.unpack_from(f"<{count}d", described, i + place) for place in (112, 136))
+            scaled, moved = options & 8, options & 16
+            for n in range(count):
+                factor = (scale[n] if scaled else 1.0) if scaled or moved else None
+                part = name if count == 1 else f"{name} [{n}]"
+                place = at + n * width // count
+                dimensions.append(Dimension(part, place, dtype, 0, 0, factor, offset[n] if moved else 0.0))
+        at += width
+    return dimensions, record_size - at
+
+
+def _text(name):
+    name = name.partition(b"\0")[0]
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.decode("latin-1")
 
 
 def _at(file, position, count):
@@ -79,5 +280,219 @@ def _at(file, position, count):
     return file.read(count)
 
 
-def label_field(source, label):
-    raise ReadError("not yet")
+# ---- points
+
+
+def _check_chunks(file, head, size):
+    """What lazrs takes on trust; the byte where the compressed points end."""
+    lazrs, laszip, start = require("lazrs", "io"), head.laszip, head.start
+    if len(laszip) < 34:
+        raise ReadError("damaged: compressed, but without a LASzip record")
+    num_items = struct.unpack_from("<H", laszip, 32)[0]
+    if len(laszip) < 34 + 6 * num_items:
+        raise ReadError("damaged: the LASzip record is cut")
+    compressor, chunk_size = laszip[0], struct.unpack_from("<I", laszip, 12)[0]
+    items = struct.unpack_from(f"<{3 * num_items}H", laszip, 34)  # (type, size, version) each
+    if sum(items[1::3]) != head.size:
+        raise ReadError(f"damaged: LASzip items of {sum(items[1::3])} bytes for points of {head.size}")
+    if compressor == 1:  # point by point, of the first LASzip: no chunks, no table of these
+        return _first_behind(head, start, size)
+    table = struct.unpack("<q", _at(file, start, 8).ljust(8, b"\0"))[0]
+    if table == -1:  # written to a pipe: the position stands at the end
+        table = struct.unpack("<q", _at(file, size - 8, 8))[0]
+    if not start + 8 <= table <= size - 8:
+        raise ReadError(f"truncated: the chunk table starts at byte {table} of {size}")
+    num_chunks = struct.unpack_from("<I", _at(file, table, 8), 4)[0]
+    # Every chunk starts with one whole point.
+    if num_chunks * head.size > table - start or head.num > num_chunks * chunk_size:
+        raise ReadError(f"damaged: {head.num} points in {num_chunks} chunks do not fit {table - start} bytes")
+    file.seek(start)
+    chunks = lazrs.read_chunk_table(file, lazrs.LazVlr(laszip))
+    if (promised := start + 8 + sum(length for _, length in chunks)) != table:
+        raise ReadError(f"damaged: chunks up to byte {promised}, the chunk table starts at byte {table}")
+    if compressor == 3:  # layered: a point, the chunk's number of points, the size of each layer, the layers
+        layers = {10: 9, 11: 1, 12: 2, 13: 1}  # point, RGB, RGB and NIR, wave packet; extra bytes have one each
+        words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
+        at, total = start + 8, 0
+        while at < table:
+            counts = struct.unpack(f"<{words}I", _at(file, at + head.size, 4 * words))
+            total, at = total + counts[0], at + head.size + 4 * words + sum(counts[1:])
+        if (total, at) != (head.num, table):
+            raise ReadError(f"damaged: {head.num} points up to byte {table} promised, {total} up to byte {at} there")
+    again = io.BytesIO()
+    lazrs.write_chunk_table(again, chunks, lazrs.LazVlr(laszip))
+    if _at(file, table, len(again.getvalue())) == again.getvalue():
+        return table + len(again.getvalue())
+    return _first_behind(head, table, size)
+
+
+def _blocks(file, head):
+    """The points' records, (n, size) uint8 each, in their order."""
+    file.seek(head.start)
+    unpack = None
+    if head.compressed:
+        # Not lazrs in parallel: it trusts the chunk table and aborts the process when that asks for 4 GB.
+        unpack = require("lazrs", "io").LasZipDecompressor(file, head.laszip)
+    for begin in range(0, head.num, _BLOCK):
+        shape = min(_BLOCK, head.num - begin), head.size
+        if unpack:
+            records = np.zeros(shape, np.uint8)
+            unpack.decompress_many(records.reshape(-1))
+        else:
+            records = np.fromfile(file, np.uint8, shape[0] * shape[1]).reshape(shape)
+        yield records
+
+
+# ---- labels
+
+
+def label_field(source, label, into):
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        head = _header(file, size)
+        parts = _behind(file, head, size)
+    names = tuple(dimension.name for dimension in head.dimensions)
+    at = position(names, into or label or "classification")
+    if at is None and into is None:
+        at = names.index("classification")
+    dimension = _new_dimension(head, into) if at is None else head.dimensions[at]
+    if dimension.scale is not None:
+        raise ReadError(f"field {dimension.name} is scaled; expected one of whole numbers")
+    least, most = (0, (1 << dimension.bits) - 1) if dimension.bits else span(dimension.dtype)
+
+    def write(out, labels, kept):
+        _write(source, head, parts, dimension, out, labels, kept)
+
+    return LabelField(dimension.name, head.num, least, most, write, lambda out: _check_packets(source, head, out))
+
+
+def _new_dimension(head, name):
+    """A field at the end of each record."""
+    if not 0 < len(name.encode()) <= 32:
+        raise ReadError(f"expected a name of 1 to 32 bytes for a new field, got {name!r}")
+    length = sum(len(record.data) for record in head.records if record.describes)
+    if head.described_behind or head.size + 4 > 65_535 or length + len(_description(head, name)) > 65_535:
+        raise ReadError(f"cannot have a new field {name}: its extra bytes are described behind the points, or too many")
+    return Dimension(name, head.size, "<i4")
+
+
+def _description(head, name):
+    """What describes the bytes that nothing described, and behind them a new field."""
+    pieces = [min(255, head.undescribed - at) for at in range(0, head.undescribed, 255)]
+    blank = b"".join(struct.pack("<2xBB188x", 0, piece) for piece in pieces)
+    return blank + struct.pack("<2xBB32s156x", _TYPES.index("i4"), 0, name.encode())
+
+
+def _behind(file, head, size):
+    """([(begin, end)] of what is to be copied from behind the points, number of extended records left out).
+
+    A COPC's octree says where in the file its points are, which is elsewhere in another file.
+    """
+    if not any(record.user == b"copc" for record in head.records):
+        return [(head.end, size)], 0
+    parts, begin = [], head.end
+    for at, length, record in _extended(file, head.bytes, head.minor, size):
+        if record.user == b"copc" and at >= begin:
+            parts.append((begin, at))
+            begin = at + 60 + length
+    return [*parts, (begin, size)], len(parts)
+
+
+def _pointers(head):
+    """(place in the header, byte) for what lies behind the points: waveforms from 1.3 on, extended records from 1.4."""
+    places = (227, 235)[: max(0, min(head.minor, 4) - 2)]
+    return [(place, struct.unpack_from("<Q", head.bytes, place)[0]) for place in places]
+
+
+def _first_behind(head, at, size):
+    """The first byte behind another that the header points to."""
+    return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
+
+
+def _write(source, head, parts, dimension, out, labels, kept):
+    """The file again: other bytes are those of labels, compressed points, and what says where things are."""
+    (behind, left_out), is_new, compressed = parts, dimension.at == head.size, out.suffix.lower() == ".laz"
+    size = head.size + 4 * is_new
+    laszip = _laszip(head, size) if compressed else None
+    records = [record for record in head.records if record.user != b"copc"]
+    if is_new:
+        records = _with(records, lambda record: record.describes, b"LASF_Spec", 4, _description(head, dimension.name))
+    if compressed:
+        records = [record.holding(b"") if record.compresses else record for record in records]
+        records = _with(records, lambda record: record.compresses, b"laszip encoded", 22204, laszip)
+    else:
+        records = [record for record in records if not record.compresses]
+    header = bytearray(head.bytes)
+    start = len(header) + sum(len(record.bytes) for record in records) + len(head.padding)
+    form = header[104] if compressed == head.compressed else head.form | 0x80 * compressed
+    struct.pack_into("<IIBH", header, 96, start, len(records), form, size)
+    if head.form in (4, 5, 9, 10) and header[6] & 4:
+        warnings.warn(f"{source}: its waveforms are in a .wdp file beside it, which is not copied", stacklevel=2)
+
+    with source.open("rb") as file, out.open("wb") as target:
+        target.write(bytes(header) + b"".join(record.bytes for record in records) + head.padding)
+        pack = _compressor(target, laszip) if compressed else None
+        begin = done = 0
+        for block in _blocks(file, head):
+            if is_new:
+                block = np.pad(block, ((0, 0), (0, 4)))
+            chosen = kept[begin : begin + len(block)]
+            count = int(chosen.sum())
+            dimension.put(block, chosen, labels[done : done + count])
+            begin, done = begin + len(block), done + count
+            if pack:
+                pack.compress_many(block.reshape(-1))
+            else:
+                target.write(block)
+        if pack:
+            pack.done()
+        target.seek(0, io.SEEK_END)
+        for low, high in behind:
+            for place, byte in _pointers(head):
+                if low <= byte <= high:
+                    struct.pack_into("<Q", header, place, target.tell() + byte - low)
+            file.seek(low)
+            for at in range(low, high, 1 << 24):
+                target.write(file.read(min(1 << 24, high - at)))
+        if left_out:
+            count = struct.unpack_from("<I", header, 243)[0] - left_out
+            struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
+        target.seek(0)
+        target.write(bytes(header))
+
+
+def _with(records, fits, user, number, data):
+    """The records with more data in the last that fits, or in a new one."""
+    at = max((i for i, record in enumerate(records) if fits(record)), default=len(records))
+    if at == len(records):
+        records = [*records, _record(struct.pack("<H16sHH32s", 0, user, number, 0, b""), number, b"")]
+    return [*records[:at], records[at].holding(records[at].data + data), *records[at + 1 :]]
+
+
+def _laszip(head, size):
+    """What says how points are compressed: as they were, if lazrs can."""
+    fresh = require("lazrs", "io").LazVlr.new_for_compression(head.form, size - _SIZES[head.form]).record_data()
+    same = head.compressed and (head.laszip[0], head.laszip[32:]) == (fresh[0], fresh[32:])
+    return head.laszip if same and struct.unpack_from("<I", head.laszip, 12)[0] != _VARYING else fresh
+
+
+def _compressor(target, laszip):
+    lazrs = require("lazrs", "io")
+    return lazrs.LasZipCompressor(target, lazrs.LazVlr(laszip))
+
+
+def _check_packets(source, head, out):
+    """lazrs 0.8.2 loses wave packets of formats 9 and 10 where channels of the scanner alternate."""
+    if out.suffix.lower() != ".laz" or head.form not in (9, 10):
+        return
+    laszip = _laszip(head, head.size)
+    with source.open("rb") as file:
+        for block in _blocks(file, head):
+            packed, again = io.BytesIO(), np.zeros_like(block)
+            pack = _compressor(packed, laszip)
+            pack.compress_many(block.reshape(-1))
+            pack.done()
+            packed.seek(0)
+            require("lazrs", "io").LasZipDecompressor(packed, laszip).decompress_many(again.reshape(-1))
+            if not np.array_equal(block, again):
+                raise ReadError("its wave packets would be lost in a LAZ file by lazrs; write a LAS file")

@@ -65,7 +65,8 @@ def read(path, size, asked):
     )  # fmt: skip
 
 
-def label_field(source, label):
+def label_field(source, label, into):
+    label = into or label
     with np.load(source, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     names = tuple(arrays)

@@ -24,7 +24,8 @@ def read(path, size, asked):
     return from_columns(Columns((name, vertex[name]) for name in vertex.dtype.names), asked)
 
 
-def label_field(source, label):
+def label_field(source, label, into):
+    label = into or label
     plyfile = require("plyfile", "io")
     ply = plyfile.PlyData.read(source)
     vertex = ply["vertex"]

@@ -33,7 +33,7 @@ def segment(model, source, out, *, votes=None, watch=None):
     cloud = read_cloud(model.settings, source, labelled=False)
     values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
     kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    field = label_field(source, len(kept), label=model.settings.data.label, values=values)  # or an error, early
+    field = label_field(source, out, len(kept), label=model.settings.data.label, values=values)  # or an error, early
     scene = scene_of(model.settings, model.columns, cloud)
     classes = voting.labels_of(model, scene, votes, watch=watch)
     write_to(field, source, out, values[classes], kept)
