@@ -28,7 +28,7 @@ class Cloud:
     labels : (N,) int32, -1 for points without one (NaN, or all bits set, as in an unsigned -1); or None.
     shift : (3,) float64, subtracted in float64 before rounding to float32. It is zero unless the largest coordinate
         exceeds both 1000 and ten extents of the cloud, where float32 would lose detail (half a metre at UTM northings).
-        Points far from nine tenths of the others, and points at (0, 0, 0), have no say in it.
+        Points at (0, 0, 0), and those beyond twenty times the middle half of the others, have no say in it.
     left_out : how many points were left out for a coordinate that is NaN, infinite or beyond float32.
     names : the class names that labels index, or None.
     up : the axis that points away from the ground; a depth camera's own frame has y pointing down.
@@ -292,10 +292,9 @@ def _shift(points):
     if len(placed) == 0:
         return np.zeros(3)
     low, high = placed.min(axis=0).astype(np.float64), placed.max(axis=0).astype(np.float64)
-    sample = placed[:: 1 + len(placed) // 100_000].astype(np.float64)
-    least, most = np.quantile(sample, (0.05, 0.95), axis=0)
-    reach = 10.0 * (most - least).max()
-    if (low < least - reach).any() or (high > most + reach).any():
+    least, most = np.quantile(placed[:: 1 + len(placed) // 100_000].astype(np.float64), (0.25, 0.75), axis=0)
+    reach = 20.0 * (most - least).max()
+    if reach and ((low < least - reach).any() or (high > most + reach).any()):
         near = placed[((placed >= least - reach) & (placed <= most + reach)).all(axis=1)]
         low, high = near.min(axis=0).astype(np.float64), near.max(axis=0).astype(np.float64)
     far = max(np.abs(low).max(), np.abs(high).max()) > max(1000.0, 10.0 * (high - low).max())
