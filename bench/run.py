@@ -1,4 +1,4 @@
-"""python bench/run.py cpu (or networks): checks that kpcore and others agree, then measures. (gpu, threads: see there.)
+"""python bench/run.py cpu (networks, files): checks that kpcore and others agree, then measures. (gpu, threads: there.)
 
 Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
 like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
@@ -343,12 +343,13 @@ def write_readme(readme, text):
 
 def main():
     import cases
+    import files
     import networks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "gpu", "networks", "threads"])
+    parser.add_argument("device", choices=["cpu", "files", "gpu", "networks", "threads"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", choices=[*cases.TASKS, *networks.TASKS], help="one case")
+    parser.add_argument("--only", choices=[*cases.TASKS, *files.TASKS, *networks.TASKS], help="one case")
     parser.add_argument("--out", type=Path, help="folder for the results; bench/results for a complete run")
     parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
     parser.add_argument(
@@ -362,7 +363,7 @@ def main():
     complete = not (options.quick or options.only)
     if options.readme and not (complete and options.device == "networks"):
         parser.error("--readme takes a complete run of the networks, without --quick and --only")
-    cases = networks if options.device == "networks" else cases
+    cases = {"networks": networks, "files": files}.get(options.device, cases)
     if options.only and options.only not in cases.TASKS:
         parser.error(f"--only: expected one of {', '.join(cases.TASKS)}, got {options.only}")
     out = options.out = options.out or (HERE / "results" if complete else None)
@@ -379,7 +380,7 @@ def main():
         cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
         shared = {"folder": folder, "module": cases.__name__, "quick": options.quick, "most_threads": len(cores)}
         for case in [options.only] if options.only else cases.TASKS:
-            few = len(cores) if case == "growth" or cases is networks else 1
+            few = len(cores) if case == "growth" or cases in (networks, files) else 1
             for arguments in cases.TASKS[case]:
                 for threads in range(few, len(cores) + 1):
                     task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}

@@ -268,18 +268,19 @@ def cloud_of(content):
         if array is not None and len(array) != len(points):
             raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
 
-    keep = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)  # False for NaN as well
-    if not keep.any():
-        raise ReadError(f"holds no finite points: all {len(points)} have a coordinate that is NaN or infinite")
-    kept = None if keep.all() else keep
-    if kept is not None:
+    low, high, kept = *_corners(points), None
+    if not (max(np.abs(low).max(), np.abs(high).max()) <= np.finfo(np.float32).max):  # or NaN
+        kept = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)
+        if not kept.any():
+            raise ReadError(f"holds no finite points: all {len(points)} have a coordinate that is NaN or infinite")
         points, colors, labels = (a if a is None else a[kept] for a in (points, colors, labels))
         fields = {name: values[kept] for name, values in fields.items()}
     shift = _shift(points)
     exact = points - shift if shift.any() else points
     points = np.ascontiguousarray(exact, np.float32)
     rounding = 0.0 if exact.dtype == np.float32 else float(np.abs(exact - points).max())
-    return Cloud(points, colors, labels, shift, int((~keep).sum()), None, content.up, fields, kept, rounding,
+    left_out = 0 if kept is None else len(kept) - len(points)
+    return Cloud(points, colors, labels, shift, left_out, None, content.up, fields, kept, rounding,
                  content.unlabeled if labels is None else None)  # fmt: skip
 
 
@@ -288,17 +289,23 @@ def _shift(points):
 
     One point at (0, 0, 0) in a scan at UTM northings would switch it off if all points had a say: 0.25 m lost.
     """
-    placed = points[points.any(axis=1)]
+    zeros = (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
+    placed = points[~zeros] if zeros.any() else points
     if len(placed) == 0:
         return np.zeros(3)
-    low, high = placed.min(axis=0).astype(np.float64), placed.max(axis=0).astype(np.float64)
+    low, high = _corners(placed)
     least, most = np.quantile(placed[:: 1 + len(placed) // 100_000].astype(np.float64), (0.25, 0.75), axis=0)
     reach = 20.0 * (most - least).max()
     if reach and ((low < least - reach).any() or (high > most + reach).any()):
         near = placed[((placed >= least - reach) & (placed <= most + reach)).all(axis=1)]
-        low, high = near.min(axis=0).astype(np.float64), near.max(axis=0).astype(np.float64)
+        low, high = _corners(near)
     far = max(np.abs(low).max(), np.abs(high).max()) > max(1000.0, 10.0 * (high - low).max())
     return np.floor(low) if far else np.zeros(3)
+
+
+def _corners(points):
+    """The least and the largest along each axis; NaN where there is one. Column by column: five times as fast."""
+    return np.array([[f(points[:, axis]) for axis in range(points.shape[1])] for f in (np.min, np.max)], np.float64)
 
 
 def _field(name, values):
