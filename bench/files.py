@@ -66,16 +66,15 @@ def laz(bench):
     las.red, las.green, las.blue = (rows[name].astype(np.uint16) * 256 for name in ("red", "green", "blue"))
     las.write(path)
     same(io.read(path), rows)
-    one = laspy.LazBackend.Lazrs  # one thread, as kpcore's; by itself laspy takes all
 
     def read():
-        las = laspy.read(path, laz_backend=one)
+        las = laspy.read(path)  # on all cores
         return las.xyz, np.column_stack([las.red, las.green, las.blue]), np.asarray(las.classification)
 
     def label():
-        las = laspy.read(path, laz_backend=one)
+        las = laspy.read(path)
         las.classification = labels
-        las.write(out, laz_backend=one)
+        las.write(out)
 
     labels = (rows["label"] + 1) % 32
     bench.compare("read a LAZ", lambda: io.read(path), "laspy", read)

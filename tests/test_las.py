@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import struct
 import tracemalloc
 
@@ -412,3 +413,43 @@ def test_las_needs_no_package(tmp_path, monkeypatch):
     (tmp_path / "a.las").write_bytes(las(POINTS))
     write_labels(tmp_path / "a.las", tmp_path / "b.las", LABELS)
     np.testing.assert_array_equal(read(tmp_path / "b.las").points, POINTS)
+
+
+def test_threads_change_nothing(tmp_path, set_threads):
+    """Three chunks, unpacked and packed by one thread and by two."""
+    pytest.importorskip("lazrs")
+    (tmp_path / "a.las").write_bytes(made(7, num=120_000))
+    labels, data = np.arange(120_000) % 32, {}
+    for threads in (1, 2):
+        set_threads(threads)
+        write_labels(tmp_path / "a.las", tmp_path / "b.laz", labels)
+        data[threads] = (tmp_path / "b.laz").read_bytes()
+        np.testing.assert_array_equal(read(tmp_path / "b.laz").labels, labels)
+    assert data[1] == data[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_reads_what_its_parent_read(python, tmp_path):
+    """The threads that unpacked points in the parent are not there in the child."""
+    pytest.importorskip("lazrs")
+    (tmp_path / "a.laz").write_bytes(laz(POINTS))
+    code = """if True:
+        import os, kpcore as kp
+        kp.set_num_threads(2)
+        first = kp.io.read("a.laz").points
+        child = os.fork()
+        if not child:
+            os._exit(not (kp.io.read("a.laz").points == first).all())
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = python(code, timeout=60)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("version", [2, 7])
+def test_a_chunk_that_promises_200_gigabytes_ends_no_process(write, set_threads, version):
+    """Its threads would each allocate one."""
+    set_threads(2)
+    data = laz(POINTS, version)
+    at = data.index(b"laszip encoded") + 52 + 12
+    assert len(read(write("a.laz", patched(data, at, "<I", 3_540_042_576))).points) == 4

@@ -8,13 +8,15 @@ and knows one record of extra bytes.
 from __future__ import annotations
 
 import io
+import math
+import os
 import struct
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.config import require
+from kpcore.config import get_num_threads, require
 from kpcore.io.cloud import (
     Columns,
     Content,
@@ -29,6 +31,7 @@ from kpcore.io.cloud import (
 )
 
 _BLOCK = 1_000_000  # points in memory at once
+_LARGEST_CHUNK = 1 << 26  # bytes of points, of which each thread has one in memory; usual are 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes of a point of each format
 _TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")  # of extra bytes
 _VARYING = 2**32 - 1  # the number of points in a chunk of no fixed number
@@ -111,6 +114,7 @@ class Header(NamedTuple):
     dimensions: list
     undescribed: int  #: bytes at the end of each point that nothing describes
     described_behind: bool  #: whether extra bytes are described in an extended record
+    chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
 
     @property
     def start(self):
@@ -192,7 +196,8 @@ def _header(file, size):
         if header.end > size:
             raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
         return header
-    return header._replace(end=_check_chunks(file, header, size))
+    end, chunk = _check_chunks(file, header, size)
+    return header._replace(end=end, chunk=chunk)
 
 
 def _record(header, number, data):
@@ -284,7 +289,7 @@ def _at(file, position, count):
 
 
 def _check_chunks(file, head, size):
-    """What lazrs takes on trust; the byte where the compressed points end."""
+    """What lazrs takes on trust; the byte where the compressed points end, and the points of the largest chunk."""
     lazrs, laszip, start = require("lazrs", "io"), head.laszip, head.start
     if len(laszip) < 34:
         raise ReadError("damaged: compressed, but without a LASzip record")
@@ -296,7 +301,7 @@ def _check_chunks(file, head, size):
     if sum(items[1::3]) != head.size:
         raise ReadError(f"damaged: LASzip items of {sum(items[1::3])} bytes for points of {head.size}")
     if compressor == 1:  # point by point, of the first LASzip: no chunks, no table of these
-        return _first_behind(head, start, size)
+        return _first_behind(head, start, size), math.inf
     table = struct.unpack("<q", _at(file, start, 8).ljust(8, b"\0"))[0]
     if table == -1:  # written to a pipe: the position stands at the end
         table = struct.unpack("<q", _at(file, size - 8, 8))[0]
@@ -310,29 +315,48 @@ def _check_chunks(file, head, size):
     chunks = lazrs.read_chunk_table(file, lazrs.LazVlr(laszip))
     if (promised := start + 8 + sum(length for _, length in chunks)) != table:
         raise ReadError(f"damaged: chunks up to byte {promised}, the chunk table starts at byte {table}")
+    counts = [count for count, _ in chunks]
+    if chunk_size == _VARYING and sum(counts) != head.num:
+        raise ReadError(f"damaged: {head.num} points promised, {sum(counts)} in chunks")
     if compressor == 3:  # layered: a point, the chunk's number of points, the size of each layer, the layers
         layers = {10: 9, 11: 1, 12: 2, 13: 1}  # point, RGB, RGB and NIR, wave packet; extra bytes have one each
         words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
         at, total = start + 8, 0
         while at < table:
-            counts = struct.unpack(f"<{words}I", _at(file, at + head.size, 4 * words))
-            total, at = total + counts[0], at + head.size + 4 * words + sum(counts[1:])
+            count, *lengths = struct.unpack(f"<{words}I", _at(file, at + head.size, 4 * words))
+            total, at = total + count, at + head.size + 4 * words + sum(lengths)
         if (total, at) != (head.num, table):
             raise ReadError(f"damaged: {head.num} points up to byte {table} promised, {total} up to byte {at} there")
     again = io.BytesIO()
     lazrs.write_chunk_table(again, chunks, lazrs.LazVlr(laszip))
-    if _at(file, table, len(again.getvalue())) == again.getvalue():
-        return table + len(again.getvalue())
-    return _first_behind(head, table, size)
+    same = _at(file, table, len(again.getvalue())) == again.getvalue()
+    return table + len(again.getvalue()) if same else _first_behind(head, table, size), max(counts)
+
+
+def _lazrs(name, largest):
+    """A class of lazrs: that for several threads, where kpcore has several and the largest chunk has that many bytes.
+
+    Not where a chunk promises 200 GB, for which lazrs would end the process, in its other class for one thread fails.
+    Nor in a forked child: threads that its parent had are not there, and lazrs would wait for them.
+    """
+    several = largest <= _LARGEST_CHUNK and get_num_threads() > 1 and not _forked
+    return getattr(require("lazrs", "io"), f"Par{name}" if several else name)
+
+
+def _note_fork():
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _blocks(file, head):
     """The points' records, (n, size) uint8 each, in their order."""
     file.seek(head.start)
-    unpack = None
-    if head.compressed:
-        # Not lazrs in parallel: it trusts the chunk table and aborts the process when that asks for 4 GB.
-        unpack = require("lazrs", "io").LasZipDecompressor(file, head.laszip)
+    unpack = _lazrs("LasZipDecompressor", head.chunk * head.size)(file, head.laszip) if head.compressed else None
     for begin in range(0, head.num, _BLOCK):
         shape = min(_BLOCK, head.num - begin), head.size
         if unpack:
@@ -477,8 +501,8 @@ def _laszip(head, size):
 
 
 def _compressor(target, laszip):
-    lazrs = require("lazrs", "io")
-    return lazrs.LasZipCompressor(target, lazrs.LazVlr(laszip))
+    layout = require("lazrs", "io").LazVlr(laszip)
+    return _lazrs("LasZipCompressor", layout.chunk_size() * layout.item_size())(target, layout)
 
 
 def _check_packets(source, head, out):
