@@ -64,6 +64,8 @@ def laz(bench):
     las.header.scales, las.header.offsets = [0.001] * 3, [515_000, 4_918_000, 2_000]
     las.x, las.y, las.z, las.classification = rows["x"], rows["y"], rows["z"], rows["label"]
     las.red, las.green, las.blue = (rows[name].astype(np.uint16) * 256 for name in ("red", "green", "blue"))
+    rng = np.random.default_rng(0)
+    las.intensity, las.gps_time = rng.integers(0, 4000, len(rows)), 3e8 + np.sort(rng.random(len(rows))) * 60
     las.write(path)
     same(io.read(path), rows)
 

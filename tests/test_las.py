@@ -453,3 +453,20 @@ def test_a_chunk_that_promises_200_gigabytes_ends_no_process(write, set_threads,
     data = laz(POINTS, version)
     at = data.index(b"laszip encoded") + 52 + 12
     assert len(read(write("a.laz", patched(data, at, "<I", 3_540_042_576))).points) == 4
+
+
+@pytest.mark.parametrize("form", [6, 8])
+def test_a_field_of_a_laz_is_unpacked_with_what_it_needs(tmp_path, form):
+    """Layers that nobody asked for stay packed."""
+    laspy = pytest.importorskip("laspy")
+    (tmp_path / "a.las").write_bytes(made(form, 4, b"12", [described(b"pair", 3)]))
+    write_labels(tmp_path / "a.las", tmp_path / "b.laz", np.arange(100) % 32)
+    expected = laspy.read(io.BytesIO(ascii_only((tmp_path / "b.laz").read_bytes())))
+    plain = read(tmp_path / "a.las")
+    for name in set(expected.point_format.dimension_names) - {*"XYZ"}:
+        cloud = read(tmp_path / "b.laz", fields=[name])
+        np.testing.assert_array_equal(cloud.fields[name], np.asarray(expected[name], np.float64), name)
+        np.testing.assert_array_equal(cloud.points, plain.points)
+        np.testing.assert_array_equal(cloud.labels, np.arange(100) % 32)
+        assert (cloud.colors is None) == (plain.colors is None) == (form == 6)
+        np.testing.assert_array_equal(cloud.colors, plain.colors)

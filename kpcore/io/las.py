@@ -34,6 +34,11 @@ _BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points, of which each thread has one in memory; usual are 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes of a point of each format
 _TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")  # of extra bytes
+# Which part of a layered LAZ a dimension is in, as lazrs names them; the others are unpacked with all.
+_LAYERS = {
+    "x": "XY_RETURNS_CHANNEL", "y": "XY_RETURNS_CHANNEL", "z": "Z", "classification": "CLASSIFICATION",
+    "intensity": "INTENSITY", "gps_time": "GPS_TIME", "red": "RGB", "green": "RGB", "blue": "RGB",
+}  # fmt: skip
 _VARYING = 2**32 - 1  # the number of points in a chunk of no fixed number
 _MOST_RECORDS = 65_535  # extended records that are looked at; 2**32 - 1 can be promised
 
@@ -133,10 +138,11 @@ def read(path, size, asked):
         if not asked.label:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
-        for records in _blocks(file, head):
+        rgb = ("red", "green", "blue") if "red" in standard else ()
+        for records in _blocks(file, head, {*"xyz", *rgb, *(dimension.name for dimension in wanted.values())}):
             points.append(np.column_stack([standard[axis].of(records) for axis in "xyz"]))
-            if "red" in standard:
-                colors.append(np.column_stack([standard[name].of(records) for name in ("red", "green", "blue")]))
+            if rgb:
+                colors.append(np.column_stack([standard[name].of(records) for name in rgb]))
             for at, dimension in wanted.items():
                 more[at].append(dimension.of(records).copy())
     columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
@@ -353,10 +359,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _blocks(file, head):
-    """The points' records, (n, size) uint8 each, in their order."""
+def _blocks(file, head, names=None):
+    """The points' records, (n, size) uint8 each, in their order; of a LAZ with layers perhaps only these dimensions."""
     file.seek(head.start)
-    unpack = _lazrs("LasZipDecompressor", head.chunk * head.size)(file, head.laszip) if head.compressed else None
+    unpack = None
+    if head.compressed:
+        lazrs = require("lazrs", "io")
+        parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
+        flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
+        unpacker = _lazrs("LasZipDecompressor", head.chunk * head.size)
+        unpack = unpacker(file, head.laszip, lazrs.DecompressionSelection(int(flags)))
     for begin in range(0, head.num, _BLOCK):
         shape = min(_BLOCK, head.num - begin), head.size
         if unpack:
