@@ -150,6 +150,7 @@ FORMAT = "expected format ascii, binary_little_endian or binary_big_endian 1.0"
         (b"hand\nend", b"c" * (1 << 20) + b"\nend", "damaged: its header does not end within 1048576 bytes"),
         (b"float y", b"float x", "has 2 fields named x"),
         (b"float y", b"float Y2", "has no field y; there are x Y2 z red label"),
+        (b"float y", b"float y\x1b[1m", "has no field y; there are x y\\x1b[1m z red label"),
         (b"float y", b"list uchar float y", "line 12: expected 5 numbers and those of its lists, got 5"),
     ],
 )  # fmt: skip
@@ -418,6 +419,7 @@ def test_spaces_in_text_stay(tmp_path):
         ),
         ([("int", "Label", [0] * 4), ("int", "LABEL", [0] * 4)], None, [1] * 4, "has 2 fields named label"),
         ([], "two words", [1] * 4, "label: expected one word as the name of a new property, got 'two words'"),
+        ([], "\udcff", [1] * 4, "label: expected one word as the name of a new property, got '\\udcff'"),
         ([], "a\nelement", [1] * 4, "label: expected one word as the name of a new property, got 'a\\nelement'"),
         ([], None, [1] * 3, "holds 4 points, got labels of 3"),
     ],

@@ -136,7 +136,7 @@ def _header(file, size):
         # A word of text takes a letter and a space or the end of its line; of a list the length is there.
         left -= element.num * (element.least if order else 2 * len(element.properties))
         if left < 0:
-            raise ReadError(f"truncated: promises {element.num} {element.name} elements in {size} bytes")
+            raise ReadError(f"truncated: promises {element.num} {listed([element.name])} elements in {size} bytes")
     return Header(order, elements[: names.index("vertex")], vertex, at, mark, number, insert, line_end)
 
 
@@ -217,8 +217,8 @@ def _list_rows(file, element, at, size):
                 starts = np.append(starts, stop[stop <= len(data)])
         if len(starts) == 1:
             if at + length >= size:
-                raise ReadError(f"truncated or damaged: {element.name} {element.num - left} of {element.num}, "
-                                f"at byte {at}, does not end within {size} bytes")  # fmt: skip
+                row = f"{listed([element.name])} {element.num - left} of {element.num}"
+                raise ReadError(f"truncated or damaged: {row}, at byte {at}, does not end within {size} bytes")
             length *= 2
             continue
         yield BinaryRows(element.properties, at, data, rows_from(starts[:-1])[0], starts[1:])
@@ -280,7 +280,7 @@ class TextRows(NamedTuple):
         least, most = span(one.dtype if one.dtype.itemsize < 8 else values.dtype)
         right = (values >= least) & (values <= most) & (values == np.floor(values))
         if not right.all():
-            raise self.error(f"{one.name} to be whole, {least} to {most}", self.places[at][right.argmin()])
+            raise self.error(f"{listed([one.name])} to be whole, {least} to {most}", self.places[at][right.argmin()])
         return values
 
     def span(self, at):
@@ -375,7 +375,7 @@ def label_field(source, label):
         at = position(names, label) if label else first_of(names, LABELS)
         if at is None:
             name, dtype = label or "label", np.dtype((header.order or "=") + "i4")
-            if name.split() != [name]:
+            if name.split() != [name] or not name.isprintable():
                 raise ReadError(f"label: expected one word as the name of a new property, got {name!r}")
         elif properties[at].count is None:
             name, dtype, _ = properties[at]
