@@ -414,14 +414,20 @@ def _copy_with(file, out, starts, stops, words, sizes):
         for _ in range(file.tell(), start[0], COPY):
             out.write(file.read(min(COPY, start[0] - file.tell())))
         at = file.tell()
-        data = np.frombuffer(file.read(stop[-1] - at), np.uint8)
+        data = np.fromfile(file, np.uint8, stop[-1] - at)
         start, stop = start - at, stop - at
-        place = start + np.cumsum(size - (stop - start)) - (size - (stop - start))  # in the copy
-        copy = np.empty(len(data) + int((size - (stop - start)).sum()), np.uint8)
         letters = words[first : first + ROWS].view(np.uint8).reshape(len(size), -1)
-        inserted = _inside(place, place + size, len(copy))
-        copy[inserted] = letters[np.arange(letters.shape[1]) < size[:, None]]
-        copy[~inserted] = data[~_inside(start, stop, len(data))]
+        width = letters.shape[1]
+        if (size == width).all() and (stop - start == width).all():
+            copy = data  # bytes in the place of as many, as in every binary file that has labels
+            copy[start[:, None] + np.arange(width)] = letters
+        else:
+            more = size - (stop - start)
+            place = start + np.cumsum(more) - more  # in the copy
+            copy = np.empty(len(data) + int(more.sum()), np.uint8)
+            inserted = _inside(place, place + size, len(copy))
+            copy[inserted] = letters[np.arange(width) < size[:, None]]
+            copy[~inserted] = data[~_inside(start, stop, len(data))]
         out.write(copy)
     shutil.copyfileobj(file, out)
 
