@@ -47,19 +47,29 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
         raise _wrong_shape(name, value, dimensions, sizes)
     halves = dtypes is FEATURES and where != "cpu" and dtype.name in HALVES
     if dtype not in dtypes and not halves:  # nor is one that is not native
-        names = " or ".join(d.name for d in dtypes)
-        to = dtypes[0] if dtypes[0].kind == "f" else dtypes[-1]  # of integers the widest, which loses nothing
-        raise TypeError(
-            f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}; "
-            f"convert it with {name}.astype(numpy.{to.name})"
-        )
+        names, to = " or ".join(d.name for d in dtypes), lossless(dtype, dtypes)
+        advice = "" if to is None else f"; convert it with {name}.astype(numpy.{to.name})"
+        raise TypeError(f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}{advice}")
     if like is not None and dtype != like[1].dtype:
-        raise TypeError(
-            f"{name}: expected {like[1].dtype} to match {like[0]}, got {dtype}; "
-            f"convert it with {name}.astype({like[0]}.dtype)"
-        )
+        raise _wrong_match(name, dtype, *like)
     flags = value.flags
     return value if flags.c_contiguous and (where != "cpu" or flags.aligned) else contiguous(value)
+
+
+def lossless(dtype, dtypes):
+    """The first of the dtypes that holds all that another does, for the advice of an error: uint16 labels made uint8
+    would turn 300 into 44. None if none does."""
+    return next((to for to in dtypes if np.can_cast(dtype, to, "safe")), None)
+
+
+def _wrong_match(name, dtype, other, array):
+    advice = ""
+    if " " not in name + other:  # an argument, not "the output"
+        if lossless(dtype, [array.dtype]):
+            advice = f"; convert it with {name}.astype({other}.dtype)"
+        elif lossless(array.dtype, [dtype]):
+            advice = f"; convert {other} with {other}.astype({name}.dtype)"
+    return TypeError(f"{name}: expected {array.dtype} to match {other}, got {dtype}{advice}")
 
 
 def contiguous(value):

@@ -310,8 +310,8 @@ def _checked(name, value, optional):
         raise TypeError(f"{name}: expected an array, got a part of a sum over devices; sum it with jax.lax.psum")
     if value.dtype == np.float64 and not jax.config.jax_enable_x64:
         raise TypeError(
-            f"{name}: expected float32, because jax_enable_x64 is off, got float64; convert it with "
-            f"{name}.astype(jnp.float32)"
+            f"{name}: expected float32, because jax_enable_x64 is off, got float64; turn it on with "
+            "jax.config.update('jax_enable_x64', True)"
         )
     if value.dtype == np.int64 and not jax.config.jax_enable_x64 and np.any(value != value.astype(np.int32)):
         raise ValueError(f"{name}: expected values that int32 can hold, because jax_enable_x64 is off, got others")

@@ -128,7 +128,7 @@ FILES = {
     "tabs.txt": lambda p: text(p, "\t", '"x"\t"y"\t"z"\t"r"\t"g"\t"b"\t"label"\n'),
     "scan.bin": lambda p: np.column_stack([p, np.ones(4)]).astype(np.float32).tobytes(),
 }
-NEEDS = {".ply": "plyfile", ".laz": "lazrs"}
+NEEDS = {".laz": "lazrs"}
 
 
 def patched(data, at, layout, *values):

@@ -807,7 +807,7 @@ def test_labels_in_ply_files(tmp_path, text, has_label):
     assert (after.text, after.comments, after["vertex"].comments) == (text, ["kept"], ["by hand"])
     assert np.array_equal(after["face"]["vertex_indices"][0], [0, 1, 2])
     if has_label:
-        with pytest.raises(scenes.ReadError, match=r"scalar_Label is uint8, which cannot hold .* to 300"):
+        with pytest.raises(scenes.ReadError, match=r"scalar_Label holds 0 to 255, got labels .* to 300"):
             segmentation.write_labels(
                 tmp_path / "a.ply", tmp_path / "c.ply", labels + 300 - labels.max(), kept=cloud.kept
             )

@@ -131,8 +131,8 @@ def first_of(names, usual):
 
 
 def listed(names):
-    """Names for a message."""
-    text = " ".join(names)
+    """Names for a message of one line."""
+    text = " ".join(name if name.isprintable() else repr(name)[1:-1] for name in names)
     return (text if len(text) <= 400 else f"{text[:400]} ...") or "none"
 
 

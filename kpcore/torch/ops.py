@@ -153,12 +153,16 @@ def numpy_dtype(name, dtype, tensor=None):
         import ml_dtypes  # which CuPy needs for it
 
         return np.dtype(ml_dtypes.bfloat16)
-    expected, convert = "float32 or float64", "to(torch.float32)"
+    expected, dtypes = "float32 or float64", _array.REAL
     if name.rpartition(".")[2] in ("index", "labels", "row_splits"):
-        expected, convert = "integers", "to(torch.int64)"
-    elif tensor is not None and tensor.is_quantized:
-        convert = "dequantize()"
-    raise TypeError(f"{name}: expected {expected}, got {str(dtype)[6:]}; convert it with {name}.{convert}")
+        expected, dtypes = "integers", _array.SPLITS if name.endswith("row_splits") else _array.INTEGERS
+    kind, advice = str(dtype)[6:], ""
+    if tensor is not None and tensor.is_quantized:
+        advice = f"; convert it with {name}.dequantize()" if dtypes is _array.REAL else ""
+    elif kind == "bfloat16" or hasattr(np, kind):  # NumPy has no bfloat16, which float32 holds, as it does float16
+        to = _array.lossless(np.dtype("float16" if kind == "bfloat16" else kind), dtypes)
+        advice = "" if to is None else f"; convert it with {name}.to(torch.{to.name})"
+    raise TypeError(f"{name}: expected {expected}, got {kind}{advice}")
 
 
 def _torch_dtype(dtype):
