@@ -283,7 +283,10 @@ def cloud_of(content):
     shift = _shift(points)
     exact = points - shift if shift.any() else points
     points = np.ascontiguousarray(exact, np.float32)
-    rounding = 0.0 if exact.dtype == np.float32 else float(np.abs(exact - points).max())
+    rounding = 0.0
+    if exact.dtype != np.float32:
+        change = exact - points
+        rounding = float(np.abs(change, out=change).max())
     return Cloud(points, colors, labels, shift, int((~keep).sum()), None, content.up, fields, kept, rounding,
                  content.unlabeled if labels is None else None)  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore.io.cloud import Columns, ReadError, from_columns
-from kpcore.io.text import decoded, numbers
+from kpcore.io.text import check_lines, decoded, numbers
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 
@@ -99,6 +99,7 @@ def _ascii(path, header, body):
     width = sum(count for _, _, count in header.fields)
     if header.num * width * 2 - 1 > body:  # a digit and a space each
         raise ReadError(f"truncated: promises {header.num} points of {width} numbers in {body} bytes")
+    check_lines(path)
     table = numbers(path, skip=header.num_lines)
     if table.shape != (header.num, width):
         raise ReadError(f"promises {header.num} points of {width} numbers, holds a table of {table.shape}")

@@ -19,11 +19,11 @@ _WINDOWS_NAN = re.compile(r"[-+]?1[.,]#(?:QNAN|SNAN|IND)\d*|[-+]?nan\(\w*\)", re
 _WINDOWS_INF = re.compile(r"1[.,]#INF\d*", re.I)
 _COMMENT = re.compile(r"(?:#|(?:^|(?<=[\s,;]))//).*", re.M)
 _COUNT = re.compile(r"^[ \t]*(\d+)[ \t]*$", re.M)
-_QUOTED_DECIMAL = re.compile(r'"\s*([-+]?\d+),(\d+(?:e[-+]?\d+)?)\s*"', re.I)
+_QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the comma of "1,5", where commas separate
 # A comma that can be no separator of thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
 _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{4,})(?![\d,]))", re.A)
 _BLOCK = 1 << 22  # characters mended at a time
-_LONGEST = 100_000  # characters of a line before the second row
+_LONGEST = 1 << 20  # bytes of a line
 
 # Words that tell a comment of names from a sentence.
 _USUAL = {
@@ -48,6 +48,7 @@ class Head(NamedTuple):
 
 
 def read(path, size, asked):
+    check_lines(path)
     encoding = _encoding(path)
     head = _head(path, encoding, asked)
     table = numbers(path, encoding, head.delimiter, head.skip, head.count)
@@ -69,6 +70,14 @@ def read(path, size, asked):
     return content._replace(doubt=doubt or content.doubt)
 
 
+def check_lines(path):
+    """An error for a line of megabytes, of which NumPy would make 12 times as many."""
+    with path.open("rb") as file:
+        while len(part := file.read(_LONGEST)) == _LONGEST:
+            if b"\n" not in part and b"\r" not in part:
+                raise ReadError(f"expected a row for each point, got a line of more than {_LONGEST} bytes")
+
+
 def _encoding(path):
     """By its mark, else one to which any bytes are characters, as comments may hold anything."""
     with path.open("rb") as file:
@@ -82,9 +91,7 @@ def _head(path, encoding, asked):
     names = comment = ""
     skip, count = 0, None
     with path.open(encoding=encoding) as file:
-        while line := file.readline(_LONGEST):
-            if len(line) == _LONGEST:
-                raise ReadError(f"line {skip + 1}: expected a row for each point, got more than {_LONGEST} characters")
+        for line in file:
             line = line.rstrip("\n")
             words = line.strip()
             if words.startswith(("#", "//")):
@@ -239,13 +246,12 @@ def _plain(text, delimiter, marks):
     text = _uncommented(text)
     if "." in text:
         marks.add("point")
-    if '"' in text:
+    if '"' in text and delimiter:
+        text = re.sub('(?<=") +| +(?=")', "", text).replace('""', "")
         if delimiter == "," and _QUOTED_DECIMAL.search(text):
-            marks.add("comma")
-            if any(_SURELY_DECIMAL.search(quoted[0]) for quoted in _QUOTED_DECIMAL.finditer(text)):
-                marks.add("decimal")
-            text = _QUOTED_DECIMAL.sub(r"\1.\2", text)
-        text = re.sub(rf' *"([^"{delimiter or " "}\n]*)" *', r"\1", text) if delimiter else text
+            quoted = re.findall(r'"[-+]?(\d+,\d+)', text)
+            marks |= {"comma", "decimal"} if any(map(_SURELY_DECIMAL.match, quoted)) else {"comma"}
+            text = _QUOTED_DECIMAL.sub(".", text)
     if delimiter != "," and "," in text:
         marks |= {"comma", "decimal"} if _SURELY_DECIMAL.search(text) else {"comma"}
         text = text.replace(",", ".")
