@@ -86,6 +86,14 @@ def test_a_damaged_member(write):
         clouds.write_labels(path, path.with_name("b.npz"), LABELS)
 
 
+def test_a_damaged_folder(write):
+    data = archive({"data/": b"", "points.npy": npy(POINTS)})
+    path = write("a.npz", b"PK\3\4" + bytes(26) + data[30:])
+    np.testing.assert_array_equal(scenes.read(path).points, POINTS)
+    with pytest.raises(scenes.ReadError, match="data/ cannot be read"):
+        clouds.write_labels(path, path.with_name("b.npz"), LABELS)
+
+
 REFUSED = {
     "object": ({"points.npy": npy(np.array([[None] * 3]))}, "points holds Python objects, which are not read"),
     "lie": ({"points.npy": HUGE}, "points of shape (4000000000, 3) needs 96000000000 bytes, 96 are there"),
@@ -107,7 +115,11 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_needed_and_wrong(write, name):
     members, reason = REFUSED[name]
-    path = write("a.npz", archive(members))
+    data = archive(members) if members else archive({"a.txt": b"", "points.npy": npy(POINTS)})
+    if members is None:  # the size in the directory
+        at = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)
+        data = data[: at + 24] + struct.pack("<I", 4_000_000_000) + data[at + 28 :]
+    path = write("a.npz", data)
     if reason is None:
         assert scenes.read(path).points.shape == (4, 3)  # what follows an array is not looked at
     else:

@@ -68,8 +68,6 @@ def _members(archive):
 
 def _opened(archive, name, info, work):
     """What the work makes of an open member; whatever is wrong with that is a ReadError that names it."""
-    if info.file_size > 1032 * max(info.compress_size, 1):  # deflate packs at most 1032 : 1
-        raise ReadError(f"damaged: {name} promises {info.file_size} bytes, packed in {info.compress_size}")
     try:
         with archive.open(info) as file:
             return work(file)
@@ -80,6 +78,9 @@ def _opened(archive, name, info, work):
 
 
 def _array(archive, name, info):
+    if info.file_size > 1032 * max(info.compress_size, 1):  # deflate packs at most 1032 : 1
+        raise ReadError(f"damaged: {name} promises {info.file_size} bytes, packed in {info.compress_size}")
+
     def work(file):
         _header(file, name, info.file_size)
         file.seek(0)
@@ -153,8 +154,7 @@ def _usual_labels(at):
 def label_field(source, label):
     with zipfile.ZipFile(source) as archive:
         for info in archive.infolist():  # what cannot be copied is said before the work
-            if not info.is_dir():
-                _opened(archive, info.filename, info, _read_through)
+            _opened(archive, info.filename, info, _read_through)
         members = _members(archive)
         names = [name for name, _ in members]
         at = _place_of_points(archive, members)
