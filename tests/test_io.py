@@ -16,12 +16,14 @@ from kpcore import scenes
 from kpcore.io import formats
 from kpcore.io.pcd import _lzf
 
+# Names for the columns of the tables that have none.
+NAMELESS = dict.fromkeys(("table.npy", "table.npz", "spaces.xyz", "semicolons.csv"), (*"xyzrgb", "label"))
 FAR = np.array([515368.0, 4918340.0, 2322.0])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_values_written(write, name):
-    cloud = scenes.read(str(write(name, FILES[name](POINTS))))
+    cloud = scenes.read(str(write(name, FILES[name](POINTS))), columns=NAMELESS.get(name))
     assert cloud.points.dtype == np.float32
     np.testing.assert_array_equal(cloud.points, POINTS)
     np.testing.assert_array_equal(cloud.shift, np.zeros(3))
@@ -53,21 +55,23 @@ FIELDS = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_of_every_format(write, name):
     field, values, label, labels = FIELDS[name]
-    path = write(name, FILES[name](POINTS))
-    cloud = scenes.read(path, fields=[field], label=label)
-    assert cloud.fields.keys() == {field.lower()} and cloud.fields[field.lower()].dtype == np.float32
+    path, columns = write(name, FILES[name](POINTS)), NAMELESS.get(name)
+    cloud = scenes.read(path, fields=[field], label=label, columns=columns)
+    wide = name in ("table.npy", "table.npz", "arrays.npz") or name.endswith((".xyz", ".csv", ".txt"))
+    assert cloud.fields.keys() == {field.lower()}
+    assert cloud.fields[field.lower()].dtype == (np.float64 if wide else np.float32)
     np.testing.assert_array_equal(cloud.fields[field.lower()], values)
     np.testing.assert_array_equal(cloud.labels, labels)
     assert cloud.labels.dtype == np.int32 and cloud.kept is None
     for more in ({"fields": [field, "echo"]}, {"label": "echo"}):
-        with pytest.raises(scenes.ReadError, match="has no field echo"):
-            scenes.read(path, **more)
+        with pytest.raises(scenes.ReadError, match=f"(?i)has no field echo; there are .*{field}"):
+            scenes.read(path, **more, columns=columns)
 
 
 def test_fields_that_are_not_one_number_for_each_point(write):
     with pytest.raises(scenes.ReadError, match="field curve is not one plain number for each point"):
         scenes.read(write("a.pcd", pcd(POINTS, "binary")), fields=["curve"])
-    with pytest.raises(scenes.ReadError, match="field class holds no labels, which are whole numbers"):
+    with pytest.raises(scenes.ReadError, match=r"field class holds 3\.5 \(point 0\), which is no label"):
         scenes.read(write("a.npz", npz(points=POINTS, **{"class": LABELS + 0.5})), label="class")
     with pytest.raises(scenes.ReadError, match="holds 4 points but 3 echo"):
         scenes.read(write("b.npz", npz(points=POINTS, echo=np.ones(3))), fields=["echo"])
@@ -89,7 +93,7 @@ def test_coordinates_of_las_files_as_fields(write):
 def test_large_coordinates_are_shifted_in_float64(write, name):
     points = POINTS + FAR + 0.125  # float32 is 0.5 coarse at 4.9 million
     data = las(points, FAR) if name == "plain.las" else FILES[name](points)
-    cloud = scenes.read(write(name, data))
+    cloud = scenes.read(write(name, data), columns=NAMELESS.get(name))
     np.testing.assert_array_equal(cloud.shift, np.floor(points.min(axis=0)))
     np.testing.assert_array_equal(cloud.points + cloud.shift, points)
 
@@ -100,7 +104,7 @@ def test_large_coordinates_are_shifted_in_float64(write, name):
 def test_points_that_are_not_finite_are_left_out(write, name):
     points = POINTS.copy()
     points[1, 2], points[2, 0] = np.nan, -np.inf
-    cloud = scenes.read(write(name, FILES[name](points)))
+    cloud = scenes.read(write(name, FILES[name](points)), columns=NAMELESS.get(name))
     assert cloud.left_out == 2
     np.testing.assert_array_equal(cloud.points, POINTS[[0, 3]])
     if cloud.colors is not None:
@@ -160,7 +164,7 @@ def test_a_file_cut_anywhere_is_refused_or_a_valid_prefix(write, name):
     for size in range(len(data)):
         path = write(name, data[:size])
         try:
-            cloud = scenes.read(path)
+            cloud = scenes.read(path, columns=NAMELESS.get(name))
         except scenes.ReadError as error:
             assert str(error).startswith(f"{path}: ")
             assert "\n" not in str(error)
@@ -267,7 +271,6 @@ def test_rubbish_under_any_extension_is_refused(write, suffix):
         ("few.npz", lambda: npz(points=POINTS, labels=LABELS[:2]), "4 points but 2 labels"),
         ("words.xyz", lambda: b"# x y z\n1 2 3\n\n4 five 6\n", "line 4: expected numbers, got 'five'"),
         ("lines.csv", lambda: b"x,y,z\n1,2,3\n4,5\n", "line 3: expected 3 numbers, got 2"),
-        ("gap.csv", lambda: b"1,2,3\n4,,6\n", "line 2: expected numbers, got ''"),
         (
             "lines.pcd",
             lambda: pcd(POINTS, "ascii").replace(b"DATA ascii\n", b"DATA ascii\n1 2 3 4 5 6 7\n1 2 3\n"),

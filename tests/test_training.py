@@ -831,7 +831,7 @@ def test_labels_in_npz_files(tmp_path):
     segmentation.write_labels(tmp_path / "f.npz", tmp_path / "g.npz", labels[kept], kept=kept, label="TRUTH")
     with np.load(tmp_path / "g.npz") as after:
         assert_same_bits(after["Truth"], np.where(kept, labels, fractions).astype(np.float32))
-    with pytest.raises(scenes.ReadError, match=r"a\.npz: Labels is uint8, which cannot hold 7 to 300"):
+    with pytest.raises(scenes.ReadError, match=r"a\.npz: Labels holds 0 to 255, got labels 7 to 300"):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", np.repeat([7, 300], 15))
     with pytest.raises(scenes.ReadError, match=r"a\.npz: other is \(5,\) float64, not a number for each of 30 points"):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", labels, label="other")
@@ -902,7 +902,7 @@ def test_labels_that_cannot_be_written_are_said_before_the_work(trained, tmp_pat
     points = scenes.indoor(2000, seed=3)
     for labels, said in (
         (np.ones(2000, bool), r"labels is \(2000,\) bool"),
-        (np.ones((2000, 1)), r"labels is \(2000, 1\)"),
+        (np.ones((2000, 2)), r"labels is \(2000, 2\)"),
     ):
         np.savez(tmp_path / "a.npz", points=points.points, colors=points.colors, labels=labels)
         with pytest.raises(scenes.ReadError, match=rf"a\.npz: {said}"):

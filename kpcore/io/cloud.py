@@ -11,7 +11,12 @@ import numpy as np
 # Usual names of labels, the first there is counts: of a field, and of an array in an NPZ.
 LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
 LABEL_ARRAYS = ("labels", "label", "classes", "y")
-COLORS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+COLORS = (
+    ("red", "green", "blue"),
+    ("r", "g", "b"),
+    ("rf", "gf", "bf"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+)
 UNLABELED = -1
 
 
@@ -94,11 +99,11 @@ def span(dtype):
 
 
 class Columns:
-    """Named arrays of a file, in its order. A name is meant as it is written, else in any case, else after "scalar_",
-    which CloudCompare puts in front."""
+    """Named arrays of a file, in its order; a function in place of an array reads it when it is needed. A name is meant
+    as it is written, else in any case, else after "scalar_", which CloudCompare puts in front."""
 
     def __init__(self, pairs):
-        self.pairs = [(str(name), np.asarray(values)) for name, values in pairs]
+        self.pairs = [(str(name), values) for name, values in pairs]
 
     @property
     def names(self):
@@ -107,7 +112,13 @@ class Columns:
     def find(self, name):
         """The array that the name means; None if none."""
         at = position(self.names, name)
-        return None if at is None else self.pairs[at][1]
+        return None if at is None else self.at(at)
+
+    def at(self, place):
+        name, values = self.pairs[place]
+        values = np.asarray(values() if callable(values) else values)
+        self.pairs[place] = (name, values)
+        return values
 
 
 def position(names, name):
@@ -144,7 +155,7 @@ def from_columns(columns, asked, label_names=LABELS):
     if any(values.dtype.kind not in "fiu" or values.ndim != 1 for values in xyz):
         raise ReadError("x, y and z are not plain numbers")
     single = all(values.dtype.newbyteorder("=") in (np.float16, np.float32) for values in xyz)
-    points = np.column_stack([values.astype(np.float32 if single else np.float64) for values in xyz])
+    points = np.column_stack([values.astype(np.float32 if single else np.float64, copy=False) for values in xyz])
 
     colors = None
     for names in COLORS:
@@ -183,7 +194,7 @@ def found_labels(columns, asked, usual=LABELS):
     at = first_of(columns.names, usual)
     if at is None:
         return None, "none of its fields has a usual name of labels"
-    return labels_of(columns.pairs[at][1], f"field {columns.names[at]}")
+    return labels_of(columns.at(at), f"field {columns.names[at]}")
 
 
 def labels_of(values, name, blank=False):
@@ -278,7 +289,10 @@ def cloud_of(content):
     shift = _shift(points)
     exact = points - shift if shift.any() else points
     points = np.ascontiguousarray(exact, np.float32)
-    rounding = 0.0 if exact.dtype == np.float32 else float(np.abs(exact - points).max())
+    rounding = 0.0
+    if exact.dtype != np.float32:
+        change = exact - points
+        rounding = float(np.abs(change, out=change).max())
     left_out = 0 if kept is None else len(kept) - len(points)
     return Cloud(points, colors, labels, shift, left_out, None, content.up, fields, kept, rounding,
                  content.unlabeled if labels is None else None)  # fmt: skip

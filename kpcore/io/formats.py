@@ -29,8 +29,8 @@ def read(path, *, fields=(), label=None, columns=None):
     """Read a point cloud from a file; its extension names the format.
 
     PLY, PCD (ascii, binary, binary_compressed), LAS, LAZ and COPC, NPY (a table or a structured array), NPZ (points,
-    colors, labels), XYZ / TXT / CSV (comma, semicolon, tab or space; with a header line or without), PTS, KITTI and
-    nuScenes .bin.
+    colors, labels), XYZ / TXT / CSV (comma, semicolon, tab or space; with a header line or without; decimal commas
+    where their meaning is clear; empty cells, NA, N/A, null and none are NaN), PTS, KITTI and nuScenes .bin.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ def read(path, *, fields=(), label=None, columns=None):
         Names for the columns of a table that has none (text, NPY, NPZ, .bin), such as ``"x y z intensity".split()``.
         Without them a table holds x y z, then r g b where only three of its columns can be colours, and no labels: x y
         z r g b label and x y z intensity r g b look alike.
+        A header line that has x, y and z counts more than these, a comment less. PTS and .bin files have the columns
+        of their formats; a .bin that may hold 4 or 5 numbers a point needs these names.
 
     Returns
     -------

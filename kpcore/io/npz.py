@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import shutil
 import zipfile
+from functools import partial
 
 import numpy as np
 
@@ -17,70 +21,179 @@ from kpcore.io.cloud import (
     found_labels,
     from_columns,
     from_table,
+    listed,
     position,
     span,
 )  # fmt: skip
 
 POINTS = ("points", "xyz", "pos", "position", "positions", "coord", "coords")  # usual names, the first there is counts
+COLORS = ("colors", "color", "rgb")
+_LONGEST = 1 << 16  # bytes of a header, which names the fields of a structured array
 
 
 def read_npy(path, size, asked):
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a lying header meets the file's size
+    with path.open("rb") as file:
+        _header(file, "it", size)
+    array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_LONGEST)
     if not array.dtype.names:
         return from_table(array, asked)
     return from_columns(Columns((name, array[name]) for name in array.dtype.names), asked)
 
 
+def _header(file, name, size):
+    """(shape, dtype) of an array in so many bytes; an error if these cannot hold it."""
+    start = file.read(12)
+    version = start[6:7]
+    wide = version in (b"\2", b"\3")
+    length = int.from_bytes(start[8 : 12 if wide else 10], "little")
+    if start[:6] != b"\x93NUMPY" or version not in (b"\1", b"\2", b"\3"):
+        raise ReadError(f"{name} is no NumPy array")
+    if not 0 < length <= min(size, _LONGEST):
+        raise ReadError(f"damaged: {name} promises a header of {length} bytes")
+    file.seek(8)
+    head = np.lib.format.read_array_header_2_0 if wide else np.lib.format.read_array_header_1_0
+    shape, _, dtype = head(file, max_header_size=_LONGEST)
+    if dtype.hasobject:
+        raise ReadError(f"{name} holds Python objects, which are not read")
+    needed = math.prod(shape) * dtype.itemsize
+    if any(num < 0 for num in shape) or needed > size - file.tell():
+        raise ReadError(f"truncated: {name} of shape {shape} needs {needed} bytes, {size - file.tell()} are there")
+    return shape, dtype
+
+
+def _members(archive):
+    """[(name, entry)] of the arrays in an NPZ, by the names that NumPy gives them; nothing else in it counts."""
+    return [(info.filename[:-4], info) for info in archive.infolist() if info.filename.endswith(".npy")]
+
+
+def _opened(archive, name, info, work):
+    """What the work makes of an open member; whatever is wrong with that is a ReadError that names it."""
+    try:
+        with archive.open(info) as file:
+            return work(file)
+    except (ReadError, MemoryError):
+        raise
+    except Exception as error:  # zlib, zipfile, tokenize and ast have theirs
+        raise ReadError(f"{name} cannot be read: {' '.join(str(error).split())[:120]}") from None
+
+
+def _array(archive, name, info):
+    if info.file_size > 1032 * max(info.compress_size, 1):  # deflate packs at most 1032 : 1
+        raise ReadError(f"damaged: {name} promises {info.file_size} bytes, packed in {info.compress_size}")
+
+    def work(file):
+        _header(file, name, info.file_size)
+        file.seek(0)
+        array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_LONGEST)
+        file.read(1)  # at the end zipfile compares checksums
+        return array
+
+    return _opened(archive, name, info, work)
+
+
+def _shape(archive, name, info):
+    """(shape, dtype) of a member."""
+    return _opened(archive, name, info, lambda file: _header(file, name, info.file_size))
+
+
+def _place_of_points(archive, members):
+    """Which member is the points: of a usual name, else the only table. None: x, y and z are members."""
+    names = [name for name, _ in members]
+    at = first_of(names, POINTS)
+    if at is not None:
+        return at
+    if all(position(names, axis) is not None for axis in "xyz"):
+        return None
+    tables = []
+    for at, (name, info) in enumerate(members):
+        try:
+            shape, dtype = _shape(archive, name, info)
+        except ReadError:
+            continue  # not needed
+        if len(shape) == 2 and shape[1] >= 3 and dtype.kind in "fiu" and name.lower() not in COLORS:
+            tables.append(at)
+    if len(tables) != 1:
+        raise ReadError(f"has no array named points, only {listed(names)}")
+    return tables[0]
+
+
 def read(path, size, asked):
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():  # deflate packs at most 1032 : 1
-            if member.file_size > 1032 * max(member.compress_size, 1) or member.compress_size > size:
-                raise ReadError(f"damaged: {member.filename} promises {member.file_size} bytes")
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = head(file)
-                if int(np.prod(shape, dtype=object)) * dtype.itemsize > member.file_size:
-                    raise ReadError(f"damaged: {member.filename} promises an array of shape {shape}")
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name.lower(): file[name] for name in file.files}
+        members = _members(archive)
+        arrays = [(name, partial(_array, archive, name, info)) for name, info in members]
+        at = _place_of_points(archive, members)
+        if at is None:
+            return from_columns(Columns(arrays), asked, _usual_labels(at))
+        points = arrays.pop(at)[1]()
+        alone = asked._replace(fields=(), label=None)
+        if points.dtype.names:
+            named = [(name, points[name]) for name in points.dtype.names]
+            content = from_columns(Columns(named), alone)
+        else:
+            content = from_table(points, alone)
+            named = [*zip(asked.columns or "xyz", points.T, strict=False)]
+        rest, columns = Columns(arrays), Columns([*arrays, *named])
+        if (rgb := first_of(rest.names, COLORS)) is not None:
+            content = content._replace(colors=colors_of(rest.at(rgb)))
+        if asked.label is not None:
+            labels, unlabeled = found_labels(columns, asked)
+        elif first_of(rest.names, LABEL_ARRAYS) is None and (asked.columns or points.dtype.names):
+            labels, unlabeled = content.labels, content.unlabeled
+        else:
+            labels, unlabeled = found_labels(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
+        return content._replace(
+            labels=labels, unlabeled=unlabeled, names=columns.names, fields=found_fields(columns, asked)
+        )
 
-    def find(*names):
-        return next((arrays[name] for name in names if name in arrays), None)
 
-    tables = [array for array in arrays.values() if array.ndim == 2 and array.shape[1] >= 3]
-    points = find(*POINTS)
-    if points is None and len(tables) == 1:
-        points = tables[0]
-    if points is None:
-        raise ReadError(f"has no array named points, only {' '.join(arrays)[:120] or 'none'}")
-    rest = Columns((name, array) for name, array in arrays.items() if array is not points)
-    content = from_table(points, asked._replace(fields=(), label=None))
-    rgb = find("colors", "color", "rgb")
-    own = Columns([*rest.pairs, *zip("xyz", points.T, strict=False)])
-    labels, unlabeled = found_labels(own, asked, LABEL_ARRAYS)
-    return content._replace(
-        colors=content.colors if rgb is None else colors_of(rgb), labels=labels, unlabeled=unlabeled,
-        names=own.names, fields=found_fields(own, asked),
-    )  # fmt: skip
+def _usual_labels(at):
+    """Usual names of labels, given the place of the points: y is one unless it is a coordinate."""
+    return LABEL_ARRAYS if at is not None else tuple(name for name in LABEL_ARRAYS if name != "y")
 
 
 def label_field(source, label, into):
     label = into or label
-    with np.load(source, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    names = tuple(arrays)
-    at = position(names, label) if label else first_of(names, LABEL_ARRAYS)
-    name = (label or "labels") if at is None else names[at]
-    points = next(array for one, array in arrays.items() if one.lower() in POINTS)
-    values = arrays.setdefault(name, np.zeros(len(points), np.int32))
+    with zipfile.ZipFile(source) as archive:
+        for info in archive.infolist():  # what cannot be copied is said before the work
+            _opened(archive, info.filename, info, _read_through)
+        members = _members(archive)
+        names = [name for name, _ in members]
+        at = _place_of_points(archive, members)
+        shape, _ = _shape(archive, *members[position(names, "x") if at is None else at])
+        num = shape[0] if shape else 0
+        place = position(names, label) if label else first_of(names, _usual_labels(at))
+        name = (label or "labels") if place is None else names[place]
+        if place is None:
+            if name.lower() in ("x", "y", "z"):
+                raise ReadError(f"{name} is a coordinate")
+            values = np.zeros(num, np.int32)
+        else:
+            shape, dtype = _shape(archive, *members[place])
+            if shape not in ((num,), (num, 1)) or dtype.kind not in "fiu":
+                raise ReadError(f"{name} is {shape} {dtype}, not a number for each of {num} points")
+            values = _array(archive, *members[place])
+    replaced = None if place is None else members[place][1].header_offset
 
     def write(out, labels, kept):
-        values[kept] = labels
+        values.reshape(-1)[kept] = labels
         # Not np.savez_compressed: it takes names of arrays for its own arguments, and adds to the file's name.
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for one, array in arrays.items():
-                with archive.open(f"{one}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+        with zipfile.ZipFile(source) as before, zipfile.ZipFile(out, "w") as after:
+            after.comment = before.comment
+            for info in before.infolist():
+                with before.open(info) as old, after.open(copy.copy(info), "w") as new:
+                    if info.header_offset == replaced:
+                        np.lib.format.write_array(new, values, allow_pickle=False)
+                    else:
+                        shutil.copyfileobj(old, new)
+            if replaced is None:
+                info = zipfile.ZipInfo(f"{name}.npy")
+                info.compress_type = zipfile.ZIP_DEFLATED
+                with after.open(info, "w", force_zip64=True) as new:
+                    np.lib.format.write_array(new, values, allow_pickle=False)
 
-    return LabelField(name, len(values), *span(values.dtype), write)
+    return LabelField(name, num, *span(values.dtype), write)
+
+
+def _read_through(file):
+    while file.read(1 << 20):
+        pass

@@ -2,73 +2,145 @@
 
 from __future__ import annotations
 
-import io
+import re
 import struct
+from typing import NamedTuple
 
 import numpy as np
 
 from kpcore.io.cloud import Columns, ReadError, from_columns
-from kpcore.io.text import numbers
+from kpcore.io.text import check_lines, decoded, numbers
+
+KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
+
+
+class Header(NamedTuple):
+    fields: list  #: (name, type, how many numbers) each
+    num: int  #: points
+    height: int  #: rows of an image, or 1
+    encoding: str
+    num_lines: int
+    start: int  #: the byte at which the data begins
 
 
 def read(path, size, asked):
     # Not through pypcd4 1.5.1: it returns a cut ascii file as if it were whole, rejects two spaces between
     # numbers, files without COUNT and versions before 0.7.
-    with path.open("rb") as file:
-        header, num_lines = {}, 0
-        while "DATA" not in header:
-            line, num_lines = file.readline(4096), num_lines + 1
-            if not line or len(header) > 100:
-                raise ReadError("is not a PCD file, or its header is cut: it has no DATA line")
-            key, *values = line.decode("latin-1").split() or ["#"]
-            header[key] = values
-        body = file.read()
-    missing = [key for key in ("FIELDS", "SIZE", "TYPE", "WIDTH") if not header.get(key)]
-    if missing or not header["DATA"]:
-        raise ReadError(f"damaged: the header has no {' '.join(missing) or 'DATA'}")
-    names, sizes, kinds = header["FIELDS"], header["SIZE"], header["TYPE"]
-    counts = [int(count) for count in header.get("COUNT", ["1"] * len(names))]
-    fields = [
-        (f"{name}{i}" if name == "_" else name, f"<{kind.lower()}{size}", (count,) if count != 1 else ())
-        for i, (name, kind, size, count) in enumerate(zip(names, kinds, sizes, counts, strict=True))
-    ]
-    record = np.dtype(fields)
-    width, height = int(header["WIDTH"][0]), int(header.get("HEIGHT", ["1"])[0])
-    num = int(header.get("POINTS", [width * height])[0])
-    if num != width * height:
-        raise ReadError(f"promises {num} points but {width} x {height}")
-    if num == 0:
-        raise ReadError("holds no points")
-
-    encoding = header["DATA"][0]
-    if encoding == "ascii":
-        empty = np.empty((0, sum(counts)))
-        table = numbers(io.StringIO(body.decode()), before=num_lines) if body.strip() else empty
-        if table.shape != (num, sum(counts)):
-            raise ReadError(f"promises {num} points of {sum(counts)} numbers, holds a table of {table.shape}")
-        starts = np.cumsum([0, *counts])
-        columns = {name: table[:, at].astype(kind) for (name, kind, _), at in zip(fields, starts, strict=False)}
-    elif encoding == "binary":
-        if num * record.itemsize > len(body):
-            raise ReadError(f"truncated: {num} points need {num * record.itemsize} bytes, {len(body)} are there")
-        table = np.frombuffer(body, record, num)
-        columns = {name: table[name] for name in record.names}
-    elif encoding == "binary_compressed":
-        packed, unpacked = struct.unpack_from("<II", body)
-        if packed > len(body) - 8:
-            raise ReadError(f"truncated: {packed} compressed bytes promised, {len(body) - 8} are there")
-        if unpacked != num * record.itemsize:
-            raise ReadError(f"promises {num} points of {record.itemsize} bytes but {unpacked} bytes")
-        plain, at, columns = _lzf(body[8 : 8 + packed], unpacked), 0, {}
-        for name in record.names:  # one field after the other, each for all points
-            columns[name] = np.ndarray(num, record[name], plain, at)
-            at += num * record[name].itemsize
+    header = _header(path)
+    body = size - header.start
+    record = sum(kind.itemsize * count for _, kind, count in header.fields)
+    if header.encoding == "ascii":
+        columns = _ascii(path, header, body)
+    elif header.encoding == "binary":
+        if header.num * record > body:
+            raise ReadError(f"truncated: {header.num} points need {header.num * record} bytes, {body} are there")
+        layout = [(f"{at}", kind, (count,)) for at, (_, kind, count) in enumerate(header.fields)]
+        table = np.fromfile(path, layout, header.num, offset=header.start)
+        columns = [(name, table[f"{at}"]) for at, (name, _, _) in enumerate(header.fields)]
+    elif header.encoding == "binary_compressed":
+        columns = _compressed(path, header, body, record)
     else:
-        raise ReadError(f"unknown DATA {encoding}")
-
-    content = from_columns(Columns(columns.items()), asked)
-    camera = height > 1 and np.nanmin(content.points[:, 2]) > 0  # an image: x right, y down, z forward
+        raise ReadError(f"unknown DATA {header.encoding}")
+    columns = [(name, table[:, 0] if table.shape[1] == 1 else table) for name, table in columns if name != "_"]
+    content = from_columns(Columns(columns), asked)
+    camera = header.height > 1 and np.nanmin(content.points[:, 2]) > 0  # an image: x right, y down, z forward
     return content._replace(up=(0, -1, 0)) if camera else content
+
+
+def _header(path):
+    words, text = {}, b""
+    with path.open("rb") as file:
+        while "DATA" not in words:
+            line = file.readline(4096)
+            if not line or len(text) > 1 << 20:
+                raise ReadError("is not a PCD file, or its header is cut: it has no DATA line")
+            text += line
+            key, *values = decoded(line).split() or ["#"]
+            key = "FIELDS" if key == "COLUMNS" else key  # the name in version .5
+            if key in words:
+                raise ReadError(f"damaged: the header has two lines {key}")
+            if key in KEYS:
+                words[key] = values
+    missing = [key for key in ("FIELDS", "SIZE", "TYPE", "DATA") if not words.get(key)]
+    if missing or not (words.get("WIDTH") or words.get("POINTS")):
+        raise ReadError(f"damaged: the header has no {' '.join(missing) or 'WIDTH'}")
+    names, kinds = words["FIELDS"], [kind.upper() for kind in words["TYPE"]]
+    sizes, counts = _whole(words, "SIZE", 1), _whole(words, "COUNT", 0) or [1] * len(names)
+    for key, values in (("SIZE", sizes), ("TYPE", kinds), ("COUNT", counts)):
+        if len(values) != len(names):
+            raise ReadError(f"damaged: FIELDS names {len(names)} fields, {key} has {len(values)}")
+    fields = []
+    for name, kind, size, count in zip(names, kinds, sizes, counts, strict=True):
+        if size not in {"I": (1, 2, 4, 8), "U": (1, 2, 4, 8), "F": (4, 8)}.get(kind, ()):
+            raise ReadError(f"damaged: field {name} has TYPE {kind} of SIZE {size}")
+        if count:  # some lidars write padding of COUNT 0
+            fields.append((name, np.dtype(f"<{kind.lower()}{size}"), count))
+    points = (_whole(words, "POINTS", 0) or [None])[0]
+    height = (_whole(words, "HEIGHT", 0) or [1])[0]
+    width = (_whole(words, "WIDTH", 0) or [points])[0]
+    if points not in (None, width * height):
+        raise ReadError(f"promises {points} points but {width} x {height}")
+    if width * height == 0:
+        raise ReadError("holds no points")
+    num_lines = len(re.findall(rb"\r\n|\r|\n", text))  # as files opened as text count them
+    return Header(fields, width * height, height, words["DATA"][0], num_lines, len(text))
+
+
+def _whole(words, key, least):
+    """The whole numbers of a line of the header, [] if it is not there."""
+    values = words.get(key, [])
+    for value in values:
+        if not re.fullmatch(r"\+?\d{1,18}", value, re.ASCII) or int(value) < least:
+            raise ReadError(f"damaged: {key} is {value[:40]}, expected a whole number of {least} or more")
+    return [int(value) for value in values]
+
+
+def _ascii(path, header, body):
+    width = sum(count for _, _, count in header.fields)
+    if header.num * width * 2 - 1 > body:  # a digit and a space each
+        raise ReadError(f"truncated: promises {header.num} points of {width} numbers in {body} bytes")
+    check_lines(path)
+    table = numbers(path, skip=header.num_lines)
+    if table.shape != (header.num, width):
+        raise ReadError(f"promises {header.num} points of {width} numbers, holds a table of {table.shape}")
+    columns, at = [], 0
+    for name, kind, count in header.fields:
+        values, at = table[:, at : at + count], at + count
+        if kind.kind in "iu":
+            limits = np.iinfo(kind)
+            wrong = ~((values >= limits.min) & (values <= limits.max) & (values == np.floor(values)))
+            if wrong.any():
+                row, place = np.argwhere(wrong)[0]
+                raise ReadError(f"field {name} is {values[row, place]:.15g} (point {row}), which is no {kind.name}")
+            if kind.itemsize == 8 and np.abs(values).max() > 2**53:  # float64 cannot tell these from their neighbours
+                values = _exact(path, header.num_lines, range(at - count, at), name, kind)
+        columns.append((name, values.astype(kind, copy=False)))
+    return columns
+
+
+def _exact(path, skip, places, name, kind):
+    try:
+        return np.loadtxt(path, kind, skiprows=skip, usecols=places, ndmin=2, encoding="latin-1")
+    except ValueError:
+        raise ReadError(f"field {name} holds numbers that are no {kind.name}") from None
+
+
+def _compressed(path, header, body, record):
+    with path.open("rb") as file:
+        file.seek(header.start)
+        data = file.read()
+    if body < 8:
+        raise ReadError(f"truncated: 8 bytes of sizes and compressed ones promised, {body} are there")
+    packed, unpacked = struct.unpack_from("<II", data)
+    if packed > body - 8:
+        raise ReadError(f"truncated: {packed} compressed bytes promised, {body - 8} are there")
+    if unpacked != header.num * record:
+        raise ReadError(f"promises {header.num} points of {record} bytes but {unpacked} bytes")
+    plain, at, columns = _lzf(data[8 : 8 + packed], unpacked), 0, []
+    for name, kind, count in header.fields:  # one field after the other, each for all points
+        columns.append((name, np.ndarray((header.num, count), kind, plain, at)))
+        at += header.num * count * kind.itemsize
+    return columns
 
 
 def _lzf(data, size):

@@ -2,64 +2,283 @@
 
 from __future__ import annotations
 
-import io
+import csv
+import re
+from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, from_columns, from_table
+from kpcore.io.cloud import LABELS, Columns, ReadError, from_columns, from_table
+
+# A number, with a decimal point; and an empty cell, which is NaN.
+_NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
+_MISSING = r"(?:NA|N/A|null|none)"
+_EMPTY = re.compile(f"{_MISSING}?", re.I)
+# NaN and infinity as C on Windows writes them. Their # begins no comment: 1.#IND would be the number 1.
+_WINDOWS_NAN = re.compile(r"[-+]?1[.,]#(?:QNAN|SNAN|IND)\d*|[-+]?nan\(\w*\)", re.I)
+_WINDOWS_INF = re.compile(r"1[.,]#INF\d*", re.I)
+_COMMENT = re.compile(r"(?:#|(?:^|(?<=[\s,;]))//).*", re.M)
+_COUNT = re.compile(r"^[ \t]*(\d+)[ \t]*$", re.M)
+_QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the comma of "1,5", where commas separate
+# A comma that can be no separator of thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
+_SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{4,})(?![\d,]))", re.A)
+_BLOCK = 1 << 22  # characters mended at a time
+_LONGEST = 1 << 20  # bytes of a line
+
+# Words that tell a comment of names from a sentence.
+_USUAL = {
+    *LABELS, "r", "g", "b", "a", "red", "green", "blue", "alpha", "rgb", "i", "intensity", "reflectance", "nx", "ny",
+    "nz", "t", "time", "timestamp", "gps_time", "id", "index", "instance", "ring", "row", "column", "confidence",
+}  # fmt: skip
+_SENTENCE = {
+    "in", "the", "of", "are", "is", "and", "as", "for", "to", "with", "all", "from", "by", "this", "file", "holds",
+    "metres", "meters", "units",
+}  # fmt: skip
+
+
+class Head(NamedTuple):
+    """What comes before the second row of a table."""
+
+    skip: int  #: lines before the first row
+    delimiter: str | None  #: None: white space
+    trailing: bool  #: whether the first row ends in a delimiter
+    names: str  #: the line that names the columns, or ""
+    comment: str  #: the last comment, or ""
+    count: int | None  #: how many rows are promised
 
 
 def read(path, size, asked):
-    names, commented, skip = None, True, 0
-    with path.open(encoding="utf-8-sig") as file:
-        while line := file.readline(100_000):
-            comment = line.startswith(("#", "//"))
-            delimiter = next((mark for mark in ",;\t" if mark in line), None)
-            words = [word.strip().strip('"').lower() for word in line.strip().lstrip("#/").split(delimiter)]
-            if words and not comment and _is_number(words[0]):
-                break
-            if {"x", "y", "z"} <= set(words):
-                names, commented = words, comment
-            elif any(words) and not comment:
-                raise ReadError(f"line {skip + 1}: expected numbers or the names x, y, z, got {line.strip()[:40]!r}")
-            skip += 1
-    if not line:
-        raise ReadError("holds no points")
-    table = numbers(path, delimiter, skip)
-    if names and len(names) == table.shape[1]:
+    check_lines(path)
+    encoding = _encoding(path)
+    head = _head(path, encoding, asked)
+    table = numbers(path, encoding, head.delimiter, head.skip, head.count)
+    header = _cells(head.names, head.delimiter) if _has_xyz(head.names) else asked.columns or ()
+    if head.trailing and np.isnan(table[:, -1]).all() and not (len(header) == table.shape[1] and header[-1]):
+        table = table[:, :-1]
+    width, doubt = table.shape[1], None
+    if _has_xyz(head.names):
+        names = _names_of_line(head.names, head.delimiter, width)
+    elif asked.columns:
+        names = None
+    else:
+        names, doubt = _names_of_comment(head.comment, head.delimiter, width)
+        if names is None and path.suffix.lower() == ".pts":
+            names = _names_of_pts(table)
+    if names is not None:
         return from_columns(Columns(zip(names, table.T, strict=True)), asked)
-    if not commented:
-        raise ReadError(f"names {len(names)} columns, has {table.shape[1]}")
-    return from_table(table, asked)
+    content = from_table(table, asked)
+    return content._replace(doubt=doubt or content.doubt)
 
 
-def numbers(source, delimiter=None, skip=0, before=0):
-    """The table in a file, or in a StringIO of what follows `before` lines of one, without the first `skip` lines."""
+def check_lines(path):
+    """An error for a line of megabytes, of which NumPy would make 12 times as many."""
+    with path.open("rb") as file:
+        while len(part := file.read(_LONGEST)) == _LONGEST:
+            if b"\n" not in part and b"\r" not in part:
+                raise ReadError(f"expected a row for each point, got a line of more than {_LONGEST} bytes")
+
+
+def _encoding(path):
+    """By its mark, else one to which any bytes are characters, as comments may hold anything."""
+    with path.open("rb") as file:
+        start = file.read(3)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig" if start == b"\xef\xbb\xbf" else "latin-1"
+
+
+def _head(path, encoding, asked):
+    names = comment = ""
+    skip, count = 0, None
+    with path.open(encoding=encoding) as file:
+        for line in file:
+            line = line.rstrip("\n")
+            words = line.strip()
+            if words.startswith(("#", "//")):
+                comment = words.lstrip("#/")
+            elif words:
+                line = _uncommented(line)
+                delimiter = _delimiter(line)
+                cells = _cells(line, delimiter)
+                if count is None and len(cells) == 1 and re.fullmatch(r"\d{1,18}", cells[0], re.A):
+                    count = int(cells[0])
+                elif _is_row(cells):
+                    if delimiter == "," and re.fullmatch(r"\s*-?\d+,\d+(?:, +-?\d+,\d+)+\s*", line):
+                        raise ReadError(f"line {skip + 1}: its commas may be decimal marks, separators or both")
+                    if encoding == "latin-1":
+                        names, comment = decoded(names.encode(encoding)), decoded(comment.encode(encoding))
+                    return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comment, count)
+                elif not names and (asked.columns or _has_xyz(line)):
+                    names = line
+                else:
+                    expected = "numbers" if names else "numbers or the names x, y, z"
+                    raise ReadError(f"line {skip + 1}: expected {expected}, got {words[:40]!r}")
+            skip += 1
+    raise ReadError("holds no points")
+
+
+def decoded(line):
+    """Bytes that may be UTF-8, else Latin-1."""
     try:
-        return np.loadtxt(source, delimiter=delimiter, skiprows=skip, ndmin=2, encoding="utf-8-sig")
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+def _delimiter(line):
+    """The mark between the numbers of a row; None for white space."""
+    for mark in ";\t,":
+        if mark in line and not any(len(cell.split()) > 1 for cell in line.split(mark)):
+            return mark
+    return None
+
+
+def _cells(line, delimiter):
+    if delimiter is None:
+        return [cell.strip('"') for cell in line.split()]
+    quoted = '"' in line
+    cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True)) if quoted else line.split(delimiter)
+    return [cell.strip() for cell in cells]
+
+
+def _is_row(cells):
+    """Whether it is numbers and empty cells."""
+    return any(map(_is_number, cells)) and all(_is_number(cell) or _EMPTY.fullmatch(cell) for cell in cells)
+
+
+def _is_number(cell):
+    return _NUMBER.fullmatch(cell.replace(",", ".", 1)) is not None
+
+
+def _has_xyz(line):
+    return {"x", "y", "z"} <= {word.strip('"').lower() for word in re.split(r"[\s,;]+", line)}
+
+
+def _names_of_line(line, delimiter, width):
+    for separator in (delimiter, None, ","):
+        names = _cells(line, separator)
+        names = names[:-1] if len(names) == width + 1 and not names[-1] else names
+        if len(names) == width:
+            return names
+    num = len(_cells(line, delimiter))
+    commas = ": are its decimal marks commas?" if delimiter == "," and width == 2 * num else ""
+    raise ReadError(f"names {num} columns, has {width}{commas}")
+
+
+def _names_of_comment(comment, delimiter, width):
+    """(names or None, a doubt or None): names are as many as the columns, and cannot be a sentence."""
+    for separator in dict.fromkeys((delimiter, None, ",")):
+        names = _cells(comment, separator)
+        words = [name.lower() for name in names]
+        if len(words) != width or len({*words}) < width or not {"x", "y", "z"} <= {*words}:
+            continue
+        if _SENTENCE & {*words} or not all(name.isidentifier() or (name and separator) for name in names):
+            continue
+        if words[:3] == ["x", "y", "z"] or {*words} - {"x", "y", "z"} <= _USUAL:
+            return names, None
+        return None, (f"the comment {comment.strip()[:60]!r} may name its columns, of which the first three were "
+                      "read as x y z: columns= names them")  # fmt: skip
+    return None, None
+
+
+def _names_of_pts(table):
+    """The format's order of columns; None if it is another table."""
+    width, last = table.shape[1], table[:, -3:]
+    if width == 4:
+        return ("x", "y", "z", "intensity")
+    if width in (6, 7) and ((last >= 0) & (last <= 255) & (last == np.floor(last))).all():
+        return ("x", "y", "z", *["intensity"] * (width == 7), "r", "g", "b")
+    return None
+
+
+def numbers(path, encoding="latin-1", delimiter=None, skip=0, count=None):
+    """The (N, columns) table of float64 in a file after its first lines. With a count it is to have as many rows.
+
+    Empty cells, and NA, N/A, null and none, are NaN.
+    """
+    try:  # comments=None: these are mended, as 1.#IND is none
+        table = np.loadtxt(path, delimiter=delimiter, skiprows=skip, ndmin=2, encoding=encoding, comments=None)
     except UnicodeDecodeError:
         raise
-    except ValueError:  # NumPy counts other lines, and advises its own caller
-        width = None
-    if isinstance(source, io.StringIO):
-        source.seek(0)
-    with source if isinstance(source, io.StringIO) else source.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            words = [word.strip() for word in line.partition("#")[0].strip().split(delimiter)]
-            if number <= skip or not any(words):
-                continue
-            width = width or len(words)
-            if len(words) != width:
-                raise ReadError(f"line {before + number}: expected {width} numbers, got {len(words)}")
-            for word in words:
-                if not _is_number(word):
-                    raise ReadError(f"line {before + number}: expected numbers, got {word[:40]!r}")
-    raise ReadError("holds no table of numbers")
-
-
-def _is_number(word):
-    try:
-        float(word)
     except ValueError:
-        return False
-    return True
+        return _mended(path, encoding, delimiter, skip, count)
+    if count is not None and len(table) != count:
+        raise ReadError(f"promises {count} points, holds {len(table)}")
+    return table
+
+
+def _mended(path, encoding, delimiter, skip, count):
+    """The table of a file that `numpy.loadtxt` cannot read as it is."""
+    tables, width, expected, num, marks = [], None, count, 0, set()
+    with path.open(encoding=encoding) as file:
+        for _ in range(skip):
+            file.readline()
+        while block := file.read(_BLOCK):
+            block += file.readline()
+            for at, piece in enumerate([block] if count is None else _COUNT.split(block)):
+                if at % 2:  # the count of another scan, in a PTS
+                    if num != expected:
+                        raise ReadError(f"line {skip + 1}: expected {expected} points before the next count, got {num}")
+                    expected, num = int(piece[:18]), 0
+                    continue
+                lines = [line for line in _plain(piece, delimiter, marks).split("\n") if line and not line.isspace()]
+                if lines:
+                    try:
+                        table = np.loadtxt(lines, delimiter=delimiter, comments=None, quotechar='"', ndmin=2)
+                    except ValueError:  # NumPy counts other lines, and advises its own caller
+                        table = None
+                    if table is None or table.shape[1] != (width or table.shape[1]):
+                        raise ReadError(_wrong(piece, delimiter, width, skip))
+                    tables.append(table)
+                    width, num = table.shape[1], num + len(table)
+                skip += piece.count("\n")
+    if count is not None and num != expected:
+        raise ReadError(f"promises {expected} points, holds {num}")
+    if "comma" in marks and "point" in marks:
+        raise ReadError("has decimal points and decimal commas")
+    if "comma" in marks and "decimal" not in marks:
+        raise ReadError("its commas may be decimal marks or separate thousands: write decimal points")
+    return np.concatenate(tables) if tables else np.empty((0, 0))
+
+
+def _plain(text, delimiter, marks):
+    """Lines as `numpy.loadtxt` reads them; adds to the marks what they tell of decimal ones."""
+    text = _uncommented(text)
+    if "." in text:
+        marks.add("point")
+    if '"' in text and delimiter:
+        text = re.sub('(?<=") +| +(?=")', "", text).replace('""', "")
+        if delimiter == "," and _QUOTED_DECIMAL.search(text):
+            quoted = re.findall(r'"[-+]?(\d+,\d+)', text)
+            marks |= {"comma", "decimal"} if any(map(_SURELY_DECIMAL.match, quoted)) else {"comma"}
+            text = _QUOTED_DECIMAL.sub(".", text)
+    if delimiter != "," and "," in text:
+        marks |= {"comma", "decimal"} if _SURELY_DECIMAL.search(text) else {"comma"}
+        text = text.replace(",", ".")
+    if "n" in text or "N" in text:
+        other = rf"[^\s{delimiter or ''}]"
+        text = re.sub(rf"(?<!{other}){_MISSING}(?!{other})", "nan", text, flags=re.I)
+    if delimiter:
+        text = re.sub(rf"^ *(?={delimiter})|(?<={delimiter}) *(?={delimiter}|$)", "nan", text, flags=re.M)
+    return text
+
+
+def _uncommented(text):
+    if "#" in text or "(" in text:
+        text = _WINDOWS_INF.sub("inf", _WINDOWS_NAN.sub("nan", text))
+    return _COMMENT.sub("", text) if "#" in text or "//" in text else text
+
+
+def _wrong(text, delimiter, width, before):
+    """What is wrong with lines that follow so many others."""
+    for number, line in enumerate(text.split("\n"), before + 1):
+        cells = _cells(_uncommented(line), delimiter)
+        if not any(cells):
+            continue
+        width = width or len(cells)
+        if len(cells) != width:
+            return f"line {number}: expected {width} numbers, got {len(cells)}"
+        for cell in cells:
+            if not (_is_number(cell) or _EMPTY.fullmatch(cell)):
+                return f"line {number}: expected numbers, got {cell[:40]!r}"
+    return "holds no table of numbers"
