@@ -102,7 +102,7 @@ def test_labels_of_any_type(write, values, labels):
 def test_fields_keep_every_value(write, dtype, kept):
     """gps_time had 191 distinct values as float32 where the file has 138,682."""
     limits = {"i": np.iinfo, "u": np.iinfo, "f": np.finfo}.get(np.dtype(dtype).kind)
-    most = 1 if limits is None else min(limits(np.dtype(dtype).newbyteorder("=")).max, 2**53)
+    most = 1 if limits is None else min(float(limits(np.dtype(dtype).newbyteorder("=")).max), 2**53)
     values = np.array([0, 1, most, most]).astype(dtype)
     if np.dtype(dtype).kind in "iu" and np.dtype(dtype).itemsize > 2:
         values[2] = most - 1

@@ -226,7 +226,7 @@ def test_extra_bytes_described_behind_the_points(write, tmp_path):
         write_labels(path, tmp_path / "c.las", np.arange(100), into="class")
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(["las", "laz"], repeat=2))
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(["las", "laz"], repeat=2)])
 @pytest.mark.parametrize("name", ["format 0", "format 7", "extra bytes", "bytes that nothing describes", "version 1.0",
                                   "extended records", "waveforms of 1.3"])  # fmt: skip
 def test_labels_in_a_new_dimension(tmp_path, name, before, after):
