@@ -10,8 +10,6 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the importlib mode puts no folder there: reference, clouds, gradcheck
 
-from files import NEEDS
-
 import kpcore as kp
 from kpcore import _cpu
 
@@ -90,6 +88,8 @@ def python(tmp_path):
 @pytest.fixture
 def write(tmp_path):
     """Write bytes to a file of that name; its path. Skips where the package that reads its kind is not there."""
+
+    from files import NEEDS  # here, as a test of this file runs it alone
 
     def write(name, data):
         if package := NEEDS.get(name[name.rindex(".") :].lower()):
