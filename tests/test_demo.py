@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_a_picture_that_cannot_be_written_is_refused(run, tmp_path, flat):
     (tmp_path / "out" / "kpcore-flat.png").mkdir(parents=True)
     code, _, err = run(flat, "--voxel", 0.2, "--levels", 1, "--channels", 2)
-    assert (code, err) == (2, f"kpcore: {tmp_path / 'out' / 'kpcore-flat.png'}: Is a directory\n")
+    assert (code, err) == (2, f"kpcore: {tmp_path / 'out' / 'kpcore-flat.png'}: is a folder\n")
 
 
 @pytest.mark.parametrize(("package", "extra"), [("matplotlib", "plot"), ("tqdm", "io")])
