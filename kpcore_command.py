@@ -4,7 +4,6 @@ closed pipe or a wrong environment variable then is no traceback either."""
 import os
 import signal
 import sys
-from contextlib import suppress
 
 _BROKEN_PIPE = 128 + 13  # as a shell says of other programs, which SIGPIPE ends
 
@@ -45,8 +44,10 @@ def _run(interrupt):
 
 
 def _refused(reason):
-    with suppress(OSError):  # there is nowhere else to say it
+    try:  # noqa: SIM105 - contextlib takes 2 ms to import, in which a Ctrl-C would be a traceback
         print(f"kpcore: {reason}", file=sys.stderr)
+    except OSError:  # there is nowhere else to say it
+        pass
     return 2
 
 

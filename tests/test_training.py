@@ -210,7 +210,7 @@ def test_settings_files_of_any_editor(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
         assert settings.read_settings(path).names == ("flat", "upright")
-    for data, said in (
+    for content, said in (
         (text.encode("utf-16"), "is UTF-16, which TOML is not: save it as UTF-8"),
         (b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"),
         (text.encode("utf-16-le"), "is UTF-16"),
@@ -221,7 +221,7 @@ def test_settings_files_of_any_editor(tmp_path):
         (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected names and values, got 3"),
         (bytes(2**24 + 1), "expected a TOML file of at most 16,777,216 bytes, got 16,777,217"),
     ):
-        path.write_bytes(data)
+        path.write_bytes(content)
         with pytest.raises(SettingsError, match=rf"a\.toml: .*{said}"):
             settings.read_settings(path)
     with pytest.raises(SettingsError, match="is no regular file"):
@@ -1218,3 +1218,164 @@ def test_a_nan_ends_a_run_with_one_line(command, tmp_path):
     (tmp_path / "a.toml").write_text(TOML.replace("lr = 0.05", "lr = 1e6\nweight_decay = 1e3\nclip_value = 0.0"))
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
     assert code == 2 and re.search(r"^kpcore: epoch 0, step \d: ", err, re.MULTILINE)
+
+
+# ---- files of a run that are damaged
+
+
+@pytest.fixture
+def last(trained, tmp_path):
+    """(groups, about, resume): what is in the last checkpoint of a run, and what goes on with another in its place."""
+    groups, about = checkpoints.read(trained[0] / "last.safetensors")
+    (tmp_path / "log.jsonl").write_bytes((trained[0] / "log.jsonl").read_bytes())
+
+    def resume():
+        checkpoints.write(tmp_path / "last.safetensors", groups, about)
+        return training.Training(from_dict(given()), tmp_path, tmp_path, resume=True)
+
+    return groups, about, resume
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda groups, about: about["run"].update(epoch=10**9), "a run of 2 epochs is, got epoch 1000000000"),
+        (lambda groups, about: about["run"].update(epoch=-1), "expected where a run of 2 epochs is, got epoch -1"),
+        (lambda groups, about: about["run"].update(step=6), "got epoch 2, step 6"),
+        (lambda groups, about: about["run"].update(step="1"), "got epoch 2, step '1'"),
+        (lambda groups, about: about["run"].update(best=None), "expected where a run"),
+        (lambda groups, about: about["run"].update(results=3), "expected where a run"),
+        (lambda groups, about: about["run"].pop("epoch"), "got epoch None"),
+        (lambda groups, about: about["run"].update(seed="x"), "seed: expected x, which it was made with, got 0"),
+        (lambda groups, about: about.update(run=[1]), "expected a last checkpoint of kpcore train"),
+        (lambda groups, about: about.update(settings=[1]), "expected the sections"),
+        (lambda groups, about: about.pop("settings"), "expected the sections"),
+        (lambda groups, about: groups.pop("optimizer"), "expected where a run"),
+        (lambda groups, about: groups.pop("params"), "params: expected"),
+        (lambda groups, about: groups["optimizer"].update(num_steps=np.arange(3)), "expected an optimizer after 12"),
+        (lambda groups, about: groups["optimizer"].update(num_steps=np.array(3)), r"after 12 steps, got 3"),
+        (lambda groups, about: groups["optimizer"].pop("momentum.head.1.bias"), "state: expected what"),
+        (
+            lambda groups, about: groups.update(
+                {kind: {name: value.astype(float) for name, value in groups[kind].items()} for kind in groups}
+            ),
+            "params, state: expected float32, got float64",
+        ),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_a_run_cannot_go_on_from(last, change, said):
+    groups, about, resume = last
+    change(groups, about)
+    with pytest.raises(ValueError, match=rf"resume: .*last\.safetensors: .*{said}") as refused:
+        resume()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_of_before_there_was_a_setting(last):
+    _, about, resume = last
+    del about["settings"]["data"]["columns"], about["settings"]["training"]["noise"]
+    assert resume().epoch == 2
+
+
+def test_a_log_is_whole_when_going_on_ends(last, tmp_path, monkeypatch):
+    """What ends it while the log is cut leaves the log as it was."""
+    before = (tmp_path / "log.jsonl").read_bytes()
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    _, _, resume = last
+    checkpoints.write(tmp_path / "last.safetensors", *last[:2])
+    monkeypatch.setattr(checkpoints, "write", lambda *args: None)
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        resume()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["last.safetensors", "log.jsonl"]
+
+
+def test_a_full_disk_takes_no_part_of_a_line(tmp_path):
+    """By a limit on the size of files, as the disk is not ours to fill."""
+    resource = pytest.importorskip("resource")
+    monkey, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with open(tmp_path / "log", "ab", buffering=0) as log:
+            training._append(log, {"step": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+            with pytest.raises(OSError) as raised:
+                training._append(log, {"step": 2, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, monkey)
+    assert raised.value.filename == str(tmp_path / "log")
+    assert (tmp_path / "log").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("size", [0, 10_000, 20_000, 40_000])
+def test_a_run_without_room_is_one_line(python, tmp_path, size):
+    """The first checkpoint of the run has 27 kB, curves.png 50."""
+    (tmp_path / "a.toml").write_text(TOML)
+    code = f"""
+import resource, signal, sys
+from kpcore import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+sys.exit(cli.main(["train", "a.toml", "--out", "run"]))
+"""
+    done = python(code)
+    assert done.returncode == 2
+    assert re.fullmatch(r"kpcore: run/\w+\.(safetensors|png|jsonl): File too large\n", done.stderr)
+    left = os.listdir(tmp_path / "run")
+    assert not [name for name in left if "part" in name]
+    again = ["--resume"] if "last.safetensors" in left else []
+    if not again:
+        assert cli.main(["train", str(tmp_path / "a.toml"), "--out", str(tmp_path / "run"), "--resume"]) == 2
+    for out, more in (("run", again), ("whole", [])):
+        assert cli.main(["train", str(tmp_path / "a.toml"), "--out", str(tmp_path / out), *more]) == 0
+    one, other = (checkpoints.read(tmp_path / out / "last.safetensors") for out in ("run", "whole"))
+    assert_same_checkpoints(one, other)
+
+
+def test_resuming_what_was_never_begun_says_what_to_do(command, tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
+    assert (code, out) == (2, "") and err.endswith(
+        "has no last.safetensors to go on from; without --resume it begins\n"
+    )
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
+    assert (code, out) == (2, "") and err.endswith("to go on from; another --out begins a new run\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *[(lambda about, v=v: about.update(columns=v), "") for v in (3, [1], {}, {"widths": {}})],
+        *[(lambda about, v=v: about["columns"].update(widths=v), "columns: expected widths") for v in (
+            3, {}, {"one": 1}, {"one": 1, "color": 3, "height": 10**9}, {"height": 1, "color": 3, "one": 1})],
+        *[(lambda about, v=v: about["columns"].update(center=v), "expected the center of") for v in (
+            3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1]}, {"color": 0.0, "height": 1e999})],
+        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "expected the scale of height") for v in (
+            0, -1, None, True, float("nan"), 1e-320)],
+        (lambda about: about.pop("columns"), "without its settings or columns"),
+        (lambda about: about.pop("settings"), "without its settings or columns"),
+        *[(lambda about, v=v: about.update(settings=v), "") for v in (3, [1], {}, None)],
+        (lambda about: about["settings"]["training"].update(votes=10**9), r"\[training\] votes: expected 1 to 1,000"),
+        (lambda about: about["settings"]["training"].update(radius=1e30), r"\[training\] radius: expected"),
+        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as its settings"),
+        (lambda about: about["settings"]["data"].update(features=["one", "height"]), "expected num_features 2"),
+        (lambda about: about["settings"]["data"]["classes"].update(more=[50]), "expected num_classes 4"),
+        (lambda about: about["network"].update(voxel_size=0.3), "expected voxel_size 0.2, as .* got 0.3"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit_together(trained, command, tmp_path, change, said):
+    groups, about = checkpoints.read(trained[0] / "best.safetensors")
+    change(about)
+    checkpoints.write(tmp_path / "a.safetensors", groups, about)
+    with pytest.raises(ValueError, match=rf"a\.safetensors: .*{said}") as refused:
+        training.Model.load(tmp_path / "a.safetensors")
+    assert "\n" not in str(refused.value)
+    code, out, err = command("test", tmp_path / "a.safetensors")
+    assert (code, out, err) == (2, "", f"kpcore: {refused.value}\n")

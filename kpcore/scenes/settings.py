@@ -232,6 +232,8 @@ def _text(path):
 
 def from_dict(given):
     """Settings of nested dicts, as TOML gives them."""
+    if not isinstance(given, dict):
+        raise SettingsError(f"expected the sections data, network and training, got {_shown(given)}")
     given = dict(given)
     settings = Settings(
         _data(given.pop("data", {})),
