@@ -1277,6 +1277,19 @@ def test_a_checkpoint_of_before_there_was_a_setting(last):
     assert resume().epoch == 2
 
 
+@pytest.mark.parametrize("line", [b"{}", b"3", b'{"epoch": 1}', b'{"epoch": "1", "step": 1}', b"\xff\x00", b""])
+def test_a_log_that_is_damaged(last, tmp_path, line):
+    _, _, resume = last
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([*lines, line]))  # the last, as where the process was killed
+    assert resume().epoch == 2 and (tmp_path / "log.jsonl").read_bytes() == b"".join(lines)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([*lines[:3], line + b"\n", *lines[3:]]))
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"^resume: .*log\.jsonl: expected what a run logs, got another line 4$"):
+        resume()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
 def test_a_log_is_whole_when_going_on_ends(last, tmp_path, monkeypatch):
     """What ends it while the log is cut leaves the log as it was."""
     before = (tmp_path / "log.jsonl").read_bytes()

@@ -50,7 +50,8 @@ def naming(path):
     except (ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # safetensors has its own kinds, and JSON can hold anything where numbers belong
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {said if len(said) <= 400 else said[:400] + ' ...'}") from None
 
 
 def _network(described):

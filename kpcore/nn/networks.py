@@ -157,6 +157,8 @@ class Network:
 
     def __post_init__(self):
         single = np.dtype(np.float32)
+        if not isinstance(self.architecture, (list, tuple)) or not all(isinstance(b, str) for b in self.architecture):
+            raise TypeError("architecture: expected a sequence of blocks' names, got another")
         object.__setattr__(self, "architecture", tuple(self.architecture))
         object.__setattr__(self, "origin", common_origin(self.origin))
         _check_architecture(self.architecture)
@@ -175,10 +177,10 @@ class Network:
         in_voxels = "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
         blocks.check_fields(self, _array.between, in_voxels, *blocks.IN_VOXELS)
         blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
-        blocks.check_fields(self, _array.between, ("fitting_power",), 0, 1e6)
+        blocks.check_fields(self, _array.between, ("fitting_power",), 0, 10**6)
         blocks.check_fields(self, _array.between, ("slope",), -1, 1)
         if self.pool_pad_value is not None:
-            blocks.check_fields(self, _array.between, ("pool_pad_value",), -1e9, 1e9)
+            blocks.check_fields(self, _array.between, ("pool_pad_value",), -(10**9), 10**9)
         blocks.check_fields(self, _array.boolean, ("head_norm", "modulated", "always_narrow"))
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip

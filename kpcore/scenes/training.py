@@ -282,19 +282,22 @@ class Training:
 
     def _cut_log(self):
         """Leave out what was logged after the checkpoint: it is done again."""
-        path = self.out / LOG
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        path, kept = self.out / LOG, []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut by the end of the process
-                break
-            done = (entry["epoch"], 0) <= (self.epoch, self.step) if "test" in entry else (
-                (entry["epoch"], entry["step"]) < (self.epoch, self.step))  # fmt: skip
-            if done:
-                kept.append(line + "\n")
+                is_test = "test" in entry
+                at = entry["epoch"], 0 if is_test else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):
+                    raise ValueError(f"resume: {path}: expected what a run logs, got another line {number}") from None
+                break  # the last line, cut by the end of the process
+            if is_done:
+                kept.append(line + b"\n")
         with whole(path) as part:
-            part.write_text("".join(kept), encoding="utf-8")
+            part.write_bytes(b"".join(kept))
 
     # ---- how
 
@@ -371,7 +374,7 @@ def curves(out):
     at = np.array([e["epoch"] + e["step"] / per_epoch for e in steps])
     for name in ("loss", "entropy", "regularization"):
         if name in steps[0]:
-            values = np.array([e[name] for e in steps])
+            values = np.array([e.get(name) for e in steps], np.float64)
             width = max(1, len(values) // 100)
             smooth = np.convolve(values, np.ones(width) / width, "valid")
             left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
