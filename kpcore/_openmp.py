@@ -8,8 +8,21 @@ slower than one. OpenMP reads how long when it is loaded, hence only what is loa
 import os
 from pathlib import Path
 
+MOST_THREADS = 2**16
 SPINS = "1000"  # 25 to 50 us: by a sweep, the fewest with which two threads on an idle machine are as fast as with all
 _chosen = [f"{name}={os.environ[name]}" for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if os.environ.get(name)]
+
+
+def _threads_asked_for():
+    """By the environment, and by what of it; None: nothing. Before OpenMP is loaded, which would print a line too."""
+    for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one per level of nesting
+        if text:
+            if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_THREADS:
+                expected = f"a number of threads from 1 to {MOST_THREADS}"
+                raise ValueError(f"{name}: expected {expected}, got {os.environ[name][:80]!r}")
+            return int(text), f"{name}={os.environ[name]}"
+    return None
 
 
 def _loaded():
@@ -38,6 +51,7 @@ def waiting():
     return f"{library}; waiting threads spin {SPINS} rounds, then sleep (GOMP_SPINCOUNT, OMP_WAIT_POLICY)"
 
 
+asked_for = _threads_asked_for()
 _before, _as_it_was = _loaded(), os.environ.get("GOMP_SPINCOUNT")
 if not _chosen:
     os.environ["GOMP_SPINCOUNT"] = SPINS

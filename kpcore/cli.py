@@ -1,41 +1,82 @@
 """The command `kpcore`."""
 
 import argparse
-import math
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import kpcore as kp
-from kpcore import demo, scenes
+from kpcore import demo
 from kpcore.config import require
-from kpcore.demo import BAR, PLAIN, Refused, make_folder, writing
+from kpcore.demo import BAR, PLAIN, Refused, make_folder, of_classes
+from kpcore.files import check_writable, expanded, whole
+from kpcore.scenes.settings import LENGTHS
 
 
 def main(argv=None):
-    """The console script: returns 0, 2 for input that cannot be used, 130 after Ctrl-C."""
-    from kpcore.scenes.settings import SettingsError
+    """The command: returns 0, 2 for input that cannot be used, 130 after Ctrl-C. Who reads no more of what is printed
+    is a BrokenPipeError."""
     from kpcore.scenes.training import NotFinite
 
+    args = _parser().parse_args(argv)
     try:
-        args = _parser().parse_args(argv)
-        args.run(args)
-    except (scenes.ReadError, SettingsError, NotFinite, Refused, ImportError) as error:
-        print(f"kpcore: {error}", file=sys.stderr)
-        return 2
+        with _warnings_in_lines():
+            args.run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, NotFinite, ImportError) as error:  # all that kpcore says of its input is a ValueError
+        return _refused(error)
+    except OSError as error:
+        return _refused(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except MemoryError as error:
-        print(f"kpcore: {error or 'not enough memory'}", file=sys.stderr)
-        return 2
+        words = " ".join(sys.argv[1:] if argv is None else argv)
+        return _refused(f"not enough memory for {words}{f': {error}' if str(error) else ''}")
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def _refused(reason):
+    _say(reason)
+    return 2
+
+
+def _say(what):
+    print(f"kpcore: {'; '.join(str(what).splitlines())}", file=sys.stderr)  # one line, whatever a name in it holds
+
+
+@contextmanager
+def _warnings_in_lines():
+    """Each warning is one line on stderr, once."""
+    said = set()
+
+    def show(message, *where):
+        if str(message) not in said:
+            said.add(str(message))
+            _say(message)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def _parser():
+    def path(text):
+        if not text:
+            raise argparse.ArgumentTypeError("expected a path, got an empty one")
+        return expanded(text)
+
+    def names(text):
+        if not text.split():
+            raise argparse.ArgumentTypeError('expected names such as "x y z intensity", got none')
+        return text.split()
+
     def length(text):
-        value = float(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a positive length, got {text}")
+        value, (least, most) = float(text), LENGTHS
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a length from {least:g} to {most:g}, got {text}")
         return value
 
     def up_to(most, least=1):
@@ -57,33 +98,34 @@ def _parser():
         "another one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, "
         "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
-    shown.add_argument("file", nargs="?", metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, XYZ, TXT, CSV, KITTI BIN")
+    shown.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
     shown.add_argument("--voxel", type=length, help="of a FILE: voxel of level 0 in its unit (default 0.04)")
     shown.add_argument("--levels", type=up_to(12), help="of a FILE: each of twice the voxel (default 5)")
     shown.add_argument("--channels", type=up_to(1024), help="of a FILE: channels in and out (default 64)")
-    shown.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
+    shown.add_argument("--columns", type=names, metavar="NAMES", help='of a table without names: "x y z label"')
+    shown.add_argument("--out", type=path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
     shown.set_defaults(run=_demo)
 
     trained = commands.add_parser("train", help="train a network on labelled clouds, as a TOML file says")
-    trained.add_argument("settings", type=Path, metavar="TOML")
-    trained.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, the log and curves")
-    trained.add_argument("--data", type=Path, metavar="DIR", help="where its files are (default: where the TOML is)")
+    trained.add_argument("settings", type=path, metavar="TOML")
+    trained.add_argument("--out", type=path, required=True, metavar="DIR", help="for checkpoints, the log and curves")
+    trained.add_argument("--data", type=path, metavar="DIR", help="where its files are (default: where the TOML is)")
     trained.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="of all that is drawn (default 0)")
     trained.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
     trained.set_defaults(run=_train)
 
     tested = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
-    tested.add_argument("model", type=Path, metavar="MODEL", help="best.safetensors of a training")
-    tested.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="where the files are (default here)")
+    tested.add_argument("model", type=path, metavar="MODEL", help="best.safetensors of a training")
+    tested.add_argument("--data", type=path, default=Path(), metavar="DIR", help="where the files are (default here)")
     tested.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
     tested.set_defaults(run=_test)
 
     segmented = commands.add_parser("segment", help="label a scan with a trained network")
-    segmented.add_argument("model", type=Path, metavar="MODEL", help="best.safetensors of a training")
-    segmented.add_argument("file", type=Path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
-    segmented.add_argument("--out", type=Path, required=True, metavar="FILE", help="the same kind of file, labelled")
+    segmented.add_argument("model", type=path, metavar="MODEL", help="best.safetensors of a training")
+    segmented.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
+    segmented.add_argument("--out", type=path, required=True, metavar="FILE", help="the same kind of file, labelled")
     segmented.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
-    segmented.add_argument("--picture", type=Path, metavar="PNG")
+    segmented.add_argument("--picture", type=path, metavar="PNG")
     segmented.set_defaults(run=_segment)
     commands.add_parser("config", help="version, instruction set, threads").set_defaults(run=lambda _: kp.show_config())
     return parser
@@ -107,15 +149,15 @@ def _train(args):
     require("safetensors", "io")
     require("matplotlib.figure", "plot")  # before hours of training, not after
     settings = read_settings(args.settings)
-    make_folder(args.out)
+    begun = (args.out / LOG).is_file() and (args.out / LOG).stat().st_size > 0
     if args.resume and not (args.out / LAST).is_file():
-        raise Refused(f"--resume: {args.out} has no {LAST}")
-    if not args.resume and (args.out / LOG).exists() and (args.out / LOG).stat().st_size:
+        advice = "another --out begins a new run" if begun else "without --resume it begins"
+        raise Refused(f"--resume: {args.out} has no {LAST} to go on from; {advice}")
+    if begun and not args.resume:
         raise Refused(f"--out {args.out}: has a run already; --resume goes on with it")
-    try:
-        training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    make_folder(args.out)
+    check_writable(args.out / LAST)
+    training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
     net, how = training.model.net, settings.training
     print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
           f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
@@ -137,21 +179,15 @@ def _train(args):
 
 def _scores(when, scores):
     parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
-    return f"{when}: mIoU {scores['miou']:.4f}, accuracy {scores['accuracy']:.4f} | IoU {', '.join(parts)}"
+    means = f"mIoU {scores['miou']:.4f}{of_classes(scores)}, accuracy {scores['accuracy']:.4f}"
+    return f"{when}: {means} | IoU {', '.join(parts)}"
 
 
 def _model(path):
     from kpcore.scenes.training import Model
 
     require("safetensors", "io")
-    if not path.is_file():
-        raise Refused(f"{path}: no such file")
-    try:
-        return Model.load(path)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # safetensors has its own kinds
-        raise Refused(f"{path}: {error}") from None
+    return Model.load(path)
 
 
 def _test(args):
@@ -180,10 +216,7 @@ def _segment(args):
     segmentation.check_out(args.file, args.out)
     if args.picture:
         require("matplotlib", "plot")
-        if not args.picture.parent.is_dir():
-            raise Refused(f"{args.picture}: there is no folder {args.picture.parent}")
-        if args.picture.is_dir():
-            raise Refused(f"{args.picture}: is a folder")
+        check_writable(args.picture)
     with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
 
         def watch(done):
@@ -196,6 +229,6 @@ def _segment(args):
     if found.scores:
         print(_scores("against the labels that were there", found.scores))
     if args.picture:
-        with writing(args.picture):
-            segmentation.draw(args.picture, args.file.name, found, model.settings.names)
+        with whole(args.picture) as part:
+            segmentation.draw(part, args.file.name, found, model.settings.names)
         print(f"picture: {args.picture}")

@@ -46,17 +46,6 @@ def _quota_v1():
     return math.inf if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
 
 
-def _threads_asked_for():
-    """By the environment, and by what of it; None: nothing."""
-    for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one per level of nesting
-        if text:
-            if not text.isdecimal() or int(text) < 1:
-                raise ValueError(f"{name}: expected a number of threads, at least 1, got {os.environ[name]!r}")
-            return int(text), f"{name}={os.environ[name]}"
-    return None
-
-
 def _threads_and_why():
     """The number of threads of a call, and who chose it."""
     global _chosen
@@ -65,8 +54,8 @@ def _threads_and_why():
     process = sys.modules.get("multiprocessing.process")
     if not _cpu.has_openmp():
         choice = 1, "built without OpenMP"
-    elif _asked_for:
-        choice = _asked_for
+    elif _openmp.asked_for:
+        choice = _openmp.asked_for
     elif process and process.current_process().daemon:
         choice = 1, "a worker process (daemonic, as those of a DataLoader or Pool), one of several"
     else:
@@ -85,7 +74,6 @@ def _forget_threads():
 
 
 _SET = "kpcore.set_num_threads"
-_asked_for = _threads_asked_for()
 _chosen = None  # what _threads_and_why says, once it has
 if os.environ.get("KPCORE_ISA"):
     _cpu.set_isa(os.environ["KPCORE_ISA"])
@@ -109,7 +97,7 @@ def set_num_threads(threads):
     2
     """
     global _chosen
-    threads = _array.integer("threads", threads, 1, 2**16)
+    threads = _array.integer("threads", threads, 1, _openmp.MOST_THREADS)
     if _cpu.has_openmp():
         _chosen = threads, _SET
 

@@ -4,7 +4,6 @@ import math
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import numpy as np
 import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
+from kpcore.files import check_writable, whole
 from kpcore.scenes.indoor import NAMES
 from kpcore.scenes.settings import Part
 
-SCAN = {"voxel": 0.04, "levels": 5, "channels": 64}  # what may be said of a file
+SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # what may be said of a file
 NUM_KERNEL_POINTS = 15
 RADIUS, KERNEL_RADIUS, EXTENT = 2.5, 0.66 * 2.5, 1.2  # in voxels, as published
 HEADER = "level     voxel      points  neighbours   subsample    search   forward  backward   M points/s   peak MB"
@@ -46,19 +46,26 @@ class Refused(ValueError):
     """The options cannot be carried out."""
 
 
-def scan(file, out, voxel, levels, channels):
-    """The main job on a file."""
+def scan(file, out, voxel, levels, channels, columns=None):
+    """The main job on a file; `columns` are names for those of a table without."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
 
+    name, path = Path(file).name, out / f"kpcore-{Path(file).stem}.png"
+    cloud = scenes.read(file, columns=columns)
     make_folder(out)
-    cloud, name, stem = scenes.read(file), Path(file).name, Path(file).stem
+    check_writable(path)
     about = _about(cloud)
     print(f"{name}: {about}")
     if cloud.left_out:
         print(f"left out: {cloud.left_out:,} points with NaN or infinite coordinates")
+    notes = []
     if cloud.shift.any():
-        print(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
+        notes.append(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
+    if cloud.rounding > 0:
+        notes.append(f"float32 changes coordinates by at most {_one_digit_up(cloud.rounding)}")
+    if notes:
+        print("; ".join(notes))
 
     done = []
     style = {"bar_format": "{desc:20}{bar:40}{percentage:4.0f} %", "leave": False, "ncols": 72, "nrows": 24}
@@ -66,7 +73,6 @@ def scan(file, out, voxel, levels, channels):
         for number in range(levels):
             done.append(_level(number, done[-1] if done else cloud, voxel * 2**number, channels, bar))
         bar.set_description_str("picture")
-        path = out / f"kpcore-{stem}.png"
         panels = [
             (
                 level.points,
@@ -77,8 +83,8 @@ def scan(file, out, voxel, levels, channels):
             )
             for number, level in enumerate(done)
         ]
-        with writing(path):
-            picture.draw(path, name, about, cloud, panels, _patch(done[0]))
+        with whole(path) as part:
+            picture.draw(part, name, about, cloud, panels, _patch(done[0]))
         bar.update()
     _table(done, channels)
     print(f"picture: {path}")
@@ -94,6 +100,8 @@ def train(out):
     from kpcore.scenes.training import Training
 
     make_folder(out)
+    path = out / "kpcore-indoor.png"
+    check_writable(path)
     settings = from_dict(TRAINING)
     steps = settings.training.epochs * settings.training.steps
     with tempfile.TemporaryDirectory() as folder:
@@ -124,25 +132,30 @@ def train(out):
     for name, number in zip(settings.names, true, strict=True):
         value = found.scores["iou"][name]
         print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
-    print(f"{'mean':>10} {found.scores['miou']:>7.3f}   accuracy {found.scores['accuracy']:.3f}")
-    path = out / "kpcore-indoor.png"
-    with writing(path):
-        segmentation.draw(path, "A flat that the network has not seen", found, settings.names)
+    mean = f"{found.scores['miou']:>7.3f}{of_classes(found.scores)}"
+    print(f"{'mean':>10} {mean}   accuracy {found.scores['accuracy']:.3f}")
+    with whole(path) as part:
+        segmentation.draw(part, "A flat that the network has not seen", found, settings.names)
     print(f"picture: {path}")
 
 
+def of_classes(scores):
+    """Of how many classes a mean IoU is, where not of all."""
+    there = sum(value is not None for value in scores["iou"].values())
+    return "" if there == len(scores["iou"]) else f" over {there} of {len(scores['iou'])} classes"
+
+
 def make_folder(out):
-    with writing(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def writing(path):
-    """What cannot be written is one line."""
     try:
-        yield
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
+        raise Refused(f"--out {out}: {error.strerror}") from None
+
+
+def _one_digit_up(value):
+    """A number in one digit that is not below it."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / power) * power:.0e}"
 
 
 def _about(cloud):

@@ -1,5 +1,6 @@
 """The demo's picture: points as shaded beads, drawn by a z-buffer in NumPy; matplotlib sets the type around them."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,12 +116,14 @@ class _Page:
     def write(self, path):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        FigureCanvasAgg(self.figure).print_png(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes
+            FigureCanvasAgg(self.figure).print_png(path)
 
 
 def _short(title):
-    """A file's name as it can be set: matplotlib reads $ as mathematics."""
-    title = title.replace("$", r"\$")
+    """A file's name as it can be set: matplotlib reads $ as mathematics, and takes no bytes that are not UTF-8."""
+    title = title.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return title if len(title) <= 60 else title[:28] + " … " + title[-28:]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -137,6 +138,49 @@ def test_what_was_left_out_is_reported(run, tmp_path):
     assert "left out: 7 points with NaN or infinite coordinates" in out
 
 
+def test_what_float32_changes_is_reported(run, tmp_path):
+    points = np.random.default_rng(0).random((1000, 3)) * 300 + [5e5, 4e6, 0]
+    points[:, 0] += 1e-4
+    _, out, _ = run(save(tmp_path / "utm.npy", points), "--voxel", 20, "--levels", 1, "--channels", 2)
+    said = re.search(r"^subtracted in float64: ([\d ]+); float32 changes coordinates by at most (\de-\d+)$", out, re.M)
+    low = np.array(said[1].split(), float)
+    largest = np.abs(points - low - (points - low).astype(np.float32)).max()
+    assert largest <= float(said[2]) <= 2 * largest
+    _, out, _ = run(save(tmp_path / "b.npy", [[0, 0, 0], [1, 2, 3]]), "--levels", 1, "--channels", 2)
+    assert "float32 changes" not in out
+
+
+def test_a_table_without_names_is_given_some(run, tmp_path):
+    rng = np.random.default_rng(0)
+    table = np.column_stack([rng.random((200, 3)), rng.integers(0, 256, 200), rng.integers(0, 256, (200, 3))])
+    path = save(tmp_path / "a.npy", table)
+    options = ["--voxel", 0.2, "--levels", 1, "--channels", 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, _, err = run(path, *options)
+        assert code == 0 and err.startswith(f"kpcore: {path}: its 7 columns") and err.count("\n") == 1
+        code, out, err = run(path, *options, "--columns", "x y z label r g b")
+    assert (code, err) == (0, "") and f"{np.unique(table[:, 3]).size} classes" in out
+    code, out, err = run(path, *options, "--columns", "x y z")
+    assert (code, out) == (2, "") and "has 7 columns, but columns names 3: x y z" in err
+    code, out, err = run("--columns", "x y z")
+    assert (code, out) == (2, "") and "--columns: expected a FILE" in err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("Unable to allocate 9 GiB"), ValueError("x: wrong\nreally")]
+)
+def test_what_ends_the_work_is_one_line(run, flat, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(kp, "radius_search", fail)
+    code, _, err = run(flat, "--levels", 2)
+    assert code == 2 and err.startswith("kpcore: ") and err.count("\n") == 1
+    if isinstance(error, MemoryError):
+        assert f"not enough memory for demo {flat} --levels 2" in err and str(error) in err
+
+
 @pytest.mark.parametrize(
     ("voxel", "said"), [("50", "leaves 1 of 30,000 points"), ("0.001", r"leaves a point 1\.\d neighbours")]
 )
@@ -156,7 +200,18 @@ def test_a_voxel_too_small_for_the_grid_is_refused(run, flat):
 
 @pytest.mark.parametrize(
     "words",
-    ["--voxel 0", "--voxel -1", "--voxel nan", "--voxel big", "--levels 0", "--levels 99", "--channels 0", "--hue 3"],
+    [
+        "--voxel 0",
+        "--voxel -1",
+        "--voxel nan",
+        "--voxel big",
+        "--voxel 1e19",
+        "--voxel 1e-30",
+        "--levels 0",
+        "--levels 99",
+        "--channels 0",
+        "--hue 3",
+    ],
 )
 def test_options_that_make_no_sense(run, capsys, words):
     with pytest.raises(SystemExit) as left:
@@ -184,7 +239,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
 def test_a_picture_that_cannot_be_written_is_refused(run, tmp_path, flat):
     (tmp_path / "out" / "kpcore-flat.png").mkdir(parents=True)
     code, _, err = run(flat, "--voxel", 0.2, "--levels", 1, "--channels", 2)
-    assert (code, err) == (2, f"kpcore: {tmp_path / 'out' / 'kpcore-flat.png'}: Is a directory\n")
+    assert (code, err) == (2, f"kpcore: {tmp_path / 'out' / 'kpcore-flat.png'}: is a folder\n")
 
 
 @pytest.mark.parametrize(("package", "extra"), [("matplotlib", "plot"), ("tqdm", "io")])

@@ -1,9 +1,12 @@
 """Networks against the published code's, in every framework; what trains them against torch's."""
 
 import dataclasses
+import json
 import math
 import os
 import re
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +140,10 @@ def test_architectures_that_are_none(blocks_of, message):
         ),
         ({"head_width": 0}, "head_width: expected at least 1, got 0"),
         ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
-        ({"fitting_power": -1.0}, "fitting_power: expected a number of at least zero, got -1.0"),
-        ({"repulse_extent": 0}, "repulse_extent: expected a finite number above zero"),
-        ({"slope": math.inf}, "slope: expected a finite number"),
-        ({"pool_pad_value": math.nan}, "pool_pad_value: expected a finite number"),
+        ({"fitting_power": -1.0}, "fitting_power: expected 0 to 1000000, got -1.0"),
+        ({"repulse_extent": 0}, "repulse_extent: expected 1e-06 to 100, got"),
+        ({"slope": math.inf}, "slope: expected -1 to 1, got"),
+        ({"pool_pad_value": math.nan}, "pool_pad_value: expected -1000000000 to 1000000000, got"),
         ({"influence": "square"}, "influence: expected 'linear' or"),
         ({"aggregation": "mean"}, "aggregation: expected 'sum' or"),
         ({"normalization": "sum"}, "normalization: expected None or"),
@@ -824,10 +827,10 @@ def test_kpconvx_is_that_of_the_torch_layer(attention_norm):
             {"norm": "group", "segment": False, "width": 16},
             "norm: expected one that leaves something of the 32 numbers",
         ),
-        ({"grid_factor": 1.0}, "grid_factor: expected a number above 1, got 1.0"),
+        ({"grid_factor": 1.0}, "grid_factor: expected a number above 1, at most 100, got 1.0"),
         ({"shells": (14, 28)}, r"shells: expected those from the centre, of 1 point, outwards, got \(14, 28\)"),
         ({"dropout": 2}, "dropout: expected 0 to 1, got 2"),
-        ({"slope": math.nan}, "slope: expected a finite number"),
+        ({"slope": math.nan}, "slope: expected -1 to 1, got"),
         ({"origin": "first"}, "origin: expected 0 or 'published', got 'first'"),
     ],
 )
@@ -1125,7 +1128,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
             nn.save(tmp_path / "b", net, *net.init(), **{name: 1})
     assert os.listdir(tmp_path) == ["a"]
     checkpoints.write(tmp_path / "c", {"params": {}, "state": {}}, {"network": {"kind": "UNet"}})
-    with pytest.raises(ValueError, match="path: expected a network of Network or KPNeXt, got UNet in"):
+    with pytest.raises(ValueError, match="c: expected a network of Network or KPNeXt, got 'UNet'"):
         nn.load(tmp_path / "c")
 
 
@@ -1164,5 +1167,134 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     groups, about = checkpoints.read(path)
     assert about == {"n": 1} and groups["none"] == {}
     assert groups["params"]["x.y"].tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"path: expected a file that kpcore\.nn\.save wrote"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: expected a file that kpcore\.nn\.save wrote"):
         nn.load(path)
+
+
+# ---- model files
+
+
+def safetensors_bytes(header, data=b""):
+    """A file by hand: the length of the JSON header in 8 bytes, the header, the arrays."""
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is damaged, or no safetensors file"),
+        (b"no", "is damaged, or no safetensors file"),
+        (struct.pack("<Q", 2**60) + b"{}", "is damaged, or no safetensors file"),
+        (safetensors_bytes(b"[]"), "is damaged, or no safetensors file"),
+        (safetensors_bytes(b"{]"), "is damaged, or no safetensors file"),
+        (
+            safetensors_bytes({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+            "is damaged, or no safetensors file",
+        ),
+        (safetensors_bytes({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}, b"ab"), ""),
+        (safetensors_bytes({"__metadata__": {"kpcore": "[1]"}}), "expected names and values in what kpcore says of it"),
+        (safetensors_bytes({"__metadata__": {"kpcore": "{"}}), "Expecting property name"),
+        (safetensors_bytes({"__metadata__": {"kpcore": "[" * 100_000}}), "recursion"),
+        (safetensors_bytes({"__metadata__": {"kpcore": "9" * 5000}}), "4300 digits"),
+        (safetensors_bytes({"__metadata__": {"kpcore": '{"groups": 3}'}}), "not iterable"),
+        (safetensors_bytes({}), "expected a file that kpcore.nn.save wrote"),
+        (
+            safetensors_bytes({"__metadata__": {"kpcore": '{"network": 3}'}}),
+            "expected a file that kpcore.nn.save wrote",
+        ),
+        (safetensors_bytes({"__metadata__": {"kpcore": '{"network": {"kind": [1]}}'}}), "expected a network of"),
+        (safetensors_bytes({"__metadata__": {"kpcore": '{"network": {"kind": "KPNeXt"}}'}}), "missing"),
+    ],
+)
+def test_model_files_that_are_damaged(tmp_path, content, said):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        nn.load(path)
+    line = str(refused.value)
+    assert line.startswith(f"{path}: ") and said in line and "\n" not in line
+
+
+def test_model_files_that_are_none(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(FileNotFoundError) as missing:
+        nn.load(tmp_path / "none")
+    assert missing.value.filename == str(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    for name in (".", "pipe"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            nn.load(tmp_path / name)
+
+
+KPNEXT = {"depths": (1, 1), "width": 16, "num_neighbors": (4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *[("Network", {"architecture": blocks_of}) for blocks_of in (3, [3], "simple", ["unary"] * 10**5, [], None)],
+        *[("Network", {"architecture": ["max_pool"] * levels + ["global_average"]}) for levels in (16, 10**5)],
+        *[(kind, {"width": width}) for kind in ("Network", "KPNeXt") for width in (10**9, 2**62, 10**30, -4, "8", 8.0)],
+        *[("Network", {name: 10**9}) for name in ("decoder_width", "head_width", "num_features", "num_classes")],
+        *[("Network", {name: 1e30}) for name in ("conv_radius", "deform_radius", "extent", "voxel_size", "slope")],
+        *[("Network", {"kernel_size": size}) for size in (10**9, 0, None, [5])],
+        *[("KPNeXt", {"depths": depths}) for depths in ([10**9], [1] * 17, [999, 999], [], "ab", 3)],
+        ("KPNeXt", {"num_neighbors": [10**9, 10**9]}),
+        *[("KPNeXt", {"shells": shells}) for shells in ([1, 10**9], [1] + [999] * 3)],
+        *[("KPNeXt", {"grid_factor": factor}) for factor in (1e30, 1e300, float("nan"))],
+        ("KPNeXt", {"radius": 1e30}),
+        ("Network", {"hue": 3}),
+        ("Network", {"norm": 3}),
+        ("Network", {"momentum": float("nan")}),
+    ],
+)
+def test_networks_in_files_are_bounded(tmp_path, kind, changes):
+    """In megabytes: what the arrays of the file take, whatever it asks for."""
+    pytest.importorskip("safetensors")
+    net = nn.KPNeXt(num_features=1, num_classes=2, voxel_size=0.1, **KPNEXT) if kind == "KPNeXt" else small()
+    nn.save(tmp_path / "a", net, *net.init())
+    groups, about = checkpoints.read(tmp_path / "a")
+    about["network"] |= changes
+    checkpoints.write(tmp_path / "a", groups, about)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'a'}: ")) as refused:
+        nn.load(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(refused.value) and peak < 64e6
+
+
+def test_arrays_in_files_are_those_of_the_network(tmp_path):
+    pytest.importorskip("safetensors")
+    net = small()
+    params, state = net.init()
+    name = next(iter(params))
+    bias = params["head.1.bias"]
+    for groups, said in (
+        ((params | {"x": bias}, state), "params: expected only what the architecture has, got x too"),
+        ((params, state | {"x": bias}), "state: expected only what the architecture has, got x too"),
+        (({k: v for k, v in params.items() if k != name}, state), rf"params: expected {re.escape(name)} .*, which the"),
+        ((params, {}), "state: expected"),
+        (({}, {}), "params: expected"),
+        ((params | {"head.1.bias": bias[:-1]}, state), r"params: expected head\.1\.bias \(\d+,\), got"),
+        ((params | {"head.1.bias": bias.astype(np.int32)}, state), "expected arrays of float32, .* got float32, int32"),
+        ((params | {"head.1.bias": bias.astype(np.float64)}, state), "got float32, float64"),
+        (({k: v.astype(np.float16) for k, v in params.items()}, state), "got float16, float32"),
+    ):
+        nn.save(tmp_path / "a", net, *groups)
+        with pytest.raises(ValueError, match=rf"a: .*{said}"):
+            nn.load(tmp_path / "a")
+    double = net.init(dtype=np.float64)
+    nn.save(tmp_path / "a", net, *double)
+    assert nn.load(tmp_path / "a")[1][name].dtype == np.float64
+
+
+def test_networks_of_too_many_parameters_are_not_begun(monkeypatch):
+    size = sum(value.size for values in small().init() for value in values.values())
+    monkeypatch.setattr(blocks, "MOST_PARAMETERS", size)
+    small().init()
+    monkeypatch.setattr(blocks, "MOST_PARAMETERS", size - 1)
+    with pytest.raises(ValueError, match=f"width: expected a network of at most {size - 1:,} parameters, got more"):
+        small().init()

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def test_settings_are_what_is_asked_for_and_defaults():
     [
         ({"training": {"speed": 3}}, r"\[training\] speed: there is no such setting; there are radius"),
         ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
-        ({"training": {"radius": 0}}, r"\[training\] radius: expected a number above zero, got 0"),
+        ({"training": {"radius": 0}}, r"\[training\] radius: expected 1e-09 to 1e\+09, got 0\.0"),
         ({"training": {"optimizer": "lion"}}, r"\[training\] optimizer: expected sgd or adamw, got 'lion'"),
         ({"training": {"rotate": "sideways"}}, r"\[training\] rotate: expected vertical, all, none, or degrees"),
         ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
@@ -92,7 +93,7 @@ def test_settings_are_what_is_asked_for_and_defaults():
             {"data": {"test": [{"images": "a", "labels": "b"}]}},
             r"\[data\]: expected scenes or digits to train",
         ),
-        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected at least two"),
+        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected two to 10,000 names with labels, got 1"),
         ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels of no other class"),
         ({"data": {"classes": {"a": [1], "b": ["x"]}}}, r"\[data.classes\] b: expected a list of integers"),
         ({"data": {"features": []}}, r"\[data\] features: expected at least one"),
@@ -106,13 +107,13 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ),
         (
             {"data": {"train": [DIGITS], "test": [], "features": ["one"]}},
-            r"expected no classes .* for digits",
+            r"expected no classes, label or columns for digits",
         ),
         ({"data": {"train": [DIGITS | {"first": 3, "last": 3}]}}, r"train\[0\]: expected first of at least 0 and last"),
         ({"data": {"train": [DIGITS | {"first": -3}]}}, r"train\[0\]: expected first of at least 0 and last above it"),
         ({"training": {"vote_radius": 0.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 0\.1"),
         ({"training": {"vote_radius": 1.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 1\.1"),
-        ({"training": {"votes": 0}}, r"\[training\] votes: expected a number above zero, got 0"),
+        ({"training": {"votes": 0}}, r"\[training\] votes: expected 1 to 1,000, got 0"),
         ({"training": {"rotate": -1}}, r"\[training\] rotate: expected vertical, all, none, or degrees from 0 to 180"),
         ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the least and largest factor"),
         ({"training": {"flip": [True] * 4}}, r"\[training\] flip: expected up to 3 axes, got \[True"),
@@ -120,7 +121,7 @@ def test_settings_are_what_is_asked_for_and_defaults():
             {"training": {"scale": [1e9, 1e9]}},
             r"\[training\] scale: expected the least and largest factor, 0\.01 to",
         ),
-        ({"training": {"momentum": 1.0}}, r"\[training\] momentum: expected a number from 0 to below 1, got 1\.0"),
+        ({"training": {"momentum": 1.0}}, r"\[training\] momentum: expected 0 to 0\.99999, got 1\.0"),
         ({"network": {"dimension": 2}}, r"\[network\] dimension: expected none"),
         ({"network": {"options": 3}}, r"\[network\] options: expected names and values, got 3"),
         ({"network": {"slope": "x"}}, r"\[network\] slope: expected a number, got str"),
@@ -135,6 +136,55 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ),
         ({"network": {"dropout": 1.5}}, r"\[network\] dropout: expected 0 to 1, got 1\.5"),
         ({"network": {"conv_radius": -1.0}}, r"\[network\] conv_radius: expected"),
+        *[
+            ({"training": {name: wrong}}, rf"\[training\] {name}: expected {bounds}, got {got}")
+            for name, bounds, wrongs in (
+                ("radius", r"1e-09 to 1e\+09", (1e30, 1e-30, 0, float("nan"), float("inf"))),
+                ("batch_points", "1 to 10,000,000", (10**9, 0)),
+                ("batch_clouds", "1 to 10,000", (10**9, 0)),
+                ("epochs", "1 to 10,000", (10**9, 2**63 - 1)),
+                ("steps", "1 to 100,000", (10**9,)),
+                ("lr", r"1e-12 to 1e\+06", (1e30, 0, float("nan"))),
+                ("weight_decay", "0 to 1000", (1e30, -1)),
+                ("lr_decay", "1e-06 to 1", (10.0, 0)),
+                ("lr_decay_epochs", r"0\.001 to 1e\+06", (1e30, 0)),
+                ("offset_lr", "0 to 1000", (1e30,)),
+                ("clip_value", r"0 to 1e\+09", (1e30,)),
+                ("clip_norm", r"0 to 1e\+09", (1e30,)),
+                ("noise", r"0 to 1e\+09", (1e30, -1.0, float("nan"))),
+                ("votes", "1 to 1,000", (10**9,)),
+                ("validate", "1 to 10,000", (10**9, 0)),
+                ("workers", "0 to 256", (10**9, -1)),
+            )
+            for wrong in wrongs
+            for got in (re.escape(str(float(wrong) if "e" in bounds or "1000" in bounds else wrong)),)
+        ],
+        ({"training": {"radius": 10**400}}, r"\[training\] radius: expected float, got 1000.*\.\.\.$"),
+        ({"training": {"steps": 0xF << 20_000}}, r"\[training\] steps: expected .*, got an integer of too many digits"),
+        ({"network": {"voxel_size": 1e30}}, r"\[network\] voxel_size: expected 1e-09 to 1e\+09, got 1e\+30"),
+        (
+            {"network": {"width": 10**9}},
+            r"\[network\] width: expected at most 16384 channels on any level, got 2000000000",
+        ),
+        ({"network": {"levels": 10**9}}, r"\[network\] levels: expected 1 to 16, got 1000000000"),
+        ({"network": {"convs": 10**9}}, r"\[network\] convs: expected 2 to 64, got 1000000000"),
+        ({"network": {"deformable": 10**9}}, r"\[network\] deformable: expected 0 to \d+, got 1000000000"),
+        ({"network": {"kernel_size": 10**9}}, r"\[network\] kernel_size: expected 1 to 100, got 1000000000"),
+        ({"network": {"conv_radius": 1e30}}, r"\[network\] conv_radius: expected 1e-06 to 100, got 1e\+30"),
+        ({"network": {"slope": 1e30}}, r"\[network\] slope: expected -1 to 1, got 1e\+30"),
+        (
+            {"data": {"train": [{"indoor": 0, "points": 10**12}]}},
+            r"train\[0\] points: expected 1 to 100,000,000, got 10+",
+        ),
+        ({"data": {"train": [{"indoor": -1}]}}, r"train\[0\] indoor: expected 0 to 2,147,483,647, got -1"),
+        ({"data": {"train": [{"file": "a", "max": [float("nan")]}]}}, r"train\[0\] max: expected up to 3 coordinates"),
+        ({"data": {"classes": {"a": [1], "b": [2**31]}}}, r"\[data.classes\] b: expected integers of 32 bits, got"),
+        (
+            {"data": {"columns": ["x", "y"]}},
+            r"\[data\] columns: expected at least x y z and none twice, got \['x', 'y'\]",
+        ),
+        ({"data": {"columns": [*"xyzz"]}}, r"\[data\] columns: expected at least x y z and none twice"),
+        ({"data": {"columns": "x y z"}}, r"\[data\] columns: expected list\[str\] \| None, got 'x y z'"),
         ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
     ],
 )
@@ -153,6 +203,29 @@ def test_settings_files_that_are_none(tmp_path):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(SettingsError, match=str(tmp_path / name)):
             settings.read_settings(tmp_path / name)
+
+
+def test_settings_files_of_any_editor(tmp_path):
+    path, text = tmp_path / "a.toml", "# Gebäude" + TOML
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        assert settings.read_settings(path).names == ("flat", "upright")
+    for content, said in (
+        (text.encode("utf-16"), "is UTF-16, which TOML is not: save it as UTF-8"),
+        (b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"),
+        (text.encode("utf-16-le"), "is UTF-16"),
+        (text.encode("latin-1"), "is not text: expected UTF-8, got byte 0xe4 at 5"),
+        (b"a = " + 100_000 * b"[", "nested too deep"),
+        (b"a = " + 5000 * b"9", "4300 digits"),
+        (b"data = 3", r"\[data\]: expected names and values, got 3"),
+        (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected names and values, got 3"),
+        (bytes(2**24 + 1), "expected a TOML file of at most 16,777,216 bytes, got 16,777,217"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SettingsError, match=rf"a\.toml: .*{said}"):
+            settings.read_settings(path)
+    with pytest.raises(SettingsError, match="is no regular file"):
+        settings.read_settings(tmp_path)
 
 
 # ---- scenes
@@ -239,13 +312,28 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
         data.load(found, from_dict(given(data=half | {"train": ["nan.npz"]})).data.train, tmp_path)
     zero = half | {"train": ["zero.npz"], "classes": {"a": [0], "b": [1]}}
     np.savez(tmp_path / "zero.npz", points=points, labels=np.zeros(4000, int), intensity=intensity)
-    with pytest.raises(scenes.ReadError, match=r"zero.npz: has no labels, or none but 0; \[data\] label names"):
+    with pytest.raises(scenes.ReadError, match=r"zero.npz: has no labels: field labels is 0 throughout; \[data\] la"):
         data.load(from_dict(given(data=zero)), from_dict(given(data=zero)).data.train, tmp_path)
     named = from_dict(given(data=zero | {"label": "labels"}))
     assert (data.load(named, named.data.train, tmp_path)[0][0].full_labels == 0).all()
     with pytest.raises(SettingsError, match=r"\[data\] features: the embedded scenes have no intensity"):
         wrong = from_dict(given(data={"features": ["intensity"]}))
         data.load(wrong, wrong.data.train, tmp_path)
+
+
+def test_tables_without_names_are_given_some(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    table = np.column_stack([rng.random((500, 3)), rng.integers(0, 60_000, 500), rng.integers(1, 3, 500)])
+    np.savetxt(tmp_path / "a.txt", table)
+    part = {"train": ["~/a.txt"], "test": [], "features": ["intensity"], "classes": {"a": [1], "b": [2]}}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = from_dict(given(data=part | {"columns": ["x", "y", "z", "intensity", "label"]}))
+    (scene,), _ = data.load(found, found.data.train, tmp_path / "elsewhere")
+    assert_same_bits(scene.full_labels, table[:, 4].astype(np.int64) - 1)
+    assert_same_bits(scene.cloud.fields["intensity"], table[:, 3].astype(np.float64))
+    found = from_dict(given(data=part | {"features": ["one"]}))
+    with pytest.raises(scenes.ReadError, match=r"has no labels: its columns have no names; .* \[data\] columns, names"):
+        data.load(found, found.data.train, ".")
 
 
 def test_features_are_limited(tmp_path):
@@ -543,16 +631,16 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
         return [{k: v for k, v in e.items() if k not in ("seconds", "waited")} for e in entries]
 
     assert log("whole") == log("part")
-    with pytest.raises(ValueError, match="seed: expected 5"):
+    with pytest.raises(ValueError, match=r"resume: .*last\.safetensors: seed: expected 5"):
         training.Training(found, tmp_path / "part", ".", seed=6, resume=True)
     more = from_dict(sections | {"training": sections["training"] | {"workers": 5}})
     assert training.Training(more, tmp_path / "part", ".", seed=5, resume=True).epoch == 2
-    with pytest.raises(ValueError, match="resume: expected the settings"):
+    with pytest.raises(ValueError, match=r"resume: .*last\.safetensors: expected the settings"):
         training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
     groups, about = checkpoints.read(tmp_path / "part" / "last.safetensors")
     name, _ = groups["params"].popitem()
     checkpoints.write(tmp_path / "part" / "last.safetensors", groups, about)
-    with pytest.raises(ValueError, match=rf"resume: params: expected {re.escape(name)} .* got none"):
+    with pytest.raises(ValueError, match=rf"resume: .*: params: expected {re.escape(name)} .* got none"):
         training.Training(found, tmp_path / "part", ".", seed=5, resume=True)
 
 
@@ -623,12 +711,12 @@ def test_a_run_goes_on_from_its_first_moment(command, tmp_path):
     last = out / "last.safetensors"
     best = (out / "best.safetensors").read_bytes()
     for spoiled, said in (
-        (last.read_bytes()[:1000], "cannot be read"),
+        (last.read_bytes()[:1000], "is damaged, or no safetensors file"),
         (best, "expected a last checkpoint of kpcore train"),
     ):
         last.write_bytes(spoiled)
         code, _, err = command("train", tmp_path / "a.toml", "--out", out, "--resume")
-        assert code == 2 and err.startswith("kpcore: resume: ") and said in err and err.count("\n") == 1
+        assert code == 2 and f"{last}: {said}" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
@@ -636,7 +724,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
     run.model.params["encoder.2.unary1.weights"][0, 0] = np.nan
     with pytest.raises(training.NotFinite, match=r"step 0: the loss is nan; encoder\.2\.unary1\.weights is not"):
         run.run()
-    run = training.Training(from_dict(given(training={"lr": 1e18, "clip_value": 0})), tmp_path, ".")
+    run = training.Training(from_dict(given(training={"lr": 1e6, "weight_decay": 1e3, "clip_value": 0})), tmp_path, ".")
     with pytest.raises(training.NotFinite, match=r"epoch 0, step [1-5]: the (loss|gradient) .*(in layer|not finite)"):
         run.run()
     run = training.Training(from_dict(given()), tmp_path, ".")
@@ -1025,7 +1113,7 @@ def test_commands_that_cannot_be_carried_out(command, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     for words, said in (
         (["train", tmp_path / "b.toml", "--out", tmp_path], "b.toml: No such file"),
-        (["test", tmp_path / "none.safetensors"], "none.safetensors: no such file"),
+        (["test", tmp_path / "none.safetensors"], "none.safetensors: No such file"),
         (["test", tmp_path / "bad.safetensors"], "bad.safetensors: "),
         (["segment", tmp_path / "bad.safetensors", "a.las", "--out", "b.las"], "bad.safetensors: "),
     ):
@@ -1050,7 +1138,196 @@ def test_options_that_have_nothing_to_say(command, trained, tmp_path):
     assert (code, out) == (2, "") and "there is no folder" in err
 
 
+def test_a_class_without_points_is_warned_about(command, tmp_path):
+    cloud = scenes.indoor(6000, 0)
+    np.savez(tmp_path / "a.npz", points=cloud.points, labels=cloud.labels % 4)
+    text = TOML.replace("{ indoor = 0, points = 12000 }", '"a.npz"').replace("{ indoor = 1, points = 6000 }", '"a.npz"')
+    text = text.replace("upright = [2, 3, 4, 5]", "upright = [2, 3]\nlow = [7]\nnone = [8, 9]").replace(
+        "epochs = 2", "epochs = 1"
+    )
+    (tmp_path / "a.toml").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
+    assert code == 0 and re.search(r"mIoU [\d.]+ over 2 of 4 classes, accuracy", out)
+    assert err == "kpcore: [data.classes] low, none: no points in the training data, whose labels are 0 1 2 3\n"
+
+
 def test_a_nan_ends_a_run_with_one_line(command, tmp_path):
-    (tmp_path / "a.toml").write_text(TOML.replace("lr = 0.05", "lr = 1e18\nclip_value = 0.0"))
+    (tmp_path / "a.toml").write_text(TOML.replace("lr = 0.05", "lr = 1e6\nweight_decay = 1e3\nclip_value = 0.0"))
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
     assert code == 2 and re.search(r"^kpcore: epoch 0, step \d: ", err, re.MULTILINE)
+
+
+# ---- files of a run that are damaged
+
+
+@pytest.fixture
+def last(trained, tmp_path):
+    """(groups, about, resume): what is in the last checkpoint of a run, and what goes on with another in its place."""
+    groups, about = checkpoints.read(trained[0] / "last.safetensors")
+    (tmp_path / "log.jsonl").write_bytes((trained[0] / "log.jsonl").read_bytes())
+
+    def resume():
+        checkpoints.write(tmp_path / "last.safetensors", groups, about)
+        return training.Training(from_dict(given()), tmp_path, tmp_path, resume=True)
+
+    return groups, about, resume
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda groups, about: about["run"].update(epoch=10**9), "a run of 2 epochs is, got epoch 1000000000"),
+        (lambda groups, about: about["run"].update(epoch=-1), "expected where a run of 2 epochs is, got epoch -1"),
+        (lambda groups, about: about["run"].update(step=6), "got epoch 2, step 6"),
+        (lambda groups, about: about["run"].update(step="1"), "got epoch 2, step '1'"),
+        (lambda groups, about: about["run"].update(best=None), "expected where a run"),
+        (lambda groups, about: about["run"].update(results=3), "expected where a run"),
+        (lambda groups, about: about["run"].pop("epoch"), "got epoch None"),
+        (lambda groups, about: about["run"].update(seed="x"), "seed: expected x, which it was made with, got 0"),
+        (lambda groups, about: about.update(run=[1]), "expected a last checkpoint of kpcore train"),
+        (lambda groups, about: about.update(settings=[1]), "expected the sections"),
+        (lambda groups, about: about.pop("settings"), "expected the sections"),
+        (lambda groups, about: groups.pop("optimizer"), "expected where a run"),
+        (lambda groups, about: groups.pop("params"), "params: expected"),
+        (lambda groups, about: groups["optimizer"].update(num_steps=np.arange(3)), "expected an optimizer after 12"),
+        (lambda groups, about: groups["optimizer"].update(num_steps=np.array(3)), r"after 12 steps, got 3"),
+        (lambda groups, about: groups["optimizer"].pop("momentum.head.1.bias"), "state: expected what"),
+        (
+            lambda groups, about: groups.update(
+                {kind: {name: value.astype(float) for name, value in groups[kind].items()} for kind in groups}
+            ),
+            "params, state: expected float32, got float64",
+        ),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_a_run_cannot_go_on_from(last, change, said):
+    groups, about, resume = last
+    change(groups, about)
+    with pytest.raises(ValueError, match=rf"resume: .*last\.safetensors: .*{said}") as refused:
+        resume()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_of_before_there_was_a_setting(last):
+    _, about, resume = last
+    del about["settings"]["data"]["columns"], about["settings"]["training"]["noise"]
+    assert resume().epoch == 2
+
+
+@pytest.mark.parametrize("line", [b"{}", b"3", b'{"epoch": 1}', b'{"epoch": "1", "step": 1}', b"\xff\x00", b""])
+def test_a_log_that_is_damaged(last, tmp_path, line):
+    _, _, resume = last
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([*lines, line]))  # the last, as where the process was killed
+    assert resume().epoch == 2 and (tmp_path / "log.jsonl").read_bytes() == b"".join(lines)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([*lines[:3], line + b"\n", *lines[3:]]))
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"^resume: .*log\.jsonl: expected what a run logs, got another line 4$"):
+        resume()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_log_is_whole_when_going_on_ends(last, tmp_path, monkeypatch):
+    """What ends it while the log is cut leaves the log as it was."""
+    before = (tmp_path / "log.jsonl").read_bytes()
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    _, _, resume = last
+    checkpoints.write(tmp_path / "last.safetensors", *last[:2])
+    monkeypatch.setattr(checkpoints, "write", lambda *args: None)
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        resume()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["last.safetensors", "log.jsonl"]
+
+
+def test_a_full_disk_takes_no_part_of_a_line(tmp_path):
+    """By a limit on the size of files, as the disk is not ours to fill."""
+    resource = pytest.importorskip("resource")
+    monkey, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with open(tmp_path / "log", "ab", buffering=0) as log:
+            training._append(log, {"step": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+            with pytest.raises(OSError) as raised:
+                training._append(log, {"step": 2, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, monkey)
+    assert raised.value.filename == str(tmp_path / "log")
+    assert (tmp_path / "log").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("size", [0, 10_000, 20_000, 40_000])
+def test_a_run_without_room_is_one_line(python, tmp_path, size):
+    """The first checkpoint of the run has 27 kB, curves.png 50."""
+    (tmp_path / "a.toml").write_text(TOML)
+    code = f"""
+import resource, signal, sys
+from kpcore import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+sys.exit(cli.main(["train", "a.toml", "--out", "run"]))
+"""
+    done = python(code)
+    assert done.returncode == 2
+    assert re.fullmatch(r"kpcore: run/\w+\.(safetensors|png|jsonl): File too large\n", done.stderr)
+    left = os.listdir(tmp_path / "run")
+    assert not [name for name in left if "part" in name]
+    again = ["--resume"] if "last.safetensors" in left else []
+    if not again:
+        assert cli.main(["train", str(tmp_path / "a.toml"), "--out", str(tmp_path / "run"), "--resume"]) == 2
+    for out, more in (("run", again), ("whole", [])):
+        assert cli.main(["train", str(tmp_path / "a.toml"), "--out", str(tmp_path / out), *more]) == 0
+    one, other = (checkpoints.read(tmp_path / out / "last.safetensors") for out in ("run", "whole"))
+    assert_same_checkpoints(one, other)
+
+
+def test_resuming_what_was_never_begun_says_what_to_do(command, tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
+    assert (code, out) == (2, "") and err.endswith(
+        "has no last.safetensors to go on from; without --resume it begins\n"
+    )
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
+    assert (code, out) == (2, "") and err.endswith("to go on from; another --out begins a new run\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *[(lambda about, v=v: about.update(columns=v), "") for v in (3, [1], {}, {"widths": {}})],
+        *[(lambda about, v=v: about["columns"].update(widths=v), "columns: expected widths") for v in (
+            3, {}, {"one": 1}, {"one": 1, "color": 3, "height": 10**9}, {"height": 1, "color": 3, "one": 1})],
+        *[(lambda about, v=v: about["columns"].update(center=v), "expected the center of") for v in (
+            3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1]}, {"color": 0.0, "height": 1e999})],
+        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "expected the scale of height") for v in (
+            0, -1, None, True, float("nan"), 1e-320)],
+        (lambda about: about.pop("columns"), "without its settings or columns"),
+        (lambda about: about.pop("settings"), "without its settings or columns"),
+        *[(lambda about, v=v: about.update(settings=v), "") for v in (3, [1], {}, None)],
+        (lambda about: about["settings"]["training"].update(votes=10**9), r"\[training\] votes: expected 1 to 1,000"),
+        (lambda about: about["settings"]["training"].update(radius=1e30), r"\[training\] radius: expected"),
+        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as its settings"),
+        (lambda about: about["settings"]["data"].update(features=["one", "height"]), "expected num_features 2"),
+        (lambda about: about["settings"]["data"]["classes"].update(more=[50]), "expected num_classes 4"),
+        (lambda about: about["network"].update(voxel_size=0.3), "expected voxel_size 0.2, as .* got 0.3"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit_together(trained, command, tmp_path, change, said):
+    groups, about = checkpoints.read(trained[0] / "best.safetensors")
+    change(about)
+    checkpoints.write(tmp_path / "a.safetensors", groups, about)
+    with pytest.raises(ValueError, match=rf"a\.safetensors: .*{said}") as refused:
+        training.Model.load(tmp_path / "a.safetensors")
+    assert "\n" not in str(refused.value)
+    code, out, err = command("test", tmp_path / "a.safetensors")
+    assert (code, out, err) == (2, "", f"kpcore: {refused.value}\n")

@@ -19,6 +19,9 @@ import kpcore
 from kpcore import _array
 from kpcore.dispositions import _rotated, _rotation
 
+MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
+IN_VOXELS = (1e-6, 100)  # a radius of 100 voxels holds every point of a sphere of training
+
 
 class Run:
     """One pass through a network: what blocks compute with, and what they leave.
@@ -55,7 +58,7 @@ class Run:
         self.F, self.params, self.state, self.training = F, params, state, training
         self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
-        self.new_state, self.regularization = dict(state), []
+        self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def parameter(self, name, shape, draw):
         """What is trained; `draw(rng, shape)` gives its first values."""
@@ -68,6 +71,9 @@ class Run:
     def _get(self, kind, values, name, shape, draw):
         if self.new is not None and name not in values:
             seed, dtype = self.new["seed"], self.new["dtype"]
+            self._num_new += math.prod(shape)
+            if self._num_new > MOST_PARAMETERS:
+                raise ValueError(f"width: expected a network of at most {MOST_PARAMETERS:,} parameters, got more")
             if seed is None:
                 values[name] = np.zeros(shape, dtype)
             else:
@@ -86,6 +92,12 @@ def check_fields(net, check, names, *limits):
     """Fields of a network as one of the checks of arguments returns them: plain numbers, which JSON can hold."""
     for name in names:
         object.__setattr__(net, name, check(name, getattr(net, name), *limits))
+
+
+def check_channels(name, channels):
+    """An error for widths with which no network is meant: (15, 2**16, 2**16) weights are 240 GB."""
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"{name}: expected at most {MOST_CHANNELS} channels on any level, got {channels}")
 
 
 def check_norm(net, width_of_items):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from kpcore.config import require
 from kpcore.files import whole
 from kpcore.nn.kpnext import KPNeXt
-from kpcore.nn.networks import Network, check_values, zeros
+from kpcore.nn.networks import Network, check_arrays
 
 
 def save(path, net, params, state, **more):
@@ -31,17 +32,36 @@ def save(path, net, params, state, **more):
 
 
 def load(path):
-    """(network, params, state, more) of a file that `save` wrote; arrays are NumPy's."""
+    """(network, params, state, more) of a file that `save` wrote; arrays are NumPy's. A ValueError names what is wrong
+    with another."""
     groups, about = read(path)
-    if "network" not in about:
-        raise ValueError(f"path: expected a file that kpcore.nn.save wrote, got {path}")
-    given = about.pop("network")
-    kinds, kind = {"Network": Network, "KPNeXt": KPNeXt}, given.pop("kind")
-    if kind not in kinds:
-        raise ValueError(f"path: expected a network of {' or '.join(kinds)}, got {kind} in {path}")
-    net = kinds[kind](**given)
-    check_values((groups["params"], groups["state"]), zeros(net))
-    return net, groups["params"], groups["state"], about
+    with naming(path):
+        net = _network(about.pop("network", None))
+        params, state = groups.get("params", {}), groups.get("state", {})
+        check_arrays(net, params, state)
+    return net, params, state, about
+
+
+@contextmanager
+def naming(path):
+    """What is wrong with the contents of a file is a ValueError of one line that names it."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:  # safetensors has its own kinds, and JSON can hold anything where numbers belong
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {said if len(said) <= 400 else said[:400] + ' ...'}") from None
+
+
+def _network(described):
+    if not isinstance(described, dict):
+        raise ValueError("expected a file that kpcore.nn.save wrote, got one without a network")
+    described, kinds = dict(described), {"Network": Network, "KPNeXt": KPNeXt}
+    kind = described.pop("kind", None)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"expected a network of {' or '.join(kinds)}, got {kind!r}")
+    return kinds[kind](**described)
 
 
 def about_network(net):
@@ -59,19 +79,30 @@ def write(path, groups, about):
         for name, value in values.items()
     }
     data = safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})})
-    with whole(path) as part, open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole(path) as part:
+        Path(part).write_bytes(data)
+
+
+def _opened(path):
+    safetensors = require("safetensors", "io")
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"is damaged, or no safetensors file: {error}") from None
 
 
 def read(path):
     """What `write` was given."""
-    safe_open = require("safetensors", "io").safe_open
-    with safe_open(path, "numpy") as file:
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file")
+    path.open("rb").close()  # of what cannot be opened safetensors raises an OSError without its name
+    with naming(path), _opened(path) as file:
         about = json.loads((file.metadata() or {}).get("kpcore", "{}"))
+        if not isinstance(about, dict):
+            raise ValueError(f"expected names and values in what kpcore says of it, got {type(about).__name__}")
         groups = {group: {} for group in about.pop("groups", ())}
-        for whole in file.keys():  # noqa: SIM118 - not a dict
-            group, _, name = whole.partition(".")
-            groups.setdefault(group, {})[name] = file.get_tensor(whole)
+        for name_of_both in file.keys():  # noqa: SIM118 - not a dict
+            group, _, name = name_of_both.partition(".")
+            groups.setdefault(group, {})[name] = file.get_tensor(name_of_both)
     return groups, about

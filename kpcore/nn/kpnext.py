@@ -91,8 +91,11 @@ class KPNeXt:
             values = getattr(self, name)
             if not isinstance(values, (list, tuple, np.ndarray)):
                 raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
-            object.__setattr__(self, name, tuple(_array.integer(name, value, 1) for value in values))
+            object.__setattr__(self, name, tuple(_array.integer(name, value, 1, 1000) for value in values))
         object.__setattr__(self, "origin", common_origin(self.origin))
+        if len(self.depths) > blocks.MOST_LEVELS or sum(self.depths) > 1000 or sum(self.shells) > 1000:
+            limits = f"depths of at most {blocks.MOST_LEVELS} levels and 1000 blocks, and shells of 1000 kernel points"
+            raise ValueError(f"depths, shells: expected {limits}, got {self.depths}, {self.shells}")
         if not self.depths or len(self.num_neighbors) < len(self.depths):
             got = f"got {self.num_neighbors}"
             raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
@@ -100,11 +103,14 @@ class KPNeXt:
             raise ValueError(f"shells: expected those from the centre, of 1 point, outwards, got {self.shells}")
         blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "width"), 1)
         blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
-        blocks.check_fields(self, _array.length, ("voxel_size", "radius", "grid_factor"), np.dtype(np.float32))
-        if not self.grid_factor > 1:
-            raise ValueError(f"grid_factor: expected a number above 1, got {self.grid_factor}")
+        blocks.check_fields(self, _array.length, ("voxel_size",), np.dtype(np.float32))
+        blocks.check_fields(self, _array.between, ("radius",), *blocks.IN_VOXELS)
+        blocks.check_fields(self, _array.number, ("grid_factor",), np.dtype(np.float32))
+        if not 1 < self.grid_factor <= 100:
+            raise ValueError(f"grid_factor: expected a number above 1, at most 100, got {self.grid_factor}")
+        blocks.check_channels("width", self.widths[-1])
         blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
-        blocks.check_fields(self, _array.number, ("slope",), np.dtype(np.float32))
+        blocks.check_fields(self, _array.between, ("slope",), -1, 1)
         blocks.check_fields(self, _array.boolean, ("segment", "attention_norm"))
         blocks.check_norm(self, None if self.segment else self.widths[-1])
         if self.attention_groups is not None:

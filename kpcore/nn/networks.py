@@ -14,6 +14,8 @@ from kpcore.nn import blocks
 from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
 
+_MOST_BLOCKS = 1024  # architecture() makes at most 992
+
 
 class Result(NamedTuple):
     """What a network makes of features."""
@@ -48,7 +50,7 @@ def architecture(levels=5, convs=3, *, deformable=0, segment=True):
     >>> len(architecture()), architecture(segment=False)[-1]
     (22, 'global_average')
     """
-    levels, convs = _array.integer("levels", levels, 1, 16), _array.integer("convs", convs, 2)
+    levels, convs = _array.integer("levels", levels, 1, blocks.MOST_LEVELS), _array.integer("convs", convs, 2, 64)
     found = ["simple", "resnetb"]
     for _ in range(levels - 1):
         found += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
@@ -155,22 +157,30 @@ class Network:
 
     def __post_init__(self):
         single = np.dtype(np.float32)
+        if not isinstance(self.architecture, (list, tuple)) or not all(isinstance(b, str) for b in self.architecture):
+            raise TypeError("architecture: expected a sequence of blocks' names, got another")
         object.__setattr__(self, "architecture", tuple(self.architecture))
         object.__setattr__(self, "origin", common_origin(self.origin))
         _check_architecture(self.architecture)
-        blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "kernel_size"), 1)
+        blocks.check_fields(self, _array.integer, ("num_features", "num_classes"), 1)
+        blocks.check_fields(self, _array.integer, ("kernel_size",), 1, 100)  # the most that kernel_points arranges
         blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
         blocks.check_fields(self, _array.integer, ("width",), 4)
         if self.width % 4:
             raise ValueError(f"width: expected a multiple of 4, got {self.width}")
         widths = [name for name in ("decoder_width", "head_width") if getattr(self, name) is not None]
         blocks.check_fields(self, _array.integer, widths, 1)
-        lengths = "voxel_size", "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
-        blocks.check_fields(self, _array.length, lengths, single)
+        coarsest = 2 ** (self.num_levels - 1)
+        for name, most in (("width", coarsest), ("decoder_width", coarsest), ("head_width", 1)):
+            blocks.check_channels(name, (getattr(self, name) or 0) * most)
+        blocks.check_fields(self, _array.length, ("voxel_size",), single)
+        in_voxels = "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
+        blocks.check_fields(self, _array.between, in_voxels, *blocks.IN_VOXELS)
         blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
-        blocks.check_fields(self, _array.not_negative, ("fitting_power",))
-        numbers = ["slope"] + ["pool_pad_value"] * (self.pool_pad_value is not None)
-        blocks.check_fields(self, _array.number, numbers, single)
+        blocks.check_fields(self, _array.between, ("fitting_power",), 0, 10**6)
+        blocks.check_fields(self, _array.between, ("slope",), -1, 1)
+        if self.pool_pad_value is not None:
+            blocks.check_fields(self, _array.between, ("pool_pad_value",), -(10**9), 10**9)
         blocks.check_fields(self, _array.boolean, ("head_norm", "modulated", "always_narrow"))
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip
@@ -360,24 +370,47 @@ def check_values(given, expected, kinds=("params", "state")):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others)} too")
 
 
+class _Recording(dict):
+    """Remembers which of its values were asked for."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.asked_for = set()
+
+    def __getitem__(self, name):
+        self.asked_for.add(name)
+        return super().__getitem__(name)
+
+
+def check_arrays(net, params, state):
+    """An error unless dicts of NumPy arrays are what a network asks for, in its shapes and all of one type. None is
+    made for it: where a file has a network of 10**9 channels and no such arrays, there is no memory to be had."""
+    dtypes = {value.dtype for value in (*params.values(), *state.values())}
+    if len(dtypes) > 1 or not dtypes <= {*_array.REAL}:
+        got = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"params, state: expected arrays of float32, or all of float64, got {got}")
+    params, state = _Recording(params), _Recording(state)
+    _pass_over_nothing(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
+    for kind, values in (("params", params), ("state", state)):
+        if others := sorted(values.keys() - values.asked_for):
+            raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
+
+
 def initialised(net, seed, dtype):
     """(params, state) of a network: all that a pass over no points asks for."""
     dtype = np.dtype(dtype)
     if dtype not in _array.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-    return _asked_for(net, {"seed": _array.integer("seed", seed, 0), "dtype": dtype})
+    seed = _array.integer("seed", seed, 0)
+    _pass_over_nothing(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # an error for one that has too many
+    params, state = {}, {}
+    _pass_over_nothing(net, params, state, dtype, {"seed": seed, "dtype": dtype})
+    return params, state
 
 
-def zeros(net):
-    """(params, state) of a network, all zero: the shapes, without the second that drawing 24 million values takes."""
-    return _asked_for(net, {"seed": None, "dtype": np.dtype(np.float32)})
-
-
-def _asked_for(net, new):
-    params, state, dtype = {}, {}, new["dtype"]
+def _pass_over_nothing(net, params, state, dtype, new):
     pyramid = net.pyramid(np.zeros((0, net.dimension), dtype))
     net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
-    return params, state
 
 
 def evaluated(net, F, params, state, pyramid, features, training, seed):
@@ -405,6 +438,9 @@ def _coarser(block):
 
 
 def _check_architecture(given):
+    if len(given) > _MOST_BLOCKS or sum(map(_coarser, given)) >= blocks.MOST_LEVELS:
+        got = f"got {len(given)} on {1 + sum(map(_coarser, given))}"
+        raise ValueError(f"architecture: expected at most {_MOST_BLOCKS} blocks on {blocks.MOST_LEVELS} levels, {got}")
     level, up = 0, False
     for number, block in enumerate(given):
         kind, *more = block.split("_")

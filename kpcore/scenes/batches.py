@@ -151,7 +151,10 @@ def make_batch(net, scenes, columns, spheres, training=None, rng=None):
         labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
     lengths = [len(own) for own in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
-    pyramid = _pyramid(net, stacked, row_splits, training, rng)
+    try:
+        pyramid = _pyramid(net, stacked, row_splits, training, rng)
+    except ValueError as error:  # more voxels along an axis than their keys have room for
+        raise SettingsError(f"[training] scale, noise: expected smaller ones, got {error}") from None
     normalised = rng is not None and net.norm == "batch"
     few = [number for number, level in enumerate(pyramid) if normalised and len(level.points) < 2]
     if few:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import kpcore as kp
+from kpcore.files import expanded
 from kpcore.io import ReadError, read
 from kpcore.scenes.indoor import indoor
 from kpcore.scenes.settings import OWN, SettingsError
 
 _LARGEST = 10.0  # of a feature, either way
+_BEYOND = 1e300  # what a feature is divided by stays a float64
 IGNORED = -1  # the label of points that are of no class
 
 
@@ -72,6 +75,22 @@ class Columns:
         return None
 
 
+def columns_of(settings, given):
+    """Columns from what JSON holds of them; an error unless they are those of the settings' features."""
+    made = Columns(**given)
+    if not isinstance(made.widths, dict) or [*made.widths.items()] != [*settings.widths.items()]:
+        raise SettingsError(f"columns: expected widths {settings.widths}, those of the features, got {made.widths!r}")
+    for name in settings.widths.keys() - {"one", "local"}:
+        for kind, numbers, fits in (
+            ("center", made.center, lambda number: abs(number) < _BEYOND),
+            ("scale", made.scale, lambda number: 1 / _BEYOND < number < _BEYOND),
+        ):
+            number = numbers.get(name) if isinstance(numbers, dict) else None
+            if type(number) not in (int, float) or not fits(number):
+                raise SettingsError(f"columns: expected the {kind} of {name}, a number, got {number!r}")
+    return made
+
+
 def load_scenes(settings, parts, folder, columns=None):
     """([Scene], Columns) of files; the columns are made of these scenes unless given."""
     clouds = [_part(settings, part, folder) for part in parts]
@@ -87,13 +106,13 @@ def scene_of(settings, columns, cloud):
 
 def read_cloud(settings, path, labelled=True):
     """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
-    fields = [name for name in settings.data.features if name not in OWN]
+    fields, columns = [name for name in settings.data.features if name not in OWN], settings.data.columns
     try:
-        cloud = read(path, fields=fields, label=settings.data.label)
+        cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
     except ReadError:
         if labelled or settings.data.label is None:
             raise
-        cloud = read(path, fields=fields)
+        cloud = read(path, fields=fields, columns=columns)
     for name, values in cloud.fields.items():
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
@@ -119,10 +138,10 @@ def _part(settings, part, folder):
         if part.mirror:
             cloud.points[:, 0] *= -1
     else:
-        path = Path(folder, part.file)
+        path = Path(folder, expanded(part.file))
         cloud = read_cloud(settings, path)
         if cloud.labels is None:
-            raise ReadError(f"{path}: has no labels, or none but 0; [data] label names their field")
+            raise ReadError(f"{path}: has no labels: {cloud.unlabeled}; [data] label names their field")
     keep = np.ones(len(cloud.points), bool)
     for bound, sign in ((part.min, 1), (part.max, -1)):
         if bound is None:
@@ -181,7 +200,7 @@ def load_digits(settings, parts, folder):
     the middle."""
     scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
     for part in parts:
-        images, labels = (_idx(Path(folder, name)) for name in (part.images, part.labels))
+        images, labels = (_idx(Path(folder, expanded(name))) for name in (part.images, part.labels))
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise SettingsError(
                 f"[data] {part.images}: expected images and as many labels, got {images.shape} and {labels.shape}"
@@ -202,7 +221,7 @@ def _idx(path):
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ReadError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or len(data) < 4 + 4 * data[3]:
         raise ReadError(f"{path}: is no idx file of bytes")

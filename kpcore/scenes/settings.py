@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
-
 from kpcore import nn
 from kpcore.config import require
 
+_UTF_16, _MOST_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
+LENGTHS = (1e-9, 1e9)  # in the unit of the points; their squares, and those of 2**15 times as much, are float32
+_LABELS = (-(2**31), 2**31 - 1)
 OWN = ("one", "color", "height", "local", "value")  # features that are no field of a file
 
 
@@ -60,6 +62,7 @@ class Data:
         files. Of height and fields the middle nine tenths of the training data become -1 to 1, and what is beyond -10
         or 10 is set to these.
     label : the field of the labels, if it has none of the usual names
+    columns : names for the columns of files that name none, as of `kpcore.io.read`
     """
 
     train: list
@@ -67,6 +70,7 @@ class Data:
     classes: dict = field(default_factory=dict)
     features: list[str] = field(default_factory=lambda: ["one"])
     label: str | None = None
+    columns: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,13 @@ class Training:
     workers: int = 2
 
 
+_BOUNDS = {
+    "radius": LENGTHS, "batch_points": (1, 10**7), "batch_clouds": (1, 10**4), "epochs": (1, 10**4),
+    "steps": (1, 10**5), "lr": (1e-12, 1e6), "momentum": (0, 0.99999), "weight_decay": (0, 1e3), "lr_decay": (1e-6, 1),
+    "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
+    "noise": (0, LENGTHS[1]), "keep_color": (0, 1), "votes": (1, 1000), "validate": (1, 10**4), "workers": (0, 256),
+    "vote_radius": (0.2, 1),  # below a fifth a scene takes hundreds of spheres for each that it takes at 0.7
+}  # fmt: skip
 _CHOICES = {
     "sampling": ("regular", "balanced"), "optimizer": ("sgd", "adamw"), "schedule": ("exponential", "one_cycle"),
     "class_weights": ("none", "root", "inverse"),
@@ -195,17 +206,34 @@ def read_settings(path):
     """Settings of a TOML file; errors name the setting."""
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
     try:
-        return from_dict(toml.loads(Path(path).read_text(encoding="utf-8")))
+        return from_dict(toml.loads(_text(path)))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{path}: is not text") from None
-    except (toml.TOMLDecodeError, SettingsError) as error:
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise SettingsError(f"{path}: is not text: expected UTF-8, got {got}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: expected lists and tables in a few others, got them nested too deep") from None
+    except ValueError as error:  # of TOML, and of integers of more than 4300 digits
         raise SettingsError(f"{path}: {error}") from None
+
+
+def _text(path):
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise SettingsError("is no regular file")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise SettingsError(f"expected a TOML file of at most {_MOST_BYTES:,} bytes, got {size:,}")
+    data = path.read_bytes()
+    if data.startswith(_UTF_16) or b"\0" in data[:4]:
+        raise SettingsError("is UTF-16, which TOML is not: save it as UTF-8")
+    return data.decode("utf-8-sig")  # as Notepad writes UTF-8
 
 
 def from_dict(given):
     """Settings of nested dicts, as TOML gives them."""
+    if not isinstance(given, dict):
+        raise SettingsError(f"expected the sections data, network and training, got {_shown(given)}")
     given = dict(given)
     settings = Settings(
         _data(given.pop("data", {})),
@@ -220,11 +248,13 @@ def from_dict(given):
 
 
 def _data(given):
+    if not isinstance(given, dict):
+        raise SettingsError(f"[data]: expected names and values, got {_shown(given)}")
     data = dict(given)
     for name in ("train", "test"):
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
-            raise SettingsError(f"[data] {name}: expected a list of files, got {parts!r}")
+            raise SettingsError(f"[data] {name}: expected a list of files, got {_shown(parts)}")
         data[name] = [_part(part, f"[data] {name}[{i}]") for i, part in enumerate(parts)]
     data = _section(Data, data, "[data]")
     kinds = {type(part) for part in (*data.train, *data.test)}
@@ -236,19 +266,23 @@ def _data(given):
     if kind is Digits:
         if others := {*names} - {"one", "value", "local"}:
             raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(others)}")
-        if data.classes or data.label:
-            raise SettingsError("[data]: expected no classes and no label for digits, which have their own")
+        if data.classes or data.label or data.columns:
+            raise SettingsError("[data]: expected no classes, label or columns for digits, which have their own")
         return data
     if "value" in names:
         raise SettingsError("[data] features: value is of digits; scenes have the fields of their files")
-    if len(data.classes) < 2:
-        raise SettingsError(f"[data.classes]: expected at least two names with labels, got {len(data.classes)}")
+    if data.columns is not None and len({*data.columns}) < max(3, len(data.columns)):
+        raise SettingsError(f"[data] columns: expected at least x y z and none twice, got {_shown(data.columns)}")
+    if not 2 <= len(data.classes) <= 10_000:
+        raise SettingsError(f"[data.classes]: expected two to 10,000 names with labels, got {len(data.classes)}")
     seen = set()
     for name, labels in data.classes.items():
         if not isinstance(labels, list) or not labels or not all(type(v) is int for v in labels):
-            raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {labels!r}")
+            raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {_shown(labels)}")
+        if not _LABELS[0] <= min(labels) <= max(labels) <= _LABELS[1]:
+            raise SettingsError(f"[data.classes] {name}: expected integers of 32 bits, got {_shown(labels)}")
         if seen & {*labels}:
-            raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {labels}")
+            raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {_shown(labels)}")
         seen |= {*labels}
     return data
 
@@ -257,16 +291,18 @@ def _part(given, where):
     if isinstance(given, dict) and "images" in given:
         part = _section(Digits, given, where)
         if part.first < 0 or (part.last is not None and part.last <= part.first):
-            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {part}")
+            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(given)}")
         return part
     part = _section(Part, {"file": given} if isinstance(given, str) else given, where)
     if (part.file is None) == (part.indoor is None):
         raise SettingsError(f"{where}: expected either file or indoor")
+    _check_bounds(part, where, {"points": (1, 10**8)} | ({} if part.indoor is None else {"indoor": (0, 2**31 - 1)}))
     if part.file is not None and (part.mirror, part.points) != (Part.mirror, Part.points):
         raise SettingsError(f"{where}: expected points and mirror of the embedded scene alone, got them of a file")
     for name in ("min", "max"):
-        if len(getattr(part, name) or ()) > 3:
-            raise SettingsError(f"{where} {name}: expected up to 3 coordinates, got {getattr(part, name)}")
+        corner = getattr(part, name) or ()
+        if len(corner) > 3 or any(map(math.isnan, corner)):
+            raise SettingsError(f"{where} {name}: expected up to 3 coordinates, got {_shown(corner)}")
     return part
 
 
@@ -274,15 +310,16 @@ def _network(given):
     known = {f.name for f in fields(Architecture)}
     if isinstance(given, dict):
         if not isinstance(given.get("options", {}), dict):
-            raise SettingsError(f"[network] options: expected names and values, got {given['options']!r}")
+            raise SettingsError(f"[network] options: expected names and values, got {_shown(given['options'])}")
         options = {name: value for name, value in given.items() if name not in known}
         given = {name: value for name, value in given.items() if name in known}
         given["options"] = options | given.get("options", {})
     network = _section(Architecture, given, "[network]")
+    _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
         raise SettingsError("[network] dimension: expected none, as it is that of the data: 3, of digits 2")
     if network.kind not in ("kpconv", "kpnext"):
-        raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {network.kind!r}")
+        raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":
         for name in ("levels", "convs", "deformable"):
             if getattr(network, name) != getattr(Architecture, name):
@@ -295,20 +332,29 @@ def _network(given):
 def _section(kind, given, where):
     """A dataclass of a dict; an error for names it does not have, and values of another type than its defaults."""
     if not isinstance(given, dict):
-        raise SettingsError(f"{where}: expected names and values, got {given!r}")
+        raise SettingsError(f"{where}: expected names and values, got {_shown(given)}")
     known = {f.name: f for f in fields(kind)}
     for name, value in given.items():
         if name not in known:
             raise SettingsError(f"{where} {name}: there is no such setting; there are {', '.join(known)}")
         types = str(known[name].type)
-        if types == "float" and type(value) is int:
+        if types == "float" and type(value) is int and abs(value) < 2**63:
             given = {**given, name: float(value)}
         elif not _is(value, types):
-            raise SettingsError(f"{where} {name}: expected {types}, got {value!r}")
+            raise SettingsError(f"{where} {name}: expected {types}, got {_shown(value)}")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise SettingsError(f"{where} {name}: expected a value, got none")
     return kind(**given)
+
+
+def _shown(value):
+    """A value for a message, at most 80 characters of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # 0xfff...: Python writes no decimal numbers of more than 4300 digits
+        text = "an integer of too many digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is(value, types):
@@ -319,7 +365,7 @@ def _is(value, types):
         elif outer == "list":
             fits = isinstance(value, list) and all(_is(v, inner.rstrip("]")) for v in value if inner)
         elif one == "float":
-            fits = type(value) in (int, float)
+            fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
         else:
             fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[one]
         if fits:
@@ -327,25 +373,22 @@ def _is(value, types):
     return False
 
 
+def _check_bounds(section, where, limits):
+    for name, (least, most) in limits.items():
+        value = getattr(section, name)
+        if not least <= value <= most:
+            bounds = " to ".join(f"{bound:,}" if type(bound) is int else f"{bound:g}" for bound in (least, most))
+            raise SettingsError(f"{where} {name}: expected {bounds}, got {_shown(value)}")
+
+
 def _check_training(training, dimension):
     def check(name, fits, expected):
         if not fits:
-            raise SettingsError(f"[training] {name}: expected {expected}, got {getattr(training, name)!r}")
+            raise SettingsError(f"[training] {name}: expected {expected}, got {_shown(getattr(training, name))}")
 
     for name, choices in _CHOICES.items():
         check(name, getattr(training, name) in choices, " or ".join(choices))
-    above_zero = (
-        "radius", "batch_points", "batch_clouds", "epochs", "steps", "lr", "lr_decay", "lr_decay_epochs", "votes",
-        "validate"
-    )  # fmt: skip
-    for name in above_zero:
-        check(name, 0 < getattr(training, name) < np.inf, "a number above zero")
-    check("momentum", 0 <= training.momentum < 1, "a number from 0 to below 1")
-    for name in ("weight_decay", "offset_lr", "clip_value", "clip_norm", "noise", "workers"):
-        check(name, 0 <= getattr(training, name) < np.inf, "a number of at least zero")
-    check("keep_color", 0 <= training.keep_color <= 1, "0 to 1")
-    # Below a fifth a scene takes hundreds of spheres for each that it takes at 0.7.
-    check("vote_radius", 0.2 <= training.vote_radius <= 1, "0.2 to 1")
+    _check_bounds(training, "[training]", _BOUNDS)
     rotate = training.rotate
     turns = rotate in ("vertical", "all", "none") if isinstance(rotate, str) else 0 <= rotate <= 180
     check("rotate", turns, "vertical, all, none, or degrees from 0 to 180")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import time
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ import numpy as np
 import kpcore as kp
 from kpcore import nn
 from kpcore.config import require
+from kpcore.files import whole
+from kpcore.io.cloud import listed
 from kpcore.nn import checkpoints
-from kpcore.nn.networks import check_values
+from kpcore.nn.networks import check_arrays
 from kpcore.scenes import batches, voting
-from kpcore.scenes.data import IGNORED, Columns, load
+from kpcore.scenes.data import IGNORED, columns_of, load
 from kpcore.scenes.settings import from_dict
 
 LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
@@ -38,13 +42,25 @@ class Model:
     def load(cls, path):
         """Of a file that a training wrote."""
         net, params, state, about = nn.load(path)
-        if "settings" not in about:
-            raise ValueError(f"path: expected a file that kpcore train wrote, got {path}")
-        return cls(net, params, state, from_dict(about["settings"]), Columns(**about["columns"]))
+        with checkpoints.naming(path):
+            if not {"settings", "columns"} <= about.keys():
+                raise ValueError("expected a file that kpcore train wrote, got one without its settings or columns")
+            settings = from_dict(about["settings"])
+            _check_network(net, settings)
+            return cls(net, params, state, settings, columns_of(settings, about["columns"]))
 
     def about(self):
         """What JSON holds of it besides the network."""
         return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
+
+
+def _check_network(net, settings):
+    """An error unless it is one for the data of the settings."""
+    expected = settings.net()
+    for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
+        if getattr(net, name) != getattr(expected, name):
+            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as its settings have it, got "
+                             f"{getattr(net, name)}")  # fmt: skip
 
 
 class Training:
@@ -70,6 +86,7 @@ class Training:
         self.best, self.results, self.loss = -1.0, [], None
         self.scenes, columns = load(settings, settings.data.train, folder)
         self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
+        self._warn_of_classes()
         net = settings.net()
         params, state = net.init(seed)
         self.model = Model(net, params, state, settings, columns)
@@ -87,13 +104,13 @@ class Training:
         self.out.mkdir(parents=True, exist_ok=True)
         if not (self.epoch or self.step):
             self._save_last()  # so that a run can be gone on with from its first moment
-            (self.out / LOG).write_text("", encoding="utf-8")
+            with whole(self.out / LOG):
+                pass
         saved = time.perf_counter()
-        with open(self.out / LOG, "a", encoding="utf-8") as log:
+        with open(self.out / LOG, "ab", buffering=0) as log:
             while self.epoch < training.epochs:
                 for entry in self._epoch():
-                    log.write(json.dumps(entry) + "\n")
-                    log.flush()
+                    _append(log, entry)
                     if watch:
                         watch(entry)
                     if time.perf_counter() - saved > _BETWEEN_CHECKPOINTS and self.step < training.steps:
@@ -102,16 +119,24 @@ class Training:
                 self.epoch, self.step = self.epoch + 1, 0
                 if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
                     entry = self._validated()
-                    log.write(json.dumps(entry) + "\n")
-                    log.flush()
+                    _append(log, entry)
                     if watch:
                         watch(entry)
                 self._save_last()
                 saved = time.perf_counter()
-        curves(self.out)
         if not self.test_scenes:
             self._save(BEST, {})
+        curves(self.out)
         return self.results
+
+    def _warn_of_classes(self):
+        """One line for the classes of which nothing can be learned."""
+        there = {number for scene in self.scenes for number in np.unique(scene.labels)}
+        missing = [name for number, name in enumerate(self.settings.names) if number not in there]
+        if missing and not self.settings.digits:
+            labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
+            warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
+                          f"{listed(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self):
         training, epoch = self.settings.training, self.epoch
@@ -219,45 +244,60 @@ class Training:
         checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
 
     def _resume(self):
-        try:
-            groups, about = checkpoints.read(self.out / LAST)
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # safetensors has its own kinds
-            raise ValueError(f"resume: {self.out / LAST} cannot be read: {error}") from None
-        if "run" not in about:
-            raise ValueError(f"resume: expected a last checkpoint of kpcore train, got another: {self.out / LAST}")
-        made, own = about.get("settings"), json.loads(json.dumps(self.settings.asdict()))
-        own["training"]["workers"] = made["training"]["workers"] if made else None  # which has no influence
-        if made != own:
-            raise ValueError(f"resume: expected the settings that {self.out / LAST} was made with, got others")
-        model, run = self.model, about["run"]
-        check_values(
-            (groups["params"], groups["state"]), (model.params, model.state), ("resume: params", "resume: state")
-        )
-        if run["seed"] != self.seed:
-            raise ValueError(f"seed: expected {run['seed']}, as {self.out / LAST} was made with, got {self.seed}")
-        self.epoch, self.step, self.best, self.results = (run[key] for key in ("epoch", "step", "best", "results"))
-        for name, value in model.params.items():
-            value[...] = groups["params"][name]
-        model.state = groups["state"]
-        self.optimizer.restore(groups["optimizer"])
+        last = self.out / LAST
+        groups, about = checkpoints.read(last)
+        with checkpoints.naming(f"resume: {last}"):
+            run = about.get("run")
+            if not isinstance(run, dict):
+                raise ValueError("expected a last checkpoint of kpcore train, got another")
+            made = from_dict(about.get("settings"))
+            if replace(made, training=replace(made.training, workers=0)) != replace(
+                self.settings, training=replace(self.settings.training, workers=0)
+            ):  # workers have no influence
+                raise ValueError("expected the settings that it was made with, got others")
+            if run.get("seed") != self.seed:
+                raise ValueError(f"seed: expected {run.get('seed')}, which it was made with, got {self.seed}")
+            self._restore(groups, run)
         self._cut_log()
+
+    def _restore(self, groups, run):
+        model, training = self.model, self.settings.training
+        epoch, step, best, results = (run.get(name) for name in ("epoch", "step", "best", "results"))
+        done = epoch * training.steps + step if type(epoch) is type(step) is int else -1
+        optimizer = groups.get("optimizer", {})
+        is_run = 0 <= done <= training.epochs * training.steps and 0 <= step < training.steps
+        if not (is_run and type(best) in (int, float) and isinstance(results, list) and "num_steps" in optimizer):
+            raise ValueError(f"expected where a run of {training.epochs} epochs is, got epoch {epoch!r}, step {step!r}")
+        if optimizer["num_steps"].shape or optimizer["num_steps"] != done:
+            raise ValueError(f"expected an optimizer after {done} steps, got {optimizer['num_steps']}")
+        arrays = groups.get("params", {}), groups.get("state", {})
+        check_arrays(model.net, *arrays)
+        if others := {value.dtype for values in arrays for value in values.values()} - {np.dtype(np.float32)}:
+            raise ValueError(f"params, state: expected float32, got {', '.join(map(str, others))}")
+        self.optimizer.restore(optimizer)
+        for name, value in model.params.items():
+            value[...] = arrays[0][name]
+        model.state = arrays[1]
+        self.epoch, self.step, self.best, self.results = epoch, step, best, results
 
     def _cut_log(self):
         """Leave out what was logged after the checkpoint: it is done again."""
-        path = self.out / LOG
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        path, kept = self.out / LOG, []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut by the end of the process
-                break
-            done = (entry["epoch"], 0) <= (self.epoch, self.step) if "test" in entry else (
-                (entry["epoch"], entry["step"]) < (self.epoch, self.step))  # fmt: skip
-            if done:
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+                is_test = "test" in entry
+                at = entry["epoch"], 0 if is_test else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):
+                    raise ValueError(f"resume: {path}: expected what a run logs, got another line {number}") from None
+                break  # the last line, cut by the end of the process
+            if is_done:
+                kept.append(line + b"\n")
+        with whole(path) as part:
+            part.write_bytes(b"".join(kept))
 
     # ---- how
 
@@ -286,6 +326,17 @@ class Training:
 
 def _grad(tensor):
     return np.zeros_like(tensor.value) if tensor.grad is None else tensor.grad
+
+
+def _append(log, entry):
+    """A line at the end of a log, or none: a full disk takes part of one."""
+    begin, left = log.seek(0, os.SEEK_END), json.dumps(entry).encode() + b"\n"
+    try:
+        while left:
+            left = left[log.write(left) :]
+    except OSError as error:
+        log.truncate(begin)
+        raise OSError(error.errno, error.strerror, log.name) from error
 
 
 class _Watched:
@@ -323,7 +374,7 @@ def curves(out):
     at = np.array([e["epoch"] + e["step"] / per_epoch for e in steps])
     for name in ("loss", "entropy", "regularization"):
         if name in steps[0]:
-            values = np.array([e[name] for e in steps])
+            values = np.array([e.get(name) for e in steps], np.float64)
             width = max(1, len(values) // 100)
             smooth = np.convolve(values, np.ones(width) / width, "valid")
             left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
@@ -340,4 +391,5 @@ def curves(out):
     right.set(xlabel="epoch", ylim=(0, 1))
     if tests:
         right.legend(fontsize="small")
-    figure.savefig(Path(out) / CURVES, dpi=120)
+    with whole(Path(out) / CURVES) as part:
+        figure.savefig(part, dpi=120)

@@ -1,0 +1,165 @@
+"""The console script in processes of its own: closed pipes, full disks, signals, encodings, a wrong environment."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+START = "import sys, kpcore_command; sys.exit(kpcore_command.main())"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A process of the console script in a folder of its own, as subprocess.Popen."""
+
+    def start(*words, code=START, env=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more):
+        # Elsewhere: in the repository's root the package folder would shadow the installed one.
+        command = [sys.executable, "-c", code, *map(os.fspath, words)]
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(env), stdout=stdout, stderr=stderr, **more)
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    def run(*words, **more):
+        """(exit code, stdout, stderr), both as bytes."""
+        process = start(*words, **more)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out, err
+
+    return run
+
+
+def closed_pipe():
+    """The end to write to of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["config"], ["--version"], ["--help"], ["demo", "a.npy", "--voxel", "9"]])
+def test_a_closed_pipe_is_quiet(run, tmp_path, words, unbuffered):
+    np.save(tmp_path / "a.npy", np.eye(3))
+    pipe = closed_pipe()
+    code, _, err = run(*words, stdout=pipe, env={"PYTHONUNBUFFERED": unbuffered})
+    os.close(pipe)
+    assert err == b""
+    assert code == 141 or words[0].startswith("--")  # argparse itself takes a closed pipe for no error
+
+
+@pytest.mark.parametrize("words", [["demo", "none.npy"], ["demo", "--hue"]])
+def test_a_closed_pipe_of_errors_is_quiet(run, words):
+    pipe = closed_pipe()
+    code, out, _ = run(*words, stderr=pipe)
+    os.close(pipe)
+    assert code in (2, 141) and out == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_printed_meets_a_full_disk(run, unbuffered):
+    with open("/dev/full", "wb") as full:
+        code, _, err = run("config", stdout=full, env={"PYTHONUNBUFFERED": unbuffered})
+        assert (code, err) == (2, b"kpcore: standard output: No space left on device\n")
+        assert run("demo", "none.npy", stderr=full)[0] == 2
+
+
+@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]])
+def test_streams_that_are_closed(run, tmp_path, closed):
+    """A picture would get the number of the stream, and all that is printed."""
+    np.save(tmp_path / "a.npy", np.eye(3))
+    shut = f"import os; [os.close(n) for n in {closed}]; os.execv({sys.executable!r}, [{sys.executable!r}, '-c', "
+    words = ["demo", "a.npy", "--levels", "1", "--channels", "2"]
+    code, _, _ = run(code=f"{shut}{START!r}, *{words!r}])")
+    assert code == 0
+    assert (tmp_path / "kpcore-a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KPCORE_NUM_THREADS", "abc"),
+        ("KPCORE_NUM_THREADS", "0"),
+        ("KPCORE_NUM_THREADS", "65537"),
+        ("KPCORE_NUM_THREADS", "9" * 5000),
+        ("OMP_NUM_THREADS", "abc"),
+        ("OMP_NUM_THREADS", "1e3"),
+        ("KPCORE_ISA", "xyz"),
+    ],
+)
+def test_a_wrong_variable_is_one_line(run, name, value):
+    code, out, err = run("config", env={"KPCORE_NUM_THREADS": "", name: value})
+    assert (code, out) == (2, b"")
+    assert re.fullmatch(rf"kpcore: {name}: expected [^\n]+, got '{value[:20]}[^\n]*'\n", err.decode())
+
+
+@pytest.mark.parametrize(
+    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}]
+)
+@pytest.mark.parametrize("name", [b"a.npy", b"B\xe4ume.npy", "Bäume 木.npy".encode(), b"two\nlines.npy"])
+def test_names_and_encodings_of_any_kind(run, tmp_path, name, env):
+    pytest.importorskip("matplotlib")
+    np.save(tmp_path / "b.npy", np.eye(3))
+    os.rename(tmp_path / "b.npy", os.path.join(os.fsencode(tmp_path), name))
+    code, out, err = run("demo", os.fsdecode(name), "--levels", "1", "--channels", "2", env=env)
+    assert (code, err) == (0, b"") and b"picture: " in out
+    assert b"kpcore-" + name[:-4] + b".png" in os.listdir(os.fsencode(tmp_path))
+    code, _, err = run("demo", os.fsdecode(b"no" + name), env=env)
+    assert code == 2 and err.count(b"\n") == 1 and b"Traceback" not in err
+
+
+SLOW_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *more):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100): pass  # where Python hears of it
+            print("went on", file=sys.stderr)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("module", ["kpcore", "numpy.linalg", "kpcore._cpu", "kpcore.cli"])
+def test_ctrl_c_while_kpcore_is_imported(run, module):
+    code, out, err = run("config", code=SLOW_IMPORT.format(module=module) + START)
+    assert (code, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_that_is_ignored_stays_so(run):
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code, out, _ = run("config", code=ignored + SLOW_IMPORT.format(module="kpcore.cli") + START)
+    assert code == 0 and b"instruction set" in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment(start, tmp_path):
+    pytest.importorskip("matplotlib")
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((200_000, 3)))
+    for wait in np.linspace(0.05, 2, 12):
+        process = start("demo", "a.npy", "--voxel", "0.02", "--levels", "2")
+        time.sleep(float(wait))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=100)
+        if b"kpcore" in err or process.returncode not in (0, 130):
+            assert wait < 0.3 and b"_command" not in err, err  # before the console script is at work
+    assert not [name for name in os.listdir(tmp_path) if "part" in name]
+
+
+def test_home_folders_and_empty_names(run, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    np.save(home / "a.npy", np.eye(3))
+    code, _, err = run("demo", "~/a.npy", "--out=~/out", "--levels", "1", "--channels", "2", env={"HOME": str(home)})
+    assert (code, err) == (0, b"") and os.listdir(home / "out") == ["kpcore-a.png"]
+    for words in (["demo", ""], ["demo", "a.npy", "--out", ""], ["train", "", "--out", "x"], ["test", ""]):
+        code, out, err = run(*words)
+        assert (code, out) == (2, b"") and err.endswith(b"expected a path, got an empty one\n")
