@@ -13,7 +13,7 @@ import pytest
 from files import COLORS, FILES, LABELS, NEEDS, POINTS, TABLE, las, laz, lzf, npy, npz, patched, pcd, ply, refusal, text
 
 from kpcore import scenes
-from kpcore.io import formats
+from kpcore.io import formats, write_labels
 from kpcore.io.pcd import _lzf
 
 # Names for the columns of the tables that have none.
@@ -369,3 +369,32 @@ def test_real_scans_lose_nothing_to_float32(shared):
     cloud = scenes.read(shared / "data" / "lone-star.laz")
     stored = laspy.read(shared / "data" / "lone-star.laz").xyz
     assert np.abs(cloud.points + cloud.shift - stored).max() < 2e-6  # the file's own step is 2.5e-4
+
+
+@pytest.mark.parametrize("name", ["a.las", "a.laz", "a.ply", "a.npz"])
+def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, name):
+    """Also by lazrs, which says "Failed to call write"; nothing is left."""
+    resource = pytest.importorskip("resource")
+    points, labels = np.random.default_rng(0).random((40_000, 3)), np.random.default_rng(0).integers(0, 30, 40_000)
+    path = write("points.npz", npz(points=points, labels=labels))
+    if name != "a.npz":
+        path = write(name, {"a.las": las, "a.laz": laz, "a.ply": ply}[name](POINTS))
+    small = {"a.npz": 20_000}.get(name, 60)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
+    try:
+        with pytest.raises(scenes.ReadError, match=rf"/out{name[1:]}: File too large$"):
+            write_labels(path, tmp_path / f"out{name[1:]}", labels if name == "a.npz" else LABELS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [one for one in os.listdir(tmp_path) if one.startswith(("out", "."))]
+
+
+def test_damaged_points_are_refused_by_what_writes_them_too(write, tmp_path):
+    """Which is where points of a LAZ are unpacked first, if nobody has read them."""
+    data = laz(POINTS)
+    start = struct.unpack_from("<I", data, 96)[0]
+    path = write("a.laz", data[: start + 8 + 26] + b"\xff" * 40 + data[start + 8 + 66 :])
+    with pytest.raises(scenes.ReadError, match=r"a\.laz: damaged"):
+        write_labels(path, tmp_path / "b.laz", LABELS)
+    assert os.listdir(tmp_path) == ["a.laz"]

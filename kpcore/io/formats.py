@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from kpcore.files import whole
+from kpcore.files import check_writable, whole
 from kpcore.io import las, npz, pcd, ply, sweeps, text
 from kpcore.io.cloud import Asked, ReadError, cloud_of
 
@@ -112,14 +111,12 @@ def check_out(source, out):
     kinds = [LABELED.get(path.suffix.lower()) for path in (source, out)]
     if None in kinds or kinds[0] != kinds[1]:
         raise ReadError(f"{out}: labels are written to PLY, LAS, LAZ and NPZ files, of the kind of {source}")
-    if not out.parent.is_dir():
-        raise ReadError(f"{out}: there is no folder {out.parent}")
-    if out.is_dir():
-        raise ReadError(f"{out}: is a directory")
     if out.exists() and source.exists() and out.samefile(source):
         raise ReadError(f"{out}: expected another file than the one that is read")
-    if not os.access(out.parent, os.W_OK):
-        raise ReadError(f"{out}: the folder {out.parent} cannot be written to")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise ReadError(f"{out}: {error.strerror}") from None
 
 
 def label_field(source, out, num, *, label=None, into=None, values=()):
@@ -167,9 +164,16 @@ def write_labels(source, out, labels, *, kept=None, label=None, into=None):
 
 def write_to(field, source, out, labels, kept):
     """Write the file again with labels in a `LabelField` of it."""
+    failed = None
 
-    try:
-        with whole(out) as part:
-            field.write(part, labels, kept)
-    except OSError as error:
-        raise ReadError(f"{out}: {error.strerror or error}") from None
+    def write():
+        nonlocal failed
+        try:
+            with whole(out) as part:
+                field.write(part, labels, kept)
+        except OSError as error:
+            failed = error
+
+    told(source, write)
+    if failed:
+        raise ReadError(f"{failed.filename or out}: {failed.strerror or failed}") from None

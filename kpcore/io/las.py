@@ -465,7 +465,8 @@ def _write(source, head, parts, dimension, out, labels, kept):
     if head.form in (4, 5, 9, 10) and header[6] & 4:
         warnings.warn(f"{source}: its waveforms are in a .wdp file beside it, which is not copied", stacklevel=2)
 
-    with source.open("rb") as file, out.open("wb") as target:
+    with source.open("rb") as file, out.open("wb") as written:
+        target = _Remembering(written)
         target.write(bytes(header) + b"".join(record.bytes for record in records) + head.padding)
         pack = _compressor(target, laszip) if compressed else None
         begin = done = 0
@@ -477,11 +478,11 @@ def _write(source, head, parts, dimension, out, labels, kept):
             dimension.put(block, chosen, labels[done : done + count])
             begin, done = begin + len(block), done + count
             if pack:
-                pack.compress_many(block.reshape(-1))
+                target.told(pack.compress_many, block.reshape(-1))
             else:
                 target.write(block)
         if pack:
-            pack.done()
+            target.told(pack.done)
         target.seek(0, io.SEEK_END)
         for low, high in behind:
             for place, byte in _pointers(head):
@@ -495,6 +496,29 @@ def _write(source, head, parts, dimension, out, labels, kept):
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
         target.seek(0)
         target.write(bytes(header))
+
+
+class _Remembering:
+    """A file that remembers why it could not be written, which lazrs does not tell: "Failed to call write"."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+        self.seek, self.tell, self.flush = file.seek, file.tell, file.flush
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def told(self, call, *arguments):
+        try:
+            call(*arguments)
+        except BaseException:
+            if self.error:
+                raise self.error from None
+            raise
 
 
 def _with(records, fits, user, number, data):
