@@ -353,10 +353,10 @@ def test_an_extra_dimension_never_replaces_a_standard_one(write):
     [
         (
             lambda: patched(las(POINTS), 131, "<d", 0.0),
-            "expected scales above zero and finite offsets, got (0.0, 0",
+            "expected finite scales other than 0 and finite offsets, got (0.0, 0",
         ),
-        (lambda: patched(las(POINTS), 147, "<d", np.nan), "expected scales"),
-        (lambda: patched(las(POINTS), 155, "<d", np.inf), "expected scales"),
+        (lambda: patched(las(POINTS), 147, "<d", np.nan), "expected finite scales"),
+        (lambda: patched(las(POINTS), 155, "<d", np.inf), "expected finite scales"),
         (lambda: patched(las(POINTS), 104, "<B", 11), "point format 11 in records of 26 bytes"),
         (lambda: patched(las(POINTS), 104, "<B", 5), "point format 5 in records of 26 bytes"),
         (lambda: patched(las(POINTS), 24, "<B", 2), "is LAS 2.2"),

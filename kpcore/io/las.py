@@ -164,7 +164,7 @@ def _header(file, size):
         raise ReadError("truncated: the header is cut")
     major, minor = head[24], head[25]
     if major != 1 or minor > 5:
-        raise ReadError(f"is LAS {major}.{minor}; kpcore reads 1.0 to 1.4")
+        raise ReadError(f"is LAS {major}.{minor}; kpcore reads 1.0 to 1.5")
     header_size, start, num_records, form, record_size, num = struct.unpack_from("<HIIBHI", head, 94)
     compressed, form = bool(form & 0xC0), form & 0x3F  # LASzip sets the highest bit, or both
     least = {3: 235}.get(minor, 227 if minor < 3 else 375)
@@ -181,7 +181,7 @@ def _header(file, size):
     numbers = struct.unpack_from("<6d", head, 131)
     scales, offsets = numbers[:3], numbers[3:]
     if not np.isfinite(numbers).all() or 0 in scales:
-        raise ReadError(f"damaged: expected scales above zero and finite offsets, got {scales} and {offsets}")
+        raise ReadError(f"damaged: expected finite scales other than 0 and finite offsets, got {scales} and {offsets}")
 
     before, at, records = _at(file, 0, start), header_size, []
     for _ in range(num_records):
