@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from files import COLORS, LABELS, POINTS, npy, npz, ply, refusal
+from files import COLORS, FILES, LABELS, POINTS, npy, npz, ply, refusal
 
 from kpcore.io import ReadError, cloud, read
 
@@ -210,3 +210,14 @@ def test_coordinates_that_lie_on_their_side_are_refused(write):
 def test_a_field_that_is_not_there_is_answered_with_those_that_are(write):
     with pytest.raises(ReadError, match=r"has no field echo; there are x y z red green blue label$"):
         read(write("a.ply", ply(POINTS)), fields=["echo"])
+
+
+@pytest.mark.parametrize("name", ["fields.npy", "plain.las", "binary.ply", "binary.pcd", "commas.csv", "fields.npz"])
+def test_names_for_columns_that_have_some_are_refused(write, name):
+    """They would be without effect; the very names are not refused."""
+    made = {"fields.npz": lambda points: npz(x=points[:, 0], y=points[:, 1], z=points[:, 2])}
+    path = write(name, {**FILES, **made}[name](POINTS))
+    with pytest.raises(ReadError, match=r"names its columns itself, .*; columns= is for a table without names"):
+        read(path, columns=["x", "y", "z", "truth"])
+    if name == "commas.csv":
+        assert read(path, columns=["X", "Y", "Z", "red", "green", "blue", "label"]).labels.tolist() == LABELS.tolist()

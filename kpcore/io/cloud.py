@@ -149,6 +149,7 @@ def listed(names):
 
 def from_columns(columns, asked, label_names=LABELS):
     """Content of `Columns`."""
+    check_columns(columns.names, asked)
     xyz = [columns.find(axis) for axis in "xyz"]
     if missing := [axis for axis, values in zip("xyz", xyz, strict=True) if values is None]:
         raise ReadError(f"has no field {' '.join(missing)}; there are {listed(columns.names)}")
@@ -168,6 +169,12 @@ def from_columns(columns, asked, label_names=LABELS):
         colors = colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
     labels, unlabeled = found_labels(columns, asked, label_names)
     return Content(points, columns.names, found_fields(columns, asked), colors, labels, unlabeled)
+
+
+def check_columns(names, asked):
+    """An error if names are passed for columns of a file that names them itself, and otherwise."""
+    if asked.columns and [name.lower() for name in asked.columns] != [name.lower() for name in names]:
+        raise ReadError(f"names its columns itself, {listed(names)}; columns= is for a table without names")
 
 
 def check_fields(names, asked):

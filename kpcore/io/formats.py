@@ -21,6 +21,7 @@ SIGNATURES = [
     (b"\x93NUMPY", "NPY", {".npy"}),
     (b"PK\x03\x04", "NPZ", {".npz"}),
 ]
+TABLES = {".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin"}  # whose columns may have no names
 LABELED = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # those that labels are written to
 
 

@@ -22,6 +22,7 @@ from kpcore.io.cloud import (
     Content,
     LabelField,
     ReadError,
+    check_columns,
     check_fields,
     colors_of,
     found_fields,
@@ -131,6 +132,7 @@ def read(path, size, asked):
     with path.open("rb") as file:
         head = _header(file, size)
         names = tuple(dimension.name for dimension in head.dimensions)
+        check_columns(names, asked)
         check_fields(names, asked)
         standard = {one.name: one for one in reversed(head.dimensions)}  # an extra dimension never replaces them
         wanted = {at: head.dimensions[at] for name in (*asked.fields, *([asked.label] if asked.label else []))

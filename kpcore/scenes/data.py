@@ -14,6 +14,7 @@ import numpy as np
 import kpcore as kp
 from kpcore.files import expanded
 from kpcore.io import ReadError, read
+from kpcore.io.formats import TABLES
 from kpcore.scenes.indoor import indoor
 from kpcore.scenes.settings import OWN, SettingsError
 
@@ -106,7 +107,8 @@ def scene_of(settings, columns, cloud):
 
 def read_cloud(settings, path, labelled=True):
     """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
-    fields, columns = [name for name in settings.data.features if name not in OWN], settings.data.columns
+    fields = [name for name in settings.data.features if name not in OWN]
+    columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
     try:
         cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
     except ReadError:
