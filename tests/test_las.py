@@ -215,6 +215,18 @@ def test_a_second_record_of_extra_bytes(write):
     assert cloud.fields["more"].dtype == np.float32 and cloud.fields["height"].dtype == np.float64
 
 
+def test_more_extra_bytes_are_described_than_there_are(write, tmp_path):
+    """By scanners' software, in records without any (pylas issue 12). A new field would be taken for these."""
+    extra = described(b"Amplitude", 3) + described(b"Reflectance", 4)
+    path = write("a.las", made(3, 2, b"", [extra]))
+    write_labels(path, tmp_path / "b.las", np.arange(100) % 32)
+    np.testing.assert_array_equal(read(tmp_path / "b.las").labels, np.arange(100) % 32)
+    with pytest.raises(ReadError, match="has no field Amplitude; there are x y z"):
+        read(path, fields=["Amplitude"])
+    with pytest.raises(ReadError, match=r"a\.las: cannot have a new field truth: its extra bytes are described"):
+        write_labels(path, tmp_path / "c.las", np.arange(100), into="truth")
+
+
 def test_extra_bytes_described_behind_the_points(write, tmp_path):
     data = made(6, 4, b"12", extended=[(b"LASF_Spec", 4, described(b"pair", 3))])
     path = write("a.las", data)

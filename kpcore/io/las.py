@@ -119,7 +119,7 @@ class Header(NamedTuple):
     end: int  #: of the points in the file
     dimensions: list
     undescribed: int  #: bytes at the end of each point that nothing describes
-    described_behind: bool  #: whether extra bytes are described in an extended record
+    may_grow: bool  #: whether a new field would be described after all others: none is behind the points, or too many
     chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
 
     @property
@@ -197,9 +197,9 @@ def _header(file, size):
     behind = [
         _at(file, at + 60, length) for at, length, record in _extended(file, head, minor, size) if record.describes
     ]
-    dimensions, undescribed = _dimensions(form, scales, offsets, b"".join(described + behind), record_size)
+    dimensions, undescribed, fits = _dimensions(form, scales, offsets, b"".join(described + behind), record_size)
     header = Header(before[:header_size], records, before[at:], minor, form, num, record_size, compressed, laszip,
-                    scales, offsets, start + num * record_size, dimensions, undescribed, bool(behind))  # fmt: skip
+                    scales, offsets, start + num * record_size, dimensions, undescribed, fits and not behind)  # fmt: skip
     if not compressed:
         if header.end > size:
             raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
@@ -226,7 +226,7 @@ def _extended(file, head, minor, size):
 
 
 def _dimensions(form, scales, offsets, described, record_size):
-    """([Dimension], bytes that nothing describes) of records of a point format with these extra bytes."""
+    """([Dimension], bytes that nothing describes, whether none more are described) of records with these extra bytes."""
     xyz = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
     if form < 6:
         flags = (
@@ -267,7 +267,7 @@ def _dimensions(form, scales, offsets, described, record_size):
         dtype = f"<{_TYPES[(kind - 1) % 10 + 1]}" if 0 < kind <= 30 else "V"
         width = count * np.dtype(dtype).itemsize if dtype != "V" else options
         if kind > 30 or at + width > record_size:
-            break
+            return dimensions, record_size - at, False
         if dtype != "V":
             scale, offset = (struct.unpack_from(f"<{count}d", described, i + place) for place in (112, 136))
             scaled, moved = options & 8, options & 16
@@ -277,7 +277,7 @@ def _dimensions(form, scales, offsets, described, record_size):
                 place = at + n * width // count
                 dimensions.append(Dimension(part, place, dtype, 0, 0, factor, offset[n] if moved else 0.0))
         at += width
-    return dimensions, record_size - at
+    return dimensions, record_size - at, True
 
 
 def _text(name):
@@ -409,8 +409,10 @@ def _new_dimension(head, name):
     if not 0 < len(name.encode()) <= 32:
         raise ReadError(f"expected a name of 1 to 32 bytes for a new field, got {name!r}")
     length = sum(len(record.data) for record in head.records if record.describes)
-    if head.described_behind or head.size + 4 > 65_535 or length + len(_description(head, name)) > 65_535:
-        raise ReadError(f"cannot have a new field {name}: its extra bytes are described behind the points, or too many")
+    if not head.may_grow or head.size + 4 > 65_535 or length + len(_description(head, name)) > 65_535:
+        raise ReadError(
+            f"cannot have a new field {name}: its extra bytes are described behind the points, or wrongly, or too many"
+        )
     return Dimension(name, head.size, "<i4")
 
 
