@@ -198,8 +198,9 @@ def _header(file, size):
         _at(file, at + 60, length) for at, length, record in _extended(file, head, minor, size) if record.describes
     ]
     dimensions, undescribed, fits = _dimensions(form, scales, offsets, b"".join(described + behind), record_size)
+    end = start + num * record_size
     header = Header(before[:header_size], records, before[at:], minor, form, num, record_size, compressed, laszip,
-                    scales, offsets, start + num * record_size, dimensions, undescribed, fits and not behind)  # fmt: skip
+                    scales, offsets, end, dimensions, undescribed, fits and not behind)  # fmt: skip
     if not compressed:
         if header.end > size:
             raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
@@ -226,7 +227,7 @@ def _extended(file, head, minor, size):
 
 
 def _dimensions(form, scales, offsets, described, record_size):
-    """([Dimension], bytes that nothing describes, whether none more are described) of records with these extra bytes."""
+    """([Dimension], bytes that nothing describes, whether all that is described is there) of the points' records."""
     xyz = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
     if form < 6:
         flags = (
@@ -277,7 +278,7 @@ def _dimensions(form, scales, offsets, described, record_size):
                 place = at + n * width // count
                 dimensions.append(Dimension(part, place, dtype, 0, 0, factor, offset[n] if moved else 0.0))
         at += width
-    return dimensions, record_size - at, True
+    return dimensions, record_size - at, len(described) % 192 == 0
 
 
 def _text(name):
