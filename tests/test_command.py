@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 START = "import sys, kpcore_command; sys.exit(kpcore_command.main())"
+# As in a terminal, also where the tests run in the background of a script, which ignores it.
+AWAKE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def start(tmp_path):
 
     def start(*words, code=START, env=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more):
         # Elsewhere: in the repository's root the package folder would shadow the installed one.
-        command = [sys.executable, "-c", code, *map(os.fspath, words)]
+        command = [sys.executable, "-c", AWAKE + code, *map(os.fspath, words)]
         return subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(env), stdout=stdout, stderr=stderr, **more)
 
     return start
