@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -398,3 +399,53 @@ def test_damaged_points_are_refused_by_what_writes_them_too(write, tmp_path):
     with pytest.raises(scenes.ReadError, match=r"a\.laz: damaged"):
         write_labels(path, tmp_path / "b.laz", LABELS)
     assert os.listdir(tmp_path) == ["a.laz"]
+
+
+@pytest.mark.parametrize("name", ["a.las", "a.laz", "a.ply", "a.npz"])
+@pytest.mark.parametrize("names", [{"into": "X"}, {"into": "y"}, {"label": "z"}])
+def test_labels_never_overwrite_coordinates(write, tmp_path, name, names):
+    made = {"a.las": las, "a.laz": laz, "a.ply": ply, "a.npz": lambda p: npz(**dict(zip("xyz", p.T, strict=True)))}
+    path = write(name, made[name](POINTS))
+    with pytest.raises(scenes.ReadError, match=rf"{name}: "):
+        write_labels(path, tmp_path / f"b{name[1:]}", LABELS, **names)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_what_is_written_again_is_looked_at_as_what_is_read(write, tmp_path):
+    """Its first bytes, and what kinds of files there are."""
+    for name, data, out, reason in (
+        ("a.las", ply(POINTS), "b.las", "a.las: is a PLY file"),
+        ("a.npz", b"", "b.npz", "a.npz: is empty"),
+        ("none.ply", None, "b.ply", "none.ply: No such file or directory"),
+        ("a.txt", text(POINTS, " "), "b.txt", "a.txt: labels cannot be written to .txt, only to .las .laz .ply .npz"),
+        ("a.ply", ply(POINTS), "b.las", "b.las: expected .ply, as a.ply is of that kind"),
+        ("c.las", las(POINTS), "b.ply", "b.ply: expected .las or .laz, as c.las is of that kind"),
+        ("d.las", las(POINTS), "b.copc.laz", "d.las: labels are written to a plain LAZ"),
+    ):
+        path = tmp_path / name if data is None else write(name, data)
+        with pytest.raises(scenes.ReadError, match=re.escape(reason)):
+            write_labels(path, tmp_path / out, LABELS)
+        assert not (tmp_path / out).exists()
+
+
+def test_names_that_are_none(write):
+    """A text would be taken letter by letter; two names in another case would be one field."""
+    path = write("a.npz", npz(points=POINTS, Conf=np.ones(4), conf=np.zeros(4)))
+    for error, reason, names in (
+        (TypeError, "fields: expected a sequence of names, got 'intensity'", {"fields": "intensity"}),
+        (TypeError, r"fields: expected a sequence of names, got \[1\]", {"fields": [1]}),
+        (TypeError, "columns: expected a sequence of names, got 'x y z'", {"columns": "x y z"}),
+        (TypeError, "label: expected the name of a field, got 6", {"label": 6}),
+        (ValueError, "fields: expected no name twice, in whatever case", {"fields": ["Conf", "conf"]}),
+    ):
+        with pytest.raises(error, match=reason):
+            scenes.read(path, **names)
+    assert scenes.read(path, fields=["Conf"]).fields["conf"].tolist() == [1] * 4
+
+
+def test_what_is_no_fault_of_the_file_is_not_hidden(write, monkeypatch):
+    """The line says what came; the traceback says where."""
+    monkeypatch.setattr(np, "fromfile", lambda *args: 1 / 0)
+    with pytest.raises(scenes.ReadError, match="division by zero") as caught:
+        scenes.read(write("a.bin", FILES["scan.bin"](POINTS)))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

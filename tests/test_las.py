@@ -8,7 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from files import COLORS, LABELS, POINTS, las, laz, patched, refusal
+from files import LABELS, POINTS, las, laz, patched, refusal
 
 from kpcore.io import ReadError, read, write_labels
 
@@ -416,7 +416,6 @@ def test_first_laszip_files_are_read(shared):
     laspy = pytest.importorskip("laspy")
     path = shared / "bugs" / "06_pointwise_laz" / "pointwise.laz"
     np.testing.assert_allclose(read(path).points + read(path).shift, laspy.read(path).xyz, atol=1e-3)
-    assert len(COLORS) == 4
 
 
 def test_las_needs_no_package(tmp_path, monkeypatch):
@@ -482,3 +481,10 @@ def test_a_field_of_a_laz_is_unpacked_with_what_it_needs(tmp_path, form):
         np.testing.assert_array_equal(cloud.labels, np.arange(100) % 32)
         assert (cloud.colors is None) == (plain.colors is None) == (form == 6)
         np.testing.assert_array_equal(cloud.colors, plain.colors)
+
+
+def test_an_extra_dimension_called_classification(write, tmp_path):
+    """Labels go into the standard one."""
+    path = write("a.las", made(7, 4, b"1", [described(b"classification", 1)]))
+    write_labels(path, tmp_path / "b.las", np.arange(100) % 256)
+    np.testing.assert_array_equal(read(tmp_path / "b.las").labels, np.arange(100) % 256)

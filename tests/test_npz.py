@@ -147,7 +147,7 @@ def test_columns_name_those_of_the_points(write):
     with pytest.raises(scenes.ReadError, match="has no field low; there are echo other class x y z r g b height"):
         scenes.read(path, columns=names, fields=["low"])
     with pytest.raises(scenes.ReadError, match="has 8 columns, but columns names 3"):
-        scenes.read(path, columns="xyz")
+        scenes.read(path, columns=[*"xyz"])
     path = write("a.npz", npz(points=table, labels=LABELS))  # a member of that name is meant
     assert scenes.read(path, columns=names).labels.tolist() == LABELS.tolist()
 
@@ -288,3 +288,11 @@ def test_labels_of_points_in_three_members(write):
     cloud = scenes.read(path.with_name("b.npz"))
     np.testing.assert_array_equal(cloud.labels, LABELS)
     np.testing.assert_array_equal(cloud.points, POINTS)
+
+
+def test_labels_in_a_column_of_the_points_are_not_doubled(write, tmp_path):
+    table = np.zeros(4, [("x", "f8"), ("y", "f8"), ("z", "f8"), ("Label", "i4")])
+    table["x"], table["y"], table["z"] = POINTS.T
+    path = write("a.npz", npz(points=table))
+    with pytest.raises(scenes.ReadError, match=r"a\.npz: label is a column of the points, which is not written to"):
+        clouds.write_labels(path, tmp_path / "b.npz", LABELS, label="label")

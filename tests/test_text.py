@@ -85,7 +85,7 @@ def test_columns_name_those_of_a_table_without_names(write):
         np.testing.assert_array_equal(cloud.points, ROWS)
         np.testing.assert_array_equal(cloud.labels, [3, 4, 5])
     with pytest.raises(scenes.ReadError, match="has 4 columns, but columns names 3"):
-        scenes.read(write("a.xyz", table.encode()), columns="xyz")
+        scenes.read(write("a.xyz", table.encode()), columns=[*"xyz"])
     with pytest.raises(scenes.ReadError, match="has 2 fields named x"):
         scenes.read(write("dup.csv", b"x,y,z,x\n1,2,3,9\n"))
     assert scenes.read(write("dup.csv", b"x,y,z,t,t\n1,2,3,9,8\n")).points.tolist() == [[1, 2, 3]]
@@ -195,7 +195,7 @@ READABLE = {
 def test_tables_whose_meaning_is_clear(write, name, encoding):
     data, table = READABLE[name]
     path = write("a.csv", f"# Gelände, größer\n{data}".encode(encoding))
-    cloud = scenes.read(path, columns="xyzi", fields=["i"])
+    cloud = scenes.read(path, columns=[*"xyzi"], fields=["i"])
     np.testing.assert_array_equal(cloud.points, table[:, :3])
     np.testing.assert_array_equal(cloud.fields["i"], table[:, 3])
 

@@ -24,13 +24,17 @@ class ReadError(ValueError):
     """The file cannot be read; the message is one line that names the file and the reason."""
 
 
+class MissingField(ReadError):
+    """The file is sound, but has no field of a name that was asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cloud:
     """A point cloud ready for kpcore: float32 coordinates near the origin.
 
     points : (N, 3) float32, finite; the file's own coordinates are ``points + shift``.
     colors : (N, 3) uint8, or None.
-    labels : (N,) int32, -1 for points without one (NaN, or all bits set, as in an unsigned -1); or None.
+    labels : (N,) int32, -1 for points without one (NaN, or all bits of an unsigned type of 32 or 64 set); or None.
     shift : (3,) float64, subtracted in float64 before rounding to float32. It is zero unless the largest coordinate
         exceeds both 1000 and ten extents of the cloud, where float32 would lose detail (half a metre at UTM northings).
         Points at (0, 0, 0), and those beyond twenty times the middle half of the others, have no say in it.
@@ -83,14 +87,15 @@ class LabelField(NamedTuple):
 
     name: str
     num: int  #: how many points the file has
-    least: int  #: label that it holds
-    most: int
+    least: int  #: the smallest label that it can hold
+    most: int  #: the largest
     write: Callable  #: (path, labels, kept): the file again with these labels of the points that are kept
     check: Callable = lambda path: None  #: an error if that file cannot be written
+    doubt: str | None = None  #: what will not be as it was, a warning
 
 
 def span(dtype):
-    """The least and the largest whole number up to which a type holds all."""
+    """(least, most): every whole number between them is exact in this type."""
     dtype = np.dtype(dtype)
     if dtype.kind == "f":
         most = 2 ** (np.finfo(dtype).nmant + 1)
@@ -141,6 +146,14 @@ def first_of(names, usual):
     return next((at for one in usual if (at := position(names, one)) is not None), None)
 
 
+def decoded(name):
+    """The text of bytes in UTF-8, or else in Latin-1."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.decode("latin-1")
+
+
 def listed(names):
     """Names for a message of one line."""
     text = " ".join(name if name.isprintable() else repr(name)[1:-1] for name in names)
@@ -181,7 +194,7 @@ def check_fields(names, asked):
     """An error that lists the fields there are, unless all that was asked for are among them."""
     wanted = (*asked.fields, *([] if asked.label is None else [asked.label]))
     if missing := sorted({name for name in wanted if position(names, name) is None}):
-        raise ReadError(f"has no field {' '.join(missing)}; there are {listed(names)}")
+        raise MissingField(f"has no field {' '.join(missing)}; there are {listed(names)}")
 
 
 def found_fields(columns, asked):
@@ -193,8 +206,8 @@ def found_fields(columns, asked):
 def found_labels(columns, asked, usual=LABELS):
     """(labels or None, why there are none) of the field that was asked for, else of the first of the usual names."""
     if asked.label is not None:
-        values = columns.find(asked.label)
-        labels, reason = (None, None) if values is None else labels_of(values, f"field {asked.label}", blank=True)
+        check_fields(columns.names, asked)
+        labels, reason = labels_of(columns.find(asked.label), f"field {asked.label}", blank=True)
         if reason:
             raise ReadError(reason)
         return labels, None
@@ -254,7 +267,7 @@ def from_table(table, asked):
     if len(places) == 2:
         doubt = (f"its {width} columns without names may be x y z r g b label or x y z intensity r g b: neither "
                  "colours nor labels were read; columns= names them")  # fmt: skip
-    reason = "its columns have no names; columns=, in settings [data] columns, names them"
+    reason = "its columns have no names: give them with columns= (in settings, columns of [data])"
     return content._replace(unlabeled=content.unlabeled and reason, doubt=doubt)
 
 

@@ -60,7 +60,12 @@ def read(path, *, fields=(), label=None, columns=None):
         The format needs a package that is not installed.
     """
     path = Path(path)
-    asked = Asked(tuple(fields), label, None if columns is None else tuple(columns))
+    fields, columns = _names("fields", fields), None if columns is None else _names("columns", columns)
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"label: expected the name of a field, got {label!r}")
+    if len({name.lower() for name in fields}) < len(fields):
+        raise ValueError(f"fields: expected no name twice, in whatever case, got {list(fields)}")
+    asked = Asked(fields, label, columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the readers' grumbles: each is an error here, or of no consequence
         content = told(path, lambda: _content(path, asked))
@@ -70,30 +75,40 @@ def read(path, *, fields=(), label=None, columns=None):
     return cloud
 
 
+def _names(argument, names):
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument}: expected a sequence of names, got {names!r}")
+    return tuple(names)
+
+
 def told(path, work):
-    """What the work returns; what is wrong with the file is a ReadError of one line that names it."""
+    """What the work returns; what is wrong with a file is a ReadError of one line that names it."""
     try:
         return work()
     except (ImportError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except ReadError as error:
-        reason = str(error)
+        raise type(error)(f"{path}: {error}") from None
     except OSError as error:
-        reason = error.strerror or str(error)
+        raise ReadError(f"{error.filename or path}: {error.strerror or error}") from None
     except BaseException as error:  # lazrs is Rust: its panics arrive as bare BaseExceptions
         said = " ".join(str(error).split())[:160] or type(error).__name__
-        reason = f"damaged, or not what its extension says: {said}"
-    raise ReadError(f"{path}: {reason}")
+        raise ReadError(f"{path}: damaged, or not what its extension says: {said}") from error
 
 
 def _content(path, asked):
+    size = _checked_size(path)
+    return READERS[path.suffix.lower()](path, size, asked)
+
+
+def _checked_size(path):
+    """Of a file that is one, and begins as its extension says."""
     if path.is_dir():
         raise ReadError("is a directory")
     if path.exists() and not path.is_file():
         raise ReadError("is not a regular file")
     size = path.stat().st_size
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in READERS:
         raise ReadError(f"unknown extension {path.suffix!r}; kpcore reads {' '.join(READERS)}")
     if size == 0:
         raise ReadError("is empty")
@@ -103,15 +118,18 @@ def _content(path, asked):
     expected = next((kind for _, kind, suffixes in SIGNATURES if path.suffix.lower() in suffixes), None)
     if actual != expected:
         raise ReadError(f"is a {actual} file" if actual else f"is not a {expected} file")
-    return reader(path, size, asked)
+    return size
 
 
 def check_out(source, out):
     """An error unless labels of that file can be written to this one."""
     source, out = Path(source), Path(out)
-    kinds = [LABELED.get(path.suffix.lower()) for path in (source, out)]
-    if None in kinds or kinds[0] != kinds[1]:
-        raise ReadError(f"{out}: labels are written to PLY, LAS, LAZ and NPZ files, of the kind of {source}")
+    kind = LABELED.get(source.suffix.lower())
+    if kind is None:
+        raise ReadError(f"{source}: labels cannot be written to {source.suffix or 'it'}, only to {' '.join(LABELED)}")
+    if kind is not LABELED.get(out.suffix.lower()):
+        same = " or ".join(suffix for suffix, one in LABELED.items() if one is kind)
+        raise ReadError(f"{out}: expected {same}, as {source.name} is of that kind")
     if out.exists() and source.exists() and out.samefile(source):
         raise ReadError(f"{out}: expected another file than the one that is read")
     try:
@@ -124,8 +142,11 @@ def label_field(source, out, num, *, label=None, into=None, values=()):
     """The LabelField of a file in which the labels of that many points go; an error unless it holds these values."""
     source, out = Path(source), Path(out)
     check_out(source, out)
+    told(source, lambda: _checked_size(source))
     field = told(source, lambda: LABELED[source.suffix.lower()].label_field(source, label, into))
     told(source, lambda: field.check(out))
+    if field.name.lower() in ("x", "y", "z"):
+        raise ReadError(f"{source}: {field.name} is a coordinate, expected another field for labels")
     if field.num != num:
         raise ReadError(f"{source}: holds {field.num} points, got labels of {num}")
     if len(values) and not (field.least <= np.min(values) and np.max(values) <= field.most):
@@ -165,16 +186,11 @@ def write_labels(source, out, labels, *, kept=None, label=None, into=None):
 
 def write_to(field, source, out, labels, kept):
     """Write the file again with labels in a `LabelField` of it."""
-    failed = None
+    if field.doubt:
+        warnings.warn(f"{source}: {field.doubt}", stacklevel=3)
 
     def write():
-        nonlocal failed
-        try:
-            with whole(out) as part:
-                field.write(part, labels, kept)
-        except OSError as error:
-            failed = error
+        with whole(out) as part:
+            field.write(part, labels, kept)
 
     told(source, write)
-    if failed:
-        raise ReadError(f"{failed.filename or out}: {failed.strerror or failed}") from None

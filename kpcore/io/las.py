@@ -11,7 +11,6 @@ import io
 import math
 import os
 import struct
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from kpcore.io.cloud import (
     check_columns,
     check_fields,
     colors_of,
+    decoded,
     found_fields,
     found_labels,
     position,
@@ -89,15 +89,15 @@ class Record(NamedTuple):
         return self.header + self.data
 
     @property
-    def describes(self):
-        """Whether it describes extra bytes."""
+    def is_extra_bytes(self):
+        """Whether it describes what follows the dimensions of the point format."""
         return (self.user, self.number) == (b"LASF_Spec", 4)
 
     @property
-    def compresses(self):
+    def is_laszip(self):
         return (self.user, self.number) == (b"laszip encoded", 22204)
 
-    def holding(self, data):
+    def with_data(self, data):
         """The same with other data."""
         return self._replace(data=data, header=self.header[:20] + struct.pack("<H", len(data)) + self.header[22:])
 
@@ -109,18 +109,20 @@ class Header(NamedTuple):
     records: list  #: of `Record`
     padding: bytes  #: between the records and the points
     minor: int  #: of the version, 1.minor
-    form: int  #: of the points
+    point_format: int
     num: int
     size: int  #: of a point, in bytes
     compressed: bool
     laszip: bytes  #: the record of the compressor
-    scales: tuple
-    offsets: tuple
     end: int  #: of the points in the file
     dimensions: list
     undescribed: int  #: bytes at the end of each point that nothing describes
     may_grow: bool  #: whether a new field would be described after all others: none is behind the points, or too many
     chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
+
+    @property
+    def names(self):
+        return tuple(dimension.name for dimension in self.dimensions)
 
     @property
     def start(self):
@@ -131,12 +133,12 @@ class Header(NamedTuple):
 def read(path, size, asked):
     with path.open("rb") as file:
         head = _header(file, size)
-        names = tuple(dimension.name for dimension in head.dimensions)
+        names = head.names
         check_columns(names, asked)
         check_fields(names, asked)
         standard = {one.name: one for one in reversed(head.dimensions)}  # an extra dimension never replaces them
-        wanted = {at: head.dimensions[at] for name in (*asked.fields, *([asked.label] if asked.label else []))
-                  if (at := position(names, name)) is not None}  # fmt: skip
+        asked_names = (*asked.fields, *([asked.label] if asked.label else []))
+        wanted = {(at := position(names, name)): head.dimensions[at] for name in asked_names}
         if not asked.label:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
@@ -161,7 +163,7 @@ def read(path, size, asked):
 
 def _header(file, size):
     """The Header, checked: what it promises is in the file. 4 billion records would keep readers busy for minutes."""
-    head = _at(file, 0, 375)
+    head = _read_at(file, 0, 375)
     if len(head) < 227:
         raise ReadError("truncated: the header is cut")
     major, minor = head[24], head[25]
@@ -181,26 +183,27 @@ def _header(file, size):
     if form >= len(_SIZES) or record_size < _SIZES[form]:
         raise ReadError(f"damaged: point format {form} in records of {record_size} bytes")
     numbers = struct.unpack_from("<6d", head, 131)
-    scales, offsets = numbers[:3], numbers[3:]
-    if not np.isfinite(numbers).all() or 0 in scales:
-        raise ReadError(f"damaged: expected finite scales other than 0 and finite offsets, got {scales} and {offsets}")
+    if not np.isfinite(numbers).all() or 0 in numbers[:3]:
+        raise ReadError(f"damaged: expected finite scales other than 0 and finite offsets, got {numbers}")
 
-    before, at, records = _at(file, 0, start), header_size, []
+    before, at, records = _read_at(file, 0, start), header_size, []
     for _ in range(num_records):
         if at + 54 > start:
             raise ReadError(f"damaged: {num_records} variable-length records do not fit {start - header_size} bytes")
         number, length = struct.unpack_from("<HH", before, at + 18)
         records.append(_record(before[at : at + 54], number, before[at + 54 : at + 54 + length]))
         at += 54 + length
-    laszip = next((record.data for record in records if record.compresses), b"")
-    described = [record.data for record in records if record.describes]
-    behind = [
-        _at(file, at + 60, length) for at, length, record in _extended(file, head, minor, size) if record.describes
-    ]
-    dimensions, undescribed, fits = _dimensions(form, scales, offsets, b"".join(described + behind), record_size)
-    end = start + num * record_size
-    header = Header(before[:header_size], records, before[at:], minor, form, num, record_size, compressed, laszip,
-                    scales, offsets, end, dimensions, undescribed, fits and not behind)  # fmt: skip
+    laszip = next((record.data for record in records if record.is_laszip), b"")
+    described = [record.data for record in records if record.is_extra_bytes]
+    extended = [one for one in _extended(file, head, minor, size) if one[2].is_extra_bytes]
+    behind = [_read_at(file, at + 60, length) for at, length, _ in extended]
+    extra, undescribed, fits = _extra_dimensions(b"".join(described + behind), _SIZES[form], record_size)
+    dimensions = [*_standard_dimensions(form, numbers[:3], numbers[3:]), *extra]
+    header = Header(
+        bytes=before[:header_size], records=records, padding=before[at:], minor=minor, point_format=form, num=num,
+        size=record_size, compressed=compressed, laszip=laszip, end=start + num * record_size, dimensions=dimensions,
+        undescribed=undescribed, may_grow=fits and not behind,
+    )  # fmt: skip
     if not compressed:
         if header.end > size:
             raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
@@ -219,16 +222,16 @@ def _extended(file, head, minor, size):
         return
     at, count = struct.unpack_from("<QI", head, 235)
     for _ in range(min(count, _MOST_RECORDS)):
-        header = _at(file, at, 60) if at < size else b""
+        header = _read_at(file, at, 60) if at < size else b""
         if len(header) < 60 or (length := struct.unpack_from("<Q", header, 20)[0]) > size - at - 60:
             return
         yield at, length, _record(header, struct.unpack_from("<H", header, 18)[0], b"")
         at += 60 + length
 
 
-def _dimensions(form, scales, offsets, described, record_size):
-    """([Dimension], bytes that nothing describes, whether all that is described is there) of the points' records."""
-    xyz = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
+def _standard_dimensions(form, scales, offsets):
+    """The dimensions of a point format (LAS 1.4 R15, tables 7 to 17)."""
+    dimensions = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
     if form < 6:
         flags = (
             ("return_number", 14, 0, 3), ("number_of_returns", 14, 3, 3), ("scan_direction_flag", 14, 6, 1),
@@ -254,16 +257,21 @@ def _dimensions(form, scales, offsets, described, record_size):
             ("wavepacket_index", "u1"), ("wavepacket_offset", "<u8"), ("wavepacket_size", "<u4"),
             ("return_point_wave_location", "<f4"), ("x_t", "<f4"), ("y_t", "<f4"), ("z_t", "<f4"),
         ]  # fmt: skip
-    dimensions = [*xyz, Dimension("intensity", 12, "<u2")]
+    dimensions.append(Dimension("intensity", 12, "<u2"))
     dimensions += [Dimension(name, at, "u1", *bits) for name, at, *bits in flags]
     at = 16
     for name, dtype in rest:
         dimensions.append(Dimension(name, at, dtype))
         at += np.dtype(dtype).itemsize
+    return dimensions
 
+
+def _extra_dimensions(described, at, record_size):
+    """([Dimension], bytes that nothing describes, whether all that is described is there) from a byte of records on."""
+    dimensions = []
     for i in range(0, len(described) - 191, 192):
         kind, options = described[i + 2 : i + 4]
-        name = _text(described[i + 4 : i + 36])
+        name = decoded(described[i + 4 : i + 36].partition(b"\0")[0])
         count = 1 + (kind - 1) // 10 if kind else 1  # 11 to 30, of old: two or three numbers
         dtype = f"<{_TYPES[(kind - 1) % 10 + 1]}" if 0 < kind <= 30 else "V"
         width = count * np.dtype(dtype).itemsize if dtype != "V" else options
@@ -281,15 +289,7 @@ def _dimensions(form, scales, offsets, described, record_size):
     return dimensions, record_size - at, len(described) % 192 == 0
 
 
-def _text(name):
-    name = name.partition(b"\0")[0]
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        return name.decode("latin-1")
-
-
-def _at(file, position, count):
+def _read_at(file, position, count):
     file.seek(position)
     return file.read(count)
 
@@ -311,12 +311,12 @@ def _check_chunks(file, head, size):
         raise ReadError(f"damaged: LASzip items of {sum(items[1::3])} bytes for points of {head.size}")
     if compressor == 1:  # point by point, of the first LASzip: no chunks, no table of these
         return _first_behind(head, start, size), math.inf
-    table = struct.unpack("<q", _at(file, start, 8).ljust(8, b"\0"))[0]
+    table = struct.unpack("<q", _read_at(file, start, 8).ljust(8, b"\0"))[0]
     if table == -1:  # written to a pipe: the position stands at the end
-        table = struct.unpack("<q", _at(file, size - 8, 8))[0]
+        table = struct.unpack("<q", _read_at(file, size - 8, 8))[0]
     if not start + 8 <= table <= size - 8:
         raise ReadError(f"truncated: the chunk table starts at byte {table} of {size}")
-    num_chunks = struct.unpack_from("<I", _at(file, table, 8), 4)[0]
+    num_chunks = struct.unpack_from("<I", _read_at(file, table, 8), 4)[0]
     # Every chunk starts with one whole point.
     if num_chunks * head.size > table - start or head.num > num_chunks * chunk_size:
         raise ReadError(f"damaged: {head.num} points in {num_chunks} chunks do not fit {table - start} bytes")
@@ -332,21 +332,21 @@ def _check_chunks(file, head, size):
         words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
         at, total = start + 8, 0
         while at < table:
-            count, *lengths = struct.unpack(f"<{words}I", _at(file, at + head.size, 4 * words))
+            count, *lengths = struct.unpack(f"<{words}I", _read_at(file, at + head.size, 4 * words))
             total, at = total + count, at + head.size + 4 * words + sum(lengths)
         if (total, at) != (head.num, table):
             raise ReadError(f"damaged: {head.num} points up to byte {table} promised, {total} up to byte {at} there")
     again = io.BytesIO()
     lazrs.write_chunk_table(again, chunks, lazrs.LazVlr(laszip))
-    same = _at(file, table, len(again.getvalue())) == again.getvalue()
+    same = _read_at(file, table, len(again.getvalue())) == again.getvalue()
     return table + len(again.getvalue()) if same else _first_behind(head, table, size), max(counts)
 
 
 def _lazrs(name, largest):
     """A class of lazrs: that for several threads, where kpcore has several and the largest chunk has that many bytes.
 
-    Not where a chunk promises 200 GB, for which lazrs would end the process, in its other class for one thread fails.
-    Nor in a forked child: threads that its parent had are not there, and lazrs would wait for them.
+    A chunk that promises 200 GB makes the class for several threads end the process, where that for one raises. A
+    forked child has one thread: those of its parent are not there, and lazrs would wait for them.
     """
     several = largest <= _LARGEST_CHUNK and get_num_threads() > 1 and not _forked
     return getattr(require("lazrs", "io"), f"Par{name}" if several else name)
@@ -389,27 +389,36 @@ def label_field(source, label, into):
     size = source.stat().st_size
     with source.open("rb") as file:
         head = _header(file, size)
-        parts = _behind(file, head, size)
-    names = tuple(dimension.name for dimension in head.dimensions)
-    at = position(names, into or label or "classification")
+        tail = _tail_parts(file, head, size)
+    at, name = None, label if into is None else into
+    if name is not None:
+        at = position(head.names, name)
     if at is None and into is None:
-        at = names.index("classification")
+        at = head.names.index("classification")  # the standard one, if an extra dimension has this name too
     dimension = _new_dimension(head, into) if at is None else head.dimensions[at]
     if dimension.scale is not None:
         raise ReadError(f"field {dimension.name} is scaled; expected one of whole numbers")
     least, most = (0, (1 << dimension.bits) - 1) if dimension.bits else span(dimension.dtype)
 
     def write(out, labels, kept):
-        _write(source, head, parts, dimension, out, labels, kept)
+        _write(source, head, tail, dimension, out, labels, kept)
 
-    return LabelField(dimension.name, head.num, least, most, write, lambda out: _check_packets(source, head, out))
+    def check(out):
+        if out.name.lower().endswith(".copc.laz"):
+            raise ReadError(f"labels are written to a plain LAZ, which no name should call a COPC: {out.name}")
+        _check_packets(source, head, out)
+
+    doubt = None
+    if head.point_format in (4, 5, 9, 10) and head.bytes[6] & 4:
+        doubt = "its waveforms are in a .wdp file beside it, which is not copied"
+    return LabelField(dimension.name, head.num, least, most, write, check, doubt)
 
 
 def _new_dimension(head, name):
     """A field at the end of each record."""
     if not 0 < len(name.encode()) <= 32:
         raise ReadError(f"expected a name of 1 to 32 bytes for a new field, got {name!r}")
-    length = sum(len(record.data) for record in head.records if record.describes)
+    length = sum(len(record.data) for record in head.records if record.is_extra_bytes)
     if not head.may_grow or head.size + 4 > 65_535 or length + len(_description(head, name)) > 65_535:
         raise ReadError(
             f"cannot have a new field {name}: its extra bytes are described behind the points, or wrongly, or too many"
@@ -424,7 +433,7 @@ def _description(head, name):
     return blank + struct.pack("<2xBB32s156x", _TYPES.index("i4"), 0, name.encode())
 
 
-def _behind(file, head, size):
+def _tail_parts(file, head, size):
     """([(begin, end)] of what is to be copied from behind the points, number of extended records left out).
 
     A COPC's octree says where in the file its points are, which is elsewhere in another file.
@@ -450,52 +459,43 @@ def _first_behind(head, at, size):
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
 
-def _write(source, head, parts, dimension, out, labels, kept):
+def _write(source, head, tail, dimension, out, labels, kept):
     """The file again: other bytes are those of labels, compressed points, and what says where things are."""
-    (behind, left_out), is_new, compressed = parts, dimension.at == head.size, out.suffix.lower() == ".laz"
-    size = head.size + 4 * is_new
-    laszip = _laszip(head, size) if compressed else None
-    records = [record for record in head.records if record.user != b"copc"]
-    if is_new:
-        records = _with(records, lambda record: record.describes, b"LASF_Spec", 4, _description(head, dimension.name))
-    if compressed:
-        records = [record.holding(b"") if record.compresses else record for record in records]
-        records = _with(records, lambda record: record.compresses, b"laszip encoded", 22204, laszip)
-    else:
-        records = [record for record in records if not record.compresses]
+    parts, left_out = tail
+    compressed, added = out.suffix.lower() == ".laz", 4 if dimension.at == head.size else 0
+    laszip = _laszip(head, head.size + added) if compressed else None
+    records = _records(head, _description(head, dimension.name) if added else b"", laszip)
     header = bytearray(head.bytes)
     start = len(header) + sum(len(record.bytes) for record in records) + len(head.padding)
-    form = header[104] if compressed == head.compressed else head.form | 0x80 * compressed
-    struct.pack_into("<IIBH", header, 96, start, len(records), form, size)
-    if head.form in (4, 5, 9, 10) and header[6] & 4:
-        warnings.warn(f"{source}: its waveforms are in a .wdp file beside it, which is not copied", stacklevel=2)
+    form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
+    struct.pack_into("<IIBH", header, 96, start, len(records), form, head.size + added)
 
     with source.open("rb") as file, out.open("wb") as written:
-        target = _Remembering(written)
+        target = _WriteErrors(written)
         target.write(bytes(header) + b"".join(record.bytes for record in records) + head.padding)
         pack = _compressor(target, laszip) if compressed else None
         begin = done = 0
         for block in _blocks(file, head):
-            if is_new:
-                block = np.pad(block, ((0, 0), (0, 4)))
+            if added:
+                block = np.pad(block, ((0, 0), (0, added)))
             chosen = kept[begin : begin + len(block)]
             count = int(chosen.sum())
             dimension.put(block, chosen, labels[done : done + count])
             begin, done = begin + len(block), done + count
             if pack:
-                target.told(pack.compress_many, block.reshape(-1))
+                target.call(pack.compress_many, block.reshape(-1))
             else:
                 target.write(block)
         if pack:
-            target.told(pack.done)
+            target.call(pack.done)
         target.seek(0, io.SEEK_END)
-        for low, high in behind:
+        for low, high in parts:
             for place, byte in _pointers(head):
                 if low <= byte <= high:
                     struct.pack_into("<Q", header, place, target.tell() + byte - low)
             file.seek(low)
-            for at in range(low, high, 1 << 24):
-                target.write(file.read(min(1 << 24, high - at)))
+            for byte in range(low, high, 1 << 24):
+                target.write(file.read(min(1 << 24, high - byte)))
         if left_out:
             count = struct.unpack_from("<I", header, 243)[0] - left_out
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
@@ -503,7 +503,18 @@ def _write(source, head, parts, dimension, out, labels, kept):
         target.write(bytes(header))
 
 
-class _Remembering:
+def _records(head, description, laszip):
+    """The records of a file with these points: with the description of a new field, for LASzip or for plain points."""
+    records = [record for record in head.records if record.user != b"copc"]
+    if description:
+        records = _with(records, lambda record: record.is_extra_bytes, b"LASF_Spec", 4, description)
+    if laszip is None:
+        return [record for record in records if not record.is_laszip]
+    records = [record.with_data(b"") if record.is_laszip else record for record in records]
+    return _with(records, lambda record: record.is_laszip, b"laszip encoded", 22204, laszip)
+
+
+class _WriteErrors:
     """A file that remembers why it could not be written, which lazrs does not tell: "Failed to call write"."""
 
     def __init__(self, file):
@@ -517,9 +528,10 @@ class _Remembering:
             self.error = error
             raise
 
-    def told(self, call, *arguments):
+    def call(self, function, *arguments):
+        """Call a function of lazrs that writes."""
         try:
-            call(*arguments)
+            function(*arguments)
         except BaseException:
             if self.error:
                 raise self.error from None
@@ -531,12 +543,16 @@ def _with(records, fits, user, number, data):
     at = max((i for i, record in enumerate(records) if fits(record)), default=len(records))
     if at == len(records):
         records = [*records, _record(struct.pack("<H16sHH32s", 0, user, number, 0, b""), number, b"")]
-    return [*records[:at], records[at].holding(records[at].data + data), *records[at + 1 :]]
+    return [*records[:at], records[at].with_data(records[at].data + data), *records[at + 1 :]]
 
 
 def _laszip(head, size):
     """What says how points are compressed: as they were, if lazrs can."""
-    fresh = require("lazrs", "io").LazVlr.new_for_compression(head.form, size - _SIZES[head.form]).record_data()
+    fresh = (
+        require("lazrs", "io")
+        .LazVlr.new_for_compression(head.point_format, size - _SIZES[head.point_format])
+        .record_data()
+    )
     same = head.compressed and (head.laszip[0], head.laszip[32:]) == (fresh[0], fresh[32:])
     return head.laszip if same and struct.unpack_from("<I", head.laszip, 12)[0] != _VARYING else fresh
 
@@ -548,7 +564,7 @@ def _compressor(target, laszip):
 
 def _check_packets(source, head, out):
     """lazrs 0.8.2 loses wave packets of formats 9 and 10 where channels of the scanner alternate."""
-    if out.suffix.lower() != ".laz" or head.form not in (9, 10):
+    if out.suffix.lower() != ".laz" or head.point_format not in (9, 10):
         return
     laszip = _laszip(head, head.size)
     with source.open("rb") as file:

@@ -164,8 +164,9 @@ def label_field(source, label, into):
         place = position(names, label) if label else first_of(names, _usual_labels(at))
         name = (label or "labels") if place is None else names[place]
         if place is None:
-            if name.lower() in ("x", "y", "z"):
-                raise ReadError(f"{name} is a coordinate")
+            _, dtype = (None, np.dtype("V")) if at is None else _shape(archive, *members[at])
+            if position(dtype.names or (), name) is not None:
+                raise ReadError(f"{name} is a column of the points, which is not written to; into= names a new array")
             values = np.zeros(num, np.int32)
         else:
             shape, dtype = _shape(archive, *members[place])

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, from_columns
-from kpcore.io.text import check_lines, decoded, numbers
+from kpcore.io.cloud import Columns, ReadError, decoded, from_columns
+from kpcore.io.text import check_lines, numbers
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 

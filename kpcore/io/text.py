@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import LABELS, Columns, ReadError, from_columns, from_table
+from kpcore.io.cloud import LABELS, Columns, ReadError, decoded, from_columns, from_table
 
 # A number, with a decimal point; and an empty cell, which is NaN.
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
@@ -115,14 +115,6 @@ def _head(path, encoding, asked):
                     raise ReadError(f"line {skip + 1}: expected {expected}, got {words[:40]!r}")
             skip += 1
     raise ReadError("holds no points")
-
-
-def decoded(line):
-    """Bytes that may be UTF-8, else Latin-1."""
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
 
 
 def _delimiter(line):

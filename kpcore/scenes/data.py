@@ -14,6 +14,7 @@ import numpy as np
 import kpcore as kp
 from kpcore.files import expanded
 from kpcore.io import ReadError, read
+from kpcore.io.cloud import MissingField
 from kpcore.io.formats import TABLES
 from kpcore.scenes.indoor import indoor
 from kpcore.scenes.settings import OWN, SettingsError
@@ -111,7 +112,7 @@ def read_cloud(settings, path, labelled=True):
     columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
     try:
         cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
-    except ReadError:
+    except MissingField:
         if labelled or settings.data.label is None:
             raise
         cloud = read(path, fields=fields, columns=columns)
