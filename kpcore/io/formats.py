@@ -39,8 +39,9 @@ def read(path, *, fields=(), label=None, columns=None):
         Names of what else to read, such as intensity; an error unless they are there. A name is meant as it is written
         in the file, else in any case, else after "scalar_", which CloudCompare puts in front.
     label : str, optional
-        The field of the labels. Otherwise it is the first there is of the usual names (label, labels, class,
-        classification, semantic, semantic_label, class_id), unless that is 0 throughout.
+        The field of the labels. Otherwise it is classification in a LAS or LAZ, the first there is of labels, label,
+        classes and y in an NPZ, and elsewhere of label, labels, class, classification, semantic, semantic_label and
+        class_id; unless that is 0 throughout, as what was never classified.
     columns : sequence of str, optional
         Names for the columns of a table that has none (text, NPY, NPZ, .bin), such as ``"x y z intensity".split()``.
         Without them a table holds x y z, then r g b where only three of its columns can be colours, and no labels: x y
@@ -159,21 +160,36 @@ def label_field(source, out, num, *, label=None, into=None, values=()):
 def write_labels(source, out, labels, *, kept=None, label=None, into=None):
     """Write a file again with other labels, whole or not at all; all else stays as it is.
 
-    They go into the field `into`, a new one if the file has none of that name. Without `into` that is the field
-    `label`, if the file has one; else the classification of a LAS or LAZ, and in a PLY or NPZ a new one of that name.
-    Without either it is the first there is of the usual names, or a new one called label, in an NPZ labels.
+    Which field they go into, the first line that applies:
 
+    =================  =======================  =====================================================
+    passed             LAS, LAZ                 PLY, NPZ
+    =================  =======================  =====================================================
+    ``into=name``      that field, or a new extra dimension / property / array of that name (int32)
+    ``label=name``     that field if there is   that field, or a new one of that name (int32)
+    neither            classification           the first of a usual name, or a new ``label`` / ``labels``
+    =================  =======================  =====================================================
+
+    With ``label=name`` a LAS without that field has its classification written. Values that were in the field are lost.
     Of a LAS or LAZ every byte but those of the labels is kept, the points of a LAZ being compressed again. A COPC
     becomes a plain LAZ, as its octree says where in the file its points are.
 
     Parameters
     ----------
     source, out : path
+        Of one kind: LAS or LAZ, PLY, NPZ. A file that is there is replaced, but never the source itself.
     labels : (N,) integers
     kept : (n,) bool, optional
-        Which of the file's points they are of; all if not given. The others keep the label they have, or 0.
+        Which of the file's points they are of, such as `Cloud.kept`; all if not given. The others keep the label they
+        have, or 0.
     label, into : str, optional
         Names of fields.
+
+    Raises
+    ------
+    ReadError
+        The source is not whole and valid, the field cannot hold the labels, or the file cannot be written. Nothing is
+        left of it then.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
