@@ -154,21 +154,23 @@ MIXED = np.array([[300.0], [-5], [0.5], [9]])
         (RGB, COLORS, False),
         (np.column_stack([RGB, LABELS]), None, True),  # or intensity r g b
         (np.column_stack([LABELS, RGB]), None, True),
-        (np.column_stack([MIXED, RGB]), COLORS, False),  # intensities of a PTS
-        (np.column_stack([RGB, MIXED]), COLORS, False),
+        (np.column_stack([MIXED, RGB]), None, True),  # or intensity, class, r g b
+        (np.column_stack([RGB, MIXED]), None, True),
+        (RGB // 9, None, True),  # or numbers of returns, rings, classes
         (np.column_stack([MIXED, MIXED, MIXED]), None, False),
         (LABELS[:, None], None, False),
     ],
 )
 def test_columns_without_names(write, more, colors, doubtful):
-    """Never labels; colours where only three of the columns can be these."""
+    """Never labels; colours where there are three more columns, and they can be nothing else."""
     path = write("a.npy", npy(np.column_stack([POINTS, more])))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = read(path)
-    assert [str(one.message).startswith(f"{path}: its 7 columns without names may be") for one in caught] == [
-        True
-    ] * doubtful
+    assert len(caught) == doubtful
+    if doubtful:
+        width = 3 + more.shape[1]
+        assert str(caught[0].message).startswith(f"{path}: its {width} columns without names may hold colours")
     assert made.labels is None and "columns=" in made.unlabeled
     np.testing.assert_array_equal(made.points, POINTS)
     assert (made.colors is None) == (colors is None)
@@ -221,3 +223,64 @@ def test_names_for_columns_that_have_some_are_refused(write, name):
         read(path, columns=["x", "y", "z", "truth"])
     if name == "commas.csv":
         assert read(path, columns=["X", "Y", "Z", "red", "green", "blue", "label"]).labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rgb", "colors", "doubt"),
+    [
+        (RGB / 255, COLORS, None),
+        (COLORS.astype(np.uint16) * 257, COLORS, None),
+        (np.where(RGB == 10, np.nan, RGB), np.where(COLORS == 10, 0, COLORS), None),
+        (RGB / 127.5 - 1, None, "-1 to 1, are neither"),  # as networks take them
+        (RGB.astype(int) - 128, None, "-128 to 127, are neither"),
+        (RGB / 250, None, "0 to 1.02, are neither"),
+        (np.where(RGB == 10, np.inf, RGB), None, "0 to inf, are neither"),
+        (RGB * 1000, None, "0 to 255000, are neither"),
+        (
+            np.where(COLORS == 255, 256, COLORS.astype(int)),
+            COLORS * 0 + (COLORS == 255),
+            "up to 256, were read as 16 bits",
+        ),
+    ],
+)
+def test_colours_of_any_kind(write, rgb, colors, doubt):
+    """What is of no usual range is not squeezed into one."""
+    path = write("a.npz", npz(points=POINTS, colors=rgb))
+    if doubt:
+        with pytest.warns(UserWarning, match=doubt):
+            made = read(path)
+    else:
+        made = read(path)
+    assert (made.colors is None) == (colors is None)
+    if colors is not None:
+        np.testing.assert_array_equal(made.colors, colors)
+
+
+def test_packed_colours_of_any_type(write):
+    packed = COLORS.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    rows = np.column_stack([POINTS, packed])
+    text = "x,y,z,rgb\n" + "\n".join(",".join(f"{value:.17g}" for value in row) for row in rows)
+    np.testing.assert_array_equal(read(write("a.csv", text.encode())).colors, COLORS)
+    with pytest.warns(UserWarning, match="its field rgb holds no packed colours"):
+        assert read(write("a.csv", text.replace(",16", ",0.5").encode())).colors is None
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.npz"])
+def test_two_fields_of_labels(write, name):
+    """As numbers of objects and classes (Paris-Lille-3D): the first counts, and the other is told of."""
+    second = {"a.csv": "class", "a.npz": "classes"}[name]
+
+    def file(first, other):
+        if name == "a.npz":
+            return npz(points=POINTS, label=first, classes=other)
+        rows = np.column_stack([POINTS, first, other])
+        return f"x,y,z,label,class\n{words(rows, ',').decode()}".encode()
+
+    path = write(name, file(LABELS + 1000, LABELS))
+    with pytest.warns(UserWarning, match=f"its labels are field label, {second} holds others: label= names one"):
+        assert read(path).labels.tolist() == (LABELS + 1000).tolist()
+    assert read(path, label=second).labels.tolist() == LABELS.tolist()
+    path = write(name, file(LABELS * 0, LABELS))
+    with pytest.warns(UserWarning, match=f"its labels are field label, {second} holds others"):
+        assert read(path).unlabeled == "field label is 0 throughout"
+    assert read(write(name, file(LABELS, LABELS))).labels.tolist() == LABELS.tolist()

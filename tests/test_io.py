@@ -157,6 +157,7 @@ def test_damaged_lzf_is_refused(data):
         _lzf(data, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*columns without names:UserWarning")  # where the comment that names them is cut
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_cut_anywhere_is_refused_or_a_valid_prefix(write, name):
     data = FILES[name](POINTS)

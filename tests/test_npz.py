@@ -172,7 +172,19 @@ def test_a_coordinate_is_no_label(write):
         cloud = scenes.read(write("a.npz", npz(**arrays)))
         np.testing.assert_array_equal(cloud.points, whole)
         assert cloud.labels is None and cloud.unlabeled == "none of its fields has a usual name of labels"
-    assert scenes.read(write("a.npz", npz(X=whole, y=LABELS))).labels.tolist() == LABELS.tolist()
+    for name in ("X", "features"):
+        with pytest.warns(UserWarning, match=f"it has no array named points: {name} was read as these"):
+            cloud = scenes.read(write("a.npz", npz(**{name: whole, "y": LABELS})))
+        assert cloud.labels.tolist() == LABELS.tolist()
+    path = write("a.npz", npz(pos=whole, y=LABELS))  # as PyTorch Geometric names them
+    assert scenes.read(path, label="y", fields=["x"]).labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "a\\b", "colors", "points"])
+def test_names_that_no_labels_have(write, tmp_path, name):
+    path = write("a.npz", npz(points=POINTS))
+    with pytest.raises(scenes.ReadError, match=r"a\.npz: "):
+        clouds.write_labels(path, tmp_path / "b.npz", LABELS, into=name)
 
 
 @pytest.mark.parametrize("kind", ["<u4", ">u4", "<f4", ">f4", "<i4", ">i4"])

@@ -71,3 +71,9 @@ def test_other_columns(write):
 )
 def test_what_is_no_sweep(write, name, data, reason):
     assert reason in refusal(write(name, data))
+
+
+def test_integers_are_no_sweep(write):
+    """As float32 they are numbers of 1e-41."""
+    path = write("a.bin", np.random.default_rng(0).integers(1, 99_999, (64, 4)).astype("<i4").tobytes())
+    assert "is no KITTI scan and no nuScenes sweep" in refusal(path)

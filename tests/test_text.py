@@ -29,7 +29,9 @@ COMMENTS = [
     ("# label x y z", 1, "label x y z"),
     ("# x y z R G B Original_cloud_index", 4, "x y z R G B Original_cloud_index"),
     ("# Höhe unbekannt\n# x y z größe", 1, "x y z größe"),
-    ("# x y z label\n# made by hand", 1, None),  # the last comment counts
+    ("# x y z label\n# made by hand\n#", 1, "x y z label"),
+    ("// Y X Z\n// exported by hand", 0, "Y X Z"),
+    ("# x y z label\n# label x y z", 1, "label x y z"),  # the last that names
     ("# columns: x y z i", 2, None),
     ("# Format: X Y Z", 1, None),
     ("# scan in x y z metres", 3, None),

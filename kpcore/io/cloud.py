@@ -171,17 +171,19 @@ def from_columns(columns, asked, label_names=LABELS):
     single = all(values.dtype.newbyteorder("=") in (np.float16, np.float32) for values in xyz)
     points = np.column_stack([values.astype(np.float32 if single else np.float64, copy=False) for values in xyz])
 
-    colors = None
+    colors, doubts = None, []
     for names in COLORS:
         rgb = [columns.find(name) for name in names]
         if colors is None and all(values is not None for values in rgb):
-            colors = colors_of(np.column_stack(rgb))
+            colors, doubt = colors_of(np.column_stack(rgb))
+            doubts.append(doubt)
     packed = next((values for name in ("rgb", "rgba") if (values := columns.find(name)) is not None), None)
-    if colors is None and packed is not None and packed.ndim == 1 and packed.dtype.itemsize == 4:
-        bits = np.ascontiguousarray(packed, packed.dtype.newbyteorder("=")).view(np.uint32)
-        colors = colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
-    labels, unlabeled = found_labels(columns, asked, label_names)
-    return Content(points, columns.names, found_fields(columns, asked), colors, labels, unlabeled)
+    if colors is None and packed is not None:
+        colors, doubt = packed_colors_of(packed)
+        doubts.append(doubt)
+    labels, unlabeled, doubt = found_labels(columns, asked, label_names)
+    fields = found_fields(columns, asked)
+    return Content(points, columns.names, fields, colors, labels, unlabeled, doubt=joined(*doubts, doubt))
 
 
 def check_columns(names, asked):
@@ -204,17 +206,30 @@ def found_fields(columns, asked):
 
 
 def found_labels(columns, asked, usual=LABELS):
-    """(labels or None, why there are none) of the field that was asked for, else of the first of the usual names."""
+    """(labels or None, why there are none, a doubt or None) of the field that was asked for, else of the first of the
+    usual names."""
     if asked.label is not None:
         check_fields(columns.names, asked)
         labels, reason = labels_of(columns.find(asked.label), f"field {asked.label}", blank=True)
         if reason:
             raise ReadError(reason)
-        return labels, None
-    at = first_of(columns.names, usual)
-    if at is None:
-        return None, "none of its fields has a usual name of labels"
-    return labels_of(columns.at(at), f"field {columns.names[at]}")
+        return labels, None, None
+    places = [at for name in usual if (at := position(columns.names, name)) is not None]
+    if not places:
+        return None, "none of its fields has a usual name of labels", None
+    first, *others = dict.fromkeys(places)
+    name = f"field {columns.names[first]}"
+    labels, reason = labels_of(columns.at(first), name)
+    for at in others:  # such as numbers of objects, and classes
+        other, _ = labels_of(columns.at(at), "")
+        if other is not None and not np.array_equal(labels, other):
+            return labels, reason, f"its labels are {name}, {columns.names[at]} holds others: label= names one"
+    return labels, reason, None
+
+
+def joined(*doubts):
+    """One text of those there are."""
+    return "; ".join(filter(None, doubts)) or None
 
 
 def labels_of(values, name, blank=False):
@@ -259,34 +274,60 @@ def from_table(table, asked):
     if num < width and width > 9:
         raise ReadError(f"expected a row for each point, got {table.shape}: transpose it, or name its columns")
     columns = dict(zip("xyz", table.T, strict=False))
-    places = [at for at in ((3,) if width == 6 else (3, 4)) if _may_be_colors(table[:, at : at + 3])]
-    if len(places) == 1:
-        columns |= zip("rgb", table[:, places[0] : places[0] + 3].T, strict=True)
+    if width == 6 and may_be_colors(table[:, 3:]):
+        columns |= zip("rgb", table[:, 3:].T, strict=True)
     content = from_columns(Columns(columns.items()), asked)
     doubt = None
-    if len(places) == 2:
-        doubt = (f"its {width} columns without names may be x y z r g b label or x y z intensity r g b: neither "
-                 "colours nor labels were read; columns= names them")  # fmt: skip
+    if "r" not in columns and any(_are_bytes(table[:, at : at + 3]) for at in (3, 4)):
+        doubt = (f"its {width} columns without names may hold colours, as x y z r g b label or x y z intensity r g b: "
+                 "none were read; columns= names them")  # fmt: skip
     reason = "its columns have no names: give them with columns= (in settings, columns of [data])"
     return content._replace(unlabeled=content.unlabeled and reason, doubt=doubt)
 
 
-def _may_be_colors(rgb):
+def may_be_colors(rgb):
+    """Whether three columns may be 8-bit colours: numbers of returns, rings and classes are whole, too, but small."""
+    return _are_bytes(rgb) and (rgb.max(axis=0) > 31).all()
+
+
+def _are_bytes(rgb):
     return rgb.shape[1] == 3 and rgb.size and rgb.min() >= 0 and 1 < rgb.max() <= 255 and (rgb == np.floor(rgb)).all()
 
 
 def colors_of(rgb):
-    """uint8 from 8-bit, 16-bit or 0..1 colours; None if all are black, as where a field was left blank."""
+    """(uint8, a doubt or None) from 8-bit, 16-bit or 0..1 colours; NaN is black.
+
+    None if all are black, as where a field was left blank, or if they are of another kind, which is a doubt.
+    """
     if rgb.ndim != 2 or rgb.shape[1] < 3 or rgb.dtype.kind not in "fiu":
         raise ReadError(f"expected (N, 3) colours, got {rgb.shape} {rgb.dtype}")
-    rgb = np.nan_to_num(rgb[:, :3])
+    rgb = np.nan_to_num(rgb[:, :3], posinf=np.inf, neginf=-np.inf) if rgb.dtype.kind == "f" else rgb[:, :3]
     if not rgb.any():
-        return None
-    if rgb.dtype.kind == "f" and rgb.max() <= 1:
+        return None, None
+    low, high, is_float = rgb.min(), rgb.max(), rgb.dtype.kind == "f"
+    if low < 0 or high > 65535 or (is_float and 1 < high < 2 and (rgb != np.floor(rgb)).any()):
+        return None, f"its colours, {low:g} to {high:g}, are neither 0 to 1 nor of 8 or 16 bits: none were read"
+    if is_float and high <= 1:
         rgb = np.round(rgb * 255)
-    elif rgb.max() > 255:
+    if high > 255:
         rgb = rgb // 256
-    return rgb.clip(0, 255).astype(np.uint8)
+    dark = f"its colours, up to {high:g}, were read as 16 bits, and are dark" if high > 255 and rgb.max() < 32 else None
+    return rgb.astype(np.uint8), dark
+
+
+def packed_colors_of(values):
+    """(uint8, a doubt or None) of 0xRRGGBB in 4 bytes of any type, or in whole numbers."""
+    if values.ndim == 1 and values.dtype.itemsize == 4 and values.dtype.kind in "fiu":
+        bits = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).view(np.uint32)
+    elif values.ndim == 1 and values.dtype.kind in "fiu" and _are_whole(values, 0, 2**32 - 1):
+        bits = values.astype(np.uint32)
+    else:
+        return None, "its field rgb holds no packed colours: none were read"
+    return colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
+
+
+def _are_whole(values, least, most):
+    return bool(((values >= least) & (values <= most) & (values == np.floor(values))).all())
 
 
 def cloud_of(content):

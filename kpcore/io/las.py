@@ -27,6 +27,7 @@ from kpcore.io.cloud import (
     decoded,
     found_fields,
     found_labels,
+    joined,
     position,
     span,
 )
@@ -142,20 +143,20 @@ def read(path, size, asked):
         if not asked.label:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
-        rgb = ("red", "green", "blue") if "red" in standard else ()
-        for records in _blocks(file, head, {*"xyz", *rgb, *(dimension.name for dimension in wanted.values())}):
+        channels = ("red", "green", "blue") if "red" in standard else ()
+        for records in _blocks(file, head, {*"xyz", *channels, *(dimension.name for dimension in wanted.values())}):
             points.append(np.column_stack([standard[axis].of(records) for axis in "xyz"]))
-            if rgb:
-                colors.append(np.column_stack([standard[name].of(records) for name in rgb]))
+            if channels:
+                colors.append(np.column_stack([standard[name].of(records) for name in channels]))
             for at, dimension in wanted.items():
                 more[at].append(dimension.of(records).copy())
     columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
-    labels, unlabeled = found_labels(columns, asked, ("classification",))
-    doubt = None
+    labels, unlabeled, _ = found_labels(columns, asked, ("classification",))
+    rgb, doubt = colors_of(np.concatenate(colors)) if colors else (None, None)
     if any(record.user == b"lascompatible" for record in head.records):
-        doubt = "was written in LASzip's compatibility mode: classes above 31 are in its extra bytes, and were not read"
-    return Content(np.concatenate(points), names, found_fields(columns, asked),
-                   colors_of(np.concatenate(colors)) if colors else None, labels, unlabeled, doubt=doubt)  # fmt: skip
+        doubt = joined(doubt, "it is in LASzip's compatibility mode: classes above 31, in extra bytes, were not read")
+    fields = found_fields(columns, asked)
+    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, doubt=doubt)
 
 
 # ---- the header and its records

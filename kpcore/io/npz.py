@@ -21,6 +21,7 @@ from kpcore.io.cloud import (
     found_labels,
     from_columns,
     from_table,
+    joined,
     listed,
     position,
     span,
@@ -132,18 +133,25 @@ def read(path, size, asked):
         else:
             content = from_table(points, alone)
             named = [*zip(asked.columns or "xyz", points.T, strict=False)]
+            if not asked.columns:  # y may be an array of labels
+                taken = {name.lower() for name, _ in arrays}
+                named = [(name, values) for name, values in named if name not in taken]
         rest, columns = Columns(arrays), Columns([*arrays, *named])
         if (rgb := first_of(rest.names, COLORS)) is not None:
-            content = content._replace(colors=colors_of(rest.at(rgb)))
+            colors, doubt = colors_of(rest.at(rgb))
+            content = content._replace(colors=colors, doubt=joined(content.doubt, doubt))
         if asked.label is not None:
-            labels, unlabeled = found_labels(columns, asked)
+            labels, unlabeled, doubt = found_labels(columns, asked)
         elif first_of(rest.names, LABEL_ARRAYS) is None and (asked.columns or points.dtype.names):
-            labels, unlabeled = content.labels, content.unlabeled
+            labels, unlabeled, doubt = content.labels, content.unlabeled, None
         else:
-            labels, unlabeled = found_labels(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
+            labels, unlabeled, doubt = found_labels(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
+        if arrays and not any(usual in members[at][0].lower() for usual in ("point", "xyz", "pos", "coord")):
+            doubt = joined(doubt, f"it has no array named points: {members[at][0]} was read as these")
         return content._replace(
-            labels=labels, unlabeled=unlabeled, names=columns.names, fields=found_fields(columns, asked)
-        )
+            labels=labels, unlabeled=unlabeled, names=columns.names, fields=found_fields(columns, asked),
+            doubt=joined(content.doubt, doubt),
+        )  # fmt: skip
 
 
 def _usual_labels(at):
@@ -167,6 +175,8 @@ def label_field(source, label, into):
             _, dtype = (None, np.dtype("V")) if at is None else _shape(archive, *members[at])
             if position(dtype.names or (), name) is not None:
                 raise ReadError(f"{name} is a column of the points, which is not written to; into= names a new array")
+            if name.lower() in (*POINTS, *COLORS) or {"/", "\\"} & {*name}:
+                raise ReadError(f"expected a name for a new array of labels, got {name!r}")
             values = np.zeros(num, np.int32)
         else:
             shape, dtype = _shape(archive, *members[place])

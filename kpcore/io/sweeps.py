@@ -37,7 +37,10 @@ def _layout(path, size):
 
 
 def _is_sweep(table):
-    """Whether it may be x y z intensity ...: a lidar sees 200 m, and no intensity is negative."""
+    """Whether it may be x y z intensity ...: a lidar sees 200 m, and no intensity is negative. Integers would be
+    numbers of 1e-38."""
+    if ((table[:, :3] != 0) & (np.abs(table[:, :3]) < 1e-20)).mean() > 0.01:
+        return False
     return not (np.abs(table[:, :3]) > 1e5).any(where=np.isfinite(table[:, :3])) and not (table[:, 3] < 0).any()
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import LABELS, Columns, ReadError, decoded, from_columns, from_table
+from kpcore.io.cloud import LABELS, Columns, ReadError, decoded, from_columns, from_table, joined, may_be_colors
 
 # A number, with a decimal point; and an empty cell, which is NaN.
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
@@ -23,6 +23,7 @@ _QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the c
 # A comma that can be no separator of thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
 _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{4,})(?![\d,]))", re.A)
 _BLOCK = 1 << 22  # characters mended at a time
+_COMMENTS = 100  # that are looked at
 _LONGEST = 1 << 20  # bytes of a line
 
 # Words that tell a comment of names from a sentence.
@@ -43,7 +44,7 @@ class Head(NamedTuple):
     delimiter: str | None  #: None: white space
     trailing: bool  #: whether the first row ends in a delimiter
     names: str  #: the line that names the columns, or ""
-    comment: str  #: the last comment, or ""
+    comments: list  #: the last of them, latest first
     count: int | None  #: how many rows are promised
 
 
@@ -61,13 +62,13 @@ def read(path, size, asked):
     elif asked.columns:
         names = None
     else:
-        names, doubt = _names_of_comment(head.comment, head.delimiter, width)
+        names, doubt = _names_of_comments(head.comments, head.delimiter, width)
         if names is None and path.suffix.lower() == ".pts":
             names = _names_of_pts(table)
     if names is not None:
         return from_columns(Columns(zip(names, table.T, strict=True)), asked)
     content = from_table(table, asked)
-    return content._replace(doubt=doubt or content.doubt)
+    return content._replace(doubt=joined(doubt, content.doubt))
 
 
 def check_lines(path):
@@ -88,14 +89,13 @@ def _encoding(path):
 
 
 def _head(path, encoding, asked):
-    names = comment = ""
-    skip, count = 0, None
+    names, comments, skip, count = "", [], 0, None
     with path.open(encoding=encoding) as file:
         for line in file:
             line = line.rstrip("\n")
             words = line.strip()
             if words.startswith(("#", "//")):
-                comment = words.lstrip("#/")
+                comments = [words.lstrip("#/"), *comments[:_COMMENTS]]
             elif words:
                 line = _uncommented(line)
                 delimiter = _delimiter(line)
@@ -106,8 +106,8 @@ def _head(path, encoding, asked):
                     if delimiter == "," and re.fullmatch(r"\s*-?\d+,\d+(?:, +-?\d+,\d+)+\s*", line):
                         raise ReadError(f"line {skip + 1}: its commas may be decimal marks, separators or both")
                     if encoding == "latin-1":
-                        names, comment = decoded(names.encode(encoding)), decoded(comment.encode(encoding))
-                    return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comment, count)
+                        names, *comments = (decoded(text.encode(encoding)) for text in (names, *comments))
+                    return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comments, count)
                 elif not names and (asked.columns or _has_xyz(line)):
                     names = line
                 else:
@@ -157,6 +157,13 @@ def _names_of_line(line, delimiter, width):
     raise ReadError(f"names {num} columns, has {width}{commas}")
 
 
+def _names_of_comments(comments, delimiter, width):
+    """(names or None, a doubt or None): of the last comment that can be nothing else than names."""
+    read = [_names_of_comment(comment, delimiter, width) for comment in comments]
+    certain = next((names for names, _ in read if names), None)
+    return certain, None if certain else next((doubt for _, doubt in read if doubt), None)
+
+
 def _names_of_comment(comment, delimiter, width):
     """(names or None, a doubt or None): names are as many as the columns, and cannot be a sentence."""
     for separator in dict.fromkeys((delimiter, None, ",")):
@@ -178,7 +185,7 @@ def _names_of_pts(table):
     width, last = table.shape[1], table[:, -3:]
     if width == 4:
         return ("x", "y", "z", "intensity")
-    if width in (6, 7) and ((last >= 0) & (last <= 255) & (last == np.floor(last))).all():
+    if width in (6, 7) and (may_be_colors(last) or not last.any()):
         return ("x", "y", "z", *["intensity"] * (width == 7), "r", "g", "b")
     return None
 
