@@ -260,7 +260,7 @@ def labels_of(values, name, blank=False):
 
 
 def from_table(table, asked):
-    """Content of a table without names: x y z, and r g b where only three columns can be these.
+    """Content of a table without names: x y z, and r g b where there are three more columns that can be nothing else.
 
     Never labels, as nothing tells x y z r g b label (S3DIS) from x y z intensity r g b (PTS).
     """

@@ -44,10 +44,9 @@ def read(path, *, fields=(), label=None, columns=None):
         class_id; unless that is 0 throughout, as what was never classified.
     columns : sequence of str, optional
         Names for the columns of a table that has none (text, NPY, NPZ, .bin), such as ``"x y z intensity".split()``.
-        Without them a table holds x y z, then r g b where only three of its columns can be colours, and no labels: x y
-        z r g b label and x y z intensity r g b look alike.
-        A header line that has x, y and z counts more than these, a comment less. PTS and .bin files have the columns
-        of their formats; a .bin that may hold 4 or 5 numbers a point needs these names.
+        Without them a table holds x y z, then r g b if there are three more columns of whole numbers to 255, each with
+        some above 31, and no labels: x y z r g b label and x y z intensity r g b look alike. An error for columns that
+        have names.
 
     Returns
     -------
@@ -59,6 +58,12 @@ def read(path, *, fields=(), label=None, columns=None):
         The file is not whole and valid, or lacks what was asked for.
     ModuleNotFoundError
         The format needs a package that is not installed.
+
+    Warns
+    -----
+    UserWarning
+        Something may be another thing than it was read as, or was not read: colours of no usual range, columns without
+        names, labels where another field holds others.
     """
     path = Path(path)
     fields, columns = _names("fields", fields), None if columns is None else _names("columns", columns)
