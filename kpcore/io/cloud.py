@@ -94,6 +94,11 @@ class LabelField(NamedTuple):
     doubt: str | None = None  #: what will not be as it was, a warning
 
 
+def whole(values, least, most):
+    """Which values are whole numbers within limits."""
+    return (values >= least) & (values <= most) & (values == np.floor(values))
+
+
 def span(dtype):
     """(least, most): every whole number between them is exact in this type."""
     dtype = np.dtype(dtype)
@@ -248,9 +253,9 @@ def labels_of(values, name, blank=False):
     none = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
     none |= (values == 2**32 - 1) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
     labels = np.where(none, 0, values)
-    wrong = ~((labels >= -(2.0**31)) & (labels < 2.0**31) & (labels == np.floor(labels)))
-    if wrong.any():
-        at = int(wrong.argmax())
+    right = whole(labels, -(2.0**31), 2.0**31 - 1)
+    if not right.all():
+        at = int(right.argmin())
         return None, f"{name} holds {values[at]} (point {at}), which is no label: expected whole numbers of 32 bits"
     if len(values) and none.all():
         return None, f"{name} is {values[0]} throughout"
@@ -291,7 +296,7 @@ def may_be_colors(rgb):
 
 
 def _are_bytes(rgb):
-    return rgb.shape[1] == 3 and rgb.size and rgb.min() >= 0 and 1 < rgb.max() <= 255 and (rgb == np.floor(rgb)).all()
+    return rgb.shape[1] == 3 and rgb.size and rgb.max() > 1 and whole(rgb, 0, 255).all()
 
 
 def colors_of(rgb):
@@ -319,15 +324,11 @@ def packed_colors_of(values):
     """(uint8, a doubt or None) of 0xRRGGBB in 4 bytes of any type, or in whole numbers."""
     if values.ndim == 1 and values.dtype.itemsize == 4 and values.dtype.kind in "fiu":
         bits = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).view(np.uint32)
-    elif values.ndim == 1 and values.dtype.kind in "fiu" and _are_whole(values, 0, 2**32 - 1):
+    elif values.ndim == 1 and values.dtype.kind in "fiu" and whole(values, 0, 2.0**32 - 1).all():
         bits = values.astype(np.uint32)
     else:
         return None, "its field rgb holds no packed colours: none were read"
     return colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
-
-
-def _are_whole(values, least, most):
-    return bool(((values >= least) & (values <= most) & (values == np.floor(values))).all())
 
 
 def cloud_of(content):

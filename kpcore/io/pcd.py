@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, decoded, from_columns
+from kpcore.io.cloud import Columns, ReadError, decoded, from_columns, whole
 from kpcore.io.text import check_lines, numbers
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
@@ -108,9 +108,9 @@ def _ascii(path, header, body):
         values, at = table[:, at : at + count], at + count
         if kind.kind in "iu":
             limits = np.iinfo(kind)
-            wrong = ~((values >= limits.min) & (values <= limits.max) & (values == np.floor(values)))
-            if wrong.any():
-                row, place = np.argwhere(wrong)[0]
+            right = whole(values, limits.min, limits.max)
+            if not right.all():
+                row, place = np.argwhere(~right)[0]
                 raise ReadError(f"field {name} is {values[row, place]:.15g} (point {row}), which is no {kind.name}")
             if kind.itemsize == 8 and np.abs(values).max() > 2**53:  # float64 cannot tell these from their neighbours
                 values = _exact(path, header.num_lines, range(at - count, at), name, kind)

@@ -22,7 +22,8 @@ from kpcore.io.cloud import (
     listed,
     position,
     span,
-)  # fmt: skip
+    whole,
+)
 
 # Not through plyfile 1.1: it refuses comments and names that are not ASCII, reads lists row by row in Python (40,000
 # faces in 0.1 s), and gives a file that it writes another header than the one it read.
@@ -285,7 +286,7 @@ class TextRows(NamedTuple):
         if one.dtype.kind == "f":
             return values
         least, most = span(one.dtype if one.dtype.itemsize < 8 else values.dtype)
-        right = (values >= least) & (values <= most) & (values == np.floor(values))
+        right = whole(values, least, most)
         if not right.all():
             raise self.error(f"{listed([one.name])} to be whole, {least} to {most}", self.places[at][right.argmin()])
         return values
@@ -338,7 +339,7 @@ def _rows_of_lines(vertex, at, number, text, starts, ends, lines, marks):
 
     def length_at(one, places):
         length = values[places]
-        return np.where((length >= 0) & (length <= 2**32) & (length == np.floor(length)), length, -1)
+        return np.where(whole(length, 0, 2**32), length, -1)
 
     places, stops = _places(vertex.properties, lines[:-1], lines[1:], lambda dtype: 1, length_at)
     if (stops != lines[1:]).any():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, from_columns
+from kpcore.io.cloud import Columns, ReadError, from_columns, whole
 
 KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
@@ -46,4 +46,4 @@ def _is_sweep(table):
 
 def _are_rings(values):
     """Whether it may be the numbers of up to 256 lasers, not all the first."""
-    return bool((values >= 0).all() and 0 < values.max(initial=0) < 256 and (values == np.floor(values)).all())
+    return bool(whole(values, 0, 255).all() and values.any())
