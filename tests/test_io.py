@@ -418,9 +418,14 @@ def test_what_is_written_again_is_looked_at_as_what_is_read(write, tmp_path):
         ("a.las", ply(POINTS), "b.las", "a.las: is a PLY file"),
         ("a.npz", b"", "b.npz", "a.npz: is empty"),
         ("none.ply", None, "b.ply", "none.ply: No such file or directory"),
-        ("a.txt", text(POINTS, " "), "b.txt", "a.txt: labels cannot be written to .txt, only to .las .laz .ply .npz"),
-        ("a.ply", ply(POINTS), "b.las", "b.las: expected .ply, as a.ply is of that kind"),
-        ("c.las", las(POINTS), "b.ply", "b.ply: expected .las or .laz, as c.las is of that kind"),
+        ("a.txt", text(POINTS, " "), "b.txt", "a.txt: labels are written to PLY, LAS, LAZ and NPZ files, not to .txt"),
+        (
+            "a.ply",
+            ply(POINTS),
+            "b.las",
+            "b.las: labels are written to PLY, LAS, LAZ and NPZ files: expected .ply, as a.ply is",
+        ),
+        ("c.las", las(POINTS), "b.ply", "files: expected .las or .laz, as c.las is"),
         ("d.las", las(POINTS), "b.copc.laz", "d.las: labels are written to a plain LAZ"),
     ):
         path = tmp_path / name if data is None else write(name, data)

@@ -332,7 +332,7 @@ def test_tables_without_names_are_given_some(tmp_path, monkeypatch):
     assert_same_bits(scene.full_labels, table[:, 4].astype(np.int64) - 1)
     assert_same_bits(scene.cloud.fields["intensity"], table[:, 3].astype(np.float64))
     found = from_dict(given(data=part | {"features": ["one"]}))
-    with pytest.raises(scenes.ReadError, match=r"has no labels: its columns have no names; .* \[data\] columns, names"):
+    with pytest.raises(scenes.ReadError, match=r"has no labels: its columns have no names: .* columns of \[data\]"):
         data.load(found, found.data.train, ".")
 
 

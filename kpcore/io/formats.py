@@ -132,10 +132,12 @@ def check_out(source, out):
     source, out = Path(source), Path(out)
     kind = LABELED.get(source.suffix.lower())
     if kind is None:
-        raise ReadError(f"{source}: labels cannot be written to {source.suffix or 'it'}, only to {' '.join(LABELED)}")
+        raise ReadError(f"{source}: labels are written to PLY, LAS, LAZ and NPZ files, not to {source.suffix or 'it'}")
     if kind is not LABELED.get(out.suffix.lower()):
         same = " or ".join(suffix for suffix, one in LABELED.items() if one is kind)
-        raise ReadError(f"{out}: expected {same}, as {source.name} is of that kind")
+        raise ReadError(
+            f"{out}: labels are written to PLY, LAS, LAZ and NPZ files: expected {same}, as {source.name} is"
+        )
     if out.exists() and source.exists() and out.samefile(source):
         raise ReadError(f"{out}: expected another file than the one that is read")
     try:
