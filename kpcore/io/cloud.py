@@ -251,7 +251,8 @@ def labels_of(values, name, blank=False):
     if np.can_cast(values.dtype, np.int32):
         return (values.astype(np.int32), None) if blank or values.any() else (None, f"{name} is 0 throughout")
     none = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
-    none |= (values == 2**32 - 1) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
+    all_bits = values.dtype.type(2**32 - 1) if values.dtype.kind == "f" else 2**32 - 1  # in float32 it is 2**32
+    none |= (values == all_bits) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
     labels = np.where(none, 0, values)
     right = whole(labels, -(2.0**31), 2.0**31 - 1)
     if not right.all():
