@@ -1,6 +1,6 @@
 """What is measured of files: ``python bench/run.py files``.
 
-Each file is written here from the embedded flat, with random colours and classes, and lies in the page cache. A peer
+Each file is written here from the embedded flat at UTM coordinates, and lies in the page cache. A peer
 reads as its documentation says, up to the same arrays: coordinates, colours, labels in memory. The points of a cloud
 are float32 near the origin, which a peer's are not; kpcore's time includes that. plyfile maps the file and
 converts nothing; pandas rounds decimal numbers to within some units of the last place, NumPy and kpcore correctly.

@@ -11,6 +11,7 @@ import pytest
 from files import LABELS, POINTS, las, laz, patched, refusal
 
 from kpcore.io import ReadError, read, write_labels
+from kpcore.io import las as las_reader
 
 SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # of points, by their format
 START, COUNT, FORM, WAVES, EXTENDED = 96, 100, 104, 227, 235  # places in a header
@@ -488,3 +489,25 @@ def test_an_extra_dimension_called_classification(write, tmp_path):
     path = write("a.las", made(7, 4, b"1", [described(b"classification", 1)]))
     write_labels(path, tmp_path / "b.las", np.arange(100) % 256)
     np.testing.assert_array_equal(read(tmp_path / "b.las").labels, np.arange(100) % 256)
+
+
+def test_a_full_disk_that_lazrs_hides(write, tmp_path):
+    """It says "Failed to call write"; what is said is why."""
+    resource = pytest.importorskip("resource")
+    pytest.importorskip("lazrs")
+    path, limits = write("a.las", made(7, num=40_000)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(ReadError, match=r"/b\.laz: File too large$"):
+            write_labels(path, tmp_path / "b.laz", np.zeros(40_000, int))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["a.las"]
+
+
+def test_so_many_extended_records_are_looked_at(write, monkeypatch):
+    """2**32 - 1 empty ones can be promised, and zeros behind the points are such."""
+    path = write("a.las", patched(made(6, extended=[(b"", 0, b"")] * 9), EXTENDED + 8, "<I", 2**32 - 1))
+    monkeypatch.setattr("kpcore.io.las._MOST_RECORDS", 5)
+    with path.open("rb") as file:
+        assert len([*las_reader._extended(file, file.read(375), 4, path.stat().st_size)]) == 5
