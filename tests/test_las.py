@@ -412,6 +412,15 @@ def test_a_chunk_table_that_lies_is_refused(write, version):
     assert "the chunk table starts at byte" in refusal(write("a.laz", patched(moved, start, "<q", table + 5)))
 
 
+@pytest.mark.parametrize(("version", "compressor"), [(7, 1), (7, 2), (2, 3), (2, 0), (2, 9)])
+def test_another_compressor_than_that_of_the_points(write, version, compressor):
+    """lazrs would take the points' bytes for lengths of layers, and allocate a gigabyte."""
+    pytest.importorskip("lazrs")
+    data = laz(POINTS, version)
+    path = write("a.laz", patched(data, data.index(b"laszip encoded") + 52, "<H", compressor))
+    assert f"damaged: LASzip's compressor {compressor} for items of types" in refusal(path)
+
+
 def test_first_laszip_files_are_read(shared):
     """Compressed point by point, without chunks (LASzip's compressor 1)."""
     laspy = pytest.importorskip("laspy")

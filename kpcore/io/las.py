@@ -310,6 +310,9 @@ def _check_chunks(file, head, size):
     items = struct.unpack_from(f"<{3 * num_items}H", laszip, 34)  # (type, size, version) each
     if sum(items[1::3]) != head.size:
         raise ReadError(f"damaged: LASzip items of {sum(items[1::3])} bytes for points of {head.size}")
+    layered = any(kind >= 10 for kind in items[::3])  # types 10 to 14 are of point formats 6 to 10
+    if compressor not in (1, 2, 3) or (compressor == 3) != layered:
+        raise ReadError(f"damaged: LASzip's compressor {compressor} for items of types {list(items[::3])}")
     if compressor == 1:  # point by point, of the first LASzip: no chunks, no table of these
         return _first_behind(head, start, size), math.inf
     table = struct.unpack("<q", _read_at(file, start, 8).ljust(8, b"\0"))[0]
