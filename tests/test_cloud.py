@@ -284,3 +284,14 @@ def test_two_fields_of_labels(write, name):
     with pytest.warns(UserWarning, match=f"its labels are field label, {second} holds others"):
         assert read(path).unlabeled == "field label is 0 throughout"
     assert read(write(name, file(LABELS, LABELS))).labels.tolist() == LABELS.tolist()
+
+
+def test_integers_that_no_float_holds_are_no_coordinates(write):
+    with pytest.raises(ReadError, match="x holds 1152921504606846977, which float64 cannot tell"):
+        read(write("a.npy", npy(np.array([[2**60 + 1, 0, 0], [2**60, 1, 1]]))))
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is double on this system")
+def test_long_doubles_are_no_field(write):
+    with pytest.raises(ReadError, match=r"field time is .*, which float64 does not hold"):
+        read(write("a.npz", npz(points=POINTS, time=np.ones(4, np.longdouble))), fields=["time"])

@@ -442,11 +442,16 @@ def test_names_that_are_none(write):
         (TypeError, r"fields: expected a sequence of names, got \[1\]", {"fields": [1]}),
         (TypeError, "columns: expected a sequence of names, got 'x y z'", {"columns": "x y z"}),
         (TypeError, "label: expected the name of a field, got 6", {"label": 6}),
+        (TypeError, "label: expected the name of a field, got ''", {"label": ""}),
+        (ValueError, "columns: expected names, got none", {"columns": []}),
         (ValueError, "fields: expected no name twice, in whatever case", {"fields": ["Conf", "conf"]}),
     ):
         with pytest.raises(error, match=reason):
             scenes.read(path, **names)
     assert scenes.read(path, fields=["Conf"]).fields["conf"].tolist() == [1] * 4
+    for name in ("label", "into"):
+        with pytest.raises(TypeError, match=f"{name}: expected the name of a field, got ''"):
+            write_labels(path, path.with_name("b.npz"), LABELS, **{name: ""})
 
 
 def test_what_is_no_fault_of_the_file_is_not_hidden(write, monkeypatch):

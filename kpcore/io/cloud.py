@@ -173,6 +173,8 @@ def from_columns(columns, asked, label_names=LABELS):
         raise ReadError(f"has no field {' '.join(missing)}; there are {listed(columns.names)}")
     if any(values.dtype.kind not in "fiu" or values.ndim != 1 for values in xyz):
         raise ReadError("x, y and z are not plain numbers")
+    for axis, values in zip("xyz", xyz, strict=True):
+        check_exact(axis, values)
     single = all(values.dtype.newbyteorder("=") in (np.float16, np.float32) for values in xyz)
     points = np.column_stack([values.astype(np.float32 if single else np.float64, copy=False) for values in xyz])
 
@@ -389,10 +391,16 @@ def _field(name, values):
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise ReadError(f"field {name} is not one plain number for each point: {values.shape[1:]} {values.dtype}")
-    exact = np.result_type(values.dtype, np.float32)  # float32 or float64
-    if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and (abs_max := _largest(values)) > 2**53:
-        raise ReadError(f"field {name} holds {abs_max}, which float64 cannot tell from its neighbours")
-    return values.astype(exact)
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        raise ReadError(f"field {name} is {values.dtype}, which float64 does not hold")
+    check_exact(f"field {name}", values)
+    return values.astype(np.result_type(values.dtype, np.float32))  # float32 or float64
+
+
+def check_exact(name, values):
+    """An error for integers that float64 cannot tell from their neighbours."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and (largest := _largest(values)) > 2**53:
+        raise ReadError(f"{name} holds {largest}, which float64 cannot tell from its neighbours")
 
 
 def _largest(values):

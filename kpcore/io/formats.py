@@ -67,8 +67,9 @@ def read(path, *, fields=(), label=None, columns=None):
     """
     path = Path(path)
     fields, columns = _names("fields", fields), None if columns is None else _names("columns", columns)
-    if label is not None and not isinstance(label, str):
-        raise TypeError(f"label: expected the name of a field, got {label!r}")
+    _check_name("label", label)
+    if columns == ():
+        raise ValueError("columns: expected names, got none")
     if len({name.lower() for name in fields}) < len(fields):
         raise ValueError(f"fields: expected no name twice, in whatever case, got {list(fields)}")
     asked = Asked(fields, label, columns)
@@ -79,6 +80,11 @@ def read(path, *, fields=(), label=None, columns=None):
     if content.doubt:
         warnings.warn(f"{path}: {content.doubt}", stacklevel=2)
     return cloud
+
+
+def _check_name(argument, name):
+    if name is not None and not (isinstance(name, str) and name):
+        raise TypeError(f"{argument}: expected the name of a field, got {name!r}")
 
 
 def _names(argument, names):
@@ -149,6 +155,8 @@ def check_out(source, out):
 def label_field(source, out, num, *, label=None, into=None, values=()):
     """The LabelField of a file in which the labels of that many points go; an error unless it holds these values."""
     source, out = Path(source), Path(out)
+    _check_name("label", label)
+    _check_name("into", into)
     check_out(source, out)
     told(source, lambda: _checked_size(source))
     field = told(source, lambda: LABELED[source.suffix.lower()].label_field(source, label, into))
