@@ -507,7 +507,7 @@ def kpconv(bench, order, channels, coretype=None):
 
     def floor():
         flops = 2 * KERNEL["num"] * channels * channels * size
-        return bench.Seconds(flops / (kp._cpu.fma_rate("float32") * bench.threads))
+        return bench.Seconds(flops / (kp.backends.cpu.fma_rate("float32") * bench.threads))
 
     bench.rate(what, forward, size, "M points/s per core")
     bench.compare(what, forward, "FMA floor", floor)
@@ -597,7 +597,7 @@ def rows(bench):
                   lambda theirs: close([theirs], [out]))  # fmt: skip
 
     def floor():
-        return bench.Seconds(2 * n * c * c / (kp._cpu.fma_rate("float32") * bench.threads))
+        return bench.Seconds(2 * n * c * c / (kp.backends.cpu.fma_rate("float32") * bench.threads))
 
     bench.compare("linear, C = 128", product, "FMA floor", floor)
 

@@ -230,8 +230,8 @@ def preprocessing(bench):
 
 def loading(bench):
     """How much of the time training waits for batches."""
-    from kpcore.scenes.settings import from_dict
-    from kpcore.scenes.training import Training
+    from kpcore.pipeline.settings import from_dict
+    from kpcore.pipeline.training import Training
 
     quick = bench.sizes["piece"] < 1000
     network = {"voxel_size": 0.2, "width": 16, "levels": 3} if quick else {"voxel_size": 0.04, "width": 128, "convs": 3}

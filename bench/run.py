@@ -248,7 +248,7 @@ def machine():
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {"kpcore": kp.__version__} | {name: version(name) for name in names if version(name)},
-        "isas": kp._cpu.isas(),
+        "isas": kp.backends.cpu.isas(),
         "load_before": os.getloadavg()[0],
         "config": config.getvalue().splitlines(),
     }

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 import kpcore as kp
 from kpcore import demo, nn
-from kpcore.scenes import voting
-from kpcore.scenes.data import load
-from kpcore.scenes.settings import from_dict
-from kpcore.scenes.training import Training
+from kpcore.pipeline import voting
+from kpcore.pipeline.data import load
+from kpcore.pipeline.settings import from_dict
+from kpcore.pipeline.training import Training
 
 KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
 

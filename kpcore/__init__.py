@@ -29,7 +29,7 @@ Edges
 
 import importlib
 
-from kpcore import _openmp, autodiff  # noqa: F401 (_openmp first: it loads _cpu)
+from kpcore import _openmp, autodiff  # noqa: F401 (_openmp first: it loads cpu)
 from kpcore.config import (
     __version__,
     get_memory_limit,
@@ -41,10 +41,7 @@ from kpcore.config import (
 from kpcore.deformation import fitting_loss, repulsion_loss
 from kpcore.dispositions import kernel_points
 from kpcore.kpconv import kpconv, kpconvx
-from kpcore.neighbors import GridIndex, KDTree, Neighbors, knn_search, lengths, radius_search, row_splits
-from kpcore.pooling import gather, interpolate, nearest_upsample, neighbor_reduce, segment_reduce
-from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
-from kpcore.rows import (
+from kpcore.layers import (
     BatchNormed,
     add,
     batch_norm,
@@ -58,12 +55,18 @@ from kpcore.rows import (
     softmax,
     softmax_cross_entropy,
 )
+from kpcore.neighbors import Neighbors, lengths, row_splits
+from kpcore.pooling import gather, interpolate, nearest_upsample, neighbor_reduce, segment_reduce
+from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
 from kpcore.sampling import Sampled, farthest_point_sampling
+from kpcore.search import GridIndex, KDTree, knn_search, radius_search
 from kpcore.subsampling import Subsampled, grid_subsample
+
+_IMPORTED_WHEN_USED = ("io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
 
 
 def __getattr__(name):
-    if name in ("io", "jax", "nn", "ops", "scenes", "torch"):  # frameworks and readers are imported when first used
+    if name in _IMPORTED_WHEN_USED:
         return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
 

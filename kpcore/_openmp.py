@@ -1,4 +1,4 @@
-"""Loads `_cpu`, and with it OpenMP, in a way that lets waiting threads sleep soon. So it is imported first.
+"""Loads `cpu`, and with it OpenMP, in a way that lets waiting threads sleep soon. So it is imported first.
 
 A thread of GCC's OpenMP that waits for another spins for 300,000 rounds, some 10 ms, before it sleeps. Where other
 processes are busy, what it waits for is a thread that has no core, because it spins on one: two threads were ten times
@@ -36,9 +36,9 @@ def _loaded():
 
 def waiting():
     """In words: which OpenMP, and how long its threads spin."""
-    if not _cpu.has_openmp():
+    if not cpu.has_openmp():
         return "no: built without it, one thread"
-    library = os.path.realpath(_cpu.openmp_library())
+    library = os.path.realpath(cpu.openmp_library())
     if _chosen:
         return f"{library}; waiting threads spin as said by {', '.join(_chosen)}"
     if "gomp" not in os.path.basename(library) or _before is None:
@@ -56,7 +56,7 @@ _before, _as_it_was = _loaded(), os.environ.get("GOMP_SPINCOUNT")
 if not _chosen:
     os.environ["GOMP_SPINCOUNT"] = SPINS
 try:
-    from kpcore import _cpu
+    from kpcore.backends import cpu
 finally:
     if _as_it_was is None:
         os.environ.pop("GOMP_SPINCOUNT", None)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kpcore import _array, config
+from kpcore import config
+from kpcore.backends import checks, devices
 
 _accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
 
@@ -76,7 +77,7 @@ class Tensor:
 
     def __mul__(self, factor):
         """This tensor times a number, which does not change its dtype."""
-        return _SCALE(array=self, factor=_array.number("factor", factor, self.dtype))
+        return _SCALE(array=self, factor=checks.number("factor", factor, self.dtype))
 
     __rmul__ = __mul__
 
@@ -106,7 +107,7 @@ class Tensor:
         found = _pull(self, _checked_grad(self, grad))
         with _accumulating:
             for tensor, gradient in found.values():
-                tensor.grad = gradient if tensor.grad is None else _array.as_array(tensor.grad + gradient)
+                tensor.grad = gradient if tensor.grad is None else devices.as_array(tensor.grad + gradient)
 
 
 class _Call:
@@ -179,7 +180,7 @@ class Op:
             return self.forward(**arguments)[0]
         arguments.update({name: tensor.value for name, tensor in tensors.items()})
         for name in self.copies:
-            if _array.is_array(arguments[name]):
+            if devices.is_array(arguments[name]):
                 arguments[name] = arguments[name].copy()
         out, saved = self.recorded(arguments)
         if self.by_result is not None and self.by_result(arguments):
@@ -218,7 +219,7 @@ class Op:
 
 def _shaped(value):
     """What is known of an array that is not kept."""
-    return Shaped(value.shape, value.dtype) if _array.is_array(value) else value
+    return Shaped(value.shape, value.dtype) if devices.is_array(value) else value
 
 
 def _reshape(array, shape):
@@ -230,7 +231,7 @@ def _reshape_vjp(arguments, saved, grad, needs):
 
 
 def _scale(array, factor):
-    return _array.as_array(array * factor), ()
+    return devices.as_array(array * factor), ()
 
 
 def _scale_vjp(arguments, saved, grad, needs):
@@ -238,25 +239,25 @@ def _scale_vjp(arguments, saved, grad, needs):
 
 
 def _addable(other):
-    return isinstance(other, (Tensor, np.generic)) or _array.is_array(other)
+    return isinstance(other, (Tensor, np.generic)) or devices.is_array(other)
 
 
 def _plus(array, other):
-    array, other, sizes = _array.as_array(array), _array.as_array(other), {}
+    array, other, sizes = devices.as_array(array), devices.as_array(other), {}
     axes = [str(axis) for axis in range(array.ndim)]
-    _array.array("the first", array, " ".join(axes), _array.FEATURES, sizes)
+    checks.array("the first", array, " ".join(axes), checks.FEATURES, sizes)
     shape = " ".join(axes[-1:] if other.ndim == 1 else axes)  # a row has the last axis alone
-    _array.array("the second", other, shape, _array.FEATURES, sizes, like=("the first", array))
-    return _array.as_array(array + other), ()
+    checks.array("the second", other, shape, checks.FEATURES, sizes, like=("the first", array))
+    return devices.as_array(array + other), ()
 
 
 def _plus_vjp(arguments, saved, grad, needs):
     grads = {}
     for name in needs:
-        like, given = arguments[name], _array.as_array(grad)
+        like, given = arguments[name], devices.as_array(grad)
         if given.ndim > len(like.shape):
-            rows = _array.contiguous(given).reshape(-1, given.shape[-1])
-            grads[name] = _array.backend(rows).sum_rows(rows, config.get_num_threads())
+            rows = devices.contiguous(given).reshape(-1, given.shape[-1])
+            grads[name] = devices.backend(rows).sum_rows(rows, config.get_num_threads())
         else:
             grads[name] = given.copy()
     return grads
@@ -267,11 +268,11 @@ def _columns(array, columns):
     some = given[1] if len(given) == 2 and given[0] == slice(None) else None
     if not isinstance(some, slice) or some.step not in (None, 1):
         raise TypeError(f"expected columns as tensor[:, begin:end], got {columns}")
-    return _array.contiguous(array[:, some]), ()
+    return devices.contiguous(array[:, some]), ()
 
 
 def _columns_vjp(arguments, saved, grad, needs):
-    out = _array.namespace(grad).zeros(arguments["array"].shape, grad.dtype)
+    out = devices.namespace(grad).zeros(arguments["array"].shape, grad.dtype)
     out[arguments["columns"]] = grad
     return {"array": out}
 
@@ -404,7 +405,7 @@ def _pull(out, grad):
         for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
             given = call.inputs[name]
             key = id(given)
-            found[key] = given, _array.as_array(found[key][1] + g) if key in found else g
+            found[key] = given, devices.as_array(found[key][1] + g) if key in found else g
     return found
 
 
@@ -436,16 +437,16 @@ def _checked_grad(out, grad):
         return grad  # as it mostly is; asking so takes a tenth of the time
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
     dimensions = " ".join(sizes)
-    sizes |= _array.device_of(("the output", like))
-    return _array.array("grad", grad, dimensions, _array.FEATURES, sizes, like=("the output", out.value))
+    sizes |= checks.device_of(("the output", like))
+    return checks.array("grad", grad, dimensions, checks.FEATURES, sizes, like=("the output", out.value))
 
 
 def _check_primal(name, value):
     if isinstance(value, Tensor):
         raise NotImplementedError(f"{name}: second derivatives are not there; expected an array, got {value!r}")
-    if not _array.is_array(value):
+    if not devices.is_array(value):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
-    if not _array.is_real(value):
+    if not devices.is_real(value):
         raise TypeError(f"{name}: expected float32 or float64 to differentiate in, got {value.dtype}")
 
 

@@ -12,13 +12,13 @@ from kpcore import demo
 from kpcore.config import require
 from kpcore.demo import BAR, PLAIN, Refused, make_folder, of_classes
 from kpcore.files import check_writable, expanded, whole
-from kpcore.scenes.settings import LENGTHS
+from kpcore.pipeline.settings import LENGTHS
 
 
 def main(argv=None):
     """The command: returns 0, 2 for input that cannot be used, 130 after Ctrl-C. Who reads no more of what is printed
     is a BrokenPipeError."""
-    from kpcore.scenes.training import NotFinite
+    from kpcore.pipeline.training import NotFinite
 
     args = _parser().parse_args(argv)
     try:
@@ -142,8 +142,8 @@ def _demo(args):
 
 
 def _train(args):
-    from kpcore.scenes.settings import read_settings
-    from kpcore.scenes.training import LAST, LOG, Training
+    from kpcore.pipeline.settings import read_settings
+    from kpcore.pipeline.training import LAST, LOG, Training
 
     tqdm = require("tqdm", "io").tqdm
     require("safetensors", "io")
@@ -184,15 +184,15 @@ def _scores(when, scores):
 
 
 def _model(path):
-    from kpcore.scenes.training import Model
+    from kpcore.pipeline.training import Model
 
     require("safetensors", "io")
     return Model.load(path)
 
 
 def _test(args):
-    from kpcore.scenes import voting
-    from kpcore.scenes.data import load
+    from kpcore.pipeline import voting
+    from kpcore.pipeline.data import load
 
     model = _model(args.model)
     if not model.settings.data.test:
@@ -208,7 +208,7 @@ def _test(args):
 
 
 def _segment(args):
-    from kpcore.scenes import segmentation
+    from kpcore.pipeline import segmentation
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
     if not model.net.segments:

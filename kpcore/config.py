@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kpcore import _array, _cpu, _openmp
+from kpcore import _openmp
+from kpcore.backends import checks, cpu
 
-__version__ = _cpu.version()
+__version__ = cpu.version()
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -52,7 +53,7 @@ def _threads_and_why():
     if _chosen:
         return _chosen
     process = sys.modules.get("multiprocessing.process")
-    if not _cpu.has_openmp():
+    if not cpu.has_openmp():
         choice = 1, "built without OpenMP"
     elif _openmp.asked_for:
         choice = _openmp.asked_for
@@ -76,9 +77,9 @@ def _forget_threads():
 _SET = "kpcore.set_num_threads"
 _chosen = None  # what _threads_and_why says, once it has
 if os.environ.get("KPCORE_ISA"):
-    _cpu.set_isa(os.environ["KPCORE_ISA"])
+    cpu.set_isa(os.environ["KPCORE_ISA"])
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_cpu.pause_threads, after_in_child=_forget_threads)
+    os.register_at_fork(before=cpu.pause_threads, after_in_child=_forget_threads)
 
 
 def set_num_threads(threads):
@@ -97,8 +98,8 @@ def set_num_threads(threads):
     2
     """
     global _chosen
-    threads = _array.integer("threads", threads, 1, _openmp.MOST_THREADS)
-    if _cpu.has_openmp():
+    threads = checks.integer("threads", threads, 1, _openmp.MOST_THREADS)
+    if cpu.has_openmp():
         _chosen = threads, _SET
 
 
@@ -126,7 +127,7 @@ def set_memory_limit(limit):
     >>> kp.set_memory_limit(None)
     """
     global _memory_limit
-    _memory_limit = None if limit is None else _array.integer("limit", limit, 0)
+    _memory_limit = None if limit is None else checks.integer("limit", limit, 0)
 
 
 def get_memory_limit():
@@ -237,7 +238,7 @@ def show_config():
     threads, why = _threads_and_why()
     rows = {
         "kpcore": __version__,
-        "instruction set": f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; KPCORE_ISA overrides)",
+        "instruction set": f"{cpu.isa()} (of {', '.join(cpu.isas())}; KPCORE_ISA overrides)",
         "threads": f"{threads}: {why} (KPCORE_NUM_THREADS and kpcore.set_num_threads override)",
         "OpenMP": _openmp.waiting(),
         "Python": sys.version.split()[0],

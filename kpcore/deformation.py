@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore import _array, config
-from kpcore._array import Array
+from kpcore import config
 from kpcore.autodiff import Op
+from kpcore.backends import checks, devices
+from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
 
 _REDUCTIONS = ("mean", "points", "sum")
@@ -154,38 +155,38 @@ def _fitting_checked(points, queries, neighbors, kernel_points, offsets, extent,
 
 def _repulsion_checked(kernel_points, offsets, extent, repulse_extent, detach_others, reduction):
     kernel = _kernel(kernel_points, offsets, extent, {})
-    repulse_extent = _array.length("repulse_extent", repulse_extent, kernel[0].dtype)
-    _array.choice("detach_others", detach_others, (False, True))
+    repulse_extent = checks.length("repulse_extent", repulse_extent, kernel[0].dtype)
+    checks.choice("detach_others", detach_others, (False, True))
     return *kernel, repulse_extent, _weight(reduction, offsets)
 
 
 def _kernel(kernel_points, offsets, extent, sizes, like=None):
-    kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=like)
-    if not len(kernel_points) or kernel_points.shape[1] not in _array.DIMENSIONS:
+    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=like)
+    if not len(kernel_points) or kernel_points.shape[1] not in checks.DIMENSIONS:
         raise ValueError(
             f"kernel_points: expected (K, D) with K of at least 1 and D = 1 to 16, got {kernel_points.shape}"
         )
     like = like or ("kernel_points", kernel_points)
-    offsets = _array.array("offsets", offsets, "M K D", _array.REAL, sizes, like=like)
-    return kernel_points, offsets, _array.length("extent", extent, kernel_points.dtype)
+    offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=like)
+    return kernel_points, offsets, checks.length("extent", extent, kernel_points.dtype)
 
 
 def _weight(reduction, offsets):
     """Of one query and kernel point in the loss."""
     queries, kernel_points = max(1, offsets.shape[0]), offsets.shape[1]
-    return (1 / (queries * kernel_points), 1 / queries, 1.0)[_array.choice("reduction", reduction, _REDUCTIONS)]
+    return (1 / (queries * kernel_points), 1 / queries, 1.0)[checks.choice("reduction", reduction, _REDUCTIONS)]
 
 
 def _fitting_forward(**arguments):
     checked = _fitting_checked(**arguments)
-    loss, nearest = _array.backend(checked[0]).fitting_loss(*checked, config.get_num_threads())
+    loss, nearest = devices.backend(checked[0]).fitting_loss(*checked, config.get_num_threads())
     return loss, (nearest,)
 
 
 def _fitting_vjp(arguments, saved, grad, needs):
     *geometry, weight = _fitting_checked(**arguments)
     wanted = "offsets" in needs, "kernel_points" in needs
-    grads = _array.backend(grad).fitting_loss_grad(*geometry, weight, *saved, grad, *wanted, config.get_num_threads())
+    grads = devices.backend(grad).fitting_loss_grad(*geometry, weight, *saved, grad, *wanted, config.get_num_threads())
     return dict(zip(("offsets", "kernel_points"), grads, strict=True))
 
 
@@ -195,14 +196,14 @@ def _fitting_result(offsets, **_):
 
 def _repulsion_forward(**arguments):
     checked = _repulsion_checked(**arguments)
-    return _array.backend(checked[0]).repulsion_loss(*checked, config.get_num_threads()), ()
+    return devices.backend(checked[0]).repulsion_loss(*checked, config.get_num_threads()), ()
 
 
 def _repulsion_vjp(arguments, saved, grad, needs):
     *kernel, weight = _repulsion_checked(**arguments)
     weight *= 1 if arguments["detach_others"] else 2
     wanted = "offsets" in needs, "kernel_points" in needs
-    grads = _array.backend(grad).repulsion_loss_grad(*kernel, weight, grad, *wanted, config.get_num_threads())
+    grads = devices.backend(grad).repulsion_loss_grad(*kernel, weight, grad, *wanted, config.get_num_threads())
     return dict(zip(("offsets", "kernel_points"), grads, strict=True))
 
 

@@ -13,8 +13,8 @@ import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
 from kpcore.files import check_writable, whole
+from kpcore.pipeline.settings import Part
 from kpcore.scenes.indoor import NAMES
-from kpcore.scenes.settings import Part
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # what may be said of a file
 NUM_KERNEL_POINTS = 15
@@ -94,10 +94,10 @@ def train(out):
     """A small KP-FCNN, trained on embedded scenes for some two minutes, labels one that it has not seen."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     require("safetensors", "io")
-    from kpcore.scenes import segmentation, voting
-    from kpcore.scenes.data import load
-    from kpcore.scenes.settings import from_dict
-    from kpcore.scenes.training import Training
+    from kpcore.pipeline import segmentation, voting
+    from kpcore.pipeline.data import load
+    from kpcore.pipeline.settings import from_dict
+    from kpcore.pipeline.training import Training
 
     make_folder(out)
     path = out / "kpcore-indoor.png"

@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from kpcore import _array, _cpu, config
+from kpcore import config
+from kpcore.backends import checks, cpu
 
 _FIXED = {"none": 0, "center": 1, "verticals": 3}
 _METHODS = ("potential", "lloyd", "shells")
@@ -84,13 +85,13 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     >>> np.linalg.norm(kp.kernel_points([1, 3, 4], dimension=2, method="shells"), axis=1).round(3)
     array([0. , 0.4, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8], dtype=float32)
     """
-    dimension = _array.integer("dimension", dimension, 2, 8)
-    _array.choice("fixed", fixed, tuple(_FIXED))
-    _array.choice("method", method, _METHODS)
+    dimension = checks.integer("dimension", dimension, 2, 8)
+    checks.choice("fixed", fixed, tuple(_FIXED))
+    checks.choice("method", method, _METHODS)
     if method == "shells":
         sizes = _shell_sizes(num, fixed)
     else:
-        sizes = (_array.integer("num", num, max(1, _FIXED[fixed]), _MOST["lloyd"]),)
+        sizes = (checks.integer("num", num, max(1, _FIXED[fixed]), _MOST["lloyd"]),)
         if sizes[0] > _MOST[method]:
             raise ValueError(
                 f"num: expected at most {_MOST[method]} with method='potential', whose time grows faster than its "
@@ -100,11 +101,11 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
         dtype = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
-    if dtype not in _array.REAL:
+    if dtype not in checks.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-    radius = _array.length("radius", radius, dtype)
-    _array.choice("rotate", rotate, (None, "vertical", "full"))
-    seed = _array.integer("seed", seed, 0, 2**64 - 1)
+    radius = checks.length("radius", radius, dtype)
+    checks.choice("rotate", rotate, (None, "vertical", "full"))
+    seed = checks.integer("seed", seed, 0, 2**64 - 1)
     points = _unit(sizes, dimension, _FIXED[fixed], method, seed) * radius
     if rotate is not None:
         points = _rotated(points, _rotation(dimension, rotate, seed))
@@ -114,7 +115,7 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
 def _shell_sizes(num, fixed):
     if not isinstance(num, (list, tuple, np.ndarray)) or not len(np.shape(num)):
         raise TypeError(f"num: expected a sequence of integers, the points of each shell, got {type(num).__name__}")
-    sizes = tuple(_array.integer(f"num[{shell}]", n, 1) for shell, n in enumerate(num))
+    sizes = tuple(checks.integer(f"num[{shell}]", n, 1) for shell, n in enumerate(num))
     if sizes[:1] != (1,):
         raise ValueError(f"num: expected shells from the centre, of 1 point, outwards, got {list(sizes)}")
     if sum(sizes) > 4096:
@@ -140,9 +141,9 @@ def _unit(sizes, dimension, fixed, method, seed):
     for attempt in range(_STARTS):
         start = (seed + attempt * 0x9E3779B97F4A7C15) % 2**64
         if method == "lloyd":
-            points = _cpu.lloyd(num, dimension, fixed, start, threads)
+            points = cpu.lloyd(num, dimension, fixed, start, threads)
         else:
-            points = _cpu.kernel_points(num, dimension, fixed, radii, start, threads)
+            points = cpu.kernel_points(num, dimension, fixed, radii, start, threads)
         closest = _closest(points)
         if closest > spacing:
             widest, spacing = points, closest

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, config
-from kpcore._array import Array
+from kpcore import config
 from kpcore.autodiff import Op
+from kpcore.backends import checks, devices
+from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
 
 INFLUENCES = ("linear", "gaussian", "constant")
@@ -162,9 +163,9 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
              normalization, groups, offsets, modulations, modulations_name="modulations"):  # fmt: skip
     sizes = {}
     points, queries = geometry(points, queries, neighbors, sizes)
-    groups = _array.integer("groups", groups, 1)
-    features = _array.array("features", features, "N Cin", _array.FEATURES, sizes)
-    depthwise = _array.is_array(weights) and weights.ndim == 2
+    groups = checks.integer("groups", groups, 1)
+    features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
+    depthwise = devices.is_array(weights) and weights.ndim == 2
     shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
     if groups > 1:
         if depthwise:
@@ -172,19 +173,19 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
         if features.shape[1] % groups:
             raise ValueError(f"groups: expected a divisor of {features.shape[1]} channels of features, got {groups}")
         sizes["Cin/groups"] = (features.shape[1] // groups, "features")
-    weights = _array.array("weights", weights, shape, _array.FEATURES, sizes, like=("features", features))
+    weights = checks.array("weights", weights, shape, checks.FEATURES, sizes, like=("features", features))
     if 0 in weights.shape:
         raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
     if weights.shape[-1] % groups:
         raise ValueError(f"groups: expected a divisor of {weights.shape[-1]} channels of weights, got {groups}")
-    kernel_points = _array.array("kernel_points", kernel_points, "K D", _array.REAL, sizes, like=("points", points))
+    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=("points", points))
     if offsets is not None:
-        offsets = _array.array("offsets", offsets, "M K D", _array.REAL, sizes, like=("points", points))
+        offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=("points", points))
     factors = 1
     if modulations is not None:
         shape = "M K" if modulations_name == "modulations" else "M K A"
         like = ("features", features)
-        modulations = _array.array(modulations_name, modulations, shape, _array.FEATURES, sizes, like=like)
+        modulations = checks.array(modulations_name, modulations, shape, checks.FEATURES, sizes, like=like)
         factors = modulations.shape[2] if modulations.ndim == 3 else 1
         if factors == 0 or features.shape[1] % factors:
             channels = features.shape[1]
@@ -195,10 +196,10 @@ def _problem(points, queries, neighbors, features, weights, kernel_points, exten
     return Problem(
         points, queries, neighbors._index, neighbors._row_splits, features, weights, kernel_points, offsets,
         modulations,
-        _array.length("extent", extent, points.dtype),
-        _array.choice("influence", influence, INFLUENCES),
-        _array.choice("aggregation", aggregation, AGGREGATIONS),
-        _array.choice("normalization", normalization, NORMALIZATIONS),
+        checks.length("extent", extent, points.dtype),
+        checks.choice("influence", influence, INFLUENCES),
+        checks.choice("aggregation", aggregation, AGGREGATIONS),
+        checks.choice("normalization", normalization, NORMALIZATIONS),
         groups, factors, config.get_num_threads(),
     )  # fmt: skip
 
@@ -208,17 +209,17 @@ def _grads(problem, neighbors, grad, needs):
     grads = {}
     if "features" in needs:
         transposed = neighbors.transpose()
-        grads["features"] = _array.backend(grad).kpconv_grad_features(
+        grads["features"] = devices.backend(grad).kpconv_grad_features(
             problem, transposed._index, transposed._row_splits, grad
         )
     if others := needs - {"features"}:
-        grads |= _array.backend(grad).kpconv_grads(problem, grad, others)
+        grads |= devices.backend(grad).kpconv_grads(problem, grad, others)
     return grads
 
 
 def _forward(**arguments):
     problem = _problem(**arguments)
-    return _array.backend(problem.features).kpconv(problem), ()
+    return devices.backend(problem.features).kpconv(problem), ()
 
 
 def _vjp(arguments, saved, grad, needs):
@@ -236,7 +237,7 @@ def _result(points, queries, features, weights, **_):
 
 def _problem_x(attention, **arguments):
     weights = arguments["weights"]
-    if _array.is_array(weights) and weights.ndim != 2:
+    if devices.is_array(weights) and weights.ndim != 2:
         raise ValueError(f"weights: expected (K, C), got {weights.shape}")
     return _problem(
         **arguments, modulations=attention, modulations_name="attention", aggregation="closest", normalization=None,
@@ -246,7 +247,7 @@ def _problem_x(attention, **arguments):
 
 def _forward_x(**arguments):
     problem = _problem_x(**arguments)
-    return _array.backend(problem.features).kpconv(problem), ()
+    return devices.backend(problem.features).kpconv(problem), ()
 
 
 def _vjp_x(arguments, saved, grad, needs):

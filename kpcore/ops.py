@@ -14,20 +14,11 @@ import numpy as np
 from kpcore.deformation import FITTING, REPULSION
 from kpcore.kpconv import OP as KPCONV
 from kpcore.kpconv import OPX as KPCONVX
+from kpcore.layers.activations import DROPOUT, LEAKY_RELU, RELU, SIGMOID, SOFTMAX
+from kpcore.layers.linear import ADD, CONCATENATE, LINEAR
+from kpcore.layers.losses import SOFTMAX_CROSS_ENTROPY
+from kpcore.layers.normalization import BATCH_NORM, GROUP_NORM
 from kpcore.pooling import GATHER, INTERPOLATE, NEAREST_UPSAMPLE, NEIGHBOR_REDUCE, SEGMENT_REDUCE
-from kpcore.rows import (
-    ADD,
-    BATCH_NORM,
-    CONCATENATE,
-    DROPOUT,
-    GROUP_NORM,
-    LEAKY_RELU,
-    LINEAR,
-    RELU,
-    SIGMOID,
-    SOFTMAX,
-    SOFTMAX_CROSS_ENTROPY,
-)
 from kpcore.subsampling import OP as GRID_SUBSAMPLE
 
 OPS = {
@@ -39,6 +30,9 @@ OPS = {
         SOFTMAX_CROSS_ENTROPY,
     )
 }
+
+# Public functions without gradients, which no framework traces: their sizes depend on values.
+EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}

@@ -6,10 +6,12 @@ from functools import partial
 
 import numpy as np
 
-from kpcore import _array, config
-from kpcore._array import Array
+from kpcore import config
 from kpcore.autodiff import Op
-from kpcore.neighbors import Neighbors, bounds_of, knn_search, sizes_of
+from kpcore.backends import checks, devices
+from kpcore.backends.devices import Array
+from kpcore.neighbors import Neighbors, bounds_of, sizes_of
+from kpcore.search import knn_search
 
 _REDUCES = ("mean", "sum", "max", "min")
 _SUM = _REDUCES.index("sum")
@@ -244,18 +246,18 @@ def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mea
 
 def _features_of(features, neighbors):
     """The features, one row of each point of the list."""
-    return _array.array("features", features, "N C", _array.FEATURES, sizes_of(neighbors))
+    return checks.array("features", features, "N C", checks.FEATURES, sizes_of(neighbors))
 
 
 def _few_enough(name, value):
-    if len(value) > _array.MAX_POINTS:
-        raise ValueError(f"{name}: expected at most {_array.MAX_POINTS} rows, got {len(value)}")
+    if len(value) > checks.MAX_POINTS:
+        raise ValueError(f"{name}: expected at most {checks.MAX_POINTS} rows, got {len(value)}")
     return value
 
 
 def _weighted_sum(features, index, row_splits, weights=None, shared=None):
     threads = config.get_num_threads()
-    backend = _array.backend(features)
+    backend = devices.backend(features)
     return backend.neighbor_reduce(features, index, row_splits, weights, shared, _SUM, 0.0, 0.0, 0, False, threads)[0]
 
 
@@ -264,14 +266,14 @@ def _weighted_sum(features, index, row_splits, weights=None, shared=None):
 
 def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_value):
     features = _features_of(features, neighbors)
-    reduction = _array.choice("reduce", reduce, _REDUCES)
+    reduction = checks.choice("reduce", reduce, _REDUCES)
     chooses = reduce in ("max", "min")
     if weights is not None:
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
         pairs = sizes_of(neighbors) | {"E": (len(neighbors._index), "neighbors")}
-        weights = _array.array("weights", weights, "E", _array.FEATURES, pairs, like=("features", features))
-    empty, width = _array.number("empty", empty, features.dtype), 0
+        weights = checks.array("weights", weights, "E", checks.FEATURES, pairs, like=("features", features))
+    empty, width = checks.number("empty", empty, features.dtype), 0
     if pad_value is None:
         pad_value = 0.0
     elif not chooses:
@@ -281,13 +283,13 @@ def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_va
             f"pad_value: expected None for a list without a width (Neighbors.from_padded), got {pad_value}"
         )
     else:
-        pad_value, width = _array.number("pad_value", pad_value, features.dtype), neighbors.width
+        pad_value, width = checks.number("pad_value", pad_value, features.dtype), neighbors.width
     return features, reduction, chooses, weights, (empty, pad_value, width)
 
 
 def _neighbor_reduce(features, neighbors, **options):
     features, reduction, chooses, weights, values = _neighbor_reduce_checked(features, neighbors, **options)
-    out, choice = _array.backend(features).neighbor_reduce(
+    out, choice = devices.backend(features).neighbor_reduce(
         features, neighbors._index, neighbors._row_splits, weights, None, reduction, *values, chooses,
         config.get_num_threads()
     )  # fmt: skip
@@ -298,8 +300,8 @@ def _neighbor_reduce_vjp(arguments, saved, grad, needs):
     features, reduction, chooses, weights, _ = _neighbor_reduce_checked(**arguments)
     neighbors, threads = arguments["neighbors"], config.get_num_threads()
     if chooses:
-        return {"features": _array.backend(grad).unpool(*saved, grad, len(features), threads)}
-    backend = _array.backend(grad)
+        return {"features": devices.backend(grad).unpool(*saved, grad, len(features), threads)}
+    backend = devices.backend(grad)
     index, splits, grads = neighbors._index, neighbors._row_splits, {}
     if "features" in needs:
         if weights is None:
@@ -330,12 +332,12 @@ NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, 
 
 def _nearest_upsample(features, neighbors):
     features = _features_of(features, neighbors)
-    backend = _array.backend(features)
+    backend = devices.backend(features)
     return backend.gather_rows(features, neighbors._index, neighbors._row_splits, config.get_num_threads()), ()
 
 
 def _nearest_upsample_vjp(arguments, saved, grad, needs):
-    neighbors, backend = arguments["neighbors"], _array.backend(grad)
+    neighbors, backend = arguments["neighbors"], devices.backend(grad)
     counts, begins, num_points = neighbors.counts, neighbors._row_splits[:-1], neighbors.num_points
     if isinstance(grad, np.ndarray):
         if np.all(counts == 1):
@@ -343,11 +345,11 @@ def _nearest_upsample_vjp(arguments, saved, grad, needs):
             return {"features": _weighted_sum(grad, transposed._index, transposed._row_splits)}
         first, splits = neighbors._index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
     elif not len(neighbors._index):
-        return {"features": _array.namespace(grad).zeros(arguments["features"].shape, grad.dtype)}
+        return {"features": devices.namespace(grad).zeros(arguments["features"].shape, grad.dtype)}
     else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
         index = neighbors._index[np.minimum(begins, len(neighbors._index) - 1)]
         first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
-        splits = _array.namespace(grad).arange(len(counts) + 1)
+        splits = devices.namespace(grad).arange(len(counts) + 1)
     index, splits, _ = backend.transpose(first, splits, None, num_points, config.get_num_threads())
     return {"features": _weighted_sum(grad, index, splits)}
 
@@ -365,13 +367,13 @@ NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_v
 
 def _gather_arrays(features, index):
     sizes = {}
-    features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
-    return features, _few_enough("index", _array.array("index", index, "M", _INDEX, sizes))
+    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    return features, _few_enough("index", checks.array("index", index, "M", _INDEX, sizes))
 
 
 def _gather(features, index):
     features, index = _gather_arrays(features, index)
-    backend = _array.backend(features)
+    backend = devices.backend(features)
     try:
         return backend.gather_rows(features, index, None, config.get_num_threads()), ()
     except backend.OutOfRange:
@@ -379,10 +381,10 @@ def _gather(features, index):
 
 
 def _no_row(features, index):
-    index = _array.on_host(index)
+    index = devices.on_host(index)
     low, high = int(index.min()), int(index.max())
     if low >= 0 and high < len(features):
-        return _array.changed("index")
+        return checks.changed("index")
     bad = low if low < 0 else high
     return ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
 
@@ -394,9 +396,9 @@ def _gather_vjp(arguments, saved, grad, needs):
         if len(index) and not (index.min() >= 0 and index.max() < len(features)):
             raise _no_row(features, index)
     if not features.shape[1]:  # however many rows
-        return {"features": _array.namespace(grad).empty(features.shape, grad.dtype)}
-    each = _array.namespace(index).arange(len(index) + 1)
-    index, splits, _ = _array.backend(index).transpose(
+        return {"features": devices.namespace(grad).empty(features.shape, grad.dtype)}
+    each = devices.namespace(index).arange(len(index) + 1)
+    index, splits, _ = devices.backend(index).transpose(
         index.astype(np.int32, copy=False), each, None, len(features), config.get_num_threads()
     )
     return {"features": _weighted_sum(grad, index, splits)}
@@ -415,12 +417,12 @@ GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_r
 
 def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
     sizes = {}
-    points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
-    features = _array.array("features", features, "N C", _array.FEATURES, sizes)
-    power = _array.length("power", power, np.dtype(np.float64))
+    points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
+    features = checks.array("features", features, "N C", checks.FEATURES, sizes)
+    power = checks.length("power", power, np.dtype(np.float64))
     found = knn_search(points, queries, k, points_row_splits=points_row_splits,
                        queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
-    weights = _array.backend(features).inverse_distance_weights(
+    weights = devices.backend(features).inverse_distance_weights(
         found._distance, found._row_splits, power, features.dtype, config.get_num_threads()
     )
     out = _weighted_sum(features, found._index, found._row_splits, weights)
@@ -430,7 +432,7 @@ def _interpolate(points, queries, features, k, power, points_row_splits, queries
 def _interpolate_vjp(arguments, saved, grad, needs):
     splits, index, weights = saved
     threads = config.get_num_threads()
-    transposed = _array.backend(grad).transpose(index, splits, weights, len(arguments["points"]), threads)
+    transposed = devices.backend(grad).transpose(index, splits, weights, len(arguments["points"]), threads)
     return {"features": _weighted_sum(grad, *transposed)}
 
 
@@ -442,22 +444,22 @@ INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features"
 
 def _segment_reduce_checked(features, row_splits, reduce, empty, **splits):
     sizes = {}
-    features = _few_enough("features", _array.array("features", features, "N C", _array.FEATURES, sizes))
-    row_splits = _array.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
-    reduction = _array.choice("reduce", reduce, _REDUCES)
-    return features, row_splits, reduction, _array.number("empty", empty, features.dtype)
+    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    row_splits = checks.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
+    reduction = checks.choice("reduce", reduce, _REDUCES)
+    return features, row_splits, reduction, checks.number("empty", empty, features.dtype)
 
 
 def _segment_reduce(features, row_splits, reduce, empty):
     arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
     chooses = reduce in ("max", "min")
-    out, choice = _array.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
+    out, choice = devices.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
     return out, (choice,) if chooses else ()
 
 
 def _segment_reduce_vjp(arguments, saved, grad, needs):
     features, row_splits, reduction, _ = _segment_reduce_checked(**arguments, known=True)
-    backend, threads = _array.backend(grad), config.get_num_threads()
+    backend, threads = devices.backend(grad), config.get_num_threads()
     if saved:
         return {"features": backend.unpool(*saved, grad, len(features), threads)}
     return {"features": backend.segment_reduce_grad(grad, row_splits, reduction, len(features), threads)}

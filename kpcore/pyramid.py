@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array
-from kpcore.neighbors import GridIndex, Neighbors, lists_of_levels
+from kpcore.backends import checks, devices
+from kpcore.neighbors import Neighbors
+from kpcore.search import GridIndex, lists_of_levels
 from kpcore.subsampling import checked_rows, common_origin, grid_subsample, subsample_level
 
 
@@ -90,15 +91,15 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     >>> pyramid[0].pools
     Neighbors(125 queries, 862 points, 5279 pairs)
     """
-    num_levels = _array.integer("num_levels", num_levels, 1, 64)
+    num_levels = checks.integer("num_levels", num_levels, 1, 64)
     sizes = {}
-    points = _array.points_array("points", points, sizes)
-    voxel_size = _array.length("voxel_size", voxel_size, points.dtype)
+    points = checks.points_array("points", points, sizes)
+    voxel_size = checks.length("voxel_size", voxel_size, points.dtype)
     origin = common_origin(origin)
     radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
     limits = _limits(neighbor_limits, num_levels)
     if subsampled:
-        row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
+        row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
         levels = [(points, *checked_rows(features, labels, sizes), row_splits)]
     else:
         more = {"features": features, "labels": labels, "row_splits": row_splits}
@@ -142,17 +143,17 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, origin=0, conv_
     >>> kp.calibrate_neighbor_limits(clouds, voxel_size=0.1, num_levels=3)
     [58, 59, 27]
     """
-    if not 0 < _array.number("fraction", fraction, np.dtype(np.float64)) <= 1:
+    if not 0 < checks.number("fraction", fraction, np.dtype(np.float64)) <= 1:
         raise ValueError(f"fraction: expected a number above 0 and at most 1, got {fraction}")
-    num_levels, origin = _array.integer("num_levels", num_levels, 1, 64), common_origin(origin)
+    num_levels, origin = checks.integer("num_levels", num_levels, 1, 64), common_origin(origin)
     histograms = [np.zeros(1, np.int64) for _ in range(num_levels)]
     for cloud in clouds:
-        points = _array.points_array("clouds", cloud, {})
-        size = _array.length("voxel_size", voxel_size, points.dtype)
+        points = checks.points_array("clouds", cloud, {})
+        size = checks.length("voxel_size", voxel_size, points.dtype)
         radii = _radii(points.dtype, size, num_levels, conv_radius, deform_radius, deform_levels)
         for number, radius in enumerate(radii):
             points = grid_subsample(points, size * 2**number, origin=origin).points
-            counts = _array.on_host(GridIndex(points, radius).radius_search(None, radius, count_only=True))
+            counts = devices.on_host(GridIndex(points, radius).radius_search(None, radius, count_only=True))
             histogram = np.bincount(counts, minlength=len(histograms[number]))
             histogram[: len(histograms[number])] += histograms[number]
             histograms[number] = histogram
@@ -162,9 +163,9 @@ def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, origin=0, conv_
 
 
 def _radii(dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels):
-    conv_radius = _array.length("conv_radius", conv_radius, dtype)
-    deform_radius = _array.length("deform_radius", deform_radius, dtype)
-    deformable = {_array.integer("deform_levels", level, 0, num_levels - 1) for level in deform_levels}
+    conv_radius = checks.length("conv_radius", conv_radius, dtype)
+    deform_radius = checks.length("deform_radius", deform_radius, dtype)
+    deformable = {checks.integer("deform_levels", level, 0, num_levels - 1) for level in deform_levels}
     in_voxels = [deform_radius if level in deformable else conv_radius for level in range(num_levels)]
     return [radius * voxel_size * 2**level for level, radius in enumerate(in_voxels)]
 
@@ -172,7 +173,7 @@ def _radii(dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_lev
 def _limits(neighbor_limits, num_levels):
     if neighbor_limits is None:
         return [None] * num_levels
-    limits = [_array.integer("neighbor_limits", limit, 0) for limit in neighbor_limits]
+    limits = [checks.integer("neighbor_limits", limit, 0) for limit in neighbor_limits]
     if len(limits) != num_levels:
         raise ValueError(f"neighbor_limits: expected {num_levels} numbers to match num_levels, got {len(limits)}")
     return limits

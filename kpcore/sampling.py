@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, config
+from kpcore import config
+from kpcore.backends import checks, devices
 
 
 class Sampled(NamedTuple):
@@ -67,32 +68,32 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     array([0, 1, 2, 4], dtype=int32)
     """
     sizes = {}
-    points = _array.points_array("points", points, sizes, dimensions=_array.DIMENSIONS)
-    num = _array.integer("num", num, 1)
-    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes)
-    lengths = np.diff(_array.on_host(row_splits))
+    points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
+    num = checks.integer("num", num, 1)
+    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
+    lengths = np.diff(devices.on_host(row_splits))
     start = _starts(start, lengths, sizes["device"])
-    method = _array.choice("method", method, (None, "exact", "bucketed"))
+    method = checks.choice("method", method, (None, "exact", "bucketed"))
     out_row_splits = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
-    total, backend = int(out_row_splits[-1]), _array.backend(points)
-    start, out_row_splits = _array.like(points, start), _array.like(points, out_row_splits)
+    total, backend = int(out_row_splits[-1]), devices.backend(points)
+    start, out_row_splits = devices.to_device_of(points, start), devices.to_device_of(points, out_row_splits)
     try:
         index = backend.farthest_points(
             points, row_splits, start, out_row_splits, total, method, config.get_num_threads()
         )
     except backend.NotFinite:
-        raise _array.not_measurable(points, row_splits) or _array.changed("points") from None
+        raise checks.not_measurable(points, row_splits) or checks.changed("points") from None
     return Sampled(index, out_row_splits)
 
 
 def _starts(start, lengths, device):
     """(B,) int64 on the host, each within its item."""
-    if _array.is_array(start):
+    if devices.is_array(start):
         sizes = {"B": (len(lengths), "row_splits"), "device": device}
-        start = _array.on_host(_array.array("start", start, "B", _array.SPLITS, sizes)).copy()
+        start = devices.on_host(checks.array("start", start, "B", checks.SPLITS, sizes)).copy()
     else:
-        start = np.full(len(lengths), _array.integer("start", start, 0, _array.MAX_POINTS))
+        start = np.full(len(lengths), checks.integer("start", start, 0, checks.MAX_POINTS))
     wrong = (lengths > 0) & ((start < 0) | (start >= lengths))
     if wrong.any():
         item = int(np.argmax(wrong))

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import _array, config
+from kpcore import config
 from kpcore.autodiff import Op
+from kpcore.backends import checks, devices
 
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
@@ -110,28 +111,28 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
 
 def _forward(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label, known=False):
     sizes = {}
-    points = _array.points_array("points", points, sizes)
+    points = checks.points_array("points", points, sizes)
     dimension = points.shape[1]
-    voxel_size = _array.per_axis("voxel_size", voxel_size, dimension, _array.length, points.dtype)
+    voxel_size = checks.per_axis("voxel_size", voxel_size, dimension, checks.length, points.dtype)
     features, labels = checked_rows(features, labels, sizes)
     if ignore_label is not None:
         if labels is None:
             raise ValueError("ignore_label: expected None, because there are no labels, got a number")
         limits = np.iinfo(labels.dtype)
-        ignore_label = _array.integer("ignore_label", ignore_label, limits.min, limits.max)
-    row_splits = _array.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
+        ignore_label = checks.integer("ignore_label", ignore_label, limits.min, limits.max)
+    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
     origin = _origin(origin, points, len(row_splits) - 1, sizes)
-    position_code = _array.choice("position", position, _POSITIONS)
-    feature_code = _array.choice("feature", feature, _FEATURES)
+    position_code = checks.choice("position", position, _POSITIONS)
+    feature_code = checks.choice("feature", feature, _FEATURES)
     by_nearest = position == "nearest" or (feature == "nearest" and features is not None)
-    backend, threads = _array.backend(points), config.get_num_threads()
+    backend, threads = devices.backend(points), config.get_num_threads()
     try:
         *fields, nearest = backend.grid_subsample(
             points, features, labels, row_splits, voxel_size, origin, position_code, feature_code, by_nearest,
             ignore_label, threads
         )  # fmt: skip
     except backend.NotFinite:
-        raise _array.not_finite(points=points) from None
+        raise checks.not_finite(points=points) from None
     except backend.OutOfRange:
         raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
     out = Subsampled(*fields)
@@ -141,9 +142,9 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
 def checked_rows(features, labels, sizes):
     """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
     if features is not None:
-        features = _array.array("features", features, "N C", _array.FEATURES, sizes)
+        features = checks.array("features", features, "N C", checks.FEATURES, sizes)
     if labels is not None:
-        labels = _array.array("labels", labels, "N", _array.LABELS, sizes)
+        labels = checks.array("labels", labels, "N", checks.LABELS, sizes)
     return features, labels
 
 
@@ -157,27 +158,27 @@ def common_origin(origin):
     """The origin of grids of several voxel sizes: 0 or "published"; anything else is an error."""
     if isinstance(origin, numbers.Real) and origin == 0:
         return 0
-    _array.choice("origin", origin, (0, PUBLISHED))
+    checks.choice("origin", origin, (0, PUBLISHED))
     return PUBLISHED
 
 
 def _origin(origin, points, num_items, sizes):
     """(D,), or (B, D) where the points are; None for the published one, which the kernels compute."""
     if isinstance(origin, str):
-        _array.choice("origin", origin, (PUBLISHED,))
+        checks.choice("origin", origin, (PUBLISHED,))
         return None
     ndim = getattr(origin, "ndim", 0)
     if ndim > 1 or (ndim and not isinstance(origin, np.ndarray)):
         sizes = sizes | {"B": (num_items, "row_splits")}
-        return _array.array("origin", origin, "B D", _array.REAL, sizes, like=("points", points))
-    return _array.per_axis("origin", origin, points.shape[1], _array.number, points.dtype)
+        return checks.array("origin", origin, "B D", checks.REAL, sizes, like=("points", points))
+    return checks.per_axis("origin", origin, points.shape[1], checks.number, points.dtype)
 
 
 def _vjp(arguments, saved, grad, needs):
-    feature = _array.choice("feature", arguments["feature"], _FEATURES)
-    features = _array.contiguous(arguments["features"])
+    feature = checks.choice("feature", arguments["feature"], _FEATURES)
+    features = devices.contiguous(arguments["features"])
     return {
-        "features": _array.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())
+        "features": devices.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())
     }
 
 
@@ -185,12 +186,12 @@ OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features", 
 
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):
-    points, row_splits = _array.on_host(points), _array.on_host(row_splits)
+    points, row_splits = devices.on_host(points), devices.on_host(row_splits)
     if origin is None:
         origin = 0
     elif origin.ndim == 2:
         items = np.repeat(np.arange(len(origin)), np.diff(row_splits))
-        origin = _array.on_host(origin)[items]
+        origin = devices.on_host(origin)[items]
         bad = ~np.isfinite(origin).all(axis=1)
         if bad.any():
             row = int(np.argmax(bad))

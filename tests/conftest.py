@@ -11,7 +11,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))  # the importlib mode puts no folder there: reference, clouds, gradcheck
 
 import kpcore as kp
-from kpcore import _cpu
+from kpcore.backends import cpu
 
 settings.register_profile("kpcore", max_examples=500, deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("kpcore")
@@ -57,12 +57,12 @@ def set_threads():
 
 @pytest.fixture
 def set_isa():
-    """kpcore._cpu.set_isa, undone afterwards."""
-    yield _cpu.set_isa
-    _cpu.set_isa(os.environ.get("KPCORE_ISA") or next(i for i in ("avx512", "avx2", "base") if i in _cpu.isas()))
+    """kpcore.backends.cpu.set_isa, undone afterwards."""
+    yield cpu.set_isa
+    cpu.set_isa(os.environ.get("KPCORE_ISA") or next(i for i in ("avx512", "avx2", "base") if i in cpu.isas()))
 
 
-@pytest.fixture(params=_cpu.isas())
+@pytest.fixture(params=cpu.isas())
 def isa(request, set_isa):
     set_isa(request.param)
     return request.param

@@ -130,7 +130,7 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-@pytest.mark.parametrize("module", ["kpcore", "numpy.linalg", "kpcore._cpu", "kpcore.cli"])
+@pytest.mark.parametrize("module", ["kpcore", "numpy.linalg", "kpcore.backends.cpu", "kpcore.cli"])
 def test_ctrl_c_while_kpcore_is_imported(run, module):
     code, out, err = run("config", code=SLOW_IMPORT.format(module=module) + START)
     assert (code, out, err) == (130, b"", b"")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kpcore as kp
-from kpcore import _cpu
+from kpcore.backends import cpu
 
 USE = "import numpy as np, kpcore as kp; kp.radius_search(np.zeros((9, 3)), None, 1.0); "
 
@@ -88,8 +88,8 @@ def test_threads_from_the_environment(env, expected, python, monkeypatch):
 
 # ---- threads that wait
 
-needs_gomp = pytest.mark.skipif("gomp" not in (_cpu.openmp_library() or ""), reason="not GCC's OpenMP")
-SPINS = "ctypes.CDLL(kp._cpu.openmp_library()).omp_display_env(1)"  # OpenMP itself says it, to stderr
+needs_gomp = pytest.mark.skipif("gomp" not in (cpu.openmp_library() or ""), reason="not GCC's OpenMP")
+SPINS = "ctypes.CDLL(kp.backends.cpu.openmp_library()).omp_display_env(1)"  # OpenMP itself says it, to stderr
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ kp.show_config()
 @needs_gomp
 def test_config_says_that_an_openmp_loaded_before_does_not_know_of_the_short_wait(python, no_wish):
     """As when torch, which brings its own, is imported first."""
-    first = f"import ctypes; ctypes.CDLL({_cpu.openmp_library()!r}); "
+    first = f"import ctypes; ctypes.CDLL({cpu.openmp_library()!r}); "
     done = python(f"{first}import kpcore as kp; kp.show_config(); {SPINS}")
     assert spins(done) == "300000"
     assert "loaded before kpcore" in done.stdout and "set GOMP_SPINCOUNT=1000 before Python starts" in done.stdout
@@ -300,8 +300,8 @@ def test_small_problems_start_no_threads(num, operators, started, python):
 
 
 def test_base_is_always_usable():
-    assert "base" in _cpu.isas()
-    assert set(_cpu.isas()) <= {"base", "avx2", "avx512"}
+    assert "base" in cpu.isas()
+    assert set(cpu.isas()) <= {"base", "avx2", "avx512"}
 
 
 @pytest.mark.parametrize("name", ["sse9", "", "AVX2 "])
@@ -311,7 +311,7 @@ def test_unknown_isa(name, set_isa):
 
 
 def test_kpcore_isa_is_what_show_config_says(python):
-    printed = {isa: python("import kpcore; kpcore.show_config()", KPCORE_ISA=isa).stdout for isa in _cpu.isas()}
+    printed = {isa: python("import kpcore; kpcore.show_config()", KPCORE_ISA=isa).stdout for isa in cpu.isas()}
     assert len(set(printed.values())) == len(printed)
     for isa, text in printed.items():
         assert isa in text
@@ -465,6 +465,6 @@ points = np.random.default_rng(0).random((50, 3))
 kp.build_pyramid(points, voxel_size=0.2, num_levels=2)
 nb = kp.knn_search(points, None, 3).to("cpu")
 kp.kpconv(points, None, nb, points, np.ones((1, 3, 2)), np.zeros((1, 3)), 1.0)
-print("cupy" in sys.modules or "kpcore._gpu" in sys.modules)
+print("cupy" in sys.modules or "kpcore.backends.gpu" in sys.modules)
 """
     assert python(code).stdout == "False\n"

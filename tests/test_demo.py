@@ -12,7 +12,7 @@ import pytest
 
 import kpcore as kp
 from kpcore import cli, demo, scenes
-from kpcore.scenes.settings import Part
+from kpcore.pipeline.settings import Part
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -112,7 +112,7 @@ def test_without_a_file_it_trains_and_labels(run, tmp_path, small):
 
 
 def test_the_demo_is_that_of_the_settings():
-    from kpcore.scenes.settings import from_dict
+    from kpcore.pipeline.settings import from_dict
 
     settings = from_dict(demo.TRAINING)
     assert settings.names == scenes.indoor(1).names and len(settings.data.train) == 5

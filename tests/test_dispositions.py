@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import kpcore as kp
-from kpcore import _cpu, dispositions
+from kpcore import dispositions
+from kpcore.backends import cpu
 
 
 def unscaled(num, dimension=3, fixed=1, seed=0):
-    return _cpu.kernel_points(num, dimension, fixed, None, seed, 2)
+    return cpu.kernel_points(num, dimension, fixed, None, seed, 2)
 
 
 def gradient(points):
@@ -88,10 +89,10 @@ def test_seeds_differ_and_repeat():
 
 def test_same_bits_for_any_instruction_set_and_threads(set_isa):
     expected = unscaled(15)
-    for isa in _cpu.isas():
+    for isa in cpu.isas():
         set_isa(isa)
         for threads in (1, 2, 3):
-            np.testing.assert_array_equal(_cpu.kernel_points(15, 3, 1, None, 0, threads), expected)
+            np.testing.assert_array_equal(cpu.kernel_points(15, 3, 1, None, 0, threads), expected)
 
 
 def test_same_bits_as_when_it_was_written():
@@ -223,17 +224,17 @@ def test_methods_have_seeds_and_rotations(method, num):
 def test_methods_have_the_same_bits_for_any_instruction_set_and_threads(set_isa):
     radii = np.repeat([0, 0.4, 0.8], [1, 6, 9])
     results = set()
-    for isa in _cpu.isas():
+    for isa in cpu.isas():
         set_isa(isa)
         for threads in (1, 2, 3):
-            lloyd, shells = _cpu.lloyd(50, 3, 1, 5, threads), _cpu.kernel_points(16, 3, 1, radii, 5, threads)
+            lloyd, shells = cpu.lloyd(50, 3, 1, 5, threads), cpu.kernel_points(16, 3, 1, radii, 5, threads)
             results.add(lloyd.tobytes() + shells.tobytes())
     assert len(results) == 1
 
 
 def test_methods_have_the_same_bits_as_when_they_were_written():
-    lloyd = _cpu.lloyd(50, 3, 1, 0, 2)
-    shells = _cpu.kernel_points(16, 3, 1, np.repeat([0, 0.4, 0.8], [1, 6, 9]), 0, 2)
+    lloyd = cpu.lloyd(50, 3, 1, 0, 2)
+    shells = cpu.kernel_points(16, 3, 1, np.repeat([0, 0.4, 0.8], [1, 6, 9]), 0, 2)
     expected = [
         [
             "-0x1.f84db7ad92c31p-5",
@@ -277,7 +278,7 @@ def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name,
     calls, step = [], 0x9E3779B97F4A7C15
     expected = kp.kernel_points(num, method=method, seed=step)
     dispositions._unit.cache_clear()
-    monkeypatch.setattr(_cpu, name, spoiled(getattr(_cpu, name), 1, calls))
+    monkeypatch.setattr(cpu, name, spoiled(getattr(cpu, name), 1, calls))
     np.testing.assert_array_equal(kp.kernel_points(num, method=method), expected)
     assert calls == [0, step]
     dispositions._unit.cache_clear()
@@ -285,7 +286,7 @@ def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name,
 
 def test_the_widest_of_eight_starts_that_fail(monkeypatch):
     calls = []
-    monkeypatch.setattr(_cpu, "lloyd", spoiled(_cpu.lloyd, 8, calls))
+    monkeypatch.setattr(cpu, "lloyd", spoiled(cpu.lloyd, 8, calls))
     dispositions._unit.cache_clear()
     points = kp.kernel_points(33, method="lloyd", dtype=np.float64)
     dispositions._unit.cache_clear()
@@ -299,7 +300,7 @@ def test_the_widest_of_eight_starts_that_fail(monkeypatch):
                                              ("shells", (1, 2, 1)), ("shells", (1, 30))])  # fmt: skip
 def test_the_first_start_will_do(method, num, dimension, monkeypatch):
     name, calls = "lloyd" if method == "lloyd" else "kernel_points", []
-    monkeypatch.setattr(_cpu, name, spoiled(getattr(_cpu, name), 0, calls))
+    monkeypatch.setattr(cpu, name, spoiled(getattr(cpu, name), 0, calls))
     dispositions._unit.cache_clear()
     kp.kernel_points(num, dimension=dimension, method=method)
     assert calls == [0]

@@ -31,7 +31,8 @@ if EMULATED:
     cupy = fake_cupy.install()
 
 import kpcore as kp
-from kpcore import _gpu, nn
+from kpcore import nn
+from kpcore.backends import gpu
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
@@ -316,14 +317,14 @@ def test_a_pyramid_of_squares_that_overflow():
 
 def test_a_query_that_changes_after_it_was_counted(monkeypatch):
     points, radius = clouds.uniform(300)
-    queries, count = cupy.asarray(points[:40] + 5), _gpu._count
+    queries, count = cupy.asarray(points[:40] + 5), gpu._count
 
     def counted(search):
         found = count(search)
         queries[:20] = cupy.asarray(points[:20])  # more neighbours than counted
         return found
 
-    monkeypatch.setattr(_gpu, "_count", counted)
+    monkeypatch.setattr(gpu, "_count", counted)
     assert kp.radius_search(cupy.asarray(points), queries, radius).num_pairs == 0
     queries[...] = cupy.asarray(points[:40])
     points[:20] += 7  # fewer
@@ -605,7 +606,7 @@ def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6,
 @pytest.mark.parametrize("sums_bytes", [32 << 20, 5000])
 @pytest.mark.parametrize("name", KPCONVS)
 def test_kpconv(name, sums_bytes, monkeypatch):
-    monkeypatch.setattr(_gpu, "_SUMS_BYTES", sums_bytes)
+    monkeypatch.setattr(gpu, "_SUMS_BYTES", sums_bytes)
     function, primals, settings = kpconv_problem(**KPCONVS[name])
     everything = tuple(primals) if function is kp.kpconv else ("features", "weights", "attention")
     for names in (everything, ("weights",), ("features",), everything[:1]):
@@ -648,7 +649,7 @@ def test_kpconv_of_points_among_themselves():
 @emulated
 @pytest.mark.parametrize("backward", [False, True])
 def test_kpconv_takes_memory_for_some_queries_at_a_time(backward, monkeypatch):
-    monkeypatch.setattr(_gpu, "_SUMS_BYTES", 1 << 14)
+    monkeypatch.setattr(gpu, "_SUMS_BYTES", 1 << 14)
     monkeypatch.setattr(fake_cupy, "mode", {"check": False})
     points, radius = clouds.uniform(600)
     device, rng = to_device(points), np.random.default_rng(0)
@@ -914,13 +915,13 @@ def test_what_a_bug_report_says(capsys):
 
 
 def test_the_names_and_arguments_of_the_cpu():
-    """All of _cpu.pyi but what has no meaning there."""
-    text = ast.parse(Path(_gpu.__file__).with_name("_cpu.pyi").read_text())
+    """All of cpu.pyi but what has no meaning there."""
+    text = ast.parse(Path(gpu.__file__).with_name("cpu.pyi").read_text())
     cpu = {f.name: [a.arg for a in f.args.args] for f in text.body if isinstance(f, ast.FunctionDef)}
     of_the_cpu_alone = {"array_at", "fma_rate", "frozen", "has_openmp", "isa", "isas", "kernel_points", "lloyd",
                         "openmp_library", "pause_threads", "set_isa", "version", "xla_arrays"}  # fmt: skip
     for name in set(cpu) - of_the_cpu_alone:
-        code = getattr(_gpu, name).__code__
+        code = getattr(gpu, name).__code__
         assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import assert_rows, assert_same_bits
 
 import kpcore as kp
-from kpcore import _cpu
+from kpcore.backends import cpu
 
 both_dims = pytest.mark.parametrize("dim", [2, 3])
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -400,7 +400,7 @@ def test_nearest_of_queries_very_far_away(factor):
 def test_nearest_are_the_same_bits_with_any_instructions_and_threads(name, dtype, set_isa, set_threads):
     points, _ = DECISIONS[name](dtype)
     results = []
-    for isa, threads in itertools.product(_cpu.isas(), (1, 2, 3)):
+    for isa, threads in itertools.product(cpu.isas(), (1, 2, 3)):
         set_isa(isa)
         set_threads(threads)
         results.append(kp.knn_search(points, None, 9, return_distances=True))
@@ -610,7 +610,7 @@ DECISIONS = {
 def test_same_bits_with_any_instructions_and_threads(name, dtype, sort, set_isa, set_threads):
     points, radius = DECISIONS[name](dtype)
     results = []
-    for isa, threads in itertools.product(_cpu.isas(), (1, 2, 3)):
+    for isa, threads in itertools.product(cpu.isas(), (1, 2, 3)):
         set_isa(isa)
         set_threads(threads)
         results.append(kp.radius_search(points, None, radius, sort=sort, max_neighbors=30, return_distances=True))

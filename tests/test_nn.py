@@ -1017,7 +1017,7 @@ def test_the_norm_is_the_same_bits_everywhere_and_right_to_the_last(dtype, size,
              for name, n in (("a", size), ("b", 7))}  # fmt: skip
     squares = math.fsum(float(v) * float(v) for grad in grads.values() for v in grad)
     found = set()
-    for isa in kp._cpu.isas():
+    for isa in kp.backends.cpu.isas():
         set_isa(isa)
         for num_threads in (1, 2, 3):
             set_threads(num_threads)

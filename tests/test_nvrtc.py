@@ -22,15 +22,15 @@ def source():
 
     if "cupy" not in sys.modules:
         fake_cupy.install()
-    from kpcore import _gpu
+    from kpcore.backends import gpu
 
-    return _gpu.source
+    return gpu.source
 
 
 def test_every_file_is_here(source):
-    from kpcore import _gpu
+    from kpcore.backends import gpu
 
-    assert {path.name for path in _gpu._SOURCES.glob("*.cu")} == set(nvrtc.VARIANTS)
+    assert {path.name for path in gpu._SOURCES.joinpath("cuda").glob("*.cu")} == set(nvrtc.VARIANTS)
 
 
 @needed
@@ -69,7 +69,7 @@ def test_an_error_names_file_and_line(source):
         "double cell_of(double x, double inverse_cell) {", "double cell_of(double x, double inverse_cell) { wrong;"
     )
     assert wrong != text
-    line = (Path(sys.modules["kpcore._gpu"].__file__).with_name("cuda") / "neighbors.cu").read_text().split(
+    line = (Path(sys.modules["kpcore.backends.gpu"].__file__).parent / "sources/cuda/neighbors.cu").read_text().split(
         "cell_of(double x"
     )[0].count("\n") + 1
     with pytest.raises(ValueError, match=rf"neighbors\.cu\({line}\): error: identifier \"wrong\" is undefined"):

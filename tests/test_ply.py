@@ -12,7 +12,7 @@ from files import COLORS, LABELS, POINTS, ply, refusal
 from kpcore import scenes
 from kpcore.io import formats
 from kpcore.io import ply as reader
-from kpcore.scenes import segmentation
+from kpcore.pipeline import segmentation
 
 FORMATS = {"ascii": None, "binary_little_endian": "<", "binary_big_endian": ">"}
 LETTERS = {  # of struct

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import TOLERANCE, assert_close, assert_same_bits
 
 import kpcore as kp
-from kpcore import rows
+from kpcore.ops import OPS
 
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 SHAPES = [(3, 1), (3, 4), (16, 13), (61, 32), (130, 33), (1500, 8), (240, 100), (5, 257)]
@@ -677,20 +677,20 @@ def test_shapes_and_dtypes_are_known_ahead():
     norm = {"features": x, "scale": c, "shift": c, "eps": 1e-5, "negative_slope": None}
     loss = {"logits": x, "labels": labels, "ignore_index": None, "class_weights": None}
     calls = [
-        (rows.LINEAR, {"features": x, "weights": np.ones((4, 3), np.float32), "bias": None}),
+        (OPS["linear"], {"features": x, "weights": np.ones((4, 3), np.float32), "bias": None}),
         *(
-            (rows.BATCH_NORM, norm | {"running_mean": c, "running_var": c, "training": t, "momentum": 0.1})
+            (OPS["batch_norm"], norm | {"running_mean": c, "running_var": c, "training": t, "momentum": 0.1})
             for t in (True, False)
         ),
-        *((rows.GROUP_NORM, norm | {"num_groups": 2, "row_splits": s}) for s in (None, np.array([0, 2, 2, 6]))),
-        (rows.LEAKY_RELU, {"features": x, "negative_slope": 0.1}),
-        (rows.RELU, {"features": x}),
-        (rows.SIGMOID, {"features": x}),
-        (rows.SOFTMAX, {"features": x}),
-        (rows.DROPOUT, {"features": x, "rate": 0.1, "seed": 0, "training": True}),
-        (rows.ADD, {"first": x, "second": x}),
-        (rows.CONCATENATE, {"first": x, "second": x, "third": None, "fourth": x}),
-        *((rows.SOFTMAX_CROSS_ENTROPY, loss | {"reduction": r}) for r in ("mean", "sum", "none")),
+        *((OPS["group_norm"], norm | {"num_groups": 2, "row_splits": s}) for s in (None, np.array([0, 2, 2, 6]))),
+        (OPS["leaky_relu"], {"features": x, "negative_slope": 0.1}),
+        (OPS["relu"], {"features": x}),
+        (OPS["sigmoid"], {"features": x}),
+        (OPS["softmax"], {"features": x}),
+        (OPS["dropout"], {"features": x, "rate": 0.1, "seed": 0, "training": True}),
+        (OPS["add"], {"first": x, "second": x}),
+        (OPS["concatenate"], {"first": x, "second": x, "third": None, "fourth": x}),
+        *((OPS["softmax_cross_entropy"], loss | {"reduction": r}) for r in ("mean", "sum", "none")),
     ]
     for op, arguments in calls:
         out, saved = op.forward(**arguments)

@@ -20,8 +20,8 @@ from reference import assert_same_bits
 import kpcore as kp
 from kpcore import cli, scenes
 from kpcore.nn import checkpoints
-from kpcore.scenes import batches, data, segmentation, settings, training, voting
-from kpcore.scenes.settings import SettingsError, from_dict
+from kpcore.pipeline import batches, data, segmentation, settings, training, voting
+from kpcore.pipeline.settings import SettingsError, from_dict
 
 pytest.importorskip("safetensors")
 
@@ -658,8 +658,8 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
     sections = json.dumps(given(training={"epochs": 3}))
     code = f"""
 import json, sys
-from kpcore.scenes import training
-from kpcore.scenes.settings import from_dict
+from kpcore.pipeline import training
+from kpcore.pipeline.settings import from_dict
 training._BETWEEN_CHECKPOINTS = 0
 out, resume = sys.argv[1], sys.argv[2] == "resume"
 training.Training(from_dict(json.loads({sections!r})), out, ".", resume=resume).run(lambda e: print("step", flush=True))
@@ -936,7 +936,7 @@ import os, signal, sys, zipfile
 import numpy as np
 from kpcore import nn
 from kpcore.nn import checkpoints
-from kpcore.scenes import segmentation
+from kpcore.pipeline import segmentation
 np.savez("a.npz", points=np.zeros((9, 3)))
 signal.signal(signal.{name}, signal.SIG_IGN if len(sys.argv) > 1 else signal.SIG_DFL)  # whoever runs the tests
 def end(*args, **kwargs):

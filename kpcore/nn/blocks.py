@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 
 import kpcore
-from kpcore import _array
+from kpcore.backends import checks
 from kpcore.dispositions import _rotated, _rotation
 
 MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
@@ -103,8 +103,8 @@ def check_channels(name, channels):
 def check_norm(net, width_of_items):
     """The fields of a network that say how it is normalised; `width_of_items` is that of a normalised layer of one row
     for each item, if there is one."""
-    _array.choice("norm", net.norm, ("batch", "group", "instance", None))
-    check_fields(net, _array.integer, ("norm_groups",), 1)
+    checks.choice("norm", net.norm, ("batch", "group", "instance", None))
+    check_fields(net, checks.integer, ("norm_groups",), 1)
     groups = {"group": math.gcd(net.norm_groups, width_of_items or 1), "instance": width_of_items}.get(net.norm)
     if width_of_items and groups == width_of_items:
         raise ValueError(f"norm: expected one that leaves something of the {width_of_items} numbers of an item before "

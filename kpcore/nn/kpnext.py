@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import kpcore
-from kpcore import _array, config
+from kpcore import config
+from kpcore.backends import checks, devices
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.nn.networks import check_dimension, evaluated, initialised
@@ -91,7 +92,7 @@ class KPNeXt:
             values = getattr(self, name)
             if not isinstance(values, (list, tuple, np.ndarray)):
                 raise TypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
-            object.__setattr__(self, name, tuple(_array.integer(name, value, 1, 1000) for value in values))
+            object.__setattr__(self, name, tuple(checks.integer(name, value, 1, 1000) for value in values))
         object.__setattr__(self, "origin", common_origin(self.origin))
         if len(self.depths) > blocks.MOST_LEVELS or sum(self.depths) > 1000 or sum(self.shells) > 1000:
             limits = f"depths of at most {blocks.MOST_LEVELS} levels and 1000 blocks, and shells of 1000 kernel points"
@@ -101,20 +102,20 @@ class KPNeXt:
             raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
         if self.shells[:1] != (1,):
             raise ValueError(f"shells: expected those from the centre, of 1 point, outwards, got {self.shells}")
-        blocks.check_fields(self, _array.integer, ("num_features", "num_classes", "width"), 1)
-        blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
-        blocks.check_fields(self, _array.length, ("voxel_size",), np.dtype(np.float32))
-        blocks.check_fields(self, _array.between, ("radius",), *blocks.IN_VOXELS)
-        blocks.check_fields(self, _array.number, ("grid_factor",), np.dtype(np.float32))
+        blocks.check_fields(self, checks.integer, ("num_features", "num_classes", "width"), 1)
+        blocks.check_fields(self, checks.integer, ("dimension",), 2, 3)
+        blocks.check_fields(self, checks.length, ("voxel_size",), np.dtype(np.float32))
+        blocks.check_fields(self, checks.between, ("radius",), *blocks.IN_VOXELS)
+        blocks.check_fields(self, checks.number, ("grid_factor",), np.dtype(np.float32))
         if not 1 < self.grid_factor <= 100:
             raise ValueError(f"grid_factor: expected a number above 1, at most 100, got {self.grid_factor}")
         blocks.check_channels("width", self.widths[-1])
-        blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
-        blocks.check_fields(self, _array.between, ("slope",), -1, 1)
-        blocks.check_fields(self, _array.boolean, ("segment", "attention_norm"))
+        blocks.check_fields(self, checks.between, ("dropout", "momentum"), 0, 1)
+        blocks.check_fields(self, checks.between, ("slope",), -1, 1)
+        blocks.check_fields(self, checks.boolean, ("segment", "attention_norm"))
         blocks.check_norm(self, None if self.segment else self.widths[-1])
         if self.attention_groups is not None:
-            blocks.check_fields(self, _array.integer, ("attention_groups",), 1)
+            blocks.check_fields(self, checks.integer, ("attention_groups",), 1)
             if any(width % self.attention_groups for width in self.widths):
                 raise ValueError(f"attention_groups: expected a divisor of {self.widths}, got {self.attention_groups}")
 
@@ -225,7 +226,7 @@ def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, *
     >>> [round(kp.nn.count(kp.nn.kpnext(5, 13, 0.04, size=size, attention=False).init()[0]) / 1e6, 1) for size in "SL"]
     [5.0, 7.8]
     """
-    _array.choice("size", size, tuple(_SIZES))
+    checks.choice("size", size, tuple(_SIZES))
     options = {"depths": _SIZES[size], "attention_groups": 4 if attention else None} | options
     return KPNeXt(num_features=num_features, num_classes=num_classes, voxel_size=voxel_size, **options)
 
@@ -233,7 +234,7 @@ def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, *
 def _inverse(inverse, num_voxels):
     """The voxel of each point as a list, where the points are."""
     array = inverse
-    if not _array.is_array(inverse):  # of another framework
+    if not devices.is_array(inverse):  # of another framework
         array = config.cupy().from_dlpack(inverse) if getattr(inverse, "is_cuda", False) else np.asarray(inverse)
-    splits = _array.namespace(array).arange(len(array) + 1)
+    splits = devices.namespace(array).arange(len(array) + 1)
     return Neighbors(array, splits, num_voxels)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 import kpcore
-from kpcore import _array
+from kpcore.backends import checks
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.nn import blocks
 from kpcore.pyramid import Pyramid
@@ -50,11 +50,11 @@ def architecture(levels=5, convs=3, *, deformable=0, segment=True):
     >>> len(architecture()), architecture(segment=False)[-1]
     (22, 'global_average')
     """
-    levels, convs = _array.integer("levels", levels, 1, blocks.MOST_LEVELS), _array.integer("convs", convs, 2, 64)
+    levels, convs = checks.integer("levels", levels, 1, blocks.MOST_LEVELS), checks.integer("convs", convs, 2, 64)
     found = ["simple", "resnetb"]
     for _ in range(levels - 1):
         found += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
-    deformable = _array.integer("deformable", deformable, 0, len(found))
+    deformable = checks.integer("deformable", deformable, 0, len(found))
     for i in range(len(found) - deformable, len(found)):
         found[i] = found[i].replace("_strided", "") + "_deformable" + "_strided" * found[i].endswith("_strided")
     return (*found, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
@@ -162,29 +162,29 @@ class Network:
         object.__setattr__(self, "architecture", tuple(self.architecture))
         object.__setattr__(self, "origin", common_origin(self.origin))
         _check_architecture(self.architecture)
-        blocks.check_fields(self, _array.integer, ("num_features", "num_classes"), 1)
-        blocks.check_fields(self, _array.integer, ("kernel_size",), 1, 100)  # the most that kernel_points arranges
-        blocks.check_fields(self, _array.integer, ("dimension",), 2, 3)
-        blocks.check_fields(self, _array.integer, ("width",), 4)
+        blocks.check_fields(self, checks.integer, ("num_features", "num_classes"), 1)
+        blocks.check_fields(self, checks.integer, ("kernel_size",), 1, 100)  # the most that kernel_points arranges
+        blocks.check_fields(self, checks.integer, ("dimension",), 2, 3)
+        blocks.check_fields(self, checks.integer, ("width",), 4)
         if self.width % 4:
             raise ValueError(f"width: expected a multiple of 4, got {self.width}")
         widths = [name for name in ("decoder_width", "head_width") if getattr(self, name) is not None]
-        blocks.check_fields(self, _array.integer, widths, 1)
+        blocks.check_fields(self, checks.integer, widths, 1)
         coarsest = 2 ** (self.num_levels - 1)
         for name, most in (("width", coarsest), ("decoder_width", coarsest), ("head_width", 1)):
             blocks.check_channels(name, (getattr(self, name) or 0) * most)
-        blocks.check_fields(self, _array.length, ("voxel_size",), single)
+        blocks.check_fields(self, checks.length, ("voxel_size",), single)
         in_voxels = "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
-        blocks.check_fields(self, _array.between, in_voxels, *blocks.IN_VOXELS)
-        blocks.check_fields(self, _array.between, ("dropout", "momentum"), 0, 1)
-        blocks.check_fields(self, _array.between, ("fitting_power",), 0, 10**6)
-        blocks.check_fields(self, _array.between, ("slope",), -1, 1)
+        blocks.check_fields(self, checks.between, in_voxels, *blocks.IN_VOXELS)
+        blocks.check_fields(self, checks.between, ("dropout", "momentum"), 0, 1)
+        blocks.check_fields(self, checks.between, ("fitting_power",), 0, 10**6)
+        blocks.check_fields(self, checks.between, ("slope",), -1, 1)
         if self.pool_pad_value is not None:
-            blocks.check_fields(self, _array.between, ("pool_pad_value",), -(10**9), 10**9)
-        blocks.check_fields(self, _array.boolean, ("head_norm", "modulated", "always_narrow"))
+            blocks.check_fields(self, checks.between, ("pool_pad_value",), -(10**9), 10**9)
+        blocks.check_fields(self, checks.boolean, ("head_norm", "modulated", "always_narrow"))
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip
-            _array.choice(name, getattr(self, name), allowed)
+            checks.choice(name, getattr(self, name), allowed)
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
@@ -386,7 +386,7 @@ def check_arrays(net, params, state):
     """An error unless dicts of NumPy arrays are what a network asks for, in its shapes and all of one type. None is
     made for it: where a file has a network of 10**9 channels and no such arrays, there is no memory to be had."""
     dtypes = {value.dtype for value in (*params.values(), *state.values())}
-    if len(dtypes) > 1 or not dtypes <= {*_array.REAL}:
+    if len(dtypes) > 1 or not dtypes <= {*checks.REAL}:
         got = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"params, state: expected arrays of float32, or all of float64, got {got}")
     params, state = _Recording(params), _Recording(state)
@@ -399,9 +399,9 @@ def check_arrays(net, params, state):
 def initialised(net, seed, dtype):
     """(params, state) of a network: all that a pass over no points asks for."""
     dtype = np.dtype(dtype)
-    if dtype not in _array.REAL:
+    if dtype not in checks.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
-    seed = _array.integer("seed", seed, 0)
+    seed = checks.integer("seed", seed, 0)
     _pass_over_nothing(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # an error for one that has too many
     params, state = {}, {}
     _pass_over_nothing(net, params, state, dtype, {"seed": seed, "dtype": dtype})

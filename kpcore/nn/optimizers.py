@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from kpcore import _array, config
+from kpcore import config
+from kpcore.backends import checks, devices
 
 
 class Optimizer:
@@ -30,7 +31,7 @@ class Optimizer:
 
     def __init__(self, params, moments, update, lr_scales=None):
         for name, value in params.items():
-            if not (_array.is_array(value) and _array.is_real(value)):
+            if not (devices.is_array(value) and devices.is_real(value)):
                 got = f"{type(value).__name__} {getattr(value, 'dtype', '')}".rstrip()
                 raise TypeError(f"params: expected float32 or float64 arrays, got {got} for {name}")
             if not value.flags.c_contiguous or (isinstance(value, np.ndarray) and not value.flags.writeable):
@@ -38,12 +39,12 @@ class Optimizer:
         self.params, self.moments, self.update, self.num_steps = params, moments, update, 0
         self._scales = dict.fromkeys(params, 1.0)
         for part, factor in (lr_scales or {}).items():
-            factor = _array.number(f"lr_scales[{part!r}]", factor, np.dtype(np.float64))
+            factor = checks.number(f"lr_scales[{part!r}]", factor, np.dtype(np.float64))
             for name in params:
                 if part in name:
                     self._scales[name] *= factor
         self._moments = {
-            f"{moment}.{name}": _array.namespace(value).zeros_like(value)
+            f"{moment}.{name}": devices.namespace(value).zeros_like(value)
             for moment in moments
             for name, value in params.items()
         }
@@ -67,7 +68,7 @@ class Optimizer:
 
     def step(self, grads, lr):
         """Change the parameters by their gradients, dicts by name; `lr` is the learning rate of this step."""
-        lr = _array.not_negative("lr", lr)
+        lr = checks.not_negative("lr", lr)
         if grads.keys() != self.params.keys():
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads: expected one for each parameter, got others: {', '.join(wrong[:3])}")
@@ -76,7 +77,7 @@ class Optimizer:
         self.num_steps += 1
         for name, value in self.params.items():
             moments = (self._moments[f"{moment}.{name}"] for moment in self.moments)
-            self.update(lr * self._scales[name], self.num_steps, value, _array.contiguous(grads[name]), *moments)
+            self.update(lr * self._scales[name], self.num_steps, value, devices.contiguous(grads[name]), *moments)
 
 
 def _check_like(argument, name, value, like):
@@ -84,7 +85,7 @@ def _check_like(argument, name, value, like):
     expected = f"{argument}: expected {name} {like.shape} {like.dtype}"
     if value is None:
         raise ValueError(f"{expected}, got None")
-    if not _array.is_array(value) or isinstance(value, np.ndarray) != isinstance(like, np.ndarray):
+    if not devices.is_array(value) or isinstance(value, np.ndarray) != isinstance(like, np.ndarray):
         raise TypeError(f"{expected} of {type(like).__module__}, got {type(value).__name__}")
     if value.shape != like.shape or value.dtype != like.dtype:
         raise ValueError(f"{expected}, got {value.shape} {value.dtype}")
@@ -115,11 +116,11 @@ def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     >>> params["weights"]
     array([0.95, 2.  ])
     """
-    momentum = _array.not_negative("momentum", momentum)
-    weight_decay = _array.not_negative("weight_decay", weight_decay)
+    momentum = checks.not_negative("momentum", momentum)
+    weight_decay = checks.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, moment):
-        _array.backend(value).sgd(value, grad, moment, lr, momentum, weight_decay, config.get_num_threads())
+        devices.backend(value).sgd(value, grad, moment, lr, momentum, weight_decay, config.get_num_threads())
 
     return Optimizer(params, ("momentum",), update, lr_scales)
 
@@ -140,23 +141,23 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     """
     if not isinstance(betas, (list, tuple)) or len(betas) != 2:
         raise ValueError(f"betas: expected two numbers, got {betas}")
-    first, second = (_array.not_negative("betas", beta) for beta in betas)
+    first, second = (checks.not_negative("betas", beta) for beta in betas)
     if max(first, second) >= 1:
         raise ValueError(f"betas: expected numbers below 1, got {betas}")
-    eps = _array.not_negative("eps", eps)
-    weight_decay = _array.not_negative("weight_decay", weight_decay)
+    eps = checks.not_negative("eps", eps)
+    weight_decay = checks.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, mean, square):
         rate, inverse_root = lr / (1 - first**step), 1 / math.sqrt(1 - second**step)
-        _array.backend(value).adamw(value, grad, mean, square, 1 - lr * weight_decay, first, second, rate, inverse_root,
-                                    eps, config.get_num_threads())  # fmt: skip
+        devices.backend(value).adamw(value, grad, mean, square, 1 - lr * weight_decay, first, second, rate,
+                                     inverse_root, eps, config.get_num_threads())  # fmt: skip
 
     return Optimizer(params, ("mean", "square"), update, lr_scales)
 
 
 def clip_by_value(grads, limit):
     """Gradients, changed in place, of at most `limit` in size; 100 in the published code."""
-    limit = _array.length("limit", limit, np.dtype(np.float64))
+    limit = checks.length("limit", limit, np.dtype(np.float64))
     _check_grads(grads)
     for grad in grads.values():
         np.minimum(grad, limit, out=grad)
@@ -168,11 +169,11 @@ def clip_by_norm(grads, limit):
 
     The norm is that in float64, the same bits with any number of threads and instruction set.
     """
-    limit = _array.length("limit", limit, np.dtype(np.float64))
+    limit = checks.length("limit", limit, np.dtype(np.float64))
     _check_grads(grads)
     squares = 0.0
     for grad in grads.values():  # not by sum(), which newer versions of Python compensate
-        squares += _array.backend(grad).sum_squares(_array.contiguous(grad), config.get_num_threads())
+        squares += devices.backend(grad).sum_squares(devices.contiguous(grad), config.get_num_threads())
     norm = math.sqrt(squares)
     if not norm <= limit:  # NaN too, and then all are, as in torch
         for grad in grads.values():
@@ -182,7 +183,7 @@ def clip_by_norm(grads, limit):
 
 def _check_grads(grads):
     for name, grad in grads.items():
-        if not (_array.is_array(grad) and _array.is_real(grad)):
+        if not (devices.is_array(grad) and devices.is_real(grad)):
             got = f"{type(grad).__name__} {getattr(grad, 'dtype', '')}".rstrip()
             raise TypeError(f"grads: expected float32 or float64 arrays, got {got} for {name}")
 
@@ -193,11 +194,11 @@ def exponential(lr, factor, steps):
     >>> [round(exponential(0.01, 0.1, 100)(step), 6) for step in (0, 100, 200)]
     [0.01, 0.001, 0.0001]
     """
-    lr, factor = _array.length("lr", lr, np.dtype(np.float64)), _array.length("factor", factor, np.dtype(np.float64))
-    steps = _array.integer("steps", steps, 1)
+    lr, factor = checks.length("lr", lr, np.dtype(np.float64)), checks.length("factor", factor, np.dtype(np.float64))
+    steps = checks.integer("steps", steps, 1)
 
     def at(step):
-        step = _array.number("step", step, np.dtype(np.float64))
+        step = checks.number("step", step, np.dtype(np.float64))
         try:
             rate = lr * factor ** (step / steps)
         except OverflowError:
@@ -215,16 +216,16 @@ def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
     From ``start * lr`` and to ``start * end * lr``, as torch.optim.lr_scheduler.OneCycleLR has it. A function of the
     number of the step.
     """
-    lr, warm = _array.length("lr", lr, np.dtype(np.float64)), _array.between("warm", warm, 0, 1)
-    steps = _array.integer("steps", steps, 2)
-    start, end = _array.not_negative("start", start), _array.not_negative("end", end)
+    lr, warm = checks.length("lr", lr, np.dtype(np.float64)), checks.between("warm", warm, 0, 1)
+    steps = checks.integer("steps", steps, 2)
+    start, end = checks.not_negative("start", start), checks.not_negative("end", end)
     top = warm * steps - 1
 
     def along(a, b, part):
         return b + (a - b) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
 
     def at(step):
-        step = _array.number("step", step, np.dtype(np.float64))
+        step = checks.number("step", step, np.dtype(np.float64))
         if step < top:
             return along(start * lr, lr, step / top)
         return along(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)

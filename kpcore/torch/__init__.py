@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 
 import kpcore as _kpcore
 from kpcore.neighbors import Neighbors
+from kpcore.ops import EAGER as _EAGER
 from kpcore.ops import OPS as _OPS
 from kpcore.torch import eager as _eager
 from kpcore.torch.eager import GridIndex, KDTree
@@ -25,7 +26,6 @@ from kpcore.torch.networks import Network
 from kpcore.torch.ops import define as _define
 from kpcore.torch.ops import use_torch_allocator
 
-_EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 for _name, _op in _OPS.items():
     _make = _define if _op.result is not None else _eager.differentiable
     globals()[_name] = _make(_op, getattr(_kpcore, _name))

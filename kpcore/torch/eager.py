@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import kpcore
-from kpcore import _array
+from kpcore.backends import devices
 from kpcore.torch import internals
 from kpcore.torch.ops import (
     NO_JVP,
@@ -115,7 +115,7 @@ class _Backward(_OfAnOperator):
     @staticmethod
     def forward(op, made, needed, grad):
         def gradients():
-            array = _array.contiguous(to_array(f"gradient of {op.name}", grad))
+            array = devices.contiguous(to_array(f"gradient of {op.name}", grad))
             found = op.gradients(made.arguments, made.saved, array, frozenset(needed))
             return tuple(to_tensor(found[name]) for name in needed)
 
@@ -165,7 +165,7 @@ def _given(name, value):
 
 
 def _returned(value):
-    if _array.is_array(value):
+    if devices.is_array(value):
         return to_tensor(value)
     if isinstance(value, tuple):
         values = map(_returned, value)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 import kpcore
-from kpcore import _array
+from kpcore.backends import checks
 from kpcore.dispositions import _rotated, _rotation
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
@@ -68,8 +68,8 @@ class KPConv(torch.nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size=15, *, radius, extent, dimension=3, influence="linear",
                  aggregation="sum", normalization=None, fixed="center", rotate="vertical", dtype=None):  # fmt: skip
         super().__init__()
-        in_channels = _array.integer("in_channels", in_channels, 1)
-        out_channels = _array.integer("out_channels", out_channels, 1)
+        in_channels = checks.integer("in_channels", in_channels, 1)
+        out_channels = checks.integer("out_channels", out_channels, 1)
         self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
         points = self._draw(dtype)
         self.extent = extent
@@ -160,8 +160,8 @@ class DeformableKPConv(torch.nn.Module):
                  influence="linear", aggregation="sum", normalization=None, fixed="center", rotate="vertical",
                  dtype=None):  # fmt: skip
         super().__init__()
-        in_channels = _array.integer("in_channels", in_channels, 1)
-        out_channels = _array.integer("out_channels", out_channels, 1)
+        in_channels = checks.integer("in_channels", in_channels, 1)
+        out_channels = checks.integer("out_channels", out_channels, 1)
         self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
         points = self._draw(dtype)
         self.extent, self.modulated = extent, modulated
@@ -282,7 +282,7 @@ class KPConvX(torch.nn.Module):
                  attention_activation="sigmoid", attention_norm=False, dimension=3, influence="linear", fixed="center",
                  rotate="vertical", dtype=None):  # fmt: skip
         super().__init__()
-        channels = _array.integer("channels", channels, 1)
+        channels = checks.integer("channels", channels, 1)
         self._draw = partial(_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
                              method="shells")  # fmt: skip
         points = self._draw(dtype)
@@ -291,10 +291,10 @@ class KPConvX(torch.nn.Module):
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, channels))
         self.register_buffer("kernel_points", points)
         if attention_groups is not None:
-            attention_groups = _array.integer("attention_groups", attention_groups, 1)
+            attention_groups = checks.integer("attention_groups", attention_groups, 1)
             if channels % attention_groups:
                 raise ValueError(f"attention_groups: expected a divisor of {channels} channels, got {attention_groups}")
-            _array.choice("attention_activation", attention_activation, tuple(_ACTIVATIONS))
+            checks.choice("attention_activation", attention_activation, tuple(_ACTIVATIONS))
             self.attention_activation, self.attention_norm = attention_activation, attention_norm
             num_logits = kernel_size * (channels // attention_groups)
             self.alpha_mlp = torch.nn.Sequential(
@@ -375,7 +375,7 @@ def _kernel_points(num, radius, rotate, dtype, dimension, **options):
     """(K, D), turned at random by torch's generator; on the device that torch makes tensors on."""
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
-    _array.choice("rotate", rotate, (None, "vertical", "full"))
+    checks.choice("rotate", rotate, (None, "vertical", "full"))
     if rotate is not None and device.type != "meta":  # which draws nothing, as torch's own layers
         turn = _rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
         points = _rotated(points, torch.from_numpy(turn).to(dtype))

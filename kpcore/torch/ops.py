@@ -16,11 +16,12 @@ from itertools import compress
 import numpy as np
 import torch
 
-from kpcore import _array, _cpu, config, ops
+from kpcore import config, ops
 from kpcore.autodiff import Shaped
+from kpcore.backends import checks, cpu, devices
+from kpcore.layers import BatchNormed
 from kpcore.neighbors import Neighbors
 from kpcore.pyramid import Level, Pyramid
-from kpcore.rows import BatchNormed
 from kpcore.sampling import Sampled
 from kpcore.subsampling import Subsampled
 from kpcore.torch import internals
@@ -119,7 +120,7 @@ def to_array(name, tensor):
         ) from None
     if not address and tensor.numel():
         raise ValueError(f"{name}: expected a tensor with memory, got {tuple(tensor.shape)} in a storage of no bytes")
-    return _cpu.array_at(address, tensor.shape, tensor.stride(), dtype, tensor.untyped_storage())
+    return cpu.array_at(address, tensor.shape, tensor.stride(), dtype, tensor.untyped_storage())
 
 
 def on_arrays(function, *args, **kwargs):
@@ -153,14 +154,14 @@ def numpy_dtype(name, dtype, tensor=None):
         import ml_dtypes  # which CuPy needs for it
 
         return np.dtype(ml_dtypes.bfloat16)
-    expected, dtypes = "float32 or float64", _array.REAL
+    expected, dtypes = "float32 or float64", checks.REAL
     if name.rpartition(".")[2] in ("index", "labels", "row_splits"):
-        expected, dtypes = "integers", _array.SPLITS if name.endswith("row_splits") else _array.INTEGERS
+        expected, dtypes = "integers", checks.SPLITS if name.endswith("row_splits") else checks.INTEGERS
     kind, advice = str(dtype)[6:], ""
     if tensor is not None and tensor.is_quantized:
-        advice = f"; convert it with {name}.dequantize()" if dtypes is _array.REAL else ""
+        advice = f"; convert it with {name}.dequantize()" if dtypes is checks.REAL else ""
     elif kind == "bfloat16" or hasattr(np, kind):  # NumPy has no bfloat16, which float32 holds, as it does float16
-        to = _array.lossless(np.dtype("float16" if kind == "bfloat16" else kind), dtypes)
+        to = checks.lossless(np.dtype("float16" if kind == "bfloat16" else kind), dtypes)
         advice = "" if to is None else f"; convert it with {name}.to(torch.{to.name})"
     raise TypeError(f"{name}: expected {expected}, got {kind}{advice}")
 
@@ -246,7 +247,7 @@ class _Arguments:
             elif name in _SEEDS and isinstance(value, torch.Tensor):
                 if type(value) not in _PLAIN:
                     return None
-                others[name] = _array.integer(name, checked(self.op, name, value), 0)
+                others[name] = checks.integer(name, checked(self.op, name, value), 0)
             else:
                 others[name] = ops.setting(name, kind, optional, value)
         return tensors, others
@@ -303,7 +304,7 @@ def _parts(neighbors, transpose):
     # While torch compiles it cannot be made, and the vjp makes it each time unless the list carries it.
     if torch.compiler.is_compiling():
         transposed = transposed if neighbors.carries_transpose else None
-    elif transposed is None and transpose and _array.is_array(neighbors._index):
+    elif transposed is None and transpose and devices.is_array(neighbors._index):
         transposed = neighbors.transpose()
     return (
         _as_tensor(neighbors._index),
@@ -363,7 +364,7 @@ def define(op, public):
         return on_stream_of(grad, found)
 
     def gradients(given, saved, grad, needs):
-        grad = _array.contiguous(to_array(grad_name, grad))
+        grad = devices.contiguous(to_array(grad_name, grad))
         saved = tuple([to_array("saved", t) for t in saved])
         return _tensors(op.gradients(given, saved, grad, needs).values(), given, grad)
 
@@ -531,9 +532,9 @@ def _tensors(arrays, given, grad=None):
     """
     tensors, done = [], []
     for array in arrays:
-        array = _array.as_array(array)
+        array = devices.as_array(array)
         if not array.flags.owndata or any(array is other for other in done):
-            others = [*done, *(a for a in (grad, *given.values()) if _array.is_array(a))]
+            others = [*done, *(a for a in (grad, *given.values()) if devices.is_array(a))]
             if any(np.may_share_memory(array, other) for other in others):
                 array = array.copy()
         done.append(array)
@@ -564,7 +565,7 @@ def _leaves(neighbors):
         if neighbors.carries_transpose:
             back = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
             arrays |= {"transposed_index": back._index, "transposed_row_splits": back._row_splits}
-        copies = [to_tensor(array).clone() if _array.is_array(array) else array for array in arrays.values()]
+        copies = [to_tensor(array).clone() if devices.is_array(array) else array for array in arrays.values()]
         object.__setattr__(neighbors, "_leaves", (("num_points", *arrays), copies))
     names, copies = neighbors._leaves
     return names, [neighbors.num_points, *copies]

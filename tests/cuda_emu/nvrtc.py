@@ -109,13 +109,13 @@ def table():
     import fake_cupy
 
     fake_cupy.install()
-    from kpcore import _gpu
+    from kpcore.backends import gpu
 
     nvrtc = library()
     yield f"{'kernel':34} {'compiled for':34}" + "".join(f"{f'sm_{a}':>17}" for a in ARCHITECTURES)
     for name, variants in VARIANTS.items():
         for variant in variants:
-            of = [compiled(nvrtc, _gpu.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
+            of = [compiled(nvrtc, gpu.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
             for kernel in of[0]:
                 row = "".join(f"{'/'.join(map(str, found[kernel])):>17}" for found in of)
                 yield f"{name[:-3] + ' ' + kernel:34} {variant.replace('KP_', ''):34}{row}"

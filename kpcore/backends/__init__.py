@@ -1,0 +1,1 @@
+"""Where calls are checked and computed: `checks` of arguments, `devices`, kernels of the `cpu` and of the `gpu`."""

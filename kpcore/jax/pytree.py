@@ -1,0 +1,82 @@
+"""`kpcore.Neighbors` and `kpcore.Pyramid` as pytrees of JAX."""
+
+import json
+
+import jax
+import numpy as np
+
+from kpcore.jax.ffi import ELSEWHERE
+from kpcore.layers.normalization import BatchNormed
+from kpcore.neighbors import TO_HOST, Neighbors
+from kpcore.nn.networks import Result
+from kpcore.pyramid import Level, Pyramid
+from kpcore.sampling import Sampled
+from kpcore.subsampling import Subsampled
+
+
+def _flatten(neighbors):
+    row_splits = neighbors.row_splits
+    if type(row_splits).__module__.split(".")[0] == "cupy":
+        raise TypeError(
+            "neighbors: expected a list on the CPU, got one of CuPy's arrays; move it with neighbors.to('cpu')"
+        )
+    if isinstance(row_splits, np.ndarray) and row_splits.dtype == np.int64 and not jax.config.jax_enable_x64:
+        if len(row_splits) and row_splits[-1] > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"neighbors: expected at most 2**31 - 1 pairs unless jax_enable_x64 is on, got {row_splits[-1]}"
+            )
+        row_splits = row_splits.astype(np.int32)
+    transposed = None
+    if neighbors.carries_transpose:
+        transposed = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
+    leaves = neighbors.index, row_splits, neighbors.distance, transposed
+    return leaves, (neighbors.num_points, neighbors.width, neighbors.carries_transpose)
+
+
+def _unflatten(sizes, leaves):
+    index, row_splits, distance, transposed = leaves
+    num_points, width, carries_transpose = sizes
+    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, transposed, carries_transpose)
+
+
+def to_host(name, array):
+    """For what looks at the values of a list."""
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: expected an array outside of jit, grad and vmap, got {array}; a list that is traced has no values"
+        )
+    if any(device.platform != "cpu" for device in array.devices()):
+        raise TypeError(f"{name}: expected an array on the CPU, got one on {array.device}; {ELSEWHERE}")
+    return np.asarray(array)
+
+
+TO_HOST[jax.Array] = to_host
+jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
+
+
+def _register_with_export():
+    """For jax.export, which keeps a program with the structure of what it takes and gives."""
+    export.register_pytree_node_serialization(
+        Neighbors,
+        serialized_name="kpcore.Neighbors",
+        serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    )
+    export.register_pytree_node_serialization(
+        Pyramid,
+        serialized_name="kpcore.Pyramid",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+    )
+    for record in Level, BatchNormed, Subsampled, Sampled, Result:
+        export.register_namedtuple_serialization(record, serialized_name=f"kpcore.{record.__name__}")
+
+
+try:
+    from jax import export
+except ModuleNotFoundError as error:  # JAX 0.5 does not install what its export imports
+    if error.name != "absl":
+        raise
+else:
+    _register_with_export()

@@ -1,0 +1,266 @@
+"""Batch and group normalisation, with the leaky ReLU that mostly follows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from kpcore import config
+from kpcore.autodiff import Op
+from kpcore.backends import checks, devices
+from kpcore.backends.devices import Array
+
+
+class BatchNormed(NamedTuple):
+    """What `batch_norm` returns."""
+
+    features: np.ndarray  #: (N, C) normalised
+    running_mean: np.ndarray  #: (C,) for the next call
+    running_var: np.ndarray  #: (C,)
+
+
+def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array, running_var: Array, *,
+               training: bool = True, momentum: float = 0.02, eps: float = 1e-5,
+               negative_slope: float | None = None) -> BatchNormed:  # fmt: skip
+    """Batch normalisation, and a leaky ReLU after it in the same pass over memory.
+
+    ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015), with the mean and
+    the variance (over N) of the rows where `training`, else with the running ones. Nothing is written to: the new
+    running statistics are in the result. Differentiable in `features`, `scale` and `shift`.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+        At least two rows where `training`: of fewer there is no variance.
+    scale, shift : (C,), dtype of the features
+    running_mean, running_var : (C,), dtype of the features
+    training : bool
+    momentum : float, 0 to 1
+        How far the running statistics go towards those of the rows: ``(1 - momentum) * running + momentum * batch``,
+        where the batch's variance is the unbiased one, over N - 1.
+    eps : float, above zero
+    negative_slope : float, optional
+        Multiplies what comes out negative, as `leaky_relu` does; 0 makes a ReLU.
+
+    Returns
+    -------
+    BatchNormed
+        Without `training`, the running statistics in it are copies.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two rows where `training`, for a negative running variance where not (on the GPU its channel
+        becomes NaN), or for shapes that do not agree.
+    TypeError
+        For other dtypes.
+
+    Notes
+    -----
+    Statistics are float64 sums about the first row: an offset far larger than the spread does no harm. A channel that
+    is constant becomes its shift. Where statistics are those of the rows, the gradient goes through them.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> x = np.array([[1.0, 10.0], [3.0, 10.0]])
+    >>> out = kp.batch_norm(x, np.ones(2), np.array([0.0, 7.0]), np.zeros(2), np.ones(2), momentum=0.5, eps=1e-12)
+    >>> out.features.round(6)
+    array([[-1.,  7.],
+           [ 1.,  7.]])
+    >>> out.running_mean, out.running_var
+    (array([1., 5.]), array([1.5, 0.5]))
+    """
+    return BATCH_NORM(features=features, scale=scale, shift=shift, running_mean=running_mean, running_var=running_var,
+                      training=training, momentum=momentum, eps=eps, negative_slope=negative_slope)  # fmt: skip
+
+
+def _batch_norm_arguments(features, scale, shift, running_mean, running_var, training, momentum, eps, negative_slope):
+    sizes = {}
+    features = checks.array("features", features, "N C", checks.FEATURES, sizes)
+    scale, shift, running_mean, running_var = (
+        checks.array(name, value, "C", checks.FEATURES, sizes, like=("features", features))
+        for name, value in (
+            ("scale", scale),
+            ("shift", shift),
+            ("running_mean", running_mean),
+            ("running_var", running_var),
+        )
+    )
+    training = checks.boolean("training", training)
+    momentum = checks.between("momentum", momentum, 0, 1)
+    eps = checks.length("eps", eps, np.dtype(np.float64))
+    if training and features.shape[0] < 2:
+        raise ValueError(f"features: expected at least 2 rows where training, got {features.shape}")
+    return features, scale, shift, running_mean, running_var, training, momentum, eps, _slope(negative_slope, features)
+
+
+def _batch_norm(**arguments):
+    features, scale, shift, running_mean, running_var, training, momentum, eps, slope = _batch_norm_arguments(
+        **arguments
+    )
+    (n, channels), backend, threads = features.shape, devices.backend(features), config.get_num_threads()
+    row_splits = checks.one_item(n, devices.namespace(features))
+    if training:
+        mean, variance = backend.moments(features, row_splits, channels, threads)
+        running_mean = _towards(running_mean, mean[0], momentum)
+        running_var = _towards(running_var, n / (n - 1) * variance[0], momentum)
+    else:
+        # Not on the GPU, where to look is to wait for all that was asked for before: NaN in that channel there.
+        if isinstance(running_var, np.ndarray) and (running_var < 0).any():
+            at = int(np.argmax(running_var < 0))
+            raise ValueError(f"running_var: expected no negative values, got {running_var[at]} in channel {at}")
+        mean, variance = running_mean.astype(np.float64)[None], running_var.astype(np.float64)[None]
+        running_mean, running_var = running_mean.copy(), running_var.copy()
+    inverse_std = 1 / np.sqrt(variance + eps)
+    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
+    return BatchNormed(out, running_mean, running_var), _as_saved(mean, inverse_std)
+
+
+def _towards(running, batch, momentum):
+    with np.errstate(over="ignore"):  # infinite where the dtype ends
+        return ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype)
+
+
+def _batch_norm_vjp(arguments, saved, grad, needs):
+    features = devices.contiguous(arguments["features"])
+    row_splits = checks.one_item(len(features), devices.namespace(features))
+    return _normalize_vjp(features, row_splits, not arguments["training"], arguments, saved, grad,
+                          needs)  # fmt: skip
+
+
+def _batch_norm_result(features, **_):
+    channels = features.shape[1:]
+    statistics = [(channels, features.dtype)] * 2
+    return [(features.shape, features.dtype), *statistics, ((2, 1, 2 * channels[0]), np.dtype(np.int32))]
+
+
+BATCH_NORM = Op(
+    "batch_norm",
+    _batch_norm,
+    _batch_norm_vjp,
+    diff=("features", "scale", "shift"),
+    result=_batch_norm_result,
+    check=_batch_norm_arguments,
+    field="features",
+    record=BatchNormed,
+)
+
+
+def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, row_splits: Array | None = None,
+               eps: float = 1e-5, negative_slope: float | None = None) -> Array:  # fmt: skip
+    """Group normalisation, and a leaky ReLU after it in the same pass over memory.
+
+    ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), where mean and variance are those of a
+    batch item's rows and a group's channels together: with `row_splits` of each item, else of all rows, as in the
+    published networks that normalise a whole pack of clouds. Differentiable in `features`, `scale` and `shift`.
+
+    Parameters
+    ----------
+    features : (N, C) float32 or float64
+    num_groups : int
+        Divides C; group g has the channels from ``g * C / num_groups``.
+    scale, shift : (C,), dtype of the features
+    row_splits : (B + 1,) int64, optional
+        Bounds of batch items.
+    eps : float, above zero
+    negative_slope : float, optional
+        Multiplies what comes out negative, as `leaky_relu` does; 0 makes a ReLU.
+
+    Returns
+    -------
+    (N, C), dtype of the features
+        The shift where all values of an item and group are equal.
+
+    Raises
+    ------
+    ValueError
+        For a number of groups that does not divide C, or for shapes that do not agree.
+    TypeError
+        For other dtypes.
+
+    Notes
+    -----
+    Statistics are float64 sums about an item's first row, as in `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> x = np.array([[1.0, 3.0, 0.0, 4.0], [1.0, 3.0, 0.0, 4.0]])
+    >>> kp.group_norm(x, 2, np.ones(4), np.zeros(4)).round(3)
+    array([[-1.,  1., -1.,  1.],
+           [-1.,  1., -1.,  1.]])
+    """
+    return GROUP_NORM(features=features, num_groups=num_groups, scale=scale, shift=shift, row_splits=row_splits,
+                      eps=eps, negative_slope=negative_slope)  # fmt: skip
+
+
+def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, negative_slope, **splits):
+    sizes = {}
+    features = checks.array("features", features, "N C", checks.FEATURES, sizes)
+    scale = checks.array("scale", scale, "C", checks.FEATURES, sizes, like=("features", features))
+    shift = checks.array("shift", shift, "C", checks.FEATURES, sizes, like=("features", features))
+    num_groups = checks.integer("num_groups", num_groups, 1)
+    if num_groups > max(1, features.shape[1]) or features.shape[1] % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
+    row_splits = checks.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
+    eps = checks.length("eps", eps, np.dtype(np.float64))
+    return features, num_groups, scale, shift, row_splits, eps, _slope(negative_slope, features)
+
+
+def _group_norm(**arguments):
+    features, num_groups, scale, shift, row_splits, eps, slope = _group_norm_arguments(**arguments)
+    threads, backend = config.get_num_threads(), devices.backend(features)
+    mean, variance = backend.moments(features, row_splits, num_groups, threads)
+    inverse_std = 1 / np.sqrt(variance + eps)
+    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
+    return out, _as_saved(mean, inverse_std)
+
+
+def _group_norm_vjp(arguments, saved, grad, needs):
+    features = devices.contiguous(arguments["features"])
+    sizes = checks.device_of(("features", features))
+    row_splits = checks.splits_array(
+        "row_splits", arguments["row_splits"], len(features), "features", sizes, known=True
+    )
+    return _normalize_vjp(features, row_splits, False, arguments, saved, grad, needs)
+
+
+def _group_norm_result(features, num_groups, row_splits, **_):
+    items = 1 if row_splits is None else row_splits.shape[0] - 1
+    return [(features.shape, features.dtype), ((2, items, 2 * num_groups), np.dtype(np.int32))]
+
+
+GROUP_NORM = Op(
+    "group_norm",
+    _group_norm,
+    _group_norm_vjp,
+    diff=("features", "scale", "shift"),
+    result=_group_norm_result,
+    check=partial(_group_norm_arguments, traced=True),
+    copies=("row_splits",),
+)
+
+
+def _as_saved(mean, inverse_std):
+    """Both float64, as int32: JAX has no float64 unless it is asked for."""
+    return (np.stack([mean, inverse_std]).view(np.int32),)
+
+
+def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs):
+    scale, shift = devices.contiguous(arguments["scale"]), devices.contiguous(arguments["shift"])
+    names = ("features", "scale", "shift")
+    slope = _slope(arguments["negative_slope"], features)
+    mean, inverse_std = saved[0].view(np.float64)
+    grads = devices.backend(features).normalize_grad(
+        features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad,
+        *(name in needs for name in names), config.get_num_threads()
+    )  # fmt: skip
+    return {name: g for name, g in zip(names, grads, strict=True) if name in needs}
+
+
+def _slope(negative_slope, features):
+    """1, which changes nothing, for None."""
+    return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)

@@ -1,0 +1,1 @@
+"""From scans to labels: settings, scenes in memory, batches, training, voting, segmentation."""

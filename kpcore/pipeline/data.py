@@ -1,0 +1,245 @@
+"""Labelled clouds in memory, ready to be cut into batches."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import kpcore as kp
+from kpcore.files import expanded
+from kpcore.io import ReadError, read
+from kpcore.io.cloud import MissingField
+from kpcore.io.formats import TABLES
+from kpcore.pipeline.settings import OWN, SettingsError
+from kpcore.scenes.indoor import indoor
+
+_LARGEST = 10.0  # of a feature, either way
+_BEYOND = 1e300  # what a feature is divided by stays a float64
+IGNORED = -1  # the label of points that are of no class
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A cloud with a point a voxel.
+
+    points : (N, D) float32
+    columns : (N, C) float32, the features, see `Columns`; zeros for what depends on the input sphere
+    labels : (N,) int64, numbers of classes, or IGNORED
+    tree : of the points
+    full : (n, D) float32, the points before subsampling; full_labels (n,) of those, or None
+    cloud : the file's own Cloud, or None for digits
+    """
+
+    points: np.ndarray
+    columns: np.ndarray
+    labels: np.ndarray
+    tree: kp.KDTree
+    full: np.ndarray
+    full_labels: np.ndarray | None
+    cloud: object = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How features are made.
+
+    widths : of each by its name, in their order
+    center, scale : for those that are given, what is subtracted and divided by
+    """
+
+    widths: dict
+    center: dict
+    scale: dict
+
+    def of(self, points, given):
+        """(n, C) float32; `given` holds by name (n,) or (n, width) what points do not tell. Zeros for "local"."""
+        parts = []
+        for name, width in self.widths.items():
+            if name in ("one", "local"):
+                parts.append(np.full((len(points), width), name == "one", np.float32))
+            else:
+                parts.append((given[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
+        return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
+
+    def span(self, name):
+        """The columns of a name; None if there are none."""
+        begin = 0
+        for one, width in self.widths.items():
+            if one == name:
+                return slice(begin, begin + width)
+            begin += width
+        return None
+
+
+def columns_of(settings, given):
+    """Columns from what JSON holds of them; an error unless they are those of the settings' features."""
+    made = Columns(**given)
+    if not isinstance(made.widths, dict) or [*made.widths.items()] != [*settings.widths.items()]:
+        raise SettingsError(f"columns: expected widths {settings.widths}, those of the features, got {made.widths!r}")
+    for name in settings.widths.keys() - {"one", "local"}:
+        for kind, numbers, fits in (
+            ("center", made.center, lambda number: abs(number) < _BEYOND),
+            ("scale", made.scale, lambda number: 1 / _BEYOND < number < _BEYOND),
+        ):
+            number = numbers.get(name) if isinstance(numbers, dict) else None
+            if type(number) not in (int, float) or not fits(number):
+                raise SettingsError(f"columns: expected the {kind} of {name}, a number, got {number!r}")
+    return made
+
+
+def load_scenes(settings, parts, folder, columns=None):
+    """([Scene], Columns) of files; the columns are made of these scenes unless given."""
+    clouds = [_part(settings, part, folder) for part in parts]
+    if columns is None:
+        columns = _columns(settings, clouds)
+    return [_scene(settings, columns, *cloud) for cloud in clouds], columns
+
+
+def scene_of(settings, columns, cloud):
+    """A Scene of a whole cloud, labelled or not."""
+    return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
+
+
+def read_cloud(settings, path, labelled=True):
+    """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
+    fields = [name for name in settings.data.features if name not in OWN]
+    columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
+    try:
+        cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
+    except MissingField:
+        if labelled or settings.data.label is None:
+            raise
+        cloud = read(path, fields=fields, columns=columns)
+    for name, values in cloud.fields.items():
+        if bad := len(values) - int(np.isfinite(values).sum()):
+            raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
+    if "color" in settings.data.features and cloud.colors is None:
+        raise ReadError(f"{path}: has no colours, which are among the features")
+    return cloud
+
+
+def class_numbers(settings, labels):
+    """Numbers of classes of a file's labels, IGNORED for all others."""
+    out = np.full(len(labels), IGNORED, np.int64)
+    for number, values in enumerate(settings.data.classes.values()):
+        out[np.isin(labels, values)] = number
+    return out
+
+
+def _part(settings, part, folder):
+    """(cloud, rows of it)"""
+    if part.indoor is not None:
+        if others := [name for name in settings.data.features if name not in OWN]:
+            raise SettingsError(f"[data] features: the embedded scenes have no {', '.join(others)}")
+        cloud = indoor(part.points, part.indoor)
+        if part.mirror:
+            cloud.points[:, 0] *= -1
+    else:
+        path = Path(folder, expanded(part.file))
+        cloud = read_cloud(settings, path)
+        if cloud.labels is None:
+            raise ReadError(f"{path}: has no labels: {cloud.unlabeled}; [data] label names their field")
+    keep = np.ones(len(cloud.points), bool)
+    for bound, sign in ((part.min, 1), (part.max, -1)):
+        if bound is None:
+            continue
+        for axis, limit in enumerate(bound):
+            # One side keeps what lies on the limit.
+            at = cloud.points[:, axis] + cloud.shift[axis]
+            keep &= at >= limit if sign > 0 else at < limit
+    if not keep.any():
+        raise SettingsError(f"[data] {part}: expected points between the corners, got none")
+    return cloud, np.flatnonzero(keep)
+
+
+def _given(settings, cloud, rows):
+    """What features take from rows of a cloud, by name, (n,) or (n, 3) float32."""
+    given = {}
+    for name in settings.data.features:
+        if name == "color":
+            given[name] = cloud.colors[rows].astype(np.float32)
+        elif name == "height":
+            given[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+        elif name not in OWN:
+            given[name] = cloud.fields[name.lower()][rows]
+    return given
+
+
+def _columns(settings, clouds):
+    center, scale = {"color": 0.0}, {"color": 255.0}
+    given = [_given(settings, cloud, rows) for cloud, rows in clouds]
+    for name in given[0]:
+        if name == "color":
+            continue
+        # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
+        values = np.concatenate([one[name] for one in given]).astype(np.float64)
+        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+        center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
+    return Columns(settings.widths, center, scale)
+
+
+def _scene(settings, columns, cloud, rows):
+    full = cloud.points[rows]
+    labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
+    features = np.clip(columns.of(full, _given(settings, cloud, rows)), -_LARGEST, _LARGEST)
+    try:
+        sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
+                                ignore_label=None if labels is None else IGNORED,
+                                origin=settings.net().origin)  # fmt: skip
+    except ValueError as error:
+        raise SettingsError(f"[network] voxel_size: {error}") from None
+    own = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
+    return Scene(sub.points, sub.features, own, kp.KDTree(sub.points), full, labels, cloud)
+
+
+def load_digits(settings, parts, folder):
+    """([Scene], Columns) of idx files, a scene for each image: a point for each pixel that is not black, in pixels from
+    the middle."""
+    scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
+    for part in parts:
+        images, labels = (_idx(Path(folder, expanded(name))) for name in (part.images, part.labels))
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise SettingsError(
+                f"[data] {part.images}: expected images and as many labels, got {images.shape} and {labels.shape}"
+            )
+        if labels.max(initial=0) > 9:
+            raise SettingsError(f"[data] {part.labels}: expected labels from 0 to 9, got {labels.max()}")
+        middle = (np.array(images.shape[:0:-1], np.float32) - 1) / 2
+        for image, label in zip(images[part.first : part.last], labels[part.first : part.last], strict=True):
+            rows, across = np.nonzero(image)
+            points = np.stack([across, len(image) - 1 - rows], 1).astype(np.float32) - middle
+            features = columns.of(points, {"value": image[rows, across].astype(np.float32)})
+            scenes.append(Scene(points, features, np.array([label], np.int64), None, points, None))
+    return scenes, columns
+
+
+def _idx(path):
+    """The array of an idx file, gzipped or not (format: yann.lecun.com/exdb/mnist)."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ReadError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or len(data) < 4 + 4 * data[3]:
+        raise ReadError(f"{path}: is no idx file of bytes")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    if len(data) != 4 + 4 * data[3] + math.prod(shape):
+        raise ReadError(f"{path}: truncated: an array of shape {shape} promised, {len(data)} bytes are there")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def load(settings, parts, folder, columns=None):
+    """([Scene], Columns) of what the settings name; the columns are made of these scenes unless given."""
+    if settings.digits:
+        scenes, columns = load_digits(settings, parts, folder)
+    else:
+        scenes, columns = load_scenes(settings, parts, folder, columns)
+    if not any((scene.labels != IGNORED).any() for scene in scenes):
+        raise SettingsError(f"[data] {', '.join(map(str, parts))}: expected labels of the classes, got none")
+    return scenes, columns

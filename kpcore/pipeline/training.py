@@ -1,0 +1,395 @@
+"""Training on the tape, and what comes out of it: checkpoints, a log, curves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+import kpcore as kp
+from kpcore import nn
+from kpcore.config import require
+from kpcore.files import whole
+from kpcore.io.cloud import listed
+from kpcore.nn import checkpoints
+from kpcore.nn.networks import check_arrays
+from kpcore.pipeline import batches, voting
+from kpcore.pipeline.data import IGNORED, columns_of, load
+from kpcore.pipeline.settings import from_dict
+
+LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
+_BETWEEN_CHECKPOINTS = 60  # seconds; where it is has no influence on a run
+
+
+class NotFinite(ArithmeticError):
+    """A loss is NaN or infinite; the message names the first layer that is."""
+
+
+class Model:
+    """A network with what is needed to use it on a cloud."""
+
+    def __init__(self, net, params, state, settings, columns):
+        self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
+
+    @classmethod
+    def load(cls, path):
+        """Of a file that a training wrote."""
+        net, params, state, about = nn.load(path)
+        with checkpoints.naming(path):
+            if not {"settings", "columns"} <= about.keys():
+                raise ValueError("expected a file that kpcore train wrote, got one without its settings or columns")
+            settings = from_dict(about["settings"])
+            _check_network(net, settings)
+            return cls(net, params, state, settings, columns_of(settings, about["columns"]))
+
+    def about(self):
+        """What JSON holds of it besides the network."""
+        return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
+
+
+def _check_network(net, settings):
+    """An error unless it is one for the data of the settings."""
+    expected = settings.net()
+    for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
+        if getattr(net, name) != getattr(expected, name):
+            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as its settings have it, got "
+                             f"{getattr(net, name)}")  # fmt: skip
+
+
+class Training:
+    """A run in a folder, new or gone on with.
+
+    Everything that is drawn is drawn from the seed and the numbers of the epoch and the step, so that a run continued
+    from any of its checkpoints is the same to the bit as one that was never stopped.
+
+    Parameters
+    ----------
+    settings : Settings
+    out : Path
+        A folder; with `resume` that of the run to continue.
+    folder : Path
+        Where the settings' files are.
+    seed : int
+    resume : bool
+    """
+
+    def __init__(self, settings, out, folder, *, seed=0, resume=False):
+        self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
+        self.epoch = self.step = 0  # the next to be done: of all epochs, and in this one
+        self.best, self.results, self.loss = -1.0, [], None
+        self.scenes, columns = load(settings, settings.data.train, folder)
+        self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
+        self._warn_of_classes()
+        net = settings.net()
+        params, state = net.init(seed)
+        self.model = Model(net, params, state, settings, columns)
+        self.optimizer = self._optimizer(params)
+        self.schedule = self._schedule()
+        self.class_weights = self._class_weights()
+        if resume:
+            self._resume()
+
+    # ---- a run
+
+    def run(self, watch=None):
+        """Train until all epochs are done. `watch` is told of each step, a dict as in the log."""
+        training = self.settings.training
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not (self.epoch or self.step):
+            self._save_last()  # so that a run can be gone on with from its first moment
+            with whole(self.out / LOG):
+                pass
+        saved = time.perf_counter()
+        with open(self.out / LOG, "ab", buffering=0) as log:
+            while self.epoch < training.epochs:
+                for entry in self._epoch():
+                    _append(log, entry)
+                    if watch:
+                        watch(entry)
+                    if time.perf_counter() - saved > _BETWEEN_CHECKPOINTS and self.step < training.steps:
+                        self._save_last()
+                        saved = time.perf_counter()
+                self.epoch, self.step = self.epoch + 1, 0
+                if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
+                    entry = self._validated()
+                    _append(log, entry)
+                    if watch:
+                        watch(entry)
+                self._save_last()
+                saved = time.perf_counter()
+        if not self.test_scenes:
+            self._save(BEST, {})
+        curves(self.out)
+        return self.results
+
+    def _warn_of_classes(self):
+        """One line for the classes of which nothing can be learned."""
+        there = {number for scene in self.scenes for number in np.unique(scene.labels)}
+        missing = [name for number, name in enumerate(self.settings.names) if number not in there]
+        if missing and not self.settings.digits:
+            labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
+            warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
+                          f"{listed(map(str, labels))}", stacklevel=3)  # fmt: skip
+
+    def _epoch(self):
+        training, epoch = self.settings.training, self.epoch
+        rng = np.random.default_rng([self.seed, epoch])
+        jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
+        numbered = itertools.islice(enumerate(jobs), self.step, None)
+
+        def make(job):
+            number, spheres = job
+            rng = np.random.default_rng([self.seed, epoch, number])
+            return batches.make_batch(self.model.net, self.scenes, self.model.columns, spheres, training, rng)
+
+        ready = batches.Prefetched(numbered, make, training.workers)
+        waited, began = 0.0, time.perf_counter()
+        for batch in ready:
+            entry = self._train(batch)
+            self.step += 1
+            now = time.perf_counter()
+            entry |= {"seconds": now - began, "waited": ready.waited - waited}
+            waited, began = ready.waited, now
+            yield entry
+
+    def _train(self, batch):
+        """One step; what the log says of it."""
+        model, training = self.model, self.settings.training
+        number = self.epoch * training.steps + self.step
+        entry, grads = self._gradients(batch, seed=(self.seed << 32) + number)
+        largest = 0.0
+        for name, grad in grads.items():
+            size = max(-grad.min(), grad.max())  # both are NaN where one element is
+            if not math.isfinite(size):
+                raise NotFinite(self._blame(batch, f"the gradient of {name} is not finite"))
+            largest = max(largest, size)
+        if 0 < training.clip_value < largest:
+            nn.clip_by_value(grads, training.clip_value)
+        if training.clip_norm:
+            nn.clip_by_norm(grads, training.clip_norm)
+        lr = self.schedule(number)
+        self.optimizer.step(grads, lr)
+        model.state, self.loss = entry.pop("state"), entry["loss"]
+        return {"epoch": self.epoch, "step": self.step, **entry, "lr": lr, "points": len(batch.features)}
+
+    def _gradients(self, batch, seed):
+        """(what the log says and the state after it, gradients); nothing that the tape kept is left."""
+        model = self.model
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
+        result = model.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
+        entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
+                                           class_weights=self.class_weights)  # fmt: skip
+        loss = entropy if result.regularization is None else entropy + result.regularization
+        if not math.isfinite(loss.value):
+            raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
+        loss.backward()
+        found, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
+        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
+        entry = {
+            "loss": float(loss.value),
+            "entropy": float(entropy.value),
+            "accuracy": accuracy,
+            "state": result.state,
+        }
+        if result.regularization is not None:
+            entry["regularization"] = float(result.regularization.value)
+        return entry, {name: _grad(tensor) for name, tensor in tensors.items()}
+
+    def _blame(self, batch, what):
+        """A report of the first layer whose output is not finite, found by computing all again."""
+        where = f"epoch {self.epoch}, step {self.step}: {what}"
+        model = self.model
+        for name, value in model.params.items():
+            if not np.isfinite(value).all():
+                return f"{where}; {name} is not finite already before the step: a smaller learning rate may help"
+        if not np.isfinite(batch.features).all():
+            return f"{where}; the features of the batch are not finite"
+        watched = _Watched(model.params)
+        try:
+            model.net(watched, model.params, model.state, batch.pyramid, batch.features, training=True, seed=0)
+        except NotFinite as error:
+            return f"{where}; {error}"
+        return f"{where}; all layers' outputs are finite"
+
+    def _validated(self):
+        """Confusion on the test scenes, and what the log says of it; the best is kept."""
+        begin = time.perf_counter()
+        confusion = voting.evaluate(self.model, self.test_scenes)
+        entry = {"epoch": self.epoch, "test": voting.scores(confusion, self.settings.names),
+                 "seconds": time.perf_counter() - begin}  # fmt: skip
+        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
+        score = entry["test"]["accuracy" if self.settings.digits else "miou"]
+        if score > self.best:
+            self.best = score
+            self._save(BEST, {"result": self.results[-1]})
+        return entry
+
+    # ---- checkpoints
+
+    def _save(self, name, more):
+        model = self.model
+        nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
+
+    def _save_last(self):
+        model = self.model
+        groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
+        run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
+        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
+
+    def _resume(self):
+        last = self.out / LAST
+        groups, about = checkpoints.read(last)
+        with checkpoints.naming(f"resume: {last}"):
+            run = about.get("run")
+            if not isinstance(run, dict):
+                raise ValueError("expected a last checkpoint of kpcore train, got another")
+            made = from_dict(about.get("settings"))
+            if replace(made, training=replace(made.training, workers=0)) != replace(
+                self.settings, training=replace(self.settings.training, workers=0)
+            ):  # workers have no influence
+                raise ValueError("expected the settings that it was made with, got others")
+            if run.get("seed") != self.seed:
+                raise ValueError(f"seed: expected {run.get('seed')}, which it was made with, got {self.seed}")
+            self._restore(groups, run)
+        self._cut_log()
+
+    def _restore(self, groups, run):
+        model, training = self.model, self.settings.training
+        epoch, step, best, results = (run.get(name) for name in ("epoch", "step", "best", "results"))
+        done = epoch * training.steps + step if type(epoch) is type(step) is int else -1
+        optimizer = groups.get("optimizer", {})
+        is_run = 0 <= done <= training.epochs * training.steps and 0 <= step < training.steps
+        if not (is_run and type(best) in (int, float) and isinstance(results, list) and "num_steps" in optimizer):
+            raise ValueError(f"expected where a run of {training.epochs} epochs is, got epoch {epoch!r}, step {step!r}")
+        if optimizer["num_steps"].shape or optimizer["num_steps"] != done:
+            raise ValueError(f"expected an optimizer after {done} steps, got {optimizer['num_steps']}")
+        arrays = groups.get("params", {}), groups.get("state", {})
+        check_arrays(model.net, *arrays)
+        if others := {value.dtype for values in arrays for value in values.values()} - {np.dtype(np.float32)}:
+            raise ValueError(f"params, state: expected float32, got {', '.join(map(str, others))}")
+        self.optimizer.restore(optimizer)
+        for name, value in model.params.items():
+            value[...] = arrays[0][name]
+        model.state = arrays[1]
+        self.epoch, self.step, self.best, self.results = epoch, step, best, results
+
+    def _cut_log(self):
+        """Leave out what was logged after the checkpoint: it is done again."""
+        path, kept = self.out / LOG, []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                is_test = "test" in entry
+                at = entry["epoch"], 0 if is_test else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):
+                    raise ValueError(f"resume: {path}: expected what a run logs, got another line {number}") from None
+                break  # the last line, cut by the end of the process
+            if is_done:
+                kept.append(line + b"\n")
+        with whole(path) as part:
+            part.write_bytes(b"".join(kept))
+
+    # ---- how
+
+    def _optimizer(self, params):
+        training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
+        if training.optimizer == "sgd":
+            return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
+        return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)
+
+    def _schedule(self):
+        training = self.settings.training
+        if training.schedule == "one_cycle":
+            return nn.one_cycle(training.lr, max(2, training.epochs * training.steps))
+        return nn.exponential(training.lr, training.lr_decay, max(1, round(training.lr_decay_epochs * training.steps)))
+
+    def _class_weights(self):
+        kind = self.settings.training.class_weights
+        if kind == "none":
+            return None
+        labels = np.concatenate([scene.labels for scene in self.scenes])
+        counts = np.bincount(labels[labels != IGNORED], minlength=len(self.settings.names))
+        weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
+        weights[counts == 0] = 0
+        return (weights / weights[counts > 0].mean()).astype(np.float32)
+
+
+def _grad(tensor):
+    return np.zeros_like(tensor.value) if tensor.grad is None else tensor.grad
+
+
+def _append(log, entry):
+    """A line at the end of a log, or none: a full disk takes part of one."""
+    begin, left = log.seek(0, os.SEEK_END), json.dumps(entry).encode() + b"\n"
+    try:
+        while left:
+            left = left[log.write(left) :]
+    except OSError as error:
+        log.truncate(begin)
+        raise OSError(error.errno, error.strerror, log.name) from error
+
+
+class _Watched:
+    """The operators of kpcore; an error for the first whose result is not finite, by the layer it belongs to."""
+
+    def __init__(self, params):
+        self._names, self._layer = {id(value): name for name, value in params.items()}, "the input"
+
+    def __getattr__(self, name):
+        function = getattr(kp, name)
+
+        def watched(*args, **kwargs):
+            for value in (*args, *kwargs.values()):
+                self._layer = self._names.get(id(value), self._layer)
+            out = function(*args, **kwargs)
+            first = out[0] if isinstance(out, tuple) else out
+            if not np.isfinite(first).all():
+                layer = self._layer.rpartition(".")[0] or self._layer
+                raise NotFinite(f"the first that is not finite comes from {name} in layer {layer}")
+            return out
+
+        return watched
+
+
+def curves(out):
+    """Draw the log of a run: the loss, and what the tests scored."""
+    plot = require("matplotlib.figure", "plot")
+    entries = [json.loads(line) for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines()]
+    steps, tests = [e for e in entries if "loss" in e], [e for e in entries if "test" in e]
+    if not steps:
+        return
+    figure = plot.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    per_epoch = 1 + max(e["step"] for e in steps)
+    at = np.array([e["epoch"] + e["step"] / per_epoch for e in steps])
+    for name in ("loss", "entropy", "regularization"):
+        if name in steps[0]:
+            values = np.array([e.get(name) for e in steps], np.float64)
+            width = max(1, len(values) // 100)
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
+    left.set(xlabel="epoch", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(lambda value, _: "")
+    left.legend()
+    for name in ("miou", "accuracy"):
+        values = [(e["epoch"], e["test"][name]) for e in tests if e["test"].get(name) is not None]
+        if values:
+            right.plot(*zip(*values, strict=True), marker="o", label=name)
+    for name in tests[0]["test"].get("iou", {}) if tests else ():
+        right.plot([e["epoch"] for e in tests], [e["test"]["iou"][name] for e in tests], lw=0.8, label=f"IoU {name}")
+    right.set(xlabel="epoch", ylim=(0, 1))
+    if tests:
+        right.legend(fontsize="small")
+    with whole(Path(out) / CURVES) as part:
+        figure.savefig(part, dpi=120)

@@ -1,0 +1,426 @@
+"""Searches that make neighbour lists: within a radius, or the k nearest; and points made ready for several."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from kpcore import config
+from kpcore.backends import checks, devices
+from kpcore.neighbors import Neighbors
+
+_SORTS = (None, "index", "distance")
+_METRICS = ("l2", "l1", "linf")
+_IGNORES = (False, True, "index")
+_GRID_DIMENSIONS = (2, 3)
+_CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
+
+
+def radius_search(points, queries, radius, *, points_row_splits=None, queries_row_splits=None, metric="l2",
+                  ignore_query_point=False, max_neighbors=None, sort="index", return_distances=False,
+                  count_only=False):  # fmt: skip
+    """All points within a radius of each query.
+
+    A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
+    machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
+    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"). Where queries are points, each is its own neighbour unless told otherwise.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    queries : (M, D), same dtype, or None
+        None: the points themselves.
+    radius : float, or (M,) of the dtype of the points
+        For all queries or for each; in the unit of the points, above zero, inclusive; a number is rounded to the dtype
+        of the points.
+    points_row_splits, queries_row_splits : (B + 1,) int64, optional
+        Batch items, given together; a query sees the points of its own item. With ``queries=None`` only the first.
+    metric : {"l2", "l1", "linf"}
+    ignore_query_point : bool or "index"
+        True: points of exactly the query's coordinates are no neighbours (as in Open3D). "index": point i is none of
+        query i, which takes as many queries as points; others of its coordinates are.
+    max_neighbors : int, optional
+        Keep only so many, the nearest (of equally near ones those with the smallest index). On the GPU such a search
+        waits for nothing: ``Neighbors.index`` is as long as it could become, and what is not finite, or vanishes, is no
+        error.
+    sort : {"index", "distance", None}
+        Order within a row: by point index; by (distance, index); or unspecified, which is fastest.
+    return_distances : bool
+        Also give ``Neighbors.distance``, in the dtype of the points.
+    count_only : bool
+        Return only the number of neighbours of each query, (M,) int64, which needs no room for them.
+
+    Returns
+    -------
+    Neighbors
+
+    Raises
+    ------
+    ValueError
+        For coordinates that are NaN or infinite, shapes that do not agree, or a radius that is not above zero; with
+        `max_neighbors` also for points so close together that distances vanish, as for `knn_search`.
+    TypeError
+        For other dtypes.
+    MemoryError
+        For a result larger than the free memory, or the limit of `set_memory_limit`, before it is made.
+
+    Notes
+    -----
+    In two and three dimensions a grid of cells as wide as the radius is searched, otherwise, and where radii differ by
+    more than 4 from their median or points lie 10^6 radii apart, a kd-tree; the result is the same. Time is
+    proportional to the points within 3 radii of each other, memory to the points and the result. Points much denser
+    than the radius make neighbourhoods, and so results, that grow with the square of their number.
+
+    A distance that overflows is beyond any radius; one that vanishes (below 1e-19 in float32) is within it, and may be
+    given as 0.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.array([[0, 0, 0], [1, 0, 0], [3, 0, 0]], np.float32)
+    >>> nb = kp.radius_search(points, None, 1.0, return_distances=True)
+    >>> nb.index, nb.row_splits
+    (array([0, 1, 0, 1, 2], dtype=int32), array([0, 2, 4, 5]))
+    >>> nb.distance
+    array([0., 1., 1., 0., 0.], dtype=float32)
+    >>> kp.radius_search(points, None, 2.0, ignore_query_point="index").counts
+    array([1, 2, 1])
+    """
+    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
+    radius, reach, even = cloud.radius(radius)
+    cell = reach if even and cloud.points.shape[1] in _GRID_DIMENSIONS else None
+    return _radius_search(cloud.index(cell), cloud, radius, metric, ignore_query_point, max_neighbors, sort,
+                          return_distances, count_only)  # fmt: skip
+
+
+def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits=None, metric="l2",
+               ignore_query_point=False, return_distances=False):  # fmt: skip
+    """The k nearest points of each query, by (distance, index).
+
+    Distances are compared as `radius_search` computes them; of equally near points those with the smallest index come
+    first. A row is shorter than k only where its batch item has fewer points to offer.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 1 to 16
+    queries : (M, D), same dtype, or None
+        None: the points themselves; each is then its own nearest neighbour, unless ignored.
+    k : int
+        At least 1.
+    points_row_splits, queries_row_splits : (B + 1,) int64, optional
+    metric : {"l2", "l1", "linf"}
+    ignore_query_point : bool or "index"
+        As in `radius_search`; the k nearest of the others are found.
+    return_distances : bool
+
+    Returns
+    -------
+    Neighbors
+
+    Raises
+    ------
+    ValueError
+        Also where distances would all be equal, because they overflow or vanish: if for some item the measure of the
+        diagonal of the box around its points and queries, squared for "l2", is not zero and lies above the largest or
+        below the smallest normal number of the dtype (for "l2" in float32, sides of some 1e19 and 1e-19).
+    ValueError, TypeError, MemoryError
+        As `radius_search`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> points = np.array([[0.0], [1.0], [3.0]])
+    >>> kp.knn_search(points, None, 2).to_padded()
+    array([[0, 1],
+           [1, 0],
+           [2, 1]], dtype=int32)
+    """
+    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
+    return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
+
+
+class KDTree:
+    """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
+
+    Holds a copy of the points; may be searched from many threads at once, and pickled, which makes it anew. What it
+    finds is what `radius_search` and `knn_search` find, to the bit.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64
+    row_splits : (B + 1,) int64, optional
+        Batch items; a query sees the points of its own.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> tree = kp.KDTree(np.random.default_rng(0).random((100, 5)))
+    >>> tree.radius_search(None, 0.5).num_queries, tree.knn_search(None, 3).num_pairs
+    (100, 300)
+    """
+
+    __slots__ = ("_cell", "_index", "_points", "_row_splits")
+    _dimensions = checks.DIMENSIONS
+
+    def __init__(self, points, *, row_splits=None):
+        cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
+        self._keep(cloud, None)
+
+    def _keep(self, cloud, cell):
+        cloud.points = cloud.points.copy()
+        self._points, self._row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
+        self._index = cloud.index(cell)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({len(self._points)} points, {self._points.shape[1]} dimensions)"
+
+    def __reduce__(self):
+        return _rebuilt, (type(self), self._points, self._row_splits, self._cell)
+
+    def _with(self, queries, queries_row_splits):
+        splits = self._row_splits if queries is None or queries_row_splits is not None else None
+        if splits is None and len(self._row_splits) != 2:
+            raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
+        return _Cloud(self._points, splits, "row_splits", queries, queries_row_splits, self._dimensions, known=True)
+
+    def radius_search(self, queries, radius, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
+                      max_neighbors=None, sort="index", return_distances=False, count_only=False):  # fmt: skip
+        """As the function `radius_search`, without making an index."""
+        cloud = self._with(queries, queries_row_splits)
+        radius, reach, _ = cloud.radius(radius)
+        index = self._index
+        if self._cell is not None and reach > self._cell:
+            index = cloud.index(reach)
+        return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
+                              count_only)  # fmt: skip
+
+    def knn_search(self, queries, k, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
+                   return_distances=False):  # fmt: skip
+        """As the function `knn_search`, without making an index."""
+        cloud = self._with(queries, queries_row_splits)
+        return _knn_search(self._index, cloud, k, metric, ignore_query_point, return_distances)
+
+
+class GridIndex(KDTree):
+    """Points in cells, ready for searches with radii up to the cell, in two and three dimensions.
+
+    Faster than a `KDTree` for queries as dense as the points. Points more than some 10^6 cells apart are searched as a
+    `KDTree` does, unless they are sparse. For a radius larger than the cell a grid of its own is made each time, which
+    is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree made when first asked
+    for.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D = 2 or 3
+    cell : float
+        Edge of a cell, in the unit of the points, above zero: the largest radius to search with.
+    row_splits : (B + 1,) int64, optional
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> grid = kp.GridIndex(np.random.default_rng(0).random((100, 3)), 0.3)
+    >>> [grid.radius_search(None, r).num_pairs > 100 for r in (0.2, 0.3, 0.5)]
+    [True, True, True]
+    """
+
+    __slots__ = ("_tree",)
+    _dimensions = _GRID_DIMENSIONS
+
+    def __init__(self, points, cell, *, row_splits=None):
+        cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
+        self._keep(cloud, checks.length("cell", cell, cloud.points.dtype))
+        self._tree = None
+
+    def knn_search(self, queries, k, **options):
+        """As the function `knn_search`."""
+        if self._tree is None:
+            self._tree = KDTree(self._points, row_splits=self._row_splits)
+        return self._tree.knn_search(queries, k, **options)
+
+    def _search_with(self, others, others_row_splits, radius, max_neighbors):
+        """The lists of the points themselves and of other queries, as `radius_search` makes them one after the other.
+
+        From one search, which gathers and sorts what is near a cell once for both: three quarters of the time.
+        """
+        cloud = self._with(others, others_row_splits)
+        num_points = len(self._points)
+        cloud.queries = np.concatenate([self._points, cloud.queries])
+        cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
+        cloud.num_queries = len(cloud.queries)
+        both = _radius_search(
+            self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
+        )
+        splits = both._row_splits
+        own = splits[num_points]
+        return (
+            Neighbors._trusted(both._index[:own], splits[: num_points + 1], num_points),
+            Neighbors._trusted(both._index[own:], splits[num_points:] - own, num_points),
+        )
+
+
+def _rebuilt(cls, points, row_splits, cell):
+    return cls(points, row_splits=row_splits) if cell is None else cls(points, cell, row_splits=row_splits)
+
+
+class _Cloud:
+    """Points and queries of one search, checked."""
+
+    def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=checks.DIMENSIONS,
+                 known=False):  # fmt: skip
+        """`known`: the points' row_splits were checked before."""
+        sizes = {}
+        points = checks.points_array("points", points, sizes, dimensions=dimensions)
+        if queries is not None:
+            queries = checks.points_array("queries", queries, sizes, dimensions=dimensions, like=("points", points))
+        elif queries_row_splits is not None:
+            raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
+        if queries is not None and (points_row_splits is None) != (queries_row_splits is None):
+            missing = name if points_row_splits is None else "queries_row_splits"
+            raise ValueError(f"{missing}: expected an array, because the other side is in batches, got None")
+        points_row_splits = checks.splits_array(name, points_row_splits, len(points), "points", sizes, known=known)
+        if queries is not None:
+            queries_row_splits = checks.splits_array(
+                "queries_row_splits", queries_row_splits, len(queries), "queries", sizes
+            )
+            if len(queries_row_splits) != len(points_row_splits):
+                raise ValueError(
+                    f"queries_row_splits: expected ({len(points_row_splits)},) to match {name}, "
+                    f"got {queries_row_splits.shape}"
+                )
+        self.points, self.points_row_splits = points, points_row_splits
+        self.queries, self.queries_row_splits = queries, queries_row_splits
+        self.num_queries = len(points if queries is None else queries)
+
+    def radius(self, radius):
+        """(a number, or one for each query, the largest, whether they are much alike)"""
+        if devices.is_array(radius) and radius.ndim:
+            radius, on_host = checks.lengths("radius", radius, self.num_queries, ("points", self.points))
+            reach = float(on_host.max(initial=0))
+            return radius, reach, bool(len(on_host)) and reach <= 4 * np.median(on_host)
+        radius = checks.length("radius", radius, self.points.dtype)
+        return radius, radius, True
+
+    def sample(self, num):
+        """Up to `num` of the queries, evenly: their numbers, and their row_splits."""
+        rows = np.unique(np.linspace(0, self.num_queries - 1, num).astype(np.int64))
+        row_splits = self.points_row_splits if self.queries is None else self.queries_row_splits
+        return rows, np.searchsorted(rows, row_splits)
+
+    def ignored(self, ignore_query_point):
+        if ignore_query_point == "index" and self.num_queries != len(self.points):
+            raise ValueError(
+                f"ignore_query_point: expected True or False for {self.num_queries} queries of {len(self.points)} "
+                'points, got "index"'
+            )
+        return checks.choice("ignore_query_point", ignore_query_point, _IGNORES)
+
+    def index(self, cell):
+        backend = devices.backend(self.points)
+        try:
+            return backend.Index(self.points, self.points_row_splits, cell, config.get_num_threads())
+        except backend.NotFinite:
+            raise checks.not_finite(points=self.points) from None
+
+    def error(self, metric, *, is_bounded):
+        """The error for coordinates that a search could not take; `is_bounded` by a radius."""
+        error = checks.not_measurable(
+            self.points, self.points_row_splits, _METRICS[metric], self.queries, self.queries_row_splits,
+            is_bounded=is_bounded
+        )  # fmt: skip
+        return error or checks.changed("points" if self.queries is None else "points or queries")
+
+
+def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
+                   count_only):  # fmt: skip
+    num_points, backend = len(cloud.points), devices.backend(cloud.points)
+    if max_neighbors is not None:
+        max_neighbors = min(checks.integer("max_neighbors", max_neighbors, 0), num_points)
+    metric, sort = checks.choice("metric", metric, _METRICS), checks.choice("sort", sort, _SORTS)
+    ignored = cloud.ignored(ignore_query_point)
+    crowding = index.crowding
+    if max_neighbors is not None and not count_only and crowding > _CROWDED * (max_neighbors + 16):
+        tree = index if np.isinf(crowding) else cloud.index(None)
+        return _nearest(tree, cloud, radius, max_neighbors, sort or 1, metric, ignored, return_distances)
+
+    def search(queries, queries_row_splits, radius, count_only):
+        try:
+            return backend.radius_search(
+                index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignored,
+                return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
+            )  # fmt: skip
+        except backend.NotFinite:
+            raise cloud.error(metric, is_bounded=True) from None
+
+    if not count_only and cloud.num_queries > 4096 and crowding * cloud.num_queries > 2**26:
+        # Counting would take long before it could say so: 256 queries say it at once, to a factor of two.
+        rows, queries_row_splits = cloud.sample(256)
+        sampled = radius[rows] if np.ndim(radius) else radius
+        counts = search(
+            (cloud.points if cloud.queries is None else cloud.queries)[rows], queries_row_splits, sampled, True
+        )
+        expected = int(np.mean(np.diff(counts[0])) * cloud.num_queries)
+        config.check_room(expected, 4 * expected, estimated=True)
+    splits, found, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
+    return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
+
+
+def lists_of_levels(levels, radii, limits):
+    """[(neighbors, pools, upsamples)] of each level, given as (points, row_splits), and the next coarser one.
+
+    On the GPU all searches are asked for before their sizes are waited for, once.
+    """
+    coarser = [*levels[1:], None]
+    if isinstance(levels[0][0], np.ndarray):
+        return [_lists_of_level(*each) for each in zip(levels, coarser, radii, limits, strict=True)]
+    backend, clouds, searches = devices.backend(levels[0][0]), [], []
+    for points, row_splits in levels:
+        clouds.append(_Cloud(points, row_splits, "row_splits", None, None, _GRID_DIMENSIONS, known=True))
+    indices = [cloud.index(radius) for cloud, radius in zip(clouds, radii, strict=True)]
+    options = _SORTS.index("index"), _METRICS.index("l2"), _IGNORES.index(False), False, False, config.check_room
+    for number, (index, limit) in enumerate(zip(indices, limits, strict=True)):
+        most = None if limit is None else min(limit, index.num_points)
+        searches.append(backend.Search(index, None, None, radii[number], most, *options))
+        if coarser[number]:
+            searches.append(backend.Search(index, *coarser[number], radii[number], most, *options))
+            searches.append(backend.Search(indices[number + 1], *levels[number], math.inf, 1, *options))
+    try:
+        found = backend.radius_searches(searches)
+    except backend.NotFinite:
+        of_pairs = (checks.not_measurable(*coarse, "l2", *fine) for fine, coarse in itertools.pairwise(levels))
+        errors = filter(None, (checks.not_measurable(*levels[0], is_bounded=True), *of_pairs))
+        raise next(errors, checks.changed("points")) from None
+    lists = [
+        Neighbors._trusted(index, splits, search.index.num_points)
+        for search, (splits, index, _) in zip(searches, found, strict=True)
+    ]
+    return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]
+
+
+def _lists_of_level(level, coarser, radius, limit):
+    index = GridIndex(level[0], radius, row_splits=level[1])
+    if coarser is None:
+        return index.radius_search(None, radius, max_neighbors=limit), None, None
+    (points, row_splits), (coarse, splits) = level, coarser
+    upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
+    return *index._search_with(coarse, splits, radius, limit), upsamples
+
+
+def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
+    k = min(checks.integer("k", k, 1), len(cloud.points))
+    metric, ignored = checks.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
+    return _nearest(index, cloud, math.inf, k, _SORTS.index("distance"), metric, ignored, return_distances)
+
+
+def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
+    backend = devices.backend(cloud.points)
+    try:
+        splits, found, distance = backend.knn_search(
+            tree, cloud.queries, cloud.queries_row_splits, radius, k, sort, metric, ignored, return_distances,
+            config.check_room, config.get_num_threads(),
+        )  # fmt: skip
+    except backend.NotFinite:
+        raise cloud.error(metric, is_bounded=np.ndim(radius) > 0 or math.isfinite(radius)) from None
+    return Neighbors._trusted(found, splits, len(cloud.points), distance)

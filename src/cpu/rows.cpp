@@ -1,0 +1,983 @@
+// Layers on rows of features, forward and backward: products, normalisation, activations, dropout, cross entropy.
+//
+// All but the products are bound by memory, and go over it as seldom as the formulas allow. Sums over rows are float64
+// and taken in blocks of rows that do not depend on the number of threads, so neither does any result.
+
+#include "formulas/rows.h"
+
+#include <math.h>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+constexpr int64_t grain = 1 << 16;  // values that keep a thread busy for some 20 us
+
+// out[i] = call(i, at) for i < n, a vector at a time; at(p) loads the values at p that belong to it.
+template <class T, class Call>
+KP_INLINE void map(int64_t n, T* out, Call call) {
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) store(out + i, call(i, [](const T* p) { return load(p); }));
+  if (const int rest = int(n - i))
+    store_first(out + i, rest, call(i, [rest](const T* p) { return load_first(p, rest); }));
+}
+
+// The same by several threads.
+template <class T, class Call>
+void map_shared(int64_t n, int threads, T* out, Call call) {
+#pragma omp parallel num_threads(useful_threads(threads, n, grain))
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    const int64_t begin = share.begin;
+    map(share.end - begin, out + begin, [begin, call](int64_t i, auto at) { return call(begin + i, at); });
+  }
+}
+
+// exp(x) for x <= 0; NaN stays.
+template <class T>
+KP_INLINE Vec<T> exponential(Vec<T> x) {
+  return x == x ? exp_of<T>(x) : x;
+}
+
+// ---- sums of columns
+
+// Runs of rows within a batch item, of a length that depends on the number of columns alone.
+class Blocks {
+ public:
+  bool cut(const int64_t* row_splits, int64_t items, int64_t columns) {
+    if (!columns) return true;  // no blocks, however many rows
+    const int64_t rows = larger<int64_t>(64, smaller<int64_t>(1024, (1 << 16) / columns));
+    for (int64_t item = 0; item < items; ++item) count_ += (row_splits[item + 1] - row_splits[item] + rows - 1) / rows;
+    if (!begin_.resize(count_) || !end_.resize(count_) || !item_.resize(count_)) return false;
+    for (int64_t item = 0, b = 0; item < items; ++item)
+      for (int64_t r = row_splits[item]; r < row_splits[item + 1]; r += rows, ++b) {
+        begin_[b] = r;
+        end_[b] = smaller(r + rows, row_splits[item + 1]);
+        item_[b] = item;
+      }
+    return true;
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t b) const { return begin_[b]; }
+  int64_t end(int64_t b) const { return end_[b]; }
+  int64_t item(int64_t b) const { return item_[b]; }
+
+ private:
+  Buffer<int64_t> begin_, end_, item_;
+  int64_t count_ = 0;
+};
+
+template <class T>
+constexpr int parts = sizeof(double) / sizeof(T);
+
+// The lanes of a vector in float64: as many vectors as `parts`.
+template <class T>
+KP_INLINE void widen(Vec<T> v, Vec<double>* wide) {
+  if constexpr (parts<T> == 1) {
+    wide[0] = v;
+  } else {
+    typedef float Half __attribute__((vector_size(KP_VECTOR_BYTES / 2)));
+    Half halves[2];
+    memcpy(halves, &v, sizeof(v));
+    for (int i = 0; i < 2; ++i) wide[i] = __builtin_convertvector(halves[i], Vec<double>);
+  }
+}
+
+// Adds the terms of rows r, ..., r + R - 1 to the two sums of every column.
+template <int R, class T, class Terms>
+KP_INLINE void add_rows(int64_t item, int64_t r, int64_t columns, double* first, double* second, const Terms& terms) {
+  const auto add = [&](int64_t c, auto at) {
+    Vec<double> p[parts<T>], q[parts<T>];
+    for (int i = 0; i < parts<T>; ++i) {
+      p[i] = load(first + c + i * lanes<double>);
+      q[i] = load(second + c + i * lanes<double>);
+    }
+    for (int k = 0; k < R; ++k) terms(item, r + k, c, at, p, q);
+    for (int i = 0; i < parts<T>; ++i) {
+      store(first + c + i * lanes<double>, p[i]);
+      store(second + c + i * lanes<double>, q[i]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + lanes<T> <= columns; c += lanes<T>) add(c, [](const T* p) { return load(p); });
+  if (const int rest = int(columns - c)) add(c, [rest](const T* p) { return load_first(p, rest); });
+}
+
+// Two sums over the rows of every item and column: terms(item, row, column, at, p, q) adds to both. `sums` becomes
+// (items, 2, columns rounded up to vectors). False: no memory.
+template <class T, class Terms>
+bool sum_columns(const Blocks& blocks, int64_t items, int64_t columns, int threads, Buffer<double>& sums, Terms terms) {
+  const int64_t padded = round_up(columns, lanes<T>), both = 2 * padded;
+  Buffer<double> partial;
+  if (!partial.resize(blocks.count() * both) || !sums.resize(items * both)) return false;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    double *const first = partial.data() + b * both, *const second = first + padded;
+    memset(first, 0, size_t(both) * sizeof(double));
+    const int64_t item = blocks.item(b), end = blocks.end(b);
+    int64_t r = blocks.begin(b);
+    for (; r + 4 <= end; r += 4) add_rows<4, T>(item, r, columns, first, second, terms);
+    for (; r < end; ++r) add_rows<1, T>(item, r, columns, first, second, terms);
+  }
+  memset(sums.data(), 0, size_t(items * both) * sizeof(double));
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    double* const to = sums.data() + blocks.item(b) * both;
+    for (int64_t c = 0; c < both; ++c) to[c] += partial[b * both + c];
+  }
+  return true;
+}
+
+// ---- linear
+
+constexpr int64_t tile_rows = 10 * row_step;
+
+// out (n, columns) = left (n, length) times the weights or their transpose, plus the bias if there is one.
+template <class F>
+Status multiply(const Array& left, const Array& weights, bool transposed, const F* bias, const Array& out,
+                int threads) {
+  const int64_t n = left.rows, length = left.cols, columns = out.cols;
+  if (!n || !columns) return Status::ok;
+  const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
+  const int64_t parts = (16 + tiles - 1) / tiles;  // of columns: 103 rows are one tile
+  Panels<F> panels;
+  Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
+  if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, 1, transposed, threads)) return Status::out_of_memory;
+  if (!start.resize(panels.padded_columns()) || !last.resize(row_step * length)) return Status::out_of_memory;
+  for (int64_t c = 0; c < panels.padded_columns(); ++c) start[c] = bias && c < columns ? bias[c] : F(0);
+  memset(last.data(), 0, size_t(row_step * length) * sizeof(F));
+  memcpy(last.data(), as<F>(left) + whole * length, size_t((n - whole) * length) * sizeof(F));
+#pragma omp parallel for num_threads(useful_threads(threads, n * length * columns, 1 << 20)) schedule(dynamic, 1)
+  for (int64_t job = 0; job < tiles * parts; ++job) {
+    const int64_t t = job / parts, end = smaller(n, (t + 1) * tile_rows);
+    const Share share(panels.count(), int(job % parts), int(parts));
+    Vec<F> sums[row_step * panel_vectors];
+    F* const spill = reinterpret_cast<F*>(sums);
+    for (int64_t p = share.begin; p < share.end; ++p)
+      with_vectors(panels.vectors(p), [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+        const F *const panel = panels.row(0, p, 0), *const begin = start.data() + p * panel_width<F>;
+        const int64_t width = smaller<int64_t>(panel_width<F>, columns - p * panel_width<F>);
+        for (int64_t i = t * tile_rows; i < end; i += MR) {
+          const F* const rows = i < whole ? as<F>(left) + i * length : last.data() + (i - whole) * length;
+          F* const block = into<F>(out) + i * columns + p * panel_width<F>;
+          const bool fits = i + MR <= end && width == NV * lanes<F>;
+          F* const to = fits ? block : spill;
+          const int64_t stride = fits ? columns : NV * lanes<F>;
+          for (int r = 0; r < MR; ++r)
+            for (int v = 0; v < NV; ++v) store(to + r * stride + v * lanes<F>, load(begin + v * lanes<F>));
+          multiply_block<F, MR, NV, false>(
+              length, rows, length, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
+              [=](int64_t r) { return to + r * stride; });
+          for (int64_t r = 0; !fits && r < smaller<int64_t>(MR, end - i); ++r)
+            memcpy(block + r * columns, spill + r * stride, size_t(width) * sizeof(F));
+        }
+      });
+  }
+  return Status::ok;
+}
+
+// A tile for its transposed product: `count` rows of some channels in strips of row_step, and of the gradient in
+// panels, both filled up with zeros. In place, rows a power of two apart would share a few sets of the cache.
+template <class F>
+void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, int64_t c_out, int64_t count, F* left,
+               F* right) {
+  const int64_t padded = round_up(c_out, lanes<F>);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < channels; c += row_step) {
+      F* const to = left + c * tile_rows + i * row_step;
+      const F* const from = rows + i * stride + c;
+      if (c + row_step <= channels)
+        memcpy(to, from, row_step * sizeof(F));
+      else
+        for (int64_t k = 0; k < row_step; ++k) to[k] = c + k < channels ? from[k] : F(0);
+    }
+    for (int64_t v = 0; v < padded; v += panel_width<F>) {
+      const int64_t width = smaller<int64_t>(panel_width<F>, padded - v), given = smaller(width, c_out - v);
+      F* const to = right + v * tile_rows + i * width;
+      memcpy(to, grad + i * c_out + v, size_t(given) * sizeof(F));
+      for (int64_t k = given; k < width; ++k) to[k] = 0;
+    }
+  }
+}
+
+// grad_weights = features^T grad_out. Tiles are dealt to a number of sums that depends on the sizes alone, which are
+// then added in order; within a sum, a tile's product is taken in registers first.
+template <class F>
+Status weight_gradient(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
+  const int64_t n = features.rows, c_in = features.cols, c_out = grad_out.cols;
+  if (!c_in || !c_out) return Status::ok;
+  const int64_t height = round_up(c_in, row_step), padded = round_up(c_out, lanes<F>);
+  const int64_t tiles = (n + tile_rows - 1) / tile_rows;
+  const int64_t fit = (int64_t(1) << 21) / (height * padded);  // in 8 MiB of float32
+  const int64_t sums = larger<int64_t>(1, smaller(smaller<int64_t>(64, tiles / 16), fit));
+  // Channels of a job: few make many jobs, each of which packs the gradient again.
+  threads = useful_threads(threads, n * c_in * c_out, 1 << 20);
+  const int64_t jobs = (4 * threads + sums - 1) / sums, share = (c_in + jobs - 1) / jobs;
+  const int64_t block = round_up(smaller<int64_t>(32 * row_step, larger<int64_t>(8 * row_step, share)), row_step);
+  const int64_t blocks = (c_in + block - 1) / block;
+  Buffer<F> partial;
+  if (!partial.resize(sums * height * padded)) return Status::out_of_memory;
+  bool enough = true;
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
+  {
+    Buffer<F> left, right;
+    enough = left.resize(tile_rows * block) && right.resize(tile_rows * padded);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t job = 0; job < sums * blocks; ++job) {
+      if (!enough) continue;
+      const int64_t sum = job / blocks, first = job % blocks * block, end = smaller(height, first + block);
+      F* const to = partial.data() + sum * height * padded;
+      memset(to + first * padded, 0, size_t((end - first) * padded) * sizeof(F));
+      const Share share(tiles, int(sum), int(sums));
+      for (int64_t t = share.begin; t < share.end; ++t) {
+        const int64_t row = t * tile_rows, count = smaller(tile_rows, n - row);
+        pack_tile(as<F>(features) + row * c_in + first, c_in, smaller(c_in, end) - first, as<F>(grad_out) + row * c_out,
+                  c_out, count, left.data(), right.data());
+        for (int64_t v = 0; v < padded; v += panel_width<F>)
+          with_vectors(int(smaller<int64_t>(panel_width<F>, padded - v) / lanes<F>), [&](auto vectors) {
+            constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
+            const F* const panel = right.data() + v * tile_rows;
+            for (int64_t c = 0; c < end - first; c += MR)
+              multiply_block<F, MR, NV, false>(
+                  count, &left[c / row_step * row_step * tile_rows + c % row_step], 1, row_step,
+                  [=](int64_t i) { return panel + i * NV * lanes<F>; },
+                  [=](int64_t r) { return to + (first + c + r) * padded + v; });
+          });
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < c_in; ++c) {
+      F* const row = into<F>(grad_weights) + c * c_out;
+      memcpy(row, &partial[c * padded], size_t(c_out) * sizeof(F));
+      for (int64_t sum = 1; sum < sums; ++sum) {
+        const F* const from = &partial[(sum * height + c) * padded];
+        for (int64_t v = 0; v < c_out; ++v) row[v] += from[v];
+      }
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+template <class F>
+Status sum_all_rows(const Array& rows, const Array& sums, int threads) {
+  const int64_t whole[] = {0, rows.rows}, columns = rows.cols;
+  const F* const from = as<F>(rows);
+  Blocks blocks;
+  Buffer<double> wide;
+  threads = useful_threads(threads, rows.rows * columns, grain);
+  if (!blocks.cut(whole, 1, columns) ||
+      !sum_columns<F>(blocks, 1, columns, threads, wide,
+                      [=](int64_t, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>*) {
+                        Vec<double> value[parts<F>];
+                        widen<F>(at(from + r * columns + c), value);
+                        for (int i = 0; i < parts<F>; ++i) p[i] += value[i];
+                      }))
+    return Status::out_of_memory;
+  for (int64_t c = 0; c < columns; ++c) into<F>(sums)[c] = F(wide[c]);
+  return Status::ok;
+}
+
+// ---- normalisation
+
+// Sums are taken about the first row of an item. The variance is then at least the n-th part of the square of that
+// row's distance from the mean, so the difference of sums below loses at most a factor of n, wherever the values are.
+template <class T>
+Status find_moments(const Normalize& args, const Array& mean, const Array& variance) {
+  const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, padded = round_up(columns, lanes<T>);
+  const int64_t groups = mean.cols, of_group = groups ? columns / groups : 0;
+  const T* const x = as<T>(args.features);
+  const int64_t* const row_splits = as<int64_t>(args.row_splits);
+  const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
+  Blocks blocks;
+  Buffer<double> about, sums;
+  if (!blocks.cut(row_splits, items, columns) || !about.resize(items * padded)) return Status::out_of_memory;
+  for (int64_t item = 0; item < items; ++item)
+    for (int64_t c = 0; c < padded; ++c)
+      about[item * padded + c] =
+          c < columns && row_splits[item] < row_splits[item + 1] ? double(x[row_splits[item] * columns + c]) : 0;
+  const double* const origin = about.data();
+  if (!sum_columns<T>(blocks, items, columns, threads, sums,
+                      [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
+                        Vec<double> d[parts<T>];
+                        widen<T>(at(x + r * columns + c), d);
+                        for (int i = 0; i < parts<T>; ++i) {
+                          d[i] -= load(origin + item * padded + c + i * lanes<double>);
+                          p[i] += d[i];
+                          q[i] = fma(d[i], d[i], q[i]);
+                        }
+                      }))
+    return Status::out_of_memory;
+  for (int64_t item = 0; item < items; ++item) {
+    const double n = double(row_splits[item + 1] - row_splits[item]);
+    const double *const first = &sums[item * 2 * padded], *const second = first + padded;
+    const double* const at = origin + item * padded;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * of_group, end = begin + of_group;
+      double middle = 0, squares = 0;
+      for (int64_t c = begin; n > 0 && c < end; ++c) middle += (at[c] + first[c] / n) / double(of_group);
+      for (int64_t c = begin; n > 0 && c < end; ++c) {
+        const double off = at[c] + first[c] / n - middle;
+        squares += larger(second[c] / n - first[c] / n * (first[c] / n), 0.0) + off * off;  // NaN stays
+      }
+      into<double>(mean)[item * groups + g] = middle;
+      into<double>(variance)[item * groups + g] = squares / double(of_group);
+    }
+  }
+  return Status::ok;
+}
+
+// For every item and channel: y = (x - center) * factor + offset, in the dtype of the features. What rounding takes
+// from the mean is in the offset: 1e4 is known to 5e-4 in float32, half a thousandth of a standard deviation of 1.
+template <class T>
+struct Affine {
+  Buffer<T> center, factor, offset;
+  int64_t padded;
+
+  bool set(const Normalize& args) {
+    const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, groups = args.mean.cols;
+    padded = round_up(columns, lanes<T>);
+    if (!center.resize(items * padded) || !factor.resize(items * padded) || !offset.resize(items * padded))
+      return false;
+    for (int64_t item = 0; item < items; ++item)
+      for (int64_t c = 0; c < padded; ++c) {
+        const bool is_channel = c < columns;
+        const int64_t g = is_channel ? item * groups + c * groups / columns : 0, i = item * padded + c;
+        const double scale = is_channel ? as<double>(args.inverse_std)[g] * double(as<T>(args.scale)[c]) : 0;
+        const double mean = is_channel ? as<double>(args.mean)[g] : 0;
+        center[i] = T(mean);
+        factor[i] = T(scale);
+        offset[i] = T((is_channel ? double(as<T>(args.shift)[c]) : 0) - (mean - double(center[i])) * scale);
+      }
+    return true;
+  }
+};
+
+template <class T>
+Status apply(const Normalize& args, const Array& out) {
+  const int64_t columns = args.features.cols, items = args.row_splits.rows - 1;
+  const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
+  Affine<T> affine;
+  Blocks blocks;
+  if (!affine.set(args) || !blocks.cut(as<int64_t>(args.row_splits), items, columns)) return Status::out_of_memory;
+  const T* const x = as<T>(args.features);
+  T* const y = into<T>(out);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const int64_t at_item = blocks.item(b) * affine.padded;
+    const T *const center = &affine.center[at_item], *const factor = &affine.factor[at_item];
+    const T* const offset = &affine.offset[at_item];
+    const Vec<T> slope = broadcast(T(args.negative_slope));
+    for (int64_t r = blocks.begin(b); r < blocks.end(b); ++r)
+      map(columns, y + r * columns, [=](int64_t c, auto at) {
+        return leaky_relu(fma(at(x + r * columns + c) - load(center + c), load(factor + c), load(offset + c)), slope);
+      });
+  }
+  return Status::ok;
+}
+
+// With the normalised value n = (x - mean) s of M values of a group, y = n scale + shift and the gradient g of y:
+//   grad_scale = sum of g n,  grad_shift = sum of g,
+//   grad_x = s (g scale - mean of (g scale) - n mean of (g scale n))     (Ioffe and Szegedy 2015, section 3),
+// without the last two terms where mean and s are given.
+template <class T>
+Status differentiate(const Normalize& args, const Array& grad_out, const NormalizeGrad& out) {
+  const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, groups = args.mean.cols;
+  const int64_t* const row_splits = as<int64_t>(args.row_splits);
+  const T *const x = as<T>(args.features), *const grad = as<T>(grad_out);
+  const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
+  Affine<T> affine;
+  Blocks blocks;
+  if (!affine.set(args) || !blocks.cut(row_splits, items, columns)) return Status::out_of_memory;
+  const int64_t padded = affine.padded;
+  const T *const center = affine.center.data(), *const factor = affine.factor.data();
+  const T* const offset = affine.offset.data();
+  const Vec<T> slope = broadcast(T(args.negative_slope));
+  // The gradient before the leaky ReLU, whose argument is computed as it was in the forward pass.
+  const auto before = [=](Vec<T> d, Vec<T> g, int64_t i) {
+    return leaky_relu_grad(fma(d, load(factor + i), load(offset + i)), g, slope);
+  };
+
+  Buffer<T> slant, level;  // grad_x = g factor + (x - center) slant + level
+  if (!slant.resize(items * padded) || !level.resize(items * padded)) return Status::out_of_memory;
+  memset(slant.data(), 0, size_t(items * padded) * sizeof(T));
+  memset(level.data(), 0, size_t(items * padded) * sizeof(T));
+  if (out.grad_scale.data || out.grad_shift.data || !args.is_given) {
+    Buffer<double> sums;
+    if (!sum_columns<T>(blocks, items, columns, threads, sums,
+                        [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
+                          const Vec<T> narrow = at(x + r * columns + c) - load(center + item * padded + c);
+                          Vec<double> d[parts<T>], g[parts<T>];
+                          widen<T>(narrow, d);
+                          widen<T>(before(narrow, at(grad + r * columns + c), item * padded + c), g);
+                          for (int i = 0; i < parts<T>; ++i) {
+                            p[i] += g[i];
+                            q[i] = fma(g[i], d[i], q[i]);
+                          }
+                        }))
+      return Status::out_of_memory;
+    for (int64_t item = 0; item < items; ++item) {
+      double *const shifts = &sums[item * 2 * padded], *const scales = shifts + padded;
+      for (int64_t c = 0; c < columns; ++c) {
+        const int64_t g = item * groups + c * groups / columns;
+        const double lost = as<double>(args.mean)[g] - double(center[item * padded + c]);
+        scales[c] = as<double>(args.inverse_std)[g] * (scales[c] - lost * shifts[c]);
+      }
+      const double values = double(row_splits[item + 1] - row_splits[item]) * double(groups ? columns / groups : 0);
+      for (int64_t g = 0; g < groups && !args.is_given && values > 0; ++g) {
+        const int64_t begin = g * (columns / groups), end = begin + columns / groups;
+        double mean_grad = 0, mean_product = 0;
+        for (int64_t c = begin; c < end; ++c) {
+          mean_grad += double(as<T>(args.scale)[c]) * shifts[c] / values;
+          mean_product += double(as<T>(args.scale)[c]) * scales[c] / values;
+        }
+        const double inverse = as<double>(args.inverse_std)[item * groups + g];
+        const double mean = as<double>(args.mean)[item * groups + g], slope_of_x = -inverse * inverse * mean_product;
+        for (int64_t i = item * padded + begin; i < item * padded + end; ++i) {
+          slant[i] = T(slope_of_x);
+          level[i] = T(-inverse * mean_grad - slope_of_x * (mean - double(center[i])));
+        }
+      }
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      double shift = 0, scale = 0;
+      for (int64_t item = 0; item < items; ++item) {
+        shift += sums[item * 2 * padded + c];
+        scale += sums[(item * 2 + 1) * padded + c];
+      }
+      if (out.grad_shift.data) into<T>(out.grad_shift)[c] = T(shift);
+      if (out.grad_scale.data) into<T>(out.grad_scale)[c] = T(scale);
+    }
+  }
+  if (!out.grad_features.data) return Status::ok;
+  const T *const slants = slant.data(), *const levels = level.data();
+  T* const to = into<T>(out.grad_features);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const int64_t of_item = blocks.item(b) * padded;
+    for (int64_t r = blocks.begin(b); r < blocks.end(b); ++r)
+      map(columns, to + r * columns, [=](int64_t c, auto at) {
+        const int64_t i = of_item + c;
+        const Vec<T> d = at(x + r * columns + c) - load(center + i);
+        const Vec<T> g = before(d, at(grad + r * columns + c), i);
+        return fma(g, load(factor + i), fma(d, load(slants + i), load(levels + i)));
+      });
+  }
+  return Status::ok;
+}
+
+// ---- activations
+
+template <class T>
+KP_INLINE Vec<T> exp_minus_abs(Vec<T> x) {
+  return exponential<T>(-max(x, -x));
+}
+
+template <class T>
+Status activate_all(const Activate& args, T* out) {
+  const int64_t n = args.features.rows * args.features.cols;
+  const T* const x = as<T>(args.features);
+  const T slope = T(args.negative_slope);
+  if (args.activation == Activation::leaky_relu)
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) { return leaky_relu(at(x + i), broadcast(slope)); });
+  else if (args.activation == Activation::relu)
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu(at(x + i)); });
+  else
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) {
+      const Vec<T> value = at(x + i);
+      return sigmoid(value, exp_minus_abs<T>(value));
+    });
+  return Status::ok;
+}
+
+template <class T>
+Status activate_all_grad(const Activate& args, const T* grad, T* out) {
+  const int64_t n = args.features.rows * args.features.cols;
+  const T* const x = as<T>(args.features);
+  const T slope = T(args.negative_slope);
+  if (args.activation == Activation::leaky_relu)
+    map_shared(n, args.threads, out,
+               [=](int64_t i, auto at) { return leaky_relu_grad(at(x + i), at(grad + i), broadcast(slope)); });
+  else if (args.activation == Activation::relu)
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu_grad(at(x + i), at(grad + i)); });
+  else
+    map_shared(n, args.threads, out,
+               [=](int64_t i, auto at) { return at(grad + i) * sigmoid_grad(exp_minus_abs<T>(at(x + i))); });
+  return Status::ok;
+}
+
+// ---- sums of squares
+
+// The sum of term(i) from begin to end: by halves, so that what rounding loses does not grow with their number, and of
+// the smallest parts by eight running sums, whatever the width of vectors is.
+template <class Term>
+double sum_pairwise(int64_t begin, int64_t end, const Term& term) {
+  constexpr int64_t smallest = 128;
+  constexpr int running = 8;
+  if (end - begin > smallest) {
+    const int64_t middle = begin + round_up((end - begin) / 2, smallest);
+    return sum_pairwise(begin, middle, term) + sum_pairwise(middle, end, term);
+  }
+  double sums[running] = {};
+  int64_t i = begin;
+  for (; i + running <= end; i += running)
+    for (int l = 0; l < running; ++l) sums[l] += term(i + l);
+  for (int l = 0; i + l < end; ++l) sums[l] += term(i + l);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <class T>
+Status sum_all_squares(const Array& values, double* sum, int threads) {
+  constexpr int64_t block = 1 << 16;
+  const T* const x = as<T>(values);
+  const int64_t n = values.rows * values.cols, blocks = (n + block - 1) / block;
+  Buffer<double> partial;
+  if (!partial.resize(blocks)) return Status::out_of_memory;
+#pragma omp parallel for num_threads(useful_threads(threads, n, grain)) schedule(static)
+  for (int64_t b = 0; b < blocks; ++b)
+    partial[b] = sum_pairwise(b * block, smaller(n, (b + 1) * block), [=](int64_t i) {
+      const double value = double(x[i]);
+      return value * value;
+    });
+  *sum = sum_pairwise(0, blocks, [&](int64_t b) { return partial[b]; });
+  return Status::ok;
+}
+
+// ---- optimisers
+
+// step(load, store) for vectors of n values, by several threads; load(p) and store(p, v) are of those at p + i.
+template <class T, class Step>
+void step_shared(int64_t n, int threads, Step step) {
+#pragma omp parallel num_threads(useful_threads(threads, n, grain))
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    int64_t i = share.begin;
+    for (; i + lanes<T> <= share.end; i += lanes<T>)
+      step([i](const T* p) { return load(p + i); }, [i](T* p, Vec<T> v) { store(p + i, v); });
+    if (const int rest = int(share.end - i))
+      step([i, rest](const T* p) { return load_first(p + i, rest); },
+           [i, rest](T* p, Vec<T> v) { store_first(p + i, rest, v); });
+  }
+}
+
+template <class T>
+Status descend(const Sgd& args) {
+  T *const value = into<T>(args.value), *const moment = into<T>(args.moment);
+  const T* const grad = as<T>(args.grad);
+  const Vec<T> lr = broadcast(T(args.lr)), momentum = broadcast(T(args.momentum));
+  const Vec<T> weight_decay = broadcast(T(args.weight_decay));
+  step_shared<T>(args.value.rows * args.value.cols, args.threads, [=](auto load, auto store) {
+    Vec<T> v = load(value), m = load(moment);
+    sgd_step(v, load(grad), m, lr, momentum, weight_decay);
+    store(value, v);
+    store(moment, m);
+  });
+  return Status::ok;
+}
+
+template <class T>
+Status adapt(const AdamW& args) {
+  T *const value = into<T>(args.value), *const mean = into<T>(args.mean), *const square = into<T>(args.square);
+  const T* const grad = as<T>(args.grad);
+  const Vec<T> keep = broadcast(T(args.keep)), first = broadcast(T(args.first)), second = broadcast(T(args.second));
+  const Vec<T> rate = broadcast(T(args.rate)), inverse_root = broadcast(T(args.inverse_root));
+  const Vec<T> eps = broadcast(T(args.eps));
+  step_shared<T>(args.value.rows * args.value.cols, args.threads, [=](auto load, auto store) {
+    Vec<T> v = load(value), m = load(mean), s = load(square);
+    adamw_step(v, load(grad), m, s, keep, first, second, rate, inverse_root, eps);
+    store(value, v);
+    store(mean, m);
+    store(square, s);
+  });
+  return Status::ok;
+}
+
+// ---- dropout
+
+using Words = Vec<uint64_t>;
+
+// The products of the lower halves.
+KP_INLINE Words multiply_words(Words a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+  return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+KP_INLINE void random_words(uint64_t seed, int64_t block, uint32_t* words) {
+  constexpr int width = lanes<uint64_t>;
+  typedef uint32_t Half __attribute__((vector_size(KP_VECTOR_BYTES / 2)));
+  Words lane;
+  for (int l = 0; l < width; ++l) lane[l] = uint64_t(l);
+  for (int64_t first = 0; first < counters_of_block; first += width) {
+    Words word[4] = {};
+    word[0] = lane + uint64_t(block * counters_of_block + first);
+    word[1] = word[0] >> 32;
+    philox(word, seed, [](Words a, uint32_t b) { return multiply_words(a, b); });
+    for (int j = 0; j < 4; ++j) {
+      const Half half = __builtin_convertvector(word[j], Half);
+      memcpy(words + j * counters_of_block + first, &half, sizeof(half));
+    }
+  }
+}
+
+template <class T>
+Status drop(const Dropout& args, T* out) {
+  const int64_t n = args.features.rows * args.features.cols, blocks = (n + words_of_block - 1) / words_of_block;
+  const T* const x = as<T>(args.features);
+  const bool all = args.rate >= 1;
+  const uint32_t least = all ? 0 : uint32_t(args.rate * 4294967296.0);  // of the words that keep their value
+  const T scale = all ? T(0) : T(1 / (1 - args.rate));
+#pragma omp parallel for num_threads(useful_threads(args.threads, n, grain)) schedule(static)
+  for (int64_t b = 0; b < blocks; ++b) {
+    alignas(64) uint32_t words[words_of_block];
+    const T* const from = x + b * words_of_block;
+    T* const to = out + b * words_of_block;
+    const int64_t count = smaller(words_of_block, n - b * words_of_block);
+    const auto keep = [&](int64_t values) {
+      for (int64_t i = 0; i < values; ++i) {
+        const T value = from[i] * scale;  // whether it is kept or not, or there would be a branch
+        to[i] = words[i] >= least ? value : T(0);
+      }
+    };
+    if (all) {
+      memset(to, 0, size_t(count) * sizeof(T));
+      continue;
+    }
+    random_words(args.seed, b, words);
+    if (count == words_of_block)
+      keep(words_of_block);  // vectors, because the number is known
+    else
+      keep(count);
+  }
+  return Status::ok;
+}
+
+// ---- softmax
+
+// The values at p, minus infinity past the n-th.
+template <class T>
+KP_INLINE Vec<T> load_of(const T* p, int64_t n) {
+  if (n >= lanes<T>) return load(p);
+  Vec<T> lane;
+  for (int l = 0; l < lanes<T>; ++l) lane[l] = T(l);
+  return lane < broadcast(T(n)) ? load_first(p, int(n)) : broadcast(-T(INFINITY));
+}
+
+// The largest of a row and the sum of exp(x - largest), which are written to `e` unless it is null.
+template <class T>
+struct Exponentials {
+  T largest, sum;
+  Exponentials(const T* x, int64_t n, T* e) {
+    Vec<T> most = broadcast(-T(INFINITY)), total = {};
+    for (int64_t c = 0; c < n; c += lanes<T>) most = max(most, load_of(x + c, n - c));
+    largest = most[0];
+    for (int l = 1; l < lanes<T>; ++l) largest = larger(largest, most[l]);
+    for (int64_t c = 0; c < n; c += lanes<T>) {
+      const Vec<T> value = exponential<T>(load_of(x + c, n - c) - largest);
+      total += value;
+      if (e) store_first_or_all(e + c, n - c, value);
+    }
+    sum = sum_of_lanes<T>(total);
+  }
+
+ private:
+  static KP_INLINE void store_first_or_all(T* p, int64_t n, Vec<T> v) {
+    if (n >= lanes<T>)
+      store(p, v);
+    else
+      store_first(p, int(n), v);
+  }
+};
+
+template <class T>
+Status softmax_rows(const Array& features, T* out, int threads) {
+  const int64_t n = features.rows, columns = features.cols;
+  if (!columns) return Status::ok;
+#pragma omp parallel for num_threads(useful_threads(threads, n* columns, grain / 4)) schedule(static)
+  for (int64_t r = 0; r < n; ++r) {
+    T* const row = out + r * columns;
+    const Exponentials<T> found(as<T>(features) + r * columns, columns, row);
+    map(columns, row, [&](int64_t c, auto at) { return at(row + c) / found.sum; });
+  }
+  return Status::ok;
+}
+
+// With y the softmax: y (g - sum of g y).
+template <class T>
+Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threads) {
+  const int64_t n = features.rows, columns = features.cols;
+  if (!columns) return Status::ok;
+#pragma omp parallel for num_threads(useful_threads(threads, n* columns, grain / 4)) schedule(static)
+  for (int64_t r = 0; r < n; ++r) {
+    T* const row = out + r * columns;
+    const T* const g = grad + r * columns;
+    const Exponentials<T> found(as<T>(features) + r * columns, columns, row);
+    Vec<T> products = {};
+    int64_t c = 0;
+    for (; c + lanes<T> <= columns; c += lanes<T>) products = fma(load(row + c), load(g + c), products);
+    if (const int rest = int(columns - c)) products = fma(load_first(row + c, rest), load_first(g + c, rest), products);
+    const T mean = sum_of_lanes<T>(products) / found.sum;
+    map(columns, row, [&](int64_t i, auto at) { return at(row + i) / found.sum * (at(g + i) - mean); });
+  }
+  return Status::ok;
+}
+
+// ---- cross entropy
+
+constexpr int64_t rows_of_block = 1024;
+
+template <class T, class L>
+class Labelled {
+ public:
+  explicit Labelled(const CrossEntropy& args)
+      : labels_(as<L>(args.labels)),
+        weights_(as<T>(args.class_weights)),
+        classes_(args.logits.cols),
+        ignore_(args.ignore_index),
+        has_ignore_(args.has_ignore_index) {}
+  int64_t label(int64_t r) const { return int64_t(read_once(labels_ + r)); }
+  bool is_ignored(int64_t label) const { return has_ignore_ && label == ignore_; }
+  bool is_valid(int64_t label) const { return label >= 0 && label < classes_; }
+  double weight(int64_t label) const { return weights_ ? double(weights_[label]) : 1; }
+
+ private:
+  const L* labels_;
+  const T* weights_;
+  int64_t classes_, ignore_;
+  bool has_ignore_;
+};
+
+// Weight times log(sum of exp(x)) - x[label] of every row: each to `out`, or their sum, or that over the weights' sum.
+template <class T, class L>
+Status entropies(const CrossEntropy& args, T* out) {
+  const int64_t n = args.logits.rows, classes = args.logits.cols, blocks = (n + rows_of_block - 1) / rows_of_block;
+  const Labelled<T, L> rows(args);
+  const bool reduce = args.reduction != CrossEntropyReduction::none;
+  Buffer<double> losses, weights;
+  if (!losses.resize(blocks) || !weights.resize(blocks)) return Status::out_of_memory;
+  bool valid = true;
+#pragma omp parallel for num_threads(useful_threads(args.threads, n* classes, grain / 4)) schedule(static) \
+    reduction(&& : valid)
+  for (int64_t b = 0; b < blocks; ++b) {
+    double loss_sum = 0, weight_sum = 0;
+    for (int64_t r = b * rows_of_block; r < smaller(n, (b + 1) * rows_of_block); ++r) {
+      double loss = 0;
+      if (const int64_t label = rows.label(r); !rows.is_ignored(label)) {
+        if (!rows.is_valid(label)) {
+          valid = false;
+          break;
+        }
+        const T* const x = as<T>(args.logits) + r * classes;
+        const Exponentials<T> found(x, classes, nullptr);
+        loss = rows.weight(label) * (log(double(found.sum)) + (double(found.largest) - double(x[label])));
+        weight_sum += rows.weight(label);
+      }
+      loss_sum += loss;
+      if (!reduce) out[r] = T(loss);
+    }
+    losses[b] = loss_sum;
+    weights[b] = weight_sum;
+  }
+  if (!valid) return Status::out_of_range;
+  if (!reduce) return Status::ok;
+  double loss = 0, weight = 0;
+  for (int64_t b = 0; b < blocks; ++b) loss += losses[b], weight += weights[b];
+  if (args.reduction == CrossEntropyReduction::mean) loss = weight != 0 ? loss / weight : 0;
+  *out = T(loss);
+  return Status::ok;
+}
+
+// The sum of the weights of the rows that are not ignored.
+template <class T, class L>
+Status sum_weights(const Labelled<T, L>& rows, int64_t n, int threads, double* sum) {
+  const int64_t blocks = (n + rows_of_block - 1) / rows_of_block;
+  Buffer<double> weights;
+  if (!weights.resize(blocks)) return Status::out_of_memory;
+  bool valid = true;
+#pragma omp parallel for num_threads(useful_threads(threads, n, grain)) schedule(static) reduction(&& : valid)
+  for (int64_t b = 0; b < blocks; ++b) {
+    weights[b] = 0;
+    for (int64_t r = b * rows_of_block; valid && r < smaller(n, (b + 1) * rows_of_block); ++r) {
+      const int64_t label = rows.label(r);
+      if (rows.is_ignored(label)) continue;
+      valid = rows.is_valid(label);
+      if (valid) weights[b] += rows.weight(label);
+    }
+  }
+  *sum = 0;
+  for (int64_t b = 0; b < blocks; ++b) *sum += weights[b];
+  return valid ? Status::ok : Status::out_of_range;
+}
+
+// Weight times (softmax - one-hot), times the gradient of the row's loss.
+template <class T, class L>
+Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
+  const int64_t n = args.logits.rows, classes = args.logits.cols;
+  const Labelled<T, L> rows(args);
+  const bool each = args.reduction == CrossEntropyReduction::none;
+  double share = each ? 1 : double(*grad), weight;
+  if (Status status = sum_weights(rows, n, args.threads, &weight); status != Status::ok) return status;
+  if (args.reduction == CrossEntropyReduction::mean) share = weight != 0 ? share / weight : 0;
+  bool valid = true;
+#pragma omp parallel for num_threads(useful_threads(args.threads, n* classes, grain / 4)) schedule(static) \
+    reduction(&& : valid)
+  for (int64_t r = 0; r < n; ++r) {
+    T* const row = out + r * classes;
+    const int64_t label = rows.label(r);
+    if (rows.is_ignored(label) || !rows.is_valid(label)) {
+      valid = valid && rows.is_ignored(label);
+      memset(row, 0, size_t(classes) * sizeof(T));
+      continue;
+    }
+    const Exponentials<T> found(as<T>(args.logits) + r * classes, classes, row);
+    const T factor = T((each ? double(grad[r]) : share) * rows.weight(label));
+    map(classes, row, [&](int64_t c, auto at) { return at(row + c) / found.sum * factor; });
+    row[label] -= factor;
+  }
+  return valid ? Status::ok : Status::out_of_range;
+}
+
+// Calls call(T(), L()) with the dtypes of logits and labels.
+template <class Call>
+Status with_types(const CrossEntropy& args, Call call) {
+  return with_real(args.logits.dtype, [&](auto t) {
+    if (args.labels.dtype == DType::uint8) return call(t, uint8_t());
+    return args.labels.dtype == DType::int32 ? call(t, int32_t()) : call(t, int64_t());
+  });
+}
+
+// ---- columns
+
+// Calls copy(part's row, its place in the whole's row, bytes) for every row and part.
+template <class Copy>
+void for_each_part(const Columns& args, const Array& whole, Copy copy) {
+  if (!whole.cols) return;
+  const int64_t size = size_of(whole.dtype), stride = whole.cols * size;
+  const int threads = useful_threads(args.threads, whole.rows * whole.cols, grain);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < whole.rows; ++r) {
+    char* to = into<char>(whole) + r * stride;
+    for (const Array& part : args.parts) {
+      if (part.data) copy(into<char>(part) + r * part.cols * size, to, size_t(part.cols * size));
+      to += part.cols * size;
+    }
+  }
+}
+
+}  // namespace
+
+Status linear(const Array& features, const Array& weights, const Array& bias, const Array& out, int threads) {
+  return with_real(out.dtype, [&](auto t) {
+    using F = decltype(t);
+    return multiply<F>(features, weights, false, as<F>(bias), out, threads);
+  });
+}
+
+Status linear_grad_features(const Array& weights, const Array& grad_out, const Array& grad_features, int threads) {
+  return with_real(grad_out.dtype, [&](auto t) {
+    return multiply<decltype(t)>(grad_out, weights, true, nullptr, grad_features, threads);
+  });
+}
+
+Status linear_grad_weights(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
+  return with_real(grad_out.dtype,
+                   [&](auto t) { return weight_gradient<decltype(t)>(features, grad_out, grad_weights, threads); });
+}
+
+Status sum_rows(const Array& rows, const Array& sums, int threads) {
+  return with_real(rows.dtype, [&](auto t) { return sum_all_rows<decltype(t)>(rows, sums, threads); });
+}
+
+Status moments(const Normalize& args, const Array& mean, const Array& variance) {
+  return with_real(args.features.dtype, [&](auto t) { return find_moments<decltype(t)>(args, mean, variance); });
+}
+
+Status normalize(const Normalize& args, const Array& out) {
+  return with_real(args.features.dtype, [&](auto t) { return apply<decltype(t)>(args, out); });
+}
+
+Status normalize_grad(const Normalize& args, const Array& grad_out, const NormalizeGrad& out) {
+  return with_real(args.features.dtype, [&](auto t) { return differentiate<decltype(t)>(args, grad_out, out); });
+}
+
+Status activate(const Activate& args, const Array& out) {
+  return with_real(out.dtype, [&](auto t) { return activate_all(args, into<decltype(t)>(out)); });
+}
+
+Status activate_grad(const Activate& args, const Array& grad_out, const Array& grad_features) {
+  return with_real(grad_out.dtype, [&](auto t) {
+    using T = decltype(t);
+    return activate_all_grad(args, as<T>(grad_out), into<T>(grad_features));
+  });
+}
+
+Status add(const Array& first, const Array& second, const Array& out, int threads) {
+  return with_real(out.dtype, [&](auto t) {
+    using T = decltype(t);
+    const T *const a = as<T>(first), *const b = as<T>(second);
+    map_shared(out.rows * out.cols, threads, into<T>(out), [=](int64_t i, auto at) { return at(a + i) + at(b + i); });
+    return Status::ok;
+  });
+}
+
+Status sum_squares(const Array& values, double* sum, int threads) {
+  return with_real(values.dtype, [&](auto t) { return sum_all_squares<decltype(t)>(values, sum, threads); });
+}
+
+Status sgd(const Sgd& args) {
+  return with_real(args.value.dtype, [&](auto t) { return descend<decltype(t)>(args); });
+}
+
+Status adamw(const AdamW& args) {
+  return with_real(args.value.dtype, [&](auto t) { return adapt<decltype(t)>(args); });
+}
+
+Status dropout(const Dropout& args, const Array& out) {
+  return with_real(out.dtype, [&](auto t) { return drop(args, into<decltype(t)>(out)); });
+}
+
+Status softmax(const Array& features, const Array& out, int threads) {
+  return with_real(out.dtype, [&](auto t) { return softmax_rows(features, into<decltype(t)>(out), threads); });
+}
+
+Status softmax_grad(const Array& features, const Array& grad_out, const Array& grad_features, int threads) {
+  return with_real(grad_out.dtype, [&](auto t) {
+    using T = decltype(t);
+    return softmax_rows_grad(features, as<T>(grad_out), into<T>(grad_features), threads);
+  });
+}
+
+Status cross_entropy(const CrossEntropy& args, const Array& out) {
+  return with_types(args, [&](auto t, auto l) {
+    using T = decltype(t);
+    return entropies<T, decltype(l)>(args, into<T>(out));
+  });
+}
+
+Status cross_entropy_grad(const CrossEntropy& args, const Array& grad_out, const Array& grad_logits) {
+  return with_types(args, [&](auto t, auto l) {
+    using T = decltype(t);
+    return entropies_grad<T, decltype(l)>(args, as<T>(grad_out), into<T>(grad_logits));
+  });
+}
+
+Status concatenate(const Columns& args, const Array& whole) {
+  for_each_part(args, whole, [](char* part, char* to, size_t bytes) { memcpy(to, part, bytes); });
+  return Status::ok;
+}
+
+Status split(const Columns& args, const Array& whole) {
+  for_each_part(args, whole, [](char* part, char* from, size_t bytes) { memcpy(part, from, bytes); });
+  return Status::ok;
+}
+
+}  // namespace KP_ISA
+}  // namespace kp

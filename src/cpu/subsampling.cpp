@@ -1,0 +1,582 @@
+// Grid subsampling: points sorted by (item, Morton key of their voxel), then one pass over the voxels.
+//
+// The sort is stable and voxels belong to one thread each, so sums run over a voxel's points in their given order and
+// no result depends on the number of threads. Keys leave out the bits that an axis does not need, which changes no
+// order and saves sorting passes.
+
+#include "formulas/subsampling.h"
+
+#include <new>
+
+#include "geometry.h"
+#include "simd.h"
+#include "sort.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+constexpr int max_axis_bits = 21;
+
+// Interleaves voxel indices, x lowest. Table [axis][byte][value] holds where the bits of a byte go.
+template <int D>
+struct Interleaver {
+  uint64_t table[D][3][256];
+  int bits = 0, bytes = 1;
+
+  explicit Interleaver(const int* axis_bits) {
+    uint64_t place[D][24] = {};
+    for (int level = 0; level < max_axis_bits; ++level)
+      for (int a = 0; a < D; ++a)
+        if (level < axis_bits[a]) {
+          place[a][level] = uint64_t(1) << bits++;
+          bytes = level / 8 + 1;
+        }
+    for (int a = 0; a < D; ++a)
+      for (int byte = 0; byte < 3; ++byte)
+        for (int value = 0; value < 256; ++value) {
+          table[a][byte][value] = 0;
+          for (int bit = 0; bit < 8; ++bit)
+            if (value >> bit & 1) table[a][byte][value] |= place[a][8 * byte + bit];
+        }
+  }
+  uint64_t key(const uint32_t* voxel) const {
+    uint64_t key = 0;
+    for (int byte = 0; byte < bytes; ++byte)
+      for (int a = 0; a < D; ++a) key |= table[a][byte][voxel[a] >> 8 * byte & 255];
+    return key;
+  }
+};
+
+struct Plan {
+  GridSubsample args;
+  Buffer<double> origins;  // (1, D) of all items, or (B, D); of the geometry dtype
+  Buffer<int32_t> ids;     // points in voxel order
+  Buffer<uint32_t> begin;  // of each voxel, and the end
+  int64_t voxels = 0;
+
+  bool has_item_origins() const { return !args.origin.data || args.origin.cols > 1; }
+  const double* origin(int64_t item) const {
+    return origins.data() + (has_item_origins() ? item * args.points.cols : 0);
+  }
+};
+
+// The first position of every run of equal keys.
+template <class K>
+Status find_voxels(const K* keys, int64_t n, int threads, Plan& plan) {
+  threads = useful_threads(threads, n, 1 << 16);
+  Buffer<int64_t> found;
+  if (!found.resize(threads)) return Status::out_of_memory;
+  bool enough = true;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = omp_get_thread_num();
+    const Share share(n, t, omp_get_num_threads());
+    int64_t v = 0;
+    for (int64_t i = share.begin; i < share.end; ++i) v += !i || keys[i] != keys[i - 1];
+    found[t] = v;
+#pragma omp barrier
+#pragma omp single
+    {
+      int64_t sum = 0;
+      for (int u = 0; u < omp_get_num_threads(); ++u) {
+        const int64_t count = found[u];
+        found[u] = sum;
+        sum += count;
+      }
+      plan.voxels = sum;
+      enough = plan.begin.resize(sum + 1);
+      if (enough) plan.begin[sum] = uint32_t(n);
+    }
+    v = found[t];
+    for (int64_t i = share.begin; enough && i < share.end; ++i)
+      if (!i || keys[i] != keys[i - 1]) plan.begin[v++] = uint32_t(i);
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+template <class T, int D, class K>
+Status sort_points(const Interleaver<D>& interleaver, const double* low, int bits, Plan& plan) {
+  const GridSubsample& args = plan.args;
+  const auto* points = as<T>(args.points);
+  const auto* splits = as<int64_t>(args.row_splits);
+  const int64_t n = args.points.rows;
+  Buffer<K> keys;
+  if (!keys.resize(n) || !plan.ids.resize(n)) return Status::out_of_memory;
+#pragma omp parallel num_threads(useful_threads(args.threads, n, 1 << 13))
+  {
+    const Share share(n, omp_get_thread_num(), omp_get_num_threads());
+    constexpr int64_t block = 64;
+    int64_t item = 0;
+    T voxel_size[block * D], origin[block * D];  // of every coordinate of a block, for one loop without axes
+    const auto repeat_origin = [&](int64_t count) {
+      const double* const of_item = plan.origin(item);
+      for (int64_t j = 0; j < count * D; ++j) origin[j] = T(of_item[j % D]);
+    };
+    for (int64_t j = 0; j < block * D; ++j) voxel_size[j] = as<T>(args.voxel_size)[j % D];
+    if (!plan.has_item_origins()) repeat_origin(block);
+    for (int64_t i = share.begin, count; i < share.end; i += count) {
+      count = smaller(block, share.end - i);
+      if (plan.has_item_origins()) {
+        while (i >= splits[item + 1]) ++item;
+        count = smaller(count, splits[item + 1] - i);
+        repeat_origin(count);
+      }
+      T voxel[block * D];
+      for (int64_t j = 0; j < count * D; ++j) voxel[j] = voxel_index(points[i * D + j], origin[j], voxel_size[j]);
+      for (int64_t j = 0; j < count; ++j) {
+        while (i + j >= splits[item + 1]) ++item;
+        uint32_t from_low[D];
+        for (int a = 0; a < D; ++a) from_low[a] = uint32_t(int64_t(double(voxel[j * D + a]) - low[item * D + a]));
+        keys[i + j] = K(interleaver.key(from_low) | (interleaver.bits < 64 ? uint64_t(item) << interleaver.bits : 0));
+        plan.ids[i + j] = int32_t(i + j);
+      }
+    }
+  }
+  if (Status status = radix_sort(keys, plan.ids, n, bits, args.threads); status != Status::ok) return status;
+  return find_voxels(keys.data(), n, args.threads, plan);
+}
+
+template <class T, int D>
+Status count(const GridSubsample& args, int64_t* row_splits, void** result) {
+  Plan* const plan = static_cast<Plan*>(malloc(sizeof(Plan)));
+  if (!plan) return Status::out_of_memory;
+  new (plan) Plan();
+  *result = plan;
+  plan->args = args;
+  const auto* points = as<T>(args.points);
+  const auto* voxel_size = as<T>(args.voxel_size);
+  const auto* splits = as<int64_t>(args.row_splits);
+  const int64_t items = args.row_splits.rows - 1;
+  memset(row_splits, 0, size_t(items + 1) * sizeof(int64_t));
+  if (!args.points.rows) return Status::ok;
+
+  Buffer<double> low;
+  const int64_t num_origins = plan->has_item_origins() ? items : 1;
+  if (!low.resize(items * D) || !plan->origins.resize(num_origins * D)) return Status::out_of_memory;
+  for (int64_t j = 0; j < num_origins * D; ++j)
+    plan->origins[j] = args.origin.data ? double(as<T>(args.origin)[j]) : 0;  // empty items keep the 0
+  int axis_bits[D] = {};
+  for (int64_t b = 0; b < items; ++b) {
+    double high[D];
+    if (!bounding_box<T, D>(points + splits[b] * D, splits[b + 1] - splits[b], args.threads, &low[b * D], high))
+      return Status::not_finite;
+    if (splits[b] == splits[b + 1]) continue;
+    for (int a = 0; a < D; ++a) {
+      if (!args.origin.data) plan->origins[b * D + a] = double(published_origin(T(low[b * D + a]), voxel_size[a]));
+      // Difference, division and floor keep order, so the box of the voxels is the voxels of the box.
+      const T origin = T(plan->origin(b)[a]);
+      low[b * D + a] = double(voxel_index(T(low[b * D + a]), origin, voxel_size[a]));
+      const double range = double(voxel_index(T(high[a]), origin, voxel_size[a])) - low[b * D + a];
+      if (!(range < double(1 << max_axis_bits))) return Status::out_of_range;
+      axis_bits[a] = larger(axis_bits[a], bits_for(uint64_t(range)));
+    }
+  }
+  const Interleaver<D> interleaver(axis_bits);
+  const int bits = larger(1, interleaver.bits + bits_for(uint64_t(items - 1)));
+  if (bits > 64) return Status::out_of_range;
+  const Status status = bits <= 32 ? sort_points<T, D, uint32_t>(interleaver, low.data(), bits, *plan)
+                                   : sort_points<T, D, uint64_t>(interleaver, low.data(), bits, *plan);
+  if (status != Status::ok) return status;
+  // Items keep their places in the sorted order, so an item's first voxel begins where its points do.
+  for (int64_t b = 1, v = 0; b <= items; ++b) {
+    while (int64_t(plan->begin[v]) < splits[b]) ++v;
+    row_splits[b] = v;
+  }
+  return Status::ok;
+}
+
+// In random order every row is a cache miss; sixteen points ahead, past the voxel, is early enough. (Buffers have that
+// much to spare.)
+constexpr int64_t ahead = 16;
+
+// Mean of a voxel's rows. Sums are taken about the first row: what is added is as small as the voxel, so nothing is
+// lost far from the origin.
+template <class T>
+KP_INLINE void mean_row(const T* rows, int64_t columns, const int32_t* ids, int64_t n, double* sums, T* mean) {
+  const T* const first = rows + ids[0] * columns;
+  for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+  __builtin_prefetch(rows + ids[ahead] * columns);
+  for (int64_t i = 1; i < n; ++i) {
+    __builtin_prefetch(rows + ids[i + ahead] * columns);
+    const T* const row = rows + ids[i] * columns;
+    for (int64_t c = 0; c < columns; ++c) sums[c] += double(row[c]) - double(first[c]);
+  }
+  for (int64_t c = 0; c < columns; ++c) mean[c] = T(double(first[c]) + sums[c] / double(n));
+}
+
+// The largest of each column of a voxel's rows and, unless `which` is null, the row that has it, up to a whole vector.
+template <class T>
+KP_INLINE void max_row(const T* rows, int64_t columns, const int32_t* ids, int64_t n, T* largest,
+                       IndexBeside<T>* which) {
+  for (int64_t c = 0; c < columns; c += lanes<T>) {
+    const int width = int(smaller<int64_t>(lanes<T>, columns - c));
+    const auto row = [&](int32_t i) {
+      const T* const p = rows + i * columns + c;
+      return width == lanes<T> ? load(p) : load_first(p, width);
+    };
+    Vec<T> most = row(ids[0]);
+    Vec<IndexBeside<T>> has = broadcast(IndexBeside<T>(ids[0]));
+    for (int64_t i = 1; i < n; ++i) {
+      if (!c) __builtin_prefetch(rows + ids[i + ahead] * columns);
+      const Vec<T> x = row(ids[i]);
+      const auto more = exceeds(x, most);
+      most = more ? x : most;
+      has = more ? broadcast(IndexBeside<T>(ids[i])) : has;
+    }
+    store_first(largest + c, width, most);
+    if (which) store(which + c, has);
+  }
+}
+
+// The most frequent label of a voxel, the smallest of equals.
+template <class L>
+class Majority {
+ public:
+  Majority(const GridSubsample& args, int64_t smallest, int64_t largest)
+      : labels_(as<L>(args.labels)),
+        smallest_(smallest),
+        ignore_(args.ignore_label),
+        has_ignore_(args.has_ignore_label),
+        counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
+    if (!counting_) return;
+    range_ = uint64_t(largest - smallest) + 1;
+    enough_ = counts_.resize(int64_t(range_));
+    if (enough_) memset(counts_.data(), 0, size_t(range_) * sizeof(int32_t));
+  }
+  bool enough() const { return enough_; }
+
+  // False: no memory.
+  bool vote(const int32_t* ids, int64_t n, L* winner) {
+    return counting_ ? count(ids, n, winner) : sort(ids, n, winner);
+  }
+
+ private:
+  bool ignored(L label) const { return has_ignore_ && int64_t(label) == ignore_; }
+  // Of its counter: from range_ on for a label that was changed since the smallest and the largest were found.
+  uint64_t place(L label) const { return uint64_t(label) - uint64_t(smallest_); }
+
+  // Few labels: one counter each, cleared by walking the points again.
+  bool count(const int32_t* ids, int64_t n, L* winner) {
+    int32_t most = 0;
+    *winner = L(ignore_);
+    for (int64_t i = 0; i < n; ++i) {
+      const L label = read_once(labels_ + ids[i]);
+      if (ignored(label) || place(label) >= range_) continue;
+      const int32_t c = ++counts_[int64_t(place(label))];
+      if (c > most || (c == most && label < *winner)) {
+        most = c;
+        *winner = label;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i)
+      if (const uint64_t at = place(read_once(labels_ + ids[i])); at < range_) counts_[int64_t(at)] = 0;
+    return true;
+  }
+  bool sort(const int32_t* ids, int64_t n, L* winner) {
+    if (!a_.resize(n) || !spare_.resize(n)) return false;
+    int64_t voters = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const L label = labels_[ids[i]];
+      if (!ignored(label)) a_[voters++] = label;
+    }
+    *winner = L(ignore_);
+    const L* sorted = merge_sort(a_.data(), spare_.data(), voters, int64_t(1), [](L a, L b) { return a < b; });
+    int64_t most = 0;
+    for (int64_t i = 0, run = 0; i < voters; ++i) {
+      run = i && sorted[i] == sorted[i - 1] ? run + 1 : 1;
+      if (run > most) {
+        most = run;
+        *winner = sorted[i];
+      }
+    }
+    return true;
+  }
+
+  const L* labels_;
+  int64_t smallest_, ignore_;
+  uint64_t range_ = 0;
+  bool has_ignore_, counting_, enough_ = true;
+  Buffer<int32_t> counts_;
+  Buffer<L> a_, spare_;
+};
+
+constexpr int64_t block_of_voxels = 1024;
+
+// Calls visit(state, voxel, its points' ids, how many) for every voxel; each thread makes its own state.
+template <class Make, class Visit>
+Status for_each_voxel(const Plan& plan, Make make, Visit visit) {
+  const int64_t blocks = (plan.voxels + block_of_voxels - 1) / block_of_voxels;
+  bool enough = true;
+#pragma omp parallel num_threads(useful_threads(plan.args.threads, plan.args.points.rows, 1 << 12)) \
+    reduction(&& : enough)
+  {
+    auto state = make();
+    enough = state.enough();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t end = smaller(plan.voxels, (block + 1) * block_of_voxels);
+      for (int64_t v = block * block_of_voxels; enough && v < end; ++v)
+        enough = visit(state, v, &plan.ids[plan.begin[v]], int64_t(plan.begin[v + 1]) - plan.begin[v]);
+    }
+  }
+  return enough ? Status::ok : Status::out_of_memory;
+}
+
+template <class T>
+struct PerColumn {
+  Buffer<T> of_column;
+  bool got;
+  explicit PerColumn(int64_t columns) : got(of_column.resize(columns)) {}
+  bool enough() const { return got; }
+};
+
+template <class T>
+Status average(const Plan& plan, const Array& rows, const Array& means) {
+  const auto* from = as<T>(rows);
+  auto* to = into<T>(means);
+  const int64_t columns = rows.cols;
+  return for_each_voxel(
+      plan, [=] { return PerColumn<double>(columns); },
+      [=](PerColumn<double>& sums, int64_t v, const int32_t* ids, int64_t n) {
+        if (columns == 3)
+          mean_row<T>(from, 3, ids, n, sums.of_column.data(), to + v * 3);
+        else
+          mean_row<T>(from, columns, ids, n, sums.of_column.data(), to + v * columns);
+        return true;
+      });
+}
+
+// Which of a voxel's points is nearest its centre, the first of equals.
+template <class T, int D>
+int32_t nearest_point(const T* points, const double* center, const int32_t* ids, int64_t n) {
+  int32_t nearest = ids[0];
+  double smallest = squared_distance<D>(points + nearest * int64_t(D), center);
+  __builtin_prefetch(points + ids[ahead] * int64_t(D));
+  for (int64_t i = 1; i < n; ++i) {
+    __builtin_prefetch(points + ids[i + ahead] * int64_t(D));
+    const double squared = squared_distance<D>(points + ids[i] * int64_t(D), center);
+    if (squared < smallest) smallest = squared, nearest = ids[i];
+  }
+  return nearest;
+}
+
+void copy_row(const Array& from, int64_t i, const Array& to, int64_t v) {
+  const int64_t bytes = from.cols * size_of(from.dtype);
+  memcpy(into<char>(to) + v * bytes, as<char>(from) + i * bytes, size_t(bytes));
+}
+
+struct Nothing {
+  bool enough() const { return true; }
+};
+
+// Where a grid begins.
+template <class T, int D>
+struct Corner {
+  T origin[D];
+  explicit Corner(const double* from) {
+    for (int a = 0; a < D; ++a) origin[a] = T(from[a]);
+  }
+  bool enough() const { return true; }
+};
+
+// The item that a point is of: the last one that begins at or before it.
+int64_t item_of(const Array& row_splits, int64_t point) {
+  const auto* splits = as<int64_t>(row_splits);
+  int64_t first = 0, last = row_splits.rows - 1;
+  while (last - first > 1) {
+    const int64_t middle = (first + last) / 2;
+    (splits[middle] <= point ? first : last) = middle;
+  }
+  return first;
+}
+
+// What is asked of the voxels' centres: themselves, and the nearest points with their coordinates and features.
+template <class T, int D>
+Status use_centers(const Plan& plan, const Subsampled& out) {
+  const GridSubsample& args = plan.args;
+  const auto* points = as<T>(args.points);
+  const auto* voxel_size = as<T>(args.voxel_size);
+  auto* const centers = into<T>(out.points);
+  auto* const nearest = into<int32_t>(out.nearest);
+  const bool has_item_origins = plan.has_item_origins();
+  return for_each_voxel(
+      plan, [&] { return Corner<T, D>(plan.origin(0)); },
+      [=, &args, &plan](Corner<T, D>& corner, int64_t v, const int32_t* ids, int64_t n) {
+        if (has_item_origins) corner = Corner<T, D>(plan.origin(item_of(args.row_splits, ids[0])));
+        double center[D];
+        for (int a = 0; a < D; ++a) {
+          const T index = voxel_index(points[ids[0] * int64_t(D) + a], corner.origin[a], voxel_size[a]);
+          center[a] = voxel_center(index, corner.origin[a], voxel_size[a]);
+        }
+        if (args.position == VoxelPoint::center)
+          for (int a = 0; a < D; ++a) centers[v * D + a] = T(center[a]);
+        if (!nearest) return true;
+        nearest[v] = nearest_point<T, D>(points, center, ids, n);
+        if (args.position == VoxelPoint::nearest) copy_row(args.points, nearest[v], out.points, v);
+        if (args.feature == VoxelFeature::nearest && args.features.data)
+          copy_row(args.features, nearest[v], out.features, v);
+        return true;
+      });
+}
+
+template <class T>
+Status maximize(const Plan& plan, const Array& rows, const Array& maxima) {
+  const auto* from = as<T>(rows);
+  auto* to = into<T>(maxima);
+  const int64_t columns = rows.cols;
+  return for_each_voxel(
+      plan, [] { return Nothing(); },
+      [=](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+        max_row<T>(from, columns, ids, n, to + v * columns, nullptr);
+        return true;
+      });
+}
+
+template <class L>
+Status elect(const Plan& plan, const Array& labels) {
+  const auto* from = as<L>(plan.args.labels);
+  auto* to = into<L>(labels);
+  L smallest = from[0], largest = from[0];
+  for (int64_t i = 1; i < plan.args.points.rows; ++i) {
+    smallest = smaller(smallest, from[i]);
+    largest = larger(largest, from[i]);
+  }
+  return for_each_voxel(
+      plan, [&] { return Majority<L>(plan.args, int64_t(smallest), int64_t(largest)); },
+      [=](Majority<L>& majority, int64_t v, const int32_t* ids, int64_t n) { return majority.vote(ids, n, to + v); });
+}
+
+// Each row of the gradient from that of its voxel: all of them a share of it, or the nearest the whole.
+template <class T>
+Status give_rows(const GridSubsampleGrad& args, const Array& grad_features) {
+  const auto* inverse = as<int32_t>(args.inverse);
+  const auto* counts = as<int32_t>(args.counts);
+  const auto* nearest = as<int32_t>(args.nearest);
+  const auto* grad_out = as<T>(args.grad_out);
+  auto* const to = into<T>(grad_features);
+  const int64_t n = args.inverse.rows, columns = grad_features.cols;
+#pragma omp parallel for num_threads(useful_threads(args.threads, n, 1 << 13)) schedule(static)
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t v = inverse[i];
+    const T* const given = grad_out + v * columns;
+    T* const row = to + i * columns;
+    if (args.feature == VoxelFeature::mean)
+      for (int64_t c = 0; c < columns; ++c) row[c] = given[c] / T(counts[v]);
+    else if (nearest[v] == i)
+      memcpy(row, given, size_t(columns) * sizeof(T));
+    else
+      memset(row, 0, size_t(columns) * sizeof(T));
+  }
+  return Status::ok;
+}
+
+// The points of each voxel by index again, from what came of them.
+Status regroup(const GridSubsampleGrad& args, Plan& plan) {
+  const auto* inverse = as<int32_t>(args.inverse);
+  const auto* counts = as<int32_t>(args.counts);
+  const int64_t n = args.inverse.rows;
+  plan.args.points = args.inverse;
+  plan.args.threads = args.threads;
+  plan.voxels = args.counts.rows;
+  if (!plan.ids.resize(n) || !plan.begin.resize(plan.voxels + 1)) return Status::out_of_memory;
+  uint32_t* const next = plan.begin.data() + 1;  // where a voxel's next point goes: in the end where the voxel ends
+  plan.begin[0] = 0;
+  for (int64_t v = 0, sum = 0; v < plan.voxels; ++v) next[v] = uint32_t(sum), sum += counts[v];
+  for (int64_t i = 0; i < n; ++i) plan.ids[next[inverse[i]]++] = int32_t(i);
+  return Status::ok;
+}
+
+template <class T>
+struct Maxima {
+  PerColumn<T> largest;
+  PerColumn<IndexBeside<T>> which;
+  explicit Maxima(int64_t columns) : largest(columns), which(columns) {}
+  bool enough() const { return largest.got && which.got; }
+};
+
+// Each value of a voxel's gradient goes to the row that had the maximum of its column.
+template <class T>
+Status give_to_maxima(const GridSubsampleGrad& args, const Array& grad_features) {
+  const auto* features = as<T>(args.features);
+  const auto* grad_out = as<T>(args.grad_out);
+  auto* const to = into<T>(grad_features);
+  const int64_t columns = grad_features.cols;
+  Plan plan;
+  if (Status status = regroup(args, plan); status != Status::ok) return status;
+  return for_each_voxel(
+      plan, [=] { return Maxima<T>(columns); },
+      [=](Maxima<T>& maxima, int64_t v, const int32_t* ids, int64_t n) {
+        IndexBeside<T>* const which = maxima.which.of_column.data();
+        max_row<T>(features, columns, ids, n, maxima.largest.of_column.data(), which);
+        const T* const given = grad_out + v * columns;
+        for (int64_t i = 0; i < n; ++i) {
+          T* const row = to + ids[i] * columns;
+          for (int64_t c = 0; c < columns; ++c) row[c] = which[c] == ids[i] ? given[c] : T(0);
+        }
+        return true;
+      });
+}
+
+}  // namespace
+
+Status grid_subsample_count(const GridSubsample& args, int64_t* row_splits, void** plan) {
+  return with_geometry(args.points.dtype, args.points.cols,
+                       [&](auto t, auto d) { return count<decltype(t), decltype(d)::value>(args, row_splits, plan); });
+}
+
+Status grid_subsample_fill(void* opaque, const Subsampled& out) {
+  const Plan& plan = *static_cast<Plan*>(opaque);
+  const GridSubsample& args = plan.args;
+  if (!plan.voxels) return Status::ok;
+  auto* const inverse = into<int32_t>(out.inverse);
+  auto* const counts = into<int32_t>(out.counts);
+  const auto average_of = [&](const Array& rows, const Array& means) {
+    return with_real(rows.dtype, [&](auto t) { return average<decltype(t)>(plan, rows, means); });
+  };
+  Status status = Status::ok;
+  if (args.position == VoxelPoint::barycenter) status = average_of(args.points, out.points);
+  if (status == Status::ok && (args.position == VoxelPoint::center || out.nearest.data))
+    status = with_geometry(args.points.dtype, args.points.cols,
+                           [&](auto t, auto d) { return use_centers<decltype(t), decltype(d)::value>(plan, out); });
+  if (status == Status::ok)
+    status = for_each_voxel(
+        plan, [] { return Nothing(); },
+        [=](Nothing&, int64_t v, const int32_t* ids, int64_t n) {
+          counts[v] = int32_t(n);
+          for (int64_t i = 0; i < n; ++i) inverse[ids[i]] = int32_t(v);
+          return true;
+        });
+  if (status == Status::ok && args.features.data) {
+    if (args.feature == VoxelFeature::mean)
+      status = average_of(args.features, out.features);
+    else if (args.feature == VoxelFeature::max)
+      status = with_real(args.features.dtype,
+                         [&](auto t) { return maximize<decltype(t)>(plan, args.features, out.features); });
+  }
+  if (status == Status::ok && args.labels.data) {
+    if (args.labels.dtype == DType::uint8)
+      status = elect<uint8_t>(plan, out.labels);
+    else if (args.labels.dtype == DType::int32)
+      status = elect<int32_t>(plan, out.labels);
+    else
+      status = elect<int64_t>(plan, out.labels);
+  }
+  return status;
+}
+
+Status grid_subsample_grad(const GridSubsampleGrad& args, const Array& grad_features) {
+  return with_real(grad_features.dtype, [&](auto t) {
+    using T = decltype(t);
+    return args.feature == VoxelFeature::max ? give_to_maxima<T>(args, grad_features)
+                                             : give_rows<T>(args, grad_features);
+  });
+}
+
+void grid_subsample_free(void* plan) {
+  static_cast<Plan*>(plan)->~Plan();
+  free(plan);
+}
+
+}  // namespace KP_ISA
+}  // namespace kp

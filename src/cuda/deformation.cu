@@ -1,0 +1,101 @@
+// The losses of deformed kernel points on the GPU: a thread for each query and kernel point. Losses are summed in
+// float64, in blocks joined in their order; nothing is contracted, as on the CPU.
+//
+// Compiled for the type of geometry and the dimension: KP_T, KP_DIM.
+
+#include "formulas/deformation.h"
+#include "launch.h"
+#include "formulas/neighbors.h"
+
+namespace kp {
+namespace {
+
+using T = KP_T;
+constexpr int D = KP_DIM;
+
+// Kernel point k of query q, deformed, along axis a.
+__device__ T deformed(const T* kernel_points, const T* offsets, int64_t num_kernels, int64_t q, int64_t k, int a) {
+  return kernel_points[k * D + a] + offsets[(q * num_kernels + k) * D + a];
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// nearest[q, k] = the neighbour nearest to a deformed kernel point, the first of equals, -1 without neighbours;
+// least[q, k] = its squared distance, or NaN where one is.
+extern "C" __global__ void fit(const T* points, const T* queries, const int32_t* index, const int64_t* row_splits,
+                               const T* kernel_points, const T* offsets, int64_t num_queries, int64_t num_kernels,
+                               int32_t* nearest, T* least) {
+  for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
+    const int64_t q = i / num_kernels, k = i % num_kernels;
+    T best = T(0), odd = T(0);
+    int32_t which = -1;
+    for (int64_t e = row_splits[q]; e < row_splits[q + 1]; ++e) {
+      T d[D];
+      for (int a = 0; a < D; ++a)
+        d[a] = from_neighbor(points[int64_t(index[e]) * D + a], queries[q * D + a],
+                             deformed(kernel_points, offsets, num_kernels, q, k, a));
+      const T d2 = squared_distance(d, D);
+      if (d2 != d2) odd = d2;
+      if (which >= 0 && !(d2 < best)) continue;
+      best = d2;
+      which = index[e];
+    }
+    nearest[i] = which;
+    least[i] = odd != odd ? odd : best;
+  }
+}
+
+extern "C" __global__ void fit_gradient(const T* points, const T* queries, const T* kernel_points, const T* offsets,
+                                        const int32_t* nearest, int64_t num_queries, int64_t num_kernels, T scale,
+                                        const T* grad_out, T* grads) {
+  const T factor = scale * *grad_out;
+  for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
+    const int64_t q = i / num_kernels, k = i % num_kernels;
+    for (int a = 0; a < D; ++a)
+      grads[i * D + a] = nearest[i] < 0
+                             ? T(0)
+                             : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
+                                                      deformed(kernel_points, offsets, num_kernels, q, k, a));
+  }
+}
+
+// losses[q, k] = repulsion of kernel point k by those after it
+extern "C" __global__ void repel(const T* kernel_points, const T* offsets, int64_t num_queries, int64_t num_kernels,
+                                 T inverse_extent, T repulse_extent, T* losses) {
+  for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
+    const int64_t q = i / num_kernels, k = i % num_kernels;
+    T sum = T(0);
+    for (int64_t j = k + 1; j < num_kernels; ++j) {
+      T d[D];
+      for (int a = 0; a < D; ++a)
+        d[a] = deformed(kernel_points, offsets, num_kernels, q, k, a) -
+               deformed(kernel_points, offsets, num_kernels, q, j, a);
+      const T under = overlap(T(sqrt(squared_distance(d, D))), inverse_extent, repulse_extent);
+      sum += under * under;
+    }
+    losses[i] = sum;
+  }
+}
+
+extern "C" __global__ void repel_gradient(const T* kernel_points, const T* offsets, int64_t num_queries,
+                                          int64_t num_kernels, T inverse_extent, T repulse_extent, T scale,
+                                          const T* grad_out, T* grads) {
+  const T factor = scale * *grad_out;
+  for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
+    const int64_t q = i / num_kernels, k = i % num_kernels;
+    T sum[D] = {};
+    for (int64_t j = 0; j < num_kernels; ++j) {
+      if (j == k) continue;
+      T d[D];
+      for (int a = 0; a < D; ++a)
+        d[a] = deformed(kernel_points, offsets, num_kernels, q, k, a) -
+               deformed(kernel_points, offsets, num_kernels, q, j, a);
+      const T slope = repulsion_slope(squared_distance(d, D), inverse_extent, repulse_extent);
+      for (int a = 0; a < D; ++a) sum[a] += slope * d[a];
+    }
+    for (int a = 0; a < D; ++a) grads[i * D + a] = factor * sum[a];
+  }
+}

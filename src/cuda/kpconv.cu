@@ -1,0 +1,307 @@
+// KPConv on the GPU: features summed by kernel point, a warp for each query; the products with the weights are
+// cuBLAS's.
+//
+// Compiled for the types of geometry and features and the dimension: KP_G, KP_F, KP_DIM. The sums (groups, rows, K,
+// channels of a group) are those of some thousand queries at a time and stay in the second-level cache: nothing of all
+// queries times kernel points is ever made.
+//
+// Each lane looks at a neighbour: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
+// features of those it acts on, each some channels, in the order of the list: results do not depend on the launch. What
+// is stored in 16 bits is summed in float, and rounded once for each 256 neighbours. The gradient of the features is
+// the same on the transposed list with mirrored kernel points.
+
+#include "formulas/kpconv.h"
+#include "launch.h"
+#include "formulas/neighbors.h"
+#include "storage.h"
+
+namespace kp {
+namespace {
+
+using G = KP_G;
+using S = KP_F;
+using F = Real<S>;
+constexpr int D = KP_DIM;
+constexpr int at_once = 4;     // channels of a lane in registers
+constexpr int kept = 256;      // neighbours of a query whose choices are kept at a time
+constexpr int most_warps = 4;  // of a block
+
+enum Influence : int { linear, gaussian, constant };
+enum Aggregation : int { sum, closest };
+enum Whose : int { nobodys, the_queries, the_gathered };  // what offsets and modulations are of
+
+struct Kernel {
+  const G* points;   // (K, D)
+  const G* offsets;  // (queries or gathered, K, D)
+  int num, offsets_of;
+  G sign;  // -1 where the list is transposed
+  G extent, inverse_extent, scale;
+  int influence, aggregation;
+
+  __device__ G squared(const G* relative, int64_t query, int64_t gathered, int64_t k) const {
+    G d[D];
+    for (int a = 0; a < D; ++a) {
+      G p = points[k * D + a];
+      if (offsets_of) p = p + offsets[((offsets_of == the_queries ? query : gathered) * num + k) * D + a];
+      d[a] = relative[a] - sign * p;
+    }
+    return squared_distance(d, D);
+  }
+  // Whether not all kernel points may act on all neighbours.
+  __device__ bool chooses() const { return aggregation == closest || offsets_of; }
+  // Which may act on a neighbour: all (-1), none (-2), or one.
+  __device__ int choice(const G* relative, int64_t query, int64_t gathered) const {
+    if (!chooses()) return -1;
+    int nearest = 0;
+    G least = squared(relative, query, gathered, 0);
+    for (int k = 1; k < num; ++k) {
+      const G d2 = squared(relative, query, gathered, k);
+      if (d2 < least) {
+        least = d2;
+        nearest = k;
+      }
+    }
+    if (offsets_of && !(least < extent * extent)) return -2;
+    return aggregation == closest ? nearest : -1;
+  }
+  __device__ G weight(G d2) const {
+    if (influence == linear) return d2 < extent * extent ? linear_influence(d2, inverse_extent) : G(0);
+    return influence == gaussian ? exp(scale * d2) : G(1);
+  }
+};
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// sums of queries [first, first + rows)
+extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
+                                     const S* features, int channels, const G* kernel_points, int num_kernels,
+                                     const G* offsets, int offsets_of, const S* modulations, int modulations_of,
+                                     int factors, const F* scale, int scaled, G sign, G extent, int influence,
+                                     int aggregation, int groups, int64_t first, int64_t rows, S* sums) {
+  __shared__ int32_t choices[most_warps * kept];
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_of, sign, extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
+  const int lane = lane_number(), width = channels / groups;
+  int32_t* const choice_of = choices + int(threadIdx.x) / warp * kept;
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
+    const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * num_kernels + k) * width + c % width; };
+    // A lane's neighbour; of a list of 32 and less it stays in registers.
+    int64_t loaded = -1;
+    int32_t i = 0;
+    G relative[D];
+    const auto load = [&](int64_t e) {
+      if (e == loaded) return;
+      loaded = e;
+      i = e < end ? index[e] : 0;
+      for (int a = 0; a < D; ++a) relative[a] = e < end ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
+    };
+    int64_t part = begin;
+    do {  // once for an empty list too
+      const int64_t stop = end - part < kept ? end : part + kept;
+      for (int64_t e = part + lane; kernel.chooses() && e < stop; e += warp) {
+        load(e);
+        choice_of[e - part] = kernel.choice(relative, q, i);
+      }
+      __syncwarp();
+      for (int k = 0; k < num_kernels; ++k)
+        for (int from = 0; from < channels; from += warp * at_once) {
+          F sum[at_once];
+          for (int j = 0; j < at_once; ++j) {
+            const int c = from + j * warp + lane;
+            sum[j] = c < channels && part != begin ? F(*at(k, c)) : F(0);
+          }
+          for (int64_t batch = part; batch < stop; batch += warp) {
+            load(batch + lane);
+            const int choice = batch + lane >= stop ? -2 : kernel.chooses() ? choice_of[batch + lane - part] : -1;
+            F weight = F(0);
+            if (choice == -1 || choice == k) {
+              weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
+              if (modulations_of && factors == 1)
+                weight *= F(modulations[(modulations_of == the_queries ? q : int64_t(i)) * num_kernels + k]);
+              if (scaled) weight *= scale[scaled == the_queries ? q : int64_t(i)];
+            }
+            for (unsigned rest = __ballot_sync(all_lanes, weight != F(0)); rest; rest &= rest - 1) {
+              const int source = __ffs(int(rest)) - 1;
+              const F w = __shfl_sync(all_lanes, weight, source);
+              const int64_t its = __shfl_sync(all_lanes, i, source);
+              const S* const row = features + its * channels;
+              const S* const own = modulations + (its * num_kernels + k) * factors;
+              for (int j = 0; j < at_once; ++j) {
+                const int c = from + j * warp + lane;
+                // Several factors of a kernel point are each for some channels; those of queries come after the sums.
+                if (c < channels)
+                  sum[j] += modulations_of == the_gathered && factors > 1
+                                ? w * F(own[int64_t(c) * factors / channels]) * F(row[c])
+                                : w * F(row[c]);
+              }
+            }
+          }
+          for (int j = 0; j < at_once; ++j) {
+            const int c = from + j * warp + lane;
+            if (c < channels) *at(k, c) = S(sum[j]);
+          }
+        }
+      __syncwarp();
+      part += kept;
+    } while (part < end);
+  }
+}
+
+// positive[i] = whether feature row i sums to more than zero, in float64 and eight interleaved sums, as on the CPU
+extern "C" __global__ void find_positive(const S* features, int64_t num_points, int channels, int32_t* positive) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    double sums[8] = {};
+    for (int c = 0; c < channels; ++c) sums[c % 8] += double(features[i * channels + c]);
+    positive[i] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])) > 0;
+  }
+}
+
+// scale[q] = 1 / max(1, neighbours that count)
+extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_splits, int64_t num_queries,
+                                     const int32_t* positive, int only_positive, F* scale) {
+  for (int64_t q = first_thread(); q < num_queries; q += num_threads()) {
+    int64_t count = row_splits[q + 1] - row_splits[q];
+    if (only_positive) {
+      count = 0;
+      for (int64_t e = row_splits[q]; e < row_splits[q + 1]; ++e) count += positive[index[e]];
+    }
+    scale[q] = F(1) / F(count > 1 ? count : 1);
+  }
+}
+
+// Where every channel is its own group: out[q, c] = the sum over k of sums * weights, and * the factors of (q, k).
+extern "C" __global__ void scale_sums(const S* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                      const S* weights, const S* modulations, int factors, S* out) {
+  for (int64_t i = first_thread(); i < rows * channels; i += num_threads()) {
+    const int64_t r = i / channels, c = i % channels;
+    F sum = F(0);
+    for (int64_t k = 0; k < num_kernels; ++k) {
+      const F product = sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c];
+      sum += factors > 1 ? product * modulations[((first + r) * num_kernels + k) * factors + c * factors / channels]
+                         : product;
+    }
+    out[(first + r) * channels + c] = S(sum);
+  }
+}
+
+// products[r, k, c] = sums * grad_out, and * the factors of (q, k): of which the sum over r is the weights' gradient.
+extern "C" __global__ void weights_products(const S* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                            const S* grad_out, const S* modulations, int factors, S* products) {
+  for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
+    const int64_t q = first + i / channels / num_kernels, k = i / channels % num_kernels, c = i % channels;
+    const F product = sums[i] * grad_out[q * channels + c];
+    products[i] =
+        S(factors > 1 ? product * modulations[(q * num_kernels + k) * factors + c * factors / channels] : product);
+  }
+}
+
+// Of (q, k, f) the sum of sums * weights * grad_out over the channels of f.
+extern "C" __global__ void factors_grad(const S* sums, int64_t first, int64_t rows, int num_kernels, int channels,
+                                        const S* weights, const S* grad_out, int factors, S* grads) {
+  const int width = channels / factors;
+  for (int64_t i = first_thread(); i < rows * num_kernels * factors; i += num_threads()) {
+    const int64_t r = i / factors / num_kernels, k = i / factors % num_kernels, f = i % factors;
+    F sum = F(0);
+    for (int64_t c = f * width; c < (f + 1) * width; ++c)
+      sum +=
+          sums[(r * num_kernels + k) * channels + c] * weights[k * channels + c] * grad_out[(first + r) * channels + c];
+    grads[first * num_kernels * factors + i] = S(sum);
+  }
+}
+
+// products[r, k, c] = grad_out * weights, where every channel is its own group
+extern "C" __global__ void grad_products(int64_t first, int64_t rows, int num_kernels, int channels, const S* weights,
+                                         const S* grad_out, S* products) {
+  for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
+    const int64_t r = i / channels / num_kernels, k = i / channels % num_kernels, c = i % channels;
+    products[i] = S(weights[k * channels + c] * grad_out[(first + r) * channels + c]);
+  }
+}
+
+// Gradients of where things are, from products (groups, rows, K, width) = grad_out W_k^T of queries [first, first +
+// rows): of_pairs (E, D), of the point of each pair; of_queries (M, D); of_offsets (M, K, D); of_modulations (M, K).
+extern "C" __global__ void place_grads(const G* points, const G* queries, const int32_t* index,
+                                       const int64_t* row_splits, const S* features, int channels,
+                                       const G* kernel_points, int num_kernels, const G* offsets, int offsets_of,
+                                       const S* modulations, int modulations_of, const F* query_scale, int scaled,
+                                       G extent, int influence, int aggregation, int groups, int64_t first,
+                                       int64_t rows, const S* products, G* of_pairs, G* of_queries, G* of_offsets,
+                                       F* of_modulations) {
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_of, G(1), extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
+  const int lane = lane_number(), width = channels / groups;
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
+    G of_query[D] = {};
+    for (int64_t i = lane; i < int64_t(num_kernels) * D; i += warp) of_offsets[q * num_kernels * D + i] = G(0);
+    for (int64_t k = lane; k < num_kernels; k += warp) of_modulations[q * num_kernels + k] = F(0);
+    __syncwarp();
+    for (int64_t batch = begin; batch < end; batch += warp) {
+      const bool there = batch + lane < end;
+      const int32_t i = there ? index[batch + lane] : 0;
+      G relative[D], of_point[D] = {};
+      for (int a = 0; a < D; ++a) relative[a] = there ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
+      const int choice = there ? kernel.choice(relative, q, i) : -2;
+      for (int64_t k = 0; k < num_kernels; ++k) {
+        const bool may = choice == -1 || choice == k;
+        const G d2 = may ? kernel.squared(relative, q, i, k) : G(0);
+        const bool acts = may && !(influence == linear && !(d2 < extent * extent));
+        const unsigned acting = __ballot_sync(all_lanes, acts);
+        if (!acting) continue;
+        F along = F(0);  // f_i . (grad W_k^T)
+        for (unsigned rest = acting; rest; rest &= rest - 1) {
+          const int source = __ffs(int(rest)) - 1;
+          const S* const row = features + int64_t(__shfl_sync(all_lanes, i, source)) * channels;
+          F product = F(0);
+          for (int c = lane; c < channels; c += warp)
+            product += row[c] * products[((c / width * rows + r) * num_kernels + k) * width + c % width];
+          for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
+          if (lane == source) along = product;
+        }
+        if (scaled) along *= query_scale[q];
+        F of_modulation = acts ? F(kernel.weight(d2)) * along : F(0);
+        if (modulations_of) along *= modulations[q * num_kernels + k];
+        G slope = G(0);
+        if (acts && influence == linear) slope = linear_slope(d2, kernel.inverse_extent);
+        if (acts && influence == gaussian) slope = 2 * kernel.scale * kernel.weight(d2);
+        G move[D];
+        for (int a = 0; a < D; ++a) {
+          G p = kernel_points[k * D + a];
+          if (offsets_of) p = p + offsets[(q * num_kernels + k) * D + a];
+          move[a] = G(along) * slope * (relative[a] - p);
+          of_point[a] += move[a];
+        }
+        for (int bit = warp / 2; bit; bit /= 2) {
+          of_modulation += __shfl_xor_sync(all_lanes, of_modulation, bit);
+          for (int a = 0; a < D; ++a) move[a] += __shfl_xor_sync(all_lanes, move[a], bit);
+        }
+        if (lane == 0) {
+          of_modulations[q * num_kernels + k] += of_modulation;
+          for (int a = 0; a < D; ++a) of_offsets[(q * num_kernels + k) * D + a] -= move[a];
+        }
+      }
+      for (int a = 0; a < D; ++a) {
+        if (there) of_pairs[(batch + lane) * D + a] = of_point[a];
+        of_query[a] -= of_point[a];
+      }
+    }
+    for (int a = 0; a < D; ++a) {
+      for (int bit = warp / 2; bit; bit /= 2) of_query[a] += __shfl_xor_sync(all_lanes, of_query[a], bit);
+      if (lane == 0) of_queries[q * D + a] = of_query[a];
+    }
+  }
+}
+
+// of_points[i] = the sum over the pairs of point i, in their order
+extern "C" __global__ void sum_pairs(const G* of_pairs, const int64_t* order, const int64_t* begins, int64_t num_points,
+                                     G* of_points) {
+  for (int64_t i = first_thread(); i < num_points * D; i += num_threads()) {
+    G sum = G(0);
+    for (int64_t at = begins[i / D]; at < begins[i / D + 1]; ++at) sum += of_pairs[order[at] * D + i % D];
+    of_points[i] = sum;
+  }
+}

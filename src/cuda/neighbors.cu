@@ -1,0 +1,512 @@
+// Neighbour search on the GPU: a warp for each query.
+//
+// Compiled for one coordinate type, dimension, metric and kind of index: KP_T, KP_DIM, KP_METRIC, KP_TREE. Two kinds:
+//
+//   cells  for a known radius in up to three dimensions. Points lie sorted by cell, cells of a row one after the other;
+//          a query's candidates are some runs of them. The table of cells has a fixed size and wraps around, so no
+//          cloud is too wide for it: what else wraps into a cell is as far away as its coordinates say.
+//   boxes  for anything else. Points lie sorted along a Morton curve; 32 of them are a leaf, 32 leaves a node, and so
+//          on, each with the box of its points. A warp looks at 32 boxes at once.
+//
+// A box is as far from a query as the nearest point it could hold, by the same formula: rounding never turns order
+// around, so nothing is ever missed. Decisions are those of neighbors.h, compiled without contraction.
+
+#include "launch.h"
+#include "formulas/neighbors.h"
+
+namespace kp {
+namespace {
+
+using T = KP_T;
+constexpr int D = KP_DIM;
+constexpr int axes = D < 3 ? D : 3;  // that cells and curves see
+constexpr Metric metric = Metric(KP_METRIC);
+
+// A point and its number, in the order of the index.
+struct alignas(sizeof(T) * D + 4 == 16 ? 16 : sizeof(T)) Located {
+  T at[D];
+  int32_t number;
+};
+
+template <class V>
+__device__ V sum_of_lanes(V x) {
+  for (int bit = warp / 2; bit; bit /= 2) x += __shfl_xor_sync(all_lanes, x, bit);
+  return x;
+}
+
+__device__ bool is_finite(const T* at, unsigned* not_finite) {
+  bool finite = true;
+  for (int a = 0; a < D; ++a) finite = finite && at[a] - at[a] == 0;
+  if (!finite) atomicOr(not_finite, 1u);
+  return finite;
+}
+
+// ---- what a query asks
+
+enum Ignore : int { nobody, equal_coordinates, equal_number };
+
+struct Query {
+  T at[D], limit;  // of the measure: r² for L2
+  double reach;    // along an axis, and a little more
+  int begin, end;  // numbers of the points of its batch item
+  int32_t number;
+  int ignore;
+
+  __device__ bool is_neighbor(const Located& p, T& measured) const {
+    T d[D];
+    bool equal = true;
+    for (int a = 0; a < D; ++a) {
+      d[a] = p.at[a] - at[a];
+      equal = equal && p.at[a] == at[a];
+    }
+    measured = measure<metric>(d, D);
+    return measured <= limit && p.number >= begin && p.number < end && !(ignore == equal_coordinates && equal) &&
+           !(ignore == equal_number && p.number == number);
+  }
+};
+
+__device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, const int64_t* points_splits,
+                          const int64_t* queries_splits, int num_items, int ignore, int64_t q) {
+  Query query;
+  for (int a = 0; a < D; ++a) query.at[a] = queries[q * D + a];
+  const T radius = radii[q * radius_stride];
+  query.limit = metric == Metric::l2 ? radius * radius : radius;
+  query.reach = double(radius) * (1 + 1e-6);  // the measure rounds
+  const int item = item_of(queries_splits, num_items, q);
+  query.begin = int(points_splits[item]);
+  query.end = int(points_splits[item + 1]);
+  query.number = int32_t(q);
+  query.ignore = ignore;
+  return query;
+}
+
+// ---- cells
+
+// Cells along an axis are counted from the origin, in float64 because they may be many; the same function for all, and
+// never falling.
+__device__ double cell_of(double x, double inverse_cell) {
+  return floor(x * inverse_cell);
+}
+__device__ int wrapped(double cell, int bits) {
+  const double size = double(1 << bits);
+  return int(cell - floor(cell / size) * size);
+}
+
+struct Cells {
+  const Located* points;
+  const int32_t* starts;  // of every cell, and the end
+  double inverse_cell;
+  int bits[3];  // of the table's axes; 0 where there is none
+
+  __device__ int number(const int* cell) const { return ((cell[2] << bits[1] | cell[1]) << bits[0]) | cell[0]; }
+
+  // Calls visit(candidate, whether there is one) for 32 candidates at a time, all lanes together.
+  template <class Visit>
+  __device__ void for_candidates(const Query& query, Visit visit) const {
+    int low[3] = {}, count[3] = {1, 1, 1};
+    for (int a = 0; a < axes; ++a) {
+      // A little outside of where rounding could put a neighbour.
+      const double below = double(query.at[a]) - query.reach, above = double(query.at[a]) + query.reach;
+      const double first = cell_of(below - fabs(below) * 2.3e-16, inverse_cell);
+      const double last = cell_of(above + fabs(above) * 2.3e-16, inverse_cell);
+      const bool everything = last - first + 1 >= double(1 << bits[a]);
+      low[a] = everything ? 0 : wrapped(first, bits[a]);
+      count[a] = everything ? 1 << bits[a] : int(last - first) + 1;
+    }
+    // A row of cells is a run of points, or two where the row wraps around. Each lane has one.
+    const int runs = 2 * count[1] * count[2], lane = lane_number();
+    for (int base = 0; base < runs; base += warp) {
+      const int run = base + lane;
+      int32_t begin = 0, length = 0;
+      if (run < runs) {
+        const int size = 1 << bits[0], before_end = size - low[0] < count[0] ? size - low[0] : count[0];
+        int cell[3] = {run % 2 ? 0 : low[0], (low[1] + run / 2 % count[1]) & ((1 << bits[1]) - 1),
+                       (low[2] + run / 2 / count[1]) & ((1 << bits[2]) - 1)};
+        const int cells = run % 2 ? count[0] - before_end : before_end, row = number(cell);
+        begin = starts[row];
+        length = starts[row + cells] - begin;
+      }
+      // Candidates of all lanes' runs are counted through, so that lanes with short runs help the others.
+      int32_t end = length;
+      for (int by = 1; by < warp; by *= 2) {
+        const int32_t before = __shfl_up_sync(all_lanes, end, unsigned(by));
+        if (lane >= by) end += before;
+      }
+      const int32_t total = __shfl_sync(all_lanes, end, warp - 1), shift = begin - (end - length);
+      for (int32_t chunk = 0; chunk < total; chunk += warp) {
+        const int32_t candidate = chunk + lane;
+        int owner = 0;  // the first lane whose runs end after the candidate
+        for (int bit = warp / 2; bit; bit /= 2) {
+          const int32_t its_end = __shfl_sync(all_lanes, end, owner + bit - 1);
+          if (candidate >= its_end) owner += bit;
+        }
+        const int32_t its_shift = __shfl_sync(all_lanes, shift, owner);
+        const bool there = candidate < total;
+        visit(points[there ? candidate + its_shift : 0], there);
+      }
+    }
+  }
+};
+
+// ---- boxes
+
+constexpr int most_levels = 7;  // 32^7 > 2^31
+
+// Parents of so many: one for each 32.
+__device__ int32_t parents_of(int32_t nodes) {
+  return nodes / warp + (nodes % warp != 0);
+}
+
+struct Boxes {
+  const Located* points;
+  const T* boxes;  // (nodes, 2, D): lowest and highest coordinates, level by level from the leaves
+  int32_t num_points;
+
+  struct Level {
+    int32_t nodes, first;  // how many, and the number of the first one's box
+  };
+  Level levels[most_levels];
+  int top;
+
+  __device__ Boxes(const Located* points, const T* boxes, int32_t num_points)
+      : points(points), boxes(boxes), num_points(num_points), top(-1) {
+    int32_t nodes = num_points, first = 0;
+    do {
+      nodes = parents_of(nodes);
+      levels[++top] = {nodes, first};
+      first += nodes;
+    } while (nodes > warp);
+  }
+
+  __device__ T distance(const Query& query, const T* box) const {
+    T d[D];
+    for (int a = 0; a < D; ++a) {
+      const T below = box[a] - query.at[a], above = query.at[a] - box[D + a];
+      d[a] = below > 0 ? below : above > 0 ? above : T(0);
+    }
+    return measure<metric>(d, D);
+  }
+  __device__ bool in_reach(const Query& query, int level, int32_t node) const {
+    const int64_t width = int64_t(1) << 5 * (level + 1);  // points below a node
+    if (node >= levels[level].nodes || (node + 1) * width <= query.begin || node * width >= query.end) return false;
+    return distance(query, boxes + int64_t(levels[level].first + node) * 2 * D) <= query.limit;
+  }
+  __device__ unsigned children_in_reach(const Query& query, int level, int32_t first) const {
+    return __ballot_sync(all_lanes, in_reach(query, level, first + lane_number()));
+  }
+  template <class Visit>
+  __device__ void visit_leaf(int32_t leaf, Visit visit) const {
+    const int64_t i = int64_t(leaf) * warp + lane_number();
+    visit(points[i < num_points ? i : 0], i < num_points);
+  }
+
+  // The same as of cells; `query.limit` may fall meanwhile. Not those of leaf `except`.
+  template <class Visit>
+  __device__ void for_candidates(const Query& query, Visit visit, int32_t except = -1) const {
+    unsigned pending[most_levels];  // children still to see
+    int32_t first[most_levels];     // number of the first child
+    int level = top;
+    first[top] = 0;
+    pending[top] = children_in_reach(query, top, 0);
+    for (;;) {
+      if (!pending[level]) {
+        if (level == top) return;
+        ++level;
+        continue;
+      }
+      const int32_t node = first[level] + __ffs(int(pending[level])) - 1;
+      pending[level] &= pending[level] - 1;
+      if (!in_reach(query, level, node)) continue;  // any more
+      if (level == 0) {
+        if (node != except) visit_leaf(node, visit);
+        continue;
+      }
+      --level;
+      first[level] = node * warp;
+      pending[level] = children_in_reach(query, level, first[level]);
+    }
+  }
+};
+
+// Bits of x, `axes` apart: x has at most `bits` of them.
+__device__ uint64_t spread(uint64_t x, int bits) {
+  uint64_t out = 0;
+  for (int b = 0; b < bits; ++b) out |= (x >> b & 1) << b * axes;
+  return out;
+}
+__device__ int64_t curve_key(const T* at, const T* low, const T* high, int item, int bits) {
+  uint64_t key = 0;
+  const double steps = double((int64_t(1) << bits) - 1);
+  for (int a = 0; a < axes; ++a) {
+    const double extent = double(high[a]) - double(low[a]);
+    double place = extent > 0 ? (double(at[a]) - double(low[a])) / extent * steps : 0;
+    place = place > 0 ? place < steps ? place : steps : 0;  // queries may lie outside
+    key |= spread(uint64_t(place), bits) << a;
+  }
+  return int64_t(key | uint64_t(item) << bits * axes);
+}
+
+#if KP_TREE
+using Index = Boxes;
+#define KP_INDEX const Located *points, const T *boxes, int32_t num_points
+#define KP_MAKE_INDEX Index(points, boxes, num_points)
+#else
+using Index = Cells;
+#define KP_INDEX const Located *points, const int32_t *starts, double inverse_cell, int bits_x, int bits_y, int bits_z
+#define KP_MAKE_INDEX               \
+  Index {                           \
+    points, starts, inverse_cell, { \
+      bits_x, bits_y, bits_z        \
+    }                               \
+  }
+#endif
+#define KP_QUERIES                                                                                            \
+  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *points_splits, \
+      const int64_t *queries_splits, int num_items, int ignore
+#define KP_QUERY(q) query_of(queries, radii, radius_stride, points_splits, queries_splits, num_items, ignore, q)
+
+// ---- rows in order
+
+// Whether entry a of a row comes before entry b: by distance, or by number; then by number.
+__device__ bool comes_before(T distance_a, int32_t a, T distance_b, int32_t b, bool by_distance) {
+  return by_distance && distance_a != distance_b ? distance_a < distance_b : a < b;
+}
+
+// Bitonic, of any length: what lies past the end counts as larger than all, and every exchange brings the larger back.
+__device__ void sort_row(int32_t* index, T* distance, int64_t n, bool by_distance) {
+  const auto put_in_order = [=](int64_t low, int64_t high) {
+    if (high >= n) return;
+    const int32_t a = index[low], b = index[high];
+    const T da = distance ? distance[low] : T(0), db = distance ? distance[high] : T(0);
+    if (!comes_before(db, b, da, a, by_distance)) return;
+    index[low] = b;
+    index[high] = a;
+    if (distance) {
+      distance[low] = db;
+      distance[high] = da;
+    }
+  };
+  for (int64_t size = 2; size < 2 * n; size *= 2) {
+    const int64_t half = size / 2;
+    for (int64_t i = lane_number(); i / half * size < n; i += warp) {
+      const int64_t block = i / half * size, j = i % half;
+      put_in_order(block + j, block + size - 1 - j);
+    }
+    __syncwarp();
+    for (int64_t by = half / 2; by; by /= 2) {
+      for (int64_t i = lane_number(); i / by * 2 * by < n; i += warp)
+        put_in_order(i / by * 2 * by + i % by, i / by * 2 * by + i % by + by);
+      __syncwarp();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+#if KP_TREE
+
+// keys[i] = (item, place on the curve) of each point
+extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                      const T* low, const T* high, int bits, int64_t* keys, unsigned* not_finite) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    is_finite(points + i * D, not_finite);
+    keys[i] = curve_key(points + i * D, low, high, item_of(splits, num_items, i), bits);
+  }
+}
+
+// Boxes of the leaves: a warp for each.
+extern "C" __global__ void leaf_boxes(const Located* points, int32_t num_points, T* boxes) {
+  const int32_t leaves = parents_of(num_points);
+  for (int64_t leaf = first_warp(); leaf < leaves; leaf += num_warps()) {
+    const int64_t i = leaf * warp + lane_number();
+    const Located& p = points[i < num_points ? i : num_points - 1];
+    for (int a = 0; a < D; ++a) {
+      T low = p.at[a], high = low;
+      for (int bit = warp / 2; bit; bit /= 2) {
+        const T other_low = __shfl_xor_sync(all_lanes, low, bit), other_high = __shfl_xor_sync(all_lanes, high, bit);
+        low = other_low < low ? other_low : low;
+        high = other_high > high ? other_high : high;
+      }
+      if (lane_number() == 0) {
+        boxes[leaf * 2 * D + a] = low;
+        boxes[leaf * 2 * D + D + a] = high;
+      }
+    }
+  }
+}
+
+// Boxes of a level from those below it: a thread for each.
+extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxes) {
+  const int32_t nodes = parents_of(num_below);
+  for (int64_t i = first_thread(); i < int64_t(nodes) * D; i += num_threads()) {
+    const int64_t node = i / D, a = i % D, end = (node + 1) * warp < num_below ? (node + 1) * warp : num_below;
+    T low = below[node * warp * 2 * D + a], high = below[node * warp * 2 * D + D + a];
+    for (int64_t child = node * warp + 1; child < end; ++child) {
+      const T its_low = below[child * 2 * D + a], its_high = below[child * 2 * D + D + a];
+      low = its_low < low ? its_low : low;
+      high = its_high > high ? its_high : high;
+    }
+    boxes[node * 2 * D + a] = low;
+    boxes[node * 2 * D + D + a] = high;
+  }
+}
+
+#else
+
+// keys[i] = the cell of each point in the table
+extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double inverse_cell, int bits_x, int bits_y,
+                                     int bits_z, int32_t* keys, unsigned* not_finite) {
+  const Cells cells{nullptr, nullptr, inverse_cell, {bits_x, bits_y, bits_z}};
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    int cell[3] = {};  // for what is not finite, which is no neighbour of anything
+    if (is_finite(points + i * D, not_finite))
+      for (int a = 0; a < axes; ++a) cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
+    keys[i] = cells.number(cell);
+  }
+}
+
+// starts[c] = how many keys lie below c
+extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, int32_t num_cells, int32_t* starts) {
+  for (int64_t c = first_thread(); c <= num_cells; c += num_threads()) starts[c] = lower_bound(keys, 0, num_points, c);
+}
+
+#endif
+
+// to[i] = the point order[i]
+extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, Located* to) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    Located p;
+    p.number = int32_t(order[i]);
+    for (int a = 0; a < D; ++a) p.at[a] = points[int64_t(p.number) * D + a];
+    to[i] = p;
+  }
+}
+
+// counts[q] = neighbours of each query, at most `most`
+extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts, unsigned* not_finite) {
+  const Index index = KP_MAKE_INDEX;
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    const Query query = KP_QUERY(q);
+    int64_t count = 0;
+    const auto visit = [&](const Located& p, bool there) {
+      T measured;
+      count += there && query.is_neighbor(p, measured);
+    };
+    if (is_finite(query.at, not_finite)) index.for_candidates(query, visit);
+    count = sum_of_lanes(count);
+    if (lane_number() == 0) counts[q] = count < most ? count : most;
+  }
+}
+
+// The rows that radius_count has made room for. `distances`: (E,), or of no length.
+extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* row_splits, int sort, int32_t* found,
+                                       T* distances, int has_distances) {
+  const Index index = KP_MAKE_INDEX;
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    const Query query = KP_QUERY(q);
+    const int64_t begin = row_splits[q], end = row_splits[q + 1];
+    int64_t n = 0;
+    index.for_candidates(query, [&](const Located& p, bool there) {
+      T measured;
+      const bool is_neighbor = there && query.is_neighbor(p, measured);
+      const unsigned lanes = __ballot_sync(all_lanes, is_neighbor);
+      const int64_t at = begin + n + __popc(lanes & ((1u << lane_number()) - 1));
+      if (is_neighbor && at < end) {  // a query may have changed since it was counted
+        found[at] = p.number;
+        if (has_distances) distances[at] = measured;
+      }
+      n += __popc(lanes);
+    });
+    if (n > end - begin) n = end - begin;
+    for (int64_t at = begin + n + lane_number(); at < end; at += warp) found[at] = 0;
+    __syncwarp();
+    T* const row = has_distances ? distances + begin : nullptr;
+    if (sort) sort_row(found + begin, row, n, sort == 2);
+    if (has_distances && metric == Metric::l2)
+      for (int64_t i = lane_number(); i < n; i += warp) row[i] = sqrt(row[i]);
+  }
+}
+
+#if KP_TREE
+
+namespace kp {
+namespace {
+
+// The best k of a query so far, sorted by (distance, number), in its row of the output.
+struct Best {
+  int32_t* index;
+  T* distance;
+  int64_t k, n;
+
+  // Of what is one lane's, all lanes know.
+  __device__ void insert(T measured, int32_t number) {
+    const int lane = lane_number();
+    if (n == k && !comes_before(measured, number, distance[k - 1], index[k - 1], true)) return;
+    int64_t place = 0;
+    for (int64_t i = 0; i < n; i += warp) {
+      const bool before = i + lane < n && comes_before(distance[i + lane], index[i + lane], measured, number, true);
+      place += __popc(__ballot_sync(all_lanes, before));
+    }
+    if (n < k) ++n;
+    __syncwarp();
+    // From the end, 32 entries at a time, one place up.
+    for (int64_t end = n - 1; end > place; end -= warp) {
+      const int64_t from = end - 1 - lane;
+      const bool moves = from >= place;
+      const T d = moves ? distance[from] : T(0);
+      const int32_t i = moves ? index[from] : 0;
+      __syncwarp();
+      if (moves) {
+        distance[from + 1] = d;
+        index[from + 1] = i;
+      }
+      __syncwarp();
+    }
+    if (lane == 0) {
+      distance[place] = measured;
+      index[place] = number;
+    }
+    __syncwarp();
+  }
+};
+
+}  // namespace
+}  // namespace kp
+
+// The k nearest within a radius of each query: rows of k, of which counts[q] are there.
+extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, const T* low, const T* high, int bits,
+                                   int64_t k, int sort, int32_t* found, T* distances, int64_t* counts,
+                                   unsigned* not_finite) {
+  const Index index = KP_MAKE_INDEX;
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    Query query = KP_QUERY(q);
+    Best best{found + q * k, distances + q * k, k, 0};
+    const auto visit = [&](const Located& p, bool there) {
+      T measured = 0;
+      unsigned lanes = __ballot_sync(all_lanes, there && query.is_neighbor(p, measured));
+      for (; lanes; lanes &= lanes - 1) {
+        const int from = __ffs(int(lanes)) - 1;
+        best.insert(__shfl_sync(all_lanes, measured, from), __shfl_sync(all_lanes, p.number, from));
+      }
+      if (best.n == k) query.limit = best.distance[k - 1];
+    };
+    if (is_finite(query.at, not_finite) && query.begin < query.end) {
+      // The leaf where the query would lie is seen first: its points rule most others out.
+      const int item = item_of(queries_splits, num_items, q);
+      const int64_t key = curve_key(query.at, low, high, item, bits);
+      const int32_t leaf = lower_bound(keys, query.begin, query.end - 1, key) / warp;
+      index.visit_leaf(leaf, visit);
+      index.for_candidates(query, visit, leaf);
+    }
+    __syncwarp();
+    if (sort != 2) sort_row(best.index, best.distance, best.n, false);
+    if (metric == Metric::l2)
+      for (int64_t i = lane_number(); i < best.n; i += warp) best.distance[i] = sqrt(best.distance[i]);
+    if (lane_number() == 0) counts[q] = best.n;
+  }
+}
+
+#endif

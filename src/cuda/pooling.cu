@@ -1,0 +1,196 @@
+// Pooling on the GPU: rows reduced over neighbours, a warp for each query and its lanes for the channels; over batch
+// items, in blocks of rows; and what carries gradients back. Sums are taken in the order of the rows, without atomics.
+//
+// Compiled for the type of the features, KP_F; distances are of KP_G.
+
+#include "launch.h"
+#include "formulas/pooling.h"
+#include "storage.h"
+
+namespace kp {
+namespace {
+
+using S = KP_F;
+using F = Real<S>;
+using G = KP_G;
+
+enum Reduction : int { mean, sum, maximum, minimum };
+
+// The best of n rows of a column, named by an index or one after the other, and the row that has it.
+template <bool least, class Row>
+__device__ void choose(const S* features, int64_t channels, int64_t c, Row row, int64_t n, F& best, int32_t& chosen) {
+  for (int64_t i = 0; i < n; ++i) {
+    const F x = F(features[row(i) * channels + c]);
+    if (i && !displaces<least>(x, best)) continue;
+    best = x;
+    chosen = int32_t(row(i));
+  }
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// weights: (E,) or of no length; shared: row_splits by which gathered rows share themselves out, likewise.
+extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, const int32_t* index,
+                                         const int64_t* row_splits, int64_t num_queries, const S* weights,
+                                         int has_weights, const int64_t* shared, int is_shared, int reduction, F empty,
+                                         S* out) {
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    const int64_t begin = row_splits[q], end = row_splits[q + 1];
+    const F divisor = reduction == mean ? F(end - begin) : F(1);
+    for (int64_t c = lane_number(); c < channels; c += warp) {
+      F sum = F(0);
+      for (int64_t e = begin; e < end; ++e) {
+        const int64_t i = index[e];
+        F weight = has_weights ? F(weights[e]) : F(1);
+        if (is_shared) weight /= F(shared[i + 1] - shared[i]);
+        sum += weight * F(features[i * channels + c]);
+      }
+      out[q * channels + c] = S(begin == end ? empty : sum / divisor);
+    }
+  }
+}
+
+// Rows shorter than `width` see pad_value too, after their neighbours.
+extern "C" __global__ void choose_neighbors(const S* features, int64_t channels, const int32_t* index,
+                                            const int64_t* row_splits, int64_t num_queries, int reduction, F empty,
+                                            F pad_value, int64_t width, S* out, int32_t* choice) {
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    const int64_t begin = row_splits[q], n = row_splits[q + 1] - begin;
+    const auto row = [=](int64_t i) { return int64_t(index[begin + i]); };
+    for (int64_t c = lane_number(); c < channels; c += warp) {
+      F best = n || !width ? empty : pad_value;
+      int32_t chosen = -1;
+      if (reduction == maximum)
+        choose<false>(features, channels, c, row, n, best, chosen);
+      else
+        choose<true>(features, channels, c, row, n, best, chosen);
+      if (n && n < width &&
+          (reduction == maximum ? displaces<false>(pad_value, best) : displaces<true>(pad_value, best))) {
+        best = pad_value;
+        chosen = -1;
+      }
+      out[q * channels + c] = S(best);
+      choice[q * channels + c] = chosen;
+    }
+  }
+}
+
+// Of every pair the product of its point's features and its query's gradient: a warp for each query.
+extern "C" __global__ void grad_weights(const S* features, int64_t channels, const int32_t* index,
+                                        const int64_t* row_splits, int64_t num_queries, int reduction,
+                                        const S* grad_out, S* grads) {
+  for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
+    const int64_t begin = row_splits[q], end = row_splits[q + 1];
+    const F divisor = reduction == mean ? F(end - begin) : F(1);
+    for (int64_t e = begin; e < end; ++e) {
+      F product = F(0);
+      for (int64_t c = lane_number(); c < channels; c += warp)
+        product += F(features[int64_t(index[e]) * channels + c]) * F(grad_out[q * channels + c]);
+      for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
+      if (lane_number() == 0) grads[e] = S(product / divisor);
+    }
+  }
+}
+
+// keys[i] = the value that the i-th of (M, C) chose, (row, channel) in one number; past all for none
+extern "C" __global__ void chosen_values(const int32_t* choice, int64_t num_values, int64_t channels, int64_t num_rows,
+                                         int64_t* keys) {
+  for (int64_t i = first_thread(); i < num_values; i += num_threads())
+    keys[i] = choice[i] < 0 ? num_rows * channels : choice[i] * channels + i % channels;
+}
+
+// grads[v] = the sum of the gradients of those that chose value v, in their order
+extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order, int64_t num_keys, const S* grad_out,
+                                      int64_t num_values, S* grads) {
+  for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
+    F sum = F(0);
+    for (int64_t at = lower_bound(keys, int64_t(0), num_keys, v); at < num_keys && keys[at] == v; ++at)
+      sum += F(grad_out[order[at]]);
+    grads[v] = S(sum);
+  }
+}
+
+// out[q] = the first row of the list of q, or zeros
+extern "C" __global__ void gather_first(const S* features, int64_t channels, const int32_t* index,
+                                        const int64_t* row_splits, int64_t num_queries, S* out) {
+  for (int64_t i = first_thread(); i < num_queries * channels; i += num_threads()) {
+    const int64_t q = i / channels, begin = row_splits[q];
+    out[i] = begin < row_splits[q + 1] ? features[index[begin] * channels + i % channels] : S(F(0));
+  }
+}
+
+extern "C" __global__ void weigh_distances(const G* distance, const int64_t* row_splits, int64_t num_queries,
+                                           double power, S* weights) {
+  for (int64_t q = first_thread(); q < num_queries; q += num_threads()) {
+    const int64_t begin = row_splits[q], end = row_splits[q + 1];
+    double total = 0;
+    for (int64_t e = begin; e < end; ++e) {
+      const double weight = inverse_distance(double(distance[e]), double(distance[begin]), power);
+      weights[e] = S(F(weight));
+      total += weight;
+    }
+    for (int64_t e = begin; e < end; ++e) weights[e] = S(F(double(F(weights[e])) / total));
+  }
+}
+
+// Of each block and channel the sum, or the best and its row. `firsts`: the number of each item's first block.
+extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, const int64_t* row_splits, int num_items,
+                                         const int64_t* firsts, int64_t most_blocks, int reduction, double* sums,
+                                         F* bests, int32_t* choices) {
+  for (int64_t i = first_thread(); i < most_blocks * channels; i += num_threads()) {
+    const int64_t k = i / channels, c = i % channels;
+    if (k >= firsts[num_items]) continue;
+    const int b = item_of(firsts, num_items, k);
+    const int64_t first = row_splits[b] + (k - firsts[b]) * block_of_rows;
+    const int64_t end = first + block_of_rows < row_splits[b + 1] ? first + block_of_rows : row_splits[b + 1];
+    if (reduction == mean || reduction == sum) {
+      double sum = 0;
+      for (int64_t row = first; row < end; ++row) sum += double(F(features[row * channels + c]));
+      sums[i] = sum;
+      continue;
+    }
+    const auto row = [=](int64_t j) { return first + j; };
+    if (reduction == maximum)
+      choose<false>(features, channels, c, row, end - first, bests[i], choices[i]);
+    else
+      choose<true>(features, channels, c, row, end - first, bests[i], choices[i]);
+  }
+}
+
+// Blocks of an item joined in their order.
+extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
+                                       const int64_t* firsts, int reduction, F empty, const double* sums,
+                                       const F* bests, const int32_t* choices, S* out, int32_t* choice) {
+  for (int64_t i = first_thread(); i < num_items * channels; i += num_threads()) {
+    const int64_t b = i / channels, c = i % channels, begin = firsts[b], end = firsts[b + 1];
+    if (reduction == mean || reduction == sum) {
+      double sum = 0;
+      for (int64_t k = begin; k < end; ++k) sum += sums[k * channels + c];
+      out[i] = S(begin == end ? empty : F(sum / (reduction == mean ? double(row_splits[b + 1] - row_splits[b]) : 1)));
+      continue;
+    }
+    F best = empty;
+    int32_t chosen = -1;
+    for (int64_t k = begin; k < end; ++k) {
+      const F x = bests[k * channels + c];
+      if (k > begin && !(reduction == maximum ? displaces<false>(x, best) : displaces<true>(x, best))) continue;
+      best = x;
+      chosen = choices[k * channels + c];
+    }
+    out[i] = S(best);
+    choice[i] = chosen;
+  }
+}
+
+// Every row the gradient of its item, or its share of it.
+extern "C" __global__ void spread_items(const S* grad_out, int64_t channels, const int64_t* row_splits, int num_items,
+                                        int64_t num_rows, int reduction, S* grads) {
+  for (int64_t i = first_thread(); i < num_rows * channels; i += num_threads()) {
+    const int b = item_of(row_splits, num_items, i / channels);
+    const F divisor = reduction == mean ? F(row_splits[b + 1] - row_splits[b]) : F(1);
+    grads[i] = S(F(grad_out[b * channels + i % channels]) / divisor);
+  }
+}

@@ -1,0 +1,227 @@
+// Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
+// column, which goes through its points in their given order, as on the CPU: the same bits.
+//
+// Compiled for the type of geometry and its dimension, KP_T and KP_DIM, and for the type of the rows that are reduced,
+// KP_S.
+
+#include "launch.h"
+#include "storage.h"
+#include "formulas/subsampling.h"
+
+namespace kp {
+namespace {
+
+using T = KP_T;
+using S = KP_S;  // of rows of features, or T
+using F = Real<S>;
+constexpr int D = KP_DIM;
+constexpr int most_axis_bits = 21;
+
+enum Problem : unsigned { not_finite = 1, out_of_range = 2 };
+
+// Where an item's grid begins, along an axis: at the one origin that there is or at the item's, or, without any, where
+// the published code puts it. `lowest`: of each item its coordinates, as ordered integers.
+__device__ T origin_of(int item, int a, const T* origins, int num_origins, const T* voxel_size,
+                       const unsigned long long* lowest) {
+  if (num_origins) return origins[num_origins > 1 ? item * D + a : a];
+  return published_origin(T(from_ordered(lowest[item * D + a])), voxel_size[a]);
+}
+
+// Bits of x, D apart.
+__device__ uint64_t spread(uint64_t x) {
+  uint64_t out = 0;
+  for (int b = 0; b < most_axis_bits; ++b) out |= (x >> b & 1) << b * D;
+  return out;
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// lowest[item] = its lowest coordinates, as ordered integers; `problems` gathers what is wrong.
+extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                              unsigned long long* lowest, unsigned* problems) {
+  // A thread's points are mostly of one item: what it found so far is given away when another begins.
+  double low[D];
+  int item = -1;
+  const auto give = [&] {
+    for (int a = 0; a < D && item >= 0; ++a) atomicMin(&lowest[item * D + a], ordered(low[a]));
+  };
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int its = item_of(splits, num_items, i);
+    if (its != item) {
+      give();
+      item = its;
+      for (int a = 0; a < D; ++a) low[a] = __longlong_as_double(0x7ff0000000000000);  // infinity
+    }
+    for (int a = 0; a < D; ++a) {
+      const T x = points[i * D + a];
+      if (!(x - x == 0)) atomicOr(problems, unsigned(not_finite));
+      if (double(x) < low[a]) low[a] = double(x);
+    }
+  }
+  give();
+}
+
+// keys[i] = Morton key of the voxel of point i, from its item's lowest: difference, division and floor keep order, so
+// that is the voxel of the lowest coordinates
+extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+                                      const T* origins, int num_origins, const T* voxel_size,
+                                      const unsigned long long* lowest, int64_t* keys, unsigned* problems) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int item = item_of(splits, num_items, i);
+    uint64_t key = 0;
+    for (int a = 0; a < D; ++a) {
+      const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
+      const T low = voxel_index(T(from_ordered(lowest[item * D + a])), origin, voxel_size[a]);
+      const double from_low = double(voxel_index(points[i * D + a], origin, voxel_size[a])) - double(low);
+      if (from_low < double(1 << most_axis_bits))
+        key |= spread(uint64_t(from_low)) << a;
+      else
+        atomicOr(problems, unsigned(out_of_range));  // or not finite
+    }
+    keys[i] = int64_t(key);
+  }
+}
+
+extern "C" __global__ void items_of(const int64_t* order, int64_t num_points, const int64_t* splits, int num_items,
+                                    int32_t* items) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads())
+    items[i] = int32_t(item_of(splits, num_items, order[i]));
+}
+
+// heads[i] = whether a voxel begins with the i-th point in order
+extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order, int64_t num_points,
+                                       const int64_t* splits, int num_items, int32_t* heads) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    bool is_head = i == 0 || keys[order[i]] != keys[order[i - 1]];
+    if (!is_head) is_head = item_of(splits, num_items, order[i]) != item_of(splits, num_items, order[i - 1]);
+    heads[i] = is_head;
+  }
+}
+
+// From numbers[i], how many voxels begin with the first i + 1 points: the voxel of every point, where each voxel begins
+// in order, and the items' bounds.
+extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* numbers, int64_t num_points,
+                                         const int64_t* splits, int num_items, int32_t* inverse, int64_t* begins,
+                                         int64_t* out_splits) {
+  for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
+    const int64_t voxel = numbers[i] - 1;
+    inverse[order[i]] = int32_t(voxel);
+    if (i == 0 || numbers[i - 1] != numbers[i]) begins[voxel] = i;
+    if (i + 1 == num_points) begins[voxel + 1] = num_points;
+  }
+  for (int64_t b = first_thread(); b <= num_items; b += num_threads())
+    out_splits[b] = splits[b] ? numbers[splits[b] - 1] : 0;
+}
+
+extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxels, int32_t* counts) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) counts[v] = int32_t(begins[v + 1] - begins[v]);
+}
+
+// Means of the rows of each voxel, about the first.
+extern "C" __global__ void average(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                   int64_t num_voxels, S* means) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns, begin = begins[v], end = begins[v + 1];
+    const double first = double(F(rows[order[begin] * columns + c]));
+    double sum = 0;
+    for (int64_t at = begin + 1; at < end; ++at) sum += double(F(rows[order[at] * columns + c])) - first;
+    means[i] = S(F(first + sum / double(end - begin)));
+  }
+}
+
+// The largest values of the rows of each voxel.
+extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                    int64_t num_voxels, S* maxima) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns;
+    F largest = F(rows[order[begins[v]] * columns + c]);
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
+      const F x = F(rows[order[at] * columns + c]);
+      if (exceeds(x, largest)) largest = x;
+    }
+    maxima[i] = S(largest);
+  }
+}
+
+// Voxels' centres, unless `centers` is not wanted, and the point nearest to each, the first of equals.
+extern "C" __global__ void use_centers(const T* points, const int64_t* splits, int num_items, const int64_t* order,
+                                       const int64_t* begins, int64_t num_voxels, const T* origins, int num_origins,
+                                       const T* voxel_size, const unsigned long long* lowest, int wants_centers,
+                                       T* centers, int wants_nearest, int32_t* nearest) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
+    const int item = item_of(splits, num_items, order[begins[v]]);
+    double center[D];
+    for (int a = 0; a < D; ++a) {
+      const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
+      const T index = voxel_index(points[order[begins[v]] * D + a], origin, voxel_size[a]);
+      center[a] = voxel_center(index, origin, voxel_size[a]);
+      if (wants_centers) centers[v * D + a] = T(center[a]);
+    }
+    if (!wants_nearest) continue;
+    int64_t best = order[begins[v]];
+    double smallest = squared_distance<D>(points + best * D, center);
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
+      const double squared = squared_distance<D>(points + order[at] * D, center);
+      if (squared < smallest) {
+        smallest = squared;
+        best = order[at];
+      }
+    }
+    nearest[v] = int32_t(best);
+  }
+}
+
+// The most frequent of each voxel's labels, which lie sorted from its begin on; the smallest of equals.
+template <class L>
+__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, int64_t ignore,
+                      L* winners) {
+  for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
+    L winner = L(ignore);
+    int64_t most = 0, run = 0;
+    for (int64_t at = begins[v]; at < begins[v + 1]; ++at) {
+      run = at > begins[v] && labels[at] == labels[at - 1] ? run + 1 : 1;
+      if (run > most && !(has_ignore && int64_t(labels[at]) == ignore)) {
+        most = run;
+        winner = labels[at];
+      }
+    }
+    winners[v] = winner;
+  }
+}
+#define KP_ELECT(L)                                                                                                \
+  extern "C" __global__ void elect_##L(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, \
+                                       int64_t ignore, L* winners) {                                               \
+    elect(labels, begins, num_voxels, has_ignore, ignore, winners);                                                \
+  }
+KP_ELECT(uint8_t)
+KP_ELECT(int32_t)
+KP_ELECT(int64_t)
+
+// ---- gradient of features
+
+// A point's share of the gradient of its voxel's mean, or, with `nearest`, the whole of it or nothing.
+extern "C" __global__ void give_rows(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
+                                     int to_nearest, const S* grad_out, int64_t num_points, int64_t columns, S* grads) {
+  for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
+    const int64_t point = i / columns, v = inverse[point];
+    const F given = F(grad_out[v * columns + i % columns]);
+    grads[i] = S(!to_nearest ? given / F(counts[v]) : nearest[v] == point ? given : F(0));
+  }
+}
+
+// The point that has the maximum of each voxel and column gets its gradient, the others nothing. `order`: points by
+// voxel.
+extern "C" __global__ void give_to_maxima(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
+                                          int64_t num_voxels, const S* grad_out, S* grads) {
+  for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
+    const int64_t v = i / columns, c = i % columns;
+    int64_t has = order[begins[v]];
+    for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at)
+      if (exceeds(F(rows[order[at] * columns + c]), F(rows[has * columns + c]))) has = order[at];
+    for (int64_t at = begins[v]; at < begins[v + 1]; ++at)
+      grads[order[at] * columns + c] = order[at] == has ? grad_out[i] : S(F(0));
+  }
+}
