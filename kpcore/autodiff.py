@@ -1,10 +1,10 @@
 """Reverse-mode differentiation over a small tape.
 
-Every differentiable operator is one row, an `Op`: its forward, its vector-Jacobian product, and the arguments it can
-be differentiated in. Called with arrays, an operator just computes. Called with a `Tensor` for one of those arguments
-it also remembers what it did, and gradients are found by walking back over that: from a Tensor with `Tensor.backward`,
-of a function with `vjp`, `grad` and `value_and_grad`. kpcore.torch and kpcore.jax hand the same rows to their
-frameworks.
+Every differentiable operator is one row of a table, a `kpcore.ops.Op`: its checks, its forward pass, its
+vector-Jacobian product, and the arguments it can be differentiated in. Called with arrays, an operator just computes. Called with a
+`Tensor` for one of those arguments it also remembers what it did, and gradients are computed by walking back over that:
+from a Tensor with `Tensor.backward`, of a function with `vjp`, `grad` and `value_and_grad`. kpcore.torch and kpcore.jax
+hand the same rows to their frameworks.
 
     conv = lambda f, w: kpcore.kpconv(points, None, neighbors, f, w, kernel_points, extent)
     out, pullback = kpcore.autodiff.vjp(conv, features, weights)
@@ -16,14 +16,17 @@ being differentiated, in several threads at once, and an exception leaves nothin
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, ParamSpec
 
 import numpy as np
 
-from kpcore import config
 from kpcore.backends import checks, devices
+from kpcore.ops import OPS, Call, Op, Out, Shaped, binder
+
+Parameters = ParamSpec("Parameters")
 
 _accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
 
@@ -32,7 +35,7 @@ class Tensor:
     """An array under differentiation.
 
     Made from an array it is an input, and collects its gradient in `grad` (None before the first `backward`).
-    Differentiable operators return others; `value` is the array, `call` what made it.
+    Differentiable operators return others; `value` is the array, `node` what made it.
 
     Parameters
     ----------
@@ -50,15 +53,15 @@ class Tensor:
     (array([[10.]]), array([[[2.]]]))
     """
 
-    __slots__ = ("call", "grad", "value")
+    __slots__ = ("grad", "node", "value")
 
-    def __init__(self, value, call=None):
-        if call is None:
+    def __init__(self, value, node=None):
+        if node is None:
             _check_primal("value", value)
-        self.value, self.call, self.grad = value, call, None
+        self.value, self.node, self.grad = value, node, None
 
     def __repr__(self):
-        made = f"made by {self.call.op.name}" if self.call else "input"
+        made = f"made by {self.node.op.name}" if self.node else "input"
         return f"Tensor({self.value.shape}, {self.value.dtype}, {made})"
 
     @property
@@ -73,24 +76,24 @@ class Tensor:
 
     def reshape(self, *shape):
         """This tensor with other axes, as arrays do it: offsets (M, K D), say, as (M, K, D)."""
-        return _RESHAPE(array=self, shape=shape)
+        return _reshape(self, shape)
 
     def __mul__(self, factor):
         """This tensor times a number, which does not change its dtype."""
-        return _SCALE(array=self, factor=checks.number("factor", factor, self.dtype))
+        return _scale(self, checks.number("factor", factor, self.dtype))
 
     __rmul__ = __mul__
 
     def __add__(self, other):
         """This tensor and another like it, or a row (C,) for each of its rows: a bias, say."""
-        return _PLUS(array=self, other=other) if _addable(other) else NotImplemented
+        return _plus(self, other) if _addable(other) else NotImplemented
 
     def __radd__(self, other):
-        return _PLUS(array=other, other=self) if _addable(other) else NotImplemented
+        return _plus(other, self) if _addable(other) else NotImplemented
 
     def __getitem__(self, columns):
         """Some columns, ``tensor[:, begin:end]``."""
-        return _COLUMNS(array=self, columns=columns)
+        return _columns(self, columns)
 
     def backward(self, grad=None):
         """Add the gradient of a scalar to `grad` of every input this tensor was made from.
@@ -110,111 +113,59 @@ class Tensor:
                 tensor.grad = gradient if tensor.grad is None else devices.as_array(tensor.grad + gradient)
 
 
-class _Call:
+class _Node:
     """One use of an operator: what its vjp needs, and where its arguments came from, by name.
 
-    That is another call, or a tensor that is an input. Not the tensors between, whose arrays may then go.
+    That is another node, or a tensor that is an input. Not the tensors between, whose arrays may then go.
     """
 
-    __slots__ = ("arguments", "inputs", "op", "saved")
+    __slots__ = ("call", "inputs", "op", "saved")
 
-    def __init__(self, op, arguments, saved, inputs):
-        self.op, self.arguments, self.saved, self.inputs = op, arguments, saved, inputs
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """What `Op.result` sees of an array. It has no length: frameworks trace with sizes that are not known yet."""
-
-    shape: tuple
-    dtype: np.dtype
+    def __init__(self, op, call, saved, inputs):
+        self.op, self.call, self.saved, self.inputs = op, call, saved, inputs
 
 
-@dataclass(frozen=True)
-class Op:
-    """A differentiable operator.
+def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
+    """Make of a function that checks its arguments and returns a `Call` one that also computes, on the tape where an
+    argument is a `Tensor`; `parts` are those of `kpcore.ops.Op`, which is entered in the table of operators."""
 
-    ``forward(**arguments) -> (out, saved)`` checks its arguments and computes; `saved` is a tuple of the arrays that
-    the gradient needs besides the arguments, mostly empty: it recomputes the rest.
-    ``vjp(arguments, saved, grad, needs)`` returns a dict with the gradient of every argument named in `needs`, a subset
-    of `diff`. Where `out` is a named tuple, `field` is the one of its fields that is differentiable; `grad` is that
-    field's, and the others stay plain arrays. ``result(**arguments)`` gives (shape, dtype) of `out` and of each array
-    saved, from the shapes and dtypes of the arguments alone; None where they depend on values.
+    def make(check):
+        op = Op(check.__name__, check, **parts)
+        bind = binder(check)
 
-    For frameworks that trace: arrays come to `result` as `Shaped`, whose sizes may be symbols, to be computed with but
-    not compared; a Neighbors has arrays of these. Where `out` is a named tuple of arrays, `record` is its type and
-    `result` begins with one entry for each field. `transposes` names the arguments whose gradient walks
-    ``neighbors.transpose()``, so that it is made before they trace; a vjp may call it anyway, but would then make it
-    each time. Of a Neighbors an operator sees everything but `distance`. What kind of thing each argument is says the
-    signature of the public function, see kpcore/ops.py.
+        @functools.wraps(check)
+        def function(*args, **kwargs):
+            for value in (*args, *kwargs.values()):
+                if type(value) is Tensor:
+                    return record(op, bind(args, kwargs))
+            return op.compute(check(*args, **kwargs))[0]
 
-    ``check(**arguments)`` makes those of forward's checks that look at no value of an array; frameworks make them while
-    they trace.
+        OPS[op.name] = op
+        return function
 
-    `keeps` names the arguments whose values the vjp looks at, if not all: of the others the tape keeps a `Shaped`.
-    `copies` names those of integers, of which it keeps copies: they say which rows a gradient reads and writes, and
-    loops fill one array anew for every batch.
-    ``by_result(arguments)`` says whether the result in place of `diff`'s only argument gives the same gradient, so that
-    the tape need not keep that one.
-    """
+    return make
 
-    name: str
-    forward: Callable
-    vjp: Callable
-    diff: tuple[str, ...]
-    result: Callable | None = None
-    check: Callable | None = None
-    field: str | None = None
-    record: type | None = None
-    transposes: tuple[str, ...] = ()
-    keeps: tuple[str, ...] | None = None
-    copies: tuple[str, ...] = ()
-    by_result: Callable | None = None
 
-    def __call__(self, **arguments):
-        tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
-        for name in tensors:
-            if name not in self.diff:
-                raise TypeError(f"{name}: {self.name} cannot be differentiated in it, only in {', '.join(self.diff)}")
-        if not tensors:
-            return self.forward(**arguments)[0]
-        arguments.update({name: tensor.value for name, tensor in tensors.items()})
-        for name in self.copies:
-            if devices.is_array(arguments[name]):
-                arguments[name] = arguments[name].copy()
-        out, saved = self.recorded(arguments)
-        if self.by_result is not None and self.by_result(arguments):
-            arguments[self.diff[0]] = out
-        if self.keeps is not None:
-            arguments = {name: a if name in self.keeps else _shaped(a) for name, a in arguments.items()}
-        call = _Call(self, arguments, saved, {name: tensor.call or tensor for name, tensor in tensors.items()})
-        if self.field is None:
-            return Tensor(out, call)
-        return out._replace(**{self.field: Tensor(getattr(out, self.field), call)})
-
-    def recorded(self, arguments):
-        """(out, saved) of `forward`, where nobody who gets `out` can change what is saved."""
-        out, saved = self.forward(**arguments)
-        if self.field is not None:
-            saved = tuple(a.copy() if any(a is field for field in out) and a is not None else a for a in saved)
-        return out, saved
-
-    def gradients(self, arguments, saved, grad, needs):
-        """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""
-        found = self.vjp(arguments, saved, grad, needs)
-        gradients = {}
-        for name in self.diff:
-            if name in needs:
-                gradient, like = found.get(name), arguments[name]
-                if gradient is None:
-                    raise NotImplementedError(f"{name}: {self.name} has no gradient with respect to it")
-                if gradient.shape != like.shape or gradient.dtype != like.dtype:
-                    raise AssertionError(
-                        f"{name}: {self.name} gave a gradient {gradient.shape} {gradient.dtype} "
-                        f"for an array {like.shape} {like.dtype}"
-                    )
-                gradients[name] = gradient
-        return gradients
+def record(op, arguments):
+    """The result of an operator with tensors among its arguments, as a tensor that knows how it was made."""
+    tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+    for name in tensors:
+        if name not in op.diff:
+            raise TypeError(f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}")
+    arguments = arguments | {name: tensor.value for name, tensor in tensors.items()}
+    for name in op.copies:
+        if devices.is_array(arguments[name]):
+            arguments[name] = arguments[name].copy()
+    call = op.check(**arguments)
+    out, saved = op.compute_and_keep(call)
+    if op.by_result is not None and op.by_result(call):
+        setattr(call, op.diff[0], out)
+    if op.keeps is not None:
+        call = Call(**{name: a if name in op.keeps else _shaped(a) for name, a in vars(call).items()})
+    node = _Node(op, call, saved, {name: tensor.node or tensor for name, tensor in tensors.items()})
+    if op.field is None:
+        return Tensor(out, node)
+    return out._replace(**{op.field: Tensor(getattr(out, op.field), node)})
 
 
 def _shaped(value):
@@ -222,66 +173,81 @@ def _shaped(value):
     return Shaped(value.shape, value.dtype) if devices.is_array(value) else value
 
 
+# ---- what a tensor does by itself; frameworks have functions of their own for it
+
+
+def _on_tape(**parts):
+    """As `operator`, for what is not in the table: all that takes an array by the name `array`."""
+
+    def make(forward):
+        bind = binder(forward)
+        op = Op(forward.__name__.strip("_"), lambda **arguments: Call(**arguments),
+                forward=lambda call: (forward(**vars(call)), ()), keeps=(), **parts)  # fmt: skip
+        return lambda *args: record(op, bind(args, {}))
+
+    return make
+
+
+def _reshape_vjp(call, saved, grad, needs):
+    return {"array": grad.reshape(call.array.shape).copy()}  # who gets it may add to it in place
+
+
+@_on_tape(vjp=_reshape_vjp, diff=("array",))
 def _reshape(array, shape):
-    return array.reshape(*shape), ()
+    return array.reshape(*shape)
 
 
-def _reshape_vjp(arguments, saved, grad, needs):
-    return {"array": grad.reshape(arguments["array"].shape).copy()}  # who gets it may add to it in place
+def _scale_vjp(call, saved, grad, needs):
+    return {"array": devices.as_array(grad * call.factor)}
 
 
+@_on_tape(vjp=_scale_vjp, diff=("array",))
 def _scale(array, factor):
-    return devices.as_array(array * factor), ()
-
-
-def _scale_vjp(arguments, saved, grad, needs):
-    return {"array": _scale(grad, arguments["factor"])[0]}
+    return devices.as_array(array * factor)
 
 
 def _addable(other):
     return isinstance(other, (Tensor, np.generic)) or devices.is_array(other)
 
 
+def _plus_vjp(call, saved, grad, needs):
+    grads, grad = {}, devices.as_array(grad)
+    for name in needs:
+        if grad.ndim > len(getattr(call, name).shape):
+            rows = devices.contiguous(grad).reshape(-1, grad.shape[-1])
+            grads[name] = devices.namespace(rows).empty(rows.shape[1], rows.dtype)
+            devices.backend(rows).run("sum_rows", rows=rows, sums=grads[name])
+        else:
+            grads[name] = grad.copy()
+    return grads
+
+
+@_on_tape(vjp=_plus_vjp, diff=("array", "other"))
 def _plus(array, other):
     array, other, sizes = devices.as_array(array), devices.as_array(other), {}
     axes = [str(axis) for axis in range(array.ndim)]
     checks.array("the first", array, " ".join(axes), checks.FEATURES, sizes)
     shape = " ".join(axes[-1:] if other.ndim == 1 else axes)  # a row has the last axis alone
     checks.array("the second", other, shape, checks.FEATURES, sizes, like=("the first", array))
-    return devices.as_array(array + other), ()
+    return devices.as_array(array + other)
 
 
-def _plus_vjp(arguments, saved, grad, needs):
-    grads = {}
-    for name in needs:
-        like, given = arguments[name], devices.as_array(grad)
-        if given.ndim > len(like.shape):
-            rows = devices.contiguous(given).reshape(-1, given.shape[-1])
-            grads[name] = devices.backend(rows).sum_rows(rows, config.get_num_threads())
-        else:
-            grads[name] = given.copy()
-    return grads
-
-
-def _columns(array, columns):
-    given = columns if isinstance(columns, tuple) else (columns,)
-    some = given[1] if len(given) == 2 and given[0] == slice(None) else None
-    if not isinstance(some, slice) or some.step not in (None, 1):
-        raise TypeError(f"expected columns as tensor[:, begin:end], got {columns}")
-    return devices.contiguous(array[:, some]), ()
-
-
-def _columns_vjp(arguments, saved, grad, needs):
-    out = devices.namespace(grad).zeros(arguments["array"].shape, grad.dtype)
-    out[arguments["columns"]] = grad
+def _columns_vjp(call, saved, grad, needs):
+    out = devices.namespace(grad).zeros(call.array.shape, grad.dtype)
+    out[call.columns] = grad
     return {"array": out}
 
 
-# What a tensor does by itself; frameworks have their own.
-_RESHAPE = Op("reshape", _reshape, _reshape_vjp, diff=("array",), keeps=())
-_SCALE = Op("scale", _scale, _scale_vjp, diff=("array",), keeps=())
-_PLUS = Op("plus", _plus, _plus_vjp, diff=("array", "other"), keeps=())
-_COLUMNS = Op("columns", _columns, _columns_vjp, diff=("array",), keeps=())
+@_on_tape(vjp=_columns_vjp, diff=("array",))
+def _columns(array, columns):
+    axes = columns if isinstance(columns, tuple) else (columns,)
+    some = axes[1] if len(axes) == 2 and axes[0] == slice(None) else None
+    if not isinstance(some, slice) or some.step not in (None, 1):
+        raise TypeError(f"expected columns as tensor[:, begin:end], got {columns}")
+    return devices.contiguous(array[:, some])
+
+
+# ---- derivatives of functions
 
 
 def vjp(fn, *primals, has_aux=False):
@@ -398,31 +364,31 @@ def grad(fn, argnums=0, has_aux=False):
 
 def _pull(out, grad):
     """{id: (tensor, gradient)} of every input that `out` was made from."""
-    end = out.call or out
-    found = {id(end): (end, grad)}
-    for call in _made(end):
-        _, gradient = found.pop(id(call))
-        for name, g in call.op.gradients(call.arguments, call.saved, gradient, frozenset(call.inputs)).items():
-            given = call.inputs[name]
-            key = id(given)
-            found[key] = given, devices.as_array(found[key][1] + g) if key in found else g
-    return found
+    end = out.node or out
+    gradients = {id(end): (end, grad)}
+    for node in _nodes_before(end):
+        _, gradient = gradients.pop(id(node))
+        for name, g in node.op.gradients(node.call, node.saved, gradient, frozenset(node.inputs)).items():
+            source = node.inputs[name]
+            key = id(source)
+            gradients[key] = source, devices.as_array(gradients[key][1] + g) if key in gradients else g
+    return gradients
 
 
-def _made(end):
-    """The calls that led to the last one, each after all that used its result; none for an input.
+def _nodes_before(end):
+    """The nodes that led to the last one, each after all that used its result; none for an input.
 
     Not recursive: chains may be long.
     """
     order, seen, stack = [], set(), [(end, False)]
     while stack:
-        call, inputs_done = stack.pop()
+        node, inputs_done = stack.pop()
         if inputs_done:
-            order.append(call)
-        elif type(call) is _Call and id(call) not in seen:
-            seen.add(id(call))
-            stack.append((call, True))
-            stack += [(given, False) for given in call.inputs.values()]
+            order.append(node)
+        elif type(node) is _Node and id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack += [(source, False) for source in node.inputs.values()]
     return reversed(order)
 
 
@@ -443,7 +409,7 @@ def _checked_grad(out, grad):
 
 def _check_primal(name, value):
     if isinstance(value, Tensor):
-        raise NotImplementedError(f"{name}: second derivatives are not there; expected an array, got {value!r}")
+        raise NotImplementedError(f"{name}: second derivatives are not supported; expected an array, got {value!r}")
     if not devices.is_array(value):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
     if not devices.is_real(value):

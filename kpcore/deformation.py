@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
+from kpcore.ops import Call, empty_like
 
 _REDUCTIONS = ("mean", "points", "sum")
 
 
+def _kernel(kernel_points, offsets, extent, reduction, sizes, like=None):
+    """The fields that both losses have."""
+    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=like)
+    if not len(kernel_points) or kernel_points.shape[1] not in checks.DIMENSIONS:
+        raise ValueError(
+            f"kernel_points: expected (K, D) with K of at least 1 and D = 1 to 16, got {kernel_points.shape}"
+        )
+    like = like or ("kernel_points", kernel_points)
+    offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=like)
+    queries, num = max(1, offsets.shape[0]), offsets.shape[1]
+    weight = (1 / (queries * num), 1 / queries, 1.0)[checks.choice("reduction", reduction, _REDUCTIONS)]
+    return {"kernel_points": kernel_points, "offsets": offsets,
+            "extent": checks.length("extent", extent, kernel_points.dtype), "weight": weight}  # fmt: skip
+
+
+def _loss_gradients(kernel, call, grad, needs, **fields):
+    names = ("offsets", "kernel_points")
+    grads = empty_like(call, names, needs)
+    devices.backend(grad).run(kernel, call, grad_out=grad, **fields, **grads)
+    return {name: grads[f"grad_{name}"] for name in names if name in needs}
+
+
+def _fitting_result(call):
+    return [((), call.offsets.dtype), (call.offsets.shape[:2], np.dtype(np.int32))]
+
+
+def _fitting_vjp(call, saved, grad, needs):
+    return _loss_gradients("fitting_loss_grad", call, grad, needs, nearest=saved[0])
+
+
+@operator(vjp=_fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result, outputs=("loss", "nearest"))
 def fitting_loss(points: Array, queries: Array | None, neighbors: Neighbors, kernel_points: Array, offsets: Array,
-                 extent: float, *, reduction: str = "mean") -> Array:  # fmt: skip
+                 extent: float, *, reduction: str = "mean") -> Call[Array]:  # fmt: skip
     """How far each deformed kernel point is from the nearest neighbour of its query.
 
     ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
@@ -82,12 +113,27 @@ def fitting_loss(points: Array, queries: Array | None, neighbors: Neighbors, ker
     array([[0., 0.],
            [1., 0.]])
     """
-    return FITTING(points=points, queries=queries, neighbors=neighbors, kernel_points=kernel_points, offsets=offsets,
-                   extent=extent, reduction=reduction)  # fmt: skip
+    sizes = {}
+    points, queries = geometry(points, queries, neighbors, sizes)
+    kernel = _kernel(kernel_points, offsets, extent, reduction, sizes, ("points", points))
+    return Call(
+        points=points, queries=queries, index=neighbors._index, row_splits=neighbors._row_splits, repulse_extent=0.0,
+        **kernel,
+    )  # fmt: skip
 
 
+def _repulsion_result(call):
+    return [((), call.offsets.dtype)]
+
+
+def _repulsion_vjp(call, saved, grad, needs):
+    weight = call.weight * (1 if call.detach_others else 2)
+    return _loss_gradients("repulsion_loss_grad", call, grad, needs, weight=weight)
+
+
+@operator(vjp=_repulsion_vjp, diff=("offsets", "kernel_points"), result=_repulsion_result, outputs=("loss",))
 def repulsion_loss(kernel_points: Array, offsets: Array, extent: float, *, repulse_extent: float = 1.2,
-                   detach_others: bool = True, reduction: str = "mean") -> Array:  # fmt: skip
+                   detach_others: bool = True, reduction: str = "mean") -> Call[Array]:  # fmt: skip
     """How much the deformed kernel points of each query are in each other's way.
 
     ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et
@@ -142,76 +188,7 @@ def repulsion_loss(kernel_points: Array, offsets: Array, extent: float, *, repul
     >>> kp.autodiff.vjp(loss, offsets)[1](np.array(1.0))[0][0, :, 0]
     array([ 1., -1.])
     """
-    return REPULSION(kernel_points=kernel_points, offsets=offsets, extent=extent, repulse_extent=repulse_extent,
-                     detach_others=detach_others, reduction=reduction)  # fmt: skip
-
-
-def _fitting_checked(points, queries, neighbors, kernel_points, offsets, extent, reduction):
-    sizes = {}
-    points, queries = geometry(points, queries, neighbors, sizes)
-    kernel = _kernel(kernel_points, offsets, extent, sizes, ("points", points))
-    return points, queries, neighbors._index, neighbors._row_splits, *kernel, _weight(reduction, offsets)
-
-
-def _repulsion_checked(kernel_points, offsets, extent, repulse_extent, detach_others, reduction):
-    kernel = _kernel(kernel_points, offsets, extent, {})
-    repulse_extent = checks.length("repulse_extent", repulse_extent, kernel[0].dtype)
+    kernel = _kernel(kernel_points, offsets, extent, reduction, {})
+    repulse_extent = checks.length("repulse_extent", repulse_extent, kernel["kernel_points"].dtype)
     checks.choice("detach_others", detach_others, (False, True))
-    return *kernel, repulse_extent, _weight(reduction, offsets)
-
-
-def _kernel(kernel_points, offsets, extent, sizes, like=None):
-    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=like)
-    if not len(kernel_points) or kernel_points.shape[1] not in checks.DIMENSIONS:
-        raise ValueError(
-            f"kernel_points: expected (K, D) with K of at least 1 and D = 1 to 16, got {kernel_points.shape}"
-        )
-    like = like or ("kernel_points", kernel_points)
-    offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=like)
-    return kernel_points, offsets, checks.length("extent", extent, kernel_points.dtype)
-
-
-def _weight(reduction, offsets):
-    """Of one query and kernel point in the loss."""
-    queries, kernel_points = max(1, offsets.shape[0]), offsets.shape[1]
-    return (1 / (queries * kernel_points), 1 / queries, 1.0)[checks.choice("reduction", reduction, _REDUCTIONS)]
-
-
-def _fitting_forward(**arguments):
-    checked = _fitting_checked(**arguments)
-    loss, nearest = devices.backend(checked[0]).fitting_loss(*checked, config.get_num_threads())
-    return loss, (nearest,)
-
-
-def _fitting_vjp(arguments, saved, grad, needs):
-    *geometry, weight = _fitting_checked(**arguments)
-    wanted = "offsets" in needs, "kernel_points" in needs
-    grads = devices.backend(grad).fitting_loss_grad(*geometry, weight, *saved, grad, *wanted, config.get_num_threads())
-    return dict(zip(("offsets", "kernel_points"), grads, strict=True))
-
-
-def _fitting_result(offsets, **_):
-    return [((), offsets.dtype), (offsets.shape[:2], np.dtype(np.int32))]
-
-
-def _repulsion_forward(**arguments):
-    checked = _repulsion_checked(**arguments)
-    return devices.backend(checked[0]).repulsion_loss(*checked, config.get_num_threads()), ()
-
-
-def _repulsion_vjp(arguments, saved, grad, needs):
-    *kernel, weight = _repulsion_checked(**arguments)
-    weight *= 1 if arguments["detach_others"] else 2
-    wanted = "offsets" in needs, "kernel_points" in needs
-    grads = devices.backend(grad).repulsion_loss_grad(*kernel, weight, grad, *wanted, config.get_num_threads())
-    return dict(zip(("offsets", "kernel_points"), grads, strict=True))
-
-
-def _repulsion_result(offsets, **_):
-    return [((), offsets.dtype)]
-
-
-FITTING = Op("fitting_loss", _fitting_forward, _fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result,
-             check=_fitting_checked)  # fmt: skip
-REPULSION = Op("repulsion_loss", _repulsion_forward, _repulsion_vjp, diff=("offsets", "kernel_points"),
-               result=_repulsion_result, check=_repulsion_checked)  # fmt: skip
+    return Call(repulse_extent=repulse_extent, detach_others=detach_others, **kernel)

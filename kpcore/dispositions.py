@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from kpcore import config
 from kpcore.backends import checks, cpu
 
 _FIXED = {"none": 0, "center": 1, "verticals": 3}
@@ -135,15 +134,14 @@ def _shell_radii(sizes):
 @lru_cache(maxsize=64)
 def _unit(sizes, dimension, fixed, method, seed):
     """The points in the unit ball, or of unit mean norm; `sizes` is (K,) or that of each shell."""
-    num, threads = sum(sizes), config.get_num_threads()
+    num = sum(sizes)
     radii = _shell_radii(sizes) if method == "shells" else None
     widest, spacing = None, -1.0
     for attempt in range(_STARTS):
         start = (seed + attempt * 0x9E3779B97F4A7C15) % 2**64
-        if method == "lloyd":
-            points = cpu.lloyd(num, dimension, fixed, start, threads)
-        else:
-            points = cpu.kernel_points(num, dimension, fixed, radii, start, threads)
+        points = np.empty((num, dimension))
+        kernel = "lloyd" if method == "lloyd" else "kernel_points"
+        cpu.run(kernel, num=num, dimension=dimension, fixed=fixed, radii=radii, seed=start, out=points)
         closest = _closest(points)
         if closest > spacing:
             widest, spacing = points, closest

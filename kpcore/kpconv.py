@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
+from kpcore.ops import OPS, Call, empty_like
 
 INFLUENCES = ("linear", "gaussian", "constant")
 AGGREGATIONS = ("sum", "closest")
 NORMALIZATIONS = (None, "count", "positive")
+_PLACED = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")  # gradients of one pass over all
 
 
+def _result(call):
+    queries = call.points if call.queries is None else call.queries
+    return [((queries.shape[0], call.weights.shape[-1]), call.features.dtype)]
+
+
+def _gradients(call, saved, grad, needs):
+    """Of all that `needs` names; those of queries are the points' too where these are the queries."""
+    wanted = needs | {"queries"} if call.queries_are_points and "points" in needs else needs
+    backend, grads = devices.backend(grad), empty_like(call, ("features", *_PLACED), wanted)
+    if "features" in needs:
+        transposed = call.neighbors.transpose()
+        backend.run("kpconv_grad_features", call, grad_out=grad, transposed_index=transposed._index,
+                    transposed_row_splits=transposed._row_splits, grad_features=grads["grad_features"])  # fmt: skip
+    if placed := {name: array for name, array in grads.items() if name != "grad_features"}:
+        backend.run("kpconv_grads", call, grad_out=grad, **placed)
+    if wanted is not needs:
+        grads["grad_points"] += grads["grad_queries"]
+    return {name: grads[f"grad_{name}"] for name in needs}
+
+
+@operator(
+    vjp=_gradients,
+    diff=("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points"),
+    result=_result,
+    transposes=("features",),
+)
 def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
            kernel_points: Array, extent: float, *, influence: str = "linear", aggregation: str = "sum",
            normalization: str | None = None, groups: int = 1, offsets: Array | None = None,
-           modulations: Array | None = None) -> Array:  # fmt: skip
+           modulations: Array | None = None) -> Call[Array]:  # fmt: skip
     """Kernel point convolution.
 
     ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
@@ -90,13 +113,58 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
     >>> kp.kpconv(points, None, nb, features, np.ones((15, 4), np.float32), kernel_points, 0.1, offsets=offsets).shape
     (1000, 4)
     """
-    return OP(points=points, queries=queries, neighbors=neighbors, features=features, weights=weights,
-              kernel_points=kernel_points, extent=extent, influence=influence, aggregation=aggregation,
-              normalization=normalization, groups=groups, offsets=offsets, modulations=modulations)  # fmt: skip
+    sizes = {}
+    at = queries
+    points, queries = geometry(points, queries, neighbors, sizes)
+    groups = checks.integer("groups", groups, 1)
+    features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
+    depthwise = devices.is_array(weights) and weights.ndim == 2
+    shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
+    if groups > 1:
+        if depthwise:
+            raise ValueError(f"groups: expected 1 for weights (K, C), got {groups}")
+        if features.shape[1] % groups:
+            raise ValueError(f"groups: expected a divisor of {features.shape[1]} channels of features, got {groups}")
+        sizes["Cin/groups"] = (features.shape[1] // groups, "features")
+    weights = checks.array("weights", weights, shape, checks.FEATURES, sizes, like=("features", features))
+    if 0 in weights.shape:
+        raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
+    if weights.shape[-1] % groups:
+        raise ValueError(f"groups: expected a divisor of {weights.shape[-1]} channels of weights, got {groups}")
+    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=("points", points))
+    if offsets is not None:
+        offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=("points", points))
+    if modulations is not None:
+        modulations = checks.array(
+            "modulations", modulations, "M K", checks.FEATURES, sizes, like=("features", features)
+        )
+    return Call(
+        points=points, queries=queries, queries_are_points=at is None, neighbors=neighbors, index=neighbors._index,
+        row_splits=neighbors._row_splits, features=features, weights=weights, kernel_points=kernel_points,
+        offsets=offsets, modulations=modulations, extent=checks.length("extent", extent, points.dtype),
+        influence=checks.choice("influence", influence, INFLUENCES),
+        aggregation=checks.choice("aggregation", aggregation, AGGREGATIONS),
+        normalization=checks.choice("normalization", normalization, NORMALIZATIONS), groups=groups, factors=1,
+        depthwise=depthwise,
+    )  # fmt: skip
 
 
+def _gradients_x(call, saved, grad, needs):
+    names = {name: "modulations" if name == "attention" else name for name in needs}
+    grads = _gradients(call, saved, grad, frozenset(names.values()))
+    return {name: grads[field] for name, field in names.items()}
+
+
+@operator(
+    vjp=_gradients_x,
+    diff=("features", "weights", "attention"),
+    result=_result,
+    kernel="kpconv",
+    transposes=("features",),
+)
 def kpconvx(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
-            attention: Array, kernel_points: Array, extent: float, *, influence: str = "linear") -> Array:  # fmt: skip
+            attention: Array, kernel_points: Array, extent: float, *, influence: str = "linear"
+            ) -> Call[Array]:  # fmt: skip
     """Depthwise kernel point convolution with attention over the kernel points.
 
     ``out[q, c] = Σ_i h(|x_i - q - p_k|) W[k, c] a[q, k, c A // C] f_i[c]`` over the neighbours i of q, where k is the
@@ -134,130 +202,20 @@ def kpconvx(points: Array, queries: Array | None, neighbors: Neighbors, features
     >>> kp.kpconvx(points, None, nb, features, weights, attention, kernel_points, 0.4).shape
     (100, 8)
     """
-    return OPX(points=points, queries=queries, neighbors=neighbors, features=features, weights=weights,
-               attention=attention, kernel_points=kernel_points, extent=extent, influence=influence)  # fmt: skip
-
-
-class Problem(NamedTuple):
-    """What the kernels get, checked."""
-
-    points: np.ndarray
-    queries: np.ndarray
-    index: np.ndarray
-    row_splits: np.ndarray
-    features: np.ndarray
-    weights: np.ndarray
-    kernel_points: np.ndarray
-    offsets: np.ndarray | None
-    modulations: np.ndarray | None  # (M, K), or (M, K, factors) where depthwise
-    extent: float
-    influence: int
-    aggregation: int
-    normalization: int
-    groups: int
-    factors: int
-    threads: int
-
-
-def _problem(points, queries, neighbors, features, weights, kernel_points, extent, influence, aggregation,
-             normalization, groups, offsets, modulations, modulations_name="modulations"):  # fmt: skip
-    sizes = {}
-    points, queries = geometry(points, queries, neighbors, sizes)
-    groups = checks.integer("groups", groups, 1)
-    features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
-    depthwise = devices.is_array(weights) and weights.ndim == 2
-    shape = "K Cin" if depthwise else "K Cin Cout" if groups == 1 else "K Cin/groups Cout"
-    if groups > 1:
-        if depthwise:
-            raise ValueError(f"groups: expected 1 for weights (K, C), got {groups}")
-        if features.shape[1] % groups:
-            raise ValueError(f"groups: expected a divisor of {features.shape[1]} channels of features, got {groups}")
-        sizes["Cin/groups"] = (features.shape[1] // groups, "features")
-    weights = checks.array("weights", weights, shape, checks.FEATURES, sizes, like=("features", features))
-    if 0 in weights.shape:
-        raise ValueError(f"weights: expected K, Cin and Cout of at least 1, got {weights.shape}")
-    if weights.shape[-1] % groups:
-        raise ValueError(f"groups: expected a divisor of {weights.shape[-1]} channels of weights, got {groups}")
-    kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=("points", points))
-    if offsets is not None:
-        offsets = checks.array("offsets", offsets, "M K D", checks.REAL, sizes, like=("points", points))
-    factors = 1
-    if modulations is not None:
-        shape = "M K" if modulations_name == "modulations" else "M K A"
-        like = ("features", features)
-        modulations = checks.array(modulations_name, modulations, shape, checks.FEATURES, sizes, like=like)
-        factors = modulations.shape[2] if modulations.ndim == 3 else 1
-        if factors == 0 or features.shape[1] % factors:
-            channels = features.shape[1]
-            raise ValueError(
-                f"{modulations_name}: expected (M, K, A) with A a divisor of {channels} channels of features, "
-                f"got {modulations.shape}"
-            )
-    return Problem(
-        points, queries, neighbors._index, neighbors._row_splits, features, weights, kernel_points, offsets,
-        modulations,
-        checks.length("extent", extent, points.dtype),
-        checks.choice("influence", influence, INFLUENCES),
-        checks.choice("aggregation", aggregation, AGGREGATIONS),
-        checks.choice("normalization", normalization, NORMALIZATIONS),
-        groups, factors, config.get_num_threads(),
-    )  # fmt: skip
-
-
-def _grads(problem, neighbors, grad, needs):
-    """Gradients of all that `needs` names."""
-    grads = {}
-    if "features" in needs:
-        transposed = neighbors.transpose()
-        grads["features"] = devices.backend(grad).kpconv_grad_features(
-            problem, transposed._index, transposed._row_splits, grad
-        )
-    if others := needs - {"features"}:
-        grads |= devices.backend(grad).kpconv_grads(problem, grad, others)
-    return grads
-
-
-def _forward(**arguments):
-    problem = _problem(**arguments)
-    return devices.backend(problem.features).kpconv(problem), ()
-
-
-def _vjp(arguments, saved, grad, needs):
-    problem = _problem(**arguments)
-    if arguments["queries"] is not None or "points" not in needs:
-        return _grads(problem, arguments["neighbors"], grad, needs)
-    grads = _grads(problem, arguments["neighbors"], grad, needs | {"queries"})
-    grads["points"] += grads.pop("queries")
-    return grads
-
-
-def _result(points, queries, features, weights, **_):
-    return [(((points if queries is None else queries).shape[0], weights.shape[-1]), features.dtype)]
-
-
-def _problem_x(attention, **arguments):
-    weights = arguments["weights"]
     if devices.is_array(weights) and weights.ndim != 2:
         raise ValueError(f"weights: expected (K, C), got {weights.shape}")
-    return _problem(
-        **arguments, modulations=attention, modulations_name="attention", aggregation="closest", normalization=None,
-        groups=1, offsets=None
-    )  # fmt: skip
-
-
-def _forward_x(**arguments):
-    problem = _problem_x(**arguments)
-    return devices.backend(problem.features).kpconv(problem), ()
-
-
-def _vjp_x(arguments, saved, grad, needs):
-    problem = _problem_x(**arguments)
-    names = {name: "modulations" if name == "attention" else name for name in needs}
-    grads = _grads(problem, arguments["neighbors"], grad, frozenset(names.values()))
-    return {name: grads[kernels] for name, kernels in names.items()}
-
-
-_DIFF = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
-OP = Op("kpconv", _forward, _vjp, diff=_DIFF, result=_result, check=_problem, transposes=("features",))
-OPX = Op("kpconvx", _forward_x, _vjp_x, diff=("features", "weights", "attention"), result=_result, check=_problem_x,
-         transposes=("features",))  # fmt: skip
+    call = OPS["kpconv"].check(
+        points, queries, neighbors, features, weights, kernel_points, extent, influence=influence, aggregation="closest"
+    )
+    sizes = {"M": (len(call.queries), "queries"), "K": (len(call.weights), "weights")}
+    sizes |= checks.device_of(("points", call.points))
+    like = ("features", call.features)
+    attention = checks.array("attention", attention, "M K A", checks.FEATURES, sizes, like=like)
+    channels, factors = call.features.shape[1], attention.shape[2]
+    if factors == 0 or channels % factors:
+        raise ValueError(
+            f"attention: expected (M, K, A) with A a divisor of {channels} channels of features, got {attention.shape}"
+        )
+    call.attention = call.modulations = attention
+    call.factors = factors
+    return call

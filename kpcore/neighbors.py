@@ -207,16 +207,20 @@ class Neighbors:
         (M, width) of that dtype
         """
         checked(self)
-        backend, threads = devices.backend(self._index), config.get_num_threads()
+        backend, xp = devices.backend(self._index), devices.namespace(self._index)
         dtype = np.dtype(dtype)
         if dtype not in checks.INTEGERS:
             raise TypeError(f"dtype: expected int32 or int64, got {dtype}")
         if width is None:
-            width = backend.longest_row(self._row_splits, threads)
+            longest = xp.zeros(1, np.int64)
+            backend.run("longest_row", row_splits=self._row_splits, longest=longest)
+            width = int(longest[0])
         width = checks.integer("width", width, 0)
         limits = np.iinfo(dtype)
         fill = self.num_points if fill is None else checks.integer("fill", fill, int(limits.min), int(limits.max))
-        return backend.padded(self._index, self._row_splits, width, fill, dtype, threads)
+        padded = xp.empty((self.num_queries, width), dtype)
+        backend.run("pad_list", index=self._index, row_splits=self._row_splits, fill=fill, padded=padded)
+        return padded
 
     @classmethod
     def from_padded(cls, index, num_points):
@@ -226,9 +230,12 @@ class Neighbors:
         """
         num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
         index = checks.array("index", index, "M H", checks.INTEGERS, {})
-        backend = devices.backend(index)
+        backend, xp = devices.backend(index), devices.namespace(index)
+        row_splits = xp.empty(len(index) + 1, np.int64)
         try:
-            pairs, row_splits = backend.unpadded(index, num_points, config.get_num_threads())
+            backend.run("count_padded", padded=index, num_points=num_points, row_splits=row_splits)
+            pairs = xp.empty(int(row_splits[-1]), np.int32)
+            backend.run("unpad", padded=index, num_points=num_points, row_splits=row_splits, index=pairs)
         except backend.OutOfRange:
             wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
             if not wrong.any():
@@ -260,9 +267,7 @@ class Neighbors:
     def transpose(self):
         """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
         if checked(self)._transposed is None:
-            index, splits, distance = devices.backend(self._index).transpose(
-                self._index, self._row_splits, self._distance, self.num_points, config.get_num_threads()
-            )
+            index, splits, distance = transposed(self._index, self._row_splits, self._distance, self.num_points)
             object.__setattr__(self, "_transposed", Neighbors._trusted(index, splits, self.num_queries, distance))
         return self._transposed
 
@@ -371,11 +376,19 @@ def _checked_pairs(of, index, row_splits, num_points, copy):
     sizes, names = {}, (f"{of}index", f"{of}row_splits")
     index = checks.array(names[0], index, "E", checks.INTEGERS, sizes)
     row_splits = checks.array(names[1], row_splits, "M+1", checks.INTEGERS, sizes)
-    backend = devices.backend(index)
+    backend, xp = devices.backend(index), devices.namespace(index)
+    if xp is not np:  # whose arrays cannot be made read-only, and to look at which is to wait
+        if not copy and index.dtype == np.int32 and row_splits.dtype == np.int64:
+            return index, row_splits
+        copy = False
+    copied = xp.empty(len(index), np.int32) if copy or index.dtype != np.int32 else None
+    bounds = xp.empty(len(row_splits), np.int64)
     try:
-        return backend.checked_list(index, row_splits, num_points, copy, config.get_num_threads())
+        backend.run("check_list", index=index, row_splits=row_splits, num_points=num_points, checked_index=copied,
+                    checked_row_splits=bounds)  # fmt: skip
     except backend.OutOfRange:
         raise _wrong_pairs(names, index, row_splits, num_points) from None
+    return index if copied is None else copied, bounds
 
 
 def _wrong_pairs(names, index, row_splits, num_points):
@@ -393,6 +406,17 @@ def _wrong_pairs(names, index, row_splits, num_points):
         bad = low if low < 0 else high
         return ValueError(f"{names[0]}: expected values from 0 to {num_points - 1} to match num_points, got {bad}")
     return checks.changed(names[0])
+
+
+def transposed(index, row_splits, values, num_points):
+    """(index, row_splits, values or None) of the transposed list: the queries of each point, in rising order."""
+    xp = devices.namespace(index)
+    pairs = int(row_splits[-1]) if xp is np else len(index)  # a GPU would have to be waited for
+    back, splits = xp.empty(pairs, np.int32), xp.empty(num_points + 1, np.int64)
+    moved_values = None if values is None else xp.empty(pairs, values.dtype)
+    devices.backend(index).run("transpose", index=index, row_splits=row_splits, distance=values, transposed_index=back,
+                               transposed_row_splits=splits, transposed_distance=moved_values)  # fmt: skip
+    return back, splits, moved_values
 
 
 def bounds_of(counts):

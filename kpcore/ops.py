@@ -1,38 +1,133 @@
-"""The table of differentiable operators: kpcore.torch, kpcore.jax, their signatures and the generated tests look here.
+"""What an operator is: its checks, its forward and backward pass, and the table in which every adapter finds them.
 
-An operator's arguments are those of its public function, the one of its name in `kpcore`, whose annotations say what
-kind of thing each is: Array, Neighbors, float, int, bool or str, and whether it may be None ("Array | None"). The
-adapters go by that: arrays and the arrays of a Neighbors are traced, the rest are settings.
+An operator is declared by its public function, which checks the arguments and returns a `Call`: what the kernels get.
+`kpcore.autodiff.operator` makes of it the function that users call, and enters it in `OPS`. The tape, `kpcore.torch`
+and `kpcore.jax` go by that table alone. The annotations of the public function say what kind of thing each argument is:
+Array, Neighbors, float, int, bool or str, and whether it may be None ("Array | None"). Arrays and the arrays of a
+Neighbors are traced, the rest are settings.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from kpcore.deformation import FITTING, REPULSION
-from kpcore.kpconv import OP as KPCONV
-from kpcore.kpconv import OPX as KPCONVX
-from kpcore.layers.activations import DROPOUT, LEAKY_RELU, RELU, SIGMOID, SOFTMAX
-from kpcore.layers.linear import ADD, CONCATENATE, LINEAR
-from kpcore.layers.losses import SOFTMAX_CROSS_ENTROPY
-from kpcore.layers.normalization import BATCH_NORM, GROUP_NORM
-from kpcore.pooling import GATHER, INTERPOLATE, NEAREST_UPSAMPLE, NEIGHBOR_REDUCE, SEGMENT_REDUCE
-from kpcore.subsampling import OP as GRID_SUBSAMPLE
+from kpcore.backends import devices
 
-OPS = {
-    op.name: op
-    for op in (
-        *(GRID_SUBSAMPLE, KPCONV, KPCONVX, FITTING, REPULSION),
-        *(NEIGHBOR_REDUCE, NEAREST_UPSAMPLE, INTERPOLATE, SEGMENT_REDUCE, GATHER),
-        *(LINEAR, BATCH_NORM, GROUP_NORM, LEAKY_RELU, RELU, SIGMOID, SOFTMAX, DROPOUT, CONCATENATE, ADD),
-        SOFTMAX_CROSS_ENTROPY,
-    )
-}
+Out = TypeVar("Out")
 
+
+class Call(SimpleNamespace, Generic[Out]):
+    """A checked call of an operator, whose result is an `Out`.
+
+    Its attributes are the arguments that the operator is differentiated in, by their names, and the fields of its
+    kernels (src/cpu/kernels.h), by theirs: contiguous arrays of agreeing shapes and dtypes, and numbers.
+    """
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What `Op.result` sees of an array. It has no length: frameworks trace with sizes that are not known yet."""
+
+    shape: tuple
+    dtype: np.dtype
+
+
+OPS: dict[str, Op] = {}
 # Public functions without gradients, which no framework traces: their sizes depend on values.
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A differentiable operator.
+
+    ``check(*arguments) -> Call`` makes all checks that look at no value of an array: frameworks make them while they
+    trace. ``forward(call) -> (out, saved)`` computes; `saved` is a tuple of the arrays that the gradient needs besides
+    the call, mostly empty: it recomputes the rest. Without a `forward` the `kernel` is run, by default that of the
+    operator's name, and `outputs` are the names of its fields for what comes out. ``vjp(call, saved, grad, needs)``
+    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Where `out` is a named
+    tuple, `field` is the one of its fields that is differentiable; `grad` is that field's, and the others stay plain
+    arrays. ``result(call)`` gives (shape, dtype) of `out` and of each array saved; None where they depend on values.
+
+    For frameworks that trace: `result` gets a call that was not checked, whose arrays are `Shaped`, with sizes that may
+    be symbols, to be computed with but not compared; a Neighbors has arrays of these. Where `out` is a named tuple of
+    arrays, `record` is its type and `result` begins with one entry for each field. `transposes` names the arguments
+    whose gradient walks ``neighbors.transpose()``, so that it is made before they trace; a vjp may call it anyway, but
+    would then make it each time. Of a Neighbors an operator sees everything but `distance`.
+
+    `keeps` names what the vjp looks at of the call, if not all: of other arrays the tape keeps a `Shaped`. `copies`
+    names the arguments of integers of which the tape keeps copies: they say which rows a gradient reads and writes, and
+    loops fill one array anew for every batch. ``by_result(call)`` says whether the result in place of `diff`'s only
+    argument gives the same gradient, so that the tape need not keep that one.
+    """
+
+    name: str
+    check: Callable[..., Call]
+    vjp: Callable
+    diff: tuple[str, ...]
+    result: Callable | None = None
+    forward: Callable | None = None
+    kernel: str | None = None
+    outputs: tuple[str, ...] = ("out",)
+    field: str | None = None
+    record: type | None = None
+    transposes: tuple[str, ...] = ()
+    keeps: tuple[str, ...] | None = None
+    copies: tuple[str, ...] = ()
+    by_result: Callable | None = None
+
+    def compute(self, call):
+        """(out, saved)"""
+        if self.forward is not None:
+            return self.forward(call)
+        out, *saved = outputs = self.empty(call)
+        devices.backend(out).run(self.kernel or self.name, call, **dict(zip(self.outputs, outputs, strict=False)))
+        return out, tuple(saved)
+
+    def empty(self, call):
+        """Arrays for what `result` says, where the call's are."""
+        xp = devices.namespace(getattr(call, self.diff[0]))
+        return [xp.empty(shape, dtype) for shape, dtype in self.result(call)]
+
+    def compute_and_keep(self, call):
+        """(out, saved), where nobody who gets `out` can change what is saved."""
+        out, saved = self.compute(call)
+        if self.field is not None:
+            saved = tuple(a.copy() if any(a is field for field in out) and a is not None else a for a in saved)
+        return out, saved
+
+    def gradients(self, call, saved, grad, needs):
+        """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""
+        computed = self.vjp(call, saved, grad, needs)
+        gradients = {}
+        for name in self.diff:
+            if name in needs:
+                gradient, like = computed.get(name), getattr(call, name)
+                if gradient is None:
+                    raise NotImplementedError(f"{name}: {self.name} has no gradient with respect to it")
+                if gradient.shape != like.shape or gradient.dtype != like.dtype:
+                    raise AssertionError(
+                        f"{name}: {self.name} gave a gradient {gradient.shape} {gradient.dtype} "
+                        f"for an array {like.shape} {like.dtype}"
+                    )
+                gradients[name] = gradient
+        return gradients
+
+
+def empty_like(call, names: Iterable[str], needs):
+    """{"grad_" and the name: an array for the gradient} of those that are needed: fields of a kernel."""
+    return {
+        f"grad_{name}": devices.namespace(value := getattr(call, name)).empty(value.shape, value.dtype)
+        for name in names
+        if name in needs
+    }
+
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
@@ -40,7 +135,7 @@ _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "st
 
 def kinds(public):
     """{name: (kind, whether it may be None)} of the arguments of a public function, from its annotations."""
-    found = {}
+    arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
         kind, _, none = str(parameter.annotation).partition(" | ")
         if kind not in ("Array", "Neighbors", *_SETTINGS) or none not in ("", "None"):
@@ -48,8 +143,8 @@ def kinds(public):
                 f"{name}: expected an annotation in {public.__name__} that is Array, Neighbors, float, int, bool or "
                 f"str, with or without | None, got {parameter.annotation}"
             )
-        found[name] = kind, none == "None"
-    return found
+        arguments[name] = kind, none == "None"
+    return arguments
 
 
 def binder(public):
@@ -63,11 +158,11 @@ def binder(public):
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def bind(args, kwargs):
-        given = dict(zip(positional, args))  # noqa: B905 - more of them are found below
-        bound = {**defaults, **given, **kwargs}
+        by_position = dict(zip(positional, args))  # noqa: B905 - more of them are noticed below
+        bound = {**defaults, **by_position, **kwargs}
         wrong = len(args) > len(positional) or len(bound) != len(parameters)
         for name in kwargs:
-            wrong = wrong or name in given or name not in parameters
+            wrong = wrong or name in by_position or name not in parameters
         if wrong:
             signature.bind(*args, **kwargs)  # raises what Python does for such a call
         return bound

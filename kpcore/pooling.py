@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
-from kpcore.neighbors import Neighbors, bounds_of, sizes_of
+from kpcore.neighbors import Neighbors, bounds_of, sizes_of, transposed
+from kpcore.ops import Call
 from kpcore.search import knn_search
 
 _REDUCES = ("mean", "sum", "max", "min")
-_SUM = _REDUCES.index("sum")
 _INDEX = (np.dtype(np.int32), np.dtype(np.int64))
 
 
+def _features_of(features, neighbors):
+    """The features, one row of each point of the list."""
+    return checks.array("features", features, "N C", checks.FEATURES, sizes_of(neighbors))
+
+
+def _few_enough(name, value):
+    if len(value) > checks.MAX_POINTS:
+        raise ValueError(f"{name}: expected at most {checks.MAX_POINTS} rows, got {len(value)}")
+    return value
+
+
+def _weighted_sum(features, index, row_splits, weights=None, forward_row_splits=None):
+    """Sums over neighbours; see the fields of neighbor_reduce in src/cpu/kernels.h."""
+    out = devices.namespace(features).empty((len(row_splits) - 1, features.shape[1]), features.dtype)
+    devices.backend(features).run("neighbor_reduce", features=features, index=index, row_splits=row_splits,
+                                  weights=weights, forward_row_splits=forward_row_splits,
+                                  reduction=_REDUCES.index("sum"), empty=0.0, pad_value=0.0, width=0,
+                                  out=out)  # fmt: skip
+    return out
+
+
+# ---- neighbor_reduce
+
+
+def _neighbor_reduce_result(call):
+    shape = (call.neighbors._row_splits.shape[0] - 1, call.features.shape[1])
+    choice = [(shape, np.dtype(np.int32))] if call.reduce in ("max", "min") else []
+    return [(shape, call.features.dtype), *choice]
+
+
+def _neighbor_reduce_vjp(call, saved, grad, needs):
+    if saved:
+        return {"features": _unpool(*saved, grad, call.features)}
+    neighbors, index, splits, grads = call.neighbors, call.index, call.row_splits, {}
+    if "features" in needs:
+        if call.weights is None:
+            back = neighbors.transpose()
+            back = back._index, back._row_splits, None
+        else:
+            back = transposed(index, splits, call.weights, neighbors.num_points)
+        grads["features"] = _weighted_sum(grad, *back, splits if call.reduce == "mean" else None)
+    if "weights" in needs:
+        grads["weights"] = devices.namespace(grad).zeros(call.weights.shape, grad.dtype)  # those of no pair, too
+        devices.backend(grad).run("neighbor_reduce_grad_weights", call, grad_out=grad, grad_weights=grads["weights"])
+    return grads
+
+
+def _unpool(choice, grad, features):
+    """Every value of the gradient at the row that was chosen for it."""
+    grads = devices.namespace(grad).empty(features.shape, grad.dtype)
+    devices.backend(grad).run("unpool", choice=choice, grad_out=grad, grad_features=grads)
+    return grads
+
+
+@operator(
+    vjp=_neighbor_reduce_vjp,
+    diff=("features", "weights"),
+    result=_neighbor_reduce_result,
+    outputs=("out", "choice"),
+    transposes=("features",),
+)
 def neighbor_reduce(features: Array, neighbors: Neighbors, reduce: str = "mean", *, weights: Array | None = None,
-                    empty: float = 0.0, pad_value: float | None = None) -> Array:  # fmt: skip
+                    empty: float = 0.0, pad_value: float | None = None) -> Call[Array]:  # fmt: skip
     """The mean, sum, maximum or minimum of the features of each query's neighbours.
 
     With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
@@ -82,11 +140,64 @@ def neighbor_reduce(features: Array, neighbors: Neighbors, reduce: str = "mean",
            [ 0.,  0.],
            [ 3.,  0.]])
     """
-    return NEIGHBOR_REDUCE(features=features, neighbors=neighbors, reduce=reduce, weights=weights, empty=empty,
-                           pad_value=pad_value)  # fmt: skip
+    features = _features_of(features, neighbors)
+    reduction = checks.choice("reduce", reduce, _REDUCES)
+    chooses = reduce in ("max", "min")
+    if weights is not None:
+        if chooses:
+            raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
+        pairs = sizes_of(neighbors) | {"E": (len(neighbors._index), "neighbors")}
+        weights = checks.array("weights", weights, "E", checks.FEATURES, pairs, like=("features", features))
+    empty, width = checks.number("empty", empty, features.dtype), 0
+    if pad_value is None:
+        pad_value = 0.0
+    elif not chooses:
+        raise ValueError(f"pad_value: expected None with reduce={reduce!r}, got {pad_value}")
+    elif neighbors.width is None:
+        raise ValueError(
+            f"pad_value: expected None for a list without a width (Neighbors.from_padded), got {pad_value}"
+        )
+    else:
+        pad_value, width = checks.number("pad_value", pad_value, features.dtype), neighbors.width
+    return Call(
+        features=features, neighbors=neighbors, index=neighbors._index, row_splits=neighbors._row_splits,
+        weights=weights, reduce=reduce, reduction=reduction, empty=empty, pad_value=pad_value, width=width,
+    )  # fmt: skip
 
 
-def nearest_upsample(features: Array, neighbors: Neighbors) -> Array:
+# ---- nearest_upsample
+
+
+def _nearest_upsample_result(call):
+    return [((call.neighbors._row_splits.shape[0] - 1, call.features.shape[1]), call.features.dtype)]
+
+
+def _nearest_upsample_vjp(call, saved, grad, needs):
+    neighbors, num_points = call.neighbors, call.neighbors.num_points
+    counts, begins = neighbors.counts, call.row_splits[:-1]
+    if isinstance(grad, np.ndarray):
+        if np.all(counts == 1):
+            back = neighbors.transpose()
+            return {"features": _weighted_sum(grad, back._index, back._row_splits)}
+        first, splits = call.index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
+    elif not len(call.index):
+        return {"features": devices.namespace(grad).zeros(call.features.shape, grad.dtype)}
+    else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
+        index = call.index[np.minimum(begins, len(call.index) - 1)]
+        first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
+        splits = devices.namespace(grad).arange(len(counts) + 1)
+    index, splits, _ = transposed(first, splits, None, num_points)
+    return {"features": _weighted_sum(grad, index, splits)}
+
+
+@operator(
+    vjp=_nearest_upsample_vjp,
+    diff=("features",),
+    result=_nearest_upsample_result,
+    kernel="gather_rows",
+    transposes=("features",),
+)
+def nearest_upsample(features: Array, neighbors: Neighbors) -> Call[Array]:
     """The features of the first neighbour of each query; zeros where there is none.
 
     With the nearest coarse point of each fine one (`build_pyramid`'s ``upsamples``, or `knn_search` with k = 1) this
@@ -115,10 +226,53 @@ def nearest_upsample(features: Array, neighbors: Neighbors) -> Array:
     >>> kp.nearest_upsample(np.array([[10.0], [20.0]]), kp.knn_search(coarse, fine, 1)).ravel()
     array([10., 10., 20.])
     """
-    return NEAREST_UPSAMPLE(features=features, neighbors=neighbors)
+    features = _features_of(features, neighbors)
+    return Call(
+        features=features, neighbors=neighbors, index=neighbors._index, row_splits=neighbors._row_splits
+    )  # fmt: skip
 
 
-def gather(features: Array, index: Array) -> Array:
+# ---- gather
+
+
+def _gather_result(call):
+    return [((call.index.shape[0], call.features.shape[1]), call.features.dtype)]
+
+
+def _gather_forward(call):
+    (out,) = [devices.namespace(call.features).empty(*of) for of in _gather_result(call)]
+    backend = devices.backend(out)
+    try:
+        backend.run("gather_rows", call, out=out)
+    except backend.OutOfRange:
+        raise _no_row(call.features, call.index) from None
+    return out, ()
+
+
+def _no_row(features, index):
+    index = devices.on_host(index)
+    low, high = int(index.min()), int(index.max())
+    if low >= 0 and high < len(features):
+        return checks.changed("index")
+    bad = low if low < 0 else high
+    return ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
+
+
+def _gather_vjp(call, saved, grad, needs):
+    features, index = call.features, call.index
+    if isinstance(index, np.ndarray):  # which somebody may have changed since the forward pass looked at it
+        index = index.copy()
+        if len(index) and not (index.min() >= 0 and index.max() < len(features)):
+            raise _no_row(features, index)
+    if not features.shape[1]:  # however many rows
+        return {"features": devices.namespace(grad).empty(features.shape, grad.dtype)}
+    each = devices.namespace(index).arange(len(index) + 1)
+    index, splits, _ = transposed(index.astype(np.int32, copy=False), each, None, len(features))
+    return {"features": _weighted_sum(grad, index, splits)}
+
+
+@operator(vjp=_gather_vjp, diff=("features",), result=_gather_result, forward=_gather_forward, copies=("index",))
+def gather(features: Array, index: Array) -> Call[Array]:
     """The rows of an index: ``features[index]``, with a gradient.
 
     With ``neighbors.index`` it gives the features of every pair, for what no other function does with them; see
@@ -149,11 +303,33 @@ def gather(features: Array, index: Array) -> Array:
     >>> rows.ravel(), pullback(np.array([[1.0], [2.0], [4.0]]))[0].ravel()
     (array([20., 20., 10.]), array([4., 3.]))
     """
-    return GATHER(features=features, index=index)
+    sizes = {}
+    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    index = _few_enough("index", checks.array("index", index, "M", _INDEX, sizes))
+    return Call(features=features, index=index)
 
 
+# ---- interpolate
+
+
+def _interpolate_forward(call):
+    features, nearest = call.features, vars(call).pop("nearest")  # which the tape is not to keep
+    weights = devices.namespace(features).empty(len(nearest._distance), features.dtype)
+    devices.backend(features).run("inverse_distance_weights", distance=nearest._distance,
+                                  row_splits=nearest._row_splits, power=call.power, weights=weights)  # fmt: skip
+    out = _weighted_sum(features, nearest._index, nearest._row_splits, weights)
+    return out, (nearest._row_splits, nearest._index, weights)
+
+
+def _interpolate_vjp(call, saved, grad, needs):
+    splits, index, weights = saved
+    return {"features": _weighted_sum(grad, *transposed(index, splits, weights, len(call.features)))}
+
+
+@operator(vjp=_interpolate_vjp, diff=("features",), forward=_interpolate_forward, keeps=())
 def interpolate(points: Array, queries: Array, features: Array, k: int = 3, power: float = 2, *,
-                points_row_splits: Array | None = None, queries_row_splits: Array | None = None) -> Array:  # fmt: skip
+                points_row_splits: Array | None = None, queries_row_splits: Array | None = None
+                ) -> Call[Array]:  # fmt: skip
     """Features at the queries from those of the k nearest points, the nearer the more.
 
     ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
@@ -199,11 +375,57 @@ def interpolate(points: Array, queries: Array, features: Array, k: int = 3, powe
     >>> kp.interpolate(points, queries, np.array([[10.0], [20.0], [70.0]]), k=2).ravel()
     array([12., 20.])
     """
-    return INTERPOLATE(points=points, queries=queries, features=features, k=k, power=power,
-                       points_row_splits=points_row_splits, queries_row_splits=queries_row_splits)  # fmt: skip
+    sizes = {}
+    points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
+    features = checks.array("features", features, "N C", checks.FEATURES, sizes)
+    power = checks.length("power", power, np.dtype(np.float64))
+    nearest = knn_search(points, queries, k, points_row_splits=points_row_splits,
+                         queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
+    return Call(features=features, nearest=nearest, power=power)
 
 
-def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mean", *, empty: float = 0.0) -> Array:
+# ---- segment_reduce
+
+
+def _segment_reduce_result(call):
+    row_splits = call.row_splits
+    if row_splits is not None and len(row_splits.shape) != 1:  # a result without rows may never be computed
+        raise ValueError(f"row_splits: expected (B+1,), got {row_splits.shape}")
+    shape = (1 if row_splits is None else row_splits.shape[0] - 1, call.features.shape[1])
+    choice = [(shape, np.dtype(np.int32))] if call.reduce in ("max", "min") else []
+    return [(shape, call.features.dtype), *choice]
+
+
+def _segment_reduce_forward(call):
+    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features")
+    outputs = [devices.namespace(call.features).empty(*of) for of in _segment_reduce_result(call)]
+    fields = dict(zip(("out", "choice"), outputs, strict=False))
+    devices.backend(call.features).run("segment_reduce", call, row_splits=row_splits, **fields)
+    return outputs[0], tuple(outputs[1:])
+
+
+def _segment_reduce_vjp(call, saved, grad, needs):
+    features = call.features
+    row_splits = checks.splits_values("row_splits", call.row_splits, features.shape[0], "features", known=True)
+    if saved:
+        return {"features": _unpool(*saved, grad, features)}
+    grads = devices.namespace(grad).empty(features.shape, grad.dtype)
+    devices.backend(grad).run("segment_reduce_grad", row_splits=row_splits, reduction=call.reduction, empty=call.empty,
+                              grad_out=grad, grad_features=grads)  # fmt: skip
+    return {"features": grads}
+
+
+@operator(
+    vjp=_segment_reduce_vjp,
+    diff=("features",),
+    result=_segment_reduce_result,
+    forward=_segment_reduce_forward,
+    keeps=("row_splits",),
+    copies=("row_splits",),
+)
+def segment_reduce(
+    features: Array, row_splits: Array | None, reduce: str = "mean", *, empty: float = 0.0
+) -> Call[Array]:
     """The mean, sum, maximum or minimum of the rows of each batch item: global pooling.
 
     ``out[b]`` reduces ``features[row_splits[b]:row_splits[b + 1]]``, channel by channel. Differentiable in `features`.
@@ -241,238 +463,10 @@ def segment_reduce(features: Array, row_splits: Array | None, reduce: str = "mea
            [0., 0.],
            [4., 0.]])
     """
-    return SEGMENT_REDUCE(features=features, row_splits=row_splits, reduce=reduce, empty=empty)
-
-
-def _features_of(features, neighbors):
-    """The features, one row of each point of the list."""
-    return checks.array("features", features, "N C", checks.FEATURES, sizes_of(neighbors))
-
-
-def _few_enough(name, value):
-    if len(value) > checks.MAX_POINTS:
-        raise ValueError(f"{name}: expected at most {checks.MAX_POINTS} rows, got {len(value)}")
-    return value
-
-
-def _weighted_sum(features, index, row_splits, weights=None, shared=None):
-    threads = config.get_num_threads()
-    backend = devices.backend(features)
-    return backend.neighbor_reduce(features, index, row_splits, weights, shared, _SUM, 0.0, 0.0, 0, False, threads)[0]
-
-
-# ---- neighbor_reduce
-
-
-def _neighbor_reduce_checked(features, neighbors, reduce, weights, empty, pad_value):
-    features = _features_of(features, neighbors)
-    reduction = checks.choice("reduce", reduce, _REDUCES)
-    chooses = reduce in ("max", "min")
-    if weights is not None:
-        if chooses:
-            raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
-        pairs = sizes_of(neighbors) | {"E": (len(neighbors._index), "neighbors")}
-        weights = checks.array("weights", weights, "E", checks.FEATURES, pairs, like=("features", features))
-    empty, width = checks.number("empty", empty, features.dtype), 0
-    if pad_value is None:
-        pad_value = 0.0
-    elif not chooses:
-        raise ValueError(f"pad_value: expected None with reduce={reduce!r}, got {pad_value}")
-    elif neighbors.width is None:
-        raise ValueError(
-            f"pad_value: expected None for a list without a width (Neighbors.from_padded), got {pad_value}"
-        )
-    else:
-        pad_value, width = checks.number("pad_value", pad_value, features.dtype), neighbors.width
-    return features, reduction, chooses, weights, (empty, pad_value, width)
-
-
-def _neighbor_reduce(features, neighbors, **options):
-    features, reduction, chooses, weights, values = _neighbor_reduce_checked(features, neighbors, **options)
-    out, choice = devices.backend(features).neighbor_reduce(
-        features, neighbors._index, neighbors._row_splits, weights, None, reduction, *values, chooses,
-        config.get_num_threads()
+    sizes = {}
+    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    return Call(
+        features=features, row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes),
+        reduce=reduce, reduction=checks.choice("reduce", reduce, _REDUCES),
+        empty=checks.number("empty", empty, features.dtype),
     )  # fmt: skip
-    return out, (choice,) if chooses else ()
-
-
-def _neighbor_reduce_vjp(arguments, saved, grad, needs):
-    features, reduction, chooses, weights, _ = _neighbor_reduce_checked(**arguments)
-    neighbors, threads = arguments["neighbors"], config.get_num_threads()
-    if chooses:
-        return {"features": devices.backend(grad).unpool(*saved, grad, len(features), threads)}
-    backend = devices.backend(grad)
-    index, splits, grads = neighbors._index, neighbors._row_splits, {}
-    if "features" in needs:
-        if weights is None:
-            transposed = neighbors.transpose()
-            transposed = transposed._index, transposed._row_splits, None
-        else:
-            transposed = backend.transpose(index, splits, weights, neighbors.num_points, threads)
-        shared = splits if arguments["reduce"] == "mean" else None
-        grads["features"] = _weighted_sum(grad, *transposed, shared)
-    if "weights" in needs:
-        grads["weights"] = backend.neighbor_reduce_grad_weights(features, index, splits, reduction, grad, threads)
-    return grads
-
-
-def _neighbor_reduce_result(features, neighbors, reduce, **_):
-    shape = (neighbors._row_splits.shape[0] - 1, features.shape[1])
-    choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
-    return [(shape, features.dtype), *choice]
-
-
-NEIGHBOR_REDUCE = Op("neighbor_reduce", _neighbor_reduce, _neighbor_reduce_vjp, diff=("features", "weights"),
-                     result=_neighbor_reduce_result, check=_neighbor_reduce_checked,
-                     transposes=("features",))  # fmt: skip
-
-
-# ---- nearest_upsample
-
-
-def _nearest_upsample(features, neighbors):
-    features = _features_of(features, neighbors)
-    backend = devices.backend(features)
-    return backend.gather_rows(features, neighbors._index, neighbors._row_splits, config.get_num_threads()), ()
-
-
-def _nearest_upsample_vjp(arguments, saved, grad, needs):
-    neighbors, backend = arguments["neighbors"], devices.backend(grad)
-    counts, begins, num_points = neighbors.counts, neighbors._row_splits[:-1], neighbors.num_points
-    if isinstance(grad, np.ndarray):
-        if np.all(counts == 1):
-            transposed = neighbors.transpose()
-            return {"features": _weighted_sum(grad, transposed._index, transposed._row_splits)}
-        first, splits = neighbors._index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
-    elif not len(neighbors._index):
-        return {"features": devices.namespace(grad).zeros(arguments["features"].shape, grad.dtype)}
-    else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
-        index = neighbors._index[np.minimum(begins, len(neighbors._index) - 1)]
-        first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
-        splits = devices.namespace(grad).arange(len(counts) + 1)
-    index, splits, _ = backend.transpose(first, splits, None, num_points, config.get_num_threads())
-    return {"features": _weighted_sum(grad, index, splits)}
-
-
-def _nearest_upsample_result(features, neighbors):
-    return [((neighbors._row_splits.shape[0] - 1, features.shape[1]), features.dtype)]
-
-
-NEAREST_UPSAMPLE = Op("nearest_upsample", _nearest_upsample, _nearest_upsample_vjp, diff=("features",),
-                      result=_nearest_upsample_result, check=_features_of, transposes=("features",))  # fmt: skip
-
-
-# ---- gather
-
-
-def _gather_arrays(features, index):
-    sizes = {}
-    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
-    return features, _few_enough("index", checks.array("index", index, "M", _INDEX, sizes))
-
-
-def _gather(features, index):
-    features, index = _gather_arrays(features, index)
-    backend = devices.backend(features)
-    try:
-        return backend.gather_rows(features, index, None, config.get_num_threads()), ()
-    except backend.OutOfRange:
-        raise _no_row(features, index) from None
-
-
-def _no_row(features, index):
-    index = devices.on_host(index)
-    low, high = int(index.min()), int(index.max())
-    if low >= 0 and high < len(features):
-        return checks.changed("index")
-    bad = low if low < 0 else high
-    return ValueError(f"index: expected values from 0 to {len(features) - 1} to match features, got {bad}")
-
-
-def _gather_vjp(arguments, saved, grad, needs):
-    features, index = _gather_arrays(**arguments)
-    if isinstance(index, np.ndarray):  # which somebody may have changed since the forward pass looked at it
-        index = index.copy()
-        if len(index) and not (index.min() >= 0 and index.max() < len(features)):
-            raise _no_row(features, index)
-    if not features.shape[1]:  # however many rows
-        return {"features": devices.namespace(grad).empty(features.shape, grad.dtype)}
-    each = devices.namespace(index).arange(len(index) + 1)
-    index, splits, _ = devices.backend(index).transpose(
-        index.astype(np.int32, copy=False), each, None, len(features), config.get_num_threads()
-    )
-    return {"features": _weighted_sum(grad, index, splits)}
-
-
-def _gather_result(features, index):
-    return [((index.shape[0], features.shape[1]), features.dtype)]
-
-
-GATHER = Op("gather", _gather, _gather_vjp, diff=("features",), result=_gather_result, check=_gather_arrays,
-            copies=("index",))  # fmt: skip
-
-
-# ---- interpolate
-
-
-def _interpolate(points, queries, features, k, power, points_row_splits, queries_row_splits):
-    sizes = {}
-    points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
-    features = checks.array("features", features, "N C", checks.FEATURES, sizes)
-    power = checks.length("power", power, np.dtype(np.float64))
-    found = knn_search(points, queries, k, points_row_splits=points_row_splits,
-                       queries_row_splits=queries_row_splits, return_distances=True)  # fmt: skip
-    weights = devices.backend(features).inverse_distance_weights(
-        found._distance, found._row_splits, power, features.dtype, config.get_num_threads()
-    )
-    out = _weighted_sum(features, found._index, found._row_splits, weights)
-    return out, (found._row_splits, found._index, weights)
-
-
-def _interpolate_vjp(arguments, saved, grad, needs):
-    splits, index, weights = saved
-    threads = config.get_num_threads()
-    transposed = devices.backend(grad).transpose(index, splits, weights, len(arguments["points"]), threads)
-    return {"features": _weighted_sum(grad, *transposed)}
-
-
-INTERPOLATE = Op("interpolate", _interpolate, _interpolate_vjp, diff=("features",))
-
-
-# ---- segment_reduce
-
-
-def _segment_reduce_checked(features, row_splits, reduce, empty, **splits):
-    sizes = {}
-    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
-    row_splits = checks.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
-    reduction = checks.choice("reduce", reduce, _REDUCES)
-    return features, row_splits, reduction, checks.number("empty", empty, features.dtype)
-
-
-def _segment_reduce(features, row_splits, reduce, empty):
-    arguments = _segment_reduce_checked(features, row_splits, reduce, empty)
-    chooses = reduce in ("max", "min")
-    out, choice = devices.backend(arguments[0]).segment_reduce(*arguments, chooses, config.get_num_threads())
-    return out, (choice,) if chooses else ()
-
-
-def _segment_reduce_vjp(arguments, saved, grad, needs):
-    features, row_splits, reduction, _ = _segment_reduce_checked(**arguments, known=True)
-    backend, threads = devices.backend(grad), config.get_num_threads()
-    if saved:
-        return {"features": backend.unpool(*saved, grad, len(features), threads)}
-    return {"features": backend.segment_reduce_grad(grad, row_splits, reduction, len(features), threads)}
-
-
-def _segment_reduce_result(features, row_splits, reduce, **_):
-    if row_splits is not None and len(row_splits.shape) != 1:  # a result without rows may never be computed
-        raise ValueError(f"row_splits: expected (B+1,), got {row_splits.shape}")
-    shape = (1 if row_splits is None else row_splits.shape[0] - 1, features.shape[1])
-    choice = [(shape, np.dtype(np.int32))] if reduce in ("max", "min") else []
-    return [(shape, features.dtype), *choice]
-
-
-SEGMENT_REDUCE = Op("segment_reduce", _segment_reduce, _segment_reduce_vjp, diff=("features",),
-                    result=_segment_reduce_result, check=partial(_segment_reduce_checked, traced=True),
-                    copies=("row_splits",))  # fmt: skip

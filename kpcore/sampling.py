@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import config
 from kpcore.backends import checks, devices
 
 
@@ -76,12 +75,12 @@ def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=Non
     method = checks.choice("method", method, (None, "exact", "bucketed"))
     out_row_splits = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
-    total, backend = int(out_row_splits[-1]), devices.backend(points)
+    index = devices.namespace(points).empty(int(out_row_splits[-1]), np.int32)
+    backend = devices.backend(points)
     start, out_row_splits = devices.to_device_of(points, start), devices.to_device_of(points, out_row_splits)
     try:
-        index = backend.farthest_points(
-            points, row_splits, start, out_row_splits, total, method, config.get_num_threads()
-        )
+        backend.run("farthest_points", points=points, row_splits=row_splits, start=start,
+                    out_row_splits=out_row_splits, method=method, index=index)  # fmt: skip
     except backend.NotFinite:
         raise checks.not_measurable(points, row_splits) or checks.changed("points") from None
     return Sampled(index, out_row_splits)

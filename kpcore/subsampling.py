@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
+from kpcore.ops import Call, empty_like
 
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
@@ -27,6 +28,30 @@ class Subsampled(NamedTuple):
     counts: np.ndarray  #: (V,) int32 points of each voxel
 
 
+def _forward(call):
+    backend, points, row_splits = devices.backend(call.points), call.points, call.row_splits
+    try:
+        *fields, nearest = backend.grid_subsample(
+            points, call.features, call.labels, row_splits, call.voxel_size, call.origin, call.position, call.feature,
+            call.by_nearest, call.ignore_label, config.get_num_threads()
+        )  # fmt: skip
+    except backend.NotFinite:
+        raise checks.not_finite(points=points) from None
+    except backend.OutOfRange:
+        raise _too_many_voxels(points, call.voxel_size, call.origin, row_splits) from None
+    out = Subsampled(*fields)
+    return out, (out.inverse, out.counts, nearest)
+
+
+def _vjp(call, saved, grad, needs):
+    inverse, counts, nearest = saved
+    grads = empty_like(call, ("features",), needs)
+    devices.backend(grad).run("grid_subsample_grad", call, inverse=inverse, counts=counts, nearest=nearest,
+                              grad_out=grad, **grads)  # fmt: skip
+    return {"features": grads["grad_features"]}
+
+
+@operator(vjp=_vjp, diff=("features",), forward=_forward, field="features", keeps=("features",))
 def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits=None, origin=0, position="barycenter",
                    feature="mean", ignore_label=None):  # fmt: skip
     """Replace the points of each voxel by one: their barycentre, the voxel's centre or the point nearest that.
@@ -105,15 +130,14 @@ def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits
     >>> out.ravel(), pullback(np.ones_like(out))[0].ravel()
     (array([15., 30.]), array([0.5, 0.5, 1. ]))
     """
-    return OP(points=points, voxel_size=voxel_size, features=features, labels=labels, row_splits=row_splits,
-              origin=origin, position=position, feature=feature, ignore_label=ignore_label)  # fmt: skip
+    return _call(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label)
 
 
-def _forward(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label, known=False):
+def _call(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label, known=False):
+    """`known`: the row_splits were checked before."""
     sizes = {}
     points = checks.points_array("points", points, sizes)
-    dimension = points.shape[1]
-    voxel_size = checks.per_axis("voxel_size", voxel_size, dimension, checks.length, points.dtype)
+    voxel_size = checks.per_axis("voxel_size", voxel_size, points.shape[1], checks.length, points.dtype)
     features, labels = checked_rows(features, labels, sizes)
     if ignore_label is not None:
         if labels is None:
@@ -121,22 +145,14 @@ def _forward(points, voxel_size, features, labels, row_splits, origin, position,
         limits = np.iinfo(labels.dtype)
         ignore_label = checks.integer("ignore_label", ignore_label, limits.min, limits.max)
     row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
-    origin = _origin(origin, points, len(row_splits) - 1, sizes)
-    position_code = checks.choice("position", position, _POSITIONS)
-    feature_code = checks.choice("feature", feature, _FEATURES)
-    by_nearest = position == "nearest" or (feature == "nearest" and features is not None)
-    backend, threads = devices.backend(points), config.get_num_threads()
-    try:
-        *fields, nearest = backend.grid_subsample(
-            points, features, labels, row_splits, voxel_size, origin, position_code, feature_code, by_nearest,
-            ignore_label, threads
-        )  # fmt: skip
-    except backend.NotFinite:
-        raise checks.not_finite(points=points) from None
-    except backend.OutOfRange:
-        raise _too_many_voxels(points, voxel_size, origin, row_splits) from None
-    out = Subsampled(*fields)
-    return out, (out.inverse, out.counts, nearest)
+    return Call(
+        points=points, features=features, labels=labels, row_splits=row_splits, voxel_size=voxel_size,
+        origin=_origin(origin, points, len(row_splits) - 1, sizes),
+        position=checks.choice("position", position, _POSITIONS),
+        feature=checks.choice("feature", feature, _FEATURES),
+        by_nearest=position == "nearest" or (feature == "nearest" and features is not None),
+        ignore_label=ignore_label,
+    )  # fmt: skip
 
 
 def checked_rows(features, labels, sizes):
@@ -150,8 +166,8 @@ def checked_rows(features, labels, sizes):
 
 def subsample_level(voxel_size, origin, points, features, labels, row_splits):
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
-    out, _ = _forward(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
-    return out[:4]
+    call = _call(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
+    return _forward(call)[0][:4]
 
 
 def common_origin(origin):
@@ -172,17 +188,6 @@ def _origin(origin, points, num_items, sizes):
         sizes = sizes | {"B": (num_items, "row_splits")}
         return checks.array("origin", origin, "B D", checks.REAL, sizes, like=("points", points))
     return checks.per_axis("origin", origin, points.shape[1], checks.number, points.dtype)
-
-
-def _vjp(arguments, saved, grad, needs):
-    feature = checks.choice("feature", arguments["feature"], _FEATURES)
-    features = devices.contiguous(arguments["features"])
-    return {
-        "features": devices.backend(grad).grid_subsample_grad(features, *saved, feature, grad, config.get_num_threads())
-    }
-
-
-OP = Op("grid_subsample", _forward, _vjp, diff=("features",), field="features", keeps=("features", "feature"))
 
 
 def _too_many_voxels(points, voxel_size, origin, row_splits):

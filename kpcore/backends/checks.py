@@ -122,17 +122,24 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
     return value
 
 
-def splits_array(name, value, rows, of, sizes, *, known=False, traced=False):
-    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item.
+def splits_array(name, value, rows, of, sizes, *, known=False):
+    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item. See `splits_values`."""
+    return splits_values(name, splits_shape(name, value, rows, sizes), rows, of, known=known)
 
-    On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
-    them, unless they are `known` to be good. Of an array that is `traced` there are only shape and dtype to look at.
-    """
+
+def splits_shape(name, value, rows, sizes):
+    """`row_splits` (B + 1,) at whose values nobody has looked yet; None is a single item of so many rows."""
     if value is None:
         return one_item(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
-    value = array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
-    if traced:
-        return value
+    return array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
+
+
+def splits_values(name, value, rows, of, *, known=False):
+    """`row_splits` whose values go from 0 to `rows` and never fall.
+
+    On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
+    them, unless they are `known` to be good.
+    """
     if isinstance(value, np.ndarray):
         value = value.copy()
         check_splits(name, value, rows, of)

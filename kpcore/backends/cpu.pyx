@@ -1,6 +1,12 @@
-# Typed doors into src/*.cpp: allocate, release the GIL, call, turn a status into an exception. No maths, no checks:
-# kpcore/*.py hands over contiguous NumPy arrays of agreeing shapes and dtypes.
+# The way into src/cpu/*.cpp: `run` calls any kernel by its name; searches and subsampling, which first count and then
+# fill, have functions of their own. No maths and no checks: kpcore/*.py hands over contiguous NumPy arrays of agreeing
+# shapes and dtypes. A call releases the GIL; its status becomes an exception.
+from cpython.dict cimport PyDict_GetItem
+from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memset
+
+import sys
 
 import numpy as np
 
@@ -8,7 +14,7 @@ cimport numpy as cnp
 
 cnp.import_array()
 
-cdef extern from "cpu/kernels.h" namespace "kp" nogil:
+cdef extern from "cpu/fields.h" namespace "kp" nogil:
     enum class DType(int):
         float32
         float64
@@ -20,6 +26,10 @@ cdef extern from "cpu/kernels.h" namespace "kp" nogil:
         void* data
         int64_t rows, cols
         DType dtype
+
+    struct OptionalInt:
+        int64_t value
+        bint is_set
 
     enum class Status(int):
         ok
@@ -62,150 +72,45 @@ cdef extern from "cpu/kernels.h" namespace "kp" nogil:
         Ignore ignore
         int threads
 
-    enum class Sampling(int):
-        pass
-
-    enum class Influence(int):
-        pass
-
-    enum class Aggregation(int):
-        pass
-
-    enum class Normalization(int):
-        pass
-
     cdef struct GridSubsample:
         Array points, features, labels, row_splits
         Array voxel_size, origin
         VoxelPoint position
         VoxelFeature feature
-        int64_t ignore_label
-        bint has_ignore_label
+        OptionalInt ignore_label
         int threads
 
     cdef struct Subsampled:
         Array points, features, labels, inverse, counts
         Array nearest
 
-    cdef struct GridSubsampleGrad:
-        Array features, inverse, counts, nearest, grad_out
-        VoxelFeature feature
-        int threads
+    enum class Kind(int):
+        array
+        optional_array
+        int32
+        int64
+        uint64
+        float64
+        boolean
+        optional_int
 
-    cdef struct FarthestPoints:
-        Array points, row_splits, start, out_row_splits
-        Sampling method
-        int threads
+    cdef struct Field:
+        const char* name
+        Kind kind
+        int64_t offset
 
-    cdef struct Transpose:
-        Array index, row_splits, distance, out_index, out_row_splits, out_distance
-        int threads
+    cdef struct KernelRow:
+        const char* name
+        const Field* fields
+        int num_fields
+        int64_t threads
 
-    enum class Reduction(int):
-        pass
+    const KernelRow* kernel_rows
+    int num_kernels
 
-    cdef struct CheckList:
-        Array index, row_splits
-        int64_t num_points
-        Array out_index, out_row_splits
-        int threads
-
-    cdef struct NeighborReduce:
-        Array features, index, row_splits, weights, shared
-        Reduction reduction
-        double empty, pad_value
-        int64_t width
-        int threads
-
-    cdef struct SegmentReduce:
-        Array features, row_splits
-        Reduction reduction
-        double empty
-        int threads
-
-    cdef struct KernelPoints:
-        int num, dimension, fixed
-        Array radii
-        uint64_t seed
-        int threads
-
-    cdef struct KPConv:
-        Array points, queries, index, row_splits, features, weights, kernel_points
-        Array offsets, modulations
-        Array transposed_index, transposed_row_splits
-        double extent
-        Influence influence
-        Aggregation aggregation
-        Normalization normalization
-        int groups, factors
-        bint depthwise
-        int threads
-
-    cdef struct KPConvGrads:
-        Array weights, points, queries, kernel_points, offsets, modulations
-
-    cdef struct Deformation:
-        Array points, queries, index, row_splits
-        Array kernel_points, offsets
-        double extent, repulse_extent
-        double weight
-        int threads
-
-    cdef struct DeformationGrads:
-        Array offsets, kernel_points
-
-    cdef struct Normalize:
-        Array features, row_splits
-        Array scale, shift
-        Array mean, inverse_std
-        bint is_given
-        double negative_slope
-        int threads
-
-    cdef struct NormalizeGrad:
-        Array grad_features, grad_scale, grad_shift
-
-    enum class Activation(int):
-        pass
-
-    cdef struct Activate:
-        Array features
-        Activation activation
-        double negative_slope
-        int threads
-
-    cdef struct Sgd:
-        Array value, grad, moment
-        double lr, momentum, weight_decay
-        int threads
-
-    cdef struct AdamW:
-        Array value, grad, mean, square
-        double keep, first, second, rate, inverse_root, eps
-        int threads
-
-    cdef struct Dropout:
-        Array features
-        double rate
-        uint64_t seed
-        int threads
-
-    enum class CrossEntropyReduction(int):
-        pass
-
-    cdef struct CrossEntropy:
-        Array logits, labels, class_weights
-        int64_t ignore_index
-        bint has_ignore_index
-        CrossEntropyReduction reduction
-        int threads
-
-    cdef struct Columns:
-        Array parts[4]
-        int threads
-
-    cdef struct Kernels:
+    cdef struct Functions:
         const char* isa
+        Status (**kernels)(const void*) noexcept nogil
         Status (*build_index)(const IndexPoints&, void**) noexcept nogil
         double (*crowding)(const void*) noexcept nogil
         void (*free_index)(void*) noexcept nogil
@@ -213,56 +118,12 @@ cdef extern from "cpu/kernels.h" namespace "kp" nogil:
         Status (*radius_search_fill)(void*, int32_t*, void*) noexcept nogil
         void (*radius_search_free)(void*) noexcept nogil
         Status (*knn_search)(const Search&, int32_t*, void*, int64_t*) noexcept nogil
-        Status (*transpose)(const Transpose&) noexcept nogil
-        Status (*check_list)(const CheckList&) noexcept nogil
-        int64_t (*longest_row)(const Array&, int) noexcept nogil
-        Status (*pad_list)(const Array&, const Array&, int64_t, const Array&, int) noexcept nogil
-        Status (*count_padded)(const Array&, int64_t, const Array&, int) noexcept nogil
-        Status (*unpad)(const Array&, int64_t, const Array&, const Array&, int) noexcept nogil
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
-        Status (*grid_subsample_grad)(const GridSubsampleGrad&, const Array&) noexcept nogil
-        Status (*farthest_points)(const FarthestPoints&, int32_t*) noexcept nogil
-        Status (*neighbor_reduce)(const NeighborReduce&, const Array&, int32_t*) noexcept nogil
-        Status (*neighbor_reduce_grad_weights)(const NeighborReduce&, const Array&, const Array&) noexcept nogil
-        Status (*segment_reduce)(const SegmentReduce&, const Array&, int32_t*) noexcept nogil
-        Status (*segment_reduce_grad)(const SegmentReduce&, const Array&) noexcept nogil
-        Status (*unpool)(const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*gather_rows)(const Array&, const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*inverse_distance_weights)(const Array&, const Array&, double, const Array&, int) noexcept nogil
-        Status (*kpconv)(const KPConv&, const Array&) noexcept nogil
-        Status (*kpconv_grad_features)(const KPConv&, const Array&, const Array&) noexcept nogil
-        Status (*kpconv_grads)(const KPConv&, const Array&, const KPConvGrads&) noexcept nogil
-        Status (*kernel_points)(const KernelPoints&, double*) noexcept nogil
-        Status (*lloyd)(const KernelPoints&, double*) noexcept nogil
-        Status (*fitting_loss)(const Deformation&, const Array&, const Array&) noexcept nogil
-        Status (*fitting_loss_grad)(const Deformation&, const Array&, const DeformationGrads&) noexcept nogil
-        Status (*repulsion_loss)(const Deformation&, const Array&) noexcept nogil
-        Status (*repulsion_loss_grad)(const Deformation&, const DeformationGrads&) noexcept nogil
-        Status (*linear)(const Array&, const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*linear_grad_features)(const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*linear_grad_weights)(const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*sum_rows)(const Array&, const Array&, int) noexcept nogil
-        Status (*moments)(const Normalize&, const Array&, const Array&) noexcept nogil
-        Status (*normalize)(const Normalize&, const Array&) noexcept nogil
-        Status (*normalize_grad)(const Normalize&, const Array&, const NormalizeGrad&) noexcept nogil
-        Status (*activate)(const Activate&, const Array&) noexcept nogil
-        Status (*activate_grad)(const Activate&, const Array&, const Array&) noexcept nogil
-        Status (*add)(const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*sum_squares)(const Array&, double*, int) noexcept nogil
-        Status (*sgd)(const Sgd&) noexcept nogil
-        Status (*adamw)(const AdamW&) noexcept nogil
-        Status (*dropout)(const Dropout&, const Array&) noexcept nogil
-        Status (*softmax)(const Array&, const Array&, int) noexcept nogil
-        Status (*softmax_grad)(const Array&, const Array&, const Array&, int) noexcept nogil
-        Status (*cross_entropy)(const CrossEntropy&, const Array&) noexcept nogil
-        Status (*cross_entropy_grad)(const CrossEntropy&, const Array&, const Array&) noexcept nogil
-        Status (*concatenate)(const Columns&, const Array&) noexcept nogil
-        Status (*split)(const Columns&, const Array&) noexcept nogil
         double (*fma_rate)(DType) noexcept nogil
 
-    const Kernels& kernels() noexcept
+    const Functions& functions() noexcept
     bint c_set_isa "kp::set_isa"(const char*) noexcept
     const char* const* c_isas "kp::isas"() noexcept
     bint c_has_openmp "kp::has_openmp"() noexcept
@@ -272,26 +133,35 @@ cdef extern from "cpu/kernels.h" namespace "kp" nogil:
 
 
 class NotFinite(Exception):
-    """A coordinate is NaN or infinite, or distances overflow or vanish; which is for the caller to find."""
+    """A coordinate is NaN or infinite, or distances overflow or vanish; the caller finds out which."""
 
 
 class OutOfRange(Exception):
-    """Too many voxels along an axis, a label that is no class, a number of no row; which one is for the caller to find."""
+    """Too many voxels along an axis, a label that is no class, a number of no row; the caller finds out which."""
 
 
-cdef DTYPES = {np.dtype(name): code for code, name in enumerate(("float32", "float64", "int32", "int64", "uint8"))}
+cdef int NO_DTYPE = -1
+cdef int DTYPES[64]  # by NumPy's type numbers, of which two may be of one size
+for number in range(64):
+    DTYPES[number] = NO_DTYPE
+for character in "fdilqB":
+    DTYPES[np.dtype(character).num] = ("float32", "float64", "int32", "int64", "uint8").index(np.dtype(character).name)
 
 
 cdef Array view(cnp.ndarray a) except *:
-    """The array's pointer, rows, columns and dtype; None is an array not given."""
+    """The array's pointer, rows, columns and dtype; a null pointer for None."""
     cdef Array v
+    cdef int i, number
     v.data = NULL
     v.rows = v.cols = 0
     v.dtype = <DType>0
     if a is None:
         return v
+    number = cnp.PyArray_TYPE(a)
+    if number >= 64 or DTYPES[number] == NO_DTYPE:
+        raise TypeError(f"expected an array of a dtype that kernels have, got {a.dtype}")
     v.data = cnp.PyArray_DATA(a)
-    v.dtype = <DType><int>DTYPES[a.dtype]
+    v.dtype = <DType>DTYPES[number]
     v.cols = a.shape[a.ndim - 1] if a.ndim > 1 else 1
     v.rows = 1
     for i in range(a.ndim - 1 if a.ndim > 1 else a.ndim):
@@ -308,6 +178,105 @@ cdef int raise_for(Status status) except -1:
         raise OutOfRange
     return 0
 
+
+# ---- any kernel, by its name
+
+KINDS = ("array", "optional_array", "int32", "int64", "uint64", "float64", "boolean", "optional_int")
+
+
+cdef class Kernel:
+    """A kernel: its number in the tables of functions, and its fields."""
+
+    cdef const KernelRow* row
+    cdef int number
+    cdef tuple names
+
+
+cdef Kernel kernel_of(int number):
+    cdef Kernel kernel = Kernel.__new__(Kernel)
+    kernel.row, kernel.number = &kernel_rows[number], number
+    kernel.names = tuple([sys.intern(kernel.row.fields[i].name.decode()) for i in range(kernel.row.num_fields)])
+    return kernel
+
+
+cdef dict KERNELS = {kernel_rows[number].name.decode(): kernel_of(number) for number in range(num_kernels)}
+cdef object get_num_threads = None  # of kpcore.config, which imports this module
+
+
+def fields():
+    """{kernel: {field: its kind, one of KINDS}}"""
+    cdef Kernel kernel
+    found = {}
+    for name in KERNELS:
+        kernel = KERNELS[name]
+        found[name] = {
+            field: KINDS[<int>kernel.row.fields[i].kind] for i, field in enumerate(kernel.names)
+        }
+    return found
+
+
+def run(str name, call=None, **more):
+    """Call a kernel. Its fields are taken from `more`, and those not there from the attributes of `call`."""
+    global get_num_threads
+    cdef Kernel kernel = KERNELS[name]
+    cdef dict attributes = None if call is None else call.__dict__
+    cdef int64_t buffer[128]  # 1024 bytes, which fields.h says are enough
+    cdef char* place = <char*>buffer
+    cdef const Field* field
+    cdef PyObject* item
+    cdef int i, taken = 0
+    for i in range(kernel.row.num_fields):
+        field = &kernel.row.fields[i]
+        item = PyDict_GetItem(more, kernel.names[i])
+        if item != NULL:
+            taken += 1
+        elif attributes is not None:
+            item = PyDict_GetItem(attributes, kernel.names[i])
+        if item == NULL:
+            if field.kind == Kind.optional_array:
+                (<Array*>(place + field.offset))[0] = view(None)
+                continue
+            raise TypeError(f"{name}: expected a field {kernel.names[i]}, got none")
+        set_field(place + field.offset, field.kind, <object>item, kernel.names[i])
+    if taken != len(more):
+        raise TypeError(f"{name}: expected no fields but {', '.join(kernel.names)}, got {', '.join(more)}")
+    if get_num_threads is None:
+        from kpcore.config import get_num_threads
+    (<int*>(place + kernel.row.threads))[0] = get_num_threads()
+    cdef Status status
+    with nogil:
+        status = functions().kernels[kernel.number](place)
+    if status != Status.ok:
+        raise_for(status)
+
+
+cdef int set_field(char* place, Kind kind, value, name) except -1:
+    if kind == Kind.array or kind == Kind.optional_array:
+        if isinstance(value, np.ndarray):
+            (<Array*>place)[0] = view(value)
+        elif kind == Kind.array:
+            raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
+        else:
+            (<Array*>place)[0] = view(None)
+            if value is not None:  # of an output that is not wanted, its shape alone
+                (<Array*>place).rows, (<Array*>place).cols = value.shape
+    elif kind == Kind.float64:
+        (<double*>place)[0] = value
+    elif kind == Kind.int32:
+        (<int*>place)[0] = value
+    elif kind == Kind.int64:
+        (<int64_t*>place)[0] = value
+    elif kind == Kind.uint64:
+        (<uint64_t*>place)[0] = value
+    elif kind == Kind.boolean:
+        place[0] = 1 if value else 0
+    else:
+        (<OptionalInt*>place).is_set = value is not None
+        (<OptionalInt*>place).value = 0 if value is None else value
+    return 0
+
+
+# ---- searches
 
 cdef class Index:
     """Points ready to be searched, a grid of cells or a kd-tree; never changed, so any thread may search it."""
@@ -331,17 +300,17 @@ cdef class Index:
         self.dtype = points.dtype
         cdef Status status
         with nogil:
-            status = kernels().build_index(args, &self.data)
+            status = functions().build_index(args, &self.data)
         raise_for(status)
 
     @property
     def crowding(self):
         """Points in the cell of a point, on average; infinity for a tree, of which it is not known."""
-        return kernels().crowding(self.data)
+        return functions().crowding(self.data)
 
     def __dealloc__(self):
         if self.data != NULL:
-            kernels().free_index(self.data)
+            functions().free_index(self.data)
 
 
 cdef Search search_arguments(Index index, queries, queries_row_splits, radius, int64_t most, int sort, int metric,
@@ -377,7 +346,7 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
     cdef void* to_distance
     try:
         with nogil:
-            status = kernels().radius_search_count(args, splits, &plan)
+            status = functions().radius_search_count(args, splits, &plan)
         raise_for(status)
         if count_only:
             return row_splits, None, None
@@ -387,13 +356,13 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
         to_index = <int32_t*>view(found).data
         to_distance = view(distance).data
         with nogil:
-            status = kernels().radius_search_fill(plan, to_index, to_distance)
+            status = functions().radius_search_fill(plan, to_index, to_distance)
         raise_for(status)
         return row_splits, found, distance
     finally:
         if plan != NULL:
             with nogil:
-                kernels().radius_search_free(plan)
+                functions().radius_search_free(plan)
 
 
 def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int sort, int metric, int ignore,
@@ -410,7 +379,7 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     cdef void* to_distance = view(distance).data
     cdef Status status
     with nogil:
-        status = kernels().knn_search(args, to_index, to_distance, to_counts)
+        status = functions().knn_search(args, to_index, to_distance, to_counts)
     raise_for(status)
     row_splits = np.zeros(num_queries + 1, np.int64)
     np.cumsum(counts, out=row_splits[1:])
@@ -420,25 +389,56 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     return row_splits, found[there], None if distance is None else distance[there]
 
 
-def transpose(index, row_splits, distance, int64_t num_points, int threads):
-    """(index, row_splits, distance or None) of the columns"""
-    out_index = np.empty(row_splits[-1], np.int32)
-    out_row_splits = np.empty(num_points + 1, np.int64)
-    out_distance = None if distance is None else np.empty(row_splits[-1], distance.dtype)
-    cdef Transpose args
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    args.distance = view(distance)
-    args.out_index = view(out_index)
-    args.out_row_splits = view(out_row_splits)
-    args.out_distance = view(out_distance)
-    args.threads = threads
-    cdef Status status
-    with nogil:
-        status = kernels().transpose(args)
-    raise_for(status)
-    return out_index, out_row_splits, out_distance
+# ---- subsampling
 
+def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int position, int feature,
+                   bint return_nearest, ignore_label, int threads):
+    """(points, features or None, labels or None, row_splits, inverse, counts, nearest or None)"""
+    cdef GridSubsample args
+    args.points = view(points)
+    args.features = view(features)
+    args.labels = view(labels)
+    args.row_splits = view(row_splits)
+    args.voxel_size = view(voxel_size)
+    args.origin = view(origin)
+    args.position = <VoxelPoint>position
+    args.feature = <VoxelFeature>feature
+    args.ignore_label.is_set = ignore_label is not None
+    args.ignore_label.value = 0 if ignore_label is None else ignore_label
+    args.threads = threads
+    cdef Subsampled out
+    cdef void* plan = NULL
+    cdef Status status
+    out_row_splits = np.empty(len(row_splits), np.int64)
+    cdef int64_t* splits = <int64_t*>cnp.PyArray_DATA(out_row_splits)
+    try:
+        with nogil:
+            status = functions().grid_subsample_count(args, splits, &plan)
+        raise_for(status)
+        voxels = out_row_splits[-1]
+        out_points = np.empty((voxels, points.shape[1]), points.dtype)
+        out_features = None if features is None else np.empty((voxels, *features.shape[1:]), features.dtype)
+        out_labels = None if labels is None else np.empty(voxels, labels.dtype)
+        inverse = np.empty(len(points), np.int32)
+        counts = np.empty(voxels, np.int32)
+        nearest = np.empty(voxels, np.int32) if return_nearest else None
+        out.points = view(out_points)
+        out.features = view(out_features)
+        out.labels = view(out_labels)
+        out.inverse = view(inverse)
+        out.counts = view(counts)
+        out.nearest = view(nearest)
+        with nogil:
+            status = functions().grid_subsample_fill(plan, out)
+        raise_for(status)
+        return out_points, out_features, out_labels, out_row_splits, inverse, counts, nearest
+    finally:
+        if plan != NULL:
+            with nogil:
+                functions().grid_subsample_free(plan)
+
+
+# ---- memory, and what other modules ask of it
 
 cdef class Memory:
     """What a read-only array lies in. It offers no buffer, so that NumPy never makes such an array writable again."""
@@ -458,750 +458,12 @@ def frozen(cnp.ndarray array not None):
     return same
 
 
-def checked_list(index, row_splits, int64_t num_points, bint copy, int threads):
-    """(index int32, row_splits int64) of a list from outside; with `copy` the index is always a new array"""
-    out_index = np.empty(len(index), np.int32) if copy or index.dtype != np.int32 else None
-    out_row_splits = np.empty(len(row_splits), np.int64)
-    cdef CheckList args
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    args.num_points = num_points
-    args.out_index = view(out_index)
-    args.out_row_splits = view(out_row_splits)
-    args.threads = threads
-    cdef Status status
-    with nogil:
-        status = kernels().check_list(args)
-    raise_for(status)
-    return index if out_index is None else out_index, out_row_splits
-
-
-def longest_row(row_splits, int threads):
-    """An int; 0 without rows"""
-    cdef Array bounds = view(row_splits)
-    cdef int64_t longest
-    with nogil:
-        longest = kernels().longest_row(bounds, threads)
-    return longest
-
-
-def padded(index, row_splits, int64_t width, int64_t fill, dtype, int threads):
-    """(M, width) of that dtype"""
-    out = np.empty((len(row_splits) - 1, width), dtype)
-    cdef Array pairs = view(index), bounds = view(row_splits), to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().pad_list(pairs, bounds, fill, to, threads)
-    raise_for(status)
-    return out
-
-
-def unpadded(matrix, int64_t num_points, int threads):
-    """(index, row_splits) of a matrix (M, width) in which -1 and num_points are none"""
-    row_splits = np.empty(len(matrix) + 1, np.int64)
-    cdef Array padded_rows = view(matrix), bounds = view(row_splits), to
-    padded_rows.cols = matrix.shape[1]
-    padded_rows.rows = len(matrix)
-    cdef Status status
-    with nogil:
-        status = kernels().count_padded(padded_rows, num_points, bounds, threads)
-    raise_for(status)
-    index = np.empty(row_splits[-1], np.int32)
-    to = view(index)
-    with nogil:
-        status = kernels().unpad(padded_rows, num_points, bounds, to, threads)
-    raise_for(status)
-    return index, row_splits
-
-
-def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int position, int feature,
-                   bint return_nearest, ignore_label, int threads):
-    """(points, features or None, labels or None, row_splits, inverse, counts, nearest or None)"""
-    cdef GridSubsample args
-    args.points = view(points)
-    args.features = view(features)
-    args.labels = view(labels)
-    args.row_splits = view(row_splits)
-    args.voxel_size = view(voxel_size)
-    args.origin = view(origin)
-    args.position = <VoxelPoint>position
-    args.feature = <VoxelFeature>feature
-    args.has_ignore_label = ignore_label is not None
-    args.ignore_label = 0 if ignore_label is None else ignore_label
-    args.threads = threads
-    cdef Subsampled out
-    cdef void* plan = NULL
-    cdef Status status
-    out_row_splits = np.empty(len(row_splits), np.int64)
-    cdef int64_t* splits = <int64_t*>cnp.PyArray_DATA(out_row_splits)
-    try:
-        with nogil:
-            status = kernels().grid_subsample_count(args, splits, &plan)
-        raise_for(status)
-        voxels = out_row_splits[-1]
-        out_points = np.empty((voxels, points.shape[1]), points.dtype)
-        out_features = None if features is None else np.empty((voxels, *features.shape[1:]), features.dtype)
-        out_labels = None if labels is None else np.empty(voxels, labels.dtype)
-        inverse = np.empty(len(points), np.int32)
-        counts = np.empty(voxels, np.int32)
-        nearest = np.empty(voxels, np.int32) if return_nearest else None
-        out.points = view(out_points)
-        out.features = view(out_features)
-        out.labels = view(out_labels)
-        out.inverse = view(inverse)
-        out.counts = view(counts)
-        out.nearest = view(nearest)
-        with nogil:
-            status = kernels().grid_subsample_fill(plan, out)
-        raise_for(status)
-        return out_points, out_features, out_labels, out_row_splits, inverse, counts, nearest
-    finally:
-        if plan != NULL:
-            with nogil:
-                kernels().grid_subsample_free(plan)
-
-
-def grid_subsample_grad(features, inverse, counts, nearest, int feature, grad_out, int threads):
-    """(N, C)"""
-    cdef GridSubsampleGrad args
-    args.features = view(features)
-    args.inverse = view(inverse)
-    args.counts = view(counts)
-    args.nearest = view(nearest)
-    args.grad_out = view(grad_out)
-    args.feature = <VoxelFeature>feature
-    args.threads = threads
-    grad_features = np.empty_like(features)
-    cdef Array to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().grid_subsample_grad(args, to)
-    raise_for(status)
-    return grad_features
-
-
-def farthest_points(points, row_splits, start, out_row_splits, int64_t total, int method, int threads):
-    """(S,) of the stacked points"""
-    cdef FarthestPoints args
-    args.points = view(points)
-    args.row_splits = view(row_splits)
-    args.start = view(start)
-    args.out_row_splits = view(out_row_splits)
-    args.method = <Sampling>method
-    args.threads = threads
-    index = np.empty(total, np.int32)
-    cdef int32_t* to = <int32_t*>cnp.PyArray_DATA(index)
-    cdef Status status
-    with nogil:
-        status = kernels().farthest_points(args, to)
-    raise_for(status)
-    return index
-
-
-def neighbor_reduce(features, index, row_splits, weights, shared, int reduction, double empty, double pad_value,
-                    int64_t width, bint return_choice, int threads):
-    """(M, C) and, if asked for, the chosen rows (M, C) or None"""
-    cdef NeighborReduce args
-    args.features = view(features)
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    args.weights = view(weights)
-    args.shared = view(shared)
-    args.reduction = <Reduction>reduction
-    args.empty = empty
-    args.pad_value = pad_value
-    args.width = width
-    args.threads = threads
-    out = np.empty((len(row_splits) - 1, features.shape[1]), features.dtype)
-    choice = np.empty(out.shape, np.int32) if return_choice else None
-    cdef Array to = view(out)
-    cdef int32_t* to_choice = <int32_t*>view(choice).data
-    cdef Status status
-    with nogil:
-        status = kernels().neighbor_reduce(args, to, to_choice)
-    raise_for(status)
-    return out, choice
-
-
-def neighbor_reduce_grad_weights(features, index, row_splits, int reduction, grad_out, int threads):
-    """(E,)"""
-    cdef NeighborReduce args
-    args.features = view(features)
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    args.weights = args.shared = view(None)
-    args.reduction = <Reduction>reduction
-    args.empty = args.pad_value = args.width = 0
-    args.threads = threads
-    grad_weights = np.empty(len(index), features.dtype)
-    grad_weights[row_splits[-1]:] = 0
-    cdef Array given = view(grad_out), to = view(grad_weights)
-    cdef Status status
-    with nogil:
-        status = kernels().neighbor_reduce_grad_weights(args, given, to)
-    raise_for(status)
-    return grad_weights
-
-
-cdef SegmentReduce segment_arguments(features, row_splits, int reduction, double empty, int threads) except *:
-    cdef SegmentReduce args
-    args.features = view(features)
-    args.row_splits = view(row_splits)
-    args.reduction = <Reduction>reduction
-    args.empty = empty
-    args.threads = threads
-    return args
-
-
-def segment_reduce(features, row_splits, int reduction, double empty, bint return_choice, int threads):
-    """(B, C) and, if asked for, the chosen rows (B, C) or None"""
-    cdef SegmentReduce args = segment_arguments(features, row_splits, reduction, empty, threads)
-    out = np.empty((len(row_splits) - 1, features.shape[1]), features.dtype)
-    choice = np.empty(out.shape, np.int32) if return_choice else None
-    cdef Array to = view(out)
-    cdef int32_t* to_choice = <int32_t*>view(choice).data
-    cdef Status status
-    with nogil:
-        status = kernels().segment_reduce(args, to, to_choice)
-    raise_for(status)
-    return out, choice
-
-
-def segment_reduce_grad(grad_out, row_splits, int reduction, int64_t num_rows, int threads):
-    """(N, C) of a sum or mean"""
-    cdef SegmentReduce args = segment_arguments(grad_out, row_splits, reduction, 0, threads)
-    grad_features = np.empty((num_rows, grad_out.shape[1]), grad_out.dtype)
-    cdef Array to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().segment_reduce_grad(args, to)
-    raise_for(status)
-    return grad_features
-
-
-def unpool(choice, grad_out, int64_t num_rows, int threads):
-    """(num_rows, C): every value of the gradient at the row that was chosen for it"""
-    grad_features = np.empty((num_rows, grad_out.shape[1]), grad_out.dtype)
-    cdef Array chosen = view(choice), given = view(grad_out), to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().unpool(chosen, given, to, threads)
-    raise_for(status)
-    return grad_features
-
-
-def gather_rows(features, index, row_splits, int threads):
-    """(M, C): the rows of the index or, with row_splits, of the first entry of each range, zeros where it is empty"""
-    num_rows = len(index) if row_splits is None else len(row_splits) - 1
-    out = np.empty((num_rows, features.shape[1]), features.dtype)
-    cdef Array rows = view(features), numbers = view(index), splits = view(row_splits), to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().gather_rows(rows, numbers, splits, to, threads)
-    raise_for(status)
-    return out
-
-
-def inverse_distance_weights(distance, row_splits, double power, dtype, int threads):
-    """(E,) of that dtype; every row sums to one"""
-    weights = np.empty(len(distance), dtype)
-    cdef Array given = view(distance), splits = view(row_splits), to = view(weights)
-    cdef Status status
-    with nogil:
-        status = kernels().inverse_distance_weights(given, splits, power, to, threads)
-    raise_for(status)
-    return weights
-
-
-def kernel_points(int num, int dimension, int fixed, radii, uint64_t seed, int threads):
-    """(num, dimension) float64, before any scaling"""
-    cdef KernelPoints args
-    args.num = num
-    args.dimension = dimension
-    args.fixed = fixed
-    args.radii = view(radii)
-    args.seed = seed
-    args.threads = threads
-    out = np.empty((num, dimension), np.float64)
-    cdef double* to = <double*>cnp.PyArray_DATA(out)
-    cdef Status status
-    with nogil:
-        status = kernels().kernel_points(args, to)
-    raise_for(status)
-    return out
-
-
-def lloyd(int num, int dimension, int fixed, uint64_t seed, int threads):
-    """(num, dimension) float64, in the unit ball"""
-    cdef KernelPoints args
-    args.num = num
-    args.dimension = dimension
-    args.fixed = fixed
-    args.radii = view(None)
-    args.seed = seed
-    args.threads = threads
-    out = np.empty((num, dimension), np.float64)
-    cdef double* to = <double*>cnp.PyArray_DATA(out)
-    cdef Status status
-    with nogil:
-        status = kernels().lloyd(args, to)
-    raise_for(status)
-    return out
-
-
-cdef KPConv kpconv_arguments(problem) except *:
-    """Of kpcore.kpconv.Problem."""
-    cdef KPConv args
-    args.points = view(problem.points)
-    args.queries = view(problem.queries)
-    args.index = view(problem.index)
-    args.row_splits = view(problem.row_splits)
-    args.features = view(problem.features)
-    args.weights = view(problem.weights)
-    args.kernel_points = view(problem.kernel_points)
-    args.offsets = view(problem.offsets)
-    args.modulations = view(problem.modulations)
-    args.transposed_index = args.transposed_row_splits = view(None)
-    args.extent = problem.extent
-    args.influence = <Influence><int>problem.influence
-    args.aggregation = <Aggregation><int>problem.aggregation
-    args.normalization = <Normalization><int>problem.normalization
-    args.groups = problem.groups
-    args.factors = problem.factors
-    args.depthwise = problem.weights.ndim == 2
-    args.threads = problem.threads
-    return args
-
-
-def kpconv(problem):
-    """(M, Cout)"""
-    cdef KPConv args = kpconv_arguments(problem)
-    out = np.empty((len(problem.queries), problem.weights.shape[problem.weights.ndim - 1]), problem.weights.dtype)
-    cdef Array to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().kpconv(args, to)
-    raise_for(status)
-    return out
-
-
-def kpconv_grad_features(problem, transposed_index, transposed_row_splits, grad_out):
-    """(N, Cin)"""
-    cdef KPConv args = kpconv_arguments(problem)
-    args.transposed_index = view(transposed_index)
-    args.transposed_row_splits = view(transposed_row_splits)
-    grad_features = np.empty_like(problem.features)
-    cdef Array given = view(grad_out), to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().kpconv_grad_features(args, given, to)
-    raise_for(status)
-    return grad_features
-
-
-def kpconv_grads(problem, grad_out, needs):
-    """{name: gradient} of those of all but the features that are in `needs`"""
-    cdef KPConv args = kpconv_arguments(problem)
-    names = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")
-    grads = {name: np.empty_like(getattr(problem, name)) if name in needs else None for name in names}
-    cdef KPConvGrads to
-    to.weights = view(grads["weights"])
-    to.points = view(grads["points"])
-    to.queries = view(grads["queries"])
-    to.kernel_points = view(grads["kernel_points"])
-    to.offsets = view(grads["offsets"])
-    to.modulations = view(grads["modulations"])
-    cdef Array given = view(grad_out)
-    cdef Status status
-    with nogil:
-        status = kernels().kpconv_grads(args, given, to)
-    raise_for(status)
-    return {name: grad for name, grad in grads.items() if grad is not None}
-
-
-cdef Deformation deformation_arguments(kernel_points, offsets, double extent, double repulse_extent, double weight,
-                                       int threads) except *:
-    cdef Deformation args
-    args.points = args.queries = args.index = args.row_splits = view(None)
-    args.kernel_points = view(kernel_points)
-    args.offsets = view(offsets)
-    args.extent = extent
-    args.repulse_extent = repulse_extent
-    args.weight = weight
-    args.threads = threads
-    return args
-
-
-def fitting_loss(points, queries, index, row_splits, kernel_points, offsets, double extent, double weight, int threads):
-    """(loss (), nearest (M, K))"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight, threads)
-    args.points = view(points)
-    args.queries = view(queries)
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    loss = np.empty((), offsets.dtype)
-    nearest = np.empty(offsets.shape[:2], np.int32)
-    cdef Array to_loss = view(loss), to_nearest = view(nearest)
-    cdef Status status
-    with nogil:
-        status = kernels().fitting_loss(args, to_loss, to_nearest)
-    raise_for(status)
-    return loss, nearest
-
-
-def fitting_loss_grad(points, queries, index, row_splits, kernel_points, offsets, double extent, double weight, nearest,
-                      double grad_out, bint return_offsets, bint return_kernel_points, int threads):
-    """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None)"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, 0, weight * grad_out, threads)
-    args.points = view(points)
-    args.queries = view(queries)
-    args.index = view(index)
-    args.row_splits = view(row_splits)
-    grad_offsets = np.empty_like(offsets) if return_offsets else None
-    grad_kernel_points = np.empty_like(kernel_points) if return_kernel_points else None
-    cdef Array given = view(nearest)
-    cdef DeformationGrads to
-    to.offsets = view(grad_offsets)
-    to.kernel_points = view(grad_kernel_points)
-    cdef Status status
-    with nogil:
-        status = kernels().fitting_loss_grad(args, given, to)
-    raise_for(status)
-    return grad_offsets, grad_kernel_points
-
-
-def repulsion_loss(kernel_points, offsets, double extent, double repulse_extent, double weight, int threads):
-    """()"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight, threads)
-    loss = np.empty((), offsets.dtype)
-    cdef Array to = view(loss)
-    cdef Status status
-    with nogil:
-        status = kernels().repulsion_loss(args, to)
-    raise_for(status)
-    return loss
-
-
-def repulsion_loss_grad(kernel_points, offsets, double extent, double repulse_extent, double weight,
-                        double grad_out, bint return_offsets, bint return_kernel_points, int threads):
-    """(grad_offsets (M, K, D) or None, grad_kernel_points (K, D) or None), the other kernel points held fixed"""
-    cdef Deformation args = deformation_arguments(kernel_points, offsets, extent, repulse_extent, weight * grad_out,
-                                                  threads)
-    grad_offsets = np.empty_like(offsets) if return_offsets else None
-    grad_kernel_points = np.empty_like(kernel_points) if return_kernel_points else None
-    cdef DeformationGrads to
-    to.offsets = view(grad_offsets)
-    to.kernel_points = view(grad_kernel_points)
-    cdef Status status
-    with nogil:
-        status = kernels().repulsion_loss_grad(args, to)
-    raise_for(status)
-    return grad_offsets, grad_kernel_points
-
-
-def linear(features, weights, bias, int threads):
-    """(N, Cout)"""
-    out = np.empty((len(features), weights.shape[1]), features.dtype)
-    cdef Array left = view(features), right = view(weights), start = view(bias), to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().linear(left, right, start, to, threads)
-    raise_for(status)
-    return out
-
-
-def linear_grad_features(weights, grad_out, int threads):
-    """(N, Cin)"""
-    grad_features = np.empty((len(grad_out), weights.shape[0]), grad_out.dtype)
-    cdef Array right = view(weights), given = view(grad_out), to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().linear_grad_features(right, given, to, threads)
-    raise_for(status)
-    return grad_features
-
-
-def linear_grad_weights(features, grad_out, int threads):
-    """(Cin, Cout)"""
-    grad_weights = np.empty((features.shape[1], grad_out.shape[1]), grad_out.dtype)
-    cdef Array left = view(features), given = view(grad_out), to = view(grad_weights)
-    cdef Status status
-    with nogil:
-        status = kernels().linear_grad_weights(left, given, to, threads)
-    raise_for(status)
-    return grad_weights
-
-
-def sum_rows(rows, int threads):
-    """(C,)"""
-    sums = np.empty(rows.shape[1], rows.dtype)
-    cdef Array given = view(rows), to = view(sums)
-    cdef Status status
-    with nogil:
-        status = kernels().sum_rows(given, to, threads)
-    raise_for(status)
-    return sums
-
-
-def moments(features, row_splits, int64_t groups, int threads):
-    """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none"""
-    cdef Normalize args
-    args.features = view(features)
-    args.row_splits = view(row_splits)
-    args.scale = args.shift = args.mean = args.inverse_std = view(None)
-    args.is_given = False
-    args.negative_slope = 1
-    args.threads = threads
-    mean = np.empty((len(row_splits) - 1, groups), np.float64)
-    variance = np.empty_like(mean)
-    cdef Array to_mean = view(mean), to_variance = view(variance)
-    cdef Status status
-    with nogil:
-        status = kernels().moments(args, to_mean, to_variance)
-    raise_for(status)
-    return mean, variance
-
-
-cdef Normalize normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, bint is_given,
-                                   double negative_slope, int threads) except *:
-    cdef Normalize args
-    args.features = view(features)
-    args.row_splits = view(row_splits)
-    args.scale = view(scale)
-    args.shift = view(shift)
-    args.mean = view(mean)
-    args.inverse_std = view(inverse_std)
-    args.is_given = is_given
-    args.negative_slope = negative_slope
-    args.threads = threads
-    return args
-
-
-def normalize(features, row_splits, scale, shift, mean, inverse_std, double negative_slope, int threads):
-    """(N, C)"""
-    cdef Normalize args = normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, False,
-                                              negative_slope, threads)
-    out = np.empty_like(features)
-    cdef Array to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().normalize(args, to)
-    raise_for(status)
-    return out
-
-
-def normalize_grad(features, row_splits, scale, shift, mean, inverse_std, bint is_given, double negative_slope,
-                   grad_out, bint features_needed, bint scale_needed, bint shift_needed, int threads):
-    """(grad_features (N, C), grad_scale (C,), grad_shift (C,)), None for those that are not needed"""
-    cdef Normalize args = normalize_arguments(features, row_splits, scale, shift, mean, inverse_std, is_given,
-                                              negative_slope, threads)
-    grad_features = np.empty_like(features) if features_needed else None
-    grad_scale = np.empty_like(scale) if scale_needed else None
-    grad_shift = np.empty_like(shift) if shift_needed else None
-    cdef NormalizeGrad to
-    to.grad_features = view(grad_features)
-    to.grad_scale = view(grad_scale)
-    to.grad_shift = view(grad_shift)
-    cdef Array given = view(grad_out)
-    cdef Status status
-    with nogil:
-        status = kernels().normalize_grad(args, given, to)
-    raise_for(status)
-    return grad_features, grad_scale, grad_shift
-
-
-def activate(features, int activation, double negative_slope, int threads):
-    """an array like the features"""
-    cdef Activate args
-    args.features = view(features)
-    args.activation = <Activation>activation
-    args.negative_slope = negative_slope
-    args.threads = threads
-    out = np.empty_like(features)
-    cdef Array to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().activate(args, to)
-    raise_for(status)
-    return out
-
-
-def activate_grad(features, int activation, double negative_slope, grad_out, int threads):
-    """an array like the features"""
-    cdef Activate args
-    args.features = view(features)
-    args.activation = <Activation>activation
-    args.negative_slope = negative_slope
-    args.threads = threads
-    grad_features = np.empty_like(features)
-    cdef Array given = view(grad_out), to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().activate_grad(args, given, to)
-    raise_for(status)
-    return grad_features
-
-
-def add(first, second, int threads):
-    """an array like both"""
-    out = np.empty_like(first)
-    cdef Array a = view(first), b = view(second), to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().add(a, b, to, threads)
-    raise_for(status)
-    return out
-
-
-def sum_squares(values, int threads):
-    """A float, of an array of any shape"""
-    cdef Array numbers = view(values)
-    cdef double total = 0
-    cdef Status status
-    with nogil:
-        status = kernels().sum_squares(numbers, &total, threads)
-    raise_for(status)
-    return total
-
-
-def sgd(value, grad, moment, double lr, double momentum, double weight_decay, int threads):
-    """None: changes value and moment"""
-    cdef Sgd args
-    args.value, args.grad, args.moment = view(value), view(grad), view(moment)
-    args.lr, args.momentum, args.weight_decay = lr, momentum, weight_decay
-    args.threads = threads
-    cdef Status status
-    with nogil:
-        status = kernels().sgd(args)
-    raise_for(status)
-
-
-def adamw(value, grad, mean, square, double keep, double first, double second, double rate, double inverse_root,
-          double eps, int threads):
-    """None: changes value, mean and square"""
-    cdef AdamW args
-    args.value, args.grad, args.mean, args.square = view(value), view(grad), view(mean), view(square)
-    args.keep, args.first, args.second, args.rate = keep, first, second, rate
-    args.inverse_root, args.eps = inverse_root, eps
-    args.threads = threads
-    cdef Status status
-    with nogil:
-        status = kernels().adamw(args)
-    raise_for(status)
-
-
-def dropout(features, double rate, uint64_t seed, int threads):
-    """an array like the features"""
-    cdef Dropout args
-    args.features = view(features)
-    args.rate = rate
-    args.seed = seed
-    args.threads = threads
-    out = np.empty_like(features)
-    cdef Array to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().dropout(args, to)
-    raise_for(status)
-    return out
-
-
-def softmax(features, int threads):
-    """(N, C)"""
-    out = np.empty_like(features)
-    cdef Array given = view(features), to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().softmax(given, to, threads)
-    raise_for(status)
-    return out
-
-
-def softmax_grad(features, grad_out, int threads):
-    """(N, C)"""
-    grad_features = np.empty_like(features)
-    cdef Array rows = view(features), given = view(grad_out), to = view(grad_features)
-    cdef Status status
-    with nogil:
-        status = kernels().softmax_grad(rows, given, to, threads)
-    raise_for(status)
-    return grad_features
-
-
-cdef CrossEntropy cross_entropy_arguments(logits, labels, ignore_index, class_weights, int reduction,
-                                          int threads) except *:
-    cdef CrossEntropy args
-    args.logits = view(logits)
-    args.labels = view(labels)
-    args.class_weights = view(class_weights)
-    args.has_ignore_index = ignore_index is not None
-    args.ignore_index = 0 if ignore_index is None else ignore_index
-    args.reduction = <CrossEntropyReduction>reduction
-    args.threads = threads
-    return args
-
-
-def cross_entropy(logits, labels, ignore_index, class_weights, int reduction, bint each, int threads):
-    """(N,) of `each` row, or 0-d"""
-    cdef CrossEntropy args = cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction, threads)
-    out = np.empty(len(logits) if each else (), logits.dtype)
-    cdef Array to = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().cross_entropy(args, to)
-    raise_for(status)
-    return out
-
-
-def cross_entropy_grad(logits, labels, ignore_index, class_weights, int reduction, grad_out, int threads):
-    """(N, C)"""
-    cdef CrossEntropy args = cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction, threads)
-    grad_logits = np.empty_like(logits)
-    cdef Array given = view(grad_out), to = view(grad_logits)
-    cdef Status status
-    with nogil:
-        status = kernels().cross_entropy_grad(args, given, to)
-    raise_for(status)
-    return grad_logits
-
-
-def concatenate(features, int threads):
-    """(N, channels of all), of four arrays at most"""
-    cdef Columns args
-    for i in range(4):
-        args.parts[i] = view(features[i] if i < len(features) else None)
-    args.threads = threads
-    out = np.empty((len(features[0]), sum([f.shape[1] for f in features])), features[0].dtype)
-    cdef Array whole = view(out)
-    cdef Status status
-    with nogil:
-        status = kernels().concatenate(args, whole)
-    raise_for(status)
-    return out
-
-
-def split(whole, channels, needed, int threads):
-    """a list of (N, channels[i]), None where it is not needed; four at most"""
-    cdef Columns args
-    parts = [np.empty((len(whole), c), whole.dtype) if n else None for c, n in zip(channels, needed, strict=True)]
-    for i in range(4):
-        args.parts[i] = view(parts[i] if i < len(parts) else None)
-        args.parts[i].cols = channels[i] if i < len(channels) else 0
-    args.threads = threads
-    cdef Array given = view(whole)
-    cdef Status status
-    with nogil:
-        status = kernels().split(args, given)
-    raise_for(status)
-    return parts
-
-
 def fma_rate(str dtype):
     """Floating-point operations per second that one core reaches in fused multiply-adds; for benchmarks."""
-    cdef DType code = <DType><int>DTYPES[np.dtype(dtype)]
+    cdef DType code = <DType>DTYPES[np.dtype(dtype).num]
     cdef double rate
     with nogil:
-        rate = kernels().fma_rate(code)
+        rate = functions().fma_rate(code)
     return rate
 
 
@@ -1273,7 +535,7 @@ def isas():
 
 
 def isa():
-    return kernels().isa.decode()
+    return functions().isa.decode()
 
 
 def set_isa(str name):

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
-from kpcore.autodiff import Shaped
 from kpcore.backends import checks
 from kpcore.jax import ffi
 from kpcore.neighbors import Neighbors
-from kpcore.ops import OPS, binder, kinds, setting
+from kpcore.ops import OPS, Call, Shaped, binder, kinds, setting
 
 # ---- arrays divided among several devices
 
@@ -48,7 +47,7 @@ def _placed_like(primal, gradient):
     return gradient if jax.typeof(gradient).sharding == sharding else jax.sharding.reshard(gradient, sharding)
 
 
-class _Call(NamedTuple):
+class _Traced(NamedTuple):
     """What is known when tracing: the operator and its settings, (name, value) pairs."""
 
     op: str
@@ -72,7 +71,7 @@ def define(op, public):
                 arrays[name] = value
             else:
                 raise TypeError(f"{name}: expected kpcore.Neighbors, got {type(value).__name__}")
-        out = _called(_Call(op.name, tuple(settings)), arrays)
+        out = _called(_Traced(op.name, tuple(settings)), arrays)
         if op.record is None:
             return out
         others = {field: jax.lax.stop_gradient(a) for field, a in out._asdict().items() if field != op.field}
@@ -100,7 +99,7 @@ def _forward(call, arrays):
     op = OPS[call.op]
     _check(op, call, arrays)
     shaped = jax.tree.map(lambda a: Shaped(tuple(a.shape), np.dtype(a.dtype)), arrays)
-    outputs = _ffi_call(call, "forward", tuple(op.result(**shaped, **dict(call.settings))), arrays, [])
+    outputs = _ffi_call(call, "forward", tuple(op.result(Call(**shaped, **dict(call.settings)))), arrays, [])
     if op.record is None:
         return outputs[0], outputs[1:]
     num_outputs = len(op.record._fields)
@@ -109,7 +108,7 @@ def _forward(call, arrays):
 
 def _check(op, call, arrays):
     """The operator's checks of dtypes and shapes, made on arrays that have no values: their memory is never touched."""
-    if op.check is None or not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
+    if not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
         return  # or sizes are those that jax.export leaves open: what is wrong is found when the call runs
     empty = {}
     for name, value in arrays.items():
@@ -250,10 +249,10 @@ def _compute(text, inputs):
         array = next(given)
         arguments[name] = array.astype(np.int64) if is_splits(name, array) else array
     if call.needs is None:
-        out, saved = op.forward(**arguments)
+        out, saved = op.compute(op.check(**arguments))
         return (*(out if op.record is not None else (out,)), *saved)
     *saved, grad = given
-    return op.gradients(arguments, tuple(saved), grad, call.needs).values()
+    return op.gradients(op.check(**arguments), tuple(saved), grad, call.needs).values()
 
 
 ffi.register(_compute)

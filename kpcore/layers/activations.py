@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import math
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
+from kpcore.ops import Call
 
 _ACTIVATIONS = ("leaky_relu", "relu", "sigmoid")
 
 
-def leaky_relu(features: Array, negative_slope: float = 0.1) -> Array:
+def _like_features(call):
+    return [(call.features.shape, call.features.dtype)]
+
+
+def _activation_vjp(call, saved, grad, needs):
+    grad = devices.contiguous(devices.as_array(grad))
+    grads = devices.namespace(grad).empty(grad.shape, grad.dtype)
+    devices.backend(grad).run("activate_grad", call, grad_out=grad, grad_features=grads)
+    return {"features": grads}
+
+
+def _activation(by_result):
+    """The declaration of an activation. Where the result has the sign of the features it is kept in their place: the
+    next operator keeps it anyway."""
+    return operator(vjp=_activation_vjp, diff=("features",), result=_like_features, kernel="activate",
+                    by_result=by_result)  # fmt: skip
+
+
+def _activation_call(name, features, negative_slope=0):
+    features = checks.any_shape("features", features, {})
+    slope = checks.number("negative_slope", negative_slope, features.dtype)
+    return Call(features=features, activation=_ACTIVATIONS.index(name), negative_slope=slope)
+
+
+@_activation(lambda call: call.negative_slope >= 0)
+def leaky_relu(features: Array, negative_slope: float = 0.1) -> Call[Array]:
     """The features where they are positive, elsewhere `negative_slope` times them (Maas et al. 2013).
 
     Parameters
@@ -39,10 +64,11 @@ def leaky_relu(features: Array, negative_slope: float = 0.1) -> Array:
     >>> kp.leaky_relu(np.array([-2.0, 0.0, 2.0]), 0.25)
     array([-0.5,  0. ,  2. ])
     """
-    return LEAKY_RELU(features=features, negative_slope=negative_slope)
+    return _activation_call("leaky_relu", features, negative_slope)
 
 
-def relu(features: Array) -> Array:
+@_activation(lambda call: True)
+def relu(features: Array) -> Call[Array]:
     """The features where they are positive, elsewhere zero.
 
     Parameters
@@ -68,10 +94,11 @@ def relu(features: Array) -> Array:
     >>> kp.relu(np.array([-2.0, 0.0, 2.0]))
     array([0., 0., 2.])
     """
-    return RELU(features=features)
+    return _activation_call("relu", features)
 
 
-def sigmoid(features: Array) -> Array:
+@_activation(lambda call: False)
+def sigmoid(features: Array) -> Call[Array]:
     """``1 / (1 + exp(-features))``, which never overflows.
 
     Parameters
@@ -93,41 +120,28 @@ def sigmoid(features: Array) -> Array:
     >>> kp.sigmoid(np.array([-1000.0, 0.0, 1000.0]))
     array([0. , 0.5, 1. ])
     """
-    return SIGMOID(features=features)
+    return _activation_call("sigmoid", features)
 
 
-def _like_features(features, **_):
-    return [(features.shape, features.dtype)]
+def _as_rows(array):
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
-def _activation(name):
-    """The row of an activation; all but the leaky ReLU have no slope."""
-    code = _ACTIVATIONS.index(name)
-
-    def check(features, negative_slope=0):
-        features = checks.any_shape("features", features, {})
-        return features, checks.number("negative_slope", negative_slope, features.dtype)
-
-    def forward(**arguments):
-        features, slope = check(**arguments)
-        return devices.backend(features).activate(features, code, slope, config.get_num_threads()), ()
-
-    def vjp(arguments, saved, grad, needs):
-        features, slope = devices.contiguous(arguments["features"]), arguments.get("negative_slope", 0)
-        grad, threads = devices.contiguous(devices.as_array(grad)), config.get_num_threads()
-        return {"features": devices.backend(features).activate_grad(features, code, slope, grad, threads)}
-
-    def by_result(arguments):
-        # Its result has the sign of the features, and is what the next operator keeps anyway.
-        return arguments["negative_slope"] >= 0 if name == "leaky_relu" else name == "relu"
-
-    return Op(name, forward, vjp, diff=("features",), result=_like_features, check=check, by_result=by_result)
+def _softmax_forward(call):
+    out = devices.namespace(call.features).empty(call.features.shape, call.features.dtype)
+    devices.backend(out).run("softmax", features=_as_rows(call.features), out=_as_rows(out))
+    return out, ()
 
 
-LEAKY_RELU, RELU, SIGMOID = map(_activation, _ACTIVATIONS)
+def _softmax_vjp(call, saved, grad, needs):
+    grads = devices.namespace(grad).empty(grad.shape, grad.dtype)
+    devices.backend(grad).run("softmax_grad", features=_as_rows(call.features), grad_out=_as_rows(grad),
+                              grad_features=_as_rows(grads))  # fmt: skip
+    return {"features": grads}
 
 
-def softmax(features: Array) -> Array:
+@operator(vjp=_softmax_vjp, diff=("features",), result=_like_features, forward=_softmax_forward)
+def softmax(features: Array) -> Call[Array]:
     """``exp(features)`` over its sum along the last axis, which never overflows.
 
     Parameters
@@ -151,31 +165,31 @@ def softmax(features: Array) -> Array:
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    return SOFTMAX(features=features)
-
-
-def _as_rows(features):
     features = checks.any_shape("features", features, {})
     if not features.ndim:
         raise ValueError("features: expected (..., C), got ()")
-    return features.reshape(math.prod(features.shape[:-1]), features.shape[-1])
+    return Call(features=features)
 
 
-def _softmax(features):
-    rows = _as_rows(features)
-    return devices.backend(rows).softmax(rows, config.get_num_threads()).reshape(features.shape), ()
+def _dropped(call, features):
+    """The features, or their gradient, without those that the seed drops."""
+    if not call.training:
+        return features.copy()
+    out = devices.namespace(features).empty(features.shape, features.dtype)
+    devices.backend(features).run("dropout", call, features=features, out=out)
+    return out
 
 
-def _softmax_vjp(arguments, saved, grad, needs):
-    rows = _as_rows(arguments["features"])
-    grads = devices.backend(rows).softmax_grad(rows, grad.reshape(rows.shape), config.get_num_threads())
-    return {"features": grads.reshape(grad.shape)}
+def _dropout_forward(call):
+    return _dropped(call, call.features), ()
 
 
-SOFTMAX = Op("softmax", _softmax, _softmax_vjp, diff=("features",), result=_like_features, check=_as_rows)
+def _dropout_vjp(call, saved, grad, needs):
+    return {"features": _dropped(call, devices.contiguous(devices.as_array(grad)))}
 
 
-def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -> Array:
+@operator(vjp=_dropout_vjp, diff=("features",), result=_like_features, forward=_dropout_forward, keeps=())
+def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -> Call[Array]:
     """Sets a share of the features to zero, at random, and divides the others by ``1 - rate`` (Srivastava et al. 2014).
 
     Parameters
@@ -212,25 +226,7 @@ def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -
     >>> kp.dropout(np.ones(8), 0.5, seed=0)
     array([0., 2., 0., 2., 2., 0., 2., 2.])
     """
-    return DROPOUT(features=features, rate=rate, seed=seed, training=training)
-
-
-def _dropout_arguments(features, rate, seed, training):
-    features = checks.any_shape("features", features, {})
-    rate = checks.between("rate", rate, 0, 1)
-    seed = checks.integer("seed", seed, 0, 2**63 - 1)
-    return features, rate, seed, checks.boolean("training", training)
-
-
-def _dropout(**arguments):
-    features, rate, seed, training = _dropout_arguments(**arguments)
-    if not training:
-        return features.copy(), ()
-    return devices.backend(features).dropout(features, rate, seed, config.get_num_threads()), ()
-
-
-def _dropout_vjp(arguments, saved, grad, needs):
-    return {"features": _dropout(**{**arguments, "features": devices.as_array(grad)})[0]}
-
-
-DROPOUT = Op("dropout", _dropout, _dropout_vjp, diff=("features",), result=_like_features, check=_dropout_arguments)
+    return Call(
+        features=checks.any_shape("features", features, {}), rate=checks.between("rate", rate, 0, 1),
+        seed=checks.integer("seed", seed, 0, 2**63 - 1), training=checks.boolean("training", training),
+    )  # fmt: skip

@@ -1,14 +1,31 @@
-"""Products with weights, and what joins rows of features: sums and channels side by side."""
+"""Products with weights, and what joins rows of features: sums, and channels side by side."""
 
 from __future__ import annotations
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
+from kpcore.ops import Call, Shaped, empty_like
+
+_PARTS = ("first", "second", "third", "fourth")
 
 
-def linear(features: Array, weights: Array, bias: Array | None = None) -> Array:
+def _linear_result(call):
+    return [((call.features.shape[0], call.weights.shape[1]), call.features.dtype)]
+
+
+def _linear_vjp(call, saved, grad, needs):
+    backend, fields = devices.backend(grad), empty_like(call, ("features", "weights", "bias"), needs)
+    for name in ("features", "weights"):
+        if name in needs:
+            backend.run(f"linear_grad_{name}", call, grad_out=grad, **{f"grad_{name}": fields[f"grad_{name}"]})
+    if "bias" in needs:
+        backend.run("sum_rows", rows=grad, sums=fields["grad_bias"])
+    return {name: fields[f"grad_{name}"] for name in needs}
+
+
+@operator(vjp=_linear_vjp, diff=("features", "weights", "bias"), result=_linear_result)
+def linear(features: Array, weights: Array, bias: Array | None = None) -> Call[Array]:
     """``features @ weights + bias``: a 1 x 1 convolution, or a fully connected layer.
 
     Parameters
@@ -33,50 +50,24 @@ def linear(features: Array, weights: Array, bias: Array | None = None) -> Array:
     >>> kp.linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), np.array([0.5, 0.0, 0.0]))
     array([[1.5, 2. , 3. ]])
     """
-    return LINEAR(features=features, weights=weights, bias=bias)
-
-
-def _linear_arguments(features, weights, bias):
     sizes = {}
     features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
     weights = checks.array("weights", weights, "Cin Cout", checks.FEATURES, sizes, like=("features", features))
     if bias is not None:
         bias = checks.array("bias", bias, "Cout", checks.FEATURES, sizes, like=("features", features))
-    return features, weights, bias
+    return Call(features=features, weights=weights, bias=bias)
 
 
-def _linear(**arguments):
-    checked = _linear_arguments(**arguments)
-    return devices.backend(checked[0]).linear(*checked, config.get_num_threads()), ()
+def _add_result(call):
+    return [(call.first.shape, call.first.dtype)]
 
 
-def _linear_vjp(arguments, saved, grad, needs):
-    features, weights, _ = _linear_arguments(**arguments)
-    backend, threads, grads = devices.backend(grad), config.get_num_threads(), {}
-    if "features" in needs:
-        grads["features"] = backend.linear_grad_features(weights, grad, threads)
-    if "weights" in needs:
-        grads["weights"] = backend.linear_grad_weights(features, grad, threads)
-    if "bias" in needs:
-        grads["bias"] = backend.sum_rows(grad, threads)
-    return grads
+def _add_vjp(call, saved, grad, needs):
+    return {name: grad.copy() for name in needs}  # one each: who gets it may add to it in place
 
 
-def _linear_result(features, weights, **_):
-    return [((features.shape[0], weights.shape[1]), features.dtype)]
-
-
-LINEAR = Op(
-    "linear",
-    _linear,
-    _linear_vjp,
-    diff=("features", "weights", "bias"),
-    result=_linear_result,
-    check=_linear_arguments,
-)
-
-
-def add(first: Array, second: Array) -> Array:
+@operator(vjp=_add_vjp, diff=("first", "second"), result=_add_result, keeps=())
+def add(first: Array, second: Array) -> Call[Array]:
     """``first + second``, of one shape and dtype: a residual connection.
 
     Parameters
@@ -98,34 +89,32 @@ def add(first: Array, second: Array) -> Array:
     >>> kp.add(np.array([1.0, 2.0]), np.array([10.0, 20.0]))
     array([11., 22.])
     """
-    return ADD(first=first, second=second)
-
-
-def _add_arguments(first, second):
     # NumPy's arithmetic turns arrays without axes, such as losses, into scalars.
     first, second = devices.as_array(first), devices.as_array(second)
     sizes = {}
     first = checks.any_shape("first", first, sizes)
-    second = checks.array(
-        "second", second, " ".join(map(str, range(first.ndim))), checks.FEATURES, sizes, like=("first", first)
-    )
-    return first, second
+    axes = " ".join(map(str, range(first.ndim)))
+    second = checks.array("second", second, axes, checks.FEATURES, sizes, like=("first", first))
+    return Call(first=first, second=second)
 
 
-def _add(**arguments):
-    first, second = _add_arguments(**arguments)
-    return devices.backend(first).add(first, second, config.get_num_threads()), ()
+def _concatenate_result(call):
+    parts = [part for name in _PARTS if (part := getattr(call, name)) is not None]
+    return [((parts[0].shape[0], sum(part.shape[1] for part in parts)), parts[0].dtype)]
 
 
-def _add_vjp(arguments, saved, grad, needs):
-    return {name: grad.copy() for name in needs}  # each its own: who gets it may add to it in place
+def _concatenate_vjp(call, saved, grad, needs):
+    xp, parts = devices.namespace(grad), {}
+    for name in _PARTS:
+        part = getattr(call, name)
+        wanted = name in needs
+        parts[name] = xp.empty(part.shape, part.dtype) if wanted else part and Shaped(part.shape, part.dtype)
+    devices.backend(grad).run("split", out=grad, **parts)
+    return {name: parts[name] for name in needs}
 
 
-ADD = Op("add", _add, _add_vjp, diff=("first", "second"), result=lambda first, second: [(first.shape, first.dtype)],
-         check=_add_arguments, keeps=())  # fmt: skip
-
-
-def concatenate(first: Array, second: Array, third: Array | None = None, fourth: Array | None = None) -> Array:
+@operator(vjp=_concatenate_vjp, diff=_PARTS, result=_concatenate_result, keeps=())
+def concatenate(first: Array, second: Array, third: Array | None = None, fourth: Array | None = None) -> Call[Array]:
     """Two to four arrays of features side by side: a skip connection.
 
     Parameters
@@ -150,35 +139,10 @@ def concatenate(first: Array, second: Array, third: Array | None = None, fourth:
     array([[1., 3., 4.],
            [2., 5., 6.]])
     """
-    return CONCATENATE(first=first, second=second, third=third, fourth=fourth)
-
-
-def _concatenate_arguments(**features):
-    sizes, arrays = {}, []
-    for name, value in features.items():
-        if value is None and name in ("third", "fourth"):
-            continue
-        like = ("first", arrays[0]) if arrays else None
-        arrays.append(checks.array(name, value, f"N C{len(arrays) + 1}", checks.FEATURES, sizes, like=like))
-    return arrays
-
-
-def _concatenate(**features):
-    arrays = _concatenate_arguments(**features)
-    return devices.backend(arrays[0]).concatenate(arrays, config.get_num_threads()), ()
-
-
-def _concatenate_vjp(arguments, saved, grad, needs):
-    given = {name: a.shape[1] for name, a in arguments.items() if a is not None}
-    needed, threads = [name in needs for name in given], config.get_num_threads()
-    parts = devices.backend(grad).split(grad, list(given.values()), needed, threads)
-    return {name: part for name, part in zip(given, parts, strict=True) if part is not None}
-
-
-def _concatenate_result(**features):
-    given = [a for a in features.values() if a is not None]
-    return [((given[0].shape[0], sum(a.shape[1] for a in given)), given[0].dtype)]
-
-
-CONCATENATE = Op("concatenate", _concatenate, _concatenate_vjp, ("first", "second", "third", "fourth"),
-                 _concatenate_result, check=_concatenate_arguments, keeps=())  # fmt: skip
+    sizes, parts = {}, {}
+    for number, (name, value) in enumerate(zip(_PARTS, (first, second, third, fourth), strict=True)):
+        if value is not None or number < 2:
+            like = ("first", parts["first"]) if parts else None
+            value = checks.array(name, value, f"N C{number + 1}", checks.FEATURES, sizes, like=like)
+        parts[name] = value
+    return Call(**parts)

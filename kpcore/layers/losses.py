@@ -4,16 +4,57 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
+from kpcore.ops import Call, empty_like
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
+def _result(call):
+    # `reduction` is a name in a call that was not checked, its code in one that was.
+    each = call.reduction in ("none", _REDUCTIONS.index("none"))
+    return [(call.logits.shape[:1] if each else (), call.logits.dtype)]
+
+
+def _run(kernel, call, **fields):
+    backend = devices.backend(call.logits)
+    try:
+        backend.run(kernel, call, **fields)
+    except backend.OutOfRange:  # in the backward pass if the labels were changed since the forward pass
+        raise _no_class(call.logits, call.labels, call.ignore_index) from None
+
+
+def _no_class(logits, labels, ignore_index):
+    labels = devices.on_host(labels)
+    wrong = (labels < 0) | (labels >= logits.shape[1])
+    expected = f"0 to {logits.shape[1] - 1}"
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+        expected += f", or {ignore_index} to be ignored"
+    if not wrong.any():
+        return checks.changed("labels")
+    row = int(np.argmax(wrong))
+    return ValueError(f"labels: expected {expected}, got {labels[row]} in row {row}")
+
+
+def _forward(call):
+    ((shape, dtype),) = _result(call)
+    out = devices.namespace(call.logits).empty(shape, dtype)
+    _run("cross_entropy", call, out=out)
+    return out, ()
+
+
+def _vjp(call, saved, grad, needs):
+    grads = empty_like(call, ("logits",), needs)
+    _run("cross_entropy_grad", call, grad_out=devices.as_array(grad), **grads)
+    return {"logits": grads["grad_logits"]}
+
+
+@operator(vjp=_vjp, diff=("logits",), result=_result, forward=_forward, copies=("labels",))
 def softmax_cross_entropy(logits: Array, labels: Array, *, ignore_index: int | None = None,
-                          class_weights: Array | None = None, reduction: str = "mean") -> Array:  # fmt: skip
+                          class_weights: Array | None = None, reduction: str = "mean") -> Call[Array]:  # fmt: skip
     """The cross entropy between labels and the softmax of logits.
 
     ``w[y] * (log(sum(exp(x))) - x[y])`` for a row x of label y. Differentiable in `logits`.
@@ -57,11 +98,6 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, ignore_index: int | N
            [-0.0033,  0.0033],
            [ 0.    ,  0.    ]]))
     """
-    return SOFTMAX_CROSS_ENTROPY(logits=logits, labels=labels, ignore_index=ignore_index, class_weights=class_weights,
-                                 reduction=reduction)  # fmt: skip
-
-
-def _cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduction):
     sizes = {}
     logits = checks.array("logits", logits, "N C", checks.FEATURES, sizes)
     labels = checks.array("labels", labels, "N", checks.LABELS, sizes)
@@ -72,50 +108,7 @@ def _cross_entropy_arguments(logits, labels, ignore_index, class_weights, reduct
         class_weights = checks.array(
             "class_weights", class_weights, "C", checks.FEATURES, sizes, like=("logits", logits)
         )
-    return logits, labels, ignore_index, class_weights, checks.choice("reduction", reduction, _REDUCTIONS)
-
-
-def _cross_entropy(**arguments):
-    checked = _cross_entropy_arguments(**arguments)
-    each, backend = arguments["reduction"] == "none", devices.backend(checked[0])
-    try:
-        return backend.cross_entropy(*checked, each, config.get_num_threads()), ()
-    except backend.OutOfRange:
-        raise _no_class(*checked[:3]) from None
-
-
-def _cross_entropy_vjp(arguments, saved, grad, needs):
-    checked = _cross_entropy_arguments(**arguments)
-    backend, grad = devices.backend(checked[0]), devices.as_array(grad)
-    try:
-        return {"logits": backend.cross_entropy_grad(*checked, grad, config.get_num_threads())}
-    except backend.OutOfRange:  # the labels were changed since the forward pass looked at them
-        raise _no_class(*checked[:3]) from None
-
-
-def _no_class(logits, labels, ignore_index):
-    labels = devices.on_host(labels)
-    wrong = (labels < 0) | (labels >= logits.shape[1])
-    expected = f"0 to {logits.shape[1] - 1}"
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-        expected += f", or {ignore_index} to be ignored"
-    if not wrong.any():
-        return checks.changed("labels")
-    row = int(np.argmax(wrong))
-    return ValueError(f"labels: expected {expected}, got {labels[row]} in row {row}")
-
-
-def _cross_entropy_result(logits, reduction, **_):
-    return [(logits.shape[:1] if reduction == "none" else (), logits.dtype)]
-
-
-SOFTMAX_CROSS_ENTROPY = Op(
-    "softmax_cross_entropy",
-    _cross_entropy,
-    _cross_entropy_vjp,
-    diff=("logits",),
-    result=_cross_entropy_result,
-    check=_cross_entropy_arguments,
-    copies=("labels",),
-)
+    return Call(
+        logits=logits, labels=labels, ignore_index=ignore_index, class_weights=class_weights,
+        reduction=checks.choice("reduction", reduction, _REDUCTIONS),
+    )  # fmt: skip

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from kpcore import config
-from kpcore.autodiff import Op
+from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
+from kpcore.ops import Call, empty_like
+
+_STATISTICS = np.dtype(np.int32)  # as which two arrays of float64 are saved: JAX has none unless it is asked for
+
+
+def _moments(features, row_splits, groups):
+    """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none."""
+    mean, variance = devices.namespace(features).empty((2, len(row_splits) - 1, groups), np.float64)
+    devices.backend(features).run("moments", features=features, row_splits=row_splits, mean=mean, variance=variance)
+    return mean, variance
+
+
+def _normalized(call, row_splits, mean, variance):
+    """(the features normalised, and what is saved: mean and inverse standard deviation)"""
+    inverse_std = 1 / np.sqrt(variance + call.eps)
+    out = devices.namespace(call.features).empty(call.features.shape, call.features.dtype)
+    devices.backend(out).run("normalize", call, row_splits=row_splits, mean=mean, inverse_std=inverse_std, out=out)
+    return out, (np.stack([mean, inverse_std]).view(_STATISTICS),)
+
+
+def _gradients(call, row_splits, saved, grad, needs):
+    mean, inverse_std = saved[0].view(np.float64)
+    grads = empty_like(call, ("features", "scale", "shift"), needs)
+    devices.backend(grad).run("normalize_grad", call, row_splits=row_splits, mean=mean, inverse_std=inverse_std,
+                              grad_out=grad, **grads)  # fmt: skip
+    return {name: grads[f"grad_{name}"] for name in needs}
+
+
+def _slope(negative_slope, features):
+    """1, which changes nothing, for None."""
+    return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)
 
 
 class BatchNormed(NamedTuple):
@@ -21,9 +50,54 @@ class BatchNormed(NamedTuple):
     running_var: np.ndarray  #: (C,)
 
 
+def _batch_norm_forward(call):
+    features, running_mean, running_var = call.features, call.running_mean, call.running_var
+    (n, channels), row_splits = features.shape, _one_item(features)
+    if call.training:
+        mean, variance = _moments(features, row_splits, channels)
+        running_mean = _towards(running_mean, mean[0], call.momentum)
+        running_var = _towards(running_var, n / (n - 1) * variance[0], call.momentum)
+    else:
+        # Not on the GPU, where to look is to wait for all that was asked for before: NaN in that channel there.
+        if isinstance(running_var, np.ndarray) and (running_var < 0).any():
+            at = int(np.argmax(running_var < 0))
+            raise ValueError(f"running_var: expected no negative values, got {running_var[at]} in channel {at}")
+        mean, variance = running_mean.astype(np.float64)[None], running_var.astype(np.float64)[None]
+        running_mean, running_var = running_mean.copy(), running_var.copy()
+    out, saved = _normalized(call, row_splits, mean, variance)
+    return BatchNormed(out, running_mean, running_var), saved
+
+
+def _one_item(features):
+    return checks.one_item(len(features), devices.namespace(features))
+
+
+def _towards(running, batch, momentum):
+    with np.errstate(over="ignore"):  # infinite where the dtype ends
+        return ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype)
+
+
+def _batch_norm_vjp(call, saved, grad, needs):
+    return _gradients(call, _one_item(call.features), saved, grad, needs)
+
+
+def _batch_norm_result(call):
+    features, channels = call.features, call.features.shape[1:]
+    statistics = [(channels, features.dtype)] * 2
+    return [(features.shape, features.dtype), *statistics, ((2, 1, 2 * channels[0]), _STATISTICS)]
+
+
+@operator(
+    vjp=_batch_norm_vjp,
+    diff=("features", "scale", "shift"),
+    result=_batch_norm_result,
+    forward=_batch_norm_forward,
+    field="features",
+    record=BatchNormed,
+)
 def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array, running_var: Array, *,
                training: bool = True, momentum: float = 0.02, eps: float = 1e-5,
-               negative_slope: float | None = None) -> BatchNormed:  # fmt: skip
+               negative_slope: float | None = None) -> Call[BatchNormed]:  # fmt: skip
     """Batch normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015), with the mean and
@@ -73,11 +147,6 @@ def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array,
     >>> out.running_mean, out.running_var
     (array([1., 5.]), array([1.5, 0.5]))
     """
-    return BATCH_NORM(features=features, scale=scale, shift=shift, running_mean=running_mean, running_var=running_var,
-                      training=training, momentum=momentum, eps=eps, negative_slope=negative_slope)  # fmt: skip
-
-
-def _batch_norm_arguments(features, scale, shift, running_mean, running_var, training, momentum, eps, negative_slope):
     sizes = {}
     features = checks.array("features", features, "N C", checks.FEATURES, sizes)
     scale, shift, running_mean, running_var = (
@@ -94,63 +163,37 @@ def _batch_norm_arguments(features, scale, shift, running_mean, running_var, tra
     eps = checks.length("eps", eps, np.dtype(np.float64))
     if training and features.shape[0] < 2:
         raise ValueError(f"features: expected at least 2 rows where training, got {features.shape}")
-    return features, scale, shift, running_mean, running_var, training, momentum, eps, _slope(negative_slope, features)
+    return Call(
+        features=features, scale=scale, shift=shift, running_mean=running_mean, running_var=running_var,
+        training=training, momentum=momentum, eps=eps, statistics_fixed=not training,
+        negative_slope=_slope(negative_slope, features),
+    )  # fmt: skip
 
 
-def _batch_norm(**arguments):
-    features, scale, shift, running_mean, running_var, training, momentum, eps, slope = _batch_norm_arguments(
-        **arguments
-    )
-    (n, channels), backend, threads = features.shape, devices.backend(features), config.get_num_threads()
-    row_splits = checks.one_item(n, devices.namespace(features))
-    if training:
-        mean, variance = backend.moments(features, row_splits, channels, threads)
-        running_mean = _towards(running_mean, mean[0], momentum)
-        running_var = _towards(running_var, n / (n - 1) * variance[0], momentum)
-    else:
-        # Not on the GPU, where to look is to wait for all that was asked for before: NaN in that channel there.
-        if isinstance(running_var, np.ndarray) and (running_var < 0).any():
-            at = int(np.argmax(running_var < 0))
-            raise ValueError(f"running_var: expected no negative values, got {running_var[at]} in channel {at}")
-        mean, variance = running_mean.astype(np.float64)[None], running_var.astype(np.float64)[None]
-        running_mean, running_var = running_mean.copy(), running_var.copy()
-    inverse_std = 1 / np.sqrt(variance + eps)
-    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
-    return BatchNormed(out, running_mean, running_var), _as_saved(mean, inverse_std)
+def _group_norm_forward(call):
+    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features")
+    return _normalized(call, row_splits, *_moments(call.features, row_splits, call.num_groups))
 
 
-def _towards(running, batch, momentum):
-    with np.errstate(over="ignore"):  # infinite where the dtype ends
-        return ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype)
+def _group_norm_vjp(call, saved, grad, needs):
+    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features", known=True)
+    return _gradients(call, row_splits, saved, grad, needs)
 
 
-def _batch_norm_vjp(arguments, saved, grad, needs):
-    features = devices.contiguous(arguments["features"])
-    row_splits = checks.one_item(len(features), devices.namespace(features))
-    return _normalize_vjp(features, row_splits, not arguments["training"], arguments, saved, grad,
-                          needs)  # fmt: skip
+def _group_norm_result(call):
+    items = 1 if call.row_splits is None else call.row_splits.shape[0] - 1
+    return [(call.features.shape, call.features.dtype), ((2, items, 2 * call.num_groups), _STATISTICS)]
 
 
-def _batch_norm_result(features, **_):
-    channels = features.shape[1:]
-    statistics = [(channels, features.dtype)] * 2
-    return [(features.shape, features.dtype), *statistics, ((2, 1, 2 * channels[0]), np.dtype(np.int32))]
-
-
-BATCH_NORM = Op(
-    "batch_norm",
-    _batch_norm,
-    _batch_norm_vjp,
+@operator(
+    vjp=_group_norm_vjp,
     diff=("features", "scale", "shift"),
-    result=_batch_norm_result,
-    check=_batch_norm_arguments,
-    field="features",
-    record=BatchNormed,
+    result=_group_norm_result,
+    forward=_group_norm_forward,
+    copies=("row_splits",),
 )
-
-
 def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, row_splits: Array | None = None,
-               eps: float = 1e-5, negative_slope: float | None = None) -> Array:  # fmt: skip
+               eps: float = 1e-5, negative_slope: float | None = None) -> Call[Array]:  # fmt: skip
     """Group normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), where mean and variance are those of a
@@ -193,11 +236,6 @@ def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, 
     array([[-1.,  1., -1.,  1.],
            [-1.,  1., -1.,  1.]])
     """
-    return GROUP_NORM(features=features, num_groups=num_groups, scale=scale, shift=shift, row_splits=row_splits,
-                      eps=eps, negative_slope=negative_slope)  # fmt: skip
-
-
-def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, negative_slope, **splits):
     sizes = {}
     features = checks.array("features", features, "N C", checks.FEATURES, sizes)
     scale = checks.array("scale", scale, "C", checks.FEATURES, sizes, like=("features", features))
@@ -205,62 +243,9 @@ def _group_norm_arguments(features, num_groups, scale, shift, row_splits, eps, n
     num_groups = checks.integer("num_groups", num_groups, 1)
     if num_groups > max(1, features.shape[1]) or features.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
-    row_splits = checks.splits_array("row_splits", row_splits, len(features), "features", sizes, **splits)
-    eps = checks.length("eps", eps, np.dtype(np.float64))
-    return features, num_groups, scale, shift, row_splits, eps, _slope(negative_slope, features)
-
-
-def _group_norm(**arguments):
-    features, num_groups, scale, shift, row_splits, eps, slope = _group_norm_arguments(**arguments)
-    threads, backend = config.get_num_threads(), devices.backend(features)
-    mean, variance = backend.moments(features, row_splits, num_groups, threads)
-    inverse_std = 1 / np.sqrt(variance + eps)
-    out = backend.normalize(features, row_splits, scale, shift, mean, inverse_std, slope, threads)
-    return out, _as_saved(mean, inverse_std)
-
-
-def _group_norm_vjp(arguments, saved, grad, needs):
-    features = devices.contiguous(arguments["features"])
-    sizes = checks.device_of(("features", features))
-    row_splits = checks.splits_array(
-        "row_splits", arguments["row_splits"], len(features), "features", sizes, known=True
-    )
-    return _normalize_vjp(features, row_splits, False, arguments, saved, grad, needs)
-
-
-def _group_norm_result(features, num_groups, row_splits, **_):
-    items = 1 if row_splits is None else row_splits.shape[0] - 1
-    return [(features.shape, features.dtype), ((2, items, 2 * num_groups), np.dtype(np.int32))]
-
-
-GROUP_NORM = Op(
-    "group_norm",
-    _group_norm,
-    _group_norm_vjp,
-    diff=("features", "scale", "shift"),
-    result=_group_norm_result,
-    check=partial(_group_norm_arguments, traced=True),
-    copies=("row_splits",),
-)
-
-
-def _as_saved(mean, inverse_std):
-    """Both float64, as int32: JAX has no float64 unless it is asked for."""
-    return (np.stack([mean, inverse_std]).view(np.int32),)
-
-
-def _normalize_vjp(features, row_splits, is_given, arguments, saved, grad, needs):
-    scale, shift = devices.contiguous(arguments["scale"]), devices.contiguous(arguments["shift"])
-    names = ("features", "scale", "shift")
-    slope = _slope(arguments["negative_slope"], features)
-    mean, inverse_std = saved[0].view(np.float64)
-    grads = devices.backend(features).normalize_grad(
-        features, row_splits, scale, shift, mean, inverse_std, is_given, slope, grad,
-        *(name in needs for name in names), config.get_num_threads()
+    return Call(
+        features=features, num_groups=num_groups, scale=scale, shift=shift,
+        row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes),
+        eps=checks.length("eps", eps, np.dtype(np.float64)), statistics_fixed=False,
+        negative_slope=_slope(negative_slope, features),
     )  # fmt: skip
-    return {name: g for name, g in zip(names, grads, strict=True) if name in needs}
-
-
-def _slope(negative_slope, features):
-    """1, which changes nothing, for None."""
-    return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-from kpcore import config
 from kpcore.backends import checks, devices
 
 
@@ -120,7 +119,8 @@ def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     weight_decay = checks.not_negative("weight_decay", weight_decay)
 
     def update(lr, step, value, grad, moment):
-        devices.backend(value).sgd(value, grad, moment, lr, momentum, weight_decay, config.get_num_threads())
+        devices.backend(value).run("sgd", value=value, grad=grad, moment=moment, lr=lr, momentum=momentum,
+                                   weight_decay=weight_decay)  # fmt: skip
 
     return Optimizer(params, ("momentum",), update, lr_scales)
 
@@ -149,8 +149,9 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
 
     def update(lr, step, value, grad, mean, square):
         rate, inverse_root = lr / (1 - first**step), 1 / math.sqrt(1 - second**step)
-        devices.backend(value).adamw(value, grad, mean, square, 1 - lr * weight_decay, first, second, rate,
-                                     inverse_root, eps, config.get_num_threads())  # fmt: skip
+        devices.backend(value).run("adamw", value=value, grad=grad, mean=mean, square=square,
+                                   keep=1 - lr * weight_decay, first=first, second=second, rate=rate,
+                                   inverse_root=inverse_root, eps=eps)  # fmt: skip
 
     return Optimizer(params, ("mean", "square"), update, lr_scales)
 
@@ -173,7 +174,9 @@ def clip_by_norm(grads, limit):
     _check_grads(grads)
     squares = 0.0
     for grad in grads.values():  # not by sum(), which newer versions of Python compensate
-        squares += devices.backend(grad).sum_squares(devices.contiguous(grad), config.get_num_threads())
+        total = devices.namespace(grad).empty(1, np.float64)
+        devices.backend(grad).run("sum_squares", values=devices.contiguous(grad), sum=total)
+        squares += float(total[0])
     norm = math.sqrt(squares)
     if not norm <= limit:  # NaN too, and then all are, as in torch
         for grad in grads.values():

@@ -72,7 +72,7 @@ def differentiable(op, public):
 class _Made:
     """What the forward pass of an operator leaves besides its differentiable result."""
 
-    __slots__ = ("arguments", "out", "saved")
+    __slots__ = ("call", "out", "saved")
 
 
 class _OfAnOperator(torch.autograd.Function):
@@ -90,11 +90,12 @@ class _OfAnOperator(torch.autograd.Function):
 class _Forward(_OfAnOperator):
     @staticmethod
     def forward(op, arguments, made, *tensors):
-        made.arguments = {
+        arrays = {
             name: to_array(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
-        made.out, made.saved = on_arrays(op.recorded, made.arguments)
+        made.call = on_arrays(op.check, **arrays)
+        made.out, made.saved = on_arrays(op.compute_and_keep, made.call)
         out = made.out if op.field is None else getattr(made.out, op.field)
         return None if out is None else to_tensor(out)
 
@@ -116,7 +117,7 @@ class _Backward(_OfAnOperator):
     def forward(op, made, needed, grad):
         def gradients():
             array = devices.contiguous(to_array(f"gradient of {op.name}", grad))
-            found = op.gradients(made.arguments, made.saved, array, frozenset(needed))
+            found = op.gradients(made.call, made.saved, array, frozenset(needed))
             return tuple(to_tensor(found[name]) for name in needed)
 
         return on_stream_of(grad, gradients)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from kpcore import config, ops
-from kpcore.autodiff import Shaped
 from kpcore.backends import checks, cpu, devices
 from kpcore.layers import BatchNormed
 from kpcore.neighbors import Neighbors
+from kpcore.ops import Shaped
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
 from kpcore.subsampling import Subsampled
@@ -333,7 +333,7 @@ def define(op, public):
 
     def computed(given):
         try:  # not on_arrays, which would pass on so many arguments again
-            out, saved = op.forward(**given)
+            out, saved = op.compute(op.check(**given))
         except (TypeError, ValueError) as error:
             _speak_of_tensors(error)
             raise
@@ -347,9 +347,9 @@ def define(op, public):
 
     def forward_of_shapes(*flat):
         try:
-            shapes = op.result(**layout.unflatten(flat, _shaped))
+            shapes = op.result(ops.Call(**layout.unflatten(flat, _shaped)))
         except IndexError:  # of an array with too few axes
-            on_arrays(op.forward, **layout.unflatten(flat, _zeros))
+            on_arrays(op.check, **layout.unflatten(flat, _zeros))
             raise
         like = next(t for t in flat if isinstance(t, torch.Tensor))
         return [like.new_empty(shape, dtype=_torch_dtype(dtype)) for shape, dtype in shapes]
@@ -366,7 +366,7 @@ def define(op, public):
     def gradients(given, saved, grad, needs):
         grad = devices.contiguous(to_array(grad_name, grad))
         saved = tuple([to_array("saved", t) for t in saved])
-        return _tensors(op.gradients(given, saved, grad, needs).values(), given, grad)
+        return _tensors(op.gradients(op.check(**given), saved, grad, needs).values(), given, grad)
 
     def vjp_of_shapes(*flat):
         needs = flat[-1]

@@ -149,7 +149,8 @@ void deform(const Problem<G>& problem, int64_t q, int64_t stride, G* deformed) {
 }
 
 template <class G, int DIM>
-Status fitting(const Deformation& args, const Array& loss, const Array& nearest) {
+Status fitting(const Deformation& args) {
+  const Array &loss = args.loss, &nearest = args.nearest;
   const Problem<G> problem(args);
   const int64_t K = problem.num_kernels, stride = (K + lanes<G> - 1) / lanes<G> * lanes<G>;
   const int64_t pairs = problem.row_splits[problem.num_queries];
@@ -185,12 +186,18 @@ struct BlockGrads {
   }
 };
 
+// The weight of one term of the sum in the backward pass.
+template <class G>
+double gradient_weight(const Deformation& args) {
+  return args.weight * double(*as<G>(args.grad_out));
+}
+
 // Calls visit(scratch, first query, end, where to) for every block of queries.
 template <class G, class Visit>
-Status differentiate(const Problem<G>& problem, int64_t size, int threads, const DeformationGrads& grads, Visit visit) {
+Status differentiate(const Problem<G>& problem, int64_t size, int threads, const Deformation& args, Visit visit) {
   const int64_t row = problem.row();
-  auto* const offsets = into<G>(grads.offsets);
-  auto* const kernel_points = into<G>(grads.kernel_points);
+  auto* const offsets = into<G>(args.grad_offsets);
+  auto* const kernel_points = into<G>(args.grad_kernel_points);
   Buffer<double> sums;
   const Status status =
       for_each_block<G>(problem.num_queries, kernel_points ? row : 0, size, threads, sums,
@@ -219,12 +226,13 @@ void fit_gradient(const Problem<G>& problem, int64_t q, const int32_t* nearest, 
 }
 
 template <class G, int DIM>
-Status fitting_gradient(const Deformation& args, const Array& nearest, const DeformationGrads& grads) {
+Status fitting_gradient(const Deformation& args) {
+  const Array& nearest = args.nearest;
   const Problem<G> problem(args);
   const int64_t K = problem.num_kernels;
   const auto* of_all = as<int32_t>(nearest);
-  const G scale = G(2 * args.weight / (args.extent * args.extent));
-  return differentiate<G>(problem, problem.row(), useful_threads(args.threads, problem.num_queries * K, 1 << 14), grads,
+  const G scale = G(2 * gradient_weight<G>(args) / (args.extent * args.extent));
+  return differentiate<G>(problem, problem.row(), useful_threads(args.threads, problem.num_queries * K, 1 << 14), args,
                           [=, &problem](G* scratch, int64_t begin, int64_t end, const BlockGrads<G>& to) {
                             for (int64_t q = begin; q < end; ++q) {
                               G* const grad = to.place(q, scratch);
@@ -273,7 +281,8 @@ int repulsion_threads(const Deformation& args, int64_t queries, int64_t K) {
 }
 
 template <class G, int DIM>
-Status repelling(const Deformation& args, const Array& loss) {
+Status repelling(const Deformation& args) {
+  const Array& loss = args.loss;
   const Problem<G> problem(args);
   const Repulsion<G> repulsion(args);
   const int64_t K = problem.num_kernels;
@@ -320,12 +329,12 @@ void repel_gradient(const Repulsion<G>& repulsion, int64_t K, int dimension, con
 }
 
 template <class G, int DIM>
-Status repelling_gradient(const Deformation& args, const DeformationGrads& grads) {
+Status repelling_gradient(const Deformation& args) {
   const Problem<G> problem(args);
   const Repulsion<G> repulsion(args);
   const int64_t K = problem.num_kernels, row = problem.row(), vectors = row * lanes<G>;
-  const G scale = G(args.weight);
-  return differentiate<G>(problem, 2 * vectors + row, repulsion_threads(args, problem.num_queries, K), grads,
+  const G scale = G(gradient_weight<G>(args));
+  return differentiate<G>(problem, 2 * vectors + row, repulsion_threads(args, problem.num_queries, K), args,
                           [=, &problem, &repulsion](G* deformed, int64_t begin, int64_t end, const BlockGrads<G>& to) {
                             G *const across = deformed + vectors, *const scratch = across + vectors;
                             for (int64_t q = begin; q < end; q += lanes<G>) {
@@ -355,24 +364,21 @@ Status with_types(const Deformation& args, Call call) {
 
 }  // namespace
 
-Status fitting_loss(const Deformation& args, const Array& loss, const Array& nearest) {
+Status fitting_loss(const Deformation& args) {
+  return with_types(args, [&](auto g, auto dim) { return fitting<decltype(g), decltype(dim)::value>(args); });
+}
+
+Status fitting_loss_grad(const Deformation& args) {
+  return with_types(args, [&](auto g, auto dim) { return fitting_gradient<decltype(g), decltype(dim)::value>(args); });
+}
+
+Status repulsion_loss(const Deformation& args) {
+  return with_types(args, [&](auto g, auto dim) { return repelling<decltype(g), decltype(dim)::value>(args); });
+}
+
+Status repulsion_loss_grad(const Deformation& args) {
   return with_types(args,
-                    [&](auto g, auto dim) { return fitting<decltype(g), decltype(dim)::value>(args, loss, nearest); });
-}
-
-Status fitting_loss_grad(const Deformation& args, const Array& nearest, const DeformationGrads& grads) {
-  return with_types(args, [&](auto g, auto dim) {
-    return fitting_gradient<decltype(g), decltype(dim)::value>(args, nearest, grads);
-  });
-}
-
-Status repulsion_loss(const Deformation& args, const Array& loss) {
-  return with_types(args, [&](auto g, auto dim) { return repelling<decltype(g), decltype(dim)::value>(args, loss); });
-}
-
-Status repulsion_loss_grad(const Deformation& args, const DeformationGrads& grads) {
-  return with_types(
-      args, [&](auto g, auto dim) { return repelling_gradient<decltype(g), decltype(dim)::value>(args, grads); });
+                    [&](auto g, auto dim) { return repelling_gradient<decltype(g), decltype(dim)::value>(args); });
 }
 
 }  // namespace KP_ISA

@@ -9,17 +9,17 @@
 namespace kp {
 namespace {
 
-const Kernels* const compiled[] = {
-    &kernels_base,
+const Functions* const compiled[] = {
+    &functions_base,
 #ifdef KP_HAVE_AVX2
-    &kernels_avx2,
+    &functions_avx2,
 #endif
 #ifdef KP_HAVE_AVX512
-    &kernels_avx512,
+    &functions_avx512,
 #endif
 };
 
-bool runs_here(const Kernels& table) {
+bool runs_here(const Functions& table) {
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (!strcmp(table.isa, "avx2"))
@@ -33,11 +33,11 @@ bool runs_here(const Kernels& table) {
 
 struct Choice {
   const char* names[4] = {};
-  const Kernels* table = nullptr;
+  const Functions* table = nullptr;
 
   Choice() {
     int n = 0;
-    for (const Kernels* k : compiled)
+    for (const Functions* k : compiled)
       if (runs_here(*k)) {
         names[n++] = k->isa;
         table = k;
@@ -52,7 +52,7 @@ Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels() {
+const Functions& functions() {
   return *choice().table;
 }
 const char* const* isas() {
@@ -60,7 +60,7 @@ const char* const* isas() {
 }
 
 bool set_isa(const char* name) {
-  for (const Kernels* k : compiled)
+  for (const Functions* k : compiled)
     if (!strcmp(k->isa, name) && runs_here(*k)) {
       choice().table = k;
       return true;

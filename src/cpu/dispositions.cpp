@@ -101,7 +101,8 @@ struct Descent {
 
 }  // namespace
 
-Status kernel_points(const KernelPoints& args, double* out) {
+Status kernel_points(const KernelPoints& args) {
+  auto* const out = into<double>(args.out);
   const Descent descent{args.num, args.dimension, args.fixed, as<double>(args.radii)};
   const int64_t size = args.num * descent.point_size(), norms = int64_t(args.num) * group, all = 2 * size + norms;
   Buffer<double> state, saved, changes;

@@ -1,5 +1,12 @@
-// What the extension module may call: one table of functions per instruction set, all with the same arguments.
-// Arrays come checked, contiguous and in C order; a null `data` is an argument that was not given.
+// What the extension module may call: every kernel and its fields, declared once.
+//
+//   KP_FIELDS_KPConv(...)   the fields of a call: from them come the struct that the kernel gets, and the table of
+//   names,
+//                           kinds and offsets (fields.h) by which the module fills it from Python's arguments
+//   KP_KERNELS(...)         the kernels, each with its struct: from them come their declarations, and a table of
+//                           functions for each instruction set
+//
+// Arrays come checked, contiguous and in C order.
 #pragma once
 
 #include "formulas/common.h"
@@ -12,6 +19,14 @@ struct Array {
   void* data;
   int64_t rows, cols;  // a vector has cols = 1; weights (K, Cin, Cout) are rows = K * Cin, cols = Cout
   DType dtype;
+};
+
+// An array that may be None: `data` is null then. So it is for an output of which only the shape is told.
+struct Optional : Array {};
+
+struct OptionalInt {
+  int64_t value;
+  bool is_set;
 };
 
 // not_finite: a coordinate is NaN or infinite, or distances overflow or vanish: see is_measurable(). crowded: of a
@@ -51,6 +66,9 @@ enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
 enum class Reduction : int { mean, sum, max, min };
 
+enum class Activation : int { leaky_relu, relu, sigmoid };
+enum class CrossEntropyReduction : int { mean, sum, none };
+
 // Points ready to be searched; the first member of every index.
 enum class IndexKind : int { grid, tree };
 struct Index {
@@ -86,8 +104,7 @@ struct GridSubsample {
   Array origin;      // the same, or (B, D); not given: where the published code puts it
   VoxelPoint position;
   VoxelFeature feature;
-  int64_t ignore_label;
-  bool has_ignore_label;
+  OptionalInt ignore_label;
   int threads;
 };
 
@@ -96,224 +113,381 @@ struct Subsampled {
   Array nearest;  // to the voxel's centre; given if the position or the feature asks for it
 };
 
-struct GridSubsampleGrad {
-  Array features, inverse, counts, nearest, grad_out;  // nearest only where it is the feature
-  VoxelFeature feature;
-  int threads;
-};
+// ---- the fields of each call, F(type, name); gradients are fields of the call whose gradients they are
 
-struct FarthestPoints {
-  Array points, row_splits, start, out_row_splits;
-  Sampling method;
-  int threads;
-};
+#define KP_FIELDS_Transpose(F)    \
+  F(Array, index)                 \
+  F(Array, row_splits)            \
+  F(Optional, distance)           \
+  F(Array, transposed_index)      \
+  F(Array, transposed_row_splits) \
+  F(Optional, transposed_distance)
 
-struct Transpose {
-  Array index, row_splits, distance, out_index, out_row_splits, out_distance;
-  int threads;
-};
+// A list from outside, int32 or int64. The bounds are always copied, the index where there is a place for it.
+#define KP_FIELDS_CheckList(F) \
+  F(Array, index)              \
+  F(Array, row_splits)         \
+  F(int64_t, num_points)       \
+  F(Optional, checked_index)   \
+  F(Array, checked_row_splits)
 
-// A list from outside. The bounds are always copied, the index where out_index is given.
-struct CheckList {
-  Array index, row_splits;  // int32 or int64
-  int64_t num_points;
-  Array out_index, out_row_splits;  // int32, int64
-  int threads;
-};
+#define KP_FIELDS_LongestRow(F) \
+  F(Array, row_splits)          \
+  F(Array, longest)
 
-struct NeighborReduce {
-  Array features, index, row_splits, weights;  // weights: one of each pair, or none
-  Array shared;  // row_splits of lists, one of each row of features, which counts one over its length; or none
-  Reduction reduction;
-  double empty, pad_value;
-  int64_t width;  // rows shorter than this also see pad_value, in a maximum or minimum
-  int threads;
-};
+// A list as a matrix (M, width) of int32 or int64; `fill` where a row has no more neighbours.
+#define KP_FIELDS_PadList(F) \
+  F(Array, index)            \
+  F(Array, row_splits)       \
+  F(int64_t, fill)           \
+  F(Array, padded)
 
-struct SegmentReduce {
-  Array features, row_splits;  // for the gradient, features are that of the items
-  Reduction reduction;
-  double empty;
-  int threads;
-};
+// A matrix as a list: count_padded writes row_splits, unpad the index. -1 and num_points are no neighbours.
+#define KP_FIELDS_Unpad(F) \
+  F(Array, padded)         \
+  F(int64_t, num_points)   \
+  F(Array, row_splits)     \
+  F(Optional, index)
 
-struct KernelPoints {
-  int num, dimension, fixed;  // the first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis)
-  Array radii;                // (num,) float64, of the points' shells; not given: points are free
-  uint64_t seed;
-  int threads;
-};
+// `nearest` only where that is the feature.
+#define KP_FIELDS_GridSubsampleGrad(F) \
+  F(Array, features)                   \
+  F(Array, inverse)                    \
+  F(Array, counts)                     \
+  F(Optional, nearest)                 \
+  F(VoxelFeature, feature)             \
+  F(Array, grad_out)                   \
+  F(Array, grad_features)
 
-struct KPConv {
-  Array points, queries, index, row_splits, features, weights, kernel_points;
-  Array offsets, modulations;                     // (M, K, D) and (M, K, factors), or none
-  Array transposed_index, transposed_row_splits;  // of the neighbours; for grad_features only
-  double extent;
-  Influence influence;
-  Aggregation aggregation;
-  Normalization normalization;
-  int groups, factors;  // more than one factor of a (query, kernel point) only where depthwise
-  bool depthwise;       // weights (K, C)
-  int threads;
-};
-struct KPConvGrads {  // like these; none where not wanted
-  Array weights, points, queries, kernel_points, offsets, modulations;
-};
+#define KP_FIELDS_FarthestPoints(F) \
+  F(Array, points)                  \
+  F(Array, row_splits)              \
+  F(Array, start)                   \
+  F(Array, out_row_splits)          \
+  F(Sampling, method)               \
+  F(Array, index)
 
-struct Deformation {
-  Array points, queries, index, row_splits;  // of the fitting loss alone
-  Array kernel_points, offsets;              // (K, D), (M, K, D)
-  double extent, repulse_extent;             // the latter of the repulsion loss alone
-  double weight;                             // of one term of the sum
-  int threads;
-};
+// weights: one of each pair. forward_row_splits: of a mean's backward pass, a sum over the transposed list in which row
+// j is scaled by 1 / the length of forward list j. Rows shorter than `width` also see pad_value, in a maximum or
+// minimum, which also gives the chosen rows, -1 for none.
+#define KP_FIELDS_NeighborReduce(F) \
+  F(Array, features)                \
+  F(Array, index)                   \
+  F(Array, row_splits)              \
+  F(Optional, weights)              \
+  F(Optional, forward_row_splits)   \
+  F(Reduction, reduction)           \
+  F(double, empty)                  \
+  F(double, pad_value)              \
+  F(int64_t, width)                 \
+  F(Optional, out)                  \
+  F(Optional, choice)               \
+  F(Optional, grad_out)             \
+  F(Optional, grad_weights)
 
-struct DeformationGrads {
-  Array offsets, kernel_points;  // those that are wanted
-};
+#define KP_FIELDS_SegmentReduce(F) \
+  F(Optional, features)            \
+  F(Array, row_splits)             \
+  F(Reduction, reduction)          \
+  F(double, empty)                 \
+  F(Optional, out)                 \
+  F(Optional, choice)              \
+  F(Optional, grad_out)            \
+  F(Optional, grad_features)
 
-// Normalisation of every group of channels over the rows of every batch item, and a leaky ReLU after it.
-struct Normalize {
-  Array features, row_splits;
-  Array scale, shift;       // (C,)
-  Array mean, inverse_std;  // (B, groups) float64
-  bool is_given;            // they do not depend on the features
-  double negative_slope;    // 1: no leaky ReLU
-  int threads;
-};
-struct NormalizeGrad {
-  Array grad_features, grad_scale, grad_shift;  // those asked for
-};
+// Every value of the gradient to the row that was chosen for it.
+#define KP_FIELDS_Unpool(F) \
+  F(Array, choice)          \
+  F(Array, grad_out)        \
+  F(Array, grad_features)
 
-enum class Activation : int { leaky_relu, relu, sigmoid };
-struct Activate {
-  Array features;
-  Activation activation;
-  double negative_slope;
-  int threads;
-};
+// The rows of an index or, with row_splits, of the first entry of each range of it; zeros for an empty range.
+#define KP_FIELDS_GatherRows(F) \
+  F(Array, features)            \
+  F(Array, index)               \
+  F(Optional, row_splits)       \
+  F(Array, out)
 
-struct Sgd {
-  Array value, grad, moment;
-  double lr, momentum, weight_decay;
-  int threads;
-};
-struct AdamW {
-  Array value, grad, mean, square;
-  double keep, first, second, rate, inverse_root, eps;
-  int threads;
-};
+#define KP_FIELDS_InverseDistanceWeights(F) \
+  F(Array, distance)                        \
+  F(Array, row_splits)                      \
+  F(double, power)                          \
+  F(Array, weights)
 
-struct Dropout {
-  Array features;
-  double rate;
-  uint64_t seed;
-  int threads;
-};
+// The first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis). radii: (num,) of the points'
+// shells; without, points are free.
+#define KP_FIELDS_KernelPoints(F) \
+  F(int, num)                     \
+  F(int, dimension)               \
+  F(int, fixed)                   \
+  F(Optional, radii)              \
+  F(uint64_t, seed)               \
+  F(Array, out)
 
-enum class CrossEntropyReduction : int { mean, sum, none };
-struct CrossEntropy {
-  Array logits, labels, class_weights;
-  int64_t ignore_index;
-  bool has_ignore_index;
-  CrossEntropyReduction reduction;
-  int threads;
-};
+// offsets (M, K, D); modulations (M, K), or (M, K, factors) where depthwise; depthwise: weights (K, C). The transposed
+// list is for grad_features alone.
+#define KP_FIELDS_KPConv(F)          \
+  F(Array, points)                   \
+  F(Array, queries)                  \
+  F(Array, index)                    \
+  F(Array, row_splits)               \
+  F(Array, features)                 \
+  F(Array, weights)                  \
+  F(Array, kernel_points)            \
+  F(Optional, offsets)               \
+  F(Optional, modulations)           \
+  F(double, extent)                  \
+  F(Influence, influence)            \
+  F(Aggregation, aggregation)        \
+  F(Normalization, normalization)    \
+  F(int, groups)                     \
+  F(int, factors)                    \
+  F(bool, depthwise)                 \
+  F(Optional, out)                   \
+  F(Optional, grad_out)              \
+  F(Optional, transposed_index)      \
+  F(Optional, transposed_row_splits) \
+  F(Optional, grad_features)         \
+  F(Optional, grad_weights)          \
+  F(Optional, grad_points)           \
+  F(Optional, grad_queries)          \
+  F(Optional, grad_kernel_points)    \
+  F(Optional, grad_offsets)          \
+  F(Optional, grad_modulations)
 
-struct Columns {
-  Array parts[4];  // side by side; one without data is passed over, one without columns is none
-  int threads;
-};
+// The list and `nearest` (M, K), the neighbours that attain the minima, -1 where there are none, are of the fitting
+// loss alone, repulse_extent of the repulsion loss. `weight` is that of one term of the sum. The gradient of the
+// repulsion loss holds the other kernel points fixed: times two it is the derivative.
+#define KP_FIELDS_Deformation(F) \
+  F(Optional, points)            \
+  F(Optional, queries)           \
+  F(Optional, index)             \
+  F(Optional, row_splits)        \
+  F(Array, kernel_points)        \
+  F(Array, offsets)              \
+  F(double, extent)              \
+  F(double, repulse_extent)      \
+  F(double, weight)              \
+  F(Optional, loss)              \
+  F(Optional, nearest)           \
+  F(Optional, grad_out)          \
+  F(Optional, grad_offsets)      \
+  F(Optional, grad_kernel_points)
 
-// What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive.
-#define KP_KERNELS(X)                                                                                          \
-  X(Status, build_index, (const IndexPoints&, void** index))                                                   \
-  X(double, crowding, (const void* index))                                                                     \
-  X(void, free_index, (void* index))                                                                           \
-  /* Counts first, so that the caller allocates exactly; then fills. `plan` carries the queries in between. */ \
-  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))                            \
-  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                                  \
-  X(void, radius_search_free, (void* plan))                                                                    \
-  /* The nearest within the radius: rows of `most`, of which `counts` are used. */                             \
-  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))                      \
-  X(Status, transpose, (const Transpose&))                                                                     \
-  X(Status, check_list, (const CheckList&))                                                                    \
-  X(int64_t, longest_row, (const Array& row_splits, int threads))                                              \
-  X(Status, pad_list, (const Array& index, const Array& row_splits, int64_t fill, const Array& out, int))      \
-  /* Padded matrices of int32 or int64: counts first, then fills. */                                           \
-  X(Status, count_padded, (const Array& padded, int64_t num_points, const Array& row_splits, int threads))     \
-  X(Status, unpad, (const Array& padded, int64_t num_points, const Array& row_splits, const Array& out, int))  \
-  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))                    \
-  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                              \
-  X(void, grid_subsample_free, (void* plan))                                                                   \
-  X(Status, grid_subsample_grad, (const GridSubsampleGrad&, const Array& grad_features))                       \
-  X(Status, farthest_points, (const FarthestPoints&, int32_t* index))                                          \
-  /* A maximum or minimum also gives the chosen rows, -1 for none; of others choice is null. */                \
-  X(Status, neighbor_reduce, (const NeighborReduce&, const Array& out, int32_t* choice))                       \
-  X(Status, neighbor_reduce_grad_weights, (const NeighborReduce&, const Array& grad_out, const Array& grad))   \
-  X(Status, segment_reduce, (const SegmentReduce&, const Array& out, int32_t* choice))                         \
-  X(Status, segment_reduce_grad, (const SegmentReduce&, const Array& grad_features))                           \
-  X(Status, unpool, (const Array& choice, const Array& grad_out, const Array& grad_features, int threads))     \
-  /* The rows of an index, or the first of each range of it. */                                                \
-  X(Status, gather_rows,                                                                                       \
-    (const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads))       \
-  X(Status, inverse_distance_weights,                                                                          \
-    (const Array& distance, const Array& row_splits, double power, const Array& weights, int threads))         \
-  X(Status, kpconv, (const KPConv&, const Array& out))                                                         \
-  X(Status, kpconv_grad_features, (const KPConv&, const Array& grad_out, const Array& grad_features))          \
-  X(Status, kpconv_grads, (const KPConv&, const Array& grad_out, const KPConvGrads&))                          \
-  X(Status, kernel_points, (const KernelPoints&, double* out))                                                 \
-  X(Status, lloyd, (const KernelPoints&, double* out))                                                         \
-  /* nearest (M, K): the neighbours that attain the minima, -1 where there are none */                         \
-  X(Status, fitting_loss, (const Deformation&, const Array& loss, const Array& nearest))                       \
-  X(Status, fitting_loss_grad, (const Deformation&, const Array& nearest, const DeformationGrads&))            \
-  /* The gradient holds the other kernel points fixed: times two it is the derivative. */                      \
-  X(Status, repulsion_loss, (const Deformation&, const Array& loss))                                           \
-  X(Status, repulsion_loss_grad, (const Deformation&, const DeformationGrads&))                                \
-  X(Status, linear, (const Array& rows, const Array& weights, const Array& bias, const Array& to, int))        \
-  X(Status, linear_grad_features, (const Array& weights, const Array& grad, const Array& to, int threads))     \
-  X(Status, linear_grad_weights, (const Array& rows, const Array& grad, const Array& to, int threads))         \
-  X(Status, sum_rows, (const Array& rows, const Array& sums, int threads))                                     \
-  X(Status, moments, (const Normalize&, const Array& mean, const Array& variance))                             \
-  X(Status, normalize, (const Normalize&, const Array& out))                                                   \
-  X(Status, normalize_grad, (const Normalize&, const Array& grad_out, const NormalizeGrad&))                   \
-  X(Status, activate, (const Activate&, const Array& out))                                                     \
-  X(Status, activate_grad, (const Activate&, const Array& grad_out, const Array& grad_features))               \
-  X(Status, add, (const Array& first, const Array& second, const Array& to, int threads))                      \
-  X(Status, sum_squares, (const Array& values, double* sum, int threads))                                      \
-  X(Status, sgd, (const Sgd&))                                                                                 \
-  X(Status, adamw, (const AdamW&))                                                                             \
-  X(Status, dropout, (const Dropout&, const Array& out))                                                       \
-  X(Status, softmax, (const Array& rows, const Array& to, int threads))                                        \
-  X(Status, softmax_grad, (const Array& rows, const Array& grad, const Array& to, int threads))                \
-  X(Status, cross_entropy, (const CrossEntropy&, const Array& out))                                            \
-  X(Status, cross_entropy_grad, (const CrossEntropy&, const Array& grad_out, const Array& grad_logits))        \
-  X(Status, concatenate, (const Columns&, const Array& whole))                                                 \
-  X(Status, split, (const Columns&, const Array& whole))                                                       \
+#define KP_FIELDS_Linear(F)  \
+  F(Optional, features)      \
+  F(Optional, weights)       \
+  F(Optional, bias)          \
+  F(Optional, out)           \
+  F(Optional, grad_out)      \
+  F(Optional, grad_features) \
+  F(Optional, grad_weights)
+
+#define KP_FIELDS_SumRows(F) \
+  F(Array, rows)             \
+  F(Array, sums)
+
+// mean, variance: (B, groups) float64, of all values of an item and group; 0 of none.
+#define KP_FIELDS_Moments(F) \
+  F(Array, features)         \
+  F(Array, row_splits)       \
+  F(Array, mean)             \
+  F(Array, variance)
+
+// Normalisation of every group of channels over the rows of every batch item, and a leaky ReLU after it (slope 1:
+// none). scale, shift: (C,). mean, inverse_std: (B, groups) float64; statistics_fixed: they do not depend on the
+// features.
+#define KP_FIELDS_Normalize(F) \
+  F(Array, features)           \
+  F(Array, row_splits)         \
+  F(Array, scale)              \
+  F(Array, shift)              \
+  F(Array, mean)               \
+  F(Array, inverse_std)        \
+  F(bool, statistics_fixed)    \
+  F(double, negative_slope)    \
+  F(Optional, out)             \
+  F(Optional, grad_out)        \
+  F(Optional, grad_features)   \
+  F(Optional, grad_scale)      \
+  F(Optional, grad_shift)
+
+#define KP_FIELDS_Activate(F) \
+  F(Array, features)          \
+  F(Activation, activation)   \
+  F(double, negative_slope)   \
+  F(Optional, out)            \
+  F(Optional, grad_out)       \
+  F(Optional, grad_features)
+
+#define KP_FIELDS_Add(F) \
+  F(Array, first)        \
+  F(Array, second)       \
+  F(Array, out)
+
+#define KP_FIELDS_SumSquares(F) \
+  F(Array, values)              \
+  F(Array, sum)
+
+#define KP_FIELDS_Sgd(F) \
+  F(Array, value)        \
+  F(Array, grad)         \
+  F(Array, moment)       \
+  F(double, lr)          \
+  F(double, momentum)    \
+  F(double, weight_decay)
+
+#define KP_FIELDS_AdamW(F) \
+  F(Array, value)          \
+  F(Array, grad)           \
+  F(Array, mean)           \
+  F(Array, square)         \
+  F(double, keep)          \
+  F(double, first)         \
+  F(double, second)        \
+  F(double, rate)          \
+  F(double, inverse_root)  \
+  F(double, eps)
+
+#define KP_FIELDS_Dropout(F) \
+  F(Array, features)         \
+  F(double, rate)            \
+  F(uint64_t, seed)          \
+  F(Array, out)
+
+#define KP_FIELDS_Softmax(F) \
+  F(Array, features)         \
+  F(Optional, out)           \
+  F(Optional, grad_out)      \
+  F(Optional, grad_features)
+
+#define KP_FIELDS_CrossEntropy(F)     \
+  F(Array, logits)                    \
+  F(Array, labels)                    \
+  F(OptionalInt, ignore_index)        \
+  F(Optional, class_weights)          \
+  F(CrossEntropyReduction, reduction) \
+  F(Optional, out)                    \
+  F(Optional, grad_out)               \
+  F(Optional, grad_logits)
+
+// Arrays side by side, joined to one or cut from it; of a part that is not wanted only the shape is told.
+#define KP_FIELDS_Concatenate(F) \
+  F(Optional, first)             \
+  F(Optional, second)            \
+  F(Optional, third)             \
+  F(Optional, fourth)            \
+  F(Array, out)
+
+#define KP_KERNELS(X)                                 \
+  X(transpose, Transpose)                             \
+  X(check_list, CheckList)                            \
+  X(longest_row, LongestRow)                          \
+  X(pad_list, PadList)                                \
+  X(count_padded, Unpad)                              \
+  X(unpad, Unpad)                                     \
+  X(grid_subsample_grad, GridSubsampleGrad)           \
+  X(farthest_points, FarthestPoints)                  \
+  X(neighbor_reduce, NeighborReduce)                  \
+  X(neighbor_reduce_grad_weights, NeighborReduce)     \
+  X(segment_reduce, SegmentReduce)                    \
+  X(segment_reduce_grad, SegmentReduce)               \
+  X(unpool, Unpool)                                   \
+  X(gather_rows, GatherRows)                          \
+  X(inverse_distance_weights, InverseDistanceWeights) \
+  X(kpconv, KPConv)                                   \
+  X(kpconv_grad_features, KPConv)                     \
+  X(kpconv_grads, KPConv)                             \
+  X(kernel_points, KernelPoints)                      \
+  X(lloyd, KernelPoints)                              \
+  X(fitting_loss, Deformation)                        \
+  X(fitting_loss_grad, Deformation)                   \
+  X(repulsion_loss, Deformation)                      \
+  X(repulsion_loss_grad, Deformation)                 \
+  X(linear, Linear)                                   \
+  X(linear_grad_features, Linear)                     \
+  X(linear_grad_weights, Linear)                      \
+  X(sum_rows, SumRows)                                \
+  X(moments, Moments)                                 \
+  X(normalize, Normalize)                             \
+  X(normalize_grad, Normalize)                        \
+  X(activate, Activate)                               \
+  X(activate_grad, Activate)                          \
+  X(add, Add)                                         \
+  X(sum_squares, SumSquares)                          \
+  X(sgd, Sgd)                                         \
+  X(adamw, AdamW)                                     \
+  X(dropout, Dropout)                                 \
+  X(softmax, Softmax)                                 \
+  X(softmax_grad, Softmax)                            \
+  X(cross_entropy, CrossEntropy)                      \
+  X(cross_entropy_grad, CrossEntropy)                 \
+  X(concatenate, Concatenate)                         \
+  X(split, Concatenate)
+
+// One struct for each list of fields; several kernels may share one.
+#define KP_STRUCTS(X)                                                                                                 \
+  X(Transpose)                                                                                                        \
+  X(CheckList)                                                                                                        \
+  X(LongestRow) X(PadList) X(Unpad) X(GridSubsampleGrad) X(FarthestPoints) X(NeighborReduce) X(SegmentReduce)         \
+      X(Unpool) X(GatherRows) X(InverseDistanceWeights) X(KernelPoints) X(KPConv) X(Deformation) X(Linear) X(SumRows) \
+          X(Moments) X(Normalize) X(Activate) X(Add) X(SumSquares) X(Sgd) X(AdamW) X(Dropout) X(Softmax)              \
+              X(CrossEntropy) X(Concatenate)
+
+#define KP_MEMBER(type, name) type name;
+#define KP_STRUCT(name)                      \
+  struct name {                              \
+    KP_FIELDS_##name(KP_MEMBER) int threads; \
+  };
+KP_STRUCTS(KP_STRUCT)
+#undef KP_STRUCT
+#undef KP_MEMBER
+
+// Kernels of two phases, whose results have sizes that only the first one knows, with functions of their own in the
+// extension module: a search and a subsampling first count, so that the caller allocates exactly, then fill. `plan`
+// carries what the first phase knows; the caller frees it.
+#define KP_PHASES(X)                                                                        \
+  X(Status, build_index, (const IndexPoints&, void** index))                                \
+  X(double, crowding, (const void* index))                                                  \
+  X(void, free_index, (void* index))                                                        \
+  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))         \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))               \
+  X(void, radius_search_free, (void* plan))                                                 \
+  /* The nearest within the radius: rows of `most`, of which `counts` are used. */          \
+  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))   \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan)) \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                           \
+  X(void, grid_subsample_free, (void* plan))                                                \
   X(double, fma_rate, (DType))
 
-struct Kernels {
+// What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive; `kernels`
+// are in the order of KP_KERNELS.
+struct Functions {
   const char* isa;
-#define KP_MEMBER(result, name, arguments) result(*name) arguments;
-  KP_KERNELS(KP_MEMBER)
-#undef KP_MEMBER
+  Status (*const* kernels)(const void* fields);
+#define KP_POINTER(result, name, arguments) result(*name) arguments;
+  KP_PHASES(KP_POINTER)
+#undef KP_POINTER
 };
 
 #ifdef KP_ISA
 namespace KP_ISA {
-#define KP_DECLARE(result, name, arguments) result name arguments;
+#define KP_DECLARE(name, fields) Status name(const fields&);
 KP_KERNELS(KP_DECLARE)
+#undef KP_DECLARE
+#define KP_DECLARE(result, name, arguments) result name arguments;
+KP_PHASES(KP_DECLARE)
 #undef KP_DECLARE
 }  // namespace KP_ISA
 #endif
 
-const Kernels& kernels();
+const Functions& functions();
 bool set_isa(const char* name);  // false: not one of isas()
 const char* const* isas();       // the usable ones, best last, null-terminated
 bool has_openmp();
 const char* openmp_library();
 void pause_threads();
 
-extern const Kernels kernels_base, kernels_avx2, kernels_avx512;
+extern const Functions functions_base, functions_avx2, functions_avx512;
 
 }  // namespace kp

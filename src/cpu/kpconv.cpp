@@ -116,15 +116,15 @@ bool deform(const KPConv& args, Buffer<G>& to) {
 
 }  // namespace
 
-Status kpconv(const KPConv& args, const Array& out) {
+Status kpconv(const KPConv& args) {
   return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(out), args.threads);
+    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(args.out), args.threads);
   });
 }
 
-Status kpconv_grad_features(const KPConv& args, const Array& grad_out, const Array& grad_features) {
+Status kpconv_grad_features(const KPConv& args) {
   return with_problem(args, [&](auto problem, const auto& weights, auto dim) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
@@ -140,9 +140,9 @@ Status kpconv_grad_features(const KPConv& args, const Array& grad_out, const Arr
     problem.index = as<int32_t>(args.transposed_index);
     problem.row_splits = as<int64_t>(args.transposed_row_splits);
     problem.num_queries = args.points.rows;
-    problem.features = as<F>(grad_out);
-    problem.channels = grad_out.cols;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(grad_features), args.threads);
+    problem.features = as<F>(args.grad_out);
+    problem.channels = args.grad_out.cols;
+    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(args.grad_features), args.threads);
   });
 }
 

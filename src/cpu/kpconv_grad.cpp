@@ -474,25 +474,25 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
 
 }  // namespace
 
-Status kpconv_grads(const KPConv& args, const Array& grad_out, const KPConvGrads& to) {
+Status kpconv_grads(const KPConv& args) {
   return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
     const int64_t size = int64_t(problem.num_kernels) * problem.dimension;
     Buffer<double> kernels;
     if (!kernels.resize(size)) return Status::out_of_memory;
-    F* const modulations = into<F>(to.modulations);
-    G *const points = into<G>(to.points), *const kernel_points = into<G>(to.kernel_points);
+    F* const modulations = into<F>(args.grad_modulations);
+    G *const points = into<G>(args.grad_points), *const kernel_points = into<G>(args.grad_kernel_points);
     if (points) memset(points, 0, size_t(args.points.rows * problem.dimension) * sizeof(G));
-    const Gradients<G, F> found = {into<F>(to.weights),
+    const Gradients<G, F> found = {into<F>(args.grad_weights),
                                    weights.factors > 1 ? modulations : nullptr,
                                    points,
-                                   into<G>(to.queries),
+                                   into<G>(args.grad_queries),
                                    kernel_points ? kernels.data() : nullptr,
-                                   into<G>(to.offsets),
+                                   into<G>(args.grad_offsets),
                                    weights.factors > 1 ? nullptr : modulations};
     const Status status =
-        find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(grad_out), found, args.threads);
+        find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(args.grad_out), found, args.threads);
     for (int64_t i = 0; found.kernels && i < size; ++i) kernel_points[i] = G(kernels[i]);
     return status;
   });

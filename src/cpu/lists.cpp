@@ -63,34 +63,36 @@ namespace KP_ISA {
 
 Status check_list(const CheckList& args) {
   const Array &index = args.index, &row_splits = args.row_splits;
-  auto* const bounds = into<int64_t>(args.out_row_splits);
+  auto* const bounds = into<int64_t>(args.checked_row_splits);
   const bool bounded = with_integer(row_splits.dtype, [&](auto t) {
     return copy_bounds(as<decltype(t)>(row_splits), row_splits.rows, index.rows, bounds);
   });
   if (!bounded) return Status::out_of_range;
   const int64_t used = bounds[row_splits.rows - 1];
   const bool good = with_integer(index.dtype, [&](auto t) {
-    return check_index(as<decltype(t)>(index), index.rows, used, args.num_points, into<int32_t>(args.out_index),
+    return check_index(as<decltype(t)>(index), index.rows, used, args.num_points, into<int32_t>(args.checked_index),
                        args.threads);
   });
   return good ? Status::ok : Status::out_of_range;
 }
 
-int64_t longest_row(const Array& row_splits, int most_threads) {
-  const auto* const bounds = as<int64_t>(row_splits);
-  const int64_t num_rows = row_splits.rows - 1;
-  const int threads = useful_threads(most_threads, num_rows, pairs_of_a_thread);
+Status longest_row(const LongestRow& args) {
+  const auto* const bounds = as<int64_t>(args.row_splits);
+  const int64_t num_rows = args.row_splits.rows - 1;
+  const int threads = useful_threads(args.threads, num_rows, pairs_of_a_thread);
   int64_t longest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : longest)
   for (int64_t i = 0; i < num_rows; ++i) longest = larger(longest, bounds[i + 1] - bounds[i]);
-  return longest;
+  *into<int64_t>(args.longest) = longest;
+  return Status::ok;
 }
 
-Status pad_list(const Array& index, const Array& row_splits, int64_t fill, const Array& out, int most_threads) {
-  const auto* const from = as<int32_t>(index);
-  const auto* const bounds = as<int64_t>(row_splits);
+Status pad_list(const PadList& args) {
+  const Array& out = args.padded;
+  const auto* const from = as<int32_t>(args.index);
+  const auto* const bounds = as<int64_t>(args.row_splits);
   const int64_t width = out.cols;
-  const int threads = useful_threads(most_threads, out.rows * width, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, out.rows * width, pairs_of_a_thread);
   with_integer(out.dtype, [&](auto t) {
     using T = decltype(t);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -99,17 +101,19 @@ Status pad_list(const Array& index, const Array& row_splits, int64_t fill, const
       const int64_t size = smaller(width, bounds[i + 1] - bounds[i]);
       T* const to = into<T>(out) + i * width;
       for (int64_t j = 0; j < size; ++j) to[j] = row[j];
-      for (int64_t j = size; j < width; ++j) to[j] = T(fill);
+      for (int64_t j = size; j < width; ++j) to[j] = T(args.fill);
     }
   });
   return Status::ok;
 }
 
 // A number that is neither a point, nor -1, nor num_points, is out of range.
-Status count_padded(const Array& padded, int64_t num_points, const Array& row_splits, int most_threads) {
-  auto* const bounds = into<int64_t>(row_splits);
+Status count_padded(const Unpad& args) {
+  const Array& padded = args.padded;
+  const int64_t num_points = args.num_points;
+  auto* const bounds = into<int64_t>(args.row_splits);
   const int64_t width = padded.cols;
-  const int threads = useful_threads(most_threads, padded.rows * width, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, padded.rows * width, pairs_of_a_thread);
   const bool good = with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
     using Unsigned = std::make_unsigned_t<T>;
@@ -133,17 +137,19 @@ Status count_padded(const Array& padded, int64_t num_points, const Array& row_sp
 }
 
 // Out of range: another thread wrote to the matrix after its rows were counted.
-Status unpad(const Array& padded, int64_t num_points, const Array& row_splits, const Array& out, int most_threads) {
-  const auto* const bounds = as<int64_t>(row_splits);
+Status unpad(const Unpad& args) {
+  const Array& padded = args.padded;
+  const int64_t num_points = args.num_points;
+  const auto* const bounds = as<int64_t>(args.row_splits);
   const int64_t width = padded.cols;
-  const int threads = useful_threads(most_threads, out.rows, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, args.index.rows, pairs_of_a_thread);
   int changed = 0;
   with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : changed)
     for (int64_t i = 0; i < padded.rows; ++i) {
       const T* const row = as<T>(padded) + i * width;
-      int32_t* to = into<int32_t>(out) + bounds[i];
+      int32_t* to = into<int32_t>(args.index) + bounds[i];
       const int64_t count = bounds[i + 1] - bounds[i];
       T outside = 0;
       for (int64_t j = 0; j < count; ++j) {  // mostly all points come first, and the rest need not be read

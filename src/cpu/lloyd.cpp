@@ -133,7 +133,8 @@ struct Relaxation {
 
 }  // namespace
 
-Status lloyd(const KernelPoints& args, double* out) {
+Status lloyd(const KernelPoints& args) {
+  auto* const out = into<double>(args.out);
   Relaxation relaxation(args, out);
   if (!relaxation.allocate()) return Status::out_of_memory;
   relaxation.start();

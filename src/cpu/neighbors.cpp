@@ -466,12 +466,12 @@ Status knn_search(const Search& search, int32_t* index, void* distance, int64_t*
 // A counting sort by index. Each thread takes a range of rows and, after the counts are known, writes its own slice of
 // every column, so that columns hold their rows in order whatever the number of threads.
 Status transpose(const Transpose& args) {
-  const Array &distance = args.distance, &out_distance = args.out_distance;
+  const Array &distance = args.distance, &out_distance = args.transposed_distance;
   const auto* from = as<int32_t>(args.index);
   const auto* rows = as<int64_t>(args.row_splits);
-  auto* to = into<int32_t>(args.out_index);
-  auto* splits = into<int64_t>(args.out_row_splits);
-  const int64_t m = args.row_splits.rows - 1, n = args.out_row_splits.rows - 1, pairs = rows[m];
+  auto* to = into<int32_t>(args.transposed_index);
+  auto* splits = into<int64_t>(args.transposed_row_splits);
+  const int64_t m = args.row_splits.rows - 1, n = args.transposed_row_splits.rows - 1, pairs = rows[m];
   // One counter per thread and column: no more threads than make the counters half as large as the list. Up to half a
   // million pairs one thread's cache holds all, and two take longer.
   const int threads =

@@ -113,7 +113,7 @@ template <class F>
 Status sum_neighbors(const NeighborReduce& args, const Array& out) {
   const Rows<F> rows(args.features);
   const auto* weights = as<F>(args.weights);
-  const auto *splits = as<int64_t>(args.row_splits), *shared = as<int64_t>(args.shared);
+  const auto *splits = as<int64_t>(args.row_splits), *forward_splits = as<int64_t>(args.forward_row_splits);
   const auto* index = as<int32_t>(args.index);
   auto* const to = into<F>(out);
   const int64_t m = out.rows, pairs = splits[m];
@@ -133,12 +133,12 @@ Status sum_neighbors(const NeighborReduce& args, const Array& out) {
         fill(row, rows.channels, empty);
         continue;
       }
-      if (shared) {
+      if (forward_splits) {
         enough = enough && shares.resize(n);
         if (!enough) continue;
         for (int64_t i = 0; i < n; ++i) {
           const int64_t j = index[begin + i];
-          shares[i] = (factors ? factors[i] : F(1)) / F(shared[j + 1] - shared[j]);
+          shares[i] = (factors ? factors[i] : F(1)) / F(forward_splits[j + 1] - forward_splits[j]);
         }
         factors = shares.data();
       }
@@ -439,8 +439,9 @@ Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* cho
 
 // Every row the gradient of its item, or its share of it.
 template <class F>
-Status spread_segments(const SegmentReduce& args, const Array& grad_features) {
-  const auto* given = as<F>(args.features);
+Status spread_segments(const SegmentReduce& args) {
+  const Array& grad_features = args.grad_features;
+  const auto* grad_out = as<F>(args.grad_out);
   const auto* splits = as<int64_t>(args.row_splits);
   auto* const to = into<F>(grad_features);
   const int64_t n = grad_features.rows, items = args.row_splits.rows - 1, channels = grad_features.cols;
@@ -465,7 +466,7 @@ Status spread_segments(const SegmentReduce& args, const Array& grad_features) {
       for (; i < end; ++b) {
         if (splits[b + 1] <= i) continue;
         const F divisor = mean ? F(splits[b + 1] - splits[b]) : F(1);
-        for (int64_t c = 0; c < channels; ++c) share[c] = given[b * channels + c] / divisor;
+        for (int64_t c = 0; c < channels; ++c) share[c] = grad_out[b * channels + c] / divisor;
         for (const int64_t stop = smaller(end, splits[b + 1]); i < stop; ++i)
           memcpy(to + i * channels, share.data(), size_t(channels) * sizeof(F));
       }
@@ -553,7 +554,9 @@ void weigh(const Array& distance, const Array& row_splits, double power, const A
 
 }  // namespace
 
-Status neighbor_reduce(const NeighborReduce& args, const Array& out, int32_t* choice) {
+Status neighbor_reduce(const NeighborReduce& args) {
+  const Array& out = args.out;
+  auto* const choice = into<int32_t>(args.choice);
   return with_real(out.dtype, [&](auto f) {
     using F = decltype(f);
     if (args.reduction == Reduction::max) return choose_neighbors<false, F>(args, out, choice);
@@ -562,13 +565,14 @@ Status neighbor_reduce(const NeighborReduce& args, const Array& out, int32_t* ch
   });
 }
 
-Status neighbor_reduce_grad_weights(const NeighborReduce& args, const Array& grad_out, const Array& grad_weights) {
+Status neighbor_reduce_grad_weights(const NeighborReduce& args) {
+  const Array& grad_out = args.grad_out;
   return with_real(grad_out.dtype, [&](auto f) {
     using F = decltype(f);
     const auto *features = as<F>(args.features), *grad = as<F>(grad_out);
     const auto* splits = as<int64_t>(args.row_splits);
     const auto* index = as<int32_t>(args.index);
-    auto* const to = into<F>(grad_weights);
+    auto* const to = into<F>(args.grad_weights);
     const int64_t m = grad_out.rows, channels = grad_out.cols, last = splits[m] - 1;
     const bool mean = args.reduction == Reduction::mean;
 #pragma omp parallel for num_threads(useful_threads(args.threads, splits[m] * channels, busy)) schedule(dynamic, 64)
@@ -585,30 +589,32 @@ Status neighbor_reduce_grad_weights(const NeighborReduce& args, const Array& gra
   });
 }
 
-Status unpool(const Array& choice, const Array& grad_out, const Array& grad_features, int threads) {
-  return with_real(grad_out.dtype, [&](auto f) {
-    unpool_rows<decltype(f)>(choice, grad_out, grad_features, threads);
+Status unpool(const Unpool& args) {
+  return with_real(args.grad_out.dtype, [&](auto f) {
+    unpool_rows<decltype(f)>(args.choice, args.grad_out, args.grad_features, args.threads);
     return Status::ok;
   });
 }
 
-Status gather_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
-  const bool valid = index.dtype == DType::int32 ? copy_rows<int32_t>(features, index, row_splits, out, threads)
-                                                 : copy_rows<int64_t>(features, index, row_splits, out, threads);
+Status gather_rows(const GatherRows& args) {
+  const Array &features = args.features, &index = args.index, &row_splits = args.row_splits, &out = args.out;
+  const bool valid = index.dtype == DType::int32 ? copy_rows<int32_t>(features, index, row_splits, out, args.threads)
+                                                 : copy_rows<int64_t>(features, index, row_splits, out, args.threads);
   return valid ? Status::ok : Status::out_of_range;
 }
 
-Status inverse_distance_weights(const Array& distance, const Array& row_splits, double power, const Array& weights,
-                                int threads) {
-  return with_real(distance.dtype, [&](auto g) {
-    return with_real(weights.dtype, [&](auto f) {
-      weigh<decltype(g), decltype(f)>(distance, row_splits, power, weights, threads);
+Status inverse_distance_weights(const InverseDistanceWeights& args) {
+  return with_real(args.distance.dtype, [&](auto g) {
+    return with_real(args.weights.dtype, [&](auto f) {
+      weigh<decltype(g), decltype(f)>(args.distance, args.row_splits, args.power, args.weights, args.threads);
       return Status::ok;
     });
   });
 }
 
-Status segment_reduce(const SegmentReduce& args, const Array& out, int32_t* choice) {
+Status segment_reduce(const SegmentReduce& args) {
+  const Array& out = args.out;
+  auto* const choice = into<int32_t>(args.choice);
   return with_real(out.dtype, [&](auto f) {
     using F = decltype(f);
     if (args.reduction == Reduction::max) return choose_segments<false, F>(args, out, choice);
@@ -617,8 +623,8 @@ Status segment_reduce(const SegmentReduce& args, const Array& out, int32_t* choi
   });
 }
 
-Status segment_reduce_grad(const SegmentReduce& args, const Array& grad_features) {
-  return with_real(grad_features.dtype, [&](auto f) { return spread_segments<decltype(f)>(args, grad_features); });
+Status segment_reduce_grad(const SegmentReduce& args) {
+  return with_real(args.grad_out.dtype, [&](auto f) { return spread_segments<decltype(f)>(args); });
 }
 
 }  // namespace KP_ISA

@@ -285,7 +285,8 @@ Status sum_all_rows(const Array& rows, const Array& sums, int threads) {
 // Sums are taken about the first row of an item. The variance is then at least the n-th part of the square of that
 // row's distance from the mean, so the difference of sums below loses at most a factor of n, wherever the values are.
 template <class T>
-Status find_moments(const Normalize& args, const Array& mean, const Array& variance) {
+Status find_moments(const Moments& args) {
+  const Array &mean = args.mean, &variance = args.variance;
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, padded = round_up(columns, lanes<T>);
   const int64_t groups = mean.cols, of_group = groups ? columns / groups : 0;
   const T* const x = as<T>(args.features);
@@ -356,7 +357,8 @@ struct Affine {
 };
 
 template <class T>
-Status apply(const Normalize& args, const Array& out) {
+Status apply(const Normalize& args) {
+  const Array& out = args.out;
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1;
   const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
   Affine<T> affine;
@@ -383,10 +385,10 @@ Status apply(const Normalize& args, const Array& out) {
 //   grad_x = s (g scale - mean of (g scale) - n mean of (g scale n))     (Ioffe and Szegedy 2015, section 3),
 // without the last two terms where mean and s are given.
 template <class T>
-Status differentiate(const Normalize& args, const Array& grad_out, const NormalizeGrad& out) {
+Status differentiate(const Normalize& args) {
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, groups = args.mean.cols;
   const int64_t* const row_splits = as<int64_t>(args.row_splits);
-  const T *const x = as<T>(args.features), *const grad = as<T>(grad_out);
+  const T *const x = as<T>(args.features), *const grad = as<T>(args.grad_out);
   const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
   Affine<T> affine;
   Blocks blocks;
@@ -404,7 +406,7 @@ Status differentiate(const Normalize& args, const Array& grad_out, const Normali
   if (!slant.resize(items * padded) || !level.resize(items * padded)) return Status::out_of_memory;
   memset(slant.data(), 0, size_t(items * padded) * sizeof(T));
   memset(level.data(), 0, size_t(items * padded) * sizeof(T));
-  if (out.grad_scale.data || out.grad_shift.data || !args.is_given) {
+  if (args.grad_scale.data || args.grad_shift.data || !args.statistics_fixed) {
     Buffer<double> sums;
     if (!sum_columns<T>(blocks, items, columns, threads, sums,
                         [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
@@ -426,7 +428,7 @@ Status differentiate(const Normalize& args, const Array& grad_out, const Normali
         scales[c] = as<double>(args.inverse_std)[g] * (scales[c] - lost * shifts[c]);
       }
       const double values = double(row_splits[item + 1] - row_splits[item]) * double(groups ? columns / groups : 0);
-      for (int64_t g = 0; g < groups && !args.is_given && values > 0; ++g) {
+      for (int64_t g = 0; g < groups && !args.statistics_fixed && values > 0; ++g) {
         const int64_t begin = g * (columns / groups), end = begin + columns / groups;
         double mean_grad = 0, mean_product = 0;
         for (int64_t c = begin; c < end; ++c) {
@@ -447,13 +449,13 @@ Status differentiate(const Normalize& args, const Array& grad_out, const Normali
         shift += sums[item * 2 * padded + c];
         scale += sums[(item * 2 + 1) * padded + c];
       }
-      if (out.grad_shift.data) into<T>(out.grad_shift)[c] = T(shift);
-      if (out.grad_scale.data) into<T>(out.grad_scale)[c] = T(scale);
+      if (args.grad_shift.data) into<T>(args.grad_shift)[c] = T(shift);
+      if (args.grad_scale.data) into<T>(args.grad_scale)[c] = T(scale);
     }
   }
-  if (!out.grad_features.data) return Status::ok;
+  if (!args.grad_features.data) return Status::ok;
   const T *const slants = slant.data(), *const levels = level.data();
-  T* const to = into<T>(out.grad_features);
+  T* const to = into<T>(args.grad_features);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks.count(); ++b) {
     const int64_t of_item = blocks.item(b) * padded;
@@ -741,8 +743,8 @@ class Labelled {
       : labels_(as<L>(args.labels)),
         weights_(as<T>(args.class_weights)),
         classes_(args.logits.cols),
-        ignore_(args.ignore_index),
-        has_ignore_(args.has_ignore_index) {}
+        ignore_(args.ignore_index.value),
+        has_ignore_(args.ignore_index.is_set) {}
   int64_t label(int64_t r) const { return int64_t(read_once(labels_ + r)); }
   bool is_ignored(int64_t label) const { return has_ignore_ && label == ignore_; }
   bool is_valid(int64_t label) const { return label >= 0 && label < classes_; }
@@ -858,78 +860,85 @@ Status with_types(const CrossEntropy& args, Call call) {
 
 // Calls copy(part's row, its place in the whole's row, bytes) for every row and part.
 template <class Copy>
-void for_each_part(const Columns& args, const Array& whole, Copy copy) {
-  if (!whole.cols) return;
-  const int64_t size = size_of(whole.dtype), stride = whole.cols * size;
-  const int threads = useful_threads(args.threads, whole.rows * whole.cols, grain);
+void for_each_part(const Concatenate& args, Copy copy) {
+  const Array& joined = args.out;
+  if (!joined.cols) return;
+  const int64_t size = size_of(joined.dtype), stride = joined.cols * size;
+  const int threads = useful_threads(args.threads, joined.rows * joined.cols, grain);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < whole.rows; ++r) {
-    char* to = into<char>(whole) + r * stride;
-    for (const Array& part : args.parts) {
-      if (part.data) copy(into<char>(part) + r * part.cols * size, to, size_t(part.cols * size));
-      to += part.cols * size;
+  for (int64_t r = 0; r < joined.rows; ++r) {
+    char* to = into<char>(joined) + r * stride;
+    for (const Optional* part : {&args.first, &args.second, &args.third, &args.fourth}) {
+      if (part->data) copy(into<char>(*part) + r * part->cols * size, to, size_t(part->cols * size));
+      to += part->cols * size;
     }
   }
 }
 
 }  // namespace
 
-Status linear(const Array& features, const Array& weights, const Array& bias, const Array& out, int threads) {
-  return with_real(out.dtype, [&](auto t) {
+Status linear(const Linear& args) {
+  return with_real(args.out.dtype, [&](auto t) {
     using F = decltype(t);
-    return multiply<F>(features, weights, false, as<F>(bias), out, threads);
+    return multiply<F>(args.features, args.weights, false, as<F>(args.bias), args.out, args.threads);
   });
 }
 
-Status linear_grad_features(const Array& weights, const Array& grad_out, const Array& grad_features, int threads) {
-  return with_real(grad_out.dtype, [&](auto t) {
-    return multiply<decltype(t)>(grad_out, weights, true, nullptr, grad_features, threads);
+Status linear_grad_features(const Linear& args) {
+  return with_real(args.grad_out.dtype, [&](auto t) {
+    return multiply<decltype(t)>(args.grad_out, args.weights, true, nullptr, args.grad_features, args.threads);
   });
 }
 
-Status linear_grad_weights(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
-  return with_real(grad_out.dtype,
-                   [&](auto t) { return weight_gradient<decltype(t)>(features, grad_out, grad_weights, threads); });
+Status linear_grad_weights(const Linear& args) {
+  return with_real(args.grad_out.dtype, [&](auto t) {
+    return weight_gradient<decltype(t)>(args.features, args.grad_out, args.grad_weights, args.threads);
+  });
 }
 
-Status sum_rows(const Array& rows, const Array& sums, int threads) {
-  return with_real(rows.dtype, [&](auto t) { return sum_all_rows<decltype(t)>(rows, sums, threads); });
+Status sum_rows(const SumRows& args) {
+  return with_real(args.rows.dtype,
+                   [&](auto t) { return sum_all_rows<decltype(t)>(args.rows, args.sums, args.threads); });
 }
 
-Status moments(const Normalize& args, const Array& mean, const Array& variance) {
-  return with_real(args.features.dtype, [&](auto t) { return find_moments<decltype(t)>(args, mean, variance); });
+Status moments(const Moments& args) {
+  return with_real(args.features.dtype, [&](auto t) { return find_moments<decltype(t)>(args); });
 }
 
-Status normalize(const Normalize& args, const Array& out) {
-  return with_real(args.features.dtype, [&](auto t) { return apply<decltype(t)>(args, out); });
+Status normalize(const Normalize& args) {
+  return with_real(args.features.dtype, [&](auto t) { return apply<decltype(t)>(args); });
 }
 
-Status normalize_grad(const Normalize& args, const Array& grad_out, const NormalizeGrad& out) {
-  return with_real(args.features.dtype, [&](auto t) { return differentiate<decltype(t)>(args, grad_out, out); });
+Status normalize_grad(const Normalize& args) {
+  return with_real(args.features.dtype, [&](auto t) { return differentiate<decltype(t)>(args); });
 }
 
-Status activate(const Activate& args, const Array& out) {
-  return with_real(out.dtype, [&](auto t) { return activate_all(args, into<decltype(t)>(out)); });
+Status activate(const Activate& args) {
+  return with_real(args.out.dtype, [&](auto t) { return activate_all(args, into<decltype(t)>(args.out)); });
 }
 
-Status activate_grad(const Activate& args, const Array& grad_out, const Array& grad_features) {
-  return with_real(grad_out.dtype, [&](auto t) {
+Status activate_grad(const Activate& args) {
+  return with_real(args.grad_out.dtype, [&](auto t) {
     using T = decltype(t);
-    return activate_all_grad(args, as<T>(grad_out), into<T>(grad_features));
+    return activate_all_grad(args, as<T>(args.grad_out), into<T>(args.grad_features));
   });
 }
 
-Status add(const Array& first, const Array& second, const Array& out, int threads) {
+Status add(const Add& args) {
+  const Array& out = args.out;
   return with_real(out.dtype, [&](auto t) {
     using T = decltype(t);
-    const T *const a = as<T>(first), *const b = as<T>(second);
-    map_shared(out.rows * out.cols, threads, into<T>(out), [=](int64_t i, auto at) { return at(a + i) + at(b + i); });
+    const T *const a = as<T>(args.first), *const b = as<T>(args.second);
+    map_shared(out.rows * out.cols, args.threads, into<T>(out),
+               [=](int64_t i, auto at) { return at(a + i) + at(b + i); });
     return Status::ok;
   });
 }
 
-Status sum_squares(const Array& values, double* sum, int threads) {
-  return with_real(values.dtype, [&](auto t) { return sum_all_squares<decltype(t)>(values, sum, threads); });
+Status sum_squares(const SumSquares& args) {
+  return with_real(args.values.dtype, [&](auto t) {
+    return sum_all_squares<decltype(t)>(args.values, into<double>(args.sum), args.threads);
+  });
 }
 
 Status sgd(const Sgd& args) {
@@ -940,42 +949,43 @@ Status adamw(const AdamW& args) {
   return with_real(args.value.dtype, [&](auto t) { return adapt<decltype(t)>(args); });
 }
 
-Status dropout(const Dropout& args, const Array& out) {
-  return with_real(out.dtype, [&](auto t) { return drop(args, into<decltype(t)>(out)); });
+Status dropout(const Dropout& args) {
+  return with_real(args.out.dtype, [&](auto t) { return drop(args, into<decltype(t)>(args.out)); });
 }
 
-Status softmax(const Array& features, const Array& out, int threads) {
-  return with_real(out.dtype, [&](auto t) { return softmax_rows(features, into<decltype(t)>(out), threads); });
+Status softmax(const Softmax& args) {
+  return with_real(args.out.dtype,
+                   [&](auto t) { return softmax_rows(args.features, into<decltype(t)>(args.out), args.threads); });
 }
 
-Status softmax_grad(const Array& features, const Array& grad_out, const Array& grad_features, int threads) {
-  return with_real(grad_out.dtype, [&](auto t) {
+Status softmax_grad(const Softmax& args) {
+  return with_real(args.grad_out.dtype, [&](auto t) {
     using T = decltype(t);
-    return softmax_rows_grad(features, as<T>(grad_out), into<T>(grad_features), threads);
+    return softmax_rows_grad(args.features, as<T>(args.grad_out), into<T>(args.grad_features), args.threads);
   });
 }
 
-Status cross_entropy(const CrossEntropy& args, const Array& out) {
+Status cross_entropy(const CrossEntropy& args) {
   return with_types(args, [&](auto t, auto l) {
     using T = decltype(t);
-    return entropies<T, decltype(l)>(args, into<T>(out));
+    return entropies<T, decltype(l)>(args, into<T>(args.out));
   });
 }
 
-Status cross_entropy_grad(const CrossEntropy& args, const Array& grad_out, const Array& grad_logits) {
+Status cross_entropy_grad(const CrossEntropy& args) {
   return with_types(args, [&](auto t, auto l) {
     using T = decltype(t);
-    return entropies_grad<T, decltype(l)>(args, as<T>(grad_out), into<T>(grad_logits));
+    return entropies_grad<T, decltype(l)>(args, as<T>(args.grad_out), into<T>(args.grad_logits));
   });
 }
 
-Status concatenate(const Columns& args, const Array& whole) {
-  for_each_part(args, whole, [](char* part, char* to, size_t bytes) { memcpy(to, part, bytes); });
+Status concatenate(const Concatenate& args) {
+  for_each_part(args, [](char* part, char* joined, size_t bytes) { memcpy(joined, part, bytes); });
   return Status::ok;
 }
 
-Status split(const Columns& args, const Array& whole) {
-  for_each_part(args, whole, [](char* part, char* from, size_t bytes) { memcpy(part, from, bytes); });
+Status split(const Concatenate& args) {
+  for_each_part(args, [](char* part, char* joined, size_t bytes) { memcpy(part, joined, bytes); });
   return Status::ok;
 }
 

@@ -416,7 +416,8 @@ Status sample(const FarthestPoints& args, int32_t* index) {
 
 }  // namespace
 
-Status farthest_points(const FarthestPoints& args, int32_t* index) {
+Status farthest_points(const FarthestPoints& args) {
+  auto* const index = into<int32_t>(args.index);
   const Array& points = args.points;
   const auto of_dimension = [&](auto t) {
     using T = decltype(t);

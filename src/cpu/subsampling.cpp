@@ -236,8 +236,8 @@ class Majority {
   Majority(const GridSubsample& args, int64_t smallest, int64_t largest)
       : labels_(as<L>(args.labels)),
         smallest_(smallest),
-        ignore_(args.ignore_label),
-        has_ignore_(args.has_ignore_label),
+        ignore_(args.ignore_label.value),
+        has_ignore_(args.ignore_label.is_set),
         counting_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
     if (!counting_) return;
     range_ = uint64_t(largest - smallest) + 1;
@@ -449,7 +449,8 @@ Status elect(const Plan& plan, const Array& labels) {
 
 // Each row of the gradient from that of its voxel: all of them a share of it, or the nearest the whole.
 template <class T>
-Status give_rows(const GridSubsampleGrad& args, const Array& grad_features) {
+Status give_rows(const GridSubsampleGrad& args) {
+  const Array& grad_features = args.grad_features;
   const auto* inverse = as<int32_t>(args.inverse);
   const auto* counts = as<int32_t>(args.counts);
   const auto* nearest = as<int32_t>(args.nearest);
@@ -497,7 +498,8 @@ struct Maxima {
 
 // Each value of a voxel's gradient goes to the row that had the maximum of its column.
 template <class T>
-Status give_to_maxima(const GridSubsampleGrad& args, const Array& grad_features) {
+Status give_to_maxima(const GridSubsampleGrad& args) {
+  const Array& grad_features = args.grad_features;
   const auto* features = as<T>(args.features);
   const auto* grad_out = as<T>(args.grad_out);
   auto* const to = into<T>(grad_features);
@@ -565,11 +567,10 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
   return status;
 }
 
-Status grid_subsample_grad(const GridSubsampleGrad& args, const Array& grad_features) {
-  return with_real(grad_features.dtype, [&](auto t) {
+Status grid_subsample_grad(const GridSubsampleGrad& args) {
+  return with_real(args.features.dtype, [&](auto t) {
     using T = decltype(t);
-    return args.feature == VoxelFeature::max ? give_to_maxima<T>(args, grad_features)
-                                             : give_rows<T>(args, grad_features);
+    return args.feature == VoxelFeature::max ? give_to_maxima<T>(args) : give_rows<T>(args);
   });
 }
 

@@ -7,8 +7,21 @@
 #define KP_TEXT(a) KP_TEXT_(a)
 
 namespace kp {
+namespace {
 
+// A kernel as a function of any kernel's fields, as the table has it.
+template <class Fields, Status (*kernel)(const Fields&)>
+Status of_any(const void* fields) {
+  return kernel(*static_cast<const Fields*>(fields));
+}
+
+#define KP_ENTRY(name, fields) of_any<fields, KP_ISA::name>,
+Status (*const kernels[])(const void*) = {KP_KERNELS(KP_ENTRY)};
+
+}  // namespace
+
+#undef KP_ENTRY
 #define KP_ENTRY(result, name, arguments) KP_ISA::name,
-const Kernels KP_JOIN(kernels_, KP_ISA) = {KP_TEXT(KP_ISA), KP_KERNELS(KP_ENTRY)};
+const Functions KP_JOIN(functions_, KP_ISA) = {KP_TEXT(KP_ISA), kernels, KP_PHASES(KP_ENTRY)};
 
 }  // namespace kp
