@@ -1,4 +1,4 @@
-"""Writes kpcore/torch/__init__.pyi and kpcore/jax.pyi from the table of operators: ``python docs/signatures.py``.
+"""Writes kpcore/torch/__init__.pyi and kpcore/jax/__init__.pyi from the table of operators: ``python docs/signatures.py``.
 
 Those modules make their functions when they are imported; editors and type checkers read these files instead. A test
 fails if they are out of date.
@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import kpcore as kp
-from kpcore.ops import OPS
+from kpcore.ops import EAGER, OPS
 
 FRAMEWORKS = {
     "torch/__init__.pyi": ("from torch import Tensor", "Tensor"),
-    "jax.pyi": ("from jax import Array", "Array"),
+    "jax/__init__.pyi": ("from jax import Array", "Array"),
 }
-EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 LAYERS = ("DeformableKPConv", "KPConv", "KPConvX")
 RECORDS = {"batch_norm": "BatchNormed", "build_pyramid": "Pyramid", "farthest_point_sampling": "Sampled",
            "grid_subsample": "Subsampled", "knn_search": "Neighbors"}  # fmt: skip

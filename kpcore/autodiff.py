@@ -1,10 +1,10 @@
 """Reverse-mode differentiation over a small tape.
 
 Every differentiable operator is one row of a table, a `kpcore.ops.Op`: its checks, its forward pass, its
-vector-Jacobian product, and the arguments it can be differentiated in. Called with arrays, an operator just computes. Called with a
-`Tensor` for one of those arguments it also remembers what it did, and gradients are computed by walking back over that:
-from a Tensor with `Tensor.backward`, of a function with `vjp`, `grad` and `value_and_grad`. kpcore.torch and kpcore.jax
-hand the same rows to their frameworks.
+vector-Jacobian product, and the arguments it can be differentiated in. Called with arrays, an operator just computes.
+Called with a `Tensor` for one of those arguments it also remembers what it did, and gradients are computed by walking
+back over that: from a Tensor with `Tensor.backward`, of a function with `vjp`, `grad` and `value_and_grad`.
+kpcore.torch and kpcore.jax hand the same rows to their frameworks.
 
     conv = lambda f, w: kpcore.kpconv(points, None, neighbors, f, w, kernel_points, extent)
     out, pullback = kpcore.autodiff.vjp(conv, features, weights)
@@ -17,6 +17,7 @@ being differentiated, in several threads at once, and an exception leaves nothin
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -140,6 +141,9 @@ def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callab
                     return record(op, bind(args, kwargs))
             return op.compute(check(*args, **kwargs))[0]
 
+        returned = check.__annotations__.get("return", "").removeprefix("Call[").removesuffix("]")
+        function.__annotations__ = check.__annotations__ | {"return": returned}
+        function.__signature__ = inspect.signature(check).replace(return_annotation=returned)
         OPS[op.name] = op
         return function
 

@@ -139,9 +139,7 @@ def _unit(sizes, dimension, fixed, method, seed):
     widest, spacing = None, -1.0
     for attempt in range(_STARTS):
         start = (seed + attempt * 0x9E3779B97F4A7C15) % 2**64
-        points = np.empty((num, dimension))
-        kernel = "lloyd" if method == "lloyd" else "kernel_points"
-        cpu.run(kernel, num=num, dimension=dimension, fixed=fixed, radii=radii, seed=start, out=points)
+        points = unscaled("lloyd" if method == "lloyd" else "kernel_points", num, dimension, fixed, start, radii)
         closest = _closest(points)
         if closest > spacing:
             widest, spacing = points, closest
@@ -155,6 +153,13 @@ def _unit(sizes, dimension, fixed, method, seed):
         if norms and sum(norms) > 0:
             points = points / (sum(norms) / len(norms))
     points.flags.writeable = False
+    return points
+
+
+def unscaled(kernel, num, dimension, fixed, seed, radii=None):
+    """(num, dimension) from one start: in the unit ball, of "lloyd" and of `radii`; else before any scaling."""
+    points = np.empty((num, dimension))
+    cpu.run(kernel, num=num, dimension=dimension, fixed=fixed, radii=radii, seed=seed, out=points)
     return points
 
 

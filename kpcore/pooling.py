@@ -323,7 +323,7 @@ def _interpolate_forward(call):
 
 def _interpolate_vjp(call, saved, grad, needs):
     splits, index, weights = saved
-    return {"features": _weighted_sum(grad, *transposed(index, splits, weights, len(call.features)))}
+    return {"features": _weighted_sum(grad, *transposed(index, splits, weights, call.features.shape[0]))}
 
 
 @operator(vjp=_interpolate_vjp, diff=("features",), forward=_interpolate_forward, keeps=())

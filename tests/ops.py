@@ -10,8 +10,7 @@ import numpy as np
 from reference import radius_search
 
 import kpcore as kp
-from kpcore.autodiff import Op
-from kpcore.ops import OPS
+from kpcore.ops import OPS, Call, Op
 
 
 def cloud(num, dtype):
@@ -219,6 +218,11 @@ def vjp(op, arguments, names):
     return kp.autodiff.vjp(fn, *(arguments[name] for name in names))
 
 
+def computed(op, arguments):
+    """(out, saved)"""
+    return op.compute(op.check(**arguments))
+
+
 def covector(out):
     return np.random.default_rng(2).normal(size=out.shape).astype(out.dtype)
 
@@ -232,28 +236,28 @@ class Weighted(NamedTuple):
 
 
 def weighted(features: "Array", weights: "Array | None" = None, neighbors: "Neighbors | None" = None,  # noqa: F821
-             factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False, name: "str | None" = None):  # fmt: skip
-    return WEIGHTED(features=features, weights=weights, neighbors=neighbors, factor=factor, power=power, negate=negate,
-                    name=name)  # fmt: skip
+             factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False,
+             name: "str | None" = None) -> Call:  # fmt: skip
+    return Call(features=features, weights=weights, scale=factor**power * (-1 if negate else 1))
 
 
-def _weighted(features, weights, neighbors, factor, power, negate, name):
-    scale = np.full(features.shape[1], factor**power * (-1 if negate else 1), features.dtype)
-    if weights is not None:
-        scale = scale * weights
-    return Weighted(features * scale, np.arange(len(features), dtype=np.int32)), (scale,)
+def _weighted(call):
+    scale = np.full(call.features.shape[1], call.scale, call.features.dtype)
+    if call.weights is not None:
+        scale = scale * call.weights
+    return Weighted(call.features * scale, np.arange(len(call.features), dtype=np.int32)), (scale,)
 
 
-def _weighted_vjp(arguments, saved, grad, needs):
-    one = saved[0] if arguments["weights"] is None else saved[0] / arguments["weights"]
-    found = {"features": grad * saved[0], "weights": (grad * arguments["features"]).sum(0) * one}
+def _weighted_vjp(call, saved, grad, needs):
+    one = saved[0] if call.weights is None else saved[0] / call.weights
+    found = {"features": grad * saved[0], "weights": (grad * call.features).sum(0) * one}
     return {name: found[name] for name in needs}
 
 
-def _weighted_result(features, **_):
-    num, channels = features.shape
-    return [((num, channels), features.dtype), ((num,), np.int32), ((channels,), features.dtype)]
+def _weighted_result(call):
+    num, channels = call.features.shape
+    return [((num, channels), call.features.dtype), ((num,), np.int32), ((channels,), call.features.dtype)]
 
 
-WEIGHTED = Op("weighted", _weighted, _weighted_vjp, diff=("features", "weights"), result=_weighted_result,
-              field="features", record=Weighted)  # fmt: skip
+WEIGHTED = Op("weighted", weighted, _weighted_vjp, diff=("features", "weights"), result=_weighted_result,
+              forward=_weighted, field="features", record=Weighted)  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import clouds
 import numpy as np
+import ops
 import pytest
 import reference
 from gradcheck import check_vjp
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from reference import assert_close, assert_same_bits, tolerance
 
 import kpcore as kp
-from kpcore.deformation import FITTING, REPULSION
+from kpcore.ops import OPS, Call
 
 REDUCTIONS = ["mean", "points", "sum"]
 KERNEL_SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 43]
@@ -220,10 +221,9 @@ def test_any_layout_and_read_only(layout):
 
 def nearest_of(points, queries, rows, kernel_points, offsets):
     case = clouds.kpconv_case(points, queries, rows, radius=1.0)
-    _, (nearest,) = FITTING.forward(
-        points=points, queries=queries, neighbors=kp.Neighbors(*case.csr()), kernel_points=kernel_points,
-        offsets=offsets, extent=1.0, reduction="mean",
-    )  # fmt: skip
+    arguments = {"points": points, "queries": queries, "neighbors": kp.Neighbors(*case.csr()),
+                 "kernel_points": kernel_points, "offsets": offsets, "extent": 1.0}  # fmt: skip
+    _, (nearest,) = ops.computed(OPS["fitting_loss"], arguments)
     return nearest
 
 
@@ -394,11 +394,11 @@ def test_what_comes_out_is_known_ahead(dtype):
     common["reduction"] = "mean"
     of_points = {"points": case.points, "queries": case.queries, "neighbors": kp.Neighbors(*case.csr())}
     for op, arguments in (
-        (FITTING, common | of_points),
-        (REPULSION, common | {"repulse_extent": 1.2, "detach_others": True}),
+        (OPS["fitting_loss"], common | of_points),
+        (OPS["repulsion_loss"], common | {"repulse_extent": 1.2, "detach_others": True}),
     ):
-        out, saved = op.forward(**arguments)
-        assert op.result(**arguments) == [(a.shape, a.dtype) for a in (out, *saved)]
+        out, saved = ops.computed(op, arguments)
+        assert op.result(Call(**arguments)) == [(a.shape, a.dtype) for a in (out, *saved)]
 
 
 # ---- the published code
@@ -422,7 +422,7 @@ def test_golden(path):
     assert_close(kernel_points + offsets, golden["deformed_kernel_points"], 1e-10)
 
     arguments = {"points": points, "queries": queries, "neighbors": neighbors, "kernel_points": kernel_points}
-    _, (nearest,) = FITTING.forward(**arguments, offsets=offsets, extent=extent, reduction="mean")
+    _, (nearest,) = ops.computed(OPS["fitting_loss"], arguments | {"offsets": offsets, "extent": extent})
     difference = points[nearest] - queries[:, None] - kernel_points - offsets
     assert_close((difference**2).sum(2), golden["min_d2"], 1e-10)
 

@@ -12,7 +12,7 @@ from kpcore.backends import cpu
 
 
 def unscaled(num, dimension=3, fixed=1, seed=0):
-    return cpu.kernel_points(num, dimension, fixed, None, seed, 2)
+    return dispositions.unscaled("kernel_points", num, dimension, fixed, seed)
 
 
 def gradient(points):
@@ -87,12 +87,13 @@ def test_seeds_differ_and_repeat():
     assert kp.kernel_points(15, seed=1).any()
 
 
-def test_same_bits_for_any_instruction_set_and_threads(set_isa):
+def test_same_bits_for_any_instruction_set_and_threads(set_isa, set_threads):
     expected = unscaled(15)
     for isa in cpu.isas():
         set_isa(isa)
         for threads in (1, 2, 3):
-            np.testing.assert_array_equal(cpu.kernel_points(15, 3, 1, None, 0, threads), expected)
+            set_threads(threads)
+            np.testing.assert_array_equal(unscaled(15), expected)
 
 
 def test_same_bits_as_when_it_was_written():
@@ -221,20 +222,22 @@ def test_methods_have_seeds_and_rotations(method, num):
     np.testing.assert_allclose(turned @ turned.T, plain @ plain.T, atol=1e-12)
 
 
-def test_methods_have_the_same_bits_for_any_instruction_set_and_threads(set_isa):
+def test_methods_have_the_same_bits_for_any_instruction_set_and_threads(set_isa, set_threads):
     radii = np.repeat([0, 0.4, 0.8], [1, 6, 9])
     results = set()
     for isa in cpu.isas():
         set_isa(isa)
         for threads in (1, 2, 3):
-            lloyd, shells = cpu.lloyd(50, 3, 1, 5, threads), cpu.kernel_points(16, 3, 1, radii, 5, threads)
+            set_threads(threads)
+            lloyd = dispositions.unscaled("lloyd", 50, 3, 1, 5)
+            shells = dispositions.unscaled("kernel_points", 16, 3, 1, 5, radii)
             results.add(lloyd.tobytes() + shells.tobytes())
     assert len(results) == 1
 
 
 def test_methods_have_the_same_bits_as_when_they_were_written():
-    lloyd = cpu.lloyd(50, 3, 1, 0, 2)
-    shells = cpu.kernel_points(16, 3, 1, np.repeat([0, 0.4, 0.8], [1, 6, 9]), 0, 2)
+    lloyd = dispositions.unscaled("lloyd", 50, 3, 1, 0)
+    shells = dispositions.unscaled("kernel_points", 16, 3, 1, 0, np.repeat([0, 0.4, 0.8], [1, 6, 9]))
     expected = [
         [
             "-0x1.f84db7ad92c31p-5",
@@ -259,12 +262,13 @@ def test_methods_have_the_same_bits_as_when_they_were_written():
 # ---- the check of the spacing
 
 
-def spoiled(door, starts, calls):
-    """A door whose first `starts` results have two equal points."""
+def spoiled(expected, starts, calls, unscaled=dispositions.unscaled):
+    """`unscaled` whose first `starts` results have two points too close; it notes the seeds."""
 
-    def call(*arguments):
-        points = door(*arguments)
-        calls.append(arguments[-2])
+    def call(kernel, num, dimension, fixed, seed, radii):
+        assert kernel == expected
+        points = unscaled(kernel, num, dimension, fixed, seed, radii)
+        calls.append(seed)
         if len(calls) <= starts:
             points[-1] = points[-2] * (1 + len(calls) * 1e-3)
         return points
@@ -278,7 +282,7 @@ def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name,
     calls, step = [], 0x9E3779B97F4A7C15
     expected = kp.kernel_points(num, method=method, seed=step)
     dispositions._unit.cache_clear()
-    monkeypatch.setattr(cpu, name, spoiled(getattr(cpu, name), 1, calls))
+    monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 1, calls))
     np.testing.assert_array_equal(kp.kernel_points(num, method=method), expected)
     assert calls == [0, step]
     dispositions._unit.cache_clear()
@@ -286,7 +290,7 @@ def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name,
 
 def test_the_widest_of_eight_starts_that_fail(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu, "lloyd", spoiled(cpu.lloyd, 8, calls))
+    monkeypatch.setattr(dispositions, "unscaled", spoiled("lloyd", 8, calls))
     dispositions._unit.cache_clear()
     points = kp.kernel_points(33, method="lloyd", dtype=np.float64)
     dispositions._unit.cache_clear()
@@ -300,7 +304,7 @@ def test_the_widest_of_eight_starts_that_fail(monkeypatch):
                                              ("shells", (1, 2, 1)), ("shells", (1, 30))])  # fmt: skip
 def test_the_first_start_will_do(method, num, dimension, monkeypatch):
     name, calls = "lloyd" if method == "lloyd" else "kernel_points", []
-    monkeypatch.setattr(cpu, name, spoiled(getattr(cpu, name), 0, calls))
+    monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 0, calls))
     dispositions._unit.cache_clear()
     kp.kernel_points(num, dimension=dimension, method=method)
     assert calls == [0]

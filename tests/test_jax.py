@@ -26,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import jax_devices  # noqa: E402
 
 import kpcore.jax as kpj  # noqa: E402
+from kpcore.jax import ffi, operators  # noqa: E402
 from kpcore.ops import OPS  # noqa: E402
 
 
@@ -99,14 +100,14 @@ def test_only_what_is_needed_is_computed(variant, monkeypatch):
     asked = []
     counting = replace(op, vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs))
     monkeypatch.setitem(OPS, op.name, counting)
-    kpj._decoded.cache_clear()
+    operators._decoded.cache_clear()
     given = of_jax(arguments)
     for name in ops.diff(op, arguments):
         asked.clear()
         fn = function(op, given, [name])
         jax.jit(jax.grad(lambda x, fn=fn: fn(x).sum()))(given[name]).block_until_ready()
         assert asked == [{name}]
-    kpj._decoded.cache_clear()
+    operators._decoded.cache_clear()
 
 
 @pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
@@ -614,10 +615,10 @@ def test_a_wrong_gradient_is_caught(monkeypatch, x64):
     op, _ = ops.call("kpconv-0")
     wrong = replace(op, vjp=lambda *a: {name: g * 1.001 for name, g in op.vjp(*a).items()})
     monkeypatch.setitem(OPS, op.name, wrong)
-    kpj._decoded.cache_clear()
+    operators._decoded.cache_clear()
     with pytest.raises(AssertionError, match="relative error"):
         test_by_central_differences("kpconv-0", x64)
-    kpj._decoded.cache_clear()
+    operators._decoded.cache_clear()
 
 
 def test_threads_share_a_compiled_function():
@@ -681,7 +682,7 @@ def test_labels_that_32_bits_cannot_hold(x64):
 
 def test_an_accelerator_is_refused_in_words():
     """What XLA would call there, called here."""
-    handler = ctypes.cast(kpj._handlers["CUDA"], ctypes.c_void_p).value
+    handler = ctypes.cast(ffi.handlers["CUDA"], ctypes.c_void_p).value
     jax.ffi.register_ffi_target("kpcore_elsewhere", jax.ffi.pycapsule(handler))
     call = jax.ffi.ffi_call("kpcore_elsewhere", jax.ShapeDtypeStruct((1,), np.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"kpcore.jax computes on the CPU: move what it gets there"):

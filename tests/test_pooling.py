@@ -5,6 +5,7 @@ import itertools
 
 import clouds
 import numpy as np
+import ops
 import pytest
 import reference
 from gradcheck import check_vjp
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from reference import assert_close, assert_same_bits, tolerance
 
 import kpcore as kp
-from kpcore import pooling
+from kpcore.ops import OPS, Call
 
 CHANNELS = [0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 130, 257]
 REDUCES = ["mean", "sum", "max", "min"]
@@ -615,22 +616,22 @@ def test_shapes_and_dtypes_ahead():
     nb = neighbors_of(rows_of(61, 50), 50)
     of_one = kp.row_splits([50])
     cases = [
-        *((pooling.NEIGHBOR_REDUCE, {"neighbors": nb, "reduce": r, "weights": None, "empty": 0.0}) for r in REDUCES),
-        (pooling.NEAREST_UPSAMPLE, {"neighbors": nb}),
-        (pooling.GATHER, {"index": np.arange(9)}),
-        *((pooling.SEGMENT_REDUCE, {"row_splits": s, "reduce": r}) for r in REDUCES for s in (None, of_one)),
+        *((OPS["neighbor_reduce"], {"neighbors": nb, "reduce": r, "weights": None, "empty": 0.0}) for r in REDUCES),
+        (OPS["nearest_upsample"], {"neighbors": nb}),
+        (OPS["gather"], {"index": np.arange(9)}),
+        *((OPS["segment_reduce"], {"row_splits": s, "reduce": r}) for r in REDUCES for s in (None, of_one)),
     ]
     for op, given_arguments in cases:
         names = inspect.signature(getattr(kp, op.name)).parameters
         defaults = {name: p.default for name, p in names.items() if p.default is not p.empty}
         for dtype in (np.float32, np.float64):
             arguments = {**defaults, **given_arguments, "features": values(50, 7, dtype=dtype)}
-            out, saved = op.forward(**arguments)
+            out, saved = ops.computed(op, arguments)
             got = [(a.shape, a.dtype) for a in (out, *saved)]
-            assert op.result(**arguments) == got, op.name
+            assert op.result(Call(**arguments)) == got, op.name
 
 
-@pytest.mark.parametrize("op", [pooling.NEAREST_UPSAMPLE, pooling.NEIGHBOR_REDUCE], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [OPS["nearest_upsample"], OPS["neighbor_reduce"]], ids=lambda op: op.name)
 def test_neighbors_have_no_gradient(op):
     with pytest.raises(TypeError, match=f"neighbors: {op.name} cannot be differentiated in it"):
         kp.autodiff.vjp(lambda x: getattr(kp, op.name)(np.ones((2, 1)), x), np.ones(2))

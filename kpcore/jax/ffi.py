@@ -174,10 +174,10 @@ def register(compute):
     """Register the target "kpcore" with XLA: ``compute(text, inputs)`` returns the arrays of a call."""
     for platform, answer in ("cpu", functools.partial(_compute_on_host, compute)), ("CUDA", _refuse):
         handler = _Handler(functools.partial(_handle, answer))
-        _handlers.append(handler)
+        handlers[platform] = handler
         capsule = jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p).value)
         jax.ffi.register_ffi_target("kpcore", capsule, platform=platform)
 
 
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-_handlers = []  # XLA keeps their addresses only
+handlers = {}  # by platform; XLA keeps their addresses only
