@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -11,21 +11,44 @@ import kpcore
 from kpcore import _array
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.nn import blocks
+from kpcore.nn.blocks import Buffer, Value
 from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import ModuleType
+
+    from numpy.typing import DTypeLike
+
+    from kpcore.neighbors import Neighbors
+    from kpcore.nn.blocks import AnyArray, KernelPlaces, Parameters
+    from kpcore.nn.kpnext import KPNeXt
+    from kpcore.pyramid import Level
 
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
 
 
-class Result(NamedTuple):
-    """What a network makes of features."""
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-    logits: np.ndarray  #: (N, classes), or (B, classes) after a global average
-    state: dict  #: after the pass: running statistics, where training
-    regularization: object  #: of deformable convolutions, a number, where training and there are some; else None
+    class Result(NamedTuple, Generic[Value, Buffer]):
+        """What a network makes of features."""
+
+        logits: Value
+        state: dict[str, Buffer]
+        regularization: Value | None
+
+else:
+
+    class Result(NamedTuple):
+        """What a network makes of features."""
+
+        logits: AnyArray  #: (N, classes), or (B, classes) after a global average
+        state: dict[str, AnyArray]  #: after the pass: running statistics, where training
+        regularization: AnyArray | None  #: of deformable convolutions, a number, where training and there are some
 
 
-def architecture(levels=5, convs=3, *, deformable=0, segment=True):
+def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segment: bool = True) -> tuple[str, ...]:
     """The list of blocks of the published networks.
 
     Parameters
@@ -126,7 +149,7 @@ class Network:
     True
     """
 
-    architecture: tuple
+    architecture: Sequence[str]
     num_features: int
     num_classes: int
     voxel_size: float
@@ -155,7 +178,7 @@ class Network:
     dropout: float = 0.0
     origin: int | str = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         single = np.dtype(np.float32)
         if not isinstance(self.architecture, (list, tuple)) or not all(isinstance(b, str) for b in self.architecture):
             raise TypeError("architecture: expected a sequence of blocks' names, got another")
@@ -188,17 +211,17 @@ class Network:
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
-    def num_levels(self):
+    def num_levels(self) -> int:
         return 1 + sum(_coarser(block) for block in self.architecture)
 
     @property
-    def num_downs(self):
+    def num_downs(self) -> int:
         """Blocks before the first that goes up again."""
         up = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
         return up[0] if up else len(self.architecture)
 
     @property
-    def deform_levels(self):
+    def deform_levels(self) -> tuple[int, ...]:
         """Where some convolution is deformable and so needs the larger neighbourhoods."""
         level, found = 0, set()
         for block in self.architecture:
@@ -208,12 +231,14 @@ class Network:
         return tuple(sorted(found))
 
     @property
-    def segments(self):
+    def segments(self) -> bool:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.architecture[-1] != "global_average"
 
-    def pyramid(self, points, *, row_splits=None, neighbor_limits=None, subsampled=False, features=None, labels=None,
-                F=kpcore):  # fmt: skip
+    def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None,
+                neighbor_limits: Sequence[int] | None = None, subsampled: bool = False,
+                features: AnyArray | None = None, labels: AnyArray | None = None,
+                F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
         """The levels and neighbours that the network works on, made by `F.build_pyramid` with its sizes."""
         check_dimension(self, points)
         levels = F.build_pyramid(
@@ -225,7 +250,7 @@ class Network:
             return levels
         return Pyramid(level._replace(pools=_with_width(level.pools)) for level in levels)
 
-    def init(self, seed=0, dtype=np.float32):
+    def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state): dicts of arrays by name.
 
         Weights are drawn as in the published PyTorch code, uniform in ±1 / sqrt(fan-in), by NumPy from the seed and
@@ -238,7 +263,9 @@ class Network:
         """
         return initialised(self, seed, dtype)
 
-    def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
+    def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
+                 features: Value | np.ndarray, *, training: bool = False,
+                 seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -262,7 +289,8 @@ class Network:
         """
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
-    def _new_run(self, F, params, state, **more):
+    def _new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
@@ -304,7 +332,7 @@ class Network:
         return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
 
     @property
-    def _head_width(self):
+    def _head_width(self) -> int:
         return self.head_width or (self.width if self.segments else 1024)
 
     def _head(self, run, x, row_splits, seed):
@@ -315,13 +343,14 @@ class Network:
         x = blocks.dropout(run, x, self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
-    def _places(self, level):
+    def _places(self, level: int) -> KernelPlaces:
         voxel = self.voxel_size * 2**level
         radius = self.kernel_radius * self.conv_radius * voxel
         return {"num": self.kernel_size, "radius": radius, "extent": self.extent * voxel, "dimension": self.dimension}
 
 
-def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
+          deformable: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-CNN, which classifies clouds, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -333,7 +362,8 @@ def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformabl
     return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
 
 
-def kpfcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
+           deformable: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-FCNN, which labels points, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -351,14 +381,15 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
     return Network(blocks_of, num_features, num_classes, voxel_size, **options)
 
 
-def check_dimension(net, points):
+def check_dimension(net: Network | KPNeXt, points: object) -> None:
     """An error for arrays of points of another dimension; what is none is told so by what takes it."""
     shape = tuple(getattr(points, "shape", (0, net.dimension)))
     if shape[1:] != (net.dimension,):
         raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
 
 
-def check_values(given, expected, kinds=("params", "state")):
+def check_values(given: Sequence[Parameters[AnyArray]], expected: Sequence[Parameters[AnyArray]],
+                 kinds: Sequence[str] = ("params", "state")) -> None:  # fmt: skip
     """An error unless the dicts in `given`, parameters and state, have what is in those of `init`, in its shapes."""
     for kind, values, like in zip(kinds, given, expected, strict=True):
         for name, value in like.items():
@@ -370,19 +401,19 @@ def check_values(given, expected, kinds=("params", "state")):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others)} too")
 
 
-class _Recording(dict):
+class _Recording(dict[str, np.ndarray]):
     """Remembers which of its values were asked for."""
 
-    def __init__(self, values):
+    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
         super().__init__(values)
-        self.asked_for = set()
+        self.asked_for: set[str] = set()
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         self.asked_for.add(name)
         return super().__getitem__(name)
 
 
-def check_arrays(net, params, state):
+def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: Parameters[np.ndarray]) -> None:
     """An error unless dicts of NumPy arrays are what a network asks for, in its shapes and all of one type. None is
     made for it: where a file has a network of 10**9 channels and no such arrays, there is no memory to be had."""
     dtypes = {value.dtype for value in (*params.values(), *state.values())}
@@ -396,7 +427,9 @@ def check_arrays(net, params, state):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
 
 
-def initialised(net, seed, dtype):
+def initialised(
+    net: Network | KPNeXt, seed: int, dtype: DTypeLike
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(params, state) of a network: all that a pass over no points asks for."""
     dtype = np.dtype(dtype)
     if dtype not in _array.REAL:
@@ -413,7 +446,9 @@ def _pass_over_nothing(net, params, state, dtype, new):
     net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
 
 
-def evaluated(net, F, params, state, pyramid, features, training, seed):
+def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+              pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
+              seed: int | AnyArray | None) -> Result[Value, Buffer]:  # fmt: skip
     """The `Result` of a network."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
@@ -428,16 +463,16 @@ def evaluated(net, F, params, state, pyramid, features, training, seed):
     return Result(logits, run.new_state, None if total is None else net.fitting_power * total)
 
 
-def count(params):
+def count(params: Parameters[AnyArray]) -> int:
     """How many numbers there are in a dict of arrays."""
     return sum(int(np.prod(value.shape)) for value in params.values())
 
 
-def _coarser(block):
+def _coarser(block: str) -> bool:
     return "strided" in block or block == "max_pool"
 
 
-def _check_architecture(given):
+def _check_architecture(given: Sequence[str]) -> None:
     if len(given) > _MOST_BLOCKS or sum(map(_coarser, given)) >= blocks.MOST_LEVELS:
         got = f"got {len(given)} on {1 + sum(map(_coarser, given))}"
         raise ValueError(f"architecture: expected at most {_MOST_BLOCKS} blocks on {blocks.MOST_LEVELS} levels, {got}")
@@ -462,7 +497,7 @@ def _check_architecture(given):
         raise ValueError(f"architecture: expected global_average at the end, or to be on level 0 there, got {given}")
 
 
-def _with_width(neighbors):
+def _with_width(neighbors: Neighbors | None) -> Neighbors | None:
     """The list as of a padded matrix, in which the longest row has no padding."""
     if neighbors is None or neighbors.width is not None:
         return neighbors

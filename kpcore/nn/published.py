@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from kpcore.nn.networks import Network, check_values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike
 
 # Its names of settings, and ours.
 _SETTINGS = {
@@ -21,7 +28,9 @@ _LAYERS = {"KPConv": "conv", "batch_norm": "norm", "batch_norm_conv": "norm"}
 _NORM = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "variance"}
 
 
-def import_kpconv_pytorch(state_dict, architecture, config):
+def import_kpconv_pytorch(
+    state_dict: Mapping[str, ArrayLike], architecture: Sequence[str], config: Mapping[str, Any]
+) -> tuple[Network, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A network and its parameters from a checkpoint of the published PyTorch code.
 
     Nothing is unpickled here: load the file with ``torch.load(path, weights_only=True)["model_state_dict"]``.
@@ -69,7 +78,7 @@ def import_kpconv_pytorch(state_dict, architecture, config):
     return net, params, state
 
 
-def _name(theirs):
+def _name(theirs: str) -> str:
     """encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale"""
     first, *layers, leaf = theirs.split(".") if "." in theirs else (theirs, "")
     if first in _HEADS:
