@@ -1,5 +1,7 @@
 """A furnished flat, scanned: boxes and turned profiles, seen from three tripods, lit by two lamps and the sun."""
 
+from __future__ import annotations
+
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +27,7 @@ OAK, WALNUT, PINE = (168, 122, 78), (104, 70, 48), (206, 170, 124)
 WHITE, PAPER, STEEL, BLACK = (236, 234, 228), (226, 220, 206), (150, 152, 156), (38, 38, 42)
 
 
-def indoor(num_points=1_000_000, seed=0):
+def indoor(num_points: int = 1_000_000, seed: int = 0) -> Cloud:
     """A labelled, coloured indoor scan of two furnished rooms, in metres; the same for the same seed.
 
     The points lie where three terrestrial scanners would see a surface: denser near a tripod and face on, with shadows

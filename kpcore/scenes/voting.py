@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypedDict
+
 import numpy as np
 
 import kpcore as kp
 from kpcore.scenes import batches
 from kpcore.scenes.data import IGNORED
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kpcore.scenes.data import Scene
+    from kpcore.scenes.settings import Training
+    from kpcore.scenes.training import Model
+
 _SMOOTH = 0.95  # of a point's earlier votes, as published
 
 
-def probabilities(model, scene, votes=None, seed=0, watch=None):
+class Scores(TypedDict):
+    """How good labels are, see `scores`; JSON in the log of a training."""
+
+    miou: float | None
+    accuracy: float | None
+    iou: dict[str, float | None]
+    points: int
+
+
+def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
+                  watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """(n, classes) of the scene's subsampled points.
 
     Spheres lie where the fewest have been, until each point was in one and all potentials are above ``votes - 1``; each
@@ -26,7 +45,7 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
     sampler = batches.Potentials([scene], training.radius, np.random.default_rng(seed), move=votes > 1)
     asked = np.zeros(len(scene.points), bool)
 
-    def jobs():
+    def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
         while not asked.all() or sampler.values.min() < votes - 1:
             # Potentials reach further than votes: places amid others of the rim may never be the lowest.
@@ -44,7 +63,7 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
         if spheres:
             yield spheres
 
-    def make(spheres):
+    def make(spheres: list[batches.Sphere]) -> batches.Batch:
         return batches.make_batch(net, [scene], model.columns, spheres)
 
     for batch in batches.Prefetched(jobs(), make, training.workers):
@@ -63,19 +82,21 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
     return found
 
 
-def _near(scene, sphere, training):
+def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarray:
     """Which points of a sphere are heard: none is at its rim, where half the neighbours are missing."""
     squared = ((scene.points[sphere.rows] - sphere.center) ** 2).sum(axis=1)
     return squared <= (training.vote_radius * training.radius) ** 2
 
 
-def labels_of(model, scene, votes=None, seed=0, watch=None):
+def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
+              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """(N,) numbers of classes of all the scene's points before subsampling: of the nearest that is left of them."""
     classes = probabilities(model, scene, votes, seed, watch).argmax(axis=1)
     return classes[scene.tree.knn_search(scene.full, 1).index]
 
 
-def evaluate(model, scenes, votes=None, watch=None):
+def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
+             watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """The confusion of classes over the scenes' labelled points, those before subsampling; rows are the true ones."""
     classes = model.net.num_classes
     total = np.zeros((classes, classes), np.int64)
@@ -86,19 +107,19 @@ def evaluate(model, scenes, votes=None, watch=None):
     return total
 
 
-def confusion(true, found, classes):
+def confusion(true: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
     """(classes, classes): how many points of each true class, a row, were found to be of each; but for IGNORED."""
     counted = true != IGNORED
     pairs = classes * true[counted] + found[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def _classified(model, scenes, total):
+def _classified(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
     training = model.settings.training
     size = training.batch_clouds
     whole = [batches.whole(scenes, number) for number in range(len(scenes))]
 
-    def make(spheres):
+    def make(spheres: list[batches.Sphere]) -> batches.Batch:
         return batches.make_batch(model.net, scenes, model.columns, spheres)
 
     jobs = (whole[i : i + size] for i in range(0, len(whole), size))
@@ -108,7 +129,7 @@ def _classified(model, scenes, total):
     return total
 
 
-def scores(confusion, names):
+def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
     """IoU of each class (None for those that are neither there nor found), their mean, and the part that is right."""
     right, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     union = true + found - right
