@@ -141,11 +141,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    given = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
     if args.file:
-        demo.scan(args.file, args.out, **demo.SCAN | given)
-    elif given:
-        raise Refused(f"--{' --'.join(given)}: expected a FILE that this is about, got none")
+        demo.scan(args.file, args.out, **demo.SCAN | options)
+    elif options:
+        raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
         demo.train(args.out)
 
@@ -231,13 +231,13 @@ def _segment(args: argparse.Namespace) -> None:
         def watch(done: float) -> None:
             bar.update(done - bar.n)
 
-        found = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
-    print(f"{args.out}: {len(found.classes):,} points labelled")
-    for name, number in zip(model.settings.names, found.counts, strict=True):
+        segmented = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
+    print(f"{args.out}: {len(segmented.classes):,} points labelled")
+    for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
-    if found.scores:
-        print(_scores("against the labels that were there", found.scores))
+    if segmented.scores:
+        print(_scores("against the labels that were there", segmented.scores))
     if args.picture:
         with whole(args.picture) as part:
-            segmentation.draw(part, args.file.name, found, model.settings.names)
+            segmentation.draw(part, args.file.name, segmented, model.settings.names)
         print(f"picture: {args.picture}")

@@ -141,7 +141,7 @@ def get_memory_limit() -> int | None:
 
 @functools.cache
 def cupy() -> ModuleType:
-    """The module, or an error that says what it lacks."""
+    """CuPy, or an error that says what is missing for it."""
     missing = "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is"
     cupy = _imported("cupy", missing)
     if not cupy.cuda.is_available():
@@ -170,19 +170,19 @@ def _imported(module: str, missing: str) -> ModuleType:
 def check_room(num_neighbors: int, size: int, estimated: bool = False, free: Callable[[], float] | None = None) -> None:
     """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit.
 
-    `free` says what else is free than the host's memory.
+    `free` returns the bytes that are free where the result goes, if that is not the host's memory.
     """
     least = size // 2 if estimated else size
     if _memory_limit is not None and least > _memory_limit:
-        whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
+        limit = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
     elif (
         _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)())
     ):  # reading /proc takes 30 us
-        whose = f"the {room} that are free (kpcore.set_memory_limit)"
+        limit = f"the {room} that are free (kpcore.set_memory_limit)"
     else:
         return
     about = "about " if estimated else ""
-    raise MemoryError(f"{about}{num_neighbors} neighbours would take {size} bytes, more than {whose}")
+    raise MemoryError(f"{about}{num_neighbors} neighbours would take {size} bytes, more than {limit}")
 
 
 def _free_memory() -> float:

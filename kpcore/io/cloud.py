@@ -197,8 +197,8 @@ def from_columns(columns: Columns, asked: Asked, label_names: Sequence[str] = LA
     if colors is None and packed is not None:
         colors, doubt = packed_colors_of(packed)
         doubts.append(doubt)
-    labels, unlabeled, doubt = found_labels(columns, asked, label_names)
-    fields = found_fields(columns, asked)
+    labels, unlabeled, doubt = labels_from(columns, asked, label_names)
+    fields = fields_from(columns, asked)
     return Content(points, columns.names, fields, colors, labels, unlabeled, doubt=joined(*doubts, doubt))
 
 
@@ -215,13 +215,13 @@ def check_fields(names: Sequence[str], asked: Asked) -> None:
         raise MissingField(f"has no field {' '.join(missing)}; there are {listed(names)}")
 
 
-def found_fields(columns: Columns, asked: Asked) -> dict[str, np.ndarray]:
+def fields_from(columns: Columns, asked: Asked) -> dict[str, np.ndarray]:
     """The fields that were asked for."""
     check_fields(columns.names, asked)
     return {name: columns.find(name) for name in asked.fields}
 
 
-def found_labels(
+def labels_from(
     columns: Columns, asked: Asked, usual: Sequence[str] = LABELS
 ) -> tuple[np.ndarray | None, str | None, str | None]:
     """(labels or None, why there are none, a doubt or None) of the field that was asked for, else of the first of the
@@ -346,7 +346,7 @@ def packed_colors_of(values: np.ndarray) -> tuple[np.ndarray | None, str | None]
 
 
 def cloud_of(content: Content) -> Cloud:
-    """The Cloud of what a reader found."""
+    """The Cloud of the content that a reader returns."""
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
         raise ReadError("holds no points")

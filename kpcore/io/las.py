@@ -26,9 +26,9 @@ from kpcore.io.cloud import (
     check_fields,
     colors_of,
     decoded,
-    found_fields,
-    found_labels,
+    fields_from,
     joined,
+    labels_from,
     position,
     span,
 )
@@ -157,11 +157,11 @@ def read(path: Path, size: int, asked: Asked) -> Content:
             for at, dimension in wanted.items():
                 more[at].append(dimension.of(records).copy())
     columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
-    labels, unlabeled, _ = found_labels(columns, asked, ("classification",))
+    labels, unlabeled, _ = labels_from(columns, asked, ("classification",))
     rgb, doubt = colors_of(np.concatenate(colors)) if colors else (None, None)
     if any(record.user == b"lascompatible" for record in head.records):
         doubt = joined(doubt, "it is in LASzip's compatibility mode: classes above 31, in extra bytes, were not read")
-    fields = found_fields(columns, asked)
+    fields = fields_from(columns, asked)
     return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, doubt=doubt)
 
 

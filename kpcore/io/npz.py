@@ -19,12 +19,12 @@ from kpcore.io.cloud import (
     LabelField,
     ReadError,
     colors_of,
+    fields_from,
     first_of,
-    found_fields,
-    found_labels,
     from_columns,
     from_table,
     joined,
+    labels_from,
     listed,
     position,
     span,
@@ -151,21 +151,21 @@ def read(path: Path, size: int, asked: Asked) -> Content:
             colors, doubt = colors_of(rest.at(rgb))
             content = content._replace(colors=colors, doubt=joined(content.doubt, doubt))
         if asked.label is not None:
-            labels, unlabeled, doubt = found_labels(columns, asked)
+            labels, unlabeled, doubt = labels_from(columns, asked)
         elif first_of(rest.names, LABEL_ARRAYS) is None and (asked.columns or points.dtype.names):
             labels, unlabeled, doubt = content.labels, content.unlabeled, None
         else:
-            labels, unlabeled, doubt = found_labels(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
+            labels, unlabeled, doubt = labels_from(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
         if arrays and not any(usual in members[at][0].lower() for usual in ("point", "xyz", "pos", "coord")):
             doubt = joined(doubt, f"it has no array named points: {members[at][0]} was read as these")
         return content._replace(
-            labels=labels, unlabeled=unlabeled, names=columns.names, fields=found_fields(columns, asked),
+            labels=labels, unlabeled=unlabeled, names=columns.names, fields=fields_from(columns, asked),
             doubt=joined(content.doubt, doubt),
         )  # fmt: skip
 
 
 def _usual_labels(at: int | None) -> tuple[str, ...]:
-    """Usual names of labels, given the place of the points: y is one unless it is a coordinate."""
+    """Usual names of labels, by the place of the points: y is one unless it is a coordinate."""
     return LABEL_ARRAYS if at is not None else tuple(name for name in LABEL_ARRAYS if name != "y")
 
 

@@ -4,8 +4,8 @@ Each is written once, for every framework: `run.F` is the namespace that has the
 `kpcore.jax`), and features are its arrays or tensors. What is between operators (sums, slices, products with a number)
 is what arrays and tensors do by themselves.
 
-A block is told its output's width alone. It asks its `Run` for parameters by name and shape; while a network is being
-initialised, on no points at all, the `Run` makes them. So the shapes are written once too.
+A block is passed only the width of its output. It asks its `Run` for parameters by name and shape; while a network is
+being initialised, on no points at all, the `Run` makes them. So the shapes are written once too.
 """
 
 from __future__ import annotations
@@ -79,19 +79,20 @@ class Run(Generic[Value, Buffer]):
     F : module
         `kpcore`, for arrays and `kpcore.autodiff.Tensor`; `kpcore.torch`; `kpcore.jax`.
     params, state : dict of arrays by name
-        What is trained; and what is not: running statistics and kernel points.
+        The arrays that are trained; and those that are not: running statistics and kernel points.
     training : bool
         Whether batch normalisation takes its statistics from the features.
     norm : {"batch", "group", "instance", None}
         None: a bias. Groups and instances are normalised for each batch item.
     groups : int
-        Of the group normalisation; fewer where channels are no multiple: the greatest common divisor.
+        Number of groups of the group normalisation. Where it does not divide the channels, their greatest common
+        divisor is taken.
     momentum, slope : float
         Of the batch normalisation, and of the leaky ReLU.
     conv : dict
         The options of all convolutions: influence, aggregation, normalization.
     new : dict, optional
-        How to make what is missing: seed (None: zeros), dtype.
+        How to make parameters that are missing: seed (None: zeros) and dtype.
 
     Attributes
     ----------
@@ -125,11 +126,11 @@ class Run(Generic[Value, Buffer]):
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
-        """What is trained; `draw(rng, shape)` gives its first values."""
+        """A trained array; while a network is initialised, `draw(rng, shape)` gives its first values."""
         return self._get("params", self.params, name, shape, draw)
 
     def buffer(self, name: str, shape: tuple[int, ...], draw: Draw) -> Buffer:
-        """What is not."""
+        """An array that is not trained: running statistics, kernel points."""
         return self._get("state", self.state, name, shape, draw)
 
     def _get(self, kind: str, values: dict[str, Any], name: str, shape: tuple[int, ...], draw: Draw) -> Any:
@@ -164,19 +165,19 @@ def check_channels(name: str, channels: int) -> None:
         raise ValueError(f"{name}: expected at most {MOST_CHANNELS} channels on any level, got {channels}")
 
 
-def check_norm(net: Network | KPNeXt, width_of_items: int | None) -> None:
-    """The fields of a network that say how it is normalised; `width_of_items` is that of a normalised layer of one row
-    for each item, if there is one."""
+def check_norm(net: Network | KPNeXt, item_width: int | None) -> None:
+    """The fields of a network that say how it is normalised; `item_width` is the width of a normalised layer with one
+    row for each batch item, if there is one."""
     _array.choice("norm", net.norm, ("batch", "group", "instance", None))
     check_fields(net, _array.integer, ("norm_groups",), 1)
-    groups = {"group": math.gcd(net.norm_groups, width_of_items or 1), "instance": width_of_items}.get(net.norm)
-    if width_of_items and groups == width_of_items:
-        raise ValueError(f"norm: expected one that leaves something of the {width_of_items} numbers of an item before "
+    groups = {"group": math.gcd(net.norm_groups, item_width or 1), "instance": item_width}.get(net.norm)
+    if item_width and groups == item_width:
+        raise ValueError(f"norm: expected one that leaves something of the {item_width} numbers of an item before "
                          f"the logits, got {net.norm!r}, a group for each")  # fmt: skip
 
 
 def one_row_each(row_splits: Value) -> Value:
-    """The row_splits of as many items with a row each, such as their averages; of the same framework."""
+    """row_splits of B one-row items, arange(B + 1), from those of B items; an array of the same framework."""
     return (row_splits * 0 + 1).cumsum(0) - 1
 
 
@@ -234,7 +235,7 @@ def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, widt
 
 
 def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | AnyArray | None) -> Value:
-    """Features of which, in training, so many are dropped, as `kpcore.dropout` does it."""
+    """`kpcore.dropout` of the features in training; the features themselves otherwise."""
     if not rate or not run.training:
         return features
     if seed is None:
@@ -244,7 +245,7 @@ def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | A
 
 def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
     """Kernel points of a layer, a buffer: `places` has num, radius, extent and dimension, and shells where they lie on
-    some. Turned about the last axis by an angle of its own, as published."""
+    some. Turned about the last axis by an angle that is drawn for each layer, as published."""
     num, radius, dimension, shells = (places.get(key) for key in ("num", "radius", "dimension", "shells"))
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

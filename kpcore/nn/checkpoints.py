@@ -75,7 +75,7 @@ def _network(described: object) -> Network | KPNeXt:
 
 
 def about_network(net: Network | KPNeXt) -> dict[str, Any]:
-    """What JSON holds of a network, of which `load` makes it again."""
+    """The description of a network as JSON holds it, from which `load` makes the network again."""
     return {"network": {"kind": type(net).__name__, **dataclasses.asdict(net)}}
 
 
@@ -102,7 +102,7 @@ def _opened(path: Path) -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any]]:
-    """What `write` was given."""
+    """(groups, about) of a file that `write` wrote."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no regular file")

@@ -74,13 +74,14 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segmen
     (22, 'global_average')
     """
     levels, convs = _array.integer("levels", levels, 1, blocks.MOST_LEVELS), _array.integer("convs", convs, 2, 64)
-    found = ["simple", "resnetb"]
+    block_names = ["simple", "resnetb"]
     for _ in range(levels - 1):
-        found += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
-    deformable = _array.integer("deformable", deformable, 0, len(found))
-    for i in range(len(found) - deformable, len(found)):
-        found[i] = found[i].replace("_strided", "") + "_deformable" + "_strided" * found[i].endswith("_strided")
-    return (*found, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
+        block_names += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
+    deformable = _array.integer("deformable", deformable, 0, len(block_names))
+    for i in range(len(block_names) - deformable, len(block_names)):
+        kind, *strided = block_names[i].split("_")
+        block_names[i] = "_".join([kind, "deformable", *strided])
+    return (*block_names, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
 
 
 @dataclass(frozen=True)
@@ -222,13 +223,13 @@ class Network:
 
     @property
     def deform_levels(self) -> tuple[int, ...]:
-        """Where some convolution is deformable and so needs the larger neighbourhoods."""
-        level, found = 0, set()
+        """The levels on which some convolution is deformable and so needs the larger neighbourhoods."""
+        level, levels = 0, set()
         for block in self.architecture:
             if "deformable" in block:
-                found.add(level)
+                levels.add(level)
             level += _coarser(block)
-        return tuple(sorted(found))
+        return tuple(sorted(levels))
 
     @property
     def segments(self) -> bool:
@@ -377,21 +378,21 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
         if segment:
             half = options.get("width", 128) // 2
             options = {"decoder_width": half, "head_width": half} | options
-    blocks_of = architecture(levels, convs, deformable=deformable, segment=segment)
-    return Network(blocks_of, num_features, num_classes, voxel_size, **options)
+    block_names = architecture(levels, convs, deformable=deformable, segment=segment)
+    return Network(block_names, num_features, num_classes, voxel_size, **options)
 
 
 def check_dimension(net: Network | KPNeXt, points: object) -> None:
-    """An error for arrays of points of another dimension; what is none is told so by what takes it."""
+    """An error for points of another dimension than the network's. Other things than arrays the operators refuse."""
     shape = tuple(getattr(points, "shape", (0, net.dimension)))
     if shape[1:] != (net.dimension,):
         raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
 
 
-def check_values(given: Sequence[Parameters[AnyArray]], expected: Sequence[Parameters[AnyArray]],
+def check_values(groups: Sequence[Parameters[AnyArray]], expected: Sequence[Parameters[AnyArray]],
                  kinds: Sequence[str] = ("params", "state")) -> None:  # fmt: skip
-    """An error unless the dicts in `given`, parameters and state, have what is in those of `init`, in its shapes."""
-    for kind, values, like in zip(kinds, given, expected, strict=True):
+    """An error unless the dicts in `groups`, parameters and state, have the names and shapes of those of `init`."""
+    for kind, values, like in zip(kinds, groups, expected, strict=True):
         for name, value in like.items():
             if name not in values:
                 raise ValueError(f"{kind}: expected {name} {value.shape}, which the architecture has, got none")
@@ -402,20 +403,20 @@ def check_values(given: Sequence[Parameters[AnyArray]], expected: Sequence[Param
 
 
 class _Recording(dict[str, np.ndarray]):
-    """Remembers which of its values were asked for."""
+    """A dict that remembers which of its values were read."""
 
     def __init__(self, values: Mapping[str, np.ndarray]) -> None:
         super().__init__(values)
-        self.asked_for: set[str] = set()
+        self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        self.asked_for.add(name)
+        self.read.add(name)
         return super().__getitem__(name)
 
 
 def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: Parameters[np.ndarray]) -> None:
-    """An error unless dicts of NumPy arrays are what a network asks for, in its shapes and all of one type. None is
-    made for it: where a file has a network of 10**9 channels and no such arrays, there is no memory to be had."""
+    """An error unless the dicts hold the arrays of a network: every name, in its shape, and all of one dtype. It makes
+    no arrays to compare with: a file may describe a network of 10**9 channels, for which there is no memory."""
     dtypes = {value.dtype for value in (*params.values(), *state.values())}
     if len(dtypes) > 1 or not dtypes <= {*_array.REAL}:
         got = ", ".join(sorted(map(str, dtypes)))
@@ -423,14 +424,14 @@ def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: P
     params, state = _Recording(params), _Recording(state)
     _pass_over_nothing(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
     for kind, values in (("params", params), ("state", state)):
-        if others := sorted(values.keys() - values.asked_for):
+        if others := sorted(values.keys() - values.read):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
 
 
 def initialised(
     net: Network | KPNeXt, seed: int, dtype: DTypeLike
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(params, state) of a network: all that a pass over no points asks for."""
+    """(params, state) of a network: every array that a pass over no points reads."""
     dtype = np.dtype(dtype)
     if dtype not in _array.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
@@ -472,12 +473,12 @@ def _coarser(block: str) -> bool:
     return "strided" in block or block == "max_pool"
 
 
-def _check_architecture(given: Sequence[str]) -> None:
-    if len(given) > _MOST_BLOCKS or sum(map(_coarser, given)) >= blocks.MOST_LEVELS:
-        got = f"got {len(given)} on {1 + sum(map(_coarser, given))}"
+def _check_architecture(block_names: Sequence[str]) -> None:
+    if len(block_names) > _MOST_BLOCKS or sum(map(_coarser, block_names)) >= blocks.MOST_LEVELS:
+        got = f"got {len(block_names)} on {1 + sum(map(_coarser, block_names))}"
         raise ValueError(f"architecture: expected at most {_MOST_BLOCKS} blocks on {blocks.MOST_LEVELS} levels, {got}")
     level, up = 0, False
-    for number, block in enumerate(given):
+    for number, block in enumerate(block_names):
         kind, *more = block.split("_")
         known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
             kind in ("simple", "resnetb") and more in ([], ["deformable"], ["strided"], ["deformable", "strided"])
@@ -488,17 +489,18 @@ def _check_architecture(given: Sequence[str]) -> None:
             level, up = level - 1, True
         elif up and block != "unary":
             raise ValueError(f"architecture: expected nearest_upsample or unary after going up, got {block!r}")
-        elif block == "global_average" and number != len(given) - 1:
+        elif block == "global_average" and number != len(block_names) - 1:
             raise ValueError("architecture: expected global_average at the end")
         level += _coarser(block)
         if level < 0:
             raise ValueError("architecture: expected as many blocks down as up, got one up more")
-    if not given or (given[-1] != "global_average" and level):
-        raise ValueError(f"architecture: expected global_average at the end, or to be on level 0 there, got {given}")
+    if not block_names or (block_names[-1] != "global_average" and level):
+        expected = "global_average at the end, or to be on level 0 there"
+        raise ValueError(f"architecture: expected {expected}, got {block_names}")
 
 
 def _with_width(neighbors: Neighbors | None) -> Neighbors | None:
-    """The list as of a padded matrix, in which the longest row has no padding."""
+    """The list with the width of the padded matrix in which the longest row has no padding."""
     if neighbors is None or neighbors.width is not None:
         return neighbors
     return neighbors.with_width(int(neighbors.counts.max()) if neighbors.num_queries else 0)

@@ -1,4 +1,4 @@
-"""What trains parameters on the tape: optimisers, clipping, schedules. Users of PyTorch and JAX have their own.
+"""Training on the tape: optimizers, gradient clipping and learning rate schedules. PyTorch and JAX have their own.
 
 Parameters and gradients are dicts of arrays by name, NumPy's or CuPy's; parameters are changed in place.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Generic[Value]):
-    """Parameters, what is remembered of each, and a rule that changes them. Made by `sgd` and `adamw`.
+    """Parameters, the moments that are kept for each, and the rule that updates them. Made by `sgd` and `adamw`.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Optimizer(Generic[Value]):
         }
 
     def state(self) -> dict[str, Value | np.ndarray]:
-        """What a run is continued with: copies of arrays by name, and under "num_steps" a number."""
+        """Copies of the moments by name, and under "num_steps" the number of steps: with these a run is continued."""
         moments = {name: value.copy() for name, value in self._moments.items()}
         return {**moments, "num_steps": np.array(self.num_steps)}
 

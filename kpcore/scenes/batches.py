@@ -34,7 +34,7 @@ class Sphere(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a network is given."""
+    """The input of a network for one step, and the labels of its points."""
 
     spheres: list[Sphere]
     pyramid: Pyramid
@@ -78,9 +78,9 @@ class Potentials:
 
     def at(self, number: int, center: np.ndarray) -> Sphere:
         """A sphere of a scene at a given place."""
-        own = slice(self._bounds[number], self._bounds[number + 1])
-        squared = ((self._places[own] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
-        self.values[own] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        places = slice(self._bounds[number], self._bounds[number + 1])
+        squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
+        self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
         return _sphere(self.scenes, number, center, self.radius)
 
 
@@ -105,8 +105,8 @@ class Balanced:
 
 
 def _sphere(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
-    found = scenes[number].tree.radius_search(center[None], radius)
-    return Sphere(number, center, found.index)
+    neighbors = scenes[number].tree.radius_search(center[None], radius)
+    return Sphere(number, center, neighbors.index)
 
 
 def training_jobs(scenes: Sequence[Scene], training: Training, digits: bool, rng: np.random.Generator,
@@ -159,19 +159,19 @@ def _fill(source: Iterator[Sphere], training: Training, held: Sphere | None) -> 
 
 def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns, spheres: list[Sphere],
                training: Training | None = None, rng: np.random.Generator | None = None) -> Batch:  # fmt: skip
-    """A Batch of spheres of scenes with these Columns; augmented as `training` says where `rng` is given."""
+    """A Batch of spheres of scenes with these Columns; augmented as `training` says, unless `rng` is None."""
     points, features, labels, local = [], [], [], columns.span("local")
     for sphere in spheres:
         scene = scenes[sphere.scene]
-        own, columns_of = scene.points[sphere.rows] - sphere.center, scene.columns[sphere.rows]
+        centered, sphere_features = scene.points[sphere.rows] - sphere.center, scene.columns[sphere.rows]
         if rng is not None:
-            own, columns_of = _augmented(own, columns_of, training, columns, rng)
+            centered, sphere_features = _augmented(centered, sphere_features, training, columns, rng)
         if local:
-            columns_of[:, local] = own
-        points.append(own)
-        features.append(columns_of)
+            sphere_features[:, local] = centered
+        points.append(centered)
+        features.append(sphere_features)
         labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
-    lengths = [len(own) for own in points]
+    lengths = [len(centered) for centered in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
     try:
         pyramid = _pyramid(net, stacked, row_splits, training, rng)
@@ -212,7 +212,7 @@ def _turn(dimension: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     return _rotation(dimension, kind, int(rng.integers(2**62))).astype(np.float32)
 
 
-def _augmented(points: np.ndarray, columns_of: np.ndarray, training: Training, columns: Columns,
+def _augmented(points: np.ndarray, features: np.ndarray, training: Training, columns: Columns,
                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     dimension = points.shape[1]
     if training.rotate in ("vertical", "all"):
@@ -230,8 +230,8 @@ def _augmented(points: np.ndarray, columns_of: np.ndarray, training: Training, c
     points = points + rng.normal(0, training.noise, points.shape).astype(np.float32)
     color = columns.span("color")
     if color and rng.random() >= training.keep_color:
-        columns_of[:, color] = 0
-    return points, columns_of
+        features[:, color] = 0
+    return points, features
 
 
 class Prefetched(Generic[Job, Made]):

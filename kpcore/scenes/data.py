@@ -58,21 +58,23 @@ class Columns:
     """How features are made.
 
     widths : of each by its name, in their order
-    center, scale : for those that are given, what is subtracted and divided by
+    center, scale : for each feature but "one" and "local" the number that is subtracted from its values, and the number
+        by which they are divided then
     """
 
     widths: dict[str, int]
     center: dict[str, float]
     scale: dict[str, float]
 
-    def of(self, points: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(n, C) float32; `given` holds by name (n,) or (n, width) what points do not tell. Zeros for "local"."""
+    def of(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(n, C) float32. `values` holds, by name, the (n,) or (n, width) values of the features that are not made from
+        the points. "local" is zero here: it depends on the input sphere."""
         parts = []
         for name, width in self.widths.items():
             if name in ("one", "local"):
                 parts.append(np.full((len(points), width), name == "one", np.float32))
             else:
-                parts.append((given[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
+                parts.append((values[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
         return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
 
     def span(self, name: str) -> slice | None:
@@ -85,9 +87,9 @@ class Columns:
         return None
 
 
-def columns_of(settings: Settings, given: Mapping[str, Any]) -> Columns:
-    """Columns from what JSON holds of them; an error unless they are those of the settings' features."""
-    made = Columns(**given)
+def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
+    """Columns from their description in JSON; an error unless they are those of the settings' features."""
+    made = Columns(**described)
     if not isinstance(made.widths, dict) or [*made.widths.items()] != [*settings.widths.items()]:
         raise SettingsError(f"columns: expected widths {settings.widths}, those of the features, got {made.widths!r}")
     for name in settings.widths.keys() - {"one", "local"}:
@@ -167,27 +169,27 @@ def _part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tup
     return cloud, np.flatnonzero(keep)
 
 
-def _given(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What features take from rows of a cloud, by name, (n,) or (n, 3) float32."""
-    given = {}
+def _values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The features that rows of a cloud hold, before scaling: (n,) or (n, 3) float32 by name."""
+    values = {}
     for name in settings.data.features:
         if name == "color":
-            given[name] = cloud.colors[rows].astype(np.float32)
+            values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
-            given[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+            values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
         elif name not in OWN:
-            given[name] = cloud.fields[name.lower()][rows]
-    return given
+            values[name] = cloud.fields[name.lower()][rows]
+    return values
 
 
 def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
     center, scale = {"color": 0.0}, {"color": 255.0}
-    given = [_given(settings, cloud, rows) for cloud, rows in clouds]
-    for name in given[0]:
+    clouds_values = [_values(settings, cloud, rows) for cloud, rows in clouds]
+    for name in clouds_values[0]:
         if name == "color":
             continue
         # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
-        values = np.concatenate([one[name] for one in given]).astype(np.float64)
+        values = np.concatenate([one[name] for one in clouds_values]).astype(np.float64)
         low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
         center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
     return Columns(settings.widths, center, scale)
@@ -196,15 +198,15 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
 def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = np.clip(columns.of(full, _given(settings, cloud, rows)), -_LARGEST, _LARGEST)
+    features = np.clip(columns.of(full, _values(settings, cloud, rows)), -_LARGEST, _LARGEST)
     try:
         sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
                                 ignore_label=None if labels is None else IGNORED,
                                 origin=settings.net().origin)  # fmt: skip
     except ValueError as error:
         raise SettingsError(f"[network] voxel_size: {error}") from None
-    own = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
-    return Scene(sub.points, sub.features, own, kp.KDTree(sub.points), full, labels, cloud)
+    sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
+    return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud)
 
 
 def load_digits(settings: Settings, parts: Sequence[Digits],

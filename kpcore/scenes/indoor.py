@@ -43,12 +43,12 @@ def indoor(num_points: int = 1_000_000, seed: int = 0) -> Cloud:
     rng = np.random.default_rng(seed)
     corners, colors, labels, textures = (np.array(part) for part in zip(*_flat(rng), strict=True))
     colors, labels = colors.astype(np.float32), labels.astype(np.int32)
-    parts, found = [], 0
-    while found < num_points:
-        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - found)) + 500))
-        found += len(parts[-1][0])
+    parts, num_found = [], 0
+    while num_found < num_points:
+        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - num_found)) + 500))
+        num_found += len(parts[-1][0])
     points, rgb, label = (np.concatenate(part) for part in zip(*parts, strict=True))
-    keep = np.sort(rng.permutation(found)[:num_points])
+    keep = np.sort(rng.permutation(num_found)[:num_points])
     return Cloud(points[keep], rgb[keep], label[keep], np.zeros(3), names=NAMES)
 
 

@@ -23,7 +23,7 @@ __all__ = ["Segmented", "draw", "found", "segment", "write_labels"]
 
 
 class Segmented(NamedTuple):
-    """What `segment` found."""
+    """The classes of a cloud's points, as `segment` returns them."""
 
     cloud: Cloud | None  #: None of digits
     classes: np.ndarray  #: (N,) numbers of classes, of the cloud's points
@@ -58,7 +58,7 @@ def found(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
 
 
 def draw(path: Path, title: str, found: Segmented, names: Sequence[str]) -> None:
-    """Write a picture: the cloud by what was found, and where there are labels by those and by where they differ."""
+    """Write a picture of the cloud by predicted classes and, if it has labels, by those and by where they differ."""
     from kpcore import picture
 
     colors = picture.class_colors(len(names))

@@ -197,13 +197,15 @@ class Settings:
 
     def net(self) -> nn.Network | nn.KPNeXt:
         """The network, for as many features and classes as the data has."""
-        given = self.network
-        sizes = sum(self.widths.values()), len(self.names), given.voxel_size
-        options: dict[str, Any] = {"width": given.width, "dimension": self.dimension} | given.options
+        network = self.network
+        sizes = sum(self.widths.values()), len(self.names), network.voxel_size
+        options: dict[str, Any] = {"width": network.width, "dimension": self.dimension} | network.options
         try:
-            if given.kind == "kpnext":
+            if network.kind == "kpnext":
                 return nn.kpnext(*sizes, segment=not self.digits, **options)
-            blocks = nn.architecture(given.levels, given.convs, deformable=given.deformable, segment=not self.digits)
+            blocks = nn.architecture(
+                network.levels, network.convs, deformable=network.deformable, segment=not self.digits
+            )
             return nn.Network(blocks, *sizes, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
@@ -241,27 +243,27 @@ def _text(path: str | os.PathLike[str]) -> str:
     return data.decode("utf-8-sig")  # as Notepad writes UTF-8
 
 
-def from_dict(given: dict[str, Any]) -> Settings:
+def from_dict(values: dict[str, Any]) -> Settings:
     """Settings of nested dicts, as TOML gives them."""
-    if not isinstance(given, dict):
-        raise SettingsError(f"expected the sections data, network and training, got {_shown(given)}")
-    given = dict(given)
+    if not isinstance(values, dict):
+        raise SettingsError(f"expected the sections data, network and training, got {_shown(values)}")
+    values = dict(values)
     settings = Settings(
-        _data(given.pop("data", {})),
-        _network(given.pop("network", {})),
-        _section(Training, given.pop("training", {}), "[training]"),
+        _data(values.pop("data", {})),
+        _network(values.pop("network", {})),
+        _section(Training, values.pop("training", {}), "[training]"),
     )
-    if given:
-        raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
+    if values:
+        raise SettingsError(f"expected the sections data, network and training, got {', '.join(values)} too")
     _check_training(settings.training, settings.dimension)
     settings.net()
     return settings
 
 
-def _data(given: Any) -> Data:
-    if not isinstance(given, dict):
-        raise SettingsError(f"[data]: expected names and values, got {_shown(given)}")
-    data = dict(given)
+def _data(values: Any) -> Data:
+    if not isinstance(values, dict):
+        raise SettingsError(f"[data]: expected names and values, got {_shown(values)}")
+    data = dict(values)
     for name in ("train", "test"):
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
@@ -298,13 +300,13 @@ def _data(given: Any) -> Data:
     return data
 
 
-def _part(given: Any, where: str) -> Part | Digits:
-    if isinstance(given, dict) and "images" in given:
-        part = _section(Digits, given, where)
+def _part(values: Any, where: str) -> Part | Digits:
+    if isinstance(values, dict) and "images" in values:
+        part = _section(Digits, values, where)
         if part.first < 0 or (part.last is not None and part.last <= part.first):
-            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(given)}")
+            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(values)}")
         return part
-    part = _section(Part, {"file": given} if isinstance(given, str) else given, where)
+    part = _section(Part, {"file": values} if isinstance(values, str) else values, where)
     if (part.file is None) == (part.indoor is None):
         raise SettingsError(f"{where}: expected either file or indoor")
     _check_bounds(part, where, {"points": (1, 10**8)} | ({} if part.indoor is None else {"indoor": (0, 2**31 - 1)}))
@@ -317,15 +319,15 @@ def _part(given: Any, where: str) -> Part | Digits:
     return part
 
 
-def _network(given: Any) -> Architecture:
+def _network(values: Any) -> Architecture:
     known = {f.name for f in fields(Architecture)}
-    if isinstance(given, dict):
-        if not isinstance(given.get("options", {}), dict):
-            raise SettingsError(f"[network] options: expected names and values, got {_shown(given['options'])}")
-        options = {name: value for name, value in given.items() if name not in known}
-        given = {name: value for name, value in given.items() if name in known}
-        given["options"] = options | given.get("options", {})
-    network = _section(Architecture, given, "[network]")
+    if isinstance(values, dict):
+        if not isinstance(values.get("options", {}), dict):
+            raise SettingsError(f"[network] options: expected names and values, got {_shown(values['options'])}")
+        options = {name: value for name, value in values.items() if name not in known}
+        values = {name: value for name, value in values.items() if name in known}
+        values["options"] = options | values.get("options", {})
+    network = _section(Architecture, values, "[network]")
     _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
         raise SettingsError("[network] dimension: expected none, as it is that of the data: 3, of digits 2")
@@ -340,23 +342,23 @@ def _network(given: Any) -> Architecture:
     return network
 
 
-def _section(kind: type[Section], given: Any, where: str) -> Section:
+def _section(kind: type[Section], values: Any, where: str) -> Section:
     """A dataclass of a dict; an error for names it does not have, and values of another type than its defaults."""
-    if not isinstance(given, dict):
-        raise SettingsError(f"{where}: expected names and values, got {_shown(given)}")
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: expected names and values, got {_shown(values)}")
     known = {f.name: f for f in fields(kind)}
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in known:
             raise SettingsError(f"{where} {name}: there is no such setting; there are {', '.join(known)}")
         types = str(known[name].type)
         if types == "float" and type(value) is int and abs(value) < 2**63:
-            given = {**given, name: float(value)}
+            values = {**values, name: float(value)}
         elif not _is(value, types):
             raise SettingsError(f"{where} {name}: expected {types}, got {_shown(value)}")
     for name, f in known.items():
-        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise SettingsError(f"{where} {name}: expected a value, got none")
-    return kind(**given)
+    return kind(**values)
 
 
 def _shown(value: object) -> str:

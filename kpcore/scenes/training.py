@@ -224,8 +224,8 @@ class Training:
         if not math.isfinite(loss.value):
             raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
         loss.backward()
-        found, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
-        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
+        predicted, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
+        accuracy = float((predicted == batch.labels)[counted].mean()) if counted.any() else None
         entry = {
             "loss": float(loss.value),
             "entropy": float(entropy.value),

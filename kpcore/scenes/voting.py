@@ -40,17 +40,17 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
     """
     training, net = model.settings.training, model.net
     votes = training.votes if votes is None else votes
-    found = np.zeros((len(scene.points), net.num_classes), np.float32)
+    probability = np.zeros((len(scene.points), net.num_classes), np.float32)
     seen = np.zeros(len(scene.points), bool)
     sampler = batches.Potentials([scene], training.radius, np.random.default_rng(seed), move=votes > 1)
-    asked = np.zeros(len(scene.points), bool)
+    covered = np.zeros(len(scene.points), bool)
 
     def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
-        while not asked.all() or sampler.values.min() < votes - 1:
+        while not covered.all() or sampler.values.min() < votes - 1:
             # Potentials reach further than votes: places amid others of the rim may never be the lowest.
             left_out = sampler.values.min() >= votes
-            sphere = sampler.at(0, scene.points[asked.argmin()]) if left_out else sampler.next()
+            sphere = sampler.at(0, scene.points[covered.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
                 continue
             if spheres and (points + len(sphere.rows) > training.batch_points or len(spheres) == training.batch_clouds):
@@ -59,7 +59,7 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
             spheres.append(sphere)
             points += len(sphere.rows)
             near = _near(scene, sphere, training)
-            asked[sphere.rows[near]] = True
+            covered[sphere.rows[near]] = True
         if spheres:
             yield spheres
 
@@ -72,18 +72,18 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
         begin = 0
         for sphere in batch.spheres:
             near = _near(scene, sphere, training)
-            rows, own = sphere.rows[near], voted[begin : begin + len(sphere.rows)][near]
+            rows, vote = sphere.rows[near], voted[begin : begin + len(sphere.rows)][near]
             first = ~seen[rows]
-            found[rows] = np.where(first[:, None], own, _SMOOTH * found[rows] + (1 - _SMOOTH) * own)
+            probability[rows] = np.where(first[:, None], vote, _SMOOTH * probability[rows] + (1 - _SMOOTH) * vote)
             seen[rows] = True
             begin += len(sphere.rows)
         if watch:
             watch(float(seen.mean()))
-    return found
+    return probability
 
 
 def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarray:
-    """Which points of a sphere are heard: none is at its rim, where half the neighbours are missing."""
+    """Which points of a sphere have a vote: those away from its rim, where half the neighbours are missing."""
     squared = ((scene.points[sphere.rows] - sphere.center) ** 2).sum(axis=1)
     return squared <= (training.vote_radius * training.radius) ** 2
 
@@ -107,10 +107,10 @@ def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
     return total
 
 
-def confusion(true: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes): how many points of each true class, a row, were found to be of each; but for IGNORED."""
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """(classes, classes): how many points of each true class, a row, were predicted to be of each; without IGNORED."""
     counted = true != IGNORED
-    pairs = classes * true[counted] + found[counted]
+    pairs = classes * true[counted] + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
@@ -130,9 +130,9 @@ def _classified(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.
 
 
 def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
-    """IoU of each class (None for those that are neither there nor found), their mean, and the part that is right."""
-    right, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    union = true + found - right
+    """IoU of each class, None where no point has or gets it; their mean; and the part of the points that is right."""
+    right, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = true + predicted - right
     iou = {name: float(r / u) if u else None for name, r, u in zip(names, right, union, strict=True)}
     there = [value for value in iou.values() if value is not None]
     total = int(confusion.sum())
