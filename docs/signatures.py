@@ -1,4 +1,4 @@
-"""Writes kpcore/torch/__init__.pyi and kpcore/jax/__init__.pyi from the table of operators: ``python docs/signatures.py``.
+"""Writes the type stubs of kpcore.torch and kpcore.jax from the table of operators: ``python docs/signatures.py``.
 
 Those modules make their functions when they are imported; editors and type checkers read these files instead. A test
 fails if they are out of date.

@@ -5,6 +5,8 @@ processes are busy, what it waits for is a thread that has no core, because it s
 slower than one. OpenMP reads how long when it is loaded, hence only what is loaded first can choose.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -13,7 +15,7 @@ SPINS = "1000"  # 25 to 50 us: by a sweep, the fewest with which two threads on 
 _chosen = [f"{name}={os.environ[name]}" for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if os.environ.get(name)]
 
 
-def _threads_asked_for():
+def _threads_asked_for() -> tuple[int, str] | None:
     """By the environment, and by what of it; None: nothing. Before OpenMP is loaded, which would print a line too."""
     for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one per level of nesting
@@ -25,7 +27,7 @@ def _threads_asked_for():
     return None
 
 
-def _loaded():
+def _loaded() -> set[str] | None:
     """The files of GCC's OpenMP that this process has loaded; None where that cannot be seen."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -34,7 +36,7 @@ def _loaded():
     return {line.split(maxsplit=5)[5] for line in lines if "gomp" in line}
 
 
-def waiting():
+def waiting() -> str:
     """In words: which OpenMP, and how long its threads spin."""
     if not cpu.has_openmp():
         return "no: built without it, one thread"

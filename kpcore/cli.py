@@ -1,11 +1,14 @@
 """The command `kpcore`."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import kpcore as kp
 from kpcore import demo
@@ -14,8 +17,14 @@ from kpcore.demo import BAR, PLAIN, Refused, make_folder, of_classes
 from kpcore.files import check_writable, expanded, whole
 from kpcore.pipeline.settings import LENGTHS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
-def main(argv=None):
+    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.voting import Scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """The command: returns 0, 2 for input that cannot be used, 130 after Ctrl-C. Who reads no more of what is printed
     is a BrokenPipeError."""
     from kpcore.pipeline.training import NotFinite
@@ -38,17 +47,17 @@ def main(argv=None):
     return 0
 
 
-def _refused(reason):
+def _refused(reason: object) -> int:
     _say(reason)
     return 2
 
 
-def _say(what):
+def _say(what: object) -> None:
     print(f"kpcore: {'; '.join(str(what).splitlines())}", file=sys.stderr)  # one line, whatever a name in it holds
 
 
 @contextmanager
-def _warnings_in_lines():
+def _warnings_in_lines() -> Iterator[None]:
     """Each warning is one line on stderr, once."""
     said = set()
 
@@ -62,25 +71,25 @@ def _warnings_in_lines():
         yield
 
 
-def _parser():
-    def path(text):
+def _parser() -> argparse.ArgumentParser:
+    def path(text: str) -> Path:
         if not text:
             raise argparse.ArgumentTypeError("expected a path, got an empty one")
         return expanded(text)
 
-    def names(text):
+    def names(text: str) -> list[str]:
         if not text.split():
             raise argparse.ArgumentTypeError('expected names such as "x y z intensity", got none')
         return text.split()
 
-    def length(text):
+    def length(text: str) -> float:
         value, (least, most) = float(text), LENGTHS
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"expected a length from {least:g} to {most:g}, got {text}")
         return value
 
-    def up_to(most, least=1):
-        def number(text):
+    def up_to(most: int, least: int = 1) -> Callable[[str], int]:
+        def number(text: str) -> int:
             value = int(text)
             if not least <= value <= most:
                 raise argparse.ArgumentTypeError(f"expected {least} to {most}, got {text}")
@@ -131,17 +140,17 @@ def _parser():
     return parser
 
 
-def _demo(args):
-    given = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
+def _demo(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
     if args.file:
-        demo.scan(args.file, args.out, **demo.SCAN | given)
-    elif given:
-        raise Refused(f"--{' --'.join(given)}: expected a FILE that this is about, got none")
+        demo.scan(args.file, args.out, **demo.SCAN | options)
+    elif options:
+        raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
         demo.train(args.out)
 
 
-def _train(args):
+def _train(args: argparse.Namespace) -> None:
     from kpcore.pipeline.settings import read_settings
     from kpcore.pipeline.training import LAST, LOG, Training
 
@@ -164,7 +173,7 @@ def _train(args):
     done = training.epoch * how.steps + training.step
     with tqdm(total=how.epochs * how.steps, initial=done, desc="training", **BAR) as bar:
 
-        def watch(entry):
+        def watch(entry: dict[str, Any]) -> None:
             if "test" in entry:
                 bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"]))
                 return
@@ -177,20 +186,20 @@ def _train(args):
     print(f"done in {time.perf_counter() - begin:.0f} s: {args.out}")
 
 
-def _scores(when, scores):
+def _scores(when: str, scores: Scores) -> str:
     parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
     means = f"mIoU {scores['miou']:.4f}{of_classes(scores)}, accuracy {scores['accuracy']:.4f}"
     return f"{when}: {means} | IoU {', '.join(parts)}"
 
 
-def _model(path):
+def _model(path: Path) -> Model:
     from kpcore.pipeline.training import Model
 
     require("safetensors", "io")
     return Model.load(path)
 
 
-def _test(args):
+def _test(args: argparse.Namespace) -> None:
     from kpcore.pipeline import voting
     from kpcore.pipeline.data import load
 
@@ -207,7 +216,7 @@ def _test(args):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
 
 
-def _segment(args):
+def _segment(args: argparse.Namespace) -> None:
     from kpcore.pipeline import segmentation
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
@@ -219,16 +228,16 @@ def _segment(args):
         check_writable(args.picture)
     with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
 
-        def watch(done):
+        def watch(done: float) -> None:
             bar.update(done - bar.n)
 
-        found = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
-    print(f"{args.out}: {len(found.classes):,} points labelled")
-    for name, number in zip(model.settings.names, found.counts, strict=True):
+        segmented = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
+    print(f"{args.out}: {len(segmented.classes):,} points labelled")
+    for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
-    if found.scores:
-        print(_scores("against the labels that were there", found.scores))
+    if segmented.scores:
+        print(_scores("against the labels that were there", segmented.scores))
     if args.picture:
         with whole(args.picture) as part:
-            segmentation.draw(part, args.file.name, found, model.settings.names)
+            segmentation.draw(part, args.file.name, segmented, model.settings.names)
         print(f"picture: {args.picture}")

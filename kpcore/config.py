@@ -9,17 +9,22 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kpcore import _openmp
 from kpcore.backends import checks, cpu
 
-__version__ = cpu.version()
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+
+__version__: str = cpu.version()
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def _available_cores():
+def _available_cores() -> tuple[int, str]:
     """Cores this process may use: its affinity, and its control group's quota where that is lower; and which it is."""
     try:
         cores = len(os.sched_getaffinity(0))
@@ -36,18 +41,18 @@ def _available_cores():
     return cores, "the cores this process may use"
 
 
-def _quota_v2():
+def _quota_v2() -> float:
     quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     return math.inf if quota == "max" else int(quota) / int(period)
 
 
-def _quota_v1():
+def _quota_v1() -> float:
     folder = Path("/sys/fs/cgroup/cpu")
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     return math.inf if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
 
 
-def _threads_and_why():
+def _threads_and_why() -> tuple[int, str]:
     """The number of threads of a call, and who chose it."""
     global _chosen
     if _chosen:
@@ -67,7 +72,7 @@ def _threads_and_why():
     return choice
 
 
-def _forget_threads():
+def _forget_threads() -> None:
     """A forked child may be a worker process; what `set_num_threads` said stays."""
     global _chosen
     if _chosen and _chosen[1] != _SET:
@@ -75,14 +80,14 @@ def _forget_threads():
 
 
 _SET = "kpcore.set_num_threads"
-_chosen = None  # what _threads_and_why says, once it has
+_chosen: tuple[int, str] | None = None  # what _threads_and_why says, once it has
 if os.environ.get("KPCORE_ISA"):
     cpu.set_isa(os.environ["KPCORE_ISA"])
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=cpu.pause_threads, after_in_child=_forget_threads)
 
 
-def set_num_threads(threads):
+def set_num_threads(threads: int) -> None:
     """Use this many threads in every later call, in all Python threads.
 
     Until then it is ``KPCORE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else one in a daemonic process of
@@ -103,15 +108,15 @@ def set_num_threads(threads):
         _chosen = threads, _SET
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """The number of threads that calls use at most; see `set_num_threads`."""
     return (_chosen or _threads_and_why())[0]
 
 
-_memory_limit = None
+_memory_limit: int | None = None
 
 
-def set_memory_limit(limit):
+def set_memory_limit(limit: int | None) -> None:
     """Refuse results of searches that would take more than this many bytes, before they are made.
 
     ``None``, the default, is the memory that is free when it comes to that: what Linux calls available, or what is left
@@ -130,14 +135,14 @@ def set_memory_limit(limit):
     _memory_limit = None if limit is None else checks.integer("limit", limit, 0)
 
 
-def get_memory_limit():
+def get_memory_limit() -> int | None:
     """The limit in bytes, or None; see `set_memory_limit`."""
     return _memory_limit
 
 
 @functools.cache
-def cupy():
-    """The module, or an error that says what it lacks."""
+def cupy() -> ModuleType:
+    """CuPy, or an error that says what is missing for it."""
     missing = "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is"
     cupy = _imported("cupy", missing)
     if not cupy.cuda.is_available():
@@ -145,12 +150,12 @@ def cupy():
     return cupy
 
 
-def require(module, extra):
+def require(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say how to install it, or what is wrong with the one that is there."""
     return _imported(module, f'{module.partition(".")[0]} is not installed: pip install "kpcore[{extra}]"')
 
 
-def _imported(module, missing):
+def _imported(module: str, missing: str) -> ModuleType:
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
@@ -163,25 +168,25 @@ def _imported(module, missing):
         ) from error
 
 
-def check_room(num_neighbors, size, estimated=False, free=None):
+def check_room(num_neighbors: int, size: int, estimated: bool = False, free: Callable[[], float] | None = None) -> None:
     """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit.
 
-    `free` says what else is free than the host's memory.
+    `free` returns the bytes that are free where the result goes, if that is not the host's memory.
     """
     least = size // 2 if estimated else size
     if _memory_limit is not None and least > _memory_limit:
-        whose = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
+        limit = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
     elif (
         _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)())
     ):  # reading /proc takes 30 us
-        whose = f"the {room} that are free (kpcore.set_memory_limit)"
+        limit = f"the {room} that are free (kpcore.set_memory_limit)"
     else:
         return
     about = "about " if estimated else ""
-    raise MemoryError(f"{about}{num_neighbors} neighbours would take {size} bytes, more than {whose}")
+    raise MemoryError(f"{about}{num_neighbors} neighbours would take {size} bytes, more than {limit}")
 
 
-def _free_memory():
+def _free_memory() -> float:
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -190,7 +195,7 @@ def _free_memory():
     return min([free, *_free_in_groups()])
 
 
-def _free_in_groups():
+def _free_in_groups() -> Iterator[int]:
     """What is left of the limit of each control group that this process is in, those above it included.
 
     Cached files count as used there, but make room when memory is wanted, as in what Linux calls available.
@@ -218,7 +223,7 @@ def _free_in_groups():
                 continue
 
 
-def _gpu():
+def _gpu() -> str:
     if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
         return "not used: CuPy is not installed (kpcore[cuda12], kpcore[cuda13])"
     try:
@@ -233,7 +238,7 @@ def _gpu():
     )
 
 
-def show_config():
+def show_config() -> None:
     """Print the version, instruction set, threads and libraries in use, as a bug report should quote them."""
     threads, why = _threads_and_why()
     rows = {

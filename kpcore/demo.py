@@ -1,11 +1,14 @@
 """`kpcore demo`: a network trained and used on the spot; or the main job on a scan, timed and drawn."""
 
+from __future__ import annotations
+
 import math
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +18,13 @@ from kpcore.config import require
 from kpcore.files import check_writable, whole
 from kpcore.pipeline.settings import Part
 from kpcore.scenes.indoor import NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kpcore.io import Cloud
+    from kpcore.picture import Patch
+    from kpcore.pipeline.voting import Scores
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # what may be said of a file
 NUM_KERNEL_POINTS = 15
@@ -46,7 +56,7 @@ class Refused(ValueError):
     """The options cannot be carried out."""
 
 
-def scan(file, out, voxel, levels, channels, columns=None):
+def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None) -> None:
     """The main job on a file; `columns` are names for those of a table without."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
@@ -90,7 +100,7 @@ def scan(file, out, voxel, levels, channels, columns=None):
     print(f"picture: {path}")
 
 
-def train(out):
+def train(out: Path) -> None:
     """A small KP-FCNN, trained on embedded scenes for some two minutes, labels one that it has not seen."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     require("safetensors", "io")
@@ -139,26 +149,26 @@ def train(out):
     print(f"picture: {path}")
 
 
-def of_classes(scores):
+def of_classes(scores: Scores) -> str:
     """Of how many classes a mean IoU is, where not of all."""
     there = sum(value is not None for value in scores["iou"].values())
     return "" if there == len(scores["iou"]) else f" over {there} of {len(scores['iou'])} classes"
 
 
-def make_folder(out):
+def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out}: {error.strerror}") from None
 
 
-def _one_digit_up(value):
+def _one_digit_up(value: float) -> str:
     """A number in one digit that is not below it."""
     power = 10.0 ** math.floor(math.log10(value))
     return f"{math.ceil(value / power) * power:.0e}"
 
 
-def _about(cloud):
+def _about(cloud: Cloud) -> str:
     parts = [f"{len(cloud.points):,} points", " × ".join(f"{length:.4g}" for length in np.ptp(cloud.points, axis=0))]
     if cloud.labels is not None:
         parts.append(f"{np.unique(cloud.labels).size} classes")
@@ -176,15 +186,15 @@ class Level:
     peak: int  # MB of memory so far
 
     @property
-    def mean_neighbors(self):
+    def mean_neighbors(self) -> float:
         return self.neighbors.num_pairs / len(self.points)
 
 
-def _level(number, finer, voxel, channels, bar):
+def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: Any) -> Level:
     """The main job on one level: its points from the finer level's, their neighbours, a KPConv and its gradients."""
     seconds = []
 
-    def step(name, job):
+    def step(name: str, job: Callable[[], Any]) -> Any:
         bar.set_description_str(f"level {number}: {name}")
         start = time.perf_counter()
         result = job()
@@ -214,7 +224,7 @@ def _level(number, finer, voxel, channels, bar):
     return level
 
 
-def _check_voxel(points, level, bar):
+def _check_voxel(points: np.ndarray, level: Level, bar: Any) -> None:
     """One line on stderr where the voxel and the unit of the file hardly fit each other."""
     if len(points) < 50 or not np.ptp(points, axis=0).any():
         return
@@ -227,7 +237,7 @@ def _check_voxel(points, level, bar):
     bar.write(f"kpcore: --voxel {level.voxel:g} {outcome}; is it in the file's unit?{_try(points)}", file=sys.stderr)
 
 
-def _try(points):
+def _try(points: np.ndarray) -> str:
     """The largest of 1, 2, 5, 10, ... that leaves a third of the points, or 20,000."""
     size = float(np.ptp(points.astype(np.float64), axis=0).max())
     power = math.floor(math.log10(size)) if size > 0 else 0
@@ -237,7 +247,7 @@ def _try(points):
     return ""
 
 
-def _patch(level):
+def _patch(level: Level) -> Patch:
     """Of 500 neighbourhoods, the one that is least flat: a corner says more about a kernel than a wall."""
     from kpcore.picture import Patch
 
@@ -258,7 +268,7 @@ def _patch(level):
     return Patch(offsets, kernel, influence, RADIUS * level.voxel, EXTENT * level.voxel, caption)
 
 
-def _table(levels, channels):
+def _table(levels: Sequence[Level], channels: int) -> None:
     print()
     print(f"KPConv, {NUM_KERNEL_POINTS} kernel points, {channels} -> {channels} channels, float32, times in ms")
     print(HEADER)
@@ -270,7 +280,7 @@ def _table(levels, channels):
     print()
 
 
-def _peak_memory():
+def _peak_memory() -> int:
     """In MB. Linux keeps VmHWM per program; ru_maxrss would count the shell that started it."""
     try:
         status = Path("/proc/self/status").read_text()

@@ -1,9 +1,18 @@
 """The demo's picture: points as shaded beads, drawn by a z-buffer in NumPy; matplotlib sets the type around them."""
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kpcore.io import Cloud
 
 BACKGROUND, INK, SOFT = "#0f1319", "#e9ecf0", "#8d98a7"
 DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
@@ -23,7 +32,8 @@ class Patch:
     caption: str
 
 
-def draw(path, title, subtitle, cloud, levels, patch):
+def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
+         levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch) -> None:  # fmt: skip
     """Write the picture: the cloud as it came, one neighbourhood beside it, the levels below.
 
     levels : (points, colors or None, voxel, name, numbers) of each, the finest first.
@@ -57,7 +67,7 @@ def draw(path, title, subtitle, cloud, levels, patch):
     page.write(path)
 
 
-def class_colors(number):
+def class_colors(number: int) -> np.ndarray:
     """(number, 3) uint8, apart from each other."""
     from matplotlib import colormaps
 
@@ -65,7 +75,8 @@ def class_colors(number):
     return np.array([colormaps["tab20"](order[i % 20], bytes=True)[:3] for i in range(number)], np.uint8)
 
 
-def draw_classes(path, title, subtitle, cloud, panels, legend):
+def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Sequence[tuple[str, np.ndarray]],
+                 legend: Sequence[tuple[str, np.ndarray]]) -> None:  # fmt: skip
     """Write a picture of a cloud in several colourings.
 
     panels : (name, (N, 3) uint8 colours) of each; legend : (name, colour) of each class.
@@ -92,7 +103,7 @@ def draw_classes(path, title, subtitle, cloud, panels, legend):
 class _Page:
     """A figure with a title, on which places and lengths are in pixels from the upper left."""
 
-    def __init__(self, width, height, title, subtitle):
+    def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
         from matplotlib.figure import Figure
 
         self.width, self.height = width, height
@@ -100,20 +111,20 @@ class _Page:
         self.text(MARGIN, 66, _short(title), 21, weight="bold")
         self.text(MARGIN, 104, subtitle, 11, SOFT)
 
-    def text(self, x, y, words, size, color=INK, **style):
+    def text(self, x: float, y: float, words: str, size: float, color: Any = INK, **style: Any) -> None:
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, words, size=size, color=color, va="baseline", **style)
 
-    def panel(self, x, y, w, h):
+    def panel(self, x: float, y: float, w: float, h: float) -> Any:
         place = x / self.width, 1 - (y + h) / self.height, w / self.width, h / self.height
         axes = self.figure.add_axes(place)
         axes.set_axis_off()
         return axes
 
-    def show(self, image, x, y, w, h):
+    def show(self, image: np.ndarray, x: float, y: float, w: float, h: float) -> None:
         self.panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
 
-    def write(self, path):
+    def write(self, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         with warnings.catch_warnings():
@@ -121,7 +132,7 @@ class _Page:
             FigureCanvasAgg(self.figure).print_png(path)
 
 
-def _short(title):
+def _short(title: str) -> str:
     """A file's name as it can be set: matplotlib reads $ as mathematics, and takes no bytes that are not UTF-8."""
     title = title.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return title if len(title) <= 60 else title[:28] + " … " + title[-28:]
@@ -130,7 +141,15 @@ def _short(title):
 class Scene:
     """What all drawings of one cloud share: the view, what is cut away, and the colours of heights."""
 
-    def __init__(self, points, up):
+    up: np.ndarray
+    low: float  # heights that the first and the last colour stand for
+    high: float
+    lid: float  # the height above which points are cut away
+    axes: np.ndarray  # (right, above, toward) as rows
+    walls: list[tuple[np.ndarray, float]]  # (direction, bound) of the near walls of a room, which would hide it
+    box: np.ndarray  # the corners of what is seen, along the axes
+
+    def __init__(self, points: np.ndarray, up: np.ndarray) -> None:
         self.up = up
         # At random: every second point of a scan can be every second beam, and leave out half of the world.
         if len(points) > 100_000:
@@ -144,14 +163,14 @@ class Scene:
         room = np.isfinite(self.lid)
         inside = points[height < self.lid]
         self.axes = self._view(inside, room)
-        self.walls = []  # (direction, bound): the near walls of a room, which would hide it
+        self.walls = []
         for axis in np.eye(3)[up == 0] if room else ():
             axis = axis * np.sign(axis @ self.axes[2])
             self.walls.append((axis, (inside @ axis).max() - 0.025 * np.ptp(inside, axis=0).max()))
         flat = points[self._kept(points)] @ self.axes.T
         self.box = np.array([flat.min(axis=0), flat.max(axis=0)])
 
-    def _lid(self, points, height):
+    def _lid(self, points: np.ndarray, height: np.ndarray) -> float:
         """Just below the ceiling where the cloud is a room: wide, and covered almost everywhere at the top."""
         low, high = np.percentile(height, [0.5, 99.5])
         ground = points[:, self.up == 0]
@@ -162,7 +181,7 @@ class Scene:
         covered = np.unique(cells[height > high - 0.08 * (high - low)]).size
         return high - 0.1 * (high - low) if covered > 0.6 * np.unique(cells).size else np.inf
 
-    def _view(self, points, room):
+    def _view(self, points: np.ndarray, room: bool) -> np.ndarray:
         """(right, above, toward) as rows: the first direction that shows almost as much as the best."""
         if self.up[1]:  # a depth camera's own frame: from where it stood, a step to the side
             return _axes(np.array([0.25, 0.15, -1.0]), self.up)
@@ -178,17 +197,19 @@ class Scene:
         most = max(cells for cells, _ in tried)
         return next(axes for cells, axes in tried if cells >= 0.95 * most)
 
-    def _kept(self, points):
+    def _kept(self, points: np.ndarray) -> np.ndarray:
         keep = points @ self.up < self.lid
         for axis, bound in self.walls:
             keep &= points @ axis < bound
         return keep if keep.any() else ~keep
 
-    def pixel(self, width, height):
+    def pixel(self, width: int, height: int) -> float:
         """The length that one pixel stands for."""
         return max((self.box[1] - self.box[0])[:2] / [width, height])
 
-    def render(self, points, colors, radius, width, height):
+    def render(
+        self, points: np.ndarray, colors: np.ndarray | None, radius: float, width: int, height: int
+    ) -> np.ndarray:
         """An image (height, width, 3) in 0..1: orthographic, beads of this radius, a pixel at least."""
         if colors is None:
             colors = _heights(((points @ self.up - self.low) / (self.high - self.low or 1)).clip(0, 1))
@@ -198,26 +219,27 @@ class Scene:
         return _beads(points[keep] @ self.axes.T, colors[keep], radius, self.box, width, height)
 
 
-def _axes(toward, up):
+def _axes(toward: np.ndarray, up: np.ndarray) -> np.ndarray:
     toward = toward / np.linalg.norm(toward)
     right = np.cross(up, toward)
     right /= np.linalg.norm(right)
     return np.array([right, np.cross(toward, right), toward])
 
 
-def _heights(fraction):
+def _heights(fraction: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.15 + 0.83 * fraction)[:, :3].astype(np.float32)
 
 
-def _heat(influence):
+def _heat(influence: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["plasma"](0.2 + 0.8 * influence)
 
 
-def _beads(flat, colors, radius, box, width, height):
+def _beads(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
+           height: int) -> np.ndarray:  # fmt: skip
     over = 2  # drawn twice as large, then averaged
     columns, rows = over * width, over * height
     scale = min([columns, rows] / ((box[1] - box[0])[:2] + 2 * radius))
@@ -264,7 +286,7 @@ def _beads(flat, colors, radius, box, width, height):
     return image.clip(0, 1).reshape(height, over, width, over, 3).mean(axis=(1, 3))
 
 
-def _neighborhood(axes, patch, view):
+def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
     """Neighbours and kernel points by depth; a line wherever a neighbour has influence on a kernel point."""
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle

@@ -1123,7 +1123,7 @@ def test_commands_that_cannot_be_carried_out(command, tmp_path):
 
 def test_options_that_have_nothing_to_say(command, trained, tmp_path):
     code, out, err = command("demo", "--levels", 3, "--voxel", 0.1, "--out", tmp_path)
-    assert (code, out) == (2, "") and "--voxel --levels: expected a FILE" in err
+    assert (code, out) == (2, "") and "--voxel, --levels: only valid together with FILE" in err
     _, _, found = digits(tmp_path)
     model = tmp_path / "model.safetensors"
     training.Training(found, tmp_path, tmp_path)._save(model.name, {})

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import DTypeLike
 
 # Usual names of labels, the first there is counts: of a field, and of an array in an NPZ.
 LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
@@ -55,7 +60,7 @@ class Cloud:
     left_out: int = 0
     names: tuple[str, ...] | None = None
     up: tuple[int, int, int] = (0, 0, 1)
-    fields: dict = field(default_factory=dict)
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
     kept: np.ndarray | None = None
     rounding: float = 0.0
     unlabeled: str | None = None
@@ -65,21 +70,21 @@ class Content(NamedTuple):
     """What is in a file, as its format's reader gives it."""
 
     points: np.ndarray  #: (N, 3) float32 or float64
-    names: tuple  #: of all fields that may be asked for
-    fields: dict  #: by the name asked for, in the file's types
+    names: tuple[str, ...]  #: of all fields that may be asked for
+    fields: dict[str, np.ndarray]  #: by the name asked for, in the file's types
     colors: np.ndarray | None = None  #: (N, 3) uint8
     labels: np.ndarray | None = None  #: (N,) int32
     unlabeled: str | None = None  #: why there are no labels
-    up: tuple = (0, 0, 1)
+    up: tuple[int, int, int] = (0, 0, 1)
     doubt: str | None = None  #: what may be another thing than it was read as, a warning
 
 
 class Asked(NamedTuple):
     """What is wanted of a file besides points and colours; names as they were written."""
 
-    fields: tuple = ()
+    fields: tuple[str, ...] = ()
     label: str | None = None  #: the field of the labels; None: the first there is of the usual names
-    columns: tuple | None = None  #: names for the columns of a table that names none
+    columns: tuple[str, ...] | None = None  #: names for the columns of a table that names none
 
 
 class LabelField(NamedTuple):
@@ -89,17 +94,19 @@ class LabelField(NamedTuple):
     num: int  #: how many points the file has
     least: int  #: the smallest label that it can hold
     most: int  #: the largest
-    write: Callable  #: (path, labels, kept): the file again with these labels of the points that are kept
-    check: Callable = lambda path: None  #: an error if that file cannot be written
+    write: Callable[
+        [Path, np.ndarray, np.ndarray], None
+    ]  #: (path, labels, kept): the file again with these labels of the points that are kept
+    check: Callable[[Path], None] = lambda path: None  #: an error if that file cannot be written
     doubt: str | None = None  #: what will not be as it was, a warning
 
 
-def whole(values, least, most):
+def whole(values: np.ndarray, least: float, most: float) -> np.ndarray:
     """Which values are whole numbers within limits."""
     return (values >= least) & (values <= most) & (values == np.floor(values))
 
 
-def span(dtype):
+def span(dtype: DTypeLike) -> tuple[int, int]:
     """(least, most): every whole number between them is exact in this type."""
     dtype = np.dtype(dtype)
     if dtype.kind == "f":
@@ -112,26 +119,28 @@ class Columns:
     """Named arrays of a file, in its order; a function in place of an array reads it when it is needed. A name is meant
     as it is written, else in any case, else after "scalar_", which CloudCompare puts in front."""
 
-    def __init__(self, pairs):
+    pairs: list[tuple[str, np.ndarray | Callable[[], np.ndarray]]]
+
+    def __init__(self, pairs: Iterable[tuple[str, np.ndarray | Callable[[], np.ndarray]]]) -> None:
         self.pairs = [(str(name), values) for name, values in pairs]
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.pairs)
 
-    def find(self, name):
+    def find(self, name: str) -> np.ndarray | None:
         """The array that the name means; None if none."""
         at = position(self.names, name)
         return None if at is None else self.at(at)
 
-    def at(self, place):
+    def at(self, place: int) -> np.ndarray:
         name, values = self.pairs[place]
         values = np.asarray(values() if callable(values) else values)
         self.pairs[place] = (name, values)
         return values
 
 
-def position(names, name):
+def position(names: Sequence[str], name: str) -> int | None:
     """Which of a file's names is meant by a name, see `Columns`; None if none, an error if two are equally near."""
     small, bare = name.lower(), [one.lower().removeprefix("scalar_") for one in names]
     for nearness in (
@@ -146,12 +155,12 @@ def position(names, name):
     return None
 
 
-def first_of(names, usual):
+def first_of(names: Sequence[str], usual: Iterable[str]) -> int | None:
     """The position of the first of the usual names that a file has; None if none."""
     return next((at for one in usual if (at := position(names, one)) is not None), None)
 
 
-def decoded(name):
+def decoded(name: bytes) -> str:
     """The text of bytes in UTF-8, or else in Latin-1."""
     try:
         return name.decode()
@@ -159,13 +168,13 @@ def decoded(name):
         return name.decode("latin-1")
 
 
-def listed(names):
+def listed(names: Iterable[str]) -> str:
     """Names for a message of one line."""
     text = " ".join(name if name.isprintable() else repr(name)[1:-1] for name in names)
     return (text if len(text) <= 400 else f"{text[:400]} ...") or "none"
 
 
-def from_columns(columns, asked, label_names=LABELS):
+def from_columns(columns: Columns, asked: Asked, label_names: Sequence[str] = LABELS) -> Content:
     """Content of `Columns`."""
     check_columns(columns.names, asked)
     xyz = [columns.find(axis) for axis in "xyz"]
@@ -188,31 +197,33 @@ def from_columns(columns, asked, label_names=LABELS):
     if colors is None and packed is not None:
         colors, doubt = packed_colors_of(packed)
         doubts.append(doubt)
-    labels, unlabeled, doubt = found_labels(columns, asked, label_names)
-    fields = found_fields(columns, asked)
+    labels, unlabeled, doubt = labels_from(columns, asked, label_names)
+    fields = fields_from(columns, asked)
     return Content(points, columns.names, fields, colors, labels, unlabeled, doubt=joined(*doubts, doubt))
 
 
-def check_columns(names, asked):
+def check_columns(names: Sequence[str], asked: Asked) -> None:
     """An error if names are passed for columns of a file that names them itself, and otherwise."""
     if asked.columns and [name.lower() for name in asked.columns] != [name.lower() for name in names]:
         raise ReadError(f"names its columns itself, {listed(names)}; columns= is for a table without names")
 
 
-def check_fields(names, asked):
+def check_fields(names: Sequence[str], asked: Asked) -> None:
     """An error that lists the fields there are, unless all that was asked for are among them."""
     wanted = (*asked.fields, *([] if asked.label is None else [asked.label]))
     if missing := sorted({name for name in wanted if position(names, name) is None}):
         raise MissingField(f"has no field {' '.join(missing)}; there are {listed(names)}")
 
 
-def found_fields(columns, asked):
+def fields_from(columns: Columns, asked: Asked) -> dict[str, np.ndarray]:
     """The fields that were asked for."""
     check_fields(columns.names, asked)
     return {name: columns.find(name) for name in asked.fields}
 
 
-def found_labels(columns, asked, usual=LABELS):
+def labels_from(
+    columns: Columns, asked: Asked, usual: Sequence[str] = LABELS
+) -> tuple[np.ndarray | None, str | None, str | None]:
     """(labels or None, why there are none, a doubt or None) of the field that was asked for, else of the first of the
     usual names."""
     if asked.label is not None:
@@ -234,12 +245,12 @@ def found_labels(columns, asked, usual=LABELS):
     return labels, reason, None
 
 
-def joined(*doubts):
+def joined(*doubts: str | None) -> str | None:
     """One text of those there are."""
     return "; ".join(filter(None, doubts)) or None
 
 
-def labels_of(values, name, blank=False):
+def labels_of(values: np.ndarray, name: str, blank: bool = False) -> tuple[np.ndarray | None, str | None]:
     """(labels or None, why there are none) of anything that holds whole numbers.
 
     NaN, and the largest of an unsigned type of 32 or 64 bits, mean a point without a label: -1. Unless `blank`, labels
@@ -267,7 +278,7 @@ def labels_of(values, name, blank=False):
     return np.where(none, UNLABELED, labels).astype(np.int32), None
 
 
-def from_table(table, asked):
+def from_table(table: np.ndarray, asked: Asked) -> Content:
     """Content of a table without names: x y z, and r g b where there are three more columns that can be nothing else.
 
     Never labels, as nothing tells x y z r g b label (S3DIS) from x y z intensity r g b (PTS).
@@ -293,16 +304,16 @@ def from_table(table, asked):
     return content._replace(unlabeled=content.unlabeled and reason, doubt=doubt)
 
 
-def may_be_colors(rgb):
+def may_be_colors(rgb: np.ndarray) -> bool:
     """Whether three columns may be 8-bit colours: numbers of returns, rings and classes are whole, too, but small."""
-    return _are_bytes(rgb) and (rgb.max(axis=0) > 31).all()
+    return _are_bytes(rgb) and bool((rgb.max(axis=0) > 31).all())
 
 
-def _are_bytes(rgb):
-    return rgb.shape[1] == 3 and rgb.size and rgb.max() > 1 and whole(rgb, 0, 255).all()
+def _are_bytes(rgb: np.ndarray) -> bool:
+    return rgb.shape[1] == 3 and rgb.size > 0 and bool(rgb.max() > 1 and whole(rgb, 0, 255).all())
 
 
-def colors_of(rgb):
+def colors_of(rgb: np.ndarray) -> tuple[np.ndarray | None, str | None]:
     """(uint8, a doubt or None) from 8-bit, 16-bit or 0..1 colours; NaN is black.
 
     None if all are black, as where a field was left blank, or if they are of another kind, which is a doubt.
@@ -323,7 +334,7 @@ def colors_of(rgb):
     return rgb.astype(np.uint8), dark
 
 
-def packed_colors_of(values):
+def packed_colors_of(values: np.ndarray) -> tuple[np.ndarray | None, str | None]:
     """(uint8, a doubt or None) of 0xRRGGBB in 4 bytes of any type, or in whole numbers."""
     if values.ndim == 1 and values.dtype.itemsize == 4 and values.dtype.kind in "fiu":
         bits = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).view(np.uint32)
@@ -334,8 +345,8 @@ def packed_colors_of(values):
     return colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
 
 
-def cloud_of(content):
-    """The Cloud of what a reader found."""
+def cloud_of(content: Content) -> Cloud:
+    """The Cloud of the content that a reader returns."""
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
         raise ReadError("holds no points")
@@ -363,7 +374,7 @@ def cloud_of(content):
                  content.unlabeled if labels is None else None)  # fmt: skip
 
 
-def _shift(points):
+def _shift(points: np.ndarray) -> np.ndarray:
     """What is subtracted, see `Cloud`; of a cloud without outliers floor(lowest) or zero.
 
     One point at (0, 0, 0) in a scan at UTM northings would switch it off if all points had a say: 0.25 m lost.
@@ -382,12 +393,12 @@ def _shift(points):
     return np.floor(low) if far else np.zeros(3)
 
 
-def _corners(points):
+def _corners(points: np.ndarray) -> np.ndarray:
     """The least and the largest along each axis; NaN where there is one. Column by column: five times as fast."""
     return np.array([[f(points[:, axis]) for axis in range(points.shape[1])] for f in (np.min, np.max)], np.float64)
 
 
-def _field(name, values):
+def _field(name: str, values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise ReadError(f"field {name} is not one plain number for each point: {values.shape[1:]} {values.dtype}")
@@ -397,11 +408,11 @@ def _field(name, values):
     return values.astype(np.result_type(values.dtype, np.float32))  # float32 or float64
 
 
-def check_exact(name, values):
+def check_exact(name: str, values: np.ndarray) -> None:
     """An error for integers that float64 cannot tell from their neighbours."""
     if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and (largest := _largest(values)) > 2**53:
         raise ReadError(f"{name} holds {largest}, which float64 cannot tell from its neighbours")
 
 
-def _largest(values):
+def _largest(values: np.ndarray) -> int:
     return max(abs(int(values.min(initial=0))), int(values.max(initial=0)))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from kpcore.files import check_writable, whole
 from kpcore.io import las, npz, pcd, ply, sweeps, text
-from kpcore.io.cloud import Asked, ReadError, cloud_of
+from kpcore.io.cloud import Asked, Cloud, Content, LabelField, ReadError, cloud_of
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import ArrayLike
+
+Result = TypeVar("Result")
 
 READERS = {
     ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
@@ -25,7 +34,8 @@ TABLES = {".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin"}  # whose colum
 LABELED = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # those that labels are written to
 
 
-def read(path, *, fields=(), label=None, columns=None):
+def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str | None = None,
+         columns: Sequence[str] | None = None) -> Cloud:  # fmt: skip
     """Read a point cloud from a file; its extension names the format.
 
     PLY, PCD (ascii, binary, binary_compressed), LAS, LAZ and COPC, NPY (a table or a structured array), NPZ (points,
@@ -82,18 +92,18 @@ def read(path, *, fields=(), label=None, columns=None):
     return cloud
 
 
-def _check_name(argument, name):
+def _check_name(argument: str, name: str | None) -> None:
     if name is not None and not (isinstance(name, str) and name):
         raise TypeError(f"{argument}: expected the name of a field, got {name!r}")
 
 
-def _names(argument, names):
+def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}: expected a sequence of names, got {names!r}")
     return tuple(names)
 
 
-def told(path, work):
+def told(path: str | os.PathLike[str], work: Callable[[], Result]) -> Result:
     """What the work returns; what is wrong with a file is a ReadError of one line that names it."""
     try:
         return work()
@@ -108,12 +118,12 @@ def told(path, work):
         raise ReadError(f"{path}: damaged, or not what its extension says: {said}") from error
 
 
-def _content(path, asked):
+def _content(path: Path, asked: Asked) -> Content:
     size = _checked_size(path)
     return READERS[path.suffix.lower()](path, size, asked)
 
 
-def _checked_size(path):
+def _checked_size(path: Path) -> int:
     """Of a file that is one, and begins as its extension says."""
     if path.is_dir():
         raise ReadError("is a directory")
@@ -133,7 +143,7 @@ def _checked_size(path):
     return size
 
 
-def check_out(source, out):
+def check_out(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """An error unless labels of that file can be written to this one."""
     source, out = Path(source), Path(out)
     kind = LABELED.get(source.suffix.lower())
@@ -152,7 +162,8 @@ def check_out(source, out):
         raise ReadError(f"{out}: {error.strerror}") from None
 
 
-def label_field(source, out, num, *, label=None, into=None, values=()):
+def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num: int, *, label: str | None = None,
+                into: str | None = None, values: np.ndarray | tuple[()] = ()) -> LabelField:  # fmt: skip
     """The LabelField of a file in which the labels of that many points go; an error unless it holds these values."""
     source, out = Path(source), Path(out)
     _check_name("label", label)
@@ -172,7 +183,8 @@ def label_field(source, out, num, *, label=None, into=None, values=()):
     return field
 
 
-def write_labels(source, out, labels, *, kept=None, label=None, into=None):
+def write_labels(source: str | os.PathLike[str], out: str | os.PathLike[str], labels: ArrayLike, *,
+                 kept: ArrayLike | None = None, label: str | None = None, into: str | None = None) -> None:  # fmt: skip
     """Write a file again with other labels, whole or not at all; all else stays as it is.
 
     Which field they go into, the first line that applies:
@@ -215,7 +227,8 @@ def write_labels(source, out, labels, *, kept=None, label=None, into=None):
     write_to(label_field(source, out, len(kept), label=label, into=into, values=labels), source, out, labels, kept)
 
 
-def write_to(field, source, out, labels, kept):
+def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str], labels: np.ndarray,
+             kept: np.ndarray) -> None:  # fmt: skip
     """Write the file again with labels in a `LabelField` of it."""
     if field.doubt:
         warnings.warn(f"{source}: {field.doubt}", stacklevel=3)

@@ -11,12 +11,13 @@ import io
 import math
 import os
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kpcore.config import get_num_threads, require
 from kpcore.io.cloud import (
+    Asked,
     Columns,
     Content,
     LabelField,
@@ -25,12 +26,17 @@ from kpcore.io.cloud import (
     check_fields,
     colors_of,
     decoded,
-    found_fields,
-    found_labels,
+    fields_from,
     joined,
+    labels_from,
     position,
     span,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from typing import BinaryIO
 
 _BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points, of which each thread has one in memory; usual are 50,000 points
@@ -56,18 +62,18 @@ class Dimension(NamedTuple):
     scale: float | None = None
     offset: float = 0.0
 
-    def of(self, records):
+    def of(self, records: np.ndarray) -> np.ndarray:
         """Its values in (n, size) uint8 records, scaled where it is."""
         values = self.stored(records)
         if self.bits:
             values = values >> self.shift & (1 << self.bits) - 1
         return values if self.scale is None else values * self.scale + self.offset
 
-    def stored(self, records):
+    def stored(self, records: np.ndarray) -> np.ndarray:
         """A view of the records."""
         return np.ndarray(len(records), self.dtype, records, self.at, records.strides[:1])
 
-    def put(self, records, chosen, values):
+    def put(self, records: np.ndarray, chosen: np.ndarray, values: np.ndarray) -> None:
         """Set those that are chosen."""
         stored = self.stored(records)
         values = values.astype(self.dtype)
@@ -86,19 +92,19 @@ class Record(NamedTuple):
     data: bytes
 
     @property
-    def bytes(self):
+    def raw(self) -> bytes:
         return self.header + self.data
 
     @property
-    def is_extra_bytes(self):
+    def is_extra_bytes(self) -> bool:
         """Whether it describes what follows the dimensions of the point format."""
         return (self.user, self.number) == (b"LASF_Spec", 4)
 
     @property
-    def is_laszip(self):
+    def is_laszip(self) -> bool:
         return (self.user, self.number) == (b"laszip encoded", 22204)
 
-    def with_data(self, data):
+    def with_data(self, data: bytes) -> Record:
         """The same with other data."""
         return self._replace(data=data, header=self.header[:20] + struct.pack("<H", len(data)) + self.header[22:])
 
@@ -106,8 +112,8 @@ class Record(NamedTuple):
 class Header(NamedTuple):
     """What the header and the records after it say."""
 
-    bytes: bytes  #: up to the first record
-    records: list  #: of `Record`
+    raw: bytes  #: up to the first record
+    records: list[Record]
     padding: bytes  #: between the records and the points
     minor: int  #: of the version, 1.minor
     point_format: int
@@ -116,22 +122,22 @@ class Header(NamedTuple):
     compressed: bool
     laszip: bytes  #: the record of the compressor
     end: int  #: of the points in the file
-    dimensions: list
+    dimensions: list[Dimension]
     undescribed: int  #: bytes at the end of each point that nothing describes
     may_grow: bool  #: whether a new field would be described after all others: none is behind the points, or too many
     chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         return tuple(dimension.name for dimension in self.dimensions)
 
     @property
-    def start(self):
+    def start(self) -> int:
         """The byte where the points start."""
-        return len(self.bytes) + sum(len(record.bytes) for record in self.records) + len(self.padding)
+        return len(self.raw) + sum(len(record.raw) for record in self.records) + len(self.padding)
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     with path.open("rb") as file:
         head = _header(file, size)
         names = head.names
@@ -151,18 +157,18 @@ def read(path, size, asked):
             for at, dimension in wanted.items():
                 more[at].append(dimension.of(records).copy())
     columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
-    labels, unlabeled, _ = found_labels(columns, asked, ("classification",))
+    labels, unlabeled, _ = labels_from(columns, asked, ("classification",))
     rgb, doubt = colors_of(np.concatenate(colors)) if colors else (None, None)
     if any(record.user == b"lascompatible" for record in head.records):
         doubt = joined(doubt, "it is in LASzip's compatibility mode: classes above 31, in extra bytes, were not read")
-    fields = found_fields(columns, asked)
+    fields = fields_from(columns, asked)
     return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, doubt=doubt)
 
 
 # ---- the header and its records
 
 
-def _header(file, size):
+def _header(file: BinaryIO, size: int) -> Header:
     """The Header, checked: what it promises is in the file. 4 billion records would keep readers busy for minutes."""
     head = _read_at(file, 0, 375)
     if len(head) < 227:
@@ -201,7 +207,7 @@ def _header(file, size):
     extra, undescribed, fits = _extra_dimensions(b"".join(described + behind), _SIZES[form], record_size)
     dimensions = [*_standard_dimensions(form, numbers[:3], numbers[3:]), *extra]
     header = Header(
-        bytes=before[:header_size], records=records, padding=before[at:], minor=minor, point_format=form, num=num,
+        raw=before[:header_size], records=records, padding=before[at:], minor=minor, point_format=form, num=num,
         size=record_size, compressed=compressed, laszip=laszip, end=start + num * record_size, dimensions=dimensions,
         undescribed=undescribed, may_grow=fits and not behind,
     )  # fmt: skip
@@ -213,11 +219,11 @@ def _header(file, size):
     return header._replace(end=end, chunk=chunk)
 
 
-def _record(header, number, data):
+def _record(header: bytes, number: int, data: bytes) -> Record:
     return Record(header[2:18].partition(b"\0")[0], number, header, data)
 
 
-def _extended(file, head, minor, size):
+def _extended(file: BinaryIO, head: bytes, minor: int, size: int) -> Iterator[tuple[int, int, Record]]:
     """(byte, length of the data, Record without it) of the extended records, up to the first that exceeds the file."""
     if minor < 4:
         return
@@ -230,7 +236,7 @@ def _extended(file, head, minor, size):
         at += 60 + length
 
 
-def _standard_dimensions(form, scales, offsets):
+def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:
     """The dimensions of a point format (LAS 1.4 R15, tables 7 to 17)."""
     dimensions = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
     if form < 6:
@@ -290,7 +296,7 @@ def _extra_dimensions(described, at, record_size):
     return dimensions, record_size - at, len(described) % 192 == 0
 
 
-def _read_at(file, position, count):
+def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
     file.seek(position)
     return file.read(count)
 
@@ -298,7 +304,7 @@ def _read_at(file, position, count):
 # ---- points
 
 
-def _check_chunks(file, head, size):
+def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, float]:
     """What lazrs takes on trust; the byte where the compressed points end, and the points of the largest chunk."""
     lazrs, laszip, start = require("lazrs", "io"), head.laszip, head.start
     if len(laszip) < 34:
@@ -356,7 +362,7 @@ def _lazrs(name, largest):
     return getattr(require("lazrs", "io"), f"Par{name}" if several else name)
 
 
-def _note_fork():
+def _note_fork() -> None:
     global _forked
     _forked = True
 
@@ -366,7 +372,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _blocks(file, head, names=None):
+def _blocks(file: BinaryIO, head: Header, names: set[str] | None = None) -> Iterator[np.ndarray]:
     """The points' records, (n, size) uint8 each, in their order; of a LAZ with layers perhaps only these dimensions."""
     file.seek(head.start)
     unpack = None
@@ -389,7 +395,7 @@ def _blocks(file, head, names=None):
 # ---- labels
 
 
-def label_field(source, label, into):
+def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
     size = source.stat().st_size
     with source.open("rb") as file:
         head = _header(file, size)
@@ -404,21 +410,21 @@ def label_field(source, label, into):
         raise ReadError(f"field {dimension.name} is scaled; expected one of whole numbers")
     least, most = (0, (1 << dimension.bits) - 1) if dimension.bits else span(dimension.dtype)
 
-    def write(out, labels, kept):
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
         _write(source, head, tail, dimension, out, labels, kept)
 
-    def check(out):
+    def check(out: Path) -> None:
         if out.name.lower().endswith(".copc.laz"):
             raise ReadError(f"labels are written to a plain LAZ, which no name should call a COPC: {out.name}")
         _check_packets(source, head, out)
 
     doubt = None
-    if head.point_format in (4, 5, 9, 10) and head.bytes[6] & 4:
+    if head.point_format in (4, 5, 9, 10) and head.raw[6] & 4:
         doubt = "its waveforms are in a .wdp file beside it, which is not copied"
     return LabelField(dimension.name, head.num, least, most, write, check, doubt)
 
 
-def _new_dimension(head, name):
+def _new_dimension(head: Header, name: str) -> Dimension:
     """A field at the end of each record."""
     if not 0 < len(name.encode()) <= 32:
         raise ReadError(f"expected a name of 1 to 32 bytes for a new field, got {name!r}")
@@ -430,14 +436,14 @@ def _new_dimension(head, name):
     return Dimension(name, head.size, "<i4")
 
 
-def _description(head, name):
+def _description(head: Header, name: str) -> bytes:
     """What describes the bytes that nothing described, and behind them a new field."""
     pieces = [min(255, head.undescribed - at) for at in range(0, head.undescribed, 255)]
     blank = b"".join(struct.pack("<2xBB188x", 0, piece) for piece in pieces)
     return blank + struct.pack("<2xBB32s156x", _TYPES.index("i4"), 0, name.encode())
 
 
-def _tail_parts(file, head, size):
+def _tail_parts(file: BinaryIO, head: Header, size: int) -> tuple[list[tuple[int, int]], int]:
     """([(begin, end)] of what is to be copied from behind the points, number of extended records left out).
 
     A COPC's octree says where in the file its points are, which is elsewhere in another file.
@@ -445,20 +451,20 @@ def _tail_parts(file, head, size):
     if not any(record.user == b"copc" for record in head.records):
         return [(head.end, size)], 0
     parts, begin = [], head.end
-    for at, length, record in _extended(file, head.bytes, head.minor, size):
+    for at, length, record in _extended(file, head.raw, head.minor, size):
         if record.user == b"copc" and at >= begin:
             parts.append((begin, at))
             begin = at + 60 + length
     return [*parts, (begin, size)], len(parts)
 
 
-def _pointers(head):
+def _pointers(head: Header) -> list[tuple[int, int]]:
     """(place in the header, byte) for what lies behind the points: waveforms from 1.3 on, extended records from 1.4."""
     places = (227, 235)[: max(0, min(head.minor, 4) - 2)]
-    return [(place, struct.unpack_from("<Q", head.bytes, place)[0]) for place in places]
+    return [(place, struct.unpack_from("<Q", head.raw, place)[0]) for place in places]
 
 
-def _first_behind(head, at, size):
+def _first_behind(head: Header, at: int, size: int) -> int:
     """The first byte behind another that the header points to."""
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
@@ -469,14 +475,14 @@ def _write(source, head, tail, dimension, out, labels, kept):
     compressed, added = out.suffix.lower() == ".laz", 4 if dimension.at == head.size else 0
     laszip = _laszip(head, head.size + added) if compressed else None
     records = _records(head, _description(head, dimension.name) if added else b"", laszip)
-    header = bytearray(head.bytes)
-    start = len(header) + sum(len(record.bytes) for record in records) + len(head.padding)
+    header = bytearray(head.raw)
+    start = len(header) + sum(len(record.raw) for record in records) + len(head.padding)
     form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
     struct.pack_into("<IIBH", header, 96, start, len(records), form, head.size + added)
 
     with source.open("rb") as file, out.open("wb") as written:
         target = _WriteErrors(written)
-        target.write(bytes(header) + b"".join(record.bytes for record in records) + head.padding)
+        target.write(bytes(header) + b"".join(record.raw for record in records) + head.padding)
         pack = _compressor(target, laszip) if compressed else None
         begin = done = 0
         for block in _blocks(file, head):
@@ -507,7 +513,7 @@ def _write(source, head, tail, dimension, out, labels, kept):
         target.write(bytes(header))
 
 
-def _records(head, description, laszip):
+def _records(head: Header, description: bytes, laszip: bytes | None) -> list[Record]:
     """The records of a file with these points: with the description of a new field, for LASzip or for plain points."""
     records = [record for record in head.records if record.user != b"copc"]
     if description:
@@ -525,7 +531,7 @@ class _WriteErrors:
         self.file, self.error = file, None
         self.seek, self.tell, self.flush = file.seek, file.tell, file.flush
 
-    def write(self, data):
+    def write(self, data: bytes | np.ndarray) -> int:
         try:
             return self.file.write(data)
         except OSError as error:
@@ -542,7 +548,7 @@ class _WriteErrors:
             raise
 
 
-def _with(records, fits, user, number, data):
+def _with(records: list[Record], fits: Callable[[Record], bool], user: bytes, number: int, data: bytes) -> list[Record]:
     """The records with more data in the last that fits, or in a new one."""
     at = max((i for i, record in enumerate(records) if fits(record)), default=len(records))
     if at == len(records):
@@ -550,7 +556,7 @@ def _with(records, fits, user, number, data):
     return [*records[:at], records[at].with_data(records[at].data + data), *records[at + 1 :]]
 
 
-def _laszip(head, size):
+def _laszip(head: Header, size: int) -> bytes:
     """What says how points are compressed: as they were, if lazrs can."""
     fresh = (
         require("lazrs", "io")
@@ -566,7 +572,7 @@ def _compressor(target, laszip):
     return _lazrs("LasZipCompressor", layout.chunk_size() * layout.item_size())(target, layout)
 
 
-def _check_packets(source, head, out):
+def _check_packets(source: Path, head: Header, out: Path) -> None:
     """lazrs 0.8.2 loses wave packets of formats 9 and 10 where channels of the scanner alternate."""
     if out.suffix.lower() != ".laz" or head.point_format not in (9, 10):
         return

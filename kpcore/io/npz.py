@@ -7,32 +7,42 @@ import math
 import shutil
 import zipfile
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from kpcore.io.cloud import (
     LABEL_ARRAYS,
+    Asked,
     Columns,
+    Content,
     LabelField,
     ReadError,
     colors_of,
+    fields_from,
     first_of,
-    found_fields,
-    found_labels,
     from_columns,
     from_table,
     joined,
+    labels_from,
     listed,
     position,
     span,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import IO
+    from zipfile import ZipFile, ZipInfo
+
+Made = TypeVar("Made")
 POINTS = ("points", "xyz", "pos", "position", "positions", "coord", "coords")  # usual names, the first there is counts
 COLORS = ("colors", "color", "rgb")
 _LONGEST = 1 << 16  # bytes of a header, which names the fields of a structured array
 
 
-def read_npy(path, size, asked):
+def read_npy(path: Path, size: int, asked: Asked) -> Content:
     with path.open("rb") as file:
         _header(file, "it", size)
     array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_LONGEST)
@@ -41,7 +51,7 @@ def read_npy(path, size, asked):
     return from_columns(Columns((name, array[name]) for name in array.dtype.names), asked)
 
 
-def _header(file, name, size):
+def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of an array in so many bytes; an error if these cannot hold it."""
     start = file.read(12)
     version = start[6:7]
@@ -62,12 +72,12 @@ def _header(file, name, size):
     return shape, dtype
 
 
-def _members(archive):
+def _members(archive: ZipFile) -> list[tuple[str, ZipInfo]]:
     """[(name, entry)] of the arrays in an NPZ, by the names that NumPy gives them; nothing else in it counts."""
     return [(info.filename[:-4], info) for info in archive.infolist() if info.filename.endswith(".npy")]
 
 
-def _opened(archive, name, info, work):
+def _opened(archive: ZipFile, name: str, info: ZipInfo, work: Callable[[IO[bytes]], Made]) -> Made:
     """What the work makes of an open member; whatever is wrong with that is a ReadError that names it."""
     try:
         with archive.open(info) as file:
@@ -78,11 +88,11 @@ def _opened(archive, name, info, work):
         raise ReadError(f"{name} cannot be read: {' '.join(str(error).split())[:120]}") from None
 
 
-def _array(archive, name, info):
+def _array(archive: ZipFile, name: str, info: ZipInfo) -> np.ndarray:
     if info.file_size > 1032 * max(info.compress_size, 1):  # deflate packs at most 1032 : 1
         raise ReadError(f"damaged: {name} promises {info.file_size} bytes, packed in {info.compress_size}")
 
-    def work(file):
+    def work(file: IO[bytes]) -> np.ndarray:
         _header(file, name, info.file_size)
         file.seek(0)
         array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_LONGEST)
@@ -92,12 +102,12 @@ def _array(archive, name, info):
     return _opened(archive, name, info, work)
 
 
-def _shape(archive, name, info):
+def _shape(archive: ZipFile, name: str, info: ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of a member."""
     return _opened(archive, name, info, lambda file: _header(file, name, info.file_size))
 
 
-def _place_of_points(archive, members):
+def _place_of_points(archive: ZipFile, members: list[tuple[str, ZipInfo]]) -> int | None:
     """Which member is the points: of a usual name, else the only table. None: x, y and z are members."""
     names = [name for name, _ in members]
     at = first_of(names, POINTS)
@@ -118,7 +128,7 @@ def _place_of_points(archive, members):
     return tables[0]
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     with zipfile.ZipFile(path) as archive:
         members = _members(archive)
         arrays = [(name, partial(_array, archive, name, info)) for name, info in members]
@@ -141,25 +151,25 @@ def read(path, size, asked):
             colors, doubt = colors_of(rest.at(rgb))
             content = content._replace(colors=colors, doubt=joined(content.doubt, doubt))
         if asked.label is not None:
-            labels, unlabeled, doubt = found_labels(columns, asked)
+            labels, unlabeled, doubt = labels_from(columns, asked)
         elif first_of(rest.names, LABEL_ARRAYS) is None and (asked.columns or points.dtype.names):
             labels, unlabeled, doubt = content.labels, content.unlabeled, None
         else:
-            labels, unlabeled, doubt = found_labels(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
+            labels, unlabeled, doubt = labels_from(rest, asked, LABEL_ARRAYS)  # y of the points is a coordinate
         if arrays and not any(usual in members[at][0].lower() for usual in ("point", "xyz", "pos", "coord")):
             doubt = joined(doubt, f"it has no array named points: {members[at][0]} was read as these")
         return content._replace(
-            labels=labels, unlabeled=unlabeled, names=columns.names, fields=found_fields(columns, asked),
+            labels=labels, unlabeled=unlabeled, names=columns.names, fields=fields_from(columns, asked),
             doubt=joined(content.doubt, doubt),
         )  # fmt: skip
 
 
-def _usual_labels(at):
-    """Usual names of labels, given the place of the points: y is one unless it is a coordinate."""
+def _usual_labels(at: int | None) -> tuple[str, ...]:
+    """Usual names of labels, by the place of the points: y is one unless it is a coordinate."""
     return LABEL_ARRAYS if at is not None else tuple(name for name in LABEL_ARRAYS if name != "y")
 
 
-def label_field(source, label, into):
+def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
     label = into or label
     with zipfile.ZipFile(source) as archive:
         for info in archive.infolist():  # what cannot be copied is said before the work
@@ -185,7 +195,7 @@ def label_field(source, label, into):
             values = _array(archive, *members[place])
     replaced = None if place is None else members[place][1].header_offset
 
-    def write(out, labels, kept):
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
         values.reshape(-1)[kept] = labels
         # Not np.savez_compressed: it takes names of arrays for its own arguments, and adds to the file's name.
         with zipfile.ZipFile(source) as before, zipfile.ZipFile(out, "w") as after:
@@ -205,6 +215,6 @@ def label_field(source, label, into):
     return LabelField(name, num, *span(values.dtype), write)
 
 
-def _read_through(file):
+def _read_through(file: IO[bytes]) -> None:
     while file.read(1 << 20):
         pass

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, decoded, from_columns, whole
+from kpcore.io.cloud import Asked, Columns, Content, ReadError, decoded, from_columns, whole
 from kpcore.io.text import check_lines, numbers
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 
 
 class Header(NamedTuple):
-    fields: list  #: (name, type, how many numbers) each
+    fields: list[tuple[str, np.dtype, int]]  #: (name, type, how many numbers) each
     num: int  #: points
     height: int  #: rows of an image, or 1
     encoding: str
@@ -23,7 +26,7 @@ class Header(NamedTuple):
     start: int  #: the byte at which the data begins
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     # Not through pypcd4 1.5.1: it returns a cut ascii file as if it were whole, rejects two spaces between
     # numbers, files without COUNT and versions before 0.7.
     header = _header(path)
@@ -47,7 +50,7 @@ def read(path, size, asked):
     return content._replace(up=(0, -1, 0)) if camera else content
 
 
-def _header(path):
+def _header(path: Path) -> Header:
     words, text = {}, b""
     with path.open("rb") as file:
         while "DATA" not in words:
@@ -86,7 +89,7 @@ def _header(path):
     return Header(fields, width * height, height, words["DATA"][0], num_lines, len(text))
 
 
-def _whole(words, key, least):
+def _whole(words: dict[str, list[str]], key: str, least: int) -> list[int]:
     """The whole numbers of a line of the header, [] if it is not there."""
     values = words.get(key, [])
     for value in values:
@@ -95,7 +98,7 @@ def _whole(words, key, least):
     return [int(value) for value in values]
 
 
-def _ascii(path, header, body):
+def _ascii(path: Path, header: Header, body: int) -> list[tuple[str, np.ndarray]]:
     width = sum(count for _, _, count in header.fields)
     if header.num * width * 2 - 1 > body:  # a digit and a space each
         raise ReadError(f"truncated: promises {header.num} points of {width} numbers in {body} bytes")
@@ -118,14 +121,14 @@ def _ascii(path, header, body):
     return columns
 
 
-def _exact(path, skip, places, name, kind):
+def _exact(path: Path, skip: int, places: range, name: str, kind: np.dtype) -> np.ndarray:
     try:
         return np.loadtxt(path, kind, skiprows=skip, usecols=places, ndmin=2, encoding="latin-1")
     except ValueError:
         raise ReadError(f"field {name} holds numbers that are no {kind.name}") from None
 
 
-def _compressed(path, header, body, record):
+def _compressed(path: Path, header: Header, body: int, record: int) -> list[tuple[str, np.ndarray]]:
     with path.open("rb") as file:
         file.seek(header.start)
         data = file.read()
@@ -143,7 +146,7 @@ def _compressed(path, header, body, record):
     return columns
 
 
-def _lzf(data, size):
+def _lzf(data: bytes, size: int) -> bytes:
     """LibLZF's format: a literal run below 32, else a copy from up to 8 KiB back. A Kinect frame's 5 MB take 0.15 s."""
     out, i, end = bytearray(), 0, len(data)
     data += bytes(2)  # so that a cut copy is found by its result

@@ -6,14 +6,15 @@ import bisect
 import re
 import shutil
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kpcore.io.cloud import (
     LABELS,
+    Asked,
     Columns,
+    Content,
     LabelField,
     ReadError,
     decoded,
@@ -24,6 +25,11 @@ from kpcore.io.cloud import (
     span,
     whole,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import BinaryIO
 
 # Not through plyfile 1.1: it refuses comments and names that are not ASCII, reads lists row by row in Python (40,000
 # faces in 0.1 s), and gives a file that it writes another header than the one it read.
@@ -51,21 +57,21 @@ class Property(NamedTuple):
 class Element(NamedTuple):
     name: str
     num: int
-    properties: list
+    properties: list[Property]
 
     @property
-    def has_lists(self):
+    def has_lists(self) -> bool:
         return any(one.count is not None for one in self.properties)
 
     @property
-    def least(self):
+    def least(self) -> int:
         """The bytes of a binary row, its lists without numbers."""
         return sum((one.count or one.dtype).itemsize for one in self.properties)
 
 
 class Header(NamedTuple):
     order: str | None  #: of the bytes of a number, as NumPy writes it; None: text
-    before: list  #: the elements before the vertices
+    before: list[Element]  #: the elements before the vertices
     vertex: Element
     start: int  #: where the data starts
     mark: bytes  #: the last byte of a line
@@ -74,12 +80,12 @@ class Header(NamedTuple):
     line_end: bytes  #: what ends that line
 
     @property
-    def fixed(self):
+    def fixed(self) -> bool:
         """Whether every vertex takes the same number of bytes."""
         return self.order is not None and not self.vertex.has_lists
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     with path.open("rb") as file:
         header = _header(file, size)
         properties, num = header.vertex.properties, header.vertex.num
@@ -101,7 +107,7 @@ def read(path, size, asked):
 # ---- the header
 
 
-def _header(file, size):
+def _header(file: BinaryIO, size: int) -> Header:
     head = file.read(HEADER)
     first_end = re.search(rb"\r?\n|\r", head)
     mark = b"\r" if first_end and first_end[0] == b"\r" else b"\n"  # CR alone: as on old Macintoshes
@@ -152,12 +158,12 @@ def _header(file, size):
     return Header(order, elements[: names.index("vertex")], vertex, at, mark, number, insert, line_end)
 
 
-def _text(*words):
+def _text(*words: bytes) -> str:
     """Words of a header, in UTF-8 or else Latin-1. Names of several words are against the rules, but there."""
     return decoded(b" ".join(words))
 
 
-def _dtype(kind, form, number):
+def _dtype(kind: bytes, form: str, number: int) -> np.dtype:
     if _text(kind) not in TYPES:
         raise ReadError(f"line {number}: expected a type such as float or uchar, got {_text(kind)[:60]!r}")
     return np.dtype((ORDERS[form] or "=") + TYPES[_text(kind)])
@@ -166,14 +172,14 @@ def _dtype(kind, form, number):
 # ---- the rows of binary files
 
 
-def _rows(file, header, size):
+def _rows(file: BinaryIO, header: Header, size: int) -> Iterator[BinaryRows] | Iterator[TextRows]:
     """The vertices, some at a time."""
     if header.order is None:
         return _text_rows(file, header)
     return _list_rows(file, header.vertex, _vertices(file, header, size), size)
 
 
-def _vertices(file, header, size):
+def _vertices(file: BinaryIO, header: Header, size: int) -> int:
     """Where the vertices of a binary file start."""
     at = header.start
     for element in header.before:
@@ -188,23 +194,23 @@ def _vertices(file, header, size):
 
 
 class BinaryRows(NamedTuple):
-    properties: list
+    properties: list[Property]
     at: int  #: where in the file the data starts
     data: np.ndarray  #: bytes
-    places: list  #: where in the data each property of the rows is
+    places: list[np.ndarray]  #: where in the data each property of the rows is
     stops: np.ndarray  #: where in the data the rows end
 
-    def numbers(self, at):
+    def numbers(self, at: int) -> np.ndarray:
         return _at_every_byte(self.data, self.properties[at].dtype)[self.places[at]]
 
-    def span(self, at):
+    def span(self, at: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Where in the file a property starts and ends; None: one that is to come behind the others."""
         if at is None:
             return self.at + self.stops, self.at + self.stops
         return self.at + self.places[at], self.at + self.places[at] + self.properties[at].dtype.itemsize
 
 
-def _list_rows(file, element, at, size):
+def _list_rows(file: BinaryIO, element: Element, at: int, size: int) -> Iterator[BinaryRows]:
     """The rows of an element with lists, without Python for each: where a row would end that starts at a byte is
     computed for every byte of a block, and which bytes are reached from its first by jumps that double."""
     left, length = element.num, LIST_BLOCK
@@ -233,12 +239,12 @@ def _list_rows(file, element, at, size):
         at, left, length = at + int(starts[-1]), left - len(starts) + 1, LIST_BLOCK
 
 
-def _at_every_byte(data, dtype):
+def _at_every_byte(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The number that starts at each byte."""
     return np.ndarray(len(data) - dtype.itemsize + 1, dtype, data, strides=(1,))
 
 
-def _reached(stops):
+def _reached(stops: np.ndarray) -> np.ndarray:
     """Where rows start that follow on each other from place 0, and where the last one ends. A row that starts at i ends
     at stops[i], or not at all if that is len(stops) + 1."""
     end = len(stops)
@@ -272,16 +278,16 @@ def _places(properties, at, end, width, length_at):
 
 
 class TextRows(NamedTuple):
-    properties: list
+    properties: list[Property]
     at: int  #: where in the file the text starts
     starts: np.ndarray  #: of the words in the text
     ends: np.ndarray
     values: np.ndarray  #: of the words
-    places: list  #: which word each property of the rows is
+    places: list[np.ndarray]  #: which word each property of the rows is
     stops: np.ndarray  #: the first word behind the rows
-    error: Callable  #: (expected, word): of a wrong word
+    error: Callable[[str, int], ReadError]  #: (expected, word): of a wrong word
 
-    def numbers(self, at):
+    def numbers(self, at: int) -> np.ndarray:
         one, values = self.properties[at], self.values[self.places[at]]
         if one.dtype.kind == "f":
             return values
@@ -291,14 +297,14 @@ class TextRows(NamedTuple):
             raise self.error(f"{listed([one.name])} to be whole, {least} to {most}", self.places[at][right.argmin()])
         return values
 
-    def span(self, at):
+    def span(self, at: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Where in the file a property starts and ends; None: one that is to come behind the others."""
         if at is None:
             return self.at + self.ends[self.stops - 1], self.at + self.ends[self.stops - 1]
         return self.at + self.starts[self.places[at]], self.at + self.ends[self.places[at]]
 
 
-def _text_rows(file, header):
+def _text_rows(file: BinaryIO, header: Header) -> Iterator[TextRows]:
     """The vertices of a text: a line each, blank lines left out."""
     vertex, at, number = header.vertex, header.start, header.lines + 1
     skip, left = sum(element.num for element in header.before if element.properties), header.vertex.num
@@ -349,7 +355,7 @@ def _rows_of_lines(vertex, at, number, text, starts, ends, lines, marks):
     return TextRows(vertex.properties, at, starts, ends, values, places, stops, error)
 
 
-def _numbers(text):
+def _numbers(text: bytes) -> np.ndarray:
     """The numbers in a text; fewer than its words if one is no number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # NumPy before 2.4 warns of that word, and stops there
@@ -359,7 +365,7 @@ def _numbers(text):
             return np.empty(0)
 
 
-def _whole_lines(file, mark):
+def _whole_lines(file: BinaryIO, mark: bytes) -> Iterator[bytes]:
     rest = b""
     while block := file.read(TEXT_BLOCK):
         lines, end, rest = (rest + block).rpartition(mark)
@@ -374,7 +380,7 @@ def _whole_lines(file, mark):
 # ---- labels
 
 
-def label_field(source, label, into):
+def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
     size = source.stat().st_size
     with source.open("rb") as file:
         header = _header(file, size)
@@ -398,7 +404,7 @@ def label_field(source, label, into):
             spans = [rows.span(at) for rows in _rows(file, header, size)]
             start, stop = np.concatenate([np.zeros((2, 0), np.int64), *spans], axis=1)
 
-    def write(out, labels, kept):
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
         line, places, values = b"", (start[kept], stop[kept]), labels.astype(np.int64)
         if at is None:
             line, places, values = f"property int {name}".encode() + header.line_end, (start, stop), np.zeros(num, int)
@@ -441,7 +447,7 @@ def _copy_with(file, out, starts, stops, words, sizes):
     shutil.copyfileobj(file, out)
 
 
-def _inside(starts, stops, num):
+def _inside(starts: np.ndarray, stops: np.ndarray, num: int) -> np.ndarray:
     """Which of num bytes lie between a start and a stop."""
     steps = np.zeros(num + 1, np.int8)
     steps[starts] += 1  # one that starts where another stops makes 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from kpcore.io.cloud import Columns, ReadError, from_columns, whole
+from kpcore.io.cloud import Asked, Columns, Content, ReadError, from_columns, whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     names = asked.columns or _layout(path, size)
     if size % (4 * len(names)):
         raise ReadError(f"{size} bytes are not whole records of {len(names)} float32: {' '.join(names)}")
@@ -18,7 +23,7 @@ def read(path, size, asked):
     return from_columns(Columns(zip(names, table.T, strict=True)), asked)
 
 
-def _layout(path, size):
+def _layout(path: Path, size: int) -> tuple[str, ...]:
     """Names of the columns, by what the numbers can be: nothing in such a file tells how many there are."""
     widths = (5,) if path.name.lower().endswith(".pcd.bin") else (4, 5)
     if all(size % (4 * width) for width in widths):
@@ -36,7 +41,7 @@ def _layout(path, size):
                     "negative intensities or rings that are no whole numbers; columns= names others")  # fmt: skip
 
 
-def _is_sweep(table):
+def _is_sweep(table: np.ndarray) -> bool:
     """Whether it may be x y z intensity ...: a lidar sees 200 m, and no intensity is negative. Integers would be
     numbers of 1e-38."""
     if ((table[:, :3] != 0) & (np.abs(table[:, :3]) < 1e-20)).mean() > 0.01:
@@ -44,6 +49,6 @@ def _is_sweep(table):
     return not (np.abs(table[:, :3]) > 1e5).any(where=np.isfinite(table[:, :3])) and not (table[:, 3] < 0).any()
 
 
-def _are_rings(values):
+def _are_rings(values: np.ndarray) -> bool:
     """Whether it may be the numbers of up to 256 lasers, not all the first."""
     return bool(whole(values, 0, 255).all() and values.any())

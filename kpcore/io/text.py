@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import csv
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import LABELS, Columns, ReadError, decoded, from_columns, from_table, joined, may_be_colors
+from kpcore.io.cloud import (
+    LABELS,
+    Asked,
+    Columns,
+    Content,
+    ReadError,
+    decoded,
+    from_columns,
+    from_table,
+    joined,
+    may_be_colors,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # A number, with a decimal point; and an empty cell, which is NaN.
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
@@ -44,11 +58,11 @@ class Head(NamedTuple):
     delimiter: str | None  #: None: white space
     trailing: bool  #: whether the first row ends in a delimiter
     names: str  #: the line that names the columns, or ""
-    comments: list  #: the last of them, latest first
+    comments: list[str]  #: the last of them, latest first
     count: int | None  #: how many rows are promised
 
 
-def read(path, size, asked):
+def read(path: Path, size: int, asked: Asked) -> Content:
     check_lines(path)
     encoding = _encoding(path)
     head = _head(path, encoding, asked)
@@ -71,7 +85,7 @@ def read(path, size, asked):
     return content._replace(doubt=joined(doubt, content.doubt))
 
 
-def check_lines(path):
+def check_lines(path: Path) -> None:
     """An error for a line of megabytes, of which NumPy would make 12 times as many."""
     with path.open("rb") as file:
         while len(part := file.read(_LONGEST)) == _LONGEST:
@@ -79,7 +93,7 @@ def check_lines(path):
                 raise ReadError(f"expected a row for each point, got a line of more than {_LONGEST} bytes")
 
 
-def _encoding(path):
+def _encoding(path: Path) -> str:
     """By its mark, else one to which any bytes are characters, as comments may hold anything."""
     with path.open("rb") as file:
         start = file.read(3)
@@ -88,7 +102,7 @@ def _encoding(path):
     return "utf-8-sig" if start == b"\xef\xbb\xbf" else "latin-1"
 
 
-def _head(path, encoding, asked):
+def _head(path: Path, encoding: str, asked: Asked) -> Head:
     names, comments, skip, count = "", [], 0, None
     with path.open(encoding=encoding) as file:
         for line in file:
@@ -117,7 +131,7 @@ def _head(path, encoding, asked):
     raise ReadError("holds no points")
 
 
-def _delimiter(line):
+def _delimiter(line: str) -> str | None:
     """The mark between the numbers of a row; None for white space."""
     for mark in ";\t,":
         if mark in line and not any(len(cell.split()) > 1 for cell in line.split(mark)):
@@ -125,7 +139,7 @@ def _delimiter(line):
     return None
 
 
-def _cells(line, delimiter):
+def _cells(line: str, delimiter: str | None) -> list[str]:
     if delimiter is None:
         return [cell.strip('"') for cell in line.split()]
     quoted = '"' in line
@@ -133,20 +147,20 @@ def _cells(line, delimiter):
     return [cell.strip() for cell in cells]
 
 
-def _is_row(cells):
+def _is_row(cells: list[str]) -> bool:
     """Whether it is numbers and empty cells."""
     return any(map(_is_number, cells)) and all(_is_number(cell) or _EMPTY.fullmatch(cell) for cell in cells)
 
 
-def _is_number(cell):
+def _is_number(cell: str) -> bool:
     return _NUMBER.fullmatch(cell.replace(",", ".", 1)) is not None
 
 
-def _has_xyz(line):
+def _has_xyz(line: str) -> bool:
     return {"x", "y", "z"} <= {word.strip('"').lower() for word in re.split(r"[\s,;]+", line)}
 
 
-def _names_of_line(line, delimiter, width):
+def _names_of_line(line: str, delimiter: str | None, width: int) -> list[str]:
     for separator in (delimiter, None, ","):
         names = _cells(line, separator)
         names = names[:-1] if len(names) == width + 1 and not names[-1] else names
@@ -157,14 +171,14 @@ def _names_of_line(line, delimiter, width):
     raise ReadError(f"names {num} columns, has {width}{commas}")
 
 
-def _names_of_comments(comments, delimiter, width):
+def _names_of_comments(comments: list[str], delimiter: str | None, width: int) -> tuple[list[str] | None, str | None]:
     """(names or None, a doubt or None): of the last comment that can be nothing else than names."""
     read = [_names_of_comment(comment, delimiter, width) for comment in comments]
     certain = next((names for names, _ in read if names), None)
     return certain, None if certain else next((doubt for _, doubt in read if doubt), None)
 
 
-def _names_of_comment(comment, delimiter, width):
+def _names_of_comment(comment: str, delimiter: str | None, width: int) -> tuple[list[str] | None, str | None]:
     """(names or None, a doubt or None): names are as many as the columns, and cannot be a sentence."""
     for separator in dict.fromkeys((delimiter, None, ",")):
         names = _cells(comment, separator)
@@ -180,7 +194,7 @@ def _names_of_comment(comment, delimiter, width):
     return None, None
 
 
-def _names_of_pts(table):
+def _names_of_pts(table: np.ndarray) -> tuple[str, ...] | None:
     """The format's order of columns; None if it is another table."""
     width, last = table.shape[1], table[:, -3:]
     if width == 4:
@@ -190,7 +204,8 @@ def _names_of_pts(table):
     return None
 
 
-def numbers(path, encoding="latin-1", delimiter=None, skip=0, count=None):
+def numbers(path: Path, encoding: str = "latin-1", delimiter: str | None = None, skip: int = 0,
+            count: int | None = None) -> np.ndarray:  # fmt: skip
     """The (N, columns) table of float64 in a file after its first lines. With a count it is to have as many rows.
 
     Empty cells, and NA, N/A, null and none, are NaN.
@@ -206,7 +221,7 @@ def numbers(path, encoding="latin-1", delimiter=None, skip=0, count=None):
     return table
 
 
-def _mended(path, encoding, delimiter, skip, count):
+def _mended(path: Path, encoding: str, delimiter: str | None, skip: int, count: int | None) -> np.ndarray:
     """The table of a file that `numpy.loadtxt` cannot read as it is."""
     tables, width, expected, num, marks = [], None, count, 0, set()
     with path.open(encoding=encoding) as file:
@@ -240,7 +255,7 @@ def _mended(path, encoding, delimiter, skip, count):
     return np.concatenate(tables) if tables else np.empty((0, 0))
 
 
-def _plain(text, delimiter, marks):
+def _plain(text: str, delimiter: str | None, marks: set[str]) -> str:
     """Lines as `numpy.loadtxt` reads them; adds to the marks what they tell of decimal ones."""
     text = _uncommented(text)
     if "." in text:
@@ -262,13 +277,13 @@ def _plain(text, delimiter, marks):
     return text
 
 
-def _uncommented(text):
+def _uncommented(text: str) -> str:
     if "#" in text or "(" in text:
         text = _WINDOWS_INF.sub("inf", _WINDOWS_NAN.sub("nan", text))
     return _COMMENT.sub("", text) if "#" in text or "//" in text else text
 
 
-def _wrong(text, delimiter, width, before):
+def _wrong(text: str, delimiter: str | None, width: int | None, before: int) -> str:
     """What is wrong with lines that follow so many others."""
     for number, line in enumerate(text.split("\n"), before + 1):
         cells = _cells(_uncommented(line), delimiter)

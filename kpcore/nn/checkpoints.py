@@ -6,6 +6,7 @@ import dataclasses
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -14,8 +15,17 @@ from kpcore.files import whole
 from kpcore.nn.kpnext import KPNeXt
 from kpcore.nn.networks import Network, check_arrays
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
 
-def save(path, net, params, state, **more):
+    from kpcore.nn.blocks import Parameters
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+
+
+def save(path: str | os.PathLike[str], net: Network | KPNeXt, params: Parameters[np.ndarray],
+         state: Parameters[np.ndarray], **more: Any) -> None:  # fmt: skip
     """Write a network with its parameters to one file, whole or not at all.
 
     Parameters
@@ -31,7 +41,7 @@ def save(path, net, params, state, **more):
     write(path, {"params": params, "state": state}, about_network(net) | more)
 
 
-def load(path):
+def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays, dict[str, Any]]:
     """(network, params, state, more) of a file that `save` wrote; arrays are NumPy's. A ValueError names what is wrong
     with another."""
     groups, about = read(path)
@@ -43,7 +53,7 @@ def load(path):
 
 
 @contextmanager
-def naming(path):
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """What is wrong with the contents of a file is a ValueError of one line that names it."""
     try:
         yield
@@ -54,7 +64,7 @@ def naming(path):
         raise ValueError(f"{path}: {said if len(said) <= 400 else said[:400] + ' ...'}") from None
 
 
-def _network(described):
+def _network(described: object) -> Network | KPNeXt:
     if not isinstance(described, dict):
         raise ValueError("expected a file that kpcore.nn.save wrote, got one without a network")
     described, kinds = dict(described), {"Network": Network, "KPNeXt": KPNeXt}
@@ -64,12 +74,12 @@ def _network(described):
     return kinds[kind](**described)
 
 
-def about_network(net):
-    """What JSON holds of a network, of which `load` makes it again."""
+def about_network(net: Network | KPNeXt) -> dict[str, Any]:
+    """The description of a network as JSON holds it, from which `load` makes the network again."""
     return {"network": {"kind": type(net).__name__, **dataclasses.asdict(net)}}
 
 
-def write(path, groups, about):
+def write(path: str | os.PathLike[str], groups: Mapping[str, Parameters[np.ndarray]], about: dict[str, Any]) -> None:
     """Dicts of arrays by name, each dict with a name without dots, and what JSON can hold, in one file that is there
     whole or not at all."""
     safetensors = require("safetensors.numpy", "io")
@@ -83,7 +93,7 @@ def write(path, groups, about):
         Path(part).write_bytes(data)
 
 
-def _opened(path):
+def _opened(path: Path) -> Any:
     safetensors = require("safetensors", "io")
     try:
         return safetensors.safe_open(path, "numpy")
@@ -91,8 +101,8 @@ def _opened(path):
         raise ValueError(f"is damaged, or no safetensors file: {error}") from None
 
 
-def read(path):
-    """What `write` was given."""
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any]]:
+    """(groups, about) of a file that `write` wrote."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no regular file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,15 @@ from kpcore.nn import blocks
 from kpcore.nn.networks import check_dimension, evaluated, initialised
 from kpcore.pyramid import Level, Pyramid
 from kpcore.subsampling import common_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    from numpy.typing import DTypeLike
+
+    from kpcore.nn.blocks import AnyArray, Buffer, Parameters, ShellPlaces, Value
+    from kpcore.nn.networks import Result
 
 _SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
 
@@ -67,7 +77,7 @@ class KPNeXt:
     True
     """
 
-    depths: tuple
+    depths: Sequence[int]
     num_features: int
     num_classes: int
     voxel_size: float
@@ -75,8 +85,8 @@ class KPNeXt:
     segment: bool = True
     dimension: int = 3
     width: int = 64
-    num_neighbors: tuple = (12, 16, 20, 20, 20)
-    shells: tuple = (1, 14, 28)
+    num_neighbors: Sequence[int] = (12, 16, 20, 20, 20)
+    shells: Sequence[int] = (1, 14, 28)
     radius: float = 2.1
     grid_factor: float = 2.2
     norm: str | None = "batch"
@@ -87,7 +97,7 @@ class KPNeXt:
     attention_norm: bool = True
     origin: int | str = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("depths", "num_neighbors", "shells"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple, np.ndarray)):
@@ -120,20 +130,22 @@ class KPNeXt:
                 raise ValueError(f"attention_groups: expected a divisor of {self.widths}, got {self.attention_groups}")
 
     @property
-    def num_levels(self):
+    def num_levels(self) -> int:
         return len(self.depths)
 
     @property
-    def segments(self):
+    def segments(self) -> bool:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.segment
 
     @property
-    def widths(self):
+    def widths(self) -> tuple[int, ...]:
         """Channels of each stage."""
         return tuple(-(-int(self.width * 1.41**level) // 16) * 16 for level in range(self.num_levels))
 
-    def pyramid(self, points, *, row_splits=None, subsampled=False, features=None, labels=None, F=kpcore):
+    def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None, subsampled: bool = False,
+                features: AnyArray | None = None, labels: AnyArray | None = None,
+                F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
         """The levels and neighbours that the network works on: the nearest `num_neighbors`, and what each voxel holds.
 
         ``pools`` of a level are the points in each voxel of the next, ``upsamples`` the voxel of each point.
@@ -166,15 +178,18 @@ class KPNeXt:
                                 upsamples))  # fmt: skip
         return Pyramid(levels)
 
-    def init(self, seed=0, dtype=np.float32):
+    def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state), as of `Network.init`."""
         return initialised(self, seed, dtype)
 
-    def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
+    def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
+                 features: Value | np.ndarray, *, training: bool = False,
+                 seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
         """The `Result` of a pass, as of `Network`."""
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
-    def _new_run(self, F, params, state, **more):
+    def _new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv={"aggregation": "closest"}, **more)  # fmt: skip
 
@@ -211,13 +226,14 @@ class KPNeXt:
         return blocks.inverted(run, name, where, x, width, self._places(level), here.row_splits, attention_groups,
                                self.attention_norm)  # fmt: skip
 
-    def _places(self, level):
+    def _places(self, level: int) -> ShellPlaces:
         radius = self.radius * self.voxel_size * self.grid_factor**level
         return {"num": sum(self.shells), "radius": radius, "extent": radius, "dimension": self.dimension,
                 "shells": self.shells}  # fmt: skip
 
 
-def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, **options):
+def kpnext(num_features: int, num_classes: int, voxel_size: float, *, size: str = "L", attention: bool = True,
+           **options: Any) -> KPNeXt:  # fmt: skip
     """KPNeXt as published: KPConvX, or without `attention` KPConvD, in the sizes "S" and "L".
 
     `options` are those of `KPNeXt`.
@@ -231,7 +247,7 @@ def kpnext(num_features, num_classes, voxel_size, *, size="L", attention=True, *
     return KPNeXt(num_features=num_features, num_classes=num_classes, voxel_size=voxel_size, **options)
 
 
-def _inverse(inverse, num_voxels):
+def _inverse(inverse: Any, num_voxels: int) -> Neighbors:
     """The voxel of each point as a list, where the points are."""
     array = inverse
     if not devices.is_array(inverse):  # of another framework

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -11,21 +11,44 @@ import kpcore
 from kpcore.backends import checks
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.nn import blocks
+from kpcore.nn.blocks import Buffer, Value
 from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import ModuleType
+
+    from numpy.typing import DTypeLike
+
+    from kpcore.neighbors import Neighbors
+    from kpcore.nn.blocks import AnyArray, KernelPlaces, Parameters
+    from kpcore.nn.kpnext import KPNeXt
+    from kpcore.pyramid import Level
 
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
 
 
-class Result(NamedTuple):
-    """What a network makes of features."""
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-    logits: np.ndarray  #: (N, classes), or (B, classes) after a global average
-    state: dict  #: after the pass: running statistics, where training
-    regularization: object  #: of deformable convolutions, a number, where training and there are some; else None
+    class Result(NamedTuple, Generic[Value, Buffer]):
+        """What a network makes of features."""
+
+        logits: Value
+        state: dict[str, Buffer]
+        regularization: Value | None
+
+else:
+
+    class Result(NamedTuple):
+        """What a network makes of features."""
+
+        logits: AnyArray  #: (N, classes), or (B, classes) after a global average
+        state: dict[str, AnyArray]  #: after the pass: running statistics, where training
+        regularization: AnyArray | None  #: of deformable convolutions, a number, where training and there are some
 
 
-def architecture(levels=5, convs=3, *, deformable=0, segment=True):
+def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segment: bool = True) -> tuple[str, ...]:
     """The list of blocks of the published networks.
 
     Parameters
@@ -51,13 +74,14 @@ def architecture(levels=5, convs=3, *, deformable=0, segment=True):
     (22, 'global_average')
     """
     levels, convs = checks.integer("levels", levels, 1, blocks.MOST_LEVELS), checks.integer("convs", convs, 2, 64)
-    found = ["simple", "resnetb"]
+    block_names = ["simple", "resnetb"]
     for _ in range(levels - 1):
-        found += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
-    deformable = checks.integer("deformable", deformable, 0, len(found))
-    for i in range(len(found) - deformable, len(found)):
-        found[i] = found[i].replace("_strided", "") + "_deformable" + "_strided" * found[i].endswith("_strided")
-    return (*found, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
+        block_names += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
+    deformable = checks.integer("deformable", deformable, 0, len(block_names))
+    for i in range(len(block_names) - deformable, len(block_names)):
+        kind, *strided = block_names[i].split("_")
+        block_names[i] = "_".join([kind, "deformable", *strided])
+    return (*block_names, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +150,7 @@ class Network:
     True
     """
 
-    architecture: tuple
+    architecture: Sequence[str]
     num_features: int
     num_classes: int
     voxel_size: float
@@ -155,7 +179,7 @@ class Network:
     dropout: float = 0.0
     origin: int | str = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         single = np.dtype(np.float32)
         if not isinstance(self.architecture, (list, tuple)) or not all(isinstance(b, str) for b in self.architecture):
             raise TypeError("architecture: expected a sequence of blocks' names, got another")
@@ -188,32 +212,34 @@ class Network:
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
-    def num_levels(self):
+    def num_levels(self) -> int:
         return 1 + sum(_coarser(block) for block in self.architecture)
 
     @property
-    def num_downs(self):
+    def num_downs(self) -> int:
         """Blocks before the first that goes up again."""
         up = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
         return up[0] if up else len(self.architecture)
 
     @property
-    def deform_levels(self):
-        """Where some convolution is deformable and so needs the larger neighbourhoods."""
-        level, found = 0, set()
+    def deform_levels(self) -> tuple[int, ...]:
+        """The levels on which some convolution is deformable and so needs the larger neighbourhoods."""
+        level, levels = 0, set()
         for block in self.architecture:
             if "deformable" in block:
-                found.add(level)
+                levels.add(level)
             level += _coarser(block)
-        return tuple(sorted(found))
+        return tuple(sorted(levels))
 
     @property
-    def segments(self):
+    def segments(self) -> bool:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.architecture[-1] != "global_average"
 
-    def pyramid(self, points, *, row_splits=None, neighbor_limits=None, subsampled=False, features=None, labels=None,
-                F=kpcore):  # fmt: skip
+    def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None,
+                neighbor_limits: Sequence[int] | None = None, subsampled: bool = False,
+                features: AnyArray | None = None, labels: AnyArray | None = None,
+                F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
         """The levels and neighbours that the network works on, made by `F.build_pyramid` with its sizes."""
         check_dimension(self, points)
         levels = F.build_pyramid(
@@ -225,7 +251,7 @@ class Network:
             return levels
         return Pyramid(level._replace(pools=_with_width(level.pools)) for level in levels)
 
-    def init(self, seed=0, dtype=np.float32):
+    def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state): dicts of arrays by name.
 
         Weights are drawn as in the published PyTorch code, uniform in ±1 / sqrt(fan-in), by NumPy from the seed and
@@ -238,7 +264,9 @@ class Network:
         """
         return initialised(self, seed, dtype)
 
-    def __call__(self, F, params, state, pyramid, features, *, training=False, seed=None):
+    def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
+                 features: Value | np.ndarray, *, training: bool = False,
+                 seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -262,7 +290,8 @@ class Network:
         """
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
-    def _new_run(self, F, params, state, **more):
+    def _new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
@@ -304,7 +333,7 @@ class Network:
         return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
 
     @property
-    def _head_width(self):
+    def _head_width(self) -> int:
         return self.head_width or (self.width if self.segments else 1024)
 
     def _head(self, run, x, row_splits, seed):
@@ -315,13 +344,14 @@ class Network:
         x = blocks.dropout(run, x, self.dropout, seed)
         return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
-    def _places(self, level):
+    def _places(self, level: int) -> KernelPlaces:
         voxel = self.voxel_size * 2**level
         radius = self.kernel_radius * self.conv_radius * voxel
         return {"num": self.kernel_size, "radius": radius, "extent": self.extent * voxel, "dimension": self.dimension}
 
 
-def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
+          deformable: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-CNN, which classifies clouds, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -333,7 +363,8 @@ def kpcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformabl
     return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
 
 
-def kpfcnn(num_features, num_classes, voxel_size, *, convs=3, levels=5, deformable=0, **options):
+def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
+           deformable: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-FCNN, which labels points, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -347,20 +378,21 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
         if segment:
             half = options.get("width", 128) // 2
             options = {"decoder_width": half, "head_width": half} | options
-    blocks_of = architecture(levels, convs, deformable=deformable, segment=segment)
-    return Network(blocks_of, num_features, num_classes, voxel_size, **options)
+    block_names = architecture(levels, convs, deformable=deformable, segment=segment)
+    return Network(block_names, num_features, num_classes, voxel_size, **options)
 
 
-def check_dimension(net, points):
-    """An error for arrays of points of another dimension; what is none is told so by what takes it."""
+def check_dimension(net: Network | KPNeXt, points: object) -> None:
+    """An error for points of another dimension than the network's. Other things than arrays the operators refuse."""
     shape = tuple(getattr(points, "shape", (0, net.dimension)))
     if shape[1:] != (net.dimension,):
         raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
 
 
-def check_values(given, expected, kinds=("params", "state")):
-    """An error unless the dicts in `given`, parameters and state, have what is in those of `init`, in its shapes."""
-    for kind, values, like in zip(kinds, given, expected, strict=True):
+def check_values(groups: Sequence[Parameters[AnyArray]], expected: Sequence[Parameters[AnyArray]],
+                 kinds: Sequence[str] = ("params", "state")) -> None:  # fmt: skip
+    """An error unless the dicts in `groups`, parameters and state, have the names and shapes of those of `init`."""
+    for kind, values, like in zip(kinds, groups, expected, strict=True):
         for name, value in like.items():
             if name not in values:
                 raise ValueError(f"{kind}: expected {name} {value.shape}, which the architecture has, got none")
@@ -370,21 +402,21 @@ def check_values(given, expected, kinds=("params", "state")):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others)} too")
 
 
-class _Recording(dict):
-    """Remembers which of its values were asked for."""
+class _Recording(dict[str, np.ndarray]):
+    """A dict that remembers which of its values were read."""
 
-    def __init__(self, values):
+    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
         super().__init__(values)
-        self.asked_for = set()
+        self.read: set[str] = set()
 
-    def __getitem__(self, name):
-        self.asked_for.add(name)
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.read.add(name)
         return super().__getitem__(name)
 
 
-def check_arrays(net, params, state):
-    """An error unless dicts of NumPy arrays are what a network asks for, in its shapes and all of one type. None is
-    made for it: where a file has a network of 10**9 channels and no such arrays, there is no memory to be had."""
+def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: Parameters[np.ndarray]) -> None:
+    """An error unless the dicts hold the arrays of a network: every name, in its shape, and all of one dtype. It makes
+    no arrays to compare with: a file may describe a network of 10**9 channels, for which there is no memory."""
     dtypes = {value.dtype for value in (*params.values(), *state.values())}
     if len(dtypes) > 1 or not dtypes <= {*checks.REAL}:
         got = ", ".join(sorted(map(str, dtypes)))
@@ -392,12 +424,14 @@ def check_arrays(net, params, state):
     params, state = _Recording(params), _Recording(state)
     _pass_over_nothing(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
     for kind, values in (("params", params), ("state", state)):
-        if others := sorted(values.keys() - values.asked_for):
+        if others := sorted(values.keys() - values.read):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
 
 
-def initialised(net, seed, dtype):
-    """(params, state) of a network: all that a pass over no points asks for."""
+def initialised(
+    net: Network | KPNeXt, seed: int, dtype: DTypeLike
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(params, state) of a network: every array that a pass over no points reads."""
     dtype = np.dtype(dtype)
     if dtype not in checks.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
@@ -413,7 +447,9 @@ def _pass_over_nothing(net, params, state, dtype, new):
     net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
 
 
-def evaluated(net, F, params, state, pyramid, features, training, seed):
+def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+              pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
+              seed: int | AnyArray | None) -> Result[Value, Buffer]:  # fmt: skip
     """The `Result` of a network."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
@@ -428,21 +464,21 @@ def evaluated(net, F, params, state, pyramid, features, training, seed):
     return Result(logits, run.new_state, None if total is None else net.fitting_power * total)
 
 
-def count(params):
+def count(params: Parameters[AnyArray]) -> int:
     """How many numbers there are in a dict of arrays."""
     return sum(int(np.prod(value.shape)) for value in params.values())
 
 
-def _coarser(block):
+def _coarser(block: str) -> bool:
     return "strided" in block or block == "max_pool"
 
 
-def _check_architecture(given):
-    if len(given) > _MOST_BLOCKS or sum(map(_coarser, given)) >= blocks.MOST_LEVELS:
-        got = f"got {len(given)} on {1 + sum(map(_coarser, given))}"
+def _check_architecture(block_names: Sequence[str]) -> None:
+    if len(block_names) > _MOST_BLOCKS or sum(map(_coarser, block_names)) >= blocks.MOST_LEVELS:
+        got = f"got {len(block_names)} on {1 + sum(map(_coarser, block_names))}"
         raise ValueError(f"architecture: expected at most {_MOST_BLOCKS} blocks on {blocks.MOST_LEVELS} levels, {got}")
     level, up = 0, False
-    for number, block in enumerate(given):
+    for number, block in enumerate(block_names):
         kind, *more = block.split("_")
         known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
             kind in ("simple", "resnetb") and more in ([], ["deformable"], ["strided"], ["deformable", "strided"])
@@ -453,17 +489,18 @@ def _check_architecture(given):
             level, up = level - 1, True
         elif up and block != "unary":
             raise ValueError(f"architecture: expected nearest_upsample or unary after going up, got {block!r}")
-        elif block == "global_average" and number != len(given) - 1:
+        elif block == "global_average" and number != len(block_names) - 1:
             raise ValueError("architecture: expected global_average at the end")
         level += _coarser(block)
         if level < 0:
             raise ValueError("architecture: expected as many blocks down as up, got one up more")
-    if not given or (given[-1] != "global_average" and level):
-        raise ValueError(f"architecture: expected global_average at the end, or to be on level 0 there, got {given}")
+    if not block_names or (block_names[-1] != "global_average" and level):
+        expected = "global_average at the end, or to be on level 0 there"
+        raise ValueError(f"architecture: expected {expected}, got {block_names}")
 
 
-def _with_width(neighbors):
-    """The list as of a padded matrix, in which the longest row has no padding."""
+def _with_width(neighbors: Neighbors | None) -> Neighbors | None:
+    """The list with the width of the padded matrix in which the longest row has no padding."""
     if neighbors is None or neighbors.width is not None:
         return neighbors
     return neighbors.with_width(int(neighbors.counts.max()) if neighbors.num_queries else 0)

@@ -1,4 +1,4 @@
-"""What trains parameters on the tape: optimisers, clipping, schedules. Users of PyTorch and JAX have their own.
+"""Training on the tape: optimizers, gradient clipping and learning rate schedules. PyTorch and JAX have their own.
 
 Parameters and gradients are dicts of arrays by name, NumPy's or CuPy's; parameters are changed in place.
 """
@@ -6,14 +6,21 @@ Parameters and gradients are dicts of arrays by name, NumPy's or CuPy's; paramet
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
 from kpcore.backends import checks, devices
+from kpcore.nn.blocks import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from kpcore.nn.blocks import AnyArray, Parameters
 
 
-class Optimizer:
-    """Parameters, what is remembered of each, and a rule that changes them. Made by `sgd` and `adamw`.
+class Optimizer(Generic[Value]):
+    """Parameters, the moments that are kept for each, and the rule that updates them. Made by `sgd` and `adamw`.
 
     Parameters
     ----------
@@ -28,7 +35,13 @@ class Optimizer:
         Factors of the learning rate.
     """
 
-    def __init__(self, params, moments, update, lr_scales=None):
+    params: Parameters[Value]
+    moments: Sequence[str]
+    update: Callable[..., None]
+    num_steps: int
+
+    def __init__(self, params: Parameters[Value], moments: Sequence[str], update: Callable[..., None],
+                 lr_scales: Mapping[str, float] | None = None) -> None:  # fmt: skip
         for name, value in params.items():
             if not (devices.is_array(value) and devices.is_real(value)):
                 got = f"{type(value).__name__} {getattr(value, 'dtype', '')}".rstrip()
@@ -42,18 +55,18 @@ class Optimizer:
             for name in params:
                 if part in name:
                     self._scales[name] *= factor
-        self._moments = {
+        self._moments: dict[str, Value] = {
             f"{moment}.{name}": devices.namespace(value).zeros_like(value)
             for moment in moments
             for name, value in params.items()
         }
 
-    def state(self):
-        """What a run is continued with: copies of arrays by name, and under "num_steps" a number."""
+    def state(self) -> dict[str, Value | np.ndarray]:
+        """Copies of the moments by name, and under "num_steps" the number of steps: with these a run is continued."""
         moments = {name: value.copy() for name, value in self._moments.items()}
         return {**moments, "num_steps": np.array(self.num_steps)}
 
-    def restore(self, state):
+    def restore(self, state: Mapping[str, Value | np.ndarray]) -> None:
         """Go on from what `state` returned, of equal parameters."""
         expected = {**self._moments, "num_steps": np.array(0)}
         if state.keys() != expected.keys():
@@ -65,7 +78,7 @@ class Optimizer:
             value[...] = state[name]
         self.num_steps = int(state["num_steps"])
 
-    def step(self, grads, lr):
+    def step(self, grads: Parameters[Value], lr: float) -> None:
         """Change the parameters by their gradients, dicts by name; `lr` is the learning rate of this step."""
         lr = checks.not_negative("lr", lr)
         if grads.keys() != self.params.keys():
@@ -79,7 +92,7 @@ class Optimizer:
             self.update(lr * self._scales[name], self.num_steps, value, devices.contiguous(grads[name]), *moments)
 
 
-def _check_like(argument, name, value, like):
+def _check_like(argument: str, name: str, value: Any, like: Any) -> None:
     """An error unless it is an array like that of the parameter, and where that is."""
     expected = f"{argument}: expected {name} {like.shape} {like.dtype}"
     if value is None:
@@ -90,7 +103,8 @@ def _check_like(argument, name, value, like):
         raise ValueError(f"{expected}, got {value.shape} {value.dtype}")
 
 
-def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
+def sgd(params: Parameters[Value], *, momentum: float = 0.98, weight_decay: float = 1e-3,
+        lr_scales: Mapping[str, float] | None = None) -> Optimizer[Value]:  # fmt: skip
     """Stochastic gradient descent with momentum: ``m = momentum m + g + weight_decay p``, ``p -= lr m``.
 
     As torch.optim.SGD does it. The published networks train with a momentum of 0.98, a weight decay of 1e-3 and a tenth
@@ -118,14 +132,15 @@ def sgd(params, *, momentum=0.98, weight_decay=1e-3, lr_scales=None):
     momentum = checks.not_negative("momentum", momentum)
     weight_decay = checks.not_negative("weight_decay", weight_decay)
 
-    def update(lr, step, value, grad, moment):
+    def update(lr: float, step: int, value: Value, grad: Value, moment: Value) -> None:
         devices.backend(value).run("sgd", value=value, grad=grad, moment=moment, lr=lr, momentum=momentum,
                                    weight_decay=weight_decay)  # fmt: skip
 
     return Optimizer(params, ("momentum",), update, lr_scales)
 
 
-def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=None):
+def adamw(params: Parameters[Value], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+          weight_decay: float = 1e-2, lr_scales: Mapping[str, float] | None = None) -> Optimizer[Value]:  # fmt: skip
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as torch.optim.AdamW does it.
 
     Parameters
@@ -147,7 +162,7 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     eps = checks.not_negative("eps", eps)
     weight_decay = checks.not_negative("weight_decay", weight_decay)
 
-    def update(lr, step, value, grad, mean, square):
+    def update(lr: float, step: int, value: Value, grad: Value, mean: Value, square: Value) -> None:
         rate, inverse_root = lr / (1 - first**step), 1 / math.sqrt(1 - second**step)
         devices.backend(value).run("adamw", value=value, grad=grad, mean=mean, square=square,
                                    keep=1 - lr * weight_decay, first=first, second=second, rate=rate,
@@ -156,7 +171,7 @@ def adamw(params, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, lr_scales=
     return Optimizer(params, ("mean", "square"), update, lr_scales)
 
 
-def clip_by_value(grads, limit):
+def clip_by_value(grads: Parameters[AnyArray], limit: float) -> None:
     """Gradients, changed in place, of at most `limit` in size; 100 in the published code."""
     limit = checks.length("limit", limit, np.dtype(np.float64))
     _check_grads(grads)
@@ -165,7 +180,7 @@ def clip_by_value(grads, limit):
         np.maximum(grad, -limit, out=grad)
 
 
-def clip_by_norm(grads, limit):
+def clip_by_norm(grads: Parameters[AnyArray], limit: float) -> float:
     """Gradients, changed in place, scaled so that their norm together is at most `limit`. Returns what it was.
 
     The norm is that in float64, the same bits with any number of threads and instruction set.
@@ -184,14 +199,14 @@ def clip_by_norm(grads, limit):
     return norm
 
 
-def _check_grads(grads):
+def _check_grads(grads: Parameters[AnyArray]) -> None:
     for name, grad in grads.items():
         if not (devices.is_array(grad) and devices.is_real(grad)):
             got = f"{type(grad).__name__} {getattr(grad, 'dtype', '')}".rstrip()
             raise TypeError(f"grads: expected float32 or float64 arrays, got {got} for {name}")
 
 
-def exponential(lr, factor, steps):
+def exponential(lr: float, factor: float, steps: int) -> Callable[[float], float]:
     """A schedule: `lr` times `factor` for every so many `steps`, continuously. A function of the number of the step.
 
     >>> [round(exponential(0.01, 0.1, 100)(step), 6) for step in (0, 100, 200)]
@@ -200,7 +215,7 @@ def exponential(lr, factor, steps):
     lr, factor = checks.length("lr", lr, np.dtype(np.float64)), checks.length("factor", factor, np.dtype(np.float64))
     steps = checks.integer("steps", steps, 1)
 
-    def at(step):
+    def at(step: float) -> float:
         step = checks.number("step", step, np.dtype(np.float64))
         try:
             rate = lr * factor ** (step / steps)
@@ -213,7 +228,8 @@ def exponential(lr, factor, steps):
     return at
 
 
-def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
+def one_cycle(lr: float, steps: int, *, warm: float = 0.3, start: float = 1 / 25,
+              end: float = 1e-4) -> Callable[[float], float]:  # fmt: skip
     """A schedule: up to `lr` in the part `warm` of all `steps`, and down again, both along a cosine.
 
     From ``start * lr`` and to ``start * end * lr``, as torch.optim.lr_scheduler.OneCycleLR has it. A function of the
@@ -224,10 +240,10 @@ def one_cycle(lr, steps, *, warm=0.3, start=1 / 25, end=1e-4):
     start, end = checks.not_negative("start", start), checks.not_negative("end", end)
     top = warm * steps - 1
 
-    def along(a, b, part):
+    def along(a: float, b: float, part: float) -> float:
         return b + (a - b) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
 
-    def at(step):
+    def at(step: float) -> float:
         step = checks.number("step", step, np.dtype(np.float64))
         if step < top:
             return along(start * lr, lr, step / top)

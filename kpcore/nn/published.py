@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from kpcore.nn.networks import Network, check_values
 
-# Its names of settings, and ours.
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+# Settings by their published names, and the fields of `Network` that they are.
 _SETTINGS = {
     "num_classes": "num_classes", "in_features_dim": "num_features", "first_features_dim": "width",
     "first_subsampling_dl": "voxel_size", "conv_radius": "conv_radius", "deform_radius": "deform_radius",
@@ -21,7 +28,9 @@ _LAYERS = {"KPConv": "conv", "batch_norm": "norm", "batch_norm_conv": "norm"}
 _NORM = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "variance"}
 
 
-def import_kpconv_pytorch(state_dict, architecture, config):
+def import_kpconv_pytorch(
+    state_dict: Mapping[str, ArrayLike], architecture: Sequence[str], config: Mapping[str, Any]
+) -> tuple[Network, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A network and its parameters from a checkpoint of the published PyTorch code.
 
     Nothing is unpickled here: load the file with ``torch.load(path, weights_only=True)["model_state_dict"]``.
@@ -51,17 +60,17 @@ def import_kpconv_pytorch(state_dict, architecture, config):
     missing = [name for name in _NEEDED if name not in config]
     if missing:
         raise ValueError(f"config: expected {', '.join(missing)}, got none")
-    options = {ours: config[theirs] for theirs, ours in _SETTINGS.items() if theirs in config}
+    options = {name: config[published_name] for published_name, name in _SETTINGS.items() if published_name in config}
     if not config.get("use_batch_norm", True):
         options["norm"] = None
     net = Network(tuple(architecture), **options, pool_pad_value=0.0, origin="published")
     values = {}
-    for theirs, value in state_dict.items():
-        if theirs.endswith("num_batches_tracked"):
+    for published_name, value in state_dict.items():
+        if published_name.endswith("num_batches_tracked"):
             continue
-        ours = _name(theirs)
+        name = _name(published_name)
         value = np.asarray(value, np.float32)
-        values[ours] = np.ascontiguousarray(value.T if theirs.endswith("mlp.weight") else value)
+        values[name] = np.ascontiguousarray(value.T if published_name.endswith("mlp.weight") else value)
     expected = net.init()
     params = {name: value for name, value in values.items() if name in expected[0]}
     state = {name: value for name, value in values.items() if name not in params}
@@ -69,18 +78,18 @@ def import_kpconv_pytorch(state_dict, architecture, config):
     return net, params, state
 
 
-def _name(theirs):
+def _name(published_name: str) -> str:
     """encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale"""
-    first, *layers, leaf = theirs.split(".") if "." in theirs else (theirs, "")
+    first, *layers, leaf = published_name.split(".") if "." in published_name else (published_name, "")
     if first in _HEADS:
         # A layer with a bias is there a normalisation that is none.
         return f"{_HEADS[first]}.{'bias' if layers == ['batch_norm'] else 'weights'}"
     if first not in _BLOCKS or not layers:
-        raise ValueError(f"state_dict: expected names of the published PyTorch code, got {theirs}")
+        raise ValueError(f"state_dict: expected names of the published PyTorch code, got {published_name}")
     path = [_BLOCKS[first]]
     for layer in layers:
-        ours = _LAYERS.get(layer, layer)
-        if ours not in ("mlp", path[-1]):
-            path.append(ours)
+        part = _LAYERS.get(layer, layer)
+        if part not in ("mlp", path[-1]):
+            path.append(part)
     leaf = _NORM.get(leaf, leaf) if path[-1] == "norm" else "weights" if leaf == "weight" else leaf
     return ".".join([*path, leaf])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,16 @@ import kpcore as kp
 from kpcore.dispositions import _rotated, _rotation
 from kpcore.pipeline.settings import SettingsError
 from kpcore.pyramid import Pyramid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from kpcore.nn import KPNeXt, Network
+    from kpcore.pipeline.data import Columns, Scene
+    from kpcore.pipeline.settings import Training
+
+Job = TypeVar("Job")
+Made = TypeVar("Made")
 
 
 class Sphere(NamedTuple):
@@ -24,9 +34,9 @@ class Sphere(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a network is given."""
+    """The input of a network for one step, and the labels of its points."""
 
-    spheres: list
+    spheres: list[Sphere]
     pyramid: Pyramid
     features: np.ndarray
     labels: np.ndarray
@@ -39,7 +49,13 @@ class Potentials:
     a little, and adds (1 - d² / r²)² to those within.
     """
 
-    def __init__(self, scenes, radius, rng, move=True):
+    scenes: Sequence[Scene]
+    radius: float
+    rng: np.random.Generator
+    move: bool
+    values: np.ndarray  #: the potential of each place
+
+    def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator, move: bool = True) -> None:
         self.scenes, self.radius, self.rng, self.move = scenes, radius, rng, move
         try:
             places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
@@ -51,7 +67,7 @@ class Potentials:
         self._places = np.concatenate(places)
         self.values = rng.uniform(0, 1e-3, len(self._places))
 
-    def next(self):
+    def next(self) -> Sphere:
         at = int(self.values.argmin())
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
         center = self._places[at]
@@ -60,36 +76,41 @@ class Potentials:
             center = (center + np.clip(by, -self.radius / 2, self.radius / 2)).astype(np.float32)
         return self.at(number, center)
 
-    def at(self, number, center):
+    def at(self, number: int, center: np.ndarray) -> Sphere:
         """A sphere of a scene at a given place."""
-        own = slice(self._bounds[number], self._bounds[number + 1])
-        squared = ((self._places[own] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
-        self.values[own] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        places = slice(self._bounds[number], self._bounds[number + 1])
+        squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
+        self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
         return _sphere(self.scenes, number, center, self.radius)
 
 
 class Balanced:
     """Spheres around points of classes that are drawn evenly."""
 
-    def __init__(self, scenes, radius, rng):
+    scenes: Sequence[Scene]
+    radius: float
+    rng: np.random.Generator
+
+    def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator) -> None:
         self.scenes, self.radius, self.rng = scenes, radius, rng
         bounds = np.cumsum([0, *(len(scene.points) for scene in scenes)])
         labels = np.concatenate([scene.labels for scene in scenes])
         self._bounds, self._rows = bounds, [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
 
-    def next(self):
+    def next(self) -> Sphere:
         at = int(self.rng.choice(self._rows[self.rng.integers(len(self._rows))]))
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
         center = self.scenes[number].points[at - self._bounds[number]]
         return _sphere(self.scenes, number, center, self.radius)
 
 
-def _sphere(scenes, number, center, radius):
-    found = scenes[number].tree.radius_search(center[None], radius)
-    return Sphere(number, center, found.index)
+def _sphere(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
+    neighbors = scenes[number].tree.radius_search(center[None], radius)
+    return Sphere(number, center, neighbors.index)
 
 
-def training_jobs(scenes, training, digits, rng, number):
+def training_jobs(scenes: Sequence[Scene], training: Training, digits: bool, rng: np.random.Generator,
+                  number: int) -> Iterator[list[Sphere]]:  # fmt: skip
     """`number` lists of spheres, or of digits, one list for each batch."""
     if digits:
         source = _shuffled(scenes, rng)
@@ -102,20 +123,20 @@ def training_jobs(scenes, training, digits, rng, number):
         yield spheres
 
 
-def _shuffled(scenes, rng):
+def _shuffled(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[Sphere]:
     """Whole scenes, all of them in another order each time."""
     while True:
         for number in rng.permutation(len(scenes)):
             yield whole(scenes, int(number))
 
 
-def whole(scenes, number):
+def whole(scenes: Sequence[Scene], number: int) -> Sphere:
     """A "sphere" that is a whole scene."""
     points = scenes[number].points
     return Sphere(number, np.zeros(points.shape[1], np.float32), np.arange(len(points)))
 
 
-def _fill(source, training, held):
+def _fill(source: Iterator[Sphere], training: Training, held: Sphere | None) -> tuple[list[Sphere], Sphere | None]:
     """(spheres for a batch, the one that did not fit or None)"""
     spheres, points, alone = [], 0, 0
     while len(spheres) < training.batch_clouds:
@@ -136,20 +157,21 @@ def _fill(source, training, held):
     return spheres, held
 
 
-def make_batch(net, scenes, columns, spheres, training=None, rng=None):
-    """A Batch of spheres of scenes with these Columns; augmented as `training` says where `rng` is given."""
+def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns, spheres: list[Sphere],
+               training: Training | None = None, rng: np.random.Generator | None = None) -> Batch:  # fmt: skip
+    """A Batch of spheres of scenes with these Columns; augmented as `training` says, unless `rng` is None."""
     points, features, labels, local = [], [], [], columns.span("local")
     for sphere in spheres:
         scene = scenes[sphere.scene]
-        own, columns_of = scene.points[sphere.rows] - sphere.center, scene.columns[sphere.rows]
+        centered, sphere_features = scene.points[sphere.rows] - sphere.center, scene.columns[sphere.rows]
         if rng is not None:
-            own, columns_of = _augmented(own, columns_of, training, columns, rng)
+            centered, sphere_features = _augmented(centered, sphere_features, training, columns, rng)
         if local:
-            columns_of[:, local] = own
-        points.append(own)
-        features.append(columns_of)
+            sphere_features[:, local] = centered
+        points.append(centered)
+        features.append(sphere_features)
         labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
-    lengths = [len(own) for own in points]
+    lengths = [len(centered) for centered in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
     try:
         pyramid = _pyramid(net, stacked, row_splits, training, rng)
@@ -165,7 +187,8 @@ def make_batch(net, scenes, columns, spheres, training=None, rng=None):
     return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels))
 
 
-def _pyramid(net, points, row_splits, training, rng):
+def _pyramid(net: Network | KPNeXt, points: np.ndarray, row_splits: np.ndarray, training: Training | None,
+             rng: np.random.Generator | None) -> Pyramid:  # fmt: skip
     if rng is None or not training.turn_grid:
         return net.pyramid(points, row_splits=row_splits, subsampled=True)
     # Voxels along other axes each time, as published: turned before, and back after.
@@ -178,18 +201,19 @@ def _pyramid(net, points, row_splits, training, rng):
     )
 
 
-def _turned(points, row_splits, turns):
+def _turned(points: np.ndarray, row_splits: np.ndarray, turns: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([
         _rotated(points[begin:end], turn)
         for begin, end, turn in zip(row_splits[:-1], row_splits[1:], turns, strict=True)
     ])  # fmt: skip
 
 
-def _turn(dimension, kind, rng):
+def _turn(dimension: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     return _rotation(dimension, kind, int(rng.integers(2**62))).astype(np.float32)
 
 
-def _augmented(points, columns_of, training, columns, rng):
+def _augmented(points: np.ndarray, features: np.ndarray, training: Training, columns: Columns,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     dimension = points.shape[1]
     if training.rotate in ("vertical", "all"):
         turn = _turn(dimension, "vertical" if training.rotate == "vertical" else "full", rng)
@@ -206,21 +230,23 @@ def _augmented(points, columns_of, training, columns, rng):
     points = points + rng.normal(0, training.noise, points.shape).astype(np.float32)
     color = columns.span("color")
     if color and rng.random() >= training.keep_color:
-        columns_of[:, color] = 0
-    return points, columns_of
+        features[:, color] = 0
+    return points, features
 
 
-class Prefetched:
+class Prefetched(Generic[Job, Made]):
     """Results of `make(job)` in the order of the jobs, made ahead by threads; `waited` seconds for them so far.
 
     Threads, because the work is kernels that let go of the interpreter, and scenes need not be copied. What a job is
     made of is drawn when it is asked for, in order; so a run is the same with any number of threads.
     """
 
-    def __init__(self, jobs, make, workers):
+    waited: float
+
+    def __init__(self, jobs: Iterable[Job], make: Callable[[Job], Made], workers: int) -> None:
         self.waited, self._jobs, self._make, self._workers = 0.0, iter(jobs), make, workers
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Made]:
         if not self._workers:
             for job in self._jobs:
                 begin = time.perf_counter()
@@ -241,7 +267,7 @@ class Prefetched:
                 one.cancel()
             pool.shutdown()
 
-    def _next(self, ahead):
+    def _next(self, ahead: deque[Future[Made]]) -> Made:
         begin = time.perf_counter()
         made = ahead.popleft().result()
         self.waited += time.perf_counter() - begin

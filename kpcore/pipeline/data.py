@@ -8,6 +8,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,13 @@ from kpcore.io.cloud import MissingField
 from kpcore.io.formats import TABLES
 from kpcore.pipeline.settings import OWN, SettingsError
 from kpcore.scenes.indoor import indoor
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from kpcore.io import Cloud
+    from kpcore.pipeline.settings import Digits, Part, Settings, Source
 
 _LARGEST = 10.0  # of a feature, either way
 _BEYOND = 1e300  # what a feature is divided by stays a float64
@@ -39,10 +47,10 @@ class Scene:
     points: np.ndarray
     columns: np.ndarray
     labels: np.ndarray
-    tree: kp.KDTree
+    tree: kp.KDTree | None
     full: np.ndarray
     full_labels: np.ndarray | None
-    cloud: object = None
+    cloud: Cloud | None = None
 
 
 @dataclass(frozen=True)
@@ -50,24 +58,26 @@ class Columns:
     """How features are made.
 
     widths : of each by its name, in their order
-    center, scale : for those that are given, what is subtracted and divided by
+    center, scale : for each feature but "one" and "local" the number that is subtracted from its values, and the number
+        by which they are divided then
     """
 
-    widths: dict
-    center: dict
-    scale: dict
+    widths: dict[str, int]
+    center: dict[str, float]
+    scale: dict[str, float]
 
-    def of(self, points, given):
-        """(n, C) float32; `given` holds by name (n,) or (n, width) what points do not tell. Zeros for "local"."""
+    def of(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(n, C) float32. `values` holds, by name, the (n,) or (n, width) values of the features that are not made from
+        the points. "local" is zero here: it depends on the input sphere."""
         parts = []
         for name, width in self.widths.items():
             if name in ("one", "local"):
                 parts.append(np.full((len(points), width), name == "one", np.float32))
             else:
-                parts.append((given[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
+                parts.append((values[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
         return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
 
-    def span(self, name):
+    def span(self, name: str) -> slice | None:
         """The columns of a name; None if there are none."""
         begin = 0
         for one, width in self.widths.items():
@@ -77,9 +87,9 @@ class Columns:
         return None
 
 
-def columns_of(settings, given):
-    """Columns from what JSON holds of them; an error unless they are those of the settings' features."""
-    made = Columns(**given)
+def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
+    """Columns from their description in JSON; an error unless they are those of the settings' features."""
+    made = Columns(**described)
     if not isinstance(made.widths, dict) or [*made.widths.items()] != [*settings.widths.items()]:
         raise SettingsError(f"columns: expected widths {settings.widths}, those of the features, got {made.widths!r}")
     for name in settings.widths.keys() - {"one", "local"}:
@@ -93,7 +103,8 @@ def columns_of(settings, given):
     return made
 
 
-def load_scenes(settings, parts, folder, columns=None):
+def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
+                columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of files; the columns are made of these scenes unless given."""
     clouds = [_part(settings, part, folder) for part in parts]
     if columns is None:
@@ -101,12 +112,12 @@ def load_scenes(settings, parts, folder, columns=None):
     return [_scene(settings, columns, *cloud) for cloud in clouds], columns
 
 
-def scene_of(settings, columns, cloud):
+def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
     """A Scene of a whole cloud, labelled or not."""
     return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
-def read_cloud(settings, path, labelled=True):
+def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True) -> Cloud:
     """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
     fields = [name for name in settings.data.features if name not in OWN]
     columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
@@ -124,7 +135,7 @@ def read_cloud(settings, path, labelled=True):
     return cloud
 
 
-def class_numbers(settings, labels):
+def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
     """Numbers of classes of a file's labels, IGNORED for all others."""
     out = np.full(len(labels), IGNORED, np.int64)
     for number, values in enumerate(settings.data.classes.values()):
@@ -132,7 +143,7 @@ def class_numbers(settings, labels):
     return out
 
 
-def _part(settings, part, folder):
+def _part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tuple[Cloud, np.ndarray]:
     """(cloud, rows of it)"""
     if part.indoor is not None:
         if others := [name for name in settings.data.features if name not in OWN]:
@@ -158,47 +169,48 @@ def _part(settings, part, folder):
     return cloud, np.flatnonzero(keep)
 
 
-def _given(settings, cloud, rows):
-    """What features take from rows of a cloud, by name, (n,) or (n, 3) float32."""
-    given = {}
+def _values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The features that rows of a cloud hold, before scaling: (n,) or (n, 3) float32 by name."""
+    values = {}
     for name in settings.data.features:
         if name == "color":
-            given[name] = cloud.colors[rows].astype(np.float32)
+            values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
-            given[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+            values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
         elif name not in OWN:
-            given[name] = cloud.fields[name.lower()][rows]
-    return given
+            values[name] = cloud.fields[name.lower()][rows]
+    return values
 
 
-def _columns(settings, clouds):
+def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
     center, scale = {"color": 0.0}, {"color": 255.0}
-    given = [_given(settings, cloud, rows) for cloud, rows in clouds]
-    for name in given[0]:
+    clouds_values = [_values(settings, cloud, rows) for cloud, rows in clouds]
+    for name in clouds_values[0]:
         if name == "color":
             continue
         # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
-        values = np.concatenate([one[name] for one in given]).astype(np.float64)
+        values = np.concatenate([one[name] for one in clouds_values]).astype(np.float64)
         low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
         center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
     return Columns(settings.widths, center, scale)
 
 
-def _scene(settings, columns, cloud, rows):
+def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = np.clip(columns.of(full, _given(settings, cloud, rows)), -_LARGEST, _LARGEST)
+    features = np.clip(columns.of(full, _values(settings, cloud, rows)), -_LARGEST, _LARGEST)
     try:
         sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
                                 ignore_label=None if labels is None else IGNORED,
                                 origin=settings.net().origin)  # fmt: skip
     except ValueError as error:
         raise SettingsError(f"[network] voxel_size: {error}") from None
-    own = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
-    return Scene(sub.points, sub.features, own, kp.KDTree(sub.points), full, labels, cloud)
+    sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
+    return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud)
 
 
-def load_digits(settings, parts, folder):
+def load_digits(settings: Settings, parts: Sequence[Digits],
+                folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of idx files, a scene for each image: a point for each pixel that is not black, in pixels from
     the middle."""
     scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
@@ -219,7 +231,7 @@ def load_digits(settings, parts, folder):
     return scenes, columns
 
 
-def _idx(path):
+def _idx(path: Path) -> np.ndarray:
     """The array of an idx file, gzipped or not (format: yann.lecun.com/exdb/mnist)."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -234,7 +246,8 @@ def _idx(path):
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def load(settings, parts, folder, columns=None):
+def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[str],
+         columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of what the settings name; the columns are made of these scenes unless given."""
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)

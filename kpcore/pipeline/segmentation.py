@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,20 +11,29 @@ from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import voting
 from kpcore.pipeline.data import IGNORED, read_cloud, scene_of
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.training import Model
+
 __all__ = ["Segmented", "draw", "found", "segment", "write_labels"]
 
 
 class Segmented(NamedTuple):
-    """What `segment` found."""
+    """The classes of a cloud's points, as `segment` returns them."""
 
-    cloud: Cloud
+    cloud: Cloud | None  #: None of digits
     classes: np.ndarray  #: (N,) numbers of classes, of the cloud's points
     counts: np.ndarray  #: (classes,) points of each
     true: np.ndarray | None  #: (N,) what the file's own labels say, IGNORED where they are of no class
-    scores: dict | None  #: against those, see `voting.scores`
+    scores: voting.Scores | None  #: against those, see `voting.scores`
 
 
-def segment(model, source, out, *, votes=None, watch=None):
+def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, votes: int | None = None,
+            watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
     """Label the points of a file, and write it with these labels; what else it holds stays as it is.
 
     Points that were left out (see `Cloud`) keep the label they have.
@@ -40,7 +49,7 @@ def segment(model, source, out, *, votes=None, watch=None):
     return found(model, scene, classes)
 
 
-def found(model, scene, classes):
+def found(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
     """`Segmented` of a scene's points."""
     counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
     if true is not None and (true != IGNORED).any():
@@ -48,8 +57,8 @@ def found(model, scene, classes):
     return Segmented(scene.cloud, classes, counts, true, scores)
 
 
-def draw(path, title, found, names):
-    """Write a picture: the cloud by what was found, and where there are labels by those and by where they differ."""
+def draw(path: Path, title: str, found: Segmented, names: Sequence[str]) -> None:
+    """Write a picture of the cloud by predicted classes and, if it has labels, by those and by where they differ."""
     from kpcore import picture
 
     colors = picture.class_colors(len(names))

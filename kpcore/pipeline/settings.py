@@ -6,14 +6,22 @@ import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from kpcore import nn
 from kpcore.config import require
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
 
 _UTF_16, _MOST_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
 LENGTHS = (1e-9, 1e9)  # in the unit of the points; their squares, and those of 2**15 times as much, are float32
 _LABELS = (-(2**31), 2**31 - 1)
 OWN = ("one", "color", "height", "local", "value")  # features that are no field of a file
+
+
+Section = TypeVar("Section")  # one of the dataclasses below
 
 
 class SettingsError(ValueError):
@@ -34,7 +42,7 @@ class Part:
     points: int = 300_000
     mirror: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.file if self.indoor is None else f"indoor {self.indoor}"
 
 
@@ -47,8 +55,11 @@ class Digits:
     first: int = 0
     last: int | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.images
+
+
+Source: TypeAlias = "Part | Digits"
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,9 @@ class Data:
     columns : names for the columns of files that name none, as of `kpcore.io.read`
     """
 
-    train: list
-    test: list = field(default_factory=list)
-    classes: dict = field(default_factory=dict)
+    train: list[Source]
+    test: list[Source] = field(default_factory=list)
+    classes: dict[str, list[int]] = field(default_factory=dict)
     features: list[str] = field(default_factory=lambda: ["one"])
     label: str | None = None
     columns: list[str] | None = None
@@ -88,7 +99,7 @@ class Architecture:
     convs: int = 2
     deformable: int = 0
     width: int = 64
-    options: dict = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,42 +178,44 @@ class Settings:
     training: Training
 
     @property
-    def digits(self):
+    def digits(self) -> bool:
         return isinstance(self.data.train[0], Digits)
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """Of the classes."""
         return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
 
     @property
-    def dimension(self):
+    def dimension(self) -> int:
         return 2 if self.digits else 3
 
     @property
-    def widths(self):
+    def widths(self) -> dict[str, int]:
         """Columns of each feature by its name."""
         return {name: {"local": self.dimension, "color": 3}.get(name, 1) for name in self.data.features}
 
-    def net(self):
+    def net(self) -> nn.Network | nn.KPNeXt:
         """The network, for as many features and classes as the data has."""
-        given = self.network
-        sizes = sum(self.widths.values()), len(self.names), given.voxel_size
-        options = {"width": given.width, "dimension": self.dimension} | given.options
+        network = self.network
+        sizes = sum(self.widths.values()), len(self.names), network.voxel_size
+        options: dict[str, Any] = {"width": network.width, "dimension": self.dimension} | network.options
         try:
-            if given.kind == "kpnext":
+            if network.kind == "kpnext":
                 return nn.kpnext(*sizes, segment=not self.digits, **options)
-            blocks = nn.architecture(given.levels, given.convs, deformable=given.deformable, segment=not self.digits)
+            blocks = nn.architecture(
+                network.levels, network.convs, deformable=network.deformable, segment=not self.digits
+            )
             return nn.Network(blocks, *sizes, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
 
-    def asdict(self):
+    def asdict(self) -> dict[str, Any]:
         """What `from_dict` makes these settings of."""
         return asdict(self)
 
 
-def read_settings(path):
+def read_settings(path: str | os.PathLike[str]) -> Settings:
     """Settings of a TOML file; errors name the setting."""
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
     try:
@@ -218,7 +231,7 @@ def read_settings(path):
         raise SettingsError(f"{path}: {error}") from None
 
 
-def _text(path):
+def _text(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise SettingsError("is no regular file")
@@ -230,27 +243,27 @@ def _text(path):
     return data.decode("utf-8-sig")  # as Notepad writes UTF-8
 
 
-def from_dict(given):
+def from_dict(values: dict[str, Any]) -> Settings:
     """Settings of nested dicts, as TOML gives them."""
-    if not isinstance(given, dict):
-        raise SettingsError(f"expected the sections data, network and training, got {_shown(given)}")
-    given = dict(given)
+    if not isinstance(values, dict):
+        raise SettingsError(f"expected the sections data, network and training, got {_shown(values)}")
+    values = dict(values)
     settings = Settings(
-        _data(given.pop("data", {})),
-        _network(given.pop("network", {})),
-        _section(Training, given.pop("training", {}), "[training]"),
+        _data(values.pop("data", {})),
+        _network(values.pop("network", {})),
+        _section(Training, values.pop("training", {}), "[training]"),
     )
-    if given:
-        raise SettingsError(f"expected the sections data, network and training, got {', '.join(given)} too")
+    if values:
+        raise SettingsError(f"expected the sections data, network and training, got {', '.join(values)} too")
     _check_training(settings.training, settings.dimension)
     settings.net()
     return settings
 
 
-def _data(given):
-    if not isinstance(given, dict):
-        raise SettingsError(f"[data]: expected names and values, got {_shown(given)}")
-    data = dict(given)
+def _data(values: Any) -> Data:
+    if not isinstance(values, dict):
+        raise SettingsError(f"[data]: expected names and values, got {_shown(values)}")
+    data = dict(values)
     for name in ("train", "test"):
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
@@ -287,13 +300,13 @@ def _data(given):
     return data
 
 
-def _part(given, where):
-    if isinstance(given, dict) and "images" in given:
-        part = _section(Digits, given, where)
+def _part(values: Any, where: str) -> Part | Digits:
+    if isinstance(values, dict) and "images" in values:
+        part = _section(Digits, values, where)
         if part.first < 0 or (part.last is not None and part.last <= part.first):
-            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(given)}")
+            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(values)}")
         return part
-    part = _section(Part, {"file": given} if isinstance(given, str) else given, where)
+    part = _section(Part, {"file": values} if isinstance(values, str) else values, where)
     if (part.file is None) == (part.indoor is None):
         raise SettingsError(f"{where}: expected either file or indoor")
     _check_bounds(part, where, {"points": (1, 10**8)} | ({} if part.indoor is None else {"indoor": (0, 2**31 - 1)}))
@@ -306,15 +319,15 @@ def _part(given, where):
     return part
 
 
-def _network(given):
+def _network(values: Any) -> Architecture:
     known = {f.name for f in fields(Architecture)}
-    if isinstance(given, dict):
-        if not isinstance(given.get("options", {}), dict):
-            raise SettingsError(f"[network] options: expected names and values, got {_shown(given['options'])}")
-        options = {name: value for name, value in given.items() if name not in known}
-        given = {name: value for name, value in given.items() if name in known}
-        given["options"] = options | given.get("options", {})
-    network = _section(Architecture, given, "[network]")
+    if isinstance(values, dict):
+        if not isinstance(values.get("options", {}), dict):
+            raise SettingsError(f"[network] options: expected names and values, got {_shown(values['options'])}")
+        options = {name: value for name, value in values.items() if name not in known}
+        values = {name: value for name, value in values.items() if name in known}
+        values["options"] = options | values.get("options", {})
+    network = _section(Architecture, values, "[network]")
     _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
         raise SettingsError("[network] dimension: expected none, as it is that of the data: 3, of digits 2")
@@ -329,26 +342,26 @@ def _network(given):
     return network
 
 
-def _section(kind, given, where):
+def _section(kind: type[Section], values: Any, where: str) -> Section:
     """A dataclass of a dict; an error for names it does not have, and values of another type than its defaults."""
-    if not isinstance(given, dict):
-        raise SettingsError(f"{where}: expected names and values, got {_shown(given)}")
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: expected names and values, got {_shown(values)}")
     known = {f.name: f for f in fields(kind)}
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in known:
             raise SettingsError(f"{where} {name}: there is no such setting; there are {', '.join(known)}")
         types = str(known[name].type)
         if types == "float" and type(value) is int and abs(value) < 2**63:
-            given = {**given, name: float(value)}
+            values = {**values, name: float(value)}
         elif not _is(value, types):
             raise SettingsError(f"{where} {name}: expected {types}, got {_shown(value)}")
     for name, f in known.items():
-        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise SettingsError(f"{where} {name}: expected a value, got none")
-    return kind(**given)
+    return kind(**values)
 
 
-def _shown(value):
+def _shown(value: object) -> str:
     """A value for a message, at most 80 characters of it."""
     try:
         text = repr(value)
@@ -357,7 +370,7 @@ def _shown(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is(value, types):
+def _is(value: object, types: str) -> bool:
     for one in types.split(" | "):
         outer, _, inner = one.partition("[")
         if one == "None":
@@ -366,14 +379,16 @@ def _is(value, types):
             fits = isinstance(value, list) and all(_is(v, inner.rstrip("]")) for v in value if inner)
         elif one == "float":
             fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
+        elif one == "Source":  # made by `_part`
+            fits = isinstance(value, (Part, Digits))
         else:
-            fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[one]
+            fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[outer]
         if fits:
             return True
     return False
 
 
-def _check_bounds(section, where, limits):
+def _check_bounds(section: object, where: str, limits: Mapping[str, tuple[float, float]]) -> None:
     for name, (least, most) in limits.items():
         value = getattr(section, name)
         if not least <= value <= most:
@@ -381,8 +396,8 @@ def _check_bounds(section, where, limits):
             raise SettingsError(f"{where} {name}: expected {bounds}, got {_shown(value)}")
 
 
-def _check_training(training, dimension):
-    def check(name, fits, expected):
+def _check_training(training: Training, dimension: int) -> None:
+    def check(name: str, fits: bool, expected: str) -> None:
         if not fits:
             raise SettingsError(f"[training] {name}: expected {expected}, got {_shown(getattr(training, name))}")
 

@@ -10,6 +10,8 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +26,14 @@ from kpcore.pipeline import batches, voting
 from kpcore.pipeline.data import IGNORED, columns_of, load
 from kpcore.pipeline.settings import from_dict
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from io import FileIO
+
+    from kpcore.nn.blocks import Parameters
+    from kpcore.pipeline.data import Columns, Scene
+    from kpcore.pipeline.settings import Settings
+
 LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
 _BETWEEN_CHECKPOINTS = 60  # seconds; where it is has no influence on a run
 
@@ -35,11 +45,18 @@ class NotFinite(ArithmeticError):
 class Model:
     """A network with what is needed to use it on a cloud."""
 
-    def __init__(self, net, params, state, settings, columns):
+    net: nn.Network | nn.KPNeXt
+    params: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
+    settings: Settings
+    columns: Columns
+
+    def __init__(self, net: nn.Network | nn.KPNeXt, params: dict[str, np.ndarray], state: dict[str, np.ndarray],
+                 settings: Settings, columns: Columns) -> None:  # fmt: skip
         self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike[str]) -> Model:
         """Of a file that a training wrote."""
         net, params, state, about = nn.load(path)
         with checkpoints.naming(path):
@@ -49,12 +66,12 @@ class Model:
             _check_network(net, settings)
             return cls(net, params, state, settings, columns_of(settings, about["columns"]))
 
-    def about(self):
+    def about(self) -> dict[str, Any]:
         """What JSON holds of it besides the network."""
         return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
 
 
-def _check_network(net, settings):
+def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
     """An error unless it is one for the data of the settings."""
     expected = settings.net()
     for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
@@ -80,9 +97,26 @@ class Training:
     resume : bool
     """
 
-    def __init__(self, settings, out, folder, *, seed=0, resume=False):
+    settings: Settings
+    out: Path
+    folder: Path
+    seed: int
+    epoch: int  #: the next to be done
+    step: int  #: the next to be done, within that epoch
+    best: float  #: the best score of a validation so far, -1 before the first
+    results: list[dict[str, Any]]  #: what each validation found
+    loss: float | None  #: of the last step
+    scenes: list[Scene]
+    test_scenes: list[Scene]
+    model: Model
+    optimizer: nn.Optimizer[np.ndarray]
+    schedule: Callable[[float], float]  #: the learning rate of a step, counted over all epochs
+    class_weights: np.ndarray | None
+
+    def __init__(self, settings: Settings, out: str | os.PathLike[str], folder: str | os.PathLike[str], *,
+                 seed: int = 0, resume: bool = False) -> None:  # fmt: skip
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
-        self.epoch = self.step = 0  # the next to be done: of all epochs, and in this one
+        self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
         self.scenes, columns = load(settings, settings.data.train, folder)
         self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
@@ -98,7 +132,7 @@ class Training:
 
     # ---- a run
 
-    def run(self, watch=None):
+    def run(self, watch: Callable[[dict[str, Any]], object] | None = None) -> list[dict[str, Any]]:
         """Train until all epochs are done. `watch` is told of each step, a dict as in the log."""
         training = self.settings.training
         self.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +163,7 @@ class Training:
         curves(self.out)
         return self.results
 
-    def _warn_of_classes(self):
+    def _warn_of_classes(self) -> None:
         """One line for the classes of which nothing can be learned."""
         there = {number for scene in self.scenes for number in np.unique(scene.labels)}
         missing = [name for number, name in enumerate(self.settings.names) if number not in there]
@@ -138,13 +172,13 @@ class Training:
             warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
                           f"{listed(map(str, labels))}", stacklevel=3)  # fmt: skip
 
-    def _epoch(self):
+    def _epoch(self) -> Iterator[dict[str, Any]]:
         training, epoch = self.settings.training, self.epoch
         rng = np.random.default_rng([self.seed, epoch])
         jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
         numbered = itertools.islice(enumerate(jobs), self.step, None)
 
-        def make(job):
+        def make(job: tuple[int, list[batches.Sphere]]) -> batches.Batch:
             number, spheres = job
             rng = np.random.default_rng([self.seed, epoch, number])
             return batches.make_batch(self.model.net, self.scenes, self.model.columns, spheres, training, rng)
@@ -159,7 +193,7 @@ class Training:
             waited, began = ready.waited, now
             yield entry
 
-    def _train(self, batch):
+    def _train(self, batch: batches.Batch) -> dict[str, Any]:
         """One step; what the log says of it."""
         model, training = self.model, self.settings.training
         number = self.epoch * training.steps + self.step
@@ -179,7 +213,7 @@ class Training:
         model.state, self.loss = entry.pop("state"), entry["loss"]
         return {"epoch": self.epoch, "step": self.step, **entry, "lr": lr, "points": len(batch.features)}
 
-    def _gradients(self, batch, seed):
+    def _gradients(self, batch: batches.Batch, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(what the log says and the state after it, gradients); nothing that the tape kept is left."""
         model = self.model
         tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
@@ -190,8 +224,8 @@ class Training:
         if not math.isfinite(loss.value):
             raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
         loss.backward()
-        found, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
-        accuracy = float((found == batch.labels)[counted].mean()) if counted.any() else None
+        predicted, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
+        accuracy = float((predicted == batch.labels)[counted].mean()) if counted.any() else None
         entry = {
             "loss": float(loss.value),
             "entropy": float(entropy.value),
@@ -202,7 +236,7 @@ class Training:
             entry["regularization"] = float(result.regularization.value)
         return entry, {name: _grad(tensor) for name, tensor in tensors.items()}
 
-    def _blame(self, batch, what):
+    def _blame(self, batch: batches.Batch, what: str) -> str:
         """A report of the first layer whose output is not finite, found by computing all again."""
         where = f"epoch {self.epoch}, step {self.step}: {what}"
         model = self.model
@@ -218,7 +252,7 @@ class Training:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
 
-    def _validated(self):
+    def _validated(self) -> dict[str, Any]:
         """Confusion on the test scenes, and what the log says of it; the best is kept."""
         begin = time.perf_counter()
         confusion = voting.evaluate(self.model, self.test_scenes)
@@ -233,17 +267,17 @@ class Training:
 
     # ---- checkpoints
 
-    def _save(self, name, more):
+    def _save(self, name: str, more: Mapping[str, Any]) -> None:
         model = self.model
         nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
 
-    def _save_last(self):
+    def _save_last(self) -> None:
         model = self.model
         groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
         run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
         checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
 
-    def _resume(self):
+    def _resume(self) -> None:
         last = self.out / LAST
         groups, about = checkpoints.read(last)
         with checkpoints.naming(f"resume: {last}"):
@@ -260,7 +294,7 @@ class Training:
             self._restore(groups, run)
         self._cut_log()
 
-    def _restore(self, groups, run):
+    def _restore(self, groups: Mapping[str, dict[str, np.ndarray]], run: Mapping[str, Any]) -> None:
         model, training = self.model, self.settings.training
         epoch, step, best, results = (run.get(name) for name in ("epoch", "step", "best", "results"))
         done = epoch * training.steps + step if type(epoch) is type(step) is int else -1
@@ -280,7 +314,7 @@ class Training:
         model.state = arrays[1]
         self.epoch, self.step, self.best, self.results = epoch, step, best, results
 
-    def _cut_log(self):
+    def _cut_log(self) -> None:
         """Leave out what was logged after the checkpoint: it is done again."""
         path, kept = self.out / LOG, []
         lines = path.read_bytes().splitlines() if path.exists() else []
@@ -301,19 +335,19 @@ class Training:
 
     # ---- how
 
-    def _optimizer(self, params):
+    def _optimizer(self, params: dict[str, np.ndarray]) -> nn.Optimizer[np.ndarray]:
         training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
         if training.optimizer == "sgd":
             return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
         return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)
 
-    def _schedule(self):
+    def _schedule(self) -> Callable[[float], float]:
         training = self.settings.training
         if training.schedule == "one_cycle":
             return nn.one_cycle(training.lr, max(2, training.epochs * training.steps))
         return nn.exponential(training.lr, training.lr_decay, max(1, round(training.lr_decay_epochs * training.steps)))
 
-    def _class_weights(self):
+    def _class_weights(self) -> np.ndarray | None:
         kind = self.settings.training.class_weights
         if kind == "none":
             return None
@@ -324,11 +358,11 @@ class Training:
         return (weights / weights[counts > 0].mean()).astype(np.float32)
 
 
-def _grad(tensor):
+def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:
     return np.zeros_like(tensor.value) if tensor.grad is None else tensor.grad
 
 
-def _append(log, entry):
+def _append(log: FileIO, entry: dict[str, Any]) -> None:
     """A line at the end of a log, or none: a full disk takes part of one."""
     begin, left = log.seek(0, os.SEEK_END), json.dumps(entry).encode() + b"\n"
     try:
@@ -339,16 +373,17 @@ def _append(log, entry):
         raise OSError(error.errno, error.strerror, log.name) from error
 
 
-class _Watched:
+class _Watched(ModuleType):
     """The operators of kpcore; an error for the first whose result is not finite, by the layer it belongs to."""
 
-    def __init__(self, params):
+    def __init__(self, params: Parameters[np.ndarray]) -> None:
+        super().__init__(kp.__name__)
         self._names, self._layer = {id(value): name for name, value in params.items()}, "the input"
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(kp, name)
 
-        def watched(*args, **kwargs):
+        def watched(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
                 self._layer = self._names.get(id(value), self._layer)
             out = function(*args, **kwargs)
@@ -361,7 +396,7 @@ class _Watched:
         return watched
 
 
-def curves(out):
+def curves(out: str | os.PathLike[str]) -> None:
     """Draw the log of a run: the loss, and what the tests scored."""
     plot = require("matplotlib.figure", "plot")
     entries = [json.loads(line) for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines()]

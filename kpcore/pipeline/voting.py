@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypedDict
+
 import numpy as np
 
 import kpcore as kp
 from kpcore.pipeline import batches
 from kpcore.pipeline.data import IGNORED
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.settings import Training
+    from kpcore.pipeline.training import Model
+
 _SMOOTH = 0.95  # of a point's earlier votes, as published
 
 
-def probabilities(model, scene, votes=None, seed=0, watch=None):
+class Scores(TypedDict):
+    """How good labels are, see `scores`; JSON in the log of a training."""
+
+    miou: float | None
+    accuracy: float | None
+    iou: dict[str, float | None]
+    points: int
+
+
+def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
+                  watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """(n, classes) of the scene's subsampled points.
 
     Spheres lie where the fewest have been, until each point was in one and all potentials are above ``votes - 1``; each
@@ -21,17 +40,17 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
     """
     training, net = model.settings.training, model.net
     votes = training.votes if votes is None else votes
-    found = np.zeros((len(scene.points), net.num_classes), np.float32)
+    probability = np.zeros((len(scene.points), net.num_classes), np.float32)
     seen = np.zeros(len(scene.points), bool)
     sampler = batches.Potentials([scene], training.radius, np.random.default_rng(seed), move=votes > 1)
-    asked = np.zeros(len(scene.points), bool)
+    covered = np.zeros(len(scene.points), bool)
 
-    def jobs():
+    def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
-        while not asked.all() or sampler.values.min() < votes - 1:
+        while not covered.all() or sampler.values.min() < votes - 1:
             # Potentials reach further than votes: places amid others of the rim may never be the lowest.
             left_out = sampler.values.min() >= votes
-            sphere = sampler.at(0, scene.points[asked.argmin()]) if left_out else sampler.next()
+            sphere = sampler.at(0, scene.points[covered.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
                 continue
             if spheres and (points + len(sphere.rows) > training.batch_points or len(spheres) == training.batch_clouds):
@@ -40,11 +59,11 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
             spheres.append(sphere)
             points += len(sphere.rows)
             near = _near(scene, sphere, training)
-            asked[sphere.rows[near]] = True
+            covered[sphere.rows[near]] = True
         if spheres:
             yield spheres
 
-    def make(spheres):
+    def make(spheres: list[batches.Sphere]) -> batches.Batch:
         return batches.make_batch(net, [scene], model.columns, spheres)
 
     for batch in batches.Prefetched(jobs(), make, training.workers):
@@ -53,29 +72,31 @@ def probabilities(model, scene, votes=None, seed=0, watch=None):
         begin = 0
         for sphere in batch.spheres:
             near = _near(scene, sphere, training)
-            rows, own = sphere.rows[near], voted[begin : begin + len(sphere.rows)][near]
+            rows, vote = sphere.rows[near], voted[begin : begin + len(sphere.rows)][near]
             first = ~seen[rows]
-            found[rows] = np.where(first[:, None], own, _SMOOTH * found[rows] + (1 - _SMOOTH) * own)
+            probability[rows] = np.where(first[:, None], vote, _SMOOTH * probability[rows] + (1 - _SMOOTH) * vote)
             seen[rows] = True
             begin += len(sphere.rows)
         if watch:
             watch(float(seen.mean()))
-    return found
+    return probability
 
 
-def _near(scene, sphere, training):
-    """Which points of a sphere are heard: none is at its rim, where half the neighbours are missing."""
+def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarray:
+    """Which points of a sphere have a vote: those away from its rim, where half the neighbours are missing."""
     squared = ((scene.points[sphere.rows] - sphere.center) ** 2).sum(axis=1)
     return squared <= (training.vote_radius * training.radius) ** 2
 
 
-def labels_of(model, scene, votes=None, seed=0, watch=None):
+def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
+              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """(N,) numbers of classes of all the scene's points before subsampling: of the nearest that is left of them."""
     classes = probabilities(model, scene, votes, seed, watch).argmax(axis=1)
     return classes[scene.tree.knn_search(scene.full, 1).index]
 
 
-def evaluate(model, scenes, votes=None, watch=None):
+def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
+             watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """The confusion of classes over the scenes' labelled points, those before subsampling; rows are the true ones."""
     classes = model.net.num_classes
     total = np.zeros((classes, classes), np.int64)
@@ -86,19 +107,19 @@ def evaluate(model, scenes, votes=None, watch=None):
     return total
 
 
-def confusion(true, found, classes):
-    """(classes, classes): how many points of each true class, a row, were found to be of each; but for IGNORED."""
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """(classes, classes): how many points of each true class, a row, were predicted to be of each; without IGNORED."""
     counted = true != IGNORED
-    pairs = classes * true[counted] + found[counted]
+    pairs = classes * true[counted] + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def _classified(model, scenes, total):
+def _classified(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
     training = model.settings.training
     size = training.batch_clouds
     whole = [batches.whole(scenes, number) for number in range(len(scenes))]
 
-    def make(spheres):
+    def make(spheres: list[batches.Sphere]) -> batches.Batch:
         return batches.make_batch(model.net, scenes, model.columns, spheres)
 
     jobs = (whole[i : i + size] for i in range(0, len(whole), size))
@@ -108,10 +129,10 @@ def _classified(model, scenes, total):
     return total
 
 
-def scores(confusion, names):
-    """IoU of each class (None for those that are neither there nor found), their mean, and the part that is right."""
-    right, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    union = true + found - right
+def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
+    """IoU of each class, None where no point has or gets it; their mean; and the part of the points that is right."""
+    right, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = true + predicted - right
     iou = {name: float(r / u) if u else None for name, r, u in zip(names, right, union, strict=True)}
     there = [value for value in iou.values() if value is not None]
     total = int(confusion.sum())

@@ -1,5 +1,7 @@
 """A furnished flat, scanned: boxes and turned profiles, seen from three tripods, lit by two lamps and the sun."""
 
+from __future__ import annotations
+
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +27,7 @@ OAK, WALNUT, PINE = (168, 122, 78), (104, 70, 48), (206, 170, 124)
 WHITE, PAPER, STEEL, BLACK = (236, 234, 228), (226, 220, 206), (150, 152, 156), (38, 38, 42)
 
 
-def indoor(num_points=1_000_000, seed=0):
+def indoor(num_points: int = 1_000_000, seed: int = 0) -> Cloud:
     """A labelled, coloured indoor scan of two furnished rooms, in metres; the same for the same seed.
 
     The points lie where three terrestrial scanners would see a surface: denser near a tripod and face on, with shadows
@@ -41,12 +43,12 @@ def indoor(num_points=1_000_000, seed=0):
     rng = np.random.default_rng(seed)
     corners, colors, labels, textures = (np.array(part) for part in zip(*_flat(rng), strict=True))
     colors, labels = colors.astype(np.float32), labels.astype(np.int32)
-    parts, found = [], 0
-    while found < num_points:
-        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - found)) + 500))
-        found += len(parts[-1][0])
+    parts, num_found = [], 0
+    while num_found < num_points:
+        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - num_found)) + 500))
+        num_found += len(parts[-1][0])
     points, rgb, label = (np.concatenate(part) for part in zip(*parts, strict=True))
-    keep = np.sort(rng.permutation(found)[:num_points])
+    keep = np.sort(rng.permutation(num_found)[:num_points])
     return Cloud(points[keep], rgb[keep], label[keep], np.zeros(3), names=NAMES)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -14,6 +15,11 @@ from kpcore.dispositions import _rotated, _rotation
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.torch.ops import checked, on_stream_of, to_array
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kpcore.nn.blocks import Geometry
 
 _ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
@@ -65,8 +71,15 @@ class KPConv(torch.nn.Module):
     [('weights', (15, 4, 8)), ('kernel_points', (15, 3))]
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size=15, *, radius, extent, dimension=3, influence="linear",
-                 aggregation="sum", normalization=None, fixed="center", rotate="vertical", dtype=None):  # fmt: skip
+    weights: torch.nn.Parameter
+    kernel_points: torch.Tensor
+    extent: float
+    options: dict[str, Any]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
+                 dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
+                 normalization: str | None = None, fixed: str = "center", rotate: str | None = "vertical",
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         in_channels = checks.integer("in_channels", in_channels, 1)
         out_channels = checks.integer("out_channels", out_channels, 1)
@@ -78,16 +91,17 @@ class KPConv(torch.nn.Module):
         self.register_buffer("kernel_points", points)
         _uniform(self.weights)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw the weights again, and turn the kernel points again."""
         _redraw(self)
         _uniform(self.weights)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         kernel_size, in_channels, out_channels = self.weights.shape
         return f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
 
-    def forward(self, points, queries, neighbors, features):
+    def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                features: torch.Tensor) -> torch.Tensor:  # fmt: skip
         """(M, out_channels).
 
         Parameters
@@ -156,9 +170,18 @@ class DeformableKPConv(torch.nn.Module):
     ['kernel_points', 'offset_bias', 'offset_conv.kernel_points', 'offset_conv.weights', 'weights']
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size=15, *, radius, extent, modulated=False, dimension=3,
-                 influence="linear", aggregation="sum", normalization=None, fixed="center", rotate="vertical",
-                 dtype=None):  # fmt: skip
+    weights: torch.nn.Parameter
+    kernel_points: torch.Tensor
+    extent: float
+    modulated: bool
+    options: dict[str, Any]
+    offset_conv: KPConv
+    offset_bias: torch.nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
+                 modulated: bool = False, dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
+                 normalization: str | None = None, fixed: str = "center", rotate: str | None = "vertical",
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         in_channels = checks.integer("in_channels", in_channels, 1)
         out_channels = checks.integer("out_channels", out_channels, 1)
@@ -174,19 +197,28 @@ class DeformableKPConv(torch.nn.Module):
         self.offset_bias = torch.nn.Parameter(points.new_zeros(num_raw))
         _uniform(self.weights)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights again, turn the kernel points again, and set the bias to zero."""
         _redraw(self)
         self.offset_conv.reset_parameters()
         torch.nn.init.zeros_(self.offset_bias)
         _uniform(self.weights)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         kernel_size, in_channels, out_channels = self.weights.shape
         text = f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
         return text + ", modulated=True" * self.modulated
 
-    def forward(self, points, queries, neighbors, features, return_offsets=False):
+    @overload
+    def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                features: torch.Tensor, return_offsets: Literal[False] = False) -> torch.Tensor: ...  # fmt: skip
+    @overload
+    def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                features: torch.Tensor,
+                return_offsets: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                features: torch.Tensor,
+                return_offsets: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """(M, out_channels), or with `return_offsets` that and the offsets (M, K, D), in the unit of the points.
 
         The deformed kernel points are ``kernel_points + offsets``. `kpcore.fitting_loss` and `kpcore.repulsion_loss`
@@ -204,7 +236,8 @@ class DeformableKPConv(torch.nn.Module):
                                        self.kernel_points, self.extent, raw, self.options)  # fmt: skip
         return (out, offsets) if return_offsets else out
 
-    def regularization(self, points, queries, neighbors, offsets, repulse_extent=1.2):
+    def regularization(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                       offsets: torch.Tensor, repulse_extent: float = 1.2) -> torch.Tensor:  # fmt: skip
         """``2 * fitting_loss + repulsion_loss``, which the published PyTorch code adds to the loss for every layer.
 
         Parameters
@@ -219,7 +252,7 @@ class DeformableKPConv(torch.nn.Module):
         -------
         () tensor
         """
-        where = points, queries, _listed(neighbors, points)
+        where: Geometry = points, queries, _listed(neighbors, points)
         return blocks.regularization(kpcore.torch, where, self.kernel_points, offsets, self.extent,
                                      repulse_extent=repulse_extent)  # fmt: skip
 
@@ -278,9 +311,20 @@ class KPConvX(torch.nn.Module):
     ['weights', 'kernel_points']
     """
 
-    def __init__(self, channels, shell_sizes=(1, 14, 28), *, radius, extent, attention_groups=8,
-                 attention_activation="sigmoid", attention_norm=False, dimension=3, influence="linear", fixed="center",
-                 rotate="vertical", dtype=None):  # fmt: skip
+    weights: torch.nn.Parameter
+    kernel_points: torch.Tensor
+    extent: float
+    influence: str
+    attention_groups: int | None
+    attention_activation: str | None  # only with attention, as those below
+    attention_norm: bool
+    alpha_mlp: torch.nn.Sequential
+    grpnorm: torch.nn.GroupNorm
+
+    def __init__(self, channels: int, shell_sizes: Sequence[int] = (1, 14, 28), *, radius: float, extent: float,
+                 attention_groups: int | None = 8, attention_activation: str | None = "sigmoid",
+                 attention_norm: bool = False, dimension: int = 3, influence: str = "linear", fixed: str = "center",
+                 rotate: str | None = "vertical", dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         channels = checks.integer("channels", channels, 1)
         self._draw = partial(_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
@@ -307,7 +351,7 @@ class KPConvX(torch.nn.Module):
             self.grpnorm.requires_grad_(bool(attention_norm))
         _uniform(self.weights)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw all weights again, turn the kernel points again, and set what else is trained to how it begins."""
         _redraw(self)
         if self.attention_groups is not None:
@@ -315,12 +359,13 @@ class KPConvX(torch.nn.Module):
                 module.reset_parameters()
         _uniform(self.weights)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         kernel_size, channels = self.weights.shape
         text = f"{channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
         return f"{text}, attention_groups={self.attention_groups}"
 
-    def forward(self, points, queries, neighbors, features, query_features=None):
+    def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
+                features: torch.Tensor, query_features: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """(M, C).
 
         Parameters
@@ -360,18 +405,19 @@ class KPConvX(torch.nn.Module):
 class _Bias(torch.nn.Module):
     """Where the published code may have a normalisation, and has a bias instead."""
 
-    def __init__(self, channels, dtype):
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(channels, dtype=dtype))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         torch.nn.init.zeros_(self.bias)
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features + self.bias
 
 
-def _kernel_points(num, radius, rotate, dtype, dimension, **options):
+def _kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, dtype: torch.dtype | None,
+                   dimension: int, **options: Any) -> torch.Tensor:  # fmt: skip
     """(K, D), turned at random by torch's generator; on the device that torch makes tensors on."""
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
@@ -383,7 +429,7 @@ def _kernel_points(num, radius, rotate, dtype, dimension, **options):
 
 
 @torch.no_grad()
-def _redraw(layer):
+def _redraw(layer: KPConv | DeformableKPConv | KPConvX) -> None:
     """Set the kernel points of a layer, whose memory may hold anything after `to_empty`."""
     points = layer.kernel_points
     if not points.is_meta:
@@ -391,13 +437,13 @@ def _redraw(layer):
             points.copy_(layer._draw(torch.float64 if points.dtype == torch.float64 else torch.float32))
 
 
-def _uniform(weights):
+def _uniform(weights: torch.Tensor) -> None:
     """As torch's kaiming_uniform_ with a = sqrt(5) does it: to which all axes but the first are a fan-in."""
     bound = 1 / math.sqrt(weights[0].numel())
     torch.nn.init.uniform_(weights, -bound, bound)
 
 
-def _listed(neighbors, points):
+def _listed(neighbors: Neighbors | torch.Tensor, points: torch.Tensor) -> Neighbors:
     """Neighbors, made of a padded matrix if they came as one."""
     if not isinstance(neighbors, torch.Tensor):
         return neighbors
@@ -405,7 +451,7 @@ def _listed(neighbors, points):
         raise TypeError("neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; "
                         "convert it before with Neighbors.from_padded(neighbors.numpy(), len(points))")  # fmt: skip
 
-    def listed():
+    def listed() -> Neighbors:
         return Neighbors.from_padded(to_array("neighbors", checked(None, "neighbors", neighbors)), len(points))
 
     return on_stream_of(neighbors, listed)

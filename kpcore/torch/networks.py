@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NoReturn
+
 import torch
 
 import kpcore
 from kpcore.nn.networks import check_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from kpcore import nn
+    from kpcore.nn.blocks import Parameters
+    from kpcore.pyramid import Level
 
 
 class Network(torch.nn.Module):
@@ -29,7 +40,11 @@ class Network(torch.nn.Module):
     (True, True)
     """
 
-    def __init__(self, net, params=None, state=None, seed=0):
+    net: nn.Network | nn.KPNeXt
+    seed: int
+
+    def __init__(self, net: nn.Network | nn.KPNeXt, params: Parameters[np.ndarray] | None = None,
+                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
         super().__init__()
         if (params is None) != (state is None):
             raise ValueError(
@@ -49,10 +64,10 @@ class Network(torch.nn.Module):
         ]
 
     @property
-    def _parts(self):
+    def _parts(self) -> list[_Part]:
         return [module for module in self.modules() if isinstance(module, _Part)]
 
-    def _part(self, name):
+    def _part(self, name: str) -> torch.nn.Module:
         """The module that a parameter belongs to, made where there is none."""
         module = self
         for part in name.split(".")[:-1]:
@@ -61,21 +76,21 @@ class Network(torch.nn.Module):
             module = module._modules[part]
         return module
 
-    def _values(self):
+    def _values(self) -> list[dict[str, torch.Tensor]]:
         """(params, state): tensors by name. Attributes of the parts: of a parametrised one that is what it computes."""
         return [{name: getattr(*place) for name, place in places.items()} for places in self._places]
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Set parameters and buffers to those of ``net.init(seed)``."""
         for values, new in zip(self._values(), self.net.init(self.seed), strict=True):
             for name, value in values.items():
                 value.copy_(_spread(torch.from_numpy(new[name]), value))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
-    def forward(self, pyramid, features):
+    def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are moved on.
 
         Parameters
@@ -98,11 +113,12 @@ class Network(torch.nn.Module):
                         buffers[name].copy_(value)
         return result.logits, result.regularization
 
-    def arrays(self):
+    def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state): copies as NumPy arrays, for `kpcore.nn`, other frameworks and files."""
-        return tuple(
+        params, state = (
             {name: value.detach().cpu().clone().numpy() for name, value in values.items()} for values in self._values()
         )
+        return params, state
 
 
 class _Part(torch.nn.Module):
@@ -111,10 +127,10 @@ class _Part(torch.nn.Module):
     It is called, with nothing, before each pass: pruning, and other things that compute a parameter, do so in a hook.
     """
 
-    def forward(self):
+    def forward(self) -> None:
         pass
 
-    def register_forward_hook(self, *args, **kwargs):
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "Network: expected a hook of the whole network, got one of a part of it, which holds parameters and gives "
             "no result that a hook could see"
@@ -123,7 +139,7 @@ class _Part(torch.nn.Module):
     register_full_backward_pre_hook = register_full_backward_hook = register_forward_hook
 
 
-def _spread(tensor, like):
+def _spread(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A tensor as another one is spread over processes, if it is (fully_shard)."""
     if not hasattr(like, "placements"):
         return tensor

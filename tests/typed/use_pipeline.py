@@ -1,0 +1,175 @@
+"""Code that users write around files, networks and training, which a type checker in strict mode must accept.
+
+It is checked by basedpyright and never run; what `assert_type` states is checked too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from typing_extensions import assert_type
+
+import kpcore as kp
+import kpcore.torch as kpt
+from kpcore import io, nn, scenes
+from kpcore.nn import checkpoints
+from kpcore.pipeline import segmentation
+from kpcore.pipeline.settings import Settings, SettingsError, read_settings
+from kpcore.pipeline.training import Model, Training
+from kpcore.pipeline.voting import Scores, evaluate, scores
+
+
+def read_and_label(source: Path) -> tuple[float, float]:
+    """Read a scan, label its points by height, and write it again."""
+    try:
+        cloud = io.read(source, fields=["intensity"], label="class")
+    except io.ReadError as error:
+        raise SystemExit(str(error)) from error
+    assert_type(cloud, io.Cloud)
+    assert_type(cloud.points, np.ndarray)
+    assert_type(cloud.colors, np.ndarray | None)
+    assert_type(cloud.fields, dict[str, np.ndarray])
+    assert_type(cloud.up, tuple[int, int, int])
+    assert_type(cloud.left_out, int)
+    heights = cloud.points[:, 2]
+    labels = (heights > 1.0).astype(np.int32)
+    io.write_labels(source, "labelled.ply", labels, kept=cloud.kept, into="above")
+    segmentation.write_labels(source, source.with_suffix(".laz"), [1, 2, 3])
+    if cloud.names is not None:
+        print(", ".join(cloud.names))
+    return float(heights.min()), cloud.rounding
+
+
+def a_room() -> np.ndarray:
+    """A labelled scan made on the spot."""
+    cloud = scenes.indoor(10_000, seed=1)
+    assert_type(cloud, scenes.Cloud)
+    assert cloud.labels is not None
+    return cloud.points[cloud.labels == 2]
+
+
+def networks(points: np.ndarray, features: np.ndarray) -> nn.Result[np.ndarray, np.ndarray]:
+    """Build networks, look at what they are, and apply one."""
+    net = nn.kpfcnn(num_features=1, num_classes=13, voxel_size=0.04, width=64, norm="group")
+    assert_type(net, nn.Network)
+    custom = nn.Network(nn.architecture(3, 2, deformable=1), num_features=1, num_classes=4, voxel_size=0.04)
+    classifier = nn.kpcnn(1, 40, 0.02, convs=2)
+    attending = nn.kpnext(5, 13, 0.04, size="S", attention=False)
+    assert_type(attending, nn.KPNeXt)
+    for each in (net, custom, classifier, attending):
+        params, state = each.init(seed=0, dtype=np.float64)
+        assert_type(params, dict[str, np.ndarray])
+        assert_type(each.num_levels, int)
+        assert_type(each.segments, bool)
+        print(nn.count(params), nn.count(state))
+    assert_type(custom.deform_levels, tuple[int, ...])
+    params, state = net.init()
+    pyramid = net.pyramid(points)
+    result = net(kp, params, state, pyramid, features)
+    assert_type(result.logits, np.ndarray)
+    assert_type(result.state, dict[str, np.ndarray])
+    assert_type(result.regularization, np.ndarray | None)
+    return result
+
+
+def optimizers(params: dict[str, np.ndarray], grads: dict[str, np.ndarray]) -> float:
+    """Steps of both rules, under a schedule, with clipped gradients."""
+    descent = nn.sgd(params, momentum=0.9, lr_scales={"offset": 0.1})
+    adam = nn.adamw(params, betas=(0.9, 0.99))
+    assert_type(descent, nn.Optimizer[np.ndarray])
+    for schedule in (nn.exponential(0.01, 0.1, 100), nn.one_cycle(0.05, 1000, warm=0.2)):
+        assert_type(schedule, Callable[[float], float])
+        for optimizer in (descent, adam):
+            nn.clip_by_value(grads, 100.0)
+            optimizer.step(grads, schedule(0))
+    descent.restore(descent.state())
+    return nn.clip_by_norm(grads, 1.0)
+
+
+def to_file_and_back(path: Path, net: nn.Network) -> nn.Network | nn.KPNeXt:
+    """Save a network with its parameters, and load it again."""
+    params, state = net.init()
+    nn.save(path, net, params, state, classes=["floor", "wall"])
+    loaded, params, state, about = nn.load(path)
+    assert_type(params, dict[str, np.ndarray])
+    print(about["classes"], nn.count(params))
+    groups, _ = checkpoints.read(path)
+    assert_type(groups, dict[str, dict[str, np.ndarray]])
+    return loaded
+
+
+def import_published(path: Path) -> nn.Network:
+    """A checkpoint of the published PyTorch code."""
+    weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model_state_dict"]
+    config = {"num_classes": 13, "in_features_dim": 5, "first_features_dim": 128, "first_subsampling_dl": 0.04}
+    net, params, state = nn.import_kpconv_pytorch(weights, ["simple", "resnetb"], config)
+    nn.save(path.with_suffix(".safetensors"), net, params, state)
+    return net
+
+
+def train(toml: Path, out: Path) -> Model:
+    """What `kpcore train` does."""
+    try:
+        settings = read_settings(toml)
+    except SettingsError as error:
+        raise SystemExit(str(error)) from error
+    assert_type(settings, Settings)
+    assert_type(settings.names, tuple[str, ...])
+    assert_type(settings.training.lr, float)
+    assert_type(settings.data.classes, dict[str, list[int]])
+    assert_type(settings.net(), nn.Network | nn.KPNeXt)
+    training = Training(settings, out, toml.parent, seed=1)
+    assert_type(training.epoch, int)
+    assert_type(training.loss, float | None)
+    for result in training.run(lambda entry: print(entry["loss"])):
+        print(result["epoch"])
+    return training.model
+
+
+def segment(path: Path, scan: Path, out: Path) -> Scores | None:
+    """What `kpcore segment` does."""
+    model = Model.load(path)
+    segmented = segmentation.segment(model, scan, out, votes=3, watch=lambda done: print(f"{done:.0%}"))
+    assert_type(segmented.classes, np.ndarray)
+    assert_type(segmented.true, np.ndarray | None)
+    if segmented.scores is not None:
+        assert_type(segmented.scores["miou"], float | None)
+        assert_type(segmented.scores["iou"], dict[str, float | None])
+    return segmented.scores
+
+
+def score(training: Training) -> Scores:
+    """IoU on the test scenes of a run."""
+    confusion = evaluate(training.model, training.test_scenes)
+    assert_type(confusion, np.ndarray)
+    return scores(confusion, training.settings.names)
+
+
+def layers(points: torch.Tensor, neighbors: kp.Neighbors, features: torch.Tensor) -> torch.Tensor:
+    """Layers of PyTorch."""
+    rigid = kpt.KPConv(4, 8, radius=0.2, extent=0.15)
+    deformable = kpt.DeformableKPConv(8, 8, radius=0.2, extent=0.15, modulated=True, dtype=torch.float32)
+    attending = kpt.KPConvX(8, (1, 14), radius=0.3, extent=0.3, attention_groups=None)
+    assert_type(rigid.kernel_points, torch.Tensor)
+    assert_type(rigid.weights, torch.nn.Parameter)
+    features = rigid(points, None, neighbors, features)  # to a type checker a call of any module returns Any
+    assert_type(rigid.forward(points, None, neighbors, features), torch.Tensor)
+    assert_type(deformable.forward(points, None, neighbors, features), torch.Tensor)
+    both = deformable.forward(points, None, neighbors, features, return_offsets=True)
+    assert_type(both, tuple[torch.Tensor, torch.Tensor])
+    features, offsets = both
+    loss = attending.forward(points, None, neighbors, features).square().mean()
+    return loss + deformable.regularization(points, None, neighbors, offsets)
+
+
+def module(net: nn.Network, points: torch.Tensor, features: torch.Tensor) -> dict[str, np.ndarray]:
+    """A network as a module of PyTorch, and its parameters as arrays."""
+    network = kpt.Network(net, *net.init(seed=1))
+    pyramid = net.pyramid(points, F=kpt)
+    logits, regularization = network.forward(pyramid, features)
+    assert_type(logits, torch.Tensor)
+    assert_type(regularization, torch.Tensor | None)
+    params, state = network.arrays()
+    assert_type(state, dict[str, np.ndarray])
+    return params
