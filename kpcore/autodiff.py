@@ -131,7 +131,7 @@ def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callab
     argument is a `Tensor`; `parts` are those of `kpcore.ops.Op`, which is entered in the table of operators."""
 
     def make(check):
-        op = Op(check.__name__, check, **parts)
+        op = Op(check.__name__, check, **{"kernel": check.__name__} | parts)
         bind = binder(check)
 
         @functools.wraps(check)

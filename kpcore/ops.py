@@ -87,7 +87,7 @@ class Op:
         if self.forward is not None:
             return self.forward(call)
         out, *saved = outputs = self.empty(call)
-        devices.backend(out).run(self.kernel or self.name, call, **dict(zip(self.outputs, outputs, strict=False)))
+        devices.backend(out).run(self.kernel, call, **dict(zip(self.outputs, outputs, strict=False)))
         return out, tuple(saved)
 
     def empty(self, call):

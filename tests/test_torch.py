@@ -15,7 +15,6 @@ import pytest
 from reference import assert_same_bits
 
 import kpcore as kp
-from kpcore.autodiff import Op
 
 torch = pytest.importorskip("torch")
 
@@ -24,6 +23,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure  # noqa: E402
 
 import kpcore.torch as kpt  # noqa: E402
+from kpcore.ops import Call, Op  # noqa: E402
 from kpcore.torch.ops import define  # noqa: E402
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-7}  # gradcheck's own let a relative error of a thousandth pass
@@ -303,17 +303,18 @@ def test_wrong_arguments_are_named(variant):
 # ---- what it is made of
 
 
+def scaled(x: "Array", factor: "float" = 2.0) -> "Call[Array]":  # noqa: F821
+    return Call(x=x, factor=factor)
+
+
 COPY = Op(
     "scaled",
-    lambda x, factor: (np.multiply(x, factor) if factor != 1 else x, ()),
-    lambda arguments, saved, grad, needs: {"x": grad * arguments["factor"] if arguments["factor"] != 1 else grad},
+    scaled,
+    lambda call, saved, grad, needs: {"x": grad * call.factor if call.factor != 1 else grad},
     diff=("x",),
-    result=lambda x, factor: [(x.shape, x.dtype)],
+    result=lambda call: [(call.x.shape, call.x.dtype)],
+    forward=lambda call: (np.multiply(call.x, call.factor) if call.factor != 1 else call.x, ()),
 )
-
-
-def scaled(x: "Array", factor: "float" = 2.0) -> "Array":  # noqa: F821
-    return COPY(x=x, factor=factor)
 
 
 @pytest.fixture(scope="module")
@@ -356,12 +357,12 @@ def test_a_record_and_every_kind_of_argument(weighted_torch, with_weights, compi
 def test_memory_is_shared_in_both_directions(monkeypatch):
     seen = {}
 
-    def forward(x, factor):
-        seen["x"], seen["out"] = x, x * factor
+    def forward(call):
+        seen["x"], seen["out"] = call.x, call.x * call.factor
         return seen["out"], ()
 
-    def vjp(arguments, saved, grad, needs):
-        seen["grad"], seen["grad_x"] = grad, grad * arguments["factor"]
+    def vjp(call, saved, grad, needs):
+        seen["grad"], seen["grad_x"] = grad, grad * call.factor
         return {"x": seen["grad_x"]}
 
     made = define(replace(COPY, name="seeing", forward=forward, vjp=vjp), scaled)
@@ -422,7 +423,7 @@ def test_an_operator_that_returns_its_argument_is_copied(scaled_torch):
 
 
 def test_a_wrong_gradient_is_caught():
-    wrong = define(replace(COPY, name="wrong", vjp=lambda a, s, g, n: {"x": g * a["factor"] * 1.001}), scaled)
+    wrong = define(replace(COPY, name="wrong", vjp=lambda call, s, g, n: {"x": g * call.factor * 1.001}), scaled)
     with pytest.raises(GradcheckError):
         gradcheck(wrong, [torch.randn(5, 3, dtype=torch.float64, requires_grad=True)], **TIGHT)
 
@@ -885,7 +886,7 @@ def test_a_transpose_that_is_carried_is_not_made_again(monkeypatch):
     given = tensors(arguments, names)
     expected = torch.autograd.grad(call(op, given).sum(), given["features"])
     given["neighbors"] = given["neighbors"].with_transpose()
-    monkeypatch.setattr(kp.backends.cpu, "transpose", None)
+    monkeypatch.setattr("kpcore.neighbors.transposed", None)
     out = torch.compile(lambda given: call(op, given), fullgraph=True, backend="aot_eager")(given)
     assert torch.equal(torch.autograd.grad(out.sum(), given["features"])[0], expected[0])
 

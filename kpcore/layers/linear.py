@@ -107,8 +107,8 @@ def _concatenate_vjp(call, saved, grad, needs):
     xp, parts = devices.namespace(grad), {}
     for name in _PARTS:
         part = getattr(call, name)
-        wanted = name in needs
-        parts[name] = xp.empty(part.shape, part.dtype) if wanted else part and Shaped(part.shape, part.dtype)
+        if part is not None:
+            parts[name] = (xp.empty if name in needs else Shaped)(part.shape, part.dtype)
     devices.backend(grad).run("split", out=grad, **parts)
     return {name: parts[name] for name in needs}
 
