@@ -28,92 +28,41 @@ Edges
 """
 
 import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from kpcore import _openmp, autodiff  # noqa: F401 (_openmp first: it loads cpu)
-from kpcore.config import (
-    __version__,
-    get_memory_limit,
-    get_num_threads,
-    set_memory_limit,
-    set_num_threads,
-    show_config,
-)
-from kpcore.deformation import fitting_loss, repulsion_loss
-from kpcore.dispositions import kernel_points
-from kpcore.kpconv import kpconv, kpconvx
-from kpcore.layers import (
-    BatchNormed,
-    add,
-    batch_norm,
-    concatenate,
-    dropout,
-    group_norm,
-    leaky_relu,
-    linear,
-    relu,
-    sigmoid,
-    softmax,
-    softmax_cross_entropy,
-)
-from kpcore.neighbors import Neighbors, lengths, row_splits
-from kpcore.pooling import gather, interpolate, nearest_upsample, neighbor_reduce, segment_reduce
-from kpcore.pyramid import Level, Pyramid, build_pyramid, calibrate_neighbor_limits
-from kpcore.sampling import Sampled, farthest_point_sampling
-from kpcore.search import GridIndex, KDTree, knn_search, radius_search
-from kpcore.subsampling import Subsampled, grid_subsample
+from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loads backends.cpu)
+from kpcore.config import *  # noqa: F403
+from kpcore.deformation import *  # noqa: F403
+from kpcore.dispositions import *  # noqa: F403
+from kpcore.kpconv import *  # noqa: F403
+from kpcore.layers import *  # noqa: F403
+from kpcore.neighbors import *  # noqa: F403
+from kpcore.pooling import *  # noqa: F403
+from kpcore.pyramid import *  # noqa: F403
+from kpcore.sampling import *  # noqa: F403
+from kpcore.search import *  # noqa: F403
+from kpcore.subsampling import *  # noqa: F403
+
+if TYPE_CHECKING:
+    from kpcore import io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
 
 _IMPORTED_WHEN_USED = ("io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     if name in _IMPORTED_WHEN_USED:
         return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
 
 
-__all__ = [
-    "BatchNormed",
-    "GridIndex",
-    "KDTree",
-    "Level",
-    "Neighbors",
-    "Pyramid",
-    "Sampled",
-    "Subsampled",
-    "__version__",
-    "add",
-    "autodiff",
-    "batch_norm",
-    "build_pyramid",
-    "calibrate_neighbor_limits",
-    "concatenate",
-    "dropout",
-    "farthest_point_sampling",
-    "fitting_loss",
-    "gather",
-    "get_memory_limit",
-    "get_num_threads",
-    "grid_subsample",
-    "group_norm",
-    "interpolate",
-    "kernel_points",
-    "knn_search",
-    "kpconv",
-    "kpconvx",
-    "leaky_relu",
-    "lengths",
-    "linear",
-    "nearest_upsample",
-    "neighbor_reduce",
-    "radius_search",
-    "relu",
-    "repulsion_loss",
-    "row_splits",
-    "segment_reduce",
-    "set_memory_limit",
-    "set_num_threads",
-    "show_config",
-    "sigmoid",
-    "softmax",
-    "softmax_cross_entropy",
-]
+# What these modules export. Not by the modules' names: some, as kpconv, are here those of their functions.
+_EXPORTING = (
+    *("config", "deformation", "dispositions", "kpconv", "layers", "neighbors"),
+    *("pooling", "pyramid", "sampling", "search", "subsampling"),
+)
+__all__ = ["autodiff"]
+for _module in _EXPORTING:
+    __all__ += sys.modules[f"kpcore.{_module}"].__all__
+__all__.sort()

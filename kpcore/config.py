@@ -16,6 +16,8 @@ import numpy as np
 from kpcore import _openmp
 from kpcore.backends import checks, cpu
 
+__all__ = ["__version__", "get_memory_limit", "get_num_threads", "set_memory_limit", "set_num_threads", "show_config"]
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType

@@ -10,6 +10,8 @@ from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
 from kpcore.ops import Call, empty_like
 
+__all__ = ["fitting_loss", "repulsion_loss"]
+
 _REDUCTIONS = ("mean", "points", "sum")
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from kpcore.backends import checks, cpu
 
+__all__ = ["kernel_points"]
+
 _FIXED = {"none": 0, "center": 1, "verticals": 3}
 _METHODS = ("potential", "lloyd", "shells")
 _STARTS = 8

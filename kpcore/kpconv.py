@@ -8,6 +8,8 @@ from kpcore.backends.devices import Array
 from kpcore.neighbors import Neighbors, geometry
 from kpcore.ops import OPS, Call, empty_like
 
+__all__ = ["kpconv", "kpconvx"]
+
 INFLUENCES = ("linear", "gaussian", "constant")
 AGGREGATIONS = ("sum", "closest")
 NORMALIZATIONS = (None, "count", "positive")

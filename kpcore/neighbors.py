@@ -7,6 +7,8 @@ import numpy as np
 from kpcore import config, moved
 from kpcore.backends import checks, cpu, devices
 
+__all__ = ["Neighbors", "lengths", "row_splits"]
+
 # What makes NumPy's arrays of a framework's, by their type, from (name, array): frameworks' modules add theirs.
 TO_HOST = {}
 

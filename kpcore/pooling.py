@@ -11,6 +11,8 @@ from kpcore.neighbors import Neighbors, bounds_of, sizes_of, transposed
 from kpcore.ops import Call
 from kpcore.search import knn_search
 
+__all__ = ["gather", "interpolate", "nearest_upsample", "neighbor_reduce", "segment_reduce"]
+
 _REDUCES = ("mean", "sum", "max", "min")
 _INDEX = (np.dtype(np.int32), np.dtype(np.int64))
 

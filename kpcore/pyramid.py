@@ -11,6 +11,8 @@ from kpcore.neighbors import Neighbors
 from kpcore.search import GridIndex, lists_of_levels
 from kpcore.subsampling import checked_rows, common_origin, grid_subsample, subsample_level
 
+__all__ = ["Level", "Pyramid", "build_pyramid", "calibrate_neighbor_limits"]
+
 
 class Level(NamedTuple):
     """One level of a `Pyramid`, of N points."""

@@ -8,6 +8,8 @@ import numpy as np
 
 from kpcore.backends import checks, devices
 
+__all__ = ["Sampled", "farthest_point_sampling"]
+
 
 class Sampled(NamedTuple):
     """What `farthest_point_sampling` returns, for S chosen points."""

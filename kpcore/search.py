@@ -11,6 +11,8 @@ from kpcore import config
 from kpcore.backends import checks, devices
 from kpcore.neighbors import Neighbors
 
+__all__ = ["GridIndex", "KDTree", "knn_search", "radius_search"]
+
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")

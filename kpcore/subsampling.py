@@ -12,6 +12,8 @@ from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.ops import Call, empty_like
 
+__all__ = ["Subsampled", "grid_subsample"]
+
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
 PUBLISHED = "published"

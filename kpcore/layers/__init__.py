@@ -4,22 +4,13 @@ Every function is differentiable in its arrays of features, weights, scales, shi
 uses all threads; no result depends on how many.
 """
 
-from kpcore.layers.activations import dropout, leaky_relu, relu, sigmoid, softmax
-from kpcore.layers.linear import add, concatenate, linear
-from kpcore.layers.losses import softmax_cross_entropy
-from kpcore.layers.normalization import BatchNormed, batch_norm, group_norm
+import sys
 
-__all__ = [
-    "BatchNormed",
-    "add",
-    "batch_norm",
-    "concatenate",
-    "dropout",
-    "group_norm",
-    "leaky_relu",
-    "linear",
-    "relu",
-    "sigmoid",
-    "softmax",
-    "softmax_cross_entropy",
-]
+from kpcore.layers.activations import *  # noqa: F403
+from kpcore.layers.linear import *  # noqa: F403
+from kpcore.layers.losses import *  # noqa: F403
+from kpcore.layers.normalization import *  # noqa: F403
+
+__all__ = []
+for _module in ("activations", "linear", "losses", "normalization"):
+    __all__ += sys.modules[f"kpcore.layers.{_module}"].__all__

@@ -9,6 +9,8 @@ from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.ops import Call
 
+__all__ = ["dropout", "leaky_relu", "relu", "sigmoid", "softmax"]
+
 _ACTIVATIONS = ("leaky_relu", "relu", "sigmoid")
 
 

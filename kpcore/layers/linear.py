@@ -7,6 +7,8 @@ from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.ops import Call, Shaped, empty_like
 
+__all__ = ["add", "concatenate", "linear"]
+
 _PARTS = ("first", "second", "third", "fourth")
 
 

@@ -9,6 +9,8 @@ from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.ops import Call, empty_like
 
+__all__ = ["softmax_cross_entropy"]
+
 _REDUCTIONS = ("mean", "sum", "none")
 
 

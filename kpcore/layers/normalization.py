@@ -11,6 +11,8 @@ from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array
 from kpcore.ops import Call, empty_like
 
+__all__ = ["BatchNormed", "batch_norm", "group_norm"]
+
 _STATISTICS = np.dtype(np.int32)  # as which two arrays of float64 are saved: JAX has none unless it is asked for
 
 
