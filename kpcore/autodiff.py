@@ -137,7 +137,7 @@ def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callab
         @functools.wraps(check)
         def function(*args, **kwargs):
             for value in (*args, *kwargs.values()):
-                if type(value) is Tensor:
+                if isinstance(value, Tensor):
                     return record(op, bind(args, kwargs))
             return op.compute(check(*args, **kwargs))[0]
 

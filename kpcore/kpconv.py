@@ -115,8 +115,7 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
     >>> kp.kpconv(points, None, nb, features, np.ones((15, 4), np.float32), kernel_points, 0.1, offsets=offsets).shape
     (1000, 4)
     """
-    sizes = {}
-    at = queries
+    sizes, queries_are_points = {}, queries is None
     points, queries = geometry(points, queries, neighbors, sizes)
     groups = checks.integer("groups", groups, 1)
     features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
@@ -141,8 +140,8 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
             "modulations", modulations, "M K", checks.FEATURES, sizes, like=("features", features)
         )
     return Call(
-        points=points, queries=queries, queries_are_points=at is None, neighbors=neighbors, index=neighbors._index,
-        row_splits=neighbors._row_splits, features=features, weights=weights, kernel_points=kernel_points,
+        points=points, queries=queries, queries_are_points=queries_are_points, neighbors=neighbors,
+        index=neighbors._index, row_splits=neighbors._row_splits, features=features, weights=weights, kernel_points=kernel_points,
         offsets=offsets, modulations=modulations, extent=checks.length("extent", extent, points.dtype),
         influence=checks.choice("influence", influence, INFLUENCES),
         aggregation=checks.choice("aggregation", aggregation, AGGREGATIONS),

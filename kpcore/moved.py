@@ -9,15 +9,17 @@ import sys
 
 MODULES = {
     "kpcore.rows": "kpcore.layers",
-    "kpcore.pipeline.batches": "kpcore.pipeline.batches",
-    "kpcore.pipeline.data": "kpcore.pipeline.data",
-    "kpcore.pipeline.segmentation": "kpcore.pipeline.segmentation",
-    "kpcore.pipeline.settings": "kpcore.pipeline.settings",
-    "kpcore.pipeline.training": "kpcore.pipeline.training",
-    "kpcore.pipeline.voting": "kpcore.pipeline.voting",
+    "kpcore.scenes.batches": "kpcore.pipeline.batches",
+    "kpcore.scenes.data": "kpcore.pipeline.data",
+    "kpcore.scenes.segmentation": "kpcore.pipeline.segmentation",
+    "kpcore.scenes.settings": "kpcore.pipeline.settings",
+    "kpcore.scenes.training": "kpcore.pipeline.training",
+    "kpcore.scenes.voting": "kpcore.pipeline.voting",
 }
 ATTRIBUTES = {
-    "kpcore.neighbors": dict.fromkeys(("GridIndex", "KDTree", "knn_search", "radius_search"), "kpcore.search"),
+    "kpcore.neighbors": dict.fromkeys(
+        ("GridIndex", "KDTree", "knn_search", "radius_search", "_rebuilt"), "kpcore.search"
+    ),
 }
 
 

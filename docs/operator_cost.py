@@ -1,0 +1,98 @@
+"""What an operator costs to add: ``python docs/operator_cost.py neighbor_reduce [--tree FOLDER]``.
+
+Lists the files that a person had to edit for it (those that are written by a script, and CHANGELOG, aside), and the
+places where its argument list is spelled: runs of names, inside brackets or one a line, among which at least two thirds
+of the arguments of the public function are. A tree of an earlier version may be given.
+"""
+
+import argparse
+import ast
+import re
+from pathlib import Path
+
+WRITTEN_BY_SCRIPTS = ("*.pyi",)
+PLACES = ("kpcore", "src", "tests", "bench", "meson.build", "README.md")
+KINDS = {".py", ".pyx", ".pyi", ".h", ".cpp", ".cu", ".md", ".build"}
+
+
+def files(tree):
+    for place in PLACES:
+        path = tree / place
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in KINDS and not any(file.match(pattern) for pattern in WRITTEN_BY_SCRIPTS):
+                yield file
+
+
+def arguments(tree, name):
+    """(names of the arguments of the public function, the file that has it)"""
+    for file in sorted((tree / "kpcore").rglob("*.py")):
+        if {"torch", "jax", "backends"} & set(file.parts):
+            continue
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name and not file.name.startswith("_g"):
+                spec = node.args
+                return [a.arg for a in (*spec.args, *spec.kwonlyargs)], file
+    raise SystemExit(f"name: expected a public function of kpcore, got {name}")
+
+
+def declarations(name, module):
+    """Regular expressions of what an operator has in a file: one that only calls it has none of them."""
+    stem, title = module.stem, "".join(part.title() for part in name.split("_"))
+    struct = f"(?:{title}|{name.replace('kpconv', 'KPConv')})"
+    return {
+        r".*\.py$": [rf"^(?:    )?def {name}\(", rf'^    "{name}",$', rf'"{name}": \(', rf'\(\s*"{name}",$',
+                     rf"^from kpcore\.{stem} import .*\b(?:{name}|{name.upper()})\b"],
+        r".*\.pyx$": [rf"^def {name}\(", rf"\(\*{name}\)"],
+        r".*\.(h|cpp)$": [rf"^Status {name}\(", rf"\bX\((?:Status, )?{name}\b", rf"^struct {struct} \{{"],
+        rf".*formulas/{stem}\.h$|.*src/{stem}\.h$": [r"KP_HD|__host__"],
+        rf".*{stem}\.cu$": [r"__global__"],
+        rf".*gpu_{stem}\.py$": [r"^def "],
+        rf".*test_{stem}\.py$|.*reference\.py$": [rf"\b{name}\("],
+        r".*bench/cases\.py$": [rf"\b{name}\b"],
+        r".*README\.md$": [rf"^\| `{name}`"],
+    }  # fmt: skip
+
+
+def edited(tree, name, module):
+    """The files that adding the operator had to touch."""
+    for file in files(tree):
+        text, path = file.read_text(errors="replace"), file.relative_to(tree).as_posix()
+        for pattern, marks in declarations(name, module).items():
+            if re.match(pattern, path) and any(re.search(mark, text, re.MULTILINE) for mark in marks):
+                yield path
+                break
+
+
+def spelled(tree, paths, names):
+    """(file, line) of each list of two thirds of the arguments."""
+    aliases = {"neighbors": {"neighbors", "index"}, "reduce": {"reduce", "reduction"}}
+    wanted = [aliases.get(name, {name}) for name in names]
+    for path in paths:
+        if not path.startswith(("kpcore", "src")):
+            continue
+        text = (tree / path).read_text(errors="replace")
+        for match in re.finditer(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)|\{([^{}]*)\}|(?:^#define.*\\\n(?:.*\\\n)*.*)", text,
+                                 re.MULTILINE):  # fmt: skip
+            words = set(re.findall(r"\w+", match[0]))
+            if sum(bool(words & each) for each in wanted) * 3 >= 2 * len(wanted) and len(wanted) > 1:
+                yield path, text.count("\n", 0, match.start()) + 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--tree", type=Path, default=Path(__file__).parents[1])
+    asked = parser.parse_args()
+    names, module = arguments(asked.tree, asked.name)
+    paths = list(edited(asked.tree, asked.name, module))
+    print(f"{asked.name}: {len(paths)} files")
+    for path in paths:
+        print(f"    {path}")
+    lists = list(spelled(asked.tree, paths, names))
+    print(f"argument list ({', '.join(names)}) spelled {len(lists)} times")
+    for path, line in lists:
+        print(f"    {path}:{line}")
+
+
+if __name__ == "__main__":
+    main()
