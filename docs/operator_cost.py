@@ -15,6 +15,10 @@ PLACES = ("kpcore", "src", "tests", "bench", "meson.build", "README.md")
 KINDS = {".py", ".pyx", ".pyi", ".h", ".cpp", ".cu", ".md", ".build"}
 
 
+# What is inside brackets, which may hold others, or inside braces; and a macro of several lines.
+LISTS = re.compile(r"\([^()]*(?:\([^()]*\)[^()]*)*\)|\{[^{}]*\}|^#define.*\\\n(?:.*\\\n)*.*", re.MULTILINE)
+
+
 def files(tree):
     for place in PLACES:
         path = tree / place
@@ -71,8 +75,7 @@ def spelled(tree, paths, names):
         if not path.startswith(("kpcore", "src")):
             continue
         text = (tree / path).read_text(errors="replace")
-        for match in re.finditer(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)|\{([^{}]*)\}|(?:^#define.*\\\n(?:.*\\\n)*.*)", text,
-                                 re.MULTILINE):  # fmt: skip
+        for match in LISTS.finditer(text):
             words = set(re.findall(r"\w+", match[0]))
             if sum(bool(words & each) for each in wanted) * 3 >= 2 * len(wanted) and len(wanted) > 1:
                 yield path, text.count("\n", 0, match.start()) + 1

@@ -141,7 +141,8 @@ def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features:
         )
     return Call(
         points=points, queries=queries, queries_are_points=queries_are_points, neighbors=neighbors,
-        index=neighbors._index, row_splits=neighbors._row_splits, features=features, weights=weights, kernel_points=kernel_points,
+        index=neighbors._index, row_splits=neighbors._row_splits, features=features, weights=weights,
+        kernel_points=kernel_points,
         offsets=offsets, modulations=modulations, extent=checks.length("extent", extent, points.dtype),
         influence=checks.choice("influence", influence, INFLUENCES),
         aggregation=checks.choice("aggregation", aggregation, AGGREGATIONS),

@@ -16,11 +16,8 @@ MODULES = {
     "kpcore.scenes.training": "kpcore.pipeline.training",
     "kpcore.scenes.voting": "kpcore.pipeline.voting",
 }
-ATTRIBUTES = {
-    "kpcore.neighbors": dict.fromkeys(
-        ("GridIndex", "KDTree", "knn_search", "radius_search", "_rebuilt"), "kpcore.search"
-    ),
-}
+_SEARCH = ("GridIndex", "KDTree", "_rebuilt", "knn_search", "radius_search")  # pickled trees name `_rebuilt`
+ATTRIBUTES = {"kpcore.neighbors": dict.fromkeys(_SEARCH, "kpcore.search")}
 
 
 def attribute(module: str, name: str) -> object:
