@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kpcore as kp
-from kpcore import demo
 from kpcore.config import require
-from kpcore.demo import BAR, PLAIN, Refused, make_folder, of_classes
+from kpcore.console import BAR, PLAIN, Refused, make_folder, of_classes
 from kpcore.files import check_writable, expanded, whole
 from kpcore.pipeline.settings import LENGTHS
 
@@ -141,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from kpcore import demo
+
     options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
     if args.file:
         demo.scan(args.file, args.out, **demo.SCAN | options)

@@ -15,6 +15,7 @@ import numpy as np
 import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
+from kpcore.console import BAR, PLAIN, Refused, make_folder, of_classes
 from kpcore.files import check_writable, whole
 from kpcore.pipeline.settings import Part
 from kpcore.scenes.indoor import NAMES
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from kpcore.io import Cloud
     from kpcore.picture import Patch
-    from kpcore.pipeline.voting import Scores
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # what may be said of a file
 NUM_KERNEL_POINTS = 15
@@ -33,9 +33,6 @@ HEADER = "level     voxel      points  neighbours   subsample    search   forwar
 ROW = "{:>5}{:>10.4g}{:>12,}{:>12.1f}{:>12.1f}{:>10.1f}{:>10.1f}{:>10.1f}{:>13.2f}{:>10,}"
 
 
-BAR = {"bar_format": "{desc:26}{bar:30}{percentage:4.0f} %  {rate_fmt}  {elapsed}<{remaining}{postfix}", "leave": False,
-       "ncols": 110, "nrows": 24, "disable": None, "unit": " steps"}  # fmt: skip
-PLAIN = "{desc:26}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}"
 # Five flats that differ in how they are furnished; the unseen one is mirrored as well.
 TRAINING = {
     "data": {
@@ -50,10 +47,6 @@ TRAINING = {
     },
 }  # fmt: skip
 UNSEEN = Part(indoor=100, mirror=True)
-
-
-class Refused(ValueError):
-    """The options cannot be carried out."""
 
 
 def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None) -> None:
@@ -147,19 +140,6 @@ def train(out: Path) -> None:
     with whole(path) as part:
         segmentation.draw(part, "A flat that the network has not seen", found, settings.names)
     print(f"picture: {path}")
-
-
-def of_classes(scores: Scores) -> str:
-    """Of how many classes a mean IoU is, where not of all."""
-    there = sum(value is not None for value in scores["iou"].values())
-    return "" if there == len(scores["iou"]) else f" over {there} of {len(scores['iou'])} classes"
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {out}: {error.strerror}") from None
 
 
 def _one_digit_up(value: float) -> str:
