@@ -109,7 +109,7 @@ def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="poten
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     points = _unit(sizes, dimension, _FIXED[fixed], method, seed) * radius
     if rotate is not None:
-        points = _rotated(points, _rotation(dimension, rotate, seed))
+        points = rotated(points, random_rotation(dimension, rotate, seed))
     return points.astype(dtype)
 
 
@@ -183,12 +183,12 @@ def _is_spaced(closest, points, sizes, radii):
     )
 
 
-def _rotated(points, rotation):
+def rotated(points, rotation):
     """``points @ rotation`` of arrays or tensors; not a matrix product, whose sums differ from machine to machine."""
     return sum(points[:, a, None] * row for a, row in enumerate(rotation))
 
 
-def _rotation(dimension, rotate, seed):
+def random_rotation(dimension, rotate, seed):
     """Rows are orthonormal: vectors uniform in the ball, made so one after another (Gram-Schmidt)."""
     random = np.random.PCG64(seed)
     turning = dimension if rotate == "full" or dimension == 2 else dimension - 1

@@ -19,7 +19,7 @@ import numpy as np
 
 import kpcore
 from kpcore.backends import checks
-from kpcore.dispositions import _rotated, _rotation
+from kpcore.dispositions import random_rotation, rotated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -251,7 +251,7 @@ def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         points = kpcore.kernel_points(shells or num, radius, dimension=dimension, dtype=np.float64,
                                       method="shells" if shells else "potential")  # fmt: skip
-        return _rotated(points, _rotation(dimension, "vertical", int(rng.integers(2**62))))
+        return rotated(points, random_rotation(dimension, "vertical", int(rng.integers(2**62))))
 
     return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 
 import kpcore as kp
-from kpcore.dispositions import _rotated, _rotation
+from kpcore.dispositions import random_rotation, rotated
 from kpcore.pipeline.settings import SettingsError
 from kpcore.pyramid import Pyramid
 
@@ -203,13 +203,13 @@ def _pyramid(net: Network | KPNeXt, points: np.ndarray, row_splits: np.ndarray, 
 
 def _turned(points: np.ndarray, row_splits: np.ndarray, turns: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([
-        _rotated(points[begin:end], turn)
+        rotated(points[begin:end], turn)
         for begin, end, turn in zip(row_splits[:-1], row_splits[1:], turns, strict=True)
     ])  # fmt: skip
 
 
 def _turn(dimension: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-    return _rotation(dimension, kind, int(rng.integers(2**62))).astype(np.float32)
+    return random_rotation(dimension, kind, int(rng.integers(2**62))).astype(np.float32)
 
 
 def _augmented(points: np.ndarray, features: np.ndarray, training: Training, columns: Columns,
@@ -217,12 +217,12 @@ def _augmented(points: np.ndarray, features: np.ndarray, training: Training, col
     dimension = points.shape[1]
     if training.rotate in ("vertical", "all"):
         turn = _turn(dimension, "vertical" if training.rotate == "vertical" else "full", rng)
-        points = _rotated(points, turn)
+        points = rotated(points, turn)
     elif training.rotate != "none":
         angle = np.deg2rad(rng.uniform(-training.rotate, training.rotate))
         turn = np.eye(dimension)
         turn[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        points = _rotated(points, turn.astype(np.float32))
+        points = rotated(points, turn.astype(np.float32))
     scale = rng.uniform(*training.scale, dimension)
     flips = rng.random(dimension) < 0.5
     scale[[axis for axis, flip in enumerate(training.flip) if flip and flips[axis]]] *= -1

@@ -11,7 +11,7 @@ import torch
 
 import kpcore
 from kpcore.backends import checks
-from kpcore.dispositions import _rotated, _rotation
+from kpcore.dispositions import random_rotation, rotated
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
 from kpcore.torch.ops import checked, on_stream_of, to_array
@@ -423,8 +423,8 @@ def _kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, 
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
     checks.choice("rotate", rotate, (None, "vertical", "full"))
     if rotate is not None and device.type != "meta":  # which draws nothing, as torch's own layers
-        turn = _rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
-        points = _rotated(points, torch.from_numpy(turn).to(dtype))
+        turn = random_rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
+        points = rotated(points, torch.from_numpy(turn).to(dtype))
     return points.to(device)
 
 
