@@ -399,7 +399,9 @@ def _segment_reduce_result(call):
 
 
 def _segment_reduce_forward(call):
-    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features")
+    row_splits = call.row_splits
+    if not call.is_one_item:
+        row_splits = checks.splits_values("row_splits", row_splits, len(call.features), "features")
     outputs = [devices.namespace(call.features).empty(*of) for of in _segment_reduce_result(call)]
     fields = dict(zip(("out", "choice"), outputs, strict=False))
     devices.backend(call.features).run("segment_reduce", call, row_splits=row_splits, **fields)
@@ -469,6 +471,7 @@ def segment_reduce(
     features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
     return Call(
         features=features, row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes),
+        is_one_item=row_splits is None,
         reduce=reduce, reduction=checks.choice("reduce", reduce, _REDUCES),
         empty=checks.number("empty", empty, features.dtype),
     )  # fmt: skip

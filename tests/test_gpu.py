@@ -6,6 +6,7 @@ What decides is to be the same to the bit: neighbours, voxels, which of several 
 
 import ast
 import importlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ if EMULATED:
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.backends import gpu
+from kpcore.backends import cpu, gpu, gpu_kpconv, gpu_launch, gpu_search, gpu_sources
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
@@ -317,14 +318,14 @@ def test_a_pyramid_of_squares_that_overflow():
 
 def test_a_query_that_changes_after_it_was_counted(monkeypatch):
     points, radius = clouds.uniform(300)
-    queries, count = cupy.asarray(points[:40] + 5), gpu._count
+    queries, count = cupy.asarray(points[:40] + 5), gpu_search._count
 
     def counted(search):
         found = count(search)
         queries[:20] = cupy.asarray(points[:20])  # more neighbours than counted
         return found
 
-    monkeypatch.setattr(gpu, "_count", counted)
+    monkeypatch.setattr(gpu_search, "_count", counted)
     assert kp.radius_search(cupy.asarray(points), queries, radius).num_pairs == 0
     queries[...] = cupy.asarray(points[:40])
     points[:20] += 7  # fewer
@@ -606,7 +607,7 @@ def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6,
 @pytest.mark.parametrize("sums_bytes", [32 << 20, 5000])
 @pytest.mark.parametrize("name", KPCONVS)
 def test_kpconv(name, sums_bytes, monkeypatch):
-    monkeypatch.setattr(gpu, "_SUMS_BYTES", sums_bytes)
+    monkeypatch.setattr(gpu_kpconv, "_SUMS_BYTES", sums_bytes)
     function, primals, settings = kpconv_problem(**KPCONVS[name])
     everything = tuple(primals) if function is kp.kpconv else ("features", "weights", "attention")
     for names in (everything, ("weights",), ("features",), everything[:1]):
@@ -649,7 +650,7 @@ def test_kpconv_of_points_among_themselves():
 @emulated
 @pytest.mark.parametrize("backward", [False, True])
 def test_kpconv_takes_memory_for_some_queries_at_a_time(backward, monkeypatch):
-    monkeypatch.setattr(gpu, "_SUMS_BYTES", 1 << 14)
+    monkeypatch.setattr(gpu_kpconv, "_SUMS_BYTES", 1 << 14)
     monkeypatch.setattr(fake_cupy, "mode", {"check": False})
     points, radius = clouds.uniform(600)
     device, rng = to_device(points), np.random.default_rng(0)
@@ -914,15 +915,84 @@ def test_what_a_bug_report_says(capsys):
 # ---- how it is put together
 
 
-def test_the_names_and_arguments_of_the_cpu():
-    """All of cpu.pyi but what has no meaning there."""
-    text = ast.parse(Path(gpu.__file__).with_name("cpu.pyi").read_text())
-    cpu = {f.name: [a.arg for a in f.args.args] for f in text.body if isinstance(f, ast.FunctionDef)}
-    of_the_cpu_alone = {"array_at", "fma_rate", "frozen", "has_openmp", "isa", "isas", "kernel_points", "lloyd",
-                        "openmp_library", "pause_threads", "set_isa", "version", "xla_arrays"}  # fmt: skip
-    for name in set(cpu) - of_the_cpu_alone:
-        code = getattr(gpu, name).__code__
-        assert list(code.co_varnames[: code.co_argcount]) == cpu[name], name
+CPU_ALONE = {"kernel_points", "lloyd"}
+
+
+def test_a_launcher_for_every_kernel_of_the_cpu():
+    assert set(gpu_launch.LAUNCHERS) == set(cpu.fields()) - CPU_ALONE
+
+
+def attributes_of_fields():
+    """{function: (attributes of `fields` that it reads, functions that it calls)} of the modules with launchers"""
+    functions = {}
+    for module in {launcher.__module__ for launcher in gpu_launch.LAUNCHERS.values()}:
+        for function in ast.walk(ast.parse(Path(sys.modules[module].__file__).read_text())):
+            if isinstance(function, ast.FunctionDef) and any(a.arg == "fields" for a in function.args.args):
+                nodes = list(ast.walk(function))
+                read = {
+                    n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "fields"
+                }
+                called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+                functions[module, function.name] = read, {(module, name) for name in called}
+    return functions
+
+
+@pytest.mark.parametrize("name", gpu_launch.LAUNCHERS)
+def test_a_launcher_reads_fields_of_its_kernel_alone(name):
+    functions, seen = attributes_of_fields(), set()
+    pending = {(gpu_launch.LAUNCHERS[name].__module__, name)}
+    while pending:
+        seen |= pending
+        pending = set().union(*(functions[key][1] for key in pending)) & set(functions) - seen
+    read = set().union(*(functions[key][0] for key in seen))
+    assert read and read <= set(cpu.fields()[name])
+
+
+@pytest.mark.parametrize("backend", [cpu, gpu])
+def test_what_is_wrong_with_fields_is_the_same_in_both_places(backend):
+    rows = to_device(np.ones((2, 3))) if backend is gpu else np.ones((2, 3))
+    with pytest.raises(TypeError, match=r"^sum_rows: expected a field sums, got none$"):
+        backend.run("sum_rows", SimpleNamespace(rows=rows))
+    with pytest.raises(TypeError, match=r"^sum_rows: expected no fields but rows, sums, got rows, sums, total$"):
+        backend.run("sum_rows", rows=rows, sums=rows[0].copy(), total=rows)
+
+
+def test_parameters_of_a_kernel_are_bound_by_name_and_type():
+    add = gpu_launch.kernels_of("rows.cu", KP_F="float")["sgd"]
+    arrays = dict.fromkeys(("value", "grad", "moment"), cupy.asarray(np.ones(3, np.float32)))
+    numbers = {"size": 3, "lr": 1, "momentum": 0, "weight_decay": 0}
+    bound = add.bind(SimpleNamespace(momentum=7, unused=0, **arrays), numbers)
+    assert [type(value) for value in bound[3:]] == [np.int64, np.float32, np.float32, np.float32]
+    assert bound[5] == 0  # a value comes before a field
+    assert add.rebind(bound, lr=2)[4] == 2 and bound[4] == 1
+    assert add.bind(None, numbers | arrays | {"grad": None})[1] == 0  # a null pointer
+    for values, text in (
+        (numbers, r"^rows\.cu: sgd: expected a value of the parameter value, got none"),
+        (numbers | arrays | {"n": 3}, r"^rows\.cu: sgd: expected no values but of value, grad, moment, size, lr, "),
+    ):
+        with pytest.raises(TypeError, match=text):
+            add.bind(None, values)
+
+
+def test_a_file_is_compiled_with_the_definitions_in_its_first_lines():
+    for definitions in ({}, {"KP_T": "float"}, {"KP_F": "float", "KP_DIM": 3}):
+        with pytest.raises(TypeError, match=r"^rows\.cu: expected the definitions KP_F, got "):
+            gpu_launch.kernels_of("rows.cu", **definitions)
+    for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"):
+        head = "".join(line for line in path.read_text().splitlines() if line.startswith("// compile:"))
+        used = set(re.findall(r"\bKP_(?:[A-Z]|DIM|METRIC|TREE)\b", path.read_text().replace(head, "")))
+        assert used == set().union(*gpu_sources.variants(path.name))
+
+
+def test_scalar_types_behind_aliases():
+    for kind, definitions, expected in (
+        ("F", {"KP_F": "kp::Half"}, "float"),
+        ("F", {"KP_F": "double"}, "double"),
+        ("S", {"KP_F": "float"}, "float"),
+        ("int64_t", {}, "int64_t"),
+    ):
+        assert gpu_sources.scalar_type("rows.cu", kind, definitions) == expected
+    assert gpu_sources.scalar_type("subsampling.cu", "F", {"KP_T": "double", "KP_S": "KP_T"}) == "double"
 
 
 class Event:

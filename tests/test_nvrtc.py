@@ -10,34 +10,23 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
 
 import nvrtc
 
+from kpcore.backends import gpu_sources
+
 LIBRARY = nvrtc.library()
 needed = pytest.mark.skipif(LIBRARY is None, reason="the wheel nvidia-cuda-nvrtc is not installed")
-EACH = [(name, variant) for name, variants in nvrtc.VARIANTS.items() for variant in variants]
+EACH = [(name, variant) for name, variants in nvrtc.variants().items() for variant in variants]
 THREADS = {"farthest": 512}  # of a block; 128 of all others
 
 
-@pytest.fixture(scope="module")
-def source():
-    import fake_cupy
-
-    if "cupy" not in sys.modules:
-        fake_cupy.install()
-    from kpcore.backends import gpu
-
-    return gpu.source
-
-
-def test_every_file_is_here(source):
-    from kpcore.backends import gpu
-
-    assert {path.name for path in gpu._SOURCES.joinpath("cuda").glob("*.cu")} == set(nvrtc.VARIANTS)
+def test_every_file_says_for_which_types_it_is_compiled():
+    assert all(nvrtc.variants().values())
 
 
 @needed
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("name, variant", EACH, ids=lambda value: value.replace(" ", ","))
-def test_registers_spills_and_shared_memory(name, variant, architecture, source):
-    made = nvrtc.compiled(LIBRARY, source(name), architecture, variant.split())
+def test_registers_spills_and_shared_memory(name, variant, architecture):
+    made = nvrtc.compiled(LIBRARY, gpu_sources.source(name), architecture, variant.split())
     assert made.kernels and set(made.kernels) == set(re.findall(r"\.entry (\w+)", made.ptx))
     for kernel, found in made.kernels.items():
         threads = THREADS.get(kernel, 128)
@@ -53,24 +42,24 @@ def test_registers_spills_and_shared_memory(name, variant, architecture, source)
     "name, variant",
     [(n, v) for n, v in EACH if n in ("lists.cu", "neighbors.cu", "sampling.cu", "subsampling.cu", "kpconv.cu")],
 )
-def test_what_decides_is_not_contracted(name, variant, source):
+def test_what_decides_is_not_contracted(name, variant):
     # The exponential of a gaussian has fused operations of its own, and decides nothing.
     definitions = [*variant.split(), *(["exp(x)=(x)"] if name == "kpconv.cu" else [])]
-    ptx = nvrtc.compiled(LIBRARY, source(name), 80, definitions).ptx
+    ptx = nvrtc.compiled(LIBRARY, gpu_sources.source(name), 80, definitions).ptx
     assert not re.search(r"\bfma\.|\bmad\.\w+\.f", ptx)
-    contracted = nvrtc.compiled(LIBRARY, source(name), 80, definitions, options=("--std=c++17", "--fmad=true")).ptx
+    contracted = nvrtc.compiled(
+        LIBRARY, gpu_sources.source(name), 80, definitions, options=("--std=c++17", "--fmad=true")
+    ).ptx
     assert name == "lists.cu" or "METRIC=2" in variant or re.search(r"\bfma\.", contracted)
 
 
 @needed
-def test_an_error_names_file_and_line(source):
-    text = source("neighbors.cu")
+def test_an_error_names_file_and_line():
+    text = gpu_sources.source("neighbors.cu")
     wrong = text.replace(
         "double cell_of(double x, double inverse_cell) {", "double cell_of(double x, double inverse_cell) { wrong;"
     )
     assert wrong != text
-    line = (Path(sys.modules["kpcore.backends.gpu"].__file__).parent / "sources/cuda/neighbors.cu").read_text().split(
-        "cell_of(double x"
-    )[0].count("\n") + 1
+    line = (gpu_sources.SOURCES / "cuda/neighbors.cu").read_text().split("cell_of(double x")[0].count("\n") + 1
     with pytest.raises(ValueError, match=rf"neighbors\.cu\({line}\): error: identifier \"wrong\" is undefined"):
-        nvrtc.compiled(LIBRARY, wrong, 80, nvrtc.VARIANTS["neighbors.cu"][0].split())
+        nvrtc.compiled(LIBRARY, wrong, 80, nvrtc.variants()["neighbors.cu"][0].split())

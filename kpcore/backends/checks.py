@@ -124,7 +124,8 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
 
 def splits_array(name, value, rows, of, sizes, *, known=False):
     """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item. See `splits_values`."""
-    return splits_values(name, splits_shape(name, value, rows, sizes), rows, of, known=known)
+    splits = splits_shape(name, value, rows, sizes)
+    return splits if value is None else splits_values(name, splits, rows, of, known=known)
 
 
 def splits_shape(name, value, rows, sizes):

@@ -173,7 +173,9 @@ def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array,
 
 
 def _group_norm_forward(call):
-    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features")
+    row_splits = call.row_splits
+    if not call.is_one_item:
+        row_splits = checks.splits_values("row_splits", row_splits, len(call.features), "features")
     return _normalized(call, row_splits, *_moments(call.features, row_splits, call.num_groups))
 
 
@@ -247,7 +249,7 @@ def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, 
         raise ValueError(f"num_groups: expected a divisor of the {features.shape[1]} channels, got {num_groups}")
     return Call(
         features=features, num_groups=num_groups, scale=scale, shift=shift,
-        row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes),
+        row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes), is_one_item=row_splits is None,
         eps=checks.length("eps", eps, np.dtype(np.float64)), statistics_fixed=False,
         negative_slope=_slope(negative_slope, features),
     )  # fmt: skip

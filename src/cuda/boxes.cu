@@ -1,6 +1,8 @@
 // The box of every batch item's points and queries, and whether distances within it tell points apart.
 //
-// Compiled for one coordinate type, dimension and metric: KP_T, KP_DIM, KP_METRIC.
+// Compiled for one coordinate type, dimension and metric:
+// compile: KP_T=float KP_DIM=3 KP_METRIC=0
+// compile: KP_T=double KP_DIM=16 KP_METRIC=1
 
 #include "launch.h"
 #include "formulas/neighbors.h"
@@ -17,38 +19,38 @@ constexpr int D = KP_DIM;
 using namespace kp;
 
 // boxes (items, 2, D): the lowest coordinates, and the lowest of the negated ones, as ordered integers
-extern "C" __global__ void grow_boxes(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+extern "C" __global__ void grow_boxes(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       unsigned long long* boxes) {
   const double infinity = __longlong_as_double(0x7ff0000000000000);
   for (int a = 0; a < D; ++a) {  // an axis after the other: sixteen at once take 156 registers
-    // A thread's points are mostly of one item: what it found so far is given away when another begins.
+    // A thread's points are mostly of one item: its minima so far are written when another item begins.
     double low = infinity, negated = infinity;
     int item = -1;
-    const auto give = [&] {
+    const auto write = [&] {
       if (item < 0) return;
       atomicMin(&boxes[int64_t(item) * 2 * D + a], ordered(low));
       atomicMin(&boxes[int64_t(item) * 2 * D + D + a], ordered(negated));
     };
     for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-      const int its = item_of(splits, num_items, i);
-      if (its != item) {
-        give();
-        item = its;
+      const int next_item = item_of(row_splits, num_items, i);
+      if (next_item != item) {
+        write();
+        item = next_item;
         low = negated = infinity;
       }
       const double x = double(points[i * D + a]);
       low = x < low ? x : low;
       negated = -x < negated ? -x : negated;
     }
-    give();
+    write();
   }
 }
 
-// problems[0] = 1 where distances in the box of an item that has points and queries do not
-extern "C" __global__ void check_boxes(const unsigned long long* boxes, const int64_t* points_splits,
-                                       const int64_t* queries_splits, int num_items, unsigned* problems) {
+// problems[0] = 1 where distances in the box of an item with points and queries do not tell points apart
+extern "C" __global__ void check_boxes(const unsigned long long* boxes, const int64_t* row_splits,
+                                       const int64_t* queries_row_splits, int num_items, unsigned* problems) {
   for (int64_t item = first_thread(); item < num_items; item += num_threads()) {
-    if (points_splits[item] == points_splits[item + 1] || queries_splits[item] == queries_splits[item + 1]) continue;
+    if (row_splits[item] == row_splits[item + 1] || queries_row_splits[item] == queries_row_splits[item + 1]) continue;
     T sides[D];
     for (int a = 0; a < D; ++a)
       sides[a] = T(-from_ordered(boxes[item * 2 * D + D + a])) - T(from_ordered(boxes[item * 2 * D + a]));

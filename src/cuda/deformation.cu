@@ -1,7 +1,9 @@
 // The losses of deformed kernel points on the GPU: a thread for each query and kernel point. Losses are summed in
 // float64, in blocks joined in their order; nothing is contracted, as on the CPU.
 //
-// Compiled for the type of geometry and the dimension: KP_T, KP_DIM.
+// Compiled for the type of geometry and the dimension:
+// compile: KP_T=float KP_DIM=3
+// compile: KP_T=double KP_DIM=2
 
 #include "formulas/deformation.h"
 #include "launch.h"
@@ -30,35 +32,35 @@ extern "C" __global__ void fit(const T* points, const T* queries, const int32_t*
                                int32_t* nearest, T* least) {
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
-    T best = T(0), odd = T(0);
-    int32_t which = -1;
+    T best = T(0), nan = T(0);
+    int32_t best_point = -1;
     for (int64_t e = row_splits[q]; e < row_splits[q + 1]; ++e) {
       T d[D];
       for (int a = 0; a < D; ++a)
         d[a] = from_neighbor(points[int64_t(index[e]) * D + a], queries[q * D + a],
                              deformed(kernel_points, offsets, num_kernels, q, k, a));
       const T d2 = squared_distance(d, D);
-      if (d2 != d2) odd = d2;
-      if (which >= 0 && !(d2 < best)) continue;
+      if (d2 != d2) nan = d2;
+      if (best_point >= 0 && !(d2 < best)) continue;
       best = d2;
-      which = index[e];
+      best_point = index[e];
     }
-    nearest[i] = which;
-    least[i] = odd != odd ? odd : best;
+    nearest[i] = best_point;
+    least[i] = nan != nan ? nan : best;
   }
 }
 
 extern "C" __global__ void fit_gradient(const T* points, const T* queries, const T* kernel_points, const T* offsets,
                                         const int32_t* nearest, int64_t num_queries, int64_t num_kernels, T scale,
-                                        const T* grad_out, T* grads) {
+                                        const T* grad_out, T* grad_offsets) {
   const T factor = scale * *grad_out;
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     for (int a = 0; a < D; ++a)
-      grads[i * D + a] = nearest[i] < 0
-                             ? T(0)
-                             : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
-                                                      deformed(kernel_points, offsets, num_kernels, q, k, a));
+      grad_offsets[i * D + a] = nearest[i] < 0
+                                    ? T(0)
+                                    : factor * from_neighbor(points[int64_t(nearest[i]) * D + a], queries[q * D + a],
+                                                             deformed(kernel_points, offsets, num_kernels, q, k, a));
   }
 }
 
@@ -81,9 +83,9 @@ extern "C" __global__ void repel(const T* kernel_points, const T* offsets, int64
 }
 
 extern "C" __global__ void repel_gradient(const T* kernel_points, const T* offsets, int64_t num_queries,
-                                          int64_t num_kernels, T inverse_extent, T repulse_extent, T scale,
-                                          const T* grad_out, T* grads) {
-  const T factor = scale * *grad_out;
+                                          int64_t num_kernels, T inverse_extent, T repulse_extent, T weight,
+                                          const T* grad_out, T* grad_offsets) {
+  const T factor = weight * *grad_out;
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     T sum[D] = {};
@@ -96,6 +98,6 @@ extern "C" __global__ void repel_gradient(const T* kernel_points, const T* offse
       const T slope = repulsion_slope(squared_distance(d, D), inverse_extent, repulse_extent);
       for (int a = 0; a < D; ++a) sum[a] += slope * d[a];
     }
-    for (int a = 0; a < D; ++a) grads[i * D + a] = factor * sum[a];
+    for (int a = 0; a < D; ++a) grad_offsets[i * D + a] = factor * sum[a];
   }
 }

@@ -1,10 +1,15 @@
-// Lists on the GPU: what turns those of neighbours around, and cuts those of items into blocks.
+// Lists on the GPU: neighbours turned around, and batch items cut into blocks of rows.
+//
+// Compiled without definitions, and for the type of distances where rows are packed:
+// compile:
+// compile: KP_T=float
+// compile: KP_T=double
 
 #include "launch.h"
 
 using namespace kp;
 
-// Of every pair its point, num_points past the end of the list, and its query.
+// The point and the query of every pair; the point is num_points past the end of the list.
 extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs, const int64_t* row_splits,
                                          int num_queries, int num_points, int32_t* points, int32_t* queries) {
   for (int64_t e = first_thread(); e < num_pairs; e += num_threads()) {
@@ -26,15 +31,15 @@ extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_i
 }
 
 #ifdef KP_T
-// Rows of `width`, of which the bounds say how much is there, one after the other.
+// Rows of `width`, of which row_splits say how many entries are used, one after the other.
 extern "C" __global__ void pack_rows(const int32_t* index, const KP_T* distance, int64_t width,
-                                     const int64_t* row_splits, int64_t num_rows, int32_t* to, KP_T* to_distance,
-                                     int has_distances) {
+                                     const int64_t* row_splits, int64_t num_rows, int32_t* packed_index,
+                                     KP_T* packed_distance) {
   for (int64_t i = first_thread(); i < num_rows * width; i += num_threads()) {
     const int64_t row = i / width, at = row_splits[row] + i % width;
     if (at >= row_splits[row + 1]) continue;
-    to[at] = index[i];
-    if (has_distances) to_distance[at] = distance[i];
+    packed_index[at] = index[i];
+    if (packed_distance) packed_distance[at] = distance[i];
   }
 }
 #endif

@@ -1,6 +1,6 @@
 // Neighbour search on the GPU: a warp for each query.
 //
-// Compiled for one coordinate type, dimension, metric and kind of index: KP_T, KP_DIM, KP_METRIC, KP_TREE. Two kinds:
+// There are two kinds of index:
 //
 //   cells  for a known radius in up to three dimensions. Points lie sorted by cell, cells of a row one after the other;
 //          a query's candidates are some runs of them. The table of cells has a fixed size and wraps around, so no
@@ -10,6 +10,17 @@
 //
 // A box is as far from a query as the nearest point it could hold, by the same formula: rounding never turns order
 // around, so nothing is ever missed. Decisions are those of neighbors.h, compiled without contraction.
+//
+// Compiled for one coordinate type, dimension, metric and kind of index; 3 dimensions stand for the others, 16 for the
+// most registers:
+// compile: KP_T=float KP_DIM=3 KP_METRIC=0 KP_TREE=0
+// compile: KP_T=float KP_DIM=3 KP_METRIC=0 KP_TREE=1
+// compile: KP_T=float KP_DIM=3 KP_METRIC=1 KP_TREE=0
+// compile: KP_T=float KP_DIM=3 KP_METRIC=2 KP_TREE=1
+// compile: KP_T=double KP_DIM=3 KP_METRIC=0 KP_TREE=0
+// compile: KP_T=double KP_DIM=3 KP_METRIC=0 KP_TREE=1
+// compile: KP_T=float KP_DIM=16 KP_METRIC=0 KP_TREE=1
+// compile: KP_T=double KP_DIM=16 KP_METRIC=0 KP_TREE=1
 
 #include "launch.h"
 #include "formulas/neighbors.h"
@@ -43,7 +54,7 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
 
 // ---- what a query asks
 
-enum Ignore : int { nobody, equal_coordinates, equal_number };
+enum Ignore : int { none, equal_coordinates, equal_number };
 
 struct Query {
   T at[D], limit;  // of the measure: r² for L2
@@ -65,16 +76,16 @@ struct Query {
   }
 };
 
-__device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, const int64_t* points_splits,
-                          const int64_t* queries_splits, int num_items, int ignore, int64_t q) {
+__device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, const int64_t* row_splits,
+                          const int64_t* queries_row_splits, int num_items, int ignore, int64_t q) {
   Query query;
   for (int a = 0; a < D; ++a) query.at[a] = queries[q * D + a];
   const T radius = radii[q * radius_stride];
   query.limit = metric == Metric::l2 ? radius * radius : radius;
   query.reach = double(radius) * (1 + 1e-6);  // the measure rounds
-  const int item = item_of(queries_splits, num_items, q);
-  query.begin = int(points_splits[item]);
-  query.end = int(points_splits[item + 1]);
+  const int item = item_of(queries_row_splits, num_items, q);
+  query.begin = int(row_splits[item]);
+  query.end = int(row_splits[item + 1]);
   query.number = int32_t(q);
   query.ignore = ignore;
   return query;
@@ -135,14 +146,14 @@ struct Cells {
       const int32_t total = __shfl_sync(all_lanes, end, warp - 1), shift = begin - (end - length);
       for (int32_t chunk = 0; chunk < total; chunk += warp) {
         const int32_t candidate = chunk + lane;
-        int owner = 0;  // the first lane whose runs end after the candidate
+        int source = 0;  // the first lane with runs that end after the candidate
         for (int bit = warp / 2; bit; bit /= 2) {
-          const int32_t its_end = __shfl_sync(all_lanes, end, owner + bit - 1);
-          if (candidate >= its_end) owner += bit;
+          const int32_t end_before = __shfl_sync(all_lanes, end, source + bit - 1);
+          if (candidate >= end_before) source += bit;
         }
-        const int32_t its_shift = __shfl_sync(all_lanes, shift, owner);
-        const bool there = candidate < total;
-        visit(points[there ? candidate + its_shift : 0], there);
+        const int32_t source_shift = __shfl_sync(all_lanes, shift, source);
+        const bool is_candidate = candidate < total;
+        visit(points[is_candidate ? candidate + source_shift : 0], is_candidate);
       }
     }
   }
@@ -246,24 +257,26 @@ __device__ int64_t curve_key(const T* at, const T* low, const T* high, int item,
   return int64_t(key | uint64_t(item) << bits * axes);
 }
 
+// What every search gets: of either kind of index; `boxes` or `starts` is null where the index is of the other kind.
+#define KP_INDEX                                                                                                      \
+  const Located *located, const T *boxes, int32_t num_points, const int32_t *starts, double inverse_cell, int bits_x, \
+      int bits_y, int bits_z
 #if KP_TREE
 using Index = Boxes;
-#define KP_INDEX const Located *points, const T *boxes, int32_t num_points
-#define KP_MAKE_INDEX Index(points, boxes, num_points)
+#define KP_MAKE_INDEX Index(located, boxes, num_points)
 #else
 using Index = Cells;
-#define KP_INDEX const Located *points, const int32_t *starts, double inverse_cell, int bits_x, int bits_y, int bits_z
-#define KP_MAKE_INDEX               \
-  Index {                           \
-    points, starts, inverse_cell, { \
-      bits_x, bits_y, bits_z        \
-    }                               \
+#define KP_MAKE_INDEX                \
+  Index {                            \
+    located, starts, inverse_cell, { \
+      bits_x, bits_y, bits_z         \
+    }                                \
   }
 #endif
-#define KP_QUERIES                                                                                            \
-  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *points_splits, \
-      const int64_t *queries_splits, int num_items, int ignore
-#define KP_QUERY(q) query_of(queries, radii, radius_stride, points_splits, queries_splits, num_items, ignore, q)
+#define KP_QUERIES                                                                                         \
+  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *row_splits, \
+      const int64_t *queries_row_splits, int num_items, int ignore
+#define KP_QUERY(q) query_of(queries, radii, radius_stride, row_splits, queries_row_splits, num_items, ignore, q)
 
 // ---- rows in order
 
@@ -309,20 +322,20 @@ using namespace kp;
 #if KP_TREE
 
 // keys[i] = (item, place on the curve) of each point
-extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       const T* low, const T* high, int bits, int64_t* keys, unsigned* not_finite) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     is_finite(points + i * D, not_finite);
-    keys[i] = curve_key(points + i * D, low, high, item_of(splits, num_items, i), bits);
+    keys[i] = curve_key(points + i * D, low, high, item_of(row_splits, num_items, i), bits);
   }
 }
 
 // Boxes of the leaves: a warp for each.
-extern "C" __global__ void leaf_boxes(const Located* points, int32_t num_points, T* boxes) {
+extern "C" __global__ void leaf_boxes(const Located* located, int32_t num_points, T* boxes) {
   const int32_t leaves = parents_of(num_points);
   for (int64_t leaf = first_warp(); leaf < leaves; leaf += num_warps()) {
     const int64_t i = leaf * warp + lane_number();
-    const Located& p = points[i < num_points ? i : num_points - 1];
+    const Located& p = located[i < num_points ? i : num_points - 1];
     for (int a = 0; a < D; ++a) {
       T low = p.at[a], high = low;
       for (int bit = warp / 2; bit; bit /= 2) {
@@ -345,9 +358,9 @@ extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxe
     const int64_t node = i / D, a = i % D, end = (node + 1) * warp < num_below ? (node + 1) * warp : num_below;
     T low = below[node * warp * 2 * D + a], high = below[node * warp * 2 * D + D + a];
     for (int64_t child = node * warp + 1; child < end; ++child) {
-      const T its_low = below[child * 2 * D + a], its_high = below[child * 2 * D + D + a];
-      low = its_low < low ? its_low : low;
-      high = its_high > high ? its_high : high;
+      const T child_low = below[child * 2 * D + a], child_high = below[child * 2 * D + D + a];
+      low = child_low < low ? child_low : low;
+      high = child_high > high ? child_high : high;
     }
     boxes[node * 2 * D + a] = low;
     boxes[node * 2 * D + D + a] = high;
@@ -375,19 +388,19 @@ extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, 
 
 #endif
 
-// to[i] = the point order[i]
-extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, Located* to) {
+// located[i] = the point order[i]
+extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, Located* located) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     Located p;
     p.number = int32_t(order[i]);
     for (int a = 0; a < D; ++a) p.at[a] = points[int64_t(p.number) * D + a];
-    to[i] = p;
+    located[i] = p;
   }
 }
 
 // counts[q] = neighbours of each query, at most `most`
 extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts, unsigned* not_finite) {
-  const Index index = KP_MAKE_INDEX;
+  const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);
     int64_t count = 0;
@@ -395,37 +408,37 @@ extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int6
       T measured;
       count += there && query.is_neighbor(p, measured);
     };
-    if (is_finite(query.at, not_finite)) index.for_candidates(query, visit);
+    if (is_finite(query.at, not_finite)) candidates.for_candidates(query, visit);
     count = sum_of_lanes(count);
     if (lane_number() == 0) counts[q] = count < most ? count : most;
   }
 }
 
-// The rows that radius_count has made room for. `distances`: (E,), or of no length.
-extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* row_splits, int sort, int32_t* found,
-                                       T* distances, int has_distances) {
-  const Index index = KP_MAKE_INDEX;
+// The rows that radius_count has made room for. `distance`: (E,), or null.
+extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_row_splits, int sort, int32_t* index,
+                                       T* distance) {
+  const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);
-    const int64_t begin = row_splits[q], end = row_splits[q + 1];
+    const int64_t begin = out_row_splits[q], end = out_row_splits[q + 1];
     int64_t n = 0;
-    index.for_candidates(query, [&](const Located& p, bool there) {
+    candidates.for_candidates(query, [&](const Located& p, bool there) {
       T measured;
       const bool is_neighbor = there && query.is_neighbor(p, measured);
       const unsigned lanes = __ballot_sync(all_lanes, is_neighbor);
       const int64_t at = begin + n + __popc(lanes & ((1u << lane_number()) - 1));
       if (is_neighbor && at < end) {  // a query may have changed since it was counted
-        found[at] = p.number;
-        if (has_distances) distances[at] = measured;
+        index[at] = p.number;
+        if (distance) distance[at] = measured;
       }
       n += __popc(lanes);
     });
     if (n > end - begin) n = end - begin;
-    for (int64_t at = begin + n + lane_number(); at < end; at += warp) found[at] = 0;
+    for (int64_t at = begin + n + lane_number(); at < end; at += warp) index[at] = 0;
     __syncwarp();
-    T* const row = has_distances ? distances + begin : nullptr;
-    if (sort) sort_row(found + begin, row, n, sort == 2);
-    if (has_distances && metric == Metric::l2)
+    T* const row = distance ? distance + begin : nullptr;
+    if (sort) sort_row(index + begin, row, n, sort == 2);
+    if (distance && metric == Metric::l2)
       for (int64_t i = lane_number(); i < n; i += warp) row[i] = sqrt(row[i]);
   }
 }
@@ -441,7 +454,7 @@ struct Best {
   T* distance;
   int64_t k, n;
 
-  // Of what is one lane's, all lanes know.
+  // Called by all lanes with the same entry.
   __device__ void insert(T measured, int32_t number) {
     const int lane = lane_number();
     if (n == k && !comes_before(measured, number, distance[k - 1], index[k - 1], true)) return;
@@ -478,12 +491,12 @@ struct Best {
 
 // The k nearest within a radius of each query: rows of k, of which counts[q] are there.
 extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, const T* low, const T* high, int bits,
-                                   int64_t k, int sort, int32_t* found, T* distances, int64_t* counts,
+                                   int64_t k, int sort, int32_t* index, T* distance, int64_t* counts,
                                    unsigned* not_finite) {
-  const Index index = KP_MAKE_INDEX;
+  const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     Query query = KP_QUERY(q);
-    Best best{found + q * k, distances + q * k, k, 0};
+    Best best{index + q * k, distance + q * k, k, 0};
     const auto visit = [&](const Located& p, bool there) {
       T measured = 0;
       unsigned lanes = __ballot_sync(all_lanes, there && query.is_neighbor(p, measured));
@@ -495,11 +508,11 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
     };
     if (is_finite(query.at, not_finite) && query.begin < query.end) {
       // The leaf where the query would lie is seen first: its points rule most others out.
-      const int item = item_of(queries_splits, num_items, q);
+      const int item = item_of(queries_row_splits, num_items, q);
       const int64_t key = curve_key(query.at, low, high, item, bits);
       const int32_t leaf = lower_bound(keys, query.begin, query.end - 1, key) / warp;
-      index.visit_leaf(leaf, visit);
-      index.for_candidates(query, visit, leaf);
+      candidates.visit_leaf(leaf, visit);
+      candidates.for_candidates(query, visit, leaf);
     }
     __syncwarp();
     if (sort != 2) sort_row(best.index, best.distance, best.n, false);

@@ -1,7 +1,11 @@
 // Pooling on the GPU: rows reduced over neighbours, a warp for each query and its lanes for the channels; over batch
 // items, in blocks of rows; and what carries gradients back. Sums are taken in the order of the rows, without atomics.
 //
-// Compiled for the type of the features, KP_F; distances are of KP_G.
+// Compiled for the types of the features and of distances:
+// compile: KP_F=float KP_G=float
+// compile: KP_F=double KP_G=float
+// compile: KP_F=kp::Half KP_G=float
+// compile: KP_F=kp::Bfloat KP_G=float
 
 #include "launch.h"
 #include "formulas/pooling.h"
@@ -32,11 +36,11 @@ __device__ void choose(const S* features, int64_t channels, int64_t c, Row row, 
 
 using namespace kp;
 
-// weights: (E,) or of no length; shared: row_splits by which gathered rows share themselves out, likewise.
+// weights: (E,), or null. forward_row_splits: of a mean's backward pass, in which row i is scaled by 1 / the length of
+// forward list i; null otherwise.
 extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, const int32_t* index,
                                          const int64_t* row_splits, int64_t num_queries, const S* weights,
-                                         int has_weights, const int64_t* shared, int is_shared, int reduction, F empty,
-                                         S* out) {
+                                         const int64_t* forward_row_splits, int reduction, F empty, S* out) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], end = row_splits[q + 1];
     const F divisor = reduction == mean ? F(end - begin) : F(1);
@@ -44,8 +48,8 @@ extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, co
       F sum = F(0);
       for (int64_t e = begin; e < end; ++e) {
         const int64_t i = index[e];
-        F weight = has_weights ? F(weights[e]) : F(1);
-        if (is_shared) weight /= F(shared[i + 1] - shared[i]);
+        F weight = weights ? F(weights[e]) : F(1);
+        if (forward_row_splits) weight /= F(forward_row_splits[i + 1] - forward_row_splits[i]);
         sum += weight * F(features[i * channels + c]);
       }
       out[q * channels + c] = S(begin == end ? empty : sum / divisor);
@@ -73,15 +77,15 @@ extern "C" __global__ void choose_neighbors(const S* features, int64_t channels,
         chosen = -1;
       }
       out[q * channels + c] = S(best);
-      choice[q * channels + c] = chosen;
+      if (choice) choice[q * channels + c] = chosen;
     }
   }
 }
 
-// Of every pair the product of its point's features and its query's gradient: a warp for each query.
-extern "C" __global__ void grad_weights(const S* features, int64_t channels, const int32_t* index,
-                                        const int64_t* row_splits, int64_t num_queries, int reduction,
-                                        const S* grad_out, S* grads) {
+// The product of the point's features and the query's gradient for every pair: a warp for each query.
+extern "C" __global__ void neighbor_products(const S* features, int64_t channels, const int32_t* index,
+                                             const int64_t* row_splits, int64_t num_queries, int reduction,
+                                             const S* grad_out, S* grad_weights) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], end = row_splits[q + 1];
     const F divisor = reduction == mean ? F(end - begin) : F(1);
@@ -90,7 +94,7 @@ extern "C" __global__ void grad_weights(const S* features, int64_t channels, con
       for (int64_t c = lane_number(); c < channels; c += warp)
         product += F(features[int64_t(index[e]) * channels + c]) * F(grad_out[q * channels + c]);
       for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
-      if (lane_number() == 0) grads[e] = S(product / divisor);
+      if (lane_number() == 0) grad_weights[e] = S(product / divisor);
     }
   }
 }
@@ -102,14 +106,14 @@ extern "C" __global__ void chosen_values(const int32_t* choice, int64_t num_valu
     keys[i] = choice[i] < 0 ? num_rows * channels : choice[i] * channels + i % channels;
 }
 
-// grads[v] = the sum of the gradients of those that chose value v, in their order
+// grad_features[v] = the sum of the gradients of those that chose value v, in their order
 extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order, int64_t num_keys, const S* grad_out,
-                                      int64_t num_values, S* grads) {
+                                      int64_t num_values, S* grad_features) {
   for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
     F sum = F(0);
     for (int64_t at = lower_bound(keys, int64_t(0), num_keys, v); at < num_keys && keys[at] == v; ++at)
       sum += F(grad_out[order[at]]);
-    grads[v] = S(sum);
+    grad_features[v] = S(sum);
   }
 }
 
@@ -136,15 +140,15 @@ extern "C" __global__ void weigh_distances(const G* distance, const int64_t* row
   }
 }
 
-// Of each block and channel the sum, or the best and its row. `firsts`: the number of each item's first block.
+// The sum of each block and channel, or the best and its row. first_blocks: the number of each item's first block.
 extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, const int64_t* row_splits, int num_items,
-                                         const int64_t* firsts, int64_t most_blocks, int reduction, double* sums,
+                                         const int64_t* first_blocks, int64_t max_blocks, int reduction, double* sums,
                                          F* bests, int32_t* choices) {
-  for (int64_t i = first_thread(); i < most_blocks * channels; i += num_threads()) {
+  for (int64_t i = first_thread(); i < max_blocks * channels; i += num_threads()) {
     const int64_t k = i / channels, c = i % channels;
-    if (k >= firsts[num_items]) continue;
-    const int b = item_of(firsts, num_items, k);
-    const int64_t first = row_splits[b] + (k - firsts[b]) * block_of_rows;
+    if (k >= first_blocks[num_items]) continue;
+    const int b = item_of(first_blocks, num_items, k);
+    const int64_t first = row_splits[b] + (k - first_blocks[b]) * block_of_rows;
     const int64_t end = first + block_of_rows < row_splits[b + 1] ? first + block_of_rows : row_splits[b + 1];
     if (reduction == mean || reduction == sum) {
       double sum = 0;
@@ -162,10 +166,10 @@ extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, co
 
 // Blocks of an item joined in their order.
 extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
-                                       const int64_t* firsts, int reduction, F empty, const double* sums,
+                                       const int64_t* first_blocks, int reduction, F empty, const double* sums,
                                        const F* bests, const int32_t* choices, S* out, int32_t* choice) {
   for (int64_t i = first_thread(); i < num_items * channels; i += num_threads()) {
-    const int64_t b = i / channels, c = i % channels, begin = firsts[b], end = firsts[b + 1];
+    const int64_t b = i / channels, c = i % channels, begin = first_blocks[b], end = first_blocks[b + 1];
     if (reduction == mean || reduction == sum) {
       double sum = 0;
       for (int64_t k = begin; k < end; ++k) sum += sums[k * channels + c];
@@ -181,16 +185,16 @@ extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_it
       chosen = choices[k * channels + c];
     }
     out[i] = S(best);
-    choice[i] = chosen;
+    if (choice) choice[i] = chosen;
   }
 }
 
-// Every row the gradient of its item, or its share of it.
+// Every row gets the gradient of its item, of a mean divided by the item's number of rows.
 extern "C" __global__ void spread_items(const S* grad_out, int64_t channels, const int64_t* row_splits, int num_items,
-                                        int64_t num_rows, int reduction, S* grads) {
+                                        int64_t num_rows, int reduction, S* grad_features) {
   for (int64_t i = first_thread(); i < num_rows * channels; i += num_threads()) {
     const int b = item_of(row_splits, num_items, i / channels);
     const F divisor = reduction == mean ? F(row_splits[b + 1] - row_splits[b]) : F(1);
-    grads[i] = S(F(grad_out[b * channels + i % channels]) / divisor);
+    grad_features[i] = S(F(grad_out[b * channels + i % channels]) / divisor);
   }
 }

@@ -1,7 +1,12 @@
 // Layers on rows of features on the GPU. Products are cuBLAS's; all else is bound by memory and goes over it once.
 //
-// Compiled for the type of the features, KP_F. Sums over rows are float64, in blocks of rows whose number depends on
-// the sizes alone, joined in their order.
+// Sums over rows are float64, in blocks of rows whose number depends on the sizes alone, joined in their order.
+//
+// Compiled for the type of the features:
+// compile: KP_F=float
+// compile: KP_F=double
+// compile: KP_F=kp::Half
+// compile: KP_F=kp::Bfloat
 
 #include "launch.h"
 #include "formulas/rows.h"
@@ -38,62 +43,65 @@ struct Exponentials {
 
 using namespace kp;
 
-extern "C" __global__ void activate(const S* x, int64_t n, int activation, F slope, S* out) {
-  for (int64_t i = first_thread(); i < n; i += num_threads())
-    out[i] = S(activation == leaky       ? leaky_relu(F(x[i]), slope)
-               : activation == rectified ? relu(F(x[i]))
-                                         : sigmoid(F(x[i]), exp_minus_abs(F(x[i]))));
+extern "C" __global__ void activate(const S* features, int64_t size, int activation, F negative_slope, S* out) {
+  for (int64_t i = first_thread(); i < size; i += num_threads())
+    out[i] = S(activation == leaky       ? leaky_relu(F(features[i]), negative_slope)
+               : activation == rectified ? relu(F(features[i]))
+                                         : sigmoid(F(features[i]), exp_minus_abs(F(features[i]))));
 }
 
-extern "C" __global__ void activate_grad(const S* x, const S* grad, int64_t n, int activation, F slope, S* out) {
-  for (int64_t i = first_thread(); i < n; i += num_threads())
-    out[i] = S(activation == leaky       ? leaky_relu_grad(F(x[i]), F(grad[i]), slope)
-               : activation == rectified ? relu_grad(F(x[i]), F(grad[i]))
-                                         : F(grad[i]) * sigmoid_grad(exp_minus_abs(F(x[i]))));
+extern "C" __global__ void activate_grad(const S* features, const S* grad_out, int64_t size, int activation,
+                                         F negative_slope, S* grad_features) {
+  for (int64_t i = first_thread(); i < size; i += num_threads())
+    grad_features[i] = S(activation == leaky       ? leaky_relu_grad(F(features[i]), F(grad_out[i]), negative_slope)
+                         : activation == rectified ? relu_grad(F(features[i]), F(grad_out[i]))
+                                                   : F(grad_out[i]) * sigmoid_grad(exp_minus_abs(F(features[i]))));
 }
 
-extern "C" __global__ void sgd(F* value, const F* grad, F* moment, int64_t n, F lr, F momentum, F weight_decay) {
-  for (int64_t i = first_thread(); i < n; i += num_threads())
+extern "C" __global__ void sgd(F* value, const F* grad, F* moment, int64_t size, F lr, F momentum, F weight_decay) {
+  for (int64_t i = first_thread(); i < size; i += num_threads())
     sgd_step(value[i], grad[i], moment[i], lr, momentum, weight_decay);
 }
 
-extern "C" __global__ void adamw(F* value, const F* grad, F* mean, F* square, int64_t n, F keep, F first, F second,
+extern "C" __global__ void adamw(F* value, const F* grad, F* mean, F* square, int64_t size, F keep, F first, F second,
                                  F rate, F inverse_root, F eps) {
-  for (int64_t i = first_thread(); i < n; i += num_threads())
+  for (int64_t i = first_thread(); i < size; i += num_threads())
     adamw_step(value[i], grad[i], mean[i], square[i], keep, first, second, rate, inverse_root, eps);
 }
 
-// A thread makes the four words of a counter, and so four values 16 places apart. `least` of the words keep theirs.
-extern "C" __global__ void dropout(const S* x, int64_t n, uint64_t seed, uint32_t least, F scale, S* out) {
-  const int64_t counters = (n + words_of_block - 1) / words_of_block * counters_of_block;
+// A thread makes the four words of a counter, and so four values 16 places apart. Words of at least `least` keep
+// theirs.
+extern "C" __global__ void dropout(const S* features, int64_t size, uint64_t seed, uint32_t least, F scale, S* out) {
+  const int64_t counters = (size + words_of_block - 1) / words_of_block * counters_of_block;
   for (int64_t i = first_thread(); i < counters; i += num_threads()) {
     uint64_t word[4] = {uint64_t(i), uint64_t(i) >> 32, 0, 0};
     philox(word, seed, [](uint64_t a, uint32_t b) { return uint64_t(uint32_t(a)) * b; });
     for (int w = 0; w < 4; ++w) {
       const int64_t at = i / counters_of_block * words_of_block + w * counters_of_block + i % counters_of_block;
-      if (at < n) out[at] = S(uint32_t(word[w]) >= least ? F(x[at]) * scale : F(0));
+      if (at < size) out[at] = S(uint32_t(word[w]) >= least ? F(features[at]) * scale : F(0));
     }
   }
 }
 
-extern "C" __global__ void softmax(const S* x, int64_t rows, int64_t columns, S* out) {
+extern "C" __global__ void softmax(const S* features, int64_t rows, int64_t columns, S* out) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
-    const Exponentials found(x + r * columns, columns);
+    const Exponentials row(features + r * columns, columns);
     for (int64_t c = lane_number(); c < columns; c += warp)
-      out[r * columns + c] = S(exp(F(x[r * columns + c]) - found.largest) / found.sum);
+      out[r * columns + c] = S(exp(F(features[r * columns + c]) - row.largest) / row.sum);
   }
 }
 
 // With y the softmax: y (g - sum of g y).
-extern "C" __global__ void softmax_grad(const S* x, const S* grad, int64_t rows, int64_t columns, S* out) {
+extern "C" __global__ void softmax_grad(const S* features, const S* grad_out, int64_t rows, int64_t columns,
+                                        S* grad_features) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
-    const Exponentials found(x + r * columns, columns);
-    const auto y = [&](int64_t c) { return exp(F(x[r * columns + c]) - found.largest) / found.sum; };
+    const Exponentials row(features + r * columns, columns);
+    const auto y = [&](int64_t c) { return exp(F(features[r * columns + c]) - row.largest) / row.sum; };
     F mean = F(0);
-    for (int64_t c = lane_number(); c < columns; c += warp) mean += y(c) * F(grad[r * columns + c]);
+    for (int64_t c = lane_number(); c < columns; c += warp) mean += y(c) * F(grad_out[r * columns + c]);
     for (int bit = warp / 2; bit; bit /= 2) mean += __shfl_xor_sync(all_lanes, mean, bit);
     for (int64_t c = lane_number(); c < columns; c += warp)
-      out[r * columns + c] = S(y(c) * (F(grad[r * columns + c]) - mean));
+      grad_features[r * columns + c] = S(y(c) * (F(grad_out[r * columns + c]) - mean));
   }
 }
 
@@ -117,7 +125,7 @@ extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int6
   }
 }
 
-// ---- normalisation: items are cut into blocks, of which firsts[b] is the number of the first of item b
+// ---- normalisation: items are cut into blocks of rows; first_blocks[b] is the number of the first block of item b
 
 namespace kp {
 namespace {
@@ -125,13 +133,13 @@ namespace {
 struct Block {
   int item;
   int64_t begin, end;
-  __device__ Block(const int64_t* row_splits, const int64_t* firsts, int num_items, int64_t k)
-      : item(item_of(firsts, num_items, k)), begin(row_splits[item] + (k - firsts[item]) * block_of_rows) {
+  __device__ Block(const int64_t* row_splits, const int64_t* first_blocks, int num_items, int64_t k)
+      : item(item_of(first_blocks, num_items, k)), begin(row_splits[item] + (k - first_blocks[item]) * block_of_rows) {
     end = begin + block_of_rows < row_splits[item + 1] ? begin + block_of_rows : row_splits[item + 1];
   }
 };
 
-// y = (x - center) * factor + offset, of an item and channel; see rows.cpp.
+// y = (x - center) * factor + offset for an item and channel; see rows.cpp.
 struct Affine {
   F center, factor, offset;
 };
@@ -146,17 +154,18 @@ __device__ Affine affine_of(const double* mean, const double* inverse_std, const
 }  // namespace
 }  // namespace kp
 
-// Of each block and column the sums of the values, from the item's first row on, and of their squares.
-extern "C" __global__ void moment_blocks(const S* x, int64_t columns, const int64_t* row_splits, int num_items,
-                                         const int64_t* firsts, int64_t most_blocks, double* sums, double* squares) {
-  for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
+// The sums of each block and column, of the values minus the item's first row and of their squares.
+extern "C" __global__ void moment_blocks(const S* features, int64_t columns, const int64_t* row_splits, int num_items,
+                                         const int64_t* first_blocks, int64_t max_blocks, double* sums,
+                                         double* squares) {
+  for (int64_t i = first_thread(); i < max_blocks * columns; i += num_threads()) {
     const int64_t k = i / columns, c = i % columns;
-    if (k >= firsts[num_items]) continue;
-    const Block block(row_splits, firsts, num_items, k);
-    const double about = double(F(x[row_splits[block.item] * columns + c]));
+    if (k >= first_blocks[num_items]) continue;
+    const Block block(row_splits, first_blocks, num_items, k);
+    const double about = double(F(features[row_splits[block.item] * columns + c]));
     double sum = 0, square = 0;
     for (int64_t r = block.begin; r < block.end; ++r) {
-      const double d = double(F(x[r * columns + c])) - about;
+      const double d = double(F(features[r * columns + c])) - about;
       sum += d;
       square += d * d;
     }
@@ -166,54 +175,59 @@ extern "C" __global__ void moment_blocks(const S* x, int64_t columns, const int6
 }
 
 // A thread for each item and group.
-extern "C" __global__ void join_moments(const S* x, int64_t columns, int64_t groups, const int64_t* row_splits,
-                                        int64_t num_items, const int64_t* firsts, const double* sums,
+extern "C" __global__ void join_moments(const S* features, int64_t columns, int64_t groups, const int64_t* row_splits,
+                                        int64_t num_items, const int64_t* first_blocks, const double* sums,
                                         const double* squares, double* mean, double* variance) {
   const int64_t width = columns / groups;
   for (int64_t i = first_thread(); i < num_items * groups; i += num_threads()) {
     const int64_t b = i / groups, begin = i % groups * width;
     const double n = double(row_splits[b + 1] - row_splits[b]);
-    const auto total = [=](const double* of, int64_t c) {
+    const auto mean_of = [=](const double* of_blocks, int64_t c) {
       double sum = 0;
-      for (int64_t k = firsts[b]; k < firsts[b + 1]; ++k) sum += of[k * columns + c];
+      for (int64_t k = first_blocks[b]; k < first_blocks[b + 1]; ++k) sum += of_blocks[k * columns + c];
       return sum / n;
     };
-    const auto middle_of = [=](int64_t c) { return double(F(x[row_splits[b] * columns + c])) + total(sums, c); };
+    const auto middle_of = [=](int64_t c) {
+      return double(F(features[row_splits[b] * columns + c])) + mean_of(sums, c);
+    };
     double middle = 0, spread = 0;
     for (int64_t c = begin; n > 0 && c < begin + width; ++c) middle += middle_of(c) / double(width);
     for (int64_t c = begin; n > 0 && c < begin + width; ++c) {
-      const double off = middle_of(c) - middle, first = total(sums, c), own = total(squares, c) - first * first;
-      spread += (own < 0 ? 0 : own) + off * off;
+      const double off = middle_of(c) - middle, first = mean_of(sums, c),
+                   channel_variance = mean_of(squares, c) - first * first;
+      spread += (channel_variance < 0 ? 0 : channel_variance) + off * off;
     }
     mean[i] = middle;
     variance[i] = spread / double(width);
   }
 }
 
-extern "C" __global__ void normalize(const S* x, int64_t rows, int64_t columns, const int64_t* row_splits,
+extern "C" __global__ void normalize(const S* features, int64_t rows, int64_t columns, const int64_t* row_splits,
                                      int num_items, const S* scale, const S* shift, const double* mean,
-                                     const double* inverse_std, int64_t groups, F slope, S* out) {
+                                     const double* inverse_std, int64_t groups, F negative_slope, S* out) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int item = item_of(row_splits, num_items, i / columns);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, i % columns);
-    out[i] = S(leaky_relu(F(fma(F(x[i]) - a.center, a.factor, a.offset)), slope));
+    out[i] = S(leaky_relu(F(fma(F(features[i]) - a.center, a.factor, a.offset)), negative_slope));
   }
 }
 
-// Of each block and column the sums of the gradient before the leaky ReLU, and of its products with x - center.
-extern "C" __global__ void grad_blocks(const S* x, const S* grad, int64_t columns, const int64_t* row_splits,
+// The sums of each block and column: of the gradient before the leaky ReLU, and of its products with x - center.
+extern "C" __global__ void grad_blocks(const S* features, const S* grad_out, int64_t columns, const int64_t* row_splits,
                                        int num_items, const S* scale, const S* shift, const double* mean,
-                                       const double* inverse_std, int64_t groups, F slope, const int64_t* firsts,
-                                       int64_t most_blocks, double* shifts, double* scales) {
-  for (int64_t i = first_thread(); i < most_blocks * columns; i += num_threads()) {
+                                       const double* inverse_std, int64_t groups, F negative_slope,
+                                       const int64_t* first_blocks, int64_t max_blocks, double* shifts,
+                                       double* scales) {
+  for (int64_t i = first_thread(); i < max_blocks * columns; i += num_threads()) {
     const int64_t k = i / columns, c = i % columns;
-    if (k >= firsts[num_items]) continue;
-    const Block block(row_splits, firsts, num_items, k);
+    if (k >= first_blocks[num_items]) continue;
+    const Block block(row_splits, first_blocks, num_items, k);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, block.item, c);
     double sum = 0, product = 0;
     for (int64_t r = block.begin; r < block.end; ++r) {
-      const F d = F(x[r * columns + c]) - a.center;
-      const double g = double(leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad[r * columns + c]), slope));
+      const F d = F(features[r * columns + c]) - a.center;
+      const double g =
+          double(leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad_out[r * columns + c]), negative_slope));
       sum += g;
       product += g * double(d);
     }
@@ -222,35 +236,36 @@ extern "C" __global__ void grad_blocks(const S* x, const S* grad, int64_t column
   }
 }
 
-// The blocks of each item joined: of_shift and of_scale (items, columns).
-extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const int64_t* firsts, const double* mean,
-                                      const double* inverse_std, int64_t groups, const double* shifts,
-                                      const double* scales, double* of_shift, double* of_scale) {
+// The blocks of each item joined: shift_grads and scale_grads (items, columns).
+extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const int64_t* first_blocks,
+                                      const double* mean, const double* inverse_std, int64_t groups,
+                                      const double* shifts, const double* scales, double* shift_grads,
+                                      double* scale_grads) {
   for (int64_t i = first_thread(); i < num_items * columns; i += num_threads()) {
     const int64_t b = i / columns, c = i % columns, g = b * groups + c * groups / columns;
     double shift = 0, scale = 0;
-    for (int64_t k = firsts[b]; k < firsts[b + 1]; ++k) {
+    for (int64_t k = first_blocks[b]; k < first_blocks[b + 1]; ++k) {
       shift += shifts[k * columns + c];
       scale += scales[k * columns + c];
     }
-    of_shift[i] = shift;
-    of_scale[i] = inverse_std[g] * (scale - (mean[g] - double(F(mean[g]))) * shift);
+    shift_grads[i] = shift;
+    scale_grads[i] = inverse_std[g] * (scale - (mean[g] - double(F(mean[g]))) * shift);
   }
 }
 
-// Where the statistics are those of the rows: grad_x = g factor + (x - center) slant + level, of an item and group.
+// Where the statistics are those of the rows: grad_x = g factor + (x - center) slant + level, for an item and group.
 extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, const int64_t* row_splits,
                                             int64_t num_items, const S* scale, const double* mean,
-                                            const double* inverse_std, const double* of_shift, const double* of_scale,
-                                            F* slant, F* level) {
+                                            const double* inverse_std, const double* shift_grads,
+                                            const double* scale_grads, F* slant, F* level) {
   const int64_t width = columns / groups;
   for (int64_t i = first_thread(); i < num_items * groups; i += num_threads()) {
     const int64_t b = i / groups, begin = i % groups * width;
     const double values = double(row_splits[b + 1] - row_splits[b]) * double(width);
     double mean_grad = 0, mean_product = 0;
     for (int64_t c = begin; values > 0 && c < begin + width; ++c) {
-      mean_grad += double(F(scale[c])) * of_shift[b * columns + c] / values;
-      mean_product += double(F(scale[c])) * of_scale[b * columns + c] / values;
+      mean_grad += double(F(scale[c])) * shift_grads[b * columns + c] / values;
+      mean_product += double(F(scale[c])) * scale_grads[b * columns + c] / values;
     }
     const double slope = -inverse_std[i] * inverse_std[i] * mean_product;
     slant[i] = F(slope);
@@ -258,46 +273,47 @@ extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, con
   }
 }
 
-extern "C" __global__ void normalize_grad(const S* x, const S* grad, int64_t rows, int64_t columns,
+extern "C" __global__ void normalize_grad(const S* features, const S* grad_out, int64_t rows, int64_t columns,
                                           const int64_t* row_splits, int num_items, const S* scale, const S* shift,
-                                          const double* mean, const double* inverse_std, int64_t groups, F slope,
-                                          const F* slant, const F* level, S* out) {
+                                          const double* mean, const double* inverse_std, int64_t groups,
+                                          F negative_slope, const F* slant, const F* level, S* grad_features) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int64_t c = i % columns;
     const int item = item_of(row_splits, num_items, i / columns);
     const Affine a = affine_of(mean, inverse_std, scale, shift, columns, groups, item, c);
     const int64_t g = item * groups + c * groups / columns;
-    const F d = F(x[i]) - a.center;
-    const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad[i]), slope);
-    out[i] = S(F(fma(before, a.factor, F(fma(d, slant[g], level[g])))));
+    const F d = F(features[i]) - a.center;
+    const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad_out[i]), negative_slope);
+    grad_features[i] = S(F(fma(before, a.factor, F(fma(d, slant[g], level[g])))));
   }
 }
 
 // sums[c] = the sum over the items
-extern "C" __global__ void sum_items(const double* of_items, int64_t num_items, int64_t columns, S* sums) {
+extern "C" __global__ void sum_items(const double* item_grads, int64_t num_items, int64_t columns, S* sums) {
   for (int64_t c = first_thread(); c < columns; c += num_threads()) {
     double sum = 0;
-    for (int64_t b = 0; b < num_items; ++b) sum += of_items[b * columns + c];
+    for (int64_t b = 0; b < num_items; ++b) sum += item_grads[b * columns + c];
     sums[c] = S(F(sum));
   }
 }
 
 // ---- cross entropy: a warp for each row
 
-// losses and weights of all rows; both 0 where a label is ignored. `wrong` becomes 1 where one is no class.
+// losses and weights of all rows; both 0 where a label is ignored. `wrong` becomes 1 where a label is no class.
+// class_weights may be null.
 extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                     const S* class_weights, int has_weights, int64_t ignore, int has_ignore,
-                                     double* losses, double* weights, unsigned* wrong) {
+                                     const S* class_weights, int64_t ignore_index, int has_ignore_index, double* losses,
+                                     double* weights, unsigned* wrong) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
     double loss = 0, weight = 0;
-    if (!(has_ignore && label == ignore)) {
+    if (!(has_ignore_index && label == ignore_index)) {
       if (label < 0 || label >= classes) {
         if (lane_number() == 0) atomicOr(wrong, 1u);
       } else {
-        const Exponentials found(logits + r * classes, classes);
-        weight = has_weights ? double(F(class_weights[label])) : 1;
-        loss = weight * (log(double(found.sum)) + (double(found.largest) - double(F(logits[r * classes + label]))));
+        const Exponentials row(logits + r * classes, classes);
+        weight = class_weights ? double(F(class_weights[label])) : 1;
+        loss = weight * (log(double(row.sum)) + (double(row.largest) - double(F(logits[r * classes + label]))));
       }
     }
     if (lane_number() == 0) {
@@ -309,18 +325,19 @@ extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t clas
 
 // Weight times (softmax - one-hot), times the row's gradient, or the one there is over the sum of the weights.
 extern "C" __global__ void entropies_grad(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                          const double* weights, int64_t ignore, int has_ignore, const S* grad_out,
-                                          int each, const double* total, int is_mean, S* out) {
+                                          const double* weights, int64_t ignore_index, int has_ignore_index,
+                                          const S* grad_out, int each, const double* total, int is_mean,
+                                          S* grad_logits) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
-    const bool counts = !(has_ignore && label == ignore) && label >= 0 && label < classes;
+    const bool counts = !(has_ignore_index && label == ignore_index) && label >= 0 && label < classes;
     double share = double(F(grad_out[each ? r : 0]));
     if (is_mean) share = *total != 0 ? share / *total : 0;
     const F factor = F(share * weights[r]);
-    const Exponentials found(logits + r * classes, classes);
+    const Exponentials row(logits + r * classes, classes);
     for (int64_t c = lane_number(); c < classes; c += warp) {
-      const F y = exp(F(logits[r * classes + c]) - found.largest) / found.sum * factor;
-      out[r * classes + c] = S(counts ? y - (c == label ? factor : F(0)) : F(0));
+      const F y = exp(F(logits[r * classes + c]) - row.largest) / row.sum * factor;
+      grad_logits[r * classes + c] = S(counts ? y - (c == label ? factor : F(0)) : F(0));
     }
   }
 }

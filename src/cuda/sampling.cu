@@ -1,6 +1,10 @@
 // Farthest point sampling on the GPU: a block for each batch item, which lowers all distances for each chosen point.
 //
 // A chosen point is at distance -1, and so never chosen again: once all others are at no distance they follow by index.
+//
+// Compiled for the type of the points and their dimension:
+// compile: KP_T=float KP_DIM=3
+// compile: KP_T=double KP_DIM=16
 
 #include "launch.h"
 #include "formulas/neighbors.h"
@@ -15,10 +19,10 @@ struct Farthest {
   T distance;
   int32_t point;
 
-  __device__ void take(T its_distance, int32_t its_point) {
-    if (its_distance < distance || (its_distance == distance && its_point >= point)) return;
-    distance = its_distance;
-    point = its_point;
+  __device__ void take(T other_distance, int32_t other_point) {
+    if (other_distance < distance || (other_distance == distance && other_point >= point)) return;
+    distance = other_distance;
+    point = other_point;
   }
 };
 
@@ -28,39 +32,39 @@ struct Farthest {
 using namespace kp;
 
 // index = the chosen points of each item, in the order of choice; `distances` (N,) is scratch.
-extern "C" __global__ void farthest(const T* points, const int64_t* row_splits, const int64_t* starts,
-                                    const int64_t* out_splits, int num_items, T* distances, int32_t* index,
+extern "C" __global__ void farthest(const T* points, const int64_t* row_splits, const int64_t* start,
+                                    const int64_t* out_row_splits, int num_items, T* distances, int32_t* index,
                                     unsigned* not_finite) {
   __shared__ T distance_of[warp];
   __shared__ int32_t point_of[warp];
-  const int own = int(threadIdx.x), its_warp = own / warp, num_warps = int(blockDim.x) / warp;
+  const int thread = int(threadIdx.x), warp_number = thread / warp, num_warps = int(blockDim.x) / warp;
   for (int item = int(blockIdx.x); item < num_items; item += int(gridDim.x)) {
     const int64_t begin = row_splits[item], end = row_splits[item + 1];
-    for (int64_t i = begin + own; i < end; i += int(blockDim.x))
+    for (int64_t i = begin + thread; i < end; i += int(blockDim.x))
       for (int a = 0; a < D; ++a) {
         const T x = points[i * D + a];
         if (x - x != 0) atomicOr(not_finite, 1u);
       }
-    int32_t chosen = int32_t(begin + starts[item]);
-    for (int64_t s = out_splits[item]; s < out_splits[item + 1]; ++s) {
-      if (own == 0) index[s] = chosen;
+    int32_t chosen = int32_t(begin + start[item]);
+    for (int64_t s = out_row_splits[item]; s < out_row_splits[item + 1]; ++s) {
+      if (thread == 0) index[s] = chosen;
       Farthest best{T(-2), 0};
-      for (int64_t i = begin + own; i < end; i += int(blockDim.x)) {
+      for (int64_t i = begin + thread; i < end; i += int(blockDim.x)) {
         T d[D];
         for (int a = 0; a < D; ++a) d[a] = points[i * D + a] - points[int64_t(chosen) * D + a];
         const T d2 = squared_distance(d, D);
-        const bool falls = s == out_splits[item] || d2 < distances[i];
+        const bool falls = s == out_row_splits[item] || d2 < distances[i];
         const T now = i == chosen ? T(-1) : falls ? d2 : distances[i];
         distances[i] = now;
         best.take(now, int32_t(i));
       }
       for (int bit = warp / 2; bit; bit /= 2) {
-        const T its_distance = __shfl_xor_sync(all_lanes, best.distance, bit);
-        best.take(its_distance, __shfl_xor_sync(all_lanes, best.point, bit));
+        const T other_distance = __shfl_xor_sync(all_lanes, best.distance, bit);
+        best.take(other_distance, __shfl_xor_sync(all_lanes, best.point, bit));
       }
       if (lane_number() == 0) {
-        distance_of[its_warp] = best.distance;
-        point_of[its_warp] = best.point;
+        distance_of[warp_number] = best.distance;
+        point_of[warp_number] = best.point;
       }
       __syncthreads();
       for (int w = 0; w < num_warps; ++w) best.take(distance_of[w], point_of[w]);

@@ -1,8 +1,9 @@
 // Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
-// column, which goes through its points in their given order, as on the CPU: the same bits.
+// column, which goes through its points in the order of the input, as on the CPU: the same bits.
 //
-// Compiled for the type of geometry and its dimension, KP_T and KP_DIM, and for the type of the rows that are reduced,
-// KP_S.
+// Compiled for the type of geometry, its dimension and the type of the rows that are reduced:
+// compile: KP_T=float KP_DIM=3 KP_S=float
+// compile: KP_T=double KP_DIM=2 KP_S=kp::Half
 
 #include "launch.h"
 #include "storage.h"
@@ -40,19 +41,19 @@ __device__ uint64_t spread(uint64_t x) {
 using namespace kp;
 
 // lowest[item] = its lowest coordinates, as ordered integers; `problems` gathers what is wrong.
-extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* splits, int num_items,
-                                              unsigned long long* lowest, unsigned* problems) {
-  // A thread's points are mostly of one item: what it found so far is given away when another begins.
+extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* row_splits,
+                                              int num_items, unsigned long long* lowest, unsigned* problems) {
+  // A thread's points are mostly of one item: its minima so far are written when another item begins.
   double low[D];
   int item = -1;
-  const auto give = [&] {
+  const auto write = [&] {
     for (int a = 0; a < D && item >= 0; ++a) atomicMin(&lowest[item * D + a], ordered(low[a]));
   };
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    const int its = item_of(splits, num_items, i);
-    if (its != item) {
-      give();
-      item = its;
+    const int next_item = item_of(row_splits, num_items, i);
+    if (next_item != item) {
+      write();
+      item = next_item;
       for (int a = 0; a < D; ++a) low[a] = __longlong_as_double(0x7ff0000000000000);  // infinity
     }
     for (int a = 0; a < D; ++a) {
@@ -61,16 +62,16 @@ extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_point
       if (double(x) < low[a]) low[a] = double(x);
     }
   }
-  give();
+  write();
 }
 
 // keys[i] = Morton key of the voxel of point i, from its item's lowest: difference, division and floor keep order, so
 // that is the voxel of the lowest coordinates
-extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* splits, int num_items,
+extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       const T* origins, int num_origins, const T* voxel_size,
                                       const unsigned long long* lowest, int64_t* keys, unsigned* problems) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    const int item = item_of(splits, num_items, i);
+    const int item = item_of(row_splits, num_items, i);
     uint64_t key = 0;
     for (int a = 0; a < D; ++a) {
       const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
@@ -85,18 +86,18 @@ extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const
   }
 }
 
-extern "C" __global__ void items_of(const int64_t* order, int64_t num_points, const int64_t* splits, int num_items,
+extern "C" __global__ void items_of(const int64_t* order, int64_t num_points, const int64_t* row_splits, int num_items,
                                     int32_t* items) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads())
-    items[i] = int32_t(item_of(splits, num_items, order[i]));
+    items[i] = int32_t(item_of(row_splits, num_items, order[i]));
 }
 
 // heads[i] = whether a voxel begins with the i-th point in order
 extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order, int64_t num_points,
-                                       const int64_t* splits, int num_items, int32_t* heads) {
+                                       const int64_t* row_splits, int num_items, int32_t* heads) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     bool is_head = i == 0 || keys[order[i]] != keys[order[i - 1]];
-    if (!is_head) is_head = item_of(splits, num_items, order[i]) != item_of(splits, num_items, order[i - 1]);
+    if (!is_head) is_head = item_of(row_splits, num_items, order[i]) != item_of(row_splits, num_items, order[i - 1]);
     heads[i] = is_head;
   }
 }
@@ -104,8 +105,8 @@ extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order
 // From numbers[i], how many voxels begin with the first i + 1 points: the voxel of every point, where each voxel begins
 // in order, and the items' bounds.
 extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* numbers, int64_t num_points,
-                                         const int64_t* splits, int num_items, int32_t* inverse, int64_t* begins,
-                                         int64_t* out_splits) {
+                                         const int64_t* row_splits, int num_items, int32_t* inverse, int64_t* begins,
+                                         int64_t* out_row_splits) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     const int64_t voxel = numbers[i] - 1;
     inverse[order[i]] = int32_t(voxel);
@@ -113,7 +114,7 @@ extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* nu
     if (i + 1 == num_points) begins[voxel + 1] = num_points;
   }
   for (int64_t b = first_thread(); b <= num_items; b += num_threads())
-    out_splits[b] = splits[b] ? numbers[splits[b] - 1] : 0;
+    out_row_splits[b] = row_splits[b] ? numbers[row_splits[b] - 1] : 0;
 }
 
 extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxels, int32_t* counts) {
@@ -122,19 +123,19 @@ extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxel
 
 // Means of the rows of each voxel, about the first.
 extern "C" __global__ void average(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                   int64_t num_voxels, S* means) {
+                                   int64_t num_voxels, S* out) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns, begin = begins[v], end = begins[v + 1];
     const double first = double(F(rows[order[begin] * columns + c]));
     double sum = 0;
     for (int64_t at = begin + 1; at < end; ++at) sum += double(F(rows[order[at] * columns + c])) - first;
-    means[i] = S(F(first + sum / double(end - begin)));
+    out[i] = S(F(first + sum / double(end - begin)));
   }
 }
 
 // The largest values of the rows of each voxel.
 extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                    int64_t num_voxels, S* maxima) {
+                                    int64_t num_voxels, S* out) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns;
     F largest = F(rows[order[begins[v]] * columns + c]);
@@ -142,25 +143,25 @@ extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_
       const F x = F(rows[order[at] * columns + c]);
       if (exceeds(x, largest)) largest = x;
     }
-    maxima[i] = S(largest);
+    out[i] = S(largest);
   }
 }
 
-// Voxels' centres, unless `centers` is not wanted, and the point nearest to each, the first of equals.
-extern "C" __global__ void use_centers(const T* points, const int64_t* splits, int num_items, const int64_t* order,
+// The centre of each voxel, and the point nearest to it, the first of equals; either may be null.
+extern "C" __global__ void use_centers(const T* points, const int64_t* row_splits, int num_items, const int64_t* order,
                                        const int64_t* begins, int64_t num_voxels, const T* origins, int num_origins,
-                                       const T* voxel_size, const unsigned long long* lowest, int wants_centers,
-                                       T* centers, int wants_nearest, int32_t* nearest) {
+                                       const T* voxel_size, const unsigned long long* lowest, T* centers,
+                                       int32_t* nearest) {
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
-    const int item = item_of(splits, num_items, order[begins[v]]);
+    const int item = item_of(row_splits, num_items, order[begins[v]]);
     double center[D];
     for (int a = 0; a < D; ++a) {
       const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
       const T index = voxel_index(points[order[begins[v]] * D + a], origin, voxel_size[a]);
       center[a] = voxel_center(index, origin, voxel_size[a]);
-      if (wants_centers) centers[v * D + a] = T(center[a]);
+      if (centers) centers[v * D + a] = T(center[a]);
     }
-    if (!wants_nearest) continue;
+    if (!nearest) continue;
     int64_t best = order[begins[v]];
     double smallest = squared_distance<D>(points + best * D, center);
     for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at) {
@@ -176,14 +177,14 @@ extern "C" __global__ void use_centers(const T* points, const int64_t* splits, i
 
 // The most frequent of each voxel's labels, which lie sorted from its begin on; the smallest of equals.
 template <class L>
-__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, int64_t ignore,
-                      L* winners) {
+__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore_label,
+                      int64_t ignore_label, L* winners) {
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
-    L winner = L(ignore);
+    L winner = L(ignore_label);
     int64_t most = 0, run = 0;
     for (int64_t at = begins[v]; at < begins[v + 1]; ++at) {
       run = at > begins[v] && labels[at] == labels[at - 1] ? run + 1 : 1;
-      if (run > most && !(has_ignore && int64_t(labels[at]) == ignore)) {
+      if (run > most && !(has_ignore_label && int64_t(labels[at]) == ignore_label)) {
         most = run;
         winner = labels[at];
       }
@@ -191,37 +192,42 @@ __device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels
     winners[v] = winner;
   }
 }
-#define KP_ELECT(L)                                                                                                \
-  extern "C" __global__ void elect_##L(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore, \
-                                       int64_t ignore, L* winners) {                                               \
-    elect(labels, begins, num_voxels, has_ignore, ignore, winners);                                                \
-  }
-KP_ELECT(uint8_t)
-KP_ELECT(int32_t)
-KP_ELECT(int64_t)
+extern "C" __global__ void elect_uint8(const uint8_t* labels, const int64_t* begins, int64_t num_voxels,
+                                       int has_ignore_label, int64_t ignore_label, uint8_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+}
+extern "C" __global__ void elect_int32(const int32_t* labels, const int64_t* begins, int64_t num_voxels,
+                                       int has_ignore_label, int64_t ignore_label, int32_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+}
+extern "C" __global__ void elect_int64(const int64_t* labels, const int64_t* begins, int64_t num_voxels,
+                                       int has_ignore_label, int64_t ignore_label, int64_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+}
 
 // ---- gradient of features
 
-// A point's share of the gradient of its voxel's mean, or, with `nearest`, the whole of it or nothing.
-extern "C" __global__ void give_rows(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
-                                     int to_nearest, const S* grad_out, int64_t num_points, int64_t columns, S* grads) {
+// Backward of a mean: each point gets its share of the voxel's gradient. Of "nearest", where that is not null: the
+// nearest point gets the whole of it, the others nothing.
+extern "C" __global__ void mean_grad(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
+                                     const S* grad_out, int64_t num_points, int64_t columns, S* grad_features) {
   for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
     const int64_t point = i / columns, v = inverse[point];
-    const F given = F(grad_out[v * columns + i % columns]);
-    grads[i] = S(!to_nearest ? given / F(counts[v]) : nearest[v] == point ? given : F(0));
+    const F grad = F(grad_out[v * columns + i % columns]);
+    grad_features[i] = S(!nearest ? grad / F(counts[v]) : nearest[v] == point ? grad : F(0));
   }
 }
 
-// The point that has the maximum of each voxel and column gets its gradient, the others nothing. `order`: points by
-// voxel.
-extern "C" __global__ void give_to_maxima(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
-                                          int64_t num_voxels, const S* grad_out, S* grads) {
+// Backward of a maximum: the point that has it gets the gradient of the voxel and column, the others nothing. `order`:
+// points by voxel.
+extern "C" __global__ void maximum_grad(const S* features, int64_t columns, const int64_t* order, const int64_t* begins,
+                                        int64_t num_voxels, const S* grad_out, S* grad_features) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
     const int64_t v = i / columns, c = i % columns;
-    int64_t has = order[begins[v]];
+    int64_t largest = order[begins[v]];
     for (int64_t at = begins[v] + 1; at < begins[v + 1]; ++at)
-      if (exceeds(F(rows[order[at] * columns + c]), F(rows[has * columns + c]))) has = order[at];
+      if (exceeds(F(features[order[at] * columns + c]), F(features[largest * columns + c]))) largest = order[at];
     for (int64_t at = begins[v]; at < begins[v + 1]; ++at)
-      grads[order[at] * columns + c] = order[at] == has ? grad_out[i] : S(F(0));
+      grad_features[order[at] * columns + c] = order[at] == largest ? grad_out[i] : S(F(0));
   }
 }

@@ -98,7 +98,9 @@ class Kernel:
             )
         scalars, arrays = [], []
         for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
-            if parameter.startswith("*"):
+            if parameter.startswith("*") and _is_null(value):
+                scalars.append(ctypes.c_void_p())
+            elif parameter.startswith("*"):
                 arrays.append(self._array(place, value, parameter, place not in uninitialized))
                 scalars.append(ctypes.c_void_p())
             else:
@@ -144,7 +146,7 @@ class Kernel:
         """The arrays are copied for a launch, and each is __restrict__: none may share memory that is written."""
         seen = []
         for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
-            if not parameter.startswith("*") or not value.nbytes:
+            if not parameter.startswith("*") or _is_null(value) or not value.nbytes:
                 continue
             begin, constant = value.ctypes.data, parameter.startswith("*c")
             for other, (its_begin, its_end, its_constant) in seen:
@@ -161,6 +163,11 @@ class Kernel:
             return found.split()[0]
 
         return re.sub(r"\{\{([0-9a-f]+)\}\}", line, text)
+
+
+def _is_null(value):
+    """Whether it is a null pointer, as CuPy passes a number of eight bytes."""
+    return isinstance(value, np.uint64) and value == 0
 
 
 def _kind(parameter):

@@ -97,6 +97,8 @@ class ndarray(NDArrayOperatorsMixin):
         return _device(ufunc(*map(_host, inputs), **kwargs))
 
     def _filled(self, values):
+        if np.shape(values) != self.shape:
+            raise ValueError(f"expected an output of shape {np.shape(values)}, got {self.shape}")
         self._array[...] = values
         self._owner._written = True
         return self
@@ -239,8 +241,9 @@ def _function(name, of=None):
     """NumPy's function of that name, on arrays of the device alone."""
     numpy_function = of or getattr(np, name)
 
-    def function(*args, **kwargs):
-        return _device(numpy_function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()}))
+    def function(*args, out=None, **kwargs):
+        found = numpy_function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()})
+        return _device(found) if out is None else out._filled(found)
 
     function.__name__ = name
     return function
@@ -280,8 +283,9 @@ def argsort(a, axis=-1, kind=None):
     return _device(np.argsort(_host(a), axis, kind="stable"))
 
 
-def concatenate(arrays, axis=0):
-    return _device(np.concatenate([_host(a) for a in arrays], axis))
+def concatenate(arrays, axis=0, out=None):
+    found = np.concatenate([_host(a) for a in arrays], axis)
+    return _device(found) if out is None else out._filled(found)
 
 
 def may_share_memory(a, b):
@@ -353,7 +357,7 @@ def install():
         "amax",
         "ascontiguousarray",
     )
-    for name in (*names, "where", "diff", "isfinite", "minimum", "bincount"):
+    for name in (*names, "where", "diff", "isfinite", "minimum", "bincount", "take"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"
     sys.modules["cupy"] = module

@@ -10,37 +10,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from kpcore.backends import gpu_sources
+
 ARCHITECTURES = (75, 80, 90, 100)
 # What CuPy adds to the options it is given.
 OPTIONS = ("--std=c++17", "--fmad=false", "-ftz=true", "--ptxas-options=-v")
-# Files, and the definitions that they are compiled with. Of the searches those for three dimensions stand for the
-# others, and sixteen for the most registers.
-VARIANTS = {
-    "boxes.cu": ["KP_T=float KP_DIM=3 KP_METRIC=0", "KP_T=double KP_DIM=16 KP_METRIC=1"],
-    "deformation.cu": ["KP_T=float KP_DIM=3", "KP_T=double KP_DIM=2"],
-    "kpconv.cu": [
-        f"KP_G={g} KP_F={f} KP_DIM=3"
-        for g, f in (("float", "float"), ("float", "kp::Half"), ("float", "kp::Bfloat"), ("double", "double"))
-    ],
-    "lists.cu": ["", "KP_T=float", "KP_T=double"],
-    "neighbors.cu": [
-        f"KP_T={t} KP_DIM={d} KP_METRIC={m} KP_TREE={tree}"
-        for t, d, m, tree in (
-            ("float", 3, 0, 0),
-            ("float", 3, 0, 1),
-            ("float", 3, 1, 0),
-            ("float", 3, 2, 1),
-            ("double", 3, 0, 0),
-            ("double", 3, 0, 1),
-            ("float", 16, 0, 1),
-            ("double", 16, 0, 1),
-        )
-    ],
-    "pooling.cu": [f"KP_F={f} KP_G=float" for f in ("float", "double", "kp::Half", "kp::Bfloat")],
-    "rows.cu": [f"KP_F={f}" for f in ("float", "double", "kp::Half", "kp::Bfloat")],
-    "sampling.cu": ["KP_T=float KP_DIM=3", "KP_T=double KP_DIM=16"],
-    "subsampling.cu": ["KP_T=float KP_DIM=3 KP_S=float", "KP_T=double KP_DIM=2 KP_S=kp::Half"],
-}
 
 
 class Kernel(NamedTuple):
@@ -54,6 +28,15 @@ class Compiled(NamedTuple):
     kernels: dict[str, Kernel]
     ptx: str
     log: str
+
+
+def variants():
+    """{file: the definitions that it is compiled with, a string for each time}, from the files' first lines"""
+    names = sorted(path.name for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"))
+    return {
+        name: [" ".join(f"{key}={value}" for key, value in each.items()) for each in gpu_sources.variants(name)]
+        for name in names
+    }
 
 
 def library():
@@ -106,16 +89,11 @@ def _text(program, size_of, text_of):
 
 def table():
     """Lines: of each kernel registers / spills / stack / shared memory, in bytes, by architecture."""
-    import fake_cupy
-
-    fake_cupy.install()
-    from kpcore.backends import gpu
-
     nvrtc = library()
     yield f"{'kernel':34} {'compiled for':34}" + "".join(f"{f'sm_{a}':>17}" for a in ARCHITECTURES)
-    for name, variants in VARIANTS.items():
-        for variant in variants:
-            of = [compiled(nvrtc, gpu.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
+    for name, each in variants().items():
+        for variant in each:
+            of = [compiled(nvrtc, gpu_sources.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
             for kernel in of[0]:
                 row = "".join(f"{'/'.join(map(str, found[kernel])):>17}" for found in of)
                 yield f"{name[:-3] + ' ' + kernel:34} {variant.replace('KP_', ''):34}{row}"

@@ -1,0 +1,221 @@
+"""Launchers of KPConv: features summed by kernel point, a warp for each query, and products with the weights."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import cupy
+import numpy as np
+
+from kpcore.backends.gpu_launch import WARP, computed, ctype, kernels_of, launch, launcher, product
+from kpcore.backends.gpu_layers import sum_columns
+from kpcore.backends.gpu_lists import pairs_by_point
+
+_SUMS_BYTES = 32 << 20  # at a time: they stay in the second-level cache of an H100 or H200
+_POSITIVE = 2  # of Normalization
+
+
+class _ParameterOwner(IntEnum):
+    """What offsets, modulations and the normalization belong to; of kpconv.cu."""
+
+    none = 0
+    query = 1
+    neighbor = 2  # where the list is transposed
+
+
+def _kernels(fields):
+    return kernels_of("kpconv.cu", KP_G=ctype(fields.points.dtype), KP_F=ctype(fields.features.dtype),
+                      KP_DIM=fields.points.shape[1])  # fmt: skip
+
+
+def _normalization_scale(fields):
+    """(M,) what a query's sums are multiplied with; None without a normalization"""
+    if not fields.normalization:
+        return None
+    kernels, queries, positive = _kernels(fields), len(fields.queries), None
+    if fields.normalization == _POSITIVE:
+        points, channels = fields.features.shape
+        positive = cupy.empty(points, np.int32)
+        launch(kernels["find_positive"], points, fields, num_points=points, channels=channels, positive=positive)
+    scale = cupy.empty(queries, computed(fields.features.dtype))
+    launch(kernels["normalize"], queries, fields, num_queries=queries, positive=positive, scale=scale)
+    return scale
+
+
+def _owners(fields, owner, scale):
+    """{parameter: value} of kernels that gather neighbours: whose the optional arrays are."""
+    none = _ParameterOwner.none
+    return {
+        "offsets_owner": none if fields.offsets is None else owner,
+        "modulations_owner": none if fields.modulations is None else owner,
+        "scale": scale,
+        "scale_owner": none if scale is None else owner,
+    }
+
+
+def _queries_at_once(fields, channels):
+    """Queries whose sums, K * channels each, are to be there at a time."""
+    return max(1, _SUMS_BYTES // (len(fields.kernel_points) * channels * fields.features.dtype.itemsize))
+
+
+def _aggregated(fields, transposed=False):
+    """(first query, end, sums (groups, rows, K * channels of a group)) for some queries after the other.
+
+    The sums are in one buffer: what is done with a portion is asked for before the next is. On the transposed list the
+    gradient of the output is summed at the points.
+    """
+    queries, features, owner, lists = fields.queries, fields.features, _ParameterOwner.query, {}
+    if transposed:
+        queries, features, owner = fields.points, fields.grad_out, _ParameterOwner.neighbor
+        lists = {"points": fields.queries, "queries": queries, "index": fields.transposed_index,
+                 "row_splits": fields.transposed_row_splits, "features": features}  # fmt: skip
+    groups, channels, num_kernels = fields.groups, features.shape[1], len(fields.kernel_points)
+    at_once, columns = _queries_at_once(fields, channels), num_kernels * channels
+    buffer = cupy.empty((min(at_once, len(queries)), columns), features.dtype)
+    # Launching takes the host as long as the GPU takes for a portion: whatever is always the same is bound once.
+    kernel = _kernels(fields)["aggregate"]
+    values = {"channels": channels, "num_kernels": num_kernels, "sign": -1 if transposed else 1,
+              "first": 0, "rows": 0, "sums": buffer, **lists}  # fmt: skip
+    arguments = kernel.bind(fields, values | _owners(fields, owner, _normalization_scale(fields)))
+    for first in range(0, len(queries), at_once):
+        rows = min(at_once, len(queries) - first)
+        sums = buffer[:rows].reshape(groups, rows, columns // groups)
+        kernel.start(rows * WARP, kernel.rebind(arguments, first=first, rows=rows, sums=sums))
+        yield first, first + rows, sums
+
+
+def _group(array, g, groups):
+    """The g-th part of the last axis."""
+    width = array.shape[-1] // groups
+    return array[..., g * width : (g + 1) * width]
+
+
+def _write_product(a, b, out, g, groups):
+    """``a @ b`` to the g-th part of the last axis, in place where that is all of it."""
+    if groups == 1:
+        product(a, b, out)
+    else:
+        _group(out, g, groups)[...] = a @ b
+
+
+def _matrices(fields, axes):
+    """Of each group the weights as a matrix: their axes (K, Cin, Cout) in another order, the last one as columns."""
+    groups, matrices = fields.groups, []
+    for g in range(groups):
+        weights = cupy.ascontiguousarray(_group(fields.weights, g, groups).transpose(axes))
+        matrices.append(weights.reshape(-1, weights.shape[-1]))
+    return matrices
+
+
+def _launch_depthwise(name, fields, threads, **values):
+    """Launch a depthwise kernel."""
+    num_kernels, channels = fields.weights.shape
+    launch(_kernels(fields)[name], threads, fields, num_kernels=num_kernels, channels=channels, **values)
+
+
+def _convolve(fields, axes, out, transposed=False):
+    channels, groups = out.shape[1], fields.groups
+    matrices = None if fields.depthwise else _matrices(fields, axes)
+    factors = 1 if transposed else fields.factors
+    for first, end, sums in _aggregated(fields, transposed):
+        if matrices is None:
+            _launch_depthwise("scale_sums", fields, (end - first) * channels, sums=sums, first=first, rows=end - first,
+                              factors=factors, out=out)  # fmt: skip
+            continue
+        for g, matrix in enumerate(matrices):
+            _write_product(sums[g], matrix, out[first:end], g, groups)
+
+
+@launcher
+def kpconv(fields):
+    _convolve(fields, (0, 1, 2), fields.out)
+
+
+@launcher
+def kpconv_grad_features(fields):
+    _convolve(fields, (0, 2, 1), fields.grad_features, transposed=True)
+
+
+@launcher
+def kpconv_grads(fields):
+    """Of all arrays but the features."""
+    by_sums = fields.factors > 1  # the modulations' gradient: several factors of a kernel point scale its sums
+    if fields.grad_weights is not None or (by_sums and fields.grad_modulations is not None):
+        _gradients_of_sums(fields)
+    placed = fields.grad_points, fields.grad_queries, fields.grad_kernel_points, fields.grad_offsets
+    if any(grads is not None for grads in placed) or (not by_sums and fields.grad_modulations is not None):
+        _gradients_of_places(fields)
+
+
+def _gradients_of_sums(fields):
+    """Of the weights, and of several factors of a kernel point."""
+    weights, groups, dtype = fields.weights, fields.groups, fields.features.dtype
+    totals = None
+    if fields.grad_weights is not None:
+        totals = fields.grad_weights.reshape(-1, weights.shape[-1])
+        if computed(dtype) != dtype:
+            totals = cupy.empty(totals.shape, computed(dtype))
+        totals.fill(0)
+    for first, end, sums in _aggregated(fields):
+        rows, grad_out = end - first, fields.grad_out[first:end]
+        portion = {"sums": sums, "first": first, "rows": rows}
+        if fields.factors > 1 and fields.grad_modulations is not None:
+            _launch_depthwise("factors_grad", fields, rows * len(weights) * fields.factors, **portion)
+        if totals is not None and fields.depthwise:
+            products, summed = cupy.empty((rows, weights.size), dtype), cupy.empty(weights.size, dtype)
+            _launch_depthwise("weights_products", fields, products.size, **portion, products=products)
+            sum_columns(products, summed)
+            totals += summed.reshape(totals.shape)
+        elif totals is not None:
+            for g in range(groups):
+                part = _group(totals, g, groups)
+                part += sums[g].T @ _group(grad_out, g, groups)
+    if totals is not None and computed(dtype) != dtype:
+        fields.grad_weights[...] = totals.reshape(weights.shape)
+
+
+def _gradients_of_places(fields):
+    """Of points, queries, kernel points, offsets, and one modulation of a kernel point."""
+    points, queries, grad_out, groups = fields.points, fields.queries, fields.grad_out, fields.groups
+    (n, dimension), num_kernels, dtype = points.shape, len(fields.kernel_points), fields.features.dtype
+    channels, kernels = fields.features.shape[1], _kernels(fields)
+
+    def wanted(grads, shape, kind):
+        """The array of the fields, or one to throw away."""
+        return cupy.empty(shape, kind) if grads is None or grads.dtype != kind else grads
+
+    pair_grads = cupy.empty((len(fields.index), dimension), points.dtype)
+    modulations = None if fields.factors > 1 else fields.grad_modulations
+    grads = {
+        "pair_grads": pair_grads,
+        "grad_queries": wanted(fields.grad_queries, queries.shape, points.dtype),
+        "grad_offsets": wanted(fields.grad_offsets, (len(queries), num_kernels, dimension), points.dtype),
+        "grad_modulations": wanted(modulations, (len(queries), num_kernels), computed(dtype)),
+    }
+    at_once, matrices = _queries_at_once(fields, channels), []
+    if not fields.depthwise:
+        matrices = [cupy.ascontiguousarray(_group(fields.weights, g, groups).transpose(2, 0, 1)) for g in range(groups)]
+        matrices = [matrix.reshape(len(matrix), -1) for matrix in matrices]
+    buffer = cupy.empty((min(at_once, len(queries)), num_kernels * channels), dtype)
+    values = {"channels": channels, "num_kernels": num_kernels, "first": 0, "rows": 0, "products": buffer}
+    values |= grads | _owners(fields, _ParameterOwner.query, _normalization_scale(fields))
+    arguments = kernels["place_grads"].bind(fields, values)
+    for first in range(0, len(queries), at_once):
+        rows = min(at_once, len(queries) - first)
+        products = buffer[:rows].reshape(groups, rows, num_kernels * channels // groups)
+        for g, matrix in enumerate(matrices):
+            product(_group(grad_out[first : first + rows], g, groups), matrix, products[g])
+        if fields.depthwise:
+            _launch_depthwise("grad_products", fields, products.size, first=first, rows=rows, products=products)
+        kernel = kernels["place_grads"]
+        kernel.start(rows * WARP, kernel.rebind(arguments, first=first, rows=rows, products=products))
+    if modulations is not None and grads["grad_modulations"] is not modulations:
+        modulations[...] = grads["grad_modulations"]
+    if fields.grad_kernel_points is not None:
+        rows = grads["grad_offsets"].reshape(len(queries), num_kernels * dimension)
+        sum_columns(rows, fields.grad_kernel_points.reshape(-1))
+    if fields.grad_points is not None:
+        begins = cupy.empty(n + 1, np.int64)
+        order, _ = pairs_by_point(fields.index, fields.row_splits, begins)
+        launch(kernels["sum_pairs"], n * dimension, fields, pair_grads=pair_grads, order=order, begins=begins,
+               num_points=n)  # fmt: skip

@@ -1,0 +1,259 @@
+"""Neighbour search on the GPU: an index of cells or boxes, and a warp for each query; see neighbors.cu."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import cupy
+import numpy as np
+
+from kpcore.backends.gpu_launch import WARP, NotFinite, ctype, free_memory, kernels_of, launch, wait
+
+_BY_DISTANCE = 2  # of Sort
+_NO_CELLS = {"starts": None, "inverse_cell": 0, "bits_x": 0, "bits_y": 0, "bits_z": 0}
+
+
+class Index:
+    """Points in the order of their cells, or along a curve with boxes: see neighbors.cu. Made when first searched."""
+
+    crowding = 0.0  # of no interest here
+
+    def __init__(self, points, row_splits, cell, threads):
+        self.points, self.row_splits, self.cell = points, row_splits, cell
+        self.num_points, self.dtype = len(points), points.dtype
+
+    def kernels(self, metric):
+        return kernels_of("neighbors.cu", KP_T=ctype(self.dtype), KP_DIM=self.points.shape[1], KP_METRIC=metric,
+                          KP_TREE=int(self.cell is None))  # fmt: skip
+
+    @functools.cached_property
+    def tree(self):
+        """The same points along a curve."""
+        return self if self.cell is None else Index(self.points, self.row_splits, None, None)
+
+    def _located(self, order):
+        words = (self.dtype.itemsize * self.points.shape[1] + 4) // 4
+        words += words % (self.dtype.itemsize // 4)
+        located = cupy.empty((self.num_points, words), np.uint32)
+        launch(self.kernels(0)["locate"], self.num_points, points=self.points, order=order, num_points=self.num_points,
+               located=located)  # fmt: skip
+        return located
+
+    @functools.cached_property
+    def _cells(self):
+        """({parameter of all searches: value}, whether a coordinate is not finite)"""
+        n, axes, kernels = self.num_points, min(3, self.points.shape[1]), self.kernels(0)
+        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits of a table with a cell or two for each point
+        bits = {f"bits_{axis}": (total + axes - 1 - a) // axes if a < axes else 0 for a, axis in enumerate("xyz")}
+        settings = {"inverse_cell": 1 / self.cell, **bits}
+        keys, not_finite = cupy.empty(n, np.int32), cupy.zeros(1, np.uint32)
+        launch(kernels["cell_keys"], n, points=self.points, num_points=n, **settings, keys=keys, not_finite=not_finite)
+        order = cupy.argsort(keys)
+        num_cells = 1 << sum(bits.values())
+        starts = cupy.empty(num_cells + 1, np.int32)
+        launch(kernels["cell_starts"], num_cells + 1, keys=keys[order], num_points=n, num_cells=num_cells,
+               starts=starts)  # fmt: skip
+        index = {"located": self._located(order), "starts": starts, **settings, "boxes": None, "num_points": n}
+        return index, not_finite
+
+    @functools.cached_property
+    def _boxes(self):
+        """(as `_cells`, and {parameter: value} by which a query finds its place on the curve)"""
+        (n, dimension), kernels = self.points.shape, self.kernels(0)
+        items = len(self.row_splits) - 1
+        bits = min(21, (63 - items.bit_length()) // min(3, dimension))
+        curve = {"low": cupy.amin(self.points, 0), "high": cupy.amax(self.points, 0), "bits": bits}
+        keys, not_finite = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
+        launch(kernels["curve_keys"], n, points=self.points, num_points=n, row_splits=self.row_splits, num_items=items,
+               **curve, keys=keys, not_finite=not_finite)  # fmt: skip
+        order = cupy.argsort(keys)
+        located = self._located(order)
+        nodes = [-(-n // WARP)]
+        while nodes[-1] > WARP:
+            nodes.append(-(-nodes[-1] // WARP))
+        boxes = cupy.empty((sum(nodes), 2, dimension), self.dtype)
+        launch(kernels["leaf_boxes"], nodes[0] * WARP, located=located, num_points=n, boxes=boxes)
+        first = 0
+        for below, number in pairwise(nodes):
+            launch(kernels["node_boxes"], number * dimension, below=boxes[first : first + below], num_below=below,
+                   boxes=boxes[first + below : first + below + number])  # fmt: skip
+            first += below
+        index = {"located": located, "boxes": boxes, "num_points": n, **_NO_CELLS}
+        return index, not_finite, {"keys": keys[order], **curve}
+
+    def parameters(self, queries, queries_row_splits, radius, ignore):
+        """({parameter of all kernels of a search: value}, whether a coordinate of the points is not finite)"""
+        index, not_finite = (self._boxes if self.cell is None else self._cells)[:2]
+        if queries is None:
+            queries, queries_row_splits = self.points, self.row_splits
+        per_query = isinstance(radius, cupy.ndarray)
+        asked = {"queries": queries, "num_queries": len(queries),
+                 "radii": radius if per_query else cupy.full(1, radius, self.dtype), "radius_stride": per_query,
+                 "row_splits": self.row_splits, "queries_row_splits": queries_row_splits,
+                 "num_items": len(queries_row_splits) - 1, "ignore": ignore}  # fmt: skip
+        return index | asked, not_finite
+
+    def has_nothing(self, queries):
+        """Whether there is nothing to search in; an error if it is searched from somewhere undefined."""
+        if self.num_points or queries is None:
+            return not self.num_points
+        if len(queries) and not bool(cupy.isfinite(queries).all()):
+            raise NotFinite
+        return True
+
+
+class Search(NamedTuple):
+    """The arguments of `radius_search`, but for the threads."""
+
+    index: Index
+    queries: cupy.ndarray | None
+    queries_row_splits: cupy.ndarray | None
+    radius: float | cupy.ndarray
+    max_neighbors: int | None
+    sort: int
+    metric: int
+    ignore: int
+    return_distances: bool
+    count_only: bool
+    check_room: Callable
+
+    @property
+    def num_queries(self):
+        return self.index.num_points if self.queries is None else len(self.queries)
+
+    @property
+    def is_unbounded(self):
+        return not isinstance(self.radius, cupy.ndarray) and self.radius == math.inf
+
+    def launch(self, index, kernel, /, **values):
+        """A warp for each query; returns where a coordinate of the points shows that is not finite."""
+        shared, not_finite = index.parameters(self.queries, self.queries_row_splits, self.radius, self.ignore)
+        launch(index.kernels(self.metric)[kernel], self.num_queries * WARP, **shared, **values)
+        return not_finite
+
+    def nothing(self):
+        """(row_splits, index, distance) without pairs"""
+        return (cupy.zeros(self.num_queries + 1, np.int64), cupy.empty(0, np.int32),
+                cupy.empty(0, self.index.dtype) if self.return_distances else None)  # fmt: skip
+
+
+def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
+                  count_only, check_room, threads):  # fmt: skip
+    """(row_splits, index, distance); waits once, for the number of pairs; with `max_neighbors` not at all."""
+    return radius_searches([Search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
+                                   return_distances, count_only, check_room)])[0]  # fmt: skip
+
+
+def radius_searches(searches):
+    """What `radius_search` gives for each of several, waiting once for all."""
+    results, counted, bounded_problems = [], [], []  # what is wrong with bounded ones is told where others wait
+    for place, search in enumerate(searches):
+        results.append(None)
+        bounded = search.max_neighbors is not None and not search.count_only
+        if search.index.has_nothing(search.queries) or (bounded and search.max_neighbors == 0):
+            results[place] = search.nothing()
+        elif bounded:
+            results[place], problems = _nearest_within(search)
+            bounded_problems += problems
+        else:
+            counted.append((place, search, *_count(search)))
+    if counted:
+        sizes = (n for *_, splits, problems in counted for n in (splits[-1:], *problems))
+        numbers = iter(wait(*bounded_problems, *sizes))
+        if any(next(numbers) for _ in bounded_problems):
+            raise NotFinite
+        for place, search, splits, problems in counted:
+            pairs, wrong = next(numbers), [next(numbers) for _ in problems]
+            if any(wrong):
+                raise NotFinite
+            results[place] = (splits, None, None) if search.count_only else _fill(search, splits, pairs)
+    return results
+
+
+def _count(search):
+    """(row_splits, whether a coordinate is not finite)"""
+    splits, index = cupy.zeros(search.num_queries + 1, np.int64), search.index
+    most = index.num_points if search.max_neighbors is None else search.max_neighbors
+    queries_not_finite = cupy.zeros(1, np.uint32)
+    points_not_finite = search.launch(index, "radius_count", most=most, counts=splits[1:],
+                                      not_finite=queries_not_finite)  # fmt: skip
+    return cupy.cumsum(splits), (points_not_finite, queries_not_finite)
+
+
+def _fill(search, splits, pairs):
+    dtype, measured = search.index.dtype, search.return_distances or search.sort == _BY_DISTANCE
+    search.check_room(pairs, pairs * (4 + search.return_distances * dtype.itemsize), free=free_memory)
+    index, distance = cupy.empty(pairs, np.int32), cupy.empty(pairs, dtype) if measured else None
+    search.launch(search.index, "radius_fill", out_row_splits=splits, sort=search.sort, index=index, distance=distance)
+    return splits, index, distance if search.return_distances else None
+
+
+def check_boxes(points, row_splits, metric, problems, queries=None, queries_row_splits=None):
+    """Sets `problems` where distances between an item's points and queries overflow or vanish."""
+    (n, dimension), items = points.shape, len(row_splits) - 1
+    kernels = kernels_of("boxes.cu", KP_T=ctype(points.dtype), KP_DIM=dimension, KP_METRIC=metric)
+    boxes = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64)
+    launch(kernels["grow_boxes"], n, points=points, num_points=n, row_splits=row_splits, num_items=items, boxes=boxes)
+    if queries is not None:
+        m = len(queries)
+        launch(kernels["grow_boxes"], m, points=queries, num_points=m, row_splits=queries_row_splits, num_items=items,
+               boxes=boxes)  # fmt: skip
+    else:
+        queries_row_splits = row_splits
+    launch(kernels["check_boxes"], items, boxes=boxes, row_splits=row_splits, queries_row_splits=queries_row_splits,
+           num_items=items, problems=problems)  # fmt: skip
+
+
+def _nearest(search, k, sort):
+    """(counts (M,), index (M, k), distance (M, k), whether a coordinate is not finite)"""
+    tree, dtype = search.index.tree, search.index.dtype
+    search.check_room(search.num_queries * k, search.num_queries * k * (4 + dtype.itemsize), free=free_memory)
+    counts = cupy.zeros(search.num_queries, np.int64)
+    index, distance = cupy.empty((len(counts), k), np.int32), cupy.empty((len(counts), k), dtype)
+    queries_not_finite = cupy.zeros(1, np.uint32)
+    points_not_finite = search.launch(tree, "nearest", **tree._boxes[2], k=k, sort=sort, index=index,
+                                      distance=distance, counts=counts, not_finite=queries_not_finite)  # fmt: skip
+    if search.is_unbounded:
+        check_boxes(tree.points, tree.row_splits, search.metric, queries_not_finite, search.queries,
+                    search.queries_row_splits)  # fmt: skip
+    return counts, index, distance, (points_not_finite, queries_not_finite)
+
+
+def _packed(counts, index, distance, return_distances):
+    """Rows of which not all is there one after the other, in arrays as long as if it were."""
+    kernels = kernels_of("lists.cu", KP_T=ctype(distance.dtype))
+    splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
+    packed = cupy.zeros(index.size, np.int32)
+    packed_distance = cupy.zeros(index.size, distance.dtype) if return_distances else None
+    launch(kernels["pack_rows"], index.size, index=index, distance=distance, width=index.shape[1], row_splits=splits,
+           num_rows=len(counts), packed_index=packed, packed_distance=packed_distance)  # fmt: skip
+    return splits, packed, packed_distance
+
+
+def _nearest_within(search):
+    """As `radius_search`, the nearest only, and whether a coordinate is not finite; waits for nothing, so `index` is as
+    long as it may have to be."""
+    *nearest, problems = _nearest(search, search.max_neighbors, search.sort or 1)
+    return _packed(*nearest, search.return_distances), problems
+
+
+def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
+               threads):  # fmt: skip
+    """(row_splits, index, distance); waits once, to see whether all rows are full and all coordinates finite."""
+    search = Search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, False,
+                    check_room)  # fmt: skip
+    if index.has_nothing(queries):
+        return search.nothing()
+    counts, nearest, distance, problems = _nearest(search, k, sort)
+    pairs, *wrong = wait(counts.sum().reshape(1), *problems)
+    if any(wrong):
+        raise NotFinite
+    if pairs == nearest.size:
+        splits = cupy.arange(len(counts) + 1) * k
+        return splits, nearest.reshape(-1), distance.reshape(-1) if return_distances else None
+    splits, nearest, distance = _packed(counts, nearest, distance, return_distances)
+    return splits, nearest[:pairs].copy(), distance[:pairs].copy() if return_distances else None
