@@ -76,6 +76,10 @@ def test_settings_are_what_is_asked_for_and_defaults():
     ("more", "message"),
     [
         ({"training": {"speed": 3}}, r"\[training\] speed: there is no such setting; there are radius"),
+        (
+            {"training": {"epoch": 3}},
+            r"\[training\] epoch: there is no such setting; is epochs meant\? there are radius",
+        ),
         ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
         ({"training": {"radius": 0}}, r"\[training\] radius: expected 1e-09 to 1e\+09, got 0\.0"),
         ({"training": {"optimizer": "lion"}}, r"\[training\] optimizer: expected sgd or adamw, got 'lion'"),

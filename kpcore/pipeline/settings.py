@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -349,7 +350,9 @@ def _section(kind: type[Section], values: Any, where: str) -> Section:
     known = {f.name: f for f in fields(kind)}
     for name, value in values.items():
         if name not in known:
-            raise SettingsError(f"{where} {name}: there is no such setting; there are {', '.join(known)}")
+            nearest = difflib.get_close_matches(name, known, 1)
+            advice = f"is {nearest[0]} meant? " if nearest else ""
+            raise SettingsError(f"{where} {name}: there is no such setting; {advice}there are {', '.join(known)}")
         types = str(known[name].type)
         if types == "float" and type(value) is int and abs(value) < 2**63:
             values = {**values, name: float(value)}
