@@ -103,6 +103,11 @@ y[i] = s[127 - t] + many;"""), shared_mem=512, **mode)  # fmt: skip
     assert np.array_equal(y, x + 32)
 
 
+def test_a_null_pointer(mode):
+    y = run(kernel("y[i] = c ? c[0] : 3;", PARAMETERS + ", const float* c"), np.uint64(0), **mode)
+    assert y.tolist() == [3] * N
+
+
 def test_blocks_and_grids_of_three_axes(mode):
     y = np.zeros(24, np.int32)
     source = (

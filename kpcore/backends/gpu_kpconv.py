@@ -11,7 +11,7 @@ from kpcore.backends.gpu_launch import WARP, computed, ctype, kernels_of, launch
 from kpcore.backends.gpu_layers import sum_columns
 from kpcore.backends.gpu_lists import pairs_by_point
 
-_SUMS_BYTES = 32 << 20  # at a time: they stay in the second-level cache of an H100 or H200
+_SUMS_BYTES = 32 << 20  # of a portion: they stay in the second-level cache of an H100 or H200
 _POSITIVE = 2  # of Normalization
 
 
@@ -43,7 +43,7 @@ def _normalization_scale(fields):
 
 
 def _owners(fields, owner, scale):
-    """{parameter: value} of kernels that gather neighbours: whose the optional arrays are."""
+    """{parameter: value} of kernels that gather neighbours: which of them the optional arrays belong to."""
     none = _ParameterOwner.none
     return {
         "offsets_owner": none if fields.offsets is None else owner,
@@ -54,15 +54,15 @@ def _owners(fields, owner, scale):
 
 
 def _queries_at_once(fields, channels):
-    """Queries whose sums, K * channels each, are to be there at a time."""
+    """How many queries a portion has, each with K * channels sums."""
     return max(1, _SUMS_BYTES // (len(fields.kernel_points) * channels * fields.features.dtype.itemsize))
 
 
 def _aggregated(fields, transposed=False):
-    """(first query, end, sums (groups, rows, K * channels of a group)) for some queries after the other.
+    """Yields (first query, end, sums (groups, rows, K * channels of a group)), portion by portion of the queries.
 
-    The sums are in one buffer: what is done with a portion is asked for before the next is. On the transposed list the
-    gradient of the output is summed at the points.
+    All sums are in one buffer: launch what uses a portion before taking the next. On the transposed list the gradient
+    of the output is summed at the points.
     """
     queries, features, owner, lists = fields.queries, fields.features, _ParameterOwner.query, {}
     if transposed:

@@ -20,7 +20,7 @@ _NO_CELLS = {"starts": None, "inverse_cell": 0, "bits_x": 0, "bits_y": 0, "bits_
 class Index:
     """Points in the order of their cells, or along a curve with boxes: see neighbors.cu. Made when first searched."""
 
-    crowding = 0.0  # of no interest here
+    crowding = 0.0  # nothing on the GPU depends on it
 
     def __init__(self, points, row_splits, cell, threads):
         self.points, self.row_splits, self.cell = points, row_splits, cell
@@ -98,7 +98,7 @@ class Index:
         return index | asked, not_finite
 
     def has_nothing(self, queries):
-        """Whether there is nothing to search in; an error if it is searched from somewhere undefined."""
+        """Whether there are no points to search; NotFinite where a query is not finite then."""
         if self.num_points or queries is None:
             return not self.num_points
         if len(queries) and not bool(cupy.isfinite(queries).all()):
@@ -130,7 +130,7 @@ class Search(NamedTuple):
         return not isinstance(self.radius, cupy.ndarray) and self.radius == math.inf
 
     def launch(self, index, kernel, /, **values):
-        """A warp for each query; returns where a coordinate of the points shows that is not finite."""
+        """Launch a kernel with a warp for each query; returns an array of one: whether a point is not finite."""
         shared, not_finite = index.parameters(self.queries, self.queries_row_splits, self.radius, self.ignore)
         launch(index.kernels(self.metric)[kernel], self.num_queries * WARP, **shared, **values)
         return not_finite
@@ -150,7 +150,7 @@ def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sor
 
 def radius_searches(searches):
     """What `radius_search` gives for each of several, waiting once for all."""
-    results, counted, bounded_problems = [], [], []  # what is wrong with bounded ones is told where others wait
+    results, counted, bounded_problems = [], [], []  # of bounded searches, raised where others wait
     for place, search in enumerate(searches):
         results.append(None)
         bounded = search.max_neighbors is not None and not search.count_only
@@ -193,7 +193,7 @@ def _fill(search, splits, pairs):
 
 
 def check_boxes(points, row_splits, metric, problems, queries=None, queries_row_splits=None):
-    """Sets `problems` where distances between an item's points and queries overflow or vanish."""
+    """Set `problems` to 1 where distances between a batch item's points and queries overflow or vanish."""
     (n, dimension), items = points.shape, len(row_splits) - 1
     kernels = kernels_of("boxes.cu", KP_T=ctype(points.dtype), KP_DIM=dimension, KP_METRIC=metric)
     boxes = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64)
@@ -224,7 +224,7 @@ def _nearest(search, k, sort):
 
 
 def _packed(counts, index, distance, return_distances):
-    """Rows of which not all is there one after the other, in arrays as long as if it were."""
+    """The used entries of rows of k one after the other, in arrays as long as if all were used."""
     kernels = kernels_of("lists.cu", KP_T=ctype(distance.dtype))
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
     packed = cupy.zeros(index.size, np.int32)
@@ -235,8 +235,8 @@ def _packed(counts, index, distance, return_distances):
 
 
 def _nearest_within(search):
-    """As `radius_search`, the nearest only, and whether a coordinate is not finite; waits for nothing, so `index` is as
-    long as it may have to be."""
+    """(what `radius_search` returns, of the nearest only; whether a coordinate is not finite). Waits for nothing, so
+    `index` is as long as it can become."""
     *nearest, problems = _nearest(search, search.max_neighbors, search.sort or 1)
     return _packed(*nearest, search.return_distances), problems
 

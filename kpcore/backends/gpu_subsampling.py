@@ -27,7 +27,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     n, dimension = points.shape
     items = len(row_splits) - 1
     kernels = _voxel_kernels(points)
-    # What the host knows goes up in one copy: (D,) numbers; origins of items, (B, D), are there already.
+    # Host values, (D,) each, are copied to the device at once; origins of batch items, (B, D), are there already.
     on_host = [voxel_size] if origin is None or origin.ndim == 2 else [voxel_size, origin]
     on_device = cupy.asarray(np.stack(on_host))
     origins = on_device[1:] if origin is None or origin.ndim == 1 else origin

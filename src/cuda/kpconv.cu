@@ -82,7 +82,7 @@ struct Kernel {
 
 using namespace kp;
 
-// sums of queries [first, first + rows)
+// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbours, weighted by kernel point k
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
                                      const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
@@ -230,9 +230,9 @@ extern "C" __global__ void grad_products(int64_t first, int64_t rows, int num_ke
   }
 }
 
-// Gradients of where things are, from products (groups, rows, K, width) = grad_out W_k^T of queries [first, first +
-// rows): pair_grads (E, D), of the point of each pair; grad_queries (M, D); grad_offsets (M, K, D); grad_modulations
-// (M, K).
+// Gradients of positions, offsets and modulations, from products (groups, rows, K, width) = grad_out W_k^T of queries
+// [first, first + rows): pair_grads (E, D), of the point of each pair; grad_queries (M, D); grad_offsets (M, K, D);
+// grad_modulations (M, K).
 extern "C" __global__ void place_grads(const G* points, const G* queries, const int32_t* index,
                                        const int64_t* row_splits, const S* features, int channels,
                                        const G* kernel_points, int num_kernels, const G* offsets, int offsets_owner,

@@ -38,7 +38,7 @@ __device__ I lower_bound(const K* keys, I begin, I end, int64_t key) {
   return begin;
 }
 
-// Integers in the order of the numbers, for atomic minima.
+// An integer that is ordered like the number, for atomic minima, and back.
 __device__ unsigned long long ordered(double x) {
   const unsigned long long bits = (unsigned long long)__double_as_longlong(x);
   return bits >> 63 ? ~bits : bits | 1ull << 63;
@@ -47,9 +47,9 @@ __device__ double from_ordered(unsigned long long x) {
   return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
 }
 
-constexpr int64_t block_of_rows = 1024;  // of an item, that are summed by one thread
+constexpr int64_t block_of_rows = 1024;  // rows of a batch item that one thread sums
 
-// The item that row i is of: the last one that begins at or before it.
+// The batch item of row i: the last one that begins at or before it.
 __device__ int item_of(const int64_t* splits, int num_items, int64_t i) {
   int low = 0, high = num_items;
   while (low + 1 < high) {

@@ -52,7 +52,7 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
   return finite;
 }
 
-// ---- what a query asks
+// ---- queries
 
 enum Ignore : int { none, equal_coordinates, equal_number };
 
@@ -61,7 +61,7 @@ struct Query {
   double reach;    // along an axis, and a little more
   int begin, end;  // numbers of the points of its batch item
   int32_t number;
-  int ignore;
+  int ignore;  // an Ignore
 
   __device__ bool is_neighbor(const Located& p, T& measured) const {
     T d[D];
@@ -93,8 +93,8 @@ __device__ Query query_of(const T* queries, const T* radii, int64_t radius_strid
 
 // ---- cells
 
-// Cells along an axis are counted from the origin, in float64 because they may be many; the same function for all, and
-// never falling.
+// The cell of a coordinate, counted along its axis from the origin: in float64, as there may be more than 2^31. It
+// never falls as x rises, so a query's range of cells misses no neighbour.
 __device__ double cell_of(double x, double inverse_cell) {
   return floor(x * inverse_cell);
 }
@@ -163,7 +163,7 @@ struct Cells {
 
 constexpr int most_levels = 7;  // 32^7 > 2^31
 
-// Parents of so many: one for each 32.
+// How many parents so many nodes have: one for each 32.
 __device__ int32_t parents_of(int32_t nodes) {
   return nodes / warp + (nodes % warp != 0);
 }
@@ -257,7 +257,7 @@ __device__ int64_t curve_key(const T* at, const T* low, const T* high, int item,
   return int64_t(key | uint64_t(item) << bits * axes);
 }
 
-// What every search gets: of either kind of index; `boxes` or `starts` is null where the index is of the other kind.
+// Parameters of every search, those of both kinds of index: `starts` is null for boxes, `boxes` for cells.
 #define KP_INDEX                                                                                                      \
   const Located *located, const T *boxes, int32_t num_points, const int32_t *starts, double inverse_cell, int bits_x, \
       int bits_y, int bits_z

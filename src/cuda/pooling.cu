@@ -99,14 +99,15 @@ extern "C" __global__ void neighbor_products(const S* features, int64_t channels
   }
 }
 
-// keys[i] = the value that the i-th of (M, C) chose, (row, channel) in one number; past all for none
+// keys[i] = row * channels + channel of the feature that entry i of (M, C) chose; num_rows * channels where it chose
+// none
 extern "C" __global__ void chosen_values(const int32_t* choice, int64_t num_values, int64_t channels, int64_t num_rows,
                                          int64_t* keys) {
   for (int64_t i = first_thread(); i < num_values; i += num_threads())
     keys[i] = choice[i] < 0 ? num_rows * channels : choice[i] * channels + i % channels;
 }
 
-// grad_features[v] = the sum of the gradients of those that chose value v, in their order
+// grad_features[v] = the sum of the gradients of the entries that chose value v, in their order
 extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order, int64_t num_keys, const S* grad_out,
                                       int64_t num_values, S* grad_features) {
   for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
@@ -164,7 +165,7 @@ extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, co
   }
 }
 
-// Blocks of an item joined in their order.
+// The blocks of each item joined in their order.
 extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
                                        const int64_t* first_blocks, int reduction, F empty, const double* sums,
                                        const F* bests, const int32_t* choices, S* out, int32_t* choice) {

@@ -91,7 +91,7 @@ extern "C" __global__ void softmax(const S* features, int64_t rows, int64_t colu
   }
 }
 
-// With y the softmax: y (g - sum of g y).
+// Backward of y = softmax: y (g - sum of g y).
 extern "C" __global__ void softmax_grad(const S* features, const S* grad_out, int64_t rows, int64_t columns,
                                         S* grad_features) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
@@ -323,7 +323,8 @@ extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t clas
   }
 }
 
-// Weight times (softmax - one-hot), times the row's gradient, or the one there is over the sum of the weights.
+// Backward of the cross entropy: weight * (softmax - one-hot) * gradient. The gradient is the row's where each row has
+// a loss, else that of the loss; of a mean it is divided by the sum of the weights.
 extern "C" __global__ void entropies_grad(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
                                           const double* weights, int64_t ignore_index, int has_ignore_index,
                                           const S* grad_out, int each, const double* total, int is_mean,

@@ -1,6 +1,6 @@
 // Farthest point sampling on the GPU: a block for each batch item, which lowers all distances for each chosen point.
 //
-// A chosen point is at distance -1, and so never chosen again: once all others are at no distance they follow by index.
+// A chosen point is at distance -1, and so never chosen again: once all others are at distance 0 they follow by index.
 //
 // Compiled for the type of the points and their dimension:
 // compile: KP_T=float KP_DIM=3

@@ -29,7 +29,7 @@ struct Half {
   }
 };
 
-// The upper half of a float.
+// bfloat16: the upper half of a float.
 struct Bfloat {
   uint16_t bits;
 

@@ -20,8 +20,8 @@ constexpr int most_axis_bits = 21;
 
 enum Problem : unsigned { not_finite = 1, out_of_range = 2 };
 
-// Where an item's grid begins, along an axis: at the one origin that there is or at the item's, or, without any, where
-// the published code puts it. `lowest`: of each item its coordinates, as ordered integers.
+// The origin of an item's grid along an axis: the one of all items, or the item's, or, with none, that of the published
+// code. `lowest`: the lowest coordinates of each item, as ordered integers.
 __device__ T origin_of(int item, int a, const T* origins, int num_origins, const T* voxel_size,
                        const unsigned long long* lowest) {
   if (num_origins) return origins[num_origins > 1 ? item * D + a : a];
@@ -40,7 +40,7 @@ __device__ uint64_t spread(uint64_t x) {
 
 using namespace kp;
 
-// lowest[item] = its lowest coordinates, as ordered integers; `problems` gathers what is wrong.
+// lowest[item] = its lowest coordinates, as ordered integers; `problems` gets the bit of each Problem that occurs.
 extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* row_splits,
                                               int num_items, unsigned long long* lowest, unsigned* problems) {
   // A thread's points are mostly of one item: its minima so far are written when another item begins.
@@ -92,7 +92,7 @@ extern "C" __global__ void items_of(const int64_t* order, int64_t num_points, co
     items[i] = int32_t(item_of(row_splits, num_items, order[i]));
 }
 
-// heads[i] = whether a voxel begins with the i-th point in order
+// heads[i] = 1 where the i-th point in order is the first of its voxel
 extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order, int64_t num_points,
                                        const int64_t* row_splits, int num_items, int32_t* heads) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
@@ -121,7 +121,7 @@ extern "C" __global__ void count_points(const int64_t* begins, int64_t num_voxel
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) counts[v] = int32_t(begins[v + 1] - begins[v]);
 }
 
-// Means of the rows of each voxel, about the first.
+// The mean of the rows of each voxel, summed relative to the first row.
 extern "C" __global__ void average(const S* rows, int64_t columns, const int64_t* order, const int64_t* begins,
                                    int64_t num_voxels, S* out) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {
