@@ -20,6 +20,8 @@
 #endif
 
 #define KP_INLINE inline __attribute__((always_inline))
+// Not inlined: what depends on fewer types than its callers, or has several calls, is then compiled once.
+#define KP_OUTLINE __attribute__((noinline))
 
 namespace kp {
 namespace {
