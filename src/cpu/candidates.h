@@ -62,7 +62,7 @@ class Candidates {
   Candidates(int dimension, Metric metric, Ignore ignore) : dimension_(dimension), metric_(metric), ignore_(ignore) {}
 
   // Copies runs of points side by side, by index if asked. False: no memory.
-  bool gather(const Sorted<T, DIM>& points, const Run* runs, int64_t num_runs, bool by_index) {
+  KP_OUTLINE bool gather(const Sorted<T, DIM>& points, const Run* runs, int64_t num_runs, bool by_index) {
     const int D = dimension();
     int64_t n = 0;
     for (int64_t i = 0; i < num_runs; ++i) n += runs[i].end - runs[i].begin;
@@ -91,18 +91,18 @@ class Candidates {
 
   int64_t size() const { return count_; }
 
-  int64_t count_within(const T* q, int32_t id, T limit) const {
+  KP_OUTLINE int64_t count_within(const T* q, int32_t id, T limit) const {
     return with_test([&](auto test) { return test_all<false, false>(test, q, id, limit, nullptr, nullptr); });
   }
 
   // Neighbours of q, in candidate order; ids and measures have room for the candidates and a vector more.
   template <bool with_measures>
-  int64_t collect(const T* q, int32_t id, T limit, int32_t* ids, T* measures) const {
+  KP_OUTLINE int64_t collect(const T* q, int32_t id, T limit, int32_t* ids, T* measures) const {
     return with_test([&](auto test) { return test_all<true, with_measures>(test, q, id, limit, ids, measures); });
   }
 
   // The measure of the candidate nearest to q, infinity where there is none.
-  T smallest(const T* q, int32_t id) const {
+  KP_OUTLINE T smallest(const T* q, int32_t id) const {
     return with_test([&](auto test) { return smallest_of(test, q, id); });
   }
 
@@ -201,7 +201,7 @@ class Candidates {
                                                                : permute(wide_, low, position_bits);
   }
   template <class K>
-  bool permute(Sorter<K>& sorter, int32_t low, int position_bits) {
+  KP_OUTLINE bool permute(Sorter<K>& sorter, int32_t low, int position_bits) {
     const int64_t n = count_;
     const int D = dimension();
     K* const keys = sorter.keys(n);
@@ -246,12 +246,12 @@ struct RowScratch {
     else
       return near_.resize(n) && spare_.resize(n);
   }
-  void sort_by_distance(int64_t n) { take<0>(sorted<0>(n, nearer), n); }
-  void sort_by_index(int64_t n) {
+  KP_OUTLINE void sort_by_distance(int64_t n) { take<0>(sorted<0>(n, nearer), n); }
+  KP_OUTLINE void sort_by_index(int64_t n) {
     take<32>(sorted<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; }), n);
   }
   // Puts the nearest of n > 0 first, over what is there.
-  void put_nearest_first(int64_t n) {
+  KP_OUTLINE void put_nearest_first(int64_t n) {
     Near first = {measures[0], ids[0]};
     for (int64_t i = 1; i < n; ++i) {
       const Near one = {measures[i], ids[i]};
@@ -261,7 +261,7 @@ struct RowScratch {
     ids[0] = first.id;
   }
   // Keeps the n nearest of `found`, in the order in which they are.
-  void keep_nearest(int64_t found, int64_t n) {
+  KP_OUTLINE void keep_nearest(int64_t found, int64_t n) {
     if (!n) return;
     const Near last = near<0>(sorted<0>(found, nearer)[n - 1]);
     for (int64_t i = 0, kept = 0; kept < n; ++i) {

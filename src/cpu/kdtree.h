@@ -392,8 +392,8 @@ class TreeWalker {
     return i;
   }
 
-  bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates,
-               int64_t most = INT64_MAX) {
+  KP_OUTLINE bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates,
+                          int64_t most = INT64_MAX) {
     const int D = tree_.dimension();
     const Sorted<T, DIM>& queries = queries_ ? queries_->points : tree_.sorted;
     T low[stored], high[stored];

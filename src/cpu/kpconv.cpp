@@ -62,13 +62,13 @@ void scale_rows(const Rows<F>& tile, int64_t rows, const Weights<F>& weights, co
   }
 }
 
-template <class G, class F, int DIM>
+template <class G, class F>
 struct Convolution {
-  Tile<G, F, DIM> tile;
+  Tile<G, F> tile;
   Buffer<F> o;
 };
 
-template <class G, class F, int DIM>
+template <class G, class F>
 Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out, int threads) {
   const bool dense = !weights.depthwise;
   Panels<F> panels;
@@ -78,12 +78,12 @@ Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out,
   const int64_t columns = problem.backward ? weights.c_in : weights.c_out, group_columns = columns / weights.groups;
   const int64_t o_row = dense ? weights.groups * panels.padded_columns() : columns;
   const int64_t tile_rows = rows_of_tile<F>(problem.num_kernels * problem.channels, o_row);
-  const auto reserve = [&](Convolution<G, F, DIM>& own) {
+  const auto reserve = [&](Convolution<G, F>& own) {
     return own.tile.reserve(problem, tile_rows) && own.o.resize((tile_rows + 1) * o_row);
   };
-  return over_tiles<Convolution<G, F, DIM>>(
+  return over_tiles<Convolution<G, F>>(
       problem.num_queries, tile_rows, threads_of_pass(problem, weights, threads), reserve,
-      [&](Convolution<G, F, DIM>& own, int64_t, int64_t first, int64_t rows) {
+      [&](Convolution<G, F>& own, int64_t, int64_t first, int64_t rows) {
         const F* const o = own.o.data();
         own.tile.fill(problem, first, rows);
         if (!dense) {
@@ -117,15 +117,15 @@ bool deform(const KPConv& args, Buffer<G>& to) {
 }  // namespace
 
 Status kpconv(const KPConv& args) {
-  return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
+  return with_problem(args, [&](const auto& problem, const auto& weights) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(args.out), args.threads);
+    return convolve<G, F>(problem, weights, into<F>(args.out), args.threads);
   });
 }
 
 Status kpconv_grad_features(const KPConv& args) {
-  return with_problem(args, [&](auto problem, const auto& weights, auto dim) {
+  return with_problem(args, [&](auto problem, const auto& weights) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
     Buffer<G> mirrored, deformed;
@@ -142,7 +142,7 @@ Status kpconv_grad_features(const KPConv& args) {
     problem.num_queries = args.points.rows;
     problem.features = as<F>(args.grad_out);
     problem.channels = args.grad_out.cols;
-    return convolve<G, F, decltype(dim)::value>(problem, weights, into<F>(args.grad_features), args.threads);
+    return convolve<G, F>(problem, weights, into<F>(args.grad_features), args.threads);
   });
 }
 

@@ -127,15 +127,11 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   return true;
 }
 
-// Calls f(geometry type, feature type, dimension: 3, or 0 for any; a copy for 2 would take a third longer to compile).
+// Calls f(geometry type, feature type).
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
-  return with_real(args.points.dtype, [&](auto g) {
-    return with_real(args.features.dtype, [&](auto f) {
-      if (args.points.cols == 3) return call(g, f, std::integral_constant<int, 3>());
-      return call(g, f, std::integral_constant<int, 0>());
-    });
-  });
+  return with_real(args.points.dtype,
+                   [&](auto g) { return with_real(args.features.dtype, [&](auto f) { return call(g, f); }); });
 }
 
 template <class F>
@@ -152,39 +148,29 @@ Weights<F> weights_of(const KPConv& args) {
 
 template <class G, class F>
 Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
-  return {as<G>(args.points),
-          as<G>(args.queries),
-          int(args.points.cols),
-          as<int32_t>(args.index),
-          as<int64_t>(args.row_splits),
-          args.queries.rows,
+  return {{as<G>(args.points), as<G>(args.queries), int(args.points.cols), as<int32_t>(args.index),
+           as<int64_t>(args.row_splits), args.queries.rows, kernel_points.data(), int(args.kernel_points.rows),
+           G(args.extent), args.influence, args.aggregation, as<G>(args.offsets), nullptr},
           as<F>(args.features),
           args.features.cols,
-          kernel_points.data(),
-          int(args.kernel_points.rows),
-          G(args.extent),
-          args.influence,
-          args.aggregation,
           scale.data(),
-          nullptr,
-          as<G>(args.offsets),
           nullptr,
           as<F>(args.modulations),
           args.factors,
           false};
 }
 
-// Calls f(the problem of the way there, weights, dimension, the queries' scale).
+// Calls f(the problem of the way there, weights).
 template <class Call>
 Status with_problem(const KPConv& args, Call call) {
-  return with_types(args, [&](auto g, auto f, auto dim) {
+  return with_types(args, [&](auto g, auto f) {
     using G = decltype(g);
     using F = decltype(f);
     Buffer<G> kernel_points;
     Buffer<F> scale;
     if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
     if (Status status = normalize(args, scale); status != Status::ok) return status;
-    return call(forward_problem(args, kernel_points, scale), weights_of<F>(args), dim);
+    return call(forward_problem(args, kernel_points, scale), weights_of<F>(args));
   });
 }
 

@@ -200,7 +200,7 @@ class Products {
   int64_t done(int64_t k) const { return done_[k]; }
 
   // Adds the tile's new rows. `panels`: of the transposed weights; `grad_out` from the tile's first query on
-  void multiply(const Rows<F>& tile, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out) {
+  KP_OUTLINE void multiply(const Rows<F>& tile, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out) {
     for (int k = 0; k < weights.num_kernels; ++k) {
       gather_gradients(tile, k, weights.c_out, grad_out);
       if (weights.depthwise)
@@ -212,8 +212,8 @@ class Products {
   }
 
   // Finds `along` and `row`, of as many pairs at a time as a vector has lanes.
-  void dot(const List* lists, int64_t num_lists, const int32_t* points, int64_t num_pairs, const F* features,
-           int64_t channels) {
+  KP_OUTLINE void dot(const List* lists, int64_t num_lists, const int32_t* points, int64_t num_pairs, const F* features,
+                      int64_t channels) {
     const int rest = int(channels % lanes<F>);
     for (const List* list = lists; list < lists + num_lists; ++list) {
       const Vec<int32_t> number = broadcast(list->row + list->kernel * row_step);
@@ -290,13 +290,13 @@ class Products {
 };
 
 // One thread's gradients of where things are, from the products of its tile.
-template <class G, class F, int DIM>
+template <class G, class F>
 class Places {
  public:
   // `most_edges` of a tile.
   bool reserve(const Problem<G, F>& problem, const Weights<F>& weights, int64_t rows, int64_t most_edges) {
     const int64_t K = problem.num_kernels;
-    if (!products_.reserve(weights, rows, Tile<G, F, DIM>::most_pairs + K * chunk)) return false;
+    if (!products_.reserve(weights, rows, Tile<G, F>::most_pairs + K * chunk)) return false;
     const int64_t all_rows = K * products_.rows_stored();
     stride_ = round_up(problem.dimension, 4);
     return factor_.resize(all_rows) && modulation_.resize(all_rows) && sums_.resize(all_rows * stride_) &&
@@ -313,8 +313,8 @@ class Places {
   }
 
   // Adds what follows from some of its pairs. `panels`: of the transposed weights
-  void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out,
-           const Rows<F>& tile, const Pairs<G, F, DIM>& pairs, const Gradients<G, F>& to) {
+  KP_OUTLINE void add(const Problem<G, F>& problem, const Weights<F>& weights, const Panels<F>& panels,
+                      const F* grad_out, const Rows<F>& tile, const Pairs<G, F>& pairs, const Gradients<G, F>& to) {
     const int64_t K = problem.num_kernels;
     for (int64_t k = 0; k < K; ++k)
       for (int64_t i = products_.done(k); i < tile.size(k); ++i) {
@@ -325,15 +325,15 @@ class Places {
     products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
     products_.dot(pairs.lists.data(), pairs.num_lists, pairs.point.data(), pairs.num_pairs, problem.features,
                   problem.channels);
-    if (to.points)
-      spread<true>(problem, pairs, to.modulations);
+    if (problem.dimension == 3)
+      spread<3>(problem, pairs, to.points, to.modulations);
     else
-      spread<false>(problem, pairs, to.modulations);
+      spread<0>(problem, pairs, to.points, to.modulations);
   }
 
   // Gives the gradients of the tile's `count` queries.
   void give(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t count, const Rows<F>& tile) {
-    const int64_t D = DIM ? DIM : problem.dimension, K = problem.num_kernels;
+    const int64_t D = problem.dimension, K = problem.num_kernels;
     if (to.queries) memset(to.queries + first_ * D, 0, size_t(count * D) * sizeof(G));
     if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
     if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
@@ -354,7 +354,7 @@ class Places {
 
   // Adds the gradients of what other tiles add to.
   void give_shared(const Problem<G, F>& problem, const Gradients<G, F>& to, int64_t num_edges) const {
-    const int D = DIM ? DIM : problem.dimension;
+    const int D = problem.dimension;
     const int32_t* const index = problem.index + problem.row_splits[first_];
     for (int64_t e = 0; to.points && e < num_edges; ++e)
       for (int a = 0; a < D; ++a) to.points[int64_t(index[e]) * D + a] += edges_[e * stride_ + a];
@@ -364,9 +364,9 @@ class Places {
  private:
   // Adds up, by the tile's rows and by pairs of query and point, the gradients of where a pair's point is from its
   // kernel point. One pair after the other: a loop over the five pairs of a list ends unforeseen.
-  template <bool of_points>
-  void spread(const Problem<G, F>& problem, const Pairs<G, F, DIM>& pairs, bool of_modulations) {
-    constexpr int step = lanes<G> < 4 ? 4 : lanes<G>, stored = (Pairs<G, F, DIM>::stored + 3) / 4 * 4;
+  template <int DIM>
+  void spread(const Problem<G, F>& problem, const Pairs<G, F>& pairs, bool of_points, bool of_modulations) {
+    constexpr int step = lanes<G> < 4 ? 4 : lanes<G>, stored = DIM ? (DIM + 3) / 4 * 4 : max_dimension;
     const int D = DIM ? DIM : problem.dimension;
     const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
     alignas(64) G pushed[stored][step] = {}, influences[step];
@@ -414,14 +414,14 @@ class Places {
   int64_t first_ = 0, stride_ = 0;
 };
 
-template <class G, class F, int DIM>
+template <class G, class F>
 struct Pass {
-  Tile<G, F, DIM> tile;
-  Places<G, F, DIM> places;
+  Tile<G, F> tile;
+  Places<G, F> places;
   Buffer<F> grad;  // the tile's rows of grad_out, padded
 };
 
-template <class G, class F, int DIM>
+template <class G, class F>
 Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, const F* grad_out,
                       const Gradients<G, F>& to, int threads) {
   const int64_t K = problem.num_kernels, D = problem.dimension, num_queries = problem.num_queries;
@@ -441,41 +441,37 @@ Status find_gradients(const Problem<G, F>& problem, const Weights<F>& weights, c
   const Tiles tiles(num_queries, tile_rows);
   for (int64_t t = 0; to.points && t < tiles.count; ++t)
     most_edges = larger(most_edges, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
-  using Own = Pass<G, F, DIM>;
+  using Own = Pass<G, F>;
   const auto reserve = [&](Own& own) {
     return own.tile.reserve(problem, tile_rows, to.of_sums(), to.of_places()) &&
            (!to.of_places() || own.places.reserve(problem, weights, tile_rows, most_edges)) &&
            (!to.weights || own.grad.resize(tile_rows * round_up(weights.c_out, lanes<F>) + panel_width<F>));
   };
   threads = threads_of_pass(problem, weights, threads);
-  return over_tiles<Own>(
-      num_queries, tile_rows, threads, reserve, [&](Own& own, int64_t t, int64_t first, int64_t rows) {
-        if (to.of_places()) {
-          const int64_t num_edges = splits[first + rows] - splits[first];
-          own.places.start(first, num_edges);
-          own.tile.fill(problem, first, rows, own.tile.most_pairs, [&](const Pairs<G, F, DIM>& pairs) {
-            own.places.add(problem, weights, panels, grad_out, own.tile.rows(), pairs, to);
-          });
-          own.places.give(problem, to, rows, own.tile.rows());
-          if (to.points || to.kernels) {
-            turns.wait(blocks.count(), t);
-            own.places.give_shared(problem, to, num_edges);
-            turns.pass(blocks.count(), t);
-          }
-        } else {
-          own.tile.fill(problem, first, rows);
-        }
-        if (to.factors) find_factors(own.tile.rows(), weights, grad_out, first, rows, to.factors);
-        if (to.weights)
-          add_weights(own.tile.rows(), weights, modulations_at(problem, weights, first), blocks, grad_out, t, first,
-                      rows, turns, own.grad.data(), to.weights);
-      });
+  const auto work = [&](Own& own, int64_t t, int64_t first, int64_t rows) {
+    const int64_t num_edges = splits[first + rows] - splits[first];
+    if (to.of_places()) own.places.start(first, num_edges);
+    own.tile.fill(problem, first, rows, to.of_places() ? own.tile.most_pairs : batch, [&](const Pairs<G, F>& pairs) {
+      if (to.of_places()) own.places.add(problem, weights, panels, grad_out, own.tile.rows(), pairs, to);
+    });
+    if (to.of_places()) own.places.give(problem, to, rows, own.tile.rows());
+    if (to.points || to.kernels) {
+      turns.wait(blocks.count(), t);
+      own.places.give_shared(problem, to, num_edges);
+      turns.pass(blocks.count(), t);
+    }
+    if (to.factors) find_factors(own.tile.rows(), weights, grad_out, first, rows, to.factors);
+    if (to.weights)
+      add_weights(own.tile.rows(), weights, modulations_at(problem, weights, first), blocks, grad_out, t, first, rows,
+                  turns, own.grad.data(), to.weights);
+  };
+  return over_tiles<Own>(num_queries, tile_rows, threads, reserve, work);
 }
 
 }  // namespace
 
 Status kpconv_grads(const KPConv& args) {
-  return with_problem(args, [&](const auto& problem, const auto& weights, auto dim) {
+  return with_problem(args, [&](const auto& problem, const auto& weights) {
     using F = std::decay_t<decltype(*weights.data)>;
     using G = std::decay_t<decltype(*problem.points)>;
     const int64_t size = int64_t(problem.num_kernels) * problem.dimension;
@@ -491,8 +487,7 @@ Status kpconv_grads(const KPConv& args) {
                                    kernel_points ? kernels.data() : nullptr,
                                    into<G>(args.grad_offsets),
                                    weights.factors > 1 ? nullptr : modulations};
-    const Status status =
-        find_gradients<G, F, decltype(dim)::value>(problem, weights, as<F>(args.grad_out), found, args.threads);
+    const Status status = find_gradients<G, F>(problem, weights, as<F>(args.grad_out), found, args.threads);
     for (int64_t i = 0; found.kernels && i < size; ++i) kernel_points[i] = G(kernels[i]);
     return status;
   });

@@ -99,8 +99,8 @@ struct Limits {
   }
 };
 template <class T>
-T distance_of(Metric metric, T measured) {
-  return metric == Metric::l2 ? T(::sqrt(measured)) : measured;
+KP_OUTLINE void put_distances(Metric metric, const T* measures, int64_t n, T* distances) {
+  for (int64_t j = 0; j < n; ++j) distances[j] = metric == Metric::l2 ? T(::sqrt(measures[j])) : measures[j];
 }
 
 template <class Kind>
@@ -198,10 +198,9 @@ struct GroupScratch {
       : candidates(plan.index().head.dimension, plan.search.metric, plan.search.ignore) {}
 };
 
-template <class Kind>
-KP_INLINE void query_at(const Sorted<typename Kind::Scalar, Kind::dimension>& queries, int64_t i, int dimension,
-                        typename Kind::Scalar* q) {
-  for (int a = 0; a < (Kind::dimension ? Kind::dimension : dimension); ++a) q[a] = queries.x[a][i];
+template <class T, int D>
+KP_INLINE void query_at(const Sorted<T, D>& queries, int64_t i, int dimension, T* q) {
+  for (int a = 0; a < (D ? D : dimension); ++a) q[a] = queries.x[a][i];
 }
 
 // The largest limit of a group.
@@ -210,6 +209,26 @@ T group_limit(const Limits<T>& limits, const Queries& queries, int64_t begin, in
   T limit = limits(queries.ids[begin]);
   for (int64_t i = begin + 1; limits.radii && i < end; ++i) limit = larger(limit, limits(queries.ids[i]));
   return limit;
+}
+
+// Bounds of rows from their lengths, of which none counts more than `most`, in row_splits[1], ...
+void add_up(int64_t num_rows, int64_t most, int64_t* row_splits) {
+  for (int64_t i = 0; i < num_rows; ++i) row_splits[i + 1] = row_splits[i] + smaller(row_splits[i + 1], most);
+}
+
+// Counts the neighbours of the queries of one group. With the index that the candidates are from, this and fill_rows()
+// would be compiled ten times and not six.
+template <class T, int D>
+KP_OUTLINE void count_rows(const Candidates<T, D>& candidates, const Sorted<T, D>& queries, int dimension,
+                           const Limits<T>& limits, int64_t begin, int64_t end, int64_t* counts) {
+  for (int64_t i = begin; i < end; ++i) {
+    // Rows lie where the caller's order puts them; writing to one costs a cache miss unless it was asked for.
+    if (i + 16 < queries.size) __builtin_prefetch(&counts[queries.ids[i + 16]], 1);
+    T q[Sorted<T, D>::stored];
+    query_at(queries, i, dimension, q);
+    const int32_t id = queries.ids[i];
+    counts[id] = candidates.count_within(q, id, limits(id));
+  }
 }
 
 template <class Kind>
@@ -228,75 +247,74 @@ Status count(const Search& search, int64_t* row_splits, void** result) {
   const auto& queries = plan->queries();
   const Limits<T> limits = plan->limits();
   const int dimension = plan->index().head.dimension;
-  int64_t* const counts = row_splits + 1;
   status = for_each_group<Kind, GroupScratch<Kind>>(
       *plan, [&](auto& walker, GroupScratch<Kind>& scratch, int64_t begin, int64_t end) {
         if (!walker.move_to(begin, end, group_limit(limits, queries, begin, end), false, scratch.candidates))
           return false;
-        for (int64_t i = begin; i < end; ++i) {
-          // Rows lie where the caller's order puts them; writing to one costs a cache miss unless it was asked for.
-          if (i + 16 < plan->num_queries) __builtin_prefetch(&counts[queries.ids[i + 16]], 1);
-          T q[Sorted<T, Kind::dimension>::stored];
-          query_at<Kind>(queries, i, dimension, q);
-          const int32_t id = queries.ids[i];
-          counts[id] = scratch.candidates.count_within(q, id, limits(id));
-        }
+        count_rows(scratch.candidates, queries, dimension, limits, begin, end, row_splits + 1);
         return true;
       });
-  const int64_t most = search.most < 0 ? INT64_MAX : search.most;
-  for (int64_t i = 0; i < plan->num_queries; ++i) {
-    counts[i] = smaller(counts[i], most);
-    counts[i] += row_splits[i];
-  }
+  add_up(plan->num_queries, search.most < 0 ? INT64_MAX : search.most, row_splits);
   return status;
+}
+
+// Lists being written.
+template <class T>
+struct Lists {
+  const int64_t* row_splits;
+  int32_t* index;
+  T* distance;  // or null
+};
+
+// Writes the rows of the queries of one group. False: no memory.
+template <class T, int D>
+KP_OUTLINE bool fill_rows(const Candidates<T, D>& candidates, const Sorted<T, D>& queries, int dimension,
+                          const Limits<T>& limits, const Search& search, int64_t group, int64_t group_end,
+                          RowScratch<T>& row, const Lists<T>& to) {
+  const bool by_distance = search.sort == Sort::distance, measured = search.most >= 0 || by_distance || to.distance;
+  const int64_t* const row_splits = to.row_splits;
+  if (!row.reserve(candidates.size())) return false;
+  for (int64_t i = group; i < group_end; ++i) {
+    if (i + 16 < queries.size) __builtin_prefetch(&row_splits[queries.ids[i + 16]]);
+    if (i + 8 < queries.size) {
+      const int32_t* const ahead = to.index + row_splits[queries.ids[i + 8]];
+      for (int line = 0; line < 3; ++line) __builtin_prefetch(ahead + 16 * line, 1);
+    }
+    T q[Sorted<T, D>::stored];
+    query_at(queries, i, dimension, q);
+    const int32_t id = queries.ids[i];
+    const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
+    int32_t* const ids = row.ids.data();
+    if (!measured) {
+      candidates.template collect<false>(q, id, limits(id), ids, nullptr);
+    } else {
+      const int64_t found = candidates.template collect<true>(q, id, limits(id), ids, row.measures.data());
+      if (by_distance)
+        row.sort_by_distance(found);
+      else if (found > n)
+        row.keep_nearest(found, n);
+    }
+    copy_row(to.index + begin, ids, n);
+    if (to.distance) put_distances(search.metric, row.measures.data(), n, to.distance + begin);
+  }
+  return true;
 }
 
 template <class Kind>
 Status fill(const Plan<Kind>& plan, int32_t* index, typename Kind::Scalar* distance) {
   using T = typename Kind::Scalar;
   const Search& search = plan.search;
-  const bool limited = search.most >= 0, by_distance = search.sort == Sort::distance;
-  const bool by_index = search.sort == Sort::index;
-  const bool measured = limited || by_distance || distance;
-  const int64_t* const row_splits = plan.row_splits;
-  if (!row_splits[plan.num_queries]) return Status::ok;
-  if (limited && !plan.is_measurable()) return Status::not_finite;
+  if (!plan.row_splits[plan.num_queries]) return Status::ok;
+  if (search.most >= 0 && !plan.is_measurable()) return Status::not_finite;
   const auto& queries = plan.queries();
   const Limits<T> limits = plan.limits();
+  const Lists<T> to{plan.row_splits, index, distance};
   const int dimension = plan.index().head.dimension;
   return for_each_group<Kind, GroupScratch<Kind>>(
-      plan, [&](auto& walker, GroupScratch<Kind>& scratch, int64_t group, int64_t group_end) {
-        const auto& candidates = scratch.candidates;
-        RowScratch<T>& row = scratch.row;
-        if (!walker.move_to(group, group_end, group_limit(limits, queries, group, group_end), by_index,
-                            scratch.candidates) ||
-            !row.reserve(candidates.size()))
-          return false;
-        for (int64_t i = group; i < group_end; ++i) {
-          if (i + 16 < plan.num_queries) __builtin_prefetch(&row_splits[queries.ids[i + 16]]);
-          if (i + 8 < plan.num_queries) {
-            const int32_t* const ahead = index + row_splits[queries.ids[i + 8]];
-            for (int line = 0; line < 3; ++line) __builtin_prefetch(ahead + 16 * line, 1);
-          }
-          T q[Sorted<T, Kind::dimension>::stored];
-          query_at<Kind>(queries, i, dimension, q);
-          const int32_t id = queries.ids[i];
-          const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
-          int32_t* const ids = row.ids.data();
-          if (!measured) {
-            candidates.template collect<false>(q, id, limits(id), ids, nullptr);
-          } else {
-            const int64_t found = candidates.template collect<true>(q, id, limits(id), ids, row.measures.data());
-            if (by_distance)
-              row.sort_by_distance(found);
-            else if (found > n)
-              row.keep_nearest(found, n);
-          }
-          copy_row(index + begin, ids, n);
-          if (distance)
-            for (int64_t j = 0; j < n; ++j) distance[begin + j] = distance_of(search.metric, row.measures[j]);
-        }
-        return true;
+      plan, [&](auto& walker, GroupScratch<Kind>& scratch, int64_t begin, int64_t end) {
+        return walker.move_to(begin, end, group_limit(limits, queries, begin, end), search.sort == Sort::index,
+                              scratch.candidates) &&
+               fill_rows(scratch.candidates, queries, dimension, limits, search, begin, end, scratch.row, to);
       });
 }
 
@@ -351,7 +369,7 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
         T q[Sorted<T, Kind::dimension>::stored], farthest = 0;
         T guess = T(INFINITY);  // half as much again as the query before: 24 of 16 to sort, not 190
         for (int64_t i = group; i < group_end; ++i) {
-          query_at<Kind>(queries, i, dimension, q);
+          query_at(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
           const T most = limits(id);
           T limit = most;
@@ -372,7 +390,7 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
         if (!walker.move_to(group, group_end, farthest, false, s.candidates, k) || !s.row.reserve(s.candidates.size()))
           return false;
         for (int64_t i = group; i < group_end; ++i) {
-          query_at<Kind>(queries, i, dimension, q);
+          query_at(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
           const int64_t found =
               s.candidates.template collect<true>(q, id, s.limits[i - group], s.row.ids.data(), s.row.measures.data());
@@ -384,8 +402,7 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
           if (search.sort == Sort::index) s.row.sort_by_index(n);
           counts[id] = n;
           copy_row(index + id * k, s.row.ids.data(), n);
-          if (distance)
-            for (int64_t j = 0; j < n; ++j) distance[id * k + j] = distance_of(search.metric, s.row.measures[j]);
+          if (distance) put_distances(search.metric, s.row.measures.data(), n, distance + id * k);
         }
         return true;
       });

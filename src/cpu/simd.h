@@ -20,6 +20,13 @@
 #endif
 
 #define KP_INLINE inline __attribute__((always_inline))
+// Neither inlined nor copied for some arguments: what depends on fewer types than its callers, or has several calls,
+// is then compiled once.
+#if defined(__clang__)
+#define KP_OUTLINE __attribute__((noinline))
+#else
+#define KP_OUTLINE __attribute__((noinline, noclone))
+#endif
 
 namespace kp {
 namespace {

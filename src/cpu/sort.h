@@ -84,7 +84,7 @@ KP_INLINE void sort_registers(V* v, std::index_sequence<C...>) {
 
 // Sorts R * lanes<K> keys in place.
 template <int R, class K>
-KP_INLINE void sort_block(K* keys) {
+void sort_block(K* keys) {
   Vec<K> v[R];
   for (int r = 0; r < R; ++r) v[r] = load(keys + r * lanes<K>);
   sort_registers<R>(v, std::make_index_sequence<Comparators<R>().count>());
