@@ -43,14 +43,14 @@ class Fields:
 
 def run(name, call=None, **more):
     """Call a launcher. Its fields are taken from `more`, and those not there from the attributes of `call`."""
-    kinds, fields = _FIELDS[name], _OPTIONAL[name].copy()
-    if call is not None:
-        attributes = call.__dict__
-        fields.update({field: attributes[field] for field in kinds if field in attributes})
-    fields.update(more)
+    kinds, attributes = _FIELDS[name], {} if call is None else call.__dict__
+    fields = {**_OPTIONAL[name], **attributes, **more}
     if fields.keys() != kinds.keys():
         for field in kinds:
             if field not in fields:
                 raise TypeError(f"{name}: expected a field {field}, got none")
-        raise TypeError(f"{name}: expected no fields but {', '.join(kinds)}, got {', '.join(more)}")
+        for field in fields.keys() - kinds.keys():
+            if field in more:
+                raise TypeError(f"{name}: expected no fields but {', '.join(kinds)}, got {', '.join(more)}")
+            del fields[field]  # an attribute of the call that is no field
     LAUNCHERS[name](Fields(fields))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import cupy
 import numpy as np
 
@@ -13,14 +11,7 @@ from kpcore.backends.gpu_lists import pairs_by_point
 
 _SUMS_BYTES = 32 << 20  # of a portion: they stay in the second-level cache of an H100 or H200
 _POSITIVE = 2  # of Normalization
-
-
-class _ParameterOwner(IntEnum):
-    """What offsets, modulations and the normalization belong to; of kpconv.cu."""
-
-    none = 0
-    query = 1
-    neighbor = 2  # where the list is transposed
+_NONE, _QUERY, _NEIGHBOR = range(3)  # ParameterOwner of kpconv.cu
 
 
 def _kernels(fields):
@@ -44,12 +35,11 @@ def _normalization_scale(fields):
 
 def _owners(fields, owner, scale):
     """{parameter: value} of kernels that gather neighbours: which of them the optional arrays belong to."""
-    none = _ParameterOwner.none
     return {
-        "offsets_owner": none if fields.offsets is None else owner,
-        "modulations_owner": none if fields.modulations is None else owner,
+        "offsets_owner": _NONE if fields.offsets is None else owner,
+        "modulations_owner": _NONE if fields.modulations is None else owner,
         "scale": scale,
-        "scale_owner": none if scale is None else owner,
+        "scale_owner": _NONE if scale is None else owner,
     }
 
 
@@ -64,9 +54,9 @@ def _aggregated(fields, transposed=False):
     All sums are in one buffer: launch what uses a portion before taking the next. On the transposed list the gradient
     of the output is summed at the points.
     """
-    queries, features, owner, lists = fields.queries, fields.features, _ParameterOwner.query, {}
+    queries, features, owner, lists = fields.queries, fields.features, _QUERY, {}
     if transposed:
-        queries, features, owner = fields.points, fields.grad_out, _ParameterOwner.neighbor
+        queries, features, owner = fields.points, fields.grad_out, _NEIGHBOR
         lists = {"points": fields.queries, "queries": queries, "index": fields.transposed_index,
                  "row_splits": fields.transposed_row_splits, "features": features}  # fmt: skip
     groups, channels, num_kernels = fields.groups, features.shape[1], len(fields.kernel_points)
@@ -98,11 +88,12 @@ def _write_product(a, b, out, g, groups):
         _group(out, g, groups)[...] = a @ b
 
 
-def _matrices(fields, axes):
-    """Of each group the weights as a matrix: their axes (K, Cin, Cout) in another order, the last one as columns."""
-    groups, matrices = fields.groups, []
-    for g in range(groups):
-        weights = cupy.ascontiguousarray(_group(fields.weights, g, groups).transpose(axes))
+def _matrices(fields, transposed):
+    """The weights of each group as a matrix (K * Cin, Cout), transposed (K * Cout, Cin)."""
+    matrices = []
+    for g in range(fields.groups):
+        weights = _group(fields.weights, g, fields.groups)
+        weights = cupy.ascontiguousarray(weights.transpose(0, 2, 1) if transposed else weights)
         matrices.append(weights.reshape(-1, weights.shape[-1]))
     return matrices
 
@@ -113,9 +104,9 @@ def _launch_depthwise(name, fields, threads, **values):
     launch(_kernels(fields)[name], threads, fields, num_kernels=num_kernels, channels=channels, **values)
 
 
-def _convolve(fields, axes, out, transposed=False):
+def _convolve(fields, out, transposed=False):
     channels, groups = out.shape[1], fields.groups
-    matrices = None if fields.depthwise else _matrices(fields, axes)
+    matrices = None if fields.depthwise else _matrices(fields, transposed)
     factors = 1 if transposed else fields.factors
     for first, end, sums in _aggregated(fields, transposed):
         if matrices is None:
@@ -128,12 +119,12 @@ def _convolve(fields, axes, out, transposed=False):
 
 @launcher
 def kpconv(fields):
-    _convolve(fields, (0, 1, 2), fields.out)
+    _convolve(fields, fields.out)
 
 
 @launcher
 def kpconv_grad_features(fields):
-    _convolve(fields, (0, 2, 1), fields.grad_features, transposed=True)
+    _convolve(fields, fields.grad_features, transposed=True)
 
 
 @launcher
@@ -198,7 +189,7 @@ def _gradients_of_places(fields):
         matrices = [matrix.reshape(len(matrix), -1) for matrix in matrices]
     buffer = cupy.empty((min(at_once, len(queries)), num_kernels * channels), dtype)
     values = {"channels": channels, "num_kernels": num_kernels, "first": 0, "rows": 0, "products": buffer}
-    values |= grads | _owners(fields, _ParameterOwner.query, _normalization_scale(fields))
+    values |= grads | _owners(fields, _QUERY, _normalization_scale(fields))
     arguments = kernels["place_grads"].bind(fields, values)
     for first in range(0, len(queries), at_once):
         rows = min(at_once, len(queries) - first)

@@ -71,9 +71,12 @@ class Kernel:
         parameters = gpu_sources.parameters(file)[name]
         self._places = {parameter.name: place for place, parameter in enumerate(parameters)}
         self._values_of = operator.itemgetter(*self._places)
-        self._scalars = [
-            None if p.is_pointer else _SCALARS[gpu_sources.scalar_type(file, p.type, definitions)] for p in parameters
-        ]
+        self._pointers = [place for place, parameter in enumerate(parameters) if parameter.is_pointer]
+        self._scalars = {
+            place: _SCALARS[gpu_sources.scalar_type(file, parameter.type, definitions)]
+            for place, parameter in enumerate(parameters)
+            if not parameter.is_pointer
+        }
 
     def bind(self, fields, values):
         """The arguments, by the names of the parameters: from the dict `values`, else attributes of `fields`.
@@ -82,24 +85,27 @@ class Kernel:
         """
         known = values if fields is None else {**fields.__dict__, **values}
         try:
-            arguments = self._values_of(known)
+            arguments = list(self._values_of(known))
         except KeyError as error:
             raise TypeError(f"{self.name}: expected a value of the parameter {error.args[0]}, got none") from None
         if not values.keys() <= self._places.keys():
             raise TypeError(
                 f"{self.name}: expected no values but of {', '.join(self._places)}, got {', '.join(values)}"
             )
-        return [
-            (_NULL if value is None else value) if scalar is None else scalar(value)
-            for value, scalar in zip(arguments, self._scalars, strict=True)
-        ]
+        for place, scalar in self._scalars.items():
+            arguments[place] = scalar(arguments[place])
+        for place in self._pointers:
+            if arguments[place] is None:
+                arguments[place] = _NULL
+        return arguments
 
     def rebind(self, arguments, **values):
         """Arguments of `bind` with other values of some parameters; much of the time of `bind` where they are many."""
         arguments = list(arguments)
         for name, value in values.items():
             place = self._places[name]
-            arguments[place] = value if self._scalars[place] is None else self._scalars[place](value)
+            scalar = self._scalars.get(place)
+            arguments[place] = value if scalar is None else scalar(value)
         return arguments
 
     def start(self, threads, arguments, block=BLOCK):
