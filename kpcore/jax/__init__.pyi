@@ -1,13 +1,73 @@
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Literal, overload
 
 from jax import Array
+from numpy.typing import DTypeLike
 
 import kpcore
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.search import IgnoreQueryPoint, Metric, Sort
 
-class GridIndex(kpcore.GridIndex): ...
-class KDTree(kpcore.KDTree): ...
+class GridIndex(kpcore.GridIndex):
+    @overload
+    def radius_search(
+        self,
+        queries: Array | None,
+        radius: float | Array,
+        *,
+        queries_row_splits: Array | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Array | None,
+        radius: float | Array,
+        *,
+        queries_row_splits: Array | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Array: ...
+
+class KDTree(kpcore.KDTree):
+    @overload
+    def radius_search(
+        self,
+        queries: Array | None,
+        radius: float | Array,
+        *,
+        queries_row_splits: Array | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Array | None,
+        radius: float | Array,
+        *,
+        queries_row_splits: Array | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Array: ...
 
 def add(
     first: Array,
@@ -24,22 +84,22 @@ def batch_norm(
     momentum: float = ...,
     eps: float = ...,
     negative_slope: float | None = ...,
-) -> BatchNormed: ...
+) -> BatchNormed[Array, Array]: ...
 def build_pyramid(
-    points: Any,
+    points: Array,
     *,
-    voxel_size: Any,
-    num_levels: Any,
-    row_splits: Any = ...,
-    features: Any = ...,
-    labels: Any = ...,
-    subsampled: Any = ...,
-    origin: Any = ...,
-    conv_radius: Any = ...,
-    deform_radius: Any = ...,
-    deform_levels: Any = ...,
-    neighbor_limits: Any = ...,
-) -> Pyramid: ...
+    voxel_size: float,
+    num_levels: int,
+    row_splits: Array | None = ...,
+    features: Array | None = ...,
+    labels: Array | None = ...,
+    subsampled: bool = ...,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    neighbor_limits: Sequence[int] | None = ...,
+) -> Pyramid[Array]: ...
 def concatenate(
     first: Array,
     second: Array,
@@ -54,13 +114,13 @@ def dropout(
     training: bool = ...,
 ) -> Array: ...
 def farthest_point_sampling(
-    points: Any,
-    num: Any,
+    points: Array,
+    num: int,
     *,
-    row_splits: Any = ...,
-    start: Any = ...,
-    method: Any = ...,
-) -> Sampled: ...
+    row_splits: Array | None = ...,
+    start: int | Array = ...,
+    method: Literal["exact", "bucketed"] | None = ...,
+) -> Sampled[Array]: ...
 def fitting_loss(
     points: Array,
     queries: Array | None,
@@ -76,17 +136,17 @@ def gather(
     index: Array,
 ) -> Array: ...
 def grid_subsample(
-    points: Any,
-    voxel_size: Any,
+    points: Array,
+    voxel_size: float | Sequence[float] | Array,
     *,
-    features: Any = ...,
-    labels: Any = ...,
-    row_splits: Any = ...,
-    origin: Any = ...,
-    position: Any = ...,
-    feature: Any = ...,
-    ignore_label: Any = ...,
-) -> Subsampled: ...
+    features: Array | None = ...,
+    labels: Array | None = ...,
+    row_splits: Array | None = ...,
+    origin: float | Sequence[float] | Array | str = ...,
+    position: Literal["barycenter", "center", "nearest"] = ...,
+    feature: Literal["mean", "max", "nearest"] = ...,
+    ignore_label: int | None = ...,
+) -> Subsampled[Array, Array]: ...
 def group_norm(
     features: Array,
     num_groups: int,
@@ -99,7 +159,7 @@ def group_norm(
 ) -> Array: ...
 def interpolate(
     points: Array,
-    queries: Array,
+    queries: Array | None,
     features: Array,
     k: int = ...,
     power: float = ...,
@@ -108,26 +168,26 @@ def interpolate(
     queries_row_splits: Array | None = ...,
 ) -> Array: ...
 def kernel_points(
-    num: Any,
-    radius: Any = ...,
+    num: int | Sequence[int],
+    radius: float = ...,
     *,
-    dimension: Any = ...,
-    fixed: Any = ...,
-    method: Any = ...,
-    rotate: Any = ...,
-    seed: Any = ...,
-    dtype: Any = ...,
-) -> Any: ...
+    dimension: int = ...,
+    fixed: Literal["none", "center", "verticals"] = ...,
+    method: Literal["potential", "lloyd", "shells"] = ...,
+    rotate: Literal["vertical", "full"] | None = ...,
+    seed: int = ...,
+    dtype: DTypeLike = ...,
+) -> Array: ...
 def knn_search(
-    points: Any,
-    queries: Any,
-    k: Any,
+    points: Array,
+    queries: Array | None,
+    k: int,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    return_distances: Any = ...,
+    points_row_splits: Array | None = ...,
+    queries_row_splits: Array | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    return_distances: bool = ...,
 ) -> Neighbors: ...
 def kpconv(
     points: Array,
@@ -179,20 +239,36 @@ def neighbor_reduce(
     empty: float = ...,
     pad_value: float | None = ...,
 ) -> Array: ...
+@overload
 def radius_search(
-    points: Any,
-    queries: Any,
-    radius: Any,
+    points: Array,
+    queries: Array | None,
+    radius: float | Array,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    max_neighbors: Any = ...,
-    sort: Any = ...,
-    return_distances: Any = ...,
-    count_only: Any = ...,
-) -> Any: ...
+    points_row_splits: Array | None = ...,
+    queries_row_splits: Array | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[False] = ...,
+) -> Neighbors: ...
+@overload
+def radius_search(
+    points: Array,
+    queries: Array | None,
+    radius: float | Array,
+    *,
+    points_row_splits: Array | None = ...,
+    queries_row_splits: Array | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[True],
+) -> Array: ...
 def relu(
     features: Array,
 ) -> Array: ...
