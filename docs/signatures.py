@@ -12,11 +12,13 @@ from pathlib import Path
 import kpcore as kp
 from kpcore.ops import EAGER, OPS
 
+# Of each file: what it imports, the arrays that functions return, those that they take, and what a dtype is.
 FRAMEWORKS = {
-    "torch/__init__.pyi": (("from torch import Tensor, dtype",), "Tensor", "dtype"),
+    "torch/__init__.pyi": (("from torch import Tensor, dtype",), "Tensor", "Tensor", "DTypeLike | dtype"),
     "jax/__init__.pyi": (
-        ("from jax import Array", "from numpy.typing import DTypeLike"),
+        ("from jax import Array", "from numpy import ndarray"),
         "Array",
+        "Array | ndarray",
         "DTypeLike",
     ),
 }
@@ -27,9 +29,9 @@ _ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
 
 def text(file):
     """What the file is to hold."""
-    imported, array, dtype = FRAMEWORKS[file]
+    imported, array, *argument_and_dtype = FRAMEWORKS[file]
     lines = ["from collections.abc import Collection, Sequence", "from typing import Literal, overload", ""]
-    lines += [*imported, "", "import kpcore"]
+    lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
     lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
     lines.append("from kpcore.search import IgnoreQueryPoint, Metric, Sort")
@@ -39,14 +41,14 @@ def text(file):
         lines += ["from kpcore.torch.ops import use_torch_allocator as use_torch_allocator"]
     for index in ("GridIndex", "KDTree"):
         lines += ["", f"class {index}(kpcore.{index}):"]
-        lines += [f"    {line}" for line in _declared(kp.KDTree.radius_search, array, dtype)]
+        lines += [f"    {line}" for line in _declared(kp.KDTree.radius_search, array, *argument_and_dtype)]
     lines.append("")
     for name in sorted({*EAGER, *OPS}):
-        lines += _declared(getattr(kp, name), array, dtype, seeds=array == "Tensor" and name in OPS)
+        lines += _declared(getattr(kp, name), array, *argument_and_dtype, seeds=array == "Tensor" and name in OPS)
     return "\n".join(lines).replace("'", '"') + "\n"
 
 
-def _declared(function, array, dtype, seeds=False):
+def _declared(function, array, argument, dtype, seeds=False):
     """The lines that declare a function on arrays of the framework; `seeds` may be such arrays."""
     parameters, star = [], False
     signature = inspect.signature(function)
@@ -57,7 +59,7 @@ def _declared(function, array, dtype, seeds=False):
         if parameter.annotation is parameter.empty:
             parameters.append(parameter.name)
             continue
-        annotation = _ARRAYS.sub(array, str(parameter.annotation)).replace("DTypeLike", dtype)
+        annotation = _ARRAYS.sub(argument, str(parameter.annotation)).replace("DTypeLike", dtype)
         if seeds and parameter.name == "seed":
             annotation = "int | Tensor"
         default = "" if parameter.default is parameter.empty else " = ..."

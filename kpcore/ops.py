@@ -134,21 +134,20 @@ def empty_like(call: Call[Out], names: Iterable[str], needs: Collection[str]) ->
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
+_KINDS = {name: name for name in ("Neighbors", *_SETTINGS)} | {"Array[Computed]": "Array", "AnyArray": "Array"}
 
 
 def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
     """{name: (kind, whether it may be None)} of the arguments of a public function, from its annotations."""
     arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
-        kind, _, none = str(parameter.annotation).partition(" | ")
-        if kind in ("Array[Computed]", "AnyArray"):
-            kind = "Array"
-        if kind not in ("Array", "Neighbors", *_SETTINGS) or none not in ("", "None"):
+        annotation, _, none = str(parameter.annotation).partition(" | ")
+        if annotation not in _KINDS or none not in ("", "None"):
             raise TypeError(
-                f"{name}: expected an annotation in {public.__name__} that is Array[Computed], AnyArray, "
-                f"Neighbors, float, int, bool or str, with or without | None, got {parameter.annotation}"
+                f"{name}: expected an annotation in {public.__name__} that is {', '.join(_KINDS)}, "
+                f"with or without | None, got {parameter.annotation}"
             )
-        arguments[name] = kind, none == "None"
+        arguments[name] = _KINDS[annotation], none == "None"
     return arguments
 
 

@@ -18,7 +18,7 @@ __all__ = ["Subsampled", "grid_subsample"]
 
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
-PUBLISHED = "published"
+PUBLISHED: Literal["published"] = "published"
 
 
 if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
@@ -177,7 +177,7 @@ def _call(points, voxel_size, features, labels, row_splits, origin, position, fe
     )  # fmt: skip
 
 
-def checked_rows(features, labels, sizes):
+def checked_rows(features: object, labels: object, sizes: checks.Sizes) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
     if features is not None:
         features = checks.array("features", features, "N C", checks.FEATURES, sizes)
@@ -186,13 +186,20 @@ def checked_rows(features, labels, sizes):
     return features, labels
 
 
-def subsample_level(voxel_size, origin, points, features, labels, row_splits):
+def subsample_level(
+    voxel_size: float,
+    origin: Literal[0, "published"],
+    points: np.ndarray,
+    features: np.ndarray | None,
+    labels: np.ndarray | None,
+    row_splits: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]:
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
     call = _call(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
     return _forward(call)[0][:4]
 
 
-def common_origin(origin):
+def common_origin(origin: object) -> Literal[0, "published"]:
     """The origin of grids of several voxel sizes: 0 or "published"; anything else is an error."""
     if isinstance(origin, numbers.Real) and origin == 0:
         return 0

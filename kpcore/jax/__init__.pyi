@@ -2,6 +2,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, overload
 
 from jax import Array
+from numpy import ndarray
 from numpy.typing import DTypeLike
 
 import kpcore
@@ -13,10 +14,10 @@ class GridIndex(kpcore.GridIndex):
     @overload
     def radius_search(
         self,
-        queries: Array | None,
-        radius: float | Array,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
         *,
-        queries_row_splits: Array | None = ...,
+        queries_row_splits: Array | ndarray | None = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -27,10 +28,10 @@ class GridIndex(kpcore.GridIndex):
     @overload
     def radius_search(
         self,
-        queries: Array | None,
-        radius: float | Array,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
         *,
-        queries_row_splits: Array | None = ...,
+        queries_row_splits: Array | ndarray | None = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -43,10 +44,10 @@ class KDTree(kpcore.KDTree):
     @overload
     def radius_search(
         self,
-        queries: Array | None,
-        radius: float | Array,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
         *,
-        queries_row_splits: Array | None = ...,
+        queries_row_splits: Array | ndarray | None = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -57,10 +58,10 @@ class KDTree(kpcore.KDTree):
     @overload
     def radius_search(
         self,
-        queries: Array | None,
-        radius: float | Array,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
         *,
-        queries_row_splits: Array | None = ...,
+        queries_row_splits: Array | ndarray | None = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -70,15 +71,15 @@ class KDTree(kpcore.KDTree):
     ) -> Array: ...
 
 def add(
-    first: Array,
-    second: Array,
+    first: Array | ndarray,
+    second: Array | ndarray,
 ) -> Array: ...
 def batch_norm(
-    features: Array,
-    scale: Array,
-    shift: Array,
-    running_mean: Array,
-    running_var: Array,
+    features: Array | ndarray,
+    scale: Array | ndarray,
+    shift: Array | ndarray,
+    running_mean: Array | ndarray,
+    running_var: Array | ndarray,
     *,
     training: bool = ...,
     momentum: float = ...,
@@ -86,13 +87,13 @@ def batch_norm(
     negative_slope: float | None = ...,
 ) -> BatchNormed[Array, Array]: ...
 def build_pyramid(
-    points: Array,
+    points: Array | ndarray,
     *,
     voxel_size: float,
     num_levels: int,
-    row_splits: Array | None = ...,
-    features: Array | None = ...,
-    labels: Array | None = ...,
+    row_splits: Array | ndarray | None = ...,
+    features: Array | ndarray | None = ...,
+    labels: Array | ndarray | None = ...,
     subsampled: bool = ...,
     origin: Literal[0, "published"] = ...,
     conv_radius: float = ...,
@@ -101,71 +102,71 @@ def build_pyramid(
     neighbor_limits: Sequence[int] | None = ...,
 ) -> Pyramid[Array]: ...
 def concatenate(
-    first: Array,
-    second: Array,
-    third: Array | None = ...,
-    fourth: Array | None = ...,
+    first: Array | ndarray,
+    second: Array | ndarray,
+    third: Array | ndarray | None = ...,
+    fourth: Array | ndarray | None = ...,
 ) -> Array: ...
 def dropout(
-    features: Array,
+    features: Array | ndarray,
     rate: float,
     seed: int,
     *,
     training: bool = ...,
 ) -> Array: ...
 def farthest_point_sampling(
-    points: Array,
+    points: Array | ndarray,
     num: int,
     *,
-    row_splits: Array | None = ...,
-    start: int | Array = ...,
+    row_splits: Array | ndarray | None = ...,
+    start: int | Array | ndarray = ...,
     method: Literal["exact", "bucketed"] | None = ...,
 ) -> Sampled[Array]: ...
 def fitting_loss(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    kernel_points: Array,
-    offsets: Array,
+    kernel_points: Array | ndarray,
+    offsets: Array | ndarray,
     extent: float,
     *,
     reduction: str = ...,
 ) -> Array: ...
 def gather(
-    features: Array,
-    index: Array,
+    features: Array | ndarray,
+    index: Array | ndarray,
 ) -> Array: ...
 def grid_subsample(
-    points: Array,
-    voxel_size: float | Sequence[float] | Array,
+    points: Array | ndarray,
+    voxel_size: float | Sequence[float] | Array | ndarray,
     *,
-    features: Array | None = ...,
-    labels: Array | None = ...,
-    row_splits: Array | None = ...,
-    origin: float | Sequence[float] | Array | str = ...,
+    features: Array | ndarray | None = ...,
+    labels: Array | ndarray | None = ...,
+    row_splits: Array | ndarray | None = ...,
+    origin: float | Sequence[float] | Array | ndarray | str = ...,
     position: Literal["barycenter", "center", "nearest"] = ...,
     feature: Literal["mean", "max", "nearest"] = ...,
     ignore_label: int | None = ...,
 ) -> Subsampled[Array, Array]: ...
 def group_norm(
-    features: Array,
+    features: Array | ndarray,
     num_groups: int,
-    scale: Array,
-    shift: Array,
+    scale: Array | ndarray,
+    shift: Array | ndarray,
     *,
-    row_splits: Array | None = ...,
+    row_splits: Array | ndarray | None = ...,
     eps: float = ...,
     negative_slope: float | None = ...,
 ) -> Array: ...
 def interpolate(
-    points: Array,
-    queries: Array | None,
-    features: Array,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    features: Array | ndarray,
     k: int = ...,
     power: float = ...,
     *,
-    points_row_splits: Array | None = ...,
-    queries_row_splits: Array | None = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
 ) -> Array: ...
 def kernel_points(
     num: int | Sequence[int],
@@ -179,74 +180,74 @@ def kernel_points(
     dtype: DTypeLike = ...,
 ) -> Array: ...
 def knn_search(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     k: int,
     *,
-    points_row_splits: Array | None = ...,
-    queries_row_splits: Array | None = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     return_distances: bool = ...,
 ) -> Neighbors: ...
 def kpconv(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    features: Array,
-    weights: Array,
-    kernel_points: Array,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    kernel_points: Array | ndarray,
     extent: float,
     *,
     influence: str = ...,
     aggregation: str = ...,
     normalization: str | None = ...,
     groups: int = ...,
-    offsets: Array | None = ...,
-    modulations: Array | None = ...,
+    offsets: Array | ndarray | None = ...,
+    modulations: Array | ndarray | None = ...,
 ) -> Array: ...
 def kpconvx(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    features: Array,
-    weights: Array,
-    attention: Array,
-    kernel_points: Array,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    attention: Array | ndarray,
+    kernel_points: Array | ndarray,
     extent: float,
     *,
     influence: str = ...,
 ) -> Array: ...
 def leaky_relu(
-    features: Array,
+    features: Array | ndarray,
     negative_slope: float = ...,
 ) -> Array: ...
 def linear(
-    features: Array,
-    weights: Array,
-    bias: Array | None = ...,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    bias: Array | ndarray | None = ...,
 ) -> Array: ...
 def nearest_upsample(
-    features: Array,
+    features: Array | ndarray,
     neighbors: Neighbors,
 ) -> Array: ...
 def neighbor_reduce(
-    features: Array,
+    features: Array | ndarray,
     neighbors: Neighbors,
     reduce: str = ...,
     *,
-    weights: Array | None = ...,
+    weights: Array | ndarray | None = ...,
     empty: float = ...,
     pad_value: float | None = ...,
 ) -> Array: ...
 @overload
 def radius_search(
-    points: Array,
-    queries: Array | None,
-    radius: float | Array,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    radius: float | Array | ndarray,
     *,
-    points_row_splits: Array | None = ...,
-    queries_row_splits: Array | None = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -256,12 +257,12 @@ def radius_search(
 ) -> Neighbors: ...
 @overload
 def radius_search(
-    points: Array,
-    queries: Array | None,
-    radius: float | Array,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    radius: float | Array | ndarray,
     *,
-    points_row_splits: Array | None = ...,
-    queries_row_splits: Array | None = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -270,11 +271,11 @@ def radius_search(
     count_only: Literal[True],
 ) -> Array: ...
 def relu(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def repulsion_loss(
-    kernel_points: Array,
-    offsets: Array,
+    kernel_points: Array | ndarray,
+    offsets: Array | ndarray,
     extent: float,
     *,
     repulse_extent: float = ...,
@@ -282,23 +283,23 @@ def repulsion_loss(
     reduction: str = ...,
 ) -> Array: ...
 def segment_reduce(
-    features: Array,
-    row_splits: Array | None,
+    features: Array | ndarray,
+    row_splits: Array | ndarray | None,
     reduce: str = ...,
     *,
     empty: float = ...,
 ) -> Array: ...
 def sigmoid(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def softmax(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def softmax_cross_entropy(
-    logits: Array,
-    labels: Array,
+    logits: Array | ndarray,
+    labels: Array | ndarray,
     *,
     ignore_index: int | None = ...,
-    class_weights: Array | None = ...,
+    class_weights: Array | ndarray | None = ...,
     reduction: str = ...,
 ) -> Array: ...

@@ -1,6 +1,7 @@
 from collections.abc import Collection, Sequence
 from typing import Literal, overload
 
+from numpy.typing import DTypeLike
 from torch import Tensor, dtype
 
 import kpcore
@@ -180,7 +181,7 @@ def kernel_points(
     method: Literal["potential", "lloyd", "shells"] = ...,
     rotate: Literal["vertical", "full"] | None = ...,
     seed: int = ...,
-    dtype: dtype = ...,
+    dtype: DTypeLike | dtype = ...,
 ) -> Tensor: ...
 def knn_search(
     points: Tensor,
