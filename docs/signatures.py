@@ -5,52 +5,75 @@ fails if they are out of date.
 """
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
 import kpcore as kp
 from kpcore.ops import EAGER, OPS
 
+# Of each file: what it imports, the arrays that functions return, those that they take, and what a dtype is.
 FRAMEWORKS = {
-    "torch/__init__.pyi": ("from torch import Tensor", "Tensor"),
-    "jax/__init__.pyi": ("from jax import Array", "Array"),
+    "torch/__init__.pyi": (("from torch import Tensor, dtype",), "Tensor", "Tensor", "DTypeLike | dtype"),
+    "jax/__init__.pyi": (
+        ("from jax import Array", "from numpy import ndarray"),
+        "Array",
+        "Array | ndarray",
+        "DTypeLike",
+    ),
 }
 LAYERS = ("DeformableKPConv", "KPConv", "KPConvX")
-RECORDS = {"batch_norm": "BatchNormed", "build_pyramid": "Pyramid", "farthest_point_sampling": "Sampled",
-           "grid_subsample": "Subsampled", "knn_search": "Neighbors"}  # fmt: skip
+# What annotations of kpcore name as arrays, all of which are those of the framework here.
+_ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
 
 
 def text(file):
     """What the file is to hold."""
-    imported, array = FRAMEWORKS[file]
-    lines = ["from typing import Any", "", imported, "", "import kpcore"]
+    imported, array, *argument_and_dtype = FRAMEWORKS[file]
+    lines = ["from collections.abc import Collection, Sequence", "from typing import Literal, overload", ""]
+    lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
     lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
+    lines.append("from kpcore.search import IgnoreQueryPoint, Metric, Sort")
     if array == "Tensor":
         lines += [f"from kpcore.torch.layers import {layer} as {layer}" for layer in LAYERS]
         lines += ["from kpcore.torch.networks import Network as Network"]
         lines += ["from kpcore.torch.ops import use_torch_allocator as use_torch_allocator"]
-    lines += ["", "class GridIndex(kpcore.GridIndex): ...", "class KDTree(kpcore.KDTree): ...", ""]
+    for index in ("GridIndex", "KDTree"):
+        lines += ["", f"class {index}(kpcore.{index}):"]
+        lines += [f"    {line}" for line in _declared(kp.KDTree.radius_search, array, *argument_and_dtype)]
+    lines.append("")
     for name in sorted({*EAGER, *OPS}):
-        parameters, star = [], False
-        signature = inspect.signature(getattr(kp, name))
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and not star:
-                star = parameters.append("*") is None
-            annotation = "Any" if parameter.annotation is parameter.empty else str(parameter.annotation)
-            if array == "Tensor" and parameter.name == "seed" and name in OPS:
-                annotation = "int | Tensor"
-            default = "" if parameter.default is parameter.empty else " = ..."
-            parameters.append(f"{parameter.name}: {annotation.replace('Array', array)}{default}")
-        result = RECORDS.get(
-            name, "Any" if signature.return_annotation is signature.empty else signature.return_annotation
-        )
-        lines += [
-            f"def {name}(",
-            *(f"    {p}," for p in parameters),
-            f") -> {str(result).replace('Array', array)}: ...",
-        ]
-    return "\n".join(lines) + "\n"
+        lines += _declared(getattr(kp, name), array, *argument_and_dtype, seeds=array == "Tensor" and name in OPS)
+    return "\n".join(lines).replace("'", '"') + "\n"
+
+
+def _declared(function, array, argument, dtype, seeds=False):
+    """The lines that declare a function on arrays of the framework; `seeds` may be such arrays."""
+    parameters, star = [], False
+    signature = inspect.signature(function)
+    result = _ARRAYS.sub(array, str(signature.return_annotation))
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            star = parameters.append("*") is None
+        if parameter.annotation is parameter.empty:
+            parameters.append(parameter.name)
+            continue
+        annotation = _ARRAYS.sub(argument, str(parameter.annotation)).replace("DTypeLike", dtype)
+        if seeds and parameter.name == "seed":
+            annotation = "int | Tensor"
+        default = "" if parameter.default is parameter.empty else " = ..."
+        parameters.append(f"{parameter.name}: {annotation}{default}")
+    if parameters[-1].startswith("count_only: "):
+        counting = {"Literal[False] = ...": "Neighbors", "Literal[True]": array}
+        variants = [([*parameters[:-1], f"count_only: {kind}"], result) for kind, result in counting.items()]
+    else:
+        variants = [(parameters, result)]
+    lines = []
+    for parameters, result in variants:
+        lines += ["@overload"] * (len(variants) > 1)
+        lines += [f"def {function.__name__}(", *(f"    {p}," for p in parameters), f") -> {result}: ..."]
+    return lines
 
 
 if __name__ == "__main__":

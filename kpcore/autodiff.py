@@ -20,14 +20,21 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from kpcore.backends import checks, devices
-from kpcore.ops import OPS, Call, Op, Out, Shaped, binder
+from kpcore.ops import OPS, Call, Op, Out, Saved, Shaped, binder
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Primals = TypeVarTuple("Primals")
 
 Parameters = ParamSpec("Parameters")
+Nest: TypeAlias = "np.ndarray | list[Any] | tuple[Any, ...] | dict[Any, Any]"  # an array, or a nest of arrays
+Primal = TypeVar("Primal", bound=Nest)  # the gradient with respect to it is like it
 
 _accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
 
@@ -55,48 +62,56 @@ class Tensor:
     """
 
     __slots__ = ("grad", "node", "value")
+    if TYPE_CHECKING:
+        value: np.ndarray
+        node: _Node | None
+        grad: np.ndarray | None
 
-    def __init__(self, value, node=None):
+    def __init__(self, value: devices.AnyArray, node: _Node | None = None) -> None:
         if node is None:
             _check_primal("value", value)
         self.value, self.node, self.grad = value, node, None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         made = f"made by {self.node.op.name}" if self.node else "input"
         return f"Tensor({self.value.shape}, {self.value.dtype}, {made})"
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
     @property
-    def dtype(self):
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
         return self.value.dtype
 
-    __array_ufunc__ = None  # a NumPy scalar times a tensor is the tensor's business, not an array of objects
+    __array_ufunc__: None = None  # a NumPy scalar times a tensor is the tensor's business, not an array of objects
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
         """This tensor with other axes, as arrays do it: offsets (M, K D), say, as (M, K, D)."""
         return _reshape(self, shape)
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float | np.number) -> Tensor:
         """This tensor times a number, which does not change its dtype."""
         return _scale(self, checks.number("factor", factor, self.dtype))
 
     __rmul__ = __mul__
 
-    def __add__(self, other):
+    def __add__(self, other: Tensor | np.ndarray | np.generic) -> Tensor:
         """This tensor and another like it, or a row (C,) for each of its rows: a bias, say."""
         return _plus(self, other) if _addable(other) else NotImplemented
 
-    def __radd__(self, other):
+    def __radd__(self, other: np.ndarray | np.generic) -> Tensor:
         return _plus(other, self) if _addable(other) else NotImplemented
 
-    def __getitem__(self, columns):
+    def __getitem__(self, columns: tuple[slice, slice]) -> Tensor:
         """Some columns, ``tensor[:, begin:end]``."""
         return _columns(self, columns)
 
-    def backward(self, grad=None):
+    def backward(self, grad: np.ndarray | None = None) -> None:
         """Add the gradient of a scalar to `grad` of every input this tensor was made from.
 
         Parameters
@@ -121,16 +136,21 @@ class _Node:
     """
 
     __slots__ = ("call", "inputs", "op", "saved")
+    if TYPE_CHECKING:
+        op: Op
+        call: Call[Any]
+        saved: Saved
+        inputs: dict[str, _Node | Tensor]
 
-    def __init__(self, op, call, saved, inputs):
+    def __init__(self, op: Op, call: Call[Any], saved: Saved, inputs: dict[str, _Node | Tensor]) -> None:
         self.op, self.call, self.saved, self.inputs = op, call, saved, inputs
 
 
-def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
+def operator(**parts: object) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
     """Make of a function that checks its arguments and returns a `Call` one that also computes, on the tape where an
     argument is a `Tensor`; `parts` are those of `kpcore.ops.Op`, which is entered in the table of operators."""
 
-    def make(check):
+    def make(check: Any) -> Any:
         op = Op(check.__name__, check, **{"kernel": check.__name__} | parts)
         bind = binder(check)
 
@@ -150,7 +170,7 @@ def operator(**parts: Any) -> Callable[[Callable[Parameters, Call[Out]]], Callab
     return make
 
 
-def record(op, arguments):
+def record(op: Op, arguments: dict[str, Any]) -> Any:
     """The result of an operator with tensors among its arguments, as a tensor that knows how it was made."""
     tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
     for name in tensors:
@@ -254,7 +274,15 @@ def _columns(array, columns):
 # ---- derivatives of functions
 
 
-def vjp(fn, *primals, has_aux=False):
+@overload
+def vjp(
+    fn: Callable[..., Tensor], *primals: Unpack[Primals], has_aux: Literal[False] = False
+) -> tuple[np.ndarray, Callable[[devices.AnyArray], tuple[Unpack[Primals]]]]: ...
+@overload
+def vjp(
+    fn: Callable[..., tuple[Tensor, Any]], *primals: Unpack[Primals], has_aux: Literal[True]
+) -> tuple[np.ndarray, Callable[[devices.AnyArray], tuple[Unpack[Primals]]], Any]: ...
+def vjp(fn: Callable[..., Any], *primals: Nest, has_aux: bool = False) -> tuple[Any, ...]:
     """Evaluate a function and get its vector-Jacobian product.
 
     Parameters
@@ -311,7 +339,25 @@ def vjp(fn, *primals, has_aux=False):
     return (out.value, pullback, aux) if has_aux else (out.value, pullback)
 
 
-def value_and_grad(fn, argnums=0, has_aux=False):
+@overload
+def value_and_grad(
+    fn: Callable[..., Tensor], argnums: Literal[0] = 0, has_aux: Literal[False] = False
+) -> Callable[Concatenate[Primal, ...], tuple[np.ndarray, Primal]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[..., tuple[Tensor, Any]], argnums: Literal[0] = 0, *, has_aux: Literal[True]
+) -> Callable[Concatenate[Primal, ...], tuple[tuple[np.ndarray, Any], Primal]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[..., Tensor], argnums: int | tuple[int, ...], has_aux: Literal[False] = False
+) -> Callable[..., tuple[np.ndarray, Nest]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[..., tuple[Tensor, Any]], argnums: int | tuple[int, ...], has_aux: Literal[True]
+) -> Callable[..., tuple[tuple[np.ndarray, Any], Nest]]: ...
+def value_and_grad(
+    fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[..., tuple[Any, Nest]]:
     """A function that returns the value of `fn`, a scalar, and its gradient.
 
     Parameters
@@ -355,7 +401,25 @@ def value_and_grad(fn, argnums=0, has_aux=False):
     return differentiated
 
 
-def grad(fn, argnums=0, has_aux=False):
+@overload
+def grad(
+    fn: Callable[..., Tensor], argnums: Literal[0] = 0, has_aux: Literal[False] = False
+) -> Callable[Concatenate[Primal, ...], Primal]: ...
+@overload
+def grad(
+    fn: Callable[..., tuple[Tensor, Any]], argnums: Literal[0] = 0, *, has_aux: Literal[True]
+) -> Callable[Concatenate[Primal, ...], tuple[Primal, Any]]: ...
+@overload
+def grad(
+    fn: Callable[..., Tensor], argnums: int | tuple[int, ...], has_aux: Literal[False] = False
+) -> Callable[..., Nest]: ...
+@overload
+def grad(
+    fn: Callable[..., tuple[Tensor, Any]], argnums: int | tuple[int, ...], has_aux: Literal[True]
+) -> Callable[..., tuple[Nest, Any]]: ...
+def grad(
+    fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[..., Nest | tuple[Nest, Any]]:
     """A function that returns the gradient of `fn`, or with `has_aux` (gradient, aux); see `value_and_grad`."""
     differentiated = value_and_grad(fn, argnums, has_aux)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import AnyArray, Array, Computed
 from kpcore.neighbors import Neighbors, geometry
 from kpcore.ops import Call, empty_like
 
@@ -46,8 +46,9 @@ def _fitting_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_fitting_vjp, diff=("offsets", "kernel_points"), result=_fitting_result, outputs=("loss", "nearest"))
-def fitting_loss(points: Array, queries: Array | None, neighbors: Neighbors, kernel_points: Array, offsets: Array,
-                 extent: float, *, reduction: str = "mean") -> Call[Array]:  # fmt: skip
+def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, kernel_points: Array[Computed],
+                 offsets: Array[Computed], extent: float, *, reduction: str = "mean"
+                 ) -> Call[Computed]:  # fmt: skip
     """How far each deformed kernel point is from the nearest neighbour of its query.
 
     ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
@@ -134,8 +135,9 @@ def _repulsion_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_repulsion_vjp, diff=("offsets", "kernel_points"), result=_repulsion_result, outputs=("loss",))
-def repulsion_loss(kernel_points: Array, offsets: Array, extent: float, *, repulse_extent: float = 1.2,
-                   detach_others: bool = True, reduction: str = "mean") -> Call[Array]:  # fmt: skip
+def repulsion_loss(kernel_points: Array[Computed], offsets: Array[Computed], extent: float, *,
+                   repulse_extent: float = 1.2, detach_others: bool = True, reduction: str = "mean"
+                   ) -> Call[Computed]:  # fmt: skip
     """How much the deformed kernel points of each query are in each other's way.
 
     ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et

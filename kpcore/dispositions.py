@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from kpcore.backends import checks, cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import DTypeLike
 
 __all__ = ["kernel_points"]
 
@@ -16,8 +22,11 @@ _STARTS = 8
 _MOST = {"potential": 100, "lloyd": 4096}  # points, in some seconds of one core
 
 
-def kernel_points(num, radius=1.0, *, dimension=3, fixed="center", method="potential", rotate=None, seed=0,
-                  dtype=np.float32):  # fmt: skip
+def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: int = 3,
+                  fixed: Literal["none", "center", "verticals"] = "center",
+                  method: Literal["potential", "lloyd", "shells"] = "potential",
+                  rotate: Literal["vertical", "full"] | None = None, seed: int = 0,
+                  dtype: DTypeLike = np.float32) -> np.ndarray:  # fmt: skip
     """Points spread regularly in a ball, where the weights of a KPConv sit.
 
     The same points on every machine; nothing is written to disk; kept in memory for the next call.
@@ -158,7 +167,8 @@ def _unit(sizes, dimension, fixed, method, seed):
     return points
 
 
-def unscaled(kernel, num, dimension, fixed, seed, radii=None):
+def unscaled(kernel: str, num: int, dimension: int, fixed: int, seed: int,
+             radii: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """(num, dimension) from one start: in the unit ball, of "lloyd" and of `radii`; else before any scaling."""
     points = np.empty((num, dimension))
     cpu.run(kernel, num=num, dimension=dimension, fixed=fixed, radii=radii, seed=seed, out=points)

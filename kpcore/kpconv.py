@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import AnyArray, Array, Computed
 from kpcore.neighbors import Neighbors, geometry
 from kpcore.ops import OPS, Call, empty_like
 
@@ -42,10 +42,11 @@ def _gradients(call, saved, grad, needs):
     result=_result,
     transposes=("features",),
 )
-def kpconv(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
-           kernel_points: Array, extent: float, *, influence: str = "linear", aggregation: str = "sum",
-           normalization: str | None = None, groups: int = 1, offsets: Array | None = None,
-           modulations: Array | None = None) -> Call[Array]:  # fmt: skip
+def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: Neighbors,
+           features: Array[Computed], weights: Array[Computed], kernel_points: Array[Computed], extent: float, *,
+           influence: str = "linear", aggregation: str = "sum", normalization: str | None = None, groups: int = 1,
+           offsets: Array[Computed] | None = None, modulations: Array[Computed] | None = None
+           ) -> Call[Computed]:  # fmt: skip
     """Kernel point convolution.
 
     ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
@@ -164,9 +165,9 @@ def _gradients_x(call, saved, grad, needs):
     kernel="kpconv",
     transposes=("features",),
 )
-def kpconvx(points: Array, queries: Array | None, neighbors: Neighbors, features: Array, weights: Array,
-            attention: Array, kernel_points: Array, extent: float, *, influence: str = "linear"
-            ) -> Call[Array]:  # fmt: skip
+def kpconvx(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, features: Array[Computed],
+            weights: Array[Computed], attention: Array[Computed], kernel_points: AnyArray, extent: float, *,
+            influence: str = "linear") -> Call[Computed]:  # fmt: skip
     """Depthwise kernel point convolution with attention over the kernel points.
 
     ``out[q, c] = Σ_i h(|x_i - q - p_k|) W[k, c] a[q, k, c A // C] f_i[c]`` over the neighbours i of q, where k is the

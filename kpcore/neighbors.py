@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
 import numpy as np
 
 from kpcore import config, moved
 from kpcore.backends import checks, cpu, devices
+from kpcore.backends.devices import AnyArray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import DTypeLike
+    from scipy.sparse import csr_array
+    from typing_extensions import Self
 
 __all__ = ["Neighbors", "lengths", "row_splits"]
 
 # What makes NumPy's arrays of a framework's, by their type, from (name, array): frameworks' modules add theirs.
-TO_HOST = {}
+TO_HOST: dict[type, Callable[[str, Any], np.ndarray]] = {}
 
 
-def row_splits(lengths):
+def row_splits(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Bounds of stacked items from their lengths.
 
     Parameters
@@ -38,7 +48,7 @@ def row_splits(lengths):
     return bounds_of(values)
 
 
-def lengths(row_splits):
+def lengths(row_splits: AnyArray) -> np.ndarray:
     """Lengths of stacked items from their bounds; the inverse of `row_splits`.
 
     Examples
@@ -66,7 +76,7 @@ class Neighbors:
     Arrays of NumPy are copied, and those of the list are read-only: what was checked stays true. One that was put
     together again by something else, from a pickle or by a map over a pytree of JAX or torch, is checked when it is
     first used; of a list of JAX's arrays a method puts NumPy's in their place. CuPy's arrays cannot be made read-only:
-    they are checked once and must not be changed afterwards.
+    they are checked once and must not be changed afterwards. Annotations name NumPy's arrays for both.
 
     Parameters
     ----------
@@ -100,12 +110,23 @@ class Neighbors:
 
     __slots__ = ("_distance", "_index", "_is_checked", "_leaves", "_row_splits", "_transposed", "carries_transpose",
                  "num_points", "width")  # fmt: skip
+    if TYPE_CHECKING:
+        _index: np.ndarray
+        _row_splits: np.ndarray
+        _distance: np.ndarray | None
+        _transposed: Neighbors | None
+        _is_checked: bool
+        _leaves: tuple[tuple[str, ...], list[Any]] | None
+        num_points: int
+        width: int | None
+        carries_transpose: bool
 
-    def __init__(self, index, row_splits, num_points, distance=None, width=None):
+    def __init__(self, index: AnyArray, row_splits: AnyArray, num_points: int, distance: AnyArray | None = None,
+                 width: int | None = None) -> None:  # fmt: skip
         self._set(*_checked_fields("", index, row_splits, num_points, distance, width))
 
     def _set(self, index, row_splits, num_points, distance=None, width=None, transposed=None, carries_transpose=False,
-             is_checked=True):  # fmt: skip
+             is_checked=True) -> Self:  # fmt: skip
         fields = {"_index": index, "_row_splits": row_splits, "num_points": num_points, "_distance": distance,
                   "width": width, "_transposed": transposed, "carries_transpose": carries_transpose,
                   "_is_checked": is_checked, "_leaves": None}  # fmt: skip
@@ -114,17 +135,18 @@ class Neighbors:
         return self
 
     @classmethod
-    def _trusted(cls, *args, **kwargs):
+    def _trusted(cls, *args: Any, **kwargs: Any) -> Self:
         """A list of arrays that the library itself just made and that nobody else has, which needs no check."""
         return object.__new__(cls)._set(*args, **kwargs)
 
     @classmethod
-    def _rebuilt(cls, *args, **kwargs):
+    def _rebuilt(cls, *args: Any, **kwargs: Any) -> Self:
         """A list of whatever something else made of its parts; checked when it is first used."""
         return object.__new__(cls)._set(*args, **kwargs, is_checked=False)
 
     @classmethod
-    def _borrowed(cls, index, row_splits, num_points, width=None, transposed=None):
+    def _borrowed(cls, index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,
+                  transposed: tuple[np.ndarray, np.ndarray] | None = None) -> Self:  # fmt: skip
         """A list of arrays that are not ours, for the time of one call: checked, its index not copied.
 
         `transposed`: the index and row_splits of its transpose, or None.
@@ -146,52 +168,53 @@ class Neighbors:
     # What others get of NumPy's arrays is read-only, and cannot be made writable: what was checked stays true.
 
     @property
-    def index(self):
+    def index(self) -> np.ndarray:
         """(E,) int32."""
         return _read_only(self._index)
 
     @property
-    def row_splits(self):
+    def row_splits(self) -> np.ndarray:
         """(M + 1,) int64."""
         return _read_only(self._row_splits)
 
     @property
-    def distance(self):
+    def distance(self) -> np.ndarray | None:
         """(E,) float32 or float64, or None."""
         return _read_only(self._distance)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"Neighbors is frozen: cannot set {name}")
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"Neighbors is frozen: cannot delete {name}")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if not self._is_checked:  # there may be no values, as while JAX traces, or nothing that makes a list
             index, row_splits = (getattr(a, "shape", a) for a in (self._index, self._row_splits))
             return f"Neighbors({self.num_points} points, index {index}, row_splits {row_splits}, not checked yet)"
         return f"Neighbors({self.num_queries} queries, {self.num_points} points, {self.num_pairs} pairs)"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         index, row_splits, distance = _on_host(self)
         return _unpickle, (index, row_splits, self.num_points, distance, self.width, self.carries_transpose)
 
     @property
-    def num_queries(self):
+    def num_queries(self) -> int:
         """M."""
         return self._row_splits.shape[0] - 1
 
     @property
-    def num_pairs(self):
+    def num_pairs(self) -> int:
         """Pairs in use, ``row_splits[-1]``; on the GPU this waits for it."""
         return int(checked(self)._row_splits[-1])
 
     @property
-    def counts(self):
+    def counts(self) -> np.ndarray:
         """(M,) int64: neighbours of each query."""
         return np.diff(checked(self)._row_splits)
 
-    def to_padded(self, width=None, fill=None, *, dtype=np.int32):
+    def to_padded(self, width: int | None = None, fill: int | None = None, *,
+                  dtype: DTypeLike = np.int32) -> np.ndarray:  # fmt: skip
         """The rows as a matrix, the form of the published code.
 
         Parameters
@@ -225,7 +248,7 @@ class Neighbors:
         return padded
 
     @classmethod
-    def from_padded(cls, index, num_points):
+    def from_padded(cls, index: AnyArray, num_points: int) -> Self:
         """From a matrix of neighbours (M, width), int32 or int64; -1 and ``num_points`` mean none.
 
         The order of the columns is kept. Anything else outside the points is an error.
@@ -250,7 +273,7 @@ class Neighbors:
         return cls._trusted(pairs, row_splits, num_points, None, index.shape[1])
 
     @classmethod
-    def from_coo(cls, query, point, num_queries, num_points):
+    def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
         """From pairs (query, point), each (E,) int32 or int64, in any order; a row keeps the order of its pairs."""
         num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
         num_queries = checks.integer("num_queries", num_queries, 0, checks.MAX_POINTS)
@@ -266,14 +289,14 @@ class Neighbors:
         splits = bounds_of(devices.namespace(query).bincount(query, minlength=num_queries))
         return cls._trusted(point[order].astype(np.int32), splits, num_points)
 
-    def transpose(self):
+    def transpose(self) -> Neighbors:
         """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
         if checked(self)._transposed is None:
             index, splits, distance = transposed(self._index, self._row_splits, self._distance, self.num_points)
             object.__setattr__(self, "_transposed", Neighbors._trusted(index, splits, self.num_queries, distance))
         return self._transposed
 
-    def with_transpose(self, carries_transpose=True):
+    def with_transpose(self, carries_transpose: bool = True) -> Self:
         """This list as one that has its transpose with it where JAX or torch take it apart into arrays.
 
         A compiled function sees a list's arrays only. The gradient of features needs the transpose, and makes it in
@@ -284,14 +307,14 @@ class Neighbors:
         return self._trusted(self._index, self._row_splits, self.num_points, self._distance, self.width, transposed,
                              checks.boolean("carries_transpose", carries_transpose))  # fmt: skip
 
-    def with_width(self, width):
+    def with_width(self, width: int) -> Self:
         """This list as of a padded matrix of that width."""
         width = checks.integer("width", width, 0)
         checked(self)
         return self._trusted(self._index, self._row_splits, self.num_points, self._distance, width, self._transposed,
                              self.carries_transpose)  # fmt: skip
 
-    def to_sparse(self, values=None):
+    def to_sparse(self, values: AnyArray | None = None) -> csr_array:
         """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32).
 
         On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which numbers its values in 32 bits.
@@ -313,7 +336,7 @@ class Neighbors:
             splits = splits.astype(np.int32)
         return csr_array((values, index[:pairs], splits), shape=(self.num_queries, self.num_points))
 
-    def to(self, device):
+    def to(self, device: Literal["cpu", "cuda"]) -> Self:
         """This list with its arrays on ``"cpu"`` (NumPy) or ``"cuda"`` (CuPy, on the current GPU).
 
         The list itself where it is there already, else a copy, with its transpose if that is known.
@@ -333,7 +356,7 @@ def _read_only(array):
     return cpu.frozen(array) if type(array) is np.ndarray else array
 
 
-def checked(neighbors):
+def checked(neighbors: Neighbors) -> Neighbors:
     """The list itself, checked now if something else than the library put it together; an error if it is none."""
     if not isinstance(neighbors, Neighbors):
         raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
@@ -410,7 +433,9 @@ def _wrong_pairs(names, index, row_splits, num_points):
     return checks.changed(names[0])
 
 
-def transposed(index, row_splits, values, num_points):
+def transposed(
+    index: np.ndarray, row_splits: np.ndarray, values: np.ndarray | None, num_points: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(index, row_splits, values or None) of the transposed list: the queries of each point, in rising order."""
     xp = devices.namespace(index)
     pairs = int(row_splits[-1]) if xp is np else len(index)  # a GPU would have to be waited for
@@ -421,7 +446,7 @@ def transposed(index, row_splits, values, num_points):
     return back, splits, moved_values
 
 
-def bounds_of(counts):
+def bounds_of(counts: np.ndarray) -> np.ndarray:
     """`row_splits` of counts that are known to be fine, where they are."""
     splits = devices.namespace(counts).zeros(len(counts) + 1, np.int64)
     splits[1:] = np.cumsum(counts)
@@ -432,13 +457,15 @@ def _unpickle(index, row_splits, num_points, distance, width, carries_transpose=
     return Neighbors._rebuilt(index, row_splits, num_points, distance, width, None, carries_transpose)
 
 
-def sizes_of(neighbors):
+def sizes_of(neighbors: Neighbors) -> checks.Sizes:
     """What `checks.array` is to know of a list: how many points it has, and where they are."""
     checked(neighbors)
     return {"N": (neighbors.num_points, "neighbors")} | checks.device_of(("neighbors", neighbors._index))
 
 
-def geometry(points, queries, neighbors, sizes):
+def geometry(
+    points: object, queries: object, neighbors: Neighbors, sizes: checks.Sizes
+) -> tuple[np.ndarray, np.ndarray]:
     """Points, queries (None: the points) and the list between them, checked; `sizes` as in `checks.array`."""
     points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
     if queries is None:
@@ -462,5 +489,5 @@ def geometry(points, queries, neighbors, sizes):
     return points, queries
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     return moved.attribute(__name__, name)

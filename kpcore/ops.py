@@ -3,17 +3,17 @@
 An operator is declared by its public function, which checks the arguments and returns a `Call`: what the kernels get.
 `kpcore.autodiff.operator` makes of it the function that users call, and enters it in `OPS`. The tape, `kpcore.torch`
 and `kpcore.jax` go by that table alone. The annotations of the public function say what kind of thing each argument is:
-Array, Neighbors, float, int, bool or str, and whether it may be None ("Array | None"). Arrays and the arrays of a
-Neighbors are traced, the rest are settings.
+Array[Computed] (the result is a Tensor if it is one), AnyArray, Neighbors, float, int, bool or str, and whether it may
+be None ("AnyArray | None"). Arrays and the arrays of a Neighbors are traced, the rest are settings.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -34,10 +34,11 @@ class Call(SimpleNamespace, Generic[Out]):
 class Shaped:
     """What `Op.result` sees of an array. It has no length: frameworks trace with sizes that are not known yet."""
 
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: np.dtype
 
 
+Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
 # Public functions without gradients, which no framework traces: their sizes depend on values.
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
@@ -68,21 +69,21 @@ class Op:
     """
 
     name: str
-    check: Callable[..., Call]
-    vjp: Callable
+    check: Callable[..., Call[Any]]
+    vjp: Callable[[Call[Any], Saved, np.ndarray, Collection[str]], dict[str, np.ndarray]]
     diff: tuple[str, ...]
-    result: Callable | None = None
-    forward: Callable | None = None
+    result: Callable[[Call[Any]], Sequence[tuple[tuple[int, ...], np.dtype]]] | None = None
+    forward: Callable[[Call[Any]], tuple[Any, Saved]] | None = None
     kernel: str | None = None
     outputs: tuple[str, ...] = ("out",)
     field: str | None = None
-    record: type | None = None
+    record: type[tuple[object, ...]] | None = None
     transposes: tuple[str, ...] = ()
     keeps: tuple[str, ...] | None = None
     copies: tuple[str, ...] = ()
-    by_result: Callable | None = None
+    by_result: Callable[[Call[Any]], bool] | None = None
 
-    def compute(self, call):
+    def compute(self, call: Call[Out]) -> tuple[Out, Saved]:
         """(out, saved)"""
         if self.forward is not None:
             return self.forward(call)
@@ -90,19 +91,21 @@ class Op:
         devices.backend(out).run(self.kernel, call, **dict(zip(self.outputs, outputs, strict=False)))
         return out, tuple(saved)
 
-    def empty(self, call):
+    def empty(self, call: Call[Out]) -> list[np.ndarray]:
         """Arrays for what `result` says, where the call's are."""
         xp = devices.namespace(getattr(call, self.diff[0]))
         return [xp.empty(shape, dtype) for shape, dtype in self.result(call)]
 
-    def compute_and_keep(self, call):
+    def compute_and_keep(self, call: Call[Out]) -> tuple[Out, Saved]:
         """(out, saved), where nobody who gets `out` can change what is saved."""
         out, saved = self.compute(call)
         if self.field is not None:
             saved = tuple(a.copy() if any(a is field for field in out) and a is not None else a for a in saved)
         return out, saved
 
-    def gradients(self, call, saved, grad, needs):
+    def gradients(
+        self, call: Call[Out], saved: Saved, grad: np.ndarray, needs: Collection[str]
+    ) -> dict[str, np.ndarray]:
         """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""
         computed = self.vjp(call, saved, grad, needs)
         gradients = {}
@@ -120,7 +123,7 @@ class Op:
         return gradients
 
 
-def empty_like(call, names: Iterable[str], needs):
+def empty_like(call: Call[Out], names: Iterable[str], needs: Collection[str]) -> dict[str, np.ndarray]:
     """{"grad_" and the name: an array for the gradient} of those that are needed: fields of a kernel."""
     return {
         f"grad_{name}": devices.namespace(value := getattr(call, name)).empty(value.shape, value.dtype)
@@ -131,23 +134,24 @@ def empty_like(call, names: Iterable[str], needs):
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
+_KINDS = {name: name for name in ("Neighbors", *_SETTINGS)} | {"Array[Computed]": "Array", "AnyArray": "Array"}
 
 
-def kinds(public):
+def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
     """{name: (kind, whether it may be None)} of the arguments of a public function, from its annotations."""
     arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
-        kind, _, none = str(parameter.annotation).partition(" | ")
-        if kind not in ("Array", "Neighbors", *_SETTINGS) or none not in ("", "None"):
+        annotation, _, none = str(parameter.annotation).partition(" | ")
+        if annotation not in _KINDS or none not in ("", "None"):
             raise TypeError(
-                f"{name}: expected an annotation in {public.__name__} that is Array, Neighbors, float, int, bool or "
-                f"str, with or without | None, got {parameter.annotation}"
+                f"{name}: expected an annotation in {public.__name__} that is {', '.join(_KINDS)}, "
+                f"with or without | None, got {parameter.annotation}"
             )
-        arguments[name] = kind, none == "None"
+        arguments[name] = _KINDS[annotation], none == "None"
     return arguments
 
 
-def binder(public):
+def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mapping[str, object]], dict[str, Any]]:
     """A function that puts the arguments of a call, args and kwargs, in a dict by name, defaults filled in.
 
     A seventh of the time of `inspect.Signature.bind`, which would be a third of what a call costs.
@@ -157,7 +161,7 @@ def binder(public):
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
-    def bind(args, kwargs):
+    def bind(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
         by_position = dict(zip(positional, args))  # noqa: B905 - more of them are noticed below
         bound = {**defaults, **by_position, **kwargs}
         wrong = len(args) > len(positional) or len(bound) != len(parameters)
@@ -170,7 +174,7 @@ def binder(public):
     return bind
 
 
-def setting(name, kind, optional, value):
+def setting(name: str, kind: str, optional: bool, value: object) -> float | bool | str | None:
     """An argument that is no array, as a plain float, int, bool, str or None."""
     if value is None and optional:
         return None

@@ -6,7 +6,7 @@ import numpy as np
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import AnyArray, Array, Computed
 from kpcore.neighbors import Neighbors, bounds_of, sizes_of, transposed
 from kpcore.ops import Call
 from kpcore.search import knn_search
@@ -78,8 +78,9 @@ def _unpool(choice, grad, features):
     outputs=("out", "choice"),
     transposes=("features",),
 )
-def neighbor_reduce(features: Array, neighbors: Neighbors, reduce: str = "mean", *, weights: Array | None = None,
-                    empty: float = 0.0, pad_value: float | None = None) -> Call[Array]:  # fmt: skip
+def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str = "mean", *,
+                    weights: Array[Computed] | None = None, empty: float = 0.0, pad_value: float | None = None
+                    ) -> Call[Computed]:  # fmt: skip
     """The mean, sum, maximum or minimum of the features of each query's neighbours.
 
     With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
@@ -199,7 +200,7 @@ def _nearest_upsample_vjp(call, saved, grad, needs):
     kernel="gather_rows",
     transposes=("features",),
 )
-def nearest_upsample(features: Array, neighbors: Neighbors) -> Call[Array]:
+def nearest_upsample(features: Array[Computed], neighbors: Neighbors) -> Call[Computed]:
     """The features of the first neighbour of each query; zeros where there is none.
 
     With the nearest coarse point of each fine one (`build_pyramid`'s ``upsamples``, or `knn_search` with k = 1) this
@@ -274,7 +275,7 @@ def _gather_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_gather_vjp, diff=("features",), result=_gather_result, forward=_gather_forward, copies=("index",))
-def gather(features: Array, index: Array) -> Call[Array]:
+def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
     """The rows of an index: ``features[index]``, with a gradient.
 
     With ``neighbors.index`` it gives the features of every pair, for what no other function does with them; see
@@ -329,9 +330,9 @@ def _interpolate_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_interpolate_vjp, diff=("features",), forward=_interpolate_forward, keeps=())
-def interpolate(points: Array, queries: Array, features: Array, k: int = 3, power: float = 2, *,
-                points_row_splits: Array | None = None, queries_row_splits: Array | None = None
-                ) -> Call[Array]:  # fmt: skip
+def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Computed], k: int = 3, power: float = 2, *,
+                points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None
+                ) -> Call[Computed]:  # fmt: skip
     """Features at the queries from those of the k nearest points, the nearer the more.
 
     ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
@@ -428,8 +429,8 @@ def _segment_reduce_vjp(call, saved, grad, needs):
     copies=("row_splits",),
 )
 def segment_reduce(
-    features: Array, row_splits: Array | None, reduce: str = "mean", *, empty: float = 0.0
-) -> Call[Array]:
+    features: Array[Computed], row_splits: AnyArray | None, reduce: str = "mean", *, empty: float = 0.0
+) -> Call[Computed]:
     """The mean, sum, maximum or minimum of the rows of each batch item: global pooling.
 
     ``out[b]`` reduces ``features[row_splits[b]:row_splits[b + 1]]``, channel by channel. Differentiable in `features`.

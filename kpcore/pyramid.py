@@ -2,40 +2,70 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple
 
 import numpy as np
 
 from kpcore.backends import checks, devices
+from kpcore.backends.devices import AnyArray, Buffer
 from kpcore.neighbors import Neighbors
 from kpcore.search import GridIndex, lists_of_levels
 from kpcore.subsampling import checked_rows, common_origin, grid_subsample, subsample_level
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from typing_extensions import Self
+
 __all__ = ["Level", "Pyramid", "build_pyramid", "calibrate_neighbor_limits"]
 
 
-class Level(NamedTuple):
-    """One level of a `Pyramid`, of N points."""
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-    points: np.ndarray  #: (N, D)
-    row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
-    features: np.ndarray | None  #: (N, C) means of the level before
-    labels: np.ndarray | None  #: (N,) majorities of the level before
-    voxel_size: float
-    radius: float  #: of `neighbors` and `pools`
-    neighbors: Neighbors  #: of this level's points among themselves
-    pools: Neighbors | None  #: queries are the next level's points; None on the last
-    upsamples: Neighbors | None  #: the nearest point of the next level for each of this one's; None on the last
+    class Level(NamedTuple, Generic[Buffer]):
+        """One level of a `Pyramid`, of N points."""
+
+        points: Buffer
+        row_splits: Buffer
+        features: Buffer | None
+        labels: Buffer | None
+        voxel_size: float
+        radius: float
+        neighbors: Neighbors
+        pools: Neighbors | None
+        upsamples: Neighbors | None
+
+    class Pyramid(tuple[Level[Buffer], ...]):
+        """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
+
+        def __new__(cls, levels: Iterable[Level[Buffer]]) -> Self: ...
+
+else:
+
+    class Level(NamedTuple):
+        """One level of a `Pyramid`, of N points."""
+
+        points: np.ndarray  #: (N, D)
+        row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
+        features: np.ndarray | None  #: (N, C) means of the level before
+        labels: np.ndarray | None  #: (N,) majorities of the level before
+        voxel_size: float
+        radius: float  #: of `neighbors` and `pools`
+        neighbors: Neighbors  #: of this level's points among themselves
+        pools: Neighbors | None  #: queries are the next level's points; None on the last
+        upsamples: Neighbors | None  #: the nearest point of the next level for each of this one's; None on the last
+
+    class Pyramid(tuple):
+        """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
+
+        __slots__ = ()
 
 
-class Pyramid(tuple):
-    """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
-
-    __slots__ = ()
-
-
-def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=None, labels=None, subsampled=False,
-                  origin=0, conv_radius=2.5, deform_radius=5.0, deform_levels=(), neighbor_limits=None):  # fmt: skip
+def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_splits: AnyArray | None = None,
+                  features: AnyArray | None = None, labels: AnyArray | None = None, subsampled: bool = False,
+                  origin: Literal[0, "published"] = 0, conv_radius: float = 2.5, deform_radius: float = 5.0,
+                  deform_levels: Collection[int] = (), neighbor_limits: Sequence[int] | None = None
+                  ) -> Pyramid[np.ndarray]:  # fmt: skip
     """Subsample level by level, and find the neighbours within each level and between one and the next.
 
     As the published code does (Thomas et al. 2019 and its data pipeline): level l has voxels of ``voxel_size * 2**l``,
@@ -118,8 +148,10 @@ def build_pyramid(points, *, voxel_size, num_levels, row_splits=None, features=N
     )
 
 
-def calibrate_neighbor_limits(clouds, *, voxel_size, num_levels, origin=0, conv_radius=2.5, deform_radius=5.0,
-                              deform_levels=(), fraction=0.9):  # fmt: skip
+def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, num_levels: int,
+                              origin: Literal[0, "published"] = 0, conv_radius: float = 2.5,
+                              deform_radius: float = 5.0, deform_levels: Collection[int] = (),
+                              fraction: float = 0.9) -> list[int]:  # fmt: skip
     """Neighbour limits for `build_pyramid` that leave a fraction of the neighbourhoods of sample clouds untouched.
 
     For each level, the smallest number that at least that fraction of its points have no more neighbours than; the

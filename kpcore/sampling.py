@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple
 
 import numpy as np
 
 from kpcore.backends import checks, devices
+from kpcore.backends.devices import AnyArray, Buffer
 
 __all__ = ["Sampled", "farthest_point_sampling"]
 
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-class Sampled(NamedTuple):
-    """What `farthest_point_sampling` returns, for S chosen points."""
+    class Sampled(NamedTuple, Generic[Buffer]):
+        """What `farthest_point_sampling` returns."""
 
-    index: np.ndarray  #: (S,) int32 among the stacked points, in the order of choice
-    row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
+        index: Buffer
+        row_splits: Buffer
+
+else:
+
+    class Sampled(NamedTuple):
+        """What `farthest_point_sampling` returns, for S chosen points."""
+
+        index: np.ndarray  #: (S,) int32 among the stacked points, in the order of choice
+        row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
 
 
-def farthest_point_sampling(points, num, *, row_splits=None, start=0, method=None):
+def farthest_point_sampling(points: AnyArray, num: int, *, row_splits: AnyArray | None = None,
+                            start: int | AnyArray = 0, method: Literal["exact", "bucketed"] | None = None
+                            ) -> Sampled[np.ndarray]:  # fmt: skip
     """Choose points that are far from each other.
 
     An item's first point is `start`; each next one is the point farthest from those chosen so far, the smallest index

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, TypedDict, overload
 
 import numpy as np
 
 from kpcore import config
 from kpcore.backends import checks, devices
+from kpcore.backends.devices import AnyArray
 from kpcore.neighbors import Neighbors
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Unpack
+
 __all__ = ["GridIndex", "KDTree", "knn_search", "radius_search"]
+
+Metric: TypeAlias = Literal["l2", "l1", "linf"]
+Sort: TypeAlias = Literal["index", "distance"]
+IgnoreQueryPoint: TypeAlias = Literal["index"] | bool
 
 _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
@@ -20,9 +31,27 @@ _GRID_DIMENSIONS = (2, 3)
 _CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
 
 
-def radius_search(points, queries, radius, *, points_row_splits=None, queries_row_splits=None, metric="l2",
-                  ignore_query_point=False, max_neighbors=None, sort="index", return_distances=False,
-                  count_only=False):  # fmt: skip
+@overload
+def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
+                  points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
+                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                  count_only: Literal[False] = False) -> Neighbors: ...  # fmt: skip
+
+
+@overload
+def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
+                  points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
+                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                  count_only: Literal[True]) -> np.ndarray: ...  # fmt: skip
+
+
+def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
+                  points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
+                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                  count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
     """All points within a radius of each query.
 
     A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
@@ -97,8 +126,10 @@ def radius_search(points, queries, radius, *, points_row_splits=None, queries_ro
                           return_distances, count_only)  # fmt: skip
 
 
-def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits=None, metric="l2",
-               ignore_query_point=False, return_distances=False):  # fmt: skip
+def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row_splits: AnyArray | None = None,
+               queries_row_splits: AnyArray | None = None,
+               metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+               return_distances: bool = False) -> Neighbors:  # fmt: skip
     """The k nearest points of each query, by (distance, index).
 
     Distances are compared as `radius_search` computes them; of equally near points those with the smallest index come
@@ -143,6 +174,15 @@ def knn_search(points, queries, k, *, points_row_splits=None, queries_row_splits
     return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
 
 
+class _KnnOptions(TypedDict, total=False):
+    """The options of `KDTree.knn_search`."""
+
+    queries_row_splits: AnyArray | None
+    metric: Metric
+    ignore_query_point: IgnoreQueryPoint
+    return_distances: bool
+
+
 class KDTree:
     """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
 
@@ -164,9 +204,9 @@ class KDTree:
     """
 
     __slots__ = ("_cell", "_index", "_points", "_row_splits")
-    _dimensions = checks.DIMENSIONS
+    _dimensions: ClassVar[Sequence[int]] = checks.DIMENSIONS
 
-    def __init__(self, points, *, row_splits=None):
+    def __init__(self, points: AnyArray, *, row_splits: AnyArray | None = None) -> None:
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
         self._keep(cloud, None)
 
@@ -175,10 +215,10 @@ class KDTree:
         self._points, self._row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
         self._index = cloud.index(cell)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self._points)} points, {self._points.shape[1]} dimensions)"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuilt, (type(self), self._points, self._row_splits, self._cell)
 
     def _with(self, queries, queries_row_splits):
@@ -187,8 +227,25 @@ class KDTree:
             raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
         return _Cloud(self._points, splits, "row_splits", queries, queries_row_splits, self._dimensions, known=True)
 
-    def radius_search(self, queries, radius, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
-                      max_neighbors=None, sort="index", return_distances=False, count_only=False):  # fmt: skip
+    @overload
+    def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
+                      queries_row_splits: AnyArray | None = None,
+                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                      count_only: Literal[False] = False) -> Neighbors: ...  # fmt: skip
+
+    @overload
+    def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
+                      queries_row_splits: AnyArray | None = None,
+                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                      count_only: Literal[True]) -> np.ndarray: ...  # fmt: skip
+
+    def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
+                      queries_row_splits: AnyArray | None = None,
+                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
+                      count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
         """As the function `radius_search`, without making an index."""
         cloud = self._with(queries, queries_row_splits)
         radius, reach, _ = cloud.radius(radius)
@@ -198,8 +255,9 @@ class KDTree:
         return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
                               count_only)  # fmt: skip
 
-    def knn_search(self, queries, k, *, queries_row_splits=None, metric="l2", ignore_query_point=False,
-                   return_distances=False):  # fmt: skip
+    def knn_search(self, queries: AnyArray | None, k: int, *, queries_row_splits: AnyArray | None = None,
+                   metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                   return_distances: bool = False) -> Neighbors:  # fmt: skip
         """As the function `knn_search`, without making an index."""
         cloud = self._with(queries, queries_row_splits)
         return _knn_search(self._index, cloud, k, metric, ignore_query_point, return_distances)
@@ -229,14 +287,14 @@ class GridIndex(KDTree):
     """
 
     __slots__ = ("_tree",)
-    _dimensions = _GRID_DIMENSIONS
+    _dimensions: ClassVar[Sequence[int]] = _GRID_DIMENSIONS
 
-    def __init__(self, points, cell, *, row_splits=None):
+    def __init__(self, points: AnyArray, cell: float, *, row_splits: AnyArray | None = None) -> None:
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
         self._keep(cloud, checks.length("cell", cell, cloud.points.dtype))
         self._tree = None
 
-    def knn_search(self, queries, k, **options):
+    def knn_search(self, queries: AnyArray | None, k: int, **options: Unpack[_KnnOptions]) -> Neighbors:
         """As the function `knn_search`."""
         if self._tree is None:
             self._tree = KDTree(self._points, row_splits=self._row_splits)
@@ -369,7 +427,9 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
     return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
 
 
-def lists_of_levels(levels, radii, limits):
+def lists_of_levels(
+    levels: Sequence[tuple[np.ndarray, np.ndarray]], radii: Sequence[float], limits: Sequence[int | None]
+) -> list[tuple[Neighbors, Neighbors | None, Neighbors | None]]:
     """[(neighbors, pools, upsamples)] of each level, given as (points, row_splits), and the next coarser one.
 
     On the GPU all searches are asked for before their sizes are waited for, once.

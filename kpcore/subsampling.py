@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple
 
 import numpy as np
 
 from kpcore import config
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
+from kpcore.backends.devices import AnyArray, Array, Buffer, Computed, Value
 from kpcore.ops import Call, empty_like
 
 __all__ = ["Subsampled", "grid_subsample"]
 
 _POSITIONS = ("barycenter", "center", "nearest")
 _FEATURES = ("mean", "max", "nearest")
-PUBLISHED = "published"
+PUBLISHED: Literal["published"] = "published"
 
 
-class Subsampled(NamedTuple):
-    """What `grid_subsample` returns, for V voxels."""
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-    points: np.ndarray  #: (V, D) one for each voxel
-    features: np.ndarray | None  #: (V, C)
-    labels: np.ndarray | None  #: (V,) majorities
-    row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
-    inverse: np.ndarray  #: (N,) int32 voxel of each input point
-    counts: np.ndarray  #: (V,) int32 points of each voxel
+    class Subsampled(NamedTuple, Generic[Value, Buffer]):
+        """What `grid_subsample` returns, for V voxels."""
+
+        points: Buffer
+        features: Value | None
+        labels: Buffer | None
+        row_splits: Buffer
+        inverse: Buffer
+        counts: Buffer
+
+else:
+
+    class Subsampled(NamedTuple):
+        """What `grid_subsample` returns, for V voxels."""
+
+        points: np.ndarray  #: (V, D) one for each voxel
+        features: Array | None  #: (V, C)
+        labels: np.ndarray | None  #: (V,) majorities
+        row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
+        inverse: np.ndarray  #: (N,) int32 voxel of each input point
+        counts: np.ndarray  #: (V,) int32 points of each voxel
 
 
 def _forward(call):
@@ -54,8 +70,12 @@ def _vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_vjp, diff=("features",), forward=_forward, field="features", keeps=("features",))
-def grid_subsample(points, voxel_size, *, features=None, labels=None, row_splits=None, origin=0, position="barycenter",
-                   feature="mean", ignore_label=None):  # fmt: skip
+def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.ndarray, *,
+                   features: Array[Computed] | None = None, labels: AnyArray | None = None,
+                   row_splits: AnyArray | None = None, origin: float | Sequence[float] | AnyArray | str = 0,
+                   position: Literal["barycenter", "center", "nearest"] = "barycenter",
+                   feature: Literal["mean", "max", "nearest"] = "mean", ignore_label: int | None = None
+                   ) -> Call[Subsampled[Computed, np.ndarray]]:  # fmt: skip
     """Replace the points of each voxel by one: their barycentre, the voxel's centre or the point nearest that.
 
     The voxel of a point is ``floor((p - origin) / voxel_size)`` along each axis, with a true division, in the dtype of
@@ -157,7 +177,7 @@ def _call(points, voxel_size, features, labels, row_splits, origin, position, fe
     )  # fmt: skip
 
 
-def checked_rows(features, labels, sizes):
+def checked_rows(features: object, labels: object, sizes: checks.Sizes) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
     if features is not None:
         features = checks.array("features", features, "N C", checks.FEATURES, sizes)
@@ -166,13 +186,20 @@ def checked_rows(features, labels, sizes):
     return features, labels
 
 
-def subsample_level(voxel_size, origin, points, features, labels, row_splits):
+def subsample_level(
+    voxel_size: float,
+    origin: Literal[0, "published"],
+    points: np.ndarray,
+    features: np.ndarray | None,
+    labels: np.ndarray | None,
+    row_splits: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]:
     """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
     call = _call(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
     return _forward(call)[0][:4]
 
 
-def common_origin(origin):
+def common_origin(origin: object) -> Literal[0, "published"]:
     """The origin of grids of several voxel sizes: 0 or "published"; anything else is an error."""
     if isinstance(origin, numbers.Real) and origin == 0:
         return 0

@@ -235,7 +235,8 @@ class Weighted(NamedTuple):
     sums: np.ndarray
 
 
-def weighted(features: "Array", weights: "Array | None" = None, neighbors: "Neighbors | None" = None,  # noqa: F821
+def weighted(features: "Array[Computed]", weights: "AnyArray | None" = None,  # noqa: F821
+             neighbors: "Neighbors | None" = None,  # noqa: F821
              factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False,
              name: "str | None" = None) -> Call:  # fmt: skip
     return Call(features=features, weights=weights, scale=factor**power * (-1 if negate else 1))

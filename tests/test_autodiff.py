@@ -1,5 +1,6 @@
 """autodiff.vjp: gradients by central differences, and what the tape does with masks, chains and mistakes."""
 
+import inspect
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -277,6 +278,12 @@ def test_what_kind_each_argument_is(variant):
     for name, (kind, optional) in kinds.items():
         assert isinstance(arguments[name], types[kind]) or (arguments[name] is None and optional), name
     assert {name for name in op.diff if kinds[name][0] != "Array"} == set()
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_the_result_is_a_tensor_to_type_checkers_where_it_is_one(name):
+    parameters = inspect.signature(getattr(kp, name)).parameters
+    assert {n for n, p in parameters.items() if p.annotation.startswith("Array[Computed]")} == set(OPS[name].diff)
 
 
 # ---- the tape itself

@@ -303,7 +303,7 @@ def test_wrong_arguments_are_named(variant):
 # ---- what it is made of
 
 
-def scaled(x: "Array", factor: "float" = 2.0) -> "Call[Array]":  # noqa: F821
+def scaled(x: "Array[Computed]", factor: "float" = 2.0) -> "Call[Computed]":  # noqa: F821
     return Call(x=x, factor=factor)
 
 

@@ -10,21 +10,28 @@ import math
 import numbers
 import operator
 import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from kpcore.backends import devices
 from kpcore.backends.devices import REAL
 
+# Of the dimensions that were seen, the size and the name of the array that set it; of "device", where that array is.
+Sizes: TypeAlias = dict[str, tuple[Any, str]]
+Named: TypeAlias = tuple[str, np.ndarray]  # an array and its name
+
 FEATURES = list(REAL)  # and on the GPU those of devices.HALVES
-LABELS = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
-INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
-SPLITS = (np.dtype(np.int64),)
+LABELS: tuple[np.dtype, ...] = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
+INTEGERS: tuple[np.dtype, ...] = (np.dtype(np.int32), np.dtype(np.int64))
+SPLITS: tuple[np.dtype, ...] = (np.dtype(np.int64),)
 MAX_POINTS = 2**31 - 1
 DIMENSIONS = range(1, 17)
 
 
-def array(name, value, shape, dtypes, sizes, *, like=None):
+def array(name: str, value: Any, shape: str, dtypes: Collection[np.dtype], sizes: Sizes, *,
+          like: Named | None = None) -> np.ndarray:  # fmt: skip
     """The array, C-contiguous and aligned; an error unless it has the given dimensions and dtype.
 
     `shape` is a string of dimension names ("N D"). `sizes` maps those already seen to (size, name of the array that set
@@ -52,13 +59,13 @@ def array(name, value, shape, dtypes, sizes, *, like=None):
     return value if flags.c_contiguous and (where != "cpu" or flags.aligned) else devices.contiguous(value)
 
 
-def any_shape(name, value, sizes):
+def any_shape(name: str, value: Any, sizes: Sizes) -> np.ndarray:
     """An array of features with any axes, which are named by their place."""
     dimensions = " ".join(map(str, range(getattr(value, "ndim", 0))))
     return array(name, value, dimensions, FEATURES, sizes)
 
 
-def lossless(dtype, dtypes):
+def lossless(dtype: np.dtype, dtypes: Collection[np.dtype]) -> np.dtype | None:
     """The first of the dtypes that holds all that another does, for the advice of an error: uint16 labels made uint8
     would turn 300 into 44. None if none does."""
     return next((to for to in dtypes if np.can_cast(dtype, to, "safe")), None)
@@ -110,7 +117,8 @@ def _wrong_shape(name, value, dimensions, sizes):
     return ValueError(f"{name}: expected ({expected}){matching}, got {value.shape}")
 
 
-def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
+def points_array(name: str, value: Any, sizes: Sizes, *, dimensions: Sequence[int] = (2, 3),
+                 like: Named | None = None) -> np.ndarray:  # fmt: skip
     """Coordinates (N, D): real, D among `dimensions`, few enough to be numbered in 32 bits."""
     rows = "N" if name == "points" else "M"
     value = array(name, value, f"{rows} D", REAL, sizes, like=like)
@@ -122,20 +130,20 @@ def points_array(name, value, sizes, *, dimensions=(2, 3), like=None):
     return value
 
 
-def splits_array(name, value, rows, of, sizes, *, known=False):
+def splits_array(name: str, value: Any, rows: int, of: str, sizes: Sizes, *, known: bool = False) -> np.ndarray:
     """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item. See `splits_values`."""
     splits = splits_shape(name, value, rows, sizes)
     return splits if value is None else splits_values(name, splits, rows, of, known=known)
 
 
-def splits_shape(name, value, rows, sizes):
+def splits_shape(name: str, value: Any, rows: int, sizes: Sizes) -> np.ndarray:
     """`row_splits` (B + 1,) at whose values nobody has looked yet; None is a single item of so many rows."""
     if value is None:
         return one_item(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
     return array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
 
 
-def splits_values(name, value, rows, of, *, known=False):
+def splits_values(name: str, value: np.ndarray, rows: int, of: str, *, known: bool = False) -> np.ndarray:
     """`row_splits` whose values go from 0 to `rows` and never fall.
 
     On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
@@ -149,12 +157,12 @@ def splits_values(name, value, rows, of, *, known=False):
     return value
 
 
-def one_item(rows, xp):
+def one_item(rows: int, xp: Any) -> np.ndarray:
     """row_splits of a single item with so many rows, in NumPy or CuPy."""
     return xp.arange(0, 2 * rows, rows, np.int64) if rows else xp.zeros(2, np.int64)  # one launch, and no copy to a GPU
 
 
-def check_splits(name, value, rows, of):
+def check_splits(name: str, value: np.ndarray, rows: int, of: str) -> None:
     """An error unless they are bounds of so many rows, as `splits_array` wants them."""
     if not len(value) or value[0] != 0 or value[-1] != rows:
         ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
@@ -176,7 +184,7 @@ def _real(name, value):
         raise ValueError(f"{name}: expected a number that float64 can hold, got one beyond it") from None
 
 
-def length(name, value, dtype):
+def length(name: str, value: object, dtype: np.dtype) -> float:
     """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
     number = _real(name, value)
     if not (math.isfinite(number) and number > 0):
@@ -194,13 +202,13 @@ def _square_fits(number, dtype):
     return 2 * limits.tiny <= square <= limits.max
 
 
-def device_of(named):
+def device_of(named: Named) -> Sizes:
     """What `sizes` says of the device of an array, given as (its name, the array)."""
     name, value = named
     return {"device": ("cpu" if type(value) is np.ndarray else _device(name, value), name)}
 
 
-def lengths(name, value, rows, like):
+def lengths(name: str, value: Any, rows: int, like: Named) -> tuple[np.ndarray, np.ndarray]:
     """An array (M,) of lengths, each as `length` wants it, of the dtype of `like`, (its name, the array); twice, the
     second time on the host."""
     given = array(name, value, "M", REAL, {"M": (rows, "the queries")} | device_of(like), like=like)
@@ -216,7 +224,7 @@ def lengths(name, value, rows, like):
     return given, value
 
 
-def number(name, value, dtype):
+def number(name: str, value: object, dtype: np.dtype) -> float:
     """A finite number that `dtype` can hold."""
     number = _real(name, value)
     if not math.isfinite(number) or abs(number) > _largest(dtype):
@@ -224,7 +232,7 @@ def number(name, value, dtype):
     return number
 
 
-def between(name, value, low, high):
+def between(name: str, value: object, low: float, high: float) -> float:
     """A number from one to another."""
     number = _real(name, value)
     if not low <= number <= high:
@@ -232,7 +240,7 @@ def between(name, value, low, high):
     return number
 
 
-def not_negative(name, value):
+def not_negative(name: str, value: object) -> float:
     """A finite number of at least zero."""
     size = number(name, value, np.dtype(np.float64))
     if not size >= 0:
@@ -240,7 +248,7 @@ def not_negative(name, value):
     return size
 
 
-def boolean(name, value):
+def boolean(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
     return bool(value)
@@ -251,7 +259,8 @@ def _largest(dtype):
     return devices.HALVES.get(dtype.name) or float(np.finfo(dtype).max)
 
 
-def per_axis(name, value, dimension, check, dtype):
+def per_axis(name: str, value: Any, dimension: int, check: Callable[[str, object, np.dtype], float],
+             dtype: np.dtype) -> np.ndarray:  # fmt: skip
     """`value` for each axis: a number, or a sequence of one for each, all passed through `check`; (D,) of `dtype`."""
     if not isinstance(value, (list, tuple, np.ndarray)):
         return np.array([check(name, value, dtype)] * dimension, dtype)
@@ -261,7 +270,7 @@ def per_axis(name, value, dimension, check, dtype):
     return np.array([check(f"{name}[{axis}]", v, dtype) for axis, v in enumerate(value)], dtype)
 
 
-def integer(name, value, low, high=None):
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer from `low` to `high`, which is the largest of 64 bits if not given."""
     try:
         number = operator.index(value)
@@ -275,7 +284,7 @@ def integer(name, value, low, high=None):
     return number
 
 
-def choice(name, value, allowed):
+def choice(name: str, value: object, allowed: Sequence[object]) -> int:
     """The position of `value` among the allowed ones."""
     for i, a in enumerate(allowed):
         if value is a or (isinstance(value, str) and value == a):
@@ -283,17 +292,19 @@ def choice(name, value, allowed):
     raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
-def changed(name):
+def changed(name: str) -> ValueError:
     """The error where what was wrong during a call is not so any more."""
     return ValueError(f"{name}: expected an array that stays as it is during the call, got one that was changed")
 
 
-def not_finite(**arrays):
+def not_finite(**arrays: np.ndarray | None) -> ValueError:
     """The error for the first row of the named arrays with a NaN or infinite coordinate."""
     return _not_finite(**arrays) or changed(" or ".join(name for name, value in arrays.items() if value is not None))
 
 
-def not_measurable(points, row_splits, metric="l2", queries=None, queries_row_splits=None, *, is_bounded=False):
+def not_measurable(points: np.ndarray, row_splits: np.ndarray, metric: str = "l2",
+                   queries: np.ndarray | None = None, queries_row_splits: np.ndarray | None = None, *,
+                   is_bounded: bool = False) -> ValueError | None:  # fmt: skip
     """The error for coordinates that are not finite, or whose distances overflow or vanish; None if all are fine.
 
     `is_bounded`: by a radius, as in src/neighbors.h.

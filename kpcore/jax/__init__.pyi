@@ -1,204 +1,281 @@
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Literal, overload
 
 from jax import Array
+from numpy import ndarray
+from numpy.typing import DTypeLike
 
 import kpcore
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.search import IgnoreQueryPoint, Metric, Sort
 
-class GridIndex(kpcore.GridIndex): ...
-class KDTree(kpcore.KDTree): ...
+class GridIndex(kpcore.GridIndex):
+    @overload
+    def radius_search(
+        self,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
+        *,
+        queries_row_splits: Array | ndarray | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
+        *,
+        queries_row_splits: Array | ndarray | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Array: ...
+
+class KDTree(kpcore.KDTree):
+    @overload
+    def radius_search(
+        self,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
+        *,
+        queries_row_splits: Array | ndarray | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Array | ndarray | None,
+        radius: float | Array | ndarray,
+        *,
+        queries_row_splits: Array | ndarray | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Array: ...
 
 def add(
-    first: Array,
-    second: Array,
+    first: Array | ndarray,
+    second: Array | ndarray,
 ) -> Array: ...
 def batch_norm(
-    features: Array,
-    scale: Array,
-    shift: Array,
-    running_mean: Array,
-    running_var: Array,
+    features: Array | ndarray,
+    scale: Array | ndarray,
+    shift: Array | ndarray,
+    running_mean: Array | ndarray,
+    running_var: Array | ndarray,
     *,
     training: bool = ...,
     momentum: float = ...,
     eps: float = ...,
     negative_slope: float | None = ...,
-) -> BatchNormed: ...
+) -> BatchNormed[Array, Array]: ...
 def build_pyramid(
-    points: Any,
+    points: Array | ndarray,
     *,
-    voxel_size: Any,
-    num_levels: Any,
-    row_splits: Any = ...,
-    features: Any = ...,
-    labels: Any = ...,
-    subsampled: Any = ...,
-    origin: Any = ...,
-    conv_radius: Any = ...,
-    deform_radius: Any = ...,
-    deform_levels: Any = ...,
-    neighbor_limits: Any = ...,
-) -> Pyramid: ...
+    voxel_size: float,
+    num_levels: int,
+    row_splits: Array | ndarray | None = ...,
+    features: Array | ndarray | None = ...,
+    labels: Array | ndarray | None = ...,
+    subsampled: bool = ...,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    neighbor_limits: Sequence[int] | None = ...,
+) -> Pyramid[Array]: ...
 def concatenate(
-    first: Array,
-    second: Array,
-    third: Array | None = ...,
-    fourth: Array | None = ...,
+    first: Array | ndarray,
+    second: Array | ndarray,
+    third: Array | ndarray | None = ...,
+    fourth: Array | ndarray | None = ...,
 ) -> Array: ...
 def dropout(
-    features: Array,
+    features: Array | ndarray,
     rate: float,
     seed: int,
     *,
     training: bool = ...,
 ) -> Array: ...
 def farthest_point_sampling(
-    points: Any,
-    num: Any,
+    points: Array | ndarray,
+    num: int,
     *,
-    row_splits: Any = ...,
-    start: Any = ...,
-    method: Any = ...,
-) -> Sampled: ...
+    row_splits: Array | ndarray | None = ...,
+    start: int | Array | ndarray = ...,
+    method: Literal["exact", "bucketed"] | None = ...,
+) -> Sampled[Array]: ...
 def fitting_loss(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    kernel_points: Array,
-    offsets: Array,
+    kernel_points: Array | ndarray,
+    offsets: Array | ndarray,
     extent: float,
     *,
     reduction: str = ...,
 ) -> Array: ...
 def gather(
-    features: Array,
-    index: Array,
+    features: Array | ndarray,
+    index: Array | ndarray,
 ) -> Array: ...
 def grid_subsample(
-    points: Any,
-    voxel_size: Any,
+    points: Array | ndarray,
+    voxel_size: float | Sequence[float] | Array | ndarray,
     *,
-    features: Any = ...,
-    labels: Any = ...,
-    row_splits: Any = ...,
-    origin: Any = ...,
-    position: Any = ...,
-    feature: Any = ...,
-    ignore_label: Any = ...,
-) -> Subsampled: ...
+    features: Array | ndarray | None = ...,
+    labels: Array | ndarray | None = ...,
+    row_splits: Array | ndarray | None = ...,
+    origin: float | Sequence[float] | Array | ndarray | str = ...,
+    position: Literal["barycenter", "center", "nearest"] = ...,
+    feature: Literal["mean", "max", "nearest"] = ...,
+    ignore_label: int | None = ...,
+) -> Subsampled[Array, Array]: ...
 def group_norm(
-    features: Array,
+    features: Array | ndarray,
     num_groups: int,
-    scale: Array,
-    shift: Array,
+    scale: Array | ndarray,
+    shift: Array | ndarray,
     *,
-    row_splits: Array | None = ...,
+    row_splits: Array | ndarray | None = ...,
     eps: float = ...,
     negative_slope: float | None = ...,
 ) -> Array: ...
 def interpolate(
-    points: Array,
-    queries: Array,
-    features: Array,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    features: Array | ndarray,
     k: int = ...,
     power: float = ...,
     *,
-    points_row_splits: Array | None = ...,
-    queries_row_splits: Array | None = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
 ) -> Array: ...
 def kernel_points(
-    num: Any,
-    radius: Any = ...,
+    num: int | Sequence[int],
+    radius: float = ...,
     *,
-    dimension: Any = ...,
-    fixed: Any = ...,
-    method: Any = ...,
-    rotate: Any = ...,
-    seed: Any = ...,
-    dtype: Any = ...,
-) -> Any: ...
+    dimension: int = ...,
+    fixed: Literal["none", "center", "verticals"] = ...,
+    method: Literal["potential", "lloyd", "shells"] = ...,
+    rotate: Literal["vertical", "full"] | None = ...,
+    seed: int = ...,
+    dtype: DTypeLike = ...,
+) -> Array: ...
 def knn_search(
-    points: Any,
-    queries: Any,
-    k: Any,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    k: int,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    return_distances: Any = ...,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    return_distances: bool = ...,
 ) -> Neighbors: ...
 def kpconv(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    features: Array,
-    weights: Array,
-    kernel_points: Array,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    kernel_points: Array | ndarray,
     extent: float,
     *,
     influence: str = ...,
     aggregation: str = ...,
     normalization: str | None = ...,
     groups: int = ...,
-    offsets: Array | None = ...,
-    modulations: Array | None = ...,
+    offsets: Array | ndarray | None = ...,
+    modulations: Array | ndarray | None = ...,
 ) -> Array: ...
 def kpconvx(
-    points: Array,
-    queries: Array | None,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
     neighbors: Neighbors,
-    features: Array,
-    weights: Array,
-    attention: Array,
-    kernel_points: Array,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    attention: Array | ndarray,
+    kernel_points: Array | ndarray,
     extent: float,
     *,
     influence: str = ...,
 ) -> Array: ...
 def leaky_relu(
-    features: Array,
+    features: Array | ndarray,
     negative_slope: float = ...,
 ) -> Array: ...
 def linear(
-    features: Array,
-    weights: Array,
-    bias: Array | None = ...,
+    features: Array | ndarray,
+    weights: Array | ndarray,
+    bias: Array | ndarray | None = ...,
 ) -> Array: ...
 def nearest_upsample(
-    features: Array,
+    features: Array | ndarray,
     neighbors: Neighbors,
 ) -> Array: ...
 def neighbor_reduce(
-    features: Array,
+    features: Array | ndarray,
     neighbors: Neighbors,
     reduce: str = ...,
     *,
-    weights: Array | None = ...,
+    weights: Array | ndarray | None = ...,
     empty: float = ...,
     pad_value: float | None = ...,
 ) -> Array: ...
+@overload
 def radius_search(
-    points: Any,
-    queries: Any,
-    radius: Any,
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    radius: float | Array | ndarray,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    max_neighbors: Any = ...,
-    sort: Any = ...,
-    return_distances: Any = ...,
-    count_only: Any = ...,
-) -> Any: ...
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[False] = ...,
+) -> Neighbors: ...
+@overload
+def radius_search(
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    radius: float | Array | ndarray,
+    *,
+    points_row_splits: Array | ndarray | None = ...,
+    queries_row_splits: Array | ndarray | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[True],
+) -> Array: ...
 def relu(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def repulsion_loss(
-    kernel_points: Array,
-    offsets: Array,
+    kernel_points: Array | ndarray,
+    offsets: Array | ndarray,
     extent: float,
     *,
     repulse_extent: float = ...,
@@ -206,23 +283,23 @@ def repulsion_loss(
     reduction: str = ...,
 ) -> Array: ...
 def segment_reduce(
-    features: Array,
-    row_splits: Array | None,
+    features: Array | ndarray,
+    row_splits: Array | ndarray | None,
     reduce: str = ...,
     *,
     empty: float = ...,
 ) -> Array: ...
 def sigmoid(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def softmax(
-    features: Array,
+    features: Array | ndarray,
 ) -> Array: ...
 def softmax_cross_entropy(
-    logits: Array,
-    labels: Array,
+    logits: Array | ndarray,
+    labels: Array | ndarray,
     *,
     ignore_index: int | None = ...,
-    class_weights: Array | None = ...,
+    class_weights: Array | ndarray | None = ...,
     reduction: str = ...,
 ) -> Array: ...

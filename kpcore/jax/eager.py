@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from kpcore.jax.operators import is_splits
 from kpcore.jax.pytree import to_host
 
 
-def eager(public):
+def eager(public: Callable[..., Any]) -> Callable[..., Any]:
     """A function of kpcore that takes and returns JAX arrays where that one has NumPy's, outside of jit."""
     signature = inspect.signature(public)
 

@@ -7,7 +7,9 @@ each buffer is. As the text says it all, a compiled program can be kept on disk.
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +172,7 @@ if hasattr(jax, "typeof") and not any(hasattr(jax.typeof(0.0), name) for name in
     )
 
 
-def register(compute):
+def register(compute: Callable[[bytes, list[np.ndarray]], list[np.ndarray]]) -> None:
     """Register the target "kpcore" with XLA: ``compute(text, inputs)`` returns the arrays of a call."""
     for platform, answer in ("cpu", functools.partial(_compute_on_host, compute)), ("CUDA", _refuse):
         handler = _Handler(functools.partial(_handle, answer))
@@ -180,4 +182,4 @@ def register(compute):
 
 
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-handlers = {}  # by platform; XLA keeps their addresses only
+handlers: dict[str, Any] = {}  # by platform; XLA keeps their addresses only

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from kpcore.backends import checks
 from kpcore.jax import ffi
 from kpcore.neighbors import Neighbors
-from kpcore.ops import OPS, Call, Shaped, binder, kinds, setting
+from kpcore.ops import OPS, Call, Op, Shaped, binder, kinds, setting
 
 # ---- arrays divided among several devices
 
@@ -54,7 +55,7 @@ class _Traced(NamedTuple):
     settings: tuple
 
 
-def define(op, public):
+def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
     """The public function for JAX arrays."""
     of_argument, bind = kinds(public), binder(public)
 
@@ -129,7 +130,7 @@ def _empty(array, as_int64=False):
     return np.empty(array.shape, np.int64 if as_int64 else array.dtype)
 
 
-def is_splits(name, array):
+def is_splits(name: str, array: np.ndarray | jax.Array) -> bool:
     """Whether they are `row_splits` as they are where jax_enable_x64 is off."""
     return name.endswith("row_splits") and array.dtype == np.int32
 

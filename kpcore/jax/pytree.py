@@ -39,7 +39,7 @@ def _unflatten(sizes, leaves):
     return Neighbors._rebuilt(index, row_splits, num_points, distance, width, transposed, carries_transpose)
 
 
-def to_host(name, array):
+def to_host(name: str, array: jax.Array) -> np.ndarray:
     """For what looks at the values of a list."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(

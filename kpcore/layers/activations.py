@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from kpcore.autodiff import operator
+from kpcore.autodiff import Parameters, operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
-from kpcore.ops import Call
+from kpcore.backends.devices import Array, Computed
+from kpcore.ops import Call, Out
 
 __all__ = ["dropout", "leaky_relu", "relu", "sigmoid", "softmax"]
 
@@ -25,7 +27,9 @@ def _activation_vjp(call, saved, grad, needs):
     return {"features": grads}
 
 
-def _activation(by_result):
+def _activation(
+    by_result: Callable[[Call[Any]], bool],
+) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
     """The declaration of an activation. Where the result has the sign of the features it is kept in their place: the
     next operator keeps it anyway."""
     return operator(vjp=_activation_vjp, diff=("features",), result=_like_features, kernel="activate",
@@ -39,7 +43,7 @@ def _activation_call(name, features, negative_slope=0):
 
 
 @_activation(lambda call: call.negative_slope >= 0)
-def leaky_relu(features: Array, negative_slope: float = 0.1) -> Call[Array]:
+def leaky_relu(features: Array[Computed], negative_slope: float = 0.1) -> Call[Computed]:
     """The features where they are positive, elsewhere `negative_slope` times them (Maas et al. 2013).
 
     Parameters
@@ -70,7 +74,7 @@ def leaky_relu(features: Array, negative_slope: float = 0.1) -> Call[Array]:
 
 
 @_activation(lambda call: True)
-def relu(features: Array) -> Call[Array]:
+def relu(features: Array[Computed]) -> Call[Computed]:
     """The features where they are positive, elsewhere zero.
 
     Parameters
@@ -100,7 +104,7 @@ def relu(features: Array) -> Call[Array]:
 
 
 @_activation(lambda call: False)
-def sigmoid(features: Array) -> Call[Array]:
+def sigmoid(features: Array[Computed]) -> Call[Computed]:
     """``1 / (1 + exp(-features))``, which never overflows.
 
     Parameters
@@ -143,7 +147,7 @@ def _softmax_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_softmax_vjp, diff=("features",), result=_like_features, forward=_softmax_forward)
-def softmax(features: Array) -> Call[Array]:
+def softmax(features: Array[Computed]) -> Call[Computed]:
     """``exp(features)`` over its sum along the last axis, which never overflows.
 
     Parameters
@@ -191,7 +195,7 @@ def _dropout_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_dropout_vjp, diff=("features",), result=_like_features, forward=_dropout_forward, keeps=())
-def dropout(features: Array, rate: float, seed: int, *, training: bool = True) -> Call[Array]:
+def dropout(features: Array[Computed], rate: float, seed: int, *, training: bool = True) -> Call[Computed]:
     """Sets a share of the features to zero, at random, and divides the others by ``1 - rate`` (Srivastava et al. 2014).
 
     Parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import Array, Computed
 from kpcore.ops import Call, Shaped, empty_like
 
 __all__ = ["add", "concatenate", "linear"]
@@ -27,7 +27,7 @@ def _linear_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_linear_vjp, diff=("features", "weights", "bias"), result=_linear_result)
-def linear(features: Array, weights: Array, bias: Array | None = None) -> Call[Array]:
+def linear(features: Array[Computed], weights: Array[Computed], bias: Array[Computed] | None = None) -> Call[Computed]:
     """``features @ weights + bias``: a 1 x 1 convolution, or a fully connected layer.
 
     Parameters
@@ -69,7 +69,7 @@ def _add_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_add_vjp, diff=("first", "second"), result=_add_result, keeps=())
-def add(first: Array, second: Array) -> Call[Array]:
+def add(first: Array[Computed], second: Array[Computed]) -> Call[Computed]:
     """``first + second``, of one shape and dtype: a residual connection.
 
     Parameters
@@ -116,7 +116,8 @@ def _concatenate_vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_concatenate_vjp, diff=_PARTS, result=_concatenate_result, keeps=())
-def concatenate(first: Array, second: Array, third: Array | None = None, fourth: Array | None = None) -> Call[Array]:
+def concatenate(first: Array[Computed], second: Array[Computed], third: Array[Computed] | None = None,
+                fourth: Array[Computed] | None = None) -> Call[Computed]:  # fmt: skip
     """Two to four arrays of features side by side: a skip connection.
 
     Parameters

@@ -6,7 +6,7 @@ import numpy as np
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import AnyArray, Array, Computed
 from kpcore.ops import Call, empty_like
 
 __all__ = ["softmax_cross_entropy"]
@@ -55,8 +55,9 @@ def _vjp(call, saved, grad, needs):
 
 
 @operator(vjp=_vjp, diff=("logits",), result=_result, forward=_forward, copies=("labels",))
-def softmax_cross_entropy(logits: Array, labels: Array, *, ignore_index: int | None = None,
-                          class_weights: Array | None = None, reduction: str = "mean") -> Call[Array]:  # fmt: skip
+def softmax_cross_entropy(logits: Array[Computed], labels: AnyArray, *, ignore_index: int | None = None,
+                          class_weights: AnyArray | None = None, reduction: str = "mean"
+                          ) -> Call[Computed]:  # fmt: skip
     """The cross entropy between labels and the softmax of logits.
 
     ``w[y] * (log(sum(exp(x))) - x[y])`` for a row x of label y. Differentiable in `logits`.

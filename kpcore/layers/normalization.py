@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
-from kpcore.backends.devices import Array
+from kpcore.backends.devices import AnyArray, Array, Buffer, Computed, Value
 from kpcore.ops import Call, empty_like
 
 __all__ = ["BatchNormed", "batch_norm", "group_norm"]
@@ -44,12 +44,23 @@ def _slope(negative_slope, features):
     return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)
 
 
-class BatchNormed(NamedTuple):
-    """What `batch_norm` returns."""
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
 
-    features: np.ndarray  #: (N, C) normalised
-    running_mean: np.ndarray  #: (C,) for the next call
-    running_var: np.ndarray  #: (C,)
+    class BatchNormed(NamedTuple, Generic[Value, Buffer]):
+        """What `batch_norm` returns."""
+
+        features: Value
+        running_mean: Buffer
+        running_var: Buffer
+
+else:
+
+    class BatchNormed(NamedTuple):
+        """What `batch_norm` returns."""
+
+        features: Array  #: (N, C) normalised
+        running_mean: np.ndarray  #: (C,) for the next call
+        running_var: np.ndarray  #: (C,)
 
 
 def _batch_norm_forward(call):
@@ -97,9 +108,9 @@ def _batch_norm_result(call):
     field="features",
     record=BatchNormed,
 )
-def batch_norm(features: Array, scale: Array, shift: Array, running_mean: Array, running_var: Array, *,
-               training: bool = True, momentum: float = 0.02, eps: float = 1e-5,
-               negative_slope: float | None = None) -> Call[BatchNormed]:  # fmt: skip
+def batch_norm(features: Array[Computed], scale: Array[Computed], shift: Array[Computed], running_mean: AnyArray,
+               running_var: AnyArray, *, training: bool = True, momentum: float = 0.02, eps: float = 1e-5,
+               negative_slope: float | None = None) -> Call[BatchNormed[Computed, np.ndarray]]:  # fmt: skip
     """Batch normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015), with the mean and
@@ -196,8 +207,9 @@ def _group_norm_result(call):
     forward=_group_norm_forward,
     copies=("row_splits",),
 )
-def group_norm(features: Array, num_groups: int, scale: Array, shift: Array, *, row_splits: Array | None = None,
-               eps: float = 1e-5, negative_slope: float | None = None) -> Call[Array]:  # fmt: skip
+def group_norm(features: Array[Computed], num_groups: int, scale: Array[Computed], shift: Array[Computed], *,
+               row_splits: AnyArray | None = None, eps: float = 1e-5, negative_slope: float | None = None
+               ) -> Call[Computed]:  # fmt: skip
     """Group normalisation, and a leaky ReLU after it in the same pass over memory.
 
     ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), where mean and variance are those of a

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypedDict
 
 import numpy as np
 
 import kpcore
 from kpcore.backends import checks
+from kpcore.backends.devices import AnyArray, Buffer, Value
 from kpcore.dispositions import random_rotation, rotated
 
 if TYPE_CHECKING:
@@ -35,15 +36,6 @@ MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
 IN_VOXELS = (1e-6, 100)  # a radius of 100 voxels holds every point of a sphere of training
 
 
-class AnyArray(Protocol):
-    """An array of NumPy, CuPy or JAX, a tensor of torch, or a `kpcore.autodiff.Tensor`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-Value = TypeVar("Value", bound=AnyArray)  # what is trained, and what is computed from it
-Buffer = TypeVar("Buffer", bound=AnyArray)  # an array that is not trained: running statistics, kernel points
 Parameters = Mapping[str, Value]  # by name
 Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # the first values of a parameter
 Geometry: TypeAlias = "tuple[AnyArray, AnyArray | None, Neighbors]"  # points, queries and neighbours, as of kpconv

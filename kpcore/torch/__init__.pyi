@@ -1,18 +1,78 @@
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Literal, overload
 
-from torch import Tensor
+from numpy.typing import DTypeLike
+from torch import Tensor, dtype
 
 import kpcore
 from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.search import IgnoreQueryPoint, Metric, Sort
 from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
 from kpcore.torch.layers import KPConvX as KPConvX
 from kpcore.torch.networks import Network as Network
 from kpcore.torch.ops import use_torch_allocator as use_torch_allocator
 
-class GridIndex(kpcore.GridIndex): ...
-class KDTree(kpcore.KDTree): ...
+class GridIndex(kpcore.GridIndex):
+    @overload
+    def radius_search(
+        self,
+        queries: Tensor | None,
+        radius: float | Tensor,
+        *,
+        queries_row_splits: Tensor | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Tensor | None,
+        radius: float | Tensor,
+        *,
+        queries_row_splits: Tensor | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Tensor: ...
+
+class KDTree(kpcore.KDTree):
+    @overload
+    def radius_search(
+        self,
+        queries: Tensor | None,
+        radius: float | Tensor,
+        *,
+        queries_row_splits: Tensor | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[False] = ...,
+    ) -> Neighbors: ...
+    @overload
+    def radius_search(
+        self,
+        queries: Tensor | None,
+        radius: float | Tensor,
+        *,
+        queries_row_splits: Tensor | None = ...,
+        metric: Metric = ...,
+        ignore_query_point: IgnoreQueryPoint = ...,
+        max_neighbors: int | None = ...,
+        sort: Sort | None = ...,
+        return_distances: bool = ...,
+        count_only: Literal[True],
+    ) -> Tensor: ...
 
 def add(
     first: Tensor,
@@ -29,22 +89,22 @@ def batch_norm(
     momentum: float = ...,
     eps: float = ...,
     negative_slope: float | None = ...,
-) -> BatchNormed: ...
+) -> BatchNormed[Tensor, Tensor]: ...
 def build_pyramid(
-    points: Any,
+    points: Tensor,
     *,
-    voxel_size: Any,
-    num_levels: Any,
-    row_splits: Any = ...,
-    features: Any = ...,
-    labels: Any = ...,
-    subsampled: Any = ...,
-    origin: Any = ...,
-    conv_radius: Any = ...,
-    deform_radius: Any = ...,
-    deform_levels: Any = ...,
-    neighbor_limits: Any = ...,
-) -> Pyramid: ...
+    voxel_size: float,
+    num_levels: int,
+    row_splits: Tensor | None = ...,
+    features: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    subsampled: bool = ...,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    neighbor_limits: Sequence[int] | None = ...,
+) -> Pyramid[Tensor]: ...
 def concatenate(
     first: Tensor,
     second: Tensor,
@@ -59,13 +119,13 @@ def dropout(
     training: bool = ...,
 ) -> Tensor: ...
 def farthest_point_sampling(
-    points: Any,
-    num: Any,
+    points: Tensor,
+    num: int,
     *,
-    row_splits: Any = ...,
-    start: Any = ...,
-    method: Any = ...,
-) -> Sampled: ...
+    row_splits: Tensor | None = ...,
+    start: int | Tensor = ...,
+    method: Literal["exact", "bucketed"] | None = ...,
+) -> Sampled[Tensor]: ...
 def fitting_loss(
     points: Tensor,
     queries: Tensor | None,
@@ -81,17 +141,17 @@ def gather(
     index: Tensor,
 ) -> Tensor: ...
 def grid_subsample(
-    points: Any,
-    voxel_size: Any,
+    points: Tensor,
+    voxel_size: float | Sequence[float] | Tensor,
     *,
-    features: Any = ...,
-    labels: Any = ...,
-    row_splits: Any = ...,
-    origin: Any = ...,
-    position: Any = ...,
-    feature: Any = ...,
-    ignore_label: Any = ...,
-) -> Subsampled: ...
+    features: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    row_splits: Tensor | None = ...,
+    origin: float | Sequence[float] | Tensor | str = ...,
+    position: Literal["barycenter", "center", "nearest"] = ...,
+    feature: Literal["mean", "max", "nearest"] = ...,
+    ignore_label: int | None = ...,
+) -> Subsampled[Tensor, Tensor]: ...
 def group_norm(
     features: Tensor,
     num_groups: int,
@@ -104,7 +164,7 @@ def group_norm(
 ) -> Tensor: ...
 def interpolate(
     points: Tensor,
-    queries: Tensor,
+    queries: Tensor | None,
     features: Tensor,
     k: int = ...,
     power: float = ...,
@@ -113,26 +173,26 @@ def interpolate(
     queries_row_splits: Tensor | None = ...,
 ) -> Tensor: ...
 def kernel_points(
-    num: Any,
-    radius: Any = ...,
+    num: int | Sequence[int],
+    radius: float = ...,
     *,
-    dimension: Any = ...,
-    fixed: Any = ...,
-    method: Any = ...,
-    rotate: Any = ...,
-    seed: Any = ...,
-    dtype: Any = ...,
-) -> Any: ...
+    dimension: int = ...,
+    fixed: Literal["none", "center", "verticals"] = ...,
+    method: Literal["potential", "lloyd", "shells"] = ...,
+    rotate: Literal["vertical", "full"] | None = ...,
+    seed: int = ...,
+    dtype: DTypeLike | dtype = ...,
+) -> Tensor: ...
 def knn_search(
-    points: Any,
-    queries: Any,
-    k: Any,
+    points: Tensor,
+    queries: Tensor | None,
+    k: int,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    return_distances: Any = ...,
+    points_row_splits: Tensor | None = ...,
+    queries_row_splits: Tensor | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    return_distances: bool = ...,
 ) -> Neighbors: ...
 def kpconv(
     points: Tensor,
@@ -184,20 +244,36 @@ def neighbor_reduce(
     empty: float = ...,
     pad_value: float | None = ...,
 ) -> Tensor: ...
+@overload
 def radius_search(
-    points: Any,
-    queries: Any,
-    radius: Any,
+    points: Tensor,
+    queries: Tensor | None,
+    radius: float | Tensor,
     *,
-    points_row_splits: Any = ...,
-    queries_row_splits: Any = ...,
-    metric: Any = ...,
-    ignore_query_point: Any = ...,
-    max_neighbors: Any = ...,
-    sort: Any = ...,
-    return_distances: Any = ...,
-    count_only: Any = ...,
-) -> Any: ...
+    points_row_splits: Tensor | None = ...,
+    queries_row_splits: Tensor | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[False] = ...,
+) -> Neighbors: ...
+@overload
+def radius_search(
+    points: Tensor,
+    queries: Tensor | None,
+    radius: float | Tensor,
+    *,
+    points_row_splits: Tensor | None = ...,
+    queries_row_splits: Tensor | None = ...,
+    metric: Metric = ...,
+    ignore_query_point: IgnoreQueryPoint = ...,
+    max_neighbors: int | None = ...,
+    sort: Sort | None = ...,
+    return_distances: bool = ...,
+    count_only: Literal[True],
+) -> Tensor: ...
 def relu(
     features: Tensor,
 ) -> Tensor: ...

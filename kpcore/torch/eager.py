@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 import kpcore
 from kpcore.backends import devices
+from kpcore.ops import Op
 from kpcore.torch import internals
 from kpcore.torch.ops import (
     NO_JVP,
@@ -24,7 +27,7 @@ from kpcore.torch.ops import (
 )
 
 
-def eager(public):
+def eager(public: Callable[..., Any]) -> Callable[..., Any]:
     """A function of kpcore that takes and returns tensors where that one has arrays."""
     signature = inspect.signature(public)
 
@@ -42,7 +45,7 @@ def eager(public):
     return function
 
 
-def differentiable(op, public):
+def differentiable(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
     """An operator whose shapes depend on values: its public function on tensors, with gradients."""
     signature = inspect.signature(public)
 

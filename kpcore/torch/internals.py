@@ -4,7 +4,9 @@ torch's dispatcher takes some 10 µs to pass on as many arguments as an operator
 points. So calls that nobody but autograd is to see go past it, and torch has no public way to ask who else listens.
 """
 
+from collections.abc import Iterable
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -31,7 +33,7 @@ except AttributeError as error:
     ) from error
 
 
-def listening():
+def listening() -> bool:
     """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, jvp, modes."""
     return (
         torch.compiler.is_compiling()
@@ -45,26 +47,26 @@ def listening():
     )
 
 
-def transforming():
+def transforming() -> bool:
     """Whether a call is within a transform of torch.func."""
     return _transform_level() is not None
 
 
-def in_forward_mode(values):
+def in_forward_mode(values: Iterable[object]) -> bool:
     """Whether one of the tensors among them carries a forward-mode derivative along."""
     return _forward_level(forward_ad) >= 0 and any(
         forward_ad.unpack_dual(value).tangent is not None for value in values if isinstance(value, torch.Tensor)
     )
 
 
-def apply(function, *arguments):
+def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
     """`function.apply`, which reads the signature of `forward` in each call, for arguments left out: some 15 µs."""
     if transforming():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def refusal(message):
+def refusal(message: str) -> Any:
     """The method of a torch.autograd.Function for what is not there."""
 
     def refuse(*_):

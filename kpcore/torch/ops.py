@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from kpcore import config, ops
 from kpcore.backends import checks, cpu, devices
 from kpcore.layers import BatchNormed
 from kpcore.neighbors import Neighbors
-from kpcore.ops import Shaped
+from kpcore.ops import Out, Shaped
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
 from kpcore.subsampling import Subsampled
@@ -66,12 +68,12 @@ _PARTS = {
 }
 
 
-def on_gpu(tensor):
+def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether its array is CuPy's."""
     return tensor.is_cuda
 
 
-def on_stream_of(tensor, function, *arguments):
+def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arguments: object) -> Out:
     """Its result, computed on torch's stream if the tensor, or None, is on a GPU."""
     if tensor is None or not on_gpu(tensor):
         return function(*arguments)
@@ -86,7 +88,7 @@ def _torch_stream(device):
         yield
 
 
-def use_torch_allocator():
+def use_torch_allocator() -> None:
     """Let CuPy, and so kpcore, take memory on the GPU from torch's pool, in place of one of its own.
 
     Two pools each keep what the other could use; with one, ``torch.cuda.max_memory_allocated`` also counts what kpcore
@@ -103,7 +105,7 @@ def use_torch_allocator():
     cuda.set_allocator(cuda.PythonFunctionAllocator(allocate, free).malloc)
 
 
-def to_array(name, tensor):
+def to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
     """The array in the memory of a tensor: NumPy's, or CuPy's."""
     if on_gpu(tensor):
         return config.cupy().from_dlpack(tensor.detach())
@@ -123,7 +125,7 @@ def to_array(name, tensor):
     return cpu.array_at(address, tensor.shape, tensor.stride(), dtype, tensor.untyped_storage())
 
 
-def on_arrays(function, *args, **kwargs):
+def on_arrays(function: Callable[..., Out], *args: object, **kwargs: object) -> Out:
     """Its result; errors that say what to do with an array say what to do with the tensor it was."""
     try:
         return function(*args, **kwargs)
@@ -140,14 +142,14 @@ def _speak_of_tensors(error):
         error.args = (message, *error.args[1:])
 
 
-def to_tensor(array):
+def to_tensor(array: np.ndarray) -> torch.Tensor:
     """The tensor in the memory of an array."""
     if isinstance(array, (np.ndarray, np.generic)):
         return torch.from_numpy(np.asarray(array))
     return torch.from_dlpack(array)
 
 
-def numpy_dtype(name, dtype, tensor=None):
+def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> np.dtype:
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype == torch.bfloat16 and tensor is not None and on_gpu(tensor):
@@ -171,7 +173,7 @@ def _torch_dtype(dtype):
     return torch.bfloat16 if dtype.name == "bfloat16" else _TORCH_DTYPES[dtype]
 
 
-def checked(op, name, value, optional=False):
+def checked(op: ops.Op | None, name: str, value: object, optional: bool = False) -> Any:
     """`value` if it is a tensor on the CPU or a GPU, or an allowed None; `op` is None for what has no gradients."""
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_nested or not (value.is_cpu or value.is_cuda):
@@ -320,7 +322,7 @@ def _as_tensor(array):
     return array if isinstance(array, torch.Tensor) else to_tensor(array)
 
 
-def define(op, public):
+def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
     """Make the torch operators kpcore::<name> and kpcore::<name>_vjp; return the public function for tensors."""
     layout = _Arguments(op, public)
     grad_name = f"gradient of {op.name}"
