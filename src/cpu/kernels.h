@@ -426,14 +426,35 @@ struct Subsampled {
   X(split, Concatenate)
 
 // One struct for each list of fields; several kernels may share one.
-#define KP_STRUCTS(X)                                                                                                  \
-  X(Transpose)                                                                                                         \
-  X(CheckList)                                                                                                         \
-  X(LongestRow)                                                                                                        \
-  X(PadList) X(Unpad) X(GridSubsampleGrad) X(FarthestPoints) X(NeighborReduce) X(SegmentReduce) X(Unpool)              \
-      X(GatherRows) X(InverseDistanceWeights) X(KernelPoints) X(KPConv) X(Deformation) X(Linear) X(SumRows) X(Moments) \
-          X(Normalize) X(Activate) X(Add) X(SumSquares) X(Sgd) X(AdamW) X(Dropout) X(Softmax) X(CrossEntropy)          \
-              X(Concatenate)
+#define KP_STRUCTS(X)       \
+  X(Transpose)              \
+  X(CheckList)              \
+  X(LongestRow)             \
+  X(PadList)                \
+  X(Unpad)                  \
+  X(GridSubsampleGrad)      \
+  X(FarthestPoints)         \
+  X(NeighborReduce)         \
+  X(SegmentReduce)          \
+  X(Unpool)                 \
+  X(GatherRows)             \
+  X(InverseDistanceWeights) \
+  X(KernelPoints)           \
+  X(KPConv)                 \
+  X(Deformation)            \
+  X(Linear)                 \
+  X(SumRows)                \
+  X(Moments)                \
+  X(Normalize)              \
+  X(Activate)               \
+  X(Add)                    \
+  X(SumSquares)             \
+  X(Sgd)                    \
+  X(AdamW)                  \
+  X(Dropout)                \
+  X(Softmax)                \
+  X(CrossEntropy)           \
+  X(Concatenate)
 
 #define KP_MEMBER(type, name) type name;
 #define KP_STRUCT(name)                      \
