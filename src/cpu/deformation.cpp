@@ -351,10 +351,11 @@ Status repelling_gradient(const Deformation& args) {
                           });
 }
 
-// Calls f(geometry type, dimension: 3, or 0 for any).
+// Calls f(geometry type, dimension or 0 for any).
 template <class Call>
 Status with_types(const Deformation& args, Call call) {
   const auto of_dimension = [&](auto g) {
+    if (args.kernel_points.cols == 2) return call(g, std::integral_constant<int, 2>());
     if (args.kernel_points.cols == 3) return call(g, std::integral_constant<int, 3>());
     return call(g, std::integral_constant<int, 0>());
   };

@@ -325,10 +325,16 @@ class Places {
     products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
     products_.dot(pairs.lists.data(), pairs.num_lists, pairs.point.data(), pairs.num_pairs, problem.features,
                   problem.channels);
-    if (problem.dimension == 3)
-      spread<3>(problem, pairs, to.points, to.modulations);
+    const auto spread_pairs = [&](auto of_points) {
+      if (problem.dimension == 3)
+        spread<3, decltype(of_points)::value>(problem, pairs, to.modulations);
+      else
+        spread<0, decltype(of_points)::value>(problem, pairs, to.modulations);
+    };
+    if (to.points)
+      spread_pairs(std::true_type());
     else
-      spread<0>(problem, pairs, to.points, to.modulations);
+      spread_pairs(std::false_type());
   }
 
   // Gives the gradients of the tile's `count` queries.
@@ -364,8 +370,8 @@ class Places {
  private:
   // Adds up, by the tile's rows and by pairs of query and point, the gradients of where a pair's point is from its
   // kernel point. One pair after the other: a loop over the five pairs of a list ends unforeseen.
-  template <int DIM>
-  void spread(const Problem<G, F>& problem, const Pairs<G, F>& pairs, bool of_points, bool of_modulations) {
+  template <int DIM, bool of_points>
+  void spread(const Problem<G, F>& problem, const Pairs<G, F>& pairs, bool of_modulations) {
     constexpr int step = lanes<G> < 4 ? 4 : lanes<G>, stored = DIM ? (DIM + 3) / 4 * 4 : max_dimension;
     const int D = DIM ? DIM : problem.dimension;
     const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));

@@ -736,35 +736,32 @@ Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threa
 
 constexpr int64_t rows_of_block = 1024;
 
-template <class T>
+template <class T, class L>
 class Labelled {
  public:
   explicit Labelled(const CrossEntropy& args)
-      : labels_(args.labels),
+      : labels_(as<L>(args.labels)),
         weights_(as<T>(args.class_weights)),
         classes_(args.logits.cols),
         ignore_(args.ignore_index.value),
         has_ignore_(args.ignore_index.is_set) {}
-  int64_t label(int64_t r) const {
-    if (labels_.dtype == DType::uint8) return read_once(as<uint8_t>(labels_) + r);
-    return labels_.dtype == DType::int32 ? read_once(as<int32_t>(labels_) + r) : read_once(as<int64_t>(labels_) + r);
-  }
+  int64_t label(int64_t r) const { return int64_t(read_once(labels_ + r)); }
   bool is_ignored(int64_t label) const { return has_ignore_ && label == ignore_; }
   bool is_valid(int64_t label) const { return label >= 0 && label < classes_; }
   double weight(int64_t label) const { return weights_ ? double(weights_[label]) : 1; }
 
  private:
-  Array labels_;
+  const L* labels_;
   const T* weights_;
   int64_t classes_, ignore_;
   bool has_ignore_;
 };
 
 // Weight times log(sum of exp(x)) - x[label] of every row: each to `out`, or their sum, or that over the weights' sum.
-template <class T>
+template <class T, class L>
 Status entropies(const CrossEntropy& args, T* out) {
   const int64_t n = args.logits.rows, classes = args.logits.cols, blocks = (n + rows_of_block - 1) / rows_of_block;
-  const Labelled<T> rows(args);
+  const Labelled<T, L> rows(args);
   const bool reduce = args.reduction != CrossEntropyReduction::none;
   Buffer<double> losses, weights;
   if (!losses.resize(blocks) || !weights.resize(blocks)) return Status::out_of_memory;
@@ -801,8 +798,8 @@ Status entropies(const CrossEntropy& args, T* out) {
 }
 
 // The sum of the weights of the rows that are not ignored.
-template <class T>
-Status sum_weights(const Labelled<T>& rows, int64_t n, int threads, double* sum) {
+template <class T, class L>
+Status sum_weights(const Labelled<T, L>& rows, int64_t n, int threads, double* sum) {
   const int64_t blocks = (n + rows_of_block - 1) / rows_of_block;
   Buffer<double> weights;
   if (!weights.resize(blocks)) return Status::out_of_memory;
@@ -823,10 +820,10 @@ Status sum_weights(const Labelled<T>& rows, int64_t n, int threads, double* sum)
 }
 
 // Weight times (softmax - one-hot), times the gradient of the row's loss.
-template <class T>
+template <class T, class L>
 Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
   const int64_t n = args.logits.rows, classes = args.logits.cols;
-  const Labelled<T> rows(args);
+  const Labelled<T, L> rows(args);
   const bool each = args.reduction == CrossEntropyReduction::none;
   double share = each ? 1 : double(*grad), weight;
   if (Status status = sum_weights(rows, n, args.threads, &weight); status != Status::ok) return status;
@@ -848,6 +845,15 @@ Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
     row[label] -= factor;
   }
   return valid ? Status::ok : Status::out_of_range;
+}
+
+// Calls call(T(), L()) with the dtypes of logits and labels.
+template <class Call>
+Status with_types(const CrossEntropy& args, Call call) {
+  return with_real(args.logits.dtype, [&](auto t) {
+    if (args.labels.dtype == DType::uint8) return call(t, uint8_t());
+    return args.labels.dtype == DType::int32 ? call(t, int32_t()) : call(t, int64_t());
+  });
 }
 
 // ---- columns
@@ -960,13 +966,16 @@ Status softmax_grad(const Softmax& args) {
 }
 
 Status cross_entropy(const CrossEntropy& args) {
-  return with_real(args.logits.dtype, [&](auto t) { return entropies(args, into<decltype(t)>(args.out)); });
+  return with_types(args, [&](auto t, auto l) {
+    using T = decltype(t);
+    return entropies<T, decltype(l)>(args, into<T>(args.out));
+  });
 }
 
 Status cross_entropy_grad(const CrossEntropy& args) {
-  return with_real(args.logits.dtype, [&](auto t) {
+  return with_types(args, [&](auto t, auto l) {
     using T = decltype(t);
-    return entropies_grad(args, as<T>(args.grad_out), into<T>(args.grad_logits));
+    return entropies_grad<T, decltype(l)>(args, as<T>(args.grad_out), into<T>(args.grad_logits));
   });
 }
 
