@@ -152,14 +152,17 @@ def operator(**parts: object) -> Callable[[Callable[Parameters, Call[Out]]], Cal
 
     def make(check: Any) -> Any:
         op = Op(check.__name__, check, **{"kernel": check.__name__} | parts)
-        bind = binder(check)
+        bind, compute = binder(check), op.compute
 
         @functools.wraps(check)
         def function(*args, **kwargs):
-            for value in (*args, *kwargs.values()):
+            for value in args:
                 if isinstance(value, Tensor):
                     return record(op, bind(args, kwargs))
-            return op.compute(check(*args, **kwargs))[0]
+            for value in kwargs.values():
+                if isinstance(value, Tensor):
+                    return record(op, bind(args, kwargs))
+            return compute(check(*args, **kwargs))[0]
 
         returned = check.__annotations__.get("return", "").removeprefix("Call[").removesuffix("]")
         function.__annotations__ = check.__annotations__ | {"return": returned}

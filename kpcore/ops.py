@@ -87,14 +87,15 @@ class Op:
         """(out, saved)"""
         if self.forward is not None:
             return self.forward(call)
-        out, *saved = outputs = self.empty(call)
-        devices.backend(out).run(self.kernel, call, **dict(zip(self.outputs, outputs, strict=False)))
-        return out, tuple(saved)
-
-    def empty(self, call: Call[Out]) -> list[np.ndarray]:
-        """Arrays for what `result` says, where the call's are."""
-        xp = devices.namespace(getattr(call, self.diff[0]))
-        return [xp.empty(shape, dtype) for shape, dtype in self.result(call)]
+        results, like = self.result(call), getattr(call, self.diff[0])
+        backend, xp = devices.backend(like), devices.namespace(like)
+        if len(results) == 1:  # as mostly, when names and outputs need not be joined: 0.5 us less
+            out = xp.empty(*results[0])
+            backend.run(self.kernel, call, **{self.outputs[0]: out})
+            return out, ()
+        outputs = [xp.empty(shape, dtype) for shape, dtype in results]
+        backend.run(self.kernel, call, **dict(zip(self.outputs, outputs, strict=False)))
+        return outputs[0], tuple(outputs[1:])
 
     def compute_and_keep(self, call: Call[Out]) -> tuple[Out, Saved]:
         """(out, saved), where nobody who gets `out` can change what is saved."""
