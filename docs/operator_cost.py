@@ -2,7 +2,7 @@
 
 Lists the files that a person had to edit for it (those that are written by a script, and CHANGELOG, aside), and the
 places where its argument list is spelled: runs of names, inside brackets or one a line, among which at least two thirds
-of the arguments of the public function are. A tree of an earlier version may be given.
+of the arguments of the public function are. With --tree, of another version of the project.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def files(tree):
 def arguments(tree, name):
     """(names of the arguments of the public function, the file that has it)"""
     for file in sorted((tree / "kpcore").rglob("*.py")):
-        if {"torch", "jax", "backends"} & set(file.parts):
+        if {"torch", "jax", "backends"} & set(file.relative_to(tree).parts):
             continue
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name == name and not file.name.startswith("_g"):
@@ -39,7 +39,7 @@ def arguments(tree, name):
     raise SystemExit(f"name: expected a public function of kpcore, got {name}")
 
 
-def declarations(name, module):
+def marks_of_addition(name, module):
     """Regular expressions of what an operator has in a file: one that only calls it has none of them."""
     stem, title = module.stem, "".join(part.title() for part in name.split("_"))
     struct = f"(?:{title}|{name.replace('kpconv', 'KPConv')})"
@@ -57,17 +57,17 @@ def declarations(name, module):
     }  # fmt: skip
 
 
-def edited(tree, name, module):
+def edited_files(tree, name, module):
     """The files that adding the operator had to touch."""
     for file in files(tree):
         text, path = file.read_text(errors="replace"), file.relative_to(tree).as_posix()
-        for pattern, marks in declarations(name, module).items():
+        for pattern, marks in marks_of_addition(name, module).items():
             if re.match(pattern, path) and any(re.search(mark, text, re.MULTILINE) for mark in marks):
                 yield path
                 break
 
 
-def spelled(tree, paths, names):
+def argument_lists(tree, paths, names):
     """(file, line) of each list of two thirds of the arguments."""
     aliases = {"neighbors": {"neighbors", "index"}, "reduce": {"reduce", "reduction"}}
     wanted = [aliases.get(name, {name}) for name in names]
@@ -85,13 +85,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--tree", type=Path, default=Path(__file__).parents[1])
-    asked = parser.parse_args()
-    names, module = arguments(asked.tree, asked.name)
-    paths = list(edited(asked.tree, asked.name, module))
-    print(f"{asked.name}: {len(paths)} files")
+    options = parser.parse_args()
+    names, module = arguments(options.tree, options.name)
+    paths = list(edited_files(options.tree, options.name, module))
+    print(f"{options.name}: {len(paths)} files")
     for path in paths:
         print(f"    {path}")
-    lists = list(spelled(asked.tree, paths, names))
+    lists = list(argument_lists(options.tree, paths, names))
     print(f"argument list ({', '.join(names)}) spelled {len(lists)} times")
     for path, line in lists:
         print(f"    {path}:{line}")

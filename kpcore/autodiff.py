@@ -132,7 +132,8 @@ class Tensor:
 class _Node:
     """One use of an operator: what its vjp needs, and where its arguments came from, by name.
 
-    That is another node, or a tensor that is an input. Not the tensors between, whose arrays may then go.
+    Each came from another node, or from a tensor that is an input. The tensors between are not kept, so that their
+    arrays can be freed.
     """
 
     __slots__ = ("call", "inputs", "op", "saved")
@@ -200,7 +201,7 @@ def _shaped(value):
     return Shaped(value.shape, value.dtype) if devices.is_array(value) else value
 
 
-# ---- what a tensor does by itself; frameworks have functions of their own for it
+# ---- methods of a Tensor; the frameworks' tensors have theirs
 
 
 def _on_tape(**parts):

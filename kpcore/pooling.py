@@ -8,7 +8,7 @@ from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
 from kpcore.neighbors import Neighbors, bounds_of, sizes_of, transposed
-from kpcore.ops import Call
+from kpcore.ops import OPS, Call
 from kpcore.search import knn_search
 
 __all__ = ["gather", "interpolate", "nearest_upsample", "neighbor_reduce", "segment_reduce"]
@@ -243,13 +243,10 @@ def _gather_result(call):
 
 
 def _gather_forward(call):
-    (out,) = [devices.namespace(call.features).empty(*of) for of in _gather_result(call)]
-    backend = devices.backend(out)
     try:
-        backend.run("gather_rows", call, out=out)
-    except backend.OutOfRange:
+        return OPS["gather"].run(call)
+    except devices.backend(call.features).OutOfRange:
         raise _no_row(call.features, call.index) from None
-    return out, ()
 
 
 def _no_row(features, index):
@@ -274,7 +271,14 @@ def _gather_vjp(call, saved, grad, needs):
     return {"features": _weighted_sum(grad, index, splits)}
 
 
-@operator(vjp=_gather_vjp, diff=("features",), result=_gather_result, forward=_gather_forward, copies=("index",))
+@operator(
+    vjp=_gather_vjp,
+    diff=("features",),
+    result=_gather_result,
+    forward=_gather_forward,
+    kernel="gather_rows",
+    copies=("index",),
+)
 def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
     """The rows of an index: ``features[index]``, with a gradient.
 
@@ -400,18 +404,12 @@ def _segment_reduce_result(call):
 
 
 def _segment_reduce_forward(call):
-    row_splits = call.row_splits
-    if not call.is_one_item:
-        row_splits = checks.splits_values("row_splits", row_splits, len(call.features), "features")
-    outputs = [devices.namespace(call.features).empty(*of) for of in _segment_reduce_result(call)]
-    fields = dict(zip(("out", "choice"), outputs, strict=False))
-    devices.backend(call.features).run("segment_reduce", call, row_splits=row_splits, **fields)
-    return outputs[0], tuple(outputs[1:])
+    return OPS["segment_reduce"].run(call, row_splits=checks.splits_of_call(call))
 
 
 def _segment_reduce_vjp(call, saved, grad, needs):
     features = call.features
-    row_splits = checks.splits_values("row_splits", call.row_splits, features.shape[0], "features", known=True)
+    row_splits = checks.splits_of_call(call, known=True)
     if saved:
         return {"features": _unpool(*saved, grad, features)}
     grads = devices.namespace(grad).empty(features.shape, grad.dtype)
@@ -425,6 +423,7 @@ def _segment_reduce_vjp(call, saved, grad, needs):
     diff=("features",),
     result=_segment_reduce_result,
     forward=_segment_reduce_forward,
+    outputs=("out", "choice"),
     keeps=("row_splits",),
     copies=("row_splits",),
 )

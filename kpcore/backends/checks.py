@@ -157,6 +157,13 @@ def splits_values(name: str, value: np.ndarray, rows: int, of: str, *, known: bo
     return value
 
 
+def splits_of_call(call: Any, *, known: bool = False) -> np.ndarray:
+    """The row_splits of a call over rows of features, whose check saw their shape alone; see `splits_values`."""
+    if call.is_one_item:  # made for None, and so good
+        return call.row_splits
+    return splits_values("row_splits", call.row_splits, call.features.shape[0], "features", known=known)
+
+
 def one_item(rows: int, xp: Any) -> np.ndarray:
     """row_splits of a single item with so many rows, in NumPy or CuPy."""
     return xp.arange(0, 2 * rows, rows, np.int64) if rows else xp.zeros(2, np.int64)  # one launch, and no copy to a GPU

@@ -195,7 +195,7 @@ def _ffi_call(call, what, results, arrays, more):
 
 @_ffi_call.defjvp
 def _second_derivatives(call, *_):
-    raise NotImplementedError(f"{call.op}: second derivatives are not there")
+    raise NotImplementedError(f"{call.op}: second derivatives are not supported")
 
 
 def _checked(name, value, optional):

@@ -7,7 +7,7 @@ import numpy as np
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
-from kpcore.ops import Call, empty_like
+from kpcore.ops import OPS, Call, empty_like
 
 __all__ = ["softmax_cross_entropy"]
 
@@ -18,14 +18,6 @@ def _result(call):
     # `reduction` is a name in a call that was not checked, its code in one that was.
     each = call.reduction in ("none", _REDUCTIONS.index("none"))
     return [(call.logits.shape[:1] if each else (), call.logits.dtype)]
-
-
-def _run(kernel, call, **fields):
-    backend = devices.backend(call.logits)
-    try:
-        backend.run(kernel, call, **fields)
-    except backend.OutOfRange:  # in the backward pass if the labels were changed since the forward pass
-        raise _no_class(call.logits, call.labels, call.ignore_index) from None
 
 
 def _no_class(logits, labels, ignore_index):
@@ -42,19 +34,22 @@ def _no_class(logits, labels, ignore_index):
 
 
 def _forward(call):
-    ((shape, dtype),) = _result(call)
-    out = devices.namespace(call.logits).empty(shape, dtype)
-    _run("cross_entropy", call, out=out)
-    return out, ()
+    try:
+        return OPS["softmax_cross_entropy"].run(call)
+    except devices.backend(call.logits).OutOfRange:
+        raise _no_class(call.logits, call.labels, call.ignore_index) from None
 
 
 def _vjp(call, saved, grad, needs):
-    grads = empty_like(call, ("logits",), needs)
-    _run("cross_entropy_grad", call, grad_out=devices.as_array(grad), **grads)
+    backend, grads = devices.backend(call.logits), empty_like(call, ("logits",), needs)
+    try:
+        backend.run("cross_entropy_grad", call, grad_out=devices.as_array(grad), **grads)
+    except backend.OutOfRange:  # the labels were changed since the forward pass
+        raise _no_class(call.logits, call.labels, call.ignore_index) from None
     return {"logits": grads["grad_logits"]}
 
 
-@operator(vjp=_vjp, diff=("logits",), result=_result, forward=_forward, copies=("labels",))
+@operator(vjp=_vjp, diff=("logits",), result=_result, forward=_forward, kernel="cross_entropy", copies=("labels",))
 def softmax_cross_entropy(logits: Array[Computed], labels: AnyArray, *, ignore_index: int | None = None,
                           class_weights: AnyArray | None = None, reduction: str = "mean"
                           ) -> Call[Computed]:  # fmt: skip

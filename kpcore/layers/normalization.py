@@ -184,15 +184,12 @@ def batch_norm(features: Array[Computed], scale: Array[Computed], shift: Array[C
 
 
 def _group_norm_forward(call):
-    row_splits = call.row_splits
-    if not call.is_one_item:
-        row_splits = checks.splits_values("row_splits", row_splits, len(call.features), "features")
+    row_splits = checks.splits_of_call(call)
     return _normalized(call, row_splits, *_moments(call.features, row_splits, call.num_groups))
 
 
 def _group_norm_vjp(call, saved, grad, needs):
-    row_splits = checks.splits_values("row_splits", call.row_splits, len(call.features), "features", known=True)
-    return _gradients(call, row_splits, saved, grad, needs)
+    return _gradients(call, checks.splits_of_call(call, known=True), saved, grad, needs)
 
 
 def _group_norm_result(call):

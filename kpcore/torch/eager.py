@@ -79,7 +79,7 @@ class _Made:
 
 
 class _OfAnOperator(torch.autograd.Function):
-    """Says of transforms that are not there which operator they are not there for."""
+    """Refuses transforms that are not supported, naming the operator."""
 
     @staticmethod
     def vmap(info, in_dims, op, *_):

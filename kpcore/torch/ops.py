@@ -37,9 +37,9 @@ _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _LIBRARY = torch.library.Library("kpcore", "DEF")
 
-NO_SECOND = "second derivatives (double backward) are not there in kpcore.torch"
-NO_JVP = "forward-mode derivatives (jvp) are not there in kpcore.torch"
-NO_VMAP = "vmap is not there in kpcore.torch; call it for one item after the other"
+NO_SECOND = "second derivatives (double backward) are not supported by kpcore.torch"
+NO_JVP = "forward-mode derivatives (jvp) are not supported by kpcore.torch"
+NO_VMAP = "vmap is not supported by kpcore.torch; call it for one item after the other"
 
 # Integers that differ from call to call, as the seed of dropout does, are tensors without axes to torch: a compiler
 # makes a program for each value of another integer. Tensors are taken too, since it can draw those itself.
