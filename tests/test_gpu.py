@@ -961,7 +961,7 @@ def test_fields_are_taken_the_same_way_in_both_places(backend):
 
 
 def test_parameters_of_a_kernel_are_bound_by_name_and_type():
-    add = gpu_launch.kernels_of("rows.cu", KP_F="float")["sgd"]
+    add = gpu_launch.kernels_of("layers.cu", KP_F="float")["sgd"]
     arrays = dict.fromkeys(("value", "grad", "moment"), cupy.asarray(np.ones(3, np.float32)))
     numbers = {"size": 3, "lr": 1, "momentum": 0, "weight_decay": 0}
     bound = add.bind(SimpleNamespace(momentum=7, unused=0, **arrays), numbers)
@@ -980,7 +980,7 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
 def test_a_file_is_compiled_with_the_definitions_in_its_first_lines():
     for definitions in ({}, {"KP_T": "float"}, {"KP_F": "float", "KP_DIM": 3}):
         with pytest.raises(TypeError, match=r"^rows\.cu: expected the definitions KP_F, got "):
-            gpu_launch.kernels_of("rows.cu", **definitions)
+            gpu_launch.kernels_of("layers.cu", **definitions)
     for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"):
         head = "".join(line for line in path.read_text().splitlines() if line.startswith("// compile:"))
         used = set(re.findall(r"\bKP_(?:[A-Z]|DIM|METRIC|TREE)\b", path.read_text().replace(head, "")))
@@ -994,7 +994,7 @@ def test_scalar_types_behind_aliases():
         ("S", {"KP_F": "float"}, "float"),
         ("int64_t", {}, "int64_t"),
     ):
-        assert gpu_sources.scalar_type("rows.cu", kind, definitions) == expected
+        assert gpu_sources.scalar_type("layers.cu", kind, definitions) == expected
     assert gpu_sources.scalar_type("subsampling.cu", "F", {"KP_T": "double", "KP_S": "KP_T"}) == "double"
 
 

@@ -1,623 +1,759 @@
-"""The layers of kpcore.torch: what the published ones compute, under the names of their state."""
+"""Layers on rows of features: against torch and the formulas, gradients by differences, edges, the same bits."""
 
 import itertools
-import pickle
-from pathlib import Path
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
+import ops
 import pytest
-from reference import assert_close
+import reference
+from gradcheck import check_vjp
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import TOLERANCE, assert_close, assert_same_bits
 
 import kpcore as kp
+from kpcore.ops import OPS, Call
 
-torch = pytest.importorskip("torch")
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+SHAPES = [(3, 1), (3, 4), (16, 13), (61, 32), (130, 33), (1500, 8), (240, 100), (5, 257)]
+CLASSES = {np.uint8: 255, np.int32: -1, np.int64: -100}  # dtype of labels: ignored
 
-from torch.autograd.gradcheck import gradcheck  # noqa: E402
-from torch.nn.utils import prune  # noqa: E402
 
-import kpcore.torch as kpt  # noqa: E402
+@pytest.fixture(scope="session")
+def torch():
+    return pytest.importorskip("torch", reason="torch, which these results are compared with, is not installed")
 
-GOLDEN = Path(__file__).parent / "golden"
-DEFORMABLE = sorted(GOLDEN.glob("deform_*.npz"))
 
-# name: a layer of 4 channels and few kernel points, by dtype
+# ---- every operator: its primals, itself, and what torch calls it
+
+
+class Layer(NamedTuple):
+    primals: object  # (rng, n, c) -> arrays
+    ours: object  # (*primals) -> array
+    theirs: object  # (torch, *primals) -> tensor
+
+
+def features(rng, n, c):
+    return (rng.normal(size=(n, c)),)
+
+
+def two(rng, n, c):
+    return rng.normal(size=(2, n, c))
+
+
+def normalized(rng, n, c):
+    return rng.normal(3, 2, (n, c)), rng.normal(size=c), rng.normal(size=c)
+
+
+def product(rng, n, c, c_out=19):
+    return rng.normal(size=(n, c)), rng.normal(size=(c, c_out)), rng.normal(size=c_out)
+
+
+def running(c, dtype):
+    return np.linspace(-1, 4, c).astype(dtype), np.linspace(0.5, 3, c).astype(dtype)
+
+
+def value_of(x):
+    return x.value if isinstance(x, kp.autodiff.Tensor) else x
+
+
+def ours_batch_norm(x, scale, shift, **options):
+    statistics = running(len(value_of(scale)), value_of(x).dtype)
+    return kp.batch_norm(x, scale, shift, *statistics, **options).features
+
+
+def torch_batch_norm(torch, x, scale, shift, slope=None, **options):
+    mean, var = map(torch.from_numpy, running(len(scale), np.float64))
+    out = torch.nn.functional.batch_norm(x, mean, var, scale, shift, **options)
+    return out if slope is None else torch.nn.functional.leaky_relu(out, slope)
+
+
+def torch_group_norm(torch, x, scale, shift, groups=1, row_splits=None, slope=None):
+    """torch's samples are (1, C, rows)."""
+    bounds = [0, len(x)] if row_splits is None else row_splits
+    items = [x[a:b].T[None] for a, b in itertools.pairwise(bounds) if b > a]
+    out = torch.cat([torch.nn.functional.group_norm(i, groups, scale, shift)[0].T for i in items])
+    return out if slope is None else torch.nn.functional.leaky_relu(out, slope)
+
+
+def halves(n):
+    return np.array([0, n // 3, n // 3, n])
+
+
 LAYERS = {
-    "rigid": lambda dtype=None: kpt.KPConv(4, 3, 5, radius=0.2, extent=0.25, normalization="count", dtype=dtype),
-    "deformable": lambda dtype=None: kpt.DeformableKPConv(4, 3, 5, radius=0.2, extent=0.25, dtype=dtype),
-    "modulated": lambda dtype=None: kpt.DeformableKPConv(
-        4, 3, 5, radius=0.2, extent=0.25, modulated=True, influence="gaussian", normalization="count", dtype=dtype
+    "linear": Layer(product, kp.linear, lambda torch, x, w, b: x @ w + b),
+    "linear, no bias": Layer(lambda *a: product(*a)[:2], kp.linear, lambda torch, x, w: x @ w),
+    "linear, wide": Layer(
+        partial(product, c_out=150), kp.linear, lambda torch, x, w, b: torch.nn.functional.linear(x, w.T, b)
     ),
-    "x": lambda dtype=None: kpt.KPConvX(4, [1, 4], radius=0.3, extent=0.3, attention_groups=2, dtype=dtype),
-    "x, normalized": lambda dtype=None: kpt.KPConvX(
-        4, [1, 4], radius=0.3, extent=0.3, attention_groups=1, attention_activation="tanh", attention_norm=True,
-        dtype=dtype
+    "batch_norm": Layer(normalized, ours_batch_norm, partial(torch_batch_norm, training=True)),
+    "batch_norm, leaky": Layer(
+        normalized, partial(ours_batch_norm, negative_slope=0.1), partial(torch_batch_norm, slope=0.1, training=True)
     ),
-    "d": lambda dtype=None: kpt.KPConvX(4, [1, 4], radius=0.3, extent=0.3, attention_groups=None, dtype=dtype),
-}  # fmt: skip
-
-
-@pytest.fixture(params=LAYERS)
-def make(request):
-    torch.manual_seed(0)
-    return LAYERS[request.param]
-
-
-def case(num=40, dtype=torch.float32, seed=0):
-    """-> points, queries of which the first sees nothing, their neighbors by distance, features"""
-    generator = torch.Generator().manual_seed(seed)
-    points, features = (torch.rand(num, c, generator=generator, dtype=dtype) for c in (3, 4))
-    queries = points[: num // 2] + 0.01
-    queries[:1] += 9
-    return points, queries, kpt.radius_search(points, queries, 0.35, sort="distance"), features - 0.5
-
-
-def of_queries(layer, points, queries, neighbors, features):
-    """The inputs, and for attention the features of the queries' nearest points."""
-    inputs = points, queries, neighbors, features
-    if getattr(layer, "attention_groups", None) is None or queries is None:
-        return inputs
-    if isinstance(neighbors, torch.Tensor):
-        neighbors = kp.Neighbors.from_padded(neighbors.numpy(), len(points))
-    return (*inputs, kpt.nearest_upsample(features, neighbors))
-
-
-def with_offsets(layer, *inputs):
-    """All that a layer gives: its output, and of a deformable one also its regularization."""
-    if not isinstance(layer, kpt.DeformableKPConv):
-        return (layer(*of_queries(layer, *inputs)),)
-    out, offsets = layer(*inputs, return_offsets=True)
-    return out, layer.regularization(*inputs[:3], offsets)
-
-
-# ---- all of them
-
-
-def test_by_finite_differences(make):
-    layer, (points, queries, neighbors, features) = make(torch.float64), case(dtype=torch.float64)
-    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for p in parameters.values():
-            p += 0.1 * torch.randn_like(p)  # no bias of zero
-
-    def fn(features, *values):
-        given = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(layer, given, of_queries(layer, points, queries, neighbors, features))
-
-    assert gradcheck(fn, [features.requires_grad_(), *parameters.values()], rtol=1e-5, atol=1e-7)
-
-
-def test_every_parameter_learns(make):
-    layer, inputs = make(), case()
-    out = with_offsets(layer, *inputs)
-    sum(o.square().sum() for o in out).backward()
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.any() and parameter.grad.isfinite().all(), name
-
-
-def test_compiled_in_one_graph(make):
-    torch._dynamo.reset()
-    layer = make()
-    compiled = torch.compile(lambda *inputs: with_offsets(layer, *inputs), fullgraph=True, backend="aot_eager")
-    for num in (40, 40, 60, 70):
-        inputs = case(num, seed=num)
-        results = []
-        for fn in (lambda *inputs: with_offsets(layer, *inputs), compiled):
-            layer.zero_grad()
-            out = fn(*inputs)
-            sum(o.square().sum() for o in out).backward()
-            results.append([*out, *(p.grad for p in layer.parameters() if p.requires_grad)])
-        for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
-
-
-def test_exported(make):
-    layer = make().eval()
-    inputs = of_queries(layer, *case())
-    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), layer(*inputs))
-
-
-def test_a_padded_matrix(make):
-    layer, (points, queries, neighbors, features) = make(), case()
-    padded = neighbors.to_padded()
-    for fill, dtype in ((len(points), torch.int32), (-1, torch.int64)):
-        matrix = torch.from_numpy(np.where(padded == len(points), fill, padded)).to(dtype)
-        for got, expected in zip(
-            with_offsets(layer, points, queries, matrix, features),
-            with_offsets(layer, points, queries, neighbors, features),
-            strict=True,
-        ):
-            assert torch.equal(got, expected)
-    with pytest.raises(Exception, match=r"neighbors: expected kpcore\.Neighbors under torch\.compile"):
-        torch.compile(layer, fullgraph=True, backend="eager")(points, queries, matrix, features)
-
-
-def test_float64_is_what_float32_rounds(make):
-    layer, inputs = make(), case()
-    exact = with_offsets(layer, *inputs[:2], inputs[2], inputs[3])
-    layer.double()
-    found = with_offsets(layer, inputs[0].double(), inputs[1].double(), inputs[2], inputs[3].double())
-    for single, double in zip(exact, found, strict=True):
-        assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
-        assert_close(single.detach().numpy(), double.detach().numpy(), 2e-5)
-    assert {t.dtype for t in make(torch.float64).state_dict().values()} == {torch.float64}
-
-
-def test_neither_queries_nor_neighbors(make):
-    layer, (points, queries, neighbors, features) = make(), case()
-    out, *regularization = with_offsets(layer, points, queries, neighbors, features)
-    assert not neighbors.counts[0] and not out[0].any() and out[1:].any()
-    assert all(r.isfinite() for r in regularization)
-    nothing = kp.Neighbors(np.empty(0, np.int32), np.zeros(1, np.int64), len(points))
-    if not getattr(layer, "attention_norm", False):
-        out, *regularization = with_offsets(layer, points, queries[:0], nothing, features)
-        assert out.shape == (0, layer.weights.shape[-1]) and not any(regularization)
-
-
-def test_the_same_from_the_same_seed(make):
-    torch.manual_seed(1)
-    first = make()
-    torch.manual_seed(1)
-    again, other = make(), make()
-    copy = pickle.loads(pickle.dumps(first))
-    for name, state in first.state_dict().items():
-        assert torch.equal(state, again.state_dict()[name]) and torch.equal(state, copy.state_dict()[name])
-    assert not torch.equal(first.kernel_points, other.kernel_points)
-    assert not torch.equal(first.weights, other.weights)
-    other.load_state_dict(first.state_dict())
-    inputs = of_queries(first, *case())
-    assert torch.equal(other(*inputs), first(*inputs))
-    assert torch.equal(copy(*inputs), first(*inputs))
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_reset(make, dtype):
-    """All that a layer holds, whatever its memory held before, is what a new one has that draws the same."""
-    layer = make(dtype)
-    with torch.no_grad():
-        for state in layer.state_dict().values():
-            state.fill_(float("nan"))
-    torch.manual_seed(3)
-    layer.reset_parameters()
-    torch.manual_seed(3)
-    for name, state in make(dtype).state_dict().items():
-        assert torch.equal(layer.state_dict()[name], state), name
-
-
-def late(make):
-    """A module made without memory, which is then given some, as it comes; it draws no random numbers."""
-    before = torch.get_rng_state()
-    with torch.device("meta"):
-        module = make()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(state.is_meta for state in module.state_dict().values())
-    module.to_empty(device="cpu")
-    with torch.no_grad():
-        for state in module.state_dict().values():
-            state.fill_(float("nan") if state.is_floating_point() else 99)
-    torch.manual_seed(3)
-    module.reset_parameters()
-    return module
-
-
-def test_without_memory_at_first(make):
-    module, (points, _, _, features) = late(make), case()
-    inputs = points, None, kpt.radius_search(points, None, 0.35), features
-    torch.manual_seed(3)
-    expected = make()
-    for name, state in expected.state_dict().items():
-        assert torch.equal(module.state_dict()[name], state), name
-    assert torch.equal(module(*inputs), expected(*inputs))
-
-
-@pytest.mark.parametrize("seed", [0, 5])
-def test_a_network_without_memory_at_first(seed):
-    net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
-    module, expected = late(lambda: kpt.Network(net, seed=seed)), kpt.Network(net, seed=seed)
-    for name, state in expected.state_dict().items():
-        assert torch.equal(module.state_dict()[name], state), name
-
-
-def test_printed(make):
-    text = repr(make())
-    assert ("4, 3, kernel_size=5" in text or "4, kernel_size=5" in text) and "extent=0." in text
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error"),
-    [
-        (lambda: kpt.KPConv(0, 3, radius=0.2, extent=0.2), r"^in_channels: expected at least 1, got 0"),
-        (
-            lambda: kpt.DeformableKPConv(3, 1.5, radius=0.2, extent=0.2),
-            r"^out_channels: expected an integer, got float",
-        ),
-        (lambda: kpt.KPConv(3, 3, radius=0.2, extent=0.2, rotate="up"), r"^rotate: expected None or 'vertical'"),
-        (lambda: kpt.KPConv(3, 3, radius=-1, extent=0.2), r"^radius: expected"),
-        (lambda: kpt.KPConvX(0, radius=0.2, extent=0.2), r"^channels: expected at least 1"),
-        (lambda: kpt.KPConvX(12, radius=0.2, extent=0.2), r"^attention_groups: expected a divisor of 12 .* got 8"),
-        (lambda: kpt.KPConvX(8, radius=0.2, extent=0.2, attention_activation="relu"), r"^attention_activation: expe"),
-        (lambda: kpt.KPConvX(8, 15, radius=0.2, extent=0.2), r"^num: expected a sequence"),
-    ],
-)
-def test_wrong_settings(wrong, error):
-    with pytest.raises((TypeError, ValueError), match=error):
-        wrong()
-
-
-def test_wrong_inputs(make):
-    layer, (points, queries, neighbors, features) = make(), case()
-    for wrong, error in (
-        ((points, queries, neighbors, features[:, :3]), "features|weights|linear|shapes"),
-        ((points, queries, neighbors, features[:-1]), "features"),
-        ((points, queries[:-1], neighbors, features), "neighbors"),
-        ((points, queries, neighbors.index, features), "neighbors: expected kpcore.Neighbors, got ndarray"),
-        ((points, queries, torch.zeros(20, 3), features), "index"),
-        ((points, queries, torch.zeros(20, 3, device="meta"), features), "neighbors: expected a tensor on the CPU"),
-        ((points.double(), queries.double(), neighbors, features), "kernel_points"),
-    ):
-        with pytest.raises((TypeError, ValueError, RuntimeError), match=error):
-            layer(*wrong, *of_queries(layer, points, queries, neighbors, features)[4:])
-
-
-# ---- KPConv
-
-
-def test_the_layer_is_the_function():
-    torch.manual_seed(0)
-    layer = kpt.KPConv(
-        4, 3, 7, radius=0.2, extent=0.15, influence="gaussian", aggregation="closest", normalization="count"
-    )
-    points, queries, neighbors, features = case()
-    expected = kpt.kpconv(
-        points, queries, neighbors, features, layer.weights, layer.kernel_points, 0.15, influence="gaussian",
-        aggregation="closest", normalization="count"
-    )  # fmt: skip
-    assert torch.equal(layer(points, queries, neighbors, features), expected)
-
-
-def test_kernel_points_are_turned():
-    exact = np.linalg.norm(kp.kernel_points(15, 0.2, dtype=np.float64), axis=1)
-    layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15, dtype=torch.float64)
-    assert_close(np.linalg.norm(layer.kernel_points.numpy(), axis=1), exact, 1e-12)
-    still = kpt.KPConv(3, 4, radius=0.2, extent=0.15, rotate=None)
-    assert np.array_equal(still.kernel_points.numpy(), kp.kernel_points(15, 0.2))
-    deformable = kpt.DeformableKPConv(3, 4, radius=0.2, extent=0.15)
-    kernels = still.kernel_points, deformable.kernel_points, deformable.offset_conv.kernel_points
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(kernels, 2))
-
-
-# ---- what they begin with, and how it is called
-
-
-def drawn_like(weights, fan_in):
-    """Whether weights are uniform in ±1 / sqrt(fan_in), as far as can be told from them."""
-    bound = fan_in**-0.5
-    assert bound * 0.98 < weights.abs().max() <= bound
-    assert abs(weights.mean()) < 0.02 * bound
-    assert abs(weights.std() - bound / 3**0.5) < 0.02 * bound
-    expected = torch.empty_like(weights)
-    torch.nn.init.kaiming_uniform_(expected, a=5**0.5)  # what the published code calls
-    assert abs(expected.std() - weights.std()) < 0.02 * bound
-
-
-def shapes(layer):
-    return {name: tuple(state.shape) for name, state in layer.state_dict().items()}
-
-
-def test_the_state_of_kpconv():
-    layer = kpt.KPConv(32, 64, radius=0.2, extent=0.15)
-    assert shapes(layer) == {"weights": (15, 32, 64), "kernel_points": (15, 3)}
-    drawn_like(layer.weights, 32 * 64)
-    norms = layer.kernel_points.norm(dim=1)
-    assert norms[0] == 0 and torch.isclose(norms[1:].mean(), torch.tensor(0.2), rtol=1e-5)
-
-
-@pytest.mark.parametrize("modulated", [False, True])
-def test_the_state_of_a_deformable_layer(modulated):
-    torch.manual_seed(0)
-    layer = kpt.DeformableKPConv(32, 64, 13, radius=0.2, extent=0.15, modulated=modulated)
-    num = 13 * (3 + modulated)
-    expected = {
-        "weights": (13, 32, 64),
-        "kernel_points": (13, 3),
-        "offset_bias": (num,),
-        "offset_conv.weights": (13, 32, num),
-        "offset_conv.kernel_points": (13, 3),
-    }
-    assert shapes(layer) == expected
-    drawn_like(layer.weights, 32 * 64)
-    drawn_like(layer.offset_conv.weights, 32 * num)
-    assert not layer.offset_bias.any()
-    published = {name: torch.randn(shape) for name, shape in expected.items()}
-    layer.load_state_dict(published, strict=True)
-    assert all(torch.equal(state, published[name]) for name, state in layer.state_dict().items())
-    names = [name for name, _ in layer.named_parameters()]
-    assert [name for name in names if "offset" in name] == ["offset_bias", "offset_conv.weights"]
-
-
-def test_the_state_of_kpconvx():
-    torch.manual_seed(0)
-    layer = kpt.KPConvX(64, radius=0.2, extent=0.2, attention_groups=4)
-    assert shapes(layer) == {
-        "weights": (43, 64),
-        "kernel_points": (43, 3),
-        "alpha_mlp.0.weight": (64, 64),
-        "alpha_mlp.1.norm.bias": (64,),
-        "alpha_mlp.3.weight": (43 * 16, 64),
-        "grpnorm.weight": (43 * 16,),
-        "grpnorm.bias": (43 * 16,),
-    }
-    drawn_like(layer.weights, 64)
-    drawn_like(layer.alpha_mlp[0].weight, 64)
-    drawn_like(layer.alpha_mlp[3].weight, 64)
-    assert not layer.alpha_mlp[1].norm.bias.any() and not layer.grpnorm.weight.requires_grad
-    radii = layer.kernel_points.norm(dim=1)
-    assert_close(radii.numpy(), 0.2 * np.repeat([0, 0.4, 0.8], [1, 14, 28]), 1e-6)
-    assert set(shapes(kpt.KPConvX(64, radius=0.2, extent=0.2, attention_groups=None))) == {"weights", "kernel_points"}
-
-
-# ---- the published code
-
-
-@pytest.mark.parametrize("path", DEFORMABLE, ids=lambda path: path.stem)
-def test_golden_deformable(path):
-    golden = np.load(path)
-    names = "weights", "offset_weights", "offset_bias", "kernel_points", "offset_kernel_points"
-    num, in_channels, out_channels = golden["weights"].shape
-    layer = kpt.DeformableKPConv(
-        in_channels, out_channels, num, radius=0.1, extent=float(golden["extent"]), modulated=bool(golden["modulated"]),
-        influence=str(golden["influence"]), aggregation=str(golden["aggregation"]), dtype=torch.float64
-    )  # fmt: skip
-    state = {name.replace("offset_w", "offset_conv.w").replace("offset_k", "offset_conv.k"): name for name in names}
-    layer.load_state_dict({theirs: torch.from_numpy(golden[name]) for theirs, name in state.items()}, strict=True)
-    points, queries, features = (torch.from_numpy(golden[name]) for name in ("points", "queries", "features"))
-    features.requires_grad_()
-    cloud = points, queries, torch.from_numpy(golden["neighbors_padded"])
-    # The published gaussian's 1e-9 (see golden/README) is in the offsets, and again in what is made with them.
-    allowed = 4e-5 if golden["influence"] == "gaussian" else 1e-10
-
-    out, offsets = layer(*cloud, features, return_offsets=True)
-    assert torch.equal(out, layer(*cloud, features))
-    assert_close(out.detach().numpy(), golden["out"], allowed)
-    assert_close((layer.kernel_points + offsets).detach().numpy(), golden["deformed_kernel_points"], allowed)
-    regularization = layer.regularization(*cloud, offsets)
-    losses = 2 * golden["fitting_loss"] + golden["repulsive_loss"]
-    assert_close(regularization.detach().numpy(), losses, allowed)
-
-    inputs = features, layer.weights, layer.offset_conv.weights, layer.offset_bias
-    grads = torch.autograd.grad(out, inputs, torch.from_numpy(golden["grad_out"]), retain_graph=True)
-    for grad, name in zip(grads, ("features", "weights", "offset_weights", "offset_bias"), strict=True):
-        assert_close(grad.numpy(), golden[f"grad_{name}"], allowed)
-    grads = torch.autograd.grad(regularization, inputs[2:])
-    for grad, name in zip(grads, ("offset_weights", "offset_bias"), strict=True):
-        expected = 2 * golden[f"grad_fit_{name}"] + golden[f"grad_rep_{name}"]
-        assert_close(grad.numpy(), expected, allowed)
-
-
-# The layers of docs/frameworks.md by what they are there, with the channels of the test.
-TABLE = {
-    published.split("`")[1]: ours.split("`")[1].replace("(64, 64,", "(*channels,").replace("(64,", "(channels[0],")
-    for _, published, ours, _ in (
-        line.split("|")
-        for line in (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| `KPConv") and "64" in line
-    )
+    "batch_norm, eps": Layer(
+        normalized, partial(ours_batch_norm, eps=0.5), partial(torch_batch_norm, eps=0.5, training=True)
+    ),
+    "batch_norm, running": Layer(
+        normalized,
+        partial(ours_batch_norm, training=False, negative_slope=0.2),
+        partial(torch_batch_norm, slope=0.2, training=False),
+    ),
+    "group_norm": Layer(normalized, lambda x, a, b: kp.group_norm(x, 1, a, b), torch_group_norm),
+    "group_norm, leaky": Layer(
+        normalized,
+        lambda x, a, b: kp.group_norm(x, len(value_of(a)), a, b, negative_slope=0.3),
+        lambda torch, x, a, b: torch_group_norm(torch, x, a, b, groups=len(a), slope=0.3),
+    ),
+    "leaky_relu": Layer(features, kp.leaky_relu, lambda torch, x: torch.nn.functional.leaky_relu(x, 0.1)),
+    "leaky_relu, slope": Layer(
+        features, lambda x: kp.leaky_relu(x, -0.7), lambda torch, x: torch.nn.functional.leaky_relu(x, -0.7)
+    ),
+    "relu": Layer(features, kp.relu, lambda torch, x: torch.relu(x)),
+    "sigmoid": Layer(features, kp.sigmoid, lambda torch, x: torch.sigmoid(x)),
+    "softmax": Layer(features, kp.softmax, lambda torch, x: torch.softmax(x, -1)),
+    "add": Layer(two, kp.add, lambda torch, a, b: a + b),
+    "concatenate": Layer(
+        lambda rng, n, c: (rng.normal(size=(n, c)), rng.normal(size=(n, 3))),
+        kp.concatenate,
+        lambda torch, *x: torch.cat(x, 1),
+    ),
+    "concatenate, four": Layer(
+        lambda rng, n, c: [rng.normal(size=(n, c + i)) for i in range(4)],
+        kp.concatenate,
+        lambda torch, *x: torch.cat(x, 1),
+    ),
+    "dropout": Layer(
+        features,
+        lambda x: kp.dropout(x, 0.3, seed=5),
+        lambda torch, x: x * torch.from_numpy(kept(x.shape, 0.3, 5) / 0.7),
+    ),
 }
-RIGID = "KPConv(15, 3, 64, 64, KP_extent, radius)"
-MODULATED = "KPConv(15, 3, 64, 64, KP_extent, radius, deformable=True, modulated=True)"
-ATTENTIVE, DEPTHWISE = "KPConvX(64, shells, radius, sigma, attention_groups)", "KPConvD(64, shells, radius, sigma)"
 
 
-def of_the_table(published, channels, radius, sigma, shells=None, attention_groups=None):
-    """The layer in float64 that docs/frameworks.md has for a published one."""
-    names = {"channels": channels, "radius": radius, "sigma": sigma, "KP_extent": sigma, "shells": shells,
-             "attention_groups": attention_groups, "float64": torch.float64}  # fmt: skip
-    return eval(f"{TABLE[published][:-1]}, dtype=float64)", vars(kpt) | names)
+def kept(shape, rate, seed):
+    return reference.dropout_mask(math.prod(shape), rate, seed).reshape(shape)
 
 
-@pytest.mark.parametrize(
-    ("published", "norms"),
-    [
-        # Of the dispositions in the published repositories, in search radii: a flattened ball; shells.
-        (RIGID, [0] + [0.6539] * 2 + [0.6610] * 12),
-        (MODULATED, [0] + [0.6539] * 2 + [0.6610] * 12),
-        (ATTENTIVE, [0] + [0.4] * 14 + [0.8] * 28),
-        (DEPTHWISE, [0] + [0.4] * 14 + [0.8] * 28),
-    ],
-)
-def test_kernel_points_are_where_the_published_are(published, norms):
-    layer = of_the_table(published, (4, 6), 2.5, 1.2, (1, 14, 28), 2)
-    convs = [layer, layer.offset_conv] if published == MODULATED else [layer]
-    for conv in convs:
-        got = np.sort(conv.kernel_points.norm(dim=1).numpy())
-        np.testing.assert_allclose(got, 2.5 * np.array(norms), atol=2.5e-3)
-        assert conv.extent == 1.2
+def results(fn, primals, grad):
+    out, pullback = kp.autodiff.vjp(fn, *primals)
+    return [out, *pullback(grad)]
 
 
-CLIENTS = [
-    *[("kpconv_rigid", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
-    ("kpconv_modulated", "linear", MODULATED),
-    *[("predator", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
-    *[("geotransformer", case, RIGID) for case in ("no_bias", "bias", "bias_strided")],
-    *[("easykpconv", case, RIGID) for case in ("no_bias", "bias_strided")],
-    *[("open3dml", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
-    ("kpconvx_conv", "KPConvD/linear", DEPTHWISE),
-    ("kpconvx_attention", "KPConvX/groups2_strided", ATTENTIVE),
+def theirs(torch, fn, primals, grad):
+    inputs = [torch.from_numpy(p.astype(np.float64)).requires_grad_() for p in primals]
+    out = fn(torch, *inputs)
+    grads = torch.autograd.grad(out, inputs, torch.from_numpy(np.asarray(grad, np.float64)))
+    return [out.detach().numpy(), *(g.numpy() for g in grads)]
+
+
+def case(name, shape, dtype, seed=0):
+    layer, rng = LAYERS[name], np.random.default_rng(seed)
+    primals = [np.asarray(p, dtype) for p in layer.primals(rng, *shape)]
+    return layer, primals, rng.normal(size=np.shape(layer.ours(*primals))).astype(dtype)
+
+
+def compare(got, expected, dtype):
+    for ours, other in zip(got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, other, TOLERANCE[np.dtype(dtype)])
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_values_and_gradients_are_those_of_torch(name, shape, dtype, isa, torch):
+    layer, primals, grad = case(name, shape, dtype)
+    compare(results(layer.ours, primals, grad), theirs(torch, layer.theirs, primals, grad), dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("slope", [None, 0.1])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("n", [1, 4, 300, 5000])
+def test_group_norm_of_batch_items(n, groups, slope, dtype, torch):
+    rng, row_splits = np.random.default_rng(0), halves(n)
+    primals = [np.asarray(p, dtype) for p in normalized(rng, n, 32)]
+    grad = rng.normal(size=(n, 32)).astype(dtype)
+    got = results(
+        lambda x, a, b: kp.group_norm(x, groups, a, b, row_splits=row_splits, negative_slope=slope), primals, grad
+    )
+    other = partial(torch_group_norm, groups=groups, row_splits=row_splits, slope=slope)
+    compare(got, theirs(torch, other, primals, grad), dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_type", CLASSES)
+@both_dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cross_entropy_is_that_of_torch(shape, dtype, label_type, weighted, reduction, torch):
+    rng, ignore = np.random.default_rng(0), CLASSES[label_type]
+    n, c = shape
+    logits, labels = rng.normal(0, 3, shape).astype(dtype), rng.integers(0, min(c, 200), n).astype(label_type)
+    labels[1::3] = ignore
+    weights = rng.uniform(0.1, 2, c).astype(dtype) if weighted else None
+    grad = rng.normal(size=n if reduction == "none" else ()).astype(dtype)
+    got = results(
+        lambda x: kp.softmax_cross_entropy(x, labels, ignore_index=ignore, class_weights=weights, reduction=reduction),
+        [logits],
+        grad,
+    )
+    expected = theirs(
+        torch,
+        lambda torch, x: torch.nn.functional.cross_entropy(
+            x,
+            torch.from_numpy(labels.astype(np.int64)),
+            weight=None if weights is None else torch.from_numpy(weights.astype(np.float64)),
+            ignore_index=ignore,
+            reduction=reduction,
+        ),
+        [logits],
+        grad,
+    )
+    compare(got, expected, dtype)
+    losses, row_weights = reference.cross_entropies(logits, labels, ignore, weights)
+    reduced = {"mean": losses.sum() / row_weights.sum(), "sum": losses.sum(), "none": losses}[reduction]
+    assert_close(got[0], reduced, TOLERANCE[np.dtype(dtype)])
+
+
+# ---- against the formulas, which need no torch
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalisations_are_their_formulas(shape, dtype, isa):
+    x, scale, shift = (np.asarray(p, dtype) for p in normalized(np.random.default_rng(0), *shape))
+    c = shape[1]
+    for groups in (1, c):
+        expected = reference.normalize(x, scale, shift, *reference.group_moments(x, groups), 1e-5, 0.1)
+        got = kp.group_norm(x, groups, scale, shift, negative_slope=0.1)
+        assert_close(got, expected, TOLERANCE[np.dtype(dtype)])
+    assert_close(ours_batch_norm(x, scale, shift, negative_slope=0.1), expected, TOLERANCE[np.dtype(dtype)])
+
+
+@both_dtypes
+def test_softmax_of_any_shape(dtype, isa):
+    for shape in (7,), (2, 3, 5), (2, 0, 4), (1, 1), (4, 40):
+        x = np.random.default_rng(0).normal(0, 4, shape).astype(dtype)
+        assert_close(kp.softmax(x), reference.softmax(x), TOLERANCE[np.dtype(dtype)])
+
+
+# ---- gradients by central differences
+
+SMOOTH = [name for name in LAYERS if "relu" not in name]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradients_by_central_differences(name):
+    layer, primals, _ = case(name, (61, 6), np.float64)
+    check_vjp(layer.ours, kp.autodiff.vjp(layer.ours, *primals)[1], primals)
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "relu", "leaky_relu, slope"])
+def test_gradients_of_kinks_by_central_differences(name):
+    fn, (x,) = LAYERS[name].ours, features(np.random.default_rng(0), 61, 6)
+    x = np.sign(x) * (0.01 + np.abs(x))  # farther from zero than the step
+    check_vjp(fn, kp.autodiff.vjp(fn, x)[1], (x,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_by_central_differences(reduction):
+    rng = np.random.default_rng(0)
+    labels, weights = rng.integers(-1, 7, 61), rng.uniform(0.1, 2, 7)
+
+    def fn(x):
+        return kp.softmax_cross_entropy(x, labels, ignore_index=-1, class_weights=weights, reduction=reduction)
+
+    logits = rng.normal(size=(61, 7))
+    check_vjp(fn, kp.autodiff.vjp(fn, logits)[1], (logits,))
+
+
+def network(x, skip, weights, scale, shift, labels, row_splits):
+    """A residual block with everything in it, and its loss."""
+    c = 8
+    x = kp.concatenate(x, skip)
+    hidden = kp.linear(x, weights)
+    hidden = kp.batch_norm(hidden, scale, shift, np.zeros(c), np.ones(c), negative_slope=0.1).features
+    hidden = kp.dropout(hidden, 0.2, seed=1)
+    gate = kp.sigmoid(kp.group_norm(hidden, 2, scale, shift, row_splits=row_splits))
+    hidden = kp.add(kp.leaky_relu(hidden, 0.2), kp.softmax(gate))
+    return kp.softmax_cross_entropy(kp.add(kp.relu(hidden), hidden), labels)
+
+
+def test_a_network_by_central_differences():
+    rng = np.random.default_rng(3)
+    primals = [rng.normal(size=shape) for shape in ((90, 5), (90, 3), (8, 8), 8, 8)]
+    fn = partial(network, labels=rng.integers(0, 8, 90), row_splits=halves(90))
+    check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-6, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_primal_alone_gets_the_same_gradient(name):
+    layer, primals, grad = case(name, (40, 6), np.float32)
+    expected = kp.autodiff.vjp(layer.ours, *primals)[1](grad)
+    for i, primal in enumerate(primals):
+        (got,) = kp.autodiff.vjp(lambda p, i=i: layer.ours(*primals[:i], p, *primals[i + 1 :]), primal)[1](grad)
+        assert_same_bits(got, expected[i])
+
+
+def test_gradients_share_no_memory():
+    for fn in (kp.add, kp.concatenate):
+        out, pullback = kp.autodiff.vjp(fn, np.ones((3, 2)), np.ones((3, 2)))
+        grad = np.ones_like(out)
+        first, second = pullback(grad)
+        assert not np.shares_memory(first, second) and not np.shares_memory(first, grad)
+
+
+# ---- the same bits
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_bits_with_any_number_of_threads(name, dtype, isa, set_threads):
+    layer, primals, grad = case(name, (9001, 33), dtype)
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        found.append(results(layer.ours, primals, grad))
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@both_dtypes
+def test_cross_entropy_has_the_same_bits_with_any_number_of_threads(dtype, reduction, isa, set_threads):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(9001, 13)).astype(dtype), rng.integers(-1, 13, 9001)
+    weights = rng.uniform(size=13).astype(dtype)
+
+    def fn(x):
+        return kp.softmax_cross_entropy(x, labels, ignore_index=-1, class_weights=weights, reduction=reduction)
+
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        out, pullback = kp.autodiff.vjp(fn, logits)
+        found.append((out, *pullback(np.ones_like(out))))
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_group_norm_of_a_batch_is_that_of_its_items():
+    rng, row_splits = np.random.default_rng(0), np.array([0, 40, 40, 41, 2000, 2000])
+    x, scale, shift = (p.astype(np.float32) for p in normalized(rng, 2000, 24))
+    got = kp.group_norm(x, 4, scale, shift, row_splits=row_splits)
+    parts = [kp.group_norm(x[a:b], 4, scale, shift) for a, b in itertools.pairwise(row_splits)]
+    assert_same_bits(got, np.concatenate(parts))
+
+
+@both_dtypes
+def test_a_fused_leaky_relu_is_the_one_after(dtype, isa):
+    x, scale, shift = (np.asarray(p, dtype) for p in normalized(np.random.default_rng(0), 300, 21))
+    expected = kp.leaky_relu(ours_batch_norm(x, scale, shift), 0.1)
+    assert_same_bits(ours_batch_norm(x, scale, shift, negative_slope=0.1), expected)
+    grad = np.random.default_rng(1).normal(size=x.shape).astype(dtype)
+    fused = results(partial(ours_batch_norm, negative_slope=0.1), (x, scale, shift), grad)
+    apart = results(lambda *p: kp.leaky_relu(ours_batch_norm(*p), 0.1), (x, scale, shift), grad)
+    for a, b in zip(fused, apart, strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- batch statistics
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(np.float32, 1e4), (np.float64, 1e5)])
+@pytest.mark.parametrize("first", ["like the others", "an outlier"])
+def test_a_large_offset_does_no_harm(first, dtype, offset, isa):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(3000, 20)) + offset * rng.uniform(-1, 1, 20)).astype(dtype)
+    if first == "an outlier":
+        x[0] = 0
+    scale, shift = np.ones(20, dtype), np.zeros(20, dtype)
+    mean, variance = reference.group_moments(x.astype(np.longdouble), 20)
+    got = kp.batch_norm(x, scale, shift, shift, scale, momentum=1.0)
+    assert_close(got.running_var, variance[0] * 3000 / 2999, 2e-7 if dtype == np.float32 else 1e-9)
+    assert_close(got.running_mean, mean[0], 1e-7 if dtype == np.float32 else 1e-14)
+    assert_close(got.features, reference.normalize(x, scale, shift, mean, variance, 1e-5), TOLERANCE[np.dtype(dtype)])
+
+
+def test_gradients_with_a_large_offset(torch):
+    rng = np.random.default_rng(0)
+    primals = [(rng.normal(size=(3000, 20)) + 1e4).astype(np.float32), np.ones(20, np.float32), np.ones(20, np.float32)]
+    grad = rng.normal(size=(3000, 20)).astype(np.float32)
+    expected = theirs(torch, partial(torch_batch_norm, training=True), primals, grad)
+    compare(results(ours_batch_norm, primals, grad), expected, np.float32)
+
+
+@both_dtypes
+@pytest.mark.parametrize("momentum", [0.0, 0.02, 0.3, 1.0])
+def test_running_statistics_are_those_of_torch(momentum, dtype, torch):
+    x, scale, shift = (np.asarray(p, dtype) for p in normalized(np.random.default_rng(0), 50, 7))
+    before = running(7, dtype)
+    mean, var = (torch.from_numpy(a.astype(np.float64)) for a in before)
+    got = kp.batch_norm(x, scale, shift, *before, momentum=momentum)
+    torch.nn.functional.batch_norm(torch.from_numpy(x.astype(np.float64)), mean, var, training=True, momentum=momentum)
+    for ours, other, old, new in zip(got[1:], (mean, var), before, running(7, dtype), strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, other.numpy(), TOLERANCE[np.dtype(dtype)])
+        assert_same_bits(old, new)  # not written to
+
+
+def test_without_training_the_running_statistics_stay():
+    x, scale, shift = normalized(np.random.default_rng(0), 50, 7)
+    before = running(7, np.float64)
+    got = kp.batch_norm(x, scale, shift, *before, training=False, momentum=0.5)
+    for new, old in zip(got[1:], before, strict=True):
+        assert_same_bits(new, old)
+        assert not np.shares_memory(new, old)
+
+
+def test_a_constant_channel_becomes_its_shift():
+    x, ones = np.full((1000, 3), 0.1, np.float32), np.ones(3, np.float32)
+    shift = np.float32([1, 2, 3])
+    got = kp.batch_norm(x, ones, shift, ones, ones, momentum=1.0)
+    assert got.features.tolist() == [[1, 2, 3]] * 1000
+    assert got.running_var.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_batch_of_fewer_than_two_rows(n):
+    x, ones = np.ones((n, 3)), np.ones(3)
+    with pytest.raises(ValueError, match=rf"features: expected at least 2 rows where training, got \({n}, 3\)"):
+        kp.batch_norm(x, ones, ones, ones, ones)
+    assert kp.batch_norm(x, ones, ones, ones, ones, training=False).features.shape == (n, 3)
+
+
+# ---- sums that are long
+
+
+def test_the_gradient_of_weights_over_many_rows():
+    rng = np.random.default_rng(0)
+    x, w, g = rng.random((200_000, 8), np.float32), np.zeros((8, 5), np.float32), rng.random((200_000, 5), np.float32)
+    _, grad_w, grad_b = kp.autodiff.vjp(kp.linear, x, w, np.zeros(5, np.float32))[1](g)
+    assert_close(grad_w, x.T.astype(np.float64) @ g, 1e-6)
+    assert_close(grad_b, g.sum(0, dtype=np.float64), 1e-7)
+
+
+@both_dtypes
+@pytest.mark.parametrize("c_in", [130, 400])
+def test_the_gradient_of_weights_in_many_sums(c_in, dtype, set_threads):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(40_000, c_in)).astype(dtype), rng.normal(size=(40_000, 70)).astype(dtype)
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        found.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
+    assert_close(found[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
+    for got in found[1:]:
+        assert_same_bits(got, found[0])
+
+
+def test_a_loss_over_many_rows():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(300_000, 4)).astype(np.float32), rng.integers(0, 4, 300_000)
+    losses, _ = reference.cross_entropies(logits, labels)
+    assert_close(kp.softmax_cross_entropy(logits, labels), losses.mean(), 2e-7)
+
+
+@pytest.mark.parametrize("c_out", [1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 128, 130])
+@pytest.mark.parametrize("c_in", [1, 5, 12, 13, 95, 97, 130])
+@both_dtypes
+def test_linear_of_any_channels(dtype, c_in, c_out, isa):
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 6, 12, 119, 120, 121, 251):
+        x, w, b = (p.astype(dtype) for p in product(rng, n, c_in, c_out))
+        grad = rng.normal(size=(n, c_out)).astype(dtype)
+        got = results(kp.linear, (x, w, b), grad)
+        x, w, b, grad = (a.astype(np.float64) for a in (x, w, b, grad))
+        compare(got, (x @ w + b, grad @ w.T, x.T @ grad, grad.sum(0)), dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("rows", [1, 29, 103, 121, 309])
+def test_products_of_few_rows_by_many_threads(rows, dtype, isa, set_threads):
+    """Rows of a tile or two: columns are dealt to the threads too."""
+    rng = np.random.default_rng(rows)
+    features, weights, bias, grad = (
+        rng.standard_normal(shape).astype(dtype) for shape in ((rows, 301), (301, 711), (711,), (rows, 711))
+    )
+    found = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        out, pullback = kp.autodiff.vjp(lambda *args: kp.linear(*args), features, weights, bias)
+        found.append((out, *pullback(grad)))
+    for one, other in itertools.product(found[:1], found[1:]):
+        for value, same in zip(one, other, strict=True):
+            assert_same_bits(value, same)
+    x, w, g = (a.astype(np.float64) for a in (features, weights, grad))
+    for value, expected in zip(found[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
+        assert np.abs(value - expected).max() <= 100 * np.finfo(dtype).eps * np.abs(expected).max()
+
+
+# ---- dropout
+
+# Three vectors of the reference implementation: counter, key, words.
+KNOWN_WORDS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("file", "case", "published"), CLIENTS)
-def test_layers_of_published_code(shared, file, case, published):
-    path = shared / "golden" / "clients" / f"layers_{file}.npz"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    with np.load(path) as golden:
-        g = {key.removeprefix(f"{case}/"): golden[key] for key in golden if key.startswith(f"{case}/")}
-    state = {key.removeprefix("in/state/"): torch.from_numpy(v) for key, v in g.items() if key.startswith("in/state/")}
-    names = "in/in_channels", "in/out_channels", "in/channels"
-    channels = [int(g[name]) for name in names if name in g]
-    sigma = float(g["in/sigma"] if "in/sigma" in g else g["in/extent"])
-    shells, groups = g.get("in/shell_sizes", np.ones(1, int)).tolist(), int(g.get("in/attention_groups", 0))
-    layer = of_the_table(published, channels, float(g["in/radius"]), sigma, shells, groups)
-    # These also divide by how many neighbours have features, and have a bias.
-    if file in ("predator", "geotransformer", "easykpconv"):
-        layer.options["normalization"] = "positive"
-    bias = state.pop("bias", torch.zeros(channels[-1], dtype=torch.float64))
-    state["weights"] = state["weights"].reshape(layer.weights.shape)
-    # They moved each kernel point by a hundredth of the radius.
-    ours, theirs = (points.norm(dim=1).sort()[0] for points in (layer.kernel_points, state["kernel_points"]))
-    assert (ours - theirs).abs().max() < 0.04 * float(g["in/radius"])
-    assert abs(ours[1:].mean() / theirs[1:].mean() - 1) < 0.01
-    layer.load_state_dict(state)
-    points, queries, features = (torch.from_numpy(g[f"in/{name}"]) for name in ("s_points", "q_points", "features"))
-    neighbors, more = torch.from_numpy(g["in/neighbors"]), {}
-    if len(points) == len(queries):
-        queries = None
-    elif groups:  # the published attention is of the first neighbor in a row, of zeros where there is none
-        more["query_features"] = torch.cat([features, torch.zeros_like(features[:1])])[neighbors[:, 0]]
-    out = layer(points, queries, neighbors, features, **more)
-    assert_close((out + bias).detach().numpy(), g["out/output"], 1e-10)
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_WORDS)
+def test_known_words_of_philox(counter, key, words):
+    assert reference.philox(counter, key) == words
 
 
-def test_golden_deformable_is_complete():
-    assert len(DEFORMABLE) == 3
+@both_dtypes
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.999, 1.0])
+def test_dropout_keeps_what_the_words_say(rate, seed, dtype, isa):
+    for n in (0, 1, 15, 16, 17, 63, 64, 65, 1000):
+        x = np.random.default_rng(0).normal(size=n).astype(dtype)
+        mask = reference.dropout_mask(n, rate, seed)
+        got = kp.dropout(x, rate, seed)
+        assert got.dtype == dtype
+        assert np.array_equal(got != 0, mask & (rate < 1))
+        assert_close(got[mask], x[mask] / (1 - rate) if rate < 1 else 0 * x[mask], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "tanh_strided", "softmax_constant", "none"])
-def test_golden_kpconvx(name):
-    golden = {key.removeprefix(f"{name}/"): value for key, value in np.load(GOLDEN / "kpconvx.npz").items()}
-    activation, influence = golden["options"].tolist()
-    layer = kpt.KPConvX(
-        12, [1, 14], radius=0.45, extent=float(golden["extent"]), attention_groups=int(golden["groups"]),
-        attention_activation=None if activation == "none" else activation, attention_norm=bool(golden["norm"]),
-        influence=influence, dtype=torch.float64
-    )  # fmt: skip
-    state = {key.removeprefix("state/"): torch.from_numpy(golden[key]) for key in golden if key.startswith("state/")}
-    layer.load_state_dict(state, strict=True)
-    points, queries = torch.from_numpy(golden["points"]), torch.from_numpy(golden["queries"])
-    features = torch.from_numpy(golden["features"]).requires_grad_()
-    neighbors = torch.from_numpy(golden["neighbors_padded"].astype(np.int64))
-    for own in (queries,) if golden["strided"] else (None, points):
-        out = layer(*of_queries(layer, points, own, neighbors, features) if golden["strided"] else
-                    (points, own, neighbors, features))  # fmt: skip
-        assert_close(out.detach().numpy(), golden["out"], 1e-10)
-    out.backward(torch.from_numpy(golden["grad_out"]))
-    assert_close(features.grad.numpy(), golden["grad/features"], 1e-10)
-    for key, parameter in layer.named_parameters():
-        assert (parameter.grad is not None) == (f"grad/{key}" in golden), key
-        if parameter.grad is not None:
-            assert_close(parameter.grad.numpy(), golden[f"grad/{key}"], 1e-10)
+def test_the_upper_half_of_the_seed_counts():
+    assert (kp.dropout(np.ones(4000), 0.5, 1) != kp.dropout(np.ones(4000), 0.5, 2**32)).mean() > 0.4
 
 
-def test_what_attention_is_made_of():
-    torch.manual_seed(0)
-    layer, (points, queries, neighbors, features) = LAYERS["x"](), case()
-    first = features[: len(queries)]
-    assert not torch.equal(layer(points, queries, neighbors, features, first),
-                           layer(points, queries, neighbors, features, -first))  # fmt: skip
-    neighbors = kpt.radius_search(points, None, 0.35)  # by index: the first is another point
-    expected = layer(points, None, neighbors, features)
-    assert torch.equal(layer(points, points, neighbors, features), expected)
-    assert torch.equal(layer(points, points.clone(), neighbors, features, features), expected)
+def test_dropout_drops_its_share_independently():
+    n = 200_000
+    kept_by = [kp.dropout(np.ones(n, np.float32), 0.3, seed) > 0 for seed in range(3)]
+    for mask in kept_by:
+        assert abs(mask.mean() - 0.7) < 5 * math.sqrt(0.21 / n)
+        for lag in (1, 2, 16, 64, 1024):
+            assert abs((mask[lag:] & mask[:-lag]).mean() - 0.49) < 5 * math.sqrt(0.25 / n)
+    assert abs((kept_by[0] & kept_by[1]).mean() - 0.49) < 5 * math.sqrt(0.25 / n)
 
 
-@pytest.mark.parametrize(
-    "queries", [lambda points: points.clone(), lambda points: points[:], lambda points: points[:7]]
-)
-def test_attention_of_other_queries_wants_their_features(queries):
-    points, _, _, features = case()
-    queries = queries(points)
-    neighbors = kpt.radius_search(points, queries, 0.35, sort="distance")
-    with pytest.raises(ValueError, match=r"^query_features: expected \(M, C\)"):
-        LAYERS["x"]()(points, queries, neighbors, features)
-    assert LAYERS["d"]()(points, queries, neighbors, features).shape == (len(queries), 4)
+def test_dropout_is_of_values_in_their_order_whatever_the_shape():
+    x = np.ones(960, np.float32)
+    assert_same_bits(kp.dropout(x.reshape(6, 8, 20), 0.4, 3).ravel(), kp.dropout(x, 0.4, 3))
 
 
-def test_without_attention_it_is_kpconvd():
-    torch.manual_seed(0)
-    layer, (points, queries, neighbors, features) = LAYERS["d"](torch.float64), case(dtype=torch.float64)
-    expected = torch.zeros(len(queries), 4, dtype=torch.float64)
-    for q in range(len(queries)):
-        for i in neighbors.index[neighbors.row_splits[q] : neighbors.row_splits[q + 1]]:
-            distances = (points[i] - queries[q] - layer.kernel_points).norm(dim=1)
-            k = distances.argmin()
-            expected[q] += max(0, 1 - distances[k] / 0.3) * layer.weights[k].detach() * features[i]
-    assert_close(layer(points, queries, neighbors, features).detach().numpy(), expected.numpy(), 1e-10)
+def test_dropout_drops_nan_and_keeps_everything_without_training():
+    x = np.full(1000, np.nan)
+    got = kp.dropout(x, 0.5, 0)
+    assert np.array_equal(np.isnan(got), reference.dropout_mask(1000, 0.5, 0))
+    same = kp.dropout(x, 0.5, 0, training=False)
+    assert_same_bits(same, x)
+    assert not np.shares_memory(same, x)
+    (grad,) = kp.autodiff.vjp(lambda x: kp.dropout(x, 0.5, 0, training=False), np.ones(5))[1](np.arange(5.0))
+    assert grad.tolist() == [0, 1, 2, 3, 4]
 
 
-# ---- whole networks
+# ---- edges
 
 
-@pytest.fixture
-def network():
-    """-> a network in evaluation, what it is called with, and a part of it"""
-    net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
-    levels = net.pyramid(torch.rand(200, 3, generator=torch.Generator().manual_seed(0)), F=kpt)
-    module = kpt.Network(net).eval()
-    return module, (levels, torch.ones(len(levels[0].points), 1)), module.get_submodule("encoder.1.unary2")
+@both_dtypes
+@pytest.mark.parametrize("shape", [(0, 5), (7, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_empty_and_single(name, shape, dtype, isa):
+    if name.startswith("batch_norm") and shape[0] < 2 and "running" not in name:
+        return  # an error, tested above
+    if name == "group_norm, leaky" and not shape[1]:
+        return  # no group at all, an error
+    layer, primals, grad = case(name, shape, dtype)
+    out, *grads = results(layer.ours, primals, grad)
+    assert out.shape[0] == shape[0] and np.isfinite(out).all()
+    for g, primal in zip(grads, primals, strict=True):
+        assert (g.shape, g.dtype) == (primal.shape, dtype) and np.isfinite(g).all()
 
 
-def with_weights(module, name, weights):
-    """A copy of a network with other weights in one place."""
-    params, state = module.arrays()
-    assert name in params
-    return kpt.Network(module.net, params | {name: weights.detach().numpy()}, state).eval()
+def test_no_input_channels_give_the_bias():
+    out, pullback = kp.autodiff.vjp(kp.linear, np.empty((3, 0)), np.empty((0, 2)), np.array([1.0, 2.0]))
+    assert out.tolist() == [[1, 2]] * 3
+    assert [g.tolist() for g in pullback(np.ones((3, 2)))] == [[[], [], []], [], [3, 3]]
 
 
-class Doubled(torch.nn.Module):
-    def forward(self, weights):
-        return 2 * weights
+def test_elementwise_of_any_shape():
+    for shape in (), (5,), (2, 3, 4), (2, 0, 4), (1, 1, 1, 70):
+        x = np.random.default_rng(0).normal(size=shape)
+        for fn, expected in (
+            (kp.relu, np.maximum(x, 0)),
+            (kp.leaky_relu, np.where(x > 0, x, 0.1 * x)),
+            (kp.sigmoid, 1 / (1 + np.exp(-x))),
+            (lambda x: kp.add(x, x), 2 * x),
+        ):
+            out, pullback = kp.autodiff.vjp(fn, x)
+            assert isinstance(out, np.ndarray)
+            assert_close(out, expected, 1e-15)
+            assert pullback(np.ones_like(x))[0].shape == shape
 
 
-def test_a_part_of_a_network_parametrised(network):
-    module, given, part = network
-    expected = with_weights(module, "encoder.1.unary2.weights", 2 * part.weights)(*given)[0]
-    torch.nn.utils.parametrize.register_parametrization(part, "weights", Doubled())
-    out = module(*given)[0]
-    assert torch.equal(out, expected)
-    out.sum().backward()
-    assert part.parametrizations.weights.original.grad.any()
-    assert list(module.arrays()[0]) == list(module.net.init()[0])
+@both_dtypes
+def test_values_at_the_ends(dtype, isa):
+    inf, nan = np.inf, np.nan
+    x = np.array([-inf, -1e30, -100, -0.0, 0, 100, 1e30, inf, nan], dtype)
+    assert_same_bits(kp.relu(x)[:-1], np.array([0, 0, 0, 0, 0, 100, 1e30, inf], dtype))
+    assert_same_bits(kp.leaky_relu(x, 0.5)[:-1], np.array([-inf, -5e29, -50, -0.0, 0, 100, 1e30, inf], dtype))
+    got = kp.sigmoid(x)
+    assert_close(got[:-1], [0, 0, math.exp(-100) if dtype == np.float64 else 0, 0.5, 0.5, 1, 1, 1], 1e-15)
+    for fn in (kp.relu, kp.leaky_relu, kp.sigmoid):
+        out, pullback = kp.autodiff.vjp(fn, x)
+        assert np.isnan(out[-1])
+        assert np.isfinite(pullback(np.ones_like(x))[0][:-1]).all()
 
 
-def test_a_part_of_a_network_pruned(network):
-    module, given, part = network
-    prune.l1_unstructured(part, "weights", amount=0.5)
-    assert (part.weights == 0).float().mean() == 0.5
-    for _ in range(2):  # masked again in each pass, as the weights are trained
-        expected = with_weights(module, "encoder.1.unary2.weights", part.weights_orig * part.weights_mask)(*given)[0]
-        out = module(*given)[0]
-        assert torch.equal(out, expected)
-        out.sum().backward()
-        with torch.no_grad():
-            part.weights_orig.mul_(2)
+@both_dtypes
+def test_softmax_at_the_ends(dtype, isa):
+    inf, nan = np.inf, np.nan
+    x = np.array([[1e30, 0, -1e30], [-inf, 0, 0], [5, 5, -inf], [nan, 0, 0], [inf, 0, 0], [-inf] * 3], dtype)
+    got = kp.softmax(x)
+    assert got[:3].tolist() == [[1, 0, 0], [0, 0.5, 0.5], [0.5, 0.5, 0]]
+    assert np.isnan(got[3:]).any(1).all()
 
 
-def test_a_part_of_a_network_has_no_hook_for_results(network):
-    module, given, part = network
-    for name in ("register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
-        with pytest.raises(NotImplementedError, match="Network: expected a hook of the whole network"):
-            getattr(part, name)(lambda *_: None)
-    seen = []
-    module.register_forward_hook(lambda module, inputs, result: seen.append(result))
-    assert module(*given) is seen[0]
+@both_dtypes
+def test_cross_entropy_at_the_ends(dtype, isa):
+    logits = np.array([[1e4, 0], [0, 1e4], [0, 0]], dtype)
+    loss = kp.softmax_cross_entropy(logits, np.array([0, 0, 1]), reduction="none")
+    assert_close(loss, [0, 1e4, math.log(2)], 1e-7)
 
 
-def test_batch_norm_is_not_made_one_of_several_processes(network):
-    module, given, _ = network
-    expected = module(*given)[0]
-    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    assert converted is module and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules())
-    assert torch.equal(module(*given)[0], expected)
+@both_dtypes
+@pytest.mark.parametrize("name", ["all ignored", "no rows", "no weight"])
+def test_a_mean_over_nothing_is_zero(name, dtype):
+    logits = np.ones((0 if name == "no rows" else 4, 3), dtype)
+    labels = np.full(len(logits), 255 if name == "all ignored" else 1, np.uint8)
+    weights = np.array([1, 0, 1], dtype) if name == "no weight" else None
+    loss, pullback = kp.autodiff.vjp(
+        lambda x: kp.softmax_cross_entropy(x, labels, ignore_index=255, class_weights=weights), logits
+    )
+    assert (loss.shape, loss.dtype, float(loss)) == ((), dtype, 0)
+    (grad,) = pullback(np.ones_like(loss))
+    assert grad.shape == logits.shape and not grad.any()
 
 
-def test_the_default_dtype():
-    """That of layers, as of torch's; networks have that of `init`, and kernel points float32 unless told."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert {t.dtype for t in LAYERS["x"]().state_dict().values()} == {torch.float64}
-        net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
-        assert {t.dtype for t in kpt.Network(net).state_dict().values()} == {torch.float32}
-        assert kpt.kernel_points(5, 0.2).dtype == torch.float32
-    finally:
-        torch.set_default_dtype(torch.float32)
+@pytest.mark.parametrize("label_type", CLASSES)
+@pytest.mark.parametrize("label", [3, 100, -2])
+def test_a_label_out_of_range_names_its_row(label, label_type, set_threads):
+    if label < 0 and label_type == np.uint8:
+        return
+    set_threads(2)
+    labels = np.zeros(50_000, label_type)
+    labels[[40_123, 40_200]] = label
+    logits = np.zeros((50_000, 3), np.float32)
+    with pytest.raises(ValueError, match=rf"labels: expected 0 to 2, got {label} in row 40123"):
+        kp.softmax_cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match=rf"labels: expected 0 to 2, or 99 to be ignored, got {label} in row 40123"):
+        kp.softmax_cross_entropy(logits, labels, ignore_index=99)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_not_finite_stays_in_its_channel_or_row(name):
+    layer, primals, _ = case(name, (40, 6), np.float64)
+    primals[0][7, 2] = np.nan
+    out = layer.ours(*primals)
+    wrong = np.isnan(out)
+    if "group_norm" in name and "leaky" not in name:
+        assert wrong.all()
+    elif "running" in name or "norm" not in name:
+        assert wrong.any(1).tolist() == (np.arange(40) == 7).tolist() or (name == "dropout" and not wrong.any())
+    else:
+        assert wrong.any(0).tolist() == (np.arange(6) == 2).tolist()
+
+
+# ---- the table of operators
+
+
+def test_shapes_and_dtypes_are_known_ahead():
+    x, c = np.ones((6, 4), np.float32), np.ones(4, np.float32)
+    labels = np.zeros(6, np.int64)
+    norm = {"features": x, "scale": c, "shift": c, "eps": 1e-5, "negative_slope": None}
+    loss = {"logits": x, "labels": labels, "ignore_index": None, "class_weights": None}
+    calls = [
+        (OPS["linear"], {"features": x, "weights": np.ones((4, 3), np.float32), "bias": None}),
+        *(
+            (OPS["batch_norm"], norm | {"running_mean": c, "running_var": c, "training": t, "momentum": 0.1})
+            for t in (True, False)
+        ),
+        *((OPS["group_norm"], norm | {"num_groups": 2, "row_splits": s}) for s in (None, np.array([0, 2, 2, 6]))),
+        (OPS["leaky_relu"], {"features": x, "negative_slope": 0.1}),
+        (OPS["relu"], {"features": x}),
+        (OPS["sigmoid"], {"features": x}),
+        (OPS["softmax"], {"features": x}),
+        (OPS["dropout"], {"features": x, "rate": 0.1, "seed": 0, "training": True}),
+        (OPS["add"], {"first": x, "second": x}),
+        (OPS["concatenate"], {"first": x, "second": x, "third": None, "fourth": x}),
+        *((OPS["softmax_cross_entropy"], loss | {"reduction": r}) for r in ("mean", "sum", "none")),
+    ]
+    for op, arguments in calls:
+        out, saved = ops.computed(op, arguments)
+        arrays = [*(out if op.field else (out,)), *saved]
+        shaped = {
+            name: SimpleNamespace(shape=a.shape, dtype=a.dtype) if isinstance(a, np.ndarray) else a
+            for name, a in arguments.items()
+        }
+        assert op.result(Call(**shaped)) == [(a.shape, a.dtype) for a in arrays], op.name
+    assert {op.name for op, _ in calls} <= set(kp.__all__)
+
+
+@given(st.data())
+def test_any_normalisation(data):
+    n, groups, width = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 20))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    row_splits = np.sort(np.r_[0, rng.integers(0, n + 1, data.draw(st.integers(0, 4))), n])
+    slope = data.draw(st.sampled_from([None, 0.0, 0.1]))
+    x, scale, shift = normalized(rng, n, groups * width)
+    got = kp.group_norm(x, groups, scale, shift, row_splits=row_splits, negative_slope=slope)
+    moments = reference.group_moments(x, groups, row_splits)
+    assert_close(
+        got, reference.normalize(x, scale, shift, *moments, 1e-5, slope), 1e-10, magnitude=np.r_[got.ravel(), 1]
+    )
+
+
+def test_add_of_numbers_that_were_arrays():
+    loss = 0.5 * np.array(3.0)  # by NumPy a scalar, no array
+    assert_same_bits(kp.add(loss, np.array(2.0)), np.array(3.5))
+    assert_same_bits(kp.add(np.array(2.0), loss), np.array(3.5))
+    with pytest.raises(TypeError, match="second"):
+        kp.add(loss, 2.0)
+
+
+NO_COLUMNS = """
+import numpy as np, kpcore as kp
+num = 2**40
+none, nothing = np.zeros((num, 0), np.float32), np.zeros(0, np.float32)
+square = np.zeros((0, 0), np.float32)
+calls = {
+    "linear": (kp.linear, none, square, nothing),
+    "softmax": (kp.softmax, none),
+    "concatenate": (kp.concatenate, none, none),
+    "add": (kp.add, none, none),
+    "relu": (kp.relu, none),
+    "dropout": (lambda f: kp.dropout(f, 0.5, 1), none),
+    "batch_norm": (lambda f, s: kp.batch_norm(f, s, s, nothing, nothing).features, none, nothing),
+    "group_norm": (lambda f, s: kp.group_norm(f, 1, s, s), none, nothing),
+    "columns": (lambda f: f[:, :0], none),
+    "segment_reduce": (lambda f: kp.segment_reduce(f, None), none[: 2**31 - 1]),
+    "segment maximum": (lambda f: kp.segment_reduce(f, None, "max"), none[: 2**31 - 1]),
+    "gather": (lambda f: kp.gather(f, np.arange(9)), none[: 2**31 - 1]),
+    "linear without rows": (kp.linear, np.zeros((0, 0)), np.zeros((0, num))),
+}
+for name, (call, *primals) in calls.items():
+    out, pullback = kp.autodiff.vjp(call, *primals)
+    grads = pullback(np.empty(out.shape, out.dtype))
+    assert [g.shape for g in grads] == [p.shape for p in primals], name
+    print(name, flush=True)
+"""
+
+
+def test_rows_without_columns_cost_nothing(python):
+    done = python(NO_COLUMNS, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("linear without rows\n"), (done.stdout, done.stderr)

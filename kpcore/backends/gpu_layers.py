@@ -23,7 +23,7 @@ _MEAN, _SUM, _NONE = range(3)  # reductions of the cross entropy
 
 
 def _kernels(array):
-    return kernels_of("rows.cu", KP_F=ctype(array.dtype))
+    return kernels_of("layers.cu", KP_F=ctype(array.dtype))
 
 
 # ---- linear

@@ -9,7 +9,7 @@
 // compile: KP_F=kp::Bfloat
 
 #include "launch.h"
-#include "formulas/rows.h"
+#include "formulas/layers.h"
 #include "storage.h"
 
 namespace kp {
@@ -139,7 +139,7 @@ struct Block {
   }
 };
 
-// y = (x - center) * factor + offset for an item and channel; see rows.cpp.
+// y = (x - center) * factor + offset for an item and channel; see layers.cpp.
 struct Affine {
   F center, factor, offset;
 };

@@ -3,7 +3,7 @@
 // All but the products are bound by memory, and go over it as seldom as the formulas allow. Sums over rows are float64
 // and taken in blocks of rows that do not depend on the number of threads, so neither does any result.
 
-#include "formulas/rows.h"
+#include "formulas/layers.h"
 
 #include <math.h>
 
