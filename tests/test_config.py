@@ -267,11 +267,11 @@ def test_config_says_how_many_threads_and_why(env, code, expected, python, no_wi
 NUM_TASKS = """
 import sys
 sys.path.insert(0, {tests!r})
-import numpy as np, kpcore as kp, ops
+import examples, numpy as np, kpcore as kp, ops
 def num_threads():
     return int(open("/proc/self/status").read().split("Threads:")[1].split()[0])
 before = num_threads()
-num, points = {num}, ops.cloud({num}, np.float32)[0]
+num, points = {num}, examples.cloud({num}, np.float32)[0]
 kp.radius_search(points, None, 0.1)
 kp.knn_search(points, None, 3)
 kp.KDTree(points)

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import clouds
+import examples
 import numpy as np
-import ops
 import pytest
 import reference
 from gradcheck import check_vjp
@@ -70,8 +70,71 @@ def check_losses(case, offsets=None, **options):
     offsets = offsets_of(case) if offsets is None else offsets
     reduction = {name: value for name, value in options.items() if name == "reduction"}
     arrays = case.points, case.queries, case.rows, case.kernel_points, offsets, case.extent
-    check(fitting(case, **reduction), reference.fitting_loss(*arrays, **reduction), case, offsets)
-    check(repulsion(case, **options), reference.repulsion_loss(*arrays[3:], **options), case, offsets)
+    check(fitting(case, **reduction), fitting_loss(*arrays, **reduction), case, offsets)
+    check(repulsion(case, **options), repulsion_loss(*arrays[3:], **options), case, offsets)
+
+
+# ---- the formulas in float64
+
+
+def reduction_weight(reduction, num_queries, num_kernel):
+    """What each of the (M, K) terms of a loss counts."""
+    return {"mean": 1 / max(1, num_queries * num_kernel), "points": 1 / max(1, num_queries), "sum": 1}[reduction]
+
+
+def fitting_nearest(points, queries, rows, kernel_points, offsets):
+    """(M, K) the neighbour nearest to each deformed kernel point, the first of equals; -1 in empty rows.
+
+    Decided in the dtype of the points.
+    """
+    deformed = kernel_points + offsets
+    nearest = np.full(deformed.shape[:2], -1)
+    for q, row in enumerate(rows):
+        if len(row):
+            nearest[q] = row[reference.squared_distances(points[row] - queries[q], deformed[q]).argmin(1)]
+    return nearest
+
+
+def fitting_loss(points, queries, rows, kernel_points, offsets, extent, reduction="mean"):
+    """-> (loss, gradient (M, K, D) of the offsets)"""
+    nearest = fitting_nearest(points, queries, rows, kernel_points, offsets)[..., None]
+    points, queries, offsets = (a.astype(np.float64) for a in (points, queries, offsets))
+    relative = np.vstack([points, np.zeros((1, points.shape[1]))])[nearest[..., 0]] - queries[:, None]
+    difference = np.where(nearest < 0, 0, kernel_points + offsets - relative) / extent
+    weight = reduction_weight(reduction, *offsets.shape[:2])
+    return weight * (difference**2).sum(), weight * 2 * difference / extent
+
+
+def repulsion_loss(kernel_points, offsets, extent, repulse_extent=1.2, detach_others=True, reduction="mean"):
+    """-> (loss, gradient (M, K, D) of the offsets)"""
+    deformed = kernel_points.astype(np.float64) + offsets
+    difference = deformed[:, :, None] - deformed[:, None]
+    distance = np.linalg.norm(difference, axis=3)
+    under = np.minimum(0, distance / extent - repulse_extent) * ~np.eye(len(kernel_points), dtype=bool)
+    slope = under / np.where(distance > 0, distance, np.inf) / extent
+    weight = reduction_weight(reduction, *offsets.shape[:2])
+    gradient = weight * 2 * (slope[..., None] * difference).sum(2)
+    return weight * (under**2).sum(), gradient if detach_others else 2 * gradient
+
+
+# ---- example calls
+
+
+def fitting_arguments(num, geometry, features):
+    call = examples.convolution(num, geometry, features)
+    names = "points", "queries", "neighbors", "kernel_points", "extent"
+    return {name: call[name] for name in names} | {"offsets": examples.deformed(call)["offsets"]}
+
+
+def repulsion_arguments(num, geometry, features):
+    call = fitting_arguments(num, geometry, features)
+    return {name: call[name] for name in ("kernel_points", "offsets", "extent")}
+
+
+CALLS = {
+    "fitting_loss": (fitting_arguments, [{}]),
+    "repulsion_loss": (repulsion_arguments, [{"detach_others": False}]),
+}
 
 
 # ---- against the formulas
@@ -134,7 +197,7 @@ def test_any_cloud_any_options(data):
         "detach_others": data.draw(st.booleans()),
         "repulse_extent": data.draw(st.sampled_from([0.3, 1, 1.2, 2])),
     }
-    loss, _ = reference.repulsion_loss(case.kernel_points, offsets, case.extent, **options | {"reduction": "sum"})
+    loss, _ = repulsion_loss(case.kernel_points, offsets, case.extent, **options | {"reduction": "sum"})
     assume(
         not 0 < loss < 1e-3 * len(offsets)
     )  # of points that are as far apart as they should be float32 has no digits to compare
@@ -223,7 +286,7 @@ def nearest_of(points, queries, rows, kernel_points, offsets):
     case = clouds.kpconv_case(points, queries, rows, radius=1.0)
     arguments = {"points": points, "queries": queries, "neighbors": kp.Neighbors(*case.csr()),
                  "kernel_points": kernel_points, "offsets": offsets, "extent": 1.0}  # fmt: skip
-    _, (nearest,) = ops.computed(OPS["fitting_loss"], arguments)
+    _, (nearest,) = examples.computed(OPS["fitting_loss"], arguments)
     return nearest
 
 
@@ -238,7 +301,7 @@ def test_the_first_of_equally_near_neighbours(spacing, dim, dtype, isa):
     offsets = rng.integers(-2, 3, (len(points), len(kernel_points), dim)).astype(dtype) * dtype(spacing / 2)
     rows, _ = reference.radius_search(points, None, 3 * spacing)
     rows = [rng.permutation(row) for row in rows]
-    expected = reference.fitting_nearest(points, points, rows, kernel_points, offsets)
+    expected = fitting_nearest(points, points, rows, kernel_points, offsets)
     assert_same_bits(nearest_of(points, points, rows, kernel_points, offsets), expected.astype(np.int32))
 
 
@@ -397,7 +460,7 @@ def test_what_comes_out_is_known_ahead(dtype):
         (OPS["fitting_loss"], common | of_points),
         (OPS["repulsion_loss"], common | {"repulse_extent": 1.2, "detach_others": True}),
     ):
-        out, saved = ops.computed(op, arguments)
+        out, saved = examples.computed(op, arguments)
         assert op.result(Call(**arguments)) == [(a.shape, a.dtype) for a in (out, *saved)]
 
 
@@ -422,7 +485,7 @@ def test_golden(path):
     assert_close(kernel_points + offsets, golden["deformed_kernel_points"], 1e-10)
 
     arguments = {"points": points, "queries": queries, "neighbors": neighbors, "kernel_points": kernel_points}
-    _, (nearest,) = ops.computed(OPS["fitting_loss"], arguments | {"offsets": offsets, "extent": extent})
+    _, (nearest,) = examples.computed(OPS["fitting_loss"], arguments | {"offsets": offsets, "extent": extent})
     difference = points[nearest] - queries[:, None] - kernel_points - offsets
     assert_close((difference**2).sum(2), golden["min_d2"], 1e-10)
 

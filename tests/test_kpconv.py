@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import clouds
+import examples
 import numpy as np
 import pytest
 import reference
@@ -42,6 +43,34 @@ def check_kpconv(case, **options):
     for name, (expected, magnitude) in case.reference(**options).items():
         assert got[name].dtype == case.features.dtype, name
         assert_close(got[name], expected, tolerance(case.points.dtype, case.features.dtype), magnitude)
+
+
+# ---- example calls
+
+
+def depthwise(call):
+    return examples.deformed(call) | {"weights": call["weights"][:, :, 0].copy()}
+
+
+def kpconvx_arguments(num, geometry, features):
+    call = examples.convolution(num, geometry, features)
+    attention = np.random.default_rng(4).uniform(size=(len(call["queries"]), 4, 3)).astype(features)
+    return call | {"weights": call["weights"][:, :, 0].copy(), "attention": attention}
+
+
+CALLS = {
+    "kpconv": (
+        examples.convolution,
+        [
+            {},
+            {"influence": "gaussian", "normalization": "count"},
+            {"aggregation": "closest"},
+            examples.deformed,
+            depthwise,
+        ],
+    ),
+    "kpconvx": (kpconvx_arguments, [{}]),
+}
 
 
 # ---- against the formulas

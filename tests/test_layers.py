@@ -6,8 +6,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import examples
 import numpy as np
-import ops
 import pytest
 import reference
 from gradcheck import check_vjp
@@ -26,6 +26,104 @@ CLASSES = {np.uint8: 255, np.int32: -1, np.int64: -100}  # dtype of labels: igno
 @pytest.fixture(scope="session")
 def torch():
     return pytest.importorskip("torch", reason="torch, which these results are compared with, is not installed")
+
+
+# ---- the formulas in float64
+
+
+def normalize(features, scale, shift, mean, variance, eps, negative_slope=None):
+    """mean and variance broadcast against (N, C)"""
+    features, scale, shift = (a.astype(np.float64) for a in (features, scale, shift))
+    out = (features - mean) / np.sqrt(variance + eps) * scale + shift
+    return out if negative_slope is None else np.where(out > 0, out, out * negative_slope)
+
+
+def group_moments(features, num_groups, row_splits=None):
+    """-> (mean, variance) (N, C): of each value's batch item and group of channels."""
+    mean, variance = np.empty((2, *features.shape))
+    for first, last in itertools.pairwise(reference.splits_or_whole(row_splits, len(features))):
+        for channels in np.split(np.arange(features.shape[1]), num_groups):
+            of_group = np.s_[first:last, channels[0] : channels[-1] + 1]
+            if first < last:
+                mean[of_group] = features[of_group].mean(dtype=np.float64)
+                variance[of_group] = ((features[of_group] - mean[of_group]) ** 2).mean()
+    return mean, variance
+
+
+def softmax(features):
+    e = np.exp(features.astype(np.float64) - features.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cross_entropies(logits, labels, ignore_index=None, class_weights=None):
+    """-> (losses, weights) (N,), both 0 where ignored"""
+    counts = labels != ignore_index
+    classes = np.where(counts, labels, 0).astype(int)
+    weights = counts * (1.0 if class_weights is None else class_weights.astype(np.float64)[classes])
+    return -weights * np.log(softmax(logits)[np.arange(len(logits)), classes]), weights
+
+
+def philox(counter, key):
+    """Four words of 32 bits from four of a counter and two of a key (Salmon et al. 2011, Philox4x32-10)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def dropout_mask(size, rate, seed):
+    """Which of so many values are kept."""
+    words = [
+        philox(((i // 64 * 16 + i % 16), 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[i // 16 % 4] for i in range(size)
+    ]
+    return np.array(words, np.uint64) >= np.uint64(rate * 2**32)
+
+
+# ---- example calls
+
+
+def linear_arguments(num, geometry, features):
+    rng = np.random.default_rng(2)
+    weights, bias = rng.normal(size=(4, 3)).astype(features), rng.normal(size=3).astype(features)
+    return examples.rows_of_features(num, geometry, features) | {"weights": weights, "bias": bias}
+
+
+def norm_arguments(num, geometry, features):
+    scale, shift = np.random.default_rng(2).uniform(0.5, 2, (2, 4)).astype(features)
+    return examples.rows_of_features(num, geometry, features) | {"scale": scale, "shift": shift}
+
+
+def batch_norm_arguments(num, geometry, features):
+    running = {"running_mean": np.zeros(4, features), "running_var": np.ones(4, features)}
+    return norm_arguments(num, geometry, features) | running | {"training": num > 1}
+
+
+def pair_arguments(num, geometry, features):
+    first = examples.rows_of_features(num, geometry, features)["features"]
+    return {"first": first, "second": first[:, ::-1].copy()}
+
+
+def labelled_arguments(num, geometry, features):
+    labels = np.random.default_rng(6).integers(0, 4, num).astype(np.int32)
+    return {"logits": examples.rows_of_features(num, geometry, features)["features"], "labels": labels}
+
+
+CALLS = {
+    "linear": (linear_arguments, [{}, {"bias": None}]),
+    "batch_norm": (batch_norm_arguments, [{}, {"negative_slope": 0.1}]),
+    "group_norm": (norm_arguments, [{"num_groups": 2}]),
+    "leaky_relu": (examples.rows_of_features, [{}]),
+    "relu": (examples.rows_of_features, [{}]),
+    "sigmoid": (examples.rows_of_features, [{}]),
+    "softmax": (examples.rows_of_features, [{}]),
+    "dropout": (examples.rows_of_features, [{"rate": 0.4, "seed": 7}]),
+    "concatenate": (pair_arguments, [{}]),
+    "add": (pair_arguments, [{}]),
+    "softmax_cross_entropy": (labelled_arguments, [{}, {"reduction": "none"}]),
+}
 
 
 # ---- every operator: its primals, itself, and what torch calls it
@@ -135,7 +233,7 @@ LAYERS = {
 
 
 def kept(shape, rate, seed):
-    return reference.dropout_mask(math.prod(shape), rate, seed).reshape(shape)
+    return dropout_mask(math.prod(shape), rate, seed).reshape(shape)
 
 
 def results(fn, primals, grad):
@@ -215,7 +313,7 @@ def test_cross_entropy_is_that_of_torch(shape, dtype, label_type, weighted, redu
         grad,
     )
     compare(got, expected, dtype)
-    losses, row_weights = reference.cross_entropies(logits, labels, ignore, weights)
+    losses, row_weights = cross_entropies(logits, labels, ignore, weights)
     reduced = {"mean": losses.sum() / row_weights.sum(), "sum": losses.sum(), "none": losses}[reduction]
     assert_close(got[0], reduced, TOLERANCE[np.dtype(dtype)])
 
@@ -229,7 +327,7 @@ def test_normalisations_are_their_formulas(shape, dtype, isa):
     x, scale, shift = (np.asarray(p, dtype) for p in normalized(np.random.default_rng(0), *shape))
     c = shape[1]
     for groups in (1, c):
-        expected = reference.normalize(x, scale, shift, *reference.group_moments(x, groups), 1e-5, 0.1)
+        expected = normalize(x, scale, shift, *group_moments(x, groups), 1e-5, 0.1)
         got = kp.group_norm(x, groups, scale, shift, negative_slope=0.1)
         assert_close(got, expected, TOLERANCE[np.dtype(dtype)])
     assert_close(ours_batch_norm(x, scale, shift, negative_slope=0.1), expected, TOLERANCE[np.dtype(dtype)])
@@ -239,7 +337,7 @@ def test_normalisations_are_their_formulas(shape, dtype, isa):
 def test_softmax_of_any_shape(dtype, isa):
     for shape in (7,), (2, 3, 5), (2, 0, 4), (1, 1), (4, 40):
         x = np.random.default_rng(0).normal(0, 4, shape).astype(dtype)
-        assert_close(kp.softmax(x), reference.softmax(x), TOLERANCE[np.dtype(dtype)])
+        assert_close(kp.softmax(x), softmax(x), TOLERANCE[np.dtype(dtype)])
 
 
 # ---- gradients by central differences
@@ -375,11 +473,11 @@ def test_a_large_offset_does_no_harm(first, dtype, offset, isa):
     if first == "an outlier":
         x[0] = 0
     scale, shift = np.ones(20, dtype), np.zeros(20, dtype)
-    mean, variance = reference.group_moments(x.astype(np.longdouble), 20)
+    mean, variance = group_moments(x.astype(np.longdouble), 20)
     got = kp.batch_norm(x, scale, shift, shift, scale, momentum=1.0)
     assert_close(got.running_var, variance[0] * 3000 / 2999, 2e-7 if dtype == np.float32 else 1e-9)
     assert_close(got.running_mean, mean[0], 1e-7 if dtype == np.float32 else 1e-14)
-    assert_close(got.features, reference.normalize(x, scale, shift, mean, variance, 1e-5), TOLERANCE[np.dtype(dtype)])
+    assert_close(got.features, normalize(x, scale, shift, mean, variance, 1e-5), TOLERANCE[np.dtype(dtype)])
 
 
 def test_gradients_with_a_large_offset(torch):
@@ -457,7 +555,7 @@ def test_the_gradient_of_weights_in_many_sums(c_in, dtype, set_threads):
 def test_a_loss_over_many_rows():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(300_000, 4)).astype(np.float32), rng.integers(0, 4, 300_000)
-    losses, _ = reference.cross_entropies(logits, labels)
+    losses, _ = cross_entropies(logits, labels)
     assert_close(kp.softmax_cross_entropy(logits, labels), losses.mean(), 2e-7)
 
 
@@ -511,7 +609,7 @@ KNOWN_WORDS = [
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_WORDS)
 def test_known_words_of_philox(counter, key, words):
-    assert reference.philox(counter, key) == words
+    assert philox(counter, key) == words
 
 
 @both_dtypes
@@ -520,7 +618,7 @@ def test_known_words_of_philox(counter, key, words):
 def test_dropout_keeps_what_the_words_say(rate, seed, dtype, isa):
     for n in (0, 1, 15, 16, 17, 63, 64, 65, 1000):
         x = np.random.default_rng(0).normal(size=n).astype(dtype)
-        mask = reference.dropout_mask(n, rate, seed)
+        mask = dropout_mask(n, rate, seed)
         got = kp.dropout(x, rate, seed)
         assert got.dtype == dtype
         assert np.array_equal(got != 0, mask & (rate < 1))
@@ -549,7 +647,7 @@ def test_dropout_is_of_values_in_their_order_whatever_the_shape():
 def test_dropout_drops_nan_and_keeps_everything_without_training():
     x = np.full(1000, np.nan)
     got = kp.dropout(x, 0.5, 0)
-    assert np.array_equal(np.isnan(got), reference.dropout_mask(1000, 0.5, 0))
+    assert np.array_equal(np.isnan(got), dropout_mask(1000, 0.5, 0))
     same = kp.dropout(x, 0.5, 0, training=False)
     assert_same_bits(same, x)
     assert not np.shares_memory(same, x)
@@ -694,7 +792,7 @@ def test_shapes_and_dtypes_are_known_ahead():
         *((OPS["softmax_cross_entropy"], loss | {"reduction": r}) for r in ("mean", "sum", "none")),
     ]
     for op, arguments in calls:
-        out, saved = ops.computed(op, arguments)
+        out, saved = examples.computed(op, arguments)
         arrays = [*(out if op.field else (out,)), *saved]
         shaped = {
             name: SimpleNamespace(shape=a.shape, dtype=a.dtype) if isinstance(a, np.ndarray) else a
@@ -712,10 +810,8 @@ def test_any_normalisation(data):
     slope = data.draw(st.sampled_from([None, 0.0, 0.1]))
     x, scale, shift = normalized(rng, n, groups * width)
     got = kp.group_norm(x, groups, scale, shift, row_splits=row_splits, negative_slope=slope)
-    moments = reference.group_moments(x, groups, row_splits)
-    assert_close(
-        got, reference.normalize(x, scale, shift, *moments, 1e-5, slope), 1e-10, magnitude=np.r_[got.ravel(), 1]
-    )
+    moments = group_moments(x, groups, row_splits)
+    assert_close(got, normalize(x, scale, shift, *moments, 1e-5, slope), 1e-10, magnitude=np.r_[got.ravel(), 1])
 
 
 def test_add_of_numbers_that_were_arrays():

@@ -4,8 +4,8 @@ import inspect
 import itertools
 
 import clouds
+import examples
 import numpy as np
-import ops
 import pytest
 import reference
 from gradcheck import check_vjp
@@ -41,7 +41,7 @@ def values(*shape, dtype=np.float32, seed=1):
 def check_neighbor_reduce(features, rows, reduce, weights=None, width=None, **options):
     """Values and gradients; those of a maximum or minimum are exact."""
     neighbors = neighbors_of(rows, len(features), width)
-    expected, chosen = reference.neighbor_reduce(features, rows, reduce, weights, width=width or 0, **options)
+    expected, chosen = neighbor_reduce(features, rows, reduce, weights, width=width or 0, **options)
     primals = (features,) if weights is None else (features, weights)
 
     def fn(f, w=None):
@@ -50,17 +50,110 @@ def check_neighbor_reduce(features, rows, reduce, weights=None, width=None, **op
     out, pullback = kp.autodiff.vjp(fn, *primals)
     grad = values(*expected.shape, dtype=features.dtype, seed=2)
     gradients = pullback(grad)
-    wanted = reference.neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights)
+    wanted = neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights)
     assert out.dtype == features.dtype
     assert_same_bits(out, fn(*primals))
     if reduce in ("max", "min"):
         assert np.array_equal(out, expected.astype(out.dtype), equal_nan=True)
     else:
         absolute = [None if a is None else np.abs(a) for a in (features, weights)]
-        magnitude = reference.neighbor_reduce(absolute[0], rows, reduce, absolute[1], **options)[0]
+        magnitude = neighbor_reduce(absolute[0], rows, reduce, absolute[1], **options)[0]
         assert_close(out, expected, tolerance(features.dtype), magnitude)
     for got, want in zip(gradients, wanted, strict=False):
         assert_close(got, want, tolerance(features.dtype), np.max(np.abs(want), initial=1))
+
+
+# ---- the formulas in float64
+
+
+def neighbor_reduce(features, rows, reduce="mean", weights=None, empty=0.0, pad_value=None, width=0):
+    """-> (out, chosen), both (M, C): `chosen` is the point that has a maximum or minimum, -1 where none has.
+
+    The first of equals, and the first NaN; a row shorter than `width` ends with `pad_value`, if that is given.
+    """
+    features, channels = features.astype(np.float64), np.arange(features.shape[1])
+    out, chosen = np.full((len(rows), len(channels)), float(empty)), np.full((len(rows), len(channels)), -1)
+    ends = np.cumsum([len(row) for row in rows])
+    for q, row in enumerate(rows):
+        seen, numbers = features[row], np.asarray(row, int)
+        if reduce in ("mean", "sum"):
+            w = np.ones(len(row)) if weights is None else weights[ends[q] - len(row) : ends[q]].astype(np.float64)
+            if len(row):
+                out[q] = w @ seen / (len(row) if reduce == "mean" else 1)
+            continue
+        if pad_value is not None and len(row) < width:
+            seen, numbers = np.vstack([seen, np.full((1, len(channels)), pad_value)]), np.append(numbers, -1)
+        if len(seen):
+            at = seen.argmax(0) if reduce == "max" else seen.argmin(0)
+            out[q], chosen[q] = seen[at, channels], numbers[at]
+    return out, chosen
+
+
+def neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights=None):
+    """-> (grad_features, grad_weights), the latter of a mean or sum."""
+    features, grad = features.astype(np.float64), grad.astype(np.float64)
+    grad_features, grad_weights = np.zeros_like(features), []
+    for q, row in enumerate(rows):
+        if reduce in ("mean", "sum"):
+            share = grad[q] / (len(row) if reduce == "mean" and len(row) else 1)
+            w = np.ones(len(row)) if weights is None else weights[len(grad_weights) :][: len(row)].astype(np.float64)
+            np.add.at(grad_features, np.asarray(row, int), w[:, None] * share)
+            grad_weights.extend(features[row] @ share)
+        else:
+            channels = np.flatnonzero(chosen[q] >= 0)
+            np.add.at(grad_features, (chosen[q, channels], channels), grad[q, channels])
+    return grad_features, np.array(grad_weights)
+
+
+def inverse_distance_rows(points, queries, k, power, **splits):
+    """-> (rows, weights): the k nearest points of each query and what they weigh, their sum one.
+
+    w_i = d_i^-power, or where some d_i are zero, ones for those alone.
+    """
+    rows, distances = reference.knn_search(points, queries, k, **splits)
+    weights = []
+    for distance in distances:
+        distance = distance.astype(np.float64)
+        w = (distance == 0).astype(float) if (distance == 0).any() else distance ** -float(power)
+        weights.append(w / w.sum() if len(w) else w)
+    return rows, weights
+
+
+# ---- example calls
+
+
+def pooling_arguments(num, geometry, features):
+    call = examples.convolution(num, geometry, features)
+    return {name: call[name] for name in ("neighbors", "features")}
+
+
+def weights_of_pairs(call):
+    num_pairs = call["neighbors"].num_pairs
+    return {"weights": np.random.default_rng(5).uniform(size=num_pairs).astype(call["features"].dtype)}
+
+
+def interpolate_arguments(num, geometry, features):
+    call = examples.convolution(num, geometry, features)
+    return {name: call[name] for name in ("points", "queries", "features")}
+
+
+def segment_arguments(num, geometry, features):
+    row_splits = np.array([0, num // 3, num // 3, num])
+    return examples.rows_of_features(num, geometry, features) | {"row_splits": row_splits}
+
+
+def gather_arguments(num, geometry, features):
+    index = np.random.default_rng(1).integers(0, max(1, num), 2 * num).astype(np.int32)
+    return examples.rows_of_features(num, geometry, features) | {"index": index}
+
+
+CALLS = {
+    "neighbor_reduce": (pooling_arguments, [{}, {"reduce": "max"}, weights_of_pairs]),
+    "nearest_upsample": (pooling_arguments, [{}]),
+    "interpolate": (interpolate_arguments, [{}]),
+    "segment_reduce": (segment_arguments, [{}, {"reduce": "min"}]),
+    "gather": (gather_arguments, [{}]),
+}
 
 
 # ---- neighbor_reduce
@@ -338,14 +431,14 @@ def check_interpolate(points, queries, features, k=3, power=2, **splits):
         with pytest.raises(ValueError, match=r"points: expected .*distances that float.* rescale them"):
             kp.interpolate(points, queries, features, k, power, **splits)
         return
-    rows, weights = reference.inverse_distance_rows(points, queries, k, power, **splits)
+    rows, weights = inverse_distance_rows(points, queries, k, power, **splits)
     flat = np.concatenate([*weights, np.empty(0)])
-    expected, _ = reference.neighbor_reduce(features, rows, "sum", flat)
+    expected, _ = neighbor_reduce(features, rows, "sum", flat)
     out, pullback = kp.autodiff.vjp(lambda f: kp.interpolate(points, queries, f, k, power, **splits), features)
     allowed = tolerance(features.dtype, points.dtype)
     assert_close(out, expected, allowed, np.abs(features).max(initial=1))
     grad = values(*out.shape, dtype=features.dtype, seed=2)
-    wanted, _ = reference.neighbor_reduce_vjp(features, rows, grad, "sum", None, flat)
+    wanted, _ = neighbor_reduce_vjp(features, rows, grad, "sum", None, flat)
     assert_close(pullback(grad)[0], wanted, allowed, np.abs(wanted).max(initial=1))
 
 
@@ -416,14 +509,14 @@ def test_interpolate_by_central_differences():
 def check_segment_reduce(features, lengths, reduce, **options):
     splits = kp.row_splits(lengths)
     rows = [np.arange(first, last) for first, last in itertools.pairwise(splits)]
-    expected, chosen = reference.neighbor_reduce(features, rows, reduce, **options)
+    expected, chosen = neighbor_reduce(features, rows, reduce, **options)
     out, pullback = kp.autodiff.vjp(lambda f: kp.segment_reduce(f, splits, reduce, **options), features)
     grad = values(*expected.shape, dtype=features.dtype, seed=2)
-    wanted, _ = reference.neighbor_reduce_vjp(features, rows, grad, reduce, chosen)
+    wanted, _ = neighbor_reduce_vjp(features, rows, grad, reduce, chosen)
     if reduce in ("max", "min"):
         assert np.array_equal(out, expected.astype(out.dtype), equal_nan=True)
     else:
-        magnitude, _ = reference.neighbor_reduce(np.abs(features), rows, reduce, **options)
+        magnitude, _ = neighbor_reduce(np.abs(features), rows, reduce, **options)
         assert_close(out, expected, {4: 1e-7, 8: 1e-13}[features.itemsize], magnitude)
     assert_close(pullback(grad)[0], wanted, 1e-7, np.abs(wanted).max(initial=1))
 
@@ -626,7 +719,7 @@ def test_shapes_and_dtypes_ahead():
         defaults = {name: p.default for name, p in names.items() if p.default is not p.empty}
         for dtype in (np.float32, np.float64):
             arguments = {**defaults, **given_arguments, "features": values(50, 7, dtype=dtype)}
-            out, saved = ops.computed(op, arguments)
+            out, saved = examples.computed(op, arguments)
             got = [(a.shape, a.dtype) for a in (out, *saved)]
             assert op.result(Call(**arguments)) == got, op.name
 

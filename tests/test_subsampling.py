@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import clouds
+import examples
 import numpy as np
 import pytest
 import reference
@@ -55,6 +56,26 @@ def attributes(num, seed=0, channels=3, feature_type=np.float32, label_type=np.i
         "features": rng.normal(size=(num, channels)).astype(feature_type),
         "labels": rng.integers(0, num_labels, num).astype(label_type),
     }
+
+
+# ---- example calls
+
+
+def subsample_arguments(num, geometry, features):
+    features = np.random.default_rng(1).normal(size=(num, 3)).astype(features)
+    return {"points": examples.cloud(num, geometry)[0], "voxel_size": 0.4, "features": features}
+
+
+def nearest_from_a_corner(call):
+    return {"origin": np.full((1, 3), 0.1, call["points"].dtype), "feature": "nearest"}
+
+
+CALLS = {
+    "grid_subsample": (
+        subsample_arguments,
+        [{}, {"feature": "max"}, {"feature": "nearest"}, {"origin": "published"}, nearest_from_a_corner],
+    ),
+}
 
 
 # ---- against the reference
