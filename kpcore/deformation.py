@@ -49,7 +49,7 @@ def _fitting_vjp(call, saved, grad, needs):
 def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, kernel_points: Array[Computed],
                  offsets: Array[Computed], extent: float, *, reduction: str = "mean"
                  ) -> Call[Computed]:  # fmt: skip
-    """How far each deformed kernel point is from the nearest neighbour of its query.
+    """How far each deformed kernel point is from the nearest neighbour of its query: the published loss.
 
     ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
     section 3.2), reduced as said, without ever forming an array over neighbours and kernel points. A kernel point that
@@ -120,8 +120,8 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
     points, queries = geometry(points, queries, neighbors, sizes)
     kernel = _kernel(kernel_points, offsets, extent, reduction, sizes, ("points", points))
     return Call(
-        points=points, queries=queries, index=neighbors._index, row_splits=neighbors._row_splits, repulse_extent=0.0,
-        **kernel,
+        points=points, queries=queries, index=neighbors.stored_index, row_splits=neighbors.stored_row_splits,
+        repulse_extent=0.0, **kernel,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _repulsion_vjp(call, saved, grad, needs):
 def repulsion_loss(kernel_points: Array[Computed], offsets: Array[Computed], extent: float, *,
                    repulse_extent: float = 1.2, detach_others: bool = True, reduction: str = "mean"
                    ) -> Call[Computed]:  # fmt: skip
-    """How much the deformed kernel points of each query are in each other's way.
+    """How close the deformed kernel points of each query are to each other: the published loss.
 
     ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et
     al. 2019, section 3.2, where `repulse_extent` is 1), reduced as said. Differentiable in `offsets` and

@@ -27,7 +27,7 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
                   method: Literal["potential", "lloyd", "shells"] = "potential",
                   rotate: Literal["vertical", "full"] | None = None, seed: int = 0,
                   dtype: DTypeLike = np.float32) -> np.ndarray:  # fmt: skip
-    """Points spread regularly in a ball, where the weights of a KPConv sit.
+    """Points spread regularly in a ball, where the weights of a KPConv sit: the published dispositions.
 
     The same points on every machine; nothing is written to disk; kept in memory for the next call.
 

@@ -26,9 +26,9 @@ def _gradients(call, saved, grad, needs):
     wanted = needs | {"queries"} if call.queries_are_points and "points" in needs else needs
     backend, grads = devices.backend(grad), empty_like(call, ("features", *_PLACED), wanted)
     if "features" in needs:
-        transposed = call.neighbors.transpose()
-        backend.run("kpconv_grad_features", call, grad_out=grad, transposed_index=transposed._index,
-                    transposed_row_splits=transposed._row_splits, grad_features=grads["grad_features"])  # fmt: skip
+        back = call.neighbors.transpose()
+        backend.run("kpconv_grad_features", call, grad_out=grad, grad_features=grads["grad_features"],
+                    transposed_index=back.stored_index, transposed_row_splits=back.stored_row_splits)  # fmt: skip
     if placed := {name: array for name, array in grads.items() if name != "grad_features"}:
         backend.run("kpconv_grads", call, grad_out=grad, **placed)
     if wanted is not needs:
@@ -47,7 +47,7 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
            influence: str = "linear", aggregation: str = "sum", normalization: str | None = None, groups: int = 1,
            offsets: Array[Computed] | None = None, modulations: Array[Computed] | None = None
            ) -> Call[Computed]:  # fmt: skip
-    """Kernel point convolution.
+    """Kernel point convolution (KPConv): rigid, deformable, modulated; strided; dense, grouped, depthwise.
 
     ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
     (Thomas et al. 2019, eq. 1 to 7), without ever forming an array over neighbours and kernel points. Without `offsets`
@@ -142,7 +142,7 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
         )
     return Call(
         points=points, queries=queries, queries_are_points=queries_are_points, neighbors=neighbors,
-        index=neighbors._index, row_splits=neighbors._row_splits, features=features, weights=weights,
+        index=neighbors.stored_index, row_splits=neighbors.stored_row_splits, features=features, weights=weights,
         kernel_points=kernel_points,
         offsets=offsets, modulations=modulations, extent=checks.length("extent", extent, points.dtype),
         influence=checks.choice("influence", influence, INFLUENCES),
@@ -168,7 +168,7 @@ def _gradients_x(call, saved, grad, needs):
 def kpconvx(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, features: Array[Computed],
             weights: Array[Computed], attention: Array[Computed], kernel_points: AnyArray, extent: float, *,
             influence: str = "linear") -> Call[Computed]:  # fmt: skip
-    """Depthwise kernel point convolution with attention over the kernel points.
+    """KPConvX and KPConvD: depthwise kernel point convolution with attention over the kernel points.
 
     ``out[q, c] = Σ_i h(|x_i - q - p_k|) W[k, c] a[q, k, c A // C] f_i[c]`` over the neighbours i of q, where k is the
     kernel point nearest to i (KPConvX, Thomas et al. 2024; with no attention, KPConvD: ``kpconv`` with weights (K, C)

@@ -68,7 +68,7 @@ def _check_bounds(name, values):
 
 
 class Neighbors:
-    """The neighbours of M queries among N points, as one list of rows (CSR).
+    """The neighbours of M queries among N points in CSR form; from and to padded matrices, pairs, sparse matrices.
 
     The neighbours of query ``q`` are ``index[row_splits[q]:row_splits[q + 1]]``. The order within a row is that of the
     function that made it. Frozen, compared by identity, picklable.
@@ -108,15 +108,17 @@ class Neighbors:
            [1, 2]], dtype=int32)
     """
 
-    __slots__ = ("_distance", "_index", "_is_checked", "_leaves", "_row_splits", "_transposed", "carries_transpose",
-                 "num_points", "width")  # fmt: skip
+    # stored_...: the arrays themselves, for the kernels; stored_transposed is None before it is asked for, and
+    # stored_leaves is what kpcore.torch makes of the list in a pytree. Users get read-only views.
+    __slots__ = ("_is_checked", "carries_transpose", "num_points", "stored_distance", "stored_index", "stored_leaves",
+                 "stored_row_splits", "stored_transposed", "width")  # fmt: skip
     if TYPE_CHECKING:
-        _index: np.ndarray
-        _row_splits: np.ndarray
-        _distance: np.ndarray | None
-        _transposed: Neighbors | None
+        stored_index: np.ndarray
+        stored_row_splits: np.ndarray
+        stored_distance: np.ndarray | None
+        stored_transposed: Neighbors | None
         _is_checked: bool
-        _leaves: tuple[tuple[str, ...], list[Any]] | None
+        stored_leaves: tuple[tuple[str, ...], list[Any]] | None
         num_points: int
         width: int | None
         carries_transpose: bool
@@ -127,60 +129,34 @@ class Neighbors:
 
     def _set(self, index, row_splits, num_points, distance=None, width=None, transposed=None, carries_transpose=False,
              is_checked=True) -> Self:  # fmt: skip
-        fields = {"_index": index, "_row_splits": row_splits, "num_points": num_points, "_distance": distance,
-                  "width": width, "_transposed": transposed, "carries_transpose": carries_transpose,
-                  "_is_checked": is_checked, "_leaves": None}  # fmt: skip
+        fields = {"stored_index": index, "stored_row_splits": row_splits, "num_points": num_points,
+                  "stored_distance": distance, "width": width, "stored_transposed": transposed,
+                  "carries_transpose": carries_transpose, "_is_checked": is_checked, "stored_leaves": None}  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         return self
 
     @classmethod
-    def _trusted(cls, *args: Any, **kwargs: Any) -> Self:
-        """A list of arrays that the library itself just made and that nobody else has, which needs no check."""
+    def _new(cls, *args: Any, **kwargs: Any) -> Self:
+        """A list of arrays that the library just made, which nobody else has: neither checked nor copied."""
         return object.__new__(cls)._set(*args, **kwargs)
-
-    @classmethod
-    def _rebuilt(cls, *args: Any, **kwargs: Any) -> Self:
-        """A list of whatever something else made of its parts; checked when it is first used."""
-        return object.__new__(cls)._set(*args, **kwargs, is_checked=False)
-
-    @classmethod
-    def _borrowed(cls, index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,
-                  transposed: tuple[np.ndarray, np.ndarray] | None = None) -> Self:  # fmt: skip
-        """A list of arrays that are not ours, for the time of one call: checked, its index not copied.
-
-        `transposed`: the index and row_splits of its transpose, or None.
-        """
-        index, row_splits = _checked_pairs("neighbors.", index, row_splits, num_points, copy=False)
-        if transposed is not None:
-            num_queries = len(row_splits) - 1
-            back = _checked_pairs("the transpose of neighbors.", *transposed, num_queries, copy=False)
-            if isinstance(index, np.ndarray):  # a GPU would have to be waited for
-                expected, got = (num_points, int(row_splits[-1])), (len(back[1]) - 1, int(back[1][-1]))
-                if expected != got:
-                    raise ValueError(
-                        f"neighbors: expected a transpose of {expected[0]} rows and {expected[1]} pairs, got {got[0]} "
-                        f"and {got[1]}"
-                    )
-            transposed = cls._trusted(*back, num_queries)
-        return cls._trusted(index, row_splits, num_points, None, width, transposed)
 
     # What others get of NumPy's arrays is read-only, and cannot be made writable: what was checked stays true.
 
     @property
     def index(self) -> np.ndarray:
         """(E,) int32."""
-        return _read_only(self._index)
+        return _read_only(self.stored_index)
 
     @property
     def row_splits(self) -> np.ndarray:
         """(M + 1,) int64."""
-        return _read_only(self._row_splits)
+        return _read_only(self.stored_row_splits)
 
     @property
     def distance(self) -> np.ndarray | None:
         """(E,) float32 or float64, or None."""
-        return _read_only(self._distance)
+        return _read_only(self.stored_distance)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"Neighbors is frozen: cannot set {name}")
@@ -190,7 +166,7 @@ class Neighbors:
 
     def __repr__(self) -> str:
         if not self._is_checked:  # there may be no values, as while JAX traces, or nothing that makes a list
-            index, row_splits = (getattr(a, "shape", a) for a in (self._index, self._row_splits))
+            index, row_splits = (getattr(a, "shape", a) for a in (self.stored_index, self.stored_row_splits))
             return f"Neighbors({self.num_points} points, index {index}, row_splits {row_splits}, not checked yet)"
         return f"Neighbors({self.num_queries} queries, {self.num_points} points, {self.num_pairs} pairs)"
 
@@ -201,17 +177,17 @@ class Neighbors:
     @property
     def num_queries(self) -> int:
         """M."""
-        return self._row_splits.shape[0] - 1
+        return self.stored_row_splits.shape[0] - 1
 
     @property
     def num_pairs(self) -> int:
         """Pairs in use, ``row_splits[-1]``; on the GPU this waits for it."""
-        return int(checked(self)._row_splits[-1])
+        return int(checked(self).stored_row_splits[-1])
 
     @property
     def counts(self) -> np.ndarray:
         """(M,) int64: neighbours of each query."""
-        return np.diff(checked(self)._row_splits)
+        return np.diff(checked(self).stored_row_splits)
 
     def to_padded(self, width: int | None = None, fill: int | None = None, *,
                   dtype: DTypeLike = np.int32) -> np.ndarray:  # fmt: skip
@@ -232,19 +208,19 @@ class Neighbors:
         (M, width) of that dtype
         """
         checked(self)
-        backend, xp = devices.backend(self._index), devices.namespace(self._index)
+        backend, xp = devices.backend(self.stored_index), devices.namespace(self.stored_index)
         dtype = np.dtype(dtype)
         if dtype not in checks.INTEGERS:
             raise TypeError(f"dtype: expected int32 or int64, got {dtype}")
         if width is None:
             longest = xp.zeros(1, np.int64)
-            backend.run("longest_row", row_splits=self._row_splits, longest=longest)
+            backend.run("longest_row", row_splits=self.stored_row_splits, longest=longest)
             width = int(longest[0])
         width = checks.integer("width", width, 0)
         limits = np.iinfo(dtype)
         fill = self.num_points if fill is None else checks.integer("fill", fill, int(limits.min), int(limits.max))
         padded = xp.empty((self.num_queries, width), dtype)
-        backend.run("pad_list", index=self._index, row_splits=self._row_splits, fill=fill, padded=padded)
+        backend.run("pad_list", index=self.stored_index, row_splits=self.stored_row_splits, fill=fill, padded=padded)
         return padded
 
     @classmethod
@@ -270,7 +246,7 @@ class Neighbors:
                 f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
                 f"in row {row}, column {column}"
             ) from None
-        return cls._trusted(pairs, row_splits, num_points, None, index.shape[1])
+        return cls._new(pairs, row_splits, num_points, None, index.shape[1])
 
     @classmethod
     def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
@@ -287,14 +263,16 @@ class Neighbors:
                 raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {of}, got {bad}")
         order = devices.namespace(query).argsort(query, kind="stable")
         splits = bounds_of(devices.namespace(query).bincount(query, minlength=num_queries))
-        return cls._trusted(point[order].astype(np.int32), splits, num_points)
+        return cls._new(point[order].astype(np.int32), splits, num_points)
 
     def transpose(self) -> Neighbors:
         """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
-        if checked(self)._transposed is None:
-            index, splits, distance = transposed(self._index, self._row_splits, self._distance, self.num_points)
-            object.__setattr__(self, "_transposed", Neighbors._trusted(index, splits, self.num_queries, distance))
-        return self._transposed
+        if checked(self).stored_transposed is None:
+            index, splits, distance = transposed(
+                self.stored_index, self.stored_row_splits, self.stored_distance, self.num_points
+            )
+            object.__setattr__(self, "stored_transposed", self._new(index, splits, self.num_queries, distance))
+        return self.stored_transposed
 
     def with_transpose(self, carries_transpose: bool = True) -> Self:
         """This list as one that has its transpose with it where JAX or torch take it apart into arrays.
@@ -303,27 +281,27 @@ class Neighbors:
         each call unless it is among them. Lists with and without it are different inputs to such a function; whether
         `transpose` was ever called makes no difference.
         """
-        transposed = self.transpose() if carries_transpose else checked(self)._transposed
-        return self._trusted(self._index, self._row_splits, self.num_points, self._distance, self.width, transposed,
-                             checks.boolean("carries_transpose", carries_transpose))  # fmt: skip
+        transposed = self.transpose() if carries_transpose else checked(self).stored_transposed
+        return self._new(self.stored_index, self.stored_row_splits, self.num_points, self.stored_distance, self.width,
+                         transposed, checks.boolean("carries_transpose", carries_transpose))  # fmt: skip
 
     def with_width(self, width: int) -> Self:
         """This list as of a padded matrix of that width."""
         width = checks.integer("width", width, 0)
         checked(self)
-        return self._trusted(self._index, self._row_splits, self.num_points, self._distance, width, self._transposed,
-                             self.carries_transpose)  # fmt: skip
+        return self._new(self.stored_index, self.stored_row_splits, self.num_points, self.stored_distance, width,
+                         self.stored_transposed, self.carries_transpose)  # fmt: skip
 
     def to_sparse(self, values: AnyArray | None = None) -> csr_array:
         """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32).
 
         On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which numbers its values in 32 bits.
         """
-        pairs, xp = self.num_pairs, devices.namespace(self._index)
+        pairs, xp = self.num_pairs, devices.namespace(self.stored_index)
         if values is None:
             values = xp.ones(pairs, np.float32)
         else:
-            sizes = {"E": (pairs, "row_splits")} | checks.device_of(("neighbors", self._index))
+            sizes = {"E": (pairs, "row_splits")} | checks.device_of(("neighbors", self.stored_index))
             values = checks.array("values", values, "E", checks.REAL, sizes)
         index, splits = self.index, self.row_splits
         if xp is np:
@@ -341,19 +319,50 @@ class Neighbors:
 
         The list itself where it is there already, else a copy, with its transpose if that is known.
         """
-        if (checks.choice("device", device, ("cpu", "cuda")) == 0) == isinstance(checked(self)._index, np.ndarray):
+        is_on_cpu = isinstance(checked(self).stored_index, np.ndarray)
+        if is_on_cpu == (checks.choice("device", device, ("cpu", "cuda")) == 0):
             return self
         move = config.cupy().asarray if device == "cuda" else devices.on_host
-        transposed = self._transposed
-        return self._trusted(
-            move(self._index), move(self._row_splits), self.num_points,
-            None if self._distance is None else move(self._distance), self.width,
+        transposed = self.stored_transposed
+        return self._new(
+            move(self.stored_index), move(self.stored_row_splits), self.num_points,
+            None if self.stored_distance is None else move(self.stored_distance), self.width,
             None if transposed is None else transposed.to(device), self.carries_transpose
         )  # fmt: skip
 
 
 def _read_only(array):
     return cpu.frozen(array) if type(array) is np.ndarray else array
+
+
+new_list = Neighbors._new
+
+
+def unchecked_list(*args: Any, **kwargs: Any) -> Neighbors:
+    """A list of arrays that something else put together; it is checked when it is first used."""
+    return Neighbors._new(*args, **kwargs, is_checked=False)
+
+
+def list_for_one_call(index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,
+                      transposed: tuple[np.ndarray, np.ndarray] | None = None) -> Neighbors:  # fmt: skip
+    """A list of a caller's arrays, for the time of one call: checked, but the index is not copied.
+
+    `transposed`: the index and row_splits of its transpose, or None.
+    """
+    index, row_splits = _checked_pairs("neighbors.", index, row_splits, num_points, copy=False)
+    stored = None
+    if transposed is not None:
+        num_queries = len(row_splits) - 1
+        back = _checked_pairs("the transpose of neighbors.", *transposed, num_queries, copy=False)
+        if isinstance(index, np.ndarray):  # a GPU would have to be waited for
+            expected, got = (num_points, int(row_splits[-1])), (len(back[1]) - 1, int(back[1][-1]))
+            if expected != got:
+                raise ValueError(
+                    f"neighbors: expected a transpose of {expected[0]} rows and {expected[1]} pairs, got {got[0]} "
+                    f"and {got[1]}"
+                )
+        stored = new_list(*back, num_queries)
+    return new_list(index, row_splits, num_points, None, width, stored)
 
 
 def checked(neighbors: Neighbors) -> Neighbors:
@@ -371,7 +380,7 @@ def checked(neighbors: Neighbors) -> Neighbors:
 def _on_host(neighbors):
     """(index, row_splits, distance) of a list: of a framework's arrays the NumPy arrays, others as they are."""
     names = ("index", "row_splits", "distance")
-    arrays = [getattr(neighbors, f"_{name}") for name in names]
+    arrays = [getattr(neighbors, f"stored_{name}") for name in names]
     for at, array in enumerate(arrays):
         for kind, to_host in TO_HOST.items():
             if isinstance(array, kind):
@@ -454,13 +463,13 @@ def bounds_of(counts: np.ndarray) -> np.ndarray:
 
 
 def _unpickle(index, row_splits, num_points, distance, width, carries_transpose=False):
-    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, None, carries_transpose)
+    return unchecked_list(index, row_splits, num_points, distance, width, None, carries_transpose)
 
 
 def sizes_of(neighbors: Neighbors) -> checks.Sizes:
     """What `checks.array` is to know of a list: how many points it has, and where they are."""
     checked(neighbors)
-    return {"N": (neighbors.num_points, "neighbors")} | checks.device_of(("neighbors", neighbors._index))
+    return {"N": (neighbors.num_points, "neighbors")} | checks.device_of(("neighbors", neighbors.stored_index))
 
 
 def geometry(
@@ -475,7 +484,7 @@ def geometry(
         like = ("points", points)
         queries = checks.points_array("queries", queries, sizes, dimensions=checks.DIMENSIONS, like=like)
     checked(neighbors)
-    if isinstance(neighbors._index, np.ndarray) is not isinstance(points, np.ndarray):
+    if isinstance(neighbors.stored_index, np.ndarray) is not isinstance(points, np.ndarray):
         raise TypeError(
             f"neighbors: expected a list where {sizes['device'][1]} is, got one on another device; nothing is moved "
             "between devices by itself, move it with neighbors.to"

@@ -42,7 +42,7 @@ def _weighted_sum(features, index, row_splits, weights=None, forward_row_splits=
 
 
 def _neighbor_reduce_result(call):
-    shape = (call.neighbors._row_splits.shape[0] - 1, call.features.shape[1])
+    shape = (call.neighbors.num_queries, call.features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if call.reduce in ("max", "min") else []
     return [(shape, call.features.dtype), *choice]
 
@@ -54,7 +54,7 @@ def _neighbor_reduce_vjp(call, saved, grad, needs):
     if "features" in needs:
         if call.weights is None:
             back = neighbors.transpose()
-            back = back._index, back._row_splits, None
+            back = back.stored_index, back.stored_row_splits, None
         else:
             back = transposed(index, splits, call.weights, neighbors.num_points)
         grads["features"] = _weighted_sum(grad, *back, splits if call.reduce == "mean" else None)
@@ -81,7 +81,7 @@ def _unpool(choice, grad, features):
 def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str = "mean", *,
                     weights: Array[Computed] | None = None, empty: float = 0.0, pad_value: float | None = None
                     ) -> Call[Computed]:  # fmt: skip
-    """The mean, sum, maximum or minimum of the features of each query's neighbours.
+    """The mean, sum, maximum or minimum of the features of each query's neighbours, weighted or not.
 
     With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
 
@@ -149,7 +149,7 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
     if weights is not None:
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
-        pairs = sizes_of(neighbors) | {"E": (len(neighbors._index), "neighbors")}
+        pairs = sizes_of(neighbors) | {"E": (len(neighbors.stored_index), "neighbors")}
         weights = checks.array("weights", weights, "E", checks.FEATURES, pairs, like=("features", features))
     empty, width = checks.number("empty", empty, features.dtype), 0
     if pad_value is None:
@@ -163,7 +163,7 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
     else:
         pad_value, width = checks.number("pad_value", pad_value, features.dtype), neighbors.width
     return Call(
-        features=features, neighbors=neighbors, index=neighbors._index, row_splits=neighbors._row_splits,
+        features=features, neighbors=neighbors, index=neighbors.stored_index, row_splits=neighbors.stored_row_splits,
         weights=weights, reduce=reduce, reduction=reduction, empty=empty, pad_value=pad_value, width=width,
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
 
 
 def _nearest_upsample_result(call):
-    return [((call.neighbors._row_splits.shape[0] - 1, call.features.shape[1]), call.features.dtype)]
+    return [((call.neighbors.num_queries, call.features.shape[1]), call.features.dtype)]
 
 
 def _nearest_upsample_vjp(call, saved, grad, needs):
@@ -181,7 +181,7 @@ def _nearest_upsample_vjp(call, saved, grad, needs):
     if isinstance(grad, np.ndarray):
         if np.all(counts == 1):
             back = neighbors.transpose()
-            return {"features": _weighted_sum(grad, back._index, back._row_splits)}
+            return {"features": _weighted_sum(grad, back.stored_index, back.stored_row_splits)}
         first, splits = call.index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
     elif not len(call.index):
         return {"features": devices.namespace(grad).zeros(call.features.shape, grad.dtype)}
@@ -231,7 +231,7 @@ def nearest_upsample(features: Array[Computed], neighbors: Neighbors) -> Call[Co
     """
     features = _features_of(features, neighbors)
     return Call(
-        features=features, neighbors=neighbors, index=neighbors._index, row_splits=neighbors._row_splits
+        features=features, neighbors=neighbors, index=neighbors.stored_index, row_splits=neighbors.stored_row_splits
     )  # fmt: skip
 
 
@@ -321,11 +321,11 @@ def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
 
 def _interpolate_forward(call):
     features, nearest = call.features, vars(call).pop("nearest")  # which the tape is not to keep
-    weights = devices.namespace(features).empty(len(nearest._distance), features.dtype)
-    devices.backend(features).run("inverse_distance_weights", distance=nearest._distance,
-                                  row_splits=nearest._row_splits, power=call.power, weights=weights)  # fmt: skip
-    out = _weighted_sum(features, nearest._index, nearest._row_splits, weights)
-    return out, (nearest._row_splits, nearest._index, weights)
+    weights = devices.namespace(features).empty(len(nearest.stored_distance), features.dtype)
+    devices.backend(features).run("inverse_distance_weights", distance=nearest.stored_distance,
+                                  row_splits=nearest.stored_row_splits, power=call.power, weights=weights)  # fmt: skip
+    out = _weighted_sum(features, nearest.stored_index, nearest.stored_row_splits, weights)
+    return out, (nearest.stored_row_splits, nearest.stored_index, weights)
 
 
 def _interpolate_vjp(call, saved, grad, needs):
@@ -337,7 +337,7 @@ def _interpolate_vjp(call, saved, grad, needs):
 def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Computed], k: int = 3, power: float = 2, *,
                 points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None
                 ) -> Call[Computed]:  # fmt: skip
-    """Features at the queries from those of the k nearest points, the nearer the more.
+    """Features at the queries from those of the k nearest points, weighted by inverse distance.
 
     ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
     feature propagation of PointNet++ (Qi et al. 2017, eq. 2). A query in the same place as some of these points gets

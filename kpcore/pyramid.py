@@ -66,7 +66,7 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
                   origin: Literal[0, "published"] = 0, conv_radius: float = 2.5, deform_radius: float = 5.0,
                   deform_levels: Collection[int] = (), neighbor_limits: Sequence[int] | None = None
                   ) -> Pyramid[np.ndarray]:  # fmt: skip
-    """Subsample level by level, and find the neighbours within each level and between one and the next.
+    """The levels of a network: points subsampled step by step, and the neighbours within and between levels.
 
     As the published code does (Thomas et al. 2019 and its data pipeline): level l has voxels of ``voxel_size * 2**l``,
     made from the barycentres of level l - 1; radii are in voxels of their level.

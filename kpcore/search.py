@@ -11,7 +11,7 @@ import numpy as np
 from kpcore import config
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import Neighbors, new_list
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
                   metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                   max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                   count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
-    """All points within a radius of each query.
+    """All points within a radius of each query, or how many; L2, L1 or Linf, 1 to 16 dimensions, batches.
 
     A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
     machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
@@ -130,7 +130,7 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
                queries_row_splits: AnyArray | None = None,
                metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                return_distances: bool = False) -> Neighbors:  # fmt: skip
-    """The k nearest points of each query, by (distance, index).
+    """The k nearest points of each query, by (distance, index); L2, L1 or Linf, 1 to 16 dimensions, batches.
 
     Distances are compared as `radius_search` computes them; of equally near points those with the smallest index come
     first. A row is shorter than k only where its batch item has fewer points to offer.
@@ -184,7 +184,7 @@ class _KnnOptions(TypedDict, total=False):
 
 
 class KDTree:
-    """Points ready for searches of any radius and of the k nearest, in 1 to 16 dimensions.
+    """Points indexed once for searches of any radius and of the k nearest, in 1 to 16 dimensions.
 
     Holds a copy of the points; may be searched from many threads at once, and pickled, which makes it anew. What it
     finds is what `radius_search` and `knn_search` find, to the bit.
@@ -264,7 +264,7 @@ class KDTree:
 
 
 class GridIndex(KDTree):
-    """Points in cells, ready for searches with radii up to the cell, in two and three dimensions.
+    """Points in cells, indexed once for searches with radii up to the cell, in two and three dimensions.
 
     Faster than a `KDTree` for queries as dense as the points. Points more than some 10^6 cells apart are searched as a
     `KDTree` does, unless they are sparse. For a radius larger than the cell a grid of its own is made each time, which
@@ -313,11 +313,11 @@ class GridIndex(KDTree):
         both = _radius_search(
             self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
         )
-        splits = both._row_splits
+        splits = both.stored_row_splits
         own = splits[num_points]
         return (
-            Neighbors._trusted(both._index[:own], splits[: num_points + 1], num_points),
-            Neighbors._trusted(both._index[own:], splits[num_points:] - own, num_points),
+            new_list(both.stored_index[:own], splits[: num_points + 1], num_points),
+            new_list(both.stored_index[own:], splits[num_points:] - own, num_points),
         )
 
 
@@ -424,7 +424,7 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
         expected = int(np.mean(np.diff(counts[0])) * cloud.num_queries)
         config.check_room(expected, 4 * expected, estimated=True)
     splits, found, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
-    return np.diff(splits) if count_only else Neighbors._trusted(found, splits, num_points, distance)
+    return np.diff(splits) if count_only else new_list(found, splits, num_points, distance)
 
 
 def lists_of_levels(
@@ -455,7 +455,7 @@ def lists_of_levels(
         errors = filter(None, (checks.not_measurable(*levels[0], is_bounded=True), *of_pairs))
         raise next(errors, checks.changed("points")) from None
     lists = [
-        Neighbors._trusted(index, splits, search.index.num_points)
+        new_list(index, splits, search.index.num_points)
         for search, (splits, index, _) in zip(searches, found, strict=True)
     ]
     return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]
@@ -485,4 +485,4 @@ def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
         )  # fmt: skip
     except backend.NotFinite:
         raise cloud.error(metric, is_bounded=np.ndim(radius) > 0 or math.isfinite(radius)) from None
-    return Neighbors._trusted(found, splits, len(cloud.points), distance)
+    return new_list(found, splits, len(cloud.points), distance)

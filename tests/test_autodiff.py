@@ -1,7 +1,6 @@
 """autodiff.vjp: gradients by central differences, and what the tape does with masks, chains and mistakes."""
 
 import inspect
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -228,15 +227,25 @@ def test_only_what_is_needed_is_computed(variant):
         assert asked == [{name}]
 
 
-def test_signatures_are_written_down():
-    docs = Path(__file__).parents[1] / "docs"
-    sys.path.insert(0, str(docs))
-    try:
-        import signatures
-    finally:
-        sys.path.remove(str(docs))
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_signatures_are_written_down(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import signatures
+
     for file in signatures.FRAMEWORKS:
-        assert (docs.parent / "kpcore" / file).read_text() == signatures.text(file), "run python docs/signatures.py"
+        written = (DOCS.parent / "kpcore" / file).read_text()
+        assert written == signatures.text(file), "run python docs/signatures.py"
+
+
+def test_the_table_in_readme_is_that_of_the_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import readme
+
+    written = (DOCS.parent / "README.md").read_text()
+    assert readme.table() in written, "run python docs/readme.py"
+    assert readme.written(written) == written
 
 
 @pytest.mark.parametrize("variant", ops.TRACED)
@@ -257,7 +266,7 @@ def shaped(arguments):
             return Shaped(value.shape, value.dtype)
         if isinstance(value, kp.Neighbors):
             index, row_splits = of(value.index), of(value.row_splits)
-            return kp.Neighbors._trusted(index, row_splits, value.num_points, None, value.width)
+            return kp.neighbors.new_list(index, row_splits, value.num_points, None, value.width)
         return value
 
     return {name: of(value) for name, value in arguments.items()}

@@ -457,10 +457,10 @@ def test_lists_move_with_what_they_know():
     given = random_list()
     assert given.to("cpu") is given
     device = given.to("cuda")
-    assert device.to("cuda") is device and device._transposed is None
+    assert device.to("cuda") is device and device.stored_transposed is None
     given.transpose()
     moved = given.to("cuda")
-    assert isinstance(moved._transposed.index, cupy.ndarray)
+    assert isinstance(moved.stored_transposed.index, cupy.ndarray)
     assert_equal(moved.transpose(), given.transpose())
     with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'gpu'"):
         given.to("gpu")

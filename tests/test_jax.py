@@ -282,7 +282,7 @@ def test_a_list_is_a_pytree():
     assert (again.num_points, again.width, again.distance) == (neighbors.num_points, neighbors.width, None)
     assert_same_bits(again.index, neighbors.index)
     assert np.array_equal(again.row_splits, neighbors.row_splits)
-    assert_same_bits(again._transposed.index, neighbors._transposed.index)
+    assert_same_bits(again.stored_transposed.index, neighbors.stored_transposed.index)
 
 
 def test_a_list_as_an_argument_of_jit_is_traced_once_for_a_shape():
@@ -301,7 +301,7 @@ def test_a_list_as_an_argument_of_jit_is_traced_once_for_a_shape():
 
 
 def test_more_pairs_than_32_bits_need_x64(x64):
-    many = kp.Neighbors._trusted(np.zeros(1, np.int32), np.array([0, 2**31]), 1)
+    many = kp.neighbors.new_list(np.zeros(1, np.int32), np.array([0, 2**31]), 1)
     if x64:
         assert jax.tree.leaves(many)[1].dtype == np.int64
     else:
@@ -330,7 +330,7 @@ METHODS = {
     "to_sparse": lambda neighbors: neighbors.to_sparse().toarray(),
     "transpose": lambda neighbors: neighbors.transpose().index,
     "distance of the transpose": lambda neighbors: neighbors.transpose().distance,
-    "with_transpose": lambda neighbors: neighbors.with_transpose()._transposed.row_splits,
+    "with_transpose": lambda neighbors: neighbors.with_transpose().stored_transposed.row_splits,
     "to": lambda neighbors: neighbors.to("cpu").index,
     "pickle": lambda neighbors: pickle.loads(pickle.dumps(neighbors)).distance,
     "pickled matrix": lambda neighbors: pickle.loads(pickle.dumps(neighbors)).to_padded(),
@@ -379,7 +379,7 @@ def test_a_wrong_list_is_refused_in_each_call(part, change, said):
     neighbors = jax.device_put(a_list())
     parts = {"index": neighbors.index, "row_splits": neighbors.row_splits}
     parts[part] = change(jnp.asarray(parts[part]))
-    wrong = kp.Neighbors._rebuilt(*parts.values(), 60)
+    wrong = kp.neighbors.unchecked_list(*parts.values(), 60)
     features = np.ones((60, 1), np.float32)
     for fn in (
         kpj.neighbor_reduce,

@@ -635,7 +635,7 @@ def test_after_backward_lists_are_dropped_while_the_result_is_kept():
 
     op, arguments = ops.call("kpconv-0")
     given = tensors(arguments, ["features", "weights"])
-    index, out = weakref.ref(given["neighbors"]._index), call(op, given)
+    index, out = weakref.ref(given["neighbors"].stored_index), call(op, given)
     del arguments, given["neighbors"]
     gc.collect()
     assert index() is not None
@@ -832,7 +832,7 @@ def test_an_exported_program_takes_lists_trained_with_or_not(trained_first):
     cases = [(points, None, neighbors, x) for points, neighbors, x in (net_case(60), net_case(80, 1))]
     points, _, neighbors, x = cases[0 if trained_first else 1]
     layer(points, None, neighbors, x.clone().requires_grad_()).sum().backward()
-    assert neighbors._transposed is not None
+    assert neighbors.stored_transposed is not None
     shapes = tuple(None if value is None else any_size(value) for value in cases[0])
     program = torch.export.export(layer, cases[0], dynamic_shapes=shapes).module()
     assert torch.equal(program(*cases[1]), layer(*cases[1]))

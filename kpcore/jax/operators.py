@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from kpcore.backends import checks
 from kpcore.jax import ffi
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import Neighbors, list_for_one_call, new_list
 from kpcore.ops import OPS, Call, Op, Shaped, binder, kinds, setting
 
 # ---- arrays divided among several devices
@@ -117,7 +117,7 @@ def _check(op, call, arrays):
             for part, shape in ("index", "E"), ("row_splits", "M+1"):
                 checks.array(f"{name}.{part}", _empty(getattr(value, part)), shape, checks.INTEGERS, {})
             index, row_splits = np.empty(value.index.shape, np.int32), np.empty(value.row_splits.shape, np.int64)
-            empty[name] = Neighbors._trusted(index, row_splits, value.num_points, None, value.width)
+            empty[name] = new_list(index, row_splits, value.num_points, None, value.width)
         else:
             empty[name] = None if value is None else _empty(value, is_splits(name, value))
     try:
@@ -177,11 +177,11 @@ def _ffi_call(call, what, results, arrays, more):
     names, buffers, lists = [], [], {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
-            transposed = None if what == "forward" else value._transposed
+            transposed = None if what == "forward" else value.stored_transposed
             lists[name] = [transposed is not None, value.num_points, value.width]
             buffers += [value.index, value.row_splits]
             if transposed is not None:
-                buffers += [transposed._index, transposed._row_splits]
+                buffers += [transposed.stored_index, transposed.stored_row_splits]
         elif value is not None:
             names.append(name)
     buffers += [arrays[name] for name in names]
@@ -245,7 +245,7 @@ def _compute(text, inputs):
     for name, (transposed, num_points, width) in call.lists.items():
         index, row_splits = next(given), next(given)
         back = (next(given), next(given)) if transposed else None
-        arguments[name] = Neighbors._borrowed(index, row_splits, num_points, width, back)
+        arguments[name] = list_for_one_call(index, row_splits, num_points, width, back)
     for name in call.names:
         array = next(given)
         arguments[name] = array.astype(np.int64) if is_splits(name, array) else array

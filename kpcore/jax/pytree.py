@@ -7,7 +7,7 @@ import numpy as np
 
 from kpcore.jax.ffi import ELSEWHERE
 from kpcore.layers.normalization import BatchNormed
-from kpcore.neighbors import TO_HOST, Neighbors
+from kpcore.neighbors import TO_HOST, Neighbors, unchecked_list
 from kpcore.nn.networks import Result
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
@@ -28,7 +28,7 @@ def _flatten(neighbors):
         row_splits = row_splits.astype(np.int32)
     transposed = None
     if neighbors.carries_transpose:
-        transposed = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
+        transposed = neighbors.transpose() if neighbors.stored_transposed is None else neighbors.stored_transposed
     leaves = neighbors.index, row_splits, neighbors.distance, transposed
     return leaves, (neighbors.num_points, neighbors.width, neighbors.carries_transpose)
 
@@ -36,7 +36,7 @@ def _flatten(neighbors):
 def _unflatten(sizes, leaves):
     index, row_splits, distance, transposed = leaves
     num_points, width, carries_transpose = sizes
-    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, transposed, carries_transpose)
+    return unchecked_list(index, row_splits, num_points, distance, width, transposed, carries_transpose)
 
 
 def to_host(name: str, array: jax.Array) -> np.ndarray:

@@ -44,7 +44,9 @@ def _activation_call(name, features, negative_slope=0):
 
 @_activation(lambda call: call.negative_slope >= 0)
 def leaky_relu(features: Array[Computed], negative_slope: float = 0.1) -> Call[Computed]:
-    """The features where they are positive, elsewhere `negative_slope` times them (Maas et al. 2013).
+    """The features where they are positive, elsewhere `negative_slope` times them.
+
+    The leaky ReLU of Maas et al. (2013).
 
     Parameters
     ----------
@@ -196,7 +198,9 @@ def _dropout_vjp(call, saved, grad, needs):
 
 @operator(vjp=_dropout_vjp, diff=("features",), result=_like_features, forward=_dropout_forward, keeps=())
 def dropout(features: Array[Computed], rate: float, seed: int, *, training: bool = True) -> Call[Computed]:
-    """Sets a share of the features to zero, at random, and divides the others by ``1 - rate`` (Srivastava et al. 2014).
+    """Sets a share of the features to zero, at random from a seed, and divides the others by ``1 - rate``.
+
+    As Srivastava et al. (2014) propose, with the scaling moved to the features that are kept.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ def _vjp(call, saved, grad, needs):
 def softmax_cross_entropy(logits: Array[Computed], labels: AnyArray, *, ignore_index: int | None = None,
                           class_weights: AnyArray | None = None, reduction: str = "mean"
                           ) -> Call[Computed]:  # fmt: skip
-    """The cross entropy between labels and the softmax of logits.
+    """The cross entropy between labels and the softmax of logits; ignored labels, class weights.
 
     ``w[y] * (log(sum(exp(x))) - x[y])`` for a row x of label y. Differentiable in `logits`.
 

@@ -21,7 +21,7 @@ import torch
 from kpcore import config, ops
 from kpcore.backends import checks, cpu, devices
 from kpcore.layers import BatchNormed
-from kpcore.neighbors import Neighbors
+from kpcore.neighbors import Neighbors, list_for_one_call, unchecked_list
 from kpcore.ops import Out, Shaped
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
@@ -243,7 +243,7 @@ class _Arguments:
                     return None
                 tensors[name] = checked(self.op, name, value)
             elif kind == "Neighbors":
-                if not isinstance(value, Neighbors) or isinstance(value._index, torch.Tensor):
+                if not isinstance(value, Neighbors) or isinstance(value.stored_index, torch.Tensor):
                     return None
                 others[name] = value
             elif name in _SEEDS and isinstance(value, torch.Tensor):
@@ -294,25 +294,25 @@ class _Arguments:
                     if transposed and back_index is not None:
                         back = to(name, back_index), to(name, back_splits)
                     if to is _shaped:
-                        value = Neighbors._rebuilt(index, row_splits, num_points, None, width)
+                        value = unchecked_list(index, row_splits, num_points, None, width)
                     else:
-                        value = Neighbors._borrowed(index, row_splits, num_points, width, back)
+                        value = list_for_one_call(index, row_splits, num_points, width, back)
             arguments[name] = value
         return arguments
 
 
 def _parts(neighbors, transpose):
-    transposed = neighbors._transposed
+    transposed = neighbors.stored_transposed
     # While torch compiles it cannot be made, and the vjp makes it each time unless the list carries it.
     if torch.compiler.is_compiling():
         transposed = transposed if neighbors.carries_transpose else None
-    elif transposed is None and transpose and devices.is_array(neighbors._index):
+    elif transposed is None and transpose and devices.is_array(neighbors.stored_index):
         transposed = neighbors.transpose()
     return (
-        _as_tensor(neighbors._index),
-        _as_tensor(neighbors._row_splits),
-        None if transposed is None else _as_tensor(transposed._index),
-        None if transposed is None else _as_tensor(transposed._row_splits),
+        _as_tensor(neighbors.stored_index),
+        _as_tensor(neighbors.stored_row_splits),
+        None if transposed is None else _as_tensor(transposed.stored_index),
+        None if transposed is None else _as_tensor(transposed.stored_row_splits),
         neighbors.num_points,
         neighbors.width,
     )
@@ -560,16 +560,16 @@ def _leaves(neighbors):
 
     They are kept, since torch.export knows an input again by its memory.
     """
-    if neighbors._leaves is None:
-        arrays = {"index": neighbors._index, "row_splits": neighbors._row_splits}
-        if neighbors._distance is not None:
-            arrays["distance"] = neighbors._distance
+    if neighbors.stored_leaves is None:
+        arrays = {"index": neighbors.stored_index, "row_splits": neighbors.stored_row_splits}
+        if neighbors.stored_distance is not None:
+            arrays["distance"] = neighbors.stored_distance
         if neighbors.carries_transpose:
-            back = neighbors.transpose() if neighbors._transposed is None else neighbors._transposed
-            arrays |= {"transposed_index": back._index, "transposed_row_splits": back._row_splits}
+            back = neighbors.transpose() if neighbors.stored_transposed is None else neighbors.stored_transposed
+            arrays |= {"transposed_index": back.stored_index, "transposed_row_splits": back.stored_row_splits}
         copies = [to_tensor(array).clone() if devices.is_array(array) else array for array in arrays.values()]
-        object.__setattr__(neighbors, "_leaves", (("num_points", *arrays), copies))
-    names, copies = neighbors._leaves
+        object.__setattr__(neighbors, "stored_leaves", (("num_points", *arrays), copies))
+    names, copies = neighbors.stored_leaves
     return names, [neighbors.num_points, *copies]
 
 
@@ -581,8 +581,8 @@ def _unflatten_neighbors(leaves, context):
     back = None
     if carries_transpose:
         shape = getattr(row_splits, "shape", None)  # what a tree may have in the place of tensors has none
-        back = Neighbors._rebuilt(*others, shape[0] - 1 if shape else None)
-    return Neighbors._rebuilt(index, row_splits, num_points, distance, width, back, carries_transpose)
+        back = unchecked_list(*others, shape[0] - 1 if shape else None)
+    return unchecked_list(index, row_splits, num_points, distance, width, back, carries_transpose)
 
 
 def _array_if_there(leaf):
