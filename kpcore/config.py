@@ -74,19 +74,28 @@ def _threads_and_why() -> tuple[int, str]:
     return choice
 
 
-def _forget_threads() -> None:
-    """A forked child may be a worker process; what `set_num_threads` said stays."""
-    global _chosen
-    if _chosen and _chosen[1] != _SET:
+def _before_fork() -> None:
+    global _threads_survive_forks
+    _threads_survive_forks = cpu.pause_threads()
+
+
+def _after_fork_in_child() -> None:
+    """A forked child may be a worker process, so it chooses again; a number from `set_num_threads` stays."""
+    global _chosen, _is_limited_to_one
+    if not _threads_survive_forks:
+        _chosen, _is_limited_to_one = (1, f"a forked child, and {_OLD_OPENMP}"), True
+    elif _chosen and _chosen[1] != _SET:
         _chosen = None
 
 
 _SET = "kpcore.set_num_threads"
+_OLD_OPENMP = "the OpenMP that this process has loaded is older than 5.0, which cannot start threads in one"
 _chosen: tuple[int, str] | None = None  # what _threads_and_why says, once it has
+_threads_survive_forks, _is_limited_to_one = True, False
 if os.environ.get("KPCORE_ISA"):
     cpu.set_isa(os.environ["KPCORE_ISA"])
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=cpu.pause_threads, after_in_child=_forget_threads)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def set_num_threads(threads: int) -> None:
@@ -106,6 +115,11 @@ def set_num_threads(threads: int) -> None:
     """
     global _chosen
     threads = checks.integer("threads", threads, 1, _openmp.MOST_THREADS)
+    if threads > 1 and _is_limited_to_one:
+        raise RuntimeError(
+            f"threads: expected 1 in a forked child, because {_OLD_OPENMP} ({cpu.openmp_library()}), got {threads}; "
+            "start processes by spawn, or import kpcore before what loads that OpenMP"
+        )
     if cpu.has_openmp():
         _chosen = threads, _SET
 

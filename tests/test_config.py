@@ -236,6 +236,36 @@ def test_workers_of_a_dataloader_take_one_thread_unless_told_otherwise(method, e
     assert done.stdout.strip() == expected, done.stderr
 
 
+FORKED = """
+import os, numpy as np, kpcore as kp
+kp.config.cpu.pause_threads = lambda: False
+points = np.random.default_rng(0).uniform(size=(100_000, 3))
+kp.set_num_threads(2)
+expected = kp.radius_search(points, None, 0.02).num_pairs
+if os.fork() == 0:
+    threads = kp.get_num_threads()
+    same = kp.radius_search(points, None, 0.02).num_pairs == expected
+    try:
+        kp.set_num_threads(2)
+        print(threads, same, "set", flush=True)
+    except RuntimeError as error:
+        print(threads, same, error, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_child_of_a_process_whose_openmp_cannot_pause_its_threads_takes_one(python, no_wish):
+    """As the one of torch 2.6 cannot: a second thread would wait for ever."""
+    done = python(FORKED, timeout=60)
+    assert done.stdout.startswith("1 True threads: expected 1 in a forked child, because the OpenMP"), done
+
+
+def test_a_child_of_a_process_whose_openmp_pauses_its_threads_keeps_their_number(python, no_wish):
+    code = FORKED.replace("kp.config.cpu.pause_threads = lambda: False", "")
+    assert python(code, timeout=60).stdout == "2 True set\n"
+
+
 def test_a_quota_below_the_cores_is_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(kp.config.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for quota, expected in (

@@ -128,7 +128,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
     const char* const* c_isas "kp::isas"() noexcept
     bint c_has_openmp "kp::has_openmp"() noexcept
     const char* c_openmp_library "kp::openmp_library"() noexcept
-    void c_pause_threads "kp::pause_threads"() noexcept
+    bint c_pause_threads "kp::pause_threads"() noexcept
     const char* c_version "KP_VERSION"
 
 
@@ -553,4 +553,4 @@ def openmp_library():
 
 
 def pause_threads():
-    c_pause_threads()
+    return c_pause_threads()

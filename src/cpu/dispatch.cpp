@@ -6,6 +6,12 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#ifdef _OPENMP
+// Null where the process has loaded an OpenMP before 5.0, as torch 2.6 brings one: a reference that is not weak would
+// then be an error when this library is loaded.
+#pragma weak omp_pause_resource_all
+#endif
+
 namespace kp {
 namespace {
 
@@ -86,10 +92,13 @@ const char* openmp_library() {
 }
 
 // A forked child has no other thread, but libgomp still believes in its pool and waits for it for ever. Called before
-// a fork, this ends the pool; parent and child each start a new one when they next need it.
-void pause_threads() {
+// a fork, this ends the pool; parent and child each start a new one when they next need it. False if OpenMP cannot do
+// so: then a child must never ask for a second thread.
+bool pause_threads() {
 #ifdef _OPENMP
-  omp_pause_resource_all(omp_pause_hard);
+  return omp_pause_resource_all && omp_pause_resource_all(omp_pause_hard) == 0;
+#else
+  return true;
 #endif
 }
 

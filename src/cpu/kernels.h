@@ -508,7 +508,7 @@ bool set_isa(const char* name);  // false: not one of isas()
 const char* const* isas();       // the usable ones, best last, null-terminated
 bool has_openmp();
 const char* openmp_library();
-void pause_threads();
+bool pause_threads();
 
 extern const Functions functions_base, functions_avx2, functions_avx512;
 
