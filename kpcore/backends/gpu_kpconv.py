@@ -34,7 +34,7 @@ def _normalization_scale(fields):
 
 
 def _owners(fields, owner, scale):
-    """{parameter: value} of kernels that gather neighbours: which of them the optional arrays belong to."""
+    """{parameter: value} of kernels that gather neighbors: which of them the optional arrays belong to."""
     return {
         "offsets_owner": _NONE if fields.offsets is None else owner,
         "modulations_owner": _NONE if fields.modulations is None else owner,

@@ -1,4 +1,4 @@
-"""Lists on the GPU: neighbours turned around, checked, padded; batch items cut into blocks of rows."""
+"""Lists on the GPU: neighbors turned around, checked, padded; batch items cut into blocks of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launchers of pooling: rows reduced over neighbours or batch items, gathered, and interpolated."""
+"""Launchers of pooling: rows reduced over neighbors or batch items, gathered, and interpolated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neighbour search on the GPU: an index of cells or boxes, and a warp for each query; see neighbors.cu."""
+"""Neighbor search on the GPU: an index of cells or boxes, and a warp for each query; see neighbors.cu."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 // What keeps the deformed kernel points p_qk = p_k + o_qk of the queries in order: two losses and their gradients.
 //
-//   fitting   = sum over q and k of min over neighbours i of q of |x_i - x_q - p_qk|² / extent²
+//   fitting   = sum over q and k of min over neighbors i of q of |x_i - x_q - p_qk|² / extent²
 //   repulsion = sum over q, k and j != k of min(0, |p_qk - p_qj| / extent - repulse_extent)²     (Thomas et al. 2019)
 //
-// The nearest neighbours of a query's kernel points are found with a kernel point in each lane: they stay in registers
-// with the least distance so far while the neighbours pass, so no array over neighbours and kernel points is made. The
+// The nearest neighbors of a query's kernel points are found with a kernel point in each lane: they stay in registers
+// with the least distance so far while the neighbors pass, so no array over neighbors and kernel points is made. The
 // repulsion of pairs has a query in each lane, and each pair once.
 //
 // Sums are float64 over blocks of queries, which do not depend on the number of threads, and then over the blocks in
@@ -91,7 +91,7 @@ KP_INLINE void add_lanes(double* sums, Vec<G> values) {
   }
 }
 
-// A query's nearest neighbour of every kernel point, the first of equals, and the squared distances added to `sums`.
+// A query's nearest neighbor of every kernel point, the first of equals, and the squared distances added to `sums`.
 // `deformed` holds the kernel points by axis, `stride` each, a multiple of the lanes.
 template <class G, int DIM>
 void fit(const Problem<G>& problem, int64_t q, const G* deformed, int64_t stride, int32_t* nearest, double* sums) {
@@ -105,7 +105,7 @@ void fit(const Problem<G>& problem, int64_t q, const G* deformed, int64_t stride
     return;
   }
   // Read back where the compiler cannot know it is one number: or it subtracts first and broadcasts then, which is
-  // three more instructions a neighbour and a tenth of the time.
+  // three more instructions a neighbor and a tenth of the time.
   alignas(64) G lanes_of_query[stored * lanes<G>];
   for (int a = 0; a < D; ++a) store(lanes_of_query + a * lanes<G>, broadcast(problem.queries[q * D + a]));
   const G* read = lanes_of_query;

@@ -1,13 +1,13 @@
 // KPConv and the gradient of its features, by tiles.
 //
-//   out[q] = sum over k of m[q, k] (sum over neighbours i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
+//   out[q] = sum over k of m[q, k] (sum over neighbors i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
 //   (Thomas et al. 2019; m and o where the kernel is modulated and deformed)
 //
 // A tile (src/tile.h) is some hundred queries: for every kernel point the rows of A_k, features summed with their
 // influences, and the queries they are of. Then the tile's output is the sum over k of A_k W_k, added to the rows'
 // queries by a micro-kernel over packed weights. Nothing larger than a tile ever exists.
 //
-// The gradient of the features is the same operator on the transposed neighbours with mirrored kernel points and
+// The gradient of the features is the same operator on the transposed neighbors with mirrored kernel points and
 // transposed weights.
 
 #include "kpconv_call.h"

@@ -88,7 +88,7 @@ bool sums_positive(const F* row, int64_t channels) {
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])) > 0;
 }
 
-// 1 / max(1, neighbours that count) of every query; none: an empty buffer.
+// 1 / max(1, neighbors that count) of every query; none: an empty buffer.
 template <class F>
 Status normalize(const KPConv& args, Buffer<F>& scale) {
   if (args.normalization == Normalization::none) return Status::ok;

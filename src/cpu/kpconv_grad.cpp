@@ -413,7 +413,7 @@ class Places {
   }
 
   Products<F> products_;
-  Buffer<G> factor_;        // of a row: its modulation and its query's normalisation
+  Buffer<G> factor_;        // of a row: its modulation and its query's normalization
   Buffer<G> sums_, edges_;  // rows of stride_
   Buffer<F> modulation_;
   Buffer<double> kernels_;

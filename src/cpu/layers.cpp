@@ -1,4 +1,4 @@
-// Layers on rows of features, forward and backward: products, normalisation, activations, dropout, cross entropy.
+// Layers on rows of features, forward and backward: products, normalization, activations, dropout, cross entropy.
 //
 // All but the products are bound by memory, and go over it as seldom as the formulas allow. Sums over rows are float64
 // and taken in blocks of rows that do not depend on the number of threads, so neither does any result.
@@ -280,7 +280,7 @@ Status sum_all_rows(const Array& rows, const Array& sums, int threads) {
   return Status::ok;
 }
 
-// ---- normalisation
+// ---- normalization
 
 // Sums are taken about the first row of an item. The variance is then at least the n-th part of the square of that
 // row's distance from the mean, so the difference of sums below loses at most a factor of n, wherever the values are.
@@ -380,7 +380,7 @@ Status apply(const Normalize& args) {
   return Status::ok;
 }
 
-// With the normalised value n = (x - mean) s of M values of a group, y = n scale + shift and the gradient g of y:
+// With the normalized value n = (x - mean) s of M values of a group, y = n scale + shift and the gradient g of y:
 //   grad_scale = sum of g n,  grad_shift = sum of g,
 //   grad_x = s (g scale - mean of (g scale) - n mean of (g scale n))     (Ioffe and Szegedy 2015, section 3),
 // without the last two terms where mean and s are given.
@@ -547,7 +547,7 @@ Status sum_all_squares(const Array& values, double* sum, int threads) {
   return Status::ok;
 }
 
-// ---- optimisers
+// ---- optimizers
 
 // step(load, store) for vectors of n values, by several threads; load(p) and store(p, v) are of those at p + i.
 template <class T, class Step>
@@ -868,7 +868,7 @@ void for_each_part(const Concatenate& args, Copy copy) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < joined.rows; ++r) {
     char* to = into<char>(joined) + r * stride;
-    for (const Optional* part : {&args.first, &args.second, &args.third, &args.fourth}) {
+    for (const OptionalArray* part : {&args.first, &args.second, &args.third, &args.fourth}) {
       if (part->data) copy(into<char>(*part) + r * part->cols * size, to, size_t(part->cols * size));
       to += part->cols * size;
     }

@@ -1,4 +1,4 @@
-// Neighbour lists that come from outside: checked, and made from and into padded matrices.
+// Neighbor lists that come from outside: checked, and made from and into padded matrices.
 #include <type_traits>
 
 #include "kernels.h"

@@ -93,7 +93,7 @@ struct Relaxation {
     }
   }
 
-  // To the mean of its samples; without any it stays. Held points keep to the centre and to the last axis.
+  // To the mean of its samples; without any it stays. Held points keep to the center and to the last axis.
   void move(int k) {
     const int64_t n = begin[k + 1] - begin[k];
     double* const p = points + int64_t(k) * args.dimension;

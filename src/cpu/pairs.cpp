@@ -1,4 +1,4 @@
-// Finds the pairs of a query's neighbours with the kernel points that act on them: see pairs.h.
+// Finds the pairs of a query's neighbors with the kernel points that act on them: see pairs.h.
 
 #include "pairs.h"
 
@@ -85,8 +85,8 @@ class Finder {
     return kept + compress<G>(near_.who + kept, mask, near_.who + i);
   }
 
-  // Leaves the neighbours closer than the extent to some kernel point of the query: first those near the box of all of
-  // them (in the wide neighbourhoods of deformable layers a fifth), by which the linear influence needs no more.
+  // Leaves the neighbors closer than the extent to some kernel point of the query: first those near the box of all of
+  // them (in the wide neighborhoods of deformable layers a fifth), by which the linear influence needs no more.
   int64_t keep_in_reach(int64_t n) {
     const int64_t K = geometry_.num_kernels;
     const G* const own = to_.own_kernel_points;
@@ -125,7 +125,7 @@ class Finder {
     return kept;
   }
 
-  // Pairs in the order of the kernel points, each with vectors of neighbours.
+  // Pairs in the order of the kernel points, each with vectors of neighbors.
   template <bool places>
   void find_by_kernel(const G* kernel_points, int64_t n, int64_t pairs) {
     const int K = geometry_.num_kernels;
@@ -167,7 +167,7 @@ class Finder {
     }
   }
 
-  // Where every neighbour brings its own kernel points: vectors of those, then the pairs sorted by kernel point.
+  // Where every neighbor brings its own kernel points: vectors of those, then the pairs sorted by kernel point.
   void find_by_neighbor(int64_t n, int64_t pairs) {
     const int K = geometry_.num_kernels;
     const int64_t padded = (K + lanes<G> - 1) / lanes<G> * lanes<G>;

@@ -1,4 +1,4 @@
-// The pairs of a query's neighbours with the kernel points that act on them: where a KPConv is sparse.
+// The pairs of a query's neighbors with the kernel points that act on them: where a KPConv is sparse.
 //
 // This depends on the dtype of the geometry and on the dimension, not on the features, and is compiled once for each,
 // in pairs.cpp. As part of the loops over features it was compiled 16 times, up to 27 KB of code each.
@@ -10,7 +10,7 @@
 namespace kp {
 namespace {
 
-constexpr int64_t chunk = 128;  // neighbours looked at together
+constexpr int64_t chunk = 128;  // neighbors looked at together
 
 }  // namespace
 
@@ -37,7 +37,7 @@ struct FeatureRows {
   int64_t bytes;  // of a row
 };
 
-// Where pairs are written to. There is room for one more chunk of neighbours and a vector.
+// Where pairs are written to. There is room for one more chunk of neighbors and a vector.
 template <class G>
 struct PairArrays {
   G* d2;
@@ -46,15 +46,15 @@ struct PairArrays {
   G* from[max_dimension];  // kernel point: null if not asked for
   int64_t* ends;           // (K + 1,) of the last query's pairs of every kernel point
   G* own_kernel_points;    // scratch of deformed kernels: (D, K), those of the query
-  G *row_d2, *found_d2;    // of a neighbour with all kernel points; of its pairs
+  G *row_d2, *found_d2;    // of a neighbor with all kernel points; of its pairs
   int32_t *numbers, *found_kernel, *found_point;
 };
 
 #ifdef KP_ISA
 namespace KP_ISA {
 
-// Writes the pairs of query q with n <= chunk of its neighbours from `num_pairs` on, by kernel point, and where those
-// of each kernel point end. `begin`: the first of these neighbours in the index, `first`: that of the tile.
+// Writes the pairs of query q with n <= chunk of its neighbors from `num_pairs` on, by kernel point, and where those
+// of each kernel point end. `begin`: the first of these neighbors in the index, `first`: that of the tile.
 void find_pairs(const Geometry<float>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,
                 int64_t num_pairs, const PairArrays<float>&);
 void find_pairs(const Geometry<double>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,

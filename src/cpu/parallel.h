@@ -47,7 +47,7 @@ inline T read_once(const T* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
-// Uninitialised, 64-byte aligned, with a cache line to spare past the end so that vectors may overrun.
+// Uninitialized, 64-byte aligned, with a cache line to spare past the end so that vectors may overrun.
 template <class T>
 class Buffer {
  public:

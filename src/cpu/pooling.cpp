@@ -1,8 +1,8 @@
-// Rows of features reduced over neighbours or over batch items, and what carries them and their gradients back.
+// Rows of features reduced over neighbors or over batch items, and what carries them and their gradients back.
 //
-// Over neighbours, a query's sums or maxima of up to 8 vectors of channels stay in registers while its neighbours' rows
-// go by, asked for some pairs ahead; a neighbour's row is read once and nothing larger than the output is ever made.
-// The gradient of a sum is the same sum over the transposed neighbours. That of a maximum goes from every query to one
+// Over neighbors, a query's sums or maxima of up to 8 vectors of channels stay in registers while its neighbors' rows
+// go by, asked for some pairs ahead; a neighbor's row is read once and nothing larger than the output is ever made.
+// The gradient of a sum is the same sum over the transposed neighbors. That of a maximum goes from every query to one
 // point per channel: a thread owns some channels of some points and takes the queries in order. So no result depends on
 // the number of threads.
 
@@ -81,7 +81,7 @@ void fill(F* row, int64_t channels, F value) {
   for (int64_t c = 0; c < channels; ++c) row[c] = value;
 }
 
-// ---- over neighbours ---------------------------------------------------------------------------------------------
+// ---- over neighbors ---------------------------------------------------------------------------------------------
 
 // to = the sum of n rows, weighted, over the divisor. `last` ends the index of all queries.
 template <bool weighted, class F>
@@ -176,7 +176,7 @@ struct Stretch {
   KP_INLINE void prefetch(const Rows<F>&, int64_t, int64_t) const {}
 };
 
-// What rows shorter than `width` see besides their neighbours.
+// What rows shorter than `width` see besides their neighbors.
 template <class F>
 struct Padding {
   int64_t width;
@@ -192,7 +192,7 @@ KP_INLINE void offer(V x, I from, V& best, W& chosen) {
 }
 
 // to = the largest or smallest values of n rows; choice = the rows that have them. The padding is seen last, so a
-// neighbour of equal value is the one chosen; where the padding is, choice is -1. Without rows there is only padding.
+// neighbor of equal value is the one chosen; where the padding is, choice is -1. Without rows there is only padding.
 template <bool least, class F, class Row>
 void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& padding, F* to, int32_t* choice) {
   for_channels<many, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {

@@ -206,7 +206,7 @@ KP_INLINE T sum_of_lanes(Vec<T> v) {
   return lane[0];
 }
 
-// Lane l is the sum of all lanes of v[l]; v is overwritten. Neighbouring lanes are added until one is left of each.
+// Lane l is the sum of all lanes of v[l]; v is overwritten. Neighboring lanes are added until one is left of each.
 template <class T, int... I>
 KP_INLINE Vec<T> add_neighbors(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);

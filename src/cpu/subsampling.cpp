@@ -347,7 +347,7 @@ Status average(const Plan& plan, const Array& rows, const Array& means) {
       });
 }
 
-// Which of a voxel's points is nearest its centre, the first of equals.
+// Which of a voxel's points is nearest its center, the first of equals.
 template <class T, int D>
 int32_t nearest_point(const T* points, const double* center, const int32_t* ids, int64_t n) {
   int32_t nearest = ids[0];
@@ -391,7 +391,7 @@ int64_t item_of(const Array& row_splits, int64_t point) {
   return first;
 }
 
-// What is asked of the voxels' centres: themselves, and the nearest points with their coordinates and features.
+// What is asked of the voxels' centers: themselves, and the nearest points with their coordinates and features.
 template <class T, int D>
 Status use_centers(const Plan& plan, const Subsampled& out) {
   const GridSubsample& args = plan.args;

@@ -1,7 +1,7 @@
-// Some hundred queries of a KPConv at a time: which of their neighbours each kernel point acts on and how much, and the
+// Some hundred queries of a KPConv at a time: which of their neighbors each kernel point acts on and how much, and the
 // features summed by kernel point.
 //
-// Influences are sparse (about 1.6 kernel points per neighbour), so for each query the pairs with an influence are
+// Influences are sparse (about 1.6 kernel points per neighbor), so for each query the pairs with an influence are
 // listed by kernel point, and each list is summed in registers and stored once: as one more row of the tile's A_k,
 // beside the number of the query. On surfaces a quarter of the (query, kernel point) have no pair, and so no row: they
 // cost nothing.
@@ -37,7 +37,7 @@ struct List {
   int64_t begin;  // of its pairs; they end where the next list begins
   int32_t row;    // of the tile, counted over all kernel points
   int32_t kernel;
-  bool is_new;  // row: otherwise it goes on with what earlier neighbours of the query left there
+  bool is_new;  // row: otherwise it goes on with what earlier neighbors of the query left there
 };
 
 // Pairs of some queries, by query and kernel point; and the rows of the tile, of which every kernel point has up to
@@ -52,7 +52,7 @@ class Pairs {
   Buffer<List> lists;
   int64_t num_lists = 0, num_pairs = 0;
 
-  // Room for the pairs of `most` and of one more chunk of neighbours.
+  // Room for the pairs of `most` and of one more chunk of neighbors.
   bool reserve(const Problem<G, F>& problem, int64_t rows, int64_t most, bool with_places) {
     const int64_t K = problem.num_kernels, room = most + K * chunk + lanes<G>, D = problem.dimension;
     rows_ = rows;
@@ -83,7 +83,7 @@ class Pairs {
   const int32_t* sizes() const { return size_.data(); }
   const int32_t* all_queries() const { return query_.data(); }
 
-  // Lists the pairs of query q, row r of the tile, with n <= chunk of its neighbours. `first`: the tile's first edge.
+  // Lists the pairs of query q, row r of the tile, with n <= chunk of its neighbors. `first`: the tile's first edge.
   KP_OUTLINE void look_at(const Problem<G, F>& problem, int64_t q, int32_t r, int64_t begin, int64_t n, int64_t first) {
     const FeatureRows rows{reinterpret_cast<const char*>(problem.features), problem.channels * int64_t(sizeof(F))};
     KP_ISA::find_pairs(problem, rows, q, begin, n, first, num_pairs, arrays_);
@@ -243,7 +243,7 @@ class Tile {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
       for (int64_t e = begin; e < end; e += chunk) {
-        // A list is added to the sum of the same query's earlier neighbours, which must be there.
+        // A list is added to the sum of the same query's earlier neighbors, which must be there.
         if (pairs_.num_pairs - summed_pairs_ >= batch || e > begin) sum_batch(problem);
         if (pairs_.num_pairs >= most) {
           sum_batch(problem);

@@ -25,7 +25,7 @@ __device__ T deformed(const T* kernel_points, const T* offsets, int64_t num_kern
 
 using namespace kp;
 
-// nearest[q, k] = the neighbour nearest to a deformed kernel point, the first of equals, -1 without neighbours;
+// nearest[q, k] = the neighbor nearest to a deformed kernel point, the first of equals, -1 without neighbors;
 // least[q, k] = its squared distance, or NaN where one is.
 extern "C" __global__ void fit(const T* points, const T* queries, const int32_t* index, const int64_t* row_splits,
                                const T* kernel_points, const T* offsets, int64_t num_queries, int64_t num_kernels,

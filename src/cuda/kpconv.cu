@@ -4,9 +4,9 @@
 // The sums (groups, rows, K, channels of a group) are those of some thousand queries at a time and stay in the
 // second-level cache: nothing of all queries times kernel points is ever made.
 //
-// Each lane looks at a neighbour: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
+// Each lane looks at a neighbor: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
 // features of those it acts on, each some channels, in the order of the list: results do not depend on the launch. What
-// is stored in 16 bits is summed in float, and rounded once for each 256 neighbours. The gradient of the features is
+// is stored in 16 bits is summed in float, and rounded once for each 256 neighbors. The gradient of the features is
 // the same on the transposed list with mirrored kernel points.
 //
 // Compiled for the types of geometry and features and the dimension, of which 3 stands for the others:
@@ -28,23 +28,23 @@ using S = KP_F;
 using F = Real<S>;
 constexpr int D = KP_DIM;
 constexpr int at_once = 4;     // channels of a lane in registers
-constexpr int kept = 256;      // choices of so many neighbours of a query are kept at a time
+constexpr int kept = 256;      // choices of so many neighbors of a query are kept at a time
 constexpr int most_warps = 4;  // of a block
 
 enum Influence : int { linear, gaussian, constant };
 enum Aggregation : int { sum, closest };
-// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the neighbour gathered.
+// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the neighbor gathered.
 enum ParameterOwner : int { none, query, neighbor };
 
 struct Kernel {
   const G* points;   // (K, D)
-  const G* offsets;  // (queries or neighbours, K, D)
+  const G* offsets;  // (queries or neighbors, K, D)
   int num, offsets_owner;
   G sign;  // -1 where the list is transposed
   G extent, inverse_extent, scale;
   int influence, aggregation;
 
-  // The squared distance of neighbour i of query q, at `relative`, from kernel point k.
+  // The squared distance of neighbor i of query q, at `relative`, from kernel point k.
   __device__ G squared(const G* relative, int64_t q, int64_t i, int64_t k) const {
     G d[D];
     for (int a = 0; a < D; ++a) {
@@ -54,9 +54,9 @@ struct Kernel {
     }
     return squared_distance(d, D);
   }
-  // Whether not all kernel points may act on all neighbours.
+  // Whether not all kernel points may act on all neighbors.
   __device__ bool chooses() const { return aggregation == closest || offsets_owner; }
-  // Which may act on a neighbour: all (-1), none (-2), or one.
+  // Which may act on a neighbor: all (-1), none (-2), or one.
   __device__ int choice(const G* relative, int64_t q, int64_t i) const {
     if (!chooses()) return -1;
     int nearest = 0;
@@ -82,7 +82,7 @@ struct Kernel {
 
 using namespace kp;
 
-// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbours, weighted by kernel point k
+// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbors, weighted by kernel point k
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
                                      const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
@@ -96,7 +96,7 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
     const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * num_kernels + k) * width + c % width; };
-    // A lane's neighbour; of a list of 32 and less it stays in registers.
+    // A lane's neighbor; of a list of 32 and less it stays in registers.
     int64_t loaded = -1;
     int32_t i = 0;
     G relative[D];
@@ -167,7 +167,7 @@ extern "C" __global__ void find_positive(const S* features, int64_t num_points, 
   }
 }
 
-// scale[q] = 1 / max(1, number of neighbours), of the positive ones alone where `positive` is not null
+// scale[q] = 1 / max(1, number of neighbors), of the positive ones alone where `positive` is not null
 extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_splits, int64_t num_queries,
                                      const int32_t* positive, F* scale) {
   for (int64_t q = first_thread(); q < num_queries; q += num_threads()) {

@@ -125,7 +125,7 @@ extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int6
   }
 }
 
-// ---- normalisation: items are cut into blocks of rows; first_blocks[b] is the number of the first block of item b
+// ---- normalization: items are cut into blocks of rows; first_blocks[b] is the number of the first block of item b
 
 namespace kp {
 namespace {

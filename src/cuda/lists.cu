@@ -1,4 +1,4 @@
-// Lists on the GPU: neighbours turned around, and batch items cut into blocks of rows.
+// Lists on the GPU: neighbors turned around, and batch items cut into blocks of rows.
 //
 // Compiled without definitions, and for the type of distances where rows are packed:
 // compile:

@@ -1,4 +1,4 @@
-// Neighbour search on the GPU: a warp for each query.
+// Neighbor search on the GPU: a warp for each query.
 //
 // There are two kinds of index:
 //
@@ -94,7 +94,7 @@ __device__ Query query_of(const T* queries, const T* radii, int64_t radius_strid
 // ---- cells
 
 // The cell of a coordinate, counted along its axis from the origin: in float64, as there may be more than 2^31. It
-// never falls as x rises, so a query's range of cells misses no neighbour.
+// never falls as x rises, so a query's range of cells misses no neighbor.
 __device__ double cell_of(double x, double inverse_cell) {
   return floor(x * inverse_cell);
 }
@@ -116,7 +116,7 @@ struct Cells {
   __device__ void for_candidates(const Query& query, Visit visit) const {
     int low[3] = {}, count[3] = {1, 1, 1};
     for (int a = 0; a < axes; ++a) {
-      // A little outside of where rounding could put a neighbour.
+      // A little outside of where rounding could put a neighbor.
       const double below = double(query.at[a]) - query.reach, above = double(query.at[a]) + query.reach;
       const double first = cell_of(below - fabs(below) * 2.3e-16, inverse_cell);
       const double last = cell_of(above + fabs(above) * 2.3e-16, inverse_cell);
@@ -374,7 +374,7 @@ extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double
                                      int bits_z, int32_t* keys, unsigned* not_finite) {
   const Cells cells{nullptr, nullptr, inverse_cell, {bits_x, bits_y, bits_z}};
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    int cell[3] = {};  // for what is not finite, which is no neighbour of anything
+    int cell[3] = {};  // for what is not finite, which is no neighbor of anything
     if (is_finite(points + i * D, not_finite))
       for (int a = 0; a < axes; ++a) cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
     keys[i] = cells.number(cell);
@@ -398,7 +398,7 @@ extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t
   }
 }
 
-// counts[q] = neighbours of each query, at most `most`
+// counts[q] = neighbors of each query, at most `most`
 extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts, unsigned* not_finite) {
   const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {

@@ -1,4 +1,4 @@
-// Pooling on the GPU: rows reduced over neighbours, a warp for each query and its lanes for the channels; over batch
+// Pooling on the GPU: rows reduced over neighbors, a warp for each query and its lanes for the channels; over batch
 // items, in blocks of rows; and what carries gradients back. Sums are taken in the order of the rows, without atomics.
 //
 // Compiled for the types of the features and of distances:
@@ -57,7 +57,7 @@ extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, co
   }
 }
 
-// Rows shorter than `width` see pad_value too, after their neighbours.
+// Rows shorter than `width` see pad_value too, after their neighbors.
 extern "C" __global__ void choose_neighbors(const S* features, int64_t channels, const int32_t* index,
                                             const int64_t* row_splits, int64_t num_queries, int reduction, F empty,
                                             F pad_value, int64_t width, S* out, int32_t* choice) {

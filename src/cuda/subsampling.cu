@@ -147,7 +147,7 @@ extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_
   }
 }
 
-// The centre of each voxel, and the point nearest to it, the first of equals; either may be null.
+// The center of each voxel, and the point nearest to it, the first of equals; either may be null.
 extern "C" __global__ void use_centers(const T* points, const int64_t* row_splits, int num_items, const int64_t* order,
                                        const int64_t* begins, int64_t num_voxels, const T* origins, int num_origins,
                                        const T* voxel_size, const unsigned long long* lowest, T* centers,

@@ -1,5 +1,5 @@
 // The two losses that keep the deformed kernel points of a query where points are and apart from each other (Thomas et
-// al. 2019, section 3.2), each with its derivative. V is a scalar or a vector of the geometry dtype. Which neighbour is
+// al. 2019, section 3.2), each with its derivative. V is a scalar or a vector of the geometry dtype. Which neighbor is
 // nearest is a decision; nothing here is contracted.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace kp {
 namespace {
 
-// From a neighbour to a deformed kernel point, along one axis. Its squared length over extent² is the fitting loss, and
+// From a neighbor to a deformed kernel point, along one axis. Its squared length over extent² is the fitting loss, and
 // 2 / extent² times itself the derivative of that by the kernel point.
 template <class V>
 KP_HD V from_neighbor(V point, V query, V deformed) {

@@ -37,7 +37,7 @@ inline void draw(uint64_t& state, double squared_radius, int dimension, double* 
   } while (squared >= squared_radius);
 }
 
-// Point `i` of those that are held, where it starts: the centre, or above and below it on the last axis.
+// Point `i` of those that are held, where it starts: the center, or above and below it on the last axis.
 inline void place_held(int i, int dimension, double* p, int64_t stride) {
   for (int a = 0; a < dimension; ++a) p[a * stride] = 0;
   if (i) p[(dimension - 1) * stride] = i == 1 ? 2.0 / 3 : -2.0 / 3;

@@ -1,4 +1,4 @@
-// Influence of a kernel point on a neighbour, from the squared distance between them (Thomas et al. 2019, eq. 3; the
+// Influence of a kernel point on a neighbor, from the squared distance between them (Thomas et al. 2019, eq. 3; the
 // gaussian's sigma is 0.3 extent, as in the published code), and its slope. V is a scalar or a vector.
 #pragma once
 

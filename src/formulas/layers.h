@@ -1,4 +1,4 @@
-// What layers do to one value: activations with their gradients, and the random words of dropout; and what optimisers
+// What layers do to one value: activations with their gradients, and the random words of dropout; and what optimizers
 // do to a parameter. V is a scalar or a vector.
 #pragma once
 
@@ -79,7 +79,7 @@ KP_HD void philox(V* word, uint64_t key, Multiply multiply) {
 }
 
 // The random word of value i is word (i / 16) % 4 of the counter i / 64 * 16 + i % 16: sixteen counters serve 64 values
-// in order, whatever the width of a vector, and neighbouring GPU threads write neighbouring values.
+// in order, whatever the width of a vector, and neighboring GPU threads write neighboring values.
 constexpr int64_t counters_of_block = 16;
 constexpr int64_t words_of_block = 4 * counters_of_block;
 

@@ -1,4 +1,4 @@
-// What decides whether a point is a neighbour, and which kernel point is nearest. V is a scalar or a vector of the
+// What decides whether a point is a neighbor, and which kernel point is nearest. V is a scalar or a vector of the
 // geometry dtype; sums are in this order and never contracted, so that every machine decides alike.
 #pragma once
 

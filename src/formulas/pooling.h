@@ -1,4 +1,4 @@
-// Which of two values is the larger or the smaller one of a row, and what a neighbour at a distance weighs.
+// Which of two values is the larger or the smaller one of a row, and what a neighbor at a distance weighs.
 #pragma once
 
 #include "common.h"
@@ -17,7 +17,7 @@ KP_HD auto displaces(V x, V best) {
     return exceeds(x, best);
 }
 
-// 1 / d^power in units of that of the nearest neighbour, which so weighs 1, and all at distance zero with it: none can
+// 1 / d^power in units of that of the nearest neighbor, which so weighs 1, and all at distance zero with it: none can
 // overflow, and 0 / 0 or inf / inf does not come up.
 KP_HD double inverse_distance(double d, double nearest, double power) {
   const double ratio = d == nearest ? 1 : nearest / d;

@@ -1,4 +1,4 @@
-// Which voxel a coordinate lies in, where the voxel's centre is and how far from it a point is; which value is a
+// Which voxel a coordinate lies in, where the voxel's center is and how far from it a point is; which value is a
 // maximum. Written once and never contracted, so that every machine agrees.
 #pragma once
 
@@ -32,14 +32,14 @@ KP_HD T published_origin(T lowest, T voxel_size) {
   return rounded_down(lowest * (T(1) / voxel_size)) * voxel_size;
 }
 
-// In float64 whatever the geometry dtype: at a kilometre in voxels of 2 cm a float32 centre would be 0.3 % of a voxel
+// In float64 whatever the geometry dtype: at a kilometer in voxels of 2 cm a float32 center would be 0.3 % of a voxel
 // off.
 template <class T>
 KP_HD double voxel_center(T index, T origin, T voxel_size) {
   return (double(index) + 0.5) * double(voxel_size) + double(origin);
 }
 
-// ((d0 d0 + d1 d1) + d2 d2) of the coordinates less the centre, in float64.
+// ((d0 d0 + d1 d1) + d2 d2) of the coordinates less the center, in float64.
 template <int D, class T>
 KP_HD double squared_distance(const T* point, const double* center) {
   double sum = 0;

@@ -2,7 +2,7 @@
 
 The source is the text that CuPy's RawModule takes. It is compiled by g++ behind device.h, with the runtime linked in,
 and called through ctypes; what is made is kept by the hash of everything that went into it. With ``check=True`` every
-load and store is checked for bounds, alignment, initialisation and races, at a fifth of the speed; without, arrays end
+load and store is checked for bounds, alignment, initialization and races, at a fifth of the speed; without, arrays end
 at pages that trap, and have canaries before them.
 """
 
