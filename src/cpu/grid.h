@@ -2,8 +2,8 @@
 // radius, so all neighbors of a query lie in its cell and the cells around it.
 //
 // Only occupied cells are stored. Points are sorted by (item, z, y, x) of their cell, so the points of a row of cells,
-// with equal (item, z, y), are contiguous and ordered by x. A query in cell (x, y) needs one run of each of the
-// 3^(D-1) rows around it:
+// with equal (item, z, y), are contiguous and ordered by x. A query in cell (x, y) needs one run of each of the 3^(D-1)
+// rows around it:
 //
 //          x-2   x-1    x    x+1   x+2
 //   y+1  |  .  [  ..  |     |  . ]  .  |     q: the query
