@@ -1,5 +1,5 @@
-"""The console script `kpcore`. It is outside the package, so that it is at work while that is imported: a Ctrl-C, a
-closed pipe or a wrong environment variable then is no traceback either."""
+"""The console script `kpcore`. It is outside the package, so that it runs before the package is imported: a Ctrl-C, a
+closed pipe or a wrong environment variable during the import does not end in a traceback."""
 
 from __future__ import annotations
 
@@ -7,54 +7,57 @@ import os
 import signal
 import sys
 
-_BROKEN_PIPE = 128 + 13  # as a shell says of other programs, which SIGPIPE ends
+_BROKEN_PIPE = 128 + 13  # the exit code that a shell reports for programs ended by SIGPIPE
 
 
 def main() -> int:
-    """Exit code of the command: 0; 2 with a line for what cannot be done; 130 after Ctrl-C; 141 after a closed pipe."""
+    """Exit code of the command: 0; 2 after an error, with one line that says why; 130 after Ctrl-C; 141 after a closed
+    pipe."""
     interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:  # else it is ignored, as in the background of a script
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # while importing there is nothing to tidy up
-    _open_what_is_closed()
+    if interrupt is signal.default_int_handler:  # otherwise SIGINT is ignored, as for background jobs of a script
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # nothing to clean up during the import
+    _open_closed_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor the terminal
+            stream.reconfigure(errors="backslashreplace")  # file names and terminals may not be UTF-8
         code = _run(interrupt)
         sys.stdout.flush()
     except BrokenPipeError:
         code = _BROKEN_PIPE
     except OSError as error:
-        code = _refused(f"standard output: {error.strerror}")
-    _drop_what_is_left()
+        code = _report(f"standard output: {error.strerror}")
+    _discard_output()
     return code
 
 
 def _run(interrupt) -> int:
     try:
         from kpcore.cli import main
-    except (ImportError, ValueError) as error:  # a variable such as KPCORE_NUM_THREADS, a NumPy of another version
-        return _refused(" ".join(str(error).split()))
+    except (ImportError, ValueError) as error:  # a wrong KPCORE_NUM_THREADS, for example, or an incompatible NumPy
+        return _report(" ".join(str(error).split()))
     during_import = signal.signal(signal.SIGINT, interrupt)
     try:
         return main()
     except KeyboardInterrupt:
         return 130
-    except SystemExit as end:  # of argparse, which has said why
+    except SystemExit as end:  # raised by argparse, after its error message
         return end.code
     finally:
         signal.signal(signal.SIGINT, during_import)
 
 
-def _refused(reason: str) -> int:
-    try:  # noqa: SIM105 - contextlib takes 2 ms to import, in which a Ctrl-C would be a traceback
+def _report(reason: str) -> int:
+    """Print an error; the exit code 2."""
+    try:  # noqa: SIM105 - contextlib takes 2 ms to import, during which a Ctrl-C would print a traceback
         print(f"kpcore: {reason}", file=sys.stderr)
-    except OSError:  # there is nowhere else to say it
+    except OSError:  # stderr is closed too
         pass
     return 2
 
 
-def _open_what_is_closed() -> None:
-    """A file that is written would get the number of a closed stream, and all that is printed."""
+def _open_closed_streams() -> None:
+    """Open closed standard streams on /dev/null. Otherwise the next file opened for writing would get the descriptor of
+    a closed stream, and everything printed would be written into it."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -63,8 +66,8 @@ def _open_what_is_closed() -> None:
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
-def _drop_what_is_left() -> None:
-    """Python writes what is in the streams' buffers when it ends, and would report that they are closed."""
+def _discard_output() -> None:
+    """Redirect streams that cannot be flushed to /dev/null: Python flushes them at exit, and would report errors."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -970,8 +970,8 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
     assert add.rebind(bound, lr=2)[4] == 2 and bound[4] == 1
     assert add.bind(None, numbers | arrays | {"grad": None})[1] == 0  # a null pointer
     for values, text in (
-        (numbers, r"^rows\.cu: sgd: expected a value of the parameter value, got none"),
-        (numbers | arrays | {"n": 3}, r"^rows\.cu: sgd: expected no values but of value, grad, moment, size, lr, "),
+        (numbers, r"^layers\.cu: sgd: expected a value for the parameter value, got none"),
+        (numbers | arrays | {"n": 3}, r"^layers\.cu: sgd: expected values for value, grad, moment, size, lr, "),
     ):
         with pytest.raises(TypeError, match=text):
             add.bind(None, values)
@@ -979,7 +979,7 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
 
 def test_a_file_is_compiled_with_the_definitions_in_its_first_lines():
     for definitions in ({}, {"KP_T": "float"}, {"KP_F": "float", "KP_DIM": 3}):
-        with pytest.raises(TypeError, match=r"^rows\.cu: expected the definitions KP_F, got "):
+        with pytest.raises(TypeError, match=r"^layers\.cu: expected the definitions KP_F, got "):
             gpu_launch.kernels_of("layers.cu", **definitions)
     for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"):
         head = "".join(line for line in path.read_text().splitlines() if line.startswith("// compile:"))

@@ -1,6 +1,7 @@
-# The way into src/cpu/*.cpp: `run` calls any kernel by its name; searches and subsampling, which first count and then
-# fill, have functions of their own. No maths and no checks: kpcore/*.py hands over contiguous NumPy arrays of agreeing
-# shapes and dtypes. A call releases the GIL; its status becomes an exception.
+# Calls the CPU kernels of src/cpu. `run` calls any kernel by its name; radius search, k nearest neighbors and grid
+# subsampling, whose output sizes are known only after counting, have functions of their own. No arithmetic and no
+# checks here: kpcore/*.py passes contiguous NumPy arrays with matching shapes and dtypes. The GIL is released during a
+# call; a status other than ok becomes an exception.
 from cpython.dict cimport PyDict_GetItem
 from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint64_t
@@ -56,7 +57,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         grid
         tree
 
-    cdef struct IndexPoints:
+    cdef struct IndexArguments:
         IndexKind kind
         Array points, row_splits
         double cell
@@ -66,7 +67,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         const void* index
         Array queries, queries_row_splits, radii
         double radius
-        int64_t most
+        int64_t max_neighbors
         Sort sort
         Metric metric
         Ignore ignore
@@ -111,7 +112,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
     cdef struct Functions:
         const char* isa
         Status (**kernels)(const void*) noexcept nogil
-        Status (*build_index)(const IndexPoints&, void**) noexcept nogil
+        Status (*build_index)(const IndexArguments&, void**) noexcept nogil
         double (*crowding)(const void*) noexcept nogil
         void (*free_index)(void*) noexcept nogil
         Status (*radius_search_count)(const Search&, int64_t*, void**) noexcept nogil
@@ -133,15 +134,15 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
 
 
 class NotFinite(Exception):
-    """A coordinate is NaN or infinite, or distances overflow or vanish; the caller finds out which."""
+    """A coordinate is NaN or infinite, or distances overflow or underflow; the caller finds out which."""
 
 
 class OutOfRange(Exception):
-    """Too many voxels along an axis, a label that is no class, a number of no row; the caller finds out which."""
+    """Too many voxels along an axis, a label that is not a class, or an index past the rows; the caller finds out which."""
 
 
 cdef int NO_DTYPE = -1
-cdef int DTYPES[64]  # by NumPy's type numbers, of which two may be of one size
+cdef int DTYPES[64]  # DType by NumPy type number; two type numbers (l and q) may both be int64
 for number in range(64):
     DTYPES[number] = NO_DTYPE
 for character in "fdilqB":
@@ -159,7 +160,7 @@ cdef Array view(cnp.ndarray a) except *:
         return v
     number = cnp.PyArray_TYPE(a)
     if number >= 64 or DTYPES[number] == NO_DTYPE:
-        raise TypeError(f"expected an array of a dtype that kernels have, got {a.dtype}")
+        raise TypeError(f"expected an array of float32, float64, int32, int64 or uint8, got {a.dtype}")
     v.data = cnp.PyArray_DATA(a)
     v.dtype = <DType>DTYPES[number]
     v.cols = a.shape[a.ndim - 1] if a.ndim > 1 else 1
@@ -179,13 +180,13 @@ cdef int raise_for(Status status) except -1:
     return 0
 
 
-# ---- any kernel, by its name
+# ---- kernels called by name
 
 KINDS = ("array", "optional_array", "int32", "int64", "uint64", "float64", "boolean", "optional_int")
 
 
 cdef class Kernel:
-    """A kernel: its number in the tables of functions, and its fields."""
+    """A kernel: its number in the function tables, and its fields."""
 
     cdef const KernelRow* row
     cdef int number
@@ -200,27 +201,27 @@ cdef Kernel kernel_of(int number):
 
 
 cdef dict KERNELS = {kernel_rows[number].name.decode(): kernel_of(number) for number in range(num_kernels)}
-cdef object get_num_threads = None  # of kpcore.config, which imports this module
+cdef object get_num_threads = None  # imported from kpcore.config at the first call, because config imports this module
 
 
 def fields():
     """{kernel: {field: its kind, one of KINDS}}"""
     cdef Kernel kernel
-    found = {}
+    kinds = {}
     for name in KERNELS:
         kernel = KERNELS[name]
-        found[name] = {
+        kinds[name] = {
             field: KINDS[<int>kernel.row.fields[i].kind] for i, field in enumerate(kernel.names)
         }
-    return found
+    return kinds
 
 
 def run(str name, call=None, **more):
-    """Call a kernel. Its fields are taken from `more`, and those not there from the attributes of `call`."""
+    """Call a kernel. Each field is taken from `more`, else from the attributes of `call`."""
     global get_num_threads
     cdef Kernel kernel = KERNELS[name]
     cdef dict attributes = None if call is None else call.__dict__
-    cdef int64_t buffer[128]  # 1024 bytes, which fields.h says are enough
+    cdef int64_t buffer[128]  # 1024 bytes; fields.h asserts that every struct fits
     cdef char* place = <char*>buffer
     cdef const Field* field
     cdef PyObject* item
@@ -258,7 +259,7 @@ cdef int set_field(char* place, Kind kind, value, name) except -1:
             raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
         else:
             (<Array*>place)[0] = view(None)
-            if value is not None:  # of an output that is not wanted, its shape alone
+            if value is not None:  # an output that is not wanted: only its shape is passed
                 (<Array*>place).rows, (<Array*>place).cols = value.shape
     elif kind == Kind.float64:
         (<double*>place)[0] = value
@@ -279,7 +280,7 @@ cdef int set_field(char* place, Kind kind, value, name) except -1:
 # ---- searches
 
 cdef class Index:
-    """Points ready to be searched, a grid of cells or a kd-tree; never changed, so any thread may search it."""
+    """A search index over points: a grid of cells or a kd-tree. It is immutable, so any thread may search it."""
 
     cdef void* data
     cdef readonly int64_t num_points
@@ -289,8 +290,8 @@ cdef class Index:
         self.data = NULL
 
     def __init__(self, points, row_splits, cell, int threads):
-        """A grid of cells that wide, or a kd-tree if `cell` is None."""
-        cdef IndexPoints args
+        """A grid of cells of width `cell`, or a kd-tree if `cell` is None."""
+        cdef IndexArguments args
         args.kind = IndexKind.tree if cell is None else IndexKind.grid
         args.points = view(points)
         args.row_splits = view(row_splits)
@@ -305,7 +306,7 @@ cdef class Index:
 
     @property
     def crowding(self):
-        """Points in the cell of a point, on average; infinity for a tree, of which it is not known."""
+        """Mean over the points of how many points share their cell; infinity for a kd-tree, which has no cells."""
         return functions().crowding(self.data)
 
     def __dealloc__(self):
@@ -313,8 +314,8 @@ cdef class Index:
             functions().free_index(self.data)
 
 
-cdef Search search_arguments(Index index, queries, queries_row_splits, radius, int64_t most, int sort, int metric,
-                             int ignore, int threads) except *:
+cdef Search search_arguments(Index index, queries, queries_row_splits, radius, int64_t max_neighbors, int sort,
+                             int metric, int ignore, int threads) except *:
     cdef Search args
     args.index = index.data
     args.queries = view(queries)
@@ -325,7 +326,7 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
     else:
         args.radii = view(None)
         args.radius = radius
-    args.most = most
+    args.max_neighbors = max_neighbors
     args.sort = <Sort>sort
     args.metric = <Metric>metric
     args.ignore = <Ignore>ignore
@@ -335,7 +336,7 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
 
 def radius_search(Index index, queries, queries_row_splits, radius, max_neighbors, int sort, int metric, int ignore,
                   bint return_distances, bint count_only, check_room, int threads):
-    """(row_splits, index or None, distance or None); `check_room` is told how many neighbours and bytes there will be."""
+    """(row_splits, index or None, distance or None). check_room(number of pairs, bytes) is called before allocating."""
     cdef Search args = search_arguments(index, queries, queries_row_splits, radius,
                                         -1 if max_neighbors is None else max_neighbors, sort, metric, ignore, threads)
     cdef void* plan = NULL
@@ -351,14 +352,14 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
         if count_only:
             return row_splits, None, None
         check_room(int(row_splits[-1]), int(row_splits[-1]) * (4 + return_distances * index.dtype.itemsize))
-        found = np.empty(row_splits[-1], np.int32)
+        neighbors = np.empty(row_splits[-1], np.int32)
         distance = np.empty(row_splits[-1], index.dtype) if return_distances else None
-        to_index = <int32_t*>view(found).data
+        to_index = <int32_t*>view(neighbors).data
         to_distance = view(distance).data
         with nogil:
             status = functions().radius_search_fill(plan, to_index, to_distance)
         raise_for(status)
-        return row_splits, found, distance
+        return row_splits, neighbors, distance
     finally:
         if plan != NULL:
             with nogil:
@@ -372,10 +373,10 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     num_queries = index.num_points if queries is None else len(queries)
     check_room(num_queries * k, num_queries * k * (4 + return_distances * index.dtype.itemsize))
     counts = np.empty(num_queries, np.int64)
-    found = np.empty((num_queries, k), np.int32)
+    neighbors = np.empty((num_queries, k), np.int32)
     distance = np.empty((num_queries, k), index.dtype) if return_distances else None
     cdef int64_t* to_counts = <int64_t*>view(counts).data
-    cdef int32_t* to_index = <int32_t*>view(found).data
+    cdef int32_t* to_index = <int32_t*>view(neighbors).data
     cdef void* to_distance = view(distance).data
     cdef Status status
     with nogil:
@@ -384,9 +385,9 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     row_splits = np.zeros(num_queries + 1, np.int64)
     np.cumsum(counts, out=row_splits[1:])
     if row_splits[num_queries] == num_queries * k:
-        return row_splits, found.reshape(-1), None if distance is None else distance.reshape(-1)
-    there = np.arange(k) < counts[:, None]
-    return row_splits, found[there], None if distance is None else distance[there]
+        return row_splits, neighbors.reshape(-1), None if distance is None else distance.reshape(-1)
+    used = np.arange(k) < counts[:, None]
+    return row_splits, neighbors[used], None if distance is None else distance[used]
 
 
 # ---- subsampling
@@ -438,10 +439,10 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int
                 functions().grid_subsample_free(plan)
 
 
-# ---- memory, and what other modules ask of it
+# ---- arrays over memory that someone else owns
 
 cdef class Memory:
-    """What a read-only array lies in. It offers no buffer, so that NumPy never makes such an array writable again."""
+    """Owner of a read-only array's memory. It has no buffer interface, so NumPy refuses to make the array writable."""
 
     cdef object array
 
@@ -450,7 +451,7 @@ cdef class Memory:
 
 
 def frozen(cnp.ndarray array not None):
-    """Another array in the same memory, which cannot be written to or made writable."""
+    """A view of `array` that cannot be written to or made writable."""
     cdef cnp.ndarray same = cnp.PyArray_SimpleNewFromData(array.ndim, array.shape, cnp.PyArray_TYPE(array),
                                                           cnp.PyArray_DATA(array))
     cnp.set_array_base(same, Memory(array))
@@ -459,7 +460,7 @@ def frozen(cnp.ndarray array not None):
 
 
 def fma_rate(str dtype):
-    """Floating-point operations per second that one core reaches in fused multiply-adds; for benchmarks."""
+    """Peak floating-point operations per second of one core, measured with fused multiply-adds; for benchmarks."""
     cdef DType code = <DType>DTYPES[np.dtype(dtype).num]
     cdef double rate
     with nogil:
@@ -467,7 +468,7 @@ def fma_rate(str dtype):
     return rate
 
 
-# What XLA hands to kpcore.jax, named as in XLA's C interface; up to the last field used.
+# The structs with which XLA calls kpcore.jax, named as in XLA's C interface and cut after the last field used here.
 cdef struct XlaBuffer:
     size_t struct_size
     void* extension_start
@@ -486,16 +487,16 @@ cdef struct XlaBuffers:  # XLA_FFI_Args and XLA_FFI_Rets
 
 
 def xla_arrays(size_t address, dict dtypes, bint writeable):
-    """The arrays of a call from XLA, in its memory; `dtypes` by their numbers in XLA."""
-    cdef XlaBuffers* given = <XlaBuffers*>address
+    """NumPy arrays over the buffers of a call from XLA. `dtypes`: {number in XLA: NumPy dtype}."""
+    cdef XlaBuffers* buffers = <XlaBuffers*>address
     cdef XlaBuffer* buffer
     cdef cnp.ndarray array
     arrays = []
-    for i in range(given.size):
-        buffer = given.buffers[i]
+    for i in range(buffers.size):
+        buffer = buffers.buffers[i]
         dtype = dtypes.get(buffer.dtype)
         if dtype is None:
-            raise TypeError(f"argument {i + 1}: expected a dtype of NumPy's, got number {buffer.dtype} of XLA's")
+            raise TypeError(f"argument {i + 1}: expected a dtype that NumPy has, got XLA dtype number {buffer.dtype}")
         array = cnp.PyArray_SimpleNewFromData(
             <int>buffer.rank, <cnp.npy_intp*>buffer.dims, (<cnp.dtype>dtype).type_num, buffer.data
         )
@@ -506,7 +507,7 @@ def xla_arrays(size_t address, dict dtypes, bint writeable):
 
 
 def array_at(size_t address, shape, strides, cnp.dtype dtype, owner):
-    """The array in memory that `owner` keeps, for as long as the array is there; strides in numbers, not bytes."""
+    """An array over memory at `address`, which keeps `owner` alive. Strides count elements, not bytes."""
     cdef cnp.npy_intp dims[32]
     cdef cnp.npy_intp steps[32]
     cdef int ndim = len(shape)
@@ -526,12 +527,12 @@ def version():
 
 
 def isas():
-    """The instruction sets this machine can run, best last."""
-    cdef const char* const* names = c_isas()
-    found = []
-    while names[len(found)] != NULL:
-        found.append(names[len(found)].decode())
-    return tuple(found)
+    """The instruction sets that this machine runs, best last."""
+    cdef const char* const* c_names = c_isas()
+    names = []
+    while c_names[len(names)] != NULL:
+        names.append(c_names[len(names)].decode())
+    return tuple(names)
 
 
 def isa():

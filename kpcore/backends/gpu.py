@@ -1,4 +1,4 @@
-"""The GPU: what `cpu` has, on CuPy arrays. `run` calls a launcher of the gpu_* modules, by the name of a kernel."""
+"""The GPU backend: the functions of `cpu` for CuPy arrays. `run` calls the launcher of a kernel, from gpu_*.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Fields:
 
 
 def run(name, call=None, **more):
-    """Call a launcher. Its fields are taken from `more`, and those not there from the attributes of `call`."""
+    """Call the launcher `name`. Each field is taken from `more`, else from the attributes of `call`."""
     kinds, attributes = _FIELDS[name], {} if call is None else call.__dict__
     fields = {**_OPTIONAL[name], **attributes, **more}
     if fields.keys() != kinds.keys():
@@ -52,5 +52,5 @@ def run(name, call=None, **more):
         for field in fields.keys() - kinds.keys():
             if field in more:
                 raise TypeError(f"{name}: expected no fields but {', '.join(kinds)}, got {', '.join(more)}")
-            del fields[field]  # an attribute of the call that is no field
+            del fields[field]  # an attribute of `call` that is not a field
     LAUNCHERS[name](Fields(fields))

@@ -10,24 +10,24 @@ from kpcore.backends.gpu_layers import sum_columns, total
 
 
 def _launch(name, fields, threads, **values):
-    """A kernel of deformation.cu, for the queries and kernel points of the offsets."""
+    """Launch a kernel of deformation.cu."""
     queries, kernels, dimension = fields.offsets.shape
     file = kernels_of("deformation.cu", KP_T=ctype(fields.offsets.dtype), KP_DIM=dimension)
     launch(file[name], threads, fields, num_queries=queries, num_kernels=kernels, **values)
 
 
 def _inverse(extent, dtype):
-    """1 / extent, divided in the dtype of the offsets as on the CPU."""
+    """1 / extent, computed in the dtype of the offsets as on the CPU."""
     return dtype.type(1) / dtype.type(extent)
 
 
 def _write_loss(terms, weight, loss):
-    """The sum of all terms times a weight, in float64."""
+    """loss = weight times the sum of all terms, in float64."""
     np.multiply(total(terms), weight, out=loss.reshape(1))
 
 
 def _loss_gradients(name, fields, threads, **values):
-    """The gradient of the offsets, and of the kernel points: the sum of the former over the queries."""
+    """Write the gradient of the offsets and, as its sum over the queries, the gradient of the kernel points."""
     queries, kernels, dimension = fields.offsets.shape
     grads = fields.grad_offsets
     if grads is None:
@@ -39,9 +39,9 @@ def _loss_gradients(name, fields, threads, **values):
 
 @launcher
 def fitting_loss(fields):
-    least = cupy.empty(fields.nearest.shape, fields.points.dtype)
-    _launch("fit", fields, least.size, least=least)
-    _write_loss(least, fields.weight / (fields.extent * fields.extent), fields.loss)
+    smallest = cupy.empty(fields.nearest.shape, fields.points.dtype)
+    _launch("fit", fields, smallest.size, smallest=smallest)
+    _write_loss(smallest, fields.weight / (fields.extent * fields.extent), fields.loss)
 
 
 @launcher
@@ -54,7 +54,7 @@ def fitting_loss_grad(fields):
 def repulsion_loss(fields):
     terms = cupy.empty(fields.offsets.shape[:2], fields.offsets.dtype)
     _launch("repel", fields, terms.size, inverse_extent=_inverse(fields.extent, terms.dtype), losses=terms)
-    _write_loss(terms, 2 * fields.weight, fields.loss)  # of each pair both
+    _write_loss(terms, 2 * fields.weight, fields.loss)  # each pair of kernel points was counted once
 
 
 @launcher

@@ -1,4 +1,4 @@
-"""Launchers of KPConv: features summed by kernel point, a warp for each query, and products with the weights."""
+"""Launchers of KPConv: a kernel sums features by kernel point, cuBLAS multiplies the sums by the weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kpcore.backends.gpu_launch import WARP, computed, ctype, kernels_of, launch
 from kpcore.backends.gpu_layers import sum_columns
 from kpcore.backends.gpu_lists import pairs_by_point
 
-_SUMS_BYTES = 32 << 20  # of a portion: they stay in the second-level cache of an H100 or H200
-_POSITIVE = 2  # of Normalization
-_NONE, _QUERY, _NEIGHBOR = range(3)  # ParameterOwner of kpconv.cu
+_SUMS_BYTES = 32 << 20  # sums computed at a time: they fit the second-level cache of an H100 or H200
+_POSITIVE = 2  # Normalization.positive
+_NONE, _QUERY, _NEIGHBOR = range(3)  # ParameterOwner in kpconv.cu
 
 
 def _kernels(fields):
@@ -20,7 +20,7 @@ def _kernels(fields):
 
 
 def _normalization_scale(fields):
-    """(M,) what a query's sums are multiplied with; None without a normalization"""
+    """(M,) the factor of each query's sums; None without a normalization."""
     if not fields.normalization:
         return None
     kernels, queries, positive = _kernels(fields), len(fields.queries), None
@@ -34,7 +34,7 @@ def _normalization_scale(fields):
 
 
 def _owners(fields, owner, scale):
-    """{parameter: value} of kernels that gather neighbours: which of them the optional arrays belong to."""
+    """Parameters that say whether offsets, modulations and scale belong to queries or neighbors, or are missing."""
     return {
         "offsets_owner": _NONE if fields.offsets is None else owner,
         "modulations_owner": _NONE if fields.modulations is None else owner,
@@ -44,15 +44,15 @@ def _owners(fields, owner, scale):
 
 
 def _queries_at_once(fields, channels):
-    """How many queries a portion has, each with K * channels sums."""
+    """How many queries to process at a time, each with K * channels sums."""
     return max(1, _SUMS_BYTES // (len(fields.kernel_points) * channels * fields.features.dtype.itemsize))
 
 
 def _aggregated(fields, transposed=False):
-    """Yields (first query, end, sums (groups, rows, K * channels of a group)), portion by portion of the queries.
+    """Yield (first query, end, sums (groups, rows, K * channels of a group)) for some thousand queries at a time.
 
-    All sums are in one buffer: launch what uses a portion before taking the next. On the transposed list the gradient
-    of the output is summed at the points.
+    All sums share one buffer: launch what uses them before the next iteration. With `transposed`, the gradient of the
+    output is summed over the transposed list instead.
     """
     queries, features, owner, lists = fields.queries, fields.features, _QUERY, {}
     if transposed:
@@ -62,7 +62,7 @@ def _aggregated(fields, transposed=False):
     groups, channels, num_kernels = fields.groups, features.shape[1], len(fields.kernel_points)
     at_once, columns = _queries_at_once(fields, channels), num_kernels * channels
     buffer = cupy.empty((min(at_once, len(queries)), columns), features.dtype)
-    # Launching takes the host as long as the GPU takes for a portion: whatever is always the same is bound once.
+    # Binding all arguments takes the host as long as the sums take the GPU, so only those that change are bound again.
     kernel = _kernels(fields)["aggregate"]
     values = {"channels": channels, "num_kernels": num_kernels, "sign": -1 if transposed else 1,
               "first": 0, "rows": 0, "sums": buffer, **lists}  # fmt: skip
@@ -75,13 +75,13 @@ def _aggregated(fields, transposed=False):
 
 
 def _group(array, g, groups):
-    """The g-th part of the last axis."""
+    """The columns of group g."""
     width = array.shape[-1] // groups
     return array[..., g * width : (g + 1) * width]
 
 
 def _write_product(a, b, out, g, groups):
-    """``a @ b`` to the g-th part of the last axis, in place where that is all of it."""
+    """Write ``a @ b`` to the columns of group g."""
     if groups == 1:
         product(a, b, out)
     else:
@@ -129,17 +129,17 @@ def kpconv_grad_features(fields):
 
 @launcher
 def kpconv_grads(fields):
-    """Of all arrays but the features."""
-    by_sums = fields.factors > 1  # the modulations' gradient: several factors of a kernel point scale its sums
-    if fields.grad_weights is not None or (by_sums and fields.grad_modulations is not None):
-        _gradients_of_sums(fields)
-    placed = fields.grad_points, fields.grad_queries, fields.grad_kernel_points, fields.grad_offsets
-    if any(grads is not None for grads in placed) or (not by_sums and fields.grad_modulations is not None):
-        _gradients_of_places(fields)
+    """Gradients of all arrays except the features."""
+    several_factors = fields.factors > 1
+    if fields.grad_weights is not None or (several_factors and fields.grad_modulations is not None):
+        _weight_gradients(fields)
+    positions = fields.grad_points, fields.grad_queries, fields.grad_kernel_points, fields.grad_offsets
+    if any(grads is not None for grads in positions) or (not several_factors and fields.grad_modulations is not None):
+        _position_gradients(fields)
 
 
-def _gradients_of_sums(fields):
-    """Of the weights, and of several factors of a kernel point."""
+def _weight_gradients(fields):
+    """Gradients of the weights, and of modulations with several factors, which scale the sums."""
     weights, groups, dtype = fields.weights, fields.groups, fields.features.dtype
     totals = None
     if fields.grad_weights is not None:
@@ -149,12 +149,12 @@ def _gradients_of_sums(fields):
         totals.fill(0)
     for first, end, sums in _aggregated(fields):
         rows, grad_out = end - first, fields.grad_out[first:end]
-        portion = {"sums": sums, "first": first, "rows": rows}
+        slice_of_sums = {"sums": sums, "first": first, "rows": rows}
         if fields.factors > 1 and fields.grad_modulations is not None:
-            _launch_depthwise("factors_grad", fields, rows * len(weights) * fields.factors, **portion)
+            _launch_depthwise("factors_grad", fields, rows * len(weights) * fields.factors, **slice_of_sums)
         if totals is not None and fields.depthwise:
             products, summed = cupy.empty((rows, weights.size), dtype), cupy.empty(weights.size, dtype)
-            _launch_depthwise("weights_products", fields, products.size, **portion, products=products)
+            _launch_depthwise("weights_products", fields, products.size, **slice_of_sums, products=products)
             sum_columns(products, summed)
             totals += summed.reshape(totals.shape)
         elif totals is not None:
@@ -165,23 +165,23 @@ def _gradients_of_sums(fields):
         fields.grad_weights[...] = totals.reshape(weights.shape)
 
 
-def _gradients_of_places(fields):
-    """Of points, queries, kernel points, offsets, and one modulation of a kernel point."""
+def _position_gradients(fields):
+    """Gradients of points, queries, kernel points, offsets, and of modulations with one factor."""
     points, queries, grad_out, groups = fields.points, fields.queries, fields.grad_out, fields.groups
     (n, dimension), num_kernels, dtype = points.shape, len(fields.kernel_points), fields.features.dtype
     channels, kernels = fields.features.shape[1], _kernels(fields)
 
-    def wanted(grads, shape, kind):
-        """The array of the fields, or one to throw away."""
+    def requested_or_scratch(grads, shape, kind):
+        """The requested gradient, or scratch that is discarded."""
         return cupy.empty(shape, kind) if grads is None or grads.dtype != kind else grads
 
     pair_grads = cupy.empty((len(fields.index), dimension), points.dtype)
     modulations = None if fields.factors > 1 else fields.grad_modulations
     grads = {
         "pair_grads": pair_grads,
-        "grad_queries": wanted(fields.grad_queries, queries.shape, points.dtype),
-        "grad_offsets": wanted(fields.grad_offsets, (len(queries), num_kernels, dimension), points.dtype),
-        "grad_modulations": wanted(modulations, (len(queries), num_kernels), computed(dtype)),
+        "grad_queries": requested_or_scratch(fields.grad_queries, queries.shape, points.dtype),
+        "grad_offsets": requested_or_scratch(fields.grad_offsets, (len(queries), num_kernels, dimension), points.dtype),
+        "grad_modulations": requested_or_scratch(modulations, (len(queries), num_kernels), computed(dtype)),
     }
     at_once, matrices = _queries_at_once(fields, channels), []
     if not fields.depthwise:
@@ -190,7 +190,7 @@ def _gradients_of_places(fields):
     buffer = cupy.empty((min(at_once, len(queries)), num_kernels * channels), dtype)
     values = {"channels": channels, "num_kernels": num_kernels, "first": 0, "rows": 0, "products": buffer}
     values |= grads | _owners(fields, _QUERY, _normalization_scale(fields))
-    arguments = kernels["place_grads"].bind(fields, values)
+    arguments = kernels["position_grads"].bind(fields, values)
     for first in range(0, len(queries), at_once):
         rows = min(at_once, len(queries) - first)
         products = buffer[:rows].reshape(groups, rows, num_kernels * channels // groups)
@@ -198,7 +198,7 @@ def _gradients_of_places(fields):
             product(_group(grad_out[first : first + rows], g, groups), matrix, products[g])
         if fields.depthwise:
             _launch_depthwise("grad_products", fields, products.size, first=first, rows=rows, products=products)
-        kernel = kernels["place_grads"]
+        kernel = kernels["position_grads"]
         kernel.start(rows * WARP, kernel.rebind(arguments, first=first, rows=rows, products=products))
     if modulations is not None and grads["grad_modulations"] is not modulations:
         modulations[...] = grads["grad_modulations"]

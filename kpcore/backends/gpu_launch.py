@@ -1,8 +1,8 @@
-"""What all launches on the GPU share: compiled files, kernels with their parameters, and the table of launchers.
+"""Compiles CUDA files, binds kernel parameters by name, launches kernels, and registers launchers.
 
-Kernels are the files in cuda/, plain CUDA C++ that shares its formulas with the CPU. A kernel is compiled by CuPy when
-it is first launched, for the types at hand, and kept on disk. Everything here is launches on CuPy's current stream;
-what waits for the device says so.
+Kernels are plain CUDA C++ in src/cuda and share their formulas with the CPU. CuPy compiles a file for the types of the
+arrays when one of its kernels is first launched, and caches the result on disk. All work goes to CuPy's current stream.
+Functions that wait for the device say so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from kpcore.backends import gpu_sources
 
 BLOCK = 128
-BLOCK_OF_ROWS = 1024  # of launch.h
-MAX_BLOCKS = 1 << 15  # kernels go on to the next query themselves
+BLOCK_OF_ROWS = 1024  # the same as block_of_rows in launch.h
+MAX_BLOCKS = 1 << 15  # kernels have grid-stride loops, so more blocks are never needed
 WARP = 32
 _FLOAT = np.dtype(np.float32)
-_NULL = np.uint64(0)  # as CuPy and the emulator pass a null pointer
+_NULL = np.uint64(0)  # CuPy and the emulator pass an 8-byte zero as a null pointer
 _CTYPES = {"float32": "float", "float64": "double", "float16": "kp::Half", "bfloat16": "kp::Bfloat"}
 _SCALARS = {
     "int": np.int32,
@@ -36,17 +36,17 @@ LAUNCHERS = {}
 
 
 class NotFinite(Exception):
-    """Coordinates that are NaN or infinite, or whose distances overflow or vanish."""
+    """A coordinate is NaN or infinite, or distances overflow or underflow."""
 
 
 class OutOfRange(Exception):
-    """More voxels along an axis than their keys can number, or a list with a number out of range."""
+    """Too many voxels along an axis, a label that is not a class, or an index that is out of range."""
 
 
 def launcher(function):
-    """Register a function under its name, that of a CPU kernel: ``function(fields)`` writes into the output arrays.
+    """Register the GPU version of the CPU kernel with the same name: ``function(fields)`` writes the output arrays.
 
-    `fields` has exactly the fields of that kernel in src/cpu/kernels.h, None for an optional array that is not there.
+    `fields` has exactly the fields of that kernel in src/cpu/kernels.h. Missing optional arrays are None.
     """
     LAUNCHERS[function.__name__] = function
     return function
@@ -54,17 +54,17 @@ def launcher(function):
 
 @functools.cache
 def ctype(dtype):
-    """The C type of an array's numbers, as files are compiled for it."""
+    """The C type of the elements of an array."""
     return _CTYPES[dtype.name]
 
 
 def computed(dtype):
-    """The dtype that numbers of such arrays are computed in: float32 for those of 16 bits."""
+    """The dtype in which kernels compute with arrays of `dtype`: float32 for 16-bit types, else `dtype` itself."""
     return dtype if dtype.itemsize > 2 else _FLOAT
 
 
 class Kernel:
-    """A kernel of a file that is compiled for some types."""
+    """A compiled kernel, whose arguments are bound by the names of its parameters."""
 
     def __init__(self, file, name, definitions, function):
         self.name, self._function = f"{file}: {name}", function
@@ -79,19 +79,17 @@ class Kernel:
         }
 
     def bind(self, fields, values):
-        """The arguments, by the names of the parameters: from the dict `values`, else attributes of `fields`.
+        """The list of arguments: each parameter is looked up by name in `values`, else in the attributes of `fields`.
 
-        Numbers are converted to the types of the parameters; None is a null pointer.
+        Numbers are converted to the types of the parameters; None becomes a null pointer.
         """
-        known = values if fields is None else {**fields.__dict__, **values}
+        by_name = values if fields is None else {**fields.__dict__, **values}
         try:
-            arguments = list(self._values_of(known))
+            arguments = list(self._values_of(by_name))
         except KeyError as error:
-            raise TypeError(f"{self.name}: expected a value of the parameter {error.args[0]}, got none") from None
+            raise TypeError(f"{self.name}: expected a value for the parameter {error.args[0]}, got none") from None
         if not values.keys() <= self._places.keys():
-            raise TypeError(
-                f"{self.name}: expected no values but of {', '.join(self._places)}, got {', '.join(values)}"
-            )
+            raise TypeError(f"{self.name}: expected values for {', '.join(self._places)} only, got {', '.join(values)}")
         for place, scalar in self._scalars.items():
             arguments[place] = scalar(arguments[place])
         for place in self._pointers:
@@ -100,7 +98,7 @@ class Kernel:
         return arguments
 
     def rebind(self, arguments, **values):
-        """Arguments of `bind` with other values of some parameters; much of the time of `bind` where they are many."""
+        """Arguments from `bind` with new values for some parameters; much faster than `bind` for kernels with many."""
         arguments = list(arguments)
         for name, value in values.items():
             place = self._places[name]
@@ -109,13 +107,13 @@ class Kernel:
         return arguments
 
     def start(self, threads, arguments, block=BLOCK):
-        """Launch it for so many threads, in whole blocks; not at all for no threads."""
+        """Launch the kernel with at least `threads` threads, in whole blocks; nothing for zero threads."""
         if threads:
             self._function((min(MAX_BLOCKS, -(-threads // block)),), (block,), tuple(arguments))
 
 
 class Kernels(dict):
-    """The kernels of a .cu file by their names, compiled with some definitions."""
+    """{name: Kernel} of a .cu file that is compiled with some macro definitions."""
 
     def __init__(self, file, definitions):
         super().__init__()
@@ -124,7 +122,7 @@ class Kernels(dict):
             expected = " or ".join(", ".join(each) or "none" for each in dict.fromkeys(names))
             raise TypeError(f"{file}: expected the definitions {expected}, got {', '.join(definitions) or 'none'}")
         self._file, self._definitions = file, definitions
-        # Not contracted: what decides is to be the same bits as on the CPU.
+        # No contraction (fmad), so that distances have the same bits as on the CPU.
         options = ("-std=c++17", "--fmad=false", *(f"-D{name}={value}" for name, value in definitions.items()))
         self._module = cupy.RawModule(code=gpu_sources.source(file), options=options)
 
@@ -135,18 +133,18 @@ class Kernels(dict):
 
 @functools.cache
 def kernels_of(file, /, **definitions):
-    """The kernels of a .cu file, compiled with such definitions, of which its first lines tell the names."""
+    """The kernels of a .cu file compiled with these macro definitions, which its lines "// compile:" list."""
     return Kernels(file, {name: str(value) for name, value in definitions.items()})
 
 
 def launch(kernel, threads, fields=None, /, **values):
-    """Launch a kernel for so many threads; its parameters are bound by name to `values`, else to those of `fields`."""
+    """Launch a kernel with `threads` threads. Its parameters are bound to `values`, else to attributes of `fields`."""
     if threads:
         kernel.start(threads, kernel.bind(fields, values))
 
 
 def wait(*numbers):
-    """Arrays of one number each, on the host: what waits for the device, and so once a call at most."""
+    """Copy arrays of one number each to the host. This waits for the device, so an operator calls it at most once."""
     return cupy.concatenate([n.astype(np.int64) for n in numbers]).get().tolist()
 
 
@@ -155,7 +153,7 @@ def free_memory():
 
 
 def product(a, b, out):
-    """``a @ b``, by cuBLAS; zeros where there is nothing to sum."""
+    """out = ``a @ b``, by cuBLAS; zeros if there is nothing to sum."""
     if a.size and b.size:
         cupy.matmul(a, b, out=out)
     else:

@@ -19,7 +19,7 @@ from kpcore.backends.gpu_launch import (
 )
 from kpcore.backends.gpu_lists import blocks_of_items
 
-_MEAN, _SUM, _NONE = range(3)  # reductions of the cross entropy
+_MEAN, _SUM, _NONE = range(3)  # CrossEntropyReduction
 
 
 def _kernels(array):
@@ -83,7 +83,7 @@ def _sums_of_blocks(rows):
 
 
 def sum_columns(rows, sums):
-    """Write the sum of the rows, taken in float64."""
+    """Write the sum of the rows to `sums`; computed in float64."""
     partial, columns = _sums_of_blocks(rows), rows.shape[1]
     launch(_kernels(sums)["join_sums"], columns, partial=partial, blocks=len(partial), columns=columns, sums=sums)
 
@@ -110,7 +110,7 @@ def sum_squares(fields):
 
 
 def _launch_each(name, fields, **values):
-    """A kernel of a thread for each of the features."""
+    """Launch a kernel with a thread for each value of the features."""
     size = fields.features.size
     launch(_kernels(fields.features)[name], size, fields, size=size, **values)
 
@@ -131,12 +131,12 @@ def dropout(fields):
         fields.out.fill(0)
         return
     size = fields.out.size
-    launch(_kernels(fields.out)["dropout"], -(-size // 64) * 16, fields, size=size, least=fields.rate * 2**32,
+    launch(_kernels(fields.out)["dropout"], -(-size // 64) * 16, fields, size=size, threshold=fields.rate * 2**32,
            scale=1 / (1 - fields.rate))  # fmt: skip
 
 
 def _launch_rows(name, fields):
-    """A kernel of a warp for each row of the features."""
+    """Launch a kernel with a warp for each row of the features."""
     rows, columns = fields.features.shape
     launch(_kernels(fields.features)[name], rows * WARP * (columns > 0), fields, rows=rows, columns=columns)
 
@@ -179,7 +179,7 @@ def normalize_grad(fields):
     features, kernels, sizes = fields.features, _kernels(fields.features), _sizes(fields)
     columns, (items, groups) = features.shape[1], fields.mean.shape
     item_sizes = {"columns": columns, "num_items": items, "groups": groups}
-    slant, level = cupy.zeros((2, items, groups), computed(features.dtype))
+    x_slope, constant = cupy.zeros((2, items, groups), computed(features.dtype))
     if not (fields.statistics_fixed and fields.grad_scale is None and fields.grad_shift is None):
         first_blocks, max_blocks = blocks_of_items(len(features), fields.row_splits)
         shifts, scales = cupy.empty((max_blocks, columns), np.float64), cupy.empty((max_blocks, columns), np.float64)
@@ -189,40 +189,43 @@ def normalize_grad(fields):
         launch(kernels["join_grads"], items * columns, fields, shift_grads=shift_grads, scale_grads=scale_grads,
                **blocks)  # fmt: skip
         if not fields.statistics_fixed:
-            launch(kernels["statistics_grads"], slant.size, fields, shift_grads=shift_grads, scale_grads=scale_grads,
-                   slant=slant, level=level, **item_sizes)  # fmt: skip
+            launch(kernels["statistics_grads"], x_slope.size, fields, shift_grads=shift_grads, scale_grads=scale_grads,
+                   x_slope=x_slope, constant=constant, **item_sizes)  # fmt: skip
         for item_grads, sums in ((scale_grads, fields.grad_scale), (shift_grads, fields.grad_shift)):
             if sums is not None:
                 launch(kernels["sum_items"], columns, item_grads=item_grads, num_items=items, columns=columns,
                        sums=sums)  # fmt: skip
     if fields.grad_features is not None:
-        launch(kernels["normalize_grad"], features.size, fields, slant=slant, level=level, **sizes)
+        launch(kernels["normalize_grad"], features.size, fields, x_slope=x_slope, constant=constant, **sizes)
 
 
 # ---- cross entropy
 
 
-def _launch_entropies(name, fields, labels, **values):
-    """A kernel of a warp for each row of the logits."""
+def _launch_cross_entropy(name, fields, labels, **values):
+    """Launch a kernel with a warp for each row of the logits."""
     rows, classes = fields.logits.shape
     launch(_kernels(fields.logits)[name], rows * WARP, fields, rows=rows, classes=classes, labels=labels,
            has_ignore_index=fields.ignore_index is not None, ignore_index=fields.ignore_index or 0,
            **values)  # fmt: skip
 
 
-def _entropies(fields):
-    """(labels as int64, losses, weights, whether a label is no class), of each row"""
+def _losses(fields):
+    """(labels as int64, loss of each row, weight of each row, array of one: whether a label is not a class)"""
     rows, labels = len(fields.logits), fields.labels.astype(np.int64)
-    losses, weights, wrong = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64), cupy.zeros(1, np.uint32)
-    _launch_entropies("entropies", fields, labels, losses=losses, weights=weights, wrong=wrong)
-    return labels, losses, weights, wrong
+    losses, weights = cupy.empty(rows, np.float64), cupy.empty(rows, np.float64)
+    invalid_label = cupy.zeros(1, np.uint32)
+    _launch_cross_entropy(
+        "cross_entropies", fields, labels, losses=losses, weights=weights, invalid_label=invalid_label
+    )
+    return labels, losses, weights, invalid_label
 
 
 @launcher
 def cross_entropy(fields):
-    """Waits, to see whether all labels are classes."""
-    _, losses, weights, wrong = _entropies(fields)
-    if any(wait(wrong)):
+    """Waits, to check that all labels are classes."""
+    _, losses, weights, invalid_label = _losses(fields)
+    if any(wait(invalid_label)):
         raise OutOfRange
     if fields.reduction == _NONE:
         fields.out[...] = losses
@@ -235,9 +238,9 @@ def cross_entropy(fields):
 
 @launcher
 def cross_entropy_grad(fields):
-    """Zeros in a row whose label is no class: `cross_entropy` has found none, and this waits for nothing."""
-    labels, _, weights, _ = _entropies(fields)
-    _launch_entropies("entropies_grad", fields, labels, weights=weights, total=total(weights),
+    """Does not wait: `cross_entropy` has checked the labels. A row whose label is not a class would get zeros."""
+    labels, _, weights, _ = _losses(fields)
+    _launch_cross_entropy("cross_entropies_grad", fields, labels, weights=weights, total=total(weights),
                       is_mean=fields.reduction == _MEAN, each=fields.reduction == _NONE)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Lists on the GPU: neighbours turned around, checked, padded; batch items cut into blocks of rows."""
+"""Launchers of neighbor lists (check, pad, transpose), and the division of batch items into blocks of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kpcore.backends.gpu_launch import BLOCK_OF_ROWS, OutOfRange, kernels_of, la
 
 @launcher
 def check_list(fields):
-    """Waits to look at the values."""
+    """Waits, to check the values."""
     index, bounds = fields.index, fields.row_splits.get()
     if not len(bounds) or bounds[0] != 0 or bounds[-1] > len(index) or np.any(bounds[1:] < bounds[:-1]):
         raise OutOfRange
@@ -34,7 +34,7 @@ def longest_row(fields):
 
 @launcher
 def pad_list(fields):
-    """Waits."""
+    """Waits, because indexing with a mask does."""
     padded, row_splits = fields.padded, fields.row_splits
     column = cupy.arange(padded.shape[1])
     is_pair = column < cupy.diff(row_splits)[:, None]
@@ -48,7 +48,7 @@ def _pairs_of_padded(fields):
 
 @launcher
 def count_padded(fields):
-    """Waits, to see whether all numbers are those of points, or of none."""
+    """Waits, to check that all entries are points or padding."""
     padded, is_pair = fields.padded, _pairs_of_padded(fields)
     if not (is_pair | (padded == -1) | (padded == fields.num_points)).all():
         raise OutOfRange
@@ -59,7 +59,7 @@ def count_padded(fields):
 @launcher
 def unpad(fields):
     pairs = len(fields.index)
-    order = cupy.argsort(_pairs_of_padded(fields).reshape(-1))  # stable: the pairs last, in their order
+    order = cupy.argsort(_pairs_of_padded(fields).reshape(-1))  # stable: padding first, then the pairs in their order
     fields.index[...] = fields.padded.reshape(-1)[order[len(order) - pairs :]]
 
 
@@ -72,7 +72,7 @@ def transpose(fields):
 
 
 def pairs_by_point(index, row_splits, begins):
-    """(pairs in the order of their points, the query of each pair); `begins`: where each point's pairs begin."""
+    """(pairs sorted by point, query of each pair). Writes where each point's pairs begin to `begins`."""
     pairs, num_points, kernels = len(index), len(begins) - 1, kernels_of("lists.cu")
     points, queries = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
     launch(kernels["rows_of_pairs"], pairs, index=index, num_pairs=pairs, row_splits=row_splits,
@@ -84,7 +84,7 @@ def pairs_by_point(index, row_splits, begins):
 
 
 def blocks_of_items(rows, row_splits):
-    """(number of each batch item's first block of rows, an upper bound of how many blocks there are)"""
+    """(number of each batch item's first block of rows, upper bound of the number of blocks)"""
     items = len(row_splits) - 1
     counts = cupy.zeros(items + 1, np.int64)
     launch(kernels_of("lists.cu")["count_blocks"], items, row_splits=row_splits, num_items=items, counts=counts[1:])

@@ -1,4 +1,4 @@
-"""Launchers of pooling: rows reduced over neighbours or batch items, gathered, and interpolated."""
+"""Launchers of pooling: reductions over neighbors and batch items, gathering, and inverse-distance weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from kpcore.backends.gpu_launch import WARP, OutOfRange, computed, ctype, kernels_of, launch, launcher, wait
 from kpcore.backends.gpu_lists import blocks_of_items
 
-_MAX = 2  # the reductions from here on choose a row
+_MAX = 2  # Reduction.max; it and Reduction.min (3) choose a row, mean and sum do not
 
 
 def _kernels(features, distances="float"):
@@ -43,7 +43,7 @@ def unpool(fields):
 
 @launcher
 def gather_rows(fields):
-    """Waits, to see whether there are rows of such an index; not for the first of each list."""
+    """Waits, to check the index, unless there are row_splits: neighbor lists have been checked."""
     features, index, out = fields.features, fields.index, fields.out
     if fields.row_splits is not None:
         queries, channels = out.shape

@@ -1,4 +1,4 @@
-"""Neighbour search on the GPU: an index of cells or boxes, and a warp for each query; see neighbors.cu."""
+"""Neighbor search on the GPU: builds an index of cells or boxes and launches searches; see neighbors.cu."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from kpcore.backends.gpu_launch import WARP, NotFinite, ctype, free_memory, kernels_of, launch, wait
 
-_BY_DISTANCE = 2  # of Sort
+_BY_INDEX, _BY_DISTANCE = 1, 2  # Sort
 _NO_CELLS = {"starts": None, "inverse_cell": 0, "bits_x": 0, "bits_y": 0, "bits_z": 0}
 
 
 class Index:
-    """Points in the order of their cells, or along a curve with boxes: see neighbors.cu. Made when first searched."""
+    """A search index of cells or of boxes along a curve: see neighbors.cu. It is built at the first search."""
 
-    crowding = 0.0  # nothing on the GPU depends on it
+    crowding = 0.0  # not computed: no choice on the GPU depends on it
 
     def __init__(self, points, row_splits, cell, threads):
         self.points, self.row_splits, self.cell = points, row_splits, cell
@@ -32,7 +32,7 @@ class Index:
 
     @functools.cached_property
     def tree(self):
-        """The same points along a curve."""
+        """An index of boxes over the same points."""
         return self if self.cell is None else Index(self.points, self.row_splits, None, None)
 
     def _located(self, order):
@@ -45,9 +45,9 @@ class Index:
 
     @functools.cached_property
     def _cells(self):
-        """({parameter of all searches: value}, whether a coordinate is not finite)"""
+        """({parameter of search kernels: value}, array of one: whether a coordinate is not finite)"""
         n, axes, kernels = self.num_points, min(3, self.points.shape[1]), self.kernels(0)
-        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits of a table with a cell or two for each point
+        total = max(axes, min(27, int(2 * n - 1).bit_length()))  # bits: the table has one or two cells for each point
         bits = {f"bits_{axis}": (total + axes - 1 - a) // axes if a < axes else 0 for a, axis in enumerate("xyz")}
         settings = {"inverse_cell": 1 / self.cell, **bits}
         keys, not_finite = cupy.empty(n, np.int32), cupy.zeros(1, np.uint32)
@@ -62,7 +62,7 @@ class Index:
 
     @functools.cached_property
     def _boxes(self):
-        """(as `_cells`, and {parameter: value} by which a query finds its place on the curve)"""
+        """(the same two as `_cells`, {parameter: value} for finding the position of a query on the curve)"""
         (n, dimension), kernels = self.points.shape, self.kernels(0)
         items = len(self.row_splits) - 1
         bits = min(21, (63 - items.bit_length()) // min(3, dimension))
@@ -86,19 +86,19 @@ class Index:
         return index, not_finite, {"keys": keys[order], **curve}
 
     def parameters(self, queries, queries_row_splits, radius, ignore):
-        """({parameter of all kernels of a search: value}, whether a coordinate of the points is not finite)"""
+        """({parameter of search kernels: value}, array of one: whether a coordinate of the points is not finite)"""
         index, not_finite = (self._boxes if self.cell is None else self._cells)[:2]
         if queries is None:
             queries, queries_row_splits = self.points, self.row_splits
         per_query = isinstance(radius, cupy.ndarray)
-        asked = {"queries": queries, "num_queries": len(queries),
+        search = {"queries": queries, "num_queries": len(queries),
                  "radii": radius if per_query else cupy.full(1, radius, self.dtype), "radius_stride": per_query,
                  "row_splits": self.row_splits, "queries_row_splits": queries_row_splits,
                  "num_items": len(queries_row_splits) - 1, "ignore": ignore}  # fmt: skip
-        return index | asked, not_finite
+        return index | search, not_finite
 
-    def has_nothing(self, queries):
-        """Whether there are no points to search; NotFinite where a query is not finite then."""
+    def is_empty(self, queries):
+        """Whether there are no points to search. Raises NotFinite if a query is not finite then."""
         if self.num_points or queries is None:
             return not self.num_points
         if len(queries) and not bool(cupy.isfinite(queries).all()):
@@ -107,7 +107,7 @@ class Index:
 
 
 class Search(NamedTuple):
-    """The arguments of `radius_search`, but for the threads."""
+    """The arguments of `radius_search`, except `threads`."""
 
     index: Index
     queries: cupy.ndarray | None
@@ -130,12 +130,12 @@ class Search(NamedTuple):
         return not isinstance(self.radius, cupy.ndarray) and self.radius == math.inf
 
     def launch(self, index, kernel, /, **values):
-        """Launch a kernel with a warp for each query; returns an array of one: whether a point is not finite."""
+        """Launch a kernel with a warp for each query. Returns an array of one: whether a point is not finite."""
         shared, not_finite = index.parameters(self.queries, self.queries_row_splits, self.radius, self.ignore)
         launch(index.kernels(self.metric)[kernel], self.num_queries * WARP, **shared, **values)
         return not_finite
 
-    def nothing(self):
+    def empty_result(self):
         """(row_splits, index, distance) without pairs"""
         return (cupy.zeros(self.num_queries + 1, np.int64), cupy.empty(0, np.int32),
                 cupy.empty(0, self.index.dtype) if self.return_distances else None)  # fmt: skip
@@ -143,43 +143,46 @@ class Search(NamedTuple):
 
 def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
                   count_only, check_room, threads):  # fmt: skip
-    """(row_splits, index, distance); waits once, for the number of pairs; with `max_neighbors` not at all."""
+    """(row_splits, index, distance). Waits once, for the number of pairs; does not wait if max_neighbors is given."""
     return radius_searches([Search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
                                    return_distances, count_only, check_room)])[0]  # fmt: skip
 
 
 def radius_searches(searches):
-    """What `radius_search` gives for each of several, waiting once for all."""
-    results, counted, bounded_problems = [], [], []  # of bounded searches, raised where others wait
+    """The results of several searches, waiting once for all of them.
+
+    Searches with max_neighbors do not wait: coordinates that are not finite are reported only if another search waits.
+    """
+    results, counted, bounded_not_finite = [], [], []
     for place, search in enumerate(searches):
         results.append(None)
         bounded = search.max_neighbors is not None and not search.count_only
-        if search.index.has_nothing(search.queries) or (bounded and search.max_neighbors == 0):
-            results[place] = search.nothing()
+        if search.index.is_empty(search.queries) or (bounded and search.max_neighbors == 0):
+            results[place] = search.empty_result()
         elif bounded:
-            results[place], problems = _nearest_within(search)
-            bounded_problems += problems
+            results[place], not_finite = _nearest_within(search)
+            bounded_not_finite += not_finite
         else:
             counted.append((place, search, *_count(search)))
     if counted:
-        sizes = (n for *_, splits, problems in counted for n in (splits[-1:], *problems))
-        numbers = iter(wait(*bounded_problems, *sizes))
-        if any(next(numbers) for _ in bounded_problems):
+        sizes = (n for *_, splits, not_finite in counted for n in (splits[-1:], *not_finite))
+        numbers = iter(wait(*bounded_not_finite, *sizes))
+        if any(next(numbers) for _ in bounded_not_finite):
             raise NotFinite
-        for place, search, splits, problems in counted:
-            pairs, wrong = next(numbers), [next(numbers) for _ in problems]
-            if any(wrong):
+        for place, search, splits, not_finite in counted:
+            pairs, flags = next(numbers), [next(numbers) for _ in not_finite]
+            if any(flags):
                 raise NotFinite
             results[place] = (splits, None, None) if search.count_only else _fill(search, splits, pairs)
     return results
 
 
 def _count(search):
-    """(row_splits, whether a coordinate is not finite)"""
+    """(row_splits, two arrays of one: whether a coordinate of the points, of the queries, is not finite)"""
     splits, index = cupy.zeros(search.num_queries + 1, np.int64), search.index
-    most = index.num_points if search.max_neighbors is None else search.max_neighbors
+    max_neighbors = index.num_points if search.max_neighbors is None else search.max_neighbors
     queries_not_finite = cupy.zeros(1, np.uint32)
-    points_not_finite = search.launch(index, "radius_count", most=most, counts=splits[1:],
+    points_not_finite = search.launch(index, "radius_count", max_neighbors=max_neighbors, counts=splits[1:],
                                       not_finite=queries_not_finite)  # fmt: skip
     return cupy.cumsum(splits), (points_not_finite, queries_not_finite)
 
@@ -192,8 +195,8 @@ def _fill(search, splits, pairs):
     return splits, index, distance if search.return_distances else None
 
 
-def check_boxes(points, row_splits, metric, problems, queries=None, queries_row_splits=None):
-    """Set `problems` to 1 where distances between a batch item's points and queries overflow or vanish."""
+def check_boxes(points, row_splits, metric, not_measurable, queries=None, queries_row_splits=None):
+    """Set `not_measurable` to 1 if distances between a batch item's points and queries overflow or underflow."""
     (n, dimension), items = points.shape, len(row_splits) - 1
     kernels = kernels_of("boxes.cu", KP_T=ctype(points.dtype), KP_DIM=dimension, KP_METRIC=metric)
     boxes = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64)
@@ -205,11 +208,11 @@ def check_boxes(points, row_splits, metric, problems, queries=None, queries_row_
     else:
         queries_row_splits = row_splits
     launch(kernels["check_boxes"], items, boxes=boxes, row_splits=row_splits, queries_row_splits=queries_row_splits,
-           num_items=items, problems=problems)  # fmt: skip
+           num_items=items, not_measurable=not_measurable)  # fmt: skip
 
 
 def _nearest(search, k, sort):
-    """(counts (M,), index (M, k), distance (M, k), whether a coordinate is not finite)"""
+    """(counts (M,), index (M, k), distance (M, k), two arrays of one: whether points, or queries, are not finite)"""
     tree, dtype = search.index.tree, search.index.dtype
     search.check_room(search.num_queries * k, search.num_queries * k * (4 + dtype.itemsize), free=free_memory)
     counts = cupy.zeros(search.num_queries, np.int64)
@@ -224,7 +227,8 @@ def _nearest(search, k, sort):
 
 
 def _packed(counts, index, distance, return_distances):
-    """The used entries of rows of k one after the other, in arrays as long as if all were used."""
+    """(row_splits, index, distance) from rows of k of which `counts` entries are used. Waits for nothing, so the arrays
+    have room for all k entries of all rows."""
     kernels = kernels_of("lists.cu", KP_T=ctype(distance.dtype))
     splits = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(counts)])
     packed = cupy.zeros(index.size, np.int32)
@@ -235,22 +239,22 @@ def _packed(counts, index, distance, return_distances):
 
 
 def _nearest_within(search):
-    """(what `radius_search` returns, of the nearest only; whether a coordinate is not finite). Waits for nothing, so
-    `index` is as long as it can become."""
-    *nearest, problems = _nearest(search, search.max_neighbors, search.sort or 1)
-    return _packed(*nearest, search.return_distances), problems
+    """((row_splits, index, distance) of a search with max_neighbors, arrays of one: whether coordinates are not
+    finite). Waits for nothing; see `_packed`."""
+    *nearest, not_finite = _nearest(search, search.max_neighbors, search.sort or _BY_INDEX)
+    return _packed(*nearest, search.return_distances), not_finite
 
 
 def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
                threads):  # fmt: skip
-    """(row_splits, index, distance); waits once, to see whether all rows are full and all coordinates finite."""
+    """(row_splits, index, distance). Waits once, for the number of pairs and whether all coordinates are finite."""
     search = Search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, False,
                     check_room)  # fmt: skip
-    if index.has_nothing(queries):
-        return search.nothing()
-    counts, nearest, distance, problems = _nearest(search, k, sort)
-    pairs, *wrong = wait(counts.sum().reshape(1), *problems)
-    if any(wrong):
+    if index.is_empty(queries):
+        return search.empty_result()
+    counts, nearest, distance, not_finite = _nearest(search, k, sort)
+    pairs, *flags = wait(counts.sum().reshape(1), *not_finite)
+    if any(flags):
         raise NotFinite
     if pairs == nearest.size:
         splits = cupy.arange(len(counts) + 1) * k

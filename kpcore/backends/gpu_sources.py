@@ -1,6 +1,6 @@
-"""The CUDA files as text: a file with its headers, what it is compiled for, and the parameters of its kernels.
+"""Reads the CUDA sources: a file with its headers, the types it is compiled for, and the parameters of its kernels.
 
-A kernel's parameter list in its .cu file is the only place that spells it: `gpu_launch` binds arguments by these names.
+Parameter lists are written only in the .cu files: `gpu_launch` binds arguments by the names read here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).with_name("sources")
-if not SOURCES.is_dir():  # of an editable install
+if not SOURCES.is_dir():  # editable install
     SOURCES = Path(__file__).parents[2] / "src"
 
 
 class Parameter(NamedTuple):
-    """A parameter of a kernel: its C type without const and, of a pointer, without the star."""
+    """A parameter of a kernel. `type` is the C type without const and without the star of a pointer."""
 
     name: str
     type: str
@@ -24,9 +24,9 @@ class Parameter(NamedTuple):
 
 
 def source(name, seen=None):
-    """A file with what it includes, once each: CuPy's cache looks at the text alone.
+    """The text of a file with its headers inserted, each once: CuPy's cache looks only at this text.
 
-    Headers of the system, and those that only the CPU has, are left out.
+    System headers, and headers inside ``#ifndef __CUDACC__``, are left out.
     """
     seen, for_cpu_only = {name} if seen is None else seen, False
     folder = "" if "/" in name else "cuda/"
@@ -55,9 +55,9 @@ def _text(name):
 
 @functools.cache
 def variants(name):
-    """The definitions that a .cu file is compiled with, a dict for each line "// compile: NAME=VALUE ..." in it.
+    """The macro definitions that a .cu file is compiled with: a dict for each line "// compile: NAME=VALUE ..." in it.
 
-    The names are all that there are; of the values those by which the tests judge registers.
+    Other values occur at run time, such as other dimensions; the tests compile these.
     """
     lines = re.findall(r"^// compile:(.*)$", _text(name), re.M)
     return [dict(definition.split("=") for definition in line.split()) for line in lines]
@@ -68,11 +68,11 @@ def parameters(name):
     """{kernel: its parameters} of a .cu file"""
     text = re.sub(r"//.*", "", _text(name))
     macros = {macro: body.replace("\\\n", "") for macro, body in re.findall(r"#define (\w+) ((?:\\\n|.)*)\n", text)}
-    found = {}
+    by_kernel = {}
     for kernel, listed in re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text):
         listed = re.sub(r"\w+", lambda word: macros.get(word[0], word[0]), listed)
-        found[kernel] = tuple(_parameter(declared) for declared in listed.split(","))
-    return found
+        by_kernel[kernel] = tuple(_parameter(declared) for declared in listed.split(","))
+    return by_kernel
 
 
 def _parameter(declared):
@@ -86,7 +86,7 @@ def _aliases(name):
 
 
 def scalar_type(name, kind, definitions):
-    """The C type behind an alias of a file that is compiled with such definitions, "float" behind F = Real<S>."""
+    """The C type that an alias in a file stands for under these definitions; "float" for Real<S> of a 16-bit S."""
     if kind.startswith("Real<"):
         stored = scalar_type(name, kind[5:-1], definitions)
         return "float" if stored.startswith("kp::") else stored

@@ -8,9 +8,11 @@ import numpy as np
 from kpcore.backends.gpu_launch import NotFinite, OutOfRange, ctype, kernels_of, launch, launcher, wait
 from kpcore.backends.gpu_search import check_boxes
 
-_CENTER = 1  # of VoxelPoint
-_MAX, _NEAREST = 1, 2  # of VoxelFeature
-_BLOCK_OF_FARTHEST = 512  # threads for each batch item
+_CENTER = 1  # VoxelPoint.center
+_MAX, _NEAREST = 1, 2  # VoxelFeature.max, VoxelFeature.nearest
+_L2 = 0  # Metric.l2
+_NOT_FINITE, _OUT_OF_RANGE = 1, 2  # InputError in subsampling.cu
+_FARTHEST_BLOCK = 512  # threads of the block for each batch item in farthest point sampling
 
 
 def _voxel_kernels(points):
@@ -23,11 +25,11 @@ def _feature_kernels(features):
 
 def grid_subsample(points, features, labels, row_splits, voxel_size, origin, position, feature, return_nearest,
                    ignore_label, threads):  # fmt: skip
-    """(points, features, labels, row_splits, inverse, counts, nearest); waits once, for the number of voxels."""
+    """(points, features, labels, row_splits, inverse, counts, nearest). Waits once, for the number of voxels."""
     n, dimension = points.shape
     items = len(row_splits) - 1
     kernels = _voxel_kernels(points)
-    # Host values, (D,) each, are copied to the device at once; origins of batch items, (B, D), are there already.
+    # The voxel size and a common origin, (D,) each, are on the host: one copy. Origins (B, D) are on the device.
     on_host = [voxel_size] if origin is None or origin.ndim == 2 else [voxel_size, origin]
     on_device = cupy.asarray(np.stack(on_host))
     origins = on_device[1:] if origin is None or origin.ndim == 1 else origin
@@ -35,9 +37,9 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     cloud = {"points": points, "num_points": n, **bounds}
     grid = {"origins": origins, "num_origins": len(origins), "voxel_size": on_device,
             "lowest": cupy.full((items, dimension), 2**64 - 1, np.uint64)}  # fmt: skip
-    keys, problems = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
-    launch(kernels["lowest_coordinates"], n, **cloud, lowest=grid["lowest"], problems=problems)
-    launch(kernels["voxel_keys"], n, **cloud, **grid, keys=keys, problems=problems)
+    keys, input_errors = cupy.empty(n, np.int64), cupy.zeros(1, np.uint32)
+    launch(kernels["lowest_coordinates"], n, **cloud, lowest=grid["lowest"], input_errors=input_errors)
+    launch(kernels["voxel_keys"], n, **cloud, **grid, keys=keys, input_errors=input_errors)
     order = cupy.argsort(keys)
     if items > 1:
         item_of_each = cupy.empty(n, np.int32)
@@ -46,10 +48,10 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     heads = cupy.empty(n, np.int32)
     launch(kernels["voxel_heads"], n, keys=keys, order=order, num_points=n, **bounds, heads=heads)
     numbers = cupy.cumsum(heads, dtype=np.int64)
-    voxels, wrong = wait(numbers[-1:], problems) if n else (0, 0)
-    if wrong & 1:
+    voxels, errors = wait(numbers[-1:], input_errors) if n else (0, 0)
+    if errors & _NOT_FINITE:
         raise NotFinite
-    if wrong & 2:
+    if errors & _OUT_OF_RANGE:
         raise OutOfRange
     inverse, begins = cupy.empty(n, np.int32), cupy.empty(voxels + 1, np.int64)
     out_row_splits = cupy.empty(items + 1, np.int64) if n else cupy.zeros(items + 1, np.int64)
@@ -98,14 +100,14 @@ def grid_subsample_grad(fields):
 
 @launcher
 def farthest_points(fields):
-    """Waits, to see whether all coordinates and distances are finite."""
-    points, row_splits, wrong = fields.points, fields.row_splits, cupy.zeros(1, np.uint32)
+    """Waits, to check that all coordinates and distances are finite."""
+    points, row_splits, not_finite = fields.points, fields.row_splits, cupy.zeros(1, np.uint32)
     if len(points):
-        check_boxes(points, row_splits, 0, wrong)
+        check_boxes(points, row_splits, _L2, not_finite)
         items = len(row_splits) - 1
         kernel = kernels_of("sampling.cu", KP_T=ctype(points.dtype), KP_DIM=points.shape[1])["farthest"]
         distances = cupy.empty(len(points), points.dtype)
-        arguments = kernel.bind(fields, {"num_items": items, "distances": distances, "not_finite": wrong})
-        kernel.start(items * _BLOCK_OF_FARTHEST, arguments, block=_BLOCK_OF_FARTHEST)
-    if any(wait(wrong)):
+        arguments = kernel.bind(fields, {"num_items": items, "distances": distances, "not_finite": not_finite})
+        kernel.start(items * _FARTHEST_BLOCK, arguments, block=_FARTHEST_BLOCK)
+    if any(wait(not_finite)):
         raise NotFinite

@@ -1,4 +1,10 @@
-// What both indexes share: points in the order of an index, the candidates of a group of queries, and a row being made.
+// The part of a search that grid and kd-tree share: a group of nearby queries copies its candidate points side by side
+// once, then every query of the group tests all of them, a vector of candidates at a time.
+//
+//   index:       runs of points near the group     ..[######]....[####].........[########]..
+//   gather():    copied, one array per axis          ###### #### ########        (then sorted by index if asked)
+//   collect():   for each query: distances to all    0 1 1 0 0 1 0 0 1 ...       mask of those within the radius
+//                packed into the query's row         ids[] and measures[]
 #pragma once
 
 #include <math.h>
@@ -12,9 +18,10 @@
 namespace kp {
 namespace {
 
-// Coordinates an axis at a time, and whose they are. DIM is the dimension, or 0 where it is known only at run time.
+// Points in the order of an index: one array of coordinates per axis, and the original index of each point. DIM is the
+// dimension, or 0 if it is known only at run time.
 template <class T, int DIM>
-struct Sorted {
+struct SortedPoints {
   static constexpr int stored = DIM ? DIM : max_dimension;
   Buffer<T> x[stored];
   Buffer<int32_t> ids;
@@ -32,14 +39,14 @@ struct Run {
   int64_t begin, end;
 };
 
-// The batch item of every row, asked for in rising order. Queries may be several sets, one after the other, each of
-// all items.
-class Items {
+// Finds the batch item of each row; rows must be asked for in ascending order. Queries may be several sets, one after
+// another, each with all batch items.
+class ItemCursor {
  public:
-  Items(const Array& row_splits, int64_t items)
+  ItemCursor(const Array& row_splits, int64_t items)
       : splits_(as<int64_t>(row_splits)), last_(row_splits.rows - 1), items_(items) {}
 
-  int64_t of(int64_t row) {
+  int64_t item_of(int64_t row) {
     while (next_ < last_ && row >= splits_[next_]) {
       ++next_;
       item_ = item_ + 1 == items_ ? 0 : item_ + 1;
@@ -53,7 +60,7 @@ class Items {
   int64_t next_ = 1, item_ = 0;
 };
 
-// Which of the points near a group of queries are the neighbours of one of them.
+// The points near a group of queries, and the test which of them are neighbors of one query.
 template <class T, int DIM>
 class Candidates {
  public:
@@ -61,8 +68,8 @@ class Candidates {
 
   Candidates(int dimension, Metric metric, Ignore ignore) : dimension_(dimension), metric_(metric), ignore_(ignore) {}
 
-  // Copies runs of points side by side, by index if asked. False: no memory.
-  KP_OUTLINE bool gather(const Sorted<T, DIM>& points, const Run* runs, int64_t num_runs, bool by_index) {
+  // Copies runs of points side by side, sorted by index if `by_index`. Returns false if memory runs out.
+  KP_OUTLINE bool gather(const SortedPoints<T, DIM>& points, const Run* runs, int64_t num_runs, bool by_index) {
     const int D = dimension();
     int64_t n = 0;
     for (int64_t i = 0; i < num_runs; ++i) n += runs[i].end - runs[i].begin;
@@ -77,7 +84,7 @@ class Candidates {
     const int32_t* const from_ids = points.ids.data();
     for (int64_t i = 0; i < num_runs; ++i) {
       const int64_t begin = runs[i].begin, size = runs[i].end - begin;
-      for (int64_t j = 0; j < size; j += lanes<T>) {  // whole vectors, the last one into what the next run overwrites
+      for (int64_t j = 0; j < size; j += lanes<T>) {  // whole vectors: the next run overwrites the excess of the last
         for (int a = 0; a < D; ++a) store(to[a] + j, load(from[a] + begin + j));
       }
       for (int64_t j = 0; j < size; j += lanes<int32_t>) store(to_ids + j, load(from_ids + begin + j));
@@ -85,7 +92,8 @@ class Candidates {
       to_ids += size;
     }
     if (by_index && !sort_by_index()) return false;
-    for (int l = 0; l < lanes<T>; ++l) x_[0][n + l] = T(NAN);  // no distance to it is within anything
+    for (int l = 0; l < lanes<T>; ++l)
+      x_[0][n + l] = T(NAN);  // the last vector is padded with points beyond any radius
     return true;
   }
 
@@ -95,21 +103,22 @@ class Candidates {
     return with_test([&](auto test) { return test_all<false, false>(test, q, id, limit, nullptr, nullptr); });
   }
 
-  // Neighbours of q, in candidate order; ids and measures have room for the candidates and a vector more.
+  // Writes the neighbors of q in the order of the candidates and returns their number. ids and measures need room for
+  // all candidates and one more vector.
   template <bool with_measures>
   KP_OUTLINE int64_t collect(const T* q, int32_t id, T limit, int32_t* ids, T* measures) const {
     return with_test([&](auto test) { return test_all<true, with_measures>(test, q, id, limit, ids, measures); });
   }
 
-  // The measure of the candidate nearest to q, infinity where there is none.
-  KP_OUTLINE T smallest(const T* q, int32_t id) const {
+  // The measure of the candidate nearest to q, infinity without candidates.
+  KP_OUTLINE T smallest_measure(const T* q, int32_t id) const {
     return with_test([&](auto test) { return smallest_of(test, q, id); });
   }
 
  private:
   KP_INLINE int dimension() const { return DIM ? DIM : dimension_; }
 
-  // What a test depends on, as types: a branch in its loop costs 4 % of a search.
+  // Metric and Ignore as template arguments: a branch on them inside the test's loop costs 4 % of a search.
   template <Metric metric, bool ignoring>
   struct Test {};
   template <bool ignoring, class Call>
@@ -158,14 +167,14 @@ class Candidates {
         for (int l = 0; mask && l < lanes<T>; ++l)
           if (mask >> l & 1) measured[l] = T(INFINITY);
       }
-      smallest = min(measured, smallest);  // of the NaN after the last candidate the second
+      smallest = min(measured, smallest);  // min() returns its second argument for the NaN padding
     }
     for (int l = lanes<T> / 2; l; l /= 2)
       for (int i = 0; i < l; ++i) smallest[i] = smaller(smallest[i], smallest[i + l]);
     return smallest[0];
   }
 
-  // The lanes of the query itself: the point of its index, or all points of its very coordinates.
+  // The lanes of candidates that never count as neighbors of the query: see Ignore.
   unsigned ignored(const T* q, int32_t id, int64_t i) const {
     unsigned mask = first_lanes<T>(lanes<T>);
     if (ignore_ == Ignore::equal) {
@@ -177,7 +186,8 @@ class Candidates {
     return mask;
   }
 
-  // Sorted once per group, on (index, position); a dozen queries then find their rows sorted.
+  // Sorts the candidates by index, once for the group: the rows of its dozen queries then come out sorted. The sort key
+  // is (index - lowest index, position), in 32 bits if it fits.
   bool sort_by_index() {
     const int64_t n = count_;
     if (!n) return true;
@@ -232,7 +242,8 @@ class Candidates {
   int64_t count_ = 0;
 };
 
-// A row being made: what the query collected, and its sorts. Neither order has equals, since points differ.
+// One query's row while it is built: the neighbors collected so far, and the ways to sort them. Ties in distance are
+// broken by index, so the order is unique.
 template <class T>
 struct RowScratch {
   Buffer<int32_t> ids;
@@ -244,59 +255,60 @@ struct RowScratch {
     if constexpr (packs)
       return sorter_.keys(n);
     else
-      return near_.resize(n) && spare_.resize(n);
+      return unsorted_.resize(n) && spare_.resize(n);
   }
-  KP_OUTLINE void sort_by_distance(int64_t n) { take<0>(sorted<0>(n, nearer), n); }
+  KP_OUTLINE void sort_by_distance(int64_t n) { write_row<0>(sorted<0>(n, nearer), n); }
   KP_OUTLINE void sort_by_index(int64_t n) {
-    take<32>(sorted<32>(n, [](const Near& a, const Near& b) { return a.id < b.id; }), n);
+    write_row<32>(sorted<32>(n, [](const Neighbor& a, const Neighbor& b) { return a.id < b.id; }), n);
   }
-  // Puts the nearest of n > 0 first, over what is there.
+  // Overwrites the first of n > 0 neighbors with the nearest of them.
   KP_OUTLINE void put_nearest_first(int64_t n) {
-    Near first = {measures[0], ids[0]};
+    Neighbor first = {measures[0], ids[0]};
     for (int64_t i = 1; i < n; ++i) {
-      const Near one = {measures[i], ids[i]};
+      const Neighbor one = {measures[i], ids[i]};
       if (nearer(one, first)) first = one;
     }
     measures[0] = first.measure;
     ids[0] = first.id;
   }
-  // Keeps the n nearest of `found`, in the order in which they are.
-  KP_OUTLINE void keep_nearest(int64_t found, int64_t n) {
-    if (!n) return;
-    const Near last = near<0>(sorted<0>(found, nearer)[n - 1]);
-    for (int64_t i = 0, kept = 0; kept < n; ++i) {
-      const Near one = {measures[i], ids[i]};
-      measures[kept] = one.measure;
-      ids[kept] = one.id;
-      kept += !nearer(last, one);
+  // Keeps the `kept` nearest of n neighbors, in their present order.
+  KP_OUTLINE void keep_nearest(int64_t n, int64_t kept) {
+    if (!kept) return;
+    const Neighbor last = unpack<0>(sorted<0>(n, nearer)[kept - 1]);
+    for (int64_t i = 0, to = 0; to < kept; ++i) {
+      const Neighbor one = {measures[i], ids[i]};
+      measures[to] = one.measure;
+      ids[to] = one.id;
+      to += !nearer(last, one);
     }
   }
 
  private:
-  struct Near {
+  struct Neighbor {
     T measure;
     int32_t id;
   };
-  static bool nearer(const Near& a, const Near& b) {
-    return (a.measure < b.measure) | ((a.measure == b.measure) & (a.id < b.id));  // no branch: it would be at random
+  static bool nearer(const Neighbor& a, const Neighbor& b) {
+    return (a.measure < b.measure) | ((a.measure == b.measure) & (a.id < b.id));  // a branch would be unpredictable
   }
 
-  // A float32 that is not negative orders like its bits, so with the index it makes one key of 64.
+  // Non-negative float32 values order like their bits, so a measure and an index pack into one 64-bit sort key. The
+  // index is in the low half (id_shift 0: by distance, then index) or in the high half (id_shift 32: by index).
   static constexpr bool packs = sizeof(T) == 4;
-  using Key = std::conditional_t<packs, uint64_t, Near>;
+  using Key = std::conditional_t<packs, uint64_t, Neighbor>;
 
   template <int id_shift>
-  static Near near(const Key& key) {
+  static Neighbor unpack(const Key& key) {
     if constexpr (packs) {
       const auto bits = uint32_t(key >> (32 - id_shift));
-      Near one = {0, int32_t(key >> id_shift)};
+      Neighbor one = {0, int32_t(key >> id_shift)};
       memcpy(&one.measure, &bits, sizeof bits);
       return one;
     } else {
       return key;
     }
   }
-  // The row's keys in order; the row stays as it is.
+  // The keys of the row in sorted order; the row itself is unchanged.
   template <int id_shift, class Less>
   const Key* sorted(int64_t n, Less less) {
     if constexpr (packs) {
@@ -308,24 +320,25 @@ struct RowScratch {
       }
       return sorter_.sort(n);
     } else {
-      for (int64_t i = 0; i < n; ++i) near_[i] = {measures[i], ids[i]};
-      return merge_sort(near_.data(), spare_.data(), n, int64_t(1), less);
+      for (int64_t i = 0; i < n; ++i) unsorted_[i] = {measures[i], ids[i]};
+      return merge_sort(unsorted_.data(), spare_.data(), n, int64_t(1), less);
     }
   }
   template <int id_shift>
-  void take(const Key* keys, int64_t n) {
+  void write_row(const Key* keys, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      const Near one = near<id_shift>(keys[i]);
+      const Neighbor one = unpack<id_shift>(keys[i]);
       measures[i] = one.measure;
       ids[i] = one.id;
     }
   }
 
   Sorter<uint64_t> sorter_;
-  Buffer<Near> near_, spare_;
+  Buffer<Neighbor> unsorted_, spare_;
 };
 
-// Whole vectors, the last one drawn back to end with the row: a call to memcpy costs as much as the search.
+// Copies n indices in whole vectors, of which the last overlaps the one before it so as to end with the row. A call to
+// memcpy would cost as much as the search.
 inline void copy_row(int32_t* to, const int32_t* from, int64_t n) {
   constexpr int64_t width = lanes<int32_t>;
   int64_t i = 0;

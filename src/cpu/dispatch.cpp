@@ -1,4 +1,4 @@
-// Picks the table of functions for this machine once; KPCORE_ISA or set_isa() overrides.
+// Selects the function table of the best instruction set that this machine runs; KPCORE_ISA or set_isa() overrides it.
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,7 +82,7 @@ bool has_openmp() {
 #endif
 }
 
-// The file of the OpenMP library that this one is bound to; null without.
+// The file of the OpenMP library that the extension is linked to; null without OpenMP.
 const char* openmp_library() {
 #ifdef _OPENMP
   Dl_info info;

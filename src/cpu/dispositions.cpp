@@ -1,11 +1,12 @@
-// Kernel point dispositions by the published potential method (Thomas et al. 2019, supplementary B; constants of the
-// published code): points repel each other as 1 / d and are drawn to the origin by 5 d², and descend the gradient with
-// a step that decays and is clipped. On shells (KPConvX, Thomas et al. 2024) nothing draws them; they descend along
-// their sphere and are put back on it. A hundred candidates descend together; the one that came to rest best is kept.
+// Kernel point dispositions by the published potential method (Thomas et al. 2019, supplementary B, with the constants
+// of the published code). Points repel each other with potential 1 / d and are attracted to the origin with 5 d²;
+// gradient descent minimizes the potential with a decaying, clipped step. On shells (KPConvX, Thomas et al. 2024) there
+// is no attraction: points move tangentially to their sphere and are projected back onto it. A hundred random
+// candidates descend; the one with the smallest final gradient is kept.
 //
-// Only + - * / sqrt on float64 and an integer generator, never contracted: the same bits on every machine. Candidates
-// lie across the lanes of vectors and are independent of each other but for the common stop, so neither the width of
-// the vectors nor the number of threads changes anything.
+// The result is the same bits on every machine: only + - * / sqrt in float64 without contraction, and an integer random
+// generator. Each lane of a vector holds one candidate. Candidates interact only through the common stop, so neither
+// the vector width nor the number of threads changes the result.
 
 #include "formulas/dispositions.h"
 
@@ -20,7 +21,7 @@ namespace {
 constexpr int candidates = 100, group = lanes<double>, groups = (candidates + group - 1) / group;
 constexpr int max_steps = 10000, round_steps = 250;
 constexpr double first_rate = 1e-2, decay = 0.9995, longest_step = 0.05, softening = 1e-6, attraction = 10;
-constexpr double at_rest = 1e-5;  // change of a gradient's norm from one step to the next
+constexpr double at_rest = 1e-5;  // converged: no gradient norm changes by more from one step to the next
 
 // A group of candidates: positions, gradients and gradient norms, each (num, dimension, lane).
 struct Group {
@@ -29,13 +30,13 @@ struct Group {
 
 struct Descent {
   int num, dimension, fixed;
-  const double* radii;  // of the points' shells; null without
+  const double* radii;  // of the points' shells; null without shells
 
   int64_t point_size() const { return int64_t(dimension) * group; }
 
   void gradient(const Group& g) const {
-    const double drawn = radii ? 0 : attraction;
-    for (int64_t i = 0; i < num * point_size(); ++i) g.gradient[i] = drawn * g.position[i];
+    const double pull = radii ? 0 : attraction;
+    for (int64_t i = 0; i < num * point_size(); ++i) g.gradient[i] = pull * g.position[i];
     for (int i = 0; i < num; ++i)
       for (int j = i + 1; j < num; ++j) {
         const double *const p = g.position + i * point_size(), *const q = g.position + j * point_size();
@@ -52,7 +53,7 @@ struct Descent {
           store(gq + a * group, load(gq + a * group) - force);
         }
       }
-    // The points on the last axis slide along it only.
+    // Points held on the last axis move along it only.
     for (int i = 1; i < fixed; ++i)
       memset(g.gradient + i * point_size(), 0, size_t(point_size() - group) * sizeof(double));
     for (int i = 1; radii && i < num; ++i) project(g.position + i * point_size(), g.gradient + i * point_size());
@@ -64,14 +65,14 @@ struct Descent {
     return sum;
   }
 
-  // Leaves of a gradient what is tangent to the sphere through p.
+  // Keeps the part of the gradient f that is tangential to the sphere through p.
   void project(const double* p, double* f) const {
     const Vec<double> along = dot(p, f) / dot(p, p);
     for (int a = 0; a < dimension; ++a) store(f + a * group, load(f + a * group) - along * load(p + a * group));
   }
 
-  // Puts the points on their shells.
-  void restore(const Group& g) const {
+  // Projects the points back onto their shells.
+  void project_to_shells(const Group& g) const {
     for (int i = 1; radii && i < num; ++i) {
       double* const p = g.position + i * point_size();
       const Vec<double> scale = broadcast(radii[i]) / sqrt(dot(p, p));
@@ -79,8 +80,8 @@ struct Descent {
     }
   }
 
-  // One step; returns the largest change of a gradient norm among the free points. A single vertical point has but its
-  // slide, which is not waited for, as published.
+  // One step; returns the largest change of a gradient norm among the free points. Points held on the last axis are not
+  // waited for, as in the published code.
   double step(const Group& g, double rate) const {
     gradient(g);
     Vec<double> change = {};
@@ -92,7 +93,7 @@ struct Descent {
       const Vec<double> length = min(rate * norm, broadcast(longest_step)), scale = length / (norm + softening);
       for (int a = 0; a < dimension; ++a) store(p + a * group, load(p + a * group) - load(f + a * group) * scale);
     }
-    restore(g);
+    project_to_shells(g);
     double largest = 0;
     for (int l = 0; l < group; ++l) largest = larger(largest, change[l]);
     return largest;
@@ -114,7 +115,7 @@ Status kernel_points(const KernelPoints& args) {
     return Group{at, at + size, at + 2 * size};
   };
 
-  // Candidate c draws from its own stream, so that the lanes of a vector do not matter.
+  // Every candidate has its own random stream, so that the vector width does not matter.
   for (int c = 0; c < groups * group; ++c) {
     uint64_t stream = stream_of(args.seed, uint64_t(c % candidates));
     double* const position = of_group(c / group).position + c % group;
@@ -124,32 +125,32 @@ Status kernel_points(const KernelPoints& args) {
       if (i < args.fixed) place_held(i, args.dimension, p, group);
     }
   }
-  for (int g = 0; g < groups; ++g) descent.restore(of_group(g));
+  for (int g = 0; g < groups; ++g) descent.project_to_shells(of_group(g));
 
-  // All candidates stop together, at the first step at which none changes. Threads take rounds of steps on their own
-  // groups and look at the whole after each; the last round is taken again up to that step.
+  // All candidates stop at the first step at which none changes any more. Threads advance their groups by rounds of 250
+  // steps, after which convergence is checked for every step. The last round is repeated up to the step that converged.
   double rate = first_rate;
   for (int done = 0; done < max_steps; done += round_steps) {
     memcpy(saved.data(), state.data(), size_t(groups * all) * sizeof(double));
     int steps = round_steps;
-    const auto take = [&](int count) {
+    const auto run_steps = [&](int count) {
 #pragma omp parallel for num_threads(smaller(args.threads, groups)) schedule(static)
       for (int g = 0; g < groups; ++g) {
         double r = rate;
         for (int s = 0; s < count; ++s, r *= decay) changes[g * round_steps + s] = descent.step(of_group(g), r);
       }
     };
-    take(steps);
-    bool rests = false;
-    for (int s = 0; s < round_steps && !rests; ++s) {
+    run_steps(steps);
+    bool converged = false;
+    for (int s = 0; s < round_steps && !converged; ++s) {
       double largest = 0;
       for (int g = 0; g < groups; ++g) largest = larger(largest, changes[g * round_steps + s]);
-      rests = largest < at_rest;
-      if (rests) steps = s + 1;
+      converged = largest < at_rest;
+      if (converged) steps = s + 1;
     }
-    if (rests) {
+    if (converged) {
       memcpy(state.data(), saved.data(), size_t(groups * all) * sizeof(double));
-      take(steps);
+      run_steps(steps);
       break;
     }
     for (int s = 0; s < steps; ++s) rate *= decay;

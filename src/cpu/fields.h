@@ -1,4 +1,5 @@
-// The fields of every kernel as a table, by which the extension module fills a kernel's struct without knowing it.
+// Tables of the fields of every kernel: name, kind and offset. With them the extension module fills the argument
+// struct of any kernel from Python keyword arguments, without code per kernel.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +20,7 @@ struct KernelRow {
   const char* name;
   const Field* fields;
   int num_fields;
-  int64_t threads;  // where in the struct the number of threads is
+  int64_t threads;  // offset of the number of threads
 };
 
 template <class T>
@@ -27,7 +28,7 @@ constexpr Kind kind_of() {
   static_assert(
       std::is_class_v<T> || std::is_same_v<T, bool> || sizeof(T) == 8 || std::is_same_v<T, int> || std::is_enum_v<T>,
       "a field of this type has no kind");
-  if (std::is_same_v<T, Optional>) return Kind::optional_array;
+  if (std::is_same_v<T, OptionalArray>) return Kind::optional_array;
   if (std::is_same_v<T, Array>) return Kind::array;
   if (std::is_same_v<T, OptionalInt>) return Kind::optional_int;
   if (std::is_same_v<T, bool>) return Kind::boolean;
@@ -38,12 +39,12 @@ constexpr Kind kind_of() {
 }
 
 #define KP_ENTRY(type, name) {#name, kind_of<type>(), int64_t(offsetof(Fields, name))},
-#define KP_TABLE(struct_name)                                                             \
-  inline const Field* fields_of(const struct_name*) {                                     \
-    using Fields = struct_name;                                                           \
-    static_assert(sizeof(Fields) <= 1024, "more than the extension module has room for"); \
-    static const Field fields[] = {KP_FIELDS_##struct_name(KP_ENTRY)};                    \
-    return fields;                                                                        \
+#define KP_TABLE(struct_name)                                                      \
+  inline const Field* fields_of(const struct_name*) {                              \
+    using Fields = struct_name;                                                    \
+    static_assert(sizeof(Fields) <= 1024, "run() in cpu.pyx reserves 1024 bytes"); \
+    static const Field fields[] = {KP_FIELDS_##struct_name(KP_ENTRY)};             \
+    return fields;                                                                 \
   }
 KP_STRUCTS(KP_TABLE)
 #undef KP_TABLE

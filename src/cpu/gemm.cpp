@@ -1,4 +1,4 @@
-// The machine's own limit, for benchmarks to divide by.
+// Measures the peak rate of fused multiply-adds of one core, with which benchmarks compare.
 #include "gemm.h"
 
 #include <time.h>
@@ -15,7 +15,7 @@ double seconds() {
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// The best of some 5 ms stretches of the micro-kernel on operands that stay in the first-level cache.
+// The best of twenty runs of the micro-kernel of 5 ms each, on operands that stay in the first-level cache.
 template <class F>
 double measure() {
   constexpr int length = 64, rows = rows_for(panel_vectors);
@@ -24,7 +24,7 @@ double measure() {
   for (int64_t i = 0; i < a.size(); ++i) a[i] = F(1);
   for (int64_t i = 0; i < b.size(); ++i) b[i] = F(1);
   double best = 0;
-  for (int stretch = 0; stretch < 20; ++stretch) {
+  for (int run = 0; run < 20; ++run) {
     const double start = seconds();
     int64_t blocks = 0;
     double elapsed;

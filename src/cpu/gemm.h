@@ -1,5 +1,12 @@
-// Small dense products at the rate of the fused multiply-adds: a micro-kernel that keeps an MR x NV block of sums in
-// registers, and the packing it reads its right-hand side from.
+// Small dense matrix products at the peak rate of fused multiply-adds: a micro-kernel that keeps an MR x NV block of
+// sums in registers, and the packed layout of its right-hand side (Panels).
+//
+//                      panel: NV vectors wide
+//                     [ right(0)    ]
+//                     [ right(1)    ]     one row is loaded per step c
+//                     [ ...         ]
+//    a (MR x length)  [ sums, in    ]     sums[i][v] += a[i][c] * right(c)[v]
+//                     [ registers   ]
 #pragma once
 
 #include "parallel.h"
@@ -12,8 +19,8 @@ constexpr int panel_vectors = KP_VECTOR_BYTES == 64 ? 4 : 2;
 template <class F>
 constexpr int panel_width = panel_vectors * lanes<F>;
 
-// Rows of sums held at once: 32 registers hold 6 x 4 sums, 16 hold 6 x 2; narrow panels need more rows to hide the
-// latency of the additions. Tiles have a multiple of `row_step` rows.
+// MR for a panel of so many vectors: 32 registers hold 6 x 4 sums, 16 hold 6 x 2. Panels of half that width need 12
+// rows, because fewer sums do not hide the latency of the multiply-adds. Tiles have a multiple of `row_step` rows.
 constexpr int rows_for(int vectors) {
   return vectors <= panel_vectors / 2 ? 12 : 6;
 }
@@ -23,8 +30,8 @@ inline int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
-// For i < MR: the NV vectors at to(i) = or += the sum over c < length of a[i * a_row + c * a_step] * (those at
-// right(c)).
+// The micro-kernel. For i < MR, the NV vectors at to(i) = (or += unless `replace`) the sum over c < length of
+// a[i * a_row + c * a_step] times the NV vectors at right(c).
 template <class F, int MR, int NV, bool replace, class Right, class To>
 KP_INLINE void multiply_block(int64_t length, const F* a, int64_t a_row, int64_t a_step, Right right, To to) {
   Vec<F> sums[MR][NV];
@@ -47,7 +54,7 @@ KP_INLINE void multiply_block(int64_t length, const F* a, int64_t a_row, int64_t
   }
 }
 
-// Calls f(vectors) with the number of vectors as a constant.
+// Calls call(vectors) with the number of vectors as a compile-time constant.
 template <class Call>
 KP_INLINE void with_vectors(int vectors, Call call) {
   if (vectors == 1) return call(std::integral_constant<int, 1>());
@@ -58,8 +65,8 @@ KP_INLINE void with_vectors(int vectors, Call call) {
   }
 }
 
-// Matrices (rows, columns), one for each group of channels, cut into panels of panel_width columns, each panel's rows
-// one after another; the last panel is as many vectors wide as it needs, filled with zeros.
+// A packed matrix (rows, columns) for each group of channels. It is divided into panels of panel_width columns, and
+// each panel is stored row after row. The last panel is only as many vectors wide as it needs, padded with zeros.
 template <class F>
 struct Panels {
   Buffer<F> data;
@@ -74,8 +81,8 @@ struct Panels {
     return data.data() + group * padded_columns() * rows + p * panel_width<F> * rows + r * vectors(p) * lanes<F>;
   }
 
-  // Packs K matrices (Cin / groups, Cout), of which every group has some columns, stacked as rows, or the groups'
-  // transposes. False: no memory.
+  // Packs weights (K, Cin / groups, Cout): for each group, the K matrices (Cin / groups, Cout / groups), or their
+  // transposes, stacked as rows. Returns false if memory runs out.
   bool pack(const F* weights, int64_t kernels, int64_t c_in, int64_t c_out, int64_t num_groups, bool transposed,
             int threads) {
     const int64_t inputs = c_in / num_groups, outputs = c_out / num_groups, height = transposed ? outputs : inputs;

@@ -1,9 +1,18 @@
-// A cell list without a cell table: the index for searches in two and three dimensions with a radius known beforehand.
+// A sparse cell list: the index for radius searches in two and three dimensions. Cells are as wide as the largest
+// radius, so all neighbors of a query lie in its cell and the cells around it.
 //
-// Points are sorted by cell, cells by row: a row is all cells of equal (item, z, y), its points are contiguous and in
-// x order. A query looks at 3^(D-1) rows; its candidates in each are one run. Queries are visited in the same order, so
-// the runs move along their rows like fingers, and nothing depends on how empty the bounding box is. Cells are counted
-// from the lowest corner of their item's box, so items may lie anywhere.
+// Only occupied cells are stored. Points are sorted by (item, z, y, x) of their cell, so the points of a row of cells,
+// with equal (item, z, y), are contiguous and ordered by x. A query in cell (x, y) needs one run of each of the 3^(D-1)
+// rows around it:
+//
+//          x-2   x-1    x    x+1   x+2
+//   y+1  |  .  [  ..  |     |  . ]  .  |     q: the query
+//   y    |     [   .  | q.  |    ] ... |     [ ]: one run of points per row
+//   y-1  |  .  [      |  .  | .. ]     |
+//
+// Queries are visited in the same order, so the run in each row only moves forward (RowWindow). Neither time nor memory
+// depends on how empty the bounding box is. Cells are numbered from the lowest corner of their batch item's box, so
+// items may lie anywhere.
 #pragma once
 
 #include "candidates.h"
@@ -12,30 +21,32 @@
 namespace kp {
 namespace {
 
-constexpr int max_cell_bits = 31;  // cells per axis, and all axes and the item in 63 together: else cells get wider
-constexpr int64_t most_in_wide_cell = 64;  // points; a cell as wide as the radius holds some ten of 37 neighbours
+constexpr int max_cell_bits = 31;  // per axis; if the axes and the item need more than 63 bits, cells are made wider
+constexpr int64_t max_points_in_wide_cell = 64;  // at 37 neighbors per query, a cell as wide as the radius holds ten
 
-// Where the cells are. Fields of a key from the top: item, z, y, x; each cell number is stored plus two, so that the
-// rows beside a row have the keys beside its key.
+// Maps points to cells and cells to sort keys. A key holds, from the top, the item and the cell numbers z, y, x. Cell
+// numbers are stored plus two, so that the cells one below the lowest point (1) and two below it (0, where far queries
+// go) also have keys.
 template <class T, int D>
 struct Lattice {
-  Buffer<double> low, high;  // (items, D): the boxes of the items
-  double per_cell[D];        // cell number = (p - low) * per_cell
-  int64_t cells[D];          // of the widest item
+  Buffer<double> low, high;  // (items, D): the bounding boxes
+  double cells_per_unit[D];  // cell number = (p - low) * cells_per_unit
+  int64_t cells[D];          // number of cells along each axis in the widest item
   int shift[D], item_shift, bits;
-  bool is_wide;  // some axis has cells more than twice as wide as asked
+  bool is_wide;  // along some axis, cells are more than twice as wide as asked
 
-  // From the boxes of the items.
+  // Chooses the cells for the boxes low and high.
   void set_cells(double cell, int64_t items) {
     const int item_bits = bits_for(uint64_t(items));
-    // A little wider than asked: the test rounds (relative 4e-7 in float32), and may see pairs just beyond the radius.
+    // Cells are slightly wider than the radius: the distance test rounds (relative error 4e-7 in float32), so it may
+    // accept pairs just beyond the radius.
     const double width = cell * (1 + 1e-5);
     double extent[D];
     int axis_bits = max_cell_bits + 1, sum = 0;
     for (int a = 0; a < D; ++a) {
       extent[a] = 0;
       for (int64_t b = 0; b < items; ++b) extent[a] = larger(extent[a], high[b * D + a] - low[b * D + a]);
-      extent[a] = smaller(extent[a], 1e308);  // the difference of two finite numbers may be infinite
+      extent[a] = smaller(extent[a], 1e308);  // the difference of two finite numbers may overflow
     }
     do {
       --axis_bits;
@@ -46,9 +57,9 @@ struct Lattice {
     sum = 0;
     for (int a = 0; a < D; ++a) {
       const double widest = ldexp(1.0, axis_bits) - 5;
-      per_cell[a] = 1 / larger(width, extent[a] * (1 + 1e-9) / widest);
-      is_wide |= per_cell[a] * width < 0.5;
-      cells[a] = int64_t(extent[a] * per_cell[a]) + 1;
+      cells_per_unit[a] = 1 / larger(width, extent[a] * (1 + 1e-9) / widest);
+      is_wide |= cells_per_unit[a] * width < 0.5;
+      cells[a] = int64_t(extent[a] * cells_per_unit[a]) + 1;
       shift[a] = sum;
       sum += bits_for(uint64_t(cells[a]) + 3);
     }
@@ -60,9 +71,9 @@ struct Lattice {
     uint64_t key = uint64_t(item) << item_shift;
     const double* const begin = low.data() + item * D;
     for (int a = 0; a < D; ++a) {
-      // Queries may lie anywhere; two cells away they all see nothing. So does what has become NaN since it was
-      // checked.
-      const double c = floor((double(p[a]) - begin[a]) * per_cell[a]);
+      // Queries may lie anywhere: those two or more cells away have no neighbors, so their cell number is clamped. A
+      // coordinate that another thread has overwritten with NaN since the check is clamped too.
+      const double c = floor((double(p[a]) - begin[a]) * cells_per_unit[a]);
       key |= uint64_t(int64_t(smaller(larger(-2.0, c), double(cells[a] + 1))) + 2) << shift[a];
     }
     return key;
@@ -73,22 +84,22 @@ struct Lattice {
   }
 };
 
-// Points or queries in cell order.
+// Points or queries sorted by cell.
 template <class T, int D>
-struct InCells {
-  Sorted<T, D> points;
+struct CellSorted {
+  SortedPoints<T, D> points;
   Buffer<uint64_t> keys;
 
-  Status sort(const Lattice<T, D>& lattice, const T* coordinates, int64_t n, const Items& items, int threads) {
+  Status sort(const Lattice<T, D>& lattice, const T* coordinates, int64_t n, const ItemCursor& items, int threads) {
     if (!keys.resize(n) || !points.resize(n, D)) return Status::out_of_memory;
     Buffer<int32_t>& ids = points.ids;
     threads = useful_threads(threads, n, 1 << 13);
 #pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      Items item = items;
+      ItemCursor cursor = items;
       for (int64_t i = share.begin; i < share.end; ++i) {
-        keys[i] = lattice.key(item.of(i), coordinates + i * D);
+        keys[i] = lattice.key(cursor.item_of(i), coordinates + i * D);
         ids[i] = int32_t(i);
       }
     }
@@ -105,16 +116,18 @@ struct InCells {
   }
 };
 
-// The occupied cells and rows of sorted points; both end with a sentinel.
+// The occupied cells, and the occupied rows of cells, of points sorted by cell.
 struct Directory {
-  Buffer<uint32_t> cell_x, cell_begin, row_cell;
-  Buffer<uint64_t> row_key;
+  Buffer<uint32_t> cell_x;      // x of each cell
+  Buffer<uint32_t> cell_begin;  // first point of each cell, and a sentinel
+  Buffer<uint32_t> row_cell;    // first cell of each row, and a sentinel
+  Buffer<uint64_t> row_key;     // key of each row: item, z, y
   int64_t cells, rows;
 
   Status build(const uint64_t* keys, int64_t n, int x_bits, int threads) {
     threads = useful_threads(threads, n, 1 << 16);
-    Buffer<int64_t> found;  // per thread: cells, rows
-    if (!found.resize(2 * threads)) return Status::out_of_memory;
+    Buffer<int64_t> counts;  // per thread: cells and rows in its share, then the numbers of its first cell and row
+    if (!counts.resize(2 * threads)) return Status::out_of_memory;
     bool enough = true;
     const uint64_t x_mask = (uint64_t(1) << x_bits) - 1;
 #pragma omp parallel num_threads(threads)
@@ -127,16 +140,16 @@ struct Directory {
         c += change != 0;
         r += change > x_mask;
       }
-      found[2 * t] = c;
-      found[2 * t + 1] = r;
+      counts[2 * t] = c;
+      counts[2 * t + 1] = r;
 #pragma omp barrier
 #pragma omp single
       {
         cells = rows = 0;
         for (int u = 0; u < omp_get_num_threads(); ++u) {
-          const int64_t cell_count = found[2 * u], row_count = found[2 * u + 1];
-          found[2 * u] = cells;
-          found[2 * u + 1] = rows;
+          const int64_t cell_count = counts[2 * u], row_count = counts[2 * u + 1];
+          counts[2 * u] = cells;
+          counts[2 * u + 1] = rows;
           cells += cell_count;
           rows += row_count;
         }
@@ -148,8 +161,8 @@ struct Directory {
         }
       }
       if (enough) {
-        c = found[2 * t];
-        r = found[2 * t + 1];
+        c = counts[2 * t];
+        r = counts[2 * t + 1];
         for (int64_t i = share.begin; i < share.end; ++i) {
           const uint64_t change = i ? keys[i] ^ keys[i - 1] : ~uint64_t(0);
           if (!change) continue;
@@ -166,7 +179,8 @@ struct Directory {
   }
 };
 
-// The first position in [from, end) whose value is not below `value`, looked for in growing steps from `from`.
+// The first position in [from, end) whose value is at least `value`; `end` if there is none. An exponential search from
+// `from`, fast when the position is near.
 template <class K>
 int64_t gallop(const K* values, int64_t from, int64_t end, K value) {
   int64_t step = 1, low = from, high = from;
@@ -191,11 +205,11 @@ struct Grid {
   static constexpr int dimensions = D;
   Index head;
   Lattice<T, D> lattice;
-  InCells<T, D> own;
+  CellSorted<T, D> sorted;
   Directory directory;
 
-  // Status::crowded: cells are so much wider than asked that some hold more than a few points.
-  Status build(const IndexPoints& args) {
+  // Returns Status::crowded if cells had to be made so wide that one holds more than max_points_in_wide_cell points.
+  Status build(const IndexArguments& args) {
     const auto* points = as<T>(args.points);
     const auto* splits = as<int64_t>(args.row_splits);
     const int64_t n = args.points.rows, items = head.items;
@@ -206,9 +220,10 @@ struct Grid {
         return Status::not_finite;
     if (!n) return Status::ok;
     lattice.set_cells(args.cell, items);
-    Status status = own.sort(lattice, points, n, Items(args.row_splits, items), args.threads);
-    if (status == Status::ok) status = directory.build(own.keys.data(), n, lattice.shift[1], args.threads);
-    return status == Status::ok && lattice.is_wide && fullest_cell() > most_in_wide_cell ? Status::crowded : status;
+    Status status = sorted.sort(lattice, points, n, ItemCursor(args.row_splits, items), args.threads);
+    if (status == Status::ok) status = directory.build(sorted.keys.data(), n, lattice.shift[1], args.threads);
+    return status == Status::ok && lattice.is_wide && fullest_cell() > max_points_in_wide_cell ? Status::crowded
+                                                                                               : status;
   }
   int64_t fullest_cell() const {
     int64_t most = 0;
@@ -216,7 +231,7 @@ struct Grid {
       most = larger<int64_t>(most, directory.cell_begin[c + 1] - directory.cell_begin[c]);
     return most;
   }
-  // Points in the cell of a point, on average.
+  // Mean over the points of how many points share their cell.
   double crowding() const {
     double sum = 0;
     for (int64_t c = 0; head.num_points && c < directory.cells; ++c) {
@@ -225,38 +240,38 @@ struct Grid {
     }
     return head.num_points ? sum / double(head.num_points) : 0;
   }
-  Status place(const Search& search, InCells<T, D>& queries) const {
+  Status sort_queries(const Search& search, CellSorted<T, D>& queries) const {
     return queries.sort(lattice, as<T>(search.queries), search.queries.rows,
-                        Items(search.queries_row_splits, head.items), search.threads);
+                        ItemCursor(search.queries_row_splits, head.items), search.threads);
   }
-  const Sorted<T, D>& points() const { return own.points; }
-  // The box of an item's points; (inf, -inf) of none.
+  const SortedPoints<T, D>& points() const { return sorted.points; }
+  // The bounding box of an item's points; (inf, -inf) for an empty item.
   void box_of(int64_t item, double* low, double* high) const {
     for (int a = 0; a < D; ++a) low[a] = lattice.low[item * D + a], high[a] = lattice.high[item * D + a];
   }
 };
 
-// One of the rows beside the current one, and the window of its cells within one cell of the current x.
-struct Finger {
-  int step[2];      // rows along y and z
-  int64_t row = 0;  // first row whose key is not below the wanted one
-  int64_t low = 0, high = 0, end = 0;
+// One of the 3^(D-1) rows around the current cell, and the window of its cells from x - 1 to x + 1.
+struct RowWindow {
+  int step[2];                         // this row's offset from the current row, in y and z
+  int64_t row = 0;                     // number of the row, or of the first row after where it would be
+  int64_t low = 0, high = 0, end = 0;  // cells [low, high) are in the window; the row ends at `end`
 };
 
-// Moves through queries in cell order and gathers the candidates of each cell.
+// Visits queries in cell order and gathers the candidates of each cell.
 template <class T, int D>
 class GridWalker {
  public:
-  GridWalker(const Grid<T, D>& grid, const InCells<T, D>& queries) : grid_(grid), queries_(queries) {
-    for (int i = 0; i < fingers; ++i) {
-      fingers_[i].step[0] = i % 3 - 1;
-      fingers_[i].step[1] = D == 3 ? i / 3 - 1 : 0;
+  GridWalker(const Grid<T, D>& grid, const CellSorted<T, D>& queries) : grid_(grid), queries_(queries) {
+    for (int i = 0; i < num_windows; ++i) {
+      windows_[i].step[0] = i % 3 - 1;
+      windows_[i].step[1] = D == 3 ? i / 3 - 1 : 0;
     }
   }
 
   bool reserve() { return true; }
 
-  // The end of the group of queries that begins at i.
+  // A group is the queries of one cell: the end of the group that begins at query i.
   int64_t group_end(int64_t i, int64_t end) const {
     const uint64_t key = queries_.keys[i];
     while (++i < end && queries_.keys[i] == key) {
@@ -264,7 +279,7 @@ class GridWalker {
     return i;
   }
 
-  // Gathers what the queries [begin, end) of one cell may see. False: no memory.
+  // Gathers the candidates of the group of queries that begins at `begin`. Returns false if memory runs out.
   bool move_to(int64_t begin, int64_t /*end*/, T /*limit*/, bool by_index, Candidates<T, D>& candidates) {
     const Directory& dir = grid_.directory;
     const Lattice<T, D>& lattice = grid_.lattice;
@@ -274,41 +289,41 @@ class GridWalker {
     if (row_key != row_key_) {
       const bool forward = row_key > row_key_ && row_key_ != no_row;
       row_key_ = row_key;
-      for (int i = 0; i < fingers; ++i) {
-        Finger& f = fingers_[i];
+      for (int i = 0; i < num_windows; ++i) {
+        RowWindow& window = windows_[i];
         uint64_t wanted = row_key;
         bool occupied = true;
         for (int a = 1; a < D; ++a) {
-          const int64_t cell = lattice.field(key, a) + f.step[a - 1];
+          const int64_t cell = lattice.field(key, a) + window.step[a - 1];
           occupied = occupied && cell > 1 && cell <= lattice.cells[a] + 1;
-          wanted += uint64_t(int64_t(f.step[a - 1]) * (int64_t(1) << (lattice.shift[a] - x_bits)));
+          wanted += uint64_t(int64_t(window.step[a - 1]) * (int64_t(1) << (lattice.shift[a] - x_bits)));
         }
         if (occupied) {
-          f.row = gallop(dir.row_key.data(), forward ? f.row : 0, dir.rows, wanted);
-          occupied = f.row < dir.rows && dir.row_key[f.row] == wanted;
+          window.row = gallop(dir.row_key.data(), forward ? window.row : 0, dir.rows, wanted);
+          occupied = window.row < dir.rows && dir.row_key[window.row] == wanted;
         }
-        f.low = f.high = occupied ? dir.row_cell[f.row] : 0;
-        f.end = occupied ? dir.row_cell[f.row + 1] : 0;
+        window.low = window.high = occupied ? dir.row_cell[window.row] : 0;
+        window.end = occupied ? dir.row_cell[window.row + 1] : 0;
       }
     }
     const auto x = uint32_t(lattice.field(key, 0));
-    Run runs[fingers];
-    for (int i = 0; i < fingers; ++i) {
-      Finger& f = fingers_[i];
-      f.low = gallop(dir.cell_x.data(), f.low, f.end, x ? x - 1 : 0);
-      f.high = gallop(dir.cell_x.data(), larger(f.low, f.high), f.end, x + 2);
-      runs[i] = f.low < f.high ? Run{dir.cell_begin[f.low], dir.cell_begin[f.high]} : Run{0, 0};
+    Run runs[num_windows];
+    for (int i = 0; i < num_windows; ++i) {
+      RowWindow& window = windows_[i];
+      window.low = gallop(dir.cell_x.data(), window.low, window.end, x ? x - 1 : 0);
+      window.high = gallop(dir.cell_x.data(), larger(window.low, window.high), window.end, x + 2);
+      runs[i] = window.low < window.high ? Run{dir.cell_begin[window.low], dir.cell_begin[window.high]} : Run{0, 0};
     }
-    return candidates.gather(grid_.own.points, runs, fingers, by_index);
+    return candidates.gather(grid_.sorted.points, runs, num_windows, by_index);
   }
 
  private:
-  static constexpr int fingers = D == 3 ? 9 : 3;
+  static constexpr int num_windows = D == 3 ? 9 : 3;
   static constexpr uint64_t no_row = ~uint64_t(0);
 
   const Grid<T, D>& grid_;
-  const InCells<T, D>& queries_;
-  Finger fingers_[fingers];
+  const CellSorted<T, D>& queries_;
+  RowWindow windows_[num_windows];
   uint64_t row_key_ = no_row;
 };
 

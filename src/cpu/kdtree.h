@@ -1,15 +1,21 @@
-// A kd-tree whose leaves are searched as wholes: the index for any dimension, any radius and k nearest neighbours.
+// A kd-tree with leaves of up to 32 points: the index for any dimension, any radius and k nearest neighbors.
 //
-// A node is split near the median of its widest axis; which point goes where is decided by a sample, and by an exact
-// median where that fails, so that depth is bounded and equal points do no harm. Nodes come in preorder with a skip
-// number each, so a walk needs no stack: go on to the next node, or skip the subtree. Queries of one leaf search
-// together: one walk with their bounding box gathers what any of them may see.
+// Building: a node is split along its widest axis at the median of a sample, or at the exact median if the sample's
+// would leave less than an eighth of the points on one side, so the depth is bounded. Points with equal coordinates
+// form one leaf, however many, ordered by index: a search for k neighbors needs only the first of them.
 //
-// Points that are all equal are one leaf, however many, and come by index: whoever wants k of them takes the first
-// ones.
+// Searching: queries of the same leaf search together. One walk with their bounding box collects all leaves within the
+// radius of that box. Nodes are stored in preorder, each with the number of the node after its subtree (`next`), so the
+// walk needs no stack:
 //
-// Boxes are tight, and the distance between two boxes is computed like that of two points: rounding is monotonic, so no
-// pair is ever nearer than its boxes.
+//                  0                     for i = root; i < end:
+//               /     \                    if the box of node i is farther than the radius: i = next[i]  (skip)
+//             1         4                  else: if node i is a leaf, collect its points;  i = i + 1
+//            / \       / \             leaves: 2, 3, 5, 6
+//           2   3     5   6      next = 7, 4, 3, 4, 7, 6, 7
+//
+// Boxes are tight, and the distance between boxes is computed with the formula for points. Floating-point rounding is
+// monotonic, so no pair of points is nearer than their boxes and nothing is missed.
 #pragma once
 
 #include "candidates.h"
@@ -26,7 +32,7 @@ struct Record {
   int32_t id;
 };
 
-// The n-th smallest of values[0, size), which change places.
+// The n-th smallest of values[0, size), which are reordered (quickselect).
 template <class T>
 T select(T* values, int64_t size, int64_t n) {
   int64_t low = 0, high = size - 1;
@@ -52,32 +58,33 @@ template <class T, int DIM>
 struct Tree {
   static constexpr int stored = DIM ? DIM : max_dimension;
   struct Node {
-    uint32_t begin, end;  // its points
-    uint32_t next;        // the node after its subtree; a leaf's is the very next one
-    int32_t axis;         // of a leaf: which of `leaves` it is
-    T split;              // the second child has the points from here on (some equal ones may be in the first)
+    uint32_t begin, end;  // points of the subtree
+    uint32_t next;        // the node after the subtree; the node is a leaf if this is the following node
+    int32_t axis;         // split axis; of a leaf: its position in `leaves`
+    T split;              // points above it are in the second child; points equal to it may be in either
   };
 
   Index head;
-  Sorted<T, DIM> sorted;
+  SortedPoints<T, DIM> sorted;
   Buffer<Node> nodes;
-  Buffer<T> boxes;                  // (nodes, 2, D): lowest and highest coordinates
-  Buffer<uint32_t> roots;           // of every item, and a sentinel
-  Buffer<uint32_t> leaves, starts;  // leaf nodes in order, and where their points begin, with a sentinel
+  Buffer<T> boxes;          // (nodes, 2, D): lowest and highest coordinates
+  Buffer<uint32_t> roots;   // root node of each batch item, and a sentinel
+  Buffer<uint32_t> leaves;  // leaf nodes in order
+  Buffer<uint32_t> starts;  // first point of each leaf, and a sentinel
   int64_t num_leaves = 0, num_nodes = 0;
 
   int dimension() const { return DIM ? DIM : head.dimension; }
   const T* low(int64_t node) const { return boxes.data() + node * 2 * dimension(); }
   const T* high(int64_t node) const { return low(node) + dimension(); }
-  const Sorted<T, DIM>& points() const { return sorted; }
+  const SortedPoints<T, DIM>& points() const { return sorted; }
 
-  Status build(const IndexPoints& args) {
+  Status build(const IndexArguments& args) {
     const int D = dimension();
     const auto* points = as<T>(args.points);
     const auto* splits = as<int64_t>(args.row_splits);
     const int64_t n = args.points.rows;
     Buffer<Record<T, DIM>> records, spare;
-    Buffer<Branch> branches;  // of a node of n points: as many as n / 2 - 1, laid out with gaps
+    Buffer<Branch> branches;  // a subtree of n points has room for max(1, n / 2 - 1) of them, so the array has gaps
     if (!records.resize(n) || !spare.resize(n) || !branches.resize(n / 2 + head.items + 1))
       return Status::out_of_memory;
     if (!sorted.resize(n, D) || !roots.resize(head.items + 1)) return Status::out_of_memory;
@@ -101,7 +108,7 @@ struct Tree {
     return flatten(records.data(), splits, branches.data(), threads);
   }
 
-  // The box of an item's points; (inf, -inf) of none.
+  // The bounding box of an item's points; (inf, -inf) for an empty item.
   void box_of(int64_t item, double* box_low, double* box_high) const {
     const bool empty = roots[item] == roots[item + 1];
     for (int a = 0; a < dimension(); ++a) {
@@ -110,15 +117,17 @@ struct Tree {
     }
   }
 
-  // Of `most` wanted neighbours the points at one place offer no more, and one that may be the query itself.
-  Run run_of(const Node& node, int64_t most) const {
-    const int64_t size = node.end - node.begin;
-    return {node.begin, size > leaf_size && most < size ? node.begin + most + 1 : node.end};
+  // The points of a leaf that a search for max_neighbors needs. A leaf of more than leaf_size points holds equal points
+  // by index: the first max_neighbors are enough, and one more because the query itself may be ignored.
+  Run run_of(const Node& leaf, int64_t max_neighbors) const {
+    const int64_t size = leaf.end - leaf.begin;
+    return {leaf.begin, size > leaf_size && max_neighbors < size ? leaf.begin + max_neighbors + 1 : leaf.end};
   }
 
-  // The runs of points that are within `limit` of a box, `most` of each place.
+  // Writes the runs of points of all leaves within `limit` of a box; returns their number. Adjacent leaves are joined.
   template <Metric metric>
-  int64_t walk(int64_t item, const T* box_low, const T* box_high, T limit, int64_t most, Buffer<Run>& runs) const {
+  int64_t walk(int64_t item, const T* box_low, const T* box_high, T limit, int64_t max_neighbors,
+               Buffer<Run>& runs) const {
     const int D = dimension();
     int64_t n = 0;
     const uint32_t end = roots[item + 1];
@@ -135,7 +144,7 @@ struct Tree {
         continue;
       }
       if (node.next == ++i) {
-        const Run run = run_of(node, most);
+        const Run run = run_of(node, max_neighbors);
         if (n && runs[n - 1].end == run.begin)
           runs[n - 1].end = run.end;
         else
@@ -145,37 +154,39 @@ struct Tree {
     return n;
   }
 
-  // The leaf of an item where a point would be, as a position in `leaves`.
+  // The position in `leaves` of the leaf where a query would be inserted.
   int64_t leaf_of(int64_t item, const T* q) const {
     uint32_t i = roots[item];
     while (nodes[i].next != i + 1) {
       const uint32_t children[] = {i + 1, nodes[i + 1].next};
-      i = children[q[nodes[i].axis] >= nodes[i].split];  // no branch: it would be at random
+      i = children[q[nodes[i].axis] >= nodes[i].split];  // a branch would be unpredictable
     }
     return nodes[i].axis;
   }
-  int64_t leaf_at(int64_t position) const {
+  // The position in `leaves` of the leaf that holds the i-th sorted point.
+  int64_t leaf_with_point(int64_t i) const {
     int64_t first = 0, last = num_leaves;
     while (last - first > 1) {
       const int64_t middle = (first + last) / 2;
-      (int64_t(starts[middle]) <= position ? first : last) = middle;
+      (int64_t(starts[middle]) <= i ? first : last) = middle;
     }
     return first;
   }
 
  private:
+  // A node while the tree is built in parallel: flatten() numbers them in preorder afterwards.
   struct Branch {
     int64_t begin, end;
-    int64_t second;  // branch of the second child, counted from this one; 0 for a leaf
+    int64_t second;  // distance to the branch of the second child; 0 for a leaf. The first child's is the next one.
     int32_t axis;
     T split;
   };
-  // A node of n > leaf_size points is split so that either side has an eighth of them: at least 4.
-  static int64_t branches_of(int64_t n) { return larger<int64_t>(1, n / 2 - 1); }
+  // Room for the branches of n points: a split leaves at least an eighth of them, and so 4, on either side.
+  static int64_t max_branches(int64_t n) { return larger<int64_t>(1, n / 2 - 1); }
   static int64_t first_branch(const int64_t* splits, int64_t item) { return splits[item] / 2 + item; }
 
-  // Orders points [begin, end) of a, with b as the other side, as the leaves of a subtree; the result is in the first
-  // of the two arrays of the whole build: a, or b if `swapped`.
+  // Builds the subtree of points [begin, end) of `a` by partitioning them into `b`, which then changes roles with `a`.
+  // In the end all points must be in the array that was `a` at the root: in `b` if `swapped`.
   void grow(Record<T, DIM>* a, Record<T, DIM>* b, int64_t begin, int64_t end, Branch* branch, bool swapped) const {
     const int64_t n = end - begin;
     *branch = {begin, end, 0, 0, T(0)};
@@ -194,7 +205,7 @@ struct Tree {
       return;
     }
     int64_t left = begin, right = end - 1;
-    for (int64_t i = begin; i < end; ++i) {  // both sides are written, one counts: no branch
+    for (int64_t i = begin; i < end; ++i) {  // write to both sides and advance one: a branch would be unpredictable
       const bool second = !(a[i].x[axis] < split);
       b[left] = a[i];
       b[right] = a[i];
@@ -205,7 +216,7 @@ struct Tree {
       left = begin + n / 2;
       split = halve(b + begin, n, axis);
     }
-    branch->second = 1 + branches_of(left - begin);
+    branch->second = 1 + max_branches(left - begin);
     branch->axis = axis;
     branch->split = split;
     Branch *const first = branch + 1, *const second = branch + branch->second;
@@ -214,12 +225,12 @@ struct Tree {
     grow(b, a, left, end, second, !swapped);
   }
 
-  // The widest axis of some of the points, and their median along it.
+  // Finds the widest axis of a sample of the points; returns the sample's median along it.
   T sample(const Record<T, DIM>* points, int64_t n, int& axis) const {
-    constexpr int most = 128;
+    constexpr int max_samples = 128;
     const int D = dimension();
-    const int taken = n < 512 ? 17 : most;
-    T values[most], widest = -1;
+    const int taken = n < 512 ? 17 : max_samples;
+    T values[max_samples], widest = -1;
     for (int a = 0; a < D; ++a) {
       T low = points[0].x[a], high = low;
       for (int i = 1; i < taken; ++i) {
@@ -227,7 +238,7 @@ struct Tree {
         low = smaller(low, x);
         high = larger(high, x);
       }
-      const T width = high / 2 - low / 2;  // never infinite
+      const T width = high / 2 - low / 2;  // halved first, or it may overflow
       if (width > widest) widest = width, axis = a;
     }
     for (int i = 0; i < taken; ++i) values[i] = points[i * n / taken].x[axis];
@@ -241,13 +252,13 @@ struct Tree {
     return true;
   }
 
-  // Puts the smaller half along the axis first; returns where the second half begins.
+  // Moves the n / 2 lowest points along the axis to the front; returns the lowest coordinate of the others.
   static T halve(Record<T, DIM>* points, int64_t n, int axis) {
     int64_t low = 0, high = n - 1, middle = n / 2;
     while (low < high) {
-      T tries[9];
-      for (int i = 0; i < 9; ++i) tries[i] = points[low + i * (high - low) / 8].x[axis];
-      const T pivot = select(tries, 9, 4);
+      T samples[9];
+      for (int i = 0; i < 9; ++i) samples[i] = points[low + i * (high - low) / 8].x[axis];
+      const T pivot = select(samples, 9, 4);
       int64_t i = low, j = high;
       while (i <= j) {
         while (points[i].x[axis] < pivot) ++i;
@@ -267,7 +278,7 @@ struct Tree {
     return points[middle].x[axis];
   }
 
-  // Nodes in preorder without gaps, their points an axis at a time, and their boxes.
+  // Makes nodes in preorder from the branches, the arrays of coordinates, and the boxes.
   Status flatten(const Record<T, DIM>* records, const int64_t* splits, const Branch* branches, int threads) {
     const int D = dimension();
     num_nodes = num_leaves = 0;
@@ -333,22 +344,22 @@ struct Tree {
   }
 };
 
-// Queries by leaf: the points themselves, or others with the leaf that each would be in.
+// Queries sorted by the leaf where each would be inserted.
 template <class T, int DIM>
-struct InLeaves {
-  Sorted<T, DIM> points;
-  Buffer<uint64_t> keys;  // item, leaf
+struct LeafSorted {
+  SortedPoints<T, DIM> points;
+  Buffer<uint64_t> keys;  // (item, leaf)
 
-  Status sort(const Tree<T, DIM>& tree, const T* queries, int64_t n, const Items& items, int threads) {
+  Status sort(const Tree<T, DIM>& tree, const T* queries, int64_t n, const ItemCursor& items, int threads) {
     if (!keys.resize(n) || !points.resize(n, tree.dimension())) return Status::out_of_memory;
     threads = useful_threads(threads, n, 1 << 11);
     const int leaf_bits = bits_for(uint64_t(tree.num_leaves) + 1);
 #pragma omp parallel num_threads(threads)
     {
       const Share share(n, omp_get_thread_num(), omp_get_num_threads());
-      Items item_of = items;
+      ItemCursor cursor = items;
       for (int64_t i = share.begin; i < share.end; ++i) {
-        const int64_t item = item_of.of(i);
+        const int64_t item = cursor.item_of(i);
         const T* const q = queries + i * tree.dimension();
         const bool empty = tree.roots[item] == tree.roots[item + 1];
         keys[i] = uint64_t(item) << leaf_bits | uint64_t(empty ? 0 : tree.leaf_of(item, q));
@@ -365,37 +376,39 @@ struct InLeaves {
   }
 };
 
-// Moves through queries in leaf order and gathers the candidates of each group of them.
+// Visits queries in the order of their leaves and gathers the candidates of each group.
 template <class T, int DIM>
 class TreeWalker {
  public:
   static constexpr int stored = DIM ? DIM : max_dimension;
 
-  // `queries` null: the points of the tree.
-  TreeWalker(const Tree<T, DIM>& tree, const InLeaves<T, DIM>* queries, Metric metric)
+  // `queries` null: the points of the tree search among themselves.
+  TreeWalker(const Tree<T, DIM>& tree, const LeafSorted<T, DIM>* queries, Metric metric)
       : tree_(tree), queries_(queries), metric_(metric), leaf_bits_(bits_for(uint64_t(tree.num_leaves) + 1)) {}
 
   bool reserve() { return runs_.resize(tree_.num_leaves); }
 
+  // A group is up to leaf_size queries of one leaf: the end of the group that begins at query i.
   int64_t group_end(int64_t i, int64_t end) {
     if (!queries_) {
-      leaf_ = tree_.leaf_at(i);
+      leaf_ = tree_.leaf_with_point(i);
       return smaller<int64_t>(end, tree_.starts[leaf_ + 1]);
     }
     const uint64_t key = queries_->keys[i];
     leaf_ = int64_t(key & ((uint64_t(1) << leaf_bits_) - 1));
-    // A query far from its leaf's box may be far from all others: it searches alone.
+    // A query far from its leaf's box may be far from the others too, and would widen their box: it searches alone.
     const int64_t last = smaller(end, i + leaf_size);
-    if (!inside(i)) return i + 1;
-    while (++i < last && queries_->keys[i] == key && inside(i)) {
+    if (!is_near_leaf(i)) return i + 1;
+    while (++i < last && queries_->keys[i] == key && is_near_leaf(i)) {
     }
     return i;
   }
 
+  // Gathers the candidates within `limit` of the group of queries [begin, end). Returns false if memory runs out.
   KP_OUTLINE bool move_to(int64_t begin, int64_t end, T limit, bool by_index, Candidates<T, DIM>& candidates,
-                          int64_t most = INT64_MAX) {
+                          int64_t max_neighbors = INT64_MAX) {
     const int D = tree_.dimension();
-    const Sorted<T, DIM>& queries = queries_ ? queries_->points : tree_.sorted;
+    const SortedPoints<T, DIM>& queries = queries_ ? queries_->points : tree_.sorted;
     T low[stored], high[stored];
     for (int a = 0; a < D; ++a) {
       low[a] = high[a] = queries.x[a][begin];
@@ -407,27 +420,28 @@ class TreeWalker {
     const int64_t item = item_of(begin);
     int64_t num_runs = 0;
     if (metric_ == Metric::l2)
-      num_runs = tree_.template walk<Metric::l2>(item, low, high, limit, most, runs_);
+      num_runs = tree_.template walk<Metric::l2>(item, low, high, limit, max_neighbors, runs_);
     else if (metric_ == Metric::l1)
-      num_runs = tree_.template walk<Metric::l1>(item, low, high, limit, most, runs_);
+      num_runs = tree_.template walk<Metric::l1>(item, low, high, limit, max_neighbors, runs_);
     else
-      num_runs = tree_.template walk<Metric::linf>(item, low, high, limit, most, runs_);
+      num_runs = tree_.template walk<Metric::linf>(item, low, high, limit, max_neighbors, runs_);
     return candidates.gather(tree_.sorted, runs_.data(), num_runs, by_index);
   }
 
-  // The points of the smallest node around the group's leaf that has at least `wanted` of them, or all of the item.
-  Run around(int64_t begin, int64_t wanted, int64_t most) const {
+  // The points of the smallest node around the group's leaf that has at least min_points, or else of the whole item.
+  Run points_around(int64_t begin, int64_t min_points, int64_t max_neighbors) const {
     const int64_t item = item_of(begin);
     if (tree_.roots[item] == tree_.roots[item + 1]) return {0, 0};
     const uint32_t leaf = tree_.leaves[leaf_];
     uint32_t best = tree_.roots[item];
-    for (uint32_t i = best; tree_.nodes[i].end - tree_.nodes[i].begin >= wanted;) {
+    for (uint32_t i = best; tree_.nodes[i].end - tree_.nodes[i].begin >= min_points;) {
       best = i;
       if (i == leaf) break;
       const uint32_t second = tree_.nodes[i + 1].next;
       i = leaf < second ? i + 1 : second;
     }
-    return best == leaf ? tree_.run_of(tree_.nodes[best], most) : Run{tree_.nodes[best].begin, tree_.nodes[best].end};
+    return best == leaf ? tree_.run_of(tree_.nodes[best], max_neighbors)
+                        : Run{tree_.nodes[best].begin, tree_.nodes[best].end};
   }
 
  private:
@@ -441,8 +455,8 @@ class TreeWalker {
     }
     return first;
   }
-  // Whether a query is in the box of its leaf or beside it, by no more than the box is wide.
-  bool inside(int64_t query) const {
+  // Whether a query is in the box of its leaf or no farther from it than the box's longest side, along each axis.
+  bool is_near_leaf(int64_t query) const {
     if (!tree_.num_leaves) return false;
     const T *const low = tree_.low(tree_.leaves[leaf_]), *const high = tree_.high(tree_.leaves[leaf_]);
     T margin = 0;
@@ -455,7 +469,7 @@ class TreeWalker {
   }
 
   const Tree<T, DIM>& tree_;
-  const InLeaves<T, DIM>* queries_;
+  const LeafSorted<T, DIM>* queries_;
   const Metric metric_;
   const int leaf_bits_;
   Buffer<Run> runs_;

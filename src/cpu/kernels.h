@@ -1,12 +1,11 @@
-// What the extension module may call: every kernel and its fields, declared once.
+// Declares every CPU kernel and its arguments, once.
 //
-//   KP_FIELDS_KPConv(...)   the fields of a call: from them come the struct that the kernel gets, and the table of
-//   names,
-//                           kinds and offsets (fields.h) by which the module fills it from Python's arguments
-//   KP_KERNELS(...)         the kernels, each with its struct: from them come their declarations, and a table of
-//                           functions for each instruction set
+//   KP_FIELDS_<Name>   the fields of one argument struct. They expand to the struct itself and to a table of names,
+//                      kinds and offsets (fields.h) with which the extension module fills it from Python arguments.
+//   KP_KERNELS         the kernels, each with its struct. They expand to declarations and to one function table per
+//                      instruction set.
 //
-// Arrays come checked, contiguous and in C order.
+// The caller has checked all arrays; they are contiguous and in C order.
 #pragma once
 
 #include "formulas/common.h"
@@ -21,21 +20,26 @@ struct Array {
   DType dtype;
 };
 
-// An array that may be None: `data` is null then. So it is for an output of which only the shape is told.
-struct Optional : Array {};
+// An array that may be None, with a null `data`. An output that is not wanted also has a null `data`, but its shape is
+// set.
+struct OptionalArray : Array {};
 
 struct OptionalInt {
   int64_t value;
   bool is_set;
 };
 
-// not_finite: a coordinate is NaN or infinite, or distances overflow or vanish: see is_measurable(). crowded: of a
-// grid, in whose place a tree is made.
-enum class Status : int { ok, out_of_memory, not_finite, out_of_range, crowded };
+enum class Status : int {
+  ok,
+  out_of_memory,
+  not_finite,  // a coordinate is NaN or infinite, or squared distances overflow or underflow: see is_measurable()
+  out_of_range,
+  crowded,  // internal: the cells of a grid would hold too many points, so a kd-tree is built instead
+};
 
 namespace {
 
-// The elements of an array, to read and to write.
+// The elements of an array: as<T> for reading, into<T> for writing.
 template <class T>
 const T* as(const Array& array) {
   return static_cast<const T*>(array.data);
@@ -69,7 +73,7 @@ enum class Reduction : int { mean, sum, max, min };
 enum class Activation : int { leaky_relu, relu, sigmoid };
 enum class CrossEntropyReduction : int { mean, sum, none };
 
-// Points ready to be searched; the first member of every index.
+// The head of every index: Grid (grid.h) and Tree (kdtree.h) begin with it.
 enum class IndexKind : int { grid, tree };
 struct Index {
   IndexKind kind;
@@ -77,21 +81,23 @@ struct Index {
   int dimension;
   int64_t num_points, items;
 };
-struct IndexPoints {
-  IndexKind kind;
+struct IndexArguments {
+  IndexKind kind;  // where a grid would be crowded, a kd-tree is built instead
   Array points, row_splits;
-  double cell;  // of a grid: the largest radius it can be searched with. Points too far apart for cells get a tree
+  double cell;  // grid only: cell width, and so the largest radius that can be searched
   int threads;
 };
 
-// Which point near a query is not a neighbour: none, those of equal coordinates, the one of equal index.
+// Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
 enum class Ignore : int { none, equal, index };
 struct Search {
   const void* index;
-  Array queries, queries_row_splits;  // no queries: the points themselves; or several sets of all items
-  Array radii;                        // one for each query, or none
-  double radius;                      // for all queries
-  int64_t most;                       // neighbours of a query, the nearest; < 0: no limit
+  // Null queries: the points search among themselves. Several sets of queries, each with all batch items, may follow
+  // one another.
+  Array queries, queries_row_splits;
+  Array radii;  // (M,), one for each query; null: `radius` for all queries
+  double radius;
+  int64_t max_neighbors;  // keep only the nearest; negative: no limit
   Sort sort;
   Metric metric;
   Ignore ignore;
@@ -101,60 +107,63 @@ struct Search {
 struct GridSubsample {
   Array points, features, labels, row_splits;
   Array voxel_size;  // (D,), dtype of the points
-  Array origin;      // the same, or (B, D); not given: where the published code puts it
+  Array origin;      // (D,) or (B, D), dtype of the points; null: published_origin() of every batch item
   VoxelPoint position;
   VoxelFeature feature;
   OptionalInt ignore_label;
   int threads;
 };
 
+// The outputs of grid subsampling.
 struct Subsampled {
   Array points, features, labels, inverse, counts;
-  Array nearest;  // to the voxel's centre; given if the position or the feature asks for it
+  Array nearest;  // (V,) the point nearest to each voxel's center; null unless position or feature needs it
 };
 
-// ---- the fields of each call, F(type, name); gradients are fields of the call whose gradients they are
+// ---- argument structs as lists of F(type, name). An operator and its backward pass share one struct.
 
 #define KP_FIELDS_Transpose(F)    \
   F(Array, index)                 \
   F(Array, row_splits)            \
-  F(Optional, distance)           \
+  F(OptionalArray, distance)      \
   F(Array, transposed_index)      \
   F(Array, transposed_row_splits) \
-  F(Optional, transposed_distance)
+  F(OptionalArray, transposed_distance)
 
-// A list from outside, int32 or int64. The bounds are always copied, the index where there is a place for it.
-#define KP_FIELDS_CheckList(F) \
-  F(Array, index)              \
-  F(Array, row_splits)         \
-  F(int64_t, num_points)       \
-  F(Optional, checked_index)   \
+// Checks a neighbor list of the caller's, int32 or int64. row_splits are always copied; index is, unless checked_index
+// is null.
+#define KP_FIELDS_CheckList(F)    \
+  F(Array, index)                 \
+  F(Array, row_splits)            \
+  F(int64_t, num_points)          \
+  F(OptionalArray, checked_index) \
   F(Array, checked_row_splits)
 
 #define KP_FIELDS_LongestRow(F) \
   F(Array, row_splits)          \
   F(Array, longest)
 
-// A list as a matrix (M, width) of int32 or int64; `fill` where a row has no more neighbours.
+// Writes a neighbor list as a matrix (M, width) of int32 or int64; `fill` stands where a row has no more neighbors.
 #define KP_FIELDS_PadList(F) \
   F(Array, index)            \
   F(Array, row_splits)       \
   F(int64_t, fill)           \
   F(Array, padded)
 
-// A matrix as a list: count_padded writes row_splits, unpad the index. -1 and num_points are no neighbours.
+// Converts a padded matrix to a neighbor list: count_padded writes row_splits, unpad writes index. Entries of -1 and
+// num_points are padding.
 #define KP_FIELDS_Unpad(F) \
   F(Array, padded)         \
   F(int64_t, num_points)   \
   F(Array, row_splits)     \
-  F(Optional, index)
+  F(OptionalArray, index)
 
-// `nearest` only where that is the feature.
+// `nearest` is set only if `feature` is VoxelFeature::nearest.
 #define KP_FIELDS_GridSubsampleGrad(F) \
   F(Array, features)                   \
   F(Array, inverse)                    \
   F(Array, counts)                     \
-  F(Optional, nearest)                 \
+  F(OptionalArray, nearest)            \
   F(VoxelFeature, feature)             \
   F(Array, grad_out)                   \
   F(Array, grad_features)
@@ -167,45 +176,45 @@ struct Subsampled {
   F(Sampling, method)               \
   F(Array, index)
 
-// weights: one of each pair. forward_row_splits: of a mean's backward pass, a sum over the transposed list in which row
-// j is scaled by 1 / the length of forward list j. Rows shorter than `width` also see pad_value, in a maximum or
-// minimum, which also gives the chosen rows, -1 for none.
-#define KP_FIELDS_NeighborReduce(F) \
-  F(Array, features)                \
-  F(Array, index)                   \
-  F(Array, row_splits)              \
-  F(Optional, weights)              \
-  F(Optional, forward_row_splits)   \
-  F(Reduction, reduction)           \
-  F(double, empty)                  \
-  F(double, pad_value)              \
-  F(int64_t, width)                 \
-  F(Optional, out)                  \
-  F(Optional, choice)               \
-  F(Optional, grad_out)             \
-  F(Optional, grad_weights)
+// weights: (E,), one for each pair. forward_row_splits: set in the backward pass of a mean, which is a sum over the
+// transposed list with row j scaled by 1 / length of forward list j; null otherwise. For max and min: lists shorter
+// than `width` are padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
+#define KP_FIELDS_NeighborReduce(F)    \
+  F(Array, features)                   \
+  F(Array, index)                      \
+  F(Array, row_splits)                 \
+  F(OptionalArray, weights)            \
+  F(OptionalArray, forward_row_splits) \
+  F(Reduction, reduction)              \
+  F(double, empty)                     \
+  F(double, pad_value)                 \
+  F(int64_t, width)                    \
+  F(OptionalArray, out)                \
+  F(OptionalArray, choice)             \
+  F(OptionalArray, grad_out)           \
+  F(OptionalArray, grad_weights)
 
 #define KP_FIELDS_SegmentReduce(F) \
-  F(Optional, features)            \
+  F(OptionalArray, features)       \
   F(Array, row_splits)             \
   F(Reduction, reduction)          \
   F(double, empty)                 \
-  F(Optional, out)                 \
-  F(Optional, choice)              \
-  F(Optional, grad_out)            \
-  F(Optional, grad_features)
+  F(OptionalArray, out)            \
+  F(OptionalArray, choice)         \
+  F(OptionalArray, grad_out)       \
+  F(OptionalArray, grad_features)
 
-// Every value of the gradient to the row that was chosen for it.
+// Backward of max and min: adds every value of grad_out to the row that `choice` names for it.
 #define KP_FIELDS_Unpool(F) \
   F(Array, choice)          \
   F(Array, grad_out)        \
   F(Array, grad_features)
 
-// The rows of an index or, with row_splits, of the first entry of each range of it; zeros for an empty range.
+// out[q] = features[index[q]]; with row_splits the features of the first neighbor of q, or zeros for an empty list.
 #define KP_FIELDS_GatherRows(F) \
   F(Array, features)            \
   F(Array, index)               \
-  F(Optional, row_splits)       \
+  F(OptionalArray, row_splits)  \
   F(Array, out)
 
 #define KP_FIELDS_InverseDistanceWeights(F) \
@@ -214,111 +223,111 @@ struct Subsampled {
   F(double, power)                          \
   F(Array, weights)
 
-// The first `fixed` points are held: 0, 1 (centre) or 3 (centre and two on the last axis). radii: (num,) of the points'
-// shells; without, points are free.
+// The first `fixed` kernel points are constrained: 0, 1 (one stays at the center) or 3 (and two stay on the last axis).
+// radii: (num,), each point stays on a sphere of that radius; null: points move freely.
 #define KP_FIELDS_KernelPoints(F) \
   F(int, num)                     \
   F(int, dimension)               \
   F(int, fixed)                   \
-  F(Optional, radii)              \
+  F(OptionalArray, radii)         \
   F(uint64_t, seed)               \
   F(Array, out)
 
-// offsets (M, K, D); modulations (M, K), or (M, K, factors) where depthwise; depthwise: weights (K, C). The transposed
-// list is for grad_features alone.
-#define KP_FIELDS_KPConv(F)          \
-  F(Array, points)                   \
-  F(Array, queries)                  \
-  F(Array, index)                    \
-  F(Array, row_splits)               \
-  F(Array, features)                 \
-  F(Array, weights)                  \
-  F(Array, kernel_points)            \
-  F(Optional, offsets)               \
-  F(Optional, modulations)           \
-  F(double, extent)                  \
-  F(Influence, influence)            \
-  F(Aggregation, aggregation)        \
-  F(Normalization, normalization)    \
-  F(int, groups)                     \
-  F(int, factors)                    \
-  F(bool, depthwise)                 \
-  F(Optional, out)                   \
-  F(Optional, grad_out)              \
-  F(Optional, transposed_index)      \
-  F(Optional, transposed_row_splits) \
-  F(Optional, grad_features)         \
-  F(Optional, grad_weights)          \
-  F(Optional, grad_points)           \
-  F(Optional, grad_queries)          \
-  F(Optional, grad_kernel_points)    \
-  F(Optional, grad_offsets)          \
-  F(Optional, grad_modulations)
+// weights (K, Cin / groups, Cout), or (K, C) if depthwise; offsets (M, K, D); modulations (M, K), or (M, K, factors)
+// if depthwise. The transposed list is used by grad_features only.
+#define KP_FIELDS_KPConv(F)               \
+  F(Array, points)                        \
+  F(Array, queries)                       \
+  F(Array, index)                         \
+  F(Array, row_splits)                    \
+  F(Array, features)                      \
+  F(Array, weights)                       \
+  F(Array, kernel_points)                 \
+  F(OptionalArray, offsets)               \
+  F(OptionalArray, modulations)           \
+  F(double, extent)                       \
+  F(Influence, influence)                 \
+  F(Aggregation, aggregation)             \
+  F(Normalization, normalization)         \
+  F(int, groups)                          \
+  F(int, factors)                         \
+  F(bool, depthwise)                      \
+  F(OptionalArray, out)                   \
+  F(OptionalArray, grad_out)              \
+  F(OptionalArray, transposed_index)      \
+  F(OptionalArray, transposed_row_splits) \
+  F(OptionalArray, grad_features)         \
+  F(OptionalArray, grad_weights)          \
+  F(OptionalArray, grad_points)           \
+  F(OptionalArray, grad_queries)          \
+  F(OptionalArray, grad_kernel_points)    \
+  F(OptionalArray, grad_offsets)          \
+  F(OptionalArray, grad_modulations)
 
-// The list and `nearest` (M, K), the neighbours that attain the minima, -1 where there are none, are of the fitting
-// loss alone, repulse_extent of the repulsion loss. `weight` is that of one term of the sum. The gradient of the
-// repulsion loss holds the other kernel points fixed: times two it is the derivative.
+// Both losses share this struct. The fitting loss uses points, queries, the neighbor list and `nearest` (M, K), the
+// neighbor nearest to each kernel point, -1 without neighbors; the repulsion loss uses repulse_extent. `weight` scales
+// every term. repulsion_loss_grad keeps the other kernel points fixed: twice its result is the full derivative.
 #define KP_FIELDS_Deformation(F) \
-  F(Optional, points)            \
-  F(Optional, queries)           \
-  F(Optional, index)             \
-  F(Optional, row_splits)        \
+  F(OptionalArray, points)       \
+  F(OptionalArray, queries)      \
+  F(OptionalArray, index)        \
+  F(OptionalArray, row_splits)   \
   F(Array, kernel_points)        \
   F(Array, offsets)              \
   F(double, extent)              \
   F(double, repulse_extent)      \
   F(double, weight)              \
-  F(Optional, loss)              \
-  F(Optional, nearest)           \
-  F(Optional, grad_out)          \
-  F(Optional, grad_offsets)      \
-  F(Optional, grad_kernel_points)
+  F(OptionalArray, loss)         \
+  F(OptionalArray, nearest)      \
+  F(OptionalArray, grad_out)     \
+  F(OptionalArray, grad_offsets) \
+  F(OptionalArray, grad_kernel_points)
 
-#define KP_FIELDS_Linear(F)  \
-  F(Optional, features)      \
-  F(Optional, weights)       \
-  F(Optional, bias)          \
-  F(Optional, out)           \
-  F(Optional, grad_out)      \
-  F(Optional, grad_features) \
-  F(Optional, grad_weights)
+#define KP_FIELDS_Linear(F)       \
+  F(OptionalArray, features)      \
+  F(OptionalArray, weights)       \
+  F(OptionalArray, bias)          \
+  F(OptionalArray, out)           \
+  F(OptionalArray, grad_out)      \
+  F(OptionalArray, grad_features) \
+  F(OptionalArray, grad_weights)
 
 #define KP_FIELDS_SumRows(F) \
   F(Array, rows)             \
   F(Array, sums)
 
-// mean, variance: (B, groups) float64, of all values of an item and group; 0 of none.
+// mean, variance: (B, groups) float64, over all values of a batch item and group; 0 for an empty item.
 #define KP_FIELDS_Moments(F) \
   F(Array, features)         \
   F(Array, row_splits)       \
   F(Array, mean)             \
   F(Array, variance)
 
-// Normalisation of every group of channels over the rows of every batch item, and a leaky ReLU after it (slope 1:
-// none). scale, shift: (C,). mean, inverse_std: (B, groups) float64; statistics_fixed: they do not depend on the
-// features.
-#define KP_FIELDS_Normalize(F) \
-  F(Array, features)           \
-  F(Array, row_splits)         \
-  F(Array, scale)              \
-  F(Array, shift)              \
-  F(Array, mean)               \
-  F(Array, inverse_std)        \
-  F(bool, statistics_fixed)    \
-  F(double, negative_slope)    \
-  F(Optional, out)             \
-  F(Optional, grad_out)        \
-  F(Optional, grad_features)   \
-  F(Optional, grad_scale)      \
-  F(Optional, grad_shift)
+// Normalizes every group of channels over the rows of each batch item, then applies a leaky ReLU (slope 1: none).
+// scale, shift: (C,). mean, inverse_std: (B, groups) float64. statistics_fixed: mean and inverse_std are constants in
+// the backward pass, not functions of the features.
+#define KP_FIELDS_Normalize(F)    \
+  F(Array, features)              \
+  F(Array, row_splits)            \
+  F(Array, scale)                 \
+  F(Array, shift)                 \
+  F(Array, mean)                  \
+  F(Array, inverse_std)           \
+  F(bool, statistics_fixed)       \
+  F(double, negative_slope)       \
+  F(OptionalArray, out)           \
+  F(OptionalArray, grad_out)      \
+  F(OptionalArray, grad_features) \
+  F(OptionalArray, grad_scale)    \
+  F(OptionalArray, grad_shift)
 
 #define KP_FIELDS_Activate(F) \
   F(Array, features)          \
   F(Activation, activation)   \
   F(double, negative_slope)   \
-  F(Optional, out)            \
-  F(Optional, grad_out)       \
-  F(Optional, grad_features)
+  F(OptionalArray, out)       \
+  F(OptionalArray, grad_out)  \
+  F(OptionalArray, grad_features)
 
 #define KP_FIELDS_Add(F) \
   F(Array, first)        \
@@ -337,6 +346,8 @@ struct Subsampled {
   F(double, momentum)    \
   F(double, weight_decay)
 
+// mean and square are the running means of the gradient and its square, first and second their decay rates (beta 1 and
+// beta 2). keep = 1 - lr * weight_decay; rate and inverse_root include the bias corrections.
 #define KP_FIELDS_AdamW(F) \
   F(Array, value)          \
   F(Array, grad)           \
@@ -357,26 +368,27 @@ struct Subsampled {
 
 #define KP_FIELDS_Softmax(F) \
   F(Array, features)         \
-  F(Optional, out)           \
-  F(Optional, grad_out)      \
-  F(Optional, grad_features)
+  F(OptionalArray, out)      \
+  F(OptionalArray, grad_out) \
+  F(OptionalArray, grad_features)
 
 #define KP_FIELDS_CrossEntropy(F)     \
   F(Array, logits)                    \
   F(Array, labels)                    \
   F(OptionalInt, ignore_index)        \
-  F(Optional, class_weights)          \
+  F(OptionalArray, class_weights)     \
   F(CrossEntropyReduction, reduction) \
-  F(Optional, out)                    \
-  F(Optional, grad_out)               \
-  F(Optional, grad_logits)
+  F(OptionalArray, out)               \
+  F(OptionalArray, grad_out)          \
+  F(OptionalArray, grad_logits)
 
-// Arrays side by side, joined to one or cut from it; of a part that is not wanted only the shape is told.
+// Joins up to four arrays side by side into `out`, or splits `out` into them. A part with a null `data` is skipped; its
+// shape says how many columns.
 #define KP_FIELDS_Concatenate(F) \
-  F(Optional, first)             \
-  F(Optional, second)            \
-  F(Optional, third)             \
-  F(Optional, fourth)            \
+  F(OptionalArray, first)        \
+  F(OptionalArray, second)       \
+  F(OptionalArray, third)        \
+  F(OptionalArray, fourth)       \
   F(Array, out)
 
 #define KP_KERNELS(X)                                 \
@@ -465,30 +477,30 @@ KP_STRUCTS(KP_STRUCT)
 #undef KP_STRUCT
 #undef KP_MEMBER
 
-// Kernels of two phases, whose results have sizes that only the first one knows, with functions of their own in the
-// extension module: a search and a subsampling first count, so that the caller allocates exactly, then fill. `plan`
-// carries what the first phase knows; the caller frees it.
-#define KP_PHASES(X)                                                                        \
-  X(Status, build_index, (const IndexPoints&, void** index))                                \
-  X(double, crowding, (const void* index))                                                  \
-  X(void, free_index, (void* index))                                                        \
-  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))         \
-  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))               \
-  X(void, radius_search_free, (void* plan))                                                 \
-  /* The nearest within the radius: rows of `most`, of which `counts` are used. */          \
-  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))   \
-  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan)) \
-  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                           \
-  X(void, grid_subsample_free, (void* plan))                                                \
+// Functions with a signature of their own, which the extension module calls one by one. The output size of a radius
+// search and of a grid subsampling is known only after counting: *_count counts, the caller allocates, *_fill fills.
+// `plan` carries the state between the two; the caller frees it.
+#define KP_FUNCTIONS(X)                                                                           \
+  X(Status, build_index, (const IndexArguments&, void** index))                                   \
+  X(double, crowding, (const void* index))                                                        \
+  X(void, free_index, (void* index))                                                              \
+  X(Status, radius_search_count, (const Search&, int64_t* row_splits, void** plan))               \
+  X(Status, radius_search_fill, (void* plan, int32_t* index, void* distance))                     \
+  X(void, radius_search_free, (void* plan))                                                       \
+  /* The nearest within the radius: rows of max_neighbors entries, of which `counts` are used. */ \
+  X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))         \
+  X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))       \
+  X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                 \
+  X(void, grid_subsample_free, (void* plan))                                                      \
   X(double, fma_rate, (DType))
 
-// What one instruction set provides. Its functions have these names in the namespace KP_ISA of its archive; `kernels`
-// are in the order of KP_KERNELS.
+// The function table of one instruction set. The functions have these names in namespace KP_ISA of that instruction
+// set's archive; `kernels` are in the order of KP_KERNELS.
 struct Functions {
   const char* isa;
   Status (*const* kernels)(const void* fields);
 #define KP_POINTER(result, name, arguments) result(*name) arguments;
-  KP_PHASES(KP_POINTER)
+  KP_FUNCTIONS(KP_POINTER)
 #undef KP_POINTER
 };
 
@@ -498,14 +510,14 @@ namespace KP_ISA {
 KP_KERNELS(KP_DECLARE)
 #undef KP_DECLARE
 #define KP_DECLARE(result, name, arguments) result name arguments;
-KP_PHASES(KP_DECLARE)
+KP_FUNCTIONS(KP_DECLARE)
 #undef KP_DECLARE
 }  // namespace KP_ISA
 #endif
 
 const Functions& functions();
-bool set_isa(const char* name);  // false: not one of isas()
-const char* const* isas();       // the usable ones, best last, null-terminated
+bool set_isa(const char* name);  // false if `name` is not one of isas()
+const char* const* isas();       // the instruction sets that this machine runs, best last, null-terminated
 bool has_openmp();
 const char* openmp_library();
 bool pause_threads();

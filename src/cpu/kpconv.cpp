@@ -1,13 +1,13 @@
-// KPConv and the gradient of its features, by tiles.
+// KPConv and the gradient of its features.
 //
-//   out[q] = sum over k of m[q, k] (sum over neighbours i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
-//   (Thomas et al. 2019; m and o where the kernel is modulated and deformed)
+//   out[q] = sum over k of m[q, k] (sum over neighbors i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
+//   (Thomas et al. 2019; with modulations m and offsets o if the kernel is deformable)
 //
-// A tile (src/tile.h) is some hundred queries: for every kernel point the rows of A_k, features summed with their
-// influences, and the queries they are of. Then the tile's output is the sum over k of A_k W_k, added to the rows'
-// queries by a micro-kernel over packed weights. Nothing larger than a tile ever exists.
+// Queries are processed in tiles of some hundred (tile.h). A tile first sums features by kernel point into the rows of
+// A_k. Its output is the sum over k of A_k W_k: a micro-kernel multiplies the rows of A_k by the packed weights
+// (gemm.h) and adds the products to the rows' queries. No array larger than a tile is allocated.
 //
-// The gradient of the features is the same operator on the transposed neighbours with mirrored kernel points and
+// The gradient of the features is the same operator on the transposed neighbor list, with negated kernel points and
 // transposed weights.
 
 #include "kpconv_call.h"
@@ -16,9 +16,10 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-// o (tile rows + 1, padded columns) = the tile's A times the packed weights; the last row is for sums that are dropped.
+// o (tile rows + 1, padded columns) = sum over k of A_k W_k, at the rows' queries. The last row of o receives the
+// micro-kernel's excess rows.
 template <class F>
-void multiply(const Rows<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
+void multiply(const TileSums<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
   const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.rows / num_kernels;
   const int64_t channels = weights.groups * height;
   memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
@@ -40,9 +41,9 @@ void multiply(const Rows<F>& tile, int64_t tile_rows, const Panels<F>& weights, 
   }
 }
 
-// The same where every channel is its own group: o[q] += A_k[q] * W_k, and * the factors of (q, k).
+// The same for a depthwise kernel: o[q] = sum over k of A_k[q] * W_k, times the modulations of (q, k) if given.
 template <class F>
-void scale_rows(const Rows<F>& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {
+void scale_rows(const TileSums<F>& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {
   const int64_t channels = weights.c_in, width = channels / weights.factors;
   memset(o, 0, size_t(rows * channels) * sizeof(F));
   for (int64_t k = 0; k < weights.num_kernels; ++k) {
@@ -62,36 +63,37 @@ void scale_rows(const Rows<F>& tile, int64_t rows, const Weights<F>& weights, co
   }
 }
 
+// One thread's tile and its output.
 template <class G, class F>
-struct Convolution {
+struct ConvolutionState {
   Tile<G, F> tile;
   Buffer<F> o;
 };
 
 template <class G, class F>
-Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out, int threads) {
+Status convolve(const KPConvPass<G, F>& pass, const Weights<F>& weights, F* out, int threads) {
   const bool dense = !weights.depthwise;
   Panels<F> panels;
   if (dense && !panels.pack(weights.data, weights.num_kernels, weights.c_in, weights.c_out, weights.groups,
-                            problem.backward, threads))
+                            pass.backward, threads))
     return Status::out_of_memory;
-  const int64_t columns = problem.backward ? weights.c_in : weights.c_out, group_columns = columns / weights.groups;
+  const int64_t columns = pass.backward ? weights.c_in : weights.c_out, group_columns = columns / weights.groups;
   const int64_t o_row = dense ? weights.groups * panels.padded_columns() : columns;
-  const int64_t tile_rows = rows_of_tile<F>(problem.num_kernels * problem.channels, o_row);
-  const auto reserve = [&](Convolution<G, F>& own) {
-    return own.tile.reserve(problem, tile_rows) && own.o.resize((tile_rows + 1) * o_row);
+  const int64_t tile_rows = rows_of_tile<F>(pass.num_kernels * pass.channels, o_row);
+  const auto reserve = [&](ConvolutionState<G, F>& state) {
+    return state.tile.reserve(pass, tile_rows) && state.o.resize((tile_rows + 1) * o_row);
   };
-  return over_tiles<Convolution<G, F>>(
-      problem.num_queries, tile_rows, threads_of_pass(problem, weights, threads), reserve,
-      [&](Convolution<G, F>& own, int64_t, int64_t first, int64_t rows) {
-        const F* const o = own.o.data();
-        own.tile.fill(problem, first, rows);
+  return for_each_tile<ConvolutionState<G, F>>(
+      pass.num_queries, tile_rows, threads_of_pass(pass, weights, threads), reserve,
+      [&](ConvolutionState<G, F>& state, int64_t, int64_t first, int64_t rows) {
+        const F* const o = state.o.data();
+        state.tile.fill(pass, first, rows);
         if (!dense) {
-          scale_rows(own.tile.rows(), rows, weights, modulations_at(problem, weights, first), own.o.data());
+          scale_rows(state.tile.rows(), rows, weights, modulations_at(pass, weights, first), state.o.data());
           memcpy(out + first * columns, o, size_t(rows * columns) * sizeof(F));
           return;
         }
-        multiply(own.tile.rows(), tile_rows, panels, problem.num_kernels, own.o.data());
+        multiply(state.tile.rows(), tile_rows, panels, pass.num_kernels, state.o.data());
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t g = 0; g < weights.groups; ++g)
             memcpy(out + (first + r) * columns + g * group_columns, o + r * o_row + g * panels.padded_columns(),
@@ -99,7 +101,7 @@ Status convolve(const Problem<G, F>& problem, const Weights<F>& weights, F* out,
       });
 }
 
-// Every query's own kernel points, by axis and padded with NaN to whole vectors.
+// The deformed kernel points of every query, (M, D, K padded with NaN to whole vectors).
 template <class G>
 bool deform(const KPConv& args, Buffer<G>& to) {
   const int64_t K = args.kernel_points.rows, D = args.kernel_points.cols, padded = round_up(K, lanes<G>);
@@ -117,32 +119,32 @@ bool deform(const KPConv& args, Buffer<G>& to) {
 }  // namespace
 
 Status kpconv(const KPConv& args) {
-  return with_problem(args, [&](const auto& problem, const auto& weights) {
+  return with_forward_pass(args, [&](const auto& pass, const auto& weights) {
     using F = std::decay_t<decltype(*weights.data)>;
-    using G = std::decay_t<decltype(*problem.points)>;
-    return convolve<G, F>(problem, weights, into<F>(args.out), args.threads);
+    using G = std::decay_t<decltype(*pass.points)>;
+    return convolve<G, F>(pass, weights, into<F>(args.out), args.threads);
   });
 }
 
 Status kpconv_grad_features(const KPConv& args) {
-  return with_problem(args, [&](auto problem, const auto& weights) {
+  return with_forward_pass(args, [&](auto pass, const auto& weights) {
     using F = std::decay_t<decltype(*weights.data)>;
-    using G = std::decay_t<decltype(*problem.points)>;
-    Buffer<G> mirrored, deformed;
-    if (!by_axis(args.kernel_points, G(-1), mirrored)) return Status::out_of_memory;
-    if (problem.offsets && !deform(args, deformed)) return Status::out_of_memory;
-    exchange(problem.points, problem.queries);
-    exchange(problem.query_scale, problem.point_scale);
-    problem.kernel_points = mirrored.data();
-    problem.deformed = problem.offsets ? deformed.data() : nullptr;
-    problem.offsets = nullptr;
-    problem.backward = true;
-    problem.index = as<int32_t>(args.transposed_index);
-    problem.row_splits = as<int64_t>(args.transposed_row_splits);
-    problem.num_queries = args.points.rows;
-    problem.features = as<F>(args.grad_out);
-    problem.channels = args.grad_out.cols;
-    return convolve<G, F>(problem, weights, into<F>(args.grad_features), args.threads);
+    using G = std::decay_t<decltype(*pass.points)>;
+    Buffer<G> negated, deformed;
+    if (!by_axis(args.kernel_points, G(-1), negated)) return Status::out_of_memory;
+    if (pass.offsets && !deform(args, deformed)) return Status::out_of_memory;
+    exchange(pass.points, pass.queries);
+    exchange(pass.query_scale, pass.point_scale);
+    pass.kernel_points = negated.data();
+    pass.deformed = pass.offsets ? deformed.data() : nullptr;
+    pass.offsets = nullptr;
+    pass.backward = true;
+    pass.index = as<int32_t>(args.transposed_index);
+    pass.row_splits = as<int64_t>(args.transposed_row_splits);
+    pass.num_queries = args.points.rows;
+    pass.features = as<F>(args.grad_out);
+    pass.channels = args.grad_out.cols;
+    return convolve<G, F>(pass, weights, into<F>(args.grad_features), args.threads);
   });
 }
 

@@ -1,4 +1,5 @@
-// What a call of KPConv gives its kernels, and how its queries are cut into tiles.
+// Shared by the kernels of KPConv: converts the arguments of a call to typed structs, and divides queries into tiles
+// that threads work on.
 #pragma once
 
 #include <math.h>
@@ -9,20 +10,21 @@
 namespace kp {
 namespace {
 
-constexpr int64_t most_rows = 120;        // queries in a tile
-constexpr int64_t cache_bytes = 1 << 19;  // what a tile of more than 60 queries may take: half a second-level cache
-constexpr int64_t tile_bytes = 7 << 19;   // what any tile may take: 3.5 MiB
+constexpr int64_t max_tile_rows = 120;    // queries in a tile
+constexpr int64_t cache_bytes = 1 << 19;  // limit of a tile of more than 60 queries: half a second-level cache
+constexpr int64_t tile_bytes = 7 << 19;   // limit of any tile: 3.5 MiB
 
-// Queries in a tile: what fits.
+// The most queries per tile within these limits, for rows of A and of the output with so many columns.
 template <class F>
 int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
   const int64_t row = int64_t(sizeof(F)) * (a_row + o_row);
-  const int64_t fit = larger(smaller<int64_t>(60, tile_bytes / row), smaller<int64_t>(most_rows, cache_bytes / row));
+  const int64_t fit =
+      larger(smaller<int64_t>(60, tile_bytes / row), smaller<int64_t>(max_tile_rows, cache_bytes / row));
   return larger<int64_t>(row_step, fit / row_step * row_step);
 }
 
-// Queries dealt evenly to as few tiles as hold them, by whole steps of the micro-kernel: of 309 in tiles of 60, the
-// last of which had 9, two threads were busy for 6 / 7 of the time.
+// Divides queries evenly into the fewest tiles that hold them, in multiples of row_step. Filling tiles one after
+// another instead cut 309 queries into five tiles of 60 and one of 9, and two threads were busy for 6 / 7 of the time.
 struct Tiles {
   int64_t num_queries, steps, count;
   Tiles(int64_t queries, int64_t tile_rows)
@@ -32,55 +34,55 @@ struct Tiles {
   int64_t begin(int64_t t) const { return count ? smaller(num_queries, steps * t / count * row_step) : 0; }
 };
 
-// The weights: (K, Cin / groups, Cout), or (K, C) where every channel is its own group.
+// The weights: (K, Cin / groups, Cout), or (K, C) if depthwise.
 template <class F>
 struct Weights {
   const F* data;
   int num_kernels, groups;
   int64_t c_in, c_out;
   bool depthwise;
-  const F* modulations;  // (M, K, factors), where a kernel point has more than one factor
+  const F* modulations;  // (M, K, factors) if factors > 1, else null: a single factor is part of the pairs' weights
   int factors;
 
   const F* row(int64_t k) const { return data + k * c_out; }
 };
 
-// Modulations from the tile's first query on, where they act on its sums.
+// The modulations from query `first` on if they scale the tile's sums, else null.
 template <class G, class F>
-const F* modulations_at(const Problem<G, F>& problem, const Weights<F>& weights, int64_t first) {
-  if (!weights.modulations || problem.backward) return nullptr;
+const F* modulations_at(const KPConvPass<G, F>& pass, const Weights<F>& weights, int64_t first) {
+  if (!weights.modulations || pass.backward) return nullptr;
   return weights.modulations + first * weights.num_kernels * weights.factors;
 }
 
-// Threads worth starting for a pass over all pairs: to place one costs as much as some 256 products.
+// Threads worth starting for a pass: finding a pair costs as much as some 256 multiply-adds.
 template <class G, class F>
-int threads_of_pass(const Problem<G, F>& problem, const Weights<F>& weights, int threads) {
+int threads_of_pass(const KPConvPass<G, F>& pass, const Weights<F>& weights, int threads) {
   const int64_t products = weights.depthwise ? weights.c_out : weights.c_in * weights.c_out / weights.groups;
-  return useful_threads(threads, problem.row_splits[problem.num_queries] * (256 + products), 1 << 19);
+  return useful_threads(threads, pass.row_splits[pass.num_queries] * (256 + products), 1 << 19);
 }
 
-// Calls work(state, tile, its first query, their number) for all tiles, in their order on as many threads as could
-// reserve a state.
+// Calls work(state, tile, first query, number of queries) for all tiles. Threads take tiles in ascending order; a
+// thread that cannot reserve its state takes none, and the call fails only if no thread can.
 template <class State, class Reserve, class Work>
-Status over_tiles(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
+Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
   const Tiles tiles(num_queries, tile_rows);
   threads = int(smaller<int64_t>(threads, larger<int64_t>(1, tiles.count)));
   int64_t next = 0;
-  bool some = false;
-#pragma omp parallel num_threads(threads) reduction(|| : some)
+  bool reserved = false;
+#pragma omp parallel num_threads(threads) reduction(|| : reserved)
   {
     State state;
-    some = reserve(state);
-    while (some) {
+    reserved = reserve(state);
+    while (reserved) {
       const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (t >= tiles.count) break;
       work(state, t, tiles.begin(t), tiles.begin(t + 1) - tiles.begin(t));
     }
   }
-  return some ? Status::ok : Status::out_of_memory;
+  return reserved ? Status::ok : Status::out_of_memory;
 }
 
-// Whether a feature row sums to more than zero, in float64 and eight interleaved sums: alike on every machine.
+// Whether a feature row sums to more than zero. Summed in float64 in eight interleaved sums: the same on every machine.
 template <class F>
 bool sums_positive(const F* row, int64_t channels) {
   double sums[8] = {};
@@ -88,7 +90,8 @@ bool sums_positive(const F* row, int64_t channels) {
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])) > 0;
 }
 
-// 1 / max(1, neighbours that count) of every query; none: an empty buffer.
+// scale[q] = 1 / max(1, number of neighbors of q), for Normalization::positive only those whose features sum to more
+// than zero. Without a normalization `scale` stays empty.
 template <class F>
 Status normalize(const KPConv& args, Buffer<F>& scale) {
   if (args.normalization == Normalization::none) return Status::ok;
@@ -117,7 +120,7 @@ Status normalize(const KPConv& args, Buffer<F>& scale) {
   return Status::ok;
 }
 
-// Kernel points as (D, K), mirrored for the way back.
+// Kernel points as (D, K), times `sign`: -1 in the transposed pass.
 template <class G>
 bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   const int64_t K = kernel_points.rows, D = kernel_points.cols;
@@ -127,7 +130,7 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   return true;
 }
 
-// Calls f(geometry type, feature type).
+// Calls call(G(), F()) with the types of geometry and features.
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
   return with_real(args.points.dtype,
@@ -147,7 +150,7 @@ Weights<F> weights_of(const KPConv& args) {
 }
 
 template <class G, class F>
-Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
+KPConvPass<G, F> forward_pass(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
   return {{as<G>(args.points), as<G>(args.queries), int(args.points.cols), as<int32_t>(args.index),
            as<int64_t>(args.row_splits), args.queries.rows, kernel_points.data(), int(args.kernel_points.rows),
            G(args.extent), args.influence, args.aggregation, as<G>(args.offsets), nullptr},
@@ -160,9 +163,9 @@ Problem<G, F> forward_problem(const KPConv& args, const Buffer<G>& kernel_points
           false};
 }
 
-// Calls f(the problem of the way there, weights).
+// Calls call(forward pass, weights).
 template <class Call>
-Status with_problem(const KPConv& args, Call call) {
+Status with_forward_pass(const KPConv& args, Call call) {
   return with_types(args, [&](auto g, auto f) {
     using G = decltype(g);
     using F = decltype(f);
@@ -170,7 +173,7 @@ Status with_problem(const KPConv& args, Call call) {
     Buffer<F> scale;
     if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
     if (Status status = normalize(args, scale); status != Status::ok) return status;
-    return call(forward_problem(args, kernel_points, scale), weights_of<F>(args));
+    return call(forward_pass(args, kernel_points, scale), weights_of<F>(args));
   });
 }
 

@@ -1,7 +1,9 @@
-// Layers on rows of features, forward and backward: products, normalisation, activations, dropout, cross entropy.
+// Layers on rows of features, forward and backward: linear, normalization, activations, dropout, softmax, cross
+// entropy; steps of optimizers.
 //
-// All but the products are bound by memory, and go over it as seldom as the formulas allow. Sums over rows are float64
-// and taken in blocks of rows that do not depend on the number of threads, so neither does any result.
+// All but the matrix products are bound by memory bandwidth and read their arrays as few times as the formulas allow.
+// Sums over rows are float64, taken in blocks whose size does not depend on the number of threads and added in order,
+// so no result depends on the number of threads.
 
 #include "formulas/layers.h"
 
@@ -16,7 +18,8 @@ namespace {
 
 constexpr int64_t grain = 1 << 16;  // values that keep a thread busy for some 20 us
 
-// out[i] = call(i, at) for i < n, a vector at a time; at(p) loads the values at p that belong to it.
+// out[i] = call(i, at) for i < n, a vector at a time. at(p) loads the vector at p; of the last one only what belongs to
+// the n values.
 template <class T, class Call>
 KP_INLINE void map(int64_t n, T* out, Call call) {
   int64_t i = 0;
@@ -25,7 +28,7 @@ KP_INLINE void map(int64_t n, T* out, Call call) {
     store_first(out + i, rest, call(i, [rest](const T* p) { return load_first(p, rest); }));
 }
 
-// The same by several threads.
+// The same with several threads.
 template <class T, class Call>
 void map_shared(int64_t n, int threads, T* out, Call call) {
 #pragma omp parallel num_threads(useful_threads(threads, n, grain))
@@ -36,7 +39,7 @@ void map_shared(int64_t n, int threads, T* out, Call call) {
   }
 }
 
-// exp(x) for x <= 0; NaN stays.
+// exp(x) for x <= 0; NaN for NaN.
 template <class T>
 KP_INLINE Vec<T> exponential(Vec<T> x) {
   return x == x ? exp_of<T>(x) : x;
@@ -44,11 +47,11 @@ KP_INLINE Vec<T> exponential(Vec<T> x) {
 
 // ---- sums of columns
 
-// Runs of rows within a batch item, of a length that depends on the number of columns alone.
-class Blocks {
+// Splits the rows of every batch item into blocks, of a length that depends only on the number of columns.
+class RowBlocks {
  public:
-  bool cut(const int64_t* row_splits, int64_t items, int64_t columns) {
-    if (!columns) return true;  // no blocks, however many rows
+  bool split(const int64_t* row_splits, int64_t items, int64_t columns) {
+    if (!columns) return true;  // no blocks
     const int64_t rows = larger<int64_t>(64, smaller<int64_t>(1024, (1 << 16) / columns));
     for (int64_t item = 0; item < items; ++item) count_ += (row_splits[item + 1] - row_splits[item] + rows - 1) / rows;
     if (!begin_.resize(count_) || !end_.resize(count_) || !item_.resize(count_)) return false;
@@ -71,12 +74,12 @@ class Blocks {
 };
 
 template <class T>
-constexpr int parts = sizeof(double) / sizeof(T);
+constexpr int wide_vectors = sizeof(double) / sizeof(T);
 
-// The lanes of a vector in float64: as many vectors as `parts`.
+// Converts a vector to float64, which takes wide_vectors<T> vectors.
 template <class T>
 KP_INLINE void widen(Vec<T> v, Vec<double>* wide) {
-  if constexpr (parts<T> == 1) {
+  if constexpr (wide_vectors<T> == 1) {
     wide[0] = v;
   } else {
     typedef float Half __attribute__((vector_size(KP_VECTOR_BYTES / 2)));
@@ -86,17 +89,17 @@ KP_INLINE void widen(Vec<T> v, Vec<double>* wide) {
   }
 }
 
-// Adds the terms of rows r, ..., r + R - 1 to the two sums of every column.
+// Adds the terms of rows r, ..., r + R - 1 to the two sums of every column; see sum_columns().
 template <int R, class T, class Terms>
 KP_INLINE void add_rows(int64_t item, int64_t r, int64_t columns, double* first, double* second, const Terms& terms) {
   const auto add = [&](int64_t c, auto at) {
-    Vec<double> p[parts<T>], q[parts<T>];
-    for (int i = 0; i < parts<T>; ++i) {
+    Vec<double> p[wide_vectors<T>], q[wide_vectors<T>];
+    for (int i = 0; i < wide_vectors<T>; ++i) {
       p[i] = load(first + c + i * lanes<double>);
       q[i] = load(second + c + i * lanes<double>);
     }
     for (int k = 0; k < R; ++k) terms(item, r + k, c, at, p, q);
-    for (int i = 0; i < parts<T>; ++i) {
+    for (int i = 0; i < wide_vectors<T>; ++i) {
       store(first + c + i * lanes<double>, p[i]);
       store(second + c + i * lanes<double>, q[i]);
     }
@@ -106,10 +109,12 @@ KP_INLINE void add_rows(int64_t item, int64_t r, int64_t columns, double* first,
   if (const int rest = int(columns - c)) add(c, [rest](const T* p) { return load_first(p, rest); });
 }
 
-// Two sums over the rows of every item and column: terms(item, row, column, at, p, q) adds to both. `sums` becomes
-// (items, 2, columns rounded up to vectors). False: no memory.
+// Computes two sums over the rows of every batch item, for every column. terms(item, row, column, at, p, q) adds a
+// row's terms to the sums p and q of a vector of columns. `sums` becomes (items, 2, columns rounded up to vectors).
+// Returns false if memory runs out.
 template <class T, class Terms>
-bool sum_columns(const Blocks& blocks, int64_t items, int64_t columns, int threads, Buffer<double>& sums, Terms terms) {
+bool sum_columns(const RowBlocks& blocks, int64_t items, int64_t columns, int threads, Buffer<double>& sums,
+                 Terms terms) {
   const int64_t padded = round_up(columns, lanes<T>), both = 2 * padded;
   Buffer<double> partial;
   if (!partial.resize(blocks.count() * both) || !sums.resize(items * both)) return false;
@@ -134,25 +139,25 @@ bool sum_columns(const Blocks& blocks, int64_t items, int64_t columns, int threa
 
 constexpr int64_t tile_rows = 10 * row_step;
 
-// out (n, columns) = left (n, length) times the weights or their transpose, plus the bias if there is one.
+// out (n, columns) = left (n, length) times the weights or their transpose, plus the bias unless it is null.
 template <class F>
 Status multiply(const Array& left, const Array& weights, bool transposed, const F* bias, const Array& out,
                 int threads) {
   const int64_t n = left.rows, length = left.cols, columns = out.cols;
   if (!n || !columns) return Status::ok;
   const int64_t tiles = (n + tile_rows - 1) / tile_rows, whole = n / row_step * row_step;
-  const int64_t parts = (16 + tiles - 1) / tiles;  // of columns: 103 rows are one tile
+  const int64_t column_parts = (16 + tiles - 1) / tiles;  // few tiles: jobs also divide the columns
   Panels<F> panels;
-  Buffer<F> start, last;  // what sums start from; the last rows, filled up with zeros for the micro-kernel
+  Buffer<F> start, last;  // initial sums: the bias or zero; the last rows, padded with zero rows for the micro-kernel
   if (!panels.pack(as<F>(weights), 1, weights.rows, weights.cols, 1, transposed, threads)) return Status::out_of_memory;
   if (!start.resize(panels.padded_columns()) || !last.resize(row_step * length)) return Status::out_of_memory;
   for (int64_t c = 0; c < panels.padded_columns(); ++c) start[c] = bias && c < columns ? bias[c] : F(0);
   memset(last.data(), 0, size_t(row_step * length) * sizeof(F));
   memcpy(last.data(), as<F>(left) + whole * length, size_t((n - whole) * length) * sizeof(F));
 #pragma omp parallel for num_threads(useful_threads(threads, n * length * columns, 1 << 20)) schedule(dynamic, 1)
-  for (int64_t job = 0; job < tiles * parts; ++job) {
-    const int64_t t = job / parts, end = smaller(n, (t + 1) * tile_rows);
-    const Share share(panels.count(), int(job % parts), int(parts));
+  for (int64_t job = 0; job < tiles * column_parts; ++job) {
+    const int64_t t = job / column_parts, end = smaller(n, (t + 1) * tile_rows);
+    const Share share(panels.count(), int(job % column_parts), int(column_parts));
     Vec<F> sums[row_step * panel_vectors];
     F* const spill = reinterpret_cast<F*>(sums);
     for (int64_t p = share.begin; p < share.end; ++p)
@@ -179,8 +184,9 @@ Status multiply(const Array& left, const Array& weights, bool transposed, const 
   return Status::ok;
 }
 
-// A tile for its transposed product: `count` rows of some channels in strips of row_step, and of the gradient in
-// panels, both filled up with zeros. In place, rows a power of two apart would share a few sets of the cache.
+// Packs a tile for the product features^T grad: `count` rows of some channels in strips of row_step channels, and of
+// the gradient in panels, both padded with zeros. Without packing, rows whose stride is a power of two would compete
+// for a few sets of the cache.
 template <class F>
 void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, int64_t c_out, int64_t count, F* left,
                F* right) {
@@ -195,25 +201,25 @@ void pack_tile(const F* rows, int64_t stride, int64_t channels, const F* grad, i
         for (int64_t k = 0; k < row_step; ++k) to[k] = c + k < channels ? from[k] : F(0);
     }
     for (int64_t v = 0; v < padded; v += panel_width<F>) {
-      const int64_t width = smaller<int64_t>(panel_width<F>, padded - v), given = smaller(width, c_out - v);
+      const int64_t width = smaller<int64_t>(panel_width<F>, padded - v), copied = smaller(width, c_out - v);
       F* const to = right + v * tile_rows + i * width;
-      memcpy(to, grad + i * c_out + v, size_t(given) * sizeof(F));
-      for (int64_t k = given; k < width; ++k) to[k] = 0;
+      memcpy(to, grad + i * c_out + v, size_t(copied) * sizeof(F));
+      for (int64_t k = copied; k < width; ++k) to[k] = 0;
     }
   }
 }
 
-// grad_weights = features^T grad_out. Tiles are dealt to a number of sums that depends on the sizes alone, which are
-// then added in order; within a sum, a tile's product is taken in registers first.
+// grad_weights = features^T grad_out. Tiles are divided among a number of partial sums that depends only on the sizes;
+// the partial sums are then added in order. Within a partial sum, each tile's product is computed in registers.
 template <class F>
 Status weight_gradient(const Array& features, const Array& grad_out, const Array& grad_weights, int threads) {
   const int64_t n = features.rows, c_in = features.cols, c_out = grad_out.cols;
   if (!c_in || !c_out) return Status::ok;
   const int64_t height = round_up(c_in, row_step), padded = round_up(c_out, lanes<F>);
   const int64_t tiles = (n + tile_rows - 1) / tile_rows;
-  const int64_t fit = (int64_t(1) << 21) / (height * padded);  // in 8 MiB of float32
+  const int64_t fit = (int64_t(1) << 21) / (height * padded);  // partial sums that fit 8 MiB of float32
   const int64_t sums = larger<int64_t>(1, smaller(smaller<int64_t>(64, tiles / 16), fit));
-  // Channels of a job: few make many jobs, each of which packs the gradient again.
+  // A job is a block of input channels of one partial sum. Every job packs the gradient again, so blocks should be few.
   threads = useful_threads(threads, n * c_in * c_out, 1 << 20);
   const int64_t jobs = (4 * threads + sums - 1) / sums, share = (c_in + jobs - 1) / jobs;
   const int64_t block = round_up(smaller<int64_t>(32 * row_step, larger<int64_t>(8 * row_step, share)), row_step);
@@ -265,46 +271,47 @@ template <class F>
 Status sum_all_rows(const Array& rows, const Array& sums, int threads) {
   const int64_t whole[] = {0, rows.rows}, columns = rows.cols;
   const F* const from = as<F>(rows);
-  Blocks blocks;
+  RowBlocks blocks;
   Buffer<double> wide;
   threads = useful_threads(threads, rows.rows * columns, grain);
-  if (!blocks.cut(whole, 1, columns) ||
+  if (!blocks.split(whole, 1, columns) ||
       !sum_columns<F>(blocks, 1, columns, threads, wide,
                       [=](int64_t, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>*) {
-                        Vec<double> value[parts<F>];
+                        Vec<double> value[wide_vectors<F>];
                         widen<F>(at(from + r * columns + c), value);
-                        for (int i = 0; i < parts<F>; ++i) p[i] += value[i];
+                        for (int i = 0; i < wide_vectors<F>; ++i) p[i] += value[i];
                       }))
     return Status::out_of_memory;
   for (int64_t c = 0; c < columns; ++c) into<F>(sums)[c] = F(wide[c]);
   return Status::ok;
 }
 
-// ---- normalisation
+// ---- normalization
 
-// Sums are taken about the first row of an item. The variance is then at least the n-th part of the square of that
-// row's distance from the mean, so the difference of sums below loses at most a factor of n, wherever the values are.
+// Mean and variance from sums relative to the first row of each batch item. The variance of n values is at threshold 1
+// / n times the squared distance of the first one from the mean, so the subtraction below loses at most a factor of n
+// in precision, however large the values are.
 template <class T>
-Status find_moments(const Moments& args) {
+Status compute_moments(const Moments& args) {
   const Array &mean = args.mean, &variance = args.variance;
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, padded = round_up(columns, lanes<T>);
-  const int64_t groups = mean.cols, of_group = groups ? columns / groups : 0;
+  const int64_t groups = mean.cols, group_size = groups ? columns / groups : 0;
   const T* const x = as<T>(args.features);
   const int64_t* const row_splits = as<int64_t>(args.row_splits);
   const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
-  Blocks blocks;
-  Buffer<double> about, sums;
-  if (!blocks.cut(row_splits, items, columns) || !about.resize(items * padded)) return Status::out_of_memory;
+  RowBlocks blocks;
+  Buffer<double> origins, sums;
+  if (!blocks.split(row_splits, items, columns) || !origins.resize(items * padded)) return Status::out_of_memory;
   for (int64_t item = 0; item < items; ++item)
     for (int64_t c = 0; c < padded; ++c)
-      about[item * padded + c] =
+      origins[item * padded + c] =
           c < columns && row_splits[item] < row_splits[item + 1] ? double(x[row_splits[item] * columns + c]) : 0;
-  const double* const origin = about.data();
+  const double* const origin = origins.data();
   if (!sum_columns<T>(blocks, items, columns, threads, sums,
                       [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
-                        Vec<double> d[parts<T>];
+                        Vec<double> d[wide_vectors<T>];
                         widen<T>(at(x + r * columns + c), d);
-                        for (int i = 0; i < parts<T>; ++i) {
+                        for (int i = 0; i < wide_vectors<T>; ++i) {
                           d[i] -= load(origin + item * padded + c + i * lanes<double>);
                           p[i] += d[i];
                           q[i] = fma(d[i], d[i], q[i]);
@@ -316,22 +323,23 @@ Status find_moments(const Moments& args) {
     const double *const first = &sums[item * 2 * padded], *const second = first + padded;
     const double* const at = origin + item * padded;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * of_group, end = begin + of_group;
+      const int64_t begin = g * group_size, end = begin + group_size;
       double middle = 0, squares = 0;
-      for (int64_t c = begin; n > 0 && c < end; ++c) middle += (at[c] + first[c] / n) / double(of_group);
+      for (int64_t c = begin; n > 0 && c < end; ++c) middle += (at[c] + first[c] / n) / double(group_size);
       for (int64_t c = begin; n > 0 && c < end; ++c) {
         const double off = at[c] + first[c] / n - middle;
-        squares += larger(second[c] / n - first[c] / n * (first[c] / n), 0.0) + off * off;  // NaN stays
+        squares += larger(second[c] / n - first[c] / n * (first[c] / n), 0.0) + off * off;  // larger() keeps NaN
       }
       into<double>(mean)[item * groups + g] = middle;
-      into<double>(variance)[item * groups + g] = squares / double(of_group);
+      into<double>(variance)[item * groups + g] = squares / double(group_size);
     }
   }
   return Status::ok;
 }
 
-// For every item and channel: y = (x - center) * factor + offset, in the dtype of the features. What rounding takes
-// from the mean is in the offset: 1e4 is known to 5e-4 in float32, half a thousandth of a standard deviation of 1.
+// Normalization as y = (x - center) * factor + offset for every batch item and channel, in the dtype of the features.
+// `center` is the mean rounded to that dtype; `offset` corrects for the rounding, which at a mean of 1e4 in float32 is
+// up to 5e-4, half a thousandth of a standard deviation of 1.
 template <class T>
 struct Affine {
   Buffer<T> center, factor, offset;
@@ -362,15 +370,15 @@ Status apply(const Normalize& args) {
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1;
   const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
   Affine<T> affine;
-  Blocks blocks;
-  if (!affine.set(args) || !blocks.cut(as<int64_t>(args.row_splits), items, columns)) return Status::out_of_memory;
+  RowBlocks blocks;
+  if (!affine.set(args) || !blocks.split(as<int64_t>(args.row_splits), items, columns)) return Status::out_of_memory;
   const T* const x = as<T>(args.features);
   T* const y = into<T>(out);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks.count(); ++b) {
-    const int64_t at_item = blocks.item(b) * affine.padded;
-    const T *const center = &affine.center[at_item], *const factor = &affine.factor[at_item];
-    const T* const offset = &affine.offset[at_item];
+    const int64_t item_offset = blocks.item(b) * affine.padded;
+    const T *const center = &affine.center[item_offset], *const factor = &affine.factor[item_offset];
+    const T* const offset = &affine.offset[item_offset];
     const Vec<T> slope = broadcast(T(args.negative_slope));
     for (int64_t r = blocks.begin(b); r < blocks.end(b); ++r)
       map(columns, y + r * columns, [=](int64_t c, auto at) {
@@ -380,10 +388,11 @@ Status apply(const Normalize& args) {
   return Status::ok;
 }
 
-// With the normalised value n = (x - mean) s of M values of a group, y = n scale + shift and the gradient g of y:
+// Backward of the normalization (Ioffe and Szegedy 2015, section 3). With s = inverse_std, n = (x - mean) s, y = n
+// scale + shift and the gradient g of y, where means are over all values of an item and group:
 //   grad_scale = sum of g n,  grad_shift = sum of g,
-//   grad_x = s (g scale - mean of (g scale) - n mean of (g scale n))     (Ioffe and Szegedy 2015, section 3),
-// without the last two terms where mean and s are given.
+//   grad_x = s (g scale - mean of (g scale) - n mean of (g scale n)),
+// without the last two terms if the statistics are fixed.
 template <class T>
 Status differentiate(const Normalize& args) {
   const int64_t columns = args.features.cols, items = args.row_splits.rows - 1, groups = args.mean.cols;
@@ -391,30 +400,30 @@ Status differentiate(const Normalize& args) {
   const T *const x = as<T>(args.features), *const grad = as<T>(args.grad_out);
   const int threads = useful_threads(args.threads, args.features.rows * columns, grain);
   Affine<T> affine;
-  Blocks blocks;
-  if (!affine.set(args) || !blocks.cut(row_splits, items, columns)) return Status::out_of_memory;
+  RowBlocks blocks;
+  if (!affine.set(args) || !blocks.split(row_splits, items, columns)) return Status::out_of_memory;
   const int64_t padded = affine.padded;
   const T *const center = affine.center.data(), *const factor = affine.factor.data();
   const T* const offset = affine.offset.data();
   const Vec<T> slope = broadcast(T(args.negative_slope));
-  // The gradient before the leaky ReLU, whose argument is computed as it was in the forward pass.
-  const auto before = [=](Vec<T> d, Vec<T> g, int64_t i) {
+  // The gradient before the leaky ReLU; its argument is computed exactly as in the forward pass.
+  const auto grad_before_relu = [=](Vec<T> d, Vec<T> g, int64_t i) {
     return leaky_relu_grad(fma(d, load(factor + i), load(offset + i)), g, slope);
   };
 
-  Buffer<T> slant, level;  // grad_x = g factor + (x - center) slant + level
-  if (!slant.resize(items * padded) || !level.resize(items * padded)) return Status::out_of_memory;
-  memset(slant.data(), 0, size_t(items * padded) * sizeof(T));
-  memset(level.data(), 0, size_t(items * padded) * sizeof(T));
+  Buffer<T> x_slope, constant;  // grad_x = g factor + (x - center) x_slope + constant
+  if (!x_slope.resize(items * padded) || !constant.resize(items * padded)) return Status::out_of_memory;
+  memset(x_slope.data(), 0, size_t(items * padded) * sizeof(T));
+  memset(constant.data(), 0, size_t(items * padded) * sizeof(T));
   if (args.grad_scale.data || args.grad_shift.data || !args.statistics_fixed) {
     Buffer<double> sums;
     if (!sum_columns<T>(blocks, items, columns, threads, sums,
                         [=](int64_t item, int64_t r, int64_t c, auto at, Vec<double>* p, Vec<double>* q) {
                           const Vec<T> narrow = at(x + r * columns + c) - load(center + item * padded + c);
-                          Vec<double> d[parts<T>], g[parts<T>];
+                          Vec<double> d[wide_vectors<T>], g[wide_vectors<T>];
                           widen<T>(narrow, d);
-                          widen<T>(before(narrow, at(grad + r * columns + c), item * padded + c), g);
-                          for (int i = 0; i < parts<T>; ++i) {
+                          widen<T>(grad_before_relu(narrow, at(grad + r * columns + c), item * padded + c), g);
+                          for (int i = 0; i < wide_vectors<T>; ++i) {
                             p[i] += g[i];
                             q[i] = fma(g[i], d[i], q[i]);
                           }
@@ -424,8 +433,8 @@ Status differentiate(const Normalize& args) {
       double *const shifts = &sums[item * 2 * padded], *const scales = shifts + padded;
       for (int64_t c = 0; c < columns; ++c) {
         const int64_t g = item * groups + c * groups / columns;
-        const double lost = as<double>(args.mean)[g] - double(center[item * padded + c]);
-        scales[c] = as<double>(args.inverse_std)[g] * (scales[c] - lost * shifts[c]);
+        const double center_error = as<double>(args.mean)[g] - double(center[item * padded + c]);
+        scales[c] = as<double>(args.inverse_std)[g] * (scales[c] - center_error * shifts[c]);
       }
       const double values = double(row_splits[item + 1] - row_splits[item]) * double(groups ? columns / groups : 0);
       for (int64_t g = 0; g < groups && !args.statistics_fixed && values > 0; ++g) {
@@ -438,8 +447,8 @@ Status differentiate(const Normalize& args) {
         const double inverse = as<double>(args.inverse_std)[item * groups + g];
         const double mean = as<double>(args.mean)[item * groups + g], slope_of_x = -inverse * inverse * mean_product;
         for (int64_t i = item * padded + begin; i < item * padded + end; ++i) {
-          slant[i] = T(slope_of_x);
-          level[i] = T(-inverse * mean_grad - slope_of_x * (mean - double(center[i])));
+          x_slope[i] = T(slope_of_x);
+          constant[i] = T(-inverse * mean_grad - slope_of_x * (mean - double(center[i])));
         }
       }
     }
@@ -454,17 +463,17 @@ Status differentiate(const Normalize& args) {
     }
   }
   if (!args.grad_features.data) return Status::ok;
-  const T *const slants = slant.data(), *const levels = level.data();
+  const T *const x_slopes = x_slope.data(), *const constants = constant.data();
   T* const to = into<T>(args.grad_features);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks.count(); ++b) {
-    const int64_t of_item = blocks.item(b) * padded;
+    const int64_t item_offset = blocks.item(b) * padded;
     for (int64_t r = blocks.begin(b); r < blocks.end(b); ++r)
       map(columns, to + r * columns, [=](int64_t c, auto at) {
-        const int64_t i = of_item + c;
+        const int64_t i = item_offset + c;
         const Vec<T> d = at(x + r * columns + c) - load(center + i);
-        const Vec<T> g = before(d, at(grad + r * columns + c), i);
-        return fma(g, load(factor + i), fma(d, load(slants + i), load(levels + i)));
+        const Vec<T> g = grad_before_relu(d, at(grad + r * columns + c), i);
+        return fma(g, load(factor + i), fma(d, load(x_slopes + i), load(constants + i)));
       });
   }
   return Status::ok;
@@ -512,8 +521,8 @@ Status activate_all_grad(const Activate& args, const T* grad, T* out) {
 
 // ---- sums of squares
 
-// The sum of term(i) from begin to end: by halves, so that what rounding loses does not grow with their number, and of
-// the smallest parts by eight running sums, whatever the width of vectors is.
+// The sum of term(i) for begin <= i < end by pairwise summation, whose rounding error hardly grows with the number of
+// terms. Up to 128 terms are summed in eight running sums, with every vector width the same.
 template <class Term>
 double sum_pairwise(int64_t begin, int64_t end, const Term& term) {
   constexpr int64_t smallest = 128;
@@ -547,9 +556,10 @@ Status sum_all_squares(const Array& values, double* sum, int threads) {
   return Status::ok;
 }
 
-// ---- optimisers
+// ---- optimizers
 
-// step(load, store) for vectors of n values, by several threads; load(p) and store(p, v) are of those at p + i.
+// Calls step(load, store) for every vector of n values, with several threads. load(p) and store(p, v) access the
+// current vector of array p.
 template <class T, class Step>
 void step_shared(int64_t n, int threads, Step step) {
 #pragma omp parallel num_threads(useful_threads(threads, n, grain))
@@ -600,7 +610,7 @@ Status adapt(const AdamW& args) {
 
 using Words = Vec<uint64_t>;
 
-// The products of the lower halves.
+// The 64-bit products of the lower 32 bits of each lane.
 KP_INLINE Words multiply_words(Words a, uint32_t b) {
 #if defined(__AVX512F__)
   return (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -635,7 +645,7 @@ Status drop(const Dropout& args, T* out) {
   const int64_t n = args.features.rows * args.features.cols, blocks = (n + words_of_block - 1) / words_of_block;
   const T* const x = as<T>(args.features);
   const bool all = args.rate >= 1;
-  const uint32_t least = all ? 0 : uint32_t(args.rate * 4294967296.0);  // of the words that keep their value
+  const uint32_t threshold = all ? 0 : uint32_t(args.rate * 4294967296.0);  // random words below it drop their value
   const T scale = all ? T(0) : T(1 / (1 - args.rate));
 #pragma omp parallel for num_threads(useful_threads(args.threads, n, grain)) schedule(static)
   for (int64_t b = 0; b < blocks; ++b) {
@@ -645,8 +655,8 @@ Status drop(const Dropout& args, T* out) {
     const int64_t count = smaller(words_of_block, n - b * words_of_block);
     const auto keep = [&](int64_t values) {
       for (int64_t i = 0; i < values; ++i) {
-        const T value = from[i] * scale;  // whether it is kept or not, or there would be a branch
-        to[i] = words[i] >= least ? value : T(0);
+        const T value = from[i] * scale;  // computed also for dropped values, so that there is no branch
+        to[i] = words[i] >= threshold ? value : T(0);
       }
     };
     if (all) {
@@ -655,7 +665,7 @@ Status drop(const Dropout& args, T* out) {
     }
     random_words(args.seed, b, words);
     if (count == words_of_block)
-      keep(words_of_block);  // vectors, because the number is known
+      keep(words_of_block);  // a constant count, so the loop is vectorized
     else
       keep(count);
   }
@@ -664,26 +674,26 @@ Status drop(const Dropout& args, T* out) {
 
 // ---- softmax
 
-// The values at p, minus infinity past the n-th.
+// A vector of the first n values at p, minus infinity after them.
 template <class T>
-KP_INLINE Vec<T> load_of(const T* p, int64_t n) {
+KP_INLINE Vec<T> load_row_end(const T* p, int64_t n) {
   if (n >= lanes<T>) return load(p);
   Vec<T> lane;
   for (int l = 0; l < lanes<T>; ++l) lane[l] = T(l);
   return lane < broadcast(T(n)) ? load_first(p, int(n)) : broadcast(-T(INFINITY));
 }
 
-// The largest of a row and the sum of exp(x - largest), which are written to `e` unless it is null.
+// The largest value of a row and the sum of exp(x - largest). The exponentials are written to `e` unless it is null.
 template <class T>
 struct Exponentials {
   T largest, sum;
   Exponentials(const T* x, int64_t n, T* e) {
     Vec<T> most = broadcast(-T(INFINITY)), total = {};
-    for (int64_t c = 0; c < n; c += lanes<T>) most = max(most, load_of(x + c, n - c));
+    for (int64_t c = 0; c < n; c += lanes<T>) most = max(most, load_row_end(x + c, n - c));
     largest = most[0];
     for (int l = 1; l < lanes<T>; ++l) largest = larger(largest, most[l]);
     for (int64_t c = 0; c < n; c += lanes<T>) {
-      const Vec<T> value = exponential<T>(load_of(x + c, n - c) - largest);
+      const Vec<T> value = exponential<T>(load_row_end(x + c, n - c) - largest);
       total += value;
       if (e) store_first_or_all(e + c, n - c, value);
     }
@@ -706,13 +716,13 @@ Status softmax_rows(const Array& features, T* out, int threads) {
 #pragma omp parallel for num_threads(useful_threads(threads, n* columns, grain / 4)) schedule(static)
   for (int64_t r = 0; r < n; ++r) {
     T* const row = out + r * columns;
-    const Exponentials<T> found(as<T>(features) + r * columns, columns, row);
-    map(columns, row, [&](int64_t c, auto at) { return at(row + c) / found.sum; });
+    const Exponentials<T> exponentials(as<T>(features) + r * columns, columns, row);
+    map(columns, row, [&](int64_t c, auto at) { return at(row + c) / exponentials.sum; });
   }
   return Status::ok;
 }
 
-// With y the softmax: y (g - sum of g y).
+// Backward of y = softmax(x): y (g - sum of g y).
 template <class T>
 Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threads) {
   const int64_t n = features.rows, columns = features.cols;
@@ -721,13 +731,13 @@ Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threa
   for (int64_t r = 0; r < n; ++r) {
     T* const row = out + r * columns;
     const T* const g = grad + r * columns;
-    const Exponentials<T> found(as<T>(features) + r * columns, columns, row);
+    const Exponentials<T> exponentials(as<T>(features) + r * columns, columns, row);
     Vec<T> products = {};
     int64_t c = 0;
     for (; c + lanes<T> <= columns; c += lanes<T>) products = fma(load(row + c), load(g + c), products);
     if (const int rest = int(columns - c)) products = fma(load_first(row + c, rest), load_first(g + c, rest), products);
-    const T mean = sum_of_lanes<T>(products) / found.sum;
-    map(columns, row, [&](int64_t i, auto at) { return at(row + i) / found.sum * (at(g + i) - mean); });
+    const T mean = sum_of_lanes<T>(products) / exponentials.sum;
+    map(columns, row, [&](int64_t i, auto at) { return at(row + i) / exponentials.sum * (at(g + i) - mean); });
   }
   return Status::ok;
 }
@@ -736,10 +746,11 @@ Status softmax_rows_grad(const Array& features, const T* grad, T* out, int threa
 
 constexpr int64_t rows_of_block = 1024;
 
+// Labels and class weights of a cross entropy.
 template <class T, class L>
-class Labelled {
+class LabeledRows {
  public:
-  explicit Labelled(const CrossEntropy& args)
+  explicit LabeledRows(const CrossEntropy& args)
       : labels_(as<L>(args.labels)),
         weights_(as<T>(args.class_weights)),
         classes_(args.logits.cols),
@@ -757,11 +768,12 @@ class Labelled {
   bool has_ignore_;
 };
 
-// Weight times log(sum of exp(x)) - x[label] of every row: each to `out`, or their sum, or that over the weights' sum.
+// The loss of a row is weight * (log(sum of exp(x)) - x[label]). Writes the losses, their sum, or their sum divided by
+// the sum of the weights, depending on the reduction.
 template <class T, class L>
-Status entropies(const CrossEntropy& args, T* out) {
+Status cross_entropies(const CrossEntropy& args, T* out) {
   const int64_t n = args.logits.rows, classes = args.logits.cols, blocks = (n + rows_of_block - 1) / rows_of_block;
-  const Labelled<T, L> rows(args);
+  const LabeledRows<T, L> rows(args);
   const bool reduce = args.reduction != CrossEntropyReduction::none;
   Buffer<double> losses, weights;
   if (!losses.resize(blocks) || !weights.resize(blocks)) return Status::out_of_memory;
@@ -778,8 +790,8 @@ Status entropies(const CrossEntropy& args, T* out) {
           break;
         }
         const T* const x = as<T>(args.logits) + r * classes;
-        const Exponentials<T> found(x, classes, nullptr);
-        loss = rows.weight(label) * (log(double(found.sum)) + (double(found.largest) - double(x[label])));
+        const Exponentials<T> exponentials(x, classes, nullptr);
+        loss = rows.weight(label) * (log(double(exponentials.sum)) + (double(exponentials.largest) - double(x[label])));
         weight_sum += rows.weight(label);
       }
       loss_sum += loss;
@@ -799,7 +811,7 @@ Status entropies(const CrossEntropy& args, T* out) {
 
 // The sum of the weights of the rows that are not ignored.
 template <class T, class L>
-Status sum_weights(const Labelled<T, L>& rows, int64_t n, int threads, double* sum) {
+Status sum_weights(const LabeledRows<T, L>& rows, int64_t n, int threads, double* sum) {
   const int64_t blocks = (n + rows_of_block - 1) / rows_of_block;
   Buffer<double> weights;
   if (!weights.resize(blocks)) return Status::out_of_memory;
@@ -819,11 +831,11 @@ Status sum_weights(const Labelled<T, L>& rows, int64_t n, int threads, double* s
   return valid ? Status::ok : Status::out_of_range;
 }
 
-// Weight times (softmax - one-hot), times the gradient of the row's loss.
+// Backward of the cross entropy: weight * (softmax - one-hot) * gradient of the row's loss.
 template <class T, class L>
-Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
+Status cross_entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
   const int64_t n = args.logits.rows, classes = args.logits.cols;
-  const Labelled<T, L> rows(args);
+  const LabeledRows<T, L> rows(args);
   const bool each = args.reduction == CrossEntropyReduction::none;
   double share = each ? 1 : double(*grad), weight;
   if (Status status = sum_weights(rows, n, args.threads, &weight); status != Status::ok) return status;
@@ -839,15 +851,15 @@ Status entropies_grad(const CrossEntropy& args, const T* grad, T* out) {
       memset(row, 0, size_t(classes) * sizeof(T));
       continue;
     }
-    const Exponentials<T> found(as<T>(args.logits) + r * classes, classes, row);
+    const Exponentials<T> exponentials(as<T>(args.logits) + r * classes, classes, row);
     const T factor = T((each ? double(grad[r]) : share) * rows.weight(label));
-    map(classes, row, [&](int64_t c, auto at) { return at(row + c) / found.sum * factor; });
+    map(classes, row, [&](int64_t c, auto at) { return at(row + c) / exponentials.sum * factor; });
     row[label] -= factor;
   }
   return valid ? Status::ok : Status::out_of_range;
 }
 
-// Calls call(T(), L()) with the dtypes of logits and labels.
+// Calls call(T(), L()) with the types of logits and labels.
 template <class Call>
 Status with_types(const CrossEntropy& args, Call call) {
   return with_real(args.logits.dtype, [&](auto t) {
@@ -856,9 +868,9 @@ Status with_types(const CrossEntropy& args, Call call) {
   });
 }
 
-// ---- columns
+// ---- concatenation
 
-// Calls copy(part's row, its place in the whole's row, bytes) for every row and part.
+// Calls copy(row of the part, its place in the joined row, bytes) for every row and part.
 template <class Copy>
 void for_each_part(const Concatenate& args, Copy copy) {
   const Array& joined = args.out;
@@ -868,7 +880,7 @@ void for_each_part(const Concatenate& args, Copy copy) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < joined.rows; ++r) {
     char* to = into<char>(joined) + r * stride;
-    for (const Optional* part : {&args.first, &args.second, &args.third, &args.fourth}) {
+    for (const OptionalArray* part : {&args.first, &args.second, &args.third, &args.fourth}) {
       if (part->data) copy(into<char>(*part) + r * part->cols * size, to, size_t(part->cols * size));
       to += part->cols * size;
     }
@@ -902,7 +914,7 @@ Status sum_rows(const SumRows& args) {
 }
 
 Status moments(const Moments& args) {
-  return with_real(args.features.dtype, [&](auto t) { return find_moments<decltype(t)>(args); });
+  return with_real(args.features.dtype, [&](auto t) { return compute_moments<decltype(t)>(args); });
 }
 
 Status normalize(const Normalize& args) {
@@ -968,14 +980,14 @@ Status softmax_grad(const Softmax& args) {
 Status cross_entropy(const CrossEntropy& args) {
   return with_types(args, [&](auto t, auto l) {
     using T = decltype(t);
-    return entropies<T, decltype(l)>(args, into<T>(args.out));
+    return cross_entropies<T, decltype(l)>(args, into<T>(args.out));
   });
 }
 
 Status cross_entropy_grad(const CrossEntropy& args) {
   return with_types(args, [&](auto t, auto l) {
     using T = decltype(t);
-    return entropies_grad<T, decltype(l)>(args, as<T>(args.grad_out), into<T>(args.grad_logits));
+    return cross_entropies_grad<T, decltype(l)>(args, as<T>(args.grad_out), into<T>(args.grad_logits));
   });
 }
 

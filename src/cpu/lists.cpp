@@ -1,4 +1,4 @@
-// Neighbour lists that come from outside: checked, and made from and into padded matrices.
+// Neighbor lists that the caller made: checks them, and converts them from and to padded matrices.
 #include <type_traits>
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace kp {
 namespace {
 
-constexpr int64_t pairs_of_a_thread = 1 << 15;
+constexpr int64_t pairs_per_thread = 1 << 15;
 
 // Calls call(int32_t()) or call(int64_t()).
 template <class Call>
@@ -15,28 +15,28 @@ auto with_integer(DType dtype, Call call) {
   return dtype == DType::int32 ? call(int32_t()) : call(int64_t());
 }
 
-// Whether the bounds start at 0, never fall and end at `most` or before; copies them, so that what was checked is what
-// is used.
+// Copies row_splits and checks the copy, since another thread may be writing to the caller's array: they must start at
+// 0, be non-decreasing and end at max_end or before.
 template <class T>
-bool copy_bounds(const T* from, int64_t size, int64_t most, int64_t* to) {
+bool copy_row_splits(const T* from, int64_t size, int64_t max_end, int64_t* to) {
   bool good = size > 0;
   for (int64_t i = 0; i < size; ++i) to[i] = from[i];
   for (int64_t i = 1; i < size; ++i) good &= to[i - 1] <= to[i];
-  return good && to[0] == 0 && to[size - 1] <= most;
+  return good && to[0] == 0 && to[size - 1] <= max_end;
 }
 
-// Whether all pairs in use are points. Where `to` is given, also copies the pairs, those beyond `used` as well.
+// Whether the first `used` entries of an index are points. Also copies all `size` entries, unless `to` is null.
 template <class T>
-bool check_index(const T* from, int64_t size, int64_t used, int64_t num_points, int32_t* to, int most_threads) {
+bool check_index(const T* from, int64_t size, int64_t used, int64_t num_points, int32_t* to, int max_threads) {
   using Unsigned = std::make_unsigned_t<T>;
   const Unsigned limit = Unsigned(num_points);
-  const int threads = useful_threads(most_threads, size, pairs_of_a_thread);
+  const int threads = useful_threads(max_threads, size, pairs_per_thread);
   int bad = 0;
 #pragma omp parallel num_threads(threads) reduction(| : bad)
   {
     const Share share(size, omp_get_thread_num(), omp_get_num_threads());
     const int64_t checked = larger(share.begin, smaller(share.end, used));
-    // Read once: another thread may be writing to the caller's array.
+    // Each entry is read once, so that the copy holds what was checked: another thread may be writing to the array.
     if (to) {
       for (int64_t e = share.begin; e < checked; ++e) {
         const T point = from[e];
@@ -51,7 +51,7 @@ bool check_index(const T* from, int64_t size, int64_t used, int64_t num_points, 
   return !bad;
 }
 
-// Whether a number of a padded matrix is a point, with one comparison.
+// Whether an entry of a padded matrix is a point (0 <= value < num_points), in one comparison.
 template <class T>
 bool is_point(T value, int64_t num_points) {
   return std::make_unsigned_t<T>(value) < std::make_unsigned_t<T>(num_points);
@@ -65,7 +65,7 @@ Status check_list(const CheckList& args) {
   const Array &index = args.index, &row_splits = args.row_splits;
   auto* const bounds = into<int64_t>(args.checked_row_splits);
   const bool bounded = with_integer(row_splits.dtype, [&](auto t) {
-    return copy_bounds(as<decltype(t)>(row_splits), row_splits.rows, index.rows, bounds);
+    return copy_row_splits(as<decltype(t)>(row_splits), row_splits.rows, index.rows, bounds);
   });
   if (!bounded) return Status::out_of_range;
   const int64_t used = bounds[row_splits.rows - 1];
@@ -79,7 +79,7 @@ Status check_list(const CheckList& args) {
 Status longest_row(const LongestRow& args) {
   const auto* const bounds = as<int64_t>(args.row_splits);
   const int64_t num_rows = args.row_splits.rows - 1;
-  const int threads = useful_threads(args.threads, num_rows, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, num_rows, pairs_per_thread);
   int64_t longest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : longest)
   for (int64_t i = 0; i < num_rows; ++i) longest = larger(longest, bounds[i + 1] - bounds[i]);
@@ -92,7 +92,7 @@ Status pad_list(const PadList& args) {
   const auto* const from = as<int32_t>(args.index);
   const auto* const bounds = as<int64_t>(args.row_splits);
   const int64_t width = out.cols;
-  const int threads = useful_threads(args.threads, out.rows * width, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, out.rows * width, pairs_per_thread);
   with_integer(out.dtype, [&](auto t) {
     using T = decltype(t);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -107,13 +107,13 @@ Status pad_list(const PadList& args) {
   return Status::ok;
 }
 
-// A number that is neither a point, nor -1, nor num_points, is out of range.
+// Counts the points in each row. Entries other than points, -1 and num_points are out of range.
 Status count_padded(const Unpad& args) {
   const Array& padded = args.padded;
   const int64_t num_points = args.num_points;
   auto* const bounds = into<int64_t>(args.row_splits);
   const int64_t width = padded.cols;
-  const int threads = useful_threads(args.threads, padded.rows * width, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, padded.rows * width, pairs_per_thread);
   const bool good = with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
     using Unsigned = std::make_unsigned_t<T>;
@@ -121,10 +121,10 @@ Status count_padded(const Unpad& args) {
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
     for (int64_t i = 0; i < padded.rows; ++i) {
       const T* const row = as<T>(padded) + i * width;
-      Unsigned count = 0, wrong = 0;  // as wide as the numbers, for as many lanes; rows are shorter than 2^31
+      Unsigned count = 0, wrong = 0;  // of the entries' type, so that the loop vectorizes; rows are shorter than 2^31
       for (int64_t j = 0; j < width; ++j) {
         count += is_point(row[j], num_points);
-        wrong |= Unsigned(row[j]) + 1 > Unsigned(num_points) + 1;  // -1 is 0 here
+        wrong |= Unsigned(row[j]) + 1 > Unsigned(num_points) + 1;  // + 1 maps -1 to 0
       }
       bounds[i + 1] = int64_t(count);
       bad |= wrong != 0;
@@ -136,13 +136,13 @@ Status count_padded(const Unpad& args) {
   return good ? Status::ok : Status::out_of_range;
 }
 
-// Out of range: another thread wrote to the matrix after its rows were counted.
+// Returns out_of_range if another thread wrote to the matrix after its rows were counted.
 Status unpad(const Unpad& args) {
   const Array& padded = args.padded;
   const int64_t num_points = args.num_points;
   const auto* const bounds = as<int64_t>(args.row_splits);
   const int64_t width = padded.cols;
-  const int threads = useful_threads(args.threads, args.index.rows, pairs_of_a_thread);
+  const int threads = useful_threads(args.threads, args.index.rows, pairs_per_thread);
   int changed = 0;
   with_integer(padded.dtype, [&](auto t) {
     using T = decltype(t);
@@ -152,7 +152,7 @@ Status unpad(const Unpad& args) {
       int32_t* to = into<int32_t>(args.index) + bounds[i];
       const int64_t count = bounds[i + 1] - bounds[i];
       T outside = 0;
-      for (int64_t j = 0; j < count; ++j) {  // mostly all points come first, and the rest need not be read
+      for (int64_t j = 0; j < count; ++j) {  // padding usually comes last, and then need not be read
         to[j] = int32_t(row[j]);
         outside |= !is_point(to[j], num_points);
       }

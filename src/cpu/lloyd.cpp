@@ -1,11 +1,12 @@
-// Kernel point dispositions by Lloyd's relaxation (Lloyd 1982): a fixed uniform sample of the unit ball is divided
-// among the nearest points, each point moves to the mean of its part, and again.
+// Kernel point dispositions by Lloyd's relaxation (Lloyd 1982): every sample of a fixed uniform sample of the unit ball
+// is assigned to its nearest kernel point, each point moves to the mean of its samples, and so on until no assignment
+// changes.
 //
-// A sample's next point is looked for only near its last one: if it is r from point k, a point nearer to it is less
-// than 2 r from k. So a round costs K² distances between points and some tens for each sample, not K.
+// A sample's nearest point is searched only around its previous one: if that is point k at distance r, a nearer point
+// is less than 2 r from k. A round costs K² distances between points and some tens for each sample instead of K.
 //
-// Only + - * / on float64 in one written order, never contracted: the same bits on every machine. A point's candidates
-// and its mean are one thread's own.
+// The result is the same bits on every machine and for any number of threads: only + - * / in float64, in a fixed order
+// and without contraction; the samples of a point are handled by one thread.
 
 #include "formulas/dispositions.h"
 #include "kernels.h"
@@ -15,8 +16,8 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-constexpr int max_rounds = 100;  // the published code takes 500 steps of a tenth of the way, with a fresh sample each
-constexpr double slack = 1 + 1e-9;  // more than the rounding of three distances
+constexpr int max_rounds = 100;     // the published code takes 500 steps, each a tenth of the way and with a new sample
+constexpr double slack = 1 + 1e-9;  // exceeds the rounding error of three distances
 constexpr int64_t sample_size(int64_t num) {
   return 64 * num + (1 << 16);
 }
@@ -26,10 +27,10 @@ struct Relaxation {
   double* const points;  // (num, dimension)
   int64_t samples;
   Buffer<double> sample;        // (samples, dimension)
-  Buffer<double> axes;          // (dimension, num): the points again, side by side
-  Buffer<int32_t> owner, next;  // of each sample
-  Buffer<int32_t> ids;          // samples by owner, in order
-  Buffer<int64_t> begin;        // of each point's, and the end
+  Buffer<double> axes;          // (dimension, num): the points again, by axis
+  Buffer<int32_t> owner, next;  // nearest point of each sample, in the last round and in this one
+  Buffer<int32_t> ids;          // samples ordered by owner
+  Buffer<int64_t> begin;        // where each point's samples begin, and a sentinel
 
   explicit Relaxation(const KernelPoints& a, double* out) : args(a), points(out), samples(sample_size(a.num)) {}
 
@@ -44,7 +45,7 @@ struct Relaxation {
       draw(stream, 1, args.dimension, points + int64_t(i) * args.dimension, 1);
       if (i < args.fixed) place_held(i, args.dimension, points + int64_t(i) * args.dimension, 1);
     }
-    // Whoever owns them first is too far away to spare a candidate: the first round looks at all, on all threads.
+    // Arbitrary first owners, too far away to exclude any candidate: the first round compares all points.
     for (int64_t s = 0; s < samples; ++s) {
       draw(stream, 1, args.dimension, &sample[s * args.dimension], 1);
       owner[s] = int32_t(s % args.num);
@@ -58,7 +59,7 @@ struct Relaxation {
     for (int64_t s = 0; s < samples; ++s) ids[begin[owner[s] + 1]++] = int32_t(s);
   }
 
-  // Squared distances of n points, given axis by axis, from one.
+  // Squared distances of n points, stored by axis, from point p.
   void distances(const double* from_axes, int64_t stride, int64_t n, const double* p, double* squared) const {
     for (int64_t j = 0; j < n; ++j) squared[j] = 0;
     for (int a = 0; a < args.dimension; ++a) {
@@ -68,9 +69,9 @@ struct Relaxation {
     }
   }
 
-  // Finds the nearest point, the first of equals, for the samples of point k. `squared` (num) and `near` (dimension,
-  // num) are scratch, like `candidates`.
-  void divide(int k, double* squared, double* near, int32_t* candidates) {
+  // Finds the nearest point, of equally near ones the first, for the samples of point k. squared (num), near
+  // (dimension, num) and candidates (num) are scratch.
+  void assign(int k, double* squared, double* near, int32_t* candidates) {
     const double* const p = points + int64_t(k) * args.dimension;
     double farthest = 0;
     for (int64_t i = begin[k]; i < begin[k + 1]; ++i) {
@@ -93,7 +94,7 @@ struct Relaxation {
     }
   }
 
-  // To the mean of its samples; without any it stays. Held points keep to the centre and to the last axis.
+  // Moves point k to the mean of its samples, if it has any. Held points stay at the center or on the last axis.
   void move(int k) {
     const int64_t n = begin[k + 1] - begin[k];
     double* const p = points + int64_t(k) * args.dimension;
@@ -105,7 +106,7 @@ struct Relaxation {
     }
   }
 
-  // False: no memory. `settled`: no sample changed hands.
+  // Returns false if memory runs out. `settled` becomes true if no assignment changed.
   bool round(bool& settled) {
     for (int k = 0; k < args.num; ++k)
       for (int a = 0; a < args.dimension; ++a)
@@ -119,7 +120,7 @@ struct Relaxation {
           squared.resize(args.num) && near.resize(int64_t(args.num) * args.dimension) && candidates.resize(args.num);
 #pragma omp for schedule(dynamic, 4)
       for (int k = 0; k < args.num; ++k)
-        if (enough) divide(k, squared.data(), near.data(), candidates.data());
+        if (enough) assign(k, squared.data(), near.data(), candidates.data());
     }
     if (!enough) return false;
     settled = memcmp(owner.data(), next.data(), size_t(samples) * sizeof(int32_t)) == 0;

@@ -1,9 +1,8 @@
-// Neighbour searches over an index, grid or kd-tree, and the transpose of a neighbour list.
+// Radius search and k nearest neighbors over an index (grid.h or kdtree.h), and the transpose of a neighbor list.
 //
-// Both indexes visit queries in groups: those of a cell, or of a leaf. The candidates of a group are copied side by
-// side once, sorted by index if the result is to be, and then every query of the group tests them all: no branch per
-// candidate, and rows come out sorted because the candidates are. Which pairs are neighbours is decided in one place,
-// so the indexes agree to the bit.
+// Both indexes visit queries in groups: the queries of a cell, or of a leaf. Each group gathers its candidates once,
+// and every query of the group tests all of them (candidates.h). The test is the same code for both indexes, so they
+// return the same neighbors to the bit.
 
 #include "formulas/neighbors.h"
 
@@ -19,22 +18,22 @@ namespace {
 
 // ---- indexes -----------------------------------------------------------------------------------------------------
 
-// How queries in the order of an index are held and walked through.
+// What a search needs to know of an index type: how queries are sorted in the order of the index, and what visits them.
 template <class T, int D>
 struct GridKind {
   using Scalar = T;
   static constexpr int dimension = D;
   static constexpr bool is_grid = true;
-  using Built = Grid<T, D>;
-  using Placed = InCells<T, D>;
+  using IndexType = Grid<T, D>;
+  using SortedQueries = CellSorted<T, D>;
   using Walker = GridWalker<T, D>;
 
-  static const Sorted<T, D>& points(const Built& index) { return index.own.points; }
-  static Status place(const Built& index, const Search& search, Placed& queries) {
-    return index.place(search, queries);
+  static const SortedPoints<T, D>& points(const IndexType& index) { return index.sorted.points; }
+  static Status sort_queries(const IndexType& index, const Search& search, SortedQueries& queries) {
+    return index.sort_queries(search, queries);
   }
-  static Walker walker(const Built& index, const Placed* queries, const Search&) {
-    return Walker(index, queries ? *queries : index.own);
+  static Walker walker(const IndexType& index, const SortedQueries* queries, const Search&) {
+    return Walker(index, queries ? *queries : index.sorted);
   }
 };
 template <class T, int DIM>
@@ -42,21 +41,21 @@ struct TreeKind {
   using Scalar = T;
   static constexpr int dimension = DIM;
   static constexpr bool is_grid = false;
-  using Built = Tree<T, DIM>;
-  using Placed = InLeaves<T, DIM>;
+  using IndexType = Tree<T, DIM>;
+  using SortedQueries = LeafSorted<T, DIM>;
   using Walker = TreeWalker<T, DIM>;
 
-  static const Sorted<T, DIM>& points(const Built& index) { return index.sorted; }
-  static Status place(const Built& index, const Search& search, Placed& queries) {
+  static const SortedPoints<T, DIM>& points(const IndexType& index) { return index.sorted; }
+  static Status sort_queries(const IndexType& index, const Search& search, SortedQueries& queries) {
     return queries.sort(index, as<T>(search.queries), search.queries.rows,
-                        Items(search.queries_row_splits, index.head.items), search.threads);
+                        ItemCursor(search.queries_row_splits, index.head.items), search.threads);
   }
-  static Walker walker(const Built& index, const Placed* queries, const Search& search) {
+  static Walker walker(const IndexType& index, const SortedQueries* queries, const Search& search) {
     return Walker(index, queries, search.metric);
   }
 };
 
-// Calls f(kind) for the index at hand.
+// Calls f(kind) with the GridKind or TreeKind of an index.
 template <class T, class F>
 auto with_kind_of(const Index& index, F f) {
   if (index.kind == IndexKind::grid) return index.dimension == 2 ? f(GridKind<T, 2>()) : f(GridKind<T, 3>());
@@ -69,8 +68,8 @@ auto with_kind(const Index& index, F f) {
 }
 
 template <class Kind>
-const typename Kind::Built& built(const void* index) {
-  return *static_cast<const typename Kind::Built*>(index);
+const typename Kind::IndexType& index_as(const void* index) {
+  return *static_cast<const typename Kind::IndexType*>(index);
 }
 
 template <class X>
@@ -86,7 +85,7 @@ void destroy(void* x) {
 
 // ---- searches ----------------------------------------------------------------------------------------------------
 
-// A radius in the measure that is compared: squared for L2.
+// The largest measure of a neighbor, for each query: the radius, squared for L2 because distances are compared squared.
 template <class T>
 struct Limits {
   const T* radii;
@@ -103,25 +102,29 @@ KP_OUTLINE void put_distances(Metric metric, const T* measures, int64_t n, T* di
   for (int64_t j = 0; j < n; ++j) distances[j] = metric == Metric::l2 ? T(::sqrt(measures[j])) : measures[j];
 }
 
+// The state of a search between counting and filling.
 template <class Kind>
 struct Plan {
   using T = typename Kind::Scalar;
   Search search;
-  typename Kind::Placed placed;
-  Buffer<T> radii;  // read twice: a copy, as the caller's may change in between
+  typename Kind::SortedQueries sorted_queries;
+  Buffer<T> radii;  // a copy, because they are read in both phases and the caller's array may change in between
   int64_t* row_splits = nullptr;
   int64_t num_queries = 0;
 
-  const typename Kind::Built& index() const { return built<Kind>(search.index); }
-  const typename Kind::Placed* others() const { return search.queries.data ? &placed : nullptr; }
-  const Sorted<T, Kind::dimension>& queries() const {
-    return search.queries.data ? placed.points : Kind::points(index());
+  const typename Kind::IndexType& index() const { return index_as<Kind>(search.index); }
+  // Null if the points search among themselves.
+  const typename Kind::SortedQueries* separate_queries() const {
+    return search.queries.data ? &sorted_queries : nullptr;
+  }
+  const SortedPoints<T, Kind::dimension>& queries() const {
+    return search.queries.data ? sorted_queries.points : Kind::points(index());
   }
   Limits<T> limits() const { return {search.radii.data ? radii.data() : nullptr, T(search.radius), search.metric}; }
 
-  // Checks and places the queries; `any`: whether there is something to find.
-  Status prepare(const Search& given, bool& any) {
-    search = given;
+  // Checks and sorts the queries. `any` becomes false if there are no points or no queries.
+  Status prepare(const Search& arguments, bool& any) {
+    search = arguments;
     const Index& head = index().head;
     num_queries = search.queries.data ? search.queries.rows : head.num_points;
     any = head.num_points && num_queries;
@@ -132,10 +135,10 @@ struct Plan {
     if (!search.queries.data) return Status::ok;
     const auto* coordinates = as<T>(search.queries);
     if (!all_finite(coordinates, num_queries * head.dimension, search.threads)) return Status::not_finite;
-    return any ? Kind::place(index(), search, placed) : Status::ok;
+    return any ? Kind::sort_queries(index(), search, sorted_queries) : Status::ok;
   }
 
-  // Whether distances tell the points of every item apart, seen from its queries.
+  // Whether distances within the box of every batch item's points and queries can tell points apart.
   bool is_measurable() const {
     const Index& head = index().head;
     const int D = head.dimension;
@@ -143,14 +146,15 @@ struct Plan {
     const auto* splits = as<int64_t>(search.queries_row_splits);
     const int64_t sets = search.queries.data ? search.queries_row_splits.rows - 1 : head.items;
     for (int64_t s = 0; s < sets; ++s) {
-      double low[max_dimension], high[max_dimension], its_low[max_dimension], its_high[max_dimension];
+      double low[max_dimension], high[max_dimension], queries_low[max_dimension], queries_high[max_dimension];
       index().box_of(s % head.items, low, high);
       if (!(low[0] <= high[0])) continue;  // no points
       if (search.queries.data) {
         if (splits[s] == splits[s + 1]) continue;
         bounding_box<T, Kind::dimension>(as<T>(search.queries) + splits[s] * D, splits[s + 1] - splits[s],
-                                         search.threads, its_low, its_high, D);
-        for (int a = 0; a < D; ++a) low[a] = smaller(low[a], its_low[a]), high[a] = larger(high[a], its_high[a]);
+                                         search.threads, queries_low, queries_high, D);
+        for (int a = 0; a < D; ++a)
+          low[a] = smaller(low[a], queries_low[a]), high[a] = larger(high[a], queries_high[a]);
       }
       if (!kp::is_measurable<T>(search.metric, low, high, D, is_bounded)) return false;
     }
@@ -160,18 +164,19 @@ struct Plan {
 
 constexpr int64_t block_of_queries = 512;
 
-// Calls visit(walker, begin, end) for every group of queries, blocks of them in parallel; false: no memory.
+// Calls visit(walker, scratch, begin, end) for every group of queries, in parallel over blocks of 512 queries. `visit`
+// returns false if memory runs out.
 template <class Kind, class Scratch, class Visit>
 Status for_each_group(const Plan<Kind>& plan, Visit visit) {
   const int64_t n = plan.num_queries, blocks = (n + block_of_queries - 1) / block_of_queries;
   const int threads = useful_threads(plan.search.threads, blocks, 1);
-  // Blocks that a thread takes at a time. The more, the longer a walker goes on from where it is; but of four blocks
-  // taken by fours, the second thread got none.
+  // Blocks that a thread takes at a time. A walker is faster when it continues where it stopped, so up to four; but
+  // every thread must get some: when four blocks were taken by fours, the second thread had nothing to do.
   const int64_t taken = larger<int64_t>(1, smaller<int64_t>(4, blocks / (2 * threads)));
   bool enough = true;
 #pragma omp parallel num_threads(threads) reduction(&& : enough)
   {
-    auto walker = Kind::walker(plan.index(), plan.others(), plan.search);
+    auto walker = Kind::walker(plan.index(), plan.separate_queries(), plan.search);
     Scratch scratch(plan);
     enough = walker.reserve();
 #pragma omp for schedule(dynamic, taken)
@@ -187,7 +192,7 @@ Status for_each_group(const Plan<Kind>& plan, Visit visit) {
   return enough ? Status::ok : Status::out_of_memory;
 }
 
-// One thread's candidates, and the row it makes.
+// One thread's candidates of the current group, and the row it builds.
 template <class Kind>
 struct GroupScratch {
   using T = typename Kind::Scalar;
@@ -199,11 +204,11 @@ struct GroupScratch {
 };
 
 template <class T, int D>
-KP_INLINE void query_at(const Sorted<T, D>& queries, int64_t i, int dimension, T* q) {
+KP_INLINE void query_at(const SortedPoints<T, D>& queries, int64_t i, int dimension, T* q) {
   for (int a = 0; a < (D ? D : dimension); ++a) q[a] = queries.x[a][i];
 }
 
-// The largest limit of a group.
+// The largest limit of the queries [begin, end).
 template <class T, class Queries>
 T group_limit(const Limits<T>& limits, const Queries& queries, int64_t begin, int64_t end) {
   T limit = limits(queries.ids[begin]);
@@ -211,20 +216,20 @@ T group_limit(const Limits<T>& limits, const Queries& queries, int64_t begin, in
   return limit;
 }
 
-// Bounds of rows from their lengths, of which none counts more than `most`, in row_splits[1], ...
-void add_up(int64_t num_rows, int64_t most, int64_t* row_splits) {
-  for (int64_t i = 0; i < num_rows; ++i) row_splits[i + 1] = row_splits[i] + smaller(row_splits[i + 1], most);
+// Turns row lengths, stored from row_splits[1] on, into row_splits; no row is longer than max_length.
+void accumulate_lengths(int64_t num_rows, int64_t max_length, int64_t* row_splits) {
+  for (int64_t i = 0; i < num_rows; ++i) row_splits[i + 1] = row_splits[i] + smaller(row_splits[i + 1], max_length);
 }
 
-// Counts the neighbours of the queries of one group. With the index that the candidates are from, this and fill_rows()
-// would be compiled ten times and not six.
+// Counts the neighbors of the queries of one group. This and fill_rows() do not depend on the type of index, so they
+// are compiled six times and not ten.
 template <class T, int D>
-KP_OUTLINE void count_rows(const Candidates<T, D>& candidates, const Sorted<T, D>& queries, int dimension,
+KP_OUTLINE void count_rows(const Candidates<T, D>& candidates, const SortedPoints<T, D>& queries, int dimension,
                            const Limits<T>& limits, int64_t begin, int64_t end, int64_t* counts) {
   for (int64_t i = begin; i < end; ++i) {
-    // Rows lie where the caller's order puts them; writing to one costs a cache miss unless it was asked for.
+    // Results are written in the caller's order of queries: without a prefetch each write would be a cache miss.
     if (i + 16 < queries.size) __builtin_prefetch(&counts[queries.ids[i + 16]], 1);
-    T q[Sorted<T, D>::stored];
+    T q[SortedPoints<T, D>::stored];
     query_at(queries, i, dimension, q);
     const int32_t id = queries.ids[i];
     counts[id] = candidates.count_within(q, id, limits(id));
@@ -254,24 +259,25 @@ Status count(const Search& search, int64_t* row_splits, void** result) {
         count_rows(scratch.candidates, queries, dimension, limits, begin, end, row_splits + 1);
         return true;
       });
-  add_up(plan->num_queries, search.most < 0 ? INT64_MAX : search.most, row_splits);
+  accumulate_lengths(plan->num_queries, search.max_neighbors < 0 ? INT64_MAX : search.max_neighbors, row_splits);
   return status;
 }
 
-// Lists being written.
+// The neighbor list that a search writes.
 template <class T>
-struct Lists {
+struct OutputList {
   const int64_t* row_splits;
   int32_t* index;
   T* distance;  // or null
 };
 
-// Writes the rows of the queries of one group. False: no memory.
+// Writes the rows of the queries [group, group_end). Returns false if memory runs out.
 template <class T, int D>
-KP_OUTLINE bool fill_rows(const Candidates<T, D>& candidates, const Sorted<T, D>& queries, int dimension,
+KP_OUTLINE bool fill_rows(const Candidates<T, D>& candidates, const SortedPoints<T, D>& queries, int dimension,
                           const Limits<T>& limits, const Search& search, int64_t group, int64_t group_end,
-                          RowScratch<T>& row, const Lists<T>& to) {
-  const bool by_distance = search.sort == Sort::distance, measured = search.most >= 0 || by_distance || to.distance;
+                          RowScratch<T>& row, const OutputList<T>& to) {
+  const bool by_distance = search.sort == Sort::distance;
+  const bool needs_measures = search.max_neighbors >= 0 || by_distance || to.distance;
   const int64_t* const row_splits = to.row_splits;
   if (!row.reserve(candidates.size())) return false;
   for (int64_t i = group; i < group_end; ++i) {
@@ -280,19 +286,19 @@ KP_OUTLINE bool fill_rows(const Candidates<T, D>& candidates, const Sorted<T, D>
       const int32_t* const ahead = to.index + row_splits[queries.ids[i + 8]];
       for (int line = 0; line < 3; ++line) __builtin_prefetch(ahead + 16 * line, 1);
     }
-    T q[Sorted<T, D>::stored];
+    T q[SortedPoints<T, D>::stored];
     query_at(queries, i, dimension, q);
     const int32_t id = queries.ids[i];
     const int64_t begin = row_splits[id], n = row_splits[id + 1] - begin;
     int32_t* const ids = row.ids.data();
-    if (!measured) {
+    if (!needs_measures) {
       candidates.template collect<false>(q, id, limits(id), ids, nullptr);
     } else {
-      const int64_t found = candidates.template collect<true>(q, id, limits(id), ids, row.measures.data());
+      const int64_t collected = candidates.template collect<true>(q, id, limits(id), ids, row.measures.data());
       if (by_distance)
-        row.sort_by_distance(found);
-      else if (found > n)
-        row.keep_nearest(found, n);
+        row.sort_by_distance(collected);
+      else if (collected > n)
+        row.keep_nearest(collected, n);
     }
     copy_row(to.index + begin, ids, n);
     if (to.distance) put_distances(search.metric, row.measures.data(), n, to.distance + begin);
@@ -305,10 +311,10 @@ Status fill(const Plan<Kind>& plan, int32_t* index, typename Kind::Scalar* dista
   using T = typename Kind::Scalar;
   const Search& search = plan.search;
   if (!plan.row_splits[plan.num_queries]) return Status::ok;
-  if (search.most >= 0 && !plan.is_measurable()) return Status::not_finite;
+  if (search.max_neighbors >= 0 && !plan.is_measurable()) return Status::not_finite;
   const auto& queries = plan.queries();
   const Limits<T> limits = plan.limits();
-  const Lists<T> to{plan.row_splits, index, distance};
+  const OutputList<T> to{plan.row_splits, index, distance};
   const int dimension = plan.index().head.dimension;
   return for_each_group<Kind, GroupScratch<Kind>>(
       plan, [&](auto& walker, GroupScratch<Kind>& scratch, int64_t begin, int64_t end) {
@@ -318,22 +324,21 @@ Status fill(const Plan<Kind>& plan, int32_t* index, typename Kind::Scalar* dista
       });
 }
 
-// ---- k nearest neighbours ----------------------------------------------------------------------------------------
+// ---- k nearest neighbors ----------------------------------------------------------------------------------------
 
-// One thread's points around a leaf, and the order of their distances.
 template <class Kind>
 struct NearestScratch : GroupScratch<Kind> {
   using T = typename Kind::Scalar;
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  Candidates<T, Kind::dimension> around;
+  Candidates<T, Kind::dimension> nearby;  // the points around the group's leaf
   Sorter<Bits> sorter;
-  Buffer<T> limits;
+  Buffer<T> limits;  // of each query of the group
 
   explicit NearestScratch(const Plan<Kind>& plan)
-      : GroupScratch<Kind>(plan), around(plan.index().head.dimension, plan.search.metric, plan.search.ignore) {}
+      : GroupScratch<Kind>(plan), nearby(plan.index().head.dimension, plan.search.metric, plan.search.ignore) {}
 
-  // The k-th smallest of the row's n measures, which order like their bits.
-  T kth(int64_t n, int64_t k) {
+  // The k-th smallest of the row's n measures. They are not negative, so they order like their bits.
+  T kth_smallest(int64_t n, int64_t k) {
     Bits* const keys = sorter.keys(n);
     memcpy(keys, this->row.measures.data(), size_t(n) * sizeof(T));
     T result;
@@ -342,9 +347,20 @@ struct NearestScratch : GroupScratch<Kind> {
   }
 };
 
-// The k nearest within the radius: rows of k in (M, k) arrays and how many of each are there. The k-th nearest among
-// the points around a query's leaf bounds how far the search has to go; for four of five queries it already is the
-// answer. Its time depends on k, not on how many points the radius holds.
+// The k nearest neighbors within the radius, in two steps for each group of queries:
+//
+//   1. For each query, the distance to its k-th nearest point among the points around the group's leaf. The k nearest
+//      neighbors cannot be farther. For four of five queries these points already are the k nearest.
+//   2. A radius search of the group with these distances, of which each row keeps the k nearest.
+//
+//        + - - - - - - - - +
+//        '   . +-----+  .  '       inner box: the leaf and the points around it (step 1)
+//        '     |. q .|     '       outer box: the largest distance of step 1 around the group's queries (step 2)
+//        '  .  |  .  |   . '
+//        '     +-----+     '       The time depends on k, not on how many points are within the radius.
+//        + - - - - - - - - +
+//
+// Writes rows of k entries, of which counts[q] are used.
 template <class Kind>
 Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* distance, int64_t* counts) {
   using T = typename Kind::Scalar;
@@ -353,7 +369,7 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
   Status status = plan.prepare(search, any);
   if (status != Status::ok) return status;
   memset(counts, 0, size_t(plan.num_queries) * sizeof(int64_t));
-  const int64_t k = search.most;
+  const int64_t k = search.max_neighbors;
   if (!any || !k) return Status::ok;
   if (!plan.is_measurable()) return Status::not_finite;
   const auto& queries = plan.queries();
@@ -361,27 +377,28 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
   const int dimension = plan.index().head.dimension;
   return for_each_group<Kind, NearestScratch<Kind>>(
       plan, [&](auto& walker, NearestScratch<Kind>& s, int64_t group, int64_t group_end) {
-        // Of one nearest point the leaf gives a bound, and nothing needs sorting.
-        const Run around = walker.around(group, k == 1 ? 1 : larger<int64_t>(4 * leaf_size, 2 * k), k);
-        if (!s.around.gather(Kind::points(plan.index()), &around, 1, false)) return false;
-        if (!s.row.reserve(s.around.size()) || !s.sorter.keys(s.around.size()) || !s.limits.resize(group_end - group))
+        // For k = 1 the leaf alone gives a good bound, the smallest distance.
+        const Run nearby = walker.points_around(group, k == 1 ? 1 : larger<int64_t>(4 * leaf_size, 2 * k), k);
+        if (!s.nearby.gather(Kind::points(plan.index()), &nearby, 1, false)) return false;
+        if (!s.row.reserve(s.nearby.size()) || !s.sorter.keys(s.nearby.size()) || !s.limits.resize(group_end - group))
           return false;
-        T q[Sorted<T, Kind::dimension>::stored], farthest = 0;
-        T guess = T(INFINITY);  // half as much again as the query before: 24 of 16 to sort, not 190
+        T q[SortedPoints<T, Kind::dimension>::stored], farthest = 0;
+        // 1.5 times the limit of the query before is tried first: with k = 16 it leaves 24 measures to sort, not 190.
+        T guess = T(INFINITY);
         for (int64_t i = group; i < group_end; ++i) {
           query_at(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
-          const T most = limits(id);
-          T limit = most;
+          const T radius_limit = limits(id);
+          T limit = radius_limit;
           if (k == 1) {
-            limit = smaller(most, s.around.smallest(q, id));
+            limit = smaller(radius_limit, s.nearby.smallest_measure(q, id));
           } else {
             int64_t n = 0;
-            for (T within = smaller(guess, most);; within = most) {
-              n = s.around.template collect<true>(q, id, within, s.row.ids.data(), s.row.measures.data());
-              if (n >= k || within == most) break;
+            for (T within = smaller(guess, radius_limit);; within = radius_limit) {
+              n = s.nearby.template collect<true>(q, id, within, s.row.ids.data(), s.row.measures.data());
+              if (n >= k || within == radius_limit) break;
             }
-            if (n >= k) limit = s.kth(n, k);
+            if (n >= k) limit = s.kth_smallest(n, k);
             guess = limit > 0 ? T(1.5) * limit : T(INFINITY);
           }
           s.limits[i - group] = limit;
@@ -392,13 +409,13 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
         for (int64_t i = group; i < group_end; ++i) {
           query_at(queries, i, dimension, q);
           const int32_t id = queries.ids[i];
-          const int64_t found =
+          const int64_t collected =
               s.candidates.template collect<true>(q, id, s.limits[i - group], s.row.ids.data(), s.row.measures.data());
           if (k > 1)
-            s.row.sort_by_distance(found);
-          else if (found > 1)
-            s.row.put_nearest_first(found);
-          const int64_t n = smaller(found, k);
+            s.row.sort_by_distance(collected);
+          else if (collected > 1)
+            s.row.put_nearest_first(collected);
+          const int64_t n = smaller(collected, k);
           if (search.sort == Sort::index) s.row.sort_by_index(n);
           counts[id] = n;
           copy_row(index + id * k, s.row.ids.data(), n);
@@ -410,29 +427,29 @@ Status nearest(const Search& search, int32_t* index, typename Kind::Scalar* dist
 
 }  // namespace
 
-Status build_index(const IndexPoints& args, void** index) {
+Status build_index(const IndexArguments& args, void** index) {
   const Index head{args.kind, args.points.dtype, int(args.points.cols), args.points.rows, args.row_splits.rows - 1};
   const Status status = with_kind(head, [&](auto kind) {
-    auto* const made = create<typename decltype(kind)::Built>();
-    if (!made) return Status::out_of_memory;
-    *index = made;
-    made->head = head;
-    return made->build(args);
+    auto* const created = create<typename decltype(kind)::IndexType>();
+    if (!created) return Status::out_of_memory;
+    *index = created;
+    created->head = head;
+    return created->build(args);
   });
   if (status != Status::crowded) return status;
   free_index(*index);
   *index = nullptr;
-  IndexPoints as_tree = args;
+  IndexArguments as_tree = args;
   as_tree.kind = IndexKind::tree;
   return build_index(as_tree, index);
 }
 
-// Of a tree it is not known: infinity.
+// Mean over the points of how many points share their cell; infinity for a kd-tree, which has no cells.
 double crowding(const void* index) {
   return with_kind(*static_cast<const Index*>(index), [&](auto kind) {
     using Kind = decltype(kind);
     if constexpr (Kind::is_grid)
-      return built<Kind>(index).crowding();
+      return index_as<Kind>(index).crowding();
     else
       return double(INFINITY);
   });
@@ -440,7 +457,7 @@ double crowding(const void* index) {
 
 void free_index(void* index) {
   with_kind(*static_cast<const Index*>(index), [&](auto kind) {
-    destroy<typename decltype(kind)::Built>(index);
+    destroy<typename decltype(kind)::IndexType>(index);
     return 0;
   });
 }
@@ -468,20 +485,20 @@ void radius_search_free(void* plan) {
 
 Status knn_search(const Search& search, int32_t* index, void* distance, int64_t* counts) {
   const Index& head = *static_cast<const Index*>(search.index);
-  const auto with = [&](auto kind) {
+  const auto search_tree = [&](auto kind) {
     using Kind = decltype(kind);
     return nearest<Kind>(search, index, static_cast<typename Kind::Scalar*>(distance), counts);
   };
-  const auto of = [&](auto t) {
+  return with_real(head.dtype, [&](auto t) {
     using T = decltype(t);
-    if (head.dimension == 2) return with(TreeKind<T, 2>());
-    return head.dimension == 3 ? with(TreeKind<T, 3>()) : with(TreeKind<T, 0>());
-  };
-  return with_real(head.dtype, of);
+    if (head.dimension == 2) return search_tree(TreeKind<T, 2>());
+    return head.dimension == 3 ? search_tree(TreeKind<T, 3>()) : search_tree(TreeKind<T, 0>());
+  });
 }
 
-// A counting sort by index. Each thread takes a range of rows and, after the counts are known, writes its own slice of
-// every column, so that columns hold their rows in order whatever the number of threads.
+// Transposes a neighbor list by a counting sort: row j of the result lists the queries that have point j, in ascending
+// order. Each thread counts, then writes, a contiguous range of queries; its slice of every row of the result begins
+// after those of the threads before it, so the result does not depend on the number of threads.
 Status transpose(const Transpose& args) {
   const Array &distance = args.distance, &out_distance = args.transposed_distance;
   const auto* from = as<int32_t>(args.index);
@@ -489,8 +506,8 @@ Status transpose(const Transpose& args) {
   auto* to = into<int32_t>(args.transposed_index);
   auto* splits = into<int64_t>(args.transposed_row_splits);
   const int64_t m = args.row_splits.rows - 1, n = args.transposed_row_splits.rows - 1, pairs = rows[m];
-  // One counter per thread and column: no more threads than make the counters half as large as the list. Up to half a
-  // million pairs one thread's cache holds all, and two take longer.
+  // Each thread has a counter for every point, so there are no more threads than keep all counters below half the size
+  // of the list. Up to half a million pairs fit the cache of one core, and two threads are slower.
   const int threads =
       int(larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 17), pairs / (4 * (n + 1)))));
   Buffer<int64_t> next;
@@ -499,9 +516,9 @@ Status transpose(const Transpose& args) {
   {
     const int t = omp_get_thread_num(), count = omp_get_num_threads();
     const Share share(m, t, count), columns(n, t, count);
-    int64_t* const mine = next.data() + int64_t(t) * n;
-    memset(mine, 0, size_t(n) * sizeof(int64_t));
-    for (int64_t e = rows[share.begin]; e < rows[share.end]; ++e) ++mine[from[e]];
+    int64_t* const counters = next.data() + int64_t(t) * n;
+    memset(counters, 0, size_t(n) * sizeof(int64_t));
+    for (int64_t e = rows[share.begin]; e < rows[share.end]; ++e) ++counters[from[e]];
 #pragma omp barrier
     for (int64_t j = columns.begin; j < columns.end; ++j) {
       int64_t sum = 0;
@@ -526,7 +543,7 @@ Status transpose(const Transpose& args) {
 #pragma omp barrier
     for (int64_t i = share.begin; i < share.end; ++i)
       for (int64_t e = rows[i]; e < rows[i + 1]; ++e) {
-        const int64_t at = mine[from[e]]++;
+        const int64_t at = counters[from[e]]++;
         to[at] = int32_t(i);
         if (!distance.data) continue;
         if (distance.dtype == DType::float32)

@@ -1,7 +1,8 @@
-// The pairs of a query's neighbours with the kernel points that act on them: where a KPConv is sparse.
+// Finds the pairs (neighbor, kernel point) of a query in which the kernel point has an influence on the neighbor. The
+// linear influence is zero beyond the extent, so there are few: about 1.6 per neighbor.
 //
-// This depends on the dtype of the geometry and on the dimension, not on the features, and is compiled once for each,
-// in pairs.cpp. As part of the loops over features it was compiled 16 times, up to 27 KB of code each.
+// Pairs depend on the dtype of the geometry and on the dimension, not on the features, and are compiled once for each
+// (pairs.cpp). As part of the loops over features they were compiled 16 times, up to 27 KB of code each.
 #pragma once
 
 #include "kernels.h"
@@ -10,54 +11,62 @@
 namespace kp {
 namespace {
 
-constexpr int64_t chunk = 128;  // neighbours looked at together
+constexpr int64_t chunk = 128;  // neighbors processed together
 
 }  // namespace
 
-// Where things are in one direction of the operator.
+// Positions and neighbor lists of one pass of the operator. In the forward pass, queries gather the features of
+// neighboring points. The gradient of the features is a pass over the transposed list, in which points and queries
+// change roles: `queries` are then the operator's points.
 template <class G>
-struct Geometry {
+struct PassGeometry {
   const G *points, *queries;
   int dimension;
   const int32_t* index;
   const int64_t* row_splits;
   int64_t num_queries;
-  const G* kernel_points;  // (D, K), mirrored on the way back
+  const G* kernel_points;  // (D, K); negated in the transposed pass
   int num_kernels;
   G extent;
   Influence influence;
   Aggregation aggregation;
-  const G* offsets;   // (queries, K, D) of the kernel points, or null; only on the way there
-  const G* deformed;  // (points, D, K padded): on the way back the kernel points of what is gathered
+  // Deformed kernels: in the forward pass the offsets (queries, K, D) of each query's kernel points, in the transposed
+  // pass the deformed kernel points (points, D, K padded) of each gathered point. Otherwise null.
+  const G* offsets;
+  const G* deformed;
 };
 
-// Rows of features, which are asked for while their pairs are found.
+// Rows of features, which are prefetched while their pairs are found.
 struct FeatureRows {
   const char* data;
-  int64_t bytes;  // of a row
+  int64_t bytes;  // per row
 };
 
-// Where pairs are written to. There is room for one more chunk of neighbours and a vector.
+// Output and scratch of find_pairs(). Output arrays have room for one more chunk of neighbors and one more vector.
 template <class G>
 struct PairArrays {
-  G* d2;
-  int32_t* point;          // what is gathered
-  int32_t* edge;           // its place in the index, from the tile's first; and where it is from the
-  G* from[max_dimension];  // kernel point: null if not asked for
-  int64_t* ends;           // (K + 1,) of the last query's pairs of every kernel point
-  G* own_kernel_points;    // scratch of deformed kernels: (D, K), those of the query
-  G *row_d2, *found_d2;    // of a neighbour with all kernel points; of its pairs
-  int32_t *numbers, *found_kernel, *found_point;
+  G* d2;                         // squared distance between neighbor and kernel point
+  int32_t* point;                // the neighbor
+  int32_t* edge;                 // position in the index, counted from the tile's first; null if not needed
+  G* difference[max_dimension];  // neighbor - kernel point, by axis; null if not needed
+  int64_t* ends;                 // (K + 1,) where the pairs of each kernel point end; for the latest query only
+
+  // Scratch of deformed kernels.
+  G* query_kernel_points;   // (D, K), of the query
+  G* kernel_d2;             // (K,) squared distances from one neighbor to all kernel points
+  G* unsorted_d2;           // pairs ordered by neighbor, before they are sorted by kernel point
+  int32_t* kernel_numbers;  // 0, 1, ..., K - 1
+  int32_t *unsorted_kernel, *unsorted_point;
 };
 
 #ifdef KP_ISA
 namespace KP_ISA {
 
-// Writes the pairs of query q with n <= chunk of its neighbours from `num_pairs` on, by kernel point, and where those
-// of each kernel point end. `begin`: the first of these neighbours in the index, `first`: that of the tile.
-void find_pairs(const Geometry<float>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,
+// Finds the pairs of query q with its neighbors index[begin, begin + n), n <= chunk. Writes them from position
+// num_pairs on, ordered by kernel point, and where the pairs of each kernel point end. `first`: the tile's first edge.
+void find_pairs(const PassGeometry<float>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,
                 int64_t num_pairs, const PairArrays<float>&);
-void find_pairs(const Geometry<double>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,
+void find_pairs(const PassGeometry<double>&, const FeatureRows&, int64_t q, int64_t begin, int64_t n, int64_t first,
                 int64_t num_pairs, const PairArrays<double>&);
 
 }  // namespace KP_ISA

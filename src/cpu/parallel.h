@@ -1,5 +1,5 @@
-// OpenMP, or its one-thread stand-in; and scratch memory, which reports failure instead of throwing, because nothing
-// may throw inside a parallel region.
+// OpenMP, or a replacement with one thread, and scratch memory. Buffer reports failure instead of throwing, because
+// exceptions must not leave a parallel region.
 #pragma once
 
 #include <stdlib.h>
@@ -27,9 +27,9 @@ namespace {
 
 template <class T>
 KP_HD void exchange(T& a, T& b) {
-  T was = a;
+  T old_a = a;
   a = b;
-  b = was;
+  b = old_a;
 }
 template <class T>
 KP_HD T smaller(T a, T b) {
@@ -40,14 +40,15 @@ KP_HD T larger(T a, T b) {
   return a < b ? b : a;
 }
 
-// A number of the caller's, who may be writing to it in another thread: read once, so that what was checked is what is
-// used.
+// Reads a number that another thread of the caller may be writing, exactly once, so that the value that was checked is
+// the value that is used.
 template <class T>
 inline T read_once(const T* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
-// Uninitialised, 64-byte aligned, with a cache line to spare past the end so that vectors may overrun.
+// Uninitialized memory, aligned to 64 bytes, with one more cache line past the end so that whole vectors may be read
+// and written there.
 template <class T>
 class Buffer {
  public:
@@ -56,15 +57,16 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { free(data_); }
 
-  // Keeps nothing of the old content; never null after, even of size 0. False: no memory.
+  // Discards the content. Afterwards data() is not null, even for size 0. Returns false if memory runs out.
   bool resize(int64_t size) {
     if (data_ && size <= size_) return true;
     free(data_);
     data_ = nullptr;
     size_ = 0;
     size_t bytes = size_t(size) * sizeof(T) + 64;
-    // A fresh 4 KiB page costs 1.4 us; huge pages make the first touch 8 times faster, also of the end of the buffer if
-    // that is a whole page too: a search of a million points has ten arrays of 4 MB, just below two of these pages.
+    // Touching a new 4 KiB page costs 1.4 us; with huge pages the first touch is 8 times faster. The size is rounded up
+    // to whole huge pages if that adds at most an eighth: a search of a million points has ten arrays of 4 MB, just
+    // below two huge pages.
     constexpr size_t page = size_t(2) << 20;
     const size_t pages = (bytes + page - 1) / page * page;
     if (pages - bytes <= bytes / 8) bytes = pages;
@@ -93,18 +95,20 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Thread `t` of `threads` owns [begin, end) of n.
+// The part [begin, end) of n items that belongs to thread `t` of `threads`.
 struct Share {
   int64_t begin, end;
   Share(int64_t n, int t, int threads) : begin(n * t / threads), end(n * (t + 1) / threads) {}
 };
 
-// Threads worth starting for n items of which `grain` keep one busy for some 20 us. Each is to have twice that to do:
-// one that went to sleep takes 30 to 50 us to come, and two were faster than one from 60 us of work on.
+// The number of threads worth starting for n items, of which `grain` keep a thread busy for some 20 us. Each gets at
+// least 40 us of work: a sleeping thread takes 30 to 50 us to wake, and two threads were faster than one from 60 us of
+// work on.
 inline int useful_threads(int threads, int64_t n, int64_t grain) {
   return int(larger<int64_t>(1, smaller<int64_t>(threads, n / (2 * grain))));
 }
 
+// The number of bits that hold 0, ..., largest.
 inline int bits_for(uint64_t largest) {
   return largest ? 64 - __builtin_clzll(largest) : 0;
 }

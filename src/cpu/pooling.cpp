@@ -1,10 +1,10 @@
-// Rows of features reduced over neighbours or over batch items, and what carries them and their gradients back.
+// Pooling: features reduced over neighbors (neighbor_reduce) or over batch items (segment_reduce), their gradients,
+// gathering of rows and inverse-distance weights.
 //
-// Over neighbours, a query's sums or maxima of up to 8 vectors of channels stay in registers while its neighbours' rows
-// go by, asked for some pairs ahead; a neighbour's row is read once and nothing larger than the output is ever made.
-// The gradient of a sum is the same sum over the transposed neighbours. That of a maximum goes from every query to one
-// point per channel: a thread owns some channels of some points and takes the queries in order. So no result depends on
-// the number of threads.
+// For each query, sums or maxima of up to 8 vectors of channels stay in registers while the rows of its neighbors are
+// read, once each and prefetched some pairs ahead; no array over pairs and channels is allocated. The gradient of a sum
+// is the same sum over the transposed list. The gradient of a maximum goes from every query to one point per channel: a
+// thread owns some channels of some points and reads all queries in order. No result depends on the number of threads.
 
 #include "formulas/pooling.h"
 
@@ -16,20 +16,22 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-constexpr int64_t ahead = 6;                         // pairs between asking for a row and reading it
-constexpr int64_t block_of_pairs = 512;              // summed before their sum is added to the others': 1e6 pairs lose
-                                                     // as little in float32 as 2000 do
-constexpr int64_t block_of_rows = 1024;              // of a batch item, one thread's work
-constexpr int64_t busy = 1 << 15;                    // values that keep a thread busy for some 20 us
-constexpr int many = KP_VECTOR_BYTES == 64 ? 8 : 4;  // vectors of maxima and their points that fit the registers
+constexpr int64_t prefetch_distance = 6;  // pairs between prefetching a row and reading it
+// Pairs summed before their sum is added to that of the blocks before: in float32, a million pairs then lose as little
+// precision as 2000 do without blocks.
+constexpr int64_t pairs_per_block = 512;
+constexpr int64_t rows_per_block = 1024;  // rows of a batch item that one thread reduces at a time
+constexpr int64_t grain = 1 << 15;        // values that keep a thread busy for some 20 us
+constexpr int max_choice_vectors = KP_VECTOR_BYTES == 64 ? 8 : 4;  // maxima and their rows that fit the registers
 
-// Calls f(how many vectors, whether they are whole, the first channel) until all channels are done.
-template <int most, class F, class Call>
+// Calls call(number of vectors, whether they are whole, first channel) for blocks of channels until all are covered.
+template <int max_vectors, class F, class Call>
 KP_INLINE void for_channels(int64_t channels, Call call) {
   constexpr int64_t step = lanes<F>;
   int64_t c = 0;
-  for (; c + most * step <= channels; c += most * step) call(std::integral_constant<int, most>(), std::true_type(), c);
-  if constexpr (most > 4)
+  for (; c + max_vectors * step <= channels; c += max_vectors * step)
+    call(std::integral_constant<int, max_vectors>(), std::true_type(), c);
+  if constexpr (max_vectors > 4)
     if (c + 4 * step <= channels) {
       call(std::integral_constant<int, 4>(), std::true_type(), c);
       c += 4 * step;
@@ -45,17 +47,17 @@ KP_INLINE void for_channels(int64_t channels, Call call) {
   if (c < channels) call(std::integral_constant<int, 1>(), std::false_type(), c);
 }
 
-// Rows of features, read in vectors of which the last may be part.
+// A matrix of features whose rows are read in vectors, the last of which may be partial.
 template <class F>
-struct Rows {
+struct FeatureMatrix {
   const F* data;
   int64_t channels, values;
 
-  explicit Rows(const Array& features)
+  explicit FeatureMatrix(const Array& features)
       : data(as<F>(features)), channels(features.cols), values(features.rows * features.cols) {}
 
-  // The v-th vector from channel c of a row. Past the row's end its lanes hold anything: reading the next row's is
-  // faster than masking, and only at the end of all rows is there no next one.
+  // The v-th vector from channel c of a row. A partial vector has garbage past the end of the row: reading into the
+  // next row is faster than masking, which only the very last row needs.
   template <bool whole>
   KP_INLINE Vec<F> vector(int64_t row, int64_t c, int v) const {
     const int64_t at = row * channels + c;
@@ -81,21 +83,22 @@ void fill(F* row, int64_t channels, F value) {
   for (int64_t c = 0; c < channels; ++c) row[c] = value;
 }
 
-// ---- over neighbours ---------------------------------------------------------------------------------------------
+// ---- over neighbors ---------------------------------------------------------------------------------------------
 
-// to = the sum of n rows, weighted, over the divisor. `last` ends the index of all queries.
+// to = the (weighted) sum of n rows, divided by `divisor`. `last`: the last entry of the whole index, beyond which
+// nothing is prefetched.
 template <bool weighted, class F>
-void sum_row(const Rows<F>& rows, const int32_t* index, const int32_t* last, const F* weights, int64_t n, F divisor,
-             F* to) {
+void sum_row(const FeatureMatrix<F>& rows, const int32_t* index, const int32_t* last, const F* weights, int64_t n,
+             F divisor, F* to) {
   for_channels<8, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {
     constexpr int NV = decltype(vectors)::value;
     constexpr bool all = decltype(whole)::value;
     Vec<F> total[NV];
-    for (int64_t first = 0; first < n; first += block_of_pairs) {
-      const int64_t end = smaller(n, first + block_of_pairs);
+    for (int64_t first = 0; first < n; first += pairs_per_block) {
+      const int64_t end = smaller(n, first + pairs_per_block);
       Vec<F> sums[NV] = {};
       for (int64_t i = first; i < end; ++i) {
-        rows.template prefetch<NV>(*smaller(index + i + ahead, last), c);
+        rows.template prefetch<NV>(*smaller(index + i + prefetch_distance, last), c);
         const int64_t row = index[i];
         for (int v = 0; v < NV; ++v) {
           const Vec<F> x = rows.template vector<all>(row, c, v);
@@ -111,7 +114,7 @@ void sum_row(const Rows<F>& rows, const int32_t* index, const int32_t* last, con
 
 template <class F>
 Status sum_neighbors(const NeighborReduce& args, const Array& out) {
-  const Rows<F> rows(args.features);
+  const FeatureMatrix<F> rows(args.features);
   const auto* weights = as<F>(args.weights);
   const auto *splits = as<int64_t>(args.row_splits), *forward_splits = as<int64_t>(args.forward_row_splits);
   const auto* index = as<int32_t>(args.index);
@@ -121,9 +124,10 @@ Status sum_neighbors(const NeighborReduce& args, const Array& out) {
   const bool mean = args.reduction == Reduction::mean;
   const F empty = F(args.empty);
   bool enough = true;
-#pragma omp parallel num_threads(useful_threads(args.threads, (pairs + m) * rows.channels, busy)) reduction(&& : enough)
+#pragma omp parallel num_threads(useful_threads(args.threads, (pairs + m) * rows.channels, grain)) \
+    reduction(&& : enough)
   {
-    Buffer<F> shares;
+    Buffer<F> row_weights;
 #pragma omp for schedule(dynamic, 64)
     for (int64_t q = 0; q < m; ++q) {
       const int64_t begin = splits[q], n = splits[q + 1] - begin;
@@ -134,13 +138,13 @@ Status sum_neighbors(const NeighborReduce& args, const Array& out) {
         continue;
       }
       if (forward_splits) {
-        enough = enough && shares.resize(n);
+        enough = enough && row_weights.resize(n);
         if (!enough) continue;
         for (int64_t i = 0; i < n; ++i) {
           const int64_t j = index[begin + i];
-          shares[i] = (factors ? factors[i] : F(1)) / F(forward_splits[j + 1] - forward_splits[j]);
+          row_weights[i] = (factors ? factors[i] : F(1)) / F(forward_splits[j + 1] - forward_splits[j]);
         }
-        factors = shares.data();
+        factors = row_weights.data();
       }
       const F divisor = mean ? F(n) : F(1);
       if (factors)
@@ -160,54 +164,55 @@ KP_INLINE void put_index(int32_t* to, Vec<int64_t> x) {
   *reinterpret_cast<Half*>(to) = __builtin_convertvector(x, Half);
 }
 
-// Rows named by an index, or one after the other.
-struct Listed {
+// The i-th row to reduce: IndexedRows for the neighbors of a query, ConsecutiveRows for a batch item.
+struct IndexedRows {
   const int32_t *index, *last;
   KP_INLINE int64_t operator()(int64_t i) const { return index[i]; }
   template <int NV, class F>
-  KP_INLINE void prefetch(const Rows<F>& rows, int64_t i, int64_t c) const {
-    rows.template prefetch<NV>(*smaller(index + i + ahead, last), c);
+  KP_INLINE void prefetch(const FeatureMatrix<F>& rows, int64_t i, int64_t c) const {
+    rows.template prefetch<NV>(*smaller(index + i + prefetch_distance, last), c);
   }
 };
-struct Stretch {
+struct ConsecutiveRows {
   int64_t first;
   KP_INLINE int64_t operator()(int64_t i) const { return first + i; }
   template <int NV, class F>
-  KP_INLINE void prefetch(const Rows<F>&, int64_t, int64_t) const {}
+  KP_INLINE void prefetch(const FeatureMatrix<F>&, int64_t, int64_t) const {}
 };
 
-// What rows shorter than `width` see besides their neighbours.
+// Neighbor lists shorter than `width` are reduced as if padded with `value`.
 template <class F>
 struct Padding {
   int64_t width;
   F value;
 };
 
-// x, of the row `from`, takes the place of the best so far if it is larger or smaller.
-template <bool least, class I, class V, class W>
-KP_INLINE void offer(V x, I from, V& best, W& chosen) {
-  const auto better = displaces<least>(x, best);
+// Replaces `best` by x of row `from` where x is better: larger, or smaller if `minimum`.
+template <bool minimum, class I, class V, class W>
+KP_INLINE void replace_if_better(V x, I from, V& best, W& chosen) {
+  const auto better = displaces<minimum>(x, best);
   best = better ? x : best;
   chosen = better ? broadcast(from) : chosen;
 }
 
-// to = the largest or smallest values of n rows; choice = the rows that have them. The padding is seen last, so a
-// neighbour of equal value is the one chosen; where the padding is, choice is -1. Without rows there is only padding.
-template <bool least, class F, class Row>
-void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& padding, F* to, int32_t* choice) {
-  for_channels<many, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {
+// to = the largest (or smallest) values of n rows, choice = the rows they come from. Padding comes last, so a neighbor
+// of equal value wins over it; where the padding wins, and without rows, choice is -1.
+template <bool minimum, class F, class Row>
+void choose_row(const FeatureMatrix<F>& rows, Row row, int64_t n, const Padding<F>& padding, F* to, int32_t* choice) {
+  for_channels<max_choice_vectors, F>(rows.channels, [&](auto vectors, auto whole, int64_t c) {
     constexpr int NV = decltype(vectors)::value;
     constexpr bool all = decltype(whole)::value;
     using I = IndexBeside<F>;
     Vec<F> best[NV];
     Vec<I> chosen[NV];
-    // That a NaN stays takes two more comparisons a value, so it is first tried without: false if there may be one.
-    const auto scan = [&](auto careful) {
-      Vec<F> odd[2] = {};  // turns NaN with the first value that is NaN or infinite
+    // Propagating NaN takes two more comparisons per value, so a first scan does without. It returns false if it has
+    // seen a value that is NaN or infinite; then a second scan propagates NaN.
+    const auto scan = [&](auto keep_nan) {
+      Vec<F> nan_check[2] = {};  // sums of value * 0: NaN after the first NaN or infinity
       for (int v = 0; v < NV; ++v) {
         best[v] = n ? rows.template vector<all>(row(0), c, v) : broadcast(padding.value);
         chosen[v] = broadcast(n ? I(row(0)) : I(-1));
-        odd[v % 2] = fma(best[v], Vec<F>{}, odd[v % 2]);
+        nan_check[v % 2] = fma(best[v], Vec<F>{}, nan_check[v % 2]);
       }
       for (int64_t i = 1; i < n; ++i) {
         row.template prefetch<NV>(rows, i, c);
@@ -215,23 +220,23 @@ void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& paddi
         for (int v = 0; v < NV; ++v) {
           Vec<F> x = rows.template vector<all>(r, c, v);
 #if defined(__x86_64__)
-          asm("" : "+v"(x));  // or GCC loads it again for each use, and rows are rarely aligned
+          asm("" : "+v"(x));  // otherwise GCC loads x again for each use, unaligned most of the time
 #endif
-          if constexpr (decltype(careful)::value) {
-            offer<least>(x, I(r), best[v], chosen[v]);
+          if constexpr (decltype(keep_nan)::value) {
+            replace_if_better<minimum>(x, I(r), best[v], chosen[v]);
           } else {
-            chosen[v] = (least ? x < best[v] : x > best[v]) ? broadcast(I(r)) : chosen[v];
-            best[v] = least ? min(x, best[v]) : max(x, best[v]);
-            odd[v % 2] = fma(x, Vec<F>{}, odd[v % 2]);
+            chosen[v] = (minimum ? x < best[v] : x > best[v]) ? broadcast(I(r)) : chosen[v];
+            best[v] = minimum ? min(x, best[v]) : max(x, best[v]);
+            nan_check[v % 2] = fma(x, Vec<F>{}, nan_check[v % 2]);
           }
         }
       }
-      const Vec<F> sum = odd[0] + odd[1];
+      const Vec<F> sum = nan_check[0] + nan_check[1];
       return mask_eq(sum, sum) == first_lanes<F>(lanes<F>);
     };
     if (!scan(std::false_type())) scan(std::true_type());
     for (int v = 0; v < NV; ++v) {
-      if (n < padding.width) offer<least>(broadcast(padding.value), I(-1), best[v], chosen[v]);
+      if (n < padding.width) replace_if_better<minimum>(broadcast(padding.value), I(-1), best[v], chosen[v]);
       rows.template put<all>(to, c, v, best[v]);
       if constexpr (all)
         put_index(choice + c + v * lanes<F>, chosen[v]);
@@ -241,9 +246,9 @@ void choose_row(const Rows<F>& rows, Row row, int64_t n, const Padding<F>& paddi
   });
 }
 
-template <bool least, class F>
+template <bool minimum, class F>
 Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* choice) {
-  const Rows<F> rows(args.features);
+  const FeatureMatrix<F> rows(args.features);
   const auto* splits = as<int64_t>(args.row_splits);
   const auto* index = as<int32_t>(args.index);
   auto* const to = into<F>(out);
@@ -251,13 +256,13 @@ Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* c
   const int32_t* const last = index + pairs - 1;
   const Padding<F> padding{args.width, F(args.pad_value)};
   const F empty = F(args.empty);
-#pragma omp parallel for num_threads(useful_threads(args.threads, (pairs + m) * channels, busy)) schedule(dynamic, 64)
+#pragma omp parallel for num_threads(useful_threads(args.threads, (pairs + m) * channels, grain)) schedule(dynamic, 64)
   for (int64_t q = 0; q < m; ++q) {
     const int64_t begin = splits[q], n = splits[q + 1] - begin;
     F* const row = to + q * channels;
     int32_t* const chosen = choice + q * channels;
     if (n || padding.width) {
-      choose_row<least>(rows, Listed{index + begin, last}, n, padding, row, chosen);
+      choose_row<minimum>(rows, IndexedRows{index + begin, last}, n, padding, row, chosen);
       continue;
     }
     fill(row, channels, empty);
@@ -266,7 +271,7 @@ Status choose_neighbors(const NeighborReduce& args, const Array& out, int32_t* c
   return Status::ok;
 }
 
-// The sum of the products of two rows.
+// The dot product of two rows.
 template <class F>
 KP_INLINE F dot(const F* a, const F* b, int64_t n) {
   constexpr int64_t step = lanes<F>;
@@ -282,52 +287,53 @@ KP_INLINE F dot(const F* a, const F* b, int64_t n) {
 
 // ---- over batch items --------------------------------------------------------------------------------------------
 
-// Items of more than a block of rows are cut into blocks, so that all threads work on one item; what blocks give is
-// joined in their order.
-class Blocks {
+// Splits batch items of more than 1024 rows into blocks, so that several threads reduce one item. The results of the
+// blocks are then joined in their order.
+class ItemBlocks {
  public:
   const int64_t* splits;
   int64_t items;
 
-  // False: no memory.
-  bool cut(const Array& row_splits) {
+  // Returns false if memory runs out.
+  bool split(const Array& row_splits) {
     splits = as<int64_t>(row_splits);
     items = row_splits.rows - 1;
     if (!first_.resize(items + 1)) return false;
     first_[0] = 0;
-    for (int64_t b = 0; b < items; ++b) first_[b + 1] = first_[b] + (is_cut(b) ? (rows(b) - 1) / block_of_rows + 1 : 0);
+    for (int64_t b = 0; b < items; ++b)
+      first_[b + 1] = first_[b] + (is_split(b) ? (rows(b) - 1) / rows_per_block + 1 : 0);
     if (!item_.resize(count())) return false;
     for (int64_t b = 0; b < items; ++b)
       for (int64_t k = first_[b]; k < first_[b + 1]; ++k) item_[k] = int32_t(b);
     return true;
   }
   int64_t rows(int64_t b) const { return splits[b + 1] - splits[b]; }
-  bool is_cut(int64_t b) const { return rows(b) > block_of_rows; }
+  bool is_split(int64_t b) const { return rows(b) > rows_per_block; }
   int64_t count() const { return first_[items]; }
 
-  // Calls whole(item, its first row, rows) for items in one piece and part(block, first row, rows) for all blocks; then
-  // join(item, its first block, the end of its blocks).
+  // Calls whole(item, first row, number of rows) for items that are not split and part(block, first row, number of
+  // rows) for all blocks; then join(item, first block, end of its blocks) for items that are split.
   template <class Whole, class Part, class Join>
   void for_each(int threads, Whole whole, Part part, Join join) const {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 64) nowait
       for (int64_t b = 0; b < items; ++b)
-        if (!is_cut(b)) whole(b, splits[b], rows(b));
+        if (!is_split(b)) whole(b, splits[b], rows(b));
 #pragma omp for schedule(dynamic, 1)
       for (int64_t k = 0; k < count(); ++k) {
-        const int64_t b = item_[k], row = splits[b] + (k - first_[b]) * block_of_rows;
-        part(k, row, smaller(block_of_rows, splits[b + 1] - row));
+        const int64_t b = item_[k], row = splits[b] + (k - first_[b]) * rows_per_block;
+        part(k, row, smaller(rows_per_block, splits[b + 1] - row));
       }
 #pragma omp for schedule(dynamic, 64)
       for (int64_t b = 0; b < items; ++b)
-        if (is_cut(b)) join(b, first_[b], first_[b + 1]);
+        if (is_split(b)) join(b, first_[b], first_[b + 1]);
     }
   }
 
  private:
-  Buffer<int64_t> first_;  // the number of an item's first block; one that is not cut has none
-  Buffer<int32_t> item_;   // of each block
+  Buffer<int64_t> first_;  // number of each item's first block; items that are not split have no blocks
+  Buffer<int32_t> item_;   // item of each block
 };
 
 KP_INLINE Vec<double> widened(const double* p) {
@@ -338,9 +344,9 @@ KP_INLINE Vec<double> widened(const float* p) {
   return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Vec<double>);
 }
 
-// sums = those of n rows in float64, which float32 rows need from some thousands on.
+// sums = the sum of n consecutive rows, in float64: float32 loses precision from some thousand rows on.
 template <class F>
-void sum_stretch(const F* rows, int64_t n, int64_t channels, double* sums) {
+void sum_consecutive(const F* rows, int64_t n, int64_t channels, double* sums) {
   for_channels<8, double>(channels, [=](auto vectors, auto whole, int64_t c) {
     constexpr int NV = decltype(vectors)::value;
     if constexpr (decltype(whole)::value) {
@@ -350,7 +356,7 @@ void sum_stretch(const F* rows, int64_t n, int64_t channels, double* sums) {
       for (int v = 0; v < NV; ++v) store(sums + c + v * lanes<double>, sum[v]);
     } else {
       for (; c < channels; ++c) {
-        double sum[4] = {};  // four, because each waits for its last addition
+        double sum[4] = {};  // four independent sums hide the latency of the additions
         int64_t i = 0;
         for (; i + 4 <= n; i += 4)
           for (int s = 0; s < 4; ++s) sum[s] += double(rows[(i + s) * channels + c]);
@@ -366,12 +372,12 @@ Status sum_segments(const SegmentReduce& args, const Array& out) {
   const auto* from = as<F>(args.features);
   auto* const to = into<F>(out);
   const int64_t channels = args.features.cols;
-  const int threads = useful_threads(args.threads, (args.features.rows + out.rows) * channels, busy);
+  const int threads = useful_threads(args.threads, (args.features.rows + out.rows) * channels, grain);
   const bool mean = args.reduction == Reduction::mean;
   const F empty = F(args.empty);
-  Blocks blocks;
-  Buffer<double> partial;  // a row for each block, and one for each thread's items
-  if (!blocks.cut(args.row_splits) || !partial.resize((blocks.count() + threads) * channels))
+  ItemBlocks blocks;
+  Buffer<double> partial;  // a row for each block, and one for each thread for items that are not split
+  if (!blocks.split(args.row_splits) || !partial.resize((blocks.count() + threads) * channels))
     return Status::out_of_memory;
   const auto finish = [=, &blocks](int64_t b, const double* sums) {
     const double divisor = mean ? double(blocks.rows(b)) : 1;
@@ -382,11 +388,11 @@ Status sum_segments(const SegmentReduce& args, const Array& out) {
       [&](int64_t b, int64_t first, int64_t n) {
         double* const sums = &partial[(blocks.count() + omp_get_thread_num()) * channels];
         if (!n) return fill(to + b * channels, channels, empty);
-        sum_stretch(from + first * channels, n, channels, sums);
+        sum_consecutive(from + first * channels, n, channels, sums);
         finish(b, sums);
       },
       [&](int64_t k, int64_t first, int64_t n) {
-        sum_stretch(from + first * channels, n, channels, &partial[k * channels]);
+        sum_consecutive(from + first * channels, n, channels, &partial[k * channels]);
       },
       [&](int64_t b, int64_t k, int64_t end) {
         double* const sums = &partial[k * channels];
@@ -397,23 +403,23 @@ Status sum_segments(const SegmentReduce& args, const Array& out) {
   return Status::ok;
 }
 
-template <bool least, class F>
+template <bool minimum, class F>
 Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* choice) {
-  const Rows<F> rows(args.features);
+  const FeatureMatrix<F> rows(args.features);
   auto* const to = into<F>(out);
   const int64_t channels = rows.channels;
   const F empty = F(args.empty);
-  Blocks blocks;
+  ItemBlocks blocks;
   Buffer<F> partial;
   Buffer<int32_t> partial_choice;
-  if (!blocks.cut(args.row_splits) || !partial.resize(blocks.count() * channels) ||
+  if (!blocks.split(args.row_splits) || !partial.resize(blocks.count() * channels) ||
       !partial_choice.resize(blocks.count() * channels))
     return Status::out_of_memory;
   const auto choose = [&](int64_t first, int64_t n, F* best, int32_t* chosen) {
-    choose_row<least>(rows, Stretch{first}, n, Padding<F>{0, F(0)}, best, chosen);
+    choose_row<minimum>(rows, ConsecutiveRows{first}, n, Padding<F>{0, F(0)}, best, chosen);
   };
   blocks.for_each(
-      useful_threads(args.threads, (args.features.rows + out.rows) * channels, busy),
+      useful_threads(args.threads, (args.features.rows + out.rows) * channels, grain),
       [&](int64_t b, int64_t first, int64_t n) {
         if (n) return choose(first, n, to + b * channels, choice + b * channels);
         fill(to + b * channels, channels, empty);
@@ -429,7 +435,7 @@ Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* cho
         memcpy(chosen, &partial_choice[k * channels], size_t(channels) * sizeof(int32_t));
         while (++k < end)
           for (int64_t c = 0; c < channels; ++c)
-            if (displaces<least>(partial[k * channels + c], best[c])) {
+            if (displaces<minimum>(partial[k * channels + c], best[c])) {
               best[c] = partial[k * channels + c];
               chosen[c] = partial_choice[k * channels + c];
             }
@@ -437,7 +443,8 @@ Status choose_segments(const SegmentReduce& args, const Array& out, int32_t* cho
   return Status::ok;
 }
 
-// Every row the gradient of its item, or its share of it.
+// Backward of a sum or mean over batch items: every row receives its item's gradient, divided by the number of rows for
+// a mean.
 template <class F>
 Status spread_segments(const SegmentReduce& args) {
   const Array& grad_features = args.grad_features;
@@ -445,19 +452,19 @@ Status spread_segments(const SegmentReduce& args) {
   const auto* splits = as<int64_t>(args.row_splits);
   auto* const to = into<F>(grad_features);
   const int64_t n = grad_features.rows, items = args.row_splits.rows - 1, channels = grad_features.cols;
-  if (!channels) return Status::ok;  // however many rows
-  const int64_t blocks = (n + block_of_rows - 1) / block_of_rows;
+  if (!channels) return Status::ok;
+  const int64_t blocks = (n + rows_per_block - 1) / rows_per_block;
   const bool mean = args.reduction == Reduction::mean;
   bool enough = true;
-#pragma omp parallel num_threads(useful_threads(args.threads, n* channels, busy)) reduction(&& : enough)
+#pragma omp parallel num_threads(useful_threads(args.threads, n* channels, grain)) reduction(&& : enough)
   {
     Buffer<F> share;
     enough = share.resize(channels);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < blocks; ++k) {
       if (!enough) continue;
-      int64_t i = k * block_of_rows;
-      const int64_t end = smaller(n, i + block_of_rows);
+      int64_t i = k * rows_per_block;
+      const int64_t end = smaller(n, i + rows_per_block);
       int64_t b = 0;  // the last item that begins at row i or before it
       for (int64_t above = items; above - b > 1;) {
         const int64_t middle = (b + above) / 2;
@@ -475,16 +482,17 @@ Status spread_segments(const SegmentReduce& args) {
   return enough ? Status::ok : Status::out_of_memory;
 }
 
-// ---- rows back to where they came from ---------------------------------------------------------------------------
+// ---- unpooling and gathering -------------------------------------------------------------------------------------
 
+// grad_features[choice[q, c], c] += grad_out[q, c]; -1 is skipped.
 template <class F>
 void unpool_rows(const Array& choice, const Array& grad_out, const Array& grad_features, int threads) {
   const auto* chosen = as<int32_t>(choice);
   const auto* grad = as<F>(grad_out);
   auto* const to = into<F>(grad_features);
   const int64_t m = grad_out.rows, n = grad_features.rows, channels = grad_features.cols;
-  threads = useful_threads(threads, (m + n) * channels, busy);
-  // Threads first share the channels, at least a cache line to each; then the points.
+  threads = useful_threads(threads, (m + n) * channels, grain);
+  // Threads first divide the channels among them, at least a cache line each, then the points.
   const int64_t line = 64 / int64_t(sizeof(F));
   const int column_parts = int(larger<int64_t>(1, smaller<int64_t>(threads, channels / line)));
   const int row_parts = (threads + column_parts - 1) / column_parts;
@@ -505,7 +513,8 @@ void unpool_rows(const Array& choice, const Array& grad_out, const Array& grad_f
   }
 }
 
-// out[q] = the row index[q], or the first of row_splits' q-th range of them, or zeros. False: there is no such row.
+// out[q] = row index[q] of the features or, with row_splits, the row of the first neighbor of q; zeros for an empty
+// list. Returns false if an index is out of range.
 template <class I>
 bool copy_rows(const Array& features, const Array& index, const Array& row_splits, const Array& out, int threads) {
   const auto* numbers = as<I>(index);
@@ -513,7 +522,7 @@ bool copy_rows(const Array& features, const Array& index, const Array& row_split
   const int64_t m = out.rows, bytes = features.cols * size_of(features.dtype);
   const auto* from = as<char>(features);
   auto* const to = into<char>(out);
-  const auto place = [=, &features](int64_t q, bool& valid) -> const char* {
+  const auto row_of = [=, &features](int64_t q, bool& valid) -> const char* {
     if (splits && splits[q] == splits[q + 1]) return nullptr;
     const int64_t i = int64_t(read_once(numbers + (splits ? splits[q] : q)));
     if (i >= 0 && i < features.rows) return from + i * bytes;
@@ -521,12 +530,12 @@ bool copy_rows(const Array& features, const Array& index, const Array& row_split
     return nullptr;
   };
   bool valid = true;
-#pragma omp parallel for num_threads(useful_threads(threads, m* features.cols, busy)) schedule(static) \
+#pragma omp parallel for num_threads(useful_threads(threads, m* features.cols, grain)) schedule(static) \
     reduction(&& : valid)
   for (int64_t q = 0; q < m; ++q) {
-    if (const char* const later = place(smaller(q + ahead, m - 1), valid))
+    if (const char* const later = row_of(smaller(q + prefetch_distance, m - 1), valid))
       for (int64_t byte = 0; byte < smaller<int64_t>(bytes, 512); byte += 64) __builtin_prefetch(later + byte);
-    if (const char* const row = place(q, valid))
+    if (const char* const row = row_of(q, valid))
       memcpy(to + q * bytes, row, size_t(bytes));
     else
       memset(to + q * bytes, 0, size_t(bytes));
@@ -575,11 +584,11 @@ Status neighbor_reduce_grad_weights(const NeighborReduce& args) {
     auto* const to = into<F>(args.grad_weights);
     const int64_t m = grad_out.rows, channels = grad_out.cols, last = splits[m] - 1;
     const bool mean = args.reduction == Reduction::mean;
-#pragma omp parallel for num_threads(useful_threads(args.threads, splits[m] * channels, busy)) schedule(dynamic, 64)
+#pragma omp parallel for num_threads(useful_threads(args.threads, splits[m] * channels, grain)) schedule(dynamic, 64)
     for (int64_t q = 0; q < m; ++q) {
       const F divisor = mean ? F(splits[q + 1] - splits[q]) : F(1);
       for (int64_t e = splits[q]; e < splits[q + 1]; ++e) {
-        const F* const later = features + index[smaller(e + ahead, last)] * channels;
+        const F* const later = features + index[smaller(e + prefetch_distance, last)] * channels;
         for (int64_t c = 0; c < smaller<int64_t>(channels, 512 / sizeof(F)); c += 64 / sizeof(F))
           __builtin_prefetch(later + c);
         to[e] = dot(features + index[e] * channels, grad + q * channels, channels) / divisor;

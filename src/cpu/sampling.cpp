@@ -1,12 +1,21 @@
-// Farthest point sampling. Each next point is the one farthest from those chosen, the smallest index of equals;
-// distances are squared_distance() in the dtype of the points, so both forms below choose the same points on every
-// machine.
+// Farthest point sampling: each next point is the one farthest from all points chosen so far, of equally far ones that
+// with the smallest index. Every point keeps its squared distance to the nearest chosen point; choosing a point lowers
+// the distances around it. Two algorithms choose the same points:
 //
-// Scan: every point's distance is lowered to that from the newest point. Buckets: points lie in buckets of at most 96
-// with tight boxes, and boxes in a tree of 16 children a node, each with the largest distance below it; what is nowhere
-// nearer to the newest point than that keeps its distances. The distance to a box is summed in the order of
-// squared_distance() and rounding never reverses an order, so no point's distance is below its box's: nothing is
-// missed.
+// Scan: each new point updates the distances of all points.
+//
+// Buckets: points are partitioned into buckets of at most 96 with tight bounding boxes, and the boxes form a tree with
+// 16 children per node. Every node knows the largest distance below it. A new point q updates only nodes whose box is
+// nearer to q than that:
+//
+//            [ root: largest distances 9 4 7 ... of 16 children ]          d(q, box) = 12, 3, 8, ...
+//                |9           |4            |7                             only the second child is visited
+//            [16 boxes]   [16 boxes]    [16 boxes]
+//                              |
+//                        buckets of points
+//
+// The distance to a box is summed in the order of squared_distance(), and rounding is monotonic, so no point is nearer
+// to q than its box: the buckets give exactly the result of the scan.
 
 #include "sampling.h"
 
@@ -19,11 +28,11 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-constexpr int64_t bucket_points = 96;  // at most; of 32, 48, 64, 96 and 128 the fastest
+constexpr int64_t max_bucket_points = 96;  // the fastest of 32, 48, 64, 96 and 128
 
-// Where a batch item's points are and where its choice goes.
+// The points of a batch item, how many of them to choose, and where to write the choice.
 template <class T>
-struct Item {
+struct SampledItem {
   const T* points;
   int64_t n;
   int dimension;
@@ -31,9 +40,9 @@ struct Item {
   int32_t *out, offset;
 };
 
-// Once the farthest point is at no distance, all others are too: they follow by index.
+// Once the largest distance is zero, all remaining points duplicate chosen ones: they are taken in order of index.
 template <class T>
-bool take_rest(const Item<T>& item, int64_t taken) {
+bool take_remaining(const SampledItem<T>& item, int64_t taken) {
   Buffer<uint8_t> is_taken;
   if (!is_taken.resize(item.n)) return false;
   memset(is_taken.data(), 0, size_t(item.n));
@@ -46,25 +55,26 @@ bool take_rest(const Item<T>& item, int64_t taken) {
 // ---- scan
 
 template <class T, int D>
-bool scan(const Item<T>& item, int threads) {
-  constexpr int64_t chunk = 64;  // blocks: their largest distance is compared once
-  const int64_t blocks = (item.n + block_points - 1) / block_points;
+bool scan(const SampledItem<T>& item, int threads) {
+  constexpr int64_t chunk = 64;  // blocks updated before their largest distance is compared with that so far
+  const int64_t blocks = (item.n + points_per_block - 1) / points_per_block;
   Buffer<T> data;
-  Blocks<T, D> all{nullptr, item.dimension};
+  PointBlocks<T, D> all{nullptr, item.dimension};
   if (!data.resize(blocks * all.size())) return false;
   all.data = data.data();
-  memset(all.data, 0, size_t(blocks * all.size()) * sizeof(T));  // what fills the last block is at no distance
+  memset(all.data, 0,
+         size_t(blocks * all.size()) * sizeof(T));  // padding of the last block: distance 0, never farthest
   for (int64_t i = 0; i < item.n; ++i) {
     for (int a = 0; a < all.dim(); ++a) *all.coordinate(i, a) = item.points[i * all.dim() + a];
     all.distance(i) = T(INFINITY);
   }
   threads = useful_threads(threads, item.n, 1 << 15);
-  struct alignas(64) Farthest {  // of a thread's points
+  struct alignas(64) Farthest {  // among a thread's points
     T distance;
     int64_t point;
   };
-  Buffer<Farthest> found;  // of the even and of the odd steps, so that one barrier a step is enough
-  if (!found.resize(2 * int64_t(threads))) return false;
+  Buffer<Farthest> thread_farthest_points;  // for even and for odd steps, so that one barrier per step is enough
+  if (!thread_farthest_points.resize(2 * int64_t(threads))) return false;
   int64_t taken = item.count;
 #pragma omp parallel num_threads(threads)
   {
@@ -74,17 +84,17 @@ bool scan(const Item<T>& item, int threads) {
     for (int64_t s = 0; s < item.count; ++s) {
       if (t == 0) item.out[s] = item.offset + int32_t(chosen);
       if (s + 1 == item.count) break;
-      Farthest mine{T(-1), 0};
+      Farthest thread_farthest{T(-1), 0};
       int64_t where = 0;
       for (int64_t b = share.begin; b < share.end; b += chunk) {
-        Vec<T> of_lane;
-        all.lower(b, smaller(share.end, b + chunk), item.points + chosen * all.dim(), &of_lane);
-        const T most = largest_lane<T>(of_lane);
-        if (most > mine.distance) mine.distance = most, where = b;
+        Vec<T> lane_farthest;
+        all.lower(b, smaller(share.end, b + chunk), item.points + chosen * all.dim(), &lane_farthest);
+        const T most = largest_lane<T>(lane_farthest);
+        if (most > thread_farthest.distance) thread_farthest.distance = most, where = b;
       }
-      if (mine.distance >= 0) mine.point = all.find(where, mine.distance);
-      Farthest* const step = found.data() + (s & 1) * count;
-      step[t] = mine;
+      if (thread_farthest.distance >= 0) thread_farthest.point = all.find(where, thread_farthest.distance);
+      Farthest* const step = thread_farthest_points.data() + (s & 1) * count;
+      step[t] = thread_farthest;
 #pragma omp barrier
       Farthest best = step[0];
       for (int u = 1; u < count; ++u)
@@ -96,7 +106,7 @@ bool scan(const Item<T>& item, int threads) {
       chosen = best.point;
     }
   }
-  return taken == item.count || take_rest(item, taken);
+  return taken == item.count || take_remaining(item, taken);
 }
 
 // ---- buckets
@@ -105,29 +115,29 @@ template <class T, int D>
 class Buckets {
  public:
   // False: no memory.
-  bool build(const Item<T>& item) {
+  bool build(const SampledItem<T>& item) {
     points_.dimension = dimension_ = item.dimension;
     const int64_t n = item.n;
-    const int64_t room = n + n / 4;  // buckets of some 70 points as blocks of 16; more is rare, and then taken later
+    const int64_t room = n + n / 4;  // enough for buckets of some 70 points in blocks of 16; pack() resizes if not
     if (!x_.resize(dim() * n) || !data_.resize((dim() + 1) * room)) return false;
     if (!ids_.resize(n) || !packed_ids_.resize(room) || !begin_.resize(n + 1)) return false;
     stride_ = n;
     for (int a = 0; a < dim(); ++a)
       for (int64_t i = 0; i < n; ++i) x(a)[i] = item.points[i * dim() + a];
     for (int64_t i = 0; i < n; ++i) ids_[i] = int32_t(i);
-    cut(n);
+    partition_all(n);
     if (!pack()) return false;
-    grow();
+    build_levels();
     return true;
   }
 
-  bool sample(const Item<T>& item) {
+  bool sample(const SampledItem<T>& item) {
     int64_t chosen = item.start;
     for (int64_t s = 0;; ++s) {
       item.out[s] = item.offset + int32_t(chosen);
       if (s + 1 == item.count) return true;
-      const Farthest far = visit(levels_ - 1, 0, item.points + chosen * dim());
-      if (!(far.distance > 0)) return take_rest(item, s + 1);
+      const Farthest far = lower_below(levels_ - 1, 0, item.points + chosen * dim());
+      if (!(far.distance > 0)) return take_remaining(item, s + 1);
       chosen = far.id;
     }
   }
@@ -142,8 +152,8 @@ class Buckets {
   int dim() const { return D ? D : dimension_; }
   T* x(int axis) { return x_.data() + axis * stride_; }
 
-  // Points in order of their buckets, and of their index within one: begin_[i] is where bucket i begins.
-  void cut(int64_t n) {
+  // Partitions the points into buckets, in order of index within each; begin_[i] is where bucket i begins.
+  void partition_all(int64_t n) {
     struct Range {
       int64_t begin, end;
       int depth;
@@ -154,13 +164,14 @@ class Buckets {
     pending[waiting++] = {0, n, 0};
     while (waiting) {
       const Range r = pending[--waiting];
-      if (r.end - r.begin <= bucket_points) {
+      if (r.end - r.begin <= max_bucket_points) {
         begin_[buckets_++] = r.begin;
         continue;
       }
       const int64_t middle = r.depth < max_depth ? split(r.begin, r.end) : r.begin;
-      if (middle == r.begin || middle == r.end) {  // equal points, an absurd cloud, or NaN by now: anywhere
-        for (int64_t i = r.begin; i < r.end; i += bucket_points) begin_[buckets_++] = i;
+      // Equal points, a cloud too uneven for max_depth, or NaN that another thread wrote meanwhile: split anywhere.
+      if (middle == r.begin || middle == r.end) {
+        for (int64_t i = r.begin; i < r.end; i += max_bucket_points) begin_[buckets_++] = i;
         continue;
       }
       pending[waiting++] = {middle, r.end, r.depth + 1};
@@ -169,8 +180,8 @@ class Buckets {
     begin_[buckets_] = n;
   }
 
-  // Cuts the widest side of the box of the points [begin, end) near their median; both parts keep their order. Returns
-  // where the second begins: `begin`, if the points are equal.
+  // Splits the points [begin, end) near the median of their box's widest axis; both parts keep their order. Returns
+  // where the second part begins, or `begin` if all points are equal.
   int64_t split(int64_t begin, int64_t end) {
     int axis = 0;
     T low = 0, high = 0, widest = 0;
@@ -182,11 +193,11 @@ class Buckets {
     }
     if (!(low < high)) return begin;
     T pivot = near_median(x(axis) + begin, end - begin);
-    if (pivot == high) pivot = previous(pivot);
+    if (pivot == high) pivot = next_below(pivot);
     return partition(axis, begin, end, pivot);
   }
-  static float previous(float x) { return ::nextafterf(x, -INFINITY); }
-  static double previous(double x) { return ::nextafter(x, -INFINITY); }
+  static float next_below(float x) { return ::nextafterf(x, -INFINITY); }
+  static double next_below(double x) { return ::nextafter(x, -INFINITY); }
 
   static void range(const T* x, int64_t begin, int64_t end, T* low, T* high) {
     Vec<T> least = broadcast(x[begin]), most = least;
@@ -204,21 +215,21 @@ class Buckets {
     *high = hi;
   }
 
-  // The median of 16 of them.
+  // The median of 16 of the values.
   static T near_median(const T* x, int64_t n) {
-    constexpr int num = 16;
-    T some[num];
-    for (int i = 0; i < num; ++i) some[i] = x[(2 * i + 1) * n / (2 * num)];
-    for (int i = 0; i < num; ++i) {
+    constexpr int samples = 16;
+    T values[samples];
+    for (int i = 0; i < samples; ++i) values[i] = x[(2 * i + 1) * n / (2 * samples)];
+    for (int i = 0; i < samples; ++i) {
       int rank = 0;
-      for (int j = 0; j < num; ++j) rank += j < i ? some[j] <= some[i] : some[j] < some[i];
-      if (rank == num / 2) return some[i];
+      for (int j = 0; j < samples; ++j) rank += j < i ? values[j] <= values[i] : values[j] < values[i];
+      if (rank == samples / 2) return values[i];
     }
-    return some[0];  // of numbers that became NaN after they were found finite
+    return values[0];  // only if another thread wrote NaN after the check
   }
 
-  // Those at most `pivot` are packed in place, behind what is read; the others go where the blocks will be, and then
-  // after them.
+  // Stable partition by coordinate <= pivot. The first part is compressed in place, the second into the memory that
+  // will hold the blocks, and then copied behind the first.
   int64_t partition(int axis, int64_t begin, int64_t end, T pivot) {
     int64_t kept = begin, moved = 0, i = begin;
     const T* const key = x(axis);
@@ -247,13 +258,13 @@ class Buckets {
     return kept;
   }
 
-  // The buckets as blocks, and their boxes.
+  // Copies the buckets into blocks and computes their boxes.
   bool pack() {
     if (!first_.resize(buckets_ + 1)) return false;
     int64_t blocks = 0;
     for (int64_t i = 0; i < buckets_; ++i) {
       first_[i] = blocks;
-      blocks += (begin_[i + 1] - begin_[i] + block_points - 1) / block_points;
+      blocks += (begin_[i + 1] - begin_[i] + points_per_block - 1) / points_per_block;
     }
     first_[buckets_] = blocks;
     int64_t nodes = 0;
@@ -262,15 +273,15 @@ class Buckets {
       level_[levels_++] = nodes;
       n = (n + children - 1) / children;
     }
-    if (!data_.resize(blocks * points_.size()) || !packed_ids_.resize(blocks * block_points)) return false;
+    if (!data_.resize(blocks * points_.size()) || !packed_ids_.resize(blocks * points_per_block)) return false;
     if (!nodes_.resize(nodes * node_size()) || !node_ids_.resize(nodes * children)) return false;
     points_.data = data_.data();
     for (int64_t i = 0; i < buckets_; ++i) {
       T* const box = child(0, i);
-      int64_t to = first_[i] * block_points;
+      int64_t to = first_[i] * points_per_block;
       for (int a = 0; a < dim(); ++a)
         range(x(a), begin_[i], begin_[i + 1], box + 2 * a * children, box + (2 * a + 1) * children);
-      // Where squares overflow, the first point may leave this as it is.
+      // Initially infinite, so that the first point visits every bucket.
       box[2 * dim() * children] = T(INFINITY);
       node_ids_[i] = ids_[begin_[i]];
       for (int64_t j = begin_[i]; j < begin_[i + 1]; ++j, ++to) {
@@ -278,7 +289,7 @@ class Buckets {
         points_.distance(to) = T(INFINITY);
         packed_ids_[to] = ids_[j];
       }
-      for (; to % block_points; ++to) {  // at no distance, so never the farthest
+      for (; to % points_per_block; ++to) {  // padding at distance 0, so never the farthest
         for (int a = 0; a < dim(); ++a) *points_.coordinate(to, a) = 0;
         points_.distance(to) = 0;
       }
@@ -286,8 +297,8 @@ class Buckets {
     return true;
   }
 
-  // The levels of the tree over the buckets. Children that are missing are infinitely far and have no distance left.
-  void grow() {
+  // Builds the levels of the tree over the buckets. Missing children are padded with boxes that are never visited.
+  void build_levels() {
     int64_t n = buckets_;
     for (int l = 0; l < levels_; ++l) {
       const int64_t full = (n + children - 1) / children * children;
@@ -299,12 +310,13 @@ class Buckets {
       const int64_t before = n;
       n = full / children;
       for (int64_t i = 0; l + 1 < levels_ && i < n; ++i) {
-        const T* const of = child(l, i * children);
+        const T* const children_rows = child(l, i * children);
         T* const box = child(l + 1, i);
         for (int row = 0; row < 2 * dim(); ++row) {
-          T side = of[row * children];
+          T side = children_rows[row * children];
           for (int c = 1; c < children; ++c)
-            side = row % 2 ? larger(side, of[row * children + c]) : smaller(side, of[row * children + c]);
+            side = row % 2 ? larger(side, children_rows[row * children + c])
+                           : smaller(side, children_rows[row * children + c]);
           box[row * children] = side;
         }
         box[2 * dim() * children] = T(INFINITY);
@@ -316,12 +328,13 @@ class Buckets {
     }
   }
 
-  // A node is the low and the high sides of its children along each axis, and their largest distances.
+  // A node holds, for each axis, the low sides of its 16 children's boxes and the high sides, then the largest
+  // distances.
   int64_t node_size() const { return int64_t(2 * dim() + 1) * children; }
   T* child(int level, int64_t i) { return &nodes_[(level_[level] + i / children) * node_size() + i % children]; }
 
-  // Takes the point q among the chosen; returns the farthest point left below the node.
-  Farthest visit(int level, int64_t i, const T* q) {
+  // Lowers the distances below a node to those from the new point q; returns the farthest point below the node.
+  Farthest lower_below(int level, int64_t i, const T* q) {
     T* const node = child(level, i * children);
     T* const distance = node + 2 * dim() * children;
     int32_t* const id = &node_ids_[(level_[level] + i) * children];
@@ -338,7 +351,7 @@ class Buckets {
     for (; nearer; nearer &= nearer - 1) {
       const int c = __builtin_ctz(nearer);
       const int64_t below = i * children + c;
-      const Farthest far = level ? visit(level - 1, below, q) : lower(below, q, {distance[c], id[c]});
+      const Farthest far = level ? lower_below(level - 1, below, q) : lower(below, q, {distance[c], id[c]});
       distance[c] = far.distance;
       id[c] = far.id;
     }
@@ -366,13 +379,13 @@ class Buckets {
   Buffer<T> x_, data_, nodes_;
   Buffer<int32_t> ids_, packed_ids_, node_ids_;
   Buffer<int64_t> begin_, first_;
-  Blocks<T, D> points_{nullptr, D};
+  PointBlocks<T, D> points_{nullptr, D};
 };
 
-// Cutting 100,000 points costs as much as scanning them for 110 points in 3-D and 200 in 6-D. Beyond that, buckets lose
-// only where the points fill 16 dimensions evenly (1.3 times the scan's time for 2,048 of 50,000) and gain 13 times
-// where they lie on a surface in them.
-bool bucketed(Sampling method, int64_t count, int dimension) {
+// Building the buckets of 100,000 points costs as much as 110 steps of the scan in 3-D and 200 in 6-D. For more steps,
+// buckets are slower only if the points fill 16 dimensions evenly (1.3 times the time of the scan for 2,048 of 50,000)
+// and 13 times faster if they lie on a surface in them.
+bool use_buckets(Sampling method, int64_t count, int dimension) {
   return method == Sampling::fastest ? count >= 32 * dimension : method == Sampling::bucketed;
 }
 
@@ -383,7 +396,8 @@ Status sample(const FarthestPoints& args, int32_t* index) {
   const auto* start = as<int64_t>(args.start);
   const int64_t items = args.row_splits.rows - 1;
   const int dimension = int(args.points.cols);
-  const int64_t cost = args.points.rows + 32 * out_splits[items];  // cutting 32 points takes as long as a choice
+  const int64_t cost =
+      args.points.rows + 32 * out_splits[items];  // a step costs as much as putting 32 points in buckets
   const int threads = useful_threads(int(smaller<int64_t>(args.threads, items)), cost, 1 << 10);
   bool enough = true, measurable = true;
 #pragma omp parallel num_threads(threads) reduction(&& : enough, measurable)
@@ -393,19 +407,19 @@ Status sample(const FarthestPoints& args, int32_t* index) {
     for (int64_t b = 0; b < items; ++b) {
       const int64_t n = splits[b + 1] - splits[b], count = out_splits[b + 1] - out_splits[b];
       if (!enough || !measurable || !count) continue;
-      const Item<T> item{as<T>(args.points) + splits[b] * dimension,
-                         n,
-                         dimension,
-                         start[b],
-                         count,
-                         index + out_splits[b],
-                         int32_t(splits[b])};
+      const SampledItem<T> item{as<T>(args.points) + splits[b] * dimension,
+                                n,
+                                dimension,
+                                start[b],
+                                count,
+                                index + out_splits[b],
+                                int32_t(splits[b])};
       const int threads = items == 1 ? args.threads : 1;
       double low[max_dimension], high[max_dimension];
       measurable = bounding_box<T, D>(item.points, n, threads, low, high, dimension) &&
                    is_measurable<T>(Metric::l2, low, high, dimension, false);
       if (!measurable) continue;
-      if (bucketed(args.method, count, dimension))
+      if (use_buckets(args.method, count, dimension))
         enough = buckets.build(item) && buckets.sample(item);
       else
         enough = scan<T, D>(item, threads);
@@ -419,12 +433,12 @@ Status sample(const FarthestPoints& args, int32_t* index) {
 Status farthest_points(const FarthestPoints& args) {
   auto* const index = into<int32_t>(args.index);
   const Array& points = args.points;
-  const auto of_dimension = [&](auto t) {
+  const auto with_dimension = [&](auto t) {
     using T = decltype(t);
     if (points.cols == 2) return sample<T, 2>(args, index);
     return points.cols == 3 ? sample<T, 3>(args, index) : sample<T, 0>(args, index);
   };
-  return with_real(points.dtype, of_dimension);
+  return with_real(points.dtype, with_dimension);
 }
 
 }  // namespace KP_ISA

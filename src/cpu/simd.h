@@ -1,5 +1,6 @@
-// Vectors of one instruction set. GCC/Clang vector extensions give the arithmetic; intrinsics only where the language
-// has no word for it (fused multiply-add, square root, compress, masked access). Everything has internal linkage.
+// SIMD vectors of the instruction set that the file is compiled for. Arithmetic uses the vector extensions of GCC and
+// Clang; intrinsics only what these lack (fused multiply-add, square root, compress, masked load and store). Everything
+// has internal linkage.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +21,8 @@
 #endif
 
 #define KP_INLINE inline __attribute__((always_inline))
-// Neither inlined nor copied for some arguments: what depends on fewer types than its callers, or has several calls,
-// is then compiled once.
+// Neither inlined nor cloned for constant arguments: for functions with several calls, or with fewer template arguments
+// than their callers, that are to be compiled once.
 #if defined(__clang__)
 #define KP_OUTLINE __attribute__((noinline))
 #else
@@ -51,7 +52,7 @@ KP_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
-// Minus zero and not plus, which would turn -0 into +0; compilers make one instruction of it.
+// Subtracts zero, because adding it would turn -0 into +0. Compiles to one broadcast instruction.
 template <class T>
 KP_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
@@ -193,7 +194,7 @@ KP_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
-// As wide as T, so that vectors of both have equally many lanes.
+// The integer as wide as T, so that vectors of both have the same number of lanes.
 template <class T>
 using IndexBeside = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
@@ -206,7 +207,8 @@ KP_INLINE T sum_of_lanes(Vec<T> v) {
   return lane[0];
 }
 
-// Lane l is the sum of all lanes of v[l]; v is overwritten. Neighbouring lanes are added until one is left of each.
+// Transposed sum: lane l of the result is the sum of the lanes of v[l]; v is overwritten. Adjacent lanes are added
+// until one is left of each vector.
 template <class T, int... I>
 KP_INLINE Vec<T> add_neighbors(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
@@ -249,14 +251,14 @@ KP_INLINE int popcount(unsigned mask) {
   return __builtin_popcount(mask);
 }
 
-// The first n lanes set.
+// A mask with the first n lanes set.
 template <class T>
 KP_INLINE unsigned first_lanes(int64_t n) {
   return n >= lanes<T> ? (1u << lanes<T>)-1u : (1u << n) - 1u;
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// lane[mask][i]: which of eight lanes comes i-th when those of `mask` are packed.
+// lane[mask][i]: the i-th lane of those set in `mask`.
 struct CompressOrder {
   uint8_t lane[256][8];
   constexpr CompressOrder() : lane() {
@@ -271,7 +273,8 @@ KP_INLINE __m256i compressing(unsigned mask) {
 }
 #endif
 
-// Writes the lanes of `mask` to p, packed, and garbage up to a whole vector. Returns how many.
+// Writes the lanes of `mask` to p, packed; the rest of the vector at p becomes garbage. Returns the number of lanes
+// set.
 KP_INLINE int compress(float* p, unsigned mask, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(mask), v));
@@ -290,7 +293,7 @@ KP_INLINE int compress(double* p, unsigned mask, Vec<double> v) {
 #endif
   return popcount(mask);
 }
-// The same for the integers beside `lanes<T>` values of type T.
+// The same for lanes<T> integers that belong to a vector of T.
 template <class T>
 KP_INLINE int compress(int32_t* p, unsigned mask, const int32_t* from) {
 #if defined(__AVX512F__)

@@ -1,5 +1,5 @@
-// Two sorts. `Sorter`: a few hundred distinct keys at a time, in registers. `radix_sort`: millions of (key, id),
-// stable.
+// Two sorts. `Sorter` sorts some hundred distinct keys: blocks of 16 vectors by a sorting network in registers, then a
+// merge sort of the blocks. `radix_sort` sorts millions of (key, id) pairs, stably and with several threads.
 #pragma once
 
 #include <utility>
@@ -10,8 +10,16 @@
 namespace kp {
 namespace {
 
-// ---- a bitonic network over R registers -------------------------------------------------------------------------
-// Element (lane, reg) has rank lane * R + reg, so that strides below R are between registers and need no shuffle.
+// ---- sorting network over R registers ---------------------------------------------------------------------------
+// First each lane is sorted across the R registers (Batcher's network, no shuffles), then groups of 1, 2, 4, ... lanes
+// are merged (bitonic). The element in lane l of register r ends at rank l * R + r, so strides below R compare
+// registers and need no shuffle:
+//
+//            lane 0  lane 1  lane 2  lane 3
+//    v[0]       0       4       8      12
+//    v[1]       1       5       9      13       ranks for R = 4
+//    v[2]       2       6      10      14
+//    v[3]       3       7      11      15
 
 template <class V>
 KP_INLINE void order(V& a, V& b) {
@@ -24,7 +32,7 @@ template <int X, class V, size_t... L>
 KP_INLINE V xor_lanes(V v, std::index_sequence<L...>) {
   return __builtin_shufflevector(v, v, (L ^ X)...);
 }
-// Lanes with bit H set from `high`, the others from `low`.
+// Takes lanes whose number has bit H set from `high`, the others from `low`.
 template <int H, class V, size_t... L>
 KP_INLINE V choose(V low, V high, std::index_sequence<L...>) {
   return __builtin_shufflevector(low, high, (L & H ? L + sizeof...(L) : L)...);
@@ -40,7 +48,8 @@ KP_INLINE void halve_lanes(Vec<K>* v) {
   if constexpr (H > 1) halve_lanes<H / 2, R, K>(v);
 }
 
-// Merges groups of 2 * G lanes whose halves are sorted: first against the mirrored half, then by halving strides.
+// Bitonic merge of groups of 2 * G lanes whose halves are sorted: compares with the mirrored half, then with strides
+// that halve each time.
 template <int G, int R, class K>
 KP_INLINE void merge_lanes(Vec<K>* v) {
   constexpr auto all = std::make_index_sequence<lanes<K>>();
@@ -60,7 +69,7 @@ KP_INLINE void merge_lanes(Vec<K>* v) {
     for (int r = 0; r < R; ++r)
       if (!(r & stride)) order(v[r], v[r + stride]);
 }
-// Batcher's odd-even merge sort of R elements, R a power of two: which pairs to put in order, one after the other.
+// The comparators of Batcher's odd-even merge sort of R elements, R a power of two, in order.
 template <int R>
 struct Comparators {
   uint8_t first[R * R / 2] = {}, second[R * R / 2] = {};
@@ -98,7 +107,7 @@ void sort_block(K* keys) {
     for (int r = 0; r < R; ++r) keys[l * R + r] = by_register[r][l];
 }
 
-// Merges the sorted runs [0, middle) and [middle, n) of `from`; among equals the first run's come first.
+// Stable merge of the sorted runs [0, middle) and [middle, n) of `from`.
 template <class T, class Less>
 KP_INLINE void merge_runs(const T* from, int64_t middle, int64_t n, T* to, Less less) {
   int64_t i = 0, j = middle, k = 0;
@@ -112,7 +121,7 @@ KP_INLINE void merge_runs(const T* from, int64_t middle, int64_t n, T* to, Less 
   while (j < n) to[k++] = from[j++];
 }
 
-// Sorts n elements whose blocks of `run` are sorted, by merging; returns whichever of the two arrays holds the result.
+// Merge sort of n elements, of which blocks of `run` are sorted already. Returns the array with the result, a or spare.
 template <class T, class Less>
 inline T* merge_sort(T* a, T* spare, int64_t n, int64_t run, Less less) {
   for (; run < n; run *= 2) {
@@ -123,18 +132,18 @@ inline T* merge_sort(T* a, T* spare, int64_t n, int64_t run, Less less) {
   return a;
 }
 
-// Distinct unsigned keys below the type's largest value.
+// Sorts distinct unsigned keys, all below the type's largest value (which pads the last block).
 template <class K>
 class Sorter {
  public:
   static constexpr int block = 16 * lanes<K>;
 
-  // Where to put n keys; null where there is no memory.
+  // Memory for n keys, which the caller fills; null if memory runs out.
   K* keys(int64_t n) {
     const int64_t size = (n + block - 1) / block * block;
     return a_.resize(size) && spare_.resize(size) ? a_.data() : nullptr;
   }
-  // Sorts the n keys put there.
+  // Sorts the n keys in that memory.
   const K* sort(int64_t n) {
     K* const a = a_.data();
     const int64_t whole = n / block * block, rest = n - whole;
@@ -161,8 +170,8 @@ class Sorter {
 
 // ---- radix sort of (key, id) -------------------------------------------------------------------------------------
 
-// Stable counting passes over the digits of [0, bits), least significant first. Sorts within the two pairs of arrays
-// and returns true if the result is in the second.
+// Radix sort with stable counting passes over digits of up to 8 bits, least significant first. Alternates between the
+// two pairs of arrays; returns true if the result is in the second pair.
 template <class K>
 inline bool radix_passes(K* keys, int32_t* ids, K* keys2, int32_t* ids2, int64_t n, int bits) {
   bool second = false;
@@ -192,8 +201,9 @@ inline bool radix_passes(K* keys, int32_t* ids, K* keys2, int32_t* ids2, int64_t
   return second;
 }
 
-// Sorts n (key, id), keys below 2^bits, stably; the result is in `keys` and `ids`. The top 8 bits split the data once,
-// in parallel; each part then fits a cache and is one thread's own, so the result does not depend on `threads`.
+// Stable sort of n (key, id) pairs with keys below 2^bits. All threads first distribute the pairs into 256 parts by the
+// top 8 bits of their keys; then one thread sorts each part, which fits its cache. A stable sort has only one result,
+// so it does not depend on `threads`.
 template <class K>
 inline Status radix_sort(Buffer<K>& keys, Buffer<int32_t>& ids, int64_t n, int bits, int threads) {
   Buffer<K> keys2;

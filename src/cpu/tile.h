@@ -1,10 +1,17 @@
-// Some hundred queries of a KPConv at a time: which of their neighbours each kernel point acts on and how much, and the
-// features summed by kernel point.
+// The tile engine of KPConv: for up to 120 queries at a time, the features of their neighbors summed by kernel point,
 //
-// Influences are sparse (about 1.6 kernel points per neighbour), so for each query the pairs with an influence are
-// listed by kernel point, and each list is summed in registers and stored once: as one more row of the tile's A_k,
-// beside the number of the query. On surfaces a quarter of the (query, kernel point) have no pair, and so no row: they
-// cost nothing.
+//   A_k[q] = sum over neighbors i of q of influence(|x_i - x_q - p_k|) f_i
+//
+// Influences are sparse (about 1.6 kernel points per neighbor). The pairs (neighbor, kernel point) of a query are
+// listed by kernel point; each list is summed in registers and stored once, as a new row of A_k:
+//
+//    pairs of query q                 rows of the tile, each with its query
+//    k = 0: neighbors 3, 7     -->    A_0:  w f_3 + w f_7  (q)     ...  (q + 1)     ...  (q + 2)
+//    k = 1: none                      A_1:                         ...  (q + 1)
+//    k = 2: neighbor 3         -->    A_2:  w f_3          (q)                      ...  (q + 2)
+//
+// Only pairs with an influence make rows: on surfaces a quarter of the (query, kernel point) combinations have none and
+// cost nothing in the product with the weights (kpconv.cpp).
 #pragma once
 
 #include "gemm.h"
@@ -16,63 +23,73 @@
 namespace kp {
 namespace {
 
-constexpr int64_t batch = 256;  // pairs after which their rows are summed
+constexpr int64_t pair_batch = 256;  // pairs that are collected before their lists are summed
 
-// One direction of the operator: what is gathered, from where, for whom. On the way back the two exchange their roles:
-// what is gathered are the gradients of the operator's queries.
+// One pass of the operator, forward or transposed: see PassGeometry. `features` are what is gathered: in the transposed
+// pass the gradients of the operator's output.
 template <class G, class F>
-struct Problem : Geometry<G> {
+struct KPConvPass : PassGeometry<G> {
   const F* features;
   int64_t channels;
-  const F *query_scale, *point_scale;  // factors of a query's row and of a gathered row, or null
+  const F *query_scale, *point_scale;  // a factor of each query and of each gathered row, or null
   const F* modulations;                // (the operator's queries, K, factors), or null
-  int factors;                         // of a kernel point's channels; more than one are not in the weight of a pair
-  bool backward;
+  int factors;                         // groups of channels of a kernel point, each with its own modulation
+  bool backward;                       // transposed pass
 
+  // With one factor, the modulation is part of a pair's weight.
   bool modulates_pairs() const { return modulations && factors == 1; }
 };
 
-// Pairs of one query and one kernel point.
-struct List {
-  int64_t begin;  // of its pairs; they end where the next list begins
-  int32_t row;    // of the tile, counted over all kernel points
+// The pairs of one query and one kernel point.
+struct PairList {
+  int64_t begin;  // first pair; the list ends where the next one begins
+  int32_t row;    // row of the tile, counted over all kernel points
   int32_t kernel;
-  bool is_new;  // row: otherwise it goes on with what earlier neighbours of the query left there
+  bool is_new;  // starts a row; otherwise the sum continues that of earlier neighbors of the query
 };
 
-// Pairs of some queries, by query and kernel point; and the rows of the tile, of which every kernel point has up to
-// `rows`.
+// Pairs of some queries in lists by query and kernel point, and the queries of the tile's rows, of which every kernel
+// point has up to `rows`.
 template <class G, class F>
 class Pairs {
  public:
   Buffer<G> d2;
-  Buffer<F> weight;             // influence times the factors of the problem
+  Buffer<F> weight;             // influence times scales and modulation
   Buffer<int32_t> point, edge;  // see PairArrays
-  Buffer<G> from[max_dimension];
-  Buffer<List> lists;
+  Buffer<G> difference[max_dimension];
+  Buffer<PairList> lists;
   int64_t num_lists = 0, num_pairs = 0;
 
-  // Room for the pairs of `most` and of one more chunk of neighbours.
-  bool reserve(const Problem<G, F>& problem, int64_t rows, int64_t most, bool with_places) {
-    const int64_t K = problem.num_kernels, room = most + K * chunk + lanes<G>, D = problem.dimension;
+  // Reserves room for max_pairs pairs and those of one more chunk of neighbors.
+  bool reserve(const KPConvPass<G, F>& pass, int64_t rows, int64_t max_pairs, bool with_positions) {
+    const int64_t K = pass.num_kernels, room = max_pairs + K * chunk + lanes<G>, D = pass.dimension;
     rows_ = rows;
-    if (!query_.resize(K * rows) || !size_.resize(K) || !ends_.resize(K + 1) || !lists.resize(most + K + 1))
+    if (!query_.resize(K * rows) || !size_.resize(K) || !ends_.resize(K + 1) || !lists.resize(max_pairs + K + 1))
       return false;
-    if (with_places && !edge.resize(room)) return false;
-    for (int a = 0; with_places && a < D; ++a)
-      if (!from[a].resize(room)) return false;
-    if (problem.offsets && !own_.resize(K * D)) return false;
-    if (problem.deformed) {
-      const int64_t padded = K + lanes<G>, found = K * chunk + lanes<G> + lanes<int32_t>;
-      if (!row_d2_.resize(padded) || !numbers_.resize(padded) || !found_d2_.resize(found)) return false;
-      if (!found_kernel_.resize(found) || !found_point_.resize(found)) return false;
-      for (int64_t k = 0; k < padded; ++k) numbers_[k] = int32_t(k);
+    if (with_positions && !edge.resize(room)) return false;
+    for (int a = 0; with_positions && a < D; ++a)
+      if (!difference[a].resize(room)) return false;
+    if (pass.offsets && !query_kernel_points_.resize(K * D)) return false;
+    if (pass.deformed) {
+      const int64_t padded = K + lanes<G>, room_unsorted = K * chunk + lanes<G> + lanes<int32_t>;
+      if (!kernel_d2_.resize(padded) || !kernel_numbers_.resize(padded) || !unsorted_d2_.resize(room_unsorted))
+        return false;
+      if (!unsorted_kernel_.resize(room_unsorted) || !unsorted_point_.resize(room_unsorted)) return false;
+      for (int64_t k = 0; k < padded; ++k) kernel_numbers_[k] = int32_t(k);
     }
     if (!d2.resize(room) || !weight.resize(room) || !point.resize(room)) return false;
-    arrays_ = {d2.data(),       point.data(),         edge.data(),        {},
-               ends_.data(),    own_.data(),          row_d2_.data(),     found_d2_.data(),
-               numbers_.data(), found_kernel_.data(), found_point_.data()};
-    for (int a = 0; a < D; ++a) arrays_.from[a] = from[a].data();
+    arrays_ = {d2.data(),
+               point.data(),
+               edge.data(),
+               {},
+               ends_.data(),
+               query_kernel_points_.data(),
+               kernel_d2_.data(),
+               unsorted_d2_.data(),
+               kernel_numbers_.data(),
+               unsorted_kernel_.data(),
+               unsorted_point_.data()};
+    for (int a = 0; a < D; ++a) arrays_.difference[a] = difference[a].data();
     return true;
   }
   void start_rows() {
@@ -83,22 +100,24 @@ class Pairs {
   const int32_t* sizes() const { return size_.data(); }
   const int32_t* all_queries() const { return query_.data(); }
 
-  // Lists the pairs of query q, row r of the tile, with n <= chunk of its neighbours. `first`: the tile's first edge.
-  KP_OUTLINE void look_at(const Problem<G, F>& problem, int64_t q, int32_t r, int64_t begin, int64_t n, int64_t first) {
-    const FeatureRows rows{reinterpret_cast<const char*>(problem.features), problem.channels * int64_t(sizeof(F))};
-    KP_ISA::find_pairs(problem, rows, q, begin, n, first, num_pairs, arrays_);
-    make_lists(problem, q, r);
+  // Adds the pairs of query q, number r of the tile, with its neighbors index[begin, begin + n), n <= chunk. `first`:
+  // the tile's first edge.
+  KP_OUTLINE void add_neighbors(const KPConvPass<G, F>& pass, int64_t q, int32_t r, int64_t begin, int64_t n,
+                                int64_t first) {
+    const FeatureRows rows{reinterpret_cast<const char*>(pass.features), pass.channels * int64_t(sizeof(F))};
+    KP_ISA::find_pairs(pass, rows, q, begin, n, first, num_pairs, arrays_);
+    make_lists(pass, q, r);
   }
 
  private:
-  void make_lists(const Problem<G, F>& problem, int64_t q, int32_t r) {
-    const int K = problem.num_kernels;
+  void make_lists(const KPConvPass<G, F>& pass, int64_t q, int32_t r) {
+    const int K = pass.num_kernels;
     const int64_t first_list = num_lists, first_pair = num_pairs;
-    List* list = lists.data() + num_lists;
+    PairList* list = lists.data() + num_lists;
     int32_t *const all_queries = query_.data(), *const size = size_.data();
     int64_t begin = num_pairs;
     for (int k = 0; k < K; ++k) {
-      // No branch: a quarter of the lists have no pair, at random.
+      // Without a branch, which would be unpredictable: a quarter of the lists have no pair.
       int32_t* const queries = all_queries + k * rows_;
       const int64_t end = ends_[k];
       const bool is_new = !size[k] || queries[size[k] - 1] != r, some = end > begin;
@@ -112,15 +131,15 @@ class Pairs {
     num_lists = list - lists.data();
     num_pairs = begin;
     lists[num_lists].begin = num_pairs;
-    weigh(problem, q, first_pair, first_list);
+    weigh(pass, q, first_pair, first_list);
   }
 
-  void weigh(const Problem<G, F>& problem, int64_t q, int64_t begin, int64_t first_list) {
-    const Vec<G> inverse_extent = broadcast(1 / problem.extent), scale = broadcast(gaussian_scale(problem.extent));
+  void weigh(const KPConvPass<G, F>& pass, int64_t q, int64_t begin, int64_t first_list) {
+    const Vec<G> inverse_extent = broadcast(1 / pass.extent), scale = broadcast(gaussian_scale(pass.extent));
     for (int64_t i = begin; i < num_pairs; i += lanes<G>) {
       const Vec<G> squares = load(&d2[i]);
       Vec<G> influence = {};
-      switch (problem.influence) {
+      switch (pass.influence) {
         case Influence::linear:
           influence = linear_influence(squares, inverse_extent);
           break;
@@ -136,28 +155,28 @@ class Pairs {
       else
         for (int l = 0; l < lanes<G>; ++l) weight[i + l] = F(influence[l]);
     }
-    if (problem.query_scale)
-      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= problem.query_scale[q];
-    if (problem.point_scale)
-      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= problem.point_scale[point[i]];
-    if (!problem.modulates_pairs()) return;
+    if (pass.query_scale)
+      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= pass.query_scale[q];
+    if (pass.point_scale)
+      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= pass.point_scale[point[i]];
+    if (!pass.modulates_pairs()) return;
     for (int64_t l = first_list; l < num_lists; ++l)
       for (int64_t i = lists[l].begin; i < lists[l + 1].begin; ++i)
-        weight[i] *= problem.modulations[(problem.backward ? point[i] : q) * problem.num_kernels + lists[l].kernel];
+        weight[i] *= pass.modulations[(pass.backward ? point[i] : q) * pass.num_kernels + lists[l].kernel];
   }
 
   int64_t rows_ = 0;
   PairArrays<G> arrays_;
   Buffer<int32_t> query_, size_;
   Buffer<int64_t> ends_;
-  Buffer<G> own_, row_d2_, found_d2_;
-  Buffer<int32_t> numbers_, found_kernel_, found_point_;
+  Buffer<G> query_kernel_points_, kernel_d2_, unsorted_d2_;
+  Buffer<int32_t> kernel_numbers_, unsorted_kernel_, unsorted_point_;
 };
 
-// Sums NV vectors of one list's rows, from channel c.
+// Sums the features of one list: NV vectors of channels from channel c on.
 template <int NV, class F>
 KP_INLINE void sum_rows(const F* features, int64_t channels, int64_t c, const int32_t* rows, const F* weights,
-                        const List* list, F* a) {
+                        const PairList* list, F* a) {
   F* const to = a + list->row * channels + c;
   Vec<F> sums[NV];
   for (int v = 0; v < NV; ++v) sums[v] = list->is_new ? Vec<F>{} : load(to + v * lanes<F>);
@@ -166,16 +185,16 @@ KP_INLINE void sum_rows(const F* features, int64_t channels, int64_t c, const in
   for (int64_t i = list->begin; i < end; ++i) {
     const Vec<F> w = broadcast(weights[i]);
     const char* row = base + rows[i] * stride;
-    asm("" : "+r"(row));  // or GCC keeps a base for every vector and runs out of registers
+    asm("" : "+r"(row));  // otherwise GCC keeps one base address per vector and runs out of registers
     const F* const from = reinterpret_cast<const F*>(row);
     for (int v = 0; v < NV; ++v) sums[v] = fma(w, load(from + v * lanes<F>), sums[v]);
   }
   for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
 }
 
-// Sums lists[order[0]], lists[order[1]], ..., some channels of all of them at a time.
+// Sums lists[order[0]], lists[order[1]], ...: one block of channels for all lists, then the next block.
 template <class F>
-void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F* weights, const List* lists,
+void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F* weights, const PairList* lists,
                const int32_t* order, int64_t count, F* a) {
   int64_t c = 0;
   for (; c + 8 * lanes<F> <= channels; c += 8 * lanes<F>)
@@ -188,7 +207,7 @@ void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F
     for (int64_t l = 0; l < count; ++l) sum_rows<1>(features, channels, c, rows, weights, lists + order[l], a);
   const int rest = int(channels - c);
   for (int64_t l = 0; rest && l < count; ++l) {
-    const List* const list = lists + order[l];
+    const PairList* const list = lists + order[l];
     F* const to = a + list->row * channels + c;
     Vec<F> sum = list->is_new ? Vec<F>{} : load_first(to, rest);
     for (int64_t i = list->begin; i < list[1].begin; ++i)
@@ -197,67 +216,69 @@ void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F
   }
 }
 
-// What is summed: for every kernel point some rows, and the queries, counted from the tile's first, they are of. What
-// follows from them depends on the type of features only, and so is compiled twice and not for every geometry.
+// The result of a tile: for every kernel point k, size(k) rows a(k) and their queries, counted from the tile's first
+// query. It does not depend on the type of geometry, so the code that uses it is compiled once per type of features.
 template <class F>
-struct Rows {
+struct TileSums {
   const F* sums;
   const int32_t* all_queries;
   const int32_t* sizes;
-  int64_t most, channels;
+  int64_t max_rows, channels;
 
   int64_t size(int64_t k) const { return sizes[k]; }
-  const F* a(int64_t k) const { return sums + k * most * channels; }
-  const int32_t* queries(int64_t k) const { return all_queries + k * most; }
+  const F* a(int64_t k) const { return sums + k * max_rows * channels; }
+  const int32_t* queries(int64_t k) const { return all_queries + k * max_rows; }
 };
 
 // One thread's tile.
 template <class G, class F>
 class Tile {
  public:
-  static constexpr int64_t most_pairs = 1 << 14;  // kept where somebody wants them
+  static constexpr int64_t max_pairs = 1 << 14;  // pairs kept at a time if the caller of fill() uses them
 
-  // Rows are a multiple of row_step. Sums only `with_sums`; where the pairs are from only `with_places`.
-  bool reserve(const Problem<G, F>& problem, int64_t rows, bool with_sums = true, bool with_places = false) {
-    const int64_t K = problem.num_kernels;
+  // `rows`: a multiple of row_step. with_sums: compute the sums. with_positions: keep max_pairs pairs with their edges
+  // and differences.
+  bool reserve(const KPConvPass<G, F>& pass, int64_t rows, bool with_sums = true, bool with_positions = false) {
+    const int64_t K = pass.num_kernels;
     rows_ = rows;
-    channels_ = problem.channels;
+    channels_ = pass.channels;
     with_sums_ = with_sums;
-    if (!pairs_.reserve(problem, rows, with_places ? most_pairs : batch, with_places)) return false;
+    if (!pairs_.reserve(pass, rows, with_positions ? max_pairs : pair_batch, with_positions)) return false;
     if (!with_sums) return true;
-    if (!a_.resize(K * rows * channels_ + row_step) || !order_.resize(batch + K)) return false;
-    // The micro-kernel also reads rows up to the next multiple of row_step, for sums that are dropped.
+    if (!a_.resize(K * rows * channels_ + row_step) || !order_.resize(pair_batch + K)) return false;
+    // The micro-kernel also reads rows up to the next multiple of row_step, but drops their products.
     memset(a_.data(), 0, size_t(a_.size()) * sizeof(F));
     return true;
   }
 
-  void fill(const Problem<G, F>& problem, int64_t first, int64_t count) {
-    fill(problem, first, count, batch, [](const auto&) {});
+  void fill(const KPConvPass<G, F>& pass, int64_t first, int64_t count) {
+    fill(pass, first, count, pair_batch, [](const auto&) {});
   }
 
-  // Also calls finish(pairs), after which they are forgotten, whenever they are `most`, and in the end.
+  // Fills the tile with `count` queries from `first` on. Calls finish(pairs) whenever max_collected pairs have been
+  // collected, and at the end; the pairs are then discarded.
   template <class Finish>
-  void fill(const Problem<G, F>& problem, int64_t first, int64_t count, int64_t most, Finish finish) {
+  void fill(const KPConvPass<G, F>& pass, int64_t first, int64_t count, int64_t max_collected, Finish finish) {
     pairs_.start_rows();
     start_pairs();
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t q = first + r, begin = problem.row_splits[q], end = problem.row_splits[q + 1];
+      const int64_t q = first + r, begin = pass.row_splits[q], end = pass.row_splits[q + 1];
       for (int64_t e = begin; e < end; e += chunk) {
-        // A list is added to the sum of the same query's earlier neighbours, which must be there.
-        if (pairs_.num_pairs - summed_pairs_ >= batch || e > begin) sum_batch(problem);
-        if (pairs_.num_pairs >= most) {
-          sum_batch(problem);
+        // A further chunk of neighbors adds to rows of the same query, so these must have been summed.
+        if (pairs_.num_pairs - summed_pairs_ >= pair_batch || e > begin) sum_batch(pass);
+        if (pairs_.num_pairs >= max_collected) {
+          sum_batch(pass);
           finish(pairs_);
           start_pairs();
         }
-        pairs_.look_at(problem, q, int32_t(r), e, smaller(chunk, end - e), problem.row_splits[first]);
+        pairs_.add_neighbors(pass, q, int32_t(r), e, smaller(chunk, end - e), pass.row_splits[first]);
       }
     }
-    sum_batch(problem);
+    sum_batch(pass);
     finish(pairs_);
   }
 
-  Rows<F> rows() const { return {a_.data(), pairs_.all_queries(), pairs_.sizes(), rows_, channels_}; }
+  TileSums<F> rows() const { return {a_.data(), pairs_.all_queries(), pairs_.sizes(), rows_, channels_}; }
 
  private:
   void start_pairs() {
@@ -265,15 +286,15 @@ class Tile {
     summed_ = summed_pairs_ = 0;
   }
 
-  // Sums the lists so far, by length: the end of a loop that runs as often as the one before it is foreseen, which
-  // otherwise costs as much as three pairs, with five pairs in a list.
-  KP_OUTLINE void sum_batch(const Problem<G, F>& problem) {
-    constexpr int64_t longest = 31;  // longer ones are rare
-    const List* const lists = pairs_.lists.data() + summed_;
+  // Sums the lists collected since the last batch, ordered by length. The processor then predicts the end of the loop
+  // over a list: each misprediction costs as much as three pairs, and a list has about five.
+  KP_OUTLINE void sum_batch(const KPConvPass<G, F>& pass) {
+    constexpr int64_t longest = 31;  // longer lists are rare and need not be ordered
+    const PairList* const lists = pairs_.lists.data() + summed_;
     const int64_t count = with_sums_ ? pairs_.num_lists - summed_ : 0;
     summed_ = pairs_.num_lists;
     summed_pairs_ = pairs_.num_pairs;
-    if (problem.backward && problem.modulations && problem.factors > 1) return sum_modulated(problem, lists, count);
+    if (pass.backward && pass.modulations && pass.factors > 1) return sum_modulated(pass, lists, count);
     int32_t place[longest + 1] = {};
     const auto length = [&](int64_t l) { return smaller(longest, lists[l + 1].begin - lists[l].begin); };
     for (int64_t l = 0; l < count; ++l) ++place[length(l)];
@@ -284,22 +305,22 @@ class Tile {
       before += size;
     }
     for (int64_t l = 0; l < count; ++l) order_[place[length(l)]++] = int32_t(l);
-    sum_lists(problem.features, channels_, pairs_.point.data(), pairs_.weight.data(), lists, order_.data(), count,
+    sum_lists(pass.features, channels_, pairs_.point.data(), pairs_.weight.data(), lists, order_.data(), count,
               a_.data());
   }
 
-  // On the way back every gathered row has factors of its own, each for some of its channels.
-  void sum_modulated(const Problem<G, F>& problem, const List* lists, int64_t count) {
-    const int64_t width = channels_ / problem.factors;
+  // Transposed pass with several factors: each gathered row has its own factors, each for some of its channels.
+  void sum_modulated(const KPConvPass<G, F>& pass, const PairList* lists, int64_t count) {
+    const int64_t width = channels_ / pass.factors;
     for (int64_t l = 0; l < count; ++l) {
-      const List& list = lists[l];
+      const PairList& list = lists[l];
       F* const to = &a_[list.row * channels_];
       if (list.is_new) memset(to, 0, size_t(channels_) * sizeof(F));
       for (int64_t i = list.begin; i < lists[l + 1].begin; ++i) {
-        const int64_t who = pairs_.point[i];
-        const F* const factors = problem.modulations + (who * problem.num_kernels + list.kernel) * problem.factors;
-        const F* const from = problem.features + who * channels_;
-        for (int64_t f = 0; f < problem.factors; ++f) {
+        const int64_t point = pairs_.point[i];
+        const F* const factors = pass.modulations + (point * pass.num_kernels + list.kernel) * pass.factors;
+        const F* const from = pass.features + point * channels_;
+        for (int64_t f = 0; f < pass.factors; ++f) {
           const F w = pairs_.weight[i] * factors[f];
           for (int64_t c = f * width; c < (f + 1) * width; ++c) to[c] += w * from[c];
         }
@@ -310,7 +331,8 @@ class Tile {
   Pairs<G, F> pairs_;
   Buffer<F> a_;
   Buffer<int32_t> order_;
-  int64_t rows_ = 0, channels_ = 0, summed_ = 0, summed_pairs_ = 0;  // lists, and pairs, that are in the sums
+  int64_t rows_ = 0, channels_ = 0;
+  int64_t summed_ = 0, summed_pairs_ = 0;  // number of lists and pairs already summed
   bool with_sums_ = true;
 };
 

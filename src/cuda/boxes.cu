@@ -1,4 +1,5 @@
-// The box of every batch item's points and queries, and whether distances within it tell points apart.
+// Computes the bounding box of every batch item's points and queries, and whether distances within it can tell points
+// apart (is_measurable in formulas/neighbors.h).
 //
 // Compiled for one coordinate type, dimension and metric:
 // compile: KP_T=float KP_DIM=3 KP_METRIC=0
@@ -18,12 +19,12 @@ constexpr int D = KP_DIM;
 
 using namespace kp;
 
-// boxes (items, 2, D): the lowest coordinates, and the lowest of the negated ones, as ordered integers
+// boxes (items, 2, D): the minima of the coordinates and of the negated coordinates, as ordered integers
 extern "C" __global__ void grow_boxes(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       unsigned long long* boxes) {
   const double infinity = __longlong_as_double(0x7ff0000000000000);
-  for (int a = 0; a < D; ++a) {  // an axis after the other: sixteen at once take 156 registers
-    // A thread's points are mostly of one item: its minima so far are written when another item begins.
+  for (int a = 0; a < D; ++a) {  // one axis after the other: sixteen at once would take 156 registers
+    // Most threads see points of one item only: the minima are written when another item begins.
     double low = infinity, negated = infinity;
     int item = -1;
     const auto write = [&] {
@@ -46,14 +47,14 @@ extern "C" __global__ void grow_boxes(const T* points, int64_t num_points, const
   }
 }
 
-// problems[0] = 1 where distances in the box of an item with points and queries do not tell points apart
+// Sets not_measurable to 1 if distances within the box of an item with points and queries cannot tell points apart.
 extern "C" __global__ void check_boxes(const unsigned long long* boxes, const int64_t* row_splits,
-                                       const int64_t* queries_row_splits, int num_items, unsigned* problems) {
+                                       const int64_t* queries_row_splits, int num_items, unsigned* not_measurable) {
   for (int64_t item = first_thread(); item < num_items; item += num_threads()) {
     if (row_splits[item] == row_splits[item + 1] || queries_row_splits[item] == queries_row_splits[item + 1]) continue;
     T sides[D];
     for (int a = 0; a < D; ++a)
       sides[a] = T(-from_ordered(boxes[item * 2 * D + D + a])) - T(from_ordered(boxes[item * 2 * D + a]));
-    if (!is_measurable<Metric(KP_METRIC)>(sides, D, false)) atomicOr(problems, 1u);
+    if (!is_measurable<Metric(KP_METRIC)>(sides, D, false)) atomicOr(not_measurable, 1u);
   }
 }

@@ -1,5 +1,5 @@
-// The losses of deformed kernel points on the GPU: a thread for each query and kernel point. Losses are summed in
-// float64, in blocks joined in their order; nothing is contracted, as on the CPU.
+// The losses of deformed kernel points on the GPU: a thread for each query and kernel point computes its term. Terms
+// are then summed in float64 in a fixed order (sum_columns in gpu_layers.py). Nothing is contracted, as on the CPU.
 //
 // Compiled for the type of geometry and the dimension:
 // compile: KP_T=float KP_DIM=3
@@ -15,7 +15,7 @@ namespace {
 using T = KP_T;
 constexpr int D = KP_DIM;
 
-// Kernel point k of query q, deformed, along axis a.
+// Coordinate a of the deformed kernel point k of query q.
 __device__ T deformed(const T* kernel_points, const T* offsets, int64_t num_kernels, int64_t q, int64_t k, int a) {
   return kernel_points[k * D + a] + offsets[(q * num_kernels + k) * D + a];
 }
@@ -25,11 +25,11 @@ __device__ T deformed(const T* kernel_points, const T* offsets, int64_t num_kern
 
 using namespace kp;
 
-// nearest[q, k] = the neighbour nearest to a deformed kernel point, the first of equals, -1 without neighbours;
-// least[q, k] = its squared distance, or NaN where one is.
+// nearest[q, k] = the neighbor nearest to a deformed kernel point, of equally near ones the first, -1 without
+// neighbors; smallest[q, k] = its squared distance, or NaN if any distance is NaN.
 extern "C" __global__ void fit(const T* points, const T* queries, const int32_t* index, const int64_t* row_splits,
                                const T* kernel_points, const T* offsets, int64_t num_queries, int64_t num_kernels,
-                               int32_t* nearest, T* least) {
+                               int32_t* nearest, T* smallest) {
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
     const int64_t q = i / num_kernels, k = i % num_kernels;
     T best = T(0), nan = T(0);
@@ -46,7 +46,7 @@ extern "C" __global__ void fit(const T* points, const T* queries, const int32_t*
       best_point = index[e];
     }
     nearest[i] = best_point;
-    least[i] = nan != nan ? nan : best;
+    smallest[i] = nan != nan ? nan : best;
   }
 }
 
@@ -64,7 +64,7 @@ extern "C" __global__ void fit_gradient(const T* points, const T* queries, const
   }
 }
 
-// losses[q, k] = repulsion of kernel point k by those after it
+// losses[q, k] = the repulsion between kernel point k and those after it
 extern "C" __global__ void repel(const T* kernel_points, const T* offsets, int64_t num_queries, int64_t num_kernels,
                                  T inverse_extent, T repulse_extent, T* losses) {
   for (int64_t i = first_thread(); i < num_queries * num_kernels; i += num_threads()) {
@@ -75,8 +75,8 @@ extern "C" __global__ void repel(const T* kernel_points, const T* offsets, int64
       for (int a = 0; a < D; ++a)
         d[a] = deformed(kernel_points, offsets, num_kernels, q, k, a) -
                deformed(kernel_points, offsets, num_kernels, q, j, a);
-      const T under = overlap(T(sqrt(squared_distance(d, D))), inverse_extent, repulse_extent);
-      sum += under * under;
+      const T overlapped = overlap(T(sqrt(squared_distance(d, D))), inverse_extent, repulse_extent);
+      sum += overlapped * overlapped;
     }
     losses[i] = sum;
   }

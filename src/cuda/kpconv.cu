@@ -1,15 +1,17 @@
-// KPConv on the GPU: features summed by kernel point, a warp for each query; the products with the weights are
-// cuBLAS's.
+// KPConv on the GPU: a warp for each query sums features by kernel point; cuBLAS multiplies the sums by the weights.
 //
-// The sums (groups, rows, K, channels of a group) are those of some thousand queries at a time and stay in the
-// second-level cache: nothing of all queries times kernel points is ever made.
+// The sums (groups, rows, K, channels of a group) of some thousand queries are computed at a time and stay in the
+// second-level cache: no array over all queries and kernel points is allocated.
 //
-// Each lane looks at a neighbour: which kernel points act on it. Then, kernel point by kernel point, all lanes sum the
-// features of those it acts on, each some channels, in the order of the list: results do not depend on the launch. What
-// is stored in 16 bits is summed in float, and rounded once for each 256 neighbours. The gradient of the features is
-// the same on the transposed list with mirrored kernel points.
+//    1. Each lane takes one neighbor and computes the influence of kernel point k on it.
+//    2. All lanes sum the features of the neighbors with an influence, each lane its channels, in the order of the
+//    list.
 //
-// Compiled for the types of geometry and features and the dimension, of which 3 stands for the others:
+// These steps are repeated for every kernel point k. The order of the sums is fixed, so results do not depend on the
+// launch. Features of 16 bits are summed in float and rounded once per 256 neighbors. The gradient of the features is
+// the same sum over the transposed list with negated kernel points.
+//
+// Compiled for the types of geometry and features and the dimension (3 stands for all dimensions):
 // compile: KP_G=float KP_F=float KP_DIM=3
 // compile: KP_G=float KP_F=kp::Half KP_DIM=3
 // compile: KP_G=float KP_F=kp::Bfloat KP_DIM=3
@@ -27,24 +29,26 @@ using G = KP_G;
 using S = KP_F;
 using F = Real<S>;
 constexpr int D = KP_DIM;
-constexpr int at_once = 4;     // channels of a lane in registers
-constexpr int kept = 256;      // choices of so many neighbours of a query are kept at a time
-constexpr int most_warps = 4;  // of a block
+constexpr int channels_per_lane = 4;     // sums that a lane keeps in registers
+constexpr int neighbors_per_part = 256;  // long lists are processed in parts: shared memory holds a choice per neighbor
+constexpr int max_warps = 4;             // warps per block
 
 enum Influence : int { linear, gaussian, constant };
 enum Aggregation : int { sum, closest };
-// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the neighbour gathered.
+// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the gathered neighbor.
 enum ParameterOwner : int { none, query, neighbor };
+// Which kernel points may act on a neighbor: one of them (its number >= 0), all, or none.
+enum Choice : int { all_kernel_points = -1, no_kernel_point = -2 };
 
 struct Kernel {
   const G* points;   // (K, D)
-  const G* offsets;  // (queries or neighbours, K, D)
+  const G* offsets;  // (queries or neighbors, K, D)
   int num, offsets_owner;
   G sign;  // -1 where the list is transposed
   G extent, inverse_extent, scale;
   int influence, aggregation;
 
-  // The squared distance of neighbour i of query q, at `relative`, from kernel point k.
+  // The squared distance of neighbor i of query q, at `relative`, from kernel point k.
   __device__ G squared(const G* relative, int64_t q, int64_t i, int64_t k) const {
     G d[D];
     for (int a = 0; a < D; ++a) {
@@ -54,11 +58,10 @@ struct Kernel {
     }
     return squared_distance(d, D);
   }
-  // Whether not all kernel points may act on all neighbours.
-  __device__ bool chooses() const { return aggregation == closest || offsets_owner; }
-  // Which may act on a neighbour: all (-1), none (-2), or one.
+  // Whether choice() may be other than all_kernel_points.
+  __device__ bool has_choices() const { return aggregation == closest || offsets_owner; }
   __device__ int choice(const G* relative, int64_t q, int64_t i) const {
-    if (!chooses()) return -1;
+    if (!has_choices()) return all_kernel_points;
     int nearest = 0;
     G least = squared(relative, q, i, 0);
     for (int k = 1; k < num; ++k) {
@@ -68,8 +71,8 @@ struct Kernel {
         nearest = k;
       }
     }
-    if (offsets_owner && !(least < extent * extent)) return -2;
-    return aggregation == closest ? nearest : -1;
+    if (offsets_owner && !(least < extent * extent)) return no_kernel_point;
+    return aggregation == closest ? nearest : int(all_kernel_points);
   }
   __device__ G weight(G d2) const {
     if (influence == linear) return d2 < extent * extent ? linear_influence(d2, inverse_extent) : G(0);
@@ -82,21 +85,21 @@ struct Kernel {
 
 using namespace kp;
 
-// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbours, weighted by kernel point k
+// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbors, weighted by kernel point k
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
                                      const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
                                      int factors, const F* scale, int scale_owner, G sign, G extent, int influence,
                                      int aggregation, int groups, int64_t first, int64_t rows, S* sums) {
-  __shared__ int32_t choices[most_warps * kept];
+  __shared__ int32_t choices[max_warps * neighbors_per_part];
   const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, sign, extent, 1 / extent,
                       gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
-  int32_t* const choice_of = choices + int(threadIdx.x) / warp * kept;
+  int32_t* const choice_of = choices + int(threadIdx.x) / warp * neighbors_per_part;
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
     const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * num_kernels + k) * width + c % width; };
-    // A lane's neighbour; of a list of 32 and less it stays in registers.
+    // The lane's current neighbor. With up to 32 neighbors it is loaded only once.
     int64_t loaded = -1;
     int32_t i = 0;
     G relative[D];
@@ -107,25 +110,27 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
       for (int a = 0; a < D; ++a) relative[a] = e < end ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
     };
     int64_t part = begin;
-    do {  // once for an empty list too
-      const int64_t stop = end - part < kept ? end : part + kept;
-      for (int64_t e = part + lane; kernel.chooses() && e < stop; e += warp) {
+    do {  // an empty list also writes its zero sums
+      const int64_t stop = end - part < neighbors_per_part ? end : part + neighbors_per_part;
+      for (int64_t e = part + lane; kernel.has_choices() && e < stop; e += warp) {
         load(e);
         choice_of[e - part] = kernel.choice(relative, q, i);
       }
       __syncwarp();
       for (int k = 0; k < num_kernels; ++k)
-        for (int from = 0; from < channels; from += warp * at_once) {
-          F sum[at_once];
-          for (int j = 0; j < at_once; ++j) {
+        for (int from = 0; from < channels; from += warp * channels_per_lane) {
+          F sum[channels_per_lane];
+          for (int j = 0; j < channels_per_lane; ++j) {
             const int c = from + j * warp + lane;
             sum[j] = c < channels && part != begin ? F(*at(k, c)) : F(0);
           }
           for (int64_t batch = part; batch < stop; batch += warp) {
             load(batch + lane);
-            const int choice = batch + lane >= stop ? -2 : kernel.chooses() ? choice_of[batch + lane - part] : -1;
+            const int choice = batch + lane >= stop   ? int(no_kernel_point)
+                               : kernel.has_choices() ? choice_of[batch + lane - part]
+                                                      : int(all_kernel_points);
             F weight = F(0);
-            if (choice == -1 || choice == k) {
+            if (choice == all_kernel_points || choice == k) {
               weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
               if (modulations_owner && factors == 1)
                 weight *= F(modulations[(modulations_owner == query ? q : int64_t(i)) * num_kernels + k]);
@@ -137,9 +142,9 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
               const int64_t point = __shfl_sync(all_lanes, i, source);
               const S* const row = features + point * channels;
               const S* const row_factors = modulations + (point * num_kernels + k) * factors;
-              for (int j = 0; j < at_once; ++j) {
+              for (int j = 0; j < channels_per_lane; ++j) {
                 const int c = from + j * warp + lane;
-                // Several factors of a kernel point are each for some channels; those of queries come after the sums.
+                // Several factors of a neighbor each scale some channels here; factors of queries scale the sums later.
                 if (c < channels)
                   sum[j] += modulations_owner == neighbor && factors > 1
                                 ? w * F(row_factors[int64_t(c) * factors / channels]) * F(row[c])
@@ -147,13 +152,13 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
               }
             }
           }
-          for (int j = 0; j < at_once; ++j) {
+          for (int j = 0; j < channels_per_lane; ++j) {
             const int c = from + j * warp + lane;
             if (c < channels) *at(k, c) = S(sum[j]);
           }
         }
       __syncwarp();
-      part += kept;
+      part += neighbors_per_part;
     } while (part < end);
   }
 }
@@ -167,7 +172,7 @@ extern "C" __global__ void find_positive(const S* features, int64_t num_points, 
   }
 }
 
-// scale[q] = 1 / max(1, number of neighbours), of the positive ones alone where `positive` is not null
+// scale[q] = 1 / max(1, number of neighbors), of the positive ones alone where `positive` is not null
 extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_splits, int64_t num_queries,
                                      const int32_t* positive, F* scale) {
   for (int64_t q = first_thread(); q < num_queries; q += num_threads()) {
@@ -180,7 +185,7 @@ extern "C" __global__ void normalize(const int32_t* index, const int64_t* row_sp
   }
 }
 
-// Depthwise: out[q, c] = the sum over k of sums * weights, and * the factors of (q, k).
+// Depthwise: out[q, c] = the sum over k of sums * weights, times the factors of (q, k) if there are several.
 extern "C" __global__ void scale_sums(const S* sums, int64_t first, int64_t rows, int num_kernels, int channels,
                                       const S* weights, const S* modulations, int factors, S* out) {
   for (int64_t i = first_thread(); i < rows * channels; i += num_threads()) {
@@ -195,8 +200,8 @@ extern "C" __global__ void scale_sums(const S* sums, int64_t first, int64_t rows
   }
 }
 
-// Depthwise: products[r, k, c] = sums * grad_out, and * the factors of (q, k); their sum over r is the weights'
-// gradient.
+// Depthwise: products[r, k, c] = sums * grad_out, times the factors of (q, k) if there are several. Their sum over r is
+// the gradient of the weights.
 extern "C" __global__ void weights_products(const S* sums, int64_t first, int64_t rows, int num_kernels, int channels,
                                             const S* grad_out, const S* modulations, int factors, S* products) {
   for (int64_t i = first_thread(); i < rows * num_kernels * channels; i += num_threads()) {
@@ -230,16 +235,16 @@ extern "C" __global__ void grad_products(int64_t first, int64_t rows, int num_ke
   }
 }
 
-// Gradients of positions, offsets and modulations, from products (groups, rows, K, width) = grad_out W_k^T of queries
-// [first, first + rows): pair_grads (E, D), of the point of each pair; grad_queries (M, D); grad_offsets (M, K, D);
-// grad_modulations (M, K).
-extern "C" __global__ void place_grads(const G* points, const G* queries, const int32_t* index,
-                                       const int64_t* row_splits, const S* features, int channels,
-                                       const G* kernel_points, int num_kernels, const G* offsets, int offsets_owner,
-                                       const S* modulations, int modulations_owner, const F* scale, int scale_owner,
-                                       G extent, int influence, int aggregation, int groups, int64_t first,
-                                       int64_t rows, const S* products, G* pair_grads, G* grad_queries, G* grad_offsets,
-                                       F* grad_modulations) {
+// Gradients of positions, offsets and modulations for queries [first, first + rows), from products (groups, rows, K,
+// width) = grad_out W_k^T. Writes pair_grads (E, D), the gradient of each pair's point; grad_queries (M, D);
+// grad_offsets (M, K, D); grad_modulations (M, K).
+extern "C" __global__ void position_grads(const G* points, const G* queries, const int32_t* index,
+                                          const int64_t* row_splits, const S* features, int channels,
+                                          const G* kernel_points, int num_kernels, const G* offsets, int offsets_owner,
+                                          const S* modulations, int modulations_owner, const F* scale, int scale_owner,
+                                          G extent, int influence, int aggregation, int groups, int64_t first,
+                                          int64_t rows, const S* products, G* pair_grads, G* grad_queries,
+                                          G* grad_offsets, F* grad_modulations) {
   const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, G(1), extent, 1 / extent,
                       gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
@@ -254,14 +259,14 @@ extern "C" __global__ void place_grads(const G* points, const G* queries, const 
       const int32_t i = is_pair ? index[batch + lane] : 0;
       G relative[D], grad_point[D] = {};
       for (int a = 0; a < D; ++a) relative[a] = is_pair ? points[int64_t(i) * D + a] - queries[q * D + a] : G(0);
-      const int choice = is_pair ? kernel.choice(relative, q, i) : -2;
+      const int choice = is_pair ? kernel.choice(relative, q, i) : int(no_kernel_point);
       for (int64_t k = 0; k < num_kernels; ++k) {
-        const bool may = choice == -1 || choice == k;
-        const G d2 = may ? kernel.squared(relative, q, i, k) : G(0);
-        const bool acts = may && !(influence == linear && !(d2 < extent * extent));
+        const bool may_act = choice == all_kernel_points || choice == k;
+        const G d2 = may_act ? kernel.squared(relative, q, i, k) : G(0);
+        const bool acts = may_act && !(influence == linear && !(d2 < extent * extent));
         const unsigned acting = __ballot_sync(all_lanes, acts);
         if (!acting) continue;
-        F along = F(0);  // f_i . (grad W_k^T)
+        F weight_grad = F(0);  // gradient of the pair's weight: f_i . (grad W_k^T)
         for (unsigned rest = acting; rest; rest &= rest - 1) {
           const int source = __ffs(int(rest)) - 1;
           const S* const row = features + int64_t(__shfl_sync(all_lanes, i, source)) * channels;
@@ -269,28 +274,28 @@ extern "C" __global__ void place_grads(const G* points, const G* queries, const 
           for (int c = lane; c < channels; c += warp)
             product += row[c] * products[((c / width * rows + r) * num_kernels + k) * width + c % width];
           for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
-          if (lane == source) along = product;
+          if (lane == source) weight_grad = product;
         }
-        if (scale_owner) along *= scale[q];
-        F grad_modulation = acts ? F(kernel.weight(d2)) * along : F(0);
-        if (modulations_owner) along *= modulations[q * num_kernels + k];
+        if (scale_owner) weight_grad *= scale[q];
+        F grad_modulation = acts ? F(kernel.weight(d2)) * weight_grad : F(0);
+        if (modulations_owner) weight_grad *= modulations[q * num_kernels + k];
         G slope = G(0);
         if (acts && influence == linear) slope = linear_slope(d2, kernel.inverse_extent);
         if (acts && influence == gaussian) slope = 2 * kernel.scale * kernel.weight(d2);
-        G move[D];
+        G difference_grad[D];
         for (int a = 0; a < D; ++a) {
           G p = kernel_points[k * D + a];
           if (offsets_owner) p = p + offsets[(q * num_kernels + k) * D + a];
-          move[a] = G(along) * slope * (relative[a] - p);
-          grad_point[a] += move[a];
+          difference_grad[a] = G(weight_grad) * slope * (relative[a] - p);
+          grad_point[a] += difference_grad[a];
         }
         for (int bit = warp / 2; bit; bit /= 2) {
           grad_modulation += __shfl_xor_sync(all_lanes, grad_modulation, bit);
-          for (int a = 0; a < D; ++a) move[a] += __shfl_xor_sync(all_lanes, move[a], bit);
+          for (int a = 0; a < D; ++a) difference_grad[a] += __shfl_xor_sync(all_lanes, difference_grad[a], bit);
         }
         if (lane == 0) {
           grad_modulations[q * num_kernels + k] += grad_modulation;
-          for (int a = 0; a < D; ++a) grad_offsets[(q * num_kernels + k) * D + a] -= move[a];
+          for (int a = 0; a < D; ++a) grad_offsets[(q * num_kernels + k) * D + a] -= difference_grad[a];
         }
       }
       for (int a = 0; a < D; ++a) {

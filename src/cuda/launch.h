@@ -1,4 +1,4 @@
-// What all GPU kernels begin with: threads go through their work in steps of the whole grid.
+// Helpers of all GPU kernels: grid-stride loops, binary search, order-preserving integers for atomic minima.
 #pragma once
 
 #include "formulas/common.h"
@@ -25,7 +25,7 @@ __device__ int64_t num_warps() {
   return num_threads() / warp;
 }
 
-// The first of the sorted keys from `begin` on that is not below `key`; `end` if all are.
+// The first position in [begin, end) whose sorted key is at least `key`; `end` if there is none.
 template <class K, class I>
 __device__ I lower_bound(const K* keys, I begin, I end, int64_t key) {
   while (begin < end) {
@@ -38,7 +38,7 @@ __device__ I lower_bound(const K* keys, I begin, I end, int64_t key) {
   return begin;
 }
 
-// An integer that is ordered like the number, for atomic minima, and back.
+// Maps a number to an integer with the same order, for atomicMin, and back.
 __device__ unsigned long long ordered(double x) {
   const unsigned long long bits = (unsigned long long)__double_as_longlong(x);
   return bits >> 63 ? ~bits : bits | 1ull << 63;
@@ -47,7 +47,7 @@ __device__ double from_ordered(unsigned long long x) {
   return __longlong_as_double((long long)(x >> 63 ? x & ~(1ull << 63) : ~x));
 }
 
-constexpr int64_t block_of_rows = 1024;  // rows of a batch item that one thread sums
+constexpr int64_t block_of_rows = 1024;  // rows of a batch item that a thread reduces for one column
 
 // The batch item of row i: the last one that begins at or before it.
 __device__ int item_of(const int64_t* splits, int num_items, int64_t i) {

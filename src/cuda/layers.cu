@@ -1,6 +1,7 @@
-// Layers on rows of features on the GPU. Products are cuBLAS's; all else is bound by memory and goes over it once.
+// Layers on rows of features on the GPU, all bound by memory bandwidth; cuBLAS computes the products of linear layers.
 //
-// Sums over rows are float64, in blocks of rows whose number depends on the sizes alone, joined in their order.
+// Sums over rows are float64: first within blocks of 1024 rows of a batch item (moment_blocks, grad_blocks), then over
+// the blocks in order (join_moments, join_grads). Results do not depend on the launch.
 //
 // Compiled for the type of the features:
 // compile: KP_F=float
@@ -24,7 +25,7 @@ __device__ F exp_minus_abs(F x) {
   return exp(x < 0 ? x : -x);
 }
 
-// The largest of a row and the sum of exp(x - largest), by a warp.
+// The largest value of a row and the sum of exp(x - largest), computed by a warp.
 struct Exponentials {
   F largest, sum;
   __device__ Exponentials(const S* row, int64_t columns) : largest(F(row[0])), sum(0) {
@@ -69,16 +70,17 @@ extern "C" __global__ void adamw(F* value, const F* grad, F* mean, F* square, in
     adamw_step(value[i], grad[i], mean[i], square[i], keep, first, second, rate, inverse_root, eps);
 }
 
-// A thread makes the four words of a counter, and so four values 16 places apart. Words of at least `least` keep
-// theirs.
-extern "C" __global__ void dropout(const S* features, int64_t size, uint64_t seed, uint32_t least, F scale, S* out) {
+// A thread computes the four random words of a counter, for four values 16 places apart. A value is kept if its word is
+// at threshold `threshold`.
+extern "C" __global__ void dropout(const S* features, int64_t size, uint64_t seed, uint32_t threshold, F scale,
+                                   S* out) {
   const int64_t counters = (size + words_of_block - 1) / words_of_block * counters_of_block;
   for (int64_t i = first_thread(); i < counters; i += num_threads()) {
     uint64_t word[4] = {uint64_t(i), uint64_t(i) >> 32, 0, 0};
     philox(word, seed, [](uint64_t a, uint32_t b) { return uint64_t(uint32_t(a)) * b; });
     for (int w = 0; w < 4; ++w) {
       const int64_t at = i / counters_of_block * words_of_block + w * counters_of_block + i % counters_of_block;
-      if (at < size) out[at] = S(uint32_t(word[w]) >= least ? F(features[at]) * scale : F(0));
+      if (at < size) out[at] = S(uint32_t(word[w]) >= threshold ? F(features[at]) * scale : F(0));
     }
   }
 }
@@ -125,7 +127,7 @@ extern "C" __global__ void join_sums(const double* partial, int64_t blocks, int6
   }
 }
 
-// ---- normalisation: items are cut into blocks of rows; first_blocks[b] is the number of the first block of item b
+// ---- normalization: items are cut into blocks of rows; first_blocks[b] is the number of the first block of item b
 
 namespace kp {
 namespace {
@@ -154,7 +156,7 @@ __device__ Affine affine_of(const double* mean, const double* inverse_std, const
 }  // namespace
 }  // namespace kp
 
-// The sums of each block and column, of the values minus the item's first row and of their squares.
+// For each block and column, the sums of d and d², where d is the difference from the item's first row.
 extern "C" __global__ void moment_blocks(const S* features, int64_t columns, const int64_t* row_splits, int num_items,
                                          const int64_t* first_blocks, int64_t max_blocks, double* sums,
                                          double* squares) {
@@ -162,10 +164,10 @@ extern "C" __global__ void moment_blocks(const S* features, int64_t columns, con
     const int64_t k = i / columns, c = i % columns;
     if (k >= first_blocks[num_items]) continue;
     const Block block(row_splits, first_blocks, num_items, k);
-    const double about = double(F(features[row_splits[block.item] * columns + c]));
+    const double origin = double(F(features[row_splits[block.item] * columns + c]));
     double sum = 0, square = 0;
     for (int64_t r = block.begin; r < block.end; ++r) {
-      const double d = double(F(features[r * columns + c])) - about;
+      const double d = double(F(features[r * columns + c])) - origin;
       sum += d;
       square += d * d;
     }
@@ -174,7 +176,7 @@ extern "C" __global__ void moment_blocks(const S* features, int64_t columns, con
   }
 }
 
-// A thread for each item and group.
+// Joins the blocks of each item: mean and variance (items, groups). A thread for each item and group.
 extern "C" __global__ void join_moments(const S* features, int64_t columns, int64_t groups, const int64_t* row_splits,
                                         int64_t num_items, const int64_t* first_blocks, const double* sums,
                                         const double* squares, double* mean, double* variance) {
@@ -212,7 +214,7 @@ extern "C" __global__ void normalize(const S* features, int64_t rows, int64_t co
   }
 }
 
-// The sums of each block and column: of the gradient before the leaky ReLU, and of its products with x - center.
+// For each block and column, the sums of g and g (x - center), where g is the gradient before the leaky ReLU.
 extern "C" __global__ void grad_blocks(const S* features, const S* grad_out, int64_t columns, const int64_t* row_splits,
                                        int num_items, const S* scale, const S* shift, const double* mean,
                                        const double* inverse_std, int64_t groups, F negative_slope,
@@ -236,7 +238,7 @@ extern "C" __global__ void grad_blocks(const S* features, const S* grad_out, int
   }
 }
 
-// The blocks of each item joined: shift_grads and scale_grads (items, columns).
+// Joins the blocks of each item: shift_grads and scale_grads (items, columns).
 extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const int64_t* first_blocks,
                                       const double* mean, const double* inverse_std, int64_t groups,
                                       const double* shifts, const double* scales, double* shift_grads,
@@ -253,11 +255,11 @@ extern "C" __global__ void join_grads(int64_t columns, int64_t num_items, const 
   }
 }
 
-// Where the statistics are those of the rows: grad_x = g factor + (x - center) slant + level, for an item and group.
+// Statistics that depend on the features: grad_x = g factor + (x - center) x_slope + constant for each item and group.
 extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, const int64_t* row_splits,
                                             int64_t num_items, const S* scale, const double* mean,
                                             const double* inverse_std, const double* shift_grads,
-                                            const double* scale_grads, F* slant, F* level) {
+                                            const double* scale_grads, F* x_slope, F* constant) {
   const int64_t width = columns / groups;
   for (int64_t i = first_thread(); i < num_items * groups; i += num_threads()) {
     const int64_t b = i / groups, begin = i % groups * width;
@@ -268,15 +270,15 @@ extern "C" __global__ void statistics_grads(int64_t columns, int64_t groups, con
       mean_product += double(F(scale[c])) * scale_grads[b * columns + c] / values;
     }
     const double slope = -inverse_std[i] * inverse_std[i] * mean_product;
-    slant[i] = F(slope);
-    level[i] = F(-inverse_std[i] * mean_grad - slope * (mean[i] - double(F(mean[i]))));
+    x_slope[i] = F(slope);
+    constant[i] = F(-inverse_std[i] * mean_grad - slope * (mean[i] - double(F(mean[i]))));
   }
 }
 
 extern "C" __global__ void normalize_grad(const S* features, const S* grad_out, int64_t rows, int64_t columns,
                                           const int64_t* row_splits, int num_items, const S* scale, const S* shift,
                                           const double* mean, const double* inverse_std, int64_t groups,
-                                          F negative_slope, const F* slant, const F* level, S* grad_features) {
+                                          F negative_slope, const F* x_slope, const F* constant, S* grad_features) {
   for (int64_t i = first_thread(); i < rows * columns; i += num_threads()) {
     const int64_t c = i % columns;
     const int item = item_of(row_splits, num_items, i / columns);
@@ -284,11 +286,11 @@ extern "C" __global__ void normalize_grad(const S* features, const S* grad_out, 
     const int64_t g = item * groups + c * groups / columns;
     const F d = F(features[i]) - a.center;
     const F before = leaky_relu_grad(F(fma(d, a.factor, a.offset)), F(grad_out[i]), negative_slope);
-    grad_features[i] = S(F(fma(before, a.factor, F(fma(d, slant[g], level[g])))));
+    grad_features[i] = S(F(fma(before, a.factor, F(fma(d, x_slope[g], constant[g])))));
   }
 }
 
-// sums[c] = the sum over the items
+// sums[c] = the sum of item_grads[b, c] over the items b
 extern "C" __global__ void sum_items(const double* item_grads, int64_t num_items, int64_t columns, S* sums) {
   for (int64_t c = first_thread(); c < columns; c += num_threads()) {
     double sum = 0;
@@ -299,17 +301,17 @@ extern "C" __global__ void sum_items(const double* item_grads, int64_t num_items
 
 // ---- cross entropy: a warp for each row
 
-// losses and weights of all rows; both 0 where a label is ignored. `wrong` becomes 1 where a label is no class.
-// class_weights may be null.
-extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                     const S* class_weights, int64_t ignore_index, int has_ignore_index, double* losses,
-                                     double* weights, unsigned* wrong) {
+// The loss and the weight of every row, both 0 if its label is ignored. Sets invalid_label to 1 if a label is not a
+// class. class_weights may be null.
+extern "C" __global__ void cross_entropies(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                           const S* class_weights, int64_t ignore_index, int has_ignore_index,
+                                           double* losses, double* weights, unsigned* invalid_label) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
     double loss = 0, weight = 0;
     if (!(has_ignore_index && label == ignore_index)) {
       if (label < 0 || label >= classes) {
-        if (lane_number() == 0) atomicOr(wrong, 1u);
+        if (lane_number() == 0) atomicOr(invalid_label, 1u);
       } else {
         const Exponentials row(logits + r * classes, classes);
         weight = class_weights ? double(F(class_weights[label])) : 1;
@@ -323,12 +325,12 @@ extern "C" __global__ void entropies(const S* logits, int64_t rows, int64_t clas
   }
 }
 
-// Backward of the cross entropy: weight * (softmax - one-hot) * gradient. The gradient is the row's where each row has
-// a loss, else that of the loss; of a mean it is divided by the sum of the weights.
-extern "C" __global__ void entropies_grad(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
-                                          const double* weights, int64_t ignore_index, int has_ignore_index,
-                                          const S* grad_out, int each, const double* total, int is_mean,
-                                          S* grad_logits) {
+// Backward of the cross entropy: weight * (softmax - one-hot) * gradient. If `each` row has a loss, the gradient is
+// that of the row's loss; otherwise that of the one loss, divided by the sum of the weights for a mean.
+extern "C" __global__ void cross_entropies_grad(const S* logits, int64_t rows, int64_t classes, const int64_t* labels,
+                                                const double* weights, int64_t ignore_index, int has_ignore_index,
+                                                const S* grad_out, int each, const double* total, int is_mean,
+                                                S* grad_logits) {
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t label = labels[r];
     const bool counts = !(has_ignore_index && label == ignore_index) && label >= 0 && label < classes;

@@ -1,6 +1,7 @@
-// Lists on the GPU: neighbours turned around, and batch items cut into blocks of rows.
+// Neighbor lists on the GPU: keys for transposing them by sorting, packing of rows with unused entries, and the number
+// of blocks of rows of each batch item.
 //
-// Compiled without definitions, and for the type of distances where rows are packed:
+// Compiled without definitions and, for pack_rows, for the type of distances:
 // compile:
 // compile: KP_T=float
 // compile: KP_T=double
@@ -9,7 +10,7 @@
 
 using namespace kp;
 
-// The point and the query of every pair; the point is num_points past the end of the list.
+// The point and the query of every pair. Entries of the index past the end of the list get the point num_points.
 extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs, const int64_t* row_splits,
                                          int num_queries, int num_points, int32_t* points, int32_t* queries) {
   for (int64_t e = first_thread(); e < num_pairs; e += num_threads()) {
@@ -18,7 +19,7 @@ extern "C" __global__ void rows_of_pairs(const int32_t* index, int64_t num_pairs
   }
 }
 
-// begins[k] = how many of the sorted keys lie below k
+// begins[k] = how many of the sorted keys are below k, which is where the entries with key k begin
 extern "C" __global__ void begins_of_keys(const int32_t* keys, int64_t num_keys, int64_t num_begins, int64_t* begins) {
   for (int64_t k = first_thread(); k < num_begins; k += num_threads())
     begins[k] = lower_bound(keys, int64_t(0), num_keys, k);
@@ -31,7 +32,7 @@ extern "C" __global__ void count_blocks(const int64_t* row_splits, int64_t num_i
 }
 
 #ifdef KP_T
-// Rows of `width`, of which row_splits say how many entries are used, one after the other.
+// Copies the used entries of rows of `width` one after the other; row_splits say how many are used.
 extern "C" __global__ void pack_rows(const int32_t* index, const KP_T* distance, int64_t width,
                                      const int64_t* row_splits, int64_t num_rows, int32_t* packed_index,
                                      KP_T* packed_distance) {

@@ -1,15 +1,18 @@
-// Neighbour search on the GPU: a warp for each query.
+// Neighbor search on the GPU: a warp for each query, one candidate per lane. There are two kinds of index:
 //
-// There are two kinds of index:
+//   cells  for a known radius, by up to three axes. Points are sorted by cell, so a row of cells is a run of
+//          points, and a query's candidates are some runs. The table of cells has a fixed size and wraps around, so no
+//          cloud is too wide for it. Far points that wrap into the same cell fail the distance test.
 //
-//   cells  for a known radius in up to three dimensions. Points lie sorted by cell, cells of a row one after the other;
-//          a query's candidates are some runs of them. The table of cells has a fixed size and wraps around, so no
-//          cloud is too wide for it: what else wraps into a cell is as far away as its coordinates say.
-//   boxes  for anything else. Points lie sorted along a Morton curve; 32 of them are a leaf, 32 leaves a node, and so
-//          on, each with the box of its points. A warp looks at 32 boxes at once.
+//              table:  |  0  |  1  |  2  |  3  |        cell number = floor(x / cell) modulo 4
+//              x / cell: 0..1  1..2  2..3  3..4
+//                        4..5  5..6  ...
 //
-// A box is as far from a query as the nearest point it could hold, by the same formula: rounding never turns order
-// around, so nothing is ever missed. Decisions are those of neighbors.h, compiled without contraction.
+//   boxes  for everything else. Points are sorted along a Morton curve. 32 consecutive points are a leaf, 32 leaves a
+//          node and so on, each with its bounding box. A warp tests 32 boxes at once.
+//
+// The distance from a query to a box is computed with the formula for points. Rounding is monotonic, so no point is
+// nearer than its box and nothing is missed. Distances are those of formulas/neighbors.h, compiled without contraction.
 //
 // Compiled for one coordinate type, dimension, metric and kind of index; 3 dimensions stand for the others, 16 for the
 // most registers:
@@ -30,17 +33,17 @@ namespace {
 
 using T = KP_T;
 constexpr int D = KP_DIM;
-constexpr int axes = D < 3 ? D : 3;  // that cells and curves see
+constexpr int axes = D < 3 ? D : 3;  // axes by which cells and the curve order the points
 constexpr Metric metric = Metric(KP_METRIC);
 
-// A point and its number, in the order of the index.
-struct alignas(sizeof(T) * D + 4 == 16 ? 16 : sizeof(T)) Located {
+// A point with its original number; the index stores points in its own order.
+struct alignas(sizeof(T) * D + 4 == 16 ? 16 : sizeof(T)) IndexedPoint {
   T at[D];
   int32_t number;
 };
 
 template <class V>
-__device__ V sum_of_lanes(V x) {
+__device__ V sum_over_warp(V x) {
   for (int bit = warp / 2; bit; bit /= 2) x += __shfl_xor_sync(all_lanes, x, bit);
   return x;
 }
@@ -55,15 +58,17 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
 // ---- queries
 
 enum Ignore : int { none, equal_coordinates, equal_number };
+enum Sort : int { unsorted, sorted_by_number, sorted_by_distance };
 
 struct Query {
-  T at[D], limit;  // of the measure: r² for L2
-  double reach;    // along an axis, and a little more
-  int begin, end;  // numbers of the points of its batch item
+  T at[D];
+  T limit;         // the largest measure of a neighbor: r² for L2
+  double reach;    // the radius, slightly enlarged
+  int begin, end;  // numbers of the points of the query's batch item
   int32_t number;
-  int ignore;  // an Ignore
+  int ignore;  // one of Ignore
 
-  __device__ bool is_neighbor(const Located& p, T& measured) const {
+  __device__ bool is_neighbor(const IndexedPoint& p, T& measured) const {
     T d[D];
     bool equal = true;
     for (int a = 0; a < D; ++a) {
@@ -82,7 +87,7 @@ __device__ Query query_of(const T* queries, const T* radii, int64_t radius_strid
   for (int a = 0; a < D; ++a) query.at[a] = queries[q * D + a];
   const T radius = radii[q * radius_stride];
   query.limit = metric == Metric::l2 ? radius * radius : radius;
-  query.reach = double(radius) * (1 + 1e-6);  // the measure rounds
+  query.reach = double(radius) * (1 + 1e-6);  // the rounded measure may accept points just beyond the radius
   const int item = item_of(queries_row_splits, num_items, q);
   query.begin = int(row_splits[item]);
   query.end = int(row_splits[item + 1]);
@@ -93,8 +98,8 @@ __device__ Query query_of(const T* queries, const T* radii, int64_t radius_strid
 
 // ---- cells
 
-// The cell of a coordinate, counted along its axis from the origin: in float64, as there may be more than 2^31. It
-// never falls as x rises, so a query's range of cells misses no neighbour.
+// The cell of a coordinate along an axis, counted from the origin; in float64, because there may be more than 2^31. It
+// is monotonic in x, so a query's range of cells misses no neighbor.
 __device__ double cell_of(double x, double inverse_cell) {
   return floor(x * inverse_cell);
 }
@@ -104,19 +109,19 @@ __device__ int wrapped(double cell, int bits) {
 }
 
 struct Cells {
-  const Located* points;
-  const int32_t* starts;  // of every cell, and the end
+  const IndexedPoint* points;
+  const int32_t* starts;  // first point of every cell, and a sentinel
   double inverse_cell;
-  int bits[3];  // of the table's axes; 0 where there is none
+  int bits[3];  // log2 of the number of cells along each axis of the table; 0 for missing axes
 
   __device__ int number(const int* cell) const { return ((cell[2] << bits[1] | cell[1]) << bits[0]) | cell[0]; }
 
-  // Calls visit(candidate, whether there is one) for 32 candidates at a time, all lanes together.
+  // Calls visit(candidate, is_candidate) in all lanes together, for 32 candidates at a time.
   template <class Visit>
   __device__ void for_candidates(const Query& query, Visit visit) const {
     int low[3] = {}, count[3] = {1, 1, 1};
     for (int a = 0; a < axes; ++a) {
-      // A little outside of where rounding could put a neighbour.
+      // Enlarged by more than the rounding error of a neighbor's cell.
       const double below = double(query.at[a]) - query.reach, above = double(query.at[a]) + query.reach;
       const double first = cell_of(below - fabs(below) * 2.3e-16, inverse_cell);
       const double last = cell_of(above + fabs(above) * 2.3e-16, inverse_cell);
@@ -124,7 +129,7 @@ struct Cells {
       low[a] = everything ? 0 : wrapped(first, bits[a]);
       count[a] = everything ? 1 << bits[a] : int(last - first) + 1;
     }
-    // A row of cells is a run of points, or two where the row wraps around. Each lane has one.
+    // A row of cells is one run of points, or two if the row wraps around. Each lane takes one run.
     const int runs = 2 * count[1] * count[2], lane = lane_number();
     for (int base = 0; base < runs; base += warp) {
       const int run = base + lane;
@@ -137,7 +142,8 @@ struct Cells {
         begin = starts[row];
         length = starts[row + cells] - begin;
       }
-      // Candidates of all lanes' runs are counted through, so that lanes with short runs help the others.
+      // The candidates of all 32 runs are numbered consecutively (prefix sum of lengths) and divided evenly among the
+      // lanes, whatever the lengths of their runs.
       int32_t end = length;
       for (int by = 1; by < warp; by *= 2) {
         const int32_t before = __shfl_up_sync(all_lanes, end, unsigned(by));
@@ -146,7 +152,7 @@ struct Cells {
       const int32_t total = __shfl_sync(all_lanes, end, warp - 1), shift = begin - (end - length);
       for (int32_t chunk = 0; chunk < total; chunk += warp) {
         const int32_t candidate = chunk + lane;
-        int source = 0;  // the first lane with runs that end after the candidate
+        int source = 0;  // the lane whose run has the candidate: the first one that ends after it
         for (int bit = warp / 2; bit; bit /= 2) {
           const int32_t end_before = __shfl_sync(all_lanes, end, source + bit - 1);
           if (candidate >= end_before) source += bit;
@@ -161,25 +167,25 @@ struct Cells {
 
 // ---- boxes
 
-constexpr int most_levels = 7;  // 32^7 > 2^31
+constexpr int max_levels = 7;  // 32^7 > 2^31
 
-// How many parents so many nodes have: one for each 32.
+// The number of parents of so many nodes: one for every 32.
 __device__ int32_t parents_of(int32_t nodes) {
   return nodes / warp + (nodes % warp != 0);
 }
 
 struct Boxes {
-  const Located* points;
+  const IndexedPoint* points;
   const T* boxes;  // (nodes, 2, D): lowest and highest coordinates, level by level from the leaves
   int32_t num_points;
 
   struct Level {
-    int32_t nodes, first;  // how many, and the number of the first one's box
+    int32_t nodes, first;  // number of nodes, and the number of the first one's box
   };
-  Level levels[most_levels];
+  Level levels[max_levels];
   int top;
 
-  __device__ Boxes(const Located* points, const T* boxes, int32_t num_points)
+  __device__ Boxes(const IndexedPoint* points, const T* boxes, int32_t num_points)
       : points(points), boxes(boxes), num_points(num_points), top(-1) {
     int32_t nodes = num_points, first = 0;
     do {
@@ -197,13 +203,13 @@ struct Boxes {
     }
     return measure<metric>(d, D);
   }
-  __device__ bool in_reach(const Query& query, int level, int32_t node) const {
+  __device__ bool is_in_reach(const Query& query, int level, int32_t node) const {
     const int64_t width = int64_t(1) << 5 * (level + 1);  // points below a node
     if (node >= levels[level].nodes || (node + 1) * width <= query.begin || node * width >= query.end) return false;
     return distance(query, boxes + int64_t(levels[level].first + node) * 2 * D) <= query.limit;
   }
   __device__ unsigned children_in_reach(const Query& query, int level, int32_t first) const {
-    return __ballot_sync(all_lanes, in_reach(query, level, first + lane_number()));
+    return __ballot_sync(all_lanes, is_in_reach(query, level, first + lane_number()));
   }
   template <class Visit>
   __device__ void visit_leaf(int32_t leaf, Visit visit) const {
@@ -211,11 +217,11 @@ struct Boxes {
     visit(points[i < num_points ? i : 0], i < num_points);
   }
 
-  // The same as of cells; `query.limit` may fall meanwhile. Not those of leaf `except`.
+  // As for cells, except for the points of leaf `except`. visit() may lower query.limit.
   template <class Visit>
   __device__ void for_candidates(const Query& query, Visit visit, int32_t except = -1) const {
-    unsigned pending[most_levels];  // children still to see
-    int32_t first[most_levels];     // number of the first child
+    unsigned pending[max_levels];  // per level: children still to visit, a bit each
+    int32_t first[max_levels];     // per level: number of the first child
     int level = top;
     first[top] = 0;
     pending[top] = children_in_reach(query, top, 0);
@@ -227,7 +233,7 @@ struct Boxes {
       }
       const int32_t node = first[level] + __ffs(int(pending[level])) - 1;
       pending[level] &= pending[level] - 1;
-      if (!in_reach(query, level, node)) continue;  // any more
+      if (!is_in_reach(query, level, node)) continue;  // the limit may have been lowered since
       if (level == 0) {
         if (node != except) visit_leaf(node, visit);
         continue;
@@ -239,7 +245,7 @@ struct Boxes {
   }
 };
 
-// Bits of x, `axes` apart: x has at most `bits` of them.
+// Spreads the `bits` lowest bits of x to every axes-th place.
 __device__ uint64_t spread(uint64_t x, int bits) {
   uint64_t out = 0;
   for (int b = 0; b < bits; ++b) out |= (x >> b & 1) << b * axes;
@@ -257,10 +263,11 @@ __device__ int64_t curve_key(const T* at, const T* low, const T* high, int item,
   return int64_t(key | uint64_t(item) << bits * axes);
 }
 
-// Parameters of every search, those of both kinds of index: `starts` is null for boxes, `boxes` for cells.
-#define KP_INDEX                                                                                                      \
-  const Located *located, const T *boxes, int32_t num_points, const int32_t *starts, double inverse_cell, int bits_x, \
-      int bits_y, int bits_z
+// The parameters of every search kernel, for both kinds of index: `starts` is null for boxes, `boxes` is null for
+// cells.
+#define KP_INDEX                                                                                               \
+  const IndexedPoint *located, const T *boxes, int32_t num_points, const int32_t *starts, double inverse_cell, \
+      int bits_x, int bits_y, int bits_z
 #if KP_TREE
 using Index = Boxes;
 #define KP_MAKE_INDEX Index(located, boxes, num_points)
@@ -280,12 +287,13 @@ using Index = Cells;
 
 // ---- rows in order
 
-// Whether entry a of a row comes before entry b: by distance, or by number; then by number.
+// Whether entry a of a row comes before entry b: by distance and then number, or by number alone.
 __device__ bool comes_before(T distance_a, int32_t a, T distance_b, int32_t b, bool by_distance) {
   return by_distance && distance_a != distance_b ? distance_a < distance_b : a < b;
 }
 
-// Bitonic, of any length: what lies past the end counts as larger than all, and every exchange brings the larger back.
+// Sorts a row by a warp: a bitonic sort in the form in which every exchange moves the larger entry towards the end.
+// Entries past the end count as largest, so exchanges with them are skipped and n may be any number.
 __device__ void sort_row(int32_t* index, T* distance, int64_t n, bool by_distance) {
   const auto put_in_order = [=](int64_t low, int64_t high) {
     if (high >= n) return;
@@ -321,7 +329,7 @@ using namespace kp;
 
 #if KP_TREE
 
-// keys[i] = (item, place on the curve) of each point
+// keys[i] = (batch item, position on the Morton curve) of point i
 extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       const T* low, const T* high, int bits, int64_t* keys, unsigned* not_finite) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
@@ -330,12 +338,12 @@ extern "C" __global__ void curve_keys(const T* points, int64_t num_points, const
   }
 }
 
-// Boxes of the leaves: a warp for each.
-extern "C" __global__ void leaf_boxes(const Located* located, int32_t num_points, T* boxes) {
+// The boxes of the leaves, a warp for each.
+extern "C" __global__ void leaf_boxes(const IndexedPoint* located, int32_t num_points, T* boxes) {
   const int32_t leaves = parents_of(num_points);
   for (int64_t leaf = first_warp(); leaf < leaves; leaf += num_warps()) {
     const int64_t i = leaf * warp + lane_number();
-    const Located& p = located[i < num_points ? i : num_points - 1];
+    const IndexedPoint& p = located[i < num_points ? i : num_points - 1];
     for (int a = 0; a < D; ++a) {
       T low = p.at[a], high = low;
       for (int bit = warp / 2; bit; bit /= 2) {
@@ -351,7 +359,7 @@ extern "C" __global__ void leaf_boxes(const Located* located, int32_t num_points
   }
 }
 
-// Boxes of a level from those below it: a thread for each.
+// The boxes of a level from those of the level below, a thread for each box and axis.
 extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxes) {
   const int32_t nodes = parents_of(num_below);
   for (int64_t i = first_thread(); i < int64_t(nodes) * D; i += num_threads()) {
@@ -369,19 +377,19 @@ extern "C" __global__ void node_boxes(const T* below, int32_t num_below, T* boxe
 
 #else
 
-// keys[i] = the cell of each point in the table
+// keys[i] = the cell of point i in the table
 extern "C" __global__ void cell_keys(const T* points, int64_t num_points, double inverse_cell, int bits_x, int bits_y,
                                      int bits_z, int32_t* keys, unsigned* not_finite) {
   const Cells cells{nullptr, nullptr, inverse_cell, {bits_x, bits_y, bits_z}};
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    int cell[3] = {};  // for what is not finite, which is no neighbour of anything
+    int cell[3] = {};  // points that are not finite go to cell 0; they are never neighbors
     if (is_finite(points + i * D, not_finite))
       for (int a = 0; a < axes; ++a) cell[a] = wrapped(cell_of(double(points[i * D + a]), inverse_cell), cells.bits[a]);
     keys[i] = cells.number(cell);
   }
 }
 
-// starts[c] = how many keys lie below c
+// starts[c] = how many keys are below c, which is where cell c begins
 extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, int32_t num_cells, int32_t* starts) {
   for (int64_t c = first_thread(); c <= num_cells; c += num_threads()) starts[c] = lower_bound(keys, 0, num_points, c);
 }
@@ -389,32 +397,33 @@ extern "C" __global__ void cell_starts(const int32_t* keys, int32_t num_points, 
 #endif
 
 // located[i] = the point order[i]
-extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, Located* located) {
+extern "C" __global__ void locate(const T* points, const int64_t* order, int64_t num_points, IndexedPoint* located) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
-    Located p;
+    IndexedPoint p;
     p.number = int32_t(order[i]);
     for (int a = 0; a < D; ++a) p.at[a] = points[int64_t(p.number) * D + a];
     located[i] = p;
   }
 }
 
-// counts[q] = neighbours of each query, at most `most`
-extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t most, int64_t* counts, unsigned* not_finite) {
+// counts[q] = the number of neighbors of query q, at most max_neighbors
+extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t max_neighbors, int64_t* counts,
+                                        unsigned* not_finite) {
   const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const Query query = KP_QUERY(q);
     int64_t count = 0;
-    const auto visit = [&](const Located& p, bool there) {
+    const auto visit = [&](const IndexedPoint& p, bool is_candidate) {
       T measured;
-      count += there && query.is_neighbor(p, measured);
+      count += is_candidate && query.is_neighbor(p, measured);
     };
     if (is_finite(query.at, not_finite)) candidates.for_candidates(query, visit);
-    count = sum_of_lanes(count);
-    if (lane_number() == 0) counts[q] = count < most ? count : most;
+    count = sum_over_warp(count);
+    if (lane_number() == 0) counts[q] = count < max_neighbors ? count : max_neighbors;
   }
 }
 
-// The rows that radius_count has made room for. `distance`: (E,), or null.
+// Writes the rows counted by radius_count. `distance`: (E,), or null.
 extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_row_splits, int sort, int32_t* index,
                                        T* distance) {
   const Index candidates = KP_MAKE_INDEX;
@@ -422,12 +431,12 @@ extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_
     const Query query = KP_QUERY(q);
     const int64_t begin = out_row_splits[q], end = out_row_splits[q + 1];
     int64_t n = 0;
-    candidates.for_candidates(query, [&](const Located& p, bool there) {
+    candidates.for_candidates(query, [&](const IndexedPoint& p, bool is_candidate) {
       T measured;
-      const bool is_neighbor = there && query.is_neighbor(p, measured);
+      const bool is_neighbor = is_candidate && query.is_neighbor(p, measured);
       const unsigned lanes = __ballot_sync(all_lanes, is_neighbor);
       const int64_t at = begin + n + __popc(lanes & ((1u << lane_number()) - 1));
-      if (is_neighbor && at < end) {  // a query may have changed since it was counted
+      if (is_neighbor && at < end) {  // the caller may have changed a query since it was counted
         index[at] = p.number;
         if (distance) distance[at] = measured;
       }
@@ -437,7 +446,7 @@ extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_
     for (int64_t at = begin + n + lane_number(); at < end; at += warp) index[at] = 0;
     __syncwarp();
     T* const row = distance ? distance + begin : nullptr;
-    if (sort) sort_row(index + begin, row, n, sort == 2);
+    if (sort != unsorted) sort_row(index + begin, row, n, sort == sorted_by_distance);
     if (distance && metric == Metric::l2)
       for (int64_t i = lane_number(); i < n; i += warp) row[i] = sqrt(row[i]);
   }
@@ -448,8 +457,8 @@ extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_
 namespace kp {
 namespace {
 
-// The best k of a query so far, sorted by (distance, number), in its row of the output.
-struct Best {
+// The k nearest neighbors of a query so far, sorted by (distance, number), in the query's row of the output.
+struct NearestRow {
   int32_t* index;
   T* distance;
   int64_t k, n;
@@ -465,7 +474,7 @@ struct Best {
     }
     if (n < k) ++n;
     __syncwarp();
-    // From the end, 32 entries at a time, one place up.
+    // Moves the entries after `place` up by one, 32 at a time from the end.
     for (int64_t end = n - 1; end > place; end -= warp) {
       const int64_t from = end - 1 - lane;
       const bool moves = from >= place;
@@ -489,17 +498,17 @@ struct Best {
 }  // namespace
 }  // namespace kp
 
-// The k nearest within a radius of each query: rows of k, of which counts[q] are there.
+// The k nearest neighbors of each query within its radius: rows of k entries, of which counts[q] are used.
 extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, const T* low, const T* high, int bits,
                                    int64_t k, int sort, int32_t* index, T* distance, int64_t* counts,
                                    unsigned* not_finite) {
   const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     Query query = KP_QUERY(q);
-    Best best{index + q * k, distance + q * k, k, 0};
-    const auto visit = [&](const Located& p, bool there) {
+    NearestRow best{index + q * k, distance + q * k, k, 0};
+    const auto visit = [&](const IndexedPoint& p, bool is_candidate) {
       T measured = 0;
-      unsigned lanes = __ballot_sync(all_lanes, there && query.is_neighbor(p, measured));
+      unsigned lanes = __ballot_sync(all_lanes, is_candidate && query.is_neighbor(p, measured));
       for (; lanes; lanes &= lanes - 1) {
         const int from = __ffs(int(lanes)) - 1;
         best.insert(__shfl_sync(all_lanes, measured, from), __shfl_sync(all_lanes, p.number, from));
@@ -507,7 +516,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       if (best.n == k) query.limit = best.distance[k - 1];
     };
     if (is_finite(query.at, not_finite) && query.begin < query.end) {
-      // The leaf where the query would lie is seen first: its points rule most others out.
+      // The leaf where the query would be inserted comes first: its points lower the limit, which excludes most others.
       const int item = item_of(queries_row_splits, num_items, q);
       const int64_t key = curve_key(query.at, low, high, item, bits);
       const int32_t leaf = lower_bound(keys, query.begin, query.end - 1, key) / warp;
@@ -515,7 +524,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       candidates.for_candidates(query, visit, leaf);
     }
     __syncwarp();
-    if (sort != 2) sort_row(best.index, best.distance, best.n, false);
+    if (sort != sorted_by_distance) sort_row(best.index, best.distance, best.n, false);
     if (metric == Metric::l2)
       for (int64_t i = lane_number(); i < best.n; i += warp) best.distance[i] = sqrt(best.distance[i]);
     if (lane_number() == 0) counts[q] = best.n;

@@ -1,5 +1,6 @@
-// Pooling on the GPU: rows reduced over neighbours, a warp for each query and its lanes for the channels; over batch
-// items, in blocks of rows; and what carries gradients back. Sums are taken in the order of the rows, without atomics.
+// Pooling on the GPU: reductions over neighbors, with a warp for each query and a lane for each channel; reductions
+// over batch items, in blocks of 1024 rows that are then joined; their gradients, gathering and inverse-distance
+// weights. Sums are taken in the order of the rows, without atomics.
 //
 // Compiled for the types of the features and of distances:
 // compile: KP_F=float KP_G=float
@@ -20,12 +21,12 @@ using G = KP_G;
 
 enum Reduction : int { mean, sum, maximum, minimum };
 
-// The best of n rows of a column, named by an index or one after the other, and the row that has it.
-template <bool least, class Row>
+// Finds the largest (or smallest) value of n rows in column c, and the row that has it. row(i): the i-th row.
+template <bool minimum, class Row>
 __device__ void choose(const S* features, int64_t channels, int64_t c, Row row, int64_t n, F& best, int32_t& chosen) {
   for (int64_t i = 0; i < n; ++i) {
     const F x = F(features[row(i) * channels + c]);
-    if (i && !displaces<least>(x, best)) continue;
+    if (i && !displaces<minimum>(x, best)) continue;
     best = x;
     chosen = int32_t(row(i));
   }
@@ -36,8 +37,8 @@ __device__ void choose(const S* features, int64_t channels, int64_t c, Row row, 
 
 using namespace kp;
 
-// weights: (E,), or null. forward_row_splits: of a mean's backward pass, in which row i is scaled by 1 / the length of
-// forward list i; null otherwise.
+// weights: (E,), or null. forward_row_splits: set in the backward pass of a mean, in which row i is scaled by 1 /
+// length of forward list i; null otherwise.
 extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, const int32_t* index,
                                          const int64_t* row_splits, int64_t num_queries, const S* weights,
                                          const int64_t* forward_row_splits, int reduction, F empty, S* out) {
@@ -57,7 +58,7 @@ extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, co
   }
 }
 
-// Rows shorter than `width` see pad_value too, after their neighbours.
+// Maxima and minima. Neighbor lists shorter than `width` are padded with pad_value, after their neighbors.
 extern "C" __global__ void choose_neighbors(const S* features, int64_t channels, const int32_t* index,
                                             const int64_t* row_splits, int64_t num_queries, int reduction, F empty,
                                             F pad_value, int64_t width, S* out, int32_t* choice) {
@@ -82,7 +83,8 @@ extern "C" __global__ void choose_neighbors(const S* features, int64_t channels,
   }
 }
 
-// The product of the point's features and the query's gradient for every pair: a warp for each query.
+// Gradient of the weights: for every pair, the dot product of the point's features and the query's gradient. A warp for
+// each query.
 extern "C" __global__ void neighbor_products(const S* features, int64_t channels, const int32_t* index,
                                              const int64_t* row_splits, int64_t num_queries, int reduction,
                                              const S* grad_out, S* grad_weights) {
@@ -99,15 +101,14 @@ extern "C" __global__ void neighbor_products(const S* features, int64_t channels
   }
 }
 
-// keys[i] = row * channels + channel of the feature that entry i of (M, C) chose; num_rows * channels where it chose
-// none
+// keys[i] = row * channels + channel of the value that entry i of choice (M, C) names; num_rows * channels for -1
 extern "C" __global__ void chosen_values(const int32_t* choice, int64_t num_values, int64_t channels, int64_t num_rows,
                                          int64_t* keys) {
   for (int64_t i = first_thread(); i < num_values; i += num_threads())
     keys[i] = choice[i] < 0 ? num_rows * channels : choice[i] * channels + i % channels;
 }
 
-// grad_features[v] = the sum of the gradients of the entries that chose value v, in their order
+// grad_features[v] = the sum of the gradients of the entries that name value v, in their order
 extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order, int64_t num_keys, const S* grad_out,
                                       int64_t num_values, S* grad_features) {
   for (int64_t v = first_thread(); v < num_values; v += num_threads()) {
@@ -118,7 +119,7 @@ extern "C" __global__ void sum_chosen(const int64_t* keys, const int64_t* order,
   }
 }
 
-// out[q] = the first row of the list of q, or zeros
+// out[q] = the features of the first neighbor of q, or zeros for an empty list
 extern "C" __global__ void gather_first(const S* features, int64_t channels, const int32_t* index,
                                         const int64_t* row_splits, int64_t num_queries, S* out) {
   for (int64_t i = first_thread(); i < num_queries * channels; i += num_threads()) {
@@ -141,7 +142,8 @@ extern "C" __global__ void weigh_distances(const G* distance, const int64_t* row
   }
 }
 
-// The sum of each block and channel, or the best and its row. first_blocks: the number of each item's first block.
+// The sum of each block and channel, or its maximum (minimum) and the row that has it. first_blocks: the number of each
+// item's first block.
 extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, const int64_t* row_splits, int num_items,
                                          const int64_t* first_blocks, int64_t max_blocks, int reduction, double* sums,
                                          F* bests, int32_t* choices) {
@@ -165,7 +167,7 @@ extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, co
   }
 }
 
-// The blocks of each item joined in their order.
+// Joins the blocks of each item in their order.
 extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
                                        const int64_t* first_blocks, int reduction, F empty, const double* sums,
                                        const F* bests, const int32_t* choices, S* out, int32_t* choice) {
@@ -190,7 +192,7 @@ extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_it
   }
 }
 
-// Every row gets the gradient of its item, of a mean divided by the item's number of rows.
+// Every row receives the gradient of its item, divided by the item's number of rows for a mean.
 extern "C" __global__ void spread_items(const S* grad_out, int64_t channels, const int64_t* row_splits, int num_items,
                                         int64_t num_rows, int reduction, S* grad_features) {
   for (int64_t i = first_thread(); i < num_rows * channels; i += num_threads()) {

@@ -1,6 +1,7 @@
-// Farthest point sampling on the GPU: a block for each batch item, which lowers all distances for each chosen point.
+// Farthest point sampling on the GPU: a thread block for each batch item lowers the distances of all points for each
+// chosen point, and finds the largest.
 //
-// A chosen point is at distance -1, and so never chosen again: once all others are at distance 0 they follow by index.
+// A chosen point gets distance -1, so it is never chosen again. Once all others are at distance 0 they follow by index.
 //
 // Compiled for the type of the points and their dimension:
 // compile: KP_T=float KP_DIM=3
@@ -19,6 +20,7 @@ struct Farthest {
   T distance;
   int32_t point;
 
+  // Keeps the farther of two points, of equally far ones that with the smaller index.
   __device__ void take(T other_distance, int32_t other_point) {
     if (other_distance < distance || (other_distance == distance && other_point >= point)) return;
     distance = other_distance;

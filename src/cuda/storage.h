@@ -1,5 +1,5 @@
-// Features on the GPU may be stored in 16 bits; all computing is done in float then. `Real<S>` is what a stored number
-// is computed with: S itself, or float.
+// Types of features in 16 bits, float16 and bfloat16. They are only storage: all arithmetic is done in Real<S>, which
+// is float for these and S itself for float and double.
 #pragma once
 
 #include "formulas/common.h"
@@ -36,7 +36,7 @@ struct Bfloat {
   Bfloat() = default;
   __device__ explicit Bfloat(float x) {
     const unsigned whole = __float_as_uint(x);
-    // To the nearest, to even of two; NaN stays one.
+    // Rounds to nearest even; NaN stays NaN.
     bits = uint16_t(x == x ? (whole + 0x7fff + (whole >> 16 & 1)) >> 16 : whole >> 16 | 0x40);
   }
   __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }

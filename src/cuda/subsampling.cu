@@ -1,5 +1,5 @@
-// Grid subsampling on the GPU: points sorted by (item, Morton key of their voxel), then a thread for each voxel and
-// column, which goes through its points in the order of the input, as on the CPU: the same bits.
+// Grid subsampling on the GPU: points are sorted by (batch item, Morton key of their voxel), then a thread for each
+// voxel and column reduces the points in input order, as on the CPU, so the results are the same bits.
 //
 // Compiled for the type of geometry, its dimension and the type of the rows that are reduced:
 // compile: KP_T=float KP_DIM=3 KP_S=float
@@ -13,25 +13,25 @@ namespace kp {
 namespace {
 
 using T = KP_T;
-using S = KP_S;  // of rows of features, or T
+using S = KP_S;  // type of features, or T when points are reduced
 using F = Real<S>;
 constexpr int D = KP_DIM;
-constexpr int most_axis_bits = 21;
+constexpr int max_axis_bits = 21;
 
-enum Problem : unsigned { not_finite = 1, out_of_range = 2 };
+enum InputError : unsigned { not_finite = 1, out_of_range = 2 };
 
-// The origin of an item's grid along an axis: the one of all items, or the item's, or, with none, that of the published
-// code. `lowest`: the lowest coordinates of each item, as ordered integers.
+// The origin of an item's grid along axis a: that of all items, of this item or, without any, published_origin().
+// `lowest`: the lowest coordinates of each item, as ordered integers.
 __device__ T origin_of(int item, int a, const T* origins, int num_origins, const T* voxel_size,
                        const unsigned long long* lowest) {
   if (num_origins) return origins[num_origins > 1 ? item * D + a : a];
   return published_origin(T(from_ordered(lowest[item * D + a])), voxel_size[a]);
 }
 
-// Bits of x, D apart.
+// Spreads the bits of x to every D-th place.
 __device__ uint64_t spread(uint64_t x) {
   uint64_t out = 0;
-  for (int b = 0; b < most_axis_bits; ++b) out |= (x >> b & 1) << b * D;
+  for (int b = 0; b < max_axis_bits; ++b) out |= (x >> b & 1) << b * D;
   return out;
 }
 
@@ -40,10 +40,10 @@ __device__ uint64_t spread(uint64_t x) {
 
 using namespace kp;
 
-// lowest[item] = its lowest coordinates, as ordered integers; `problems` gets the bit of each Problem that occurs.
+// lowest[item] = the lowest coordinates of the item, as ordered integers. Sets the bits of InputError that occur.
 extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_points, const int64_t* row_splits,
-                                              int num_items, unsigned long long* lowest, unsigned* problems) {
-  // A thread's points are mostly of one item: its minima so far are written when another item begins.
+                                              int num_items, unsigned long long* lowest, unsigned* input_errors) {
+  // Most threads see points of one item only: the minima are written when another item begins.
   double low[D];
   int item = -1;
   const auto write = [&] {
@@ -58,18 +58,18 @@ extern "C" __global__ void lowest_coordinates(const T* points, int64_t num_point
     }
     for (int a = 0; a < D; ++a) {
       const T x = points[i * D + a];
-      if (!(x - x == 0)) atomicOr(problems, unsigned(not_finite));
+      if (!(x - x == 0)) atomicOr(input_errors, unsigned(not_finite));
       if (double(x) < low[a]) low[a] = double(x);
     }
   }
   write();
 }
 
-// keys[i] = Morton key of the voxel of point i, from its item's lowest: difference, division and floor keep order, so
-// that is the voxel of the lowest coordinates
+// keys[i] = Morton key of the voxel of point i, counted from its item's lowest voxel. Subtraction, division and floor
+// are monotonic, so that is the voxel of the lowest coordinates.
 extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const int64_t* row_splits, int num_items,
                                       const T* origins, int num_origins, const T* voxel_size,
-                                      const unsigned long long* lowest, int64_t* keys, unsigned* problems) {
+                                      const unsigned long long* lowest, int64_t* keys, unsigned* input_errors) {
   for (int64_t i = first_thread(); i < num_points; i += num_threads()) {
     const int item = item_of(row_splits, num_items, i);
     uint64_t key = 0;
@@ -77,10 +77,10 @@ extern "C" __global__ void voxel_keys(const T* points, int64_t num_points, const
       const T origin = origin_of(item, a, origins, num_origins, voxel_size, lowest);
       const T low = voxel_index(T(from_ordered(lowest[item * D + a])), origin, voxel_size[a]);
       const double from_low = double(voxel_index(points[i * D + a], origin, voxel_size[a])) - double(low);
-      if (from_low < double(1 << most_axis_bits))
+      if (from_low < double(1 << max_axis_bits))
         key |= spread(uint64_t(from_low)) << a;
       else
-        atomicOr(problems, unsigned(out_of_range));  // or not finite
+        atomicOr(input_errors, unsigned(out_of_range));  // or not finite
     }
     keys[i] = int64_t(key);
   }
@@ -102,8 +102,8 @@ extern "C" __global__ void voxel_heads(const int64_t* keys, const int64_t* order
   }
 }
 
-// From numbers[i], how many voxels begin with the first i + 1 points: the voxel of every point, where each voxel begins
-// in order, and the items' bounds.
+// numbers[i]: how many voxels begin among the first i + 1 sorted points. Writes the voxel of every point, where each
+// voxel begins among the sorted points, and the row_splits of the voxels.
 extern "C" __global__ void number_voxels(const int64_t* order, const int64_t* numbers, int64_t num_points,
                                          const int64_t* row_splits, int num_items, int32_t* inverse, int64_t* begins,
                                          int64_t* out_row_splits) {
@@ -147,7 +147,7 @@ extern "C" __global__ void maximize(const S* rows, int64_t columns, const int64_
   }
 }
 
-// The centre of each voxel, and the point nearest to it, the first of equals; either may be null.
+// The center of each voxel, and the point nearest to it, of equally near ones the first. Either output may be null.
 extern "C" __global__ void use_centers(const T* points, const int64_t* row_splits, int num_items, const int64_t* order,
                                        const int64_t* begins, int64_t num_voxels, const T* origins, int num_origins,
                                        const T* voxel_size, const unsigned long long* lowest, T* centers,
@@ -175,7 +175,7 @@ extern "C" __global__ void use_centers(const T* points, const int64_t* row_split
   }
 }
 
-// The most frequent of each voxel's labels, which lie sorted from its begin on; the smallest of equals.
+// The most frequent label of each voxel, of equally frequent ones the smallest. The labels of a voxel are sorted.
 template <class L>
 __device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore_label,
                       int64_t ignore_label, L* winners) {
@@ -207,8 +207,8 @@ extern "C" __global__ void elect_int64(const int64_t* labels, const int64_t* beg
 
 // ---- gradient of features
 
-// Backward of a mean: each point gets its share of the voxel's gradient. Of "nearest", where that is not null: the
-// nearest point gets the whole of it, the others nothing.
+// Backward of a mean (`nearest` null): each point receives its voxel's gradient divided by the number of points.
+// Backward of "nearest": the nearest point receives all of it, the others zero.
 extern "C" __global__ void mean_grad(const int32_t* inverse, const int32_t* counts, const int32_t* nearest,
                                      const S* grad_out, int64_t num_points, int64_t columns, S* grad_features) {
   for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
@@ -218,8 +218,8 @@ extern "C" __global__ void mean_grad(const int32_t* inverse, const int32_t* coun
   }
 }
 
-// Backward of a maximum: the point that has it gets the gradient of the voxel and column, the others nothing. `order`:
-// points by voxel.
+// Backward of a maximum: the point with the maximum receives the gradient of the voxel and column, the others zero.
+// `order`: points sorted by voxel.
 extern "C" __global__ void maximum_grad(const S* features, int64_t columns, const int64_t* order, const int64_t* begins,
                                         int64_t num_voxels, const S* grad_out, S* grad_features) {
   for (int64_t i = first_thread(); i < num_voxels * columns; i += num_threads()) {

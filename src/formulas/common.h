@@ -1,4 +1,4 @@
-// Types shared by every kernel, host and device. Nothing from the standard library, which NVRTC does not have.
+// Types shared by all kernels, on host and device. NVRTC has no standard library, so nothing here uses it.
 #pragma once
 
 #ifdef __CUDACC__

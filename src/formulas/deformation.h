@@ -1,6 +1,6 @@
-// The two losses that keep the deformed kernel points of a query where points are and apart from each other (Thomas et
-// al. 2019, section 3.2), each with its derivative. V is a scalar or a vector of the geometry dtype. Which neighbour is
-// nearest is a decision; nothing here is contracted.
+// Formulas of the two losses of deformed kernel points (Thomas et al. 2019, section 3.2), with their derivatives: the
+// fitting loss pulls kernel points to the nearest neighbors, the repulsion loss pushes them apart. V is a scalar or a
+// vector of the geometry dtype. Nothing is contracted, so that every machine finds the same nearest neighbors.
 #pragma once
 
 #include "common.h"
@@ -11,22 +11,22 @@
 namespace kp {
 namespace {
 
-// From a neighbour to a deformed kernel point, along one axis. Its squared length over extent² is the fitting loss, and
-// 2 / extent² times itself the derivative of that by the kernel point.
+// The difference d between a deformed kernel point and a neighbor, along one axis. The fitting loss is |d|² / extent²,
+// its derivative by the kernel point 2 d / extent².
 template <class V>
 KP_HD V from_neighbor(V point, V query, V deformed) {
   return deformed - (point - query);
 }
 
-// min(0, d / extent - repulse_extent): its square is the repulsion of two kernel points. NaN stays NaN.
+// min(0, d / extent - repulse_extent), NaN for NaN. Its square is the repulsion of two kernel points at distance d.
 template <class V>
 KP_HD V overlap(V distance, V inverse_extent, V repulse_extent) {
   const V apart = distance * inverse_extent - repulse_extent;
   return apart > 0 ? V{} : apart;
 }
 
-// The derivative of a repulsion by the distance, over the distance: times the difference of the two kernel points it is
-// that by the first of them. 0 at distance zero.
+// The derivative of the repulsion by the distance, divided by the distance; 0 at distance zero. Multiplied by the
+// difference p - p' of the two kernel points it is the derivative by p.
 template <class V>
 KP_HD V repulsion_slope(V d2, V inverse_extent, V repulse_extent) {
   const V distance = sqrt(d2), under = overlap(distance, inverse_extent, repulse_extent);

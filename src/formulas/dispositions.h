@@ -1,4 +1,5 @@
-// Random points in a ball, from an integer generator: the same bits on every machine.
+// Random points in a ball from an integer generator, and the start of held kernel points: the same bits on every
+// machine.
 #pragma once
 
 #include <math.h>
@@ -16,14 +17,14 @@ inline uint64_t next(uint64_t& state) {
   return z ^ z >> 31;
 }
 
-// Stream `number` of a seed.
+// The initial state of random stream `number` of a seed.
 inline uint64_t stream_of(uint64_t seed, uint64_t number) {
   uint64_t stream = seed * 0x9e3779b97f4a7c15 + number;
   next(stream);
   return stream;
 }
 
-// Uniform in the ball of a squared radius, by rejection from the cube around it.
+// Draws a point uniformly from the ball with this squared radius, by rejection from the cube around it.
 inline void draw(uint64_t& state, double squared_radius, int dimension, double* p, int64_t stride) {
   const double half_side = ::sqrt(squared_radius);
   double squared;
@@ -37,7 +38,7 @@ inline void draw(uint64_t& state, double squared_radius, int dimension, double* 
   } while (squared >= squared_radius);
 }
 
-// Point `i` of those that are held, where it starts: the centre, or above and below it on the last axis.
+// Sets the start of held kernel point i: point 0 at the center, points 1 and 2 above and below it on the last axis.
 inline void place_held(int i, int dimension, double* p, int64_t stride) {
   for (int a = 0; a < dimension; ++a) p[a * stride] = 0;
   if (i) p[(dimension - 1) * stride] = i == 1 ? 2.0 / 3 : -2.0 / 3;

@@ -1,5 +1,5 @@
-// Influence of a kernel point on a neighbour, from the squared distance between them (Thomas et al. 2019, eq. 3; the
-// gaussian's sigma is 0.3 extent, as in the published code), and its slope. V is a scalar or a vector.
+// The influence of a kernel point on a neighbor as a function of their squared distance (Thomas et al. 2019, eq. 3; the
+// gaussian has sigma = 0.3 extent, as in the published code), and its slope. V is a scalar or a vector.
 #pragma once
 
 #include <math.h>
@@ -21,13 +21,14 @@ KP_HD V linear_influence(V d2, V inverse_extent) {
   return influence > 0 ? influence : V{};
 }
 
-// Its derivative by d, over d; 0 at d = 0, and only to be asked for where d is below the extent.
+// The derivative of the linear influence by d, divided by d; 0 at d = 0. Valid only for d < extent.
 template <class V>
 KP_HD V linear_slope(V d2, V inverse_extent) {
   return d2 > 0 ? -inverse_extent / sqrt(d2) : V{};
 }
 
-// exp(-d² / (2 (0.3 extent)²)); `scale` is -1 / (2 (0.3 extent)²). Its derivative by d, over d, is 2 scale times it.
+// The gaussian influence is exp(scale d²) with scale = -1 / (2 (0.3 extent)²). Its derivative by d, divided by d, is
+// 2 scale exp(scale d²).
 template <class T>
 KP_HD T gaussian_scale(T extent) {
   const T sigma = T(0.3) * extent;

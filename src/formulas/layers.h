@@ -1,5 +1,5 @@
-// What layers do to one value: activations with their gradients, and the random words of dropout; and what optimisers
-// do to a parameter. V is a scalar or a vector.
+// Formulas of layers for one value: activations with their gradients, random words of dropout, and optimizer steps. V
+// is a scalar or a vector.
 #pragma once
 
 #include <math.h>
@@ -23,7 +23,7 @@ KP_HD V leaky_relu_grad(V x, V grad, V slope) {
   return x > 0 ? grad : grad * slope;
 }
 
-// Not a leaky ReLU of slope 0, which would make NaN of minus infinity. NaN stays.
+// A leaky ReLU of slope 0 would turn minus infinity into NaN. NaN for NaN.
 template <class V>
 KP_HD V relu(V x) {
   return x <= 0 ? V{} : x;
@@ -33,13 +33,13 @@ KP_HD V relu_grad(V x, V grad) {
   return x <= 0 ? V{} : grad;
 }
 
-// 1 / (1 + exp(-x)) from `e` = exp(-|x|), which never overflows.
+// 1 / (1 + exp(-x)), computed from e = exp(-|x|), which never overflows.
 template <class V>
 KP_HD V sigmoid(V x, V e) {
   const V inverse = 1 / (1 + e);
   return x < 0 ? e * inverse : inverse;
 }
-// The derivative s (1 - s), alike for x and -x.
+// The derivative s (1 - s), which is the same for x and -x.
 template <class V>
 KP_HD V sigmoid_grad(V e) {
   const V inverse = 1 / (1 + e);
@@ -53,8 +53,8 @@ KP_HD void sgd_step(V& value, V grad, V& moment, V lr, V momentum, V weight_deca
   value -= lr * moment;
 }
 
-// A step of Adam with decoupled weight decay (Loshchilov and Hutter 2019). `keep` is 1 - lr * weight decay; `rate` and
-// `inverse_root` hold the corrections of the means' first steps.
+// A step of Adam with decoupled weight decay (Loshchilov and Hutter 2019). first, second: decay rates (beta 1, beta 2).
+// keep = 1 - lr * weight_decay; rate and inverse_root include the bias corrections.
 template <class V>
 KP_HD void adamw_step(V& value, V grad, V& mean, V& square, V keep, V first, V second, V rate, V inverse_root, V eps) {
   mean += (1 - first) * (grad - mean);
@@ -62,8 +62,8 @@ KP_HD void adamw_step(V& value, V grad, V& mean, V& square, V keep, V first, V s
   value = keep * value - rate * mean / (sqrt(square) * inverse_root + eps);
 }
 
-// Philox4x32-10 (Salmon et al. 2011): makes four random words of 32 bits from four words of a counter and a key. Words
-// lie in the lower halves of 64 bits; the upper ones are garbage. `multiply` gives the product of two lower halves.
+// Philox4x32-10 (Salmon et al. 2011): turns a counter of four 32-bit words into four random words. Words are in the
+// lower halves of 64-bit values; the upper halves become garbage. multiply(a, b): 64-bit product of the lower halves.
 template <class V, class Multiply>
 KP_HD void philox(V* word, uint64_t key, Multiply multiply) {
   uint32_t key_0 = uint32_t(key), key_1 = uint32_t(key >> 32);
@@ -78,8 +78,8 @@ KP_HD void philox(V* word, uint64_t key, Multiply multiply) {
   }
 }
 
-// The random word of value i is word (i / 16) % 4 of the counter i / 64 * 16 + i % 16: sixteen counters serve 64 values
-// in order, whatever the width of a vector, and neighbouring GPU threads write neighbouring values.
+// Value i uses word (i / 16) % 4 of counter i / 64 * 16 + i % 16, so sixteen counters serve a block of 64 values. This
+// order suits every vector width, and adjacent GPU threads write adjacent values.
 constexpr int64_t counters_of_block = 16;
 constexpr int64_t words_of_block = 4 * counters_of_block;
 

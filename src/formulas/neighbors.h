@@ -1,5 +1,5 @@
-// What decides whether a point is a neighbour, and which kernel point is nearest. V is a scalar or a vector of the
-// geometry dtype; sums are in this order and never contracted, so that every machine decides alike.
+// Distances, by which points are neighbors and kernel points nearest. V is a scalar or a vector of the geometry dtype.
+// Sums are in this order and never contracted, so that every machine finds the same neighbors.
 #pragma once
 
 #include "common.h"
@@ -16,13 +16,13 @@ KP_HD V squared_distance(const V* d, int dimension) {
   return sum;
 }
 
-// |x|, +0 for both zeros: distances are sorted by their bits, and those of -0 lie beyond all other numbers'.
+// |x|, with +0 for -0: distances are sorted by their bits, and the bits of -0 are above those of all positive numbers.
 template <class V>
 KP_HD V absolute(V x) {
   return x > 0 ? x : 0 - x;
 }
 
-// The distance, squared for L2: it orders as the distance does.
+// The measure that is compared instead of the distance: the squared distance for L2, the distance for L1 and Linf.
 template <Metric metric, class V>
 KP_HD V measure(const V* d, int dimension) {
   if constexpr (metric == Metric::l2) {
@@ -37,16 +37,16 @@ KP_HD V measure(const V* d, int dimension) {
   }
 }
 
-// Whether distances within a box of these sides tell points apart: the measure of its diagonal is zero, or a normal
-// number of the dtype. What overflows or vanishes would all be equally near. Only `is_bounded`, by a radius: what
-// overflows is beyond it, as it should be.
+// Whether measures within a box with these sides can tell points apart: the measure of its diagonal must be zero or a
+// normal number of the dtype. If it overflows or underflows, different points seem equally near. If a radius bounds the
+// search (is_bounded), overflow is allowed, since infinity is beyond the radius.
 template <Metric metric, class T>
 KP_HD bool is_measurable(const T* sides, int dimension, bool is_bounded) {
   const T smallest = sizeof(T) == 4 ? T(1.17549435e-38f) : T(2.2250738585072014e-308);
-  bool is_place = true;
-  for (int a = 0; a < dimension; ++a) is_place = is_place && !(sides[a] > 0);  // of no points sides are -inf
+  bool is_point = true;
+  for (int a = 0; a < dimension; ++a) is_point = is_point && !(sides[a] > 0);  // sides are -inf without points
   const T measured = measure<metric>(sides, dimension);
-  return is_place || (measured >= smallest && (is_bounded || measured - measured == 0));
+  return is_point || (measured >= smallest && (is_bounded || measured - measured == 0));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Which of two values is the larger or the smaller one of a row, and what a neighbour at a distance weighs.
+// Formulas of pooling: the comparison of maxima and minima, and inverse-distance weights.
 #pragma once
 
 #include "common.h"
@@ -7,18 +7,18 @@
 namespace kp {
 namespace {
 
-// Whether x takes the place of the best so far, the largest or the smallest: the first of equals stays, and so does the
-// first NaN. For numbers and for vectors of them.
-template <bool least, class V>
+// Whether x replaces the best value so far, the largest or, if `minimum`, the smallest. Of equal values the first
+// stays; NaN wins over numbers and the first NaN stays. V is a scalar or a vector.
+template <bool minimum, class V>
 KP_HD auto displaces(V x, V best) {
-  if constexpr (least)
+  if constexpr (minimum)
     return (x < best) | ((x != x) & (best == best));
   else
     return exceeds(x, best);
 }
 
-// 1 / d^power in units of that of the nearest neighbour, which so weighs 1, and all at distance zero with it: none can
-// overflow, and 0 / 0 or inf / inf does not come up.
+// The weight 1 / d^power of a neighbor, divided by that of the nearest neighbor: (nearest / d)^power. The nearest one,
+// and all at distance zero, weigh 1, so nothing overflows and neither 0 / 0 nor inf / inf occurs.
 KP_HD double inverse_distance(double d, double nearest, double power) {
   const double ratio = d == nearest ? 1 : nearest / d;
 #ifdef __CUDACC__

@@ -1,5 +1,5 @@
-// Which voxel a coordinate lies in, where the voxel's centre is and how far from it a point is; which value is a
-// maximum. Written once and never contracted, so that every machine agrees.
+// Formulas of grid subsampling: the voxel of a coordinate, the center of a voxel, distances from it, and the comparison
+// of maxima. Never contracted, so that every machine finds the same voxels.
 #pragma once
 
 #include "common.h"
@@ -19,27 +19,28 @@ KP_HD T rounded_down(T x) {
 #endif
 }
 
-// True division and floor in the geometry dtype. Without an origin (0) the difference is the coordinate itself.
+// The index of a voxel along an axis: division and floor in the geometry dtype, without multiplying by a reciprocal.
 template <class T>
 KP_HD T voxel_index(T coordinate, T origin, T voxel_size) {
   return rounded_down((coordinate - origin) / voxel_size);
 }
 
-// Along an axis, from the lowest coordinate of an item. The published code multiplies by the reciprocal here and
-// divides in voxel_index, so on a lattice the lowest point may lie below the origin by a rounding, in voxel -1.
+// The default origin of an item's grid along an axis, from its lowest coordinate. As in the published code this
+// multiplies by the reciprocal, whereas voxel_index() divides: on a lattice the lowest point may be below the origin by
+// a rounding error, in voxel -1.
 template <class T>
 KP_HD T published_origin(T lowest, T voxel_size) {
   return rounded_down(lowest * (T(1) / voxel_size)) * voxel_size;
 }
 
-// In float64 whatever the geometry dtype: at a kilometre in voxels of 2 cm a float32 centre would be 0.3 % of a voxel
-// off.
+// The center of a voxel along an axis, in float64 for every geometry dtype: a kilometer from the origin, with voxels of
+// 2 cm, a float32 center would be off by 0.3 % of a voxel.
 template <class T>
 KP_HD double voxel_center(T index, T origin, T voxel_size) {
   return (double(index) + 0.5) * double(voxel_size) + double(origin);
 }
 
-// ((d0 d0 + d1 d1) + d2 d2) of the coordinates less the centre, in float64.
+// The squared distance from the center, ((d0 d0 + d1 d1) + d2 d2) in float64.
 template <int D, class T>
 KP_HD double squared_distance(const T* point, const double* center) {
   double sum = 0;
@@ -50,8 +51,8 @@ KP_HD double squared_distance(const T* point, const double* center) {
   return sum;
 }
 
-// Whether x takes the place of the largest so far: the first of equals stays, and so does the first NaN. For numbers
-// and for vectors of them.
+// Whether x replaces the largest value so far. Of equal values the first stays; NaN wins over numbers and the first NaN
+// stays. V is a scalar or a vector.
 template <class V>
 KP_HD auto exceeds(V x, V largest) {
   return (x > largest) | ((x != x) & (largest == largest));

@@ -1,6 +1,7 @@
-// CUDA C++ for a host compiler: included before a kernel's source, it gives the words that kernels use a meaning on the
-// CPU. A CUDA thread is a fiber there (runtime.cpp); threads of a block take turns on one core, in an order that tests
-// choose. Only what our kernels use is here, so a new word is an error that says where to put it.
+// Implements CUDA C++ for a host compiler: included before a kernel's source, it defines the CUDA keywords, variables
+// and functions that kernels use. A CUDA thread is a fiber (runtime.cpp); the threads of a block take turns on one
+// core, in an order that tests choose. Only what kpcore's kernels use is defined: anything else is a compile error, to
+// be added here.
 #pragma once
 
 #include <math.h>
@@ -20,9 +21,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __constant__ static const
-// All shared variables of a file are one section, which is overwritten before each block.
+// All shared variables of a file are in one section, which is overwritten with NaN before each block.
 #define __shared__ static __attribute__((section("emu_shared")))
-// The emulator's loader writes "extern __shared__ T name[];" like this.
+// emulator.py replaces "extern __shared__ T name[];" by this.
 #define EMU_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emu::dynamic_shared)
 
 #define threadIdx (emu::self->index)
@@ -30,8 +31,8 @@
 #define blockDim (emu::block_size)
 #define gridDim (emu::grid_size)
 
-// The words themselves must not be looked at by the checker, which looks at what they are asked to do.
-#define EMU_WORD __attribute__((no_sanitize_thread)) inline
+// For functions that implement CUDA: the memory accesses of kernels are checked, not those of these functions.
+#define EMU_FUNCTION __attribute__((no_sanitize_thread)) inline
 #define EMU_LINE int line = __builtin_LINE()
 
 struct alignas(8) float2 {
@@ -52,16 +53,16 @@ struct alignas(16) int4 {
 
 // ---- barriers
 
-EMU_WORD void __syncthreads(EMU_LINE) {
+EMU_FUNCTION void __syncthreads(EMU_LINE) {
   emu::barrier(0, line);
 }
-EMU_WORD int __syncthreads_count(int predicate, EMU_LINE) {
+EMU_FUNCTION int __syncthreads_count(int predicate, EMU_LINE) {
   return int(emu::barrier(predicate, line));
 }
-EMU_WORD int __syncthreads_or(int predicate, EMU_LINE) {
+EMU_FUNCTION int __syncthreads_or(int predicate, EMU_LINE) {
   return emu::barrier(predicate, line) != 0;
 }
-EMU_WORD void __syncwarp(unsigned mask = ~0u, EMU_LINE) {
+EMU_FUNCTION void __syncwarp(unsigned mask = ~0u, EMU_LINE) {
   uint64_t values[32];
   emu::meet(emu::Meeting::sync, mask, 0, values, line);
 }
@@ -69,7 +70,7 @@ EMU_WORD void __syncwarp(unsigned mask = ~0u, EMU_LINE) {
 // ---- warps
 
 template <class T>
-EMU_WORD uint64_t emu_bits(T value) {
+EMU_FUNCTION uint64_t emu_bits(T value) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
@@ -77,7 +78,7 @@ EMU_WORD uint64_t emu_bits(T value) {
 }
 
 template <class T>
-EMU_WORD T emu_shuffle(unsigned mask, T value, unsigned from, int line) {
+EMU_FUNCTION T emu_shuffle(unsigned mask, T value, unsigned from, int line) {
   uint64_t values[32];
   const uint32_t there = emu::meet(emu::Meeting::shuffle, mask, emu_bits(value), values, line);
   if (!(there >> from & 1))
@@ -86,25 +87,25 @@ EMU_WORD T emu_shuffle(unsigned mask, T value, unsigned from, int line) {
   return value;
 }
 template <class T>
-EMU_WORD T __shfl_sync(unsigned mask, T value, int from, EMU_LINE) {
+EMU_FUNCTION T __shfl_sync(unsigned mask, T value, int from, EMU_LINE) {
   return emu_shuffle(mask, value, unsigned(from) % 32, line);
 }
 template <class T>
-EMU_WORD T __shfl_up_sync(unsigned mask, T value, unsigned delta, EMU_LINE) {
+EMU_FUNCTION T __shfl_up_sync(unsigned mask, T value, unsigned delta, EMU_LINE) {
   const unsigned lane = emu::self->lane;
   return emu_shuffle(mask, value, lane < delta ? lane : lane - delta, line);
 }
 template <class T>
-EMU_WORD T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMU_LINE) {
+EMU_FUNCTION T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMU_LINE) {
   const unsigned lane = emu::self->lane;
   return emu_shuffle(mask, value, lane + delta > 31 ? lane : lane + delta, line);
 }
 template <class T>
-EMU_WORD T __shfl_xor_sync(unsigned mask, T value, int bits, EMU_LINE) {
+EMU_FUNCTION T __shfl_xor_sync(unsigned mask, T value, int bits, EMU_LINE) {
   return emu_shuffle(mask, value, (emu::self->lane ^ unsigned(bits)) % 32, line);
 }
 
-EMU_WORD unsigned emu_equal_lanes(emu::Meeting meeting, unsigned mask, uint64_t own, uint64_t wanted, int line) {
+EMU_FUNCTION unsigned emu_equal_lanes(emu::Meeting meeting, unsigned mask, uint64_t own, uint64_t wanted, int line) {
   uint64_t values[32];
   const uint32_t there = emu::meet(meeting, mask, own, values, line);
   unsigned lanes = 0;
@@ -112,29 +113,29 @@ EMU_WORD unsigned emu_equal_lanes(emu::Meeting meeting, unsigned mask, uint64_t 
     if (there >> l & 1 && values[l] == wanted) lanes |= 1u << l;
   return lanes;
 }
-EMU_WORD unsigned __ballot_sync(unsigned mask, int predicate, EMU_LINE) {
+EMU_FUNCTION unsigned __ballot_sync(unsigned mask, int predicate, EMU_LINE) {
   return emu_equal_lanes(emu::Meeting::ballot, mask, predicate != 0, 1, line);
 }
-EMU_WORD int __any_sync(unsigned mask, int predicate, EMU_LINE) {
+EMU_FUNCTION int __any_sync(unsigned mask, int predicate, EMU_LINE) {
   return __ballot_sync(mask, predicate, line) != 0;
 }
-EMU_WORD int __all_sync(unsigned mask, int predicate, EMU_LINE) {
+EMU_FUNCTION int __all_sync(unsigned mask, int predicate, EMU_LINE) {
   return __ballot_sync(mask, !predicate, line) == 0;
 }
 template <class T>
-EMU_WORD unsigned __match_any_sync(unsigned mask, T value, EMU_LINE) {
+EMU_FUNCTION unsigned __match_any_sync(unsigned mask, T value, EMU_LINE) {
   return emu_equal_lanes(emu::Meeting::match, mask, emu_bits(value), emu_bits(value), line);
 }
 
-// ---- atomics: nothing comes between the check and the operation, as fibers switch nowhere else
+// ---- atomics: fibers switch only inside before_atomic(), so the operation itself is atomic
 
-#define EMU_ATOMIC(word, result)                                    \
-  template <class T>                                                \
-  EMU_WORD T word(T* at, std::common_type_t<T> operand, EMU_LINE) { \
-    emu::before_atomic(at, sizeof(T), line);                        \
-    const T old = *at;                                              \
-    *at = T(result);                                                \
-    return old;                                                     \
+#define EMU_ATOMIC(word, result)                                        \
+  template <class T>                                                    \
+  EMU_FUNCTION T word(T* at, std::common_type_t<T> operand, EMU_LINE) { \
+    emu::before_atomic(at, sizeof(T), line);                            \
+    const T old = *at;                                                  \
+    *at = T(result);                                                    \
+    return old;                                                         \
   }
 EMU_ATOMIC(atomicAdd, old + operand)
 EMU_ATOMIC(atomicMin, operand < old ? operand : old)
@@ -142,7 +143,7 @@ EMU_ATOMIC(atomicMax, operand > old ? operand : old)
 EMU_ATOMIC(atomicOr, old | operand)
 EMU_ATOMIC(atomicExch, operand)
 template <class T>
-EMU_WORD T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> desired, EMU_LINE) {
+EMU_FUNCTION T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> desired, EMU_LINE) {
   emu::before_atomic(at, sizeof(T), line);
   const T old = *at;
   if (old == expected) *at = desired;
@@ -158,7 +159,7 @@ inline int __ffs(int x) {
   return __builtin_ffs(x);
 }
 template <class T>
-EMU_WORD T emu_from_bits(uint64_t bits) {
+EMU_FUNCTION T emu_from_bits(uint64_t bits) {
   T value;
   memcpy(&value, &bits, sizeof(T));
   return value;
@@ -176,8 +177,7 @@ inline double __longlong_as_double(long long x) {
   return emu_from_bits<double>(uint64_t(x));
 }
 
-// Of 16 bits; what kernels do with an instruction. By float's own rounding: 2^-24 is the least of them, and added to
-// what is 2^24 of the last place, the sum rounds there.
+// Conversion of float16, for which kernels use an instruction.
 inline float emu_of_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31 ? (fraction ? __builtin_nanf("") : __builtin_inff())
@@ -193,11 +193,11 @@ inline uint16_t emu_half_of(float x) {
   int exponent;
   frexpf(size, &exponent);  // size = [0.5, 1) 2^exponent
   const int unit = exponent < -13 ? -24 : exponent - 11;
-  const int fraction = int(nearbyintf(ldexpf(size, -unit)));  // 1024 to 2048, or less of what is not normal
+  const int fraction = int(nearbyintf(ldexpf(size, -unit)));  // 1024 to 2048; less for subnormal numbers
   return uint16_t(sign | (unit == -24 ? fraction : ((unit + 24) << 10) + fraction));
 }
 
-// ---- what a launch needs of a kernel: its arguments' types in a text, and how to call it with pointers to them
+// ---- exported for every kernel: a text with the types of its parameters, and a call with pointers to the arguments
 
 namespace emu {
 
@@ -210,7 +210,7 @@ struct Letter {
                                                                  : 'i';
 };
 
-// "*" or "*c" for pointers to what is changed or not, then a letter and bytes: "*cf4 *i4 i8 "
+// "*" for a pointer, "*c" for a pointer to const, then the letter of the type and its bytes: "*cf4 *i4 i8 "
 template <class T>
 void describe(char*& out) {
   using V = std::remove_cv_t<std::remove_pointer_t<T>>;
@@ -232,11 +232,11 @@ const char* signature(void (*)(A...)) {
   return text;
 }
 template <class... A, size_t... I>
-EMU_WORD void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+EMU_FUNCTION void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
 }
 template <class... A>
-EMU_WORD void call(void (*kernel)(A...), void** arguments) {
+EMU_FUNCTION void call(void (*kernel)(A...), void** arguments) {
   call(kernel, arguments, std::make_index_sequence<sizeof...(A)>());
 }
 

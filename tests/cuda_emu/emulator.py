@@ -1,9 +1,9 @@
 """Runs CUDA C++ kernels on the CPU: ``Module(source).get_function(name)(grid, block, arguments)`` on NumPy arrays.
 
-The source is the text that CuPy's RawModule takes. It is compiled by g++ behind device.h, with the runtime linked in,
-and called through ctypes; what is made is kept by the hash of everything that went into it. With ``check=True`` every
-load and store is checked for bounds, alignment, initialisation and races, at a fifth of the speed; without, arrays end
-at pages that trap, and have canaries before them.
+The source is the text that CuPy's RawModule takes. g++ compiles it after device.h and links it with runtime.cpp; the
+library is called through ctypes and cached by a hash of everything that went into it. With ``check=True`` every load
+and store is checked for bounds, alignment, initialization and races, at a fifth of the speed. Without, arrays end at a
+page that traps and have guard bytes before them.
 """
 
 import ctypes
@@ -20,18 +20,19 @@ import numpy as np
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("KPCORE_EMU_CACHE", Path(tempfile.gettempdir()) / f"kpcore_cuda_emu_{os.getuid()}"))
 COMMON = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
-# No library of the compiler's: what it puts in is answered by runtime.cpp, undefined behaviour by a trap.
+# No sanitizer libraries are linked: runtime.cpp defines the functions that -fsanitize=thread calls, and undefined
+# behavior executes a trap instruction.
 CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
           "-fsanitize=shift,bounds,alignment,float-cast-overflow,integer-divide-by-zero",
           "-fsanitize-undefined-trap-on-error",
-          "-fno-crossjumping", "-fno-tree-tail-merge")  # fmt: skip  # or all traps are one, at one line
+          "-fno-crossjumping", "-fno-tree-tail-merge")  # fmt: skip  # otherwise all traps merge into one line
 ORDERS = ("forward", "reverse", "random")
 
 _launching = threading.Lock()
 
 
 class EmulatorError(Exception):
-    """What a kernel did wrong: kernel, block, thread, line and how."""
+    """An error in a kernel. The message names the kernel, block, thread, line and error."""
 
 
 class _Argument(ctypes.Structure):
@@ -60,8 +61,8 @@ class _Launch(ctypes.Structure):
 class Module:
     """A compiled source.
 
-    `options` are CuPy's, of which -D matter here. `order` is in which threads and blocks run; `preempt`, of a thousand
-    accesses how many let another thread go on, for random order.
+    `options` are those of CuPy's RawModule; only -D matters. `order` is that of threads and blocks. `preempt`: out of a
+    thousand memory accesses, how many let another thread run; for random order.
     """
 
     def __init__(self, source, options=(), *, check=True, order="forward", seed=0, preempt=0):
@@ -86,7 +87,7 @@ class Kernel:
         self.parameters = signature().decode().split()
 
     def __call__(self, grid, block, arguments, *, shared_mem=0, uninitialized=()):
-        """`uninitialized`: places of the arrays in which nothing is written yet."""
+        """`uninitialized`: positions of array arguments that have not been written yet."""
         if len(arguments) != len(self.parameters):
             raise TypeError(f"{self.name}: expected {len(self.parameters)} arguments, got {len(arguments)}")
         grid, block = ((*size, 1, 1)[:3] for size in (grid, block))
@@ -132,7 +133,7 @@ class Kernel:
         return _Argument(value.ctypes.data, value.nbytes, place, min(4, value.dtype.itemsize), initialized)
 
     def _scalar(self, place, value, parameter):
-        """CuPy passes what it gets, a Python int as 64 bits: so no int here, but a NumPy number of the right type."""
+        """CuPy passes a Python int as 64 bits whatever the parameter's type, so only NumPy scalars are allowed."""
         kind, size = _kind(parameter)
         if not isinstance(value, np.generic) or (
             kind != "v" and (_letter(value.dtype), value.dtype.itemsize) != (kind, size)
@@ -143,30 +144,30 @@ class Kernel:
         return ctypes.create_string_buffer(value.tobytes(), size)
 
     def _check_overlaps(self, arguments):
-        """The arrays are copied for a launch, and each is __restrict__: none may share memory that is written."""
+        """Arrays that are written may not share memory with other arguments: each is copied for a launch."""
         seen = []
         for place, (value, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
             if not parameter.startswith("*") or _is_null(value) or not value.nbytes:
                 continue
             begin, constant = value.ctypes.data, parameter.startswith("*c")
-            for other, (its_begin, its_end, its_constant) in seen:
-                if begin < its_end and its_begin < begin + value.nbytes and not (constant and its_constant):
+            for other, (other_begin, other_end, other_constant) in seen:
+                if begin < other_end and other_begin < begin + value.nbytes and not (constant and other_constant):
                     raise ValueError(f"{self.name}: argument {place} shares memory with argument {other}")
             seen.append((place, (begin, begin + value.nbytes, constant)))
 
     def _with_lines(self, text):
-        """Code addresses as source:line."""
+        """Replaces code addresses by source:line."""
 
         def line(match):
             command = ["addr2line", "-s", "-e", str(self.module.path), match[1]]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            return found.split()[0]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return output.split()[0]
 
         return re.sub(r"\{\{([0-9a-f]+)\}\}", line, text)
 
 
 def _is_null(value):
-    """Whether it is a null pointer, as CuPy passes a number of eight bytes."""
+    """Whether the argument is a null pointer, which CuPy takes as a number of eight bytes."""
     return isinstance(value, np.uint64) and value == 0
 
 
@@ -179,7 +180,7 @@ def _letter(dtype):
 
 
 def _built(source, defines, check):
-    # Preprocessed first, for the kernels that are left of an #if.
+    # Preprocessed first, because an #if may exclude kernels.
     source = _compile("-E", "-D__CUDACC__", "-DCUDA_EMU", *defines, "-x", "c++", "-", text=source)
     names = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)
     text = re.sub(r"extern\s+__shared__\s+([\w ]+?)\s+(\w+)\[\];", r"EMU_DYNAMIC_SHARED(\1, \2);", source)

@@ -1,11 +1,12 @@
-"""A stand-in for CuPy on NumPy arrays and the emulator, stricter wherever CuPy would fail, be undefined, or wait.
+"""A replacement for CuPy on top of NumPy and the emulator. It raises where CuPy would fail or be undefined.
 
-Only what kpcore uses is here; anything else is an AttributeError. `install()` puts it in place of the module `cupy`.
+It has only what kpcore uses; anything else is an AttributeError. `install()` makes ``import cupy`` find it.
 
-- Arrays of the host and of the device do not mix, and nothing becomes a NumPy array but by `get`.
-- What makes the host wait for the device is counted: `counts.waits`. So are launches, copies to the device, and memory.
-- What `empty` gives is known to be unwritten, and a kernel that reads it fails.
-- Assignment through an index that has a number twice is an error: on a GPU any of the values may stay.
+- Arrays on host and device do not mix. Only `get` converts a device array to a NumPy array.
+- Operations that make the host wait for the device are counted (`counts.waits`), as are launches, copies to the device
+  and memory.
+- Arrays from `empty` are marked as unwritten: a kernel that reads them fails.
+- Assigning through an index with duplicates is an error: on a GPU any of the values may remain.
 """
 
 import sys
@@ -23,18 +24,18 @@ class Counts:
     launches: int = 0
     waits: int = 0
     uploads: int = 0
-    live: int = 0  # bytes of all arrays there are
+    live: int = 0  # bytes of all existing arrays
     peak: int = 0
 
 
 @dataclass
 class Flags:
-    """All that CuPy's have."""
+    """The flags that CuPy arrays have."""
 
-    of: object
-    c_contiguous = property(lambda self: self.of.c_contiguous)
-    f_contiguous = property(lambda self: self.of.f_contiguous)
-    owndata = property(lambda self: self.of.owndata)
+    numpy_flags: object
+    c_contiguous = property(lambda self: self.numpy_flags.c_contiguous)
+    f_contiguous = property(lambda self: self.numpy_flags.f_contiguous)
+    owndata = property(lambda self: self.numpy_flags.owndata)
 
 
 class Device(NamedTuple):
@@ -44,11 +45,11 @@ class Device(NamedTuple):
 
 counts = Counts()
 current = Device(0)
-mode = {}  # of emulator.Module: check, order, seed, preempt
+mode = {}  # keyword arguments of emulator.Module: check, order, seed, preempt
 
 
 class ndarray(NDArrayOperatorsMixin):
-    """An array on the device. `base` is the one that owns the memory, which knows whether it was written."""
+    """An array on the device. `base` is the array that owns the memory; only it records whether it was written."""
 
     __module__ = "cupy"
     __array_priority__ = 100
@@ -82,7 +83,7 @@ class ndarray(NDArrayOperatorsMixin):
     def __len__(self):
         return len(self._array)
 
-    # NumPy's functions: none of them by itself.
+    # NumPy ufuncs work on device arrays only; other conversions to NumPy are errors.
 
     def __array__(self, *args, **kwargs):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -103,13 +104,13 @@ class ndarray(NDArrayOperatorsMixin):
         self._owner._written = True
         return self
 
-    # And those that CuPy answers to, by its own ones of the same names.
+    # Other NumPy functions call the function of this module with the same name.
 
     def __array_function__(self, function, types, args, kwargs):
-        own = getattr(sys.modules["cupy"], function.__name__, None)
-        if own is None or not all(issubclass(t, ndarray) for t in types):
+        replacement = getattr(sys.modules["cupy"], function.__name__, None)
+        if replacement is None or not all(issubclass(t, ndarray) for t in types):
             return NotImplemented
-        return own(*args, **kwargs)
+        return replacement(*args, **kwargs)
 
     def any(self, axis=None):
         return _device(self._array.any(axis))
@@ -129,7 +130,7 @@ class ndarray(NDArrayOperatorsMixin):
     def argmax(self, axis=None):
         return _device(self._array.argmax(axis))
 
-    # What waits.
+    # Operations that wait for the device.
 
     def get(self):
         counts.waits += 1
@@ -153,7 +154,7 @@ class ndarray(NDArrayOperatorsMixin):
 
     def __iter__(self):
         if self.ndim < 2:
-            raise TypeError("iterating over numbers on the device: what would wait for each of them, in most uses")
+            raise TypeError("iterating over numbers on the device, which would wait for each of them in most uses")
         return (self[i] for i in range(len(self)))
 
     def tolist(self):
@@ -167,10 +168,10 @@ class ndarray(NDArrayOperatorsMixin):
     def __getitem__(self, key):
         key = _host(key)
         if _is_mask(key):
-            counts.waits += 1  # for the size of what comes out
-        found = self._array[key]
-        shares = isinstance(found, np.ndarray) and np.shares_memory(found, self._array)
-        return ndarray(np.asarray(found), self._owner if shares else None)
+            counts.waits += 1  # for the size of the result
+        part = self._array[key]
+        is_view = isinstance(part, np.ndarray) and np.shares_memory(part, self._array)
+        return ndarray(np.asarray(part), self._owner if is_view else None)
 
     def __setitem__(self, key, value):
         key, value = _host(key), _host(value)
@@ -185,7 +186,7 @@ class ndarray(NDArrayOperatorsMixin):
     def reshape(self, *shape):
         return ndarray(self._array.reshape(*shape), self._owner)
 
-    # torch's way: a tensor of the host stands for one of the device.
+    # For torch: a tensor on the host stands for one on the device.
 
     def __dlpack__(self, **kwargs):
         return self._array.__dlpack__()
@@ -208,13 +209,13 @@ class ndarray(NDArrayOperatorsMixin):
 
 
 def _product(a, b):
-    """cuBLAS's of 16 bits: summed in float32."""
+    """``a @ b``; like cuBLAS, 16-bit types are summed in float32."""
     return a @ b if a.dtype.itemsize > 2 else (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype)
 
 
 def matmul(a, b, out=None):
-    found = _product(_host(a), _host(b))
-    return _device(found) if out is None else out._filled(found)
+    product = _product(_host(a), _host(b))
+    return _device(product) if out is None else out._filled(product)
 
 
 def _is_mask(key):
@@ -222,7 +223,7 @@ def _is_mask(key):
 
 
 def _host(value):
-    """What is in an array of the device; an error for one of the host."""
+    """The NumPy array behind a device array; an error for a host array."""
     if isinstance(value, ndarray):
         return value._array
     if isinstance(value, tuple):
@@ -233,17 +234,17 @@ def _host(value):
 
 
 def _device(value):
-    """Results are arrays, also those without axes."""
+    """Results are always arrays, also without axes."""
     return ndarray(np.asarray(value))
 
 
-def _function(name, of=None):
-    """NumPy's function of that name, on arrays of the device alone."""
-    numpy_function = of or getattr(np, name)
+def _function(name):
+    """The NumPy function with this name, for device arrays only."""
+    numpy_function = getattr(np, name)
 
     def function(*args, out=None, **kwargs):
-        found = numpy_function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()})
-        return _device(found) if out is None else out._filled(found)
+        result = numpy_function(*map(_host, args), **{key: _host(value) for key, value in kwargs.items()})
+        return _device(result) if out is None else out._filled(result)
 
     function.__name__ = name
     return function
@@ -268,7 +269,7 @@ def asarray(a, dtype=None):
 
 
 def from_dlpack(tensor):
-    """A tensor of the host stands for one of the device."""
+    """A tensor on the host stands for one on the device."""
     return ndarray(tensor.numpy())
 
 
@@ -277,15 +278,15 @@ def asnumpy(a):
 
 
 def argsort(a, axis=-1, kind=None):
-    """CuPy's is a radix sort, and so stable."""
+    """CuPy uses a radix sort, which is stable."""
     if kind not in (None, "stable"):
         raise ValueError(f"CuPy sorts in no other way than 'stable', not {kind}")
     return _device(np.argsort(_host(a), axis, kind="stable"))
 
 
 def concatenate(arrays, axis=0, out=None):
-    found = np.concatenate([_host(a) for a in arrays], axis)
-    return _device(found) if out is None else out._filled(found)
+    joined = np.concatenate([_host(a) for a in arrays], axis)
+    return _device(joined) if out is None else out._filled(joined)
 
 
 def may_share_memory(a, b):
@@ -317,7 +318,7 @@ class RawModule:
 
 
 def install():
-    """Make `import cupy` find this; -> the module."""
+    """Make `import cupy` find this replacement; return the module."""
     module = types.ModuleType("cupy")
     names = (
         "ndarray",

@@ -1,6 +1,7 @@
-"""NVIDIA's compiler without a driver: what becomes of our kernels on real architectures.
+"""Compiles the kernels with NVRTC, which needs no GPU: registers, spills, stack and shared memory per architecture.
 
-From the wheel nvidia-cuda-nvrtc, called through ctypes. ``python nvrtc.py`` prints a table of all kernels.
+NVRTC comes from the wheel nvidia-cuda-nvrtc and is called through ctypes. ``python nvrtc.py`` prints a table of all
+kernels.
 """
 
 import ctypes
@@ -13,13 +14,13 @@ from typing import NamedTuple
 from kpcore.backends import gpu_sources
 
 ARCHITECTURES = (75, 80, 90, 100)
-# What CuPy adds to the options it is given.
+# The options of kpcore, and those that CuPy adds.
 OPTIONS = ("--std=c++17", "--fmad=false", "-ftz=true", "--ptxas-options=-v")
 
 
 class Kernel(NamedTuple):
     registers: int
-    spills: int  # bytes, of stores and loads
+    spills: int  # bytes of stores and loads
     stack: int  # bytes
     shared: int  # bytes
 
@@ -31,7 +32,7 @@ class Compiled(NamedTuple):
 
 
 def variants():
-    """{file: the definitions that it is compiled with, a string for each time}, from the files' first lines"""
+    """{file: macro definitions that it is compiled with, a string for each variant}, from the lines "// compile:"."""
     names = sorted(path.name for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"))
     return {
         name: [" ".join(f"{key}={value}" for key, value in each.items()) for each in gpu_sources.variants(name)]
@@ -40,7 +41,7 @@ def variants():
 
 
 def library():
-    """The compiler, or None where the wheel is not installed."""
+    """The NVRTC library, or None if the wheel is not installed."""
     if importlib.util.find_spec("nvidia") is None:
         return None
     for folder in importlib.util.find_spec("nvidia").submodule_search_locations:
@@ -50,13 +51,13 @@ def library():
 
 
 def compiled(nvrtc, source, architecture, definitions=(), options=OPTIONS):
-    """-> Compiled; an error with the compiler's words where it does not compile"""
+    """Compile a source for an architecture. Raises ValueError with the log if that fails."""
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     try:
-        given = [f"-arch=sm_{architecture}", *options, *(f"-D{d}" for d in definitions)]
+        flags = [f"-arch=sm_{architecture}", *options, *(f"-D{d}" for d in definitions)]
         status = nvrtc.nvrtcCompileProgram(
-            program, len(given), (ctypes.c_char_p * len(given))(*[o.encode() for o in given])
+            program, len(flags), (ctypes.c_char_p * len(flags))(*[flag.encode() for flag in flags])
         )
         log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         if status:
@@ -88,14 +89,14 @@ def _text(program, size_of, text_of):
 
 
 def table():
-    """Lines: of each kernel registers / spills / stack / shared memory, in bytes, by architecture."""
+    """Lines of a table: registers / spills / stack / shared memory (bytes) of each kernel, by architecture."""
     nvrtc = library()
     yield f"{'kernel':34} {'compiled for':34}" + "".join(f"{f'sm_{a}':>17}" for a in ARCHITECTURES)
     for name, each in variants().items():
         for variant in each:
-            of = [compiled(nvrtc, gpu_sources.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
-            for kernel in of[0]:
-                row = "".join(f"{'/'.join(map(str, found[kernel])):>17}" for found in of)
+            results = [compiled(nvrtc, gpu_sources.source(name), a, variant.split()).kernels for a in ARCHITECTURES]
+            for kernel in results[0]:
+                row = "".join(f"{'/'.join(map(str, kernels[kernel])):>17}" for kernels in results)
                 yield f"{name[:-3] + ' ' + kernel:34} {variant.replace('KP_', ''):34}{row}"
 
 

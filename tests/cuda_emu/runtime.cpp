@@ -1,13 +1,14 @@
-// Runs a kernel: the threads of a block as fibers that take turns on one core, block after block.
+// Runs a kernel: one block after another, its threads as fibers that take turns on one core.
 //
-// A fiber gives the core away where it waits for others, and at random accesses if asked to. Which one goes on is up to
-// the order: forward, reverse or random. What works in one of them only is a bug on the GPU, which promises none.
+// A fiber yields where it waits for other threads and, if asked to, at random memory accesses. The order decides which
+// fiber continues: forward, reverse or random. A kernel that works in one order only has a bug, since a GPU promises
+// none.
 //
-// With EMU_CHECK every load and store is looked at as well: kernels are compiled with -fsanitize=thread, which puts a
-// call in front of each, and the functions it calls are here (no library of the compiler's is linked). Each element of
-// an array or of shared memory remembers who wrote and who read it last. Two accesses by different threads of which one
-// writes are a race unless a barrier came between them, a __syncwarp if they are of one warp, or both are atomic;
-// between blocks nothing comes.
+// With EMU_CHECK every load and store is checked. Kernels are compiled with -fsanitize=thread, which inserts a function
+// call before each access; these functions are defined at the end of this file, and no sanitizer library is linked.
+// Every element of an array or of shared memory records the last write and read. Two accesses by different threads, of
+// which one is a write, are a race unless both are atomic or a barrier is between them: __syncthreads in a block or
+// __syncwarp in a warp. Nothing orders accesses of different blocks.
 
 #include "runtime.h"
 
@@ -34,18 +35,18 @@ namespace emu {
 
 enum Order : int { forward, reversed, random_order };
 
-// What emulator.py passes; the same fields stand there.
+// Passed by emulator.py, which declares the same fields.
 struct Argument {
-  char* data;  // the array's
+  char* data;  // of the array
   size_t size;
-  int place;        // among the kernel's arguments
-  int element;      // bytes
-  int initialized;  // 0: reading what nothing has written is an error
+  int place;        // position among the kernel's arguments
+  int element;      // bytes per element
+  int initialized;  // 0: reading an element before it is written is an error
 };
 struct Launch {
   unsigned grid[3], block[3];
   size_t shared;
-  int order, preempt;  // accesses of a thousand after which another thread goes on
+  int order, preempt;  // preempt: accesses out of a thousand after which another thread continues
   uint64_t seed;
   Argument* arrays;
   int num_arrays;
@@ -68,34 +69,34 @@ struct Fiber {
 struct Thread : Identity {
   Fiber* fiber;  // none before its first turn and after it has returned
   State state;
-  int line;            // where it waits
-  int predicate;       // what it came to the barrier with
-  unsigned predicted;  // and what it leaves with
+  int line;            // where the thread waits
+  int predicate;       // argument of the barrier
+  unsigned predicted;  // result of the barrier: how many threads had a nonzero predicate
   Meeting meeting;
   uint32_t mask, there;
   uint64_t value, *values;
 };
 
-// ---- one launch at a time (emulator.py sees to that)
+// ---- state of a launch; emulator.py allows one at a time
 
 Order order;
 int preempt;
 uint64_t random_state;
 void (*kernel)(void**);
 void** arguments;
-sigjmp_buf back;  // to emu_launch
+sigjmp_buf back;  // returns to emu_launch
 char error[2048];
 
-// ---- one block
+// ---- state of a block
 
 std::vector<Thread> threads;
-std::vector<uint32_t> returned_lanes;  // of each warp, also those it never had
+std::vector<uint32_t> returned_lanes;  // of each warp; lanes past the end of the block count as returned
 unsigned num_threads, alive, waiting;
 uint64_t block_number;
 uint32_t barriers;                    // passed by the block
 std::vector<uint32_t> warp_barriers;  // passed by each warp
 
-// Threads that can go on, from `turn`.
+// Numbers of threads that can continue, from position `turn` on.
 std::vector<unsigned> queue;
 size_t turn;
 
@@ -163,7 +164,7 @@ Fiber* new_fiber() {
     fiber = free_fibers.back();
     free_fibers.pop_back();
   }
-  // As emu_switch leaves a stack, with run_threads to return to; a word more keeps the stack aligned there.
+  // The stack as emu_switch leaves it, returning to run_threads; one more word keeps it aligned.
   void** const top = reinterpret_cast<void**>(fiber->high) - 2 - saved_words + 1;
   memset(top, 0, (saved_words + 1) * sizeof(void*));
   top[start_word] = reinterpret_cast<void*>(run_threads);
@@ -171,7 +172,7 @@ Fiber* new_fiber() {
   return fiber;
 }
 
-// The thread that goes on. None can: the block waits for itself.
+// The thread that continues. If none can, the block is deadlocked.
 Thread* next_thread() {
   if (turn == queue.size()) {
     char text[512] = "";
@@ -194,7 +195,7 @@ void can_go_on(Thread& t) {
   queue.push_back(t.number);
 }
 
-// Lets others go on; returns when it is this thread's turn again.
+// Yields to another thread; returns when it is this thread's turn again.
 void give_way() {
   Thread& before = own();
   Thread* const after = next_thread();
@@ -208,7 +209,7 @@ void give_way() {
   emu_switch(&before.fiber->stack_pointer, after->fiber->stack_pointer);
 }
 
-// The last to come lets the others go on, and itself; in random order it may not be the first.
+// The last thread to arrive at a barrier has released the others and continues itself; in random order it queues up.
 void goes_on_too(Thread& t) {
   t.state = State::ready;
   if (order != random_order) return;
@@ -237,7 +238,7 @@ void open_barrier() {
   }
 }
 
-// Whether all lanes of the mask have come; then they go on.
+// Releases the lanes of the mask if all of them have arrived; returns whether they have.
 bool meet_in(unsigned warp, uint32_t mask, Meeting meeting) {
   Thread* const lanes = &threads[warp * 32];
   const auto each = [&](auto call) {
@@ -268,7 +269,8 @@ void has_returned(Thread& t) {
            threads[i].mask);
 }
 
-// What a fiber does: a thread, and as long as there are some that have not begun, another one on the same stack.
+// Main function of a fiber: runs a thread and, while there are threads that have not started, the next on the same
+// stack.
 void run_threads() {
   for (;;) {
     kernel(arguments);
@@ -294,13 +296,13 @@ void run_threads() {
 
 // ---- memory
 
-// An access: by whom (threads are counted over all blocks, from 1) and after how many barriers.
+// A memory access: the thread (counted over all blocks from 1) and how many barriers it had passed.
 struct Access {
   uint32_t thread, barriers, warp_barriers;
   bool atomic;
 };
-// Who read an element since it was written. The last reader stands for all: what comes after it comes after them too,
-// if they are of one warp, or, at a barrier, of one block.
+// Which threads have read an element since it was written. Only the last read is recorded, with the smallest group that
+// contains all readers: a barrier of that group after the last read is after all reads.
 enum class Readers : uint8_t { nobody, one, warp, block, grid };
 struct Cell {
   Access write, read;
@@ -327,7 +329,7 @@ unsigned warp_of(uint32_t thread) {
   return (thread - 1) % num_threads / 32;
 }
 
-// Whether what another access did is done before this thread goes on.
+// Whether a barrier is between another access and this thread.
 bool is_past(const Access& a) {
   if (a.thread == global_number()) return true;
   if (block_of(a.thread) != block_number) return false;
@@ -395,7 +397,7 @@ Memory* memory_at(const char* at, size_t size) {
   return nullptr;
 }
 
-// An access to no memory of the kernel's: its own variables, the file's constants, or a mistake.
+// Checks an access outside all arrays: local variables and constants of the file are allowed, all else is an error.
 void check_stray(const char* at, size_t size, const void* code, int line) {
   const Fiber& fiber = *own().fiber;
   if (at >= fiber.low && at < fiber.high) return;
@@ -464,7 +466,7 @@ Memory& add_memory(char* begin, size_t size, int element, bool shared, bool writ
   return m;
 }
 
-// Memory whose end touches a page that traps, and that lies behind bytes nobody may change.
+// Memory that ends at a page that traps and begins after guard bytes that must not change.
 struct Guarded {
   char *map, *data;
   size_t mapped, size;
@@ -495,7 +497,8 @@ struct Guarded {
   static constexpr char canary = char(0xa5);
 };
 
-// A trap: of a page, of an instruction put there for undefined behaviour, of a division by zero.
+// Handles traps: an access to a protected page, undefined behavior (an illegal instruction), an integer division by
+// zero.
 void on_signal(int number, siginfo_t* info, void* context) {
 #if defined(__x86_64__)
   const size_t code = size_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
@@ -624,12 +627,12 @@ void before_atomic(void* at, size_t size, int line) {
 
 }  // namespace emu
 
-// Null, or what went wrong.
-extern "C" __attribute__((visibility("default"))) const char* emu_launch(void (*call)(void**), void** given,
+// Runs a launch. Returns null, or an error message.
+extern "C" __attribute__((visibility("default"))) const char* emu_launch(void (*call)(void**), void** launch_arguments,
                                                                          const emu::Launch* launch) {
   using namespace emu;
   kernel = call;
-  arguments = given;
+  arguments = launch_arguments;
   grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
   block_size = {launch->block[0], launch->block[1], launch->block[2]};
   num_threads = block_size.x * block_size.y * block_size.z;
@@ -649,7 +652,7 @@ extern "C" __attribute__((visibility("default"))) const char* emu_launch(void (*
     const Argument& a = launch->arrays[i];
     Guarded& copy = copies.emplace_back(a.size);
     memcpy(copy.data, a.data, a.size);
-    *static_cast<void**>(given[a.place]) = copy.data;
+    *static_cast<void**>(launch_arguments[a.place]) = copy.data;
     snprintf(add_memory(copy.data, a.size, a.element, false, a.initialized).name, 40, "argument %d", a.place);
   }
   const Guarded shared(launch->shared);
@@ -702,7 +705,7 @@ extern "C" __attribute__((visibility("default"))) size_t emu_static_shared() {
 }
 
 #ifdef EMU_CHECK
-// What -fsanitize=thread calls.
+// The functions that -fsanitize=thread calls.
 #define EMU_SEEN(name, bytes, writes)                                     \
   extern "C" void __tsan_##name##bytes(void* at) {                        \
     emu::check(at, bytes, writes, false, __builtin_return_address(0), 0); \

@@ -1,5 +1,5 @@
-// What a kernel compiled for the CPU (device.h) and the scheduler that runs its threads (runtime.cpp) know of each
-// other.
+// The interface between kernels compiled for the CPU (device.h) and the scheduler that runs their threads
+// (runtime.cpp).
 #pragma once
 
 #include <stddef.h>
@@ -14,13 +14,13 @@ struct dim3 {
 
 namespace emu {
 
-// What a thread sees of itself.
+// The position of a thread in its block.
 struct Identity {
-  uint3 index;                  // in its block
-  unsigned number, warp, lane;  // the same counted in one dimension
+  uint3 index;
+  unsigned number, warp, lane;  // number: index in one dimension
 };
 
-// Threads of a warp that meet must be there for the same thing.
+// Operations for which lanes of a warp wait for each other. All lanes must wait for the same operation.
 enum class Meeting : uint8_t { sync, shuffle, ballot, match };
 
 extern const Identity* self;
@@ -31,13 +31,13 @@ extern void* dynamic_shared;
 // Waits for all threads of the block; returns for how many of them `predicate` was not zero.
 unsigned barrier(int predicate, int line);
 
-// Waits for the lanes of `mask`; `values[l]` becomes what lane l came with. Returns the lanes that are there.
+// Waits for the lanes of `mask`; values[l] becomes the value of lane l. Returns the mask of the lanes that arrived.
 uint32_t meet(Meeting meeting, uint32_t mask, uint64_t value, uint64_t* values, int line);
 
-// To be called before an atomic operation on `size` bytes.
+// Called before an atomic operation on `size` bytes.
 void before_atomic(void* at, size_t size, int line);
 
-// Ends the launch with an error, to which the block and the thread are added.
+// Ends the launch with an error message that begins with the block and the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace emu
