@@ -925,7 +925,9 @@ def test_labels_in_npz_files(tmp_path):
         assert_same_bits(after["Truth"], np.where(kept, labels, fractions).astype(np.float32))
     with pytest.raises(scenes.ReadError, match=r"a\.npz: Labels holds 0 to 255, got labels 7 to 300"):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", np.repeat([7, 300], 15))
-    with pytest.raises(scenes.ReadError, match=r"a\.npz: other is \(5,\) float64, not a number for each of 30 points"):
+    with pytest.raises(
+        scenes.ReadError, match=r"a\.npz: other: expected one number for each of 30 points, got \(5,\) float64"
+    ):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", labels, label="other")
     assert not [name for name in os.listdir(tmp_path) if "h" in name or "part" in name]
     del arrays["Labels"]
@@ -988,16 +990,16 @@ def test_an_npz_of_any_names(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["A.NPZ", "B.NPZ"]
 
 
-def test_labels_that_cannot_be_written_are_said_before_the_work(trained, tmp_path, monkeypatch):
+def test_labels_that_cannot_be_written_are_refused_before_the_network_runs(trained, tmp_path, monkeypatch):
     model = training.Model.load(trained[0] / "best.safetensors")
-    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("was at work"))
+    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("the network ran"))
     points = scenes.indoor(2000, seed=3)
-    for labels, said in (
-        (np.ones(2000, bool), r"labels is \(2000,\) bool"),
-        (np.ones((2000, 2)), r"labels is \(2000, 2\)"),
+    for labels, reason in (
+        (np.ones(2000, bool), r"labels: expected one number for each of 2000 points, got \(2000,\) bool"),
+        (np.ones((2000, 2)), r"labels: .*, got \(2000, 2\)"),
     ):
         np.savez(tmp_path / "a.npz", points=points.points, colors=points.colors, labels=labels)
-        with pytest.raises(scenes.ReadError, match=rf"a\.npz: {said}"):
+        with pytest.raises(scenes.ReadError, match=rf"a\.npz: {reason}"):
             segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
 
 
@@ -1014,12 +1016,16 @@ def test_one_point_is_labelled_and_drawn(command, trained, tmp_path):
 
 def test_files_that_labels_are_not_written_to(tmp_path):
     (tmp_path / "a.las").write_bytes(b"")
-    with pytest.raises(scenes.ReadError, match=r"a\.las: expected another file than the one that is read"):
+    with pytest.raises(scenes.ReadError, match=r"a\.las: expected a file other than the source"):
         segmentation.check_out(tmp_path / "a.las", tmp_path / ".." / tmp_path.name / "a.las")
     with pytest.raises(scenes.ReadError, match=r"b\.las: there is no folder .*none"):
         segmentation.check_out(tmp_path / "a.las", tmp_path / "none" / "b.las")
-    for source, out in (("a.las", "b.ply"), ("a.xyz", "b.xyz"), ("a.npz", "b")):
-        with pytest.raises(scenes.ReadError, match="labels are written to PLY, LAS, LAZ and NPZ files"):
+    for source, out, reason in (
+        ("a.las", "b.ply", "b.ply: expected the extension .las or .laz, the format of a.las, got '.ply'"),
+        ("a.xyz", "b.xyz", "a.xyz: labels can be written to PLY, LAS, LAZ and NPZ files, not to .xyz"),
+        ("a.npz", "b", "b: expected the extension .npz, the format of a.npz, got ''"),
+    ):
+        with pytest.raises(scenes.ReadError, match=f"{reason}$"):
             segmentation.check_out(tmp_path / source, tmp_path / out)
 
 

@@ -19,7 +19,7 @@ import kpcore as kp
 from kpcore import nn
 from kpcore.config import require
 from kpcore.files import whole
-from kpcore.io.cloud import listed
+from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays
 from kpcore.pipeline import batches, voting
@@ -170,7 +170,7 @@ class Training:
         if missing and not self.settings.digits:
             labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
             warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
-                          f"{listed(map(str, labels))}", stacklevel=3)  # fmt: skip
+                          f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
         training, epoch = self.settings.training, self.epoch
