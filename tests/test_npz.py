@@ -49,7 +49,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("points", ["points", "my_points"])
-def test_members_that_nobody_asked_for_are_left_alone(write, name, first, points):
+def test_members_that_are_not_requested_are_not_read(write, name, first, points):
     wanted = {f"{points}.npy": npy(POINTS), "colors.npy": npy(COLORS), "labels.npy": npy(LABELS)}
     path = write("a.npz", archive(OTHERS[name] | wanted if first else wanted | OTHERS[name]))
     tracemalloc.start()

@@ -272,7 +272,7 @@ def test_words_of_text_that_are_no_finite_numbers(write):
         (["1 2 3 4", "4 5 6 nan"], "fffB", "line 10: expected red to be an integer from 0 to 255, got 'nan'"),
         (["1 2 3 4", "4 5 6 1.5"], "fffB", "line 10: expected red to be an integer from 0 to 255, got '1.5'"),
         (["1 2 3 4", "4 5 6 4294967296"], "fffI", "line 10: expected red to be an integer from 0 to 4294967295, got '"),
-        (["1 2 3 4", f"4 5 6 {2**62}"], "fffq", f"line 10: expected red to be an integer from -{2**53} to {2**53}, got "),
+        (["1 2 3 4", f"4 5 6 {2**62}"], "fffq", f"line 10: expected red to be an integer from -{2**53} to {2**53}, "),
     ],
 )  # fmt: skip
 def test_lines_of_text_that_are_refused(write, blocks, rows, kinds, reason):

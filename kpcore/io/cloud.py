@@ -116,7 +116,7 @@ def integer_range(dtype: DTypeLike) -> tuple[int, int]:
     return (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
 
 
-class Columns:
+class NamedArrays:
     """The named arrays of a file, in the file's order.
 
     A function in place of an array reads the array when it is needed. `name_index` says how names are matched.
@@ -180,7 +180,7 @@ def list_names(names: Iterable[str]) -> str:
     return (text if len(text) <= 400 else f"{text[:400]} ...") or "none"
 
 
-def from_columns(columns: Columns, request: Request, label_names: Sequence[str] = LABELS) -> Content:
+def from_columns(columns: NamedArrays, request: Request, label_names: Sequence[str] = LABELS) -> Content:
     """The Content of named columns."""
     check_columns(columns.names, request)
     xyz = [columns.find(axis) for axis in "xyz"]
@@ -221,14 +221,14 @@ def check_fields(names: Sequence[str], request: Request) -> None:
         raise MissingField(f"has no field {' '.join(missing)}; there are {list_names(names)}")
 
 
-def fields_from(columns: Columns, request: Request) -> dict[str, np.ndarray]:
+def fields_from(columns: NamedArrays, request: Request) -> dict[str, np.ndarray]:
     """The requested fields by name."""
     check_fields(columns.names, request)
     return {name: columns.find(name) for name in request.fields}
 
 
 def labels_from(
-    columns: Columns, request: Request, usual: Sequence[str] = LABELS
+    columns: NamedArrays, request: Request, usual: Sequence[str] = LABELS
 ) -> tuple[np.ndarray | None, str | None, str | None]:
     """(labels or None, the reason why there are none, a warning or None).
 
@@ -301,7 +301,7 @@ def from_table(table: np.ndarray, request: Request) -> Content:
             raise ReadError(
                 f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
             )
-        return from_columns(Columns(zip(request.columns, table.T, strict=True)), request)
+        return from_columns(NamedArrays(zip(request.columns, table.T, strict=True)), request)
     if num < width and width > 9:
         raise ReadError(
             f"expected a row for each point, got {table.shape}: transpose the array, or name its columns with columns="
@@ -309,7 +309,7 @@ def from_table(table: np.ndarray, request: Request) -> Content:
     columns = dict(zip("xyz", table.T, strict=False))
     if width == 6 and may_be_colors(table[:, 3:]):
         columns |= zip("rgb", table[:, 3:].T, strict=True)
-    content = from_columns(Columns(columns.items()), request)
+    content = from_columns(NamedArrays(columns.items()), request)
     warning = None
     if "r" not in columns and any(_are_bytes(table[:, at : at + 3]) for at in (3, 4)):
         warning = (f"its {width} columns have no names and may hold colours, as in x y z r g b label or "

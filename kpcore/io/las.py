@@ -16,9 +16,9 @@ import numpy as np
 
 from kpcore.config import get_num_threads, require
 from kpcore.io.cloud import (
-    Columns,
     Content,
     LabelField,
+    NamedArrays,
     ReadError,
     Request,
     check_columns,
@@ -168,7 +168,7 @@ def read(path: Path, size: int, request: Request) -> Content:
                 colors.append(np.column_stack([standard[name].read(records) for name in channels]))
             for at, dimension in wanted.items():
                 more[at].append(dimension.read(records).copy())
-    columns = Columns((names[at], np.concatenate(values)) for at, values in more.items())
+    columns = NamedArrays((names[at], np.concatenate(values)) for at, values in more.items())
     labels, unlabeled, _ = labels_from(columns, request, ("classification",))
     rgb, warning = colors_of(np.concatenate(colors)) if colors else (None, None)
     if any(record.user == b"lascompatible" for record in head.records):

@@ -13,9 +13,9 @@ import numpy as np
 
 from kpcore.io.cloud import (
     LABEL_ARRAYS,
-    Columns,
     Content,
     LabelField,
+    NamedArrays,
     ReadError,
     Request,
     colors_of,
@@ -56,7 +56,7 @@ def read_npy(path: Path, size: int, request: Request) -> Content:
     array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_MAX_HEADER)
     if not array.dtype.names:
         return from_table(array, request)
-    return from_columns(Columns((name, array[name]) for name in array.dtype.names), request)
+    return from_columns(NamedArrays((name, array[name]) for name in array.dtype.names), request)
 
 
 def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -142,19 +142,19 @@ def read(path: Path, size: int, request: Request) -> Content:
         arrays = [(name, partial(_array, archive, name, info)) for name, info in members]
         at = _place_of_points(archive, members)
         if at is None:
-            return from_columns(Columns(arrays), request, _usual_labels(at))
+            return from_columns(NamedArrays(arrays), request, _usual_labels(at))
         points = arrays.pop(at)[1]()
         points_request = request._replace(fields=(), label=None)
         if points.dtype.names:
             named = [(name, points[name]) for name in points.dtype.names]
-            content = from_columns(Columns(named), points_request)
+            content = from_columns(NamedArrays(named), points_request)
         else:
             content = from_table(points, points_request)
             named = [*zip(request.columns or "xyz", points.T, strict=False)]
             if not request.columns:  # y may be an array of labels
                 array_names = {name.lower() for name, _ in arrays}
                 named = [(name, values) for name, values in named if name not in array_names]
-        others, columns = Columns(arrays), Columns([*arrays, *named])
+        others, columns = NamedArrays(arrays), NamedArrays([*arrays, *named])
         if (rgb := first_name_index(others.names, COLORS)) is not None:
             colors, warning = colors_of(others.at(rgb))
             content = content._replace(colors=colors, warning=join_warnings(content.warning, warning))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, Content, ReadError, Request, are_integers, decode_text, from_columns
+from kpcore.io.cloud import Content, NamedArrays, ReadError, Request, are_integers, decode_text, from_columns
 from kpcore.io.text import check_lines, numbers
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def read(path: Path, size: int, request: Request) -> Content:
     else:
         raise ReadError(f"DATA: expected ascii, binary or binary_compressed, got {header.encoding}")
     columns = [(name, table[:, 0] if table.shape[1] == 1 else table) for name, table in columns if name != "_"]
-    content = from_columns(Columns(columns), request)
+    content = from_columns(NamedArrays(columns), request)
     camera = header.height > 1 and np.nanmin(content.points[:, 2]) > 0  # a depth image: x right, y down, z forward
     return content._replace(up=(0, -1, 0)) if camera else content
 
@@ -122,7 +122,7 @@ def _ascii(path: Path, header: Header, body: int) -> list[tuple[str, np.ndarray]
 
 
 def _exact_integers(path: Path, skip: int, places: range, name: str, kind: np.dtype) -> np.ndarray:
-    """Columns of an ascii file read as 64-bit integers, without float64 in between."""
+    """NamedArrays of an ascii file read as 64-bit integers, without float64 in between."""
     try:
         return np.loadtxt(path, kind, skiprows=skip, usecols=places, ndmin=2, encoding="latin-1")
     except ValueError:

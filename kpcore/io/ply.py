@@ -12,9 +12,9 @@ import numpy as np
 
 from kpcore.io.cloud import (
     LABELS,
-    Columns,
     Content,
     LabelField,
+    NamedArrays,
     ReadError,
     Request,
     are_integers,
@@ -101,7 +101,7 @@ def read(path: Path, size: int, request: Request) -> Content:
                 for at, column in zip(scalars, columns, strict=True):
                     column[done : done + len(rows.stops)] = rows.numbers(at)
                 done += len(rows.stops)
-    return from_columns(Columns(zip([properties[at].name for at in scalars], columns, strict=True)), request)
+    return from_columns(NamedArrays(zip([properties[at].name for at in scalars], columns, strict=True)), request)
 
 
 # ---- the header

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kpcore.io.cloud import Columns, Content, ReadError, Request, are_integers, from_columns
+from kpcore.io.cloud import Content, NamedArrays, ReadError, Request, are_integers, from_columns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ def read(path: Path, size: int, request: Request) -> Content:
             f"{size} bytes are not a multiple of {4 * len(names)}, a record of {len(names)} float32: {' '.join(names)}"
         )
     table = np.fromfile(path, np.float32).reshape(-1, len(names))
-    return from_columns(Columns(zip(names, table.T, strict=True)), request)
+    return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
 
 
 def _layout(path: Path, size: int) -> tuple[str, ...]:

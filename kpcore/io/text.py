@@ -10,8 +10,8 @@ import numpy as np
 
 from kpcore.io.cloud import (
     LABELS,
-    Columns,
     Content,
+    NamedArrays,
     ReadError,
     Request,
     decode_text,
@@ -82,7 +82,7 @@ def read(path: Path, size: int, request: Request) -> Content:
         if names is None and path.suffix.lower() == ".pts":
             names = _names_of_pts(table)
     if names is not None:
-        return from_columns(Columns(zip(names, table.T, strict=True)), request)
+        return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
     content = from_table(table, request)
     return content._replace(warning=join_warnings(warning, content.warning))
 
