@@ -162,7 +162,7 @@ def test_a_table_without_names_is_given_some(run, tmp_path):
         code, out, err = run(path, *options, "--columns", "x y z label r g b")
     assert (code, err) == (0, "") and f"{np.unique(table[:, 3]).size} classes" in out
     code, out, err = run(path, *options, "--columns", "x y z")
-    assert (code, out) == (2, "") and "has 7 columns, but columns names 3: x y z" in err
+    assert (code, out) == (2, "") and "has 7 columns, got 3 names in columns=: x y z" in err
     code, out, err = run("--columns", "x y z")
     assert (code, out) == (2, "") and "--columns: only valid together with FILE" in err
 

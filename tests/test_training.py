@@ -728,7 +728,7 @@ def test_a_run_goes_on_from_its_first_moment(command, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training.Training(config, out, ".").run(stop)  # after the first step, and before a checkpoint
     code, _, err = command("train", tmp_path / "a.toml", "--out", out)
-    assert code == 2 and "--resume goes on with it" in err
+    assert code == 2 and "resume it with --resume" in err
     assert command("train", tmp_path / "a.toml", "--out", out, "--resume")[0] == 0
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "whole")[0] == 0
     assert_same_checkpoints(*(checkpoints.read(folder / "last.safetensors") for folder in (out, tmp_path / "whole")))
@@ -1097,7 +1097,7 @@ def test_train_test_and_segment(command, tmp_path):
     scored = re.search(line, out, re.MULTILINE)
     assert float(scored[1]) > 0.6
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
-    assert code == 2 and "has a run already; --resume goes on with it" in err
+    assert code == 2 and "has a run already; resume it with --resume" in err
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")[0] == 0
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "none", "--resume")
     assert code == 2 and "has no last.safetensors" in err
@@ -1153,7 +1153,7 @@ def test_commands_that_cannot_be_carried_out(command, tmp_path):
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_options_that_have_nothing_to_say(command, trained, tmp_path):
+def test_options_that_do_not_apply(command, trained, tmp_path):
     code, out, err = command("demo", "--levels", 3, "--voxel", 0.1, "--out", tmp_path)
     assert (code, out) == (2, "") and "--voxel, --levels: only valid together with FILE" in err
     _, _, config = digits(tmp_path)
@@ -1164,7 +1164,7 @@ def test_options_that_have_nothing_to_say(command, trained, tmp_path):
     code, out, _ = command("test", model, "--data", tmp_path)
     assert code == 0 and out.startswith("20 labelled: ")
     code, out, err = command("segment", model, "a.las", "--out", "b.las")
-    assert (code, out) == (2, "") and "labels no points" in err
+    assert (code, out) == (2, "") and "expected a network that labels points" in err
     model = trained[0] / "best.safetensors"
     code, out, err = command("segment", model, "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "no" / "p")
     assert (code, out) == (2, "") and "there is no folder" in err
@@ -1196,7 +1196,7 @@ def test_a_nan_ends_a_run_with_one_line(command, tmp_path):
 
 @pytest.fixture
 def last(trained, tmp_path):
-    """(groups, about, resume): what is in the last checkpoint of a run, and what goes on with another in its place."""
+    """(groups, about, resume): content of the last checkpoint, and a function that resumes from changed content."""
     groups, about = checkpoints.read(trained[0] / "last.safetensors")
     (tmp_path / "log.jsonl").write_bytes((trained[0] / "log.jsonl").read_bytes())
 
@@ -1320,17 +1320,15 @@ sys.exit(cli.main(["train", "a.toml", "--out", "run"]))
     assert_same_checkpoints(one, other)
 
 
-def test_resuming_what_was_never_begun_says_what_to_do(command, tmp_path):
+def test_resuming_a_run_that_does_not_exist(command, tmp_path):
     (tmp_path / "a.toml").write_text(TOML)
     code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
-    assert (code, out) == (2, "") and err.endswith(
-        "has no last.safetensors to go on from; without --resume it begins\n"
-    )
+    assert (code, out) == (2, "") and err.endswith("got none; start a new run without --resume\n")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text("{}\n")
     code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
-    assert (code, out) == (2, "") and err.endswith("to go on from; another --out begins a new run\n")
+    assert (code, out) == (2, "") and err.endswith("got none; start a new run with another --out\n")
 
 
 @pytest.mark.parametrize(
@@ -1339,16 +1337,16 @@ def test_resuming_what_was_never_begun_says_what_to_do(command, tmp_path):
         *[(lambda about, v=v: about.update(columns=v), "") for v in (3, [1], {}, {"widths": {}})],
         *[(lambda about, v=v: about["columns"].update(widths=v), "columns: expected widths") for v in (
             3, {}, {"one": 1}, {"one": 1, "color": 3, "height": 10**9}, {"height": 1, "color": 3, "one": 1})],
-        *[(lambda about, v=v: about["columns"].update(center=v), "expected the center of") for v in (
+        *[(lambda about, v=v: about["columns"].update(center=v), "finite number as center of") for v in (
             3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1]}, {"color": 0.0, "height": 1e999})],
-        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "expected the scale of height") for v in (
+        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "finite number as scale of height") for v in (
             0, -1, None, True, float("nan"), 1e-320)],
         (lambda about: about.pop("columns"), "without its settings or columns"),
         (lambda about: about.pop("settings"), "without its settings or columns"),
         *[(lambda about, v=v: about.update(settings=v), "") for v in (3, [1], {}, None)],
         (lambda about: about["settings"]["training"].update(votes=10**9), r"\[training\] votes: expected 1 to 1,000"),
         (lambda about: about["settings"]["training"].update(radius=1e30), r"\[training\] radius: expected"),
-        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as its settings"),
+        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as in its"),
         (lambda about: about["settings"]["data"].update(features=["one", "height"]), "expected num_features 2"),
         (lambda about: about["settings"]["data"]["classes"].update(more=[50]), "expected num_classes 4"),
         (lambda about: about["network"].update(voxel_size=0.3), "expected voxel_size 0.2, as .* got 0.3"),
