@@ -1100,7 +1100,7 @@ def test_train_test_and_segment(command, tmp_path):
     assert code == 2 and "has a run already; resume it with --resume" in err
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")[0] == 0
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "none", "--resume")
-    assert code == 2 and "has no last.safetensors" in err
+    assert code == 2 and "expected a checkpoint last.safetensors" in err
 
     model = tmp_path / "run" / "best.safetensors"
     code, out, _ = command("test", model)

@@ -163,9 +163,8 @@ def read(path: Path, size: int, request: Request) -> Content:
         elif first_name_index(others.names, LABEL_ARRAYS) is None and (request.columns or points.dtype.names):
             labels, unlabeled, warning = content.labels, content.unlabeled, None
         else:
-            labels, unlabeled, warning = labels_from(
-                others, request, LABEL_ARRAYS
-            )  # without the points, whose y is a coordinate
+            # Not from `columns`: y is a usual name of labels, but a coordinate among the points.
+            labels, unlabeled, warning = labels_from(others, request, LABEL_ARRAYS)
         if arrays and not any(usual in members[at][0].lower() for usual in ("point", "xyz", "pos", "coord")):
             warning = join_warnings(warning, f"it has no array named points: {members[at][0]} was read as the points")
         return content._replace(

@@ -33,9 +33,7 @@ _WINDOWS_NAN = re.compile(r"[-+]?1[.,]#(?:QNAN|SNAN|IND)\d*|[-+]?nan\(\w*\)", re
 _WINDOWS_INF = re.compile(r"1[.,]#INF\d*", re.I)
 _COMMENT = re.compile(r"(?:#|(?:^|(?<=[\s,;]))//).*", re.M)
 _COUNT = re.compile(r"^[ \t]*(\d+)[ \t]*$", re.M)
-_QUOTED_DECIMAL = re.compile(
-    r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I
-)  # the comma of "1,5" where the separator is a comma
+_QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the comma of "1,5" if the separator is one
 # A comma that cannot separate thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
 _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{4,})(?![\d,]))", re.A)
 _BLOCK = 1 << 22  # characters cleaned at a time
