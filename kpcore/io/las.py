@@ -40,19 +40,8 @@ if TYPE_CHECKING:
 _BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes per point of point formats 0 to 10
-_TYPES = (
-    None,
-    "u1",
-    "i1",
-    "u2",
-    "i2",
-    "u4",
-    "i4",
-    "u8",
-    "i8",
-    "f4",
-    "f8",
-)  # of extra bytes, by their number in the file
+# Types of extra bytes by their number in the file.
+_TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 # The layer of a LAZ (point formats 6 to 10) that holds a dimension, in the names of lazrs. Others need all layers.
 _LAYERS = {
     "x": "XY_RETURNS_CHANNEL", "y": "XY_RETURNS_CHANNEL", "z": "Z", "classification": "CLASSIFICATION",

@@ -37,15 +37,8 @@ if TYPE_CHECKING:
     from zipfile import ZipFile, ZipInfo
 
 Result = TypeVar("Result")
-POINTS = (
-    "points",
-    "xyz",
-    "pos",
-    "position",
-    "positions",
-    "coord",
-    "coords",
-)  # usual names; the first that is there is used
+# Usual names of arrays; the first that is there is used.
+POINTS = ("points", "xyz", "pos", "position", "positions", "coord", "coords")
 COLORS = ("colors", "color", "rgb")
 _MAX_HEADER = 1 << 16  # bytes; the header of a structured array names its fields
 
