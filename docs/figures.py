@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/neighbours.md with what kpcore itself finds: ``python docs/figures.py [folder]``."""
+"""Draws the pictures of docs/neighbours.md from results of kpcore: ``python docs/figures.py [folder]``."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.patches import Circle, Polygon, Rectangle
 
 import kpcore as kp
 
-INK, SOFT, FAINT = "#0f1319", "#5d6878", "#c3cad3"  # on white, which is part of the picture
+TEXT, PALE, FAINT = "#0f1319", "#5d6878", "#c3cad3"  # on a white background
 BLUE, ORANGE, GREEN, VIOLET = "#2468b4", "#d9701e", "#2b8a4b", "#7d4fb0"
 NEAR_TO_FAR = LinearSegmentedColormap.from_list("", ["#123f73", "#3d86cf", "#c4ddf3"])
 DPI = 144
@@ -44,7 +44,7 @@ def ball(axes, center, radius, color, metric="l2", **style):
 
 
 def query_mark(axes, point):
-    axes.scatter(*point, marker="x", s=55, c=INK, linewidths=2.2, zorder=5)
+    axes.scatter(*point, marker="x", s=55, c=TEXT, linewidths=2.2, zorder=5)
 
 
 def cells(axes, x, y, texts, colors, inks):
@@ -54,14 +54,14 @@ def cells(axes, x, y, texts, colors, inks):
 
 
 def arrow(axes, begin, end, color, gaps):
-    if np.linalg.norm(end - begin) > 0.02:  # not to itself
+    if np.linalg.norm(end - begin) > 0.02:  # no arrow from a point to itself
         style = {"arrowstyle": "-|>", "color": color, "linewidth": 1.0, "mutation_scale": 7}
         style["shrinkA"], style["shrinkB"] = gaps
         axes.annotate("", end, begin, arrowprops=style, zorder=2)
 
 
 def apart(points, distance):
-    """Which points to draw so that none hides another: those with no earlier one so near."""
+    """True for points that have no earlier point within the distance, so that drawn dots do not overlap."""
     nb = kp.radius_search(points, None, distance)
     return nb.index[nb.row_splits[:-1]] == np.arange(len(points))
 
@@ -69,21 +69,21 @@ def apart(points, distance):
 def draw_list():
     points = np.array([[0, 0], [1, 0], [2, 0], [2, 1], [5, 0]], np.float32)
     nb = kp.radius_search(points, None, 1.0)
-    row_colors = [SOFT, BLUE, GREEN, ORANGE, VIOLET]
+    row_colors = [PALE, BLUE, GREEN, ORANGE, VIOLET]
     fig = figure(9, 2.15)
     axes = panel(fig, (0.1, 0.05, 3.5, 2.05), (-0.4, 5.4), (-1.9, 1.5))
     ball(axes, points[1], 1, BLUE)
     dots(axes, points, row_colors, 270)
     for i, point in enumerate(points):
         axes.text(*point, i, color="white", size=10.5, weight="bold", ha="center", va="center_baseline", zorder=4)
-    axes.text(2.5, -1.6, "the neighbours of point 1: 0, 1 and 2", color=SOFT, size=10, ha="center", va="center")
+    axes.text(2.5, -1.6, "the neighbours of point 1: 0, 1 and 2", color=PALE, size=10, ha="center", va="center")
     axes = panel(fig, (3.75, 0.05, 5.2, 2.05), (-2.9, 11.6), (-2.5, 3.22))
     cells(axes, 0, 1, nb.index, np.repeat(row_colors, nb.counts), ["white"] * nb.num_pairs)
-    axes.text(-0.35, 1.47, "index", color=INK, size=10.5, ha="right", va="center", family="monospace")
-    axes.text(-0.35, -0.6, "row_splits", color=INK, size=10.5, ha="right", va="center", family="monospace")
+    axes.text(-0.35, 1.47, "index", color=TEXT, size=10.5, ha="right", va="center", family="monospace")
+    axes.text(-0.35, -0.6, "row_splits", color=TEXT, size=10.5, ha="right", va="center", family="monospace")
     for split in nb.row_splits:
         axes.plot([split, split], [-0.15, 0.9], color=FAINT, linewidth=1.2)
-        axes.text(split, -0.6, split, color=INK, size=10.5, ha="center", va="center")
+        axes.text(split, -0.6, split, color=TEXT, size=10.5, ha="center", va="center")
     for row, (begin, end) in enumerate(zip(nb.row_splits, nb.row_splits[1:], strict=False)):
         axes.text((begin + end) / 2, 2.45, f"row {row}", color=row_colors[row], size=9.5, ha="center", va="center")
     return fig
@@ -104,8 +104,8 @@ def draw_metric():
         dots(axes, np.delete(points, nb.index, axis=0), FAINT, 34)
         dots(axes, points[nb.index], BLUE, 34)
         query_mark(axes, query[0])
-        axes.text(0, 1.84, f'metric="{metric}"', color=INK, size=11, ha="center", va="center", family="monospace")
-        axes.text(0, 1.61, f"{words}: {nb.num_pairs} points", color=SOFT, size=10, ha="center", va="center")
+        axes.text(0, 1.84, f'metric="{metric}"', color=TEXT, size=11, ha="center", va="center", family="monospace")
+        axes.text(0, 1.61, f"{words}: {nb.num_pairs} points", color=PALE, size=10, ha="center", va="center")
     return fig
 
 
@@ -116,27 +116,27 @@ def draw_order():
     points = np.random.default_rng(4).permutation(points[apart(points, 0.25)])
     query = np.zeros((1, 2))
     by_distance = kp.radius_search(points, query, 1.0, sort="distance", return_distances=True)
-    color, ink = ["#eceff3"] * len(points), [SOFT] * len(points)
+    color, ink = ["#eceff3"] * len(points), [PALE] * len(points)
     for i, distance in zip(by_distance.index, by_distance.distance, strict=True):
-        color[i], ink[i] = NEAR_TO_FAR(1.5 * distance - 0.4), "white" if distance < 0.6 else INK
+        color[i], ink[i] = NEAR_TO_FAR(1.5 * distance - 0.4), "white" if distance < 0.6 else TEXT
     fig = figure(9, 3.7)
     axes = panel(fig, (0.1, 0.1, 3.5, 3.5), (-1.35, 1.35), (-1.35, 1.35))
     ball(axes, query[0], 1, BLUE)
-    ball(axes, query[0], by_distance.distance[5:7].mean(), SOFT, facecolor="none", linestyle="--", linewidth=1.3)
+    ball(axes, query[0], by_distance.distance[5:7].mean(), PALE, facecolor="none", linestyle="--", linewidth=1.3)
     dots(axes, points, color, 230)
     for i, point in enumerate(points):
         axes.text(*point, i, color=ink[i], size=9.5, ha="center", va="center_baseline", zorder=4)
     query_mark(axes, query[0])
     axes = panel(fig, (3.85, 0.15, 5.05, 3.4), (0, 13.4), (-0.35, 8.7))
     rows = (("index", None), ("distance", None), ("index", 6), ("distance", 6))
-    for line, (sort, most) in enumerate(rows):
-        found = kp.radius_search(points, query, 1.0, sort=sort, max_neighbors=most).index
-        words = f'sort="{sort}"' + (f", max_neighbors={most}" if most else "")
+    for line, (sort, max_neighbors) in enumerate(rows):
+        index = kp.radius_search(points, query, 1.0, sort=sort, max_neighbors=max_neighbors).index
+        words = f'sort="{sort}"' + (f", max_neighbors={max_neighbors}" if max_neighbors else "")
         y = 6.7 - 2.3 * line
-        axes.text(0, y + 1.45, words, color=INK, size=10, va="center", family="monospace")
-        cells(axes, 0, y, found, [color[i] for i in found], [ink[i] for i in found])
-        if most:
-            axes.text(6.4, y + 0.47, "the six in the dashed circle", color=SOFT, size=10, va="center")
+        axes.text(0, y + 1.45, words, color=TEXT, size=10, va="center", family="monospace")
+        cells(axes, 0, y, index, [color[i] for i in index], [ink[i] for i in index])
+        if max_neighbors:
+            axes.text(6.4, y + 0.47, "the six in the dashed circle", color=PALE, size=10, va="center")
     return fig
 
 
@@ -152,11 +152,11 @@ def draw_pyramid():
     for i, (name, words, color, nb, sources, targets) in enumerate(lists):
         axes = panel(fig, (0.15 + 2.95 * i, 0.05, 2.8, 3.45), (-0.02, 0.82), (-0.02, 1.015))
         axes.text(0.4, 0.965, f"level.{name}", color=color, size=11, ha="center", va="center", family="monospace")
-        axes.text(0.4, 0.895, words, color=SOFT, size=10, ha="center", va="center")
-        dots(axes, fine.points, SOFT, 20)
+        axes.text(0.4, 0.895, words, color=PALE, size=10, ha="center", va="center")
+        dots(axes, fine.points, PALE, 20)
         if i:
             dots(axes, coarse.points, "white", 62, marker="s", edgecolors=ORANGE, linewidths=1.8)
-        queries = range(len(targets.points))  # of all, or of the one in the middle
+        queries = range(len(targets.points))  # all, or only the one in the middle
         if i < 2:
             queries = kp.knn_search(targets.points, np.array([[0.4, 0.4]]), 1).index
             target = targets.points[queries[0]]

@@ -1,8 +1,10 @@
-"""python docs/results.py [curves|ablation]: figures and tables of docs/results.md that no other command makes.
+"""Makes the figures and tables of docs/results.md that no other command makes.
+
+    python docs/results.py [curves|ablation]
 
 curves: one network trained on the tape, in PyTorch and in JAX.
-ablation: the paper's comparison of kernels in small (Thomas et al. 2019, section 4.3: numbers of kernel points, rigid
-and deformable, on S3DIS): the demo's network, trained as the demo trains it for half the steps, tested on its flat.
+ablation: a small version of the comparison of kernels in Thomas et al. 2019, section 4.3 (number of kernel points,
+rigid and deformable): the network of the demo, trained for half of its steps, tested on its unseen flat.
 """
 
 import sys
@@ -23,8 +25,8 @@ from kpcore.pipeline.training import Training
 KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
 
 
-def trained(kernel_size, deformable, seed):
-    """(mIoU, seconds, parameters)"""
+def train(kernel_size, deformable, seed):
+    """(mIoU, seconds, number of parameters) of a network trained with this kernel."""
     network = demo.TRAINING["network"] | {"kernel_size": kernel_size, "deformable": 4 if deformable else 0}
     settings = from_dict(demo.TRAINING | {"network": network, "training": demo.TRAINING["training"] | {"steps": STEPS}})
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +40,7 @@ def trained(kernel_size, deformable, seed):
 
 
 def curves(steps=100):
-    """Losses of the same steps, and how far apart they are."""
+    """Plot the losses of the same training on the tape, in PyTorch and in JAX, and print their largest difference."""
     import jax
     import torch
 
@@ -52,15 +54,15 @@ def curves(steps=100):
         result = net(F, params, state, pyramid, features, training=True)
         return F.softmax_cross_entropy(result.logits, labels) + result.regularization, result.state
 
-    found = {"tape": [], "torch": [], "JAX": []}
-    own, own_state = {name: value.copy() for name, value in params.items()}, state
-    optimizer = nn.sgd(own, momentum=0.9, lr_scales={"offset": 0.1})
+    losses = {"tape": [], "torch": [], "JAX": []}
+    tape_params, tape_state = {name: value.copy() for name, value in params.items()}, state
+    optimizer = nn.sgd(tape_params, momentum=0.9, lr_scales={"offset": 0.1})
     for _ in range(steps):
-        tensors = {name: kp.autodiff.Tensor(value) for name, value in own.items()}
-        value, own_state = loss(kp, tensors, own_state, pyramid, features, labels)
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in tape_params.items()}
+        value, tape_state = loss(kp, tensors, tape_state, pyramid, features, labels)
         value.backward()
         optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 0.02)
-        found["tape"].append(float(value.value))
+        losses["tape"].append(float(value.value))
 
     module = kp.torch.Network(net, params, state)
     groups = [
@@ -75,7 +77,7 @@ def curves(steps=100):
         value = kp.torch.softmax_cross_entropy(logits, torch.from_numpy(labels)) + regularization
         value.backward()
         torch_optimizer.step()
-        found["torch"].append(value.item())
+        losses["torch"].append(value.item())
 
     F = kp.jax
     step = jax.jit(jax.value_and_grad(lambda *inputs: loss(F, *inputs), has_aux=True))
@@ -84,30 +86,31 @@ def curves(steps=100):
         (value, state), grads = step(params, state, pyramid, features, labels)
         moments = {name: 0.9 * moments[name] + grads[name] + 1e-3 * params[name] for name in params}
         params = {name: p - (0.002 if "offset" in name else 0.02) * moments[name] for name, p in params.items()}
-        found["JAX"].append(float(value))
+        losses["JAX"].append(float(value))
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, values), width, color in zip(found.items(), (7, 3.5, 1), ("C0", "C1", "k"), strict=True):
+    for (name, values), width, color in zip(losses.items(), (7, 3.5, 1), ("C0", "C1", "k"), strict=True):
         axes.plot(values, lw=width, color=color, label=name)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     figure.savefig(Path(__file__).with_name("curves.png"), dpi=120)
-    tape, *others = map(np.array, found.values())
+    tape, *others = map(np.array, losses.values())
     for name, values in zip(("torch", "JAX"), others, strict=True):
-        off = np.abs(values / tape - 1).max()
-        print(f"{name}: {tape[0]:.4f} -> {tape[-1]:.4f}, at most {off:.1e} off the tape's losses")
+        difference = np.abs(values / tape - 1).max()
+        print(f"{name}: {tape[0]:.4f} -> {tape[-1]:.4f}, differs from the tape by at most {difference:.1e}")
 
 
 def ablation():
+    """Plot the mIoU by number of kernel points, rigid and deformable, and print the table."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     print("| kernel points | | mIoU, median of three seeds (least–most) | s | parameters |\n|---|---|---|---|---|")
     for kind, deformable in (("rigid", False), ("deformable", True)):
         medians = []
         for kernel_size in KERNELS:
-            found = [trained(kernel_size, deformable, seed) for seed in SEEDS]
-            scores, seconds, sizes = zip(*found, strict=True)
+            runs = [train(kernel_size, deformable, seed) for seed in SEEDS]
+            scores, seconds, sizes = zip(*runs, strict=True)
             medians.append(np.median(scores))
             axes.plot([kernel_size] * len(scores), scores, ".", color="C1" if deformable else "C0", alpha=0.4)
             print(f"| {kernel_size} | {kind} | {medians[-1]:.3f} ({min(scores):.3f}–{max(scores):.3f}) | "

@@ -1,4 +1,4 @@
-"""The command `kpcore`."""
+"""The command `kpcore`: its options, and the subcommands train, test and segment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import kpcore as kp
 from kpcore.config import require
-from kpcore.console import BAR, PLAIN, Refused, make_folder, of_classes
+from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
 from kpcore.files import check_writable, expanded, whole
 from kpcore.pipeline.settings import LENGTHS
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns 0, 2 for input that cannot be used, 130 after Ctrl-C. Who reads no more of what is printed
-    is a BrokenPipeError."""
+    """Run the command. Returns 0, 2 for invalid options or input, 130 after Ctrl-C.
+
+    Raises BrokenPipeError if the reader of standard output has closed it.
+    """
     from kpcore.pipeline.training import NotFinite
 
     args = _parser().parse_args(argv)
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
     except BrokenPipeError:
         raise
-    except (ValueError, NotFinite, ImportError) as error:  # all that kpcore says of its input is a ValueError
+    except (ValueError, NotFinite, ImportError) as error:  # kpcore raises a ValueError for any invalid input
         return _refused(error)
     except OSError as error:
         return _refused(f"{error.filename or 'standard output'}: {error.strerror or error}")
@@ -47,23 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused(reason: object) -> int:
-    _say(reason)
+    _print_line(reason)
     return 2
 
 
-def _say(what: object) -> None:
-    print(f"kpcore: {'; '.join(str(what).splitlines())}", file=sys.stderr)  # one line, whatever a name in it holds
+def _print_line(message: object) -> None:
+    """Print a message on stderr in one line, even if a name in it has line breaks."""
+    print(f"kpcore: {'; '.join(str(message).splitlines())}", file=sys.stderr)
 
 
 @contextmanager
 def _warnings_in_lines() -> Iterator[None]:
-    """Each warning is one line on stderr, once."""
-    said = set()
+    """Print each warning once, as one line on stderr."""
+    shown = set()
 
-    def show(message, *where):
-        if str(message) not in said:
-            said.add(str(message))
-            _say(message)
+    def show(message, *_):
+        if str(message) not in shown:
+            shown.add(str(message))
+            _print_line(message)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -82,16 +85,16 @@ def _parser() -> argparse.ArgumentParser:
         return text.split()
 
     def length(text: str) -> float:
-        value, (least, most) = float(text), LENGTHS
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected a length from {least:g} to {most:g}, got {text}")
+        value, (smallest, largest) = float(text), LENGTHS
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"expected a length from {smallest:g} to {largest:g}, got {text}")
         return value
 
-    def up_to(most: int, least: int = 1) -> Callable[[str], int]:
+    def up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
         def number(text: str) -> int:
             value = int(text)
-            if not least <= value <= most:
-                raise argparse.ArgumentTypeError(f"expected {least} to {most}, got {text}")
+            if not smallest <= value <= largest:
+                raise argparse.ArgumentTypeError(f"expected {smallest} to {largest}, got {text}")
             return value
 
         return number
@@ -99,43 +102,57 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kpcore", description="The numerical core of point convolutions.")
     parser.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    shown = commands.add_parser(
+    demo = commands.add_parser(
         "demo",
         help="train a network and label a scene with it; or subsample, search and convolve a scan",
         description="Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
         "another one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, "
         "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
-    shown.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
-    shown.add_argument("--voxel", type=length, help="of a FILE: voxel of level 0 in its unit (default 0.04)")
-    shown.add_argument("--levels", type=up_to(12), help="of a FILE: each of twice the voxel (default 5)")
-    shown.add_argument("--channels", type=up_to(1024), help="of a FILE: channels in and out (default 64)")
-    shown.add_argument("--columns", type=names, metavar="NAMES", help='of a table without names: "x y z label"')
-    shown.add_argument("--out", type=path, default=Path(), metavar="DIR", help="where the picture goes (default here)")
-    shown.set_defaults(run=_demo)
+    demo.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
+    demo.add_argument("--voxel", type=length, help="with FILE: voxel size of level 0 in its unit (default 0.04)")
+    demo.add_argument(
+        "--levels", type=up_to(12), help="with FILE: number of levels, each with twice the voxel size (default 5)"
+    )
+    demo.add_argument("--channels", type=up_to(1024), help="with FILE: channels in and out (default 64)")
+    demo.add_argument(
+        "--columns", type=names, metavar="NAMES", help='with FILE: names for columns that have none, "x y z label"'
+    )
+    demo.add_argument(
+        "--out", type=path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
+    )
+    demo.set_defaults(run=_demo)
 
-    trained = commands.add_parser("train", help="train a network on labelled clouds, as a TOML file says")
-    trained.add_argument("settings", type=path, metavar="TOML")
-    trained.add_argument("--out", type=path, required=True, metavar="DIR", help="for checkpoints, the log and curves")
-    trained.add_argument("--data", type=path, metavar="DIR", help="where its files are (default: where the TOML is)")
-    trained.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="of all that is drawn (default 0)")
-    trained.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
-    trained.set_defaults(run=_train)
+    train = commands.add_parser("train", help="train a network on labelled clouds with the settings of a TOML file")
+    train.add_argument("settings", type=path, metavar="TOML")
+    train.add_argument(
+        "--out", type=path, required=True, metavar="DIR", help="folder for checkpoints, the log and curves"
+    )
+    train.add_argument("--data", type=path, metavar="DIR", help="folder of the data files (default: that of the TOML)")
+    train.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="seed of all random numbers (default 0)")
+    train.add_argument(
+        "--resume", action="store_true", help="resume the run in the folder --out from its last checkpoint"
+    )
+    train.set_defaults(run=_train)
 
-    tested = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
-    tested.add_argument("model", type=path, metavar="MODEL", help="best.safetensors of a training")
-    tested.add_argument("--data", type=path, default=Path(), metavar="DIR", help="where the files are (default here)")
-    tested.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
-    tested.set_defaults(run=_test)
+    test = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
+    test.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    test.add_argument(
+        "--data", type=path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
+    )
+    test.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    test.set_defaults(run=_test)
 
-    segmented = commands.add_parser("segment", help="label a scan with a trained network")
-    segmented.add_argument("model", type=path, metavar="MODEL", help="best.safetensors of a training")
-    segmented.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
-    segmented.add_argument("--out", type=path, required=True, metavar="FILE", help="the same kind of file, labelled")
-    segmented.add_argument("--votes", type=up_to(1000), help="each place's (default: the settings')")
-    segmented.add_argument("--picture", type=path, metavar="PNG")
-    segmented.set_defaults(run=_segment)
-    commands.add_parser("config", help="version, instruction set, threads").set_defaults(run=lambda _: kp.show_config())
+    segment = commands.add_parser("segment", help="label a scan with a trained network")
+    segment.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    segment.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
+    segment.add_argument("--out", type=path, required=True, metavar="FILE", help="labelled copy, in the same format")
+    segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
+    segment.set_defaults(run=_segment)
+    commands.add_parser("config", help="print version, instruction set, threads").set_defaults(
+        run=lambda _: kp.show_config()
+    )
     return parser
 
 
@@ -157,28 +174,28 @@ def _train(args: argparse.Namespace) -> None:
 
     tqdm = require("tqdm", "io").tqdm
     require("safetensors", "io")
-    require("matplotlib.figure", "plot")  # before hours of training, not after
+    require("matplotlib.figure", "plot")  # checked before hours of training
     settings = read_settings(args.settings)
-    begun = (args.out / LOG).is_file() and (args.out / LOG).stat().st_size > 0
+    has_run = (args.out / LOG).is_file() and (args.out / LOG).stat().st_size > 0
     if args.resume and not (args.out / LAST).is_file():
-        advice = "another --out begins a new run" if begun else "without --resume it begins"
-        raise Refused(f"--resume: {args.out} has no {LAST} to go on from; {advice}")
-    if begun and not args.resume:
-        raise Refused(f"--out {args.out}: has a run already; --resume goes on with it")
+        advice = "start a new run with another --out" if has_run else "start a new run without --resume"
+        raise Refused(f"--resume: expected a checkpoint {LAST} in {args.out}, got none; {advice}")
+    if has_run and not args.resume:
+        raise Refused(f"--out: {args.out} has a run already; resume it with --resume or choose another folder")
     make_folder(args.out)
     check_writable(args.out / LAST)
     training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
-    net, how = training.model.net, settings.training
+    net, epochs, steps = training.model.net, settings.training.epochs, settings.training.steps
     print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
           f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
-    done = training.epoch * how.steps + training.step
-    with tqdm(total=how.epochs * how.steps, initial=done, desc="training", **BAR) as bar:
+    done = training.epoch * steps + training.step
+    with tqdm(total=epochs * steps, initial=done, desc="training", **BAR) as bar:
 
         def watch(entry: dict[str, Any]) -> None:
             if "test" in entry:
                 bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"]))
                 return
-            bar.set_description_str(f"epoch {entry['epoch'] + 1} of {how.epochs}")
+            bar.set_description_str(f"epoch {entry['epoch'] + 1} of {epochs}")
             bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
             bar.update()
 
@@ -189,7 +206,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _scores(when: str, scores: Scores) -> str:
     parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
-    means = f"mIoU {scores['miou']:.4f}{of_classes(scores)}, accuracy {scores['accuracy']:.4f}"
+    means = f"mIoU {scores['miou']:.4f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.4f}"
     return f"{when}: {means} | IoU {', '.join(parts)}"
 
 
@@ -206,9 +223,9 @@ def _test(args: argparse.Namespace) -> None:
 
     model = _model(args.model)
     if not model.settings.data.test:
-        raise Refused(f"{args.model}: its settings name no test files")
+        raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
     if args.votes and not model.net.segments:
-        raise Refused(f"--votes: {args.model} classifies whole clouds, which have no places to vote on")
+        raise Refused(f"--votes: only valid for networks that label points, but {args.model} classifies whole clouds")
     loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
     confusion = voting.evaluate(model, loaded, args.votes)
     print(_scores(f"{confusion.sum():,} labelled", voting.scores(confusion, model.settings.names)))
@@ -222,12 +239,12 @@ def _segment(args: argparse.Namespace) -> None:
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
     if not model.net.segments:
-        raise Refused(f"{args.model}: classifies whole clouds, and labels no points")
+        raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
     segmentation.check_out(args.file, args.out)
     if args.picture:
         require("matplotlib", "plot")
         check_writable(args.picture)
-    with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": PLAIN}) as bar:
+    with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
 
         def watch(done: float) -> None:
             bar.update(done - bar.n)
@@ -237,7 +254,7 @@ def _segment(args: argparse.Namespace) -> None:
     for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
     if segmented.scores:
-        print(_scores("against the labels that were there", segmented.scores))
+        print(_scores("compared with the labels in the file", segmented.scores))
     if args.picture:
         with whole(args.picture) as part:
             segmentation.draw(part, args.file.name, segmented, model.settings.names)

@@ -1,4 +1,4 @@
-"""Threads, instruction set and what this build can do."""
+"""Threads, memory limit, optional packages, and the report of `show_config`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def _available_cores() -> tuple[int, str]:
-    """Cores this process may use: its affinity, and its control group's quota where that is lower; and which it is."""
+    """(number of cores this process may use, reason): its affinity, or the quota of its control group if lower."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         cores = os.cpu_count() or 1
     for quota in (_quota_v2, _quota_v1):
         try:
-            granted = max(1, math.ceil(min(cores, quota())))
+            allowed = max(1, math.ceil(min(cores, quota())))
         except (OSError, ValueError):
             continue
-        if granted < cores:
-            return granted, "the quota of this control group"
+        if allowed < cores:
+            return allowed, "the quota of this control group"
         break
     return cores, "the cores this process may use"
 
@@ -55,20 +55,20 @@ def _quota_v1() -> float:
 
 
 def _threads_and_why() -> tuple[int, str]:
-    """The number of threads of a call, and who chose it."""
+    """(number of threads of a call, reason)."""
     global _chosen
     if _chosen:
         return _chosen
     process = sys.modules.get("multiprocessing.process")
     if not cpu.has_openmp():
         choice = 1, "built without OpenMP"
-    elif _openmp.asked_for:
-        choice = _openmp.asked_for
+    elif _openmp.requested_threads:
+        choice = _openmp.requested_threads
     elif process and process.current_process().daemon:
         choice = 1, "a worker process (daemonic, as those of a DataLoader or Pool), one of several"
     else:
         choice = _available_cores()
-    # A spawned child runs its parent's main module before it knows what kind of child it is: not its last word.
+    # A spawned child runs its parent's main module before it knows whether it is daemonic: the choice is not kept yet.
     if not (process and "__mp_main__" in sys.modules and process.parent_process() is None):
         _chosen = choice
     return choice
@@ -80,7 +80,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """A forked child may be a worker process, so it chooses again; a number from `set_num_threads` stays."""
+    """Choose again after a fork, as the child may be a worker process; a number set by `set_num_threads` stays."""
     global _chosen, _is_limited_to_one
     if not _threads_survive_forks:
         _chosen, _is_limited_to_one = (1, f"a forked child, and {_OLD_OPENMP}"), True
@@ -90,7 +90,7 @@ def _after_fork_in_child() -> None:
 
 _SET = "kpcore.set_num_threads"
 _OLD_OPENMP = "the OpenMP that this process has loaded is older than 5.0, which cannot start threads in one"
-_chosen: tuple[int, str] | None = None  # what _threads_and_why says, once it has
+_chosen: tuple[int, str] | None = None  # the result of _threads_and_why, once it is final
 _threads_survive_forks, _is_limited_to_one = True, False
 if os.environ.get("KPCORE_ISA"):
     cpu.set_isa(os.environ["KPCORE_ISA"])
@@ -101,10 +101,10 @@ if hasattr(os, "register_at_fork"):
 def set_num_threads(threads: int) -> None:
     """Use this many threads in every later call, in all Python threads.
 
-    Until then it is ``KPCORE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else one in a daemonic process of
-    `multiprocessing` (the workers of a DataLoader or Pool), else the cores that this process may use. A forked child
-    keeps what was set here. Calls with little to do take fewer. No result depends on it. A build without OpenMP has
-    one.
+    The default is ``KPCORE_NUM_THREADS``, else ``OMP_NUM_THREADS``, else 1 in a daemonic process of `multiprocessing`
+    (the workers of a DataLoader or Pool), else the number of cores that this process may use. A forked child keeps the
+    number set here. Small calls use fewer threads. Results do not depend on the number of threads. A build without
+    OpenMP always uses one.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that calls use at most; see `set_num_threads`."""
+    """The largest number of threads that a call uses; see `set_num_threads`."""
     return (_chosen or _threads_and_why())[0]
 
 
@@ -133,10 +133,10 @@ _memory_limit: int | None = None
 
 
 def set_memory_limit(limit: int | None) -> None:
-    """Refuse results of searches that would take more than this many bytes, before they are made.
+    """Set the largest size in bytes of a search result; a larger one raises a MemoryError before it is allocated.
 
-    ``None``, the default, is the memory that is free when it comes to that: what Linux calls available, or what is left
-    of the control group's limit where that is less. Other systems have no limit then.
+    With ``None``, the default, the limit is the memory that is free at the time of the call: what Linux calls
+    available, or what is left of the control group's limit if that is less. Other systems then have no limit.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def get_memory_limit() -> int | None:
 
 @functools.cache
 def cupy() -> ModuleType:
-    """CuPy, or an error that says what is missing for it."""
+    """The module CuPy; an error that says what is missing if it cannot be used."""
     missing = "expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13], as the driver is"
     cupy = _imported("cupy", missing)
     if not cupy.cuda.is_available():
@@ -167,7 +167,7 @@ def cupy() -> ModuleType:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or say how to install it, or what is wrong with the one that is there."""
+    """Import a module of an optional package; an error says how to install it, or why the import fails."""
     return _imported(module, f'{module.partition(".")[0]} is not installed: pip install "kpcore[{extra}]"')
 
 
@@ -175,7 +175,7 @@ def _imported(module: str, missing: str) -> ModuleType:
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a package of another NumPy's raises what it likes
+    except Exception as error:  # a package built for another NumPy can raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ModuleNotFoundError(missing, name=package) from None
         reason = " ".join(str(error).split()) or "no reason given"
@@ -185,15 +185,15 @@ def _imported(module: str, missing: str) -> ModuleType:
 
 
 def check_room(num_neighbors: int, size: int, estimated: bool = False, free: Callable[[], float] | None = None) -> None:
-    """An error if a result of that many bytes is over the limit; of an estimate, if it is twice the limit.
+    """Raise a MemoryError if a result of `size` bytes exceeds the limit; for an estimate, twice the limit.
 
-    `free` returns the bytes that are free where the result goes, if that is not the host's memory.
+    `free` returns the free bytes of the memory that the result goes to, unless that is the host's.
     """
-    least = size // 2 if estimated else size
-    if _memory_limit is not None and least > _memory_limit:
+    smallest_size = size // 2 if estimated else size
+    if _memory_limit is not None and smallest_size > _memory_limit:
         limit = f"the limit of {_memory_limit} (kpcore.set_memory_limit)"
     elif (
-        _memory_limit is None and least > 2**28 and least > (room := (free or _free_memory)())
+        _memory_limit is None and smallest_size > 2**28 and smallest_size > (room := (free or _free_memory)())
     ):  # reading /proc takes 30 us
         limit = f"the {room} that are free (kpcore.set_memory_limit)"
     else:
@@ -212,9 +212,9 @@ def _free_memory() -> float:
 
 
 def _free_in_groups() -> Iterator[int]:
-    """What is left of the limit of each control group that this process is in, those above it included.
+    """The bytes left of the limit of each control group of this process and of the groups above.
 
-    Cached files count as used there, but make room when memory is wanted, as in what Linux calls available.
+    Cached files count as used in a control group, but are freed when memory is needed; they are added here.
     """
     try:
         lines = (_PROC / "self/cgroup").read_text().splitlines()
@@ -229,7 +229,7 @@ def _free_in_groups() -> Iterator[int]:
             cached = "total_inactive_file", "total_active_file"
         else:
             continue
-        inner = root / path.strip("/")  # not there where a container sees its own group as the root
+        inner = root / path.strip("/")  # does not exist in a container whose own group is its root
         for group in (inner, *inner.parents)[: 1 + len(inner.relative_to(root).parts)]:
             try:
                 room = int((group / most).read_text()) - int((group / used).read_text())  # "max" has no limit
@@ -255,7 +255,7 @@ def _gpu() -> str:
 
 
 def show_config() -> None:
-    """Print the version, instruction set, threads and libraries in use, as a bug report should quote them."""
+    """Print version, instruction set, threads and libraries in use, for bug reports."""
     threads, why = _threads_and_why()
     rows = {
         "kpcore": __version__,

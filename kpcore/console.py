@@ -1,4 +1,4 @@
-"""What the commands share: progress bars, options that are refused, folders for what comes out."""
+"""Shared by the commands: formats of progress bars, the error for invalid options, output folders."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ if TYPE_CHECKING:
 
 BAR = {"bar_format": "{desc:26}{bar:30}{percentage:4.0f} %  {rate_fmt}  {elapsed}<{remaining}{postfix}", "leave": False,
        "ncols": 110, "nrows": 24, "disable": None, "unit": " steps"}  # fmt: skip
-PLAIN = "{desc:26}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}"
+BAR_WITHOUT_RATE = "{desc:26}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}"
 
 
 class Refused(ValueError):
-    """The options cannot be carried out."""
+    """The options of a command are invalid or do not fit its input."""
 
 
-def of_classes(scores: Scores) -> str:
-    """Of how many classes a mean IoU is, where not of all."""
-    there = sum(value is not None for value in scores["iou"].values())
-    return "" if there == len(scores["iou"]) else f" over {there} of {len(scores['iou'])} classes"
+def classes_in_mean(scores: Scores) -> str:
+    """Text after a mean IoU that says over how many classes it is; empty if over all."""
+    counted = sum(value is not None for value in scores["iou"].values())
+    return "" if counted == len(scores["iou"]) else f" over {counted} of {len(scores['iou'])} classes"
 
 
 def make_folder(out: Path) -> None:
+    """Make the folder of --out, unless it exists."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`kpcore demo`: a network trained and used on the spot; or the main job on a scan, timed and drawn."""
+"""`kpcore demo`: trains a small network and uses it; or subsamples, searches and convolves a scan, with times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
-from kpcore.console import BAR, PLAIN, Refused, make_folder, of_classes
+from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
 from kpcore.files import check_writable, whole
 from kpcore.pipeline.settings import Part
 from kpcore.scenes.indoor import NAMES
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
     from kpcore.picture import Patch
 
-SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # what may be said of a file
+SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
 NUM_KERNEL_POINTS = 15
-RADIUS, KERNEL_RADIUS, EXTENT = 2.5, 0.66 * 2.5, 1.2  # in voxels, as published
+RADIUS, KERNEL_RADIUS, EXTENT = 2.5, 0.66 * 2.5, 1.2  # in voxels, as in the KPConv paper
 HEADER = "level     voxel      points  neighbours   subsample    search   forward  backward   M points/s   peak MB"
 ROW = "{:>5}{:>10.4g}{:>12,}{:>12.1f}{:>12.1f}{:>10.1f}{:>10.1f}{:>10.1f}{:>13.2f}{:>10,}"
 
 
-# Five flats that differ in how they are furnished; the unseen one is mirrored as well.
+# Five flats whose furniture differs by the seed; the unseen flat has another seed and is mirrored.
 TRAINING = {
     "data": {
         "train": [{"indoor": seed} for seed in range(5)],
@@ -50,7 +50,10 @@ UNSEEN = Part(indoor=100, mirror=True)
 
 
 def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None) -> None:
-    """The main job on a file; `columns` are names for those of a table without."""
+    """Run the operators on a file, level by level: print a table and write a picture.
+
+    `columns` are names for the columns of a table that has none.
+    """
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     from kpcore import picture
 
@@ -58,23 +61,23 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
     cloud = scenes.read(file, columns=columns)
     make_folder(out)
     check_writable(path)
-    about = _about(cloud)
-    print(f"{name}: {about}")
+    summary = _summary(cloud)
+    print(f"{name}: {summary}")
     if cloud.left_out:
         print(f"left out: {cloud.left_out:,} points with NaN or infinite coordinates")
     notes = []
     if cloud.shift.any():
         notes.append(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
     if cloud.rounding > 0:
-        notes.append(f"float32 changes coordinates by at most {_one_digit_up(cloud.rounding)}")
+        notes.append(f"float32 changes coordinates by at most {_rounded_up(cloud.rounding)}")
     if notes:
         print("; ".join(notes))
 
-    done = []
+    finished = []
     style = {"bar_format": "{desc:20}{bar:40}{percentage:4.0f} %", "leave": False, "ncols": 72, "nrows": 24}
     with tqdm(desc="level 0", total=4 * levels + 1, disable=None, **style) as bar:
         for number in range(levels):
-            done.append(_level(number, done[-1] if done else cloud, voxel * 2**number, channels, bar))
+            finished.append(_level(number, finished[-1] if finished else cloud, voxel * 2**number, channels, bar))
         bar.set_description_str("picture")
         panels = [
             (
@@ -84,17 +87,17 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
                 f"level {number} · voxel {level.voxel:.4g}",
                 f"{len(level.points):,} points · {level.mean_neighbors:.1f} neighbours",
             )
-            for number, level in enumerate(done)
+            for number, level in enumerate(finished)
         ]
         with whole(path) as part:
-            picture.draw(part, name, about, cloud, panels, _patch(done[0]))
+            picture.draw(part, name, summary, cloud, panels, _patch(finished[0]))
         bar.update()
-    _table(done, channels)
+    _table(finished, channels)
     print(f"picture: {path}")
 
 
 def train(out: Path) -> None:
-    """A small KP-FCNN, trained on embedded scenes for some two minutes, labels one that it has not seen."""
+    """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
     tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
     require("safetensors", "io")
     from kpcore.pipeline import segmentation, voting
@@ -122,33 +125,33 @@ def train(out: Path) -> None:
         print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
         (scene,), _ = load(settings, [UNSEEN], folder, training.model.columns)
     begin = time.perf_counter()
-    with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": PLAIN}) as bar:
+    with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
         classes = voting.labels_of(training.model, scene, watch=lambda done: bar.update(done - bar.n))
-    found = segmentation.found(training.model, scene, classes)
+    segmented = segmentation.compare(training.model, scene, classes)
     seconds = time.perf_counter() - begin
     print(
         f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"
     )
     print()
     print(f"{'class':>10} {'IoU':>7} {'points':>9}")
-    true = np.bincount(found.true, minlength=len(settings.names))
+    true = np.bincount(segmented.true, minlength=len(settings.names))
     for name, number in zip(settings.names, true, strict=True):
-        value = found.scores["iou"][name]
+        value = segmented.scores["iou"][name]
         print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
-    mean = f"{found.scores['miou']:>7.3f}{of_classes(found.scores)}"
-    print(f"{'mean':>10} {mean}   accuracy {found.scores['accuracy']:.3f}")
+    mean = f"{segmented.scores['miou']:>7.3f}{classes_in_mean(segmented.scores)}"
+    print(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
     with whole(path) as part:
-        segmentation.draw(part, "A flat that the network has not seen", found, settings.names)
+        segmentation.draw(part, "A flat that the network has not seen", segmented, settings.names)
     print(f"picture: {path}")
 
 
-def _one_digit_up(value: float) -> str:
-    """A number in one digit that is not below it."""
+def _rounded_up(value: float) -> str:
+    """A number rounded up to one significant digit."""
     power = 10.0 ** math.floor(math.log10(value))
     return f"{math.ceil(value / power) * power:.0e}"
 
 
-def _about(cloud: Cloud) -> str:
+def _summary(cloud: Cloud) -> str:
     parts = [f"{len(cloud.points):,} points", " × ".join(f"{length:.4g}" for length in np.ptp(cloud.points, axis=0))]
     if cloud.labels is not None:
         parts.append(f"{np.unique(cloud.labels).size} classes")
@@ -163,7 +166,7 @@ class Level:
     voxel: float
     neighbors: kp.Neighbors
     seconds: tuple[float, ...]  # subsample, search, forward, backward
-    peak: int  # MB of memory so far
+    peak: int  # MB of memory used by the process so far, at most
 
     @property
     def mean_neighbors(self) -> float:
@@ -171,7 +174,7 @@ class Level:
 
 
 def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: Any) -> Level:
-    """The main job on one level: its points from the finer level's, their neighbours, a KPConv and its gradients."""
+    """Run the operators on one level: subsample the finer level, search neighbours, KPConv forward and backward."""
     seconds = []
 
     def step(name: str, job: Callable[[], Any]) -> Any:
@@ -185,8 +188,8 @@ def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: 
     colors = None if finer.colors is None else finer.colors.astype(np.float32)
     try:
         sub = step("subsample", lambda: kp.grid_subsample(finer.points, voxel, features=colors, labels=finer.labels))
-    except ValueError as error:  # more voxels along an axis than their keys have room for
-        raise Refused(f"--voxel {voxel:g}: {error}{_try(finer.points)}") from None
+    except ValueError as error:  # too many voxels along an axis
+        raise Refused(f"--voxel {voxel:g}: {error}{_suggestion(finer.points)}") from None
     rng = np.random.default_rng(number)
     features, grad = rng.standard_normal((2, len(sub.points), channels), np.float32)
     weights = rng.standard_normal((NUM_KERNEL_POINTS, channels, channels), np.float32) / channels
@@ -205,20 +208,22 @@ def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: 
 
 
 def _check_voxel(points: np.ndarray, level: Level, bar: Any) -> None:
-    """One line on stderr where the voxel and the unit of the file hardly fit each other."""
+    """Print one line on stderr if the voxel size seems to be in another unit than the file."""
     if len(points) < 50 or not np.ptp(points, axis=0).any():
         return
     if len(level.points) < 8:
         outcome = f"leaves {len(level.points)} of {len(points):,} points"
     elif level.mean_neighbors < 4:
-        outcome = f"leaves a point {level.mean_neighbors:.1f} neighbours, itself included"
+        outcome = f"leaves {level.mean_neighbors:.1f} neighbours per point, itself included"
     else:
         return
-    bar.write(f"kpcore: --voxel {level.voxel:g} {outcome}; is it in the file's unit?{_try(points)}", file=sys.stderr)
+    bar.write(
+        f"kpcore: --voxel {level.voxel:g} {outcome}; is it in the file's unit?{_suggestion(points)}", file=sys.stderr
+    )
 
 
-def _try(points: np.ndarray) -> str:
-    """The largest of 1, 2, 5, 10, ... that leaves a third of the points, or 20,000."""
+def _suggestion(points: np.ndarray) -> str:
+    """Advice with the largest voxel size of 1, 2, 5, 10, ... that leaves a third of the points, or 20,000."""
     size = float(np.ptp(points.astype(np.float64), axis=0).max())
     power = math.floor(math.log10(size)) if size > 0 else 0
     for voxel in (digit * 10.0**exponent for exponent in range(power, power - 5, -1) for digit in (5, 2, 1)):
@@ -228,18 +233,18 @@ def _try(points: np.ndarray) -> str:
 
 
 def _patch(level: Level) -> Patch:
-    """Of 500 neighbourhoods, the one that is least flat: a corner says more about a kernel than a wall."""
+    """The least flat of 500 neighbourhoods, as a corner shows more of a kernel than a wall."""
     from kpcore.picture import Patch
 
     starts, index = level.neighbors.row_splits, level.neighbors.index
     counts = np.diff(starts)
     full = np.flatnonzero(counts >= np.median(counts))
-    best, chosen = -1.0, 0
+    largest, chosen = -1.0, 0
     for query in full[:: len(full) // 500 + 1]:
         offsets = level.points[index[starts[query] : starts[query + 1]]] - level.points[query]
         thickness = np.linalg.svd(offsets - offsets.mean(axis=0), compute_uv=False)[-1] / len(offsets) ** 0.5
-        if thickness > best:
-            best, chosen = thickness, query
+        if thickness > largest:
+            largest, chosen = thickness, query
     offsets = level.points[index[starts[chosen] : starts[chosen + 1]]] - level.points[chosen]
     kernel = kp.kernel_points(NUM_KERNEL_POINTS, KERNEL_RADIUS * level.voxel)
     distance = np.linalg.norm(offsets[:, None] - kernel, axis=2)
@@ -261,7 +266,7 @@ def _table(levels: Sequence[Level], channels: int) -> None:
 
 
 def _peak_memory() -> int:
-    """In MB. Linux keeps VmHWM per program; ru_maxrss would count the shell that started it."""
+    """Peak memory in MB. VmHWM of Linux belongs to the program; ru_maxrss also counts the shell that started it."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) // 1024

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files so that they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-_ENDING = ("SIGTERM", "SIGHUP")  # that end a process without an exception, where nobody handles them
+_ENDING_SIGNALS = ("SIGTERM", "SIGHUP")  # without a handler they end the process, and no exception is raised
 
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The path of a file to write, beside `path` and of its kind; it takes its place after the block, or is removed.
+    """Yield a temporary path in the folder of `path`, with the same extension, for the block to write.
 
-    Also by a signal that ends the process, in the main thread: Python hears of signals only there. An OSError names
-    `path`.
+    After the block the file is renamed to `path`; after an exception it is removed. It is also removed when a signal
+    ends the process while the block runs in the main thread, the only one in which Python handles signals. An OSError
+    names `path`.
     """
     path = Path(path)
-    part, is_ours = _part_of(path), True
-    with _named(path, part), _removed_by_signals(part):
+    part, is_created = _part_of(path), True
+    with _errors_name(path, part), _removed_by_signals(part):
         try:
             try:
                 _create(part)
             except FileExistsError:
-                is_ours = False
+                is_created = False
                 raise
             yield part
             _to_disk(part)
             os.replace(part, path)
         finally:
-            if is_ours:
+            if is_created:
                 _remove(part)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """An OSError that names the path, unless a file can be written there. To be asked before the work."""
+    """Raise an OSError that names `path` if no file can be written there; for a check before long work."""
     path = Path(path)
     part = _part_of(path)
-    with _named(path, part):
+    with _errors_name(path, part):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "is not a regular file")  # a device would be replaced by one
+            raise OSError(errno.EINVAL, "is not a regular file")  # renaming would replace a device by a file
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
         _create(part)
@@ -58,21 +59,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path of a text, in which ~ is the home folder also where no shell has seen it: --out=~/x, or in a TOML."""
+    """The path with ~ replaced by the home folder, which the shell leaves alone in --out=~/x, as does TOML."""
     return Path(os.path.expanduser(path))
 
 
 def _part_of(path: Path) -> Path:
-    """A name that nobody else writes to. Names have at most 255 bytes, some 60 characters of any kind."""
+    """A random name in the same folder, cut so that it has at most 255 bytes."""
     return path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.part{path.suffix}")
 
 
 def _create(part: Path) -> None:
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # an error where there is a file or a link
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # O_EXCL: an error if a file or link exists
 
 
 def _to_disk(part: Path) -> None:
-    """Some file systems report a full disk only here, and after a crash would have the new name without the bytes."""
+    """Write the bytes to disk: some file systems report a full disk only here, or lose the bytes in a crash."""
     file = os.open(part, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -81,12 +82,13 @@ def _to_disk(part: Path) -> None:
 
 
 def _remove(part: Path) -> None:
-    with suppress(OSError):  # where nothing can be written it was never made
+    with suppress(OSError):  # it may not exist
         part.unlink()
 
 
 @contextmanager
-def _named(path: Path, part: Path) -> Iterator[None]:
+def _errors_name(path: Path, part: Path) -> Iterator[None]:
+    """Let an OSError of the block name `path` instead of the temporary file."""
     try:
         yield
     except OSError as error:
@@ -96,6 +98,8 @@ def _named(path: Path, part: Path) -> Iterator[None]:
 
 @contextmanager
 def _removed_by_signals(part: Path) -> Iterator[None]:
+    """Remove the temporary file if a signal without a handler ends the process."""
+
     def remove_and_end(number: int, frame: FrameType | None) -> None:
         _remove(part)
         signal.signal(number, signal.SIG_DFL)
@@ -103,8 +107,8 @@ def _removed_by_signals(part: Path) -> Iterator[None]:
 
     numbers = []
     if threading.current_thread() is threading.main_thread():
-        there = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
-        numbers = [number for number in there if signal.getsignal(number) == signal.SIG_DFL]
+        available = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
+        numbers = [number for number in available if signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, remove_and_end)
     try:

@@ -1,4 +1,4 @@
-"""Names of earlier versions, and where they are now: every import that once worked goes on to work."""
+"""The table of names that moved: every import that worked in an earlier version still works."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ MODULES = {
     "kpcore.scenes.training": "kpcore.pipeline.training",
     "kpcore.scenes.voting": "kpcore.pipeline.voting",
 }
-_SEARCH = ("GridIndex", "KDTree", "_rebuilt", "knn_search", "radius_search")  # pickled trees name `_rebuilt`
-ATTRIBUTES = {"kpcore.neighbors": dict.fromkeys(_SEARCH, "kpcore.search")}
+_SEARCH = ("GridIndex", "KDTree", "_rebuilt", "knn_search", "radius_search")  # pickled trees refer to `_rebuilt`
+# For each module the names that it had, and (module, name) of each now.
+ATTRIBUTES = {
+    "kpcore.neighbors": {name: ("kpcore.search", name) for name in _SEARCH},
+    "kpcore.pipeline.segmentation": {"found": ("kpcore.pipeline.segmentation", "compare")},
+}
 
 
 def attribute(module: str, name: str) -> object:
-    """What a module had by that name; for its ``__getattr__``."""
-    place = ATTRIBUTES[module].get(name)
-    if place is None:
+    """The attribute that a module had by this name; for the module's ``__getattr__``."""
+    if name not in ATTRIBUTES[module]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(place), name)
+    new_module, new_name = ATTRIBUTES[module][name]
+    return getattr(importlib.import_module(new_module), new_name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module by its earlier name: the module itself, not a copy."""
+    """Imports a module by its earlier name; the result is the module itself, not a copy."""
 
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_loader(name, self) if name in MODULES else None
 
     def create_module(self, spec):
-        return None  # an empty one, which exec_module replaces
+        return None  # Python makes an empty module, which exec_module replaces
 
     def exec_module(self, module):
         sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])

@@ -1,4 +1,4 @@
-"""The demo's picture: points as shaded beads, drawn by a z-buffer in NumPy; matplotlib sets the type around them."""
+"""Pictures of point clouds: points are shaded spheres drawn into a z-buffer in NumPy; matplotlib adds the text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
     from kpcore.io import Cloud
 
-BACKGROUND, INK, SOFT = "#0f1319", "#e9ecf0", "#8d98a7"
+BACKGROUND, TEXT, PALE_TEXT = "#0f1319", "#e9ecf0", "#8d98a7"
 DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
-HERO, SIDE, STRIP = (1560, 860), 720, 300
-ACROSS = 5  # levels in a row
+MAIN_SIZE = (1560, 860)  # of the cloud
+NEIGHBORHOOD_SIZE = 720
+LEVEL_HEIGHT, LEVELS_PER_ROW = 300, 5
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One neighbourhood, relative to its query, and the influence (H, K) of each kernel point on each neighbour."""
+    """One neighbourhood: H neighbours and K kernel points relative to the query, and their (H, K) influences."""
 
     neighbors: np.ndarray
     kernel_points: np.ndarray
@@ -34,41 +35,50 @@ class Patch:
 
 def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
          levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch) -> None:  # fmt: skip
-    """Write the picture: the cloud as it came, one neighbourhood beside it, the levels below.
+    """Write the picture of `kpcore demo FILE`: the cloud, one neighbourhood beside it, the levels below.
 
-    levels : (points, colors or None, voxel, name, numbers) of each, the finest first.
+    levels : (points, colors or None, voxel, name, numbers as text) of each, the finest first.
     """
-    scene = Scene(cloud.points, np.array(cloud.up, float))
-    across = min(len(levels), ACROSS)
+    view = View(cloud.points, np.array(cloud.up, float))
+    across = min(len(levels), LEVELS_PER_ROW)
     rows = -(-len(levels) // across)
-    width = 2 * MARGIN + HERO[0] + GAP + SIDE
-    height = TOP + HERO[1] + rows * (STRIP + 100) + 40
+    width = 2 * MARGIN + MAIN_SIZE[0] + GAP + NEIGHBORHOOD_SIZE
+    height = TOP + MAIN_SIZE[1] + rows * (LEVEL_HEIGHT + 100) + 40
     page = _Page(width, height, title, subtitle)
-    bead = min(0.5 * levels[0][2], 3 * scene.pixel(*HERO)) or 0.5 * levels[0][2]
-    page.show(scene.render(cloud.points, cloud.colors, bead, *HERO), MARGIN, TOP, *HERO)
+    radius = min(0.5 * levels[0][2], 3 * view.pixel(*MAIN_SIZE)) or 0.5 * levels[0][2]
+    page.show(view.render(cloud.points, cloud.colors, radius, *MAIN_SIZE), MARGIN, TOP, *MAIN_SIZE)
 
-    left = MARGIN + HERO[0] + GAP
+    left = MARGIN + MAIN_SIZE[0] + GAP
     page.text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
-    page.text(left, 104, patch.caption, 10, SOFT)
-    _neighborhood(page.panel(left, TOP, SIDE, SIDE), patch, scene.axes)
-    page.show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + SIDE + 24, SIDE - 120, 14)
-    for x, words in ((60, "0"), (SIDE / 2, "influence = max(0, 1 − distance / extent)"), (SIDE - 60, "1")):
-        page.text(left + x, TOP + SIDE + 70, words, 10, SOFT, ha="center")
+    page.text(left, 104, patch.caption, 10, PALE_TEXT)
+    _neighborhood(page.panel(left, TOP, NEIGHBORHOOD_SIZE, NEIGHBORHOOD_SIZE), patch, view.axes)
+    page.show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + NEIGHBORHOOD_SIZE + 24, NEIGHBORHOOD_SIZE - 120, 14)
+    for x, words in (
+        (60, "0"),
+        (NEIGHBORHOOD_SIZE / 2, "influence = max(0, 1 − distance / extent)"),
+        (NEIGHBORHOOD_SIZE - 60, "1"),
+    ):
+        page.text(left + x, TOP + NEIGHBORHOOD_SIZE + 70, words, 10, PALE_TEXT, ha="center")
     page.text(
-        left + SIDE / 2, TOP + SIDE + 106, "white: kernel points, larger where influence adds up", 10, SOFT, ha="center"
+        left + NEIGHBORHOOD_SIZE / 2,
+        TOP + NEIGHBORHOOD_SIZE + 106,
+        "white: kernel points, larger where influence adds up",
+        10,
+        PALE_TEXT,
+        ha="center",
     )
 
-    w = (width - 2 * MARGIN - (ACROSS - 1) * GAP) // ACROSS
+    w = (width - 2 * MARGIN - (LEVELS_PER_ROW - 1) * GAP) // LEVELS_PER_ROW
     for i, (points, colors, voxel, name, numbers) in enumerate(levels):
-        x, y = MARGIN + i % across * (w + GAP), TOP + HERO[1] + 40 + i // across * (STRIP + 100)
-        page.show(scene.render(points, colors, 0.5 * voxel, w, STRIP), x, y, w, STRIP)
-        page.text(x + w / 2, y + STRIP + 26, name, 10.5, weight="bold", ha="center")
-        page.text(x + w / 2, y + STRIP + 50, numbers, 9.5, SOFT, ha="center")
+        x, y = MARGIN + i % across * (w + GAP), TOP + MAIN_SIZE[1] + 40 + i // across * (LEVEL_HEIGHT + 100)
+        page.show(view.render(points, colors, 0.5 * voxel, w, LEVEL_HEIGHT), x, y, w, LEVEL_HEIGHT)
+        page.text(x + w / 2, y + LEVEL_HEIGHT + 26, name, 10.5, weight="bold", ha="center")
+        page.text(x + w / 2, y + LEVEL_HEIGHT + 50, numbers, 9.5, PALE_TEXT, ha="center")
     page.write(path)
 
 
 def class_colors(number: int) -> np.ndarray:
-    """(number, 3) uint8, apart from each other."""
+    """(number, 3) uint8 colours that are easy to tell apart."""
     from matplotlib import colormaps
 
     order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
@@ -81,27 +91,27 @@ def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Se
 
     panels : (name, (N, 3) uint8 colours) of each; legend : (name, colour) of each class.
     """
-    scene, w = Scene(cloud.points, np.array(cloud.up, float)), 1100
-    across_box, up_box = (scene.box[1] - scene.box[0])[:2]
+    view, w = View(cloud.points, np.array(cloud.up, float)), 1100
+    across_box, up_box = (view.box[1] - view.box[0])[:2]
     h = int(np.clip(w * up_box / (across_box or 1), 300, 1100))
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
     across = max(1, (width - 2 * MARGIN) // 220)
     height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
     page = _Page(width, height, title, subtitle)
-    bead = 3 * scene.pixel(w, h) or 1.0  # of a single point
+    radius = 3 * view.pixel(w, h) or 1.0  # of a single point
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
-        page.show(scene.render(cloud.points, colors, bead, w, h), x, TOP, w, h)
+        page.show(view.render(cloud.points, colors, radius, w, h), x, TOP, w, h)
         page.text(x + w / 2, TOP + h + 34, name, 11, weight="bold", ha="center")
     for i, (name, color) in enumerate(legend):
         x, y = MARGIN + i % across * 220, TOP + h + 80 + 36 * (i // across)
         page.text(x, y, "●", 12, tuple(color / 255))
-        page.text(x + 26, y, name, 10, SOFT)
+        page.text(x + 26, y, name, 10, PALE_TEXT)
     page.write(path)
 
 
 class _Page:
-    """A figure with a title, on which places and lengths are in pixels from the upper left."""
+    """A figure with a title; positions are in pixels from the upper left corner."""
 
     def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
         from matplotlib.figure import Figure
@@ -109,9 +119,9 @@ class _Page:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
         self.text(MARGIN, 66, _short(title), 21, weight="bold")
-        self.text(MARGIN, 104, subtitle, 11, SOFT)
+        self.text(MARGIN, 104, subtitle, 11, PALE_TEXT)
 
-    def text(self, x: float, y: float, words: str, size: float, color: Any = INK, **style: Any) -> None:
+    def text(self, x: float, y: float, words: str, size: float, color: Any = TEXT, **style: Any) -> None:
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, words, size=size, color=color, va="baseline", **style)
 
@@ -128,50 +138,50 @@ class _Page:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font lacks become boxes
             FigureCanvasAgg(self.figure).print_png(path)
 
 
 def _short(title: str) -> str:
-    """A file's name as it can be set: matplotlib reads $ as mathematics, and takes no bytes that are not UTF-8."""
+    """A file name for matplotlib, which reads $ as mathematics and rejects text that is not UTF-8; 60 characters."""
     title = title.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return title if len(title) <= 60 else title[:28] + " … " + title[-28:]
 
 
-class Scene:
-    """What all drawings of one cloud share: the view, what is cut away, and the colours of heights."""
+class View:
+    """The view of a cloud in all its drawings: direction, parts that are cut away, and the colours of heights."""
 
     up: np.ndarray
-    low: float  # heights that the first and the last colour stand for
+    low: float  # heights of the first and the last colour
     high: float
-    lid: float  # the height above which points are cut away
+    max_height: float  # points above are cut away
     axes: np.ndarray  # (right, above, toward) as rows
-    walls: list[tuple[np.ndarray, float]]  # (direction, bound) of the near walls of a room, which would hide it
-    box: np.ndarray  # the corners of what is seen, along the axes
+    walls: list[tuple[np.ndarray, float]]  # (direction, bound) of the near walls of a room, which are cut away
+    box: np.ndarray  # (2, 3): minimum and maximum of the visible points along the axes
 
     def __init__(self, points: np.ndarray, up: np.ndarray) -> None:
         self.up = up
-        # At random: every second point of a scan can be every second beam, and leave out half of the world.
+        # At random: every n-th point of a scan may be a single laser beam.
         if len(points) > 100_000:
             points = points[np.random.default_rng(0).integers(len(points), size=100_000)]
-        low, high = np.percentile(points, [1.5, 98.5], axis=0)  # far specks shall not shrink the rest
+        low, high = np.percentile(points, [1.5, 98.5], axis=0)  # outliers must not shrink the rest
         margin = 0.08 * (high - low).max()
         points = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
         height = points @ up
         self.low, self.high = np.percentile(height, [1, 99])
-        self.lid = self._lid(points, height)
-        room = np.isfinite(self.lid)
-        inside = points[height < self.lid]
+        self.max_height = self._ceiling(points, height)
+        room = np.isfinite(self.max_height)
+        inside = points[height < self.max_height]
         self.axes = self._view(inside, room)
         self.walls = []
         for axis in np.eye(3)[up == 0] if room else ():
             axis = axis * np.sign(axis @ self.axes[2])
             self.walls.append((axis, (inside @ axis).max() - 0.025 * np.ptp(inside, axis=0).max()))
-        flat = points[self._kept(points)] @ self.axes.T
+        flat = points[self._visible(points)] @ self.axes.T
         self.box = np.array([flat.min(axis=0), flat.max(axis=0)])
 
-    def _lid(self, points: np.ndarray, height: np.ndarray) -> float:
-        """Just below the ceiling where the cloud is a room: wide, and covered almost everywhere at the top."""
+    def _ceiling(self, points: np.ndarray, height: np.ndarray) -> float:
+        """A height just below the ceiling if the cloud is a room (wide, and mostly covered at the top); else inf."""
         low, high = np.percentile(height, [0.5, 99.5])
         ground = points[:, self.up == 0]
         size = np.ptp(ground, axis=0).max()
@@ -182,23 +192,24 @@ class Scene:
         return high - 0.1 * (high - low) if covered > 0.6 * np.unique(cells).size else np.inf
 
     def _view(self, points: np.ndarray, room: bool) -> np.ndarray:
-        """(right, above, toward) as rows: the first direction that shows almost as much as the best."""
-        if self.up[1]:  # a depth camera's own frame: from where it stood, a step to the side
+        """(right, above, toward) as rows: the first direction that covers 95 % of the image cells of the best one."""
+        if self.up[1]:  # the frame of a depth camera: seen from beside the camera
             return _axes(np.array([0.25, 0.15, -1.0]), self.up)
         elevation = np.radians(50 if room else 30)
         azimuths = (-68, -112, 112, 68, -22, -158, 158, 22) if room else range(-75, 285, 15)
-        tried = []
+        candidates = []
         for azimuth in np.radians(azimuths):
             level = np.cos(elevation) * np.array([np.cos(azimuth), np.sin(azimuth)])
             axes = _axes(np.array([*level, np.sin(elevation)]), self.up)
             flat = points @ axes[:2].T
-            cell = max(np.ptp(flat, axis=0) / [120, 66]) or 1  # in proportion to HERO
-            tried.append((np.unique(np.floor((flat - flat.min(axis=0)) / cell) @ [1, 256]).size, axes))
-        most = max(cells for cells, _ in tried)
-        return next(axes for cells, axes in tried if cells >= 0.95 * most)
+            cell = max(np.ptp(flat, axis=0) / [120, 66]) or 1  # the aspect ratio of MAIN_SIZE
+            candidates.append((np.unique(np.floor((flat - flat.min(axis=0)) / cell) @ [1, 256]).size, axes))
+        most_cells = max(cells for cells, _ in candidates)
+        return next(axes for cells, axes in candidates if cells >= 0.95 * most_cells)
 
-    def _kept(self, points: np.ndarray) -> np.ndarray:
-        keep = points @ self.up < self.lid
+    def _visible(self, points: np.ndarray) -> np.ndarray:
+        """True for points that are not cut away; for all if none would be left."""
+        keep = points @ self.up < self.max_height
         for axis, bound in self.walls:
             keep &= points @ axis < bound
         return keep if keep.any() else ~keep
@@ -210,16 +221,17 @@ class Scene:
     def render(
         self, points: np.ndarray, colors: np.ndarray | None, radius: float, width: int, height: int
     ) -> np.ndarray:
-        """An image (height, width, 3) in 0..1: orthographic, beads of this radius, a pixel at least."""
+        """An orthographic image (height, width, 3) in 0..1; points are spheres of this radius, at least one pixel."""
         if colors is None:
             colors = _heights(((points @ self.up - self.low) / (self.high - self.low or 1)).clip(0, 1))
         else:
             colors = colors / np.float32(255)
-        keep = self._kept(points)
-        return _beads(points[keep] @ self.axes.T, colors[keep], radius, self.box, width, height)
+        keep = self._visible(points)
+        return _draw_spheres(points[keep] @ self.axes.T, colors[keep], radius, self.box, width, height)
 
 
 def _axes(toward: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """(right, above, toward) as rows: the axes of the image and the direction to the viewer."""
     toward = toward / np.linalg.norm(toward)
     right = np.cross(up, toward)
     right /= np.linalg.norm(right)
@@ -238,15 +250,16 @@ def _heat(influence: np.ndarray) -> np.ndarray:
     return colormaps["plasma"](0.2 + 0.8 * influence)
 
 
-def _beads(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
+def _draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
            height: int) -> np.ndarray:  # fmt: skip
-    over = 2  # drawn twice as large, then averaged
-    columns, rows = over * width, over * height
+    """An image of points, which are already in the axes of the view, as shaded spheres in a z-buffer."""
+    oversampling = 2  # drawn twice as large, then averaged
+    columns, rows = oversampling * width, oversampling * height
     scale = min([columns, rows] / ((box[1] - box[0])[:2] + 2 * radius))
-    scale = min(scale, 32 * over / radius)  # a cloud of one bead needs no full-page sphere
-    bead = max(radius * scale, 0.75 * over)
-    reach = int(bead)
-    order = np.argsort(flat[:, 2])  # the farthest first: of equal pixels, the last assignment stays
+    scale = min(scale, 32 * oversampling / radius)  # a single point does not fill the page
+    pixel_radius = max(radius * scale, 0.75 * oversampling)
+    reach = int(pixel_radius)
+    order = np.argsort(flat[:, 2])  # the farthest first: if a pixel is assigned twice, the last assignment counts
     flat, colors = (flat[order] - (box[0] + box[1]) / 2) * scale, colors[order]
     x = np.floor(flat[:, 0] + columns / 2)
     y = np.floor(rows / 2 - flat[:, 1])
@@ -256,38 +269,38 @@ def _beads(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray,
     depth, colors = flat[inside, 2].astype(np.float32), colors[inside]
 
     nearest = np.full(stride * (rows + 4 * reach), -np.inf, np.float32)
-    owner = np.full(nearest.size, -1, np.int32)
+    front_point = np.full(nearest.size, -1, np.int32)
     shade = np.ones(nearest.size, np.float32)
     for dx in range(-reach, reach + 1):
         for dy in range(-reach, reach + 1):
-            if dx * dx + dy * dy > bead * bead:
+            if dx * dx + dy * dy > pixel_radius * pixel_radius:
                 continue
-            bulge = (bead * bead - dx * dx - dy * dy) ** 0.5
-            at, here = pixel + (dy * stride + dx), depth + np.float32(bulge)
-            front = np.flatnonzero(here > nearest[at])
+            bulge = (pixel_radius * pixel_radius - dx * dx - dy * dy) ** 0.5
+            at, depth_here = pixel + (dy * stride + dx), depth + np.float32(bulge)
+            front = np.flatnonzero(depth_here > nearest[at])
             at = at[front]
-            nearest[at], owner[at] = here[front], front
-            if bead >= 4:  # lit from the upper left
-                shade[at] = 0.62 + 0.5 * max(0.0, (-0.45 * dx - 0.6 * dy + 0.66 * bulge) / bead)
+            nearest[at], front_point[at] = depth_here[front], front
+            if pixel_radius >= 4:  # lit from the upper left
+                shade[at] = 0.62 + 0.5 * max(0.0, (-0.45 * dx - 0.6 * dy + 0.66 * bulge) / pixel_radius)
 
-    nearest, owner, shade = (
+    nearest, front_point, shade = (
         image.reshape(-1, stride)[2 * reach : 2 * reach + rows, 2 * reach : 2 * reach + columns]
-        for image in (nearest, owner, shade)
+        for image in (nearest, front_point, shade)
     )
-    # Eye-dome lighting: darker where the surroundings are nearer, so that edges and hollows show without normals.
-    hidden, step = np.zeros(nearest.shape, np.float32), 2 * over
+    # Eye-dome lighting: pixels are darker if those around are nearer, which shows edges and hollows without normals.
+    hidden, step = np.zeros(nearest.shape, np.float32), 2 * oversampling
     for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)):
         with np.errstate(invalid="ignore"):  # where both are background
             nearer = np.roll(nearest, (step * dy, step * dx), (0, 1)) - nearest - step
-        hidden += np.nan_to_num(nearer, nan=0, posinf=0, neginf=0).clip(0, 10 * over)
-    shade = 1.12 * shade * np.exp(-hidden / (60 * over))
+        hidden += np.nan_to_num(nearer, nan=0, posinf=0, neginf=0).clip(0, 10 * oversampling)
+    shade = 1.12 * shade * np.exp(-hidden / (60 * oversampling))
     background = np.array([int(BACKGROUND[i : i + 2], 16) / 255 for i in (1, 3, 5)], np.float32)
-    image = np.where((owner >= 0)[..., None], colors[owner] * shade[..., None], background)
-    return image.clip(0, 1).reshape(height, over, width, over, 3).mean(axis=(1, 3))
+    image = np.where((front_point >= 0)[..., None], colors[front_point] * shade[..., None], background)
+    return image.clip(0, 1).reshape(height, oversampling, width, oversampling, 3).mean(axis=(1, 3))
 
 
 def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
-    """Neighbours and kernel points by depth; a line wherever a neighbour has influence on a kernel point."""
+    """Draw neighbours and kernel points, far ones first, and a line for each influence above 0."""
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
 
@@ -295,7 +308,7 @@ def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
     total = patch.influence.sum(axis=0) / (patch.influence.sum(axis=0).max() or 1)
     reach = 1.03 * (np.linalg.norm(kernel[:, :2], axis=1).max() + patch.extent)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=SOFT, lw=1.1, ls=(0, (6, 4))))
+    axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=PALE_TEXT, lw=1.1, ls=(0, (6, 4))))
     for (x, y, _), weight in zip(kernel, total, strict=True):
         face, edge = (1, 1, 1, 0.01 + 0.05 * weight), (1, 1, 1, 0.08 + 0.3 * weight)
         axes.add_patch(Circle((x, y), patch.extent, fc=face, ec=edge, lw=0.8))
@@ -308,7 +321,7 @@ def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
     axes.add_collection(LineCollection(segments, colors=colors, linewidths=0.8 + 2.6 * strength, zorder=2))
 
     best = patch.influence.max(axis=1)
-    balls = [(z, xy, 0.026, _heat(h) if h > 0 else SOFT) for (*xy, z), h in zip(points, best, strict=True)]
-    balls += [(z, xy, 0.016 + 0.026 * w, INK) for (*xy, z), w in zip(kernel, total, strict=True)]
+    balls = [(z, xy, 0.026, _heat(h) if h > 0 else PALE_TEXT) for (*xy, z), h in zip(points, best, strict=True)]
+    balls += [(z, xy, 0.016 + 0.026 * w, TEXT) for (*xy, z), w in zip(kernel, total, strict=True)]
     for _, xy, size, color in sorted(balls, key=lambda ball: ball[0]):
         axes.add_patch(Circle(xy, size * reach, fc=color, ec=BACKGROUND, lw=1, zorder=3))

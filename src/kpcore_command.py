@@ -1,5 +1,8 @@
-"""The console script `kpcore`. It is outside the package, so that it runs before the package is imported: a Ctrl-C, a
-closed pipe or a wrong environment variable during the import does not end in a traceback."""
+"""The console script `kpcore`.
+
+It is outside the package so that Ctrl-C, a closed pipe or an invalid environment variable ends the command without a
+traceback also while kpcore is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +10,57 @@ import os
 import signal
 import sys
 
-_BROKEN_PIPE = 128 + 13  # the exit code that a shell reports for programs ended by SIGPIPE
+_BROKEN_PIPE = 128 + 13  # the exit code that a shell reports for programs that SIGPIPE ends
 
 
 def main() -> int:
-    """Exit code of the command: 0; 2 after an error, with one line that says why; 130 after Ctrl-C; 141 after a closed
-    pipe."""
+    """Run the command. Exit codes: 0; 2 with one line for an error; 130 after Ctrl-C; 141 after a closed pipe."""
     interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:  # otherwise SIGINT is ignored, as for background jobs of a script
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # nothing to clean up during the import
+    if interrupt is signal.default_int_handler:  # otherwise Ctrl-C is ignored, as in the background of a script
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # nothing to clean up during import
     _open_closed_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # file names and terminals may not be UTF-8
+            stream.reconfigure(errors="backslashreplace")  # file names may not be UTF-8, nor the terminal
         code = _run(interrupt)
         sys.stdout.flush()
     except BrokenPipeError:
         code = _BROKEN_PIPE
     except OSError as error:
-        code = _report(f"standard output: {error.strerror}")
-    _discard_output()
+        code = _refused(f"standard output: {error.strerror}")
+    _discard_buffered_output()
     return code
 
 
 def _run(interrupt) -> int:
     try:
         from kpcore.cli import main
-    except (ImportError, ValueError) as error:  # a wrong KPCORE_NUM_THREADS, for example, or an incompatible NumPy
-        return _report(" ".join(str(error).split()))
+    except (ImportError, ValueError) as error:  # an invalid KPCORE_NUM_THREADS, or an incompatible NumPy
+        return _refused(" ".join(str(error).split()))
     during_import = signal.signal(signal.SIGINT, interrupt)
     try:
         return main()
     except KeyboardInterrupt:
         return 130
-    except SystemExit as end:  # raised by argparse, after its error message
+    except SystemExit as end:  # raised by argparse, which has printed the reason
         return end.code
     finally:
         signal.signal(signal.SIGINT, during_import)
 
 
-def _report(reason: str) -> int:
-    """Print an error; the exit code 2."""
-    try:  # noqa: SIM105 - contextlib takes 2 ms to import, during which a Ctrl-C would print a traceback
+def _refused(reason: str) -> int:
+    try:  # noqa: SIM105 - importing contextlib takes 2 ms, in which Ctrl-C would print a traceback
         print(f"kpcore: {reason}", file=sys.stderr)
-    except OSError:  # stderr is closed too
+    except OSError:  # stderr is closed
         pass
     return 2
 
 
 def _open_closed_streams() -> None:
-    """Open closed standard streams on /dev/null. Otherwise the next file opened for writing would get the descriptor of
-    a closed stream, and everything printed would be written into it."""
+    """Open closed standard streams to the null device.
+
+    Otherwise the first file that is opened would get the number of a closed stream, and with it all printed text.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -66,8 +69,8 @@ def _open_closed_streams() -> None:
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
-def _discard_output() -> None:
-    """Redirect streams that cannot be flushed to /dev/null: Python flushes them at exit, and would report errors."""
+def _discard_buffered_output() -> None:
+    """Discard output in the buffers of closed streams: Python would write it at exit and report an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -109,9 +109,9 @@ def spins(done):
     [
         ({}, "1000", "waiting threads spin 1000 rounds, then sleep"),
         ({"GOMP_SPINCOUNT": ""}, "1000", "waiting threads spin 1000 rounds, then sleep"),
-        ({"GOMP_SPINCOUNT": "77"}, "77", "as said by GOMP_SPINCOUNT=77"),
-        ({"OMP_WAIT_POLICY": "passive"}, "0", "as said by OMP_WAIT_POLICY=passive"),
-        ({"OMP_WAIT_POLICY": "active"}, "30000000000", "as said by OMP_WAIT_POLICY=active"),
+        ({"GOMP_SPINCOUNT": "77"}, "77", "as set by GOMP_SPINCOUNT=77"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0", "as set by OMP_WAIT_POLICY=passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "30000000000", "as set by OMP_WAIT_POLICY=active"),
     ],
 )
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(env, expected, words, python, no_wish):
@@ -141,7 +141,7 @@ def test_config_says_that_an_openmp_loaded_before_does_not_know_of_the_short_wai
     assert "loaded before kpcore" in done.stdout and "set GOMP_SPINCOUNT=1000 before Python starts" in done.stdout
     done = python(f"{first}import kpcore as kp; kp.show_config(); {SPINS}", GOMP_SPINCOUNT="50")
     assert spins(done) == "50"
-    assert "as said by GOMP_SPINCOUNT=50" in done.stdout
+    assert "as set by GOMP_SPINCOUNT=50" in done.stdout
 
 
 @needs_gomp

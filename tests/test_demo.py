@@ -87,11 +87,11 @@ def test_the_main_job_on_a_file(run, tmp_path, flat):
 def small(monkeypatch):
     """A demo of seconds."""
     part = {"indoor": 0, "points": 20_000}
-    given = {
+    training_dict = {
         "data": demo.TRAINING["data"] | {"train": [part]},
         "network": {"voxel_size": 0.2, "levels": 2, "width": 8, "momentum": 0.3},
     }
-    monkeypatch.setattr(demo, "TRAINING", given | {"training": {"epochs": 1, "steps": 12, "batch_clouds": 2}})
+    monkeypatch.setattr(demo, "TRAINING", training_dict | {"training": {"epochs": 1, "steps": 12, "batch_clouds": 2}})
     monkeypatch.setattr(demo, "UNSEEN", Part(indoor=100, mirror=True, points=10_000))
 
 
@@ -162,7 +162,7 @@ def test_a_table_without_names_is_given_some(run, tmp_path):
         code, out, err = run(path, *options, "--columns", "x y z label r g b")
     assert (code, err) == (0, "") and f"{np.unique(table[:, 3]).size} classes" in out
     code, out, err = run(path, *options, "--columns", "x y z")
-    assert (code, out) == (2, "") and "has 7 columns, but columns names 3: x y z" in err
+    assert (code, out) == (2, "") and "has 7 columns, got 3 names in columns=: x y z" in err
     code, out, err = run("--columns", "x y z")
     assert (code, out) == (2, "") and "--columns: only valid together with FILE" in err
 
@@ -182,7 +182,7 @@ def test_what_ends_the_work_is_one_line(run, flat, monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    ("voxel", "said"), [("50", "leaves 1 of 30,000 points"), ("0.001", r"leaves a point 1\.\d neighbours")]
+    ("voxel", "said"), [("50", "leaves 1 of 30,000 points"), ("0.001", r"leaves 1\.\d neighbours per point")]
 )
 def test_a_voxel_out_of_scale_is_pointed_out_but_used(run, flat, voxel, said):
     code, out, err = run(flat, "--voxel", voxel, "--levels", 1, "--channels", 2)

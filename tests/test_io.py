@@ -70,9 +70,9 @@ def test_fields_of_every_format(write, name):
 
 
 def test_fields_that_are_not_one_number_for_each_point(write):
-    with pytest.raises(scenes.ReadError, match="field curve is not one plain number for each point"):
+    with pytest.raises(scenes.ReadError, match="field curve: expected one number for each point"):
         scenes.read(write("a.pcd", pcd(POINTS, "binary")), fields=["curve"])
-    with pytest.raises(scenes.ReadError, match=r"field class holds 3\.5 \(point 0\), which is no label"):
+    with pytest.raises(scenes.ReadError, match=r"field class holds 3\.5 \(point 0\), which is not a label"):
         scenes.read(write("a.npz", npz(points=POINTS, **{"class": LABELS + 0.5})), label="class")
     with pytest.raises(scenes.ReadError, match="holds 4 points but 3 echo"):
         scenes.read(write("b.npz", npz(points=POINTS, echo=np.ones(3))), fields=["echo"])
@@ -157,7 +157,7 @@ def test_damaged_lzf_is_refused(data):
         _lzf(data, 4)
 
 
-@pytest.mark.filterwarnings("ignore:.*columns without names:UserWarning")  # where the comment that names them is cut
+@pytest.mark.filterwarnings("ignore:.*columns have no names:UserWarning")  # where the comment that names them is cut
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_cut_anywhere_is_refused_or_a_valid_prefix(write, name):
     data = FILES[name](POINTS)
@@ -212,7 +212,7 @@ def lying_npz():
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_header_that_promises_too_much_allocates_nothing(write, name):
+def test_a_header_that_declares_too_much_allocates_nothing(write, name):
     path = write(name, LIES[name]())
     tracemalloc.start()
     try:
@@ -244,7 +244,7 @@ def test_rubbish_under_any_extension_is_refused(write, suffix):
         (
             "faces.ply",
             lambda: b"ply\nformat ascii 1.0\nelement face 0\nproperty float x\nend_header\n",
-            "no vertex element",
+            "expected one element vertex",
         ),
         ("flat.ply", lambda: ply(POINTS).replace(b"float z", b"float w"), "no field z"),
         ("none.ply", lambda: EMPTY_PLY, "holds no points"),
@@ -253,11 +253,19 @@ def test_rubbish_under_any_extension_is_refused(write, suffix):
             lambda: pcd(POINTS, "ascii").replace(b"WIDTH 4", b"WIDTH 0").replace(b"TS 4", b"TS 0"),
             "no points",
         ),
-        ("sizes.pcd", lambda: pcd(POINTS, "ascii").replace(b"HEIGHT 1", b"HEIGHT 3"), "promises 4 points but 4 x 3"),
-        ("odd.pcd", lambda: pcd(POINTS, "ascii").replace(b"DATA ascii", b"DATA morse"), "unknown DATA morse"),
-        ("more.pcd", lambda: pcd(POINTS, "ascii") + b"0 0 1 2 3 4 5\n", "promises 4 points"),
-        ("cut.pcd", lambda: pcd(POINTS, "binary")[:-1], "truncated: 4 points need 104 bytes, 103 are there"),
-        ("cut.pcd", lambda: pcd(POINTS, "binary_compressed")[:-1], "truncated: 108 compressed bytes promised, 107"),
+        (
+            "sizes.pcd",
+            lambda: pcd(POINTS, "ascii").replace(b"HEIGHT 1", b"HEIGHT 3"),
+            "POINTS is 4, but WIDTH x HEIGHT is 4 x 3",
+        ),
+        (
+            "odd.pcd",
+            lambda: pcd(POINTS, "ascii").replace(b"DATA ascii", b"DATA morse"),
+            "DATA: expected ascii, binary or binary_compressed, got morse",
+        ),
+        ("more.pcd", lambda: pcd(POINTS, "ascii") + b"0 0 1 2 3 4 5\n", "declares 4 points"),
+        ("cut.pcd", lambda: pcd(POINTS, "binary")[:-1], "truncated: 4 points need 104 bytes, got 103"),
+        ("cut.pcd", lambda: pcd(POINTS, "binary_compressed")[:-1], "truncated: expected 108 compressed bytes, got 107"),
         (
             "size.pcd",
             lambda: pcd(POINTS, "binary_compressed").replace(struct.pack("<I", 104), struct.pack("<I", 105)),
@@ -280,8 +288,8 @@ def test_rubbish_under_any_extension_is_refused(write, suffix):
         ),
         ("head.csv", lambda: b"lat,lon\n1,2\n", "line 1: expected numbers or the names x, y, z"),
         ("names.csv", lambda: b"x,y,z\n", "holds no points"),
-        ("odd.bin", lambda: bytes(17), "17 bytes are not whole records"),
-        ("doubles.bin", lambda: np.random.default_rng(0).bytes(1600), "no KITTI scan"),
+        ("odd.bin", lambda: bytes(17), "17 bytes are not a multiple"),
+        ("doubles.bin", lambda: np.random.default_rng(0).bytes(1600), "neither a KITTI nor"),
     ],
 )
 def test_what_is_wrong_is_said(write, name, data, reason):
@@ -418,15 +426,25 @@ def test_what_is_written_again_is_looked_at_as_what_is_read(write, tmp_path):
         ("a.las", ply(POINTS), "b.las", "a.las: is a PLY file"),
         ("a.npz", b"", "b.npz", "a.npz: is empty"),
         ("none.ply", None, "b.ply", "none.ply: No such file or directory"),
-        ("a.txt", text(POINTS, " "), "b.txt", "a.txt: labels are written to PLY, LAS, LAZ and NPZ files, not to .txt"),
+        (
+            "a.txt",
+            text(POINTS, " "),
+            "b.txt",
+            "a.txt: labels can be written to PLY, LAS, LAZ and NPZ files, not to .txt",
+        ),
         (
             "a.ply",
             ply(POINTS),
             "b.las",
-            "b.las: labels are written to PLY, LAS, LAZ and NPZ files: expected .ply, as a.ply is",
+            "b.las: expected the extension .ply, the format of a.ply, got '.las'",
         ),
-        ("c.las", las(POINTS), "b.ply", "files: expected .las or .laz, as c.las is"),
-        ("d.las", las(POINTS), "b.copc.laz", "d.las: labels are written to a plain LAZ"),
+        ("c.las", las(POINTS), "b.ply", "b.ply: expected the extension .las or .laz, the format of c.las, got '.ply'"),
+        (
+            "d.las",
+            las(POINTS),
+            "b.copc.laz",
+            "d.las: labels are written to a plain LAZ, so the name of the new file must not end in .copc.laz",
+        ),
     ):
         path = tmp_path / name if data is None else write(name, data)
         with pytest.raises(scenes.ReadError, match=re.escape(reason)):
@@ -434,8 +452,8 @@ def test_what_is_written_again_is_looked_at_as_what_is_read(write, tmp_path):
         assert not (tmp_path / out).exists()
 
 
-def test_names_that_are_none(write):
-    """A text would be taken letter by letter; two names in another case would be one field."""
+def test_arguments_that_are_not_names(write):
+    """A string would be taken letter by letter; names that differ only in case would be one field."""
     path = write("a.npz", npz(points=POINTS, Conf=np.ones(4), conf=np.zeros(4)))
     for error, reason, names in (
         (TypeError, "fields: expected a sequence of names, got 'intensity'", {"fields": "intensity"}),
@@ -444,7 +462,7 @@ def test_names_that_are_none(write):
         (TypeError, "label: expected the name of a field, got 6", {"label": 6}),
         (TypeError, "label: expected the name of a field, got ''", {"label": ""}),
         (ValueError, "columns: expected names, got none", {"columns": []}),
-        (ValueError, "fields: expected no name twice, in whatever case", {"fields": ["Conf", "conf"]}),
+        (ValueError, "fields: expected names that differ in more than case", {"fields": ["Conf", "conf"]}),
     ):
         with pytest.raises(error, match=reason):
             scenes.read(path, **names)
@@ -454,8 +472,8 @@ def test_names_that_are_none(write):
             write_labels(path, path.with_name("b.npz"), LABELS, **{name: ""})
 
 
-def test_what_is_no_fault_of_the_file_is_not_hidden(write, monkeypatch):
-    """The line says what came; the traceback says where."""
+def test_an_error_in_a_reader_is_not_hidden(write, monkeypatch):
+    """The message quotes the error; the traceback shows where it was raised."""
     monkeypatch.setattr(np, "fromfile", lambda *args: 1 / 0)
     with pytest.raises(scenes.ReadError, match="division by zero") as caught:
         scenes.read(write("a.bin", FILES["scan.bin"](POINTS)))

@@ -224,7 +224,7 @@ def test_more_extra_bytes_are_described_than_there_are(write, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "b.las").labels, np.arange(100) % 32)
     with pytest.raises(ReadError, match="has no field Amplitude; there are x y z"):
         read(path, fields=["Amplitude"])
-    with pytest.raises(ReadError, match=r"a\.las: cannot have a new field truth: its extra bytes are described"):
+    with pytest.raises(ReadError, match=r"a\.las: into: cannot add a field truth, as its extra bytes are described"):
         write_labels(path, tmp_path / "c.las", np.arange(100), into="truth")
 
 
@@ -235,7 +235,9 @@ def test_extra_bytes_described_behind_the_points(write, tmp_path):
     np.testing.assert_array_equal(read(path, fields=["pair"]).fields["pair"], expected)
     write_labels(path, tmp_path / "b.las", np.arange(100), into="pair")
     np.testing.assert_array_equal(read(tmp_path / "b.las", fields=["pair"]).fields["pair"], np.arange(100))
-    with pytest.raises(ReadError, match=r"a\.las: cannot have a new field class: its extra bytes are described behind"):
+    with pytest.raises(
+        ReadError, match=r"a\.las: into: cannot add a field class, as its extra bytes are described after"
+    ):
         write_labels(path, tmp_path / "c.las", np.arange(100), into="class")
 
 
@@ -290,21 +292,21 @@ def test_points_that_are_not_kept_keep_their_label(write, tmp_path):
         assert read(tmp_path / f"b.{name}").labels.tolist() == [LABELS[0], 1, 2, LABELS[3]]
 
 
-def test_what_labels_cannot_be_is_said_before_anything_is_written(write, tmp_path):
+def test_labels_that_do_not_fit_are_refused_before_anything_is_written(write, tmp_path):
     path = write("a.las", CASES["extra bytes"])
     zeros = np.zeros(100, int)
     for labels, more, reason in (
         (
             zeros + 32,
             {},
-            "a.las: classification holds 0 to 31, got labels 32 to 32; into= names another field",
+            "a.las: classification holds 0 to 31, got labels 32 to 32; name another or a new field with into=",
         ),
         (zeros - 1, {}, "holds 0 to 31, got labels -1 to -1"),
         (zeros + 2**31, {"into": "truth"}, "truth holds -2147483648 to 2147483647"),
-        (zeros, {"label": "height"}, "field height is scaled"),
-        (zeros, {"into": "x"}, "field x is scaled"),
-        (zeros, {"into": "n" * 33}, "expected a name of 1 to 32 bytes"),
-        (zeros[:5], {}, "holds 100 points, got labels of 5"),
+        (zeros, {"label": "height"}, "field height has a scale or an offset"),
+        (zeros, {"into": "x"}, "field x has a scale or an offset"),
+        (zeros, {"into": "n" * 33}, "into: expected a name of 1 to 32 bytes"),
+        (zeros[:5], {}, "has 100 points, got labels for 5"),
     ):
         with pytest.raises(ReadError, match=reason):
             write_labels(path, tmp_path / "b.las", labels, **more)
@@ -318,7 +320,7 @@ def test_what_labels_cannot_be_is_said_before_anything_is_written(write, tmp_pat
 
 
 def test_wave_packets_that_lazrs_loses(write, tmp_path):
-    """Where channels of the scanner alternate, lazrs 0.8.2 takes the packets of one channel for another's."""
+    """If scanner channels alternate, lazrs 0.8.2 mixes up the wave packets of different channels."""
     data = made(9, behind=b"RIFF")
     points = np.frombuffer(data, np.uint8, 5900, 375).reshape(100, 59).copy()
     points[:, 15] = np.arange(100) % 4 << 4
@@ -331,7 +333,7 @@ def test_wave_packets_that_lazrs_loses(write, tmp_path):
 
 def test_waveforms_in_another_file_are_not_forgotten(write, tmp_path):
     path = write("a.las", patched(made(4, 3), 6, "<H", 4))
-    with pytest.warns(UserWarning, match=r"a\.las: its waveforms are in a \.wdp file"):
+    with pytest.warns(UserWarning, match=r"a\.las: its waveforms are in a separate \.wdp file"):
         write_labels(path, tmp_path / "b.las", np.zeros(100, int))
 
 
@@ -370,14 +372,14 @@ def test_an_extra_dimension_never_replaces_a_standard_one(write):
         ),
         (lambda: patched(las(POINTS), 147, "<d", np.nan), "expected finite scales"),
         (lambda: patched(las(POINTS), 155, "<d", np.inf), "expected finite scales"),
-        (lambda: patched(las(POINTS), 104, "<B", 11), "point format 11 in records of 26 bytes"),
-        (lambda: patched(las(POINTS), 104, "<B", 5), "point format 5 in records of 26 bytes"),
-        (lambda: patched(las(POINTS), 24, "<B", 2), "is LAS 2.2"),
-        (lambda: patched(made(6), 94, "<H", 227), "a header of 227 bytes, version 1.4 has 375"),
+        (lambda: patched(las(POINTS), 104, "<B", 11), "point format 11 does not fit records of 26 bytes"),
+        (lambda: patched(las(POINTS), 104, "<B", 5), "point format 5 does not fit records of 26 bytes"),
+        (lambda: patched(las(POINTS), 24, "<B", 2), "expected LAS 1.0 to 1.5, got 2.2"),
+        (lambda: patched(made(6), 94, "<H", 227), "expected a header of at least 375 bytes for LAS 1.4, got 227"),
         (lambda: patched(las(POINTS), 94, "<H", 60_000), "truncated: the points start at byte 227"),
     ],
 )
-def test_what_is_wrong_with_a_header_is_said(write, data, reason):
+def test_the_error_for_a_damaged_header(write, data, reason):
     assert reason in refusal(write("a.las", data()))
 
 
@@ -385,7 +387,7 @@ def test_what_is_wrong_with_a_header_is_said(write, data, reason):
     ("at", "layout", "value"),
     [(EXTENDED + 8, "<I", 2**32 - 1), (EXTENDED, "<Q", 2**62), (-20 - 60 + 20, "<Q", 2**62), (WAVES, "<Q", 2**63)],
 )
-def test_what_lies_about_what_is_behind_the_points_passes_through(write, tmp_path, at, layout, value):
+def test_wrong_counts_of_extended_records_are_copied(write, tmp_path, at, layout, value):
     """An extended record of 2**62 bytes, or 2**32 - 1 of them: nothing is allocated, every byte is kept."""
     data = made(6, extended=[(b"me", 1, b"x" * 20)])
     data = patched(data, at % len(data), layout, value)
@@ -402,8 +404,8 @@ def test_what_lies_about_what_is_behind_the_points_passes_through(write, tmp_pat
 
 
 @pytest.mark.parametrize("version", [2, 7])
-def test_a_chunk_table_that_lies_is_refused(write, version):
-    """Sizes of chunks that do not add up to where the table starts."""
+def test_a_wrong_chunk_table_is_refused(write, version):
+    """The sizes of the chunks do not add up to the byte where the table starts."""
     pytest.importorskip("lazrs")
     data = laz(POINTS, version)
     start = struct.unpack_from("<I", data, START)[0]
@@ -413,12 +415,12 @@ def test_a_chunk_table_that_lies_is_refused(write, version):
 
 
 @pytest.mark.parametrize(("version", "compressor"), [(7, 1), (7, 2), (2, 3), (2, 0), (2, 9)])
-def test_another_compressor_than_that_of_the_points(write, version, compressor):
+def test_a_compressor_that_does_not_fit_the_points(write, version, compressor):
     """lazrs would take the points' bytes for lengths of layers, and allocate a gigabyte."""
     pytest.importorskip("lazrs")
     data = laz(POINTS, version)
     path = write("a.laz", patched(data, data.index(b"laszip encoded") + 52, "<H", compressor))
-    assert f"damaged: LASzip's compressor {compressor} for items of types" in refusal(path)
+    assert f"damaged: LASzip compressor {compressor} does not fit items of types" in refusal(path)
 
 
 def test_first_laszip_files_are_read(shared):
@@ -451,7 +453,7 @@ def test_threads_change_nothing(tmp_path, set_threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_reads_what_its_parent_read(python, tmp_path):
-    """The threads that unpacked points in the parent are not there in the child."""
+    """The threads that unpacked points in the parent do not exist in the child."""
     pytest.importorskip("lazrs")
     (tmp_path / "a.laz").write_bytes(laz(POINTS))
     code = """if True:
@@ -468,8 +470,8 @@ def test_a_forked_child_reads_what_its_parent_read(python, tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 7])
-def test_a_chunk_that_promises_200_gigabytes_ends_no_process(write, set_threads, version):
-    """Its threads would each allocate one."""
+def test_a_chunk_that_declares_200_gigabytes_does_not_end_the_process(write, set_threads, version):
+    """Each thread of lazrs would allocate a chunk, and the process would be aborted."""
     set_threads(2)
     data = laz(POINTS, version)
     at = data.index(b"laszip encoded") + 52 + 12
@@ -478,7 +480,7 @@ def test_a_chunk_that_promises_200_gigabytes_ends_no_process(write, set_threads,
 
 @pytest.mark.parametrize("form", [6, 8])
 def test_a_field_of_a_laz_is_unpacked_with_what_it_needs(tmp_path, form):
-    """Layers that nobody asked for stay packed."""
+    """Only the layers that hold requested dimensions are unpacked."""
     laspy = pytest.importorskip("laspy")
     (tmp_path / "a.las").write_bytes(made(form, 4, b"12", [described(b"pair", 3)]))
     write_labels(tmp_path / "a.las", tmp_path / "b.laz", np.arange(100) % 32)
@@ -500,8 +502,8 @@ def test_an_extra_dimension_called_classification(write, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "b.las").labels, np.arange(100) % 256)
 
 
-def test_a_full_disk_that_lazrs_hides(write, tmp_path):
-    """It says "Failed to call write"; what is said is why."""
+def test_a_full_disk_is_named_as_the_reason(write, tmp_path):
+    """lazrs only reports "Failed to call write"."""
     resource = pytest.importorskip("resource")
     pytest.importorskip("lazrs")
     path, limits = write("a.las", made(7, num=40_000)), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -514,9 +516,9 @@ def test_a_full_disk_that_lazrs_hides(write, tmp_path):
     assert os.listdir(tmp_path) == ["a.las"]
 
 
-def test_so_many_extended_records_are_looked_at(write, monkeypatch):
-    """2**32 - 1 empty ones can be promised, and zeros behind the points are such."""
+def test_a_limited_number_of_extended_records_is_read(write, monkeypatch):
+    """A header can declare 2**32 - 1 of them, and zeros after the points look like empty ones."""
     path = write("a.las", patched(made(6, extended=[(b"", 0, b"")] * 9), EXTENDED + 8, "<I", 2**32 - 1))
     monkeypatch.setattr("kpcore.io.las._MOST_RECORDS", 5)
     with path.open("rb") as file:
-        assert len([*las_reader._extended(file, file.read(375), 4, path.stat().st_size)]) == 5
+        assert len([*las_reader._extended_records(file, file.read(375), 4, path.stat().st_size)]) == 5

@@ -49,7 +49,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("points", ["points", "my_points"])
-def test_members_that_nobody_asked_for_are_left_alone(write, name, first, points):
+def test_members_that_are_not_requested_are_not_read(write, name, first, points):
     wanted = {f"{points}.npy": npy(POINTS), "colors.npy": npy(COLORS), "labels.npy": npy(LABELS)}
     path = write("a.npz", archive(OTHERS[name] | wanted if first else wanted | OTHERS[name]))
     tracemalloc.start()
@@ -95,17 +95,20 @@ def test_a_damaged_folder(write):
 
 
 REFUSED = {
-    "object": ({"points.npy": npy(np.array([[None] * 3]))}, "points holds Python objects, which are not read"),
-    "lie": ({"points.npy": HUGE}, "points of shape (4000000000, 3) needs 96000000000 bytes, 96 are there"),
+    "object": (
+        {"points.npy": npy(np.array([[None] * 3]))},
+        "points holds Python objects, which kpcore does not unpickle",
+    ),
+    "lie": ({"points.npy": HUGE}, "points of shape (4000000000, 3) needs 96000000000 bytes, got 96"),
     "bomb": ({"points.npy": npy(np.zeros((4, 3)))[:-96] + bytes(50_000_000)}, None),
     "header": (
         {"a.txt": b"", "points.npy": OTHERS["a long header"]["more.npy"]},
-        "points promises a header of 4294967295",
+        "points declares a header of 4294967295",
     ),
     "words": ({"points.npy": OTHERS["an odd header"]["more.npy"]}, "points cannot be read: "),
-    "version": ({"points.npy": OTHERS["another version"]["more.npy"]}, "points is no NumPy array"),
-    "cut": ({"points.npy": npy(POINTS)[:-1]}, "points of shape (4, 3) needs 96 bytes, 95 are there"),
-    "sideways": ({"points.npy": npy(np.ones((3, 10)))}, "expected a row for each point, got (3, 10): transpose it"),
+    "version": ({"points.npy": OTHERS["another version"]["more.npy"]}, "points is not a NumPy array"),
+    "cut": ({"points.npy": npy(POINTS)[:-1]}, "points of shape (4, 3) needs 96 bytes, got 95"),
+    "sideways": ({"points.npy": npy(np.ones((3, 10)))}, "expected a row for each point, got (3, 10): transpose"),
     "two tables": ({"a.npy": npy(POINTS), "b.npy": npy(POINTS)}, "has no array named points, only a b"),
     "twice": ({"Points.npy": npy(POINTS), "POINTS.npy": npy(POINTS)}, "has 2 fields named points"),
     "none": ({"README": b"hello"}, "has no array named points, only none"),
@@ -146,7 +149,7 @@ def test_columns_name_those_of_the_points(write):
     assert scenes.read(path, columns=names, label="echo").labels.tolist() == [0, 1, 2, 3]
     with pytest.raises(scenes.ReadError, match="has no field low; there are echo other class x y z r g b height"):
         scenes.read(path, columns=names, fields=["low"])
-    with pytest.raises(scenes.ReadError, match="has 8 columns, but columns names 3"):
+    with pytest.raises(scenes.ReadError, match="has 8 columns, got 3 names in columns="):
         scenes.read(path, columns=[*"xyz"])
     path = write("a.npz", npz(points=table, labels=LABELS))  # a member of that name is meant
     assert scenes.read(path, columns=names).labels.tolist() == LABELS.tolist()
@@ -166,14 +169,14 @@ def test_points_as_a_structured_array_and_as_three_members(write):
 
 
 def test_a_coordinate_is_no_label(write):
-    """As y is a usual name of labels."""
+    """y is also a usual name for labels."""
     whole = np.arange(12).reshape(4, 3)
     for arrays in ({"points": whole}, {"pos": whole, "rgb": COLORS}, dict(zip("xyz", whole.T, strict=True))):
         cloud = scenes.read(write("a.npz", npz(**arrays)))
         np.testing.assert_array_equal(cloud.points, whole)
-        assert cloud.labels is None and cloud.unlabeled == "none of its fields has a usual name of labels"
+        assert cloud.labels is None and cloud.unlabeled == "no field has a usual name for labels"
     for name in ("X", "features"):
-        with pytest.warns(UserWarning, match=f"it has no array named points: {name} was read as these"):
+        with pytest.warns(UserWarning, match=f"it has no array named points: {name} was read as the points"):
             cloud = scenes.read(write("a.npz", npz(**{name: whole, "y": LABELS})))
         assert cloud.labels.tolist() == LABELS.tolist()
     path = write("a.npz", npz(pos=whole, y=LABELS))  # as PyTorch Geometric names them
@@ -207,10 +210,10 @@ def test_types_of_tables(write, dtype):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (HUGE, "it of shape (4000000000, 3) needs 96000000000 bytes, 96 are there"),
-        (OTHERS["a long header"]["more.npy"], "it promises a header of 4294967295 bytes"),
-        (npy(POINTS)[:-1], "needs 96 bytes, 95 are there"),
-        (npy(np.ones((3, 10))), "got (3, 10): transpose it"),
+        (HUGE, "the array of shape (4000000000, 3) needs 96000000000 bytes, got 96"),
+        (OTHERS["a long header"]["more.npy"], "the array declares a header of 4294967295 bytes"),
+        (npy(POINTS)[:-1], "needs 96 bytes, got 95"),
+        (npy(np.ones((3, 10))), "got (3, 10): transpose"),
         (npy(np.ones((10, 2))), "got (10, 2)"),
         (npy(np.array(3.0)), "got ()"),
     ],
@@ -279,11 +282,11 @@ def test_all_else_stays_as_it_is(write, names):
 @pytest.mark.parametrize(
     ("label", "reason"),
     [
-        ("points", r"points is \(4, 3\) float64, not a number for each of 4 points"),
-        ("flags", r"flags is \(4,\) bool, not a number"),
-        ("words", r"words is \(4,\) <U1, not a number"),
+        ("points", r"points: expected one number for each of 4 points, got \(4, 3\) float64"),
+        ("flags", r"flags: expected one number for each of 4 points, got \(4,\) bool"),
+        ("words", r"words: expected one number for each of 4 points, got \(4,\) <U1"),
         ("meta", "meta holds Python objects"),
-        ("x", "x is a coordinate"),
+        ("x", "got x, which is a coordinate"),
     ],
 )
 def test_labels_that_cannot_be_written(write, label, reason):
@@ -306,5 +309,7 @@ def test_labels_in_a_column_of_the_points_are_not_doubled(write, tmp_path):
     table = np.zeros(4, [("x", "f8"), ("y", "f8"), ("z", "f8"), ("Label", "i4")])
     table["x"], table["y"], table["z"] = POINTS.T
     path = write("a.npz", npz(points=table))
-    with pytest.raises(scenes.ReadError, match=r"a\.npz: label is a column of the points, which is not written to"):
+    with pytest.raises(
+        scenes.ReadError, match=r"a\.npz: label is a column of the points, which labels cannot be written to"
+    ):
         clouds.write_labels(path, tmp_path / "b.npz", LABELS, label="label")

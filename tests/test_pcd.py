@@ -97,7 +97,7 @@ def test_integers_in_ascii_are_of_their_type(write, kind):
 
 def test_the_300_of_a_byte(write):
     data = pcd(rows([1, 300, 2]), "x y z label", "4 4 4 1", "F F F U")
-    assert refusal(write("a.pcd", data)) == "field label is 300 (point 1), which is no uint8"
+    assert refusal(write("a.pcd", data)) == "field label is 300 (point 1), which is not uint8"
 
 
 WHOLE = "expected a whole number of"
@@ -108,11 +108,14 @@ REFUSED = {
     "fraction": (pcd(rows(), POINTS="3.0"), f"POINTS is 3.0, {WHOLE} 0 or more"),
     "word": (pcd(rows(), WIDTH="three"), f"WIDTH is three, {WHOLE} 0 or more"),
     "huge": (pcd(rows(), WIDTH="1" + "0" * 5000), f"WIDTH is 1{'0' * 39}, {WHOLE} 0 or more"),
-    "wrong product": (pcd(rows(), HEIGHT="2"), "promises 3 points but 3 x 2"),
+    "wrong product": (pcd(rows(), HEIGHT="2"), "POINTS is 3, but WIDTH x HEIGHT is 3 x 2"),
     "negative count": (pcd(rows(), count="1 1 -1"), f"COUNT is -1, {WHOLE} 0 or more"),
     "absurd count": (pcd(XYZ.tobytes(), count="1 1 99999999999", encoding="binary"), "truncated: 3 points need 1"),
-    "absurd count, ascii": (pcd(rows(), count="1 1 99999999999"), "truncated: promises 3 points of 1000"),
-    "absurd count, packed": (pcd(bytes(8), count="1 1 99999999999", encoding="binary_compressed"), "bytes but 0 bytes"),
+    "absurd count, ascii": (pcd(rows(), count="1 1 99999999999"), "truncated: declares 3 points of 1000"),
+    "absurd count, packed": (
+        pcd(bytes(8), count="1 1 99999999999", encoding="binary_compressed"),
+        "unpacked size is 0",
+    ),
     "no count": (pcd(rows(), count="1 1"), "FIELDS names 3 fields, COUNT has 2"),
     "no size": (pcd(rows(), size="4 4"), "FIELDS names 3 fields, SIZE has 2"),
     "no type": (pcd(rows(), kind="F F F F"), "FIELDS names 3 fields, TYPE has 4"),
@@ -122,11 +125,11 @@ REFUSED = {
     "wide integer": (pcd(rows(), size="4 4 16", kind="F F U"), "field z has TYPE U of SIZE 16"),
     "odd type": (pcd(rows(), kind="F F S"), "field z has TYPE S of SIZE 4"),
     "long type": (pcd(rows(), kind="F F FF"), "field z has TYPE FF of SIZE 4"),
-    "twice": (pcd(rows(), UNITS="m\nWIDTH 3"), "the header has two lines WIDTH"),
-    "both names": (pcd(rows(), COLUMNS="x y z"), "the header has two lines FIELDS"),
+    "twice": (pcd(rows(), UNITS="m\nWIDTH 3"), "the header has two WIDTH lines"),
+    "both names": (pcd(rows(), COLUMNS="x y z"), "the header has two FIELDS lines"),
     "x twice": (pcd(rows("123"), "x y z x", "4 4 4 1", "F F F U"), "has 2 fields named x"),
     "no DATA": (pcd(rows()).replace(b"DATA ascii\n", b""), "it has no DATA line"),
-    "no sizes": (pcd(b"\0" * 7, encoding="binary_compressed"), "truncated: 8 bytes"),
+    "no sizes": (pcd(b"\0" * 7, encoding="binary_compressed"), "truncated: expected 8 bytes"),
     "no numbers": (pcd("# nothing\n" * 9), "holds a table of (0, 0)"),
     "none": (pcd("", WIDTH="0", POINTS="0"), "holds no points"),
 }

@@ -130,25 +130,25 @@ FORMAT = "expected format ascii, binary_little_endian or binary_big_endian 1.0"
     ("old", "new", "reason"),
     [
         (b"float y", b"flaot y", "line 6: expected a type such as float or uchar, got 'flaot'"),
-        (b"float y", b"list float int y", "line 6: expected a list's length to be uchar or int, got float"),
+        (b"float y", b"list float int y", "line 6: expected a list length of type uchar or int, got float"),
         (b"float y", b"list uchar y", "line 6: expected property, element or end_header, got 'property list uchar y'"),
         (b"property float y", b"property", "line 6: expected property, element or end_header, got 'property'"),
         (b"property float y", b"propert\xff float y", "line 6: expected property, element or end_header, got 'prop"),
         (b"element vertex 4", b"element vertex -4", "line 4: expected element NAME COUNT, got 'element vertex -4'"),
         (b"element vertex 4", b"element vertex", "line 4: expected element NAME COUNT, got 'element vertex'"),
         (b"element vertex 4", b"element vertex " + b"9" * 19, "line 4: expected element NAME COUNT, got 'element vert"),
-        (b"element vertex 4", b"element vertex " + b"9" * 18, f"truncated: promises {'9' * 18} vertex elements in "),
+        (b"element vertex 4", b"element vertex " + b"9" * 18, f"truncated: declares {'9' * 18} vertex elements in "),
         (b"element vertex 4\n", b"", "line 4: expected element NAME COUNT, got 'property float x'"),
-        (b"element vertex", b"element point", "has no vertex elements; there are point"),
-        (b"comment by hand\nend", b"element vertex 4\nend", "has 2 vertex elements; there are vertex vertex"),
-        (b"property float x\n", b"element vertex 1\nproperty float x\n", "has 2 vertex elements"),
-        (b"element vertex 4", b"element vertex 4\nelement other 4", "has vertices without properties"),
+        (b"element vertex", b"element point", "expected one element vertex, got 0; there are point"),
+        (b"comment by hand\nend", b"element vertex 4\nend", "expected one element vertex, got 2; there are vertex v"),
+        (b"property float x\n", b"element vertex 1\nproperty float x\n", "expected one element vertex, got 2"),
+        (b"element vertex 4", b"element vertex 4\nelement other 4", "its vertices have no properties"),
         (b"format ascii 1.0\n", b"", f"line 3: {FORMAT}, got"),
         (b"ascii 1.0", b"ascii 2.0", f"line 2: {FORMAT}, got"),
         (b"ascii", b"morse", f"line 2: {FORMAT}, got"),
         (b"ply\n", b"plywood\n", f"line 1: {FORMAT}, got 'plyw"),
-        (HEADER[HEADER.index(b"end_header") :], b"", "damaged: its header does not end within "),
-        (b"hand\nend", b"c" * (1 << 20) + b"\nend", "damaged: its header does not end within 1048576 bytes"),
+        (HEADER[HEADER.index(b"end_header") :], b"", "damaged: expected end_header within the first "),
+        (b"hand\nend", b"c" * (1 << 20) + b"\nend", "damaged: expected end_header within the first 1048576 bytes"),
         (b"float y", b"float x", "has 2 fields named x"),
         (b"float y", b"float Y2", "has no field y; there are x Y2 z red label"),
         (b"float y", b"float y\x1b[1m", "has no field y; there are x y\\x1b[1m z red label"),
@@ -168,8 +168,8 @@ def blocks(monkeypatch, request):
     """Blocks so small that rows end at their edges and are longer than they are."""
     monkeypatch.setattr(reader, "LIST_BLOCK", request.param)
     monkeypatch.setattr(reader, "TEXT_BLOCK", request.param)
-    monkeypatch.setattr(reader, "ROWS", 3)
-    monkeypatch.setattr(reader, "COPY", request.param)
+    monkeypatch.setattr(reader, "LABEL_BLOCK", 3)
+    monkeypatch.setattr(reader, "COPY_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -258,8 +258,8 @@ def test_words_of_text_that_are_no_finite_numbers(write):
         (["1 2", "3 4 5 6"], "fff", "line 8: expected 3 numbers, got 2"),
         (["1 2 3", "4 5 6 7"], "fff", "line 9: expected 3 numbers, got 4"),
         (["1 2 3", "", "45 6.5"], "fff", "line 10: expected 3 numbers, got 2"),
-        (["1 2 3"], "fff", "truncated: promises 2 vertex elements in 105 bytes"),
-        (["1 2.125 3.5"], "fff", "truncated: promises 2 vertex elements, 1 are there"),
+        (["1 2 3"], "fff", "truncated: declares 2 vertex elements in 105 bytes"),
+        (["1 2.125 3.5"], "fff", "truncated: expected 2 vertex elements, got 1"),
         (["1 2 3", "4 5 x"], "fff", "line 9: expected numbers, got 'x'"),
         (["1 2 3", "x 5 6"], "fff", "line 9: expected numbers, got 'x'"),
         (["x 2 3", "4 5 6"], "fff", "line 8: expected numbers, got 'x'"),
@@ -267,12 +267,12 @@ def test_words_of_text_that_are_no_finite_numbers(write):
         (["1 2,5 3", "4 5 6"], "fff", "line 8: expected numbers, got '2,5'"),
         (["1 2 3", "4 5\0 6"], "fff", "line 9: expected numbers, got '5\\x00'"),
         (["1 2 3", "4 5 6", "7.5"], "fffB", "line 9: expected 4 numbers, got 3"),
-        (["1 2 3 4", "4 5 6 300"], "fffB", "line 10: expected red to be whole, 0 to 255, got '300'"),
-        (["1 2 3 4", "4 5 6 -1"], "fffB", "line 10: expected red to be whole, 0 to 255, got '-1'"),
-        (["1 2 3 4", "4 5 6 nan"], "fffB", "line 10: expected red to be whole, 0 to 255, got 'nan'"),
-        (["1 2 3 4", "4 5 6 1.5"], "fffB", "line 10: expected red to be whole, 0 to 255, got '1.5'"),
-        (["1 2 3 4", "4 5 6 4294967296"], "fffI", "line 10: expected red to be whole, 0 to 4294967295, got '42949672"),
-        (["1 2 3 4", f"4 5 6 {2**62}"], "fffq", f"line 10: expected red to be whole, -{2**53} to {2**53}, got '4611"),
+        (["1 2 3 4", "4 5 6 300"], "fffB", "line 10: expected red to be an integer from 0 to 255, got '300'"),
+        (["1 2 3 4", "4 5 6 -1"], "fffB", "line 10: expected red to be an integer from 0 to 255, got '-1'"),
+        (["1 2 3 4", "4 5 6 nan"], "fffB", "line 10: expected red to be an integer from 0 to 255, got 'nan'"),
+        (["1 2 3 4", "4 5 6 1.5"], "fffB", "line 10: expected red to be an integer from 0 to 255, got '1.5'"),
+        (["1 2 3 4", "4 5 6 4294967296"], "fffI", "line 10: expected red to be an integer from 0 to 4294967295, got '"),
+        (["1 2 3 4", f"4 5 6 {2**62}"], "fffq", f"line 10: expected red to be an integer from -{2**53} to {2**53}, "),
     ],
 )  # fmt: skip
 def test_lines_of_text_that_are_refused(write, blocks, rows, kinds, reason):
@@ -281,7 +281,7 @@ def test_lines_of_text_that_are_refused(write, blocks, rows, kinds, reason):
 
 
 def test_a_line_without_an_end(write, monkeypatch):
-    monkeypatch.setattr(reader, "LINE", 1000)
+    monkeypatch.setattr(reader, "MAX_LINE", 1000)
     monkeypatch.setattr(reader, "TEXT_BLOCK", 100)
     assert refusal(write("a.ply", text("1 2 3", "1 " * 600))) == "damaged: has a line of more than 1000 bytes"
 
@@ -321,7 +321,7 @@ def test_elements_that_cannot_be_there(write, form, place):
     content = [LABELED]
     content.insert(place, (FACES, FACE_ROWS))
     content = file(form, *content).replace(b"face 4", b"face 4000000000")
-    assert refusal(write("a.ply", content)) == f"truncated: promises 4000000000 face elements in {len(content)} bytes"
+    assert refusal(write("a.ply", content)) == f"truncated: declares 4000000000 face elements in {len(content)} bytes"
 
 
 # ---- what the columns mean
@@ -418,13 +418,13 @@ def test_spaces_in_text_stay(tmp_path):
             [("list uchar int", "label", [[]] * 4)],
             None,
             [1] * 4,
-            "label is a list for each point; label= names another",
+            "label is a list property, which cannot hold labels; name another",
         ),
         ([("int", "Label", [0] * 4), ("int", "LABEL", [0] * 4)], None, [1] * 4, "has 2 fields named label"),
-        ([], "two words", [1] * 4, "label: expected one word as the name of a new property, got 'two words'"),
-        ([], "\udcff", [1] * 4, "label: expected one word as the name of a new property, got '\\udcff'"),
-        ([], "a\nelement", [1] * 4, "label: expected one word as the name of a new property, got 'a\\nelement'"),
-        ([], None, [1] * 3, "holds 4 points, got labels of 3"),
+        ([], "two words", [1] * 4, "label, into: expected one word as the name of a new property, got 'two words'"),
+        ([], "\udcff", [1] * 4, "label, into: expected one word as the name of a new property, got '\\udcff'"),
+        ([], "a\nelement", [1] * 4, "label, into: expected one word as the name of a new property, got 'a\\nelement'"),
+        ([], None, [1] * 3, "has 4 points, got labels for 3"),
     ],
 )
 def test_labels_that_are_refused(tmp_path, more, label, labels, reason):

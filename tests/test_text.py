@@ -86,7 +86,7 @@ def test_columns_name_those_of_a_table_without_names(write):
         cloud = scenes.read(write(name, data.encode()), columns=["label", "x", "y", "z"])
         np.testing.assert_array_equal(cloud.points, ROWS)
         np.testing.assert_array_equal(cloud.labels, [3, 4, 5])
-    with pytest.raises(scenes.ReadError, match="has 4 columns, but columns names 3"):
+    with pytest.raises(scenes.ReadError, match="has 4 columns, got 3 names in columns="):
         scenes.read(write("a.xyz", table.encode()), columns=[*"xyz"])
     with pytest.raises(scenes.ReadError, match="has 2 fields named x"):
         scenes.read(write("dup.csv", b"x,y,z,x\n1,2,3,9\n"))
@@ -104,9 +104,9 @@ def test_a_line_with_the_number_of_points(write, name, head):
     path = write(name, (head + lines(ROWS)).encode())
     np.testing.assert_array_equal(scenes.read(path).points, ROWS)
     path = write(name, (head.replace("3", "2") + lines(ROWS)).encode())
-    assert refusal(path) == "promises 2 points, holds 3"
+    assert refusal(path) == "declares 2 points, holds 3"
     path = write(name, (head.replace("3", "9" * 18) + lines(ROWS)).encode())
-    assert refusal(path) == f"promises {'9' * 18} points, holds 3"
+    assert refusal(path) == f"declares {'9' * 18} points, holds 3"
 
 
 PTS = {
@@ -143,7 +143,7 @@ def test_scans_one_after_another(write):
     np.testing.assert_array_equal(scenes.read(write("a.pts", both.encode())).points, expected)
     wrong = both.replace("3\n", "4\n", 1)
     assert refusal(write("a.pts", wrong.encode())) == "line 6: expected 4 points before the next count, got 3"
-    assert refusal(write("a.pts", both[:-8].encode())).startswith(("promises 2 points, holds 1", "line 8"))
+    assert refusal(write("a.pts", both[:-8].encode())).startswith(("declares 2 points, holds 1", "line 8"))
     assert refusal(write("a.xyz", (lines(ROWS) + "2\n" + lines(ROWS)).encode())) == "line 4: expected 3 numbers, got 1"
 
 
@@ -221,16 +221,16 @@ def test_colours_of_cloudcompare_between_0_and_1(write):
 
 
 REFUSED = {
-    "1,234;5,678;9,012\n": "may be decimal marks or separate thousands",
-    '"1,234","5,678","9,012"\n': "may be decimal marks or separate thousands",
+    "1,234;5,678;9,012\n": "may be decimal marks or thousands separators",
+    '"1,234","5,678","9,012"\n': "may be decimal marks or thousands separators",
     '"1,234,567","5","6"\n': "line 1: expected numbers or the names x, y, z",
     '1,2,3\n"1,234,567",5,6\n': "line 2: expected numbers, got '1,234,567'",
     "1.234,5;2;3\n": "line 1: expected numbers or the names x, y, z",
     "1;2;3\n1.234,5;2;3\n": "line 2: expected numbers, got '1.234,5'",
-    "1,5;2.5;3\n": "has decimal points and decimal commas",
-    "1,5, 2,5, 3,5\n": "line 1: its commas may be decimal marks, separators or both",
-    "x,y,z\n1,5,2,5,3,5\n": "names 3 columns, has 6: are its decimal marks commas?",
-    "x,y,z\n1,2,3,4\n": "names 3 columns, has 4",
+    "1,5;2.5;3\n": "has both decimal points and decimal commas: write decimal points",
+    "1,5, 2,5, 3,5\n": "line 1: its commas may be decimal marks or separators: write decimal points",
+    "x,y,z\n1,5,2,5,3,5\n": "names 3 columns, but its rows have 6: are its decimal marks commas?",
+    "x,y,z\n1,2,3,4\n": "names 3 columns, but its rows have 4",
     "1 2 3\n4 5 6\n7 8 9 # c\n1 2 3 4\n": "line 4: expected 3 numbers, got 4",
     "1 2 3\n4 5 x\n": "line 2: expected numbers, got 'x'",
     "1 2 3\n1_0 5 6\n": "line 2: expected numbers, got '1_0'",
@@ -239,7 +239,7 @@ REFUSED = {
     "1 2 3\n\n# c\n185\x00187 5 6\n": r"line 4: expected numbers, got '185\x00187'",
     "x,y,z,name\n1,2,3,car\n": "line 2: expected numbers, got '1,2,3,car'",
     "lat,lon\n1,2\n": "line 1: expected numbers or the names x, y, z, got 'lat,lon'",
-    "1 2 3 " * 20_000: "expected a row for each point, got (1, 60000): transpose it",
+    "1 2 3 " * 20_000: "expected a row for each point, got (1, 60000): transpose the array",
     "1 2 3\n" + "1 2 3 " * 400_000: "expected a row for each point, got a line of more than 1048576 bytes",
     "# only\n# comments\n": "holds no points",
     "3\n": "holds no points",
@@ -260,7 +260,10 @@ def test_blocks_know_their_lines(write, monkeypatch):
     np.testing.assert_array_equal(scenes.read(write("a.csv", data.encode())).points, rows)
     assert refusal(write("a.csv", (data + "1;2;bad\n").encode())) == "line 1001: expected numbers, got 'bad'"
     assert refusal(write("a.csv", (data + "1;2\n").encode())) == "line 1001: expected 3 numbers, got 2"
-    assert refusal(write("a.csv", (data + "1;2.5;3\n").encode())) == "has decimal points and decimal commas"
+    assert (
+        refusal(write("a.csv", (data + "1;2.5;3\n").encode()))
+        == "has both decimal points and decimal commas: write decimal points"
+    )
 
 
 @pytest.mark.parametrize(("first", "row"), [("", "1 1 1\n"), ("1;2;3\n", "1;1;1,5\n"), ("1,2,3\n", "1,1,\n")])

@@ -28,7 +28,7 @@ pytest.importorskip("safetensors")
 CLASSES = {"flat": [0, 1], "upright": [2, 3, 4, 5], "thing": [*range(6, 14)]}  # 14, clutter, is ignored
 
 
-def given(**more):
+def settings_dict(**more):
     """Settings of seconds, as TOML has them; `more` by section."""
     sections = {
         "data": {
@@ -55,7 +55,7 @@ DIGITS = {"images": "a", "labels": "b"}
 def trained(tmp_path_factory):
     """(folder, Training) of a run."""
     folder = tmp_path_factory.mktemp("run")
-    run = training.Training(from_dict(given()), folder, folder)
+    run = training.Training(from_dict(settings_dict()), folder, folder)
     run.run()
     return folder, run
 
@@ -63,22 +63,22 @@ def trained(tmp_path_factory):
 # ---- settings
 
 
-def test_settings_are_what_is_asked_for_and_defaults():
-    found = from_dict(given())
-    assert found.names == ("flat", "upright", "thing") and not found.digits
-    net = found.net()
+def test_settings_and_their_defaults():
+    config = from_dict(settings_dict())
+    assert config.names == ("flat", "upright", "thing") and not config.digits
+    net = config.net()
     assert (net.num_features, net.num_classes, net.width, net.kernel_size) == (5, 3, 8, 5)
-    assert found.training.rotate == "vertical" and found.training.workers == 2
-    assert from_dict(json.loads(json.dumps(found.asdict()))) == found
+    assert config.training.rotate == "vertical" and config.training.workers == 2
+    assert from_dict(json.loads(json.dumps(config.asdict()))) == config
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"training": {"speed": 3}}, r"\[training\] speed: there is no such setting; there are radius"),
+        ({"training": {"speed": 3}}, r"\[training\] speed: unknown setting; known are radius"),
         (
             {"training": {"epoch": 3}},
-            r"\[training\] epoch: there is no such setting; is epochs meant\? there are radius",
+            r"\[training\] epoch: unknown setting; did you mean epochs\? known are radius",
         ),
         ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
         ({"training": {"radius": 0}}, r"\[training\] radius: expected 1e-09 to 1e\+09, got 0\.0"),
@@ -89,54 +89,60 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
         ({"network": {"hue": 3}}, r"\[network\] .*hue"),
         ({"network": {"kind": "unet"}}, r"\[network\] kind: expected kpconv or kpnext, got 'unet'"),
-        ({"network": {"kind": "kpnext"}}, r"\[network\] levels: expected none for kpnext"),
+        ({"network": {"kind": "kpnext"}}, r"\[network\] levels: not valid for kpnext"),
         ({"data": {"train": []}}, r"\[data\] train: expected a list of files, got \[\]"),
-        ({"data": {"train": [{"file": "a.las", "indoor": 1}]}}, r"train\[0\]: expected either file or indoor"),
-        ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor"),
+        (
+            {"data": {"train": [{"file": "a.las", "indoor": 1}]}},
+            r"train\[0\]: expected either file or indoor, got both",
+        ),
+        ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor, got neither"),
         (
             {"data": {"test": [{"images": "a", "labels": "b"}]}},
-            r"\[data\]: expected scenes or digits to train",
+            r"\[data\] train, test: expected either scenes or digits",
         ),
-        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected two to 10,000 names with labels, got 1"),
-        ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels of no other class"),
+        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected 2 to 10,000 classes, got 1"),
+        ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels that no other class has"),
         ({"data": {"classes": {"a": [1], "b": ["x"]}}}, r"\[data.classes\] b: expected a list of integers"),
         ({"data": {"features": []}}, r"\[data\] features: expected at least one"),
-        ({"data": {"features": ["one", "Echo", "echo"]}}, r"\[data\] features: expected at least one and none twice"),
-        ({"data": {"features": ["value"]}}, r"\[data\] features: value is of digits"),
+        ({"data": {"features": ["one", "Echo", "echo"]}}, r"\[data\] features: expected at least one, each once"),
+        ({"data": {"features": ["value"]}}, r"\[data\] features: value is only valid for digits"),
         ({"data": {"train": [{"file": "a.las", "min": [0.0] * 4}]}}, r"train\[0\] min: expected up to 3 coordinates"),
-        ({"data": {"train": [DIGITS]}}, r"\[data\]: expected scenes or digits to train"),
+        ({"data": {"train": [DIGITS]}}, r"\[data\] train, test: expected either scenes or digits"),
         (
             {"data": {"train": [DIGITS], "test": []}},
             r"\[data\] features: .* for digits, got (color|height)",
         ),
         (
             {"data": {"train": [DIGITS], "test": [], "features": ["one"]}},
-            r"expected no classes, label or columns for digits",
+            r"classes, label and columns are not allowed for digits",
         ),
-        ({"data": {"train": [DIGITS | {"first": 3, "last": 3}]}}, r"train\[0\]: expected first of at least 0 and last"),
-        ({"data": {"train": [DIGITS | {"first": -3}]}}, r"train\[0\]: expected first of at least 0 and last above it"),
+        (
+            {"data": {"train": [DIGITS | {"first": 3, "last": 3}]}},
+            r"train\[0\] first, last: expected 0 <= first < last",
+        ),
+        ({"data": {"train": [DIGITS | {"first": -3}]}}, r"train\[0\] first, last: expected 0 <= first < last, got"),
         ({"training": {"vote_radius": 0.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 0\.1"),
         ({"training": {"vote_radius": 1.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 1\.1"),
         ({"training": {"votes": 0}}, r"\[training\] votes: expected 1 to 1,000, got 0"),
         ({"training": {"rotate": -1}}, r"\[training\] rotate: expected vertical, all, none, or degrees from 0 to 180"),
-        ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the least and largest factor"),
+        ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the smallest and largest factor"),
         ({"training": {"flip": [True] * 4}}, r"\[training\] flip: expected up to 3 axes, got \[True"),
         (
             {"training": {"scale": [1e9, 1e9]}},
-            r"\[training\] scale: expected the least and largest factor, 0\.01 to",
+            r"\[training\] scale: expected the smallest and largest factor, from 0\.01",
         ),
         ({"training": {"momentum": 1.0}}, r"\[training\] momentum: expected 0 to 0\.99999, got 1\.0"),
-        ({"network": {"dimension": 2}}, r"\[network\] dimension: expected none"),
-        ({"network": {"options": 3}}, r"\[network\] options: expected names and values, got 3"),
+        ({"network": {"dimension": 2}}, r"\[network\] dimension: cannot be set"),
+        ({"network": {"options": 3}}, r"\[network\] options: expected a table of settings, got 3"),
         ({"network": {"slope": "x"}}, r"\[network\] slope: expected a number, got str"),
         ({"network": {"kind": "kpnext", "levels": 5, "segment": False}}, r"\[network\] .*segment"),
         (
             {"data": {"train": [{"file": "a.las", "mirror": True}]}},
-            r"train\[0\]: expected points and mirror of the emb",
+            r"train\[0\] points, mirror: only valid together with indoor",
         ),
         (
             {"data": {"train": [{"file": "a.las", "points": 3}]}},
-            r"train\[0\]: expected points and mirror of the embedded",
+            r"train\[0\] points, mirror: only valid together with indoor, got a file",
         ),
         ({"network": {"dropout": 1.5}}, r"\[network\] dropout: expected 0 to 1, got 1\.5"),
         ({"network": {"conv_radius": -1.0}}, r"\[network\] conv_radius: expected"),
@@ -182,25 +188,25 @@ def test_settings_are_what_is_asked_for_and_defaults():
         ),
         ({"data": {"train": [{"indoor": -1}]}}, r"train\[0\] indoor: expected 0 to 2,147,483,647, got -1"),
         ({"data": {"train": [{"file": "a", "max": [float("nan")]}]}}, r"train\[0\] max: expected up to 3 coordinates"),
-        ({"data": {"classes": {"a": [1], "b": [2**31]}}}, r"\[data.classes\] b: expected integers of 32 bits, got"),
+        ({"data": {"classes": {"a": [1], "b": [2**31]}}}, r"\[data.classes\] b: expected 32-bit integers, got"),
         (
             {"data": {"columns": ["x", "y"]}},
-            r"\[data\] columns: expected at least x y z and none twice, got \['x', 'y'\]",
+            r"\[data\] columns: expected at least x y z, each name once, got \['x', 'y'\]",
         ),
-        ({"data": {"columns": [*"xyzz"]}}, r"\[data\] columns: expected at least x y z and none twice"),
+        ({"data": {"columns": [*"xyzz"]}}, r"\[data\] columns: expected at least x y z, each name once"),
         ({"data": {"columns": "x y z"}}, r"\[data\] columns: expected list\[str\] \| None, got 'x y z'"),
         ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
     ],
 )
-def test_settings_that_cannot_be(more, message):
-    sections = given()
+def test_settings_that_are_refused(more, message):
+    sections = settings_dict()
     for name, values in more.items():
         sections[name] = sections.get(name, {}) | values
     with pytest.raises(SettingsError, match=message):
         from_dict(sections)
 
 
-def test_settings_files_that_are_none(tmp_path):
+def test_files_that_are_not_settings(tmp_path):
     with pytest.raises(SettingsError, match=r"missing.toml: No such file"):
         settings.read_settings(tmp_path / "missing.toml")
     for name, text in (("a", b"[data"), ("b", b"\xff\xfe"), ("c", b"[data]\ntrain = 3")):
@@ -214,21 +220,21 @@ def test_settings_files_of_any_editor(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
         assert settings.read_settings(path).names == ("flat", "upright")
-    for content, said in (
-        (text.encode("utf-16"), "is UTF-16, which TOML is not: save it as UTF-8"),
-        (b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"),
-        (text.encode("utf-16-le"), "is UTF-16"),
-        (text.encode("latin-1"), "is not text: expected UTF-8, got byte 0xe4 at 5"),
+    for content, message in (
+        (text.encode("utf-16"), "expected UTF-8, as of any TOML file, got UTF-16: save it as UTF-8"),
+        (b"\xfe\xff" + text.encode("utf-16-be"), "got UTF-16"),
+        (text.encode("utf-16-le"), "got UTF-16"),
+        (text.encode("latin-1"), "expected text in UTF-8, got byte 0xe4 at 5"),
         (b"a = " + 100_000 * b"[", "nested too deep"),
         (b"a = " + 5000 * b"9", "4300 digits"),
-        (b"data = 3", r"\[data\]: expected names and values, got 3"),
-        (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected names and values, got 3"),
+        (b"data = 3", r"\[data\]: expected a table of settings, got 3"),
+        (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected a table of settings, got 3"),
         (bytes(2**24 + 1), "expected a TOML file of at most 16,777,216 bytes, got 16,777,217"),
     ):
         path.write_bytes(content)
-        with pytest.raises(SettingsError, match=rf"a\.toml: .*{said}"):
+        with pytest.raises(SettingsError, match=rf"a\.toml: .*{message}"):
             settings.read_settings(path)
-    with pytest.raises(SettingsError, match="is no regular file"):
+    with pytest.raises(SettingsError, match="is not a regular file"):
         settings.read_settings(tmp_path)
 
 
@@ -236,8 +242,8 @@ def test_settings_files_of_any_editor(tmp_path):
 
 
 def test_scenes_are_subsampled_with_features_and_labels():
-    found = from_dict(given())
-    (scene,), columns = data.load(found, found.data.train, ".")
+    config = from_dict(settings_dict())
+    (scene,), columns = data.load(config, config.data.train, ".")
     cloud = scenes.indoor(12_000, 0)
     own = kp.grid_subsample(cloud.points, 0.2)
     assert_same_bits(scene.points, own.points)
@@ -262,17 +268,17 @@ def test_scenes_are_subsampled_as_the_network_says(tmp_path):
     np.savez(tmp_path / "a.npz", points=points, labels=(np.arange(3000) % 6 + 1).astype(np.int32))
     part = {"train": [{"file": "a.npz"}], "test": [], "features": ["one"]}
     for origin, network in ((0, {}), (0, {"origin": 0}), ("published", {"origin": "published"})):
-        found = from_dict(given(data=part, network=network))
-        assert found.net().origin == origin
-        loaded, columns = data.load(found, found.data.train, tmp_path)
+        config = from_dict(settings_dict(data=part, network=network))
+        assert config.net().origin == origin
+        loaded, columns = data.load(config, config.data.train, tmp_path)
         assert_same_bits(loaded[0].points, kp.grid_subsample(loaded[0].full, 0.2, origin=origin).points)
         other = kp.grid_subsample(loaded[0].full, 0.2, origin=0 if origin else "published").points
         assert not np.array_equal(loaded[0].points, other)
         spheres = [batches.Sphere(0, np.zeros(3, np.float32), np.arange(len(loaded[0].points)))]
-        levels = batches.make_batch(found.net(), loaded, columns, spheres).pyramid
+        levels = batches.make_batch(config.net(), loaded, columns, spheres).pyramid
         assert_same_bits(levels[1].points, kp.grid_subsample(levels[0].points, 0.4, origin=origin).points)
     with pytest.raises(SettingsError, match=r"\[network\] origin: expected 0 or 'published', got 1"):
-        from_dict(given(network={"origin": 1}))
+        from_dict(settings_dict(network={"origin": 1}))
 
 
 def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
@@ -282,9 +288,9 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     np.savez(tmp_path / "scan.npz", points=points, labels=labels, intensity=intensity)
     half = {"train": [{"file": "scan.npz", "max": [85_040.0]}], "test": [{"file": "scan.npz", "min": [85_040.0]}],
             "classes": {"a": [1], "b": [2]}, "features": ["intensity", "height"]}  # fmt: skip
-    found = from_dict(given(data=half))
-    (west,), columns = data.load(found, found.data.train, tmp_path)
-    (east,), same = data.load(found, found.data.test, tmp_path, columns)
+    config = from_dict(settings_dict(data=half))
+    (west,), columns = data.load(config, config.data.train, tmp_path)
+    (east,), same = data.load(config, config.data.test, tmp_path, columns)
     assert same is columns
     is_west = points[:, 0] < 85_040
     assert (len(west.full), len(east.full)) == (is_west.sum(), (~is_west).sum())
@@ -299,29 +305,33 @@ def test_a_part_of_a_file_is_cut_in_its_own_coordinates(tmp_path):
     )
     nothing = {"train": [{"file": "scan.npz", "max": [1.0]}]}
     with pytest.raises(SettingsError, match="expected points between the corners, got none"):
-        data.load(found, from_dict(given(data=half | nothing)).data.train, tmp_path)
+        data.load(config, from_dict(settings_dict(data=half | nothing)).data.train, tmp_path)
     with pytest.raises(scenes.ReadError, match="has no field echo"):
-        wrong = from_dict(given(data=half | {"features": ["echo"]}))
+        wrong = from_dict(settings_dict(data=half | {"features": ["echo"]}))
         data.load(wrong, wrong.data.train, tmp_path)
-    with pytest.raises(scenes.ReadError, match="has no colours"):
-        wrong = from_dict(given(data=half | {"features": ["color"]}))
+    with pytest.raises(scenes.ReadError, match="has no colours, but color is one of the features"):
+        wrong = from_dict(settings_dict(data=half | {"features": ["color"]}))
         data.load(wrong, wrong.data.train, tmp_path)
-    with pytest.raises(SettingsError, match=r"\[data\] scan\.npz: expected labels of the classes, got none"):
-        wrong = from_dict(given(data=half | {"classes": {"a": [7], "b": [8]}}))
+    with pytest.raises(
+        SettingsError, match=r"\[data\] scan\.npz: expected points with labels of the classes, got none"
+    ):
+        wrong = from_dict(settings_dict(data=half | {"classes": {"a": [7], "b": [8]}}))
         data.load(wrong, wrong.data.train, tmp_path)
     np.savez(tmp_path / "nan.npz", points=points, labels=labels, intensity=np.where(intensity < 3, np.nan, intensity))
     with pytest.raises(
         scenes.ReadError, match=rf"field intensity, a feature, is NaN or infinite for {(intensity < 3).sum()}"
     ):
-        data.load(found, from_dict(given(data=half | {"train": ["nan.npz"]})).data.train, tmp_path)
+        data.load(config, from_dict(settings_dict(data=half | {"train": ["nan.npz"]})).data.train, tmp_path)
     zero = half | {"train": ["zero.npz"], "classes": {"a": [0], "b": [1]}}
     np.savez(tmp_path / "zero.npz", points=points, labels=np.zeros(4000, int), intensity=intensity)
-    with pytest.raises(scenes.ReadError, match=r"zero.npz: has no labels: field labels is 0 throughout; \[data\] la"):
-        data.load(from_dict(given(data=zero)), from_dict(given(data=zero)).data.train, tmp_path)
-    named = from_dict(given(data=zero | {"label": "labels"}))
+    with pytest.raises(
+        scenes.ReadError, match=r"zero.npz: has no labels: field labels is 0 throughout; name their field as label"
+    ):
+        data.load(from_dict(settings_dict(data=zero)), from_dict(settings_dict(data=zero)).data.train, tmp_path)
+    named = from_dict(settings_dict(data=zero | {"label": "labels"}))
     assert (data.load(named, named.data.train, tmp_path)[0][0].full_labels == 0).all()
     with pytest.raises(SettingsError, match=r"\[data\] features: the embedded scenes have no intensity"):
-        wrong = from_dict(given(data={"features": ["intensity"]}))
+        wrong = from_dict(settings_dict(data={"features": ["intensity"]}))
         data.load(wrong, wrong.data.train, tmp_path)
 
 
@@ -331,13 +341,13 @@ def test_tables_without_names_are_given_some(tmp_path, monkeypatch):
     np.savetxt(tmp_path / "a.txt", table)
     part = {"train": ["~/a.txt"], "test": [], "features": ["intensity"], "classes": {"a": [1], "b": [2]}}
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = from_dict(given(data=part | {"columns": ["x", "y", "z", "intensity", "label"]}))
-    (scene,), _ = data.load(found, found.data.train, tmp_path / "elsewhere")
+    config = from_dict(settings_dict(data=part | {"columns": ["x", "y", "z", "intensity", "label"]}))
+    (scene,), _ = data.load(config, config.data.train, tmp_path / "elsewhere")
     assert_same_bits(scene.full_labels, table[:, 4].astype(np.int64) - 1)
     assert_same_bits(scene.cloud.fields["intensity"], table[:, 3].astype(np.float64))
-    found = from_dict(given(data=part | {"features": ["one"]}))
+    config = from_dict(settings_dict(data=part | {"features": ["one"]}))
     with pytest.raises(scenes.ReadError, match=r"has no labels: its columns have no names: .* columns of \[data\]"):
-        data.load(found, found.data.train, ".")
+        data.load(config, config.data.train, ".")
 
 
 def test_features_are_limited(tmp_path):
@@ -345,11 +355,11 @@ def test_features_are_limited(tmp_path):
     echo = points[:, 0].copy()
     echo[3], echo[5] = 1e6, -1e6
     np.savez(tmp_path / "scan.npz", points=points, labels=np.ones(1000, int), echo=echo)
-    found = from_dict(given(
+    config = from_dict(settings_dict(
         data={"train": ["scan.npz"], "test": [], "features": ["echo"], "classes": {"a": [1], "b": [2]}},
         network={"voxel_size": 1e-3},
     ))  # fmt: skip
-    (scene,), _ = data.load(found, found.data.train, tmp_path)
+    (scene,), _ = data.load(config, config.data.train, tmp_path)
     assert scene.columns.max() == 10 and scene.columns.min() == -10 and np.median(np.abs(scene.columns)) < 1
 
 
@@ -372,16 +382,18 @@ def digits(folder, number=60, seed=0, features=("one", "value")):
     idx(folder / "images.gz", images)
     idx(folder / "labels", labels)
     files = {"images": "images.gz", "labels": "labels"}
-    sections = given(training={"rotate": 10, "epochs": 3, "steps": 10, "batch_clouds": 8, "noise": 0.05, "validate": 3})
+    sections = settings_dict(
+        training={"rotate": 10, "epochs": 3, "steps": 10, "batch_clouds": 8, "noise": 0.05, "validate": 3}
+    )
     sections["data"] = {"train": [files | {"last": 40}], "test": [files | {"first": 40}], "features": [*features]}
     sections["network"] |= {"voxel_size": 1.0, "head_width": 16, "width": 16}
     return images, labels, from_dict(sections)
 
 
 def test_digits_are_points_in_two_dimensions(tmp_path):
-    images, labels, found = digits(tmp_path)
-    made = data.load(found, found.data.train, tmp_path)[0]
-    assert len(made) == 40 and found.digits and found.net().dimension == 2
+    images, labels, config = digits(tmp_path)
+    made = data.load(config, config.data.train, tmp_path)[0]
+    assert len(made) == 40 and config.digits and config.net().dimension == 2
     for scene, image, label in zip(made, images, labels, strict=False):
         drawn = np.zeros((12, 12))
         at = (scene.points + 5.5).astype(int)
@@ -389,45 +401,47 @@ def test_digits_are_points_in_two_dimensions(tmp_path):
         assert (drawn == image).all() and scene.labels.tolist() == [label]
     idx(tmp_path / "labels", np.full(len(labels), 10, np.uint8))
     with pytest.raises(SettingsError, match="labels: expected labels from 0 to 9, got 10"):
-        data.load(found, found.data.train, tmp_path)
+        data.load(config, config.data.train, tmp_path)
     (tmp_path / "labels").write_bytes(b"no")
-    with pytest.raises(scenes.ReadError, match="is no idx file of bytes"):
-        data.load(found, found.data.train, tmp_path)
+    with pytest.raises(scenes.ReadError, match="is not an idx file of bytes"):
+        data.load(config, config.data.train, tmp_path)
     idx(tmp_path / "labels", labels[:0])
     idx(tmp_path / "images.gz", images[:0])
-    with pytest.raises(SettingsError, match=r"\[data\] images\.gz: expected labels of the classes, got none"):
-        data.load(found, found.data.train, tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"\[data\] images\.gz: expected points with labels of the classes, got none"
+    ):
+        data.load(config, config.data.train, tmp_path)
 
 
 @pytest.mark.parametrize("bright", [0, 1])
 def test_digits_without_ink_are_classified_too(tmp_path, bright):
-    images, labels, found = digits(tmp_path)
+    images, labels, config = digits(tmp_path)
     images[40:] = 0
     images[40:, 5, 5] = bright
     idx(tmp_path / "images.gz", images)
-    run = training.Training(found, tmp_path / "run", tmp_path)
+    run = training.Training(config, tmp_path / "run", tmp_path)
     confusion = voting.evaluate(run.model, run.test_scenes)
     assert_same_bits(confusion.sum(axis=1), np.bincount(labels[40:], minlength=10))
 
 
 def test_idx_files_that_are_cut(tmp_path):
-    found = digits(tmp_path)[2]
+    config = digits(tmp_path)[2]
     whole = gzip.decompress((tmp_path / "images.gz").read_bytes())
     with gzip.open(tmp_path / "images.gz", "wb") as file:
         file.write(whole[:-1])
-    with pytest.raises(scenes.ReadError, match="truncated: an array of shape"):
-        data.load(found, found.data.train, tmp_path)
+    with pytest.raises(scenes.ReadError, match="truncated: expected an array of shape"):
+        data.load(config, config.data.train, tmp_path)
     (tmp_path / "images.gz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(scenes.ReadError, match=r"images\.gz"):
-        data.load(found, found.data.train, tmp_path)
+        data.load(config, config.data.train, tmp_path)
 
 
 # ---- batches
 
 
 def test_potentials_go_where_the_fewest_have_been():
-    found = from_dict(given())
-    (scene,), _ = data.load(found, found.data.train, ".")
+    config = from_dict(settings_dict())
+    (scene,), _ = data.load(config, config.data.train, ".")
     sampler = batches.Potentials([scene], 1.5, np.random.default_rng(0))
     visited = np.zeros(len(scene.points), int)
     for number in range(1, 400):
@@ -441,8 +455,8 @@ def test_potentials_go_where_the_fewest_have_been():
 
 
 def test_balanced_spheres_are_about_all_classes():
-    found = from_dict(given())
-    (scene,), _ = data.load(found, found.data.train, ".")
+    config = from_dict(settings_dict())
+    (scene,), _ = data.load(config, config.data.train, ".")
     sampler = batches.Balanced([scene, scene], 1.5, np.random.default_rng(0))
     counts, whose = np.zeros(3), set()
     for _ in range(300):
@@ -453,31 +467,31 @@ def test_balanced_spheres_are_about_all_classes():
     assert counts.min() > 70 and whose == {0, 1}
 
 
-def batches_of(found, workers, seed=0):
-    loaded, columns = data.load(found, found.data.train, ".")
+def batches_of(config, workers, seed=0):
+    loaded, columns = data.load(config, config.data.train, ".")
     rng = np.random.default_rng([seed, 0])
-    jobs = enumerate(batches.training_jobs(loaded, found.training, False, rng, 5))
+    jobs = enumerate(batches.training_jobs(loaded, config.training, False, rng, 5))
 
     def make(job):
         time.sleep(0.01 * (job[0] % 2))  # so that threads end in another order than they begin
         return batches.make_batch(
-            found.net(), loaded, columns, job[1], found.training, np.random.default_rng([seed, job[0]])
+            config.net(), loaded, columns, job[1], config.training, np.random.default_rng([seed, job[0]])
         )
 
     return [*batches.Prefetched(jobs, make, workers)], loaded
 
 
 def test_batches_are_the_same_with_any_number_of_workers():
-    found = from_dict(given(data={"features": ["local", "color", "one"]}))
-    first, loaded = batches_of(found, 0)
+    config = from_dict(settings_dict(data={"features": ["local", "color", "one"]}))
+    first, loaded = batches_of(config, 0)
     for workers in (1, 3):
-        for one, other in zip(first, batches_of(found, workers)[0], strict=True):
+        for one, other in zip(first, batches_of(config, workers)[0], strict=True):
             assert_same_bits(one.features, other.features)
             assert_same_bits(one.labels, other.labels)
             for level, same in zip(one.pyramid, other.pyramid, strict=True):
                 assert_same_bits(level.points, same.points)
                 assert_same_bits(level.neighbors.index, same.neighbors.index)
-    assert (first[0].features != batches_of(found, 0, seed=1)[0][0].features[: len(first[0].features)]).any()
+    assert (first[0].features != batches_of(config, 0, seed=1)[0][0].features[: len(first[0].features)]).any()
     for batch in first:
         sizes = [len(sphere.rows) for sphere in batch.spheres]
         assert len(sizes) <= 3 and (sum(sizes) <= 1500 or len(sizes) == 1)
@@ -485,27 +499,33 @@ def test_batches_are_the_same_with_any_number_of_workers():
         rows = np.concatenate([sphere.rows for sphere in batch.spheres])
         assert_same_bits(batch.labels, loaded[0].labels[rows])
         assert_same_bits(batch.features[:, :3], batch.pyramid[0].points)  # "local": what the network sees
-        assert batch.features.shape[1] == found.net().num_features == 7
+        assert batch.features.shape[1] == config.net().num_features == 7
         assert (batch.features[:, 6] == 1).all()
 
 
 def test_spheres_that_are_too_small(tmp_path):
-    found = from_dict(given(training={"radius": 0.01}))
-    with pytest.raises(SettingsError, match=r"\[training\] radius: expected several points within 0\.01"):
-        training.Training(found, tmp_path, ".").run()
-    tiny = from_dict(given(training={"radius": 1e-5}))
-    with pytest.raises(SettingsError, match=r"\[training\] radius: expected a larger one, got 1e-05; of its tenth"):
+    config = from_dict(settings_dict(training={"radius": 0.01}))
+    with pytest.raises(
+        SettingsError, match=r"\[training\] radius: expected several points in a sphere, .* radius 0\.01"
+    ):
+        training.Training(config, tmp_path, ".").run()
+    tiny = from_dict(settings_dict(training={"radius": 1e-5}))
+    with pytest.raises(
+        SettingsError, match=r"\[training\] radius: expected a larger one, got 1e-05; for voxels of a tenth"
+    ):
         training.Training(tiny, tmp_path, ".").run()
-    loaded, columns = data.load(found, found.data.train, ".")
+    loaded, columns = data.load(config, config.data.train, ".")
     alone = batches.Sphere(0, loaded[0].points[5], np.array([5]))
-    with pytest.raises(SettingsError, match=r"\[network\] levels: expected at least two points .* got 1 on level 0"):
-        batches.make_batch(found.net(), loaded, columns, [alone], found.training, np.random.default_rng(0))
+    with pytest.raises(
+        SettingsError, match=r"\[network\] levels: batch normalisation needs at least 2 points .* got 1 on level 0"
+    ):
+        batches.make_batch(config.net(), loaded, columns, [alone], config.training, np.random.default_rng(0))
 
 
 def test_a_batch_ends_before_it_has_too_many_points():
-    found = from_dict(given(training={"batch_points": 500, "batch_clouds": 8}))
+    config = from_dict(settings_dict(training={"batch_points": 500, "batch_clouds": 8}))
     ended = 0
-    for batch in batches_of(found, 0)[0]:
+    for batch in batches_of(config, 0)[0]:
         sizes = [len(sphere.rows) for sphere in batch.spheres]
         assert len(sizes) < 8 and (sum(sizes) <= 500 or len(sizes) == 1)
         ended += len(sizes) > 1
@@ -522,8 +542,8 @@ def test_an_error_in_a_worker_comes_out():
 
 @pytest.mark.parametrize("rotate", ["vertical", "all", "none", 20])
 def test_augmentation_keeps_the_shape(rotate):
-    found = from_dict(given(training={"rotate": rotate, "noise": 0.0, "scale": [1.0, 1.0]}))
-    made, loaded = batches_of(found, 0)
+    config = from_dict(settings_dict(training={"rotate": rotate, "noise": 0.0, "scale": [1.0, 1.0]}))
+    made, loaded = batches_of(config, 0)
     for batch in made:
         for i, sphere in enumerate(batch.spheres):
             begin, end = batch.pyramid[0].row_splits[i : i + 2]
@@ -541,10 +561,10 @@ def test_augmentation_keeps_the_shape(rotate):
 
 
 def test_scale_noise_flips_and_lost_colors():
-    found = from_dict(given(training={
+    config = from_dict(settings_dict(training={
         "rotate": "none", "noise": 0.01, "scale": [0.5, 2.0], "flip": [False, True, False], "keep_color": 0.5
     }))  # fmt: skip
-    made, loaded = batches_of(found, 0)
+    made, loaded = batches_of(config, 0)
     signs, blank = set(), set()
     for batch in made:
         for i, sphere in enumerate(batch.spheres):
@@ -561,8 +581,8 @@ def test_scale_noise_flips_and_lost_colors():
 
 def test_turned_grids_are_turned_back():
     """Neighbours are within their radius in the coordinates that the network gets, whatever the voxels' axes."""
-    made, _ = batches_of(from_dict(given()), 0)
-    plain, _ = batches_of(from_dict(given(training={"turn_grid": False})), 0)
+    made, _ = batches_of(from_dict(settings_dict()), 0)
+    plain, _ = batches_of(from_dict(settings_dict(training={"turn_grid": False})), 0)
     differ = False
     for batch, other in zip(made, plain, strict=True):
         assert_same_bits(batch.pyramid[0].points, other.pyramid[0].points)
@@ -589,8 +609,8 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     best = max(tests, key=lambda e: e["test"]["miou"])
     model = training.Model.load(folder / "best.safetensors")
     assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.model.net
-    found = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
-    assert found == best["test"]
+    config = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
+    assert config == best["test"]
     from matplotlib.image import imread
 
     assert imread(folder / "curves.png")[..., :3].std() > 0.05
@@ -602,11 +622,11 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     [{}, {"deformable": 1, "dropout": 0.2}, {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}],
 )
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
-    sections = given(training=how, network=network)
+    sections = settings_dict(training=how, network=network)
     if "kind" in network:
         sections["network"] = {"voxel_size": 0.2, "momentum": 0.2} | network
-    found = from_dict(sections)
-    whole = training.Training(found, tmp_path / "whole", ".", seed=5)
+    config = from_dict(sections)
+    whole = training.Training(config, tmp_path / "whole", ".", seed=5)
     whole.run()
     monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
 
@@ -620,11 +640,11 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
 
         return watch
 
-    part = training.Training(found, tmp_path / "part", ".", seed=5)
+    part = training.Training(config, tmp_path / "part", ".", seed=5)
     for when in ((0, 3), (1, 0), (1, 4)):
         with pytest.raises(Stop):
             part.run(stop_at(*when))
-        part = training.Training(found, tmp_path / "part", ".", seed=5, resume=True)
+        part = training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
     part.run()
     for name in ("last", "best"):
         one, other = (checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part"))
@@ -636,16 +656,16 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
 
     assert log("whole") == log("part")
     with pytest.raises(ValueError, match=r"resume: .*last\.safetensors: seed: expected 5"):
-        training.Training(found, tmp_path / "part", ".", seed=6, resume=True)
+        training.Training(config, tmp_path / "part", ".", seed=6, resume=True)
     more = from_dict(sections | {"training": sections["training"] | {"workers": 5}})
     assert training.Training(more, tmp_path / "part", ".", seed=5, resume=True).epoch == 2
     with pytest.raises(ValueError, match=r"resume: .*last\.safetensors: expected the settings"):
-        training.Training(from_dict(given(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
+        training.Training(from_dict(settings_dict(training={"lr": 0.3})), tmp_path / "part", ".", seed=5, resume=True)
     groups, about = checkpoints.read(tmp_path / "part" / "last.safetensors")
     name, _ = groups["params"].popitem()
     checkpoints.write(tmp_path / "part" / "last.safetensors", groups, about)
     with pytest.raises(ValueError, match=rf"resume: .*: params: expected {re.escape(name)} .* got none"):
-        training.Training(found, tmp_path / "part", ".", seed=5, resume=True)
+        training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
 
 
 def assert_same_checkpoints(one, other):
@@ -659,7 +679,7 @@ def assert_same_checkpoints(one, other):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
-    sections = json.dumps(given(training={"epochs": 3}))
+    sections = json.dumps(settings_dict(training={"epochs": 3}))
     code = f"""
 import json, sys
 from kpcore.pipeline import training
@@ -704,34 +724,36 @@ def test_a_run_goes_on_from_its_first_moment(command, tmp_path):
     def stop(entry):
         raise KeyboardInterrupt
 
-    found = settings.read_settings(tmp_path / "a.toml")
+    config = settings.read_settings(tmp_path / "a.toml")
     with pytest.raises(KeyboardInterrupt):
-        training.Training(found, out, ".").run(stop)  # after the first step, and before a checkpoint
+        training.Training(config, out, ".").run(stop)  # after the first step, and before a checkpoint
     code, _, err = command("train", tmp_path / "a.toml", "--out", out)
-    assert code == 2 and "--resume goes on with it" in err
+    assert code == 2 and "resume it with --resume" in err
     assert command("train", tmp_path / "a.toml", "--out", out, "--resume")[0] == 0
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "whole")[0] == 0
     assert_same_checkpoints(*(checkpoints.read(folder / "last.safetensors") for folder in (out, tmp_path / "whole")))
     last = out / "last.safetensors"
     best = (out / "best.safetensors").read_bytes()
-    for spoiled, said in (
+    for spoiled, message in (
         (last.read_bytes()[:1000], "is damaged, or no safetensors file"),
-        (best, "expected a last checkpoint of kpcore train"),
+        (best, "expected the last.safetensors of a training"),
     ):
         last.write_bytes(spoiled)
         code, _, err = command("train", tmp_path / "a.toml", "--out", out, "--resume")
-        assert code == 2 and f"{last}: {said}" in err and err.count("\n") == 1
+        assert code == 2 and f"{last}: {message}" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
-    run = training.Training(from_dict(given()), tmp_path, ".")
+    run = training.Training(from_dict(settings_dict()), tmp_path, ".")
     run.model.params["encoder.2.unary1.weights"][0, 0] = np.nan
     with pytest.raises(training.NotFinite, match=r"step 0: the loss is nan; encoder\.2\.unary1\.weights is not"):
         run.run()
-    run = training.Training(from_dict(given(training={"lr": 1e6, "weight_decay": 1e3, "clip_value": 0})), tmp_path, ".")
+    run = training.Training(
+        from_dict(settings_dict(training={"lr": 1e6, "weight_decay": 1e3, "clip_value": 0})), tmp_path, "."
+    )
     with pytest.raises(training.NotFinite, match=r"epoch 0, step [1-5]: the (loss|gradient) .*(in layer|not finite)"):
         run.run()
-    run = training.Training(from_dict(given()), tmp_path, ".")
+    run = training.Training(from_dict(settings_dict()), tmp_path, ".")
     run.model.params["encoder.1.unary1.weights"][...] = 1e30
     run.model.params["encoder.1.conv.weights"][...] = 1e30
     with pytest.raises(training.NotFinite, match=r"comes from kpconv in layer encoder\.1\.conv"):
@@ -741,7 +763,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(tmp_path):
 
 def test_gradients_have_to_be_finite_and_are_clipped(tmp_path):
     def spoiled(value):
-        run = training.Training(from_dict(given(training={"clip_value": 0.5})), tmp_path, ".")
+        run = training.Training(from_dict(settings_dict(training={"clip_value": 0.5})), tmp_path, ".")
         made = run._gradients
 
         def gradients(batch, seed):
@@ -750,20 +772,20 @@ def test_gradients_have_to_be_finite_and_are_clipped(tmp_path):
             return entry, grads
 
         def step(grads, lr):
-            run.given = {name: (grad.min(), grad.max()) for name, grad in grads.items()}
+            run.clipped = {name: (grad.min(), grad.max()) for name, grad in grads.items()}
 
         run._gradients, run.optimizer.step = gradients, step
         return run
 
     for value in (np.nan, np.inf, -np.inf):
-        said = r"step 0: the gradient of encoder\.1\.conv\.weights is not finite; all layers' outputs are finite"
-        with pytest.raises(training.NotFinite, match=said):
+        message = r"step 0: the gradient of encoder\.1\.conv\.weights is not finite; all layers' outputs are finite"
+        with pytest.raises(training.NotFinite, match=message):
             spoiled(value).run()
     for value in (-7, 7):
         run = spoiled(value)
         run.run()
-        assert {*map(abs, run.given["encoder.1.conv.weights"])} >= {0.5}
-        assert max(max(-low, high) for low, high in run.given.values()) <= 0.5
+        assert {*map(abs, run.clipped["encoder.1.conv.weights"])} >= {0.5}
+        assert max(max(-low, high) for low, high in run.clipped.values()) <= 0.5
 
 
 def _without_norm(run):
@@ -780,15 +802,15 @@ def _without_norm(run):
 def test_class_weights():
     loaded = [SimpleNamespace(labels=np.array([0, 0, 0, 0, 1, -1]))]
     for kind, expected in (("inverse", [0.4, 1.6, 0]), ("root", [2 / 3, 4 / 3, 0])):
-        run = SimpleNamespace(settings=from_dict(given(training={"class_weights": kind})), scenes=loaded)
+        run = SimpleNamespace(settings=from_dict(settings_dict(training={"class_weights": kind})), scenes=loaded)
         np.testing.assert_allclose(training.Training._class_weights(run), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("features", [["one", "value"], ["local", "value"]])
 def test_digits_are_learned(tmp_path, features):
-    found = digits(tmp_path, features=features)[2]
-    assert found.net().num_features == sum(2 if name == "local" else 1 for name in features)
-    run = training.Training(found, tmp_path / "run", tmp_path)
+    config = digits(tmp_path, features=features)[2]
+    assert config.net().num_features == sum(2 if name == "local" else 1 for name in features)
+    run = training.Training(config, tmp_path / "run", tmp_path)
     (result,) = run.run()
     assert result["accuracy"] >= 0.9 and sum(map(sum, result["confusion"])) == 20
 
@@ -812,21 +834,21 @@ class Oracle:
         return SimpleNamespace(logits=features)
 
 
-def oracle(found, scene):
+def oracle(config, scene):
     labels = np.maximum(scene.labels, 0)
     columns = np.zeros((len(labels), 3), np.float32)
     columns[np.arange(len(labels)), labels] = 5
     known = data.Scene(scene.points, columns, scene.labels, scene.tree, scene.full, scene.full_labels)
     model = Oracle(known)
-    model.settings, model.columns = found, data.Columns({"known": 3}, {}, {})
+    model.settings, model.columns = config, data.Columns({"known": 3}, {}, {})
     return model, known
 
 
 @pytest.mark.parametrize(("votes", "vote_radius"), [(1, 0.7), (3, 0.7), (1, 0.2), (2, 0.3)])
 def test_votes_come_back_to_every_point(votes, vote_radius):
-    found = from_dict(given(training={"vote_radius": vote_radius}))
-    (scene,), _ = data.load(found, found.data.test, ".")
-    model, known = oracle(found, scene)
+    config = from_dict(settings_dict(training={"vote_radius": vote_radius}))
+    (scene,), _ = data.load(config, config.data.test, ".")
+    model, known = oracle(config, scene)
     shares = voting.probabilities(model, known, votes)
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
     assert (shares.argmax(axis=1) == np.maximum(scene.labels, 0)).all()
@@ -840,22 +862,22 @@ def test_votes_come_back_to_every_point(votes, vote_radius):
 
 
 def test_a_run_with_local_coordinates(tmp_path):
-    found = from_dict(given(data={"features": ["height", "local"]}, training={"steps": 12}))
-    run = training.Training(found, tmp_path, ".")
+    config = from_dict(settings_dict(data={"features": ["height", "local"]}, training={"steps": 12}))
+    run = training.Training(config, tmp_path, ".")
     assert run.run()[-1]["miou"] > 0.2
     model = training.Model.load(tmp_path / "best.safetensors")
     assert model.columns == run.model.columns and model.columns.span("local") == slice(1, 4)
 
 
 def test_confusion_has_a_row_for_each_true_class():
-    found = voting.confusion(np.array([0, 0, 1, -1, 2]), np.array([1, 0, 1, 2, 0]), 3)
-    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    config = voting.confusion(np.array([0, 0, 1, -1, 2]), np.array([1, 0, 1, 2, 0]), 3)
+    assert config.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_scores():
     confusion = np.array([[5, 1, 0], [2, 2, 0], [0, 0, 0]])
-    found = voting.scores(confusion, ("a", "b", "c"))
-    assert found == {
+    config = voting.scores(confusion, ("a", "b", "c"))
+    assert config == {
         "miou": (5 / 8 + 2 / 5) / 2,
         "accuracy": 0.7,
         "iou": {"a": 5 / 8, "b": 2 / 5, "c": None},
@@ -925,7 +947,9 @@ def test_labels_in_npz_files(tmp_path):
         assert_same_bits(after["Truth"], np.where(kept, labels, fractions).astype(np.float32))
     with pytest.raises(scenes.ReadError, match=r"a\.npz: Labels holds 0 to 255, got labels 7 to 300"):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", np.repeat([7, 300], 15))
-    with pytest.raises(scenes.ReadError, match=r"a\.npz: other is \(5,\) float64, not a number for each of 30 points"):
+    with pytest.raises(
+        scenes.ReadError, match=r"a\.npz: other: expected one number for each of 30 points, got \(5,\) float64"
+    ):
         segmentation.write_labels(tmp_path / "a.npz", tmp_path / "h.npz", labels, label="other")
     assert not [name for name in os.listdir(tmp_path) if "h" in name or "part" in name]
     del arrays["Labels"]
@@ -988,16 +1012,16 @@ def test_an_npz_of_any_names(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["A.NPZ", "B.NPZ"]
 
 
-def test_labels_that_cannot_be_written_are_said_before_the_work(trained, tmp_path, monkeypatch):
+def test_labels_that_cannot_be_written_are_refused_before_the_network_runs(trained, tmp_path, monkeypatch):
     model = training.Model.load(trained[0] / "best.safetensors")
-    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("was at work"))
+    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("the network ran"))
     points = scenes.indoor(2000, seed=3)
-    for labels, said in (
-        (np.ones(2000, bool), r"labels is \(2000,\) bool"),
-        (np.ones((2000, 2)), r"labels is \(2000, 2\)"),
+    for labels, reason in (
+        (np.ones(2000, bool), r"labels: expected one number for each of 2000 points, got \(2000,\) bool"),
+        (np.ones((2000, 2)), r"labels: .*, got \(2000, 2\)"),
     ):
         np.savez(tmp_path / "a.npz", points=points.points, colors=points.colors, labels=labels)
-        with pytest.raises(scenes.ReadError, match=rf"a\.npz: {said}"):
+        with pytest.raises(scenes.ReadError, match=rf"a\.npz: {reason}"):
             segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
 
 
@@ -1014,12 +1038,16 @@ def test_one_point_is_labelled_and_drawn(command, trained, tmp_path):
 
 def test_files_that_labels_are_not_written_to(tmp_path):
     (tmp_path / "a.las").write_bytes(b"")
-    with pytest.raises(scenes.ReadError, match=r"a\.las: expected another file than the one that is read"):
+    with pytest.raises(scenes.ReadError, match=r"a\.las: expected a file other than the source"):
         segmentation.check_out(tmp_path / "a.las", tmp_path / ".." / tmp_path.name / "a.las")
     with pytest.raises(scenes.ReadError, match=r"b\.las: there is no folder .*none"):
         segmentation.check_out(tmp_path / "a.las", tmp_path / "none" / "b.las")
-    for source, out in (("a.las", "b.ply"), ("a.xyz", "b.xyz"), ("a.npz", "b")):
-        with pytest.raises(scenes.ReadError, match="labels are written to PLY, LAS, LAZ and NPZ files"):
+    for source, out, reason in (
+        ("a.las", "b.ply", "b.ply: expected the extension .las or .laz, the format of a.las, got '.ply'"),
+        ("a.xyz", "b.xyz", "a.xyz: labels can be written to PLY, LAS, LAZ and NPZ files, not to .xyz"),
+        ("a.npz", "b", "b: expected the extension .npz, the format of a.npz, got ''"),
+    ):
+        with pytest.raises(scenes.ReadError, match=f"{reason}$"):
             segmentation.check_out(tmp_path / source, tmp_path / out)
 
 
@@ -1069,10 +1097,10 @@ def test_train_test_and_segment(command, tmp_path):
     scored = re.search(line, out, re.MULTILINE)
     assert float(scored[1]) > 0.6
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
-    assert code == 2 and "has a run already; --resume goes on with it" in err
+    assert code == 2 and "has a run already; resume it with --resume" in err
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")[0] == 0
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "none", "--resume")
-    assert code == 2 and "has no last.safetensors" in err
+    assert code == 2 and "expected a checkpoint last.safetensors" in err
 
     model = tmp_path / "run" / "best.safetensors"
     code, out, _ = command("test", model)
@@ -1090,12 +1118,12 @@ def test_train_test_and_segment(command, tmp_path):
     )
     assert (code, err) == (0, "")
     with np.load(tmp_path / "done.npz") as done:
-        found = done["labels"]
-        assert {*np.unique(found)} == {0, 2} and done["extra"].tolist() == [0, 1, 2]
+        labels = done["labels"]
+        assert {*np.unique(labels)} == {0, 2} and done["extra"].tolist() == [0, 1, 2]
     true = np.where(cloud.labels < 2, 0, np.where(cloud.labels < 6, 2, -1))
-    right = (found == true)[true >= 0].mean()
+    right = (labels == true)[true >= 0].mean()
     assert right > 0.7 and f"accuracy {right:.4f}" in out
-    assert f"flat {(found == 0).sum():>12,}" in out
+    assert f"flat {(labels == 0).sum():>12,}" in out
     from matplotlib.image import imread
 
     assert imread(tmp_path / "p.png")[..., :3].std() > 0.05
@@ -1103,40 +1131,40 @@ def test_train_test_and_segment(command, tmp_path):
 
 def test_a_scan_without_the_label_field_is_labelled_too(trained, tmp_path):
     model = training.Model.load(trained[0] / "best.safetensors")
-    model.settings = from_dict(given(data={"label": "truth"}))
+    model.settings = from_dict(settings_dict(data={"label": "truth"}))
     cloud = scenes.indoor(2000, seed=3)
     np.savez(tmp_path / "a.npz", points=cloud.points, colors=cloud.colors)
-    found = segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
-    assert found.scores is None and found.counts.sum() == 2000
+    config = segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert config.scores is None and config.counts.sum() == 2000
     with np.load(tmp_path / "b.npz") as after:
-        assert (after["truth"] == np.array([0, 2, 6])[found.classes]).all()
+        assert (after["truth"] == np.array([0, 2, 6])[config.classes]).all()
 
 
 def test_commands_that_cannot_be_carried_out(command, tmp_path):
     (tmp_path / "a.toml").write_text(TOML)
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    for words, said in (
+    for words, message in (
         (["train", tmp_path / "b.toml", "--out", tmp_path], "b.toml: No such file"),
         (["test", tmp_path / "none.safetensors"], "none.safetensors: No such file"),
         (["test", tmp_path / "bad.safetensors"], "bad.safetensors: "),
         (["segment", tmp_path / "bad.safetensors", "a.las", "--out", "b.las"], "bad.safetensors: "),
     ):
         code, out, err = command(*words)
-        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_options_that_have_nothing_to_say(command, trained, tmp_path):
+def test_options_that_do_not_apply(command, trained, tmp_path):
     code, out, err = command("demo", "--levels", 3, "--voxel", 0.1, "--out", tmp_path)
     assert (code, out) == (2, "") and "--voxel, --levels: only valid together with FILE" in err
-    _, _, found = digits(tmp_path)
+    _, _, config = digits(tmp_path)
     model = tmp_path / "model.safetensors"
-    training.Training(found, tmp_path, tmp_path)._save(model.name, {})
+    training.Training(config, tmp_path, tmp_path)._save(model.name, {})
     code, out, err = command("test", model, "--data", tmp_path, "--votes", 2)
     assert (code, out) == (2, "") and "--votes: " in err and "classifies whole clouds" in err
     code, out, _ = command("test", model, "--data", tmp_path)
     assert code == 0 and out.startswith("20 labelled: ")
     code, out, err = command("segment", model, "a.las", "--out", "b.las")
-    assert (code, out) == (2, "") and "labels no points" in err
+    assert (code, out) == (2, "") and "expected a network that labels points" in err
     model = trained[0] / "best.safetensors"
     code, out, err = command("segment", model, "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "no" / "p")
     assert (code, out) == (2, "") and "there is no folder" in err
@@ -1168,32 +1196,32 @@ def test_a_nan_ends_a_run_with_one_line(command, tmp_path):
 
 @pytest.fixture
 def last(trained, tmp_path):
-    """(groups, about, resume): what is in the last checkpoint of a run, and what goes on with another in its place."""
+    """(groups, about, resume): content of the last checkpoint, and a function that resumes from changed content."""
     groups, about = checkpoints.read(trained[0] / "last.safetensors")
     (tmp_path / "log.jsonl").write_bytes((trained[0] / "log.jsonl").read_bytes())
 
     def resume():
         checkpoints.write(tmp_path / "last.safetensors", groups, about)
-        return training.Training(from_dict(given()), tmp_path, tmp_path, resume=True)
+        return training.Training(from_dict(settings_dict()), tmp_path, tmp_path, resume=True)
 
     return groups, about, resume
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda groups, about: about["run"].update(epoch=10**9), "a run of 2 epochs is, got epoch 1000000000"),
-        (lambda groups, about: about["run"].update(epoch=-1), "expected where a run of 2 epochs is, got epoch -1"),
+        (lambda groups, about: about["run"].update(epoch=10**9), "a run of 2 epochs, got epoch 1000000000"),
+        (lambda groups, about: about["run"].update(epoch=-1), "expected the state of a run of 2 epochs, got epoch -1"),
         (lambda groups, about: about["run"].update(step=6), "got epoch 2, step 6"),
         (lambda groups, about: about["run"].update(step="1"), "got epoch 2, step '1'"),
-        (lambda groups, about: about["run"].update(best=None), "expected where a run"),
-        (lambda groups, about: about["run"].update(results=3), "expected where a run"),
+        (lambda groups, about: about["run"].update(best=None), "expected the state of a run"),
+        (lambda groups, about: about["run"].update(results=3), "expected the state of a run"),
         (lambda groups, about: about["run"].pop("epoch"), "got epoch None"),
-        (lambda groups, about: about["run"].update(seed="x"), "seed: expected x, which it was made with, got 0"),
-        (lambda groups, about: about.update(run=[1]), "expected a last checkpoint of kpcore train"),
+        (lambda groups, about: about["run"].update(seed="x"), "seed: expected x, as of the run to resume, got 0"),
+        (lambda groups, about: about.update(run=[1]), r"expected the last\.safetensors of a training"),
         (lambda groups, about: about.update(settings=[1]), "expected the sections"),
         (lambda groups, about: about.pop("settings"), "expected the sections"),
-        (lambda groups, about: groups.pop("optimizer"), "expected where a run"),
+        (lambda groups, about: groups.pop("optimizer"), "expected the state of a run"),
         (lambda groups, about: groups.pop("params"), "params: expected"),
         (lambda groups, about: groups["optimizer"].update(num_steps=np.arange(3)), "expected an optimizer after 12"),
         (lambda groups, about: groups["optimizer"].update(num_steps=np.array(3)), r"after 12 steps, got 3"),
@@ -1206,10 +1234,10 @@ def last(trained, tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_checkpoints_that_a_run_cannot_go_on_from(last, change, said):
+def test_checkpoints_that_a_run_cannot_go_on_from(last, change, message):
     groups, about, resume = last
     change(groups, about)
-    with pytest.raises(ValueError, match=rf"resume: .*last\.safetensors: .*{said}") as refused:
+    with pytest.raises(ValueError, match=rf"resume: .*last\.safetensors: .*{message}") as refused:
         resume()
     assert "\n" not in str(refused.value)
 
@@ -1228,7 +1256,7 @@ def test_a_log_that_is_damaged(last, tmp_path, line):
     assert resume().epoch == 2 and (tmp_path / "log.jsonl").read_bytes() == b"".join(lines)
     (tmp_path / "log.jsonl").write_bytes(b"".join([*lines[:3], line + b"\n", *lines[3:]]))
     before = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"^resume: .*log\.jsonl: expected what a run logs, got another line 4$"):
+    with pytest.raises(ValueError, match=r"^resume: .*log\.jsonl: line 4: expected a log entry of a training$"):
         resume()
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
@@ -1292,45 +1320,43 @@ sys.exit(cli.main(["train", "a.toml", "--out", "run"]))
     assert_same_checkpoints(one, other)
 
 
-def test_resuming_what_was_never_begun_says_what_to_do(command, tmp_path):
+def test_resuming_a_run_that_does_not_exist(command, tmp_path):
     (tmp_path / "a.toml").write_text(TOML)
     code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
-    assert (code, out) == (2, "") and err.endswith(
-        "has no last.safetensors to go on from; without --resume it begins\n"
-    )
+    assert (code, out) == (2, "") and err.endswith("got none; start a new run without --resume\n")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text("{}\n")
     code, out, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--resume")
-    assert (code, out) == (2, "") and err.endswith("to go on from; another --out begins a new run\n")
+    assert (code, out) == (2, "") and err.endswith("got none; start a new run with another --out\n")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         *[(lambda about, v=v: about.update(columns=v), "") for v in (3, [1], {}, {"widths": {}})],
         *[(lambda about, v=v: about["columns"].update(widths=v), "columns: expected widths") for v in (
             3, {}, {"one": 1}, {"one": 1, "color": 3, "height": 10**9}, {"height": 1, "color": 3, "one": 1})],
-        *[(lambda about, v=v: about["columns"].update(center=v), "expected the center of") for v in (
+        *[(lambda about, v=v: about["columns"].update(center=v), "finite number as center of") for v in (
             3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1]}, {"color": 0.0, "height": 1e999})],
-        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "expected the scale of height") for v in (
+        *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "finite number as scale of height") for v in (
             0, -1, None, True, float("nan"), 1e-320)],
         (lambda about: about.pop("columns"), "without its settings or columns"),
         (lambda about: about.pop("settings"), "without its settings or columns"),
         *[(lambda about, v=v: about.update(settings=v), "") for v in (3, [1], {}, None)],
         (lambda about: about["settings"]["training"].update(votes=10**9), r"\[training\] votes: expected 1 to 1,000"),
         (lambda about: about["settings"]["training"].update(radius=1e30), r"\[training\] radius: expected"),
-        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as its settings"),
+        (lambda about: about["settings"]["network"].update(voxel_size=0.3), "expected voxel_size 0.3, as in its"),
         (lambda about: about["settings"]["data"].update(features=["one", "height"]), "expected num_features 2"),
         (lambda about: about["settings"]["data"]["classes"].update(more=[50]), "expected num_classes 4"),
         (lambda about: about["network"].update(voxel_size=0.3), "expected voxel_size 0.2, as .* got 0.3"),
     ],
 )  # fmt: skip
-def test_models_that_do_not_fit_together(trained, command, tmp_path, change, said):
+def test_models_that_do_not_fit_together(trained, command, tmp_path, change, message):
     groups, about = checkpoints.read(trained[0] / "best.safetensors")
     change(about)
     checkpoints.write(tmp_path / "a.safetensors", groups, about)
-    with pytest.raises(ValueError, match=rf"a\.safetensors: .*{said}") as refused:
+    with pytest.raises(ValueError, match=rf"a\.safetensors: .*{message}") as refused:
         training.Model.load(tmp_path / "a.safetensors")
     assert "\n" not in str(refused.value)
     code, out, err = command("test", tmp_path / "a.safetensors")

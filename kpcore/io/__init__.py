@@ -1,4 +1,4 @@
-"""Point clouds in files: read into a `Cloud`, and written again with labels.
+"""Reading point cloud files into a `Cloud`, and writing copies of them with other labels.
 
 cloud = kpcore.io.read("scan.laz")     # PLY, PCD, LAS / LAZ / COPC, NPY / NPZ, XYZ / TXT / CSV / PTS, sweeps in .bin
 kpcore.io.write_labels("scan.laz", "labelled.laz", labels, kept=cloud.kept)

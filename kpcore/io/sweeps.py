@@ -1,4 +1,4 @@
-"""Sweeps of a turning lidar: float32 numbers without a header, as KITTI and nuScenes have them."""
+"""Lidar sweeps of KITTI and nuScenes: .bin files of float32 numbers without a header."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kpcore.io.cloud import Asked, Columns, Content, ReadError, from_columns, whole
+from kpcore.io.cloud import Content, NamedArrays, ReadError, Request, are_integers, from_columns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,20 +15,22 @@ KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
 
 
-def read(path: Path, size: int, asked: Asked) -> Content:
-    names = asked.columns or _layout(path, size)
+def read(path: Path, size: int, request: Request) -> Content:
+    names = request.columns or _layout(path, size)
     if size % (4 * len(names)):
-        raise ReadError(f"{size} bytes are not whole records of {len(names)} float32: {' '.join(names)}")
+        raise ReadError(
+            f"{size} bytes are not a multiple of {4 * len(names)}, a record of {len(names)} float32: {' '.join(names)}"
+        )
     table = np.fromfile(path, np.float32).reshape(-1, len(names))
-    return from_columns(Columns(zip(names, table.T, strict=True)), asked)
+    return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
 
 
 def _layout(path: Path, size: int) -> tuple[str, ...]:
-    """Names of the columns, by what the numbers can be: nothing in such a file tells how many there are."""
+    """Column names of KITTI or nuScenes, whichever fits the numbers: a file does not say how many columns it has."""
     widths = (5,) if path.name.lower().endswith(".pcd.bin") else (4, 5)
     if all(size % (4 * width) for width in widths):
         either = " or ".join(map(str, widths))
-        raise ReadError(f"truncated or no sweep: {size} bytes are not whole records of {either} float32")
+        raise ReadError(f"truncated, or not a sweep: {size} bytes are not a multiple of a record of {either} float32")
     values = np.fromfile(path, np.float32)
     four = 4 in widths and size % 16 == 0 and _is_sweep(values.reshape(-1, 4))
     five = size % 20 == 0 and _is_sweep(table := values.reshape(-1, 5)) and _are_rings(table[:, 4])
@@ -37,18 +39,20 @@ def _layout(path: Path, size: int) -> tuple[str, ...]:
     if four:
         raise ReadError("may hold 4 or 5 float32 for each point: pass columns=, such as "
                         f'"{" ".join(KITTI)}".split() or "{" ".join(NUSCENES)}".split()')  # fmt: skip
-    raise ReadError("is no KITTI scan and no nuScenes sweep: as 4 or 5 float32 it has coordinates beyond 100 km, "
-                    "negative intensities or rings that are no whole numbers; columns= names others")  # fmt: skip
+    raise ReadError("is neither a KITTI nor a nuScenes sweep: as 4 or 5 float32 it has coordinates beyond 100 km, "
+                    "negative intensities or rings that are not integers; name its columns with columns=")  # fmt: skip
 
 
 def _is_sweep(table: np.ndarray) -> bool:
-    """Whether it may be x y z intensity ...: a lidar sees 200 m, and no intensity is negative. Integers would be
-    numbers of 1e-38."""
+    """Whether the columns may be x y z intensity: coordinates within 100 km, no negative intensity.
+
+    Integers read as float32 are numbers around 1e-38, so that coordinates below 1e-20 mean another type.
+    """
     if ((table[:, :3] != 0) & (np.abs(table[:, :3]) < 1e-20)).mean() > 0.01:
         return False
     return not (np.abs(table[:, :3]) > 1e5).any(where=np.isfinite(table[:, :3])) and not (table[:, 3] < 0).any()
 
 
 def _are_rings(values: np.ndarray) -> bool:
-    """Whether it may be the numbers of up to 256 lasers, not all the first."""
-    return bool(whole(values, 0, 255).all() and values.any())
+    """Whether the values may be ring numbers 0 to 255, not all 0."""
+    return bool(are_integers(values, 0, 255).all() and values.any())

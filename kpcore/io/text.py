@@ -1,4 +1,4 @@
-"""Tables in text: XYZ, TXT, CSV, PTS."""
+"""Tables in text files: XYZ, TXT, CSV and PTS."""
 
 from __future__ import annotations
 
@@ -10,91 +10,91 @@ import numpy as np
 
 from kpcore.io.cloud import (
     LABELS,
-    Asked,
-    Columns,
     Content,
+    NamedArrays,
     ReadError,
-    decoded,
+    Request,
+    decode_text,
     from_columns,
     from_table,
-    joined,
+    join_warnings,
     may_be_colors,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A number, with a decimal point; and an empty cell, which is NaN.
+# A number with a decimal point, and an empty cell, which is read as NaN.
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
 _MISSING = r"(?:NA|N/A|null|none)"
 _EMPTY = re.compile(f"{_MISSING}?", re.I)
-# NaN and infinity as C on Windows writes them. Their # begins no comment: 1.#IND would be the number 1.
+# NaN and infinity as C on Windows writes them. Their # must not start a comment: 1.#IND would be read as 1.
 _WINDOWS_NAN = re.compile(r"[-+]?1[.,]#(?:QNAN|SNAN|IND)\d*|[-+]?nan\(\w*\)", re.I)
 _WINDOWS_INF = re.compile(r"1[.,]#INF\d*", re.I)
 _COMMENT = re.compile(r"(?:#|(?:^|(?<=[\s,;]))//).*", re.M)
 _COUNT = re.compile(r"^[ \t]*(\d+)[ \t]*$", re.M)
-_QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the comma of "1,5", where commas separate
-# A comma that can be no separator of thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
+_QUOTED_DECIMAL = re.compile(r'(?<=\d),(?=\d+(?:e[-+]?\d+)? *")', re.I)  # the comma of "1,5" if the separator is one
+# A comma that cannot separate thousands: 0,125 or 1234,5 or 1,25 or 1,2345.
 _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{4,})(?![\d,]))", re.A)
-_BLOCK = 1 << 22  # characters mended at a time
-_COMMENTS = 100  # that are looked at
-_LONGEST = 1 << 20  # bytes of a line
+_BLOCK = 1 << 22  # characters cleaned at a time
+_MAX_COMMENTS = 100  # the last comments are searched for column names
+_MAX_LINE = 1 << 20  # bytes
 
-# Words that tell a comment of names from a sentence.
-_USUAL = {
+# Words in a comment that make it column names, and words that make it a sentence.
+_COLUMN_WORDS = {
     *LABELS, "r", "g", "b", "a", "red", "green", "blue", "alpha", "rgb", "i", "intensity", "reflectance", "nx", "ny",
     "nz", "t", "time", "timestamp", "gps_time", "id", "index", "instance", "ring", "row", "column", "confidence",
 }  # fmt: skip
-_SENTENCE = {
+_SENTENCE_WORDS = {
     "in", "the", "of", "are", "is", "and", "as", "for", "to", "with", "all", "from", "by", "this", "file", "holds",
     "metres", "meters", "units",
 }  # fmt: skip
 
 
 class Head(NamedTuple):
-    """What comes before the second row of a table."""
+    """The layout of a table, read from its lines up to the first row."""
 
-    skip: int  #: lines before the first row
+    skip: int  #: number of lines before the first row
     delimiter: str | None  #: None: white space
     trailing: bool  #: whether the first row ends in a delimiter
     names: str  #: the line that names the columns, or ""
-    comments: list[str]  #: the last of them, latest first
-    count: int | None  #: how many rows are promised
+    comments: list[str]  #: the last comments, latest first
+    count: int | None  #: declared number of rows (PTS)
 
 
-def read(path: Path, size: int, asked: Asked) -> Content:
+def read(path: Path, size: int, request: Request) -> Content:
     check_lines(path)
     encoding = _encoding(path)
-    head = _head(path, encoding, asked)
+    head = _head(path, encoding, request)
     table = numbers(path, encoding, head.delimiter, head.skip, head.count)
-    header = _cells(head.names, head.delimiter) if _has_xyz(head.names) else asked.columns or ()
+    header = _cells(head.names, head.delimiter) if _has_xyz(head.names) else request.columns or ()
     if head.trailing and np.isnan(table[:, -1]).all() and not (len(header) == table.shape[1] and header[-1]):
         table = table[:, :-1]
-    width, doubt = table.shape[1], None
+    width, warning = table.shape[1], None
     if _has_xyz(head.names):
         names = _names_of_line(head.names, head.delimiter, width)
-    elif asked.columns:
+    elif request.columns:
         names = None
     else:
-        names, doubt = _names_of_comments(head.comments, head.delimiter, width)
+        names, warning = _names_of_comments(head.comments, head.delimiter, width)
         if names is None and path.suffix.lower() == ".pts":
             names = _names_of_pts(table)
     if names is not None:
-        return from_columns(Columns(zip(names, table.T, strict=True)), asked)
-    content = from_table(table, asked)
-    return content._replace(doubt=joined(doubt, content.doubt))
+        return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
+    content = from_table(table, request)
+    return content._replace(warning=join_warnings(warning, content.warning))
 
 
 def check_lines(path: Path) -> None:
-    """An error for a line of megabytes, of which NumPy would make 12 times as many."""
+    """Raise an error for a line of a megabyte or more, for which NumPy would allocate 12 times as much."""
     with path.open("rb") as file:
-        while len(part := file.read(_LONGEST)) == _LONGEST:
+        while len(part := file.read(_MAX_LINE)) == _MAX_LINE:
             if b"\n" not in part and b"\r" not in part:
-                raise ReadError(f"expected a row for each point, got a line of more than {_LONGEST} bytes")
+                raise ReadError(f"expected a row for each point, got a line of more than {_MAX_LINE} bytes")
 
 
 def _encoding(path: Path) -> str:
-    """By its mark, else one to which any bytes are characters, as comments may hold anything."""
+    """The encoding by the byte order mark; else Latin-1, which decodes any bytes, as comments may hold anything."""
     with path.open("rb") as file:
         start = file.read(3)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -102,14 +102,14 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig" if start == b"\xef\xbb\xbf" else "latin-1"
 
 
-def _head(path: Path, encoding: str, asked: Asked) -> Head:
+def _head(path: Path, encoding: str, request: Request) -> Head:
     names, comments, skip, count = "", [], 0, None
     with path.open(encoding=encoding) as file:
         for line in file:
             line = line.rstrip("\n")
             words = line.strip()
             if words.startswith(("#", "//")):
-                comments = [words.lstrip("#/"), *comments[:_COMMENTS]]
+                comments = [words.lstrip("#/"), *comments[:_MAX_COMMENTS]]
             elif words:
                 line = _uncommented(line)
                 delimiter = _delimiter(line)
@@ -118,11 +118,13 @@ def _head(path: Path, encoding: str, asked: Asked) -> Head:
                     count = int(cells[0])
                 elif _is_row(cells):
                     if delimiter == "," and re.fullmatch(r"\s*-?\d+,\d+(?:, +-?\d+,\d+)+\s*", line):
-                        raise ReadError(f"line {skip + 1}: its commas may be decimal marks, separators or both")
+                        raise ReadError(
+                            f"line {skip + 1}: its commas may be decimal marks or separators: write decimal points"
+                        )
                     if encoding == "latin-1":
-                        names, *comments = (decoded(text.encode(encoding)) for text in (names, *comments))
+                        names, *comments = (decode_text(text.encode(encoding)) for text in (names, *comments))
                     return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comments, count)
-                elif not names and (asked.columns or _has_xyz(line)):
+                elif not names and (request.columns or _has_xyz(line)):
                     names = line
                 else:
                     expected = "numbers" if names else "numbers or the names x, y, z"
@@ -132,7 +134,7 @@ def _head(path: Path, encoding: str, asked: Asked) -> Head:
 
 
 def _delimiter(line: str) -> str | None:
-    """The mark between the numbers of a row; None for white space."""
+    """The separator of a row; None for white space."""
     for mark in ";\t,":
         if mark in line and not any(len(cell.split()) > 1 for cell in line.split(mark)):
             return mark
@@ -148,7 +150,7 @@ def _cells(line: str, delimiter: str | None) -> list[str]:
 
 
 def _is_row(cells: list[str]) -> bool:
-    """Whether it is numbers and empty cells."""
+    """Whether all cells are numbers or empty, and at least one is a number."""
     return any(map(_is_number, cells)) and all(_is_number(cell) or _EMPTY.fullmatch(cell) for cell in cells)
 
 
@@ -168,34 +170,34 @@ def _names_of_line(line: str, delimiter: str | None, width: int) -> list[str]:
             return names
     num = len(_cells(line, delimiter))
     commas = ": are its decimal marks commas?" if delimiter == "," and width == 2 * num else ""
-    raise ReadError(f"names {num} columns, has {width}{commas}")
+    raise ReadError(f"names {num} columns, but its rows have {width}{commas}")
 
 
 def _names_of_comments(comments: list[str], delimiter: str | None, width: int) -> tuple[list[str] | None, str | None]:
-    """(names or None, a doubt or None): of the last comment that can be nothing else than names."""
-    read = [_names_of_comment(comment, delimiter, width) for comment in comments]
-    certain = next((names for names, _ in read if names), None)
-    return certain, None if certain else next((doubt for _, doubt in read if doubt), None)
+    """(names or None, a warning or None), from the last comment that can only be column names."""
+    parsed = [_names_of_comment(comment, delimiter, width) for comment in comments]
+    names = next((names for names, _ in parsed if names), None)
+    return names, None if names else next((warning for _, warning in parsed if warning), None)
 
 
 def _names_of_comment(comment: str, delimiter: str | None, width: int) -> tuple[list[str] | None, str | None]:
-    """(names or None, a doubt or None): names are as many as the columns, and cannot be a sentence."""
+    """(names or None, a warning or None): there must be a name for each column, and no word of a sentence."""
     for separator in dict.fromkeys((delimiter, None, ",")):
         names = _cells(comment, separator)
         words = [name.lower() for name in names]
         if len(words) != width or len({*words}) < width or not {"x", "y", "z"} <= {*words}:
             continue
-        if _SENTENCE & {*words} or not all(name.isidentifier() or (name and separator) for name in names):
+        if _SENTENCE_WORDS & {*words} or not all(name.isidentifier() or (name and separator) for name in names):
             continue
-        if words[:3] == ["x", "y", "z"] or {*words} - {"x", "y", "z"} <= _USUAL:
+        if words[:3] == ["x", "y", "z"] or {*words} - {"x", "y", "z"} <= _COLUMN_WORDS:
             return names, None
-        return None, (f"the comment {comment.strip()[:60]!r} may name its columns, of which the first three were "
-                      "read as x y z: columns= names them")  # fmt: skip
+        return None, (f"the comment {comment.strip()[:60]!r} may name its columns, but the first three were read as "
+                      "x y z: name the columns with columns=")  # fmt: skip
     return None, None
 
 
 def _names_of_pts(table: np.ndarray) -> tuple[str, ...] | None:
-    """The format's order of columns; None if it is another table."""
+    """Column names of a PTS: x y z intensity, or these and r g b; None if the table fits neither."""
     width, last = table.shape[1], table[:, -3:]
     if width == 4:
         return ("x", "y", "z", "intensity")
@@ -206,23 +208,23 @@ def _names_of_pts(table: np.ndarray) -> tuple[str, ...] | None:
 
 def numbers(path: Path, encoding: str = "latin-1", delimiter: str | None = None, skip: int = 0,
             count: int | None = None) -> np.ndarray:  # fmt: skip
-    """The (N, columns) table of float64 in a file after its first lines. With a count it is to have as many rows.
+    """The (N, columns) float64 table in a file after `skip` lines; an error unless it has `count` rows.
 
-    Empty cells, and NA, N/A, null and none, are NaN.
+    Empty cells, NA, N/A, null and none are NaN.
     """
-    try:  # comments=None: these are mended, as 1.#IND is none
+    try:  # comments=None: `_cleaned_numbers` removes them, as NumPy takes 1.#IND for a 1 and a comment
         table = np.loadtxt(path, delimiter=delimiter, skiprows=skip, ndmin=2, encoding=encoding, comments=None)
     except UnicodeDecodeError:
         raise
     except ValueError:
-        return _mended(path, encoding, delimiter, skip, count)
+        return _cleaned_numbers(path, encoding, delimiter, skip, count)
     if count is not None and len(table) != count:
-        raise ReadError(f"promises {count} points, holds {len(table)}")
+        raise ReadError(f"declares {count} points, holds {len(table)}")
     return table
 
 
-def _mended(path: Path, encoding: str, delimiter: str | None, skip: int, count: int | None) -> np.ndarray:
-    """The table of a file that `numpy.loadtxt` cannot read as it is."""
+def _cleaned_numbers(path: Path, encoding: str, delimiter: str | None, skip: int, count: int | None) -> np.ndarray:
+    """The table of a file that `numpy.loadtxt` can only read after `_clean`."""
     tables, width, expected, num, marks = [], None, count, 0, set()
     with path.open(encoding=encoding) as file:
         for _ in range(skip):
@@ -230,33 +232,36 @@ def _mended(path: Path, encoding: str, delimiter: str | None, skip: int, count: 
         while block := file.read(_BLOCK):
             block += file.readline()
             for at, piece in enumerate([block] if count is None else _COUNT.split(block)):
-                if at % 2:  # the count of another scan, in a PTS
+                if at % 2:  # a PTS of several scans: the count of the next one
                     if num != expected:
                         raise ReadError(f"line {skip + 1}: expected {expected} points before the next count, got {num}")
                     expected, num = int(piece[:18]), 0
                     continue
-                lines = [line for line in _plain(piece, delimiter, marks).split("\n") if line and not line.isspace()]
+                lines = [line for line in _clean(piece, delimiter, marks).split("\n") if line and not line.isspace()]
                 if lines:
                     try:
                         table = np.loadtxt(lines, delimiter=delimiter, comments=None, quotechar='"', ndmin=2)
-                    except ValueError:  # NumPy counts other lines, and advises its own caller
+                    except ValueError:  # the message of NumPy has other line numbers and advice for its caller
                         table = None
                     if table is None or table.shape[1] != (width or table.shape[1]):
-                        raise ReadError(_wrong(piece, delimiter, width, skip))
+                        raise ReadError(_first_error(piece, delimiter, width, skip))
                     tables.append(table)
                     width, num = table.shape[1], num + len(table)
                 skip += piece.count("\n")
     if count is not None and num != expected:
-        raise ReadError(f"promises {expected} points, holds {num}")
+        raise ReadError(f"declares {expected} points, holds {num}")
     if "comma" in marks and "point" in marks:
-        raise ReadError("has decimal points and decimal commas")
+        raise ReadError("has both decimal points and decimal commas: write decimal points")
     if "comma" in marks and "decimal" not in marks:
-        raise ReadError("its commas may be decimal marks or separate thousands: write decimal points")
+        raise ReadError("its commas may be decimal marks or thousands separators: write decimal points")
     return np.concatenate(tables) if tables else np.empty((0, 0))
 
 
-def _plain(text: str, delimiter: str | None, marks: set[str]) -> str:
-    """Lines as `numpy.loadtxt` reads them; adds to the marks what they tell of decimal ones."""
+def _clean(text: str, delimiter: str | None, marks: set[str]) -> str:
+    """Lines changed so that `numpy.loadtxt` can read them.
+
+    Adds to `marks` "point" and "comma" if the text has these, and "decimal" if a comma must be a decimal mark.
+    """
     text = _uncommented(text)
     if "." in text:
         marks.add("point")
@@ -283,8 +288,8 @@ def _uncommented(text: str) -> str:
     return _COMMENT.sub("", text) if "#" in text or "//" in text else text
 
 
-def _wrong(text: str, delimiter: str | None, width: int | None, before: int) -> str:
-    """What is wrong with lines that follow so many others."""
+def _first_error(text: str, delimiter: str | None, width: int | None, before: int) -> str:
+    """The error message for the first wrong line in a text that follows `before` other lines."""
     for number, line in enumerate(text.split("\n"), before + 1):
         cells = _cells(_uncommented(line), delimiter)
         if not any(cells):
@@ -295,4 +300,4 @@ def _wrong(text: str, delimiter: str | None, width: int | None, before: int) -> 
         for cell in cells:
             if not (_is_number(cell) or _EMPTY.fullmatch(cell)):
                 return f"line {number}: expected numbers, got {cell[:40]!r}"
-    return "holds no table of numbers"
+    return "does not hold a table of numbers"

@@ -1,1 +1,1 @@
-"""From scans to labels: settings, scenes in memory, batches, training, voting, segmentation."""
+"""The way from scans to labels: settings, scenes in memory, batches, training, voting and segmentation."""

@@ -1,4 +1,4 @@
-"""Batches: which spheres of which scenes, augmented, with their pyramids; made ahead by threads."""
+"""Batches of a training: spheres drawn from scenes, augmented, with their pyramids; prepared by threads in advance."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Training
 
 Job = TypeVar("Job")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Sphere(NamedTuple):
-    """Points of a scene around a centre."""
+    """The points of a scene within a radius of a centre."""
 
-    scene: int
+    scene: int  #: number of the scene
     center: np.ndarray  #: (D,)
-    rows: np.ndarray  #: of the scene's points
+    rows: np.ndarray  #: indices into the scene's points
 
 
 class Batch(NamedTuple):
-    """The input of a network for one step, and the labels of its points."""
+    """The input of a network for one step, and the class numbers of its points."""
 
     spheres: list[Sphere]
     pyramid: Pyramid
@@ -43,17 +43,18 @@ class Batch(NamedTuple):
 
 
 class Potentials:
-    """Spheres where the fewest have been, as published.
+    """Draws spheres where the fewest have been so far, by the potentials of the KPConv code.
 
-    Places a tenth of the radius apart have a potential, small and random at first; a sphere is put at the lowest, moved
-    a little, and adds (1 - d² / r²)² to those within.
+    Every voxel of a tenth of the radius has a potential, at first small and random. The next sphere is centred on the
+    lowest potential and moved a little (normal noise of a tenth of the radius); it adds (1 - d² / r²)² to the
+    potentials at distances d below the radius r.
     """
 
     scenes: Sequence[Scene]
     radius: float
     rng: np.random.Generator
     move: bool
-    values: np.ndarray  #: the potential of each place
+    values: np.ndarray  #: potentials
 
     def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator, move: bool = True) -> None:
         self.scenes, self.radius, self.rng, self.move = scenes, radius, rng, move
@@ -61,23 +62,24 @@ class Potentials:
             places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
         except ValueError as error:
             raise SettingsError(
-                f"[training] radius: expected a larger one, got {radius}; of its tenth: {error}"
+                f"[training] radius: expected a larger one, got {radius}; for voxels of a tenth of it: {error}"
             ) from None
         self._bounds = np.cumsum([0, *map(len, places)])
         self._places = np.concatenate(places)
         self.values = rng.uniform(0, 1e-3, len(self._places))
 
     def next(self) -> Sphere:
+        """The next sphere."""
         at = int(self.values.argmin())
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
         center = self._places[at]
         if self.move:
-            by = self.rng.normal(0, self.radius / 10, len(center))
-            center = (center + np.clip(by, -self.radius / 2, self.radius / 2)).astype(np.float32)
+            noise = self.rng.normal(0, self.radius / 10, len(center))
+            center = (center + np.clip(noise, -self.radius / 2, self.radius / 2)).astype(np.float32)
         return self.at(number, center)
 
     def at(self, number: int, center: np.ndarray) -> Sphere:
-        """A sphere of a scene at a given place."""
+        """The sphere of a scene around a centre; its potentials rise."""
         places = slice(self._bounds[number], self._bounds[number + 1])
         squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
         self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
@@ -85,7 +87,7 @@ class Potentials:
 
 
 class Balanced:
-    """Spheres around points of classes that are drawn evenly."""
+    """Draws spheres around points; each class is as likely as any other."""
 
     scenes: Sequence[Scene]
     radius: float
@@ -95,9 +97,11 @@ class Balanced:
         self.scenes, self.radius, self.rng = scenes, radius, rng
         bounds = np.cumsum([0, *(len(scene.points) for scene in scenes)])
         labels = np.concatenate([scene.labels for scene in scenes])
+        # For each class the numbers of its points, counted over all scenes.
         self._bounds, self._rows = bounds, [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
 
     def next(self) -> Sphere:
+        """The next sphere."""
         at = int(self.rng.choice(self._rows[self.rng.integers(len(self._rows))]))
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
         center = self.scenes[number].points[at - self._bounds[number]]
@@ -111,55 +115,58 @@ def _sphere(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: fl
 
 def training_jobs(scenes: Sequence[Scene], training: Training, digits: bool, rng: np.random.Generator,
                   number: int) -> Iterator[list[Sphere]]:  # fmt: skip
-    """`number` lists of spheres, or of digits, one list for each batch."""
+    """`number` lists of spheres, or of whole digits, one list for each batch."""
     if digits:
         source = _shuffled(scenes, rng)
     else:
         sampler = (Potentials if training.sampling == "regular" else Balanced)(scenes, training.radius, rng)
         source = iter(sampler.next, None)
-    held = None
+    left_over = None
     for _ in range(number):
-        spheres, held = _fill(source, training, held)
+        spheres, left_over = _fill(source, training, left_over)
         yield spheres
 
 
 def _shuffled(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[Sphere]:
-    """Whole scenes, all of them in another order each time."""
+    """Whole scenes forever: all of them in random order, then all in another order, and so on."""
     while True:
         for number in rng.permutation(len(scenes)):
-            yield whole(scenes, int(number))
+            yield whole_scene(scenes, int(number))
 
 
-def whole(scenes: Sequence[Scene], number: int) -> Sphere:
-    """A "sphere" that is a whole scene."""
+def whole_scene(scenes: Sequence[Scene], number: int) -> Sphere:
+    """A whole scene in the form of a Sphere."""
     points = scenes[number].points
     return Sphere(number, np.zeros(points.shape[1], np.float32), np.arange(len(points)))
 
 
-def _fill(source: Iterator[Sphere], training: Training, held: Sphere | None) -> tuple[list[Sphere], Sphere | None]:
-    """(spheres for a batch, the one that did not fit or None)"""
-    spheres, points, alone = [], 0, 0
+def _fill(source: Iterator[Sphere], training: Training, left_over: Sphere | None) -> tuple[list[Sphere], Sphere | None]:
+    """(spheres for a batch, the first sphere that did not fit or None); `left_over` is that of the batch before."""
+    spheres, points, empty = [], 0, 0
     while len(spheres) < training.batch_clouds:
-        sphere = next(source, None) if held is None else held
-        held = None
+        sphere = next(source, None) if left_over is None else left_over
+        left_over = None
         if sphere is None:
             break
         if spheres and points + len(sphere.rows) > training.batch_points:
-            held = sphere
+            left_over = sphere
             break
         if len(sphere.rows) > 1:
             spheres.append(sphere)
             points += len(sphere.rows)
             continue
-        alone += 1  # moved off the scene, as happens; but not always
-        if alone == 1000:
-            raise SettingsError(f"[training] radius: expected several points within {training.radius}, got one at most")
-    return spheres, held
+        empty += 1  # one that was moved off the points of the scene; 1000 of them mean that the radius is too small
+        if empty == 1000:
+            raise SettingsError(
+                f"[training] radius: expected several points in a sphere, got at most one in 1000 spheres of radius "
+                f"{training.radius}"
+            )
+    return spheres, left_over
 
 
 def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns, spheres: list[Sphere],
                training: Training | None = None, rng: np.random.Generator | None = None) -> Batch:  # fmt: skip
-    """A Batch of spheres of scenes with these Columns; augmented as `training` says, unless `rng` is None."""
+    """Make a Batch of spheres; with `rng` they are augmented as the settings say."""
     points, features, labels, local = [], [], [], columns.span("local")
     for sphere in spheres:
         scene = scenes[sphere.scene]
@@ -175,15 +182,15 @@ def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns,
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
     try:
         pyramid = _pyramid(net, stacked, row_splits, training, rng)
-    except ValueError as error:  # more voxels along an axis than their keys have room for
-        raise SettingsError(f"[training] scale, noise: expected smaller ones, got {error}") from None
-    normalised = rng is not None and net.norm == "batch"
-    few = [number for number, level in enumerate(pyramid) if normalised and len(level.points) < 2]
-    if few:
-        raise SettingsError(
-            f"[network] levels: expected at least two points of a batch on each, to normalise, got "
-            f"{len(pyramid[few[0]].points)} on level {few[0]}; larger spheres or batches help"
-        )
+    except ValueError as error:  # too many voxels along an axis
+        raise SettingsError(f"[training] scale, noise: expected smaller values: {error}") from None
+    if rng is not None and net.norm == "batch":
+        for number, level in enumerate(pyramid):
+            if len(level.points) < 2:
+                raise SettingsError(
+                    f"[network] levels: batch normalisation needs at least 2 points of a batch on each level, got "
+                    f"{len(level.points)} on level {number}: use fewer levels, a larger radius or more batch_points"
+                )
     return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels))
 
 
@@ -191,38 +198,40 @@ def _pyramid(net: Network | KPNeXt, points: np.ndarray, row_splits: np.ndarray, 
              rng: np.random.Generator | None) -> Pyramid:  # fmt: skip
     if rng is None or not training.turn_grid:
         return net.pyramid(points, row_splits=row_splits, subsampled=True)
-    # Voxels along other axes each time, as published: turned before, and back after.
-    turns = [_turn(points.shape[1], "full", rng) for _ in row_splits[1:]]
-    levels = net.pyramid(_turned(points, row_splits, turns), row_splits=row_splits, subsampled=True)
-    back = [turn.T for turn in turns]
+    # As in the KPConv code, the voxels of each batch have other axes: points are rotated, subsampled and rotated back.
+    rotations = [_random_rotation(points.shape[1], "full", rng) for _ in row_splits[1:]]
+    levels = net.pyramid(_rotated_items(points, row_splits, rotations), row_splits=row_splits, subsampled=True)
+    inverses = [rotation.T for rotation in rotations]
     return Pyramid(
         [levels[0]._replace(points=points)]
-        + [level._replace(points=_turned(level.points, level.row_splits, back)) for level in levels[1:]]
+        + [level._replace(points=_rotated_items(level.points, level.row_splits, inverses)) for level in levels[1:]]
     )
 
 
-def _turned(points: np.ndarray, row_splits: np.ndarray, turns: Sequence[np.ndarray]) -> np.ndarray:
+def _rotated_items(points: np.ndarray, row_splits: np.ndarray, rotations: Sequence[np.ndarray]) -> np.ndarray:
+    """Points with the i-th batch item rotated by rotations[i]."""
     return np.concatenate([
-        rotated(points[begin:end], turn)
-        for begin, end, turn in zip(row_splits[:-1], row_splits[1:], turns, strict=True)
+        rotated(points[begin:end], rotation)
+        for begin, end, rotation in zip(row_splits[:-1], row_splits[1:], rotations, strict=True)
     ])  # fmt: skip
 
 
-def _turn(dimension: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+def _random_rotation(dimension: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     return random_rotation(dimension, kind, int(rng.integers(2**62))).astype(np.float32)
 
 
 def _augmented(points: np.ndarray, features: np.ndarray, training: Training, columns: Columns,
                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Points and features of a sphere, rotated, scaled, mirrored, with noise, and sometimes without colours."""
     dimension = points.shape[1]
     if training.rotate in ("vertical", "all"):
-        turn = _turn(dimension, "vertical" if training.rotate == "vertical" else "full", rng)
-        points = rotated(points, turn)
+        kind = "vertical" if training.rotate == "vertical" else "full"
+        points = rotated(points, _random_rotation(dimension, kind, rng))
     elif training.rotate != "none":
         angle = np.deg2rad(rng.uniform(-training.rotate, training.rotate))
-        turn = np.eye(dimension)
-        turn[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        points = rotated(points, turn.astype(np.float32))
+        rotation = np.eye(dimension)
+        rotation[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        points = rotated(points, rotation.astype(np.float32))
     scale = rng.uniform(*training.scale, dimension)
     flips = rng.random(dimension) < 0.5
     scale[[axis for axis, flip in enumerate(training.flip) if flip and flips[axis]]] *= -1
@@ -234,41 +243,41 @@ def _augmented(points: np.ndarray, features: np.ndarray, training: Training, col
     return points, features
 
 
-class Prefetched(Generic[Job, Made]):
-    """Results of `make(job)` in the order of the jobs, made ahead by threads; `waited` seconds for them so far.
+class Prefetched(Generic[Job, Result]):
+    """Iterates over the results of `make(job)`, computed in advance by threads, in the order of the jobs.
 
-    Threads, because the work is kernels that let go of the interpreter, and scenes need not be copied. What a job is
-    made of is drawn when it is asked for, in order; so a run is the same with any number of threads.
+    Threads rather than processes, because most of the work is kernels that release the GIL, and scenes need no copies.
+    Jobs are drawn one after the other by the iterating thread, so that results do not depend on the number of workers.
     """
 
-    waited: float
+    waited: float  #: seconds spent waiting for results so far
 
-    def __init__(self, jobs: Iterable[Job], make: Callable[[Job], Made], workers: int) -> None:
+    def __init__(self, jobs: Iterable[Job], make: Callable[[Job], Result], workers: int) -> None:
         self.waited, self._jobs, self._make, self._workers = 0.0, iter(jobs), make, workers
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Iterator[Result]:
         if not self._workers:
             for job in self._jobs:
                 begin = time.perf_counter()
-                made = self._make(job)
+                result = self._make(job)
                 self.waited += time.perf_counter() - begin
-                yield made
+                yield result
             return
-        pool, ahead = ThreadPoolExecutor(self._workers, "kpcore-batches"), deque()
+        pool, pending = ThreadPoolExecutor(self._workers, "kpcore-batches"), deque()
         try:
             for job in self._jobs:
-                ahead.append(pool.submit(self._make, job))
-                if len(ahead) > 2 * self._workers:
-                    yield self._next(ahead)
-            while ahead:
-                yield self._next(ahead)
+                pending.append(pool.submit(self._make, job))
+                if len(pending) > 2 * self._workers:
+                    yield self._next(pending)
+            while pending:
+                yield self._next(pending)
         finally:
-            for one in ahead:
-                one.cancel()
+            for future in pending:
+                future.cancel()
             pool.shutdown()
 
-    def _next(self, ahead: deque[Future[Made]]) -> Made:
+    def _next(self, pending: deque[Future[Result]]) -> Result:
         begin = time.perf_counter()
-        made = ahead.popleft().result()
+        result = pending.popleft().result()
         self.waited += time.perf_counter() - begin
-        return made
+        return result

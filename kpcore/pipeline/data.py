@@ -1,4 +1,4 @@
-"""Labelled clouds in memory, ready to be cut into batches."""
+"""Scenes in memory: clouds subsampled to a point per voxel, with features and class numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kpcore.files import expanded
 from kpcore.io import ReadError, read
 from kpcore.io.cloud import MissingField
 from kpcore.io.formats import TABLES
-from kpcore.pipeline.settings import OWN, SettingsError
+from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 from kpcore.scenes.indoor import indoor
 
 if TYPE_CHECKING:
@@ -27,21 +27,22 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
     from kpcore.pipeline.settings import Digits, Part, Settings, Source
 
-_LARGEST = 10.0  # of a feature, either way
-_BEYOND = 1e300  # what a feature is divided by stays a float64
-IGNORED = -1  # the label of points that are of no class
+_MAX_FEATURE = 10.0  # features are clipped to -10 to 10
+_MAX_SCALE = 1e300  # with centers below and scales from 1 / _MAX_SCALE up to it, features are finite float64
+IGNORED = -1  # the class number of points without a class
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A cloud with a point a voxel.
+    """A cloud subsampled to one point per voxel.
 
     points : (N, D) float32
-    columns : (N, C) float32, the features, see `Columns`; zeros for what depends on the input sphere
-    labels : (N,) int64, numbers of classes, or IGNORED
-    tree : of the points
-    full : (n, D) float32, the points before subsampling; full_labels (n,) of those, or None
-    cloud : the file's own Cloud, or None for digits
+    columns : (N, C) float32, the features, see `Columns`; zeros for "local", which depends on the input sphere
+    labels : (N,) int64, class numbers, or IGNORED
+    tree : search structure over the points; None for digits
+    full : (n, D) float32, the points before subsampling
+    full_labels : (n,) class numbers of those, or None
+    cloud : the Cloud that was read, or None for digits
     """
 
     points: np.ndarray
@@ -55,20 +56,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Columns:
-    """How features are made.
+    """The columns of a scene's features, and how their values are scaled.
 
-    widths : of each by its name, in their order
-    center, scale : for each feature but "one" and "local" the number that is subtracted from its values, and the number
-        by which they are divided then
+    widths : the number of columns of each feature by its name, in their order
+    center, scale : by name, for all features but "one" and "local": a value v becomes (v - center) / scale
     """
 
     widths: dict[str, int]
     center: dict[str, float]
     scale: dict[str, float]
 
-    def of(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(n, C) float32. `values` holds, by name, the (n,) or (n, width) values of the features that are not made from
-        the points. "local" is zero here: it depends on the input sphere."""
+    def features(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The (n, C) float32 features of points.
+
+        `values` has the (n,) or (n, width) values of each feature but "one" and "local". "local" is zero here, as it
+        depends on the input sphere.
+        """
         parts = []
         for name, width in self.widths.items():
             if name in ("one", "local"):
@@ -78,48 +81,48 @@ class Columns:
         return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
 
     def span(self, name: str) -> slice | None:
-        """The columns of a name; None if there are none."""
+        """The columns of a feature; None if it is not used."""
         begin = 0
-        for one, width in self.widths.items():
-            if one == name:
+        for feature, width in self.widths.items():
+            if feature == name:
                 return slice(begin, begin + width)
             begin += width
         return None
 
 
 def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
-    """Columns from their description in JSON; an error unless they are those of the settings' features."""
-    made = Columns(**described)
-    if not isinstance(made.widths, dict) or [*made.widths.items()] != [*settings.widths.items()]:
-        raise SettingsError(f"columns: expected widths {settings.widths}, those of the features, got {made.widths!r}")
+    """Make Columns from their description in JSON; an error unless they fit the features of the settings."""
+    columns = Columns(**described)
+    if not isinstance(columns.widths, dict) or [*columns.widths.items()] != [*settings.widths.items()]:
+        raise SettingsError(f"columns: expected widths {settings.widths}, as of the features, got {columns.widths!r}")
     for name in settings.widths.keys() - {"one", "local"}:
         for kind, numbers, fits in (
-            ("center", made.center, lambda number: abs(number) < _BEYOND),
-            ("scale", made.scale, lambda number: 1 / _BEYOND < number < _BEYOND),
+            ("center", columns.center, lambda number: abs(number) < _MAX_SCALE),
+            ("scale", columns.scale, lambda number: 1 / _MAX_SCALE < number < _MAX_SCALE),
         ):
             number = numbers.get(name) if isinstance(numbers, dict) else None
             if type(number) not in (int, float) or not fits(number):
-                raise SettingsError(f"columns: expected the {kind} of {name}, a number, got {number!r}")
-    return made
+                raise SettingsError(f"columns: expected a finite number as {kind} of {name}, got {number!r}")
+    return columns
 
 
 def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
                 columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
-    """([Scene], Columns) of files; the columns are made of these scenes unless given."""
-    clouds = [_part(settings, part, folder) for part in parts]
+    """([Scene], Columns) of files; without `columns` their centers and scales are computed from these scenes."""
+    clouds = [_load_part(settings, part, folder) for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
     return [_scene(settings, columns, *cloud) for cloud in clouds], columns
 
 
 def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
-    """A Scene of a whole cloud, labelled or not."""
+    """A Scene with all points of a cloud, labelled or not."""
     return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
 def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True) -> Cloud:
-    """The Cloud of a file with the fields that the features need, and the labels; not `labelled` it may lack those."""
-    fields = [name for name in settings.data.features if name not in OWN]
+    """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing."""
+    fields = [name for name in settings.data.features if name not in COMPUTED_FEATURES]
     columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
     try:
         cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
@@ -131,23 +134,23 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in settings.data.features and cloud.colors is None:
-        raise ReadError(f"{path}: has no colours, which are among the features")
+        raise ReadError(f"{path}: has no colours, but color is one of the features")
     return cloud
 
 
 def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
-    """Numbers of classes of a file's labels, IGNORED for all others."""
+    """The class number of each label, IGNORED for labels of no class."""
     out = np.full(len(labels), IGNORED, np.int64)
     for number, values in enumerate(settings.data.classes.values()):
         out[np.isin(labels, values)] = number
     return out
 
 
-def _part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tuple[Cloud, np.ndarray]:
-    """(cloud, rows of it)"""
+def _load_part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tuple[Cloud, np.ndarray]:
+    """(cloud, rows of its points that belong to the part)."""
     if part.indoor is not None:
-        if others := [name for name in settings.data.features if name not in OWN]:
-            raise SettingsError(f"[data] features: the embedded scenes have no {', '.join(others)}")
+        if missing := [name for name in settings.data.features if name not in COMPUTED_FEATURES]:
+            raise SettingsError(f"[data] features: the embedded scenes have no {', '.join(missing)}")
         cloud = indoor(part.points, part.indoor)
         if part.mirror:
             cloud.points[:, 0] *= -1
@@ -155,41 +158,40 @@ def _part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tup
         path = Path(folder, expanded(part.file))
         cloud = read_cloud(settings, path)
         if cloud.labels is None:
-            raise ReadError(f"{path}: has no labels: {cloud.unlabeled}; [data] label names their field")
+            raise ReadError(f"{path}: has no labels: {cloud.unlabeled}; name their field as label in [data]")
     keep = np.ones(len(cloud.points), bool)
-    for bound, sign in ((part.min, 1), (part.max, -1)):
-        if bound is None:
-            continue
-        for axis, limit in enumerate(bound):
-            # One side keeps what lies on the limit.
-            at = cloud.points[:, axis] + cloud.shift[axis]
-            keep &= at >= limit if sign > 0 else at < limit
+    for corner, sign in ((part.min, 1), (part.max, -1)):
+        for axis, limit in enumerate(corner or ()):
+            # Points on the limit belong to one side only, so that two parts of a file have no point in common.
+            coordinate = cloud.points[:, axis] + cloud.shift[axis]
+            keep &= coordinate >= limit if sign > 0 else coordinate < limit
     if not keep.any():
-        raise SettingsError(f"[data] {part}: expected points between the corners, got none")
+        raise SettingsError(f"[data] {part} min, max: expected points between the corners, got none")
     return cloud, np.flatnonzero(keep)
 
 
 def _values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The features that rows of a cloud hold, before scaling: (n,) or (n, 3) float32 by name."""
+    """Values of the features that come from the cloud, before scaling: (n,) or (n, 3) float32 by name."""
     values = {}
     for name in settings.data.features:
         if name == "color":
             values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
             values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
-        elif name not in OWN:
+        elif name not in COMPUTED_FEATURES:
             values[name] = cloud.fields[name.lower()][rows]
     return values
 
 
 def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
+    """Columns whose centers and scales are computed from the clouds."""
     center, scale = {"color": 0.0}, {"color": 255.0}
     clouds_values = [_values(settings, cloud, rows) for cloud, rows in clouds]
     for name in clouds_values[0]:
         if name == "color":
             continue
-        # Quantiles, as intensities have outliers a hundred times as large: the middle nine tenths become -1 to 1.
-        values = np.concatenate([one[name] for one in clouds_values]).astype(np.float64)
+        # Quantiles 0.05 and 0.95 become -1 and 1, not the extremes: intensities have outliers 100 times as large.
+        values = np.concatenate([cloud_values[name] for cloud_values in clouds_values]).astype(np.float64)
         low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
         center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
     return Columns(settings.widths, center, scale)
@@ -198,7 +200,7 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
 def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = np.clip(columns.of(full, _values(settings, cloud, rows)), -_LARGEST, _LARGEST)
+    features = np.clip(columns.features(full, _values(settings, cloud, rows)), -_MAX_FEATURE, _MAX_FEATURE)
     try:
         sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
                                 ignore_label=None if labels is None else IGNORED,
@@ -211,14 +213,16 @@ def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray)
 
 def load_digits(settings: Settings, parts: Sequence[Digits],
                 folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
-    """([Scene], Columns) of idx files, a scene for each image: a point for each pixel that is not black, in pixels from
-    the middle."""
+    """([Scene], Columns) of idx files, with a scene for each image.
+
+    Each pixel that is not black is a point; coordinates are in pixels from the middle of the image.
+    """
     scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
     for part in parts:
         images, labels = (_idx(Path(folder, expanded(name))) for name in (part.images, part.labels))
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise SettingsError(
-                f"[data] {part.images}: expected images and as many labels, got {images.shape} and {labels.shape}"
+                f"[data] {part.images}: expected images and a label for each, got {images.shape} and {labels.shape}"
             )
         if labels.max(initial=0) > 9:
             raise SettingsError(f"[data] {part.labels}: expected labels from 0 to 9, got {labels.max()}")
@@ -226,7 +230,7 @@ def load_digits(settings: Settings, parts: Sequence[Digits],
         for image, label in zip(images[part.first : part.last], labels[part.first : part.last], strict=True):
             rows, across = np.nonzero(image)
             points = np.stack([across, len(image) - 1 - rows], 1).astype(np.float32) - middle
-            features = columns.of(points, {"value": image[rows, across].astype(np.float32)})
+            features = columns.features(points, {"value": image[rows, across].astype(np.float32)})
             scenes.append(Scene(points, features, np.array([label], np.int64), None, points, None))
     return scenes, columns
 
@@ -239,20 +243,22 @@ def _idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ReadError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or len(data) < 4 + 4 * data[3]:
-        raise ReadError(f"{path}: is no idx file of bytes")
+        raise ReadError(f"{path}: is not an idx file of bytes")
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
     if len(data) != 4 + 4 * data[3] + math.prod(shape):
-        raise ReadError(f"{path}: truncated: an array of shape {shape} promised, {len(data)} bytes are there")
+        raise ReadError(f"{path}: truncated: expected an array of shape {shape}, got {len(data)} bytes")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[str],
          columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
-    """([Scene], Columns) of what the settings name; the columns are made of these scenes unless given."""
+    """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes."""
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
     else:
         scenes, columns = load_scenes(settings, parts, folder, columns)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
-        raise SettingsError(f"[data] {', '.join(map(str, parts))}: expected labels of the classes, got none")
+        raise SettingsError(
+            f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"
+        )
     return scenes, columns

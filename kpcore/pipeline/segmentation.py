@@ -1,4 +1,4 @@
-"""A scan in, the same scan out with labels."""
+"""Segmentation of a scan file: a trained network labels its points, and a copy with these labels is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kpcore import moved
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import voting
@@ -19,55 +20,65 @@ if TYPE_CHECKING:
     from kpcore.pipeline.data import Scene
     from kpcore.pipeline.training import Model
 
-__all__ = ["Segmented", "draw", "found", "segment", "write_labels"]
+__all__ = ["Segmented", "compare", "draw", "segment", "write_labels"]
 
 
 class Segmented(NamedTuple):
-    """The classes of a cloud's points, as `segment` returns them."""
+    """The predicted classes of a cloud's points, compared with its labels."""
 
-    cloud: Cloud | None  #: None of digits
-    classes: np.ndarray  #: (N,) numbers of classes, of the cloud's points
-    counts: np.ndarray  #: (classes,) points of each
-    true: np.ndarray | None  #: (N,) what the file's own labels say, IGNORED where they are of no class
-    scores: voting.Scores | None  #: against those, see `voting.scores`
+    cloud: Cloud | None  #: None for digits
+    classes: np.ndarray  #: (N,) predicted class numbers of the cloud's points
+    counts: np.ndarray  #: (classes,) number of points of each predicted class
+    true: np.ndarray | None  #: (N,) class numbers by the labels in the file, IGNORED where these are of no class
+    scores: voting.Scores | None  #: of the predicted classes; None without labels
 
 
 def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, votes: int | None = None,
             watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
-    """Label the points of a file, and write it with these labels; what else it holds stays as it is.
+    """Label the points of a file, and write a copy with these labels; everything else in it stays the same.
 
-    Points that were left out (see `Cloud`) keep the label they have.
+    Points without finite coordinates keep their label. `watch` is called with the fraction that is done.
     """
     check_out(source, out)
     cloud = read_cloud(model.settings, source, labelled=False)
     values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
     kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    field = label_field(source, out, len(kept), label=model.settings.data.label, values=values)  # or an error, early
+    field = label_field(
+        source, out, len(kept), label=model.settings.data.label, values=values
+    )  # checks before the work
     scene = scene_of(model.settings, model.columns, cloud)
     classes = voting.labels_of(model, scene, votes, watch=watch)
     write_to(field, source, out, values[classes], kept)
-    return found(model, scene, classes)
+    return compare(model, scene, classes)
 
 
-def found(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
-    """`Segmented` of a scene's points."""
+def compare(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
+    """Compare predicted classes with the labels of a scene."""
     counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
     if true is not None and (true != IGNORED).any():
         scores = voting.scores(voting.confusion(true, classes, len(counts)), model.settings.names)
     return Segmented(scene.cloud, classes, counts, true, scores)
 
 
-def draw(path: Path, title: str, found: Segmented, names: Sequence[str]) -> None:
-    """Write a picture of the cloud by predicted classes and, if it has labels, by those and by where they differ."""
+def draw(path: Path, title: str, segmented: Segmented, names: Sequence[str]) -> None:
+    """Write a picture of the cloud coloured by predicted class; with labels also by label and by difference."""
     from kpcore import picture
 
     colors = picture.class_colors(len(names))
-    panels = [("found", colors[found.classes])]
-    if found.true is not None and found.scores:
-        true = np.where(found.true == IGNORED, len(names), found.true)
-        with_none = np.vstack([colors, [90, 90, 90]]).astype(np.uint8)
-        right = np.where(found.true == found.classes, 0, 1)
-        wrong = np.array([[96, 104, 112], [236, 64, 64]], np.uint8)[np.where(found.true == IGNORED, 0, right)]
-        panels += [("labels", with_none[true]), ("where they differ", wrong)]
-    subtitle = "" if not found.scores else f"mIoU {found.scores['miou']:.3f}, accuracy {found.scores['accuracy']:.3f}"
-    picture.draw_classes(path, title, subtitle, found.cloud, panels, [*zip(names, colors, strict=True)])
+    panels = [("found", colors[segmented.classes])]
+    if segmented.true is not None and segmented.scores:
+        ignored = segmented.true == IGNORED
+        label_colors = np.vstack([colors, [90, 90, 90]]).astype(np.uint8)  # the last is that of IGNORED
+        differs = ~ignored & (segmented.true != segmented.classes)
+        differs_colors = np.array([[96, 104, 112], [236, 64, 64]], np.uint8)
+        panels += [
+            ("labels", label_colors[np.where(ignored, len(names), segmented.true)]),
+            ("where they differ", differs_colors[differs.astype(np.intp)]),
+        ]
+    scores = segmented.scores
+    subtitle = f"mIoU {scores['miou']:.3f}, accuracy {scores['accuracy']:.3f}" if scores else ""
+    picture.draw_classes(path, title, subtitle, segmented.cloud, panels, [*zip(names, colors, strict=True)])
+
+
+def __getattr__(name: str) -> object:
+    return moved.attribute(__name__, name)

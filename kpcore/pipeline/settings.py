@@ -1,4 +1,4 @@
-"""What is trained, on what and how: a TOML file, checked."""
+"""Settings of a training, as dataclasses and as a TOML file: data, network and training; all values are checked."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-_UTF_16, _MOST_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
-LENGTHS = (1e-9, 1e9)  # in the unit of the points; their squares, and those of 2**15 times as much, are float32
-_LABELS = (-(2**31), 2**31 - 1)
-OWN = ("one", "color", "height", "local", "value")  # features that are no field of a file
-
+_UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
+LENGTHS = (1e-9, 1e9)  # in the unit of the points; squares of these, and of 2**15 times as much, fit float32
+_LABEL_RANGE = (-(2**31), 2**31 - 1)
+COMPUTED_FEATURES = ("one", "color", "height", "local", "value")  # others are fields of the files
 
 Section = TypeVar("Section")  # one of the dataclasses below
 
 
 class SettingsError(ValueError):
-    """A setting cannot be carried out; the message is one line that names it."""
+    """A setting is invalid or does not fit the data; the message is one line that names it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of points with labels, or what of it lies between two corners in the file's own coordinates.
+    """A scene: a file of points with labels, or the embedded indoor scene.
 
-    Instead of a file the embedded scene: `indoor` is its seed, `points` how many; mirrored or not.
+    file, min, max : of the file, only points from corner `min` to below `max`, in the file's coordinates, are used
+    indoor, points, mirror : the seed of `kpcore.scenes.indoor`, the number of points, and whether x is negated
     """
 
     file: str | None = None
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images and labels in idx files, of which those from `first` on to before `last` are taken."""
+    """Images and labels in idx files; numbers `first` to `last` - 1 are used."""
 
     images: str
     labels: str
@@ -67,14 +67,15 @@ Source: TypeAlias = "Part | Digits"
 class Data:
     """Where points and labels come from.
 
-    train, test : parts of scenes, or digits
-    classes : for each name the labels in the files that it stands for; others are ignored. Digits have their own.
-    features : "one", "color" (0 to 1, three), "height" (the last coordinate of the file), "local" (the coordinates from
-        the centre of the input sphere, as augmented), "value" (grey of a digit, 0 to 1), or the name of a field of the
-        files. Of height and fields the middle nine tenths of the training data become -1 to 1, and what is beyond -10
-        or 10 is set to these.
-    label : the field of the labels, if it has none of the usual names
-    columns : names for the columns of files that name none, as of `kpcore.io.read`
+    train, test : scenes, or digits
+    classes : the name of each class and its labels in the files; points with other labels are ignored. Digits have the
+        classes 0 to 9.
+    features : "one" (constant 1), "color" (three columns, 0 to 1), "height" (the last coordinate in the file), "local"
+        (coordinates relative to the centre of the input sphere, after augmentation), "value" (grey of a digit, 0 to 1),
+        or the name of a field of the files. Height and fields are shifted and scaled so that the middle nine tenths of
+        the training data are -1 to 1, and clipped to -10 to 10.
+    label : the field of the labels; needed if it has no usual name
+    columns : names for the columns of files that have none, see `kpcore.io.read`
     """
 
     train: list[Source]
@@ -89,9 +90,9 @@ class Data:
 class Architecture:
     """A network of `kpcore.nn`.
 
-    kind : "kpconv", a `Network`, of which `levels`, `convs` and `deformable` are those of `kpcore.nn.architecture`; or
-        "kpnext", a `KPNeXt`, for which they have no meaning
-    options : whatever else is named, of `Network`; or of `kpcore.nn.kpnext`
+    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs` and `deformable`; or
+        "kpnext", a `KPNeXt`, for which these three are not allowed
+    options : further arguments of `Network`, or of `kpcore.nn.kpnext`
     """
 
     voxel_size: float
@@ -105,27 +106,28 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Training:
-    """How it is trained; lengths in the unit of the points.
+    """Batches, optimizer, augmentation and voting; lengths are in the unit of the points.
 
     radius : of input spheres
-    sampling : "regular", spheres where the fewest have been, or "balanced", around a point of a class drawn evenly
-    batch_points, batch_clouds : a batch ends before it would exceed either
-    epochs, steps : and batches in each epoch
+    sampling : "regular", spheres where the fewest have been so far; or "balanced", spheres around points whose class is
+        drawn with equal probability
+    batch_points, batch_clouds : the largest number of points and of spheres in a batch
+    epochs, steps : the number of epochs, and of batches in each
     optimizer : "sgd" or "adamw"
-    schedule : "exponential" (lr_decay every lr_decay_epochs) or "one_cycle"
-    offset_lr : factor of the learning rate for what has "offset" in its name
-    clip_value, clip_norm : 0 for none
-    class_weights : "none", "root" or "inverse": of how often a class is in the training data
-    rotate : "vertical", "all" or "none", or as a number at most so many degrees about the vertical
-    scale : least and largest factor of each axis
-    flip : for each axis whether it may be turned over
-    noise : standard deviation of what is added to coordinates
-    keep_color : how often the colours of a sphere are not blanked
-    turn_grid : whether voxels lie along axes turned at random
-    vote_radius : which part of a sphere, from its centre, has a vote
-    votes : how often each place of a scene is voted on, in validation too
-    validate : every so many epochs, and after the last
-    workers : threads that prepare batches ahead
+    schedule : "exponential" (falls by the factor lr_decay in lr_decay_epochs) or "one_cycle"
+    offset_lr : factor of the learning rate for parameters with "offset" in their names
+    clip_value, clip_norm : limits of the gradients; 0 for none
+    class_weights : "none", "inverse" (of the class frequency in the training data) or "root" (square root of these)
+    rotate : "vertical", "all" or "none"; or a number, the largest angle about the vertical in degrees
+    scale : smallest and largest factor of each axis
+    flip : for each axis whether it may be mirrored
+    noise : standard deviation of the noise that is added to coordinates
+    keep_color : the probability that the colours of a sphere are not set to 0
+    turn_grid : whether the axes of the voxels are rotated at random
+    vote_radius : points within this fraction of a sphere's radius vote
+    votes : votes for each place of a scene, also in validation
+    validate : validate after every so many epochs, and after the last
+    workers : threads that prepare batches in advance
     """
 
     radius: float = 2.0
@@ -162,7 +164,7 @@ _BOUNDS = {
     "steps": (1, 10**5), "lr": (1e-12, 1e6), "momentum": (0, 0.99999), "weight_decay": (0, 1e3), "lr_decay": (1e-6, 1),
     "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
     "noise": (0, LENGTHS[1]), "keep_color": (0, 1), "votes": (1, 1000), "validate": (1, 10**4), "workers": (0, 256),
-    "vote_radius": (0.2, 1),  # below a fifth a scene takes hundreds of spheres for each that it takes at 0.7
+    "vote_radius": (0.2, 1),  # at 0.2 a scene needs hundreds of times the spheres that it needs at 0.7
 }  # fmt: skip
 _CHOICES = {
     "sampling": ("regular", "balanced"), "optimizer": ("sgd", "adamw"), "schedule": ("exponential", "one_cycle"),
@@ -172,7 +174,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole file."""
+    """All settings of a training."""
 
     data: Data
     network: Architecture
@@ -184,7 +186,7 @@ class Settings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes."""
+        """Names of the classes."""
         return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
 
     @property
@@ -193,11 +195,11 @@ class Settings:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Columns of each feature by its name."""
+        """The number of columns of each feature by its name."""
         return {name: {"local": self.dimension, "color": 3}.get(name, 1) for name in self.data.features}
 
     def net(self) -> nn.Network | nn.KPNeXt:
-        """The network, for as many features and classes as the data has."""
+        """The network for the features and classes of the data."""
         network = self.network
         sizes = sum(self.widths.values()), len(self.names), network.voxel_size
         options: dict[str, Any] = {"width": network.width, "dimension": self.dimension} | network.options
@@ -212,12 +214,12 @@ class Settings:
             raise SettingsError(f"[network] {error}") from None
 
     def asdict(self) -> dict[str, Any]:
-        """What `from_dict` makes these settings of."""
+        """Nested dicts, from which `from_dict` makes these settings."""
         return asdict(self)
 
 
 def read_settings(path: str | os.PathLike[str]) -> Settings:
-    """Settings of a TOML file; errors name the setting."""
+    """Read settings from a TOML file; errors name the setting."""
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
     try:
         return from_dict(toml.loads(_text(path)))
@@ -225,27 +227,27 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#x} at {error.start}"
-        raise SettingsError(f"{path}: is not text: expected UTF-8, got {got}") from None
+        raise SettingsError(f"{path}: expected text in UTF-8, got {got}") from None
     except RecursionError:
-        raise SettingsError(f"{path}: expected lists and tables in a few others, got them nested too deep") from None
-    except ValueError as error:  # of TOML, and of integers of more than 4300 digits
+        raise SettingsError(f"{path}: its lists or tables are nested too deep") from None
+    except ValueError as error:  # raised by the TOML parser, also for integers of more than 4300 digits
         raise SettingsError(f"{path}: {error}") from None
 
 
 def _text(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise SettingsError("is no regular file")
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise SettingsError(f"expected a TOML file of at most {_MOST_BYTES:,} bytes, got {size:,}")
+        raise SettingsError("is not a regular file")
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise SettingsError(f"expected a TOML file of at most {_MAX_BYTES:,} bytes, got {size:,}")
     data = path.read_bytes()
-    if data.startswith(_UTF_16) or b"\0" in data[:4]:
-        raise SettingsError("is UTF-16, which TOML is not: save it as UTF-8")
-    return data.decode("utf-8-sig")  # as Notepad writes UTF-8
+    if data.startswith(_UTF_16_MARKS) or b"\0" in data[:4]:
+        raise SettingsError("expected UTF-8, as of any TOML file, got UTF-16: save it as UTF-8")
+    return data.decode("utf-8-sig")  # "-sig", as Notepad writes a byte order mark
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
-    """Settings of nested dicts, as TOML gives them."""
+    """Make settings from nested dicts, as a TOML parser returns them."""
     if not isinstance(values, dict):
         raise SettingsError(f"expected the sections data, network and training, got {_shown(values)}")
     values = dict(values)
@@ -263,7 +265,7 @@ def from_dict(values: dict[str, Any]) -> Settings:
 
 def _data(values: Any) -> Data:
     if not isinstance(values, dict):
-        raise SettingsError(f"[data]: expected names and values, got {_shown(values)}")
+        raise SettingsError(f"[data]: expected a table of settings, got {_shown(values)}")
     data = dict(values)
     for name in ("train", "test"):
         parts = data.get(name, [])
@@ -273,30 +275,32 @@ def _data(values: Any) -> Data:
     data = _section(Data, data, "[data]")
     kinds = {type(part) for part in (*data.train, *data.test)}
     if len(kinds) > 1:
-        raise SettingsError("[data]: expected scenes or digits to train on and to test, got both")
+        raise SettingsError("[data] train, test: expected either scenes or digits, got both")
     (kind,), names = kinds, data.features
     if not names or len({name.lower() for name in names}) < len(names):
-        raise SettingsError(f"[data] features: expected at least one and none twice, got {names}")
+        raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
     if kind is Digits:
-        if others := {*names} - {"one", "value", "local"}:
-            raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(others)}")
+        if unknown := {*names} - {"one", "value", "local"}:
+            raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(unknown)}")
         if data.classes or data.label or data.columns:
-            raise SettingsError("[data]: expected no classes, label or columns for digits, which have their own")
+            raise SettingsError(
+                "[data]: classes, label and columns are not allowed for digits, whose classes are 0 to 9"
+            )
         return data
     if "value" in names:
-        raise SettingsError("[data] features: value is of digits; scenes have the fields of their files")
+        raise SettingsError("[data] features: value is only valid for digits")
     if data.columns is not None and len({*data.columns}) < max(3, len(data.columns)):
-        raise SettingsError(f"[data] columns: expected at least x y z and none twice, got {_shown(data.columns)}")
+        raise SettingsError(f"[data] columns: expected at least x y z, each name once, got {_shown(data.columns)}")
     if not 2 <= len(data.classes) <= 10_000:
-        raise SettingsError(f"[data.classes]: expected two to 10,000 names with labels, got {len(data.classes)}")
+        raise SettingsError(f"[data.classes]: expected 2 to 10,000 classes, got {len(data.classes)}")
     seen = set()
     for name, labels in data.classes.items():
         if not isinstance(labels, list) or not labels or not all(type(v) is int for v in labels):
             raise SettingsError(f"[data.classes] {name}: expected a list of integers, got {_shown(labels)}")
-        if not _LABELS[0] <= min(labels) <= max(labels) <= _LABELS[1]:
-            raise SettingsError(f"[data.classes] {name}: expected integers of 32 bits, got {_shown(labels)}")
+        if not _LABEL_RANGE[0] <= min(labels) <= max(labels) <= _LABEL_RANGE[1]:
+            raise SettingsError(f"[data.classes] {name}: expected 32-bit integers, got {_shown(labels)}")
         if seen & {*labels}:
-            raise SettingsError(f"[data.classes] {name}: expected labels of no other class, got {_shown(labels)}")
+            raise SettingsError(f"[data.classes] {name}: expected labels that no other class has, got {_shown(labels)}")
         seen |= {*labels}
     return data
 
@@ -305,14 +309,16 @@ def _part(values: Any, where: str) -> Part | Digits:
     if isinstance(values, dict) and "images" in values:
         part = _section(Digits, values, where)
         if part.first < 0 or (part.last is not None and part.last <= part.first):
-            raise SettingsError(f"{where}: expected first of at least 0 and last above it, got {_shown(values)}")
+            raise SettingsError(f"{where} first, last: expected 0 <= first < last, got {_shown(values)}")
         return part
     part = _section(Part, {"file": values} if isinstance(values, str) else values, where)
     if (part.file is None) == (part.indoor is None):
-        raise SettingsError(f"{where}: expected either file or indoor")
+        raise SettingsError(
+            f"{where}: expected either file or indoor, got {'neither' if part.file is None else 'both'}"
+        )
     _check_bounds(part, where, {"points": (1, 10**8)} | ({} if part.indoor is None else {"indoor": (0, 2**31 - 1)}))
     if part.file is not None and (part.mirror, part.points) != (Part.mirror, Part.points):
-        raise SettingsError(f"{where}: expected points and mirror of the embedded scene alone, got them of a file")
+        raise SettingsError(f"{where} points, mirror: only valid together with indoor, got a file")
     for name in ("min", "max"):
         corner = getattr(part, name) or ()
         if len(corner) > 3 or any(map(math.isnan, corner)):
@@ -324,39 +330,39 @@ def _network(values: Any) -> Architecture:
     known = {f.name for f in fields(Architecture)}
     if isinstance(values, dict):
         if not isinstance(values.get("options", {}), dict):
-            raise SettingsError(f"[network] options: expected names and values, got {_shown(values['options'])}")
+            raise SettingsError(f"[network] options: expected a table of settings, got {_shown(values['options'])}")
         options = {name: value for name, value in values.items() if name not in known}
         values = {name: value for name, value in values.items() if name in known}
         values["options"] = options | values.get("options", {})
     network = _section(Architecture, values, "[network]")
     _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
-        raise SettingsError("[network] dimension: expected none, as it is that of the data: 3, of digits 2")
+        raise SettingsError(
+            "[network] dimension: cannot be set, as it follows from the data: 3 for scenes, 2 for digits"
+        )
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":
         for name in ("levels", "convs", "deformable"):
             if getattr(network, name) != getattr(Architecture, name):
-                raise SettingsError(
-                    f"[network] {name}: expected none for kpnext, which has depths, got {getattr(network, name)}"
-                )
+                raise SettingsError(f"[network] {name}: not valid for kpnext, whose setting is depths")
     return network
 
 
 def _section(kind: type[Section], values: Any, where: str) -> Section:
-    """A dataclass of a dict; an error for names it does not have, and values of another type than its defaults."""
+    """A dataclass made from a dict; an error for unknown names, missing values and values of the wrong type."""
     if not isinstance(values, dict):
-        raise SettingsError(f"{where}: expected names and values, got {_shown(values)}")
+        raise SettingsError(f"{where}: expected a table of settings, got {_shown(values)}")
     known = {f.name: f for f in fields(kind)}
     for name, value in values.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            advice = f"is {nearest[0]} meant? " if nearest else ""
-            raise SettingsError(f"{where} {name}: there is no such setting; {advice}there are {', '.join(known)}")
+            advice = f"did you mean {nearest[0]}? " if nearest else ""
+            raise SettingsError(f"{where} {name}: unknown setting; {advice}known are {', '.join(known)}")
         types = str(known[name].type)
         if types == "float" and type(value) is int and abs(value) < 2**63:
             values = {**values, name: float(value)}
-        elif not _is(value, types):
+        elif not _has_type(value, types):
             raise SettingsError(f"{where} {name}: expected {types}, got {_shown(value)}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
@@ -373,16 +379,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is(value: object, types: str) -> bool:
-    for one in types.split(" | "):
-        outer, _, inner = one.partition("[")
-        if one == "None":
+def _has_type(value: object, types: str) -> bool:
+    """Whether a value has a type that is written as an annotation of a dataclass above."""
+    for kind in types.split(" | "):
+        outer, _, inner = kind.partition("[")
+        if kind == "None":
             fits = value is None
         elif outer == "list":
-            fits = isinstance(value, list) and all(_is(v, inner.rstrip("]")) for v in value if inner)
-        elif one == "float":
+            fits = isinstance(value, list) and all(_has_type(v, inner.rstrip("]")) for v in value if inner)
+        elif kind == "float":
             fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
-        elif one == "Source":  # made by `_part`
+        elif kind == "Source":  # made by `_part`
             fits = isinstance(value, (Part, Digits))
         else:
             fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[outer]
@@ -392,10 +399,10 @@ def _is(value: object, types: str) -> bool:
 
 
 def _check_bounds(section: object, where: str, limits: Mapping[str, tuple[float, float]]) -> None:
-    for name, (least, most) in limits.items():
+    for name, (smallest, largest) in limits.items():
         value = getattr(section, name)
-        if not least <= value <= most:
-            bounds = " to ".join(f"{bound:,}" if type(bound) is int else f"{bound:g}" for bound in (least, most))
+        if not smallest <= value <= largest:
+            bounds = " to ".join(f"{bound:,}" if type(bound) is int else f"{bound:g}" for bound in (smallest, largest))
             raise SettingsError(f"{where} {name}: expected {bounds}, got {_shown(value)}")
 
 
@@ -408,8 +415,12 @@ def _check_training(training: Training, dimension: int) -> None:
         check(name, getattr(training, name) in choices, " or ".join(choices))
     _check_bounds(training, "[training]", _BOUNDS)
     rotate = training.rotate
-    turns = rotate in ("vertical", "all", "none") if isinstance(rotate, str) else 0 <= rotate <= 180
-    check("rotate", turns, "vertical, all, none, or degrees from 0 to 180")
+    is_valid = rotate in ("vertical", "all", "none") if isinstance(rotate, str) else 0 <= rotate <= 180
+    check("rotate", is_valid, "vertical, all, none, or degrees from 0 to 180")
     scale = training.scale
-    check("scale", len(scale) == 2 and 0.01 <= scale[0] <= scale[1] <= 100, "the least and largest factor, 0.01 to 100")
+    check(
+        "scale",
+        len(scale) == 2 and 0.01 <= scale[0] <= scale[1] <= 100,
+        "the smallest and largest factor, from 0.01 to 100",
+    )
     check("flip", len(training.flip) <= dimension, f"up to {dimension} axes")

@@ -1,4 +1,4 @@
-"""Training on the tape, and what comes out of it: checkpoints, a log, curves."""
+"""Training on the tape, with checkpoints, a log and curves in a folder; and trained models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import kpcore as kp
 from kpcore import nn
 from kpcore.config import require
 from kpcore.files import whole
-from kpcore.io.cloud import listed
+from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays
 from kpcore.pipeline import batches, voting
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Settings
 
 LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
-_BETWEEN_CHECKPOINTS = 60  # seconds; where it is has no influence on a run
+_BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
 
 
 class NotFinite(ArithmeticError):
-    """A loss is NaN or infinite; the message names the first layer that is."""
+    """A loss or gradient is NaN or infinite; the message names the first layer with such an output."""
 
 
 class Model:
-    """A network with what is needed to use it on a cloud."""
+    """A trained network with its settings, which say how the features of a cloud are made."""
 
     net: nn.Network | nn.KPNeXt
     params: dict[str, np.ndarray]
@@ -57,7 +57,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Of a file that a training wrote."""
+        """Load a file that a training wrote."""
         net, params, state, about = nn.load(path)
         with checkpoints.naming(path):
             if not {"settings", "columns"} <= about.keys():
@@ -67,32 +67,32 @@ class Model:
             return cls(net, params, state, settings, columns_of(settings, about["columns"]))
 
     def about(self) -> dict[str, Any]:
-        """What JSON holds of it besides the network."""
+        """Settings and columns in JSON types, for the header of a checkpoint."""
         return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
 
 
 def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
-    """An error unless it is one for the data of the settings."""
+    """Raise an error unless the network fits the data of the settings."""
     expected = settings.net()
     for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
         if getattr(net, name) != getattr(expected, name):
-            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as its settings have it, got "
+            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
                              f"{getattr(net, name)}")  # fmt: skip
 
 
 class Training:
-    """A run in a folder, new or gone on with.
+    """A training run that writes to a folder; new, or resumed from a checkpoint.
 
-    Everything that is drawn is drawn from the seed and the numbers of the epoch and the step, so that a run continued
-    from any of its checkpoints is the same to the bit as one that was never stopped.
+    All random numbers depend only on the seed and the numbers of the epoch and the step, so that a run resumed from any
+    of its checkpoints is the same to the bit as one that was never stopped.
 
     Parameters
     ----------
     settings : Settings
     out : Path
-        A folder; with `resume` that of the run to continue.
+        The folder to write to; with `resume` that of the run to resume.
     folder : Path
-        Where the settings' files are.
+        The folder that file names in the settings are relative to.
     seed : int
     resume : bool
     """
@@ -101,10 +101,10 @@ class Training:
     out: Path
     folder: Path
     seed: int
-    epoch: int  #: the next to be done
-    step: int  #: the next to be done, within that epoch
+    epoch: int  #: number of the next epoch
+    step: int  #: number of the next step in that epoch
     best: float  #: the best score of a validation so far, -1 before the first
-    results: list[dict[str, Any]]  #: what each validation found
+    results: list[dict[str, Any]]  #: of each validation so far
     loss: float | None  #: of the last step
     scenes: list[Scene]
     test_scenes: list[Scene]
@@ -133,11 +133,11 @@ class Training:
     # ---- a run
 
     def run(self, watch: Callable[[dict[str, Any]], object] | None = None) -> list[dict[str, Any]]:
-        """Train until all epochs are done. `watch` is told of each step, a dict as in the log."""
+        """Train until all epochs are done. `watch` is called with the log entry of each step and validation."""
         training = self.settings.training
         self.out.mkdir(parents=True, exist_ok=True)
         if not (self.epoch or self.step):
-            self._save_last()  # so that a run can be gone on with from its first moment
+            self._save_last()  # so that a run can be resumed before its first checkpoint is due
             with whole(self.out / LOG):
                 pass
         saved = time.perf_counter()
@@ -152,7 +152,7 @@ class Training:
                         saved = time.perf_counter()
                 self.epoch, self.step = self.epoch + 1, 0
                 if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
-                    entry = self._validated()
+                    entry = self._validate()
                     _append(log, entry)
                     if watch:
                         watch(entry)
@@ -164,15 +164,16 @@ class Training:
         return self.results
 
     def _warn_of_classes(self) -> None:
-        """One line for the classes of which nothing can be learned."""
-        there = {number for scene in self.scenes for number in np.unique(scene.labels)}
-        missing = [name for number, name in enumerate(self.settings.names) if number not in there]
+        """Warn in one line of classes without points in the training data."""
+        present = {number for scene in self.scenes for number in np.unique(scene.labels)}
+        missing = [name for number, name in enumerate(self.settings.names) if number not in present]
         if missing and not self.settings.digits:
             labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
             warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
-                          f"{listed(map(str, labels))}", stacklevel=3)  # fmt: skip
+                          f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
+        """The remaining steps of the epoch; yields the log entry of each."""
         training, epoch = self.settings.training, self.epoch
         rng = np.random.default_rng([self.seed, epoch])
         jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
@@ -194,7 +195,7 @@ class Training:
             yield entry
 
     def _train(self, batch: batches.Batch) -> dict[str, Any]:
-        """One step; what the log says of it."""
+        """Do one step; returns its log entry."""
         model, training = self.model, self.settings.training
         number = self.epoch * training.steps + self.step
         entry, grads = self._gradients(batch, seed=(self.seed << 32) + number)
@@ -202,7 +203,7 @@ class Training:
         for name, grad in grads.items():
             size = max(-grad.min(), grad.max())  # both are NaN where one element is
             if not math.isfinite(size):
-                raise NotFinite(self._blame(batch, f"the gradient of {name} is not finite"))
+                raise NotFinite(self._not_finite_report(batch, f"the gradient of {name} is not finite"))
             largest = max(largest, size)
         if 0 < training.clip_value < largest:
             nn.clip_by_value(grads, training.clip_value)
@@ -214,7 +215,7 @@ class Training:
         return {"epoch": self.epoch, "step": self.step, **entry, "lr": lr, "points": len(batch.features)}
 
     def _gradients(self, batch: batches.Batch, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """(what the log says and the state after it, gradients); nothing that the tape kept is left."""
+        """(log entry with the state after the step, gradients). The tape is freed on return."""
         model = self.model
         tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
         result = model.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
@@ -222,7 +223,7 @@ class Training:
                                            class_weights=self.class_weights)  # fmt: skip
         loss = entropy if result.regularization is None else entropy + result.regularization
         if not math.isfinite(loss.value):
-            raise NotFinite(self._blame(batch, f"the loss is {loss.value}"))
+            raise NotFinite(self._not_finite_report(batch, f"the loss is {loss.value}"))
         loss.backward()
         predicted, counted = result.logits.value.argmax(axis=1), batch.labels != IGNORED
         accuracy = float((predicted == batch.labels)[counted].mean()) if counted.any() else None
@@ -236,24 +237,24 @@ class Training:
             entry["regularization"] = float(result.regularization.value)
         return entry, {name: _grad(tensor) for name, tensor in tensors.items()}
 
-    def _blame(self, batch: batches.Batch, what: str) -> str:
-        """A report of the first layer whose output is not finite, found by computing all again."""
-        where = f"epoch {self.epoch}, step {self.step}: {what}"
+    def _not_finite_report(self, batch: batches.Batch, symptom: str) -> str:
+        """An error message that names the first layer whose output is not finite; all layers are computed again."""
+        where = f"epoch {self.epoch}, step {self.step}: {symptom}"
         model = self.model
         for name, value in model.params.items():
             if not np.isfinite(value).all():
                 return f"{where}; {name} is not finite already before the step: a smaller learning rate may help"
         if not np.isfinite(batch.features).all():
             return f"{where}; the features of the batch are not finite"
-        watched = _Watched(model.params)
+        watched = _CheckedOperators(model.params)
         try:
             model.net(watched, model.params, model.state, batch.pyramid, batch.features, training=True, seed=0)
         except NotFinite as error:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
 
-    def _validated(self) -> dict[str, Any]:
-        """Confusion on the test scenes, and what the log says of it; the best is kept."""
+    def _validate(self) -> dict[str, Any]:
+        """Evaluate the test scenes, save the network if it is the best so far; returns the log entry."""
         begin = time.perf_counter()
         confusion = voting.evaluate(self.model, self.test_scenes)
         entry = {"epoch": self.epoch, "test": voting.scores(confusion, self.settings.names),
@@ -283,14 +284,14 @@ class Training:
         with checkpoints.naming(f"resume: {last}"):
             run = about.get("run")
             if not isinstance(run, dict):
-                raise ValueError("expected a last checkpoint of kpcore train, got another")
-            made = from_dict(about.get("settings"))
-            if replace(made, training=replace(made.training, workers=0)) != replace(
+                raise ValueError(f"expected the {LAST} of a training, got another checkpoint")
+            saved = from_dict(about.get("settings"))
+            if replace(saved, training=replace(saved.training, workers=0)) != replace(
                 self.settings, training=replace(self.settings.training, workers=0)
-            ):  # workers have no influence
-                raise ValueError("expected the settings that it was made with, got others")
+            ):  # results do not depend on workers
+                raise ValueError("expected the settings of the run to resume, got others")
             if run.get("seed") != self.seed:
-                raise ValueError(f"seed: expected {run.get('seed')}, which it was made with, got {self.seed}")
+                raise ValueError(f"seed: expected {run.get('seed')}, as of the run to resume, got {self.seed}")
             self._restore(groups, run)
         self._cut_log()
 
@@ -301,13 +302,15 @@ class Training:
         optimizer = groups.get("optimizer", {})
         is_run = 0 <= done <= training.epochs * training.steps and 0 <= step < training.steps
         if not (is_run and type(best) in (int, float) and isinstance(results, list) and "num_steps" in optimizer):
-            raise ValueError(f"expected where a run of {training.epochs} epochs is, got epoch {epoch!r}, step {step!r}")
+            raise ValueError(
+                f"expected the state of a run of {training.epochs} epochs, got epoch {epoch!r}, step {step!r}"
+            )
         if optimizer["num_steps"].shape or optimizer["num_steps"] != done:
             raise ValueError(f"expected an optimizer after {done} steps, got {optimizer['num_steps']}")
         arrays = groups.get("params", {}), groups.get("state", {})
         check_arrays(model.net, *arrays)
-        if others := {value.dtype for values in arrays for value in values.values()} - {np.dtype(np.float32)}:
-            raise ValueError(f"params, state: expected float32, got {', '.join(map(str, others))}")
+        if other_dtypes := {value.dtype for values in arrays for value in values.values()} - {np.dtype(np.float32)}:
+            raise ValueError(f"params, state: expected float32, got {', '.join(map(str, other_dtypes))}")
         self.optimizer.restore(optimizer)
         for name, value in model.params.items():
             value[...] = arrays[0][name]
@@ -315,7 +318,7 @@ class Training:
         self.epoch, self.step, self.best, self.results = epoch, step, best, results
 
     def _cut_log(self) -> None:
-        """Leave out what was logged after the checkpoint: it is done again."""
+        """Remove log entries of steps after the checkpoint, which are done again."""
         path, kept = self.out / LOG, []
         lines = path.read_bytes().splitlines() if path.exists() else []
         for number, line in enumerate(lines, 1):
@@ -326,14 +329,14 @@ class Training:
                 is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
-                    raise ValueError(f"resume: {path}: expected what a run logs, got another line {number}") from None
-                break  # the last line, cut by the end of the process
+                    raise ValueError(f"resume: {path}: line {number}: expected a log entry of a training") from None
+                break  # the last line, which the process did not finish
             if is_done:
                 kept.append(line + b"\n")
         with whole(path) as part:
             part.write_bytes(b"".join(kept))
 
-    # ---- how
+    # ---- optimizer, schedule, class weights
 
     def _optimizer(self, params: dict[str, np.ndarray]) -> nn.Optimizer[np.ndarray]:
         training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
@@ -363,7 +366,7 @@ def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:
 
 
 def _append(log: FileIO, entry: dict[str, Any]) -> None:
-    """A line at the end of a log, or none: a full disk takes part of one."""
+    """Append a line to the log, or nothing: a full disk may have taken a part of it, which is removed."""
     begin, left = log.seek(0, os.SEEK_END), json.dumps(entry).encode() + b"\n"
     try:
         while left:
@@ -373,8 +376,8 @@ def _append(log: FileIO, entry: dict[str, Any]) -> None:
         raise OSError(error.errno, error.strerror, log.name) from error
 
 
-class _Watched(ModuleType):
-    """The operators of kpcore; an error for the first whose result is not finite, by the layer it belongs to."""
+class _CheckedOperators(ModuleType):
+    """The operators of kpcore; the first whose result is not finite raises an error that names its layer."""
 
     def __init__(self, params: Parameters[np.ndarray]) -> None:
         super().__init__(kp.__name__)
@@ -383,21 +386,21 @@ class _Watched(ModuleType):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(kp, name)
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def checked(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
                 self._layer = self._names.get(id(value), self._layer)
             out = function(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out
             if not np.isfinite(first).all():
                 layer = self._layer.rpartition(".")[0] or self._layer
-                raise NotFinite(f"the first that is not finite comes from {name} in layer {layer}")
+                raise NotFinite(f"the first result that is not finite comes from {name} in layer {layer}")
             return out
 
-        return watched
+        return checked
 
 
 def curves(out: str | os.PathLike[str]) -> None:
-    """Draw the log of a run: the loss, and what the tests scored."""
+    """Plot the log of a run: the loss of the steps and the scores of the validations."""
     plot = require("matplotlib.figure", "plot")
     entries = [json.loads(line) for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines()]
     steps, tests = [e for e in entries if "loss" in e], [e for e in entries if "test" in e]

@@ -1,4 +1,4 @@
-"""Labels for clouds: votes of overlapping spheres, brought back to every point."""
+"""Class labels of clouds by votes of overlapping spheres, and the scores of such labels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Training
     from kpcore.pipeline.training import Model
 
-_SMOOTH = 0.95  # of a point's earlier votes, as published
+_SMOOTH = 0.95  # weight of the mean of a point's earlier votes, as in the KPConv code
 
 
 class Scores(TypedDict):
-    """How good labels are, see `scores`; JSON in the log of a training."""
+    """Scores of labels, see `scores`; the log of a training holds them as JSON."""
 
     miou: float | None
     accuracy: float | None
@@ -31,12 +31,12 @@ class Scores(TypedDict):
 
 def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
                   watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """(n, classes) of the scene's subsampled points.
+    """(n, classes) class probabilities of the scene's subsampled points.
 
-    Spheres lie where the fewest have been, until each point was in one and all potentials are above ``votes - 1``; each
-    says something of its points within the settings' `vote_radius` of its radius. What by then was in none has spheres
-    of its own. A point's first vote counts fully, each further one for a twentieth. `watch` is told how much is done, 0
-    to 1.
+    Spheres are drawn by `Potentials`, until each point has a vote and all potentials are at least ``votes - 1``. A
+    sphere votes for its points within the fraction `vote_radius` of its radius. Points that still have no vote when all
+    potentials are at least `votes` get a sphere around them. The probabilities of a point are those of its first vote;
+    each further vote moves them by a twentieth. `watch` is called with the fraction of points that have a vote.
     """
     training, net = model.settings.training, model.net
     votes = training.votes if votes is None else votes
@@ -48,7 +48,8 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
     def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
         while not covered.all() or sampler.values.min() < votes - 1:
-            # Potentials reach further than votes: places amid others of the rim may never be the lowest.
+            # Spheres raise potentials up to their radius but vote only up to vote_radius, so that a place near several
+            # spheres may never have the lowest potential.
             left_out = sampler.values.min() >= votes
             sphere = sampler.at(0, scene.points[covered.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
@@ -83,46 +84,47 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
 
 
 def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarray:
-    """Which points of a sphere have a vote: those away from its rim, where half the neighbours are missing."""
+    """True for the points of a sphere that it votes for: those near its rim lack half of their neighbours."""
     squared = ((scene.points[sphere.rows] - sphere.center) ** 2).sum(axis=1)
     return squared <= (training.vote_radius * training.radius) ** 2
 
 
 def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
               watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """(N,) numbers of classes of all the scene's points before subsampling: of the nearest that is left of them."""
+    """(N,) class numbers of the scene's points before subsampling, each that of the nearest subsampled point."""
     classes = probabilities(model, scene, votes, seed, watch).argmax(axis=1)
     return classes[scene.tree.knn_search(scene.full, 1).index]
 
 
 def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """The confusion of classes over the scenes' labelled points, those before subsampling; rows are the true ones."""
+    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes."""
     classes = model.net.num_classes
     total = np.zeros((classes, classes), np.int64)
     if not model.net.segments:
-        return _classified(model, scenes, total)
+        return _evaluate_classifier(model, scenes, total)
     for scene in scenes:
         total += confusion(scene.full_labels, labels_of(model, scene, votes, watch=watch), classes)
     return total
 
 
 def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes): how many points of each true class, a row, were predicted to be of each; without IGNORED."""
+    """(classes, classes) counts of points by true class (row) and predicted class (column); IGNORED is not counted."""
     counted = true != IGNORED
     pairs = classes * true[counted] + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def _classified(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
+def _evaluate_classifier(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
+    """`total` plus the confusion matrix of a network that classifies whole scenes."""
     training = model.settings.training
     size = training.batch_clouds
-    whole = [batches.whole(scenes, number) for number in range(len(scenes))]
+    spheres = [batches.whole_scene(scenes, number) for number in range(len(scenes))]
 
     def make(spheres: list[batches.Sphere]) -> batches.Batch:
         return batches.make_batch(model.net, scenes, model.columns, spheres)
 
-    jobs = (whole[i : i + size] for i in range(0, len(whole), size))
+    jobs = (spheres[i : i + size] for i in range(0, len(spheres), size))
     for batch in batches.Prefetched(jobs, make, training.workers):
         logits = model.net(kp, model.params, model.state, batch.pyramid, batch.features).logits
         total += confusion(batch.labels, logits.argmax(axis=1), len(total))
@@ -130,11 +132,11 @@ def _classified(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.
 
 
 def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
-    """IoU of each class, None where no point has or gets it; their mean; and the part of the points that is right."""
-    right, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    union = true + predicted - right
-    iou = {name: float(r / u) if u else None for name, r, u in zip(names, right, union, strict=True)}
-    there = [value for value in iou.values() if value is not None]
+    """IoU of each class (None if no point has or gets the class), their mean, the accuracy and the number of points."""
+    correct, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = true + predicted - correct
+    iou = {name: float(c / u) if u else None for name, c, u in zip(names, correct, union, strict=True)}
+    known = [value for value in iou.values() if value is not None]
     total = int(confusion.sum())
-    return {"miou": float(np.mean(there)) if there else None, "accuracy": float(right.sum() / total) if total else None,
-            "iou": iou, "points": total}  # fmt: skip
+    accuracy = float(correct.sum() / total) if total else None
+    return {"miou": float(np.mean(known)) if known else None, "accuracy": accuracy, "iou": iou, "points": total}

@@ -1,4 +1,4 @@
-"""A furnished flat, scanned: boxes and turned profiles, seen from three tripods, lit by two lamps and the sun."""
+"""A made-up indoor scan: a furnished flat of boxes and turned profiles, seen from three tripods, with light."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ NAMES = (
     "sofa", "bookcase", "books", "lamp", "board", "plant", "clutter",
 )  # fmt: skip
 CEILING, FLOOR, WALL, WINDOW, DOOR, COLUMN, TABLE, CHAIR, SOFA, BOOKCASE, BOOKS, LAMP, BOARD, PLANT, CLUTTER = range(15)
-PLAIN, WOOD, PLANKS, WOVEN = range(4)
+PLAIN, WOOD, PLANKS, WOVEN = range(4)  # textures
 
 HEIGHT = 2.7
-DEPTH = 5.4  # both rooms span y = 0 .. DEPTH; a wall at x = SPLIT parts them
+DEPTH = 5.4  # both rooms span y = 0 .. DEPTH; a wall at x = SPLIT separates them
 SPLIT, WIDTH = 7.0, 11.0
 TRIPODS = np.array([[1.9, 1.2, 1.5], [5.3, 3.3, 1.6], [9.3, 2.4, 1.5]], np.float32)
 LAMPS = np.array([[2.3, 3.0, 2.0], [9.1, 2.7, 2.6]], np.float32)
 SUN = np.array([20.0, 45.0, 29.0], np.float32)
-NOISE = 0.002
+NOISE = 0.002  # standard deviation along the normal, in metres
 
 OAK, WALNUT, PINE = (168, 122, 78), (104, 70, 48), (206, 170, 124)
 WHITE, PAPER, STEEL, BLACK = (236, 234, 228), (226, 220, 206), (150, 152, 156), (38, 38, 42)
@@ -30,8 +30,8 @@ WHITE, PAPER, STEEL, BLACK = (236, 234, 228), (226, 220, 206), (150, 152, 156), 
 def indoor(num_points: int = 1_000_000, seed: int = 0) -> Cloud:
     """A labelled, coloured indoor scan of two furnished rooms, in metres; the same for the same seed.
 
-    The points lie where three terrestrial scanners would see a surface: denser near a tripod and face on, with shadows
-    behind the furniture and 2 mm of range noise. labels index names. The result is a `Cloud`.
+    The points lie on the surfaces that three terrestrial scanners see: denser near a tripod and where a surface faces
+    it, none behind furniture, with 2 mm of range noise. `labels` index `names`.
 
     >>> cloud = indoor(1000)
     >>> cloud.points.shape, cloud.names[0]
@@ -43,21 +43,21 @@ def indoor(num_points: int = 1_000_000, seed: int = 0) -> Cloud:
     rng = np.random.default_rng(seed)
     corners, colors, labels, textures = (np.array(part) for part in zip(*_flat(rng), strict=True))
     colors, labels = colors.astype(np.float32), labels.astype(np.int32)
-    parts, num_found = [], 0
-    while num_found < num_points:
-        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - num_found)) + 500))
-        num_found += len(parts[-1][0])
+    parts, num_seen = [], 0
+    while num_seen < num_points:
+        parts.append(_scan(rng, corners, colors, labels, textures, int(1.5 * (num_points - num_seen)) + 500))
+        num_seen += len(parts[-1][0])
     points, rgb, label = (np.concatenate(part) for part in zip(*parts, strict=True))
-    keep = np.sort(rng.permutation(num_found)[:num_points])
+    keep = np.sort(rng.permutation(num_seen)[:num_points])
     return Cloud(points[keep], rgb[keep], label[keep], np.zeros(3), names=NAMES)
 
 
 def _scan(rng, corners, colors, labels, textures, count):
-    """Points on the surfaces that some tripod sees, with their colours in the light and their labels."""
+    """(points, colours with light, labels) of points on the surfaces that a tripod sees, at most `count`."""
     origin, along, across = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     twist = corners[:, 3] - corners[:, 2] - along
 
-    # Cells of at most 20 cm: small enough for one density each.
+    # Cells of at most 20 cm, each sampled with one density.
     rows = np.ceil(np.linalg.norm(along, axis=1) / 0.2).clip(1).astype(int)
     columns = np.ceil(np.maximum(*np.linalg.norm([across, across + twist], axis=2)) / 0.2).clip(1).astype(int)
     quad = np.repeat(np.arange(len(corners)), rows * columns)
@@ -82,7 +82,7 @@ def _scan(rng, corners, colors, labels, textures, count):
     origin, along, across, twist = (part.astype(np.float32) for part in (origin, along, across, twist))
     points = origin[quad] + u * along[quad] + v * (across[quad] + u * twist[quad])
 
-    side = np.zeros(count, np.float32)  # which side of its surface a tripod saw; 0 for none
+    side = np.zeros(count, np.float32)  # 1 or -1 for the side of its surface that a tripod sees; 0: seen by none
     for tripod in TRIPODS:
         seen, cosine, _ = _lit(points, normal, tripod, 0.008)
         side = np.where(seen, np.sign(cosine), side)
@@ -102,7 +102,10 @@ def _scan(rng, corners, colors, labels, textures, count):
 
 
 def _lit(points, normal, eye, resolution):
-    """(what the eye sees, cosine of incidence, distance), by the nearest point in every bin of an octahedral map."""
+    """(whether visible, cosine of incidence, distance) of points from `eye`.
+
+    A point is visible if it is about as near as the nearest one in its bin of an octahedral map of directions.
+    """
     ray = points - eye
     distance = np.sqrt(np.einsum("ij,ij->i", ray, ray))
     cosine = -np.einsum("ij,ij->i", ray, normal) / distance
@@ -114,12 +117,14 @@ def _lit(points, normal, eye, resolution):
     bins = bins[:, 0] * side + bins[:, 1]
     nearest = np.full(side * side, np.inf, np.float32)
     np.minimum.at(nearest, bins, distance)
-    slack = 0.02 + resolution * distance * (1 + 1 / np.abs(cosine).clip(0.12))  # a bin has depth, seen at a slant
+    slack = 0.02 + resolution * distance * (
+        1 + 1 / np.abs(cosine).clip(0.12)
+    )  # depth of a slanted surface within a bin
     return distance <= nearest[bins] + slack, cosine, distance
 
 
 def _grain(rng, points, texture):
-    """The brightness of the material, around 1."""
+    """The brightness of the texture of each point, around 1."""
     grain = 0.97 + 0.06 * rng.random(len(points), np.float32)
     wood, planks, woven = ((texture == kind).nonzero()[0] for kind in (WOOD, PLANKS, WOVEN))
     x, y, z = points[wood].T
@@ -134,7 +139,7 @@ def _grain(rng, points, texture):
 
 
 def _box(size, color, label, at=(0, 0, 0), texture=PLAIN, sides="xXyYzZ"):
-    """Six rectangles, standing on `at`; capital letters are the far sides."""
+    """The faces of a box that stands on `at`. In `sides` x, y, z are the low faces and X, Y, Z the high ones."""
     half = np.array(size) / 2
     middle = np.add(at, (0, 0, half[2]))
     parts = []
@@ -149,7 +154,7 @@ def _box(size, color, label, at=(0, 0, 0), texture=PLAIN, sides="xXyYzZ"):
 
 
 def _turned(profile, color, label, at=(0, 0, 0), texture=PLAIN, sides=20):
-    """A profile of (radius, height) turned about the vertical: legs, pots, lamps, columns, spheres."""
+    """A profile of (radius, height) rotated about the vertical: legs, pots, lamps, columns, spheres."""
     angle = np.linspace(0, 2 * np.pi, sides + 1)
     ring = np.stack([np.cos(angle), np.sin(angle), np.zeros(sides + 1)], axis=1)
     rings = [radius * ring + [0, 0, height] + np.asarray(at, float) for radius, height in profile]
@@ -166,9 +171,10 @@ def _sphere(radius, color, label, at):
 
 
 def _put(parts, x, y, z=0.0, yaw=0.0):
+    """Parts rotated about the vertical, then moved."""
     c, s = np.cos(yaw), np.sin(yaw)
-    turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
-    return [(corners @ turn + [x, y, z], *rest) for corners, *rest in parts]
+    rotation = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+    return [(corners @ rotation + [x, y, z], *rest) for corners, *rest in parts]
 
 
 def _wall(start, end, color, holes=()):
@@ -188,7 +194,7 @@ def _wall(start, end, color, holes=()):
 
 
 def _frame(width, bottom, top, color, label, depth=0.14, bar=0.06):
-    """The frame in a hole, along x around the origin."""
+    """A window or door frame along x, centred on the origin."""
     height = top - bottom
     parts = _box((width, depth, bar), color, label, (0, 0, top - bar))
     for x in (-1, 1):
@@ -221,7 +227,7 @@ def _table(length, width, height, color, label=TABLE):
 
 
 def _chair(color, seat):
-    """Facing -y."""
+    """It faces -y."""
     parts = _box((0.44, 0.43, 0.04), seat, CHAIR, (0, 0, 0.44), WOVEN)
     for x in (-0.19, 0.19):
         parts += _box((0.04, 0.04, 0.44), color, CHAIR, (x, -0.18, 0), WOOD, "xXyY")
@@ -232,7 +238,7 @@ def _chair(color, seat):
 
 
 def _sofa(length, color):
-    """Facing -y."""
+    """It faces -y."""
     dark, light = (tuple(int(c * f) for c in color) for f in (0.8, 1.1))
     parts = _box((length, 0.9, 0.24), dark, SOFA, (0, 0, 0.08), WOVEN)
     parts += _box((length, 0.24, 0.50), color, SOFA, (0, 0.33, 0.32), WOVEN)
@@ -245,7 +251,7 @@ def _sofa(length, color):
 
 
 def _bookcase(rng, length, height, color, depth=0.3):
-    """Back at y = 0, facing -y; rows of books with gaps, a few vases."""
+    """Its back is at y = 0, it faces -y; rows of books with gaps, and a few vases."""
     parts = _box((length, 0.02, height), color, BOOKCASE, (0, -0.01, 0), WOOD, "y")
     for x in np.linspace(-0.5, 0.5, 4) * (length - 0.03):
         parts += _box((0.03, depth, height), color, BOOKCASE, (x, -depth / 2, 0), WOOD, "xXyZ")
@@ -288,7 +294,7 @@ def _plant(rng, size):
 
 
 def _picture(width, height, colors):
-    """Hanging at y = 0, facing -y, its middle at the origin."""
+    """It hangs at y = 0 and faces -y, centred on the origin."""
     parts = _box((width + 0.06, 0.03, height + 0.06), BLACK, BOARD, (0, -0.015, -height / 2 - 0.03))
     edges = np.linspace(-height / 2, height / 2, len(colors) + 1)
     for low, high, color in zip(edges[:-1], edges[1:], colors, strict=True):
@@ -319,7 +325,7 @@ def _office_chair():
 
 
 def _lamp(shade, color, pole, foot):
-    """A shade by its profile, on a pole with a foot or on a cable, around the vertical."""
+    """A shade with the profile `shade`, on a pole with a foot or on a cable."""
     parts = _turned(shade, color, LAMP) + _turned([(0.012, pole[0]), (0.012, pole[1])], BLACK, LAMP, sides=8)
     return parts + (_turned([(0, 0.02), (0.15, 0.02), (0.15, 0.0)], BLACK, LAMP) if foot else [])
 
@@ -327,8 +333,8 @@ def _lamp(shade, color, pole, foot):
 def _flat(rng):
     """Every surface as (four corners, colour, label, texture)."""
 
-    def about(*middle, by=0.05):
-        return [value + by * rng.uniform(-1, 1) for value in middle]
+    def near(*values, by=0.05):
+        return [value + by * rng.uniform(-1, 1) for value in values]
 
     study, half = SPLIT + 0.12, np.pi / 2
     cream, teal, sage = (232, 226, 214), (92, 128, 130), (206, 214, 200)
@@ -350,44 +356,44 @@ def _flat(rng):
     parts += _put(_door(1.0, 2.1, 0.0), 3.7, 0.0)
     parts += _turned([(0.17, 0), (0.17, HEIGHT)], (214, 208, 198), COLUMN, (3.05, 4.75, 0), sides=28)
 
-    x, y = 2.3, 3.0  # where one eats
+    x, y = 2.3, 3.0  # dining table
     parts += _put(_table(1.9, 0.95, 0.75, WALNUT), x, y)
     for dx, dy, yaw in (
         (-0.55, 0.62, 0), (0.05, 0.62, 0), (0.62, 0.62, 0),
         (-0.5, -0.62, 2 * half), (0.5, -0.66, 2 * half), (1.35, 0.1, -half),
     ):  # fmt: skip
-        parts += _put(_chair(WALNUT, (150, 60, 48)), *about(x + dx, y + dy), 0, *about(yaw, by=0.25))
+        parts += _put(_chair(WALNUT, (150, 60, 48)), *near(x + dx, y + dy), 0, *near(yaw, by=0.25))
     for dx in (-0.6, 0.0, 0.6):
-        parts += _turned([(0, 0.01), (0.09, 0.01), (0.13, 0.025)], WHITE, CLUTTER, (*about(x + dx, y + 0.2), 0.75))
+        parts += _turned([(0, 0.01), (0.09, 0.01), (0.13, 0.025)], WHITE, CLUTTER, (*near(x + dx, y + 0.2), 0.75))
     bowl = [(0, 0.02), (0.1, 0.02), (0.17, 0.09), (0.16, 0.09)]
     parts += _turned(bowl, (70, 110, 120), CLUTTER, (x, y - 0.15, 0.75))
     for _ in range(5):
         orange = (204, 92 + int(60 * rng.random()), 40)
-        parts += _sphere(0.04, orange, CLUTTER, (*about(x, y - 0.15, by=0.07), 0.83))
+        parts += _sphere(0.04, orange, CLUTTER, (*near(x, y - 0.15, by=0.07), 0.83))
     parts += _put(_lamp([(0.26, 1.75), (0.2, 1.89), (0.05, 1.95)], (214, 170, 70), (1.95, HEIGHT), False), x, y)
     parts += _sphere(0.07, (255, 246, 214), LAMP, (x, y, 1.8))
     parts += _put(_bookcase(rng, 2.7, 2.2, PINE), 0.01, 2.2, yaw=half)
-    parts += _put(_plant(rng, 1.2), *about(0.5, 4.85))
+    parts += _put(_plant(rng, 1.2), *near(0.5, 4.85))
 
-    x, y = 5.3, 1.75  # where one sits
+    x, y = 5.3, 1.75  # sofa
     parts += _box((2.3, 2.9, 0.012), (170, 64, 56), FLOOR, (x, y, 0), WOVEN, "Z")
     parts += _box((1.9, 2.5, 0.014), (214, 196, 164), FLOOR, (x, y, 0), WOVEN, "Z")
     parts += _put(_sofa(2.2, (74, 92, 116)), 6.45, y, yaw=-half)
-    parts += _put(_table(1.1, 0.6, 0.42, OAK), *about(x - 0.1, y), 0, half + 0.1)
+    parts += _put(_table(1.1, 0.6, 0.42, OAK), *near(x - 0.1, y), 0, half + 0.1)
     for _ in range(4):
         book = _box((0.2, 0.28, 0.03), rng.integers(40, 220, 3), BOOKS)
-        parts += _put(book, *about(x - 0.1, y, by=0.25), 0.42, rng.uniform(0, 3))
+        parts += _put(book, *near(x - 0.1, y, by=0.25), 0.42, rng.uniform(0, 3))
     parts += _put(_lamp([(0.2, 1.4), (0.15, 1.72)], (246, 232, 196), (0, 1.5), True), 6.55, 3.2)
     stripes = [(38, 60, 84), (92, 130, 150), (226, 190, 130), (214, 110, 70)]
     parts += _put(_picture(0.9, 0.6, stripes), SPLIT, y, 1.65, -half)
 
-    x = study + 2.1  # where one works
-    parts += _put(_desk(rng), x, 4.75) + _put(_office_chair(), *about(x - 0.1, 4.0), 0, *about(2 * half, by=0.6))
+    x = study + 2.1  # desk
+    parts += _put(_desk(rng), x, 4.75) + _put(_office_chair(), *near(x - 0.1, 4.0), 0, *near(2 * half, by=0.6))
     parts += _put(_bookcase(rng, 1.8, 1.85, WHITE), WIDTH - 0.01, 1.5, yaw=-half)
     parts += _put(_picture(1.3, 0.9, [(244, 244, 242)]), WIDTH, 3.5, 1.5, -half)
     for x, y, z, edge in ((7.6, 0.5, 0, 0.5), (8.15, 0.42, 0, 0.38), (7.62, 0.52, 0.5, 0.34)):
         carton = _box((edge, 0.8 * edge, edge), (178, 140, 96), CLUTTER)
-        parts += _put(carton, *about(x, y, by=0.03), z, rng.uniform(-0.3, 0.3))
+        parts += _put(carton, *near(x, y, by=0.03), z, rng.uniform(-0.3, 0.3))
     bucket = [(0, 0.01), (0.12, 0.01), (0.15, 0.34), (0.14, 0.34), (0.11, 0.02)]
-    parts += _turned(bucket, STEEL, CLUTTER, (*about(10.4, 4.6), 0))
+    parts += _turned(bucket, STEEL, CLUTTER, (*near(10.4, 4.6), 0))
     return parts + _box((0.9, 0.9, 0.06), (250, 250, 244), LAMP, (9.1, 2.7, HEIGHT - 0.06), sides="xXyYz")
