@@ -407,7 +407,7 @@ def test_memory_outlives_the_tensor_it_was_given_by():
 def test_lists_share_memory():
     points = torch.rand(50, 3)
     neighbors = kpt.radius_search(points, None, 0.3)
-    index, row_splits, *_ = kpt.ops._parts(neighbors, False)
+    index, row_splits, *_ = kpt.ops.neighbors_parts(neighbors, False)
     assert index.data_ptr() == neighbors.index.ctypes.data
     assert row_splits.data_ptr() == neighbors.row_splits.ctypes.data
 

@@ -596,7 +596,7 @@ def test_a_part_of_a_network_pruned(network):
 def test_a_part_of_a_network_has_no_hook_for_results(network):
     module, given, part = network
     for name in ("register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
-        with pytest.raises(NotImplementedError, match="Network: expected a hook of the whole network"):
+        with pytest.raises(NotImplementedError, match="Network: expected a hook on the whole network"):
             getattr(part, name)(lambda *_: None)
     seen = []
     module.register_forward_hook(lambda module, inputs, result: seen.append(result))
