@@ -110,7 +110,7 @@ def part_of_a_sum():
     try:
         jax.jit(shard_map(fn, P("d"), P()))(CLOUDS)
     except TypeError as error:
-        assert str(error).startswith("features: expected an array, got a part of a sum over devices")
+        assert str(error).startswith("features: expected an array, got one that is not summed over devices yet")
     else:
         raise AssertionError("accepted")
 
