@@ -16,7 +16,7 @@ from reference import assert_same_bits
 import kpcore as kp
 from kpcore import nn
 from kpcore.nn import blocks, checkpoints
-from kpcore.nn.published import _name
+from kpcore.nn.published import network_name
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -110,10 +110,10 @@ def test_architectures():
     ("blocks_of", "message"),
     [
         (["simple", "resnet"], "architecture: expected a block of the published networks, got 'resnet'"),
-        (["simple_strided"], "on level 0"),
-        (["simple", "nearest_upsample"], "as many blocks down as up"),
-        (["simple", "global_average", "unary"], "global_average at the end"),
-        (["simple_strided", "nearest_upsample", "simple"], "after going up, got 'simple'"),
+        (["simple_strided"], "nearest_upsample until level 0"),
+        (["simple", "nearest_upsample"], "expected no nearest_upsample on level 0, got one in block 1"),
+        (["simple", "global_average", "unary"], "global_average only at the end, got it in block 1"),
+        (["simple_strided", "nearest_upsample", "simple"], "after the first nearest_upsample, got 'simple'"),
         ([], "architecture"),
     ],
 )
@@ -136,7 +136,7 @@ def test_architectures_that_are_none(blocks_of, message):
         ({"architecture": ("simple", "global_average"), "norm": "instance", "head_norm": True}, "norm: expected one"),
         (
             {"architecture": ("simple", "global_average"), "norm": "group", "head_norm": True, "head_width": 32},
-            "norm: expected one that leaves something of the",
+            "norm: expected one with several channels in each group",
         ),
         ({"head_width": 0}, "head_width: expected at least 1, got 0"),
         ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
@@ -281,10 +281,10 @@ def test_the_published_networks(name):
         kind, _, theirs = key.partition("/")
         if kind == "grad":
             value = value.T if theirs.endswith("mlp.weight") else value
-            assert relative(tensors[_name(theirs)].grad, value) < 1e-4, theirs
+            assert relative(tensors[network_name(theirs)].grad, value) < 1e-4, theirs
             checked += 1
         elif kind == "state_after" and "running" in theirs:
-            assert relative(result.state[_name(theirs)], value) < 2e-5, theirs
+            assert relative(result.state[network_name(theirs)], value) < 2e-5, theirs
             checked += 1
     assert checked == len(params) + sum("norm" in name for name in state)
     logits = net(kp, params, result.state, pyramid, golden["features"]).logits
@@ -575,7 +575,7 @@ def test_dropout_is_before_the_logits_in_training(net):
     assert abs(kept.mean() - 1) < 0.1 and len(np.unique(kept)) > 3
     assert_same_bits(kept, logits(training=True, seed=4))
     assert (kept != logits(training=True, seed=5)).any()
-    with pytest.raises(ValueError, match=r"seed: expected an integer, because dropout is 0\.5 in training, got None"):
+    with pytest.raises(ValueError, match=r"seed: expected an integer in training, because dropout is 0\.5, got None"):
         logits(training=True)
     torch = pytest.importorskip("torch")
     module = kp.torch.Network(net, params, state)
@@ -821,14 +821,14 @@ def test_kpconvx_is_that_of_the_torch_layer(attention_norm):
         ({"norm": "layer"}, "norm"),
         (
             {"norm": "instance", "segment": False},
-            "norm: expected one that leaves something of the",
+            "norm: expected one with several channels in each group",
         ),
         (
             {"norm": "group", "segment": False, "width": 16},
-            "norm: expected one that leaves something of the 32 numbers",
+            "norm: expected one with several channels in each group, since the 32 channels",
         ),
         ({"grid_factor": 1.0}, "grid_factor: expected a number above 1, at most 100, got 1.0"),
-        ({"shells": (14, 28)}, r"shells: expected those from the centre, of 1 point, outwards, got \(14, 28\)"),
+        ({"shells": (14, 28)}, r"shells: expected 1 point on the first shell, which is the centre, got \(14, 28\)"),
         ({"dropout": 2}, "dropout: expected 0 to 1, got 2"),
         ({"slope": math.nan}, "slope: expected -1 to 1, got"),
         ({"origin": "first"}, "origin: expected 0 or 'published', got 'first'"),
@@ -947,11 +947,11 @@ def test_an_optimizer_goes_on_where_another_stopped(make):
 
 def test_optimizers_refuse_other_gradients():
     optimizer = nn.sgd({"a": np.zeros(3)})
-    with pytest.raises(ValueError, match="grads: expected one for each parameter, got others: a"):
+    with pytest.raises(ValueError, match="grads: expected one for each parameter, got other names: a"):
         optimizer.step({}, 0.1)
     with pytest.raises(ValueError, match=r"grads: expected a \(3,\) float64, got \(4,\)"):
         optimizer.step({"a": np.zeros(4)}, 0.1)
-    with pytest.raises(ValueError, match=r"params: expected C-contiguous arrays, .* got another: a"):
+    with pytest.raises(ValueError, match=r"params: expected C-contiguous writable arrays"):
         nn.sgd({"a": np.zeros((3, 2)).T})
     with pytest.raises(ValueError, match="lr: expected a finite number"):
         optimizer.step({"a": np.zeros(3)}, math.nan)
@@ -969,8 +969,8 @@ def test_optimizers_refuse_other_gradients():
         (lambda p: nn.adamw(p, betas=(0.9,)), r"betas: expected two numbers, got \(0\.9,\)"),
         (lambda p: nn.adamw(p, eps=-1e-8), "eps: expected a number of at least zero"),
         (lambda p: nn.sgd(p).step({"a": np.zeros(3)}, -1.0), "lr: expected a number of at least zero, got -1.0"),
-        (lambda p: nn.sgd({"a": np.broadcast_to(0.0, 3)}), "params: expected C-contiguous arrays, .* got another: a"),
-        (lambda p: nn.sgd({"a": np.frombuffer(bytes(8))}), "params: expected C-contiguous arrays, .* got another: a"),
+        (lambda p: nn.sgd({"a": np.broadcast_to(0.0, 3)}), "params: expected C-contiguous writable arrays"),
+        (lambda p: nn.sgd({"a": np.frombuffer(bytes(8))}), "params: expected C-contiguous writable arrays"),
         (
             lambda p: nn.sgd({"a": np.zeros(3, int)}),
             "params: expected .* arrays, got ndarray int64 for a",
@@ -1043,7 +1043,7 @@ def test_the_norm_of_float32_gradients_beyond_their_squares():
         (lambda: nn.adamw({}, betas=(0.9, 10**400)), "betas: expected a number that float64"),
         (lambda: nn.clip_by_norm({"w": [1.0]}, 1.0), "grads: expected float32 or float64 arrays, got list for w"),
         (lambda: nn.clip_by_value({"w": np.ones(3, int)}, 1.0), "grads: expected .* got ndarray int64 for w"),
-        (lambda: nn.exponential(0.1, 10.0, 1)(10**6), "step: expected one whose learning rate float64 can hold"),
+        (lambda: nn.exponential(0.1, 10.0, 1)(10**6), "step: expected one with a learning rate that float64 can hold"),
         (lambda: nn.exponential(0.1, 10.0, 1)(10**400), "step: expected a number that float64"),
         (lambda: nn.exponential(0.1, 10.0, 2**63), r"steps: expected 1 to 2\*\*63 - 1"),
         (lambda: nn.one_cycle(0.1, 10)("1"), "step: expected a number, got str"),
@@ -1124,7 +1124,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
     with pytest.raises(TypeError, match="JSON"):
         nn.save(tmp_path / "b", net, *net.init(), names={1, 2})
     for name in ("groups", "network"):
-        with pytest.raises(ValueError, match=f"more: expected names that are not the file's own, got {name}"):
+        with pytest.raises(ValueError, match=f"more: expected names other than network and groups, got {name}"):
             nn.save(tmp_path / "b", net, *net.init(), **{name: 1})
     assert os.listdir(tmp_path) == ["a"]
     checkpoints.write(tmp_path / "c", {"params": {}, "state": {}}, {"network": {"kind": "UNet"}})
@@ -1193,7 +1193,7 @@ def safetensors_bytes(header, data=b""):
             "is damaged, or no safetensors file",
         ),
         (safetensors_bytes({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}, b"ab"), ""),
-        (safetensors_bytes({"__metadata__": {"kpcore": "[1]"}}), "expected names and values in what kpcore says of it"),
+        (safetensors_bytes({"__metadata__": {"kpcore": "[1]"}}), "expected a JSON object in the metadata named kpcore"),
         (safetensors_bytes({"__metadata__": {"kpcore": "{"}}), "Expecting property name"),
         (safetensors_bytes({"__metadata__": {"kpcore": "[" * 100_000}}), "recursion"),
         (safetensors_bytes({"__metadata__": {"kpcore": "9" * 5000}}), "4300 digits"),
@@ -1279,7 +1279,7 @@ def test_arrays_in_files_are_those_of_the_network(tmp_path):
         ((params, {}), "state: expected"),
         (({}, {}), "params: expected"),
         ((params | {"head.1.bias": bias[:-1]}, state), r"params: expected head\.1\.bias \(\d+,\), got"),
-        ((params | {"head.1.bias": bias.astype(np.int32)}, state), "expected arrays of float32, .* got float32, int32"),
+        ((params | {"head.1.bias": bias.astype(np.int32)}, state), "in float64, got float32, int32"),
         ((params | {"head.1.bias": bias.astype(np.float64)}, state), "got float32, float64"),
         (({k: v.astype(np.float16) for k, v in params.items()}, state), "got float16, float32"),
     ):
