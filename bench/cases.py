@@ -1,4 +1,4 @@
-"""What is measured, on what, and against which target. run.py calls each case in a process of its own."""
+"""The cases of ``python bench/run.py cpu``: inputs, checks, peers and targets. Each task runs in a new process."""
 
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,12 @@ import peers
 
 import kpcore as kp
 
-# A power of two: dividing by it and multiplying by its inverse agree, so all libraries cut the same voxels.
+# A power of two: dividing by it and multiplying by its inverse give the same, so all libraries have the same voxels.
 VOXEL = np.float32(1 / 32)
 RADIUS = float(np.float32(2.5) * VOXEL)
 KERNEL = {"num": 15, "radius": float(1.65 * VOXEL)}
 EXTENT = float(np.float32(1.2) * VOXEL)
-RAW_PER_VOXEL = 6.4  # of surface(), measured
+RAW_PER_VOXEL = 6.4  # points of surface() in an occupied voxel, measured
 SIZES = {
     "full": {
         "raw": 4_000_000,
@@ -35,9 +35,9 @@ SIZES = {
     },
 }
 
-# (case, what, order, against): target. Without a peer it is millions per second and core, or MiB; "xyz alone",
-# "FMA floor" and "its forward" bound our time as a multiple of that; otherwise it is how many times faster than the
-# peer we are. Every other row is information.
+# {(case, what, order, against): target}. Without a peer a target is in the unit of the row, millions per second and
+# core or MiB. With a baseline of run.BASELINES ("xyz alone", "FMA floor" and others) it is our time as a multiple of
+# the baseline's. With any other peer it is how many times faster we are. Rows without a target are for information.
 TARGETS = {
     ("radius_search", "by index", "random", None): (">=", 180),
     ("radius_search", "by index", "voxel", None): (">=", 250),
@@ -109,7 +109,7 @@ TARGETS = {
 ORDERS = ("voxel", "random")
 CHANNELS = (64, 128, 256)
 CROWDS = ("99 % in one cell", "10 km at 2 cm", "all equal", "radius over everything")
-GROWING = {  # and their peak, about, in bytes per point
+GROWING = {  # operators of the case `growth`: {name: their peak memory, approximately, in bytes per point}
     "grid_subsample": 100,
     "radius_search": 400,
     "kdtree": 400,
@@ -119,7 +119,7 @@ GROWING = {  # and their peak, about, in bytes per point
     "kpconv": 1000,
 }
 
-# The tasks of each case, each in a process of its own, once per number of threads; "coretype" is OPENBLAS_CORETYPE.
+# {case: the arguments of its tasks}. A task runs once per number of threads; "coretype" becomes OPENBLAS_CORETYPE.
 TASKS = {
     "radius_search": [{"order": order} for order in ORDERS],
     "kdtree": [{"order": order} for order in ORDERS],
@@ -148,14 +148,14 @@ TASKS = {
 }
 
 
-# Inputs, made once by run.py before any task and read by every one of them.
+# Inputs, which run.py makes once before the tasks and every task reads.
 
 
 def surface(n, seed=0):
-    """n points of a rough, wavy sheet, in no order.
+    """n points of a rough, wavy sheet, in random order.
 
-    Waves of 64, 23 and 9 voxels with slopes up to 0.8, noise of 0.35 voxel, an area that grows with n: subsampled, a
-    point has 37 neighbours within 2.5 voxels (without the noise it has 27).
+    It has waves of 64, 23 and 9 voxels with slopes up to 0.8, noise of 0.35 voxel, and an area proportional to n. After
+    subsampling, a point has 37 neighbours within 2.5 voxels (27 without the noise).
     """
     rng = np.random.default_rng(seed)
     x, y = rng.random((2, n)) * VOXEL * np.sqrt(n / 16)
@@ -167,7 +167,7 @@ def surface(n, seed=0):
 
 
 def morton(points):
-    """Morton key of each point's voxel, counted from the lowest voxel."""
+    """The Morton key of each point's voxel, relative to the lowest voxel."""
     voxel = np.floor(points / VOXEL).astype(np.int64)
     voxel = (voxel - voxel.min(0)).astype(np.uint64)
     spread = (0x1F00000000FFFF, 0x1F0000FF0000FF, 0x100F00F00F00F00F, 0x10C30C30C30C30C3, 0x1249249249249249)
@@ -177,14 +177,14 @@ def morton(points):
 
 
 def subsample(points):
-    """NumPy's barycentres (float64, in Morton order) and the voxel of each point."""
+    """(barycentres of the voxels, float64 in Morton order; voxel of each point), computed with NumPy."""
     _, inverse, counts = np.unique(morton(points), return_inverse=True, return_counts=True)
     sums = [np.bincount(inverse, column) for column in points.T]
     return np.column_stack(sums) / counts[:, None], inverse
 
 
 def prepare(folder, size):
-    """Writes raw.npy (in no order), cloud.npy (subsampled, in voxel order) and patches of it with their neighbours."""
+    """Write raw.npy (random order), cloud.npy (subsampled, voxel order), and patches of it with their neighbours."""
     from scipy.spatial import cKDTree
 
     np.save(folder / "raw.npy", surface(size["raw"]))
@@ -206,7 +206,7 @@ def arranged(points, order):
 
 
 def kpconv_problem(folder, order, channels):
-    """The patch, in the names dense_kpconv.py and kpconv share."""
+    """A patch and arrays for a convolution on it, by the argument names that kpconv and dense_kpconv.py share."""
     rng = np.random.default_rng(3)
     with np.load(Path(folder) / f"patch_{order}.npz") as patch:
         problem = dict(patch)
@@ -223,16 +223,16 @@ def convolve(problem, neighbors, features, weights):
     return kp.kpconv(problem["points"], None, neighbors, features, weights, problem["kernel_points"], problem["extent"])
 
 
-# Checks, against the peers and against NumPy.
+# Checks of results against peers and NumPy.
 
 
 def pair_keys(num_points, index, row_splits):
     return np.repeat(np.arange(len(row_splits) - 1), np.diff(row_splits)) * num_points + index[: row_splits[-1]]
 
 
-def same_pairs(points, keys, found):
-    """Equal sets of pairs; only pairs at the radius itself, within rounding, may differ."""
-    theirs = np.sort(pair_keys(len(points), *found))
+def same_pairs(points, keys, peer_lists):
+    """Check that a peer's (index, row_splits) has the same pairs, except pairs at the radius up to rounding."""
+    theirs = np.sort(pair_keys(len(points), *peer_lists))
     if np.array_equal(keys, theirs):
         return
     assert (np.diff(theirs) > 0).all(), "a pair comes twice"
@@ -241,25 +241,30 @@ def same_pairs(points, keys, found):
     assert np.allclose(distance, RADIUS, rtol=1e-5, atol=0), f"{(abs(distance / RADIUS - 1) > 1e-5).sum()} pairs differ"
 
 
-def same_barycentres(expected, found):
-    """Equal voxels and barycentres. small_gicp's threads cut some voxels in two (its notes: up to 10 % more points)."""
-    together = morton(np.concatenate([expected, found]))
+def same_barycentres(expected, barycentres):
+    """Check that voxels and barycentres are equal.
+
+    The threads of small_gicp split some voxels in two; its documentation says that there are up to 10 % more points.
+    """
+    together = morton(np.concatenate([expected, barycentres]))
     ours, theirs = together[: len(expected)], together[len(expected) :]
     voxels, first, counts = np.unique(theirs, return_index=True, return_counts=True)
     assert np.array_equal(voxels, ours), f"{len(voxels)} voxels for {len(expected)}"
-    assert len(found) <= 1.1 * len(expected), f"{len(found)} points for {len(expected)} voxels"
-    once = counts == 1
-    assert np.allclose(found[first[once]], expected[once], rtol=0, atol=1e-3 * VOXEL), "barycentres differ"
+    assert len(barycentres) <= 1.1 * len(expected), f"{len(barycentres)} points for {len(expected)} voxels"
+    not_split = counts == 1
+    differences = abs(barycentres[first[not_split]] - expected[not_split])
+    assert differences.max(initial=0) <= 1e-3 * VOXEL, "barycentres differ"
 
 
-def close(expected, found):
-    for want, got in zip(expected, found, strict=True):
+def close(expected, results):
+    """Check that arrays differ by less than 2e-5 of the largest value."""
+    for want, got in zip(expected, results, strict=True):
         error = abs(want - got).max() / abs(want).max()
         assert error < 2e-5, f"error {error:.1e} of the largest value"
 
 
 def influences(problem):
-    """One sparse (M, N) matrix of linear influences per kernel point, in float64."""
+    """Yield the linear influences of each kernel point as a sparse (M, N) matrix in float64."""
     from scipy.sparse import csr_array
 
     points, index, row_splits = problem["points"].astype(np.float64), problem["index"], problem["row_splits"]
@@ -270,7 +275,7 @@ def influences(problem):
 
 
 def aggregate(problem):
-    """A (M, K * C), the matrix that `A @ W` starts from."""
+    """A (M, K * C), the features summed by kernel point, from which `A @ W` is the output."""
     return np.hstack([influence @ problem["features"].astype(np.float64) for influence in influences(problem)])
 
 
@@ -281,18 +286,18 @@ def radius_search(bench, order):
     points = arranged(np.load(bench.folder / "cloud.npy"), order)
     by_index = partial(kp.radius_search, points, None, RADIUS)
     unordered = partial(by_index, sort=None)
-    found = bench.first(by_index)
-    keys = pair_keys(len(points), found.index, found.row_splits)
+    neighbors = bench.first(by_index)
+    keys = pair_keys(len(points), neighbors.index, neighbors.row_splits)
     assert (np.diff(keys) > 0).all(), "rows are not sorted by index"
     check = partial(same_pairs, points, keys)
-    bench.label(order=order, size=f"{len(points):,}, H = {found.num_pairs / len(points):.1f}")
-    both = bench.first(unordered)
-    check((both.index, both.row_splits))
-    del both
+    bench.label(order=order, size=f"{len(points):,}, H = {neighbors.num_pairs / len(points):.1f}")
+    in_any_order = bench.first(unordered)
+    check((in_any_order.index, in_any_order.row_splits))
+    del in_any_order
     for what, call in (("by index", by_index), ("unordered", unordered)):
-        bench.rate(what, call, found.num_pairs, "M neighbours/s per core")
+        bench.rate(what, call, neighbors.num_pairs, "M neighbours/s per core")
     search_peers = [peers.OPEN3D_NNS, peers.OPEN3D_HASH]
-    if bench.threads == bench.most_threads:  # workers=-1 is its best setting; on one core a call takes 10 s
+    if bench.threads == bench.most_threads:  # SciPy is fastest with workers=-1; on one core a call takes 10 s
         search_peers.append(peers.SCIPY_BALL)
     for peer in search_peers:
         bench.against("by index", by_index, peer, {"points": points, "radius": RADIUS}, check)
@@ -309,12 +314,13 @@ def kdtree(bench, order):
     def search():
         return kp.KDTree(points).radius_search(None, RADIUS)
 
-    found = tree.radius_search(None, RADIUS)
-    grid = kp.radius_search(points, None, RADIUS)
-    assert np.array_equal(found.index, grid.index) and np.array_equal(found.row_splits, grid.row_splits)
-    check = partial(same_pairs, points, pair_keys(len(points), found.index, found.row_splits))
-    bench.label(order=order, size=f"{len(points):,}, H = {found.num_pairs / len(points):.1f}")
-    bench.rate("radius search", search, found.num_pairs, "M neighbours/s per core")
+    neighbors = tree.radius_search(None, RADIUS)
+    by_grid = kp.radius_search(points, None, RADIUS)
+    assert np.array_equal(neighbors.index, by_grid.index), "expected the pairs of the grid"
+    assert np.array_equal(neighbors.row_splits, by_grid.row_splits), "expected the pairs of the grid"
+    check = partial(same_pairs, points, pair_keys(len(points), neighbors.index, neighbors.row_splits))
+    bench.label(order=order, size=f"{len(points):,}, H = {neighbors.num_pairs / len(points):.1f}")
+    bench.rate("radius search", search, neighbors.num_pairs, "M neighbours/s per core")
     search_peers = [peers.OPEN3D_NNS] + [peers.SCIPY_BALL] * (bench.threads == bench.most_threads)
     for peer in search_peers:
         bench.against("radius search", search, peer, {"points": points, "radius": RADIUS}, check)
@@ -324,9 +330,9 @@ def knn_search(bench, order):
     points, k = arranged(np.load(bench.folder / "cloud.npy"), order), 16
     bench.label(order=order, size=f"{len(points):,}")
     search = partial(kp.knn_search, points, None, k, return_distances=True)
-    found = bench.first(search)
-    assert (found.counts == k).all()
-    distance = found.distance.reshape(-1, k)
+    neighbors = bench.first(search)
+    assert (neighbors.counts == k).all()
+    distance = neighbors.distance.reshape(-1, k)
 
     def check(theirs):
         assert np.allclose(theirs, distance, rtol=1e-5, atol=1e-6 * VOXEL), "distances differ"
@@ -337,7 +343,7 @@ def knn_search(bench, order):
 
 
 def pyramid(bench, order):
-    """Five levels of 100,000 points after the first voxel, with all lists of neighbours, pools and upsampling."""
+    """Five levels from 100,000 subsampled points, with all lists of neighbours, pools and upsamples."""
     points, num_levels = arranged(np.load(bench.folder / "cloud.npy")[: bench.sizes["pyramid"]], order), 5
     build = partial(kp.build_pyramid, points, voxel_size=float(VOXEL), num_levels=num_levels, subsampled=True)
     levels = bench.first(build)
@@ -357,7 +363,7 @@ def pyramid(bench, order):
 
 
 def crowds(bench, cloud):
-    """Clouds that searches are known to choke on: the 16 nearest within the radius, and the 16 nearest at all."""
+    """Clouds on which searches can be very slow: the 16 nearest within a radius, and the 16 nearest."""
     n, rng = bench.sizes["cloud"], np.random.default_rng(7)
     if cloud == "99 % in one cell":
         points, radius = rng.normal(0, 1e-3, (n, 3)), 0.1
@@ -379,7 +385,7 @@ def crowds(bench, cloud):
 
 
 def search_options(bench, order):
-    """Other metrics and radii, against the plain search of as many neighbours."""
+    """Other metrics, and a radius for each query, against the plain search with the same number of neighbours."""
     points = arranged(np.load(bench.folder / "cloud.npy"), order)
     plain = partial(kp.radius_search, points, None, RADIUS)
     num_pairs = bench.first(plain).num_pairs
@@ -387,7 +393,7 @@ def search_options(bench, order):
     radii = np.full(len(points), RADIUS, np.float32)
     bench.compare("radii", partial(kp.radius_search, points, None, radii), "scalar L2", plain)
     for metric in ("l1", "linf"):
-        low, high = 0.5 * RADIUS, 2 * RADIUS  # the radius of as many neighbours
+        low, high = 0.5 * RADIUS, 2 * RADIUS  # bisection for the radius with the same number of neighbours
         for _ in range(14):
             middle = (low + high) / 2
             sample = kp.radius_search(points, points[::97].copy(), middle, metric=metric, count_only=True)
@@ -437,11 +443,11 @@ def farthest_point_sampling(bench):
     points = surface(bench.sizes["sheet"], seed=5)
     num = len(points) * 4096 // 100_000
     sample = partial(kp.farthest_point_sampling, points, num)
-    found = bench.first(sample).index
-    assert np.array_equal(found, sample(method="exact").index), "the two forms differ"
+    index = bench.first(sample).index
+    assert np.array_equal(index, sample(method="exact").index), "the two methods differ"
 
     def check(theirs):
-        # Theirs starts at another point than it is told: at that place of its own order. Equally far points may swap.
+        # fpsample counts start_idx in its internal order, so it starts at another point. Equally far points may swap.
         ours = sample(start=int(theirs[0])).index
         if np.array_equal(ours, theirs):
             return
@@ -455,7 +461,7 @@ def farthest_point_sampling(bench):
 
 
 def neighbor_reduce(bench, order):
-    """100,000 queries of 30 neighbours each, so that a padded matrix of them has no padding."""
+    """100,000 queries with 30 neighbours each, so that the padded matrix of the peers has no padding."""
     points, h = arranged(np.load(bench.folder / "cloud.npy")[: bench.sizes["pyramid"]], order), 30
     rng = np.random.default_rng(8)
     features, grad_out = rng.standard_normal((2, len(points), 128), np.float32)
@@ -478,11 +484,12 @@ def neighbor_reduce(bench, order):
         bench.rate(what, forward, neighbors.num_pairs, "M pairs/s per core")
         inputs = {"features": features, "index": index}
         for peer in peers.POOLING[reduce]:
-            bench.against(what, forward, peer, inputs, lambda found, out=out: close([out], [found]))
-        both = step()
+            bench.against(what, forward, peer, inputs, lambda theirs, out=out: close([out], [theirs]))
+        out_and_gradient = step()
         bench.compare(f"{what}, forward + vjp", step, "its forward", forward)
         inputs |= {"grad_out": grad_out}
-        bench.against(f"{what}, forward + vjp", step, peers.POOLING_STEP[reduce], inputs, partial(close, both))
+        check = partial(close, out_and_gradient)
+        bench.against(f"{what}, forward + vjp", step, peers.POOLING_STEP[reduce], inputs, check)
 
 
 def kpconv(bench, order, channels, coretype=None):
@@ -493,8 +500,8 @@ def kpconv(bench, order, channels, coretype=None):
     out = bench.first(forward)
     aggregated = aggregate(problem)
 
-    def check(found):
-        close([out], [found])
+    def check(theirs):
+        close([out], [theirs])
 
     check(aggregated @ weights.reshape(-1, channels))
     bench.label(order=order, size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
@@ -513,7 +520,7 @@ def kpconv(bench, order, channels, coretype=None):
     bench.compare(what, forward, "FMA floor", floor)
     if order == "voxel":
         bench.against(what, forward, peers.NUMPY_MATMUL, product, check, note=blas)
-        if channels < 256:  # beyond that, its matrix products are all that counts
+        if channels < 256:  # from 256 on, the peer's time is that of its matrix product, measured above
             bench.against(what, forward, peers.DENSE_FORWARD, problem, check)
 
 
@@ -538,33 +545,34 @@ def kpconv_vjp(bench, order):
     bench.compare(what, both, "its forward", forward)
     bench.compare(f"{what}, new Neighbors", lambda: step(neighbors_of(problem)), "its forward", forward)
 
-    def placed(points, kernel_points, f, w):
+    def convolve_positions(points, kernel_points, f, w):
         return kp.kpconv(points, None, warm, f, w, kernel_points, problem["extent"])
 
     _, without = kp.autodiff.vjp(lambda f, w: convolve(problem, warm, f, w), features, weights)
-    _, everything = kp.autodiff.vjp(placed, problem["points"], problem["kernel_points"], features, weights)
+    positions = problem["points"], problem["kernel_points"]
+    _, with_positions = kp.autodiff.vjp(convolve_positions, *positions, features, weights)
     bench.compare(
-        "vjp with points and kernel points", lambda: everything(grad_out), "vjp without", lambda: without(grad_out)
+        "vjp with points and kernel points", lambda: with_positions(grad_out), "vjp without", lambda: without(grad_out)
     )
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
 
 
 def normalized(features, scale, shift, grad):
-    """Batch normalisation and leaky ReLU, and their gradients, by the formulas in float64."""
+    """Batch normalisation followed by a leaky ReLU, and the gradients, by the formulas in float64."""
     relative = features - features.mean(0, dtype=np.float64)
     inverse = 1 / np.sqrt(np.square(relative).mean(0) + 1e-5)
     relative *= inverse
     out = relative * scale + shift
     slope = np.where(out > 0, 1, 0.1)
     grad = grad * slope
-    of_shift, of_scale = grad.sum(0), (grad * relative).sum(0)
-    n = len(features)
-    return [out * slope, inverse * scale * (grad - of_shift / n - relative * of_scale / n), of_scale, of_shift]
+    grad_shift, grad_scale, n = grad.sum(0), (grad * relative).sum(0), len(features)
+    grad_features = inverse * scale * (grad - grad_shift / n - relative * grad_scale / n)
+    return [out * slope, grad_features, grad_scale, grad_shift]
 
 
 def rows(bench):
-    """Layers on rows of features. All but the product are bound by memory: see "GB/s"."""
+    """Layers on rows of features. All except `linear` are limited by the memory bandwidth, hence the rows in GB/s."""
     rng, (n, c) = np.random.default_rng(8), (bench.sizes["rows"], 128)
     features, grad = rng.standard_normal((2, n, c), np.float32)
     scale, shift, mean, var = rng.random((4, c), np.float32)
@@ -576,13 +584,13 @@ def rows(bench):
         return [out, *pullback(grad)]
 
     what = "batch_norm + leaky_relu, forward + vjp"
-    found = bench.first(normalize)
-    close(normalized(features, scale, shift, grad), found)
+    results = bench.first(normalize)
+    close(normalized(features, scale, shift, grad), results)
 
     def check(theirs):
-        # Torch's sums are float32: its gradient of the scale is off by 0.5 %, and slopes differ where it rounds to
-        # another side of zero.
-        for ours, other in zip(found, theirs, strict=True):
+        # torch sums in float32: its gradient of the scale is wrong by 0.5 %, and the slope of the leaky ReLU differs
+        # for values that it rounds to the other side of zero.
+        for ours, other in zip(results, theirs, strict=True):
             assert abs(ours - other).mean() < 1e-2 * abs(ours).max(), "results differ"
 
     traffic = 8 * features.nbytes  # reads: 2 forward, 4 backward; writes: 1 and 1
@@ -614,7 +622,7 @@ def rows(bench):
 
 
 def fitting_step(points, neighbors, kernel_points, offsets):
-    """-> [the loss, its gradient]"""
+    """[loss, gradient of the offsets] of the fitting loss."""
     loss, pullback = kp.autodiff.vjp(
         lambda o: kp.fitting_loss(points, None, neighbors, kernel_points, o, EXTENT), offsets
     )
@@ -622,13 +630,13 @@ def fitting_step(points, neighbors, kernel_points, offsets):
 
 
 def repulsion_step(kernel_points, offsets):
-    """-> [the loss, its gradient]"""
+    """[loss, gradient of the offsets] of the repulsion loss."""
     loss, pullback = kp.autodiff.vjp(lambda o: kp.repulsion_loss(kernel_points, o, EXTENT), offsets)
     return [loss, *pullback(np.ones_like(loss))]
 
 
 def deformation(bench, order):
-    """The two losses of a deformable layer and their gradients, for offsets of a third of the extent."""
+    """The two losses of a deformable layer and their gradients, for offsets of about a third of the extent."""
     problem = {
         name: a for name, a in kpconv_problem(bench.folder, order, 1).items() if name not in ("features", "weights")
     }
@@ -661,7 +669,7 @@ def deformation(bench, order):
 
 
 def deformable_problem(folder, order):
-    """The patch with the weights of a convolution that gives the offsets, of up to an extent."""
+    """A patch as of `kpconv_problem`, and weights of a convolution for the offsets, which are up to the extent."""
     problem = kpconv_problem(folder, order, 64)
     rng, num = np.random.default_rng(8), KERNEL["num"]
     problem["offset_weights"] = rng.standard_normal((num, 64, 3 * num), np.float32) / np.float32(40)
@@ -669,7 +677,7 @@ def deformable_problem(folder, order):
 
 
 def deformable_layer(problem, neighbors):
-    """-> (out, pullback to features, weights and weights of the offsets)"""
+    """(output, function from its gradient to those of features, weights and weights of the offsets)."""
     points, kernel_points, extent = problem["points"], problem["kernel_points"], problem["extent"]
 
     def to_offsets(features, weights):
@@ -683,16 +691,16 @@ def deformable_layer(problem, neighbors):
     offsets = (scale * raw).reshape(len(points), -1, 3)
     out, pullback = kp.autodiff.vjp(deformed, features, problem["weights"], offsets)
 
-    def both(grad):
+    def whole_pullback(grad):
         grad_features, grad_weights, grad_offsets = pullback(grad)
-        through_offsets, grad_offset_weights = offsets_pullback(scale * grad_offsets.reshape(raw.shape))
-        return grad_features + through_offsets, grad_weights, grad_offset_weights
+        grad_through_offsets, grad_offset_weights = offsets_pullback(scale * grad_offsets.reshape(raw.shape))
+        return grad_features + grad_through_offsets, grad_weights, grad_offset_weights
 
-    return out, both
+    return out, whole_pullback
 
 
 def deformable(bench, order):
-    """A deformable layer with the convolution its offsets come from, on the neighbours of a rigid one."""
+    """A deformable layer with the convolution that computes its offsets, on the neighbours of a rigid layer."""
     problem = deformable_problem(bench.folder, order)
     neighbors, features, weights = neighbors_of(problem), problem["features"], problem["weights"]
 
@@ -724,18 +732,18 @@ def deformable(bench, order):
 
     bench.compare("both losses, forward + vjp", losses, "the layer's step", step)
     if order == "voxel":
-        bench.against("forward, C = 64", forward, peers.DENSE_DEFORMABLE, problem, lambda found: close([out], [found]))
+        bench.against("forward, C = 64", forward, peers.DENSE_DEFORMABLE, problem, lambda other: close([out], [other]))
         bench.against("forward + vjp, C = 64", step, peers.DENSE_DEFORMABLE_STEP, problem, partial(close, gradients))
 
 
 def memory(bench, implementation, layer):
-    """Peak resident memory of the first call of a process, beyond the output and, for kpcore, the packed weights."""
+    """Peak resident memory of the first call of a process minus the output and, for kpcore, the packed weights."""
     deforms = layer == "deformable"
     problem = deformable_problem(bench.folder, "voxel") if deforms else kpconv_problem(bench.folder, "voxel", 64)
     size, output, end = len(problem["points"]), problem["features"].nbytes, problem["row_splits"][100]
     small = problem | {"index": np.minimum(problem["index"][:end], 99), "row_splits": problem["row_splits"][:101]}
     small |= {"points": problem["points"][:100], "features": problem["features"][:100, :1].copy()}
-    small["weights"] = problem["weights"][:, :1, :1].copy()  # one channel, so that it leaves no scratch memory to reuse
+    small["weights"] = problem["weights"][:, :1, :1].copy()  # one channel, so that scratch memory stays small
     if deforms:
         output += sum(problem[name].nbytes for name in ("features", "weights", "offset_weights"))  # gradients
         small |= {"offset_weights": problem["offset_weights"][:, :1].copy(), "grad_out": problem["grad_out"][:100, :1]}
@@ -749,7 +757,7 @@ def memory(bench, implementation, layer):
             return convolve(p, n, p["features"], p["weights"])
 
         big = neighbors_of(problem)
-        call(small, neighbors_of(small))  # starts the threads, loads the code
+        call(small, neighbors_of(small))  # starts threads and loads code before memory is measured
         bench.memory(what, lambda: call(problem, big), output + problem["weights"].nbytes)
         return
     peer = peers.DENSE_DEFORMABLE_STEP if deforms else peers.DENSE_FORWARD
@@ -761,7 +769,7 @@ def memory(bench, implementation, layer):
 
 
 def overhead(bench):
-    """What a framework adds to a call: ten points, of which the operator is done at once."""
+    """What a framework adds to the time of a call, measured on ten points, which the operator computes at once."""
     op = kp.ops.OPS["kpconv"]
     rng = np.random.default_rng(8)
     points, features = rng.random((2, 10, 3), np.float32)
@@ -772,15 +780,15 @@ def overhead(bench):
     settings = {"influence": "linear", "aggregation": "sum", "normalization": None}
     settings |= {"groups": 1, "offsets": None, "modulations": None}
     call = partial(kp.kpconv, **arguments)
-    both = {"features": features, "weights": weights}
+    differentiated = {"features": features, "weights": weights}
 
     def forward():
-        return call(**both)
+        return call(**differentiated)
 
     def forward_and_vjp():
-        given = {**arguments, **both, **settings}
-        out, saved = op.compute(op.check(**given))  # checked in both passes, as frameworks do
-        return out, tuple(op.gradients(op.check(**given), saved, grad, {"features", "weights"}).values())
+        everything = {**arguments, **differentiated, **settings}
+        out, saved = op.compute(op.check(**everything))  # checked in both passes, as frameworks do
+        return out, tuple(op.gradients(op.check(**everything), saved, grad, {"features", "weights"}).values())
 
     def tape():
         out, pullback = kp.autodiff.vjp(lambda f, w: call(features=f, weights=w), features, weights)
@@ -795,10 +803,10 @@ def overhead(bench):
     else:
         import torch
 
-        of_torch = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
-        torch_call, torch_grad = partial(kp.torch.kpconv, **of_torch), torch.from_numpy(grad)
-        plain = {name: torch.from_numpy(a) for name, a in both.items()}
-        leaves = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in both.items()}
+        tensors = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+        torch_call, torch_grad = partial(kp.torch.kpconv, **tensors), torch.from_numpy(grad)
+        plain = {name: torch.from_numpy(a) for name, a in differentiated.items()}
+        leaves = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in differentiated.items()}
 
         def backward():
             return torch.autograd.grad(torch_call(**leaves), tuple(leaves.values()), torch_grad)
@@ -812,16 +820,17 @@ def overhead(bench):
     else:
         import jax
 
-        of_jax = jax.device_put({n: a for n, a in arguments.items() if n not in ("queries", "extent")} | both)
+        arrays = {name: a for name, a in arguments.items() if name not in ("queries", "extent")}
+        arrays = jax.device_put(arrays | differentiated)
         under_jit = jax.jit(partial(kp.jax.kpconv, queries=None, extent=0.5))
-        close([expected], [np.asarray(under_jit(**of_jax))])
+        close([expected], [np.asarray(under_jit(**arrays))])
         bench.beyond(
-            "JAX under jit, forward", lambda: under_jit(**of_jax).block_until_ready(), "the calls alone", forward
+            "JAX under jit, forward", lambda: under_jit(**arrays).block_until_ready(), "the calls alone", forward
         )
 
 
 def growth(bench, op):
-    """Time and memory against size. The cloud beyond its own size is copies of it side by side."""
+    """Time and memory against the number of points; larger clouds are copies of the cloud side by side."""
     cloud = np.load(bench.folder / "cloud.npy")
     period = np.float32(np.ceil(np.ptp(cloud[:, 0]) / VOXEL) + 8) * VOXEL
     what = {"kdtree": "KDTree, radius_search", "pyramid": "build_pyramid", "kpconv": "kpconv, C = 64"}.get(op, op)

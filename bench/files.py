@@ -1,13 +1,14 @@
-"""What is measured of files: ``python bench/run.py files``.
+"""Measures reading and labelling of files: ``python bench/run.py files``.
 
-Each file is written here from the embedded flat at UTM coordinates, and lies in the page cache. A peer
-reads as its documentation says, up to the same arrays: coordinates, colours, labels in memory. The points of a cloud
-are float32 near the origin, which a peer's are not; kpcore's time includes that. plyfile maps the file and
-converts nothing; pandas rounds decimal numbers to within some units of the last place, NumPy and kpcore correctly.
+Each file is written here from the procedural flat (`kpcore.scenes.indoor`) at UTM coordinates and is in the page cache.
+A peer is called as its documentation says, up to the same arrays in memory: coordinates, colours, labels. Only kpcore
+moves points near the origin and converts them to float32, which its time includes. plyfile maps the file and converts
+nothing. pandas rounds decimal numbers to within a few units in the last place; NumPy and kpcore round correctly.
 """
 
 import importlib.util
 import struct
+from functools import partial
 
 import numpy as np
 
@@ -16,12 +17,12 @@ from kpcore import io
 
 SIZES = {"full": {"points": 1_000_000, "faces": 40_000}, "quick": {"points": 500, "faces": 50}}
 TASKS = {"laz": [{}], "ply": [{}], "faces": [{}], "text": [{}]}
-TARGETS = {}  # nothing was promised of files
+TARGETS = {}  # there are no targets for files; all rows are for information
 FIELDS = [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "<i4")]
 
 
 def prepare(folder, size):
-    """Nothing is kept between tasks."""
+    """Part of the interface to run.py; the cases here make their inputs themselves."""
 
 
 def table(num):
@@ -36,15 +37,15 @@ def table(num):
 
 
 def same(cloud, rows):
-    """Whether the cloud is the table, to float32 near the origin."""
+    """Check that a cloud holds the rows of the table, with coordinates to 1 mm."""
     for axis, name in enumerate("xyz"):
         assert np.abs(cloud.points[:, axis] + cloud.shift[axis] - rows[name]).max() < 1e-3
     assert all(np.array_equal(cloud.colors[:, i], rows[name]) for i, name in enumerate(("red", "green", "blue")))
     assert np.array_equal(cloud.labels, rows["label"])
 
 
-def beside(bench, what, call, module, name, other, check=None):
-    """A comparison with another package, if it is there and agrees."""
+def compare(bench, what, call, module, name, other, check=None):
+    """Compare with another package, if it is installed; `check` gets its result."""
     if importlib.util.find_spec(module) is None:
         bench.absent(what, name, f"{module} is not installed")
         return
@@ -87,7 +88,7 @@ def laz(bench):
 
 
 def ply_file(path, rows, faces=None, first=False):
-    """A binary PLY; faces are triangles, before the vertices where they are first."""
+    """Write a binary PLY with `faces` triangles, which come before the vertices if `first`."""
     kinds = {"<f8": "double", "u1": "uchar", "<i4": "int"}
     vertex = f"element vertex {len(rows)}\n" + "".join(f"property {kinds[kind]} {name}\n" for name, kind in FIELDS)
     face, data = "", b""
@@ -99,7 +100,7 @@ def ply_file(path, rows, faces=None, first=False):
     path.write_bytes(head.encode() + b"".join(data for _, data in parts))
 
 
-def with_plyfile(path):
+def read_with_plyfile(path):
     from plyfile import PlyData
 
     vertex = PlyData.read(path)["vertex"]
@@ -112,7 +113,7 @@ def ply(bench):
     bench.label("", f"{len(rows):,}")
     ply_file(path, rows)
     same(io.read(path), rows)
-    beside(bench, "read a binary PLY", lambda: io.read(path), "plyfile", "plyfile", lambda: with_plyfile(path))
+    compare(bench, "read a binary PLY", lambda: io.read(path), "plyfile", "plyfile", lambda: read_with_plyfile(path))
 
 
 def faces(bench):
@@ -123,7 +124,7 @@ def faces(bench):
         ply_file(path, rows, count, first)
         same(io.read(path), rows)
         what = "read a PLY of as many triangles"
-        beside(bench, what, lambda path=path: io.read(path), "plyfile", "plyfile", lambda path=path: with_plyfile(path))
+        compare(bench, what, partial(io.read, path), "plyfile", "plyfile", partial(read_with_plyfile, path))
 
 
 def text(bench):
@@ -143,4 +144,4 @@ def text(bench):
 
         return pandas.read_csv(path).to_numpy()
 
-    beside(bench, "read a CSV", lambda: io.read(path), "pandas", "pandas.read_csv", pandas)
+    compare(bench, "read a CSV", lambda: io.read(path), "pandas", "pandas.read_csv", pandas)

@@ -1,8 +1,8 @@
-"""What is measured on a GPU, and against which target: ``python bench/run.py gpu``.
+"""Measures operators on a GPU, with targets: ``python bench/run.py gpu``.
 
-First what the machine can do: the bandwidth of a copy, and cuBLAS's rate of the very products that kpconv asks for.
-Each case then checks that its result is the CPU's, and takes the median time of 20 calls between two events on CuPy's
-stream, warm, with all that Python does in between. A peer runs in the same process, right after.
+The bandwidth of a copy is measured first, as a bound. Each case checks that its result agrees with that of the CPU and
+takes the median time of 20 calls between two events on CuPy's stream, after a warm-up call, including the time of
+Python. A peer runs in the same process, right after; for kpconv one peer is cuBLAS with the same matrix product alone.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ import peers
 
 import kpcore as kp
 
-# {(case, what, against): target}: ms, times faster than a peer, times the time of what bounds it, a fraction, MiB
+# {(case, what, against): target}. Without a peer a target is in ms or MiB. With a peer it is how many times faster we
+# are; with a bound, our time as a multiple of the bound's, or the fraction of the bandwidth that we reach.
 TARGETS = {
     ("radius_search", "1M points", None): ("<=", 1.5),
     ("radius_search", "1M points", "cupyx KDTree"): (">=", 20),
@@ -55,7 +56,7 @@ class Bench:
         self.cupy, self.sizes, self.compare_with, self.rows = cupy, sizes, compare, []
 
     def times(self, call, repeats=None):
-        """{median, min, max} in ms."""
+        """{median, min, max} of the times of a call, in ms."""
         call()
         samples = []
         for _ in range(repeats or self.sizes["repeats"]):
@@ -77,7 +78,7 @@ class Bench:
         print(" | ".join(filter(None, cells(self.rows[-1]))), flush=True)
 
     def peer(self, case, what, ours, against, make, unit="x faster"):
-        """Another's time, if it is there; `make` gives a call, and has checked its result."""
+        """Compare with a peer if it is installed; `make` checks its result and returns the call to time."""
         try:
             call = make()
         except (ImportError, FileNotFoundError, AttributeError, RuntimeError) as error:
@@ -114,7 +115,7 @@ def close(got, expected, tolerance):
 
 
 def ceilings(bench):
-    """(bytes per ms of a copy); the rates are for reading."""
+    """Measure the bandwidth of a copy; return it in bytes per ms."""
     cupy, n = bench.cupy, bench.sizes["copy"] // 4
     source, target = cupy.ones(n, np.float32), cupy.empty(n, np.float32)
 
@@ -163,7 +164,7 @@ def radius_search(bench, cloud, bandwidth):
         tensor = torch.from_dlpack(points)
         some = tensor[:: max(1, len(cloud) // 2000)]
 
-        def call():  # of the time for all a part
+        def call():  # the time for a part of the queries, which is scaled to all of them below
             start = time.perf_counter()
             near = torch.cat([torch.cdist(q[None], tensor[None])[0] <= cases.RADIUS for q in some.split(250)])
             near.nonzero()
@@ -174,7 +175,6 @@ def radius_search(bench, cloud, bandwidth):
         taken = 1000 * call() * len(cloud) / len(some)
         bench.row("radius_search", "1M points", taken / ours["median"], "x faster", "torch brute force", ours,
                   {"median": taken})  # fmt: skip
-        raise AttributeError("measured above, on a part of the queries")
 
     with contextlib.suppress(ImportError, AttributeError, RuntimeError, AssertionError):
         brute_force()
@@ -227,12 +227,13 @@ def kpconv(bench, cloud, bandwidth):
             def call(points=points, features=features, weights=weights, kernel_points=kernel_points):
                 return kp.kpconv(points, None, on_device, features, weights, kernel_points, cases.EXTENT)
 
-            some = slice(0, min(len(cloud), 20_000))  # which see no further than twice as many in this order
+            # The result is compared for the first 20,000 queries, if all their neighbours are among the first 40,000
+            # points, as they are in Morton order.
+            some = slice(0, min(len(cloud), 20_000))
             part = cloud[: 2 * some.stop]
             host = [a.get().astype(np.float32) for a in (features[: len(part)], weights, kernel_points)]
             near = kp.radius_search(part, cloud[some], cases.RADIUS)
-            whole = near.num_pairs == int(neighbors.row_splits[some.stop])
-            if whole:
+            if near.num_pairs == int(neighbors.row_splits[some.stop]):
                 close(call()[some], kp.kpconv(part, cloud[some], near, *host, cases.EXTENT), tolerance)
             ours = bench.times(call)
             bench.row("kpconv", label, ours["median"], "ms", ours=ours)
@@ -246,11 +247,11 @@ def kpconv(bench, cloud, bandwidth):
 
 
 def tensor_float():
-    """A context with what CUPY_TF32=1 in the environment asks of CuPy."""
+    """A context in which CuPy multiplies float32 matrices in TF32, as with CUPY_TF32=1 in the environment."""
     from cupy._core import _routines_linalg as linalg
 
     @contextlib.contextmanager
-    def set_for_a_while():
+    def compute_in_tf32():
         before = linalg.get_compute_type(np.float32)
         linalg.set_compute_type(np.float32, 7)  # COMPUTE_TYPE_TF32
         try:
@@ -258,10 +259,11 @@ def tensor_float():
         finally:
             linalg.set_compute_type(np.float32, before)
 
-    return set_for_a_while()
+    return compute_in_tf32()
 
 
 def dense(bench, cloud):
+    """kpconv against the dense formulation in torch, eager and compiled."""
     neighbors = kp.radius_search(cloud, None, cases.RADIUS)
     points, features, weights, kernel_points = problem(cloud, 64, np.float32, bench.cupy)
     on_device = neighbors.to("cuda")
@@ -275,13 +277,13 @@ def dense(bench, cloud):
         module = peers.dense_module()
         if not torch.cuda.is_available():
             raise RuntimeError("torch has no GPU")
-        given = [torch.from_dlpack(a) for a in (points, features, weights, kernel_points)]
+        tensors = [torch.from_dlpack(a) for a in (points, features, weights, kernel_points)]
         padded = module.padded(neighbors.index, neighbors.row_splits, len(cloud)).cuda()
         function = torch.compile(module.kpconv) if compiled else module.kpconv
 
         def call():
             with torch.no_grad():
-                return function(given[0], given[0], padded, *given[1:], cases.EXTENT)
+                return function(tensors[0], tensors[0], padded, *tensors[1:], cases.EXTENT)
 
         close(bench.cupy.from_dlpack(call()), out.get(), 2e-4)
         return call
@@ -303,7 +305,7 @@ def kpconv_vjp(bench, cloud, bandwidth):
         return [out, *pullback(grad)]
 
     for a, b in zip(both(), both(), strict=True):
-        assert (a == b).all(), "other bits the second time"
+        assert (a == b).all(), "expected the same bits in both calls, got others"
     alone, ours = bench.times(lambda: forward(features, weights)), bench.times(both)
     bench.row(
         "kpconv_vjp",
@@ -338,13 +340,13 @@ def memory(bench, cloud, bandwidth):
 
 
 def measure(quick=False):
-    """All rows; of a quick run on tiny sizes none is judged."""
+    """Run all cases and return their rows; a quick run has tiny sizes and judges none."""
     sizes = SIZES["quick" if quick else "full"]
     bench = Bench(sizes, {} if quick else TARGETS)
     bandwidth = ceilings(bench)
     raw = cases.surface(sizes["raw"])
-    few = cases.surface(int(1.05 * cases.RAW_PER_VOXEL * sizes["cloud"]), seed=1)
-    cloud = kp.grid_subsample(few, cases.VOXEL).points[: sizes["cloud"]].copy()
+    dense_surface = cases.surface(int(1.05 * cases.RAW_PER_VOXEL * sizes["cloud"]), seed=1)
+    cloud = kp.grid_subsample(dense_surface, cases.VOXEL).points[: sizes["cloud"]].copy()
     for case in (radius_search, grid_subsample, kpconv, kpconv_vjp, pyramid, memory):
         case(bench, raw if case in (grid_subsample, pyramid) else cloud, bandwidth)
     return bench.rows

@@ -1,8 +1,9 @@
-"""What is measured of whole networks, and against which target: ``python bench/run.py networks``.
+"""Measures whole networks, with targets: ``python bench/run.py networks``.
 
-The network is KP-FCNN as its published PyTorch code has it, at S3DIS widths (24.4 million parameters), in training on
-one batch of three pieces of the embedded flat, some 15,000 points. The peer is the same definition over dense operators
-in PyTorch, with the same weights, on the same lists, cut where the published calibration cuts them.
+The network is KP-FCNN in the size of its published PyTorch code for S3DIS (24.4 million parameters), in training on
+one batch of three pieces of the procedural flat (`kpcore.scenes.indoor`), about 15,000 points. The peer is the same
+network over dense operators in PyTorch, with the same weights and the same neighbour lists, which are limited as the
+published calibration limits them.
 """
 
 import tempfile
@@ -38,11 +39,11 @@ CLASSES, FEATURES = 13, 5
 
 
 def prepare(folder, size):
-    """Nothing is kept between tasks."""
+    """Part of the interface to run.py; the cases here make their inputs themselves."""
 
 
 class Problem:
-    """A network, a batch of it, and its parameters; smaller where it is to be quick."""
+    """A network, its parameters and a batch; small ones with --quick."""
 
     def __init__(self, bench, deformable=0):
         sizes, quick = bench.sizes, bench.sizes["piece"] < 1000
@@ -79,7 +80,7 @@ class Problem:
         return loss if result.regularization is None else loss + result.regularization
 
     def tape(self):
-        """A step: the loss and gradients of all parameters, which an optimiser moves."""
+        """A training step on the tape, as a function: the loss, the gradients of all parameters and their update."""
         params = {name: value.copy() for name, value in self.params.items()}
         optimizer = nn.sgd(params, momentum=0.98, lr_scales={"offset": 0.1})
 
@@ -90,14 +91,14 @@ class Problem:
             return float(loss.value), {name: tensor.grad for name, tensor in tensors.items()}
 
         def step():
-            loss, grads = gradients()  # what the tape kept is given back before the optimiser needs its moments
+            loss, grads = gradients()  # frees the arrays of the tape before the optimizer allocates its moments
             optimizer.step(grads, 1e-9)
             return loss
 
         return step
 
     def torch(self, F, pyramid):
-        """The same with torch's autograd and optimiser over the operators of F."""
+        """A training step with torch's autograd and optimizer over the operators of F, as a function."""
         import torch
 
         params = {name: torch.tensor(value, requires_grad=True) for name, value in self.params.items()}
@@ -129,9 +130,9 @@ class Problem:
 
 def step(bench, deformable):
     problem, kind = Problem(bench, deformable), "deformable" if deformable else "rigid"
-    tape, own = problem.tape(), problem.kpcore_torch()
+    tape, kpcore_torch = problem.tape(), problem.kpcore_torch()
     expected = bench.first(tape)
-    for what, call in ((f"{kind}, tape", tape), (f"{kind}, kpcore.torch", own)):
+    for what, call in ((f"{kind}, tape", tape), (f"{kind}, kpcore.torch", kpcore_torch)):
         if reason := peers.missing(peers.DENSE_NETWORK):
             bench.absent(what, peers.DENSE_NETWORK.name, reason)
             continue
@@ -140,8 +141,8 @@ def step(bench, deformable):
         bench.compare(what, call, peers.DENSE_NETWORK.name, other)
 
 
-class Recorded:
-    """The operators of kpcore; remembers every convolution."""
+class Recorder:
+    """The operators of kpcore; `calls` holds the arguments of every call of `kpconv`."""
 
     def __init__(self):
         self.calls = []
@@ -151,49 +152,49 @@ class Recorded:
         if name != "kpconv":
             return function
 
-        def recorded(*args, **kwargs):
+        def record(*args, **kwargs):
             self.calls.append((args, kwargs))
             return function(*args, **kwargs)
 
-        return recorded
+        return record
 
 
 def convolutions(bench, deformable):
-    """All convolutions of the network alone, one after the other: forward, and the gradients that training needs."""
-    problem, kind, recorded = Problem(bench, deformable), "deformable" if deformable else "rigid", Recorded()
-    problem.net(recorded, problem.params, problem.state, problem.pyramid, problem.features, training=True)
+    """All convolutions of the network, one after the other: forward pass and the gradients that training needs."""
+    problem, kind, recorder = Problem(bench, deformable), "deformable" if deformable else "rigid", Recorder()
+    problem.net(recorder, problem.params, problem.state, problem.pyramid, problem.features, training=True)
     rng, ours, theirs = np.random.default_rng(0), [], []
     if reason := peers.missing(peers.DENSE_NETWORK):
         bench.absent(f"{kind}, forward + vjp", peers.DENSE_NETWORK.name, reason)
         return
-    for args, kwargs in recorded.calls:
+    for args, kwargs in recorder.calls:
         features, weights, offsets = args[3], args[4], kwargs.get("offsets")
         grad = rng.standard_normal((args[2].num_queries, weights.shape[-1]), np.float32)
-        # The network's own features have no gradient in training.
+        # The input features of the network need no gradient in training.
         primals = {} if features is problem.features else {"features": features}
         primals |= {"weights": weights} | ({} if offsets is None else {"offsets": offsets})
-        ours.append(partial(own_convolution, args, kwargs, primals, grad))
+        ours.append(partial(kpcore_convolution, args, kwargs, primals, grad))
         theirs.append(peers.dense_convolution(args, primals, grad))
-        for name, other in theirs[-1]().items():
-            one = ours[-1]()[name]
-            allowed = 1e-4 * max(np.abs(one).max(), 1e-30)
-            assert np.abs(one - other.numpy()).max() <= allowed, (name, np.abs(one - other.numpy()).max(), allowed)
+        for name, dense_gradient in theirs[-1]().items():
+            gradient = ours[-1]()[name]
+            error, allowed = np.abs(gradient - dense_gradient.numpy()).max(), 1e-4 * max(np.abs(gradient).max(), 1e-30)
+            assert error <= allowed, f"gradient of {name}: expected an error of at most {allowed}, got {error}"
     bench.compare(f"{kind}, forward + vjp", lambda: [call() for call in ours], peers.DENSE_NETWORK.name,
                   lambda: [call() for call in theirs])  # fmt: skip
 
 
-def own_convolution(args, options, primals, grad):
-    """{name: gradient} of those of a convolution's arguments that are in `primals`."""
+def kpcore_convolution(args, options, primals, grad):
+    """{name: gradient} of the arguments of a convolution that are in `primals`."""
 
     def conv(primals):
-        given = {"features": args[3], "weights": args[4], **options, **primals}
-        return kp.kpconv(*args[:3], kernel_points=args[5], extent=args[6], **given)
+        arguments = {"features": args[3], "weights": args[4], **options, **primals}
+        return kp.kpconv(*args[:3], kernel_points=args[5], extent=args[6], **arguments)
 
     return kp.autodiff.vjp(conv, primals)[1](grad)[0]
 
 
 def peak(bench, implementation):
-    """Peak resident memory of the first step of a process, beyond what was there before: parameters, batch, lists."""
+    """Peak resident memory of the first step of a process, minus that before it (parameters, batch and lists)."""
     problem = Problem(bench)
     if implementation == "dense torch" and (reason := peers.missing(peers.DENSE_NETWORK)):
         bench.absent(implementation, None, reason)
@@ -201,17 +202,18 @@ def peak(bench, implementation):
     if implementation != "tape":
         import torch
 
-        torch.ones(2, requires_grad=True).sum().backward()  # starts its threads
+        torch.ones(2, requires_grad=True).sum().backward()  # starts the threads of autograd
     make = {"tape": problem.tape, "kpcore.torch": problem.kpcore_torch, "dense torch": problem.dense}[implementation]
-    # Every step has these, its gradients and momentum; what is left is what it keeps and works in.
-    both = 2 * sum(value.nbytes for value in problem.params.values())
-    bench.memory(implementation, make(), both, "MiB beyond parameters, gradients, momentum and batch")
+    # Every step needs gradients and momentum; the rest of the peak is arrays saved for the gradient and scratch memory.
+    gradients_and_momentum = 2 * sum(value.nbytes for value in problem.params.values())
+    bench.memory(implementation, make(), gradients_and_momentum, "MiB beyond parameters, gradients, momentum and batch")
 
 
 def preprocessing(bench):
+    """The time of making the pyramid of a batch, in percent of a training step."""
     problem = Problem(bench)
     tape = problem.tape()
-    taken = []
+    times = []
     for call in (problem.prepared, tape):
         call()
         samples = []
@@ -219,17 +221,16 @@ def preprocessing(bench):
             begin = time.perf_counter()
             call()
             samples.append(time.perf_counter() - begin)
-        taken.append(
+        times.append(
             {"median": float(np.median(samples)), "min": min(samples), "max": max(samples), "samples": samples}
         )
-    ours, whole = taken
-    bench.row(
-        "pyramid of the batch", 100 * ours["median"] / whole["median"], "% of it", "the step", ours=ours, theirs=whole
-    )
+    pyramid, whole_step = times
+    percent = 100 * pyramid["median"] / whole_step["median"]
+    bench.row("pyramid of the batch", percent, "% of it", "the step", ours=pyramid, theirs=whole_step)
 
 
 def loading(bench):
-    """How much of the time training waits for batches."""
+    """The time that training waits for batches, in percent of all its time."""
     from kpcore.pipeline.settings import from_dict
     from kpcore.pipeline.training import Training
 
@@ -244,7 +245,7 @@ def loading(bench):
     entries = []
     with tempfile.TemporaryDirectory() as folder:
         Training(settings, folder, folder).run(entries.append)
-    entries = entries[1:]  # the first batch is there for nobody
+    entries = entries[1:]  # nothing could prepare the first batch before it was needed
     seconds, waited = (sum(entry[name] for entry in entries) for name in ("seconds", "waited"))
     points = np.mean([entry["points"] for entry in entries])
     bench.label(order="", size=f"{points:,.0f}")

@@ -1,8 +1,9 @@
-"""The libraries kpcore is measured against, each in the fastest form its public interface offers.
+"""The libraries that kpcore is measured against, each in the fastest form that its public interface offers.
 
-A peer is (name, guard, setup, read). `guard()` imports what it needs and raises where that is missing,
-`setup(**inputs)` does what is not timed (wrapping arrays) and returns the call that is, and `read(result)` brings a
-result into the NumPy form the checks use. Index builds belong to the timed call. run.py limits the threads of them all.
+A peer is (name, guard, setup, read). `guard()` imports what the peer needs and raises if that is missing.
+`setup(**inputs)` does what is not timed, such as wrapping arrays, and returns the function to time; building an index
+belongs to that function. `read(result)` converts a result to the NumPy form that the checks use. run.py sets the number
+of threads of all of them.
 """
 
 import importlib
@@ -23,10 +24,10 @@ SHARED = Path(os.environ.get("KPCORE_SHARED", Path(__file__).resolve().parents[2
 
 
 def missing(peer):
-    """Why the peer cannot run here, or None."""
+    """The reason why a peer cannot run here, or None."""
     try:
         peer.guard()
-    except Exception as error:  # Open3D raises RuntimeError or OSError where its torch ops do not match torch
+    except Exception as error:  # Open3D raises RuntimeError or OSError if its torch ops do not match torch
         return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
@@ -39,7 +40,7 @@ def imports(*names):
 
 
 def open3d_nns(points, radius):
-    """core.nns.NearestNeighborSearch: a kd-tree on the CPU; int32 and unsorted are its fastest settings."""
+    """core.nns.NearestNeighborSearch, a kd-tree on the CPU, with its fastest settings: int32 and unsorted."""
     import open3d.core as o3c
 
     cloud = o3c.Tensor.from_numpy(points)
@@ -53,7 +54,7 @@ def open3d_nns(points, radius):
 
 
 def open3d_hash(points, radius):
-    """ml.torch.layers.FixedRadiusSearch: a hash grid with cells of two radii; never sorted."""
+    """ml.torch.layers.FixedRadiusSearch, a hash grid with cells of two radii; its results are unsorted."""
     import open3d.ml.torch as ml
     import torch
 
@@ -73,17 +74,17 @@ def read_lists(lists):
     return np.fromiter(chain.from_iterable(lists), np.int32, row_splits[-1]), row_splits
 
 
-def read_nns(found):
-    index, _, row_splits = found
+def read_nns(result):
+    index, _, row_splits = result
     return index.numpy(), row_splits.numpy()
 
 
-def read_hash(found):
-    return found.neighbors_index.numpy(), found.neighbors_row_splits.numpy()
+def read_hash(result):
+    return result.neighbors_index.numpy(), result.neighbors_row_splits.numpy()
 
 
 def scipy_build(points, **_):
-    """A tree alone: returns the tree, which no result is read from."""
+    """Only the build of a tree."""
     from scipy.spatial import cKDTree
 
     return lambda: cKDTree(points)
@@ -118,9 +119,9 @@ def scipy_nearest(points, k):
 
 
 SCIPY_BUILD = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_build, lambda tree: tree)
-PYKDTREE = Peer("pykdtree", imports("pykdtree.kdtree"), pykdtree_nearest, lambda found: found[0])
-OPEN3D_KNN = Peer("Open3D nns", imports("open3d.core"), open3d_nearest, lambda found: np.sqrt(found[1].numpy()))
-SCIPY_KNN = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_nearest, lambda found: found[0])
+PYKDTREE = Peer("pykdtree", imports("pykdtree.kdtree"), pykdtree_nearest, lambda result: result[0])
+OPEN3D_KNN = Peer("Open3D nns", imports("open3d.core"), open3d_nearest, lambda result: np.sqrt(result[1].numpy()))
+SCIPY_KNN = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_nearest, lambda result: result[0])
 OPEN3D_NNS = Peer("Open3D nns", imports("open3d.core"), open3d_nns, read_nns)
 OPEN3D_HASH = Peer("Open3D ml.torch", imports("torch", "open3d.ml.torch"), open3d_hash, read_hash)
 SCIPY_BALL = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_ball, read_lists)
@@ -130,7 +131,7 @@ SCIPY_BALL = Peer("SciPy cKDTree", imports("scipy.spatial"), scipy_ball, read_li
 
 
 def gicp(points, voxel, threads):
-    """voxelgrid_sampling; it takes float64 and, from two threads on, may cut a voxel in two."""
+    """voxelgrid_sampling; it takes float64, and with two or more threads may split a voxel in two."""
     import small_gicp
 
     return lambda: small_gicp.voxelgrid_sampling(points, voxel, num_threads=threads)
@@ -151,10 +152,10 @@ OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda clo
 
 
 def open3d_pyramid(points, voxel, num_levels, published):
-    """Voxels, neighbours, pools, and the nearest coarse point by Open3D's ops; every list starts with a new tree.
+    """Subsampling, neighbours, pools and upsamples by Open3D's ops, which build a new tree for every list.
 
-    As published, rows are sorted by distance, and the nearest coarse point is the first of all those within twice the
-    radius. Otherwise nothing is sorted, and one nearest point is looked for.
+    If `published`, rows are sorted by distance, and the nearest coarse point is the first of all those within twice the
+    radius, as in the published code. Otherwise nothing is sorted, and only the nearest coarse point is searched for.
     """
     import open3d.core as o3c
     from open3d.t.geometry import PointCloud
@@ -198,7 +199,7 @@ PUBLISHED_PYRAMID, OPEN3D_PYRAMID = (
 
 
 def bucket_fps(points, num):
-    """bucket_fps_kdline_sampling at the height that is fastest for 100,000 points; it takes float32."""
+    """bucket_fps_kdline_sampling with the tree height that is fastest for 100,000 points; it takes float32."""
     import fpsample
 
     return lambda: fpsample.bucket_fps_kdline_sampling(points, num, h=7, start_idx=0)
@@ -207,13 +208,13 @@ def bucket_fps(points, num):
 FPSAMPLE = Peer("fpsample", imports("fpsample"), bucket_fps, np.asarray)
 
 
-# Pooling over neighbours (M, H): read() gives the output, or that and the gradient of the features.
+# Pooling over neighbours (M, H): read() gives the output, or the output and the gradient of the features.
 
 
 def torch_pool(features, index, reduced):
-    """Rows gathered into (M, H, C), by the fastest of the ways torch has for it, and reduced.
+    """Rows gathered into (M, H, C), in the fastest of the three ways that torch has, and reduced.
 
-    Forward only: with its gradient a call takes up to nine seconds, and embedding_bag one.
+    Only the forward pass: with its gradient a call takes up to nine seconds, where embedding_bag takes one.
     """
     import torch
 
@@ -230,7 +231,7 @@ def torch_pool(features, index, reduced):
 
 
 def torch_bag(features, index, reduced, grad_out=None):
-    """embedding_bag, which gathers and reduces in one."""
+    """embedding_bag, which gathers and reduces in one operator."""
     import torch
 
     index, features = torch.from_numpy(index).long(), torch.from_numpy(features)
@@ -258,7 +259,7 @@ POOLING = {
     for reduced, name in (("max", "amax"), ("mean", "mean"))
 }
 POOLING_STEP = {
-    reduced: bag_peer(reduced, lambda found: [part.detach().numpy() for part in found]) for reduced in POOLING
+    reduced: bag_peer(reduced, lambda results: [part.detach().numpy() for part in results]) for reduced in POOLING
 }
 
 
@@ -266,13 +267,13 @@ POOLING_STEP = {
 
 
 def matmul(aggregated, weights):
-    """The matrix product alone, as if aggregating the neighbourhoods cost nothing."""
+    """The matrix product alone, without the time of aggregating the neighbourhoods."""
     flat = weights.reshape(aggregated.shape[1], -1)
     return lambda: aggregated @ flat
 
 
 def dense_module():
-    import torch  # noqa: F401, a missing torch is to be named before a missing file
+    import torch  # noqa: F401 - a missing torch is reported before a missing file
 
     path = SHARED / "peers" / "dense_kpconv.py"
     if not path.exists():
@@ -314,7 +315,7 @@ def dense_step(grad_out, **problem):
 
 
 def dense_deformable(offset_weights, grad_out, **problem):
-    """-> (the layer as a function of features, weights and weights of the offsets, these)"""
+    """(the layer as a function of features, weights and weights of the offsets; these three arguments)."""
     import torch
 
     kpconv, (points, _, neighbors, features, weights, kernel_points, extent) = dense_arguments(**problem)
@@ -357,12 +358,13 @@ DENSE_FORWARD = Peer("dense torch", dense_module, dense_forward, lambda out: out
 DENSE_STEP = Peer("dense torch", dense_module, dense_step, lambda grads: [grad.numpy() for grad in grads])
 
 
-TORCH = Peer("torch", imports("kpcore.torch"), None, None)  # that they are there is all that is asked of these two
+# Of these two, cases only ask whether they are installed.
+TORCH = Peer("torch", imports("kpcore.torch"), None, None)
 JAX = Peer("JAX", imports("kpcore.jax"), None, None)
 
 
 def dense_losses(points, index, row_splits, kernel_points, offsets, extent):
-    """Both losses of a deformable layer over padded neighbours, and their gradients, as published."""
+    """Both losses of a deformable layer over padded neighbours, and their gradients, as in the published code."""
     import torch
 
     neighbors = dense_module().padded(index, row_splits, len(points))
@@ -396,7 +398,7 @@ def dense_losses(points, index, row_splits, kernel_points, offsets, extent):
 DENSE_LOSSES = Peer("dense torch", dense_module, dense_losses, lambda out: [part.numpy() for part in out])
 
 
-# Layers on rows: read() gives the result and its gradients.
+# Layers on rows: read() gives the output and the gradients.
 
 
 def torch_batch_norm(features, scale, shift, mean, var, grad):
@@ -436,7 +438,7 @@ NUMPY_LINEAR = Peer("NumPy X @ W", imports("numpy"), lambda features, weights: l
 
 
 def openblas_core():
-    """The kernel set NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
+    """The kernels that NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -455,7 +457,7 @@ def openblas_core():
 
 
 def dense_network(pyramid):
-    """(operators, pyramid) for a network of `kpcore.nn`, on padded lists that are made here."""
+    """(operators, pyramid) for a network of `kpcore.nn` over dense operators, with padded neighbour lists."""
     import torch
     from torch.nn import functional
 
@@ -512,7 +514,7 @@ def dense_network(pyramid):
 
 
 def dense_convolution(args, primals, grad):
-    """A function that gives {name: gradient} of those of a convolution's arguments that are in `primals`."""
+    """A function that returns {name: gradient} of the arguments of a convolution that are in `primals`."""
     import torch
 
     dense = dense_module()
@@ -520,12 +522,11 @@ def dense_convolution(args, primals, grad):
     index = dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
     points, kernel_points, grad = (torch.from_numpy(a) for a in (points, kernel_points, grad))
     queries = points if queries is None else torch.from_numpy(queries)
-    given = {"features": torch.from_numpy(features), "weights": torch.from_numpy(weights)}
     leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in primals.items()}
-    given |= leaves
+    arguments = {"features": torch.from_numpy(features), "weights": torch.from_numpy(weights)} | leaves
 
     def run():
-        out = dense.kpconv(points, queries, index, kernel_points=kernel_points, extent=extent, **given)
+        out = dense.kpconv(points, queries, index, kernel_points=kernel_points, extent=extent, **arguments)
         return dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], grad), strict=True))
 
     return run

@@ -1,12 +1,16 @@
-"""python bench/run.py cpu (networks, files): checks that kpcore and others agree, then measures. (gpu, threads: there.)
+"""Runs the benchmarks: ``python bench/run.py cpu``, or networks, files, gpu, threads.
 
-Every task runs in a process of its own that is pinned to as many cores as it has threads, with OMP_NUM_THREADS and its
-like set and OpenBLAS's own settings cleared before anything is imported: OpenMP, TBB, OpenBLAS and torch then all use
-those cores and choose their kernels themselves. The two sides of a comparison alternate (A B A B), every call makes
-fresh outputs and includes its index build, and a time is the median of at least 5 calls. Each follows 25 ms of untimed
-calls of its own side, or one: after the other side, threads wake up for up to 10 ms, and memory that it gave back comes
-at twice the price. OpenBLAS's idle threads, which would spin on a core for 25 ms, go to sleep at once. "First" is the
-first such call of the process. Linux with glibc only: it reads /proc and pins processes.
+What follows holds for cpu, networks and files; for the others see gpu.py and threads.py. Each case first checks that
+kpcore and its peers agree, then measures.
+
+Every task runs in a new process that is pinned to as many cores as it has threads. Before anything is imported,
+OMP_NUM_THREADS and similar variables are set and OpenBLAS's variables are removed, so that OpenMP, TBB, OpenBLAS and
+torch all use those cores and choose their kernels themselves. The two sides of a comparison alternate (A B A B). Every
+call allocates its outputs and builds its index. A time is the median of at least 5 calls, each after at least 25 ms of
+untimed calls of the same side: after calls of the other side, threads take up to 10 ms to wake, and memory that the
+other side freed costs twice as much to use. OpenBLAS's idle threads, which would spin on a core for 25 ms, sleep at
+once. "First" is the first timed call of the process. It runs on Linux with glibc only: it reads /proc and pins
+processes.
 """
 
 import argparse
@@ -30,22 +34,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
-OWN_TIMES = (
-    "xyz alone",
-    "scalar L2",
-    "FMA floor",
-    "its forward",
-    "two rigid",
-    "the layer's step",
-    "vjp without",
-)  # compared with as "x its time"
+# A time is divided by the time of one of these ("x its time"); that of a peer is divided by ours ("x faster").
+BASELINES = ("xyz alone", "scalar L2", "FMA floor", "its forward", "two rigid", "the layer's step", "vjp without")
 
 
 class Seconds(float):
-    """Returned by a call that states its own time."""
+    """The result of a call that measures its time itself, or computes it."""
 
 
-def clock(call):
+def timed(call):
+    """(result, seconds) of a call."""
     start = time.perf_counter()
     out = call()
     seconds = time.perf_counter() - start
@@ -53,21 +51,21 @@ def clock(call):
 
 
 def alternate(calls, seconds):
-    """Times the calls in turns, 5 rounds at least, up to 51 while `seconds` last."""
-    taken, end = [[] for _ in calls], time.perf_counter() + seconds
+    """Time the calls in turns: at least 5 rounds, then up to 51 until `seconds` have passed."""
+    times, end = [[] for _ in calls], time.perf_counter() + seconds
     gc.disable()
-    while len(taken[0]) < 5 or (time.perf_counter() < end and len(taken[0]) < 51):
-        for call, samples in zip(calls, taken, strict=True):
-            warm = time.perf_counter() + 0.025
-            while time.perf_counter() < warm:
+    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 51):
+        for call, samples in zip(calls, times, strict=True):
+            warm_until = time.perf_counter() + 0.025
+            while time.perf_counter() < warm_until:
                 call()
-            samples.append(clock(call)[1])
+            samples.append(timed(call)[1])
     gc.enable()
-    return [{"median": statistics.median(x), "min": min(x), "max": max(x), "samples": x} for x in taken]
+    return [{"median": statistics.median(x), "min": min(x), "max": max(x), "samples": x} for x in times]
 
 
 class Bench:
-    """What a case measures with; `rows` is the outcome."""
+    """The measurements of one task; a case calls its methods, which add to `rows`."""
 
     Seconds = Seconds
 
@@ -77,13 +75,16 @@ class Bench:
         self.rows, self.labels, self.firsts = [], {"order": "", "size": ""}, {}
 
     def label(self, order, size):
+        """Set the order and the number of points that the following rows show."""
         self.labels = {"order": order, "size": size}
 
     def first(self, call):
-        out, self.firsts[call] = clock(call)
+        """Call a function for the first time and remember how long it took."""
+        out, self.firsts[call] = timed(call)
         return out
 
     def row(self, what, value=None, unit="", against=None, verdict=None, judged=True, call=None, **more):
+        """Add a row; without a verdict it is judged by its target, if there is one."""
         target = self.targets.get((self.case, what, self.labels["order"], against)) if judged else None
         if verdict is None:
             verdict = "" if target is None else "met" if COMPARE[target[0]](value, target[1]) else "MISSED"
@@ -92,21 +93,24 @@ class Bench:
         self.rows.append({"ours": None, "theirs": None, "note": ""} | row | more)
 
     def rate(self, what, call, count, unit):
+        """Measure how many millions of `count` a core does in a second."""
         (ours,) = alternate([call], self.seconds)
         self.row(what, count / ours["median"] / self.threads / 1e6, unit, call=call, ours=ours)
 
     def per_point(self, what, call, count, **more):
+        """Measure the time per point, in nanoseconds."""
         (ours,) = alternate([call], self.seconds)
         self.row(what, ours["median"] / count * 1e9, "ns per point", call=call, ours=ours, **more)
 
     def compare(self, what, call, against, other, **more):
+        """Measure two calls in turns."""
         ours, theirs = alternate([call, other], self.seconds)
         ratio = ours["median"] / theirs["median"]
-        value, unit = (ratio, "x its time") if against in OWN_TIMES else (1 / ratio, "x faster")
+        value, unit = (ratio, "x its time") if against in BASELINES else (1 / ratio, "x faster")
         self.row(what, value, unit, against, call=call, ours=ours, theirs=theirs, **more)
 
     def beyond(self, what, call, against, other, **more):
-        """How much longer a call of some microseconds takes than another: the mean of 100."""
+        """Measure how much longer one call of some microseconds takes than another; a sample is the mean of 100."""
 
         def hundred(call):
             start = time.perf_counter()
@@ -120,7 +124,7 @@ class Bench:
         )
 
     def against(self, what, call, peer, inputs, check, **more):
-        """A peer: whether it is there, whether it agrees, and only then how long it takes."""
+        """Compare with a peer if it is installed and `check` accepts its result; else the row says why not."""
         import peers
 
         if reason := peers.missing(peer):
@@ -135,19 +139,20 @@ class Bench:
         self.compare(what, call, peer.name, other, **more)
 
     def absent(self, what, against, reason):
+        """Add a row for something that cannot be measured here."""
         self.row(what, against=against, verdict="missing", note=reason)
 
     def peak(self, call):
-        """The most resident memory during the first call, its result included, beyond what was there before: bytes."""
+        """Peak resident memory of the first call, with its result, minus that before the call, in bytes."""
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # free heap memory, 250 KiB of it, would hide what the call needs
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+        ctypes.CDLL(None).malloc_trim(0)  # the call would reuse free heap memory, some 250 KiB, and seem to need less
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
         before = kilobytes("/proc/self/status", "VmRSS")
         self.first(call)
         return 1024 * (kilobytes("/proc/self/status", "VmHWM") - before)
 
     def memory(self, what, call, expected, unit="MiB beyond output and weights"):
-        """The peak less the expected bytes."""
+        """Measure the peak minus the expected bytes."""
         self.row(what, (self.peak(call) - expected) / 2**20, unit, call=call)
 
     def free_memory(self):
@@ -162,7 +167,7 @@ def kilobytes(path, key):
 
 
 def work(task):
-    """Runs in the process of one task."""
+    """Run a task; this is what runs in its process."""
     os.sched_setaffinity(0, task["cores"])
     import kpcore as kp
 
@@ -176,19 +181,19 @@ def work(task):
 
 
 def run_task(task):
-    """The rows of a task; where it fails, that is a row."""
+    """Run a task in a new process and return its rows; if it fails, a single row says so."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KPCORE_NUM_THREADS"):
         environment[name] = str(len(task["cores"]))
-    environment["OPENBLAS_THREAD_TIMEOUT"] = "4"  # 2 ** 4 cycles; its product is as fast in a row of calls
+    environment["OPENBLAS_THREAD_TIMEOUT"] = "4"  # 2 ** 4 cycles; consecutive products are as fast as without it
     if "coretype" in task["arguments"]:
         environment["OPENBLAS_CORETYPE"] = task["arguments"]["coretype"]
     command = [sys.executable, __file__, "--task", json.dumps(task)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode == 0:
+    process = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if process.returncode == 0:
         return json.loads(Path(task["folder"], "rows.json").read_text())
-    print(done.stderr, file=sys.stderr)
-    note = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    print(process.stderr, file=sys.stderr)
+    note = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
     return [failed_row(task, "FAILED", note)]
 
 
@@ -203,7 +208,7 @@ def failed_row(task, verdict, note):
 
 
 def one_cpu_per_core():
-    """The logical CPUs this process may use, leaving out the second thread of a core."""
+    """The logical CPUs that this process may use, one for each physical core."""
     cores = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -290,7 +295,7 @@ def markdown(lines):
 
 
 def growth_table(rows):
-    """Points down, operators across."""
+    """Times and memory as Markdown, with a line for each number of points and a column for each operator."""
     table = {}
     for row in rows:
         ours, size = row["ours"], row["size"]
@@ -303,7 +308,7 @@ def growth_table(rows):
 
 
 def write_up(report, everything):
-    """The result as Markdown: everything, or what was judged on all cores or not met; then the growth."""
+    """The result as Markdown: all rows, or only those judged on all cores and those not met; then the growth table."""
     m, rows = report["machine"], report["rows"]
     versions, caches = (", ".join(f"{k} {v}" for k, v in m[name].items()) for name in ("versions", "caches"))
     verdicts = [row["verdict"] for row in rows if row["target"]]
@@ -333,11 +338,12 @@ def write_up(report, everything):
 
 
 def write_readme(readme, text):
+    """Replace the text between two markers in README.md."""
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
-    before, found, rest = readme.read_text().partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not (found and found_too):
-        raise SystemExit(f"{readme}: expected {begin} and {end}")
+    before, has_begin, rest = readme.read_text().partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
+        raise SystemExit(f"{readme}: expected the markers {begin} and {end}")
     readme.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
@@ -349,11 +355,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", choices=["cpu", "files", "gpu", "networks", "threads"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", choices=[*cases.TASKS, *files.TASKS, *networks.TASKS], help="one case")
-    parser.add_argument("--out", type=Path, help="folder for the results; bench/results for a complete run")
-    parser.add_argument("--readme", action="store_true", help="also put the judged rows into README.md")
+    parser.add_argument("--only", choices=[*cases.TASKS, *files.TASKS, *networks.TASKS], help="run only this case")
+    parser.add_argument("--out", type=Path, help="folder for the results; by default bench/results for a complete run")
+    parser.add_argument("--readme", action="store_true", help="also write the judged rows into README.md")
     parser.add_argument(
-        "--python", action="append", help="for threads: measure the kpcore of this interpreter; several may be named"
+        "--python", action="append", help="for threads: measure the kpcore of this interpreter; may be repeated"
     )
     options = parser.parse_args()
     if options.device == "threads":
@@ -362,7 +368,7 @@ def main():
         return threads.main(options)
     complete = not (options.quick or options.only)
     if options.readme and not (complete and options.device == "networks"):
-        parser.error("--readme takes a complete run of the networks, without --quick and --only")
+        parser.error("--readme: only valid for a complete run of networks, without --quick and --only")
     cases = {"networks": networks, "files": files}.get(options.device, cases)
     if options.only and options.only not in cases.TASKS:
         parser.error(f"--only: expected one of {', '.join(cases.TASKS)}, got {options.only}")
@@ -374,15 +380,15 @@ def main():
 
     report = {"machine": machine(), "command": sys.argv[1:], "rows": []}
     if (load := report["machine"]["load_before"]) > 0.5:
-        print(f"Load average {load:.1f}: other processes are running and spoil these times.", file=sys.stderr)
+        print(f"Load average {load:.1f}: other processes are running, which makes times unreliable.", file=sys.stderr)
     cores = one_cpu_per_core()[:2]
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
         shared = {"folder": folder, "module": cases.__name__, "quick": options.quick, "most_threads": len(cores)}
         for case in [options.only] if options.only else cases.TASKS:
-            few = len(cores) if case == "growth" or cases in (networks, files) else 1
+            fewest_threads = len(cores) if case == "growth" or cases in (networks, files) else 1
             for arguments in cases.TASKS[case]:
-                for threads in range(few, len(cores) + 1):
+                for threads in range(fewest_threads, len(cores) + 1):
                     task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}
                     if "coretype" in arguments and not report["machine"]["avx512"]:
                         rows = [failed_row(task, "missing", "this CPU has no AVX-512")]

@@ -1,9 +1,10 @@
-"""What threads cost on an idle and on a busy machine: ``python bench/run.py threads``.
+"""Measures what threads cost on an idle and on a busy machine: ``python bench/run.py threads``.
 
-Calls on one and on two threads, alone and beside two processes that keep two cores busy; and a training process with
-its DataLoader: four workers, forked or spawned, make pyramids, from each of which a step is taken. With ``--python``
-once for every interpreter to compare, versions of kpcore alternate. Every number is of a process of its own: the median
-of the rounds, and the least and the most. Nothing is set but what a row says: threads wait as they do for a user.
+It times calls on one and on two threads, alone and beside two processes that keep two cores busy, and a training
+process with a DataLoader of four forked or spawned workers that make pyramids. With ``--python PATH`` given once for
+each interpreter, installed versions of kpcore are measured in turns. Every number comes from a new process; a cell
+shows the median, minimum and maximum of the rounds. No environment variable is set except what a row says, so threads
+wait as they do for a user.
 """
 
 import json
@@ -27,7 +28,7 @@ SETTINGS = ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SP
 
 
 def cloud(num, seed=0):
-    """A wavy sheet in the unit square; about 20 of its points are within 2.5 / sqrt(num) of each."""
+    """A wavy sheet over the unit square; each point has about 20 neighbours within 2.5 / sqrt(num)."""
     xy = np.random.default_rng(seed).random((num, 2), np.float32)
     return np.column_stack([xy, np.sin(7 * xy.sum(1)) / 20]).astype(np.float32)
 
@@ -39,7 +40,7 @@ def pyramid(num, seed=0):
 
 
 def step(level, radius):
-    """A rigid convolution of 64 channels, there and back."""
+    """Forward and backward pass of a rigid convolution with 64 channels."""
     import kpcore as kp
 
     rng = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def step(level, radius):
 
 
 class Pyramids:
-    """A dataset for torch's DataLoader: one pyramid an item."""
+    """A dataset for torch's DataLoader; each item is one pyramid."""
 
     def __init__(self, num, patch):
         self.num, self.patch = num, patch
@@ -67,15 +68,16 @@ class Pyramids:
         return pyramid(self.patch, item)
 
 
-def as_made(item):
+def unchanged(item):
+    """The collate function of the loader, whose items are whole batches."""
     return item
 
 
-# In the process of one number
+# What runs in the process of one measurement
 
 
 def time_call(task, sizes):
-    """Milliseconds of a call; the first is not counted."""
+    """The median time of a call in milliseconds, without the first call."""
     if task["first"] == "torch":
         import torch  # noqa: F401
     import kpcore as kp
@@ -101,8 +103,8 @@ def time_call(task, sizes):
 
 
 def steps_per_second(task, sizes):
-    """Steps of training, each from a pyramid that the loader's workers made, or all from the same."""
-    import kpcore  # noqa: F401 (first, so that threads wait as it has them)
+    """Training steps per second, each on a pyramid from the loader, or without a loader all on the same pyramid."""
+    import kpcore  # noqa: F401 (before torch, so that kpcore sets how long waiting threads spin)
 
     import torch  # isort: skip
 
@@ -111,12 +113,12 @@ def steps_per_second(task, sizes):
     else:
         data = Pyramids(sizes["batches"] + 4, sizes["patch"])
         context = {"num_workers": 4, "multiprocessing_context": task["loader"]}
-        batches = iter(torch.utils.data.DataLoader(data, batch_size=None, collate_fn=as_made, **context))
-        for _ in range(4):  # until all workers have started
+        batches = iter(torch.utils.data.DataLoader(data, batch_size=None, collate_fn=unchanged, **context))
+        for _ in range(4):  # after these, all workers have started
             next(batches)
     start = time.perf_counter()
-    for made in batches:
-        for level in made[:2]:
+    for levels in batches:
+        for level in levels[:2]:
             step(level, 2.5 / sizes["patch"] ** 0.5)
     return sizes["batches"] / (time.perf_counter() - start)
 
@@ -130,18 +132,18 @@ def work(task):
 
 
 def measure(python, task):
-    """One number of the interpreter's kpcore; None where it fails."""
+    """Measure a task with the kpcore of an interpreter; None if the process fails."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    busy = 2 * (task["situation"] != "idle")
-    beside = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+    num_busy = 2 * (task["situation"] != "idle")
+    busy_processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(num_busy)]
     try:
         command = [python, "-W", "ignore", __file__, json.dumps(task)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     finally:
-        for process in beside:
-            process.kill()
-            process.wait()
-    return float(done.stdout) if done.returncode == 0 else None
+        for busy_process in busy_processes:
+            busy_process.kill()
+            busy_process.wait()
+    return float(process.stdout) if process.returncode == 0 else None
 
 
 def tasks():
@@ -163,7 +165,7 @@ def label(task):
     return [what, task["situation"], str(task["threads"]), "ms"]
 
 
-def shown(numbers):
+def cell(numbers):
     if None in numbers:
         return "FAILED"
     return f"{statistics.median(numbers):.4g} ({min(numbers):.4g}–{max(numbers):.4g})"
@@ -182,7 +184,7 @@ def main(options):
             for python in pythons:
                 numbers[python].append(measure(python, task))
         rows.append({"task": task, "numbers": numbers})
-        lines.append(label(task) + [shown(numbers[python]) for python in pythons])
+        lines.append(label(task) + [cell(numbers[python]) for python in pythons])
         print(f"| {' | '.join(lines[-1])} |", flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

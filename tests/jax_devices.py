@@ -1,4 +1,4 @@
-"""What test_jax.py runs in a process of its own, where XLA makes several devices of a CPU."""
+"""Cases that test_jax.py runs in a separate process, in which XLA treats the CPU as several devices."""
 
 import json
 import traceback
@@ -31,7 +31,7 @@ def assert_close(got, expected):
 
 
 def data_parallel(linear, **options):
-    """The loss as a function of the weights, which are on every device, and of clouds, of which each has its own."""
+    """The loss as a function of weights, the same on all devices, and of clouds, one on each device."""
 
     def loss(weights, clouds):
         return jax.lax.pmean((linear(clouds[0], weights) ** 2).sum(), "d")
@@ -56,7 +56,7 @@ def not_jitted():
 
 
 def every_operator():
-    """Against the sum of what the tape finds for each device by itself."""
+    """Compares gradients with the sum of those that the tape computes for each device."""
     for variant in ops.TRACED:
         op, arguments = ops.call(variant, 24, np.float32, np.float32)
         names = ops.diff(op, arguments)
@@ -79,21 +79,21 @@ def every_operator():
 
 
 def lists_that_differ():
-    """A list for each device, of one size, in a stack; each stays on its device."""
+    """A stack of lists of equal size, one for each device; each stays on its device."""
     lists = [kp.knn_search(x, None, 3) for x in CLOUDS]
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *lists)
 
-    def own(x, neighbors):
+    def local_maximum(x, neighbors):
         return kpj.neighbor_reduce(x[0], jax.tree.map(lambda a: a[0], neighbors), "max")[None]
 
-    got = jax.jit(shard_map(own, (P("d"), P("d")), P("d")))(CLOUDS, stack)
+    got = jax.jit(shard_map(local_maximum, (P("d"), P("d")), P("d")))(CLOUDS, stack)
     for shard, x, neighbors in zip(got.addressable_shards, CLOUDS, lists, strict=True):
         assert np.array_equal(shard.data[0], x[np.asarray(neighbors.index).reshape(-1, 3)].max(1))
     assert len(got.devices()) == DEVICES
 
 
 def claimed_to_be_the_same():
-    """What differs between devices is not taken for the same on all."""
+    """A result that differs between devices is refused where out_specs say that it is the same on all."""
     for wrap in jax.jit, lambda fn: fn:
         try:
             wrap(shard_map(lambda x: kpj.relu(x[0]), P("d"), P()))(CLOUDS)
@@ -110,7 +110,7 @@ def part_of_a_sum():
     try:
         jax.jit(shard_map(fn, P("d"), P()))(CLOUDS)
     except TypeError as error:
-        assert str(error).startswith("features: expected an array, got a part of a sum over devices")
+        assert str(error).startswith("features: expected an array, got one that is not summed over devices yet")
     else:
         raise AssertionError("accepted")
 
@@ -141,14 +141,14 @@ def pmap():
 def device_of_the_points():
     points = np.random.default_rng(2).random((50, 3)).astype(np.float32)
     there = jax.devices()[2]
-    given = jax.device_put(points, there)
-    sub = kpj.grid_subsample(given, 0.3)
+    on_device = jax.device_put(points, there)
+    sub = kpj.grid_subsample(on_device, 0.3)
     assert {a.devices().pop() for a in jax.tree.leaves(sub)} == {there}
-    for level in kpj.build_pyramid(given, voxel_size=0.2, num_levels=2):
+    for level in kpj.build_pyramid(on_device, voxel_size=0.2, num_levels=2):
         assert level.points.devices() == {there}
     assert kpj.kernel_points(15).devices() == {jax.devices()[0]}
-    neighbors = jax.device_put(kpj.radius_search(given, None, 0.3), there)
-    assert kpj.neighbor_reduce(given, neighbors).devices() == {there}
+    neighbors = jax.device_put(kpj.radius_search(on_device, None, 0.3), there)
+    assert kpj.neighbor_reduce(on_device, neighbors).devices() == {there}
     try:
         kpj.grid_subsample(jax.device_put(points[:48], NamedSharding(mesh(), P("d"))), 0.3)
     except TypeError as error:

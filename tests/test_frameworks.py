@@ -1,4 +1,4 @@
-"""One network, written once, trained on the tape, in PyTorch and in JAX."""
+"""Trains one network definition on the tape, in PyTorch and in JAX, and compares the loss curves."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ STEPS, RATE, EXTENT = 50, 0.1, 0.2
 
 
 def deformable(F, cloud, features, weights, offset_weights):
-    """-> what a deformable layer gives, and how it is regularised"""
+    """(output, regularization) of a deformable layer."""
     points, neighbors, kernel_points = cloud
     raw = F.kpconv(points, None, neighbors, features, offset_weights, kernel_points, EXTENT)
     offsets = EXTENT * raw.reshape(-1, 15, 3)
@@ -75,7 +75,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def case():
-    """Random features of random points: which are within a cylinder has to be seen from where their neighbours lie."""
+    """Random points with random features, labelled by whether they are in a cylinder; only positions tell that."""
     rng = np.random.default_rng(0)
     points, features = rng.random((200, 3)), rng.standard_normal((200, 4))
     labels = (((points[:, :2] - 0.5) ** 2).sum(1) < 0.15).astype(np.int64)
@@ -93,7 +93,7 @@ def curve(case):
 def test_the_tape_learns(case, curve):
     assert curve[-1] < curve[0] / 4
     rigid = loss(kp, [w * (i % 2 == 0) for i, w in enumerate(case[0])], *case[1:])
-    assert abs(rigid - curve[0]) > 1e-3  # the offsets do something
+    assert abs(rigid - curve[0]) > 1e-3  # the offsets change the loss
 
 
 @pytest.mark.parametrize("framework", [by_torch, by_jax])
@@ -105,7 +105,7 @@ def test_the_curve_of_the_tape(case, curve, framework):
 
 
 def two_passes(F, scale, first, second, running):
-    """The statistics of one pass go into the next, within one loss."""
+    """Two passes in one loss; the second takes the running statistics of the first."""
     shift = 0 * running[0]
     one = F.batch_norm(first, scale, shift, *running)
     two = F.batch_norm(second, scale, shift, one.running_mean, one.running_var)
@@ -141,7 +141,7 @@ def passes_by_jax(scale, *arrays):
 
 
 def passes_by_a_scan(scale, *arrays):
-    """With `lax.scan` over the clouds, which takes a sum of both."""
+    """The two passes as a `lax.scan` over the clouds."""
     jax = pytest.importorskip("jax")
 
     def loss(scale):

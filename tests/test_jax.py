@@ -1,4 +1,4 @@
-"""kpcore.jax: every operator of the table under jit, grad and vmap; the rest outside of them."""
+"""kpcore.jax: every operator under jit, grad and vmap; the other functions outside of these."""
 
 import copy
 import ctypes
@@ -43,7 +43,7 @@ def of_jax(arguments):
 
 
 def function(op, arguments, names):
-    """The operator as a function of the named arguments, of a Neighbors, and of nothing else."""
+    """The operator as a function of the named arguments and of its Neighbors."""
 
     def fn(*values):
         return ops.output(op, getattr(kpj, op.name)(**{**arguments, **dict(zip(names, values, strict=True))}))
@@ -55,7 +55,7 @@ def float_types(x64):
     return [(np.float32, np.float64), (np.float64, np.float64)] if x64 else [(np.float32, np.float32)]
 
 
-# ---- every operator of the table
+# ---- every operator
 
 
 @pytest.mark.parametrize("num, jit", [(24, True), (24, False), (1, True), (0, True)])
@@ -100,20 +100,20 @@ def test_only_what_is_needed_is_computed(variant, monkeypatch):
     asked = []
     counting = replace(op, vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs))
     monkeypatch.setitem(OPS, op.name, counting)
-    operators._decoded.cache_clear()
+    operators.decoded.cache_clear()
     given = of_jax(arguments)
     for name in ops.diff(op, arguments):
         asked.clear()
         fn = function(op, given, [name])
         jax.jit(jax.grad(lambda x, fn=fn: fn(x).sum()))(given[name]).block_until_ready()
         assert asked == [{name}]
-    operators._decoded.cache_clear()
+    operators.decoded.cache_clear()
 
 
 @pytest.mark.parametrize("x64", [False], indirect=True, ids=["x32"])
 @pytest.mark.parametrize("inline", [True, False])
 def test_one_trace_differentiated_in_several_ways(inline):
-    """In all arguments at once, in each, and in all again: what is needed is not that of the time before."""
+    """In all arguments, in each, and in all again: the needed gradients are not those of the time before."""
     op, arguments = ops.call("fitting_loss-0", 24, np.float32, np.float32)
     names = ops.diff(op, arguments)
     traced = jax.jit(function(op, of_jax(arguments), names), inline=inline)
@@ -140,7 +140,7 @@ def test_a_list_with_its_transpose(variant, monkeypatch):
         return
     arguments["neighbors"] = lists[0].with_transpose()
     fn = function(op, of_jax(arguments), names)
-    if variant in ("kpconv-0", "kpconvx-0", "neighbor_reduce-0"):  # which have use for nothing but that one
+    if variant in ("kpconv-0", "kpconvx-0", "neighbor_reduce-0"):  # whose gradients use only the transpose
         monkeypatch.setattr("kpcore.neighbors.transposed", None)
     again = jax.grad(lambda *values: fn(*values).sum(), tuple(range(len(names))))(*(arguments[n] for n in names))
     for a, b in zip(first, again, strict=True):
@@ -159,7 +159,7 @@ def test_vmap_over_what_is_differentiable(variant, jit):
         return jax.grad(lambda *v: (fn(*v) ** 2).sum(), tuple(range(len(names))))(*values)
 
     stacks = [jnp.stack([arguments[name], 2 * arguments[name], -arguments[name]]) for name in names]
-    # All of them; with jit also every second one, shared with the others, and these.
+    # vmap over all arguments; with jit also over every second one, and over the others.
     choices = (lambda i: True, lambda i: i % 2 == 0, lambda i: i % 2 == 1)[: 3 if jit else 1]
     for mapped in {tuple(chosen(i) for i in range(len(names))) for chosen in choices}:
         if not any(mapped):
@@ -219,7 +219,7 @@ def said(function, *args):
 
 
 def trace(op, arguments, name):
-    """The call as a function of one argument, traced and not run."""
+    """Trace the call as a function of one argument, without running it."""
 
     def fn(value):
         return getattr(kpj, op.name)(**of_jax(arguments) | {name: value})
@@ -248,7 +248,7 @@ def test_keys_and_wide_integers_are_named(x64):
     with pytest.raises(TypeError, match=r"features: expected an array of numbers, got key<fry>"):
         kpj.relu(jax.random.key(0))
     logits, labels = np.zeros((2, 3), np.float32), np.array([0, 2**32])
-    error = Exception if x64 else ValueError  # with x64 labels are looked at when the call runs
+    error = Exception if x64 else ValueError  # with x64 the values of labels are checked when the call runs
     with pytest.raises(error, match="labels: expected"):
         jax.block_until_ready(kpj.softmax_cross_entropy(logits, labels))
 
@@ -367,7 +367,7 @@ def test_an_operator_on_a_list_that_jax_made(rebuilt, jit):
         ("index", lambda a: a - 60, "neighbors.index: expected values from 0 to 59"),
         ("row_splits", lambda a: a * 1000, "neighbors.row_splits: expected a last value of at most"),
         ("row_splits", lambda a: a[::-1], "neighbors.row_splits: expected"),
-        ("row_splits", lambda a: a.at[3].set(10**6), "neighbors.row_splits: expected values that never fall"),
+        ("row_splits", lambda a: a.at[3].set(10**6), "neighbors.row_splits: expected values that never decrease"),
         ("row_splits", lambda a: -a, "neighbors.row_splits: expected"),
         ("index", lambda a: a.astype(jnp.float32), r"neighbors.index: expected int32 or int64, got float32"),
         ("row_splits", lambda a: a.astype(jnp.float32), r"neighbors.row_splits: expected int32 or int64, got float32"),
@@ -375,7 +375,7 @@ def test_an_operator_on_a_list_that_jax_made(rebuilt, jit):
     ],
 )
 def test_a_wrong_list_is_refused_in_each_call(part, change, said):
-    """Of lists that are arguments of a compiled program nothing is known before it runs."""
+    """The values of a list that is an argument of a compiled program are checked when it runs."""
     neighbors = jax.device_put(a_list())
     parts = {"index": neighbors.index, "row_splits": neighbors.row_splits}
     parts[part] = change(jnp.asarray(parts[part]))
@@ -390,7 +390,7 @@ def test_a_wrong_list_is_refused_in_each_call(part, change, said):
             jax.block_until_ready(fn(features, wrong))
 
 
-def test_what_a_list_without_values_says():
+def test_methods_of_a_traced_list_raise_an_error():
     texts = []
 
     def fn(neighbors):
@@ -419,11 +419,11 @@ def test_whether_a_list_was_trained_with_is_no_part_of_its_structure():
     assert jax.tree.structure(one.with_transpose().with_transpose(False)) == jax.tree.structure(other)
 
 
-# ---- ways that JAX has of calling
+# ---- transforms of JAX
 
 
 def convolution(num=40):
-    """-> a function of a list, features and weights, and such arguments"""
+    """(a function of a list, features and weights; arguments for it)."""
     _, arguments = ops.call("kpconv-0", num, np.float32, np.float32)
     names = "neighbors", "features", "weights"
 
@@ -440,7 +440,7 @@ def by_numpy(neighbors, features, weights):
 
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_export(symbolic):
-    """Sizes may be left open; the structure of lists is kept with the program."""
+    """Sizes may be symbolic; the pytree structure of lists is stored with the program."""
     pytest.importorskip("flatbuffers")
     from jax import export
 
@@ -499,7 +499,7 @@ def test_remat(policy):
 
 
 def test_scan_and_map_over_clouds():
-    """Clouds of one size, their lists stacked leaf by leaf."""
+    """Clouds of one size; the leaves of their lists are stacked."""
     rng = np.random.default_rng(0)
     points = rng.random((3, 30, 3)).astype(np.float32)
     lists, features = [kp.knn_search(p, None, 5) for p in points], rng.normal(size=(3, 30, 4)).astype(np.float32)
@@ -536,7 +536,7 @@ def test_an_ensemble_by_vmap_over_parameters():
 
 
 def test_arguments_may_be_donated():
-    """No operator writes into what it is given, and what JAX makes of donated memory harms no list."""
+    """Operators do not write to their arguments, and reuse of donated memory by JAX changes no list."""
     features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     neighbors = a_list()
     kept, index = features.copy(), neighbors.index.copy()
@@ -567,7 +567,7 @@ def test_a_program_is_kept_on_disk(python, tmp_path):
 
 
 def test_the_default_dtype(x64):
-    """Of what kpcore.jax makes by itself, with float64 on and off."""
+    """The dtype of arrays that kpcore.jax creates, with float64 on and off."""
     points = jnp.asarray(np.random.default_rng(0).random((50, 3)))
     assert points.dtype == (jnp.float64 if x64 else jnp.float32)
     sub = kpj.grid_subsample(points, 0.3, labels=np.arange(50))
@@ -581,7 +581,7 @@ def test_the_default_dtype(x64):
 
 @pytest.fixture(scope="module")
 def on_four_devices(tmp_path_factory):
-    """What went wrong in a process that has them, by case."""
+    """{case: traceback} of the cases of jax_devices.py that fail, in a process with four devices."""
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "jax_devices.py"],
         cwd=tmp_path_factory.mktemp("devices"),
@@ -599,7 +599,7 @@ def test_several_devices(case, on_four_devices):
     assert case not in on_four_devices, on_four_devices[case]
 
 
-# ---- what it is made of
+# ---- how operators are defined and called
 
 
 def test_an_error_in_the_operator_is_that_of_the_call():
@@ -607,7 +607,7 @@ def test_an_error_in_the_operator_is_that_of_the_call():
     given = of_jax(arguments) | {"influence": "cubic"}
     with pytest.raises(ValueError, match="influence: expected 'linear' or 'gaussian' or 'constant', got 'cubic'"):
         jax.jit(lambda f: kpj.kpconv(**{**given, "features": f}))(given["features"]).block_until_ready()
-    kpj.kpconv(**of_jax(arguments)).block_until_ready()  # and the next one works
+    kpj.kpconv(**of_jax(arguments)).block_until_ready()  # a correct call after the error works
 
 
 @pytest.mark.parametrize("x64", [True], indirect=True, ids=["x64"])
@@ -615,10 +615,10 @@ def test_a_wrong_gradient_is_caught(monkeypatch, x64):
     op, _ = ops.call("kpconv-0")
     wrong = replace(op, vjp=lambda *a: {name: g * 1.001 for name, g in op.vjp(*a).items()})
     monkeypatch.setitem(OPS, op.name, wrong)
-    operators._decoded.cache_clear()
+    operators.decoded.cache_clear()
     with pytest.raises(AssertionError, match="relative error"):
         test_by_central_differences("kpconv-0", x64)
-    operators._decoded.cache_clear()
+    operators.decoded.cache_clear()
 
 
 def test_threads_share_a_compiled_function():
@@ -630,7 +630,7 @@ def test_threads_share_a_compiled_function():
             assert_same_bits(got, expected)
 
 
-def test_all_names_are_there():
+def test_every_name_of_all_exists():
     assert [name for name in kpj.__all__ if not hasattr(kpj, name)] == []
     assert set(OPS) <= set(kpj.__all__)
 
@@ -645,7 +645,7 @@ def test_without_jax_one_line_says_what_to_install(python):
     assert done.stdout == "kpcore.jax needs JAX: pip install kpcore[jax]\n", done.stderr
 
 
-# ---- what is not traced
+# ---- functions that are not traced
 
 
 def test_searches_are_those_of_kpcore(x64):
@@ -680,10 +680,10 @@ def test_labels_that_32_bits_cannot_hold(x64):
             kpj.grid_subsample(points, 1.0, labels=labels)
 
 
-def test_an_accelerator_is_refused_in_words():
-    """What XLA would call there, called here."""
+def test_an_accelerator_is_an_error():
+    """Calls the handler that XLA would call on an accelerator."""
     handler = ctypes.cast(ffi.handlers["CUDA"], ctypes.c_void_p).value
     jax.ffi.register_ffi_target("kpcore_elsewhere", jax.ffi.pycapsule(handler))
     call = jax.ffi.ffi_call("kpcore_elsewhere", jax.ShapeDtypeStruct((1,), np.float32))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kpcore.jax computes on the CPU: move what it gets there"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kpcore.jax computes on the CPU: move its arguments there"):
         jax.block_until_ready(call(np.ones(1, np.float32)))

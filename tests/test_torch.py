@@ -1,4 +1,4 @@
-"""kpcore.torch: every operator of the table under autograd, tracing, compilation and autocast; the rest eagerly."""
+"""kpcore.torch: every operator under autograd, tracing, compilation and autocast; the other functions eagerly."""
 
 import copy
 import pickle
@@ -27,11 +27,11 @@ import kpcore.torch as kpt  # noqa: E402
 from kpcore.ops import Call, Op  # noqa: E402
 from kpcore.torch.ops import define  # noqa: E402
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-7}  # gradcheck's own let a relative error of a thousandth pass
+TIGHT = {"rtol": 1e-5, "atol": 1e-7}  # with gradcheck's defaults a relative error of 1e-3 passes
 
 
 def tensors(arguments, names=()):
-    """The arguments as tensors, those named requiring a gradient."""
+    """The arguments as tensors; those in `names` require a gradient."""
     return {
         name: torch.from_numpy(a.copy()).requires_grad_(name in names) if isinstance(a, np.ndarray) else a
         for name, a in arguments.items()
@@ -47,7 +47,7 @@ def gradients(op, arguments, names, grad):
     return torch.autograd.grad(out, [arguments[name] for name in names], torch.from_numpy(grad))
 
 
-# ---- every operator of the table
+# ---- every operator
 
 
 @pytest.mark.parametrize("variant", ops.VARIANTS)
@@ -116,7 +116,7 @@ def test_opcheck(variant):
 
 
 def flat(op, arguments):
-    """What the torch operator gets."""
+    """The arguments of the torch operator, as torch.library.opcheck takes them."""
     return tuple(kpt.ops._Arguments(op, getattr(kp, op.name)).flatten(arguments))
 
 
@@ -128,7 +128,7 @@ def vjp_call(op, arguments):
 
 @pytest.mark.parametrize("variant", ops.TRACED)
 def test_compiled_in_one_graph(variant):
-    torch._dynamo.reset()  # it counts how often a function was compiled, whatever it closes over
+    torch._dynamo.reset()  # torch limits how often a function is compiled
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     compiled = torch.compile(lambda arguments: call(op, arguments), fullgraph=True, backend="aot_eager")
@@ -172,7 +172,7 @@ def test_only_what_is_needed_is_computed(variant):
 
 
 def vjp_counting(op, asked):
-    """The torch operator of a copy of the op that notes what it is asked for."""
+    """The torch operator of a copy of the op that records which gradients are needed."""
     vjp_counting.made = getattr(vjp_counting, "made", 0) + 1
     counting = replace(
         op,
@@ -193,7 +193,7 @@ def test_second_derivatives_are_an_error(variant):
 
 
 @pytest.mark.parametrize("variant", ops.VARIANTS)
-def test_functions_that_make_gradients(variant):
+def test_gradients_by_torch_func(variant):
     """torch.func.grad_and_value and vjp, also nested, and under torch.autograd."""
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
@@ -232,7 +232,7 @@ def test_functions_that_make_gradients(variant):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by jvp itself
 @pytest.mark.parametrize("variant", ops.VARIANTS)
-def test_functions_that_are_not_there(variant):
+def test_transforms_that_are_not_supported(variant):
     op, arguments = ops.call(variant)
     name = ops.diff(op, arguments)[0]
     given = tensors(arguments)
@@ -301,7 +301,7 @@ def test_wrong_arguments_are_named(variant):
             call(op, tensors(arguments) | wrong)
 
 
-# ---- what it is made of
+# ---- how operators are defined and called
 
 
 def scaled(x: "Array[Computed]", factor: "float" = 2.0) -> "Call[Computed]":  # noqa: F821
@@ -377,7 +377,7 @@ def test_memory_is_shared_in_both_directions(monkeypatch):
 
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 def test_memory_stays_resizable(variant):
-    """FSDP frees the memory of parameters between their uses, which torch refuses after tensor.numpy()."""
+    """FSDP frees the memory of parameters between uses, which torch does not allow after tensor.numpy()."""
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     given = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in tensors(arguments).items()}
@@ -396,10 +396,10 @@ def test_memory_that_was_freed():
     assert kpt.relu(torch.empty(0, 3)).shape == (0, 3)
 
 
-def test_memory_outlives_the_tensor_it_was_given_by():
+def test_memory_outlives_its_tensor():
     import gc
 
-    array = kpt.ops.to_array("x", torch.full((1000, 1000), 7.0))  # of a size that the allocator gives back
+    array = kpt.ops.to_array("x", torch.full((1000, 1000), 7.0))  # so large that freeing it unmaps its memory
     gc.collect()
     others = [torch.zeros(1000, 1000) for _ in range(5)]
     assert (array == 7).all() and not others[0].any()
@@ -408,7 +408,7 @@ def test_memory_outlives_the_tensor_it_was_given_by():
 def test_lists_share_memory():
     points = torch.rand(50, 3)
     neighbors = kpt.radius_search(points, None, 0.3)
-    index, row_splits, *_ = kpt.ops._parts(neighbors, False)
+    index, row_splits, *_ = kpt.ops.neighbors_parts(neighbors, False)
     assert index.data_ptr() == neighbors.index.ctypes.data
     assert row_splits.data_ptr() == neighbors.row_splits.ctypes.data
 
@@ -461,7 +461,7 @@ def test_a_missing_gradient_names_operator_and_argument():
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch's of what it deprecates itself
-def test_what_a_tensor_is_instead(make, error):
+def test_unsupported_tensors_are_named(make, error):
     x = make(torch.ones(4, 3))
     with pytest.raises(TypeError, match=f"^features: expected {error.replace('X', 'features')}"):
         kpt.linear(x, torch.ones(3, 2))
@@ -511,8 +511,8 @@ def test_too_few_axes_under_the_compiler(name, arguments, error):
         torch.compile(function, fullgraph=True, backend="eager")(*given)
 
 
-def test_a_release_of_torch_that_differs_inside_is_named(python):
-    """Of all that is taken from inside of torch, what is missing."""
+def test_a_release_of_torch_with_other_internals_is_named(python):
+    """The ImportError names the attribute of torch that is missing."""
     done = python(
         "import ast, pathlib, torch, kpcore.torch.internals as internals\n"
         "for node in ast.parse(pathlib.Path(internals.__file__).read_text()).body:\n"
@@ -533,7 +533,7 @@ def test_a_release_of_torch_that_differs_inside_is_named(python):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_who_listens():
+def test_listening():
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -616,7 +616,7 @@ def test_changing_an_argument_in_place_before_backward_is_noticed(name):
 
 
 @pytest.mark.parametrize("variant", ["kpconv-0", "neighbor_reduce-1", "batch_norm-0"])
-def test_a_graph_is_walked_again_only_where_it_is_retained(variant):
+def test_a_second_backward_needs_retain_graph(variant):
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     given = tensors(arguments, names)
@@ -629,7 +629,7 @@ def test_a_graph_is_walked_again_only_where_it_is_retained(variant):
         torch.autograd.grad(out, inputs, grad)
 
 
-def test_after_backward_lists_are_dropped_while_the_result_is_kept():
+def test_backward_frees_lists_while_the_result_is_kept():
     import gc
     import weakref
 
@@ -793,7 +793,7 @@ def test_exported_for_any_number_of_points():
 
 
 def any_size(value):
-    """`dynamic_shapes` for sizes of every kind."""
+    """`dynamic_shapes` in which every size is dynamic."""
     auto = torch.export.Dim.AUTO
     if isinstance(value, torch.Tensor):
         return {0: auto}
@@ -809,7 +809,7 @@ def test_a_network_exported_saved_and_loaded(monkeypatch):
     import io
     import logging
 
-    # torch has a warning when it loads the example inputs, as it knows not their classes, and cannot format it.
+    # torch warns when it loads the example inputs, since it does not know their classes, and fails to format it.
     monkeypatch.setattr(logging.getLogger("torch._export.serde.serialize"), "disabled", True)
 
     def case(num):
@@ -838,7 +838,7 @@ def test_an_exported_program_takes_lists_trained_with_or_not(trained_first):
     assert torch.equal(program(*cases[1]), layer(*cases[1]))
 
 
-# ---- lists as nests of tensors
+# ---- lists as pytrees of tensors
 
 
 LISTED = [variant for variant in ops.TRACED if "neighbors" in ops.call(variant)[1]]
@@ -872,7 +872,7 @@ def test_leaves_are_copies():
     assert torch.equal(kpt.neighbor_reduce(points, neighbors), expected)
 
 
-def test_the_structure_of_a_list_is_what_was_asked_for():
+def test_the_pytree_of_a_list_has_a_transpose_only_if_it_carries_one():
     _, neighbors, _ = net_case(60)
     before = tree_structure(neighbors)
     neighbors.transpose()
@@ -950,8 +950,8 @@ def test_lists_that_a_map_made_wrong(variant, wrong):
 
 @pytest.mark.parametrize("part", ["index", "row_splits"])
 @pytest.mark.parametrize("variant", LISTED)
-def test_torch_operators_look_at_lists_in_each_call(variant, part):
-    """Whoever calls torch.ops.kpcore, a loaded program for one, may give it any tensors."""
+def test_torch_operators_check_lists_in_each_call(variant, part):
+    """Callers of torch.ops.kpcore, such as a loaded program, may pass any tensors."""
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     given = tensors(arguments, names)
@@ -971,7 +971,7 @@ def test_torch_operators_look_at_lists_in_each_call(variant, part):
 
 
 def test_on_several_processes(tmp_path):
-    """DistributedDataParallel and fully_shard train as one process does."""
+    """Training with DistributedDataParallel and fully_shard agrees with training in one process."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(__file__).parent / "torch_processes.py", "ranks", tmp_path],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -989,7 +989,7 @@ def test_workers_of_a_loader(tmp_path, method):
 
 
 def dropped(seed=0):
-    """A network in training, with dropout, and what it is called with."""
+    """A network in training, with dropout, and its arguments."""
     torch.manual_seed(seed)
     net = kp.nn.kpfcnn(1, 4, 0.15, levels=2, convs=2, width=8, dropout=0.5)
     levels = net.pyramid(torch.rand(300, 3), F=kpt)
@@ -998,7 +998,7 @@ def dropped(seed=0):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
-    """What is computed again in the backward pass drops the same."""
+    """A pass that is computed again for the backward pass drops the same values."""
     from torch.utils.checkpoint import checkpoint
 
     results = []
@@ -1032,7 +1032,7 @@ def test_compiled_autograd():
 
 
 def test_an_ensemble():
-    """Of stacked parameters, one member after the other, as vmap is not there."""
+    """Members with stacked parameters are called one after the other, since vmap is not supported."""
     points, neighbors, x = net_case(60)
     layers = [kpt.KPConv(3, 2, 5, radius=0.2, extent=0.2) for _ in range(3)]
     stacked = torch.func.stack_module_state(layers)
@@ -1062,7 +1062,7 @@ def test_another_extent_is_another_program():
 
 
 @pytest.mark.parametrize("name", ["grid_subsample", "interpolate"])
-def test_autocast_leaves_what_is_not_traced(name):
+def test_autocast_ignores_operators_that_are_not_traced(name):
     op, arguments = ops.call(f"{name}-0", 24, np.float32, np.float32)
     given = tensors(arguments)
     with torch.autocast("cpu", torch.bfloat16):
@@ -1071,7 +1071,7 @@ def test_autocast_leaves_what_is_not_traced(name):
             call(op, given | {"features": given["features"].bfloat16()})
 
 
-# ---- what is not traced
+# ---- functions that are not traced
 
 
 def test_searches_are_those_of_kpcore():
@@ -1145,7 +1145,7 @@ def test_wrong_points_of_a_search(wrong, error):
         kpt.radius_search(wrong, None, 1.0)
 
 
-def test_all_names_are_there():
+def test_every_name_of_all_exists():
     assert [name for name in kpt.__all__ if not hasattr(kpt, name)] == []
     assert set(kp.ops.OPS) <= set(kpt.__all__)
 

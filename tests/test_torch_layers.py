@@ -1,4 +1,4 @@
-"""The layers of kpcore.torch: what the published ones compute, under the names of their state."""
+"""The layers of kpcore.torch: results and parameter names against the published layers."""
 
 import itertools
 import pickle
@@ -20,7 +20,7 @@ import kpcore.torch as kpt  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden"
 DEFORMABLE = sorted(GOLDEN.glob("deform_*.npz"))
 
-# name: a layer of 4 channels and few kernel points, by dtype
+# {name: function from a dtype to a layer with 4 channels and few kernel points}
 LAYERS = {
     "rigid": lambda dtype=None: kpt.KPConv(4, 3, 5, radius=0.2, extent=0.25, normalization="count", dtype=dtype),
     "deformable": lambda dtype=None: kpt.DeformableKPConv(4, 3, 5, radius=0.2, extent=0.25, dtype=dtype),
@@ -43,7 +43,7 @@ def make(request):
 
 
 def case(num=40, dtype=torch.float32, seed=0):
-    """-> points, queries of which the first sees nothing, their neighbors by distance, features"""
+    """(points, queries, neighbors sorted by distance, features); the first query has no neighbors."""
     generator = torch.Generator().manual_seed(seed)
     points, features = (torch.rand(num, c, generator=generator, dtype=dtype) for c in (3, 4))
     queries = points[: num // 2] + 0.01
@@ -52,7 +52,7 @@ def case(num=40, dtype=torch.float32, seed=0):
 
 
 def of_queries(layer, points, queries, neighbors, features):
-    """The inputs, and for attention the features of the queries' nearest points."""
+    """The inputs; for attention also the features of the nearest point of each query."""
     inputs = points, queries, neighbors, features
     if getattr(layer, "attention_groups", None) is None or queries is None:
         return inputs
@@ -62,14 +62,14 @@ def of_queries(layer, points, queries, neighbors, features):
 
 
 def with_offsets(layer, *inputs):
-    """All that a layer gives: its output, and of a deformable one also its regularization."""
+    """The output of a layer, and the regularization of a deformable one."""
     if not isinstance(layer, kpt.DeformableKPConv):
         return (layer(*of_queries(layer, *inputs)),)
     out, offsets = layer(*inputs, return_offsets=True)
     return out, layer.regularization(*inputs[:3], offsets)
 
 
-# ---- all of them
+# ---- every layer
 
 
 def test_by_finite_differences(make):
@@ -77,7 +77,7 @@ def test_by_finite_differences(make):
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for p in parameters.values():
-            p += 0.1 * torch.randn_like(p)  # no bias of zero
+            p += 0.1 * torch.randn_like(p)  # so that no bias is zero
 
     def fn(features, *values):
         given = dict(zip(parameters, values, strict=True))
@@ -172,7 +172,7 @@ def test_the_same_from_the_same_seed(make):
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_reset(make, dtype):
-    """All that a layer holds, whatever its memory held before, is what a new one has that draws the same."""
+    """After `reset_parameters`, a layer holds what a new layer with the same seed holds, whatever it held before."""
     layer = make(dtype)
     with torch.no_grad():
         for state in layer.state_dict().values():
@@ -185,7 +185,7 @@ def test_reset(make, dtype):
 
 
 def late(make):
-    """A module made without memory, which is then given some, as it comes; it draws no random numbers."""
+    """A module made on "meta", without random numbers, and then moved to uninitialised memory."""
     before = torch.get_rng_state()
     with torch.device("meta"):
         module = make()
@@ -200,7 +200,7 @@ def late(make):
     return module
 
 
-def test_without_memory_at_first(make):
+def test_layers_made_on_meta(make):
     module, (points, _, _, features) = late(make), case()
     inputs = points, None, kpt.radius_search(points, None, 0.35), features
     torch.manual_seed(3)
@@ -211,7 +211,7 @@ def test_without_memory_at_first(make):
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_network_without_memory_at_first(seed):
+def test_a_network_made_on_meta(seed):
     net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
     module, expected = late(lambda: kpt.Network(net, seed=seed)), kpt.Network(net, seed=seed)
     for name, state in expected.state_dict().items():
@@ -275,7 +275,7 @@ def test_the_layer_is_the_function():
     assert torch.equal(layer(points, queries, neighbors, features), expected)
 
 
-def test_kernel_points_are_turned():
+def test_kernel_points_are_rotated():
     exact = np.linalg.norm(kp.kernel_points(15, 0.2, dtype=np.float64), axis=1)
     layer = kpt.KPConv(3, 4, radius=0.2, extent=0.15, dtype=torch.float64)
     assert_close(np.linalg.norm(layer.kernel_points.numpy(), axis=1), exact, 1e-12)
@@ -286,11 +286,11 @@ def test_kernel_points_are_turned():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(kernels, 2))
 
 
-# ---- what they begin with, and how it is called
+# ---- names and initial values of parameters
 
 
 def drawn_like(weights, fan_in):
-    """Whether weights are uniform in ±1 / sqrt(fan_in), as far as can be told from them."""
+    """Check that weights look uniform in ±1 / sqrt(fan_in), by their range and moments."""
     bound = fan_in**-0.5
     assert bound * 0.98 < weights.abs().max() <= bound
     assert abs(weights.mean()) < 0.02 * bound
@@ -373,7 +373,7 @@ def test_golden_deformable(path):
     points, queries, features = (torch.from_numpy(golden[name]) for name in ("points", "queries", "features"))
     features.requires_grad_()
     cloud = points, queries, torch.from_numpy(golden["neighbors_padded"])
-    # The published gaussian's 1e-9 (see golden/README) is in the offsets, and again in what is made with them.
+    # The 1e-9 of the published gaussian (see golden/README) changes the offsets, and again the output.
     allowed = 4e-5 if golden["influence"] == "gaussian" else 1e-10
 
     out, offsets = layer(*cloud, features, return_offsets=True)
@@ -394,7 +394,7 @@ def test_golden_deformable(path):
         assert_close(grad.numpy(), expected, allowed)
 
 
-# The layers of docs/frameworks.md by what they are there, with the channels of the test.
+# The published layers in the table of docs/frameworks.md, with the channels of the test.
 TABLE = {
     published.split("`")[1]: ours.split("`")[1].replace("(64, 64,", "(*channels,").replace("(64,", "(channels[0],")
     for _, published, ours, _ in (
@@ -409,7 +409,7 @@ ATTENTIVE, DEPTHWISE = "KPConvX(64, shells, radius, sigma, attention_groups)", "
 
 
 def of_the_table(published, channels, radius, sigma, shells=None, attention_groups=None):
-    """The layer in float64 that docs/frameworks.md has for a published one."""
+    """The layer that the table of docs/frameworks.md names for a published one, in float64."""
     names = {"channels": channels, "radius": radius, "sigma": sigma, "KP_extent": sigma, "shells": shells,
              "attention_groups": attention_groups, "float64": torch.float64}  # fmt: skip
     return eval(f"{TABLE[published][:-1]}, dtype=float64)", vars(kpt) | names)
@@ -418,7 +418,7 @@ def of_the_table(published, channels, radius, sigma, shells=None, attention_grou
 @pytest.mark.parametrize(
     ("published", "norms"),
     [
-        # Of the dispositions in the published repositories, in search radii: a flattened ball; shells.
+        # Norms of the kernel points in the published repositories, in search radii: a flattened ball; shells.
         (RIGID, [0] + [0.6539] * 2 + [0.6610] * 12),
         (MODULATED, [0] + [0.6539] * 2 + [0.6610] * 12),
         (ATTENTIVE, [0] + [0.4] * 14 + [0.8] * 28),
@@ -459,12 +459,12 @@ def test_layers_of_published_code(shared, file, case, published):
     sigma = float(g["in/sigma"] if "in/sigma" in g else g["in/extent"])
     shells, groups = g.get("in/shell_sizes", np.ones(1, int)).tolist(), int(g.get("in/attention_groups", 0))
     layer = of_the_table(published, channels, float(g["in/radius"]), sigma, shells, groups)
-    # These also divide by how many neighbours have features, and have a bias.
+    # These implementations also divide by the number of neighbours with features, and have a bias.
     if file in ("predator", "geotransformer", "easykpconv"):
         layer.options["normalization"] = "positive"
     bias = state.pop("bias", torch.zeros(channels[-1], dtype=torch.float64))
     state["weights"] = state["weights"].reshape(layer.weights.shape)
-    # They moved each kernel point by a hundredth of the radius.
+    # Their kernel points are moved at random by a hundredth of the radius.
     ours, theirs = (points.norm(dim=1).sort()[0] for points in (layer.kernel_points, state["kernel_points"]))
     assert (ours - theirs).abs().max() < 0.04 * float(g["in/radius"])
     assert abs(ours[1:].mean() / theirs[1:].mean() - 1) < 0.01
@@ -473,7 +473,7 @@ def test_layers_of_published_code(shared, file, case, published):
     neighbors, more = torch.from_numpy(g["in/neighbors"]), {}
     if len(points) == len(queries):
         queries = None
-    elif groups:  # the published attention is of the first neighbor in a row, of zeros where there is none
+    elif groups:  # the published attention uses the first neighbor of a query, or zeros without one
         more["query_features"] = torch.cat([features, torch.zeros_like(features[:1])])[neighbors[:, 0]]
     out = layer(points, queries, neighbors, features, **more)
     assert_close((out + bias).detach().numpy(), g["out/output"], 1e-10)
@@ -509,13 +509,13 @@ def test_golden_kpconvx(name):
             assert_close(parameter.grad.numpy(), golden[f"grad/{key}"], 1e-10)
 
 
-def test_what_attention_is_made_of():
+def test_features_of_the_attention():
     torch.manual_seed(0)
     layer, (points, queries, neighbors, features) = LAYERS["x"](), case()
     first = features[: len(queries)]
     assert not torch.equal(layer(points, queries, neighbors, features, first),
                            layer(points, queries, neighbors, features, -first))  # fmt: skip
-    neighbors = kpt.radius_search(points, None, 0.35)  # by index: the first is another point
+    neighbors = kpt.radius_search(points, None, 0.35)  # in order of index: the first neighbor is not the query
     expected = layer(points, None, neighbors, features)
     assert torch.equal(layer(points, points, neighbors, features), expected)
     assert torch.equal(layer(points, points.clone(), neighbors, features, features), expected)
@@ -524,7 +524,7 @@ def test_what_attention_is_made_of():
 @pytest.mark.parametrize(
     "queries", [lambda points: points.clone(), lambda points: points[:], lambda points: points[:7]]
 )
-def test_attention_of_other_queries_wants_their_features(queries):
+def test_attention_of_other_queries_needs_their_features(queries):
     points, _, _, features = case()
     queries = queries(points)
     neighbors = kpt.radius_search(points, queries, 0.35, sort="distance")
@@ -550,7 +550,7 @@ def test_without_attention_it_is_kpconvd():
 
 @pytest.fixture
 def network():
-    """-> a network in evaluation, what it is called with, and a part of it"""
+    """(a network in evaluation, its arguments, one of its parts)."""
     net = kp.nn.kpfcnn(1, 3, 0.2, levels=2, convs=2, width=8)
     levels = net.pyramid(torch.rand(200, 3, generator=torch.Generator().manual_seed(0)), F=kpt)
     module = kpt.Network(net).eval()
@@ -558,7 +558,7 @@ def network():
 
 
 def with_weights(module, name, weights):
-    """A copy of a network with other weights in one place."""
+    """A copy of a network with other weights in one part."""
     params, state = module.arrays()
     assert name in params
     return kpt.Network(module.net, params | {name: weights.detach().numpy()}, state).eval()
@@ -584,7 +584,7 @@ def test_a_part_of_a_network_pruned(network):
     module, given, part = network
     prune.l1_unstructured(part, "weights", amount=0.5)
     assert (part.weights == 0).float().mean() == 0.5
-    for _ in range(2):  # masked again in each pass, as the weights are trained
+    for _ in range(2):  # each pass applies the mask to the trained weights
         expected = with_weights(module, "encoder.1.unary2.weights", part.weights_orig * part.weights_mask)(*given)[0]
         out = module(*given)[0]
         assert torch.equal(out, expected)
@@ -596,7 +596,7 @@ def test_a_part_of_a_network_pruned(network):
 def test_a_part_of_a_network_has_no_hook_for_results(network):
     module, given, part = network
     for name in ("register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
-        with pytest.raises(NotImplementedError, match="Network: expected a hook of the whole network"):
+        with pytest.raises(NotImplementedError, match="Network: expected a hook on the whole network"):
             getattr(part, name)(lambda *_: None)
     seen = []
     module.register_forward_hook(lambda module, inputs, result: seen.append(result))
@@ -612,7 +612,7 @@ def test_batch_norm_is_not_made_one_of_several_processes(network):
 
 
 def test_the_default_dtype():
-    """That of layers, as of torch's; networks have that of `init`, and kernel points float32 unless told."""
+    """Layers have torch's default dtype, networks that of `init`; `kernel_points` are float32 by default."""
     torch.set_default_dtype(torch.float64)
     try:
         assert {t.dtype for t in LAYERS["x"]().state_dict().values()} == {torch.float64}

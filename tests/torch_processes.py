@@ -1,7 +1,7 @@
-"""What test_torch.py runs in processes of its own: ``python torch_processes.py workers METHOD`` or ``ranks FOLDER``.
+"""Processes that test_torch.py starts: ``python torch_processes.py workers METHOD`` or ``ranks FOLDER``.
 
-Training on two processes, each with half of the batch items, against one process with all of them; and loaders whose
-workers search.
+`ranks` compares training on two processes, each with half of the batch items, with training on one process. `workers`
+runs searches in the workers of a DataLoader.
 """
 
 import copy
@@ -18,7 +18,7 @@ import kpcore.torch as kpt
 
 
 class Clouds(Dataset):
-    """Clouds of points, each with its list."""
+    """Random clouds, each with its neighbour list and pyramid."""
 
     def __len__(self):
         return 4
@@ -33,8 +33,8 @@ def first(items):
 
 
 def workers(method):
-    """Two passes over a loader whose workers stay; what came is what this process computes."""
-    expected = [Clouds()[number] for number in range(4)]  # before the workers: forked ones have threads to forget
+    """Two passes over a loader with persistent workers; compares its items with those computed in this process."""
+    expected = [Clouds()[number] for number in range(4)]  # starts threads, which forked workers do not have
     loader = DataLoader(
         Clouds(), num_workers=1, persistent_workers=True, multiprocessing_context=method, collate_fn=first
     )
@@ -65,12 +65,12 @@ def loss(model, number):
     return model(*item(number)).square().mean()
 
 
-def same(name, found, expected):
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), (name, found, expected)
+def assert_close(name, got, expected):
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6), (name, got, expected)
 
 
 def rank(folder, number):
-    """One of the two processes."""
+    """What one of the two processes of `ranks` does."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -90,12 +90,12 @@ def rank(folder, number):
             total = (loss(model, 0) + loss(model, 1)) / 2 if model is one else loss(model, number)
             total.backward()
             optimizer.step()
-    for (name, expected), found in zip(one.named_parameters(), several.parameters(), strict=True):
-        same(f"DDP, {name}", found, expected)
-    for (name, expected), found in zip(one.named_parameters(), sharded.parameters(), strict=True):
-        same(f"fully_shard, {name}", found.full_tensor(), expected)
+    for (name, expected), got in zip(one.named_parameters(), several.parameters(), strict=True):
+        assert_close(f"DDP, {name}", got, expected)
+    for (name, expected), got in zip(one.named_parameters(), sharded.parameters(), strict=True):
+        assert_close(f"fully_shard, {name}", got.full_tensor(), expected)
 
-    # torch's recipe for what is too large for one: without memory, in shards, then drawn
+    # torch's recipe for models that are too large for one process: made on "meta", sharded, then initialised.
     net = kp.nn.kpfcnn(1, 3, 0.15, levels=2, convs=2, width=8, norm="group")
     whole = kpt.Network(net)
     with torch.device("meta"):
@@ -104,25 +104,25 @@ def rank(folder, number):
         fully_shard(model, mesh=mesh)
         model.to_empty(device="cpu")
     late.reset_parameters()
-    for (name, expected), found in zip(whole.named_parameters(), late.parameters(), strict=True):
-        same(f"reset, {name}", found.full_tensor(), expected)
+    for (name, expected), got in zip(whole.named_parameters(), late.parameters(), strict=True):
+        assert_close(f"reset, {name}", got.full_tensor(), expected)
     torch.manual_seed(0)
     layers.first.reset_parameters(), layers.second.reset_parameters()
     assert all(state.isfinite().all() for state in (*layers.buffers(), *(p.full_tensor() for p in layers.parameters())))
     levels = net.pyramid(item(0)[0], F=kpt)
-    given = levels, torch.ones(len(levels[0].points), 1)
-    same("reset, logits", late.eval()(*given)[0], whole.eval()(*given)[0])
+    inputs = levels, torch.ones(len(levels[0].points), 1)
+    assert_close("reset, logits", late.eval()(*inputs)[0], whole.eval()(*inputs)[0])
     dist.destroy_process_group()
 
 
 def ranks(folder):
-    both = [subprocess.Popen([sys.executable, __file__, "rank", folder, str(number)]) for number in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    processes = [subprocess.Popen([sys.executable, __file__, "rank", folder, str(number)]) for number in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
 
 
 if __name__ == "__main__":
-    what, *given = sys.argv[1:]
-    if what == "rank":
-        rank(given[0], int(given[1]))
+    command, *arguments = sys.argv[1:]
+    if command == "rank":
+        rank(arguments[0], int(arguments[1]))
     else:
-        {"workers": workers, "ranks": ranks}[what](*given)
+        {"workers": workers, "ranks": ranks}[command](*arguments)

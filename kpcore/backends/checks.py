@@ -1,6 +1,6 @@
-"""Checks of arguments: an array has the named dimensions and an allowed dtype, a number is in its range.
+"""Checks of arguments: shape, dtype and device of an array; type and range of a number.
 
-An error names the argument, what was expected and what came.
+An error names the argument, what was expected and what was passed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from kpcore.backends import devices
 from kpcore.backends.devices import REAL
 
-# Of the dimensions that were seen, the size and the name of the array that set it; of "device", where that array is.
+# What the arrays of a call have to agree on: {dimension: (its size, name of the array that set it)}, and under "device"
+# ("cpu" or the number of the GPU, name of the array that set it).
 Sizes: TypeAlias = dict[str, tuple[Any, str]]
-Named: TypeAlias = tuple[str, np.ndarray]  # an array and its name
+Named: TypeAlias = tuple[str, np.ndarray]  # (name of an argument, its array)
 
-FEATURES = list(REAL)  # and on the GPU those of devices.HALVES
+FEATURES = list(REAL)  # on the GPU also the dtypes in devices.HALVES
 LABELS: tuple[np.dtype, ...] = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 INTEGERS: tuple[np.dtype, ...] = (np.dtype(np.int32), np.dtype(np.int64))
 SPLITS: tuple[np.dtype, ...] = (np.dtype(np.int64),)
@@ -32,11 +33,11 @@ DIMENSIONS = range(1, 17)
 
 def array(name: str, value: Any, shape: str, dtypes: Collection[np.dtype], sizes: Sizes, *,
           like: Named | None = None) -> np.ndarray:  # fmt: skip
-    """The array, C-contiguous and aligned; an error unless it has the given dimensions and dtype.
+    """Check an array's shape, dtype and device, and return it C-contiguous and aligned.
 
-    `shape` is a string of dimension names ("N D"). `sizes` maps those already seen to (size, name of the array that set
-    it); the others are added, so that all arrays of a call agree; under "device" also on where they are. `like` is
-    another (name, array) whose dtype this one must share.
+    `shape` names the dimensions, separated by spaces ("N D"). Dimensions that are in `sizes` must have the size there;
+    the others are added to it, so that all arrays of a call agree. The device is treated in the same way. With `like`,
+    (name, array), the dtype must be that of the other array.
     """
     where = "cpu" if type(value) is np.ndarray else _device(name, value)
     if sizes.setdefault("device", (where, name))[0] != where:
@@ -49,7 +50,7 @@ def array(name: str, value: Any, shape: str, dtypes: Collection[np.dtype], sizes
     if not agree:
         raise _wrong_shape(name, value, dimensions, sizes)
     halves = dtypes is FEATURES and where != "cpu" and dtype.name in devices.HALVES
-    if dtype not in dtypes and not halves:  # nor is one that is not native
+    if dtype not in dtypes and not halves:  # also true of a dtype with swapped byte order
         names, to = " or ".join(d.name for d in dtypes), lossless(dtype, dtypes)
         advice = "" if to is None else f"; convert it with {name}.astype(numpy.{to.name})"
         raise TypeError(f"{name}: expected {names}, got {dtype if dtype.isnative else dtype.str}{advice}")
@@ -60,20 +61,22 @@ def array(name: str, value: Any, shape: str, dtypes: Collection[np.dtype], sizes
 
 
 def any_shape(name: str, value: Any, sizes: Sizes) -> np.ndarray:
-    """An array of features with any axes, which are named by their place."""
+    """Check an array of features of any shape; its dimensions are named "0", "1" and so on."""
     dimensions = " ".join(map(str, range(getattr(value, "ndim", 0))))
     return array(name, value, dimensions, FEATURES, sizes)
 
 
 def lossless(dtype: np.dtype, dtypes: Collection[np.dtype]) -> np.dtype | None:
-    """The first of the dtypes that holds all that another does, for the advice of an error: uint16 labels made uint8
-    would turn 300 into 44. None if none does."""
+    """The first of `dtypes` that holds every value of `dtype`, or None.
+
+    Errors advise only such conversions: uint16 labels converted to uint8 would turn 300 into 44.
+    """
     return next((to for to in dtypes if np.can_cast(dtype, to, "safe")), None)
 
 
 def _wrong_match(name, dtype, other, array):
     advice = ""
-    if " " not in name + other:  # an argument, not "the output"
+    if " " not in name + other:  # both are names of arguments, not descriptions such as "the output"
         if lossless(dtype, [array.dtype]):
             advice = f"; convert it with {name}.astype({other}.dtype)"
         elif lossless(array.dtype, [dtype]):
@@ -82,9 +85,9 @@ def _wrong_match(name, dtype, other, array):
 
 
 def _device(name, value):
-    """ "cpu", or the number of the GPU, which must be the current one."""
+    """Return "cpu" or the number of the GPU that holds the array, which must be the current one."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled")
+        raise TypeError(f"{name}: expected an array without a mask, got MaskedArray; fill it with {name}.filled()")
     if isinstance(value, np.ndarray):
         return "cpu"
     if not devices.is_array(value):
@@ -100,17 +103,17 @@ def _device(name, value):
     return device
 
 
-def _wrong_device(name, where, other, of):
-    kinds = ("NumPy", "CuPy") if other == "cpu" else ("CuPy", "NumPy")
-    move = f"cupy.asnumpy({name})" if other == "cpu" else f"cupy.asarray({name})"
+def _wrong_device(name, where, expected_device, other_name):
+    kinds = ("NumPy", "CuPy") if expected_device == "cpu" else ("CuPy", "NumPy")
+    move = f"cupy.asnumpy({name})" if expected_device == "cpu" else f"cupy.asarray({name})"
     return TypeError(
-        f"{name}: expected a {kinds[0]} array, because {of} is one, got a {kinds[1]} array; nothing is moved between "
-        f"devices by itself, move it with {move}"
+        f"{name}: expected a {kinds[0]} array, because {other_name} is one, got a {kinds[1]} array; nothing is moved "
+        f"between devices by itself, move it with {move}"
     )
 
 
 def _wrong_shape(name, value, dimensions, sizes):
-    known = {d: sizes[d] for d in dimensions if d in sizes and sizes[d][1] != name}  # by other arrays
+    known = {d: sizes[d] for d in dimensions if d in sizes and sizes[d][1] != name}  # set by other arrays
     expected = ", ".join(str(known[d][0]) if d in known else d for d in dimensions) + "," * (len(dimensions) == 1)
     others = sorted({other for _, other in known.values()})
     matching = f" to match {' and '.join(others)}" if others else ""
@@ -119,7 +122,7 @@ def _wrong_shape(name, value, dimensions, sizes):
 
 def points_array(name: str, value: Any, sizes: Sizes, *, dimensions: Sequence[int] = (2, 3),
                  like: Named | None = None) -> np.ndarray:  # fmt: skip
-    """Coordinates (N, D): real, D among `dimensions`, few enough to be numbered in 32 bits."""
+    """Check coordinates (N, D): real, D in `dimensions`, and at most 2**31 - 1 rows, since indices are int32."""
     rows = "N" if name == "points" else "M"
     value = array(name, value, f"{rows} D", REAL, sizes, like=like)
     if value.shape[1] not in dimensions:
@@ -130,69 +133,70 @@ def points_array(name: str, value: Any, sizes: Sizes, *, dimensions: Sequence[in
     return value
 
 
-def splits_array(name: str, value: Any, rows: int, of: str, sizes: Sizes, *, known: bool = False) -> np.ndarray:
-    """`row_splits` (B + 1,) from 0 to `rows`, never falling; None is a single item. See `splits_values`."""
+def splits_array(name: str, value: Any, rows: int, rows_name: str, sizes: Sizes, *, known: bool = False) -> np.ndarray:
+    """Check `row_splits` (B + 1,), shape and values; None stands for a single batch item. See `splits_values`."""
     splits = splits_shape(name, value, rows, sizes)
-    return splits if value is None else splits_values(name, splits, rows, of, known=known)
+    return splits if value is None else splits_values(name, splits, rows, rows_name, known=known)
 
 
 def splits_shape(name: str, value: Any, rows: int, sizes: Sizes) -> np.ndarray:
-    """`row_splits` (B + 1,) at whose values nobody has looked yet; None is a single item of so many rows."""
+    """Check the shape and dtype of `row_splits` (B + 1,), not the values; None stands for one item with all `rows`."""
     if value is None:
         return one_item(rows, np if sizes["device"][0] == "cpu" else sys.modules["cupy"])
     return array(name, value, "B+1", SPLITS, {"device": sizes["device"]} if "device" in sizes else {})
 
 
-def splits_values(name: str, value: np.ndarray, rows: int, of: str, *, known: bool = False) -> np.ndarray:
-    """`row_splits` whose values go from 0 to `rows` and never fall.
+def splits_values(name: str, value: np.ndarray, rows: int, rows_name: str, *, known: bool = False) -> np.ndarray:
+    """Check that the values of `row_splits` go from 0 to `rows` and never decrease.
 
-    On the CPU a copy, which nobody else can change: they say where kernels read and write. Waits for the GPU to look at
-    them, unless they are `known` to be good.
+    On the CPU the result is a copy, because kernels read and write where these values say: another thread must not be
+    able to change them. On the GPU the check waits for the device; with `known`, the values are known to be valid and
+    the check is skipped there.
     """
     if isinstance(value, np.ndarray):
         value = value.copy()
-        check_splits(name, value, rows, of)
+        check_splits(name, value, rows, rows_name)
     elif not known:
-        check_splits(name, devices.on_host(value), rows, of)
+        check_splits(name, devices.on_host(value), rows, rows_name)
     return value
 
 
 def splits_of_call(call: Any, *, known: bool = False) -> np.ndarray:
-    """The row_splits of a call over rows of features, whose check saw their shape alone; see `splits_values`."""
-    if call.is_one_item:  # made for None, and so good
+    """Check the values of `call.row_splits`, of which `splits_shape` checked only the shape; see `splits_values`."""
+    if call.is_one_item:  # made by `one_item`
         return call.row_splits
     return splits_values("row_splits", call.row_splits, call.features.shape[0], "features", known=known)
 
 
 def one_item(rows: int, xp: Any) -> np.ndarray:
-    """row_splits of a single item with so many rows, in NumPy or CuPy."""
-    return xp.arange(0, 2 * rows, rows, np.int64) if rows else xp.zeros(2, np.int64)  # one launch, and no copy to a GPU
+    """row_splits of a single item, [0, rows], made with `xp`, NumPy or CuPy."""
+    return xp.arange(0, 2 * rows, rows, np.int64) if rows else xp.zeros(2, np.int64)  # on a GPU one launch, no copy
 
 
-def check_splits(name: str, value: np.ndarray, rows: int, of: str) -> None:
-    """An error unless they are bounds of so many rows, as `splits_array` wants them."""
+def check_splits(name: str, value: np.ndarray, rows: int, rows_name: str) -> None:
+    """Check that `row_splits`, on the host, go from 0 to `rows`, the rows of `rows_name`, and never decrease."""
     if not len(value) or value[0] != 0 or value[-1] != rows:
         ends = f"from {value[0]} to {value[-1]}" if len(value) else "no values"
-        raise ValueError(f"{name}: expected values from 0 to {rows} to match {of}, got {ends}")
+        raise ValueError(f"{name}: expected values from 0 to {rows} to match {rows_name}, got {ends}")
     if (value[1:] < value[:-1]).any():
         at = int(np.argmax(value[1:] < value[:-1]))
-        raise ValueError(f"{name}: expected values that never fall, got {value[at]} then {value[at + 1]} at {at}")
+        raise ValueError(f"{name}: expected values that never decrease, got {value[at]} then {value[at + 1]} at {at}")
 
 
 def _real(name, value):
-    """A float; an error unless it is a number, and one that float64 reaches."""
-    if type(value) is float:  # as it mostly is; to ask numbers takes 0.4 us
+    """Convert a real number to float."""
+    if type(value) is float:  # the usual case; isinstance(value, numbers.Real) takes 0.4 us
         return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name}: expected a number that float64 can hold, got one beyond it") from None
+        raise ValueError(f"{name}: expected a number that float64 can hold, got a larger integer") from None
 
 
 def length(name: str, value: object, dtype: np.dtype) -> float:
-    """A number above zero whose square and its inverse neither overflow nor lose digits in `dtype`."""
+    """Check a finite number above zero. In `dtype` the square and its inverse must not overflow or lose digits."""
     number = _real(name, value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
@@ -201,7 +205,7 @@ def length(name: str, value: object, dtype: np.dtype) -> float:
     return number
 
 
-@functools.lru_cache(maxsize=1024)  # errstate and finfo take as long as an operator on ten points
+@functools.lru_cache(maxsize=1024)  # errstate and finfo together take as long as an operator on ten points
 def _square_fits(number, dtype):
     with np.errstate(over="ignore", under="ignore"):
         square = dtype.type(number) * dtype.type(number)
@@ -210,16 +214,18 @@ def _square_fits(number, dtype):
 
 
 def device_of(named: Named) -> Sizes:
-    """What `sizes` says of the device of an array, given as (its name, the array)."""
+    """A `Sizes` that holds the device of an array, (name, array), and nothing else."""
     name, value = named
     return {"device": ("cpu" if type(value) is np.ndarray else _device(name, value), name)}
 
 
 def lengths(name: str, value: Any, rows: int, like: Named) -> tuple[np.ndarray, np.ndarray]:
-    """An array (M,) of lengths, each as `length` wants it, of the dtype of `like`, (its name, the array); twice, the
-    second time on the host."""
-    given = array(name, value, "M", REAL, {"M": (rows, "the queries")} | device_of(like), like=like)
-    value = devices.on_host(given)
+    """Check one length for each query, (M,), as `length` does, with the dtype of the array `like`.
+
+    Returns the array and a copy of it on the host, which on the CPU is the array itself.
+    """
+    checked = array(name, value, "M", REAL, {"M": (rows, "the queries")} | device_of(like), like=like)
+    value = devices.on_host(checked)
     limits = np.finfo(value.dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bad = ~((value > 0) & (value * value >= 2 * limits.tiny) & (value * value <= limits.max))
@@ -228,11 +234,11 @@ def lengths(name: str, value: Any, rows: int, like: Named) -> tuple[np.ndarray, 
         raise ValueError(
             f"{name}: expected numbers above zero whose squares {value.dtype} can hold, got {value[row]} in row {row}"
         )
-    return given, value
+    return checked, value
 
 
 def number(name: str, value: object, dtype: np.dtype) -> float:
-    """A finite number that `dtype` can hold."""
+    """Check a finite number that `dtype` can hold."""
     number = _real(name, value)
     if not math.isfinite(number) or abs(number) > _largest(dtype):
         raise ValueError(f"{name}: expected a finite number that {dtype} can hold, got {value}")
@@ -240,7 +246,7 @@ def number(name: str, value: object, dtype: np.dtype) -> float:
 
 
 def between(name: str, value: object, low: float, high: float) -> float:
-    """A number from one to another."""
+    """Check a number from `low` to `high`, both included."""
     number = _real(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name}: expected {low} to {high}, got {value}")
@@ -248,7 +254,7 @@ def between(name: str, value: object, low: float, high: float) -> float:
 
 
 def not_negative(name: str, value: object) -> float:
-    """A finite number of at least zero."""
+    """Check a finite number of at least zero."""
     size = number(name, value, np.dtype(np.float64))
     if not size >= 0:
         raise ValueError(f"{name}: expected a number of at least zero, got {value}")
@@ -256,19 +262,20 @@ def not_negative(name: str, value: object) -> float:
 
 
 def boolean(name: str, value: object) -> bool:
+    """Check a bool of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
     return bool(value)
 
 
-@functools.lru_cache(maxsize=16)  # a dtype's name takes 2 us, as long as a small operator
+@functools.lru_cache(maxsize=16)  # dtype.name takes 2 us, as long as a small operator
 def _largest(dtype):
     return devices.HALVES.get(dtype.name) or float(np.finfo(dtype).max)
 
 
 def per_axis(name: str, value: Any, dimension: int, check: Callable[[str, object, np.dtype], float],
              dtype: np.dtype) -> np.ndarray:  # fmt: skip
-    """`value` for each axis: a number, or a sequence of one for each, all passed through `check`; (D,) of `dtype`."""
+    """One number for each axis, (D,) of `dtype`, from a single number or a sequence of D; `check` is called on each."""
     if not isinstance(value, (list, tuple, np.ndarray)):
         return np.array([check(name, value, dtype)] * dimension, dtype)
     shape = value.shape if isinstance(value, np.ndarray) else (len(value),)
@@ -278,7 +285,7 @@ def per_axis(name: str, value: Any, dimension: int, check: Callable[[str, object
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An integer from `low` to `high`, which is the largest of 64 bits if not given."""
+    """Check an integer from `low` to `high`, by default 2**63 - 1."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -286,35 +293,35 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     if not low <= number <= (2**63 - 1 if high is None else high):
         end = "2**63 - 1" if high is None else high
         expected = f"at least {low}" if high is None and number < low else f"{low} to {end}"
-        got = number if abs(number) < 2**64 else "one beyond 64 bits"
+        got = number if abs(number) < 2**64 else "one of more than 64 bits"
         raise ValueError(f"{name}: expected {expected}, got {got}")
     return number
 
 
 def choice(name: str, value: object, allowed: Sequence[object]) -> int:
-    """The position of `value` among the allowed ones."""
-    for i, a in enumerate(allowed):
-        if value is a or (isinstance(value, str) and value == a):
-            return i
+    """The position of `value` in `allowed`."""
+    for position, option in enumerate(allowed):
+        if value is option or (isinstance(value, str) and value == option):
+            return position
     raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
 def changed(name: str) -> ValueError:
-    """The error where what was wrong during a call is not so any more."""
-    return ValueError(f"{name}: expected an array that stays as it is during the call, got one that was changed")
+    """The error for an array in which a kernel met a wrong value that is no longer there afterwards."""
+    return ValueError(f"{name}: expected an array that is not changed during the call, got one that was changed")
 
 
 def not_finite(**arrays: np.ndarray | None) -> ValueError:
-    """The error for the first row of the named arrays with a NaN or infinite coordinate."""
+    """The error for the first row with a NaN or infinite coordinate, in the first of the named arrays that has one."""
     return _not_finite(**arrays) or changed(" or ".join(name for name, value in arrays.items() if value is not None))
 
 
 def not_measurable(points: np.ndarray, row_splits: np.ndarray, metric: str = "l2",
                    queries: np.ndarray | None = None, queries_row_splits: np.ndarray | None = None, *,
                    is_bounded: bool = False) -> ValueError | None:  # fmt: skip
-    """The error for coordinates that are not finite, or whose distances overflow or vanish; None if all are fine.
+    """The error for coordinates that are not finite or have distances that overflow or vanish; None if there is none.
 
-    `is_bounded`: by a radius, as in src/neighbors.h.
+    `is_bounded`: the search has a radius, so distances may overflow; see is_measurable() in src/formulas/neighbors.h.
     """
     if error := _not_finite(points=points, queries=queries):
         return error
@@ -328,9 +335,9 @@ def not_measurable(points: np.ndarray, row_splits: np.ndarray, metric: str = "l2
             continue
         with np.errstate(over="ignore", under="ignore"):
             sides = np.ptp(np.concatenate(parts), axis=0)
-            of_axis = sides * sides if metric == "l2" else sides
-            measured = of_axis.max() if metric == "linf" else functools.reduce(operator.add, of_axis)
-        if not sides.any() or (limits.tiny <= measured and (is_bounded or measured <= limits.max)):
+            terms = sides * sides if metric == "l2" else sides
+            diagonal = terms.max() if metric == "linf" else functools.reduce(operator.add, terms)
+        if not sides.any() or (limits.tiny <= diagonal and (is_bounded or diagonal <= limits.max)):
             continue
         return ValueError(
             f"points: expected {'squared ' * (metric == 'l2')}distances that {points.dtype} can hold, got "

@@ -1,6 +1,6 @@
-"""Where an array is, and what computes there: `cpu` for arrays of NumPy, `gpu` for those of CuPy.
+"""Which device holds an array, and the backend that computes on it: `cpu` for NumPy arrays, `gpu` for CuPy arrays.
 
-CuPy is looked for only among the modules that are imported already: who has an array of CuPy has imported it.
+kpcore does not import CuPy here. It looks for it in `sys.modules`, since a caller with a CuPy array has imported it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AnyArray(Protocol):
-    """An array of NumPy, CuPy or JAX, a tensor of torch, or a `kpcore.autodiff.Tensor`."""
+    """A NumPy, CuPy or JAX array, a torch tensor, or a `kpcore.autodiff.Tensor`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -39,28 +39,26 @@ class AnyArray(Protocol):
 if TYPE_CHECKING:
     Value = TypeVar("Value", bound=AnyArray, default=np.ndarray)
     Buffer = TypeVar("Buffer", bound=AnyArray, default=np.ndarray)
-    # The bound leaves np.ndarray to the other half of `Array`. With np.ndarray in it the result would get the shape
-    # and the dtype that a type checker knows of an argument, and with one Tensor among arrays it would be either.
+    # The bound does not include np.ndarray, which is the other half of `Array`. If it did, a type checker would give
+    # the result the shape and dtype of an argument, and a call with a Tensor among arrays could return either.
     Computed = TypeVar("Computed", bound=Tensor, default=np.ndarray)  # pyright: ignore[reportGeneralTypeIssues]
 else:
     from typing import TypeVar
 
-    Value = TypeVar("Value", bound=AnyArray)  # what is trained, and what is computed from it
+    Value = TypeVar("Value", bound=AnyArray)  # a parameter, or features computed from parameters
     Buffer = TypeVar("Buffer", bound=AnyArray)  # an array that is not trained: running statistics, kernel points
-    Computed = TypeVar("Computed")  # of an operator: a Tensor where an argument is one, else an array
+    Computed = TypeVar("Computed")  # the result of an operator: a Tensor if an argument is a Tensor, else an array
 
-# An argument that an operator is differentiated in, or may be computed with one. Adapters read these names, see ops.py.
-# CuPy declares no types: to a type checker its arrays are anything, and results are NumPy's.
+# The type of an argument in which an operator is differentiable. kpcore.ops.kinds reads this name in annotations.
+# CuPy has no type annotations: a type checker accepts its arrays as anything and takes results for NumPy arrays.
 Array: TypeAlias = Computed | np.ndarray
 REAL: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
-HALVES: dict[str, float] = {
-    "float16": 65504.0,
-    "bfloat16": 255 / 128 * 2.0**127,
-}  # on the GPU, and the largest number of each
+# The 16-bit dtypes of features on the GPU, with the largest number of each.
+HALVES: dict[str, float] = {"float16": 65504.0, "bfloat16": 255 / 128 * 2.0**127}
 
 
 def is_array(value: object) -> bool:
-    """Whether it is an array of NumPy or CuPy."""
+    """Whether `value` is a NumPy or CuPy array."""
     if isinstance(value, np.ndarray):
         return True
     cupy = sys.modules.get("cupy")
@@ -68,7 +66,7 @@ def is_array(value: object) -> bool:
 
 
 def backend(value: object) -> ModuleType:
-    """The module with the kernels for such an array: `cpu`, or `gpu`, which has the same names and arguments."""
+    """The module that computes on an array: `cpu` or `gpu`, which have the same functions."""
     return cpu if isinstance(value, (np.ndarray, np.generic)) else _gpu()
 
 
@@ -78,17 +76,17 @@ def _gpu():
 
 
 def namespace(value: object) -> ModuleType:
-    """numpy or cupy: what makes other arrays where this one is."""
+    """The module that makes arrays on the device of `value`: numpy or cupy."""
     return np if isinstance(value, np.ndarray) else sys.modules["cupy"]
 
 
 def on_host(value: AnyArray) -> np.ndarray:
-    """A NumPy array or number of what may be on the GPU; waits for it there."""
+    """Copy an array from the GPU to the host, which waits for the GPU; return NumPy arrays and scalars unchanged."""
     return value.get() if not isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def as_array(value: AnyArray) -> np.ndarray:
-    """An array for the scalar that NumPy's arithmetic makes of an array without axes; everything else as it is."""
+    """Convert a NumPy scalar, which arithmetic on 0-d arrays gives, to an array; return arrays unchanged."""
     return np.asarray(value) if isinstance(value, np.generic) else value
 
 
@@ -98,7 +96,7 @@ def to_device_of(array: AnyArray, values: ArrayLike) -> np.ndarray:
 
 
 def contiguous(value: np.ndarray) -> np.ndarray:
-    """C-contiguous and aligned, as kernels want an array that was checked before."""
+    """Make an array C-contiguous and aligned, as kernels require it, copying only where needed."""
     flags = value.flags
     if flags.c_contiguous and (not isinstance(value, np.ndarray) or flags.aligned):
         return value
@@ -110,5 +108,5 @@ def contiguous(value: np.ndarray) -> np.ndarray:
 
 
 def is_real(value: np.ndarray) -> bool:
-    """Whether an array may be differentiated in."""
+    """Whether a gradient can be computed with respect to an array: its dtype is a real one that kernels support."""
     return value.dtype in REAL or (value.dtype.name in HALVES and not isinstance(value, np.ndarray))

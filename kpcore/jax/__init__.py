@@ -1,8 +1,9 @@
 """kpcore on JAX arrays: the same names as in `kpcore`, under jit, grad and vmap, on the CPU.
 
 Differentiable operators are calls through XLA's foreign function interface (FFI), each a `jax.custom_vjp` whose
-gradient is another such call. Searches and `grid_subsample`, whose results have sizes that depend on values, take and
-return JAX arrays outside of jit. `kpcore.Neighbors` is a pytree. docs/frameworks.md shows all of it, and the limits.
+gradient is another such call. Searches and `grid_subsample` take and return JAX arrays outside of jit, because the
+sizes of their results depend on values. `kpcore.Neighbors` is a pytree. docs/frameworks.md describes all of it, and the
+limits.
 """
 
 try:
@@ -13,7 +14,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("kpcore.jax needs JAX: pip install kpcore[jax]", name="jax") from None
 
 import kpcore as _kpcore
-from kpcore.jax import pytree as _pytree  # noqa: F401 - makes a pytree of Neighbors
+from kpcore.jax import pytree as _pytree  # noqa: F401 - registers Neighbors as a pytree
 from kpcore.jax.eager import GridIndex, KDTree
 from kpcore.jax.eager import eager as _eager
 from kpcore.jax.operators import define as _define

@@ -1,4 +1,4 @@
-"""What is not traced, on JAX arrays: searches and all else whose sizes depend on values."""
+"""Functions on JAX arrays that JAX does not trace, because the sizes of their results depend on values."""
 
 import functools
 import inspect
@@ -10,27 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 
 import kpcore
-from kpcore.jax.operators import is_splits
+from kpcore.jax.operators import is_int32_splits
 from kpcore.jax.pytree import to_host
 
 
 def eager(public: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of kpcore that takes and returns JAX arrays where that one has NumPy's, outside of jit."""
+    """Wrap a function of kpcore for calls outside of jit: JAX arrays take the place of NumPy arrays."""
     signature = inspect.signature(public)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
-        device = next(filter(None, map(_chosen_device, jax.tree.leaves(given.arguments))), None)
-        for name, value in given.arguments.items():
-            given.arguments[name] = _given(public.__name__, name, value)
-        return _returned(public(*given.args, **given.kwargs), device)
+        bound = signature.bind(*args, **kwargs)
+        device = next(filter(None, map(_committed_device, jax.tree.leaves(bound.arguments))), None)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = _to_numpy(public.__name__, name, value)
+        return _to_jax(public(*bound.args, **bound.kwargs), device)
 
     return function
 
 
-def _chosen_device(value):
-    """The device that an array was put on; None for others, which JAX moves to where they are used."""
+def _committed_device(value):
+    """The device that an array is committed to, by jax.device_put for example; None if JAX may move it."""
     if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.committed:
         return next(iter(value.devices())) if len(value.devices()) == 1 else None
     return None
@@ -52,33 +52,38 @@ class GridIndex(kpcore.GridIndex):
     knn_search = eager(kpcore.GridIndex.knn_search)
 
 
-def _given(function, name, value):
+def _to_numpy(function, name, value):
+    """Convert JAX arrays to NumPy arrays, also in a dict; `function` is the name to use in errors."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name}: {function} is not traced; expected an array outside of jit, grad and vmap, got {value}"
+            f"{name}: {function} is not traced: expected an array outside of jit, grad and vmap, got {value}"
         )
     if isinstance(value, dict):
-        return {key: _given(function, key, v) for key, v in value.items()}
+        return {key: _to_numpy(function, key, v) for key, v in value.items()}
     if isinstance(value, jax.Array):
         if not value.is_fully_replicated:
             raise TypeError(
-                f"{name}: {function} is not divided among devices; expected an array on one device, got parts on "
-                f"{len(value.devices())}"
+                f"{name}: {function} is not divided among devices: expected an array on one device, got one divided "
+                f"among {len(value.devices())}"
             )
         array = to_host(name, value)
-        return array.astype(np.int64) if is_splits(name, array) else array
+        return array.astype(np.int64) if is_int32_splits(name, array) else array
     return value
 
 
-def _returned(value, device):
+def _to_jax(value, device):
+    """Convert NumPy arrays to JAX arrays on `device`, also in tuples, named tuples and pyramids."""
     if isinstance(value, np.ndarray):
         if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
             narrow = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
             if value.dtype.kind == "f" or np.any(narrow != value):
-                raise TypeError(f"expected a result without {value.dtype}, because jax_enable_x64 is off")
+                raise TypeError(
+                    f"result: expected one that JAX can hold while jax_enable_x64 is off, got {value.dtype}; turn it "
+                    "on with jax.config.update('jax_enable_x64', True)"
+                )
             value = narrow
         return jnp.asarray(value) if device is None else jax.device_put(value, device)
     if isinstance(value, tuple):
-        values = [_returned(v, device) for v in value]
+        values = [_to_jax(v, device) for v in value]
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return value

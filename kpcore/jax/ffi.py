@@ -1,7 +1,7 @@
-"""The C function that XLA calls, made by ctypes.
+"""The C function through which XLA calls kpcore, a Python function wrapped by ctypes.
 
-XLA calls it with the addresses of a call's buffers and one text, which says what to do: operator, settings, and what
-each buffer is. As the text says it all, a compiled program can be kept on disk.
+XLA passes the addresses of the buffers of a call and one text that describes it: operator, settings, and the meaning of
+each buffer. Because the text holds the description by value, a compiled program can be stored on disk.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import numpy as np
 
 from kpcore.backends import cpu
 
-# The structs of XLA's C interface that a handler sees, named as there; all fields up to the last one used.
+# Structs of XLA's C interface (xla/ffi/api/c_api.h), each with its fields up to the last one that is used here.
 
 
 class _Buffers(ctypes.Structure):  # XLA_FFI_Args and XLA_FFI_Rets; read by cpu.xla_arrays
@@ -122,7 +122,8 @@ _DTYPES = {  # by XLA_FFI_DataType
 }
 
 
-def _handle(answer, frame):
+def _handle(execute, frame):
+    """Handle one call by XLA, in any of its stages; ``execute(address, frame)`` computes in the last one."""
     address, frame = frame, _Frame.from_address(frame)
     if frame.extension_start and frame.extension_start.contents.type == _METADATA:
         version = frame.extension_start.contents.metadata.contents.version
@@ -130,56 +131,59 @@ def _handle(answer, frame):
         return None
     if frame.stage != _EXECUTE:
         return None
-    return answer(address, frame)
+    return execute(address, frame)
 
 
-def _compute_on_host(compute, address, frame):
+def _execute_on_cpu(compute, address, frame):
+    """Compute and copy the results into XLA's buffers; an exception becomes an error of XLA."""
     try:
         text = frame.attributes.attributes[0].contents
         inputs = cpu.xla_arrays(address + _Frame.arguments.offset, _DTYPES, False)
-        found = compute(ctypes.string_at(text.ptr, text.len), inputs)
-        for to, array in zip(cpu.xla_arrays(address + _Frame.results.offset, _DTYPES, True), found, strict=True):
-            if to.shape != np.shape(array):
-                raise AssertionError(f"expected a result {to.shape}, got {np.shape(array)}")
-            to[...] = array
+        arrays = compute(ctypes.string_at(text.ptr, text.len), inputs)
+        buffers = cpu.xla_arrays(address + _Frame.results.offset, _DTYPES, True)
+        for buffer, array in zip(buffers, arrays, strict=True):
+            if buffer.shape != np.shape(array):
+                raise AssertionError(f"expected a result {buffer.shape}, got {np.shape(array)}")
+            buffer[...] = array
     except BaseException as error:
         return _error(frame, f"{type(error).__name__}: {error}")
     return None
 
 
 def _refuse(address, frame):
-    return _error(frame, f"TypeError: {ELSEWHERE}")
+    return _error(frame, f"TypeError: {ONLY_ON_CPU}")
 
 
 def _error(frame, message):
+    """Create an XLA error, the return value of a handler that fails."""
     arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message.encode(), _INVALID_ARGUMENT)
     return frame.api.contents.create_error(arguments)
 
 
-ELSEWHERE = (
-    "kpcore.jax computes on the CPU: move what it gets there, jax.device_put(x, jax.devices('cpu')[0]), or use CuPy's "
-    "or torch's arrays for the GPU"
+ONLY_ON_CPU = (
+    "kpcore.jax computes on the CPU: move its arguments there with jax.device_put(x, jax.devices('cpu')[0]), or use "
+    "CuPy arrays or torch tensors on the GPU"
 )
-# The version of the interface is that of the jaxlib that is there; up to now none changed the fields above.
+# The interface version of the installed jaxlib. No version so far has changed the fields above.
 _header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
 _major, _minor = (int(re.search(rf"define XLA_FFI_API_{part} (\d+)", _header)[1]) for part in ("MAJOR", "MINOR"))
 if _major != 0:
     raise ImportError(f"kpcore.jax: expected a jaxlib with version 0 of XLA's FFI, got {_major}")
 if hasattr(jax, "typeof") and not any(hasattr(jax.typeof(0.0), name) for name in ("vma", "manual_axis_type")):
     raise ImportError(
-        "kpcore.jax: expected a JAX whose types say over which axes of a mesh an array varies, as those of 0.6 to 0.10 "
-        f"do, got {jax.__version__}"
+        "kpcore.jax: expected a JAX whose array types name the mesh axes over which an array varies, as in 0.6 to "
+        f"0.10, got {jax.__version__}"
     )
 
 
 def register(compute: Callable[[bytes, list[np.ndarray]], list[np.ndarray]]) -> None:
-    """Register the target "kpcore" with XLA: ``compute(text, inputs)`` returns the arrays of a call."""
-    for platform, answer in ("cpu", functools.partial(_compute_on_host, compute)), ("CUDA", _refuse):
-        handler = _Handler(functools.partial(_handle, answer))
+    """Register the target "kpcore" with XLA; ``compute(text, inputs)`` returns the results of a call."""
+    for platform, execute in ("cpu", functools.partial(_execute_on_cpu, compute)), ("CUDA", _refuse):
+        handler = _Handler(functools.partial(_handle, execute))
         handlers[platform] = handler
         capsule = jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p).value)
         jax.ffi.register_ffi_target("kpcore", capsule, platform=platform)
 
 
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-handlers: dict[str, Any] = {}  # by platform; XLA keeps their addresses only
+handlers: dict[str, Any] = {}  # by platform; they must stay alive, since XLA keeps only their addresses

@@ -1,4 +1,4 @@
-"""The table of operators on JAX arrays: each row a `jax.custom_vjp` of two calls through XLA's FFI."""
+"""The operators of kpcore on JAX arrays: each `Op` becomes a `jax.custom_vjp` of two calls through XLA's FFI."""
 
 import functools
 import json
@@ -19,21 +19,22 @@ from kpcore.ops import OPS, Call, Op, Shaped, binder, kinds, setting
 
 
 def _varying(array):
-    """The axes of the mesh over which it differs from device to device, inside a shard_map that checks that."""
-    if not hasattr(jax, "typeof"):  # before JAX 0.6, whose shard_map refuses every FFI call unless told not to check
+    """The mesh axes over which an array differs between devices, as a shard_map with checks tracks them."""
+    if not hasattr(jax, "typeof"):  # JAX 0.5, whose shard_map accepts FFI calls only without checks
         return frozenset()
     kind = jax.typeof(array)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # since JAX 0.10, before
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # from 0.10 on, before
 
 
 def _unreduced(array):
-    """Whether it is still to be summed over devices: JAX keeps that in two places, depending on its version."""
+    """Whether an array still has to be summed over devices; versions of JAX store this in one of two places."""
     kind = jax.typeof(array) if hasattr(jax, "typeof") else None
     parts = getattr(getattr(kind, "sharding", None), "spec", None), getattr(kind, "manual_axis_type", None)
     return any(getattr(part, "unreduced", None) for part in parts)
 
 
 def _made_varying(axes, array):
+    """Mark an array as varying over these mesh axes."""
     missing = tuple(sorted(axes - _varying(array), key=str))
     if not missing:
         return array
@@ -41,28 +42,28 @@ def _made_varying(axes, array):
 
 
 def _placed_like(primal, gradient):
-    """The gradient as the primal is divided among the devices of a mesh with Explicit axes."""
-    if not hasattr(jax.sharding, "reshard"):  # before JAX 0.7
+    """Shard a gradient as its primal, which JAX requires in a mesh with Explicit axes."""
+    if not hasattr(jax.sharding, "reshard"):  # before JAX 0.7, which has no gradients in such a mesh
         return gradient
     sharding = jax.typeof(primal).sharding
     return gradient if jax.typeof(gradient).sharding == sharding else jax.sharding.reshard(gradient, sharding)
 
 
-class _Traced(NamedTuple):
-    """What is known when tracing: the operator and its settings, (name, value) pairs."""
+class _StaticCall(NamedTuple):
+    """The part of a call that is constant while JAX traces: the operator's name and its settings, (name, value)."""
 
     op: str
     settings: tuple
 
 
 def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
-    """The public function for JAX arrays."""
-    of_argument, bind = kinds(public), binder(public)
+    """Wrap the public function of an operator for JAX arrays."""
+    argument_kinds, bind = kinds(public), binder(public)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
         bound, arrays, settings = bind(args, kwargs), {}, []
-        for name, (kind, optional) in of_argument.items():
+        for name, (kind, optional) in argument_kinds.items():
             value = bound[name]
             if kind == "Array":
                 arrays[name] = _checked(name, value, optional)
@@ -72,7 +73,7 @@ def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
                 arrays[name] = value
             else:
                 raise TypeError(f"{name}: expected kpcore.Neighbors, got {type(value).__name__}")
-        out = _called(_Traced(op.name, tuple(settings)), arrays)
+        out = _run(_StaticCall(op.name, tuple(settings)), arrays)
         if op.record is None:
             return out
         others = {field: jax.lax.stop_gradient(a) for field, a in out._asdict().items() if field != op.field}
@@ -81,11 +82,11 @@ def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# In a jit, because a shard_map that is not jitted refuses a custom_vjp with symbolic zeros.
+# Under jit, because a shard_map outside of jit refuses a custom_vjp with symbolic zeros.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _called(call, arrays):
-    # All arguments vary over the axes that any of them varies over: an argument that is made to do so gets the sum of
-    # the gradients on all devices, which its own rule could not know of.
+def _run(call, arrays):
+    # If one argument varies over a mesh axis, all are marked as varying over it. The transpose of that mark sums the
+    # gradient of an argument that is the same on all devices, which the vjp of the operator could not do.
     axes = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
     return _differentiable(call, jax.tree.map(functools.partial(_made_varying, axes), arrays))
 
@@ -108,9 +109,10 @@ def _forward(call, arrays):
 
 
 def _check(op, call, arrays):
-    """The operator's checks of dtypes and shapes, made on arrays that have no values: their memory is never touched."""
+    """Run the operator's checks of dtypes and shapes while tracing, on uninitialised arrays whose memory they never
+    read."""
     if not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
-        return  # or sizes are those that jax.export leaves open: what is wrong is found when the call runs
+        return  # symbolic sizes of jax.export; the checks are made when the call runs
     empty = {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
@@ -119,7 +121,7 @@ def _check(op, call, arrays):
             index, row_splits = np.empty(value.index.shape, np.int32), np.empty(value.row_splits.shape, np.int64)
             empty[name] = new_list(index, row_splits, value.num_points, None, value.width)
         else:
-            empty[name] = None if value is None else _empty(value, is_splits(name, value))
+            empty[name] = None if value is None else _empty(value, is_int32_splits(name, value))
     try:
         op.check(**empty, **dict(call.settings))
     except (TypeError, ValueError) as error:
@@ -130,8 +132,8 @@ def _empty(array, as_int64=False):
     return np.empty(array.shape, np.int64 if as_int64 else array.dtype)
 
 
-def is_splits(name: str, array: np.ndarray | jax.Array) -> bool:
-    """Whether they are `row_splits` as they are where jax_enable_x64 is off."""
+def is_int32_splits(name: str, array: np.ndarray | jax.Array) -> bool:
+    """Whether an array is `row_splits` in int32, the dtype they have in JAX unless jax_enable_x64 is on."""
     return name.endswith("row_splits") and array.dtype == np.int32
 
 
@@ -144,13 +146,14 @@ def _forward_rule(call, primals):
             raise TypeError(f"{name}: {op.name} cannot be differentiated in it, only in {', '.join(op.diff)}")
     out, saved = _forward(call, arrays)
     needs = [arrays[name] is not None and primals[name].perturbed for name in op.diff]
-    # As the size of an empty array: of a function that is traced once and differentiated in several ways JAX keeps one
-    # structure of what is kept, that of the last way, and flags in it would be those of another gradient.
+    # Which gradients are needed is passed on as the size of an empty array. A function that is traced once may be
+    # differentiated several times with respect to different arguments; JAX then keeps only the last pytree structure
+    # of the residuals, so flags that are part of the structure would be those of another gradient.
     return out, (arrays, saved, jnp.empty((sum(need << bit for bit, need in enumerate(needs)), 0)))
 
 
-def _backward_rule(call, kept, grad):
-    op, (arrays, saved, flags) = OPS[call.op], kept
+def _backward_rule(call, residuals, grad):
+    op, (arrays, saved, flags) = OPS[call.op], residuals
     needs = tuple(name for bit, name in enumerate(op.diff) if flags.shape[0] >> bit & 1)
     if op.field is not None:
         grad = getattr(grad, op.field)
@@ -158,13 +161,13 @@ def _backward_rule(call, kept, grad):
     gradients.update({name: _zero_like(arrays[name]) for name in op.diff if arrays[name] is not None})
     if needs and not isinstance(grad, SymbolicZero):
         results = tuple((arrays[name].shape, arrays[name].dtype) for name in needs)
-        found = _ffi_call(call, needs, results, arrays, [*saved, grad])
-        gradients.update({n: _placed_like(arrays[n], g) for n, g in zip(needs, found, strict=True)})
+        computed = _ffi_call(call, needs, results, arrays, [*saved, grad])
+        gradients.update({name: _placed_like(arrays[name], g) for name, g in zip(needs, computed, strict=True)})
     return (gradients,)
 
 
 def _zero_like(array):
-    """In place of None, because JAX before 0.8 expects results of one structure, too."""
+    """A zero gradient for an array; JAX before 0.8 does not accept None for it."""
     return SymbolicZero((jax.typeof if hasattr(jax, "typeof") else jax.core.get_aval)(array).to_tangent_aval())
 
 
@@ -173,7 +176,10 @@ _differentiable.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _ffi_call(call, what, results, arrays, more):
-    """`what` is "forward", or the names whose gradients are asked for; `results` are pairs of shape and dtype."""
+    """Call the FFI target with the arrays, then `more` (saved arrays and the gradient of the output).
+
+    `what` is "forward" or the names of the arguments whose gradients are needed. `results` are (shape, dtype) pairs.
+    """
     names, buffers, lists = [], [], {}
     for name, value in arrays.items():
         if isinstance(value, Neighbors):
@@ -189,7 +195,7 @@ def _ffi_call(call, what, results, arrays, more):
     text = json.dumps([call.op, what, dict(call.settings) | dict.fromkeys(absent), lists, names])
     results = [jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype)) for shape, dtype in results]
     outputs = jax.ffi.ffi_call("kpcore", results, vmap_method="sequential")(*buffers, *more, call=text)
-    axes = frozenset().union(*map(_varying, [*buffers, *more]))  # which ffi_call drops since JAX 0.8
+    axes = frozenset().union(*map(_varying, [*buffers, *more]))  # ffi_call drops these marks from JAX 0.8 on
     return [_made_varying(axes, output) for output in outputs]
 
 
@@ -199,6 +205,7 @@ def _second_derivatives(call, *_):
 
 
 def _checked(name, value, optional):
+    """Check an array argument without looking at its shape, which the operator's checks do."""
     if value is None and optional:
         return value
     if not isinstance(value, (jax.Array, np.ndarray)):
@@ -206,53 +213,52 @@ def _checked(name, value, optional):
     if not isinstance(value.dtype, np.dtype):
         raise TypeError(f"{name}: expected an array of numbers, got {value.dtype}")
     if isinstance(value, jax.Array) and _unreduced(value):
-        raise TypeError(f"{name}: expected an array, got a part of a sum over devices; sum it with jax.lax.psum")
+        raise TypeError(f"{name}: expected an array, got one that is not summed over devices yet; use jax.lax.psum")
     if value.dtype == np.float64 and not jax.config.jax_enable_x64:
         raise TypeError(
             f"{name}: expected float32, because jax_enable_x64 is off, got float64; turn it on with "
             "jax.config.update('jax_enable_x64', True)"
         )
     if value.dtype == np.int64 and not jax.config.jax_enable_x64 and np.any(value != value.astype(np.int32)):
-        raise ValueError(f"{name}: expected values that int32 can hold, because jax_enable_x64 is off, got others")
+        raise ValueError(f"{name}: expected values that int32 can hold, because jax_enable_x64 is off, got larger ones")
     return value
 
 
-# ---- what XLA calls
+# ---- computing a call of XLA
 
 
-class _Text(NamedTuple):
-    """A decoded text."""
+class _Description(NamedTuple):
+    """A call as its text describes it."""
 
-    op: object
-    needs: tuple | None  # None: forward
-    settings: dict
-    lists: dict
-    names: list
-    num_buffers: int  # of the arguments; what was saved, and the gradient, follow
+    op: Op
+    needs: frozenset[str] | None  # names of the arguments whose gradients are needed; None for the forward pass
+    settings: dict[str, Any]
+    lists: dict[str, list[Any]]  # {argument: [whether its transpose is passed, num_points, width]}
+    names: list[str]  # of the arrays, which follow the lists; then come saved arrays and the gradient of the output
 
 
 @functools.lru_cache(maxsize=4096)
-def _decoded(text):
+def decoded(text: bytes) -> _Description:
+    """Decode the text of a call, which `_ffi_call` wrote."""
     name, what, settings, lists, names = json.loads(text)
-    num_buffers = len(names) + sum(4 if transposed else 2 for transposed, _, _ in lists.values())
-    return _Text(OPS[name], None if what == "forward" else frozenset(what), settings, lists, names, num_buffers)
+    return _Description(OPS[name], None if what == "forward" else frozenset(what), settings, lists, names)
 
 
 def _compute(text, inputs):
-    """The arrays that a call returns."""
-    call = _decoded(text)
-    op, arguments, given = call.op, dict(call.settings), iter(inputs)
+    """The results of a call: outputs and saved arrays, or gradients."""
+    call = decoded(text)
+    op, arguments, arrays = call.op, dict(call.settings), iter(inputs)
     for name, (transposed, num_points, width) in call.lists.items():
-        index, row_splits = next(given), next(given)
-        back = (next(given), next(given)) if transposed else None
+        index, row_splits = next(arrays), next(arrays)
+        back = (next(arrays), next(arrays)) if transposed else None
         arguments[name] = list_for_one_call(index, row_splits, num_points, width, back)
     for name in call.names:
-        array = next(given)
-        arguments[name] = array.astype(np.int64) if is_splits(name, array) else array
+        array = next(arrays)
+        arguments[name] = array.astype(np.int64) if is_int32_splits(name, array) else array
     if call.needs is None:
         out, saved = op.compute(op.check(**arguments))
         return (*(out if op.record is not None else (out,)), *saved)
-    *saved, grad = given
+    *saved, grad = arrays
     return op.gradients(op.check(**arguments), tuple(saved), grad, call.needs).values()
 
 

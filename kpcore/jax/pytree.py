@@ -1,11 +1,11 @@
-"""`kpcore.Neighbors` and `kpcore.Pyramid` as pytrees of JAX."""
+"""`kpcore.Neighbors` and `kpcore.Pyramid` as JAX pytrees."""
 
 import json
 
 import jax
 import numpy as np
 
-from kpcore.jax.ffi import ELSEWHERE
+from kpcore.jax.ffi import ONLY_ON_CPU
 from kpcore.layers.normalization import BatchNormed
 from kpcore.neighbors import TO_HOST, Neighbors, unchecked_list
 from kpcore.nn.networks import Result
@@ -18,7 +18,7 @@ def _flatten(neighbors):
     row_splits = neighbors.row_splits
     if type(row_splits).__module__.split(".")[0] == "cupy":
         raise TypeError(
-            "neighbors: expected a list on the CPU, got one of CuPy's arrays; move it with neighbors.to('cpu')"
+            "neighbors: expected a list on the CPU, got one with CuPy arrays; move it with neighbors.to('cpu')"
         )
     if isinstance(row_splits, np.ndarray) and row_splits.dtype == np.int64 and not jax.config.jax_enable_x64:
         if len(row_splits) and row_splits[-1] > np.iinfo(np.int32).max:
@@ -40,13 +40,13 @@ def _unflatten(sizes, leaves):
 
 
 def to_host(name: str, array: jax.Array) -> np.ndarray:
-    """For what looks at the values of a list."""
+    """Convert a JAX array whose values are needed to a NumPy array; an error while it is traced."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
-            f"{name}: expected an array outside of jit, grad and vmap, got {array}; a list that is traced has no values"
+            f"{name}: expected an array outside of jit, grad and vmap, got {array}; a traced list has no values"
         )
     if any(device.platform != "cpu" for device in array.devices()):
-        raise TypeError(f"{name}: expected an array on the CPU, got one on {array.device}; {ELSEWHERE}")
+        raise TypeError(f"{name}: expected an array on the CPU, got one on {array.device}; {ONLY_ON_CPU}")
     return np.asarray(array)
 
 
@@ -56,7 +56,7 @@ jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None)
 
 
 def _register_with_export():
-    """For jax.export, which keeps a program with the structure of what it takes and gives."""
+    """Register with jax.export, which stores the pytree structure of inputs and outputs with a program."""
     export.register_pytree_node_serialization(
         Neighbors,
         serialized_name="kpcore.Neighbors",
@@ -75,7 +75,7 @@ def _register_with_export():
 
 try:
     from jax import export
-except ModuleNotFoundError as error:  # JAX 0.5 does not install what its export imports
+except ModuleNotFoundError as error:  # jax.export of JAX 0.5 imports absl, which JAX 0.5 does not install
     if error.name != "absl":
         raise
 else:

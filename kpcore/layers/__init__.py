@@ -1,7 +1,7 @@
-"""Layers besides the point operators, on rows of features: products, normalization, activations, dropout, a loss.
+"""Layers on rows of features, which networks need besides point operators: linear, normalization, activations, losses.
 
-Every function is differentiable in its arrays of features, weights, scales, shifts and logits (`kpcore.autodiff`) and
-uses all threads; no result depends on how many.
+Every function is differentiable in its features, weights, scales, shifts and logits (`kpcore.autodiff`) and uses all
+threads; no result depends on the number of threads.
 """
 
 import sys

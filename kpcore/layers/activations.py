@@ -30,8 +30,11 @@ def _activation_vjp(call, saved, grad, needs):
 def _activation(
     by_result: Callable[[Call[Any]], bool],
 ) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
-    """The declaration of an activation. Where the result has the sign of the features it is kept in their place: the
-    next operator keeps it anyway."""
+    """Declare an activation.
+
+    `by_result` says whether the result has the sign of the features. Then the gradient can be computed from the result,
+    and the tape keeps that instead of the features, since the next operator keeps it anyway.
+    """
     return operator(vjp=_activation_vjp, diff=("features",), result=_like_features, kernel="activate",
                     by_result=by_result)  # fmt: skip
 
@@ -55,7 +58,7 @@ def leaky_relu(features: Array[Computed], negative_slope: float = 0.1) -> Call[C
 
     Returns
     -------
-    An array like the features. NaN stays.
+    An array like the features. NaN gives NaN.
 
     Raises
     ------
@@ -64,7 +67,7 @@ def leaky_relu(features: Array[Computed], negative_slope: float = 0.1) -> Call[C
 
     Notes
     -----
-    The derivative at zero is `negative_slope`. `batch_norm` and `group_norm` do the same in their own pass.
+    The derivative at zero is `negative_slope`. `batch_norm` and `group_norm` can apply a leaky ReLU in the same pass.
 
     Examples
     --------
@@ -85,7 +88,7 @@ def relu(features: Array[Computed]) -> Call[Computed]:
 
     Returns
     -------
-    An array like the features. NaN stays.
+    An array like the features. NaN gives NaN.
 
     Raises
     ------
@@ -115,7 +118,7 @@ def sigmoid(features: Array[Computed]) -> Call[Computed]:
 
     Returns
     -------
-    An array like the features. NaN stays.
+    An array like the features. NaN gives NaN.
 
     Raises
     ------
@@ -159,12 +162,12 @@ def softmax(features: Array[Computed]) -> Call[Computed]:
     Returns
     -------
     An array like the features
-        NaN where one of the C values is NaN or plus infinity, or all are minus infinity.
+        A row is NaN if one of its C values is NaN or plus infinity, or all are minus infinity.
 
     Raises
     ------
     ValueError, TypeError
-        For an array without axes, or another dtype.
+        For a 0-d array, or another dtype.
 
     Examples
     --------
@@ -179,8 +182,8 @@ def softmax(features: Array[Computed]) -> Call[Computed]:
     return Call(features=features)
 
 
-def _dropped(call, features):
-    """The features, or their gradient, without those that the seed drops."""
+def _drop(call, features):
+    """Apply dropout to the features or to their gradient; the seed drops the same values in both."""
     if not call.training:
         return features.copy()
     out = devices.namespace(features).empty(features.shape, features.dtype)
@@ -189,11 +192,11 @@ def _dropped(call, features):
 
 
 def _dropout_forward(call):
-    return _dropped(call, call.features), ()
+    return _drop(call, call.features), ()
 
 
 def _dropout_vjp(call, saved, grad, needs):
-    return {"features": _dropped(call, devices.contiguous(devices.as_array(grad)))}
+    return {"features": _drop(call, devices.contiguous(devices.as_array(grad)))}
 
 
 @operator(vjp=_dropout_vjp, diff=("features",), result=_like_features, forward=_dropout_forward, keeps=())
@@ -206,16 +209,16 @@ def dropout(features: Array[Computed], rate: float, seed: int, *, training: bool
     ----------
     features : float32 or float64, of any shape
     rate : float, 0 to 1
-        The probability of each value to be dropped.
+        The probability with which each value is dropped.
     seed : int, 0 to 2**63 - 1
-        Another one for every call: which values are dropped depends on nothing else but their place.
+        Pass a different one in every call: which values are dropped depends only on the seed and on their positions.
     training : bool
-        Without it, nothing is dropped.
+        If False, nothing is dropped.
 
     Returns
     -------
     An array like the features
-        A copy of them where nothing is dropped.
+        A copy of them if nothing is dropped.
 
     Raises
     ------
@@ -226,9 +229,10 @@ def dropout(features: Array[Computed], rate: float, seed: int, *, training: bool
 
     Notes
     -----
-    Value i, counted in C order, is kept where word ``i // 16 % 4`` of Philox4x32-10 (Salmon et al. 2011) at the counter
-    ``i // 64 * 16 + i % 16`` with the seed as its key is at least ``floor(rate * 2**32)``: the same on every machine,
-    in both dtypes and with any number of threads. The gradient draws the same words again instead of keeping a mask.
+    Value i, counted in C order, is kept if word ``i // 16 % 4`` of Philox4x32-10 (Salmon et al. 2011), at the counter
+    ``i // 64 * 16 + i % 16`` and with the seed as its key, is at least ``floor(rate * 2**32)``. So the same values are
+    kept on every machine, in both dtypes and with any number of threads. The gradient draws the same words again
+    instead of keeping a mask.
 
     Examples
     --------

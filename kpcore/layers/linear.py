@@ -1,4 +1,4 @@
-"""Products with weights, and what joins rows of features: sums, and channels side by side."""
+"""Products of features with weights, sums of features, and concatenation of channels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def linear(features: Array[Computed], weights: Array[Computed], bias: Array[Comp
     Returns
     -------
     (N, Cout), dtype of the features
-        The bias, or zeros, where Cin is 0.
+        If Cin is 0, each row is the bias, or zeros.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def _add_result(call):
 
 
 def _add_vjp(call, saved, grad, needs):
-    return {name: grad.copy() for name in needs}  # one each: who gets it may add to it in place
+    return {name: grad.copy() for name in needs}  # a copy for each, since the caller may add to a gradient in place
 
 
 @operator(vjp=_add_vjp, diff=("first", "second"), result=_add_result, keeps=())
@@ -91,7 +91,7 @@ def add(first: Array[Computed], second: Array[Computed]) -> Call[Computed]:
     >>> kp.add(np.array([1.0, 2.0]), np.array([10.0, 20.0]))
     array([11., 22.])
     """
-    # NumPy's arithmetic turns arrays without axes, such as losses, into scalars.
+    # NumPy arithmetic turns 0-d arrays, such as losses, into scalars.
     first, second = devices.as_array(first), devices.as_array(second)
     sizes = {}
     first = checks.any_shape("first", first, sizes)

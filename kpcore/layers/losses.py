@@ -1,4 +1,4 @@
-"""The loss of a classification."""
+"""Losses of classification."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 def _result(call):
-    # `reduction` is a name in a call that was not checked, its code in one that was.
-    each = call.reduction in ("none", _REDUCTIONS.index("none"))
-    return [(call.logits.shape[:1] if each else (), call.logits.dtype)]
+    # `reduction` is the name in a call that is not checked yet, else its position in _REDUCTIONS.
+    not_reduced = call.reduction in ("none", _REDUCTIONS.index("none"))
+    return [(call.logits.shape[:1] if not_reduced else (), call.logits.dtype)]
 
 
-def _no_class(logits, labels, ignore_index):
+def _wrong_label(logits, labels, ignore_index):
+    """The error for the first label that is neither a class nor `ignore_index`."""
     labels = devices.on_host(labels)
     wrong = (labels < 0) | (labels >= logits.shape[1])
     expected = f"0 to {logits.shape[1] - 1}"
@@ -37,7 +38,7 @@ def _forward(call):
     try:
         return OPS["softmax_cross_entropy"].run(call)
     except devices.backend(call.logits).OutOfRange:
-        raise _no_class(call.logits, call.labels, call.ignore_index) from None
+        raise _wrong_label(call.logits, call.labels, call.ignore_index) from None
 
 
 def _vjp(call, saved, grad, needs):
@@ -45,7 +46,7 @@ def _vjp(call, saved, grad, needs):
     try:
         backend.run("cross_entropy_grad", call, grad_out=devices.as_array(grad), **grads)
     except backend.OutOfRange:  # the labels were changed since the forward pass
-        raise _no_class(call.logits, call.labels, call.ignore_index) from None
+        raise _wrong_label(call.logits, call.labels, call.ignore_index) from None
     return {"logits": grads["grad_logits"]}
 
 
@@ -63,12 +64,12 @@ def softmax_cross_entropy(logits: Array[Computed], labels: AnyArray, *, ignore_i
     labels : (N,) uint8, int32 or int64
         0 to C - 1, or `ignore_index`.
     ignore_index : int, optional
-        Rows of this label have no loss and no gradient.
+        Rows with this label have a loss and a gradient of zero.
     class_weights : (C,), dtype of the logits, optional
-        w; 1 without.
+        The weights w of the classes; 1 by default.
     reduction : {"mean", "sum", "none"}
-        The sum over the rows over the sum of their weights; the sum; or each row's. A mean over no weight at all, as
-        of rows that are all ignored, is 0 and so is its gradient.
+        "mean": the sum over all rows divided by the sum of their weights; "sum": the sum; "none": the loss of each row.
+        If the weights sum to zero, for example because all rows are ignored, the mean and its gradient are 0.
 
     Returns
     -------
@@ -83,7 +84,7 @@ def softmax_cross_entropy(logits: Array[Computed], labels: AnyArray, *, ignore_i
 
     Notes
     -----
-    Sums over rows are float64.
+    Sums over rows are computed in float64.
 
     Examples
     --------

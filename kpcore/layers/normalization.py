@@ -1,4 +1,4 @@
-"""Batch and group normalisation, with the leaky ReLU that mostly follows."""
+"""Batch and group normalisation, optionally followed by a leaky ReLU in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from kpcore.ops import Call, empty_like
 
 __all__ = ["BatchNormed", "batch_norm", "group_norm"]
 
-_STATISTICS = np.dtype(np.int32)  # as which two arrays of float64 are saved: JAX has none unless it is asked for
+# Mean and inverse standard deviation, float64, are saved for the gradient as int32 arrays of the same bytes, because
+# JAX has no float64 arrays unless jax_enable_x64 is on.
+_STATISTICS = np.dtype(np.int32)
 
 
 def _moments(features, row_splits, groups):
-    """(mean, variance) (B, groups) float64, of all values of an item and group; 0 of none."""
+    """(mean, variance), (B, groups) float64 each, over all values of a batch item and group; 0 for an empty item."""
     mean, variance = devices.namespace(features).empty((2, len(row_splits) - 1, groups), np.float64)
     devices.backend(features).run("moments", features=features, row_splits=row_splits, mean=mean, variance=variance)
     return mean, variance
 
 
 def _normalized(call, row_splits, mean, variance):
-    """(the features normalised, and what is saved: mean and inverse standard deviation)"""
+    """(normalised features, saved arrays), where the saved array holds mean and inverse standard deviation."""
     inverse_std = 1 / np.sqrt(variance + call.eps)
     out = devices.namespace(call.features).empty(call.features.shape, call.features.dtype)
     devices.backend(out).run("normalize", call, row_splits=row_splits, mean=mean, inverse_std=inverse_std, out=out)
@@ -40,14 +42,14 @@ def _gradients(call, row_splits, saved, grad, needs):
 
 
 def _slope(negative_slope, features):
-    """1, which changes nothing, for None."""
+    """The slope as a number; 1, which changes nothing, if it is None."""
     return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but torch does not recognise a generic one
 
     class BatchNormed(NamedTuple, Generic[Value, Buffer]):
-        """What `batch_norm` returns."""
+        """The result of `batch_norm`."""
 
         features: Value
         running_mean: Buffer
@@ -56,11 +58,11 @@ if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then 
 else:
 
     class BatchNormed(NamedTuple):
-        """What `batch_norm` returns."""
+        """The result of `batch_norm`."""
 
-        features: Array  #: (N, C) normalised
-        running_mean: np.ndarray  #: (C,) for the next call
-        running_var: np.ndarray  #: (C,)
+        features: Array  #: (N, C), normalised
+        running_mean: np.ndarray  #: (C,), to pass in the next call
+        running_var: np.ndarray  #: (C,), to pass in the next call
 
 
 def _batch_norm_forward(call):
@@ -68,10 +70,10 @@ def _batch_norm_forward(call):
     (n, channels), row_splits = features.shape, _one_item(features)
     if call.training:
         mean, variance = _moments(features, row_splits, channels)
-        running_mean = _towards(running_mean, mean[0], call.momentum)
-        running_var = _towards(running_var, n / (n - 1) * variance[0], call.momentum)
+        running_mean = _updated(running_mean, mean[0], call.momentum)
+        running_var = _updated(running_var, n / (n - 1) * variance[0], call.momentum)
     else:
-        # Not on the GPU, where to look is to wait for all that was asked for before: NaN in that channel there.
+        # Not checked on the GPU, where the check would wait for all earlier kernels; there the channel becomes NaN.
         if isinstance(running_var, np.ndarray) and (running_var < 0).any():
             at = int(np.argmax(running_var < 0))
             raise ValueError(f"running_var: expected no negative values, got {running_var[at]} in channel {at}")
@@ -85,8 +87,9 @@ def _one_item(features):
     return checks.one_item(len(features), devices.namespace(features))
 
 
-def _towards(running, batch, momentum):
-    with np.errstate(over="ignore"):  # infinite where the dtype ends
+def _updated(running, batch, momentum):
+    """The running statistics moved towards those of the batch."""
+    with np.errstate(over="ignore"):  # the result is infinite if the dtype cannot hold it
         return ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype)
 
 
@@ -113,23 +116,23 @@ def batch_norm(features: Array[Computed], scale: Array[Computed], shift: Array[C
                negative_slope: float | None = None) -> Call[BatchNormed[Computed, np.ndarray]]:  # fmt: skip
     """Batch normalisation, and a leaky ReLU after it in the same pass over memory.
 
-    ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015), with the mean and
-    the variance (over N) of the rows where `training`, else with the running ones. Nothing is written to: the new
-    running statistics are in the result. Differentiable in `features`, `scale` and `shift`.
+    ``(features - mean) / sqrt(var + eps) * scale + shift`` for each channel (Ioffe and Szegedy 2015). With `training`,
+    mean and variance (over N) are those of the rows, else the running ones. No argument is changed: the new running
+    statistics are in the result. Differentiable in `features`, `scale` and `shift`.
 
     Parameters
     ----------
     features : (N, C) float32 or float64
-        At least two rows where `training`: of fewer there is no variance.
+        At least two rows with `training`, because fewer have no variance.
     scale, shift : (C,), dtype of the features
     running_mean, running_var : (C,), dtype of the features
     training : bool
     momentum : float, 0 to 1
-        How far the running statistics go towards those of the rows: ``(1 - momentum) * running + momentum * batch``,
-        where the batch's variance is the unbiased one, over N - 1.
+        Weight of the batch in the new running statistics, ``(1 - momentum) * running + momentum * batch``, where the
+        variance of the batch is the unbiased one, over N - 1.
     eps : float, above zero
     negative_slope : float, optional
-        Multiplies what comes out negative, as `leaky_relu` does; 0 makes a ReLU.
+        Apply `leaky_relu` with this slope to the result; 0 is a ReLU.
 
     Returns
     -------
@@ -139,15 +142,16 @@ def batch_norm(features: Array[Computed], scale: Array[Computed], shift: Array[C
     Raises
     ------
     ValueError
-        For fewer than two rows where `training`, for a negative running variance where not (on the GPU its channel
-        becomes NaN), or for shapes that do not agree.
+        For fewer than two rows with `training`; for a negative running variance without it (on the GPU its channel
+        becomes NaN instead); for shapes that do not agree.
     TypeError
         For other dtypes.
 
     Notes
     -----
-    Statistics are float64 sums about the first row: an offset far larger than the spread does no harm. A channel that
-    is constant becomes its shift. Where statistics are those of the rows, the gradient goes through them.
+    Statistics are sums in float64 of differences from the first row, so an offset that is far larger than the spread
+    costs no accuracy. A constant channel becomes its shift. With `training`, the gradient includes the dependence of
+    the statistics on the features.
 
     Examples
     --------
@@ -209,26 +213,26 @@ def group_norm(features: Array[Computed], num_groups: int, scale: Array[Computed
                ) -> Call[Computed]:  # fmt: skip
     """Group normalisation, and a leaky ReLU after it in the same pass over memory.
 
-    ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), where mean and variance are those of a
-    batch item's rows and a group's channels together: with `row_splits` of each item, else of all rows, as in the
-    published networks that normalise a whole pack of clouds. Differentiable in `features`, `scale` and `shift`.
+    ``(features - mean) / sqrt(var + eps) * scale + shift`` (Wu and He 2018), with one mean and variance over all rows
+    of a batch item and all channels of a group. Without `row_splits` all rows are one item, as in the published
+    networks that normalise all clouds of a batch together. Differentiable in `features`, `scale` and `shift`.
 
     Parameters
     ----------
     features : (N, C) float32 or float64
     num_groups : int
-        Divides C; group g has the channels from ``g * C / num_groups``.
+        A divisor of C; group g has the ``C / num_groups`` channels from ``g * C / num_groups`` on.
     scale, shift : (C,), dtype of the features
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
     eps : float, above zero
     negative_slope : float, optional
-        Multiplies what comes out negative, as `leaky_relu` does; 0 makes a ReLU.
+        Apply `leaky_relu` with this slope to the result; 0 is a ReLU.
 
     Returns
     -------
     (N, C), dtype of the features
-        The shift where all values of an item and group are equal.
+        If all values of an item and group are equal, they become the shift.
 
     Raises
     ------
@@ -239,7 +243,7 @@ def group_norm(features: Array[Computed], num_groups: int, scale: Array[Computed
 
     Notes
     -----
-    Statistics are float64 sums about an item's first row, as in `batch_norm`.
+    Statistics are sums in float64 of differences from the first row of an item, as in `batch_norm`.
 
     Examples
     --------

@@ -1,11 +1,11 @@
-"""Blocks of the published networks, as functions of the operators.
+"""The blocks of the published networks, as functions of the operators.
 
-Each is written once, for every framework: `run.F` is the namespace that has the operators (`kpcore`, `kpcore.torch` or
-`kpcore.jax`), and features are its arrays or tensors. What is between operators (sums, slices, products with a number)
-is what arrays and tensors do by themselves.
+Each block is written once for all frameworks: `run.F` is the namespace with the operators (`kpcore`, `kpcore.torch` or
+`kpcore.jax`), and features are its arrays or tensors. Between operators a block uses only arithmetic, slices and
+reshapes that arrays and tensors have in common.
 
-A block is passed only the width of its output. It asks its `Run` for parameters by name and shape; while a network is
-being initialised, on no points at all, the `Run` makes them. So the shapes are written once too.
+A block gets the width of its output and asks its `Run` for parameters by name and shape. A network is initialised by
+one pass over no points, in which the `Run` creates the parameters that blocks ask for. So shapes are written once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from kpcore.nn.networks import Network
 
 MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
-IN_VOXELS = (1e-6, 100)  # a radius of 100 voxels holds every point of a sphere of training
+IN_VOXELS = (1e-6, 100)  # limits of radii in voxels; a sphere that is cut out for training is smaller than 100 voxels
 
 
 Parameters = Mapping[str, Value]  # by name
-Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # the first values of a parameter
-Geometry: TypeAlias = "tuple[AnyArray, AnyArray | None, Neighbors]"  # points, queries and neighbours, as of kpconv
+Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # draws the initial values
+Geometry: TypeAlias = "tuple[AnyArray, AnyArray | None, Neighbors]"  # (points, queries, neighbors) as in kpconv
 
 
 class KernelPlaces(TypedDict):
@@ -51,47 +51,49 @@ class KernelPlaces(TypedDict):
 
 
 class ShellPlaces(KernelPlaces):
-    """The kernel points of a layer that lie on shells: how many on each."""
+    """The kernel points of a layer that lie on shells; `shells` is the number on each."""
 
     shells: Sequence[int]
 
 
 class NewValues(TypedDict):
-    """How a `Run` makes the parameters that are missing. Without a seed they are zeros."""
+    """How a `Run` creates missing parameters: drawn with the seed, or zeros if it is None."""
 
     seed: int | None
     dtype: DTypeLike
 
 
 class Run(Generic[Value, Buffer]):
-    """One pass through a network: what blocks compute with, and what they leave.
+    """One pass through a network: operators, parameters and options of its blocks, and the state after the pass.
 
     Parameters
     ----------
     F : module
         `kpcore`, for arrays and `kpcore.autodiff.Tensor`; `kpcore.torch`; `kpcore.jax`.
     params, state : dict of arrays by name
-        The arrays that are trained; and those that are not: running statistics and kernel points.
+        Trained arrays; and arrays that are not trained, running statistics and kernel points.
     training : bool
-        Whether batch normalisation takes its statistics from the features.
+        Whether batch normalisation uses the statistics of the features instead of the running ones.
     norm : {"batch", "group", "instance", None}
-        None: a bias. Groups and instances are normalised for each batch item.
+        Group and instance normalisation treat each batch item separately. None: a bias instead of a normalisation.
     groups : int
-        Number of groups of the group normalisation. Where it does not divide the channels, their greatest common
-        divisor is taken.
+        Number of groups of the group normalisation. If it does not divide the number of channels, the greatest common
+        divisor of the two is used.
     momentum, slope : float
         Of the batch normalisation, and of the leaky ReLU.
     conv : dict
         The options of all convolutions: influence, aggregation, normalization.
+    repulse_extent : float
+        Of the regularization of deformable convolutions, see `kpcore.repulsion_loss`.
     new : dict, optional
-        How to make parameters that are missing: seed (None: zeros) and dtype.
+        How to create missing parameters: seed (None: zeros) and dtype. Without it a missing parameter is an error.
 
     Attributes
     ----------
     new_state : dict
         The state after the pass.
     regularization : list
-        One number for each deformable convolution, where training.
+        In training, one number for each deformable convolution.
     """
 
     F: ModuleType
@@ -118,7 +120,7 @@ class Run(Generic[Value, Buffer]):
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
-        """A trained array; while a network is initialised, `draw(rng, shape)` gives its first values."""
+        """A trained array; while a network is initialised, `draw(rng, shape)` draws its initial values."""
         return self._get("params", self.params, name, shape, draw)
 
     def buffer(self, name: str, shape: tuple[int, ...], draw: Draw) -> Buffer:
@@ -134,11 +136,11 @@ class Run(Generic[Value, Buffer]):
             if seed is None:
                 values[name] = np.zeros(shape, dtype)
             else:
-                # Drawn from the name, so that a block more or less changes no other's.
+                # The seed includes the name, so that adding or removing a block changes no other parameter.
                 rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
                 values[name] = np.ascontiguousarray(draw(rng, shape), dtype)
         if name not in values:
-            raise ValueError(f"{kind}: expected {name} {shape}, which the architecture has, got none of this name")
+            raise ValueError(f"{kind}: expected {name} {shape}, which the architecture has, got none with this name")
         value = values[name]
         if tuple(value.shape) != shape:
             raise ValueError(f"{kind}: expected {name} {shape}, got {tuple(value.shape)}")
@@ -146,35 +148,38 @@ class Run(Generic[Value, Buffer]):
 
 
 def check_fields(net: object, check: Callable[..., Any], names: Iterable[str], *limits: Any) -> None:
-    """Fields of a network as one of the checks of arguments returns them: plain numbers, which JSON can hold."""
+    """Check fields of a network and replace them by what the check returns: plain numbers, which JSON can hold."""
     for name in names:
         object.__setattr__(net, name, check(name, getattr(net, name), *limits))
 
 
 def check_channels(name: str, channels: int) -> None:
-    """An error for widths with which no network is meant: (15, 2**16, 2**16) weights are 240 GB."""
+    """Check that the widest level has at most 2**14 channels; weights (15, 2**16, 2**16) would take 240 GB."""
     if channels > MOST_CHANNELS:
         raise ValueError(f"{name}: expected at most {MOST_CHANNELS} channels on any level, got {channels}")
 
 
 def check_norm(net: Network | KPNeXt, item_width: int | None) -> None:
-    """The fields of a network that say how it is normalised; `item_width` is the width of a normalised layer with one
-    row for each batch item, if there is one."""
+    """Check `norm` and `norm_groups` of a network.
+
+    `item_width` is the width of a normalised layer with one row for each batch item, or None. In such a layer a group
+    of one channel is a single number, and normalising it would give a constant.
+    """
     checks.choice("norm", net.norm, ("batch", "group", "instance", None))
     check_fields(net, checks.integer, ("norm_groups",), 1)
     groups = {"group": math.gcd(net.norm_groups, item_width or 1), "instance": item_width}.get(net.norm)
     if item_width and groups == item_width:
-        raise ValueError(f"norm: expected one that leaves something of the {item_width} numbers of an item before "
-                         f"the logits, got {net.norm!r}, a group for each")  # fmt: skip
+        raise ValueError(f"norm: expected one with several channels in each group, since the {item_width} channels "
+                         f"before the logits have one row for each batch item, got {net.norm!r}")  # fmt: skip
 
 
 def one_row_each(row_splits: Value) -> Value:
-    """row_splits of B one-row items, arange(B + 1), from those of B items; an array of the same framework."""
+    """row_splits of B one-row items, arange(B + 1), as an array of the framework of `row_splits`, (B + 1,)."""
     return (row_splits * 0 + 1).cumsum(0) - 1
 
 
 def _uniform(fan_in: int) -> Draw:
-    """Uniform in ±1 / sqrt(fan_in), which is PyTorch's default for linear layers."""
+    """Draw uniformly in ±1 / sqrt(fan_in), PyTorch's default for linear layers."""
     bound = 1 / math.sqrt(fan_in)
     return lambda rng, shape: rng.uniform(-bound, bound, shape)
 
@@ -189,7 +194,7 @@ def _ones(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def norm(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, row_splits: AnyArray,
          activate: bool = True) -> Value:  # fmt: skip
-    """The normalisation of a network, or a bias, and after it a leaky ReLU."""
+    """The normalisation or bias that `run.norm` names, followed by a leaky ReLU if `activate`."""
     F, channels = run.F, features.shape[1]
     shift = run.parameter(f"{name}.shift", (channels,), _zeros)
     slope = run.slope if activate else None
@@ -212,14 +217,14 @@ def norm(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, row_s
 
 def unary(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, width: int, row_splits: AnyArray,
           activate: bool = True) -> Value:  # fmt: skip
-    """A linear layer of every point, normalised: to `width` channels."""
+    """A linear layer to `width` channels, applied to every point, and its normalisation."""
     channels = features.shape[1]
     weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
     return norm(run, f"{name}.norm", run.F.linear(features, weights), row_splits, activate)
 
 
 def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, width: int, activate: bool = True) -> Value:
-    """A linear layer of every point with a bias: to `width` channels."""
+    """A linear layer to `width` channels with a bias, applied to every point."""
     channels = features.shape[1]
     weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
     out = run.F.linear(features, weights, run.parameter(f"{name}.bias", (width,), _zeros))
@@ -227,17 +232,17 @@ def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, widt
 
 
 def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | AnyArray | None) -> Value:
-    """`kpcore.dropout` of the features in training; the features themselves otherwise."""
+    """`kpcore.dropout` in training; otherwise the features unchanged."""
     if not rate or not run.training:
         return features
     if seed is None:
-        raise ValueError(f"seed: expected an integer, because dropout is {rate} in training, got None")
+        raise ValueError(f"seed: expected an integer in training, because dropout is {rate}, got None")
     return run.F.dropout(features, rate, seed)
 
 
 def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
-    """Kernel points of a layer, a buffer: `places` has num, radius, extent and dimension, and shells where they lie on
-    some. Turned about the last axis by an angle that is drawn for each layer, as published."""
+    """The kernel points of a layer, a buffer. As published, each layer rotates them about the last axis by a random
+    angle."""
     num, radius, dimension, shells = (places.get(key) for key in ("num", "radius", "dimension", "shells"))
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -258,7 +263,7 @@ def conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | 
 
 def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
                     places: KernelPlaces, modulated: bool = False) -> Value:  # fmt: skip
-    """A deformable convolution, whose offsets a rigid one makes; see `deformed`."""
+    """A deformable convolution; a rigid convolution computes its offsets. See `deformed`."""
     num, channels = places["num"], features.shape[1]
     weights = run.parameter(f"{name}.weights", (num, channels, width), _uniform(channels * width))
     points = kernel(run, name, places)
@@ -274,9 +279,10 @@ def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, feature
 
 def deformed(F: ModuleType, where: Geometry, features: AnyArray, weights: Value, kernel_points: AnyArray, extent: float,
              raw: Value, options: Mapping[str, Any]) -> tuple[Value, Value]:  # fmt: skip
-    """The convolution by what the offsets' convolution gave, and the offsets (M, K, D) (Thomas et al. 2019, 3.2).
+    """(output, offsets (M, K, D)) of a deformable convolution (Thomas et al. 2019, section 3.2).
 
-    The first K D of `raw`, times the extent, are offsets; twice the sigmoid of K more, if they are there, modulates.
+    `raw` is the output of the convolution for the offsets. Its first K D channels, times the extent, are the offsets;
+    twice the sigmoid of K further channels, if there are any, are the modulations.
     """
     num, dimension = kernel_points.shape
     split = num * dimension
@@ -296,7 +302,7 @@ def regularization(F: ModuleType, where: Geometry, kernel_points: AnyArray, offs
 
 def simple(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
            places: KernelPlaces, row_splits: AnyArray, deform: bool | None = None) -> Value:  # fmt: skip
-    """A convolution, normalised. `deform`: None for a rigid one, else whether it is modulated."""
+    """A convolution and its normalisation. `deform`: None for a rigid one, else whether the deformable is modulated."""
     if deform is None:
         out = conv(run, f"{name}.conv", where, features, width, places)
     else:
@@ -307,10 +313,11 @@ def simple(run: Run[Value, Buffer], name: str, where: Geometry, features: Value 
 def bottleneck(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
                places: KernelPlaces, row_splits: AnyArray, queries_row_splits: AnyArray, deform: bool | None = None,
                always_narrow: bool = False, pad_value: float | None = None) -> Value:  # fmt: skip
-    """A residual block: down to a quarter of the width, a convolution, up again; added to a shortcut.
+    """A residual block: a linear layer to a quarter of the width, a convolution, a linear layer to `width`; a shortcut.
 
-    Where the queries are other points, the shortcut is a maximum over the neighbours; `pad_value` is seen by those
-    with fewer than the list's width, as published code has it. Where the width changes it has a linear layer.
+    In a strided block (queries are not the points) the shortcut is the maximum over the neighbours. In it, as in the
+    published code, `pad_value` counts as one more neighbour of queries with fewer neighbours than the list's width. The
+    shortcut has a linear layer if the width changes.
     """
     narrow, shortcut = features, features
     if always_narrow or features.shape[1] != width // 4:
@@ -326,11 +333,12 @@ def bottleneck(run: Run[Value, Buffer], name: str, where: Geometry, features: Va
 
 def depthwise(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, places: KernelPlaces,
               attention_groups: int | None = None, attention_norm: bool = True) -> Value:  # fmt: skip
-    """KPConvD, or with `attention_groups` KPConvX (Thomas et al. 2024): each neighbour by its nearest kernel point.
+    """KPConvD, or with `attention_groups` KPConvX (Thomas et al. 2024).
 
-    `attention_groups` channels side by side share a number of the attention, which is made of the queries' features;
-    queries are the points, None in `where`. With `attention_norm` the numbers of each kernel point are normalised
-    before the sigmoid, over all points of the batch together, in training or not, as published.
+    Each neighbour is weighted by its nearest kernel point. `attention_groups` consecutive channels share one number of
+    the attention, which is computed from the features of the query; so the queries must be the points, None in `where`.
+    With `attention_norm` the attention of each kernel point is normalised before the sigmoid, over all points of the
+    batch together, also outside of training, as published.
     """
     F, num, channels = run.F, places["num"], features.shape[1]
     weights = run.parameter(f"{name}.weights", (num, channels), _uniform(channels))
@@ -338,7 +346,8 @@ def depthwise(run: Run[Value, Buffer], name: str, where: Geometry, features: Val
     if attention_groups is None:
         return F.kpconv(*where, features, weights, points, extent, aggregation="closest")
     if where[1] is not None:
-        raise ValueError("where: expected None for the queries with attention, which is made of the points' features")
+        raise ValueError("where: expected None for the queries, because attention is computed from the features of the "
+                         "points, got other queries")  # fmt: skip
     first = run.parameter(f"{name}.attention.0.weights", (channels, channels), _uniform(channels))
     bias = run.parameter(f"{name}.attention.0.bias", (channels,), _zeros)
     shared = num * (channels // attention_groups)
@@ -354,7 +363,7 @@ def depthwise(run: Run[Value, Buffer], name: str, where: Geometry, features: Val
 def inverted(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
              places: KernelPlaces, row_splits: AnyArray, attention_groups: int | None = None,
              attention_norm: bool = True) -> Value:  # fmt: skip
-    """A residual block of KPNeXt: a depthwise convolution, four times the channels, and down to `width`."""
+    """A residual block of KPNeXt: a depthwise convolution, linear layers to four times the channels and to `width`."""
     channels = features.shape[1]
     out = depthwise(run, f"{name}.conv", where, features, places, attention_groups, attention_norm)
     out = norm(run, f"{name}.norm", out, row_splits)

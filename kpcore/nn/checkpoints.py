@@ -1,4 +1,4 @@
-"""Networks in files: safetensors, which hold arrays and a text, and cannot run anything."""
+"""Networks in safetensors files, which hold arrays and a text and cannot execute code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Arrays: TypeAlias = dict[str, np.ndarray]
 
 def save(path: str | os.PathLike[str], net: Network | KPNeXt, params: Parameters[np.ndarray],
          state: Parameters[np.ndarray], **more: Any) -> None:  # fmt: skip
-    """Write a network with its parameters to one file, whole or not at all.
+    """Write a network with its parameters to one file, which appears only when it is complete.
 
     Parameters
     ----------
@@ -34,16 +34,15 @@ def save(path: str | os.PathLike[str], net: Network | KPNeXt, params: Parameters
     net : Network or KPNeXt
     params, state : dict of NumPy arrays by name
     **more : anything that JSON can hold
-        What else is to be known of it, such as the names of the classes.
+        Anything else to store with the network, such as the names of the classes.
     """
     if taken := {"network", "groups"} & more.keys():
-        raise ValueError(f"more: expected names that are not the file's own, got {', '.join(sorted(taken))}")
+        raise ValueError(f"more: expected names other than network and groups, got {', '.join(sorted(taken))}")
     write(path, {"params": params, "state": state}, about_network(net) | more)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays, dict[str, Any]]:
-    """(network, params, state, more) of a file that `save` wrote; arrays are NumPy's. A ValueError names what is wrong
-    with another."""
+    """(network, params, state, more) of a file that `save` wrote, with NumPy arrays; a ValueError for other files."""
     groups, about = read(path)
     with naming(path):
         net = _network(about.pop("network", None))
@@ -54,14 +53,14 @@ def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong with the contents of a file is a ValueError of one line that names it."""
+    """Turn an exception about the contents of a file into a ValueError of one line that names the file."""
     try:
         yield
     except (ImportError, MemoryError, OSError):
         raise
-    except Exception as error:  # safetensors has its own kinds, and JSON can hold anything where numbers belong
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {said if len(said) <= 400 else said[:400] + ' ...'}") from None
+    except Exception as error:  # safetensors has exceptions of its own, and wrong JSON values cause any exception
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {message if len(message) <= 400 else message[:400] + ' ...'}") from None
 
 
 def _network(described: object) -> Network | KPNeXt:
@@ -75,13 +74,15 @@ def _network(described: object) -> Network | KPNeXt:
 
 
 def about_network(net: Network | KPNeXt) -> dict[str, Any]:
-    """The description of a network as JSON holds it, from which `load` makes the network again."""
+    """The description of a network as values that JSON can hold, from which `load` makes the network again."""
     return {"network": {"kind": type(net).__name__, **dataclasses.asdict(net)}}
 
 
 def write(path: str | os.PathLike[str], groups: Mapping[str, Parameters[np.ndarray]], about: dict[str, Any]) -> None:
-    """Dicts of arrays by name, each dict with a name without dots, and what JSON can hold, in one file that is there
-    whole or not at all."""
+    """Write groups of arrays, {group: {name: array}}, and `about`, which JSON can hold, to one file.
+
+    Names of groups have no dots. The file appears only when it is complete.
+    """
     safetensors = require("safetensors.numpy", "io")
     arrays = {
         f"{group}.{name}": np.asarray(value, order="C")
@@ -106,13 +107,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no regular file")
-    path.open("rb").close()  # of what cannot be opened safetensors raises an OSError without its name
+    path.open("rb").close()  # if this fails, the OSError names the file, which that of safetensors does not
     with naming(path), _opened(path) as file:
         about = json.loads((file.metadata() or {}).get("kpcore", "{}"))
         if not isinstance(about, dict):
-            raise ValueError(f"expected names and values in what kpcore says of it, got {type(about).__name__}")
+            raise ValueError(f"expected a JSON object in the metadata named kpcore, got {type(about).__name__}")
         groups = {group: {} for group in about.pop("groups", ())}
-        for name_of_both in file.keys():  # noqa: SIM118 - not a dict
-            group, _, name = name_of_both.partition(".")
-            groups.setdefault(group, {})[name] = file.get_tensor(name_of_both)
+        for full_name in file.keys():  # noqa: SIM118 - not a dict
+            group, _, name = full_name.partition(".")
+            groups.setdefault(group, {})[name] = file.get_tensor(full_name)
     return groups, about

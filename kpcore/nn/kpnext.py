@@ -1,4 +1,4 @@
-"""KPNeXt (Thomas et al. 2024): depthwise convolutions, with attention over their kernel points or without."""
+"""KPNeXt (Thomas et al. 2024): networks of depthwise convolutions, with or without attention over kernel points."""
 
 from __future__ import annotations
 
@@ -30,41 +30,42 @@ _SIZES = {"S": (2, 2, 2, 8, 2), "L": (3, 3, 9, 12, 3)}
 
 @dataclass(frozen=True)
 class KPNeXt:
-    """KPNeXt for labelling points or clouds: what it is, without its parameters; used as `Network` is.
+    """The description of a KPNeXt that labels points or clouds, without its parameters; it is used like `Network`.
 
-    After a full convolution there are stages of residual blocks, `nn.blocks.inverted`, the last of which widens;
-    between them the maximum over the points of each voxel. To label points, the way back: the features of a point's
-    voxel and those of the point before, a linear layer, and a block. The published training also drops residuals at
-    random (drop path); this does not.
+    A full convolution is followed by stages of residual blocks (`nn.blocks.inverted`), the last of which increases the
+    width. Between stages, features are reduced to the maximum over the points of each voxel. To label points, each
+    level of the decoder concatenates the features of a point's voxel with those of the point in the encoder, and has a
+    linear layer and a block. The published training also drops residual branches at random (drop path); this one does
+    not.
 
     Parameters
     ----------
     depths : sequence of int
-        Blocks of each stage; see `kpnext`.
+        Number of blocks in each stage; see `kpnext`.
     num_features, num_classes : int
     voxel_size : float
-        Of level 0, in the unit of the points.
+        Voxel size of level 0, in the unit of the points.
     attention_groups : int or None
-        Channels that share a number of the attention, which all blocks but those of the first stage have (KPConvX);
-        None: no attention (KPConvD).
+        How many consecutive channels share one number of the attention (KPConvX), which all blocks except those of the
+        first stage have. None: no attention (KPConvD).
     attention_norm : bool
-        Whether the attention's numbers of each kernel point are normalised before their sigmoid, over all points of the
-        batch together. So it is published; there what a point gets depends on what else is in the batch.
+        Whether the attention of each kernel point is normalised before the sigmoid, over all points of the batch
+        together, as published. The result for one batch item then depends on the other items.
     segment : bool
         Whether each point gets logits; otherwise each batch item does.
     dimension : int
     width : int
-        Of the first stage; others have 1.41 times as many, in whole sixteens.
+        Channels of the first stage; they grow by a factor of 1.41 with each stage, rounded up to a multiple of 16.
     num_neighbors : sequence of int
-        Of each level.
+        Number of nearest neighbours on each level.
     shells : sequence of int
-        Kernel points of each shell.
+        Number of kernel points on each shell.
     radius : float
-        Of the kernel and of influence, in voxels of the level.
+        Radius of the kernel and extent of the influence, in voxels of the level.
     grid_factor : float
-        By which voxels grow from level to level.
+        Factor by which voxels grow from level to level.
     norm, norm_groups, momentum, slope, dropout, origin
-        As of `Network`.
+        As in `Network`.
 
     Examples
     --------
@@ -106,12 +107,12 @@ class KPNeXt:
         object.__setattr__(self, "origin", common_origin(self.origin))
         if len(self.depths) > blocks.MOST_LEVELS or sum(self.depths) > 1000 or sum(self.shells) > 1000:
             limits = f"depths of at most {blocks.MOST_LEVELS} levels and 1000 blocks, and shells of 1000 kernel points"
-            raise ValueError(f"depths, shells: expected {limits}, got {self.depths}, {self.shells}")
+            raise ValueError(f"depths, shells: expected {limits}, got {self.depths} and {self.shells}")
         if not self.depths or len(self.num_neighbors) < len(self.depths):
             got = f"got {self.num_neighbors}"
             raise ValueError(f"num_neighbors: expected one for each of {len(self.depths)} levels, {got}")
         if self.shells[:1] != (1,):
-            raise ValueError(f"shells: expected those from the centre, of 1 point, outwards, got {self.shells}")
+            raise ValueError(f"shells: expected 1 point on the first shell, which is the centre, got {self.shells}")
         blocks.check_fields(self, checks.integer, ("num_features", "num_classes", "width"), 1)
         blocks.check_fields(self, checks.integer, ("dimension",), 2, 3)
         blocks.check_fields(self, checks.length, ("voxel_size",), np.dtype(np.float32))
@@ -146,9 +147,9 @@ class KPNeXt:
     def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None, subsampled: bool = False,
                 features: AnyArray | None = None, labels: AnyArray | None = None,
                 F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
-        """The levels and neighbours that the network works on: the nearest `num_neighbors`, and what each voxel holds.
+        """The pyramid that the network works on, with the nearest `num_neighbors` on each level.
 
-        ``pools`` of a level are the points in each voxel of the next, ``upsamples`` the voxel of each point.
+        ``pools`` of a level lists the points in each voxel of the next level, ``upsamples`` the voxel of each point.
         """
         check_dimension(self, points)
         for name, value in (("features", features), ("labels", labels)):
@@ -159,7 +160,7 @@ class KPNeXt:
             more = {"features": features, "labels": labels, "row_splits": row_splits, "origin": self.origin}
             here = F.grid_subsample(points, self.voxel_size, **more)[:4]
         elif row_splits is None:
-            # Bounds of a single item, of the framework that the points are of.
+            # row_splits of a single item, as an array of the points' framework.
             here = *here[:3], blocks.one_row_each(F.grid_subsample(points, self.voxel_size).row_splits) * len(points)
         levels = []
         for number in range(self.num_levels):
@@ -172,28 +173,31 @@ class KPNeXt:
                 coarser = F.grid_subsample(points, voxel * self.grid_factor, features=features, labels=labels,
                                            row_splits=row_splits, origin=self.origin)  # fmt: skip
                 here = coarser[:4]
-                upsamples = _inverse(coarser.inverse, len(coarser.points))
+                upsamples = _voxel_list(coarser.inverse, len(coarser.points))
                 pools = upsamples.transpose()
             levels.append(Level(points, row_splits, features, labels, voxel, self.radius * voxel, neighbors, pools,
                                 upsamples))  # fmt: skip
         return Pyramid(levels)
 
     def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(params, state), as of `Network.init`."""
+        """(params, state), as `Network.init` returns them."""
         return initialised(self, seed, dtype)
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
                  seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
-        """The `Result` of a pass, as of `Network`."""
+        """The `Result` of a pass, as when a `Network` is called."""
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
-    def _new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
-                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
+    def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+                **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
+        """The `nn.Run` of a pass through this network."""
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv={"aggregation": "closest"}, **more)  # fmt: skip
 
-    def _run(self, run, pyramid, x, seed):
+    def compute_logits(self, run: blocks.Run[Value, Buffer], pyramid: Sequence[Level], x: Value | np.ndarray,
+                       seed: int | AnyArray | None) -> Value:  # fmt: skip
+        """The logits for the features `x` of the points of level 0."""
         widths, skips = self.widths, []
         first = pyramid[0]
         x = blocks.simple(run, "stem", (first.points, None, first.neighbors), x, widths[0], self._places(0),
@@ -247,10 +251,10 @@ def kpnext(num_features: int, num_classes: int, voxel_size: float, *, size: str 
     return KPNeXt(num_features=num_features, num_classes=num_classes, voxel_size=voxel_size, **options)
 
 
-def _inverse(inverse: Any, num_voxels: int) -> Neighbors:
-    """The voxel of each point as a list, where the points are."""
+def _voxel_list(inverse: Any, num_voxels: int) -> Neighbors:
+    """The voxel of each point as a list with one entry in each row, on the device of `inverse`."""
     array = inverse
-    if not devices.is_array(inverse):  # of another framework
+    if not devices.is_array(inverse):  # a tensor or a JAX array
         array = config.cupy().from_dlpack(inverse) if getattr(inverse, "is_cuda", False) else np.asarray(inverse)
     splits = devices.namespace(array).arange(len(array) + 1)
     return Neighbors(array, splits, num_voxels)

@@ -1,4 +1,4 @@
-"""KP-CNN and KP-FCNN (Thomas et al. 2019) from a list of blocks."""
+"""KP-CNN and KP-FCNN (Thomas et al. 2019), described by a list of blocks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
+if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but torch does not recognise a generic one
 
     class Result(NamedTuple, Generic[Value, Buffer]):
-        """What a network makes of features."""
+        """The result of a pass through a network."""
 
         logits: Value
         state: dict[str, Buffer]
@@ -41,11 +41,11 @@ if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then 
 else:
 
     class Result(NamedTuple):
-        """What a network makes of features."""
+        """The result of a pass through a network."""
 
         logits: AnyArray  #: (N, classes), or (B, classes) after a global average
-        state: dict[str, AnyArray]  #: after the pass: running statistics, where training
-        regularization: AnyArray | None  #: of deformable convolutions, a number, where training and there are some
+        state: dict[str, AnyArray]  #: the state after the pass; in training with new running statistics
+        regularization: AnyArray | None  #: in training a number, if the network has deformable convolutions
 
 
 def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segment: bool = True) -> tuple[str, ...]:
@@ -55,12 +55,12 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segmen
     ----------
     levels : int
     convs : int
-        Of each level but the first, which has two, among them the strided one that comes to it. 2 gives the networks
-        of the paper, 3 the deeper ones of its PyTorch code.
+        Number of blocks with a convolution on each level, including the strided block that leads to it; the first level
+        always has two. 2 in the networks of the paper, 3 in the deeper ones of its PyTorch code.
     deformable : int
-        How many of the last blocks with a convolution are deformable: 5 in the paper.
+        How many blocks with a convolution are deformable, counted from the last; 5 in the paper.
     segment : bool
-        Whether the features go up to the points again (KP-FCNN) or are averaged (KP-CNN).
+        Whether features are upsampled to the points again (KP-FCNN) or averaged over each batch item (KP-CNN).
 
     Returns
     -------
@@ -86,9 +86,10 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segmen
 
 @dataclass(frozen=True)
 class Network:
-    """KP-CNN or KP-FCNN: what it is, without its parameters.
+    """The description of a KP-CNN or KP-FCNN, without its parameters.
 
-    Called with those, it is a pure function of the operators of `F`: `kpcore`, `kpcore.torch` or `kpcore.jax`.
+    It is called with parameters, as a pure function over the operators of `F`: `kpcore`, `kpcore.torch` or
+    `kpcore.jax`.
 
     Parameters
     ----------
@@ -97,45 +98,48 @@ class Network:
         then global_average, or nearest_upsample and unary up to the first level. See `architecture`.
     num_features, num_classes : int
     voxel_size : float
-        Of level 0, in the unit of the points; twice that of each further level.
+        Voxel size of level 0, in the unit of the points; it doubles with each level.
     dimension : int
         D, 2 or 3.
     width : int
-        Of the first residual block; a simple block has half; twice that of each further level. 128 in the published
-        code; 64 as the paper counts.
+        Channels of the first residual block; they double with each level, and a simple block has half of them. 128 in
+        the published code, 64 as the paper counts.
     decoder_width : int, optional
-        Of level 0 after upsampling; `width` if not given. The paper's networks have half.
+        Channels of level 0 after upsampling; `width` by default. The networks of the paper have half of it.
     head_width : int, optional
-        Of the layer before the logits; 1024 after a global average, else `width`, if not given.
+        Channels of the layer before the logits; by default 1024 after a global average, else `width`.
     head_norm : bool
-        Whether that layer is normalised, as in the paper's networks, or has a bias.
+        Whether that layer is normalised, as in the networks of the paper, or has a bias.
     kernel_size : int
         K.
     conv_radius, deform_radius, extent : float
-        In voxels of the level: of neighbourhoods, of those where a block of the level is deformable, and of influence.
+        Search radius, search radius of levels with a deformable block, and extent of the influence, in voxels of the
+        level.
     kernel_radius : float
-        The mean norm of the kernel points, in `conv_radius`.
+        Mean norm of the kernel points, as a fraction of `conv_radius`.
     influence, aggregation, normalization
         As in `kpcore.kpconv`.
     modulated : bool
         Whether deformable convolutions also modulate their kernel points.
     norm : {"batch", "group", "instance", None}
     norm_groups : int
-        At most; see `nn.Run`.
+        Number of groups of the group normalisation, see `nn.Run`.
     momentum : float
-        Of the running statistics.
+        Momentum of the running statistics, see `kpcore.batch_norm`.
     slope : float
-        Of the leaky ReLU.
+        Negative slope of the leaky ReLU.
     always_narrow : bool
-        Whether residual blocks have their first layer where it changes no width, as in the paper's networks.
+        Whether residual blocks have their first linear layer even if it does not change the width, as in the networks
+        of the paper.
     pool_pad_value : float, optional
-        What a shorter row sees besides its neighbours in a maximum: 0 in the published PyTorch code.
+        In a maximum over neighbours, the value that rows shorter than the list's width see in addition; 0 in the
+        published PyTorch code, none by default.
     fitting_power, repulse_extent : float
-        Of the regularisation of deformable convolutions.
+        Factor of the regularization of deformable convolutions, and the extent of its repulsion in it.
     dropout : float
-        Of the layer before the logits, in training.
+        Dropout rate of the layer before the logits, in training.
     origin : {0, "published"}
-        Where the grids of its pyramids begin, as of `kpcore.build_pyramid`.
+        Where the grids of pyramids begin, as in `kpcore.build_pyramid`.
 
     Examples
     --------
@@ -182,7 +186,7 @@ class Network:
     def __post_init__(self) -> None:
         single = np.dtype(np.float32)
         if not isinstance(self.architecture, (list, tuple)) or not all(isinstance(b, str) for b in self.architecture):
-            raise TypeError("architecture: expected a sequence of blocks' names, got another")
+            raise TypeError(f"architecture: expected a list or tuple of str, got {self.architecture!r}")
         object.__setattr__(self, "architecture", tuple(self.architecture))
         object.__setattr__(self, "origin", common_origin(self.origin))
         _check_architecture(self.architecture)
@@ -217,13 +221,13 @@ class Network:
 
     @property
     def num_downs(self) -> int:
-        """Blocks before the first that goes up again."""
-        up = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
-        return up[0] if up else len(self.architecture)
+        """Number of blocks before the first upsampling."""
+        upsamplings = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
+        return upsamplings[0] if upsamplings else len(self.architecture)
 
     @property
     def deform_levels(self) -> tuple[int, ...]:
-        """The levels on which some convolution is deformable and so needs the larger neighbourhoods."""
+        """The levels with a deformable convolution, which needs the larger neighbourhoods."""
         level, levels = 0, set()
         for block in self.architecture:
             if "deformable" in block:
@@ -240,7 +244,7 @@ class Network:
                 neighbor_limits: Sequence[int] | None = None, subsampled: bool = False,
                 features: AnyArray | None = None, labels: AnyArray | None = None,
                 F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
-        """The levels and neighbours that the network works on, made by `F.build_pyramid` with its sizes."""
+        """The pyramid that the network works on, made by `F.build_pyramid` with the network's voxel size and radii."""
         check_dimension(self, points)
         levels = F.build_pyramid(
             points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
@@ -254,8 +258,8 @@ class Network:
     def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state): dicts of arrays by name.
 
-        Weights are drawn as in the published PyTorch code, uniform in ±1 / sqrt(fan-in), by NumPy from the seed and
-        the name; the same on every machine.
+        As in the published PyTorch code, weights are uniform in ±1 / sqrt(fan-in). NumPy draws them from the seed and
+        the name of the parameter, so they are the same on every machine.
 
         Parameters
         ----------
@@ -272,17 +276,17 @@ class Network:
         Parameters
         ----------
         F : module
-            `kpcore` for arrays and for tensors of the tape, `kpcore.torch`, `kpcore.jax`.
+            `kpcore` (for arrays and `kpcore.autodiff.Tensor`), `kpcore.torch` or `kpcore.jax`.
         params, state : dict by name
-            As from `init`; of the kind that `F` computes with.
+            As `init` returns them, as arrays or tensors that `F` takes.
         pyramid : sequence of Level
-            As from `pyramid`, of the kind that `F` computes with.
+            As `pyramid` returns it, with arrays or tensors that `F` takes.
         features : (N, num_features)
-            Of the points of level 0.
+            Features of the points of level 0.
         training : bool
-            Whether to normalise by the statistics of this batch, drop out, and compute the regularisation.
+            Whether to normalise by the statistics of the batch, apply dropout and compute the regularization.
         seed : int, optional
-            Of dropout; needed where it is on in training.
+            Seed of dropout; required in training if the network has dropout.
 
         Returns
         -------
@@ -290,13 +294,16 @@ class Network:
         """
         return evaluated(self, F, params, state, pyramid, features, training, seed)
 
-    def _new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
-                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
+    def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
+                **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
+        """The `nn.Run` of a pass through this network."""
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
 
-    def _run(self, run, pyramid, x, seed):
+    def compute_logits(self, run: blocks.Run[Value, Buffer], pyramid: Sequence[Level], x: Value | np.ndarray,
+                       seed: int | AnyArray | None) -> Value:  # fmt: skip
+        """The logits for the features `x` of the points of level 0."""
         level, width, downs, skips = 0, self.width, self.num_downs, []
         for number, block in enumerate(self.architecture):
             kind, deform = block.split("_")[0], self.modulated if "deformable" in block else None
@@ -352,7 +359,7 @@ class Network:
 
 def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
           deformable: int = 0, **options: Any) -> Network:  # fmt: skip
-    """KP-CNN, which classifies clouds, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
+    """KP-CNN, which classifies clouds, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
 
@@ -365,7 +372,7 @@ def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int 
 
 def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
            deformable: int = 0, **options: Any) -> Network:  # fmt: skip
-    """KP-FCNN, which labels points, with the sizes of the published PyTorch code (`convs=3`) or of the paper (2).
+    """KP-FCNN, which labels points, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
     """
@@ -383,7 +390,7 @@ def _published(num_features, num_classes, voxel_size, convs, levels, deformable,
 
 
 def check_dimension(net: Network | KPNeXt, points: object) -> None:
-    """An error for points of another dimension than the network's. Other things than arrays the operators refuse."""
+    """Check that points have the network's dimension; anything that is no array is left to the operators' checks."""
     shape = tuple(getattr(points, "shape", (0, net.dimension)))
     if shape[1:] != (net.dimension,):
         raise ValueError(f"points: expected (N, {net.dimension}) for the network, got {shape}")
@@ -391,7 +398,7 @@ def check_dimension(net: Network | KPNeXt, points: object) -> None:
 
 def check_values(groups: Sequence[Parameters[AnyArray]], expected: Sequence[Parameters[AnyArray]],
                  kinds: Sequence[str] = ("params", "state")) -> None:  # fmt: skip
-    """An error unless the dicts in `groups`, parameters and state, have the names and shapes of those of `init`."""
+    """Check that the dicts in `groups`, parameters and state, have the names and shapes of those in `expected`."""
     for kind, values, like in zip(kinds, groups, expected, strict=True):
         for name, value in like.items():
             if name not in values:
@@ -415,14 +422,17 @@ class _Recording(dict[str, np.ndarray]):
 
 
 def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: Parameters[np.ndarray]) -> None:
-    """An error unless the dicts hold the arrays of a network: every name, in its shape, and all of one dtype. It makes
-    no arrays to compare with: a file may describe a network of 10**9 channels, for which there is no memory."""
+    """Check that the dicts hold exactly the arrays of a network, with the right shapes and one dtype.
+
+    It does not initialise the network to compare with: a damaged file may describe one of 10**9 parameters, which would
+    not fit into memory.
+    """
     dtypes = {value.dtype for value in (*params.values(), *state.values())}
     if len(dtypes) > 1 or not dtypes <= {*checks.REAL}:
         got = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"params, state: expected arrays of float32, or all of float64, got {got}")
+        raise ValueError(f"params, state: expected all arrays in float32 or all in float64, got {got}")
     params, state = _Recording(params), _Recording(state)
-    _pass_over_nothing(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
+    _pass_without_points(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
     for kind, values in (("params", params), ("state", state)):
         if others := sorted(values.keys() - values.read):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
@@ -431,33 +441,33 @@ def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: P
 def initialised(
     net: Network | KPNeXt, seed: int, dtype: DTypeLike
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(params, state) of a network: every array that a pass over no points reads."""
+    """(params, state) of a network: the arrays that its blocks ask for in a pass over no points."""
     dtype = np.dtype(dtype)
     if dtype not in checks.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     seed = checks.integer("seed", seed, 0)
-    _pass_over_nothing(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # an error for one that has too many
+    _pass_without_points(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # raises for too many before any is drawn
     params, state = {}, {}
-    _pass_over_nothing(net, params, state, dtype, {"seed": seed, "dtype": dtype})
+    _pass_without_points(net, params, state, dtype, {"seed": seed, "dtype": dtype})
     return params, state
 
 
-def _pass_over_nothing(net, params, state, dtype, new):
-    pyramid = net.pyramid(np.zeros((0, net.dimension), dtype))
-    net._run(net._new_run(kpcore, params, state, new=new), pyramid, np.zeros((0, net.num_features), dtype), None)
+def _pass_without_points(net, params, state, dtype, new):
+    pyramid, features = net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype)
+    net.compute_logits(net.new_run(kpcore, params, state, new=new), pyramid, features, None)
 
 
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
               pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
               seed: int | AnyArray | None) -> Result[Value, Buffer]:  # fmt: skip
-    """The `Result` of a network."""
+    """Run a network; the common part of `Network` and `KPNeXt` when they are called."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
     check_dimension(net, pyramid[0].points)
     if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
-    run = net._new_run(F, params, state, training=training)
-    logits = net._run(run, pyramid, features, seed)
+    run = net.new_run(F, params, state, training=training)
+    logits = net.compute_logits(run, pyramid, features, seed)
     total = None
     for one in run.regularization:
         total = one if total is None else total + one
@@ -465,7 +475,7 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
 
 
 def count(params: Parameters[AnyArray]) -> int:
-    """How many numbers there are in a dict of arrays."""
+    """The number of parameters: the sum of the sizes of all arrays in a dict."""
     return sum(int(np.prod(value.shape)) for value in params.values())
 
 
@@ -475,9 +485,9 @@ def _coarser(block: str) -> bool:
 
 def _check_architecture(block_names: Sequence[str]) -> None:
     if len(block_names) > _MOST_BLOCKS or sum(map(_coarser, block_names)) >= blocks.MOST_LEVELS:
-        got = f"got {len(block_names)} on {1 + sum(map(_coarser, block_names))}"
+        got = f"got {len(block_names)} blocks on {1 + sum(map(_coarser, block_names))} levels"
         raise ValueError(f"architecture: expected at most {_MOST_BLOCKS} blocks on {blocks.MOST_LEVELS} levels, {got}")
-    level, up = 0, False
+    level, upsampled = 0, False
     for number, block in enumerate(block_names):
         kind, *more = block.split("_")
         known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
@@ -486,21 +496,22 @@ def _check_architecture(block_names: Sequence[str]) -> None:
         if not known:
             raise ValueError(f"architecture: expected a block of the published networks, got {block!r}")
         if block == "nearest_upsample":
-            level, up = level - 1, True
-        elif up and block != "unary":
-            raise ValueError(f"architecture: expected nearest_upsample or unary after going up, got {block!r}")
+            level, upsampled = level - 1, True
+        elif upsampled and block != "unary":
+            expected = "nearest_upsample or unary after the first nearest_upsample"
+            raise ValueError(f"architecture: expected {expected}, got {block!r}")
         elif block == "global_average" and number != len(block_names) - 1:
-            raise ValueError("architecture: expected global_average at the end")
+            raise ValueError(f"architecture: expected global_average only at the end, got it in block {number}")
         level += _coarser(block)
         if level < 0:
-            raise ValueError("architecture: expected as many blocks down as up, got one up more")
+            raise ValueError(f"architecture: expected no nearest_upsample on level 0, got one in block {number}")
     if not block_names or (block_names[-1] != "global_average" and level):
-        expected = "global_average at the end, or to be on level 0 there"
+        expected = "global_average at the end, or nearest_upsample until level 0"
         raise ValueError(f"architecture: expected {expected}, got {block_names}")
 
 
 def _with_width(neighbors: Neighbors | None) -> Neighbors | None:
-    """The list with the width of the padded matrix in which the longest row has no padding."""
+    """Give a list without a width that of its longest row."""
     if neighbors is None or neighbors.width is not None:
         return neighbors
     return neighbors.with_width(int(neighbors.counts.max()) if neighbors.num_queries else 0)

@@ -1,6 +1,6 @@
-"""Training on the tape: optimizers, gradient clipping and learning rate schedules. PyTorch and JAX have their own.
+"""Optimizers, gradient clipping and learning rate schedules for training on the tape (`kpcore.autodiff`).
 
-Parameters and gradients are dicts of arrays by name, NumPy's or CuPy's; parameters are changed in place.
+Parameters and gradients are dicts of NumPy or CuPy arrays by name; parameters are changed in place.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Generic[Value]):
-    """Parameters, the moments that are kept for each, and the rule that updates them. Made by `sgd` and `adamw`.
+    """Parameters, the arrays (moments) stored for each, and the rule that updates them. Made by `sgd` and `adamw`.
 
     Parameters
     ----------
     params : dict of C-contiguous arrays by name
         Changed in place by `step`.
     moments : sequence of str
-        Names of the arrays that are kept for each parameter, zero at first.
+        Names of the arrays stored for each parameter, which are zero initially.
     update : callable
-        Takes the learning rate, the number of the step from 1 on, a parameter, its gradient and each of its moments,
-        and changes the parameter and the moments in place.
+        Called with the learning rate, the number of the step (from 1 on), a parameter, its gradient and its moments;
+        changes the parameter and the moments in place.
     lr_scales : dict of float by part of a name, optional
-        Factors of the learning rate.
+        Factors of the learning rate for parameters that have this part in their name.
     """
 
     params: Parameters[Value]
@@ -47,7 +47,7 @@ class Optimizer(Generic[Value]):
                 got = f"{type(value).__name__} {getattr(value, 'dtype', '')}".rstrip()
                 raise TypeError(f"params: expected float32 or float64 arrays, got {got} for {name}")
             if not value.flags.c_contiguous or (isinstance(value, np.ndarray) and not value.flags.writeable):
-                raise ValueError(f"params: expected C-contiguous arrays, to be changed in place, got another: {name}")
+                raise ValueError(f"params: expected C-contiguous writable arrays, got one that is not for {name}")
         self.params, self.moments, self.update, self.num_steps = params, moments, update, 0
         self._scales = dict.fromkeys(params, 1.0)
         for part, factor in (lr_scales or {}).items():
@@ -62,16 +62,16 @@ class Optimizer(Generic[Value]):
         }
 
     def state(self) -> dict[str, Value | np.ndarray]:
-        """Copies of the moments by name, and under "num_steps" the number of steps: with these a run is continued."""
+        """Copies of the moments by name and, under "num_steps", the number of steps; `restore` continues from them."""
         moments = {name: value.copy() for name, value in self._moments.items()}
         return {**moments, "num_steps": np.array(self.num_steps)}
 
     def restore(self, state: Mapping[str, Value | np.ndarray]) -> None:
-        """Go on from what `state` returned, of equal parameters."""
+        """Continue from what `state` returned for parameters of the same names, shapes and dtypes."""
         expected = {**self._moments, "num_steps": np.array(0)}
         if state.keys() != expected.keys():
             wrong = sorted(state.keys() ^ expected.keys())
-            raise ValueError(f"state: expected what state() returned for these parameters, got others: {wrong[:3]}")
+            raise ValueError(f"state: expected what state() returns for these parameters, got other names: {wrong[:3]}")
         for name, value in self._moments.items():
             _check_like("state", name, state[name], value)
         for name, value in self._moments.items():
@@ -79,11 +79,11 @@ class Optimizer(Generic[Value]):
         self.num_steps = int(state["num_steps"])
 
     def step(self, grads: Parameters[Value], lr: float) -> None:
-        """Change the parameters by their gradients, dicts by name; `lr` is the learning rate of this step."""
+        """Update the parameters with their gradients, a dict by name, and the learning rate of this step."""
         lr = checks.not_negative("lr", lr)
         if grads.keys() != self.params.keys():
             wrong = sorted(grads.keys() ^ self.params.keys())
-            raise ValueError(f"grads: expected one for each parameter, got others: {', '.join(wrong[:3])}")
+            raise ValueError(f"grads: expected one for each parameter, got other names: {', '.join(wrong[:3])}")
         for name, value in self.params.items():
             _check_like("grads", name, grads[name], value)
         self.num_steps += 1
@@ -93,12 +93,12 @@ class Optimizer(Generic[Value]):
 
 
 def _check_like(argument: str, name: str, value: Any, like: Any) -> None:
-    """An error unless it is an array like that of the parameter, and where that is."""
+    """Check that `value` is an array of the same shape, dtype and device as the parameter `like`."""
     expected = f"{argument}: expected {name} {like.shape} {like.dtype}"
     if value is None:
         raise ValueError(f"{expected}, got None")
     if not devices.is_array(value) or isinstance(value, np.ndarray) != isinstance(like, np.ndarray):
-        raise TypeError(f"{expected} of {type(like).__module__}, got {type(value).__name__}")
+        raise TypeError(f"{expected} {type(like).__module__} array, got {type(value).__name__}")
     if value.shape != like.shape or value.dtype != like.dtype:
         raise ValueError(f"{expected}, got {value.shape} {value.dtype}")
 
@@ -107,13 +107,13 @@ def sgd(params: Parameters[Value], *, momentum: float = 0.98, weight_decay: floa
         lr_scales: Mapping[str, float] | None = None) -> Optimizer[Value]:  # fmt: skip
     """Stochastic gradient descent with momentum: ``m = momentum m + g + weight_decay p``, ``p -= lr m``.
 
-    As torch.optim.SGD does it. The published networks train with a momentum of 0.98, a weight decay of 1e-3 and a tenth
-    of the learning rate for what has "offset" in its name.
+    The same as torch.optim.SGD. The published networks are trained with a momentum of 0.98, a weight decay of 1e-3, and
+    a tenth of the learning rate for parameters with "offset" in their name.
 
     Parameters
     ----------
     params, lr_scales
-        As of `Optimizer`.
+        As in `Optimizer`.
     momentum, weight_decay : float
 
     Returns
@@ -141,12 +141,12 @@ def sgd(params: Parameters[Value], *, momentum: float = 0.98, weight_decay: floa
 
 def adamw(params: Parameters[Value], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
           weight_decay: float = 1e-2, lr_scales: Mapping[str, float] | None = None) -> Optimizer[Value]:  # fmt: skip
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as torch.optim.AdamW does it.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), the same as torch.optim.AdamW.
 
     Parameters
     ----------
     params, lr_scales
-        As of `Optimizer`.
+        As in `Optimizer`.
     betas : (float, float)
     eps, weight_decay : float
 
@@ -172,7 +172,7 @@ def adamw(params: Parameters[Value], *, betas: tuple[float, float] = (0.9, 0.999
 
 
 def clip_by_value(grads: Parameters[AnyArray], limit: float) -> None:
-    """Gradients, changed in place, of at most `limit` in size; 100 in the published code."""
+    """Clip every value of the gradients to ±`limit`, in place; the published code uses 100."""
     limit = checks.length("limit", limit, np.dtype(np.float64))
     _check_grads(grads)
     for grad in grads.values():
@@ -181,19 +181,19 @@ def clip_by_value(grads: Parameters[AnyArray], limit: float) -> None:
 
 
 def clip_by_norm(grads: Parameters[AnyArray], limit: float) -> float:
-    """Gradients, changed in place, scaled so that their norm together is at most `limit`. Returns what it was.
+    """Scale the gradients, in place, so that their joint norm is at most `limit`; return the norm before scaling.
 
-    The norm is that in float64, the same bits with any number of threads and instruction set.
+    The norm is computed in float64 and has the same bits with any number of threads and any instruction set.
     """
     limit = checks.length("limit", limit, np.dtype(np.float64))
     _check_grads(grads)
     squares = 0.0
-    for grad in grads.values():  # not by sum(), which newer versions of Python compensate
+    for grad in grads.values():  # not sum(), which rounds differently from Python 3.12 on
         total = devices.namespace(grad).empty(1, np.float64)
         devices.backend(grad).run("sum_squares", values=devices.contiguous(grad), sum=total)
         squares += float(total[0])
     norm = math.sqrt(squares)
-    if not norm <= limit:  # NaN too, and then all are, as in torch
+    if not norm <= limit:  # also for NaN: then all gradients become NaN, as in torch
         for grad in grads.values():
             grad *= limit / norm
     return norm
@@ -207,7 +207,9 @@ def _check_grads(grads: Parameters[AnyArray]) -> None:
 
 
 def exponential(lr: float, factor: float, steps: int) -> Callable[[float], float]:
-    """A schedule: `lr` times `factor` for every so many `steps`, continuously. A function of the number of the step.
+    """A schedule that decays exponentially: `lr` times `factor` after each `steps` steps, with no jumps.
+
+    Returns a function of the number of the step.
 
     >>> [round(exponential(0.01, 0.1, 100)(step), 6) for step in (0, 100, 200)]
     [0.01, 0.001, 0.0001]
@@ -222,7 +224,7 @@ def exponential(lr: float, factor: float, steps: int) -> Callable[[float], float
         except OverflowError:
             rate = math.inf
         if rate == math.inf:
-            raise ValueError(f"step: expected one whose learning rate float64 can hold, got {step:.17g}")
+            raise ValueError(f"step: expected one with a learning rate that float64 can hold, got {step:.17g}")
         return rate
 
     return at
@@ -230,23 +232,23 @@ def exponential(lr: float, factor: float, steps: int) -> Callable[[float], float
 
 def one_cycle(lr: float, steps: int, *, warm: float = 0.3, start: float = 1 / 25,
               end: float = 1e-4) -> Callable[[float], float]:  # fmt: skip
-    """A schedule: up to `lr` in the part `warm` of all `steps`, and down again, both along a cosine.
+    """A schedule of one cycle, the same as torch.optim.lr_scheduler.OneCycleLR.
 
-    From ``start * lr`` and to ``start * end * lr``, as torch.optim.lr_scheduler.OneCycleLR has it. A function of the
-    number of the step.
+    The learning rate rises from ``start * lr`` to `lr` in the fraction `warm` of all `steps` and falls to
+    ``start * end * lr`` in the rest, both along a cosine. Returns a function of the number of the step.
     """
     lr, warm = checks.length("lr", lr, np.dtype(np.float64)), checks.between("warm", warm, 0, 1)
     steps = checks.integer("steps", steps, 2)
     start, end = checks.not_negative("start", start), checks.not_negative("end", end)
     top = warm * steps - 1
 
-    def along(a: float, b: float, part: float) -> float:
-        return b + (a - b) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
+    def interpolate(first: float, last: float, part: float) -> float:
+        return last + (first - last) * (1 + math.cos(math.pi * min(1.0, max(0.0, part)))) / 2
 
     def at(step: float) -> float:
         step = checks.number("step", step, np.dtype(np.float64))
         if step < top:
-            return along(start * lr, lr, step / top)
-        return along(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)
+            return interpolate(start * lr, lr, step / top)
+        return interpolate(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)
 
     return at

@@ -1,4 +1,4 @@
-"""Checkpoints of the published PyTorch code (HuguesTHOMAS/KPConv-PyTorch)."""
+"""Import of checkpoints of the published PyTorch code (HuguesTHOMAS/KPConv-PyTorch)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-# Settings by their published names, and the fields of `Network` that they are.
+# {published name of a setting: field of `Network`}
 _SETTINGS = {
     "num_classes": "num_classes", "in_features_dim": "num_features", "first_features_dim": "width",
     "first_subsampling_dl": "voxel_size", "conv_radius": "conv_radius", "deform_radius": "deform_radius",
@@ -41,21 +41,21 @@ def import_kpconv_pytorch(
     architecture : sequence of str
         As in the checkpoint's ``parameters.txt``.
     config : dict
-        Settings by the names of that file; at least num_classes, in_features_dim, first_features_dim and
-        first_subsampling_dl. Those that say nothing of the network are left out of account.
+        Settings by the names in that file; at least num_classes, in_features_dim, first_features_dim and
+        first_subsampling_dl. Settings that do not describe the network are ignored.
 
     Returns
     -------
     net : Network
-        A maximum over pooled neighbours sees the zeros that the published code pads with, and the grids of its pyramids
-        begin where those of the published code do: ``origin="published"``. Its code subsamples scenes so too, before it
-        cuts spheres out of them.
+        Its maxima over neighbours include the zeros with which the published code pads (``pool_pad_value=0.0``), and
+        the grids of its pyramids begin where those of the published code do (``origin="published"``). The published
+        code also subsamples whole scenes in this way, before it cuts spheres out of them.
     params, state : dict of float32 arrays by name
 
     Raises
     ------
     ValueError
-        For settings or arrays that are missing, of other shapes, or in the checkpoint alone.
+        For settings or arrays that are missing, arrays of other shapes, or arrays that the network does not have.
     """
     missing = [name for name in _NEEDED if name not in config]
     if missing:
@@ -68,7 +68,7 @@ def import_kpconv_pytorch(
     for published_name, value in state_dict.items():
         if published_name.endswith("num_batches_tracked"):
             continue
-        name = _name(published_name)
+        name = network_name(published_name)
         value = np.asarray(value, np.float32)
         values[name] = np.ascontiguousarray(value.T if published_name.endswith("mlp.weight") else value)
     expected = net.init()
@@ -78,11 +78,14 @@ def import_kpconv_pytorch(
     return net, params, state
 
 
-def _name(published_name: str) -> str:
-    """encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale"""
+def network_name(published_name: str) -> str:
+    """The name in `Network` of an array of the published code.
+
+    encoder_blocks.1.unary1.batch_norm.batch_norm.weight -> encoder.1.unary1.norm.scale
+    """
     first, *layers, leaf = published_name.split(".") if "." in published_name else (published_name, "")
     if first in _HEADS:
-        # A layer with a bias is there a normalisation that is none.
+        # In the published code, the bias of these layers belongs to a submodule batch_norm that does not normalise.
         return f"{_HEADS[first]}.{'bias' if layers == ['batch_norm'] else 'weights'}"
     if first not in _BLOCKS or not layers:
         raise ValueError(f"state_dict: expected names of the published PyTorch code, got {published_name}")

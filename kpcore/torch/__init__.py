@@ -1,11 +1,11 @@
 """kpcore on torch tensors: the same names as in `kpcore`, under autograd, torch.compile, torch.export and autocast.
 
-Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample`, whose results have
-sizes that depend on values, run eagerly; so does what only prepares a network (`build_pyramid`, `kernel_points`).
-Tensors are on the CPU or on a GPU, which takes CuPy; they share memory with the arrays that kpcore computes on, in both
-directions, and on a GPU its stream is torch's. Neighbour lists are `kpcore.Neighbors` here too. `KPConv`,
-`DeformableKPConv` and `KPConvX` are layers, `Network` is a whole one of `kpcore.nn`. docs/frameworks.md shows all of
-it, and the limits.
+Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample` run eagerly, because
+the sizes of their results depend on values; so do functions that prepare a network (`build_pyramid`, `kernel_points`).
+Tensors are on the CPU or on a GPU, where CuPy must be installed. They share memory with the arrays that kpcore computes
+on, in both directions, and on a GPU kpcore uses torch's current stream. Neighbour lists are `kpcore.Neighbors`.
+`KPConv`, `DeformableKPConv` and `KPConvX` are layers; `Network` is a network of `kpcore.nn` as a module.
+docs/frameworks.md describes all of it, and the limits.
 """
 
 try:

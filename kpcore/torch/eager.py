@@ -1,4 +1,4 @@
-"""What is not traced, on torch tensors: searches and all else whose sizes depend on values."""
+"""Functions on torch tensors that torch does not trace, because the sizes of their results depend on values."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from kpcore.torch.ops import (
 
 
 def eager(public: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of kpcore that takes and returns tensors where that one has arrays."""
+    """Wrap a function of kpcore that has no gradient: tensors take the place of its arrays."""
     signature = inspect.signature(public)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
 
-        def computed():
-            for name, value in given.arguments.items():
-                given.arguments[name] = _given(name, value)
-            return _returned(on_arrays(public, *given.args, **given.kwargs))
+        def compute():
+            for name, value in bound.arguments.items():
+                bound.arguments[name] = _to_arrays(name, value)
+            return _to_tensors(on_arrays(public, *bound.args, **bound.kwargs))
 
-        return on_stream_of(_first_tensor(given.arguments), computed)
+        return on_stream_of(_first_tensor(bound.arguments), compute)
 
     return function
 
 
 def differentiable(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator whose shapes depend on values: its public function on tensors, with gradients."""
+    """Wrap a differentiable operator whose shapes depend on values: tensors take the place of arrays, with autograd."""
     signature = inspect.signature(public)
 
     @functools.wraps(public)
@@ -59,27 +59,27 @@ def differentiable(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
                 checked(op, name, value)
         tensors = [arguments[name] for name in op.diff]
 
-        def computed():
-            made = _Made()
-            differentiated = internals.apply(_Forward, op, arguments, made, *tensors)
+        def compute():
+            record = _ForwardRecord()
+            differentiable = internals.apply(_Forward, op, arguments, record, *tensors)
             if op.field is None:
-                return differentiated
-            fields = {name: _returned(value) for name, value in made.out._asdict().items() if name != op.field}
-            return type(made.out)(**fields, **{op.field: differentiated})
+                return differentiable
+            fields = {name: _to_tensors(value) for name, value in record.out._asdict().items() if name != op.field}
+            return type(record.out)(**fields, **{op.field: differentiable})
 
-        return on_stream_of(_first_tensor(arguments), computed)
+        return on_stream_of(_first_tensor(arguments), compute)
 
     return function
 
 
-class _Made:
-    """What the forward pass of an operator leaves besides its differentiable result."""
+class _ForwardRecord:
+    """The checked call, the output and the saved arrays of a forward pass, kept for the backward pass."""
 
     __slots__ = ("call", "out", "saved")
 
 
-class _OfAnOperator(torch.autograd.Function):
-    """Refuses transforms that are not supported, naming the operator."""
+class _OperatorFunction(torch.autograd.Function):
+    """Base of the autograd functions: transforms that are not supported raise an error that names the operator."""
 
     @staticmethod
     def vmap(info, in_dims, op, *_):
@@ -90,40 +90,40 @@ class _OfAnOperator(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op.name}: {NO_JVP}")
 
 
-class _Forward(_OfAnOperator):
+class _Forward(_OperatorFunction):
     @staticmethod
-    def forward(op, arguments, made, *tensors):
+    def forward(op, arguments, record, *tensors):
         arrays = {
             name: to_array(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
-        made.call = on_arrays(op.check, **arrays)
-        made.out, made.saved = on_arrays(op.compute_and_keep, made.call)
-        out = made.out if op.field is None else getattr(made.out, op.field)
+        record.call = on_arrays(op.check, **arrays)
+        record.out, record.saved = on_arrays(op.compute_and_keep, record.call)
+        out = record.out if op.field is None else getattr(record.out, op.field)
         return None if out is None else to_tensor(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, arguments, ctx.made, *_ = inputs
+        ctx.op, arguments, ctx.record, *_ = inputs
         ctx.save_for_backward(*[value for value in arguments.values() if isinstance(value, torch.Tensor)])
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.saved_tensors  # noqa: B018 - raises if one of them was changed in place
+        ctx.saved_tensors  # noqa: B018 - torch raises here if one of them was changed in place
         needed = tuple(name for name, need in zip(ctx.op.diff, ctx.needs_input_grad[3:], strict=True) if need)
-        found = iter(internals.apply(_Backward, ctx.op, ctx.made, needed, grad))
-        return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
+        gradients = iter(internals.apply(_Backward, ctx.op, ctx.record, needed, grad))
+        return None, None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[3:])
 
 
-class _Backward(_OfAnOperator):
+class _Backward(_OperatorFunction):
     @staticmethod
-    def forward(op, made, needed, grad):
-        def gradients():
+    def forward(op, record, needed, grad):
+        def compute():
             array = devices.contiguous(to_array(f"gradient of {op.name}", grad))
-            found = op.gradients(made.call, made.saved, array, frozenset(needed))
-            return tuple(to_tensor(found[name]) for name in needed)
+            gradients = op.gradients(record.call, record.saved, array, frozenset(needed))
+            return tuple(to_tensor(gradients[name]) for name in needed)
 
-        return on_stream_of(grad, gradients)
+        return on_stream_of(grad, compute)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -151,27 +151,29 @@ class GridIndex(kpcore.GridIndex):
 
 
 def _first_tensor(arguments):
-    """Which says where all are: one of the arguments, or the points of an index on a GPU; None without."""
+    """A tensor on the device of the call: the points of an index on a GPU, or the first tensor argument, or None."""
     index = arguments.get("self")
     if index is not None and hasattr(index, "_points") and not isinstance(index._points, np.ndarray):
         return to_tensor(index._points)
     return next((a for a in arguments.values() if isinstance(a, torch.Tensor)), None)
 
 
-def _given(name, value):
+def _to_arrays(name, value):
+    """Replace tensors and torch dtypes by arrays and NumPy dtypes, also in a dict."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return to_array(name, checked(None, name, value))
     if isinstance(value, torch.dtype):
         return numpy_dtype(name, value)
     if isinstance(value, dict):
-        return {key: _given(key, v) for key, v in value.items()}
+        return {key: _to_arrays(key, v) for key, v in value.items()}
     return value
 
 
-def _returned(value):
+def _to_tensors(value):
+    """Replace arrays by tensors, also in tuples, named tuples and pyramids."""
     if devices.is_array(value):
         return to_tensor(value)
     if isinstance(value, tuple):
-        values = map(_returned, value)
+        values = map(_to_tensors, value)
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return value

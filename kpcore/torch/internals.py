@@ -1,7 +1,8 @@
-"""All that kpcore.torch takes from inside of torch, which any release of torch may change.
+"""Everything that kpcore.torch uses of torch's internals, which any release of torch may change.
 
-torch's dispatcher takes some 10 µs to pass on as many arguments as an operator has, half of what that costs on ten
-points. So calls that nobody but autograd is to see go past it, and torch has no public way to ask who else listens.
+torch's dispatcher takes about 10 µs to pass on the arguments of an operator, half of what a call on ten points costs.
+So a call goes past the dispatcher if only autograd needs to see it. torch has no public function that tells whether
+something else (a compiler, a profiler, a mode) needs to see it too, hence `listening` below.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ try:
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
     SequenceKey = torch.utils._pytree.SequenceKey
-    register_autocast = torch.library.register_autocast  # public, but not there before 2.7
+    register_autocast = torch.library.register_autocast  # public, but torch has it only from 2.7 on
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
     _autocast_is_on = torch._C._is_any_autocast_enabled
@@ -29,12 +30,12 @@ try:
     _forward_level(forward_ad)
 except AttributeError as error:
     raise ImportError(
-        f"kpcore.torch: expected torch 2.7 to 2.13, got {torch.__version__}, which differs inside: {error}"
+        f"kpcore.torch: expected torch 2.7 to 2.13, got {torch.__version__}, whose internals differ: {error}"
     ) from error
 
 
 def listening() -> bool:
-    """Whether anybody but autograd is to see a call: a compiler, a tracer, a profiler, autocast, vmap, jvp, modes."""
+    """Whether more than autograd must see a call: a compiler, tracer, profiler, autocast, vmap, jvp or mode."""
     return (
         torch.compiler.is_compiling()
         or _autocast_is_on()
@@ -48,26 +49,26 @@ def listening() -> bool:
 
 
 def transforming() -> bool:
-    """Whether a call is within a transform of torch.func."""
+    """Whether the current call is inside a transform of torch.func."""
     return _transform_level() is not None
 
 
 def in_forward_mode(values: Iterable[object]) -> bool:
-    """Whether one of the tensors among them carries a forward-mode derivative along."""
+    """Whether a tensor among `values` has a forward-mode tangent."""
     return _forward_level(forward_ad) >= 0 and any(
         forward_ad.unpack_dual(value).tangent is not None for value in values if isinstance(value, torch.Tensor)
     )
 
 
 def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
-    """`function.apply`, which reads the signature of `forward` in each call, for arguments left out: some 15 µs."""
+    """Call `function.apply` without the 15 µs in which torch reads the signature of `forward` to fill in defaults."""
     if transforming():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def refusal(message: str) -> Any:
-    """The method of a torch.autograd.Function for what is not there."""
+    """A static method for a torch.autograd.Function that raises NotImplementedError with this message."""
 
     def refuse(*_):
         raise NotImplementedError(message)

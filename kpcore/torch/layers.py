@@ -1,4 +1,4 @@
-"""Layers: torch modules over the operators."""
+"""The convolutions of kpcore as torch modules with their weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _ACTIVATIONS = {
 class KPConv(torch.nn.Module):
     """Rigid kernel point convolution with its weights, as a layer; see `kpcore.kpconv`.
 
-    Its state is called as in the published PyTorch code: `weights` and `kernel_points`; checkpoints of that load.
+    Parameters and buffers have the names of the published PyTorch code, `weights` and `kernel_points`, so that its
+    checkpoints load.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ class KPConv(torch.nn.Module):
     kernel_size : int
         K, the number of kernel points.
     radius : float
-        The mean norm of the kernel points; the published networks take 0.66 of the search radius.
+        The mean norm of the kernel points; 0.66 of the search radius in the published networks.
     extent : float
         Distance at which the linear influence reaches zero, in the unit of the points.
     dimension : int
@@ -48,10 +49,11 @@ class KPConv(torch.nn.Module):
     influence, aggregation, normalization
         As in `kpcore.kpconv`.
     fixed, rotate
-        As in `kpcore.kernel_points`; by default turned about the last axis at random, as published, by torch's
-        generator. The published code also moves each point by a hundredth of the radius; this one does not.
+        As in `kpcore.kernel_points`. By default the kernel points are rotated about the last axis by a random angle
+        from torch's generator, as published. The published code also moves each point at random by a hundredth of the
+        radius; this layer does not.
     dtype : torch.float32 or torch.float64
-        Of the weights and kernel points; torch's default if not given.
+        The dtype of the weights and kernel points; by default torch's default dtype.
 
     Attributes
     ----------
@@ -92,7 +94,7 @@ class KPConv(torch.nn.Module):
         _uniform(self.weights)
 
     def reset_parameters(self) -> None:
-        """Draw the weights again, and turn the kernel points again."""
+        """Draw new weights and a new rotation of the kernel points."""
         _redraw(self)
         _uniform(self.weights)
 
@@ -110,12 +112,12 @@ class KPConv(torch.nn.Module):
         queries : (M, D) tensor, or None
             None: the points themselves.
         neighbors : Neighbors, or (M, H) int32 or int64 tensor
-            A padded matrix, where -1 and N mean none, is converted in every call and not under torch.compile: where
-            layers share one, ``Neighbors.from_padded`` once is better.
+            In a padded matrix, -1 and N both mean "no neighbour". It is converted in every call, and is an error under
+            torch.compile; if several layers share one, convert it once with ``Neighbors.from_padded``.
         features : (N, in_channels) tensor
         """
         return kpcore.torch.kpconv(
-            points, queries, _listed(neighbors, points), features, self.weights, self.kernel_points, self.extent,
+            points, queries, _as_neighbors(neighbors, points), features, self.weights, self.kernel_points, self.extent,
             **self.options
         )  # fmt: skip
 
@@ -123,19 +125,19 @@ class KPConv(torch.nn.Module):
 class DeformableKPConv(torch.nn.Module):
     """Deformable kernel point convolution (Thomas et al. 2019, section 3.2), as a layer; see `kpcore.kpconv`.
 
-    A rigid convolution, `offset_conv`, gives every query D numbers for each kernel point, and with `modulated` one
+    A rigid convolution, `offset_conv`, computes D numbers for each query and kernel point, and with `modulated` one
     more: ``raw = offset_conv(...) + offset_bias``. The first K D of them, times `extent`, are the offsets of the kernel
-    points; twice the sigmoid of the last K is what modulates those. The state is called as in the published PyTorch
-    code; checkpoints of that load.
+    points; twice the sigmoid of the last K are the modulations. Parameters and buffers have the names of the published
+    PyTorch code, so that its checkpoints load.
 
     Parameters
     ----------
     in_channels, out_channels, kernel_size
         As in `KPConv`.
     radius, extent, dimension, influence, aggregation, normalization, fixed, rotate, dtype
-        As in `KPConv`, for both convolutions. The kernel points may move, so neighbours are to come from farther than
-        `radius`: the published networks search 5 voxels for deformable layers, 2.5 for others, and take 0.66 of the
-        latter as `radius` in both.
+        As in `KPConv`, for both convolutions. Since the kernel points move, search for neighbours in a larger radius
+        than for a rigid layer: the published networks search within 5 voxels for deformable layers and 2.5 for rigid
+        ones, and set `radius` to 0.66 of 2.5 voxels in both.
     modulated : bool
 
     Attributes
@@ -144,10 +146,11 @@ class DeformableKPConv(torch.nn.Module):
         Uniform in ±1 / sqrt(in_channels * out_channels).
     kernel_points : (K, D) buffer
     offset_conv : KPConv
-        From `in_channels` to K D channels, or with `modulated` K (D + 1); its weights are drawn in the same way, and so
-        not zero, and its kernel points are turned on their own, both as in the published PyTorch code.
+        From `in_channels` to K D channels, or with `modulated` K (D + 1). As in the published PyTorch code, its weights
+        are drawn in the same way (they are not zero), and its kernel points have a rotation of their own.
     offset_bias : (K D,) or (K (D + 1),) parameter
-        Zeros. The published training gives what has "offset" in its name a tenth of the learning rate.
+        Initially zero. The published training uses a tenth of the learning rate for parameters with "offset" in their
+        name.
 
     Examples
     --------
@@ -158,8 +161,8 @@ class DeformableKPConv(torch.nn.Module):
     >>> layer(points, None, neighbors, features).shape
     torch.Size([100, 8])
 
-    In training, with what keeps the kernel points in order; nothing is kept in the module from one call to the next,
-    so it compiles in one graph:
+    In training, a regularization keeps the kernel points apart from each other and close to the points. The module
+    stores nothing between calls, so that it compiles in one graph:
 
     >>> out, offsets = layer(points, None, neighbors, features, return_offsets=True)
     >>> loss = out.square().mean() + layer.regularization(points, None, neighbors, offsets)
@@ -198,7 +201,7 @@ class DeformableKPConv(torch.nn.Module):
         _uniform(self.weights)
 
     def reset_parameters(self) -> None:
-        """Draw all weights again, turn the kernel points again, and set the bias to zero."""
+        """Draw new weights and new rotations of the kernel points, and set the bias to zero."""
         _redraw(self)
         self.offset_conv.reset_parameters()
         torch.nn.init.zeros_(self.offset_bias)
@@ -219,10 +222,10 @@ class DeformableKPConv(torch.nn.Module):
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
                 features: torch.Tensor,
                 return_offsets: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """(M, out_channels), or with `return_offsets` that and the offsets (M, K, D), in the unit of the points.
+        """(M, out_channels); with `return_offsets` also the offsets (M, K, D), in the unit of the points.
 
         The deformed kernel points are ``kernel_points + offsets``. `kpcore.fitting_loss` and `kpcore.repulsion_loss`
-        take the offsets; `regularization` is the two together.
+        take the offsets; `regularization` is the sum of the two that the published code uses.
 
         Parameters
         ----------
@@ -230,7 +233,7 @@ class DeformableKPConv(torch.nn.Module):
             As in `KPConv.forward`.
         return_offsets : bool
         """
-        neighbors = _listed(neighbors, points)
+        neighbors = _as_neighbors(neighbors, points)
         raw = self.offset_conv(points, queries, neighbors, features) + self.offset_bias
         out, offsets = blocks.deformed(kpcore.torch, (points, queries, neighbors), features, self.weights,
                                        self.kernel_points, self.extent, raw, self.options)  # fmt: skip
@@ -243,16 +246,16 @@ class DeformableKPConv(torch.nn.Module):
         Parameters
         ----------
         points, queries, neighbors
-            As in the call that gave the offsets.
+            As in the call that returned the offsets.
         offsets : (M, K, D) tensor
         repulse_extent : float
-            Of `kpcore.repulsion_loss`.
+            As in `kpcore.repulsion_loss`.
 
         Returns
         -------
         () tensor
         """
-        where: Geometry = points, queries, _listed(neighbors, points)
+        where: Geometry = points, queries, _as_neighbors(neighbors, points)
         return blocks.regularization(kpcore.torch, where, self.kernel_points, offsets, self.extent,
                                      repulse_extent=repulse_extent)  # fmt: skip
 
@@ -260,29 +263,31 @@ class DeformableKPConv(torch.nn.Module):
 class KPConvX(torch.nn.Module):
     """Depthwise kernel point convolution with attention over its kernel points, as a layer; see `kpcore.kpconvx`.
 
-    ``attention = activation(group_norm(L2 leaky_relu(L1 f_q + b)))`` of the features f_q of each query (Thomas et al.
-    2024), A numbers for each kernel point, where `attention_groups` channels side by side share one. The group
-    normalisation is there if asked for; without any attention the layer is KPConvD. The state is called as in the
-    published code; checkpoints of that load. As there, positions have no gradient with attention.
+    The attention of a query with features f_q is ``activation(group_norm(L2 leaky_relu(L1 f_q + b)))`` (Thomas et al.
+    2024): A numbers for each kernel point, each shared by `attention_groups` consecutive channels. The group
+    normalisation is left out unless `attention_norm` is True; without attention the layer is KPConvD. Parameters and
+    buffers have the names of the published code, so that its checkpoints load. As there, positions have no gradient
+    when there is attention.
 
     Parameters
     ----------
     channels : int
-        C, in and out.
+        C, of the input and of the output.
     shell_sizes : sequence of int
         The kernel points of each shell, from 1 at the centre outwards.
     radius : float
-        Of the ball that the shells fill to half a spacing, see `kpcore.kernel_points`: the search radius, as published.
+        Radius of the ball that the shells fill, see `kpcore.kernel_points`; the search radius in the published
+        networks.
     extent : float
-        Distance at which the linear influence reaches zero; the published networks take the search radius here too.
+        Distance at which the linear influence reaches zero; the search radius in the published networks.
     attention_groups : int or None
-        How many channels share one number of the attention; a divisor of C. The published networks take 4 (S3DIS) and
-        8. None, for KPConvD, leaves attention out.
+        How many channels share one number of the attention; a divisor of C; 4 (S3DIS) or 8 in the published networks.
+        None: no attention (KPConvD).
     attention_activation : {"sigmoid", "tanh", "softmax", None}
-        The softmax is over the K A numbers of a query, as published.
+        The softmax runs over the K A numbers of a query, as published.
     attention_norm : bool
-        Whether to normalise the attention of each kernel point before its activation, over all queries and its A
-        numbers: all batch items together, as published.
+        Whether to normalise the attention of each kernel point before the activation, over its A numbers of all queries
+        in the batch together, as published.
     dimension, influence, fixed, rotate, dtype
         As in `KPConv`. The published code also moves each kernel point by a thousandth of the radius.
 
@@ -292,10 +297,11 @@ class KPConvX(torch.nn.Module):
         Uniform in ±1 / sqrt(C), the published initialisation.
     kernel_points : (K, D) buffer
     alpha_mlp : torch.nn.Sequential
-        Attention's two layers, C to C to K A, with torch's own initialisation; the bias b, zeros, is called
-        `alpha_mlp.1.norm.bias`.
+        The two linear layers of the attention, C to C to K A, with torch's default initialisation; the bias b,
+        initially zero, is `alpha_mlp.1.norm.bias`.
     grpnorm : torch.nn.GroupNorm
-        K groups of A numbers. It is part of the published state whether it is used or not; not used it does not train.
+        K groups of A numbers. As in the published state it exists even if `attention_norm` is False; then it requires
+        no gradient.
 
     Examples
     --------
@@ -316,7 +322,7 @@ class KPConvX(torch.nn.Module):
     extent: float
     influence: str
     attention_groups: int | None
-    attention_activation: str | None  # only with attention, as those below
+    attention_activation: str | None  # this and the attributes below exist only with attention
     attention_norm: bool
     alpha_mlp: torch.nn.Sequential
     grpnorm: torch.nn.GroupNorm
@@ -352,7 +358,7 @@ class KPConvX(torch.nn.Module):
         _uniform(self.weights)
 
     def reset_parameters(self) -> None:
-        """Draw all weights again, turn the kernel points again, and set what else is trained to how it begins."""
+        """Draw new weights and a new rotation of the kernel points, and reset all other parameters."""
         _redraw(self)
         if self.attention_groups is not None:
             for module in (*self.alpha_mlp[::3], *self.alpha_mlp[1], self.grpnorm):
@@ -373,12 +379,12 @@ class KPConvX(torch.nn.Module):
         points, queries, neighbors, features
             As in `KPConv.forward`.
         query_features : (M, C) tensor, optional
-            What the attention is made of. Not given: the features themselves, where queries are None or `points`, the
-            very tensor; an error with other queries. The published code takes the features themselves wherever queries
-            are as many as points, else those of each row's first neighbour, which in lists sorted by distance is the
-            nearest: ``kpt.nearest_upsample(features, neighbors)``.
+            Features from which the attention is computed. By default `features`, if `queries` is None or the same
+            tensor object as `points`; required for other queries. The published code takes `features` whenever there
+            are as many queries as points, else those of each query's first neighbour, which is the nearest if lists are
+            sorted by distance: ``kpt.nearest_upsample(features, neighbors)``.
         """
-        neighbors = _listed(neighbors, points)
+        neighbors = _as_neighbors(neighbors, points)
         if self.attention_groups is None:
             return kpcore.torch.kpconv(
                 points, queries, neighbors, features, self.weights, self.kernel_points, self.extent,
@@ -387,8 +393,8 @@ class KPConvX(torch.nn.Module):
         if query_features is None:
             if queries is not None and queries is not points:  # values are not compared
                 raise ValueError(
-                    "query_features: expected (M, C), because queries is neither None nor the very tensor points, got "
-                    "None; with lists sorted by distance those of the nearest point are "
+                    "query_features: expected (M, C), because queries is neither None nor the tensor passed as points, "
+                    "got None; if neighbors is sorted by distance, the features of the nearest point are "
                     "kpcore.torch.nearest_upsample(features, neighbors)"
                 )
             query_features = features
@@ -403,7 +409,7 @@ class KPConvX(torch.nn.Module):
 
 
 class _Bias(torch.nn.Module):
-    """Where the published code may have a normalisation, and has a bias instead."""
+    """A bias for each channel; the published code has this module in the place of a normalisation."""
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -418,19 +424,19 @@ class _Bias(torch.nn.Module):
 
 def _kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, dtype: torch.dtype | None,
                    dimension: int, **options: Any) -> torch.Tensor:  # fmt: skip
-    """(K, D), turned at random by torch's generator; on the device that torch makes tensors on."""
+    """Kernel points (K, D) with a random rotation from torch's generator, on torch's default device."""
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
     checks.choice("rotate", rotate, (None, "vertical", "full"))
-    if rotate is not None and device.type != "meta":  # which draws nothing, as torch's own layers
-        turn = random_rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
-        points = rotated(points, torch.from_numpy(turn).to(dtype))
+    if rotate is not None and device.type != "meta":  # on "meta" nothing is drawn, as in torch's layers
+        rotation = random_rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))
+        points = rotated(points, torch.from_numpy(rotation).to(dtype))
     return points.to(device)
 
 
 @torch.no_grad()
 def _redraw(layer: KPConv | DeformableKPConv | KPConvX) -> None:
-    """Set the kernel points of a layer, whose memory may hold anything after `to_empty`."""
+    """Compute the kernel points of a layer again: after `to_empty` their memory is uninitialised."""
     points = layer.kernel_points
     if not points.is_meta:
         with torch.device("cpu"):
@@ -438,20 +444,22 @@ def _redraw(layer: KPConv | DeformableKPConv | KPConvX) -> None:
 
 
 def _uniform(weights: torch.Tensor) -> None:
-    """As torch's kaiming_uniform_ with a = sqrt(5) does it: to which all axes but the first are a fan-in."""
+    """Draw weights as torch's kaiming_uniform_ with a = sqrt(5), which takes all axes but the first as the fan-in."""
     bound = 1 / math.sqrt(weights[0].numel())
     torch.nn.init.uniform_(weights, -bound, bound)
 
 
-def _listed(neighbors: Neighbors | torch.Tensor, points: torch.Tensor) -> Neighbors:
-    """Neighbors, made of a padded matrix if they came as one."""
+def _as_neighbors(neighbors: Neighbors | torch.Tensor, points: torch.Tensor) -> Neighbors:
+    """Convert a padded matrix to Neighbors; return Neighbors unchanged."""
     if not isinstance(neighbors, torch.Tensor):
         return neighbors
     if torch.compiler.is_compiling():
-        raise TypeError("neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; "
-                        "convert it before with Neighbors.from_padded(neighbors.numpy(), len(points))")  # fmt: skip
+        raise TypeError(
+            "neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; convert it outside of "
+            "the compiled function with Neighbors.from_padded(neighbors.numpy(), len(points))"
+        )
 
-    def listed() -> Neighbors:
+    def convert() -> Neighbors:
         return Neighbors.from_padded(to_array("neighbors", checked(None, "neighbors", neighbors)), len(points))
 
-    return on_stream_of(neighbors, listed)
+    return on_stream_of(neighbors, convert)

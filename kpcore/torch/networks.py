@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Network(torch.nn.Module):
-    """A network of `kpcore.nn` as a module; its state is called as there.
+    """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
 
     Parameters
     ----------
     net : kpcore.nn.Network
     params, state : dict of NumPy arrays by name, optional
-        Copied; ``net.init(seed)`` if neither is given.
+        Copied into the module; by default those of ``net.init(seed)``.
     seed : int
 
     Examples
@@ -68,7 +68,7 @@ class Network(torch.nn.Module):
         return [module for module in self.modules() if isinstance(module, _Part)]
 
     def _part(self, name: str) -> torch.nn.Module:
-        """The module that a parameter belongs to, made where there is none."""
+        """The submodule that holds the parameter `name`, created if it does not exist."""
         module = self
         for part in name.split(".")[:-1]:
             if part not in module._modules:
@@ -77,7 +77,7 @@ class Network(torch.nn.Module):
         return module
 
     def _values(self) -> list[dict[str, torch.Tensor]]:
-        """(params, state): tensors by name. Attributes of the parts: of a parametrised one that is what it computes."""
+        """(params, state): tensors by name, read as attributes of the parts, which evaluates parametrisations."""
         return [{name: getattr(*place) for name, place in places.items()} for places in self._places]
 
     @torch.no_grad()
@@ -85,13 +85,13 @@ class Network(torch.nn.Module):
         """Set parameters and buffers to those of ``net.init(seed)``."""
         for values, new in zip(self._values(), self.net.init(self.seed), strict=True):
             for name, value in values.items():
-                value.copy_(_spread(torch.from_numpy(new[name]), value))
+                value.copy_(_distributed_as(value, torch.from_numpy(new[name])))
 
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
     def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are moved on.
+        """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
 
         Parameters
         ----------
@@ -103,7 +103,7 @@ class Network(torch.nn.Module):
             part()
         seed = torch.randint(2**62, (), device="cpu") if self.net.dropout and self.training else None
         params, buffers = self._values()
-        # Copies: autograd keeps what an operator was given, and the statistics are overwritten below.
+        # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
         result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
         if self.training:
@@ -114,7 +114,7 @@ class Network(torch.nn.Module):
         return result.logits, result.regularization
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(params, state): copies as NumPy arrays, for `kpcore.nn`, other frameworks and files."""
+        """(params, state): copies as NumPy arrays by name, for `kpcore.nn`, other frameworks and files."""
         params, state = (
             {name: value.detach().cpu().clone().numpy() for name, value in values.items()} for values in self._values()
         )
@@ -122,9 +122,10 @@ class Network(torch.nn.Module):
 
 
 class _Part(torch.nn.Module):
-    """Holds parameters under their names; a network is one function of all of them.
+    """Holds some of the parameters of a network; it computes nothing, since a network is one function of them all.
 
-    It is called, with nothing, before each pass: pruning, and other things that compute a parameter, do so in a hook.
+    It is called without arguments before each pass, so that forward pre-hooks which compute a parameter, such as those
+    of torch.nn.utils.prune, run.
     """
 
     def forward(self) -> None:
@@ -132,15 +133,15 @@ class _Part(torch.nn.Module):
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            "Network: expected a hook of the whole network, got one of a part of it, which holds parameters and gives "
-            "no result that a hook could see"
+            "Network: expected a hook on the whole network, got one on a part of it, which only holds parameters and "
+            "has no input or result"
         )
 
     register_full_backward_pre_hook = register_full_backward_hook = register_forward_hook
 
 
-def _spread(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """A tensor as another one is spread over processes, if it is (fully_shard)."""
+def _distributed_as(like: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """Distribute a tensor over processes as `like` is, if it is a DTensor (fully_shard); else return it unchanged."""
     if not hasattr(like, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,9 +1,8 @@
-"""The table of operators on torch tensors: each row becomes two torch operators, itself and its vjp.
+"""The operators of kpcore as torch operators: each `Op` becomes two of them, the forward pass and its vjp.
 
-Tensors share memory with NumPy's arrays, on a GPU with CuPy's, in both directions; there everything is asked for on the
-stream that torch is using. A Neighbors is passed as its arrays and numbers, since torch traces tensors only.
-Everything here that is Python runs once per call or once per trace; the gradient is an operator of its own so that it
-can be traced too.
+Tensors share memory with NumPy arrays, on a GPU with CuPy arrays, in both directions. On a GPU everything runs on
+torch's current stream. A Neighbors is passed to torch as its arrays and numbers, since torch traces only tensors. The
+vjp is a separate torch operator so that it can be traced too.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ NO_SECOND = "second derivatives (double backward) are not supported by kpcore.to
 NO_JVP = "forward-mode derivatives (jvp) are not supported by kpcore.torch"
 NO_VMAP = "vmap is not supported by kpcore.torch; call it for one item after the other"
 
-# Integers that differ from call to call, as the seed of dropout does, are tensors without axes to torch: a compiler
-# makes a program for each value of another integer. Tensors are taken too, since it can draw those itself.
+# Integer arguments that change with every call, such as the seed of dropout. torch gets them as 0-d tensors, because a
+# compiler makes a new program for every value of an integer. A caller may pass a tensor too, drawn in compiled code.
 _SEEDS = ("seed",)
 
-# What an error about an array says to do, and what is to be done with a tensor.
+# Error messages of kpcore speak of arrays: (what they say, what it becomes for tensors).
 _ADVICE = (
     (re.compile(r"(\w+)\.astype\(numpy\.(\w+)\)"), r"\1.to(torch.\2)"),
     (re.compile(r"(\w+)\.astype\((\w+)\.dtype\)"), r"\1.to(\2.dtype)"),
@@ -57,7 +56,7 @@ _ADVICE = (
     (re.compile("CuPy array"), "tensor on a GPU"),
 )
 
-# What a Neighbors is to torch: each argument of that kind becomes these of a torch operator.
+# A Neighbors argument becomes these arguments of the torch operator: {name: type in the schema}.
 _PARTS = {
     "index": "Tensor",
     "row_splits": "Tensor",
@@ -69,12 +68,12 @@ _PARTS = {
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether its array is CuPy's."""
+    """Whether kpcore computes on the tensor as a CuPy array."""
     return tensor.is_cuda
 
 
 def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arguments: object) -> Out:
-    """Its result, computed on torch's stream if the tensor, or None, is on a GPU."""
+    """Call the function, on torch's current stream if `tensor` is on a GPU."""
     if tensor is None or not on_gpu(tensor):
         return function(*arguments)
     with _torch_stream(tensor.device):
@@ -89,10 +88,11 @@ def _torch_stream(device):
 
 
 def use_torch_allocator() -> None:
-    """Let CuPy, and so kpcore, take memory on the GPU from torch's pool, in place of one of its own.
+    """Make CuPy, and so kpcore, allocate GPU memory from torch's pool instead of CuPy's.
 
-    Two pools each keep what the other could use; with one, ``torch.cuda.max_memory_allocated`` also counts what kpcore
-    takes. For the whole process, until ``cupy.cuda.set_allocator`` is called again.
+    With two pools, memory that one has freed is not available to the other. With one, memory of kpcore is also counted
+    by ``torch.cuda.max_memory_allocated``. This holds for the whole process, until ``cupy.cuda.set_allocator`` is
+    called again.
     """
     cuda = config.cupy().cuda
 
@@ -106,19 +106,19 @@ def use_torch_allocator() -> None:
 
 
 def to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """The array in the memory of a tensor: NumPy's, or CuPy's."""
+    """A NumPy array, on a GPU a CuPy array, that shares the memory of a tensor."""
     if on_gpu(tensor):
         return config.cupy().from_dlpack(tensor.detach())
     dtype = _DTYPES.get(tensor.dtype) or numpy_dtype(name, tensor.dtype, tensor)
-    if tensor.is_neg():  # a negative view: its memory has the numbers of the other sign
+    if tensor.is_neg():  # a view with torch's negative bit: the memory holds the numbers with the opposite sign
         tensor = tensor.resolve_neg()
-    # Not tensor.numpy(), after which torch refuses for ever to resize the storage, as FSDP does with parameters.
+    # Not tensor.numpy(): torch never again resizes a storage that NumPy has seen, and FSDP has to resize parameters.
     try:
         address = tensor.data_ptr()
     except RuntimeError:
         raise NotImplementedError(
-            f"{name}: expected a tensor with memory, got one of is_grads_batched, vmap or a tracer, which are not "
-            "there in kpcore.torch"
+            f"{name}: expected a tensor with memory, got one of is_grads_batched, vmap or a tracer, which kpcore.torch "
+            "does not support"
         ) from None
     if not address and tensor.numel():
         raise ValueError(f"{name}: expected a tensor with memory, got {tuple(tensor.shape)} in a storage of no bytes")
@@ -126,15 +126,15 @@ def to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
 
 
 def on_arrays(function: Callable[..., Out], *args: object, **kwargs: object) -> Out:
-    """Its result; errors that say what to do with an array say what to do with the tensor it was."""
+    """Call the function; advice about arrays in its errors becomes advice about tensors."""
     try:
         return function(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        _speak_of_tensors(error)
+        _reword_for_tensors(error)
         raise
 
 
-def _speak_of_tensors(error):
+def _reword_for_tensors(error):
     if error.args and isinstance(error.args[0], str):
         message = error.args[0]
         for pattern, advice in _ADVICE:
@@ -143,17 +143,18 @@ def _speak_of_tensors(error):
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """The tensor in the memory of an array."""
+    """A tensor that shares the memory of an array."""
     if isinstance(array, (np.ndarray, np.generic)):
         return torch.from_numpy(np.asarray(array))
     return torch.from_dlpack(array)
 
 
 def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> np.dtype:
+    """The NumPy dtype of a torch dtype; an error about the argument `name` if there is none."""
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype == torch.bfloat16 and tensor is not None and on_gpu(tensor):
-        import ml_dtypes  # which CuPy needs for it
+        import ml_dtypes  # CuPy's bfloat16 is the dtype of this package
 
         return np.dtype(ml_dtypes.bfloat16)
     expected, dtypes = "float32 or float64", checks.REAL
@@ -162,7 +163,7 @@ def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = Non
     kind, advice = str(dtype)[6:], ""
     if tensor is not None and tensor.is_quantized:
         advice = f"; convert it with {name}.dequantize()" if dtypes is checks.REAL else ""
-    elif kind == "bfloat16" or hasattr(np, kind):  # NumPy has no bfloat16, which float32 holds, as it does float16
+    elif kind == "bfloat16" or hasattr(np, kind):  # NumPy has no bfloat16; like float16 it converts to float32 exactly
         to = checks.lossless(np.dtype("float16" if kind == "bfloat16" else kind), dtypes)
         advice = "" if to is None else f"; convert it with {name}.to(torch.{to.name})"
     raise TypeError(f"{name}: expected {expected}, got {kind}{advice}")
@@ -174,7 +175,10 @@ def _torch_dtype(dtype):
 
 
 def checked(op: ops.Op | None, name: str, value: object, optional: bool = False) -> Any:
-    """`value` if it is a tensor on the CPU or a GPU, or an allowed None; `op` is None for what has no gradients."""
+    """Check that `value` is a tensor on the CPU or a GPU, or None where `optional`, and return it.
+
+    With `op`, a tensor that requires a gradient which the operator does not have is an error.
+    """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_nested or not (value.is_cpu or value.is_cuda):
             raise _unusual(name, value)
@@ -193,14 +197,14 @@ def checked(op: ops.Op | None, name: str, value: object, optional: bool = False)
 
 
 def _unusual(name, tensor):
-    """The error for a tensor without an array of rows and columns where kpcore computes."""
+    """The error for a tensor on another device, a nested tensor, or one that is not dense."""
     if not (tensor.is_cpu or tensor.is_cuda):
         return TypeError(
             f"{name}: expected a tensor on the CPU or a CUDA GPU, got one on {tensor.device}; move it with {name}.cpu()"
         )
     if tensor.is_nested:
         return TypeError(
-            f"{name}: expected a tensor of rows, got a nested one; stack its items with torch.cat({name}.unbind()), "
+            f"{name}: expected a tensor of rows, got a nested one; stack its items with torch.cat({name}.unbind()) "
             f"and pass their bounds as row_splits"
         )
     return TypeError(
@@ -209,11 +213,12 @@ def _unusual(name, tensor):
 
 
 class _Arguments:
-    """How the arguments of an operator are laid out for torch: `flat` is what torch sees, one after the other."""
+    """The arguments of an operator in two forms: by name, as the public function has them, and `flat`, a sequence of
+    the arguments of the torch operator, in which every Neighbors is replaced by its parts."""
 
     def __init__(self, op, public):
         self.op, self.bind = op, ops.binder(public)
-        self.rows, schema = [], []  # (name, kind, whether it may be None, where it begins)
+        self.rows, schema = [], []  # (name, kind, whether it may be None, position of its first part in `flat`)
         for name, (kind, optional) in ops.kinds(public).items():
             self.rows.append((name, kind, optional, len(schema)))
             if kind == "Array" or name in _SEEDS:
@@ -227,12 +232,13 @@ class _Arguments:
         self.tensors = tuple(i for i, s in enumerate(schema) if s.startswith("Tensor"))
         self.others = tuple(i for i in range(len(schema)) if i not in self.tensors)
         stored = (*self.tensors, *self.others)
-        self.order = tuple(stored.index(i) for i in range(len(schema)))  # from tensors and then others to `flat`
+        self.order = tuple(stored.index(i) for i in range(len(schema)))  # flat[i] = (*tensors, *others)[order[i]]
         positions = {name: at for name, _, _, at in self.rows}
         self.diff = tuple(positions[name] for name in op.diff)
 
     def split(self, bound):
-        """The tensors by name, and all other arguments; None where a tensor is of a class that wants to see its use."""
+        """(tensors by name, all other arguments by name); None if the call has to go through torch's dispatcher
+        because a tensor is of a subclass, which may override operators."""
         tensors, others = {}, {}
         for name, kind, optional, _ in self.rows:
             value = bound[name]
@@ -255,6 +261,7 @@ class _Arguments:
         return tensors, others
 
     def flatten(self, bound):
+        """`flat` from the arguments by name; makes the transpose of lists for which a gradient will need it."""
         flat, transpose = [], False
         for name in self.op.transposes:
             transpose = transpose or getattr(bound[name], "requires_grad", False)
@@ -269,7 +276,7 @@ class _Arguments:
             elif kind != "Neighbors":
                 flat.append(ops.setting(name, kind, optional, value))
             elif isinstance(value, Neighbors):
-                flat += _parts(value, transpose and torch.is_grad_enabled())
+                flat += neighbors_parts(value, transpose and torch.is_grad_enabled())
             elif value is None and optional:
                 flat += [None] * len(_PARTS)
             else:
@@ -277,9 +284,9 @@ class _Arguments:
         return flat
 
     def unflatten(self, flat, to, transposed=False):
-        """The arguments by name, arrays passed through `to`; lists with their transpose, or without.
+        """The arguments by name from `flat`: arrays are ``to(name, tensor)``, lists have a transpose if `transposed`.
 
-        Lists are checked, as anybody may have made or changed their tensors.
+        Lists are checked again, since their tensors may come from anywhere and may have been changed.
         """
         arguments = {}
         for name, kind, _, at in self.rows:
@@ -301,9 +308,10 @@ class _Arguments:
         return arguments
 
 
-def _parts(neighbors, transpose):
+def neighbors_parts(neighbors: Neighbors, transpose: bool) -> tuple[Any, ...]:
+    """The values of `_PARTS` for a list; the transpose is made first if `transpose` and it is possible."""
     transposed = neighbors.stored_transposed
-    # While torch compiles it cannot be made, and the vjp makes it each time unless the list carries it.
+    # While torch compiles, the transpose cannot be made: the vjp makes it in each call unless the list carries it.
     if torch.compiler.is_compiling():
         transposed = transposed if neighbors.carries_transpose else None
     elif transposed is None and transpose and devices.is_array(neighbors.stored_index):
@@ -331,26 +339,26 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(*flat):
         first = next(t for t in flat if isinstance(t, torch.Tensor))
-        return on_stream_of(first, lambda: computed(layout.unflatten(flat, to_array)))
+        return on_stream_of(first, lambda: compute(layout.unflatten(flat, to_array)))
 
-    def computed(given):
-        try:  # not on_arrays, which would pass on so many arguments again
-            out, saved = op.compute(op.check(**given))
+    def compute(arguments):
+        try:  # not on_arrays, which would pass the arguments on once more
+            out, saved = op.compute(op.check(**arguments))
         except (TypeError, ValueError) as error:
-            _speak_of_tensors(error)
+            _reword_for_tensors(error)
             raise
-        return _tensors((out, *saved) if op.record is None else (*out, *saved), given)
+        return _tensors((out, *saved) if op.record is None else (*out, *saved), arguments)
 
-    def computed_of_tensors(tensors, others):
-        return computed(others | _arrays(tensors))
+    def compute_on_tensors(tensors, others):
+        return compute(others | _arrays(tensors))
 
-    def gradients_of_tensors(tensors, others, saved, grad, needs):
+    def gradients_on_tensors(tensors, others, saved, grad, needs):
         return gradients(others | _arrays(tensors), saved, grad, needs)
 
-    def forward_of_shapes(*flat):
+    def fake_forward(*flat):
         try:
             shapes = op.result(ops.Call(**layout.unflatten(flat, _shaped)))
-        except IndexError:  # of an array with too few axes
+        except IndexError:  # an array has too few axes; the check says which
             on_arrays(op.check, **layout.unflatten(flat, _zeros))
             raise
         like = next(t for t in flat if isinstance(t, torch.Tensor))
@@ -359,24 +367,24 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
     def vjp(*flat):
         *flat, saved, grad, needs = flat
 
-        def found():
-            given = layout.unflatten(flat, to_array, transposed=True)
-            return gradients(given, saved, grad, set(compress(op.diff, needs)))
+        def compute_gradients():
+            arguments = layout.unflatten(flat, to_array, transposed=True)
+            return gradients(arguments, saved, grad, set(compress(op.diff, needs)))
 
-        return on_stream_of(grad, found)
+        return on_stream_of(grad, compute_gradients)
 
-    def gradients(given, saved, grad, needs):
+    def gradients(arguments, saved, grad, needs):
         grad = devices.contiguous(to_array(grad_name, grad))
         saved = tuple([to_array("saved", t) for t in saved])
-        return _tensors(op.gradients(op.check(**given), saved, grad, needs).values(), given, grad)
+        return _tensors(op.gradients(op.check(**arguments), saved, grad, needs).values(), arguments, grad)
 
-    def vjp_of_shapes(*flat):
+    def fake_vjp(*flat):
         needs = flat[-1]
         return [flat[at].new_empty(flat[at].shape) for at, need in zip(layout.diff, needs, strict=True) if need]
 
-    # Not torch.library.register_autograd: for operators that return lists it takes twice as long as all the rest, and
-    # torch.func cannot see through it. Only what may get a gradient is given to autograd as an input: each takes it a
-    # microsecond or two.
+    # Autograd of a call that goes through torch's dispatcher. Not torch.library.register_autograd: for operators that
+    # return lists it takes twice as long as the rest of the call, and torch.func cannot see through it. Only the
+    # arguments in `op.diff` are passed to autograd as inputs, because each input takes it a microsecond or two.
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(run, flat, *inputs):
@@ -398,13 +406,14 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
             tensors, num_tensors = ctx.saved_tensors, len(layout.tensors)
             stored = [*tensors[:num_tensors], *ctx.others]
             flat = [stored[i] for i in layout.order]
-            found = iter(vjp_operator(*flat, list(tensors[num_tensors:]), grad, list(needs)))
-            return (None, None, *(next(found) if need else None for need in needs))
+            gradients = iter(vjp_operator(*flat, list(tensors[num_tensors:]), grad, list(needs)))
+            return (None, None, *(next(gradients) if need else None for need in needs))
 
         vmap = internals.refusal(f"{op.name}: {NO_VMAP}")
         jvp = internals.refusal(f"{op.name}: {NO_JVP}")
 
-    # The same where nobody listens: after the operator, which was called without torch, and with lists as they are.
+    # Autograd of a call that went past the dispatcher: the operator has already been computed on arrays, and its lists
+    # are kept as they are.
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, call, *inputs):
@@ -416,16 +425,16 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
         @staticmethod
         def backward(ctx, grad):
             stored, others, needs = ctx.saved_tensors, ctx.others, set(compress(ctx.inputs, ctx.needs_input_grad[1:]))
-            tensors, saved = dict(zip(ctx.names, stored)), stored[len(ctx.names) :]  # noqa: B905 - what was saved is left
+            tensors, saved = dict(zip(ctx.names, stored)), stored[len(ctx.names) :]  # noqa: B905 - `saved` is longer
             if torch.is_grad_enabled() or type(grad) is not torch.Tensor or internals.listening():
                 flat = layout.flatten(others | tensors)
-                found = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
+                gradients = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
             else:
-                found = on_stream_of(grad, gradients_of_tensors, tensors, others, saved, grad, needs)
+                gradients = on_stream_of(grad, gradients_on_tensors, tensors, others, saved, grad, needs)
                 if not internals.keeps_graph():
-                    ctx.others = None  # lists, as torch drops the tensors; a graph outlives its use
-            found = iter(found)
-            return (None, *[next(found) if name in needs else None for name in ctx.inputs])
+                    ctx.others = None  # frees the lists, as torch frees the saved tensors, even if the graph is kept
+            gradients = iter(gradients)
+            return (None, *[next(gradients) if name in needs else None for name in ctx.inputs])
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -443,16 +452,16 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
         vmap = internals.refusal(f"{op.name}: {NO_VMAP}")
         jvp = internals.refusal(f"{op.name}: {NO_JVP}")
 
-    def differentiated(run, flat):
+    def apply_forward(run, flat):
         return internals.apply(Forward, run, flat, *[flat[i] for i in layout.diff])
 
-    operator = _register(op.name, layout.schema, forward, forward_of_shapes, differentiated)
+    operator = _register(op.name, layout.schema, forward, fake_forward, apply_forward)
 
-    def differentiated_again(run, flat):
+    def apply_backward(run, flat):
         return internals.apply(Backward, run, *flat)
 
     more = "Tensor[] saved, Tensor grad, bool[] needs"
-    vjp_operator = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, vjp_of_shapes, differentiated_again)
+    vjp_operator = _register(f"{op.name}_vjp", f"{layout.schema}, {more}", vjp, fake_vjp, apply_backward)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
@@ -462,7 +471,7 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
             outputs = operator(*layout.flatten(bound))
         else:
             tensors, others = split
-            outputs = on_stream_of(next(iter(tensors.values()), None), computed_of_tensors, tensors, others)
+            outputs = on_stream_of(next(iter(tensors.values()), None), compute_on_tensors, tensors, others)
             inputs = tuple([name for name in op.diff if name in tensors and tensors[name].requires_grad])
             if inputs and torch.is_grad_enabled():
                 call = inputs, tensors, others, outputs
@@ -472,42 +481,47 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _register(name, schema, kernel, kernel_of_shapes, differentiated):
+def _register(name, schema, kernel, fake_kernel, apply_autograd):
+    """Register a torch operator and return a function that calls it.
+
+    `kernel` computes on tensors and `fake_kernel` only gives the shapes of its results; ``apply_autograd(run, flat)``
+    calls ``run(*flat)`` under the autograd function of the operator.
+    """
     _LIBRARY.define(f"{name}({schema}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.kpcore, name).default
 
-    def below(*flat):
+    def run_below_autograd(*flat):
         with internals.below_autograd():
             return operator(*flat)
 
-    def is_differentiated(flat):
+    def requires_grad(flat):
         return torch.is_grad_enabled() and any(t.requires_grad for t in flat if isinstance(t, torch.Tensor))
 
     def autograd(*flat):
         if internals.in_forward_mode(flat):
             raise NotImplementedError(f"{name}: {NO_JVP}")
-        if not is_differentiated(flat):
-            return below(*flat)
+        if not requires_grad(flat):
+            return run_below_autograd(*flat)
         if internals.transforming():
             raise NotImplementedError(
                 f"{name}: expected a call of kpcore.torch.{name.removesuffix('_vjp')}, outside of torch.compile, in "
                 f"torch.func, got one of torch.ops.kpcore.{name}"
             )
-        return list(differentiated(below, flat))
+        return list(apply_autograd(run_below_autograd, flat))
 
     def vmapped(info, in_dims, *flat):
         raise NotImplementedError(f"{name}: {NO_VMAP}")
 
     def call(*flat):
-        # torch.func is told of a Function here, before torch's dispatcher, which hides it.
-        if not torch.compiler.is_compiling() and internals.transforming() and is_differentiated(flat):
-            return list(differentiated(operator, flat))
+        # torch.func has to see the autograd function itself, so it is applied here: inside the dispatcher it is hidden.
+        if not torch.compiler.is_compiling() and internals.transforming() and requires_grad(flat):
+            return list(apply_autograd(operator, flat))
         return operator(*flat)
 
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
     _LIBRARY.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"kpcore::{name}", kernel_of_shapes, lib=_LIBRARY)
+    torch.library.register_fake(f"kpcore::{name}", fake_kernel, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
         internals.register_autocast(f"kpcore::{name}", device, torch.float32, lib=_LIBRARY)
     torch.library.register_vmap(f"kpcore::{name}", vmapped, lib=_LIBRARY)
@@ -519,7 +533,7 @@ def _arrays(tensors):
 
 
 def _zeros(name, tensor):
-    """An array of the shape and dtype of a tensor that may have no memory."""
+    """An array of zeros with the shape and dtype of a tensor, which may have no memory."""
     return np.broadcast_to(np.zeros((), numpy_dtype(name, tensor.dtype, tensor)), [int(size) for size in tensor.shape])
 
 
@@ -527,19 +541,19 @@ def _shaped(name, tensor):
     return Shaped(tuple(tensor.shape), numpy_dtype(name, tensor.dtype, tensor))
 
 
-def _tensors(arrays, given, grad=None):
-    """Tensors in the memory of the arrays; of copies of those that share it with what was given, or with each other.
+def _tensors(arrays, arguments, grad=None):
+    """Convert the results of an operator to tensors, copying those that share memory with an argument or each other.
 
-    torch takes what an operator returns for memory of its own.
+    torch assumes that the outputs of an operator share no memory with anything else.
     """
-    tensors, done = [], []
+    tensors, converted = [], []
     for array in arrays:
         array = devices.as_array(array)
-        if not array.flags.owndata or any(array is other for other in done):
-            others = [*done, *(a for a in (grad, *given.values()) if devices.is_array(a))]
+        if not array.flags.owndata or any(array is other for other in converted):
+            others = [*converted, *(a for a in (grad, *arguments.values()) if devices.is_array(a))]
             if any(np.may_share_memory(array, other) for other in others):
                 array = array.copy()
-        done.append(array)
+        converted.append(array)
         tensors.append(to_tensor(array))
     return tensors
 
@@ -556,9 +570,10 @@ def _flatten_with_keys(neighbors):
 
 
 def _leaves(neighbors):
-    """(names, leaves): num_points and tensors, copies, as whatever is done to them is not to change the list.
+    """(names, leaves) of a list as a pytree: num_points, and tensors with copies of the arrays.
 
-    They are kept, since torch.export knows an input again by its memory.
+    They are copies so that writing to a leaf does not change the list. They are made once for each list, because
+    torch.export recognises an input by its memory.
     """
     if neighbors.stored_leaves is None:
         arrays = {"index": neighbors.stored_index, "row_splits": neighbors.stored_row_splits}
@@ -576,26 +591,26 @@ def _leaves(neighbors):
 def _unflatten_neighbors(leaves, context):
     num_points, *leaves = leaves
     width, carries_transpose, has_distance = context
-    index, row_splits, *others = map(_array_if_there, leaves)
+    index, row_splits, *others = map(_array_of_leaf, leaves)
     distance, *others = others if has_distance else (None, *others)
     back = None
     if carries_transpose:
-        shape = getattr(row_splits, "shape", None)  # what a tree may have in the place of tensors has none
+        shape = getattr(row_splits, "shape", None)  # a pytree may hold leaves that are not tensors and have no shape
         back = unchecked_list(*others, shape[0] - 1 if shape else None)
     return unchecked_list(index, row_splits, num_points, distance, width, back, carries_transpose)
 
 
-def _array_if_there(leaf):
-    """The array of a tensor; what stands for one while torch traces or transforms, and anything else, as it is."""
+def _array_of_leaf(leaf):
+    """The array of a plain tensor; stand-ins for tensors while torch traces, and all other leaves, unchanged."""
     if type(leaf) not in _PLAIN or torch.compiler.is_compiling() or not (leaf.is_cpu or leaf.is_cuda):
         return leaf
     try:
         return to_array("neighbors", leaf)
-    except (TypeError, NotImplementedError):  # of a dtype that NumPy lacks; wrapped by torch.func
+    except (TypeError, NotImplementedError):  # a dtype that NumPy does not have, or a tensor wrapped by torch.func
         return leaf
 
 
-# torch.export takes and gives nests of tensors and numbers.
+# torch.export passes inputs and outputs as pytrees of tensors and numbers.
 internals.register_pytree_node(
     Neighbors,
     _flatten_neighbors,
