@@ -10,14 +10,28 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.amp import autocast_mode
 from torch.autograd import forward_ad
+
+
+def _register_autocast(op: str, device_type: str, cast_inputs: torch.dtype, lib: torch.library.Library) -> None:
+    """What torch.library.register_autocast of torch 2.7 does, for torch 2.6."""
+    overload, key = torch._library.utils.lookup_op(op), f"Autocast{device_type.upper()}"
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(_, *arguments):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*autocast_mode._cast(arguments, device_type, cast_inputs))
+
+    lib.impl(op.rpartition("::")[2], kernel, key, with_keyset=True)
+
 
 try:
     below_autograd = torch._C._AutoDispatchBelowAutograd
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
     SequenceKey = torch.utils._pytree.SequenceKey
-    register_autocast = torch.library.register_autocast  # public, but torch has it only from 2.7 on
+    register_autocast = getattr(torch.library, "register_autocast", _register_autocast)
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
     _autocast_is_on = torch._C._is_any_autocast_enabled
@@ -30,7 +44,7 @@ try:
     _forward_level(forward_ad)
 except AttributeError as error:
     raise ImportError(
-        f"kpcore.torch: expected torch 2.7 to 2.13, got {torch.__version__}, whose internals differ: {error}"
+        f"kpcore.torch: expected torch 2.6 to 2.15, got {torch.__version__}, whose internals differ: {error}"
     ) from error
 
 

@@ -6,12 +6,6 @@
 #include "kernels.h"
 #include "parallel.h"
 
-#ifdef _OPENMP
-// Null where the process has loaded an OpenMP before 5.0, as torch 2.6 brings one: a reference that is not weak would
-// then be an error when this library is loaded.
-#pragma weak omp_pause_resource_all
-#endif
-
 namespace kp {
 namespace {
 
@@ -96,7 +90,13 @@ const char* openmp_library() {
 // so: then a child must never ask for a second thread.
 bool pause_threads() {
 #ifdef _OPENMP
-  return omp_pause_resource_all && omp_pause_resource_all(omp_pause_hard) == 0;
+  // By its name: as a reference, an OpenMP before 5.0 (torch 2.6 brings one) would keep this library from being loaded.
+  static const auto pause = [] {
+    void* const library = dlopen(openmp_library(), RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<int (*)(omp_pause_resource_t)>(library ? dlsym(library, "omp_pause_resource_all")
+                                                                   : nullptr);
+  }();
+  return pause && pause(omp_pause_hard) == 0;
 #else
   return true;
 #endif
