@@ -409,9 +409,10 @@ def test_nearest_are_the_same_bits_with_any_instructions_and_threads(name, dtype
             assert_same_bits(getattr(other, part), getattr(results[0], part))
 
 
-@metrics
-@both_dtypes
-@both_dims
+@pytest.mark.parametrize(
+    ("dim", "dtype", "metric"),
+    [(3, np.float32, "l2"), (2, np.float64, "l2"), (2, np.float32, "l1"), (3, np.float64, "linf")],
+)
 def test_ten_thousand_small_searches(dim, dtype, metric):
     rng = np.random.default_rng(9)
     row_splits = clouds.splits(rng.integers(0, 12, 10_000))

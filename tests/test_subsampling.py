@@ -610,24 +610,28 @@ def test_what_has_no_gradient_says_so(argument):
 @pytest.mark.parametrize(
     ("name", "origin"), [("uniform", 0), ("lattice", 0), ("one_voxel", 0), ("uniform", "published")]
 )
-def test_same_bits_with_any_instructions_and_threads(name, origin, dtype, position, feature, isa, set_threads):
+def test_same_bits_with_any_instructions_and_threads(name, origin, dtype, position, feature, set_isa, set_threads):
     points, voxel_size = {
         "uniform": (clouds.uniform(40_000, dtype=dtype)[0], 0.05),
         "lattice": (clouds.nasty("lattice_ties", dtype=dtype, num=40_000)[0], 0.3),
         "one_voxel": (clouds.uniform(40_000, dtype=dtype)[0], 2.0),
     }[name]
     arrays = attributes(len(points)) | {"position": position, "feature": feature, "origin": origin}
-    results = []
-    for threads in (1, 2, 3):
+    check_subsample(points, voxel_size, **arrays)  # of the set and threads that are taken by default
+    check_gradient(points, voxel_size, arrays["features"], feature)
+
+    def results():
+        got = kp.grid_subsample(points, voxel_size, **arrays)
+        grad = np.random.default_rng(1).normal(size=got.features.shape).astype(got.features.dtype)
+        pulled = gradient(points, voxel_size, arrays["features"], grad, feature=feature, origin=origin)
+        return got.points, got.features, got.labels, got.row_splits, got.inverse, got.counts, pulled
+
+    expected = results()
+    for isa, threads in itertools.product(kp.backends.cpu.isas(), (1, 2, 3)):
+        set_isa(isa)
         set_threads(threads)
-        results.append(kp.grid_subsample(points, voxel_size, **arrays))
-        check_gradient(points, voxel_size, arrays["features"], feature)
-    for other in results[1:]:
-        for part in ("points", "features", "labels", "row_splits", "inverse", "counts"):
-            assert_same_bits(getattr(other, part), getattr(results[0], part))
-    check_subsample(
-        points, voxel_size, **arrays
-    )  # decisions equal the reference's, so they are one for all instruction sets
+        for got, other in zip(results(), expected, strict=True):
+            assert_same_bits(got, other)
 
 
 # ---- real scans
