@@ -160,7 +160,7 @@ def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mappi
     A seventh of the time of `inspect.Signature.bind`, which would be a third of what a call costs.
     """
     signature = inspect.signature(public)
-    parameters = signature.parameters
+    parameters = dict(signature.parameters)  # torch 2.6 cannot compile the mapping that it is
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 

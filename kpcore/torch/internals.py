@@ -44,7 +44,7 @@ try:
     _forward_level(forward_ad)
 except AttributeError as error:
     raise ImportError(
-        f"kpcore.torch: expected torch 2.6 to 2.15, got {torch.__version__}, whose internals differ: {error}"
+        f"kpcore.torch: expected torch 2.6 to 2.14, got {torch.__version__}, whose internals differ: {error}"
     ) from error
 
 
