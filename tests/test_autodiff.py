@@ -530,12 +530,12 @@ def test_sums_and_columns_of_tensors():
         (lambda t: "x" + t, "can only concatenate str"),
         (lambda t: t + np.ones(4), r"the second: expected \(3,\)|the second: expected .* got \(4,\)"),
         (lambda t: np.ones(3, np.float32) + t, "the second"),
-        (lambda t: t[:, 1], "expected columns as tensor"),
-        (lambda t: t[0], "expected columns as tensor"),
-        (lambda t: [*t], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 1, 3)[:, :, 1:], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 3)[0:1, 1:2], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 3)[:, ::2], "expected columns as tensor"),
+        (lambda t: t[:, 1], "columns: expected a slice, as in tensor"),
+        (lambda t: t[0], "columns: expected a slice, as in tensor"),
+        (lambda t: [*t], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 1, 3)[:, :, 1:], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 3)[0:1, 1:2], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 3)[:, ::2], "columns: expected a slice, as in tensor"),
     ],
 )
 def test_what_a_tensor_does_not_do(wrong, error):

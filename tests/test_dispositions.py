@@ -281,19 +281,19 @@ def spoiled(expected, starts, calls, unscaled=dispositions.unscaled):
 def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name, monkeypatch):
     calls, step = [], 0x9E3779B97F4A7C15
     expected = kp.kernel_points(num, method=method, seed=step)
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 1, calls))
     np.testing.assert_array_equal(kp.kernel_points(num, method=method), expected)
     assert calls == [0, step]
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
 
 
 def test_the_widest_of_eight_starts_that_fail(monkeypatch):
     calls = []
     monkeypatch.setattr(dispositions, "unscaled", spoiled("lloyd", 8, calls))
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     points = kp.kernel_points(33, method="lloyd", dtype=np.float64)
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     assert len(set(calls)) == len(calls) == 8
     found = np.linalg.norm(points[-1] - points[-2]) / np.linalg.norm(points[-2])
     assert found == pytest.approx(8e-3, rel=1e-6) or found == pytest.approx(7e-3, rel=1e-6)
@@ -305,7 +305,7 @@ def test_the_widest_of_eight_starts_that_fail(monkeypatch):
 def test_the_first_start_will_do(method, num, dimension, monkeypatch):
     name, calls = "lloyd" if method == "lloyd" else "kernel_points", []
     monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 0, calls))
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     kp.kernel_points(num, dimension=dimension, method=method)
     assert calls == [0]
 
@@ -353,37 +353,37 @@ def test_one_point_is_the_centre():
         (
             {"num": 101},
             ValueError,
-            "num: expected at most 100 with method='potential', whose time grows faster than its square, got 101; "
+            "num: expected at most 100 with method='potential', which would take minutes for more, got 101; "
             "take method='lloyd'",
         ),
         ({"num": 4097, "method": "lloyd"}, ValueError, "num: expected 1 to 4096, got 4097"),
         (
             {"num": 15, "method": "shells"},
             TypeError,
-            "num: expected a sequence of integers, the points of each shell, got int",
+            "num: expected a sequence of integers, the number of points of each shell, got int",
         ),
         ({"num": [1, 14.0], "method": "shells"}, TypeError, "num[1]: expected an integer, got float"),
         ({"num": [1, 0], "method": "shells"}, ValueError, "num[1]: expected at least 1, got 0"),
         (
             {"num": [2, 14], "method": "shells"},
             ValueError,
-            "num: expected shells from the centre, of 1 point, outwards, got [2, 14]",
+            "num: expected 1 point on the first shell, which is the centre, got [2, 14]",
         ),
         (
             {"num": [], "method": "shells"},
             ValueError,
-            "num: expected shells from the centre, of 1 point, outwards, got []",
+            "num: expected 1 point on the first shell, which is the centre, got []",
         ),
         ({"num": [1, 4096], "method": "shells"}, ValueError, "num: expected at most 4096 points in all, got 4097"),
         (
             {"num": [1, 4], "method": "shells", "fixed": "none"},
             ValueError,
-            "fixed: expected 'center' or 'verticals' with shells, got 'none'",
+            "fixed: expected 'center' or 'verticals' with method='shells', got 'none'",
         ),
         (
             {"num": [1, 1, 4], "method": "shells", "fixed": "verticals"},
             ValueError,
-            "num: expected at least 2 points, the verticals, on the shell after the centre, got [1, 1, 4]",
+            "num: expected at least 2 points on the first shell after the centre with fixed='verticals', got [1, 1, 4]",
         ),
         ({"num": 9, "dtype": "real"}, TypeError, "dtype: expected float32 or float64, got 'real'"),
     ],

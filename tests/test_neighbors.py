@@ -251,7 +251,7 @@ def test_outliers_crowd_no_cell(dim, dtype, far, num):
     queries[:num] = points[:num] + dtype(radius / 2)
     check_search(points, None, radius, ("function", "grid"))
     check_search(points[num:], queries, radius, ("function", "grid"), sort="distance", max_neighbors=3)
-    both = kp.GridIndex(points, radius)._search_with(queries, np.array([0, len(queries)]), radius, None)
+    both = kp.GridIndex(points, radius)._search_points_and(queries, np.array([0, len(queries)]), radius, None)
     for found, others in zip(both, (None, queries), strict=True):  # as a level of a pyramid is searched
         assert_rows(found, reference.radius_search(points, others, radius)[0])
 

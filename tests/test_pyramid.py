@@ -199,7 +199,7 @@ def test_wrong_arguments(options, message):
 
 
 def test_limits_need_some_points():
-    with pytest.raises(ValueError, match="clouds: expected some points"):
+    with pytest.raises(ValueError, match="clouds: expected at least one point"):
         kp.calibrate_neighbor_limits([], voxel_size=0.1, num_levels=2)
 
 

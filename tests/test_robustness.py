@@ -601,8 +601,8 @@ def test_a_voxel_size_beyond_the_dtype_is_an_error(voxel_size):
         ),
         (
             {"origin": (0, 0, 3e38), "voxel_size": 1e-3},
-            "voxel_size: expected one that divides the points in float32, got 0.001 for coordinates of up to 3e+38 "
-            "from the origin",
+            "voxel_size: expected a size for which point / voxel_size does not overflow float32, got 0.001 for "
+            "coordinates of up to 3e+38 from the origin",
         ),
     ],
 )

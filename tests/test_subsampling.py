@@ -405,8 +405,8 @@ def test_each_item_has_its_origin(position, dtype, dim):
         ),
         (
             np.array([[0, 0, 0], [0, 0, 0], [0, 0, 1e308]]),
-            "voxel_size: expected one that divides the points in float64, got 0.1 for coordinates of up to 1e+308 from "
-            "the origin",
+            "voxel_size: expected a size for which point / voxel_size does not overflow float64, got 0.1 for "
+            "coordinates of up to 1e+308 from the origin",
         ),
     ],
 )
@@ -423,7 +423,7 @@ def test_errors_with_the_published_origin():
     for far in (2.0**21, 1e300):
         with pytest.raises(ValueError, match=re.escape("voxel_size: expected at most 2**21 voxels along an axis")):
             kp.grid_subsample(np.array([[0, 0], [far, 0]]), 1.0, origin="published")
-    with pytest.raises(ValueError, match="voxel_size: expected one that divides the points in float32"):
+    with pytest.raises(ValueError, match=r"voxel_size: expected a size .* does not overflow float32"):
         kp.grid_subsample(np.float32([[1e38, 0]]), 1e-10, origin="published")
 
 
