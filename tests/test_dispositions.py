@@ -1,4 +1,4 @@
-"""Kernel points: the published method's known shapes, its energy, and the promises of the docstring."""
+"""Kernel points: known shapes and the energy of the published method, and what the docstring promises."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def unscaled(num, dimension=3, fixed=1, seed=0):
 
 
 def gradient(points):
-    """Of sum 1 / d + 5 |p|², from the formula, in float64."""
+    """The gradient of the energy, sum of 1 / d over pairs + 5 |p|² over points, in float64."""
     difference = points[:, None] - points
     cubed = np.linalg.norm(difference, axis=2) ** 3
     np.fill_diagonal(cubed, np.inf)
@@ -46,7 +46,7 @@ def test_known_mean_radius_of_25_points():
 @pytest.mark.parametrize("num", [2, 9, 20])
 def test_free_points_rest(num, dimension, fixed, held):
     points = unscaled(num, dimension, fixed)
-    # The method stops when no gradient norm changes by 1e-5 in a step; what is left of the gradient is small, not zero.
+    # The method stops when no gradient norm changes by 1e-5 in a step, so the remaining gradient is small but not zero.
     assert np.linalg.norm(gradient(points)[held:], axis=1).max() < 0.05
     assert np.linalg.norm(points[:, None] - points, axis=2)[~np.eye(num, dtype=bool)].min() > 0.3
 
@@ -83,7 +83,7 @@ def test_rotations_turn(dimension):
 def test_seeds_differ_and_repeat():
     a, b = kp.kernel_points(15, seed=1), kp.kernel_points(15, seed=2)
     assert not np.array_equal(a, b)
-    a[:] = 0  # the caller's own copy
+    a[:] = 0  # each call returns a new array
     assert kp.kernel_points(15, seed=1).any()
 
 
@@ -97,7 +97,7 @@ def test_same_bits_for_any_instruction_set_and_threads(set_isa, set_threads):
 
 
 def test_same_bits_as_when_it_was_written():
-    # Every machine must give these; they change only with the method, which CHANGELOG must then say.
+    # The bits on every machine. They change only if the method does, and CHANGELOG must then say so.
     expected = [
         "-0x1.246aa925ec1e4p-3",
         "-0x1.3d458b7c14122p-1",
@@ -113,7 +113,7 @@ def test_same_bits_as_when_it_was_written():
 
 
 def ball_sample(num, dimension, seed=0):
-    """Uniform in the unit ball."""
+    """Points that are uniform in the unit ball."""
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(num, dimension))
     return directions / np.linalg.norm(directions, axis=1)[:, None] * rng.random((num, 1)) ** (1 / dimension)
@@ -132,13 +132,13 @@ def test_two_lloyd_points_are_the_centroids_of_half_balls(dimension, radius):
 )
 def test_lloyd_points_are_the_centroids_of_their_cells(num, dimension, fixed):
     points = kp.kernel_points(num, dimension=dimension, fixed=fixed, method="lloyd", dtype=np.float64)
-    sample = ball_sample(200_000, dimension)  # not the one they were relaxed on
+    sample = ball_sample(200_000, dimension)  # not the sample of the relaxation
     owner = ((sample**2).sum(1)[:, None] - 2 * sample @ points.T + (points**2).sum(1)).argmin(1)
     counts = np.bincount(owner, minlength=num)
     centroids = np.stack([np.bincount(owner, x, num) for x in sample.T], 1) / counts[:, None]
     held = {"none": 0, "center": 1, "verticals": 3}[fixed]
     assert np.linalg.norm(centroids - points, axis=1)[held:].max() < 0.1 * num ** (-1 / dimension)
-    # Cells of one size: a uniform sample of K points without relaxation has some ten times as large as others.
+    # Cells are of similar size; those of K random points without relaxation differ by a factor of ten.
     assert counts[held:].max() < 2 * counts[held:].min()
 
 
@@ -147,7 +147,7 @@ def test_lloyd_points_fill_the_ball(fixed):
     points = kp.kernel_points(300, 2.5, fixed=fixed, method="lloyd", dtype=np.float64)
     norms = np.linalg.norm(points, axis=1)
     assert 0.85 < norms.max() / 2.5 < 1
-    assert norms.mean() / 2.5 == pytest.approx(0.74, abs=0.03)  # 3/4 of all the ball, less of cells' centroids
+    assert norms.mean() / 2.5 == pytest.approx(0.74, abs=0.03)  # 3/4 in the whole ball, less for centroids
     if fixed != "none":
         assert not points[0].any()
     if fixed == "verticals":
@@ -175,7 +175,7 @@ def test_shells_have_their_points_at_their_radii(sizes, radii, dimension):
     np.testing.assert_allclose(np.linalg.norm(points, axis=1), 0.5 * np.repeat(radii, sizes), rtol=1e-12)
 
 
-# The least energies of n charges on a sphere (Thomson's problem): a centre pulls nobody sideways.
+# Least energies of n charges on a sphere (Thomson's problem). The centre exerts no force along the sphere.
 @pytest.mark.parametrize(
     ("num", "energy"), [(2, 0.5), (4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (14, 69.306363297)]
 )
@@ -263,7 +263,7 @@ def test_methods_have_the_same_bits_as_when_they_were_written():
 
 
 def spoiled(expected, starts, calls, unscaled=dispositions.unscaled):
-    """`unscaled` whose first `starts` results have two points too close; it notes the seeds."""
+    """A replacement of `unscaled` whose first `starts` results have two points too close; `calls` gets the seeds."""
 
     def call(kernel, num, dimension, fixed, seed, radii):
         assert kernel == expected
@@ -310,7 +310,7 @@ def test_the_first_start_will_do(method, num, dimension, monkeypatch):
     assert calls == [0]
 
 
-# ---- what it promises besides
+# ---- other promises
 
 
 def test_nothing_is_written(tmp_path):
