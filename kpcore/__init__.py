@@ -24,7 +24,7 @@ Decisions
 Edges
     Empty input, empty neighbourhoods and equal points have defined results. NaN or infinite coordinates are an error in
     searches and subsampling. In searches for nearest points, so are coordinates so large or so close together that
-    distances overflow or vanish. A convolution with NaN features gives NaN for the queries that have such a neighbour.
+    distances overflow or vanish. NaN features of a convolution affect only the queries that have such a neighbour.
     One call takes at most 2**31 - 1 points; pairs are counted in 64 bits.
 """
 

@@ -95,8 +95,8 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree. NaN is not an error: it reaches the outputs of the queries that have it
-        among their neighbours.
+        For shapes or dtypes that do not agree. NaN is not an error: it affects only the queries that have it among
+        their neighbours.
 
     Notes
     -----

@@ -217,14 +217,14 @@ def test_by_central_differences(variant):
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 def test_only_what_is_needed_is_computed(variant):
     op, arguments = ops.call(variant)
-    asked = []
-    counting = replace(op, vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs))
+    needs_seen = []
+    counting = replace(op, vjp=lambda a, s, g, needs: needs_seen.append(set(needs)) or op.vjp(a, s, g, needs))
     for name in ops.diff(op, arguments):
-        asked.clear()
-        given = {**arguments, name: kp.autodiff.Tensor(arguments[name])}
-        out = ops.output(op, kp.autodiff.record(counting, given))
+        needs_seen.clear()
+        with_tensor = {**arguments, name: kp.autodiff.Tensor(arguments[name])}
+        out = ops.output(op, kp.autodiff.record(counting, with_tensor))
         out.backward(np.ones(out.shape, out.dtype))
-        assert asked == [{name}]
+        assert needs_seen == [{name}]
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -449,12 +449,12 @@ def test_other_axes_and_a_factor(fn, expected, dtype):
     out, pullback = kp.autodiff.vjp(fn, a)
     assert_same_bits(out, expected(a))
     grad = np.random.default_rng(1).normal(size=out.shape).astype(dtype)
-    (found,) = pullback(grad)
-    assert_same_bits(found, expected(np.ones_like(a)).flat[0] * grad.reshape(a.shape))
-    assert not np.may_share_memory(found, grad)
+    (gradient,) = pullback(grad)
+    assert_same_bits(gradient, expected(np.ones_like(a)).flat[0] * grad.reshape(a.shape))
+    assert not np.may_share_memory(gradient, grad)
     tensor = kp.autodiff.Tensor(a)
     fn(tensor).backward(grad)
-    assert_same_bits(tensor.grad, found)
+    assert_same_bits(tensor.grad, gradient)
 
 
 def test_a_factor_of_a_scalar():

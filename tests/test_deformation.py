@@ -400,12 +400,12 @@ def test_torch_autograd(dim, detach_others):
     offsets, kernel_points = random_offsets(case), case.kernel_points
     inputs = [torch.from_numpy(a.copy()).requires_grad_() for a in (offsets, kernel_points)]
     points, queries = map(torch.from_numpy, (case.points, case.queries))
-    theirs = {
+    torch_losses = {
         "fitting": torch_fitting(torch, points, queries, case.rows, inputs[1], inputs[0], case.extent),
         "repulsion": torch_repulsion(torch, inputs[1], inputs[0], case.extent, detach_others),
     }
     for name, fn in losses(case, reduction="sum", detach_others=detach_others).items():
-        expected = [theirs[name].detach(), *torch.autograd.grad(theirs[name], inputs)]
+        expected = [torch_losses[name].detach(), *torch.autograd.grad(torch_losses[name], inputs)]
         for got, want in zip(run(fn, offsets, kernel_points), expected, strict=True):
             assert_close(got, want.numpy(), 1e-10)
 
@@ -520,13 +520,13 @@ def test_same_bits_with_any_instructions_and_threads(num_kernel, dtype, isa, set
     def results():
         return [array for fn in losses(case).values() for array in run(fn, offsets, case.kernel_points)]
 
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(results())
+        all_results.append(results())
     set_isa("base")
-    for other in (*found[1:], results()):
-        for got, expected in zip(other, found[0], strict=True):
+    for other in (*all_results[1:], results()):
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 

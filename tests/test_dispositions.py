@@ -33,8 +33,8 @@ def gradient(points):
     ],
 )
 def test_known_shapes(num, dimension, fixed, radii):
-    found = np.sort(np.linalg.norm(unscaled(num, dimension, fixed), axis=1))
-    np.testing.assert_allclose(found, radii, atol=6e-5)
+    norms = np.sort(np.linalg.norm(unscaled(num, dimension, fixed), axis=1))
+    np.testing.assert_allclose(norms, radii, atol=6e-5)
 
 
 def test_known_mean_radius_of_25_points():
@@ -295,8 +295,8 @@ def test_the_widest_of_eight_starts_that_fail(monkeypatch):
     points = kp.kernel_points(33, method="lloyd", dtype=np.float64)
     dispositions._unit_points.cache_clear()
     assert len(set(calls)) == len(calls) == 8
-    found = np.linalg.norm(points[-1] - points[-2]) / np.linalg.norm(points[-2])
-    assert found == pytest.approx(8e-3, rel=1e-6) or found == pytest.approx(7e-3, rel=1e-6)
+    spacing = np.linalg.norm(points[-1] - points[-2]) / np.linalg.norm(points[-2])
+    assert spacing == pytest.approx(8e-3, rel=1e-6) or spacing == pytest.approx(7e-3, rel=1e-6)
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 8])

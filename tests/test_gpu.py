@@ -434,21 +434,21 @@ def random_list(num_queries=61, num_points=40, longer=0, seed=0):
 
 @pytest.mark.parametrize("longer", [0, 7])
 def test_lists(longer):
-    given = random_list(longer=longer)
-    check(lambda nb: nb, given)
-    check(lambda nb: nb.transpose(), given)
-    check(lambda nb: nb.transpose().transpose(), given)
-    check(lambda nb: nb.counts, given)
-    check(lambda nb: [nb.to_padded(), nb.to_padded(3), nb.to_padded(9, -1)], given)
-    check(lambda nb: kp.Neighbors.from_padded(nb.to_padded(9), 40), given)
-    check(lambda nb: kp.Neighbors(nb.index, nb.row_splits, 40, nb.distance), given)
-    check(lambda nb: kp.Neighbors(nb.index.astype(np.int64), nb.row_splits.astype(np.int32), 40), given)
-    check(lambda nb: [nb.to_padded(dtype=np.int64), nb.to_padded(3, 2**40, dtype=np.int64)], given)
-    check(lambda nb: [nb.with_transpose().transpose(), nb.with_width(9)], given)
-    check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), given)
-    query = np.repeat(np.arange(61), given.counts)[::-1].copy()
-    check(kp.Neighbors.from_coo, query, given.index[: len(query)][::-1].astype(np.int64), 61, 40)
-    assert repr(given.to("cuda")) == repr(given)
+    neighbors = random_list(longer=longer)
+    check(lambda nb: nb, neighbors)
+    check(lambda nb: nb.transpose(), neighbors)
+    check(lambda nb: nb.transpose().transpose(), neighbors)
+    check(lambda nb: nb.counts, neighbors)
+    check(lambda nb: [nb.to_padded(), nb.to_padded(3), nb.to_padded(9, -1)], neighbors)
+    check(lambda nb: kp.Neighbors.from_padded(nb.to_padded(9), 40), neighbors)
+    check(lambda nb: kp.Neighbors(nb.index, nb.row_splits, 40, nb.distance), neighbors)
+    check(lambda nb: kp.Neighbors(nb.index.astype(np.int64), nb.row_splits.astype(np.int32), 40), neighbors)
+    check(lambda nb: [nb.to_padded(dtype=np.int64), nb.to_padded(3, 2**40, dtype=np.int64)], neighbors)
+    check(lambda nb: [nb.with_transpose().transpose(), nb.with_width(9)], neighbors)
+    check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), neighbors)
+    query = np.repeat(np.arange(61), neighbors.counts)[::-1].copy()
+    check(kp.Neighbors.from_coo, query, neighbors.index[: len(query)][::-1].astype(np.int64), 61, 40)
+    assert repr(neighbors.to("cuda")) == repr(neighbors)
 
 
 def test_lists_of_nothing():
@@ -459,16 +459,16 @@ def test_lists_of_nothing():
 
 
 def test_lists_move_with_what_they_know():
-    given = random_list()
-    assert given.to("cpu") is given
-    device = given.to("cuda")
+    neighbors = random_list()
+    assert neighbors.to("cpu") is neighbors
+    device = neighbors.to("cuda")
     assert device.to("cuda") is device and device.stored_transposed is None
-    given.transpose()
-    moved = given.to("cuda")
+    neighbors.transpose()
+    moved = neighbors.to("cuda")
     assert isinstance(moved.stored_transposed.index, cupy.ndarray)
-    assert_equal(moved.transpose(), given.transpose())
+    assert_equal(moved.transpose(), neighbors.transpose())
     with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'gpu'"):
-        given.to("gpu")
+        neighbors.to("gpu")
 
 
 # ---- subsampling, sampling, pyramids
@@ -618,8 +618,8 @@ def test_kpconv(name, sums_bytes, monkeypatch):
     for names in (everything, ("weights",), ("features",), everything[:1]):
         constants = {n: a for n, a in primals.items() if n not in names}
 
-        def call(*given, names=names, **more):
-            return function(**dict(zip(names, given, strict=True)), **more)
+        def call(*values, names=names, **more):
+            return function(**dict(zip(names, values, strict=True)), **more)
 
         check_gradients(call, *(primals[n] for n in names), **constants, **settings)
 
@@ -975,8 +975,8 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
     assert add.rebind(bound, lr=2)[4] == 2 and bound[4] == 1
     assert add.bind(None, numbers | arrays | {"grad": None})[1] == 0  # a null pointer
     for values, text in (
-        (numbers, r"^rows\.cu: sgd: expected a value of the parameter value, got none"),
-        (numbers | arrays | {"n": 3}, r"^rows\.cu: sgd: expected no values but of value, grad, moment, size, lr, "),
+        (numbers, r"^layers\.cu: sgd: expected a value of the parameter value, got none"),
+        (numbers | arrays | {"n": 3}, r"^layers\.cu: sgd: expected no values but of value, grad, moment, size, lr, "),
     ):
         with pytest.raises(TypeError, match=text):
             add.bind(None, values)
@@ -984,7 +984,7 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
 
 def test_a_file_is_compiled_with_the_definitions_in_its_first_lines():
     for definitions in ({}, {"KP_T": "float"}, {"KP_F": "float", "KP_DIM": 3}):
-        with pytest.raises(TypeError, match=r"^rows\.cu: expected the definitions KP_F, got "):
+        with pytest.raises(TypeError, match=r"^layers\.cu: expected the definitions KP_F, got "):
             gpu_launch.kernels_of("layers.cu", **definitions)
     for path in (gpu_sources.SOURCES / "cuda").glob("*.cu"):
         head = "".join(line for line in path.read_text().splitlines() if line.startswith("// compile:"))

@@ -307,8 +307,8 @@ def test_gradients_of_variants_by_central_differences(variant, influence, aggreg
     options["normalization"] = normalization
     shape = kp.kpconv(**arguments, **options).shape
     grad = rng.normal(size=shape)
-    found = gradients(arguments, grad, **options)
-    for name, gradient in found.items():
+    computed = gradients(arguments, grad, **options)
+    for name, gradient in computed.items():
         direction = rng.normal(size=gradient.shape)
         ahead, behind = (
             kp.kpconv(**arguments | {name: arguments[name] + s * direction}, **options) for s in (step, -step)
@@ -316,8 +316,8 @@ def test_gradients_of_variants_by_central_differences(variant, influence, aggreg
         numeric, analytic = np.vdot(grad, (ahead - behind) / (2 * step)), np.vdot(gradient, direction)
         # The slope jumps where a step crosses the end of an influence or, with offsets, of the range.
         assert abs(numeric - analytic) <= 2e-5 * np.linalg.norm(gradient) * np.linalg.norm(direction) + 1e-6, name
-    positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in found]
-    assert all(found[name].any() != (influence == "constant") for name in positions)
+    positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in computed]
+    assert all(computed[name].any() != (influence == "constant") for name in positions)
 
 
 @each_feature_type
@@ -411,8 +411,8 @@ def test_gradients_of_more_pairs_than_a_tile_keeps(only):
     arguments["extent"] *= 3
 
     def fn(*values):
-        given = arguments | dict(zip(names, values, strict=True))
-        return kp.kpconv(**given, influence="gaussian", normalization="count")
+        changed = arguments | dict(zip(names, values, strict=True))
+        return kp.kpconv(**changed, influence="gaussian", normalization="count")
 
     primals = [arguments[name] for name in names]
     check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)

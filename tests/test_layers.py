@@ -132,7 +132,7 @@ CALLS = {
 class Layer(NamedTuple):
     primals: object  # (rng, n, c) -> arrays of n rows and c channels
     ours: object  # (*primals) -> array
-    theirs: object  # (torch, *primals) -> tensor
+    in_torch: object  # (torch, *primals) -> tensor
 
 
 def features(rng, n, c):
@@ -241,7 +241,7 @@ def results(fn, primals, grad):
     return [out, *pullback(grad)]
 
 
-def theirs(torch, fn, primals, grad):
+def torch_results(torch, fn, primals, grad):
     inputs = [torch.from_numpy(p.astype(np.float64)).requires_grad_() for p in primals]
     out = fn(torch, *inputs)
     grads = torch.autograd.grad(out, inputs, torch.from_numpy(np.asarray(grad, np.float64)))
@@ -265,7 +265,7 @@ def compare(got, expected, dtype):
 @pytest.mark.parametrize("name", LAYERS)
 def test_values_and_gradients_are_those_of_torch(name, shape, dtype, isa, torch):
     layer, primals, grad = case(name, shape, dtype)
-    compare(results(layer.ours, primals, grad), theirs(torch, layer.theirs, primals, grad), dtype)
+    compare(results(layer.ours, primals, grad), torch_results(torch, layer.in_torch, primals, grad), dtype)
 
 
 @both_dtypes
@@ -280,7 +280,7 @@ def test_group_norm_of_batch_items(n, groups, slope, dtype, torch):
         lambda x, a, b: kp.group_norm(x, groups, a, b, row_splits=row_splits, negative_slope=slope), primals, grad
     )
     other = partial(torch_group_norm, groups=groups, row_splits=row_splits, slope=slope)
-    compare(got, theirs(torch, other, primals, grad), dtype)
+    compare(got, torch_results(torch, other, primals, grad), dtype)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -300,7 +300,7 @@ def test_cross_entropy_is_that_of_torch(shape, dtype, label_type, weighted, redu
         [logits],
         grad,
     )
-    expected = theirs(
+    expected = torch_results(
         torch,
         lambda torch, x: torch.nn.functional.cross_entropy(
             x,
@@ -413,12 +413,12 @@ def test_gradients_share_no_memory():
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_bits_with_any_number_of_threads(name, dtype, isa, set_threads):
     layer, primals, grad = case(name, (9001, 33), dtype)
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(results(layer.ours, primals, grad))
-    for other in found[1:]:
-        for got, expected in zip(other, found[0], strict=True):
+        all_results.append(results(layer.ours, primals, grad))
+    for other in all_results[1:]:
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 
@@ -432,13 +432,13 @@ def test_cross_entropy_has_the_same_bits_with_any_number_of_threads(dtype, reduc
     def fn(x):
         return kp.softmax_cross_entropy(x, labels, ignore_index=-1, class_weights=weights, reduction=reduction)
 
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
         out, pullback = kp.autodiff.vjp(fn, logits)
-        found.append((out, *pullback(np.ones_like(out))))
-    for other in found[1:]:
-        for got, expected in zip(other, found[0], strict=True):
+        all_results.append((out, *pullback(np.ones_like(out))))
+    for other in all_results[1:]:
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 
@@ -484,7 +484,7 @@ def test_gradients_with_a_large_offset(torch):
     rng = np.random.default_rng(0)
     primals = [(rng.normal(size=(3000, 20)) + 1e4).astype(np.float32), np.ones(20, np.float32), np.ones(20, np.float32)]
     grad = rng.normal(size=(3000, 20)).astype(np.float32)
-    expected = theirs(torch, partial(torch_batch_norm, training=True), primals, grad)
+    expected = torch_results(torch, partial(torch_batch_norm, training=True), primals, grad)
     compare(results(ours_batch_norm, primals, grad), expected, np.float32)
 
 
@@ -543,13 +543,13 @@ def test_the_gradient_of_weights_over_many_rows():
 def test_the_gradient_of_weights_in_many_sums(c_in, dtype, set_threads):
     rng = np.random.default_rng(0)
     x, g = rng.normal(size=(40_000, c_in)).astype(dtype), rng.normal(size=(40_000, 70)).astype(dtype)
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
-    assert_close(found[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
-    for got in found[1:]:
-        assert_same_bits(got, found[0])
+        all_results.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
+    assert_close(all_results[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
+    for got in all_results[1:]:
+        assert_same_bits(got, all_results[0])
 
 
 def test_a_loss_over_many_rows():
@@ -580,16 +580,16 @@ def test_products_of_few_rows_by_many_threads(rows, dtype, isa, set_threads):
     features, weights, bias, grad = (
         rng.standard_normal(shape).astype(dtype) for shape in ((rows, 301), (301, 711), (711,), (rows, 711))
     )
-    found = []
+    all_results = []
     for threads in (1, 2, 5):
         set_threads(threads)
         out, pullback = kp.autodiff.vjp(lambda *args: kp.linear(*args), features, weights, bias)
-        found.append((out, *pullback(grad)))
-    for one, other in itertools.product(found[:1], found[1:]):
+        all_results.append((out, *pullback(grad)))
+    for one, other in itertools.product(all_results[:1], all_results[1:]):
         for value, same in zip(one, other, strict=True):
             assert_same_bits(value, same)
     x, w, g = (a.astype(np.float64) for a in (features, weights, grad))
-    for value, expected in zip(found[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
+    for value, expected in zip(all_results[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
         assert np.abs(value - expected).max() <= 100 * np.finfo(dtype).eps * np.abs(expected).max()
 
 

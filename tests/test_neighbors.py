@@ -254,8 +254,8 @@ def test_outliers_crowd_no_cell(dim, dtype, far, num):
     check_search(points, None, radius, ("function", "grid"))
     check_search(points[num:], queries, radius, ("function", "grid"), sort="distance", max_neighbors=3)
     both = kp.GridIndex(points, radius)._search_points_and(queries, np.array([0, len(queries)]), radius, None)
-    for found, others in zip(both, (None, queries), strict=True):  # build_pyramid searches a level like this
-        assert_rows(found, reference.radius_search(points, others, radius)[0])
+    for neighbors, others in zip(both, (None, queries), strict=True):  # build_pyramid searches a level like this
+        assert_rows(neighbors, reference.radius_search(points, others, radius)[0])
 
 
 @both_dims
@@ -432,9 +432,9 @@ def test_against_scipy_in_any_dimension(dim, metric, p):
     points, queries = rng.uniform(size=(20_000, dim)), rng.uniform(-0.1, 1.1, (500, dim))
     tree = cKDTree(points)
     distance, index = tree.query(queries, 10, p=p)
-    found = kp.knn_search(points, queries, 10, metric=metric, return_distances=True)
-    assert np.allclose(found.distance.reshape(-1, 10), distance, rtol=1e-12)
-    assert np.mean(found.index.reshape(-1, 10) == index) > 0.999  # ties apart
+    neighbors = kp.knn_search(points, queries, 10, metric=metric, return_distances=True)
+    assert np.allclose(neighbors.distance.reshape(-1, 10), distance, rtol=1e-12)
+    assert np.mean(neighbors.index.reshape(-1, 10) == index) > 0.999  # except ties
     radius = np.median(distance[:, -1])
     rows = tree.query_ball_point(queries, radius * (1 + 1e-12), p=p)
     counts = kp.radius_search(points, queries, radius, metric=metric, count_only=True)
@@ -480,9 +480,9 @@ def test_a_hopeless_search_says_so_before_it_counts(monkeypatch):
 
 def test_an_index_serves_any_radius_and_keeps_its_own_points():
     points, radius = clouds.uniform(500)
-    given = points.copy()
-    tree, grid = kp.KDTree(given), kp.GridIndex(given, radius)
-    given[:] = 0
+    copy = points.copy()
+    tree, grid = kp.KDTree(copy), kp.GridIndex(copy, radius)
+    copy[:] = 0
     for factor in (0.3, 1, 3, 4.5, 20):
         expected = reference.radius_search(points, None, radius * factor)[0]
         assert_rows(tree.radius_search(None, radius * factor), expected)
@@ -507,8 +507,8 @@ def test_an_index_serves_many_threads_at_once():
     jobs = [(index, radius * factor) for index in (tree, grid) for factor in (0.5, 1, 1.5)] * 4
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda job: job[0].radius_search(None, job[1]), jobs))
-    for (_, r), found in zip(jobs, together, strict=True):
-        assert_same_bits(found.index, kp.radius_search(points, None, r).index)
+    for (_, r), neighbors in zip(jobs, together, strict=True):
+        assert_same_bits(neighbors.index, kp.radius_search(points, None, r).index)
 
 
 @pytest.mark.parametrize("make", [kp.KDTree, lambda p, **o: kp.GridIndex(p, 0.3, **o)])
@@ -777,9 +777,9 @@ def test_transpose_turns_every_pair_around(rows_and_num):
 
 def test_transpose_takes_distances_along():
     points, radius = clouds.uniform(60)
-    found = kp.radius_search(points, points[::3].copy(), radius, return_distances=True)
-    transpose = found.transpose()
-    expected = found.to_sparse(found.distance).T
+    neighbors = kp.radius_search(points, points[::3].copy(), radius, return_distances=True)
+    transpose = neighbors.transpose()
+    expected = neighbors.to_sparse(neighbors.distance).T
     assert_same_bits(transpose.to_sparse(transpose.distance).toarray(), expected.toarray())
 
 

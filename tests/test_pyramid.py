@@ -26,10 +26,10 @@ def renumbered_sets(padded, queries, new_index, num_points):
     return [rows[q] for q in queries]
 
 
-def matching(ours, theirs):
+def matching(ours, published):
     """For each of our points the index of the same point, up to rounding, in the published result."""
-    a, b = (np.lexsort(np.round(p.astype(np.float64), 5).T) for p in (ours, theirs))
-    assert len(a) == len(b) and np.abs(ours[a] - theirs[b]).max(initial=0) < 1e-6
+    a, b = (np.lexsort(np.round(p.astype(np.float64), 5).T) for p in (ours, published))
+    assert len(a) == len(b) and np.abs(ours[a] - published[b]).max(initial=0) < 1e-6
     number = np.empty(len(a), int)
     number[a] = b
     return number
@@ -163,9 +163,9 @@ def test_a_pyramid_goes_through_a_worker_without_growing():
     ]  # fmt: skip
     assert len(data) < sum(array.nbytes for array in arrays) + 10_000
     copy = pickle.loads(data)
-    for ours, theirs in zip(pyramid, copy, strict=True):
-        assert_same_bits(ours.points, theirs.points)
-        assert_same_bits(ours.neighbors.index, theirs.neighbors.index)
+    for ours, copied in zip(pyramid, copy, strict=True):
+        assert_same_bits(ours.points, copied.points)
+        assert_same_bits(ours.neighbors.index, copied.neighbors.index)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 1.0])

@@ -945,22 +945,22 @@ REFILLED = {
 
 @pytest.mark.parametrize("name", REFILLED)
 def test_a_gradient_is_that_of_what_was_computed(name):
-    function, given = REFILLED[name]
-    found = []
+    function, initial = REFILLED[name]
+    gradients = []
     for refill in (False, True):
-        array = given.copy()
+        array = initial.copy()
         out, pullback = kp.autodiff.vjp(lambda f, a=array: function(f, a), features_of(300, 4))
         if refill:
             array[:] = 200 if array.dtype == np.uint8 else BIG
-        found.append(pullback(np.ones_like(out))[0])
-    assert found[0].any()
-    assert_same_bits(*found)
+        gradients.append(pullback(np.ones_like(out))[0])
+    assert gradients[0].any()
+    assert_same_bits(*gradients)
 
 
 @pytest.mark.parametrize("feature", ["mean", "max", "nearest"])
 @pytest.mark.parametrize("place", ["tape", "torch"])
 def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
-    points, features, found = features_of(300, 3), features_of(300, 4), []
+    points, features, gradients = features_of(300, 3), features_of(300, 4), []
     for refill in (False, True):
         if place == "tape":
             features = kp.autodiff.Tensor(features_of(300, 4))
@@ -977,9 +977,9 @@ def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
             sub.features.backward(np.ones_like(sub.features.value))
         else:
             sub.features.sum().backward()
-        found.append(np.asarray(features.grad))
-    assert found[0].any()
-    assert_same_bits(*found)
+        gradients.append(np.asarray(features.grad))
+    assert gradients[0].any()
+    assert_same_bits(*gradients)
 
 
 @pytest.mark.parametrize(
@@ -988,7 +988,7 @@ def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
 )  # fmt: skip
 def test_what_torch_does_not_see_change_is_named(name, argument):
     torch, kpt = pytest.importorskip("torch"), pytest.importorskip("kpcore.torch")
-    function, given = {
+    function, initial = {
         "gather": (kpt.gather, np.arange(900) % 300),
         "segment_reduce": (kpt.segment_reduce, np.array([0, 100, 300])),
         "group_norm": (
@@ -997,7 +997,7 @@ def test_what_torch_does_not_see_change_is_named(name, argument):
         ),
         "softmax_cross_entropy": (kpt.softmax_cross_entropy, np.arange(300) % 4),
     }[name]
-    array, features = given.copy(), torch.from_numpy(features_of(300, 4)).requires_grad_()
+    array, features = initial.copy(), torch.from_numpy(features_of(300, 4)).requires_grad_()
     out = function(features, torch.from_numpy(array))
     array[1:-1] = BIG  # written through NumPy, which torch's version counter does not see
     with pytest.raises(ValueError, match=rf"^{argument}: expected"):

@@ -453,15 +453,15 @@ def test_the_voxels_of_published_code(published_grids, name, origin):
     for begin, end in itertools.pairwise(got.row_splits):
         # The published code returns another order, with sums in float32.
         distance = np.abs(got.points[begin:end, None] - g["out_points"][None, begin:end]).max(-1)
-        theirs = distance.argmin(1) + begin
-        assert sorted(theirs) == [*range(begin, end)] and distance.min(1).max() < 2e-7
+        published_index = distance.argmin(1) + begin
+        assert sorted(published_index) == [*range(begin, end)] and distance.min(1).max() < 2e-7
         if arrays:
-            assert_close(got.features[begin:end], g["out_features"][theirs], 2e-7)
-            one = g["tie"][theirs, 0] == 0
-            assert got.labels[begin:end][one].tolist() == g["out_labels"][theirs, 0][one].tolist()
+            assert_close(got.features[begin:end], g["out_features"][published_index], 2e-7)
+            one = g["tie"][published_index, 0] == 0
+            assert got.labels[begin:end][one].tolist() == g["out_labels"][published_index, 0][one].tolist()
         if "voxel_of_point" in g:
             item = slice(*kp.row_splits(g["lengths"])[np.searchsorted(got.row_splits, begin, "right") - 1 :][:2])
-            assert theirs[got.inverse[item] - begin].tolist() == g["voxel_of_point"][item].tolist()
+            assert published_index[got.inverse[item] - begin].tolist() == g["voxel_of_point"][item].tolist()
 
 
 def test_the_centre_is_that_of_the_grid():
