@@ -268,7 +268,7 @@ class Neighbors:
     def transpose(self) -> Neighbors:
         """The queries of each point: a list of N rows among M queries. Made once and kept; rows are in rising order."""
         if checked(self).stored_transposed is None:
-            index, splits, distance = transpose_csr(
+            index, splits, distance = transposed(
                 self.stored_index, self.stored_row_splits, self.stored_distance, self.num_points
             )
             object.__setattr__(self, "stored_transposed", self._new(index, splits, self.num_queries, distance))
@@ -442,7 +442,7 @@ def _error_of_pairs(names, index, row_splits, num_points):
     return checks.changed(names[0])
 
 
-def transpose_csr(
+def transposed(
     index: np.ndarray, row_splits: np.ndarray, values: np.ndarray | None, num_points: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(index, row_splits, values or None) of the transpose: the queries of each point, in rising order.

@@ -7,7 +7,7 @@ import numpy as np
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
-from kpcore.neighbors import Neighbors, point_sizes, splits_from_counts, transpose_csr
+from kpcore.neighbors import Neighbors, point_sizes, splits_from_counts, transposed
 from kpcore.ops import OPS, Call
 from kpcore.search import knn_search
 
@@ -56,7 +56,7 @@ def _neighbor_reduce_vjp(call, saved, grad, needs):
             stored = neighbors.transpose()
             transpose = stored.stored_index, stored.stored_row_splits, None
         else:
-            transpose = transpose_csr(index, splits, call.weights, neighbors.num_points)
+            transpose = transposed(index, splits, call.weights, neighbors.num_points)
         grads["features"] = _weighted_sum(grad, *transpose, splits if call.reduce == "mean" else None)
     if "weights" in needs:
         # Zeros, since weights beyond row_splits[-1] belong to no pair and the kernel does not write their gradients.
@@ -191,7 +191,7 @@ def _nearest_upsample_vjp(call, saved, grad, needs):
         index = call.index[np.minimum(begins, len(call.index) - 1)]
         first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
         splits = devices.namespace(grad).arange(len(counts) + 1)
-    index, splits, _ = transpose_csr(first, splits, None, num_points)
+    index, splits, _ = transposed(first, splits, None, num_points)
     return {"features": _weighted_sum(grad, index, splits)}
 
 
@@ -269,7 +269,7 @@ def _gather_vjp(call, saved, grad, needs):
     if not features.shape[1]:
         return {"features": devices.namespace(grad).empty(features.shape, grad.dtype)}
     one_pair_each = devices.namespace(index).arange(len(index) + 1)  # row_splits of queries with one neighbour each
-    index, splits, _ = transpose_csr(index.astype(np.int32, copy=False), one_pair_each, None, len(features))
+    index, splits, _ = transposed(index.astype(np.int32, copy=False), one_pair_each, None, len(features))
     return {"features": _weighted_sum(grad, index, splits)}
 
 
@@ -332,7 +332,7 @@ def _interpolate_forward(call):
 
 def _interpolate_vjp(call, saved, grad, needs):
     splits, index, weights = saved
-    return {"features": _weighted_sum(grad, *transpose_csr(index, splits, weights, call.features.shape[0]))}
+    return {"features": _weighted_sum(grad, *transposed(index, splits, weights, call.features.shape[0]))}
 
 
 @operator(vjp=_interpolate_vjp, diff=("features",), forward=_interpolate_forward, keeps=())
