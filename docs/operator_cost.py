@@ -1,8 +1,8 @@
-"""What an operator costs to add: ``python docs/operator_cost.py neighbor_reduce [--tree FOLDER]``.
+"""Count the cost of adding an operator: ``python docs/operator_cost.py neighbor_reduce [--tree FOLDER]``.
 
-Lists the files that a person had to edit for it (those that are written by a script, and CHANGELOG, aside), and the
-places where its argument list is spelled: runs of names, inside brackets or one a line, among which at least two thirds
-of the arguments of the public function are. With --tree, of another version of the project.
+Lists the files that were edited by hand to add it, without CHANGELOG, and the places that spell out its argument list:
+brackets, braces or macros that name at least two thirds of the arguments of the public function. --tree is the folder
+of another version of the project.
 """
 
 import argparse
@@ -15,7 +15,7 @@ PLACES = ("kpcore", "src", "tests", "bench", "meson.build", "README.md")
 KINDS = {".py", ".pyx", ".pyi", ".h", ".cpp", ".cu", ".md", ".build"}
 
 
-# What is inside brackets, which may hold others, or inside braces; and a macro of several lines.
+# Candidates for an argument list: the text in parentheses (nested once) or braces, and macros of several lines.
 LISTS = re.compile(r"\([^()]*(?:\([^()]*\)[^()]*)*\)|\{[^{}]*\}|^#define.*\\\n(?:.*\\\n)*.*", re.MULTILINE)
 
 
@@ -28,7 +28,7 @@ def files(tree):
 
 
 def arguments(tree, name):
-    """(names of the arguments of the public function, the file that has it)"""
+    """(names of the arguments of the public function, the file that defines it)"""
     for file in sorted((tree / "kpcore").rglob("*.py")):
         if {"torch", "jax", "backends"} & set(file.relative_to(tree).parts):
             continue
@@ -40,7 +40,7 @@ def arguments(tree, name):
 
 
 def marks_of_addition(name, module):
-    """Regular expressions of what an operator has in a file: one that only calls it has none of them."""
+    """{pattern of a path: regular expressions that match what was added there for the operator, but no mere call}"""
     stem, title = module.stem, "".join(part.title() for part in name.split("_"))
     struct = f"(?:{title}|{name.replace('kpconv', 'KPConv')})"
     return {
@@ -58,7 +58,7 @@ def marks_of_addition(name, module):
 
 
 def edited_files(tree, name, module):
-    """The files that adding the operator had to touch."""
+    """The files that were edited to add the operator."""
     for file in files(tree):
         text, path = file.read_text(errors="replace"), file.relative_to(tree).as_posix()
         for pattern, marks in marks_of_addition(name, module).items():
@@ -68,7 +68,7 @@ def edited_files(tree, name, module):
 
 
 def argument_lists(tree, paths, names):
-    """(file, line) of each list of two thirds of the arguments."""
+    """(file, line) of each list that names at least two thirds of the arguments."""
     aliases = {"neighbors": {"neighbors", "index"}, "reduce": {"reduce", "reduction"}}
     wanted = [aliases.get(name, {name}) for name in names]
     for path in paths:

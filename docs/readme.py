@@ -1,7 +1,7 @@
-"""Writes README's table of functions from their docstrings and the table of operators: ``python docs/readme.py``.
+"""Write the table of functions in README from docstrings and the table of operators: ``python docs/readme.py``.
 
-A row is the first line of a public function's docstring and the arguments it is differentiable in. A test fails if the
-table is out of date.
+A row has the name of a public function, the first line of its docstring, and the arguments that have a gradient. A test
+fails if the table is out of date.
 """
 
 import inspect
@@ -12,19 +12,19 @@ import kpcore as kp
 from kpcore.ops import OPS
 
 BEGIN, END = "<!-- operators:begin -->\n", "<!-- operators:end -->\n"
-# The modules in the order in which a network is made, from points to a loss.
+# In the order in which a network uses them, from points to the loss.
 MODULES = ("search", "neighbors", "subsampling", "sampling", "pyramid", "dispositions", "kpconv", "deformation",
            "pooling", "layers")  # fmt: skip
 
 
 def table():
-    """The lines between the two marks, each a row of what one public function or class does."""
+    """The lines between BEGIN and END: a Markdown table with a row for each public function and class."""
     lines = ["| function | does | gradients |", "|---|---|---|"]
     for module in MODULES:
         for name in sys.modules[f"kpcore.{module}"].__all__:
             public = getattr(kp, name)
             if isinstance(public, type) and issubclass(public, tuple):
-                continue  # what a function returns
+                continue  # the type of a result
             summary = inspect.getdoc(public).partition("\n\n")[0].replace("\n", " ").replace("``", "`")
             gradients = ", ".join(OPS[name].diff).replace("_", " ") if name in OPS else "–"
             lines.append(f"| `{name}` | {summary.replace('|', chr(92) + '|')} | {gradients} |")
@@ -32,7 +32,7 @@ def table():
 
 
 def written(readme):
-    """The text of README with the table of today in it."""
+    """The text of README with the current table."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after

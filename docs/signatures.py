@@ -1,6 +1,6 @@
-"""Writes the type stubs of kpcore.torch and kpcore.jax from the table of operators: ``python docs/signatures.py``.
+"""Write the type stubs of kpcore.torch and kpcore.jax from the table of operators: ``python docs/signatures.py``.
 
-Those modules make their functions when they are imported; editors and type checkers read these files instead. A test
+These modules create their functions when they are imported; editors and type checkers read the stubs instead. A test
 fails if they are out of date.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import kpcore as kp
 from kpcore.ops import EAGER, OPS
 
-# Of each file: what it imports, the arrays that functions return, those that they take, and what a dtype is.
+# {stub: (its imports, type of an array that is returned, type of an array argument, type of a dtype argument)}
 FRAMEWORKS = {
     "torch/__init__.pyi": (("from torch import Tensor, dtype",), "Tensor", "Tensor", "DTypeLike | dtype"),
     "jax/__init__.pyi": (
@@ -23,12 +23,12 @@ FRAMEWORKS = {
     ),
 }
 LAYERS = ("DeformableKPConv", "KPConv", "KPConvX")
-# What annotations of kpcore name as arrays, all of which are those of the framework here.
+# The array types in kpcore's annotations; a stub has the framework's in their place.
 _ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
 
 
 def text(file):
-    """What the file is to hold."""
+    """The text of a stub."""
     imported, array, *argument_and_dtype = FRAMEWORKS[file]
     lines = ["from collections.abc import Collection, Sequence", "from typing import Literal, overload", ""]
     lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
@@ -49,7 +49,7 @@ def text(file):
 
 
 def _declared(function, array, argument, dtype, seeds=False):
-    """The lines that declare a function on arrays of the framework; `seeds` may be such arrays."""
+    """The lines that declare a function on arrays of the framework; with `seeds`, `seed` may be a tensor too."""
     parameters, star = [], False
     signature = inspect.signature(function)
     result = _ARRAYS.sub(array, str(signature.return_annotation))

@@ -1,17 +1,17 @@
 """Reverse-mode differentiation over a small tape.
 
-Every differentiable operator is one row of a table, a `kpcore.ops.Op`: its checks, its forward pass, its
-vector-Jacobian product, and the arguments it can be differentiated in. Called with arrays, an operator just computes.
-Called with a `Tensor` for one of those arguments it also remembers what it did, and gradients are computed by walking
-back over that: from a Tensor with `Tensor.backward`, of a function with `vjp`, `grad` and `value_and_grad`.
-kpcore.torch and kpcore.jax hand the same rows to their frameworks.
+Every differentiable operator is an entry of `kpcore.ops.OPS`, a `kpcore.ops.Op`: its checks, its forward pass, its
+vector-Jacobian product, and the arguments it can be differentiated in. Called with arrays, an operator only computes.
+Called with a `Tensor` for one of those arguments, it also records the call in a node, and gradients are computed by
+walking back over the nodes: from a Tensor with `Tensor.backward`, of a function with `vjp`, `grad` and
+`value_and_grad`. kpcore.torch and kpcore.jax register the same entries as operators of their frameworks.
 
     conv = lambda f, w: kpcore.kpconv(points, None, neighbors, f, w, kernel_points, extent)
     out, pullback = kpcore.autodiff.vjp(conv, features, weights)
     grad_features, grad_weights = pullback(grad_out)
 
-The tape is the tensors themselves. There is no global state, so functions may be differentiated inside others that are
-being differentiated, in several threads at once, and an exception leaves nothing behind.
+The tape is the graph of nodes that tensors refer to. There is no global state: a function may be differentiated while
+another one is, also in several threads at once, and an exception leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 
 Parameters = ParamSpec("Parameters")
 Nest: TypeAlias = "np.ndarray | list[Any] | tuple[Any, ...] | dict[Any, Any]"  # an array, or a nest of arrays
-Primal = TypeVar("Primal", bound=Nest)  # the gradient with respect to it is like it
+Primal = TypeVar("Primal", bound=Nest)  # its gradient has the same type
 
-_accumulating = threading.Lock()  # two threads may add to the gradient of one tensor
+_grad_lock = threading.Lock()  # held while `Tensor.grad` is added to: two threads may do so to one tensor
 
 
 class Tensor:
-    """An array under differentiation.
+    """An array whose use by differentiable operators is recorded.
 
-    Made from an array it is an input, and collects its gradient in `grad` (None before the first `backward`).
-    Differentiable operators return others; `value` is the array, `node` what made it.
+    A Tensor made from an array is an input: `backward` adds to its gradient, `grad` (None before the first call).
+    Operators return tensors that are not inputs. `value` is the array; `node` is the recorded call of the operator that
+    computed it, None for an input.
 
     Parameters
     ----------
@@ -88,27 +89,28 @@ class Tensor:
     def dtype(self) -> np.dtype:
         return self.value.dtype
 
-    __array_ufunc__: None = None  # a NumPy scalar times a tensor is the tensor's business, not an array of objects
+    # NumPy then leaves `scalar * tensor` to __rmul__; otherwise it would make an array of objects.
+    __array_ufunc__: None = None
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
-        """This tensor with other axes, as arrays do it: offsets (M, K D), say, as (M, K, D)."""
+        """This tensor with another shape, as `ndarray.reshape`: for example offsets (M, K D) as (M, K, D)."""
         return _reshape(self, shape)
 
     def __mul__(self, factor: float | np.number) -> Tensor:
-        """This tensor times a number, which does not change its dtype."""
+        """This tensor times a number; the dtype stays that of the tensor."""
         return _scale(self, checks.number("factor", factor, self.dtype))
 
     __rmul__ = __mul__
 
     def __add__(self, other: Tensor | np.ndarray | np.generic) -> Tensor:
-        """This tensor and another like it, or a row (C,) for each of its rows: a bias, say."""
-        return _plus(self, other) if _addable(other) else NotImplemented
+        """The sum with a tensor or array of the same shape, or with a row (C,) that is added to each row, as a bias."""
+        return _plus(self, other) if _is_addable(other) else NotImplemented
 
     def __radd__(self, other: np.ndarray | np.generic) -> Tensor:
-        return _plus(other, self) if _addable(other) else NotImplemented
+        return _plus(other, self) if _is_addable(other) else NotImplemented
 
     def __getitem__(self, columns: tuple[slice, slice]) -> Tensor:
-        """Some columns, ``tensor[:, begin:end]``."""
+        """Columns ``tensor[:, begin:end]``; other indices are an error."""
         return _columns(self, columns)
 
     def backward(self, grad: np.ndarray | None = None) -> None:
@@ -117,23 +119,25 @@ class Tensor:
         Parameters
         ----------
         grad : array like `value`, optional
-            The scalar's gradient with respect to this tensor. Not given, this tensor is the scalar.
+            The gradient of the scalar with respect to this tensor. May be left out if this tensor is the scalar.
         """
         if grad is None:
             if self.value.size != 1:
-                raise ValueError(f"grad: expected an array, because the tensor is no scalar but {self.shape}, got None")
+                raise ValueError(
+                    f"grad: expected an array, because the tensor has shape {self.shape} and is not a scalar, got None"
+                )
             grad = np.ones_like(self.value)
-        found = _pull(self, _checked_grad(self, grad))
-        with _accumulating:
-            for tensor, gradient in found.values():
+        gradients = _input_gradients(self, _checked_grad(self, grad))
+        with _grad_lock:
+            for tensor, gradient in gradients.values():
                 tensor.grad = gradient if tensor.grad is None else devices.as_array(tensor.grad + gradient)
 
 
 class _Node:
-    """One use of an operator: what its vjp needs, and where its arguments came from, by name.
+    """A recorded call of an operator: what its vjp needs, and `inputs`, the source of each argument with a gradient.
 
-    Each came from another node, or from a tensor that is an input. The tensors between are not kept, so that their
-    arrays can be freed.
+    A source is the node that computed the argument, or the Tensor if that is an input. Intermediate tensors are not
+    kept, so that their arrays can be freed.
     """
 
     __slots__ = ("call", "inputs", "op", "saved")
@@ -147,12 +151,15 @@ class _Node:
         self.op, self.call, self.saved, self.inputs = op, call, saved, inputs
 
 
-def operator(**parts: object) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
-    """Make of a function that checks its arguments and returns a `Call` one that also computes, on the tape where an
-    argument is a `Tensor`; `parts` are those of `kpcore.ops.Op`, which is entered in the table of operators."""
+def operator(**fields: object) -> Callable[[Callable[Parameters, Call[Out]]], Callable[Parameters, Out]]:
+    """Decorator that makes an operator of a function that checks its arguments and returns a `Call`.
+
+    The decorated function computes the result, and records the call if an argument is a `Tensor`. `fields` are fields
+    of the `kpcore.ops.Op` that is entered in `OPS`.
+    """
 
     def make(check: Any) -> Any:
-        op = Op(check.__name__, check, **{"kernel": check.__name__} | parts)
+        op = Op(check.__name__, check, **{"kernel": check.__name__} | fields)
         bind, compute = binder(check), op.compute
 
         @functools.wraps(check)
@@ -175,7 +182,7 @@ def operator(**parts: object) -> Callable[[Callable[Parameters, Call[Out]]], Cal
 
 
 def record(op: Op, arguments: dict[str, Any]) -> Any:
-    """The result of an operator with tensors among its arguments, as a tensor that knows how it was made."""
+    """Call an operator that has tensors among its arguments, and return its result as a tensor with a node."""
     tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
     for name in tensors:
         if name not in op.diff:
@@ -197,30 +204,30 @@ def record(op: Op, arguments: dict[str, Any]) -> Any:
 
 
 def _shaped(value):
-    """What is known of an array that is not kept."""
+    """A `Shaped` for an array; any other value as it is."""
     return Shaped(value.shape, value.dtype) if devices.is_array(value) else value
 
 
-# ---- methods of a Tensor; the frameworks' tensors have theirs
+# ---- operators behind the methods of Tensor: not in OPS, since tensors of the frameworks have such methods
 
 
-def _on_tape(**parts):
-    """As `operator`, for what is not in the table: all that takes an array by the name `array`."""
+def _tensor_method(**fields):
+    """As `operator`, without an entry in OPS. The decorated function computes the result from arrays."""
 
     def make(forward):
         bind = binder(forward)
         op = Op(forward.__name__.strip("_"), lambda **arguments: Call(**arguments),
-                forward=lambda call: (forward(**vars(call)), ()), keeps=(), **parts)  # fmt: skip
+                forward=lambda call: (forward(**vars(call)), ()), keeps=(), **fields)  # fmt: skip
         return lambda *args: record(op, bind(args, {}))
 
     return make
 
 
 def _reshape_vjp(call, saved, grad, needs):
-    return {"array": grad.reshape(call.array.shape).copy()}  # who gets it may add to it in place
+    return {"array": grad.reshape(call.array.shape).copy()}  # a copy, since callers may add to a gradient in place
 
 
-@_on_tape(vjp=_reshape_vjp, diff=("array",))
+@_tensor_method(vjp=_reshape_vjp, diff=("array",))
 def _reshape(array, shape):
     return array.reshape(*shape)
 
@@ -229,12 +236,12 @@ def _scale_vjp(call, saved, grad, needs):
     return {"array": devices.as_array(grad * call.factor)}
 
 
-@_on_tape(vjp=_scale_vjp, diff=("array",))
+@_tensor_method(vjp=_scale_vjp, diff=("array",))
 def _scale(array, factor):
     return devices.as_array(array * factor)
 
 
-def _addable(other):
+def _is_addable(other):
     return isinstance(other, (Tensor, np.generic)) or devices.is_array(other)
 
 
@@ -250,12 +257,12 @@ def _plus_vjp(call, saved, grad, needs):
     return grads
 
 
-@_on_tape(vjp=_plus_vjp, diff=("array", "other"))
+@_tensor_method(vjp=_plus_vjp, diff=("array", "other"))
 def _plus(array, other):
     array, other, sizes = devices.as_array(array), devices.as_array(other), {}
     axes = [str(axis) for axis in range(array.ndim)]
     checks.array("the first", array, " ".join(axes), checks.FEATURES, sizes)
-    shape = " ".join(axes[-1:] if other.ndim == 1 else axes)  # a row has the last axis alone
+    shape = " ".join(axes[-1:] if other.ndim == 1 else axes)  # a row (C,) is added to each row
     checks.array("the second", other, shape, checks.FEATURES, sizes, like=("the first", array))
     return devices.as_array(array + other)
 
@@ -266,13 +273,13 @@ def _columns_vjp(call, saved, grad, needs):
     return {"array": out}
 
 
-@_on_tape(vjp=_columns_vjp, diff=("array",))
+@_tensor_method(vjp=_columns_vjp, diff=("array",))
 def _columns(array, columns):
     axes = columns if isinstance(columns, tuple) else (columns,)
-    some = axes[1] if len(axes) == 2 and axes[0] == slice(None) else None
-    if not isinstance(some, slice) or some.step not in (None, 1):
-        raise TypeError(f"expected columns as tensor[:, begin:end], got {columns}")
-    return devices.contiguous(array[:, some])
+    selected = axes[1] if len(axes) == 2 and axes[0] == slice(None) else None
+    if not isinstance(selected, slice) or selected.step not in (None, 1):
+        raise TypeError(f"columns: expected a slice, as in tensor[:, begin:end], got {columns}")
+    return devices.contiguous(array[:, selected])
 
 
 # ---- derivatives of functions
@@ -292,29 +299,30 @@ def vjp(fn: Callable[..., Any], *primals: Nest, has_aux: bool = False) -> tuple[
     Parameters
     ----------
     fn : callable
-        Takes one argument per primal and returns what a kpcore operator, or a chain of them, made of these.
+        Takes one argument per primal and returns the result of kpcore operators on them.
     *primals : arrays, or nests of lists, tuples and dicts of arrays
         float32 or float64.
     has_aux : bool
-        Whether `fn` returns a pair: what is differentiated, and anything else.
+        Whether `fn` returns a pair: the result to differentiate, and anything else.
 
     Returns
     -------
     out : array
         ``fn(*primals)``
     pullback : callable
-        Takes the gradient of a scalar with respect to `out`, an array like it, and returns those with respect to the
-        primals, a tuple of arrays (or nests) like them; zeros where `fn` does not use an array. May be called several
-        times.
+        Takes the gradient of a scalar with respect to `out`, an array like it, and returns the gradients with respect
+        to the primals, a tuple of arrays (or nests) like them; zeros for an array that `fn` does not use. May be called
+        several times.
     aux
-        With `has_aux`, the second thing that `fn` returned, with arrays for its tensors.
+        With `has_aux`, the second value that `fn` returned; tensors in it are replaced by their arrays.
 
     Raises
     ------
     TypeError
-        If `fn` returns something that does not come from its primals, or uses one in an argument without a gradient.
+        If `fn` returns something that was not computed from its primals, or passes one of them to an operator as an
+        argument that has no gradient.
     NotImplementedError
-        From `pullback`, if an operator lacks the gradient; and for second derivatives.
+        From `pullback`, if an operator does not implement a gradient; and for second derivatives.
 
     Examples
     --------
@@ -337,8 +345,8 @@ def vjp(fn: Callable[..., Any], *primals: Nest, has_aux: bool = False) -> tuple[
         )
 
     def pullback(grad):
-        found = _pull(out, _checked_grad(out, grad))
-        return _map(lambda t: found[id(t)][1] if id(t) in found else np.zeros_like(t.value), inputs)
+        gradients = _input_gradients(out, _checked_grad(out, grad))
+        return _map(lambda t: gradients[id(t)][1] if id(t) in gradients else np.zeros_like(t.value), inputs)
 
     return (out.value, pullback, aux) if has_aux else (out.value, pullback)
 
@@ -367,15 +375,15 @@ def value_and_grad(
     Parameters
     ----------
     fn : callable
-        Returns a tensor of one element; or, with `has_aux`, that and anything else.
+        Returns a tensor of one element; or, with `has_aux`, a pair of that and anything else.
     argnums : int or tuple of int
-        Which of its positional arguments to differentiate: arrays, or nests of lists, tuples and dicts of arrays.
+        Positions of the arguments to differentiate: arrays, or nests of lists, tuples and dicts of arrays.
 
     Returns
     -------
     callable
-        Takes the arguments of `fn` and returns (value, gradient), or ((value, aux), gradient); the gradient is like the
-        argument, or a tuple of those with a tuple of argnums.
+        Takes the arguments of `fn` and returns (value, gradient), or with `has_aux` ((value, aux), gradient). The
+        gradient has the form of the argument; with a tuple of argnums it is a tuple of gradients.
 
     Examples
     --------
@@ -390,15 +398,15 @@ def value_and_grad(
     chosen = (argnums,) if single else argnums
 
     def differentiated(*args, **kwargs):
-        def of_chosen(*primals):
-            given = list(args)
+        def fn_of_chosen(*primals):
+            arguments = list(args)
             for position, primal in zip(chosen, primals, strict=True):
-                given[position] = primal
-            return fn(*given, **kwargs)
+                arguments[position] = primal
+            return fn(*arguments, **kwargs)
 
-        out, pullback, *aux = vjp(of_chosen, *(args[position] for position in chosen), has_aux=has_aux)
+        out, pullback, *aux = vjp(fn_of_chosen, *(args[position] for position in chosen), has_aux=has_aux)
         if out.size != 1:
-            raise ValueError(f"fn: expected a scalar to differentiate, got {out.shape}")
+            raise ValueError(f"fn: expected a function that returns a scalar, got a result of shape {out.shape}")
         gradients = pullback(np.ones_like(out))
         return (out, *aux) if has_aux else out, gradients[0] if single else gradients
 
@@ -428,14 +436,14 @@ def grad(
     differentiated = value_and_grad(fn, argnums, has_aux)
 
     def gradient(*args, **kwargs):
-        value, found = differentiated(*args, **kwargs)
-        return (found, value[1]) if has_aux else found
+        value, gradients = differentiated(*args, **kwargs)
+        return (gradients, value[1]) if has_aux else gradients
 
     return gradient
 
 
-def _pull(out, grad):
-    """{id: (tensor, gradient)} of every input that `out` was made from."""
+def _input_gradients(out, grad):
+    """{id(tensor): (tensor, gradient)} of every input that `out` was computed from; `grad` is the gradient of `out`."""
     end = out.node or out
     gradients = {id(end): (end, grad)}
     for node in _nodes_before(end):
@@ -448,9 +456,9 @@ def _pull(out, grad):
 
 
 def _nodes_before(end):
-    """The nodes that led to the last one, each after all that used its result; none for an input.
+    """All nodes that `end` was computed from, itself first, each after every node that used its result.
 
-    Not recursive: chains may be long.
+    There are none if `end` is an input. Not recursive, since a long chain would exceed Python's limit on recursion.
     """
     order, seen, stack = [], set(), [(end, False)]
     while stack:
@@ -472,7 +480,7 @@ def _checked_grad(out, grad):
         and grad.dtype == like.dtype
         and grad.flags.carray
     ):
-        return grad  # as it mostly is; asking so takes a tenth of the time
+        return grad  # the usual case; this test takes a tenth of the time of `checks.array`
     sizes = {str(axis): (size, "the output") for axis, size in enumerate(out.value.shape)}
     dimensions = " ".join(sizes)
     sizes |= checks.device_of(("the output", like))
@@ -485,11 +493,11 @@ def _check_primal(name, value):
     if not devices.is_array(value):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
     if not devices.is_real(value):
-        raise TypeError(f"{name}: expected float32 or float64 to differentiate in, got {value.dtype}")
+        raise TypeError(f"{name}: expected float32 or float64, which have gradients, got {value.dtype}")
 
 
 def _map(fn, nest):
-    """A nest of lists, tuples and dicts with `fn` of its leaves."""
+    """The nest of lists, tuples and dicts with `fn` applied to each leaf."""
     if isinstance(nest, dict):
         return {key: _map(fn, value) for key, value in nest.items()}
     if isinstance(nest, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What keeps deformed kernel points in order: near the points of the cloud, and apart from each other."""
+"""Losses that keep the kernel points of a deformable KPConv near points of the cloud and apart from each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
-from kpcore.neighbors import Neighbors, geometry
+from kpcore.neighbors import Neighbors, checked_geometry
 from kpcore.ops import Call, empty_like
 
 __all__ = ["fitting_loss", "repulsion_loss"]
@@ -15,8 +15,8 @@ __all__ = ["fitting_loss", "repulsion_loss"]
 _REDUCTIONS = ("mean", "points", "sum")
 
 
-def _kernel(kernel_points, offsets, extent, reduction, sizes, like=None):
-    """The fields that both losses have."""
+def _loss_fields(kernel_points, offsets, extent, reduction, sizes, like=None):
+    """The fields that both losses have: kernel points, offsets, extent, and the weight of each term of the loss."""
     kernel_points = checks.array("kernel_points", kernel_points, "K D", checks.REAL, sizes, like=like)
     if not len(kernel_points) or kernel_points.shape[1] not in checks.DIMENSIONS:
         raise ValueError(
@@ -52,20 +52,20 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
     """How far each deformed kernel point is from the nearest neighbour of its query: the published loss.
 
     ``Σ_q Σ_k min_i |x_i - q - (p_k + o_qk)|² / extent²`` over the neighbours i of q (L_fit of Thomas et al. 2019,
-    section 3.2), reduced as said, without ever forming an array over neighbours and kernel points. A kernel point that
-    has drifted away from all points gets no gradient from the convolution; this pulls it back. Differentiable in
-    `offsets` and `kernel_points`; see `kpcore.autodiff`.
+    section 3.2), reduced according to `reduction`, without ever forming an array over neighbours and kernel points. A
+    kernel point that has drifted away from all points gets no gradient from the convolution; this loss pulls it back.
+    Differentiable in `offsets` and `kernel_points`; see `kpcore.autodiff`.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 1 to 16
     queries : (M, D), same dtype, or None
-        Where the layer's output lives. None: the points themselves.
+        Positions of the output of the deformable layer. None: the points themselves.
     neighbors : Neighbors
-        M rows, N points: all neighbours of the deformable layer, also those out of reach of every kernel point.
+        M rows, N points: all neighbours of the deformable layer, including those out of range of every kernel point.
     kernel_points : (K, D), dtype of the points
     offsets : (M, K, D), dtype of the points
-        In the unit of the points (the published code's are in units of `extent`).
+        In the unit of the points (in the published code, in units of `extent`).
     extent : float
         Distance at which the linear influence reaches zero (σ in the paper), in the unit of the points.
     reduction : {"mean", "points", "sum"}
@@ -79,8 +79,7 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree. NaN is not looked for: a NaN coordinate that takes part makes the loss
-        NaN.
+        For shapes or dtypes that do not agree. NaN is not an error: a NaN coordinate that is used makes the loss NaN.
 
     See Also
     --------
@@ -91,14 +90,14 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
     A query without neighbours adds nothing to the sum, but counts in the mean. (In the published code its nearest point
     is the padding, at coordinates of 1e6, and each of its terms is some 1e12 / extent².)
 
-    Which neighbour is nearest is a decision: the squares of (x_i - q) - (p_k + o_qk) summed in the order of the axes,
-    in the dtype of the points; the first of equals in the row. The gradient of a term comes from that neighbour alone,
-    2 (p_k + o_qk - (x_i - q)) / extent². Sums are float64; loss and gradients are the same bits with any number of
-    threads and any instruction set.
+    The nearest neighbour is the same on every machine: the squares of (x_i - q) - (p_k + o_qk) are summed in the order
+    of the axes, in the dtype of the points, and of equally near neighbours the first in the row is taken. The gradient
+    of a term comes from that neighbour alone, 2 (p_k + o_qk - (x_i - q)) / extent². Sums are float64; loss and
+    gradients are the same bits with any number of threads and any instruction set.
 
-    The published PyTorch code adds ``deform_fitting_power * (2 * fitting + repulsion)`` of every deformable layer to
-    the loss, both with "mean"; the TensorFlow code ``0.1 * (fitting + repulsion)``, the latter with "points" and
-    ``repulse_extent=1.5``.
+    For every deformable layer, the published PyTorch code adds ``deform_fitting_power * (2 * fitting + repulsion)`` to
+    the loss, both with "mean"; the TensorFlow code adds ``0.1 * (fitting + repulsion)``, with "points" and
+    ``repulse_extent=1.5`` for the repulsion.
 
     Examples
     --------
@@ -109,7 +108,7 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
     >>> loss(np.zeros((2, 2, 2)))
     array(0.5)
 
-    The first kernel point lies on its query; the second one is half-way between two points, and drawn to the first:
+    The first kernel point lies on its query; the second is half-way between two points and is pulled to the first:
 
     >>> out, pullback = kp.autodiff.vjp(loss, np.zeros((2, 2, 2)))
     >>> pullback(np.array(1.0))[0][0]
@@ -117,11 +116,11 @@ def fitting_loss(points: AnyArray, queries: AnyArray | None, neighbors: Neighbor
            [1., 0.]])
     """
     sizes = {}
-    points, queries = geometry(points, queries, neighbors, sizes)
-    kernel = _kernel(kernel_points, offsets, extent, reduction, sizes, ("points", points))
+    points, queries = checked_geometry(points, queries, neighbors, sizes)
+    fields = _loss_fields(kernel_points, offsets, extent, reduction, sizes, ("points", points))
     return Call(
         points=points, queries=queries, index=neighbors.stored_index, row_splits=neighbors.stored_row_splits,
-        repulse_extent=0.0, **kernel,
+        repulse_extent=0.0, **fields,
     )  # fmt: skip
 
 
@@ -141,21 +140,21 @@ def repulsion_loss(kernel_points: Array[Computed], offsets: Array[Computed], ext
     """How close the deformed kernel points of each query are to each other: the published loss.
 
     ``Σ_q Σ_k Σ_{j≠k} min(0, |p_qk - p_qj| / extent - repulse_extent)²`` with ``p_qk = p_k + o_qk`` (L_rep of Thomas et
-    al. 2019, section 3.2, where `repulse_extent` is 1), reduced as said. Differentiable in `offsets` and
-    `kernel_points`; see `kpcore.autodiff`.
+    al. 2019, section 3.2, where `repulse_extent` is 1), reduced according to `reduction`. Differentiable in `offsets`
+    and `kernel_points`; see `kpcore.autodiff`.
 
     Parameters
     ----------
     kernel_points : (K, D) float32 or float64, D = 1 to 16
     offsets : (M, K, D), same dtype
-        In the same unit.
+        In the unit of the kernel points.
     extent : float
-        Distance at which the linear influence reaches zero (σ in the paper), in the same unit.
+        Distance at which the linear influence reaches zero (σ in the paper), in the unit of the kernel points.
     repulse_extent : float
-        From how far on, in units of `extent`, two kernel points leave each other alone; above zero.
+        Distance, in units of `extent`, from which on two kernel points do not repel each other; above zero.
     detach_others : bool
-        Whether the gradient of a kernel point's terms is taken with the other kernel points held fixed, as the
-        published code does it. Each pair is in the sum twice, so that is half the derivative.
+        Whether the gradient of the terms of a kernel point is taken with the other kernel points held fixed, as in the
+        published code. Since each pair is in the sum twice, this gives half the derivative.
     reduction : {"mean", "points", "sum"}
         The mean over queries and kernel points k; the sum over kernel points of the mean over queries; or the sum.
 
@@ -167,16 +166,16 @@ def repulsion_loss(kernel_points: Array[Computed], offsets: Array[Computed], ext
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree. NaN is not looked for: it makes the loss NaN.
+        For shapes or dtypes that do not agree. NaN is not an error: it makes the loss NaN.
 
     See Also
     --------
-    fitting_loss : and how the published codes weigh the two
+    fitting_loss : its notes say how the published codes weight the two losses
 
     Notes
     -----
-    Kernel points at the same place are repelled with repulse_extent² each, but have no direction to part in: the
-    gradient at distance zero is 0. Sums are float64; loss and gradients are the same bits with any number of threads
+    Each of two kernel points at the same place adds repulse_extent² to the loss, but the gradient at distance zero has
+    no direction and is 0. Sums are float64; loss and gradients are the same bits with any number of threads
     and any instruction set.
 
     Examples
@@ -186,13 +185,13 @@ def repulsion_loss(kernel_points: Array[Computed], offsets: Array[Computed], ext
     >>> kp.repulsion_loss(kernel_points, offsets, extent=1.0, repulse_extent=1.5)
     array(0.25)
 
-    Descending the gradient parts the two:
+    A step against the gradient moves the two apart:
 
     >>> loss = lambda o: kp.repulsion_loss(kernel_points, o, 1.0, repulse_extent=1.5, detach_others=False)
     >>> kp.autodiff.vjp(loss, offsets)[1](np.array(1.0))[0][0, :, 0]
     array([ 1., -1.])
     """
-    kernel = _kernel(kernel_points, offsets, extent, reduction, {})
-    repulse_extent = checks.length("repulse_extent", repulse_extent, kernel["kernel_points"].dtype)
+    fields = _loss_fields(kernel_points, offsets, extent, reduction, {})
+    repulse_extent = checks.length("repulse_extent", repulse_extent, fields["kernel_points"].dtype)
     checks.choice("detach_others", detach_others, (False, True))
-    return Call(repulse_extent=repulse_extent, detach_others=detach_others, **kernel)
+    return Call(repulse_extent=repulse_extent, detach_others=detach_others, **fields)

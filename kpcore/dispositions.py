@@ -1,4 +1,4 @@
-"""Kernel point dispositions."""
+"""Kernel point dispositions: where the kernel points of a KPConv are placed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel_points"]
 
-_FIXED = {"none": 0, "center": 1, "verticals": 3}
+_FIXED = {"none": 0, "center": 1, "verticals": 3}  # number of points that are not free to move
 _METHODS = ("potential", "lloyd", "shells")
-_STARTS = 8
-_MOST = {"potential": 100, "lloyd": 4096}  # points, in some seconds of one core
+_MAX_STARTS = 8
+_MAX_NUM = {"potential": 100, "lloyd": 4096}  # both take about 5 s on one core
 
 
 def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: int = 3,
@@ -29,27 +29,28 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
                   dtype: DTypeLike = np.float32) -> np.ndarray:  # fmt: skip
     """Points spread regularly in a ball, where the weights of a KPConv sit: the published dispositions.
 
-    The same points on every machine; nothing is written to disk; kept in memory for the next call.
+    The points are the same on every machine. The last 64 dispositions are kept in memory; nothing is written to disk.
 
     Parameters
     ----------
     num : int, or with ``method="shells"`` a sequence of int
-        K, at most 100 with "potential", 4096 with "lloyd". At least 1, or 3 with ``fixed="verticals"``. On shells: how
-        many points each has, from the centre outwards, so the first is 1, and at most 4096 in all; [1, 14, 28] are the
-        43 points of KPConvX.
+        K, at most 100 with "potential", 4096 with "lloyd". At least 1, or 3 with ``fixed="verticals"``. With "shells":
+        the number of points of each shell, from the centre outwards; the first is 1, and the sum at most 4096.
+        [1, 14, 28] gives the 43 points of KPConvX.
     radius : float
         With "potential" the mean norm of the points other than the centre (of all with ``fixed="none"``); the published
-        networks take 0.66 of the search radius. With "lloyd" and "shells" that of the ball which the points share: take
-        the search radius. A single centre stays at the origin.
+        networks take 0.66 of the search radius. With "lloyd" and "shells" the radius of the ball that the points fill:
+        take the search radius. If the centre is the only point, it stays at the origin.
     dimension : int
         D, 2 to 8.
     fixed : {"center", "verticals", "none"}
-        "center": the first point is at the origin. "verticals": besides, the second and third are on the last axis,
-        above and below it (shells: of the first after the centre, which has at least these two). "none": not on shells.
+        "center": the first point is at the origin. "verticals": also, the second and third point are on the last axis,
+        above and below the origin (with "shells", on the first shell after the centre, which needs at least 2 points).
+        "none": all points are free; not possible with "shells".
     method : {"potential", "lloyd", "shells"}
-        How the points find their places, see the notes.
+        How the points are placed, see the notes.
     rotate : {None, "vertical", "full"}
-        A random rotation, drawn from `seed`: none, about the last axis (in the plane if D = 2), or uniform among all.
+        A random rotation, drawn from `seed`: none, about the last axis (in the plane if D = 2), or a uniform one.
     seed : int
         0 to 2**64 - 1.
     dtype : float32 or float64
@@ -61,28 +62,28 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
     Raises
     ------
     ValueError, TypeError
-        For an argument outside these.
+        For an argument outside these ranges.
 
     Notes
     -----
     "potential" (Thomas et al. 2019, supplementary B, with the constants of the published code): points repel each other
-    with the potential 1 / d and are drawn to the origin by 5 d²; of a hundred seeded starts the one that comes to rest
-    best is kept. For tens of points: 60 take some 1 s of one core and 100 some 4 s; 400 would take minutes, so more are
-    an error.
+    with the potential 1 / d and are attracted to the origin by 5 d²; of a hundred seeded starts the one with the
+    smallest remaining gradient is kept. Made for tens of points: 60 take about 1 s on one core and 100 about 4 s; 400
+    would take minutes, so more than 100 are an error.
 
-    "lloyd", for more (the published code goes over to it above K = 30): a uniform sample of the ball, 65536 + 64 K
-    seeded points, is divided among the nearest of K others, which move to the mean of their part, a hundred times or
-    until nothing changes. The published code takes 500 steps of a tenth of the way, with 5000 fresh samples each, from
-    a start near the sphere. 4096 points in 3-D take some 5 s of one core.
+    "lloyd", for more points (the published code switches to it above K = 30): Lloyd's relaxation of K points over
+    65536 + 64 K seeded samples of the ball. Each sample belongs to the nearest point, and each point moves to the mean
+    of its samples, a hundred times or until nothing changes. The published code takes 500 steps of a tenth of the way,
+    with 5000 new samples each, from a start near the sphere. 4096 points in 3-D take about 5 s on one core.
 
-    "shells" (Thomas et al. 2024, KPConvX): of S shells, shell s has radius 2 s / (2 S - 1) of the ball's; the ball ends
-    half a spacing outside the last. Points repel each other as in "potential" and slide on their shells. Starts are
-    uniform on the sphere; the published ones are denser at its poles. It takes as long as "potential".
+    "shells" (Thomas et al. 2024, KPConvX): shell s of S has the radius 2 s / (2 S - 1) times `radius`; the ball ends
+    half a spacing outside the last shell. Points repel each other as in "potential" and move on their shells only.
+    Starts are uniform on the sphere; the published ones are denser at its poles. It takes as long as "potential".
 
-    The spacing is checked: should two points be closer than a quarter of the ideal, the method starts again from the
-    next seed derived from `seed`; of eight starts in all that fail it keeps the widest spaced. The ideal is
-    2 R / K**(1/D) of K points that fill a ball of radius R (the largest norm); on shells the least of the shells'
-    spacing and, for each shell of n points and radius r, 2 r / n**(1/(D-1)).
+    The spacing is checked: if two points are closer than a quarter of the ideal spacing, the method starts again from
+    the next seed derived from `seed`; if eight starts fail, the one with the widest spacing is kept. The ideal spacing
+    is 2 R / K**(1/D) for K points that fill a ball of radius R (the largest norm); for shells it is the smallest of the
+    distance between shells and, for each shell of n points and radius r, 2 r / n**(1/(D-1)).
 
     Examples
     --------
@@ -101,11 +102,11 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
     if method == "shells":
         sizes = _shell_sizes(num, fixed)
     else:
-        sizes = (checks.integer("num", num, max(1, _FIXED[fixed]), _MOST["lloyd"]),)
-        if sizes[0] > _MOST[method]:
+        sizes = (checks.integer("num", num, max(1, _FIXED[fixed]), _MAX_NUM["lloyd"]),)
+        if sizes[0] > _MAX_NUM[method]:
             raise ValueError(
-                f"num: expected at most {_MOST[method]} with method='potential', whose time grows faster than its "
-                f"square, got {num}; take method='lloyd'"
+                f"num: expected at most {_MAX_NUM[method]} with method='potential', which would take minutes for more, "
+                f"got {num}; take method='lloyd'"
             )
     try:
         dtype = np.dtype(dtype)
@@ -116,7 +117,7 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
     radius = checks.length("radius", radius, dtype)
     checks.choice("rotate", rotate, (None, "vertical", "full"))
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
-    points = _unit(sizes, dimension, _FIXED[fixed], method, seed) * radius
+    points = _unit_points(sizes, dimension, _FIXED[fixed], method, seed) * radius
     if rotate is not None:
         points = rotated(points, random_rotation(dimension, rotate, seed))
     return points.astype(dtype)
@@ -124,31 +125,35 @@ def kernel_points(num: int | Sequence[int], radius: float = 1.0, *, dimension: i
 
 def _shell_sizes(num, fixed):
     if not isinstance(num, (list, tuple, np.ndarray)) or not len(np.shape(num)):
-        raise TypeError(f"num: expected a sequence of integers, the points of each shell, got {type(num).__name__}")
+        raise TypeError(
+            f"num: expected a sequence of integers, the number of points of each shell, got {type(num).__name__}"
+        )
     sizes = tuple(checks.integer(f"num[{shell}]", n, 1) for shell, n in enumerate(num))
     if sizes[:1] != (1,):
-        raise ValueError(f"num: expected shells from the centre, of 1 point, outwards, got {list(sizes)}")
+        raise ValueError(f"num: expected 1 point on the first shell, which is the centre, got {list(sizes)}")
     if sum(sizes) > 4096:
         raise ValueError(f"num: expected at most 4096 points in all, got {sum(sizes)}")
     if fixed == "none":
-        raise ValueError("fixed: expected 'center' or 'verticals' with shells, got 'none'")
+        raise ValueError("fixed: expected 'center' or 'verticals' with method='shells', got 'none'")
     if fixed == "verticals" and (*sizes, 0)[1] < 2:
-        raise ValueError(f"num: expected at least 2 points, the verticals, on the shell after the centre, got {num}")
+        raise ValueError(
+            f"num: expected at least 2 points on the first shell after the centre with fixed='verticals', got {num}"
+        )
     return sizes
 
 
 def _shell_radii(sizes):
-    """(K,) of each point, in the unit ball."""
+    """(K,) the radius of each point's shell, in the unit ball."""
     return np.repeat([2 * shell / (2 * len(sizes) - 1) for shell in range(len(sizes))], sizes)
 
 
 @lru_cache(maxsize=64)
-def _unit(sizes, dimension, fixed, method, seed):
-    """The points in the unit ball, or of unit mean norm; `sizes` is (K,) or that of each shell."""
+def _unit_points(sizes, dimension, fixed, method, seed):
+    """The points for radius 1. `sizes`: the number of points of each shell, or the 1-tuple (K,) for other methods."""
     num = sum(sizes)
     radii = _shell_radii(sizes) if method == "shells" else None
     widest, spacing = None, -1.0
-    for attempt in range(_STARTS):
+    for attempt in range(_MAX_STARTS):
         start = (seed + attempt * 0x9E3779B97F4A7C15) % 2**64
         points = unscaled("lloyd" if method == "lloyd" else "kernel_points", num, dimension, fixed, start, radii)
         closest = _closest(points)
@@ -159,7 +164,7 @@ def _unit(sizes, dimension, fixed, method, seed):
     points = widest
     if method == "potential":
         outer = points[1:] if fixed else points
-        # One by one, in order: a mean by NumPy adds in an order that depends on the machine.
+        # A plain loop, since the order in which NumPy adds depends on the machine.
         norms = [np.sqrt(sum(float(x) * float(x) for x in p)) for p in outer]
         if norms and sum(norms) > 0:
             points = points / (sum(norms) / len(norms))
@@ -169,20 +174,26 @@ def _unit(sizes, dimension, fixed, method, seed):
 
 def unscaled(kernel: str, num: int, dimension: int, fixed: int, seed: int,
              radii: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
-    """(num, dimension) from one start: in the unit ball, of "lloyd" and of `radii`; else before any scaling."""
+    """(num, dimension) points from one start of a kernel, "lloyd" or "kernel_points".
+
+    Those of "lloyd", and those on shells (`radii`), lie in the unit ball; the others have no particular scale.
+    """
     points = np.empty((num, dimension))
     cpu.run(kernel, num=num, dimension=dimension, fixed=fixed, radii=radii, seed=seed, out=points)
     return points
 
 
 def _closest(points):
-    """The squared distance of the two points that are closest."""
+    """The squared distance between the two closest points."""
     columns = list(points.T)
     return min((float(sum((x[:i] - x[i]) ** 2 for x in columns).min()) for i in range(1, len(points))), default=np.inf)
 
 
 def _is_spaced(closest, points, sizes, radii):
-    """Whether they are a quarter of the ideal spacing apart: n (2 d)**D >= r**D, squared; roots differ by machine."""
+    """Whether the closest two points are at least a quarter of the ideal spacing apart; `closest` is their d².
+
+    Tests n² (4 d²)**D >= (r²)**D, the square of n (2 d)**D >= r**D: no roots, which differ from machine to machine.
+    """
     dimension, quadruple = points.shape[1], 4 * closest
     if radii is None:
         largest = max(sum(x * x for x in p) for p in points.tolist())
@@ -194,17 +205,20 @@ def _is_spaced(closest, points, sizes, radii):
 
 
 def rotated(points, rotation):
-    """``points @ rotation`` of arrays or tensors; not a matrix product, whose sums differ from machine to machine."""
+    """``points @ rotation`` of arrays or tensors, as sums in a fixed order: those of BLAS differ between machines."""
     return sum(points[:, a, None] * row for a, row in enumerate(rotation))
 
 
 def random_rotation(dimension, rotate, seed):
-    """Rows are orthonormal: vectors uniform in the ball, made so one after another (Gram-Schmidt)."""
+    """(D, D) random rotation about the last axis ("vertical", if D > 2) or uniform among all ("full").
+
+    Gram-Schmidt orthonormalization of vectors that are uniform in the unit ball.
+    """
     random = np.random.PCG64(seed)
-    turning = dimension if rotate == "full" or dimension == 2 else dimension - 1
+    num_axes = dimension if rotate == "full" or dimension == 2 else dimension - 1  # axes that are rotated
     rows = []
-    while len(rows) < turning:
-        row = [float(x >> 11) / 2**52 - 1 for x in random.random_raw(turning).tolist()]
+    while len(rows) < num_axes:
+        row = [float(x >> 11) / 2**52 - 1 for x in random.random_raw(num_axes).tolist()]
         if not 1e-4 < sum(x * x for x in row) < 1:
             continue
         for other in rows:
@@ -214,7 +228,7 @@ def random_rotation(dimension, rotate, seed):
         if norm > 1e-3:
             rows.append([x / norm for x in row])
     rotation = np.eye(dimension)
-    rotation[:turning, :turning] = rows
+    rotation[:num_axes, :num_axes] = rows
     if np.linalg.det(rotation) < 0:
         rotation[0] = -rotation[0]
     return rotation

@@ -1,11 +1,11 @@
-"""Kernel point convolution (KPConv): rigid, deformable, modulated, in groups, by channel; with attention (KPConvX)."""
+"""Kernel point convolution (KPConv): rigid, deformable, modulated, grouped, depthwise; with attention (KPConvX)."""
 
 from __future__ import annotations
 
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
-from kpcore.neighbors import Neighbors, geometry
+from kpcore.neighbors import Neighbors, checked_geometry
 from kpcore.ops import OPS, Call, empty_like
 
 __all__ = ["kpconv", "kpconvx"]
@@ -13,7 +13,8 @@ __all__ = ["kpconv", "kpconvx"]
 INFLUENCES = ("linear", "gaussian", "constant")
 AGGREGATIONS = ("sum", "closest")
 NORMALIZATIONS = (None, "count", "positive")
-_PLACED = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")  # gradients of one pass over all
+# Arguments whose gradients one kernel computes in one pass over all pairs; features have another, over the transpose.
+_GRADIENTS_BY_QUERY = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")
 
 
 def _result(call):
@@ -22,16 +23,17 @@ def _result(call):
 
 
 def _gradients(call, saved, grad, needs):
-    """Of all that `needs` names; those of queries are the points' too where these are the queries."""
-    wanted = needs | {"queries"} if call.queries_are_points and "points" in needs else needs
-    backend, grads = devices.backend(grad), empty_like(call, ("features", *_PLACED), wanted)
+    """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
+    computed = needs | {"queries"} if call.queries_are_points and "points" in needs else needs
+    backend, grads = devices.backend(grad), empty_like(call, ("features", *_GRADIENTS_BY_QUERY), computed)
     if "features" in needs:
-        back = call.neighbors.transpose()
+        transposed = call.neighbors.transpose()
         backend.run("kpconv_grad_features", call, grad_out=grad, grad_features=grads["grad_features"],
-                    transposed_index=back.stored_index, transposed_row_splits=back.stored_row_splits)  # fmt: skip
-    if placed := {name: array for name, array in grads.items() if name != "grad_features"}:
-        backend.run("kpconv_grads", call, grad_out=grad, **placed)
-    if wanted is not needs:
+                    transposed_index=transposed.stored_index,
+                    transposed_row_splits=transposed.stored_row_splits)  # fmt: skip
+    if by_query := {name: array for name, array in grads.items() if name != "grad_features"}:
+        backend.run("kpconv_grads", call, grad_out=grad, **by_query)
+    if computed is not needs:
         grads["grad_points"] += grads["grad_queries"]
     return {name: grads[f"grad_{name}"] for name in needs}
 
@@ -58,29 +60,32 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     ----------
     points : (N, D) float32 or float64, D = 1 to 16
     queries : (M, D), same dtype, or None
-        Where the output lives. None: the points themselves.
+        Positions of the output. None: the points themselves.
     neighbors : Neighbors
         M rows, N points.
     features : (N, Cin) float32 or float64
     weights : (K, Cin / groups, Cout) or (K, C), dtype of the features
-        (K, C): depthwise, every channel is multiplied by a number of its own.
+        (K, C): depthwise, with one weight for each kernel point and channel.
     kernel_points : (K, D), dtype of the points
     extent : float
         Distance at which the linear influence reaches zero (σ in the paper), in the unit of the points.
     influence : {"linear", "gaussian", "constant"}
-        h(d) = max(0, 1 - d / extent); exp(-d² / (2 (0.3 extent)²)), which has no end; or 1.
+        h(d) = max(0, 1 - d / extent); exp(-d² / (2 (0.3 extent)²)), which is above zero at any distance; or 1.
     aggregation : {"sum", "closest"}
-        Whether a neighbour acts on all kernel points or on its nearest (the first of equals).
+        Whether a neighbour contributes to all kernel points or only to the nearest one (the first of equally near
+        ones).
     normalization : {None, "count", "positive"}
-        Divide a query's output by its number of neighbours, or by that of neighbours whose features sum to more than
-        zero (as in Predator and GeoTransformer); at least by 1.
+        Divide the output of a query by its number of neighbours ("count"), or by the number of its neighbours whose
+        features sum to more than zero ("positive", as in Predator and GeoTransformer); never by less than 1.
     groups : int
-        The i-th of so many equal parts of the output channels sees only the i-th part of the input channels.
+        Number of equal parts into which input and output channels are divided; part i of the output is computed from
+        part i of the input only.
     offsets : (M, K, D), dtype of the points, optional
-        Added to the kernel points of each query, in the unit of the points (the published layer multiplies what its
-        network gives by `extent`). Then a neighbour counts only if it is closer than `extent` to one of them, whatever
-        the influence, as published.
+        Added to the kernel points of each query, in the unit of the points (the published layer multiplies the output
+        of its offset convolution by `extent`). With offsets a neighbour contributes only if it is closer than `extent`
+        to at least one deformed kernel point, for every influence, as in the published code.
     modulations : (M, K), dtype of the features, optional
+        Factors of the kernel points of each query: m in the formula.
 
     Returns
     -------
@@ -90,15 +95,17 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree. NaN is not looked for: it reaches the queries that see it.
+        For shapes or dtypes that do not agree. NaN is not an error: it affects only the queries that have it among
+        their neighbours.
 
     Notes
     -----
     Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread, 8 MiB for gradients of
-    positions, offsets and modulations (and 4 bytes a query and one a point with a normalisation). The backward pass
-    also keeps the transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
+    positions, offsets and modulations (and, with a normalisation, 4 bytes per query and one per point). The backward
+    pass also keeps the transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
 
-    Which kernel point is nearest and which neighbours are in range have no gradient; that of a distance is 0 at 0.
+    The choice of the nearest kernel point and of the neighbours in range has no gradient. The gradient of a distance is
+    0 where the distance is 0.
 
     Examples
     --------
@@ -109,7 +116,7 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     >>> kp.kpconv(points, None, nb, features, np.ones((15, 4, 8), np.float32), kernel_points, 0.1).shape
     (1000, 8)
 
-    Deformable, its offsets from a convolution of its own:
+    A deformable convolution, with offsets computed by a rigid one:
 
     >>> to_offsets = np.zeros((15, 4, 45), np.float32)
     >>> offsets = 0.1 * kp.kpconv(points, None, nb, features, to_offsets, kernel_points, 0.1).reshape(-1, 15, 3)
@@ -117,7 +124,7 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     (1000, 4)
     """
     sizes, queries_are_points = {}, queries is None
-    points, queries = geometry(points, queries, neighbors, sizes)
+    points, queries = checked_geometry(points, queries, neighbors, sizes)
     groups = checks.integer("groups", groups, 1)
     features = checks.array("features", features, "N Cin", checks.FEATURES, sizes)
     depthwise = devices.is_array(weights) and weights.ndim == 2
@@ -180,9 +187,9 @@ def kpconvx(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, fe
         As in `kpconv`.
     weights : (K, C), dtype of the features
     attention : (M, K, A), dtype of the features
-        Of every query, kernel point and group of C / A channels.
+        One factor for each query, kernel point and group of C / A channels.
     extent : float
-        As in `kpconv`; the published networks use the radius of the search.
+        As in `kpconv`; the published networks use the search radius.
     influence : {"linear", "gaussian", "constant"}
 
     Returns

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Neighbors", "lengths", "row_splits"]
 
-# What makes NumPy's arrays of a framework's, by their type, from (name, array): frameworks' modules add theirs.
+# Type of a framework's array -> the function (argument name, array) that copies it to NumPy. kpcore.jax adds JAX's.
 TO_HOST: dict[type, Callable[[str, Any], np.ndarray]] = {}
 
 
@@ -44,8 +44,8 @@ def row_splits(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise TypeError(f"lengths: expected integers (B,), got {values.dtype} {values.shape}")
     if values.size and values.min() < 0:
-        raise ValueError(f"lengths: expected no negative number, got {values.min()}")
-    return bounds_of(values)
+        raise ValueError(f"lengths: expected numbers of at least 0, got {values.min()}")
+    return splits_from_counts(values)
 
 
 def lengths(row_splits: AnyArray) -> np.ndarray:
@@ -63,7 +63,7 @@ def lengths(row_splits: AnyArray) -> np.ndarray:
 
 
 def _check_bounds(name, values):
-    """An error unless they are bounds of as many rows as the last one says."""
+    """Raise ValueError unless `values` are row_splits: they start at 0 and never fall; any last value is allowed."""
     checks.check_splits(name, values, values[-1] if len(values) else 0, "its last value")
 
 
@@ -73,28 +73,29 @@ class Neighbors:
     The neighbours of query ``q`` are ``index[row_splits[q]:row_splits[q + 1]]``. The order within a row is that of the
     function that made it. Frozen, compared by identity, picklable.
 
-    Arrays of NumPy are copied, and those of the list are read-only: what was checked stays true. One that was put
-    together again by something else, from a pickle or by a map over a pytree of JAX or torch, is checked when it is
-    first used; of a list of JAX's arrays a method puts NumPy's in their place. CuPy's arrays cannot be made read-only:
-    they are checked once and must not be changed afterwards. Annotations name NumPy's arrays for both.
+    NumPy arrays are copied when the list is made, and the arrays of the list are read-only, so a list that was checked
+    once stays valid. A list that comes from a pickle, or from a map over a pytree of JAX or torch, is checked when it
+    is first used; if it holds JAX arrays, the first method that reads them replaces them by NumPy arrays. CuPy arrays
+    cannot be made read-only: they are checked once and must not be changed afterwards. Annotations say ``np.ndarray``
+    for arrays of NumPy and of CuPy.
 
     Parameters
     ----------
     index : (E,) int32 or int64
-        Point numbers, 0 to ``num_points - 1``. May be longer than ``row_splits[-1]``; the rest is not used. The list
-        has int32.
+        Point numbers, 0 to ``num_points - 1``. May be longer than ``row_splits[-1]``; the rest is not used. Stored as
+        int32.
     row_splits : (M + 1,) int32 or int64
-        Of which the list has int64.
+        Stored as int64.
     num_points : int
     distance : (E,) float32 or float64, optional
-        True distances, never squared.
+        Distances from the query, not squared.
     width : int, optional
-        The padded width the list came from.
+        Number of columns of the padded matrix that the list was made from.
 
     Raises
     ------
     ValueError, TypeError
-        For an index outside the points, falling ``row_splits``, or other shapes or dtypes.
+        For an index outside the points, ``row_splits`` that fall, or wrong shapes or dtypes.
 
     Examples
     --------
@@ -108,8 +109,8 @@ class Neighbors:
            [1, 2]], dtype=int32)
     """
 
-    # stored_...: the arrays themselves, for the kernels; stored_transposed is None before it is asked for, and
-    # stored_leaves is what kpcore.torch makes of the list in a pytree. Users get read-only views.
+    # stored_...: the writable arrays, for the kernels; users get read-only views. stored_transposed is None until
+    # transpose() is called. stored_leaves caches what kpcore.torch flattens the list into as a pytree node.
     __slots__ = ("_is_checked", "carries_transpose", "num_points", "stored_distance", "stored_index", "stored_leaves",
                  "stored_row_splits", "stored_transposed", "width")  # fmt: skip
     if TYPE_CHECKING:
@@ -138,11 +139,10 @@ class Neighbors:
 
     @classmethod
     def _new(cls, *args: Any, **kwargs: Any) -> Self:
-        """A list of arrays that the library just made, which nobody else has: neither checked nor copied."""
+        """A list of arrays that the library just made and that no caller holds: neither checked nor copied."""
         return object.__new__(cls)._set(*args, **kwargs)
 
-    # What others get of NumPy's arrays is read-only, and cannot be made writable: what was checked stays true.
-
+    # The properties give read-only views of NumPy arrays that cannot be made writable again: the list stays valid.
     @property
     def index(self) -> np.ndarray:
         """(E,) int32."""
@@ -165,13 +165,13 @@ class Neighbors:
         raise AttributeError(f"Neighbors is frozen: cannot delete {name}")
 
     def __repr__(self) -> str:
-        if not self._is_checked:  # there may be no values, as while JAX traces, or nothing that makes a list
+        if not self._is_checked:  # the fields may be tracers of JAX without values, or no arrays at all
             index, row_splits = (getattr(a, "shape", a) for a in (self.stored_index, self.stored_row_splits))
             return f"Neighbors({self.num_points} points, index {index}, row_splits {row_splits}, not checked yet)"
         return f"Neighbors({self.num_queries} queries, {self.num_points} points, {self.num_pairs} pairs)"
 
     def __reduce__(self) -> tuple[object, ...]:
-        index, row_splits, distance = _on_host(self)
+        index, row_splits, distance = _numpy_arrays(self)
         return _unpickle, (index, row_splits, self.num_points, distance, self.width, self.carries_transpose)
 
     @property
@@ -181,31 +181,31 @@ class Neighbors:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in use, ``row_splits[-1]``; on the GPU this waits for it."""
+        """Number of pairs in use, ``row_splits[-1]``. On the GPU this waits until the value has been computed."""
         return int(checked(self).stored_row_splits[-1])
 
     @property
     def counts(self) -> np.ndarray:
-        """(M,) int64: neighbours of each query."""
+        """(M,) int64: number of neighbours of each query."""
         return np.diff(checked(self).stored_row_splits)
 
     def to_padded(self, width: int | None = None, fill: int | None = None, *,
                   dtype: DTypeLike = np.int32) -> np.ndarray:  # fmt: skip
-        """The rows as a matrix, the form of the published code.
+        """The neighbours as a padded matrix, one row for each query: the form of the published code.
 
         Parameters
         ----------
         width : int, optional
-            Columns; the longest row if not given. Longer rows lose their last entries, so cut only lists that are
-            sorted by distance.
+            Number of columns; by default the length of the longest row. Rows longer than this lose their last entries,
+            so cut only lists that are sorted by distance.
         fill : int, optional
-            Written where a row has no more neighbours; ``num_points`` if not given.
+            Written where a row has no more neighbours; by default ``num_points``.
         dtype : int32 or int64
-            Indexing a torch tensor with a matrix takes int64.
+            Take int64 to index a torch tensor with the matrix.
 
         Returns
         -------
-        (M, width) of that dtype
+        (M, width) of `dtype`
         """
         checked(self)
         backend, xp = devices.backend(self.stored_index), devices.namespace(self.stored_index)
@@ -225,9 +225,9 @@ class Neighbors:
 
     @classmethod
     def from_padded(cls, index: AnyArray, num_points: int) -> Self:
-        """From a matrix of neighbours (M, width), int32 or int64; -1 and ``num_points`` mean none.
+        """From a padded matrix of neighbours (M, width), int32 or int64; -1 and ``num_points`` mean "no neighbour".
 
-        The order of the columns is kept. Anything else outside the points is an error.
+        The order of the columns is kept. Any other value outside 0 to ``num_points - 1`` is an error.
         """
         num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
         index = checks.array("index", index, "M H", checks.INTEGERS, {})
@@ -250,23 +250,23 @@ class Neighbors:
 
     @classmethod
     def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
-        """From pairs (query, point), each (E,) int32 or int64, in any order; a row keeps the order of its pairs."""
+        """From pairs (query, point), each (E,) int32 or int64, in any order; the pairs of a query keep their order."""
         num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
         num_queries = checks.integer("num_queries", num_queries, 0, checks.MAX_POINTS)
         sizes = {}
         query = checks.array("query", query, "E", checks.INTEGERS, sizes)
         point = checks.array("point", point, "E", checks.INTEGERS, sizes)
-        for name, values, of, size in (("query", query, "num_queries", num_queries),
-                                       ("point", point, "num_points", num_points)):  # fmt: skip
+        for name, values, size_name, size in (("query", query, "num_queries", num_queries),
+                                              ("point", point, "num_points", num_points)):  # fmt: skip
             if len(values) and ((low := int(values.min())) < 0 or int(values.max()) >= size):
                 bad = low if low < 0 else int(values.max())
-                raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {of}, got {bad}")
+                raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {size_name}, got {bad}")
         order = devices.namespace(query).argsort(query, kind="stable")
-        splits = bounds_of(devices.namespace(query).bincount(query, minlength=num_queries))
+        splits = splits_from_counts(devices.namespace(query).bincount(query, minlength=num_queries))
         return cls._new(point[order].astype(np.int32), splits, num_points)
 
     def transpose(self) -> Neighbors:
-        """The queries of each point: M and N change places. Made once and kept; rows are in rising order."""
+        """The queries of each point: a list of N rows among M queries. Made once and kept; rows are in rising order."""
         if checked(self).stored_transposed is None:
             index, splits, distance = transposed(
                 self.stored_index, self.stored_row_splits, self.stored_distance, self.num_points
@@ -275,27 +275,27 @@ class Neighbors:
         return self.stored_transposed
 
     def with_transpose(self, carries_transpose: bool = True) -> Self:
-        """This list as one that has its transpose with it where JAX or torch take it apart into arrays.
+        """This list with its transpose among the arrays that a compiled function of JAX or torch gets.
 
-        A compiled function sees a list's arrays only. The gradient of features needs the transpose, and makes it in
-        each call unless it is among them. Lists with and without it are different inputs to such a function; whether
-        `transpose` was ever called makes no difference.
+        A compiled function gets only the arrays of a list. The gradient of features needs the transpose and computes it
+        in each call, unless it is one of these arrays. A function is compiled separately for lists with and without a
+        transpose; whether `transpose` was called before makes no difference.
         """
         transposed = self.transpose() if carries_transpose else checked(self).stored_transposed
         return self._new(self.stored_index, self.stored_row_splits, self.num_points, self.stored_distance, self.width,
                          transposed, checks.boolean("carries_transpose", carries_transpose))  # fmt: skip
 
     def with_width(self, width: int) -> Self:
-        """This list as of a padded matrix of that width."""
+        """This list with ``width`` set, as if it came from a padded matrix of that many columns."""
         width = checks.integer("width", width, 0)
         checked(self)
         return self._new(self.stored_index, self.stored_row_splits, self.num_points, self.stored_distance, width,
                          self.stored_transposed, self.carries_transpose)  # fmt: skip
 
     def to_sparse(self, values: AnyArray | None = None) -> csr_array:
-        """A ``scipy.sparse.csr_array`` (M, N) with the given values (E,), or ones (float32).
+        """A ``scipy.sparse.csr_array`` (M, N) that holds `values` (E,), by default ones (float32).
 
-        On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which numbers its values in 32 bits.
+        On the GPU a ``cupyx.scipy.sparse.csr_matrix``, which counts its values in 32 bits.
         """
         pairs, xp = self.num_pairs, devices.namespace(self.stored_index)
         if values is None:
@@ -317,7 +317,7 @@ class Neighbors:
     def to(self, device: Literal["cpu", "cuda"]) -> Self:
         """This list with its arrays on ``"cpu"`` (NumPy) or ``"cuda"`` (CuPy, on the current GPU).
 
-        The list itself where it is there already, else a copy, with its transpose if that is known.
+        Returns the list itself if it is on that device already, else a copy, and of its transpose too if there is one.
         """
         is_on_cpu = isinstance(checked(self).stored_index, np.ndarray)
         if is_on_cpu == (checks.choice("device", device, ("cpu", "cuda")) == 0):
@@ -339,79 +339,79 @@ new_list = Neighbors._new
 
 
 def unchecked_list(*args: Any, **kwargs: Any) -> Neighbors:
-    """A list of arrays that something else put together; it is checked when it is first used."""
+    """A list of arrays that come from a pickle or a pytree; it is checked when it is first used."""
     return Neighbors._new(*args, **kwargs, is_checked=False)
 
 
 def list_for_one_call(index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,
                       transposed: tuple[np.ndarray, np.ndarray] | None = None) -> Neighbors:  # fmt: skip
-    """A list of a caller's arrays, for the time of one call: checked, but the index is not copied.
+    """A list over arrays that a framework passes to one call of an operator: checked, but the index is not copied.
 
-    `transposed`: the index and row_splits of its transpose, or None.
+    `transposed`: (index, row_splits) of the transpose of the list, or None.
     """
     index, row_splits = _checked_pairs("neighbors.", index, row_splits, num_points, copy=False)
     stored = None
     if transposed is not None:
         num_queries = len(row_splits) - 1
-        back = _checked_pairs("the transpose of neighbors.", *transposed, num_queries, copy=False)
-        if isinstance(index, np.ndarray):  # a GPU would have to be waited for
-            expected, got = (num_points, int(row_splits[-1])), (len(back[1]) - 1, int(back[1][-1]))
+        transposed = _checked_pairs("the transpose of neighbors.", *transposed, num_queries, copy=False)
+        if isinstance(index, np.ndarray):  # not on a GPU, where reading the values would wait for it
+            expected, got = (num_points, int(row_splits[-1])), (len(transposed[1]) - 1, int(transposed[1][-1]))
             if expected != got:
                 raise ValueError(
                     f"neighbors: expected a transpose of {expected[0]} rows and {expected[1]} pairs, got {got[0]} "
                     f"and {got[1]}"
                 )
-        stored = new_list(*back, num_queries)
+        stored = new_list(*transposed, num_queries)
     return new_list(index, row_splits, num_points, None, width, stored)
 
 
 def checked(neighbors: Neighbors) -> Neighbors:
-    """The list itself, checked now if something else than the library put it together; an error if it is none."""
+    """The list itself, checked now if it comes from a pickle or pytree; TypeError if it is no `Neighbors`."""
     if not isinstance(neighbors, Neighbors):
         raise TypeError(f"neighbors: expected kpcore.Neighbors, got {type(neighbors).__name__}")
     if not neighbors._is_checked:
-        index, row_splits, distance = _on_host(neighbors)
+        index, row_splits, distance = _numpy_arrays(neighbors)
         fields = index, row_splits, neighbors.num_points, distance, neighbors.width
-        # Without the transpose, of which it would take as long to see whether it is one as to make it.
+        # The transpose is dropped: to check that it is the transpose of this list would take as long as to make it.
         neighbors._set(*_checked_fields("neighbors.", *fields), None, neighbors.carries_transpose)
     return neighbors
 
 
-def _on_host(neighbors):
-    """(index, row_splits, distance) of a list: of a framework's arrays the NumPy arrays, others as they are."""
+def _numpy_arrays(neighbors):
+    """(index, row_splits, distance) of a list; arrays of a framework in TO_HOST are copied to NumPy."""
     names = ("index", "row_splits", "distance")
     arrays = [getattr(neighbors, f"stored_{name}") for name in names]
-    for at, array in enumerate(arrays):
-        for kind, to_host in TO_HOST.items():
-            if isinstance(array, kind):
-                arrays[at] = to_host(f"neighbors.{names[at]}", array)
+    for i, array in enumerate(arrays):
+        for array_type, to_host in TO_HOST.items():
+            if isinstance(array, array_type):
+                arrays[i] = to_host(f"neighbors.{names[i]}", array)
     return arrays
 
 
-def _checked_fields(of, index, row_splits, num_points, distance, width):
-    """(index, row_splits, num_points, distance, width) of a list; arrays of NumPy are copies."""
-    num_points = checks.integer(f"{of}num_points", num_points, 0, checks.MAX_POINTS)
-    index, row_splits = _checked_pairs(of, index, row_splits, num_points, copy=True)
+def _checked_fields(prefix, index, row_splits, num_points, distance, width):
+    """The fields of a list, checked; NumPy arrays are copied. Errors begin with `prefix` and the name of the field."""
+    num_points = checks.integer(f"{prefix}num_points", num_points, 0, checks.MAX_POINTS)
+    index, row_splits = _checked_pairs(prefix, index, row_splits, num_points, copy=True)
     if distance is not None:
-        sizes = {"E": (len(index), f"{of}index")} | checks.device_of((f"{of}index", index))
-        distance = checks.array(f"{of}distance", distance, "E", checks.REAL, sizes)
+        sizes = {"E": (len(index), f"{prefix}index")} | checks.device_of((f"{prefix}index", index))
+        distance = checks.array(f"{prefix}distance", distance, "E", checks.REAL, sizes)
         if isinstance(distance, np.ndarray):
             distance = distance.copy()
     if width is not None:
-        width = checks.integer(f"{of}width", width, 0)
+        width = checks.integer(f"{prefix}width", width, 0)
     return index, row_splits, num_points, distance, width
 
 
-def _checked_pairs(of, index, row_splits, num_points, copy):
-    """(index int32, row_splits int64) of a list; an error unless they are good.
+def _checked_pairs(prefix, index, row_splits, num_points, copy):
+    """(index as int32, row_splits as int64) of a list, checked.
 
-    Of NumPy's arrays the row_splits are a copy, and the index where `copy` says so.
+    NumPy row_splits are always copied; a NumPy index if `copy` is true or it is not int32.
     """
-    sizes, names = {}, (f"{of}index", f"{of}row_splits")
+    sizes, names = {}, (f"{prefix}index", f"{prefix}row_splits")
     index = checks.array(names[0], index, "E", checks.INTEGERS, sizes)
     row_splits = checks.array(names[1], row_splits, "M+1", checks.INTEGERS, sizes)
     backend, xp = devices.backend(index), devices.namespace(index)
-    if xp is not np:  # whose arrays cannot be made read-only, and to look at which is to wait
+    if xp is not np:  # CuPy arrays: a copy could not be made read-only, and a check of the values waits for the GPU
         if not copy and index.dtype == np.int32 and row_splits.dtype == np.int64:
             return index, row_splits
         copy = False
@@ -421,12 +421,12 @@ def _checked_pairs(of, index, row_splits, num_points, copy):
         backend.run("check_list", index=index, row_splits=row_splits, num_points=num_points, checked_index=copied,
                     checked_row_splits=bounds)  # fmt: skip
     except backend.OutOfRange:
-        raise _wrong_pairs(names, index, row_splits, num_points) from None
+        raise _error_of_pairs(names, index, row_splits, num_points) from None
     return index if copied is None else copied, bounds
 
 
-def _wrong_pairs(names, index, row_splits, num_points):
-    """The error for a list whose arrays are not those of one."""
+def _error_of_pairs(names, index, row_splits, num_points):
+    """The error that says what is wrong with the index or the row_splits of a list; `names` are those of the two."""
     row_splits = devices.on_host(row_splits)
     try:
         _check_bounds(names[1], row_splits)
@@ -445,18 +445,23 @@ def _wrong_pairs(names, index, row_splits, num_points):
 def transposed(
     index: np.ndarray, row_splits: np.ndarray, values: np.ndarray | None, num_points: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(index, row_splits, values or None) of the transposed list: the queries of each point, in rising order."""
+    """(index, row_splits, values or None) of the transpose: the queries of each point, in rising order.
+
+    `values`: one number for each pair, carried along to its place in the transpose.
+    """
     xp = devices.namespace(index)
-    pairs = int(row_splits[-1]) if xp is np else len(index)  # a GPU would have to be waited for
-    back, splits = xp.empty(pairs, np.int32), xp.empty(num_points + 1, np.int64)
+    # Reading row_splits[-1] on a GPU would wait for it; an index longer than that leaves an end that is not used.
+    pairs = int(row_splits[-1]) if xp is np else len(index)
+    queries, splits = xp.empty(pairs, np.int32), xp.empty(num_points + 1, np.int64)
     moved_values = None if values is None else xp.empty(pairs, values.dtype)
-    devices.backend(index).run("transpose", index=index, row_splits=row_splits, distance=values, transposed_index=back,
-                               transposed_row_splits=splits, transposed_distance=moved_values)  # fmt: skip
-    return back, splits, moved_values
+    devices.backend(index).run("transpose", index=index, row_splits=row_splits, distance=values,
+                               transposed_index=queries, transposed_row_splits=splits,
+                               transposed_distance=moved_values)  # fmt: skip
+    return queries, splits, moved_values
 
 
-def bounds_of(counts: np.ndarray) -> np.ndarray:
-    """`row_splits` of counts that are known to be fine, where they are."""
+def splits_from_counts(counts: np.ndarray) -> np.ndarray:
+    """row_splits of items with `counts` rows, on the device of `counts`, which are not checked."""
     splits = devices.namespace(counts).zeros(len(counts) + 1, np.int64)
     splits[1:] = np.cumsum(counts)
     return splits
@@ -466,16 +471,19 @@ def _unpickle(index, row_splits, num_points, distance, width, carries_transpose=
     return unchecked_list(index, row_splits, num_points, distance, width, None, carries_transpose)
 
 
-def sizes_of(neighbors: Neighbors) -> checks.Sizes:
-    """What `checks.array` is to know of a list: how many points it has, and where they are."""
+def point_sizes(neighbors: Neighbors) -> checks.Sizes:
+    """The `sizes` with which `checks.array` checks a row for each point: N, and the device of the list."""
     checked(neighbors)
     return {"N": (neighbors.num_points, "neighbors")} | checks.device_of(("neighbors", neighbors.stored_index))
 
 
-def geometry(
+def checked_geometry(
     points: object, queries: object, neighbors: Neighbors, sizes: checks.Sizes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points, queries (None: the points) and the list between them, checked; `sizes` as in `checks.array`."""
+    """(points, queries) after checking that they and `neighbors` agree; `sizes` as in `checks.array`.
+
+    If `queries` is None, the points are returned for both.
+    """
     points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
     if queries is None:
         queries = points

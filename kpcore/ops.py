@@ -1,10 +1,12 @@
-"""What an operator is: its checks, its forward and backward pass, and the table in which every adapter finds them.
+"""The record of an operator, `Op` (its checks, forward and backward pass), and `OPS`, the table of all operators.
 
-An operator is declared by its public function, which checks the arguments and returns a `Call`: what the kernels get.
-`kpcore.autodiff.operator` makes of it the function that users call, and enters it in `OPS`. The tape, `kpcore.torch`
-and `kpcore.jax` go by that table alone. The annotations of the public function say what kind of thing each argument is:
-Array[Computed] (the result is a Tensor if it is one), AnyArray, Neighbors, float, int, bool or str, and whether it may
-be None ("AnyArray | None"). Arrays and the arrays of a Neighbors are traced, the rest are settings.
+An operator is declared by its public function, which checks the arguments and returns a `Call`: the fields that the
+kernels read. The decorator `kpcore.autodiff.operator` turns it into the function that users call and enters it in
+`OPS`. The tape, `kpcore.torch` and `kpcore.jax` know operators from that table only.
+
+The annotations of the public function give the kind of each argument: Array[Computed] (if the argument is a `Tensor`,
+so is the result), AnyArray, Neighbors, float, int, bool or str; "| None" marks an optional one. Frameworks trace
+arrays and the arrays of a Neighbors; all other arguments are settings, which are constants of a compiled function.
 """
 
 from __future__ import annotations
@@ -23,16 +25,19 @@ Out = TypeVar("Out")
 
 
 class Call(SimpleNamespace, Generic[Out]):
-    """A checked call of an operator, whose result is an `Out`.
+    """A checked call of an operator that returns an `Out`.
 
-    Its attributes are the arguments that the operator is differentiated in, by their names, and the fields of its
-    kernels (src/cpu/kernels.h), by theirs: contiguous arrays of agreeing shapes and dtypes, and numbers.
+    Its attributes are the arguments that have a gradient (the names in `Op.diff`) and the fields of the kernels
+    (src/cpu/kernels.h), each under its name there: contiguous arrays of agreeing shapes and dtypes, and numbers.
     """
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """What `Op.result` sees of an array. It has no length: frameworks trace with sizes that are not known yet."""
+    """The shape and dtype of an array without its values, for `Op.result`.
+
+    There is no ``len()``: while a framework traces, a size may be a symbol, and ``len()`` must return an int.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -40,7 +45,7 @@ class Shaped:
 
 Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
-# Public functions without gradients, which no framework traces: their sizes depend on values.
+# Public functions without gradients. Frameworks cannot trace them: the shapes of their results depend on values.
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 
 
@@ -48,24 +53,42 @@ EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_searc
 class Op:
     """A differentiable operator.
 
-    ``check(*arguments) -> Call`` makes all checks that look at no value of an array: frameworks make them while they
-    trace. ``forward(call) -> (out, saved)`` computes; `saved` is a tuple of the arrays that the gradient needs besides
-    the call, mostly empty: it recomputes the rest. Without a `forward` the `kernel` is run, by default that of the
-    operator's name, and `outputs` are the names of its fields for what comes out. ``vjp(call, saved, grad, needs)``
-    returns a dict with the gradient of every argument named in `needs`, a subset of `diff`. Where `out` is a named
-    tuple, `field` is the one of its fields that is differentiable; `grad` is that field's, and the others stay plain
-    arrays. ``result(call)`` gives (shape, dtype) of `out` and of each array saved; None where they depend on values.
+    name
+        Of the public function.
+    check(*arguments) -> call
+        Makes all checks that need no values of arrays; frameworks call it while they trace.
+    diff
+        Names of the arguments that it can be differentiated in.
+    forward(call) -> (out, saved)
+        Computes the result. `saved` is a tuple of the arrays that the gradient needs besides the call; it is empty for
+        most operators, which recompute the rest. Without `forward`, `run` runs the kernel.
+    kernel, outputs
+        The kernel's name, by default that of the operator, and the names of its output fields: the result, then the
+        arrays to save.
+    vjp(call, saved, grad, needs) -> {argument: gradient}
+        The gradients of the arguments named in `needs`, a subset of `diff`.
+    field
+        If `out` is a named tuple, the name of its differentiable field; `grad` is the gradient of that field. The other
+        fields stay plain arrays.
+    result(call) -> [(shape, dtype), ...]
+        Of `out` and of each array in `saved`. None if they depend on values. While a framework traces, the arrays of
+        the call are `Shaped` and not checked; sizes may be symbols, which can be computed with but not compared.
+    record
+        If `out` is a named tuple of arrays, its type; `result` then begins with one entry for each field.
+    transposes
+        Names of the arguments whose gradient uses ``neighbors.transpose()``. Frameworks make the transpose before they
+        trace; a vjp that calls it for other arguments works too, but computes the transpose in each call.
+    keeps
+        Names of the fields of the call that the vjp reads; None for all. For the other arrays the tape keeps a `Shaped`
+        only, so that their memory can be freed.
+    copies
+        Names of the integer arguments that the tape copies. They decide which rows a gradient reads and writes, and a
+        training loop may overwrite the same array for every batch.
+    by_result(call) -> bool
+        Whether the vjp gives the same gradient from the result as from the argument, if `diff` has only one. The tape
+        then keeps the result in its place.
 
-    For frameworks that trace: `result` gets a call that was not checked, whose arrays are `Shaped`, with sizes that may
-    be symbols, to be computed with but not compared; a Neighbors has arrays of these. Where `out` is a named tuple of
-    arrays, `record` is its type and `result` begins with one entry for each field. `transposes` names the arguments
-    whose gradient walks ``neighbors.transpose()``, so that it is made before they trace; a vjp may call it anyway, but
-    would then make it each time. Of a Neighbors an operator sees everything but `distance`.
-
-    `keeps` names what the vjp looks at of the call, if not all: of other arrays the tape keeps a `Shaped`. `copies`
-    names the arguments of integers of which the tape keeps copies: they say which rows a gradient reads and writes, and
-    loops fill one array anew for every batch. ``by_result(call)`` says whether the result in place of `diff`'s only
-    argument gives the same gradient, so that the tape need not keep that one.
+    An operator reads every attribute of a Neighbors except `distance`.
     """
 
     name: str
@@ -84,14 +107,14 @@ class Op:
     by_result: Callable[[Call[Any]], bool] | None = None
 
     def compute(self, call: Call[Out]) -> tuple[Out, Saved]:
-        """(out, saved)"""
+        """(out, saved) of the forward pass."""
         return self.run(call) if self.forward is None else self.forward(call)
 
     def run(self, call: Call[Out], **fields: Any) -> tuple[Out, Saved]:
-        """(out, saved) of the kernel: outputs are allocated as `result` says, `fields` go before those of `call`."""
+        """(out, saved) of the kernel, its outputs allocated as `result` says; `fields` override those of `call`."""
         results, like = self.result(call), getattr(call, self.diff[0])
         backend, xp = devices.backend(like), devices.namespace(like)
-        if len(results) == 1:  # as mostly, when names and outputs need not be joined: 0.5 us less
+        if len(results) == 1:  # most operators; saves the 0.5 us that zip and dict below take
             out = fields[self.outputs[0]] = xp.empty(*results[0])
             backend.run(self.kernel, call, **fields)
             return out, ()
@@ -100,7 +123,7 @@ class Op:
         return outputs[0], tuple(outputs[1:])
 
     def compute_and_keep(self, call: Call[Out]) -> tuple[Out, Saved]:
-        """(out, saved), where nobody who gets `out` can change what is saved."""
+        """(out, saved), with arrays in `saved` copied if they are also fields of `out`, which a user may write to."""
         out, saved = self.compute(call)
         if self.field is not None:
             saved = tuple(a.copy() if any(a is field for field in out) and a is not None else a for a in saved)
@@ -109,7 +132,7 @@ class Op:
     def gradients(
         self, call: Call[Out], saved: Saved, grad: np.ndarray, needs: Collection[str]
     ) -> dict[str, np.ndarray]:
-        """What `vjp` returns for the arguments named in `needs`, in the order of `diff`; an error if one is missing."""
+        """{argument: gradient} from `vjp`, for those in `needs`, in the order of `diff`; an error if one is missing."""
         computed = self.vjp(call, saved, grad, needs)
         gradients = {}
         for name in self.diff:
@@ -127,7 +150,7 @@ class Op:
 
 
 def empty_like(call: Call[Out], names: Iterable[str], needs: Collection[str]) -> dict[str, np.ndarray]:
-    """{"grad_" and the name: an array for the gradient} of those that are needed: fields of a kernel."""
+    """{"grad_<name>": an empty array like that argument} for each of `names` in `needs`: output fields of a kernel."""
     return {
         f"grad_{name}": devices.namespace(value := getattr(call, name)).empty(value.shape, value.dtype)
         for name in names
@@ -141,7 +164,7 @@ _KINDS = {name: name for name in ("Neighbors", *_SETTINGS)} | {"Array[Computed]"
 
 
 def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
-    """{name: (kind, whether it may be None)} of the arguments of a public function, from its annotations."""
+    """{argument: (kind, whether it may be None)} of a public function, from its annotations."""
     arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
         annotation, _, none = str(parameter.annotation).partition(" | ")
@@ -155,9 +178,9 @@ def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
 
 
 def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mapping[str, object]], dict[str, Any]]:
-    """A function that puts the arguments of a call, args and kwargs, in a dict by name, defaults filled in.
+    """A function (args, kwargs) -> {argument: value} that binds the arguments of a call and fills in the defaults.
 
-    A seventh of the time of `inspect.Signature.bind`, which would be a third of what a call costs.
+    It takes a seventh of the time of `inspect.Signature.bind`, which would be a third of the overhead of a call.
     """
     signature = inspect.signature(public)
     parameters = dict(signature.parameters)  # torch 2.6 cannot compile the mapping that it is
@@ -165,20 +188,20 @@ def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mappi
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def bind(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
-        by_position = dict(zip(positional, args))  # noqa: B905 - more of them are noticed below
+        by_position = dict(zip(positional, args))  # noqa: B905 - too many args are noticed below
         bound = {**defaults, **by_position, **kwargs}
         wrong = len(args) > len(positional) or len(bound) != len(parameters)
         for name in kwargs:
             wrong = wrong or name in by_position or name not in parameters
         if wrong:
-            signature.bind(*args, **kwargs)  # raises what Python does for such a call
+            signature.bind(*args, **kwargs)  # raises the TypeError that Python raises for such a call
         return bound
 
     return bind
 
 
 def setting(name: str, kind: str, optional: bool, value: object) -> float | bool | str | None:
-    """An argument that is no array, as a plain float, int, bool, str or None."""
+    """The value of a setting as a plain float, int, bool, str or None; TypeError if it is not of that kind."""
     if value is None and optional:
         return None
     if not isinstance(value, _SETTINGS[kind]):

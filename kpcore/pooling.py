@@ -1,4 +1,4 @@
-"""Pooling and its ways back: rows of features reduced over neighbours or batch items, gathered, and interpolated."""
+"""Pooling and upsampling: features reduced over neighbours or batch items, gathered by index, and interpolated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from kpcore.autodiff import operator
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Array, Computed
-from kpcore.neighbors import Neighbors, bounds_of, sizes_of, transposed
+from kpcore.neighbors import Neighbors, point_sizes, splits_from_counts, transposed
 from kpcore.ops import OPS, Call
 from kpcore.search import knn_search
 
@@ -17,19 +17,19 @@ _REDUCES = ("mean", "sum", "max", "min")
 _INDEX = (np.dtype(np.int32), np.dtype(np.int64))
 
 
-def _features_of(features, neighbors):
-    """The features, one row of each point of the list."""
-    return checks.array("features", features, "N C", checks.FEATURES, sizes_of(neighbors))
+def _checked_features(features, neighbors):
+    """The features, checked to have a row for each point of `neighbors`."""
+    return checks.array("features", features, "N C", checks.FEATURES, point_sizes(neighbors))
 
 
-def _few_enough(name, value):
+def _check_num_rows(name, value):
     if len(value) > checks.MAX_POINTS:
         raise ValueError(f"{name}: expected at most {checks.MAX_POINTS} rows, got {len(value)}")
     return value
 
 
 def _weighted_sum(features, index, row_splits, weights=None, forward_row_splits=None):
-    """Sums over neighbours; see the fields of neighbor_reduce in src/cpu/kernels.h."""
+    """Sums over neighbours by the kernel neighbor_reduce; src/cpu/kernels.h describes its fields."""
     out = devices.namespace(features).empty((len(row_splits) - 1, features.shape[1]), features.dtype)
     devices.backend(features).run("neighbor_reduce", features=features, index=index, row_splits=row_splits,
                                   weights=weights, forward_row_splits=forward_row_splits,
@@ -53,19 +53,20 @@ def _neighbor_reduce_vjp(call, saved, grad, needs):
     neighbors, index, splits, grads = call.neighbors, call.index, call.row_splits, {}
     if "features" in needs:
         if call.weights is None:
-            back = neighbors.transpose()
-            back = back.stored_index, back.stored_row_splits, None
+            stored = neighbors.transpose()
+            transpose = stored.stored_index, stored.stored_row_splits, None
         else:
-            back = transposed(index, splits, call.weights, neighbors.num_points)
-        grads["features"] = _weighted_sum(grad, *back, splits if call.reduce == "mean" else None)
+            transpose = transposed(index, splits, call.weights, neighbors.num_points)
+        grads["features"] = _weighted_sum(grad, *transpose, splits if call.reduce == "mean" else None)
     if "weights" in needs:
-        grads["weights"] = devices.namespace(grad).zeros(call.weights.shape, grad.dtype)  # those of no pair, too
+        # Zeros, since weights beyond row_splits[-1] belong to no pair and the kernel does not write their gradients.
+        grads["weights"] = devices.namespace(grad).zeros(call.weights.shape, grad.dtype)
         devices.backend(grad).run("neighbor_reduce_grad_weights", call, grad_out=grad, grad_weights=grads["weights"])
     return grads
 
 
 def _unpool(choice, grad, features):
-    """Every value of the gradient at the row that was chosen for it."""
+    """The gradient of a maximum or minimum: each value of `grad` goes to the row of features that `choice` names."""
     grads = devices.namespace(grad).empty(features.shape, grad.dtype)
     devices.backend(grad).run("unpool", choice=choice, grad_out=grad, grad_features=grads)
     return grads
@@ -83,13 +84,13 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
                     ) -> Call[Computed]:  # fmt: skip
     """The mean, sum, maximum or minimum of the features of each query's neighbours, weighted or not.
 
-    With the neighbours i of query q, of which there are n, and weights w_qi (or ones)::
+    With the n neighbours i of query q and weights w_qi (by default ones)::
 
         "mean"  out[q] = (Σ_i w_qi f_i) / n            "max"  out[q] = max_i f_i, channel by channel
         "sum"   out[q] = Σ_i w_qi f_i                  "min"  out[q] = min_i f_i
 
-    A mean is divided by the number of neighbours, whatever the weights: for a weighted average, let those of a row sum
-    to one and ask for the sum. Differentiable in `features` and `weights`; see `kpcore.autodiff`.
+    A mean is divided by the number of neighbours, whatever the weights. For a weighted average, make the weights of
+    each row sum to one and take the sum. Differentiable in `features` and `weights`; see `kpcore.autodiff`.
 
     Parameters
     ----------
@@ -98,14 +99,14 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
         M rows, N points.
     reduce : {"mean", "sum", "max", "min"}
     weights : (E,), dtype of the features, optional
-        One of each pair, as long as ``neighbors.index`` and in its order; for a mean or sum.
+        One for each pair, in the order of ``neighbors.index`` and as long; for a mean or sum only.
     empty : float
         The result of a query without neighbours.
     pad_value : float, optional
-        For a maximum or minimum of a list that came from a padded matrix: also seen, in every channel, by rows shorter
-        than ``neighbors.width``, also by those without neighbours. 0 gives the max-pooling of KPConv-PyTorch, which
-        gathers a row of zeros where there is no neighbour, so that negative maxima of short rows become 0. Without it
-        rows see their neighbours only.
+        For a maximum or minimum over a list made from a padded matrix: a value that takes part, in every channel, in
+        each row shorter than ``neighbors.width``, including rows without neighbours. 0 gives the max-pooling of
+        KPConv-PyTorch, which gathers a row of zeros where there is no neighbour, so that negative maxima of short rows
+        become 0. Without it only the neighbours take part.
 
     Returns
     -------
@@ -114,15 +115,15 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree, for weights of a maximum or minimum, for a `pad_value` of a mean, a sum,
-        or a list without a width.
+        For shapes or dtypes that do not agree; for weights with a maximum or minimum; for a `pad_value` with a mean or
+        sum, or with a list without a width.
 
     Notes
     -----
-    A maximum or minimum is NaN where a neighbour is. Its gradient goes to the first neighbour in the row that attains
-    it (the first NaN if there is one); to none where that is `pad_value`, or `empty`. Gradients are the same bits with
-    any number of threads. That of the features of a mean or sum keeps the transpose of `neighbors`, made once per list;
-    with weights, these are transposed each time.
+    A maximum or minimum is NaN if the feature of a neighbour is NaN. Its gradient goes to the first neighbour in the
+    row that has this value (the first NaN if there is one), and to no neighbour where the value is `pad_value` or
+    `empty`. Gradients are the same bits with any number of threads. The gradient of the features of a mean or sum keeps
+    the transpose of `neighbors`, made once per list; with weights, the weights are transposed in each call.
 
     Examples
     --------
@@ -143,13 +144,13 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
            [ 0.,  0.],
            [ 3.,  0.]])
     """
-    features = _features_of(features, neighbors)
+    features = _checked_features(features, neighbors)
     reduction = checks.choice("reduce", reduce, _REDUCES)
     chooses = reduce in ("max", "min")
     if weights is not None:
         if chooses:
             raise ValueError(f"weights: expected None with reduce={reduce!r}, got {type(weights).__name__}")
-        pairs = sizes_of(neighbors) | {"E": (len(neighbors.stored_index), "neighbors")}
+        pairs = point_sizes(neighbors) | {"E": (len(neighbors.stored_index), "neighbors")}
         weights = checks.array("weights", weights, "E", checks.FEATURES, pairs, like=("features", features))
     empty, width = checks.number("empty", empty, features.dtype), 0
     if pad_value is None:
@@ -158,7 +159,8 @@ def neighbor_reduce(features: Array[Computed], neighbors: Neighbors, reduce: str
         raise ValueError(f"pad_value: expected None with reduce={reduce!r}, got {pad_value}")
     elif neighbors.width is None:
         raise ValueError(
-            f"pad_value: expected None for a list without a width (Neighbors.from_padded), got {pad_value}"
+            "pad_value: expected None for neighbors without a width, which Neighbors.from_padded and with_width set, "
+            f"got {pad_value}"
         )
     else:
         pad_value, width = checks.number("pad_value", pad_value, features.dtype), neighbors.width
@@ -180,12 +182,12 @@ def _nearest_upsample_vjp(call, saved, grad, needs):
     counts, begins = neighbors.counts, call.row_splits[:-1]
     if isinstance(grad, np.ndarray):
         if np.all(counts == 1):
-            back = neighbors.transpose()
-            return {"features": _weighted_sum(grad, back.stored_index, back.stored_row_splits)}
-        first, splits = call.index[begins[counts > 0]], bounds_of(np.minimum(counts, 1))
+            transpose = neighbors.transpose()
+            return {"features": _weighted_sum(grad, transpose.stored_index, transpose.stored_row_splits)}
+        first, splits = call.index[begins[counts > 0]], splits_from_counts(np.minimum(counts, 1))
     elif not len(call.index):
         return {"features": devices.namespace(grad).zeros(call.features.shape, grad.dtype)}
-    else:  # without waiting for how many they are: num_points, where there is none, is beyond all points
+    else:  # on a GPU, without waiting for the number of queries with neighbours: the others get an index of num_points
         index = call.index[np.minimum(begins, len(call.index) - 1)]
         first = np.where(counts > 0, index, np.int32(num_points)).astype(np.int32)
         splits = devices.namespace(grad).arange(len(counts) + 1)
@@ -203,9 +205,9 @@ def _nearest_upsample_vjp(call, saved, grad, needs):
 def nearest_upsample(features: Array[Computed], neighbors: Neighbors) -> Call[Computed]:
     """The features of the first neighbour of each query; zeros where there is none.
 
-    With the nearest coarse point of each fine one (`build_pyramid`'s ``upsamples``, or `knn_search` with k = 1) this
-    carries features up a level: the unpooling of KP-FCNN. Lists that are not sorted by distance have another point
-    first. Differentiable in `features`.
+    With lists of the nearest coarse point of each fine point (``upsamples`` of `build_pyramid`, or `knn_search` with
+    k = 1) this upsamples features to the finer level, as in KP-FCNN. In a list that is not sorted by distance the first
+    neighbour is not the nearest. Differentiable in `features`.
 
     Parameters
     ----------
@@ -229,7 +231,7 @@ def nearest_upsample(features: Array[Computed], neighbors: Neighbors) -> Call[Co
     >>> kp.nearest_upsample(np.array([[10.0], [20.0]]), kp.knn_search(coarse, fine, 1)).ravel()
     array([10., 10., 20.])
     """
-    features = _features_of(features, neighbors)
+    features = _checked_features(features, neighbors)
     return Call(
         features=features, neighbors=neighbors, index=neighbors.stored_index, row_splits=neighbors.stored_row_splits
     )  # fmt: skip
@@ -246,10 +248,10 @@ def _gather_forward(call):
     try:
         return OPS["gather"].run(call)
     except devices.backend(call.features).OutOfRange:
-        raise _no_row(call.features, call.index) from None
+        raise _index_error(call.features, call.index) from None
 
 
-def _no_row(features, index):
+def _index_error(features, index):
     index = devices.on_host(index)
     low, high = int(index.min()), int(index.max())
     if low >= 0 and high < len(features):
@@ -260,14 +262,14 @@ def _no_row(features, index):
 
 def _gather_vjp(call, saved, grad, needs):
     features, index = call.features, call.index
-    if isinstance(index, np.ndarray):  # which somebody may have changed since the forward pass looked at it
+    if isinstance(index, np.ndarray):  # the caller may have changed it since the forward pass checked it
         index = index.copy()
         if len(index) and not (index.min() >= 0 and index.max() < len(features)):
-            raise _no_row(features, index)
-    if not features.shape[1]:  # however many rows
+            raise _index_error(features, index)
+    if not features.shape[1]:
         return {"features": devices.namespace(grad).empty(features.shape, grad.dtype)}
-    each = devices.namespace(index).arange(len(index) + 1)
-    index, splits, _ = transposed(index.astype(np.int32, copy=False), each, None, len(features))
+    one_pair_each = devices.namespace(index).arange(len(index) + 1)  # row_splits of queries with one neighbour each
+    index, splits, _ = transposed(index.astype(np.int32, copy=False), one_pair_each, None, len(features))
     return {"features": _weighted_sum(grad, index, splits)}
 
 
@@ -282,15 +284,15 @@ def _gather_vjp(call, saved, grad, needs):
 def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
     """The rows of an index: ``features[index]``, with a gradient.
 
-    With ``neighbors.index`` it gives the features of every pair, for what no other function does with them; see
-    `segment_reduce`, which brings pairs back to queries. Differentiable in `features`: the gradient of a row is the sum
-    of those of its copies, in their order.
+    With ``neighbors.index`` it gives the features of the neighbour of each pair, for computations per pair that no
+    other function offers; `segment_reduce` reduces pairs to queries. Differentiable in `features`: the gradient of a
+    row is the sum of the gradients of its copies, in their order.
 
     Parameters
     ----------
     features : (N, C) float32 or float64
     index : (M,) int32 or int64
-        0 to N - 1. There is no "no row": -1 and N are errors like everything else outside.
+        0 to N - 1. No value means "no row": -1 and N are errors too.
 
     Returns
     -------
@@ -311,8 +313,8 @@ def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
     (array([20., 20., 10.]), array([4., 3.]))
     """
     sizes = {}
-    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
-    index = _few_enough("index", checks.array("index", index, "M", _INDEX, sizes))
+    features = _check_num_rows("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    index = _check_num_rows("index", checks.array("index", index, "M", _INDEX, sizes))
     return Call(features=features, index=index)
 
 
@@ -320,7 +322,7 @@ def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
 
 
 def _interpolate_forward(call):
-    features, nearest = call.features, vars(call).pop("nearest")  # which the tape is not to keep
+    features, nearest = call.features, vars(call).pop("nearest")  # popped, so that the tape does not keep the list
     weights = devices.namespace(features).empty(len(nearest.stored_distance), features.dtype)
     devices.backend(features).run("inverse_distance_weights", distance=nearest.stored_distance,
                                   row_splits=nearest.stored_row_splits, power=call.power, weights=weights)  # fmt: skip
@@ -340,8 +342,8 @@ def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Comp
     """Features at the queries from those of the k nearest points, weighted by inverse distance.
 
     ``out[q] = Σ_i w_qi f_i / Σ_i w_qi`` over the k nearest points i of q, with ``w_qi = 1 / |x_i - q|^power``: the
-    feature propagation of PointNet++ (Qi et al. 2017, eq. 2). A query in the same place as some of these points gets
-    the mean of those alone, to which the formula tends. Differentiable in `features`.
+    feature propagation of PointNet++ (Qi et al. 2017, eq. 2). A query at exactly the place of one or more of these
+    points gets the mean of their features, the limit of the formula. Differentiable in `features`.
 
     Parameters
     ----------
@@ -350,11 +352,12 @@ def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Comp
         None: the points themselves.
     features : (N, C) float32 or float64
     k : int
-        At least 1. Fewer are taken where a cloud has fewer points; a query of an empty one gets zeros.
+        At least 1. A query of a batch item with fewer points uses all of them; with none, its features are zero.
     power : float
         Above zero.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
-        Batch items, given together; a query sees the points of its own item. With ``queries=None`` only the first.
+        Batch items of points and queries, both or neither; a query's neighbours are points of the same item. With
+        ``queries=None`` only ``points_row_splits``.
 
     Returns
     -------
@@ -370,10 +373,10 @@ def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Comp
 
     Notes
     -----
-    The points and their distances are those of `knn_search`. Weights are computed in float64, relative to that of the
-    nearest point, so no distance is too small or too large. The forward pass keeps its list and weights for the
-    gradient. To interpolate several features between the same points, search once and call `neighbor_reduce` with
-    weights of your own.
+    The points and their distances are those of `knn_search`. Weights are computed in float64, relative to the weight of
+    the nearest point, so that no distance is too small or too large. The forward pass keeps the neighbour list and the
+    weights for the gradient. To interpolate several features between the same points, call `knn_search` once, and
+    `neighbor_reduce` with your weights for each.
 
     Examples
     --------
@@ -396,7 +399,8 @@ def interpolate(points: AnyArray, queries: AnyArray | None, features: Array[Comp
 
 def _segment_reduce_result(call):
     row_splits = call.row_splits
-    if row_splits is not None and len(row_splits.shape) != 1:  # a result without rows may never be computed
+    if row_splits is not None and len(row_splits.shape) != 1:
+        # Checked here too, since a framework may drop a call whose result is empty before its arguments are checked.
         raise ValueError(f"row_splits: expected (B+1,), got {row_splits.shape}")
     shape = (1 if row_splits is None else row_splits.shape[0] - 1, call.features.shape[1])
     choice = [(shape, np.dtype(np.int32))] if call.reduce in ("max", "min") else []
@@ -438,7 +442,7 @@ def segment_reduce(
     ----------
     features : (N, C) float32 or float64
     row_splits : (B + 1,) int64, or None
-        Bounds of batch items; None: all rows are one.
+        Bounds of batch items. None: all rows are one item.
     reduce : {"mean", "sum", "max", "min"}
     empty : float
         The result of an item without rows.
@@ -454,9 +458,9 @@ def segment_reduce(
 
     Notes
     -----
-    Sums are float64, in blocks of 1024 rows that all threads share and that are added in their order: the mean of ten
-    million float32 rows is right to its last digit, and the same bits with any number of threads. A maximum or minimum
-    is NaN where a row is; its gradient goes to the first row that attains it, or the first NaN.
+    Sums are float64, over blocks of 1024 rows that are divided among the threads and then added in order: the mean of
+    ten million float32 rows is right to its last digit, and the same bits with any number of threads. A maximum or
+    minimum is NaN if a row is NaN; its gradient goes to the first row that has this value, or to the first NaN.
 
     Examples
     --------
@@ -468,7 +472,7 @@ def segment_reduce(
            [4., 0.]])
     """
     sizes = {}
-    features = _few_enough("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
+    features = _check_num_rows("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
     return Call(
         features=features, row_splits=checks.splits_shape("row_splits", row_splits, len(features), sizes),
         is_one_item=row_splits is None,

@@ -1,4 +1,4 @@
-"""Levels of ever coarser points and the neighbour lists between them: what a KPConv network takes."""
+"""The input of a KPConv network: levels of ever coarser points, and the neighbour lists within and between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Level", "Pyramid", "build_pyramid", "calibrate_neighbor_limits"]
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
+if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
 
     class Level(NamedTuple, Generic[Buffer]):
         """One level of a `Pyramid`, of N points."""
@@ -47,13 +47,13 @@ else:
 
         points: np.ndarray  #: (N, D)
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
-        features: np.ndarray | None  #: (N, C) means of the level before
-        labels: np.ndarray | None  #: (N,) majorities of the level before
+        features: np.ndarray | None  #: (N, C) means of the features of the finer level
+        labels: np.ndarray | None  #: (N,) majorities of the labels of the finer level
         voxel_size: float
-        radius: float  #: of `neighbors` and `pools`
-        neighbors: Neighbors  #: of this level's points among themselves
-        pools: Neighbors | None  #: queries are the next level's points; None on the last
-        upsamples: Neighbors | None  #: the nearest point of the next level for each of this one's; None on the last
+        radius: float  #: search radius of `neighbors` and `pools`
+        neighbors: Neighbors  #: queries are the points of this level
+        pools: Neighbors | None  #: queries are the points of the next level, neighbours those of this; None on the last
+        upsamples: Neighbors | None  #: for each point of this level the nearest of the next; None on the last
 
     class Pyramid(tuple):
         """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
@@ -68,33 +68,35 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
                   ) -> Pyramid[np.ndarray]:  # fmt: skip
     """The levels of a network: points subsampled step by step, and the neighbours within and between levels.
 
-    As the published code does (Thomas et al. 2019 and its data pipeline): level l has voxels of ``voxel_size * 2**l``,
-    made from the barycentres of level l - 1; radii are in voxels of their level.
+    As in the published code (Thomas et al. 2019 and its data pipeline): the points of level l are the barycentres of
+    the points of level l - 1 in voxels of ``voxel_size * 2**l``; radii are in units of the voxel size of their level.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 2 or 3
     voxel_size : float
-        Of level 0, in the unit of the points.
+        Edge of the voxels of level 0, in the unit of the points.
     num_levels : int
         At least 1.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
     features : (N, C) float32 or float64, optional
+        Averaged over the points of each voxel, from level to level.
     labels : (N,) uint8, int32 or int64, optional
-        Averaged, and voted on, from level to level.
+        The majority of each voxel, from level to level.
     subsampled : bool
         Whether the points already are level 0, one for each voxel; otherwise level 0 is
         ``grid_subsample(points, voxel_size, origin=origin)``.
     origin : {0, "published"}
-        Of the grid of each level: the same for all, or as `grid_subsample` says from the points that go into it, as the
-        published code has it.
+        Origin of the grids: 0 on all levels, or, as in the published code, computed on each level from the points that
+        are subsampled, see `grid_subsample`.
     conv_radius, deform_radius : float
-        Radius of neighbourhoods in voxels; the latter on `deform_levels`.
+        Radius of the neighbourhoods in voxels; `deform_radius` on the levels in `deform_levels`, `conv_radius` on the
+        others.
     deform_levels : sequence of int
-        Levels on which some convolution is deformable and needs the larger radius.
+        Levels that have a deformable convolution, which needs the larger radius.
     neighbor_limits : sequence of int, (num_levels,), optional
-        Keep only so many neighbours, the nearest, in the lists of each level; see `calibrate_neighbor_limits`.
+        Largest number of neighbours in the lists of each level; the nearest are kept. See `calibrate_neighbor_limits`.
 
     Returns
     -------
@@ -107,11 +109,12 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
 
     Notes
     -----
-    On the GPU it waits once for each level's number of points, and without `neighbor_limits` once more for all numbers
-    of neighbours; with `subsampled` and limits nothing looks whether coordinates are finite.
+    On the GPU this function waits once for the number of points of each level, and without `neighbor_limits` once more
+    for the numbers of neighbours of all levels. With `subsampled` and limits, coordinates that are not finite are not
+    noticed there.
 
-    Rows come by index, not by distance. The published code rotates each cloud at random before it is cut into voxels:
-    rotate the points before, and the levels back after, if that is wanted.
+    Neighbours are in the order of their index, not of their distance. The published code rotates each cloud at random
+    before it is subsampled; to do the same, rotate the points before, and the points of all levels back afterwards.
 
     Examples
     --------
@@ -134,8 +137,8 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
         row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
         levels = [(points, *checked_rows(features, labels, sizes), row_splits)]
     else:
-        more = {"features": features, "labels": labels, "row_splits": row_splits}
-        levels = [grid_subsample(points, voxel_size, origin=origin, **more)[:4]]
+        attributes = {"features": features, "labels": labels, "row_splits": row_splits}
+        levels = [grid_subsample(points, voxel_size, origin=origin, **attributes)[:4]]
     voxels = [voxel_size * 2**number for number in range(num_levels)]
     for voxel in voxels[1:]:
         levels.append(subsample_level(voxel, origin, *levels[-1]))
@@ -154,13 +157,13 @@ def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, 
                               fraction: float = 0.9) -> list[int]:  # fmt: skip
     """Neighbour limits for `build_pyramid` that leave a fraction of the neighbourhoods of sample clouds untouched.
 
-    For each level, the smallest number that at least that fraction of its points have no more neighbours than; the
-    published code's rule (0.9 in its PyTorch form, 0.8 in its TensorFlow form).
+    The limit of a level is the smallest number such that at least `fraction` of its points have no more neighbours than
+    that: the rule of the published code (0.9 in PyTorch, 0.8 in TensorFlow).
 
     Parameters
     ----------
     clouds : iterable of (N, D) arrays
-        Typical inputs, at least one point in all; each is counted and dropped.
+        Typical inputs, with at least one point in all. Only one is held in memory at a time.
     voxel_size, num_levels, origin, conv_radius, deform_radius, deform_levels
         As in `build_pyramid`.
     fraction : float
@@ -192,7 +195,7 @@ def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, 
             histogram[: len(histograms[number])] += histograms[number]
             histograms[number] = histogram
     if not histograms[0].any():
-        raise ValueError("clouds: expected some points, got none")
+        raise ValueError("clouds: expected at least one point, got none")
     return [int(np.searchsorted(np.cumsum(h), fraction * h.sum())) for h in histograms]
 
 

@@ -1,4 +1,4 @@
-"""Farthest point sampling: a given number of points, spread as far apart as a greedy choice gets them."""
+"""Farthest point sampling: a fixed number of points, chosen greedily to be far from each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kpcore.backends.devices import AnyArray, Buffer
 
 __all__ = ["Sampled", "farthest_point_sampling"]
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
+if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
 
     class Sampled(NamedTuple, Generic[Buffer]):
         """What `farthest_point_sampling` returns."""
@@ -24,7 +24,7 @@ else:
     class Sampled(NamedTuple):
         """What `farthest_point_sampling` returns, for S chosen points."""
 
-        index: np.ndarray  #: (S,) int32 among the stacked points, in the order of choice
+        index: np.ndarray  #: (S,) int32 index into the stacked points, in the order of choice
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
 
 
@@ -33,23 +33,24 @@ def farthest_point_sampling(points: AnyArray, num: int, *, row_splits: AnyArray 
                             ) -> Sampled[np.ndarray]:  # fmt: skip
     """Choose points that are far from each other: exactly the greedy choice, in 1 to 16 dimensions, batches.
 
-    An item's first point is `start`; each next one is the point farthest from those chosen so far, the smallest index
-    of equally far ones. The distance of a point is the smallest of its squared distances to the chosen ones, in the
-    dtype of the points. No point is chosen twice, though one equal to it may be: where the points of an item are fewer
-    than `num`, all of them are returned.
+    The first point of each batch item is `start`. Each next one is the point farthest from the points chosen so far; of
+    equally far points the one with the smallest index. The distance of a point is the smallest of its squared distances
+    to the chosen points, in the dtype of the points. No index is chosen twice, but points with equal coordinates may
+    both be. All points are returned of an item that has fewer than `num`.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 1 to 16
     num : int
-        Points to choose of each batch item, at least 1.
+        Number of points to choose in each batch item, at least 1.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
     start : int or (B,) int64
-        The first point of each item, counted within it. Of no meaning where an item is empty.
+        The first point of each item, counted from the first point of the item. Ignored for empty items.
     method : {None, "exact", "bucketed"}
-        How; the result is the same to the bit. "exact" computes all N distances for each chosen point. "bucketed"
-        leaves out the buckets of points that are too far away to change. None takes the faster one.
+        The algorithm; both give the same bits. "exact" computes all N distances for each chosen point. "bucketed" skips
+        buckets of points that are too far from the chosen point for their distances to change. None takes the faster
+        one.
 
     Returns
     -------
@@ -66,9 +67,10 @@ def farthest_point_sampling(points: AnyArray, num: int, *, row_splits: AnyArray 
 
     Notes
     -----
-    The first k of n chosen points are the choice of k. The result is the same on every machine and with any number of
-    threads, of which there is work for one per batch item; "exact" shares a single item's from 131 072 points on. On
-    the GPU each item is one block's, whatever the method.
+    The first k of n chosen points are those that a call with ``num=k`` chooses. The result is the same on every machine
+    and with any number of threads. Each batch item is computed by one thread, except that "exact" divides the
+    points among threads if there is only one item, of at least 131 072 points. On the GPU each item is computed by one
+    block, for both methods.
 
     Examples
     --------
@@ -101,7 +103,7 @@ def farthest_point_sampling(points: AnyArray, num: int, *, row_splits: AnyArray 
 
 
 def _starts(start, lengths, device):
-    """(B,) int64 on the host, each within its item."""
+    """The first point of each item, (B,) int64 NumPy; an error for one that is outside its item."""
     if devices.is_array(start):
         sizes = {"B": (len(lengths), "row_splits"), "device": device}
         start = devices.on_host(checks.array("start", start, "B", checks.SPLITS, sizes)).copy()

@@ -1,4 +1,4 @@
-"""Searches that make neighbour lists: within a radius, or the k nearest; and points made ready for several."""
+"""Neighbour searches, within a radius and for the k nearest points, and indexes that serve several searches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
 _GRID_DIMENSIONS = (2, 3)
-_CROWDED = 8  # times max_neighbors in a cell: from here on the nearest are found without testing all of a radius
+# A search with max_neighbors takes a kd-tree, which need not test all points within the radius, if the cell of a point
+# holds on average more than 8 * (max_neighbors + 16) points.
+_CROWDED = 8
 
 
 @overload
@@ -56,7 +58,8 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
 
     A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
     machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
-    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"). Where queries are points, each is its own neighbour unless told otherwise.
+    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"). A query that is one of the points is its own neighbour, unless
+    `ignore_query_point` says otherwise.
 
     Parameters
     ----------
@@ -64,24 +67,25 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
     queries : (M, D), same dtype, or None
         None: the points themselves.
     radius : float, or (M,) of the dtype of the points
-        For all queries or for each; in the unit of the points, above zero, inclusive; a number is rounded to the dtype
-        of the points.
+        One for all queries, or one for each; in the unit of the points, above zero, inclusive. A number is rounded to
+        the dtype of the points.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
-        Batch items, given together; a query sees the points of its own item. With ``queries=None`` only the first.
+        Batch items of points and queries, both or neither; a query's neighbours are points of the same item. With
+        ``queries=None`` only ``points_row_splits``.
     metric : {"l2", "l1", "linf"}
     ignore_query_point : bool or "index"
-        True: points of exactly the query's coordinates are no neighbours (as in Open3D). "index": point i is none of
-        query i, which takes as many queries as points; others of its coordinates are.
+        True: points with exactly the coordinates of the query are not its neighbours (as in Open3D). "index": point i
+        is not a neighbour of query i, but other points with its coordinates are; needs as many queries as points.
     max_neighbors : int, optional
-        Keep only so many, the nearest (of equally near ones those with the smallest index). On the GPU such a search
-        waits for nothing: ``Neighbors.index`` is as long as it could become, and what is not finite, or vanishes, is no
-        error.
+        Keep at most this many neighbours of each query, the nearest (of equally near ones those with the smallest
+        index). On the GPU such a search does not wait for the device: ``Neighbors.index`` is allocated for the largest
+        possible number of pairs, and coordinates that are not finite, or distances that vanish, are not an error.
     sort : {"index", "distance", None}
         Order within a row: by point index; by (distance, index); or unspecified, which is fastest.
     return_distances : bool
-        Also give ``Neighbors.distance``, in the dtype of the points.
+        Whether the result has ``Neighbors.distance``, in the dtype of the points.
     count_only : bool
-        Return only the number of neighbours of each query, (M,) int64, which needs no room for them.
+        Return only the number of neighbours of each query, (M,) int64, which takes no memory for the neighbours.
 
     Returns
     -------
@@ -95,17 +99,19 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
     TypeError
         For other dtypes.
     MemoryError
-        For a result larger than the free memory, or the limit of `set_memory_limit`, before it is made.
+        For a result larger than the free memory, or than the limit of `set_memory_limit`; raised before memory is
+        allocated.
 
     Notes
     -----
-    In two and three dimensions a grid of cells as wide as the radius is searched, otherwise, and where radii differ by
-    more than 4 from their median or points lie 10^6 radii apart, a kd-tree; the result is the same. Time is
-    proportional to the points within 3 radii of each other, memory to the points and the result. Points much denser
-    than the radius make neighbourhoods, and so results, that grow with the square of their number.
+    In two and three dimensions the search uses a grid of cells as wide as the radius. It uses a kd-tree in other
+    dimensions, if the largest radius is more than 4 times the median, and if points lie more than 10^6 radii apart; the
+    result is the same. Time is proportional to the number of pairs of points within 3 radii of each other, memory to
+    the points and the result. If a fixed volume holds more and more points, the number of pairs within a radius grows
+    with the square of their number.
 
-    A distance that overflows is beyond any radius; one that vanishes (below 1e-19 in float32) is within it, and may be
-    given as 0.
+    A distance that overflows is beyond any radius. One that vanishes (below 1e-19 in float32) is within any radius, and
+    may be returned as 0.
 
     Examples
     --------
@@ -132,20 +138,20 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
                return_distances: bool = False) -> Neighbors:  # fmt: skip
     """The k nearest points of each query, by (distance, index); L2, L1 or Linf, 1 to 16 dimensions, batches.
 
-    Distances are compared as `radius_search` computes them; of equally near points those with the smallest index come
-    first. A row is shorter than k only where its batch item has fewer points to offer.
+    Distances are computed and compared as in `radius_search`; of equally near points those with the smallest index come
+    first. A row is shorter than k only if its batch item has fewer points.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 1 to 16
     queries : (M, D), same dtype, or None
-        None: the points themselves; each is then its own nearest neighbour, unless ignored.
+        None: the points themselves; each is then its own nearest neighbour, unless `ignore_query_point` is set.
     k : int
         At least 1.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
     metric : {"l2", "l1", "linf"}
     ignore_query_point : bool or "index"
-        As in `radius_search`; the k nearest of the others are found.
+        As in `radius_search`; the result has the k nearest of the other points.
     return_distances : bool
 
     Returns
@@ -155,9 +161,10 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
     Raises
     ------
     ValueError
-        Also where distances would all be equal, because they overflow or vanish: if for some item the measure of the
-        diagonal of the box around its points and queries, squared for "l2", is not zero and lies above the largest or
-        below the smallest normal number of the dtype (for "l2" in float32, sides of some 1e19 and 1e-19).
+        Also for coordinates whose distances overflow or vanish, so that they would compare equal: if for some batch
+        item the length of the diagonal of the box around its points and queries, in the metric and squared for "l2", is
+        not zero and lies above the largest or below the smallest normal number of the dtype (for "l2" in float32, for
+        boxes larger than about 1e19 or smaller than about 1e-19).
     ValueError, TypeError, MemoryError
         As `radius_search`.
 
@@ -186,14 +193,14 @@ class _KnnOptions(TypedDict, total=False):
 class KDTree:
     """Points indexed once for searches of any radius and of the k nearest, in 1 to 16 dimensions.
 
-    Holds a copy of the points; may be searched from many threads at once, and pickled, which makes it anew. What it
-    finds is what `radius_search` and `knn_search` find, to the bit.
+    Holds a copy of the points; may be searched from many threads at once. A pickle holds the points only; the tree is
+    rebuilt from them. Searches return the same bits as the functions `radius_search` and `knn_search`.
 
     Parameters
     ----------
     points : (N, D) float32 or float64
     row_splits : (B + 1,) int64, optional
-        Batch items; a query sees the points of its own.
+        Bounds of batch items; a query's neighbours are points of the same item.
 
     Examples
     --------
@@ -208,9 +215,10 @@ class KDTree:
 
     def __init__(self, points: AnyArray, *, row_splits: AnyArray | None = None) -> None:
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
-        self._keep(cloud, None)
+        self._set_points(cloud, None)
 
-    def _keep(self, cloud, cell):
+    def _set_points(self, cloud, cell):
+        """Copy the points of `cloud` and build the index: a grid of cells of this width, or a kd-tree for None."""
         cloud.points = cloud.points.copy()
         self._points, self._row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
         self._index = cloud.index(cell)
@@ -221,7 +229,8 @@ class KDTree:
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuilt, (type(self), self._points, self._row_splits, self._cell)
 
-    def _with(self, queries, queries_row_splits):
+    def _cloud(self, queries, queries_row_splits):
+        """The indexed points and these queries, checked."""
         splits = self._row_splits if queries is None or queries_row_splits is not None else None
         if splits is None and len(self._row_splits) != 2:
             raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
@@ -246,8 +255,8 @@ class KDTree:
                       metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                       max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                       count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
-        """As the function `radius_search`, without making an index."""
-        cloud = self._with(queries, queries_row_splits)
+        """As the function `radius_search`, but with the index of this object."""
+        cloud = self._cloud(queries, queries_row_splits)
         radius, reach, _ = cloud.radius(radius)
         index = self._index
         if self._cell is not None and reach > self._cell:
@@ -258,24 +267,23 @@ class KDTree:
     def knn_search(self, queries: AnyArray | None, k: int, *, queries_row_splits: AnyArray | None = None,
                    metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                    return_distances: bool = False) -> Neighbors:  # fmt: skip
-        """As the function `knn_search`, without making an index."""
-        cloud = self._with(queries, queries_row_splits)
+        """As the function `knn_search`, but with the index of this object."""
+        cloud = self._cloud(queries, queries_row_splits)
         return _knn_search(self._index, cloud, k, metric, ignore_query_point, return_distances)
 
 
 class GridIndex(KDTree):
     """Points in cells, indexed once for searches with radii up to the cell, in two and three dimensions.
 
-    Faster than a `KDTree` for queries as dense as the points. Points more than some 10^6 cells apart are searched as a
-    `KDTree` does, unless they are sparse. For a radius larger than the cell a grid of its own is made each time, which
-    is faster than looking through more of the smaller cells. The k nearest are found by a kd-tree made when first asked
-    for.
+    Faster than a `KDTree` for queries as dense as the points. Points more than about 10^6 cells apart are indexed by a
+    kd-tree, unless they are sparse. A search with a radius larger than the cell builds another grid in each call, which
+    is faster than searching more of the smaller cells. The first call of `knn_search` builds a kd-tree and keeps it.
 
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 2 or 3
     cell : float
-        Edge of a cell, in the unit of the points, above zero: the largest radius to search with.
+        Edge of a cell, in the unit of the points, above zero: take the largest search radius.
     row_splits : (B + 1,) int64, optional
 
     Examples
@@ -291,21 +299,21 @@ class GridIndex(KDTree):
 
     def __init__(self, points: AnyArray, cell: float, *, row_splits: AnyArray | None = None) -> None:
         cloud = _Cloud(points, row_splits, "row_splits", None, None, self._dimensions)
-        self._keep(cloud, checks.length("cell", cell, cloud.points.dtype))
+        self._set_points(cloud, checks.length("cell", cell, cloud.points.dtype))
         self._tree = None
 
     def knn_search(self, queries: AnyArray | None, k: int, **options: Unpack[_KnnOptions]) -> Neighbors:
-        """As the function `knn_search`."""
+        """As the function `knn_search`, with a kd-tree that the first call builds."""
         if self._tree is None:
             self._tree = KDTree(self._points, row_splits=self._row_splits)
         return self._tree.knn_search(queries, k, **options)
 
-    def _search_with(self, others, others_row_splits, radius, max_neighbors):
-        """The lists of the points themselves and of other queries, as `radius_search` makes them one after the other.
+    def _search_points_and(self, queries, queries_row_splits, radius, max_neighbors):
+        """(list of the points themselves, list of the queries): the results of two calls of `radius_search`.
 
-        From one search, which gathers and sorts what is near a cell once for both: three quarters of the time.
+        One search over both takes three quarters of the time of two, as it collects the points near a cell once.
         """
-        cloud = self._with(others, others_row_splits)
+        cloud = self._cloud(queries, queries_row_splits)
         num_points = len(self._points)
         cloud.queries = np.concatenate([self._points, cloud.queries])
         cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
@@ -314,19 +322,19 @@ class GridIndex(KDTree):
             self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
         )
         splits = both.stored_row_splits
-        own = splits[num_points]
+        pairs_of_points = splits[num_points]
         return (
-            new_list(both.stored_index[:own], splits[: num_points + 1], num_points),
-            new_list(both.stored_index[own:], splits[num_points:] - own, num_points),
+            new_list(both.stored_index[:pairs_of_points], splits[: num_points + 1], num_points),
+            new_list(both.stored_index[pairs_of_points:], splits[num_points:] - pairs_of_points, num_points),
         )
 
 
-def _rebuilt(cls, points, row_splits, cell):
+def _rebuilt(cls, points, row_splits, cell):  # pickles name this function: it cannot be renamed
     return cls(points, row_splits=row_splits) if cell is None else cls(points, cell, row_splits=row_splits)
 
 
 class _Cloud:
-    """Points and queries of one search, checked."""
+    """Points and queries of one search, checked; with queries=None, `queries` and its row_splits stay None."""
 
     def __init__(self, points, points_row_splits, name, queries, queries_row_splits, dimensions=checks.DIMENSIONS,
                  known=False):  # fmt: skip
@@ -338,8 +346,9 @@ class _Cloud:
         elif queries_row_splits is not None:
             raise ValueError("queries_row_splits: expected None, because queries are the points, got an array")
         if queries is not None and (points_row_splits is None) != (queries_row_splits is None):
-            missing = name if points_row_splits is None else "queries_row_splits"
-            raise ValueError(f"{missing}: expected an array, because the other side is in batches, got None")
+            both = "queries_row_splits", name
+            present, missing = both if points_row_splits is None else both[::-1]
+            raise ValueError(f"{missing}: expected an array, because {present} is one, got None")
         points_row_splits = checks.splits_array(name, points_row_splits, len(points), "points", sizes, known=known)
         if queries is not None:
             queries_row_splits = checks.splits_array(
@@ -355,7 +364,7 @@ class _Cloud:
         self.num_queries = len(points if queries is None else queries)
 
     def radius(self, radius):
-        """(a number, or one for each query, the largest, whether they are much alike)"""
+        """(checked radius, the largest of its values, whether that is at most 4 times the median)"""
         if devices.is_array(radius) and radius.ndim:
             radius, on_host = checks.lengths("radius", radius, self.num_queries, ("points", self.points))
             reach = float(on_host.max(initial=0))
@@ -364,12 +373,13 @@ class _Cloud:
         return radius, radius, True
 
     def sample(self, num):
-        """Up to `num` of the queries, evenly: their numbers, and their row_splits."""
+        """(numbers of up to `num` queries, evenly spaced, and the row_splits of a batch of these)"""
         rows = np.unique(np.linspace(0, self.num_queries - 1, num).astype(np.int64))
         row_splits = self.points_row_splits if self.queries is None else self.queries_row_splits
         return rows, np.searchsorted(rows, row_splits)
 
     def ignored(self, ignore_query_point):
+        """The number of the option in _IGNORES, checked."""
         if ignore_query_point == "index" and self.num_queries != len(self.points):
             raise ValueError(
                 f"ignore_query_point: expected True or False for {self.num_queries} queries of {len(self.points)} "
@@ -378,6 +388,7 @@ class _Cloud:
         return checks.choice("ignore_query_point", ignore_query_point, _IGNORES)
 
     def index(self, cell):
+        """An index of the points: a grid of cells of this width, or a kd-tree for None."""
         backend = devices.backend(self.points)
         try:
             return backend.Index(self.points, self.points_row_splits, cell, config.get_num_threads())
@@ -385,7 +396,7 @@ class _Cloud:
             raise checks.not_finite(points=self.points) from None
 
     def error(self, metric, *, is_bounded):
-        """The error for coordinates that a search could not take; `is_bounded` by a radius."""
+        """The error for coordinates that are not finite, or whose distances overflow or vanish."""
         error = checks.not_measurable(
             self.points, self.points_row_splits, _METRICS[metric], self.queries, self.queries_row_splits,
             is_bounded=is_bounded
@@ -415,7 +426,8 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
             raise cloud.error(metric, is_bounded=True) from None
 
     if not count_only and cloud.num_queries > 4096 and crowding * cloud.num_queries > 2**26:
-        # Counting would take long before it could say so: 256 queries say it at once, to a factor of two.
+        # The result may exceed the memory, and counting its pairs would take minutes: estimate them from 256 queries,
+        # which is right to a factor of two.
         rows, queries_row_splits = cloud.sample(256)
         sampled = radius[rows] if np.ndim(radius) else radius
         counts = search(
@@ -423,16 +435,16 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
         )
         expected = int(np.mean(np.diff(counts[0])) * cloud.num_queries)
         config.check_room(expected, 4 * expected, estimated=True)
-    splits, found, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
-    return np.diff(splits) if count_only else new_list(found, splits, num_points, distance)
+    splits, neighbors, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
+    return np.diff(splits) if count_only else new_list(neighbors, splits, num_points, distance)
 
 
 def lists_of_levels(
     levels: Sequence[tuple[np.ndarray, np.ndarray]], radii: Sequence[float], limits: Sequence[int | None]
 ) -> list[tuple[Neighbors, Neighbors | None, Neighbors | None]]:
-    """[(neighbors, pools, upsamples)] of each level, given as (points, row_splits), and the next coarser one.
+    """[(neighbors, pools, upsamples), ...], one for each level; `levels` are (points, row_splits), the finest first.
 
-    On the GPU all searches are asked for before their sizes are waited for, once.
+    On the GPU all searches are launched before the first size is read, so that this waits for the device once.
     """
     coarser = [*levels[1:], None]
     if isinstance(levels[0][0], np.ndarray):
@@ -449,25 +461,26 @@ def lists_of_levels(
             searches.append(backend.Search(index, *coarser[number], radii[number], most, *options))
             searches.append(backend.Search(indices[number + 1], *levels[number], math.inf, 1, *options))
     try:
-        found = backend.radius_searches(searches)
+        results = backend.radius_searches(searches)
     except backend.NotFinite:
-        of_pairs = (checks.not_measurable(*coarse, "l2", *fine) for fine, coarse in itertools.pairwise(levels))
-        errors = filter(None, (checks.not_measurable(*levels[0], is_bounded=True), *of_pairs))
+        upsample_errors = (checks.not_measurable(*coarse, "l2", *fine) for fine, coarse in itertools.pairwise(levels))
+        errors = filter(None, (checks.not_measurable(*levels[0], is_bounded=True), *upsample_errors))
         raise next(errors, checks.changed("points")) from None
     lists = [
         new_list(index, splits, search.index.num_points)
-        for search, (splits, index, _) in zip(searches, found, strict=True)
+        for search, (splits, index, _) in zip(searches, results, strict=True)
     ]
     return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]
 
 
 def _lists_of_level(level, coarser, radius, limit):
+    """(neighbors, pools, upsamples) of one level on the CPU."""
     index = GridIndex(level[0], radius, row_splits=level[1])
     if coarser is None:
         return index.radius_search(None, radius, max_neighbors=limit), None, None
     (points, row_splits), (coarse, splits) = level, coarser
     upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
-    return *index._search_with(coarse, splits, radius, limit), upsamples
+    return *index._search_points_and(coarse, splits, radius, limit), upsamples
 
 
 def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
@@ -477,12 +490,13 @@ def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
 
 
 def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
+    """The list of the k nearest points of each query within the radius."""
     backend = devices.backend(cloud.points)
     try:
-        splits, found, distance = backend.knn_search(
+        splits, neighbors, distance = backend.knn_search(
             tree, cloud.queries, cloud.queries_row_splits, radius, k, sort, metric, ignored, return_distances,
             config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except backend.NotFinite:
         raise cloud.error(metric, is_bounded=np.ndim(radius) > 0 or math.isfinite(radius)) from None
-    return new_list(found, splits, len(cloud.points), distance)
+    return new_list(neighbors, splits, len(cloud.points), distance)

@@ -21,7 +21,7 @@ _FEATURES = ("mean", "max", "nearest")
 PUBLISHED: Literal["published"] = "published"
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but then torch does not take it for one
+if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
 
     class Subsampled(NamedTuple, Generic[Value, Buffer]):
         """What `grid_subsample` returns, for V voxels."""
@@ -43,7 +43,7 @@ else:
         labels: np.ndarray | None  #: (V,) majorities
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
         inverse: np.ndarray  #: (N,) int32 voxel of each input point
-        counts: np.ndarray  #: (V,) int32 points of each voxel
+        counts: np.ndarray  #: (V,) int32 number of points in each voxel
 
 
 def _forward(call):
@@ -56,7 +56,7 @@ def _forward(call):
     except backend.NotFinite:
         raise checks.not_finite(points=points) from None
     except backend.OutOfRange:
-        raise _too_many_voxels(points, call.voxel_size, call.origin, row_splits) from None
+        raise _error_of_grid(points, call.voxel_size, call.origin, row_splits) from None
     out = Subsampled(*fields)
     return out, (out.inverse, out.counts, nearest)
 
@@ -79,10 +79,10 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
     """Replace the points of each voxel by one: their barycentre, the voxel's centre or the point nearest that.
 
     The voxel of a point is ``floor((p - origin) / voxel_size)`` along each axis, with a true division, in the dtype of
-    the points: the grid is anchored at `origin`, by default the same for all, so parts of a scene agree on it. Voxels
-    come by batch item and then along the Morton curve of their index counted from the item's lowest voxel (x in the
-    lowest bits), which keeps neighbours close in memory; an item's result does not depend on the others. Differentiable
-    in `features`: the result's field of that name; see `kpcore.autodiff`.
+    the points. By default all calls share one grid, so that parts of a scene have the same voxels. The result is sorted
+    by batch item and then along the Morton curve of the voxel index, counted from the lowest voxel of the item (x in
+    the lowest bits), which keeps neighbours close in memory. The result of an item does not depend on other items.
+    Differentiable in `features`, through the field ``features`` of the result; see `kpcore.autodiff`.
 
     Parameters
     ----------
@@ -91,23 +91,24 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
         Edge of a voxel, or its edge along each axis, in the unit of the points, above zero.
     features : (N, C) float32 or float64, optional
     labels : (N,) uint8, int32 or int64, optional
-        The most frequent one of each voxel, the smallest of equals.
+        A voxel gets its most frequent label, of equally frequent ones the smallest.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
     origin : float, D of them, (B, D) of the dtype of the points, or "published"
-        A corner of the grid, of all items or of each; numbers are rounded to the dtype of the points first, like
-        `voxel_size`. "published": of each item ``floor(lowest * (1 / voxel_size)) * voxel_size``, where `lowest` are
-        its lowest coordinates, in the dtype of the points, as the C++ code of KPConv and of what was made from it has
-        it. On a lattice of points voxels differ from those at 0, since there rounding decides.
+        A corner of the grid: one for all items, or one for each (B, D). Numbers are rounded to the dtype of the points
+        first, like `voxel_size`. "published": for each item ``floor(lowest * (1 / voxel_size)) * voxel_size``, computed
+        in the dtype of the points, where `lowest` holds its lowest coordinates, as in the C++ code of KPConv and of the
+        projects that copied it. If the points lie on a lattice, rounding decides on which side of a voxel boundary a
+        point is, and voxels differ from those with origin 0.
     position : {"barycenter", "center", "nearest"}
-        The point of a voxel: the mean of its points; its centre ``(index + 0.5) * voxel_size + origin``, computed in
-        float64 and rounded to the dtype of the points; or its point nearest to that centre before rounding (squared
-        distances in float64, summed x first; the smallest index of equals).
+        The point that replaces a voxel: the mean of its points; its centre ``(index + 0.5) * voxel_size + origin``,
+        computed in float64 and rounded to the dtype of the points; or its point nearest to that centre before rounding
+        (squared distances in float64, summed x first; of equally near points the one with the smallest index).
     feature : {"mean", "max", "nearest"}
-        The features of a voxel: the mean of its points'; the largest of each channel, NaN where one is NaN; or those of
-        its point nearest the centre. Not looked at without `features`.
+        The features of a voxel: the mean over its points; the maximum of each channel, NaN if one of them is NaN; or
+        the features of its point nearest to the centre. Ignored without `features`.
     ignore_label : int, optional
-        Points of this label do not vote; a voxel of only such points gets it.
+        Points with this label do not vote; a voxel with no other points gets this label.
 
     Returns
     -------
@@ -123,12 +124,12 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
 
     Notes
     -----
-    Sums are float64 and taken relative to a voxel's first point, so barycentres are exact to the last bit far from the
-    origin too; features likewise. No result depends on the number of threads; centres, nearest points and maxima are
-    the same bits on every machine.
+    Sums are float64 and taken relative to the first point of a voxel, so that barycentres are exact to the last bit far
+    from the origin too; features likewise. No result depends on the number of threads; centres, nearest points and
+    maxima are the same bits on every machine.
 
-    The gradient of a mean goes to all points of the voxel alike; that of a maximum to the first point (by index) that
-    has it, the first NaN if there is one; that of "nearest" to that point.
+    The gradient of a mean is divided equally among the points of the voxel; that of a maximum goes to the point with
+    the smallest index that has this value, the first NaN if there is one; that of "nearest" to the nearest point.
 
     Examples
     --------
@@ -145,7 +146,7 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
            [ 1.25, -0.25],
            [ 1.25,  0.75]])
 
-    Their heights averaged, and how far each point takes part in a voxel's:
+    The mean of a feature, and its gradient with respect to the feature of each point:
 
     >>> mean = lambda f: kp.grid_subsample(points, 1.0, features=f).features
     >>> out, pullback = kp.autodiff.vjp(mean, np.array([[10.0], [20.0], [30.0]]))
@@ -156,7 +157,7 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
 
 
 def _call(points, voxel_size, features, labels, row_splits, origin, position, feature, ignore_label, known=False):
-    """`known`: the row_splits were checked before."""
+    """The checked call of `grid_subsample`; `known`: the row_splits were checked before."""
     sizes = {}
     points = checks.points_array("points", points, sizes)
     voxel_size = checks.per_axis("voxel_size", voxel_size, points.shape[1], checks.length, points.dtype)
@@ -178,7 +179,7 @@ def _call(points, voxel_size, features, labels, row_splits, origin, position, fe
 
 
 def checked_rows(features: object, labels: object, sizes: checks.Sizes) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Features and labels, if there are any, with a row for each of the points that `sizes` knows."""
+    """Features and labels, checked to have N rows, where `sizes` has N from the points; None stays None."""
     if features is not None:
         features = checks.array("features", features, "N C", checks.FEATURES, sizes)
     if labels is not None:
@@ -194,13 +195,13 @@ def subsample_level(
     labels: np.ndarray | None,
     row_splits: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]:
-    """(points, features, labels, row_splits) of larger voxels, of bounds that are known to be good."""
+    """(points, features, labels, row_splits) of the next level of a pyramid; row_splits are not checked again."""
     call = _call(points, voxel_size, features, labels, row_splits, origin, "barycenter", "mean", None, known=True)
     return _forward(call)[0][:4]
 
 
 def common_origin(origin: object) -> Literal[0, "published"]:
-    """The origin of grids of several voxel sizes: 0 or "published"; anything else is an error."""
+    """An origin for grids of several voxel sizes, checked: 0 or "published"."""
     if isinstance(origin, numbers.Real) and origin == 0:
         return 0
     checks.choice("origin", origin, (0, PUBLISHED))
@@ -208,7 +209,10 @@ def common_origin(origin: object) -> Literal[0, "published"]:
 
 
 def _origin(origin, points, num_items, sizes):
-    """(D,), or (B, D) where the points are; None for the published one, which the kernels compute."""
+    """The checked origin: (D,) NumPy, or (B, D) on the device of the points; None for "published".
+
+    The kernels compute the published origin.
+    """
     if isinstance(origin, str):
         checks.choice("origin", origin, (PUBLISHED,))
         return None
@@ -219,7 +223,8 @@ def _origin(origin, points, num_items, sizes):
     return checks.per_axis("origin", origin, points.shape[1], checks.number, points.dtype)
 
 
-def _too_many_voxels(points, voxel_size, origin, row_splits):
+def _error_of_grid(points, voxel_size, origin, row_splits):
+    """The error that says why the voxels of a call cannot be numbered: `origin`, `voxel_size` or `row_splits`."""
     points, row_splits = devices.on_host(points), devices.on_host(row_splits)
     if origin is None:
         origin = 0
@@ -236,8 +241,8 @@ def _too_many_voxels(points, voxel_size, origin, row_splits):
     if overflowing.any():
         axis = int(np.argmax(overflowing))
         return ValueError(
-            f"voxel_size: expected one that divides the points in {points.dtype}, got {voxel_size[axis]:.4g} for "
-            f"coordinates of up to {largest[axis]:.4g} from the origin"
+            f"voxel_size: expected a size for which point / voxel_size does not overflow {points.dtype}, got "
+            f"{voxel_size[axis]:.4g} for coordinates of up to {largest[axis]:.4g} from the origin"
         )
     extent = [np.ptp(p.astype(np.float64), axis=0) for p in np.split(points, row_splits[1:-1]) if len(p)]
     extent = np.max(extent, axis=0)
@@ -249,6 +254,6 @@ def _too_many_voxels(points, voxel_size, origin, row_splits):
             f"(an extent of {extent[axis]:.4g} in voxels of {voxel_size[axis]:.4g})"
         )
     return ValueError(
-        f"row_splits: expected items whose voxels can be numbered in 64 bits together, got {len(row_splits) - 1} items "
-        f"of up to {' x '.join(f'{v:.4g}' for v in voxels)} voxels; subsample them in smaller batches"
+        f"row_splits: expected a batch whose voxels can be numbered in 64 bits, got {len(row_splits) - 1} items of up "
+        f"to {' x '.join(f'{v:.4g}' for v in voxels)} voxels; subsample it in smaller batches"
     )

@@ -1,4 +1,7 @@
-"""Nasty point clouds by name, hypothesis strategies over them, KPConv inputs, and real scans read with NumPy alone."""
+"""Nasty (adversarial) point clouds by name, hypothesis strategies for them, KPConv inputs, and readers of real scans.
+
+The readers use NumPy only, so that tests do not depend on kpcore.io.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +10,12 @@ import numpy as np
 import reference
 from hypothesis import strategies as st
 
-# Just over and under tiles (about 60 points), SIMD widths and chunks.
+# Just below, at and above multiples of SIMD widths, tiles (about 60 points) and chunks.
 SIZES = [15, 16, 17, 59, 60, 61, 63, 64, 65, 127, 128, 129, 255, 256, 257, 4097]
 
 
 def lattice(rng, dim, spacing, num):
-    """Points of a regular lattice in random order: with radius = a few spacings, many distances tie with the radius."""
+    """Points of a lattice in random order; with a radius of a few spacings many distances are equal to the radius."""
     side = max(2, round(num ** (1 / dim)))
     grid = np.stack(np.meshgrid(*[np.arange(side)] * dim), -1).reshape(-1, dim)
     return rng.permutation(grid - side // 2) * spacing
@@ -55,16 +58,19 @@ NASTY = {
 }
 
 
-AS_THEY_ARE = ("all_equal", "lattice_far_away", "far_away")  # with zeros they would not be equal, or far away
+WITHOUT_ZEROS = ("all_equal", "lattice_far_away", "far_away")  # with zeros they would not be equal, or far away
 
 
 def nasty(name, dim=3, dtype=np.float32, num=300, seed=0):
-    """-> (points, radius); but for some clouds, a tenth of the points are at zero on the first axis and half of those
-    at the origin. A zero's sign is random, so that equal points differ in it."""
+    """-> (points, radius)
+
+    Except in WITHOUT_ZEROS, a tenth of the points have 0 as first coordinate, and half of these are at the origin. Half
+    of all zeros are -0.0, so that equal points may have different bits.
+    """
     make, radius = NASTY[name]
     rng = np.random.default_rng(seed)
     points = make(rng, dim, num)
-    if name not in AS_THEY_ARE:
+    if name not in WITHOUT_ZEROS:
         place = rng.uniform(size=(len(points), 1))
         points[(place < 0.1) & ((place < 0.05) | (np.arange(dim) == 0))] = 0
     return np.where((points == 0) & (rng.uniform(size=points.shape) < 0.5), -0.0, points).astype(dtype), radius
@@ -88,14 +94,14 @@ dims, float_types, seeds = st.sampled_from([2, 3]), st.sampled_from([np.float32,
 
 @st.composite
 def clouds(draw, dim=None, dtype=None, max_num=200):
-    """-> (points, radius), one of the nasty ones."""
+    """-> (points, radius) of a nasty cloud."""
     dim, dtype = dim or draw(dims), dtype or draw(float_types)
     return nasty(draw(st.sampled_from(list(NASTY))), dim, dtype, draw(st.integers(1, max_num)), draw(seeds))
 
 
 @st.composite
 def row_splits_of(draw, num, num_items=None):
-    """Bounds of a batch of `num` rows; items may be empty."""
+    """row_splits of a batch of `num` rows; items may be empty."""
     num_items = num_items or draw(st.integers(1, 5))
     cuts = draw(st.lists(st.integers(0, num), min_size=num_items - 1, max_size=num_items - 1))
     return np.array([0, *sorted(cuts), num], np.int64)
@@ -135,7 +141,7 @@ class Case:
 
 
 def kpconv_case(points, queries, rows, radius, num_kernel=15, cin=4, cout=6, feature_type=np.float32, seed=0):
-    """Random features (a third negative), weights and kernel points for the given neighbourhoods."""
+    """A case with random features (a third negative), weights and kernel points; `rows` are the neighbours."""
     rng = np.random.default_rng(seed)
     dim, dtype = points.shape[1], points.dtype
     features = rng.uniform(0.1, 1, (len(points), cin)) * np.where(rng.uniform(size=(len(points), 1)) < 0.3, -1, 1)
@@ -152,7 +158,7 @@ def kpconv_case(points, queries, rows, radius, num_kernel=15, cin=4, cout=6, fea
 
 
 def random_case(num_points=200, num_queries=61, dim=3, geometry_type=np.float32, seed=0, **sizes):
-    """A case on uniform points, some queries of which see nothing."""
+    """A case with uniform points; every tenth query has no neighbours."""
     points, radius = uniform(num_points, dim, geometry_type, seed)
     queries = np.random.default_rng(seed + 1).uniform(-0.1, 1.1, (num_queries, dim)).astype(geometry_type)
     queries[::10] += 5

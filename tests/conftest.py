@@ -1,4 +1,4 @@
-"""Fixtures, and two rules: hypothesis tries 500 examples of a property; with KPCORE_NO_SKIP=1 a skip is a failure."""
+"""Fixtures and settings of all tests: hypothesis tries 500 examples; with KPCORE_NO_SKIP=1 a skip is a failure."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # the importlib mode puts no folder there: reference, clouds, gradcheck
+sys.path.insert(0, str(Path(__file__).parent))  # for reference, clouds, gradcheck: importlib mode adds no folder
 
 import kpcore as kp
 from kpcore.backends import cpu
@@ -18,8 +18,8 @@ settings.load_profile("kpcore")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: on a GPU where there is one, else on the emulator")
-    config.addinivalue_line("markers", "slow: seconds or gigabytes; too much under a sanitizer")
+    config.addinivalue_line("markers", "gpu: runs on a GPU if there is one, else on the emulator")
+    config.addinivalue_line("markers", "slow: takes seconds or gigabytes; left out under a sanitizer")
 
 
 def fail_instead_of_skip(report):
@@ -49,7 +49,7 @@ def shared():
 
 @pytest.fixture
 def set_threads():
-    """kpcore.set_num_threads, undone afterwards."""
+    """kpcore.set_num_threads; the number of threads is restored after the test."""
     before = kp.get_num_threads()
     yield kp.set_num_threads
     kp.set_num_threads(before)
@@ -57,7 +57,7 @@ def set_threads():
 
 @pytest.fixture
 def set_isa():
-    """kpcore.backends.cpu.set_isa, undone afterwards."""
+    """kpcore.backends.cpu.set_isa; the instruction set is restored after the test."""
     yield cpu.set_isa
     cpu.set_isa(os.environ.get("KPCORE_ISA") or next(i for i in ("avx512", "avx2", "base") if i in cpu.isas()))
 
@@ -87,9 +87,9 @@ def python(tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write bytes to a file of that name; its path. Skips where the package that reads its kind is not there."""
+    """Write bytes to a file in tmp_path and return its path; skips if the package that reads this format is missing."""
 
-    from files import NEEDS  # here, as a test of this file runs it alone
+    from files import NEEDS  # not at the top: test_config runs this file without the folder of the tests
 
     def write(name, data):
         if package := NEEDS.get(name[name.rindex(".") :].lower()):

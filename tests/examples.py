@@ -1,6 +1,6 @@
-"""Arguments of small example calls, shared by the families of operators, and what computes such a call.
+"""Arguments of small example calls, shared by the tests of several families of operators.
 
-Every ``test_<family>.py`` lists an example call of each of its operators in CALLS; ops.py collects them.
+Every ``test_<family>.py`` lists example calls of its operators in CALLS; ops.py collects them.
 """
 
 import numpy as np
@@ -10,28 +10,28 @@ import kpcore as kp
 
 
 def cloud(num, dtype):
-    """-> points (num, 3), and 2 num / 3 queries, the first of which has no neighbors"""
+    """-> (points, queries) of shapes (num, 3) and (2 num / 3, 3); the first query has no neighbors"""
     points, queries = np.random.default_rng(0).uniform(size=(2, num, 3)).astype(dtype)
     queries = queries[: 2 * num // 3]
     queries[:1] += 5
     return points, queries
 
 
-def lists(points, queries, radius=0.4):
-    """The neighbors within the radius, by brute force."""
+def neighbor_list(points, queries, radius=0.4):
+    """The neighbors of each query within the radius, by brute force."""
     rows = radius_search(points, queries, radius)[0] if len(points) and len(queries) else [[]] * len(queries)
     index = np.concatenate([*rows, np.empty(0)]).astype(np.int32)
     return kp.Neighbors(index, kp.row_splits(list(map(len, rows))), len(points))
 
 
 def convolution(num, geometry, features):
-    """Arguments of a kpconv with 4 kernel points, from 3 to 2 channels."""
+    """Arguments of a kpconv with 4 kernel points, 3 input and 2 output channels."""
     rng = np.random.default_rng(1)
     points, queries = cloud(num, geometry)
     return {
         "points": points,
         "queries": queries,
-        "neighbors": lists(points, queries),
+        "neighbors": neighbor_list(points, queries),
         "features": rng.normal(size=(num, 3)).astype(features),
         "weights": rng.normal(size=(4, 3, 2)).astype(features),
         "kernel_points": rng.normal(size=(4, 3)).astype(geometry) / 5,
@@ -50,10 +50,10 @@ def deformed(arguments):
 
 
 def rows_of_features(num, geometry, features):
-    """Features of 4 channels. Like every maker of arguments it gets both dtypes, and leaves that of the geometry."""
+    """Features with 4 channels. Has the parameters of every `make` in CALLS; `geometry` is not used."""
     return {"features": np.random.default_rng(1).normal(size=(num, 4)).astype(features)}
 
 
 def computed(op, arguments):
-    """(out, saved) of an operator, called with these arguments."""
+    """(out, saved) of the forward pass of an operator for these arguments."""
     return op.compute(op.check(**arguments))

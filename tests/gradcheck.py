@@ -4,9 +4,9 @@ import numpy as np
 
 
 def check_vjp(fn, pullback, primals, seed=0, step=1e-4, tolerance=1e-6):
-    """<g, J d> by central differences of fn (float64) equals <pullback(g), d>, for random covector g and direction d.
+    """Assert that <g, J d> by central differences of fn (float64) equals <pullback(g), d>, for random g and d.
 
-    A gradient that is off by a relative error e makes the two differ by about e; honest float64 rounding by about 1e-9.
+    A relative error e of the gradient makes the two differ by about e, rounding in float64 by about 1e-9.
     """
     rng = np.random.default_rng(seed)
     directions = [rng.normal(size=p.shape) for p in primals]

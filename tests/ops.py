@@ -1,8 +1,9 @@
-"""One call of every operator of the table, from which test_autodiff, test_torch, test_jax and test_gpu make tests.
+"""Example calls of every operator, on which test_autodiff, test_torch, test_jax and test_gpu test all of them.
 
-The calls are those in CALLS of every family's tests: name: (a function that makes the arguments from a number of points
-and the dtypes of geometry and features, a list of options to try, or what makes them from the arguments). A new
-operator needs one there; without it those tests fail.
+They are collected from CALLS in the tests of each family, test_<family>.py: {operator: (make, options)}, where
+``make(num_points, geometry_dtype, features_dtype)`` returns the arguments as a dict, and `options` is a list of further
+arguments to try, each a dict or a function from the arguments to a dict. Without an entry for a new operator these
+tests fail.
 """
 
 import importlib
@@ -14,17 +15,17 @@ import numpy as np
 import kpcore as kp
 from kpcore.ops import OPS, Call, Op
 
-# kpcore.pooling and kpcore.layers.linear are of the families "pooling" and "layers".
+# The family of an operator is the second part of its module's name: "layers" for kpcore.layers.linear.
 FAMILIES = sorted({op.check.__module__.split(".")[1] for op in OPS.values()})
 CALLS = {name: call for family in FAMILIES for name, call in importlib.import_module(f"test_{family}").CALLS.items()}
-ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "sigmoid", "softmax")  # what takes arrays of any shape
-# "name-0" and so on: an operator with each of its options
+ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "sigmoid", "softmax")  # operators on arrays of any shape
+# {"gather-0": ("gather", 0), ...}: each operator with each of its options
 VARIANTS = {f"{name}-{i}": (name, i) for name, (_, options) in CALLS.items() for i in range(len(options))}
 TRACED = [variant for variant, (name, _) in VARIANTS.items() if OPS[name].result is not None]
 
 
 def call(variant, num=24, geometry=np.float64, features=np.float64):
-    """-> the operator, and the arguments of a call, all of them, by name"""
+    """-> (operator, {argument: value}) of a variant, defaults included"""
     name, i = VARIANTS[variant]
     make, options = CALLS[name]
     defaults = {n: p.default for n, p in inspect.signature(getattr(kp, name)).parameters.items()}
@@ -34,17 +35,17 @@ def call(variant, num=24, geometry=np.float64, features=np.float64):
 
 
 def diff(op, arguments):
-    """The names of the given arguments in which the operator is differentiable."""
+    """The names of the arguments that the operator can be differentiated in and that are not None."""
     return [name for name in op.diff if arguments[name] is not None]
 
 
 def output(op, out):
-    """What of a result is differentiable."""
+    """The differentiable part of a result: the result itself or one of its fields."""
     return out if op.field is None else getattr(out, op.field)
 
 
 def vjp(op, arguments, names):
-    """(out, pullback) of the operator as a function of the named arguments, by the tape."""
+    """(out, pullback) of the operator on the tape, as a function of the arguments in `names`."""
 
     def fn(*values):
         return output(op, getattr(kp, op.name)(**{**arguments, **dict(zip(names, values, strict=True))}))
@@ -56,7 +57,7 @@ def covector(out):
     return np.random.default_rng(2).normal(size=out.shape).astype(out.dtype)
 
 
-# ---- an operator of every kind of argument that returns a record and saves something, which the table may not have
+# ---- a test operator that is not in the table: an argument of every kind, a named tuple as result, and a saved array
 
 
 class Weighted(NamedTuple):
@@ -79,9 +80,9 @@ def _weighted(call):
 
 
 def _weighted_vjp(call, saved, grad, needs):
-    one = saved[0] if call.weights is None else saved[0] / call.weights
-    found = {"features": grad * saved[0], "weights": (grad * call.features).sum(0) * one}
-    return {name: found[name] for name in needs}
+    scale = saved[0] if call.weights is None else saved[0] / call.weights
+    gradients = {"features": grad * saved[0], "weights": (grad * call.features).sum(0) * scale}
+    return {name: gradients[name] for name in needs}
 
 
 def _weighted_result(call):

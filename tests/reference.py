@@ -1,7 +1,7 @@
-"""Brute-force oracles, written from the formulas for reading, and the comparisons the tests use.
+"""Brute-force references, written for readability from the formulas, and the comparisons that tests use.
 
-The package never imports this. Values are float64. Decisions (within the radius, which voxel, nearest kernel
-point) are taken in the geometry's own dtype, one rounding per operation, because the package promises them bit for bit.
+The package does not import this. Values are float64. Decisions (within the radius, which voxel, nearest kernel point)
+are made in the dtype of the geometry, with one rounding per operation, because the package promises them bit for bit.
 """
 
 import itertools
@@ -14,7 +14,7 @@ TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-10}  # of the 
 
 
 def tolerance(*dtypes):
-    """The looser of the tolerances of the dtypes that take part."""
+    """The largest tolerance of these dtypes."""
     return max(TOLERANCE[np.dtype(dtype)] for dtype in dtypes)
 
 
@@ -39,16 +39,17 @@ def assert_same_bits(got, expected):
 
 
 def assert_rows(neighbors, rows):
-    """A CSR record holds exactly these lists of neighbours, in this order."""
+    """Assert that the neighbours of each query are exactly those in `rows`, in this order."""
     assert neighbors.index.dtype == np.int32 and neighbors.row_splits.dtype == np.int64
     assert np.array_equal(np.diff(neighbors.row_splits), [len(row) for row in rows]), "neighbours per query"
     assert np.array_equal(neighbors.index, np.concatenate([*rows, np.empty(0, int)])), "neighbours or their order"
 
 
 def assert_same_pairs(got, expected, distance, radius, band):
-    """Two (E, 2) arrays of (query, point) are equal sets, but for pairs whose distance is within `band` of the radius.
+    """Assert that two (E, 2) arrays of (query, point) are equal as sets.
 
-    `distance(pairs)` is the true distance of each pair. A pair that comes twice is an error.
+    They may differ in pairs whose distance is within `band` of the radius; ``distance(pairs)`` computes it. A pair must
+    not occur twice.
     """
     num = max(got.max(initial=0), expected.max(initial=0)) + 1
     got_keys, expected_keys = got @ [num, 1], expected @ [num, 1]
@@ -63,9 +64,12 @@ def assert_same_pairs(got, expected, distance, radius, band):
 # ---- neighbours
 
 
-def tells_apart(points, queries=None, metric="l2", points_row_splits=None, queries_row_splits=None, **_):
-    """Whether, of every item that has both, the measure of the diagonal of the box around its points and queries is
-    zero or a normal number of their dtype. Exact."""
+def is_measurable(points, queries=None, metric="l2", points_row_splits=None, queries_row_splits=None, **_):
+    """Whether distances neither overflow nor vanish in any batch item that has points and queries.
+
+    That is: the length of the diagonal of the box around them, squared for "l2", is zero or a normal number of their
+    dtype. Computed exactly.
+    """
     limits = np.finfo(points.dtype)
     if queries is None:
         queries, queries_row_splits = points, points_row_splits
@@ -99,7 +103,7 @@ def squared_distances(points, queries):
 
 
 def measures(metric, points, queries):
-    """(M, N): what is compared, in the dtype of the points: squared for "l2"; sums in the order of the axes."""
+    """(M, N) distances (squared for "l2") in the dtype of the points, summed in the order of the axes."""
     if metric == "l2":
         return squared_distances(points, queries)
     with np.errstate(over="ignore"):
@@ -115,9 +119,9 @@ def measures(metric, points, queries):
 
 def search(points, queries, limit, points_row_splits=None, queries_row_splits=None, metric="l2",
            ignore_query_point=False, most=None, sort="index"):  # fmt: skip
-    """-> (rows, distances): for every query, the points within its `limit` (an array, in `measures`), in order.
+    """-> (rows, distances): for every query q, the points whose `measures` are at most ``limit[q]``.
 
-    Rows keep the first `most` by (distance, index), and come in that order or by index.
+    Of these, the first `most` by (distance, index) are kept, and sorted by distance or by index.
     """
     if queries is None:
         queries, queries_row_splits = points, points_row_splits
@@ -127,8 +131,8 @@ def search(points, queries, limit, points_row_splits=None, queries_row_splits=No
     for item in range(len(points_row_splits) - 1):
         first, last = points_row_splits[item : item + 2]
         start, stop = queries_row_splits[item : item + 2]
-        found = measures(metric, points[first:last], queries[start:stop])
-        for q, measured in zip(range(start, stop), found, strict=True):
+        distance_rows = measures(metric, points[first:last], queries[start:stop])
+        for q, measured in zip(range(start, stop), distance_rows, strict=True):
             near = measured <= limit[q]
             if ignore_query_point is True:
                 near &= (points[first:last] != queries[q]).any(1)
@@ -158,25 +162,25 @@ def knn_search(points, queries, k, **options):
 
 
 def morton_key(voxel):
-    """Bits of the voxel index interleaved, x lowest: ... z1 y1 x1 z0 y0 x0. Any size of Python integer."""
+    """The interleaved bits of the voxel index, x lowest: ... z1 y1 x1 z0 y0 x0, as a Python integer."""
     dims = len(voxel)
     return sum(((int(v) >> bit) & 1) << (bit * dims + axis) for axis, v in enumerate(voxel) for bit in range(21))
 
 
 def majority(labels, ignore_label):
-    """The most frequent label, the smallest of equals; ignored points do not vote unless there are no others."""
+    """The most frequent label, of equally frequent ones the smallest; `ignore_label` if there are no other labels."""
     votes = [label for label in labels.tolist() if label != ignore_label]
     return max(sorted(set(votes)), key=votes.count) if votes else ignore_label
 
 
 def exact_means(values, members):
-    """(V, C) the mean of each voxel's rows of `values`; the sums are exact."""
+    """(V, C) mean of the rows of `values` in each voxel; `members` are their numbers. Sums are exact."""
     rows = [[math.fsum(column) / len(m) for column in values[m].astype(np.float64).T] for m in members]
     return np.array(rows).reshape(len(members), values.shape[1])
 
 
 def published_origins(points, voxel_size, row_splits):
-    """(B, D) corners of grids as the published code has them, one rounding per operation; 0 for an empty item."""
+    """(B, D) origins of the grids as in the published code, one rounding per operation; 0 for an empty item."""
     size, one = np.asarray(voxel_size, points.dtype), points.dtype.type(1)
     origins = np.zeros((len(row_splits) - 1, points.shape[1]), points.dtype)
     for item, (first, last) in enumerate(itertools.pairwise(row_splits)):
@@ -196,10 +200,10 @@ def grid_subsample(
     feature="mean",
     ignore_label=None,
 ):
-    """-> dict with points and features (means in float64), labels, row_splits, inverse, counts.
+    """-> dict with points and features (means in float64), labels, row_splits, inverse, counts
 
-    And what the gradient needs: `nearest`, each voxel's point nearest the centre, and `largest` (V, C), the point that
-    has the maximum of a channel, the first of equals and NaN above all.
+    For the gradient also `nearest` (V,), the point nearest to the centre of each voxel, and `largest` (V, C), the point
+    with the maximum of each channel, the first of equals; NaN counts as larger than any number.
     """
     size, row_splits = np.asarray(voxel_size, points.dtype), splits_or_whole(row_splits, len(points))
     if isinstance(origin, str):
@@ -208,11 +212,11 @@ def grid_subsample(
     origin = np.repeat(origin, np.diff(row_splits), 0) if origin.ndim == 2 else np.broadcast_to(origin, points.shape)
     cells, inverse, out_splits = np.floor((points - origin) / size), np.empty(len(points), int), [0]
     for first, last in itertools.pairwise(row_splits):
-        of_item = cells[first:last]
-        found, cell_of_point = np.unique(of_item - of_item.min(0, initial=np.inf), axis=0, return_inverse=True)
-        order = sorted(range(len(found)), key=lambda i, found=found: morton_key(found[i]))
-        inverse[first:last] = out_splits[-1] + np.argsort(order)[cell_of_point]
-        out_splits.append(out_splits[-1] + len(found))
+        item = cells[first:last]
+        voxels, voxel_of_point = np.unique(item - item.min(0, initial=np.inf), axis=0, return_inverse=True)
+        order = sorted(range(len(voxels)), key=lambda i, voxels=voxels: morton_key(voxels[i]))
+        inverse[first:last] = out_splits[-1] + np.argsort(order)[voxel_of_point]
+        out_splits.append(out_splits[-1] + len(voxels))
     counts = np.bincount(inverse, minlength=out_splits[-1])
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
     firsts = np.array([m[0] for m in members], int)
@@ -249,7 +253,7 @@ def grid_subsample(
 
 
 def grid_subsample_vjp(expected, grad, feature):
-    """The gradient (N, C) of the features, from what `grid_subsample` gave."""
+    """(N, C) gradient of the features; `expected` is the result of the reference `grid_subsample`."""
     out = np.zeros((len(expected["inverse"]), grad.shape[1]), grad.dtype)
     if feature == "mean":
         out[:] = (grad / expected["counts"][:, None].astype(grad.dtype))[expected["inverse"]]
@@ -264,9 +268,9 @@ def grid_subsample_vjp(expected, grad, feature):
 
 
 def farthest_points(points, num, row_splits=None, start=0):
-    """-> (index, row_splits): greedily the farthest point not yet chosen, the smallest index of equals.
+    """-> (index, row_splits) of greedily chosen points, each the farthest from those before; ties to the smallest index
 
-    All in the dtype of the points: which is farthest is a decision.
+    Distances are in the dtype of the points, since the choice must be the same to the bit.
     """
     row_splits = splits_or_whole(row_splits, len(points))
     starts = np.broadcast_to(start, len(row_splits) - 1)
@@ -277,7 +281,7 @@ def farthest_points(points, num, row_splits=None, start=0):
         for _ in range(min(num, len(item))):
             index.append(first + chosen)
             distance = np.minimum(distance, squared_distances(item, item[chosen : chosen + 1])[0])
-            distance[chosen] = -1  # below every distance for good
+            distance[chosen] = -1  # below every distance, so that it is not chosen again
             chosen = distance.argmax()
         out_splits.append(len(index))
     return np.array(index, int), np.array(out_splits)
@@ -287,7 +291,7 @@ def farthest_points(points, num, row_splits=None, start=0):
 
 
 def nearest_kernel_point(relative, kernel_points):
-    """(H,) the kernel point nearest to each position (H, D), decided in their dtype; the smallest of equals."""
+    """(H,) the kernel point nearest to each position (H, D), computed in their dtype; ties to the smallest index."""
     return squared_distances(kernel_points, relative).argmin(1)
 
 
@@ -308,7 +312,7 @@ def influences(relative, kernel_points, extent, influence, aggregation):
 def kpconv_rows(
     points, queries, rows, features, kernel_points, extent, influence="linear", aggregation="sum", normalization=None
 ):
-    """A KPConv before features and weights: per query, (its neighbours, their influences (H, K) over the norm)."""
+    """For each query: (neighbours (H,), influences (H, K) divided by the normalization)."""
     counted = {
         None: lambda row: 1,
         "count": lambda row: len(row),
@@ -341,10 +345,10 @@ def full_kpconv(points, queries, rows, features, weights, kernel_points, extent,
             norm = 1 if normalization is None else kpconv_rows(
                 points, queries[q : q + 1], [row], features, kernel_points, extent, "constant", "sum", normalization
             )[0][1].max(initial=0)  # fmt: skip
-            relative, own = points[row] - queries[q], kernel_points + offsets[q]
-            h = norm * influences(relative, own, extent, influence, aggregation)
-            reach = points.dtype.type(extent) * points.dtype.type(extent)
-            h = h * (squared_distances(own, relative) < reach).any(1, keepdims=True)
+            relative, deformed = points[row] - queries[q], kernel_points + offsets[q]
+            h = norm * influences(relative, deformed, extent, influence, aggregation)
+            squared_extent = points.dtype.type(extent) * points.dtype.type(extent)
+            h = h * (squared_distances(deformed, relative) < squared_extent).any(1, keepdims=True)
         sums = h.T @ features[row]  # (K, C)
         if modulations is not None:
             per_kernel = modulations[q].astype(np.float64).reshape(num_kernels, -1)

@@ -1,4 +1,4 @@
-"""autodiff.vjp: gradients by central differences, and what the tape does with masks, chains and mistakes."""
+"""autodiff: gradients of every operator by central differences, and the behaviour and errors of the tape."""
 
 import inspect
 import weakref
@@ -217,14 +217,14 @@ def test_by_central_differences(variant):
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 def test_only_what_is_needed_is_computed(variant):
     op, arguments = ops.call(variant)
-    asked = []
-    counting = replace(op, vjp=lambda a, s, g, needs: asked.append(set(needs)) or op.vjp(a, s, g, needs))
+    needs_seen = []
+    counting = replace(op, vjp=lambda a, s, g, needs: needs_seen.append(set(needs)) or op.vjp(a, s, g, needs))
     for name in ops.diff(op, arguments):
-        asked.clear()
-        given = {**arguments, name: kp.autodiff.Tensor(arguments[name])}
-        out = ops.output(op, kp.autodiff.record(counting, given))
+        needs_seen.clear()
+        with_tensor = {**arguments, name: kp.autodiff.Tensor(arguments[name])}
+        out = ops.output(op, kp.autodiff.record(counting, with_tensor))
         out.backward(np.ones(out.shape, out.dtype))
-        assert asked == [{name}]
+        assert needs_seen == [{name}]
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -305,7 +305,7 @@ def product_vjp(call, saved, grad, needs):
 
 @kp.autodiff.operator(vjp=product_vjp, diff=("a", "b"), forward=lambda call: (np.array(np.vdot(call.a, call.b)), ()))
 def scalar_product(a, b):
-    """Σ a b, made for these tests: what the tape does with it is in plain sight."""
+    """Σ a b, an operator for these tests whose gradients are known."""
     return Call(a=a, b=b)
 
 
@@ -324,7 +324,7 @@ def test_backward_adds_to_every_input():
     assert_same_bits(a.grad, 3 + 2 * np.arange(3.0))
 
 
-def test_backward_of_what_is_no_scalar_needs_a_gradient():
+def test_backward_of_a_tensor_that_is_not_a_scalar_needs_a_gradient():
     case = float64_case()
     out = layer(case)(kp.autodiff.Tensor(case.features), case.weights)
     with pytest.raises(ValueError, match="grad"):
@@ -356,7 +356,7 @@ def test_grad_of_some_arguments():
         kp.autodiff.grad(layer(case))(case.features, case.weights)
 
 
-def test_something_besides():
+def test_has_aux():
     def fn(a):
         return scalar_product(a, a), {"twice": scalar_product(a, np.full(3, 2.0)), "text": "kept"}
 
@@ -368,7 +368,7 @@ def test_something_besides():
     assert kp.autodiff.vjp(fn, np.ones(3), has_aux=True)[2]["text"] == "kept"
 
 
-def test_one_inside_the_other():
+def test_a_gradient_inside_a_differentiated_function():
     def outer(a):
         inner = kp.autodiff.grad(lambda b: scalar_product(b, np.full(3, 3.0)))(np.ones(3))
         return scalar_product(a, inner)
@@ -413,7 +413,7 @@ def test_an_exception_leaves_nothing_behind():
 
 
 def test_threads_add_to_one_tensor():
-    ones = np.ones(200_000)  # adding so many lets other threads run
+    ones = np.ones(200_000)  # so long that NumPy releases the GIL while it adds
     a = kp.autodiff.Tensor(ones)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: scalar_product(a, ones).backward(), range(200)))
@@ -430,7 +430,7 @@ def test_a_long_chain():
     assert_same_bits(kp.autodiff.grad(fn)(np.ones(3)), np.full(3, 2.0))
 
 
-# ---- what a tensor does by itself
+# ---- methods of Tensor
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -449,12 +449,12 @@ def test_other_axes_and_a_factor(fn, expected, dtype):
     out, pullback = kp.autodiff.vjp(fn, a)
     assert_same_bits(out, expected(a))
     grad = np.random.default_rng(1).normal(size=out.shape).astype(dtype)
-    (found,) = pullback(grad)
-    assert_same_bits(found, expected(np.ones_like(a)).flat[0] * grad.reshape(a.shape))
-    assert not np.may_share_memory(found, grad)
+    (gradient,) = pullback(grad)
+    assert_same_bits(gradient, expected(np.ones_like(a)).flat[0] * grad.reshape(a.shape))
+    assert not np.may_share_memory(gradient, grad)
     tensor = kp.autodiff.Tensor(a)
     fn(tensor).backward(grad)
-    assert_same_bits(tensor.grad, found)
+    assert_same_bits(tensor.grad, gradient)
 
 
 def test_a_factor_of_a_scalar():
@@ -464,19 +464,19 @@ def test_a_factor_of_a_scalar():
     assert_same_bits(grad, np.full(3, 0.5, np.float32))
 
 
-def test_the_tape_keeps_only_what_gradients_look_at():
+def test_the_tape_keeps_only_arrays_that_a_gradient_reads():
     first, second, kept = kp.autodiff.Tensor(np.ones((3, 2))), kp.autodiff.Tensor(np.ones((3, 2))), {}
 
-    def passed_on(name, tensor):
+    def watched(name, tensor):
         kept[name] = weakref.ref(tensor.value)
         return tensor
 
-    added = passed_on("added", kp.add(first, second))
-    both = passed_on("concatenated", kp.concatenate(added, passed_on("scaled", 2 * first)))
+    added = watched("added", kp.add(first, second))
+    both = watched("concatenated", kp.concatenate(added, watched("scaled", 2 * first)))
     out = kp.linear(both, np.ones((4, 1)))
     del added, both
     alive = {name for name, reference in kept.items() if reference() is not None}
-    assert alive == {"concatenated"}  # the product looks at its features
+    assert alive == {"concatenated"}  # the vjp of linear reads its features
     out.backward(np.ones((3, 1)))
     assert_same_bits(first.grad, np.full((3, 2), 3.0))
     assert_same_bits(second.grad, np.ones((3, 2)))
@@ -530,12 +530,12 @@ def test_sums_and_columns_of_tensors():
         (lambda t: "x" + t, "can only concatenate str"),
         (lambda t: t + np.ones(4), r"the second: expected \(3,\)|the second: expected .* got \(4,\)"),
         (lambda t: np.ones(3, np.float32) + t, "the second"),
-        (lambda t: t[:, 1], "expected columns as tensor"),
-        (lambda t: t[0], "expected columns as tensor"),
-        (lambda t: [*t], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 1, 3)[:, :, 1:], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 3)[0:1, 1:2], "expected columns as tensor"),
-        (lambda t: t.reshape(1, 3)[:, ::2], "expected columns as tensor"),
+        (lambda t: t[:, 1], "columns: expected a slice, as in tensor"),
+        (lambda t: t[0], "columns: expected a slice, as in tensor"),
+        (lambda t: [*t], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 1, 3)[:, :, 1:], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 3)[0:1, 1:2], "columns: expected a slice, as in tensor"),
+        (lambda t: t.reshape(1, 3)[:, ::2], "columns: expected a slice, as in tensor"),
     ],
 )
 def test_what_a_tensor_does_not_do(wrong, error):

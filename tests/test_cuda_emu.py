@@ -1,4 +1,4 @@
-"""The emulator: kernels that are right run in any order, and one planted bug of each kind is reported where it is."""
+"""The emulator: correct kernels run in any order of threads, and each kind of bug is reported with its line."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ NUMBERS = "const int i = blockIdx.x * blockDim.x + threadIdx.x, t = threadIdx.x,
 
 
 def kernel(body, parameters=PARAMETERS):
-    """A kernel k whose body begins at line 3."""
+    """The source of a kernel named k; `body` begins at line 3."""
     return f'extern "C" __global__ void k({parameters}) {{\n{NUMBERS}{body}\n}}\n'
 
 
 def run(source, *more, shared_mem=0, uninitialized=(0,), grid=N // BLOCK, block=BLOCK, **mode):
-    """x = 0, 1, 2, ... through the kernel; -> y, nothing but -7 at first."""
+    """Run the kernel with x = 0, 1, 2, ... and y filled with -7; -> y"""
     y, x = np.full(N, -7, np.float32), np.arange(N, dtype=np.float32)
     call = Module(source, **mode).get_function("k")
     call((grid,), (block,), (y, x, np.int32(N), *more), shared_mem=shared_mem, uninitialized=uninitialized)
@@ -41,7 +41,7 @@ def mode(request):
     return MODES[request.param]
 
 
-# ---- what is right
+# ---- correct kernels
 
 
 def test_a_tree_of_sums_in_shared_memory(mode):
@@ -79,7 +79,7 @@ y[i] = lane == 0 ? v : lane == 1 ? (odd == 0xaaaaaaaau) : lane == 2 ? before : l
     )
 
 
-def test_half_a_warp_may_meet_on_its_own(mode):
+def test_half_a_warp_may_synchronize_without_the_other(mode):
     y = run(kernel("float v = 0;\nif (lane < 16) v = __shfl_xor_sync(0xffffu, x[i], 1);\ny[i] = v;"), **mode)
     x = np.arange(N).reshape(-1, 2)[:, ::-1].reshape(-1, 32)
     x[:, 16:] = 0
@@ -121,9 +121,9 @@ def test_blocks_and_grids_of_three_axes(mode):
     ]
 
 
-# ---- what is not
+# ---- kernels with a bug
 
-# name: (body, what the report says, its line, more for `run`, whether it shows without the checks)
+# name: (body, regular expression of the report, line that it names or None, options of `run`)
 BUGS = {
     "race in shared memory, a barrier missing": (
         "__shared__ float s[128];\ns[t] = x[i];\ny[i] = s[127 - t];",

@@ -1,4 +1,4 @@
-"""The two losses of deformable kernels: against the formulas, the published code and torch, and the rules of edges."""
+"""The two losses of deformable kernels: against the formulas, the published code and torch, and edge cases."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
-def offsets_of(case, spread=0.5, seed=0):
-    """Random ones, so large that many kernel points lie outside the neighbourhood and many on top of each other."""
+def random_offsets(case, spread=0.5, seed=0):
+    """Random offsets, so large that many kernel points leave the neighbourhood and many come close to each other."""
     shape = len(case.queries), *case.kernel_points.shape
     return (np.random.default_rng(seed).normal(size=shape) * (spread * case.extent)).astype(case.points.dtype)
 
@@ -44,7 +44,7 @@ def repulsion(case, **options):
 
 
 def losses(case, **options):
-    """Both, by name; an option that one of them does not have is the other's."""
+    """Both losses by name; options that fitting_loss does not have go to repulsion_loss only."""
     only = {name: value for name, value in options.items() if name == "reduction"}
     return {"fitting": fitting(case, **only), "repulsion": repulsion(case, **options)}
 
@@ -67,7 +67,7 @@ def check(fn, expected, case, offsets):
 
 
 def check_losses(case, offsets=None, **options):
-    offsets = offsets_of(case) if offsets is None else offsets
+    offsets = random_offsets(case) if offsets is None else offsets
     reduction = {name: value for name, value in options.items() if name == "reduction"}
     arrays = case.points, case.queries, case.rows, case.kernel_points, offsets, case.extent
     check(fitting(case, **reduction), fitting_loss(*arrays, **reduction), case, offsets)
@@ -78,14 +78,14 @@ def check_losses(case, offsets=None, **options):
 
 
 def reduction_weight(reduction, num_queries, num_kernel):
-    """What each of the (M, K) terms of a loss counts."""
+    """The weight of each of the (M, K) terms of a loss."""
     return {"mean": 1 / max(1, num_queries * num_kernel), "points": 1 / max(1, num_queries), "sum": 1}[reduction]
 
 
 def fitting_nearest(points, queries, rows, kernel_points, offsets):
-    """(M, K) the neighbour nearest to each deformed kernel point, the first of equals; -1 in empty rows.
+    """(M, K) the neighbour nearest to each deformed kernel point, ties to the first in the row; -1 without neighbours.
 
-    Decided in the dtype of the points.
+    Distances are computed in the dtype of the points.
     """
     deformed = kernel_points + offsets
     nearest = np.full(deformed.shape[:2], -1)
@@ -191,16 +191,15 @@ def test_any_cloud_any_options(data):
     case = clouds.kpconv_case(
         points, queries, rows, radius, num_kernel=data.draw(st.integers(1, 20)), seed=data.draw(clouds.seeds)
     )
-    offsets = offsets_of(case, data.draw(st.sampled_from([0, 0.1, 1, 3])), data.draw(clouds.seeds))
+    offsets = random_offsets(case, data.draw(st.sampled_from([0, 0.1, 1, 3])), data.draw(clouds.seeds))
     options = {
         "reduction": data.draw(st.sampled_from(REDUCTIONS)),
         "detach_others": data.draw(st.booleans()),
         "repulse_extent": data.draw(st.sampled_from([0.3, 1, 1.2, 2])),
     }
     loss, _ = repulsion_loss(case.kernel_points, offsets, case.extent, **options | {"reduction": "sum"})
-    assume(
-        not 0 < loss < 1e-3 * len(offsets)
-    )  # of points that are as far apart as they should be float32 has no digits to compare
+    # A repulsion loss near zero is mostly rounding error: its kernel points are about repulse_extent apart.
+    assume(not 0 < loss < 1e-3 * len(offsets))
     check_losses(case, offsets, **options)
 
 
@@ -229,7 +228,7 @@ def test_no_points():
 def test_no_queries_lose_nothing(dtype):
     case = clouds.random_case(num_queries=0, geometry_type=dtype)
     for fn in losses(case).values():
-        loss, grad_offsets, grad_kernel_points = run(fn, offsets_of(case), case.kernel_points)
+        loss, grad_offsets, grad_kernel_points = run(fn, random_offsets(case), case.kernel_points)
         assert_same_bits(loss, np.zeros((), dtype))
         assert grad_offsets.shape == (0, 15, 3) and not grad_kernel_points.any()
 
@@ -252,7 +251,7 @@ def test_a_query_without_neighbours_adds_nothing_but_counts():
 
 def test_one_kernel_point_has_none_to_repel():
     case = clouds.random_case(num_kernel=1)
-    loss, grad = run(repulsion(case), offsets_of(case))
+    loss, grad = run(repulsion(case), random_offsets(case))
     assert loss == 0 and not grad.any()
 
 
@@ -260,7 +259,7 @@ def test_queries_none_means_the_points():
     points, radius = clouds.uniform(130)
     neighbors = kp.radius_search(points, None, radius)
     case = clouds.kpconv_case(points, points, [], radius)
-    rest = neighbors, case.kernel_points, offsets_of(case), case.extent
+    rest = neighbors, case.kernel_points, random_offsets(case), case.extent
     assert_same_bits(kp.fitting_loss(points, None, *rest), kp.fitting_loss(points, points, *rest))
 
 
@@ -269,7 +268,7 @@ def test_queries_none_means_the_points():
 )
 def test_any_layout_and_read_only(layout):
     case = clouds.random_case()
-    offsets = offsets_of(case)
+    offsets = random_offsets(case)
     other = replace(case, **{name: layout(getattr(case, name)) for name in ("points", "queries", "kernel_points")})
     read_only = layout(offsets)
     read_only.flags.writeable = False
@@ -294,7 +293,7 @@ def nearest_of(points, queries, rows, kernel_points, offsets):
 @pytest.mark.parametrize("dim", [2, 3, 4])
 @pytest.mark.parametrize("spacing", [0.25, 0.1])
 def test_the_first_of_equally_near_neighbours(spacing, dim, dtype, isa):
-    # Kernel points half-way between points; in steps of 0.1 rounding breaks some ties and makes others.
+    # Kernel points half-way between points; with steps of 0.1, rounding breaks some ties and creates others.
     rng = np.random.default_rng(0)
     points = clouds.lattice(rng, dim, spacing, 300).astype(dtype)
     kernel_points = clouds.lattice(rng, dim, spacing / 2, 27).astype(dtype)
@@ -329,7 +328,7 @@ def test_kernel_points_at_the_same_place_have_no_direction_to_part_in(dtype, det
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_nan_makes_a_loss_nan(place, isa):
     case = clouds.random_case(num_queries=61)
-    offsets = offsets_of(case)
+    offsets = random_offsets(case)
     query = next(q for q, row in enumerate(case.rows) if len(row) > 2)
     points = case.points.copy()
     points[case.rows[query][place], 1] = np.nan
@@ -342,8 +341,8 @@ def test_nan_makes_a_loss_nan(place, isa):
 
 
 @both_dtypes
-def test_offsets_to_the_end_of_the_world(dtype):
-    # Squares overflow; the losses do too, or have nothing to repel, but are not NaN.
+def test_offsets_whose_squares_overflow(dtype):
+    # Squares of distances overflow: the fitting loss is infinite, the repulsion loss stays finite; neither is NaN.
     case = clouds.random_case(geometry_type=dtype)
     offsets = np.full((len(case.queries), 15, 3), np.sqrt(np.finfo(dtype).max) * 4, dtype)
     offsets[:, ::2] *= -1
@@ -360,7 +359,7 @@ def test_offsets_to_the_end_of_the_world(dtype):
 def test_by_central_differences(reduction, name):
     case = clouds.random_case(geometry_type=np.float64)
     fn = losses(case, reduction=reduction, detach_others=False)[name]
-    primals = offsets_of(case), case.kernel_points
+    primals = random_offsets(case), case.kernel_points
     pullback = kp.autodiff.vjp(fn, *primals)[1]
     check_vjp(fn, pullback, primals, step=1e-7, tolerance=1e-5)
     for factors in (1.001, 1), (1, 1.001):
@@ -398,15 +397,15 @@ def torch_repulsion(torch, kernel_points, offsets, extent, detach_others):
 def test_torch_autograd(dim, detach_others):
     torch = pytest.importorskip("torch")
     case = clouds.random_case(dim=dim, geometry_type=np.float64)
-    offsets, kernel_points = offsets_of(case), case.kernel_points
+    offsets, kernel_points = random_offsets(case), case.kernel_points
     inputs = [torch.from_numpy(a.copy()).requires_grad_() for a in (offsets, kernel_points)]
     points, queries = map(torch.from_numpy, (case.points, case.queries))
-    theirs = {
+    torch_losses = {
         "fitting": torch_fitting(torch, points, queries, case.rows, inputs[1], inputs[0], case.extent),
         "repulsion": torch_repulsion(torch, inputs[1], inputs[0], case.extent, detach_others),
     }
     for name, fn in losses(case, reduction="sum", detach_others=detach_others).items():
-        expected = [theirs[name].detach(), *torch.autograd.grad(theirs[name], inputs)]
+        expected = [torch_losses[name].detach(), *torch.autograd.grad(torch_losses[name], inputs)]
         for got, want in zip(run(fn, offsets, kernel_points), expected, strict=True):
             assert_close(got, want.numpy(), 1e-10)
 
@@ -415,7 +414,7 @@ def test_torch_autograd(dim, detach_others):
 def test_detaching_the_others_halves_the_gradient(dtype):
     case = clouds.random_case(geometry_type=dtype)
     published, true = (
-        run(repulsion(case, detach_others=detach), offsets_of(case), case.kernel_points) for detach in (True, False)
+        run(repulsion(case, detach_others=detach), random_offsets(case), case.kernel_points) for detach in (True, False)
     )
     assert_same_bits(true[0], published[0])
     for half, whole in zip(published[1:], true[1:], strict=True):
@@ -425,7 +424,7 @@ def test_detaching_the_others_halves_the_gradient(dtype):
 @pytest.mark.parametrize("name", ["fitting", "repulsion"])
 def test_one_primal_alone_gets_the_same_gradient(name):
     case = clouds.random_case(num_queries=1000)
-    fn, offsets = losses(case)[name], offsets_of(case)
+    fn, offsets = losses(case)[name], random_offsets(case)
     _, grad_offsets, grad_kernel_points = run(fn, offsets, case.kernel_points)
     assert_same_bits(run(fn, offsets)[1], grad_offsets)
     assert_same_bits(run(lambda p: fn(offsets, p), case.kernel_points)[1], grad_kernel_points)
@@ -435,7 +434,7 @@ def test_one_primal_alone_gets_the_same_gradient(name):
 @both_dtypes
 def test_the_gradient_of_the_loss_scales_the_gradients(name, dtype):
     case = clouds.random_case(geometry_type=dtype)
-    fn, offsets = losses(case)[name], offsets_of(case)
+    fn, offsets = losses(case)[name], random_offsets(case)
     for once, twice in zip(run(fn, offsets)[1:], run(fn, offsets, grad=2.0)[1:], strict=True):
         assert_same_bits(2 * once, twice)
 
@@ -444,7 +443,7 @@ def test_the_gradient_of_the_loss_scales_the_gradients(name, dtype):
 def test_what_has_no_gradient_says_so(argument):
     case = clouds.random_case()
     arrays = {name: getattr(case, name) for name in ("points", "queries", "kernel_points", "extent")}
-    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "offsets": offsets_of(case)}
+    arrays |= {"neighbors": kp.Neighbors(*case.csr()), "offsets": random_offsets(case)}
     message = f"{argument}: fitting_loss cannot be differentiated in it, only in offsets, kernel_points"
     with pytest.raises(TypeError, match=message):
         kp.autodiff.vjp(lambda x: kp.fitting_loss(**{**arrays, argument: x}), arrays[argument])
@@ -453,7 +452,7 @@ def test_what_has_no_gradient_says_so(argument):
 @both_dtypes
 def test_what_comes_out_is_known_ahead(dtype):
     case = clouds.random_case(geometry_type=dtype)
-    common = {"kernel_points": case.kernel_points, "offsets": offsets_of(case), "extent": case.extent}
+    common = {"kernel_points": case.kernel_points, "offsets": random_offsets(case), "extent": case.extent}
     common["reduction"] = "mean"
     of_points = {"points": case.points, "queries": case.queries, "neighbors": kp.Neighbors(*case.csr())}
     for op, arguments in (
@@ -475,7 +474,7 @@ def test_golden_is_complete():
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path):
-    """Losses, minima, and the gradients of the convolution that makes the offsets, which hold those of the offsets."""
+    """Losses, nearest distances, and gradients through the convolution that computes the offsets."""
     golden = np.load(path)
     points, queries, kernel_points = (golden[name] for name in ("points", "queries", "kernel_points"))
     extent, (num_kernel, dim) = float(golden["extent"]), kernel_points.shape
@@ -502,7 +501,7 @@ def test_golden(path):
     ):
         got, grad = run(fn, offsets)
         assert_close(got, golden[loss], 1e-10)
-        grad_made = np.zeros_like(made)  # the modulations, which follow the offsets, have none
+        grad_made = np.zeros_like(made)  # zero for the last channels, the modulations
         grad_made[:, : num_kernel * dim] = extent * grad.reshape(len(made), -1)
         assert_close(grad_made.sum(0), golden[f"{gradient}_offset_bias"], 1e-10)
         allowed = tolerance(np.float32 if options["influence"] == "gaussian" else np.float64)
@@ -516,18 +515,18 @@ def test_golden(path):
 @pytest.mark.parametrize("num_kernel", [1, 5, 15, 43])
 def test_same_bits_with_any_instructions_and_threads(num_kernel, dtype, isa, set_isa, set_threads):
     case = clouds.random_case(num_points=2000, num_queries=3001, num_kernel=num_kernel, geometry_type=dtype)
-    offsets = offsets_of(case)
+    offsets = random_offsets(case)
 
     def results():
         return [array for fn in losses(case).values() for array in run(fn, offsets, case.kernel_points)]
 
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(results())
+        all_results.append(results())
     set_isa("base")
-    for other in (*found[1:], results()):
-        for got, expected in zip(other, found[0], strict=True):
+    for other in (*all_results[1:], results()):
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 
@@ -537,7 +536,7 @@ def test_scaling_by_a_power_of_two_changes_no_loss(dtype, factor):
     case = clouds.random_case(geometry_type=dtype)
     case = replace(case, extent=float(np.float32(case.extent)))
     geometry = {name: getattr(case, name) * dtype(factor) for name in ("points", "queries", "kernel_points")}
-    scaled, offsets = replace(case, **geometry, extent=case.extent * factor), offsets_of(case)
+    scaled, offsets = replace(case, **geometry, extent=case.extent * factor), random_offsets(case)
     for name, fn in losses(case).items():
         loss, *grads = run(fn, offsets, case.kernel_points)
         scaled_loss, *scaled_grads = run(losses(scaled)[name], offsets * dtype(factor), scaled.kernel_points)
@@ -548,7 +547,7 @@ def test_scaling_by_a_power_of_two_changes_no_loss(dtype, factor):
 
 def test_permuting_the_queries_permutes_the_gradient():
     case = clouds.random_case(num_queries=257, geometry_type=np.float64)
-    offsets, order = offsets_of(case), np.random.default_rng(1).permutation(257)
+    offsets, order = random_offsets(case), np.random.default_rng(1).permutation(257)
     permuted = replace(case, queries=case.queries[order], rows=[case.rows[q] for q in order])
     for name, fn in losses(case).items():
         loss, grad = run(fn, offsets)

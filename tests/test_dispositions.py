@@ -1,4 +1,4 @@
-"""Kernel points: the published method's known shapes, its energy, and the promises of the docstring."""
+"""Kernel points: known shapes and the energy of the published method, and what the docstring promises."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def unscaled(num, dimension=3, fixed=1, seed=0):
 
 
 def gradient(points):
-    """Of sum 1 / d + 5 |p|², from the formula, in float64."""
+    """The gradient of the energy, sum of 1 / d over pairs + 5 |p|² over points, in float64."""
     difference = points[:, None] - points
     cubed = np.linalg.norm(difference, axis=2) ** 3
     np.fill_diagonal(cubed, np.inf)
@@ -33,8 +33,8 @@ def gradient(points):
     ],
 )
 def test_known_shapes(num, dimension, fixed, radii):
-    found = np.sort(np.linalg.norm(unscaled(num, dimension, fixed), axis=1))
-    np.testing.assert_allclose(found, radii, atol=6e-5)
+    norms = np.sort(np.linalg.norm(unscaled(num, dimension, fixed), axis=1))
+    np.testing.assert_allclose(norms, radii, atol=6e-5)
 
 
 def test_known_mean_radius_of_25_points():
@@ -46,7 +46,7 @@ def test_known_mean_radius_of_25_points():
 @pytest.mark.parametrize("num", [2, 9, 20])
 def test_free_points_rest(num, dimension, fixed, held):
     points = unscaled(num, dimension, fixed)
-    # The method stops when no gradient norm changes by 1e-5 in a step; what is left of the gradient is small, not zero.
+    # The method stops when no gradient norm changes by 1e-5 in a step, so the remaining gradient is small but not zero.
     assert np.linalg.norm(gradient(points)[held:], axis=1).max() < 0.05
     assert np.linalg.norm(points[:, None] - points, axis=2)[~np.eye(num, dtype=bool)].min() > 0.3
 
@@ -83,7 +83,7 @@ def test_rotations_turn(dimension):
 def test_seeds_differ_and_repeat():
     a, b = kp.kernel_points(15, seed=1), kp.kernel_points(15, seed=2)
     assert not np.array_equal(a, b)
-    a[:] = 0  # the caller's own copy
+    a[:] = 0  # each call returns a new array
     assert kp.kernel_points(15, seed=1).any()
 
 
@@ -97,7 +97,7 @@ def test_same_bits_for_any_instruction_set_and_threads(set_isa, set_threads):
 
 
 def test_same_bits_as_when_it_was_written():
-    # Every machine must give these; they change only with the method, which CHANGELOG must then say.
+    # The bits on every machine. They change only if the method does, and CHANGELOG must then say so.
     expected = [
         "-0x1.246aa925ec1e4p-3",
         "-0x1.3d458b7c14122p-1",
@@ -113,7 +113,7 @@ def test_same_bits_as_when_it_was_written():
 
 
 def ball_sample(num, dimension, seed=0):
-    """Uniform in the unit ball."""
+    """Points that are uniform in the unit ball."""
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(num, dimension))
     return directions / np.linalg.norm(directions, axis=1)[:, None] * rng.random((num, 1)) ** (1 / dimension)
@@ -132,13 +132,13 @@ def test_two_lloyd_points_are_the_centroids_of_half_balls(dimension, radius):
 )
 def test_lloyd_points_are_the_centroids_of_their_cells(num, dimension, fixed):
     points = kp.kernel_points(num, dimension=dimension, fixed=fixed, method="lloyd", dtype=np.float64)
-    sample = ball_sample(200_000, dimension)  # not the one they were relaxed on
+    sample = ball_sample(200_000, dimension)  # not the sample of the relaxation
     owner = ((sample**2).sum(1)[:, None] - 2 * sample @ points.T + (points**2).sum(1)).argmin(1)
     counts = np.bincount(owner, minlength=num)
     centroids = np.stack([np.bincount(owner, x, num) for x in sample.T], 1) / counts[:, None]
     held = {"none": 0, "center": 1, "verticals": 3}[fixed]
     assert np.linalg.norm(centroids - points, axis=1)[held:].max() < 0.1 * num ** (-1 / dimension)
-    # Cells of one size: a uniform sample of K points without relaxation has some ten times as large as others.
+    # Cells are of similar size; those of K random points without relaxation differ by a factor of ten.
     assert counts[held:].max() < 2 * counts[held:].min()
 
 
@@ -147,7 +147,7 @@ def test_lloyd_points_fill_the_ball(fixed):
     points = kp.kernel_points(300, 2.5, fixed=fixed, method="lloyd", dtype=np.float64)
     norms = np.linalg.norm(points, axis=1)
     assert 0.85 < norms.max() / 2.5 < 1
-    assert norms.mean() / 2.5 == pytest.approx(0.74, abs=0.03)  # 3/4 of all the ball, less of cells' centroids
+    assert norms.mean() / 2.5 == pytest.approx(0.74, abs=0.03)  # 3/4 in the whole ball, less for centroids
     if fixed != "none":
         assert not points[0].any()
     if fixed == "verticals":
@@ -175,7 +175,7 @@ def test_shells_have_their_points_at_their_radii(sizes, radii, dimension):
     np.testing.assert_allclose(np.linalg.norm(points, axis=1), 0.5 * np.repeat(radii, sizes), rtol=1e-12)
 
 
-# The least energies of n charges on a sphere (Thomson's problem): a centre pulls nobody sideways.
+# Least energies of n charges on a sphere (Thomson's problem). The centre exerts no force along the sphere.
 @pytest.mark.parametrize(
     ("num", "energy"), [(2, 0.5), (4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (14, 69.306363297)]
 )
@@ -263,7 +263,7 @@ def test_methods_have_the_same_bits_as_when_they_were_written():
 
 
 def spoiled(expected, starts, calls, unscaled=dispositions.unscaled):
-    """`unscaled` whose first `starts` results have two points too close; it notes the seeds."""
+    """A replacement of `unscaled` whose first `starts` results have two points too close; `calls` gets the seeds."""
 
     def call(kernel, num, dimension, fixed, seed, radii):
         assert kernel == expected
@@ -281,22 +281,22 @@ def spoiled(expected, starts, calls, unscaled=dispositions.unscaled):
 def test_points_too_close_are_sought_again_from_the_next_seed(method, num, name, monkeypatch):
     calls, step = [], 0x9E3779B97F4A7C15
     expected = kp.kernel_points(num, method=method, seed=step)
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 1, calls))
     np.testing.assert_array_equal(kp.kernel_points(num, method=method), expected)
     assert calls == [0, step]
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
 
 
 def test_the_widest_of_eight_starts_that_fail(monkeypatch):
     calls = []
     monkeypatch.setattr(dispositions, "unscaled", spoiled("lloyd", 8, calls))
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     points = kp.kernel_points(33, method="lloyd", dtype=np.float64)
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     assert len(set(calls)) == len(calls) == 8
-    found = np.linalg.norm(points[-1] - points[-2]) / np.linalg.norm(points[-2])
-    assert found == pytest.approx(8e-3, rel=1e-6) or found == pytest.approx(7e-3, rel=1e-6)
+    spacing = np.linalg.norm(points[-1] - points[-2]) / np.linalg.norm(points[-2])
+    assert spacing == pytest.approx(8e-3, rel=1e-6) or spacing == pytest.approx(7e-3, rel=1e-6)
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 8])
@@ -305,12 +305,12 @@ def test_the_widest_of_eight_starts_that_fail(monkeypatch):
 def test_the_first_start_will_do(method, num, dimension, monkeypatch):
     name, calls = "lloyd" if method == "lloyd" else "kernel_points", []
     monkeypatch.setattr(dispositions, "unscaled", spoiled(name, 0, calls))
-    dispositions._unit.cache_clear()
+    dispositions._unit_points.cache_clear()
     kp.kernel_points(num, dimension=dimension, method=method)
     assert calls == [0]
 
 
-# ---- what it promises besides
+# ---- other promises
 
 
 def test_nothing_is_written(tmp_path):
@@ -353,37 +353,37 @@ def test_one_point_is_the_centre():
         (
             {"num": 101},
             ValueError,
-            "num: expected at most 100 with method='potential', whose time grows faster than its square, got 101; "
+            "num: expected at most 100 with method='potential', which would take minutes for more, got 101; "
             "take method='lloyd'",
         ),
         ({"num": 4097, "method": "lloyd"}, ValueError, "num: expected 1 to 4096, got 4097"),
         (
             {"num": 15, "method": "shells"},
             TypeError,
-            "num: expected a sequence of integers, the points of each shell, got int",
+            "num: expected a sequence of integers, the number of points of each shell, got int",
         ),
         ({"num": [1, 14.0], "method": "shells"}, TypeError, "num[1]: expected an integer, got float"),
         ({"num": [1, 0], "method": "shells"}, ValueError, "num[1]: expected at least 1, got 0"),
         (
             {"num": [2, 14], "method": "shells"},
             ValueError,
-            "num: expected shells from the centre, of 1 point, outwards, got [2, 14]",
+            "num: expected 1 point on the first shell, which is the centre, got [2, 14]",
         ),
         (
             {"num": [], "method": "shells"},
             ValueError,
-            "num: expected shells from the centre, of 1 point, outwards, got []",
+            "num: expected 1 point on the first shell, which is the centre, got []",
         ),
         ({"num": [1, 4096], "method": "shells"}, ValueError, "num: expected at most 4096 points in all, got 4097"),
         (
             {"num": [1, 4], "method": "shells", "fixed": "none"},
             ValueError,
-            "fixed: expected 'center' or 'verticals' with shells, got 'none'",
+            "fixed: expected 'center' or 'verticals' with method='shells', got 'none'",
         ),
         (
             {"num": [1, 1, 4], "method": "shells", "fixed": "verticals"},
             ValueError,
-            "num: expected at least 2 points, the verticals, on the shell after the centre, got [1, 1, 4]",
+            "num: expected at least 2 points on the first shell after the centre with fixed='verticals', got [1, 1, 4]",
         ),
         ({"num": 9, "dtype": "real"}, TypeError, "dtype: expected float32 or float64, got 'real'"),
     ],

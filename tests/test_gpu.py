@@ -1,7 +1,8 @@
-"""The GPU against the CPU: the same public functions on NumPy's arrays and on CuPy's, their results and their errors.
+"""The GPU against the CPU: the public functions give the same results and errors for CuPy arrays as for NumPy arrays.
 
-On a GPU where CuPy finds one, elsewhere on the emulator with all of its checks, in two orders of threads and blocks.
-What decides is to be the same to the bit: neighbours, voxels, which of several is taken, and the order of everything.
+Runs on a GPU if CuPy finds one, otherwise on the emulator with all of its checks, in two orders of threads and blocks.
+Neighbours, voxels, choices among equals and the order of results must be the same to the bit; other values must agree
+to a tolerance.
 """
 
 import ast
@@ -46,28 +47,28 @@ def mode(request, monkeypatch):
     monkeypatch.setattr(fake_cupy, "mode", MODES[request.param])
 
 
-def of_all(leaf, value):
-    """A nest with `leaf` of all its arrays and lists of neighbours."""
+def map_arrays(fn, value):
+    """A nest of tuples, lists and dicts with `fn` applied to each array and each Neighbors in it."""
     if isinstance(value, (np.ndarray, cupy.ndarray, Neighbors)):
-        return leaf(value)
+        return fn(value)
     if isinstance(value, dict):
-        return {name: of_all(leaf, v) for name, v in value.items()}
+        return {name: map_arrays(fn, v) for name, v in value.items()}
     if isinstance(value, (tuple, list)):
-        values = [of_all(leaf, v) for v in value]
+        values = [map_arrays(fn, v) for v in value]
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return value
 
 
 def to_device(value):
-    return of_all(lambda a: a.to("cuda") if isinstance(a, Neighbors) else cupy.asarray(a), value)
+    return map_arrays(lambda a: a.to("cuda") if isinstance(a, Neighbors) else cupy.asarray(a), value)
 
 
 def to_host(value):
-    return of_all(lambda a: a.to("cpu") if isinstance(a, Neighbors) else a.get(), value)
+    return map_arrays(lambda a: a.to("cpu") if isinstance(a, Neighbors) else a.get(), value)
 
 
 def outcome(function, *args, **kwargs):
-    """What it returns, or the type and the text of its error."""
+    """The result of the function, or (type, message) of the error that it raises."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -75,7 +76,11 @@ def outcome(function, *args, **kwargs):
 
 
 def assert_equal(got, expected, exactly=True, tolerance=1e-10):
-    """Nests of the host and of the device; of lists what is used. Where float32 went in, nothing is more exact."""
+    """Assert that a nest of device arrays equals a nest of host arrays.
+
+    The unused end of the index of a Neighbors is not compared. If there is a float32 array among the values of a tuple
+    or list, the tolerance of float32 is used for all of them, since they were computed from it.
+    """
     if isinstance(expected, Neighbors):
         got, pairs = got.to("cpu"), expected.num_pairs
         assert_same_bits(got.row_splits, expected.row_splits)
@@ -106,14 +111,14 @@ def assert_equal(got, expected, exactly=True, tolerance=1e-10):
 
 
 def check(function, *args, exactly=True, **kwargs):
-    """The same result, or the same error, in both places."""
+    """Assert that a function returns the same result, or raises the same error, on the GPU as on the CPU."""
     expected = outcome(function, *args, **kwargs)
     assert_equal(outcome(function, *to_device(args), **to_device(kwargs)), expected, exactly)
     return expected
 
 
 def check_gradients(function, *primals, exactly=False, seed=2, **kwargs):
-    """The same value and gradients in both places."""
+    """Assert that a function has the same value and gradients on the GPU as on the CPU."""
 
     def differentiated(primals, kwargs, place):
         out, pullback = kp.autodiff.vjp(lambda *p: function(*p, **kwargs), *primals)
@@ -156,7 +161,7 @@ EMPTY = [v for v, (name, _) in ops.VARIANTS.items() if "neighbors" in ops.call(v
 @pytest.mark.parametrize("rows", ["none", "some"])
 @pytest.mark.parametrize("variant", EMPTY)
 def test_what_is_not_finite_does_not_reach_empty_rows(variant, rows):
-    """The features of a point that nobody sees are not multiplied by zero, which would be NaN."""
+    """The features of a point without queries must not be multiplied by zero, since 0 * NaN is NaN."""
     op, arguments = ops.call(variant)
     names = ops.diff(op, arguments)
     if arguments.get("neighbors") is not None:
@@ -193,8 +198,8 @@ def test_every_operator_twice_is_the_same_bits(variant):
         assert_same_bits(a, b)
 
 
-# How often a forward and a backward pass wait for the device. What waits in a forward pass looks at values: bounds of
-# items, labels, an index, coordinates; or at how many results there are.
+# How often the forward pass of an operator waits for the device, to check values (row_splits, labels, an index,
+# coordinates) or to read the number of results. Backward passes never wait.
 WAITS = {
     "grid_subsample": 1,
     "interpolate": 1,
@@ -207,7 +212,7 @@ LAUNCHES = {
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
     "nearest_upsample": 1, "interpolate": 9, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
     "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0,
-}  # fmt: skip  # of kernels of ours, at most; 1 of the others
+}  # fmt: skip  # largest number of launches of kpcore's kernels in the forward pass; 1 for the other operators
 
 
 @emulated
@@ -220,7 +225,7 @@ def test_launches_and_waits(variant):
     out, pullback = ops.vjp(op, arguments, names)
     unbatched = op.name == "group_norm" and arguments["row_splits"] is None
     assert counts.waits == (0 if unbatched else WAITS.get(op.name, 0))
-    assert counts.uploads == (op.name == "grid_subsample")  # the size and the origin of voxels
+    assert counts.uploads == (op.name == "grid_subsample")  # voxel_size and origin
     assert counts.launches <= LAUNCHES.get(op.name, 1)
     grad = cupy.asarray(np.asarray(ops.covector(out)))
     counts.waits = counts.uploads = 0
@@ -405,7 +410,7 @@ def test_a_pyramid_of_rows_that_are_not_the_points(wrong):
 
 
 def test_bounded_searches_do_not_look_whether_coordinates_are_finite():
-    """That is what they would have to wait for: they are nobody's neighbours, and have none."""
+    """A check would wait for the device. Points that are not finite have no neighbours and are neighbours of none."""
     points, radius = clouds.uniform(60)
     odd = points.copy()
     odd[17, 1], odd[18, 0] = np.nan, np.inf
@@ -429,21 +434,21 @@ def random_list(num_queries=61, num_points=40, longer=0, seed=0):
 
 @pytest.mark.parametrize("longer", [0, 7])
 def test_lists(longer):
-    given = random_list(longer=longer)
-    check(lambda nb: nb, given)
-    check(lambda nb: nb.transpose(), given)
-    check(lambda nb: nb.transpose().transpose(), given)
-    check(lambda nb: nb.counts, given)
-    check(lambda nb: [nb.to_padded(), nb.to_padded(3), nb.to_padded(9, -1)], given)
-    check(lambda nb: kp.Neighbors.from_padded(nb.to_padded(9), 40), given)
-    check(lambda nb: kp.Neighbors(nb.index, nb.row_splits, 40, nb.distance), given)
-    check(lambda nb: kp.Neighbors(nb.index.astype(np.int64), nb.row_splits.astype(np.int32), 40), given)
-    check(lambda nb: [nb.to_padded(dtype=np.int64), nb.to_padded(3, 2**40, dtype=np.int64)], given)
-    check(lambda nb: [nb.with_transpose().transpose(), nb.with_width(9)], given)
-    check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), given)
-    query = np.repeat(np.arange(61), given.counts)[::-1].copy()
-    check(kp.Neighbors.from_coo, query, given.index[: len(query)][::-1].astype(np.int64), 61, 40)
-    assert repr(given.to("cuda")) == repr(given)
+    neighbors = random_list(longer=longer)
+    check(lambda nb: nb, neighbors)
+    check(lambda nb: nb.transpose(), neighbors)
+    check(lambda nb: nb.transpose().transpose(), neighbors)
+    check(lambda nb: nb.counts, neighbors)
+    check(lambda nb: [nb.to_padded(), nb.to_padded(3), nb.to_padded(9, -1)], neighbors)
+    check(lambda nb: kp.Neighbors.from_padded(nb.to_padded(9), 40), neighbors)
+    check(lambda nb: kp.Neighbors(nb.index, nb.row_splits, 40, nb.distance), neighbors)
+    check(lambda nb: kp.Neighbors(nb.index.astype(np.int64), nb.row_splits.astype(np.int32), 40), neighbors)
+    check(lambda nb: [nb.to_padded(dtype=np.int64), nb.to_padded(3, 2**40, dtype=np.int64)], neighbors)
+    check(lambda nb: [nb.with_transpose().transpose(), nb.with_width(9)], neighbors)
+    check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), neighbors)
+    query = np.repeat(np.arange(61), neighbors.counts)[::-1].copy()
+    check(kp.Neighbors.from_coo, query, neighbors.index[: len(query)][::-1].astype(np.int64), 61, 40)
+    assert repr(neighbors.to("cuda")) == repr(neighbors)
 
 
 def test_lists_of_nothing():
@@ -454,16 +459,16 @@ def test_lists_of_nothing():
 
 
 def test_lists_move_with_what_they_know():
-    given = random_list()
-    assert given.to("cpu") is given
-    device = given.to("cuda")
+    neighbors = random_list()
+    assert neighbors.to("cpu") is neighbors
+    device = neighbors.to("cuda")
     assert device.to("cuda") is device and device.stored_transposed is None
-    given.transpose()
-    moved = given.to("cuda")
+    neighbors.transpose()
+    moved = neighbors.to("cuda")
     assert isinstance(moved.stored_transposed.index, cupy.ndarray)
-    assert_equal(moved.transpose(), given.transpose())
+    assert_equal(moved.transpose(), neighbors.transpose())
     with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'gpu'"):
-        given.to("gpu")
+        neighbors.to("gpu")
 
 
 # ---- subsampling, sampling, pyramids
@@ -549,7 +554,7 @@ def test_pyramids(subsampled, origin, limits):
     on_device = to_device({"points": points, "row_splits": splits, **more})
     counts.waits = 0
     got = kp.build_pyramid(**on_device, **settings, neighbor_limits=limits)
-    if EMULATED:  # a level's points each, and the lists of neighbours together; the given bounds
+    if EMULATED:  # one wait for row_splits, one for each level's number of points, one for all lists without limits
         assert counts.waits == 3 - subsampled + (limits is None) + 1
     expected = kp.build_pyramid(points, row_splits=splits, **more, **settings, neighbor_limits=limits)
     for a, b in zip(got, expected, strict=True):
@@ -613,8 +618,8 @@ def test_kpconv(name, sums_bytes, monkeypatch):
     for names in (everything, ("weights",), ("features",), everything[:1]):
         constants = {n: a for n, a in primals.items() if n not in names}
 
-        def call(*given, names=names, **more):
-            return function(**dict(zip(names, given, strict=True)), **more)
+        def call(*values, names=names, **more):
+            return function(**dict(zip(names, values, strict=True)), **more)
 
         check_gradients(call, *(primals[n] for n in names), **constants, **settings)
 
@@ -803,8 +808,8 @@ def test_losses(num_queries, dim, dtype):
 
 
 def calls_that_fail():
-    """{name: (function, arguments)}: one array too short, of another dtype, of other dimensions, of every operator."""
-    found = {}
+    """{name: (function, arguments)}: calls of every operator with one array that is wrong in length, dtype or rank."""
+    calls = {}
     for variant in ops.VARIANTS:
         op, arguments = ops.call(variant)
         function = getattr(kp, op.name)
@@ -813,10 +818,10 @@ def calls_that_fail():
                 continue
             for what, wrong in (("short", value[:-1].copy()), ("dtype", value.astype(np.int16)),
                                 ("dimensions", value[..., None].copy()), ("list", value.tolist())):  # fmt: skip
-                found[f"{variant} {name} {what}"] = function, arguments | {name: wrong}
+                calls[f"{variant} {name} {what}"] = function, arguments | {name: wrong}
     points = np.zeros((4, 3))
     nb = kp.radius_search(points, None, 1.0)
-    found |= {
+    calls |= {
         "radius": (kp.radius_search, {"points": points, "queries": None, "radius": -1.0}),
         "radii": (kp.radius_search, {"points": points, "queries": None, "radius": np.array([1.0, 2.0, 0.0, 1.0])}),
         "k": (kp.knn_search, {"points": points, "queries": None, "k": 0}),
@@ -832,7 +837,7 @@ def calls_that_fail():
         "list": (kp.neighbor_reduce, {"features": points[:3].copy(), "neighbors": nb}),
         "too large": (kp.grid_subsample, {"points": points, "voxel_size": 1e200}),
     }  # fmt: skip
-    return found
+    return calls
 
 
 def fails(expected):
@@ -966,7 +971,7 @@ def test_parameters_of_a_kernel_are_bound_by_name_and_type():
     numbers = {"size": 3, "lr": 1, "momentum": 0, "weight_decay": 0}
     bound = add.bind(SimpleNamespace(momentum=7, unused=0, **arrays), numbers)
     assert [type(value) for value in bound[3:]] == [np.int64, np.float32, np.float32, np.float32]
-    assert bound[5] == 0  # a value comes before a field
+    assert bound[5] == 0  # the value that is passed overrides the field
     assert add.rebind(bound, lr=2)[4] == 2 and bound[4] == 1
     assert add.bind(None, numbers | arrays | {"grad": None})[1] == 0  # a null pointer
     for values, text in (
@@ -999,7 +1004,7 @@ def test_scalar_types_behind_aliases():
 
 
 class Event:
-    """A time on the host, as a launch of the stand-in is over when it returns."""
+    """A CUDA event on the emulator: host time, since a launch has finished when it returns."""
 
     def record(self):
         self.time = time.perf_counter()
@@ -1019,16 +1024,16 @@ def test_the_benchmark_runs_and_its_results_agree(monkeypatch):
     monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
     gpu = importlib.import_module("gpu")
     rows = gpu.measure(quick=True)
-    told = {(row["case"], row["what"], row["against"]) for row in rows}
-    not_here = {key for key in gpu.TARGETS if key[2] == "torch brute force" or "TF32" in key[1]}
-    assert set(gpu.TARGETS) - not_here <= told
+    measured = {(row["case"], row["what"], row["against"]) for row in rows}
+    need_gpu = {key for key in gpu.TARGETS if key[2] == "torch brute force" or "TF32" in key[1]}
+    assert set(gpu.TARGETS) - need_gpu <= measured
     assert not any(row["target"] for row in rows)
 
 
 # ---- 16 bits
 
 
-def halves(dtype):
+def half_dtype(dtype):
     return (
         cupy.asarray(np.zeros(1, np.float16)).dtype
         if dtype == "float16"
@@ -1041,8 +1046,8 @@ def halves(dtype):
     "variant", [v for v, (name, _) in ops.VARIANTS.items() if name not in ("fitting_loss", "repulsion_loss")]
 )
 def test_features_of_16_bits(variant, dtype, tolerance):
-    """Against float32 of the same numbers, rounded once."""
-    dtype = halves(dtype)
+    """Results equal those of float32 arrays with the same numbers, up to one rounding to 16 bits."""
+    dtype = half_dtype(dtype)
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
     kinds -= {"points", "queries", "kernel_points", "offsets", "origin"}
@@ -1074,16 +1079,19 @@ def test_16_bits_are_for_features_on_the_gpu():
 
 
 def test_every_number_of_16_bits():
-    """Back and forth, and what lies between two of them; CuPy's compiler makes zero of what is not normal."""
+    """Each 16-bit number is converted to float32 and back, and products are rounded to the nearest.
+
+    Subnormal numbers are left out, since CuPy's compiler flushes them to zero.
+    """
     bits = np.arange(2**16, dtype=np.uint16)
-    for dtype in (np.dtype(np.float16), halves("bfloat16")):
+    for dtype in (np.dtype(np.float16), half_dtype("bfloat16")):
         values = bits.view(dtype)
         same, wide = kp.leaky_relu(to_device(values), 1.0).get(), values.astype(np.float32)
         assert np.isnan(same[np.isnan(wide)].astype(np.float32)).all()
         normal = (np.abs(wide) >= 2**-120) | (wide == 0)
         assert normal.sum() > 63000 - 2048
         assert_same_bits(same[normal].view(np.uint16), bits[normal])
-        for slope in (0.3, 1 + 2**-8, 1 + 2**-11):  # of which the latter fall halfway between two
+        for slope in (0.3, 1 + 2**-8, 1 + 2**-11):  # products of the last two are halfway between two numbers
             scaled = kp.leaky_relu(to_device(-np.abs(values[normal])), slope).get()
             with np.errstate(over="ignore"):
                 expected = (-np.abs(wide[normal]) * np.float32(slope)).astype(dtype)
@@ -1091,7 +1099,7 @@ def test_every_number_of_16_bits():
 
 
 def step_of_a_network(net, place):
-    """What one step of training leaves: the loss, parameters and state, and what they then give."""
+    """The loss of one training step, parameters and state after it, and the logits that they give."""
     params, state = (place(part) for part in net.init(0, np.float64))
     points = np.random.default_rng(0).random((90, 3))
     pyramid = net.pyramid(place(points), row_splits=place(np.array([0, 40, 90])))

@@ -1,4 +1,4 @@
-"""kpconv: values and gradients against the formulas and against the published code, and the rules of its edges."""
+"""kpconv and kpconvx: values and gradients against the formulas and the published code, and edge cases."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -229,7 +229,7 @@ def test_golden_is_complete():
     assert len(GOLDEN) == 7
 
 
-# ---- deformable, modulated, in groups, depthwise: see full_case
+# ---- deformable, modulated, grouped, depthwise: see full_case
 
 
 VARIANTS = {
@@ -245,7 +245,10 @@ ARGUMENTS = ("features", "weights", "offsets", "modulations", "points", "queries
 
 
 def full_case(deformed=False, modulated=False, groups=1, depthwise=False, wide=1, seed=0, **sizes):
-    """Keyword arguments of kpconv, without options; `wide`: how much farther the search than the kernel."""
+    """Keyword arguments of kpconv without options.
+
+    Extent and kernel points are divided by `wide`, so that with wide > 1 some neighbours are out of range.
+    """
     sizes = {"cin": 6, "cout": 6} | sizes
     case = clouds.random_case(seed=seed, **sizes)
     rng = np.random.default_rng(seed + 7)
@@ -267,14 +270,14 @@ def full_case(deformed=False, modulated=False, groups=1, depthwise=False, wide=1
 
 
 def with_reference(arguments, **options):
-    """What kpconv gives, and the reference."""
+    """(result of kpconv, result of the reference)"""
     rows = np.split(arguments["neighbors"].index, arguments["neighbors"].row_splits[1:-1])[: len(arguments["queries"])]
     others = {name: value for name, value in arguments.items() if name != "neighbors"}
     return kp.kpconv(**arguments, **options), reference.full_kpconv(rows=rows, **others, **options)
 
 
 def gradients(arguments, grad, **options):
-    """-> {argument: gradient} of all that kpconv can be differentiated in and that is given."""
+    """-> {argument: gradient} of all differentiable arguments that are not None."""
     names = [name for name in ARGUMENTS if arguments.get(name) is not None]
 
     def fn(*values):
@@ -304,17 +307,17 @@ def test_gradients_of_variants_by_central_differences(variant, influence, aggreg
     options["normalization"] = normalization
     shape = kp.kpconv(**arguments, **options).shape
     grad = rng.normal(size=shape)
-    found = gradients(arguments, grad, **options)
-    for name, gradient in found.items():
+    computed = gradients(arguments, grad, **options)
+    for name, gradient in computed.items():
         direction = rng.normal(size=gradient.shape)
         ahead, behind = (
             kp.kpconv(**arguments | {name: arguments[name] + s * direction}, **options) for s in (step, -step)
         )
         numeric, analytic = np.vdot(grad, (ahead - behind) / (2 * step)), np.vdot(gradient, direction)
-        # Steps across the edge of an influence, and of a constant one in range, make small jumps of the slope.
+        # The slope jumps where a step crosses the end of an influence or, with offsets, of the range.
         assert abs(numeric - analytic) <= 2e-5 * np.linalg.norm(gradient) * np.linalg.norm(direction) + 1e-6, name
-    positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in found]
-    assert all(found[name].any() != (influence == "constant") for name in positions)
+    positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in computed]
+    assert all(computed[name].any() != (influence == "constant") for name in positions)
 
 
 @each_feature_type
@@ -395,7 +398,7 @@ def test_the_gradient_of_a_distance_of_zero_is_zero():
 
 @pytest.mark.parametrize("only", [None, "offsets", "weights"])
 def test_gradients_of_more_pairs_than_a_tile_keeps(only):
-    """100 queries, each with 300 neighbors that all reach all 15 kernel points: 450,000 pairs, of which 16,384 fit."""
+    """100 queries with 300 neighbors, all in range of all 15 kernel points: 450,000 pairs; a tile keeps 16,384."""
     arguments = full_case(num_points=300, num_queries=100, geometry_type=np.float64, feature_type=np.float64)
     rng = np.random.default_rng(5)
     arguments["neighbors"] = kp.Neighbors(
@@ -408,8 +411,8 @@ def test_gradients_of_more_pairs_than_a_tile_keeps(only):
     arguments["extent"] *= 3
 
     def fn(*values):
-        given = arguments | dict(zip(names, values, strict=True))
-        return kp.kpconv(**given, influence="gaussian", normalization="count")
+        changed = arguments | dict(zip(names, values, strict=True))
+        return kp.kpconv(**changed, influence="gaussian", normalization="count")
 
     primals = [arguments[name] for name in names]
     check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)
@@ -437,7 +440,7 @@ DEFORMABLE = sorted((Path(__file__).parent / "golden").glob("deform_*.npz"))
 
 @pytest.mark.parametrize("path", DEFORMABLE, ids=lambda path: path.stem)
 def test_golden_deformable(path):
-    """The published layer: offsets and modulations from a rigid convolution of its own."""
+    """The published deformable layer: offsets and modulations come from a rigid convolution."""
     golden = np.load(path)
     points, queries, features = golden["points"], golden["queries"], golden["features"]
     neighbors, extent = kp.Neighbors.from_padded(golden["neighbors_padded"], len(points)), float(golden["extent"])
@@ -453,7 +456,7 @@ def test_golden_deformable(path):
     raw = raw + golden["offset_bias"]
     allowed = tolerance(np.float32 if options["influence"] == "gaussian" else np.float64)
     assert_close(raw, golden["offset_features"], allowed)
-    raw = golden["offset_features"]  # its own, so that what the gaussian differs by is not in it twice
+    raw = golden["offset_features"]  # not ours, so that the difference of the gaussian does not enter twice
     logits = raw[:, 3 * num_kernels :]
     arguments = {
         "offsets": extent * raw[:, : 3 * num_kernels].reshape(-1, num_kernels, 3),
@@ -532,7 +535,7 @@ def test_gradients_of_kpconvx_by_central_differences(factors, influence):
 
 
 def assignments(points, queries, kernel_points, dtype):
-    """The kernel point that each query's only neighbour goes to, read from a one-hot result."""
+    """The kernel point that the only neighbour of each query is assigned to, read from a one-hot result."""
     num, num_kernel = len(points), len(kernel_points)
     neighbors = kp.Neighbors(np.arange(num, dtype=np.int32), np.arange(num + 1), num)
     one_hot = np.eye(num_kernel, dtype=np.float32)[:, None, :]
@@ -564,7 +567,7 @@ def test_nearest_kernel_point(num_kernel, dim, dtype, isa):
 @both_dtypes
 @pytest.mark.parametrize("spacing", [0.25, 0.1])
 def test_nearest_kernel_point_of_ties_is_the_first(spacing, dtype, isa):
-    # Points half-way between kernel points; in steps of 0.1 rounding breaks some ties and makes others.
+    # Points half-way between kernel points; with steps of 0.1, rounding breaks some ties and creates others.
     rng = np.random.default_rng(0)
     kernel_points = clouds.lattice(rng, 3, spacing, 27).astype(dtype)
     queries = rng.integers(-9, 9, (1000, 3)).astype(dtype) * dtype(spacing)
@@ -648,7 +651,7 @@ def test_any_instructions(feature_type, influence, normalization, isa):
 
 @each_feature_type
 def test_positive_means_the_same_with_any_instructions(feature_type, isa, set_isa):
-    # Channel sums that are zero but for rounding: their sign must not depend on the order of a SIMD sum.
+    # Sums over channels that are zero up to rounding: their sign must not depend on the order of a SIMD sum.
     case = clouds.random_case(cin=64, feature_type=feature_type)
     features = np.random.default_rng(0).normal(size=case.features.shape)
     features[:, 32:] = -features[:, :32][:, np.random.default_rng(1).permutation(32)]
@@ -698,7 +701,7 @@ def test_permuting_points_and_queries_permutes_the_result():
 def test_scaling_the_geometry_by_a_power_of_two_changes_nothing(factor, influence, aggregation):
     case = clouds.random_case()
     geometry = {name: getattr(case, name) * np.float32(factor) for name in ("points", "queries", "kernel_points")}
-    # In the dtype, so that the scaled extent rounds to the scaled rounded extent.
+    # The extent is rounded to the dtype first, so that scaling it by a power of two is exact.
     case = replace(case, extent=float(np.float32(case.extent)))
     scaled = replace(case, **geometry, extent=case.extent * factor)
     expected, got = (run(c, influence=influence, aggregation=aggregation) for c in (case, scaled))

@@ -1,4 +1,4 @@
-"""Layers on rows of features: against torch and the formulas, gradients by differences, edges, the same bits."""
+"""Layers on rows of features: results of torch and of the formulas, gradients, edge cases, reproducibility."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from kpcore.ops import OPS, Call
 
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 SHAPES = [(3, 1), (3, 4), (16, 13), (61, 32), (130, 33), (1500, 8), (240, 100), (5, 257)]
-CLASSES = {np.uint8: 255, np.int32: -1, np.int64: -100}  # dtype of labels: ignored
+CLASSES = {np.uint8: 255, np.int32: -1, np.int64: -100}  # {dtype of labels: ignored label}
 
 
 @pytest.fixture(scope="session")
@@ -39,14 +39,14 @@ def normalize(features, scale, shift, mean, variance, eps, negative_slope=None):
 
 
 def group_moments(features, num_groups, row_splits=None):
-    """-> (mean, variance) (N, C): of each value's batch item and group of channels."""
+    """-> (mean, variance), each (N, C), over the batch item and the group of channels that a value belongs to"""
     mean, variance = np.empty((2, *features.shape))
     for first, last in itertools.pairwise(reference.splits_or_whole(row_splits, len(features))):
         for channels in np.split(np.arange(features.shape[1]), num_groups):
-            of_group = np.s_[first:last, channels[0] : channels[-1] + 1]
+            group = np.s_[first:last, channels[0] : channels[-1] + 1]
             if first < last:
-                mean[of_group] = features[of_group].mean(dtype=np.float64)
-                variance[of_group] = ((features[of_group] - mean[of_group]) ** 2).mean()
+                mean[group] = features[group].mean(dtype=np.float64)
+                variance[group] = ((features[group] - mean[group]) ** 2).mean()
     return mean, variance
 
 
@@ -64,7 +64,7 @@ def cross_entropies(logits, labels, ignore_index=None, class_weights=None):
 
 
 def philox(counter, key):
-    """Four words of 32 bits from four of a counter and two of a key (Salmon et al. 2011, Philox4x32-10)."""
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words from a counter of four words and a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -75,7 +75,7 @@ def philox(counter, key):
 
 
 def dropout_mask(size, rate, seed):
-    """Which of so many values are kept."""
+    """(size,) bool: the values that dropout keeps."""
     words = [
         philox(((i // 64 * 16 + i % 16), 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[i // 16 % 4] for i in range(size)
     ]
@@ -126,13 +126,13 @@ CALLS = {
 }
 
 
-# ---- every operator: its primals, itself, and what torch calls it
+# ---- every operator with its counterpart in torch
 
 
 class Layer(NamedTuple):
-    primals: object  # (rng, n, c) -> arrays
+    primals: object  # (rng, n, c) -> arrays of n rows and c channels
     ours: object  # (*primals) -> array
-    theirs: object  # (torch, *primals) -> tensor
+    in_torch: object  # (torch, *primals) -> tensor
 
 
 def features(rng, n, c):
@@ -171,14 +171,14 @@ def torch_batch_norm(torch, x, scale, shift, slope=None, **options):
 
 
 def torch_group_norm(torch, x, scale, shift, groups=1, row_splits=None, slope=None):
-    """torch's samples are (1, C, rows)."""
+    """group_norm of torch on samples (1, C, rows), one for each batch item."""
     bounds = [0, len(x)] if row_splits is None else row_splits
     items = [x[a:b].T[None] for a, b in itertools.pairwise(bounds) if b > a]
     out = torch.cat([torch.nn.functional.group_norm(i, groups, scale, shift)[0].T for i in items])
     return out if slope is None else torch.nn.functional.leaky_relu(out, slope)
 
 
-def halves(n):
+def batch_splits(n):
     return np.array([0, n // 3, n // 3, n])
 
 
@@ -241,7 +241,7 @@ def results(fn, primals, grad):
     return [out, *pullback(grad)]
 
 
-def theirs(torch, fn, primals, grad):
+def torch_results(torch, fn, primals, grad):
     inputs = [torch.from_numpy(p.astype(np.float64)).requires_grad_() for p in primals]
     out = fn(torch, *inputs)
     grads = torch.autograd.grad(out, inputs, torch.from_numpy(np.asarray(grad, np.float64)))
@@ -265,7 +265,7 @@ def compare(got, expected, dtype):
 @pytest.mark.parametrize("name", LAYERS)
 def test_values_and_gradients_are_those_of_torch(name, shape, dtype, isa, torch):
     layer, primals, grad = case(name, shape, dtype)
-    compare(results(layer.ours, primals, grad), theirs(torch, layer.theirs, primals, grad), dtype)
+    compare(results(layer.ours, primals, grad), torch_results(torch, layer.in_torch, primals, grad), dtype)
 
 
 @both_dtypes
@@ -273,14 +273,14 @@ def test_values_and_gradients_are_those_of_torch(name, shape, dtype, isa, torch)
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("n", [1, 4, 300, 5000])
 def test_group_norm_of_batch_items(n, groups, slope, dtype, torch):
-    rng, row_splits = np.random.default_rng(0), halves(n)
+    rng, row_splits = np.random.default_rng(0), batch_splits(n)
     primals = [np.asarray(p, dtype) for p in normalized(rng, n, 32)]
     grad = rng.normal(size=(n, 32)).astype(dtype)
     got = results(
         lambda x, a, b: kp.group_norm(x, groups, a, b, row_splits=row_splits, negative_slope=slope), primals, grad
     )
     other = partial(torch_group_norm, groups=groups, row_splits=row_splits, slope=slope)
-    compare(got, theirs(torch, other, primals, grad), dtype)
+    compare(got, torch_results(torch, other, primals, grad), dtype)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -300,7 +300,7 @@ def test_cross_entropy_is_that_of_torch(shape, dtype, label_type, weighted, redu
         [logits],
         grad,
     )
-    expected = theirs(
+    expected = torch_results(
         torch,
         lambda torch, x: torch.nn.functional.cross_entropy(
             x,
@@ -371,7 +371,7 @@ def test_cross_entropy_by_central_differences(reduction):
 
 
 def network(x, skip, weights, scale, shift, labels, row_splits):
-    """A residual block with everything in it, and its loss."""
+    """The loss of a residual block with every operator of this family."""
     c = 8
     x = kp.concatenate(x, skip)
     hidden = kp.linear(x, weights)
@@ -385,7 +385,7 @@ def network(x, skip, weights, scale, shift, labels, row_splits):
 def test_a_network_by_central_differences():
     rng = np.random.default_rng(3)
     primals = [rng.normal(size=shape) for shape in ((90, 5), (90, 3), (8, 8), 8, 8)]
-    fn = partial(network, labels=rng.integers(0, 8, 90), row_splits=halves(90))
+    fn = partial(network, labels=rng.integers(0, 8, 90), row_splits=batch_splits(90))
     check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-6, tolerance=1e-5)
 
 
@@ -413,12 +413,12 @@ def test_gradients_share_no_memory():
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_bits_with_any_number_of_threads(name, dtype, isa, set_threads):
     layer, primals, grad = case(name, (9001, 33), dtype)
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(results(layer.ours, primals, grad))
-    for other in found[1:]:
-        for got, expected in zip(other, found[0], strict=True):
+        all_results.append(results(layer.ours, primals, grad))
+    for other in all_results[1:]:
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 
@@ -432,13 +432,13 @@ def test_cross_entropy_has_the_same_bits_with_any_number_of_threads(dtype, reduc
     def fn(x):
         return kp.softmax_cross_entropy(x, labels, ignore_index=-1, class_weights=weights, reduction=reduction)
 
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
         out, pullback = kp.autodiff.vjp(fn, logits)
-        found.append((out, *pullback(np.ones_like(out))))
-    for other in found[1:]:
-        for got, expected in zip(other, found[0], strict=True):
+        all_results.append((out, *pullback(np.ones_like(out))))
+    for other in all_results[1:]:
+        for got, expected in zip(other, all_results[0], strict=True):
             assert_same_bits(got, expected)
 
 
@@ -484,7 +484,7 @@ def test_gradients_with_a_large_offset(torch):
     rng = np.random.default_rng(0)
     primals = [(rng.normal(size=(3000, 20)) + 1e4).astype(np.float32), np.ones(20, np.float32), np.ones(20, np.float32)]
     grad = rng.normal(size=(3000, 20)).astype(np.float32)
-    expected = theirs(torch, partial(torch_batch_norm, training=True), primals, grad)
+    expected = torch_results(torch, partial(torch_batch_norm, training=True), primals, grad)
     compare(results(ours_batch_norm, primals, grad), expected, np.float32)
 
 
@@ -499,7 +499,7 @@ def test_running_statistics_are_those_of_torch(momentum, dtype, torch):
     for ours, other, old, new in zip(got[1:], (mean, var), before, running(7, dtype), strict=True):
         assert ours.dtype == dtype
         assert_close(ours, other.numpy(), TOLERANCE[np.dtype(dtype)])
-        assert_same_bits(old, new)  # not written to
+        assert_same_bits(old, new)  # the arguments are not written to
 
 
 def test_without_training_the_running_statistics_stay():
@@ -543,13 +543,13 @@ def test_the_gradient_of_weights_over_many_rows():
 def test_the_gradient_of_weights_in_many_sums(c_in, dtype, set_threads):
     rng = np.random.default_rng(0)
     x, g = rng.normal(size=(40_000, c_in)).astype(dtype), rng.normal(size=(40_000, 70)).astype(dtype)
-    found = []
+    all_results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
-    assert_close(found[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
-    for got in found[1:]:
-        assert_same_bits(got, found[0])
+        all_results.append(kp.autodiff.vjp(lambda w: kp.linear(x, w), np.zeros((c_in, 70), dtype))[1](g)[0])
+    assert_close(all_results[0], x.T.astype(np.float64) @ g, TOLERANCE[np.dtype(dtype)])
+    for got in all_results[1:]:
+        assert_same_bits(got, all_results[0])
 
 
 def test_a_loss_over_many_rows():
@@ -575,27 +575,27 @@ def test_linear_of_any_channels(dtype, c_in, c_out, isa):
 @both_dtypes
 @pytest.mark.parametrize("rows", [1, 29, 103, 121, 309])
 def test_products_of_few_rows_by_many_threads(rows, dtype, isa, set_threads):
-    """Rows of a tile or two: columns are dealt to the threads too."""
+    """With rows for one or two tiles only, the columns of a matrix product are divided among threads too."""
     rng = np.random.default_rng(rows)
     features, weights, bias, grad = (
         rng.standard_normal(shape).astype(dtype) for shape in ((rows, 301), (301, 711), (711,), (rows, 711))
     )
-    found = []
+    all_results = []
     for threads in (1, 2, 5):
         set_threads(threads)
         out, pullback = kp.autodiff.vjp(lambda *args: kp.linear(*args), features, weights, bias)
-        found.append((out, *pullback(grad)))
-    for one, other in itertools.product(found[:1], found[1:]):
+        all_results.append((out, *pullback(grad)))
+    for one, other in itertools.product(all_results[:1], all_results[1:]):
         for value, same in zip(one, other, strict=True):
             assert_same_bits(value, same)
     x, w, g = (a.astype(np.float64) for a in (features, weights, grad))
-    for value, expected in zip(found[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
+    for value, expected in zip(all_results[0], (x @ w + bias, g @ w.T, x.T @ g, g.sum(axis=0)), strict=True):
         assert np.abs(value - expected).max() <= 100 * np.finfo(dtype).eps * np.abs(expected).max()
 
 
 # ---- dropout
 
-# Three vectors of the reference implementation: counter, key, words.
+# Test vectors of the reference implementation: (counter, key, words).
 KNOWN_WORDS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -665,7 +665,7 @@ def test_empty_and_single(name, shape, dtype, isa):
     if name.startswith("batch_norm") and shape[0] < 2 and "running" not in name:
         return  # an error, tested above
     if name == "group_norm, leaky" and not shape[1]:
-        return  # no group at all, an error
+        return  # zero groups are an error
     layer, primals, grad = case(name, shape, dtype)
     out, *grads = results(layer.ours, primals, grad)
     assert out.shape[0] == shape[0] and np.isfinite(out).all()

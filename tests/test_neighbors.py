@@ -1,4 +1,4 @@
-"""Searches, indexes and Neighbors. Which pairs are neighbours, and in which order, is compared exactly."""
+"""Searches, indexes and Neighbors. Neighbours and their order are compared exactly."""
 
 import itertools
 import pickle
@@ -23,25 +23,27 @@ nasty_names = pytest.mark.parametrize("name", clouds.NASTY)
 
 
 def check_search(points, queries, radius, engines=("function", "tree", "grid"), **options):
-    """radius_search equals the brute force in neighbours, order and distances, with every index."""
+    """Assert that radius_search, with every index, equals brute force in neighbours, order and distances."""
     expected = reference.radius_search(points, queries, radius, **options)
-    for neighbors in searched("radius_search", engines, points, queries, radius, **options):
-        assert_found(neighbors, expected, points)
+    for neighbors in search_results("radius_search", engines, points, queries, radius, **options):
+        assert_search_result(neighbors, expected, points)
 
 
 def check_knn(points, queries, k, engines=("function", "tree"), **options):
-    if not reference.tells_apart(points, queries, **options):
+    if not reference.is_measurable(points, queries, **options):
         for engine in engines:
             with pytest.raises(ValueError, match=r"points: expected .*distances that float.* rescale them"):
-                next(searched("knn_search", (engine,), points, queries, k, **options))
+                next(search_results("knn_search", (engine,), points, queries, k, **options))
         return
     expected = reference.knn_search(points, queries, k, **options)
-    for neighbors in searched("knn_search", engines, points, queries, k, **options):
-        assert_found(neighbors, expected, points)
+    for neighbors in search_results("knn_search", engines, points, queries, k, **options):
+        assert_search_result(neighbors, expected, points)
 
 
-def searched(function, engines, points, queries, number, points_row_splits=None, queries_row_splits=None, **options):
-    """What the function finds, and each index that there is for such points."""
+def search_results(
+    function, engines, points, queries, number, points_row_splits=None, queries_row_splits=None, **options
+):
+    """The results of a search function, and of the same method of every index that takes such points."""
     options["return_distances"] = True
     splits = {"points_row_splits": points_row_splits, "queries_row_splits": queries_row_splits}
     if "function" in engines:
@@ -57,7 +59,7 @@ def searched(function, engines, points, queries, number, points_row_splits=None,
             yield getattr(grid, function)(queries, number, **options)
 
 
-def assert_found(neighbors, expected, points):
+def assert_search_result(neighbors, expected, points):
     rows, distances = expected
     assert_rows(neighbors, rows)
     assert neighbors.distance.dtype == points.dtype and not np.signbit(neighbors.distance).any()
@@ -232,7 +234,7 @@ def test_zeros_of_either_sign_are_equal(metric, dtype, dim):
 
 
 def crowding(points, cell, row_splits=None):
-    """Points in the cell of a point, on average; infinity where a kd-tree takes the grid's place."""
+    """Average number of points in the cell of a point; infinity if a kd-tree is used instead of a grid."""
     return kp.GridIndex(points, cell, row_splits=row_splits)._index.crowding
 
 
@@ -251,9 +253,9 @@ def test_outliers_crowd_no_cell(dim, dtype, far, num):
     queries[:num] = points[:num] + dtype(radius / 2)
     check_search(points, None, radius, ("function", "grid"))
     check_search(points[num:], queries, radius, ("function", "grid"), sort="distance", max_neighbors=3)
-    both = kp.GridIndex(points, radius)._search_with(queries, np.array([0, len(queries)]), radius, None)
-    for found, others in zip(both, (None, queries), strict=True):  # as a level of a pyramid is searched
-        assert_rows(found, reference.radius_search(points, others, radius)[0])
+    both = kp.GridIndex(points, radius)._search_points_and(queries, np.array([0, len(queries)]), radius, None)
+    for neighbors, others in zip(both, (None, queries), strict=True):  # build_pyramid searches a level like this
+        assert_rows(neighbors, reference.radius_search(points, others, radius)[0])
 
 
 @both_dims
@@ -277,13 +279,13 @@ def test_items_of_a_batch_may_lie_anywhere(dtype, dim):
     assert crowding(points, radius, row_splits) == pytest.approx(alone)
     check_search(points, None, radius, points_row_splits=row_splits)
     check_search(points, points, radius, points_row_splits=row_splits, queries_row_splits=row_splits, max_neighbors=4)
-    others = row_splits[::-1].max() - row_splits[::-1]  # items look for points of others, far away
+    others = row_splits[::-1].max() - row_splits[::-1]  # queries of an item are far from the points of the same item
     check_search(points, points[::-1].copy(), radius, points_row_splits=row_splits, queries_row_splits=others)
 
 
 def test_a_sparse_cloud_stays_in_cells():
     points = np.random.default_rng(0).uniform(0, 1, (500, 3))
-    assert crowding(points, 1e-9) == 1  # 10^27 cells are asked for
+    assert crowding(points, 1e-9) == 1  # the bounding box has 10^27 cells
     check_search(points, None, 1e-9)
 
 
@@ -323,10 +325,10 @@ def test_squares_that_overflow_or_vanish_are_an_error(dtype, scale):
 def test_what_does_not_overflow_is_found_at_any_scale(dtype, scale):
     rng = np.random.default_rng(0)
     points = (rng.uniform(0, 0.3, (90, 3)) * scale).astype(dtype)
-    for metric in ("l1", "linf"):  # nothing is squared
+    for metric in ("l1", "linf"):  # these do not square distances
         check_knn(points, points[::3].copy(), 4, metric=metric)
     radius = {np.float32: 1e18, np.float64: 1e150}[dtype]
-    check_search(points, None, radius)  # an infinite distance is beyond it, and zero within
+    check_search(points, None, radius)  # a distance that overflows is beyond the radius, one that vanishes within
     if scale > 1:
         check_search(points, None, radius, max_neighbors=4, sort="distance")
     same = np.full((90, 3), scale, dtype)
@@ -342,10 +344,10 @@ def test_the_item_with_squares_that_overflow_is_named():
                  lambda: kp.farthest_point_sampling(points, 3, row_splits=splits)):  # fmt: skip
         with pytest.raises(ValueError, match=r"points: .* got points up to .*e\+25 apart in item 2; convert them"):
             call()
-    near = np.array([0, 5, 5, 5, 9])  # nobody asks in item 2
+    near = np.array([0, 5, 5, 5, 9])  # no queries in item 2
     check_knn(points, points[:9], 3, points_row_splits=splits, queries_row_splits=near)
     check_knn(points, points[:0], 3)
-    # Far from each other, but not within an item.
+    # Items are far from each other, but the points within an item are not.
     points[50:60] = points[0] + np.float32(1e25)
     check_knn(points, None, 3, points_row_splits=splits)
 
@@ -431,9 +433,9 @@ def test_against_scipy_in_any_dimension(dim, metric, p):
     points, queries = rng.uniform(size=(20_000, dim)), rng.uniform(-0.1, 1.1, (500, dim))
     tree = cKDTree(points)
     distance, index = tree.query(queries, 10, p=p)
-    found = kp.knn_search(points, queries, 10, metric=metric, return_distances=True)
-    assert np.allclose(found.distance.reshape(-1, 10), distance, rtol=1e-12)
-    assert np.mean(found.index.reshape(-1, 10) == index) > 0.999  # ties apart
+    neighbors = kp.knn_search(points, queries, 10, metric=metric, return_distances=True)
+    assert np.allclose(neighbors.distance.reshape(-1, 10), distance, rtol=1e-12)
+    assert np.mean(neighbors.index.reshape(-1, 10) == index) > 0.999  # except ties
     radius = np.median(distance[:, -1])
     rows = tree.query_ball_point(queries, radius * (1 + 1e-12), p=p)
     counts = kp.radius_search(points, queries, radius, metric=metric, count_only=True)
@@ -464,7 +466,9 @@ def test_nearest_among_many_equal_points(ignore):
 def test_a_hopeless_search_says_so_before_it_counts(monkeypatch):
     monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**33)
     cluster = np.random.default_rng(0).normal(size=(10**6, 3)).astype(np.float32) * np.float32(1e-3)
-    with pytest.raises(MemoryError, match=r"about \d{13} neighbours would take \d{13} bytes"):  # 10^12 pairs: minutes
+    with pytest.raises(
+        MemoryError, match=r"about \d{13} neighbours would take \d{13} bytes"
+    ):  # counting would take minutes
         kp.radius_search(cluster, None, 1.0)
     assert kp.radius_search(cluster[: 10**5], None, 1.0, max_neighbors=8).num_pairs == 8 * 10**5
     same = np.zeros((10**6, 3), np.float32)
@@ -477,9 +481,9 @@ def test_a_hopeless_search_says_so_before_it_counts(monkeypatch):
 
 def test_an_index_serves_any_radius_and_keeps_its_own_points():
     points, radius = clouds.uniform(500)
-    given = points.copy()
-    tree, grid = kp.KDTree(given), kp.GridIndex(given, radius)
-    given[:] = 0
+    copy = points.copy()
+    tree, grid = kp.KDTree(copy), kp.GridIndex(copy, radius)
+    copy[:] = 0
     for factor in (0.3, 1, 3, 4.5, 20):
         expected = reference.radius_search(points, None, radius * factor)[0]
         assert_rows(tree.radius_search(None, radius * factor), expected)
@@ -504,8 +508,8 @@ def test_an_index_serves_many_threads_at_once():
     jobs = [(index, radius * factor) for index in (tree, grid) for factor in (0.5, 1, 1.5)] * 4
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda job: job[0].radius_search(None, job[1]), jobs))
-    for (_, r), found in zip(jobs, together, strict=True):
-        assert_same_bits(found.index, kp.radius_search(points, None, r).index)
+    for (_, r), neighbors in zip(jobs, together, strict=True):
+        assert_same_bits(neighbors.index, kp.radius_search(points, None, r).index)
 
 
 @pytest.mark.parametrize("make", [kp.KDTree, lambda p, **o: kp.GridIndex(p, 0.3, **o)])
@@ -729,7 +733,7 @@ def test_padded_and_back(rows_and_num):
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("width", [0, 1, 15, 16, 17, 300])
 def test_large_padded_matrices(dtype, width, isa):
-    """Of several threads: with gaps anywhere, and rows cut to the width."""
+    """Matrices that several threads convert, with gaps in any column and rows cut to the width."""
     rng = np.random.default_rng(width)
     padded = rng.integers(-1, 1001, (3000, width)).astype(dtype)
     padded[::2, width // 2 :] = 1000
@@ -774,9 +778,9 @@ def test_transpose_turns_every_pair_around(rows_and_num):
 
 def test_transpose_takes_distances_along():
     points, radius = clouds.uniform(60)
-    found = kp.radius_search(points, points[::3].copy(), radius, return_distances=True)
-    transpose = found.transpose()
-    expected = found.to_sparse(found.distance).T
+    neighbors = kp.radius_search(points, points[::3].copy(), radius, return_distances=True)
+    transpose = neighbors.transpose()
+    expected = neighbors.to_sparse(neighbors.distance).T
     assert_same_bits(transpose.to_sparse(transpose.distance).toarray(), expected.toarray())
 
 
@@ -841,7 +845,7 @@ LISTS = {
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_arrays_of_a_list_cannot_be_written_to(of, write):
     neighbors = of()
-    neighbors.transpose()  # which also checks it, where it comes from a pickle
+    neighbors.transpose()  # also checks a list that comes from a pickle
     for name in ARRAYS:
         array = getattr(neighbors, name)
         before = array.copy()
@@ -880,11 +884,11 @@ def test_either_integer_makes_a_list(dtype, splits_dtype):
     assert (neighbors.index.dtype, neighbors.row_splits.dtype) == (np.int32, np.int64)
     assert lists(neighbors) == ROWS
     with pytest.raises(ValueError, match="index: expected values from 0 to 3"):
-        kp.Neighbors(np.array([2**32], np.int64), np.array([0, 1], splits_dtype), 4)  # 0 in 32 bits
+        kp.Neighbors(np.array([2**32], np.int64), np.array([0, 1], splits_dtype), 4)  # its low 32 bits are 0
 
 
 def pickled(neighbors, **changes):
-    """A list out of a pickle, of which some parts were changed on the way."""
+    """A list from a pickle with some fields changed."""
     make_again, fields = neighbors.__reduce__()
     names = ("index", "row_splits", "num_points", "distance", "width", "carries_transpose")
     parts = dict(zip(names, fields, strict=True))
@@ -946,7 +950,7 @@ def test_methods_check_a_list_put_together_again(method):
     wide = {"index": make().index.astype(np.int64), "row_splits": make().row_splits.astype(np.int32)}
     method(pickled(make(), **wide))
     wrong = pickled(make(), row_splits=2**40 * make().row_splits)
-    for _ in range(2):  # the first error leaves it as it was
+    for _ in range(2):  # after an error the list is still not checked
         with pytest.raises(ValueError, match=r"neighbors.row_splits"):
             method(wrong)
 

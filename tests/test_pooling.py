@@ -1,4 +1,4 @@
-"""Pooling over neighbours and batch items, and the ways back: values and gradients, and their edges."""
+"""Pooling over neighbours and batch items, gather and upsampling: values, gradients and edge cases."""
 
 import inspect
 import itertools
@@ -22,8 +22,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 
 
-def rows_of(num_queries, num_points, longest=40, seed=0):
-    """Neighbours at random, a third of the queries without any; some points come twice in a row."""
+def random_rows(num_queries, num_points, longest=40, seed=0):
+    """Random neighbours; a third of the queries have none, and some points occur twice in a row."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, longest, num_queries) * (rng.uniform(size=num_queries) > 0.3)
     return [rng.integers(0, num_points, count) for count in counts]
@@ -39,7 +39,7 @@ def values(*shape, dtype=np.float32, seed=1):
 
 
 def check_neighbor_reduce(features, rows, reduce, weights=None, width=None, **options):
-    """Values and gradients; those of a maximum or minimum are exact."""
+    """Assert that values and gradients are those of the formulas; exactly for a maximum or minimum."""
     neighbors = neighbors_of(rows, len(features), width)
     expected, chosen = neighbor_reduce(features, rows, reduce, weights, width=width or 0, **options)
     primals = (features,) if weights is None else (features, weights)
@@ -67,9 +67,10 @@ def check_neighbor_reduce(features, rows, reduce, weights=None, width=None, **op
 
 
 def neighbor_reduce(features, rows, reduce="mean", weights=None, empty=0.0, pad_value=None, width=0):
-    """-> (out, chosen), both (M, C): `chosen` is the point that has a maximum or minimum, -1 where none has.
+    """-> (out, chosen), both (M, C): `chosen` is the point with the maximum or minimum, -1 if no point has it.
 
-    The first of equals, and the first NaN; a row shorter than `width` ends with `pad_value`, if that is given.
+    Of equal points the first is chosen, and the first NaN if there is one. With a `pad_value`, it is appended to each
+    row shorter than `width`.
     """
     features, channels = features.astype(np.float64), np.arange(features.shape[1])
     out, chosen = np.full((len(rows), len(channels)), float(empty)), np.full((len(rows), len(channels)), -1)
@@ -90,7 +91,7 @@ def neighbor_reduce(features, rows, reduce="mean", weights=None, empty=0.0, pad_
 
 
 def neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights=None):
-    """-> (grad_features, grad_weights), the latter of a mean or sum."""
+    """-> (grad_features, grad_weights); grad_weights for a mean or sum only"""
     features, grad = features.astype(np.float64), grad.astype(np.float64)
     grad_features, grad_weights = np.zeros_like(features), []
     for q, row in enumerate(rows):
@@ -106,9 +107,9 @@ def neighbor_reduce_vjp(features, rows, grad, reduce, chosen, weights=None):
 
 
 def inverse_distance_rows(points, queries, k, power, **splits):
-    """-> (rows, weights): the k nearest points of each query and what they weigh, their sum one.
+    """-> (rows, weights): the k nearest points of each query and their weights, which sum to one.
 
-    w_i = d_i^-power, or where some d_i are zero, ones for those alone.
+    Weights are proportional to d_i^-power; if some d_i are zero, those points have equal weights and all others none.
     """
     rows, distances = reference.knn_search(points, queries, k, **splits)
     weights = []
@@ -163,14 +164,14 @@ CALLS = {
 @each_reduce
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_channels(channels, reduce, dtype, isa):
-    check_neighbor_reduce(values(50, channels, dtype=dtype), rows_of(61, 50), reduce)
+    check_neighbor_reduce(values(50, channels, dtype=dtype), random_rows(61, 50), reduce)
 
 
 @both_dtypes
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 @pytest.mark.parametrize("channels", [1, 3, 16, 33, 128])
 def test_weights(channels, reduce, dtype, isa):
-    rows = rows_of(61, 50)
+    rows = random_rows(61, 50)
     weights = values(sum(map(len, rows)), dtype=dtype, seed=3)
     check_neighbor_reduce(values(50, channels, dtype=dtype), rows, reduce, weights)
 
@@ -197,7 +198,9 @@ def test_neighborhoods_of_any_size(name, reduce):
 @given(st.data())
 def test_any_neighborhoods(data):
     num_points, dtype = data.draw(st.integers(1, 30)), data.draw(clouds.float_types)
-    rows = rows_of(data.draw(st.integers(0, 70)), num_points, data.draw(st.integers(1, 60)), data.draw(clouds.seeds))
+    rows = random_rows(
+        data.draw(st.integers(0, 70)), num_points, data.draw(st.integers(1, 60)), data.draw(clouds.seeds)
+    )
     features = values(num_points, data.draw(st.integers(0, 40)), dtype=dtype, seed=data.draw(clouds.seeds))
     reduce, options = data.draw(st.sampled_from(REDUCES)), {"empty": data.draw(st.sampled_from([0.0, -2.5]))}
     if reduce in ("max", "min"):
@@ -223,7 +226,7 @@ def test_no_points_and_no_channels(reduce, dtype):
 
 @each_reduce
 def test_an_unused_end_of_the_index_changes_nothing(reduce):
-    features, rows = values(50, 17), rows_of(61, 50)
+    features, rows = values(50, 17), random_rows(61, 50)
     exact = neighbors_of(rows, 50)
     longer = kp.Neighbors(np.concatenate([exact.index, exact.index[:9]]), exact.row_splits, 50)
     weights = values(len(longer.index)) if reduce in ("mean", "sum") else None
@@ -243,8 +246,8 @@ def test_an_unused_end_of_the_index_changes_nothing(reduce):
 
 @pytest.mark.parametrize("reduce", ["max", "min"])
 def test_the_zero_shadow_of_the_published_max_pooling(reduce):
-    # Its formula: a row of zeros is appended to the features, and "no neighbour" points to it.
-    features, padded = values(50, 33), rows_of(61, 50, longest=12)
+    # The published formula: a row of zeros is appended to the features, and missing neighbours index it.
+    features, padded = values(50, 33), random_rows(61, 50, longest=12)
     padded = neighbors_of(padded, 50).to_padded()
     shadowed = np.concatenate([features, np.zeros_like(features[:1])])[padded]
     expected = shadowed.max(1) if reduce == "max" else shadowed.min(1)
@@ -266,7 +269,7 @@ NAN = float("nan")
 @both_dtypes
 @pytest.mark.parametrize("reduce", ["max", "min"])
 @pytest.mark.parametrize(
-    ("column", "which"),  # for a maximum; a minimum is that of the negative column
+    ("column", "which"),  # for a maximum; the minimum is tested with the negated column
     [
         ([1, 3, 2], 1),
         ([3, 3, 3], 0),
@@ -294,7 +297,7 @@ def test_equal_values_and_nan(column, which, reduce, dtype, isa):
 
 @each_reduce
 def test_a_nan_reaches_only_queries_that_see_it(reduce, isa):
-    features, rows = values(50, 17), rows_of(61, 50)
+    features, rows = values(50, 17), random_rows(61, 50)
     features[42, 3] = np.nan
     sees = np.array([42 in row for row in rows])
     assert 0 < sees.sum() < len(sees)
@@ -308,12 +311,12 @@ def test_a_million_neighbors_in_float32(reduce):
     everyone = kp.Neighbors(np.arange(1_000_000, dtype=np.int32), np.array([0, 1_000_000]), 1_000_000)
     expected = features.astype(np.float64).sum(0) / (1_000_000 if reduce == "mean" else 1)
     out = kp.neighbor_reduce(features, everyone, reduce)[0]
-    assert np.abs(out / expected - 1).max() < 2e-6  # one sum after the other: 1e-4
+    assert np.abs(out / expected - 1).max() < 2e-6  # one running float32 sum would be off by 1e-4
 
 
 @each_reduce
 def test_neighbor_reduce_by_central_differences(reduce):
-    features, neighbors = values(50, 7, dtype=np.float64), neighbors_of(rows_of(61, 50), 50)
+    features, neighbors = values(50, 7, dtype=np.float64), neighbors_of(random_rows(61, 50), 50)
     weights = values(neighbors.num_pairs, dtype=np.float64)
     primals = (features, weights) if reduce in ("mean", "sum") else (features,)
 
@@ -328,7 +331,7 @@ def test_neighbor_reduce_by_central_differences(reduce):
 
 
 def test_one_primal_alone_gets_the_same_gradient():
-    features, neighbors = values(50, 7), neighbors_of(rows_of(61, 50), 50)
+    features, neighbors = values(50, 7), neighbors_of(random_rows(61, 50), 50)
     weights, grad = values(neighbors.num_pairs), values(61, 7)
 
     def fn(f, w):
@@ -342,7 +345,7 @@ def test_one_primal_alone_gets_the_same_gradient():
 
 
 def test_weights_of_one_change_nothing():
-    features, neighbors = values(50, 7), neighbors_of(rows_of(61, 50), 50)
+    features, neighbors = values(50, 7), neighbors_of(random_rows(61, 50), 50)
     ones = np.ones(neighbors.num_pairs, np.float32)
     for reduce in ("mean", "sum"):
         plain = kp.neighbor_reduce(features, neighbors, reduce)
@@ -351,7 +354,7 @@ def test_weights_of_one_change_nothing():
 
 @both_dtypes
 def test_the_sparse_matrix_computes_the_same(dtype):
-    features, neighbors = values(50, 7, dtype=dtype), neighbors_of(rows_of(61, 50), 50)
+    features, neighbors = values(50, 7, dtype=dtype), neighbors_of(random_rows(61, 50), 50)
     weights = values(neighbors.num_pairs, dtype=dtype)
     for w in (None, weights):
         got = kp.neighbor_reduce(features, neighbors, "sum", weights=w)
@@ -364,7 +367,7 @@ def test_the_sparse_matrix_computes_the_same(dtype):
 @both_dtypes
 @pytest.mark.parametrize("channels", [0, 1, 3, 64, 200])
 def test_nearest_upsample(channels, dtype, isa):
-    features, rows = values(50, channels, dtype=dtype), rows_of(301, 50, longest=3)
+    features, rows = values(50, channels, dtype=dtype), random_rows(301, 50, longest=3)
     features[::7] = -0.0  # copied, not summed
     out, pullback = kp.autodiff.vjp(lambda f: kp.nearest_upsample(f, neighbors_of(rows, 50)), features)
     expected = np.array([features[row[0]] if len(row) else np.zeros(channels, dtype) for row in rows])
@@ -427,7 +430,7 @@ def test_gather_takes_no_index_outside(bad):
 
 
 def check_interpolate(points, queries, features, k=3, power=2, **splits):
-    if not reference.tells_apart(points, queries, **splits):
+    if not reference.is_measurable(points, queries, **splits):
         with pytest.raises(ValueError, match=r"points: expected .*distances that float.* rescale them"):
             kp.interpolate(points, queries, features, k, power, **splits)
         return
@@ -580,8 +583,8 @@ def test_segment_reduce_by_central_differences(reduce):
 @each_reduce
 @pytest.mark.parametrize("channels", [3, 40])
 def test_same_bits_with_any_number_of_threads(channels, reduce, dtype, isa, set_threads):
-    features, rows = values(20_000, channels, dtype=dtype).round(1), rows_of(6000, 20_000)
-    few = rows_of(6000, 9)  # many queries for each point
+    features, rows = values(20_000, channels, dtype=dtype).round(1), random_rows(6000, 20_000)
+    few = random_rows(6000, 9)  # many queries for each point
     index, splits = np.random.default_rng(0).integers(0, 20_000, 30_000), np.array([0, 9000, 9003, 20_000])
     points, queries = clouds.uniform(20_000)[0], clouds.uniform(9_000, seed=1)[0]
 
@@ -612,7 +615,7 @@ def test_same_bits_with_any_number_of_threads(channels, reduce, dtype, isa, set_
 
 @pytest.mark.parametrize("reduce", ["max", "min"])
 def test_same_choice_with_any_instructions(reduce, isa, set_isa):
-    features, neighbors = values(500, 33).round(1), neighbors_of(rows_of(600, 500), 500)
+    features, neighbors = values(500, 33).round(1), neighbors_of(random_rows(600, 500), 500)
     features[::50, ::3] = NAN
     one = kp.autodiff.vjp(lambda f: kp.neighbor_reduce(f, neighbors, reduce), features)
     set_isa("base")
@@ -648,13 +651,13 @@ def test_pytorch(reduce, dtype):
         out, pullback = kp.autodiff.vjp(ours, features)
         tensor = torch.from_numpy(features).requires_grad_()
         wanted = theirs(tensor)
-        there = torch.isfinite(wanted)  # of an empty item it gives NaN or infinity, we zero
+        there = torch.isfinite(wanted)  # for an empty item torch returns NaN or infinity, kpcore zero
         (gradient,) = torch.autograd.grad(wanted[there], tensor, torch.from_numpy(g)[there])
         assert_close(out, np.where(there, wanted.detach(), 0), tolerance(dtype))
         assert_close(pullback(g)[0], gradient.numpy(), tolerance(dtype))
 
 
-# ---- docs/aggregation.md: what is asked of point convolutions, by their own formulas
+# ---- the three point convolutions of docs/aggregation.md, against their formulas
 
 
 def test_knn_mean():
@@ -702,11 +705,11 @@ def test_sparse_matrix():
         assert_close(got, matrix @ features / k, tolerance(np.float32))
 
 
-# ---- what an operator says of its result
+# ---- Op.result
 
 
 def test_shapes_and_dtypes_ahead():
-    nb = neighbors_of(rows_of(61, 50), 50)
+    nb = neighbors_of(random_rows(61, 50), 50)
     of_one = kp.row_splits([50])
     cases = [
         *((OPS["neighbor_reduce"], {"neighbors": nb, "reduce": r, "weights": None, "empty": 0.0}) for r in REDUCES),
@@ -731,7 +734,7 @@ def test_neighbors_have_no_gradient(op):
 
 
 def test_a_network_of_them():
-    """Down, global, and up again: every op of the family in one chain."""
+    """Every operator of this family in one chain: pooling, global pooling, upsampling."""
     points = clouds.uniform(400, dtype=np.float64)[0]
     fine = kp.build_pyramid(points, voxel_size=0.1, num_levels=2)[0]
     features = values(len(fine.points), 4, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""build_pyramid against the published pipeline's own output, and calibrate_neighbor_limits against its rule."""
+"""build_pyramid against results of the published pipeline, and calibrate_neighbor_limits against its rule."""
 
 import pickle
 from pathlib import Path
@@ -20,16 +20,16 @@ def golden(name):
         return dict(file)
 
 
-def sets(padded, order_of_queries, number_of_point, num_points):
-    """The neighbours of each query, as sets, in another numbering of both."""
-    rows = [{int(number_of_point[i]) for i in row if i < num_points} for row in padded]
-    return [rows[q] for q in order_of_queries]
+def renumbered_sets(padded, queries, new_index, num_points):
+    """The set of neighbours of each of `queries`, with point i renumbered to ``new_index[i]``."""
+    rows = [{int(new_index[i]) for i in row if i < num_points} for row in padded]
+    return [rows[q] for q in queries]
 
 
-def matching(ours, theirs):
-    """For each of our points the number of theirs: the same points, in another order, to a rounding."""
-    a, b = (np.lexsort(np.round(p.astype(np.float64), 5).T) for p in (ours, theirs))
-    assert len(a) == len(b) and np.abs(ours[a] - theirs[b]).max(initial=0) < 1e-6
+def matching(ours, published):
+    """For each of our points the index of the same point, up to rounding, in the published result."""
+    a, b = (np.lexsort(np.round(p.astype(np.float64), 5).T) for p in (ours, published))
+    assert len(a) == len(b) and np.abs(ours[a] - published[b]).max(initial=0) < 1e-6
     number = np.empty(len(a), int)
     number[a] = b
     return number
@@ -54,12 +54,12 @@ def test_the_published_pyramid(name, deform_levels):
         n = len(level.points)
         inverse = np.argsort(numbers[i])
         ours = [set(row[row < n].tolist()) for row in level.neighbors.to_padded()]
-        assert ours == sets(g[f"neighbors/{i}"], numbers[i], inverse, n)
+        assert ours == renumbered_sets(g[f"neighbors/{i}"], numbers[i], inverse, n)
         if i == 3:
             assert level.pools is None and level.upsamples is None
             continue
         ours = [set(row[row < n].tolist()) for row in level.pools.to_padded()]
-        assert ours == sets(g[f"pools/{i}"], numbers[i + 1], inverse, n)
+        assert ours == renumbered_sets(g[f"pools/{i}"], numbers[i + 1], inverse, n)
         nearest = level.upsamples.index
         assert level.upsamples.counts.tolist() == [1] * n
         assert np.argsort(numbers[i + 1])[g[f"upsamples/{i}"][numbers[i], 0]].tolist() == nearest.tolist()
@@ -97,7 +97,7 @@ def test_levels_are_the_functions_one_by_one(origin):
 
 
 def lattice():
-    """Two scans of a sensor's lattice, most of whose points lie on faces of voxels; float32."""
+    """Two float32 scans on a lattice; most points lie on the faces of voxels."""
     steps = np.random.default_rng(0).integers(0, 32, (2, 800, 3)) * 0.0125
     return (np.array([0.3, -0.3])[:, None, None] + steps).astype(np.float32)
 
@@ -163,9 +163,9 @@ def test_a_pyramid_goes_through_a_worker_without_growing():
     ]  # fmt: skip
     assert len(data) < sum(array.nbytes for array in arrays) + 10_000
     copy = pickle.loads(data)
-    for ours, theirs in zip(pyramid, copy, strict=True):
-        assert_same_bits(ours.points, theirs.points)
-        assert_same_bits(ours.neighbors.index, theirs.neighbors.index)
+    for ours, copied in zip(pyramid, copy, strict=True):
+        assert_same_bits(ours.points, copied.points)
+        assert_same_bits(ours.neighbors.index, copied.neighbors.index)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 1.0])
@@ -176,7 +176,7 @@ def test_limits_leave_a_fraction_untouched(fraction):
         counts = np.concatenate(
             [kp.build_pyramid(c, voxel_size=0.05, num_levels=3)[number].neighbors.counts for c in sample]
         )
-        # The published rule: how many bins of the histogram are below the fraction when added up.
+        # The published rule: the number of bins of the histogram whose cumulative sum is below the fraction.
         below = np.cumsum(np.bincount(counts)) < fraction * len(counts)
         assert limit == below.sum()
         assert np.mean(counts <= limit) >= fraction > np.mean(counts <= limit - 1)
@@ -199,7 +199,7 @@ def test_wrong_arguments(options, message):
 
 
 def test_limits_need_some_points():
-    with pytest.raises(ValueError, match="clouds: expected some points"):
+    with pytest.raises(ValueError, match="clouds: expected at least one point"):
         kp.calibrate_neighbor_limits([], voxel_size=0.1, num_levels=2)
 
 

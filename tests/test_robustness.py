@@ -1,4 +1,4 @@
-"""Wrong input says what is wrong; strange but valid input works; more than 2**31 pairs, threads, forks and memory."""
+"""Errors for wrong input; strange but valid input; more than 2**31 pairs; threads, forks and memory."""
 
 import re
 import tempfile
@@ -495,7 +495,7 @@ CALLS = [
 WRONG += [call[:4] for call in CALLS]
 WRONG_IDS += [f"{op}-{argument}-{name}" for op, argument, _, _, name in CALLS]
 
-# Where two arguments disagree, either may be the one that is named.
+# If two arguments disagree, the error may name either of them.
 PARTNERS = {
     "radius_search": {
         "points": "queries",
@@ -601,8 +601,8 @@ def test_a_voxel_size_beyond_the_dtype_is_an_error(voxel_size):
         ),
         (
             {"origin": (0, 0, 3e38), "voxel_size": 1e-3},
-            "voxel_size: expected one that divides the points in float32, got 0.001 for coordinates of up to 3e+38 "
-            "from the origin",
+            "voxel_size: expected a size for which point / voxel_size does not overflow float32, got 0.001 for "
+            "coordinates of up to 3e+38 from the origin",
         ),
     ],
 )
@@ -627,11 +627,11 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_advice_of_an_error_loses_nothing(name, dtype):
-    """Or there is none; uint16 labels made uint8, as was once advised, turn 300 into 44."""
+    """An advised conversion is lossless; without a lossless one there is no advice (300 as uint8 would become 44)."""
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     call, shape = ARGUMENTS[name]
     array = np.zeros(shape, dtype)
-    dtype = array.dtype  # of text, its length too
+    dtype = array.dtype  # the dtype of text has a length
     try:
         call(array)
     except TypeError as error:
@@ -641,7 +641,7 @@ def test_the_advice_of_an_error_loses_nothing(name, dtype):
         assert got in (dtype.name, dtype.str)
         lossless = [to for to in expected.split(" or ") if np.can_cast(dtype, to, "safe")]
         assert advised == (lossless[0] if lossless else None)
-    except ValueError as error:  # the values: the dtype is fine
+    except ValueError as error:  # the dtype is accepted, the values are not
         assert name == "row_splits" and "expected values" in str(error)
 
 
@@ -703,7 +703,7 @@ NEIGHBORS_ERRORS = {
     **{
         f"row_splits {name}": ({"row_splits": value}, error, "row_splits")
         for name, (value, error) in BAD_SPLITS.items()
-        if name != "short"  # a bounded search leaves the end of index unused
+        if name != "short"  # valid: a search with max_neighbors leaves the end of the index unused
     },
 }
 
@@ -751,7 +751,7 @@ def test_wrong_conversions(call, error):
         call()
 
 
-NUMBERS = {  # the numbers among the arguments of a function, and what is a good value
+NUMBERS = {  # {function: {argument that is a number: valid value}}
     "radius_search": {"radius": 0.5, "max_neighbors": 3},
     "knn_search": {"k": 2},
     "GridIndex": {"cell": 0.5},
@@ -911,7 +911,8 @@ def test_inputs_stay_as_they_are():
 
 
 BIG = 10**8
-REFILLED = {  # what a loop may fill anew before the gradient is asked for: a function of features and of that array
+# {name: (function of features and of an array, that array)}: a loop may refill the array before it computes gradients
+REFILLED = {
     "gather": (lambda f, a: kp.gather(f, a), np.arange(900, dtype=np.int32) % 300),
     "gather int64": (lambda f, a: kp.gather(f, a), np.arange(900) % 300),
     **{
@@ -944,22 +945,22 @@ REFILLED = {  # what a loop may fill anew before the gradient is asked for: a fu
 
 @pytest.mark.parametrize("name", REFILLED)
 def test_a_gradient_is_that_of_what_was_computed(name):
-    function, given = REFILLED[name]
-    found = []
+    function, initial = REFILLED[name]
+    gradients = []
     for refill in (False, True):
-        array = given.copy()
+        array = initial.copy()
         out, pullback = kp.autodiff.vjp(lambda f, a=array: function(f, a), features_of(300, 4))
         if refill:
             array[:] = 200 if array.dtype == np.uint8 else BIG
-        found.append(pullback(np.ones_like(out))[0])
-    assert found[0].any()
-    assert_same_bits(*found)
+        gradients.append(pullback(np.ones_like(out))[0])
+    assert gradients[0].any()
+    assert_same_bits(*gradients)
 
 
 @pytest.mark.parametrize("feature", ["mean", "max", "nearest"])
 @pytest.mark.parametrize("place", ["tape", "torch"])
 def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
-    points, features, found = features_of(300, 3), features_of(300, 4), []
+    points, features, gradients = features_of(300, 3), features_of(300, 4), []
     for refill in (False, True):
         if place == "tape":
             features = kp.autodiff.Tensor(features_of(300, 4))
@@ -976,9 +977,9 @@ def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
             sub.features.backward(np.ones_like(sub.features.value))
         else:
             sub.features.sum().backward()
-        found.append(np.asarray(features.grad))
-    assert found[0].any()
-    assert_same_bits(*found)
+        gradients.append(np.asarray(features.grad))
+    assert gradients[0].any()
+    assert_same_bits(*gradients)
 
 
 @pytest.mark.parametrize(
@@ -987,7 +988,7 @@ def test_a_gradient_does_not_depend_on_what_becomes_of_a_result(place, feature):
 )  # fmt: skip
 def test_what_torch_does_not_see_change_is_named(name, argument):
     torch, kpt = pytest.importorskip("torch"), pytest.importorskip("kpcore.torch")
-    function, given = {
+    function, initial = {
         "gather": (kpt.gather, np.arange(900) % 300),
         "segment_reduce": (kpt.segment_reduce, np.array([0, 100, 300])),
         "group_norm": (
@@ -996,9 +997,9 @@ def test_what_torch_does_not_see_change_is_named(name, argument):
         ),
         "softmax_cross_entropy": (kpt.softmax_cross_entropy, np.arange(300) % 4),
     }[name]
-    array, features = given.copy(), torch.from_numpy(features_of(300, 4)).requires_grad_()
+    array, features = initial.copy(), torch.from_numpy(features_of(300, 4)).requires_grad_()
     out = function(features, torch.from_numpy(array))
-    array[1:-1] = BIG  # through NumPy: torch counts changes of its own only
+    array[1:-1] = BIG  # written through NumPy, which torch's version counter does not see
     with pytest.raises(ValueError, match=rf"^{argument}: expected"):
         out.sum().backward()
 
@@ -1077,7 +1078,8 @@ def test_more_than_2_31_pairs_are_counted():
 
 @pytest.mark.slow
 def test_more_than_2_31_pairs_are_convolved():
-    # Zero pages that are only read cost no memory. The first query sees nearly all, from too far away; the second four.
+    # Zero pages that are only read take no memory. Nearly all pairs belong to the first query, which is too far away
+    # for any influence; the second query has four.
     num_pairs = 2**31 + 8
     many = kp.Neighbors(np.zeros(num_pairs, np.int32), np.array([0, num_pairs - 4, num_pairs]), 1)
     points, queries = np.zeros((1, 3), np.float32), np.float32([[9, 0, 0], [0.5, 0, 0]])
@@ -1102,7 +1104,7 @@ def test_features_of_more_than_2_31_values():
 
 
 def layers(features, weights, scale, labels, row_splits):
-    """The loss of one layer of each kind that works on rows, and its gradients."""
+    """(loss, gradients...) of a network with every operator of kpcore.layers."""
     mean, var = np.zeros_like(scale), np.ones_like(scale)
 
     def fn(features, weights, scale):
@@ -1117,7 +1119,7 @@ def layers(features, weights, scale, labels, row_splits):
 
 
 def everything(num=20_000):
-    """Bits of every kernel, by default on enough points to use several threads."""
+    """Results of every kernel, by default for enough points to use several threads."""
     points, radius = clouds.uniform(num, seed=3)
     found = kp.radius_search(points, None, radius, return_distances=True)
     sub = kp.grid_subsample(points, 0.1, features=points, labels=np.arange(num) % 7)
@@ -1145,7 +1147,7 @@ def everything(num=20_000):
 
 @pytest.mark.parametrize("num", [300, 1500, 4500, 40_000])
 def test_problems_of_any_size_have_the_same_bits_with_any_number_of_threads(num, set_threads):
-    """Sizes at which some parts of a call take one thread and others take several."""
+    """At these sizes some loops of a call run on one thread and others on several."""
     set_threads(1)
     expected = everything(num)
     for threads in (2, 3, 8):
@@ -1268,7 +1270,7 @@ def test_other_python_threads_run_during_a_call(set_threads):
     during = len(ticks) - before
     stop.set()
     thread.join()
-    assert during >= 10  # some hundred; with the GIL held one or two
+    assert during >= 10  # usually about a hundred; one or two if the search held the GIL
 
 
 FORK = """
@@ -1356,4 +1358,4 @@ def test_memory_beyond_the_output(call, num_outputs, small, python, tmp_path):
     outputs, packed_weights = num_outputs * num * channels * 4, num_outputs * 15 * channels * channels * 4
     assert (
         int(done.stdout) < outputs + packed_weights + 8 * 2**20
-    ) is small  # the dense formulation shows that the measure works
+    ) is small  # false for the dense formulation, which shows that the measurement works

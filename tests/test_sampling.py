@@ -1,4 +1,4 @@
-"""farthest_point_sampling. Every choice is compared exactly, in both forms."""
+"""farthest_point_sampling. The chosen points are compared exactly, for both methods."""
 
 import itertools
 import re
@@ -19,7 +19,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 def check_sampling(points, num, methods=(*METHODS, None), **options):
-    if not reference.tells_apart(points, points_row_splits=options.get("row_splits")):
+    if not reference.is_measurable(points, points_row_splits=options.get("row_splits")):
         for method in methods:
             with pytest.raises(ValueError, match=r"points: expected .*distances that float.* rescale them"):
                 kp.farthest_point_sampling(points, num, method=method, **options)
@@ -58,7 +58,7 @@ def test_dimensions(dim):
 @both_dtypes
 @pytest.mark.parametrize("name", ["uniform", "lattice_ties", "lattice_far_away", "mixed_density", "duplicates"])
 def test_trees_of_several_levels(name, dtype):
-    # 20,000 points are some 400 buckets: three levels of 16.
+    # 20,000 points make about 400 buckets, so three levels of nodes with 16 children.
     points = clouds.uniform(20_000, dtype=dtype)[0] if name == "uniform" else clouds.nasty(name, 3, dtype, 20_000)[0]
     check_sampling(points, 500, start=7)
 
@@ -92,7 +92,7 @@ def test_few_values_many_ties(seed, dtype, levels, dim):
 @both_dtypes
 @pytest.mark.parametrize("exponents", [(-200, 120), (-45, -38), (30, 38)])
 def test_squares_that_underflow_and_overflow(exponents, dtype):
-    # 1e-45 is below the smallest normal float32, 1e38 near the largest: distances are 0 or infinite and tie.
+    # 1e-45 is below the smallest normal float32, 1e38 near the largest: squares are 0 or infinite, and distances tie.
     rng = np.random.default_rng(0)
     with np.errstate(under="ignore"):
         points = (
@@ -103,7 +103,7 @@ def test_squares_that_underflow_and_overflow(exponents, dtype):
 
 @pytest.mark.parametrize("growth", [1.05, 1.2, 1.5])
 def test_clouds_that_resist_cutting(growth):
-    # Each point is farther out than all before it together.
+    # Coordinates grow geometrically: a cut in the middle of the bounding box separates only a few points.
     points = np.zeros((1500, 2))
     points[:, 0] = growth ** np.minimum(np.arange(1500), 700 * np.log(1.5) / np.log(growth))
     check_sampling(points, 300)
@@ -120,7 +120,7 @@ def test_the_farthest_comes_first(method):
 
 @both_methods
 def test_ties_go_to_the_smallest_index(method):
-    # The corners of a cube seen from its centre, many times over: all tie, and where none is left, all the others.
+    # Many copies of the corners of a cube, from its centre: all corners tie, then all copies of them.
     corners = np.array(list(itertools.product([-1.0, 1.0], repeat=3)))
     points = np.concatenate([np.zeros((1, 3)), np.tile(corners, (100, 1))])
     assert kp.farthest_point_sampling(points, 12, method=method).index.tolist() == list(range(12))
@@ -172,7 +172,7 @@ def test_empty_input():
 
 
 def test_chosen_points_cover_the_others():
-    # What it is for: no point is farther from the chosen ones than they are from each other.
+    # No point is farther from the chosen points than these are from each other.
     points = clouds.uniform(3000, dtype=np.float64)[0]
     chosen = points[kp.farthest_point_sampling(points, 100).index]
     between = reference.squared_distances(chosen, chosen)[np.triu_indices(100, 1)]
@@ -194,7 +194,7 @@ def test_permuting_the_points_permutes_the_choice():
 @pytest.mark.parametrize("dim", [2, 3, 5])
 @pytest.mark.parametrize("name", ["uniform", "lattice"])
 def test_same_bits_with_any_instructions_and_threads(name, dim, dtype, method, isa, set_threads):
-    # Decisions equal the reference's, so they are one for all instruction sets and numbers of threads.
+    # Equal to the reference, so the same for all instruction sets and numbers of threads.
     points = (
         clouds.uniform(3000, dim, dtype)[0] if name == "uniform" else clouds.nasty("lattice_ties", dim, dtype, 3000)[0]
     )
@@ -208,7 +208,7 @@ def test_same_bits_with_any_instructions_and_threads(name, dim, dtype, method, i
 
 @pytest.mark.parametrize("name", ["uniform", "lattice"])
 def test_the_scan_shares_its_points_among_threads(name, isa, set_threads):
-    # 65,536 points are enough for a thread.
+    # "exact" takes one thread for every 65,536 points.
     points = clouds.uniform(200_000)[0] if name == "uniform" else clouds.nasty("lattice_ties", num=200_000)[0]
     results = []
     for threads in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""grid_subsample. All but means are compared exactly: voxels, their order, labels, centres, nearest points, maxima."""
+"""grid_subsample. Voxels, their order, labels, centres, nearest points and maxima are compared exactly."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 POSITIONS, FEATURES = ["barycenter", "center", "nearest"], ["mean", "max", "nearest"]
 LABEL_TYPES = [np.uint8, np.int32, np.int64]
 
-# One rounding to float32 at the end; in float64 sums of some thousand equal terms.
+# float32 results are rounded once, at the end; float64 ones are sums of up to some thousand equal terms.
 MEAN_TOLERANCE = {np.dtype(np.float32): 6e-8, np.dtype(np.float64): 1e-13}
 
 
@@ -95,7 +95,7 @@ def gradient(points, voxel_size, features, grad, **options):
     return kp.autodiff.vjp(fn, features)[1](grad)[0]
 
 
-# Finer and coarser than the cloud's own spacing. Left out: a grid of more than 2**21 voxels, which is an error.
+# Voxels smaller and larger than the spacing of the points. Left out: grids of more than 2**21 voxels, an error.
 VOXELS = {name: (radius / 2, radius * 3) for name, (_, radius) in clouds.NASTY.items() if name != "nothing_within"}
 VOXELS |= {
     "cluster_and_outliers": (1e-2, 0.3),
@@ -173,7 +173,7 @@ def test_any_cloud_any_options(data):
         ([2, 1, 0], None, 0),
         ([7, 7, 7, 4], 7, 4),
         ([7, 7, 7, 4, 4, 1, 1], 7, 1),
-        ([7, 7], 7, 7),  # nobody votes
+        ([7, 7], 7, 7),  # no votes
         ([0, 0, 1], 0, 1),
         ([255, 0, 255], None, 255),
     ],
@@ -370,11 +370,11 @@ def test_the_lowest_point_may_lie_below_the_published_origin():
 @both_dtypes
 @pytest.mark.parametrize("position", POSITIONS)
 def test_each_item_has_its_origin(position, dtype, dim):
-    # Items of a point, of none, and some longer than a block of the kernel.
+    # Items with no points, with one, and with more than a block of the kernel.
     row_splits = kp.row_splits([0, 130, 1, 1, 0, 200, 68, 0])
     points = clouds.uniform(400, dim, dtype)[0]
     origins = np.random.default_rng(0).normal(size=(8, dim)).astype(dtype)
-    origins[[0, 4, 7]] = np.nan  # of nothing
+    origins[[0, 4, 7]] = np.nan  # items without points
     options = attributes(400) | {"row_splits": row_splits, "position": position, "feature": "nearest"}
     check_subsample(points, 0.2, origin=origins, **options)
     got = kp.grid_subsample(points, 0.2, origin=origins, position=position, row_splits=row_splits)
@@ -405,8 +405,8 @@ def test_each_item_has_its_origin(position, dtype, dim):
         ),
         (
             np.array([[0, 0, 0], [0, 0, 0], [0, 0, 1e308]]),
-            "voxel_size: expected one that divides the points in float64, got 0.1 for coordinates of up to 1e+308 from "
-            "the origin",
+            "voxel_size: expected a size for which point / voxel_size does not overflow float64, got 0.1 for "
+            "coordinates of up to 1e+308 from the origin",
         ),
     ],
 )
@@ -423,7 +423,7 @@ def test_errors_with_the_published_origin():
     for far in (2.0**21, 1e300):
         with pytest.raises(ValueError, match=re.escape("voxel_size: expected at most 2**21 voxels along an axis")):
             kp.grid_subsample(np.array([[0, 0], [far, 0]]), 1.0, origin="published")
-    with pytest.raises(ValueError, match="voxel_size: expected one that divides the points in float32"):
+    with pytest.raises(ValueError, match=r"voxel_size: expected a size .* does not overflow float32"):
         kp.grid_subsample(np.float32([[1e38, 0]]), 1e-10, origin="published")
 
 
@@ -440,7 +440,7 @@ PUBLISHED_GRIDS = [f"{code}/{name}" for code in ("kpconv", "geotransformer", "kp
 @pytest.mark.parametrize(
     ("name", "origin"),
     [(name, "published") for name in (*PUBLISHED_GRIDS, "kpconv/lattice_half", "kpconv/lattice_wide")]
-    # Easy-KPConv's grids begin at 0, but it multiplies by the reciprocal, which lattices would show.
+    # Easy-KPConv has origin 0 but multiplies by 1 / voxel_size, so lattices, where rounding decides, are left out.
     + [(f"easykpconv/{name}", 0) for name in CLOUDS[:3]],
 )
 def test_the_voxels_of_published_code(published_grids, name, origin):
@@ -451,17 +451,17 @@ def test_the_voxels_of_published_code(published_grids, name, origin):
     )
     assert kp.lengths(got.row_splits).tolist() == g["out_lengths"].tolist()
     for begin, end in itertools.pairwise(got.row_splits):
-        # Theirs come in another order, with sums in float32.
+        # The published code returns another order, with sums in float32.
         distance = np.abs(got.points[begin:end, None] - g["out_points"][None, begin:end]).max(-1)
-        theirs = distance.argmin(1) + begin
-        assert sorted(theirs) == [*range(begin, end)] and distance.min(1).max() < 2e-7
+        published_index = distance.argmin(1) + begin
+        assert sorted(published_index) == [*range(begin, end)] and distance.min(1).max() < 2e-7
         if arrays:
-            assert_close(got.features[begin:end], g["out_features"][theirs], 2e-7)
-            one = g["tie"][theirs, 0] == 0
-            assert got.labels[begin:end][one].tolist() == g["out_labels"][theirs, 0][one].tolist()
+            assert_close(got.features[begin:end], g["out_features"][published_index], 2e-7)
+            one = g["tie"][published_index, 0] == 0
+            assert got.labels[begin:end][one].tolist() == g["out_labels"][published_index, 0][one].tolist()
         if "voxel_of_point" in g:
-            of_item = slice(*kp.row_splits(g["lengths"])[np.searchsorted(got.row_splits, begin, "right") - 1 :][:2])
-            assert theirs[got.inverse[of_item] - begin].tolist() == g["voxel_of_point"][of_item].tolist()
+            item = slice(*kp.row_splits(g["lengths"])[np.searchsorted(got.row_splits, begin, "right") - 1 :][:2])
+            assert published_index[got.inverse[item] - begin].tolist() == g["voxel_of_point"][item].tolist()
 
 
 def test_the_centre_is_that_of_the_grid():
@@ -472,7 +472,7 @@ def test_the_centre_is_that_of_the_grid():
 
 @pytest.mark.parametrize("order", [[2, 3], [3, 2]])
 def test_the_centre_is_not_rounded_before_the_nearest_point_is_found(order):
-    # Float32 steps here are 1/16, and the centre lies in the middle between two: rounded, it would prefer one of them.
+    # float32 steps are 1/16 here, and the centre is half-way between two points: rounded, it would be nearer to one.
     points = np.float32(524288.125 + np.array(order)[:, None] / 16 * [1, 1])
     got = kp.grid_subsample(points, 5 / 16, position="nearest")
     assert_same_bits(got.points, points[:1])
@@ -512,7 +512,7 @@ NAN = float("nan")
     ],
 )
 def test_maximum(column, which, dtype, isa):
-    # As one of many channels too: whole vectors and their rest take different paths.
+    # Also as one of many channels, since whole SIMD vectors and remaining channels take different code.
     features = np.repeat(np.array(column, dtype)[:, None], 21, 1)
     for width in 1, 3, 21:
         got = kp.grid_subsample(np.zeros((3, 2)), 1.0, features=features[:, :width].copy(), feature="max")
