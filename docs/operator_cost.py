@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 WRITTEN_BY_SCRIPTS = ("*.pyi",)
+WRITTEN_PARTS = re.compile("<!-- operators:begin -->.*<!-- operators:end -->", re.DOTALL)  # README's table
 PLACES = ("kpcore", "src", "tests", "bench", "meson.build", "README.md")
 KINDS = {".py", ".pyx", ".pyi", ".h", ".cpp", ".cu", ".md", ".build"}
 
@@ -60,7 +61,7 @@ def marks_of_addition(name, module):
 def edited_files(tree, name, module):
     """The files that were edited to add the operator."""
     for file in files(tree):
-        text, path = file.read_text(errors="replace"), file.relative_to(tree).as_posix()
+        text, path = WRITTEN_PARTS.sub("", file.read_text(errors="replace")), file.relative_to(tree).as_posix()
         for pattern, marks in marks_of_addition(name, module).items():
             if re.match(pattern, path) and any(re.search(mark, text, re.MULTILINE) for mark in marks):
                 yield path

@@ -153,8 +153,8 @@ class GridIndex(kpcore.GridIndex):
 def _first_tensor(arguments):
     """A tensor on the device of the call: the points of an index on a GPU, or the first tensor argument, or None."""
     index = arguments.get("self")
-    if index is not None and hasattr(index, "_points") and not isinstance(index._points, np.ndarray):
-        return to_tensor(index._points)
+    if index is not None and hasattr(index, "stored_points") and not isinstance(index.stored_points, np.ndarray):
+        return to_tensor(index.stored_points)
     return next((a for a in arguments.values() if isinstance(a, torch.Tensor)), None)
 
 
