@@ -2,8 +2,6 @@
 
 import importlib
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -36,11 +34,14 @@ def test_names_that_scripts_import(name, attributes):
 
 
 @pytest.mark.parametrize("statement", ["import kpcore.scenes.settings as s", "from kpcore.scenes import settings as s"])
-def test_in_a_fresh_process(statement):
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", f"{statement}\nprint(s.__name__)"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "kpcore.pipeline.settings\n"
+def test_in_a_fresh_process(statement, python):
+    assert python(f"{statement}\nprint(s.__name__)").stdout == "kpcore.pipeline.settings\n"
+
+
+@pytest.mark.parametrize("module, name", [(m, name) for m, names in moved.ATTRIBUTES.items() for name in names])
+def test_an_attribute_by_its_earlier_name_is_the_one_of_today(module, name):
+    new_module, new_name = moved.ATTRIBUTES[module][name]
+    assert getattr(importlib.import_module(module), name) is getattr(importlib.import_module(new_module), new_name)
 
 
 def test_a_name_that_never_was():
