@@ -10,6 +10,7 @@ from kpcore.ops import OPS, Call, empty_like
 
 __all__ = ["kpconv", "kpconvx"]
 
+# In the order of the C++ enums Influence, Aggregation and Normalization: kernels get their numbers.
 INFLUENCES = ("linear", "gaussian", "constant")
 AGGREGATIONS = ("sum", "closest")
 NORMALIZATIONS = (None, "count", "positive")
@@ -226,6 +227,6 @@ def kpconvx(points: AnyArray, queries: AnyArray | None, neighbors: Neighbors, fe
         raise ValueError(
             f"attention: expected (M, K, A) with A a divisor of {channels} channels of features, got {attention.shape}"
         )
-    call.attention = call.modulations = attention
+    call.attention = call.modulations = attention  # the kernel's modulations: here one for each kernel point and factor
     call.factors = factors
     return call

@@ -12,7 +12,8 @@ arrays and the arrays of a Neighbors; all other arguments are settings, which ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
@@ -45,7 +46,8 @@ class Shaped:
 
 Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
-# Public functions without gradients. Frameworks cannot trace them: the shapes of their results depend on values.
+# Public functions without gradients, which frameworks call but do not trace: the shapes of most results depend on
+# values.
 EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
 
 
@@ -85,15 +87,16 @@ class Op:
         Names of the integer arguments that the tape copies. They decide which rows a gradient reads and writes, and a
         training loop may overwrite the same array for every batch.
     by_result(call) -> bool
-        Whether the vjp gives the same gradient from the result as from the argument, if `diff` has only one. The tape
-        then keeps the result in its place.
+        True if the gradient can be computed from the result instead of the argument, as that of a ReLU. The tape then
+        keeps the result in the place of the argument, so that the argument can be freed. For operators with one name in
+        `diff`.
 
-    An operator reads every attribute of a Neighbors except `distance`.
+    Operators must not read the `distance` of a Neighbors: frameworks do not pass it on.
     """
 
     name: str
     check: Callable[..., Call[Any]]
-    vjp: Callable[[Call[Any], Saved, np.ndarray, Collection[str]], dict[str, np.ndarray]]
+    vjp: Callable[[Call[Any], Saved, np.ndarray, AbstractSet[str]], dict[str, np.ndarray]]
     diff: tuple[str, ...]
     result: Callable[[Call[Any]], Sequence[tuple[tuple[int, ...], np.dtype]]] | None = None
     forward: Callable[[Call[Any]], tuple[Any, Saved]] | None = None
@@ -130,7 +133,7 @@ class Op:
         return out, saved
 
     def gradients(
-        self, call: Call[Out], saved: Saved, grad: np.ndarray, needs: Collection[str]
+        self, call: Call[Out], saved: Saved, grad: np.ndarray, needs: AbstractSet[str]
     ) -> dict[str, np.ndarray]:
         """{argument: gradient} from `vjp`, for those in `needs`, in the order of `diff`; an error if one is missing."""
         computed = self.vjp(call, saved, grad, needs)
@@ -149,7 +152,7 @@ class Op:
         return gradients
 
 
-def empty_like(call: Call[Out], names: Iterable[str], needs: Collection[str]) -> dict[str, np.ndarray]:
+def empty_like(call: Call[Out], names: Iterable[str], needs: AbstractSet[str]) -> dict[str, np.ndarray]:
     """{"grad_<name>": an empty array like that argument} for each of `names` in `needs`: output fields of a kernel."""
     return {
         f"grad_{name}": devices.namespace(value := getattr(call, name)).empty(value.shape, value.dtype)

@@ -14,7 +14,6 @@ from kpcore.search import knn_search
 __all__ = ["gather", "interpolate", "nearest_upsample", "neighbor_reduce", "segment_reduce"]
 
 _REDUCES = ("mean", "sum", "max", "min")
-_INDEX = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def _checked_features(features, neighbors):
@@ -314,7 +313,7 @@ def gather(features: Array[Computed], index: AnyArray) -> Call[Computed]:
     """
     sizes = {}
     features = _check_num_rows("features", checks.array("features", features, "N C", checks.FEATURES, sizes))
-    index = _check_num_rows("index", checks.array("index", index, "M", _INDEX, sizes))
+    index = _check_num_rows("index", checks.array("index", index, "M", checks.INTEGERS, sizes))
     return Call(features=features, index=index)
 
 

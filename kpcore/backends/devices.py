@@ -15,7 +15,9 @@ import numpy as np
 from kpcore.backends import cpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
+    from typing import Any
 
     from numpy.typing import ArrayLike
     from typing_extensions import TypeVar  # with a default, which Python has from 3.13 on
@@ -39,8 +41,8 @@ class AnyArray(Protocol):
 if TYPE_CHECKING:
     Value = TypeVar("Value", bound=AnyArray, default=np.ndarray)
     Buffer = TypeVar("Buffer", bound=AnyArray, default=np.ndarray)
-    # The bound does not include np.ndarray, which is the other half of `Array`. If it did, a type checker would give
-    # the result the shape and dtype of an argument, and a call with a Tensor among arrays could return either.
+    # Bound to Tensor only. With np.ndarray in the bound, a type checker would give the result the shape and dtype of an
+    # array argument, and a call that mixes arrays and tensors would return a union.
     Computed = TypeVar("Computed", bound=Tensor, default=np.ndarray)  # pyright: ignore[reportGeneralTypeIssues]
 else:
     from typing import TypeVar
@@ -57,6 +59,24 @@ REAL: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
 HALVES: dict[str, float] = {"float16": 65504.0, "bfloat16": 255 / 128 * 2.0**127}
 
 
+class Backend(Protocol):
+    """What the two backends have, the modules kpcore/backends/cpu.pyx and gpu.py."""
+
+    NotFinite: type[Exception]
+    OutOfRange: type[Exception]
+    Index: type
+    radius_search: Callable[..., Any]
+    knn_search: Callable[..., Any]
+    grid_subsample: Callable[..., Any]
+
+    def run(self, name: str, call: Any = None, **fields: Any) -> None:
+        """Run the kernel of that name, which writes into the arrays of its output fields.
+
+        Its fields (src/cpu/kernels.h) are the attributes of `call` and `fields`, which override these. On the CPU that
+        is the C++ function ``name`` in src/cpu; on the GPU the function ``name`` in one of kpcore/backends/gpu_*.py.
+        """
+
+
 def is_array(value: object) -> bool:
     """Whether `value` is a NumPy or CuPy array."""
     if isinstance(value, np.ndarray):
@@ -65,8 +85,8 @@ def is_array(value: object) -> bool:
     return cupy is not None and isinstance(value, cupy.ndarray)
 
 
-def backend(value: object) -> ModuleType:
-    """The module that computes on an array: `cpu` or `gpu`, which have the same functions."""
+def backend(value: object) -> Backend:
+    """The module that computes on an array: `cpu` or `gpu`."""
     return cpu if isinstance(value, (np.ndarray, np.generic)) else _gpu()
 
 

@@ -124,7 +124,7 @@ class Header(NamedTuple):
     end: int  #: the byte after the points
     dimensions: list[Dimension]
     undescribed: int  #: bytes at the end of each point that no record describes
-    may_grow: bool  #: whether a description added to the VLRs would be the last one, and so that of new last bytes
+    may_grow: bool  #: whether a dimension can be appended: its description, in the VLRs, would be the last in the file
     chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
 
     @property

@@ -134,8 +134,10 @@ class Network:
     pool_pad_value : float, optional
         In a maximum over neighbours, the value that rows shorter than the list's width see in addition; 0 in the
         published PyTorch code, none by default.
-    fitting_power, repulse_extent : float
-        Factor of the regularization of deformable convolutions, and the extent of its repulsion in it.
+    fitting_power : float
+        Factor of the regularization of deformable convolutions.
+    repulse_extent : float
+        The distance in extents up to which deformed kernel points repel each other in it.
     dropout : float
         Dropout rate of the layer before the logits, in training.
     origin : {0, "published"}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Digits, Part, Settings, Source
 
 _MAX_FEATURE = 10.0  # features are clipped to -10 to 10
-_MAX_SCALE = 1e300  # with centers below and scales from 1 / _MAX_SCALE up to it, features are finite float64
+_MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
 IGNORED = -1  # the class number of points without a class
 
 

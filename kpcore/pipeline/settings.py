@@ -32,7 +32,7 @@ class SettingsError(ValueError):
 class Part:
     """A scene: a file of points with labels, or the embedded indoor scene.
 
-    file, min, max : of the file, only points from corner `min` to below `max`, in the file's coordinates, are used
+    file, min, max : the file, and a box in its coordinates: only points with min <= coordinate < max are used
     indoor, points, mirror : the seed of `kpcore.scenes.indoor`, the number of points, and whether x is negated
     """
 
@@ -109,8 +109,8 @@ class Training:
     """Batches, optimizer, augmentation and voting; lengths are in the unit of the points.
 
     radius : of input spheres
-    sampling : "regular", spheres where the fewest have been so far; or "balanced", spheres around points whose class is
-        drawn with equal probability
+    sampling : "regular", the next sphere is where earlier ones cover the scenes least; or "balanced", spheres around
+        points whose class is drawn with equal probability
     batch_points, batch_clouds : the largest number of points and of spheres in a batch
     epochs, steps : the number of epochs, and of batches in each
     optimizer : "sgd" or "adamw"
