@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import kpcore as kp
 from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
-from kpcore.files import check_writable, expanded, whole
+from kpcore.files import check_writable, expanded, replacing
 from kpcore.pipeline.settings import LENGTHS
 
 if TYPE_CHECKING:
@@ -256,6 +256,6 @@ def _segment(args: argparse.Namespace) -> None:
     if segmented.scores:
         print(_scores("compared with the labels in the file", segmented.scores))
     if args.picture:
-        with whole(args.picture) as part:
+        with replacing(args.picture) as part:
             segmentation.draw(part, args.file.name, segmented, model.settings.names)
         print(f"picture: {args.picture}")

@@ -16,7 +16,7 @@ import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
-from kpcore.files import check_writable, whole
+from kpcore.files import check_writable, replacing
 from kpcore.pipeline.settings import Part
 from kpcore.scenes.indoor import NAMES
 
@@ -89,7 +89,7 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
             )
             for number, level in enumerate(finished)
         ]
-        with whole(path) as part:
+        with replacing(path) as part:
             picture.draw(part, name, summary, cloud, panels, _patch(finished[0]))
         bar.update()
     _table(finished, channels)
@@ -140,7 +140,7 @@ def train(out: Path) -> None:
         print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
     mean = f"{segmented.scores['miou']:>7.3f}{classes_in_mean(segmented.scores)}"
     print(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
-    with whole(path) as part:
+    with replacing(path) as part:
         segmentation.draw(part, "A flat that the network has not seen", segmented, settings.names)
     print(f"picture: {path}")
 

@@ -19,7 +19,7 @@ _ENDING_SIGNALS = ("SIGTERM", "SIGHUP")  # without a handler they end the proces
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, with the same extension, for the block to write.
 
     After the block the file is renamed to `path`; after an exception it is removed. It is also removed when a signal

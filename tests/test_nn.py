@@ -1224,7 +1224,7 @@ def test_paths_that_are_no_model_files(tmp_path):
     assert missing.value.filename == str(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
     for name in (".", "pipe"):
-        with pytest.raises(ValueError, match="is no regular file"):
+        with pytest.raises(ValueError, match="is not a regular file"):
             nn.load(tmp_path / name)
 
 

@@ -534,25 +534,29 @@ def test_a_release_of_torch_with_other_internals_is_named(python):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_listening():
+def test_needs_dispatcher():
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from kpcore.torch import internals
 
-    assert not internals.listening() and not internals.transforming()
+    assert not internals.needs_dispatcher() and not internals.transforming()
     for context in (
         torch.autocast("cpu"), TorchDispatchMode(), TorchFunctionMode(), torch.profiler.profile(),
         forward_ad.dual_level(), torch.device("cpu")
     ):  # fmt: skip
         with context:
-            assert internals.listening(), context
-        assert not internals.listening(), context
+            assert internals.needs_dispatcher(), context
+        assert not internals.needs_dispatcher(), context
     seen = []
-    torch.func.grad(lambda x: seen.append((internals.listening(), internals.transforming())) or x.sum())(torch.ones(2))
-    torch.jit.trace(lambda x: seen.append((internals.listening(), internals.transforming())) or x + 1, torch.ones(2))
+    torch.func.grad(lambda x: seen.append((internals.needs_dispatcher(), internals.transforming())) or x.sum())(
+        torch.ones(2)
+    )
+    torch.jit.trace(
+        lambda x: seen.append((internals.needs_dispatcher(), internals.transforming())) or x + 1, torch.ones(2)
+    )
     assert seen[:2] == [(True, True), (True, False)]
-    assert not internals.listening() and not internals.transforming()
+    assert not internals.needs_dispatcher() and not internals.transforming()
 
 
 def test_an_unknown_annotation_is_an_error():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kpcore.files import check_writable, whole
+from kpcore.files import check_writable, replacing
 from kpcore.io import las, npz, pcd, ply, sweeps, text
 from kpcore.io.cloud import Cloud, LabelField, ReadError, Request, cloud_of
 
@@ -232,5 +232,5 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
     """Write a copy of the file with labels in `field`, complete or not at all."""
     if field.warning:
         warnings.warn(f"{source}: {field.warning}", stacklevel=3)
-    with _errors_name(source), whole(out) as part:
+    with _errors_name(source), replacing(out) as part:
         field.write(part, labels, kept)

@@ -46,7 +46,7 @@ def _slope(negative_slope, features):
     return 1.0 if negative_slope is None else checks.number("negative_slope", negative_slope, features.dtype)
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but torch does not recognise a generic one
+if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
 
     class BatchNormed(NamedTuple, Generic[Value, Buffer]):
         """The result of `batch_norm`."""

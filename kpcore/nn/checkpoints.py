@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from kpcore.config import require
-from kpcore.files import whole
+from kpcore.files import replacing
 from kpcore.nn.kpnext import KPNeXt
 from kpcore.nn.networks import Network, check_arrays
 
@@ -44,7 +44,7 @@ def save(path: str | os.PathLike[str], net: Network | KPNeXt, params: Parameters
 def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays, dict[str, Any]]:
     """(network, params, state, more) of a file that `save` wrote, with NumPy arrays; a ValueError for other files."""
     groups, about = read(path)
-    with naming(path):
+    with errors_name(path):
         net = _network(about.pop("network", None))
         params, state = groups.get("params", {}), groups.get("state", {})
         check_arrays(net, params, state)
@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays
 
 
 @contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an exception about the contents of a file into a ValueError of one line that names the file."""
     try:
         yield
@@ -90,7 +90,7 @@ def write(path: str | os.PathLike[str], groups: Mapping[str, Parameters[np.ndarr
         for name, value in values.items()
     }
     data = safetensors.save(arrays, {"kpcore": json.dumps(about | {"groups": [*groups]})})
-    with whole(path) as part:
+    with replacing(path) as part:
         Path(part).write_bytes(data)
 
 
@@ -106,9 +106,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any
     """(groups, about) of a file that `write` wrote."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no regular file")
+        raise ValueError(f"{path}: is not a regular file")
     path.open("rb").close()  # if this fails, the OSError names the file, which that of safetensors does not
-    with naming(path), _opened(path) as file:
+    with errors_name(path), _opened(path) as file:
         about = json.loads((file.metadata() or {}).get("kpcore", "{}"))
         if not isinstance(about, dict):
             raise ValueError(f"expected a JSON object in the metadata named kpcore, got {type(about).__name__}")

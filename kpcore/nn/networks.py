@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
 
 
-if TYPE_CHECKING:  # a named tuple can be generic from Python 3.11 on, but torch does not recognise a generic one
+if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
 
     class Result(NamedTuple, Generic[Value, Buffer]):
         """The result of a pass through a network."""

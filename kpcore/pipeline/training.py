@@ -18,7 +18,7 @@ import numpy as np
 import kpcore as kp
 from kpcore import nn
 from kpcore.config import require
-from kpcore.files import whole
+from kpcore.files import replacing
 from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays
@@ -59,7 +59,7 @@ class Model:
     def load(cls, path: str | os.PathLike[str]) -> Model:
         """Load a file that a training wrote."""
         net, params, state, about = nn.load(path)
-        with checkpoints.naming(path):
+        with checkpoints.errors_name(path):
             if not {"settings", "columns"} <= about.keys():
                 raise ValueError("expected a file that kpcore train wrote, got one without its settings or columns")
             settings = from_dict(about["settings"])
@@ -138,7 +138,7 @@ class Training:
         self.out.mkdir(parents=True, exist_ok=True)
         if not (self.epoch or self.step):
             self._save_last()  # so that a run can be resumed before its first checkpoint is due
-            with whole(self.out / LOG):
+            with replacing(self.out / LOG):
                 pass
         saved = time.perf_counter()
         with open(self.out / LOG, "ab", buffering=0) as log:
@@ -281,7 +281,7 @@ class Training:
     def _resume(self) -> None:
         last = self.out / LAST
         groups, about = checkpoints.read(last)
-        with checkpoints.naming(f"resume: {last}"):
+        with checkpoints.errors_name(f"resume: {last}"):
             run = about.get("run")
             if not isinstance(run, dict):
                 raise ValueError(f"expected the {LAST} of a training, got another checkpoint")
@@ -333,7 +333,7 @@ class Training:
                 break  # the last line, which the process did not finish
             if is_done:
                 kept.append(line + b"\n")
-        with whole(path) as part:
+        with replacing(path) as part:
             part.write_bytes(b"".join(kept))
 
     # ---- optimizer, schedule, class weights
@@ -429,5 +429,5 @@ def curves(out: str | os.PathLike[str]) -> None:
     right.set(xlabel="epoch", ylim=(0, 1))
     if tests:
         right.legend(fontsize="small")
-    with whole(Path(out) / CURVES) as part:
+    with replacing(Path(out) / CURVES) as part:
         figure.savefig(part, dpi=120)

@@ -2,7 +2,7 @@
 
 torch's dispatcher takes about 10 µs to pass on the arguments of an operator, half of what a call on ten points costs.
 So a call goes past the dispatcher if only autograd needs to see it. torch has no public function that tells whether
-something else (a compiler, a profiler, a mode) needs to see it too, hence `listening` below.
+something else (a compiler, a profiler, a mode) needs to see it too, hence `needs_dispatcher` below.
 """
 
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ except AttributeError as error:
     ) from error
 
 
-def listening() -> bool:
+def needs_dispatcher() -> bool:
     """Whether more than autograd must see a call: a compiler, tracer, profiler, autocast, vmap, jvp or mode."""
     return (
         torch.compiler.is_compiling()

@@ -426,7 +426,7 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
         def backward(ctx, grad):
             stored, others, needs = ctx.saved_tensors, ctx.others, set(compress(ctx.inputs, ctx.needs_input_grad[1:]))
             tensors, saved = dict(zip(ctx.names, stored)), stored[len(ctx.names) :]  # noqa: B905 - `saved` is longer
-            if torch.is_grad_enabled() or type(grad) is not torch.Tensor or internals.listening():
+            if torch.is_grad_enabled() or type(grad) is not torch.Tensor or internals.needs_dispatcher():
                 flat = layout.flatten(others | tensors)
                 gradients = vjp_operator(*flat, list(saved), grad, [name in needs for name in op.diff])
             else:
@@ -466,7 +466,7 @@ def define(op: ops.Op, public: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(public)
     def function(*args, **kwargs):
         bound = layout.bind(args, kwargs)
-        split = None if internals.listening() else layout.split(bound)
+        split = None if internals.needs_dispatcher() else layout.split(bound)
         if split is None:
             outputs = operator(*layout.flatten(bound))
         else:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import errno
 import os
@@ -7,19 +7,19 @@ import stat
 
 import pytest
 
-from kpcore.files import check_writable, whole
+from kpcore.files import check_writable, replacing
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with whole(path) as part:
+    with replacing(path) as part:
         part.write_text("new")
         assert path.read_text() == "old" and part.suffix == ".txt" and part.parent == tmp_path
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
     before = os.umask(0o027)
     try:
-        with whole(path):
+        with replacing(path):
             pass
     finally:
         os.umask(before)
@@ -30,7 +30,7 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(type(error)) as raised, whole(path) as part:
+    with pytest.raises(type(error)) as raised, replacing(path) as part:
         part.write_text("ne")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
@@ -39,16 +39,16 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
 
 
 def test_the_error_of_another_file_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised, whole(tmp_path / "a.txt"):
+    with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "a.txt"):
         (tmp_path / "source").read_text()
     assert raised.value.filename == str(tmp_path / "source")
 
 
 def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "a.txt"
-    with whole(path) as one:
+    with replacing(path) as one:
         one.write_text("one")
-        with whole(path) as other:
+        with replacing(path) as other:
             other.write_text("other")
         assert path.read_text() == "other" and one.read_text() == "one"
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
@@ -61,7 +61,7 @@ def test_what_lies_where_the_part_would_is_not_written_to(tmp_path, monkeypatch,
     if kind != "dangling link":
         target.write_text("precious")
     (planted.symlink_to if kind != "file" else planted.hardlink_to)(target)
-    with pytest.raises(FileExistsError) as raised, whole(tmp_path / "a.txt") as part:
+    with pytest.raises(FileExistsError) as raised, replacing(tmp_path / "a.txt") as part:
         part.write_text("new")
     assert raised.value.filename == str(tmp_path / "a.txt")
     assert not (tmp_path / "a.txt").exists() and planted.is_symlink() == (kind != "file")
@@ -70,7 +70,7 @@ def test_what_lies_where_the_part_would_is_not_written_to(tmp_path, monkeypatch,
 
 def test_the_longest_names_can_be_written(tmp_path):
     for name in ("a" * 251 + ".txt", "木" * 83 + ".txt"):
-        with whole(tmp_path / name) as part:
+        with replacing(tmp_path / name) as part:
             part.write_text("x")
         assert (tmp_path / name).read_text() == "x"
 
