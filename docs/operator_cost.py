@@ -78,7 +78,7 @@ def argument_lists(tree, paths, names):
         text = (tree / path).read_text(errors="replace")
         for match in LISTS.finditer(text):
             words = set(re.findall(r"\w+", match[0]))
-            if sum(bool(words & each) for each in wanted) * 3 >= 2 * len(wanted) and len(wanted) > 1:
+            if sum(bool(words & each) for each in wanted) * 3 >= 2 * len(wanted):
                 yield path, text.count("\n", 0, match.start()) + 1
 
 
@@ -92,6 +92,8 @@ def main():
     print(f"{options.name}: {len(paths)} files")
     for path in paths:
         print(f"    {path}")
+    if len(names) < 4:  # lists of so few names are also those of other functions
+        return
     lists = list(argument_lists(options.tree, paths, names))
     print(f"argument list ({', '.join(names)}) spelled {len(lists)} times")
     for path, line in lists:
