@@ -130,8 +130,8 @@ struct Subsampled {
   F(Array, transposed_row_splits) \
   F(OptionalArray, transposed_distance)
 
-// Checks a neighbor list of the caller's, int32 or int64. row_splits are always copied; index is, unless checked_index
-// is null.
+// Checks a neighbor list that a caller passed (int32 or int64). Copies row_splits always, and index if checked_index is
+// not null.
 #define KP_FIELDS_CheckList(F)    \
   F(Array, index)                 \
   F(Array, row_splits)            \
@@ -176,9 +176,9 @@ struct Subsampled {
   F(Sampling, method)               \
   F(Array, index)
 
-// weights: (E,), one for each pair. forward_row_splits: set in the backward pass of a mean, which is a sum over the
-// transposed list with row j scaled by 1 / length of forward list j; null otherwise. For max and min: lists shorter
-// than `width` are padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
+// weights: (E,), one for each pair. forward_row_splits: set only in the backward pass of a mean: grad_out of query j is
+// divided by j's number of neighbors, read from forward_row_splits. For max and min: lists shorter than `width` are
+// padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
 #define KP_FIELDS_NeighborReduce(F)    \
   F(Array, features)                   \
   F(Array, index)                      \

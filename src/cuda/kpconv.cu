@@ -35,7 +35,8 @@ constexpr int max_warps = 4;             // warps per block
 
 enum Influence : int { linear, gaussian, constant };
 enum Aggregation : int { sum, closest };
-// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the gathered neighbor.
+// Which index selects the offsets, modulations or scale: the query in the forward pass, the gathered neighbor in the
+// transposed pass, none if absent.
 enum ParameterOwner : int { none, query, neighbor };
 // Which kernel points may act on a neighbor: one of them (its number >= 0), all, or none.
 enum Choice : int { all_kernel_points = -1, no_kernel_point = -2 };
