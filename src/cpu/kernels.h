@@ -61,16 +61,12 @@ auto with_real(DType dtype, Call call) {
 
 }  // namespace
 
+// Options that no GPU kernel takes; all others are in formulas/common.h. The tuples of their names in kpcore/*.py are
+// in the same order.
 enum class VoxelPoint : int { barycenter, center, nearest };
 enum class VoxelFeature : int { mean, max, nearest };
-enum class Sort : int { none, index, distance };
 enum class Sampling : int { fastest, exact, bucketed };
-enum class Influence : int { linear, gaussian, constant };
-enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
-enum class Reduction : int { mean, sum, max, min };
-
-enum class Activation : int { leaky_relu, relu, sigmoid };
 enum class CrossEntropyReduction : int { mean, sum, none };
 
 // The head of every index: Grid (grid.h) and Tree (kdtree.h) begin with it.
@@ -88,8 +84,6 @@ struct IndexArguments {
   int threads;
 };
 
-// Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
-enum class Ignore : int { none, equal, index };
 struct Search {
   const void* index;
   // Null queries: the points search among themselves. Several sets of queries, each with all batch items, may follow
