@@ -53,6 +53,11 @@ def _text(name):
     return (SOURCES / "cuda" / name).read_text()
 
 
+def constant(file, name):
+    """The value of an integer constant that a file in src/cuda declares."""
+    return int(re.search(rf"^constexpr \w+ {name} = (\d+);", _text(file), re.M)[1])
+
+
 @functools.cache
 def variants(name):
     """The macro definitions that a .cu file is compiled with: a dict for each line "// compile: NAME=VALUE ..." in it.

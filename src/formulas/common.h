@@ -1,4 +1,4 @@
-// Types shared by all kernels, on host and device. NVRTC has no standard library, so nothing here uses it.
+// Types and formulas shared by all kernels, on host and device. NVRTC has no standard library, so nothing here uses it.
 #pragma once
 
 #ifdef __CUDACC__
@@ -32,4 +32,14 @@ enum class Aggregation : int { sum, closest };
 enum class Reduction : int { mean, sum, max, min };
 enum class Activation : int { leaky_relu, relu, sigmoid };
 
+namespace {
+
+// Whether x replaces the largest value so far. Of equal values the first stays; NaN wins over numbers and the first NaN
+// stays. V is a scalar or a vector.
+template <class V>
+KP_HD auto exceeds(V x, V largest) {
+  return (x > largest) | ((x != x) & (largest == largest));
+}
+
+}  // namespace
 }  // namespace kp
