@@ -459,15 +459,6 @@ def frozen(cnp.ndarray array not None):
     return same
 
 
-def fma_rate(str dtype):
-    """Peak floating-point operations per second of one core, measured with fused multiply-adds; for benchmarks."""
-    cdef DType code = <DType>DTYPES[np.dtype(dtype).num]
-    cdef double rate
-    with nogil:
-        rate = functions().fma_rate(code)
-    return rate
-
-
 # The structs with which XLA calls kpcore.jax, named as in XLA's C interface and cut after the last field used here.
 cdef struct XlaBuffer:
     size_t struct_size
@@ -522,6 +513,8 @@ def array_at(size_t address, shape, strides, cnp.dtype dtype, owner):
     return array
 
 
+# ---- the build and the machine: version, instruction sets, OpenMP
+
 def version():
     return c_version.decode()
 
@@ -542,6 +535,15 @@ def isa():
 def set_isa(str name):
     if not c_set_isa(name.encode()):
         raise ValueError(f"KPCORE_ISA: expected one of {', '.join(isas())} on this machine, got {name!r}")
+
+
+def fma_rate(str dtype):
+    """Peak floating-point operations per second of one core, measured with fused multiply-adds; for benchmarks."""
+    cdef DType code = <DType>DTYPES[np.dtype(dtype).num]
+    cdef double rate
+    with nogil:
+        rate = functions().fma_rate(code)
+    return rate
 
 
 def has_openmp():

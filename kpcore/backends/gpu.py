@@ -9,6 +9,7 @@ from kpcore.backends import (  # noqa: F401 - their launchers register themselve
     gpu_layers,
     gpu_lists,
     gpu_pooling,
+    gpu_sampling,
 )
 from kpcore.backends.gpu_launch import LAUNCHERS, NotFinite, OutOfRange
 from kpcore.backends.gpu_search import Index, Search, knn_search, radius_search, radius_searches

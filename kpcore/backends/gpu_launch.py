@@ -16,7 +16,7 @@ import numpy as np
 from kpcore.backends import gpu_sources
 
 BLOCK = 128
-BLOCK_OF_ROWS = 1024  # the same as block_of_rows in launch.h
+BLOCK_OF_ROWS = gpu_sources.constant("launch.h", "block_of_rows")
 MAX_BLOCKS = 1 << 15  # kernels have grid-stride loops, so more blocks are never needed
 WARP = 32
 _FLOAT = np.dtype(np.float32)

@@ -53,6 +53,11 @@ def _text(name):
     return (SOURCES / "cuda" / name).read_text()
 
 
+def constant(file, name):
+    """The value of an integer constant that a file in src/cuda declares."""
+    return int(re.search(rf"^constexpr \w+ {name} = (\d+);", _text(file), re.M)[1])
+
+
 @functools.cache
 def variants(name):
     """The macro definitions that a .cu file is compiled with: a dict for each line "// compile: NAME=VALUE ..." in it.
@@ -82,11 +87,12 @@ def _parameter(declared):
 
 @functools.cache
 def _aliases(name):
-    return dict(re.findall(r"^using (\w+) = (.+);", _text(name), re.M))
+    enumerations = re.findall(r"^enum class (\w+) : (\w+)", (SOURCES / "formulas/common.h").read_text(), re.M)
+    return dict(enumerations + re.findall(r"^using (\w+) = (.+);", _text(name), re.M))
 
 
 def scalar_type(name, kind, definitions):
-    """The C type that an alias in a file stands for under these definitions; "float" for Real<S> of a 16-bit S."""
+    """The C type that an alias or enumeration stands for under these definitions; "float" for Real<S> of a 16-bit S."""
     if kind.startswith("Real<"):
         stored = scalar_type(name, kind[5:-1], definitions)
         return "float" if stored.startswith("kp::") else stored

@@ -1,4 +1,4 @@
-"""Launchers of grid subsampling and farthest point sampling."""
+"""Launchers of grid subsampling."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import cupy
 import numpy as np
 
 from kpcore.backends.gpu_launch import NotFinite, OutOfRange, ctype, kernels_of, launch, launcher, wait
-from kpcore.backends.gpu_search import check_boxes
 
 _CENTER = 1  # VoxelPoint.center
 _MAX, _NEAREST = 1, 2  # VoxelFeature.max, VoxelFeature.nearest
-_L2 = 0  # Metric.l2
 _NOT_FINITE, _OUT_OF_RANGE = 1, 2  # InputError in subsampling.cu
-_FARTHEST_BLOCK = 512  # threads of the block for each batch item in farthest point sampling
 
 
 def _voxel_kernels(points):
@@ -96,18 +93,3 @@ def grid_subsample_grad(fields):
     else:
         nearest = fields.nearest if fields.feature == _NEAREST else None
         launch(kernels["mean_grad"], n * columns, fields, nearest=nearest, num_points=n, columns=columns)
-
-
-@launcher
-def farthest_points(fields):
-    """Waits, to check that all coordinates and distances are finite."""
-    points, row_splits, not_finite = fields.points, fields.row_splits, cupy.zeros(1, np.uint32)
-    if len(points):
-        check_boxes(points, row_splits, _L2, not_finite)
-        items = len(row_splits) - 1
-        kernel = kernels_of("sampling.cu", KP_T=ctype(points.dtype), KP_DIM=points.shape[1])["farthest"]
-        distances = cupy.empty(len(points), points.dtype)
-        arguments = kernel.bind(fields, {"num_items": items, "distances": distances, "not_finite": not_finite})
-        kernel.start(items * _FARTHEST_BLOCK, arguments, block=_FARTHEST_BLOCK)
-    if any(wait(not_finite)):
-        raise NotFinite

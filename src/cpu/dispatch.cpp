@@ -85,12 +85,13 @@ const char* openmp_library() {
   return nullptr;
 }
 
-// A forked child has no other thread, but libgomp still believes in its pool and waits for it for ever. Called before
-// a fork, this ends the pool; parent and child each start a new one when they next need it. False if OpenMP cannot do
-// so: then a child must never ask for a second thread.
+// After a fork the child has one thread, but libgomp still lists the parent's worker threads and would wait for them
+// forever. Called before a fork, this ends them; parent and child start new ones when they next need them. False if
+// OpenMP cannot: then a child must never use a second thread.
 bool pause_threads() {
 #ifdef _OPENMP
-  // By its name: as a reference, an OpenMP before 5.0 (torch 2.6 brings one) would keep this library from being loaded.
+  // Looked up at run time: OpenMP before 5.0 (torch 2.6 ships one) lacks this function, and with a direct reference
+  // this library would not load.
   static const auto pause = [] {
     void* const library = dlopen(openmp_library(), RTLD_LAZY | RTLD_NOLOAD);
     return reinterpret_cast<int (*)(omp_pause_resource_t)>(library ? dlsym(library, "omp_pause_resource_all")

@@ -24,9 +24,9 @@ namespace {
 constexpr int max_cell_bits = 31;  // per axis; if the axes and the item need more than 63 bits, cells are made wider
 constexpr int64_t max_points_in_wide_cell = 64;  // at 37 neighbors per query, a cell as wide as the radius holds ten
 
-// Maps points to cells and cells to sort keys. A key holds, from the top, the item and the cell numbers z, y, x. Cell
-// numbers are stored plus two, so that the cells one below the lowest point (1) and two below it (0, where far queries
-// go) also have keys.
+// Maps points to cells and cells to sort keys. A key holds, from the top, the item and the cell numbers z, y, x. Stored
+// cell number = cell + 2. Stored 2 is the lowest cell with points, 1 the cell below it, 0 holds all queries farther
+// below. Likewise stored cells + 2 is the cell above the highest, and cells + 3 holds all queries farther above.
 template <class T, int D>
 struct Lattice {
   Buffer<double> low, high;  // (items, D): the bounding boxes

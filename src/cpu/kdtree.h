@@ -185,8 +185,9 @@ struct Tree {
   static int64_t max_branches(int64_t n) { return larger<int64_t>(1, n / 2 - 1); }
   static int64_t first_branch(const int64_t* splits, int64_t item) { return splits[item] / 2 + item; }
 
-  // Builds the subtree of points [begin, end) of `a` by partitioning them into `b`, which then changes roles with `a`.
-  // In the end all points must be in the array that was `a` at the root: in `b` if `swapped`.
+  // Builds the subtree of points [begin, end) of `a` by partitioning them into `b`. Recursion swaps the two arrays at
+  // each level. The final points must be in the root's `a`; if `swapped`, that array is `b`, and a leaf copies its
+  // points there.
   void grow(Record<T, DIM>* a, Record<T, DIM>* b, int64_t begin, int64_t end, Branch* branch, bool swapped) const {
     const int64_t n = end - begin;
     *branch = {begin, end, 0, 0, T(0)};

@@ -61,16 +61,12 @@ auto with_real(DType dtype, Call call) {
 
 }  // namespace
 
+// Options that no GPU kernel takes; all others are in formulas/common.h. The tuples of their names in kpcore/*.py are
+// in the same order.
 enum class VoxelPoint : int { barycenter, center, nearest };
 enum class VoxelFeature : int { mean, max, nearest };
-enum class Sort : int { none, index, distance };
 enum class Sampling : int { fastest, exact, bucketed };
-enum class Influence : int { linear, gaussian, constant };
-enum class Aggregation : int { sum, closest };
 enum class Normalization : int { none, count, positive };
-enum class Reduction : int { mean, sum, max, min };
-
-enum class Activation : int { leaky_relu, relu, sigmoid };
 enum class CrossEntropyReduction : int { mean, sum, none };
 
 // The head of every index: Grid (grid.h) and Tree (kdtree.h) begin with it.
@@ -88,8 +84,6 @@ struct IndexArguments {
   int threads;
 };
 
-// Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
-enum class Ignore : int { none, equal, index };
 struct Search {
   const void* index;
   // Null queries: the points search among themselves. Several sets of queries, each with all batch items, may follow
@@ -130,8 +124,8 @@ struct Subsampled {
   F(Array, transposed_row_splits) \
   F(OptionalArray, transposed_distance)
 
-// Checks a neighbor list of the caller's, int32 or int64. row_splits are always copied; index is, unless checked_index
-// is null.
+// Checks a neighbor list that a caller passed (int32 or int64). Copies row_splits always, and index if checked_index is
+// not null.
 #define KP_FIELDS_CheckList(F)    \
   F(Array, index)                 \
   F(Array, row_splits)            \
@@ -176,9 +170,9 @@ struct Subsampled {
   F(Sampling, method)               \
   F(Array, index)
 
-// weights: (E,), one for each pair. forward_row_splits: set in the backward pass of a mean, which is a sum over the
-// transposed list with row j scaled by 1 / length of forward list j; null otherwise. For max and min: lists shorter
-// than `width` are padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
+// weights: (E,), one for each pair. forward_row_splits: set only in the backward pass of a mean: grad_out of query j is
+// divided by j's number of neighbors, read from forward_row_splits. For max and min: lists shorter than `width` are
+// padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
 #define KP_FIELDS_NeighborReduce(F)    \
   F(Array, features)                   \
   F(Array, index)                      \

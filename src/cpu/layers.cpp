@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t grain = 1 << 16;  // values that keep a thread busy for some 20 us
 
-// out[i] = call(i, at) for i < n, a vector at a time. at(p) loads the vector at p; of the last one only what belongs to
-// the n values.
+// out[i] = call(i, at) for i < n, a vector at a time. at(p) loads a vector from p; of the last, partial vector only the
+// remaining values.
 template <class T, class Call>
 KP_INLINE void map(int64_t n, T* out, Call call) {
   int64_t i = 0;

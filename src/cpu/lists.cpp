@@ -1,4 +1,4 @@
-// Neighbor lists that the caller made: checks them, and converts them from and to padded matrices.
+// Neighbor lists: their transpose; checks of lists that a caller passed, and conversions from and to padded matrices.
 #include <type_traits>
 
 #include "kernels.h"
@@ -60,6 +60,65 @@ bool is_point(T value, int64_t num_points) {
 }  // namespace
 
 namespace KP_ISA {
+
+// Transposes a neighbor list by a counting sort: row j of the result lists the queries that have point j, in ascending
+// order. Each thread counts, then writes, a contiguous range of queries; its slice of every row of the result begins
+// after those of the threads before it, so the result does not depend on the number of threads.
+Status transpose(const Transpose& args) {
+  const Array &distance = args.distance, &out_distance = args.transposed_distance;
+  const auto* from = as<int32_t>(args.index);
+  const auto* rows = as<int64_t>(args.row_splits);
+  auto* to = into<int32_t>(args.transposed_index);
+  auto* splits = into<int64_t>(args.transposed_row_splits);
+  const int64_t m = args.row_splits.rows - 1, n = args.transposed_row_splits.rows - 1, pairs = rows[m];
+  // Each thread has a counter for every point, so there are no more threads than keep all counters below half the size
+  // of the list. Up to half a million pairs fit the cache of one core, and two threads are slower.
+  const int threads =
+      int(larger<int64_t>(1, smaller<int64_t>(useful_threads(args.threads, pairs, 1 << 17), pairs / (4 * (n + 1)))));
+  Buffer<int64_t> next;
+  if (!next.resize(int64_t(threads) * n)) return Status::out_of_memory;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = omp_get_thread_num(), count = omp_get_num_threads();
+    const Share share(m, t, count), columns(n, t, count);
+    int64_t* const counters = next.data() + int64_t(t) * n;
+    memset(counters, 0, size_t(n) * sizeof(int64_t));
+    for (int64_t e = rows[share.begin]; e < rows[share.end]; ++e) ++counters[from[e]];
+#pragma omp barrier
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      int64_t sum = 0;
+      for (int u = 0; u < count; ++u) sum += next[int64_t(u) * n + j];
+      splits[j + 1] = sum;
+    }
+#pragma omp barrier
+#pragma omp single
+    {
+      splits[0] = 0;
+      for (int64_t j = 0; j < n; ++j) splits[j + 1] += splits[j];
+    }
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      int64_t at = splits[j];
+      for (int u = 0; u < count; ++u) {
+        int64_t& s = next[int64_t(u) * n + j];
+        const int64_t size = s;
+        s = at;
+        at += size;
+      }
+    }
+#pragma omp barrier
+    for (int64_t i = share.begin; i < share.end; ++i)
+      for (int64_t e = rows[i]; e < rows[i + 1]; ++e) {
+        const int64_t at = counters[from[e]]++;
+        to[at] = int32_t(i);
+        if (!distance.data) continue;
+        if (distance.dtype == DType::float32)
+          into<float>(out_distance)[at] = as<float>(distance)[e];
+        else
+          into<double>(out_distance)[at] = as<double>(distance)[e];
+      }
+  }
+  return Status::ok;
+}
 
 Status check_list(const CheckList& args) {
   const Array &index = args.index, &row_splits = args.row_splits;

@@ -26,17 +26,17 @@ namespace kp {
 namespace {
 
 template <class T>
-KP_HD void exchange(T& a, T& b) {
+inline void exchange(T& a, T& b) {
   T old_a = a;
   a = b;
   b = old_a;
 }
 template <class T>
-KP_HD T smaller(T a, T b) {
+inline T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-KP_HD T larger(T a, T b) {
+inline T larger(T a, T b) {
   return a < b ? b : a;
 }
 

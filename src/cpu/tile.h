@@ -48,8 +48,8 @@ struct PairList {
   bool is_new;  // starts a row; otherwise the sum continues that of earlier neighbors of the query
 };
 
-// Pairs of some queries in lists by query and kernel point, and the queries of the tile's rows, of which every kernel
-// point has up to `rows`.
+// Collects the pairs of a batch of queries, grouped by (query, kernel point), and to which query each row of A_k
+// belongs; A_k has at most `rows` rows.
 template <class G, class F>
 class Pairs {
  public:

@@ -33,9 +33,8 @@ constexpr int channels_per_lane = 4;     // sums that a lane keeps in registers
 constexpr int neighbors_per_part = 256;  // long lists are processed in parts: shared memory holds a choice per neighbor
 constexpr int max_warps = 4;             // warps per block
 
-enum Influence : int { linear, gaussian, constant };
-enum Aggregation : int { sum, closest };
-// What offsets, modulations and scales belong to: the query that sums or, on a transposed list, the gathered neighbor.
+// Which index selects the offsets, modulations or scale: the query in the forward pass, the gathered neighbor in the
+// transposed pass, none if absent.
 enum ParameterOwner : int { none, query, neighbor };
 // Which kernel points may act on a neighbor: one of them (its number >= 0), all, or none.
 enum Choice : int { all_kernel_points = -1, no_kernel_point = -2 };
@@ -46,7 +45,8 @@ struct Kernel {
   int num, offsets_owner;
   G sign;  // -1 where the list is transposed
   G extent, inverse_extent, scale;
-  int influence, aggregation;
+  Influence influence;
+  Aggregation aggregation;
 
   // The squared distance of neighbor i of query q, at `relative`, from kernel point k.
   __device__ G squared(const G* relative, int64_t q, int64_t i, int64_t k) const {
@@ -59,7 +59,7 @@ struct Kernel {
     return squared_distance(d, D);
   }
   // Whether choice() may be other than all_kernel_points.
-  __device__ bool has_choices() const { return aggregation == closest || offsets_owner; }
+  __device__ bool has_choices() const { return aggregation == Aggregation::closest || offsets_owner; }
   __device__ int choice(const G* relative, int64_t q, int64_t i) const {
     if (!has_choices()) return all_kernel_points;
     int nearest = 0;
@@ -72,11 +72,11 @@ struct Kernel {
       }
     }
     if (offsets_owner && !(least < extent * extent)) return no_kernel_point;
-    return aggregation == closest ? nearest : int(all_kernel_points);
+    return aggregation == Aggregation::closest ? nearest : int(all_kernel_points);
   }
   __device__ G weight(G d2) const {
-    if (influence == linear) return d2 < extent * extent ? linear_influence(d2, inverse_extent) : G(0);
-    return influence == gaussian ? exp(scale * d2) : G(1);
+    if (influence == Influence::linear) return d2 < extent * extent ? linear_influence(d2, inverse_extent) : G(0);
+    return influence == Influence::gaussian ? exp(scale * d2) : G(1);
   }
 };
 
@@ -89,8 +89,9 @@ using namespace kp;
 extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
                                      const S* features, int channels, const G* kernel_points, int num_kernels,
                                      const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
-                                     int factors, const F* scale, int scale_owner, G sign, G extent, int influence,
-                                     int aggregation, int groups, int64_t first, int64_t rows, S* sums) {
+                                     int factors, const F* scale, int scale_owner, G sign, G extent,
+                                     Influence influence, Aggregation aggregation, int groups, int64_t first,
+                                     int64_t rows, S* sums) {
   __shared__ int32_t choices[max_warps * neighbors_per_part];
   const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, sign, extent, 1 / extent,
                       gaussian_scale(extent), influence, aggregation};
@@ -242,9 +243,9 @@ extern "C" __global__ void position_grads(const G* points, const G* queries, con
                                           const int64_t* row_splits, const S* features, int channels,
                                           const G* kernel_points, int num_kernels, const G* offsets, int offsets_owner,
                                           const S* modulations, int modulations_owner, const F* scale, int scale_owner,
-                                          G extent, int influence, int aggregation, int groups, int64_t first,
-                                          int64_t rows, const S* products, G* pair_grads, G* grad_queries,
-                                          G* grad_offsets, F* grad_modulations) {
+                                          G extent, Influence influence, Aggregation aggregation, int groups,
+                                          int64_t first, int64_t rows, const S* products, G* pair_grads,
+                                          G* grad_queries, G* grad_offsets, F* grad_modulations) {
   const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, G(1), extent, 1 / extent,
                       gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
@@ -263,7 +264,7 @@ extern "C" __global__ void position_grads(const G* points, const G* queries, con
       for (int64_t k = 0; k < num_kernels; ++k) {
         const bool may_act = choice == all_kernel_points || choice == k;
         const G d2 = may_act ? kernel.squared(relative, q, i, k) : G(0);
-        const bool acts = may_act && !(influence == linear && !(d2 < extent * extent));
+        const bool acts = may_act && !(influence == Influence::linear && !(d2 < extent * extent));
         const unsigned acting = __ballot_sync(all_lanes, acts);
         if (!acting) continue;
         F weight_grad = F(0);  // gradient of the pair's weight: f_i . (grad W_k^T)
@@ -280,8 +281,8 @@ extern "C" __global__ void position_grads(const G* points, const G* queries, con
         F grad_modulation = acts ? F(kernel.weight(d2)) * weight_grad : F(0);
         if (modulations_owner) weight_grad *= modulations[q * num_kernels + k];
         G slope = G(0);
-        if (acts && influence == linear) slope = linear_slope(d2, kernel.inverse_extent);
-        if (acts && influence == gaussian) slope = 2 * kernel.scale * kernel.weight(d2);
+        if (acts && influence == Influence::linear) slope = linear_slope(d2, kernel.inverse_extent);
+        if (acts && influence == Influence::gaussian) slope = 2 * kernel.scale * kernel.weight(d2);
         G difference_grad[D];
         for (int a = 0; a < D; ++a) {
           G p = kernel_points[k * D + a];

@@ -19,8 +19,6 @@ namespace {
 using S = KP_F;
 using F = Real<S>;
 
-enum Activation : int { leaky, rectified, logistic };
-
 __device__ F exp_minus_abs(F x) {
   return exp(x < 0 ? x : -x);
 }
@@ -44,19 +42,20 @@ struct Exponentials {
 
 using namespace kp;
 
-extern "C" __global__ void activate(const S* features, int64_t size, int activation, F negative_slope, S* out) {
+extern "C" __global__ void activate(const S* features, int64_t size, Activation activation, F negative_slope, S* out) {
   for (int64_t i = first_thread(); i < size; i += num_threads())
-    out[i] = S(activation == leaky       ? leaky_relu(F(features[i]), negative_slope)
-               : activation == rectified ? relu(F(features[i]))
-                                         : sigmoid(F(features[i]), exp_minus_abs(F(features[i]))));
+    out[i] = S(activation == Activation::leaky_relu ? leaky_relu(F(features[i]), negative_slope)
+               : activation == Activation::relu     ? relu(F(features[i]))
+                                                    : sigmoid(F(features[i]), exp_minus_abs(F(features[i]))));
 }
 
-extern "C" __global__ void activate_grad(const S* features, const S* grad_out, int64_t size, int activation,
+extern "C" __global__ void activate_grad(const S* features, const S* grad_out, int64_t size, Activation activation,
                                          F negative_slope, S* grad_features) {
   for (int64_t i = first_thread(); i < size; i += num_threads())
-    grad_features[i] = S(activation == leaky       ? leaky_relu_grad(F(features[i]), F(grad_out[i]), negative_slope)
-                         : activation == rectified ? relu_grad(F(features[i]), F(grad_out[i]))
-                                                   : F(grad_out[i]) * sigmoid_grad(exp_minus_abs(F(features[i]))));
+    grad_features[i] =
+        S(activation == Activation::leaky_relu ? leaky_relu_grad(F(features[i]), F(grad_out[i]), negative_slope)
+          : activation == Activation::relu     ? relu_grad(F(features[i]), F(grad_out[i]))
+                                               : F(grad_out[i]) * sigmoid_grad(exp_minus_abs(F(features[i]))));
 }
 
 extern "C" __global__ void sgd(F* value, const F* grad, F* moment, int64_t size, F lr, F momentum, F weight_decay) {

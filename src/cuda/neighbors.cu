@@ -57,16 +57,13 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
 
 // ---- queries
 
-enum Ignore : int { none, equal_coordinates, equal_number };
-enum Sort : int { unsorted, sorted_by_number, sorted_by_distance };
-
 struct Query {
   T at[D];
   T limit;         // the largest measure of a neighbor: r² for L2
   double reach;    // the radius, slightly enlarged
   int begin, end;  // numbers of the points of the query's batch item
   int32_t number;
-  int ignore;  // one of Ignore
+  Ignore ignore;
 
   __device__ bool is_neighbor(const IndexedPoint& p, T& measured) const {
     T d[D];
@@ -76,13 +73,13 @@ struct Query {
       equal = equal && p.at[a] == at[a];
     }
     measured = measure<metric>(d, D);
-    return measured <= limit && p.number >= begin && p.number < end && !(ignore == equal_coordinates && equal) &&
-           !(ignore == equal_number && p.number == number);
+    return measured <= limit && p.number >= begin && p.number < end && !(ignore == Ignore::equal && equal) &&
+           !(ignore == Ignore::index && p.number == number);
   }
 };
 
 __device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, const int64_t* row_splits,
-                          const int64_t* queries_row_splits, int num_items, int ignore, int64_t q) {
+                          const int64_t* queries_row_splits, int num_items, Ignore ignore, int64_t q) {
   Query query;
   for (int a = 0; a < D; ++a) query.at[a] = queries[q * D + a];
   const T radius = radii[q * radius_stride];
@@ -282,7 +279,7 @@ using Index = Cells;
 #endif
 #define KP_QUERIES                                                                                         \
   const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *row_splits, \
-      const int64_t *queries_row_splits, int num_items, int ignore
+      const int64_t *queries_row_splits, int num_items, Ignore ignore
 #define KP_QUERY(q) query_of(queries, radii, radius_stride, row_splits, queries_row_splits, num_items, ignore, q)
 
 // ---- rows in order
@@ -424,7 +421,7 @@ extern "C" __global__ void radius_count(KP_INDEX, KP_QUERIES, int64_t max_neighb
 }
 
 // Writes the rows counted by radius_count. `distance`: (E,), or null.
-extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_row_splits, int sort, int32_t* index,
+extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_row_splits, Sort sort, int32_t* index,
                                        T* distance) {
   const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
@@ -446,7 +443,7 @@ extern "C" __global__ void radius_fill(KP_INDEX, KP_QUERIES, const int64_t* out_
     for (int64_t at = begin + n + lane_number(); at < end; at += warp) index[at] = 0;
     __syncwarp();
     T* const row = distance ? distance + begin : nullptr;
-    if (sort != unsorted) sort_row(index + begin, row, n, sort == sorted_by_distance);
+    if (sort != Sort::none) sort_row(index + begin, row, n, sort == Sort::distance);
     if (distance && metric == Metric::l2)
       for (int64_t i = lane_number(); i < n; i += warp) row[i] = sqrt(row[i]);
   }
@@ -500,7 +497,7 @@ struct NearestRow {
 
 // The k nearest neighbors of each query within its radius: rows of k entries, of which counts[q] are used.
 extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, const T* low, const T* high, int bits,
-                                   int64_t k, int sort, int32_t* index, T* distance, int64_t* counts,
+                                   int64_t k, Sort sort, int32_t* index, T* distance, int64_t* counts,
                                    unsigned* not_finite) {
   const Index candidates = KP_MAKE_INDEX;
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
@@ -524,7 +521,7 @@ extern "C" __global__ void nearest(KP_INDEX, KP_QUERIES, const int64_t* keys, co
       candidates.for_candidates(query, visit, leaf);
     }
     __syncwarp();
-    if (sort != sorted_by_distance) sort_row(best.index, best.distance, best.n, false);
+    if (sort != Sort::distance) sort_row(best.index, best.distance, best.n, false);
     if (metric == Metric::l2)
       for (int64_t i = lane_number(); i < best.n; i += warp) best.distance[i] = sqrt(best.distance[i]);
     if (lane_number() == 0) counts[q] = best.n;

@@ -19,8 +19,6 @@ using S = KP_F;
 using F = Real<S>;
 using G = KP_G;
 
-enum Reduction : int { mean, sum, maximum, minimum };
-
 // Finds the largest (or smallest) value of n rows in column c, and the row that has it. row(i): the i-th row.
 template <bool minimum, class Row>
 __device__ void choose(const S* features, int64_t channels, int64_t c, Row row, int64_t n, F& best, int32_t& chosen) {
@@ -37,14 +35,14 @@ __device__ void choose(const S* features, int64_t channels, int64_t c, Row row, 
 
 using namespace kp;
 
-// weights: (E,), or null. forward_row_splits: set in the backward pass of a mean, in which row i is scaled by 1 /
-// length of forward list i; null otherwise.
+// weights: (E,), or null. forward_row_splits: set only in the backward pass of a mean: grad_out of query i is divided
+// by i's number of neighbors, read from forward_row_splits.
 extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, const int32_t* index,
                                          const int64_t* row_splits, int64_t num_queries, const S* weights,
-                                         const int64_t* forward_row_splits, int reduction, F empty, S* out) {
+                                         const int64_t* forward_row_splits, Reduction reduction, F empty, S* out) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], end = row_splits[q + 1];
-    const F divisor = reduction == mean ? F(end - begin) : F(1);
+    const F divisor = reduction == Reduction::mean ? F(end - begin) : F(1);
     for (int64_t c = lane_number(); c < channels; c += warp) {
       F sum = F(0);
       for (int64_t e = begin; e < end; ++e) {
@@ -60,20 +58,20 @@ extern "C" __global__ void sum_neighbors(const S* features, int64_t channels, co
 
 // Maxima and minima. Neighbor lists shorter than `width` are padded with pad_value, after their neighbors.
 extern "C" __global__ void choose_neighbors(const S* features, int64_t channels, const int32_t* index,
-                                            const int64_t* row_splits, int64_t num_queries, int reduction, F empty,
-                                            F pad_value, int64_t width, S* out, int32_t* choice) {
+                                            const int64_t* row_splits, int64_t num_queries, Reduction reduction,
+                                            F empty, F pad_value, int64_t width, S* out, int32_t* choice) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], n = row_splits[q + 1] - begin;
     const auto row = [=](int64_t i) { return int64_t(index[begin + i]); };
     for (int64_t c = lane_number(); c < channels; c += warp) {
       F best = n || !width ? empty : pad_value;
       int32_t chosen = -1;
-      if (reduction == maximum)
+      if (reduction == Reduction::max)
         choose<false>(features, channels, c, row, n, best, chosen);
       else
         choose<true>(features, channels, c, row, n, best, chosen);
       if (n && n < width &&
-          (reduction == maximum ? displaces<false>(pad_value, best) : displaces<true>(pad_value, best))) {
+          (reduction == Reduction::max ? displaces<false>(pad_value, best) : displaces<true>(pad_value, best))) {
         best = pad_value;
         chosen = -1;
       }
@@ -86,11 +84,11 @@ extern "C" __global__ void choose_neighbors(const S* features, int64_t channels,
 // Gradient of the weights: for every pair, the dot product of the point's features and the query's gradient. A warp for
 // each query.
 extern "C" __global__ void neighbor_products(const S* features, int64_t channels, const int32_t* index,
-                                             const int64_t* row_splits, int64_t num_queries, int reduction,
+                                             const int64_t* row_splits, int64_t num_queries, Reduction reduction,
                                              const S* grad_out, S* grad_weights) {
   for (int64_t q = first_warp(); q < num_queries; q += num_warps()) {
     const int64_t begin = row_splits[q], end = row_splits[q + 1];
-    const F divisor = reduction == mean ? F(end - begin) : F(1);
+    const F divisor = reduction == Reduction::mean ? F(end - begin) : F(1);
     for (int64_t e = begin; e < end; ++e) {
       F product = F(0);
       for (int64_t c = lane_number(); c < channels; c += warp)
@@ -145,22 +143,22 @@ extern "C" __global__ void weigh_distances(const G* distance, const int64_t* row
 // The sum of each block and channel, or its maximum (minimum) and the row that has it. first_blocks: the number of each
 // item's first block.
 extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, const int64_t* row_splits, int num_items,
-                                         const int64_t* first_blocks, int64_t max_blocks, int reduction, double* sums,
-                                         F* bests, int32_t* choices) {
+                                         const int64_t* first_blocks, int64_t max_blocks, Reduction reduction,
+                                         double* sums, F* bests, int32_t* choices) {
   for (int64_t i = first_thread(); i < max_blocks * channels; i += num_threads()) {
     const int64_t k = i / channels, c = i % channels;
     if (k >= first_blocks[num_items]) continue;
     const int b = item_of(first_blocks, num_items, k);
     const int64_t first = row_splits[b] + (k - first_blocks[b]) * block_of_rows;
     const int64_t end = first + block_of_rows < row_splits[b + 1] ? first + block_of_rows : row_splits[b + 1];
-    if (reduction == mean || reduction == sum) {
+    if (reduction == Reduction::mean || reduction == Reduction::sum) {
       double sum = 0;
       for (int64_t row = first; row < end; ++row) sum += double(F(features[row * channels + c]));
       sums[i] = sum;
       continue;
     }
     const auto row = [=](int64_t j) { return first + j; };
-    if (reduction == maximum)
+    if (reduction == Reduction::max)
       choose<false>(features, channels, c, row, end - first, bests[i], choices[i]);
     else
       choose<true>(features, channels, c, row, end - first, bests[i], choices[i]);
@@ -169,21 +167,23 @@ extern "C" __global__ void reduce_blocks(const S* features, int64_t channels, co
 
 // Joins the blocks of each item in their order.
 extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_items, int64_t channels,
-                                       const int64_t* first_blocks, int reduction, F empty, const double* sums,
+                                       const int64_t* first_blocks, Reduction reduction, F empty, const double* sums,
                                        const F* bests, const int32_t* choices, S* out, int32_t* choice) {
   for (int64_t i = first_thread(); i < num_items * channels; i += num_threads()) {
     const int64_t b = i / channels, c = i % channels, begin = first_blocks[b], end = first_blocks[b + 1];
-    if (reduction == mean || reduction == sum) {
+    if (reduction == Reduction::mean || reduction == Reduction::sum) {
       double sum = 0;
       for (int64_t k = begin; k < end; ++k) sum += sums[k * channels + c];
-      out[i] = S(begin == end ? empty : F(sum / (reduction == mean ? double(row_splits[b + 1] - row_splits[b]) : 1)));
+      out[i] =
+          S(begin == end ? empty
+                         : F(sum / (reduction == Reduction::mean ? double(row_splits[b + 1] - row_splits[b]) : 1)));
       continue;
     }
     F best = empty;
     int32_t chosen = -1;
     for (int64_t k = begin; k < end; ++k) {
       const F x = bests[k * channels + c];
-      if (k > begin && !(reduction == maximum ? displaces<false>(x, best) : displaces<true>(x, best))) continue;
+      if (k > begin && !(reduction == Reduction::max ? displaces<false>(x, best) : displaces<true>(x, best))) continue;
       best = x;
       chosen = choices[k * channels + c];
     }
@@ -194,10 +194,10 @@ extern "C" __global__ void join_blocks(const int64_t* row_splits, int64_t num_it
 
 // Every row receives the gradient of its item, divided by the item's number of rows for a mean.
 extern "C" __global__ void spread_items(const S* grad_out, int64_t channels, const int64_t* row_splits, int num_items,
-                                        int64_t num_rows, int reduction, S* grad_features) {
+                                        int64_t num_rows, Reduction reduction, S* grad_features) {
   for (int64_t i = first_thread(); i < num_rows * channels; i += num_threads()) {
     const int b = item_of(row_splits, num_items, i / channels);
-    const F divisor = reduction == mean ? F(row_splits[b + 1] - row_splits[b]) : F(1);
+    const F divisor = reduction == Reduction::mean ? F(row_splits[b + 1] - row_splits[b]) : F(1);
     grad_features[i] = S(F(grad_out[b * channels + i % channels]) / divisor);
   }
 }

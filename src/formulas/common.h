@@ -1,4 +1,4 @@
-// Types shared by all kernels, on host and device. NVRTC has no standard library, so nothing here uses it.
+// Types and formulas shared by all kernels, on host and device. NVRTC has no standard library, so nothing here uses it.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,6 +21,25 @@ using uint64_t = unsigned long long;
 
 namespace kp {
 
+// Options of operators. The tuples of their names in kpcore/*.py (_METRICS, _SORTS, _IGNORES, _REDUCES, INFLUENCES,
+// AGGREGATIONS, _ACTIVATIONS) are in the same order, since only the number of an option is passed.
 enum class Metric : int { l2, l1, linf };
+enum class Sort : int { none, index, distance };
+// Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
+enum class Ignore : int { none, equal, index };
+enum class Influence : int { linear, gaussian, constant };
+enum class Aggregation : int { sum, closest };
+enum class Reduction : int { mean, sum, max, min };
+enum class Activation : int { leaky_relu, relu, sigmoid };
 
+namespace {
+
+// Whether x replaces the largest value so far. Of equal values the first stays; NaN wins over numbers and the first NaN
+// stays. V is a scalar or a vector.
+template <class V>
+KP_HD auto exceeds(V x, V largest) {
+  return (x > largest) | ((x != x) & (largest == largest));
+}
+
+}  // namespace
 }  // namespace kp

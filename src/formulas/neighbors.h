@@ -1,5 +1,6 @@
-// Distances, by which points are neighbors and kernel points nearest. V is a scalar or a vector of the geometry dtype.
-// Sums are in this order and never contracted, so that every machine finds the same neighbors.
+// Distance formulas. They decide which points are neighbors and which kernel point is nearest. V is a scalar or a
+// vector of the geometry dtype. Sums are in this order and never contracted, so that every machine finds the same
+// neighbors.
 #pragma once
 
 #include "common.h"

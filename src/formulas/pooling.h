@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common.h"
-#include "subsampling.h"
 
 namespace kp {
 namespace {

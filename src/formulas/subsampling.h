@@ -1,5 +1,5 @@
-// Formulas of grid subsampling: the voxel of a coordinate, the center of a voxel, distances from it, and the comparison
-// of maxima. Never contracted, so that every machine finds the same voxels.
+// Formulas of grid subsampling: the voxel of a coordinate, the center of a voxel, and distances from it. Never
+// contracted, so that every machine finds the same voxels.
 #pragma once
 
 #include "common.h"
@@ -49,13 +49,6 @@ KP_HD double squared_distance(const T* point, const double* center) {
     sum += d * d;
   }
   return sum;
-}
-
-// Whether x replaces the largest value so far. Of equal values the first stays; NaN wins over numbers and the first NaN
-// stays. V is a scalar or a vector.
-template <class V>
-KP_HD auto exceeds(V x, V largest) {
-  return (x > largest) | ((x != x) & (largest == largest));
 }
 
 }  // namespace

@@ -205,6 +205,7 @@ template <class T>
 struct Letter {
   static constexpr char value = std::is_floating_point<T>::value ? 'f'
                                 : std::is_same<T, bool>::value   ? 'b'
+                                : std::is_enum<T>::value         ? 'i'
                                 : !std::is_integral<T>::value    ? 'v'  // a struct, such as float4
                                 : std::is_unsigned<T>::value     ? 'u'
                                                                  : 'i';
