@@ -61,6 +61,13 @@ if not _set_by_user:
     os.environ["GOMP_SPINCOUNT"] = SPINS
 try:
     from kpcore.backends import cpu
+except ImportError as error:
+    if (Path(__file__).parent / "backends" / "cpu.pyx").exists():
+        raise ImportError(
+            f"kpcore: expected an installed package, got its sources in {Path(__file__).parents[1]}: install them (pip "
+            "install .) and start Python in another folder"
+        ) from error
+    raise
 finally:
     if _spin_count_before is None:
         os.environ.pop("GOMP_SPINCOUNT", None)

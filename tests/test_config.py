@@ -292,6 +292,13 @@ def test_config_says_how_many_threads_and_why(env, code, expected, python, no_wi
     assert line.split(maxsplit=1)[1].startswith(expected)
 
 
+def test_the_source_folder_is_not_the_package(python):
+    """As Python finds it in a checkout that is the working directory."""
+    root = Path(__file__).parents[1]
+    done = python(f"import sys; sys.path.insert(0, {str(root)!r}); import kpcore")
+    assert f"ImportError: kpcore: expected an installed package, got its sources in {root}: install" in done.stderr
+
+
 # ---- small problems
 
 NUM_TASKS = """

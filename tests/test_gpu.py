@@ -998,6 +998,7 @@ def test_scalar_types_behind_aliases():
         ("F", {"KP_F": "double"}, "double"),
         ("S", {"KP_F": "float"}, "float"),
         ("int64_t", {}, "int64_t"),
+        ("Activation", {}, "int"),
     ):
         assert gpu_sources.scalar_type("layers.cu", kind, definitions) == expected
     assert gpu_sources.scalar_type("subsampling.cu", "F", {"KP_T": "double", "KP_S": "KP_T"}) == "double"

@@ -20,8 +20,8 @@ struct Array {
   DType dtype;
 };
 
-// An array that may be None, with a null `data`. An output that is not wanted also has a null `data`, but its shape is
-// set.
+// An array that may be None or left out: `data` is null, and so is the shape. For an output that is not wanted Python
+// may pass a shape in its place (ops.Shaped): then `data` is null and the shape is set.
 struct OptionalArray : Array {};
 
 struct OptionalInt {
