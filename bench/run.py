@@ -51,12 +51,13 @@ def timed(call):
 
 
 def alternate(calls, seconds):
-    """Time the calls in turns: at least 5 rounds, then up to 51 until `seconds` have passed."""
+    """Time the calls in turns: at least 5 rounds, up to 51 until `seconds` have passed; with 0 seconds one round."""
     times, end = [[] for _ in calls], time.perf_counter() + seconds
+    rounds, warm = (5, 0.025) if seconds else (1, 0)
     gc.disable()
-    while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 51):
+    while len(times[0]) < rounds or (time.perf_counter() < end and len(times[0]) < 51):
         for call, samples in zip(calls, times, strict=True):
-            warm_until = time.perf_counter() + 0.025
+            warm_until = time.perf_counter() + warm
             while time.perf_counter() < warm_until:
                 call()
             samples.append(timed(call)[1])
@@ -386,7 +387,7 @@ def main():
         cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
         shared = {"folder": folder, "module": cases.__name__, "quick": options.quick, "most_threads": len(cores)}
         for case in [options.only] if options.only else cases.TASKS:
-            fewest_threads = len(cores) if case == "growth" or cases in (networks, files) else 1
+            fewest_threads = len(cores) if options.quick or case == "growth" or cases in (networks, files) else 1
             for arguments in cases.TASKS[case]:
                 for threads in range(fewest_threads, len(cores) + 1):
                     task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}
