@@ -232,11 +232,11 @@ def pair_keys(num_points, index, row_splits):
 
 def same_pairs(points, keys, peer_lists):
     """Check that a peer's (index, row_splits) has the same pairs, except pairs at the radius up to rounding."""
-    theirs = np.sort(pair_keys(len(points), *peer_lists))
-    if np.array_equal(keys, theirs):
+    peer_result = np.sort(pair_keys(len(points), *peer_lists))
+    if np.array_equal(keys, peer_result):
         return
-    assert (np.diff(theirs) > 0).all(), "a pair comes twice"
-    query, point = np.divmod(np.setxor1d(keys, theirs, assume_unique=True), len(points))
+    assert (np.diff(peer_result) > 0).all(), "a pair comes twice"
+    query, point = np.divmod(np.setxor1d(keys, peer_result, assume_unique=True), len(points))
     distance = np.linalg.norm(points[query].astype(np.float64) - points[point], axis=1)
     assert np.allclose(distance, RADIUS, rtol=1e-5, atol=0), f"{(abs(distance / RADIUS - 1) > 1e-5).sum()} pairs differ"
 
@@ -247,8 +247,8 @@ def same_barycentres(expected, barycentres):
     The threads of small_gicp split some voxels in two; its documentation says that there are up to 10 % more points.
     """
     together = morton(np.concatenate([expected, barycentres]))
-    ours, theirs = together[: len(expected)], together[len(expected) :]
-    voxels, first, counts = np.unique(theirs, return_index=True, return_counts=True)
+    ours, peer_result = together[: len(expected)], together[len(expected) :]
+    voxels, first, counts = np.unique(peer_result, return_index=True, return_counts=True)
     assert np.array_equal(voxels, ours), f"{len(voxels)} voxels for {len(expected)}"
     assert len(barycentres) <= 1.1 * len(expected), f"{len(barycentres)} points for {len(expected)} voxels"
     not_split = counts == 1
@@ -334,8 +334,8 @@ def knn_search(bench, order):
     assert (neighbors.counts == k).all()
     distance = neighbors.distance.reshape(-1, k)
 
-    def check(theirs):
-        assert np.allclose(theirs, distance, rtol=1e-5, atol=1e-6 * VOXEL), "distances differ"
+    def check(peer_result):
+        assert np.allclose(peer_result, distance, rtol=1e-5, atol=1e-6 * VOXEL), "distances differ"
 
     bench.rate(f"k = {k}", search, len(points), "M queries/s per core")
     for peer in (peers.PYKDTREE, peers.OPEN3D_KNN, peers.SCIPY_KNN):
@@ -350,10 +350,10 @@ def pyramid(bench, order):
     bench.label(order=order, size=f"{len(points):,}")
 
     def check(sizes):
-        for level, theirs in zip(levels, sizes, strict=True):
+        for level, peer_result in zip(levels, sizes, strict=True):
             pairs = [level.neighbors.num_pairs] + ([level.pools.num_pairs] if level.pools else [])
-            assert np.allclose(theirs, [len(level.points), *pairs], rtol=1e-4), (
-                f"{theirs}, {len(level.points)}, {pairs}"
+            assert np.allclose(peer_result, [len(level.points), *pairs], rtol=1e-4), (
+                f"{peer_result}, {len(level.points)}, {pairs}"
             )
 
     bench.rate(f"{num_levels} levels", build, len(points), "M points/s per core")
@@ -446,13 +446,13 @@ def farthest_point_sampling(bench):
     index = bench.first(sample).index
     assert np.array_equal(index, sample(method="exact").index), "the two methods differ"
 
-    def check(theirs):
+    def check(peer_result):
         # fpsample counts start_idx in its internal order, so it starts at another point. Equally far points may swap.
-        ours = sample(start=int(theirs[0])).index
-        if np.array_equal(ours, theirs):
+        ours = sample(start=int(peer_result[0])).index
+        if np.array_equal(ours, peer_result):
             return
-        at = int(np.argmax(ours != theirs))
-        both = points[[ours[at], theirs[at]], None].astype(np.float64) - points[ours[:at]]
+        at = int(np.argmax(ours != peer_result))
+        both = points[[ours[at], peer_result[at]], None].astype(np.float64) - points[ours[:at]]
         assert np.isclose(*(both**2).sum(2).min(1), rtol=1e-6, atol=0), f"choice {at} of {num} is not the farthest"
 
     bench.label(order="random", size=f"{len(points):,}, {num:,} chosen")
@@ -484,7 +484,7 @@ def neighbor_reduce(bench, order):
         bench.rate(what, forward, neighbors.num_pairs, "M pairs/s per core")
         inputs = {"features": features, "index": index}
         for peer in peers.POOLING[reduce]:
-            bench.against(what, forward, peer, inputs, lambda theirs, out=out: close([out], [theirs]))
+            bench.against(what, forward, peer, inputs, lambda peer_result, out=out: close([out], [peer_result]))
         out_and_gradient = step()
         bench.compare(f"{what}, forward + vjp", step, "its forward", forward)
         inputs |= {"grad_out": grad_out}
@@ -500,8 +500,8 @@ def kpconv(bench, order, channels, coretype=None):
     out = bench.first(forward)
     aggregated = aggregate(problem)
 
-    def check(theirs):
-        close([out], [theirs])
+    def check(peer_result):
+        close([out], [peer_result])
 
     check(aggregated @ weights.reshape(-1, channels))
     bench.label(order=order, size=f"{size:,}, H = {len(problem['index']) / size:.1f}")
@@ -587,10 +587,10 @@ def rows(bench):
     results = bench.first(normalize)
     close(normalized(features, scale, shift, grad), results)
 
-    def check(theirs):
+    def check(peer_result):
         # torch sums in float32: its gradient of the scale is wrong by 0.5 %, and the slope of the leaky ReLU differs
         # for values that it rounds to the other side of zero.
-        for ours, other in zip(results, theirs, strict=True):
+        for ours, other in zip(results, peer_result, strict=True):
             assert abs(ours - other).mean() < 1e-2 * abs(ours).max(), "results differ"
 
     traffic = 8 * features.nbytes  # reads: 2 forward, 4 backward; writes: 1 and 1
@@ -602,7 +602,7 @@ def rows(bench):
     product = partial(kp.linear, features, weights)
     out = bench.first(product)
     bench.against("linear, C = 128", product, peers.NUMPY_LINEAR, {"features": features, "weights": weights},
-                  lambda theirs: close([theirs], [out]))  # fmt: skip
+                  lambda peer_result: close([peer_result], [out]))  # fmt: skip
 
     def floor():
         return bench.Seconds(2 * n * c * c / (kp.backends.cpu.fma_rate("float32") * bench.threads))

@@ -163,7 +163,7 @@ def convolutions(bench, deformable):
     """All convolutions of the network, one after the other: forward pass and the gradients that training needs."""
     problem, kind, recorder = Problem(bench, deformable), "deformable" if deformable else "rigid", Recorder()
     problem.net(recorder, problem.params, problem.state, problem.pyramid, problem.features, training=True)
-    rng, ours, theirs = np.random.default_rng(0), [], []
+    rng, ours, dense = np.random.default_rng(0), [], []
     if reason := peers.missing(peers.DENSE_NETWORK):
         bench.absent(f"{kind}, forward + vjp", peers.DENSE_NETWORK.name, reason)
         return
@@ -174,13 +174,13 @@ def convolutions(bench, deformable):
         primals = {} if features is problem.features else {"features": features}
         primals |= {"weights": weights} | ({} if offsets is None else {"offsets": offsets})
         ours.append(partial(kpcore_convolution, args, kwargs, primals, grad))
-        theirs.append(peers.dense_convolution(args, primals, grad))
-        for name, dense_gradient in theirs[-1]().items():
+        dense.append(peers.dense_convolution(args, primals, grad))
+        for name, dense_gradient in dense[-1]().items():
             gradient = ours[-1]()[name]
             error, allowed = np.abs(gradient - dense_gradient.numpy()).max(), 1e-4 * max(np.abs(gradient).max(), 1e-30)
             assert error <= allowed, f"gradient of {name}: expected an error of at most {allowed}, got {error}"
     bench.compare(f"{kind}, forward + vjp", lambda: [call() for call in ours], peers.DENSE_NETWORK.name,
-                  lambda: [call() for call in theirs])  # fmt: skip
+                  lambda: [call() for call in dense])  # fmt: skip
 
 
 def kpcore_convolution(args, options, primals, grad):

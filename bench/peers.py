@@ -1,9 +1,9 @@
 """The libraries that kpcore is measured against, each in the fastest form that its public interface offers.
 
 A peer is (name, guard, setup, read). `guard()` imports what the peer needs and raises if that is missing.
-`setup(**inputs)` does what is not timed, such as wrapping arrays, and returns the function to time; building an index
-belongs to that function. `read(result)` converts a result to the NumPy form that the checks use. run.py sets the number
-of threads of all of them.
+`setup(**inputs)` wraps arrays and makes other preparations outside the measured time, and returns the function to time;
+building an index is part of that function. `read(result)` converts a result to the NumPy form that the checks use.
+run.py sets the number of threads of all of them.
 """
 
 import importlib
