@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loads backends.cpu)
 from kpcore.config import *  # noqa: F403
+from kpcore.continuous import *  # noqa: F403
 from kpcore.deformation import *  # noqa: F403
 from kpcore.dispositions import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
@@ -44,6 +45,7 @@ from kpcore.pooling import *  # noqa: F403
 from kpcore.pyramid import *  # noqa: F403
 from kpcore.sampling import *  # noqa: F403
 from kpcore.search import *  # noqa: F403
+from kpcore.sparse import *  # noqa: F403
 from kpcore.subsampling import *  # noqa: F403
 
 if TYPE_CHECKING:
@@ -61,8 +63,8 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "deformation", "dispositions", "kpconv", "layers", "neighbors"),
-    *("pooling", "pyramid", "sampling", "search", "subsampling"),
+    *("config", "continuous", "deformation", "dispositions", "kpconv", "layers", "neighbors"),
+    *("pooling", "pyramid", "sampling", "search", "sparse", "subsampling"),
 )
 __all__ = ["autodiff"]
 for _module in _EXPORTING:

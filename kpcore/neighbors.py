@@ -447,16 +447,16 @@ def transposed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(index, row_splits, values or None) of the transpose: the queries of each point, in rising order.
 
-    `values`: one number for each pair, carried along to its place in the transpose.
+    `values`: one number for each pair, of 4 or 8 bytes, moved along to its place in the transpose.
     """
     xp = devices.namespace(index)
     # Reading row_splits[-1] on a GPU would wait for it; an index longer than that leaves an end that is not used.
     pairs = int(row_splits[-1]) if xp is np else len(index)
     queries, splits = xp.empty(pairs, np.int32), xp.empty(num_points + 1, np.int64)
     moved_values = None if values is None else xp.empty(pairs, values.dtype)
-    devices.backend(index).run("transpose", index=index, row_splits=row_splits, distance=values,
+    devices.backend(index).run("transpose", index=index, row_splits=row_splits, values=values,
                                transposed_index=queries, transposed_row_splits=splits,
-                               transposed_distance=moved_values)  # fmt: skip
+                               transposed_values=moved_values)  # fmt: skip
     return queries, splits, moved_values
 
 

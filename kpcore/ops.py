@@ -5,8 +5,9 @@ kernels read. The decorator `kpcore.autodiff.operator` turns it into the functio
 `OPS`. The tape, `kpcore.torch` and `kpcore.jax` know operators from that table only.
 
 The annotations of the public function give the kind of each argument: Array[Computed] (if the argument is a `Tensor`,
-so is the result), AnyArray, Neighbors, float, int, bool or str; "| None" marks an optional one. Frameworks trace
-arrays and the arrays of a Neighbors; all other arguments are settings, which are constants of a compiled function.
+so is the result), AnyArray, Neighbors, float, int, bool or str; "| None" marks an optional one, and
+Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the arrays of a
+Neighbors; all other arguments are settings, which are constants of a compiled function.
 """
 
 from __future__ import annotations
@@ -163,6 +164,7 @@ def empty_like(call: Call[Out], names: Iterable[str], needs: AbstractSet[str]) -
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
+_ARRAY_OR_NUMBER = "Array[Computed] | float"
 _KINDS = {name: name for name in ("Neighbors", *_SETTINGS)} | {"Array[Computed]": "Array", "AnyArray": "Array"}
 
 
@@ -171,6 +173,8 @@ def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
     arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
         annotation, _, none = str(parameter.annotation).partition(" | ")
+        if parameter.annotation == _ARRAY_OR_NUMBER:
+            none = ""
         if annotation not in _KINDS or none not in ("", "None"):
             raise TypeError(
                 f"{name}: expected an annotation in {public.__name__} that is {', '.join(_KINDS)}, "
@@ -178,6 +182,12 @@ def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
             )
         arguments[name] = _KINDS[annotation], none == "None"
     return arguments
+
+
+def arrays_or_numbers(public: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the array arguments that may be a number too, which stands for an array () with the points' dtype."""
+    parameters = inspect.signature(public).parameters.items()
+    return tuple(name for name, parameter in parameters if parameter.annotation == _ARRAY_OR_NUMBER)
 
 
 def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mapping[str, object]], dict[str, Any]]:

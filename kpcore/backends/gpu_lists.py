@@ -67,8 +67,8 @@ def unpad(fields):
 def transpose(fields):
     order, queries = pairs_by_point(fields.index, fields.row_splits, fields.transposed_row_splits)
     cupy.take(queries, order, out=fields.transposed_index)
-    if fields.distance is not None:
-        cupy.take(fields.distance, order, out=fields.transposed_distance)
+    if fields.values is not None:
+        cupy.take(fields.values, order, out=fields.transposed_values)
 
 
 def pairs_by_point(index, row_splits, begins):

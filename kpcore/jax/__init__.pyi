@@ -107,6 +107,38 @@ def concatenate(
     third: Array | ndarray | None = ...,
     fourth: Array | ndarray | None = ...,
 ) -> Array: ...
+def continuous_conv(
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    neighbors: Neighbors,
+    features: Array | ndarray,
+    filters: Array | ndarray,
+    extents: Array | ndarray | float,
+    *,
+    coordinate_mapping: str = ...,
+    interpolation: str = ...,
+    align_corners: bool = ...,
+    normalize: bool = ...,
+    offset: Array | ndarray | None = ...,
+    importances: Array | ndarray | None = ...,
+    neighbor_importances: Array | ndarray | None = ...,
+) -> Array: ...
+def continuous_conv_transpose(
+    points: Array | ndarray,
+    queries: Array | ndarray | None,
+    neighbors: Neighbors,
+    features: Array | ndarray,
+    filters: Array | ndarray,
+    extents: Array | ndarray | float,
+    *,
+    coordinate_mapping: str = ...,
+    interpolation: str = ...,
+    align_corners: bool = ...,
+    normalize: bool = ...,
+    offset: Array | ndarray | None = ...,
+    importances: Array | ndarray | None = ...,
+    neighbor_importances: Array | ndarray | None = ...,
+) -> Array: ...
 def dropout(
     features: Array | ndarray,
     rate: float,
@@ -302,4 +334,24 @@ def softmax_cross_entropy(
     ignore_index: int | None = ...,
     class_weights: Array | ndarray | None = ...,
     reduction: str = ...,
+) -> Array: ...
+def sparse_conv(
+    neighbors: Neighbors,
+    kernel_index: Array | ndarray,
+    features: Array | ndarray,
+    filters: Array | ndarray,
+    *,
+    normalize: bool = ...,
+    importances: Array | ndarray | None = ...,
+    neighbor_importances: Array | ndarray | None = ...,
+) -> Array: ...
+def sparse_conv_transpose(
+    neighbors: Neighbors,
+    kernel_index: Array | ndarray,
+    features: Array | ndarray,
+    filters: Array | ndarray,
+    *,
+    normalize: bool = ...,
+    importances: Array | ndarray | None = ...,
+    neighbor_importances: Array | ndarray | None = ...,
 ) -> Array: ...

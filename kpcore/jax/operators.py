@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from kpcore.backends import checks
 from kpcore.jax import ffi
 from kpcore.neighbors import Neighbors, list_for_one_call, new_list
-from kpcore.ops import OPS, Call, Op, Shaped, binder, kinds, setting
+from kpcore.ops import OPS, Call, Op, Shaped, arrays_or_numbers, binder, kinds, setting
 
 # ---- arrays divided among several devices
 
@@ -58,11 +58,14 @@ class _StaticCall(NamedTuple):
 
 def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the public function of an operator for JAX arrays."""
-    argument_kinds, bind = kinds(public), binder(public)
+    argument_kinds, bind, numbers = kinds(public), binder(public), arrays_or_numbers(public)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
         bound, arrays, settings = bind(args, kwargs), {}, []
+        for name in numbers:
+            if isinstance(bound[name], (float, int)):
+                bound[name] = jnp.full((), bound[name], bound["points"].dtype)
         for name, (kind, optional) in argument_kinds.items():
             value = bound[name]
             if kind == "Array":

@@ -111,6 +111,38 @@ def concatenate(
     third: Tensor | None = ...,
     fourth: Tensor | None = ...,
 ) -> Tensor: ...
+def continuous_conv(
+    points: Tensor,
+    queries: Tensor | None,
+    neighbors: Neighbors,
+    features: Tensor,
+    filters: Tensor,
+    extents: Tensor | float,
+    *,
+    coordinate_mapping: str = ...,
+    interpolation: str = ...,
+    align_corners: bool = ...,
+    normalize: bool = ...,
+    offset: Tensor | None = ...,
+    importances: Tensor | None = ...,
+    neighbor_importances: Tensor | None = ...,
+) -> Tensor: ...
+def continuous_conv_transpose(
+    points: Tensor,
+    queries: Tensor | None,
+    neighbors: Neighbors,
+    features: Tensor,
+    filters: Tensor,
+    extents: Tensor | float,
+    *,
+    coordinate_mapping: str = ...,
+    interpolation: str = ...,
+    align_corners: bool = ...,
+    normalize: bool = ...,
+    offset: Tensor | None = ...,
+    importances: Tensor | None = ...,
+    neighbor_importances: Tensor | None = ...,
+) -> Tensor: ...
 def dropout(
     features: Tensor,
     rate: float,
@@ -306,4 +338,24 @@ def softmax_cross_entropy(
     ignore_index: int | None = ...,
     class_weights: Tensor | None = ...,
     reduction: str = ...,
+) -> Tensor: ...
+def sparse_conv(
+    neighbors: Neighbors,
+    kernel_index: Tensor,
+    features: Tensor,
+    filters: Tensor,
+    *,
+    normalize: bool = ...,
+    importances: Tensor | None = ...,
+    neighbor_importances: Tensor | None = ...,
+) -> Tensor: ...
+def sparse_conv_transpose(
+    neighbors: Neighbors,
+    kernel_index: Tensor,
+    features: Tensor,
+    filters: Tensor,
+    *,
+    normalize: bool = ...,
+    importances: Tensor | None = ...,
+    neighbor_importances: Tensor | None = ...,
 ) -> Tensor: ...

@@ -217,7 +217,7 @@ class _Arguments:
     the arguments of the torch operator, in which every Neighbors is replaced by its parts."""
 
     def __init__(self, op, public):
-        self.op, self.bind = op, ops.binder(public)
+        self.op, self._bind, self.numbers = op, ops.binder(public), ops.arrays_or_numbers(public)
         self.rows, schema = [], []  # (name, kind, whether it may be None, position of its first part in `flat`)
         for name, (kind, optional) in ops.kinds(public).items():
             self.rows.append((name, kind, optional, len(schema)))
@@ -235,6 +235,14 @@ class _Arguments:
         self.order = tuple(stored.index(i) for i in range(len(schema)))  # flat[i] = (*tensors, *others)[order[i]]
         positions = {name: at for name, _, _, at in self.rows}
         self.diff = tuple(positions[name] for name in op.diff)
+
+    def bind(self, args, kwargs):
+        """The arguments by name; a number that stands for an array becomes a tensor."""
+        bound = self._bind(args, kwargs)
+        for name in self.numbers:
+            if isinstance(bound[name], (float, int)) and isinstance(bound["points"], torch.Tensor):
+                bound[name] = bound["points"].new_full((), bound[name])
+        return bound
 
     def split(self, bound):
         """(tensors by name, all other arguments by name); None if the call has to go through torch's dispatcher

@@ -116,13 +116,14 @@ struct Subsampled {
 
 // ---- argument structs as lists of F(type, name). An operator and its backward pass share one struct.
 
+// values: one of 4 or 8 bytes for each pair, which is moved along.
 #define KP_FIELDS_Transpose(F)    \
   F(Array, index)                 \
   F(Array, row_splits)            \
-  F(OptionalArray, distance)      \
+  F(OptionalArray, values)      \
   F(Array, transposed_index)      \
   F(Array, transposed_row_splits) \
-  F(OptionalArray, transposed_distance)
+  F(OptionalArray, transposed_values)
 
 // Checks a neighbor list that a caller passed (int32 or int64). Copies row_splits always, and index if checked_index is
 // not null.
@@ -257,6 +258,51 @@ struct Subsampled {
   F(OptionalArray, grad_kernel_points)    \
   F(OptionalArray, grad_offsets)          \
   F(OptionalArray, grad_modulations)
+
+// Convolutions with a filter of depth * height * width cells, in which a neighbor acts on the cells around its
+// position, or on the cell kernel_index (E,) if that is set; then there are no points, queries and extents (their rows
+// or 1, 1 or 3). Positions in the filter are those of the neighbors relative to their query, in the query's extents; if
+// `reversed`, those of the query relative to its neighbors, in their extents. neighbor_importances (E,), point_scale
+// (N,) and query_scale (M,) are factors of pairs, gathered features and results. transposed_filters: features have as
+// many channels as filters (cells * Cin, Cout) have columns. cell_conv_grads is the backward pass for filters that are
+// neither reversed nor transposed. is_normalized: query_scale is the inverse of the sum of neighbor_importances, unless
+// that is zero, and depends on them.
+#define KP_FIELDS_CellConv(F)            \
+  F(OptionalArray, points)               \
+  F(OptionalArray, queries)              \
+  F(OptionalArray, extents)              \
+  F(OptionalArray, offset)               \
+  F(OptionalArray, kernel_index)         \
+  F(Array, index)                        \
+  F(Array, row_splits)                   \
+  F(Array, features)                     \
+  F(Array, filters)                      \
+  F(OptionalArray, neighbor_importances) \
+  F(OptionalArray, point_scale)          \
+  F(OptionalArray, query_scale)          \
+  F(int, depth)                          \
+  F(int, height)                         \
+  F(int, width)                          \
+  F(CoordinateMapping, mapping)          \
+  F(Interpolation, interpolation)        \
+  F(bool, align_corners)                 \
+  F(bool, reversed)                      \
+  F(bool, transposed_filters)            \
+  F(bool, is_normalized)                 \
+  F(OptionalArray, out)                  \
+  F(OptionalArray, grad_out)             \
+  F(OptionalArray, grad_filters)         \
+  F(OptionalArray, grad_points)          \
+  F(OptionalArray, grad_queries)         \
+  F(OptionalArray, grad_extents)         \
+  F(OptionalArray, grad_point_scale)     \
+  F(OptionalArray, grad_neighbor_importances)
+
+// scale[q] = 1 / the sum of neighbor_importances of query q (ones if null); 1 where that sum is zero
+#define KP_FIELDS_InverseSums(F)         \
+  F(Array, row_splits)                   \
+  F(OptionalArray, neighbor_importances) \
+  F(Array, scale)
 
 // Both losses share this struct. The fitting loss uses points, queries, the neighbor list and `nearest` (M, K), the
 // neighbor nearest to each kernel point, -1 without neighbors; the repulsion loss uses repulse_extent. `weight` scales
@@ -404,6 +450,9 @@ struct Subsampled {
   X(kpconv, KPConv)                                   \
   X(kpconv_grad_features, KPConv)                     \
   X(kpconv_grads, KPConv)                             \
+  X(cell_conv, CellConv)                              \
+  X(cell_conv_grads, CellConv)                        \
+  X(inverse_sums, InverseSums)                        \
   X(kernel_points, KernelPoints)                      \
   X(lloyd, KernelPoints)                              \
   X(fitting_loss, Deformation)                        \
@@ -447,6 +496,8 @@ struct Subsampled {
   X(InverseDistanceWeights) \
   X(KernelPoints)           \
   X(KPConv)                 \
+  X(CellConv)               \
+  X(InverseSums)            \
   X(Deformation)            \
   X(Linear)                 \
   X(SumRows)                \

@@ -16,31 +16,6 @@ namespace kp {
 namespace KP_ISA {
 namespace {
 
-// o (tile rows + 1, padded columns) = sum over k of A_k W_k, at the rows' queries. The last row of o receives the
-// micro-kernel's excess rows.
-template <class F>
-void multiply(const TileSums<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
-  const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.rows / num_kernels;
-  const int64_t channels = weights.groups * height;
-  memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
-  for (int k = 0; k < num_kernels; ++k) {
-    const int64_t size = tile.size(k);
-    const int32_t* const queries = tile.queries(k);
-    for (int g = 0; size && g < weights.groups; ++g)
-      for (int64_t p = 0; p < weights.count(); ++p)
-        with_vectors(weights.vectors(p), [&](auto vectors) {
-          constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-          const F* const panel = weights.row(g, p, k * height);
-          const F* const a = tile.a(k) + g * height;
-          F* const to = o + g * weights.padded_columns() + p * panel_width<F>;
-          for (int64_t i = 0; i < size; i += MR)
-            multiply_block<F, MR, NV, false>(
-                height, a + i * channels, channels, 1, [=](int64_t c) { return panel + c * NV * lanes<F>; },
-                [=](int64_t r) { return to + (i + r < size ? queries[i + r] : tile_rows) * o_row; });
-        });
-  }
-}
-
 // The same for a depthwise kernel: o[q] = sum over k of A_k[q] * W_k, times the modulations of (q, k) if given.
 template <class F>
 void scale_rows(const TileSums<F>& tile, int64_t rows, const Weights<F>& weights, const F* modulations, F* o) {

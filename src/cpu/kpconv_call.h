@@ -4,48 +4,10 @@
 
 #include <math.h>
 
-#include "gemm.h"
 #include "tile.h"
 
 namespace kp {
 namespace {
-
-constexpr int64_t max_tile_rows = 120;    // queries in a tile
-constexpr int64_t cache_bytes = 1 << 19;  // limit of a tile of more than 60 queries: half a second-level cache
-constexpr int64_t tile_bytes = 7 << 19;   // limit of any tile: 3.5 MiB
-
-// The most queries per tile within these limits, for rows of A and of the output with so many columns.
-template <class F>
-int64_t rows_of_tile(int64_t a_row, int64_t o_row) {
-  const int64_t row = int64_t(sizeof(F)) * (a_row + o_row);
-  const int64_t fit =
-      larger(smaller<int64_t>(60, tile_bytes / row), smaller<int64_t>(max_tile_rows, cache_bytes / row));
-  return larger<int64_t>(row_step, fit / row_step * row_step);
-}
-
-// Divides queries evenly into the fewest tiles that hold them, in multiples of row_step. Filling tiles one after
-// another instead cut 309 queries into five tiles of 60 and one of 9, and two threads were busy for 6 / 7 of the time.
-struct Tiles {
-  int64_t num_queries, steps, count;
-  Tiles(int64_t queries, int64_t tile_rows)
-      : num_queries(queries),
-        steps((queries + row_step - 1) / row_step),
-        count((queries + tile_rows - 1) / tile_rows) {}
-  int64_t begin(int64_t t) const { return count ? smaller(num_queries, steps * t / count * row_step) : 0; }
-};
-
-// The weights: (K, Cin / groups, Cout), or (K, C) if depthwise.
-template <class F>
-struct Weights {
-  const F* data;
-  int num_kernels, groups;
-  int64_t c_in, c_out;
-  bool depthwise;
-  const F* modulations;  // (M, K, factors) if factors > 1, else null: a single factor is part of the pairs' weights
-  int factors;
-
-  const F* row(int64_t k) const { return data + k * c_out; }
-};
 
 // The modulations from query `first` on if they scale the tile's sums, else null.
 template <class G, class F>
@@ -59,27 +21,6 @@ template <class G, class F>
 int threads_of_pass(const KPConvPass<G, F>& pass, const Weights<F>& weights, int threads) {
   const int64_t products = weights.depthwise ? weights.c_out : weights.c_in * weights.c_out / weights.groups;
   return useful_threads(threads, pass.row_splits[pass.num_queries] * (256 + products), 1 << 19);
-}
-
-// Calls work(state, tile, first query, number of queries) for all tiles. Threads take tiles in ascending order; a
-// thread that cannot reserve its state takes none, and the call fails only if no thread can.
-template <class State, class Reserve, class Work>
-Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
-  const Tiles tiles(num_queries, tile_rows);
-  threads = int(smaller<int64_t>(threads, larger<int64_t>(1, tiles.count)));
-  int64_t next = 0;
-  bool reserved = false;
-#pragma omp parallel num_threads(threads) reduction(|| : reserved)
-  {
-    State state;
-    reserved = reserve(state);
-    while (reserved) {
-      const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (t >= tiles.count) break;
-      work(state, t, tiles.begin(t), tiles.begin(t + 1) - tiles.begin(t));
-    }
-  }
-  return reserved ? Status::ok : Status::out_of_memory;
 }
 
 // Whether a feature row sums to more than zero. Summed in float64 in eight interleaved sums: the same on every machine.

@@ -65,7 +65,8 @@ namespace KP_ISA {
 // order. Each thread counts, then writes, a contiguous range of queries; its slice of every row of the result begins
 // after those of the threads before it, so the result does not depend on the number of threads.
 Status transpose(const Transpose& args) {
-  const Array &distance = args.distance, &out_distance = args.transposed_distance;
+  const Array &values = args.values, &out_values = args.transposed_values;
+  const bool is_short = values.dtype == DType::float32 || values.dtype == DType::int32;
   const auto* from = as<int32_t>(args.index);
   const auto* rows = as<int64_t>(args.row_splits);
   auto* to = into<int32_t>(args.transposed_index);
@@ -110,11 +111,11 @@ Status transpose(const Transpose& args) {
       for (int64_t e = rows[i]; e < rows[i + 1]; ++e) {
         const int64_t at = counters[from[e]]++;
         to[at] = int32_t(i);
-        if (!distance.data) continue;
-        if (distance.dtype == DType::float32)
-          into<float>(out_distance)[at] = as<float>(distance)[e];
+        if (!values.data) continue;
+        if (is_short)
+          into<int32_t>(out_values)[at] = as<int32_t>(values)[e];
         else
-          into<double>(out_distance)[at] = as<double>(distance)[e];
+          into<int64_t>(out_values)[at] = as<int64_t>(values)[e];
       }
   }
   return Status::ok;

@@ -52,6 +52,16 @@ KP_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
+// As many 32-bit integers as a vector of T has lanes.
+template <class T>
+struct IntegersOf {
+  typedef int32_t type __attribute__((vector_size(lanes<T> * 4)));
+};
+template <class T>
+KP_INLINE typename IntegersOf<T>::type to_integers(Vec<T> v) {
+  return __builtin_convertvector(v, typename IntegersOf<T>::type);
+}
+
 // Subtracts zero, because adding it would turn -0 into +0. Compiles to one broadcast instruction.
 template <class T>
 KP_INLINE Vec<T> broadcast(T x) {

@@ -19,6 +19,7 @@
 #include "formulas/kpconv.h"
 #include "pairs.h"
 #include "parallel.h"
+#include "tile_products.h"
 
 namespace kp {
 namespace {
@@ -216,20 +217,6 @@ void sum_lists(const F* features, int64_t channels, const int32_t* rows, const F
   }
 }
 
-// The result of a tile: for every kernel point k, size(k) rows a(k) and their queries, counted from the tile's first
-// query. It does not depend on the type of geometry, so the code that uses it is compiled once per type of features.
-template <class F>
-struct TileSums {
-  const F* sums;
-  const int32_t* all_queries;
-  const int32_t* sizes;
-  int64_t max_rows, channels;
-
-  int64_t size(int64_t k) const { return sizes[k]; }
-  const F* a(int64_t k) const { return sums + k * max_rows * channels; }
-  const int32_t* queries(int64_t k) const { return all_queries + k * max_rows; }
-};
-
 // One thread's tile.
 template <class G, class F>
 class Tile {
@@ -278,7 +265,7 @@ class Tile {
     finish(pairs_);
   }
 
-  TileSums<F> rows() const { return {a_.data(), pairs_.all_queries(), pairs_.sizes(), rows_, channels_}; }
+  TileSums<F> rows() const { return {a_.data(), pairs_.all_queries(), pairs_.sizes(), rows_, rows_ * channels_}; }
 
  private:
   void start_pairs() {

@@ -22,7 +22,7 @@ using uint64_t = unsigned long long;
 namespace kp {
 
 // Options of operators. The tuples of their names in kpcore/*.py (_METRICS, _SORTS, _IGNORES, _REDUCES, INFLUENCES,
-// AGGREGATIONS, _ACTIVATIONS) are in the same order, since only the number of an option is passed.
+// AGGREGATIONS, _ACTIVATIONS, _MAPPINGS, _INTERPOLATIONS) are in the same order, since only the number of an option is passed.
 enum class Metric : int { l2, l1, linf };
 enum class Sort : int { none, index, distance };
 // Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
@@ -31,6 +31,8 @@ enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Reduction : int { mean, sum, max, min };
 enum class Activation : int { leaky_relu, relu, sigmoid };
+enum class CoordinateMapping : int { ball_to_cube_radial, ball_to_cube_volume_preserving, identity };
+enum class Interpolation : int { linear, linear_border, nearest_neighbor };
 
 namespace {
 

@@ -1,0 +1,207 @@
+"""What the convolutions with a filter of cells share: ContinuousConv, SparseConv, and their transposes.
+
+All are one sum over pairs (point i, query q), in which `filter(i, q)` is a matrix (Cin, Cout)::
+
+    out[q] = s_q Σ_i a_qi t_i f_i filter(i, q)
+
+The a are `neighbor_importances`. In a convolution t are the importances of the points, and with `normalize` s_q is the
+inverse of the sum of the a of query q. In a transposed convolution s are the importances of the queries, and with
+`normalize` t_i is the inverse of the sum of the a of point i.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpcore.backends import checks, devices
+from kpcore.neighbors import transposed
+from kpcore.ops import empty_like
+
+_BY_PAIR = ("filters", "neighbor_importances", "points", "queries", "extents")
+
+
+def with_factors(call, importances, neighbor_importances, is_transpose, sizes):
+    """The call with its factors of points, queries and pairs, checked."""
+    owner, like = "M" if is_transpose else "N", ("features", call.features)
+    if importances is not None:
+        importances = checks.array("importances", importances, owner, checks.FEATURES, sizes, like=like)
+    if neighbor_importances is not None:
+        pairs = {"device": sizes["device"], "E": (len(call.index), "neighbors")}
+        neighbor_importances = checks.array(
+            "neighbor_importances", neighbor_importances, "E", checks.FEATURES, pairs, like=like
+        )
+    call.importances, call.neighbor_importances = importances, neighbor_importances
+    call.is_transpose = call.reversed = is_transpose
+    return call
+
+
+def result(call):
+    return [((call.neighbors.num_queries, call.filters.shape[-1]), call.features.dtype)]
+
+
+def forward(call):
+    ((shape, dtype),) = result(call)
+    out = devices.namespace(call.features).empty(shape, dtype)
+    _run("cell_conv", call, out=out, **_scales(call))
+    return out, ()
+
+
+def _run(kernel, call, **fields):
+    backend = devices.backend(call.features)
+    try:
+        backend.run(kernel, call, **fields)
+    except backend.OutOfRange:
+        raise _cell_error(call) from None
+
+
+def _cell_error(call):
+    index, cells = call.kernel_index[: int(call.row_splits[-1])], call.depth
+    low, high = int(index.min()), int(index.max())
+    if low >= 0 and high < cells:
+        return checks.changed("kernel_index")
+    bad = low if low < 0 else high
+    return ValueError(f"kernel_index: expected values from 0 to {cells - 1} to match filters, got {bad}")
+
+
+def _scales(call, exchanged=None):
+    """{"point_scale", "query_scale"}: the factors t and s of the formula above, or None.
+
+    `exchanged`: the pairs of `_exchanged_pairs`, if they are known.
+    """
+    importances, sums = call.importances, None
+    if importances is not None and importances.dtype.itemsize == 2:
+        importances = importances.astype(np.float32)
+    if call.is_normalized:
+        row_splits, factors, owners = call.row_splits, call.neighbor_importances, call.neighbors.num_queries
+        if call.is_transpose:
+            _, row_splits, factors, _, _ = exchanged or _exchanged_pairs(call)
+            owners = call.neighbors.num_points
+        dtype = np.dtype(np.float32) if call.features.dtype.itemsize == 2 else call.features.dtype
+        sums = devices.namespace(call.features).empty(owners, dtype)
+        devices.backend(sums).run("inverse_sums", row_splits=row_splits, neighbor_importances=factors, scale=sums)
+    points, queries = (sums, importances) if call.is_transpose else (importances, sums)
+    return {"point_scale": points, "query_scale": queries}
+
+
+def _exchanged_pairs(call, with_order=False):
+    """(index, row_splits, neighbor_importances, kernel_index, order) of the pairs with points and queries exchanged.
+
+    `order`, the place of each pair in the list, is None unless it was needed.
+    """
+    index, splits, neighbors = call.index, call.row_splits, call.neighbors
+    factors, cells = call.neighbor_importances, call.kernel_index
+    if factors is None and cells is None and not with_order:
+        stored = neighbors.transpose()
+        return stored.stored_index, stored.stored_row_splits, None, None, None
+    if cells is None and not with_order:
+        return (*transposed(index, splits, factors, neighbors.num_points), None, None)
+    if factors is None and not with_order:
+        index, splits, cells = transposed(index, splits, cells, neighbors.num_points)
+        return index, splits, None, cells, None
+    xp, pairs = devices.namespace(index), len(index)
+    places = xp.arange(pairs, dtype=np.int32 if pairs <= checks.MAX_POINTS else np.int64)
+    index, splits, order = transposed(index, splits, places, neighbors.num_points)
+    return (index, splits, None if factors is None else factors[order], None if cells is None else cells[order], order)
+
+
+def gradients(call, saved, grad, needs):
+    """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
+    computed = needs | {"queries"} if "points" in needs and call.queries_are_points else needs
+    grads, by_pair = {}, [name for name in _BY_PAIR if name in computed]
+    exchanged = None
+    if call.is_transpose or "features" in needs or "importances" in needs:
+        exchanged = _exchanged_pairs(call, with_order=call.is_transpose and "neighbor_importances" in needs)
+    scales = _scales(call, exchanged)
+    if "features" in needs or ("importances" in needs and not call.is_transpose):
+        grads |= _gradients_of_features(call, grad, exchanged, scales)
+    if "importances" in needs and call.is_transpose:
+        out = devices.namespace(grad).empty(grad.shape, grad.dtype)
+        _run("cell_conv", call, out=out, **scales | {"query_scale": None})
+        grads["importances"] = _row_products(out, grad, call.row_splits)
+    if by_pair:
+        compute = _gradients_by_pair_of_transpose if call.is_transpose else _gradients_by_pair
+        grads |= compute(call, grad, by_pair, exchanged, scales)
+    if computed is not needs:
+        grads["points"] += grads["queries"]
+    return {name: grads[name] for name in needs}
+
+
+def _row_products(a, b, row_splits):
+    """(N,) the dot products of the rows of two arrays (N, C); 0 for a row without pairs, whose b may be NaN."""
+    real = np.float32 if a.dtype.itemsize == 2 else a.dtype
+    products = (a.astype(real, copy=False) * b.astype(real, copy=False)).sum(1)
+    return np.where(row_splits[1:] > row_splits[:-1], products, 0).astype(a.dtype, copy=False)
+
+
+def _exchanged_fields(call, exchanged):
+    """Fields of a kernel that gathers from the queries to the points."""
+    index, row_splits, factors, cells, _ = exchanged
+    return {"index": index, "row_splits": row_splits, "neighbor_importances": factors, "kernel_index": cells,
+            "points": call.queries, "queries": call.points}  # fmt: skip
+
+
+def _gradients_of_features(call, grad, exchanged, scales):
+    """Gradients of the features, and of importances if they are those of the points.
+
+    The features are multiplied by the importances, so both follow from the gradient of that product.
+    """
+    out = devices.namespace(grad).empty(call.features.shape, grad.dtype)
+    by_points = not call.is_transpose and call.importances is not None
+    _run("cell_conv", call, **_exchanged_fields(call, exchanged), features=grad, reversed=not call.reversed,
+         transposed_filters=True, point_scale=scales["query_scale"],
+         query_scale=None if by_points else scales["point_scale"], out=out)  # fmt: skip
+    if not by_points:
+        return {"features": out}
+    products = (out * scales["point_scale"][:, None]).astype(out.dtype, copy=False)
+    return {"features": products, "importances": _row_products(out, call.features, exchanged[1])}
+
+
+def _gradients_by_pair(call, grad, names, exchanged, scales):
+    arrays = _outputs(call, names)
+    _run("cell_conv_grads", call, grad_out=grad, **arrays, **scales)
+    return _gradients_of_outputs(call, arrays)
+
+
+def _gradients_by_pair_of_transpose(call, grad, names, exchanged, scales):
+    """As `_gradients_by_pair`. A transposed convolution from f to a gradient g is, as a sum over its pairs, the
+    convolution from g to f with transposed filters, and so are its gradients."""
+    exchange = {"grad_points": "grad_queries", "grad_queries": "grad_points"}
+    arrays = _outputs(call, names)
+    fields = {exchange.get(name, name): array for name, array in arrays.items()}
+    filters = devices.contiguous(call.filters.swapaxes(-1, -2))
+    if "filters" in names:
+        fields["grad_filters"] = devices.namespace(grad).empty(filters.shape, filters.dtype)
+    _run("cell_conv_grads", call, **_exchanged_fields(call, exchanged), features=grad, grad_out=call.features,
+         filters=filters, reversed=False, point_scale=scales["query_scale"], query_scale=scales["point_scale"],
+         **fields)  # fmt: skip
+    if "filters" in names:
+        arrays["grad_filters"] = devices.contiguous(fields["grad_filters"].swapaxes(-1, -2))
+    if "neighbor_importances" in names:
+        by_place, order = arrays["grad_neighbor_importances"], exchanged[4]
+        arrays["grad_neighbor_importances"] = devices.namespace(grad).zeros(by_place.shape, by_place.dtype)
+        arrays["grad_neighbor_importances"][order] = by_place[: len(order)]
+    return _gradients_of_outputs(call, arrays)
+
+
+def _outputs(call, names):
+    """{"grad_<name>": array} that cell_conv_grads writes to."""
+    arrays, xp = empty_like(call, names, set(names)), devices.namespace(call.features)
+    if "neighbor_importances" in names:  # zeros: entries past the last pair belong to no pair and are not written
+        arrays["grad_neighbor_importances"] = xp.zeros(len(call.index), call.features.dtype)
+    if "extents" in names:  # the kernel writes a gradient for each point or query that has an extent
+        owners = call.neighbors.num_points if call.is_transpose else call.neighbors.num_queries
+        axes = call.extents.shape[1] if call.extents.ndim == 2 else 1
+        arrays["grad_extents"] = xp.empty((owners, axes), call.extents.dtype)
+    return arrays
+
+
+def _gradients_of_outputs(call, arrays):
+    grads = {name.removeprefix("grad_"): array for name, array in arrays.items()}
+    if "extents" in grads:
+        rows = grads["extents"]
+        if call.extents.ndim == 0 or len(call.extents) == 1 != len(rows):
+            sums = devices.namespace(rows).empty(rows.shape[1], rows.dtype)
+            devices.backend(rows).run("sum_rows", rows=rows, sums=sums)
+            rows = sums
+        grads["extents"] = rows.reshape(call.extents.shape)
+    return grads
