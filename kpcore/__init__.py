@@ -37,6 +37,7 @@ from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loa
 from kpcore.config import *  # noqa: F403
 from kpcore.deformation import *  # noqa: F403
 from kpcore.dispositions import *  # noqa: F403
+from kpcore.kernel_map import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
 from kpcore.layers import *  # noqa: F403
 from kpcore.neighbors import *  # noqa: F403
@@ -61,7 +62,7 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "deformation", "dispositions", "kpconv", "layers", "neighbors"),
+    *("config", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
     *("pooling", "pyramid", "sampling", "search", "subsampling"),
 )
 __all__ = ["autodiff"]

@@ -447,7 +447,7 @@ def transposed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(index, row_splits, values or None) of the transpose: the queries of each point, in rising order.
 
-    `values`: one number for each pair, carried along to its place in the transpose.
+    `values`: one number (float32, float64 or int32) for each pair, carried along to its place in the transpose.
     """
     xp = devices.namespace(index)
     # Reading row_splits[-1] on a GPU would wait for it; an index longer than that leaves an end that is not used.

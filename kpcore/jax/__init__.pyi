@@ -6,7 +6,7 @@ from numpy import ndarray
 from numpy.typing import DTypeLike
 
 import kpcore
-from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 
@@ -168,6 +168,19 @@ def interpolate(
     points_row_splits: Array | ndarray | None = ...,
     queries_row_splits: Array | ndarray | None = ...,
 ) -> Array: ...
+def kernel_map(
+    coords: Array | ndarray,
+    out_coords: Array | ndarray | None = ...,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    shape: Sequence[int] | None = ...,
+    rule: Literal["submanifold", "spconv", "minkowski"] = ...,
+    row_splits: Array | ndarray | None = ...,
+    out_row_splits: Array | ndarray | None = ...,
+) -> KernelMap[Array]: ...
 def kernel_points(
     num: int | Sequence[int],
     radius: float = ...,
@@ -302,4 +315,10 @@ def softmax_cross_entropy(
     ignore_index: int | None = ...,
     class_weights: Array | ndarray | None = ...,
     reduction: str = ...,
+) -> Array: ...
+def to_dense(
+    coords: Array | ndarray,
+    features: Array | ndarray,
+    shape: Sequence[int],
+    row_splits: Array | ndarray | None = ...,
 ) -> Array: ...

@@ -113,6 +113,8 @@ Status transpose(const Transpose& args) {
         if (!distance.data) continue;
         if (distance.dtype == DType::float32)
           into<float>(out_distance)[at] = as<float>(distance)[e];
+        else if (distance.dtype == DType::int32)
+          into<int32_t>(out_distance)[at] = as<int32_t>(distance)[e];
         else
           into<double>(out_distance)[at] = as<double>(distance)[e];
       }
