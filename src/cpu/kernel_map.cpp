@@ -222,19 +222,9 @@ Status spread_cells(const SpreadCells& args) {
   const auto* const cells = as<int64_t>(args.cells);
   const int64_t n = args.cells.rows, places = n ? args.spread.rows / n : 0;
 #pragma omp parallel for num_threads(useful_threads(args.threads, n* places, cells_per_thread)) schedule(static)
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t outer = cells[i] / args.inner / args.size, at = cells[i] / args.inner % args.size;
-    int64_t* to = into<int64_t>(args.spread) + i * places;
-    int64_t* const end = to + places;
-    for (int64_t k = 0; k < args.kernel_size; ++k) {
-      const int64_t scaled = args.low + at + args.padding - k * args.dilation;
-      if (scaled % args.stride) continue;
-      const int64_t out = scaled / args.stride - args.out_low;
-      if (out < 0 || out >= args.out_size) continue;
-      *to++ = (outer * args.out_size + out) * args.inner + cells[i] % args.inner;
-    }
-    while (to < end) *to++ = args.end;
-  }
+  for (int64_t i = 0; i < n; ++i)
+    spread_cell(cells[i], args.inner, args.low, args.size, args.out_low, args.out_size, args.kernel_size, args.stride,
+                args.dilation, args.padding, args.end, into<int64_t>(args.spread) + i * places, places);
   return Status::ok;
 }
 

@@ -401,10 +401,8 @@ struct Subsampled {
   F(Array, cells)              \
   F(Array, order)
 
-// Replaces the coordinate c along one axis of each cell by the outputs o that read it: o * stride = c + padding -
-// k * dilation, for k from 0 to kernel_size - 1, if o is from out_low to out_low + out_size - 1. `inner` is the number
-// of cells of the axes after this one. `spread` has the same number of places for every cell; those that are not needed
-// get the number `end`.
+// Replaces the coordinate along one axis of each cell by the outputs that read it: spread_cell() in
+// src/formulas/kernel_map.h. `spread` has the same number of places for every cell.
 #define KP_FIELDS_SpreadCells(F) \
   F(Array, cells)                \
   F(int64_t, inner)              \

@@ -43,6 +43,22 @@ KP_HD int64_t coords_of(int64_t cell, const Box<D>& box, const int64_t* stride, 
   return cell;
 }
 
+// Writes the outputs o along one axis that read a cell, whose coordinate there is c: o * stride = c + padding - k *
+// dilation, for k from 0 to kernel_size - 1 and o from out_low to out_low + out_size - 1. `inner`: the number of cells
+// of the axes after this one. The other of the `places` get the number `end`.
+KP_HD void spread_cell(int64_t cell, int64_t inner, int64_t low, int64_t size, int64_t out_low, int64_t out_size,
+                       int64_t kernel_size, int64_t stride, int64_t dilation, int64_t padding, int64_t end,
+                       int64_t* spread, int64_t places) {
+  const int64_t outer = cell / inner / size, c = cell / inner % size + low;
+  int64_t written = 0;
+  for (int64_t k = 0; k < kernel_size; ++k) {
+    const int64_t scaled = c + padding - k * dilation, out = scaled / stride - out_low;
+    if (scaled % stride == 0 && out >= 0 && out < out_size)
+      spread[written++] = (outer * out_size + out) * inner + cell % inner;
+  }
+  while (written < places) spread[written++] = end;
+}
+
 // Along each axis, kernel cell k of output o reads the input at `scale * o + first + k * dilation`. With coordinates of
 // 32 bits and numbers below 2^31 the sum fits 64 bits.
 template <int D>
