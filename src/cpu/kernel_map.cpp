@@ -88,70 +88,109 @@ bool is_sorted(const int64_t* cells, int64_t n, int max_threads) {
   return !falls;
 }
 
-// Calls visit(output, row of the input, kernel cell) for all pairs of outputs [begin, end) in sorted order: for each
-// output by kernel cell, then by row.
-template <int D, class Visit>
-void visit_pairs(const KernelPairs& args, const Box<D>& box, const Kernel<D>& kernel, const int64_t* offsets,
-                 int64_t* places, int64_t begin, int64_t end, Visit visit) {
-  const auto* const cells = as<int64_t>(args.cells);
-  const auto* const order = as<int32_t>(args.order);
-  const auto* const out_coords = as<int32_t>(args.out_coords);
-  const auto* const out_splits = as<int64_t>(args.out_row_splits);
-  const auto* const out_order = as<int32_t>(args.out_order);
-  const int64_t n = args.cells.rows, items = args.out_row_splits.rows - 1;
-  const int64_t runs = kernel.num_runs(), length = kernel.run_length();
-  int64_t item = 0;
-  memset(places, 0, size_t(runs) * sizeof(int64_t));
-  for (int64_t s = begin; s < end; ++s) {
-    const int64_t o = out_order ? out_order[s] : s;
-    if (s == begin) item = item_of(out_splits, items, o);
-    while (o >= out_splits[item + 1]) ++item;
-    int64_t scaled[D];
-    for (int a = 0; a < D; ++a) scaled[a] = kernel.scale[a] * out_coords[o * D + a];
-    for (int64_t r = 0; r < runs; ++r) {
-      const Run run = run_of<D>(scaled, offsets + r * D, item, length, box);
-      if (run.to < run.from) continue;
-      int64_t at = places[r] = first_from(cells, places[r], n, run.from);
-      for (; at < n && cells[at] <= run.to; ++at) visit(o, order[at], int32_t(r * length + cells[at] - run.origin));
-    }
-  }
-}
+// What both passes over the pairs of a kernel map read.
+template <int D>
+struct Pairs {
+  const int64_t *cells, *out_splits;
+  const int32_t *order, *out_coords, *out_order;
+  int64_t num_cells, items, num_outputs, runs, length;
+  Box<D> box;
+  Kernel<D> kernel;
+  Buffer<int64_t> offsets;    // (runs, D)
+  Buffer<int64_t> distances;  // (runs,) from the number of the cell at `scale * o` to that of the run's first cell
 
-// Calls call(begin, end, visit_all) in every thread with its share of the sorted outputs; visit_all(visit) visits their
-// pairs.
-template <class Call>
-Status share_pairs(const KernelPairs& args, Call call) {
-  return with_axes(args.low.rows, [&](auto axes) {
-    constexpr int D = decltype(axes)::value;
-    const Box<D> box = box_of<D>(args.low, args.sizes);
-    Kernel<D> kernel;
+  Status prepare(const KernelPairs& args) {
+    cells = as<int64_t>(args.cells);
+    order = as<int32_t>(args.order);
+    out_coords = as<int32_t>(args.out_coords);
+    out_splits = as<int64_t>(args.out_row_splits);
+    out_order = as<int32_t>(args.out_order);
+    num_cells = args.cells.rows;
+    items = args.out_row_splits.rows - 1;
+    num_outputs = args.row_splits.rows - 1;
+    box = box_of<D>(args.low, args.sizes);
     for (int a = 0; a < D; ++a) {
       kernel.size[a] = as<int64_t>(args.kernel_size)[a];
       kernel.scale[a] = as<int64_t>(args.scale)[a];
       kernel.first[a] = as<int64_t>(args.first)[a];
       kernel.dilation[a] = as<int64_t>(args.dilation)[a];
     }
-    const int64_t m = args.row_splits.rows - 1, runs = kernel.num_runs();
-    const int threads = useful_threads(args.threads, m * runs, cells_per_thread);
-    Buffer<int64_t> offsets, places;
-    if (!offsets.resize(runs * D) || !places.resize(threads * (runs + 8))) return Status::out_of_memory;
-    for (int64_t r = 0; r < runs; ++r) kernel.offset_of_run(r, offsets.data() + r * D);
+    runs = kernel.num_runs();
+    length = kernel.run_length();
+    if (!offsets.resize(runs * D) || !distances.resize(runs)) return Status::out_of_memory;
+    for (int64_t r = 0; r < runs; ++r) {
+      int64_t* const offset = offsets.data() + r * D;
+      kernel.offset_of_run(r, offset);
+      uint64_t distance = 0;  // unsigned, since it overflows where a kernel is larger than the box
+      for (int a = 0; a < D; ++a) distance = distance * uint64_t(box.sizes[a]) + uint64_t(offset[a]);
+      distances[r] = int64_t(distance);
+    }
+    return Status::ok;
+  }
+
+  int64_t output(int64_t s) const { return out_order ? out_order[s] : s; }
+
+  // Calls on_run(begin, end, first kernel cell, origin) for the inputs of each run of output o that has some.
+  template <class OnRun>
+  void visit(int64_t o, int64_t item, int64_t* places, OnRun on_run) const {
+    int64_t scaled[D];
+    bool inside = true;  // all that the kernel reads is in the box
+    for (int a = 0; a < D; ++a) {
+      scaled[a] = kernel.scale[a] * out_coords[o * D + a];
+      const int64_t first = scaled[a] + kernel.first[a] - box.low[a];
+      inside &= first >= 0 && first + (kernel.size[a] - 1) * kernel.dilation[a] < box.sizes[a];
+    }
+    int64_t cell = item;
+    for (int a = 0; inside && a < D; ++a) cell = cell * box.sizes[a] + scaled[a] - box.low[a];
+    for (int64_t r = 0; r < runs; ++r) {
+      const int64_t first = inside ? cell + distances[r] : 0;
+      const Run run =
+          inside ? Run{first, first + length - 1, first} : run_of<D>(scaled, offsets.data() + r * D, item, length, box);
+      if (run.to < run.from) continue;
+      const int64_t begin = places[r] = first_from(cells, places[r], num_cells, run.from);
+      int64_t end = begin;
+      while (end < num_cells && cells[end] <= run.to) ++end;
+      on_run(begin, end, r * length, run.origin);
+    }
+  }
+};
+
+// Calls pass(pairs, output, item, places) for all outputs, in the order of their cells. `places` holds, for each run of
+// kernel cells, its place among the inputs. ahead(output) is called some outputs before that if the outputs are not
+// sorted, and so anywhere in memory.
+template <class Ahead, class Pass>
+Status for_outputs(const KernelPairs& args, Ahead ahead, Pass pass) {
+  return with_axes(args.low.rows, [&](auto axes) {
+    constexpr int D = decltype(axes)::value;
+    constexpr int64_t distance = 12;
+    Pairs<D> pairs;
+    if (pairs.prepare(args) != Status::ok) return Status::out_of_memory;
+    const int threads = useful_threads(args.threads, pairs.num_outputs * pairs.runs, cells_per_thread);
+    const int64_t line = pairs.runs + 8;  // in another cache line than those of other threads
+    Buffer<int64_t> all_places;
+    if (!all_places.resize(threads * line)) return Status::out_of_memory;
 #pragma omp parallel num_threads(threads)
     {
       const int t = omp_get_thread_num();
-      const Share share(m, t, omp_get_num_threads());
-      call([&](auto visit) {
-        visit_pairs<D>(args, box, kernel, offsets.data(), places.data() + t * (runs + 8), share.begin, share.end,
-                       visit);
-      });
+      const Share share(pairs.num_outputs, t, omp_get_num_threads());
+      int64_t* const places = all_places.data() + t * line;
+      memset(places, 0, size_t(pairs.runs) * sizeof(int64_t));
+      int64_t item = share.begin < share.end ? item_of(pairs.out_splits, pairs.items, pairs.output(share.begin)) : 0;
+      for (int64_t s = share.begin; s < share.end; ++s) {
+        if (pairs.out_order && s + 2 * distance < share.end) {
+          const int64_t next = pairs.output(s + 2 * distance);
+          __builtin_prefetch(pairs.out_coords + next * D);
+          __builtin_prefetch(as<int64_t>(args.row_splits) + next);
+          ahead(pairs.output(s + distance));
+        }
+        const int64_t o = pairs.output(s);
+        while (o >= pairs.out_splits[item + 1]) ++item;
+        pass(pairs, o, item, places);
+      }
     }
     return Status::ok;
   });
 }
-
-struct Pair {
-  int32_t kernel, index;
-};
 
 }  // namespace
 
@@ -267,11 +306,15 @@ Status cell_coords(const CellCoords& args) {
 
 Status count_pairs(const KernelPairs& args) {
   auto* const splits = into<int64_t>(args.row_splits);
-  const int64_t m = args.row_splits.rows - 1;
-  memset(splits, 0, size_t(m + 1) * sizeof(int64_t));
-  const Status status =
-      share_pairs(args, [&](auto visit_all) { visit_all([&](int64_t o, int32_t, int32_t) { ++splits[o + 1]; }); });
-  for (int64_t o = 0; o < m; ++o) splits[o + 1] += splits[o];
+  const Status status = for_outputs(
+      args, [](int64_t) {},
+      [&](const auto& pairs, int64_t o, int64_t item, int64_t* places) {
+        int64_t count = 0;
+        pairs.visit(o, item, places, [&](int64_t begin, int64_t end, int64_t, int64_t) { count += end - begin; });
+        splits[o + 1] = count;
+      });
+  splits[0] = 0;
+  for (int64_t o = 0; o + 1 < args.row_splits.rows; ++o) splits[o + 1] += splits[o];
   return status;
 }
 
@@ -279,41 +322,52 @@ Status fill_pairs(const KernelPairs& args) {
   const auto* const splits = as<int64_t>(args.row_splits);
   auto* const index = into<int32_t>(args.index);
   auto* const kernel_index = into<int32_t>(args.kernel_index);
-  return share_pairs(args, [&](auto visit_all) {
-    int64_t output = -1, e = 0;
-    visit_all([&](int64_t o, int32_t row, int32_t kernel) {
-      if (o != output) e = splits[output = o];
-      index[e] = row;
-      kernel_index[e++] = kernel;
+  const auto prefetch_row = [&](int64_t o) {
+    for (int64_t e = splits[o]; e < splits[o + 1]; e += 64 / int64_t(sizeof(int32_t))) {
+      __builtin_prefetch(index + e, 1);
+      __builtin_prefetch(kernel_index + e, 1);
+    }
+  };
+  return for_outputs(args, prefetch_row, [&](const auto& pairs, int64_t o, int64_t item, int64_t* places) {
+    int64_t e = splits[o];
+    pairs.visit(o, item, places, [&](int64_t begin, int64_t end, int64_t kernel, int64_t origin) {
+      for (int64_t j = 0; j < end - begin; ++j) {
+        index[e + j] = pairs.order[begin + j];
+        kernel_index[e + j] = int32_t(kernel + pairs.cells[begin + j] - origin);
+      }
+      e += end - begin;
     });
   });
 }
 
+// The pairs of a row differ in (kernel cell, index), and rows are in order of the index: sorting both as one number is
+// a stable sort by the kernel cell.
 Status sort_pairs(const SortPairs& args) {
   const auto* const splits = as<int64_t>(args.row_splits);
   auto* const index = into<int32_t>(args.index);
   auto* const kernel_index = into<int32_t>(args.kernel_index);
   const int64_t m = args.row_splits.rows - 1;
-  int64_t longest = 0;
-  for (int64_t o = 0; o < m; ++o) longest = larger(longest, splits[o + 1] - splits[o]);
-  const int threads = useful_threads(args.threads, args.index.rows, cells_per_thread);
-  Buffer<Pair> pairs;
-  if (!pairs.resize(threads * 2 * longest)) return Status::out_of_memory;
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(useful_threads(args.threads, args.index.rows, cells_per_thread)) reduction(| : failed)
   {
-    Pair* const a = pairs.data() + omp_get_thread_num() * 2 * longest;
+    Sorter<uint64_t> sorter;
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < m; ++o) {
       const int64_t begin = splits[o], n = splits[o + 1] - begin;
-      for (int64_t j = 0; j < n; ++j) a[j] = {kernel_index[begin + j], index[begin + j]};
-      const Pair* const sorted = merge_sort(a, a + n, n, 1, [](Pair x, Pair y) { return x.kernel < y.kernel; });
+      uint64_t* const keys = sorter.keys(n);
+      if (!keys) {
+        failed = 1;
+        continue;
+      }
+      for (int64_t j = 0; j < n; ++j) keys[j] = uint64_t(kernel_index[begin + j]) << 32 | uint64_t(index[begin + j]);
+      const uint64_t* const sorted = sorter.sort(n);
       for (int64_t j = 0; j < n; ++j) {
-        kernel_index[begin + j] = sorted[j].kernel;
-        index[begin + j] = sorted[j].index;
+        kernel_index[begin + j] = int32_t(sorted[j] >> 32);
+        index[begin + j] = int32_t(sorted[j] & 0xffffffff);
       }
     }
   }
-  return Status::ok;
+  return failed ? Status::out_of_memory : Status::ok;
 }
 
 // Each thread writes the cells of its share of the sorted rows; a cell on the border of two shares is that of the

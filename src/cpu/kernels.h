@@ -453,7 +453,7 @@ struct Subsampled {
   F(OptionalArray, index)        \
   F(OptionalArray, kernel_index)
 
-// Sorts the pairs of each row by kernel_index, in place; pairs with the same kernel_index keep their order.
+// Sorts the pairs of each row by kernel_index and then by index, in place. Pairs of a row differ in one of the two.
 #define KP_FIELDS_SortPairs(F) \
   F(Array, row_splits)         \
   F(int64_t, num_kernels)      \
