@@ -513,6 +513,9 @@ def test_jax_takes_and_returns_its_arrays():
         assert_same_bits(other.neighbors.index, arrays.neighbors.index)
     with pytest.raises(TypeError, match="coords: kernel_map is not traced"):
         jax.jit(lambda c: kp.jax.kernel_map(c, kernel_size=3).kernel_index)(coords)
+    features = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    pooled = jax.jit(lambda f, m: kp.jax.neighbor_reduce(f, m.neighbors, "max") * m.num_kernels)(features, m)
+    assert_same_bits(np.asarray(pooled), kp.neighbor_reduce(features, expected.neighbors, "max") * np.float32(27))
 
 
 # ---- to_dense
