@@ -387,13 +387,19 @@ Status to_dense(const ToDense& args) {
       const Share values(num_values, t, threads), share(n, t, threads);
       memset(out + values.begin, 0, size_t(values.end - values.begin) * sizeof(F));
 #pragma omp barrier
-      int64_t i = share.begin;
-      while (i < share.end && i && cells[i] == cells[i - 1]) ++i;
-      while (i < share.end) {
-        const int64_t cell = cells[i];
-        F* const to = out + cell / volume * channels * volume + cell % volume;
-        for (; i < n && cells[i] == cell; ++i)
-          for (int64_t c = 0; c < channels; ++c) to[c * volume] += features[order[i] * channels + c];
+      const auto past_equal = [&](int64_t i) {
+        while (i && i < n && cells[i] == cells[i - 1]) ++i;
+        return i;
+      };
+      // Channel by channel over blocks of rows, so that each channel is written in order of the cells.
+      constexpr int64_t block = 256;
+      int64_t at[block];
+      const int64_t end = past_equal(share.end);
+      for (int64_t i = past_equal(share.begin); i < end; i += block) {
+        const int64_t rows = smaller(block, end - i);
+        for (int64_t j = 0; j < rows; ++j) at[j] = cells[i + j] / volume * channels * volume + cells[i + j] % volume;
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t j = 0; j < rows; ++j) out[at[j] + c * volume] += features[order[i + j] * channels + c];
       }
     }
     return Status::ok;
