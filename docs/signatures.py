@@ -32,7 +32,7 @@ def text(file):
     imported, array, *argument_and_dtype = FRAMEWORKS[file]
     lines = ["from collections.abc import Collection, Sequence", "from typing import Literal, overload", ""]
     lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
-    lines.append("from kpcore import BatchNormed, Pyramid, Sampled, Subsampled")
+    lines.append("from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
     lines.append("from kpcore.search import IgnoreQueryPoint, Metric, Sort")
     if array == "Tensor":

@@ -38,6 +38,7 @@ from kpcore.config import *  # noqa: F403
 from kpcore.continuous import *  # noqa: F403
 from kpcore.deformation import *  # noqa: F403
 from kpcore.dispositions import *  # noqa: F403
+from kpcore.kernel_map import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
 from kpcore.layers import *  # noqa: F403
 from kpcore.neighbors import *  # noqa: F403
@@ -63,7 +64,7 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "continuous", "deformation", "dispositions", "kpconv", "layers", "neighbors"),
+    *("config", "continuous", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
     *("pooling", "pyramid", "sampling", "search", "sparse", "subsampling"),
 )
 __all__ = ["autodiff"]

@@ -5,7 +5,7 @@ kernels read. The decorator `kpcore.autodiff.operator` turns it into the functio
 `OPS`. The tape, `kpcore.torch` and `kpcore.jax` know operators from that table only.
 
 The annotations of the public function give the kind of each argument: Array[Computed] (if the argument is a `Tensor`,
-so is the result), AnyArray, Neighbors, float, int, bool or str; "| None" marks an optional one, and
+so is the result), AnyArray, Neighbors, float, int, bool, str or Sequence[int]; "| None" marks an optional one, and
 Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the arrays of a
 Neighbors; all other arguments are settings, which are constants of a compiled function.
 """
@@ -49,7 +49,7 @@ Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
 # Public functions without gradients, which frameworks call but do not trace: the shapes of most results depend on
 # values.
-EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_points", "knn_search", "radius_search")
+EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_map", "kernel_points", "knn_search", "radius_search")
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,13 @@ def empty_like(call: Call[Out], names: Iterable[str], needs: AbstractSet[str]) -
     }
 
 
-_SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,)}
-_NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string"}
+_SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,),
+             "int[]": (tuple, list)}  # fmt: skip
+_NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string",
+          "int[]": "a tuple of integers"}  # fmt: skip
+_KINDS = {name: name for name in ("Neighbors", "float", "int", "bool", "str")}
 _ARRAY_OR_NUMBER = "Array[Computed] | float"
-_KINDS = {name: name for name in ("Neighbors", *_SETTINGS)} | {"Array[Computed]": "Array", "AnyArray": "Array"}
+_KINDS |= {"Array[Computed]": "Array", "AnyArray": "Array", "Sequence[int]": "int[]"}
 
 
 def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
@@ -213,10 +216,13 @@ def binder(public: Callable[..., object]) -> Callable[[tuple[object, ...], Mappi
     return bind
 
 
-def setting(name: str, kind: str, optional: bool, value: object) -> float | bool | str | None:
-    """The value of a setting as a plain float, int, bool, str or None; TypeError if it is not of that kind."""
+def setting(name: str, kind: str, optional: bool, value: object) -> float | bool | str | tuple[int, ...] | None:
+    """The value of a setting as a plain float, int, bool, str, tuple of int or None; TypeError if it is not of that
+    kind."""
     if value is None and optional:
         return None
     if not isinstance(value, _SETTINGS[kind]):
         raise TypeError(f"{name}: expected {_NOUNS[kind]}{' or None' * optional}, got {type(value).__name__}")
+    if kind == "int[]":
+        return tuple([setting(f"{name}[{at}]", "int", False, number) for at, number in enumerate(value)])
     return float(value) if kind == "float" else int(value) if kind == "int" else value

@@ -8,6 +8,7 @@ tests fail.
 
 import importlib
 import inspect
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -76,8 +77,9 @@ class Weighted(NamedTuple):
 def weighted(features: "Array[Computed]", weights: "AnyArray | None" = None,  # noqa: F821
              neighbors: "Neighbors | None" = None,  # noqa: F821
              factor: "float" = 2.0, power: "int" = 1, negate: "bool" = False,
-             name: "str | None" = None) -> Call:  # fmt: skip
-    return Call(features=features, weights=weights, scale=factor**power * (-1 if negate else 1))
+             name: "str | None" = None, more: "Sequence[int] | None" = None) -> Call:  # noqa: F821  # fmt: skip
+    more = () if more is None else more
+    return Call(features=features, weights=weights, scale=factor**power * math.prod(more) * (-1 if negate else 1))
 
 
 def _weighted(call):

@@ -284,6 +284,7 @@ def test_what_kind_each_argument_is(variant):
         "int": int,
         "bool": bool,
         "str": str,
+        "int[]": tuple,
     }
     for name, (kind, optional) in kinds.items():
         assert isinstance(arguments[name], types[kind]) or (arguments[name] is None and optional), name

@@ -73,9 +73,9 @@ def cell_weights(relative, extents, shape, mapping, interpolation, align_corners
     return np.einsum("ex,ey,ez->ezyx", x, y, z).reshape(len(c), math.prod(shape))
 
 
-def convolution(transposed, points, queries, neighbors, features, filters, extents,
-                coordinate_mapping="ball_to_cube_radial", interpolation="linear", align_corners=True, normalize=False, offset=None, importances=None,
-                neighbor_importances=None):  # fmt: skip
+def convolution(transposed, points, queries, neighbors, features, filters, extents, *,
+                coordinate_mapping="ball_to_cube_radial", interpolation="linear", align_corners=True, normalize=False,
+                offset=None, importances=None, neighbor_importances=None):  # fmt: skip
     """Either convolution in float64."""
     queries = points if queries is None else queries
     pairs = int(neighbors.row_splits[-1])

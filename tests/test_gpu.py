@@ -89,6 +89,10 @@ def assert_equal(got, expected, exactly=True, tolerance=1e-10):
         assert (got.distance is None) == (expected.distance is None)
         if expected.distance is not None:
             assert_same_bits(got.distance[:pairs], expected.distance[:pairs])
+    elif isinstance(expected, kp.KernelMap):
+        for name in ("neighbors", "kernel_index", "out_coords", "out_row_splits", "in_coords", "in_row_splits"):
+            assert_equal(getattr(got, name), getattr(expected, name))
+        assert got.kernel_size == expected.kernel_size
     elif isinstance(expected, np.ndarray):
         assert isinstance(got, cupy.ndarray)
         got = got.get()
@@ -207,11 +211,12 @@ WAITS = {
     "group_norm": 1,
     "gather": 1,
     "softmax_cross_entropy": 1,
+    "to_dense": 2,
 }
 LAUNCHES = {
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
     "nearest_upsample": 1, "interpolate": 9, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
-    "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0,
+    "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0, "to_dense": 2,
 }  # fmt: skip  # largest number of launches of kpcore's kernels in the forward pass; 1 for the other operators
 
 
@@ -223,8 +228,8 @@ def test_launches_and_waits(variant):
     counts = fake_cupy.counts
     counts.waits = counts.launches = counts.uploads = 0
     out, pullback = ops.vjp(op, arguments, names)
-    unbatched = op.name == "group_norm" and arguments["row_splits"] is None
-    assert counts.waits == (0 if unbatched else WAITS.get(op.name, 0))
+    unbatched = op.name in ("group_norm", "to_dense") and arguments["row_splits"] is None
+    assert counts.waits == WAITS.get(op.name, 0) - unbatched
     assert counts.uploads == (op.name == "grid_subsample")  # voxel_size and origin
     assert counts.launches <= LAUNCHES.get(op.name, 1)
     grad = cupy.asarray(np.asarray(ops.covector(out)))
@@ -384,6 +389,77 @@ def test_how_often_a_search_waits():
         counts.waits = counts.launches = 0
         search()
         assert (counts.waits, counts.launches) == (waits, launches)
+
+
+# ---- kernel maps
+
+MAPS = {
+    "submanifold": {"kernel_size": 3},
+    "even": {"kernel_size": 2},
+    "dilation": {"kernel_size": (3, 1, 4), "dilation": (1, 2, 3)},
+    "spconv": {"kernel_size": 3, "stride": 2, "padding": 1, "rule": "spconv"},
+    "spconv without stride": {"kernel_size": (2, 3, 1), "dilation": 2, "rule": "spconv"},
+    "shape": {"kernel_size": 2, "stride": (2, 3, 1), "shape": (9, 9, 9), "rule": "spconv"},
+    "minkowski": {"kernel_size": (3, 2, 3), "stride": 2, "rule": "minkowski"},
+}
+
+
+def map_and_transpose(coords, out_coords=None, **options):
+    m = kp.kernel_map(coords, out_coords, **options)
+    return m, m.transpose()
+
+
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+def test_kernel_maps(options):
+    rng, axes = np.random.default_rng(0), 3
+    coords = rng.integers(0, 6, (80, axes)).astype(np.int32)
+    row_splits = np.array([0, 30, 30, 80])
+    for some in (coords, coords[:0]):
+        check(map_and_transpose, some, **options)
+    check(map_and_transpose, coords, row_splits=row_splits, **options)
+    if "shape" not in options:
+        check(map_and_transpose, coords - 3, coords[::-3].copy(), **options)
+        check(map_and_transpose, coords, coords[:20], row_splits=row_splits, out_row_splits=np.array([0, 5, 9, 20]),
+              **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [1, 2, 4])
+def test_kernel_maps_along_other_numbers_of_axes(axes):
+    coords = np.random.default_rng(0).integers(-4, 4, (50, axes)).astype(np.int32)
+    for rule in ("submanifold", "spconv", "minkowski"):
+        check(map_and_transpose, coords, kernel_size=3, stride=1 + (rule != "submanifold"), rule=rule)
+
+
+def test_kernel_maps_at_the_ends_of_int32():
+    coords = np.array([[-(2**31)], [0], [1], [2**31 - 2], [2**31 - 1]], np.int32)
+    check(map_and_transpose, coords, kernel_size=3)
+    check(map_and_transpose, coords, kernel_size=2, dilation=2**31 - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"coords": np.zeros((5, 3))}, {"coords": np.full((2, 3), 9, np.int32), "shape": (9, 9, 9), "rule": "spconv"},
+     {"coords": np.array([[0] * 3, [2**21] * 3], np.int32)}, {"row_splits": np.array([0, 4])}, {"stride": 2},
+     {"coords": np.full((1, 3), -(2**31), np.int32), "stride": 3, "rule": "minkowski"}],
+)  # fmt: skip
+def test_errors_of_kernel_maps(options):
+    arguments = {"coords": np.zeros((5, 3), np.int32), "kernel_size": 3} | options
+    assert isinstance(check(kp.kernel_map, **arguments)[0], type)
+
+
+@emulated
+@pytest.mark.parametrize(("options", "waits"), [({}, 2), ({"rule": "spconv", "stride": 2}, 6),
+                                                ({"rule": "minkowski", "stride": 2}, 3),
+                                                ({"out_coords": np.zeros((4, 3), np.int32)}, 3),
+                                                ({"row_splits": np.array([0, 20, 80])}, 3)])  # fmt: skip
+def test_waits_of_kernel_maps(options, waits):
+    coords = to_device(np.random.default_rng(0).integers(0, 6, (80, 3)).astype(np.int32))
+    options, counts = to_device(options), fake_cupy.counts
+    counts.waits = counts.uploads = 0
+    m = kp.kernel_map(coords, kernel_size=3, **options)
+    assert (counts.waits, counts.uploads) == (waits, 0)
+    m.transpose()
+    assert (counts.waits, counts.uploads) == (waits, 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

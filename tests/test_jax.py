@@ -259,10 +259,10 @@ def test_a_record_and_every_kind_of_argument(monkeypatch):
     features = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
     neighbors = kp.Neighbors.from_padded(np.array([[0, 1], [1, 2]]), 2)
     for weights, lists in ((None, None), (jnp.ones(3, jnp.float32) * 2, neighbors)):
-        scale = -9 if weights is None else -18
+        scale = -54 if weights is None else -108
 
         def fn(features, weights=weights, lists=lists):
-            return weighted(features, weights, lists, 3, power=2, negate=True, name="text")
+            return weighted(features, weights, lists, 3, power=2, negate=True, name="text", more=[2, 3])
 
         out = jax.jit(fn)(features)
         assert type(out) is ops.Weighted and out.sums.dtype == jnp.int32

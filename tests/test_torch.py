@@ -333,7 +333,7 @@ def weighted_torch():
 @pytest.mark.parametrize("with_weights", [True, False])
 def test_a_record_and_every_kind_of_argument(weighted_torch, with_weights, compiled):
     def fn(features, weights, neighbors):
-        return weighted_torch(features, weights, neighbors, 3, power=2, negate=True, name="text")
+        return weighted_torch(features, weights, neighbors, 3, power=2, negate=True, name="text", more=[2, 3])
 
     if compiled:
         fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
@@ -344,16 +344,20 @@ def test_a_record_and_every_kind_of_argument(weighted_torch, with_weights, compi
         out = fn(features, weights, neighbors if num == 5 else None)
         assert type(out) is ops.Weighted and not out.sums.requires_grad
         assert torch.equal(out.sums, torch.arange(num, dtype=torch.int32))
-        assert torch.allclose(out.features, -9 * features * (1 if weights is None else weights))
+        assert torch.allclose(out.features, -54 * features * (1 if weights is None else weights))
         out.features.square().sum().backward()
-        expected = 2 * 81 * features * (1 if weights is None else weights**2)
+        expected = 2 * 54**2 * features * (1 if weights is None else weights**2)
         assert torch.allclose(features.grad, expected)
         if with_weights:
-            assert torch.allclose(weights.grad, 2 * 81 * (weights * features**2).sum(0))
+            assert torch.allclose(weights.grad, 2 * 54**2 * (weights * features**2).sum(0))
     with pytest.raises(TypeError, match="power: expected an integer"):
         weighted_torch(features, power=1.5)
     with pytest.raises(TypeError, match="negate: expected True or False"):
         weighted_torch(features, negate=1)
+    with pytest.raises(TypeError, match="more: expected a tuple of integers or None, got int"):
+        weighted_torch(features, more=2)
+    with pytest.raises(TypeError, match=r"more\[1\]: expected an integer, got float"):
+        weighted_torch(features, more=(2, 3.0))
 
 
 def test_memory_is_shared_in_both_directions(monkeypatch):

@@ -6,7 +6,7 @@ from numpy import ndarray
 from numpy.typing import DTypeLike
 
 import kpcore
-from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 
@@ -200,6 +200,19 @@ def interpolate(
     points_row_splits: Array | ndarray | None = ...,
     queries_row_splits: Array | ndarray | None = ...,
 ) -> Array: ...
+def kernel_map(
+    coords: Array | ndarray,
+    out_coords: Array | ndarray | None = ...,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    shape: Sequence[int] | None = ...,
+    rule: Literal["submanifold", "spconv", "minkowski"] = ...,
+    row_splits: Array | ndarray | None = ...,
+    out_row_splits: Array | ndarray | None = ...,
+) -> KernelMap[Array]: ...
 def kernel_points(
     num: int | Sequence[int],
     radius: float = ...,
@@ -354,4 +367,10 @@ def sparse_conv_transpose(
     normalize: bool = ...,
     importances: Array | ndarray | None = ...,
     neighbor_importances: Array | ndarray | None = ...,
+) -> Array: ...
+def to_dense(
+    coords: Array | ndarray,
+    features: Array | ndarray,
+    shape: Sequence[int],
+    row_splits: Array | ndarray | None = ...,
 ) -> Array: ...

@@ -72,7 +72,7 @@ def _to_numpy(function, name, value):
 
 
 def _to_jax(value, device):
-    """Convert NumPy arrays to JAX arrays on `device`, also in tuples, named tuples and pyramids."""
+    """Convert NumPy arrays to JAX arrays on `device`, also in tuples, named tuples, pyramids and kernel maps."""
     if isinstance(value, np.ndarray):
         if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
             narrow = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
@@ -83,6 +83,8 @@ def _to_jax(value, device):
                 )
             value = narrow
         return jnp.asarray(value) if device is None else jax.device_put(value, device)
+    if isinstance(value, kpcore.KernelMap):
+        return value.converted(functools.partial(_to_jax, device=device))
     if isinstance(value, tuple):
         values = [_to_jax(v, device) for v in value]
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)

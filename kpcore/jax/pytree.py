@@ -1,4 +1,4 @@
-"""`kpcore.Neighbors` and `kpcore.Pyramid` as JAX pytrees."""
+"""`kpcore.Neighbors`, `kpcore.Pyramid` and `kpcore.KernelMap` as JAX pytrees."""
 
 import json
 
@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from kpcore.jax.ffi import ONLY_ON_CPU
+from kpcore.kernel_map import KernelMap
 from kpcore.layers.normalization import BatchNormed
 from kpcore.neighbors import TO_HOST, Neighbors, unchecked_list
 from kpcore.nn.networks import Result
@@ -39,6 +40,11 @@ def _unflatten(sizes, leaves):
     return unchecked_list(index, row_splits, num_points, distance, width, transposed, carries_transpose)
 
 
+def _flatten_map(m):
+    arrays = m.neighbors, m.kernel_index, m.out_coords, m.out_row_splits, m.in_coords, m.in_row_splits
+    return arrays, m.kernel_size
+
+
 def to_host(name: str, array: jax.Array) -> np.ndarray:
     """Convert a JAX array whose values are needed to a NumPy array; an error while it is traced."""
     if isinstance(array, jax.core.Tracer):
@@ -52,6 +58,7 @@ def to_host(name: str, array: jax.Array) -> np.ndarray:
 
 TO_HOST[jax.Array] = to_host
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(KernelMap, _flatten_map, lambda kernel_size, arrays: KernelMap(*arrays, kernel_size))
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 
 

@@ -5,7 +5,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor, dtype
 
 import kpcore
-from kpcore import BatchNormed, Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
@@ -204,6 +204,19 @@ def interpolate(
     points_row_splits: Tensor | None = ...,
     queries_row_splits: Tensor | None = ...,
 ) -> Tensor: ...
+def kernel_map(
+    coords: Tensor,
+    out_coords: Tensor | None = ...,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    shape: Sequence[int] | None = ...,
+    rule: Literal["submanifold", "spconv", "minkowski"] = ...,
+    row_splits: Tensor | None = ...,
+    out_row_splits: Tensor | None = ...,
+) -> KernelMap[Tensor]: ...
 def kernel_points(
     num: int | Sequence[int],
     radius: float = ...,
@@ -358,4 +371,10 @@ def sparse_conv_transpose(
     normalize: bool = ...,
     importances: Tensor | None = ...,
     neighbor_importances: Tensor | None = ...,
+) -> Tensor: ...
+def to_dense(
+    coords: Tensor,
+    features: Tensor,
+    shape: Sequence[int],
+    row_splits: Tensor | None = ...,
 ) -> Tensor: ...

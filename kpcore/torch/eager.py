@@ -170,9 +170,11 @@ def _to_arrays(name, value):
 
 
 def _to_tensors(value):
-    """Replace arrays by tensors, also in tuples, named tuples and pyramids."""
+    """Replace arrays by tensors, also in tuples, named tuples, pyramids and kernel maps."""
     if devices.is_array(value):
         return to_tensor(value)
+    if isinstance(value, kpcore.KernelMap):
+        return value.converted(to_tensor)
     if isinstance(value, tuple):
         values = map(_to_tensors, value)
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)

@@ -131,7 +131,8 @@ Status compute_gradients(const CellConv& args) {
   const CellPass<G, F> pass = pass_of<G, F>(args);
   const Weights<F> filters = filters_of<F>(args);
   const F* const grad_out = as<F>(args.grad_out);
-  const CellGradients<G, F> to = {into<F>(args.grad_filters), into<G>(args.grad_points), into<G>(args.grad_queries), into<G>(args.grad_extents), into<F>(args.grad_neighbor_importances)};
+  const CellGradients<G, F> to = {into<F>(args.grad_filters), into<G>(args.grad_points), into<G>(args.grad_queries),
+                                  into<G>(args.grad_extents), into<F>(args.grad_neighbor_importances)};
   const int64_t K = filters.num_kernels, tile_rows = rows_of_tile<F>(K * pass.channels, filters.c_out);
   const int64_t* const splits = pass.row_splits;
   const ChannelBlocks blocks(filters);

@@ -219,7 +219,8 @@ class CellTile {
 };
 
 // Loads features of the next query's neighbors into the second-level cache while the current query is processed. In a
-// cloud in random order their rows are elsewhere in memory: without this, half of the time of the sums is spent waiting.
+// cloud in random order their rows are elsewhere in memory, and half of the time of the sums was spent waiting for
+// them.
 template <class G, class F>
 KP_INLINE void prefetch_features(const CellPass<G, F>& pass, int64_t begin, int64_t end) {
   const int64_t bytes = pass.channels * int64_t(sizeof(F));

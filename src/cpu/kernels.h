@@ -120,7 +120,7 @@ struct Subsampled {
 #define KP_FIELDS_Transpose(F)    \
   F(Array, index)                 \
   F(Array, row_splits)            \
-  F(OptionalArray, values)      \
+  F(OptionalArray, values)        \
   F(Array, transposed_index)      \
   F(Array, transposed_row_splits) \
   F(OptionalArray, transposed_values)
@@ -431,6 +431,91 @@ struct Subsampled {
   F(OptionalArray, fourth)       \
   F(Array, out)
 
+// The lowest and the highest coordinate along each axis, (2, D) int32, of at least one row of coordinates.
+#define KP_FIELDS_CellBounds(F) \
+  F(Array, coords)              \
+  F(Array, bounds)
+
+// Numbers the cells floor(coords / stride) of a box (src/formulas/kernel_map.h) and sorts the numbers, stably: row
+// order[i] of the coordinates is in cell cells[i]. low, sizes, stride: (D,) int64.
+#define KP_FIELDS_SortCells(F) \
+  F(Array, coords)             \
+  F(Array, row_splits)         \
+  F(Array, low)                \
+  F(Array, sizes)              \
+  F(Array, stride)             \
+  F(Array, cells)              \
+  F(Array, order)
+
+// Replaces the coordinate along one axis of each cell by the outputs that read it: spread_cell() in
+// src/formulas/kernel_map.h. `spread` has the same number of places for every cell.
+#define KP_FIELDS_SpreadCells(F) \
+  F(Array, cells)                \
+  F(int64_t, inner)              \
+  F(int64_t, low)                \
+  F(int64_t, size)               \
+  F(int64_t, out_low)            \
+  F(int64_t, out_size)           \
+  F(int64_t, kernel_size)        \
+  F(int64_t, stride)             \
+  F(int64_t, dilation)           \
+  F(int64_t, padding)            \
+  F(int64_t, end)                \
+  F(Array, spread)
+
+// The different numbers below `end` in rising order, and how many there are, (1,) int64. `unique` is as long as
+// `cells`.
+#define KP_FIELDS_UniqueCells(F) \
+  F(Array, cells)                \
+  F(int64_t, end)                \
+  F(Array, unique)               \
+  F(Array, num_unique)
+
+// The coordinates of sorted cells, times `stride`, and the row_splits of their batch items.
+#define KP_FIELDS_CellCoords(F) \
+  F(Array, cells)               \
+  F(Array, low)                 \
+  F(Array, sizes)               \
+  F(Array, stride)              \
+  F(Array, coords)              \
+  F(Array, row_splits)
+
+// The pairs of a kernel map: count_pairs writes row_splits, fill_pairs index and kernel_index. cells and order: the
+// sorted input cells of the box `low`, `sizes`. out_order sorts the outputs; null if they are sorted. kernel_size,
+// scale, first, dilation: (D,) int64, as in src/formulas/kernel_map.h.
+#define KP_FIELDS_KernelPairs(F) \
+  F(Array, cells)                \
+  F(Array, order)                \
+  F(Array, low)                  \
+  F(Array, sizes)                \
+  F(Array, out_coords)           \
+  F(Array, out_row_splits)       \
+  F(OptionalArray, out_order)    \
+  F(Array, kernel_size)          \
+  F(Array, scale)                \
+  F(Array, first)                \
+  F(Array, dilation)             \
+  F(Array, row_splits)           \
+  F(OptionalArray, index)        \
+  F(OptionalArray, kernel_index)
+
+// Sorts the pairs of each row by kernel_index and then by index, in place. Pairs of a row differ in one of the two.
+#define KP_FIELDS_SortPairs(F) \
+  F(Array, row_splits)         \
+  F(int64_t, num_kernels)      \
+  F(Array, index)              \
+  F(Array, kernel_index)
+
+// Sums the features of the rows in each cell into a dense array (B, C, volume): out, or of grad_out, the gradient.
+#define KP_FIELDS_ToDense(F) \
+  F(Array, cells)            \
+  F(Array, order)            \
+  F(int64_t, volume)         \
+  F(OptionalArray, features) \
+  F(OptionalArray, out)      \
+  F(OptionalArray, grad_out) \
+  F(OptionalArray, grad_features)
+
 #define KP_KERNELS(X)                                 \
   X(transpose, Transpose)                             \
   X(check_list, CheckList)                            \
@@ -478,6 +563,16 @@ struct Subsampled {
   X(cross_entropy, CrossEntropy)                      \
   X(cross_entropy_grad, CrossEntropy)                 \
   X(concatenate, Concatenate)                         \
+  X(cell_bounds, CellBounds)                          \
+  X(sort_cells, SortCells)                            \
+  X(spread_cells, SpreadCells)                        \
+  X(unique_cells, UniqueCells)                        \
+  X(cell_coords, CellCoords)                          \
+  X(count_pairs, KernelPairs)                         \
+  X(fill_pairs, KernelPairs)                          \
+  X(sort_pairs, SortPairs)                            \
+  X(to_dense, ToDense)                                \
+  X(to_dense_grad, ToDense)                           \
   X(split, Concatenate)
 
 // One struct for each list of fields; several kernels may share one.
@@ -511,6 +606,14 @@ struct Subsampled {
   X(Dropout)                \
   X(Softmax)                \
   X(CrossEntropy)           \
+  X(CellBounds)             \
+  X(SortCells)              \
+  X(SpreadCells)            \
+  X(UniqueCells)            \
+  X(CellCoords)             \
+  X(KernelPairs)            \
+  X(SortPairs)              \
+  X(ToDense)                \
   X(Concatenate)
 
 #define KP_MEMBER(type, name) type name;

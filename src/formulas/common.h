@@ -22,7 +22,8 @@ using uint64_t = unsigned long long;
 namespace kp {
 
 // Options of operators. The tuples of their names in kpcore/*.py (_METRICS, _SORTS, _IGNORES, _REDUCES, INFLUENCES,
-// AGGREGATIONS, _ACTIVATIONS, _MAPPINGS, _INTERPOLATIONS) are in the same order, since only the number of an option is passed.
+// AGGREGATIONS, _ACTIVATIONS, _MAPPINGS, _INTERPOLATIONS) are in the same order, since only the number of an option is
+// passed.
 enum class Metric : int { l2, l1, linf };
 enum class Sort : int { none, index, distance };
 // Which points are never neighbors of a query: none, those with equal coordinates, the one with the same index.
