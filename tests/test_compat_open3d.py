@@ -127,6 +127,19 @@ def test_searches_of_nothing(num_points, num_queries):
         assert result.neighbors_index.shape == (0,) and result.neighbors_row_splits.tolist() == [0] * (num_queries + 1)
 
 
+def test_distances_have_no_gradient():
+    points, splits = torch.rand(9, 3, requires_grad=True), torch.tensor([0, 9])
+    table = ops.build_spatial_hash_table(points, 0.5, splits, 1.0)
+    results = [
+        ops.fixed_radius_search(
+            points, points, 0.5, splits, splits, table[2], table[0], table[1], return_distances=True
+        ),
+        ops.radius_search(points, points, torch.full((9,), 0.5), splits, splits, return_distances=True),
+        ops.knn_search(points, points, 2, splits, splits, return_distances=True),
+    ]
+    assert all(len(r.neighbors_distance) >= 9 and not r.neighbors_distance.requires_grad for r in results)
+
+
 def test_spatial_hash_table():
     """Far points too: the products of the hash wrap around in 32 bits, and the hash may be negative."""
     points, splits, radius = 40 * cloud(150, 7), SPLITS[0], 0.3

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import torch
 
-from kpcore.backends import checks
+from kpcore.backends import checks, devices
 from kpcore.torch.ops import checked, to_array
 
 # What the tensors of a call have to agree on: {dimension: (its size, name of the tensor that set it)}, and under
@@ -65,7 +65,7 @@ def row_splits(name: str, value: object, rows: int, rows_name: str, device: torc
     decrease. As in Open3D they may be on the CPU while the other tensors are on a GPU.
     """
     value = tensor(name, value, "B+1", SPLITS, {})
-    on_host = to_array(name, value.cpu())
+    on_host = devices.on_host(to_array(name, value.cpu()))
     if may_end_before and len(on_host):
         rows = min(rows, int(on_host[-1]))
     checks.check_splits(name, on_host, rows, rows_name)

@@ -25,7 +25,9 @@ Different from Open3D:
   distances), inverted lists and the cells of a hash table too, and voxels are sorted.
 * `three_interpolate`, `trilinear_devoxelize_forward`, `reduce_subarrays_sum`, `ragged_to_dense` and
   `invert_neighbors_list` have gradients.
-* `fixed_radius_search` checks the hash table and does not read it.
+* `fixed_radius_search` checks the hash table and does not read it. For "L2" it sums (x² + y²) + z² and Open3D
+  x² + (y² + z²), so that for points at the radius, as on a lattice, rounding may decide otherwise. `radius_search` and
+  `ball_query` decide as Open3D to the bit.
 * What reads memory out of bounds in Open3D (indices, row_splits or coordinates outside their range) is an error, and so
   are coordinates that are NaN or infinite and radii that are not above zero.
 * In `knn_search`, `three_nn` and `furthest_point_sampling`, so are clouds so large or so small that squared distances

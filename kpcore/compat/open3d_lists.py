@@ -124,9 +124,9 @@ def ragged_to_dense(values: torch.Tensor, row_splits: torch.Tensor, out_col_size
     item = " ".join(map(str, values.shape[1:]))
     sizes = {"device": (values.device, "values")}
     default_value = arguments.tensor("default_value", default_value, item, (values.dtype,), sizes)
-    shape = (len(row_splits) - 1, length)
     position = row_splits[:-1, None] + torch.arange(length, device=values.device)
     inside = position < row_splits[1:, None]
-    dense = default_value.expand(*shape, *values.shape[1:]).clone()
-    dense[inside] = values[position[inside]]
-    return dense
+    if not len(values):
+        return default_value.expand(*inside.shape, *values.shape[1:]).clone()
+    taken = values[position.clamp(max=len(values) - 1)]
+    return torch.where(inside.view(*inside.shape, *[1] * (values.ndim - 1)), taken, default_value)

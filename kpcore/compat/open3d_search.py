@@ -167,7 +167,9 @@ def radius_search(points: torch.Tensor, queries: torch.Tensor, radii: torch.Tens
     neighbors = _radius_search(points, queries, bounds, radii, metric, ignore_query_point)
     point, query, row_splits = pairs(neighbors)
     bound, distance = radii * radii if metric == "L2" else radii, measures(points, queries, point, query, metric)
-    distance, point, query, row_splits = kept_pairs(distance < bound[query], distance, point, query, row_splits)
+    distance, point, query, row_splits = kept_pairs(
+        distance < bound.index_select(0, query), distance, point, query, row_splits
+    )
     if not return_distances:
         distance = points.new_empty(0)
     elif normalize_distances:
@@ -209,7 +211,7 @@ def knn_search(points: torch.Tensor, queries: torch.Tensor, k: int, points_row_s
     )
     point, query, row_splits = pairs(neighbors)
     if checks.boolean("ignore_query_point", ignore_query_point):
-        differ = (points[point] != queries[query]).any(1)
+        differ = (points.index_select(0, point) != queries.index_select(0, query)).any(1)
         point, query, row_splits = kept_pairs(differ, point, query, row_splits)
     distance = measures(points, queries, point, query, metric) if return_distances else points.new_empty(0)
     return SearchResult(point.to(index_dtype), row_splits, distance)
@@ -257,15 +259,17 @@ def measures(points: torch.Tensor, queries: torch.Tensor, point: torch.Tensor, q
 
     The operations are those of `measure` in src/formulas/neighbors.h, in the same order.
     """
-    x, y, z = (points[:, axis][point] - queries[:, axis][query] for axis in range(3))
-    if metric == "L2":
-        return (x * x + y * y) + z * z
-    x, y, z = x.abs(), y.abs(), z.abs()
-    return (x + y) + z if metric == "L1" else torch.maximum(torch.maximum(x, y), z)
+    d = points.index_select(0, point) - queries.index_select(0, query)
+    d = d * d if metric == "L2" else d.abs()
+    if metric == "Linf":
+        return d.amax(1)
+    return (d[:, 0] + d[:, 1]) + d[:, 2]
 
 
 def kept_pairs(kept: torch.Tensor, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The columns of the pairs where `kept` is true; the last column is row_splits, the one before it the queries."""
+    if kept.all():  # the usual case, in which nothing is copied
+        return columns
     *columns, row_splits = columns
     columns = [column[kept] for column in columns]
     counts = torch.bincount(columns[-1], minlength=len(row_splits) - 1)

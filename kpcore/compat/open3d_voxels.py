@@ -9,7 +9,8 @@ import torch
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import arguments
-from kpcore.torch.ops import numpy_dtype
+from kpcore.neighbors import Neighbors
+from kpcore.torch.ops import numpy_dtype, on_stream_of, to_array
 
 __all__ = ["voxel_pooling", "voxelize"]
 
@@ -141,14 +142,15 @@ def voxel_pooling(positions: torch.Tensor, features: torch.Tensor, voxel_size: f
     if "nearest_neighbor" in by:
         x, y, z = (center - positions).unbind(1)
         nearest = order[_first_smallest(((x * x + y * y) + z * z)[order], splits)]
+    voxels = on_stream_of(positions, _points_of_voxels, order, splits)
     if position_fn == "average":
-        pooled_positions = kpt.segment_reduce(positions[order], splits, "mean")
+        pooled_positions = kpt.neighbor_reduce(positions, voxels, "mean")
     else:
         pooled_positions = center[order[splits[:-1]]] if position_fn == "center" else positions[nearest]
     if feature_fn == "nearest_neighbor":
         pooled_features = features[nearest]
     elif features.is_floating_point():
-        pooled_features = kpt.segment_reduce(features[order], splits, "max" if feature_fn == "max" else "mean")
+        pooled_features = kpt.neighbor_reduce(features, voxels, "max" if feature_fn == "max" else "mean")
     else:
         pooled_features = _pooled_integers(features[order], splits, feature_fn)
     return PooledVoxels(pooled_positions, pooled_features)
@@ -177,6 +179,11 @@ def _groups(columns):
         key, size = key * (high - low + 1) + (column - low), size * (high - low + 1)
     order = torch.argsort(key, stable=True)
     return order, _splits(torch.unique_consecutive(key[order], return_counts=True)[1])
+
+
+def _points_of_voxels(order, splits):
+    """The points of each voxel as a list, whose rows are the voxels."""
+    return Neighbors(to_array("order", order), to_array("splits", splits), len(order))
 
 
 def _splits(counts):
