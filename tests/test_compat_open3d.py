@@ -211,6 +211,11 @@ def test_ragged_to_dense(shape, length):
     assert_same_bits(ops.ragged_to_dense(*tensors(values, splits), length, torch.from_numpy(default)).numpy(), expected)
 
 
+def test_ragged_to_dense_of_nothing():
+    dense = ops.ragged_to_dense(torch.zeros(0, 2), torch.tensor([0, 0, 0]), 3, torch.tensor([1.0, 2.0]))
+    assert dense.tolist() == [[[1, 2]] * 3] * 2
+
+
 def test_gradients_of_lists():
     values = torch.randn(6, dtype=torch.float64, requires_grad=True)
     index, splits = torch.tensor([0, 2, 1, 0, 2, 2], dtype=torch.int32), torch.tensor([0, 2, 2, 6])

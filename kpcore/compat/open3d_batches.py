@@ -18,7 +18,7 @@ __all__ = [
     "three_nn", "trilinear_devoxelize", "trilinear_devoxelize_backward", "trilinear_devoxelize_forward",
 ]  # fmt: skip
 
-_DETECTION = "is an operation of object detection, which kpcore does not have: take it from Open3D or torchvision"
+_DETECTION = "detection, not here; kpcore has no operations of object detection, take this one from Open3D"
 
 
 class ThreeNearest(NamedTuple):
@@ -273,12 +273,12 @@ def trilinear_devoxelize(coords: torch.Tensor, features: torch.Tensor, resolutio
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, nms_overlap_thresh: float) -> torch.Tensor:
     """Not available: raises NotImplementedError."""
-    raise NotImplementedError(f"nms: detection, not here: it {_DETECTION}")
+    raise NotImplementedError(f"nms: {_DETECTION}")
 
 
 def roi_pool(xyz: torch.Tensor, boxes3d: torch.Tensor, pts_feature: torch.Tensor, sampled_pts_num: int) -> torch.Tensor:
     """Not available: raises NotImplementedError."""
-    raise NotImplementedError(f"roi_pool: detection, not here: it {_DETECTION}")
+    raise NotImplementedError(f"roi_pool: {_DETECTION}")
 
 
 def _rows(features):
