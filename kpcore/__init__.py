@@ -50,9 +50,9 @@ from kpcore.sparse import *  # noqa: F403
 from kpcore.subsampling import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from kpcore import io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
+    from kpcore import compat, io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
 
-_IMPORTED_WHEN_USED = ("io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
+_IMPORTED_WHEN_USED = ("compat", "io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
 
 
 def __getattr__(name: str) -> ModuleType:
