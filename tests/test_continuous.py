@@ -164,7 +164,7 @@ CALLS = {
             {"coordinate_mapping": "ball_to_cube_volume_preserving", "normalize": True},
             {"importances": None, "neighbor_importances": None, "align_corners": False, "normalize": True},
             lambda a: {"interpolation": "linear_border", "coordinate_mapping": "identity", "align_corners": False,
-                       "extents": np.full((1, 3), 1, a["points"].dtype), "neighbor_importances": None},
+                       "extents": np.stack([a["extents"]] * 3, 1), "neighbor_importances": None},
             {"interpolation": "nearest_neighbor", "offset": None},
         ],
     )

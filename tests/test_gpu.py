@@ -34,7 +34,7 @@ if EMULATED:
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.backends import cpu, gpu, gpu_kpconv, gpu_launch, gpu_search, gpu_sources
+from kpcore.backends import cpu, gpu, gpu_cell_conv, gpu_kpconv, gpu_launch, gpu_search, gpu_sources
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
@@ -175,6 +175,9 @@ def test_what_is_not_finite_does_not_reach_empty_rows(variant, rows):
         arguments["neighbors"] = kp.Neighbors(index, kp.row_splits(counts), points)
         if arguments.get("weights") is not None and op.name == "neighbor_reduce":
             arguments["weights"] = np.ones(len(index))
+        for name in ("neighbor_importances", "kernel_index"):
+            if arguments.get(name) is not None:
+                arguments[name] = np.resize(arguments[name], len(index))
     elif arguments["row_splits"] is None or rows == "none":
         num = len(arguments["features"])
         arguments["row_splits"] = np.array([0, 0, num, num])
@@ -214,6 +217,7 @@ WAITS = {
     "to_dense": 2,
 }
 LAUNCHES = {
+    "continuous_conv": 2, "continuous_conv_transpose": 4, "sparse_conv": 2, "sparse_conv_transpose": 4,
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
     "nearest_upsample": 1, "interpolate": 9, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
     "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0, "to_dense": 2,
@@ -920,7 +924,13 @@ def fails(expected):
     return isinstance(expected, tuple) and isinstance(expected[0], type)
 
 
-FAILING = {name: call for name, call in calls_that_fail().items() if fails(outcome(call[0], **call[1]))}
+# A cell that the filters do not have is an error on the CPU only; see test_a_wrong_cell_gives_nan.
+ONLY_ON_THE_CPU = re.compile(r"sparse_conv.* filters short")
+FAILING = {
+    name: call
+    for name, call in calls_that_fail().items()
+    if fails(outcome(call[0], **call[1])) and not ONLY_ON_THE_CPU.match(name)
+}
 
 
 def test_most_of_them_fail():
@@ -1107,6 +1117,43 @@ def test_the_benchmark_runs_and_its_results_agree(monkeypatch):
     assert not any(row["target"] for row in rows)
 
 
+# ---- convolutions with a filter of cells
+
+
+@pytest.mark.parametrize("sums_bytes", [32 << 20, 9000])
+@pytest.mark.parametrize("variant", [v for v in ops.VARIANTS if v.startswith(("continuous_conv", "sparse_conv"))])
+def test_convolutions_in_several_parts(variant, sums_bytes, monkeypatch):
+    """Some queries at a time, more cells than fit in shared memory, more channels than lanes."""
+    monkeypatch.setattr(gpu_cell_conv, "_SUMS_BYTES", sums_bytes)
+    op, arguments = ops.call(variant, 60, np.float32, np.float32)
+    rng = np.random.default_rng(0)
+    shape = (3, 4, 5) if "continuous" in variant else (61,)
+    arguments["filters"] = rng.normal(size=(*shape, 35, 33)).astype(np.float32)
+    arguments["features"] = rng.normal(size=(60, 35)).astype(np.float32)
+    if "sparse" in variant:
+        cells = rng.integers(0, 61, len(arguments["kernel_index"]))
+        arguments["kernel_index"] = cells.astype(arguments["kernel_index"].dtype)
+    names = ops.diff(op, arguments)
+    (out, pullback), (got, got_pullback) = ops.vjp(op, arguments, names), ops.vjp(op, to_device(arguments), names)
+    grad = np.asarray(ops.covector(out))
+    assert_equal([got, *got_pullback(cupy.asarray(grad))], [out, *pullback(grad)], exactly=False)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_wrong_cell_gives_nan(dtype):
+    """To raise an error as the CPU does, it would have to wait for the device."""
+    _, arguments = ops.call("sparse_conv-1")
+    neighbors = arguments["neighbors"]
+    arguments["kernel_index"] = arguments["kernel_index"].astype(dtype)
+    expected = kp.sparse_conv(**arguments)
+    query = int(np.argmax(neighbors.counts))
+    for cell in (-1, 6, np.iinfo(dtype).max, np.iinfo(dtype).min):
+        arguments["kernel_index"][neighbors.row_splits[query]] = cell
+        got = kp.sparse_conv(**to_device(arguments)).get()
+        assert np.isnan(got[query]).all()
+        np.testing.assert_allclose(np.delete(got, query, 0), np.delete(expected, query, 0), rtol=1e-12)
+
+
 # ---- 16 bits
 
 
@@ -1127,7 +1174,7 @@ def test_features_of_16_bits(variant, dtype, tolerance):
     dtype = half_dtype(dtype)
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
-    kinds -= {"points", "queries", "kernel_points", "offsets", "origin"}
+    kinds -= {"points", "queries", "kernel_points", "offsets", "origin", "extents", "offset"}
     small = {name: arguments[name].astype(dtype) for name in kinds}
     rounded = arguments | {name: a.astype(np.float32) for name, a in small.items()}
     names = ops.diff(op, arguments)

@@ -40,7 +40,11 @@ def test_registers_spills_and_shared_memory(name, variant, architecture):
 @needed
 @pytest.mark.parametrize(
     "name, variant",
-    [(n, v) for n, v in EACH if n in ("lists.cu", "neighbors.cu", "sampling.cu", "subsampling.cu", "kpconv.cu")],
+    [
+        (n, v)
+        for n, v in EACH
+        if n in ("lists.cu", "neighbors.cu", "sampling.cu", "subsampling.cu", "kpconv.cu", "cell_conv.cu")
+    ],
 )
 def test_what_decides_is_not_contracted(name, variant):
     # The exponential of a gaussian has fused operations of its own, and decides nothing.

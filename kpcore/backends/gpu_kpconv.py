@@ -7,7 +7,7 @@ import numpy as np
 
 from kpcore.backends.gpu_launch import WARP, computed, ctype, kernels_of, launch, launcher, product
 from kpcore.backends.gpu_layers import sum_columns
-from kpcore.backends.gpu_lists import pairs_by_point
+from kpcore.backends.gpu_lists import sum_by_point
 
 _SUMS_BYTES = 32 << 20  # sums computed at a time: they fit the second-level cache of an H100 or H200
 _POSITIVE = 2  # Normalization.positive
@@ -168,7 +168,7 @@ def _weight_gradients(fields):
 def _position_gradients(fields):
     """Gradients of points, queries, kernel points, offsets, and of modulations with one factor."""
     points, queries, grad_out, groups = fields.points, fields.queries, fields.grad_out, fields.groups
-    (n, dimension), num_kernels, dtype = points.shape, len(fields.kernel_points), fields.features.dtype
+    dimension, num_kernels, dtype = points.shape[1], len(fields.kernel_points), fields.features.dtype
     channels, kernels = fields.features.shape[1], _kernels(fields)
 
     def requested_or_scratch(grads, shape, kind):
@@ -206,7 +206,4 @@ def _position_gradients(fields):
         rows = grads["grad_offsets"].reshape(len(queries), num_kernels * dimension)
         sum_columns(rows, fields.grad_kernel_points.reshape(-1))
     if fields.grad_points is not None:
-        begins = cupy.empty(n + 1, np.int64)
-        order, _ = pairs_by_point(fields.index, fields.row_splits, begins)
-        launch(kernels["sum_pairs"], n * dimension, fields, pair_grads=pair_grads, order=order, begins=begins,
-               num_points=n)  # fmt: skip
+        sum_by_point(fields.index, fields.row_splits, pair_grads, fields.grad_points)

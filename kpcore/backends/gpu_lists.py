@@ -5,7 +5,7 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from kpcore.backends.gpu_launch import BLOCK_OF_ROWS, OutOfRange, kernels_of, launch, launcher
+from kpcore.backends.gpu_launch import BLOCK_OF_ROWS, OutOfRange, ctype, kernels_of, launch, launcher
 
 
 @launcher
@@ -81,6 +81,15 @@ def pairs_by_point(index, row_splits, begins):
     launch(kernels["begins_of_keys"], len(begins), keys=points[order], num_keys=pairs, num_begins=len(begins),
            begins=begins)  # fmt: skip
     return order, queries
+
+
+def sum_by_point(index, row_splits, values, sums):
+    """Write to `sums` (N, C) the sums of values (E, C) over the pairs of each point, in their order."""
+    points, columns = sums.shape
+    begins = cupy.empty(points + 1, np.int64)
+    order, _ = pairs_by_point(index, row_splits, begins)
+    launch(kernels_of("lists.cu", KP_T=ctype(values.dtype))["sum_pairs"], points * columns, values=values, order=order,
+           begins=begins, num_points=points, columns=columns, sums=sums)  # fmt: skip
 
 
 def blocks_of_items(rows, row_splits):

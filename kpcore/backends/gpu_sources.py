@@ -74,7 +74,8 @@ def parameters(name):
     text = re.sub(r"//.*", "", _text(name))
     macros = {macro: body.replace("\\\n", "") for macro, body in re.findall(r"#define (\w+) ((?:\\\n|.)*)\n", text)}
     by_kernel = {}
-    for kernel, listed in re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text):
+    declaration = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)'
+    for kernel, listed in re.findall(declaration, text):
         listed = re.sub(r"\w+", lambda word: macros.get(word[0], word[0]), listed)
         by_kernel[kernel] = tuple(_parameter(declared) for declared in listed.split(","))
     return by_kernel

@@ -39,18 +39,13 @@ void find(const CellGeometry<G>& geometry, int64_t q, int64_t begin, int64_t n, 
   const Relative<G> relative(geometry, q, begin, n);
   const Filter<G> filter(geometry.options, geometry.offset);
   const int corners = filter.corners();
-  const G row = G(filter.size[0]), layer = G(filter.size[0] * filter.size[1]);
   for (int64_t i = 0; i < n; i += lanes<G>) {
     Vec<G> p[3];
     for (int a = 0; a < 3; ++a) p[a] = load(&relative.position[a][i]) * load(&relative.inverse[a][i]);
     const Location<G, Vec<G>> at(filter, p);
-    const auto cell = to_integers<G>(at.cell[0] + (at.cell[1] * row + at.cell[2] * layer));
+    const auto cell = to_integers<G>(at.lowest(filter));
     memcpy(cells + i, &cell, sizeof(cell));
-    for (int j = 0; j < corners; ++j) {
-      const int bits = filter.bits(j);
-      store(&weights[j * cell_chunk + i],
-            at.weight[0][bits & 1] * (at.weight[1][bits >> 1 & 1] * at.weight[2][bits >> 2]));
-    }
+    for (int j = 0; j < corners; ++j) store(&weights[j * cell_chunk + i], at.corner(filter.bits(j)));
   }
 }
 
@@ -64,13 +59,7 @@ void find_grads(const CellGeometry<G>& geometry, int64_t q, int64_t begin, int64
     Vec<G> p[3], mapped[3], grad[3] = {};
     for (int a = 0; a < 3; ++a) mapped[a] = p[a] = load(&relative.position[a][i]) * load(&relative.inverse[a][i]);
     const Location<G, Vec<G>> at(filter, mapped);
-    for (int j = 0; j < corners; ++j) {
-      const Vec<G> weight_grad = load(&weight_grads[j * cell_chunk + i]);
-      const int x = filter.bits(j) & 1, y = filter.bits(j) >> 1 & 1, z = filter.bits(j) >> 2;
-      grad[0] += weight_grad * at.slope[0][x] * (at.weight[1][y] * at.weight[2][z]);
-      grad[1] += weight_grad * at.slope[1][y] * (at.weight[0][x] * at.weight[2][z]);
-      grad[2] += weight_grad * at.slope[2][z] * (at.weight[0][x] * at.weight[1][y]);
-    }
+    for (int j = 0; j < corners; ++j) at.add_slopes(filter.bits(j), load(&weight_grads[j * cell_chunk + i]), grad);
     Location<G, Vec<G>>::pull_back(filter, p, grad);
     for (int a = 0; a < 3; ++a) {
       const Vec<G> inverse = load(&relative.inverse[a][i]);

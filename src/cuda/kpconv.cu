@@ -310,13 +310,3 @@ extern "C" __global__ void position_grads(const G* points, const G* queries, con
     }
   }
 }
-
-// grad_points[i] = the sum over the pairs of point i, in their order
-extern "C" __global__ void sum_pairs(const G* pair_grads, const int64_t* order, const int64_t* begins,
-                                     int64_t num_points, G* grad_points) {
-  for (int64_t i = first_thread(); i < num_points * D; i += num_threads()) {
-    G sum = G(0);
-    for (int64_t at = begins[i / D]; at < begins[i / D + 1]; ++at) sum += pair_grads[order[at] * D + i % D];
-    grad_points[i] = sum;
-  }
-}

@@ -1,7 +1,7 @@
-// Neighbor lists on the GPU: keys for transposing them by sorting, packing of rows with unused entries, and the number
-// of blocks of rows of each batch item.
+// Neighbor lists on the GPU: keys for transposing them by sorting, packing of rows with unused entries, sums over the
+// pairs of each point, and the number of blocks of rows of each batch item.
 //
-// Compiled without definitions and, for pack_rows, for the type of distances:
+// Compiled without definitions and, for pack_rows and sum_pairs, for the type of values:
 // compile:
 // compile: KP_T=float
 // compile: KP_T=double
@@ -41,6 +41,17 @@ extern "C" __global__ void pack_rows(const int32_t* index, const KP_T* distance,
     if (at >= row_splits[row + 1]) continue;
     packed_index[at] = index[i];
     if (packed_distance) packed_distance[at] = distance[i];
+  }
+}
+
+// sums[i] = the sum of the values (pairs, columns) of the pairs of point i, in their order
+extern "C" __global__ void sum_pairs(const KP_T* values, const int64_t* order, const int64_t* begins,
+                                     int64_t num_points, int columns, KP_T* sums) {
+  for (int64_t i = first_thread(); i < num_points * columns; i += num_threads()) {
+    KP_T sum = KP_T(0);
+    for (int64_t at = begins[i / columns]; at < begins[i / columns + 1]; ++at)
+      sum += values[order[at] * columns + i % columns];
+    sums[i] = sum;
   }
 }
 #endif

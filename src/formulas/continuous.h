@@ -206,6 +206,16 @@ struct Location {
     for (int a = 0; a < 3; ++a) find(filter, a, p[a] * T(0.5) * filter.scale[a] + filter.shift[a]);
   }
 
+  // The weight of a corner of the filter, from its axes' bits.
+  KP_HD V corner(int bits) const { return of(weight[0], bits) * (of(weight[1], bits >> 1) * of(weight[2], bits >> 2)); }
+  // Adds the derivatives of that weight by the coordinates, times `by_weight`.
+  KP_HD void add_slopes(int bits, V by_weight, V* grad) const {
+    const V x = of(weight[0], bits), y = of(weight[1], bits >> 1), z = of(weight[2], bits >> 2);
+    grad[0] = grad[0] + by_weight * of(slope[0], bits) * (y * z);
+    grad[1] = grad[1] + by_weight * of(slope[1], bits >> 1) * (x * z);
+    grad[2] = grad[2] + by_weight * of(slope[2], bits >> 2) * (x * y);
+  }
+
   // The gradient of p before the mapping from that of the cell coordinates.
   KP_HD static void pull_back(const Filter<T>& filter, const V* p, V* grad) {
     for (int a = 0; a < 3; ++a) grad[a] = grad[a] * (T(0.5) * filter.scale[a]);
@@ -213,7 +223,15 @@ struct Location {
     if (filter.mapping == CoordinateMapping::ball_to_cube_volume_preserving) BallToCube<T, V>(p).pull_back(grad);
   }
 
+  // The lowest cell, as a number of type T.
+  KP_HD V lowest(const Filter<T>& filter) const {
+    return cell[0] + (cell[1] * T(filter.size[0]) + cell[2] * T(filter.size[0] * filter.size[1]));
+  }
+
  private:
+  // The value of the lower or upper cell. Not an index, for which a GPU would keep the arrays in memory.
+  KP_HD static V of(const V* values, int upper) { return upper & 1 ? values[1] : values[0]; }
+
   KP_HD void find(const Filter<T>& filter, int a, V c) {
     const T last = T(filter.size[a] - 1), last_lower = last > 1 ? last - 1 : T(0);
     const V positive = c > 0 ? c : V{};  // 0 if c is NaN, which must not be converted to an integer

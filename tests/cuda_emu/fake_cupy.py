@@ -183,6 +183,9 @@ class ndarray(NDArrayOperatorsMixin):
     def transpose(self, *axes):
         return ndarray(self._array.transpose(*axes), self._owner)
 
+    def swapaxes(self, first, second):
+        return ndarray(self._array.swapaxes(first, second), self._owner)
+
     def reshape(self, *shape):
         return ndarray(self._array.reshape(*shape), self._owner)
 
