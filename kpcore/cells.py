@@ -17,7 +17,7 @@ from kpcore.backends import checks, devices
 from kpcore.neighbors import transposed
 from kpcore.ops import empty_like
 
-_BY_PAIR = ("filters", "neighbor_importances", "points", "queries", "extents")
+_BY_PAIR = ("neighbor_importances", "points", "queries", "extents")
 
 
 def with_factors(call, importances, neighbor_importances, is_transpose, sizes):
@@ -107,13 +107,17 @@ def _exchanged_pairs(call, with_order=False):
 def gradients(call, saved, grad, needs):
     """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
     computed = needs | {"queries"} if "points" in needs and call.queries_are_points else needs
-    grads, by_pair = {}, [name for name in _BY_PAIR if name in computed]
+    by_pair = [name for name in _BY_PAIR if name in computed]
+    by_points = "features" in needs or ("importances" in needs and not call.is_transpose)
     exchanged = None
-    if call.is_transpose or "features" in needs or "importances" in needs:
+    if by_points or (call.is_transpose and (by_pair or call.is_normalized)):
         exchanged = _exchanged_pairs(call, with_order=call.is_transpose and "neighbor_importances" in needs)
-    scales = _scales(call, exchanged)
-    if "features" in needs or ("importances" in needs and not call.is_transpose):
-        grads |= _gradients_of_features(call, grad, exchanged, scales)
+    scales, grads = _scales(call, exchanged), {}
+    if by_points:
+        grads |= _gradients_by_points(call, grad, exchanged, scales, "filters" in needs)
+    elif "filters" in needs:
+        grads["filters"] = devices.namespace(grad).empty(call.filters.shape, grad.dtype)
+        _run("cell_conv", call, grad_out=grad, grad_filters=grads["filters"], **scales)
     if "importances" in needs and call.is_transpose:
         out = devices.namespace(grad).empty(grad.shape, grad.dtype)
         _run("cell_conv", call, out=out, **scales | {"query_scale": None})
@@ -140,20 +144,32 @@ def _exchanged_fields(call, exchanged):
             "points": call.queries, "queries": call.points}  # fmt: skip
 
 
-def _gradients_of_features(call, grad, exchanged, scales):
-    """Gradients of the features, and of importances if they are those of the points.
+def _gradients_by_points(call, grad, exchanged, scales, with_filters):
+    """Gradients of the features, of importances if they are those of the points, and of the filters.
 
-    The features are multiplied by the importances, so both follow from the gradient of that product.
+    All use the gradient of the output summed by point and cell, so the filters' cost one product here, not a pass. The
+    features are multiplied by the importances, so both follow from the gradient of that product.
     """
-    out = devices.namespace(grad).empty(call.features.shape, grad.dtype)
-    by_points = not call.is_transpose and call.importances is not None
+    features, xp, more = call.features, devices.namespace(grad), {}
+    out = xp.empty(features.shape, grad.dtype)
+    with_importances = not call.is_transpose and call.importances is not None
+    if with_filters:
+        more["grad_filters"] = xp.empty(call.filters.swapaxes(-1, -2).shape, grad.dtype)
+        more["grad_out"] = _scaled(features, scales["point_scale"]) if with_importances else features
     _run("cell_conv", call, **_exchanged_fields(call, exchanged), features=grad, reversed=not call.reversed,
          transposed_filters=True, point_scale=scales["query_scale"],
-         query_scale=None if by_points else scales["point_scale"], out=out)  # fmt: skip
-    if not by_points:
-        return {"features": out}
-    products = (out * scales["point_scale"][:, None]).astype(out.dtype, copy=False)
-    return {"features": products, "importances": _row_products(out, call.features, exchanged[1])}
+         query_scale=None if with_importances else scales["point_scale"], out=out, **more)  # fmt: skip
+    grads = {"features": out}
+    if with_filters:
+        grads["filters"] = devices.contiguous(more["grad_filters"].swapaxes(-1, -2))
+    if with_importances:
+        grads["importances"] = _row_products(out, features, exchanged[1])
+        grads["features"] = _scaled(out, scales["point_scale"])
+    return grads
+
+
+def _scaled(rows, factors):
+    return (rows * factors[:, None]).astype(rows.dtype, copy=False)
 
 
 def _gradients_by_pair(call, grad, names, exchanged, scales):
@@ -167,15 +183,10 @@ def _gradients_by_pair_of_transpose(call, grad, names, exchanged, scales):
     convolution from g to f with transposed filters, and so are its gradients."""
     exchange = {"grad_points": "grad_queries", "grad_queries": "grad_points"}
     arrays = _outputs(call, names)
-    fields = {exchange.get(name, name): array for name, array in arrays.items()}
-    filters = devices.contiguous(call.filters.swapaxes(-1, -2))
-    if "filters" in names:
-        fields["grad_filters"] = devices.namespace(grad).empty(filters.shape, filters.dtype)
     _run("cell_conv_grads", call, **_exchanged_fields(call, exchanged), features=grad, grad_out=call.features,
-         filters=filters, reversed=False, point_scale=scales["query_scale"], query_scale=scales["point_scale"],
-         **fields)  # fmt: skip
-    if "filters" in names:
-        arrays["grad_filters"] = devices.contiguous(fields["grad_filters"].swapaxes(-1, -2))
+         filters=devices.contiguous(call.filters.swapaxes(-1, -2)), reversed=False,
+         point_scale=scales["query_scale"], query_scale=scales["point_scale"],
+         **{exchange.get(name, name): array for name, array in arrays.items()})  # fmt: skip
     if "neighbor_importances" in names:
         by_place, order = arrays["grad_neighbor_importances"], exchanged[4]
         arrays["grad_neighbor_importances"] = devices.namespace(grad).zeros(by_place.shape, by_place.dtype)

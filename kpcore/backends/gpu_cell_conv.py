@@ -61,9 +61,18 @@ def cell_conv(fields):
     matrices = _matrices(fields)
     if fields.transposed_filters:
         matrices = cupy.ascontiguousarray(matrices.transpose(0, 2, 1))
-    matrix = matrices.reshape(-1, matrices.shape[-1])
+    matrix, totals = matrices.reshape(-1, matrices.shape[-1]), None
+    if fields.grad_filters is not None:
+        totals = cupy.zeros(matrix.shape, computed(fields.features.dtype))
+        has_pairs = fields.row_splits[1:, None] > fields.row_splits[:-1, None]
     for first, end, sums in _aggregated(fields):
-        product(sums, matrix, fields.out[first:end])
+        if fields.out is not None:
+            product(sums, matrix, fields.out[first:end])
+        if totals is not None:
+            # The other rows are multiplied by sums of zero, and 0 * NaN is NaN.
+            totals += sums.T @ cupy.where(has_pairs[first:end], fields.grad_out[first:end], 0)
+    if totals is not None:
+        fields.grad_filters[...] = totals.reshape(fields.grad_filters.shape)
 
 
 @launcher
@@ -75,24 +84,7 @@ def inverse_sums(fields):
 
 @launcher
 def cell_conv_grads(fields):
-    """Gradients of all arrays except the features."""
-    if fields.grad_filters is not None:
-        totals = fields.grad_filters.reshape(-1, fields.filters.shape[-1])
-        if computed(totals.dtype) != totals.dtype:
-            totals = cupy.empty(totals.shape, computed(totals.dtype))
-        totals.fill(0)
-        has_pairs = fields.row_splits[1:, None] > fields.row_splits[:-1, None]
-        for first, end, sums in _aggregated(fields):
-            # The other rows are multiplied by sums of zero, and 0 * NaN is NaN.
-            totals += sums.T @ cupy.where(has_pairs[first:end], fields.grad_out[first:end], 0)
-        if totals.dtype != fields.grad_filters.dtype:
-            fields.grad_filters[...] = totals.reshape(fields.grad_filters.shape)
-    grads = fields.grad_points, fields.grad_queries, fields.grad_extents, fields.grad_neighbor_importances
-    if any(array is not None for array in grads):
-        _gradients_by_pair(fields)
-
-
-def _gradients_by_pair(fields):
+    """Gradients of positions, extents and neighbor importances."""
     features, points, queries = fields.features, fields.points, len(fields.row_splits) - 1
     channels, pairs, dtype = features.shape[1], len(fields.index), computed(features.dtype)
     geometry = dtype if points is None else points.dtype

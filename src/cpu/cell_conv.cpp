@@ -7,9 +7,11 @@
 // output is the sum over k of A_k W_k (tile_products.h).
 //
 // The gradient of the features is the same operator on the transposed neighbor list, with reversed positions and
-// transposed filters.
+// transposed filters. The gradient of W_k is the sum over the tiles of A_k^T grad; with the transposed list it is that
+// of W_k^T, from f^T times the same sums as the gradient of the features.
 
 #include "cell_tile.h"
+#include "tile_gradients.h"
 
 namespace kp {
 namespace KP_ISA {
@@ -20,6 +22,7 @@ struct CellState {
   CellTile<F> tile;
   CellChunk<G, F> neighbors;
   Buffer<F> o;
+  Buffer<F> grad;  // the rows of grad_out of the tile's queries, padded
 };
 
 template <class G, class F>
@@ -27,24 +30,38 @@ Status convolve(const CellConv& args) {
   const CellPass<G, F> pass = pass_of<G, F>(args);
   const Weights<F> filters = filters_of<F>(args);
   const int64_t K = filters.num_kernels, columns = args.transposed_filters ? filters.c_in : filters.c_out;
+  F *const out = into<F>(args.out), *const grad_filters = into<F>(args.grad_filters);
+  const auto* const grad_out = as<F>(args.grad_out);
+  // The gradient of the filters (cells, channels of the features, columns).
+  Weights<F> gradient = filters;
+  gradient.c_in = pass.channels;
+  gradient.c_out = columns;
+  const ChannelBlocks blocks(gradient);
+  Turns turns;
   Panels<F> panels;
-  if (!panels.pack(filters.data, K, filters.c_in, filters.c_out, 1, args.transposed_filters, args.threads))
+  if (out && !panels.pack(filters.data, K, filters.c_in, filters.c_out, 1, args.transposed_filters, args.threads))
     return Status::out_of_memory;
-  const int64_t o_row = panels.padded_columns(), tile_rows = rows_of_tile<F>(K * pass.channels, o_row);
-  F* const out = into<F>(args.out);
+  if (grad_filters) {
+    if (!turns.reserve(blocks.count())) return Status::out_of_memory;
+    memset(grad_filters, 0, size_t(K * pass.channels * columns) * sizeof(F));
+  }
+  const int64_t o_row = round_up(columns, lanes<F>), tile_rows = rows_of_tile<F>(K * pass.channels, o_row);
   int outside = 0;
   const auto reserve = [&](CellState<G, F>& state) {
-    return state.tile.reserve(pass, tile_rows, true) && state.o.resize((tile_rows + 1) * o_row);
+    return state.tile.reserve(pass, tile_rows, true) && (!out || state.o.resize((tile_rows + 1) * o_row)) &&
+           (!grad_filters || state.grad.resize(tile_rows * o_row + panel_width<F>));
   };
-  const Status status = for_each_tile<CellState<G, F>>(
-      pass.num_queries, tile_rows, threads_of_pass(pass, filters, args.threads), reserve,
-      [&](CellState<G, F>& state, int64_t, int64_t first, int64_t rows) {
-        if (!fill(pass, first, rows, true, state.neighbors, state.tile))
-          __atomic_store_n(&outside, 1, __ATOMIC_RELAXED);
-        multiply(state.tile.rows(), tile_rows, panels, int(K), state.o.data());
-        for (int64_t r = 0; r < rows; ++r)
-          memcpy(out + (first + r) * columns, &state.o[r * o_row], size_t(columns) * sizeof(F));
-      });
+  const auto work = [&](CellState<G, F>& state, int64_t t, int64_t first, int64_t rows) {
+    if (!fill(pass, first, rows, true, state.neighbors, state.tile)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED);
+    if (out) multiply(state.tile.rows(), tile_rows, panels, int(K), state.o.data());
+    for (int64_t r = 0; out && r < rows; ++r)
+      memcpy(out + (first + r) * columns, &state.o[r * o_row], size_t(columns) * sizeof(F));
+    if (grad_filters)
+      add_weights(state.tile.rows(), gradient, static_cast<const F*>(nullptr), blocks, grad_out, t, first, rows, turns,
+                  state.grad.data(), grad_filters);
+  };
+  const Status status = for_each_tile<CellState<G, F>>(pass.num_queries, tile_rows,
+                                                       threads_of_pass(pass, filters, args.threads), reserve, work);
   return status == Status::ok && outside ? Status::out_of_range : status;
 }
 

@@ -1,9 +1,8 @@
-// Gradients of the convolutions with a filter of cells, except that of the features, in one pass over the tiles of the
-// queries.
+// Gradients of the convolutions with a filter of cells by pair: of neighbor importances, positions and extents. (Those
+// of features and filters are sums over pairs: see cell_conv.cpp.)
 //
-// The gradient of filter cell W_k is the sum over the tiles of A_k^T grad. All others start from the gradient of the
-// weight of every pair and corner, f_i . (grad W_k^T). Tiles are added in their order, so no result depends on the
-// number of threads.
+// They start from the gradient of the weight of every pair and corner, f_i . (grad W_k^T). Tiles are added in their
+// order, so no result depends on the number of threads.
 
 #include "cell_tile.h"
 #include "tile_gradients.h"
@@ -15,24 +14,22 @@ namespace {
 // The requested gradients; null if not requested.
 template <class G, class F>
 struct CellGradients {
-  F* filters;
   G *points, *queries;      // (N, 3), (M, 3)
   G* extents;               // (M, 1 or 3), of the extents of each query also if all have the same
   F* neighbor_importances;  // (E,)
 
   bool need_positions() const { return points || queries || extents; }
-  bool need_pairs() const { return need_positions() || neighbor_importances; }
 };
 
 // One thread's gradients by pair, for one tile at a time.
 template <class G, class F>
 class PairGradients {
  public:
-  bool reserve(const Weights<F>& filters, int64_t rows, int64_t max_edges, const CellGradients<G, F>& to) {
-    return products_.reserve(filters, rows, max_corners * cell_chunk) && point_.resize(max_corners * cell_chunk) &&
-           (!to.points || position_.resize(max_edges * 3));
+  // max_edges: the most edges of a tile, 0 if the points need no gradient.
+  bool reserve(const Weights<F>& filters, int64_t rows, int64_t max_edges) {
+    stride_ = max_edges;
+    return products_.reserve(filters, rows, 0) && positions_.resize(3 * max_edges);
   }
-  int64_t rows_stored() const { return products_.rows_stored(); }
 
   // Computes the gradients of the pairs of a tile, which was filled before, and writes those of its queries and pairs.
   void compute(const CellPass<G, F>& pass, const Weights<F>& filters, const Panels<F>& panels, const F* grad_out,
@@ -48,21 +45,18 @@ class PairGradients {
       G query[3] = {}, extent[3] = {};
       tile.start_query(int32_t(r));
       for (int64_t e = begin; e < end; e += cell_chunk) {
-        const int64_t n = smaller(cell_chunk, end - e), at = e - pass.row_splits[first];
+        const int64_t n = smaller(cell_chunk, end - e);
         neighbors.find(pass, q, e, n);
         tile.template add_rows<false>(neighbors.cells, n);
         dot(pass, e, n, neighbors.cells, tile);
-        if (to.need_positions()) add_positions(pass, q, e, n, at, to.points, query, extent);
-        for (int64_t i = 0; i < n; ++i) {
-          F weight_grad = 0;  // of the pair's factors together
-          for (int j = 0; j < corners_; ++j)
-            weight_grad += neighbors.weights[j * cell_chunk + i] * products_.weight_grad[i * corners_ + j];
-          const F importance = pass.neighbor_importances ? pass.neighbor_importances[e + i] : F(1);
-          const F point_scale = pass.point_scale ? pass.point_scale[pass.index[e + i]] : F(1);
-          if (to.neighbor_importances) to.neighbor_importances[e + i] = query_scale * point_scale * weight_grad;
-          result_grad += point_scale * importance * weight_grad;
-          sum += importance;
+        weigh(pass, q, e, n);
+        if (to.neighbor_importances) {
+          add_up(pass, e, n, neighbors.weights, result_grad, sum);
+          for (int64_t i = 0; i < n; ++i) to.neighbor_importances[e + i] = query_scale * importance_grads_[i];
         }
+        if (to.need_positions())
+          add_positions(pass, q, e, n, to.points ? positions_.data() + e - pass.row_splits[first] : nullptr, query,
+                        extent);
       }
       if (to.neighbor_importances && is_normalized && sum != 0)  // query_scale is 1 / sum
         for (int64_t e = begin; e < end; ++e) to.neighbor_importances[e] -= result_grad * query_scale * query_scale;
@@ -72,50 +66,94 @@ class PairGradients {
     }
   }
 
-  // Adds to the gradient of the points, which tiles share. Called in the order of the tiles, for edges from `begin` on.
-  void add_shared(const CellPass<G, F>& pass, int64_t begin, int64_t num_edges, const CellGradients<G, F>& to) const {
+  // Adds to the gradient of the points, which tiles share, for edges from `begin` on. Called in the order of the tiles.
+  void add_points(const CellPass<G, F>& pass, int64_t begin, int64_t num_edges, G* points) const {
     for (int64_t e = 0; e < num_edges; ++e) {
-      const int64_t i = pass.index[begin + e];
-      for (int a = 0; a < 3; ++a) to.points[i * 3 + a] += position_[e * 3 + a];
+      G* const to = points + int64_t(pass.index[begin + e]) * 3;
+      for (int a = 0; a < 3; ++a) to[a] += positions_[a * stride_ + e];
     }
   }
 
  private:
-  // Computes weight_grad[i * corners + j] = f_i . (grad W^T) of the cell of corner j, for n neighbors from e on.
+  // dots_[j * cell_chunk + i] = f_i . (grad W^T) of the cell of corner j, for n neighbors from e on; zeros up to a
+  // whole vector.
   void dot(const CellPass<G, F>& pass, int64_t e, int64_t n, const int32_t* cells, const CellTile<F>& tile) {
     corners_ = pass.corners();
-    for (int64_t i = 0; i < n; ++i)
-      for (int j = 0; j < corners_; ++j) {
+    for (int j = 0; j < corners_; ++j) {
+      for (int64_t i = 0; i < n; ++i) {
         const int64_t k = tile.cell(cells, i, j);
-        point_[i * corners_ + j] = pass.index[e + i];
-        products_.row[i * corners_ + j] = int32_t(products_.number(k, tile.row(k)));
+        rows_[i] = int32_t(products_.number(k, tile.row(k)));
       }
-    products_.dot(point_.data(), n * corners_, pass.features, pass.channels);
+      F* const to = dots_ + j * cell_chunk;
+      products_.dot(pass.index + e, rows_, n, pass.features, pass.channels, to);
+      for (int64_t i = n; i < round_up(n, lanes<F>); ++i) to[i] = 0;
+    }
   }
 
-  // Adds the gradients of positions and extents; writes those of the points to position_, from edge `at` on.
-  void add_positions(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n, int64_t at, bool need_points,
-                     G* query, G* extent) {
-    for (int j = 0; j < corners_; ++j)
-      for (int64_t i = 0; i < n; ++i) corner_grads_[j * cell_chunk + i] = G(products_.weight_grad[i * corners_ + j]);
-    find_cell_grads(pass, q, e, n, corner_grads_, position_grads_, extent_grads_);
+  // scales_: the factors of the pairs, zeros up to a whole vector.
+  void weigh(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) scales_[i] = pass.pair_scale(q, e + i);
+    for (int64_t i = n; i < round_up(n, lanes<F>); ++i) scales_[i] = 0;
+  }
+
+  // importance_grads_: the gradients of neighbor_importances before query_scale.
+  void add_up(const CellPass<G, F>& pass, int64_t e, int64_t n, const F* weights, F& result_grad, F& sum) {
+    for (int64_t i = 0; i < n; ++i) importance_grads_[i] = weights[i] * dots_[i];
+    for (int j = 1; j < corners_; ++j)
+      for (int64_t i = 0; i < n; ++i) importance_grads_[i] += weights[j * cell_chunk + i] * dots_[j * cell_chunk + i];
     for (int64_t i = 0; i < n; ++i) {
-      const G scale = G(pass.pair_scale(q, e + i));
-      for (int a = 0; a < 3; ++a) {
-        const G grad = scale * position_grads_[a * cell_chunk + i];
-        if (need_points) position_[(at + i) * 3 + a] = grad;
-        query[a] += grad;
-        extent[a] += scale * extent_grads_[a * cell_chunk + i];
+      const F importance = pass.neighbor_importances ? pass.neighbor_importances[e + i] : F(1);
+      if (pass.point_scale) importance_grads_[i] *= pass.point_scale[pass.index[e + i]];
+      result_grad += importance * importance_grads_[i];
+      sum += importance;
+    }
+  }
+
+  // Adds the gradients of the query and of its extents; writes those of the points to `points`, an array of stride_
+  // edges for each axis, unless it is null.
+  void add_positions(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n, G* points, G* query, G* extent) {
+    const G* corner_grads;
+    const G* scales;
+    if constexpr (std::is_same_v<G, F>) {
+      corner_grads = dots_;
+      scales = scales_;
+    } else {
+      for (int j = 0; j < corners_; ++j)
+        for (int64_t i = 0; i < round_up(n, lanes<G>); ++i)
+          converted_[j * cell_chunk + i] = i < n ? G(dots_[j * cell_chunk + i]) : G(0);
+      for (int64_t i = 0; i < round_up(n, lanes<G>); ++i) converted_scales_[i] = i < n ? G(scales_[i]) : G(0);
+      corner_grads = converted_;
+      scales = converted_scales_;
+    }
+    find_cell_grads(pass, q, e, n, corner_grads, position_grads_, extent_grads_);
+    for (int a = 0; a < 3; ++a) {
+      Vec<G> sum = {}, extent_sum = {};
+      for (int64_t i = 0; i < n; i += lanes<G>) {
+        const Vec<G> scale = load(scales + i), grad = scale * load(&position_grads_[a * cell_chunk + i]);
+        sum += grad;
+        extent_sum += scale * load(&extent_grads_[a * cell_chunk + i]);
+        if (!points) continue;
+        if (i + lanes<G> <= n)
+          store(points + a * stride_ + i, grad);
+        else
+          store_first(points + a * stride_ + i, int(n - i), grad);
       }
+      query[a] += sum_of_lanes<G>(sum);
+      extent[a] += sum_of_lanes<G>(extent_sum);
     }
   }
 
   GradientProducts<F> products_;
-  Buffer<int32_t> point_;
-  Buffer<G> position_;  // (edges, 3): gradient of the point of each edge
-  alignas(64) G corner_grads_[max_corners * cell_chunk + lanes<G>];
-  alignas(64) G position_grads_[3 * cell_chunk + lanes<G>], extent_grads_[3 * cell_chunk + lanes<G>];
+  Buffer<G> positions_;  // (3, stride_): gradient of the point of each edge
+  int64_t stride_ = 0;
   int corners_ = 0;
+  int32_t rows_[cell_chunk];
+  alignas(64) F dots_[max_corners * cell_chunk + lanes<F>];
+  alignas(64) F scales_[cell_chunk + lanes<F>];
+  alignas(64) F importance_grads_[cell_chunk];
+  alignas(64) G converted_[max_corners * cell_chunk + lanes<G>];
+  alignas(64) G converted_scales_[cell_chunk + lanes<G>];
+  alignas(64) G position_grads_[3 * cell_chunk + lanes<G>], extent_grads_[3 * cell_chunk + lanes<G>];
 };
 
 template <class G, class F>
@@ -123,7 +161,6 @@ struct CellGradState {
   CellTile<F> tile;
   CellChunk<G, F> neighbors;
   PairGradients<G, F> pairs;
-  Buffer<F> grad;  // the rows of grad_out of the tile's queries, padded
 };
 
 template <class G, class F>
@@ -131,18 +168,15 @@ Status compute_gradients(const CellConv& args) {
   const CellPass<G, F> pass = pass_of<G, F>(args);
   const Weights<F> filters = filters_of<F>(args);
   const F* const grad_out = as<F>(args.grad_out);
-  const CellGradients<G, F> to = {into<F>(args.grad_filters), into<G>(args.grad_points), into<G>(args.grad_queries),
-                                  into<G>(args.grad_extents), into<F>(args.grad_neighbor_importances)};
+  const CellGradients<G, F> to = {into<G>(args.grad_points), into<G>(args.grad_queries), into<G>(args.grad_extents),
+                                  into<F>(args.grad_neighbor_importances)};
   const int64_t K = filters.num_kernels, tile_rows = rows_of_tile<F>(K * pass.channels, filters.c_out);
   const int64_t* const splits = pass.row_splits;
-  const ChannelBlocks blocks(filters);
   Turns turns;
   Panels<F> panels;
-  if (!turns.reserve(blocks.count() + 1)) return Status::out_of_memory;
-  if (to.filters) memset(to.filters, 0, size_t(K * filters.c_in * filters.c_out) * sizeof(F));
-  if (to.points) memset(to.points, 0, size_t(args.points.rows * 3) * sizeof(G));
-  if (to.need_pairs() && !panels.pack(filters.data, K, filters.c_in, filters.c_out, 1, true, args.threads))
+  if (!turns.reserve(1) || !panels.pack(filters.data, K, filters.c_in, filters.c_out, 1, true, args.threads))
     return Status::out_of_memory;
+  if (to.points) memset(to.points, 0, size_t(args.points.rows * 3) * sizeof(G));
   int64_t max_edges = 0;
   const Tiles tiles(pass.num_queries, tile_rows);
   for (int64_t t = 0; to.points && t < tiles.count; ++t)
@@ -150,23 +184,16 @@ Status compute_gradients(const CellConv& args) {
   int outside = 0;
   using State = CellGradState<G, F>;
   const auto reserve = [&](State& state) {
-    return state.tile.reserve(pass, tile_rows, to.filters) &&
-           (!to.need_pairs() || state.pairs.reserve(filters, tile_rows, max_edges, to)) &&
-           (!to.filters || state.grad.resize(tile_rows * round_up(filters.c_out, lanes<F>) + panel_width<F>));
+    return state.tile.reserve(pass, tile_rows, false) && state.pairs.reserve(filters, tile_rows, max_edges);
   };
   const auto work = [&](State& state, int64_t t, int64_t first, int64_t rows) {
-    if (!fill(pass, first, rows, to.filters, state.neighbors, state.tile))
-      __atomic_store_n(&outside, 1, __ATOMIC_RELAXED);
-    if (to.filters)
-      add_weights(state.tile.rows(), filters, static_cast<const F*>(nullptr), blocks, grad_out, t, first, rows, turns,
-                  state.grad.data(), to.filters);
-    if (!to.need_pairs()) return;
+    if (!fill(pass, first, rows, false, state.neighbors, state.tile)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED);
     state.pairs.compute(pass, filters, panels, grad_out, args.is_normalized, first, rows, state.neighbors, state.tile,
                         to);
     if (!to.points) return;
-    turns.wait(blocks.count(), t);
-    state.pairs.add_shared(pass, splits[first], splits[first + rows] - splits[first], to);
-    turns.pass(blocks.count(), t);
+    turns.wait(0, t);
+    state.pairs.add_points(pass, splits[first], splits[first + rows] - splits[first], to.points);
+    turns.pass(0, t);
   };
   const Status status =
       for_each_tile<State>(pass.num_queries, tile_rows, threads_of_pass(pass, filters, args.threads), reserve, work);

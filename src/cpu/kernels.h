@@ -264,9 +264,12 @@ struct Subsampled {
 // or 1, 1 or 3). Positions in the filter are those of the neighbors relative to their query, in the query's extents; if
 // `reversed`, those of the query relative to its neighbors, in their extents. neighbor_importances (E,), point_scale
 // (N,) and query_scale (M,) are factors of pairs, gathered features and results. transposed_filters: features have as
-// many channels as filters (cells * Cin, Cout) have columns. cell_conv_grads is the backward pass for filters that are
-// neither reversed nor transposed. is_normalized: query_scale is the inverse of the sum of neighbor_importances, unless
-// that is zero, and depends on them.
+// many channels as filters (cells * Cin, Cout) have columns.
+//
+// cell_conv writes `out`, and grad_filters (cells, channels of the features, channels of out) if grad_out is the
+// gradient of `out`. cell_conv_grads writes the other gradients, of passes that are neither reversed nor transposed.
+// is_normalized: query_scale is the inverse of the sum of neighbor_importances, unless that is zero, and depends on
+// them.
 #define KP_FIELDS_CellConv(F)            \
   F(OptionalArray, points)               \
   F(OptionalArray, queries)              \

@@ -101,10 +101,11 @@ class GeometryGradients {
       }
     products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
     for (const PairList* list = pairs.lists.data(); list < pairs.lists.data() + pairs.num_lists; ++list) {
-      const Vec<int32_t> number = broadcast(list->row + list->kernel * row_step);
+      const Vec<int32_t> number = broadcast(list->row + list->kernel * int32_t(products_.spare_rows));
       for (int64_t i = list->begin; i < list[1].begin; i += lanes<int32_t>) store(&products_.row[i], number);
     }
-    products_.dot(pairs.point.data(), pairs.num_pairs, pass.features, pass.channels);
+    products_.dot(pairs.point.data(), products_.row.data(), pairs.num_pairs, pass.features, pass.channels,
+                  products_.weight_grad.data());
     const auto spread_pairs = [&](auto need_points) {
       if (pass.dimension == 3)
         spread<3, decltype(need_points)::value>(pass, pairs, to.modulations);
