@@ -31,6 +31,8 @@ class PairGradients {
     return products_.reserve(filters, rows, 0) && positions_.resize(3 * max_edges);
   }
 
+  int64_t cell_stride(const CellPass<G, F>& pass) const { return products_.rows_stored() * pass.channels; }
+
   // Computes the gradients of the pairs of a tile, which was filled before, and writes those of its queries and pairs.
   void compute(const CellPass<G, F>& pass, const Weights<F>& filters, const Panels<F>& panels, const F* grad_out,
                bool is_normalized, int64_t first, int64_t count, CellChunk<G, F>& neighbors, CellTile<F>& tile,
@@ -44,6 +46,7 @@ class PairGradients {
       F result_grad = 0, sum = 0;  // of the result before query_scale; of neighbor_importances
       G query[3] = {}, extent[3] = {};
       tile.start_query(int32_t(r));
+      prefetch_features(pass, end, r + 1 < count ? pass.row_splits[q + 2] : end);
       for (int64_t e = begin; e < end; e += cell_chunk) {
         const int64_t n = smaller(cell_chunk, end - e);
         neighbors.find(pass, q, e, n);
@@ -79,15 +82,48 @@ class PairGradients {
   // whole vector.
   void dot(const CellPass<G, F>& pass, int64_t e, int64_t n, const int32_t* cells, const CellTile<F>& tile) {
     corners_ = pass.corners();
-    for (int j = 0; j < corners_; ++j) {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t k = tile.cell(cells, i, j);
-        rows_[i] = int32_t(products_.number(k, tile.row(k)));
+    if (corners_ == max_corners)
+      dot_eight(pass, pass.index + e, n, cells, tile);
+    else
+      for (int j = 0; j < corners_; ++j) {
+        for (int64_t i = 0; i < n; ++i) rows_[i] = int32_t(tile.row_of(cells[i], j) / pass.channels);
+        products_.dot(pass.index + e, rows_, n, pass.features, pass.channels, dots_ + j * cell_chunk);
       }
-      F* const to = dots_ + j * cell_chunk;
-      products_.dot(pass.index + e, rows_, n, pass.features, pass.channels, to);
-      for (int64_t i = n; i < round_up(n, lanes<F>); ++i) to[i] = 0;
-    }
+    for (int j = 0; j < corners_; ++j)
+      for (int64_t i = n; i < round_up(n, lanes<F>); ++i) dots_[j * cell_chunk + i] = 0;
+  }
+
+  // The same for eight corners: the features of a neighbor are loaded once for all of them, or for as many as a vector
+  // has lanes.
+  KP_OUTLINE void dot_eight(const CellPass<G, F>& pass, const int32_t* points, int64_t n, const int32_t* cells,
+                            const CellTile<F>& tile) {
+    constexpr int corners = lanes<F> < max_corners ? lanes<F> : max_corners, neighbors = lanes<F> / corners;
+    for (int64_t i = 0; i < n; i += neighbors)
+      for (int first = 0; first < max_corners; first += corners) {
+        Vec<F> sums[lanes<F>] = {};
+        for (int l = 0; l < neighbors; ++l) {
+          const int64_t at = smaller(i + l, n - 1);
+          const F* const f = pass.features + int64_t(points[at]) * pass.channels;
+          const F* rows[corners];
+          for (int j = 0; j < corners; ++j) rows[j] = products_.products() + tile.row_of(cells[at], first + j);
+          int64_t c = 0;
+          for (; c + 2 * lanes<F> <= pass.channels; c += 2 * lanes<F>) {
+            const Vec<F> low = load(f + c), high = load(f + c + lanes<F>);
+            for (int j = 0; j < corners; ++j)
+              sums[l * corners + j] =
+                  fma(high, load(rows[j] + c + lanes<F>), fma(low, load(rows[j] + c), sums[l * corners + j]));
+          }
+          for (; c < pass.channels; c += lanes<F>) {
+            const int rest = int(smaller<int64_t>(lanes<F>, pass.channels - c));
+            const Vec<F> last = load_first(f + c, rest);
+            for (int j = 0; j < corners; ++j)
+              sums[l * corners + j] = fma(last, load_first(rows[j] + c, rest), sums[l * corners + j]);
+          }
+        }
+        const Vec<F> totals = sums_of<F>(sums);
+        for (int l = 0; l < neighbors && i + l < n; ++l)
+          for (int j = 0; j < corners; ++j) dots_[(first + j) * cell_chunk + i + l] = totals[l * corners + j];
+      }
   }
 
   // scales_: the factors of the pairs, zeros up to a whole vector.
@@ -184,7 +220,8 @@ Status compute_gradients(const CellConv& args) {
   int outside = 0;
   using State = CellGradState<G, F>;
   const auto reserve = [&](State& state) {
-    return state.tile.reserve(pass, tile_rows, false) && state.pairs.reserve(filters, tile_rows, max_edges);
+    return state.pairs.reserve(filters, tile_rows, max_edges) &&
+           state.tile.reserve(pass, tile_rows, false, state.pairs.cell_stride(pass));
   };
   const auto work = [&](State& state, int64_t t, int64_t first, int64_t rows) {
     if (!fill(pass, first, rows, false, state.neighbors, state.tile)) __atomic_store_n(&outside, 1, __ATOMIC_RELAXED);

@@ -86,14 +86,16 @@ struct CellChunk {
 template <class F>
 class CellTile {
  public:
+  // with_sums: sum features. Otherwise rows are only assigned, in an array of the caller with a row for each query and
+  // cell; cell_stride is the distance of the rows of two cells in it.
   template <class G>
-  bool reserve(const CellPass<G, F>& pass, int64_t rows, bool with_sums) {
+  bool reserve(const CellPass<G, F>& pass, int64_t rows, bool with_sums, int64_t cell_stride = 0) {
     const int64_t num_cells = pass.num_cells(), channels = pass.channels;
     rows_ = rows, channels_ = channels, corners_ = pass.corners(), num_cells_ = num_cells;
     // An odd number of cache lines, so that the rows of a query are spread over all sets of the first-level cache. With
     // 60 rows of 32 channels they would be in a quarter of them and take twice as long to add to.
     constexpr int64_t line = 64 / int64_t(sizeof(F));
-    cell_stride_ = (round_up(rows * channels, line) / line | 1) * line;
+    cell_stride_ = with_sums ? (round_up(rows * channels, line) / line | 1) * line : cell_stride;
     around_ = 0;
     for (int j = 0; j < corners_; ++j) {
       steps_[j] = pass.filter.step(j);
@@ -170,9 +172,8 @@ class CellTile {
     }
   }
 
-  // The number of the query's row in the cell of corner j of a neighbor, counted within A_k.
-  int64_t cell(const int32_t* cells, int64_t i, int j) const { return cells[i] + steps_[j]; }
-  int64_t row(int64_t k) const { return (row_of_[k] - k * cell_stride_) / channels_; }
+  // Where the query's row of the cell of corner j begins, for neighbors in a lowest cell.
+  int64_t row_of(int32_t lowest, int j) const { return row_of_[lowest + steps_[j]]; }
 
   TileSums<F> rows() const { return {a_.data(), queries_.data(), sizes_.data(), rows_, cell_stride_}; }
 
@@ -228,6 +229,7 @@ KP_INLINE void prefetch_features(const CellPass<G, F>& pass, int64_t begin, int6
   for (int64_t e = begin; e < end; ++e) {
     const char* const row = reinterpret_cast<const char*>(pass.features) + pass.index[e] * bytes;
     for (int64_t b = 0; b < smaller<int64_t>(bytes, 512); b += 64) __builtin_prefetch(row + b, 0, 2);
+    __builtin_prefetch(row + bytes - 1, 0, 2);  // rows need not begin where a cache line does
   }
 }
 

@@ -67,6 +67,7 @@ class PairFinder {
     for (int64_t i = 0; i < n; ++i) {
       const char* const row = rows_.data + int64_t(neighborhood_.point[i]) * rows_.bytes;
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+      __builtin_prefetch(row + bytes - 1);  // rows need not begin where a cache line does
     }
   }
 

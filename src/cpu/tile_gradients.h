@@ -146,6 +146,7 @@ class GradientProducts {
   // query are spread over the first-level cache: with 72 rows of 32 channels all were in an eighth of it.
   static constexpr int64_t spare_rows = row_step + 1;
   int64_t rows_stored() const { return rows_ + spare_rows; }
+  const F* products() const { return grad_w_.data(); }
   int64_t number(int64_t k, int64_t i) const { return k * rows_stored() + i; }
   void start() {
     for (int64_t k = 0; k < rows_done_.size(); ++k) rows_done_[k] = 0;
