@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import peers
+from run import timed
 
 import kpcore as kp
 
@@ -23,6 +24,8 @@ SIZES = {
         "sheet": 100_000,
         "growth": (10**4, 10**5, 10**6, 10**7),
         "rows": 200_000,
+        "ball": 20_000,
+        "voxels": 100_000,
     },
     "quick": {
         "raw": 40_000,
@@ -32,6 +35,8 @@ SIZES = {
         "sheet": 10_000,
         "growth": (10**3, 10**4),
         "rows": 2_000,
+        "ball": 1_000,
+        "voxels": 3_000,
     },
 }
 
@@ -96,6 +101,31 @@ TARGETS = {
     ("deformable", "forward + vjp, C = 64", "voxel", "two rigid"): ("<=", 1.35),
     ("deformable", "forward + vjp, C = 64", "voxel", "dense torch"): (">=", 25),
     ("deformable", "both losses, forward + vjp", "voxel", "the layer's step"): ("<=", 0.08),
+    ("continuous_conv", "forward, C = 32", "random", "NumPy A @ W"): (">=", 1 / 1.4),
+    ("continuous_conv", "forward, C = 64", "random", "NumPy A @ W"): (">=", 1 / 1.25),
+    ("continuous_conv", "forward, C = 32", "random", "Open3D op"): (">=", 5),
+    ("continuous_conv", "forward, C = 64", "random", "Open3D op"): (">=", 5),
+    ("continuous_conv", "forward + vjp, C = 32", "random", "NumPy A @ W"): (">=", 1 / 3.6),
+    ("continuous_conv", "forward + vjp, C = 64", "random", "NumPy A @ W"): (">=", 1 / 3.6),
+    ("continuous_conv", "forward + vjp, C = 32", "random", "Open3D op"): (">=", 7),
+    ("continuous_conv", "forward + vjp, C = 64", "random", "Open3D op"): (">=", 5),
+    ("continuous_conv", "with all gradients, C = 32", "random", "features and filters"): ("<=", 1.3),
+    ("continuous_conv", "with all gradients, C = 64", "random", "features and filters"): ("<=", 1.3),
+    ("continuous_conv", "memory of forward, C = 64", "random", None): ("<=", 64),
+    ("continuous_conv", "memory of forward + vjp, C = 64", "random", None): ("<=", 64),
+    **{
+        ("sparse_conv", what, f"{active} active cells", against): target
+        for active in (9, 18)
+        for (what, against), target in {
+            ("submanifold, C = 64", "NumPy A @ W"): (">=", 1 / 1.3),
+            ("submanifold, C = 64", "spconv"): (">=", 2),
+            ("submanifold, C = 64", "Open3D op"): (">=", 3),
+            ("submanifold and its map, C = 64", "Open3D op and search"): (">=", 4),
+            ("kernel map", "the layer"): ("<=", 0.25),
+            ("strided, per pair", "the layer"): ("<=", 1.3),
+            ("inverse, per pair", "the layer"): ("<=", 1.3),
+        }.items()
+    },
     ("rows", "batch_norm + leaky_relu, forward + vjp", "", "torch"): (">=", 1),
     ("memory", "kpconv forward, C = 64", "voxel", None): ("<=", 8),
     ("memory", "deformable step, C = 64", "voxel", None): ("<=", 37),  # a thirtieth of dense torch's
@@ -135,6 +165,12 @@ TASKS = {
         *({"order": "voxel", "channels": channels, "coretype": "SkylakeX"} for channels in CHANNELS),
     ],
     "kpconv_vjp": [{"order": order} for order in ORDERS],
+    "continuous_conv": [
+        *({"order": order, "channels": channels} for channels in (32, 64) for order in ORDERS),
+        {"order": "random", "channels": 64, "memory": "forward"},
+        {"order": "random", "channels": 64, "memory": "forward + vjp"},
+    ],
+    "sparse_conv": [{"active": active} for active in (9, 18)],
     "rows": [{}],
     "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
@@ -556,6 +592,163 @@ def kpconv_vjp(bench, order):
     )
     if order == "voxel":
         bench.against(what, both, peers.DENSE_STEP, problem | {"grad_out": grad_out}, partial(close, gradients))
+
+
+def ball_problem(size, order, channels, active=61):
+    """Random points in the unit cube with some 61 neighbours each, and arrays for a continuous convolution."""
+    rng = np.random.default_rng(4)
+    points = arranged(rng.random((size, 3), np.float32), order)
+    radius = (3 * active / (4 * np.pi * size)) ** (1 / 3)
+    for _ in range(3):  # fewer at the faces of the cube
+        mean = len(kp.radius_search(points, None, radius).index) / size
+        radius *= (active / mean) ** (1 / 3)
+    return {
+        "points": points,
+        "neighbors": kp.radius_search(points, None, radius),
+        "features": rng.standard_normal((size, channels), np.float32),
+        "filters": rng.standard_normal((4, 4, 4, channels, channels), np.float32) / np.float32(channels),
+        "extent": np.float32(2 * radius),
+    }
+
+
+def continuous(problem, features, filters, **options):
+    return kp.continuous_conv(problem["points"], None, problem["neighbors"], features, filters,
+                              float(problem["extent"]), **options)  # fmt: skip
+
+
+def sums_by_cell(problem):
+    """A (M, cells * C): the features summed by filter cell in float64, from the formulas of the radial mapping."""
+    from scipy.sparse import csr_array
+
+    points, neighbors, sizes = problem["points"].astype(np.float64), problem["neighbors"], problem["filters"].shape[:3]
+    relative = points[neighbors.index] - np.repeat(points, neighbors.counts, axis=0)
+    relative *= 2 / float(problem["extent"])
+    largest = np.abs(relative).max(1, keepdims=True)
+    mapped = relative * np.linalg.norm(relative, axis=1, keepdims=True) / np.where(largest > 0, largest, 1)
+    x, y, z = ((mapped[:, axis] + 1) / 2 * (size - 1) for axis, size in enumerate(sizes[::-1]))
+    columns, features = [], problem["features"].astype(np.float64)
+    for cell_z, cell_y, cell_x in np.ndindex(sizes):
+        apart = np.abs(np.stack([np.clip(x, 0, sizes[2] - 1) - cell_x, np.clip(y, 0, sizes[1] - 1) - cell_y,
+                                 np.clip(z, 0, sizes[0] - 1) - cell_z]))  # fmt: skip
+        weights = np.maximum(0, 1 - apart).prod(0)
+        matrix = csr_array((weights, neighbors.index, neighbors.row_splits), shape=(len(points), len(points)))
+        columns.append(matrix @ features)
+    return np.hstack(columns)
+
+
+def continuous_conv(bench, order, channels, memory=None):
+    size = bench.sizes["ball"]
+    problem = ball_problem(size, order, channels)
+    features, filters, neighbors = problem["features"], problem["filters"], problem["neighbors"]
+    grad_out = np.random.default_rng(5).standard_normal(features.shape, np.float32)
+    bench.label(order=order, size=f"{size:,}, H = {len(neighbors.index) / size:.1f}")
+
+    def step(p=problem):
+        out, pullback = kp.autodiff.vjp(lambda f, w: continuous(p, f, w), p["features"], p["filters"])
+        return out, *pullback(grad_out[: len(p["points"])])
+
+    forward = partial(continuous, problem, features, filters)
+    if memory:
+        step(ball_problem(100, order, channels))  # starts threads and loads code before memory is measured
+        transpose = 0 if memory == "forward" else neighbors.index.nbytes + neighbors.row_splits.nbytes
+        gradients = 0 if memory == "forward" else features.nbytes + 2 * filters.nbytes
+        call = forward if memory == "forward" else step
+        bench.memory(f"memory of {memory}, C = {channels}", call, features.nbytes + filters.nbytes + transpose + gradients)
+        return
+    out, sums = bench.first(forward), sums_by_cell(problem)
+
+    def check(peer_result):
+        close([out], [peer_result])
+
+    check(sums @ filters.reshape(-1, channels).astype(np.float64))
+    what, both = f"forward, C = {channels}", f"forward + vjp, C = {channels}"
+    product = {"aggregated": sums.astype(np.float32), "weights": filters}
+    blas = f"OpenBLAS kernels: {peers.openblas_core()}"
+    _, *gradients = step()
+    close([(sums.T @ grad_out).reshape(filters.shape)], gradients[1:])
+    bench.rate(what, forward, size, "M points/s per core")
+    bench.against(what, forward, peers.NUMPY_MATMUL, product, check, note=blas)
+    bench.against(both, step, peers.NUMPY_MATMUL, product, check, note=blas)
+    if order != "random":
+        return
+    inputs = {name: problem[name] for name in ("points", "features", "filters", "extent")}
+    inputs |= {"index": neighbors.index, "row_splits": neighbors.row_splits}
+    bench.against(what, forward, peers.OPEN3D_CCONV, inputs, check)
+    bench.against(both, step, peers.OPEN3D_CCONV_STEP, inputs | {"grad_out": grad_out}, partial(close, gradients))
+    rng = np.random.default_rng(6)
+    importances, by_pair = rng.random(size, np.float32), rng.random(len(neighbors.index), np.float32)
+
+    def all_gradients():
+        primals = features, filters, problem["points"], np.full(1, problem["extent"]), importances, by_pair
+        _, pullback = kp.autodiff.vjp(
+            lambda f, w, p, e, m, a: kp.continuous_conv(
+                p, None, neighbors, f, w, e, importances=m, neighbor_importances=a
+            ),
+            *primals,
+        )  # fmt: skip
+        return pullback(grad_out)
+
+    all_gradients()
+    bench.compare(f"with all gradients, C = {channels}", all_gradients, "features and filters", step)
+
+
+def voxel_sheet(size, layers):
+    """int32 voxels of a wavy sheet of some layers, in random order: with one layer 9 of 27 cells are active, with two
+    layers 18."""
+    side = int(np.sqrt(size / layers))
+    x, y = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    z = (12 * np.sin(x / 25) + 9 * np.cos(y / 17)).astype(np.int32)
+    coords = np.concatenate([np.stack([x, y, z + layer], -1).reshape(-1, 3) for layer in range(layers)])
+    return np.random.default_rng(3).permutation(coords).astype(np.int32)
+
+
+def sparse_conv(bench, active, channels=64):
+    coords = voxel_sheet(bench.sizes["voxels"], active // 9)
+    size, rng = len(coords), np.random.default_rng(4)
+    features = rng.standard_normal((size, channels), np.float32)
+    filters = rng.standard_normal((27, channels, channels), np.float32) / np.float32(channels)
+    make_map = partial(kp.kernel_map, coords, kernel_size=3)
+    kernel_map = bench.first(make_map)
+    pairs = len(kernel_map.kernel_index)
+    bench.label(order=f"{active} active cells", size=f"{size:,}, {pairs / size:.1f} cells")
+
+    def layer(m=kernel_map, f=features):
+        return kp.sparse_conv(m.neighbors, m.kernel_index, f, filters)
+
+    out, what = bench.first(layer), f"submanifold, C = {channels}"
+    expected = np.zeros(out.shape)
+    query = np.repeat(np.arange(size), kernel_map.neighbors.counts)
+    for cell, matrix in enumerate(filters.astype(np.float64)):
+        chosen = kernel_map.kernel_index == cell
+        np.add.at(expected, query[chosen], features[kernel_map.neighbors.index[chosen]] @ matrix)
+    close([expected], [out])
+
+    def check(peer_result):
+        close([out], [peer_result])
+
+    # The products of the active cells, with as many multiply-adds, as one product.
+    product = {"aggregated": rng.standard_normal((pairs // 27, 27 * channels), np.float32), "weights": filters}
+    blas = f"OpenBLAS kernels: {peers.openblas_core()}"
+    bench.rate(what, layer, size, "M voxels/s per core")
+    bench.against(what, layer, peers.NUMPY_MATMUL, product, lambda _: None, note=blas)
+    inputs = {"coords": coords, "features": features, "filters": filters}
+    bench.against(what, layer, peers.SPCONV, inputs, check)
+    bench.against(what, layer, peers.OPEN3D_SPARSE, inputs | {
+        "index": kernel_map.neighbors.index, "row_splits": kernel_map.neighbors.row_splits,
+        "kernel_index": kernel_map.kernel_index,
+    }, check)  # fmt: skip
+    both = f"submanifold and its map, C = {channels}"
+    bench.against(both, lambda: layer(make_map()), peers.OPEN3D_SPARSE_LAYER, inputs, check)
+    bench.compare("kernel map", make_map, "the layer", layer)
+    strided = kp.kernel_map(coords, kernel_size=3, stride=2, padding=1, rule="spconv")
+    coarse = rng.standard_normal((len(strided.out_coords), channels), np.float32)
+    for name, other, inputs_of_map in (("strided", strided, features), ("inverse", strided.transpose(), coarse)):
+        share = pairs / len(other.kernel_index)
+
+        def per_pair(other=other, inputs_of_map=inputs_of_map, share=share):
+            return bench.Seconds(share * timed(partial(layer, other, inputs_of_map))[1])
+
+        bench.compare(f"{name}, per pair", per_pair, "the layer", layer)
 
 
 def normalized(features, scale, shift, grad):

@@ -272,6 +272,92 @@ def matmul(aggregated, weights):
     return lambda: aggregated @ flat
 
 
+def open3d_cconv(points, features, filters, extent, index, row_splits, grad_out=None):
+    """ml.torch.ops.continuous_conv; with grad_out the gradients of features and filters too."""
+    import open3d.ml.torch as ml
+    import torch
+
+    points, features, filters = map(torch.from_numpy, (points, features, filters))
+    index, row_splits = torch.from_numpy(index.copy()), torch.from_numpy(row_splits.copy())
+    empty, extents = torch.empty(0), torch.full((1, 1), float(extent))
+
+    def forward():
+        return ml.ops.continuous_conv(
+            filters=filters, out_positions=points, extents=extents, offset=torch.zeros(3), inp_positions=points,
+            inp_features=features, inp_importance=empty, neighbors_index=index, neighbors_importance=empty,
+            neighbors_row_splits=row_splits, align_corners=True, coordinate_mapping="ball_to_cube_radial",
+            normalize=False, interpolation="linear",
+        )  # fmt: skip
+
+    if grad_out is None:
+        return forward
+    inputs, grad_out = [features.requires_grad_(), filters.requires_grad_()], torch.from_numpy(grad_out)
+    return lambda: torch.autograd.grad(forward(), inputs, grad_out)
+
+
+def open3d_sparse(coords, features, filters, index, row_splits, kernel_index):
+    """ml.torch.ops.sparse_conv with the neighbours and their cells."""
+    import open3d.ml.torch as ml
+    import torch
+
+    features, filters = map(torch.from_numpy, (features, filters))
+    index, row_splits = torch.from_numpy(index.copy()), torch.from_numpy(row_splits.copy())
+    cells, empty = torch.from_numpy(kernel_index.astype(np.uint8)), torch.empty(0)
+    return lambda: ml.ops.sparse_conv(
+        filters=filters, inp_features=features, inp_importance=empty, neighbors_index=index,
+        neighbors_kernel_index=cells, neighbors_importance=empty, neighbors_row_splits=row_splits, normalize=False,
+    )  # fmt: skip
+
+
+def open3d_sparse_layer(coords, features, filters):
+    """ml.torch.layers.SparseConv: its search, and a continuous convolution with the nearest cell."""
+    import open3d.ml.torch as ml
+    import torch
+
+    channels = features.shape[1]
+    layer = ml.layers.SparseConv(channels, channels, [3, 3, 3], use_bias=False)
+    # Its cells are numbered from z, ours from the first axis.
+    with torch.no_grad():
+        layer.kernel.copy_(torch.from_numpy(filters.reshape(3, 3, 3, channels, channels).transpose(2, 1, 0, 3, 4)))
+    features, positions = torch.from_numpy(features), torch.from_numpy(coords.astype(np.float32) + np.float32(0.5))
+
+    def run():
+        with torch.no_grad():
+            return layer(features, positions, positions, 1.0)
+
+    return run
+
+
+def spconv_submanifold(coords, features, filters):
+    """spconv's SubMConv3d, with its pairs kept under an indice_key."""
+    import spconv.pytorch as spconv
+    import torch
+
+    channels, low = features.shape[1], coords.min(0)
+    indices = np.concatenate([np.zeros((len(coords), 1), np.int32), coords - low], 1)
+    shape = (np.ptp(coords, axis=0) + 1).tolist()
+    inputs = spconv.SparseConvTensor(torch.from_numpy(features), torch.from_numpy(indices), shape, 1)
+    layer = spconv.SubMConv3d(channels, channels, 3, bias=False, indice_key="pairs")
+    with torch.no_grad():  # its weights are (Cout, 3, 3, 3, Cin)
+        cells = filters.reshape(3, 3, 3, channels, channels)
+        layer.weight.copy_(torch.from_numpy(cells.transpose(4, 0, 1, 2, 3).copy()))
+        layer(inputs)
+
+    def run():
+        with torch.no_grad():
+            return layer(inputs)
+
+    return run
+
+
+OPEN3D = imports("torch", "open3d.ml.torch")
+OPEN3D_CCONV = Peer("Open3D op", OPEN3D, open3d_cconv, lambda out: out.detach().numpy())
+OPEN3D_CCONV_STEP = Peer("Open3D op", OPEN3D, open3d_cconv, lambda grads: [grad.numpy() for grad in grads])
+OPEN3D_SPARSE = Peer("Open3D op", OPEN3D, open3d_sparse, lambda out: out.numpy())
+OPEN3D_SPARSE_LAYER = Peer("Open3D op and search", OPEN3D, open3d_sparse_layer, lambda out: out.numpy())
+SPCONV = Peer("spconv", imports("torch", "spconv.pytorch"), spconv_submanifold, lambda out: out.features.numpy())
+
+
 def dense_module():
     import torch  # noqa: F401 - a missing torch is reported before a missing file
 

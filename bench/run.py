@@ -35,7 +35,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 # A time is divided by the time of one of these ("x its time"); that of a peer is divided by ours ("x faster").
-BASELINES = ("xyz alone", "scalar L2", "FMA floor", "its forward", "two rigid", "the layer's step", "vjp without")
+BASELINES = (
+    "xyz alone",
+    "scalar L2",
+    "FMA floor",
+    "its forward",
+    "two rigid",
+    "the layer's step",
+    "vjp without",
+    "features and filters",
+    "the layer",
+)
 
 
 class Seconds(float):
