@@ -484,6 +484,7 @@ ERRORS = {
     "radius_search_metric: expected 'L1' or 'L2' or 'Linf', got 'l2'": lambda: make(radius_search_metric="l2"),
     "offset: expected 3 numbers, got (2,)": lambda: make(offset=[0.0, 1.0]),
     "kernel_regularizer: expected a function of a tensor or None, got str": lambda: make(kernel_regularizer="l2"),
+    "window_function: expected a function of a tensor or None, got float": lambda: make(window_function=0.5),
     "inp_features: invalid shape, expected (N, 4) to match in_channels, got (60, 3)":
         lambda: make()(FEATURES[:, :3], INP, OUT, 0.8),
     "inp_positions: invalid shape, expected (60, 3) to match inp_features, got (59, 3)":
@@ -572,6 +573,13 @@ def assert_same_layers(ours, theirs, *inputs, **options):
     ours.load_state_dict(theirs.state_dict())
     for got, expected in zip(run(ours, *inputs, **options), run(theirs, *inputs, **options), strict=True):
         assert_close(got.numpy(), expected.numpy(), 2e-5)
+
+
+def test_names_of_open3d(their_layers):
+    """Code that says ml3d.layers, ml3d.ops and ml3d.classes runs with one import changed."""
+    names = [name for name, value in vars(their_layers).items() if isinstance(value, type)]
+    assert sorted(names) == sorted(vars(ops.layers)) and len(names) == 7
+    assert ops.layers.SparseConv is kpt.SparseConv and ops.ops is ops.classes is ops
 
 
 @pytest.mark.parametrize("name", ["ContinuousConv", "SparseConv", "SparseConvTranspose"])

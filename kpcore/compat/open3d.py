@@ -3,6 +3,10 @@
 Code written for Open3D's operations runs with one import changed::
 
     from kpcore.compat import open3d as ops    # in place of: import open3d.ml.torch.ops as ops
+    from kpcore.compat import open3d as ml3d   # in place of: import open3d.ml.torch as ml3d
+
+The second is for code that says ``ml3d.ops``, ``ml3d.layers`` and ``ml3d.classes``; the layers are those of
+`kpcore.torch`.
 
 Nothing depends on the version of torch. Every function works on the CPU and, where CuPy is installed, on a GPU, also
 those that Open3D has on one of them only; float64 works everywhere, and so does int64 for indices.
@@ -43,7 +47,9 @@ Different from Open3D:
 """
 
 import sys
+from types import SimpleNamespace
 
+import kpcore.torch as _torch
 from kpcore.compat.open3d_batches import *  # noqa: F403
 from kpcore.compat.open3d_convolutions import *  # noqa: F403
 from kpcore.compat.open3d_lists import *  # noqa: F403
@@ -54,3 +60,10 @@ from kpcore.compat.open3d_voxels import *  # noqa: F403
 __all__ = []
 for _module in ("batches", "convolutions", "lists", "ragged", "search", "voxels"):
     __all__ += sys.modules[f"kpcore.compat.open3d_{_module}"].__all__
+
+ops = classes = sys.modules[__name__]
+layers = SimpleNamespace(
+    **{name: getattr(_torch, name)
+       for name in ("ContinuousConv", "FixedRadiusSearch", "KNNSearch", "RadiusSearch", "SparseConv",
+                    "SparseConvTranspose", "VoxelPooling")}
+)  # fmt: skip

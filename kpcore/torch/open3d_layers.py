@@ -123,7 +123,7 @@ class _Convolution(_InferredChannels):
             initializers.check(name, initializer)
         self.kernel_initializer, self.bias_initializer = kernel_initializer, bias_initializer
         for name, regularizer in (("kernel_regularizer", kernel_regularizer), ("bias_regularizer", bias_regularizer)):
-            _check_regularizer(name, regularizer)
+            _check_function(name, regularizer)
         self.kernel_regularizer, self.bias_regularizer = kernel_regularizer, bias_regularizer
         self.normalize = checks.boolean("normalize", normalize)
         self.max_temp_mem_MB = checks.integer("max_temp_mem_MB", max_temp_mem_MB, 0)
@@ -311,10 +311,11 @@ class ContinuousConv(_Convolution):
             "radius_search_ignore_query_points", radius_search_ignore_query_points
         )
         checks.choice("radius_search_metric", radius_search_metric, open3d_search.METRICS)
+        _check_function("window_function", window_function)
         self.radius_search_metric, self.window_function = radius_search_metric, window_function
         self.use_dense_layer_for_center = checks.boolean("use_dense_layer_for_center", use_dense_layer_for_center)
         initializers.check("dense_kernel_initializer", dense_kernel_initializer)
-        _check_regularizer("dense_kernel_regularizer", dense_kernel_regularizer)
+        _check_function("dense_kernel_regularizer", dense_kernel_regularizer)
         self.dense_kernel_initializer = dense_kernel_initializer
         self.dense_kernel_regularizer = dense_kernel_regularizer
         if use_dense_layer_for_center:
@@ -671,9 +672,9 @@ class SparseConvTranspose(_SparseConvolution):
         return self._output(out, splits)
 
 
-def _check_regularizer(name, regularizer):
-    if regularizer is not None and not callable(regularizer):
-        raise TypeError(f"{name}: expected a function of a tensor or None, got {type(regularizer).__name__}")
+def _check_function(name, function):
+    if function is not None and not callable(function):
+        raise TypeError(f"{name}: expected a function of a tensor or None, got {type(function).__name__}")
 
 
 def _values(*rows):
