@@ -22,7 +22,15 @@ FRAMEWORKS = {
         "DTypeLike",
     ),
 }
-LAYERS = ("DeformableKPConv", "KPConv", "KPConvX")
+# {module of kpcore.torch: what kpcore.torch has from it}
+EXPORTED = {
+    "layers": ("DeformableKPConv", "KPConv", "KPConvX"),
+    "networks": ("Network",),
+    "open3d_layers": ("ContinuousConv", "SparseConv", "SparseConvTranspose"),
+    "open3d_searches": ("FixedRadiusSearch", "KNNSearch", "RadiusSearch", "VoxelPooling"),
+    "ops": ("use_torch_allocator",),
+    "sparse_layers": ("InverseConv", "StridedConv", "SubmanifoldConv"),
+}
 # The array types in kpcore's annotations; a stub has the framework's in their place.
 _ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
 
@@ -36,9 +44,8 @@ def text(file):
     lines.append("from kpcore import Neighbors as Neighbors")
     lines.append("from kpcore.search import IgnoreQueryPoint, Metric, Sort")
     if array == "Tensor":
-        lines += [f"from kpcore.torch.layers import {layer} as {layer}" for layer in LAYERS]
-        lines += ["from kpcore.torch.networks import Network as Network"]
-        lines += ["from kpcore.torch.ops import use_torch_allocator as use_torch_allocator"]
+        lines += [f"from kpcore.torch.{module} import {name} as {name}" for module, names in EXPORTED.items()
+                  for name in names]  # fmt: skip
     for index in ("GridIndex", "KDTree"):
         lines += ["", f"class {index}(kpcore.{index}):"]
         lines += [f"    {line}" for line in _declared(kp.KDTree.radius_search, array, *argument_and_dtype)]

@@ -14,13 +14,13 @@ from kpcore.ops import Call
 __all__ = ["continuous_conv", "continuous_conv_transpose"]
 
 # In the order of the C++ enums CoordinateMapping and Interpolation: kernels get their numbers.
-_MAPPINGS = ("ball_to_cube_radial", "ball_to_cube_volume_preserving", "identity")
-_INTERPOLATIONS = ("linear", "linear_border", "nearest_neighbor")
+MAPPINGS = ("ball_to_cube_radial", "ball_to_cube_volume_preserving", "identity")
+INTERPOLATIONS = ("linear", "linear_border", "nearest_neighbor")
 _DIFFERENTIABLE = ("features", "filters", "importances", "neighbor_importances", "points", "queries", "extents")
 _MAX_CELLS = 2**24  # numbers of cells are computed in float32
 
 
-def _checked_extents(extents, points, number, name, sizes):
+def checked_extents(extents, points, number, name, sizes):
     """The extents as an array: one, or one for each of the `number` rows of the array `name`; for all axes or each."""
     if not devices.is_array(extents):
         return devices.namespace(points).full((), checks.length("extents", extents, points.dtype), points.dtype)
@@ -50,15 +50,15 @@ def _checked_call(is_transpose, points, queries, neighbors, features, filters, e
     if math.prod(filters.shape[:3]) > _MAX_CELLS:
         raise ValueError(f"filters: expected at most {_MAX_CELLS} cells, got {depth} x {height} x {width}")
     owner = (len(points), "points") if is_transpose else (len(queries), "queries")
-    extents = _checked_extents(extents, points, *owner, sizes)
+    extents = checked_extents(extents, points, *owner, sizes)
     if offset is not None:
         offset = checks.array("offset", offset, "3", checks.REAL, sizes | {"3": (3, "3")}, like=("points", points))
     call = Call(
         points=points, queries=queries, queries_are_points=queries_are_points, neighbors=neighbors,
         index=neighbors.stored_index, row_splits=neighbors.stored_row_splits, features=features, filters=filters,
         extents=extents, offset=offset, kernel_index=None, depth=depth, height=height, width=width,
-        mapping=checks.choice("coordinate_mapping", coordinate_mapping, _MAPPINGS),
-        interpolation=checks.choice("interpolation", interpolation, _INTERPOLATIONS),
+        mapping=checks.choice("coordinate_mapping", coordinate_mapping, MAPPINGS),
+        interpolation=checks.choice("interpolation", interpolation, INTERPOLATIONS),
         align_corners=checks.boolean("align_corners", align_corners),
         is_normalized=checks.boolean("normalize", normalize), transposed_filters=False,
     )  # fmt: skip

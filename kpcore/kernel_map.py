@@ -185,9 +185,9 @@ def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_s
     coords = _coordinates("coords", coords, "N", sizes)
     axes = coords.shape[1]
     checks.choice("rule", rule, _RULES)
-    kernel_size = _numbers("kernel_size", kernel_size, axes, 1)
-    stride, dilation = _numbers("stride", stride, axes, 1), _numbers("dilation", dilation, axes, 1)
-    padding = _numbers("padding", padding, axes, 0)
+    kernel_size = checks.integers("kernel_size", kernel_size, axes, 1)
+    stride, dilation = checks.integers("stride", stride, axes, 1), checks.integers("dilation", dilation, axes, 1)
+    padding = checks.integers("padding", padding, axes, 0)
     num_kernels = math.prod(kernel_size.tolist())
     if num_kernels > _LARGEST:
         raise ValueError(f"kernel_size: expected at most 2**31 - 1 cells, got {num_kernels}")
@@ -218,7 +218,7 @@ def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_s
         out_coords, out_row_splits = _coords_of_cells(_strided_cells(coords, inputs, row_splits, stride), row_splits)
     else:
         if shape is not None:
-            shape = _numbers("shape", _of_axes("shape", shape, axes), axes, 1)
+            shape = checks.integers("shape", _of_axes("shape", shape, axes), axes, 1)
             if len(coords):
                 _check_within(coords, inputs.low, inputs.low + inputs.sizes - 1, shape)
         reached = _reached_cells(inputs, len(row_splits) - 1, kernel_size, stride, dilation, padding, shape)
@@ -365,13 +365,6 @@ def _coordinates(name, value, rows, sizes):
     return value
 
 
-def _numbers(name, value, axes, lowest):
-    """An integer for each axis, (D,) int64, from one or D of them."""
-    return checks.per_axis(
-        name, value, axes, lambda name, number, _: checks.integer(name, number, lowest, _LARGEST), np.dtype(np.int64)
-    )
-
-
 def _of_axes(name, value, axes):
     if not isinstance(value, (list, tuple, np.ndarray)):
         raise TypeError(f"{name}: expected {axes} integers, got {type(value).__name__}")
@@ -494,7 +487,7 @@ def to_dense(
     sizes = {}
     coords = _coordinates("coords", coords, "N", sizes)
     features = checks.array("features", features, "N C", checks.FEATURES, sizes)
-    shape = tuple(_numbers("shape", _of_axes("shape", shape, coords.shape[1]), coords.shape[1], 1).tolist())
+    shape = tuple(checks.integers("shape", _of_axes("shape", shape, coords.shape[1]), coords.shape[1], 1).tolist())
     return Call(
         coords=coords, features=features, shape=shape,
         row_splits=checks.splits_shape("row_splits", row_splits, len(coords), sizes), is_one_item=row_splits is None,

@@ -343,6 +343,11 @@ def unchecked_list(*args: Any, **kwargs: Any) -> Neighbors:
     return Neighbors._new(*args, **kwargs, is_checked=False)
 
 
+def named_list(prefix: str, index: np.ndarray, row_splits: np.ndarray, num_points: int) -> Neighbors:
+    """As `Neighbors`, for functions whose arguments are called `<prefix>index` and `<prefix>row_splits`."""
+    return new_list(*_checked_fields(prefix, index, row_splits, num_points, None, None))
+
+
 def list_for_one_call(index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,
                       transposed: tuple[np.ndarray, np.ndarray] | None = None) -> Neighbors:  # fmt: skip
     """A list over arrays that a framework passes to one call of an operator: checked, but the index is not copied.

@@ -298,6 +298,13 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def integers(name: str, value: Any, dimension: int, low: int) -> np.ndarray:
+    """An integer from `low` to 2**31 - 1 for each axis, (D,) int64, from a single one or a sequence of D."""
+    return per_axis(
+        name, value, dimension, lambda name, number, _: integer(name, number, low, MAX_POINTS), np.dtype(np.int64)
+    )
+
+
 def choice(name: str, value: object, allowed: Sequence[object]) -> int:
     """The position of `value` in `allowed`."""
     for position, option in enumerate(allowed):

@@ -12,7 +12,8 @@ from typing import TypeAlias
 import torch
 
 from kpcore.backends import checks, devices
-from kpcore.torch.ops import checked, to_array
+from kpcore.neighbors import Neighbors, named_list
+from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array
 
 # What the tensors of a call have to agree on: {dimension: (its size, name of the tensor that set it)}, and under
 # "device" (the device, name of the tensor that set it).
@@ -79,3 +80,27 @@ def check_range(name: str, value: torch.Tensor, end: int, end_name: str) -> None
         if low < 0 or high >= end:
             bad = low if low < 0 else high
             raise ValueError(f"{name}: expected values from 0 to {end - 1} to match {end_name}, got {bad}")
+
+
+def check_above_zero(name: str, value: torch.Tensor) -> None:
+    """Check that all numbers of a tensor are above zero; waits for a GPU."""
+    if not (value > 0).all():
+        rows = value.reshape(len(value) if value.ndim else 1, -1)
+        row, column = (~(rows > 0)).nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected numbers above zero, got {float(rows[row, column])} in row {row}")
+
+
+def neighbors(prefix: str, index: object, row_splits: object, num_points: int, sizes: Sizes) -> Neighbors:
+    """The list of the tensors `<prefix>index`, (E,), and `<prefix>row_splits`, (M + 1,), whose device may be the CPU.
+
+    Their lengths are added to `sizes` as "E" and "M+1".
+    """
+    index = tensor(f"{prefix}index", index, "E", INTEGERS, sizes)
+    bounds = tensor(f"{prefix}row_splits", row_splits, "M+1", SPLITS, {k: v for k, v in sizes.items() if k == "M+1"})
+    sizes.setdefault("M+1", (len(bounds), f"{prefix}row_splits"))
+
+    def make() -> Neighbors:
+        arrays = to_array("index", index), to_array("row_splits", bounds.to(index.device))
+        return on_arrays(named_list, prefix, *arrays, num_points)
+
+    return on_stream_of(index, make)

@@ -15,7 +15,7 @@ from kpcore.torch.ops import numpy_dtype, to_tensor
 
 __all__ = ["build_spatial_hash_table", "fixed_radius_search", "knn_search", "radius_search"]
 
-_METRICS = ("L1", "L2", "Linf")
+METRICS = ("L1", "L2", "Linf")
 # torch's operators take a dtype as its number, and Open3D's default is the number of int32.
 _INDEX_DTYPES = {3: torch.int32, 4: torch.int64, torch.int32: torch.int32, torch.int64: torch.int64}
 
@@ -112,14 +112,25 @@ def fixed_radius_search(points: torch.Tensor, queries: torch.Tensor, radius: flo
     -------
     SearchResult
     """
-    bounds = _checked_bounds(points, queries, points_row_splits, queries_row_splits)
+    bounds = checked_bounds(points, queries, points_row_splits, queries_row_splits)
+    check_hash_table(hash_table_splits, hash_table_index, hash_table_cell_splits, points, bounds[0])
+    return within_fixed_radius(points, queries, radius, bounds, index_dtype, metric, ignore_query_point,
+                               return_distances)  # fmt: skip
+
+
+def check_hash_table(splits: object, index: object, cell_splits: object, points: torch.Tensor,
+                     points_row_splits: torch.Tensor) -> None:  # fmt: skip
+    """Check the shapes and dtypes of the three tensors of a hash table."""
     sizes = {"N": (len(points), "points"), "device": (points.device, "points")}
-    arguments.tensor("hash_table_index", hash_table_index, "N", (torch.int32,), sizes)
-    arguments.tensor("hash_table_cell_splits", hash_table_cell_splits, "cells+1", (torch.int32,), sizes)
-    arguments.tensor(
-        "hash_table_splits", hash_table_splits, "B+1", (torch.int32,), {"B+1": (len(bounds[0]), "points_row_splits")}
-    )
-    index_dtype = _index_dtype(index_dtype)
+    arguments.tensor("hash_table_index", index, "N", (torch.int32,), sizes)
+    arguments.tensor("hash_table_cell_splits", cell_splits, "cells+1", (torch.int32,), sizes)
+    sizes = {"B+1": (len(points_row_splits), "points_row_splits")}
+    arguments.tensor("hash_table_splits", splits, "B+1", (torch.int32,), sizes)
+
+
+def within_fixed_radius(points, queries, radius, bounds, index_dtype, metric, ignore_query_point, return_distances):
+    """What `fixed_radius_search` returns; `bounds`: the checked row_splits of points and queries."""
+    index_dtype = checked_index_dtype(index_dtype)
     neighbors = _radius_search(points, queries, bounds, float(radius), metric, ignore_query_point)
     point, query, row_splits = pairs(neighbors)
     distance = measures(points, queries, point, query, metric) if return_distances else points.new_empty(0)
@@ -157,13 +168,11 @@ def radius_search(points: torch.Tensor, queries: torch.Tensor, radii: torch.Tens
     -------
     SearchResult
     """
-    bounds = _checked_bounds(points, queries, points_row_splits, queries_row_splits)
+    bounds = checked_bounds(points, queries, points_row_splits, queries_row_splits)
     sizes = {"num_queries": (len(queries), "queries"), "device": (points.device, "points")}
     radii = arguments.tensor("radii", radii, "num_queries", (points.dtype,), sizes)
-    if not (radii > 0).all():
-        row = int((~(radii > 0)).to(torch.int32).argmax())
-        raise ValueError(f"radii: expected numbers above zero, got {float(radii[row])} in row {row}")
-    index_dtype = _index_dtype(index_dtype)
+    arguments.check_above_zero("radii", radii)
+    index_dtype = checked_index_dtype(index_dtype)
     neighbors = _radius_search(points, queries, bounds, radii, metric, ignore_query_point)
     point, query, row_splits = pairs(neighbors)
     bound, distance = radii * radii if metric == "L2" else radii, measures(points, queries, point, query, metric)
@@ -203,9 +212,9 @@ def knn_search(points: torch.Tensor, queries: torch.Tensor, k: int, points_row_s
     -------
     SearchResult
     """
-    bounds = _checked_bounds(points, queries, points_row_splits, queries_row_splits)
-    index_dtype = _index_dtype(index_dtype)
-    checks.choice("metric", metric, _METRICS)
+    bounds = checked_bounds(points, queries, points_row_splits, queries_row_splits)
+    index_dtype = checked_index_dtype(index_dtype)
+    checks.choice("metric", metric, METRICS)
     neighbors = kpt.knn_search(
         points, queries, k, points_row_splits=bounds[0], queries_row_splits=bounds[1], metric=metric.lower()
     )
@@ -217,7 +226,7 @@ def knn_search(points: torch.Tensor, queries: torch.Tensor, k: int, points_row_s
     return SearchResult(point.to(index_dtype), row_splits, distance)
 
 
-def _checked_bounds(points, queries, points_row_splits, queries_row_splits):
+def checked_bounds(points, queries, points_row_splits, queries_row_splits):
     """(points_row_splits, queries_row_splits) on the device of the points, after a check of points and queries.
 
     The search checks the values of the row_splits.
@@ -231,14 +240,14 @@ def _checked_bounds(points, queries, points_row_splits, queries_row_splits):
     return bounds.to(points.device), queries_bounds.to(points.device)
 
 
-def _index_dtype(index_dtype):
+def checked_index_dtype(index_dtype):
     if index_dtype not in _INDEX_DTYPES:
         raise ValueError(f"index_dtype: expected torch.int32 or torch.int64, got {index_dtype}")
     return _INDEX_DTYPES[index_dtype]
 
 
 def _radius_search(points, queries, bounds, radius, metric, ignore_query_point):
-    checks.choice("metric", metric, _METRICS)
+    checks.choice("metric", metric, METRICS)
     return kpt.radius_search(
         points, queries, radius, points_row_splits=bounds[0], queries_row_splits=bounds[1], metric=metric.lower(),
         ignore_query_point=checks.boolean("ignore_query_point", ignore_query_point)
@@ -259,7 +268,11 @@ def measures(points: torch.Tensor, queries: torch.Tensor, point: torch.Tensor, q
 
     The operations are those of `measure` in src/formulas/neighbors.h, in the same order.
     """
-    d = points.index_select(0, point) - queries.index_select(0, query)
+    return measure(points.index_select(0, point) - queries.index_select(0, query), metric)
+
+
+def measure(d: torch.Tensor, metric: str) -> torch.Tensor:
+    """The norms (E,) of differences (E, 3), squared for "L2"."""
     d = d * d if metric == "L2" else d.abs()
     if metric == "Linf":
         return d.amax(1)

@@ -14,8 +14,8 @@ from kpcore.torch.ops import numpy_dtype, on_stream_of, to_array
 
 __all__ = ["voxel_pooling", "voxelize"]
 
-_POSITIONS = ("average", "nearest_neighbor", "center")
-_FEATURES = ("average", "nearest_neighbor", "max")
+POSITIONS = ("average", "nearest_neighbor", "center")
+FEATURES = ("average", "nearest_neighbor", "max")
 
 
 class Voxels(NamedTuple):
@@ -132,8 +132,8 @@ def voxel_pooling(positions: torch.Tensor, features: torch.Tensor, voxel_size: f
     features = arguments.tensor("features", features, "N C", (*arguments.REAL, *arguments.INTEGERS), sizes)
     size = checks.length("voxel_size", float(voxel_size), numpy_dtype("positions", positions.dtype))
     by = (position_fn, feature_fn)
-    checks.choice("position_fn", position_fn, _POSITIONS)
-    checks.choice("feature_fn", feature_fn, _FEATURES)
+    checks.choice("position_fn", position_fn, POSITIONS)
+    checks.choice("feature_fn", feature_fn, FEATURES)
 
     size = torch.tensor(size, dtype=positions.dtype)
     scaled = torch.floor(positions * (1 / size))

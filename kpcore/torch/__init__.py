@@ -4,7 +4,9 @@ Differentiable operators are torch operators (``torch.ops.kpcore``). Searches an
 the sizes of their results depend on values; so do functions that prepare a network (`build_pyramid`, `kernel_points`).
 Tensors are on the CPU or on a GPU, where CuPy must be installed. They share memory with the arrays that kpcore computes
 on, in both directions, and on a GPU kpcore uses torch's current stream. Neighbour lists are `kpcore.Neighbors`.
-`KPConv`, `DeformableKPConv` and `KPConvX` are layers; `Network` is a network of `kpcore.nn` as a module.
+`KPConv`, `DeformableKPConv` and `KPConvX` are layers, `SubmanifoldConv`, `StridedConv` and `InverseConv` those over a
+kernel map, and `ContinuousConv`, `SparseConv`, `SparseConvTranspose`, `FixedRadiusSearch`, `RadiusSearch`, `KNNSearch`
+and `VoxelPooling` have the arguments of Open3D's; `Network` is a network of `kpcore.nn` as a module.
 docs/frameworks.md describes all of it, and the limits.
 """
 
@@ -23,8 +25,11 @@ from kpcore.torch import eager as _eager
 from kpcore.torch.eager import GridIndex, KDTree
 from kpcore.torch.layers import DeformableKPConv, KPConv, KPConvX
 from kpcore.torch.networks import Network
+from kpcore.torch.open3d_layers import ContinuousConv, SparseConv, SparseConvTranspose
+from kpcore.torch.open3d_searches import FixedRadiusSearch, KNNSearch, RadiusSearch, VoxelPooling
 from kpcore.torch.ops import define as _define
 from kpcore.torch.ops import use_torch_allocator
+from kpcore.torch.sparse_layers import InverseConv, StridedConv, SubmanifoldConv
 
 for _name, _op in _OPS.items():
     _make = _define if _op.result is not None else _eager.differentiable
@@ -33,13 +38,23 @@ for _name in _EAGER:
     globals()[_name] = _eager.eager(getattr(_kpcore, _name))
 
 __all__ = [
+    "ContinuousConv",
     "DeformableKPConv",
+    "FixedRadiusSearch",
     "GridIndex",
+    "InverseConv",
     "KDTree",
+    "KNNSearch",
     "KPConv",
     "KPConvX",
     "Neighbors",
     "Network",
+    "RadiusSearch",
+    "SparseConv",
+    "SparseConvTranspose",
+    "StridedConv",
+    "SubmanifoldConv",
+    "VoxelPooling",
     "use_torch_allocator",
     *_EAGER,
     *_OPS,

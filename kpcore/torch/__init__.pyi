@@ -12,7 +12,17 @@ from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
 from kpcore.torch.layers import KPConvX as KPConvX
 from kpcore.torch.networks import Network as Network
+from kpcore.torch.open3d_layers import ContinuousConv as ContinuousConv
+from kpcore.torch.open3d_layers import SparseConv as SparseConv
+from kpcore.torch.open3d_layers import SparseConvTranspose as SparseConvTranspose
+from kpcore.torch.open3d_searches import FixedRadiusSearch as FixedRadiusSearch
+from kpcore.torch.open3d_searches import KNNSearch as KNNSearch
+from kpcore.torch.open3d_searches import RadiusSearch as RadiusSearch
+from kpcore.torch.open3d_searches import VoxelPooling as VoxelPooling
 from kpcore.torch.ops import use_torch_allocator as use_torch_allocator
+from kpcore.torch.sparse_layers import InverseConv as InverseConv
+from kpcore.torch.sparse_layers import StridedConv as StridedConv
+from kpcore.torch.sparse_layers import SubmanifoldConv as SubmanifoldConv
 
 class GridIndex(kpcore.GridIndex):
     @overload

@@ -163,6 +163,25 @@ def layers(points: torch.Tensor, neighbors: kp.Neighbors, features: torch.Tensor
     return loss + deformable.regularization(points, None, neighbors, offsets)
 
 
+def layers_of_open3d(features: torch.Tensor, points: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+    """Layers of PyTorch with Open3D's arguments, and those over a kernel map."""
+    conv = kpt.ContinuousConv(filters=8, kernel_size=[3, 3, 3], activation="relu", kernel_regularizer=torch.sum)
+    neighbors = conv.search(points, points, 0.4)
+    assert_type(neighbors, kp.Neighbors)
+    assert_type(conv.kernel, torch.nn.Parameter)
+    features = conv(features, points, points, extents=0.4, neighbors=neighbors)
+    sparse = kpt.SparseConv(8, 8, [2, 2, 2], normalize=True)
+    submanifold, strided = kpt.SubmanifoldConv(8, 8, 3), kpt.StridedConv(8, 8, (2, 2, 2), stride=2, rule="minkowski")
+    assert_type(submanifold.kernel_map(coords), kp.KernelMap[torch.Tensor])
+    down = strided.kernel_map(coords)
+    features = strided.forward(submanifold.forward(features, submanifold.kernel_map(coords)), down)
+    assert_type(kpt.InverseConv(8, 8, 2).forward(features, down), torch.Tensor)
+    index, row_splits, _ = kpt.FixedRadiusSearch(metric="Linf").forward(points, points, 0.5)
+    assert_type(index, torch.Tensor)
+    assert_type(row_splits, torch.Tensor)
+    return conv.regularization() + sparse.regularization()
+
+
 def module(net: nn.Network, points: torch.Tensor, features: torch.Tensor) -> dict[str, np.ndarray]:
     """A network as a module of PyTorch, and its parameters as arrays."""
     network = kpt.Network(net, *net.init(seed=1))
