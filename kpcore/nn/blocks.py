@@ -10,6 +10,7 @@ one pass over no points, in which the `Run` creates the parameters that blocks a
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -407,8 +408,9 @@ def relative_distances(F: ModuleType, where: Geometry, extents: AnyArray | float
                             "Tensor; torch and JAX have one")  # fmt: skip
     index, row_splits = neighbors.stored_index, neighbors.stored_row_splits
     xp = devices.namespace(index) if devices.is_array(index) else np
-    places = xp.arange(index.shape[0] + 1)
-    rows = row_splits[1:-1].searchsorted(places[:-1], side="right")
+    places, starts = xp.arange(index.shape[0] + 1), row_splits[1:-1]
+    searchsorted = functools.partial(xp.searchsorted, starts) if devices.is_array(starts) else starts.searchsorted
+    rows = searchsorted(places[:-1], side="right")
     index = index * (places[:-1] < row_splits[-1])  # behind the last pair a list may hold any numbers
 
     def of_pairs(pairs: Any, values: Any) -> Any:
@@ -423,7 +425,9 @@ def relative_distances(F: ModuleType, where: Geometry, extents: AnyArray | float
     if metric == "l2":
         return (relative * relative).sum(1)
     sizes = abs(relative)
-    return sizes.sum(1) if metric == "l1" else sizes[:, 0].clip(sizes[:, 1]).clip(sizes[:, 2])
+    if metric == "l1":
+        return sizes.sum(1)
+    return sizes.amax(1) if hasattr(sizes, "amax") else sizes.max(1)  # torch's max returns columns as well
 
 
 def continuous_conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
