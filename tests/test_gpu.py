@@ -1249,6 +1249,17 @@ def test_networks(norm):
     assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2", "linf"])
+def test_relative_distances(metric):
+    points, queries = np.random.default_rng(0).random((2, 40, 3))
+    queries[3] += 5  # without neighbours
+    nb = kp.radius_search(points, queries, 0.4)
+    nb = Neighbors(np.append(nb.index, np.int32([-7, 1000])), nb.row_splits, 40)  # numbers of no point at the end
+    case = (points, queries, nb), np.linspace(0.8, 1, 40)
+    got = nn.blocks.relative_distances(kp, *to_device(case), metric)
+    assert_equal(got, nn.blocks.relative_distances(kp, *case, metric))
+
+
 def test_kpnext():
     net = nn.KPNeXt((1, 1), 2, 3, 0.4, 4, width=16, num_neighbors=(6, 6), shells=(1, 4))
     assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)

@@ -10,17 +10,20 @@ one pass over no points, in which the `Run` creates the parameters that blocks a
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
 import kpcore
-from kpcore.backends import checks
+from kpcore.autodiff import Tensor
+from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray, Buffer, Value
 from kpcore.dispositions import random_rotation, rotated
+from kpcore.neighbors import unchecked_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from kpcore.kernel_map import KernelMap
     from kpcore.neighbors import Neighbors
     from kpcore.nn.kpnext import KPNeXt
     from kpcore.nn.networks import Network
@@ -373,3 +377,95 @@ def inverted(run: Run[Value, Buffer], name: str, where: Geometry, features: Valu
     if channels != width:
         shortcut = unary(run, f"{name}.unary_shortcut", features, width, row_splits, activate=False)
     return run.F.leaky_relu(run.F.add(out, shortcut), run.slope)
+
+
+# ---- the layers of Open3D
+
+
+def _glorot(fan_in: int, fan_out: int) -> Draw:
+    """Draw uniformly in ±sqrt(6 / (fan_in + fan_out)), Open3D's initialisation of the linear layer of the centre."""
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return lambda rng, shape: rng.uniform(-bound, bound, shape)
+
+
+def _near_zero(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw uniformly in ±0.05, Open3D's initialisation of kernels."""
+    return rng.uniform(-0.05, 0.05, shape)
+
+
+def relative_distances(F: ModuleType, where: Geometry, extents: AnyArray | float,
+                       metric: Literal["l1", "l2", "linf"] = "l2") -> Any:  # fmt: skip
+    """(E,) the distance of each pair in radii, half the extents, squared for "l2": what Open3D's window functions get.
+
+    They are computed from the positions, not taken from ``neighbors.distance``, so that in torch and JAX the gradient
+    of a window reaches points, queries and extents. The tape has no arithmetic for that: there these must be arrays.
+    """
+    points, queries, neighbors = where
+    checks.choice("metric", metric, ("l1", "l2", "linf"))
+    for name, value in (("points", points), ("queries", queries), ("extents", extents)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected an array, because the tape has no gradient of a window function, got a "
+                            "Tensor; torch and JAX have one")  # fmt: skip
+    index, row_splits = neighbors.stored_index, neighbors.stored_row_splits
+    xp = devices.namespace(index) if devices.is_array(index) else np
+    places, starts = xp.arange(index.shape[0] + 1), row_splits[1:-1]
+    searchsorted = functools.partial(xp.searchsorted, starts) if devices.is_array(starts) else starts.searchsorted
+    rows = searchsorted(places[:-1], side="right")
+    index = index * (places[:-1] < row_splits[-1])  # behind the last pair a list may hold any numbers
+
+    def of_pairs(pairs: Any, values: Any) -> Any:
+        """The row of `values` for each pair, by lists of one neighbour, which operators of all frameworks take."""
+        return F.nearest_upsample(values, unchecked_list(pairs, places, values.shape[0]))
+
+    if isinstance(extents, (int, float)):
+        extents = float(extents)  # a NumPy float64 would turn float32 positions into float64
+    elif extents.ndim and extents.shape[0] != 1:
+        extents = of_pairs(rows, extents.reshape(extents.shape[0], -1))
+    relative = (of_pairs(index, points) - of_pairs(rows, points if queries is None else queries)) / (0.5 * extents)
+    if metric == "l2":
+        return (relative * relative).sum(1)
+    sizes = abs(relative)
+    if metric == "l1":
+        return sizes.sum(1)
+    return sizes.amax(1) if hasattr(sizes, "amax") else sizes.max(1)  # torch's max returns columns as well
+
+
+def continuous_conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
+                    kernel_size: Sequence[int], extents: AnyArray | float, *,
+                    window_function: Callable[[Any], Any] | None = None, metric: Literal["l1", "l2", "linf"] = "l2",
+                    normalize: bool = True, use_dense_layer_for_center: bool = False, use_bias: bool = True,
+                    activation: Callable[[Value], Value] | None = None, **options: Any) -> Value:  # fmt: skip
+    """The layer ContinuousConv of Open3D over a neighbour list that was searched before.
+
+    `where` is (points, queries, neighbors), `options` are further arguments of `kpcore.continuous_conv`. The
+    `window_function` of the `relative_distances` weights the neighbours. The linear layer for the centre needs as many
+    queries as points. Parameters are those of Open3D's layer: "kernel", "bias" and, transposed, "dense.weight".
+    """
+    F, channels = run.F, features.shape[1]
+    kernel = run.parameter(f"{name}.kernel", (*kernel_size, channels, width), _near_zero)
+    if window_function is not None:
+        options["neighbor_importances"] = window_function(relative_distances(F, where, extents, metric))
+    out = F.continuous_conv(*where, features, kernel, extents, normalize=normalize, **options)
+    if use_dense_layer_for_center:
+        dense = run.parameter(f"{name}.dense.weight", (channels, width), _glorot(channels, width))
+        out = F.add(out, F.linear(features, dense))
+    return _biased(run, name, out, use_bias, activation)
+
+
+def sparse_conv(run: Run[Value, Buffer], name: str, kernel_map: KernelMap, features: Value | np.ndarray, width: int, *,
+                use_bias: bool = True, activation: Callable[[Value], Value] | None = None,
+                **options: Any) -> Value:  # fmt: skip
+    """A sparse convolution over a kernel map: submanifold or strided, or inverse with ``kernel_map.transpose()``.
+
+    `options` are further arguments of `kpcore.sparse_conv`.
+    """
+    kernel = run.parameter(f"{name}.kernel", (*kernel_map.kernel_size, features.shape[1], width), _near_zero)
+    out = run.F.sparse_conv(kernel_map.neighbors, kernel_map.kernel_index, features, kernel, **options)
+    return _biased(run, name, out, use_bias, activation)
+
+
+def _biased(run: Run[Value, Buffer], name: str, out: Value, use_bias: bool,
+            activation: Callable[[Value], Value] | None) -> Value:  # fmt: skip
+    if use_bias:
+        out = out + run.parameter(f"{name}.bias", (out.shape[1],), _zeros)
+    return out if activation is None else activation(out)

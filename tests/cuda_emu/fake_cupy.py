@@ -361,7 +361,7 @@ def install():
         "amax",
         "ascontiguousarray",
     )
-    for name in (*names, "where", "diff", "isfinite", "minimum", "bincount", "take"):
+    for name in (*names, "where", "diff", "isfinite", "minimum", "bincount", "searchsorted", "take"):
         setattr(module, name, _function(name))
     module.__version__ = "14.2.0"
     sys.modules["cupy"] = module
