@@ -653,7 +653,9 @@ def continuous_conv(bench, order, channels, memory=None):
         transpose = 0 if memory == "forward" else neighbors.index.nbytes + neighbors.row_splits.nbytes
         gradients = 0 if memory == "forward" else features.nbytes + 2 * filters.nbytes
         call = forward if memory == "forward" else step
-        bench.memory(f"memory of {memory}, C = {channels}", call, features.nbytes + filters.nbytes + transpose + gradients)
+        bench.memory(
+            f"memory of {memory}, C = {channels}", call, features.nbytes + filters.nbytes + transpose + gradients
+        )
         return
     out, sums = bench.first(forward), sums_by_cell(problem)
 
@@ -693,8 +695,7 @@ def continuous_conv(bench, order, channels, memory=None):
 
 
 def voxel_sheet(size, layers):
-    """int32 voxels of a wavy sheet of some layers, in random order: with one layer 9 of 27 cells are active, with two
-    layers 18."""
+    """int32 voxels of a wavy sheet, in random order: with one layer 9 of 27 cells are active, with two layers 18."""
     side = int(np.sqrt(size / layers))
     x, y = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
     z = (12 * np.sin(x / 25) + 9 * np.cos(y / 17)).astype(np.int32)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import test_compat_open3d as cases
+import test_compat_open3d_convolutions as convolutions
 
 torch = pytest.importorskip("torch")
 from test_torch_gpu import REAL, device, place  # noqa: E402, F401 - device is a fixture of every test
@@ -51,6 +52,10 @@ def results(place):
     coords, grid = place(rng.uniform(0, 2, (2, 3, 20))), place(rng.random((2, 4, 3, 3, 3)))
     outs, corners, weights = ops.trilinear_devoxelize_forward(3, True, coords, grid)
     yield from (outs, corners, weights, ops.trilinear_devoxelize_backward(outs, corners, weights, 3))
+    for function in convolutions.FUNCTIONS:
+        call = convolutions.random_call(function, 1, dtype=torch.float64)
+        call = {name: a if name.endswith("row_splits") else place(a.numpy()) for name, a in call.items()}
+        yield from convolutions.results(ops, function, call, {"normalize": True})
 
 
 def test_results_of_the_cpu(monkeypatch):

@@ -268,11 +268,7 @@ def measures(points: torch.Tensor, queries: torch.Tensor, point: torch.Tensor, q
 
     The operations are those of `measure` in src/formulas/neighbors.h, in the same order.
     """
-    return measure(points.index_select(0, point) - queries.index_select(0, query), metric)
-
-
-def measure(d: torch.Tensor, metric: str) -> torch.Tensor:
-    """The norms (E,) of differences (E, 3), squared for "L2"."""
+    d = points.index_select(0, point) - queries.index_select(0, query)
     d = d * d if metric == "L2" else d.abs()
     if metric == "Linf":
         return d.amax(1)

@@ -16,6 +16,7 @@ from kpcore.backends import checks
 # Modules, not names from them: they import kpcore.torch, and may be the ones that are being imported.
 from kpcore.compat import arguments, open3d_ragged, open3d_search
 from kpcore.neighbors import Neighbors, new_list
+from kpcore.nn import blocks
 from kpcore.torch import initializers
 from kpcore.torch.initializers import Activation, Initializer
 from kpcore.torch.open3d_searches import hash_table_fields
@@ -402,9 +403,8 @@ class ContinuousConv(_Convolution):
                 self._searched = neighbors
             if self.window_function is not None:
                 if measure is None:
-                    point, query, _ = open3d_search.pairs(neighbors)
-                    measure = self._measure(inp_positions, out_positions, extents, point, query)
-                factors = self._window(measure, neighbors)
+                    measure = self._measure(inp_positions, out_positions, extents, neighbors)
+                factors = self._window(measure)
         out = kpcore.torch.continuous_conv(
             inp_positions, out_positions, neighbors, inp_features, self.kernel, extents,
             coordinate_mapping=self.coordinate_mapping, interpolation=self.interpolation,
@@ -433,8 +433,8 @@ class ContinuousConv(_Convolution):
             ignore_query_point=self.radius_search_ignore_query_points, return_distances=with_measure and not per_axis
         )  # fmt: skip
         if per_axis:
+            measure = self._measure(inp_positions, out_positions, extents, neighbors)
             point, query, row_splits = open3d_search.pairs(neighbors)
-            measure = self._measure(inp_positions, out_positions, extents, point, query)
             measure, point, _, row_splits = open3d_search.kept_pairs(measure <= 1, measure, point, query, row_splits)
             neighbors = on_stream_of(point, _list_of_tensors, point, row_splits, len(inp_positions))
             return neighbors, measure if with_measure else None
@@ -447,24 +447,18 @@ class ContinuousConv(_Convolution):
         distance = distance / radius
         return neighbors, distance * distance if metric == "L2" else distance
 
-    def _measure(self, inp_positions, out_positions, extents, point, query):
+    def _measure(self, inp_positions, out_positions, extents, neighbors):
         """Distances of pairs divided by the radius, squared for "L2"; differentiable in positions and extents."""
-        radius = 0.5 * extents
-        if isinstance(radius, torch.Tensor) and radius.ndim and len(radius) > 1:
-            radius = radius.index_select(0, query)
-        if isinstance(radius, torch.Tensor) and not _per_axis(radius):
-            radius = radius.reshape(-1, 1)
-        d = inp_positions.index_select(0, point) - out_positions.index_select(0, query)
-        return open3d_search.measure(d / radius, self.radius_search_metric)
+        where = inp_positions, out_positions, neighbors
+        return blocks.relative_distances(kpcore.torch, where, extents, self.radius_search_metric.lower())
 
-    def _window(self, measure, neighbors):
+    def _window(self, measure):
         """The window function of the distances, as factors of the pairs."""
         factors = self.window_function(measure)
         if not isinstance(factors, torch.Tensor) or factors.shape != measure.shape:
             got = tuple(factors.shape) if isinstance(factors, torch.Tensor) else type(factors).__name__
             raise ValueError(f"window_function: expected a tensor of shape {tuple(measure.shape)}, got {got}")
-        unused = len(neighbors.stored_index) - len(factors)  # an index may be longer than its last pair
-        return functional.pad(factors.to(self.kernel.dtype), (0, unused)) if unused else factors.to(self.kernel.dtype)
+        return factors.to(self.kernel.dtype)
 
 
 class _SparseConvolution(_Convolution):
