@@ -132,7 +132,8 @@ def continuous_conv(points: Array[Computed], queries: Array[Computed] | None, ne
     As Open3D's operators of the same names (0.20), with gradients that these do not have, in float64 too, and with any
     number of threads the same bits. It is a correlation: the filter is not flipped, and positions are those of the
     points relative to the query. Memory beyond the output, a packed copy of the filters, and one number for each query
-    (`normalize`) is at most 4 MiB per thread, 8 MiB for gradients. The gradient of the features keeps the transpose of
+    (`normalize`) is at most 4 MiB per thread, 8 MiB for gradients, or 12 times that of the filter for one output
+    channel if that is more. The gradient of the features keeps the transpose of
     `neighbors`, made once per list; with `neighbor_importances` the pairs are transposed in each call.
 
     Where the mapping or the interpolation has a kink, the derivative is one-sided: between cells that of the upper

@@ -85,8 +85,9 @@ def sparse_conv(neighbors: Neighbors, kernel_index: AnyArray, features: Array[Co
 
     Notes
     -----
-    Memory beyond the output and a packed copy of the filters is at most 4 MiB per thread, 8 MiB for gradients. The
-    gradient of the features transposes the pairs in each call.
+    Memory beyond the output and a packed copy of the filters is at most 4 MiB per thread, 8 MiB for gradients, or 12
+    times that of the filters for one output channel if that is more. The gradient of the features transposes the pairs
+    in each call.
 
     Examples
     --------
