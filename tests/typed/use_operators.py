@@ -28,6 +28,28 @@ def searches(points: np.ndarray, queries: np.ndarray, count_only: bool) -> kp.Ne
     return nb
 
 
+def cells(points: np.ndarray, features: np.ndarray, filters: np.ndarray, coords: np.ndarray) -> None:
+    """Convolutions with a filter of cells, with an extent that is a number or an array, and over a kernel map."""
+    nb = kp.radius_search(points, None, 0.5)
+    assert_type(kp.continuous_conv(points, None, nb, features, filters, 1.0), np.ndarray)
+    assert_type(kp.continuous_conv(points, None, nb, features, Tensor(filters), np.ones((1, 3))), Tensor)
+    assert_type(kp.continuous_conv_transpose(Tensor(points), None, nb, features, filters, 1), Tensor)
+    m = kp.kernel_map(coords, kernel_size=3, stride=(2, 2, 1), rule="minkowski")
+    assert_type(m.transpose(), kp.KernelMap[np.ndarray])
+    out = kp.sparse_conv(m.neighbors, m.kernel_index, Tensor(features), filters, normalize=True)
+    assert_type(out, Tensor)
+    assert_type(kp.to_dense(m.out_coords, out, [8, 8, 8], m.out_row_splits), Tensor)
+
+
+def cells_of_tensors(points: torch.Tensor, features: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+    """The layers with Open3D's arguments, and those over a kernel map."""
+    first = kpt.ContinuousConv(None, 16, [4, 4, 4], window_function=lambda r_sqr: (1 - r_sqr) ** 3)
+    m = kpt.kernel_map(coords, kernel_size=3)
+    hidden = first(features, points, points, 0.5)
+    assert_type(kpt.SubmanifoldConv(16, 8, 3).forward(hidden, m), torch.Tensor)
+    return first.regularization()
+
+
 def lists(points: np.ndarray) -> np.ndarray:
     """What a list of neighbours is and what can be made of it."""
     nb = kp.Neighbors(np.array([0, 1, 1]), kp.row_splits([2, 0, 1]), num_points=2, width=3)
