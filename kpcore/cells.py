@@ -11,6 +11,8 @@ inverse of the sum of the a of query q. In a transposed convolution s are the im
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kpcore.backends import checks, devices
@@ -18,6 +20,16 @@ from kpcore.neighbors import transposed
 from kpcore.ops import empty_like
 
 _BY_PAIR = ("neighbor_importances", "points", "queries", "extents")
+
+
+class _Exchanged(NamedTuple):
+    """The pairs of a call with points and queries exchanged: a list of the queries of each point."""
+
+    index: np.ndarray
+    row_splits: np.ndarray
+    neighbor_importances: np.ndarray | None = None
+    kernel_index: np.ndarray | None = None
+    order: np.ndarray | None = None  # the place of each pair in the list of the call; None unless it was needed
 
 
 def with_factors(call, importances, neighbor_importances, is_transpose, sizes):
@@ -55,7 +67,7 @@ def _run(kernel, call, **fields):
 
 
 def _cell_error(call):
-    index, cells = call.kernel_index[: int(call.row_splits[-1])], call.depth
+    index, cells = call.kernel_index[: int(call.row_splits[-1])], call.depth * call.height * call.width
     low, high = int(index.min()), int(index.max())
     if low >= 0 and high < cells:
         return checks.changed("kernel_index")
@@ -74,7 +86,8 @@ def _scales(call, exchanged=None):
     if call.is_normalized:
         row_splits, factors, owners = call.row_splits, call.neighbor_importances, call.neighbors.num_queries
         if call.is_transpose:
-            _, row_splits, factors, _, _ = exchanged or _exchanged_pairs(call)
+            exchanged = exchanged or _exchanged_pairs(call)
+            row_splits, factors = exchanged.row_splits, exchanged.neighbor_importances
             owners = call.neighbors.num_points
         dtype = np.dtype(np.float32) if call.features.dtype.itemsize == 2 else call.features.dtype
         sums = devices.namespace(call.features).empty(owners, dtype)
@@ -84,29 +97,27 @@ def _scales(call, exchanged=None):
 
 
 def _exchanged_pairs(call, with_order=False):
-    """(index, row_splits, neighbor_importances, kernel_index, order) of the pairs with points and queries exchanged.
-
-    `order`, the place of each pair in the list, is None unless it was needed.
-    """
     index, splits, neighbors = call.index, call.row_splits, call.neighbors
     factors, cells = call.neighbor_importances, call.kernel_index
     if factors is None and cells is None and not with_order:
         stored = neighbors.transpose()
-        return stored.stored_index, stored.stored_row_splits, None, None, None
+        return _Exchanged(stored.stored_index, stored.stored_row_splits)
     if cells is None and not with_order:
-        return (*transposed(index, splits, factors, neighbors.num_points), None, None)
+        return _Exchanged(*transposed(index, splits, factors, neighbors.num_points))
     if factors is None and not with_order:
         index, splits, cells = transposed(index, splits, cells, neighbors.num_points)
-        return index, splits, None, cells, None
+        return _Exchanged(index, splits, kernel_index=cells)
     xp, pairs = devices.namespace(index), len(index)
     places = xp.arange(pairs, dtype=np.int32 if pairs <= checks.MAX_POINTS else np.int64)
     index, splits, order = transposed(index, splits, places, neighbors.num_points)
-    return (index, splits, None if factors is None else factors[order], None if cells is None else cells[order], order)
+    factors, cells = (None if values is None else values[order] for values in (factors, cells))
+    return _Exchanged(index, splits, factors, cells, order)
 
 
 def gradients(call, saved, grad, needs):
     """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
-    computed = needs | {"queries"} if "points" in needs and call.queries_are_points else needs
+    adds_queries = "points" in needs and call.queries_are_points
+    computed = needs | {"queries"} if adds_queries else needs
     by_pair = [name for name in _BY_PAIR if name in computed]
     by_points = "features" in needs or ("importances" in needs and not call.is_transpose)
     exchanged = None
@@ -125,7 +136,7 @@ def gradients(call, saved, grad, needs):
     if by_pair:
         compute = _gradients_by_pair_of_transpose if call.is_transpose else _gradients_by_pair
         grads |= compute(call, grad, by_pair, exchanged, scales)
-    if computed is not needs:
+    if adds_queries:
         grads["points"] += grads["queries"]
     return {name: grads[name] for name in needs}
 
@@ -139,9 +150,9 @@ def _row_products(a, b, row_splits):
 
 def _exchanged_fields(call, exchanged):
     """Fields of a kernel that gathers from the queries to the points."""
-    index, row_splits, factors, cells, _ = exchanged
-    return {"index": index, "row_splits": row_splits, "neighbor_importances": factors, "kernel_index": cells,
-            "points": call.queries, "queries": call.points}  # fmt: skip
+    fields = exchanged._asdict() | {"points": call.queries, "queries": call.points}
+    del fields["order"]
+    return fields
 
 
 def _gradients_by_points(call, grad, exchanged, scales, with_filters):
@@ -155,6 +166,7 @@ def _gradients_by_points(call, grad, exchanged, scales, with_filters):
     with_importances = not call.is_transpose and call.importances is not None
     if with_filters:
         more["grad_filters"] = xp.empty(call.filters.swapaxes(-1, -2).shape, grad.dtype)
+        # The rows of this pass are the points, so what stands in the place of the gradient of its result is the features.
         more["grad_out"] = _scaled(features, scales["point_scale"]) if with_importances else features
     _run("cell_conv", call, **_exchanged_fields(call, exchanged), features=grad, reversed=not call.reversed,
          transposed_filters=True, point_scale=scales["query_scale"],
@@ -163,7 +175,7 @@ def _gradients_by_points(call, grad, exchanged, scales, with_filters):
     if with_filters:
         grads["filters"] = devices.contiguous(more["grad_filters"].swapaxes(-1, -2))
     if with_importances:
-        grads["importances"] = _row_products(out, features, exchanged[1])
+        grads["importances"] = _row_products(out, features, exchanged.row_splits)
         grads["features"] = _scaled(out, scales["point_scale"])
     return grads
 
@@ -179,8 +191,11 @@ def _gradients_by_pair(call, grad, names, exchanged, scales):
 
 
 def _gradients_by_pair_of_transpose(call, grad, names, exchanged, scales):
-    """As `_gradients_by_pair`. A transposed convolution from f to a gradient g is, as a sum over its pairs, the
-    convolution from g to f with transposed filters, and so are its gradients."""
+    """As `_gradients_by_pair`.
+
+    The product of a gradient g with the transposed convolution of f is, pair by pair, that of f with the convolution of
+    g with transposed filters. So its gradients by pair are those of that convolution.
+    """
     exchange = {"grad_points": "grad_queries", "grad_queries": "grad_points"}
     arrays = _outputs(call, names)
     _run("cell_conv_grads", call, **_exchanged_fields(call, exchanged), features=grad, grad_out=call.features,
@@ -188,7 +203,7 @@ def _gradients_by_pair_of_transpose(call, grad, names, exchanged, scales):
          point_scale=scales["query_scale"], query_scale=scales["point_scale"],
          **{exchange.get(name, name): array for name, array in arrays.items()})  # fmt: skip
     if "neighbor_importances" in names:
-        by_place, order = arrays["grad_neighbor_importances"], exchanged[4]
+        by_place, order = arrays["grad_neighbor_importances"], exchanged.order
         arrays["grad_neighbor_importances"] = devices.namespace(grad).zeros(by_place.shape, by_place.dtype)
         arrays["grad_neighbor_importances"][order] = by_place[: len(order)]
     return _gradients_of_outputs(call, arrays)
@@ -210,7 +225,7 @@ def _gradients_of_outputs(call, arrays):
     grads = {name.removeprefix("grad_"): array for name, array in arrays.items()}
     if "extents" in grads:
         rows = grads["extents"]
-        if call.extents.ndim == 0 or len(call.extents) == 1 != len(rows):
+        if call.extents.ndim == 0 or (len(call.extents) == 1 and len(rows) != 1):
             sums = devices.namespace(rows).empty(rows.shape[1], rows.dtype)
             devices.backend(rows).run("sum_rows", rows=rows, sums=sums)
             rows = sums

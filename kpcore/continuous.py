@@ -24,7 +24,7 @@ def checked_extents(extents, points, number, name, sizes):
     """The extents as an array: one, or one for each of the `number` rows of the array `name`; for all axes or each."""
     if not devices.is_array(extents):
         return devices.namespace(points).full((), checks.length("extents", extents, points.dtype), points.dtype)
-    axes = " ".join(map(str, range(extents.ndim)))
+    axes = " ".join(map(str, range(extents.ndim)))  # any shape: which ones are right is checked below
     extents = checks.array("extents", extents, axes, checks.REAL, {"device": sizes["device"]}, like=("points", points))
     rows, per_axis = (*extents.shape, 1, 1)[:2]
     if extents.ndim > 2 or rows not in (1, number) or per_axis not in (1, 3):
@@ -196,7 +196,7 @@ def continuous_conv_transpose(points: Array[Computed], queries: Array[Computed] 
     Parameters
     ----------
     points, queries, neighbors, features, filters, coordinate_mapping, interpolation, align_corners, offset
-        As in `continuous_conv`. The neighbours of a query are the points that it lies within the extent of.
+        As in `continuous_conv`. The neighbours i of query q are usually those with ``|x_q - x_i| <= e_i / 2``.
     extents : float, or array of the dtype of the points
         As in `continuous_conv`, but of the points: (N,) or (N, 3) for each.
     normalize : bool

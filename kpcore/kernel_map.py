@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Generic, Literal
+from typing import Any, Generic, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,16 @@ __all__ = ["KernelMap", "kernel_map", "to_dense"]
 _RULES = ("submanifold", "spconv", "minkowski")
 _INT32 = (np.dtype(np.int32),)
 _LARGEST = 2**31 - 1
+
+
+class Kernel(NamedTuple):
+    """What a kernel map was made for: the arguments of `kernel_map`, one number for each axis."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    rule: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,11 +52,17 @@ class KernelMap(Generic[Buffer]):
     out_row_splits: Buffer  #: (B + 1,) int64 bounds of the batch items of the outputs
     in_coords: Buffer  #: (N, D) int32
     in_row_splits: Buffer  #: (B + 1,) int64
-    kernel_size: tuple[int, ...]  #: along each axis
+    kernel: Kernel  #: size, stride, dilation, padding and rule
+    is_transposed: bool = False  #: whether `transpose` made it
     # stored_transposed is None until transpose() is called. stored_source: of a map with arrays of a framework, the map
     # with the arrays that they were converted from, and the function that converts them.
     stored_transposed: KernelMap[Buffer] | None = field(default=None, kw_only=True)
     stored_source: tuple[KernelMap[np.ndarray], Callable[[Any], Any]] | None = field(default=None, kw_only=True)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """The number of kernel cells along each axis."""
+        return self.kernel.size
 
     @property
     def num_kernels(self) -> int:
@@ -61,7 +77,7 @@ class KernelMap(Generic[Buffer]):
         if self.stored_source is not None:
             return KernelMap.converted, self.stored_source
         return KernelMap, (self.neighbors, self.kernel_index, self.out_coords, self.out_row_splits, self.in_coords,
-                           self.in_row_splits, self.kernel_size)  # fmt: skip
+                           self.in_row_splits, self.kernel, self.is_transposed)  # fmt: skip
 
     def transpose(self) -> KernelMap[Buffer]:
         """The map of the inverse layer: inputs and outputs exchanged, each pair with the kernel cell that it has.
@@ -88,12 +104,14 @@ class KernelMap(Generic[Buffer]):
         devices.backend(index).run("sort_pairs", row_splits=row_splits, num_kernels=self.num_kernels, index=index,
                                    kernel_index=kernel_index)  # fmt: skip
         return KernelMap(new_list(index, row_splits, neighbors.num_queries), kernel_index, self.in_coords,
-                         self.in_row_splits, self.out_coords, self.out_row_splits, self.kernel_size)  # fmt: skip
+                         self.in_row_splits, self.out_coords, self.out_row_splits, self.kernel,
+                         not self.is_transposed)  # fmt: skip
 
     def converted(self, convert: Callable[[Any], Any]) -> KernelMap[Any]:
         """This map with its arrays replaced by ``convert(array)``, those of a framework; so is its transpose."""
         arrays = self.kernel_index, self.out_coords, self.out_row_splits, self.in_coords, self.in_row_splits
-        return KernelMap(self.neighbors, *map(convert, arrays), self.kernel_size, stored_source=(self, convert))
+        return KernelMap(self.neighbors, *map(convert, arrays), self.kernel, self.is_transposed,
+                         stored_source=(self, convert))  # fmt: skip
 
 
 def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_size: int | Sequence[int],
@@ -115,7 +133,7 @@ def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_s
 
     "submanifold" is SubMConv3d of spconv and, for even K too, SparseConv of Open3D; "spconv" is SparseConv3d;
     "minkowski" is MinkowskiConvolution. Outputs of the last two are sorted by batch item and then by coordinates in
-    lexicographic order. `kernel_map` is the only function in which coordinates are integers.
+    lexicographic order.
 
     Parameters
     ----------
@@ -131,14 +149,14 @@ def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_s
     padding : int, or D of them
         Of "spconv" only.
     shape : D ints, optional
-        Of "spconv" without `out_coords`: the inputs lie between 0 and `shape`, and the outputs between 0 and
+        Of "spconv" without `out_coords`: the inputs are from 0 to below `shape`, and the outputs from 0 to below
         ``(shape + 2 padding - dilation (K - 1) - 1) // stride + 1``, as in a dense convolution and in spconv, whose
         `spatial_shape` this is. Without it there is no border, and outputs may be negative.
     rule : {"submanifold", "spconv", "minkowski"}
     row_splits : (B + 1,) int64, optional
         Bounds of batch items of the inputs. Pairs are within an item.
     out_row_splits : (B + 1,) int64, optional
-        Bounds of batch items of `out_coords`, if both are passed.
+        Bounds of the batch items of `out_coords`, as many items as in `row_splits`.
 
     Returns
     -------
@@ -236,8 +254,9 @@ def kernel_map(coords: AnyArray, out_coords: AnyArray | None = None, *, kernel_s
         config.check_room(pairs, 8 * pairs)
     index, kernel_index = xp.empty(pairs, np.int32), xp.empty(pairs, np.int32)
     backend.run("fill_pairs", call, index=index, kernel_index=kernel_index)
+    kernel = Kernel(*(tuple(numbers.tolist()) for numbers in (kernel_size, stride, dilation, padding)), rule)
     return KernelMap(new_list(index, call.row_splits, len(coords)), kernel_index, out_coords, out_row_splits, coords,
-                     row_splits, tuple(kernel_size.tolist()))  # fmt: skip
+                     row_splits, kernel)  # fmt: skip
 
 
 def _where_kernels_begin(rule, kernel_size, stride, dilation, padding):
@@ -298,6 +317,7 @@ def _reached_cells(inputs, num_items, kernel_size, stride, dilation, padding, sh
     of 3x3x3 makes 3 copies of about N, 2 N and 3 N cells instead of 27 copies of N.
     """
     reach = dilation * (kernel_size - 1)
+    # The lowest output is rounded up, and the highest down.
     low, high = -((reach - padding - inputs.low) // stride), (inputs.low + inputs.sizes - 1 + padding) // stride
     if shape is not None:
         short = shape + 2 * padding <= reach
@@ -315,7 +335,8 @@ def _reached_cells(inputs, num_items, kernel_size, stride, dilation, padding, sh
         size, sizes[axis] = sizes[axis], out_sizes[axis]
         _check_number_of_cells("coords", num_items, sizes)
         end = num_items * math.prod(sizes.tolist())
-        # Of this many kernel cells in a row, one reads a given input from an output, the others from between outputs.
+        # An input is read through kernel cell k only if input + padding - k * dilation is a multiple of the stride,
+        # which holds for at most one of `apart` successive k.
         apart = stride[axis] // math.gcd(int(stride[axis]), int(dilation[axis]))
         places = int(min(-(-kernel_size[axis] // apart), out_sizes[axis]))
         spread = devices.namespace(cells).empty(len(cells) * places, np.int64)

@@ -25,7 +25,8 @@ def _result(call):
 
 def _gradients(call, saved, grad, needs):
     """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
-    computed = needs | {"queries"} if call.queries_are_points and "points" in needs else needs
+    adds_queries = "points" in needs and call.queries_are_points
+    computed = needs | {"queries"} if adds_queries else needs
     backend, grads = devices.backend(grad), empty_like(call, ("features", *_GRADIENTS_BY_QUERY), computed)
     if "features" in needs:
         transposed = call.neighbors.transpose()
@@ -34,7 +35,7 @@ def _gradients(call, saved, grad, needs):
                     transposed_row_splits=transposed.stored_row_splits)  # fmt: skip
     if by_query := {name: array for name, array in grads.items() if name != "grad_features"}:
         backend.run("kpconv_grads", call, grad_out=grad, **by_query)
-    if computed is not needs:
+    if adds_queries:
         grads["grad_points"] += grads["grad_queries"]
     return {name: grads[f"grad_{name}"] for name in needs}
 

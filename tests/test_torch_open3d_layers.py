@@ -476,7 +476,7 @@ def test_activations_of_tensorflow():
 FEATURES, INP, OUT = case()
 ERRORS = {
     "filters: expected an integer, got NoneType": lambda: kpt.ContinuousConv(4),
-    "kernel_size: expected an integer, got NoneType": lambda: kpt.ContinuousConv(4, 5),
+    "kernel_size: expected 3 integers, or one for all axes, got None": lambda: kpt.ContinuousConv(4, 5),
     "kernel_size: expected a number or 3 of them, got shape (2,)": lambda: kpt.ContinuousConv(4, 5, [3, 3]),
     "kernel_size: expected the same size along all axes, got (3, 3, 2)": lambda: kpt.SparseConv(4, 5, [3, 3, 2]),
     "coordinate_mapping: expected 'ball_to_cube_radial' or 'ball_to_cube_volume_preserving' or 'identity', got 'cube'":
@@ -489,7 +489,10 @@ ERRORS = {
         lambda: make()(FEATURES[:, :3], INP, OUT, 0.8),
     "inp_positions: invalid shape, expected (60, 3) to match inp_features, got (59, 3)":
         lambda: make()(FEATURES, INP[1:], OUT, 0.8),
-    "out_positions: expected float32, got float64": lambda: make()(FEATURES, INP, OUT.double(), 0.8),
+    "out_positions: expected float32 to match inp_positions, got float64":
+        lambda: make()(FEATURES, INP, OUT.double(), 0.8),
+    "inp_features: expected float64 to match the kernel, got float32":
+        lambda: make().double()(FEATURES, INP, OUT, 0.8),
     "extents: expected a number, (1,) or (20,) to match out_positions, or for each axis (1, 3) or (20, 3), got (7,)":
         lambda: make()(FEATURES, INP, OUT, torch.ones(7)),
     "extents: expected a finite number above zero, got 0": lambda: make()(FEATURES, INP, OUT, 0),

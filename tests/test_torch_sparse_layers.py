@@ -37,7 +37,7 @@ def at(grid, coords):
 
 def test_submanifold_is_a_dense_convolution_at_the_inputs():
     coords, features = cloud()
-    first, second = kpt.SubmanifoldConv(4, 5, 3, dilation=2), kpt.SubmanifoldConv(5, 2, 3, bias=False)
+    first, second = kpt.SubmanifoldConv(4, 5, 3, dilation=2), kpt.SubmanifoldConv(5, 2, 3, dilation=2, bias=False)
     m = first.kernel_map(coords)
     got = second(first(features, m), m)
     grid = features
@@ -129,8 +129,19 @@ def test_compiled():
 
 COORDS, FEATURES = cloud()
 ERRORS = {
-    "kernel_map: expected one of kernel_size (3, 3, 3) as of this layer, got (2, 2, 2)":
+    "kernel_map: expected one for Kernel(size=(3, 3, 3), stride=(1, 1, 1), dilation=(1, 1, 1), padding=(0, 0, 0), "
+    "rule='submanifold') to match the layer, got one for Kernel(size=(2, 2, 2), stride=(1, 1, 1), dilation=(1, 1, 1), "
+    "padding=(0, 0, 0), rule='submanifold')":
         lambda: kpt.SubmanifoldConv(4, 5, 3)(FEATURES, kpt.kernel_map(COORDS, kernel_size=2)),
+    "kernel_map: expected the map of a strided layer, got one for rule='submanifold'":
+        lambda: kpt.InverseConv(4, 5, 3)(FEATURES, kpt.kernel_map(COORDS, kernel_size=3)),
+    "kernel_map: expected the map that kernel_map made, got its transpose":
+        lambda: kpt.SubmanifoldConv(4, 5, 3)(FEATURES, kpt.kernel_map(COORDS, kernel_size=3).transpose()),
+    "kernel_map: expected a map of tensors, which kpcore.torch.kernel_map makes, got one of ndarray":
+        lambda: kpt.SubmanifoldConv(4, 5, 3)(FEATURES, kp.kernel_map(COORDS.numpy(), kernel_size=3)),
+    "coords: expected (N, 3) to match kernel_size, got (90, 4); the clouds of a batch are bounded by row_splits, not "
+    "numbered in a column":
+        lambda: kpt.StridedConv(4, 5, 3).kernel_map(torch.cat([COORDS[:, :1], COORDS], 1)),
     "kernel_map: expected kpcore.KernelMap, got Neighbors":
         lambda: kpt.SubmanifoldConv(4, 5, 3)(FEATURES, kpt.kernel_map(COORDS, kernel_size=3).neighbors),
     "features: expected (N, 4) to match in_channels, got (90, 3)":

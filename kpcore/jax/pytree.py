@@ -42,7 +42,7 @@ def _unflatten(sizes, leaves):
 
 def _flatten_map(m):
     arrays = m.neighbors, m.kernel_index, m.out_coords, m.out_row_splits, m.in_coords, m.in_row_splits
-    return arrays, m.kernel_size
+    return arrays, (m.kernel, m.is_transposed)
 
 
 def to_host(name: str, array: jax.Array) -> np.ndarray:
@@ -58,7 +58,7 @@ def to_host(name: str, array: jax.Array) -> np.ndarray:
 
 TO_HOST[jax.Array] = to_host
 jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
-jax.tree_util.register_pytree_node(KernelMap, _flatten_map, lambda kernel_size, arrays: KernelMap(*arrays, kernel_size))
+jax.tree_util.register_pytree_node(KernelMap, _flatten_map, lambda kernel, arrays: KernelMap(*arrays, *kernel))
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 
 

@@ -117,6 +117,8 @@ class _Convolution(_InferredChannels):
         if in_channels is not None:
             in_channels = checks.integer("in_channels", in_channels, 1)
         self.filters = checks.integer("filters", filters, 1)
+        if kernel_size is None:
+            raise TypeError("kernel_size: expected 3 integers, or one for all axes, got None")
         self.kernel_size = tuple(checks.integers("kernel_size", kernel_size, 3, 1).tolist())
         initializers.check_activation("activation", activation)
         self.activation, self.use_bias = activation, checks.boolean("use_bias", use_bias)
@@ -194,9 +196,17 @@ class _Convolution(_InferredChannels):
         sizes: arguments.Sizes = {} if self.in_channels is None else {"Cin": (self.in_channels, "in_channels")}
         features = arguments.tensor("inp_features", inputs["inp_features"], "N Cin", _FEATURES, sizes)
         inp = arguments.tensor("inp_positions", inputs["inp_positions"], "N 3", arguments.REAL, sizes)
-        arguments.tensor("out_positions", inputs["out_positions"], "M 3", (inp.dtype,), sizes)
+        out = arguments.tensor("out_positions", inputs["out_positions"], "M 3", arguments.REAL, sizes)
+        if out.dtype != inp.dtype:
+            raise TypeError(
+                f"out_positions: expected {str(inp.dtype)[6:]} to match inp_positions, got {str(out.dtype)[6:]}"
+            )
         if self._infer(features.shape[1]):
             initializers.initialize(self.kernel_initializer, self.kernel)
+        if {features.dtype, self.kernel.dtype} == {torch.float32, torch.float64} and not torch.is_autocast_enabled():
+            raise TypeError(
+                f"inp_features: expected {str(self.kernel.dtype)[6:]} to match the kernel, got {str(features.dtype)[6:]}"
+            )
         return *inputs.values(), splits
 
     def _importances(self, inp_importance):
@@ -255,8 +265,9 @@ class ContinuousConv(_Convolution):
         Added to the coordinates in the filter, in cells. Ignored with `align_corners`.
     window_function : function, optional
         From distances (E,), divided by the radius, to the importances (E,) of the neighbours. For "L2" it gets squared
-        distances, divided by the square of the radius. It may have parameters and learn. Where positions or extents
-        require a gradient, it passes the window too.
+        distances, divided by the square of the radius. A torch.nn.Module is registered, so its parameters are trained,
+        as ``window_function.*``; a parameter that a lambda refers to is not. Gradients of positions and extents pass
+        through the window.
     use_dense_layer_for_center : bool
         Whether to add a linear layer of the features of each point, of which inputs and outputs must be the same.
     dense_kernel_initializer : str or function
@@ -356,7 +367,7 @@ class ContinuousConv(_Convolution):
                 user_neighbors_index: torch.Tensor | None = None, user_neighbors_row_splits: torch.Tensor | None = None,
                 user_neighbors_importance: torch.Tensor | None = None, *,
                 neighbors: Neighbors | None = None) -> Rows:  # fmt: skip
-        """(M, filters), or a RaggedTensor of such rows if the inputs are RaggedTensors.
+        """The features (M, filters) of the outputs, as a RaggedTensor if the inputs are RaggedTensors.
 
         Parameters
         ----------
@@ -440,7 +451,8 @@ class ContinuousConv(_Convolution):
             return neighbors, measure if with_measure else None
         if not with_measure:
             return neighbors, None
-        distance, query = to_tensor(neighbors.stored_distance), None
+        # Without a gradient the distances of the search serve: three gathers less than in `_measure`.
+        distance = to_tensor(neighbors.stored_distance)
         if isinstance(radius, torch.Tensor):
             _, query, _ = open3d_search.pairs(neighbors)
             radius = radius.index_select(0, query)
@@ -560,7 +572,7 @@ class SparseConv(_SparseConvolution):
                 inp_importance: Rows | None = None,
                 fixed_radius_search_hash_table: SpatialHashTable | None = None, *,
                 neighbors: Neighbors | None = None) -> Rows:  # fmt: skip
-        """(M, filters), or a RaggedTensor of such rows if the inputs are RaggedTensors.
+        """The features (M, filters) of the outputs, as a RaggedTensor if the inputs are RaggedTensors.
 
         Parameters
         ----------
@@ -638,7 +650,7 @@ class SparseConvTranspose(_SparseConvolution):
                 out_importance: Rows | None = None,
                 fixed_radius_search_hash_table: SpatialHashTable | None = None, *,
                 neighbors: Neighbors | None = None) -> Rows:  # fmt: skip
-        """(M, filters), or a RaggedTensor of such rows if the inputs are RaggedTensors.
+        """The features (M, filters) of the outputs, as a RaggedTensor if the inputs are RaggedTensors.
 
         Parameters
         ----------

@@ -10,7 +10,7 @@ import torch
 
 import kpcore
 from kpcore.backends import checks
-from kpcore.kernel_map import KernelMap
+from kpcore.kernel_map import Kernel, KernelMap
 
 
 class _SparseLayer(torch.nn.Module):
@@ -19,6 +19,10 @@ class _SparseLayer(torch.nn.Module):
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
     kernel_size: tuple[int, ...]
+
+    def _kernel(self, kernel):
+        """The kernel that a map must have been made for, as far as the layer says; the rest is that of `kernel`."""
+        raise NotImplementedError
 
     def __init__(self, in_channels, out_channels, kernel_size, bias, dimension, dtype):
         super().__init__()
@@ -55,12 +59,28 @@ class _SparseLayer(torch.nn.Module):
     def _checked_map(self, kernel_map):
         if not isinstance(kernel_map, KernelMap):
             raise TypeError(f"kernel_map: expected kpcore.KernelMap, got {type(kernel_map).__name__}")
-        if kernel_map.kernel_size != self.kernel_size:
-            raise ValueError(
-                f"kernel_map: expected one of kernel_size {self.kernel_size} as of this layer, got "
-                f"{kernel_map.kernel_size}"
+        if not isinstance(kernel_map.kernel_index, torch.Tensor):
+            raise TypeError(
+                "kernel_map: expected a map of tensors, which kpcore.torch.kernel_map makes, got one of "
+                f"{type(kernel_map.kernel_index).__name__}"
             )
+        expected = self._kernel(kernel_map.kernel)
+        if kernel_map.kernel != expected:
+            raise ValueError(
+                f"kernel_map: expected one for {expected} to match the layer, got one for {kernel_map.kernel}"
+            )
+        if kernel_map.is_transposed:
+            raise ValueError("kernel_map: expected the map that kernel_map made, got its transpose")
         return kernel_map
+
+    def _checked_coords(self, coords):
+        axes = len(self.kernel_size)
+        if isinstance(coords, torch.Tensor) and coords.ndim == 2 and coords.shape[1] != axes:
+            raise ValueError(
+                f"coords: expected (N, {axes}) to match kernel_size, got {tuple(coords.shape)}; the clouds of a batch "
+                "are bounded by row_splits, not numbered in a column"
+            )
+        return coords
 
     def forward(self, features: torch.Tensor, kernel_map: KernelMap[torch.Tensor]) -> torch.Tensor:
         """(M, out_channels), a row for each of ``kernel_map.out_coords``.
@@ -70,7 +90,7 @@ class _SparseLayer(torch.nn.Module):
         features : (N, in_channels) tensor
             A row for each of ``kernel_map.in_coords``.
         kernel_map : KernelMap
-            Of the same kernel size.
+            Made for the kernel of this layer, as its method `kernel_map` does.
         """
         return self._conv(features, self._checked_map(kernel_map))
 
@@ -86,7 +106,6 @@ class SubmanifoldConv(_SparseLayer):
     in_channels, out_channels : int
     kernel_size : int, or one for each axis
     dilation : int, or one for each axis
-        Of the maps that `kernel_map` makes.
     bias : bool
     dimension : int
         D, the number of axes, if `kernel_size` is a number.
@@ -127,8 +146,12 @@ class SubmanifoldConv(_SparseLayer):
         coords : (N, D) int32 tensor
         row_splits : (B + 1,) int64 tensor, optional
         """
-        return kpcore.torch.kernel_map(coords, kernel_size=self.kernel_size, dilation=self.dilation,
-                                       row_splits=row_splits)  # fmt: skip
+        return kpcore.torch.kernel_map(self._checked_coords(coords), kernel_size=self.kernel_size,
+                                       dilation=self.dilation, row_splits=row_splits)  # fmt: skip
+
+    def _kernel(self, kernel):
+        one, zero = (1,) * len(self.kernel_size), (0,) * len(self.kernel_size)
+        return Kernel(self.kernel_size, one, self.dilation, zero, "submanifold")
 
 
 class StridedConv(_SparseLayer):
@@ -142,7 +165,7 @@ class StridedConv(_SparseLayer):
     in_channels, out_channels : int
     kernel_size : int, or one for each axis
     stride, dilation, padding : int, or one for each axis
-        Of the maps that `kernel_map` makes. Only "spconv" has padding.
+        Only "spconv" has padding.
     rule : {"spconv", "minkowski"}
     bias, dimension, dtype
         As in `SubmanifoldConv`.
@@ -192,9 +215,12 @@ class StridedConv(_SparseLayer):
             Of "spconv": the size of the grid that inputs lie in, spconv's `spatial_shape`.
         """
         return kpcore.torch.kernel_map(
-            coords, kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation, padding=self.padding,
-            shape=shape, rule=self.rule, row_splits=row_splits
+            self._checked_coords(coords), kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation,
+            padding=self.padding, shape=shape, rule=self.rule, row_splits=row_splits
         )  # fmt: skip
+
+    def _kernel(self, kernel):
+        return Kernel(self.kernel_size, self.stride, self.dilation, self.padding, self.rule)
 
 
 class InverseConv(_SparseLayer):
@@ -232,3 +258,8 @@ class InverseConv(_SparseLayer):
             The map of the strided layer, not its transpose.
         """
         return self._conv(features, self._checked_map(kernel_map).transpose())
+
+    def _kernel(self, kernel):
+        if kernel.rule == "submanifold":
+            raise ValueError("kernel_map: expected the map of a strided layer, got one for rule='submanifold'")
+        return kernel._replace(size=self.kernel_size)

@@ -1,10 +1,11 @@
 // Convolutions with a filter of cells: ContinuousConv (Ummenhofer et al. 2020), SparseConv, and their transposes.
 //
-//   out[q] = s_q sum over neighbors i of q of a_qi m_i (sum over the cells k around i of w_qik f_i W_k)
+//   out[q] = s_q sum over neighbors i of q of a_qi t_i (sum over the cells k around i of w_qik f_i W_k)
 //
-// A neighbor acts on the eight cells around its position in the filter, with trilinear weights w, or on one cell. As in
-// kpconv.cpp queries are processed in tiles: a tile first sums features by cell into the rows of A_k (cell_tile.h); its
-// output is the sum over k of A_k W_k (tile_products.h).
+// s, t and a are query_scale, point_scale and neighbor_importances (kpcore/cells.py). A neighbor acts on the eight
+// cells around its position in the filter, with trilinear weights w, or on one cell. As in kpconv.cpp queries are
+// processed in tiles: a tile first sums features by cell into the rows of A_k (cell_tile.h); its output is the sum over
+// k of A_k W_k (tile_products.h).
 //
 // The gradient of the features is the same operator on the transposed neighbor list, with reversed positions and
 // transposed filters. The gradient of W_k is the sum over the tiles of A_k^T grad; with the transposed list it is that

@@ -25,10 +25,10 @@ struct CellGradients {
 template <class G, class F>
 class PairGradients {
  public:
-  // max_edges: the most edges of a tile, 0 if the points need no gradient.
-  bool reserve(const Weights<F>& filters, int64_t rows, int64_t max_edges) {
-    stride_ = max_edges;
-    return products_.reserve(filters, rows, 0) && positions_.resize(3 * max_edges);
+  // max_pairs: the most pairs of a tile, 0 if the points need no gradient.
+  bool reserve(const Weights<F>& filters, int64_t rows, int64_t max_pairs) {
+    stride_ = max_pairs;
+    return products_.reserve(filters, rows, 0) && positions_.resize(3 * max_pairs);
   }
 
   int64_t cell_stride(const CellPass<G, F>& pass) const { return products_.rows_stored() * pass.channels; }
@@ -52,9 +52,9 @@ class PairGradients {
         neighbors.find(pass, q, e, n);
         tile.template add_rows<false>(neighbors.cells, n);
         dot(pass, e, n, neighbors.cells, tile);
-        weigh(pass, q, e, n);
+        load_scales(pass, q, e, n);
         if (to.neighbor_importances) {
-          add_up(pass, e, n, neighbors.weights, result_grad, sum);
+          add_importance_grads(pass, e, n, neighbors.weights, result_grad, sum);
           for (int64_t i = 0; i < n; ++i) to.neighbor_importances[e + i] = query_scale * importance_grads_[i];
         }
         if (to.need_positions())
@@ -69,9 +69,9 @@ class PairGradients {
     }
   }
 
-  // Adds to the gradient of the points, which tiles share, for edges from `begin` on. Called in the order of the tiles.
-  void add_points(const CellPass<G, F>& pass, int64_t begin, int64_t num_edges, G* points) const {
-    for (int64_t e = 0; e < num_edges; ++e) {
+  // Adds to the gradient of the points, which tiles share, for pairs from `begin` on. Called in the order of the tiles.
+  void add_points(const CellPass<G, F>& pass, int64_t begin, int64_t num_pairs, G* points) const {
+    for (int64_t e = 0; e < num_pairs; ++e) {
       G* const to = points + int64_t(pass.index[begin + e]) * 3;
       for (int a = 0; a < 3; ++a) to[a] += positions_[a * stride_ + e];
     }
@@ -127,13 +127,14 @@ class PairGradients {
   }
 
   // scales_: the factors of the pairs, zeros up to a whole vector.
-  void weigh(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n) {
+  void load_scales(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n) {
     for (int64_t i = 0; i < n; ++i) scales_[i] = pass.pair_scale(q, e + i);
     for (int64_t i = n; i < round_up(n, lanes<F>); ++i) scales_[i] = 0;
   }
 
   // importance_grads_: the gradients of neighbor_importances before query_scale.
-  void add_up(const CellPass<G, F>& pass, int64_t e, int64_t n, const F* weights, F& result_grad, F& sum) {
+  void add_importance_grads(const CellPass<G, F>& pass, int64_t e, int64_t n, const F* weights, F& result_grad,
+                            F& sum) {
     for (int64_t i = 0; i < n; ++i) importance_grads_[i] = weights[i] * dots_[i];
     for (int j = 1; j < corners_; ++j)
       for (int64_t i = 0; i < n; ++i) importance_grads_[i] += weights[j * cell_chunk + i] * dots_[j * cell_chunk + i];
@@ -146,7 +147,7 @@ class PairGradients {
   }
 
   // Adds the gradients of the query and of its extents; writes those of the points to `points`, an array of stride_
-  // edges for each axis, unless it is null.
+  // pairs for each axis, unless it is null.
   void add_positions(const CellPass<G, F>& pass, int64_t q, int64_t e, int64_t n, G* points, G* query, G* extent) {
     const G* corner_grads;
     const G* scales;
@@ -180,7 +181,7 @@ class PairGradients {
   }
 
   GradientProducts<F> products_;
-  Buffer<G> positions_;  // (3, stride_): gradient of the point of each edge
+  Buffer<G> positions_;  // (3, stride_): gradient of the point of each pair
   int64_t stride_ = 0;
   int corners_ = 0;
   int32_t rows_[cell_chunk];
@@ -213,14 +214,14 @@ Status compute_gradients(const CellConv& args) {
   if (!turns.reserve(1) || !panels.pack(filters.data, K, filters.c_in, filters.c_out, 1, true, args.threads))
     return Status::out_of_memory;
   if (to.points) memset(to.points, 0, size_t(args.points.rows * 3) * sizeof(G));
-  int64_t max_edges = 0;
+  int64_t max_pairs = 0;
   const Tiles tiles(pass.num_queries, tile_rows);
   for (int64_t t = 0; to.points && t < tiles.count; ++t)
-    max_edges = larger(max_edges, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
+    max_pairs = larger(max_pairs, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
   int outside = 0;
   using State = CellGradState<G, F>;
   const auto reserve = [&](State& state) {
-    return state.pairs.reserve(filters, tile_rows, max_edges) &&
+    return state.pairs.reserve(filters, tile_rows, max_pairs) &&
            state.tile.reserve(pass, tile_rows, false, state.pairs.cell_stride(pass));
   };
   const auto work = [&](State& state, int64_t t, int64_t first, int64_t rows) {

@@ -1,5 +1,5 @@
-// The tile of a convolution with a filter of cells: for up to 120 queries at a time, the features of their neighbors
-// summed by cell,
+// The tile of a convolution with a filter of cells: for up to max_tile_rows queries at a time, the features of their
+// neighbors summed by cell,
 //
 //   A_k[q] = sum over neighbors i of q of (weight of cell k for i) f_i
 //
@@ -42,7 +42,7 @@ struct CellChunk {
   int32_t cells[cell_chunk + lanes<int32_t>];
   alignas(64) G found[max_corners * cell_chunk + lanes<G>];
   alignas(64) F converted[max_corners * cell_chunk];
-  const F* weights;
+  F* weights;
 
   // Returns false if an entry of kernel_index is not a cell.
   bool find(const CellPass<G, F>& pass, int64_t q, int64_t begin, int64_t n) {
@@ -59,13 +59,12 @@ struct CellChunk {
       return true;
     }
     bool are_cells = true;
-    F* const ones = const_cast<F*>(weights);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t k = pass.kernel_index.dtype == DType::int32 ? read_once(as<int32_t>(pass.kernel_index) + begin + i)
                                                                 : read_once(as<int64_t>(pass.kernel_index) + begin + i);
       const bool is_cell = uint64_t(k) < uint64_t(pass.num_cells());
       cells[i] = is_cell ? int32_t(k) : 0;
-      ones[i] = F(1);
+      weights[i] = F(1);
       are_cells &= is_cell;
     }
     return are_cells;
@@ -76,9 +75,8 @@ struct CellChunk {
     if (!pass.neighbor_importances && !pass.point_scale && !pass.query_scale) return;
     F factors[cell_chunk];
     for (int64_t i = 0; i < n; ++i) factors[i] = pass.pair_scale(q, begin + i);
-    F* const to = const_cast<F*>(weights);
     for (int j = 0; j < pass.corners(); ++j)
-      for (int64_t i = 0; i < n; ++i) to[j * cell_chunk + i] *= factors[i];
+      for (int64_t i = 0; i < n; ++i) weights[j * cell_chunk + i] *= factors[i];
   }
 };
 
@@ -209,9 +207,9 @@ class CellTile {
 
   Buffer<F> a_;
   Buffer<int32_t> queries_, sizes_;
-  Buffer<int64_t> row_of_;  // where the row of the current query begins, for each cell
-  Buffer<uint64_t> present_,
-      marked_;  // bits of the cells in which the current query has a row; of those around a chunk
+  Buffer<int64_t> row_of_;    // where the row of the current query begins, for each cell
+  Buffer<uint64_t> present_;  // bits of the cells in which the current query has a row
+  Buffer<uint64_t> marked_;   // bits of the cells around a chunk of neighbors
   int64_t rows_ = 0, channels_ = 0, cell_stride_ = 0, num_cells_ = 0, words_ = 0;
   uint64_t around_ = 0;  // bits of the corners of cell 0, with up to 64 cells
   int corners_ = 0;
@@ -261,8 +259,13 @@ bool fill(const CellPass<G, F>& pass, int64_t first, int64_t count, bool with_su
 template <class F>
 Weights<F> filters_of(const CellConv& args) {
   const int64_t cells = int64_t(args.depth) * args.height * args.width;
-  return {as<F>(args.filters), int(cells), 1,       args.filters.rows / larger<int64_t>(1, cells),
-          args.filters.cols,   false,      nullptr, 1};
+  Weights<F> filters{};
+  filters.data = as<F>(args.filters);
+  filters.num_kernels = int(cells);
+  filters.groups = filters.factors = 1;
+  filters.c_in = args.filters.rows / larger<int64_t>(1, cells);
+  filters.c_out = args.filters.cols;
+  return filters;
 }
 
 template <class G, class F>

@@ -1,6 +1,7 @@
 // Where a neighbor lies in the filter of a continuous convolution (Ummenhofer et al. 2020): the mapping of a relative
 // position to the cube of the filter, the cells that it is interpolated between, and the derivatives of both.
-// V is a scalar or a vector of T. No function uses fused multiply-adds, so all machines choose the same cells.
+// V is a scalar or a vector of T; V{} + 1 is a one of that type. No function uses fused multiply-adds, so all machines
+// choose the same cells.
 #pragma once
 
 #include <math.h>
@@ -59,15 +60,24 @@ KP_HD V arc_tangent(V x) {
   return x < 0 ? -angle : angle;
 }
 
-// Maps the unit ball to the cube [-1, 1]^3 along rays: p |p|_2 / |p|_inf. Zero near the origin, as in Open3D.
+// Thresholds of Open3D: closer to the origin, or to the axis, points are mapped to it.
+template <class T>
+constexpr T least_coordinate = T(1e-8);
+template <class T>
+constexpr T least_square = T(1e-12);
+template <class T>
+constexpr T four_over_pi = T(1.2732395447351628);
+
+// |p|_2 / |p|_inf, zero near the origin; also its numerator and denominator.
 template <class T, class V>
 KP_HD V radial_scale(const V* p, V& norm, V& largest) {
   norm = sqrt((p[0] * p[0] + p[1] * p[1]) + p[2] * p[2]);
   largest = V{};
   for (int a = 0; a < 3; ++a) largest = magnitude(p[a]) > largest ? magnitude(p[a]) : largest;
-  return largest < T(1e-8) ? V{} : norm / largest;
+  return largest < least_coordinate<T> ? V{} : norm / largest;
 }
 
+// Maps the unit ball to the cube [-1, 1]^3 along rays: p |p|_2 / |p|_inf.
 template <class T, class V>
 KP_HD void ball_to_cube_radial(V* p) {
   V norm, largest;
@@ -81,7 +91,7 @@ template <class T, class V>
 KP_HD void ball_to_cube_radial_grad(const V* p, V* grad) {
   V norm, largest;
   const V scale = radial_scale<T>(p, norm, largest);
-  const auto near_origin = largest < T(1e-8);
+  const auto near_origin = largest < least_coordinate<T>;
   const V dot = (grad[0] * p[0] + grad[1] * p[1]) + grad[2] * p[2];
   const V by_norm = near_origin ? V{} : dot / (norm * largest), by_largest = near_origin ? V{} : dot * scale / largest;
   V rest = V{} + 1;  // 1 until the largest coordinate was seen
@@ -100,9 +110,9 @@ struct BallToCube {
   V scale;                 // of x and y, ball to cylinder
   V radius, angle;         // of the disc point: distance from the axis; 4 / pi times the angle from the nearer axis
 
-  KP_HD auto at_origin() const { return norm * norm < T(1e-12); }
+  KP_HD auto at_origin() const { return norm * norm < least_square<T>; }
   KP_HD auto polar() const { return T(1.25) * (z * z) > disc2; }
-  KP_HD auto on_axis() const { return radius * radius < T(1e-12); }
+  KP_HD auto on_axis() const { return radius * radius < least_square<T>; }
   KP_HD auto along_x() const { return magnitude(y) <= magnitude(x); }
 
   KP_HD explicit BallToCube(const V* p) : x(p[0]), y(p[1]), z(p[2]) {
@@ -111,7 +121,7 @@ struct BallToCube {
     const V size_z = magnitude(z);
     scale = polar() ? sqrt(3 * norm / (norm + size_z)) : norm / sqrt(disc2);
     radius = scale * sqrt(disc2);
-    angle = T(1.2732395447351628) * arc_tangent<T>(along_x() ? y / x : x / y);
+    angle = four_over_pi<T> * arc_tangent<T>(along_x() ? y / x : x / y);
   }
 
   KP_HD void map(V* to) const {
@@ -125,24 +135,24 @@ struct BallToCube {
   // Replaces the gradient of the result by that of the point; 0 where the map is constant, at the origin and, for x and
   // y, on the z axis. At the seams the derivative is that of the branch which map() takes.
   KP_HD void pull_back(V* grad) const {
-    // squares to disc: (s, s * angle) with s = +-radius
+    // Disc to square: (s, s * angle) with s = +-radius.
     const V sign = along_x() ? (x < 0 ? V{} - 1 : V{} + 1) : (y < 0 ? V{} - 1 : V{} + 1);
     const V by_long = along_x() ? grad[0] : grad[1], by_short = along_x() ? grad[1] : grad[0];
     V by_radius = (by_long + by_short * angle) * sign;
-    const V by_angle = by_short * sign * radius * T(1.2732395447351628);  // of the angle from the nearer axis
+    const V by_angle = by_short * sign * radius * four_over_pi<T>;  // of the angle from the nearer axis
     // The angle does not depend on the scale of x and y; the radius is scale * sqrt(x^2 + y^2).
-    const auto apart = at_origin() | on_axis();
+    const auto is_degenerate = at_origin() | on_axis();
     const V disc = sqrt(disc2);
-    const V turn = apart ? V{} : (along_x() ? by_angle : -by_angle) / disc2;
-    by_radius = apart ? V{} : by_radius;
+    const V turn = is_degenerate ? V{} : (along_x() ? by_angle : -by_angle) / disc2;
+    by_radius = is_degenerate ? V{} : by_radius;
     const V by_disc = by_radius * scale, by_scale = by_radius * disc;
-    // ball to cylinder
+    // Ball to cylinder.
     const V size_z = magnitude(z), sum = norm + size_z, sign_z = z < 0 ? V{} - 1 : V{} + 1;
     const V by_square = by_scale / (2 * scale) * 3 / (sum * sum);  // times the derivative of norm / (norm + |z|)
     const V by_norm = polar() ? by_square * size_z + grad[2] * sign_z : by_scale / disc;
     const V by_size_z = polar() ? -by_square * norm : V{};
     const V by_disc_below = polar() ? V{} : by_scale * norm / disc2;
-    const V along_disc = apart ? V{} : (by_disc - by_disc_below) / disc;
+    const V along_disc = is_degenerate ? V{} : (by_disc - by_disc_below) / disc;
     const V along = at_origin() ? V{} : by_norm / norm;
     const V height = polar() ? by_size_z * sign_z : T(1.5) * grad[2];
     grad[0] = (x * along_disc - y * turn) + x * along;
@@ -250,9 +260,9 @@ struct Location {
       passes = c < 0 ? V{} : c < last ? V{} + 1 : V{};
     }
     for (int j = 0; j < 2; ++j) {
-      const V apart = clamped - cell[a] - T(j), hat = 1 - magnitude(apart);
+      const V distance = clamped - cell[a] - T(j), hat = 1 - magnitude(distance);
       weight[a][j] = hat < 0 ? V{} : hat;
-      slope[a][j] = apart < -1 ? V{} : apart < 0 ? passes : apart < 1 ? -passes : V{};
+      slope[a][j] = distance < -1 ? V{} : distance < 0 ? passes : distance < 1 ? -passes : V{};
     }
   }
 };
