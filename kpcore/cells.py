@@ -19,6 +19,7 @@ from kpcore.backends import checks, devices
 from kpcore.neighbors import transposed
 from kpcore.ops import empty_like
 
+MAX_CELLS = 2**24  # numbers of cells are computed in float32
 _BY_PAIR = ("neighbor_importances", "points", "queries", "extents")
 
 
@@ -115,20 +116,21 @@ def _exchanged_pairs(call, with_order=False):
 
 
 def gradients(call, saved, grad, needs):
-    """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries."""
+    """Gradients of the arguments in `needs`; with queries=None that of the points includes that of the queries.
+
+    Each is computed in the same way whatever else is needed, so that it has the same bits.
+    """
     adds_queries = "points" in needs and call.queries_are_points
     computed = needs | {"queries"} if adds_queries else needs
     by_pair = [name for name in _BY_PAIR if name in computed]
-    by_points = "features" in needs or ("importances" in needs and not call.is_transpose)
+    with_importances = "importances" in needs and not call.is_transpose
+    by_points = needs & {"features", "filters"} or with_importances
     exchanged = None
     if by_points or (call.is_transpose and (by_pair or call.is_normalized)):
         exchanged = _exchanged_pairs(call, with_order=call.is_transpose and "neighbor_importances" in needs)
     scales, grads = _scales(call, exchanged), {}
     if by_points:
-        grads |= _gradients_by_points(call, grad, exchanged, scales, "filters" in needs)
-    elif "filters" in needs:
-        grads["filters"] = devices.namespace(grad).empty(call.filters.shape, grad.dtype)
-        _run("cell_conv", call, grad_out=grad, grad_filters=grads["filters"], **scales)
+        grads |= _gradients_by_points(call, grad, exchanged, scales, needs)
     if "importances" in needs and call.is_transpose:
         out = devices.namespace(grad).empty(grad.shape, grad.dtype)
         _run("cell_conv", call, out=out, **scales | {"query_scale": None})
@@ -148,6 +150,12 @@ def _row_products(a, b, row_splits):
     return np.where(row_splits[1:] > row_splits[:-1], products, 0).astype(a.dtype, copy=False)
 
 
+def _scaled(rows, factors, row_splits):
+    """The rows (N, C) times their factors (N,), one for a row without pairs, whose factor may be infinite."""
+    factors = np.where(row_splits[1:] > row_splits[:-1], factors, 1)
+    return (rows * factors[:, None]).astype(rows.dtype, copy=False)
+
+
 def _exchanged_fields(call, exchanged):
     """Fields of a kernel that gathers from the queries to the points."""
     fields = exchanged._asdict() | {"points": call.queries, "queries": call.points}
@@ -155,33 +163,34 @@ def _exchanged_fields(call, exchanged):
     return fields
 
 
-def _gradients_by_points(call, grad, exchanged, scales, with_filters):
+def _gradients_by_points(call, grad, exchanged, scales, needs):
     """Gradients of the features, of importances if they are those of the points, and of the filters.
 
     All use the gradient of the output summed by point and cell, so the filters' cost one product here, not a pass. The
     features are multiplied by the importances, so both follow from the gradient of that product.
     """
-    features, xp, more = call.features, devices.namespace(grad), {}
-    out = xp.empty(features.shape, grad.dtype)
-    with_importances = not call.is_transpose and call.importances is not None
-    if with_filters:
-        more["grad_filters"] = xp.empty(call.filters.swapaxes(-1, -2).shape, grad.dtype)
-        # The rows of this pass are the points, so what stands in the place of the gradient of its result is the features.
-        more["grad_out"] = _scaled(features, scales["point_scale"]) if with_importances else features
+    features, xp, importances = call.features, devices.namespace(grad), None
+    if not call.is_transpose and call.importances is not None:
+        importances = scales["point_scale"]
+    outputs = {}
+    if needs & {"features", "importances"}:
+        outputs["out"] = xp.empty(features.shape, grad.dtype)
+    if "filters" in needs:
+        outputs["grad_filters"] = xp.empty(call.filters.swapaxes(-1, -2).shape, grad.dtype)
+        # The rows of this pass are the points: in the place of the gradient of its result stand the features.
+        outputs["grad_out"] = features if importances is None else _scaled(features, importances, exchanged.row_splits)
     _run("cell_conv", call, **_exchanged_fields(call, exchanged), features=grad, reversed=not call.reversed,
          transposed_filters=True, point_scale=scales["query_scale"],
-         query_scale=None if with_importances else scales["point_scale"], out=out, **more)  # fmt: skip
-    grads = {"features": out}
-    if with_filters:
-        grads["filters"] = devices.contiguous(more["grad_filters"].swapaxes(-1, -2))
-    if with_importances:
-        grads["importances"] = _row_products(out, features, exchanged.row_splits)
-        grads["features"] = _scaled(out, scales["point_scale"])
+         query_scale=scales["point_scale"] if importances is None else None, **outputs)  # fmt: skip
+    grads = {}
+    if "filters" in needs:
+        grads["filters"] = devices.contiguous(outputs["grad_filters"].swapaxes(-1, -2))
+    if "importances" in needs and importances is not None:
+        grads["importances"] = _row_products(outputs["out"], features, exchanged.row_splits)
+    if "features" in needs:
+        out = outputs["out"]
+        grads["features"] = out if importances is None else _scaled(out, importances, exchanged.row_splits)
     return grads
-
-
-def _scaled(rows, factors):
-    return (rows * factors[:, None]).astype(rows.dtype, copy=False)
 
 
 def _gradients_by_pair(call, grad, names, exchanged, scales):

@@ -17,7 +17,6 @@ __all__ = ["continuous_conv", "continuous_conv_transpose"]
 MAPPINGS = ("ball_to_cube_radial", "ball_to_cube_volume_preserving", "identity")
 INTERPOLATIONS = ("linear", "linear_border", "nearest_neighbor")
 _DIFFERENTIABLE = ("features", "filters", "importances", "neighbor_importances", "points", "queries", "extents")
-_MAX_CELLS = 2**24  # numbers of cells are computed in float32
 
 
 def checked_extents(extents, points, number, name, sizes):
@@ -47,8 +46,8 @@ def _checked_call(is_transpose, points, queries, neighbors, features, filters, e
     if 0 in filters.shape:
         raise ValueError(f"filters: expected sizes of at least 1, got {filters.shape}")
     depth, height, width = filters.shape[:3]
-    if math.prod(filters.shape[:3]) > _MAX_CELLS:
-        raise ValueError(f"filters: expected at most {_MAX_CELLS} cells, got {depth} x {height} x {width}")
+    if math.prod(filters.shape[:3]) > cells.MAX_CELLS:
+        raise ValueError(f"filters: expected at most {cells.MAX_CELLS} cells, got {depth} x {height} x {width}")
     owner = (len(points), "points") if is_transpose else (len(queries), "queries")
     extents = checked_extents(extents, points, *owner, sizes)
     if offset is not None:
@@ -70,7 +69,7 @@ def _checked_call(is_transpose, points, queries, neighbors, features, filters, e
     diff=_DIFFERENTIABLE,
     result=cells.result,
     forward=cells.forward,
-    transposes=("features",),
+    transposes=("features", "filters", "importances"),
 )
 def continuous_conv(points: Array[Computed], queries: Array[Computed] | None, neighbors: Neighbors,
                     features: Array[Computed], filters: Array[Computed], extents: Array[Computed] | float, *,
@@ -95,8 +94,9 @@ def continuous_conv(points: Array[Computed], queries: Array[Computed] | None, ne
     filters : (depth, height, width, Cin, Cout), dtype of the features
         Cells along z, y and x: the last of the three belongs to x. Any sizes, even or odd, equal or not.
     extents : float, or array of the dtype of the points
-        Size e of the filter: a diameter, in the unit of the points. A number or (1,) for all queries, (M,) one for each
-        query, (1, 3) or (M, 3) one for each axis.
+        Size e of the filter: a diameter above zero, in the unit of the points. A number or (1,) for all queries, (M,)
+        one for each query, (1, 3) or (M, 3) one for each axis. Values of an array are not checked: for those that are
+        not above zero the result has no meaning.
     coordinate_mapping : {"ball_to_cube_radial", "ball_to_cube_volume_preserving", "identity"}
         Λ: the ball of diameter e is stretched to the cube of the filter along rays, or without changing ratios of
         volumes (Griepentrog et al. 2008; its axis is z); or the filter is a box of size e.
@@ -131,10 +131,10 @@ def continuous_conv(points: Array[Computed], queries: Array[Computed] | None, ne
     -----
     As Open3D's operators of the same names (0.20), with gradients that these do not have, in float64 too, and with any
     number of threads the same bits. It is a correlation: the filter is not flipped, and positions are those of the
-    points relative to the query. Memory beyond the output, a packed copy of the filters, and one number for each query
-    (`normalize`) is at most 4 MiB per thread, 8 MiB for gradients, or 12 times that of the filter for one output
-    channel if that is more. The gradient of the features keeps the transpose of
-    `neighbors`, made once per list; with `neighbor_importances` the pairs are transposed in each call.
+    points relative to the query. Memory beyond the output, a packed copy of the filters (with channels padded to a
+    vector of 16), and one number for each query (`normalize`) is at most 4 MiB per thread, 8 MiB for gradients, or 12
+    times that of the filters for one output channel if that is more. The gradients of features and filters keep the
+    transpose of `neighbors`, made once per list; with `neighbor_importances` the pairs are transposed in each call.
 
     Where the mapping or the interpolation has a kink, the derivative is one-sided: between cells that of the upper
     cell, and 0 where coordinates are clamped. It is 0 with "nearest_neighbor", and at the query itself unless the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -54,9 +55,10 @@ class KernelMap(Generic[Buffer]):
     in_row_splits: Buffer  #: (B + 1,) int64
     kernel: Kernel  #: size, stride, dilation, padding and rule
     is_transposed: bool = False  #: whether `transpose` made it
-    # stored_transposed is None until transpose() is called. stored_source: of a map with arrays of a framework, the map
-    # with the arrays that they were converted from, and the function that converts them.
-    stored_transposed: KernelMap[Buffer] | None = field(default=None, kw_only=True)
+    # stored_transposed is None until transpose() is called; of the map that it makes, a weak reference to this one,
+    # since maps that refer to each other are only freed by the garbage collector. stored_source: of a map with arrays
+    # of a framework, the map with the arrays that they were converted from, and the function that converts them.
+    stored_transposed: KernelMap[Buffer] | weakref.ref[KernelMap[Buffer]] | None = field(default=None, kw_only=True)
     stored_source: tuple[KernelMap[np.ndarray], Callable[[Any], Any]] | None = field(default=None, kw_only=True)
 
     @property
@@ -85,15 +87,18 @@ class KernelMap(Generic[Buffer]):
         It brings features back to the coordinates from which a strided layer came, as SparseInverseConv3d and
         MinkowskiConvolutionTranspose do. Made once and kept; ``m.transpose().transpose()`` is ``m``.
         """
-        if self.stored_transposed is None:
+        back = self.stored_transposed
+        if isinstance(back, weakref.ref):
+            back = back()
+        if back is None:
             if self.stored_source is None:
                 back = self._transposed()
             else:
                 source, convert = self.stored_source
                 back = source.transpose().converted(convert)
-            object.__setattr__(back, "stored_transposed", self)
+            object.__setattr__(back, "stored_transposed", weakref.ref(self))
             object.__setattr__(self, "stored_transposed", back)
-        return self.stored_transposed
+        return back
 
     def _transposed(self):
         neighbors = checked(self.neighbors)

@@ -27,6 +27,8 @@ def _checked_call(is_transpose, neighbors, kernel_index, features, filters, norm
     filters = checks.array("filters", filters, shape, checks.FEATURES, sizes, like=("features", features))
     if 0 in filters.shape:
         raise ValueError(f"filters: expected sizes of at least 1, got {filters.shape}")
+    if math.prod(filters.shape[:-2]) > cells.MAX_CELLS:
+        raise ValueError(f"filters: expected at most {cells.MAX_CELLS} cells, got {math.prod(filters.shape[:-2])}")
     call = Call(
         points=None, queries=None, queries_are_points=False, neighbors=neighbors, index=neighbors.stored_index,
         row_splits=neighbors.stored_row_splits, features=features, filters=filters, extents=None, offset=None,
@@ -86,8 +88,8 @@ def sparse_conv(neighbors: Neighbors, kernel_index: AnyArray, features: Array[Co
     Notes
     -----
     Memory beyond the output and a packed copy of the filters is at most 4 MiB per thread, 8 MiB for gradients, or 12
-    times that of the filters for one output channel if that is more. The gradient of the features transposes the pairs
-    in each call.
+    times that of the filters for one output channel if that is more. Gradients of features and filters transpose the
+    pairs in each call.
 
     Examples
     --------

@@ -400,7 +400,7 @@ def test_only_the_gradients_that_are_needed(function):
     everything = gradients(function, arguments, covector(function, arguments), normalize=True)
     for name in DIFFERENTIABLE:
         alone = gradients(function, arguments, covector(function, arguments), [name], normalize=True)
-        assert_close(alone[name], everything[name], 1e-13, np.abs(everything[name]).max())
+        assert_same_bits(alone[name], everything[name])
 
 
 def test_nearest_cells_have_no_gradient_by_position():
@@ -564,3 +564,36 @@ def test_points_have_three_coordinates():
     neighbors = kp.radius_search(points, None, 1.0)
     with pytest.raises(ValueError, match=r"points: expected \(N, 3\), got \(4, 2\)"):
         kp.continuous_conv(points, None, neighbors, np.ones((4, 3)), arguments["filters"], 1.0)
+
+
+@pytest.mark.parametrize("framework", ["kpcore.torch", "kpcore.jax"])
+@pytest.mark.parametrize("extent", [0.0, -1.0, np.nan, 1e-30, 10**400, 0.9, np.float32(0.9), np.int64(1)])
+def test_an_extent_that_is_a_number_is_checked_in_every_framework(framework, extent):
+    module = pytest.importorskip(framework)
+    arguments = problem(geometry=np.float32, features=np.float32) | {"extents": extent, "offset": None}
+    converted = dict(arguments)
+    if framework == "kpcore.torch":
+        from kpcore.torch.ops import to_tensor
+
+        converted = {n: to_tensor(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+    if extent > 0.5 and extent < 2:
+        assert_same_bits(np.asarray(module.continuous_conv(**converted)), kp.continuous_conv(**arguments))
+        return
+    for function, values in ((kp.continuous_conv, arguments), (module.continuous_conv, converted)):
+        with pytest.raises(ValueError, match=r"^extents: expected a"):
+            function(**values)
+
+
+def test_an_extent_that_jax_traces():
+    jax, kpj = pytest.importorskip("jax"), pytest.importorskip("kpcore.jax")
+    arguments = problem(geometry=np.float32, features=np.float32) | {"offset": None}
+
+    def total(extent):
+        return kpj.continuous_conv(**arguments | {"extents": extent}).sum()
+
+    at = np.float32(0.9)
+    expected, gradient = jax.value_and_grad(total)(at)
+    for function in (jax.value_and_grad(total), jax.jit(jax.value_and_grad(total))):
+        got = function(0.9)  # a number without a dtype of its own
+        assert_close(np.asarray(got[0]), np.asarray(expected), 1e-6)
+        assert_close(np.asarray(got[1]), np.asarray(gradient), 1e-6)

@@ -1,9 +1,11 @@
 """kernel_map and to_dense. Maps are compared exactly with a dictionary of coordinates, and with torch and spconv."""
 
+import gc
 import itertools
 import math
 import pickle
 import re
+import weakref
 
 import clouds
 import numpy as np
@@ -589,3 +591,19 @@ def test_errors_of_to_dense_name_the_argument(changes, error, message):
     arguments = {"coords": np.zeros((5, 2), np.int32), "features": np.zeros((5, 1)), "shape": (2, 3)}
     with pytest.raises(error, match=re.escape(message)):
         kp.to_dense(**arguments | changes)
+
+
+def test_a_map_and_its_transpose_are_freed_with_the_last_reference():
+    gc.disable()
+    try:
+        m = kp.kernel_map(np.zeros((4, 2), np.int32), kernel_size=3)
+        back = m.transpose()
+        gone = weakref.ref(m)
+        del m
+        assert gone() is None
+        assert back.transpose().transpose() is back
+        gone = weakref.ref(back)
+        del back
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -559,7 +559,7 @@ def their_layers():
     try:
         from open3d.ml.torch import layers
     except Exception as error:  # of which kind depends on what is missing
-        pytest.skip(f"open3d.ml.torch cannot be imported: {error}")
+        pytest.skip(f"optional: open3d.ml.torch cannot be imported: {error}")
     return layers
 
 

@@ -46,7 +46,7 @@ def continuous_conv(filters: torch.Tensor, out_positions: torch.Tensor, extents:
     align_corners, coordinate_mapping, normalize, interpolation
         As in `kpcore.continuous_conv`, with other defaults than there and than those of the layer.
     max_temp_mem_MB : int
-        Has no effect: memory beyond the output is at most 8 MiB for each thread.
+        Has no effect: `kpcore.continuous_conv` says how much memory it takes.
     allow_tf32 : bool
         Has no effect.
 

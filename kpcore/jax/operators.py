@@ -2,6 +2,7 @@
 
 import functools
 import json
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,14 +59,13 @@ class _StaticCall(NamedTuple):
 
 def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the public function of an operator for JAX arrays."""
-    argument_kinds, bind, numbers = kinds(public), binder(public), arrays_or_numbers(public)
+    argument_kinds, bind, arrays_or_numbers_of_op = kinds(public), binder(public), arrays_or_numbers(public)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
         bound, arrays, settings = bind(args, kwargs), {}, []
-        for name in numbers:
-            if isinstance(bound[name], (float, int)):
-                bound[name] = jnp.full((), bound[name], bound["points"].dtype)
+        for name in arrays_or_numbers_of_op:
+            bound[name] = _array_of_number(name, bound[name], bound["points"])
         for name, (kind, optional) in argument_kinds.items():
             value = bound[name]
             if kind == "Array":
@@ -83,6 +83,15 @@ def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
         return out._replace(**others)
 
     return function
+
+
+def _array_of_number(name, value, points):
+    """A number as an array () with the dtype of the points, a number that JAX traces too; arrays as they are."""
+    if getattr(value, "weak_type", False):
+        return value.astype(points.dtype)
+    if isinstance(value, numbers.Real) and isinstance(getattr(points, "dtype", None), np.dtype):
+        return jnp.full((), checks.length(name, value, points.dtype), points.dtype)
+    return value
 
 
 # Under jit, because a shard_map outside of jit refuses a custom_vjp with symbolic zeros.

@@ -431,7 +431,7 @@ def relative_distances(F: ModuleType, where: Geometry, extents: AnyArray | float
 
 
 def continuous_conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
-                    kernel_size: Sequence[int], extents: AnyArray | float, *,
+                    kernel_size: int | Sequence[int], extents: AnyArray | float, *,
                     window_function: Callable[[Any], Any] | None = None, metric: Literal["l1", "l2", "linf"] = "l2",
                     normalize: bool = True, use_dense_layer_for_center: bool = False, use_bias: bool = True,
                     activation: Callable[[Value], Value] | None = None, **options: Any) -> Value:  # fmt: skip
@@ -442,6 +442,7 @@ def continuous_conv(run: Run[Value, Buffer], name: str, where: Geometry, feature
     queries as points. Parameters are those of Open3D's layer: "kernel", "bias" and, transposed, "dense.weight".
     """
     F, channels = run.F, features.shape[1]
+    kernel_size = checks.integers("kernel_size", kernel_size, 3, 1).tolist()
     kernel = run.parameter(f"{name}.kernel", (*kernel_size, channels, width), _near_zero)
     if window_function is not None:
         options["neighbor_importances"] = window_function(relative_distances(F, where, extents, metric))

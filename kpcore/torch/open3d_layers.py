@@ -204,9 +204,8 @@ class _Convolution(_InferredChannels):
         if self._infer(features.shape[1]):
             initializers.initialize(self.kernel_initializer, self.kernel)
         if {features.dtype, self.kernel.dtype} == {torch.float32, torch.float64} and not torch.is_autocast_enabled():
-            raise TypeError(
-                f"inp_features: expected {str(self.kernel.dtype)[6:]} to match the kernel, got {str(features.dtype)[6:]}"
-            )
+            expected, got = str(self.kernel.dtype)[6:], str(features.dtype)[6:]
+            raise TypeError(f"inp_features: expected {expected} to match the kernel, got {got}")
         return *inputs.values(), splits
 
     def _importances(self, inp_importance):

@@ -8,6 +8,7 @@ vjp is a separate torch operator so that it can be traced too.
 from __future__ import annotations
 
 import functools
+import numbers
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -240,8 +241,9 @@ class _Arguments:
         """The arguments by name; a number that stands for an array becomes a tensor."""
         bound = self._bind(args, kwargs)
         for name in self.numbers:
-            if isinstance(bound[name], (float, int)) and isinstance(bound["points"], torch.Tensor):
-                bound[name] = bound["points"].new_full((), bound[name])
+            points = bound["points"]
+            if isinstance(bound[name], numbers.Real) and isinstance(points, torch.Tensor) and points.dtype in _DTYPES:
+                bound[name] = points.new_full((), checks.length(name, bound[name], _DTYPES[points.dtype]))
         return bound
 
     def split(self, bound):
