@@ -733,7 +733,10 @@ def sparse_conv(bench, active, channels=64):
     bench.rate(what, layer, size, "M voxels/s per core")
     bench.against(what, layer, peers.NUMPY_MATMUL, product, lambda _: None, note=blas)
     inputs = {"coords": coords, "features": features, "filters": filters}
-    bench.against(what, layer, peers.SPCONV, inputs, check)
+    if bench.threads == 1:
+        bench.against(what, layer, peers.SPCONV, inputs, check)
+    else:
+        bench.absent(what, peers.SPCONV.name, "spconv 2.3.8 gives wrong sums with more than one thread on the CPU")
     bench.against(what, layer, peers.OPEN3D_SPARSE, inputs | {
         "index": kernel_map.neighbors.index, "row_splits": kernel_map.neighbors.row_splits,
         "kernel_index": kernel_map.kernel_index,
