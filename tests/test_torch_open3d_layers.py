@@ -482,7 +482,7 @@ ERRORS = {
     "coordinate_mapping: expected 'ball_to_cube_radial' or 'ball_to_cube_volume_preserving' or 'identity', got 'cube'":
         lambda: make(coordinate_mapping="cube"),
     "radius_search_metric: expected 'L1' or 'L2' or 'Linf', got 'l2'": lambda: make(radius_search_metric="l2"),
-    "offset: expected 3 numbers, got (2,)": lambda: make(offset=[0.0, 1.0]),
+    "offset: expected 3 numbers, got 2": lambda: make(offset=[0.0, 1.0]),
     "kernel_regularizer: expected a function of a tensor or None, got str": lambda: make(kernel_regularizer="l2"),
     "window_function: expected a function of a tensor or None, got float": lambda: make(window_function=0.5),
     "inp_features: invalid shape, expected (N, 4) to match in_channels, got (60, 3)":

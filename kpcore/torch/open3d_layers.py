@@ -132,10 +132,12 @@ class _Convolution(_InferredChannels):
         self.max_temp_mem_MB = checks.integer("max_temp_mem_MB", max_temp_mem_MB, 0)
         self.allow_tf32 = checks.boolean("allow_tf32", allow_tf32)
         offset = self._default_offset() if offset is None else offset
-        offset = torch.as_tensor(offset, dtype=torch.get_default_dtype() if dtype is None else dtype).detach().clone()
-        if offset.shape != (3,):
-            raise ValueError(f"offset: expected 3 numbers, got {tuple(offset.shape)}")
-        self.register_buffer("offset", offset.to(torch.get_default_device()))
+        values = offset.tolist() if isinstance(offset, torch.Tensor) else list(offset)
+        if len(values) != 3:
+            raise ValueError(f"offset: expected 3 numbers, got {len(values)}")
+        self.register_buffer(
+            "offset", torch.tensor(values, dtype=torch.get_default_dtype() if dtype is None else dtype)
+        )
         self._set_inferred("kernel", (*self.kernel_size, in_channels, self.filters), -2, dtype)
         self.register_parameter(
             "bias", torch.nn.Parameter(torch.empty(self.filters, dtype=dtype)) if use_bias else None
