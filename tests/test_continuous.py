@@ -597,3 +597,22 @@ def test_an_extent_that_jax_traces():
         got = function(0.9)  # a number without a dtype of its own
         assert_close(np.asarray(got[0]), np.asarray(expected), 1e-6)
         assert_close(np.asarray(got[1]), np.asarray(gradient), 1e-6)
+
+
+def test_an_extent_in_compiled_code():
+    torch = pytest.importorskip("torch")
+    import kpcore.torch as kpt
+    from kpcore.torch.ops import to_tensor
+
+    arguments = problem(geometry=np.float32, features=np.float32, longer=0) | {"offset": None}
+    arguments = {n: to_tensor(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+
+    def total(features, extent):
+        return kpt.continuous_conv(**{**arguments, "features": features, "extents": extent}).sum()
+
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    for extent in (0.9, 1.1, 0.8):
+        assert torch.equal(compiled(arguments["features"], extent), total(arguments["features"], extent))
+    wrong = torch.compile(lambda features: total(features, -1.0), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="expected a finite number above zero, got -1"):
+        wrong(arguments["features"])

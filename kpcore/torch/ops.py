@@ -8,6 +8,7 @@ vjp is a separate torch operator so that it can be traced too.
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import re
 from collections.abc import Callable
@@ -213,6 +214,14 @@ def _unusual(name, tensor):
     )
 
 
+def _checked_length(name, value, dtype):
+    if not torch.compiler.is_compiling():
+        return checks.length(name, value, dtype)
+    if not 0 < value < math.inf:  # without functions of NumPy, which torch does not trace
+        raise ValueError(f"{name}: expected a finite number above zero, got {value}")
+    return value
+
+
 class _Arguments:
     """The arguments of an operator in two forms: by name, as the public function has them, and `flat`, a sequence of
     the arguments of the torch operator, in which every Neighbors is replaced by its parts."""
@@ -243,7 +252,7 @@ class _Arguments:
         for name in self.numbers:
             points = bound["points"]
             if isinstance(bound[name], numbers.Real) and isinstance(points, torch.Tensor) and points.dtype in _DTYPES:
-                bound[name] = points.new_full((), checks.length(name, bound[name], _DTYPES[points.dtype]))
+                bound[name] = points.new_full((), _checked_length(name, bound[name], _DTYPES[points.dtype]))
         return bound
 
     def split(self, bound):
