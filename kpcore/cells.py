@@ -144,14 +144,14 @@ def gradients(call, saved, grad, needs):
 
 
 def _row_products(a, b, row_splits):
-    """(N,) the dot products of the rows of two arrays (N, C); 0 for a row without pairs, whose b may be NaN."""
+    """(N,) the dot products of the rows of two arrays (N, C); 0 for rows without pairs, in which b may be NaN."""
     real = np.float32 if a.dtype.itemsize == 2 else a.dtype
     products = (a.astype(real, copy=False) * b.astype(real, copy=False)).sum(1)
     return np.where(row_splits[1:] > row_splits[:-1], products, 0).astype(a.dtype, copy=False)
 
 
 def _scaled(rows, factors, row_splits):
-    """The rows (N, C) times their factors (N,), one for a row without pairs, whose factor may be infinite."""
+    """The rows (N, C) times factors (N,); rows without pairs as they are, since their factor may be infinite."""
     factors = np.where(row_splits[1:] > row_splits[:-1], factors, 1)
     return (rows * factors[:, None]).astype(rows.dtype, copy=False)
 

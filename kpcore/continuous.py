@@ -101,8 +101,9 @@ def continuous_conv(points: Array[Computed], queries: Array[Computed] | None, ne
         Λ: the ball of diameter e is stretched to the cube of the filter along rays, or without changing ratios of
         volumes (Griepentrog et al. 2008; its axis is z); or the filter is a box of size e.
     interpolation : {"linear", "linear_border", "nearest_neighbor"}
-        Between the eight cells around a position, whose coordinates are first clamped to the outer cells ("linear") or
-        beyond which the filter is zero ("linear_border"); or the nearest cell (halves are rounded up).
+        Trilinear between the eight cells around a position: with "linear" coordinates are clamped to those of the outer
+        cells, with "linear_border" the filter is zero beyond the outer cells. Or the nearest cell; halves are rounded
+        up.
     align_corners : bool
         Whether the border of the filter's shape is at the centres of the outer cells, or at their outer faces.
     normalize : bool

@@ -91,7 +91,7 @@ def check_above_zero(name: str, value: torch.Tensor) -> None:
 
 
 def neighbors(prefix: str, index: object, row_splits: object, num_points: int, sizes: Sizes) -> Neighbors:
-    """The list of the tensors `<prefix>index`, (E,), and `<prefix>row_splits`, (M + 1,), whose device may be the CPU.
+    """The list of the tensors `<prefix>index`, (E,), and `<prefix>row_splits`, (M + 1,); the latter may be on the CPU.
 
     Their lengths are added to `sizes` as "E" and "M+1".
     """

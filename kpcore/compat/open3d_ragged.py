@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -111,10 +112,10 @@ class RaggedTensor:
         return list(self)
 
     def concat(self, other: RaggedTensor, axis: int) -> RaggedTensor:
-        """The items of both after one another (axis 0), or items whose rows are joined along a further axis.
+        """Concatenate two RaggedTensors: their items (axis 0), or the values of corresponding rows (axis 1 or more).
 
-        Items whose rows are joined must have equal lengths. In Open3D this is a method of ``r_tensor``, and axis 0
-        leaves the row_splits as they were.
+        For an axis of 1 or more corresponding items must have as many rows. In Open3D this is a method of ``r_tensor``,
+        and axis 0 leaves the row_splits as they were.
         """
         if not isinstance(other, RaggedTensor):
             raise TypeError(f"other: expected a RaggedTensor, got {type(other).__name__}")
@@ -127,7 +128,7 @@ class RaggedTensor:
         return len(self._row_splits) - 1
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        item = range(len(self))[index]  # raises an IndexError outside it, and takes an integer only
+        item = range(len(self))[operator.index(index)]  # raises an IndexError outside of it
         return self._values[self._row_splits[item] : self._row_splits[item + 1]]
 
     def __repr__(self) -> str:

@@ -99,7 +99,7 @@ def fixed_radius_search(points: torch.Tensor, queries: torch.Tensor, radius: flo
     points_row_splits, queries_row_splits : (B + 1,) int64
         On any device.
     hash_table_splits, hash_table_index, hash_table_cell_splits : (B + 1,), (N,) and (cells + 1,) int32
-        From `build_spatial_hash_table`. Only their shapes and dtypes are checked: the search has a grid of its own.
+        From `build_spatial_hash_table`. Only their shapes and dtypes are checked; the search makes another grid.
     index_dtype : torch.int32, torch.int64, 3 or 4
         The dtype of the index, or torch's number for it.
     metric : {"L1", "L2", "Linf"}

@@ -182,7 +182,7 @@ def _groups(columns):
 
 
 def _points_of_voxels(order, splits):
-    """The points of each voxel as a list, whose rows are the voxels."""
+    """A list with a row for each voxel: the points in it."""
     return Neighbors(to_array("order", order), to_array("splits", splits), len(order))
 
 

@@ -20,10 +20,6 @@ class _SparseLayer(torch.nn.Module):
     bias: torch.nn.Parameter | None
     kernel_size: tuple[int, ...]
 
-    def _kernel(self, kernel):
-        """The kernel that a map must have been made for, as far as the layer says; the rest is that of `kernel`."""
-        raise NotImplementedError
-
     def __init__(self, in_channels, out_channels, kernel_size, bias, dimension, dtype):
         super().__init__()
         in_channels = checks.integer("in_channels", in_channels, 1)
@@ -56,7 +52,8 @@ class _SparseLayer(torch.nn.Module):
         out = kpcore.torch.sparse_conv(kernel_map.neighbors, kernel_map.kernel_index, features, self.weight)
         return out if self.bias is None else out + self.bias
 
-    def _checked_map(self, kernel_map):
+    def _checked_map(self, kernel_map, expected):
+        """The map, checked to have been made for the kernel `expected`."""
         if not isinstance(kernel_map, KernelMap):
             raise TypeError(f"kernel_map: expected kpcore.KernelMap, got {type(kernel_map).__name__}")
         if not isinstance(kernel_map.kernel_index, torch.Tensor):
@@ -64,7 +61,6 @@ class _SparseLayer(torch.nn.Module):
                 "kernel_map: expected a map of tensors, which kpcore.torch.kernel_map makes, got one of "
                 f"{type(kernel_map.kernel_index).__name__}"
             )
-        expected = self._kernel(kernel_map.kernel)
         if kernel_map.kernel != expected:
             raise ValueError(
                 f"kernel_map: expected one for {expected} to match the layer, got one for {kernel_map.kernel}"
@@ -92,7 +88,7 @@ class _SparseLayer(torch.nn.Module):
         kernel_map : KernelMap
             Made for the kernel of this layer, as its method `kernel_map` does.
         """
-        return self._conv(features, self._checked_map(kernel_map))
+        return self._conv(features, self._checked_map(kernel_map, self._kernel()))
 
 
 class SubmanifoldConv(_SparseLayer):
@@ -149,7 +145,7 @@ class SubmanifoldConv(_SparseLayer):
         return kpcore.torch.kernel_map(self._checked_coords(coords), kernel_size=self.kernel_size,
                                        dilation=self.dilation, row_splits=row_splits)  # fmt: skip
 
-    def _kernel(self, kernel):
+    def _kernel(self):
         one, zero = (1,) * len(self.kernel_size), (0,) * len(self.kernel_size)
         return Kernel(self.kernel_size, one, self.dilation, zero, "submanifold")
 
@@ -219,7 +215,7 @@ class StridedConv(_SparseLayer):
             padding=self.padding, shape=shape, rule=self.rule, row_splits=row_splits
         )  # fmt: skip
 
-    def _kernel(self, kernel):
+    def _kernel(self):
         return Kernel(self.kernel_size, self.stride, self.dilation, self.padding, self.rule)
 
 
@@ -257,9 +253,9 @@ class InverseConv(_SparseLayer):
         kernel_map : KernelMap
             The map of the strided layer, not its transpose.
         """
-        return self._conv(features, self._checked_map(kernel_map).transpose())
-
-    def _kernel(self, kernel):
-        if kernel.rule == "submanifold":
-            raise ValueError("kernel_map: expected the map of a strided layer, got one for rule='submanifold'")
-        return kernel._replace(size=self.kernel_size)
+        expected = None
+        if isinstance(kernel_map, KernelMap):
+            if kernel_map.kernel.rule == "submanifold":
+                raise ValueError("kernel_map: expected the map of a strided layer, got one for rule='submanifold'")
+            expected = kernel_map.kernel._replace(size=self.kernel_size)  # of any stride, dilation and padding
+        return self._conv(features, self._checked_map(kernel_map, expected).transpose())
