@@ -48,9 +48,12 @@ def _result(call):
 def _gradients(call, saved, grad, needs):
     names = {name: "weight" if name == "weights" else name for name in needs}
     computed = set(names.values()) - set(_OFFSETS if call.detach_offsets else ())
-    grads = empty_like(call, computed, computed)
-    if computed:
-        devices.backend(grad).run("deform2d_grads", call, grad_out=grad, **grads)
+    grads, backend = empty_like(call, computed, computed), devices.backend(grad)
+    others = dict(grads)
+    if "x" in computed and call.data_offsets is None and call.modulations is None:
+        backend.run("deform2d_grad_x", call, grad_out=grad, grad_x=others.pop("grad_x"))
+    if others:
+        backend.run("deform2d_grads", call, grad_out=grad, **others)
     zeros = devices.namespace(grad).zeros_like
     return {
         name: grads[f"grad_{field}"] if field in computed else zeros(getattr(call, name))

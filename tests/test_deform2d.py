@@ -187,3 +187,34 @@ def test_values_are_those_of_the_formulas(name, dtype):
     out = function(**arguments)
     assert out.dtype == dtype
     assert_close(out, expected(arguments), tolerance(dtype))
+
+
+def gradients(function, arguments, names=GRADIENTS):
+    """{name: gradient} of the arguments in `names` that are set, and the result as "out"."""
+    names = [name for name in names if arguments.get(name) is not None]
+    out, pullback = kp.autodiff.vjp(
+        lambda *values: function(**arguments | dict(zip(names, values, strict=True))), *(arguments[n] for n in names)
+    )
+    grad = np.random.default_rng(7).normal(size=out.shape).astype(out.dtype)
+    return dict(zip(names, pullback(grad), strict=True)) | {"out": out}
+
+
+@each_problem
+def test_gradients_by_differences(name):
+    """Of each argument separately."""
+    function, arguments = problem(**PROBLEMS[name], seed=3)
+    for name in GRADIENTS:
+        if arguments.get(name) is None:
+            continue
+        fn = lambda value, name=name: function(**arguments | {name: value})
+        check_vjp(fn, kp.autodiff.vjp(fn, arguments[name])[1], [arguments[name]], step=1e-6, tolerance=1e-6)
+
+
+@each_problem
+def test_gradients_of_float32(name):
+    function, arguments = problem(**PROBLEMS[name], dtype=np.float32)
+    doubles = {n: a.astype(np.float64) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+    expected = gradients(function, doubles)
+    for n, gradient in gradients(function, arguments).items():
+        assert gradient.dtype == np.float32
+        assert_close(gradient, expected[n], 2e-5)

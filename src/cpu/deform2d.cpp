@@ -24,24 +24,13 @@ struct State {
   Buffer<F> out;
 };
 
-// The kernels of some images: one for all of them, or one each.
-template <class F>
-bool write_kernels(const Images<F>& images, const ChannelOrder& order, int64_t first, int64_t count, int64_t size,
-                   int threads, Buffer<F>& to) {
-  if (!to.resize(count * size)) return false;
-  for (int64_t i = 0; i < count; ++i) {
-    Kernels<F> kernels(images);
-    if (!kernels.start(first + i) || !kernels.write(order, &to[i * size], threads)) return false;
-  }
-  return true;
-}
-
 template <class F>
 Status convolve(const Images<F>& images, const Direction<F>& direction) {
   const Deform2d& a = images.args;
   const bool dense = !a.depthwise;
   ChannelOrder order, out_order;
-  if (!order.make(direction.from.channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups, dense ? 1 : lanes<F>) ||
+  if (!order.make(direction.from.channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups,
+                  dense ? 1 : lanes<F>) ||
       !out_order.make(direction.to.channels, 1, 1, 1))
     return Status::out_of_memory;
   const int64_t kernel_size = images.kernel_rows() * (dense ? a.channels / a.groups * a.out_channels : order.stored);
@@ -83,7 +72,10 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
       const int64_t i = t / tiles.count, begin = tiles.begin(t % tiles.count);
       const int64_t rows = tiles.begin(t % tiles.count + 1) - begin, item = first + i;
       if (dense) {
-        state.dense.fill(finder, item, begin, rows, direction.width, copies.item(i));
+        if (images.samples_images())
+          state.dense.template fill<true>(finder, item, begin, rows, direction.width, copies.item(i));
+        else
+          state.dense.template fill<false>(finder, item, begin, rows, direction.width, copies.item(i));
         multiply(state.dense.rows(), tile_rows, panels, int(images.taps), state.out.data());
       } else {
         const F* const kernel = &kernels[images.has_item_kernels() ? i * kernel_size : 0];
@@ -110,6 +102,18 @@ Status deform2d(const Deform2d& args) {
                                 args.out_width,
                                 as<F>(args.bias),
                                 false});
+  });
+}
+
+Status deform2d_grad_x(const Deform2d& args) {
+  return with_real(args.x.dtype, [&](auto f) {
+    using F = decltype(f);
+    const Images<F> images(args);
+    return convolve<F>(images, {{as<F>(args.grad_out), args.out_channels, images.out_pixels, args.channels_last},
+                                {into<F>(args.grad_x), args.channels, images.in_pixels, args.channels_last},
+                                args.width,
+                                nullptr,
+                                true});
   });
 }
 

@@ -118,8 +118,7 @@ class ChannelsLast {
     for (int64_t job = 0; job < count * blocks; ++job) {
       const int64_t item = job / blocks, begin = job % blocks * block, end = smaller(pixels_, begin + block);
       F* const to = copy_.data() + item * pixels_ * stored_;
-      if (order.stored != order.channels)
-        memset(to + begin * stored_, 0, size_t((end - begin) * stored_) * sizeof(F));
+      if (order.stored != order.channels) memset(to + begin * stored_, 0, size_t((end - begin) * stored_) * sizeof(F));
       for (int64_t c = 0; c < order.channels; ++c)
         for (int64_t p = begin; p < end; ++p) to[p * stored_ + order.slot[c]] = images.at(first + item, c, p);
     }
@@ -167,8 +166,8 @@ class Kernels {
   }
   bool interpolates() const {
     const Deform2d& a = images_.args;
-    return !images_.samples_kernels() && (images_.global_offsets || a.scope_height != a.kernel_height ||
-                                          a.scope_width != a.kernel_width);
+    return !images_.samples_kernels() &&
+           (images_.global_offsets || a.scope_height != a.kernel_height || a.scope_width != a.kernel_width);
   }
 
   // Prepares the kernel of `item`.
@@ -205,7 +204,8 @@ class Kernels {
     if (!interpolates()) return scope[r];
     const int64_t width = images_.args.scope_width;
     const Hat<F>&y = rows_[r], &x = columns_[r];
-    return y.low_factor * (x.low_factor * scope[y.low * width + x.low] + x.high_factor * scope[y.low * width + x.high]) +
+    return y.low_factor *
+               (x.low_factor * scope[y.low * width + x.low] + x.high_factor * scope[y.low * width + x.high]) +
            y.high_factor *
                (x.low_factor * scope[y.high * width + x.low] + x.high_factor * scope[y.high * width + x.high]);
   }
@@ -248,6 +248,18 @@ class Kernels {
   int64_t item_ = 0;
 };
 
+// The kernels of some images: one for all of them, or one each.
+template <class F>
+bool write_kernels(const Images<F>& images, const ChannelOrder& order, int64_t first, int64_t count, int64_t size,
+                   int threads, Buffer<F>& to) {
+  if (!to.resize(count * size)) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    Kernels<F> kernels(images);
+    if (!kernels.start(first + i) || !kernels.write(order, &to[i * size], threads)) return false;
+  }
+  return true;
+}
+
 // ---- taps
 
 // Where a tap reads, in an image or in the kernel: the offsets of four neighbors in rows of stored channels, with the
@@ -284,13 +296,14 @@ struct TapFinder {
   bool backward;
 
   // Sets `tap` to tap k of pixel (y, x) of image `item`; false if the tap is outside.
+  template <bool samples_images, bool samples_kernels>
   bool find(int64_t item, int64_t y, int64_t x, int64_t k, int64_t kernel_group, int64_t data_group,
             Tap<F>& tap) const {
     const Deform2d& a = images.args;
     const int64_t u = k / a.kernel_width, v = k % a.kernel_width;
     int64_t pixel = y * a.out_width + x;  // of the output
     tap.number = k;
-    if (backward) {
+    if (!samples_images && backward) {
       const int64_t row = y + a.row_padding - u * a.row_dilation, column = x + a.column_padding - v * a.column_dilation;
       if (row < 0 || column < 0 || row % a.row_stride || column % a.column_stride) return false;
       if (row / a.row_stride >= a.out_height || column / a.column_stride >= a.out_width) return false;
@@ -299,7 +312,7 @@ struct TapFinder {
     } else {
       const int64_t row = y * a.row_stride - a.row_padding + u * a.row_dilation;
       const int64_t column = x * a.column_stride - a.column_padding + v * a.column_dilation;
-      if (!images.samples_images()) {
+      if constexpr (!samples_images) {
         if (row < 0 || column < 0 || row >= a.height || column >= a.width) return false;
         tap.data.at[0] = (row * a.width + column) * image_row;
       } else {
@@ -313,18 +326,18 @@ struct TapFinder {
         tap.modulation = images.modulations.data ? images.modulations.at(item, at, pixel) : F(1);
       }
     }
-    if (!images.samples_kernels()) {
+    if constexpr (samples_kernels) {
+      const int64_t at = (kernel_group * images.taps + k) * 2;
+      const auto position = [&](int axis, int64_t tap_of_axis, int64_t taps, int64_t scope) {
+        return grid_position<F>(tap_of_axis, taps, scope, a.uniform_grid) +
+               images.kernel_offsets.at(item, at + axis, pixel);
+      };
+      tap.kernel.row = hat_at<F>(position(0, u, a.kernel_height, a.scope_height), a.scope_height, a.clips);
+      tap.kernel.column = hat_at<F>(position(1, v, a.kernel_width, a.scope_width), a.scope_width, a.clips);
+      tap.kernel.place(a.scope_width, kernel_row);
+    } else {
       tap.kernel.at[0] = k * kernel_row;
-      return true;
     }
-    const int64_t at = (kernel_group * images.taps + k) * 2;
-    const auto position = [&](int axis, int64_t tap_of_axis, int64_t taps, int64_t scope) {
-      return grid_position<F>(tap_of_axis, taps, scope, a.uniform_grid) +
-             images.kernel_offsets.at(item, at + axis, pixel);
-    };
-    tap.kernel.row = hat_at<F>(position(0, u, a.kernel_height, a.scope_height), a.scope_height, a.clips);
-    tap.kernel.column = hat_at<F>(position(1, v, a.kernel_width, a.scope_width), a.scope_width, a.clips);
-    tap.kernel.place(a.scope_width, kernel_row);
     return true;
   }
 };

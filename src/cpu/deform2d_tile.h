@@ -21,7 +21,8 @@ KP_INLINE void sample_vectors(const F* from, const int64_t* at, const F* factors
   }
 }
 
-// A tap with the factors of the four rows that each of its samples interpolates; those of the data times the modulation.
+// A tap with the factors of the four rows that each of its samples interpolates; those of the data times the
+// modulation.
 template <class F>
 struct WeightedTap {
   int64_t data_at[4], kernel_at[4];
@@ -81,7 +82,9 @@ class DepthwiseTile {
     int64_t count = 0;
     for (int64_t k = 0; k < finder.images.taps; ++k) {
       Tap<F> tap;
-      if (!finder.find(item, y, x, k, order.kernel_group(i), order.data_group(i), tap)) continue;
+      if (!finder.template find<samples_images, samples_kernels>(item, y, x, k, order.kernel_group(i),
+                                                                 order.data_group(i), tap))
+        continue;
       if (samples_images && is_outside(tap.data)) continue;
       WeightedTap<F>& to = taps_[count++];
       for (int j = 0; j < (samples_images ? 4 : 1); ++j) to.data_at[j] = tap.data.at[j];
@@ -95,14 +98,24 @@ class DepthwiseTile {
   Buffer<WeightedTap<F>> taps_;
 };
 
+// A sample of an image and its modulation.
+template <class F>
+struct ScaledSample {
+  Sample<F> data;
+  F modulation;
+};
+
 // One thread's samples of a dense convolution: for every tap k, the rows of the positions at which it is inside.
 template <class F>
 class DenseTile {
  public:
-  bool reserve(int64_t taps, int64_t rows, int64_t channels) {
+  // `num_samples`: for each row of a tap, the samples that are kept; 0 if they are not needed.
+  bool reserve(int64_t taps, int64_t rows, int64_t channels, int64_t num_samples = 0) {
     rows_ = rows;
+    num_samples_ = num_samples;
     channels_ = channels;
-    if (!sums_.resize(taps * rows * channels + row_step) || !positions_.resize(taps * rows) || !sizes_.resize(taps))
+    if (!sums_.resize(taps * rows * channels + row_step) || !positions_.resize(taps * rows) || !sizes_.resize(taps) ||
+        !samples_.resize(taps * rows * num_samples))
       return false;
     // The micro-kernel also reads rows up to the next multiple of row_step, but drops their products.
     memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
@@ -110,8 +123,9 @@ class DenseTile {
   }
 
   // Samples the taps of `count` pixels from `first` on, in an image of this width. `image` has the channels last.
+  template <bool samples_images>
   void fill(const TapFinder<F>& finder, int64_t item, int64_t first, int64_t count, int64_t width, const F* image) {
-    const int64_t groups = finder.images.samples_images() ? finder.images.args.data_groups : 1;
+    const int64_t groups = samples_images ? finder.images.args.data_groups : 1;
     for (int64_t k = 0; k < finder.images.taps; ++k) {
       int64_t size = 0;
       for (int64_t p = 0; p < count; ++p) {
@@ -119,9 +133,13 @@ class DenseTile {
         bool inside = false;
         for (int64_t g = 0; g < groups; ++g) {
           Tap<F> tap;
-          if (!finder.find(item, (first + p) / width, (first + p) % width, k, 0, g, tap)) break;
+          if (!finder.template find<samples_images, false>(item, (first + p) / width, (first + p) % width, k, 0, g,
+                                                           tap))
+            break;
           inside = true;
-          sample(finder.images.samples_images(), tap, image, channels_ * g / groups, channels_ * (g + 1) / groups, row);
+          if constexpr (samples_images)
+            if (num_samples_) samples_[(k * rows_ + size) * groups + g] = {tap.data, tap.modulation};
+          sample<samples_images>(tap, image, channels_ * g / groups, channels_ * (g + 1) / groups, row);
         }
         positions_[k * rows_ + size] = int32_t(p);
         size += inside;
@@ -130,13 +148,16 @@ class DenseTile {
     }
   }
 
-  TileSums<F> rows() const {
-    return {sums_.data(), positions_.data(), sizes_.data(), rows_, rows_ * channels_};
+  // Sample g of row i of tap k.
+  const ScaledSample<F>& sample_of(int64_t k, int64_t i, int64_t g) const {
+    return samples_[(k * rows_ + i) * num_samples_ + g];
   }
+  TileSums<F> rows() const { return {sums_.data(), positions_.data(), sizes_.data(), rows_, rows_ * channels_}; }
 
  private:
-  static void sample(bool interpolates, const Tap<F>& tap, const F* image, int64_t begin, int64_t end, F* to) {
-    if (!interpolates) {
+  template <bool interpolates>
+  static void sample(const Tap<F>& tap, const F* image, int64_t begin, int64_t end, F* to) {
+    if constexpr (!interpolates) {
       const F* const from = image + tap.data.at[0];
       int64_t c = begin;  // not memcpy: the call takes as long as copying 64 channels
       for (; c + lanes<F> <= end; c += lanes<F>) store(to + c, load(from + c));
@@ -161,7 +182,8 @@ class DenseTile {
 
   Buffer<F> sums_;
   Buffer<int32_t> positions_, sizes_;
-  int64_t rows_ = 0, channels_ = 0;
+  Buffer<ScaledSample<F>> samples_;
+  int64_t rows_ = 0, channels_ = 0, num_samples_ = 0;
 };
 
 }  // namespace

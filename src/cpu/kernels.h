@@ -313,7 +313,8 @@ struct Subsampled {
 // (experts, channels, scope_height, scope_width). routing (batch, experts), else there is one expert. kernel_offsets:
 // (batch, kernel_groups * taps * 2, out_height, out_width) if is_local, else (batch, taps * 2). data_offsets: (batch,
 // data_groups * taps * 2, out_height, out_width), modulations the same with data_groups * taps. src/formulas/deform2d.h
-// has the formulas.
+// has the formulas. deform2d_grad_x writes grad_x where there are neither data_offsets nor modulations; deform2d_grads
+// writes all other gradients.
 #define KP_FIELDS_Deform2d(F)           \
   F(Array, x)                           \
   F(Array, weight)                      \
@@ -593,6 +594,7 @@ struct Subsampled {
   X(cell_conv_grads, CellConv)                        \
   X(inverse_sums, InverseSums)                        \
   X(deform2d, Deform2d)                               \
+  X(deform2d_grad_x, Deform2d)                        \
   X(deform2d_grads, Deform2d)                         \
   X(kernel_points, KernelPoints)                      \
   X(lloyd, KernelPoints)                              \

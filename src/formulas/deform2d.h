@@ -38,12 +38,8 @@ KP_HD Hat<T> hat_at(T at, int64_t size, bool clips) {
   }
   const T fraction = at - T(low);
   const bool has_low = low >= 0, has_high = low + 1 < size;
-  return {has_low ? low : 0,
-          has_high ? low + 1 : size - 1,
-          has_low ? 1 - fraction : T(0),
-          has_high ? fraction : T(0),
-          has_low ? -slope : T(0),
-          has_high ? slope : T(0)};
+  return {has_low ? low : 0,          has_high ? low + 1 : size - 1, has_low ? 1 - fraction : T(0),
+          has_high ? fraction : T(0), has_low ? -slope : T(0),       has_high ? slope : T(0)};
 }
 
 // The position of tap u of `taps` along an axis of the scope: a centered grid of unit spacing, or spread over it.
