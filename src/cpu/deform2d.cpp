@@ -61,10 +61,10 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
                                 a.threads))
         return Status::out_of_memory;
     }
-    const TapFinder<F> finder{images, order.stored, order.stored, direction.backward};
+    const TapFinder<F> finder{images, direction.backward};
     const auto reserve = [&](State<F>& state) {
       if (!state.out.resize((tile_rows + 1) * o_row)) return false;
-      return dense ? state.dense.reserve(images.taps, tile_rows, direction.from.channels)
+      return dense ? state.dense.reserve(images, tile_rows, direction.from.channels, false)
                    : state.depthwise.reserve(images.taps);
     };
     const int threads = useful_threads(a.threads, count * pixels * work, 1 << 19);

@@ -30,6 +30,11 @@ struct PixelArray {
     const int64_t in_item = channels_last ? pixel * channels + channel : channel * pixels + pixel;
     return data[item * channels * pixels + in_item];
   }
+  // Copies the values of `count` pixels from `first` on.
+  template <class T>
+  void load(int64_t item, int64_t channel, int64_t first, int64_t count, T* to) const {
+    for (int64_t p = 0; p < count; ++p) to[p] = at(item, channel, first + p);
+  }
 };
 
 // The arguments with their types.
@@ -181,8 +186,8 @@ class Kernels {
       const F* const offset = images_.global_offsets ? images_.global_offsets + (item * images_.taps + k) * 2 : nullptr;
       const F row = grid_position<F>(u, a.kernel_height, a.scope_height, a.uniform_grid);
       const F column = grid_position<F>(v, a.kernel_width, a.scope_width, a.uniform_grid);
-      rows_[k] = hat_at<F>(offset ? row + offset[0] : row, a.scope_height, a.clips);
-      columns_[k] = hat_at<F>(offset ? column + offset[1] : column, a.scope_width, a.clips);
+      rows_[k] = hat_at<F, F>(offset ? row + offset[0] : row, F(a.scope_height), a.clips);
+      columns_[k] = hat_at<F, F>(offset ? column + offset[1] : column, F(a.scope_width), a.clips);
     }
     return true;
   }
@@ -204,10 +209,11 @@ class Kernels {
     if (!interpolates()) return scope[r];
     const int64_t width = images_.args.scope_width;
     const Hat<F>&y = rows_[r], &x = columns_[r];
-    return y.low_factor *
-               (x.low_factor * scope[y.low * width + x.low] + x.high_factor * scope[y.low * width + x.high]) +
-           y.high_factor *
-               (x.low_factor * scope[y.high * width + x.low] + x.high_factor * scope[y.high * width + x.high]);
+    const F* const low = scope + int64_t(y.low) * width;
+    const F* const high = scope + int64_t(y.high) * width;
+    const int64_t left = int64_t(x.low), right = int64_t(x.high);
+    return y.low_factor * (x.low_factor * low[left] + x.high_factor * low[right]) +
+           y.high_factor * (x.low_factor * high[left] + x.high_factor * high[right]);
   }
   const Hat<F>& row(int64_t k) const { return rows_[k]; }
   const Hat<F>& column(int64_t k) const { return columns_[k]; }
@@ -262,29 +268,88 @@ bool write_kernels(const Images<F>& images, const ChannelOrder& order, int64_t f
 
 // ---- taps
 
-// Where a tap reads, in an image or in the kernel: the offsets of four neighbors in rows of stored channels, with the
-// hats along the two axes; if nothing is interpolated, of one.
-template <class F>
-struct Sample {
-  int64_t at[4];
-  Hat<F> row, column;
+// Positions whose taps are found together, in loops that the compiler makes vectors of.
+constexpr int64_t block_size = 16;
 
-  F factor(int i) const {
-    return (i < 2 ? row.low_factor : row.high_factor) * (i % 2 ? column.high_factor : column.low_factor);
-  }
-  void place(int64_t width, int64_t stored) {
-    at[0] = (row.low * width + column.low) * stored;
-    at[1] = (row.low * width + column.high) * stored;
-    at[2] = (row.high * width + column.low) * stored;
-    at[3] = (row.high * width + column.high) * stored;
+// Consecutive positions of an image: pixels of the output, or backward of the input.
+struct Positions {
+  int64_t first, count;
+  int32_t row[block_size], column[block_size];
+
+  Positions(int64_t begin, int64_t num, int64_t width) : first(begin), count(num) {
+    int64_t y = begin / width, x = begin % width;
+    for (int64_t l = 0; l < block_size; ++l) {
+      row[l] = int32_t(y);
+      column[l] = int32_t(x);
+      if (++x == width) {
+        x = 0;
+        ++y;
+      }
+    }
   }
 };
 
+// The cells around positions along one axis, with their factors: see Hat.
 template <class F>
-struct Tap {
-  int64_t number;
-  Sample<F> data, kernel;
-  F modulation;
+struct Hats {
+  int32_t low[block_size], high[block_size];
+  F low_factor[block_size], high_factor[block_size], low_slope[block_size], high_slope[block_size];
+
+  void set(const F* at, int64_t size, bool clips) {
+    for (int64_t l = 0; l < block_size; l += lanes<F>) {
+      const Hat<Vec<F>> hat = hat_at<Vec<F>, F>(load(at + l), F(size), clips);
+      const auto put = [=](int32_t* to, Vec<F> cells) {
+        const auto numbers = to_integers<F>(cells);
+        memcpy(to + l, &numbers, sizeof(numbers));
+      };
+      put(low, hat.low);
+      put(high, hat.high);
+      store(low_factor + l, hat.low_factor);
+      store(high_factor + l, hat.high_factor);
+      store(low_slope + l, hat.low_slope);
+      store(high_slope + l, hat.high_slope);
+    }
+  }
+};
+
+// Where one tap of several positions reads, in an image or in a kernel: four cells each with their factors, and the
+// hats that these are products of. If nothing is interpolated, the first cell.
+template <class F>
+struct Samples {
+  Hats<F> rows, columns;
+  int32_t cell[4][block_size];
+  F factor[4][block_size];
+
+  // Interpolates at `row` and `column` in an array of this size; factors are multiplied by `scale` unless it is null.
+  void set(const F* row, const F* column, int64_t height, int64_t width, bool clips, const F* scale) {
+    rows.set(row, height, clips);
+    columns.set(column, width, clips);
+    for (int64_t l = 0; l < block_size; ++l) {
+      const F low = scale ? scale[l] * rows.low_factor[l] : rows.low_factor[l];
+      const F high = scale ? scale[l] * rows.high_factor[l] : rows.high_factor[l];
+      factor[0][l] = low * columns.low_factor[l];
+      factor[1][l] = low * columns.high_factor[l];
+      factor[2][l] = high * columns.low_factor[l];
+      factor[3][l] = high * columns.high_factor[l];
+      cell[0][l] = rows.low[l] * int32_t(width) + columns.low[l];
+      cell[1][l] = rows.low[l] * int32_t(width) + columns.high[l];
+      cell[2][l] = rows.high[l] * int32_t(width) + columns.low[l];
+      cell[3][l] = rows.high[l] * int32_t(width) + columns.high[l];
+    }
+  }
+  // Whether sample l is inside: not all of its factors are zero. They may be NaN.
+  bool is_inside(int64_t l) const {
+    return ((rows.low_factor[l] != 0) | (rows.high_factor[l] != 0)) &
+           ((columns.low_factor[l] != 0) | (columns.high_factor[l] != 0));
+  }
+};
+
+// One tap of several positions. Factors of the data include the modulation.
+template <class F>
+struct TapBlock {
+  bool inside[block_size];
+  Samples<F> data, kernel;
+  F modulation[block_size];
 };
 
 // Finds the taps of positions. In the backward direction a position is a pixel of the input, and its taps are the
@@ -292,62 +357,85 @@ struct Tap {
 template <class F>
 struct TapFinder {
   const Images<F>& images;
-  int64_t image_row, kernel_row;  // stored channels of an image and of a kernel
   bool backward;
 
-  // Sets `tap` to tap k of pixel (y, x) of image `item`; false if the tap is outside.
+  // Tap k of positions in image `item`. A tap that is not inside of the image contributes nothing.
   template <bool samples_images, bool samples_kernels>
-  bool find(int64_t item, int64_t y, int64_t x, int64_t k, int64_t kernel_group, int64_t data_group,
-            Tap<F>& tap) const {
+  void find(int64_t item, const Positions& at, int64_t k, int64_t kernel_group, int64_t data_group,
+            TapBlock<F>& to) const {
     const Deform2d& a = images.args;
-    const int64_t u = k / a.kernel_width, v = k % a.kernel_width;
-    int64_t pixel = y * a.out_width + x;  // of the output
-    tap.number = k;
-    if (!samples_images && backward) {
-      const int64_t row = y + a.row_padding - u * a.row_dilation, column = x + a.column_padding - v * a.column_dilation;
-      if (row < 0 || column < 0 || row % a.row_stride || column % a.column_stride) return false;
-      if (row / a.row_stride >= a.out_height || column / a.column_stride >= a.out_width) return false;
-      pixel = row / a.row_stride * a.out_width + column / a.column_stride;
-      tap.data.at[0] = pixel * image_row;
-    } else {
-      const int64_t row = y * a.row_stride - a.row_padding + u * a.row_dilation;
-      const int64_t column = x * a.column_stride - a.column_padding + v * a.column_dilation;
-      if constexpr (!samples_images) {
-        if (row < 0 || column < 0 || row >= a.height || column >= a.width) return false;
-        tap.data.at[0] = (row * a.width + column) * image_row;
+    const int32_t u = int32_t(k / a.kernel_width), v = int32_t(k % a.kernel_width);
+    if constexpr (samples_images)
+      sample_image(item, at, u, v, data_group * images.taps + k, to);
+    else
+      find_pixels(at, u, v, to);
+    if constexpr (samples_kernels) {
+      const int64_t channel = (kernel_group * images.taps + k) * 2;
+      F row[block_size] = {}, column[block_size] = {};
+      if (!samples_images && backward) {
+        for (int64_t l = 0; l < at.count; ++l) {
+          if (!to.inside[l]) continue;
+          row[l] = images.kernel_offsets.at(item, channel, to.data.cell[0][l]);
+          column[l] = images.kernel_offsets.at(item, channel + 1, to.data.cell[0][l]);
+        }
       } else {
-        const int64_t at = data_group * images.taps + k;
-        const auto offset = [&](int axis) {
-          return images.data_offsets.data ? images.data_offsets.at(item, at * 2 + axis, pixel) : F(0);
-        };
-        tap.data.row = hat_at<F>(F(row) + offset(0), a.height, false);
-        tap.data.column = hat_at<F>(F(column) + offset(1), a.width, false);
-        tap.data.place(a.width, image_row);
-        tap.modulation = images.modulations.data ? images.modulations.at(item, at, pixel) : F(1);
+        images.kernel_offsets.load(item, channel, at.first, at.count, row);
+        images.kernel_offsets.load(item, channel + 1, at.first, at.count, column);
+      }
+      const F first_row = grid_position<F>(u, int32_t(a.kernel_height), int32_t(a.scope_height), a.uniform_grid);
+      const F first_column = grid_position<F>(v, int32_t(a.kernel_width), int32_t(a.scope_width), a.uniform_grid);
+      for (int64_t l = 0; l < block_size; ++l) {
+        row[l] += first_row;
+        column[l] += first_column;
+      }
+      to.kernel.set(row, column, a.scope_height, a.scope_width, a.clips, nullptr);
+    } else {
+      for (int64_t l = 0; l < block_size; ++l) to.kernel.cell[0][l] = int32_t(k);
+    }
+  }
+
+ private:
+  // The pixels at which tap (u, v) reads, without offsets.
+  void find_pixels(const Positions& at, int32_t u, int32_t v, TapBlock<F>& to) const {
+    const Deform2d& a = images.args;
+    const int32_t row_stride = int32_t(a.row_stride), column_stride = int32_t(a.column_stride);
+    const int32_t first_row = u * int32_t(a.row_dilation) - int32_t(a.row_padding);
+    const int32_t first_column = v * int32_t(a.column_dilation) - int32_t(a.column_padding);
+    for (int64_t l = 0; l < block_size; ++l) {
+      if (backward) {
+        const int32_t row = at.row[l] - first_row, column = at.column[l] - first_column;
+        const int32_t y = row / row_stride, x = column / column_stride;
+        to.inside[l] = (l < at.count) & (row >= 0) & (column >= 0) & (y * row_stride == row) &
+                       (x * column_stride == column) & (y < a.out_height) & (x < a.out_width);
+        to.data.cell[0][l] = to.inside[l] ? y * int32_t(a.out_width) + x : 0;
+      } else {
+        const int32_t y = at.row[l] * row_stride + first_row, x = at.column[l] * column_stride + first_column;
+        to.inside[l] = (l < at.count) & (y >= 0) & (x >= 0) & (y < a.height) & (x < a.width);
+        to.data.cell[0][l] = to.inside[l] ? y * int32_t(a.width) + x : 0;
       }
     }
-    if constexpr (samples_kernels) {
-      const int64_t at = (kernel_group * images.taps + k) * 2;
-      const auto position = [&](int axis, int64_t tap_of_axis, int64_t taps, int64_t scope) {
-        return grid_position<F>(tap_of_axis, taps, scope, a.uniform_grid) +
-               images.kernel_offsets.at(item, at + axis, pixel);
-      };
-      tap.kernel.row = hat_at<F>(position(0, u, a.kernel_height, a.scope_height), a.scope_height, a.clips);
-      tap.kernel.column = hat_at<F>(position(1, v, a.kernel_width, a.scope_width), a.scope_width, a.clips);
-      tap.kernel.place(a.scope_width, kernel_row);
-    } else {
-      tap.kernel.at[0] = k * kernel_row;
+  }
+
+  // The samples of tap (u, v); its offsets and modulations are those of a tap of a data group.
+  void sample_image(int64_t item, const Positions& at, int32_t u, int32_t v, int64_t tap, TapBlock<F>& to) const {
+    const Deform2d& a = images.args;
+    const int32_t first_row = u * int32_t(a.row_dilation) - int32_t(a.row_padding);
+    const int32_t first_column = v * int32_t(a.column_dilation) - int32_t(a.column_padding);
+    F row[block_size] = {}, column[block_size] = {};
+    if (images.data_offsets.data) {
+      images.data_offsets.load(item, tap * 2, at.first, at.count, row);
+      images.data_offsets.load(item, tap * 2 + 1, at.first, at.count, column);
     }
-    return true;
+    for (int64_t l = 0; l < block_size; ++l) {
+      row[l] += F(at.row[l] * int32_t(a.row_stride) + first_row);
+      column[l] += F(at.column[l] * int32_t(a.column_stride) + first_column);
+      to.modulation[l] = F(1);
+    }
+    if (images.modulations.data) images.modulations.load(item, tap, at.first, at.count, to.modulation);
+    to.data.set(row, column, a.height, a.width, false, images.modulations.data ? to.modulation : nullptr);
+    for (int64_t l = 0; l < block_size; ++l) to.inside[l] = (l < at.count) & to.data.is_inside(l);
   }
 };
-
-// Whether all factors of the sample are zero: it is outside of its image.
-template <class F>
-bool is_outside(const Sample<F>& sample) {
-  return (sample.row.low_factor == 0 && sample.row.high_factor == 0) ||
-         (sample.column.low_factor == 0 && sample.column.high_factor == 0);
-}
 
 }  // namespace
 }  // namespace kp

@@ -37,34 +37,29 @@ struct Gradients {
   bool need_samples() const { return x || data_offsets.data || modulations.data; }
 };
 
-// A sample of NV vectors and its derivatives by the position along the two axes.
+// A sample and its derivatives by the position along the two axes.
 template <class F>
 struct Interpolated {
   Vec<F> value, by_row, by_column;
 };
 
-template <class F>
-KP_INLINE Interpolated<F> interpolate(const Sample<F>& sample, Vec<F> low_low, Vec<F> low_high, Vec<F> high_low,
-                                      Vec<F> high_high) {
-  const Hat<F>&y = sample.row, &x = sample.column;
-  const Vec<F> low = x.low_factor * low_low + x.high_factor * low_high;
-  const Vec<F> high = x.low_factor * high_low + x.high_factor * high_high;
-  return {y.low_factor * low + y.high_factor * high, y.low_slope * low + y.high_slope * high,
-          y.low_factor * (x.low_slope * low_low + x.high_slope * low_high) +
-              y.high_factor * (x.low_slope * high_low + x.high_slope * high_high)};
+// Sample l from the values of its four cells, of which `at` reads one.
+template <class F, class At>
+KP_INLINE Interpolated<F> interpolate(const Samples<F>& samples, int64_t l, At at) {
+  const Hats<F>&y = samples.rows, &x = samples.columns;
+  const Vec<F> low_low = at(0), low_high = at(1), high_low = at(2), high_high = at(3);
+  const Vec<F> low = x.low_factor[l] * low_low + x.high_factor[l] * low_high;
+  const Vec<F> high = x.low_factor[l] * high_low + x.high_factor[l] * high_high;
+  const Vec<F> low_slope = x.low_slope[l] * low_low + x.high_slope[l] * low_high;
+  const Vec<F> high_slope = x.low_slope[l] * high_low + x.high_slope[l] * high_high;
+  return {y.low_factor[l] * low + y.high_factor[l] * high, y.low_slope[l] * low + y.high_slope[l] * high,
+          y.low_factor[l] * low_slope + y.high_factor[l] * high_slope};
 }
 template <bool interpolates, class F>
-KP_INLINE Interpolated<F> interpolate_at(const Sample<F>& sample, const F* from) {
+KP_INLINE Interpolated<F> interpolate_at(const Samples<F>& samples, int64_t l, const F* from, int64_t row_size) {
   if constexpr (interpolates)
-    return interpolate<F>(sample, load(from + sample.at[0]), load(from + sample.at[1]), load(from + sample.at[2]),
-                          load(from + sample.at[3]));
-  return {load(from + sample.at[0]), Vec<F>{}, Vec<F>{}};
-}
-// The same for the last `count` channels, fewer than a vector.
-template <class F>
-Interpolated<F> interpolate_first(const Sample<F>& sample, const F* from, int count) {
-  return interpolate<F>(sample, load_first(from + sample.at[0], count), load_first(from + sample.at[1], count),
-                        load_first(from + sample.at[2], count), load_first(from + sample.at[3], count));
+    return interpolate<F>(samples, l, [&](int i) { return load(from + samples.cell[i][l] * row_size); });
+  return {load(from + samples.cell[0][l] * row_size), Vec<F>{}, Vec<F>{}};
 }
 
 // ---- depthwise
@@ -78,70 +73,81 @@ class DepthwiseGradients {
     num_kernel_ = images.samples_kernels() ? a.kernel_groups * images.taps * 2 : 0;
     num_data_ = images.samples_images() ? a.data_groups * images.taps * 3 : 0;
     const int64_t sums = round_up(num_kernel_ + num_data_, lanes<F>);
-    return kernel_.resize(images.kernel_rows() * order.stored) && sums_.resize(sums * lanes<F>) && totals_.resize(sums);
+    return taps_.resize(images.taps * order.classes) && kernel_.resize(images.kernel_rows() * order.stored) &&
+           sums_.resize(sums * lanes<F>) && totals_.resize(sums);
   }
 
   // The gradient of the kernel from the tile's pixels; writes those of their offsets and modulations.
   template <bool samples_images, bool samples_kernels>
   void fill(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t first, int64_t count,
             const F* image, const F* kernel, const F* grad, const Gradients<F>& to) {
-    const Deform2d& a = finder.images.args;
+    const int64_t taps = finder.images.taps;
     memset(kernel_.data(), 0, size_t(kernel_.size()) * sizeof(F));
-    for (int64_t p = 0; p < count; ++p) {
-      if (to.need_offsets()) memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
-      for (int64_t i = 0; i < order.classes; ++i)
-        for (int64_t k = 0; k < finder.images.taps; ++k) {
-          Tap<F> tap;
-          const int64_t y = (first + p) / a.out_width, x = (first + p) % a.out_width;
-          const int64_t kernel_group = order.kernel_group(i), data_group = order.data_group(i);
-          if (!finder.template find<samples_images, samples_kernels>(item, y, x, k, kernel_group, data_group, tap))
-            continue;
-          if (samples_images && is_outside(tap.data)) continue;
-          add<samples_images, samples_kernels>(
-              tap, order.begin[i], order.begin[i + 1], image, kernel, grad + (first + p) * order.stored,
-              &sums_[(kernel_group * finder.images.taps + k) * 2 * lanes<F>],
-              &sums_[(num_kernel_ + (data_group * finder.images.taps + k) * 3) * lanes<F>]);
-        }
-      if (to.need_offsets()) write_offsets(item, first + p, to);
+    for (int64_t p = 0; p < count; p += block_size) {
+      const Positions at(first + p, smaller(block_size, count - p), finder.images.args.out_width);
+      find<samples_images, samples_kernels>(finder, order, item, at);
+      for (int64_t l = 0; l < at.count; ++l) {
+        if (to.need_offsets()) memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
+        for (int64_t i = 0; i < order.classes; ++i)
+          for (int64_t k = 0; k < taps; ++k) {
+            const TapBlock<F>& tap = taps_[i * taps + k];
+            if (!tap.inside[l]) continue;
+            add<samples_images, samples_kernels>(
+                tap, l, order.begin[i], order.begin[i + 1], order.stored, image, kernel,
+                grad + (at.first + l) * order.stored, &sums_[(order.kernel_group(i) * taps + k) * 2 * lanes<F>],
+                &sums_[(num_kernel_ + (order.data_group(i) * taps + k) * 3) * lanes<F>]);
+          }
+        if (to.need_offsets()) write_offsets(item, at.first + l, to);
+      }
     }
   }
 
   // Adds the gradients of the samples of the tile's pixels to that of the image.
   template <bool samples_kernels>
   void scatter(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t first, int64_t count,
-               const F* kernel, const F* grad, F* to) const {
-    const Deform2d& a = finder.images.args;
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t i = 0; i < order.classes; ++i)
-        for (int64_t k = 0; k < finder.images.taps; ++k) {
-          Tap<F> tap;
-          const int64_t y = (first + p) / a.out_width, x = (first + p) % a.out_width;
-          if (!finder.template find<true, samples_kernels>(item, y, x, k, order.kernel_group(i), order.data_group(i),
-                                                           tap) ||
-              is_outside(tap.data))
-            continue;
-          for (int64_t c = order.begin[i]; c < order.begin[i + 1]; c += lanes<F>) {
-            const Vec<F> value = interpolate_at<samples_kernels>(tap.kernel, kernel + c).value;
-            const Vec<F> sample = load(grad + (first + p) * order.stored + c) * tap.modulation * value;
-            for (int j = 0; j < 4; ++j) {
-              F* const pixel = to + tap.data.at[j] + c;
-              store(pixel, fma(broadcast(tap.data.factor(j)), sample, load(pixel)));
+               const F* kernel, const F* grad, F* to) {
+    const int64_t taps = finder.images.taps;
+    for (int64_t p = 0; p < count; p += block_size) {
+      const Positions at(first + p, smaller(block_size, count - p), finder.images.args.out_width);
+      find<true, samples_kernels>(finder, order, item, at);
+      for (int64_t l = 0; l < at.count; ++l)
+        for (int64_t i = 0; i < order.classes; ++i)
+          for (int64_t k = 0; k < taps; ++k) {
+            const TapBlock<F>& tap = taps_[i * taps + k];
+            if (!tap.inside[l]) continue;
+            for (int64_t c = order.begin[i]; c < order.begin[i + 1]; c += lanes<F>) {
+              Vec<F> value;
+              sample_vectors<1, samples_kernels>(tap.kernel, l, kernel + c, order.stored, &value);
+              value *= load(grad + (at.first + l) * order.stored + c);
+              for (int j = 0; j < 4; ++j) {
+                F* const pixel = to + tap.data.cell[j][l] * order.stored + c;
+                store(pixel, fma(broadcast(tap.data.factor[j][l]), value, load(pixel)));
+              }
             }
           }
-        }
+    }
   }
 
   const F* kernel() const { return kernel_.data(); }
 
  private:
   template <bool samples_images, bool samples_kernels>
-  KP_INLINE void add(const Tap<F>& tap, int64_t begin, int64_t end, const F* image, const F* kernel, const F* grad,
-                     F* kernel_sums, F* data_sums) {
+  void find(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, const Positions& at) {
+    for (int64_t i = 0; i < order.classes; ++i)
+      for (int64_t k = 0; k < finder.images.taps; ++k)
+        finder.template find<samples_images, samples_kernels>(item, at, k, order.kernel_group(i), order.data_group(i),
+                                                              taps_[i * finder.images.taps + k]);
+  }
+
+  template <bool samples_images, bool samples_kernels>
+  KP_INLINE void add(const TapBlock<F>& tap, int64_t l, int64_t begin, int64_t end, int64_t row_size, const F* image,
+                     const F* kernel, const F* grad, F* kernel_sums, F* data_sums) {
     Vec<F> rows = {}, columns = {}, data_rows = {}, data_columns = {}, modulations = {};
     for (int64_t c = begin; c < end; c += lanes<F>) {
-      const Interpolated<F> data = interpolate_at<samples_images>(tap.data, image + c);
-      const Interpolated<F> values = interpolate_at<samples_kernels>(tap.kernel, kernel + c);
-      const Vec<F> g = load(grad + c), scaled = samples_images ? g * tap.modulation : g, by_value = scaled * data.value;
+      const Interpolated<F> data = interpolate_at<samples_images>(tap.data, l, image + c, row_size);
+      const Interpolated<F> values = interpolate_at<samples_kernels>(tap.kernel, l, kernel + c, row_size);
+      const Vec<F> g = load(grad + c), scaled = samples_images ? g * tap.modulation[l] : g;
+      const Vec<F> by_value = scaled * data.value;
       if constexpr (samples_kernels) {
         rows = fma(by_value, values.by_row, rows);
         columns = fma(by_value, values.by_column, columns);
@@ -153,8 +159,9 @@ class DepthwiseGradients {
         modulations = fma(g * values.value, data.value, modulations);
       }
       for (int j = 0; j < (samples_kernels ? 4 : 1); ++j) {
-        F* const to = &kernel_[tap.kernel.at[j] + c];
-        store(to, load(to) + (samples_kernels ? tap.kernel.factor(j) * by_value : by_value));
+        F* const to = &kernel_[tap.kernel.cell[j][l] * row_size + c];
+        const Vec<F> factor = broadcast(samples_kernels ? tap.kernel.factor[j][l] : F(1));
+        store(to, fma(factor, by_value, load(to)));
       }
     }
     if constexpr (samples_kernels) {
@@ -184,8 +191,9 @@ class DepthwiseGradients {
     }
   }
 
-  Buffer<F> kernel_;         // (kernel rows, stored channels)
-  Buffer<F> sums_, totals_;  // of the kernel offsets, then of data offsets and modulation: vectors, and their sums
+  Buffer<TapBlock<F>> taps_;  // (classes, taps) of a block of positions
+  Buffer<F> kernel_;          // (kernel rows, stored channels)
+  Buffer<F> sums_, totals_;   // of the kernel offsets, then of data offsets and modulation: vectors, and their sums
   int64_t num_kernel_ = 0, num_data_ = 0;
 };
 
@@ -197,7 +205,7 @@ class DenseGradients {
  public:
   bool reserve(const Images<F>& images, const Weights<F>& weights, int64_t rows, const Gradients<F>& to) {
     const bool with_samples = to.need_samples();
-    return tile_.reserve(images.taps, rows, weights.c_in, with_samples ? images.args.data_groups : 0) &&
+    return tile_.reserve(images, rows, weights.c_in, with_samples) &&
            (!with_samples || products_.reserve(weights, rows, 0)) &&
            grad_.resize(rows * round_up(weights.c_out, lanes<F>) + panel_width<F>);
   }
@@ -214,58 +222,68 @@ class DenseGradients {
   // Writes the gradients of offsets and modulations of `count` pixels.
   void write_offsets(const Images<F>& images, int64_t item, int64_t first, int64_t count, const F* image,
                      const Gradients<F>& to) const {
-    const int64_t groups = images.args.data_groups, channels = images.args.channels;
+    const int64_t channels = images.args.channels;
     for (const PixelArray<F>* array : {&to.data_offsets, &to.modulations})
       for (int64_t c = 0; array->data && c < array->channels; ++c)
         for (int64_t p = 0; p < count; ++p) array->at(item, c, first + p) = 0;
-    const TileSums<F> rows = tile_.rows();
-    for (int64_t k = 0; k < images.taps; ++k)
-      for (int64_t i = 0; i < rows.size(k); ++i)
-        for (int64_t g = 0; g < groups; ++g) {
-          const ScaledSample<F>& sample = tile_.sample_of(k, i, g);
-          const F* const grad = products_.products() + products_.number(k, i) * channels;
-          const int64_t end = channels * (g + 1) / groups, at = g * images.taps + k, pixel = first + rows.queries(k)[i];
-          Vec<F> by_row = {}, by_column = {}, by_modulation = {};
-          const auto add = [&](Vec<F> grads, const Interpolated<F>& value) {
-            by_row = fma(grads, value.by_row, by_row);
-            by_column = fma(grads, value.by_column, by_column);
-            by_modulation = fma(grads, value.value, by_modulation);
-          };
-          int64_t c = channels * g / groups;
-          for (; c + lanes<F> <= end; c += lanes<F>) add(load(grad + c), interpolate_at<true>(sample.data, image + c));
-          if (const int rest = int(end - c))
-            add(load_first(grad + c, rest), interpolate_first(sample.data, image + c, rest));
-          if (to.data_offsets.data) {
-            to.data_offsets.at(item, at * 2, pixel) = sample.modulation * sum_of_lanes<F>(by_row);
-            to.data_offsets.at(item, at * 2 + 1, pixel) = sample.modulation * sum_of_lanes<F>(by_column);
-          }
-          if (to.modulations.data) to.modulations.at(item, at, pixel) = sum_of_lanes<F>(by_modulation);
-        }
+    for_each_sample(images, [&](const TapBlock<F>& tap, int64_t l, int64_t k, int64_t p, int64_t g, int64_t begin,
+                                int64_t end, const F* grad) {
+      Vec<F> by_row = {}, by_column = {}, by_modulation = {};
+      const auto add = [&](Vec<F> grads, const Interpolated<F>& sample) {
+        by_row = fma(grads, sample.by_row, by_row);
+        by_column = fma(grads, sample.by_column, by_column);
+        by_modulation = fma(grads, sample.value, by_modulation);
+      };
+      int64_t c = begin;
+      for (; c + lanes<F> <= end; c += lanes<F>)
+        add(load(grad + c), interpolate_at<true>(tap.data, l, image + c, channels));
+      if (const int rest = int(end - c))
+        add(load_first(grad + c, rest), interpolate<F>(tap.data, l, [&](int i) {
+              return load_first(image + tap.data.cell[i][l] * channels + c, rest);
+            }));
+      const int64_t at = g * images.taps + k, pixel = first + p;
+      if (to.data_offsets.data) {
+        to.data_offsets.at(item, at * 2, pixel) = tap.modulation[l] * sum_of_lanes<F>(by_row);
+        to.data_offsets.at(item, at * 2 + 1, pixel) = tap.modulation[l] * sum_of_lanes<F>(by_column);
+      }
+      if (to.modulations.data) to.modulations.at(item, at, pixel) = sum_of_lanes<F>(by_modulation);
+    });
   }
 
   // Adds the gradients of the samples to that of the image.
   void scatter(const Images<F>& images, F* to) const {
+    const int64_t channels = images.args.channels;
+    for_each_sample(images, [&](const TapBlock<F>& tap, int64_t l, int64_t, int64_t, int64_t, int64_t begin,
+                                int64_t end, const F* grad) {
+      for (int j = 0; j < 4; ++j) {
+        const F factor = tap.data.factor[j][l];
+        F* const pixel = to + tap.data.cell[j][l] * channels;
+        int64_t c = begin;
+        for (; c + lanes<F> <= end; c += lanes<F>)
+          store(pixel + c, fma(broadcast(factor), load(grad + c), load(pixel + c)));
+        for (; c < end; ++c) pixel[c] += factor * grad[c];
+      }
+    });
+  }
+
+ private:
+  // Calls call(tap, place in its block, k, pixel of the tile, group, first and end of its channels, gradient of the
+  // sample) for all samples of the tile that are inside.
+  template <class Call>
+  void for_each_sample(const Images<F>& images, Call call) const {
     const int64_t groups = images.args.data_groups, channels = images.args.channels;
     const TileSums<F> rows = tile_.rows();
     for (int64_t k = 0; k < images.taps; ++k)
       for (int64_t i = 0; i < rows.size(k); ++i)
         for (int64_t g = 0; g < groups; ++g) {
-          const ScaledSample<F>& sample = tile_.sample_of(k, i, g);
-          if (is_outside(sample.data)) continue;
-          const F* const grad = products_.products() + products_.number(k, i) * channels;
-          const int64_t end = channels * (g + 1) / groups;
-          for (int j = 0; j < 4; ++j) {
-            const F factor = sample.data.factor(j) * sample.modulation;
-            F* const pixel = to + sample.data.at[j];
-            int64_t c = channels * g / groups;
-            for (; c + lanes<F> <= end; c += lanes<F>)
-              store(pixel + c, fma(broadcast(factor), load(grad + c), load(pixel + c)));
-            for (; c < end; ++c) pixel[c] += factor * grad[c];
-          }
+          const int64_t p = rows.queries(k)[i];
+          const TapBlock<F>& tap = tile_.taps_of(k, p, g);
+          if (tap.inside[p % block_size])
+            call(tap, p % block_size, k, p, g, channels * g / groups, channels * (g + 1) / groups,
+                 products_.products() + products_.number(k, i) * channels);
         }
   }
 
- private:
   DenseTile<F> tile_;
   GradientProducts<F> products_;
   Buffer<F> grad_;
@@ -311,16 +329,17 @@ bool add_kernel_gradients(const Images<F>& images, const ChannelOrder& order, in
             continue;
           }
           const Hat<F>&y = kernels.row(r), &x = kernels.column(r);
-          const int64_t low = y.low * a.scope_width, high = y.high * a.scope_width;
-          by_cell[low + x.low] += g * y.low_factor * x.low_factor;
-          by_cell[low + x.high] += g * y.low_factor * x.high_factor;
-          by_cell[high + x.low] += g * y.high_factor * x.low_factor;
-          by_cell[high + x.high] += g * y.high_factor * x.high_factor;
+          const int64_t low = int64_t(y.low) * a.scope_width, high = int64_t(y.high) * a.scope_width;
+          const int64_t left = int64_t(x.low), right = int64_t(x.high);
+          by_cell[low + left] += g * y.low_factor * x.low_factor;
+          by_cell[low + right] += g * y.low_factor * x.high_factor;
+          by_cell[high + left] += g * y.high_factor * x.low_factor;
+          by_cell[high + right] += g * y.high_factor * x.high_factor;
           if (!to.global_offsets) continue;
-          const F row_low = x.low_factor * scope[low + x.low] + x.high_factor * scope[low + x.high];
-          const F row_high = x.low_factor * scope[high + x.low] + x.high_factor * scope[high + x.high];
-          const F slope_low = x.low_slope * scope[low + x.low] + x.high_slope * scope[low + x.high];
-          const F slope_high = x.low_slope * scope[high + x.low] + x.high_slope * scope[high + x.high];
+          const F row_low = x.low_factor * scope[low + left] + x.high_factor * scope[low + right];
+          const F row_high = x.low_factor * scope[high + left] + x.high_factor * scope[high + right];
+          const F slope_low = x.low_slope * scope[low + left] + x.high_slope * scope[low + right];
+          const F slope_high = x.low_slope * scope[high + left] + x.high_slope * scope[high + right];
           of_offsets[r * 2] += double(g * (y.low_slope * row_low + y.high_slope * row_high));
           of_offsets[r * 2 + 1] += double(g * (y.low_factor * slope_low + y.high_factor * slope_high));
         }
@@ -383,7 +402,7 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
   const int64_t item_bytes = (images.in_pixels + images.out_pixels) * order.stored * int64_t(sizeof(F));
   const int64_t at_once = dense && by_item ? 1 : larger<int64_t>(1, copied_bytes / larger<int64_t>(1, item_bytes));
   const int64_t work = images.taps * (dense ? 2 * a.channels / a.groups * a.out_channels : 16 * order.stored);
-  const TapFinder<F> finder{images, order.stored, order.stored, false};
+  const TapFinder<F> finder{images, false};
   if (to.weight) memset(to.weight, 0, size_t(a.weight.rows * a.weight.cols) * sizeof(F));
   ChannelsLast<F> copies, grads;
   Buffer<F> kernels, grad_kernels, grad_images;
@@ -418,7 +437,7 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
     const int threads = useful_threads(a.threads, count * images.out_pixels * work, 1 << 19);
     const Status status =
         for_each_of<GradState<F>>(count * tiles.count, threads, reserve, [&](GradState<F>& state, int64_t t) {
-          const int64_t i = t / tiles.count, tile = t % tiles.count, begin = tiles.begin(tile);
+          const int64_t i = t % count, tile = t / count, begin = tiles.begin(tile);
           const int64_t rows = tiles.begin(tile + 1) - begin, item = first + i;
           const F *const image = copies.item(i), *const grad = grads.item(i);
           F* const grad_image = to.x ? &grad_images[i * image_size] : nullptr;

@@ -7,40 +7,19 @@
 namespace kp {
 namespace {
 
-// The interpolated values of NV vectors at `from`; without interpolation those of one row.
+// NV vectors of one tap of a position: the interpolated values of four rows, or those of one.
 template <int NV, bool interpolates, class F>
-KP_INLINE void sample_vectors(const F* from, const int64_t* at, const F* factors, Vec<F>* to) {
-  for (int v = 0; v < NV; ++v) {
-    const F* const p = from + v * lanes<F>;
-    if constexpr (interpolates) {
-      to[v] = broadcast(factors[0]) * load(p + at[0]);
-      for (int i = 1; i < 4; ++i) to[v] = fma(broadcast(factors[i]), load(p + at[i]), to[v]);
-    } else {
-      to[v] = load(p + at[0]);
+KP_INLINE void sample_vectors(const Samples<F>& samples, int64_t l, const F* from, int64_t row_size, Vec<F>* to) {
+  for (int v = 0; v < NV; ++v) to[v] = load(from + samples.cell[0][l] * row_size + v * lanes<F>);
+  if constexpr (interpolates) {
+    const Vec<F> factor = broadcast(samples.factor[0][l]);
+    for (int v = 0; v < NV; ++v) to[v] *= factor;
+    for (int i = 1; i < 4; ++i) {
+      const F* const row = from + samples.cell[i][l] * row_size;
+      const Vec<F> weight = broadcast(samples.factor[i][l]);
+      for (int v = 0; v < NV; ++v) to[v] = fma(weight, load(row + v * lanes<F>), to[v]);
     }
   }
-}
-
-// A tap with the factors of the four rows that each of its samples interpolates; those of the data times the
-// modulation.
-template <class F>
-struct WeightedTap {
-  int64_t data_at[4], kernel_at[4];
-  F data_factors[4], kernel_factors[4];
-};
-
-// Sums the products of data and kernel over taps for NV vectors of channels from channel c on.
-template <int NV, bool samples_images, bool samples_kernels, class F>
-KP_INLINE void sum_taps(const WeightedTap<F>* taps, int64_t count, const F* image, const F* kernel, F* to) {
-  Vec<F> sums[NV];
-  for (int v = 0; v < NV; ++v) sums[v] = Vec<F>{};
-  for (const WeightedTap<F>* tap = taps; tap < taps + count; ++tap) {
-    Vec<F> data[NV], values[NV];
-    sample_vectors<NV, samples_images>(image, tap->data_at, tap->data_factors, data);
-    sample_vectors<NV, samples_kernels>(kernel, tap->kernel_at, tap->kernel_factors, values);
-    for (int v = 0; v < NV; ++v) sums[v] = fma(data[v], values[v], sums[v]);
-  }
-  for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
 }
 
 // Calls call(samples_images, samples_kernels) with both as compile-time constants.
@@ -62,60 +41,60 @@ class DepthwiseTile {
   template <bool samples_images, bool samples_kernels>
   void fill(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t first, int64_t count,
             int64_t width, const F* image, const F* kernel, F* to) {
-    for (int64_t p = 0; p < count; ++p, to += order.stored)
+    constexpr int NV = 4;
+    for (int64_t p = 0; p < count; p += block_size) {
+      const Positions at(first + p, smaller(block_size, count - p), width);
       for (int64_t i = 0; i < order.classes; ++i) {
-        const int64_t y = (first + p) / width, x = (first + p) % width;
-        const int64_t found = find<samples_images, samples_kernels>(finder, order, item, y, x, i);
-        int64_t c = order.begin[i];
+        for (int64_t k = 0; k < finder.images.taps; ++k)
+          finder.template find<samples_images, samples_kernels>(item, at, k, order.kernel_group(i), order.data_group(i),
+                                                                taps_[k]);
         const int64_t end = order.begin[i + 1];
-        for (; c + 4 * lanes<F> <= end; c += 4 * lanes<F>)
-          sum_taps<4, samples_images, samples_kernels>(taps_.data(), found, image + c, kernel + c, to + c);
-        for (; c < end; c += lanes<F>)
-          sum_taps<1, samples_images, samples_kernels>(taps_.data(), found, image + c, kernel + c, to + c);
+        for (int64_t l = 0; l < at.count; ++l) {
+          F* const row = to + (p + l) * order.stored;
+          int64_t c = order.begin[i];
+          for (; c + NV * lanes<F> <= end; c += NV * lanes<F>)
+            sum<NV, samples_images, samples_kernels>(finder.images.taps, l, image + c, kernel + c, order.stored,
+                                                     row + c);
+          for (; c < end; c += lanes<F>)
+            sum<1, samples_images, samples_kernels>(finder.images.taps, l, image + c, kernel + c, order.stored,
+                                                    row + c);
+        }
       }
+    }
   }
 
  private:
-  // Finds the taps of class i of channels at (y, x); returns their number.
-  template <bool samples_images, bool samples_kernels>
-  int64_t find(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t y, int64_t x, int64_t i) {
-    int64_t count = 0;
-    for (int64_t k = 0; k < finder.images.taps; ++k) {
-      Tap<F> tap;
-      if (!finder.template find<samples_images, samples_kernels>(item, y, x, k, order.kernel_group(i),
-                                                                 order.data_group(i), tap))
-        continue;
-      if (samples_images && is_outside(tap.data)) continue;
-      WeightedTap<F>& to = taps_[count++];
-      for (int j = 0; j < (samples_images ? 4 : 1); ++j) to.data_at[j] = tap.data.at[j];
-      for (int j = 0; j < (samples_kernels ? 4 : 1); ++j) to.kernel_at[j] = tap.kernel.at[j];
-      for (int j = 0; samples_images && j < 4; ++j) to.data_factors[j] = tap.data.factor(j) * tap.modulation;
-      for (int j = 0; samples_kernels && j < 4; ++j) to.kernel_factors[j] = tap.kernel.factor(j);
+  // Sums the products of data and kernel over the taps of position l, for NV vectors of channels.
+  template <int NV, bool samples_images, bool samples_kernels>
+  KP_INLINE void sum(int64_t num_taps, int64_t l, const F* image, const F* kernel, int64_t row_size, F* to) const {
+    Vec<F> sums[NV];
+    for (int v = 0; v < NV; ++v) sums[v] = Vec<F>{};
+    for (const TapBlock<F>* tap = taps_.data(); tap < taps_.data() + num_taps; ++tap) {
+      if (!tap->inside[l]) continue;
+      Vec<F> data[NV], values[NV];
+      sample_vectors<NV, samples_images>(tap->data, l, image, row_size, data);
+      sample_vectors<NV, samples_kernels>(tap->kernel, l, kernel, row_size, values);
+      for (int v = 0; v < NV; ++v) sums[v] = fma(data[v], values[v], sums[v]);
     }
-    return count;
+    for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, sums[v]);
   }
 
-  Buffer<WeightedTap<F>> taps_;
-};
-
-// A sample of an image and its modulation.
-template <class F>
-struct ScaledSample {
-  Sample<F> data;
-  F modulation;
+  Buffer<TapBlock<F>> taps_;
 };
 
 // One thread's samples of a dense convolution: for every tap k, the rows of the positions at which it is inside.
 template <class F>
 class DenseTile {
  public:
-  // `num_samples`: for each row of a tap, the samples that are kept; 0 if they are not needed.
-  bool reserve(int64_t taps, int64_t rows, int64_t channels, int64_t num_samples = 0) {
+  // `keeps_taps`: keep the taps of the whole tile, not only of one block at a time.
+  bool reserve(const Images<F>& images, int64_t rows, int64_t channels, bool keeps_taps) {
+    const int64_t taps = images.taps, blocks = keeps_taps ? (rows + block_size - 1) / block_size : 1;
     rows_ = rows;
-    num_samples_ = num_samples;
     channels_ = channels;
+    groups_ = images.samples_images() ? images.args.data_groups : 1;
+    blocks_ = blocks;
     if (!sums_.resize(taps * rows * channels + row_step) || !positions_.resize(taps * rows) || !sizes_.resize(taps) ||
-        !samples_.resize(taps * rows * num_samples))
+        !taps_.resize(taps * blocks * groups_))
       return false;
     // The micro-kernel also reads rows up to the next multiple of row_step, but drops their products.
     memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
@@ -125,65 +104,56 @@ class DenseTile {
   // Samples the taps of `count` pixels from `first` on, in an image of this width. `image` has the channels last.
   template <bool samples_images>
   void fill(const TapFinder<F>& finder, int64_t item, int64_t first, int64_t count, int64_t width, const F* image) {
-    const int64_t groups = samples_images ? finder.images.args.data_groups : 1;
-    for (int64_t k = 0; k < finder.images.taps; ++k) {
-      int64_t size = 0;
-      for (int64_t p = 0; p < count; ++p) {
-        F* const row = &sums_[(k * rows_ + size) * channels_];
-        bool inside = false;
-        for (int64_t g = 0; g < groups; ++g) {
-          Tap<F> tap;
-          if (!finder.template find<samples_images, false>(item, (first + p) / width, (first + p) % width, k, 0, g,
-                                                           tap))
-            break;
-          inside = true;
-          if constexpr (samples_images)
-            if (num_samples_) samples_[(k * rows_ + size) * groups + g] = {tap.data, tap.modulation};
-          sample<samples_images>(tap, image, channels_ * g / groups, channels_ * (g + 1) / groups, row);
+    for (int64_t k = 0; k < finder.images.taps; ++k) sizes_[k] = 0;
+    for (int64_t p = 0; p < count; p += block_size) {
+      const Positions at(first + p, smaller(block_size, count - p), width);
+      for (int64_t k = 0; k < finder.images.taps; ++k) {
+        TapBlock<F>* const taps = &taps_[(k * blocks_ + (blocks_ > 1 ? p / block_size : 0)) * groups_];
+        for (int64_t g = 0; g < groups_; ++g) finder.template find<samples_images, false>(item, at, k, 0, g, taps[g]);
+        for (int64_t l = 0; l < at.count; ++l) {
+          bool inside = false;
+          for (int64_t g = 0; g < groups_; ++g) inside |= taps[g].inside[l];
+          if (!inside) continue;
+          F* const row = &sums_[(k * rows_ + sizes_[k]) * channels_];
+          for (int64_t g = 0; g < groups_; ++g)
+            sample<samples_images>(taps[g].data, l, image, channels_ * g / groups_, channels_ * (g + 1) / groups_, row);
+          positions_[k * rows_ + sizes_[k]++] = int32_t(p + l);
         }
-        positions_[k * rows_ + size] = int32_t(p);
-        size += inside;
       }
-      sizes_[k] = int32_t(size);
     }
   }
 
-  // Sample g of row i of tap k.
-  const ScaledSample<F>& sample_of(int64_t k, int64_t i, int64_t g) const {
-    return samples_[(k * rows_ + i) * num_samples_ + g];
+  // The taps of group g of the block of position p, if they are kept.
+  const TapBlock<F>& taps_of(int64_t k, int64_t p, int64_t g) const {
+    return taps_[(k * blocks_ + p / block_size) * groups_ + g];
   }
   TileSums<F> rows() const { return {sums_.data(), positions_.data(), sizes_.data(), rows_, rows_ * channels_}; }
 
  private:
   template <bool interpolates>
-  static void sample(const Tap<F>& tap, const F* image, int64_t begin, int64_t end, F* to) {
-    if constexpr (!interpolates) {
-      const F* const from = image + tap.data.at[0];
-      int64_t c = begin;  // not memcpy: the call takes as long as copying 64 channels
-      for (; c + lanes<F> <= end; c += lanes<F>) store(to + c, load(from + c));
-      for (; c < end; ++c) to[c] = from[c];
-      return;
-    }
-    F factors[4];
-    for (int i = 0; i < 4; ++i) factors[i] = tap.data.factor(i) * tap.modulation;
-    int64_t c = begin;
-    for (; c + lanes<F> <= end; c += lanes<F>) {
-      Vec<F> value;
-      sample_vectors<1, true>(image + c, tap.data.at, factors, &value);
-      store(to + c, value);
-    }
+  KP_INLINE void sample(const Samples<F>& samples, int64_t l, const F* image, int64_t begin, int64_t end, F* to) const {
+    int64_t c = begin;  // not memcpy: the call takes as long as copying 64 channels
+    for (; c + 4 * lanes<F> <= end; c += 4 * lanes<F>) sample_at<4, interpolates>(samples, l, image + c, to + c);
+    for (; c + lanes<F> <= end; c += lanes<F>) sample_at<1, interpolates>(samples, l, image + c, to + c);
     for (; c < end; ++c) {
-      F value = factors[0] * image[tap.data.at[0] + c];
-      for (int i = 1; i < 4; ++i) value = fma(factors[i], image[tap.data.at[i] + c], value);
-      to[c] = value;
+      const F* const from = image + c;
+      to[c] = from[samples.cell[0][l] * channels_];
+      if (!interpolates) continue;
+      to[c] *= samples.factor[0][l];
+      for (int i = 1; i < 4; ++i) to[c] += samples.factor[i][l] * from[samples.cell[i][l] * channels_];
     }
   }
-  static F fma(F a, F b, F c) { return a * b + c; }
+  template <int NV, bool interpolates>
+  KP_INLINE void sample_at(const Samples<F>& samples, int64_t l, const F* from, F* to) const {
+    Vec<F> values[NV];
+    sample_vectors<NV, interpolates>(samples, l, from, channels_, values);
+    for (int v = 0; v < NV; ++v) store(to + v * lanes<F>, values[v]);
+  }
 
   Buffer<F> sums_;
   Buffer<int32_t> positions_, sizes_;
-  Buffer<ScaledSample<F>> samples_;
-  int64_t rows_ = 0, channels_ = 0, num_samples_ = 0;
+  Buffer<TapBlock<F>> taps_;
+  int64_t rows_ = 0, channels_ = 0, groups_ = 1, blocks_ = 1;
 };
 
 }  // namespace

@@ -45,27 +45,6 @@ void write_factor_gradients(const TileSums<F>& tile, const Weights<F>& weights, 
     }
 }
 
-// Four coordinates; vectors of more dimensions take several.
-template <class G>
-struct FourOf {
-  typedef G type __attribute__((vector_size(4 * sizeof(G)), aligned(alignof(G)), may_alias));
-};
-template <class G>
-using Four = typename FourOf<G>::type;
-
-// Transposes a 4 x 4 matrix.
-template <class G>
-KP_INLINE void transpose(const Four<G>* rows, Four<G>* columns) {
-  const Four<G> low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
-  const Four<G> high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
-  const Four<G> more_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
-  const Four<G> more_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
-  columns[0] = __builtin_shufflevector(low, more_low, 0, 1, 4, 5);
-  columns[1] = __builtin_shufflevector(low, more_low, 2, 3, 6, 7);
-  columns[2] = __builtin_shufflevector(high, more_high, 0, 1, 4, 5);
-  columns[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
-}
-
 // One thread's gradients of positions and modulations, for one tile at a time.
 template <class G, class F>
 class GeometryGradients {
@@ -183,7 +162,7 @@ class GeometryGradients {
         for (int j = 0; j < count; j += 4) {
           Four<G> by_axis[4], by_pair[4];
           for (int b = 0; b < 4; ++b) by_axis[b] = *reinterpret_cast<const Four<G>*>(&gradients[a + b][j]);
-          transpose<G>(by_axis, by_pair);
+          transpose_four<G>(by_axis, by_pair);
           for (int64_t l = 0; l < 4 && j + l < count; ++l) {
             const int64_t pair = i + j + l, row = products_.row[pair];
             *reinterpret_cast<Four<G>*>(&sums_[row * stride_ + a]) += by_pair[l];

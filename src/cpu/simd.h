@@ -62,6 +62,13 @@ KP_INLINE typename IntegersOf<T>::type to_integers(Vec<T> v) {
   return __builtin_convertvector(v, typename IntegersOf<T>::type);
 }
 
+KP_INLINE Vec<float> whole(Vec<float> x) {
+  return __builtin_convertvector(to_integers<float>(x), Vec<float>);
+}
+KP_INLINE Vec<double> whole(Vec<double> x) {
+  return __builtin_convertvector(to_integers<double>(x), Vec<double>);
+}
+
 // Subtracts zero, because adding it would turn -0 into +0. Compiles to one broadcast instruction.
 template <class T>
 KP_INLINE Vec<T> broadcast(T x) {
@@ -231,6 +238,27 @@ KP_INLINE Vec<T> sums_of(Vec<T>* v) {
     for (int i = 0; i < n; ++i)
       v[i] = add_neighbors<T>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes<T>>());
   return v[0];
+}
+
+// Four values, such as coordinates.
+template <class G>
+struct FourOf {
+  typedef G type __attribute__((vector_size(4 * sizeof(G)), aligned(alignof(G)), may_alias));
+};
+template <class G>
+using Four = typename FourOf<G>::type;
+
+// Transposes a 4 x 4 matrix.
+template <class G>
+KP_INLINE void transpose_four(const Four<G>* rows, Four<G>* columns) {
+  const Four<G> low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const Four<G> high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const Four<G> more_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const Four<G> more_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  columns[0] = __builtin_shufflevector(low, more_low, 0, 1, 4, 5);
+  columns[1] = __builtin_shufflevector(low, more_low, 2, 3, 6, 7);
+  columns[2] = __builtin_shufflevector(high, more_high, 0, 1, 4, 5);
+  columns[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
 }
 
 // exp(x) to about one unit in the last place, 0 below the normal range: 2^n times the Taylor series of exp(r), with

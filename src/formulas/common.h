@@ -37,6 +37,14 @@ enum class Interpolation : int { linear, linear_border, nearest_neighbor };
 
 namespace {
 
+// The integer part of x, rounded towards zero, for x that int32 can hold.
+KP_HD float whole(float x) {
+  return float(int32_t(x));
+}
+KP_HD double whole(double x) {
+  return double(int32_t(x));
+}
+
 // Whether x replaces the largest value so far. Of equal values the first stays; NaN wins over numbers and the first NaN
 // stays. V is a scalar or a vector.
 template <class V>

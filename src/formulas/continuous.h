@@ -29,22 +29,6 @@ KP_HD V magnitude(V x) {
   return x < 0 ? -x : x;
 }
 
-// The integer part of x >= 0, for x that int32 can hold.
-KP_HD float whole(float x) {
-  return float(int32_t(x));
-}
-KP_HD double whole(double x) {
-  return double(int32_t(x));
-}
-#ifndef __CUDACC__
-KP_INLINE Vec<float> whole(Vec<float> x) {
-  return __builtin_convertvector(to_integers<float>(x), Vec<float>);
-}
-KP_INLINE Vec<double> whole(Vec<double> x) {
-  return __builtin_convertvector(to_integers<double>(x), Vec<double>);
-}
-#endif
-
 // atan(x) for |x| <= 1. For x > tan(pi / 8) it is pi / 4 + atan((x - 1) / (x + 1)); then the Taylor series, whose last
 // term is below the rounding error: tan(pi / 8)^2 = 0.172, and 0.172^9 / 19 = 7e-9, 0.172^20 / 41 = 1e-17.
 template <class T, class V>

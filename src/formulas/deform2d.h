@@ -3,40 +3,47 @@
 #pragma once
 
 #include "common.h"
+#ifndef __CUDACC__
+#include "cpu/simd.h"
+#endif
 
 namespace kp {
 namespace {
 
 // The two cells around a position along one axis, and the factors with which they are interpolated; the slopes are the
-// derivatives of these factors by the position. A cell that does not exist has factors and slopes of 0.
-template <class T>
+// derivatives of these factors by the position. A cell that does not exist has factors and slopes of 0. V is a scalar
+// or a vector; the numbers of the cells are whole ones of that type.
+template <class V>
 struct Hat {
-  int32_t low, high;
-  T low_factor, high_factor, low_slope, high_slope;
+  V low, high, low_factor, high_factor, low_slope, high_slope;
 };
 
 // The cells 0, ..., size - 1 around `at`. Outside of them values fall to 0 within one cell; if `clips`, the position is
 // clipped to [0, size - 1] instead. At a cell the slope is that to the right. At the last cell of a clipped axis it is
 // that to the left: to the right it is zero, and a tap that starts there could never move. NaN gives factors of NaN.
-// Selects and no branches, so that compilers make vectors of it.
-template <class T>
-KP_HD Hat<T> hat_at(T at, int32_t size, bool clips) {
-  const T last = T(size - 1);
-  const T clipped = at < 0 ? T(0) : at > last ? last : at;
-  const T position = clips ? clipped : at;
-  const bool inside = (position > -1) & (position < T(size)), moves = !clips | ((at == clipped) & (size > 1));
-  const T within = inside ? position : T(0);
-  int32_t low = int32_t(within);
-  low -= T(low) > within;
-  low -= int32_t(clips & (low == size - 1) & (size > 1));
-  const T fraction = within - T(low), nan_or_zero = position == position ? T(0) : position, slope = moves ? T(1) : T(0);
-  const bool has_low = inside & (low >= 0), has_high = inside & (low + 1 < size);
-  return {low < 0 ? 0 : low,
-          low + 1 < size ? low + 1 : size - 1,
-          (has_low ? 1 - fraction : T(0)) + nan_or_zero,
-          (has_high ? fraction : T(0)) + nan_or_zero,
-          (has_low ? -slope : T(0)) + nan_or_zero,
-          (has_high ? slope : T(0)) + nan_or_zero};
+template <class V, class T>
+KP_HD Hat<V> hat_at(V at, T size, bool clips) {
+  const V zero = V{}, one = zero + 1, last = zero + (size - 1);
+  const V clipped = at < 0 ? zero : at > last ? last : at;
+  const V position = clips ? clipped : at;
+  const auto inside = (position > -1) & (position < size);
+  const V within = inside ? position : zero;
+  V low = whole(within), slope = one;
+  low = low > within ? low - 1 : low;
+  if (clips && size > 1) {
+    low = low == last ? low - 1 : low;
+    slope = at == clipped ? one : zero;
+  } else if (clips) {
+    slope = zero;
+  }
+  const V fraction = within - low, zero_or_nan = position == position ? zero : position;
+  const auto has_low = inside & (low >= 0), has_high = inside & (low < last);
+  return {low < 0 ? zero : low,
+          low < last ? low + 1 : last,
+          (has_low ? one - fraction : zero) + zero_or_nan,
+          (has_high ? fraction : zero) + zero_or_nan,
+          (has_low ? -slope : zero) + zero_or_nan,
+          (has_high ? slope : zero) + zero_or_nan};
 }
 
 // The position of tap u of `taps` along an axis of the scope: a centered grid of unit spacing, or spread over it.
