@@ -26,6 +26,7 @@ SIZES = {
         "rows": 200_000,
         "ball": 20_000,
         "voxels": 100_000,
+        "images": (4, 56),
     },
     "quick": {
         "raw": 40_000,
@@ -37,6 +38,7 @@ SIZES = {
         "rows": 2_000,
         "ball": 1_000,
         "voxels": 3_000,
+        "images": (2, 12),
     },
 }
 
@@ -114,6 +116,21 @@ TARGETS = {
     ("continuous_conv", "memory of forward, C = 64", "random", None): ("<=", 64),
     ("continuous_conv", "memory of forward + vjp, C = 64", "random", None): ("<=", 64),
     **{
+        ("deform2d", what, "deformable kernel", against): (">=", factor)
+        for what in ("forward", "forward + vjp")
+        for against, factor in (("unfold + grid_sample", 10), ("unfold + hat weights", 4))
+    },
+    ("deform2d", "forward", "deformable", "grid_sample + product"): (">=", 4),
+    ("deform2d", "forward + vjp", "deformable", "grid_sample + product"): (">=", 5),
+    ("deform2d", "forward", "deformable", "NumPy A @ W"): (">=", 1 / 2),
+    ("deform2d", "forward", "deformable, depthwise", "grid_sample + product"): (">=", 8),
+    ("deform2d", "forward + vjp", "deformable, depthwise", "grid_sample + product"): (">=", 8),
+    **{
+        ("deform2d", f"memory of {what}", kind, None): ("<=", 64)
+        for what in ("forward", "forward + vjp")
+        for kind in ("deformable kernel", "deformable")
+    },
+    **{
         ("sparse_conv", what, f"{active} active cells", against): target
         for active in (9, 18)
         for (what, against), target in {
@@ -171,6 +188,10 @@ TASKS = {
         {"order": "random", "channels": 64, "memory": "forward + vjp"},
     ],
     "sparse_conv": [{"active": active} for active in (9, 18)],
+    "deform2d": [
+        *({"kind": kind} for kind in ("deformable kernel", "deformable", "deformable, depthwise")),
+        *({"kind": kind, "memory": True} for kind in ("deformable kernel", "deformable")),
+    ],
     "rows": [{}],
     "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
@@ -753,6 +774,59 @@ def sparse_conv(bench, active, channels=64):
             return bench.Seconds(share * timed(partial(layer, other, inputs_of_map))[1])
 
         bench.compare(f"{name}, per pair", per_pair, "the layer", layer)
+
+
+def deform2d(bench, kind, memory=False):
+    """Deformable kernels and deformable convolutions of images, 3 x 3 taps, C = 64."""
+    rng, (batch, size) = np.random.default_rng(9), bench.sizes["images"]
+    x, grad_out = rng.standard_normal((2, batch, 64, size, size), np.float32)
+    depthwise = kind != "deformable"
+    scope = 4 if kind == "deformable kernel" else 3
+    weight = rng.standard_normal((64, 1 if depthwise else 64, scope, scope), np.float32)
+    offsets = 0.5 * rng.standard_normal((batch, 18, size, size), np.float32)
+    if kind == "deformable kernel":
+        layer = partial(kp.deformable_kernel_conv2d, kernel_size=3, padding=1)
+    else:
+        # Within the image: grid_sample interpolates between its last pixel and zero in another way at other places.
+        offsets = within_image(offsets, size)
+        layer = partial(kp.deformable_conv2d, padding=1, groups=64 if depthwise else 1)
+    bench.label(order=kind, size=f"{batch} x 64 x {size} x {size}")
+
+    def forward():
+        return [layer(x, weight, offsets)]
+
+    def step():
+        out, pullback = kp.autodiff.vjp(layer, x, weight, offsets)
+        return [out, *pullback(grad_out)]
+
+    if memory:
+        layer(x[:1, :, :8, :8].copy(), weight, offsets[:1, :, :8, :8].copy())  # starts threads and loads code
+        bench.memory("memory of forward", forward, x.nbytes)
+        bench.memory("memory of forward + vjp", step, 2 * x.nbytes + weight.nbytes + offsets.nbytes)
+        return
+    results = {"forward": bench.first(forward), "forward + vjp": bench.first(step)}
+    inputs = {"x": x, "weight": weight, "offsets": offsets, "grad_out": grad_out, "depthwise": depthwise}
+    for what, call, is_step in (("forward", forward, 0), ("forward + vjp", step, 1)):
+        bench.rate(what, call, batch * size**2, "M positions/s per core")
+        for pair in peers.IMAGE_PEERS["kernel" if kind == "deformable kernel" else "data"]:
+            bench.against(what, call, pair[is_step], inputs, partial(close, results[what]))
+    plain = partial(layer, x, weight[..., :3, :3].copy(), None)
+    plain_inputs = inputs | {"weight": weight[..., :3, :3].copy()}
+    bench.against("plain, forward", lambda: plain(), peers.TORCH_CONV2D, plain_inputs, partial(close, [plain()]))
+    if not depthwise:
+        product = {"aggregated": rng.standard_normal((batch * size**2, 9 * 64), np.float32), "weights": weight}
+        blas = f"OpenBLAS kernels: {peers.openblas_core()}"
+        bench.against("forward", forward, peers.NUMPY_MATMUL, product, lambda _: None, note=blas)
+
+
+def within_image(offsets, size):
+    """Data offsets of 3 x 3 taps, changed so that all samples lie within the image."""
+    axis, taps = np.arange(size, dtype=np.float32), np.arange(-1, 2, dtype=np.float32)
+    offsets = offsets.reshape(-1, 3, 3, 2, size, size)
+    rows = axis[:, None] + taps[:, None, None, None]
+    columns = axis + taps[:, None, None]
+    moved = [np.clip(at + offsets[:, :, :, i], 0.01, size - 1.01) - at for i, at in enumerate((rows, columns))]
+    return np.stack(moved, 3).reshape(-1, 18, size, size)
 
 
 def normalized(features, scale, shift, grad):

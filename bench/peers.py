@@ -523,6 +523,95 @@ TORCH_CROSS_ENTROPY = Peer("torch", imports("torch"), torch_cross_entropy, read_
 NUMPY_LINEAR = Peer("NumPy X @ W", imports("numpy"), lambda features, weights: lambda: features @ weights, np.asarray)
 
 
+# ---- convolutions of images
+
+
+def image_convolution(formulation, step=False):
+    """A function that prepares a convolution of images, a formulation in torch: its result, or with `step` also its
+    gradients by x, weight and offsets."""
+
+    def prepare(x, weight, offsets, grad_out, depthwise=False):
+        import torch
+
+        primals = [torch.from_numpy(a).requires_grad_(step) for a in (x, weight, offsets)]
+        grad_out = torch.from_numpy(grad_out)
+
+        def run():
+            out = formulation(torch, *primals, depthwise)
+            return [out.detach(), *(torch.autograd.grad(out, primals, grad_out) if step else ())]
+
+        return run
+
+    return prepare
+
+
+def grid_sampled_kernel(torch, x, weight, offsets, depthwise):
+    """A local deformable kernel of 3 x 3 taps: unfold, and grid_sample of the kernel."""
+    (batch, channels, height, width), scope = x.shape, weight.shape[-1]
+    taps = torch.arange(3, dtype=x.dtype) + (scope - 3) / 2
+    grid = torch.stack([taps.repeat_interleave(3), taps.repeat(3)], -1)
+    at = (offsets.permute(0, 2, 3, 1).reshape(-1, 9, 2) + grid).clamp(0, scope - 1)
+    grid = (at.flip(-1) * 2 / (scope - 1) - 1)[None]
+    sampled = torch.nn.functional.grid_sample(weight.reshape(1, -1, scope, scope), grid, align_corners=True)
+    sampled = sampled.reshape(channels, batch, height * width, 9).permute(1, 0, 3, 2)
+    columns = torch.nn.functional.unfold(x, 3, padding=1).reshape(batch, channels, 9, height * width)
+    return (columns * sampled).sum(2).reshape(x.shape)
+
+
+def hat_weighted_kernel(torch, x, weight, offsets, depthwise):
+    """The same as a product of hat weights (positions and taps, cells of the scope) with the kernel, times unfold."""
+    (batch, channels, height, width), scope = x.shape, weight.shape[-1]
+    taps, cells = torch.arange(3, dtype=x.dtype) + (scope - 3) / 2, torch.arange(scope, dtype=x.dtype)
+    grid = torch.stack([taps.repeat_interleave(3), taps.repeat(3)], -1)
+    at = (offsets.permute(0, 2, 3, 1).reshape(-1, 9, 2) + grid).clamp(0, scope - 1)
+    rows, columns = ((1 - (at[..., axis, None] - cells).abs()).clamp(min=0) for axis in (0, 1))
+    hats = (rows[..., :, None] * columns[..., None, :]).reshape(-1, scope**2)
+    sampled = (hats @ weight.reshape(channels, -1).T).reshape(batch, height * width, 9, channels)
+    unfolded = torch.nn.functional.unfold(x, 3, padding=1).reshape(batch, channels, 9, -1).permute(0, 3, 2, 1)
+    return (unfolded * sampled).sum(2).permute(0, 2, 1).reshape(x.shape)
+
+
+def grid_sampled_image(torch, x, weight, offsets, depthwise):
+    """A deformable convolution of 3 x 3 taps: grid_sample of the image, times the kernel."""
+    batch, channels, height, width = x.shape
+    taps = torch.arange(-1, 2, dtype=x.dtype)
+    offsets = offsets.reshape(batch, 9, 2, height, width)
+    rows = torch.arange(height, dtype=x.dtype)[:, None] + taps.repeat_interleave(3)[:, None, None] + offsets[:, :, 0]
+    columns = torch.arange(width, dtype=x.dtype) + taps.repeat(3)[:, None, None] + offsets[:, :, 1]
+    grid = torch.stack([columns * 2 / (width - 1) - 1, rows * 2 / (height - 1) - 1], -1)
+    sampled = torch.nn.functional.grid_sample(x, grid.reshape(batch, -1, width, 2), align_corners=True)
+    sampled = sampled.reshape(batch, channels, 9, height * width)
+    if depthwise:
+        return (sampled * weight.reshape(channels, 9, 1)).sum(2).reshape(x.shape)
+    kernel = weight.reshape(len(weight), -1)
+    return (kernel @ sampled.reshape(batch, -1, height * width)).reshape(batch, -1, height, width)
+
+
+def plain_convolution(torch, x, weight, offsets, depthwise):
+    """torch's own convolution, without offsets."""
+    return torch.nn.functional.conv2d(x, weight, padding=1, groups=x.shape[1] if depthwise else 1)
+
+
+def torchvision_convolution(torch, x, weight, offsets, depthwise):
+    from torchvision.ops import deform_conv2d
+
+    return deform_conv2d(x, offsets, weight, padding=1)
+
+
+def _image_peers(name, formulation, module="torch"):
+    """(forward, forward and gradients) of a formulation."""
+    return [Peer(name, imports(module), image_convolution(formulation, step), read_tensors) for step in (False, True)]
+
+
+IMAGE_PEERS = {
+    "kernel": [_image_peers("unfold + grid_sample", grid_sampled_kernel),
+               _image_peers("unfold + hat weights", hat_weighted_kernel)],
+    "data": [_image_peers("grid_sample + product", grid_sampled_image),
+             _image_peers("torchvision", torchvision_convolution, "torchvision")],
+}  # fmt: skip
+TORCH_CONV2D = Peer("torch conv2d", imports("torch"), image_convolution(plain_convolution), read_tensors)
+
+
 def openblas_core():
     """The kernels that NumPy's OpenBLAS runs ("Haswell", "SkylakeX"), or None without threadpoolctl or OpenBLAS."""
     try:

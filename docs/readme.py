@@ -14,7 +14,7 @@ from kpcore.ops import OPS
 BEGIN, END = "<!-- operators:begin -->\n", "<!-- operators:end -->\n"
 # In the order in which a network uses them, from points to the loss.
 MODULES = ("search", "neighbors", "subsampling", "sampling", "pyramid", "dispositions", "kpconv", "deformation",
-           "continuous", "sparse", "kernel_map", "pooling", "layers")  # fmt: skip
+           "continuous", "sparse", "kernel_map", "pooling", "deform2d", "layers")  # fmt: skip
 
 
 def table():

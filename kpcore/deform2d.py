@@ -65,11 +65,12 @@ def _checked_weight(name, weight, sizes, x, groups, local, has_experts):
     """The weight (and whether it is depthwise): (Cout, Cin/groups, Sh, Sw), or (C, Sh, Sw), each with or without E."""
     channels, first = sizes["C"][0], "E " * has_experts
     is_short = getattr(weight, "ndim", 0) == 3 + has_experts
-    of_group = channels // groups if channels % groups == 0 else channels
     shape = f"{first}C Sh Sw" if is_short else f"{first}Cout Cin/groups Sh Sw"
     known = {key: sizes[key] for key in ("device", "C")}
     if not (is_short or local):
-        known["Cin/groups"] = of_group, "x" if groups == 1 else "x and groups"
+        if channels % groups:
+            raise ValueError(f"groups: expected a divisor of {channels} channels of x, got {groups}")
+        known["Cin/groups"] = channels // groups, "x" if groups == 1 else "x and groups"
     weight = checks.array(name, weight, shape, checks.FEATURES, known, like=("x", x))
     if 0 in weight.shape:
         raise ValueError(f"{name}: expected sizes of at least 1, got {weight.shape}")
@@ -86,10 +87,8 @@ def _checked_weight(name, weight, sizes, x, groups, local, has_experts):
                 f"groups: expected {channels}, the number of channels of x, because {name} is depthwise, got {groups}"
             )
         return weight, True
-    if channels % groups or outputs % groups:
-        raise ValueError(
-            f"groups: expected a divisor of {channels} channels of x and {outputs} of {name}, got {groups}"
-        )
+    if outputs % groups:
+        raise ValueError(f"groups: expected a divisor of {outputs} output channels of {name}, got {groups}")
     return weight, groups == channels == outputs
 
 
@@ -115,6 +114,8 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
         raise ValueError(f"x: expected at least 1 channel, got {x.shape}")
     groups, like = checks.integer("groups", groups, 1, checks.MAX_POINTS), ("x", x)
     has_experts, is_local = weight_name == "weights", getattr(kernel_offsets, "ndim", 0) == 4
+    if getattr(kernel_offsets, "ndim", 2) not in (2, 4):
+        raise ValueError(f"kernel_offsets: expected 4 axes (local) or 2 (global), got {kernel_offsets.ndim}")
     weight, depthwise = _checked_weight(weight_name, weight, sizes, x, groups, is_local, has_experts)
     experts = weight.shape[0] if has_experts else 1
     if has_experts:
@@ -136,6 +137,9 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
             f"x: expected at least {dilation[0] * (kernel[0] - 1) + 1} x {dilation[1] * (kernel[1] - 1) + 1} pixels with "
             f"padding, the size of the dilated kernel, got {height + 2 * padding[0]} x {width + 2 * padding[1]}"
         )
+    padded = (height + 2 * padding[0]) * (width + 2 * padding[1])
+    if padded > checks.MAX_POINTS:
+        raise ValueError(f"x: expected at most {checks.MAX_POINTS} pixels with padding, got {padded}")
     sizes |= {"Ho": (out_height, "the output"), "Wo": (out_width, "the output"), "Cout": (outputs, weight_name)}
     shape, axis = ("B Ho Wo {}", 3) if is_last else ("B {} Ho Wo", 1)
     taps = kernel[0] * kernel[1]
@@ -243,8 +247,9 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
     thread; in the backward pass three times as much. With global offsets also two kernels.
 
     Interpolation has a kink where a position is an integer. There the derivative by the offset is that from the right;
-    at the upper end of a clipped scope, where that would be zero for ever, it is that from the left. The derivative by
-    an offset that is clipped is zero. Gradients are the same bits with any number of threads.
+    at the upper end of a clipped scope, where that would be zero for ever, it is that from the left. The derivative is
+    zero by an offset that is clipped, and where a sample is a cell or more outside, as in torchvision. Gradients are
+    the same bits with any number of threads.
 
     Examples
     --------

@@ -21,8 +21,15 @@ FAMILIES = sorted({op.check.__module__.split(".")[1] for op in OPS.values()})
 CALLS = {name: call for family in FAMILIES for name, call in importlib.import_module(f"test_{family}").CALLS.items()}
 ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "sigmoid", "softmax")  # operators on arrays of any shape
 # Arguments that may have several numbers of axes
-SEVERAL_SHAPES = {"continuous_conv": "extents", "continuous_conv_transpose": "extents", "sparse_conv": "filters",
-                  "sparse_conv_transpose": "filters"}  # fmt: skip
+SEVERAL_SHAPES = {
+    "conditional_conv2d": ("weights", "kernel_offsets"),
+    "continuous_conv": ("extents",),
+    "continuous_conv_transpose": ("extents",),
+    "deformable_conv2d": ("weight",),
+    "deformable_kernel_conv2d": ("weight", "kernel_offsets"),
+    "sparse_conv": ("filters",),
+    "sparse_conv_transpose": ("filters",),
+}
 # {"gather-0": ("gather", 0), ...}: each operator with each of its options
 VARIANTS = {f"{name}-{i}": (name, i) for name, (_, options) in CALLS.items() for i in range(len(options))}
 TRACED = [variant for variant, (name, _) in VARIANTS.items() if OPS[name].result is not None]
@@ -40,7 +47,7 @@ def call(variant, num=24, geometry=np.float64, features=np.float64):
 
 def has_one_shape(op, argument):
     """Whether one more axis makes the argument wrong."""
-    return op.name not in ANY_SHAPE and SEVERAL_SHAPES.get(op.name) != argument
+    return op.name not in ANY_SHAPE and argument not in SEVERAL_SHAPES.get(op.name, ())
 
 
 def diff(op, arguments):

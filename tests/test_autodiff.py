@@ -285,6 +285,7 @@ def test_what_kind_each_argument_is(variant):
         "bool": bool,
         "str": str,
         "int[]": tuple,
+        "int or int[]": (int, tuple),
     }
     for name, (kind, optional) in kinds.items():
         assert isinstance(arguments[name], types[kind]) or (arguments[name] is None and optional), name

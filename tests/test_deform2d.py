@@ -180,6 +180,37 @@ PROBLEMS = {
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
+def example(**options):
+    """An entry of CALLS. Its arguments are those of a problem; without points there are no images."""
+
+    def make(num, geometry, features):
+        batch = options.get("batch", 2) if num else 0
+        return problem(**{"size": (5, 4), "dtype": features} | options | {"batch": batch})[1]
+
+    return make
+
+
+CALLS = {
+    "deformable_kernel_conv2d": (
+        example(channels=4, kernel_groups=2, data_groups=1, modulated=True),
+        [
+            {},
+            {"data_offsets": None, "modulations": None, "clip": None, "grid": "uniform"},
+            {"data_offsets": None, "modulations": None, "bias": None},
+            lambda a: {"kernel_offsets": np.ascontiguousarray(a["kernel_offsets"][:, :18, 0, 0]), "groups": 4},
+        ],
+    ),
+    "deformable_conv2d": (
+        example(kind="data", form=None, scope=3, data_groups=2, groups=2, modulated=True, channels=6, outputs=4),
+        [{}, {"modulations": None, "bias": None}, {"data_offsets": None, "modulations": None, "layout": "NCHW"}],
+    ),
+    "conditional_conv2d": (
+        example(form="global", experts=2, groups=2, channels=4, data_groups=1, layout="NHWC"),
+        [{}, {"data_offsets": None, "bias": None}, {"kernel_offsets": None, "data_offsets": None, "kernel_size": None}],
+    ),
+}
+
+
 @each_problem
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_values_are_those_of_the_formulas(name, dtype):
@@ -218,3 +249,248 @@ def test_gradients_of_float32(name):
     for n, gradient in gradients(function, arguments).items():
         assert gradient.dtype == np.float32
         assert_close(gradient, expected[n], 2e-5)
+
+
+# ---- the three operators and plain convolution
+
+
+def test_zero_offsets_of_a_kernel_without_scope_are_a_plain_convolution():
+    _, arguments = problem(scope=3, groups=1)
+    zero = np.zeros_like(arguments["kernel_offsets"])
+    plain = kp.deformable_conv2d(arguments["x"], arguments["weight"], None, bias=arguments["bias"], padding=1, groups=6)
+    for clip in ("scope", None):
+        for grid in ("unit", "uniform"):
+            out = kp.deformable_kernel_conv2d(**arguments | {"kernel_offsets": zero, "clip": clip, "grid": grid})
+            assert_close(out, plain, 1e-14)
+    assert_close(plain, expected(arguments | {"kernel_offsets": zero}), 1e-13)
+
+
+def test_a_scope_of_four_is_averaged_over_two_by_two_cells():
+    _, arguments = problem(scope=4)
+    weight = arguments["weight"]
+    means = (weight[..., :-1, :-1] + weight[..., 1:, :-1] + weight[..., :-1, 1:] + weight[..., 1:, 1:]) / 4
+    out = kp.deformable_kernel_conv2d(**arguments | {"kernel_offsets": np.zeros_like(arguments["kernel_offsets"])})
+    plain = kp.deformable_conv2d(arguments["x"], means, None, bias=arguments["bias"], padding=1, groups=6)
+    assert_close(out, plain, 1e-14)
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, 1), (-1, 2), (1, -1)])
+def test_integer_offsets_shift(shift):
+    """Kernel offsets shift the kernel within its scope, data offsets the image."""
+    _, arguments = problem(scope=7, spread=0.0)
+    offsets = arguments["kernel_offsets"]
+    offsets[:, 0::2], offsets[:, 1::2] = shift
+    first = [2 + s for s in shift]
+    part = arguments["weight"][:, :, first[0] : first[0] + 3, first[1] : first[1] + 3]
+    plain = kp.deformable_conv2d(arguments["x"], part, None, bias=arguments["bias"], padding=1, groups=6)
+    assert_close(kp.deformable_kernel_conv2d(**arguments), plain, 1e-14)
+    shifted = np.zeros_like(arguments["x"])
+    (dy, dx), (height, width) = shift, shifted.shape[2:]
+    rows, columns = (np.arange(max(0, -d), min(n, n - d)) for d, n in ((dy, height), (dx, width)))
+    shifted[:, :, rows[:, None], columns] = arguments["x"][:, :, rows[:, None] + dy, columns + dx]
+    data = np.zeros_like(offsets)
+    data[:, 0::2], data[:, 1::2] = shift
+    out = kp.deformable_conv2d(arguments["x"], part, data, padding=1, groups=6)
+    # The padding is shifted too, so pixels at the border see pixels of the image that a shifted image has lost.
+    inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
+    plain = kp.deformable_conv2d(shifted, part, None, padding=1, groups=6)
+    assert_close(out[inner], plain[inner], 1e-14)
+
+
+def test_a_mixture_of_equal_experts_is_one_of_them():
+    _, arguments = problem(experts=3, form="global", groups=2)
+    arguments["weights"][:] = arguments["weights"][0]
+    arguments["routing"] = np.full_like(arguments["routing"], 1 / 3)
+    weight = arguments["weights"][0]
+    others = {name: value for name, value in arguments.items() if name not in ("weights", "routing")}
+    assert_close(kp.conditional_conv2d(**arguments), kp.deformable_kernel_conv2d(weight=weight, **others), 1e-13)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_global_offsets_are_the_same_at_all_positions(groups):
+    """Local offsets that are equal everywhere give the result of global ones."""
+    _, arguments = problem(form="global", channels=4, groups=4)
+    offsets = arguments["kernel_offsets"]
+    local = np.broadcast_to(np.tile(offsets, (1, groups))[:, :, None, None], (2, 18 * groups, 7, 6)).copy()
+    assert_close(kp.deformable_kernel_conv2d(**arguments | {"kernel_offsets": local}),
+                 kp.deformable_kernel_conv2d(**arguments), 1e-13)  # fmt: skip
+
+
+# ---- derivatives where interpolation has a kink
+
+
+def slope(function, arguments, name, channel):
+    """The derivative of the sum of the result by one channel of offsets, at all positions together."""
+    out, pullback = kp.autodiff.vjp(lambda v: function(**arguments | {name: v}), arguments[name])
+    return pullback(np.ones_like(out))[0][:, channel].sum()
+
+
+def difference(function, arguments, name, channel, step):
+    moved = arguments[name].copy()
+    moved[:, channel] += step
+    return (function(**arguments | {name: moved}).sum() - function(**arguments).sum()) / step
+
+
+@pytest.mark.parametrize(
+    ("clip", "offset", "step"),
+    [
+        (None, 0.0, 1e-6),  # from the right at a cell
+        (None, 1.0, 1e-6),  # also at the last one, beyond which the weight fades to zero
+        ("scope", 0.0, 1e-6),
+        ("scope", -1.0, 1e-6),  # at the first cell, towards the inside
+        ("scope", 1.0, -1e-6),  # at the last cell too
+    ],
+)
+def test_slope_at_a_cell(clip, offset, step):
+    function, arguments = problem(scope=3, batch=1, channels=2, spread=0.0, clip=clip)
+    channel = 8  # row of the tap in the middle
+    arguments["kernel_offsets"][:, channel] = offset
+    got = slope(function, arguments, "kernel_offsets", channel)
+    assert got == pytest.approx(difference(function, arguments, "kernel_offsets", channel, step), rel=1e-6)
+    assert abs(got) > 1e-3
+
+
+@pytest.mark.parametrize("offset", [1.5, -2.5])
+def test_offsets_that_are_clipped_have_no_gradient(offset):
+    function, arguments = problem(scope=3, batch=1, channels=2, spread=0.0)
+    arguments["kernel_offsets"][:, 8] = offset
+    assert slope(function, arguments, "kernel_offsets", 8) == 0
+
+
+def test_slope_of_data_offsets_at_a_pixel():
+    """From the right; samples end at the last pixels and beyond."""
+    function, arguments = problem(kind="data", form=None, scope=3, data_groups=1, batch=1, padding=0)
+    arguments["data_offsets"][:] = abs(np.round(arguments["data_offsets"]))
+    for channel in (0, 1, 9):
+        expected = difference(function, arguments, "data_offsets", channel, 1e-6)
+        assert slope(function, arguments, "data_offsets", channel) == pytest.approx(expected, rel=1e-6)
+
+
+# ---- what holds for all of them
+
+
+@each_problem
+def test_only_the_gradients_that_are_needed(name):
+    """Each has the same bits whatever else is computed."""
+    function, arguments = problem(**PROBLEMS[name], dtype=np.float32)
+    together = gradients(function, arguments)
+    for n in GRADIENTS:
+        if arguments.get(n) is not None:
+            assert_same_bits(gradients(function, arguments, (n,))[n], together[n])
+
+
+@pytest.mark.parametrize("name", ["local", "local, data groups", "global, data", "data, groups", "experts", "plain"])
+def test_the_same_bits_with_any_number_of_threads(name, isa, set_threads):
+    sizes = {"size": (40, 37), "channels": 12, "batch": 3} | ({"outputs": 14} if "global" in name else {})
+    function, arguments = problem(**PROBLEMS[name] | sizes, dtype=np.float32)
+    results = []
+    for threads in (1, 2, 7):
+        set_threads(threads)
+        results.append(gradients(function, arguments))
+    for other in results[1:]:
+        for n, value in results[0].items():
+            assert_same_bits(other[n], value)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 15, 16, 17, 33, 64, 65, 100])
+@pytest.mark.parametrize("name", ["local", "local, data", "data", "global", "plain, depthwise"])
+def test_channels(name, channels, isa):
+    more = {"groups": channels} if name == "plain, depthwise" else {}
+    sizes = {"channels": channels, "size": (4, 5), "batch": 1}
+    function, arguments = problem(**PROBLEMS[name] | sizes | more, dtype=np.float32)
+    assert_close(function(**arguments), expected(arguments), 2e-5)
+    doubles = {n: a.astype(np.float64) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+    for n, gradient in gradients(function, arguments).items():
+        assert_close(gradient, gradients(function, doubles)[n], 3e-5)
+
+
+def test_layouts_agree():
+    function, arguments = problem(data_groups=2, modulated=True, kernel_groups=3)
+    last = {n: np.ascontiguousarray(np.moveaxis(arguments[n], 1, -1))
+            for n in ("x", "kernel_offsets", "data_offsets", "modulations")}  # fmt: skip
+    out = function(**arguments | last | {"layout": "NHWC"})
+    assert_same_bits(np.ascontiguousarray(np.moveaxis(out, -1, 1)), function(**arguments))
+
+
+@pytest.mark.parametrize("name", ["local", "local, data", "data", "global, experts"])
+def test_no_images(name):
+    function, arguments = problem(**PROBLEMS[name] | {"batch": 0})
+    results = gradients(function, arguments)
+    assert results["out"].shape[0] == 0
+    for n in ("weight", "weights", "bias"):
+        assert not results.get(n, np.zeros(1)).any()
+
+
+def test_detached_offsets_have_zero_gradients():
+    function, arguments = problem(data_groups=1, modulated=True)
+    full, detached = gradients(function, arguments), gradients(function, arguments | {"detach_offsets": True})
+    for n, gradient in detached.items():
+        if n in ("kernel_offsets", "data_offsets", "modulations"):
+            assert gradient.shape == full[n].shape
+            assert not gradient.any()
+            assert full[n].any()
+        else:
+            assert_same_bits(gradient, full[n])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+def test_offsets_that_are_not_finite_or_far_away_change_only_their_position(value):
+    """NaN gives NaN; an infinite offset is clipped to the scope, or lies outside of the image."""
+    function, arguments = problem(data_groups=1, clip="scope")
+    before = function(**arguments)
+    for n in ("kernel_offsets", "data_offsets"):
+        changed = arguments[n].copy()
+        changed[0, 3, 2, 2] = value
+        out = function(**arguments | {n: changed})
+        assert np.isnan(out[0, :, 2, 2]).all() == np.isnan(value)
+        out[0, :, 2, 2] = before[0, :, 2, 2]
+        assert_same_bits(out, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": np.zeros((2, 6, 7))}, ValueError, r"x: expected \(B, C, H, W\), got \(2, 6, 7\)"),
+        ({"x": np.zeros((2, 0, 7, 6))}, ValueError, "x: expected at least 1 channel"),
+        ({"layout": "NCWH"}, ValueError, "layout: expected 'NCHW' or 'NHWC', got 'NCWH'"),
+        ({"grid": "linear"}, ValueError, "grid: expected 'unit' or 'uniform'"),
+        ({"clip": True}, ValueError, "clip: expected None or 'scope', got True"),
+        ({"stride": 0}, ValueError, "stride: expected 1 to 2147483647, got 0"),
+        ({"stride": (1, 2, 3)}, ValueError, "stride: expected an integer, or one for each axis, got 3 of them"),
+        ({"padding": -1}, ValueError, "padding: expected 0 to 2147483647, got -1"),
+        ({"kernel_size": 2.5}, TypeError, "kernel_size: expected an integer, got float"),
+        ({"kernel_size": 9}, ValueError, "x: expected at least 9 x 9 pixels with padding, the size of the dilated"),
+        ({"groups": 2}, ValueError, "groups: expected 6, the number of channels of x, because weight is depthwise"),
+        ({"weight": np.zeros((6, 2, 4, 4))}, ValueError, r"weight: expected \(C, Sh, Sw\) or \(C, 1, Sh, Sw\) with"),
+        ({"weight": np.zeros((5, 4, 4))}, ValueError, r"weight: expected \(6, Sh, Sw\) to match x, got \(5, 4, 4\)"),
+        ({"weight": np.zeros((6, 1, 0, 4))}, ValueError, "weight: expected sizes of at least 1"),
+        ({"weight": np.zeros((6, 1, 4, 4), np.float32)}, TypeError, "weight: expected float64 to match x, got float32"),
+        ({"kernel_offsets": np.zeros((2, 17, 7, 6))}, ValueError, "kernel_offsets: expected a multiple of 18 at axis 1"),
+        ({"kernel_offsets": np.zeros((2, 72, 7, 6))}, ValueError, "kernel_offsets: expected offset groups that divide"),
+        ({"kernel_offsets": np.zeros((2, 18, 7, 5))}, ValueError, "kernel_offsets: expected .* to match the output and x"),
+        ({"kernel_offsets": np.zeros((2, 17)), "groups": 6}, ValueError, r"kernel_offsets: expected \(2, 18\) to match"),
+        ({"kernel_offsets": np.zeros((2, 18, 7))}, ValueError, r"kernel_offsets: expected 4 axes \(local\) or 2 \(global\), got 3"),
+        ({"data_offsets": np.zeros((2, 9, 7, 6))}, ValueError, "data_offsets: expected a multiple of 18 at axis 1"),
+        ({"data_offsets": np.zeros((2, 18, 7, 6)), "modulations": np.zeros((2, 18, 7, 6))}, ValueError,
+         r"modulations: expected \(2, 9, 7, 6\) to match data_offsets and the output and x"),
+        ({"bias": np.zeros(5)}, ValueError, r"bias: expected \(6,\) to match weight, got \(5,\)"),
+        ({"detach_offsets": 1}, TypeError, "detach_offsets: expected True or False, got int"),
+    ],
+)  # fmt: skip
+def test_errors(changes, error, message):
+    function, arguments = problem()
+    with pytest.raises(error, match=message):
+        function(**arguments | changes)
+
+
+def test_errors_of_experts_and_groups():
+    function, arguments = problem(experts=2, form="global", groups=2)
+    with pytest.raises(ValueError, match=r"routing: expected \(2, 2\) to match weights and x, got \(2, 3\)"):
+        function(**arguments | {"routing": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"weights: expected \(E, Cout, 2, Sh, Sw\) to match x and groups"):
+        function(**arguments | {"groups": 3})
+    with pytest.raises(ValueError, match="groups: expected a divisor of 6 channels of x, got 4"):
+        function(**arguments | {"groups": 4})
+    weights = np.zeros((2, 7, 3, 4, 4))
+    with pytest.raises(ValueError, match="groups: expected a divisor of 7 output channels of weights, got 2"):
+        function(**arguments | {"weights": weights, "bias": None})

@@ -102,6 +102,20 @@ struct ChannelOrder {
   bool is_identity() const { return classes == 1 && stored == channels; }
 };
 
+// Whether the three channels after c exist and are stored behind it.
+inline bool are_four(const int64_t* slot, int64_t c, int64_t channels) {
+  return c + 4 <= channels && slot[c + 1] == slot[c] + 1 && slot[c + 2] == slot[c] + 2 && slot[c + 3] == slot[c] + 3;
+}
+
+// Copies four rows of four values each to four columns.
+template <class F>
+KP_INLINE void transpose_block(const F* from, int64_t from_row, F* to, int64_t to_row) {
+  Four<F> rows[4], columns[4];
+  for (int i = 0; i < 4; ++i) rows[i] = *reinterpret_cast<const Four<F>*>(from + i * from_row);
+  transpose_four<F>(rows, columns);
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<Four<F>*>(to + i * to_row) = columns[i];
+}
+
 // Images with the channels last, in the order of a ChannelOrder: those of a chunk, copied unless they are stored so.
 template <class F>
 class ChannelsLast {
@@ -124,8 +138,17 @@ class ChannelsLast {
       const int64_t item = job / blocks, begin = job % blocks * block, end = smaller(pixels_, begin + block);
       F* const to = copy_.data() + item * pixels_ * stored_;
       if (order.stored != order.channels) memset(to + begin * stored_, 0, size_t((end - begin) * stored_) * sizeof(F));
-      for (int64_t c = 0; c < order.channels; ++c)
-        for (int64_t p = begin; p < end; ++p) to[p * stored_ + order.slot[c]] = images.at(first + item, c, p);
+      for (int64_t c = 0; c < order.channels; ++c) {
+        int64_t p = begin;
+        if (!images.channels_last && are_four(order.slot.data(), c, order.channels)) {
+          const F* const from = &images.at(first + item, c, 0);
+          for (; p + 4 <= end; p += 4) transpose_block(from + p, pixels_, to + p * stored_ + order.slot[c], stored_);
+          for (; p < end; ++p)
+            for (int64_t i = 0; i < 4; ++i) to[p * stored_ + order.slot[c] + i] = from[i * pixels_ + p];
+          c += 3;
+        }
+        for (; p < end; ++p) to[p * stored_ + order.slot[c]] = images.at(first + item, c, p);
+      }
     }
     return true;
   }
@@ -137,23 +160,33 @@ class ChannelsLast {
   int64_t stored_ = 0, pixels_ = 0;
 };
 
-// Writes `count` rows of a tile, pixels from `first` on, to an image; adds the bias unless it is null.
+// Writes `count` rows of a tile, pixels from `first` on, to an image; adds the bias unless it is null. `slot`: the
+// place of each channel in a row.
 template <class F>
-void write_pixels(const F* rows, int64_t row_size, const int64_t* slot, int64_t count, const F* bias,
-                  const PixelArray<F>& to, int64_t item, int64_t first) {
+void write_pixels(F* rows, int64_t row_size, const int64_t* slot, int64_t count, const F* bias, const PixelArray<F>& to,
+                  int64_t item, int64_t first) {
+  for (int64_t p = 0; bias && p < count; ++p)
+    for (int64_t c = 0; c < to.channels; ++c) rows[p * row_size + slot[c]] += bias[c];
   if (to.channels_last) {
     for (int64_t p = 0; p < count; ++p)
-      for (int64_t c = 0; c < to.channels; ++c)
-        to.at(item, c, first + p) = rows[p * row_size + slot[c]] + (bias ? bias[c] : F(0));
+      for (int64_t c = 0; c < to.channels; ++c) to.at(item, c, first + p) = rows[p * row_size + slot[c]];
     return;
   }
   constexpr int64_t block = 16;  // rows whose values of one channel are in the first-level cache for the next channels
-  for (int64_t begin = 0; begin < count; begin += block)
+  for (int64_t begin = 0; begin < count; begin += block) {
+    const int64_t end = smaller(count, begin + block);
     for (int64_t c = 0; c < to.channels; ++c) {
       F* const plane = &to.at(item, c, first);
-      for (int64_t p = begin; p < smaller(count, begin + block); ++p)
-        plane[p] = rows[p * row_size + slot[c]] + (bias ? bias[c] : F(0));
+      int64_t p = begin;
+      if (are_four(slot, c, to.channels)) {
+        for (; p + 4 <= end; p += 4) transpose_block(rows + p * row_size + slot[c], row_size, plane + p, to.pixels);
+        for (; p < end; ++p)
+          for (int64_t i = 0; i < 4; ++i) plane[i * to.pixels + p] = rows[p * row_size + slot[c] + i];
+        c += 3;
+      }
+      for (; p < end; ++p) plane[p] = rows[p * row_size + slot[c]];
     }
+  }
 }
 
 // ---- the kernel of an image
