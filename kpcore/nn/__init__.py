@@ -12,7 +12,17 @@ from kpcore.nn.blocks import Run
 from kpcore.nn.checkpoints import load, save
 from kpcore.nn.kpnext import KPNeXt, kpnext
 from kpcore.nn.networks import Network, Result, architecture, count, kpcnn, kpfcnn
-from kpcore.nn.optimizers import Optimizer, adamw, clip_by_norm, clip_by_value, exponential, one_cycle, sgd
+from kpcore.nn.optimizers import (
+    Optimizer,
+    adamw,
+    clip_by_norm,
+    clip_by_value,
+    cosine,
+    exponential,
+    one_cycle,
+    sgd,
+    warm_up,
+)
 from kpcore.nn.published import import_kpconv_pytorch
 
 __all__ = [
@@ -26,6 +36,7 @@ __all__ = [
     "blocks",
     "clip_by_norm",
     "clip_by_value",
+    "cosine",
     "count",
     "exponential",
     "import_kpconv_pytorch",
@@ -36,4 +47,5 @@ __all__ = [
     "one_cycle",
     "save",
     "sgd",
+    "warm_up",
 ]
