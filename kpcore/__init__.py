@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loads backends.cpu)
 from kpcore.config import *  # noqa: F403
 from kpcore.continuous import *  # noqa: F403
+from kpcore.deform2d import *  # noqa: F403
 from kpcore.deformation import *  # noqa: F403
 from kpcore.dispositions import *  # noqa: F403
 from kpcore.kernel_map import *  # noqa: F403
@@ -64,7 +65,7 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "continuous", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
+    *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
     *("pooling", "pyramid", "sampling", "search", "sparse", "subsampling"),
 )
 __all__ = ["autodiff"]

@@ -5,8 +5,8 @@ kernels read. The decorator `kpcore.autodiff.operator` turns it into the functio
 `OPS`. The tape, `kpcore.torch` and `kpcore.jax` know operators from that table only.
 
 The annotations of the public function give the kind of each argument: Array[Computed] (if the argument is a `Tensor`,
-so is the result), AnyArray, Neighbors, float, int, bool, str or Sequence[int]; "| None" marks an optional one, and
-Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the arrays of a
+so is the result), AnyArray, Neighbors, float, int, bool, str, Sequence[int] or int | Sequence[int]; "| None" marks an
+optional one, and Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the arrays of a
 Neighbors; all other arguments are settings, which are constants of a compiled function.
 """
 
@@ -163,27 +163,26 @@ def empty_like(call: Call[Out], names: Iterable[str], needs: AbstractSet[str]) -
 
 
 _SETTINGS = {"float": (float, int, np.floating, np.integer), "int": (int, np.integer), "bool": (bool,), "str": (str,),
-             "int[]": (tuple, list)}  # fmt: skip
+             "int[]": (tuple, list), "int or int[]": (int, np.integer, tuple, list)}  # fmt: skip
 _NOUNS = {"float": "a number", "int": "an integer", "bool": "True or False", "str": "a string",
-          "int[]": "a tuple of integers"}  # fmt: skip
+          "int[]": "a tuple of integers", "int or int[]": "an integer or a tuple of integers"}  # fmt: skip
 _KINDS = {name: name for name in ("Neighbors", "float", "int", "bool", "str")}
 _ARRAY_OR_NUMBER = "Array[Computed] | float"
-_KINDS |= {"Array[Computed]": "Array", "AnyArray": "Array", "Sequence[int]": "int[]"}
+_KINDS |= {"Array[Computed]": "Array", _ARRAY_OR_NUMBER: "Array", "AnyArray": "Array", "Sequence[int]": "int[]",
+           "int | Sequence[int]": "int or int[]"}  # fmt: skip
 
 
 def kinds(public: Callable[..., object]) -> dict[str, tuple[str, bool]]:
     """{argument: (kind, whether it may be None)} of a public function, from its annotations."""
     arguments = {}
     for name, parameter in inspect.signature(public).parameters.items():
-        annotation, _, none = str(parameter.annotation).partition(" | ")
-        if parameter.annotation == _ARRAY_OR_NUMBER:
-            none = ""
-        if annotation not in _KINDS or none not in ("", "None"):
+        annotation = str(parameter.annotation).removesuffix(" | None")
+        if annotation not in _KINDS:
             raise TypeError(
                 f"{name}: expected an annotation in {public.__name__} that is {', '.join(_KINDS)}, "
                 f"with or without | None, got {parameter.annotation}"
             )
-        arguments[name] = _KINDS[annotation], none == "None"
+        arguments[name] = _KINDS[annotation], annotation != parameter.annotation
     return arguments
 
 
@@ -223,6 +222,8 @@ def setting(name: str, kind: str, optional: bool, value: object) -> float | bool
         return None
     if not isinstance(value, _SETTINGS[kind]):
         raise TypeError(f"{name}: expected {_NOUNS[kind]}{' or None' * optional}, got {type(value).__name__}")
-    if kind == "int[]":
+    if kind.endswith("int[]"):
+        if not isinstance(value, (tuple, list)):
+            value = (value,)
         return tuple([setting(f"{name}[{at}]", "int", False, number) for at, number in enumerate(value)])
     return float(value) if kind == "float" else int(value) if kind == "int" else value

@@ -237,7 +237,7 @@ class _Arguments:
                 schema += [f"{part.rstrip('?')}{'?' * (optional or '?' in part)} {name}_{which}"
                            for which, part in _PARTS.items()]  # fmt: skip
             else:
-                schema.append(f"{kind}{'?' * optional} {name}")
+                schema.append(f"{kind.removeprefix('int or ')}{'?' * optional} {name}")
         self.schema = ", ".join(schema)
         self.tensors = tuple(i for i, s in enumerate(schema) if s.startswith("Tensor"))
         self.others = tuple(i for i in range(len(schema)) if i not in self.tensors)

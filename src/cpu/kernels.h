@@ -307,6 +307,58 @@ struct Subsampled {
   F(OptionalArray, neighbor_importances) \
   F(Array, scale)
 
+// Convolution of `batch` images x (batch, channels, height, width), or (batch, height, width, channels) if
+// channels_last, which is also the order of grad_x, of `out` and of all offsets and modulations that have an output
+// position each. weight: (experts, out_channels, channels / groups, scope_height, scope_width), where depthwise
+// (experts, channels, scope_height, scope_width). routing (batch, experts), else there is one expert. kernel_offsets:
+// (batch, kernel_groups * taps * 2, out_height, out_width) if is_local, else (batch, taps * 2). data_offsets: (batch,
+// data_groups * taps * 2, out_height, out_width), modulations the same with data_groups * taps. src/formulas/deform2d.h
+// has the formulas. deform2d_grad_x writes grad_x where there are neither data_offsets nor modulations; deform2d_grads
+// writes all other gradients.
+#define KP_FIELDS_Deform2d(F)           \
+  F(Array, x)                           \
+  F(Array, weight)                      \
+  F(OptionalArray, routing)             \
+  F(OptionalArray, kernel_offsets)      \
+  F(OptionalArray, data_offsets)        \
+  F(OptionalArray, modulations)         \
+  F(OptionalArray, bias)                \
+  F(int64_t, batch)                     \
+  F(int64_t, channels)                  \
+  F(int64_t, height)                    \
+  F(int64_t, width)                     \
+  F(int64_t, out_channels)              \
+  F(int64_t, out_height)                \
+  F(int64_t, out_width)                 \
+  F(int64_t, kernel_height)             \
+  F(int64_t, kernel_width)              \
+  F(int64_t, scope_height)              \
+  F(int64_t, scope_width)               \
+  F(int64_t, row_stride)                \
+  F(int64_t, column_stride)             \
+  F(int64_t, row_padding)               \
+  F(int64_t, column_padding)            \
+  F(int64_t, row_dilation)              \
+  F(int64_t, column_dilation)           \
+  F(int64_t, groups)                    \
+  F(int64_t, experts)                   \
+  F(int64_t, kernel_groups)             \
+  F(int64_t, data_groups)               \
+  F(bool, depthwise)                    \
+  F(bool, is_local)                     \
+  F(bool, uniform_grid)                 \
+  F(bool, clips)                        \
+  F(bool, channels_last)                \
+  F(OptionalArray, out)                 \
+  F(OptionalArray, grad_out)            \
+  F(OptionalArray, grad_x)              \
+  F(OptionalArray, grad_weight)         \
+  F(OptionalArray, grad_routing)        \
+  F(OptionalArray, grad_kernel_offsets) \
+  F(OptionalArray, grad_data_offsets)   \
+  F(OptionalArray, grad_modulations)    \
+  F(OptionalArray, grad_bias)
+
 // Both losses share this struct. The fitting loss uses points, queries, the neighbor list and `nearest` (M, K), the
 // neighbor nearest to each kernel point, -1 without neighbors; the repulsion loss uses repulse_extent. `weight` scales
 // every term. repulsion_loss_grad keeps the other kernel points fixed: twice its result is the full derivative.
@@ -541,6 +593,9 @@ struct Subsampled {
   X(cell_conv, CellConv)                              \
   X(cell_conv_grads, CellConv)                        \
   X(inverse_sums, InverseSums)                        \
+  X(deform2d, Deform2d)                               \
+  X(deform2d_grad_x, Deform2d)                        \
+  X(deform2d_grads, Deform2d)                         \
   X(kernel_points, KernelPoints)                      \
   X(lloyd, KernelPoints)                              \
   X(fitting_loss, Deformation)                        \
@@ -596,6 +651,7 @@ struct Subsampled {
   X(KPConv)                 \
   X(CellConv)               \
   X(InverseSums)            \
+  X(Deform2d)               \
   X(Deformation)            \
   X(Linear)                 \
   X(SumRows)                \

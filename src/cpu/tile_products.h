@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "kernels.h"
 #include "parallel.h"
 
 namespace kp {
@@ -59,12 +60,11 @@ struct Weights {
   const F* row(int64_t k) const { return data + k * c_out; }
 };
 
-// Calls work(state, tile, first query, number of queries) for all tiles. Threads take tiles in ascending order; a
-// thread that cannot reserve its state takes none, and the call fails only if no thread can.
+// Calls work(state, tile) for all tiles. Threads take tiles in ascending order; a thread that cannot reserve its state
+// takes none, and the call fails only if no thread can.
 template <class State, class Reserve, class Work>
-Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
-  const Tiles tiles(num_queries, tile_rows);
-  threads = int(smaller<int64_t>(threads, larger<int64_t>(1, tiles.count)));
+Status for_each_of(int64_t tiles, int threads, Reserve reserve, Work work) {
+  threads = int(smaller<int64_t>(threads, larger<int64_t>(1, tiles)));
   int64_t next = 0;
   bool reserved = false;
 #pragma omp parallel num_threads(threads) reduction(|| : reserved)
@@ -73,11 +73,20 @@ Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserv
     reserved = reserve(state);
     while (reserved) {
       const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (t >= tiles.count) break;
-      work(state, t, tiles.begin(t), tiles.begin(t + 1) - tiles.begin(t));
+      if (t >= tiles) break;
+      work(state, t);
     }
   }
   return reserved ? Status::ok : Status::out_of_memory;
+}
+
+// Divides queries into tiles and calls work(state, tile, first query, number of queries) for all of them.
+template <class State, class Reserve, class Work>
+Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserve reserve, Work work) {
+  const Tiles tiles(num_queries, tile_rows);
+  return for_each_of<State>(tiles.count, threads, reserve, [&](State& state, int64_t t) {
+    work(state, t, tiles.begin(t), tiles.begin(t + 1) - tiles.begin(t));
+  });
 }
 
 // o (tile rows + 1, padded columns) = sum over k of A_k W_k, at the rows' queries. The last row of o receives the

@@ -1,0 +1,501 @@
+// Gradients of the convolutions of images, in one pass over the tiles of the output.
+//
+// With g the gradient of the output at a position, x its sample of tap k, w the tap's weight and m its modulation:
+//
+//   the gradients of m, x and w are g x w, g m w and g m x; those of the offsets follow by the slopes of the samples.
+//
+// The gradient of w is added up for every value of the kernel and carried on to the weight (and the routing and the
+// global offsets) at the end. A gradient of x is scattered to the pixels that the sample interpolates. Tiles add to
+// what they share in their order, so no result depends on the number of threads.
+
+#include "deform2d_tile.h"
+#include "tile_gradients.h"
+
+namespace kp {
+namespace KP_ISA {
+namespace {
+
+// The requested gradients; null if not requested.
+template <class F>
+struct Gradients {
+  F *x, *weight, *routing, *global_offsets;
+  PixelArray<F> kernel_offsets, data_offsets, modulations;
+
+  explicit Gradients(const Images<F>& images)
+      : x(into<F>(images.args.grad_x)),
+        weight(into<F>(images.args.grad_weight)),
+        routing(into<F>(images.args.grad_routing)),
+        global_offsets(images.args.is_local ? nullptr : into<F>(images.args.grad_kernel_offsets)),
+        kernel_offsets(images.by_pixel(images.args.is_local ? into<F>(images.args.grad_kernel_offsets) : nullptr,
+                                       images.kernel_offsets.channels)),
+        data_offsets(images.by_pixel(into<F>(images.args.grad_data_offsets), images.data_offsets.channels)),
+        modulations(images.by_pixel(into<F>(images.args.grad_modulations), images.modulations.channels)) {}
+
+  bool need_kernels() const { return weight || routing || global_offsets; }
+  bool need_offsets() const { return kernel_offsets.data || data_offsets.data || modulations.data; }
+  // Whether the gradients of samples are needed.
+  bool need_samples() const { return x || data_offsets.data || modulations.data; }
+};
+
+// A sample of NV vectors and its derivatives by the position along the two axes.
+template <class F>
+struct Interpolated {
+  Vec<F> value, by_row, by_column;
+};
+
+template <class F>
+KP_INLINE Interpolated<F> interpolate(const Sample<F>& sample, Vec<F> low_low, Vec<F> low_high, Vec<F> high_low,
+                                      Vec<F> high_high) {
+  const Hat<F>&y = sample.row, &x = sample.column;
+  const Vec<F> low = x.low_factor * low_low + x.high_factor * low_high;
+  const Vec<F> high = x.low_factor * high_low + x.high_factor * high_high;
+  return {y.low_factor * low + y.high_factor * high, y.low_slope * low + y.high_slope * high,
+          y.low_factor * (x.low_slope * low_low + x.high_slope * low_high) +
+              y.high_factor * (x.low_slope * high_low + x.high_slope * high_high)};
+}
+template <bool interpolates, class F>
+KP_INLINE Interpolated<F> interpolate_at(const Sample<F>& sample, const F* from) {
+  if constexpr (interpolates)
+    return interpolate<F>(sample, load(from + sample.at[0]), load(from + sample.at[1]), load(from + sample.at[2]),
+                          load(from + sample.at[3]));
+  return {load(from + sample.at[0]), Vec<F>{}, Vec<F>{}};
+}
+// The same for the last `count` channels, fewer than a vector.
+template <class F>
+Interpolated<F> interpolate_first(const Sample<F>& sample, const F* from, int count) {
+  return interpolate<F>(sample, load_first(from + sample.at[0], count), load_first(from + sample.at[1], count),
+                        load_first(from + sample.at[2], count), load_first(from + sample.at[3], count));
+}
+
+// ---- depthwise
+
+// One thread's gradients of a depthwise convolution.
+template <class F>
+class DepthwiseGradients {
+ public:
+  bool reserve(const Images<F>& images, const ChannelOrder& order) {
+    const Deform2d& a = images.args;
+    num_kernel_ = images.samples_kernels() ? a.kernel_groups * images.taps * 2 : 0;
+    num_data_ = images.samples_images() ? a.data_groups * images.taps * 3 : 0;
+    const int64_t sums = round_up(num_kernel_ + num_data_, lanes<F>);
+    return kernel_.resize(images.kernel_rows() * order.stored) && sums_.resize(sums * lanes<F>) && totals_.resize(sums);
+  }
+
+  // The gradient of the kernel from the tile's pixels; writes those of their offsets and modulations.
+  template <bool samples_images, bool samples_kernels>
+  void fill(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t first, int64_t count,
+            const F* image, const F* kernel, const F* grad, const Gradients<F>& to) {
+    const Deform2d& a = finder.images.args;
+    memset(kernel_.data(), 0, size_t(kernel_.size()) * sizeof(F));
+    for (int64_t p = 0; p < count; ++p) {
+      if (to.need_offsets()) memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
+      for (int64_t i = 0; i < order.classes; ++i)
+        for (int64_t k = 0; k < finder.images.taps; ++k) {
+          Tap<F> tap;
+          const int64_t y = (first + p) / a.out_width, x = (first + p) % a.out_width;
+          const int64_t kernel_group = order.kernel_group(i), data_group = order.data_group(i);
+          if (!finder.template find<samples_images, samples_kernels>(item, y, x, k, kernel_group, data_group, tap))
+            continue;
+          if (samples_images && is_outside(tap.data)) continue;
+          add<samples_images, samples_kernels>(
+              tap, order.begin[i], order.begin[i + 1], image, kernel, grad + (first + p) * order.stored,
+              &sums_[(kernel_group * finder.images.taps + k) * 2 * lanes<F>],
+              &sums_[(num_kernel_ + (data_group * finder.images.taps + k) * 3) * lanes<F>]);
+        }
+      if (to.need_offsets()) write_offsets(item, first + p, to);
+    }
+  }
+
+  // Adds the gradients of the samples of the tile's pixels to that of the image.
+  template <bool samples_kernels>
+  void scatter(const TapFinder<F>& finder, const ChannelOrder& order, int64_t item, int64_t first, int64_t count,
+               const F* kernel, const F* grad, F* to) const {
+    const Deform2d& a = finder.images.args;
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t i = 0; i < order.classes; ++i)
+        for (int64_t k = 0; k < finder.images.taps; ++k) {
+          Tap<F> tap;
+          const int64_t y = (first + p) / a.out_width, x = (first + p) % a.out_width;
+          if (!finder.template find<true, samples_kernels>(item, y, x, k, order.kernel_group(i), order.data_group(i),
+                                                           tap) ||
+              is_outside(tap.data))
+            continue;
+          for (int64_t c = order.begin[i]; c < order.begin[i + 1]; c += lanes<F>) {
+            const Vec<F> value = interpolate_at<samples_kernels>(tap.kernel, kernel + c).value;
+            const Vec<F> sample = load(grad + (first + p) * order.stored + c) * tap.modulation * value;
+            for (int j = 0; j < 4; ++j) {
+              F* const pixel = to + tap.data.at[j] + c;
+              store(pixel, fma(broadcast(tap.data.factor(j)), sample, load(pixel)));
+            }
+          }
+        }
+  }
+
+  const F* kernel() const { return kernel_.data(); }
+
+ private:
+  template <bool samples_images, bool samples_kernels>
+  KP_INLINE void add(const Tap<F>& tap, int64_t begin, int64_t end, const F* image, const F* kernel, const F* grad,
+                     F* kernel_sums, F* data_sums) {
+    Vec<F> rows = {}, columns = {}, data_rows = {}, data_columns = {}, modulations = {};
+    for (int64_t c = begin; c < end; c += lanes<F>) {
+      const Interpolated<F> data = interpolate_at<samples_images>(tap.data, image + c);
+      const Interpolated<F> values = interpolate_at<samples_kernels>(tap.kernel, kernel + c);
+      const Vec<F> g = load(grad + c), scaled = samples_images ? g * tap.modulation : g, by_value = scaled * data.value;
+      if constexpr (samples_kernels) {
+        rows = fma(by_value, values.by_row, rows);
+        columns = fma(by_value, values.by_column, columns);
+      }
+      if constexpr (samples_images) {
+        const Vec<F> by_sample = scaled * values.value;
+        data_rows = fma(by_sample, data.by_row, data_rows);
+        data_columns = fma(by_sample, data.by_column, data_columns);
+        modulations = fma(g * values.value, data.value, modulations);
+      }
+      for (int j = 0; j < (samples_kernels ? 4 : 1); ++j) {
+        F* const to = &kernel_[tap.kernel.at[j] + c];
+        store(to, load(to) + (samples_kernels ? tap.kernel.factor(j) * by_value : by_value));
+      }
+    }
+    if constexpr (samples_kernels) {
+      store(kernel_sums, load(kernel_sums) + rows);
+      store(kernel_sums + lanes<F>, load(kernel_sums + lanes<F>) + columns);
+    }
+    if constexpr (samples_images) {
+      store(data_sums, load(data_sums) + data_rows);
+      store(data_sums + lanes<F>, load(data_sums + lanes<F>) + data_columns);
+      store(data_sums + 2 * lanes<F>, load(data_sums + 2 * lanes<F>) + modulations);
+    }
+  }
+
+  void write_offsets(int64_t item, int64_t pixel, const Gradients<F>& to) {
+    for (int64_t i = 0; i < totals_.size(); i += lanes<F>) {
+      Vec<F> vectors[lanes<F>];
+      for (int l = 0; l < lanes<F>; ++l) vectors[l] = load(&sums_[(i + l) * lanes<F>]);
+      store(&totals_[i], sums_of<F>(vectors));
+    }
+    for (int64_t i = 0; to.kernel_offsets.data && i < num_kernel_; ++i)
+      to.kernel_offsets.at(item, i, pixel) = totals_[i];
+    for (int64_t i = 0; i < num_data_ / 3; ++i) {
+      const F* const total = &totals_[num_kernel_ + i * 3];
+      for (int axis = 0; to.data_offsets.data && axis < 2; ++axis)
+        to.data_offsets.at(item, i * 2 + axis, pixel) = total[axis];
+      if (to.modulations.data) to.modulations.at(item, i, pixel) = total[2];
+    }
+  }
+
+  Buffer<F> kernel_;         // (kernel rows, stored channels)
+  Buffer<F> sums_, totals_;  // of the kernel offsets, then of data offsets and modulation: vectors, and their sums
+  int64_t num_kernel_ = 0, num_data_ = 0;
+};
+
+// ---- dense
+
+// One thread's gradients of a dense convolution.
+template <class F>
+class DenseGradients {
+ public:
+  bool reserve(const Images<F>& images, const Weights<F>& weights, int64_t rows, const Gradients<F>& to) {
+    const bool with_samples = to.need_samples();
+    return tile_.reserve(images.taps, rows, weights.c_in, with_samples ? images.args.data_groups : 0) &&
+           (!with_samples || products_.reserve(weights, rows, 0)) &&
+           grad_.resize(rows * round_up(weights.c_out, lanes<F>) + panel_width<F>);
+  }
+
+  DenseTile<F>& tile() { return tile_; }
+  F* padded_grad() { return grad_.data(); }
+
+  // Computes the gradients of all samples of the tile. `grad`: from its first pixel on.
+  void multiply(const Weights<F>& weights, const Panels<F>& panels, const F* grad) {
+    products_.start();
+    products_.multiply(tile_.rows(), weights, panels, grad);
+  }
+
+  // Writes the gradients of offsets and modulations of `count` pixels.
+  void write_offsets(const Images<F>& images, int64_t item, int64_t first, int64_t count, const F* image,
+                     const Gradients<F>& to) const {
+    const int64_t groups = images.args.data_groups, channels = images.args.channels;
+    for (const PixelArray<F>* array : {&to.data_offsets, &to.modulations})
+      for (int64_t c = 0; array->data && c < array->channels; ++c)
+        for (int64_t p = 0; p < count; ++p) array->at(item, c, first + p) = 0;
+    const TileSums<F> rows = tile_.rows();
+    for (int64_t k = 0; k < images.taps; ++k)
+      for (int64_t i = 0; i < rows.size(k); ++i)
+        for (int64_t g = 0; g < groups; ++g) {
+          const ScaledSample<F>& sample = tile_.sample_of(k, i, g);
+          const F* const grad = products_.products() + products_.number(k, i) * channels;
+          const int64_t end = channels * (g + 1) / groups, at = g * images.taps + k, pixel = first + rows.queries(k)[i];
+          Vec<F> by_row = {}, by_column = {}, by_modulation = {};
+          const auto add = [&](Vec<F> grads, const Interpolated<F>& value) {
+            by_row = fma(grads, value.by_row, by_row);
+            by_column = fma(grads, value.by_column, by_column);
+            by_modulation = fma(grads, value.value, by_modulation);
+          };
+          int64_t c = channels * g / groups;
+          for (; c + lanes<F> <= end; c += lanes<F>) add(load(grad + c), interpolate_at<true>(sample.data, image + c));
+          if (const int rest = int(end - c))
+            add(load_first(grad + c, rest), interpolate_first(sample.data, image + c, rest));
+          if (to.data_offsets.data) {
+            to.data_offsets.at(item, at * 2, pixel) = sample.modulation * sum_of_lanes<F>(by_row);
+            to.data_offsets.at(item, at * 2 + 1, pixel) = sample.modulation * sum_of_lanes<F>(by_column);
+          }
+          if (to.modulations.data) to.modulations.at(item, at, pixel) = sum_of_lanes<F>(by_modulation);
+        }
+  }
+
+  // Adds the gradients of the samples to that of the image.
+  void scatter(const Images<F>& images, F* to) const {
+    const int64_t groups = images.args.data_groups, channels = images.args.channels;
+    const TileSums<F> rows = tile_.rows();
+    for (int64_t k = 0; k < images.taps; ++k)
+      for (int64_t i = 0; i < rows.size(k); ++i)
+        for (int64_t g = 0; g < groups; ++g) {
+          const ScaledSample<F>& sample = tile_.sample_of(k, i, g);
+          if (is_outside(sample.data)) continue;
+          const F* const grad = products_.products() + products_.number(k, i) * channels;
+          const int64_t end = channels * (g + 1) / groups;
+          for (int j = 0; j < 4; ++j) {
+            const F factor = sample.data.factor(j) * sample.modulation;
+            F* const pixel = to + sample.data.at[j];
+            int64_t c = channels * g / groups;
+            for (; c + lanes<F> <= end; c += lanes<F>)
+              store(pixel + c, fma(broadcast(factor), load(grad + c), load(pixel + c)));
+            for (; c < end; ++c) pixel[c] += factor * grad[c];
+          }
+        }
+  }
+
+ private:
+  DenseTile<F> tile_;
+  GradientProducts<F> products_;
+  Buffer<F> grad_;
+};
+
+// ---- from the gradient of a kernel to that of the weight
+
+// Adds the gradient of the kernel of an image, or of the one that all share, to the gradient of the weight, and writes
+// those of the image's routing and offsets. Sums over pairs of channels are made in blocks, which are then added up.
+template <class F>
+bool add_kernel_gradients(const Images<F>& images, const ChannelOrder& order, int64_t item, const F* grad,
+                          const Gradients<F>& to, int threads) {
+  const Deform2d& a = images.args;
+  Kernels<F> kernels(images);
+  if (!kernels.start(item)) return false;
+  const int64_t pairs = kernels.pairs(), rows = images.kernel_rows(), height = a.depthwise ? 1 : a.channels / a.groups;
+  const int64_t block = larger<int64_t>(64, (pairs + 63) / 64), blocks = (pairs + block - 1) / block;
+  const int64_t num_sums = (to.global_offsets ? 2 * images.taps : 0) + (to.routing ? a.experts : 0);
+  const bool interpolates = kernels.interpolates();
+  Buffer<double> sums;
+  if (!sums.resize(blocks * num_sums)) return false;
+  memset(sums.data(), 0, size_t(blocks * num_sums) * sizeof(double));
+  bool reserved = true;
+#pragma omp parallel num_threads(useful_threads(threads, pairs * rows * a.experts, 1 << 14)) reduction(&& : reserved)
+  {
+    Buffer<F> scratch, by_cell;
+    reserved = scratch.resize(images.cells) && by_cell.resize(images.cells);
+#pragma omp for
+    for (int64_t job = 0; job < blocks; ++job) {
+      double* const of_offsets = &sums[job * num_sums];
+      double* const of_routing = of_offsets + (to.global_offsets ? 2 * images.taps : 0);
+      for (int64_t pair = job * block; reserved && pair < smaller(pairs, (job + 1) * block); ++pair) {
+        const int64_t o = pair / height, c = pair % height;
+        const auto grad_of = [&](int64_t r) {
+          return grad[a.depthwise ? r * order.stored + order.slot[o] : (r * height + c) * a.out_channels + o];
+        };
+        const F* const scope = kernels.scope(pair, scratch.data());
+        if (interpolates) memset(by_cell.data(), 0, size_t(images.cells) * sizeof(F));
+        for (int64_t r = 0; r < rows; ++r) {
+          const F g = grad_of(r);
+          if (!interpolates) {
+            by_cell[r] = g;
+            continue;
+          }
+          const Hat<F>&y = kernels.row(r), &x = kernels.column(r);
+          const int64_t low = y.low * a.scope_width, high = y.high * a.scope_width;
+          by_cell[low + x.low] += g * y.low_factor * x.low_factor;
+          by_cell[low + x.high] += g * y.low_factor * x.high_factor;
+          by_cell[high + x.low] += g * y.high_factor * x.low_factor;
+          by_cell[high + x.high] += g * y.high_factor * x.high_factor;
+          if (!to.global_offsets) continue;
+          const F row_low = x.low_factor * scope[low + x.low] + x.high_factor * scope[low + x.high];
+          const F row_high = x.low_factor * scope[high + x.low] + x.high_factor * scope[high + x.high];
+          const F slope_low = x.low_slope * scope[low + x.low] + x.high_slope * scope[low + x.high];
+          const F slope_high = x.low_slope * scope[high + x.low] + x.high_slope * scope[high + x.high];
+          of_offsets[r * 2] += double(g * (y.low_slope * row_low + y.high_slope * row_high));
+          of_offsets[r * 2 + 1] += double(g * (y.low_factor * slope_low + y.high_factor * slope_high));
+        }
+        for (int64_t e = 0; e < a.experts; ++e) {
+          const F factor = images.routing ? images.routing[item * a.experts + e] : F(1);
+          F* const weight = to.weight ? to.weight + (e * pairs + pair) * images.cells : nullptr;
+          for (int64_t s = 0; weight && s < images.cells; ++s) weight[s] += factor * by_cell[s];
+          for (int64_t s = 0; to.routing && s < images.cells; ++s)
+            of_routing[e] += double(by_cell[s] * kernels.expert(e, pair)[s]);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < num_sums; ++i) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += sums[b * num_sums + i];
+    const int64_t offsets = to.global_offsets ? 2 * images.taps : 0;
+    if (i < offsets)
+      to.global_offsets[item * offsets + i] = F(sum);
+    else
+      to.routing[item * a.experts + i - offsets] = F(sum);
+  }
+  return reserved;
+}
+
+// The sums of grad_out over images and pixels, in eight interleaved sums in float64.
+template <class F>
+void sum_bias(const PixelArray<const F>& grad, int64_t batch, F* to, int threads) {
+#pragma omp parallel for num_threads(useful_threads(threads, batch* grad.channels* grad.pixels, 1 << 15))
+  for (int64_t c = 0; c < grad.channels; ++c) {
+    double sums[8] = {};
+    for (int64_t item = 0; item < batch; ++item)
+      for (int64_t p = 0; p < grad.pixels; ++p) sums[p % 8] += double(grad.at(item, c, p));
+    to[c] = F(((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])));
+  }
+}
+
+// ---- the pass over all tiles
+
+template <class F>
+struct GradState {
+  DepthwiseGradients<F> depthwise;
+  DenseGradients<F> dense;
+};
+
+template <class F>
+Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
+  const Deform2d& a = images.args;
+  const bool dense = !a.depthwise, by_item = images.has_item_kernels();
+  const PixelArray<const F> x = {as<F>(a.x), a.channels, images.in_pixels, a.channels_last};
+  const PixelArray<const F> grad_out = {as<F>(a.grad_out), a.out_channels, images.out_pixels, a.channels_last};
+  ChannelOrder order, out_order;
+  if (!order.make(a.channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups, dense ? 1 : lanes<F>) ||
+      !out_order.make(a.out_channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups, dense ? 1 : lanes<F>))
+    return Status::out_of_memory;
+  const int64_t kernel_size = images.kernel_rows() * (dense ? a.channels / a.groups * a.out_channels : order.stored);
+  const int64_t tile_rows = dense ? rows_of_tile<F>(images.taps * a.channels, a.out_channels)
+                                  : rows_of_tile<F>(0, larger<int64_t>(1, 2 * order.stored));
+  const Tiles tiles(images.out_pixels, tile_rows);
+  const int64_t item_bytes = (images.in_pixels + images.out_pixels) * order.stored * int64_t(sizeof(F));
+  const int64_t at_once = dense && by_item ? 1 : larger<int64_t>(1, copied_bytes / larger<int64_t>(1, item_bytes));
+  const int64_t work = images.taps * (dense ? 2 * a.channels / a.groups * a.out_channels : 16 * order.stored);
+  const TapFinder<F> finder{images, order.stored, order.stored, false};
+  if (to.weight) memset(to.weight, 0, size_t(a.weight.rows * a.weight.cols) * sizeof(F));
+  ChannelsLast<F> copies, grads;
+  Buffer<F> kernels, grad_kernels, grad_images;
+  Panels<F> panels;
+  Weights<F> weights = {nullptr, int(images.taps), int(a.groups), a.channels, a.out_channels, false, nullptr, 1};
+  const ChannelBlocks blocks(weights);
+  for (int64_t first = 0; first < a.batch; first += at_once) {
+    const int64_t count = smaller(at_once, a.batch - first), num_kernels = by_item ? count : 1;
+    if (!copies.copy(x, first, count, order, a.threads) || !grads.copy(grad_out, first, count, out_order, a.threads))
+      return Status::out_of_memory;
+    if (first == 0 || by_item) {
+      if (!write_kernels(images, order, first, num_kernels, kernel_size, a.threads, kernels) ||
+          !grad_kernels.resize(num_kernels * kernel_size))
+        return Status::out_of_memory;
+      memset(grad_kernels.data(), 0, size_t(num_kernels * kernel_size) * sizeof(F));
+      weights.data = kernels.data();
+      if (dense && to.need_samples() &&
+          !panels.pack(kernels.data(), images.taps, a.channels, a.out_channels, a.groups, true, a.threads))
+        return Status::out_of_memory;
+    }
+    const int64_t image_size = images.in_pixels * order.stored;
+    if (to.x) {
+      if (!grad_images.resize(count * image_size)) return Status::out_of_memory;
+      memset(grad_images.data(), 0, size_t(count * image_size) * sizeof(F));
+    }
+    Turns kernel_turns, image_turns;
+    if (!kernel_turns.reserve(larger(count, blocks.count())) || !image_turns.reserve(count))
+      return Status::out_of_memory;
+    const auto reserve = [&](GradState<F>& state) {
+      return dense ? state.dense.reserve(images, weights, tile_rows, to) : state.depthwise.reserve(images, order);
+    };
+    const int threads = useful_threads(a.threads, count * images.out_pixels * work, 1 << 19);
+    const Status status =
+        for_each_of<GradState<F>>(count * tiles.count, threads, reserve, [&](GradState<F>& state, int64_t t) {
+          const int64_t i = t / tiles.count, tile = t % tiles.count, begin = tiles.begin(tile);
+          const int64_t rows = tiles.begin(tile + 1) - begin, item = first + i;
+          const F *const image = copies.item(i), *const grad = grads.item(i);
+          F* const grad_image = to.x ? &grad_images[i * image_size] : nullptr;
+          if (dense) {
+            DenseGradients<F>& gradients = state.dense;
+            if (images.samples_images())
+              gradients.tile().template fill<true>(finder, item, begin, rows, a.out_width, image);
+            else
+              gradients.tile().template fill<false>(finder, item, begin, rows, a.out_width, image);
+            if (to.need_samples()) {
+              gradients.multiply(weights, panels, grad + begin * a.out_channels);
+              if (to.need_offsets()) gradients.write_offsets(images, item, begin, rows, image, to);
+            }
+            if (to.need_kernels())
+              add_weights<F>(gradients.tile().rows(), weights, nullptr, blocks, grad, t, begin, rows, kernel_turns,
+                             gradients.padded_grad(), grad_kernels.data());
+            if (to.x) {
+              image_turns.wait(i, tile);
+              gradients.scatter(images, grad_image);
+              image_turns.pass(i, tile);
+            }
+            return;
+          }
+          DepthwiseGradients<F>& gradients = state.depthwise;
+          const F* const kernel = &kernels[by_item ? i * kernel_size : 0];
+          with_sampling(images.samples_images(), images.samples_kernels(), [&](auto with_images, auto with_kernels) {
+            gradients.template fill<decltype(with_images)::value, decltype(with_kernels)::value>(
+                finder, order, item, begin, rows, image, kernel, grad, to);
+          });
+          if (to.need_kernels()) {
+            const int64_t part = by_item ? i : 0, turn = by_item ? tile : t;
+            F* const sum = &grad_kernels[part * kernel_size];
+            kernel_turns.wait(part, turn);
+            for (int64_t j = 0; j < kernel_size; ++j) sum[j] += gradients.kernel()[j];
+            kernel_turns.pass(part, turn);
+          }
+          if (to.x) {
+            image_turns.wait(i, tile);
+            if (images.samples_kernels())
+              gradients.template scatter<true>(finder, order, item, begin, rows, kernel, grad, grad_image);
+            else
+              gradients.template scatter<false>(finder, order, item, begin, rows, kernel, grad, grad_image);
+            image_turns.pass(i, tile);
+          }
+        });
+    if (status != Status::ok) return status;
+    if (to.x) {
+      const PixelArray<F> grad_x = {to.x, a.channels, images.in_pixels, a.channels_last};
+#pragma omp parallel for num_threads(useful_threads(a.threads, count* image_size, 1 << 15))
+      for (int64_t i = 0; i < count; ++i)
+        write_pixels<F>(&grad_images[i * image_size], order.stored, order.slot.data(), images.in_pixels, nullptr,
+                        grad_x, first + i, 0);
+    }
+    for (int64_t i = 0; by_item && to.need_kernels() && i < count; ++i)
+      if (!add_kernel_gradients(images, order, first + i, &grad_kernels[i * kernel_size], to, a.threads))
+        return Status::out_of_memory;
+  }
+  if (!by_item && to.need_kernels() && a.batch &&
+      !add_kernel_gradients(images, order, 0, grad_kernels.data(), to, a.threads))
+    return Status::out_of_memory;
+  return Status::ok;
+}
+
+}  // namespace
+
+Status deform2d_grads(const Deform2d& args) {
+  return with_real(args.x.dtype, [&](auto f) {
+    using F = decltype(f);
+    const Images<F> images(args);
+    const Gradients<F> grads(images);
+    if (args.grad_bias.data)
+      sum_bias<F>({as<F>(args.grad_out), args.out_channels, images.out_pixels, args.channels_last}, args.batch,
+                  into<F>(args.grad_bias), args.threads);
+    if (!grads.need_kernels() && !grads.need_offsets() && !grads.x) return Status::ok;
+    return compute_gradients(images, grads);
+  });
+}
+
+}  // namespace KP_ISA
+}  // namespace kp
