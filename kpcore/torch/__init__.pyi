@@ -8,9 +8,15 @@ import kpcore
 from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
+from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
+from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d
+from kpcore.torch.deform2d_layers import DeformableKernelConv2d as DeformableKernelConv2d
+from kpcore.torch.deform2d_layers import GlobalDeformableKernel2d as GlobalDeformableKernel2d
+from kpcore.torch.deform2d_layers import LocalDeformableKernel2d as LocalDeformableKernel2d
 from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
 from kpcore.torch.layers import KPConvX as KPConvX
+from kpcore.torch.networks import ImageNetwork as ImageNetwork
 from kpcore.torch.networks import Network as Network
 from kpcore.torch.open3d_layers import ContinuousConv as ContinuousConv
 from kpcore.torch.open3d_layers import SparseConv as SparseConv
@@ -121,6 +127,25 @@ def concatenate(
     third: Tensor | None = ...,
     fourth: Tensor | None = ...,
 ) -> Tensor: ...
+def conditional_conv2d(
+    x: Tensor,
+    weights: Tensor,
+    routing: Tensor,
+    *,
+    kernel_size: int | Sequence[int] | None = ...,
+    stride: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    groups: int = ...,
+    kernel_offsets: Tensor | None = ...,
+    data_offsets: Tensor | None = ...,
+    modulations: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    grid: str = ...,
+    clip: str | None = ...,
+    layout: str = ...,
+    detach_offsets: bool = ...,
+) -> Tensor: ...
 def continuous_conv(
     points: Tensor,
     queries: Tensor | None,
@@ -152,6 +177,38 @@ def continuous_conv_transpose(
     offset: Tensor | None = ...,
     importances: Tensor | None = ...,
     neighbor_importances: Tensor | None = ...,
+) -> Tensor: ...
+def deformable_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    data_offsets: Tensor | None,
+    *,
+    modulations: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    stride: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    groups: int = ...,
+    layout: str = ...,
+    detach_offsets: bool = ...,
+) -> Tensor: ...
+def deformable_kernel_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    kernel_offsets: Tensor | None,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = ...,
+    padding: int | Sequence[int] = ...,
+    dilation: int | Sequence[int] = ...,
+    groups: int = ...,
+    data_offsets: Tensor | None = ...,
+    modulations: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    grid: str = ...,
+    clip: str | None = ...,
+    layout: str = ...,
+    detach_offsets: bool = ...,
 ) -> Tensor: ...
 def dropout(
     features: Tensor,

@@ -254,7 +254,7 @@ class DeformableConv2d(_AdaptiveConv2d):
     in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         As in torch.nn.Conv2d.
     modulated : bool
-    offset_groups : int
+    data_offset_groups : int
         Number of groups of consecutive channels with data offsets and modulations of their own.
     detach_offsets, dtype
         As in `LocalDeformableKernel2d`.
@@ -276,11 +276,11 @@ class DeformableConv2d(_AdaptiveConv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size = 0,
                  dilation: Size = 1, groups: int = 1, bias: bool = True, *, modulated: bool = False,
-                 offset_groups: int = 1, detach_offsets: bool = False,
+                 data_offset_groups: int = 1, detach_offsets: bool = False,
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, dtype,
                          data_offsets="modulated" if checks.boolean("modulated", modulated) else "plain",
-                         data_offset_groups=offset_groups, detach_offsets=detach_offsets)  # fmt: skip
+                         data_offset_groups=data_offset_groups, detach_offsets=detach_offsets)  # fmt: skip
 
 
 class DeformableKernelConv2d(_AdaptiveConv2d):
