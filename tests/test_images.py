@@ -338,7 +338,8 @@ def test_multiply_adds_of_rigid_networks():
 
 
 def small(block="bottleneck", **options):
-    stages = [(8, 8, 1, 1), (12, 16, 2, 2)] if block == "bottleneck" else [(1, 8, 1, 1), (3, 16, 2, 2)]
+    """A network whose second stage has a stride, but the width of the first, so that its shortcut is a special case."""
+    stages = [(8, 8, 1, 1), (12, 8, 2, 2)] if block == "bottleneck" else [(1, 8, 1, 1), (3, 8, 2, 2)]
     head = None if block == "bottleneck" else 24
     return nn.ImageNetwork(block, stages, 8, head, num_classes=4, **options)
 
@@ -349,6 +350,26 @@ NETWORKS = [
     small("inverted", kernel="local", experts=3, pointwise_experts=2, dropout=0.3),
     small(data_offsets="plain", data_offsets_from=1),
 ]
+
+
+def test_options_reach_the_convolutions():
+    net = small(kernel="local", data_offsets="plain", pointwise="global")
+    params, state = net.init(2)
+    params, (x, _) = moved(params, 0.1), labelled()
+    logits = net(kp, params, state, x, training=True).logits
+    for name, value in {"grid": "uniform", "clip": None}.items():
+        other = dataclasses.replace(net, **{name: value})(kp, params, state, x, training=True).logits
+        assert np.abs(other - logits).max() > 1e-3, name
+    dropped = dataclasses.replace(net, dropout=0.5)
+    assert_same_bits(dropped(kp, params, state, x).logits, net(kp, params, state, x).logits)
+    first, second = (dropped(kp, params, state, x, training=True, seed=seed).logits for seed in (1, 2))
+    assert np.abs(first - second).max() > 1e-3
+    for detach in (False, True):
+        one = dataclasses.replace(net, detach_offsets=detach)
+        tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+        one(kp, tensors, state, x, training=True).logits.backward(np.float32(np.eye(len(x), 4)))
+        constant = {name for name, tensor in tensors.items() if not tensor.grad.any()}
+        assert constant == {name for name in params if detach and "offset_generator" in name}
 
 
 def labelled(dtype=np.float32, num=6):
@@ -487,6 +508,8 @@ def test_the_architectures_by_torch(make):
     f = torch.nn.functional
     net = make(10)
     params, state = net.init(3)
+    # Scales of 3, so that values exceed 6, where ReLU and ReLU6 differ.
+    params = {name: 3 * value if name.endswith("norm.scale") else value for name, value in params.items()}
     image = np.random.default_rng(0).standard_normal((4, 64, 48, 3)).astype(np.float32)
     x = torch.from_numpy(image).permute(0, 3, 1, 2)
     is_resnet = make is nn.resnet50_dw

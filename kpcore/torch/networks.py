@@ -19,32 +19,12 @@ if TYPE_CHECKING:
     from kpcore.pyramid import Level
 
 
-class Network(torch.nn.Module):
-    """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
+class _Network(torch.nn.Module):
+    """Parameters and buffers of a network of `kpcore.nn`, by the names that they have there, and its passes."""
 
-    Parameters
-    ----------
-    net : kpcore.nn.Network
-    params, state : dict of NumPy arrays by name, optional
-        Copied into the module; by default those of ``net.init(seed)``.
-    seed : int
-
-    Examples
-    --------
-    >>> import torch, kpcore as kp, kpcore.torch as kpt
-    >>> net = kp.nn.Network(kp.nn.architecture(2, 2), num_features=1, num_classes=4, voxel_size=0.1, width=16)
-    >>> module = kpt.Network(net)
-    >>> pyramid = net.pyramid(torch.rand(1000, 3), F=kpt)
-    >>> logits, _ = module(pyramid, torch.ones(len(pyramid[0].points), 1))
-    >>> logits.shape == (len(pyramid[0].points), 4), len(list(module.parameters())) == len(net.init()[0])
-    (True, True)
-    """
-
-    net: nn.Network | nn.KPNeXt | nn.ImageNetwork
     seed: int
 
-    def __init__(self, net: nn.Network | nn.KPNeXt | nn.ImageNetwork, params: Parameters[np.ndarray] | None = None,
-                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
+    def __init__(self, net, params, state, seed):
         super().__init__()
         if (params is None) != (state is None):
             raise ValueError(
@@ -87,21 +67,6 @@ class Network(torch.nn.Module):
             for name, value in values.items():
                 value.copy_(_distributed_as(value, torch.from_numpy(new[name])))
 
-    def extra_repr(self) -> str:
-        return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
-
-    def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
-
-        Parameters
-        ----------
-        pyramid : sequence of Level
-            ``net.pyramid(..., F=kpcore.torch)``.
-        features : (N, num_features) tensor
-        """
-        result = self._evaluate(pyramid, features)
-        return result.logits, result.regularization
-
     def _evaluate(self, *inputs):
         """The `kpcore.nn.Result` of a pass; in training the running statistics are updated."""
         for part in self._parts:
@@ -126,7 +91,50 @@ class Network(torch.nn.Module):
         return params, state
 
 
-class ImageNetwork(Network):
+class Network(_Network):
+    """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
+
+    Parameters
+    ----------
+    net : kpcore.nn.Network
+    params, state : dict of NumPy arrays by name, optional
+        Copied into the module; by default those of ``net.init(seed)``.
+    seed : int
+
+    Examples
+    --------
+    >>> import torch, kpcore as kp, kpcore.torch as kpt
+    >>> net = kp.nn.Network(kp.nn.architecture(2, 2), num_features=1, num_classes=4, voxel_size=0.1, width=16)
+    >>> module = kpt.Network(net)
+    >>> pyramid = net.pyramid(torch.rand(1000, 3), F=kpt)
+    >>> logits, _ = module(pyramid, torch.ones(len(pyramid[0].points), 1))
+    >>> logits.shape == (len(pyramid[0].points), 4), len(list(module.parameters())) == len(net.init()[0])
+    (True, True)
+    """
+
+    net: nn.Network | nn.KPNeXt
+
+    def __init__(self, net: nn.Network | nn.KPNeXt, params: Parameters[np.ndarray] | None = None,
+                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
+        super().__init__(net, params, state, seed)
+
+    def extra_repr(self) -> str:
+        return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
+
+    def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
+
+        Parameters
+        ----------
+        pyramid : sequence of Level
+            ``net.pyramid(..., F=kpcore.torch)``.
+        features : (N, num_features) tensor
+        """
+        result = self._evaluate(pyramid, features)
+        return result.logits, result.regularization
+
+
+class ImageNetwork(_Network):
     """An image network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
 
     Parameters
