@@ -240,6 +240,7 @@ def test_representations():
         (lambda: kpt.ConditionalConv2d(6, 6, 3, kernel_offsets="local"), "groups: expected in_channels and out_ch"),
         (lambda: kpt.ConditionalConv2d(6, 6, 3, kernel_offsets="all"), "kernel_offsets: expected None or 'local'"),
         (lambda: kpt.ConditionalConv2d(6, 6, 3, data_offsets=True), "data_offsets: expected None or 'plain' or 'modul"),
+        (lambda: kpt.ConditionalConv2d(6, 6, 3, offset_groups=2), "offset_groups: expected 1 without local ke"),
         (lambda: kpt.ConditionalConv2d(6, 6, 3, scope_size=4), "scope_size: expected None without kernel_offsets"),
         (lambda: kpt.DeformableConv2d(6, 6, 3)(torch.zeros(6, 8, 8)), r"x: expected \(B, 6, H, W\) to match in_c"),
         (lambda: kpt.DeformableConv2d(6, 6, 3)(torch.zeros(1, 4, 8, 8)), r"x: expected \(B, 6, H, W\) to match in_c"),

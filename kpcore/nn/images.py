@@ -112,12 +112,12 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     F, channels, kernel_size = run.F, x.shape[3], pair(kernel_size)
     taps, geometry = math.prod(kernel_size), {"stride": stride, "padding": padding, "dilation": dilation}
     options = geometry | {"groups": groups, "layout": "NHWC", "detach_offsets": detach_offsets}
+    check_offsets(kernel_offsets, offset_groups, data_offsets, data_offset_groups)
     scope = scope_of(kernel_size, kernel_offsets, scope_size)
-    checks.choice("data_offsets", data_offsets, (None, "plain", "modulated"))
     shape = (width, channels // groups, *scope)
     # Of the kernel that is applied, not of the scope: ±1/K for a depthwise one, as in the published code.
     draw = _uniform(channels // groups * taps)
-    mean = average(run, x) if kernel_offsets == "global" or experts else None
+    mean = average(run, x) if kernel_offsets == "global" or experts is not None else None
 
     if kernel_offsets is not None:
         options |= {"grid": grid, "clip": clip, "kernel_size": kernel_size}
@@ -141,7 +141,7 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     if bias:
         options["bias"] = run.parameter(f"{name}.bias", (width,), _zeros)
 
-    if experts:
+    if experts is not None:
         routing = F.sigmoid(blocks.dense(run, f"{name}.routing", mean, experts, activate=False))
         return F.conditional_conv2d(x, run.parameter(f"{name}.weight", (experts, *shape), draw), routing, **options)
     weight = run.parameter(f"{name}.weight", shape, draw)
@@ -150,9 +150,19 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     return F.deformable_conv2d(x, weight, **options)
 
 
+def check_offsets(kernel_offsets: KernelOffsets, offset_groups: int, data_offsets: DataOffsets,
+                  data_offset_groups: int) -> None:  # fmt: skip
+    """Check the kinds of offsets, and that only offsets which differ from channel to channel have groups."""
+    checks.choice("kernel_offsets", kernel_offsets, (None, "local", "global"))
+    checks.choice("data_offsets", data_offsets, (None, "plain", "modulated"))
+    if offset_groups != 1 and kernel_offsets != "local":
+        raise ValueError(f"offset_groups: expected 1 without local kernel_offsets, got {offset_groups}")
+    if data_offset_groups != 1 and data_offsets is None:
+        raise ValueError(f"data_offset_groups: expected 1 without data_offsets, got {data_offset_groups}")
+
+
 def scope_of(kernel_size: tuple[int, int], kernel_offsets: KernelOffsets, scope_size: Size | None) -> tuple[int, int]:
     """The size of a weight: by default one more than the kernel's where there are kernel offsets, else the kernel's."""
-    checks.choice("kernel_offsets", kernel_offsets, (None, "local", "global"))
     if kernel_offsets is None:
         if scope_size is not None:
             raise ValueError(f"scope_size: expected None without kernel_offsets, got {scope_size}")

@@ -9,7 +9,7 @@ import torch
 
 import kpcore
 from kpcore.backends import checks
-from kpcore.nn.images import DataOffsets, KernelOffsets, Size, scope_of
+from kpcore.nn.images import DataOffsets, KernelOffsets, Size, check_offsets, scope_of
 
 
 class _AdaptiveConv2d(torch.nn.Module):
@@ -34,13 +34,13 @@ class _AdaptiveConv2d(torch.nn.Module):
         self.kernel_size = _checked_pair("kernel_size", kernel_size, 1)
         self.stride, self.dilation = _checked_pair("stride", stride, 1), _checked_pair("dilation", dilation, 1)
         self.padding = _checked_pair("padding", padding, 0)
+        check_offsets(kernel_offsets, offset_groups, data_offsets, data_offset_groups)
         self.scope_size = _checked_pair("scope_size", scope_of(self.kernel_size, kernel_offsets, scope_size), 1)
         if kernel_offsets == "local" and not groups == in_channels == out_channels:
             raise ValueError(
                 "groups: expected in_channels and out_channels, because a local deformable kernel is depthwise, got "
                 f"groups={groups}, in_channels={in_channels} and out_channels={out_channels}"
             )
-        checks.choice("data_offsets", data_offsets, (None, "plain", "modulated"))
         checks.choice("grid", grid, ("unit", "uniform"))
         checks.choice("clip", clip, ("scope", None))
         self.kernel_offsets, self.data_offsets, self.grid, self.clip = kernel_offsets, data_offsets, grid, clip
