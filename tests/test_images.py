@@ -224,7 +224,7 @@ def test_gradients_reach_generators(function, arguments, options):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_means_maxima_and_relu6(dtype):
+def test_means_and_maxima(dtype):
     x = batch(dtype, (3, 9, 7, 5))
     run = nn.Run(kp, {}, {})
     assert_close(images.average(run, x), x.mean((1, 2)), 1e-5)
@@ -232,8 +232,6 @@ def test_means_maxima_and_relu6(dtype):
         padded = np.pad(x, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)), constant_values=-np.inf)
         windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))[:, ::stride, ::stride]
         assert_same_bits(images.max_pool(run, x, size, stride, padding), windows.max((4, 5)))
-    rows = 8 * x.reshape(-1, 5)
-    assert_close(images.relu6(run, rows), np.clip(rows, 0, 6), 1e-6)
 
 
 def test_the_gradient_of_a_maximum_goes_to_one_pixel():

@@ -192,13 +192,7 @@ def pointwise(run: Run[Value, Buffer], name: str, x: Value, width: int) -> Value
 def norm(run: Run[Value, Buffer], name: str, x: Value, activation: Literal["relu", "relu6"] | None = "relu") -> Value:
     """`blocks.norm` of batch statistics, followed by an activation: a ReLU in a run whose slope is 0."""
     out = blocks.norm(run, name, _rows(x), None, activate=activation == "relu")
-    return (relu6(run, out) if activation == "relu6" else out).reshape(*x.shape)
-
-
-def relu6(run: Run[Value, Buffer], rows: Value) -> Value:
-    """``min(max(rows, 0), 6)``, the activation of MobileNet-V2."""
-    beyond = run.F.relu(rows + _filled(rows, rows.shape[1], -6))
-    return run.F.add(run.F.relu(rows), -1.0 * beyond)
+    return (run.F.relu6(out) if activation == "relu6" else out).reshape(*x.shape)
 
 
 def average(run: Run[Value, Buffer], x: Value) -> Value:
@@ -232,12 +226,3 @@ def _range(x, size):
     if hasattr(x, "new_ones"):  # a tensor of torch; made by its methods, which torch.compile traces
         return x.new_ones(size).long().cumsum(0) - 1
     return (devices.namespace(x) if devices.is_array(x) else np).arange(size)  # JAX takes NumPy's
-
-
-def _filled(x, size, value):
-    """A row of one value as an array of the framework, device and dtype of x."""
-    if isinstance(x, Tensor):
-        x = x.value
-    if hasattr(x, "new_full"):
-        return x.new_full((size,), value)
-    return (devices.namespace(x) if devices.is_array(x) else np).full(size, value, x.dtype)

@@ -389,6 +389,9 @@ def radius_search(
 def relu(
     features: Tensor,
 ) -> Tensor: ...
+def relu6(
+    features: Tensor,
+) -> Tensor: ...
 def repulsion_loss(
     kernel_points: Tensor,
     offsets: Tensor,
