@@ -120,7 +120,7 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     mean = average(run, x) if kernel_offsets == "global" or experts is not None else None
 
     if kernel_offsets is not None:
-        options |= {"grid": grid, "clip": clip, "kernel_size": kernel_size}
+        options.update(grid=grid, clip=clip, kernel_size=kernel_size)  # not |=, which torch 2.6 does not trace
         generator = f"{name}.offset_generator"
         if kernel_offsets == "local":
             offsets = _generated(run, generator, x, 2 * offset_groups * taps, kernel_size, geometry)

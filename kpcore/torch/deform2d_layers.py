@@ -127,7 +127,8 @@ class _AdaptiveConv2d(torch.nn.Module):
             is_local = self.kernel_offsets == "local"
             offsets = self.offset_generator(x if is_local else x.mean((2, 3)))
             options["kernel_offsets"] = arranged(offsets) if is_local else offsets
-            options |= {"kernel_size": self.kernel_size, "grid": self.grid, "clip": self.clip}
+            # Not |=, which torch 2.6 does not trace.
+            options.update(kernel_size=self.kernel_size, grid=self.grid, clip=self.clip)
         if self.routing is not None:
             routing = torch.sigmoid(self.routing(x.mean((2, 3))))
             out = kpcore.torch.conditional_conv2d(arranged(x), self.weight, routing, **options)
