@@ -24,8 +24,15 @@ FRAMEWORKS = {
 }
 # {module of kpcore.torch: what kpcore.torch has from it}
 EXPORTED = {
+    "deform2d_layers": (
+        "ConditionalConv2d",
+        "DeformableConv2d",
+        "DeformableKernelConv2d",
+        "GlobalDeformableKernel2d",
+        "LocalDeformableKernel2d",
+    ),
     "layers": ("DeformableKPConv", "KPConv", "KPConvX"),
-    "networks": ("Network",),
+    "networks": ("ImageNetwork", "Network"),
     "open3d_layers": ("ContinuousConv", "SparseConv", "SparseConvTranspose"),
     "open3d_searches": ("FixedRadiusSearch", "KNNSearch", "RadiusSearch", "VoxelPooling"),
     "ops": ("use_torch_allocator",),

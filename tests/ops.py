@@ -19,7 +19,7 @@ from kpcore.ops import OPS, Call, Op
 # The family of an operator is the second part of its module's name: "layers" for kpcore.layers.linear.
 FAMILIES = sorted({op.check.__module__.split(".")[1] for op in OPS.values()})
 CALLS = {name: call for family in FAMILIES for name, call in importlib.import_module(f"test_{family}").CALLS.items()}
-ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "sigmoid", "softmax")  # operators on arrays of any shape
+ANY_SHAPE = ("add", "dropout", "leaky_relu", "relu", "relu6", "sigmoid", "softmax")  # operators on arrays of any shape
 # Arguments that may have several numbers of axes
 SEVERAL_SHAPES = {
     "conditional_conv2d": ("weights", "kernel_offsets"),

@@ -814,6 +814,7 @@ def test_rows(shape, dtype):
     check_gradients(kp.linear, features, weights)
     check_gradients(lambda f: kp.leaky_relu(f, 0.3), features, exactly=True)
     check_gradients(kp.relu, features, exactly=True)
+    check_gradients(kp.relu6, 9 * features, exactly=True)
     check_gradients(kp.sigmoid, features)
     check_gradients(kp.add, features, other, exactly=True)
     check_gradients(kp.concatenate, features, other[:, :1].copy(), other, exactly=True)

@@ -117,6 +117,7 @@ CALLS = {
     "group_norm": (norm_arguments, [{"num_groups": 2}]),
     "leaky_relu": (examples.rows_of_features, [{}]),
     "relu": (examples.rows_of_features, [{}]),
+    "relu6": (examples.rows_of_features, [{}]),
     "sigmoid": (examples.rows_of_features, [{}]),
     "softmax": (examples.rows_of_features, [{}]),
     "dropout": (examples.rows_of_features, [{"rate": 0.4, "seed": 7}]),
@@ -211,6 +212,7 @@ LAYERS = {
         features, lambda x: kp.leaky_relu(x, -0.7), lambda torch, x: torch.nn.functional.leaky_relu(x, -0.7)
     ),
     "relu": Layer(features, kp.relu, lambda torch, x: torch.relu(x)),
+    "relu6": Layer(features, lambda x: kp.relu6(9 * x), lambda torch, x: torch.nn.functional.relu6(9 * x)),
     "sigmoid": Layer(features, kp.sigmoid, lambda torch, x: torch.sigmoid(x)),
     "softmax": Layer(features, kp.softmax, lambda torch, x: torch.softmax(x, -1)),
     "add": Layer(two, kp.add, lambda torch, a, b: a + b),
@@ -351,7 +353,7 @@ def test_gradients_by_central_differences(name):
     check_vjp(layer.ours, kp.autodiff.vjp(layer.ours, *primals)[1], primals)
 
 
-@pytest.mark.parametrize("name", ["leaky_relu", "relu", "leaky_relu, slope"])
+@pytest.mark.parametrize("name", ["leaky_relu", "relu", "relu6", "leaky_relu, slope"])
 def test_gradients_of_kinks_by_central_differences(name):
     fn, (x,) = LAYERS[name].ours, features(np.random.default_rng(0), 61, 6)
     x = np.sign(x) * (0.01 + np.abs(x))  # farther from zero than the step
@@ -684,6 +686,7 @@ def test_elementwise_of_any_shape():
         x = np.random.default_rng(0).normal(size=shape)
         for fn, expected in (
             (kp.relu, np.maximum(x, 0)),
+            (kp.relu6, np.clip(x, 0, 6)),
             (kp.leaky_relu, np.where(x > 0, x, 0.1 * x)),
             (kp.sigmoid, 1 / (1 + np.exp(-x))),
             (lambda x: kp.add(x, x), 2 * x),
@@ -700,9 +703,10 @@ def test_values_at_the_ends(dtype, isa):
     x = np.array([-inf, -1e30, -100, -0.0, 0, 100, 1e30, inf, nan], dtype)
     assert_same_bits(kp.relu(x)[:-1], np.array([0, 0, 0, 0, 0, 100, 1e30, inf], dtype))
     assert_same_bits(kp.leaky_relu(x, 0.5)[:-1], np.array([-inf, -5e29, -50, -0.0, 0, 100, 1e30, inf], dtype))
+    assert_same_bits(kp.relu6(x)[:-1], np.array([0, 0, 0, 0, 0, 6, 6, 6], dtype))
     got = kp.sigmoid(x)
     assert_close(got[:-1], [0, 0, math.exp(-100) if dtype == np.float64 else 0, 0.5, 0.5, 1, 1, 1], 1e-15)
-    for fn in (kp.relu, kp.leaky_relu, kp.sigmoid):
+    for fn in (kp.relu, kp.relu6, kp.leaky_relu, kp.sigmoid):
         out, pullback = kp.autodiff.vjp(fn, x)
         assert np.isnan(out[-1])
         assert np.isfinite(pullback(np.ones_like(x))[0][:-1]).all()

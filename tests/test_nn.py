@@ -1047,6 +1047,10 @@ def test_the_norm_of_float32_gradients_beyond_their_squares():
         (lambda: nn.exponential(0.1, 10.0, 1)(10**400), "step: expected a number that float64"),
         (lambda: nn.exponential(0.1, 10.0, 2**63), r"steps: expected 1 to 2\*\*63 - 1"),
         (lambda: nn.one_cycle(0.1, 10)("1"), "step: expected a number, got str"),
+        (lambda: nn.cosine(0.1, 0), "steps: expected at least 1, got 0"),
+        (lambda: nn.cosine(0.0, 10), "lr: expected a finite number above zero, got 0"),
+        (lambda: nn.warm_up(nn.cosine(0.1, 10), 0), "steps: expected at least 1, got 0"),
+        (lambda: nn.warm_up(nn.cosine(0.1, 10), 5)("1"), "step: expected a number, got str"),
         (lambda: nn.one_cycle(0.1, 10, start="1"), "start: expected a number, got str"),
         (lambda: nn.one_cycle(0.1, 10, warm=10**400), "warm: expected a number that float64"),
     ],
@@ -1077,6 +1081,31 @@ def test_schedules():
             theirs.step()
     exponential = nn.exponential(0.01, 0.1, 150)
     np.testing.assert_allclose([exponential(s) for s in (0, 75, 150, 300)], [1e-2, 10**-2.5, 1e-3, 1e-4])
+
+
+def test_warm_up_and_cosine_are_torchs():
+    torch = pytest.importorskip("torch")
+    warm, steps = 5, 40
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+        ],
+        milestones=[warm],
+    )
+    ours = nn.warm_up(nn.cosine(0.1, steps), warm)
+    for step in range(warm + steps + 1):
+        np.testing.assert_allclose(ours(step), optimizer.param_groups[0]["lr"], rtol=1e-9, atol=1e-16)
+        formula = 0.1 * step / warm if step < warm else 0.05 * (1 + math.cos(math.pi * (step - warm) / steps))
+        np.testing.assert_allclose(ours(step), formula, rtol=1e-12, atol=1e-17)
+        optimizer.step()
+        if step < warm + steps:
+            theirs.step()
+    # Beyond either end: no negative rates, and no second period.
+    assert (ours(-3), ours(warm + steps + 7)) == (0, 0)
+    assert nn.warm_up(nn.exponential(0.1, 0.5, 10), 4)(14) == 0.05
 
 
 # ---- files

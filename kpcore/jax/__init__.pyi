@@ -369,6 +369,9 @@ def radius_search(
 def relu(
     features: Array | ndarray,
 ) -> Array: ...
+def relu6(
+    features: Array | ndarray,
+) -> Array: ...
 def repulsion_loss(
     kernel_points: Array | ndarray,
     offsets: Array | ndarray,

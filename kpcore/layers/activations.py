@@ -11,9 +11,9 @@ from kpcore.backends import checks, devices
 from kpcore.backends.devices import Array, Computed
 from kpcore.ops import Call, Out
 
-__all__ = ["dropout", "leaky_relu", "relu", "sigmoid", "softmax"]
+__all__ = ["dropout", "leaky_relu", "relu", "relu6", "sigmoid", "softmax"]
 
-_ACTIVATIONS = ("leaky_relu", "relu", "sigmoid")
+_ACTIVATIONS = ("leaky_relu", "relu", "relu6", "sigmoid")
 
 
 def _like_features(call):
@@ -106,6 +106,36 @@ def relu(features: Array[Computed]) -> Call[Computed]:
     array([0., 0., 2.])
     """
     return _activation_call("relu", features)
+
+
+@_activation(lambda call: True)
+def relu6(features: Array[Computed]) -> Call[Computed]:
+    """``min(max(features, 0), 6)``, the activation of MobileNet-V2.
+
+    Parameters
+    ----------
+    features : float32 or float64, of any shape
+
+    Returns
+    -------
+    An array like the features. NaN gives NaN.
+
+    Raises
+    ------
+    TypeError
+        For other dtypes.
+
+    Notes
+    -----
+    The derivative at zero and at six is zero, as in torch.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kp.relu6(np.array([-2.0, 2.0, 8.0]))
+    array([0., 2., 6.])
+    """
+    return _activation_call("relu6", features)
 
 
 @_activation(lambda call: False)

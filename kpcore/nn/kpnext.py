@@ -12,7 +12,7 @@ from kpcore import config
 from kpcore.backends import checks, devices
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
-from kpcore.nn.networks import check_dimension, evaluated, initialised
+from kpcore.nn.networks import check_dimension, evaluated, initialised, no_points
 from kpcore.pyramid import Level, Pyramid
 from kpcore.subsampling import common_origin
 
@@ -182,6 +182,10 @@ class KPNeXt:
     def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state), as `Network.init` returns them."""
         return initialised(self, seed, dtype)
+
+    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
+        """See `no_points`."""
+        return no_points(self, dtype)
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,

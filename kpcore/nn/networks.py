@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kpcore.neighbors import Neighbors
     from kpcore.nn.blocks import AnyArray, KernelPlaces, Parameters
+    from kpcore.nn.image_networks import ImageNetwork
     from kpcore.nn.kpnext import KPNeXt
     from kpcore.pyramid import Level
 
@@ -270,6 +271,10 @@ class Network:
         """
         return initialised(self, seed, dtype)
 
+    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
+        """See `no_points`."""
+        return no_points(self, dtype)
+
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
                  seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
@@ -434,29 +439,33 @@ def check_arrays(net: Network | KPNeXt, params: Parameters[np.ndarray], state: P
         got = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"params, state: expected all arrays in float32 or all in float64, got {got}")
     params, state = _Recording(params), _Recording(state)
-    _pass_without_points(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
+    _pass_without_data(net, params, state, *dtypes or (np.dtype(np.float32),), new=None)
     for kind, values in (("params", params), ("state", state)):
         if others := sorted(values.keys() - values.read):
             raise ValueError(f"{kind}: expected only what the architecture has, got {', '.join(others[:3])} too")
 
 
 def initialised(
-    net: Network | KPNeXt, seed: int, dtype: DTypeLike
+    net: Network | KPNeXt | ImageNetwork, seed: int, dtype: DTypeLike
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(params, state) of a network: the arrays that its blocks ask for in a pass over no points."""
+    """(params, state) of a network: the arrays that its blocks ask for in a pass over no data."""
     dtype = np.dtype(dtype)
     if dtype not in checks.REAL:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     seed = checks.integer("seed", seed, 0)
-    _pass_without_points(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # raises for too many before any is drawn
+    _pass_without_data(net, {}, {}, dtype, {"seed": None, "dtype": dtype})  # raises for too many before any is drawn
     params, state = {}, {}
-    _pass_without_points(net, params, state, dtype, {"seed": seed, "dtype": dtype})
+    _pass_without_data(net, params, state, dtype, {"seed": seed, "dtype": dtype})
     return params, state
 
 
-def _pass_without_points(net, params, state, dtype, new):
-    pyramid, features = net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype)
-    net.compute_logits(net.new_run(kpcore, params, state, new=new), pyramid, features, None)
+def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
+    """(pyramid, features) of no points, the input of the pass in which parameters are created or checked."""
+    return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype)
+
+
+def _pass_without_data(net, params, state, dtype, new):
+    net.compute_logits(net.new_run(kpcore, params, state, new=new), *net.no_data(dtype), None)
 
 
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],

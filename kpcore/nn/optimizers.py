@@ -252,3 +252,40 @@ def one_cycle(lr: float, steps: int, *, warm: float = 0.3, start: float = 1 / 25
         return interpolate(lr, start * end * lr, (step - top) / (steps - 1 - top) if step > top else 0.0)
 
     return at
+
+
+def cosine(lr: float, steps: int) -> Callable[[float], float]:
+    """A schedule that falls from `lr` to zero in `steps` steps along a cosine (Loshchilov and Hutter 2017).
+
+    The same as torch.optim.lr_scheduler.CosineAnnealingLR with ``T_max=steps``; after `steps` it stays zero. Returns a
+    function of the number of the step.
+
+    >>> [round(cosine(0.1, 100)(step), 6) for step in (0, 50, 100)]
+    [0.1, 0.05, 0.0]
+    """
+    lr, steps = checks.length("lr", lr, np.dtype(np.float64)), checks.integer("steps", steps, 1)
+
+    def at(step: float) -> float:
+        step = checks.number("step", step, np.dtype(np.float64))
+        return lr * (1 + math.cos(math.pi * min(1.0, max(0.0, step / steps)))) / 2
+
+    return at
+
+
+def warm_up(schedule: Callable[[float], float], steps: int) -> Callable[[float], float]:
+    """A schedule that rises linearly from zero to the start of another one in `steps` steps, and then follows that.
+
+    With `cosine` it is the schedule of Goyal et al. (2017) and Gao et al. (2020): of 90 epochs of n steps each, 5 warm
+    up, ``warm_up(cosine(0.1, 85 * n), 5 * n)``. Returns a function of the number of the step.
+
+    >>> schedule = warm_up(cosine(0.1, 100), 10)
+    >>> [round(schedule(step), 6) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    steps = checks.integer("steps", steps, 1)
+
+    def at(step: float) -> float:
+        step = checks.number("step", step, np.dtype(np.float64))
+        return schedule(step - steps) if step >= steps else schedule(0) * max(0.0, step / steps)
+
+    return at

@@ -6,7 +6,9 @@ Tensors are on the CPU or on a GPU, where CuPy must be installed. They share mem
 on, in both directions, and on a GPU kpcore uses torch's current stream. Neighbour lists are `kpcore.Neighbors`.
 `KPConv`, `DeformableKPConv` and `KPConvX` are layers, `SubmanifoldConv`, `StridedConv` and `InverseConv` those over a
 kernel map, and `ContinuousConv`, `SparseConv`, `SparseConvTranspose`, `FixedRadiusSearch`, `RadiusSearch`, `KNNSearch`
-and `VoxelPooling` have the arguments of Open3D's; `Network` is a network of `kpcore.nn` as a module.
+and `VoxelPooling` have the arguments of Open3D's. `LocalDeformableKernel2d`, `GlobalDeformableKernel2d`,
+`DeformableConv2d`, `DeformableKernelConv2d` and `ConditionalConv2d` are layers over images with the arguments of
+torch.nn.Conv2d. `Network` and `ImageNetwork` are networks of `kpcore.nn` as modules.
 docs/frameworks.md describes all of it, and the limits.
 """
 
@@ -22,9 +24,16 @@ from kpcore.neighbors import Neighbors
 from kpcore.ops import EAGER as _EAGER
 from kpcore.ops import OPS as _OPS
 from kpcore.torch import eager as _eager
+from kpcore.torch.deform2d_layers import (
+    ConditionalConv2d,
+    DeformableConv2d,
+    DeformableKernelConv2d,
+    GlobalDeformableKernel2d,
+    LocalDeformableKernel2d,
+)
 from kpcore.torch.eager import GridIndex, KDTree
 from kpcore.torch.layers import DeformableKPConv, KPConv, KPConvX
-from kpcore.torch.networks import Network
+from kpcore.torch.networks import ImageNetwork, Network
 from kpcore.torch.open3d_layers import ContinuousConv, SparseConv, SparseConvTranspose
 from kpcore.torch.open3d_searches import FixedRadiusSearch, KNNSearch, RadiusSearch, VoxelPooling
 from kpcore.torch.ops import define as _define
@@ -38,15 +47,21 @@ for _name in _EAGER:
     globals()[_name] = _eager.eager(getattr(_kpcore, _name))
 
 __all__ = [
+    "ConditionalConv2d",
     "ContinuousConv",
+    "DeformableConv2d",
     "DeformableKPConv",
+    "DeformableKernelConv2d",
     "FixedRadiusSearch",
+    "GlobalDeformableKernel2d",
     "GridIndex",
+    "ImageNetwork",
     "InverseConv",
     "KDTree",
     "KNNSearch",
     "KPConv",
     "KPConvX",
+    "LocalDeformableKernel2d",
     "Neighbors",
     "Network",
     "RadiusSearch",

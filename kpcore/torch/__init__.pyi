@@ -8,9 +8,15 @@ import kpcore
 from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
+from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
+from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d
+from kpcore.torch.deform2d_layers import DeformableKernelConv2d as DeformableKernelConv2d
+from kpcore.torch.deform2d_layers import GlobalDeformableKernel2d as GlobalDeformableKernel2d
+from kpcore.torch.deform2d_layers import LocalDeformableKernel2d as LocalDeformableKernel2d
 from kpcore.torch.layers import DeformableKPConv as DeformableKPConv
 from kpcore.torch.layers import KPConv as KPConv
 from kpcore.torch.layers import KPConvX as KPConvX
+from kpcore.torch.networks import ImageNetwork as ImageNetwork
 from kpcore.torch.networks import Network as Network
 from kpcore.torch.open3d_layers import ContinuousConv as ContinuousConv
 from kpcore.torch.open3d_layers import SparseConv as SparseConv
@@ -381,6 +387,9 @@ def radius_search(
     count_only: Literal[True],
 ) -> Tensor: ...
 def relu(
+    features: Tensor,
+) -> Tensor: ...
+def relu6(
     features: Tensor,
 ) -> Tensor: ...
 def repulsion_loss(

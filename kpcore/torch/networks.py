@@ -19,32 +19,12 @@ if TYPE_CHECKING:
     from kpcore.pyramid import Level
 
 
-class Network(torch.nn.Module):
-    """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
+class _Network(torch.nn.Module):
+    """Parameters and buffers of a network of `kpcore.nn`, by the names that they have there, and its passes."""
 
-    Parameters
-    ----------
-    net : kpcore.nn.Network
-    params, state : dict of NumPy arrays by name, optional
-        Copied into the module; by default those of ``net.init(seed)``.
-    seed : int
-
-    Examples
-    --------
-    >>> import torch, kpcore as kp, kpcore.torch as kpt
-    >>> net = kp.nn.Network(kp.nn.architecture(2, 2), num_features=1, num_classes=4, voxel_size=0.1, width=16)
-    >>> module = kpt.Network(net)
-    >>> pyramid = net.pyramid(torch.rand(1000, 3), F=kpt)
-    >>> logits, _ = module(pyramid, torch.ones(len(pyramid[0].points), 1))
-    >>> logits.shape == (len(pyramid[0].points), 4), len(list(module.parameters())) == len(net.init()[0])
-    (True, True)
-    """
-
-    net: nn.Network | nn.KPNeXt
     seed: int
 
-    def __init__(self, net: nn.Network | nn.KPNeXt, params: Parameters[np.ndarray] | None = None,
-                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
+    def __init__(self, net, params, state, seed):
         super().__init__()
         if (params is None) != (state is None):
             raise ValueError(
@@ -87,6 +67,57 @@ class Network(torch.nn.Module):
             for name, value in values.items():
                 value.copy_(_distributed_as(value, torch.from_numpy(new[name])))
 
+    def _evaluate(self, *inputs):
+        """The `kpcore.nn.Result` of a pass; in training the running statistics are updated."""
+        for part in self._parts:
+            part()
+        seed = torch.randint(2**62, (), device="cpu") if self.net.dropout and self.training else None
+        params, buffers = self._values()
+        # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
+        state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
+        result = self.net(kpcore.torch, params, state, *inputs, training=self.training, seed=seed)
+        if self.training:
+            with torch.no_grad():
+                for name, value in result.state.items():
+                    if value is not state[name]:
+                        buffers[name].copy_(value)
+        return result
+
+    def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(params, state): copies as NumPy arrays by name, for `kpcore.nn`, other frameworks and files."""
+        params, state = (
+            {name: value.detach().cpu().clone().numpy() for name, value in values.items()} for values in self._values()
+        )
+        return params, state
+
+
+class Network(_Network):
+    """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
+
+    Parameters
+    ----------
+    net : kpcore.nn.Network
+    params, state : dict of NumPy arrays by name, optional
+        Copied into the module; by default those of ``net.init(seed)``.
+    seed : int
+
+    Examples
+    --------
+    >>> import torch, kpcore as kp, kpcore.torch as kpt
+    >>> net = kp.nn.Network(kp.nn.architecture(2, 2), num_features=1, num_classes=4, voxel_size=0.1, width=16)
+    >>> module = kpt.Network(net)
+    >>> pyramid = net.pyramid(torch.rand(1000, 3), F=kpt)
+    >>> logits, _ = module(pyramid, torch.ones(len(pyramid[0].points), 1))
+    >>> logits.shape == (len(pyramid[0].points), 4), len(list(module.parameters())) == len(net.init()[0])
+    (True, True)
+    """
+
+    net: nn.Network | nn.KPNeXt
+
+    def __init__(self, net: nn.Network | nn.KPNeXt, params: Parameters[np.ndarray] | None = None,
+                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
+        super().__init__(net, params, state, seed)
+
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
@@ -99,26 +130,47 @@ class Network(torch.nn.Module):
             ``net.pyramid(..., F=kpcore.torch)``.
         features : (N, num_features) tensor
         """
-        for part in self._parts:
-            part()
-        seed = torch.randint(2**62, (), device="cpu") if self.net.dropout and self.training else None
-        params, buffers = self._values()
-        # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
-        state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
-        result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
-        if self.training:
-            with torch.no_grad():
-                for name, value in result.state.items():
-                    if value is not state[name]:
-                        buffers[name].copy_(value)
+        result = self._evaluate(pyramid, features)
         return result.logits, result.regularization
 
-    def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(params, state): copies as NumPy arrays by name, for `kpcore.nn`, other frameworks and files."""
-        params, state = (
-            {name: value.detach().cpu().clone().numpy() for name, value in values.items()} for values in self._values()
-        )
-        return params, state
+
+class ImageNetwork(_Network):
+    """An image network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
+
+    Parameters
+    ----------
+    net : kpcore.nn.ImageNetwork
+    params, state, seed
+        As in `Network`.
+
+    Examples
+    --------
+    >>> import torch, kpcore as kp, kpcore.torch as kpt
+    >>> net = kp.nn.ImageNetwork("inverted", [(1, 8, 1, 1), (2, 8, 2, 2)], 8, num_classes=4, kernel="local")
+    >>> kpt.ImageNetwork(net)(torch.rand(2, 3, 16, 16)).shape
+    torch.Size([2, 4])
+    """
+
+    net: nn.ImageNetwork
+
+    def __init__(self, net: nn.ImageNetwork, params: Parameters[np.ndarray] | None = None,
+                 state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
+        super().__init__(net, params, state, seed)
+
+    def extra_repr(self) -> str:
+        return f"{self.net.num_features} features, {self.net.num_classes} classes, {len(self.net.stages)} stages"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes); in training the running statistics are updated.
+
+        Parameters
+        ----------
+        x : (B, num_features, H, W) tensor
+            Images as torch has them; those in memory format channels_last are not copied.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"x: expected (B, {self.net.num_features}, H, W), got {tuple(x.shape)}")
+        return self._evaluate(x.permute(0, 2, 3, 1)).logits
 
 
 class _Part(torch.nn.Module):

@@ -495,6 +495,8 @@ Status activate_all(const Activate& args, T* out) {
     map_shared(n, args.threads, out, [=](int64_t i, auto at) { return leaky_relu(at(x + i), broadcast(slope)); });
   else if (args.activation == Activation::relu)
     map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu(at(x + i)); });
+  else if (args.activation == Activation::relu6)
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu6(at(x + i)); });
   else
     map_shared(n, args.threads, out, [=](int64_t i, auto at) {
       const Vec<T> value = at(x + i);
@@ -513,6 +515,8 @@ Status activate_all_grad(const Activate& args, const T* grad, T* out) {
                [=](int64_t i, auto at) { return leaky_relu_grad(at(x + i), at(grad + i), broadcast(slope)); });
   else if (args.activation == Activation::relu)
     map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu_grad(at(x + i), at(grad + i)); });
+  else if (args.activation == Activation::relu6)
+    map_shared(n, args.threads, out, [=](int64_t i, auto at) { return relu6_grad(at(x + i), at(grad + i)); });
   else
     map_shared(n, args.threads, out,
                [=](int64_t i, auto at) { return at(grad + i) * sigmoid_grad(exp_minus_abs<T>(at(x + i))); });

@@ -46,6 +46,7 @@ extern "C" __global__ void activate(const S* features, int64_t size, Activation 
   for (int64_t i = first_thread(); i < size; i += num_threads())
     out[i] = S(activation == Activation::leaky_relu ? leaky_relu(F(features[i]), negative_slope)
                : activation == Activation::relu     ? relu(F(features[i]))
+               : activation == Activation::relu6    ? relu6(F(features[i]))
                                                     : sigmoid(F(features[i]), exp_minus_abs(F(features[i]))));
 }
 
@@ -55,6 +56,7 @@ extern "C" __global__ void activate_grad(const S* features, const S* grad_out, i
     grad_features[i] =
         S(activation == Activation::leaky_relu ? leaky_relu_grad(F(features[i]), F(grad_out[i]), negative_slope)
           : activation == Activation::relu     ? relu_grad(F(features[i]), F(grad_out[i]))
+          : activation == Activation::relu6    ? relu6_grad(F(features[i]), F(grad_out[i]))
                                                : F(grad_out[i]) * sigmoid_grad(exp_minus_abs(F(features[i]))));
 }
 

@@ -31,7 +31,7 @@ enum class Ignore : int { none, equal, index };
 enum class Influence : int { linear, gaussian, constant };
 enum class Aggregation : int { sum, closest };
 enum class Reduction : int { mean, sum, max, min };
-enum class Activation : int { leaky_relu, relu, sigmoid };
+enum class Activation : int { leaky_relu, relu, relu6, sigmoid };
 enum class CoordinateMapping : int { ball_to_cube_radial, ball_to_cube_volume_preserving, identity };
 enum class Interpolation : int { linear, linear_border, nearest_neighbor };
 

@@ -33,6 +33,16 @@ KP_HD V relu_grad(V x, V grad) {
   return x <= 0 ? V{} : grad;
 }
 
+// min(max(x, 0), 6), NaN for NaN.
+template <class V>
+KP_HD V relu6(V x) {
+  return x <= 0 ? V{} : x >= 6 ? V{} + 6 : x;
+}
+template <class V>
+KP_HD V relu6_grad(V x, V grad) {
+  return x <= 0 ? V{} : x >= 6 ? V{} : grad;
+}
+
 // 1 / (1 + exp(-x)), computed from e = exp(-|x|), which never overflows.
 template <class V>
 KP_HD V sigmoid(V x, V e) {

@@ -78,7 +78,8 @@ def optimizers(params: dict[str, np.ndarray], grads: dict[str, np.ndarray]) -> f
     descent = nn.sgd(params, momentum=0.9, lr_scales={"offset": 0.1})
     adam = nn.adamw(params, betas=(0.9, 0.99))
     assert_type(descent, nn.Optimizer[np.ndarray])
-    for schedule in (nn.exponential(0.01, 0.1, 100), nn.one_cycle(0.05, 1000, warm=0.2)):
+    warm = nn.warm_up(nn.cosine(0.1, 1000), 100)
+    for schedule in (nn.exponential(0.01, 0.1, 100), nn.one_cycle(0.05, 1000, warm=0.2), warm):
         assert_type(schedule, Callable[[float], float])
         for optimizer in (descent, adam):
             nn.clip_by_value(grads, 100.0)
@@ -192,3 +193,28 @@ def module(net: nn.Network, points: torch.Tensor, features: torch.Tensor) -> dic
     params, state = network.arrays()
     assert_type(state, dict[str, np.ndarray])
     return params
+
+
+def networks_of_images(pictures: np.ndarray, batch: torch.Tensor) -> torch.Tensor:
+    """Networks and layers of images, with the options that make their convolutions adapt."""
+    net = nn.resnet50_dw(10, kernel="local", data_offsets="modulated", data_offsets_from=1)
+    assert_type(net, nn.ImageNetwork)
+    other = nn.mobilenet_v2(kernel="local", pointwise_experts=8)
+    assert_type(nn.multiply_adds(other, 192, 192), int)
+    params, state = net.init(seed=0)
+    assert_type(net(kp, params, state, pictures, training=True).logits, np.ndarray)
+    run = nn.Run[np.ndarray, np.ndarray](kp, {}, {}, new={"seed": 0, "dtype": np.float32})
+    x = nn.images.local_deformable_kernel(run, "first", pictures, 3, padding=1, scope_size=(5, 5))
+    assert_type(nn.images.conditional_conv(run, "second", x, 16, 1, experts=4), np.ndarray)
+    module = kpt.ImageNetwork(net, params, state)
+    assert_type(module.arrays()[0], dict[str, np.ndarray])
+    local = kpt.LocalDeformableKernel2d(3, 3, 3, padding=1, grid="uniform", clip=None)
+    both = kpt.DeformableKernelConv2d(3, 3, (3, 3), padding=1, modulated=True)
+    mixed = kpt.ConditionalConv2d(3, 3, 3, padding=1, groups=3, kernel_offsets="local", num_experts=4)
+    moved = kpt.DeformableConv2d(3, 3, 3, padding=1, detach_offsets=True)
+    for layer in (local, both, mixed, moved, kpt.GlobalDeformableKernel2d(3, 3, 1)):
+        batch = layer.forward(batch)
+        assert_type(layer.bias, torch.nn.Parameter | None)
+    logits = module.forward(batch)
+    assert_type(logits, torch.Tensor)
+    return logits
