@@ -1,0 +1,125 @@
+// KPConv with kernel offsets: the weights of each query are resampled around the kernel points,
+//
+//   w_k(q) = sum over j of share(k, j) W_j   with   share(k, j) = max(0, 1 - |p_k + offset_qk - p_j| / extent),
+//
+// where p_k and p_j are the same kernel points. With an extent of about the distance between neighboring kernel points
+// some two of the shares of a kernel point are above zero. They are computed where they are needed: an array of all
+// shares, (M, K, K), would have 225 numbers for each query of a kernel with 15 points.
+//
+// The output is the sum over j of A'_j W_j with the mixed sums A'_j = sum over k of share(k, j) A_k, and the gradient
+// of A_k is the sum over j of share(k, j) P_j with P_j = grad W_j^T. So rows of a tile are mixed, not pairs. Only the
+// gradient of the features gathers from queries that have shares of their own, and mixes pairs (tile.h).
+#pragma once
+
+#include <math.h>
+
+#include "kernels.h"
+#include "formulas/kpconv.h"
+#include "formulas/neighbors.h"
+#include "tile_products.h"
+
+namespace kp {
+namespace {
+
+template <class G>
+struct Resampling {
+  const G* kernel_points;  // (D, K padded with NaN to whole vectors)
+  const G* offsets;        // (the operator's queries, K, D), or null: the weights are used as they are
+  int dimension, num_kernels;
+  G extent;
+
+  int64_t padded() const { return round_up(num_kernels, lanes<G>); }
+
+  // p_k + offset_qk - p_j along an axis.
+  KP_INLINE G difference(int64_t q, int64_t k, int64_t j, int axis) const {
+    const G* const along_axis = kernel_points + axis * padded();
+    return along_axis[k] + offsets[(q * num_kernels + k) * dimension + axis] - along_axis[j];
+  }
+
+  // Calls use(j, share(k, j), squared distance) for every share above zero, in the order of j.
+  template <class Use>
+  KP_INLINE void for_each_share(int64_t q, int64_t k, Use use) const {
+    const Vec<G> inverse_extent = broadcast(1 / extent), limit = broadcast(extent * extent);
+    Vec<G> place[max_dimension], d[max_dimension];
+    for (int a = 0; a < dimension; ++a)
+      place[a] = broadcast(kernel_points[a * padded() + k] + offsets[(q * num_kernels + k) * dimension + a]);
+    for (int64_t b = 0; b < padded(); b += lanes<G>) {
+      for (int a = 0; a < dimension; ++a) d[a] = place[a] - load(kernel_points + a * padded() + b);
+      const Vec<G> squares = squared_distance(d, dimension);
+      unsigned mask = mask_lt(squares, limit);  // false for the padding
+      if (!mask) continue;
+      G d2[lanes<G>], shares[lanes<G>];
+      store(d2, squares);
+      store(shares, linear_influence(squares, inverse_extent));
+      for (; mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        use(b + lane, shares[lane], d2[lane]);
+      }
+    }
+  }
+};
+
+// to = share * from, or to += share * from
+template <class F>
+KP_INLINE void add_share(const F* from, F share, int64_t channels, bool is_new, F* to) {
+  const Vec<F> factor = broadcast(share);
+  int64_t c = 0;
+  for (; c + lanes<F> <= channels; c += lanes<F>)
+    store(to + c, fma(factor, load(from + c), is_new ? Vec<F>{} : load(to + c)));
+  if (const int rest = int(channels - c))
+    store_first(to + c, rest, fma(factor, load_first(from + c, rest), is_new ? Vec<F>{} : load_first(to + c, rest)));
+}
+
+template <class F>
+KP_INLINE F dot_product(const F* a, const F* b, int64_t channels) {
+  Vec<F> sum = {};
+  int64_t c = 0;
+  for (; c + lanes<F> <= channels; c += lanes<F>) sum = fma(load(a + c), load(b + c), sum);
+  if (const int rest = int(channels - c)) sum = fma(load_first(a + c, rest), load_first(b + c, rest), sum);
+  return sum_of_lanes<F>(sum);
+}
+
+// One thread's mixed sums A'_j of a tile.
+template <class F>
+class MixedSums {
+ public:
+  // `rows`: a multiple of row_step.
+  bool reserve(int64_t num_kernels, int64_t channels, int64_t rows) {
+    rows_ = rows;
+    channels_ = channels;
+    if (!sums_.resize(num_kernels * rows * channels + row_step) || !query_.resize(num_kernels * rows) ||
+        !size_.resize(num_kernels) || !next_.resize(num_kernels))
+      return false;
+    // The micro-kernel also reads rows up to the next multiple of row_step, but drops their products.
+    memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(F));
+    return true;
+  }
+
+  // Mixes the sums of `count` queries from `first` on.
+  template <class G>
+  KP_OUTLINE void mix(const Resampling<G>& resampling, const TileSums<F>& tile, int64_t first, int64_t count) {
+    const int64_t K = resampling.num_kernels;
+    for (int64_t k = 0; k < K; ++k) size_[k] = next_[k] = 0;
+    for (int32_t r = 0; r < count; ++r)
+      for (int64_t k = 0; k < K; ++k) {
+        if (next_[k] == tile.size(k) || tile.queries(k)[next_[k]] != r) continue;
+        const F* const from = tile.a(k) + next_[k]++ * channels_;
+        resampling.for_each_share(first + r, k, [&](int64_t j, G share, G) {
+          int32_t* const queries = &query_[j * rows_];
+          const bool is_new = !size_[j] || queries[size_[j] - 1] != r;
+          if (is_new) queries[size_[j]++] = r;
+          add_share(from, F(share), channels_, is_new, &sums_[(j * rows_ + size_[j] - 1) * channels_]);
+        });
+      }
+  }
+
+  TileSums<F> rows() const { return {sums_.data(), query_.data(), size_.data(), rows_, rows_ * channels_}; }
+
+ private:
+  Buffer<F> sums_;
+  Buffer<int32_t> query_, size_, next_;  // next_: the next row of each kernel point of the tile
+  int64_t rows_ = 0, channels_ = 0;
+};
+
+}  // namespace
+}  // namespace kp
