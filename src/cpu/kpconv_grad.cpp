@@ -29,7 +29,8 @@ struct Gradients {
     return kernel_offsets || (kernel_points && resampling.offsets);
   }
   bool need_sums(const Resampling<G>& resampling) const { return weights || factors || need_shares(resampling); }
-  bool need_geometry() const { return points || queries || kernel_points || offsets || modulations || kernel_offsets; }
+  bool need_pairs() const { return points || queries || kernel_points || offsets || modulations; }
+  bool need_geometry() const { return need_pairs() || kernel_offsets; }
 };
 
 // Gradient of modulations with several factors: at (q, k, f) the sum of A_k[q] * W_k * grad[q] over the channels of
@@ -145,7 +146,7 @@ class GeometryGradients {
     if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
     if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
     for (int64_t i = 0; i < K * D; ++i) kernel_points_[i] = 0;
-    for (int64_t k = 0; k < K; ++k)
+    for (int64_t k = 0; to.need_pairs() && k < K; ++k)
       for (int64_t i = 0; i < tile.size(k); ++i) {
         const int64_t row = k * products_.rows_stored() + i, q = first_ + tile.queries(k)[i];
         for (int a = 0; a < D; ++a) {
@@ -189,16 +190,17 @@ class GeometryGradients {
   KP_OUTLINE void write_kernel_offsets(const KPConvPass<G, F>& pass, const Gradients<G, F>& to, int64_t count,
                                        const TileSums<F>& tile) {
     const int64_t D = pass.dimension, K = pass.num_kernels, channels = pass.channels;
-    const G inverse_extent = 1 / pass.resampling.extent;
+    const Resampling<G> shares = pass.resampling;
+    const G inverse_extent = 1 / shares.extent;
     if (to.kernel_offsets) memset(to.kernel_offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
     for (int64_t k = 0; k < K; ++k)
       for (int64_t i = 0; i < tile.size(k); ++i) {
         const int64_t r = tile.queries(k)[i], q = first_ + r;
-        pass.resampling.for_each_share(q, k, [&](int64_t j, G, G d2) {
+        shares.for_each_share(q, k, [&](int64_t j, G, G d2) {
           const F share_grad = dot_product(tile.a(k) + i * channels, unmixed_row(j, r, channels), channels);
           const G slope = G(share_grad) * linear_slope(d2, inverse_extent);
           for (int a = 0; a < D; ++a) {
-            const G part = slope * pass.resampling.difference(q, k, j, a);
+            const G part = slope * shares.difference(q, k, j, a);
             if (to.kernel_offsets) to.kernel_offsets[(q * K + k) * D + a] += part;
             kernel_points_[k * D + a] += double(part);
             kernel_points_[j * D + a] -= double(part);
@@ -292,7 +294,7 @@ Status compute_gradients(const KPConvPass<G, F>& pass, const Weights<F>& weights
     max_edges = larger(max_edges, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
   using State = GradState<G, F>;
   const auto reserve = [&](State& state) {
-    return state.tile.reserve(pass, tile_rows, to.need_sums(pass.resampling), to.need_geometry()) &&
+    return state.tile.reserve(pass, tile_rows, to.need_sums(pass.resampling), to.need_pairs()) &&
            (!to.weights || !pass.mixes_sums() || state.mixed.reserve(K, pass.channels, tile_rows)) &&
            (!to.need_geometry() || state.geometry.reserve(pass, weights, tile_rows, max_edges)) &&
            (!to.weights || state.grad.resize(tile_rows * round_up(weights.c_out, lanes<F>) + panel_width<F>));
@@ -301,9 +303,9 @@ Status compute_gradients(const KPConvPass<G, F>& pass, const Weights<F>& weights
   const auto work = [&](State& state, int64_t t, int64_t first, int64_t rows) {
     const int64_t num_edges = splits[first + rows] - splits[first];
     if (to.need_geometry()) state.geometry.start(pass, weights, panels, grad_out, first, rows, num_edges);
-    state.tile.fill(pass, first, rows, to.need_geometry() ? state.tile.max_pairs : pair_batch,
+    state.tile.fill(pass, first, rows, to.need_pairs() ? state.tile.max_pairs : pair_batch,
                     [&](const Pairs<G, F>& pairs) {
-                      if (to.need_geometry())
+                      if (to.need_pairs())
                         state.geometry.add(pass, weights, panels, grad_out, state.tile.rows(), pairs, to);
                     });
     if (to.need_geometry()) state.geometry.write_queries(pass, to, rows, state.tile.rows());

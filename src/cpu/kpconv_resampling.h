@@ -30,32 +30,54 @@ struct Resampling {
 
   int64_t padded() const { return round_up(num_kernels, lanes<G>); }
 
+  void prefetch(int64_t q) const {
+    const int64_t row = int64_t(num_kernels) * dimension;
+    for (int64_t i = 0; i < row; i += 64 / int64_t(sizeof(G))) __builtin_prefetch(offsets + q * row + i);
+  }
+
   // p_k + offset_qk - p_j along an axis.
   KP_INLINE G difference(int64_t q, int64_t k, int64_t j, int axis) const {
-    const G* const along_axis = kernel_points + axis * padded();
-    return along_axis[k] + offsets[(q * num_kernels + k) * dimension + axis] - along_axis[j];
+    return place(q, k, axis) - kernel_points[axis * padded() + j];
+  }
+  KP_INLINE G place(int64_t q, int64_t k, int axis) const {
+    return kernel_points[axis * padded() + k] + offsets[(q * num_kernels + k) * dimension + axis];
+  }
+
+  // Calls use(j, vector of share(k, j), share(k, j + 1), ..., their squared distances) for j = 0, lanes, 2 lanes, ...
+  template <class Use>
+  KP_INLINE void for_each_vector(int64_t q, int64_t k, Use use) const {
+    const auto call = [&](auto dim) {
+      constexpr int DIM = decltype(dim)::value, stored = DIM ? DIM : max_dimension;
+      const int D = DIM ? DIM : dimension;
+      const Vec<G> inverse_extent = broadcast(1 / extent);
+      Vec<G> places[stored], d[stored];
+      for (int a = 0; a < D; ++a) places[a] = broadcast(place(q, k, a));
+      for (int64_t j = 0; j < padded(); j += lanes<G>) {
+        for (int a = 0; a < D; ++a) d[a] = places[a] - load(kernel_points + a * padded() + j);
+        const Vec<G> squares = squared_distance(d, D);
+        use(j, linear_influence(squares, inverse_extent), squares);  // 0 for the padding
+      }
+    };
+    if (dimension == 3)
+      call(std::integral_constant<int, 3>());
+    else
+      call(std::integral_constant<int, 0>());
   }
 
   // Calls use(j, share(k, j), squared distance) for every share above zero, in the order of j.
   template <class Use>
   KP_INLINE void for_each_share(int64_t q, int64_t k, Use use) const {
-    const Vec<G> inverse_extent = broadcast(1 / extent), limit = broadcast(extent * extent);
-    Vec<G> place[max_dimension], d[max_dimension];
-    for (int a = 0; a < dimension; ++a)
-      place[a] = broadcast(kernel_points[a * padded() + k] + offsets[(q * num_kernels + k) * dimension + a]);
-    for (int64_t b = 0; b < padded(); b += lanes<G>) {
-      for (int a = 0; a < dimension; ++a) d[a] = place[a] - load(kernel_points + a * padded() + b);
-      const Vec<G> squares = squared_distance(d, dimension);
-      unsigned mask = mask_lt(squares, limit);  // false for the padding
-      if (!mask) continue;
-      G d2[lanes<G>], shares[lanes<G>];
+    for_each_vector(q, k, [&](int64_t first, Vec<G> vector, Vec<G> squares) {
+      unsigned mask = mask_lt(Vec<G>{}, vector);
+      if (!mask) return;
+      G shares[lanes<G>], d2[lanes<G>];
+      store(shares, vector);
       store(d2, squares);
-      store(shares, linear_influence(squares, inverse_extent));
       for (; mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask);
-        use(b + lane, shares[lane], d2[lane]);
+        use(first + lane, shares[lane], d2[lane]);
       }
-    }
+    });
   }
 };
 

@@ -83,7 +83,7 @@ class Pairs {
       for (int64_t k = 0; k < padded; ++k) kernel_numbers_[k] = int32_t(k);
     }
     if (!d2.resize(room) || !weight.resize(room) || !point.resize(room)) return false;
-    if (pass.mixes_pairs() && (!mixed_.resize(K * chunk) || !neighbors_.resize(chunk))) return false;
+    if (pass.mixes_pairs() && !mixed_.resize(chunk * pass.resampling.padded())) return false;
     arrays_ = {d2.data(),
                point.data(),
                edge.data(),
@@ -175,22 +175,27 @@ class Pairs {
   // index[0, n), by at most one pair (neighbor, j) for each neighbor and kernel point, whose weight is the sum over k
   // of share(k, j) times the weights.
   KP_OUTLINE void mix(const Resampling<G>& resampling, const int32_t* index, int64_t n) {
-    const int64_t K = resampling.num_kernels;
-    memset(mixed_.data(), 0, size_t(mixed_.size()) * sizeof(F));
-    memcpy(neighbors_.data(), index, size_t(n) * sizeof(int32_t));
-    int64_t end = num_pairs;
+    const Resampling<G> shares = resampling;  // a copy, which no store can change: it stays in registers
+    const int64_t K = shares.num_kernels, padded = shares.padded();
+    G* const mixed = mixed_.data();
+    for (int64_t neighbor = 0; neighbor < n; ++neighbor) shares.prefetch(index[neighbor]);
+    memset(mixed, 0, size_t(n * padded) * sizeof(G));
     for (int64_t k = 0, i = num_pairs; k < K; ++k)
       for (int64_t neighbor = 0; i < ends_[k]; ++i) {
         while (index[neighbor] != point[i]) ++neighbor;  // the pairs of k are in the order of the neighbors
-        resampling.for_each_share(point[i], k,
-                                  [&](int64_t j, G share, G) { mixed_[j * chunk + neighbor] += F(share) * weight[i]; });
+        const Vec<G> factor = broadcast(G(weight[i]));
+        shares.for_each_vector(point[i], k, [&](int64_t j, Vec<G> vector, Vec<G>) {
+          G* const to = mixed + neighbor * padded + j;
+          store(to, fma(factor, vector, load(to)));
+        });
       }
+    int64_t end = num_pairs;
     for (int64_t j = 0; j < K; ++j) {
-      for (int64_t i = 0; i < n; i += lanes<F>) {
-        const Vec<F> weights = load(&mixed_[j * chunk + i]);
-        const unsigned mask = first_lanes<F>(n - i) & ~mask_eq(weights, Vec<F>{});
-        compress(&weight[end], mask, weights);
-        end += compress<F>(&point[end], mask, &neighbors_[i]);
+      for (int64_t neighbor = 0; neighbor < n; ++neighbor) {  // without a branch, which would be unpredictable
+        const G sum = mixed[neighbor * padded + j];
+        weight[end] = F(sum);
+        point[end] = index[neighbor];
+        end += sum != 0;
       }
       ends_[j] = end;
     }
@@ -202,8 +207,7 @@ class Pairs {
   Buffer<int64_t> ends_;
   Buffer<G> query_kernel_points_, kernel_d2_, unsorted_d2_;
   Buffer<int32_t> kernel_numbers_, unsorted_kernel_, unsorted_point_;
-  Buffer<F> mixed_;            // (K, chunk)
-  Buffer<int32_t> neighbors_;  // (chunk,)
+  Buffer<G> mixed_;  // (chunk, K padded)
 };
 
 // Sums the features of one list: NV vectors of channels from channel c on.
