@@ -693,7 +693,7 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
     "net",
     [
         nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, deformable=2, kernel_size=5),
-        nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True),
+        nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True, resampled=1),
         small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
         small(resampled=3, norm="group", norm_groups=4),
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),

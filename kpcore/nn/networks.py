@@ -368,7 +368,7 @@ class Network:
 
 
 def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
-          deformable: int = 0, **options: Any) -> Network:  # fmt: skip
+          deformable: int = 0, resampled: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-CNN, which classifies clouds, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -377,25 +377,25 @@ def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int 
     >>> kp.nn.count(kp.nn.kpcnn(1, 40, 0.02, convs=2).init()[0])
     14295144
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, False, options)
 
 
 def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
-           deformable: int = 0, **options: Any) -> Network:  # fmt: skip
+           deformable: int = 0, resampled: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-FCNN, which labels points, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, True, options)
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, True, options)
 
 
-def _published(num_features, num_classes, voxel_size, convs, levels, deformable, segment, options):
+def _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, segment, options):
     if convs == 2:  # the paper's TensorFlow code
         options = {"always_narrow": True, "head_norm": True, "slope": 0.2} | options
         if segment:
             half = options.get("width", 128) // 2
             options = {"decoder_width": half, "head_width": half} | options
-    block_names = architecture(levels, convs, deformable=deformable, segment=segment)
+    block_names = architecture(levels, convs, deformable=deformable, resampled=resampled, segment=segment)
     return Network(block_names, num_features, num_classes, voxel_size, **options)
 
 
