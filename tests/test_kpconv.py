@@ -509,11 +509,15 @@ def test_kernel_offsets_to_another_kernel_point_pick_its_weights(variant, dtype,
     assert_close(grads["weights"], total, tolerance(dtype))
 
 
-def test_kernel_offsets_that_are_not_finite_reach_only_their_query():
-    arguments = full_case(resampled=True, num_points=3000, num_queries=2000)
-    arguments["kernel_offsets"][:1000] = np.nan  # no share is above zero: these queries get zeros
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_kernel_offsets_beyond_all_kernel_points_give_zeros(value, isa):
+    arguments = full_case(resampled=True)
+    arguments["kernel_offsets"][:30] = value
     out = kp.kpconv(**arguments)
-    assert not out[:1000].any() and np.isfinite(out).all() and out[1000:].any()
+    assert not out[:30].any() and np.isfinite(out).all() and out[30:].any()
+    grads = gradients(arguments, np.ones_like(out))
+    assert all(np.isfinite(gradient).all() for gradient in grads.values())
+    assert not grads["kernel_offsets"][:30].any() and grads["kernel_offsets"][30:].any()
 
 
 @pytest.mark.parametrize("variant", ["resampled", "resampled in groups", "resampled depthwise"])
