@@ -174,10 +174,12 @@ class GeometryGradients {
  private:
   // The products of rows of A_k with kernel offsets: the sum over j of share(k, j) grad W_j^T.
   KP_OUTLINE void mix_products(const KPConvPass<G, F>& pass, const TileSums<F>& tile) {
-    products_.make_rows(tile, pass.channels, [&](int64_t r, int64_t k, F* row) {
-      memset(row, 0, size_t(pass.channels) * sizeof(F));
-      pass.resampling.for_each_share(first_ + r, k, [&](int64_t j, G share, G) {
-        add_share(unmixed_row(j, r, pass.channels), F(share), pass.channels, false, row);
+    const Resampling<G> shares = pass.resampling;
+    const int64_t channels = pass.channels;
+    products_.make_rows(tile, channels, [&](int64_t r, int64_t k, F* row) {
+      memset(row, 0, size_t(channels) * sizeof(F));
+      shares.for_each_share(first_ + r, k, [&](int64_t j, G share, G) {
+        add_share(unmixed_row(j, r, channels), F(share), channels, false, row);
       });
     });
   }

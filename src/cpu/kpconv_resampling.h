@@ -109,7 +109,7 @@ class MixedSums {
   bool reserve(int64_t num_kernels, int64_t channels, int64_t rows) {
     rows_ = rows;
     channels_ = channels;
-    if (!sums_.resize(num_kernels * rows * channels + row_step) || !query_.resize(num_kernels * rows) ||
+    if (!sums_.resize(num_kernels * stride() + row_step) || !query_.resize(num_kernels * rows) ||
         !size_.resize(num_kernels) || !next_.resize(num_kernels))
       return false;
     // The micro-kernel also reads rows up to the next multiple of row_step, but drops their products.
@@ -120,24 +120,32 @@ class MixedSums {
   // Mixes the sums of `count` queries from `first` on.
   template <class G>
   KP_OUTLINE void mix(const Resampling<G>& resampling, const TileSums<F>& tile, int64_t first, int64_t count) {
-    const int64_t K = resampling.num_kernels;
-    for (int64_t k = 0; k < K; ++k) size_[k] = next_[k] = 0;
+    const Resampling<G> shares = resampling;  // a copy, which no store can change: it stays in registers
+    const int64_t K = shares.num_kernels, channels = channels_, max_rows = rows_, kernel_stride = stride();
+    F* const sums = sums_.data();
+    int32_t *const all_queries = query_.data(), *const size = size_.data(), *const next = next_.data();
+    for (int64_t k = 0; k < K; ++k) size[k] = next[k] = 0;
     for (int32_t r = 0; r < count; ++r)
       for (int64_t k = 0; k < K; ++k) {
-        if (next_[k] == tile.size(k) || tile.queries(k)[next_[k]] != r) continue;
-        const F* const from = tile.a(k) + next_[k]++ * channels_;
-        resampling.for_each_share(first + r, k, [&](int64_t j, G share, G) {
-          int32_t* const queries = &query_[j * rows_];
-          const bool is_new = !size_[j] || queries[size_[j] - 1] != r;
-          if (is_new) queries[size_[j]++] = r;
-          add_share(from, F(share), channels_, is_new, &sums_[(j * rows_ + size_[j] - 1) * channels_]);
+        if (next[k] == tile.size(k) || tile.queries(k)[next[k]] != r) continue;
+        const F* const from = tile.a(k) + next[k]++ * channels;
+        shares.for_each_share(first + r, k, [&](int64_t j, G share, G) {
+          int32_t* const queries = all_queries + j * max_rows;
+          const bool is_new = !size[j] || queries[size[j] - 1] != r;
+          const int64_t row = size[j] - !is_new;
+          queries[row] = r;
+          size[j] = int32_t(row + 1);
+          add_share(from, F(share), channels, is_new, sums + j * kernel_stride + row * channels);
         });
       }
   }
 
-  TileSums<F> rows() const { return {sums_.data(), query_.data(), size_.data(), rows_, rows_ * channels_}; }
+  TileSums<F> rows() const { return {sums_.data(), query_.data(), size_.data(), rows_, stride()}; }
 
  private:
+  // An odd number of rows, so that those of one query are spread over the first-level cache.
+  int64_t stride() const { return (rows_ + 1) * channels_; }
+
   Buffer<F> sums_;
   Buffer<int32_t> query_, size_, next_;  // next_: the next row of each kernel point of the tile
   int64_t rows_ = 0, channels_ = 0;
