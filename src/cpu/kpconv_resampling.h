@@ -3,7 +3,7 @@
 //   w_k(q) = sum over j of share(k, j) W_j   with   share(k, j) = max(0, 1 - |p_k + offset_qk - p_j| / extent),
 //
 // where p_k and p_j are the same kernel points. With an extent of about the distance between neighboring kernel points
-// some two of the shares of a kernel point are above zero. They are computed where they are needed: an array of all
+// two or three of the shares of a kernel point are above zero. They are computed where they are needed: an array of all
 // shares, (M, K, K), would have 225 numbers for each query of a kernel with 15 points.
 //
 // The output is the sum over j of A'_j W_j with the mixed sums A'_j = sum over k of share(k, j) A_k, and the gradient
@@ -30,6 +30,7 @@ struct Resampling {
 
   int64_t padded() const { return round_up(num_kernels, lanes<G>); }
 
+  // The rows of the neighbors of a query are anywhere in `offsets`.
   void prefetch(int64_t q) const {
     const int64_t row = int64_t(num_kernels) * dimension;
     for (int64_t i = 0; i < row; i += 64 / int64_t(sizeof(G))) __builtin_prefetch(offsets + q * row + i);
