@@ -195,6 +195,7 @@ TASKS = {
     "rows": [{}],
     "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
+    "kpconv_kernel_offsets": [{"order": order} for order in ORDERS],
     "overhead": [{}],
     "memory": [
         {"implementation": name, "layer": layer}
@@ -1006,6 +1007,47 @@ def deformable(bench, order):
     if order == "voxel":
         bench.against("forward, C = 64", forward, peers.DENSE_DEFORMABLE, problem, lambda other: close([out], [other]))
         bench.against("forward + vjp, C = 64", step, peers.DENSE_DEFORMABLE_STEP, problem, partial(close, gradients))
+
+
+def kpconv_kernel_offsets(bench, order):
+    """A convolution whose kernel offsets are about a third of the least distance between its kernel points."""
+    problem = kpconv_problem(bench.folder, order, 64)
+    rng, neighbors, kernel_points = np.random.default_rng(8), neighbors_of(problem), problem["kernel_points"]
+    apart = np.linalg.norm(kernel_points[:, None] - kernel_points, axis=2)
+    extent = float(apart[apart > 0].min())
+    offsets = rng.standard_normal((len(problem["points"]), *kernel_points.shape), np.float32) * np.float32(extent / 5)
+    inputs = problem["features"], problem["weights"]
+    grad_out = rng.standard_normal(inputs[0].shape, np.float32)
+
+    def convolved(features, weights, kernel_offsets):
+        return kp.kpconv(problem["points"], None, neighbors, features, weights, kernel_points, EXTENT,
+                         kernel_offsets=kernel_offsets, kernel_extent=extent)  # fmt: skip
+
+    def forward():
+        return convolved(*inputs, offsets)
+
+    def step():
+        return kp.autodiff.vjp(convolved, *inputs, offsets)[1](grad_out)
+
+    def rigid():
+        return convolve(problem, neighbors, *inputs)
+
+    def rigid_step():
+        return kp.autodiff.vjp(partial(convolve, problem, neighbors), *inputs)[1](grad_out)
+
+    out, gradients = bench.first(forward), bench.first(step)
+    places = kernel_points.astype(np.float64) + offsets
+    shares = np.maximum(0, 1 - np.linalg.norm(places[:, :, None] - kernel_points, axis=3) / extent)
+    mixed = shares.transpose(0, 2, 1) @ aggregate(problem).reshape(len(out), KERNEL["num"], -1)
+    close([mixed.reshape(len(out), -1) @ inputs[1].reshape(-1, 64)], [out])
+    bench.label(order=order, size=f"{len(out):,}, H = {len(problem['index']) / len(out):.1f}")
+    bench.compare("forward, C = 64", forward, "rigid", rigid)
+    bench.compare("forward + vjp, C = 64", step, "rigid", rigid_step)
+    if order == "voxel":
+        problem |= {"kernel_offsets": offsets, "kernel_extent": extent}
+        bench.against("forward, C = 64", forward, peers.DENSE_RESAMPLED, problem, lambda other: close([out], [other]))
+        problem |= {"grad_out": grad_out}
+        bench.against("forward + vjp, C = 64", step, peers.DENSE_RESAMPLED_STEP, problem, partial(close, gradients))
 
 
 def memory(bench, implementation, layer):

@@ -435,6 +435,53 @@ def dense_deformable_step(grad_out, **problem):
     return lambda: torch.autograd.grad(layer(*inputs), inputs, grad_out)
 
 
+def dense_resampled(kernel_offsets, kernel_extent, **problem):
+    """(kpconv with kernel offsets, by an array (M, K, K) of all shares; its arguments features, weights, offsets)."""
+    import torch
+
+    module = dense_module()
+    _, (points, _, neighbors, features, weights, kernel_points, extent) = dense_arguments(**problem)
+    points = torch.cat([points, torch.full_like(points[:1], 1e6)])
+
+    def layer(features, weights, kernel_offsets):
+        relative = points[neighbors] - points[:-1].unsqueeze(1)
+        distance = (relative.unsqueeze(2) - kernel_points).square().sum(3).sqrt()
+        influence = (1 - distance / extent).clamp(min=0).transpose(1, 2)
+        features = torch.cat([features, torch.zeros_like(features[:1])])
+        sums = influence @ module._gather(features, neighbors)
+        apart = (kernel_points + kernel_offsets).unsqueeze(2) - kernel_points
+        shares = (1 - apart.square().sum(3).sqrt() / kernel_extent).clamp(min=0)
+        mixed = torch.bmm(shares.transpose(1, 2), sums)
+        return mixed.flatten(1) @ weights.flatten(0, 1)
+
+    return layer, (features, weights, torch.from_numpy(kernel_offsets))
+
+
+def dense_resampled_forward(**problem):
+    import torch
+
+    layer, inputs = dense_resampled(**problem)
+
+    def run():
+        with torch.no_grad():
+            return layer(*inputs)
+
+    return run
+
+
+def dense_resampled_step(grad_out, **problem):
+    import torch
+
+    layer, inputs = dense_resampled(**problem)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    grad_out = torch.from_numpy(grad_out)
+    return lambda: torch.autograd.grad(layer(*inputs), inputs, grad_out)
+
+
+DENSE_RESAMPLED = Peer("dense torch", dense_module, dense_resampled_forward, lambda out: out.numpy())
+DENSE_RESAMPLED_STEP = Peer(
+    "dense torch", dense_module, dense_resampled_step, lambda grads: [grad.numpy() for grad in grads]
+)
 DENSE_DEFORMABLE = Peer("dense torch", dense_module, dense_deformable_forward, lambda out: out.numpy())
 DENSE_DEFORMABLE_STEP = Peer(
     "dense torch", dense_module, dense_deformable_step, lambda grads: [grad.numpy() for grad in grads]

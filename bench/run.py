@@ -40,6 +40,7 @@ BASELINES = (
     "scalar L2",
     "FMA floor",
     "its forward",
+    "rigid",
     "two rigid",
     "the layer's step",
     "vjp without",

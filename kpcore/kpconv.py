@@ -1,4 +1,5 @@
-"""Kernel point convolution (KPConv): rigid, deformable, modulated, grouped, depthwise; with attention (KPConvX)."""
+"""Kernel point convolution (KPConv): rigid, deformable, modulated, grouped, depthwise; with resampled weights; with
+attention (KPConvX)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ INFLUENCES = ("linear", "gaussian", "constant")
 AGGREGATIONS = ("sum", "closest")
 NORMALIZATIONS = (None, "count", "positive")
 # Arguments whose gradients one kernel computes in one pass over all pairs; features have another, over the transpose.
-_GRADIENTS_BY_QUERY = ("weights", "points", "queries", "kernel_points", "offsets", "modulations")
+_GRADIENTS_BY_QUERY = (
+    "weights", "points", "queries", "kernel_points", "offsets", "modulations", "kernel_offsets"
+)  # fmt: skip
 
 
 def _result(call):
@@ -42,20 +45,28 @@ def _gradients(call, saved, grad, needs):
 
 @operator(
     vjp=_gradients,
-    diff=("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points"),
+    diff=("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points", "kernel_offsets"),
     result=_result,
     transposes=("features",),
 )
 def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: Neighbors,
            features: Array[Computed], weights: Array[Computed], kernel_points: Array[Computed], extent: float, *,
            influence: str = "linear", aggregation: str = "sum", normalization: str | None = None, groups: int = 1,
-           offsets: Array[Computed] | None = None, modulations: Array[Computed] | None = None
+           offsets: Array[Computed] | None = None, modulations: Array[Computed] | None = None,
+           kernel_offsets: Array[Computed] | None = None, kernel_extent: float | None = None
            ) -> Call[Computed]:  # fmt: skip
     """Kernel point convolution (KPConv): rigid, deformable, modulated; strided; dense, grouped, depthwise.
 
     ``out[q] = Σ_k m_qk (Σ_i h(|x_i - q - p_k - o_qk|) f_i) W_k`` over the neighbours i of q and the kernel points p_k
     (Thomas et al. 2019, eq. 1 to 7), without ever forming an array over neighbours and kernel points. Without `offsets`
     and `modulations` the kernel is rigid: o = 0, m = 1.
+
+    With `kernel_offsets` Δ, the weights are resampled around the kernel points for each query, as deformable kernels of
+    images are (Gao et al. 2020): in the place of W_k, each query has
+    ``w_k(q) = Σ_j max(0, 1 - |p_k + Δ_qk - p_j| / kernel_extent) W_j``, with j over the same kernel points. Offsets
+    change on which neighbours a kernel point acts, kernel offsets only the weights by which it acts. The two can be
+    combined.
+
     Differentiable in all its arrays; see `kpcore.autodiff`.
 
     Parameters
@@ -88,6 +99,11 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
         to at least one deformed kernel point, for every influence, as in the published code.
     modulations : (M, K), dtype of the features, optional
         Factors of the kernel points of each query: m in the formula.
+    kernel_offsets : (M, K, D), dtype of the points, optional
+        Δ in the formula, in the unit of the points.
+    kernel_extent : float, with `kernel_offsets` only
+        Distance, in the unit of the points, from which on a kernel point has no share in the weights of another. Up to
+        the least distance between two kernel points, kernel offsets of zero change nothing.
 
     Returns
     -------
@@ -103,11 +119,13 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     Notes
     -----
     Memory beyond the output and a packed copy of the weights is at most 4 MiB per thread, 8 MiB for gradients of
-    positions, offsets and modulations (and, with a normalisation, 4 bytes per query and one per point). The backward
-    pass also keeps the transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
+    positions, offsets and modulations (and, with a normalisation, 4 bytes per query and one per point). Resampled
+    weights are never formed, nor is an array over queries and pairs of kernel points. The backward pass also keeps the
+    transpose of `neighbors`, made once per list, and while it runs the deformed kernel points.
 
     The choice of the nearest kernel point and of the neighbours in range has no gradient. The gradient of a distance is
-    0 where the distance is 0.
+    0 where the distance is 0. So kernel offsets of zero have a gradient only if `kernel_extent` is above the least
+    distance between two kernel points.
 
     Examples
     --------
@@ -124,6 +142,15 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     >>> offsets = 0.1 * kp.kpconv(points, None, nb, features, to_offsets, kernel_points, 0.1).reshape(-1, 15, 3)
     >>> kp.kpconv(points, None, nb, features, np.ones((15, 4), np.float32), kernel_points, 0.1, offsets=offsets).shape
     (1000, 4)
+
+    Kernel offsets from each kernel point to another one exchange their weights:
+
+    >>> weights, order = np.random.default_rng(1).random((15, 4, 8), np.float32), np.arange(15)[::-1]
+    >>> kernel_offsets = np.tile(kernel_points[order] - kernel_points, (1000, 1, 1))
+    >>> out = kp.kpconv(points, None, nb, features, weights, kernel_points, 0.1, kernel_offsets=kernel_offsets,
+    ...                 kernel_extent=0.1)
+    >>> np.allclose(out, kp.kpconv(points, None, nb, features, weights[order], kernel_points, 0.1), rtol=1e-4)
+    True
     """
     sizes, queries_are_points = {}, queries is None
     points, queries = checked_geometry(points, queries, neighbors, sizes)
@@ -149,11 +176,20 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
         modulations = checks.array(
             "modulations", modulations, "M K", checks.FEATURES, sizes, like=("features", features)
         )
+    if (kernel_offsets is None) != (kernel_extent is None):
+        missing = "kernel_offsets" if kernel_offsets is None else "kernel_extent"
+        raise ValueError(f"{missing}: expected both kernel_offsets and kernel_extent or neither, got None")
+    if kernel_offsets is not None:
+        kernel_offsets = checks.array(
+            "kernel_offsets", kernel_offsets, "M K D", checks.REAL, sizes, like=("points", points)
+        )
+        kernel_extent = checks.length("kernel_extent", kernel_extent, points.dtype)
     return Call(
         points=points, queries=queries, queries_are_points=queries_are_points, neighbors=neighbors,
         index=neighbors.stored_index, row_splits=neighbors.stored_row_splits, features=features, weights=weights,
         kernel_points=kernel_points,
-        offsets=offsets, modulations=modulations, extent=checks.length("extent", extent, points.dtype),
+        offsets=offsets, modulations=modulations, kernel_offsets=kernel_offsets, kernel_extent=kernel_extent or 0.0,
+        extent=checks.length("extent", extent, points.dtype),
         influence=checks.choice("influence", influence, INFLUENCES),
         aggregation=checks.choice("aggregation", aggregation, AGGREGATIONS),
         normalization=checks.choice("normalization", normalization, NORMALIZATIONS), groups=groups, factors=1,

@@ -49,6 +49,13 @@ def deformed(arguments):
     }
 
 
+def resampled(arguments):
+    """Kernel offsets for the arguments of a kpconv, with several shares of each kernel point above zero."""
+    rng, (num, dim) = np.random.default_rng(5), arguments["kernel_points"].shape
+    offsets = rng.normal(size=(len(arguments["queries"]), num, dim)) / 10
+    return {"kernel_offsets": offsets.astype(arguments["points"].dtype), "kernel_extent": 0.5}
+
+
 def rows_of_features(num, geometry, features):
     """Features with 4 channels. Has the parameters of every `make` in CALLS; `geometry` is not used."""
     return {"features": np.random.default_rng(1).normal(size=(num, 4)).astype(features)}

@@ -334,8 +334,12 @@ def kpconv(influence_rows, features, weights):
 
 
 def full_kpconv(points, queries, rows, features, weights, kernel_points, extent, offsets=None, modulations=None,
-                groups=1, influence="linear", aggregation="sum", normalization=None):  # fmt: skip
-    """(M, Cout): KPConv with offsets (M, K, D), modulations (M, K) or (M, K, A), groups; depthwise weights (K, C)."""
+                groups=1, influence="linear", aggregation="sum", normalization=None, kernel_offsets=None,
+                kernel_extent=None):  # fmt: skip
+    """(M, Cout): KPConv with offsets (M, K, D), modulations (M, K) or (M, K, A), groups; depthwise weights (K, C).
+
+    With kernel_offsets (M, K, D) the weights of each query are resampled around the kernel points.
+    """
     normal = kpconv_rows(points, queries, rows, features, kernel_points, extent, influence, aggregation, normalization)
     features, weights = features.astype(np.float64), weights.astype(np.float64)
     num_kernels, channels = len(kernel_points), features.shape[1]
@@ -353,10 +357,15 @@ def full_kpconv(points, queries, rows, features, weights, kernel_points, extent,
         if modulations is not None:
             per_kernel = modulations[q].astype(np.float64).reshape(num_kernels, -1)
             sums = sums * np.repeat(per_kernel, channels // per_kernel.shape[1], axis=1)
+        resampled = weights
+        if kernel_offsets is not None:
+            places = kernel_points.astype(np.float64) + kernel_offsets[q]
+            shares = influences(places, kernel_points, kernel_extent, "linear", "sum")  # (k, j)
+            resampled = np.tensordot(shares, weights, 1)
         if weights.ndim == 2:
-            out[q] = (sums * weights).sum(0)
+            out[q] = (sums * resampled).sum(0)
         else:
-            parts = zip(np.split(sums, groups, 1), np.split(weights, groups, 2), strict=True)
+            parts = zip(np.split(sums, groups, 1), np.split(resampled, groups, 2), strict=True)
             out[q] = np.concatenate([np.tensordot(a, w, 2) for a, w in parts])
     return out
 

@@ -663,11 +663,16 @@ KPCONVS = {
     "float64": {"features": np.float64, "channels": (1, 3)},
     "depthwise": {"depthwise": True, "deformed": True},
     "attention": {"depthwise": True, "factors": 3},
+    "resampled": {"resampled": True},
+    "resampled_deformed": {"resampled": True, "deformed": True, "aggregation": "closest", "normalization": "count"},
+    "resampled_groups": {"resampled": True, "groups": 2, "channels": (140, 4), "influence": "gaussian"},
+    "resampled_depthwise": {"resampled": True, "depthwise": True, "deformed": True},
+    "resampled_plane": {"resampled": True, "dim": 2, "geometry": np.float64},
 }
 
 
 def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6, 4), groups=1, deformed=False,
-                   depthwise=False, factors=0, **options):  # fmt: skip
+                   depthwise=False, factors=0, resampled=False, **options):  # fmt: skip
     case = clouds.random_case(70, 37, dim, geometry, cin=channels[0], cout=channels[1], feature_type=features)
     index, splits, _ = case.csr()
     rng, kernels = np.random.default_rng(0), len(case.kernel_points)
@@ -683,6 +688,9 @@ def kpconv_problem(dim=3, geometry=np.float32, features=np.float32, channels=(6,
         primals["offsets"] = (rng.normal(size=(37, kernels, dim)) * case.extent / 4).astype(geometry)
         primals["modulations"] = rng.uniform(0, 2, (37, kernels)).astype(features)
     settings = {"neighbors": kp.Neighbors(index, splits, 70), "extent": case.extent}
+    if resampled:
+        primals["kernel_offsets"] = (rng.normal(size=(37, kernels, dim)) * case.extent / 2).astype(geometry)
+        settings["kernel_extent"] = 1.3 * case.extent
     if factors:
         primals["attention"] = rng.uniform(0, 2, (37, kernels, factors)).astype(features)
         return kp.kpconvx, primals, settings | options
@@ -1175,7 +1183,7 @@ def test_features_of_16_bits(variant, dtype, tolerance):
     dtype = half_dtype(dtype)
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
-    kinds -= {"points", "queries", "kernel_points", "offsets", "origin", "extents", "offset"}
+    kinds -= {"points", "queries", "kernel_points", "offsets", "kernel_offsets", "origin", "extents", "offset"}
     small = {name: arguments[name].astype(dtype) for name in kinds}
     rounded = arguments | {name: a.astype(np.float32) for name, a in small.items()}
     names = ops.diff(op, arguments)

@@ -52,6 +52,10 @@ def depthwise(call):
     return examples.deformed(call) | {"weights": call["weights"][:, :, 0].copy()}
 
 
+def deformed_twice(call):
+    return examples.deformed(call) | examples.resampled(call)
+
+
 def kpconvx_arguments(num, geometry, features):
     call = examples.convolution(num, geometry, features)
     attention = np.random.default_rng(4).uniform(size=(len(call["queries"]), 4, 3)).astype(features)
@@ -67,6 +71,8 @@ CALLS = {
             {"aggregation": "closest"},
             examples.deformed,
             depthwise,
+            examples.resampled,
+            deformed_twice,
         ],
     ),
     "kpconvx": (kpconvx_arguments, [{}]),
@@ -240,14 +246,18 @@ VARIANTS = {
     "depthwise": {"depthwise": True},
     "all in groups": {"deformed": True, "modulated": True, "groups": 2},
     "all depthwise": {"deformed": True, "modulated": True, "depthwise": True},
+    "resampled": {"resampled": True},
+    "resampled in groups": {"resampled": True, "deformed": True, "modulated": True, "groups": 2},
+    "resampled depthwise": {"resampled": True, "deformed": True, "modulated": True, "depthwise": True},
 }
-ARGUMENTS = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points")
+ARGUMENTS = ("features", "weights", "offsets", "modulations", "points", "queries", "kernel_points", "kernel_offsets")
 
 
-def full_case(deformed=False, modulated=False, groups=1, depthwise=False, wide=1, seed=0, **sizes):
+def full_case(deformed=False, modulated=False, groups=1, depthwise=False, resampled=False, wide=1, seed=0, **sizes):
     """Keyword arguments of kpconv without options.
 
-    Extent and kernel points are divided by `wide`, so that with wide > 1 some neighbours are out of range.
+    Extent and kernel points are divided by `wide`, so that with wide > 1 some neighbours are out of range. `resampled`:
+    with kernel offsets.
     """
     sizes = {"cin": 6, "cout": 6} | sizes
     case = clouds.random_case(seed=seed, **sizes)
@@ -266,6 +276,10 @@ def full_case(deformed=False, modulated=False, groups=1, depthwise=False, wide=1
     elif groups > 1:
         arguments["groups"] = groups
         arguments["weights"] = arguments["weights"][:, : sizes["cin"] // groups].copy()
+    if resampled:
+        kernel_offsets = rng.normal(size=(num_queries, num_kernels, dim)) * 0.4 * case.extent / wide
+        arguments["kernel_offsets"] = kernel_offsets.astype(case.points.dtype)
+        arguments["kernel_extent"] = 1.3 * case.extent / wide
     return arguments
 
 
@@ -316,6 +330,8 @@ def test_gradients_of_variants_by_central_differences(variant, influence, aggreg
         numeric, analytic = np.vdot(grad, (ahead - behind) / (2 * step)), np.vdot(gradient, direction)
         # The slope jumps where a step crosses the end of an influence or, with offsets, of the range.
         assert abs(numeric - analytic) <= 2e-5 * np.linalg.norm(gradient) * np.linalg.norm(direction) + 1e-6, name
+    if "kernel_offsets" in computed:  # through the weights, kernel points have a gradient with any influence
+        assert computed.pop("kernel_offsets").any() and computed.pop("kernel_points").any()
     positions = [name for name in ("points", "queries", "kernel_points", "offsets") if name in computed]
     assert all(computed[name].any() != (influence == "constant") for name in positions)
 
@@ -336,7 +352,7 @@ def test_gradients_of_variants_in_any_dtype(variant, geometry_type, feature_type
         assert_close(gradient, expected[name], 10 * tolerance(geometry_type, feature_type))
 
 
-@pytest.mark.parametrize("variant", ["both", "all depthwise", "all in groups"])
+@pytest.mark.parametrize("variant", ["both", "all depthwise", "all in groups", "resampled in groups"])
 @pytest.mark.parametrize("num_kernel", [1, 2, 15, 16, 17, 43])
 @pytest.mark.parametrize("dim", [1, 2, 3, 5])
 def test_variants_of_any_size(dim, num_kernel, variant):
@@ -396,7 +412,7 @@ def test_the_gradient_of_a_distance_of_zero_is_zero():
         assert np.all(gradient == (name in ("features", "weights"))), name
 
 
-@pytest.mark.parametrize("only", [None, "offsets", "weights"])
+@pytest.mark.parametrize("only", [None, "offsets", "weights", "kernel_offsets"])
 def test_gradients_of_more_pairs_than_a_tile_keeps(only):
     """100 queries with 300 neighbors, all in range of all 15 kernel points: 450,000 pairs; a tile keeps 16,384."""
     arguments = full_case(num_points=300, num_queries=100, geometry_type=np.float64, feature_type=np.float64)
@@ -409,6 +425,9 @@ def test_gradients_of_more_pairs_than_a_tile_keeps(only):
     if only == "offsets":
         arguments["offsets"] = rng.normal(size=(100, 15, 3)) * 0.1
     arguments["extent"] *= 3
+    if only == "kernel_offsets":  # with an extent beyond all distances, at which the slope of a share jumps
+        arguments |= {"kernel_offsets": rng.normal(size=(100, 15, 3)) * 0.1, "kernel_extent": 3.0}
+        names = (only, "features", "kernel_points", "modulations")
 
     def fn(*values):
         changed = arguments | dict(zip(names, values, strict=True))
@@ -418,14 +437,18 @@ def test_gradients_of_more_pairs_than_a_tile_keeps(only):
     check_vjp(fn, kp.autodiff.vjp(fn, *primals)[1], primals, step=1e-5)
 
 
+@pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("name", ["all_empty", "thousands_for_one", "repeated_and_unsorted", "no_queries"])
-def test_variants_of_neighborhoods_of_any_size(name):
+def test_variants_of_neighborhoods_of_any_size(name, resampled):
     case = with_rows(ROWS[name], cin=6, cout=6)
     rng = np.random.default_rng(0)
     arguments = {n: getattr(case, n) for n in ("points", "queries", "features", "weights", "kernel_points", "extent")}
     arguments |= {"neighbors": kp.Neighbors(*case.csr())}
     arguments["offsets"] = (rng.normal(size=(len(case.queries), 15, 3)) * 0.1).astype(np.float32)
     arguments["modulations"] = rng.uniform(0, 2, (len(case.queries), 15)).astype(np.float32)
+    if resampled:
+        kernel_offsets = rng.normal(size=(len(case.queries), 15, 3)) * 0.2
+        arguments |= {"kernel_offsets": kernel_offsets.astype(np.float32), "kernel_extent": 0.5}
     for influence in INFLUENCES:
         got, expected = with_reference(arguments, influence=influence)
         assert_close(got, expected, tolerance(np.float32))
@@ -434,6 +457,83 @@ def test_variants_of_neighborhoods_of_any_size(name):
         for argument, gradient in gradients(arguments, case.grad, influence=influence).items():
             assert_close(gradient, wanted[argument], 1e-3)
 
+
+# ---- kernel offsets
+
+
+def lattice_case(dtype=np.float32, **options):
+    """A `full_case` with 8 kernel points, the corners of a cube of edge 0.25, whose differences are exact."""
+    arguments = full_case(num_kernel=8, geometry_type=dtype, feature_type=dtype, **options)
+    corners = np.stack(np.meshgrid(*3 * [[-0.125, 0.125]]), -1).reshape(8, 3).astype(dtype)
+    return arguments | {"kernel_points": corners, "extent": 0.25}
+
+
+@both_dtypes
+@pytest.mark.parametrize("variant", ["modulated", "both", "all in groups", "all depthwise"])
+def test_kernel_offsets_of_zero_change_nothing_up_to_the_least_distance(variant, dtype, isa):
+    arguments = lattice_case(dtype, **VARIANTS[variant])
+    zeros = np.zeros((len(arguments["queries"]), 8, 3), dtype)
+    grad = np.random.default_rng(1).normal(size=(len(zeros), 6)).astype(dtype)
+    expected = {"out": kp.kpconv(**arguments), **gradients(arguments, grad)}
+    assert np.abs(expected["out"]).max() > 0.1
+    for kernel_extent in (0.25, 0.1):
+        resampled = arguments | {"kernel_offsets": zeros, "kernel_extent": kernel_extent}
+        got = {"out": kp.kpconv(**resampled), **gradients(resampled, grad)}
+        assert not got.pop("kernel_offsets").any()
+        for name, value in got.items():
+            assert_close(value, expected[name], tolerance(dtype), expected[name])
+    above = arguments | {"kernel_offsets": zeros, "kernel_extent": 0.3}
+    assert gradients(above, grad)["kernel_offsets"].any()
+    assert np.abs(kp.kpconv(**above) - expected["out"]).max() > 0.1
+
+
+@both_dtypes
+@pytest.mark.parametrize("variant", ["modulated", "both", "all in groups", "all depthwise"])
+def test_kernel_offsets_to_another_kernel_point_pick_its_weights(variant, dtype, isa):
+    arguments = lattice_case(dtype, **VARIANTS[variant])
+    corners, weights = arguments["kernel_points"], arguments["weights"]
+    num, rng = len(arguments["queries"]), np.random.default_rng(2)
+    picked = rng.integers(0, 8, (num, 8))
+    grad = rng.normal(size=(num, 6)).astype(dtype)
+    arguments |= {"kernel_offsets": corners[picked] - corners, "kernel_extent": 0.25}
+    out, grads = kp.kpconv(**arguments), gradients(arguments, grad)
+    row_splits, total = arguments["neighbors"].row_splits, np.zeros_like(weights, np.float64)
+    for q in range(num):
+        row = arguments["neighbors"].index[row_splits[q] : row_splits[q + 1]]
+        one = {n: arguments[n][q : q + 1] for n in ("queries", "offsets", "modulations") if n in arguments}
+        rest = {n: a for n, a in arguments.items() if n not in ("kernel_offsets", "kernel_extent")} | one
+        rest |= {"neighbors": kp.Neighbors(row, np.array([0, len(row)]), len(arguments["points"]))}
+        rest["weights"] = weights[picked[q]]
+        assert_close(out[q : q + 1], kp.kpconv(**rest), tolerance(dtype), magnitude=out)
+        np.add.at(total, picked[q], gradients(rest, grad[q : q + 1])["weights"])
+    assert_close(grads["weights"], total, tolerance(dtype))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_kernel_offsets_beyond_all_kernel_points_give_zeros(value, isa):
+    arguments = full_case(resampled=True)
+    arguments["kernel_offsets"][:30] = value
+    out = kp.kpconv(**arguments)
+    assert not out[:30].any() and np.isfinite(out).all() and out[30:].any()
+    grads = gradients(arguments, np.ones_like(out))
+    assert all(np.isfinite(gradient).all() for gradient in grads.values())
+    assert not grads["kernel_offsets"][:30].any() and grads["kernel_offsets"][30:].any()
+
+
+@pytest.mark.parametrize("variant", ["resampled", "resampled in groups", "resampled depthwise"])
+def test_gradients_are_the_same_bits_whichever_others_are_computed(variant, isa):
+    arguments = full_case(**VARIANTS[variant], num_points=500, num_queries=300)
+    grad = np.random.default_rng(2).normal(size=(300, 6)).astype(np.float32)
+    together = gradients(arguments, grad)
+    for name, expected in together.items():
+
+        def fn(value, name=name):
+            return kp.kpconv(**arguments | {name: value})
+
+        assert_same_bits(kp.autodiff.vjp(fn, arguments[name])[1](grad)[0], expected)
+
+
+# ---- the published deformable layer
 
 DEFORMABLE = sorted((Path(__file__).parent / "golden").glob("deform_*.npz"))
 

@@ -21,9 +21,10 @@ from kpcore.nn.published import network_name
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def small(**options):
+def small(resampled=0, **options):
     """A network with 3 levels, the last of them deformable, for features with 2 channels."""
-    return nn.Network(nn.architecture(3, 2, deformable=2), 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
+    architecture = nn.architecture(3, 2, deformable=2, resampled=resampled)
+    return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
 
 
 def batch(net, dtype=np.float32, seed=0, num=150):
@@ -103,6 +104,9 @@ def test_architectures():
     net = nn.Network(paper, 1, 40, 0.02)
     assert (net.num_levels, net.deform_levels, net.segments) == (5, (2, 3, 4), False)
     assert nn.architecture(1) == ("simple", "resnetb")
+    assert nn.architecture(2, 2, deformable=1, resampled=2, segment=False)[2:] == (
+        "resnetb_resampled_strided", "resnetb_deformable_resampled", "global_average",
+    )  # fmt: skip
     assert nn.architecture(5)[-8:] == ("nearest_upsample", "unary") * 4
 
 
@@ -505,7 +509,7 @@ def differences(loss, params, way, step=1e-7):
     [
         {}, {"norm": "group", "norm_groups": 2}, {"norm": "instance"}, {"norm": None}, {"modulated": True},
         {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
-        {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0},
+        {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0}, {"resampled": 6},
     ],
     ids=str,
 )  # fmt: skip
@@ -609,9 +613,9 @@ def losses_by_the_tape(net, params, state, pyramid, features, labels, steps):
     return found, params, state
 
 
-def test_one_definition_trained_by_the_tape_and_by_torch():
+@pytest.mark.parametrize("net", [small(modulated=True), small(resampled=6)], ids=["modulated", "resampled"])
+def test_one_definition_trained_by_the_tape_and_by_torch(net):
     torch = pytest.importorskip("torch")
-    net = small(modulated=True)
     params, state = net.init()
     pyramid, features, labels = batch(net)
     expected, after, state_after = losses_by_the_tape(net, params, state, pyramid, features, labels, 10)
@@ -651,6 +655,16 @@ def test_one_definition_trained_by_the_tape_and_by_torch():
     assert_same_bits(other.arrays()[0]["head.1.weights"], trained["head.1.weights"])
 
 
+def test_kernel_offsets_start_at_zero_and_learn_from_there():
+    net = small(resampled=6)
+    params, state = net.init()
+    pyramid, features, labels = batch(net)
+    offsets = [name for name in params if "kernel_offset" in name]
+    assert len(offsets) == 12 and not any(params[name].any() for name in offsets)
+    _, after, _ = losses_by_the_tape(net, params, state, pyramid, features, labels, 1)
+    assert all(after[name].any() for name in offsets)
+
+
 def test_one_definition_trained_by_the_tape_and_by_jax():
     jax, F = pytest.importorskip("jax"), kp.jax
     net = small()
@@ -679,8 +693,9 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
     "net",
     [
         nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, deformable=2, kernel_size=5),
-        nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True),
+        nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True, resampled=1),
         small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
+        small(resampled=3, norm="group", norm_groups=4),
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
         nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
@@ -711,7 +726,9 @@ def test_a_pass_is_the_same_in_every_framework(net, framework, training):
         np.testing.assert_allclose(float(got.regularization), expected.regularization, rtol=1e-4)
 
 
-@pytest.mark.parametrize("net", [small(modulated=True), nn.KPNeXt((1, 2), 2, 5, 0.2, 4, width=16)], ids=repr)
+@pytest.mark.parametrize(
+    "net", [small(modulated=True), small(resampled=6), nn.KPNeXt((1, 2), 2, 5, 0.2, 4, width=16)], ids=repr
+)
 def test_a_torch_module_is_trained_in_one_graph(net):
     torch = pytest.importorskip("torch")
     pyramid, features, labels = batch(net)

@@ -87,6 +87,8 @@ def arguments_of(name):
             "extent": 0.5,
             "offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
             "modulations": rng.normal(size=(3, 5)).astype(np.float32),
+            "kernel_offsets": rng.normal(size=(3, 5, 3)).astype(np.float32),
+            "kernel_extent": 0.5,
         },
         "kpconvx": {
             "points": points,
@@ -147,6 +149,7 @@ OPS_WITH_GEOMETRY = [
     ("kpconv", "queries"),
     ("kpconv", "kernel_points"),
     ("kpconv", "offsets"),
+    ("kpconv", "kernel_offsets"),
     ("kpconvx", "points"),
     ("kpconvx", "queries"),
     ("kpconvx", "kernel_points"),
@@ -372,10 +375,19 @@ CALLS = [
     ("kpconv", "kernel_points", lambda a: a.astype(np.float64), TypeError, "mixed"),
     *[("kpconv", "extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS],
     ("kpconv", "weights", lambda a: a[:, 0, :1].copy(), ValueError, "depthwise channels"),
-    ("kpconv", "offsets", lambda a: a[:2], ValueError, "queries"),
-    ("kpconv", "offsets", lambda a: a[:, :4], ValueError, "kernel"),
-    ("kpconv", "offsets", lambda a: a[:, :, :2], ValueError, "dims"),
-    ("kpconv", "offsets", lambda a: a.astype(np.float64), TypeError, "mixed"),
+    *[
+        ("kpconv", argument, change, error, name)
+        for argument in ("offsets", "kernel_offsets")
+        for change, error, name in (
+            (lambda a: a[:2], ValueError, "queries"),
+            (lambda a: a[:, :4], ValueError, "kernel"),
+            (lambda a: a[:, :, :2], ValueError, "dims"),
+            (lambda a: a.astype(np.float64), TypeError, "mixed"),
+        )
+    ],
+    ("kpconv", "kernel_offsets", lambda a: None, ValueError, "None"),
+    ("kpconv", "kernel_extent", lambda a: None, ValueError, "None"),
+    *[("kpconv", "kernel_extent", lambda a, v=v: v, e, repr(v)) for v, e in BAD_NUMBERS + NOT_NUMBERS if v is not None],
     ("kpconv", "modulations", lambda a: a[:2], ValueError, "queries"),
     ("kpconv", "modulations", lambda a: a[:, :4], ValueError, "kernel"),
     ("kpconv", "modulations", lambda a: a.astype(np.float64), TypeError, "mixed"),

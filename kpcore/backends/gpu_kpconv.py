@@ -48,11 +48,23 @@ def _queries_at_once(fields, channels):
     return max(1, _SUMS_BYTES // (len(fields.kernel_points) * channels * fields.features.dtype.itemsize))
 
 
-def _aggregated(fields, transposed=False):
+def _mix(fields, sums, mixed, first, transposed=False):
+    """Write the shares of `sums` (groups, rows, K * channels of a group) by which the weights are multiplied.
+
+    `first` is their first query. With `transposed`, mix products with the weights instead.
+    """
+    groups, rows, columns = sums.shape
+    num_kernels = len(fields.kernel_points)
+    launch(_kernels(fields)["mix"], rows * num_kernels * WARP, fields, sums=sums, num_kernels=num_kernels,
+           channels=groups * columns // num_kernels, transposed=transposed, first=first, rows=rows,
+           mixed=mixed)  # fmt: skip
+
+
+def _aggregated(fields, transposed=False, mixes=True):
     """Yield (first query, end, sums (groups, rows, K * channels of a group)) for some thousand queries at a time.
 
     All sums share one buffer: launch what uses them before the next iteration. With `transposed`, the gradient of the
-    output is summed over the transposed list instead.
+    output is summed over the transposed list instead. With kernel offsets the sums are mixed, unless `mixes` is False.
     """
     queries, features, owner, lists = fields.queries, fields.features, _QUERY, {}
     if transposed:
@@ -62,8 +74,10 @@ def _aggregated(fields, transposed=False):
     groups, channels, num_kernels = fields.groups, features.shape[1], len(fields.kernel_points)
     at_once, columns = _queries_at_once(fields, channels), num_kernels * channels
     buffer = cupy.empty((min(at_once, len(queries)), columns), features.dtype)
+    mixes = mixes and fields.kernel_offsets is not None
+    mixed_buffer = cupy.empty_like(buffer) if mixes and not transposed else None
     # Binding all arguments takes the host as long as the sums take the GPU, so only those that change are bound again.
-    kernel = _kernels(fields)["aggregate"]
+    kernel = _kernels(fields)["aggregate_mixed" if mixes and transposed else "aggregate"]
     values = {"channels": channels, "num_kernels": num_kernels, "sign": -1 if transposed else 1,
               "first": 0, "rows": 0, "sums": buffer, **lists}  # fmt: skip
     arguments = kernel.bind(fields, values | _owners(fields, owner, _normalization_scale(fields)))
@@ -71,6 +85,10 @@ def _aggregated(fields, transposed=False):
         rows = min(at_once, len(queries) - first)
         sums = buffer[:rows].reshape(groups, rows, columns // groups)
         kernel.start(rows * WARP, kernel.rebind(arguments, first=first, rows=rows, sums=sums))
+        if mixed_buffer is not None:
+            mixed = mixed_buffer[:rows].reshape(sums.shape)
+            _mix(fields, sums, mixed, first)
+            sums = mixed
         yield first, first + rows, sums
 
 
@@ -133,7 +151,8 @@ def kpconv_grads(fields):
     several_factors = fields.factors > 1
     if fields.grad_weights is not None or (several_factors and fields.grad_modulations is not None):
         _weight_gradients(fields)
-    positions = fields.grad_points, fields.grad_queries, fields.grad_kernel_points, fields.grad_offsets
+    positions = (fields.grad_points, fields.grad_queries, fields.grad_kernel_points, fields.grad_offsets,
+                 fields.grad_kernel_offsets)  # fmt: skip
     if any(grads is not None for grads in positions) or (not several_factors and fields.grad_modulations is not None):
         _position_gradients(fields)
 
@@ -166,7 +185,7 @@ def _weight_gradients(fields):
 
 
 def _position_gradients(fields):
-    """Gradients of points, queries, kernel points, offsets, and of modulations with one factor."""
+    """Gradients of points, queries, kernel points, offsets, kernel offsets, and of modulations with one factor."""
     points, queries, grad_out, groups = fields.points, fields.queries, fields.grad_out, fields.groups
     dimension, num_kernels, dtype = points.shape[1], len(fields.kernel_points), fields.features.dtype
     channels, kernels = fields.features.shape[1], _kernels(fields)
@@ -175,12 +194,13 @@ def _position_gradients(fields):
         """The requested gradient, or scratch that is discarded."""
         return cupy.empty(shape, kind) if grads is None or grads.dtype != kind else grads
 
+    kernel_shape = len(queries), num_kernels, dimension
     pair_grads = cupy.empty((len(fields.index), dimension), points.dtype)
     modulations = None if fields.factors > 1 else fields.grad_modulations
     grads = {
         "pair_grads": pair_grads,
         "grad_queries": requested_or_scratch(fields.grad_queries, queries.shape, points.dtype),
-        "grad_offsets": requested_or_scratch(fields.grad_offsets, (len(queries), num_kernels, dimension), points.dtype),
+        "grad_offsets": requested_or_scratch(fields.grad_offsets, kernel_shape, points.dtype),
         "grad_modulations": requested_or_scratch(modulations, (len(queries), num_kernels), computed(dtype)),
     }
     at_once, matrices = _queries_at_once(fields, channels), []
@@ -191,6 +211,11 @@ def _position_gradients(fields):
     values = {"channels": channels, "num_kernels": num_kernels, "first": 0, "rows": 0, "products": buffer}
     values |= grads | _owners(fields, _QUERY, _normalization_scale(fields))
     arguments = kernels["position_grads"].bind(fields, values)
+    resampled, of_shares = fields.kernel_offsets is not None, {}
+    if resampled:
+        mixed_buffer, aggregated = cupy.empty_like(buffer), _aggregated(fields, mixes=False)
+        grad_kernel_offsets = requested_or_scratch(fields.grad_kernel_offsets, kernel_shape, points.dtype)
+        of_shares = {"grad_kernel_offsets": grad_kernel_offsets, "place_grads": cupy.empty(kernel_shape, points.dtype)}
     for first in range(0, len(queries), at_once):
         rows = min(at_once, len(queries) - first)
         products = buffer[:rows].reshape(groups, rows, num_kernels * channels // groups)
@@ -198,12 +223,21 @@ def _position_gradients(fields):
             product(_group(grad_out[first : first + rows], g, groups), matrix, products[g])
         if fields.depthwise:
             _launch_depthwise("grad_products", fields, products.size, first=first, rows=rows, products=products)
+        if resampled:
+            _, _, sums = next(aggregated)
+            launch(kernels["share_grads"], rows * WARP, fields, sums=sums, products=products, num_kernels=num_kernels,
+                   channels=channels, first=first, rows=rows, **of_shares)  # fmt: skip
+            mixed = mixed_buffer[:rows].reshape(products.shape)
+            _mix(fields, products, mixed, first, transposed=True)
+            products = mixed
         kernel = kernels["position_grads"]
         kernel.start(rows * WARP, kernel.rebind(arguments, first=first, rows=rows, products=products))
     if modulations is not None and grads["grad_modulations"] is not modulations:
         modulations[...] = grads["grad_modulations"]
     if fields.grad_kernel_points is not None:
         rows = grads["grad_offsets"].reshape(len(queries), num_kernels * dimension)
+        if resampled:
+            rows = rows + of_shares["place_grads"].reshape(rows.shape)
         sum_columns(rows, fields.grad_kernel_points.reshape(-1))
     if fields.grad_points is not None:
         sum_by_point(fields.index, fields.row_splits, pair_grads, fields.grad_points)

@@ -301,6 +301,8 @@ def kpconv(
     groups: int = ...,
     offsets: Array | ndarray | None = ...,
     modulations: Array | ndarray | None = ...,
+    kernel_offsets: Array | ndarray | None = ...,
+    kernel_extent: float | None = ...,
 ) -> Array: ...
 def kpconvx(
     points: Array | ndarray,

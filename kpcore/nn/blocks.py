@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from kpcore.nn.networks import Network
 
 MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
+# The kernel_extent of resampled convolutions in mean norms of their kernel points, 1.5 times the least distance between
+# 15 of them. Up to that distance, kernel offsets of zero would be the rigid convolution, but have no gradient, and an
+# offset convolution that starts with zeros would never learn.
+_KERNEL_EXTENT = 4 / 3
 IN_VOXELS = (1e-6, 100)  # limits of radii in voxels; a sphere that is cut out for training is smaller than 100 voxels
 
 
@@ -258,22 +262,42 @@ def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
 
 
 def conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
-         places: KernelPlaces) -> Value:  # fmt: skip
-    """A rigid convolution. `where` is (points, queries, neighbors), as `kpcore.kpconv` takes them."""
+         places: KernelPlaces, resample: bool = False, draw: Draw | None = None) -> Value:  # fmt: skip
+    """A rigid convolution. `where` is (points, queries, neighbors), as `kpcore.kpconv` takes them.
+
+    `resample`: with weights that are resampled for each query, see `resampling`. `draw`: the initialisation of the
+    weights.
+    """
     num, channels = places["num"], features.shape[1]
-    weights = run.parameter(f"{name}.weights", (num, channels, width), _uniform(channels * width))
-    return run.F.kpconv(*where, features, weights, kernel(run, name, places), places["extent"], **run.conv)
+    weights = run.parameter(f"{name}.weights", (num, channels, width), draw or _uniform(channels * width))
+    points = kernel(run, name, places)
+    options = resampling(run, name, where, features, places) if resample else {}
+    return run.F.kpconv(*where, features, weights, points, places["extent"], **run.conv, **options)
+
+
+def resampling(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray,
+               places: KernelPlaces) -> dict[str, Any]:  # fmt: skip
+    """The arguments kernel_offsets and kernel_extent of a convolution; a rigid convolution computes the offsets.
+
+    They are K D numbers for each query, times the extent. Weights and bias of that convolution are initially zero.
+    """
+    num, dimension = places["num"], places["dimension"]
+    raw = conv(run, f"{name}.kernel_offset_conv", where, features, num * dimension, places, draw=_zeros)
+    raw = raw + run.parameter(f"{name}.kernel_offset_bias", (raw.shape[1],), _zeros)
+    extent = _KERNEL_EXTENT * places["radius"]
+    return {"kernel_offsets": extent * raw.reshape(-1, num, dimension), "kernel_extent": extent}
 
 
 def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
-                    places: KernelPlaces, modulated: bool = False) -> Value:  # fmt: skip
-    """A deformable convolution; a rigid convolution computes its offsets. See `deformed`."""
+                    places: KernelPlaces, modulated: bool = False, resample: bool = False) -> Value:  # fmt: skip
+    """A deformable convolution; a rigid convolution computes its offsets. See `deformed`, and `conv` for `resample`."""
     num, channels = places["num"], features.shape[1]
     weights = run.parameter(f"{name}.weights", (num, channels, width), _uniform(channels * width))
     points = kernel(run, name, places)
     raw = conv(run, f"{name}.offset_conv", where, features, num * (places["dimension"] + modulated), places)
     raw = raw + run.parameter(f"{name}.offset_bias", (raw.shape[1],), _zeros)
-    out, offsets = deformed(run.F, where, features, weights, points, places["extent"], raw, run.conv)
+    options = {**run.conv, **(resampling(run, name, where, features, places) if resample else {})}
+    out, offsets = deformed(run.F, where, features, weights, points, places["extent"], raw, options)
     if run.training:
         run.regularization.append(
             regularization(run.F, where, points, offsets, places["extent"], repulse_extent=run.repulse_extent)
@@ -305,18 +329,23 @@ def regularization(F: ModuleType, where: Geometry, kernel_points: AnyArray, offs
 
 
 def simple(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
-           places: KernelPlaces, row_splits: AnyArray, deform: bool | None = None) -> Value:  # fmt: skip
-    """A convolution and its normalisation. `deform`: None for a rigid one, else whether the deformable is modulated."""
+           places: KernelPlaces, row_splits: AnyArray, deform: bool | None = None,
+           resample: bool = False) -> Value:  # fmt: skip
+    """A convolution and its normalisation. `deform`: None for a rigid one, else whether the deformable is modulated.
+
+    `resample`: with weights that are resampled for each query.
+    """
     if deform is None:
-        out = conv(run, f"{name}.conv", where, features, width, places)
+        out = conv(run, f"{name}.conv", where, features, width, places, resample)
     else:
-        out = deformable_conv(run, f"{name}.conv", where, features, width, places, deform)
+        out = deformable_conv(run, f"{name}.conv", where, features, width, places, deform, resample)
     return norm(run, f"{name}.norm", out, row_splits)
 
 
 def bottleneck(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
                places: KernelPlaces, row_splits: AnyArray, queries_row_splits: AnyArray, deform: bool | None = None,
-               always_narrow: bool = False, pad_value: float | None = None) -> Value:  # fmt: skip
+               always_narrow: bool = False, pad_value: float | None = None,
+               resample: bool = False) -> Value:  # fmt: skip
     """A residual block: a linear layer to a quarter of the width, a convolution, a linear layer to `width`; a shortcut.
 
     In a strided block (queries are not the points) the shortcut is the maximum over the neighbours. In it, as in the
@@ -326,7 +355,7 @@ def bottleneck(run: Run[Value, Buffer], name: str, where: Geometry, features: Va
     narrow, shortcut = features, features
     if always_narrow or features.shape[1] != width // 4:
         narrow = unary(run, f"{name}.unary1", features, width // 4, row_splits)
-    out = simple(run, name, where, narrow, width // 4, places, queries_row_splits, deform)
+    out = simple(run, name, where, narrow, width // 4, places, queries_row_splits, deform, resample)
     out = unary(run, f"{name}.unary2", out, width, queries_row_splits, activate=False)
     if where[1] is not None:
         shortcut = run.F.neighbor_reduce(features, where[2], "max", pad_value=pad_value)

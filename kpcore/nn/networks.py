@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kpcore.pyramid import Level
 
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
+_VARIANTS = ("deformable", "resampled", "strided")  # of the blocks simple and resnetb, in the order of a block's name
 
 
 if TYPE_CHECKING:  # generic here only: torch does not recognize a generic NamedTuple (Python 3.11) as a named tuple
@@ -49,7 +50,8 @@ else:
         regularization: AnyArray | None  #: in training a number, if the network has deformable convolutions
 
 
-def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segment: bool = True) -> tuple[str, ...]:
+def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, resampled: int = 0,
+                 segment: bool = True) -> tuple[str, ...]:  # fmt: skip
     """The list of blocks of the published networks.
 
     Parameters
@@ -60,6 +62,9 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segmen
         always has two. 2 in the networks of the paper, 3 in the deeper ones of its PyTorch code.
     deformable : int
         How many blocks with a convolution are deformable, counted from the last; 5 in the paper.
+    resampled : int
+        How many have weights that are resampled for each query (kernel offsets, see `kpcore.kpconv`), counted from the
+        last.
     segment : bool
         Whether features are upsampled to the points again (KP-FCNN) or averaged over each batch item (KP-CNN).
 
@@ -78,10 +83,11 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, segmen
     block_names = ["simple", "resnetb"]
     for _ in range(levels - 1):
         block_names += ["resnetb_strided"] + ["resnetb"] * (convs - 1)
-    deformable = checks.integer("deformable", deformable, 0, len(block_names))
-    for i in range(len(block_names) - deformable, len(block_names)):
-        kind, *strided = block_names[i].split("_")
-        block_names[i] = "_".join([kind, "deformable", *strided])
+    for name, count in (("resampled", resampled), ("deformable", deformable)):
+        count = checks.integer(name, count, 0, len(block_names))
+        for i in range(len(block_names) - count, len(block_names)):
+            kind, *more = block_names[i].split("_")
+            block_names[i] = "_".join([kind, name, *more])
     return (*block_names, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
 
 
@@ -96,7 +102,8 @@ class Network:
     ----------
     architecture : sequence of str
         Blocks as the published PyTorch code names them: simple, resnetb, each with _deformable and _strided; max_pool;
-        then global_average, or nearest_upsample and unary up to the first level. See `architecture`.
+        then global_average, or nearest_upsample and unary up to the first level. See `architecture`. Besides these,
+        simple and resnetb may be _resampled, after _deformable and before _strided.
     num_features, num_classes : int
     voxel_size : float
         Voxel size of level 0, in the unit of the points; it doubles with each level.
@@ -314,6 +321,7 @@ class Network:
         level, width, downs, skips = 0, self.width, self.num_downs, []
         for number, block in enumerate(self.architecture):
             kind, deform = block.split("_")[0], self.modulated if "deformable" in block else None
+            resample = "resampled" in block
             here = pyramid[level]
             if number < downs:
                 name = f"encoder.{number}"
@@ -337,10 +345,10 @@ class Network:
             elif kind == "unary":
                 x = blocks.unary(run, name, x, width if number < downs else decoder_width, here.row_splits)
             elif kind == "simple":
-                x = blocks.simple(run, name, where, x, width // 2, places, bounds[1], deform)
+                x = blocks.simple(run, name, where, x, width // 2, places, bounds[1], deform, resample)
             else:
                 x = blocks.bottleneck(run, name, where, x, width, places, *bounds, deform, self.always_narrow,
-                                      self.pool_pad_value)  # fmt: skip
+                                      self.pool_pad_value, resample)  # fmt: skip
             if _coarser(block):
                 level, width = level + 1, 2 * width
         row_splits = pyramid[0].row_splits
@@ -365,7 +373,7 @@ class Network:
 
 
 def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
-          deformable: int = 0, **options: Any) -> Network:  # fmt: skip
+          deformable: int = 0, resampled: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-CNN, which classifies clouds, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
@@ -374,25 +382,25 @@ def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int 
     >>> kp.nn.count(kp.nn.kpcnn(1, 40, 0.02, convs=2).init()[0])
     14295144
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, False, options)
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, False, options)
 
 
 def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
-           deformable: int = 0, **options: Any) -> Network:  # fmt: skip
+           deformable: int = 0, resampled: int = 0, **options: Any) -> Network:  # fmt: skip
     """KP-FCNN, which labels points, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
     `options` are those of `Network`.
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, True, options)
+    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, True, options)
 
 
-def _published(num_features, num_classes, voxel_size, convs, levels, deformable, segment, options):
+def _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, segment, options):
     if convs == 2:  # the paper's TensorFlow code
         options = {"always_narrow": True, "head_norm": True, "slope": 0.2} | options
         if segment:
             half = options.get("width", 128) // 2
             options = {"decoder_width": half, "head_width": half} | options
-    block_names = architecture(levels, convs, deformable=deformable, segment=segment)
+    block_names = architecture(levels, convs, deformable=deformable, resampled=resampled, segment=segment)
     return Network(block_names, num_features, num_classes, voxel_size, **options)
 
 
@@ -502,7 +510,7 @@ def _check_architecture(block_names: Sequence[str]) -> None:
     for number, block in enumerate(block_names):
         kind, *more = block.split("_")
         known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
-            kind in ("simple", "resnetb") and more in ([], ["deformable"], ["strided"], ["deformable", "strided"])
+            kind in ("simple", "resnetb") and more == [variant for variant in _VARIANTS if variant in more]
         )
         if not known:
             raise ValueError(f"architecture: expected a block of the published networks, got {block!r}")

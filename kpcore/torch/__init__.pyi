@@ -321,6 +321,8 @@ def kpconv(
     groups: int = ...,
     offsets: Tensor | None = ...,
     modulations: Tensor | None = ...,
+    kernel_offsets: Tensor | None = ...,
+    kernel_extent: float | None = ...,
 ) -> Tensor: ...
 def kpconvx(
     points: Tensor,

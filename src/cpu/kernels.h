@@ -229,7 +229,8 @@ struct Subsampled {
   F(Array, out)
 
 // weights (K, Cin / groups, Cout), or (K, C) if depthwise; offsets (M, K, D); modulations (M, K), or (M, K, factors)
-// if depthwise. The transposed list is used by grad_features only.
+// if depthwise. The transposed list is used by grad_features only. kernel_offsets (M, K, D): the weights of each query
+// are resampled, with a linear influence of extent kernel_extent.
 #define KP_FIELDS_KPConv(F)               \
   F(Array, points)                        \
   F(Array, queries)                       \
@@ -240,7 +241,9 @@ struct Subsampled {
   F(Array, kernel_points)                 \
   F(OptionalArray, offsets)               \
   F(OptionalArray, modulations)           \
+  F(OptionalArray, kernel_offsets)        \
   F(double, extent)                       \
+  F(double, kernel_extent)                \
   F(Influence, influence)                 \
   F(Aggregation, aggregation)             \
   F(Normalization, normalization)         \
@@ -257,7 +260,8 @@ struct Subsampled {
   F(OptionalArray, grad_queries)          \
   F(OptionalArray, grad_kernel_points)    \
   F(OptionalArray, grad_offsets)          \
-  F(OptionalArray, grad_modulations)
+  F(OptionalArray, grad_modulations)      \
+  F(OptionalArray, grad_kernel_offsets)
 
 // Convolutions with a filter of depth * height * width cells, in which a neighbor acts on the cells around its
 // position, or on the cell kernel_index (E,) if that is set; then there are no points, queries and extents (their rows

@@ -1,7 +1,8 @@
 // KPConv and the gradient of its features.
 //
 //   out[q] = sum over k of m[q, k] (sum over neighbors i of q of influence(|x_i - x_q - p_k - o_qk|) f_i) W_k
-//   (Thomas et al. 2019; with modulations m and offsets o if the kernel is deformable)
+//   (Thomas et al. 2019; with modulations m and offsets o if the kernel is deformable; with kernel offsets each query
+//   has weights of its own: kpconv_resampling.h)
 //
 // Queries are processed in tiles of some hundred (tile.h). A tile first sums features by kernel point into the rows of
 // A_k. Its output is the sum over k of A_k W_k: a micro-kernel multiplies the rows of A_k by the packed weights
@@ -42,6 +43,7 @@ void scale_rows(const TileSums<F>& tile, int64_t rows, const Weights<F>& weights
 template <class G, class F>
 struct ConvolutionState {
   Tile<G, F> tile;
+  MixedSums<F> mixed;
   Buffer<F> o;
 };
 
@@ -54,21 +56,24 @@ Status convolve(const KPConvPass<G, F>& pass, const Weights<F>& weights, F* out,
     return Status::out_of_memory;
   const int64_t columns = pass.backward ? weights.c_in : weights.c_out, group_columns = columns / weights.groups;
   const int64_t o_row = dense ? weights.groups * panels.padded_columns() : columns;
-  const int64_t tile_rows = rows_of_tile<F>(pass.num_kernels * pass.channels, o_row);
+  const int64_t tile_rows = rows_of_tile<F>(columns_of_sums(pass), o_row);
   const auto reserve = [&](ConvolutionState<G, F>& state) {
-    return state.tile.reserve(pass, tile_rows) && state.o.resize((tile_rows + 1) * o_row);
+    return state.tile.reserve(pass, tile_rows) && state.o.resize((tile_rows + 1) * o_row) &&
+           (!pass.mixes_sums() || state.mixed.reserve(pass.num_kernels, pass.channels, tile_rows));
   };
   return for_each_tile<ConvolutionState<G, F>>(
       pass.num_queries, tile_rows, threads_of_pass(pass, weights, threads), reserve,
       [&](ConvolutionState<G, F>& state, int64_t, int64_t first, int64_t rows) {
         const F* const o = state.o.data();
         state.tile.fill(pass, first, rows);
+        if (pass.mixes_sums()) state.mixed.mix(pass.resampling, state.tile.rows(), first, rows);
+        const TileSums<F> sums = pass.mixes_sums() ? state.mixed.rows() : state.tile.rows();
         if (!dense) {
-          scale_rows(state.tile.rows(), rows, weights, modulations_at(pass, weights, first), state.o.data());
+          scale_rows(sums, rows, weights, modulations_at(pass, weights, first), state.o.data());
           memcpy(out + first * columns, o, size_t(rows * columns) * sizeof(F));
           return;
         }
-        multiply(state.tile.rows(), tile_rows, panels, pass.num_kernels, state.o.data());
+        multiply(sums, tile_rows, panels, pass.num_kernels, state.o.data());
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t g = 0; g < weights.groups; ++g)
             memcpy(out + (first + r) * columns + g * group_columns, o + r * o_row + g * panels.padded_columns(),

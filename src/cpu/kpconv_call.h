@@ -16,6 +16,12 @@ const F* modulations_at(const KPConvPass<G, F>& pass, const Weights<F>& weights,
   return weights.modulations + first * weights.num_kernels * weights.factors;
 }
 
+// Columns of the sums that a tile keeps for each query: with kernel offsets also the mixed sums.
+template <class G, class F>
+int64_t columns_of_sums(const KPConvPass<G, F>& pass) {
+  return pass.num_kernels * pass.channels * (pass.mixes_sums() ? 2 : 1);
+}
+
 // Threads worth starting for a pass: finding a pair costs as much as some 256 multiply-adds.
 template <class G, class F>
 int threads_of_pass(const KPConvPass<G, F>& pass, const Weights<F>& weights, int threads) {
@@ -71,6 +77,16 @@ bool by_axis(const Array& kernel_points, G sign, Buffer<G>& to) {
   return true;
 }
 
+// The kernel points of a Resampling, (D, K padded).
+template <class G>
+bool pad_kernel_points(const Array& kernel_points, Buffer<G>& to) {
+  const int64_t K = kernel_points.rows, D = kernel_points.cols, padded = round_up(K, lanes<G>);
+  if (!to.resize(D * padded)) return false;
+  for (int64_t k = 0; k < padded; ++k)
+    for (int64_t a = 0; a < D; ++a) to[a * padded + k] = k < K ? as<G>(kernel_points)[k * D + a] : G(NAN);
+  return true;
+}
+
 // Calls call(G(), F()) with the types of geometry and features.
 template <class Call>
 Status with_types(const KPConv& args, Call call) {
@@ -91,7 +107,8 @@ Weights<F> weights_of(const KPConv& args) {
 }
 
 template <class G, class F>
-KPConvPass<G, F> forward_pass(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<F>& scale) {
+KPConvPass<G, F> forward_pass(const KPConv& args, const Buffer<G>& kernel_points, const Buffer<G>& padded,
+                              const Buffer<F>& scale) {
   return {{as<G>(args.points), as<G>(args.queries), int(args.points.cols), as<int32_t>(args.index),
            as<int64_t>(args.row_splits), args.queries.rows, kernel_points.data(), int(args.kernel_points.rows),
            G(args.extent), args.influence, args.aggregation, as<G>(args.offsets), nullptr},
@@ -101,7 +118,9 @@ KPConvPass<G, F> forward_pass(const KPConv& args, const Buffer<G>& kernel_points
           nullptr,
           as<F>(args.modulations),
           args.factors,
-          false};
+          false,
+          {padded.data(), as<G>(args.kernel_offsets), int(args.points.cols), int(args.kernel_points.rows),
+           G(args.kernel_extent)}};
 }
 
 // Calls call(forward pass, weights).
@@ -110,11 +129,12 @@ Status with_forward_pass(const KPConv& args, Call call) {
   return with_types(args, [&](auto g, auto f) {
     using G = decltype(g);
     using F = decltype(f);
-    Buffer<G> kernel_points;
+    Buffer<G> kernel_points, padded;
     Buffer<F> scale;
     if (!by_axis(args.kernel_points, G(1), kernel_points)) return Status::out_of_memory;
+    if (args.kernel_offsets.data && !pad_kernel_points(args.kernel_points, padded)) return Status::out_of_memory;
     if (Status status = normalize(args, scale); status != Status::ok) return status;
-    return call(forward_pass(args, kernel_points, scale), weights_of<F>(args));
+    return call(forward_pass(args, kernel_points, padded, scale), weights_of<F>(args));
   });
 }
 

@@ -2,7 +2,9 @@
 //
 // The gradient of W_k is the sum over the tiles of A_k^T grad. Gradients of positions (points, queries, kernel points,
 // offsets) and of modulations start from the gradient of every pair's weight, f_i . (grad W_k^T), and multiply it by
-// the slope of the influence. Tiles are added in their order, so no result depends on the number of threads.
+// the slope of the influence. With kernel offsets W_k are the query's resampled weights (kpconv_resampling.h), and
+// their gradient goes to the kernel offsets and kernel points. Tiles are added in their order, so no result depends on
+// the number of threads.
 
 #include "kpconv_call.h"
 #include "tile_gradients.h"
@@ -21,9 +23,14 @@ struct Gradients {
   double* kernel_points;  // (K, D)
   G* offsets;             // (M, K, D)
   F* modulations;         // (M, K), with one factor
+  G* kernel_offsets;      // (M, K, D)
 
-  bool need_sums() const { return weights || factors; }
-  bool need_geometry() const { return points || queries || kernel_points || offsets || modulations; }
+  bool need_shares(const Resampling<G>& resampling) const {
+    return kernel_offsets || (kernel_points && resampling.offsets);
+  }
+  bool need_sums(const Resampling<G>& resampling) const { return weights || factors || need_shares(resampling); }
+  bool need_pairs() const { return points || queries || kernel_points || offsets || modulations; }
+  bool need_geometry() const { return need_pairs() || kernel_offsets; }
 };
 
 // Gradient of modulations with several factors: at (q, k, f) the sum of A_k[q] * W_k * grad[q] over the channels of
@@ -53,16 +60,27 @@ class GeometryGradients {
   bool reserve(const KPConvPass<G, F>& pass, const Weights<F>& weights, int64_t rows, int64_t max_edges) {
     const int64_t K = pass.num_kernels;
     if (!products_.reserve(weights, rows, Tile<G, F>::max_pairs + K * chunk)) return false;
+    if (pass.mixes_sums()) {
+      if (!unmixed_.reserve(weights, rows, 0) || !queries_.resize(rows) || !counts_.resize(K)) return false;
+      for (int64_t r = 0; r < rows; ++r) queries_[r] = int32_t(r);
+    }
     const int64_t all_rows = K * products_.rows_stored();
     stride_ = round_up(pass.dimension, 4);
     return factor_.resize(all_rows) && modulation_.resize(all_rows) && sums_.resize(all_rows * stride_) &&
            kernel_points_.resize(K * pass.dimension) && edges_.resize(max_edges * stride_);
   }
 
-  // Starts a tile with queries from `first` on.
-  void start(int64_t first, int64_t num_edges) {
+  // Starts a tile with `count` queries from `first` on. `panels`: the transposed weights.
+  void start(const KPConvPass<G, F>& pass, const Weights<F>& weights, const Panels<F>& panels, const F* grad_out,
+             int64_t first, int64_t count, int64_t num_edges) {
     first_ = first;
     products_.start();
+    if (pass.mixes_sums()) {
+      for (int64_t k = 0; k < pass.num_kernels; ++k) counts_[k] = int32_t(count);
+      unmixed_.start();
+      unmixed_.multiply({nullptr, queries_.data(), counts_.data(), 0, 0}, weights, panels,
+                        grad_out + first * weights.c_out);
+    }
     memset(sums_.data(), 0, size_t(sums_.size()) * sizeof(G));
     memset(modulation_.data(), 0, size_t(modulation_.size()) * sizeof(F));
     if (edges_.size()) memset(edges_.data(), 0, size_t(num_edges * stride_) * sizeof(G));
@@ -78,7 +96,10 @@ class GeometryGradients {
         factor_[k * products_.rows_stored() + i] =
             G(pass.modulations ? pass.modulations[q * K + k] : F(1)) * G(pass.query_scale ? pass.query_scale[q] : F(1));
       }
-    products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
+    if (pass.mixes_sums())
+      mix_products(pass, tile);
+    else
+      products_.multiply(tile, weights, panels, grad_out + first_ * weights.c_out);
     for (const PairList* list = pairs.lists.data(); list < pairs.lists.data() + pairs.num_lists; ++list) {
       const Vec<int32_t> number = broadcast(list->row + list->kernel * int32_t(products_.spare_rows));
       for (int64_t i = list->begin; i < list[1].begin; i += lanes<int32_t>) store(&products_.row[i], number);
@@ -104,7 +125,7 @@ class GeometryGradients {
     if (to.offsets) memset(to.offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
     if (to.modulations) memset(to.modulations + first_ * K, 0, size_t(count * K) * sizeof(F));
     for (int64_t i = 0; i < K * D; ++i) kernel_points_[i] = 0;
-    for (int64_t k = 0; k < K; ++k)
+    for (int64_t k = 0; to.need_pairs() && k < K; ++k)
       for (int64_t i = 0; i < tile.size(k); ++i) {
         const int64_t row = k * products_.rows_stored() + i, q = first_ + tile.queries(k)[i];
         for (int a = 0; a < D; ++a) {
@@ -116,6 +137,7 @@ class GeometryGradients {
         if (to.modulations)
           to.modulations[q * K + k] = modulation_[row] * (pass.query_scale ? pass.query_scale[q] : F(1));
       }
+    if (to.need_shares(pass.resampling)) write_kernel_offsets(pass, to, count, tile);
   }
 
   // Adds to the gradients that tiles share, of points and kernel points. Called in the order of the tiles.
@@ -129,6 +151,45 @@ class GeometryGradients {
   }
 
  private:
+  // The products of rows of A_k with kernel offsets: the sum over j of share(k, j) grad W_j^T.
+  KP_OUTLINE void mix_products(const KPConvPass<G, F>& pass, const TileSums<F>& tile) {
+    const Resampling<G> shares = pass.resampling;
+    const int64_t channels = pass.channels;
+    products_.make_rows(tile, channels, [&](int64_t r, int64_t k, F* row) {
+      memset(row, 0, size_t(channels) * sizeof(F));
+      shares.for_each_share(first_ + r, k, [&](int64_t j, G share, G) {
+        add_share(unmixed_row(j, r, channels), F(share), channels, false, row);
+      });
+    });
+  }
+  const F* unmixed_row(int64_t j, int64_t r, int64_t channels) const {
+    return unmixed_.products() + unmixed_.number(j, r) * channels;
+  }
+
+  // Gradients through the shares, of which that of share(k, j) is A_k . (grad W_j^T): writes that of the kernel offsets
+  // and adds that of the kernel points.
+  KP_OUTLINE void write_kernel_offsets(const KPConvPass<G, F>& pass, const Gradients<G, F>& to, int64_t count,
+                                       const TileSums<F>& tile) {
+    const int64_t D = pass.dimension, K = pass.num_kernels, channels = pass.channels;
+    const Resampling<G> shares = pass.resampling;
+    const G inverse_extent = 1 / shares.extent;
+    if (to.kernel_offsets) memset(to.kernel_offsets + first_ * K * D, 0, size_t(count * K * D) * sizeof(G));
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t i = 0; i < tile.size(k); ++i) {
+        const int64_t r = tile.queries(k)[i], q = first_ + r;
+        shares.for_each_share(q, k, [&](int64_t j, G, G d2) {
+          const F share_grad = dot_product(tile.a(k) + i * channels, unmixed_row(j, r, channels), channels);
+          const G slope = G(share_grad) * linear_slope(d2, inverse_extent);
+          for (int a = 0; a < D; ++a) {
+            const G part = slope * shares.difference(q, k, j, a);
+            if (to.kernel_offsets) to.kernel_offsets[(q * K + k) * D + a] += part;
+            kernel_points_[k * D + a] += double(part);
+            kernel_points_[j * D + a] -= double(part);
+          }
+        });
+      }
+  }
+
   // Computes the gradient of every pair's difference (neighbor - kernel point) and adds it to the tile's row and, for
   // the points, to the edge. One loop over all pairs: a loop for each list, of about five pairs, would end unpredicted.
   template <int DIM, bool need_points>
@@ -174,7 +235,9 @@ class GeometryGradients {
   }
 
   GradientProducts<F> products_;
-  Buffer<G> factor_;      // of each row: modulation times normalization of the query
+  GradientProducts<F> unmixed_;       // with kernel offsets: grad W_j^T of all queries of the tile
+  Buffer<int32_t> queries_, counts_;  // 0, 1, ...; for each kernel point, the number of queries
+  Buffer<G> factor_;                  // of each row: modulation times normalization of the query
   Buffer<G> sums_;        // (rows, stride_): gradient of the differences of each row's pairs, without factor_
   Buffer<G> edges_;       // (edges, stride_): gradient of the point of each edge
   Buffer<F> modulation_;  // of each row
@@ -185,6 +248,7 @@ class GeometryGradients {
 template <class G, class F>
 struct GradState {
   Tile<G, F> tile;
+  MixedSums<F> mixed;
   GeometryGradients<G, F> geometry;
   Buffer<F> grad;  // the rows of grad_out of the tile's queries, padded
 };
@@ -193,7 +257,7 @@ template <class G, class F>
 Status compute_gradients(const KPConvPass<G, F>& pass, const Weights<F>& weights, const F* grad_out,
                          const Gradients<G, F>& to, int threads) {
   const int64_t K = pass.num_kernels, D = pass.dimension, num_queries = pass.num_queries;
-  const int64_t tile_rows = rows_of_tile<F>(K * pass.channels, weights.c_out);
+  const int64_t tile_rows = rows_of_tile<F>(columns_of_sums(pass), weights.c_out);
   const ChannelBlocks blocks(weights);
   Turns turns;
   Panels<F> panels;
@@ -211,17 +275,18 @@ Status compute_gradients(const KPConvPass<G, F>& pass, const Weights<F>& weights
     max_edges = larger(max_edges, splits[tiles.begin(t + 1)] - splits[tiles.begin(t)]);
   using State = GradState<G, F>;
   const auto reserve = [&](State& state) {
-    return state.tile.reserve(pass, tile_rows, to.need_sums(), to.need_geometry()) &&
+    return state.tile.reserve(pass, tile_rows, to.need_sums(pass.resampling), to.need_pairs()) &&
+           (!to.weights || !pass.mixes_sums() || state.mixed.reserve(K, pass.channels, tile_rows)) &&
            (!to.need_geometry() || state.geometry.reserve(pass, weights, tile_rows, max_edges)) &&
            (!to.weights || state.grad.resize(tile_rows * round_up(weights.c_out, lanes<F>) + panel_width<F>));
   };
   threads = threads_of_pass(pass, weights, threads);
   const auto work = [&](State& state, int64_t t, int64_t first, int64_t rows) {
     const int64_t num_edges = splits[first + rows] - splits[first];
-    if (to.need_geometry()) state.geometry.start(first, num_edges);
-    state.tile.fill(pass, first, rows, to.need_geometry() ? state.tile.max_pairs : pair_batch,
+    if (to.need_geometry()) state.geometry.start(pass, weights, panels, grad_out, first, rows, num_edges);
+    state.tile.fill(pass, first, rows, to.need_pairs() ? state.tile.max_pairs : pair_batch,
                     [&](const Pairs<G, F>& pairs) {
-                      if (to.need_geometry())
+                      if (to.need_pairs())
                         state.geometry.add(pass, weights, panels, grad_out, state.tile.rows(), pairs, to);
                     });
     if (to.need_geometry()) state.geometry.write_queries(pass, to, rows, state.tile.rows());
@@ -231,9 +296,11 @@ Status compute_gradients(const KPConvPass<G, F>& pass, const Weights<F>& weights
       turns.pass(blocks.count(), t);
     }
     if (to.factors) write_factor_gradients(state.tile.rows(), weights, grad_out, first, rows, to.factors);
-    if (to.weights)
-      add_weights(state.tile.rows(), weights, modulations_at(pass, weights, first), blocks, grad_out, t, first, rows,
-                  turns, state.grad.data(), to.weights);
+    if (!to.weights) return;
+    if (pass.mixes_sums()) state.mixed.mix(pass.resampling, state.tile.rows(), first, rows);
+    add_weights(pass.mixes_sums() ? state.mixed.rows() : state.tile.rows(), weights,
+                modulations_at(pass, weights, first), blocks, grad_out, t, first, rows, turns, state.grad.data(),
+                to.weights);
   };
   return for_each_tile<State>(num_queries, tile_rows, threads, reserve, work);
 }
@@ -256,7 +323,8 @@ Status kpconv_grads(const KPConv& args) {
                                    into<G>(args.grad_queries),
                                    kernel_points ? kernel_point_sums.data() : nullptr,
                                    into<G>(args.grad_offsets),
-                                   weights.factors > 1 ? nullptr : modulations};
+                                   weights.factors > 1 ? nullptr : modulations,
+                                   into<G>(args.grad_kernel_offsets)};
     const Status status = compute_gradients<G, F>(pass, weights, as<F>(args.grad_out), grads, args.threads);
     for (int64_t i = 0; grads.kernel_points && i < size; ++i) kernel_points[i] = G(kernel_point_sums[i]);
     return status;

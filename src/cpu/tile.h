@@ -17,6 +17,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "formulas/kpconv.h"
+#include "kpconv_resampling.h"
 #include "pairs.h"
 #include "parallel.h"
 #include "tile_products.h"
@@ -36,9 +37,12 @@ struct KPConvPass : PassGeometry<G> {
   const F* modulations;                // (the operator's queries, K, factors), or null
   int factors;                         // groups of channels of a kernel point, each with its own modulation
   bool backward;                       // transposed pass
+  Resampling<G> resampling;
 
   // With one factor, the modulation is part of a pair's weight.
   bool modulates_pairs() const { return modulations && factors == 1; }
+  bool mixes_pairs() const { return resampling.offsets && backward; }
+  bool mixes_sums() const { return resampling.offsets && !backward; }
 };
 
 // The pairs of one query and one kernel point.
@@ -79,6 +83,7 @@ class Pairs {
       for (int64_t k = 0; k < padded; ++k) kernel_numbers_[k] = int32_t(k);
     }
     if (!d2.resize(room) || !weight.resize(room) || !point.resize(room)) return false;
+    if (pass.mixes_pairs() && !mixed_.resize(chunk * pass.resampling.padded())) return false;
     arrays_ = {d2.data(),
                point.data(),
                edge.data(),
@@ -107,13 +112,13 @@ class Pairs {
                                 int64_t first) {
     const FeatureRows rows{reinterpret_cast<const char*>(pass.features), pass.channels * int64_t(sizeof(F))};
     KP_ISA::find_pairs(pass, rows, q, begin, n, first, num_pairs, arrays_);
-    make_lists(pass, q, r);
+    weigh(pass, q);
+    if (pass.mixes_pairs()) mix(pass.resampling, pass.index + begin, n);
+    make_lists(pass.num_kernels, r);
   }
 
  private:
-  void make_lists(const KPConvPass<G, F>& pass, int64_t q, int32_t r) {
-    const int K = pass.num_kernels;
-    const int64_t first_list = num_lists, first_pair = num_pairs;
+  void make_lists(int K, int32_t r) {
     PairList* list = lists.data() + num_lists;
     int32_t *const all_queries = query_.data(), *const size = size_.data();
     int64_t begin = num_pairs;
@@ -132,12 +137,13 @@ class Pairs {
     num_lists = list - lists.data();
     num_pairs = begin;
     lists[num_lists].begin = num_pairs;
-    weigh(pass, q, first_pair, first_list);
   }
 
-  void weigh(const KPConvPass<G, F>& pass, int64_t q, int64_t begin, int64_t first_list) {
+  // Computes the weights of the latest query's pairs.
+  void weigh(const KPConvPass<G, F>& pass, int64_t q) {
+    const int64_t begin = num_pairs, end = ends_[pass.num_kernels - 1];
     const Vec<G> inverse_extent = broadcast(1 / pass.extent), scale = broadcast(gaussian_scale(pass.extent));
-    for (int64_t i = begin; i < num_pairs; i += lanes<G>) {
+    for (int64_t i = begin; i < end; i += lanes<G>) {
       const Vec<G> squares = load(&d2[i]);
       Vec<G> influence = {};
       switch (pass.influence) {
@@ -157,13 +163,42 @@ class Pairs {
         for (int l = 0; l < lanes<G>; ++l) weight[i + l] = F(influence[l]);
     }
     if (pass.query_scale)
-      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= pass.query_scale[q];
+      for (int64_t i = begin; i < end; ++i) weight[i] *= pass.query_scale[q];
     if (pass.point_scale)
-      for (int64_t i = begin; i < num_pairs; ++i) weight[i] *= pass.point_scale[point[i]];
+      for (int64_t i = begin; i < end; ++i) weight[i] *= pass.point_scale[point[i]];
     if (!pass.modulates_pairs()) return;
-    for (int64_t l = first_list; l < num_lists; ++l)
-      for (int64_t i = lists[l].begin; i < lists[l + 1].begin; ++i)
-        weight[i] *= pass.modulations[(pass.backward ? point[i] : q) * pass.num_kernels + lists[l].kernel];
+    for (int64_t k = 0, i = begin; k < pass.num_kernels; ++k)
+      for (; i < ends_[k]; ++i) weight[i] *= pass.modulations[(pass.backward ? point[i] : q) * pass.num_kernels + k];
+  }
+
+  // Transposed pass with kernel offsets: replaces the pairs (neighbor, k) of the latest query, which has the neighbors
+  // index[0, n), by at most one pair (neighbor, j) for each neighbor and kernel point, whose weight is the sum over k
+  // of share(k, j) times the weights.
+  KP_OUTLINE void mix(const Resampling<G>& resampling, const int32_t* index, int64_t n) {
+    const Resampling<G> shares = resampling;  // a copy, which no store can change: it stays in registers
+    const int64_t K = shares.num_kernels, padded = shares.padded();
+    G* const mixed = mixed_.data();
+    for (int64_t neighbor = 0; neighbor < n; ++neighbor) shares.prefetch(index[neighbor]);
+    memset(mixed, 0, size_t(n * padded) * sizeof(G));
+    for (int64_t k = 0, i = num_pairs; k < K; ++k)
+      for (int64_t neighbor = 0; i < ends_[k]; ++i) {
+        while (index[neighbor] != point[i]) ++neighbor;  // the pairs of k are in the order of the neighbors
+        const Vec<G> factor = broadcast(G(weight[i]));
+        shares.for_each_vector(point[i], k, [&](int64_t j, Vec<G> vector, Vec<G>) {
+          G* const to = mixed + neighbor * padded + j;
+          store(to, fma(factor, vector, load(to)));
+        });
+      }
+    int64_t end = num_pairs;
+    for (int64_t j = 0; j < K; ++j) {
+      for (int64_t neighbor = 0; neighbor < n; ++neighbor) {  // without a branch, which would be unpredictable
+        const G sum = mixed[neighbor * padded + j];
+        weight[end] = F(sum);
+        point[end] = index[neighbor];
+        end += sum != 0;
+      }
+      ends_[j] = end;
+    }
   }
 
   int64_t rows_ = 0;
@@ -172,6 +207,7 @@ class Pairs {
   Buffer<int64_t> ends_;
   Buffer<G> query_kernel_points_, kernel_d2_, unsorted_d2_;
   Buffer<int32_t> kernel_numbers_, unsorted_kernel_, unsorted_point_;
+  Buffer<G> mixed_;  // (chunk, K padded)
 };
 
 // Sums the features of one list: NV vectors of channels from channel c on.

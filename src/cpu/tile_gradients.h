@@ -167,6 +167,16 @@ class GradientProducts {
     }
   }
 
+  // The same, but calls make(query, k, row) to write each row of the products.
+  template <class Make>
+  void make_rows(const TileSums<F>& tile, int64_t channels, Make make) {
+    for (int64_t k = 0; k < rows_done_.size(); ++k) {
+      for (int64_t i = rows_done_[k]; i < tile.size(k); ++i)
+        make(tile.queries(k)[i], k, &grad_w_[number(k, i) * channels]);
+      rows_done_[k] = tile.size(k);
+    }
+  }
+
   // Computes to[i] = f_i . (grad W_k^T) for pairs with these points and rows of the products, a vector at a time.
   KP_OUTLINE void dot(const int32_t* points, const int32_t* rows, int64_t num_pairs, const F* features,
                       int64_t channels, F* to) const {

@@ -11,6 +11,10 @@
 // launch. Features of 16 bits are summed in float and rounded once per 256 neighbors. The gradient of the features is
 // the same sum over the transposed list with negated kernel points.
 //
+// With kernel offsets the weights of each query are resampled (src/cpu/kpconv_resampling.h): the sums are mixed before
+// they are multiplied by the weights, and products with the weights before gradients of positions are computed from
+// them. In the gradient of the features, every neighbor has its own shares, and weights of pairs are mixed.
+//
 // Compiled for the types of geometry and features and the dimension (3 stands for all dimensions):
 // compile: KP_G=float KP_F=float KP_DIM=3
 // compile: KP_G=float KP_F=kp::Half KP_DIM=3
@@ -80,26 +84,55 @@ struct Kernel {
   }
 };
 
-}  // namespace
-}  // namespace kp
+// The shares of W_j in the weights of kernel point k of query q.
+struct Resampling {
+  const G* points;   // (K, D)
+  const G* offsets;  // (queries, K, D)
+  int num;
+  G extent;
 
-using namespace kp;
+  __device__ G difference(int64_t q, int64_t k, int64_t j, int a) const {
+    return points[k * D + a] + offsets[(q * num + k) * D + a] - points[j * D + a];
+  }
+  __device__ G squared(int64_t q, int64_t k, int64_t j) const {
+    G d[D];
+    for (int a = 0; a < D; ++a) d[a] = difference(q, k, j, a);
+    return squared_distance(d, D);
+  }
+  __device__ G share(int64_t q, int64_t k, int64_t j) const {
+    const G d2 = squared(q, k, j);
+    return d2 < extent * extent ? linear_influence(d2, 1 / extent) : G(0);
+  }
+};
 
-// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbors, weighted by kernel point k
-extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
-                                     const S* features, int channels, const G* kernel_points, int num_kernels,
-                                     const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
-                                     int factors, const F* scale, int scale_owner, G sign, G extent,
-                                     Influence influence, Aggregation aggregation, int groups, int64_t first,
-                                     int64_t rows, S* sums) {
+// The weight of a pair: its influence, if the kernel point may act on the neighbor, times its modulation.
+struct PairWeight {
+  const Kernel& kernel;
+  const S* modulations;
+  int modulations_owner, factors;
+
+  __device__ F operator()(const G* relative, int64_t q, int64_t i, int64_t k, int choice) const {
+    if (choice != all_kernel_points && choice != k) return F(0);
+    F weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
+    if (modulations_owner && factors == 1)
+      weight *= F(modulations[(modulations_owner == query ? q : i) * kernel.num + k]);
+    return weight;
+  }
+};
+
+// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbors, times the weight of kernel
+// point k, weigh(relative position, q, i, k, choice), and the scale
+template <class Weigh>
+__device__ void sum_features(const Kernel& kernel, const G* points, const G* queries, const int32_t* index,
+                             const int64_t* row_splits, const S* features, int channels, const S* modulations,
+                             int modulations_owner, int factors, const F* scale, int scale_owner, int groups,
+                             int64_t first, int64_t rows, S* sums, Weigh weigh) {
   __shared__ int32_t choices[max_warps * neighbors_per_part];
-  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, sign, extent, 1 / extent,
-                      gaussian_scale(extent), influence, aggregation};
   const int lane = lane_number(), width = channels / groups;
   int32_t* const choice_of = choices + int(threadIdx.x) / warp * neighbors_per_part;
   for (int64_t r = first_warp(); r < rows; r += num_warps()) {
     const int64_t q = first + r, begin = row_splits[q], end = row_splits[q + 1];
-    const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * num_kernels + k) * width + c % width; };
+    const auto at = [=](int k, int c) { return sums + ((c / width * rows + r) * kernel.num + k) * width + c % width; };
     // The lane's current neighbor. With up to 32 neighbors it is loaded only once.
     int64_t loaded = -1;
     int32_t i = 0;
@@ -118,7 +151,7 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
         choice_of[e - part] = kernel.choice(relative, q, i);
       }
       __syncwarp();
-      for (int k = 0; k < num_kernels; ++k)
+      for (int k = 0; k < kernel.num; ++k)
         for (int from = 0; from < channels; from += warp * channels_per_lane) {
           F sum[channels_per_lane];
           for (int j = 0; j < channels_per_lane; ++j) {
@@ -130,19 +163,14 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
             const int choice = batch + lane >= stop   ? int(no_kernel_point)
                                : kernel.has_choices() ? choice_of[batch + lane - part]
                                                       : int(all_kernel_points);
-            F weight = F(0);
-            if (choice == all_kernel_points || choice == k) {
-              weight = F(kernel.weight(kernel.squared(relative, q, i, k)));
-              if (modulations_owner && factors == 1)
-                weight *= F(modulations[(modulations_owner == query ? q : int64_t(i)) * num_kernels + k]);
-              if (scale_owner) weight *= scale[scale_owner == query ? q : int64_t(i)];
-            }
+            F weight = weigh(relative, q, i, k, choice);
+            if (scale_owner && weight != F(0)) weight *= scale[scale_owner == query ? q : int64_t(i)];
             for (unsigned rest = __ballot_sync(all_lanes, weight != F(0)); rest; rest &= rest - 1) {
               const int source = __ffs(int(rest)) - 1;
               const F w = __shfl_sync(all_lanes, weight, source);
               const int64_t point = __shfl_sync(all_lanes, i, source);
               const S* const row = features + point * channels;
-              const S* const row_factors = modulations + (point * num_kernels + k) * factors;
+              const S* const row_factors = modulations + (point * kernel.num + k) * factors;
               for (int j = 0; j < channels_per_lane; ++j) {
                 const int c = from + j * warp + lane;
                 // Several factors of a neighbor each scale some channels here; factors of queries scale the sums later.
@@ -161,6 +189,126 @@ extern "C" __global__ void aggregate(const G* points, const G* queries, const in
       __syncwarp();
       part += neighbors_per_part;
     } while (part < end);
+  }
+}
+
+}  // namespace
+}  // namespace kp
+
+using namespace kp;
+
+// sums[g, r, k, c] of the queries [first, first + rows): the features of their neighbors, weighted by kernel point k
+extern "C" __global__ void aggregate(const G* points, const G* queries, const int32_t* index, const int64_t* row_splits,
+                                     const S* features, int channels, const G* kernel_points, int num_kernels,
+                                     const G* offsets, int offsets_owner, const S* modulations, int modulations_owner,
+                                     int factors, const F* scale, int scale_owner, G sign, G extent,
+                                     Influence influence, Aggregation aggregation, int groups, int64_t first,
+                                     int64_t rows, S* sums) {
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, sign, extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
+  sum_features(kernel, points, queries, index, row_splits, features, channels, modulations, modulations_owner, factors,
+               scale, scale_owner, groups, first, rows, sums,
+               PairWeight{kernel, modulations, modulations_owner, factors});
+}
+
+// The same over the transposed list with the kernel offsets of each neighbor: in the place of kernel point j, the sum
+// over k of share(k, j) times the weight of the pair with kernel point k.
+extern "C" __global__ void aggregate_mixed(const G* points, const G* queries, const int32_t* index,
+                                           const int64_t* row_splits, const S* features, int channels,
+                                           const G* kernel_points, int num_kernels, const G* offsets, int offsets_owner,
+                                           const S* modulations, int modulations_owner, int factors, const F* scale,
+                                           int scale_owner, G sign, G extent, Influence influence,
+                                           Aggregation aggregation, const G* kernel_offsets, G kernel_extent,
+                                           int groups, int64_t first, int64_t rows, S* sums) {
+  const Kernel kernel{kernel_points,          offsets,   num_kernels, offsets_owner, sign, extent, 1 / extent,
+                      gaussian_scale(extent), influence, aggregation};
+  const Resampling resampling{kernel_points, kernel_offsets, num_kernels, kernel_extent};
+  const PairWeight weight_of{kernel, modulations, modulations_owner, factors};
+  const auto weigh = [&](const G* relative, int64_t q, int64_t i, int64_t j, int choice) {
+    F sum = F(0);
+    for (int64_t k = 0; choice != no_kernel_point && k < num_kernels; ++k) {
+      const F weight = weight_of(relative, q, i, k, choice);
+      if (weight != F(0)) sum += F(resampling.share(i, k, j)) * weight;
+    }
+    return sum;
+  };
+  sum_features(kernel, points, queries, index, row_splits, features, channels, modulations, modulations_owner, factors,
+               scale, scale_owner, groups, first, rows, sums, weigh);
+}
+
+// mixed[g, r, j, c] = the sum over k of share(k, j) sums[g, r, k, c]; if `transposed`, of share(j, k)
+extern "C" __global__ void mix(const S* sums, const G* kernel_points, int num_kernels, const G* kernel_offsets,
+                               G kernel_extent, int groups, int channels, int transposed, int64_t first, int64_t rows,
+                               S* mixed) {
+  const Resampling resampling{kernel_points, kernel_offsets, num_kernels, kernel_extent};
+  const int lane = lane_number(), width = channels / groups;
+  for (int64_t w = first_warp(); w < rows * num_kernels; w += num_warps()) {
+    const int64_t r = w / num_kernels, j = w % num_kernels, q = first + r;
+    const auto at = [=](int64_t k, int c) { return ((c / width * rows + r) * num_kernels + k) * width + c % width; };
+    for (int from = 0; from < channels; from += warp * channels_per_lane) {
+      F sum[channels_per_lane] = {};
+      for (int batch = 0; batch < num_kernels; batch += warp) {
+        const int64_t k = batch + lane;
+        F share = F(0);
+        if (k < num_kernels) share = F(transposed ? resampling.share(q, j, k) : resampling.share(q, k, j));
+        for (unsigned rest = __ballot_sync(all_lanes, share != F(0)); rest; rest &= rest - 1) {
+          const int source = __ffs(int(rest)) - 1;
+          const F factor = __shfl_sync(all_lanes, share, source);
+          for (int i = 0; i < channels_per_lane; ++i) {
+            const int c = from + i * warp + lane;
+            if (c < channels) sum[i] += factor * F(sums[at(batch + source, c)]);
+          }
+        }
+      }
+      for (int i = 0; i < channels_per_lane; ++i) {
+        const int c = from + i * warp + lane;
+        if (c < channels) mixed[at(j, c)] = S(sum[i]);
+      }
+    }
+  }
+}
+
+// Gradients through the shares, from sums and products = grad_out W_j^T, both (groups, rows, K, width): that of
+// share(k, j) is the product of the rows k and j. Writes grad_kernel_offsets (M, K, D), and place_grads (M, K, D), the
+// gradient of the kernel points at each query.
+extern "C" __global__ void share_grads(const S* sums, const S* products, const G* kernel_points, int num_kernels,
+                                       const G* kernel_offsets, G kernel_extent, int groups, int channels,
+                                       int64_t first, int64_t rows, G* grad_kernel_offsets, G* place_grads) {
+  const Resampling resampling{kernel_points, kernel_offsets, num_kernels, kernel_extent};
+  const int lane = lane_number(), width = channels / groups;
+  for (int64_t r = first_warp(); r < rows; r += num_warps()) {
+    const int64_t q = first + r;
+    const auto at = [=](int64_t k, int c) { return ((c / width * rows + r) * num_kernels + k) * width + c % width; };
+    for (int64_t i = lane; i < int64_t(num_kernels) * D; i += warp) place_grads[q * num_kernels * D + i] = G(0);
+    for (int64_t k = 0; k < num_kernels; ++k) {
+      G grad_offset[D] = {};
+      __syncwarp();
+      for (int64_t batch = 0; batch < num_kernels; batch += warp) {
+        const int64_t j = batch + lane;
+        const G d2 = j < num_kernels ? resampling.squared(q, k, j) : G(0);
+        const bool has_share = j < num_kernels && d2 < kernel_extent * kernel_extent;
+        F share_grad = F(0);
+        for (unsigned rest = __ballot_sync(all_lanes, has_share); rest; rest &= rest - 1) {
+          const int source = __ffs(int(rest)) - 1;
+          F product = F(0);
+          for (int c = lane; c < channels; c += warp) product += sums[at(k, c)] * products[at(batch + source, c)];
+          for (int bit = warp / 2; bit; bit /= 2) product += __shfl_xor_sync(all_lanes, product, bit);
+          if (lane == source) share_grad = product;
+        }
+        const G slope = has_share ? G(share_grad) * linear_slope(d2, 1 / kernel_extent) : G(0);
+        for (int a = 0; a < D; ++a) {
+          G part = has_share ? slope * resampling.difference(q, k, j, a) : G(0);
+          if (has_share) place_grads[(q * num_kernels + j) * D + a] -= part;
+          for (int bit = warp / 2; bit; bit /= 2) part += __shfl_xor_sync(all_lanes, part, bit);
+          grad_offset[a] += part;
+        }
+      }
+      __syncwarp();
+      for (int a = 0; lane == 0 && a < D; ++a) {
+        grad_kernel_offsets[(q * num_kernels + k) * D + a] = grad_offset[a];
+        place_grads[(q * num_kernels + k) * D + a] += grad_offset[a];
+      }
+    }
   }
 }
 
