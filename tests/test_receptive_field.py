@@ -6,12 +6,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import clouds
 import numpy as np
 import pytest
 import reference
 from reference import receptive_field_over_paths, receptive_field_recursion
 
 import kpcore as kp
+from kpcore import nn, receptive_field
+from kpcore.nn import blocks
 
 LAYOUTS = ("NCHW", "NHWC")
 FRAMEWORKS = ("torch", "jax")
@@ -475,6 +478,214 @@ def test_wrong_functions(images):
             kp.effective_receptive_field(lambda x: x.detach() * parameter, x, where, **IMAGE)
     with pytest.raises(TypeError, match="x: expected floats, which have gradients"):
         kp.effective_receptive_field(lambda x: x, images.array(np.ones((1, 1, 4, 4), np.int32)), where, **IMAGE)
+
+
+# ---- networks of kpcore.nn
+
+
+def scans(folder):
+    """{name: points} of a generated flat and, if there are real scans, of a room and a street."""
+    points = {"flat": kp.scenes.indoor(30_000).points}
+    if folder is not None:
+        for name in ("room", "street"):
+            file, read, voxel = clouds.SCANS[name]
+            points[name] = np.ascontiguousarray(read(folder / "data" / file), np.float32) / np.float32(voxel / 0.1)
+    return points
+
+
+NETWORKS = {
+    "rigid": nn.Network(nn.architecture(3, 2), 2, 3, 0.1, width=8, kernel_size=7),
+    "deformable": nn.Network(nn.architecture(2, 2, deformable=2), 2, 3, 0.1, width=8, kernel_size=7),
+    "max_pool": nn.Network(("simple", "max_pool", "resnetb", "nearest_upsample", "unary"), 2, 3, 0.1, width=8),
+    "kpnext": nn.KPNeXt((1, 1), 2, 3, 0.1, width=16, num_neighbors=(60, 60), attention_groups=4, attention_norm=False),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("scan", ["flat", "room", "street"])
+def test_networks_state_their_reach(name, scan, request):
+    """It bounds the theoretical field on scans, is at most 2.2 times as large, and positions share passes by it."""
+    net = NETWORKS[name]
+    points = scans(None if scan == "flat" else request.getfixturevalue("shared"))[scan]
+    pyramid = net.pyramid(points)
+    level, rng = pyramid[0], np.random.default_rng(0)
+    params, state = net.init(0)
+    x, where = rng.normal(size=(len(level.points), 2)).astype(np.float32), rng.integers(0, len(level.points), 12)
+
+    def fn(x):
+        return net(kp, params, state, pyramid, x).logits
+
+    fields = kp.effective_receptive_field(fn, x, where)
+    farthest = max(
+        np.linalg.norm(level.points[field > 0].astype(float) - level.points[position], axis=1).max()
+        for field, position in zip(fields, where, strict=True)
+    )
+    assert farthest <= net.reach <= 2.2 * farthest
+    shared = kp.effective_receptive_field(fn, x, where, reach=net.reach, points=level.points)
+    assert np.array_equal(shared, fields)
+
+
+def test_networks_that_see_more_than_a_radius():
+    two = nn.architecture(2, 2)
+    assert nn.Network(two, 1, 4, 0.1).reach < math.inf
+    for options in ({"norm": "group"}, {"norm": "instance"}):
+        assert nn.Network(two, 1, 4, 0.1, **options).reach == math.inf
+    assert nn.Network(nn.architecture(2, 2, segment=False), 1, 4, 0.1).reach == math.inf
+    kpnext = {"depths": (1, 1), "num_features": 1, "num_classes": 4, "voxel_size": 0.1, "attention_norm": False}
+    assert nn.KPNeXt(**kpnext).reach == nn.KPNeXt(**kpnext | {"attention_groups": None}).reach < math.inf
+    assert nn.KPNeXt(**kpnext | {"attention_groups": None, "attention_norm": True}).reach < math.inf
+    assert nn.KPNeXt(**kpnext | {"norm": "group"}).reach == nn.KPNeXt(**kpnext | {"segment": False}).reach == math.inf
+    # The normalisation of the attention joins the items of a batch.
+    joined = nn.KPNeXt(**kpnext | {"attention_norm": True, "width": 16, "num_neighbors": (8, 8)})
+    assert joined.reach is None
+    points, (params, state) = np.random.default_rng(0).random((200, 3)), joined.init(0, np.float64)
+    pyramid = joined.pyramid(points, row_splits=np.array([0, 100, 200]))
+    splits = pyramid[0].row_splits
+    x = np.random.default_rng(1).normal(size=(splits[-1], 1))
+    fields = kp.effective_receptive_field(lambda x: joined(kp, params, state, pyramid, x).logits, x, [0])
+    assert fields[0, : splits[1]].max() > fields[0, splits[1] :].max() > 0
+
+
+def test_logits_of_whole_clouds():
+    """KP-CNN has one row of logits for each cloud; with an infinite reach all clouds share a pass."""
+    net = nn.kpcnn(2, 3, 0.2, levels=2, convs=2, width=8)
+    params, state = net.init(0, np.float64)
+    pyramid = net.pyramid(np.random.default_rng(0).random((300, 3)), row_splits=np.array([0, 120, 200, 300]))
+    x = np.random.default_rng(1).normal(size=(len(pyramid[0].points), 2))
+
+    def fn(x):
+        return net(kp, params, state, pyramid, x).logits
+
+    splits = {"points_row_splits": pyramid[0].row_splits, "queries_row_splits": np.arange(4)}
+    shared = kp.effective_receptive_field(fn, x, range(3), reach=net.reach, **splits)
+    assert np.array_equal(shared, kp.effective_receptive_field(fn, x, range(3))) and (shared > 0).any(0).mean() > 0.9
+
+
+# ---- offsets as constants of the gradient
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_terms_of_offsets(points_framework, modulated):
+    """The full gradient minus that with constant offsets is what reaches the features through the generator."""
+    F, array, rng = points_framework.F, points_framework.array, np.random.default_rng(0)
+    points, places = rng.random((40, 3)), {"num": 6, "radius": 0.2, "extent": 0.25, "dimension": 3}
+    neighbors, x, grad = kp.radius_search(points, None, 0.5), rng.normal(size=(40, 3)), rng.normal(size=(40, 4))
+    new = blocks.Run(kp, {}, {}, new={"seed": 0, "dtype": np.float64})
+    blocks.deformable_conv(new, "conv", (points, None, neighbors), x, 4, places, modulated)
+    params = {key: array(3 * value if "offset" in key else value) for key, value in new.params.items()}
+    state = {key: array(value) for key, value in new.state.items()}
+    where, results, gradients = (array(points), None, neighbors), [], []
+    for detach_offsets in (False, True):
+
+        def fn(x, detach_offsets=detach_offsets):
+            run = blocks.Run(F, params, state, detach_offsets=detach_offsets)
+            return blocks.deformable_conv(run, "conv", where, x, 4, places, modulated)
+
+        out, pullback = receptive_field._differentiated(fn, array(x))
+        results.append(np.asarray(fn(array(x))))
+        gradients.append(pullback(grad))
+        assert out == (40, 4)
+    assert np.array_equal(*results)
+
+    bias, weights = new.params["conv.offset_conv.weights"] * 3, new.params["conv.weights"]
+    own = [new.state[f"conv.{name}kernel_points"] for name in ("", "offset_conv.")]
+
+    def generator(x):
+        return kp.kpconv(points, None, neighbors, x, bias, own[1], 0.25)
+
+    def convolution(x, raw):
+        return blocks.deformed(kp, (points, None, neighbors), x, weights, own[0], 0.25, raw, {})[0]
+
+    raw, through_generator = kp.autodiff.vjp(generator, x)
+    through_features, of_raw = kp.autodiff.vjp(convolution, x, raw)[1](grad)
+    (terms,) = through_generator(of_raw)
+    scale = np.abs(gradients[0]).max()
+    assert np.abs(terms).max() > 0.01 * scale
+    assert np.abs(gradients[1] - through_features).max() <= 1e-12 * scale
+    assert np.abs(gradients[0] - gradients[1] - terms).max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_constant_offsets_of_a_torch_layer(modulated):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = kp.torch.DeformableKPConv(3, 4, 6, radius=0.2, extent=0.25, modulated=modulated, dtype=torch.float64)
+    points, x = torch.rand(40, 3, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+    neighbors = kp.torch.radius_search(points, None, 0.5)
+    full, offsets = layer(points, None, neighbors, x, return_offsets=True)
+    detached, constants = layer(points, None, neighbors, x, True, detach_offsets=True)
+    assert torch.equal(full, detached) and torch.equal(offsets, constants) and not constants.requires_grad
+    parameters = [x, layer.weights, layer.offset_conv.weights]
+    grads = torch.autograd.grad(detached.square().sum(), parameters, allow_unused=True)
+    assert grads[2] is None and grads[0].any() and grads[1].any()
+    (with_generator,) = torch.autograd.grad(full.square().sum(), [x])
+    assert not torch.allclose(with_generator, grads[0], rtol=1e-3)
+    with pytest.raises(TypeError, match="detach_offsets: expected True or False, got int"):
+        layer(points, None, neighbors, x, detach_offsets=1)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_constant_offsets_of_a_network(points_framework, modulated):
+    """In every framework: the same logits, another field, and no gradient of what computes offsets."""
+    F, array = points_framework.F, points_framework.array
+    net = nn.Network(nn.architecture(2, 2, deformable=2), 2, 3, 0.2, width=8, kernel_size=5, modulated=modulated)
+    params, state = net.init(0, np.float64)
+    params = {name: 4 * value if "offset" in name else value for name, value in params.items()}
+    pyramid = net.pyramid(np.random.default_rng(0).random((300, 3)))
+    x = np.random.default_rng(1).normal(size=(len(pyramid[0].points), 2))
+    levels = [level._replace(points=array(level.points), row_splits=array(level.row_splits)) for level in pyramid]
+    values = [{name: array(value) for name, value in values.items()} for values in (params, state)]
+    fields, logits = [], []
+    for options in ({}, {"detach_offsets": True}):
+
+        def fn(x, options=options):
+            return net(F, *values, levels, x, **options).logits
+
+        fields.append(kp.effective_receptive_field(fn, array(x), [7]))
+        logits.append(np.asarray(fn(array(x))))
+    assert np.array_equal(*logits)
+    assert np.abs(fields[0] - fields[1]).max() > 1e-3 * fields[0].max()
+    by_tape = kp.effective_receptive_field(
+        lambda x: net(kp, params, state, pyramid, x, detach_offsets=True).logits, x, [7]
+    )
+    assert np.abs(fields[1] - by_tape).max() <= 1e-12 * by_tape.max()
+
+
+def test_constant_offsets_in_training():
+    """Parameters that compute offsets get no gradient, from the logits or the regularization."""
+    net = nn.Network(nn.architecture(2, 2, deformable=2), 2, 3, 0.2, width=8, kernel_size=5)
+    params, state = net.init(0)
+    pyramid = net.pyramid(np.random.default_rng(0).random((300, 3), np.float32))
+    x = np.ones((len(pyramid[0].points), 2), np.float32)
+
+    def loss(params, detach_offsets):
+        result = net(kp, params, state, pyramid, x, training=True, detach_offsets=detach_offsets)
+        return kp.softmax_cross_entropy(result.logits, np.zeros(len(x), np.int64)) + result.regularization
+
+    values, grads = zip(*(kp.autodiff.value_and_grad(loss)(params, detach) for detach in (False, True)), strict=True)
+    assert values[0] == values[1]
+    zero = [{name for name, gradient in gradients.items() if not gradient.any()} for gradients in grads]
+    offset = {name for name in params if "offset" in name}
+    assert offset and not zero[0] & offset and zero[1] - zero[0] == offset
+
+
+def test_constant_offsets_of_a_torch_network():
+    torch = pytest.importorskip("torch")
+    net = nn.Network(nn.architecture(2, 2, deformable=1), 2, 3, 0.2, width=8, kernel_size=5)
+    module = kp.torch.Network(net).requires_grad_(False).eval()
+    pyramid = net.pyramid(torch.rand(300, 3, generator=torch.Generator().manual_seed(0)), F=kp.torch)
+    x = torch.ones(len(pyramid[0].points), 2)
+    params, state = module.arrays()
+    levels = [level._replace(points=level.points.numpy(), row_splits=level.row_splits.numpy()) for level in pyramid]
+    for detach_offsets in (False, True):
+        fields = kp.effective_receptive_field(
+            lambda x, detach=detach_offsets: module(pyramid, x, detach_offsets=detach)[0], x, [5]
+        )
+        expected = kp.effective_receptive_field(
+            lambda x, detach=detach_offsets: net(kp, params, state, levels, x, detach_offsets=detach).logits,
+            x.numpy(), [5]
+        )  # fmt: skip
+        assert np.abs(fields - expected).max() <= 2e-5 * expected.max() > 0
 
 
 # ---- measures

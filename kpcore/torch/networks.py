@@ -90,7 +90,8 @@ class Network(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
-    def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *,
+                detach_offsets: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
 
         Parameters
@@ -98,6 +99,8 @@ class Network(torch.nn.Module):
         pyramid : sequence of Level
             ``net.pyramid(..., F=kpcore.torch)``.
         features : (N, num_features) tensor
+        detach_offsets : bool
+            Whether offsets of deformable convolutions are constants of the gradient, see `kpcore.nn.Network`.
         """
         for part in self._parts:
             part()
@@ -105,7 +108,8 @@ class Network(torch.nn.Module):
         params, buffers = self._values()
         # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
-        result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed)
+        result = self.net(kpcore.torch, params, state, pyramid, features, training=self.training, seed=seed,
+                          detach_offsets=detach_offsets)  # fmt: skip
         if self.training:
             with torch.no_grad():
                 for name, value in result.state.items():
