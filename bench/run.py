@@ -45,6 +45,7 @@ BASELINES = (
     "vjp without",
     "features and filters",
     "the layer",
+    "a training step",
 )
 
 
