@@ -338,9 +338,9 @@ def _check_outside(outside, values, reduce, reach, dtype):
     if reach is None:
         raise ValueError(f"fn: expected a result for each image that depends on that image alone, got {share:.2g} of a "
                          "gradient in other images; pass one image at a time")  # fmt: skip
-    raise ValueError(f"reach: expected the radius of the theoretical receptive field, got {reach / _MARGIN:.6g}, and "
-                     f"{share:.2g} of the gradient is farther away than that from all positions of a pass, or in other "
-                     "batch items")  # fmt: skip
+    beyond = "farther away" if reach < math.inf else "in other batch items"
+    raise ValueError(f"reach: expected the radius of the theoretical receptive field, got {reach / _MARGIN:.6g}; "
+                     f"{share:.2g} of the gradient is {beyond}")  # fmt: skip
 
 
 # ---- how large a field is
