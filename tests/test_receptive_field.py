@@ -1,5 +1,6 @@
 """Effective receptive fields: against the recursion over layers, against known results, in every framework."""
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -345,16 +346,21 @@ def test_positions_that_share_a_pass_in_clouds(dtype):
         kp.effective_receptive_field(fn, x, where[:1], reach=0.05, points=points)
 
 
-def test_the_number_of_passes(monkeypatch):
-    """Positions on a line, more than twice the reach apart, share one pass; else as many as overlap."""
-    passes = []
-    vjp = kp.autodiff.vjp
+@pytest.fixture
+def passes(monkeypatch):
+    """A list to which each pass on the tape adds the number of outputs that are differentiated in it."""
+    numbers, vjp = [], kp.autodiff.vjp
 
     def counting(fn, x):
         out, pullback = vjp(fn, x)
-        return out, lambda seed: passes.append(np.count_nonzero(seed)) or pullback(seed)
+        return out, lambda seed: numbers.append(np.count_nonzero(seed)) or pullback(seed)
 
     monkeypatch.setattr("kpcore.autodiff.vjp", counting)
+    return numbers
+
+
+def test_the_number_of_passes(passes):
+    """Positions on a line, more than twice the reach apart, share one pass; else as many as overlap."""
     points = np.arange(40.0)[:, None]
     neighbors = kp.radius_search(points, None, 1.0)
 
@@ -370,6 +376,28 @@ def test_the_number_of_passes(monkeypatch):
     passes.clear()
     kp.effective_receptive_field(fn, x, [5, 5], reach=1, points=points)
     assert passes == [1, 1]
+    passes.clear()  # two clouds at the same place
+    where = {"points": points % 20, "points_row_splits": np.array([0, 20, 40])}
+    kp.effective_receptive_field(lambda x: x, x, range(40), reach=1, **where)
+    assert sum(passes) == 40 and len(passes) == 3
+    passes.clear()
+    kp.effective_receptive_field(lambda x: x, x, range(40), reach=math.inf, **where)
+    assert passes == [2] * 20
+
+
+def test_the_reach_is_a_distance_up_to_the_rounding_of_the_points():
+    """Not along an axis; and a neighbour at float32(0.1), which is 1.5e-9 more than 0.1, is within 0.1."""
+    points, x = np.array([[0.0, 0], [1, 1], [5, 5]]), np.ones((3, 1))
+    pair = kp.radius_search(points, None, 1.5)
+    for reach, fails in ((1.4, True), (1.42, False)):
+        with pytest.raises(ValueError, match="reach: expected") if fails else contextlib.nullcontext():
+            kp.effective_receptive_field(lambda x: kp.neighbor_reduce(x, pair), x, [0], reach=reach, points=points)
+    points = np.array([[0.0], [0.1], [5.0]], np.float32)
+    pair = kp.radius_search(points, None, 0.1)
+    fields = kp.effective_receptive_field(
+        lambda x: kp.neighbor_reduce(x, pair), x.astype(np.float32), [0], reach=0.1, points=points
+    )
+    assert np.array_equal(fields, [[0.5, 0.5, 0]])
 
 
 def test_outputs_at_other_positions_than_the_points():
@@ -512,6 +540,9 @@ def test_networks_state_their_reach(name, scan, request):
     pyramid = net.pyramid(points)
     level, rng = pyramid[0], np.random.default_rng(0)
     params, state = net.init(0)
+    params |= {
+        key: 10 * value for key, value in params.items() if "offset" in key
+    }  # kernel points move by some extents
     x, where = rng.normal(size=(len(level.points), 2)).astype(np.float32), rng.integers(0, len(level.points), 12)
 
     def fn(x):
@@ -548,7 +579,7 @@ def test_networks_that_see_more_than_a_radius():
     assert fields[0, : splits[1]].max() > fields[0, splits[1] :].max() > 0
 
 
-def test_logits_of_whole_clouds():
+def test_logits_of_whole_clouds(passes):
     """KP-CNN has one row of logits for each cloud; with an infinite reach all clouds share a pass."""
     net = nn.kpcnn(2, 3, 0.2, levels=2, convs=2, width=8)
     params, state = net.init(0, np.float64)
@@ -560,6 +591,7 @@ def test_logits_of_whole_clouds():
 
     splits = {"points_row_splits": pyramid[0].row_splits, "queries_row_splits": np.arange(4)}
     shared = kp.effective_receptive_field(fn, x, range(3), reach=net.reach, **splits)
+    assert passes == [9]  # three rows of three logits
     assert np.array_equal(shared, kp.effective_receptive_field(fn, x, range(3))) and (shared > 0).any(0).mean() > 0.9
 
 
