@@ -170,8 +170,11 @@ def effective_receptive_field(fn: Callable[[Any], Any], x: AnyArray, where: Arra
 
 
 def _differentiated(fn, x):
-    """(shape of fn(x), function): the function takes an array of that shape, the gradient of a number with respect to
-    fn(x), and returns that with respect to x as a float64 NumPy array; it may be called several times."""
+    """(shape of fn(x), pullback), in the framework of x.
+
+    The pullback takes the gradient of a number with respect to fn(x), a NumPy array, and returns that with respect to
+    x, a float64 NumPy array. It may be called several times.
+    """
     if devices.is_array(x):
         out, pullback = autodiff.vjp(fn, x)
         return out.shape, lambda seed: _on_host(pullback(devices.to_device_of(out, seed.astype(out.dtype)))[0])

@@ -400,6 +400,23 @@ def test_the_reach_is_a_distance_up_to_the_rounding_of_the_points():
     assert np.array_equal(fields, [[0.5, 0.5, 0]])
 
 
+@pytest.mark.parametrize("reduce", ["abs", "square"])
+@pytest.mark.parametrize(("dtype", "beyond", "fails"), [
+    (np.float32, 1e-6, False), (np.float32, 4e-6, True), (np.float64, 3e-15, False), (np.float64, 1e-6, True),
+])  # fmt: skip
+def test_roundings_outside_of_the_reach(dtype, beyond, fails, reduce):
+    """Up to 16 roundings of the largest value are what fast convolutions leave there: they become zero."""
+    points, neighbors = np.arange(3.0)[:, None], kp.Neighbors.from_padded(np.array([[0, 1, 2]] * 3), 3)
+    weights, x = np.array([1, 0.5, beyond] * 3, dtype), np.ones((3, 1), dtype)
+
+    def fn(x):
+        return kp.neighbor_reduce(x, neighbors, "sum", weights=weights)
+
+    with pytest.raises(ValueError, match="reach: expected") if fails else contextlib.nullcontext():
+        fields = kp.effective_receptive_field(fn, x, [0], reach=1, points=points, reduce=reduce)
+        assert np.array_equal(fields, [[1, 0.5 if reduce == "abs" else 0.25, 0]])
+
+
 def test_outputs_at_other_positions_than_the_points():
     """A strided layer, whose queries are the points of a coarser level, in two clouds."""
     rng = np.random.default_rng(0)
