@@ -3,7 +3,8 @@
 The network is KP-FCNN in the size of its published PyTorch code for S3DIS (24.4 million parameters), in training on
 one batch of three pieces of the procedural flat (`kpcore.scenes.indoor`), about 15,000 points. The peer is the same
 network over dense operators in PyTorch, with the same weights and the same neighbour lists, which are limited as the
-published calibration limits them.
+published calibration limits them. Receptive fields are measured on four pieces, 20,000 points, against a training step
+of the same network.
 """
 
 import tempfile
@@ -23,6 +24,7 @@ TASKS = {
     "peak": [{"implementation": name} for name in ("tape", "kpcore.torch", "dense torch")],
     "preprocessing": [{}],
     "loading": [{}],
+    "receptive_field": [{"deformable": 0}, {"deformable": 5}],
 }
 # {(case, what, order, against): target}
 TARGETS = {
@@ -34,6 +36,10 @@ TARGETS = {
     ("convolutions", "deformable, forward + vjp", "", "dense torch"): (">=", 15),
     ("preprocessing", "pyramid of the batch", "", "the step"): ("<=", 10),
     ("loading", "waiting, 2 workers", "", None): ("<=", 5),
+    ("receptive_field", "rigid, a position", "", "a training step"): ("<=", 0.4),
+    ("receptive_field", "deformable, a position", "", "a training step"): ("<=", 0.4),
+    ("receptive_field", "rigid, peak memory", "", "a training step"): ("<=", 1),
+    ("receptive_field", "deformable, peak memory", "", "a training step"): ("<=", 1),
 }
 CLASSES, FEATURES = 13, 5
 
@@ -45,7 +51,7 @@ def prepare(folder, size):
 class Problem:
     """A network, its parameters and a batch; small ones with --quick."""
 
-    def __init__(self, bench, deformable=0):
+    def __init__(self, bench, deformable=0, pieces=3):
         sizes, quick = bench.sizes, bench.sizes["piece"] < 1000
         options = {"width": 16, "levels": 3} if quick else {}
         self.net = nn.kpfcnn(
@@ -55,10 +61,10 @@ class Problem:
         sub = kp.grid_subsample(scene.points, self.net.voxel_size, features=scene.colors.astype(np.float32) / 255)
         rng = np.random.default_rng(0)
         tree = kp.KDTree(sub.points)
-        pieces = tree.knn_search(
-            sub.points[rng.integers(len(sub.points), size=3)], min(sizes["piece"], len(sub.points))
+        rows = tree.knn_search(
+            sub.points[rng.integers(len(sub.points), size=pieces)], min(sizes["piece"], len(sub.points))
         ).index
-        self.points, self.row_splits = sub.points[pieces], kp.row_splits([len(pieces) // 3] * 3)
+        self.points, self.row_splits = sub.points[rows], kp.row_splits([len(rows) // pieces] * pieces)
         radii = {"conv_radius": self.net.conv_radius, "deform_radius": self.net.deform_radius}
         self.limits = kp.calibrate_neighbor_limits(
             [sub.points], voxel_size=self.net.voxel_size, num_levels=self.net.num_levels,
@@ -66,7 +72,7 @@ class Problem:
         )  # fmt: skip
         self.pyramid = self.prepared()
         z = self.points[:, 2:]
-        self.features = np.concatenate([np.ones_like(z), sub.features[pieces], z], axis=1)
+        self.features = np.concatenate([np.ones_like(z), sub.features[rows], z], axis=1)
         self.labels = rng.integers(0, CLASSES, len(z))
         self.params, self.state = self.net.init()
         bench.label(order="", size=f"{len(z):,}, H = {self.pyramid[0].neighbors.num_pairs / len(z):.1f}")
@@ -250,3 +256,30 @@ def loading(bench):
     points = np.mean([entry["points"] for entry in entries])
     bench.label(order="", size=f"{points:,.0f}")
     bench.row("waiting, 2 workers", 100 * waited / seconds, "% of the time")
+
+
+def receptive_field(bench, deformable):
+    """Effective receptive fields: two positions in each of four clouds, one by one and in two passes."""
+    problem, kind = Problem(bench, deformable, pieces=4), "deformable" if deformable else "rigid"
+    where = np.concatenate([problem.row_splits[:-1] + 10, problem.row_splits[1:] - 10])
+    geometry = {"points": problem.points, "points_row_splits": problem.row_splits}
+
+    def logits(features):
+        return problem.net(kp, problem.params, problem.state, problem.pyramid, features).logits
+
+    def fields(positions, **options):
+        return kp.effective_receptive_field(logits, problem.features, positions, **options)
+
+    def per_position(positions, **options):
+        start = time.perf_counter()
+        fields(positions, **options)
+        return bench.Seconds((time.perf_counter() - start) / len(positions))
+
+    step = problem.tape()
+    peaks = [bench.peak(partial(fields, where)), bench.peak(step)]
+    bench.row(f"{kind}, peak memory", peaks[0] / peaks[1], "x its memory", "a training step")
+    sharing = {"reach": problem.net.reach, **geometry}
+    np.testing.assert_array_equal(fields(where, **sharing), fields(where))
+    for what, positions, options in (("a position", where, {}), ("one position alone", where[:1], {}),
+                                     ("a position, sharing passes", where, sharing)):  # fmt: skip
+        bench.compare(f"{kind}, {what}", partial(per_position, positions, **options), "a training step", step)

@@ -46,6 +46,7 @@ BASELINES = (
     "vjp without",
     "features and filters",
     "the layer",
+    "a training step",
 )
 
 

@@ -45,6 +45,7 @@ from kpcore.layers import *  # noqa: F403
 from kpcore.neighbors import *  # noqa: F403
 from kpcore.pooling import *  # noqa: F403
 from kpcore.pyramid import *  # noqa: F403
+from kpcore.receptive_field import *  # noqa: F403
 from kpcore.sampling import *  # noqa: F403
 from kpcore.search import *  # noqa: F403
 from kpcore.sparse import *  # noqa: F403
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> ModuleType:
 # here those of functions.
 _EXPORTING = (
     *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
-    *("pooling", "pyramid", "sampling", "search", "sparse", "subsampling"),
+    *("pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling"),
 )
 __all__ = ["autodiff"]
 for _module in _EXPORTING:

@@ -378,3 +378,60 @@ def kpconv_vjp(influence_rows, features, weights, grad):
         np.add.at(grad_features, row, h @ (weights @ grad[q]))
         aggregated[q] = h.T @ features[row]
     return grad_features, np.tensordot(aggregated, grad, (0, 0))
+
+
+# ---- receptive fields
+
+
+def receptive_field_recursion(layers, shape):
+    """R(i; j) = d y_j / d x_i of a stack of convolutions, (*grid, C_out, *shape, C_in): the recursion over its layers.
+
+    ``R^0(i; j) = [i = j]`` and ``R^l(i; j) = sum_k w^l_jk sum_m b(q^l_jk, m) R^(l-1)(i; m)``, where b is the linear
+    interpolation, which is 1 at the place q itself if that is a place of the grid, and 0 beyond the grid.
+
+    Parameters
+    ----------
+    layers : list of tuples, the first layer first
+        (q, w) or (q, w, gates). q (*grid, K, D): where in the grid of the layer before each output of the layer takes
+        its K values, possibly between places. w (*grid, K, C_in, C_out), or (*grid, K) for a single channel. gates
+        (*grid, C_out): what the outputs are multiplied by, such as 1 where a ReLU is active and 0 elsewhere.
+    shape : tuple
+        The grid of the input, of D axes.
+    """
+    channels = 1 if layers[0][1].ndim == layers[0][0].ndim - 1 else layers[0][1].shape[-2]
+    num = math.prod(shape) * channels
+    fields = np.eye(num).reshape(*shape, channels, num)
+    for q, w, *gates in layers:
+        grid = q.shape[:-2]
+        w = w[..., None, None] if w.ndim == len(grid) + 1 else w
+        before, fields = fields, np.zeros((*grid, w.shape[-1], num))
+        for j in np.ndindex(grid):
+            for k in range(q.shape[-2]):
+                fields[j] += w[(*j, k)].T @ interpolated(before, q[(*j, k)])
+            if gates:
+                fields[j] *= gates[0][j][:, None]
+    return fields.reshape(*fields.shape[:-1], *shape, channels)
+
+
+def interpolated(values, q):
+    """sum_m b(q, m) values[m] over the places m of a grid, with b(q, m) = prod over the axes of max(0, 1 - |q - m|)."""
+    total = np.zeros(values.shape[len(q) :])
+    low = [math.floor(axis) for axis in q]
+    for m in itertools.product(*[(first, first + 1) for first in low]):
+        if all(0 <= axis < size for axis, size in zip(m, values.shape, strict=False)):
+            total += math.prod(1 - abs(a - b) for a, b in zip(q, m, strict=True)) * values[m]
+    return total
+
+
+def receptive_field_over_paths(kernels, i, j):
+    """R(i; j) of a stack of rigid kernels of stride 1 on an endless grid, summed over all paths (Gao et al. 2020, 3).
+
+    ``sum over (k_1 .. k_n) of [j + k_1 + .. + k_n = i] W^1_(k_1) .. W^n_(k_n)``. Each kernel is {k: weight}, where k is
+    a tuple.
+    """
+    total = 0.0
+    for path in itertools.product(*(kernel.items() for kernel in kernels)):
+        end = tuple(np.sum([j, *(k for k, _ in path)], axis=0).tolist())
+        if end == tuple(i):
+            total += math.prod(weight for _, weight in path)
+    return total

@@ -1258,6 +1258,26 @@ def test_networks(norm):
     assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)
 
 
+@pytest.mark.parametrize("detach_offsets", [False, True])
+def test_effective_receptive_fields(detach_offsets):
+    net = nn.Network(nn.architecture(2, 2, deformable=1), 2, 3, 0.2, width=8, kernel_size=4, modulated=True)
+    points = np.random.default_rng(0).random((90, 3))
+
+    def fields(place, **options):
+        params, state = (place(part) for part in net.init(0, np.float64))
+        pyramid = net.pyramid(place(points), row_splits=place(np.array([0, 40, 90])))
+        geometry = {"points": pyramid[0].points, "points_row_splits": pyramid[0].row_splits}
+        return kp.effective_receptive_field(
+            lambda x: net(kp, params, state, pyramid, x, detach_offsets=detach_offsets).logits,
+            place(np.linspace(-1, 1, 2 * len(pyramid[0].points)).reshape(-1, 2)), place(np.array([3, 60])),
+            **geometry, **options
+        )  # fmt: skip
+
+    on_device, expected = fields(to_device, reach=net.reach), fields(lambda value: value)
+    assert isinstance(on_device, np.ndarray) and np.abs(on_device - expected).max() <= 1e-10 * expected.max()
+    assert np.array_equal(on_device, fields(to_device))
+
+
 @pytest.mark.parametrize("metric", ["l1", "l2", "linf"])
 def test_relative_distances(metric):
     points, queries = np.random.default_rng(0).random((2, 40, 3))

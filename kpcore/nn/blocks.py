@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict
@@ -93,6 +94,8 @@ class Run(Generic[Value, Buffer]):
         The options of all convolutions: influence, aggregation, normalization.
     repulse_extent : float
         Of the regularization of deformable convolutions, see `kpcore.repulsion_loss`.
+    detach_offsets : bool
+        Whether offsets and modulations of deformable convolutions are constants of the gradient.
     new : dict, optional
         How to create missing parameters: seed (None: zeros) and dtype. Without it a missing parameter is an error.
 
@@ -114,6 +117,7 @@ class Run(Generic[Value, Buffer]):
     slope: float
     conv: Mapping[str, Any]
     repulse_extent: float
+    detach_offsets: bool
     new: NewValues | None
     new_state: dict[str, Buffer]
     regularization: list[Value]
@@ -121,10 +125,12 @@ class Run(Generic[Value, Buffer]):
     def __init__(self, F: ModuleType, params: dict[str, Value], state: dict[str, Buffer], *, training: bool = False,
                  norm: str | None = "batch", groups: int = 32,
                  momentum: float = 0.02, slope: float = 0.1, conv: Mapping[str, Any] | None = None,
-                 repulse_extent: float = 1.2, new: NewValues | None = None) -> None:  # fmt: skip
+                 repulse_extent: float = 1.2, detach_offsets: bool = False,
+                 new: NewValues | None = None) -> None:  # fmt: skip
         self.F, self.params, self.state, self.training = F, params, state, training
         self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
+        self.detach_offsets = checks.boolean("detach_offsets", detach_offsets)
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
@@ -284,6 +290,8 @@ def resampling(run: Run[Value, Buffer], name: str, where: Geometry, features: Va
     num, dimension = places["num"], places["dimension"]
     raw = conv(run, f"{name}.kernel_offset_conv", where, features, num * dimension, places, draw=_zeros)
     raw = raw + run.parameter(f"{name}.kernel_offset_bias", (raw.shape[1],), _zeros)
+    if run.detach_offsets:
+        raw = detached(raw)
     extent = _KERNEL_EXTENT * places["radius"]
     return {"kernel_offsets": extent * raw.reshape(-1, num, dimension), "kernel_extent": extent}
 
@@ -296,6 +304,8 @@ def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, feature
     points = kernel(run, name, places)
     raw = conv(run, f"{name}.offset_conv", where, features, num * (places["dimension"] + modulated), places)
     raw = raw + run.parameter(f"{name}.offset_bias", (raw.shape[1],), _zeros)
+    if run.detach_offsets:
+        raw = detached(raw)
     options = {**run.conv, **(resampling(run, name, where, features, places) if resample else {})}
     out, offsets = deformed(run.F, where, features, weights, points, places["extent"], raw, options)
     if run.training:
@@ -303,6 +313,16 @@ def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, feature
             regularization(run.F, where, points, offsets, places["extent"], repulse_extent=run.repulse_extent)
         )
     return out
+
+
+def detached(value: AnyArray) -> Any:
+    """The same values as a constant of the gradient, in every framework: of a tensor of the tape its array."""
+    if isinstance(value, Tensor):
+        return value.value
+    if hasattr(value, "detach"):  # torch
+        return value.detach()
+    jax = sys.modules.get("jax")
+    return jax.lax.stop_gradient(value) if jax is not None and isinstance(value, jax.Array) else value
 
 
 def deformed(F: ModuleType, where: Geometry, features: AnyArray, weights: Value, kernel_points: AnyArray, extent: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,31 @@ class KPNeXt:
         """Channels of each stage."""
         return tuple(-(-int(self.width * 1.41**level) // 16) * 16 for level in range(self.num_levels))
 
+    @property
+    def reach(self) -> float | None:
+        """The radius of the theoretical receptive field outside of training, as `Network.reach`.
+
+        A convolution sees neighbours up to the radius of its kernel and, from there, the extent of the influence; a
+        maximum or an upsampling stays within a voxel. None if the logits depend on all items of a batch, through the
+        normalisation of the attention (`attention_norm`).
+
+        >>> import kpcore as kp
+        >>> net = kp.nn.KPNeXt((1, 1), 1, 4, 0.1, num_neighbors=(12, 16), attention_groups=None)
+        >>> round(net.reach, 3), kp.nn.kpnext(1, 4, 0.1).reach
+        (2.946, None)
+        """
+        if self.attention_groups is not None and self.attention_norm and self.num_levels > 1:
+            return None
+        if not self.segments or self.norm in ("group", "instance"):
+            return math.inf
+        voxels = [self.voxel_size * self.grid_factor**level for level in range(self.num_levels)]
+        convolutions = [depth + 1 for depth in self.depths]  # the stem, or the block of the decoder; not on the last
+        convolutions[0] += self.num_levels > 1
+        convolutions[-1] -= self.num_levels > 1
+        within_voxels = 2 * math.sqrt(self.dimension) * sum(voxels[1:])
+        radii = (2 * self.radius * num * voxel for num, voxel in zip(convolutions, voxels, strict=True))
+        return within_voxels + sum(radii)
+
     def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None, subsampled: bool = False,
                 features: AnyArray | None = None, labels: AnyArray | None = None,
                 F: ModuleType = kpcore) -> Pyramid:  # fmt: skip
@@ -189,9 +215,10 @@ class KPNeXt:
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
-                 seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
-        """The `Result` of a pass, as when a `Network` is called."""
-        return evaluated(self, F, params, state, pyramid, features, training, seed)
+                 seed: int | AnyArray | None = None,
+                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
+        """The `Result` of a pass, as when a `Network` is called; `detach_offsets` changes nothing without offsets."""
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip

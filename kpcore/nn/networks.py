@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
@@ -250,6 +251,33 @@ class Network:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.architecture[-1] != "global_average"
 
+    @property
+    def reach(self) -> float:
+        """The radius of the theoretical receptive field outside of training, in the unit of the points.
+
+        The logits of a point depend only on features of points of level 0 within it: the sum of the search radii of all
+        blocks, and of the diagonals of voxels, within which the nearest coarser point is. Offsets do not matter, since
+        deformed kernel points act on the neighbours of the search. ``math.inf`` if the logits depend on the whole batch
+        item, through a global average or a group or instance normalisation.
+
+        >>> import kpcore as kp
+        >>> net = kp.nn.kpfcnn(num_features=1, num_classes=4, voxel_size=0.1, levels=2, convs=2)
+        >>> round(net.reach, 3)  # three blocks within 0.25, one within 0.5, and a nearest point in a voxel of 0.2
+        1.596
+        """
+        if not self.segments or self.norm in ("group", "instance"):
+            return math.inf
+        level, reach = 0, 0.0
+        for block in self.architecture:
+            if block == "nearest_upsample":
+                reach += self.voxel_size * 2**level * math.sqrt(self.dimension)
+                level -= 1
+            elif block != "unary":
+                radius = self.deform_radius if level in self.deform_levels else self.conv_radius
+                reach += radius * self.voxel_size * 2**level
+            level += _coarser(block)
+        return reach
+
     def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None,
                 neighbor_limits: Sequence[int] | None = None, subsampled: bool = False,
                 features: AnyArray | None = None, labels: AnyArray | None = None,
@@ -284,7 +312,8 @@ class Network:
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
-                 seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
+                 seed: int | AnyArray | None = None,
+                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -301,12 +330,16 @@ class Network:
             Whether to normalise by the statistics of the batch, apply dropout and compute the regularization.
         seed : int, optional
             Seed of dropout; required in training if the network has dropout.
+        detach_offsets : bool
+            Whether offsets and modulations of deformable convolutions are constants of the gradient, as for an
+            effective receptive field (`kpcore.effective_receptive_field`). The result is the same; offsets, and what
+            computes them, then get no gradient from the logits or the regularization.
 
         Returns
         -------
         Result
         """
-        return evaluated(self, F, params, state, pyramid, features, training, seed)
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
@@ -478,14 +511,14 @@ def _pass_without_data(net, params, state, dtype, new):
 
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
               pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
-              seed: int | AnyArray | None) -> Result[Value, Buffer]:  # fmt: skip
+              seed: int | AnyArray | None, detach_offsets: bool) -> Result[Value, Buffer]:  # fmt: skip
     """Run a network; the common part of `Network` and `KPNeXt` when they are called."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
     check_dimension(net, pyramid[0].points)
     if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
-    run = net.new_run(F, params, state, training=training)
+    run = net.new_run(F, params, state, training=training, detach_offsets=detach_offsets)
     logits = net.compute_logits(run, pyramid, features, seed)
     total = None
     for one in run.regularization:

@@ -214,14 +214,15 @@ class DeformableKPConv(torch.nn.Module):
 
     @overload
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
-                features: torch.Tensor, return_offsets: Literal[False] = False) -> torch.Tensor: ...  # fmt: skip
+                features: torch.Tensor, return_offsets: Literal[False] = False, *,
+                detach_offsets: bool = False) -> torch.Tensor: ...  # fmt: skip
     @overload
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
-                features: torch.Tensor,
-                return_offsets: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+                features: torch.Tensor, return_offsets: Literal[True], *,
+                detach_offsets: bool = False) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
-                features: torch.Tensor,
-                return_offsets: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+                features: torch.Tensor, return_offsets: bool = False, *,
+                detach_offsets: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """(M, out_channels); with `return_offsets` also the offsets (M, K, D), in the unit of the points.
 
         The deformed kernel points are ``kernel_points + offsets``. `kpcore.fitting_loss` and `kpcore.repulsion_loss`
@@ -232,9 +233,13 @@ class DeformableKPConv(torch.nn.Module):
         points, queries, neighbors, features
             As in `KPConv.forward`.
         return_offsets : bool
+        detach_offsets : bool
+            Whether offsets and modulations are constants of the gradient, as for an effective receptive field.
         """
         neighbors = _as_neighbors(neighbors, points)
         raw = self.offset_conv(points, queries, neighbors, features) + self.offset_bias
+        if checks.boolean("detach_offsets", detach_offsets):
+            raw = raw.detach()
         out, offsets = blocks.deformed(kpcore.torch, (points, queries, neighbors), features, self.weights,
                                        self.kernel_points, self.extent, raw, self.options)  # fmt: skip
         return (out, offsets) if return_offsets else out

@@ -67,7 +67,7 @@ class _Network(torch.nn.Module):
             for name, value in values.items():
                 value.copy_(_distributed_as(value, torch.from_numpy(new[name])))
 
-    def _evaluate(self, *inputs):
+    def _evaluate(self, *inputs, detach_offsets):
         """The `kpcore.nn.Result` of a pass; in training the running statistics are updated."""
         for part in self._parts:
             part()
@@ -75,7 +75,8 @@ class _Network(torch.nn.Module):
         params, buffers = self._values()
         # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
-        result = self.net(kpcore.torch, params, state, *inputs, training=self.training, seed=seed)
+        result = self.net(kpcore.torch, params, state, *inputs, training=self.training, seed=seed,
+                          detach_offsets=detach_offsets)  # fmt: skip
         if self.training:
             with torch.no_grad():
                 for name, value in result.state.items():
@@ -121,7 +122,8 @@ class Network(_Network):
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
-    def forward(self, pyramid: Sequence[Level], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *,
+                detach_offsets: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
 
         Parameters
@@ -129,8 +131,10 @@ class Network(_Network):
         pyramid : sequence of Level
             ``net.pyramid(..., F=kpcore.torch)``.
         features : (N, num_features) tensor
+        detach_offsets : bool
+            Whether offsets of deformable convolutions are constants of the gradient, see `kpcore.nn.Network`.
         """
-        result = self._evaluate(pyramid, features)
+        result = self._evaluate(pyramid, features, detach_offsets=detach_offsets)
         return result.logits, result.regularization
 
 
