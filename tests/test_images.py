@@ -2,6 +2,7 @@
 parameters and operations, and between frameworks."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -204,8 +205,8 @@ def test_gradients_reach_generators(function, arguments, options):
     _, params = called(function, x, *arguments, moved=0.05, **options)
     names = [*params]
 
-    def evaluate(x, *values):
-        run = nn.Run(kp, dict(zip(names, values, strict=True)), {})
+    def evaluate(x, *values, detach_offsets=False):
+        run = nn.Run(kp, dict(zip(names, values, strict=True)), {}, detach_offsets=detach_offsets)
         return function(run, "a", x, *arguments, **options)
 
     options = {**options}
@@ -214,8 +215,7 @@ def test_gradients_reach_generators(function, arguments, options):
     grads = dict(zip(names, pullback(np.ones(evaluate(*primals).shape))[1:], strict=True))
     assert all(np.abs(grad).max() > 0 for grad in grads.values())
     check_vjp(evaluate, pullback, primals, step=1e-6, tolerance=1e-5)
-    options["detach_offsets"] = True
-    _, pullback = kp.autodiff.vjp(evaluate, *primals)
+    _, pullback = kp.autodiff.vjp(functools.partial(evaluate, detach_offsets=True), *primals)
     grads = dict(zip(names, pullback(np.ones(evaluate(*primals).shape))[1:], strict=True))
     assert {name for name, grad in grads.items() if not grad.any()} == {n for n in names if "offset_generator" in n}
 
@@ -367,9 +367,9 @@ def test_options_reach_the_convolutions():
     first, second = (dropped(kp, params, state, x, training=True, seed=seed).logits for seed in (1, 2))
     assert np.abs(first - second).max() > 1e-3
     for detach in (False, True):
-        one = dataclasses.replace(net, detach_offsets=detach)
         tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
-        one(kp, tensors, state, x, training=True).logits.backward(np.float32(np.eye(len(x), 4)))
+        logits = net(kp, tensors, state, x, training=True, detach_offsets=detach).logits
+        logits.backward(np.float32(np.eye(len(x), 4)))
         constant = {name for name, tensor in tensors.items() if not tensor.grad.any()}
         assert constant == {name for name in params if detach and "offset_generator" in name}
 

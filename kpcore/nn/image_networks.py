@@ -64,7 +64,7 @@ class ImageNetwork:
         The scope of these kernels.
     pointwise_experts : int, optional
         Number of experts of the 1 x 1 convolutions.
-    grid, clip, detach_offsets
+    grid, clip
         As in `kpcore.deformable_kernel_conv2d`.
     momentum : float
         Momentum of the running statistics, see `kpcore.batch_norm`.
@@ -96,7 +96,6 @@ class ImageNetwork:
     pointwise_experts: int | None = None
     grid: Literal["unit", "uniform"] = "unit"
     clip: Literal["scope"] | None = "scope"
-    detach_offsets: bool = False
     momentum: float = 0.1
     dropout: float = 0.0
 
@@ -125,7 +124,6 @@ class ImageNetwork:
             blocks.check_channels("stages", max(width, inner * (channels if self.block == "inverted" else 1)))
             channels = width
         blocks.check_fields(self, checks.between, ("momentum", "dropout"), 0, 1)
-        blocks.check_fields(self, checks.boolean, ("detach_offsets",))
 
     def init(self, seed: int = 0, dtype: DTypeLike = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(params, state), as `Network.init` returns them."""
@@ -136,12 +134,13 @@ class ImageNetwork:
         return (np.zeros((0, 32, 32, self.num_features), dtype),)
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], x: Value | np.ndarray, *,
-                 training: bool = False, seed: int | AnyArray | None = None) -> Result[Value, Buffer]:  # fmt: skip
+                 training: bool = False, seed: int | AnyArray | None = None,
+                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of a batch of images.
 
         Parameters
         ----------
-        F, params, state, training, seed
+        F, params, state, training, seed, detach_offsets
             As when a `Network` is called.
         x : (B, H, W, num_features)
             The images.
@@ -153,7 +152,7 @@ class ImageNetwork:
         """
         if len(x.shape) != 4 or x.shape[3] != self.num_features:
             raise ValueError(f"x: expected (B, H, W, {self.num_features}), got {tuple(x.shape)}")
-        run = self.new_run(F, params, state, training=training)
+        run = self.new_run(F, params, state, training=training, detach_offsets=detach_offsets)
         return Result(self.compute_logits(run, x, seed), run.new_state, None)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
@@ -219,7 +218,7 @@ class ImageNetwork:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"grid": self.grid, "clip": self.clip, "detach_offsets": self.detach_offsets}
+        return {"grid": self.grid, "clip": self.clip}
 
 
 def resnet50_dw(num_classes: int = 1000, **options: Any) -> ImageNetwork:

@@ -76,8 +76,8 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
          padding: Size = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
          kernel_offsets: KernelOffsets = None, scope_size: Size | None = None, offset_groups: int = 1,
          data_offsets: DataOffsets = None, data_offset_groups: int = 1, experts: int | None = None,
-         grid: Literal["unit", "uniform"] = "unit", clip: Literal["scope"] | None = "scope",
-         detach_offsets: bool = False) -> Value:  # fmt: skip
+         grid: Literal["unit", "uniform"] = "unit", clip: Literal["scope"] | None = "scope"
+         ) -> Value:  # fmt: skip
     """A convolution of images: rigid, or adapted to the image in one or more ways.
 
     Parameters
@@ -87,7 +87,7 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     x : (B, H, W, C)
     width : int
         Number of output channels.
-    kernel_size, stride, padding, dilation, groups, grid, clip, detach_offsets
+    kernel_size, stride, padding, dilation, groups, grid, clip
         As in `kpcore.deformable_kernel_conv2d`.
     kernel_offsets : {"local", "global", None}
         Local offsets come from a convolution configured as this one, with a bias; global ones from a linear layer of
@@ -111,7 +111,7 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     """
     F, channels, kernel_size = run.F, x.shape[3], pair(kernel_size)
     taps, geometry = math.prod(kernel_size), {"stride": stride, "padding": padding, "dilation": dilation}
-    options = geometry | {"groups": groups, "layout": "NHWC", "detach_offsets": detach_offsets}
+    options = geometry | {"groups": groups, "layout": "NHWC", "detach_offsets": run.detach_offsets}
     check_offsets(kernel_offsets, offset_groups, data_offsets, data_offset_groups)
     scope = scope_of(kernel_size, kernel_offsets, scope_size)
     shape = (width, channels // groups, *scope)

@@ -164,17 +164,19 @@ class ImageNetwork(_Network):
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {len(self.net.stages)} stages"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, detach_offsets: bool = False) -> torch.Tensor:
         """Logits (B, num_classes); in training the running statistics are updated.
 
         Parameters
         ----------
         x : (B, num_features, H, W) tensor
             Images as torch has them; those in memory format channels_last are not copied.
+        detach_offsets : bool
+            As in `Network`.
         """
         if x.ndim != 4:
             raise ValueError(f"x: expected (B, {self.net.num_features}, H, W), got {tuple(x.shape)}")
-        return self._evaluate(x.permute(0, 2, 3, 1)).logits
+        return self._evaluate(x.permute(0, 2, 3, 1), detach_offsets=detach_offsets).logits
 
 
 class _Part(torch.nn.Module):
