@@ -803,3 +803,145 @@ FIELD = np.ones((1, 5))
 def test_wrong_arguments_of_measures(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ---- deformable kernels and deformable convolution of images
+
+
+def deformable_stack(kind, seed=0, size=(7, 6), depth=3, channels=2):
+    """(fn, layers): a stack on the tape with random offsets at every position, and its layers for the recursion."""
+    rng, taps = np.random.default_rng(seed), np.stack(np.indices((3, 3)), -1).reshape(9, 2)
+    local, scope = "local" in kind, 4 if "local" in kind or "global" in kind else 3
+    calls, layers = [], []
+    for _ in range(depth):
+        weight = rng.normal(size=(channels, 1 if local else channels, scope, scope))
+        offsets = {}
+        if local:
+            offsets["kernel_offsets"] = rng.normal(size=(1, 18, *size))
+        if "global" in kind:
+            offsets["kernel_offsets"] = rng.normal(size=(1, 18))
+        if "data" in kind:
+            offsets["data_offsets"] = 0.8 * rng.normal(size=(1, 18, *size))
+        calls.append((weight, offsets))
+        places = np.stack(np.indices(size), -1)[:, :, None] - 1 + taps
+        if "data" in kind:
+            places = places + offsets["data_offsets"][0].reshape(9, 2, *size).transpose(2, 3, 0, 1)
+        at = taps + (scope - 3) / 2 + np.zeros((*size, 9, 2))
+        if local:
+            at = at + offsets["kernel_offsets"][0].reshape(9, 2, *size).transpose(2, 3, 0, 1)
+        if "global" in kind:
+            at = at + offsets["kernel_offsets"][0].reshape(9, 2)
+        by_cell = weight.transpose(2, 3, 1, 0)  # (scope, scope, C_in, C_out)
+        by_cell = by_cell * np.eye(channels) if local else by_cell
+        at = np.clip(at, 0, scope - 1)
+        w = [[[reference.interpolated(by_cell, q) for q in by_tap] for by_tap in row] for row in at]
+        layers.append((places, np.array(w)))
+
+    def fn(x, gated=False):
+        fn.gates = []
+        for weight, offsets in calls:
+            if "kernel_offsets" in offsets:
+                x = kp.deformable_kernel_conv2d(x, weight, kernel_size=3, padding=1, **offsets)
+            else:
+                x = kp.deformable_conv2d(x, weight, offsets.get("data_offsets"), padding=1)
+            if gated:
+                fn.gates.append(np.moveaxis(getattr(x, "value", x)[0] > 0, 0, -1))
+                x = kp.relu(x)
+        return x
+
+    return fn, layers
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["rigid", "data", "local", "local, data", "global", "global, data"])
+def test_deformable_stacks_by_the_recursion(kind, gated):
+    fn, layers = deformable_stack(kind)
+    x = np.random.default_rng(1).normal(size=(1, 2, 7, 6))
+    if gated:
+        fn(x, gated=True)
+        layers = [(*layer, gate.astype(float)) for layer, gate in zip(layers, fn.gates, strict=True)]
+    expected = np.abs(receptive_field_recursion(layers, (7, 6)).sum(2)).sum(-1).reshape(42, 7, 6)
+    where = [(0, y, x) for y, x in np.ndindex(7, 6)]
+    fields = kp.effective_receptive_field(lambda x: fn(x, gated), x, where, layout="NCHW")
+    assert np.abs(fields - expected).max() <= 1e-12 * expected.max() > 0
+
+
+@pytest.mark.parametrize("kind", ["kernel", "data", "both"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_deformable_layer_by_equations_8_10_and_11(kind, layer):
+    """R(i; j) = sum_k R(i; j + k + dj_k, k + dk_k), for offsets that do not depend on the position.
+
+    R(i; j, k) is the field of the stack whose deformable layer is replaced by a kernel of the one value at k. It is
+    linear in that value, and between positions in j by the interpolation of the image.
+    """
+    rng, size, centre, taps = np.random.default_rng(layer), (15, 15), 7, np.stack(np.indices((3, 3)), -1).reshape(9, 2)
+    kernels = [rng.uniform(0.5, 1.5, size=(1, 1, 3, 3)) for _ in range(3)]  # positive: no value cancels another
+    kernel_offsets, data_offsets = 0.4 * rng.normal(size=(2, 9, 2))
+
+    def stack(x, without):
+        for number, kernel in enumerate(kernels):
+            if number != layer:
+                x = kp.deformable_conv2d(x, kernel, None, padding=1)
+            elif not without:
+                more = {}
+                if kind != "data":
+                    more["kernel_offsets"] = kernel_offsets.reshape(1, 18)
+                if kind != "kernel":
+                    at_all = np.broadcast_to(data_offsets.reshape(1, 18, 1, 1), (1, 18, *size))
+                    more["data_offsets"] = np.ascontiguousarray(at_all)
+                x = kp.deformable_kernel_conv2d(x, kernel, **{"kernel_offsets": None} | more, kernel_size=3, padding=1)
+        return x
+
+    x, where = np.zeros((1, 1, *size)), np.array([(0, *place) for place in np.ndindex(size)])
+    others = kp.effective_receptive_field(lambda x: stack(x, True), x, where, layout="NCHW").reshape(*size, *size)
+    expected = 0
+    for k, dk, dj in zip(taps, kernel_offsets, data_offsets, strict=True):
+        value = reference.interpolated(kernels[layer][0, 0], np.clip(k + dk * (kind != "data"), 0, 2))
+        expected = expected + value * reference.interpolated(others, centre + k - 1 + dj * (kind != "kernel"))
+    field = kp.effective_receptive_field(lambda x: stack(x, False), x, [(0, centre, centre)], layout="NCHW")[0]
+    assert np.abs(field - expected).max() <= 1e-12 * expected.max() > 0
+
+
+def test_kernel_offsets_leave_the_theoretical_field_and_data_offsets_change_it():
+    """The claim of Gao et al. (2020): where an output depends on the input, for positive kernels and any offsets."""
+    rng, size = np.random.default_rng(0), (17, 17)
+    kernels = [rng.uniform(0.5, 1.5, size=(1, 1, 4, 4)) for _ in range(3)]
+
+    def support(kernel_offsets=0.0, data_offsets=0.0):
+        def fn(x):
+            for kernel in kernels:
+                x = kp.deformable_kernel_conv2d(
+                    x, kernel, kernel_offsets * rng.normal(size=(1, 18, *size)), kernel_size=3, padding=1,
+                    data_offsets=data_offsets * rng.normal(size=(1, 18, *size)),
+                )  # fmt: skip
+            return x
+
+        return kp.effective_receptive_field(fn, np.zeros((1, 1, *size)), [(0, 8, 8)], layout="NCHW")[0]
+
+    rigid, moved_kernel, moved_data = support(), support(kernel_offsets=2.0), support(data_offsets=2.0)
+    assert np.count_nonzero(rigid) == 7 * 7
+    assert np.array_equal(moved_kernel != 0, rigid != 0)
+    assert np.abs(moved_kernel / moved_kernel.sum() - rigid / rigid.sum()).max() > 0.01
+    assert np.count_nonzero((moved_data != 0) & (rigid == 0)) > 10
+
+
+@pytest.mark.parametrize("kind", ["kernel", "data"])
+def test_the_terms_of_generated_offsets(kind):
+    """The full gradient is that with constant offsets and that through the generator."""
+    rng = np.random.default_rng(3)
+    x, weight = rng.normal(size=(1, 4, 6, 5)), rng.normal(size=(4, 1, 3, 3))
+    generator = 0.3 * rng.normal(size=(18, 4, 3, 3))
+
+    def layer(x, offsets, detach=False):
+        name = "kernel_offsets" if kind == "kernel" else "data_offsets"
+        more = {"kernel_offsets": None, name: offsets, "detach_offsets": detach}
+        return kp.deformable_kernel_conv2d(x, weight, kernel_size=3, padding=1, groups=4, **more)
+
+    offsets, through_generator = kp.autodiff.vjp(lambda x: kp.deformable_conv2d(x, generator, None, padding=1), x)
+    whole = lambda x, detach: layer(x, kp.deformable_conv2d(x, generator, None, padding=1), detach)
+    out, full = kp.autodiff.vjp(lambda x: whole(x, False), x)
+    _, detached = kp.autodiff.vjp(lambda x: whole(x, True), x)
+    _, by_offsets = kp.autodiff.vjp(lambda o: layer(x, o), offsets)
+    grad = rng.normal(size=out.shape)
+    term = through_generator(by_offsets(grad)[0])[0]
+    assert np.abs(full(grad)[0] - detached(grad)[0] - term).max() <= 1e-12 * np.abs(term).max() > 0
