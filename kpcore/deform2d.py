@@ -133,9 +133,10 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
     out = _result(call)[0][0]
     out_height, out_width = out[1:3] if is_last else out[2:4]
     if out_height < 1 or out_width < 1:
+        rows, columns = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
         raise ValueError(
-            f"x: expected at least {dilation[0] * (kernel[0] - 1) + 1} x {dilation[1] * (kernel[1] - 1) + 1} pixels with "
-            f"padding, the size of the dilated kernel, got {height + 2 * padding[0]} x {width + 2 * padding[1]}"
+            f"x: expected at least {rows} x {columns} pixels with padding, the size of the dilated kernel, got "
+            f"{height + 2 * padding[0]} x {width + 2 * padding[1]}"
         )
     padded = (height + 2 * padding[0]) * (width + 2 * padding[1])
     if padded > checks.MAX_POINTS:
@@ -151,7 +152,9 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
             kernel_groups = _offset_groups("kernel_offsets", kernel_offsets, channels, 2 * taps, axis)
         else:
             sizes["K*K*2"] = 2 * taps, "kernel_size"
-            kernel_offsets = checks.array("kernel_offsets", kernel_offsets, "B K*K*2", checks.FEATURES, sizes, like=like)
+            kernel_offsets = checks.array(
+                "kernel_offsets", kernel_offsets, "B K*K*2", checks.FEATURES, sizes, like=like
+            )
     if data_offsets is not None:
         data_offsets = checks.array("data_offsets", data_offsets, shape.format("2*G*K*K"), checks.FEATURES, sizes,
                                     like=like)  # fmt: skip

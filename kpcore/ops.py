@@ -6,8 +6,8 @@ kernels read. The decorator `kpcore.autodiff.operator` turns it into the functio
 
 The annotations of the public function give the kind of each argument: Array[Computed] (if the argument is a `Tensor`,
 so is the result), AnyArray, Neighbors, float, int, bool, str, Sequence[int] or int | Sequence[int]; "| None" marks an
-optional one, and Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the arrays of a
-Neighbors; all other arguments are settings, which are constants of a compiled function.
+optional one, and Array[Computed] | float an array for which a number may be passed. Frameworks trace arrays and the
+arrays of a Neighbors; all other arguments are settings, which are constants of a compiled function.
 """
 
 from __future__ import annotations

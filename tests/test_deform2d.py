@@ -71,7 +71,9 @@ def convolution(x, weight, *, kernel_size=None, stride=1, padding=0, dilation=1,
             at = np.array([grid_positions(scope[0], rows, grid)[u], grid_positions(scope[1], columns, grid)[v]])
             if kernel_offsets is not None:
                 first = (g * taps + tap) * 2
-                at = at + (kernel_offsets[b, first : first + 2, oy, ox] if local else kernel_offsets[b, first : first + 2])
+                at = at + (
+                    kernel_offsets[b, first : first + 2, oy, ox] if local else kernel_offsets[b, first : first + 2]
+                )
             if clip == "scope":
                 at = np.clip(at, 0, np.array(scope) - 1)
             sampled[g::kernel_groups] = interpolated(kernel[g::kernel_groups], *at)
@@ -96,10 +98,12 @@ def convolution(x, weight, *, kernel_size=None, stride=1, padding=0, dilation=1,
 
 
 def problem(kind="kernel", form="local", batch=2, channels=6, outputs=None, size=(7, 6), kernel=3, scope=4, stride=1,
-            padding=1, dilation=1, groups=1, kernel_groups=1, data_groups=None, modulated=False, bias=True, experts=None,
-            layout="NCHW", dtype=np.float64, seed=0, spread=0.7, **more):  # fmt: skip
-    """(function, arguments) with random arrays. `form`: of the kernel offsets, "local", "global" or None. `data_groups`:
-    None without data offsets."""
+            padding=1, dilation=1, groups=1, kernel_groups=1, data_groups=None, modulated=False, bias=True,
+            experts=None, layout="NCHW", dtype=np.float64, seed=0, spread=0.7, **more):  # fmt: skip
+    """(function, arguments) with random arrays. `form`: of the kernel offsets, "local", "global" or None.
+
+    `data_groups`: None without data offsets.
+    """
     rng, pair = np.random.default_rng(seed), lambda value: value if isinstance(value, tuple) else (value, value)
     kernel, scope, stride, padding, dilation = map(pair, (kernel, scope, stride, padding, dilation))
     taps, depthwise = math.prod(kernel), form == "local" or groups == channels
@@ -129,7 +133,14 @@ def problem(kind="kernel", form="local", batch=2, channels=6, outputs=None, size
         arguments["modulations"] = image((data_groups or 1) * taps)
     if bias:
         arguments["bias"] = rng.normal(size=outputs).astype(dtype)
-    arguments |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, **more}
+    arguments |= {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "layout": layout,
+        **more,
+    }
     function = kp.conditional_conv2d if experts is not None else kp.deformable_conv2d
     if kind != "data" and experts is None:
         function = kp.deformable_kernel_conv2d
@@ -168,8 +179,8 @@ PROBLEMS = {
     "data": {"kind": "data", "form": None, "scope": 3, "data_groups": 1},
     "data, groups": {"kind": "data", "form": None, "scope": 3, "data_groups": 3, "groups": 2, "modulated": True},
     "data, depthwise": {"kind": "data", "form": None, "scope": 3, "data_groups": 2, "groups": 6, "modulated": True},
-    "data, strided": {"kind": "data", "form": None, "scope": (2, 3), "kernel": (2, 3), "data_groups": 1, "stride": (2, 1),
-                      "layout": "NHWC"},
+    "data, strided": {"kind": "data", "form": None, "scope": (2, 3), "kernel": (2, 3), "data_groups": 1,
+                      "stride": (2, 1), "layout": "NHWC"},
     "modulated": {"kind": "data", "form": None, "scope": 3, "modulated": True, "bias": False},
     "plain": {"kind": "data", "form": None, "scope": 3},
     "plain, depthwise": {"kind": "data", "form": None, "scope": 3, "groups": 6, "stride": 2},
@@ -237,7 +248,10 @@ def test_gradients_by_differences(name):
     for name in GRADIENTS:
         if arguments.get(name) is None:
             continue
-        fn = lambda value, name=name: function(**arguments | {name: value})
+
+        def fn(value, name=name):
+            return function(**arguments | {name: value})
+
         check_vjp(fn, kp.autodiff.vjp(fn, arguments[name])[1], [arguments[name]], step=1e-6, tolerance=1e-6)
 
 
@@ -263,6 +277,20 @@ def test_zero_offsets_of_a_kernel_without_scope_are_a_plain_convolution():
             out = kp.deformable_kernel_conv2d(**arguments | {"kernel_offsets": zero, "clip": clip, "grid": grid})
             assert_close(out, plain, 1e-14)
     assert_close(plain, expected(arguments | {"kernel_offsets": zero}), 1e-13)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_data_offsets_of_zero_change_no_bit(depthwise):
+    """Neither does the number of images: torchvision and mmcv had errors of both kinds."""
+    more = {"groups": 6} if depthwise else {}
+    _, arguments = problem(
+        kind="data", form=None, scope=3, data_groups=1, batch=33, size=(4, 5), dtype=np.float32, **more
+    )
+    plain = kp.deformable_conv2d(**arguments | {"data_offsets": None})
+    assert_same_bits(kp.deformable_conv2d(**arguments | {"data_offsets": 0 * arguments["data_offsets"]}), plain)
+    each = [kp.deformable_conv2d(**arguments | {n: arguments[n][i : i + 1] for n in ("x", "data_offsets")})
+            for i in range(33)]  # fmt: skip
+    assert_same_bits(np.concatenate(each), kp.deformable_conv2d(**arguments))
 
 
 def test_a_scope_of_four_is_averaged_over_two_by_two_cells():
@@ -465,11 +493,12 @@ def test_offsets_that_are_not_finite_or_far_away_change_only_their_position(valu
         ({"weight": np.zeros((5, 4, 4))}, ValueError, r"weight: expected \(6, Sh, Sw\) to match x, got \(5, 4, 4\)"),
         ({"weight": np.zeros((6, 1, 0, 4))}, ValueError, "weight: expected sizes of at least 1"),
         ({"weight": np.zeros((6, 1, 4, 4), np.float32)}, TypeError, "weight: expected float64 to match x, got float32"),
-        ({"kernel_offsets": np.zeros((2, 17, 7, 6))}, ValueError, "kernel_offsets: expected a multiple of 18 at axis 1"),
-        ({"kernel_offsets": np.zeros((2, 72, 7, 6))}, ValueError, "kernel_offsets: expected offset groups that divide"),
-        ({"kernel_offsets": np.zeros((2, 18, 7, 5))}, ValueError, "kernel_offsets: expected .* to match the output and x"),
-        ({"kernel_offsets": np.zeros((2, 17)), "groups": 6}, ValueError, r"kernel_offsets: expected \(2, 18\) to match"),
-        ({"kernel_offsets": np.zeros((2, 18, 7))}, ValueError, r"kernel_offsets: expected 4 axes \(local\) or 2 \(global\), got 3"),
+        ({"kernel_offsets": np.zeros((2, 17, 7, 6))}, ValueError, "kernel_offsets: expected a multiple of 18 at"),
+        ({"kernel_offsets": np.zeros((2, 72, 7, 6))}, ValueError, "kernel_offsets: expected offset groups that"),
+        ({"kernel_offsets": np.zeros((2, 18, 7, 5))}, ValueError, "kernel_offsets: .* to match the output and x"),
+        ({"kernel_offsets": np.zeros((2, 17)), "groups": 6}, ValueError, r"kernel_offsets: expected \(2, 18\) to"),
+        ({"kernel_offsets": np.zeros((2, 18, 7))}, ValueError,
+         r"kernel_offsets: expected 4 axes \(local\) or 2 \(global\), got 3"),
         ({"data_offsets": np.zeros((2, 9, 7, 6))}, ValueError, "data_offsets: expected a multiple of 18 at axis 1"),
         ({"data_offsets": np.zeros((2, 18, 7, 6)), "modulations": np.zeros((2, 18, 7, 6))}, ValueError,
          r"modulations: expected \(2, 9, 7, 6\) to match data_offsets and the output and x"),

@@ -938,7 +938,10 @@ def test_the_terms_of_generated_offsets(kind):
         return kp.deformable_kernel_conv2d(x, weight, kernel_size=3, padding=1, groups=4, **more)
 
     offsets, through_generator = kp.autodiff.vjp(lambda x: kp.deformable_conv2d(x, generator, None, padding=1), x)
-    whole = lambda x, detach: layer(x, kp.deformable_conv2d(x, generator, None, padding=1), detach)
+
+    def whole(x, detach):
+        return layer(x, kp.deformable_conv2d(x, generator, None, padding=1), detach)
+
     out, full = kp.autodiff.vjp(lambda x: whole(x, False), x)
     _, detached = kp.autodiff.vjp(lambda x: whole(x, True), x)
     _, by_offsets = kp.autodiff.vjp(lambda o: layer(x, o), offsets)
