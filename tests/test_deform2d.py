@@ -180,6 +180,47 @@ PROBLEMS = {
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
+def example(name):
+    """A function from arguments to those of a problem in PROBLEMS, with as many images, at most two, in their dtype."""
+
+    def arguments(like):
+        sizes = {"batch": len(like["x"]), "dtype": like["x"].dtype, "size": (6, 5)}
+        absent = dict.fromkeys({*GRADIENTS, "kernel_size"} & set(like))
+        return absent | problem(**PROBLEMS[name] | sizes)[1]
+
+    return arguments
+
+
+CALLS = {
+    operator: (
+        lambda num, geometry, features, kind=kind: problem(
+            **kind, batch=min(2, num), channels=4, size=(6, 5), dtype=features
+        )[1],
+        [{}, *map(example, names)],
+    )
+    for operator, kind, names in (
+        (
+            "deformable_kernel_conv2d",
+            {"kernel_groups": 2, "data_groups": 2, "modulated": True},
+            ["local, channels last", "local, fading", "global, groups", "global, data", "no offsets"],
+        ),
+        (
+            "deformable_conv2d",
+            {"kind": "data", "form": None, "scope": 3, "data_groups": 2, "groups": 2, "modulated": True},
+            ["data, depthwise", "data, strided", "plain", "plain, depthwise"],
+        ),
+        (
+            "conditional_conv2d",
+            {"experts": 2, "data_groups": 1},
+            ["local, experts", "global, experts", "experts", "experts, depthwise"],
+        ),
+    )
+}
+
+
+# ---- values
+
+
 @each_problem
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_values_are_those_of_the_formulas(name, dtype):
