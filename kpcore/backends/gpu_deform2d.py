@@ -102,17 +102,18 @@ def _tiles(fields, pixels):
 
 
 def _image_kernels(fields, first, count):
-    """(count, pairs, values) the kernels of images, or (1, pairs, values) if all have the same."""
-    shape = (count if _has_item_kernels(fields) else 1, _pairs(fields), _kernel_rows(fields))
-    is_weight = fields.is_local or (fields.scope_height, fields.scope_width) == (
-        fields.kernel_height,
-        fields.kernel_width,
-    )
-    if is_weight and not _has_item_kernels(fields):
-        return fields.weight.reshape(shape)
-    kernels = cupy.empty(shape, fields.x.dtype)
-    _launch("make_kernels", kernels.size, fields, pairs=shape[1], first=first, count=shape[0], kernels=kernels)
-    return kernels
+    """(count, pairs, values) the kernels of images, or (1, pairs, values) if all have the same. Depthwise and with the
+    channels last (count, values, channels)."""
+    kernels, pairs, rows = count if _has_item_kernels(fields) else 1, _pairs(fields), _kernel_rows(fields)
+    pairs_last = fields.depthwise and fields.channels_last
+    has_taps = (fields.scope_height, fields.scope_width) == (fields.kernel_height, fields.kernel_width)
+    if (fields.is_local or has_taps) and not _has_item_kernels(fields):
+        weight = fields.weight.reshape(1, pairs, rows)
+        return cupy.ascontiguousarray(weight.transpose(0, 2, 1)) if pairs_last else weight
+    made = cupy.empty((kernels, rows, pairs) if pairs_last else (kernels, pairs, rows), fields.x.dtype)
+    _launch("make_kernels", made.size, fields, pairs=pairs, first=first, count=kernels, pairs_last=pairs_last,
+            kernels=made)  # fmt: skip
+    return made
 
 
 def _kernel_step(fields, kernels):

@@ -115,6 +115,10 @@ struct Images {
   __device__ int64_t pixel_step(int64_t count) const { return channels_last ? count : 1; }
   __device__ int64_t channel_step(int64_t pixels) const { return channels_last ? 1 : pixels; }
 
+  // Between neighboring values of a channel in a depthwise kernel, and between its channels.
+  __device__ int kernel_value_step() const { return channels_last ? int(channels) : 1; }
+  __device__ int64_t kernel_channel_step() const { return channels_last ? 1 : kernel_rows(); }
+
   // The row and the column of the image at which tap k of the output's pixel is without offsets.
   __device__ int64_t row(Pixel pixel, int k) const {
     return pixel.y * row_stride - row_padding + k / kernel_width * row_dilation;
@@ -265,27 +269,36 @@ __device__ void fill(Tile<size>& tile, const Images& images, bool backward, int6
                      Pixel first, int num_pixels, int begin, int count) {
   const int row_size = backward ? images.width : images.out_width;
   const int rows = backward ? images.height : images.out_height;
-  for (int i = int(threadIdx.x); i < count * num_pixels; i += threads) {
-    const int k = begin + i / num_pixels;
-    const Pixel pixel = first.after(i % num_pixels, row_size);
+  // Neighboring threads read neighboring offsets.
+  const int length = images.channels_last ? count : num_pixels;
+  const auto for_each = [&](auto call) {
+    for (int t = int(threadIdx.x); t < count * num_pixels; t += threads) {
+      const int tap = images.channels_last ? t % length : t / length;
+      const int p = images.channels_last ? t / length : t % length;
+      call(tap * num_pixels + p, begin + tap, first.after(p, row_size));
+    }
+  };
+  for_each([&](int i, int k, Pixel pixel) {
     tile.data.codes[i] = outside;
-    if (pixel.y >= rows) continue;
-    Pixel position = pixel;  // of the output
+    if (pixel.y >= rows) return;
     if constexpr (samples_images) {
       const Place place = images.data_place(item, shared.data_group, k, pixel);
-      if (place.is_outside()) continue;
-      tile.data.write(i, place, images.width, images.modulation(item, shared.data_group, k, pixel));
+      if (!place.is_outside())
+        tile.data.write(i, place, images.width, images.modulation(item, shared.data_group, k, pixel));
     } else {
       Pixel read;
-      if (!(backward ? images.reader_of(pixel, k, read) : images.read_by(pixel, k, read))) continue;
-      if (backward) position = read;
-      tile.data.codes[i] = read.number(backward ? images.out_width : images.width);
+      if (backward ? images.reader_of(pixel, k, read) : images.read_by(pixel, k, read))
+        tile.data.codes[i] = read.number(backward ? images.out_width : images.width);
     }
-    if constexpr (samples_kernels)
+    if constexpr (!samples_kernels) tile.kernel.codes[i] = k;
+  });
+  if constexpr (samples_kernels)
+    for_each([&](int i, int k, Pixel pixel) {  // both at once would take too many registers
+      if (tile.data.codes[i] == outside) return;
+      Pixel position = pixel;  // of the output
+      if (backward) images.reader_of(pixel, k, position);
       tile.kernel.write(i, images.kernel_place(item, shared.kernel_group, k, position), images.scope_width, F(1));
-    else
-      tile.kernel.codes[i] = k;
-  }
+    });
 }
 
 // The pixel and the channel of a thread of a block: neighboring threads have neighboring pixels, or channels where
@@ -306,17 +319,17 @@ struct Lanes {
   }
 };
 
-// Calls call(samples_images, samples_kernels) with both as compile-time constants.
 template <bool value>
 struct Constant {
   static constexpr bool is = value;
 };
+// Calls call(Constant) with a value that is known only when the kernel runs.
 template <class Call>
-__device__ void with_sampling(const Images& images, Call call) {
-  if (images.samples_images())
-    images.is_local ? call(Constant<true>(), Constant<true>()) : call(Constant<true>(), Constant<false>());
+__device__ void with_constant(bool value, Call call) {
+  if (value)
+    call(Constant<true>());
   else
-    images.is_local ? call(Constant<false>(), Constant<true>()) : call(Constant<false>(), Constant<false>());
+    call(Constant<false>());
 }
 
 // ---- depthwise convolution
@@ -345,11 +358,12 @@ __device__ void convolve(const Images& images, const Depthwise& a) {
   const int64_t from_pixels = a.backward ? images.out_pixels() : images.in_pixels();
   const int64_t pixels = a.backward ? images.in_pixels() : images.out_pixels();
   const int64_t step = images.pixel_step(images.channels), tiles = (pixels + a.tile_pixels - 1) / a.tile_pixels;
-  const int classes = images.kernel_groups * images.data_groups, rows = images.kernel_rows();
+  const int classes = images.kernel_groups * images.data_groups;
   const Lanes lanes(images, a.tile_pixels, images.channels / classes);
   // Between the channels of a thread.
   const int64_t next_channel = int64_t(lanes.channels) * images.kernel_groups;
-  const int64_t next_source = next_channel * images.channel_step(from_pixels), next_kernel = next_channel * rows;
+  const int64_t next_source = next_channel * images.channel_step(from_pixels),
+                next_kernel = next_channel * images.kernel_channel_step();
   for (int64_t job = blockIdx.x; job < a.batch * tiles * classes; job += gridDim.x) {
     const int64_t item = job / classes / tiles, first = job / classes % tiles * a.tile_pixels;
     const int i = int(job % classes);
@@ -365,7 +379,7 @@ __device__ void convolve(const Images& images, const Depthwise& a) {
                                      ? int(left < channels_per_thread ? left : channels_per_thread)
                                      : 0;
         const S* const sources = a.from + images.at(item, images.channels, c, from_pixels, 0);
-        const S* const weights = a.kernels + item * a.kernel_step + c * rows;
+        const S* const weights = a.kernels + item * a.kernel_step + c * images.kernel_channel_step();
         F sums[channels_per_thread];
         for (int j = 0; j < channels_per_thread; ++j) sums[j] = F(0);
         for (int begin_tap = 0; begin_tap < taps; begin_tap += taps_at_once) {
@@ -380,7 +394,7 @@ __device__ void convolve(const Images& images, const Depthwise& a) {
             const int at = k * a.tile_pixels + p;
             if (tile.data.codes[at] == outside) continue;
             const Sample<samples_images> data(tile.data, at, from_width, step);
-            const Sample<samples_kernels, int> kernel(tile.kernel, at, images.scope_width, 1);
+            const Sample<samples_kernels, int> kernel(tile.kernel, at, images.scope_width, images.kernel_value_step());
 #pragma unroll
             for (int j = 0; j < channels_per_thread; ++j)
               if (j < num_channels)
@@ -436,7 +450,7 @@ __device__ void sum_by_tap(const Images& images, const LocalOffsets& a) {
       const int64_t first = shared.channel(lane), next = lanes * shared.step;
       const S* image = a.x + images.at(item, channels, first, images.in_pixels(), 0);
       const S* grad = a.grad_out + images.at(item, channels, first, pixels, pixel.number(images.out_width));
-      const S* weights = a.kernels + item * a.kernel_step + first * images.cells();
+      const S* weights = a.kernels + item * a.kernel_step + first * images.kernel_channel_step();
 #pragma unroll 1  // several channels at a time take too many registers
       for (int64_t j = lane; j < shared.count; j += lanes) {
         F value = F(0);
@@ -448,10 +462,11 @@ __device__ void sum_by_tap(const Images& images, const LocalOffsets& a) {
         }
         value *= modulation * F(*grad);
         for (int corner = 0; corner < 4; ++corner)
-          sums[corner] = fma(value, F(weights[place.corner(corner, images.scope_width)]), sums[corner]);
+          sums[corner] = fma(value, F(weights[place.corner(corner, images.scope_width) * images.kernel_value_step()]),
+                             sums[corner]);
         image += next * images.channel_step(images.in_pixels());
         grad += next * images.channel_step(pixels);
-        weights += next * images.cells();
+        weights += next * images.kernel_channel_step();
       }
     }
     for (int corner = 0; images.channels_last && corner < 4; ++corner) sums[corner] = sum_of_warp(sums[corner]);
@@ -485,15 +500,17 @@ struct Matrices {
 
 using namespace kp;
 
-// kernels[i, pair, r], of the images from `first` on: the mixture of the experts, interpolated at the taps unless
-// positions do that themselves. A pair is an output channel with an input channel of its group.
+// kernels[i, pair, r], or [i, r, pair] if pairs_last, of the images from `first` on: the mixture of the experts,
+// interpolated at the taps unless positions do that themselves. A pair is an output channel with an input channel of
+// its group.
 extern "C" __global__ void make_kernels(KP_IMAGES, const S* weight, const S* routing, int64_t experts, int64_t pairs,
-                                        int64_t first, int64_t count, S* kernels) {
+                                        int64_t first, int64_t count, int pairs_last, S* kernels) {
   const Images images = KP_MAKE_IMAGES;
   const int64_t rows = images.kernel_rows(), cells = images.cells();
   const bool interpolates = images.interpolates_weight();
   for (int64_t t = first_thread(); t < count * pairs * rows; t += num_threads()) {
-    const int64_t item = first + t / rows / pairs, pair = t / rows % pairs, r = t % rows;
+    const int64_t item = first + t / rows / pairs, at = t % (rows * pairs);
+    const int64_t pair = pairs_last ? at % pairs : at / rows, r = pairs_last ? at / pairs : at % rows;
     Place place{};
     if (interpolates) place = images.kernel_place(item, 0, int(r), Pixel{});
     F sum = F(0);
@@ -508,8 +525,9 @@ extern "C" __global__ void make_kernels(KP_IMAGES, const S* weight, const S* rou
 
 // ---- forward, and the gradient of images that are not sampled
 
-// Depthwise: `to` from `from`, which are `out` from x, or backward grad_x from grad_out. kernels: (channels, rows) for
-// each image, kernel_step apart. A kernel for each way of sampling, since one for all would take too many registers.
+// Depthwise: `to` from `from`, which are `out` from x, or backward grad_x from grad_out. kernels: (channels, values)
+// for each image, or (values, channels) if these are last, kernel_step apart. A kernel for each way of sampling, since
+// one for all would take too many registers.
 #define KP_DEPTHWISE                                                                                                 \
   int64_t batch, int backward, int tile_pixels, const S *from, const S *kernels, int64_t kernel_step, const S *bias, \
       S *to
@@ -551,7 +569,7 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
     const S* const image = from + images.at(first + i, from_channels, 0, from_pixels, 0);
     for (int begin_tap = 0; begin_tap < taps; begin_tap += taps_at_once) {
       const int size = taps - begin_tap < taps_at_once ? taps - begin_tap : taps_at_once;
-      with_sampling(images, [&](auto with_images, auto) {
+      with_constant(images.samples_images(), [&](auto with_images) {
         constexpr bool samples_images = decltype(with_images)::is;
         __syncthreads();
         fill<samples_images, false>(tile, images, backward != 0, first + i, shared,
@@ -585,7 +603,7 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
   Tile<tile_size>& tile = shared_tile();
   const Images images = KP_MAKE_IMAGES;
   const Matrices matrices = KP_MAKE_MATRICES;
-  const int taps = images.taps(), taps_at_once = tile_size / tile_pixels, rows = images.kernel_rows();
+  const int taps = images.taps(), taps_at_once = tile_size / tile_pixels;
   const int64_t tiles = (num_pixels + tile_pixels - 1) / tile_pixels;
   const int classes = kernel_groups * data_groups;
   const Lanes lanes(images, tile_pixels, channels / classes);
@@ -594,7 +612,7 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
     const ChannelClass shared(images, int(job % classes) % kernel_groups, int(job % classes) / kernel_groups);
     for (int begin_tap = 0; begin_tap < taps; begin_tap += taps_at_once) {
       const int size = taps - begin_tap < taps_at_once ? taps - begin_tap : taps_at_once;
-      with_sampling(images, [&](auto, auto with_kernels) {
+      with_constant(is_local != 0, [&](auto with_kernels) {
         constexpr bool samples_kernels = decltype(with_kernels)::is;
         __syncthreads();
         fill<true, samples_kernels>(tile, images, false, first + i, shared,
@@ -605,13 +623,14 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
           for (int64_t j = lanes.channel; j < shared.count; j += lanes.channels) {
             const int64_t c = shared.channel(j), pixel = first_pixel + begin_pixel + p;
             const F grad = F(grad_out[images.at(first + i, channels, c, images.out_pixels(), pixel)]);
-            const S* const weights = kernels + (first + i) * kernel_step + c * rows;
+            const S* const weights = kernels + (first + i) * kernel_step + c * images.kernel_channel_step();
             S* const to = products + matrices.channel(i, c) + (begin_pixel + p) * pixel_step;
             for (int k = 0; k < size; ++k) {
               const int place = k * tile_pixels + p;
               F value = F(0);
               if (tile.data.codes[place] != outside)
-                value = grad * Sample<samples_kernels, int>(tile.kernel, place, scope_width, 1).read(weights);
+                value = grad * Sample<samples_kernels, int>(tile.kernel, place, scope_width, images.kernel_value_step())
+                                   .read(weights);
               to[(begin_tap + k) * tap_step] = S(value);
             }
           }
@@ -754,7 +773,7 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
       for (int64_t first = block * block_size; first < end; first += warp)
         for (int begin = is_local ? 0 : part; begin < end_tap; begin += size / warp) {
           const int num_taps = end_tap - begin < size / warp ? end_tap - begin : size / warp;
-          with_sampling(images, [&](auto with_images, auto with_kernels) {
+          const auto add_taps = [&](auto with_images, auto with_kernels) {
             constexpr bool samples_images = decltype(with_images)::is, samples_kernels = decltype(with_kernels)::is;
             __syncthreads();
             fill<samples_images, samples_kernels>(tile, images, false, item, shared, Pixel::numbered(first, out_width),
@@ -779,6 +798,9 @@ extern "C" __global__ void __launch_bounds__(threads, 4)
                 }
               }
             }
+          };
+          with_constant(images.samples_images(), [&](auto with_images) {
+            with_constant(is_local != 0, [&](auto with_kernels) { add_taps(with_images, with_kernels); });
           });
         }
       __syncthreads();
