@@ -1194,6 +1194,18 @@ def test_convolutions_of_images(name, samples_bytes, monkeypatch):
         check_gradients(call, *(arguments[n] for n in names), **constants)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("name", ["local, data groups", "local, fading", "data", "data, groups", "data, depthwise"])
+def test_offsets_that_are_not_finite(name, value):
+    function, arguments = problem(**PROBLEMS[name], dtype=np.float32)
+    names = [n for n in GRADIENTS if arguments.get(n) is not None]
+    for offsets in {"kernel_offsets", "data_offsets"}.intersection(names):
+        arguments[offsets] = arguments[offsets].copy()
+        arguments[offsets][0, 8, 3, 3] = value  # the row of the tap in the middle
+    check_gradients(lambda *values, **more: function(**dict(zip(names, values, strict=True)), **more),
+                    *(arguments.pop(n) for n in names), **arguments)  # fmt: skip
+
+
 @emulated
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name.startswith("local")])
 def test_local_deformable_kernels_are_one_launch(name):

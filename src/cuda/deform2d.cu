@@ -698,10 +698,11 @@ extern "C" __global__ void find_pairs(KP_IMAGES, int64_t first, int64_t count, i
     const int group = int(at % data_groups);
     const Place place = images.data_place(item, group, int(k), pixel);
     const F modulation = images.modulation(item, group, int(k), pixel);
+    const bool is_outside = place.is_outside();
     for (int j = 0; j < 4; ++j) {
       const F factor = place.factor(j);
-      keys[t * 4 + j] = int32_t(factor == 0 ? count * data_groups * images.in_pixels()
-                                            : at * images.in_pixels() + place.corner<int64_t>(j, width));
+      keys[t * 4 + j] = int32_t(is_outside || factor == 0 ? count * data_groups * images.in_pixels()
+                                                          : at * images.in_pixels() + place.corner<int64_t>(j, width));
       sources[t * 4 + j] = k * tap_step + p * pixel_step;
       factors[t * 4 + j] = factor * modulation;
     }
