@@ -183,10 +183,12 @@ def _by_chunk(fields, channels, pixels, pair_bytes=0, image_bytes=0):
     """Yield (chunk, array for the samples of its positions, steps of the array) for some positions at a time.
 
     All arrays share one buffer: launch what uses them before the next iteration. `pair_bytes` and `image_bytes`: what
-    each tap and each image take in addition.
+    each tap and each image take in addition. The kernels of images take no more than the samples, either.
     """
-    buffer, dtype = None, fields.x.dtype
-    for chunk in _chunks(fields, pixels, _taps(fields) * (channels * dtype.itemsize + pair_bytes), image_bytes):
+    buffer, dtype, taps = None, fields.x.dtype, _taps(fields)
+    kernel_bytes = _pairs(fields) * taps * computed(dtype).itemsize if _has_item_kernels(fields) else 0
+    position_bytes = taps * (channels * dtype.itemsize + pair_bytes)
+    for chunk in _chunks(fields, pixels, position_bytes, max(image_bytes, kernel_bytes)):
         shape, steps = _matrices(fields, channels, chunk[1], chunk[3])
         size = math.prod(shape)
         if buffer is None:  # the first is the largest
@@ -414,8 +416,7 @@ def _dense_kernel_gradients(fields):
     dtype, groups, totals = computed(x.dtype), fields.groups, None
     outputs, inputs = fields.out_channels // groups, fields.channels // groups
     shape = (taps * inputs, outputs) if fields.channels_last else (outputs, inputs * taps)
-    kernel_bytes = _pairs(fields) * taps * dtype.itemsize if by_item else 0
-    for chunk, samples, steps in _by_chunk(fields, fields.channels, pixels, image_bytes=kernel_bytes):
+    for chunk, samples, steps in _by_chunk(fields, fields.channels, pixels):
         first, _, begin, size = chunk
         grads = _grads_of_part(fields, chunk)
         _sample(fields, samples, chunk, x, steps, False)
