@@ -115,7 +115,7 @@ struct Images {
   __device__ int64_t pixel_step(int64_t count) const { return channels_last ? count : 1; }
   __device__ int64_t channel_step(int64_t pixels) const { return channels_last ? 1 : pixels; }
 
-  // Between neighboring values of a channel in a depthwise kernel, and between its channels.
+  // Between neighboring values of a channel in a depthwise kernel, of fewer than 2^31 values, and between channels.
   __device__ int kernel_value_step() const { return channels_last ? int(channels) : 1; }
   __device__ int64_t kernel_channel_step() const { return channels_last ? 1 : kernel_rows(); }
 
