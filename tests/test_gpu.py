@@ -18,6 +18,7 @@ import numpy as np
 import ops
 import pytest
 from reference import assert_same_bits
+from test_deform2d import GRADIENTS, PROBLEMS, problem
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
 
@@ -34,7 +35,7 @@ if EMULATED:
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.backends import cpu, gpu, gpu_cell_conv, gpu_kpconv, gpu_launch, gpu_search, gpu_sources
+from kpcore.backends import cpu, gpu, gpu_cell_conv, gpu_deform2d, gpu_kpconv, gpu_launch, gpu_search, gpu_sources
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
@@ -221,6 +222,7 @@ LAUNCHES = {
     "grid_subsample": 7, "kpconv": 2, "kpconvx": 2, "fitting_loss": 3, "repulsion_loss": 3, "neighbor_reduce": 1,
     "nearest_upsample": 1, "interpolate": 9, "segment_reduce": 3, "gather": 0, "linear": 0, "batch_norm": 4,
     "group_norm": 4, "softmax_cross_entropy": 5, "concatenate": 0, "add": 0, "to_dense": 2,
+    "deformable_kernel_conv2d": 2, "conditional_conv2d": 2,
 }  # fmt: skip  # largest number of launches of kpcore's kernels in the forward pass; 1 for the other operators
 
 
@@ -1161,6 +1163,86 @@ def test_a_wrong_cell_gives_nan(dtype):
         got = kp.sparse_conv(**to_device(arguments)).get()
         assert np.isnan(got[query]).all()
         np.testing.assert_allclose(np.delete(got, query, 0), np.delete(expected, query, 0), rtol=1e-12)
+
+
+# ---- convolutions of images
+
+IMAGES = PROBLEMS | {
+    "many taps": {"kernel": (9, 10), "scope": (9, 3), "padding": 4, "size": (8, 9), "channels": 5, "data_groups": 5},
+    "many taps, last": {"kernel": (9, 10), "scope": (9, 3), "padding": 4, "channels": 4, "layout": "NHWC"},
+    "many taps, dense": {"form": "global", "kernel": (9, 10), "scope": 9, "padding": 4, "channels": 4,
+                         "data_groups": 2},
+    "many channels": {"channels": 140, "kernel_groups": 2, "data_groups": 1},
+    "many channels, last": {"channels": 140, "layout": "NHWC", "data_groups": 2},
+    "many channels, dense": {"kind": "data", "form": None, "channels": 66, "outputs": 6, "scope": 3, "groups": 2,
+                             "data_groups": 1, "layout": "NHWC"},
+    "wide scope": {"scope": 9, "channels": 6, "size": (12, 13), "data_groups": 1},
+    "wide scope, last": {"scope": 9, "channels": 42, "size": (12, 13), "layout": "NHWC"},
+    "each channel": {"channels": 7, "kernel_groups": 7, "data_groups": 7, "layout": "NHWC"},
+    "classes without a channel": {"channels": 6, "kernel_groups": 3, "data_groups": 3, "batch": 3},
+    "global, last": {"form": "global", "layout": "NHWC", "groups": 2, "experts": 2, "data_groups": 2},
+    "global depthwise, last": {"form": "global", "groups": 6, "layout": "NHWC", "experts": 2, "modulated": True},
+    "plain, last": {"kind": "data", "form": None, "scope": 3, "layout": "NHWC", "stride": 2, "bias": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("samples_bytes", [32 << 20, 20000, 3000])
+@pytest.mark.parametrize("name", IMAGES)
+def test_convolutions_of_images(name, samples_bytes, monkeypatch):
+    """Some images at a time, or some positions of one; the gradient of the kernel in several blocks of positions."""
+    monkeypatch.setattr(gpu_deform2d, "_SAMPLES_BYTES", samples_bytes)
+    monkeypatch.setattr(gpu_deform2d, "_KERNEL_BLOCK", 32)
+    function, arguments = problem(**IMAGES[name])
+    everything = [n for n in GRADIENTS if arguments.get(n) is not None]
+    for names in (everything, *([n] for n in everything if samples_bytes == 20000)):
+        constants = {n: a for n, a in arguments.items() if n not in names}
+
+        def call(*values, names=names, **more):
+            return function(**dict(zip(names, values, strict=True)), **more)
+
+        check_gradients(call, *(arguments[n] for n in names), **constants)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("name", ["local, data groups", "local, fading", "data", "data, groups", "data, depthwise"])
+def test_offsets_that_are_not_finite(name, value):
+    function, arguments = problem(**PROBLEMS[name], dtype=np.float32)
+    names = [n for n in GRADIENTS if arguments.get(n) is not None]
+    for offsets in {"kernel_offsets", "data_offsets"}.intersection(names):
+        arguments[offsets] = arguments[offsets].copy()
+        arguments[offsets][0, 8, 3, 3] = value  # the row of the tap in the middle
+    check_gradients(lambda *values, **more: function(**dict(zip(names, values, strict=True)), **more),
+                    *(arguments.pop(n) for n in names), **arguments)  # fmt: skip
+
+
+@emulated
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name.startswith("local")])
+def test_local_deformable_kernels_are_one_launch(name):
+    function, arguments = problem(**PROBLEMS[name])
+    arguments, counts = to_device(arguments), fake_cupy.counts
+    counts.launches = 0
+    function(**arguments)
+    assert counts.launches == 1 + ("weights" in arguments)
+
+
+@emulated
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("form", ["global", "data"])
+def test_convolutions_of_images_take_memory_for_some_samples_at_a_time(form, backward, monkeypatch):
+    monkeypatch.setattr(gpu_deform2d, "_SAMPLES_BYTES", 1 << 15)
+    monkeypatch.setattr(fake_cupy, "mode", {"check": False})
+    more = {"form": "global"} if form == "global" else {"kind": "data", "form": None, "scope": 3, "data_groups": 1}
+    function, arguments = problem(channels=16, size=(40, 40), dtype=np.float32, **more)
+    arguments, counts = to_device(arguments), fake_cupy.counts
+    names = [name for name in GRADIENTS if arguments.get(name) is not None]
+    before = counts.peak = counts.live
+    out, pullback = kp.autodiff.vjp(
+        lambda *values: function(**arguments | dict(zip(names, values, strict=True))), *(arguments[n] for n in names)
+    )
+    grads = pullback(out) if backward else ()
+    beyond = counts.peak - before - sum(a.nbytes for a in (out, *grads))
+    # All samples would be 1.8 MiB. Backward, there are also the pairs of pixels and samples.
+    assert 1 << 14 <= beyond <= (2 << 15 if backward else 1 << 15) + 4 * arguments["weight"].nbytes
 
 
 # ---- 16 bits

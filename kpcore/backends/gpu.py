@@ -5,6 +5,7 @@ from __future__ import annotations
 from kpcore.backends import (  # noqa: F401 - their launchers register themselves
     cpu,
     gpu_cell_conv,
+    gpu_deform2d,
     gpu_deformation,
     gpu_kernel_map,
     gpu_kpconv,

@@ -77,10 +77,15 @@ def pairs_by_point(index, row_splits, begins):
     points, queries = cupy.empty(pairs, np.int32), cupy.empty(pairs, np.int32)
     launch(kernels["rows_of_pairs"], pairs, index=index, num_pairs=pairs, row_splits=row_splits,
            num_queries=len(row_splits) - 1, num_points=num_points, points=points, queries=queries)  # fmt: skip
-    order = cupy.argsort(points)
-    launch(kernels["begins_of_keys"], len(begins), keys=points[order], num_keys=pairs, num_begins=len(begins),
-           begins=begins)  # fmt: skip
-    return order, queries
+    return sort_by_key(points, begins), queries
+
+
+def sort_by_key(keys, begins):
+    """The order that sorts int32 keys. Writes where the entries of each key begin to `begins`."""
+    order = cupy.argsort(keys)
+    launch(kernels_of("lists.cu")["begins_of_keys"], len(begins), keys=keys[order], num_keys=len(keys),
+           num_begins=len(begins), begins=begins)  # fmt: skip
+    return order
 
 
 def sum_by_point(index, row_splits, values, sums):

@@ -115,8 +115,13 @@ class DenseTile {
           for (int64_t g = 0; g < groups_; ++g) inside |= taps[g].inside[l];
           if (!inside) continue;
           F* const row = &sums_[(k * rows_ + sizes_[k]) * channels_];
-          for (int64_t g = 0; g < groups_; ++g)
-            sample<samples_images>(taps[g].data, l, image, channels_ * g / groups_, channels_ * (g + 1) / groups_, row);
+          for (int64_t g = 0; g < groups_; ++g) {
+            const int64_t begin = channels_ * g / groups_, end = channels_ * (g + 1) / groups_;
+            if (taps[g].inside[l])
+              sample<samples_images>(taps[g].data, l, image, begin, end, row);
+            else  // its cells are some pixel, times zero: NaN if that pixel is
+              memset(row + begin, 0, size_t(end - begin) * sizeof(F));
+          }
           positions_[k * rows_ + sizes_[k]++] = int32_t(p + l);
         }
       }

@@ -13,9 +13,10 @@ namespace {
 // The two cells around a position along one axis, and the factors with which they are interpolated; the slopes are the
 // derivatives of these factors by the position. A cell that does not exist has factors and slopes of 0. V is a scalar
 // or a vector; the numbers of the cells are whole ones of that type.
-template <class V>
+template <class V, class Cell = V>
 struct Hat {
-  V low, high, low_factor, high_factor, low_slope, high_slope;
+  Cell low, high;
+  V low_factor, high_factor, low_slope, high_slope;
 };
 
 // The cells 0, ..., size - 1 around `at`. Outside of them values fall to 0 within one cell; if `clips`, the position is
