@@ -138,9 +138,6 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
             f"x: expected at least {rows} x {columns} pixels with padding, the size of the dilated kernel, got "
             f"{height + 2 * padding[0]} x {width + 2 * padding[1]}"
         )
-    padded = (height + 2 * padding[0]) * (width + 2 * padding[1])
-    if padded > checks.MAX_POINTS:
-        raise ValueError(f"x: expected at most {checks.MAX_POINTS} pixels with padding, got {padded}")
     sizes |= {"Ho": (out_height, "the output"), "Wo": (out_width, "the output"), "Cout": (outputs, weight_name)}
     shape, axis = ("B Ho Wo {}", 3) if is_last else ("B {} Ho Wo", 1)
     taps = kernel[0] * kernel[1]
@@ -163,6 +160,11 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
     if modulations is not None:
         modulations = checks.array("modulations", modulations, shape.format("G*K*K"), checks.FEATURES, sizes, like=like)
         data_groups = _offset_groups("modulations", modulations, channels, taps, axis)
+    padded = (height + 2 * padding[0]) * (width + 2 * padding[1]) * data_groups
+    if padded > checks.MAX_POINTS:  # kernels number them in 32 bits
+        raise ValueError(
+            f"x: expected at most {checks.MAX_POINTS} pixels with padding, for all offset groups together, got {padded}"
+        )
     if bias is not None:
         bias = checks.array("bias", bias, "Cout", checks.FEATURES, sizes, like=like)
     call.__dict__.update(

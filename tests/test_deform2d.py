@@ -488,6 +488,8 @@ def test_offsets_that_are_not_finite_or_far_away_change_only_their_position(valu
         ({"padding": -1}, ValueError, "padding: expected 0 to 2147483647, got -1"),
         ({"kernel_size": 2.5}, TypeError, "kernel_size: expected an integer, got float"),
         ({"kernel_size": 9}, ValueError, "x: expected at least 9 x 9 pixels with padding, the size of the dilated"),
+        ({"padding": 2**20, "kernel_offsets": None, "kernel_size": 2**20, "groups": 6}, ValueError,
+         "x: expected at most 2147483647 pixels with padding, for all offset groups together, got 4398"),
         ({"groups": 2}, ValueError, "groups: expected 6, the number of channels of x, because weight is depthwise"),
         ({"weight": np.zeros((6, 2, 4, 4))}, ValueError, r"weight: expected \(C, Sh, Sw\) or \(C, 1, Sh, Sw\) with"),
         ({"weight": np.zeros((5, 4, 4))}, ValueError, r"weight: expected \(6, Sh, Sw\) to match x, got \(5, 4, 4\)"),

@@ -1265,7 +1265,9 @@ def test_features_of_16_bits(variant, dtype, tolerance):
     dtype = half_dtype(dtype)
     op, arguments = ops.call(variant, 24, np.float32, np.float32)
     kinds = {name for name, a in arguments.items() if isinstance(a, np.ndarray) and a.dtype == np.float32}
-    kinds -= {"points", "queries", "kernel_points", "offsets", "kernel_offsets", "origin", "extents", "offset"}
+    kinds -= {"points", "queries", "kernel_points", "offsets", "origin", "extents", "offset"}
+    if op.name == "kpconv":
+        kinds -= {"kernel_offsets"}  # those of points; those of images have the dtype of the image
     small = {name: arguments[name].astype(dtype) for name in kinds}
     rounded = arguments | {name: a.astype(np.float32) for name, a in small.items()}
     names = ops.diff(op, arguments)
