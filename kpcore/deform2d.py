@@ -263,10 +263,10 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
     >>> import numpy as np, kpcore as kp
     >>> x, weight = np.ones((1, 1, 3, 3)), np.arange(16.0).reshape(1, 4, 4)
     >>> offsets = np.zeros((1, 18, 3, 3))
-    >>> kp.deformable_kernel_conv2d(x, weight, offsets, kernel_size=3, padding=1)[0, 0, 1, 1]
+    >>> float(kp.deformable_kernel_conv2d(x, weight, offsets, kernel_size=3, padding=1)[0, 0, 1, 1])
     67.5
     >>> offsets[:, 0::2] = 1.5  # rows of the taps: the lower end of the scope
-    >>> kp.deformable_kernel_conv2d(x, weight, offsets, kernel_size=3, padding=1)[0, 0, 1, 1]
+    >>> float(kp.deformable_kernel_conv2d(x, weight, offsets, kernel_size=3, padding=1)[0, 0, 1, 1])
     109.5
     """
     return _checked_call(x, "weight", weight, None, kernel_offsets, data_offsets, modulations, bias, kernel_size,
