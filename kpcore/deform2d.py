@@ -24,13 +24,6 @@ def _pair(value):
     return numbers * 2 if len(numbers) == 1 else numbers
 
 
-def _checked_pair(name, value, least):
-    numbers = _pair(value)
-    if len(numbers) != 2:
-        raise ValueError(f"{name}: expected an integer, or one for each axis, got {len(numbers)} of them")
-    return tuple([checks.integer(name, number, least, checks.MAX_POINTS) for number in numbers])
-
-
 def _result(call):
     experts, kernel_size = getattr(call, "weights", None), getattr(call, "kernel_size", None)
     weight = call.weight if experts is None else experts
@@ -71,6 +64,11 @@ def _checked_weight(name, weight, sizes, x, groups, local, has_experts):
         if channels % groups:
             raise ValueError(f"groups: expected a divisor of {channels} channels of x, got {groups}")
         known["Cin/groups"] = channels // groups, "x" if groups == 1 else "x and groups"
+        if groups == 1 < channels and getattr(weight, "shape", ())[has_experts : has_experts + 2] == (channels, 1):
+            raise ValueError(
+                f"groups: expected {channels} for a depthwise {name} of shape {weight.shape}, got 1; pass "
+                f"groups={channels}, or {name} without its axis of size 1"
+            )
     weight = checks.array(name, weight, shape, checks.FEATURES, known, like=("x", x))
     if 0 in weight.shape:
         raise ValueError(f"{name}: expected sizes of at least 1, got {weight.shape}")
@@ -123,9 +121,9 @@ def _checked_call(x, weight_name, weight, routing, kernel_offsets, data_offsets,
         routing = checks.array("routing", routing, "B E", checks.FEATURES, sizes, like=like)
     outputs = weight.shape[int(has_experts)]
     scope = weight.shape[-2:]
-    kernel = scope if kernel_size is None else _checked_pair("kernel_size", kernel_size, 1)
-    stride, padding = _checked_pair("stride", stride, 1), _checked_pair("padding", padding, 0)
-    dilation = _checked_pair("dilation", dilation, 1)
+    kernel = scope if kernel_size is None else checks.pair("kernel_size", kernel_size, 1)
+    stride, padding = checks.pair("stride", stride, 1), checks.pair("padding", padding, 0)
+    dilation = checks.pair("dilation", dilation, 1)
     call = Call(x=x, weight=weight, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation,
                 layout=layout)  # fmt: skip
     if has_experts:
@@ -205,12 +203,14 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
     ----------
     x : (B, C, H, W) float32 or float64
         (B, H, W, C) with ``layout="NHWC"``.
-    weight : (C, Sh, Sw) or (C, 1, Sh, Sw); or (Cout, C / groups, Sh, Sw), dtype of x
-        The first two are depthwise. Local kernel offsets need a depthwise one.
+    weight : (C, Sh, Sw) or (Cout, C / groups, Sh, Sw), dtype of x
+        The first is depthwise, and so is the second with ``groups=C`` and Cout = C. Local kernel offsets need a
+        depthwise one; for them (C, 1, Sh, Sw) is taken without `groups`. The scope S may be smaller than K, too.
     kernel_offsets : (B, G K K 2, Ho, Wo) or (B, K K 2), dtype of x, or None
         In units of the weight's cells. Four axes (with "NHWC" (B, Ho, Wo, G K K 2)): local, one set for each output
         position and each of G groups of channels; channel c is in group c mod G. Two axes: global, one set for each
-        image. The channel of tap (u, v), row u and column v of the kernel, is ((g K K + u K + v) 2 + axis), rows first.
+        image. None: zero offsets. The channel of tap (u, v), row u and column v of the kernel, is
+        ((g K K + u K + v) 2 + axis), rows first.
     kernel_size : int or (int, int)
         K: rows and columns of taps.
     stride, padding, dilation : int or (int, int)
@@ -219,14 +219,14 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
         Number of equal parts into which input and output channels are divided, as in a plain grouped convolution. May
         be left out for a depthwise weight of three axes.
     data_offsets : (B, 2 G K K, Ho, Wo), dtype of x, optional
-        Added to the sampling positions in the image, in pixels, for each of G groups of C / G consecutive channels; in
-        the order of the kernel offsets.
+        Added to the sampling positions in the image, in pixels, in the order of the kernel offsets. Here the G groups
+        are of C / G consecutive channels, as in torchvision; those of kernel offsets are interleaved, as published.
     modulations : (B, G K K, Ho, Wo), dtype of x, optional
-        Factors of the samples (Zhu et al. 2019).
+        Factors of the samples (Zhu et al. 2019), with the groups of the data offsets; or without these.
     bias : (Cout,), dtype of x, optional
     grid : {"unit", "uniform"}
         Positions g of the taps in the weight's scope, per axis: u + (S - K) / 2, a centred grid of unit spacing, as in
-        the published code; or u (S - 1) / (K - 1), spread over the scope, as in the paper.
+        the published code; or u (S - 1) / (K - 1), spread over the scope, as in the paper (for K = 1 its middle).
     clip : {"scope", None}
         "scope": positions in the weight are clipped to [0, S - 1], as in the paper and in the global form of the
         published code. None: the weight fades to zero within one cell outside of the scope, as in its local form.
@@ -253,8 +253,8 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
 
     Interpolation has a kink where a position is an integer. There the derivative by the offset is that from the right;
     at the upper end of a clipped scope, where that would be zero for ever, it is that from the left. The derivative is
-    zero by an offset that is clipped, and where a sample is a cell or more outside, as in torchvision. Gradients are
-    the same bits with any number of threads.
+    zero by an offset that is clipped, and where a sample is a cell or more outside, as in torchvision; infinite data
+    offsets are outside. Gradients are the same bits with any number of threads. Second derivatives are an error.
 
     Examples
     --------

@@ -113,8 +113,8 @@ def kpconv(points: Array[Computed], queries: Array[Computed] | None, neighbors: 
     Raises
     ------
     ValueError, TypeError
-        For shapes or dtypes that do not agree. NaN is not an error: it affects only the queries that have it among
-        their neighbours.
+        For shapes or dtypes that do not agree. NaN is not an error: NaN features affect only the queries that have
+        them among their neighbours, and a kernel point with a NaN offset or kernel offset acts on none.
 
     Notes
     -----

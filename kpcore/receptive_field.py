@@ -41,7 +41,8 @@ _ROUNDINGS = 16
 
 
 def effective_receptive_field(fn: Callable[[Any], Any], x: AnyArray, where: ArrayLike, *,
-                              layout: Literal["NCHW", "NHWC"] | None = None, channels: Sequence[int] | None = None,
+                              layout: Literal["NCHW", "NHWC"] | None = None,
+                              channels: int | Sequence[int] | None = None,
                               reduce: Literal["abs", "square"] = "abs", reach: float | None = None,
                               points: AnyArray | None = None, queries: AnyArray | None = None,
                               points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
@@ -66,7 +67,7 @@ def effective_receptive_field(fn: Callable[[Any], Any], x: AnyArray, where: Arra
         The output positions: rows of the output, or (image, row, column).
     layout : {None, "NCHW", "NHWC"}
         None: features of points. The others: images, as the input and the output of `fn` have them.
-    channels : sequence of int, optional
+    channels : int or sequence of int, optional
         The output channels in the sum ``y_j``; all by default. Gradients of several channels may cancel each other.
     reduce : {"abs", "square"}
         What is summed over the input channels: absolute values or squares of the gradient.
@@ -99,9 +100,11 @@ def effective_receptive_field(fn: Callable[[Any], Any], x: AnyArray, where: Arra
     ValueError
         If the gradient is not zero at a place that is farther than `reach` from all positions of the pass, which shows
         that `reach` is too small, or in another image than that of the position; for positions or channels that the
-        output does not have, and shapes that do not agree.
+        output does not have, shapes that do not agree, and a gradient that is not finite (as that of a square root at
+        zero).
     TypeError
         If `x` is not an array of floats, or the result of `fn` is not computed from it by differentiable operations.
+        JAX does not tell: there the field is zero.
 
     Notes
     -----
@@ -270,7 +273,8 @@ def _checked_positions(where, grid):
 def _checked_channels(channels, num):
     if channels is None:
         return np.arange(num)
-    checked = [checks.integer("channels", channel, 0, num - 1) for channel in channels]
+    chosen = channels if isinstance(channels, (Sequence, np.ndarray)) else [channels]
+    checked = [checks.integer("channels", channel, 0, num - 1) for channel in chosen]
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"channels: expected different output channels, at least one, got {checked}")
     return np.array(checked)
@@ -332,7 +336,10 @@ def _passes(items, centres, apart, distance):
 
 
 def _check_outside(outside, values, reduce, reach, dtype):
-    """Check that the gradient of a pass is zero at all places that belong to none of its positions."""
+    """Check that the gradient of a pass is finite, and zero at all places that belong to none of its positions."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"fn: expected a finite gradient, got one with {np.count_nonzero(~np.isfinite(values))} of "
+                         f"{values.size} places that are NaN or infinite")  # fmt: skip
     rounding = _ROUNDINGS * np.finfo(np.float64 if "float64" in str(dtype) else np.float32).eps
     largest = values.max(initial=0)
     if outside.max(initial=0) <= largest * (rounding if reduce == "abs" else rounding**2):
@@ -469,8 +476,8 @@ def _checked_fields(fields):
         raise TypeError(f"fields: expected a NumPy array, got {type(fields).__name__}")
     if fields.ndim not in (2, 3):
         raise ValueError(f"fields: expected (P, N) or (P, H, W), got {fields.shape}")
-    if (fields < 0).any():
-        raise ValueError(f"fields: expected numbers of at least zero, got {fields.min()}")
+    if not ((fields >= 0) & (fields < np.inf)).all():
+        raise ValueError(f"fields: expected finite numbers of at least zero, got {fields.min()} to {fields.max()}")
     return fields.reshape(len(fields), math.prod(fields.shape[1:])).astype(np.float64, copy=False)
 
 

@@ -522,6 +522,11 @@ def test_errors_of_experts_and_groups():
         function(**arguments | {"groups": 3})
     with pytest.raises(ValueError, match="groups: expected a divisor of 6 channels of x, got 4"):
         function(**arguments | {"groups": 4})
+    message = (
+        "groups: expected 6 for a depthwise weights of shape .*, got 1; pass groups=6, or weights without its axis"
+    )
+    with pytest.raises(ValueError, match=message):
+        function(**arguments | {"weights": np.zeros((2, 6, 1, 4, 4)), "groups": 1, "bias": None})
     weights = np.zeros((2, 7, 3, 4, 4))
     with pytest.raises(ValueError, match="groups: expected a divisor of 7 output channels of weights, got 2"):
         function(**arguments | {"weights": weights, "bias": None})

@@ -788,7 +788,7 @@ FIELD = np.ones((1, 5))
     ("call", "error", "message"),
     [
         (lambda: kp.receptive_field_size(FIELD[0]), ValueError, r"fields: expected \(P, N\) or \(P, H, W\), got \(5"),
-        (lambda: kp.receptive_field_size(-FIELD), ValueError, "fields: expected numbers of at least zero, got -1.0"),
+        (lambda: kp.receptive_field_size(-FIELD), ValueError, "fields: expected finite numbers of at least zero, got -1.0 to -1.0"),
         (lambda: kp.receptive_field_size([[1.0]]), TypeError, "fields: expected a NumPy array, got list"),
         (lambda: kp.receptive_field_size(FIELD, level=2), ValueError, "level: expected 0 to 1, got 2"),
         (lambda: kp.receptive_field_moments(FIELD), ValueError, "positions: expected those of the points"),
@@ -803,6 +803,24 @@ FIELD = np.ones((1, 5))
 def test_wrong_arguments_of_measures(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_gradient_that_is_not_finite():
+    for value in (np.nan, np.inf):
+        for reach in (None, np.inf):
+            with pytest.raises(ValueError, match=r"fn: expected a finite gradient, got one with [13] of 3 places that"):
+                kp.effective_receptive_field(
+                    lambda x, value=value: kp.linear(x, np.array([[value]])), np.ones((3, 1)), [1], reach=reach
+                )
+        with pytest.raises(ValueError, match="fields: expected finite numbers of at least zero, got"):
+            kp.receptive_field_size(np.array([[1, value, 2]]))
+
+
+def test_one_channel_may_be_a_number():
+    weights = np.array([[1.0, 10.0]])
+    for channels in (1, np.int64(1), [1]):
+        fields = kp.effective_receptive_field(lambda x: kp.linear(x, weights), np.ones((2, 1)), [0], channels=channels)
+        assert fields.tolist() == [[10.0, 0.0]]
 
 
 # ---- deformable kernels and deformable convolution of images

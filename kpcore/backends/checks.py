@@ -305,6 +305,15 @@ def integers(name: str, value: Any, dimension: int, low: int) -> np.ndarray:
     )
 
 
+def pair(name: str, value: Any, low: int) -> tuple[int, int]:
+    """(rows, columns), from `low` to 2**31 - 1, from an integer or a sequence of one or two."""
+    numbers = tuple(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else (value,)
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"{name}: expected an integer, or one for each axis, got {len(numbers)} of them")
+    rows, columns = [integer(name, number, low, MAX_POINTS) for number in numbers * (3 - len(numbers))]
+    return rows, columns
+
+
 def choice(name: str, value: object, allowed: Sequence[object]) -> int:
     """The position of `value` in `allowed`."""
     for position, option in enumerate(allowed):

@@ -117,7 +117,8 @@ class ImageNetwork:
         optional = [n for n in ("head_width", "experts", "pointwise_experts") if getattr(self, n) is not None]
         blocks.check_fields(self, checks.integer, optional, 1, blocks.MOST_CHANNELS)
         blocks.check_fields(self, checks.integer, ("scope", "pointwise_scope"), 1, _MOST_SIZE)
-        blocks.check_fields(self, checks.integer, ("data_offsets_from",), 0)
+        if checks.integer("data_offsets_from", self.data_offsets_from, 0) >= len(stages):
+            raise ValueError(f"data_offsets_from: expected one of {len(stages)} stages, got {self.data_offsets_from}")
         blocks.check_channels("stem_width", self.stem_width)
         channels = self.stem_width
         for inner, width, _, _ in stages:

@@ -109,7 +109,7 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
     -------
     (B, Ho, Wo, width)
     """
-    F, channels, kernel_size = run.F, x.shape[3], pair(kernel_size)
+    F, channels, kernel_size = run.F, _channels(x), checks.pair("kernel_size", kernel_size, 1)
     taps, geometry = math.prod(kernel_size), {"stride": stride, "padding": padding, "dilation": dilation}
     options = geometry | {"groups": groups, "layout": "NHWC", "detach_offsets": run.detach_offsets}
     check_offsets(kernel_offsets, offset_groups, data_offsets, data_offset_groups)
@@ -167,12 +167,13 @@ def scope_of(kernel_size: tuple[int, int], kernel_offsets: KernelOffsets, scope_
         if scope_size is not None:
             raise ValueError(f"scope_size: expected None without kernel_offsets, got {scope_size}")
         return kernel_size
-    return (kernel_size[0] + 1, kernel_size[1] + 1) if scope_size is None else pair(scope_size)
+    return (kernel_size[0] + 1, kernel_size[1] + 1) if scope_size is None else checks.pair("scope_size", scope_size, 1)
 
 
-def pair(size: Size) -> tuple[int, int]:
-    """(rows, columns) of a size; operators check the numbers."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _channels(x):
+    if len(x.shape) != 4:
+        raise ValueError(f"x: expected (B, H, W, C), got {tuple(x.shape)}")
+    return x.shape[3]
 
 
 def _generated(run, name, x, width, kernel_size, geometry):

@@ -282,7 +282,11 @@ def warm_up(schedule: Callable[[float], float], steps: int) -> Callable[[float],
     >>> [round(schedule(step), 6) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.05, 0.1, 0.05, 0.0]
     """
-    steps = checks.integer("steps", steps, 1)
+    steps = checks.integer("steps", steps, 0)
+    if not callable(schedule):
+        raise TypeError(
+            f"schedule: expected a function of the step, such as cosine(...), got {type(schedule).__name__}"
+        )
 
     def at(step: float) -> float:
         step = checks.number("step", step, np.dtype(np.float64))

@@ -31,11 +31,11 @@ class _AdaptiveConv2d(torch.nn.Module):
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"{name}: expected a multiple of groups, {groups}, got {channels}")
-        self.kernel_size = _checked_pair("kernel_size", kernel_size, 1)
-        self.stride, self.dilation = _checked_pair("stride", stride, 1), _checked_pair("dilation", dilation, 1)
-        self.padding = _checked_pair("padding", padding, 0)
+        self.kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        self.stride, self.dilation = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+        self.padding = checks.pair("padding", padding, 0)
         check_offsets(kernel_offsets, offset_groups, data_offsets, data_offset_groups)
-        self.scope_size = _checked_pair("scope_size", scope_of(self.kernel_size, kernel_offsets, scope_size), 1)
+        self.scope_size = scope_of(self.kernel_size, kernel_offsets, scope_size)
         if kernel_offsets == "local" and not groups == in_channels == out_channels:
             raise ValueError(
                 "groups: expected in_channels and out_channels, because a local deformable kernel is depthwise, got "
@@ -137,10 +137,6 @@ class _AdaptiveConv2d(torch.nn.Module):
         else:
             out = kpcore.torch.deformable_conv2d(arranged(x), self.weight, **options)
         return out.permute(0, 3, 1, 2) if is_last else out
-
-
-def _checked_pair(name, value, least):
-    return tuple(checks.integers(name, value, 2, least).tolist())
 
 
 def _checked_groups(name, value, channels):

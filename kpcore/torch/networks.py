@@ -174,7 +174,7 @@ class ImageNetwork(_Network):
         detach_offsets : bool
             As in `Network`.
         """
-        if x.ndim != 4:
+        if x.ndim != 4 or x.shape[1] != self.net.num_features:
             raise ValueError(f"x: expected (B, {self.net.num_features}, H, W), got {tuple(x.shape)}")
         return self._evaluate(x.permute(0, 2, 3, 1), detach_offsets=detach_offsets).logits
 
