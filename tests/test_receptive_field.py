@@ -788,7 +788,8 @@ FIELD = np.ones((1, 5))
     ("call", "error", "message"),
     [
         (lambda: kp.receptive_field_size(FIELD[0]), ValueError, r"fields: expected \(P, N\) or \(P, H, W\), got \(5"),
-        (lambda: kp.receptive_field_size(-FIELD), ValueError, "fields: expected finite numbers of at least zero, got -1.0 to -1.0"),
+        (lambda: kp.receptive_field_size(-FIELD), ValueError,
+         "fields: expected finite numbers of at least zero, got -1.0 to -1.0"),
         (lambda: kp.receptive_field_size([[1.0]]), TypeError, "fields: expected a NumPy array, got list"),
         (lambda: kp.receptive_field_size(FIELD, level=2), ValueError, "level: expected 0 to 1, got 2"),
         (lambda: kp.receptive_field_moments(FIELD), ValueError, "positions: expected those of the points"),
