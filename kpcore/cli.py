@@ -317,9 +317,10 @@ def _erf(args: argparse.Namespace) -> None:
     make_folder(args.out)
     check_writable(pictures)
     fields = [inspection.field_at(model, scene, center, args.level) for center in centers]
-    what = "logit of the class" if args.level is None else f"features of level {args.level}"
-    print(f"effective receptive fields of the {what}; spheres of radius {model.settings.training.radius:g}, "
-          f"theoretical radius {model.net.reach or math.inf:.4g}")  # fmt: skip
+    what = f"features of level {args.level}"
+    if args.level is None:
+        what = f"logit of the class, theoretical radius {model.net.reach or math.inf:.4g}"
+    print(f"effective receptive fields of the {what}; in spheres of radius {model.settings.training.radius:g}")
     print(f"{'position':>33} {'class':>12} {'voxels':>8} {'radius':>8} {'deviations':>24}")
     for field in fields:
         place = "".join(f"{value:>11.2f}" for value in field.center + scene.cloud.shift)

@@ -237,8 +237,8 @@ class View:
         keep = self._visible(points)
         flat, colors = points[keep] @ self.axes.T, colors[keep]
         if mark is not None:
-            disc = np.mgrid[-9:10, -9:10].reshape(2, -1).T / 9  # of 9 pixels, before all points
-            disc = 9 * self.pixel(width, height) * disc[np.linalg.norm(disc, axis=1) <= 1]
+            disc = np.mgrid[-7:8, -7:8].reshape(2, -1).T / 7  # of 7 pixels, before all points
+            disc = 7 * self.pixel(width, height) * disc[np.linalg.norm(disc, axis=1) <= 1]
             disc = self.axes @ mark + np.column_stack([disc, np.full(len(disc), np.ptp(flat[:, 2]) + 9 * radius)])
             flat = np.concatenate([flat, disc])
             colors = np.concatenate([colors, np.broadcast_to(np.float32(MARK) / 255, disc.shape)])

@@ -242,8 +242,15 @@ def test_spheres_that_maximise_a_feature_are_apart(models, scan):
     assert np.array_equal(np.unique(covered), np.arange(len(scene.points)))
 
 
+def test_spheres_of_one_scene_are_kept_if_they_are_apart():
+    spheres = [batches.Sphere(scene, np.array([x, 0.0, 0.0]), np.arange(3)) for scene, x in (
+        (0, 0), (0, 0.9), (1, 0.5), (0, -1), (0, 1), (0, 5),
+    )]  # fmt: skip
+    assert [(s.scene, s.center[0]) for s in inspection._apart(spheres, 1, 4)] == [(0, 0), (1, 0.5), (0, -1), (0, 1)]
+
+
 def test_the_most_selective_channels():
-    maxima = np.array([[1.0, 0, 5, 2], [1, 0, 6, 2], [1, 0, 7, 2], [-np.inf, 3, 3, 3], [1, 9, 8, 2]])
+    maxima = np.array([[1.0, 0, 50, 2], [1, 0, 60, 2], [1, 0, 70, 2], [-np.inf, 3, 3, 3], [1, 9, 80, 2]])
     assert inspection._selective(maxima, 2) == [1, 2]  # of constant channels none is larger than the mean
 
 

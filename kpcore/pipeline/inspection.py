@@ -79,14 +79,14 @@ def nearest_point(model: Model, scene: Scene, position: np.ndarray) -> np.ndarra
     return scene.points[nearest.index[0]]
 
 
-def field_at(model: Model, scene: Scene, center: np.ndarray, level: int | None = None, *,
+def field_at(model: Model, scene: Scene, center: np.ndarray, level: int | None = None, *, radius: float | None = None,
              detach_offsets: bool = False) -> ReceptiveField:  # fmt: skip
-    """The effective receptive field at a point of a scene, in the sphere that the network would label it in.
+    """The effective receptive field at a point of a scene, in a sphere around it as in training, or of a `radius`.
 
     It is that of the logit of the class that the network finds there; or with `level` that of the output of the last
     block of the encoder on this level, at its point that is nearest to the centre, summed over all channels.
     """
-    sphere, batch = _input_at(model, scene, center)
+    sphere, batch = _input_at(model, scene, center, radius)
     nearest = [_nearest(batch.pyramid[number].points) for number in (0, level or 0)]
 
     def logits(features):
@@ -221,9 +221,9 @@ def _projected(model: Model, batch: Batch, level: int, channel: int, name: str) 
     return Input(name, batch.spheres[0].center, points, values[nearest])
 
 
-def _input_at(model: Model, scene: Scene, center: np.ndarray) -> tuple[Sphere, Batch]:
-    """The sphere of the settings around a point of a scene, as an input."""
-    sphere = batches.sphere_at([scene], 0, center, model.settings.training.radius)
+def _input_at(model: Model, scene: Scene, center: np.ndarray, radius: float | None = None) -> tuple[Sphere, Batch]:
+    """The sphere around a point of a scene, with the radius of the settings by default, as an input."""
+    sphere = batches.sphere_at([scene], 0, center, radius or model.settings.training.radius)
     return sphere, batches.make_batch(model.net, [scene], model.columns, [sphere])
 
 
@@ -249,13 +249,17 @@ def _observed(model: Model, batch: Batch, features: Any, **options: Any) -> list
 # ---- pictures
 
 
-def point_field(model: Model, scene: Scene, field: ReceptiveField, name: str) -> visualization.PointField:
-    """A field on the points of the file within twice its radius: each has the value of the nearest input point."""
+def point_field(model: Model, scene: Scene, field: ReceptiveField, name: str,
+                shown: float | None = None) -> visualization.PointField:  # fmt: skip
+    """A field on the points of the file around it: each has the value of the nearest input point.
+
+    Points within the distance `shown`; by default within twice the radius of the field.
+    """
     from kpcore import visualization
 
     values, spacing = np.zeros(len(scene.points)), model.settings.network.voxel_size
     values[field.sphere.rows] = field.values
-    shown = max(2 * field.radius, 10 * spacing)
+    shown = shown or max(2 * field.radius, 10 * spacing)
     near = np.flatnonzero(((scene.full - field.center) ** 2).sum(axis=1) <= shown**2)
     points, colors = scene.full[near], scene.cloud.colors
     return visualization.PointField(
