@@ -336,7 +336,7 @@ def _features(args: argparse.Namespace) -> None:
     from kpcore.pipeline import inspection
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
-    levels = args.level or [0, 2]
+    levels = args.level or [level for level in (0, 2) if level < model.net.num_levels]
     _check_levels(model, args.model, levels)
     require("matplotlib", "plot")
     picture = args.out / "kpcore-features.png"

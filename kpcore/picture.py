@@ -33,6 +33,13 @@ class Patch:
     extent: float
     caption: str
 
+    @classmethod
+    def with_linear_influence(cls, neighbors: np.ndarray, kernel_points: np.ndarray, radius: float, extent: float,
+                              caption: str) -> Patch:  # fmt: skip
+        """A Patch whose influences are max(0, 1 - distance / extent)."""
+        distance = np.linalg.norm(neighbors[:, None] - kernel_points, axis=2)
+        return cls(neighbors, kernel_points, np.maximum(0, 1 - distance / extent), radius, extent, caption)
+
 
 def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
          levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch) -> None:  # fmt: skip

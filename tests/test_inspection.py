@@ -376,14 +376,17 @@ def test_features_of_digits(command, tmp_path):
     assert (code, err) == (0, "") and len(
         re.findall(r"^level [01], channel .* in images \d+$", out, re.MULTILINE)
     ) == 16
+    assert "level 2" not in command("features", path, images)[1]  # which it does not have
     code, out, err = command("features", path, tmp_path / "labels", "--level", 0)
     assert (code, out) == (2, "") and "labels: expected images (N, H, W), got (12,)" in err
     code, out, err = command("erf", path, images)
     assert (code, out) == (2, "") and "expected a network that labels points" in err
 
 
-def test_what_the_commands_refuse(models, scan, command, tmp_path):
+def test_what_the_commands_refuse(models, scan, command, tmp_path, capsys):
     _, path = models["rigid"]
+    assert cli.main(["erf", str(path), str(scan), "--out", str(path)]) == 2  # which is a file
+    assert "File exists" in capsys.readouterr().err
     for words, message in (
         (["erf", tmp_path / "none.safetensors", scan], "none.safetensors: No such file"),
         (["erf", path, tmp_path / "none.npz"], "none.npz: No such file"),
@@ -397,3 +400,11 @@ def test_what_the_commands_refuse(models, scan, command, tmp_path):
         code, out, err = command(*words)
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1, err
         assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["rigid", "deformable"])
+def test_a_scan_of_one_point(models, command, tmp_path, kind):
+    np.savez(tmp_path / "one.npz", points=np.ones((1, 3)), colors=np.ones((1, 3), np.uint8))
+    for words in (["erf"], ["erf", "--at", 1, 1, 1, "--level", 2], ["features"]):
+        code, out, err = command(words[0], models[kind][1], tmp_path / "one.npz", *words[1:])
+        assert (code, err) == (0, "") and "picture: " in out

@@ -66,8 +66,8 @@ def scenes_of_files(model: Model, paths: Sequence[Path]) -> tuple[list[Scene], l
 
 def middle_point(scene: Scene) -> np.ndarray:
     """The point of a scene that is nearest to the middle of its points."""
-    return scene.points[scene.tree.knn_search(scene.points.mean(axis=0, dtype=np.float64, keepdims=True)
-                                              .astype(np.float32), 1).index[0]]  # fmt: skip
+    middle = scene.points.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+    return scene.points[scene.tree.knn_search(middle, 1).index[0]]
 
 
 def nearest_point(model: Model, scene: Scene, position: np.ndarray) -> np.ndarray:
@@ -90,8 +90,8 @@ def field_at(model: Model, scene: Scene, center: np.ndarray, level: int | None =
     nearest = [_nearest(batch.pyramid[number].points) for number in (0, level or 0)]
 
     def logits(features):
-        more = {"detach_offsets": detach_offsets}
-        return model.net(kp, model.params, model.state, batch.pyramid, features, **more).logits
+        inputs = model.params, model.state, batch.pyramid, features
+        return model.net(kp, *inputs, detach_offsets=detach_offsets).logits
 
     def activations(features):
         return _activations(model, batch, features, detach_offsets=detach_offsets)[level]
@@ -110,7 +110,7 @@ def field_at(model: Model, scene: Scene, center: np.ndarray, level: int | None =
 def kernels_at(model: Model, scene: Scene, center: np.ndarray) -> list[Patch]:
     """The kernel of the last deformable convolution at its query nearest to a point, at rest and deformed.
 
-    Empty for a network without deformable convolutions.
+    Empty for a network without deformable convolutions. Shown is the linear influence, whichever the network has.
     """
     from kpcore.picture import Patch
 
@@ -120,20 +120,15 @@ def kernels_at(model: Model, scene: Scene, center: np.ndarray) -> list[Patch]:
         return []
     kernels = seen[-1]
     points, queries, lists = kernels.where
-    row = _nearest(points if queries is None else queries)
-    neighbors = points[lists.index[lists.row_splits[row] : lists.row_splits[row + 1]]]
-    neighbors = neighbors - (points if queries is None else queries)[row]
-    patches = []
-    for words, kernel in (
-        ("at rest", kernels.kernel_points),
-        ("deformed", kernels.kernel_points + kernels.offsets[row]),
-    ):
-        distance = np.linalg.norm(neighbors[:, None] - kernel, axis=2)
-        influence = np.maximum(0, 1 - distance / kernels.extent)
-        caption = f"{words}: influence on {np.count_nonzero(influence.any(axis=1))} of {len(neighbors)} neighbours"
-        radius = float(np.linalg.norm(neighbors, axis=1).max(initial=0))
-        patches.append(Patch(neighbors, kernel, influence, radius, kernels.extent, caption))
-    return patches
+    queries = points if queries is None else queries
+    row = _nearest(queries)
+    neighbors = points[lists.index[lists.row_splits[row] : lists.row_splits[row + 1]]] - queries[row]
+    radius = float(np.linalg.norm(neighbors, axis=1).max(initial=0))
+    rest = kernels.kernel_points
+    return [
+        Patch.with_linear_influence(neighbors, kernel, radius, kernels.extent, words)
+        for words, kernel in (("at rest", rest), ("deformed", rest + kernels.offsets[row]))
+    ]
 
 
 class Input(NamedTuple):
@@ -168,6 +163,8 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
         for level in levels:
             distance = np.linalg.norm(batch.pyramid[level].points, axis=1)
             votes = distance <= (math.inf if classifies else training.vote_radius * training.radius)
+            if channels is not None and max(channels) >= (width := outputs[level].shape[1]):
+                raise ValueError(f"channels: expected numbers below {width} on level {level}, got {max(channels)}")
             largest[level].append(outputs[level][votes].max(axis=0, initial=-np.inf))
         if watch:
             watch((number + 1) / len(spheres))
@@ -176,8 +173,6 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
     for level in levels:
         maxima = np.array(largest[level])
         for channel in _selective(maxima, num_channels) if channels is None else channels:
-            if not channel < maxima.shape[1]:
-                raise ValueError(f"channels: expected numbers below {maxima.shape[1]} on level {level}, got {channel}")
             order = np.argsort(-maxima[:, channel], kind="stable")
             apart = _apart([spheres[i] for i in order], 0 if classifies else training.radius, num_inputs)
             chosen[level, channel] = [
