@@ -132,10 +132,9 @@ def draw_kernels(path: Path, title: str, subtitle: str, patches: Sequence[Patch]
     for number, patch in enumerate(patches):
         x = MARGIN + number * (PANEL[0] + GAP)
         draw_neighborhood(page.panel(x, TOP, PANEL[0], PANEL[0]), patch, axes, reach)
-        words = (
-            f"{patch.caption}: influence on {np.count_nonzero(patch.influence.any(axis=1))} of {len(patch.neighbors)}"
-        )
-        page.text(x + PANEL[0] / 2, TOP + PANEL[0] + 34, f"{words} neighbours", 11, ha="center")
+        near = np.count_nonzero(patch.influence.any(axis=1))
+        words = f"{patch.caption}: influence on {near} of {len(patch.neighbors)} neighbours"
+        page.text(x + PANEL[0] / 2, TOP + PANEL[0] + 34, words, 11, ha="center")
     page.write(path)
 
 

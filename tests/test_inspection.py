@@ -100,6 +100,7 @@ def test_blocks_of_the_encoder_are_observed(models, scan, kind):
     assert all(len(out) == len(batch.pyramid[level].points) for _, level, out in outputs)
     assert len({name for name, *_ in outputs}) == len(outputs)
     assert len(seen) - len(outputs) == (2 if kind == "deformable" else 0)
+    assert sum("resampled" in name for name in getattr(model.net, "architecture", ())) == 2 * (kind == "resampled")
 
 
 def test_a_global_average_is_not_observed():
