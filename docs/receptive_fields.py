@@ -1,6 +1,6 @@
 """Makes the pictures and the table of docs/receptive_field.md: ``python docs/receptive_fields.py [folder]``.
 
-Three small KP-FCNNs are trained on the flats of the demo, some three minutes each on two cores; their last three
+Three small KP-FCNNs are trained on the flats of the demo, three to six minutes each on two busy cores; their last three
 convolutions are rigid, deformable, or have kernel offsets. Effective receptive fields are those of the features of the
 fourth level, as in figure 7 of Thomas et al. 2019, in a flat that the networks have not seen. Features that inputs
 maximise, as in its figure 6, are of the rigid network. With a folder, networks are kept there and read from there.
