@@ -1,8 +1,9 @@
-"""The command `kpcore`: its options, and the subcommands train, test and segment."""
+"""The command `kpcore`: its options, and the subcommands train, test, segment, erf and features."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ import kpcore as kp
 from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
 from kpcore.files import check_writable, expanded, replacing
+from kpcore.nn.blocks import MOST_CHANNELS, MOST_LEVELS
 from kpcore.pipeline.settings import LENGTHS
 
 if TYPE_CHECKING:
@@ -150,6 +152,36 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
     segment.set_defaults(run=_segment)
+
+    erf = commands.add_parser("erf", help="effective receptive fields of a trained network in a scan")
+    erf.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    erf.add_argument("file", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
+    erf.add_argument(
+        "--at", type=float, nargs=3, action="append", metavar=("X", "Y", "Z"),
+        help="position of an output, in the coordinates of the file; may be repeated (default: the middle of the scan)",
+    )  # fmt: skip
+    erf.add_argument(
+        "--level", type=up_to(MOST_LEVELS - 1, 0), metavar="N",
+        help="of the features of the encoder on this level; 0 is the finest (default: of the logit of the class)",
+    )  # fmt: skip
+    erf.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the pictures")
+    erf.set_defaults(run=_erf)
+
+    features = commands.add_parser("features", help="inputs that maximise features of a trained network")
+    features.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    features.add_argument(
+        "files", type=path, nargs="+", metavar="FILE", help="scans, or images of digits (idx) for a network of digits"
+    )
+    features.add_argument(
+        "--level", type=up_to(MOST_LEVELS - 1, 0), action="append", metavar="N",
+        help="level of the encoder, may be repeated; 0 is the finest (default: 0 and 2)",
+    )  # fmt: skip
+    features.add_argument(
+        "--channels", type=up_to(MOST_CHANNELS - 1, 0), nargs="+", metavar="N",
+        help="channels of the features (default: the four most selective)",
+    )  # fmt: skip
+    features.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the picture")
+    features.set_defaults(run=_features)
     commands.add_parser("config", help="print version, instruction set, threads").set_defaults(
         run=lambda _: kp.show_config()
     )
@@ -259,3 +291,67 @@ def _segment(args: argparse.Namespace) -> None:
         with replacing(args.picture) as part:
             segmentation.draw(part, args.file.name, segmented, model.settings.names)
         print(f"picture: {args.picture}")
+
+
+def _check_levels(model: Model, path: Path, levels: Sequence[int]) -> None:
+    if max(levels) >= model.net.num_levels:
+        raise Refused(f"--level {max(levels)}: expected a level below {model.net.num_levels}, as {path} has")
+
+
+def _erf(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import inspection
+
+    model = _model(args.model)
+    if not model.net.segments:
+        raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
+    _check_levels(model, args.model, [args.level or 0])
+    require("matplotlib", "plot")
+    pictures = args.out / f"kpcore-erf-{args.file.stem}.png"
+    scene = inspection.scene_of_file(model, args.file)
+    centers = [] if args.at else [inspection.middle_point(scene)]
+    for position in args.at or ():
+        try:
+            centers.append(inspection.nearest_point(model, scene, position - scene.cloud.shift))
+        except ValueError as error:
+            raise Refused(f"--at {' '.join(f'{value:g}' for value in position)}: {error}") from None
+    make_folder(args.out)
+    check_writable(pictures)
+    fields = [inspection.field_at(model, scene, center, args.level) for center in centers]
+    what = f"features of level {args.level}"
+    if args.level is None:
+        what = f"logit of the class, theoretical radius {model.net.reach or math.inf:.4g}"
+    print(f"effective receptive fields of the {what}; in spheres of radius {model.settings.training.radius:g}")
+    print(f"{'position':>33} {'class':>12} {'voxels':>8} {'radius':>8} {'deviations':>24}")
+    for field in fields:
+        place = "".join(f"{value:>11.2f}" for value in field.center + scene.cloud.shift)
+        deviations = "".join(f"{value:>8.3f}" for value in field.deviations)
+        name = model.settings.names[field.predicted]
+        print(f"{place} {name:>12} {field.size:>8.1f} {field.radius:>8.3f} {deviations}")
+    print("voxels: root of the number above 4.55 % of the largest value; radius: with 95 % of the mass")
+    for path in inspection.draw_fields(pictures, args.file.name, model, scene, fields):
+        print(f"picture: {path}")
+
+
+def _features(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import inspection
+
+    tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    levels = args.level or [level for level in (0, 2) if level < model.net.num_levels]
+    _check_levels(model, args.model, levels)
+    require("matplotlib", "plot")
+    picture = args.out / "kpcore-features.png"
+    scenes, names = inspection.scenes_of_files(model, args.files)
+    make_folder(args.out)
+    check_writable(picture)
+    with tqdm(total=1.0, desc="evaluating", **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
+
+        def watch(done: float) -> None:
+            bar.update(done - bar.n)
+
+        chosen = inspection.maximizing_inputs(model, scenes, names, levels, channels=args.channels, watch=watch)
+    for (level, channel), inputs in chosen.items():
+        for one in inputs:
+            print(f"level {level}, channel {channel:>4}: {one.activation.max():>9.3f} in {one.name}")
+    with replacing(picture) as part:
+        inspection.draw_features(part, f"Features of {args.model}", model, chosen)
+    print(f"picture: {picture}")

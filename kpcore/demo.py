@@ -247,10 +247,8 @@ def _patch(level: Level) -> Patch:
             largest, chosen = thickness, query
     offsets = level.points[index[starts[chosen] : starts[chosen + 1]]] - level.points[chosen]
     kernel = kp.kernel_points(NUM_KERNEL_POINTS, KERNEL_RADIUS * level.voxel)
-    distance = np.linalg.norm(offsets[:, None] - kernel, axis=2)
-    influence = np.maximum(0, 1 - distance / (EXTENT * level.voxel))
     caption = f"{len(offsets)} within {RADIUS} voxels (dashed), {NUM_KERNEL_POINTS} kernel points of extent {EXTENT}"
-    return Patch(offsets, kernel, influence, RADIUS * level.voxel, EXTENT * level.voxel, caption)
+    return Patch.with_linear_influence(offsets, kernel, RADIUS * level.voxel, EXTENT * level.voxel, caption)
 
 
 def _table(levels: Sequence[Level], channels: int) -> None:

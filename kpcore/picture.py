@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
 
 BACKGROUND, TEXT, PALE_TEXT = "#0f1319", "#e9ecf0", "#8d98a7"
+MARK = (60, 220, 90)
 DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
 MAIN_SIZE = (1560, 860)  # of the cloud
 NEIGHBORHOOD_SIZE = 720
@@ -32,6 +33,13 @@ class Patch:
     extent: float
     caption: str
 
+    @classmethod
+    def with_linear_influence(cls, neighbors: np.ndarray, kernel_points: np.ndarray, radius: float, extent: float,
+                              caption: str) -> Patch:  # fmt: skip
+        """A Patch whose influences are max(0, 1 - distance / extent)."""
+        distance = np.linalg.norm(neighbors[:, None] - kernel_points, axis=2)
+        return cls(neighbors, kernel_points, np.maximum(0, 1 - distance / extent), radius, extent, caption)
+
 
 def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
          levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch) -> None:  # fmt: skip
@@ -44,15 +52,15 @@ def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
     rows = -(-len(levels) // across)
     width = 2 * MARGIN + MAIN_SIZE[0] + GAP + NEIGHBORHOOD_SIZE
     height = TOP + MAIN_SIZE[1] + rows * (LEVEL_HEIGHT + 100) + 40
-    page = _Page(width, height, title, subtitle)
+    page = Page(width, height, title, subtitle)
     radius = min(0.5 * levels[0][2], 3 * view.pixel(*MAIN_SIZE)) or 0.5 * levels[0][2]
     page.show(view.render(cloud.points, cloud.colors, radius, *MAIN_SIZE), MARGIN, TOP, *MAIN_SIZE)
 
     left = MARGIN + MAIN_SIZE[0] + GAP
     page.text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
     page.text(left, 104, patch.caption, 10, PALE_TEXT)
-    _neighborhood(page.panel(left, TOP, NEIGHBORHOOD_SIZE, NEIGHBORHOOD_SIZE), patch, view.axes)
-    page.show(_heat(np.linspace(0, 1, 256))[None], left + 60, TOP + NEIGHBORHOOD_SIZE + 24, NEIGHBORHOOD_SIZE - 120, 14)
+    draw_neighborhood(page.panel(left, TOP, NEIGHBORHOOD_SIZE, NEIGHBORHOOD_SIZE), patch, view.axes)
+    page.show(heat(np.linspace(0, 1, 256))[None], left + 60, TOP + NEIGHBORHOOD_SIZE + 24, NEIGHBORHOOD_SIZE - 120, 14)
     for x, words in (
         (60, "0"),
         (NEIGHBORHOOD_SIZE / 2, "influence = max(0, 1 − distance / extent)"),
@@ -97,7 +105,7 @@ def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Se
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
     across = max(1, (width - 2 * MARGIN) // 220)
     height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
-    page = _Page(width, height, title, subtitle)
+    page = Page(width, height, title, subtitle)
     radius = 3 * view.pixel(w, h) or 1.0  # of a single point
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
@@ -110,7 +118,7 @@ def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Se
     page.write(path)
 
 
-class _Page:
+class Page:
     """A figure with a title; positions are in pixels from the upper left corner."""
 
     def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
@@ -159,7 +167,7 @@ class View:
     walls: list[tuple[np.ndarray, float]]  # (direction, bound) of the near walls of a room, which are cut away
     box: np.ndarray  # (2, 3): minimum and maximum of the visible points along the axes
 
-    def __init__(self, points: np.ndarray, up: np.ndarray) -> None:
+    def __init__(self, points: np.ndarray, up: np.ndarray, cut: bool = True) -> None:
         self.up = up
         # At random: every n-th point of a scan may be a single laser beam.
         if len(points) > 100_000:
@@ -169,7 +177,7 @@ class View:
         points = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
         height = points @ up
         self.low, self.high = np.percentile(height, [1, 99])
-        self.max_height = self._ceiling(points, height)
+        self.max_height = self._ceiling(points, height) if cut else np.inf
         room = np.isfinite(self.max_height)
         inside = points[height < self.max_height]
         self.axes = self._view(inside, room)
@@ -207,27 +215,41 @@ class View:
         most_cells = max(cells for cells, _ in candidates)
         return next(axes for cells, axes in candidates if cells >= 0.95 * most_cells)
 
-    def _visible(self, points: np.ndarray) -> np.ndarray:
-        """True for points that are not cut away; for all if none would be left."""
+    def shows(self, points: np.ndarray) -> np.ndarray:
+        """True for points that are not cut away."""
         keep = points @ self.up < self.max_height
         for axis, bound in self.walls:
             keep &= points @ axis < bound
+        return keep
+
+    def _visible(self, points: np.ndarray) -> np.ndarray:
+        """True for points that are not cut away; for all if none would be left."""
+        keep = self.shows(points)
         return keep if keep.any() else ~keep
 
     def pixel(self, width: int, height: int) -> float:
         """The length that one pixel stands for."""
         return max((self.box[1] - self.box[0])[:2] / [width, height])
 
-    def render(
-        self, points: np.ndarray, colors: np.ndarray | None, radius: float, width: int, height: int
-    ) -> np.ndarray:
-        """An orthographic image (height, width, 3) in 0..1; points are spheres of this radius, at least one pixel."""
+    def render(self, points: np.ndarray, colors: np.ndarray | None, radius: float, width: int, height: int,
+               mark: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+        """An orthographic image (height, width, 3) in 0..1; points are spheres of this radius, at least one pixel.
+
+        `mark` is a position that gets a green disc, which no point hides.
+        """
         if colors is None:
             colors = _heights(((points @ self.up - self.low) / (self.high - self.low or 1)).clip(0, 1))
         else:
             colors = colors / np.float32(255)
         keep = self._visible(points)
-        return _draw_spheres(points[keep] @ self.axes.T, colors[keep], radius, self.box, width, height)
+        flat, colors = points[keep] @ self.axes.T, colors[keep]
+        if mark is not None:
+            disc = np.mgrid[-7:8, -7:8].reshape(2, -1).T / 7  # of 7 pixels, before all points
+            disc = 7 * self.pixel(width, height) * disc[np.linalg.norm(disc, axis=1) <= 1]
+            disc = self.axes @ mark + np.column_stack([disc, np.full(len(disc), np.ptp(flat[:, 2]) + 9 * radius)])
+            flat = np.concatenate([flat, disc])
+            colors = np.concatenate([colors, np.broadcast_to(np.float32(MARK) / 255, disc.shape)])
+        return draw_spheres(flat, colors, radius, self.box, width, height)
 
 
 def _axes(toward: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -244,13 +266,13 @@ def _heights(fraction: np.ndarray) -> np.ndarray:
     return colormaps["viridis"](0.15 + 0.83 * fraction)[:, :3].astype(np.float32)
 
 
-def _heat(influence: np.ndarray) -> np.ndarray:
+def heat(influence: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["plasma"](0.2 + 0.8 * influence)
 
 
-def _draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
+def draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
            height: int) -> np.ndarray:  # fmt: skip
     """An image of points, which are already in the axes of the view, as shaded spheres in a z-buffer."""
     oversampling = 2  # drawn twice as large, then averaged
@@ -299,14 +321,17 @@ def _draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.n
     return image.clip(0, 1).reshape(height, oversampling, width, oversampling, 3).mean(axis=(1, 3))
 
 
-def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
-    """Draw neighbours and kernel points, far ones first, and a line for each influence above 0."""
+def draw_neighborhood(axes: Any, patch: Patch, view: np.ndarray, reach: float | None = None) -> None:
+    """Draw neighbours and kernel points, far ones first, and a line for each influence above 0.
+
+    `reach` is half the width of the panel; by default the kernel fills it.
+    """
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
 
     points, kernel = patch.neighbors @ view.T, patch.kernel_points @ view.T
     total = patch.influence.sum(axis=0) / (patch.influence.sum(axis=0).max() or 1)
-    reach = 1.03 * (np.linalg.norm(kernel[:, :2], axis=1).max() + patch.extent)
+    reach = reach or 1.03 * (np.linalg.norm(kernel[:, :2], axis=1).max() + patch.extent)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=PALE_TEXT, lw=1.1, ls=(0, (6, 4))))
     for (x, y, _), weight in zip(kernel, total, strict=True):
@@ -315,13 +340,13 @@ def _neighborhood(axes: Any, patch: Patch, view: np.ndarray) -> None:
 
     n, k = np.nonzero(patch.influence)
     strength = patch.influence[n, k]
-    colors = _heat(strength)
+    colors = heat(strength)
     colors[:, 3] = 0.35 + 0.65 * strength
     segments = np.stack([points[n, :2], kernel[k, :2]], axis=1)
     axes.add_collection(LineCollection(segments, colors=colors, linewidths=0.8 + 2.6 * strength, zorder=2))
 
     best = patch.influence.max(axis=1)
-    balls = [(z, xy, 0.026, _heat(h) if h > 0 else PALE_TEXT) for (*xy, z), h in zip(points, best, strict=True)]
+    balls = [(z, xy, 0.026, heat(h) if h > 0 else PALE_TEXT) for (*xy, z), h in zip(points, best, strict=True)]
     balls += [(z, xy, 0.016 + 0.026 * w, TEXT) for (*xy, z), w in zip(kernel, total, strict=True)]
     for _, xy, size, color in sorted(balls, key=lambda ball: ball[0]):
         axes.add_patch(Circle(xy, size * reach, fc=color, ec=BACKGROUND, lw=1, zorder=3))

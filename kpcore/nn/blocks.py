@@ -15,7 +15,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -72,6 +72,15 @@ class NewValues(TypedDict):
     dtype: DTypeLike
 
 
+class Deformed(NamedTuple):
+    """The kernels of a deformable convolution: kernel points (K, D) that `offsets` (M, K, D) move for each query."""
+
+    where: Geometry
+    kernel_points: AnyArray
+    offsets: AnyArray
+    extent: float
+
+
 class Run(Generic[Value, Buffer]):
     """One pass through a network: operators, parameters and options of its blocks, and the state after the pass.
 
@@ -96,6 +105,9 @@ class Run(Generic[Value, Buffer]):
         Of the regularization of deformable convolutions, see `kpcore.repulsion_loss`.
     detach_offsets : bool
         Whether offsets and modulations of deformable convolutions are constants of the gradient.
+    observe : callable, optional
+        Called as ``observe(name, level, out)`` with the output of each block of the encoder, and with the `Deformed`
+        kernels of each deformable convolution, for which the level is None. For pictures of what a network has learned.
     new : dict, optional
         How to create missing parameters: seed (None: zeros) and dtype. Without it a missing parameter is an error.
 
@@ -118,6 +130,7 @@ class Run(Generic[Value, Buffer]):
     conv: Mapping[str, Any]
     repulse_extent: float
     detach_offsets: bool
+    observe: Callable[[str, int | None, Any], object] | None
     new: NewValues | None
     new_state: dict[str, Buffer]
     regularization: list[Value]
@@ -126,11 +139,13 @@ class Run(Generic[Value, Buffer]):
                  norm: str | None = "batch", groups: int = 32,
                  momentum: float = 0.02, slope: float = 0.1, conv: Mapping[str, Any] | None = None,
                  repulse_extent: float = 1.2, detach_offsets: bool = False,
+                 observe: Callable[[str, int | None, Any], object] | None = None,
                  new: NewValues | None = None) -> None:  # fmt: skip
         self.F, self.params, self.state, self.training = F, params, state, training
         self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
         self.detach_offsets = checks.boolean("detach_offsets", detach_offsets)
+        self.observe = observe
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
@@ -308,6 +323,8 @@ def deformable_conv(run: Run[Value, Buffer], name: str, where: Geometry, feature
         raw = detached(raw)
     options = {**run.conv, **(resampling(run, name, where, features, places) if resample else {})}
     out, offsets = deformed(run.F, where, features, weights, points, places["extent"], raw, options)
+    if run.observe:
+        run.observe(name, None, Deformed(where, points, offsets, places["extent"]))
     if run.training:
         run.regularization.append(
             regularization(run.F, where, points, offsets, places["extent"], repulse_extent=run.repulse_extent)

@@ -240,7 +240,10 @@ class KPNeXt:
             for number in range(depth):
                 width = widths[min(level + 1, len(widths) - 1)] if number == depth - 1 else widths[level]
                 groups = self.attention_groups if level else None
-                x = self._block(run, f"encoder.{level}.{number}", here, x, width, level, groups)
+                name = f"encoder.{level}.{number}"
+                x = self._block(run, name, here, x, width, level, groups)
+                if run.observe:
+                    run.observe(name, level, x)
             skips.append(x)
         if not self.segment:
             x = run.F.segment_reduce(x, pyramid[-1].row_splits, "mean")

@@ -384,6 +384,8 @@ class Network:
                                       self.pool_pad_value, resample)  # fmt: skip
             if _coarser(block):
                 level, width = level + 1, 2 * width
+            if run.observe and number < downs and block != "global_average":
+                run.observe(name, level, x)
         row_splits = pyramid[0].row_splits
         return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
 

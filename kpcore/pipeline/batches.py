@@ -83,7 +83,7 @@ class Potentials:
         places = slice(self._bounds[number], self._bounds[number + 1])
         squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
         self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
-        return _sphere(self.scenes, number, center, self.radius)
+        return sphere_at(self.scenes, number, center, self.radius)
 
 
 class Balanced:
@@ -105,10 +105,11 @@ class Balanced:
         at = int(self.rng.choice(self._rows[self.rng.integers(len(self._rows))]))
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
         center = self.scenes[number].points[at - self._bounds[number]]
-        return _sphere(self.scenes, number, center, self.radius)
+        return sphere_at(self.scenes, number, center, self.radius)
 
 
-def _sphere(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
+def sphere_at(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
+    """The points of a scene within a radius of a centre."""
     neighbors = scenes[number].tree.radius_search(center[None], radius)
     return Sphere(number, center, neighbors.index)
 

@@ -219,23 +219,28 @@ def load_digits(settings: Settings, parts: Sequence[Digits],
     """
     scenes, columns = [], Columns(settings.widths, {"value": 0.0}, {"value": 255.0})
     for part in parts:
-        images, labels = (_idx(Path(folder, expanded(name))) for name in (part.images, part.labels))
+        images, labels = (read_idx(Path(folder, expanded(name))) for name in (part.images, part.labels))
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise SettingsError(
                 f"[data] {part.images}: expected images and a label for each, got {images.shape} and {labels.shape}"
             )
         if labels.max(initial=0) > 9:
             raise SettingsError(f"[data] {part.labels}: expected labels from 0 to 9, got {labels.max()}")
-        middle = (np.array(images.shape[:0:-1], np.float32) - 1) / 2
         for image, label in zip(images[part.first : part.last], labels[part.first : part.last], strict=True):
-            rows, across = np.nonzero(image)
-            points = np.stack([across, len(image) - 1 - rows], 1).astype(np.float32) - middle
-            features = columns.features(points, {"value": image[rows, across].astype(np.float32)})
-            scenes.append(Scene(points, features, np.array([label], np.int64), None, points, None))
+            scenes.append(digit_scene(columns, image, int(label)))
     return scenes, columns
 
 
-def _idx(path: Path) -> np.ndarray:
+def digit_scene(columns: Columns, image: np.ndarray, label: int = IGNORED) -> Scene:
+    """A Scene of an image: a point for each pixel that is not black, in pixels from the middle."""
+    rows, across = np.nonzero(image)
+    middle = (np.array(image.shape[::-1], np.float32) - 1) / 2
+    points = np.stack([across, len(image) - 1 - rows], 1).astype(np.float32) - middle
+    features = columns.features(points, {"value": image[rows, across].astype(np.float32)})
+    return Scene(points, features, np.array([label], np.int64), None, points, None)
+
+
+def read_idx(path: Path) -> np.ndarray:
     """The array of an idx file, gzipped or not (format: yann.lecun.com/exdb/mnist)."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

@@ -90,8 +90,8 @@ class Data:
 class Architecture:
     """A network of `kpcore.nn`.
 
-    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs` and `deformable`; or
-        "kpnext", a `KPNeXt`, for which these three are not allowed
+    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs`, `deformable` and
+        `resampled`; or "kpnext", a `KPNeXt`, for which these four are not allowed
     options : further arguments of `Network`, or of `kpcore.nn.kpnext`
     """
 
@@ -100,6 +100,7 @@ class Architecture:
     levels: int = 5
     convs: int = 2
     deformable: int = 0
+    resampled: int = 0
     width: int = 64
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -207,8 +208,9 @@ class Settings:
             if network.kind == "kpnext":
                 return nn.kpnext(*sizes, segment=not self.digits, **options)
             blocks = nn.architecture(
-                network.levels, network.convs, deformable=network.deformable, segment=not self.digits
-            )
+                network.levels, network.convs, deformable=network.deformable, resampled=network.resampled,
+                segment=not self.digits
+            )  # fmt: skip
             return nn.Network(blocks, *sizes, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
@@ -343,7 +345,7 @@ def _network(values: Any) -> Architecture:
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":
-        for name in ("levels", "convs", "deformable"):
+        for name in ("levels", "convs", "deformable", "resampled"):
             if getattr(network, name) != getattr(Architecture, name):
                 raise SettingsError(f"[network] {name}: not valid for kpnext, whose setting is depths")
     return network
