@@ -432,6 +432,25 @@ def test_channels(name, channels, isa):
         assert_close(gradient, gradients(function, doubles)[n], 3e-5)
 
 
+@pytest.mark.parametrize("groups", [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_offset_groups(groups, isa):
+    """Channels are stored in another order, in vectors of two to sixteen."""
+    kernel_groups, data_groups = groups
+    function, arguments = problem(channels=4 * kernel_groups, kernel_groups=kernel_groups, data_groups=data_groups)
+    assert_close(function(**arguments), expected(arguments), 1e-10)
+
+
+def test_a_pixel_that_is_not_finite_reaches_no_sample_outside():
+    """Samples outside of the image read some pixel, times zero. Here those of one group are outside, not the others."""
+    _, arguments = problem(kind="data", form=None, scope=3, data_groups=2, batch=1)
+    arguments["data_offsets"][:, :18] = 100
+    arguments["data_offsets"][:, 18:] = 0.25
+    arguments["x"][0, :, 0, 0] = arguments["x"][0, :, -1, -1] = np.nan
+    out = kp.deformable_conv2d(**arguments)
+    assert np.isfinite(out[0, :, 2:-3, 2:-3]).all()
+    assert np.isnan(out[0, :, 0, 0]).all()
+
+
 def test_layouts_agree():
     function, arguments = problem(data_groups=2, modulated=True, kernel_groups=3)
     last = {n: np.ascontiguousarray(np.moveaxis(arguments[n], 1, -1))
