@@ -30,7 +30,7 @@ VARIANTS = {
     "DK + SCC": {"kernel": "local", "experts": 8},
 }
 POSES = {"upright": (1, 0), "rotated by −90°": (1, -np.pi / 2), "1.5 times as large": (1.5, 0)}  # (scale, angle)
-SHOWN, DIGIT, NUM_FIELDS = ("rigid", "DCN", "DK", "DK + DCN"), 0, 200
+SHOWN, DIGIT, NUM_FIELDS = ("rigid", "DCN", "DK", "DK + DCN"), 10, 50
 STRIDE = 8  # of the network
 CENTRE = CANVAS // 2 // STRIDE  # row and column of the output position that is centred on pixel CANVAS / 2
 SLOW = 0.1  # factor of the learning rate of offset generators
@@ -176,13 +176,17 @@ def told(values, scales, labels):
 
 
 def fields(net, params, state, images):
-    """(B, CANVAS, CANVAS): the effective receptive field at the centre of each image, with offsets kept constant."""
+    """(B, CANVAS, CANVAS): the effective receptive field at the centre of each image, with offsets kept constant.
+
+    The sum of the fields of all channels, since the gradient of their sum is mostly what does not cancel.
+    """
 
     def features(x):
         return net.compute_features(net.new_run(kp, params, state, detach_offsets=True), x)
 
     where = [(image, CENTRE, CENTRE) for image in range(len(images))]
-    return kp.effective_receptive_field(features, images, where, layout="NHWC", reach=np.inf)
+    return sum(kp.effective_receptive_field(features, images, where, layout="NHWC", channels=[channel], reach=np.inf)
+               for channel in range(net.head_width))  # fmt: skip
 
 
 def field_changes(net, params, state, images):
@@ -211,14 +215,14 @@ def draw(path, networks, image):
     digits = posed(np.stack([image] * len(POSES)), *np.array([*POSES.values()]).T)
     fig = Figure((1.6 * len(networks), 1.7 * len(POSES)), dpi=144, layout="constrained")
     axes = fig.subplots(len(POSES), len(networks))
+    for panel, name in zip(axes[:, 0], POSES, strict=True):
+        panel.set_ylabel(name, fontsize=9)
     for column, (variant, values) in zip(axes.T, networks.items(), strict=True):
         column[0].set_title(variant, fontsize=10)
-        for panel, name, digit, field in zip(column, POSES, digits, fields(*values, digits), strict=True):
-            strength = np.sqrt(field / field.max())[..., None]
+        for panel, digit, field in zip(column, digits, fields(*values, digits), strict=True):
+            strength = (field / field.max())[..., None]
             panel.imshow((1 - 0.4 * digit) * (1 - strength) + strength * [0.7, 0.15, 0.05])
             panel.set(xticks=[], yticks=[])
-            if column is axes[:, 0]:
-                panel.set_ylabel(name, fontsize=9)
     FigureCanvasAgg(fig).print_png(path, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 

@@ -1,5 +1,6 @@
 """The experiment of docs/deformable_digits.py."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_told(experiment):
 
 
 def test_fields(experiment, monkeypatch):
-    """The field of an image is what its output at the centre changes by with each pixel, and lies around the centre."""
+    """How much all channels of the output at the centre change with each pixel; the field is around the centre."""
     monkeypatch.setattr(experiment, "DTYPE", np.float64)
     images = experiment.posed(random_images(2).astype(np.float64), np.ones(2), np.zeros(2))
     net = experiment.network("rigid")
@@ -154,8 +155,8 @@ def test_fields(experiment, monkeypatch):
         for change in (-1e-6, 1e-6):
             changed = images.copy()
             changed[1, row, column] += change
-            outputs.append(net.compute_features(net.new_run(kp, *values), changed)[1, 2, 2].sum())
-        np.testing.assert_allclose(fields[1, row, column], abs(np.diff(outputs)[0]) / 2e-6, rtol=1e-6)
+            outputs.append(net.compute_features(net.new_run(kp, *values), changed)[1, 2, 2])
+        np.testing.assert_allclose(fields[1, row, column], np.abs(outputs[1] - outputs[0]).sum() / 2e-6, rtol=1e-6)
     centroid = (fields[..., None] * np.indices((32, 32)).transpose(1, 2, 0)).sum((0, 1, 2)) / fields.sum()
     np.testing.assert_allclose(centroid, 16, atol=1.5)
 
@@ -172,7 +173,8 @@ def test_fields_keep_the_offsets_constant(experiment):
         def features(x):
             return net.compute_features(net.new_run(kp, params, state, detach_offsets=detach_offsets), x)
 
-        return kp.effective_receptive_field(features, images, [(0, 2, 2)], layout="NHWC")
+        return sum(kp.effective_receptive_field(features, images, [(0, 2, 2)], layout="NHWC", channels=[channel])
+                   for channel in range(64))  # fmt: skip
 
     fields = experiment.fields(net, params, state, images)
     assert_same_bits(fields, field(True))
@@ -199,3 +201,23 @@ def test_the_picture(experiment, tmp_path):
     experiment.draw(tmp_path / "fields.png", networks, random_images(1)[0])
     picture = figures.imread(tmp_path / "fields.png")
     assert picture.shape[:2] == (734, 921) and picture[..., :3].std() > 0.1
+
+
+def test_the_experiment(experiment, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(experiment, "load", lambda folder: (random_images(40), np.arange(40) % 10))
+    shown = ("rigid", "DK + SCC")
+    variants = {variant: experiment.VARIANTS[variant] for variant in shown}
+    small = {"VARIANTS": variants, "SHOWN": shown, "NUM_TRAIN": 20, "SEEDS": (0,), "NUM_FIELDS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(experiment, name, value)
+    experiment.main(None, tmp_path)
+    _, _, *trained, _, rigid, offsets, routing, features, _, _, last = capsys.readouterr().out.splitlines()
+    counts = {variant: kp.nn.count(experiment.network(variant).init()[0]) for variant in shown}
+    assert [line[:18] for line in trained] == [f"{variant:10} {count:7,}" for variant, count in counts.items()]
+    assert all(len(re.findall(r" \d+\.\d\d, +\d+\.\d s", line)) == 2 for line in trained)
+    for line, name in ((rigid, "features"), (offsets, "kernel_offsets"), (routing, "routing"), (features, "features")):
+        assert line[11:27].strip() == name
+    assert re.fullmatch(r"DK \+ SCC +\d\.\d\d +\d\.\d\d", last)
+    assert (tmp_path / "deformable_digits.png").exists()
