@@ -164,6 +164,11 @@ class ImageNetwork:
     def compute_logits(self, run: Run[Value, Buffer], x: Value | np.ndarray,
                        seed: int | AnyArray | None) -> Value:  # fmt: skip
         """The logits of the images `x`."""
+        rows = blocks.dropout(run, images.average(run, self.compute_features(run, x)), self.dropout, seed)
+        return blocks.dense(run, "head", rows, self.num_classes, activate=False)
+
+    def compute_features(self, run: Run[Value, Buffer], x: Value | np.ndarray) -> Value:
+        """(B, H', W', C): the last features of the images `x` that have positions, of which the logits see the mean."""
         size = 7 if self.block == "bottleneck" else 3
         x = images.conv(run, "stem.conv", x, self.stem_width, size, stride=2, padding=size // 2, bias=False)
         x = images.norm(run, "stem.norm", x, self._activation)
@@ -176,8 +181,7 @@ class ImageNetwork:
                           number >= self.data_offsets_from)  # fmt: skip
         if self.head_width is not None:
             x = self._pointwise(run, "last", x, self.head_width, self._activation)
-        rows = blocks.dropout(run, images.average(run, x), self.dropout, seed)
-        return blocks.dense(run, "head", rows, self.num_classes, activate=False)
+        return x
 
     @property
     def _activation(self) -> Literal["relu", "relu6"]:
