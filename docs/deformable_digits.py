@@ -1,11 +1,11 @@
 """Trains deformable kernels on digits of any size and rotation: ``python docs/deformable_digits.py DATA [folder]``.
 
 DATA is the folder of the test digits of MNIST, t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz. One small
-network in six variants (Gao et al. 2020) is trained in PyTorch and on the tape, from the same parameters and with the
-same batches. Prints what docs/deformable_kernels.md reports: accuracies; whether kernel offsets, data offsets and the
-routing of experts tell the scale of a digit or its class (figure 3 of the paper); and how the effective receptive field
-at the centre of a digit changes when the digit is rotated and enlarged, which deformable_digits.png shows if Matplotlib
-is installed (figure 6). Takes some 20 minutes on two cores.
+network in six variants (Gao et al. 2020), and a wider rigid one, are trained in PyTorch and on the tape, from the same
+parameters and with the same batches. Prints what docs/deformable_kernels.md reports: accuracies; whether kernel
+offsets, data offsets and the routing of experts tell the scale of a digit or its class (figure 3 of the paper); and how
+the effective receptive field at the centre of a digit changes when the digit is rotated and enlarged, which
+deformable_digits.png shows if Matplotlib is installed (figure 6). Takes some 20 minutes on two cores.
 """
 
 import gzip
@@ -21,8 +21,10 @@ from kpcore import nn
 CANVAS, SCALES = 32, (0.6, 1.5)  # pixels of a side; the digits of MNIST have 28
 NUM_TRAIN, EPOCHS, WARM_UP, BATCH, RATE, SEEDS, DTYPE = 8000, 10, 1, 100, 0.1, (0, 1), np.float32
 STAGES = (1, 16, 1, 2), (3, 24, 1, 1), (3, 32, 2, 2)  # (factor, width, depth, stride)
+WIDE_STAGES = (1, 28, 1, 2), (3, 42, 1, 1), (3, 56, 2, 2)
 VARIANTS = {
     "rigid": {},
+    "wide": {"stages": WIDE_STAGES, "stem_width": 28, "head_width": 112},  # rigid, as large as those with offsets
     "SCC": {"experts": 8},
     "DCN": {"data_offsets": "plain", "data_offsets_from": 1},
     "DK": {"kernel": "local"},
@@ -37,7 +39,8 @@ SLOW = 0.1  # factor of the learning rate of offset generators
 
 
 def network(variant):
-    return nn.ImageNetwork("inverted", STAGES, 16, 64, num_classes=10, num_features=1, **VARIANTS[variant])
+    options = {"stages": STAGES, "stem_width": 16, "head_width": 64} | VARIANTS[variant]
+    return nn.ImageNetwork("inverted", num_classes=10, num_features=1, **options)
 
 
 # ---- digits

@@ -60,6 +60,7 @@ GENERATORS = {
 }
 ADAPTED_BY = {
     "rigid": [],
+    "wide": [],
     "SCC": ["routing"],
     "DCN": ["data_offsets"],
     "DK": ["kernel_offsets"],
