@@ -557,12 +557,14 @@ def test_wrong_argument(op, argument, change, error):
     [(np.float32, size) for size in (1e-50, 1e-20, 1e20, 1e50)] + [(np.float64, size) for size in (1e-160, 1e160)],
 )
 def test_a_size_whose_square_overflows_or_loses_digits_is_an_error(dtype, size):
-    arguments = arguments_of("kpconv") | {"extent": size}
-    arguments |= {name: arguments[name].astype(dtype) for name in ("points", "queries", "kernel_points", "offsets")}
+    geometry = ("points", "queries", "kernel_points", "offsets", "kernel_offsets")
+    arguments = arguments_of("kpconv")
+    arguments |= {name: arguments[name].astype(dtype) for name in geometry}
     with pytest.raises(ValueError, match="radius"):
         kp.radius_search(arguments["points"], None, size)
-    with pytest.raises(ValueError, match="extent"):
-        kp.kpconv(**arguments, influence="gaussian")
+    for name in ("extent", "kernel_extent"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a number whose square|^{name}: expected a finite"):
+            kp.kpconv(**arguments | {name: size}, influence="gaussian")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
