@@ -1066,7 +1066,8 @@ def test_the_norm_of_float32_gradients_beyond_their_squares():
         (lambda: nn.one_cycle(0.1, 10)("1"), "step: expected a number, got str"),
         (lambda: nn.cosine(0.1, 0), "steps: expected at least 1, got 0"),
         (lambda: nn.cosine(0.0, 10), "lr: expected a finite number above zero, got 0"),
-        (lambda: nn.warm_up(nn.cosine(0.1, 10), 0), "steps: expected at least 1, got 0"),
+        (lambda: nn.warm_up(nn.cosine(0.1, 10), -1), "steps: expected at least 0, got -1"),
+        (lambda: nn.warm_up(0.1, 5), "schedule: expected a function of the step, such as cosine"),
         (lambda: nn.warm_up(nn.cosine(0.1, 10), 5)("1"), "step: expected a number, got str"),
         (lambda: nn.one_cycle(0.1, 10, start="1"), "start: expected a number, got str"),
         (lambda: nn.one_cycle(0.1, 10, warm=10**400), "warm: expected a number that float64"),
@@ -1123,6 +1124,7 @@ def test_warm_up_and_cosine_are_torchs():
     # Beyond either end: no negative rates, and no second period.
     assert (ours(-3), ours(warm + steps + 7)) == (0, 0)
     assert nn.warm_up(nn.exponential(0.1, 0.5, 10), 4)(14) == 0.05
+    assert nn.warm_up(nn.cosine(0.1, 10), 0)(3) == nn.cosine(0.1, 10)(3)
 
 
 # ---- files
