@@ -581,7 +581,7 @@ def test_a_torch_module_of_images():
     assert "3 features, 4 classes, 2 stages" in repr(module)
     with pytest.raises(ValueError, match=r"^x: expected \(B, 3, H, W\), got \(3, 8, 8\)"):
         module(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match=r"^x: expected \(B, H, W, 3\), got"):
+    with pytest.raises(ValueError, match=r"^x: expected \(B, 3, H, W\), got"):
         module(torch.zeros(1, 4, 8, 8))
     again = kp.torch.ImageNetwork(net)
     again.load_state_dict(module.state_dict())

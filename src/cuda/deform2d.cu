@@ -355,9 +355,11 @@ template <bool samples_images, bool samples_kernels>
 __device__ void convolve(const Images& images, const Depthwise& a) {
   Tile<tile_size>& tile = shared_tile();
   // As many as there are registers for.
-  constexpr bool is_wide = sizeof(F) == 8;
+  constexpr bool is_wide = sizeof(F) == 8, is_half = sizeof(S) == 2;
   constexpr int channels_per_thread = samples_images && samples_kernels   ? (is_wide ? 1 : 2)
-                                      : samples_images || samples_kernels ? (is_wide ? 1 : 4)
+                                      : samples_images || samples_kernels ? (is_wide   ? 1
+                                                                             : is_half ? 3
+                                                                                       : 4)
                                                                           : 4;
   const int taps = images.taps(), taps_at_once = tile_size / a.tile_pixels;
   const int from_width = a.backward ? images.out_width : images.width;
