@@ -1010,7 +1010,7 @@ def deformable(bench, order):
 
 
 def kpconv_kernel_offsets(bench, order):
-    """A convolution whose kernel offsets are about a third of the least distance between its kernel points."""
+    """A convolution with kernel offsets of about a third of the least distance between its kernel points."""
     problem = kpconv_problem(bench.folder, order, 64)
     rng, neighbors, kernel_points = np.random.default_rng(8), neighbors_of(problem), problem["kernel_points"]
     apart = np.linalg.norm(kernel_points[:, None] - kernel_points, axis=2)

@@ -635,7 +635,7 @@ def grid_sampled_image(torch, x, weight, offsets, depthwise):
 
 
 def plain_convolution(torch, x, weight, offsets, depthwise):
-    """torch's own convolution, without offsets."""
+    """torch.nn.functional.conv2d, without offsets."""
     return torch.nn.functional.conv2d(x, weight, padding=1, groups=x.shape[1] if depthwise else 1)
 
 

@@ -391,7 +391,8 @@ def main():
 
         return gpu.main(options, git("rev-parse", "--short", "HEAD"))
 
-    report = {"machine": machine(), "command": sys.argv[1:], "rows": []}
+    command = [argument for argument in sys.argv[1:] if argument not in ("--out", str(options.out))]
+    report = {"machine": machine(), "command": command, "rows": []}
     if (load := report["machine"]["load_before"]) > 0.5:
         print(f"Load average {load:.1f}: other processes are running, which makes times unreliable.", file=sys.stderr)
     cores = one_cpu_per_core()[:2]

@@ -58,7 +58,7 @@ def posed(images, scales, angles):
     """(B, CANVAS, CANVAS, 1): the digits, enlarged by `scales` and rotated anticlockwise by `angles`.
 
     The centre of mass of a digit of MNIST, its pixel (14, 14), becomes pixel CANVAS / 2. This is a deformable
-    convolution of one tap, whose data offsets lead from each pixel to the place in the digit.
+    convolution of one tap; its data offsets lead from each pixel to the place in the digit.
     """
     rows, columns = np.indices((CANVAS, CANVAS)) - CANVAS // 2
     cos, sin = (function(angles)[:, None, None] / scales[:, None, None] for function in (np.cos, np.sin))

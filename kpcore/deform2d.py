@@ -1,4 +1,4 @@
-"""Convolutions of images whose kernels or sampling positions adapt to the image: deformable kernels, deformable
+"""Convolutions of images with kernels or sampling positions that adapt to the image: deformable kernels, deformable
 convolution and conditional convolution."""
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _checked_weight(name, weight, sizes, x, groups, local, has_experts):
 
 
 def _offset_groups(name, array, channels, parts, axis):
-    """The number of groups of channels with offsets of their own: the array has `parts` values for each at `axis`."""
+    """The number of offset groups: the array has `parts` values for each of them at `axis`."""
     count = array.shape[axis]
     if count == 0 or count % parts:
         raise ValueError(f"{name}: expected a multiple of {parts} at axis {axis} to match kernel_size, got {count}")
@@ -233,8 +233,7 @@ def deformable_kernel_conv2d(x: Array[Computed], weight: Array[Computed], kernel
     layout : {"NCHW", "NHWC"}
         Order of the axes of x, of all offsets and modulations with four axes, and of the result.
     detach_offsets : bool
-        Whether offsets and modulations are constants of the gradient: theirs are zero, as for an effective receptive
-        field.
+        Whether offsets and modulations are constants: their gradients are zero, as for an effective receptive field.
 
     Returns
     -------

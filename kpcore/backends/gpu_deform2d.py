@@ -27,7 +27,7 @@ _SAMPLES_BYTES = 32 << 20  # samples computed at a time: they fit the second-lev
 _PAIR_BYTES = 40  # of a pair of a pixel and a sample: key, source, factor, and what sorting them takes
 _TILE_BYTES = gpu_sources.constant("deform2d.cu", "tile_bytes")
 _FEWEST_PIXELS = 4  # of a tile
-_KERNEL_BLOCK = 1024  # positions of an image whose gradients of the kernel are summed together
+_KERNEL_BLOCK = 1024  # positions of an image: their gradients of the kernel are summed together
 _MAX_KERNEL_BLOCKS = 256  # in an image
 
 
@@ -66,7 +66,7 @@ def _samples_images(fields):
 
 
 def _has_item_kernels(fields):
-    """Whether each image has a kernel of its own."""
+    """Whether the kernels of the images differ."""
     return fields.routing is not None or (fields.kernel_offsets is not None and not fields.is_local)
 
 

@@ -1,4 +1,4 @@
-"""ResNet-50-DW and MobileNet-V2, whose convolutions may adapt to the image, as in Gao et al. (2020)."""
+"""ResNet-50-DW and MobileNet-V2 with convolutions that may adapt to the image (Gao et al. 2020)."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def resnet50_dw(num_classes: int = 1000, **options: Any) -> ImageNetwork:
 
 
 def mobilenet_v2(num_classes: int = 1000, **options: Any) -> ImageNetwork:
-    """MobileNet-V2 (Sandler et al. 2018), whose convolutions may be those of Gao et al. (2020).
+    """MobileNet-V2 (Sandler et al. 2018), if wanted with the convolutions of Gao et al. (2020).
 
     `options` are those of `ImageNetwork`.
 

@@ -27,7 +27,7 @@ DataOffsets: TypeAlias = Literal["plain", "modulated"] | None
 
 
 def local_deformable_kernel(run: Run[Value, Buffer], name: str, x: Value, kernel_size: Size, **options: Any) -> Value:
-    """A depthwise convolution whose kernel is resampled at every output position (Gao et al. 2020, section 3.3).
+    """A depthwise convolution with a kernel that is resampled at every output position (Gao et al. 2020, section 3.3).
 
     `options` are further arguments of `conv`.
     """
@@ -36,7 +36,7 @@ def local_deformable_kernel(run: Run[Value, Buffer], name: str, x: Value, kernel
 
 def global_deformable_kernel(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: Size,
                              **options: Any) -> Value:  # fmt: skip
-    """A convolution whose kernel is resampled for every image (Gao et al. 2020, section 3.3).
+    """A convolution with a kernel that is resampled for every image (Gao et al. 2020, section 3.3).
 
     `options` are further arguments of `conv`.
     """
@@ -96,12 +96,12 @@ def conv(run: Run[Value, Buffer], name: str, x: Value, width: int, kernel_size: 
         Size of the weight that is resampled; by default one more than the kernel's, which is 4 for 3 x 3 and 2 for
         1 x 1, as published.
     offset_groups : int
-        Number of groups of channels with local kernel offsets of their own.
+        Number of groups of channels that have separate local kernel offsets.
     data_offsets : {"plain", "modulated", None}
         From a convolution configured as this one, "data_offset_generator", which is initially zero. If modulated, the
         sigmoid of further channels multiplies the samples (Zhu et al. 2019), initially 0.5.
     data_offset_groups : int
-        Number of groups of channels with data offsets of their own.
+        Number of groups of channels that have separate data offsets.
     experts : int, optional
         Number of kernels that are mixed for each image by the sigmoid of a linear layer, "routing", of its mean.
 

@@ -164,7 +164,7 @@ class LocalDeformableKernel2d(_AdaptiveConv2d):
     scope_size : int or (int, int), optional
         Size of the weight; by default one more than `kernel_size`, 4 x 4 for 3 x 3, which the paper finds best.
     offset_groups : int
-        Number of groups of channels with kernel offsets of their own; channel c is in group c mod `offset_groups`.
+        Number of groups of channels that have separate kernel offsets; channel c is in group c mod `offset_groups`.
     grid : {"unit", "uniform"}
         As in `kpcore.deformable_kernel_conv2d`: as in the published code, or as in the paper.
     clip : {"scope", None}
@@ -252,7 +252,7 @@ class DeformableConv2d(_AdaptiveConv2d):
         As in torch.nn.Conv2d.
     modulated : bool
     data_offset_groups : int
-        Number of groups of consecutive channels with data offsets and modulations of their own.
+        Number of groups of consecutive channels that have separate data offsets and modulations.
     detach_offsets, dtype
         As in `LocalDeformableKernel2d`.
 
@@ -295,7 +295,7 @@ class DeformableKernelConv2d(_AdaptiveConv2d):
     scope_size, offset_groups, grid, clip, detach_offsets, dtype
         As in `LocalDeformableKernel2d`.
     data_offset_groups : int
-        Number of groups of consecutive channels with data offsets of their own.
+        Number of groups of consecutive channels that have separate data offsets.
 
     Attributes
     ----------

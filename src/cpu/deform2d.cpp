@@ -1,5 +1,5 @@
 // Convolutions of images with deformable kernels, deformable sampling positions or kernels of each image, and the
-// gradient of images whose taps are pixels: that is the same sum, of the gradient of the output.
+// gradient of images where each tap is one pixel: that is the same sum, of the gradient of the output.
 
 #include "deform2d_tile.h"
 

@@ -66,7 +66,7 @@ struct Images {
   bool samples_images() const { return data_offsets.data || modulations.data; }
   // Whether the taps' weights are interpolated for each position. Otherwise each tap has one weight in an image.
   bool samples_kernels() const { return args.is_local; }
-  // Whether each image has a kernel of its own.
+  // Whether the kernels of the images differ.
   bool has_item_kernels() const { return routing || global_offsets; }
   // The values of a kernel by channel: one for each tap, or each cell of the scope if positions interpolate them.
   int64_t kernel_rows() const { return samples_kernels() ? cells : taps; }
@@ -301,7 +301,7 @@ bool write_kernels(const Images<F>& images, const ChannelOrder& order, int64_t f
 
 // ---- taps
 
-// Positions whose taps are found together, in loops that the compiler makes vectors of.
+// Positions for which taps are found together, in loops that the compiler makes vectors of.
 constexpr int64_t block_size = 16;
 
 // Consecutive positions of an image: pixels of the output, or backward of the input.

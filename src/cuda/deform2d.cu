@@ -57,7 +57,7 @@ __device__ T sum_of_warp(T x) {
         channels_last                                                                                         \
   }
 
-// A hat whose cells are integers.
+// A hat with cells that are integers.
 using CellHat = Hat<F, int32_t>;
 __device__ CellHat cells_at(F at, int size, bool clips) {
   const Hat<F> hat = hat_at<F>(at, size, clips);
@@ -751,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(threads, 4) kernel_offset_grads_of_
 }
 
 // partial[item, block, c, r] = the gradient of the kernel's values from the positions of a block of block_size, a
-// multiple of 32. Each thread adds to sums of its own in shared memory, as many of a channel's values as fit; the sums
+// multiple of 32. Each thread adds to separate sums in shared memory, as many of a channel's values as fit; the sums
 // of the threads with the same channel are then added up.
 extern "C" __global__ void __launch_bounds__(threads, 4)
     kernel_blocks(KP_IMAGES, int64_t batch, int64_t blocks, int64_t block_size, const S* x, const S* grad_out,
