@@ -40,9 +40,8 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
                                   : rows_of_tile<F>(0, larger<int64_t>(1, 2 * o_row));
   const Tiles tiles(pixels, tile_rows);
   const int64_t item_bytes = direction.from.pixels * order.stored * int64_t(sizeof(F));
-  // Each image's dense kernel is packed for the micro-kernel, so these are taken one after another.
-  const int64_t at_once =
-      dense && images.has_item_kernels() ? 1 : larger<int64_t>(1, copied_bytes / larger<int64_t>(1, item_bytes));
+  const int64_t kernel_bytes = images.has_item_kernels() ? kernel_size * int64_t(sizeof(F)) : 0;
+  const int64_t at_once = images_at_once(larger(item_bytes, 2 * kernel_bytes));  // kernels and their panels
   const int64_t work = images.taps * (dense ? a.channels / a.groups * a.out_channels : 4 * order.stored);
   Buffer<int64_t> slots;  // of the output's channels in a row of a tile
   if (!slots.resize(direction.to.channels)) return Status::out_of_memory;
@@ -55,10 +54,11 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
     const int64_t count = smaller(at_once, a.batch - first);
     if (!copies.copy(direction.from, first, count, order, a.threads)) return Status::out_of_memory;
     if (first == 0 || images.has_item_kernels()) {
-      if (!write_kernels(images, order, first, images.has_item_kernels() ? count : 1, kernel_size, a.threads, kernels))
+      const int64_t num_kernels = images.has_item_kernels() ? count : 1;
+      if (!write_kernels(images, order, first, num_kernels, kernel_size, a.threads, kernels))
         return Status::out_of_memory;
-      if (dense && !panels.pack(kernels.data(), images.taps, a.channels, a.out_channels, a.groups, direction.backward,
-                                a.threads))
+      if (dense && !panels.pack(kernels.data(), num_kernels * images.taps, a.channels, a.out_channels, a.groups,
+                                direction.backward, a.threads))
         return Status::out_of_memory;
     }
     const TapFinder<F> finder{images, direction.backward};
@@ -76,7 +76,8 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
           state.dense.template fill<true>(finder, item, begin, rows, direction.width, copies.item(i));
         else
           state.dense.template fill<false>(finder, item, begin, rows, direction.width, copies.item(i));
-        multiply(state.dense.rows(), tile_rows, panels, int(images.taps), state.out.data());
+        multiply(state.dense.rows(), tile_rows, panels, int(images.taps), state.out.data(),
+                 images.has_item_kernels() ? i * images.taps : 0);
       } else {
         const F* const kernel = &kernels[images.has_item_kernels() ? i * kernel_size : 0];
         with_sampling(images.samples_images(), images.samples_kernels(), [&](auto with_images, auto with_kernels) {

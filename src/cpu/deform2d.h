@@ -17,7 +17,11 @@
 namespace kp {
 namespace {
 
-constexpr int64_t copied_bytes = 16 << 20;  // images copied at a time, unless one is larger
+constexpr int64_t copied_bytes = 16 << 20;  // copied of images, or of their kernels, at a time, unless one is larger
+
+inline int64_t images_at_once(int64_t bytes_of_one) {
+  return larger<int64_t>(1, copied_bytes / larger<int64_t>(1, bytes_of_one));
+}
 
 // Values for each pixel of several images: (batch, channels, pixels), or (batch, pixels, channels) if channels_last.
 template <class F>

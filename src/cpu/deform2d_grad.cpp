@@ -214,9 +214,10 @@ class DenseGradients {
   F* padded_grad() { return grad_.data(); }
 
   // Computes the gradients of all samples of the tile. `grad`: from its first pixel on.
-  void multiply(const Weights<F>& weights, const Panels<F>& panels, const F* grad) {
+  // `first`: its first kernel among the panels.
+  void multiply(const Weights<F>& weights, const Panels<F>& panels, const F* grad, int64_t first) {
     products_.start();
-    products_.multiply(tile_.rows(), weights, panels, grad);
+    products_.multiply(tile_.rows(), weights, panels, grad, first);
   }
 
   // Writes the gradients of offsets and modulations of `count` pixels.
@@ -400,7 +401,8 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
                                   : rows_of_tile<F>(0, larger<int64_t>(1, 2 * order.stored));
   const Tiles tiles(images.out_pixels, tile_rows);
   const int64_t item_bytes = (images.in_pixels + images.out_pixels) * order.stored * int64_t(sizeof(F));
-  const int64_t at_once = dense && by_item ? 1 : larger<int64_t>(1, copied_bytes / larger<int64_t>(1, item_bytes));
+  const int64_t kernel_bytes = by_item ? kernel_size * int64_t(sizeof(F)) : 0;
+  const int64_t at_once = images_at_once(larger(item_bytes, 3 * kernel_bytes));  // kernels, panels and gradients
   const int64_t work = images.taps * (dense ? 2 * a.channels / a.groups * a.out_channels : 16 * order.stored);
   const TapFinder<F> finder{images, false};
   if (to.weight) memset(to.weight, 0, size_t(a.weight.rows * a.weight.cols) * sizeof(F));
@@ -420,7 +422,8 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
       memset(grad_kernels.data(), 0, size_t(num_kernels * kernel_size) * sizeof(F));
       weights.data = kernels.data();
       if (dense && to.need_samples() &&
-          !panels.pack(kernels.data(), images.taps, a.channels, a.out_channels, a.groups, true, a.threads))
+          !panels.pack(kernels.data(), num_kernels * images.taps, a.channels, a.out_channels, a.groups, true,
+                       a.threads))
         return Status::out_of_memory;
     }
     const int64_t image_size = images.in_pixels * order.stored;
@@ -448,12 +451,12 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
             else
               gradients.tile().template fill<false>(finder, item, begin, rows, a.out_width, image);
             if (to.need_samples()) {
-              gradients.multiply(weights, panels, grad + begin * a.out_channels);
+              gradients.multiply(weights, panels, grad + begin * a.out_channels, by_item ? i * images.taps : 0);
               if (to.need_offsets()) gradients.write_offsets(images, item, begin, rows, image, to);
             }
             if (to.need_kernels())
               add_weights<F>(gradients.tile().rows(), weights, nullptr, blocks, grad, t, begin, rows, kernel_turns,
-                             gradients.padded_grad(), grad_kernels.data());
+                             gradients.padded_grad(), &grad_kernels[by_item ? i * kernel_size : 0]);
             if (to.x) {
               image_turns.wait(i, tile);
               gradients.scatter(images, grad_image);

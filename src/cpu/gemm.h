@@ -70,7 +70,7 @@ KP_INLINE void with_vectors(int vectors, Call call) {
 template <class F>
 struct Panels {
   Buffer<F> data;
-  int64_t rows = 0, columns = 0, groups = 1;
+  int64_t rows = 0, columns = 0, groups = 1, height = 0;  // height: rows of one kernel
 
   int64_t count() const { return (columns + panel_width<F> - 1) / panel_width<F>; }
   int vectors(int64_t p) const {
@@ -85,7 +85,8 @@ struct Panels {
   // transposes, stacked as rows. Returns false if memory runs out.
   bool pack(const F* weights, int64_t kernels, int64_t c_in, int64_t c_out, int64_t num_groups, bool transposed,
             int threads) {
-    const int64_t inputs = c_in / num_groups, outputs = c_out / num_groups, height = transposed ? outputs : inputs;
+    const int64_t inputs = c_in / num_groups, outputs = c_out / num_groups;
+    height = transposed ? outputs : inputs;
     rows = kernels * height;
     columns = transposed ? inputs : outputs;
     groups = num_groups;

@@ -153,16 +153,16 @@ class GradientProducts {
   }
   int64_t done(int64_t k) const { return rows_done_[k]; }
 
-  // Computes the products of the tile's rows added since the last call. `panels`: the transposed weights. `grad_out`:
-  // from the tile's first query on.
+  // Computes the products of the tile's rows added since the last call. `panels`: the transposed weights, of which the
+  // tile's are those from `first` on. `grad_out`: from the tile's first query on.
   KP_OUTLINE void multiply(const TileSums<F>& tile, const Weights<F>& weights, const Panels<F>& panels,
-                           const F* grad_out) {
+                           const F* grad_out, int64_t first = 0) {
     for (int k = 0; k < weights.num_kernels; ++k) {
       gather_gradients(tile, k, weights.c_out, grad_out);
       if (weights.depthwise)
         scale_gradients(tile, weights, k);
       else
-        multiply_gradients(tile, weights, panels, k);
+        multiply_gradients(tile, weights, panels, k, first);
       rows_done_[k] = tile.size(k);
     }
   }
@@ -220,13 +220,14 @@ class GradientProducts {
         grad_w_[(k * rows_stored() + i) * weights.c_out + c] =
             gathered_[(i - rows_done_[k]) * weights.c_out + c] * weights.row(k)[c];
   }
-  void multiply_gradients(const TileSums<F>& tile, const Weights<F>& weights, const Panels<F>& panels, int k) {
+  void multiply_gradients(const TileSums<F>& tile, const Weights<F>& weights, const Panels<F>& panels, int k,
+                          int64_t first) {
     const int64_t size = tile.size(k) - rows_done_[k], c_out = weights.c_out, height = c_out / weights.groups;
     for (int64_t g = 0; size && g < weights.groups; ++g)
       for (int64_t p = 0; p < panels.count(); ++p)
         with_vectors(panels.vectors(p), [&](auto vectors) {
           constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-          const F* const panel = panels.row(g, p, k * height);
+          const F* const panel = panels.row(g, p, (first + k) * height);
           F* const to =
               &grad_w_[(k * rows_stored() + rows_done_[k]) * weights.c_in + g * panels.columns + p * panel_width<F>];
           const int64_t width = smaller<int64_t>(NV * lanes<F>, panels.columns - p * panel_width<F>);

@@ -89,11 +89,12 @@ Status for_each_tile(int64_t num_queries, int64_t tile_rows, int threads, Reserv
   });
 }
 
-// o (tile rows + 1, padded columns) = sum over k of A_k W_k, at the rows' queries. The last row of o receives the
-// micro-kernel's excess rows.
+// o (tile rows + 1, padded columns) = sum over k of A_k W_(first + k), at the rows' queries. The last row of o receives
+// the micro-kernel's excess rows.
 template <class F>
-void multiply(const TileSums<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o) {
-  const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.rows / num_kernels;
+void multiply(const TileSums<F>& tile, int64_t tile_rows, const Panels<F>& weights, int num_kernels, F* o,
+              int64_t first = 0) {
+  const int64_t o_row = weights.groups * weights.padded_columns(), height = weights.height;
   const int64_t channels = weights.groups * height;
   memset(o, 0, size_t(tile_rows * o_row) * sizeof(F));
   for (int k = 0; k < num_kernels; ++k) {
@@ -103,7 +104,7 @@ void multiply(const TileSums<F>& tile, int64_t tile_rows, const Panels<F>& weigh
       for (int64_t p = 0; p < weights.count(); ++p)
         with_vectors(weights.vectors(p), [&](auto vectors) {
           constexpr int NV = decltype(vectors)::value, MR = rows_for(NV);
-          const F* const panel = weights.row(g, p, k * height);
+          const F* const panel = weights.row(g, p, (first + k) * height);
           const F* const a = tile.a(k) + g * height;
           F* const to = o + g * weights.padded_columns() + p * panel_width<F>;
           for (int64_t i = 0; i < size; i += MR)
