@@ -27,6 +27,7 @@ SIZES = {
         "ball": 20_000,
         "voxels": 100_000,
         "images": (4, 56),
+        "image_kernels": (32, 14, 64),
     },
     "quick": {
         "raw": 40_000,
@@ -39,6 +40,7 @@ SIZES = {
         "ball": 1_000,
         "voxels": 3_000,
         "images": (2, 12),
+        "image_kernels": (3, 6, 16),
     },
 }
 
@@ -192,6 +194,7 @@ TASKS = {
         *({"kind": kind} for kind in ("deformable kernel", "deformable", "deformable, depthwise")),
         *({"kind": kind, "memory": True} for kind in ("deformable kernel", "deformable")),
     ],
+    "image_kernels": [{"kind": kind} for kind in ("conditional", "global deformable kernel")],
     "rows": [{}],
     "deformation": [{"order": order} for order in ORDERS],
     "deformable": [{"order": order} for order in ORDERS],
@@ -819,6 +822,33 @@ def deform2d(bench, kind, memory=False):
         product = {"aggregated": rng.standard_normal((batch * size**2, 9 * 64), np.float32), "weights": weight}
         blas = f"OpenBLAS kernels: {peers.openblas_core()}"
         bench.against("forward", forward, peers.NUMPY_MATMUL, product, lambda _: None, note=blas)
+
+
+def image_kernels(bench, kind):
+    """Convolutions of images with a kernel for each image: a mixture of 8 experts, or resampled by its offsets."""
+    rng, (batch, size, channels) = np.random.default_rng(9), bench.sizes["image_kernels"]
+    x, grad_out = rng.standard_normal((2, batch, channels, size, size), np.float32)
+    if kind == "conditional":
+        layer, weight = partial(kp.conditional_conv2d, padding=1), (8, channels, channels, 3, 3)
+        of_images = rng.random((batch, 8), np.float32)
+    else:
+        layer = partial(kp.deformable_kernel_conv2d, kernel_size=3, padding=1)
+        weight, of_images = (channels, channels, 4, 4), 0.5 * rng.standard_normal((batch, 18), np.float32)
+    weight = rng.standard_normal(weight, np.float32)
+    bench.label(order=kind, size=f"{batch} x {channels} x {size} x {size}")
+
+    def forward():
+        return [layer(x, weight, of_images)]
+
+    def step():
+        out, pullback = kp.autodiff.vjp(layer, x, weight, of_images)
+        return [out, *pullback(grad_out)]
+
+    inputs = {"x": x, "weight": weight, "offsets": of_images, "grad_out": grad_out, "depthwise": False}
+    for what, call, is_step in (("forward", forward, 0), ("forward + vjp", step, 1)):
+        result = bench.first(call)
+        bench.rate(what, call, batch * size**2, "M positions/s per core")
+        bench.against(what, call, peers.IMAGE_PEERS["image"][0][is_step], inputs, partial(close, result))
 
 
 def within_image(offsets, size):

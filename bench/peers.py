@@ -650,11 +650,35 @@ def _image_peers(name, formulation, module="torch"):
     return [Peer(name, imports(module), image_convolution(formulation, step), read_tensors) for step in (False, True)]
 
 
+def grouped_convolution(torch, x, weights, more, depthwise):
+    """Convolutions with a kernel for each image, the usual way: a group for each image of one convolution.
+
+    The kernels are mixtures of experts (weights of 5 dimensions; `more`: the routing), or resampled from a larger one
+    by a product with hat weights (`more`: the kernel offsets).
+    """
+    batch, channels, height, width = x.shape
+    outputs, scope = weights.shape[-4], weights.shape[-1]
+    if weights.ndim == 5:
+        kernels = torch.einsum("be,eocuv->bocuv", more, weights)
+    else:
+        taps, cells = torch.arange(3, dtype=x.dtype) + (scope - 3) / 2, torch.arange(scope, dtype=x.dtype)
+        at = (more.reshape(batch, 9, 2) + torch.stack([taps.repeat_interleave(3), taps.repeat(3)], -1)).clamp(
+            0, scope - 1
+        )
+        rows, columns = ((1 - (at[..., axis, None] - cells).abs()).clamp(min=0) for axis in (0, 1))
+        hats = (rows[..., :, None] * columns[..., None, :]).reshape(batch, 9, -1)
+        kernels = torch.einsum("bks,ocs->bock", hats, weights.reshape(outputs, channels, -1))
+    kernels = kernels.reshape(batch * outputs, channels, 3, 3)
+    out = torch.nn.functional.conv2d(x.reshape(1, -1, height, width), kernels, padding=1, groups=batch)
+    return out.reshape(batch, outputs, height, width)
+
+
 IMAGE_PEERS = {
     "kernel": [_image_peers("unfold + grid_sample", grid_sampled_kernel),
                _image_peers("unfold + hat weights", hat_weighted_kernel)],
     "data": [_image_peers("grid_sample + product", grid_sampled_image),
              _image_peers("torchvision", torchvision_convolution, "torchvision")],
+    "image": [_image_peers("kernels + grouped conv2d", grouped_convolution)],
 }  # fmt: skip
 TORCH_CONV2D = Peer("torch conv2d", imports("torch"), image_convolution(plain_convolution), read_tensors)
 

@@ -1,6 +1,7 @@
 // Convolutions of images with deformable kernels, deformable sampling positions or kernels of each image, and the
 // gradient of images where each tap is one pixel: that is the same sum, of the gradient of the output.
 
+#include "deform2d_kernels.h"
 #include "deform2d_tile.h"
 
 namespace kp {
@@ -33,14 +34,14 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
                   dense ? 1 : lanes<F>) ||
       !out_order.make(direction.to.channels, 1, 1, 1))
     return Status::out_of_memory;
-  const int64_t kernel_size = images.kernel_rows() * (dense ? a.channels / a.groups * a.out_channels : order.stored);
+  Kernels<F> kernels(images, order);
   const int64_t pixels = direction.to.pixels, columns = direction.to.channels / a.groups;
   const int64_t padded = round_up(columns, lanes<F>), o_row = dense ? a.groups * padded : order.stored;
   const int64_t tile_rows = dense ? rows_of_tile<F>(images.taps * direction.from.channels, o_row)
                                   : rows_of_tile<F>(0, larger<int64_t>(1, 2 * o_row));
   const Tiles tiles(pixels, tile_rows);
   const int64_t item_bytes = direction.from.pixels * order.stored * int64_t(sizeof(F));
-  const int64_t kernel_bytes = images.has_item_kernels() ? kernel_size * int64_t(sizeof(F)) : 0;
+  const int64_t kernel_bytes = images.has_item_kernels() ? kernels.size() * int64_t(sizeof(F)) : 0;
   const int64_t at_once = images_at_once(larger(item_bytes, 2 * kernel_bytes));  // kernels and their panels
   const int64_t work = images.taps * (dense ? a.channels / a.groups * a.out_channels : 4 * order.stored);
   Buffer<int64_t> slots;  // of the output's channels in a row of a tile
@@ -48,15 +49,14 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
   for (int64_t c = 0; c < direction.to.channels; ++c)
     slots[c] = dense ? c / columns * padded + c % columns : order.slot[c];
   ChannelsLast<F> copies;
-  Buffer<F> kernels;
   Panels<F> panels;
+  if (!kernels.copy_experts(a.threads)) return Status::out_of_memory;
   for (int64_t first = 0; first < a.batch; first += at_once) {
     const int64_t count = smaller(at_once, a.batch - first);
     if (!copies.copy(direction.from, first, count, order, a.threads)) return Status::out_of_memory;
     if (first == 0 || images.has_item_kernels()) {
       const int64_t num_kernels = images.has_item_kernels() ? count : 1;
-      if (!write_kernels(images, order, first, num_kernels, kernel_size, a.threads, kernels))
-        return Status::out_of_memory;
+      if (!kernels.make(first, count, a.threads)) return Status::out_of_memory;
       if (dense && !panels.pack(kernels.data(), num_kernels * images.taps, a.channels, a.out_channels, a.groups,
                                 direction.backward, a.threads))
         return Status::out_of_memory;
@@ -79,10 +79,9 @@ Status convolve(const Images<F>& images, const Direction<F>& direction) {
         multiply(state.dense.rows(), tile_rows, panels, int(images.taps), state.out.data(),
                  images.has_item_kernels() ? i * images.taps : 0);
       } else {
-        const F* const kernel = &kernels[images.has_item_kernels() ? i * kernel_size : 0];
         with_sampling(images.samples_images(), images.samples_kernels(), [&](auto with_images, auto with_kernels) {
           state.depthwise.template fill<decltype(with_images)::value, decltype(with_kernels)::value>(
-              finder, order, item, begin, rows, direction.width, copies.item(i), kernel, state.out.data());
+              finder, order, item, begin, rows, direction.width, copies.item(i), kernels.data(i), state.out.data());
         });
       }
       write_pixels(state.out.data(), o_row, slots.data(), rows, direction.bias, direction.to, item, begin);

@@ -8,6 +8,7 @@
 // global offsets) at the end. A gradient of x is scattered to the pixels that the sample interpolates. Tiles add to
 // what they share in their order, so no result depends on the number of threads.
 
+#include "deform2d_kernels.h"
 #include "deform2d_tile.h"
 #include "tile_gradients.h"
 
@@ -292,79 +293,146 @@ class DenseGradients {
 
 // ---- from the gradient of a kernel to that of the weight
 
-// Adds the gradient of the kernel of an image, or of the one that all share, to the gradient of the weight, and writes
-// those of the image's routing and offsets. Sums over pairs of channels are made in blocks, which are then added up.
+// The sum of the products of two rows, in an order that no instruction set changes.
 template <class F>
-bool add_kernel_gradients(const Images<F>& images, const ChannelOrder& order, int64_t item, const F* grad,
-                          const Gradients<F>& to, int threads) {
-  const Deform2d& a = images.args;
-  Kernels<F> kernels(images);
-  if (!kernels.start(item)) return false;
-  const int64_t pairs = kernels.pairs(), rows = images.kernel_rows(), height = a.depthwise ? 1 : a.channels / a.groups;
-  const int64_t block = larger<int64_t>(64, (pairs + 63) / 64), blocks = (pairs + block - 1) / block;
-  const int64_t num_sums = (to.global_offsets ? 2 * images.taps : 0) + (to.routing ? a.experts : 0);
-  const bool interpolates = kernels.interpolates();
-  Buffer<double> sums;
-  if (!sums.resize(blocks * num_sums)) return false;
-  memset(sums.data(), 0, size_t(blocks * num_sums) * sizeof(double));
-  bool reserved = true;
-#pragma omp parallel num_threads(useful_threads(threads, pairs * rows * a.experts, 1 << 14)) reduction(&& : reserved)
-  {
-    Buffer<F> scratch, by_cell;
-    reserved = scratch.resize(images.cells) && by_cell.resize(images.cells);
+double dot(const F* a, const F* b, int64_t size) {
+  constexpr int64_t step = 16;
+  F sums[step] = {};
+  int64_t j = 0;
+  for (; j + step <= size; j += step)
+    for (int64_t l = 0; l < step; ++l) sums[l] += a[j + l] * b[j + l];
+  for (; j < size; ++j) sums[j % step] += a[j] * b[j];
+  double sum = 0;
+  for (int64_t l = 0; l < step; ++l) sum += double(sums[l]);
+  return sum;
+}
+
+// Carries gradients of kernels on to the weight, and to the routing and the global offsets of their images. Sums over
+// columns are made in blocks, which are then added up; those over images in their order.
+template <class F>
+class KernelGradients {
+ public:
+  KernelGradients(const Images<F>& images, const Kernels<F>& kernels, const Gradients<F>& to)
+      : images_(images), kernels_(kernels), to_(to) {}
+
+  bool reserve() {
+    if (!to_.weight) return true;
+    if (!experts_.resize(images_.args.experts * images_.cells * kernels_.columns())) return false;
+    memset(experts_.data(), 0, size_t(experts_.size()) * sizeof(F));
+    return true;
+  }
+
+  // Adds the gradients of the kernels of `count` images from `first` on, or that of the kernel of all images.
+  bool add(int64_t first, int64_t count, const F* grads, int threads) {
+    const Deform2d& a = images_.args;
+    const int64_t num_offsets = to_.global_offsets ? 2 * images_.taps : 0;
+    const int64_t num_sums = num_offsets + (to_.routing ? a.experts : 0), blocks = kernels_.blocks();
+    Buffer<double> sums;
+    if (!sums.resize(count * blocks * num_sums)) return false;
+    bool reserved = true;
+#pragma omp parallel num_threads(useful_threads(threads, count* kernels_.size() * a.experts, 1 << 14)) \
+    reduction(&& : reserved)
+    {
+      Taps<F> taps;
+      Buffer<F> mixture, by_cell;
+      reserved = mixture.resize(images_.cells * kernels_.block) && by_cell.resize(images_.cells * kernels_.block);
 #pragma omp for
-    for (int64_t job = 0; job < blocks; ++job) {
-      double* const of_offsets = &sums[job * num_sums];
-      double* const of_routing = of_offsets + (to.global_offsets ? 2 * images.taps : 0);
-      for (int64_t pair = job * block; reserved && pair < smaller(pairs, (job + 1) * block); ++pair) {
-        const int64_t o = pair / height, c = pair % height;
-        const auto grad_of = [&](int64_t r) {
-          return grad[a.depthwise ? r * order.stored + order.slot[o] : (r * height + c) * a.out_channels + o];
-        };
-        const F* const scope = kernels.scope(pair, scratch.data());
-        if (interpolates) memset(by_cell.data(), 0, size_t(images.cells) * sizeof(F));
-        for (int64_t r = 0; r < rows; ++r) {
-          const F g = grad_of(r);
-          if (!interpolates) {
-            by_cell[r] = g;
+      for (int64_t job = 0; job < blocks; ++job)
+        for (int64_t i = 0; reserved && i < count; ++i) {
+          const int64_t begin = job * kernels_.block;
+          const Block<const F> grad = {grads + i * kernels_.size() + begin, kernels_.columns()};
+          double* const offsets = sums.data() + (i * blocks + job) * num_sums;
+          if (!kernels_.interpolates()) {
+            add_to_experts(first + i, begin, grad, offsets + num_offsets);
             continue;
           }
-          const Hat<F>&y = kernels.row(r), &x = kernels.column(r);
-          const int64_t low = int64_t(y.low) * a.scope_width, high = int64_t(y.high) * a.scope_width;
-          const int64_t left = int64_t(x.low), right = int64_t(x.high);
-          by_cell[low + left] += g * y.low_factor * x.low_factor;
-          by_cell[low + right] += g * y.low_factor * x.high_factor;
-          by_cell[high + left] += g * y.high_factor * x.low_factor;
-          by_cell[high + right] += g * y.high_factor * x.high_factor;
-          if (!to.global_offsets) continue;
-          const F row_low = x.low_factor * scope[low + left] + x.high_factor * scope[low + right];
-          const F row_high = x.low_factor * scope[high + left] + x.high_factor * scope[high + right];
-          const F slope_low = x.low_slope * scope[low + left] + x.high_slope * scope[low + right];
-          const F slope_high = x.low_slope * scope[high + left] + x.high_slope * scope[high + right];
-          of_offsets[r * 2] += double(g * (y.low_slope * row_low + y.high_slope * row_high));
-          of_offsets[r * 2 + 1] += double(g * (y.low_factor * slope_low + y.high_factor * slope_high));
+          if (!(reserved = taps.find(images_, first + i))) break;
+          const Block<F> cells = {by_cell.data(), kernels_.block};
+          add_to_cells(taps, grad, kernels_.width(begin), cells);
+          if (num_offsets)
+            add_to_offsets(taps, grad, kernels_.scope(first + i, begin, {mixture.data(), kernels_.block}),
+                           kernels_.width(begin), offsets);
+          add_to_experts(first + i, begin, {cells.data, cells.row_size}, offsets + num_offsets);
         }
-        for (int64_t e = 0; e < a.experts; ++e) {
-          const F factor = images.routing ? images.routing[item * a.experts + e] : F(1);
-          F* const weight = to.weight ? to.weight + (e * pairs + pair) * images.cells : nullptr;
-          for (int64_t s = 0; weight && s < images.cells; ++s) weight[s] += factor * by_cell[s];
-          for (int64_t s = 0; to.routing && s < images.cells; ++s)
-            of_routing[e] += double(by_cell[s] * kernels.expert(e, pair)[s]);
-        }
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < num_sums; ++j) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += sums[(i * blocks + b) * num_sums + j];
+        if (j < num_offsets)
+          to_.global_offsets[(first + i) * num_offsets + j] = F(sum);
+        else
+          to_.routing[(first + i) * a.experts + j - num_offsets] = F(sum);
+      }
+    return reserved;
+  }
+
+  void write(int threads) const {
+    if (to_.weight)
+      kernels_.for_each_expert(threads, [&](F& weight, int64_t copied) { weight = experts_[copied]; }, to_.weight);
+  }
+
+ private:
+  // The gradient of the values in the scope from that of the taps.
+  void add_to_cells(const Taps<F>& taps, const Block<const F>& grad, int64_t columns, const Block<F>& cells) const {
+    for (int64_t s = 0; s < images_.cells; ++s) memset(cells.row(s), 0, size_t(columns) * sizeof(F));
+    for_each_cell(taps, [&](int64_t k, int64_t cell, F factor) {
+      F* const sum = cells.row(cell);
+      const F* const from = grad.row(k);
+      for (int64_t j = 0; j < columns; ++j) sum[j] += factor * from[j];
+    });
+  }
+  // Calls f(tap, cell, factor) for the four cells of each tap.
+  template <class Call>
+  void for_each_cell(const Taps<F>& taps, Call call) const {
+    const int64_t width = images_.args.scope_width;
+    for (int64_t k = 0; k < images_.taps; ++k) {
+      const Hat<F>&y = taps.rows[k], &x = taps.columns[k];
+      const int64_t low = int64_t(y.low) * width, high = int64_t(y.high) * width;
+      call(k, low + int64_t(x.low), y.low_factor * x.low_factor);
+      call(k, low + int64_t(x.high), y.low_factor * x.high_factor);
+      call(k, high + int64_t(x.low), y.high_factor * x.low_factor);
+      call(k, high + int64_t(x.high), y.high_factor * x.high_factor);
+    }
+  }
+
+  void add_to_offsets(const Taps<F>& taps, const Block<const F>& grad, const Block<const F>& scope, int64_t columns,
+                      double* offsets) const {
+    const int64_t width = images_.args.scope_width;
+    for (int64_t k = 0; k < images_.taps; ++k) {
+      const Hat<F>&y = taps.rows[k], &x = taps.columns[k];
+      const int64_t low = int64_t(y.low) * width, high = int64_t(y.high) * width;
+      const auto product = [&](int64_t cell) { return dot(grad.row(k), scope.row(cell), columns); };
+      const double low_low = product(low + int64_t(x.low)), low_high = product(low + int64_t(x.high));
+      const double high_low = product(high + int64_t(x.low)), high_high = product(high + int64_t(x.high));
+      offsets[2 * k] = y.low_slope * (x.low_factor * low_low + x.high_factor * low_high) +
+                       y.high_slope * (x.low_factor * high_low + x.high_factor * high_high);
+      offsets[2 * k + 1] = y.low_factor * (x.low_slope * low_low + x.high_slope * low_high) +
+                           y.high_factor * (x.low_slope * high_low + x.high_slope * high_high);
+    }
+  }
+
+  // `cells`: the gradient of the columns from `begin` on of the values in the scope.
+  void add_to_experts(int64_t item, int64_t begin, const Block<const F>& cells, double* routing) {
+    const int64_t experts = images_.args.experts, columns = kernels_.width(begin);
+    for (int64_t e = 0; e < experts; ++e) {
+      const F factor = images_.routing ? images_.routing[item * experts + e] : F(1);
+      if (to_.routing) routing[e] = 0;
+      for (int64_t s = 0; s < images_.cells; ++s) {
+        const F* const from = cells.row(s);
+        if (to_.routing) routing[e] += dot(from, kernels_.expert(e, begin).row(s), columns);
+        if (!to_.weight) continue;
+        F* const sum = &experts_[(e * images_.cells + s) * kernels_.columns() + begin];
+        for (int64_t j = 0; j < columns; ++j) sum[j] += factor * from[j];
       }
     }
   }
-  for (int64_t i = 0; i < num_sums; ++i) {
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += sums[b * num_sums + i];
-    const int64_t offsets = to.global_offsets ? 2 * images.taps : 0;
-    if (i < offsets)
-      to.global_offsets[item * offsets + i] = F(sum);
-    else
-      to.routing[item * a.experts + i - offsets] = F(sum);
-  }
-  return reserved;
-}
+
+  const Images<F>& images_;
+  const Kernels<F>& kernels_;
+  const Gradients<F>& to_;
+  Buffer<F> experts_;  // the gradient of the weight, in the order of the copied experts
+};
 
 // The sums of grad_out over images and pixels, in eight interleaved sums in float64.
 template <class F>
@@ -396,7 +464,9 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
   if (!order.make(a.channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups, dense ? 1 : lanes<F>) ||
       !out_order.make(a.out_channels, dense ? 1 : a.kernel_groups, dense ? 1 : a.data_groups, dense ? 1 : lanes<F>))
     return Status::out_of_memory;
-  const int64_t kernel_size = images.kernel_rows() * (dense ? a.channels / a.groups * a.out_channels : order.stored);
+  Kernels<F> kernels(images, order);
+  KernelGradients<F> kernel_gradients(images, kernels, to);
+  const int64_t kernel_size = kernels.size();
   const int64_t tile_rows = dense ? rows_of_tile<F>(images.taps * a.channels, a.out_channels)
                                   : rows_of_tile<F>(0, larger<int64_t>(1, 2 * order.stored));
   const Tiles tiles(images.out_pixels, tile_rows);
@@ -405,9 +475,9 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
   const int64_t at_once = images_at_once(larger(item_bytes, 3 * kernel_bytes));  // kernels, panels and gradients
   const int64_t work = images.taps * (dense ? 2 * a.channels / a.groups * a.out_channels : 16 * order.stored);
   const TapFinder<F> finder{images, false};
-  if (to.weight) memset(to.weight, 0, size_t(a.weight.rows * a.weight.cols) * sizeof(F));
+  if (!kernels.copy_experts(a.threads) || !kernel_gradients.reserve()) return Status::out_of_memory;
   ChannelsLast<F> copies, grads;
-  Buffer<F> kernels, grad_kernels, grad_images;
+  Buffer<F> grad_kernels, grad_images;
   Panels<F> panels;
   Weights<F> weights = {nullptr, int(images.taps), int(a.groups), a.channels, a.out_channels, false, nullptr, 1};
   const ChannelBlocks blocks(weights);
@@ -416,8 +486,7 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
     if (!copies.copy(x, first, count, order, a.threads) || !grads.copy(grad_out, first, count, out_order, a.threads))
       return Status::out_of_memory;
     if (first == 0 || by_item) {
-      if (!write_kernels(images, order, first, num_kernels, kernel_size, a.threads, kernels) ||
-          !grad_kernels.resize(num_kernels * kernel_size))
+      if (!kernels.make(first, count, a.threads) || !grad_kernels.resize(num_kernels * kernel_size))
         return Status::out_of_memory;
       memset(grad_kernels.data(), 0, size_t(num_kernels * kernel_size) * sizeof(F));
       weights.data = kernels.data();
@@ -465,7 +534,7 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
             return;
           }
           DepthwiseGradients<F>& gradients = state.depthwise;
-          const F* const kernel = &kernels[by_item ? i * kernel_size : 0];
+          const F* const kernel = kernels.data(i);
           with_sampling(images.samples_images(), images.samples_kernels(), [&](auto with_images, auto with_kernels) {
             gradients.template fill<decltype(with_images)::value, decltype(with_kernels)::value>(
                 finder, order, item, begin, rows, image, kernel, grad, to);
@@ -494,13 +563,12 @@ Status compute_gradients(const Images<F>& images, const Gradients<F>& to) {
         write_pixels<F>(&grad_images[i * image_size], order.stored, order.slot.data(), images.in_pixels, nullptr,
                         grad_x, first + i, 0);
     }
-    for (int64_t i = 0; by_item && to.need_kernels() && i < count; ++i)
-      if (!add_kernel_gradients(images, order, first + i, &grad_kernels[i * kernel_size], to, a.threads))
-        return Status::out_of_memory;
+    if (by_item && to.need_kernels() && !kernel_gradients.add(first, count, grad_kernels.data(), a.threads))
+      return Status::out_of_memory;
   }
-  if (!by_item && to.need_kernels() && a.batch &&
-      !add_kernel_gradients(images, order, 0, grad_kernels.data(), to, a.threads))
+  if (!by_item && to.need_kernels() && a.batch && !kernel_gradients.add(0, 1, grad_kernels.data(), a.threads))
     return Status::out_of_memory;
+  kernel_gradients.write(a.threads);
   return Status::ok;
 }
 
