@@ -313,7 +313,7 @@ def _erf(args: argparse.Namespace) -> None:
         try:
             centers.append(inspection.nearest_point(model, scene, position - scene.cloud.shift))
         except ValueError as error:
-            raise Refused(f"--at {' '.join(f'{value:g}' for value in position)}: {error}") from None
+            raise Refused(f"--at {' '.join(f'{value:.12g}' for value in position)}: {error}") from None
     make_folder(args.out)
     check_writable(pictures)
     fields = [inspection.field_at(model, scene, center, args.level) for center in centers]
@@ -328,7 +328,8 @@ def _erf(args: argparse.Namespace) -> None:
         name = model.settings.names[field.predicted]
         print(f"{place} {name:>12} {field.size:>8.1f} {field.radius:>8.3f} {deviations}")
     print("voxels: root of the number above 4.55 % of the largest value; radius: with 95 % of the mass")
-    for path in inspection.draw_fields(pictures, args.file.name, model, scene, fields):
+    subtitle = f"effective receptive fields, {'logits' if args.level is None else f'level {args.level}'}, {args.model}"
+    for path in inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields):
         print(f"picture: {path}")
 
 

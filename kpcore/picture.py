@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kpcore.config import require
+
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -87,8 +90,7 @@ def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
 
 def class_colors(number: int) -> np.ndarray:
     """(number, 3) uint8 colours that are easy to tell apart."""
-    from matplotlib import colormaps
-
+    colormaps = require("matplotlib", "plot").colormaps
     order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
     return np.array([colormaps["tab20"](order[i % 20], bytes=True)[:3] for i in range(number)], np.uint8)
 
@@ -122,12 +124,11 @@ class Page:
     """A figure with a title; positions are in pixels from the upper left corner."""
 
     def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
-        from matplotlib.figure import Figure
-
+        figure = require("matplotlib.figure", "plot")
         self.width, self.height = width, height
-        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-        self.text(MARGIN, 66, _short(title), 21, weight="bold")
-        self.text(MARGIN, 104, subtitle, 11, PALE_TEXT)
+        self.figure = figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+        self.text(MARGIN, 66, shortened(title, width - 2 * MARGIN, 21, bold=True), 21, weight="bold")
+        self.text(MARGIN, 104, shortened(subtitle, width - 2 * MARGIN, 11), 11, PALE_TEXT)
 
     def text(self, x: float, y: float, words: str, size: float, color: Any = TEXT, **style: Any) -> None:
         place = x / self.width, 1 - y / self.height
@@ -142,7 +143,7 @@ class Page:
     def show(self, image: np.ndarray, x: float, y: float, w: float, h: float) -> None:
         self.panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         with warnings.catch_warnings():
@@ -150,10 +151,21 @@ class Page:
             FigureCanvasAgg(self.figure).print_png(path)
 
 
-def _short(title: str) -> str:
-    """A file name for matplotlib, which reads $ as mathematics and rejects text that is not UTF-8; 60 characters."""
-    title = title.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
-    return title if len(title) <= 60 else title[:28] + " … " + title[-28:]
+def in_one_line(words: str) -> str:
+    """Words in one line, without what is no UTF-8, as file names may have both."""
+    return " ".join(words.split()).encode("utf-8", "backslashreplace").decode()
+
+
+def shortened(words: str, width: float, size: float, bold: bool = False) -> str:
+    """Words for matplotlib, which reads $ as mathematics: in one line, of at most `width` pixels in this size of type.
+
+    What is too long loses its middle, since names of files differ at their ends.
+    """
+    letter = (0.62 if bold else 0.53) * size * DPI / 72  # the mean width
+    words, most = in_one_line(words), int(width / letter)
+    if len(words) > most:
+        words = f"{words[: most // 2 - 1]} … {words[len(words) - most // 2 + 2 :]}"
+    return words.replace("$", r"\$")
 
 
 class View:
@@ -261,14 +273,12 @@ def _axes(toward: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def _heights(fraction: np.ndarray) -> np.ndarray:
-    from matplotlib import colormaps
-
+    colormaps = require("matplotlib", "plot").colormaps
     return colormaps["viridis"](0.15 + 0.83 * fraction)[:, :3].astype(np.float32)
 
 
 def heat(influence: np.ndarray) -> np.ndarray:
-    from matplotlib import colormaps
-
+    colormaps = require("matplotlib", "plot").colormaps
     return colormaps["plasma"](0.2 + 0.8 * influence)
 
 

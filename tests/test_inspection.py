@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kpcore as kp
-from kpcore import cli, nn, visualization
+from kpcore import cli, nn, picture, visualization
 from kpcore.pipeline import batches, inspection
 from kpcore.pipeline.settings import from_dict
 from kpcore.pipeline.training import Model, Training
@@ -309,14 +309,87 @@ def test_a_page_holds_the_cloud(tmp_path, up):
     assert "<title>a &lt;b&gt;: 95 %</title>" in page and "{{" not in page and "http" not in page
     points, colors = (base64.b64decode(text) for text in re.findall(r'bytes\("([^"]*)"\)', page))
     points = np.frombuffer(points, np.float32).reshape(-1, 3)
-    relative = field.points - field.center
+    assert (points[-1] == 0).all()  # the output
+    points, relative = points[:-1], field.points - field.center
     np.testing.assert_allclose(points[:, 2], relative @ up, atol=1e-5)
     between = np.linalg.norm(points[:50, None] - points[:50], axis=2)  # turned, not distorted
     np.testing.assert_allclose(between, np.linalg.norm(relative[:50, None] - relative[:50], axis=2), atol=1e-5)
     assert np.linalg.det(np.linalg.lstsq(relative, points, rcond=None)[0]) > 0.99  # nor mirrored
-    np.testing.assert_array_equal(
-        np.frombuffer(colors, np.uint8).reshape(-1, 3), visualization.field_colors(field.values)
-    )
+    colors = np.frombuffer(colors, np.uint8).reshape(-1, 3)
+    np.testing.assert_array_equal(colors[:-1], visualization.field_colors(field.values))
+    np.testing.assert_array_equal(colors[-1], visualization.MARK)
+
+
+def test_names_in_a_page(tmp_path):
+    field = cloud_field(name="{{SPACING}} {{COLORS}}\n</title>$x$", note="")
+    visualization.write_html(str(tmp_path / "a.html"), field, (0, 0, 7))  # as long as one likes
+    assert "<title>{{SPACING}} {{COLORS}} &lt;/title&gt;$x$</title>" in (tmp_path / "a.html").read_text()
+
+
+def test_names_that_are_too_long_lose_their_middle():
+    words = picture.shortened(f"2024-05-17_{'x' * 300}\nsubsampled.las", 620, 11)
+    assert len(words) < 60 and words.startswith("2024-05-17_xx") and words.endswith("xx subsampled.las")
+    assert picture.shortened("cost: 3 $", 620, 11) == r"cost: 3 \$"
+
+
+FIELD = {"points": np.zeros((4, 3)), "colors": None, "values": np.ones(4), "center": np.zeros(3), "spacing": 1.0}
+IMAGE = {"image": np.zeros((5, 6)), "values": np.ones((5, 6)), "center": [4, 5]}
+
+
+@pytest.mark.parametrize(("kind", "wrong", "message"), [
+    ("PointField", {"points": np.zeros((4, 2))}, r"points: expected \(N, 3\), got \(4, 2\)"),
+    ("PointField", {"points": np.zeros((0, 3))}, "points: expected at least one"),
+    ("PointField", {"points": np.full((4, 3), np.nan)}, "points: expected finite values, got nan"),
+    ("PointField", {"values": np.ones(3)}, r"values: expected \(4\), got \(3,\)"),
+    ("PointField", {"values": -np.ones(4)}, "values: expected finite values of at least 0, got -1"),
+    ("PointField", {"values": np.array([1, 1, 1, np.nan])}, "values: expected finite values of at least 0, got nan"),
+    ("PointField", {"center": np.full(3, np.nan)}, "center: expected finite"),
+    ("PointField", {"spacing": 0}, "spacing: expected a length above zero, got 0"),
+    ("PointField", {"colors": np.ones((4, 3))}, "colors: expected uint8, got float64"),
+    ("PointField", {"colors": np.ones((3, 3), np.uint8)}, r"colors: expected \(4, 3\), got \(3, 3\)"),
+    ("ImageField", {"image": np.zeros((5, 6), np.uint8)}, "image: expected floats from 0 to 1, got uint8"),
+    ("ImageField", {"image": np.full((5, 6), 255.0)}, "image: expected values from 0 to 1, got 255 to 255"),
+    ("ImageField", {"image": np.zeros((5, 6, 4))}, r"image: expected \(H, W, 3\), got \(5, 6, 4\)"),
+    ("ImageField", {"values": np.zeros((6, 5))}, r"values: expected \(5, 6\), got \(6, 5\)"),
+    ("ImageField", {"center": (4, 6)}, "center: expected a row and a column of 5 x 6"),
+])  # fmt: skip
+def test_fields_that_are_refused(kind, wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        getattr(visualization, kind)(**({"PointField": FIELD, "ImageField": IMAGE}[kind] | wrong), name="a")
+
+
+def test_pictures_that_are_refused(tmp_path):
+    path, one, up = tmp_path / "a", cloud_field(), (0, 0, 1)
+    for call, message in (
+        (lambda: visualization.write_html(path, one, (0, 0, 0)), "up: expected the direction of an axis"),
+        (
+            lambda: visualization.draw_point_fields(path, "", "", [one], (1, 1, 1)),
+            "up: expected the direction of an axis",
+        ),
+        (lambda: visualization.draw_point_fields(path, "", "", [], up), "fields: expected at least one"),
+        (lambda: visualization.draw_point_fields(path, "", "", [one], up, across=0), "across: expected at least 1"),
+        (lambda: visualization.draw_kernels(path, "", "", [], up), "patches: expected at least one"),
+        (
+            lambda: visualization.draw_activations(
+                path, "", "", [visualization.Activation(one.points, one.values, 1, "")], up
+            ),
+            "features: expected a sequence of inputs",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+        assert not path.exists()
+
+
+def test_the_output_of_a_field_over_an_image_is_any_sequence(tmp_path):
+    images = []
+    for center in ((4, 5), [4, 5], np.array([4, 5])):
+        one = [visualization.ImageField(**(IMAGE | {"center": center}), name="a")]
+        visualization.draw_image_fields(tmp_path / "a.png", "", "", one)
+        images.append(read_image(tmp_path / "a.png"))
+    assert is_green(images[0]).any()
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images[0], images[2])
 
 
 def test_activations_share_a_scale_of_colours(tmp_path):
@@ -364,7 +437,7 @@ def test_erf_of_a_level_in_the_middle_of_a_scan(models, scan, command, tmp_path)
 
 
 def test_features_of_scans(models, scan, command, tmp_path):
-    code, out, err = command("features", models["rigid"][1], scan, scan, "--level", 1, "--channels", 2, 5)
+    code, out, err = command("features", models["rigid"][1], scan, scan, *("--level", 1) * 2, "--channels", 2, 5)
     assert (code, err) == (0, "")
     rows = re.findall(r"^level (\d), channel +(\d): +(-?[\d.]+) in flat <3>.npz$", out, re.MULTILINE)
     assert [row[:2] for row in rows] == [("1", "2"), ("1", "2"), ("1", "5"), ("1", "5")]
@@ -392,7 +465,7 @@ def test_what_the_commands_refuse(models, scan, command, tmp_path, capsys):
         (["erf", tmp_path / "none.safetensors", scan], "none.safetensors: No such file"),
         (["erf", path, tmp_path / "none.npz"], "none.npz: No such file"),
         (["erf", path, scan, "--at", 1, 2, 3], "--at 1 2 3: expected a position on the scan, within 0.2598 of a point"),
-        (["erf", path, scan, "--at", "nan", 2, 3], "--at nan 2 3: "),
+        (["erf", path, scan, "--at", "nan", 2, 3], "--at nan 2 3: expected finite coordinates"),
         (["erf", path, scan, "--level", 3], "--level 3: expected a level below 3, as "),
         (["features", path, scan, "--level", 4], "--level 4: expected a level below 3, as "),
         (["features", path, scan, "--channels", 16], "channels: expected numbers below 16 on level 0, got 16"),

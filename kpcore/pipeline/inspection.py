@@ -6,6 +6,7 @@ The commands `kpcore erf` and `kpcore features`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,8 @@ def middle_point(scene: Scene) -> np.ndarray:
 
 def nearest_point(model: Model, scene: Scene, position: np.ndarray) -> np.ndarray:
     """The point of a scene at a position (D,); an error if none is within the diagonal of a voxel."""
+    if not np.isfinite(position).all():
+        raise ValueError("expected finite coordinates")
     nearest = scene.tree.knn_search(position[None].astype(np.float32), 1, return_distances=True)
     limit = math.sqrt(scene.points.shape[1]) * model.settings.network.voxel_size
     if (distance := float(nearest.distance[0])) > limit:
@@ -151,7 +154,7 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
     apart. Without `channels` those are chosen that are largest in standard deviations above their mean over all inputs:
     the most selective ones.
     """
-    training, classifies = model.settings.training, model.settings.digits
+    training, classifies, levels = model.settings.training, model.settings.digits, [*dict.fromkeys(levels)]
     spheres = [batches.whole_scene(scenes, i) for i in range(len(scenes))] if classifies else _covering(model, scenes)
     largest: dict[int, list[np.ndarray]] = {level: [] for level in levels}
 
@@ -257,25 +260,41 @@ def point_field(model: Model, scene: Scene, field: ReceptiveField, name: str,
     shown = shown or max(2 * field.radius, 10 * spacing)
     near = np.flatnonzero(((scene.full - field.center) ** 2).sum(axis=1) <= shown**2)
     points, colors = scene.full[near], scene.cloud.colors
+    place = " ".join(f"{value:.12g}" for value in np.round(field.center + scene.cloud.shift, 3))
     return visualization.PointField(
         points, None if colors is None else colors[near], values[scene.tree.knn_search(points, 1).index], field.center,
-        spacing, name, f"95 % of the mass within {field.radius:.3g}",
+        _drawn_spacing(points, spacing), name, f"at {place}: 95 % of the mass within {field.radius:.3g}",
     )  # fmt: skip
 
 
-def draw_fields(path: Path, title: str, model: Model, scene: Scene, fields: Sequence[ReceptiveField]) -> list[Path]:
-    """Write a picture of fields and pages that the mouse turns, and a picture of deformed kernels; the paths of all."""
+def _drawn_spacing(points: np.ndarray, voxel: float) -> float:
+    """The diameter of points in a picture: a voxel, or less where points of the file are much denser."""
+    sample = points[:: max(1, len(points) // 1000)]
+    nearest = kp.knn_search(points, sample, 5, return_distances=True)  # 4 others, as around a point of a square grid
+    farthest = nearest.distance.reshape(len(sample), -1)[:, -1]
+    return min(voxel, max(1.5 * float(np.median(farthest)), voxel / 8))
+
+
+def draw_fields(path: Path, title: str, subtitle: str, model: Model, scene: Scene,
+                fields: Sequence[ReceptiveField]) -> list[Path]:  # fmt: skip
+    """Write a picture of fields and pages that the mouse turns, and a picture of deformed kernels; the paths of all.
+
+    `title` names the scan and `subtitle` says of which outputs the fields are.
+    """
     from kpcore import visualization
 
     names, up = model.settings.names, scene.cloud.up
-    shown = [point_field(model, scene, field, names[field.predicted]) for field in fields]
+    shown = [
+        point_field(model, scene, field, f"{number}: {names[field.predicted]}")
+        for number, field in enumerate(fields, 1)
+    ]
     with replacing(path) as part:
-        visualization.draw_point_fields(part, title, "effective receptive fields", shown, up)
+        visualization.draw_point_fields(part, title, subtitle, shown, up)
     paths = [path]
     for number, (field, one) in enumerate(zip(fields, shown, strict=True), 1):
         paths.append(path.with_name(f"{path.stem}-{number}.html"))
         with replacing(paths[-1]) as part:
-            visualization.write_html(part, one, up)
+            visualization.write_html(part, replace(one, name=f"{title}, {subtitle}, {one.name}"), up)
         if patches := kernels_at(model, scene, field.center):
             paths.append(path.with_name(f"{path.stem}-{number}-kernel.png"))
             with replacing(paths[-1]) as part:
