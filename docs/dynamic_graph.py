@@ -18,7 +18,7 @@ import kpcore as kp
 from kpcore import nn
 from kpcore.nn import blocks
 
-NUM_TRAIN, NUM_TEST, EPOCHS, BATCH, RATE, DTYPE = 6000, 2000, 6, 32, 0.004, np.float32
+NUM_TRAIN, NUM_TEST, EPOCHS, BATCH, RATE, DTYPE = 6000, 2000, 10, 32, 0.004, np.float32
 NUM_POINTS, K = 64, 10  # of a digit; neighbours of a point, the first of which is the point itself
 WIDTHS, EMBEDDING = (16, 16, 64), 128  # of the EdgeConvs; all but the last are dimensions of a search
 

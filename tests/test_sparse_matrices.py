@@ -12,6 +12,7 @@ LISTS = {
     "sorted": [(0, 1), (0, 4), (2, 0), (2, 3), (3, 3)],
     "by distance": [(0, 4), (0, 1), (2, 3), (2, 0), (3, 3)],
     "equal pairs": [(0, 1), (0, 1), (2, 3), (2, 0), (2, 3)],
+    "equal pairs in order": [(0, 1), (0, 1), (2, 3)],
     "none": [],
 }
 each_list = pytest.mark.parametrize("pairs", LISTS.values(), ids=LISTS)
@@ -181,6 +182,8 @@ def test_graphs_of_tensors():
     row_splits = kp.torch.batch_to_row_splits(batch, 4)
     assert row_splits.tolist() == [0, 8, 8, 20, 20]
     assert torch.equal(kp.torch.row_splits_to_batch(row_splits), batch)
+    with pytest.raises(TypeError, match="batch: expected integers, got bfloat16"):
+        kp.torch.batch_to_row_splits(batch.to(torch.bfloat16))
     edges = kp.torch.knn_graph(torch.from_numpy(points), 3, row_splits=row_splits, flow="target_to_source")
     assert_same_bits(edges.numpy(), kp.knn_graph(points, 3, row_splits=row_splits.numpy())[::-1])
 
