@@ -22,21 +22,25 @@ FRAMEWORKS = {
         "DTypeLike",
     ),
 }
-# {module of kpcore.torch: what kpcore.torch has from it}
+# {framework: {module of kpcore.<framework>: what kpcore.<framework> has from it}}
 EXPORTED = {
-    "deform2d_layers": (
-        "ConditionalConv2d",
-        "DeformableConv2d",
-        "DeformableKernelConv2d",
-        "GlobalDeformableKernel2d",
-        "LocalDeformableKernel2d",
-    ),
-    "layers": ("DeformableKPConv", "KPConv", "KPConvX"),
-    "networks": ("ImageNetwork", "Network"),
-    "open3d_layers": ("ContinuousConv", "SparseConv", "SparseConvTranspose"),
-    "open3d_searches": ("FixedRadiusSearch", "KNNSearch", "RadiusSearch", "VoxelPooling"),
-    "ops": ("use_torch_allocator",),
-    "sparse_layers": ("InverseConv", "StridedConv", "SubmanifoldConv"),
+    "torch": {
+        "deform2d_layers": (
+            "ConditionalConv2d",
+            "DeformableConv2d",
+            "DeformableKernelConv2d",
+            "GlobalDeformableKernel2d",
+            "LocalDeformableKernel2d",
+        ),
+        "layers": ("DeformableKPConv", "KPConv", "KPConvX"),
+        "networks": ("ImageNetwork", "Network"),
+        "open3d_layers": ("ContinuousConv", "SparseConv", "SparseConvTranspose"),
+        "open3d_searches": ("FixedRadiusSearch", "KNNSearch", "RadiusSearch", "VoxelPooling"),
+        "ops": ("use_torch_allocator",),
+        "sparse_layers": ("InverseConv", "StridedConv", "SubmanifoldConv"),
+        "sparse_tensors": ("to_sparse",),
+    },
+    "jax": {"sparse_arrays": ("to_bcoo",)},
 }
 # The array types in kpcore's annotations; a stub has the framework's in their place.
 _ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
@@ -49,10 +53,11 @@ def text(file):
     lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
     lines.append("from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
-    lines.append("from kpcore.search import IgnoreQueryPoint, Metric, Sort")
-    if array == "Tensor":
-        lines += [f"from kpcore.torch.{module} import {name} as {name}" for module, names in EXPORTED.items()
-                  for name in names]  # fmt: skip
+    framework = file.partition("/")[0]
+    more = [f"from kpcore.{framework}.{module} import {name} as {name}"
+            for module, names in EXPORTED[framework].items() for name in names]  # fmt: skip
+    more += ["from kpcore.neighbors import Flow", "from kpcore.search import IgnoreQueryPoint, Metric, Sort"]
+    lines += sorted(more, key=lambda line: line.split()[1])
     for index in ("GridIndex", "KDTree"):
         lines += ["", f"class {index}(kpcore.{index}):"]
         lines += [f"    {line}" for line in _declared(kp.KDTree.radius_search, array, *argument_and_dtype)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, overload
 
 import numpy as np
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
     from typing_extensions import Self
 
-__all__ = ["Neighbors", "lengths", "row_splits"]
+__all__ = ["Neighbors", "batch_to_row_splits", "lengths", "row_splits", "row_splits_to_batch"]
+
+Flow: TypeAlias = Literal["source_to_target", "target_to_source"]
+
+_FLOWS = ("source_to_target", "target_to_source")
 
 # Type of a framework's array -> the function (argument name, array) that copies it to NumPy. kpcore.jax adds JAX's.
 TO_HOST: dict[type, Callable[[str, Any], np.ndarray]] = {}
@@ -60,6 +64,80 @@ def lengths(row_splits: AnyArray) -> np.ndarray:
     values = checks.array("row_splits", row_splits, "B+1", checks.SPLITS, {})
     _check_bounds("row_splits", devices.on_host(values))
     return np.diff(values)
+
+
+def batch_to_row_splits(batch: AnyArray, num_items: int | None = None) -> np.ndarray:
+    """Bounds of stacked items from the number of the item of each row, the batch vector of PyTorch Geometric.
+
+    Parameters
+    ----------
+    batch : (N,) int32 or int64
+        From 0, never decreasing; a number that is left out is an empty item.
+    num_items : int, optional
+        B; by default one more than the last number in `batch`.
+
+    Returns
+    -------
+    (B + 1,) int64
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a vector that is not sorted, numbers below 0 or from `num_items` on, or other dtypes.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kp.batch_to_row_splits(np.array([0, 0, 0, 2, 2]))
+    array([0, 3, 3, 5])
+    >>> kp.batch_to_row_splits(np.array([0, 0, 0, 2, 2]), num_items=4)
+    array([0, 3, 3, 5, 5])
+    """
+    batch, xp = checks.array("batch", batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
+    falls = batch[1:] < batch[:-1]
+    if falls.any():
+        at = int(falls.argmax())
+        raise ValueError(
+            f"batch: expected numbers that never decrease, got {batch[at]} then {batch[at + 1]} at {at}; sort the rows "
+            "by item first"
+        )
+    first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
+    most = checks.MAX_POINTS if num_items is None else checks.integer("num_items", num_items, 0, checks.MAX_POINTS)
+    if first < 0 or last >= most:
+        match = "" if num_items is None else " to match num_items"
+        raise ValueError(f"batch: expected numbers from 0 to {most - 1}{match}, got {first if first < 0 else last}")
+    return xp.searchsorted(batch, xp.arange((last + 1 if num_items is None else most) + 1, dtype=batch.dtype))
+
+
+def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
+    """The number of the item of each row, from the bounds of the items; the inverse of `batch_to_row_splits`.
+
+    Parameters
+    ----------
+    row_splits : (B + 1,) int64
+
+    Returns
+    -------
+    (N,) int64, with N = ``row_splits[-1]``
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kp.row_splits_to_batch(np.array([0, 3, 3, 5]))
+    array([0, 0, 0, 2, 2])
+    """
+    values = checks.array("row_splits", row_splits, "B+1", checks.SPLITS, {})
+    _check_bounds("row_splits", devices.on_host(values))
+    return _items_of_rows(values)
+
+
+def _items_of_rows(row_splits):
+    """(row_splits[-1],) int64: the number of the item of each row; `row_splits` are not checked."""
+    xp, num_items = devices.namespace(row_splits), len(row_splits) - 1
+    if xp is np:
+        return np.repeat(np.arange(num_items), np.diff(row_splits))
+    # CuPy's repeat takes the numbers of repetitions from the host only.
+    return xp.searchsorted(row_splits[1:], xp.arange(int(row_splits[-1])), side="right")
 
 
 def _check_bounds(name, values):
@@ -251,19 +329,105 @@ class Neighbors:
     @classmethod
     def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
         """From pairs (query, point), each (E,) int32 or int64, in any order; the pairs of a query keep their order."""
-        num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
-        num_queries = checks.integer("num_queries", num_queries, 0, checks.MAX_POINTS)
         sizes = {}
         query = checks.array("query", query, "E", checks.INTEGERS, sizes)
         point = checks.array("point", point, "E", checks.INTEGERS, sizes)
-        for name, values, size_name, size in (("query", query, "num_queries", num_queries),
-                                              ("point", point, "num_points", num_points)):  # fmt: skip
+        return cls._from_pairs(query, point, ("query", "point"), num_queries, num_points)[0]
+
+    @classmethod
+    def _from_pairs(cls, query, point, names, num_queries, num_points):
+        """(list, the number of the pair that each of its pairs comes from); `names` are those of the two arrays."""
+        num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
+        num_queries = checks.integer("num_queries", num_queries, 0, checks.MAX_POINTS)
+        for name, values, size_name, size in ((names[0], query, "num_queries", num_queries),
+                                              (names[1], point, "num_points", num_points)):  # fmt: skip
             if len(values) and ((low := int(values.min())) < 0 or int(values.max()) >= size):
                 bad = low if low < 0 else int(values.max())
                 raise ValueError(f"{name}: expected values from 0 to {size - 1} to match {size_name}, got {bad}")
         order = devices.namespace(query).argsort(query, kind="stable")
         splits = splits_from_counts(devices.namespace(query).bincount(query, minlength=num_queries))
-        return cls._new(point[order].astype(np.int32), splits, num_points)
+        return cls._new(point[order].astype(np.int32), splits, num_points), order
+
+    def edge_index(self, flow: Flow = "source_to_target") -> np.ndarray:
+        """The pairs as edges of a graph, the form of PyTorch Geometric and torch_cluster.
+
+        An edge leads from a point to a query, as features do. The edges are in the order of ``index``: those of query 0
+        first.
+
+        Parameters
+        ----------
+        flow : {"source_to_target", "target_to_source"}
+            The rows of the result are (points, queries), or (queries, points).
+
+        Returns
+        -------
+        (2, E) int64
+
+        Examples
+        --------
+        >>> import numpy as np, kpcore as kp
+        >>> nb = kp.Neighbors(np.array([2, 1, 0], np.int32), kp.row_splits([2, 1]), num_points=3)
+        >>> nb.edge_index()
+        array([[2, 1, 0],
+               [0, 0, 1]])
+        """
+        is_swapped, pairs = checks.choice("flow", flow, _FLOWS), self.num_pairs
+        edges = devices.namespace(self.stored_index).empty((2, pairs), np.int64)
+        edges[is_swapped], edges[1 - is_swapped] = self.stored_index[:pairs], _items_of_rows(self.stored_row_splits)
+        return edges
+
+    @overload
+    @classmethod
+    def from_edge_index(cls, edge_index: AnyArray, num_points: int, num_queries: int | None = None, *,
+                        flow: Flow = "source_to_target", return_order: Literal[False] = False
+                        ) -> Self: ...  # fmt: skip
+
+    @overload
+    @classmethod
+    def from_edge_index(cls, edge_index: AnyArray, num_points: int, num_queries: int | None = None, *,
+                        flow: Flow = "source_to_target", return_order: Literal[True]
+                        ) -> tuple[Self, np.ndarray]: ...  # fmt: skip
+
+    @classmethod
+    def from_edge_index(cls, edge_index: AnyArray, num_points: int, num_queries: int | None = None, *,
+                        flow: Flow = "source_to_target", return_order: bool = False
+                        ) -> Self | tuple[Self, np.ndarray]:  # fmt: skip
+        """From the edges of a graph, in any order; the inverse of `edge_index`.
+
+        The edges of a query keep their order. What belongs to edges, such as weights, has to follow the order of the
+        pairs: ``weights[order]`` with the `order` of ``return_order=True``.
+
+        Parameters
+        ----------
+        edge_index : (2, E) int32 or int64
+            The rows (points, queries), or (queries, points) with ``flow="target_to_source"``.
+        num_points : int
+        num_queries : int, optional
+            By default `num_points`: the queries are the points.
+        flow : {"source_to_target", "target_to_source"}
+        return_order : bool
+            Return (list, order), where ``order`` (E,) int64 is the number of the edge that each pair comes from.
+
+        Examples
+        --------
+        >>> import numpy as np, kpcore as kp
+        >>> edges = np.array([[0, 2, 1], [1, 0, 0]])
+        >>> nb, order = kp.Neighbors.from_edge_index(edges, num_points=3, return_order=True)
+        >>> nb.to_padded()
+        array([[2, 1],
+               [0, 3],
+               [3, 3]], dtype=int32)
+        >>> np.array([0.1, 0.2, 0.3])[order]
+        array([0.2, 0.3, 0.1])
+        """
+        is_swapped = checks.choice("flow", flow, _FLOWS)
+        edge_index = checks.array("edge_index", edge_index, "2 E", checks.INTEGERS, {"2": (2, "edge_index")})
+        rows = 1 - is_swapped, is_swapped
+        neighbors, order = cls._from_pairs(
+            *(edge_index[row] for row in rows), [f"edge_index[{row}]" for row in rows],
+            num_points if num_queries is None else num_queries, num_points
+        )  # fmt: skip
+        return (neighbors, order) if checks.boolean("return_order", return_order) else neighbors
 
     def transpose(self) -> Neighbors:
         """The queries of each point: a list of N rows among M queries. Made once and kept; rows are in rising order."""

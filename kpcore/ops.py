@@ -49,7 +49,8 @@ Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
 # Public functions without gradients, which frameworks call but do not trace: the shapes of most results depend on
 # values.
-EAGER = ("build_pyramid", "farthest_point_sampling", "kernel_map", "kernel_points", "knn_search", "radius_search")
+EAGER = ("batch_to_row_splits", "build_pyramid", "farthest_point_sampling", "kernel_map", "kernel_points", "knn_graph",
+         "knn_search", "radius_search", "row_splits_to_batch")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import numpy as np
 from kpcore import config
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray
-from kpcore.neighbors import Neighbors, new_list
+from kpcore.neighbors import Flow, Neighbors, new_list
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Unpack
 
-__all__ = ["GridIndex", "KDTree", "knn_search", "radius_search"]
+__all__ = ["GridIndex", "KDTree", "knn_graph", "knn_search", "radius_search"]
 
 Metric: TypeAlias = Literal["l2", "l1", "linf"]
 Sort: TypeAlias = Literal["index", "distance"]
@@ -179,6 +179,44 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
     """
     cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
     return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
+
+
+def knn_graph(points: AnyArray, k: int, *, row_splits: AnyArray | None = None, loop: bool = False,
+              flow: Flow = "source_to_target") -> np.ndarray:  # fmt: skip
+    """The edges from the k nearest points to each point: `knn_search` in the form of PyTorch Geometric.
+
+    Parameters
+    ----------
+    points : (N, D) float32 or float64, D as in `knn_search`
+    k : int
+        At least 1.
+    row_splits : (B + 1,) int64, optional
+        Bounds of batch items, which edges do not leave; `batch_to_row_splits` makes them from a batch vector.
+    loop : bool
+        Whether a point may be its own neighbour. Other points with its coordinates always may.
+    flow : {"source_to_target", "target_to_source"}
+        The rows of the result are (neighbours, points), or (points, neighbours).
+
+    Returns
+    -------
+    (2, E) int64
+        The edges of point 0 first, the nearest neighbour first.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryError
+        As `knn_search`.
+
+    Examples
+    --------
+    >>> import numpy as np, kpcore as kp
+    >>> kp.knn_graph(np.array([[0.0], [1.0], [3.0]]), 1)
+    array([[1, 0, 1],
+           [0, 1, 2]])
+    """
+    ignored = False if checks.boolean("loop", loop) else "index"
+    cloud = _Cloud(points, row_splits, "row_splits", None, None)
+    return _knn_search(cloud.index(None), cloud, k, "l2", ignored, False).edge_index(flow)
 
 
 class _KnnOptions(TypedDict, total=False):

@@ -530,6 +530,9 @@ def test_lists(longer):
     check(lambda nb: kp.lengths(kp.row_splits(nb.counts)), neighbors)
     query = np.repeat(np.arange(61), neighbors.counts)[::-1].copy()
     check(kp.Neighbors.from_coo, query, neighbors.index[: len(query)][::-1].astype(np.int64), 61, 40)
+    check(lambda nb: [nb.edge_index(), nb.edge_index("target_to_source")], neighbors)
+    check(lambda nb: kp.Neighbors.from_edge_index(nb.edge_index()[:, ::-1], 40, 61, return_order=True), neighbors)
+    check(lambda nb: kp.batch_to_row_splits(kp.row_splits_to_batch(nb.row_splits), 61), neighbors)
     assert repr(neighbors.to("cuda")) == repr(neighbors)
 
 

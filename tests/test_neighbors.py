@@ -719,6 +719,29 @@ def test_from_coo_keeps_the_order_of_a_rows_pairs():
     assert neighbors.num_points == 4
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("flow, rows", [("source_to_target", (0, 1)), ("target_to_source", (1, 0))])
+def test_edges_and_back(flow, rows, dtype):
+    points, queries = [2, 0, 1, 3, 1, 0], [0, 0, 2, 3, 3, 3]
+    edges = make().edge_index(flow)
+    assert edges.dtype == np.int64
+    assert edges[rows[0]].tolist() == points and edges[rows[1]].tolist() == queries
+    shuffled = edges[:, np.random.default_rng(0).permutation(6)].astype(dtype)
+    neighbors, order = kp.Neighbors.from_edge_index(shuffled, 4, 5, flow=flow, return_order=True)
+    expected = [[p for p, q in shuffled[list(rows)].T if q == query] for query in range(5)]
+    assert lists(neighbors) == expected != ROWS  # the edges of a query are in their order
+    assert order.dtype == np.int64
+    assert_same_bits(neighbors.edge_index(flow), shuffled[:, order].astype(np.int64))
+    assert lists(kp.Neighbors.from_edge_index(edges, 4, 5, flow=flow)) == ROWS
+    assert kp.Neighbors.from_edge_index(edges, 5, flow=flow).num_queries == 5
+
+
+def test_edges_of_nothing():
+    empty = kp.Neighbors(np.empty(0, np.int32), np.zeros(4, np.int64), 0)
+    assert empty.edge_index().shape == (2, 0)
+    assert kp.Neighbors.from_edge_index(empty.edge_index(), 0, 3).counts.tolist() == [0, 0, 0]
+
+
 @given(neighbor_rows())
 def test_padded_and_back(rows_and_num):
     rows, num_points = rows_and_num
@@ -941,6 +964,7 @@ METHODS = {
     "with_transpose": lambda nb: nb.with_transpose(),
     "with_width": lambda nb: nb.with_width(3),
     "to_sparse": lambda nb: nb.to_sparse(),
+    "edge_index": lambda nb: nb.edge_index(),
     "to": lambda nb: nb.to("cpu"),
 }
 
@@ -990,6 +1014,7 @@ def test_neighbors_index_may_be_longer_than_its_rows():
     assert neighbors.to_padded().tolist() == [[2, 0], [1, 3]]
     assert [sorted(row) for row in lists(neighbors.transpose())] == [[0], [1], [0]]
     assert neighbors.to_sparse().toarray().tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert neighbors.edge_index().tolist() == [[2, 0, 1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [3], [0, 2, 0, 5, 0]])
@@ -998,3 +1023,47 @@ def test_row_splits_and_lengths(lengths):
     assert row_splits.dtype == np.int64 and kp.lengths(row_splits).dtype == np.int64
     assert row_splits.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     assert kp.lengths(row_splits).tolist() == lengths
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("lengths", [[], [0], [3], [0, 2, 0, 5, 0]])
+def test_batch_vectors_and_row_splits(lengths, dtype):
+    row_splits, batch = kp.row_splits(lengths), np.repeat(np.arange(len(lengths)), lengths)
+    assert_same_bits(kp.row_splits_to_batch(row_splits), batch)
+    assert_same_bits(kp.batch_to_row_splits(batch.astype(dtype), len(lengths)), row_splits)
+    last = len(np.trim_zeros(lengths, "b"))  # items after the last row are not in the vector
+    assert_same_bits(kp.batch_to_row_splits(batch.astype(dtype)), row_splits[: last + 1])
+
+
+@pytest.mark.parametrize("flow, rows", [("source_to_target", (0, 1)), ("target_to_source", (1, 0))])
+@pytest.mark.parametrize("loop", [False, True])
+def test_knn_graph(loop, flow, rows):
+    """As torch_cluster defines it: the edges of a point come from the k nearest of its item, by distance."""
+    rng, k = np.random.default_rng(0), 4
+    points, row_splits = rng.random((60, 5)), np.array([0, 30, 30, 33, 60])
+    points[7] = points[3]  # another point with the same coordinates is a neighbour, whether or not there are loops
+    edges = kp.knn_graph(points, k, row_splits=row_splits, loop=loop, flow=flow)
+    assert edges.dtype == np.int64
+    expected = []
+    for begin, end in itertools.pairwise(row_splits):
+        for query in range(begin, end):
+            distance = np.linalg.norm(points[begin:end] - points[query], axis=1)
+            near = begin + np.argsort(distance, kind="stable")
+            expected += [(point, query) for point in near[loop | (near != query)][:k]]
+    assert edges[list(rows)].T.tolist() == [list(map(int, pair)) for pair in expected]
+    assert (edges[0] == edges[1]).any() == loop
+
+
+@pytest.mark.parametrize("dimensions", [1, 16, 17, 64])
+def test_knn_graph_takes_the_dimensions_of_knn_search(dimensions):
+    points = np.random.default_rng(0).random((40, dimensions))
+
+    def outcome(search):
+        try:
+            return search().tolist()
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(lambda: kp.knn_graph(points, 3, loop=True)) == outcome(
+        lambda: kp.knn_search(points, None, 3).edge_index()
+    )

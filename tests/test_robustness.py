@@ -758,11 +758,51 @@ def test_one_index_out_of_range_is_found_anywhere(value, place, isa):
         (lambda: kp.row_splits([1, -1]), ValueError),
         (lambda: kp.row_splits([1.5]), TypeError),
         (lambda: kp.lengths(np.array([0, 2, 1])), ValueError),
+        (lambda: kp.Neighbors.from_edge_index(np.zeros((2, 3)), 4), TypeError),
+        (lambda: neighbors().edge_index("up"), ValueError),
+        (lambda: kp.batch_to_row_splits(np.array([0.0, 1])), TypeError),
+        (lambda: kp.row_splits_to_batch(np.array([1, 2])), ValueError),
+        (lambda: kp.row_splits_to_batch(np.array([0, 2], np.int32)), TypeError),
+        (lambda: kp.knn_graph(np.zeros((3, 2)), 0), ValueError),
+        (lambda: kp.knn_graph(np.zeros((3, 2)), 1, loop=1), TypeError),
     ],
 )
 def test_wrong_conversions(call, error):
     with pytest.raises(error):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kp.Neighbors.from_edge_index(np.zeros((3, 2), int), 4), "edge_index: expected (2, E), got (3, 2)"),
+        (
+            lambda: kp.Neighbors.from_edge_index(np.array([[0, 4], [1, 1]]), 4),
+            "edge_index[0]: expected values from 0 to 3 to match num_points, got 4",
+        ),
+        (
+            lambda: kp.Neighbors.from_edge_index(np.array([[0, 4], [1, 1]]), 4, 4, flow="target_to_source"),
+            "edge_index[0]: expected values from 0 to 3 to match num_queries, got 4",
+        ),
+        (
+            lambda: kp.batch_to_row_splits(np.array([0, 2, 1])),
+            "batch: expected numbers that never decrease, got 2 then 1 at 1; sort the rows by item first",
+        ),
+        (
+            lambda: kp.batch_to_row_splits(np.array([0, 2]), 2),
+            "batch: expected numbers from 0 to 1 to match num_items, got 2",
+        ),
+        (lambda: kp.batch_to_row_splits(np.array([-1, 2])), "batch: expected numbers from 0 to 2147483646, got -1"),
+        (
+            lambda: kp.knn_graph(np.zeros((3, 2)), 1, row_splits=np.array([0, 2])),
+            "row_splits: expected values from 0 to 3 to match points, got from 0 to 2",
+        ),
+    ],
+)
+def test_errors_of_graphs(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == message
 
 
 NUMBERS = {  # {function: {argument that is a number: valid value}}

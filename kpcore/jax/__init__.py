@@ -2,8 +2,8 @@
 
 Differentiable operators are calls through XLA's foreign function interface (FFI), each a `jax.custom_vjp` whose
 gradient is another such call. Searches and `grid_subsample` take and return JAX arrays outside of jit, because the
-sizes of their results depend on values. `kpcore.Neighbors` is a pytree. docs/frameworks.md describes all of it, and the
-limits.
+sizes of their results depend on values. `kpcore.Neighbors` is a pytree; `to_bcoo` makes a sparse array of one.
+docs/frameworks.md describes all of it, and the limits.
 """
 
 try:
@@ -18,6 +18,7 @@ from kpcore.jax import pytree as _pytree  # noqa: F401 - registers Neighbors as 
 from kpcore.jax.eager import GridIndex, KDTree
 from kpcore.jax.eager import eager as _eager
 from kpcore.jax.operators import define as _define
+from kpcore.jax.sparse_arrays import to_bcoo
 from kpcore.neighbors import Neighbors
 from kpcore.ops import EAGER as _EAGER
 from kpcore.ops import OPS as _OPS
@@ -28,5 +29,5 @@ for _name, _op in _OPS.items():
 for _name in _EAGER:
     globals()[_name] = _eager(getattr(_kpcore, _name))
 
-__all__ = ["GridIndex", "KDTree", "Neighbors", *_EAGER, *_OPS]
+__all__ = ["GridIndex", "KDTree", "Neighbors", "to_bcoo", *_EAGER, *_OPS]
 __all__.sort()

@@ -8,6 +8,8 @@ from numpy.typing import DTypeLike
 import kpcore
 from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.jax.sparse_arrays import to_bcoo as to_bcoo
+from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 
 class GridIndex(kpcore.GridIndex):
@@ -86,6 +88,10 @@ def batch_norm(
     eps: float = ...,
     negative_slope: float | None = ...,
 ) -> BatchNormed[Array, Array]: ...
+def batch_to_row_splits(
+    batch: Array | ndarray,
+    num_items: int | None = ...,
+) -> Array: ...
 def build_pyramid(
     points: Array | ndarray,
     *,
@@ -275,6 +281,14 @@ def kernel_points(
     seed: int = ...,
     dtype: DTypeLike = ...,
 ) -> Array: ...
+def knn_graph(
+    points: Array | ndarray,
+    k: int,
+    *,
+    row_splits: Array | ndarray | None = ...,
+    loop: bool = ...,
+    flow: Flow = ...,
+) -> Array: ...
 def knn_search(
     points: Array | ndarray,
     queries: Array | ndarray | None,
@@ -382,6 +396,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Array: ...
+def row_splits_to_batch(
+    row_splits: Array | ndarray,
 ) -> Array: ...
 def segment_reduce(
     features: Array | ndarray,

@@ -69,7 +69,7 @@ def define(op: Op, public: Callable[..., Any]) -> Callable[..., Any]:
         for name, (kind, optional) in argument_kinds.items():
             value = bound[name]
             if kind == "Array":
-                arrays[name] = _checked(name, value, optional)
+                arrays[name] = checked(name, value, optional)
             elif kind != "Neighbors":
                 settings.append((name, setting(name, kind, optional, value)))
             elif isinstance(value, Neighbors) or (value is None and optional):
@@ -216,7 +216,7 @@ def _second_derivatives(call, *_):
     raise NotImplementedError(f"{call.op}: second derivatives are not supported")
 
 
-def _checked(name, value, optional):
+def checked(name: str, value: Any, optional: bool) -> Any:
     """Check an array argument without looking at its shape, which the operator's checks do."""
     if value is None and optional:
         return value

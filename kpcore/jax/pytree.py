@@ -1,6 +1,7 @@
 """`kpcore.Neighbors`, `kpcore.Pyramid` and `kpcore.KernelMap` as JAX pytrees."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from kpcore.sampling import Sampled
 from kpcore.subsampling import Subsampled
 
 
-def _flatten(neighbors):
+def flatten(neighbors: Neighbors) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """((index, row_splits, distance, transpose), sizes) of a list, with row_splits that JAX can hold."""
     row_splits = neighbors.row_splits
     if type(row_splits).__module__.split(".")[0] == "cupy":
         raise TypeError(
@@ -57,7 +59,7 @@ def to_host(name: str, array: jax.Array) -> np.ndarray:
 
 
 TO_HOST[jax.Array] = to_host
-jax.tree_util.register_pytree_node(Neighbors, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(Neighbors, flatten, _unflatten)
 jax.tree_util.register_pytree_node(KernelMap, _flatten_map, lambda kernel, arrays: KernelMap(*arrays, *kernel))
 jax.tree_util.register_pytree_node(Pyramid, lambda levels: (tuple(levels), None), lambda _, levels: Pyramid(levels))
 

@@ -3,7 +3,8 @@
 Differentiable operators are torch operators (``torch.ops.kpcore``). Searches and `grid_subsample` run eagerly, because
 the sizes of their results depend on values; so do functions that prepare a network (`build_pyramid`, `kernel_points`).
 Tensors are on the CPU or on a GPU, where CuPy must be installed. They share memory with the arrays that kpcore computes
-on, in both directions, and on a GPU kpcore uses torch's current stream. Neighbour lists are `kpcore.Neighbors`.
+on, in both directions, and on a GPU kpcore uses torch's current stream. Neighbour lists are `kpcore.Neighbors`, of
+which `to_sparse` makes a sparse tensor.
 `KPConv`, `DeformableKPConv` and `KPConvX` are layers, `SubmanifoldConv`, `StridedConv` and `InverseConv` those over a
 kernel map, and `ContinuousConv`, `SparseConv`, `SparseConvTranspose`, `FixedRadiusSearch`, `RadiusSearch`, `KNNSearch`
 and `VoxelPooling` have the arguments of Open3D's. `LocalDeformableKernel2d`, `GlobalDeformableKernel2d`,
@@ -39,6 +40,7 @@ from kpcore.torch.open3d_searches import FixedRadiusSearch, KNNSearch, RadiusSea
 from kpcore.torch.ops import define as _define
 from kpcore.torch.ops import use_torch_allocator
 from kpcore.torch.sparse_layers import InverseConv, StridedConv, SubmanifoldConv
+from kpcore.torch.sparse_tensors import to_sparse
 
 for _name, _op in _OPS.items():
     _make = _define if _op.result is not None else _eager.differentiable
@@ -70,6 +72,7 @@ __all__ = [
     "StridedConv",
     "SubmanifoldConv",
     "VoxelPooling",
+    "to_sparse",
     "use_torch_allocator",
     *_EAGER,
     *_OPS,

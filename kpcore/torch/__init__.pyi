@@ -7,6 +7,7 @@ from torch import Tensor, dtype
 import kpcore
 from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
+from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
 from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d
@@ -29,6 +30,7 @@ from kpcore.torch.ops import use_torch_allocator as use_torch_allocator
 from kpcore.torch.sparse_layers import InverseConv as InverseConv
 from kpcore.torch.sparse_layers import StridedConv as StridedConv
 from kpcore.torch.sparse_layers import SubmanifoldConv as SubmanifoldConv
+from kpcore.torch.sparse_tensors import to_sparse as to_sparse
 
 class GridIndex(kpcore.GridIndex):
     @overload
@@ -106,6 +108,10 @@ def batch_norm(
     eps: float = ...,
     negative_slope: float | None = ...,
 ) -> BatchNormed[Tensor, Tensor]: ...
+def batch_to_row_splits(
+    batch: Tensor,
+    num_items: int | None = ...,
+) -> Tensor: ...
 def build_pyramid(
     points: Tensor,
     *,
@@ -295,6 +301,14 @@ def kernel_points(
     seed: int = ...,
     dtype: DTypeLike | dtype = ...,
 ) -> Tensor: ...
+def knn_graph(
+    points: Tensor,
+    k: int,
+    *,
+    row_splits: Tensor | None = ...,
+    loop: bool = ...,
+    flow: Flow = ...,
+) -> Tensor: ...
 def knn_search(
     points: Tensor,
     queries: Tensor | None,
@@ -402,6 +416,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Tensor: ...
+def row_splits_to_batch(
+    row_splits: Tensor,
 ) -> Tensor: ...
 def segment_reduce(
     features: Tensor,

@@ -160,7 +160,7 @@ def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = Non
 
         return np.dtype(ml_dtypes.bfloat16)
     expected, dtypes = "float32 or float64", checks.REAL
-    if name.rpartition(".")[2] in ("index", "labels", "row_splits"):
+    if name.rpartition(".")[2] in ("batch", "index", "labels", "row_splits"):
         expected, dtypes = "integers", checks.SPLITS if name.endswith("row_splits") else checks.INTEGERS
     kind, advice = str(dtype)[6:], ""
     if tensor is not None and tensor.is_quantized:

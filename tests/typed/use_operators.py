@@ -62,6 +62,11 @@ def lists(points: np.ndarray) -> np.ndarray:
     assert_type(kp.Neighbors.from_padded(nb.to_padded(4, dtype=np.int64), 2), kp.Neighbors)
     assert_type(kp.Neighbors.from_coo(nb.index, nb.index, 3, 2), kp.Neighbors)
     assert_type(kp.lengths(nb.row_splits), np.ndarray)
+    edges = kp.knn_graph(points, 3, row_splits=kp.batch_to_row_splits(nb.index), flow="target_to_source")
+    assert_type(kp.Neighbors.from_edge_index(edges, 2), kp.Neighbors)
+    assert_type(kp.Neighbors.from_edge_index(nb.edge_index(), 2, return_order=True), tuple[kp.Neighbors, np.ndarray])
+    assert_type(kpt.knn_graph(torch.ones(4, 3), 2), torch.Tensor)
+    assert_type(kpt.to_sparse(nb, torch.ones(3)), torch.Tensor)
     return points[nb.index]
 
 
