@@ -1,4 +1,4 @@
-"""The command `kpcore`: its options, and the subcommands train, test, segment, erf and features."""
+"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf and features."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
+
+
+CONFUSION = "confusion.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,8 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--data", type=path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
-    test.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    test.add_argument(
+        "--votes", type=up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
+    )
+    test.add_argument(
+        "--out", type=path, metavar="DIR",
+        help="folder for the confusion matrix as CSV and picture, and for a picture of objects with a wrong class",
+    )  # fmt: skip
     test.set_defaults(run=_test)
+
+    predict = commands.add_parser("predict", help="classes of objects by a trained network")
+    predict.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    predict.add_argument(
+        "files", type=path, nargs="+", metavar="FILE", help="meshes in OFF or PLY, or clouds in any format that is read"
+    )
+    predict.add_argument("--votes", type=up_to(1000), help="votes for each object (default: as in the settings)")
+    predict.set_defaults(run=_predict)
 
     segment = commands.add_parser("segment", help="label a scan with a trained network")
     segment.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
@@ -170,7 +187,11 @@ def _parser() -> argparse.ArgumentParser:
     features = commands.add_parser("features", help="inputs that maximise features of a trained network")
     features.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
     features.add_argument(
-        "files", type=path, nargs="+", metavar="FILE", help="scans, or images of digits (idx) for a network of digits"
+        "files",
+        type=path,
+        nargs="+",
+        metavar="FILE",
+        help="scans, objects, or images of digits (idx), as the network has",
     )
     features.add_argument(
         "--level", type=up_to(MOST_LEVELS - 1, 0), action="append", metavar="N",
@@ -225,7 +246,7 @@ def _train(args: argparse.Namespace) -> None:
 
         def watch(entry: dict[str, Any]) -> None:
             if "test" in entry:
-                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"]))
+                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"], settings.classifies))
                 return
             bar.set_description_str(f"epoch {entry['epoch'] + 1} of {epochs}")
             bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
@@ -236,8 +257,12 @@ def _train(args: argparse.Namespace) -> None:
     print(f"done in {time.perf_counter() - begin:.0f} s: {args.out}")
 
 
-def _scores(when: str, scores: Scores) -> str:
-    parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
+def _scores(when: str, scores: Scores, classifies: bool) -> str:
+    by_class = scores["class_accuracy" if classifies else "iou"]
+    parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in by_class.items()]
+    if classifies:
+        means = f"accuracy {scores['accuracy']:.4f}, mean class accuracy {scores['mean_class_accuracy']:.4f}"
+        return f"{when}: {means} | accuracy {', '.join(parts)}"
     means = f"mIoU {scores['miou']:.4f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.4f}"
     return f"{when}: {means} | IoU {', '.join(parts)}"
 
@@ -250,20 +275,53 @@ def _model(path: Path) -> Model:
 
 
 def _test(args: argparse.Namespace) -> None:
-    from kpcore.pipeline import voting
+    from kpcore import picture
+    from kpcore.pipeline import classification, voting
     from kpcore.pipeline.data import load
 
     model = _model(args.model)
     if not model.settings.data.test:
         raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
-    if args.votes and not model.net.segments:
-        raise Refused(f"--votes: only valid for networks that label points, but {args.model} classifies whole clouds")
-    loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-    confusion = voting.evaluate(model, loaded, args.votes)
-    print(_scores(f"{confusion.sum():,} labelled", voting.scores(confusion, model.settings.names)))
+    settings, classifies = model.settings, model.settings.classifies
+    if args.out:
+        require("matplotlib.figure", "plot")
+        make_folder(args.out)
+        check_writable(args.out / CONFUSION)
+    loaded = load(settings, settings.data.test, args.data, model.columns)[0]
+    if classifies:
+        classified = classification.classify(model, loaded, args.votes)
+        confusion = classified.confusion()
+    else:
+        confusion = voting.evaluate(model, loaded, args.votes)
+    scored = _scores(f"{confusion.sum():,} labelled", voting.scores(confusion, settings.names), classifies)
+    print(scored)
     print("confusion, a row for each true class:")
-    for name, row in zip(model.settings.names, confusion, strict=True):
+    for name, row in zip(settings.names, confusion, strict=True):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
+    if not args.out:
+        return
+    classification.write_confusion(args.out / CONFUSION, settings.names, confusion)
+    print(f"table: {args.out / CONFUSION}")
+    drawn = [args.out / "confusion.png"]
+    with replacing(drawn[0]) as part:
+        subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
+        picture.draw_confusion(part, "Confusion", subtitle, settings.names, confusion)
+    if classifies and len(classified.errors):
+        drawn.append(args.out / "errors.png")
+        classification.draw_errors(drawn[1], model, classified)
+    for path in drawn:
+        print(f"picture: {path}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import classification
+
+    model = _model(args.model)
+    if model.settings.data.kind != "objects":
+        raise Refused(f"{args.model}: expected a network of objects, got one of {model.settings.data.kind}")
+    classified = classification.classify(model, classification.objects_of_files(model, args.files), args.votes)
+    for path, number, row in zip(args.files, classified.classes, classified.probabilities, strict=True):
+        print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
 
 
 def _segment(args: argparse.Namespace) -> None:
@@ -286,7 +344,7 @@ def _segment(args: argparse.Namespace) -> None:
     for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
     if segmented.scores:
-        print(_scores("compared with the labels in the file", segmented.scores))
+        print(_scores("compared with the labels in the file", segmented.scores, model.settings.classifies))
     if args.picture:
         with replacing(args.picture) as part:
             segmentation.draw(part, args.file.name, segmented, model.settings.names)

@@ -123,6 +123,18 @@ def draw_activations(path: Path, title: str, subtitle: str, features: Sequence[S
     page.write(path)
 
 
+def draw_objects(path: Path, title: str, subtitle: str, objects: Sequence[Activation]) -> None:
+    """Write a picture of objects in a grid, coloured by height or other values."""
+    from matplotlib import colormaps
+
+    images = []
+    for one in objects:
+        low, range_of_values = one.values.min(), np.ptp(one.values) or 1
+        colors = colormaps["viridis"]((one.values - low) / range_of_values, bytes=True)[:, :3]
+        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1)))
+    _panels(title, subtitle, images, [(one.name, one.note) for one in objects], PANELS_PER_ROW).write(path)
+
+
 def draw_kernels(path: Path, title: str, subtitle: str, patches: Sequence[Patch], up: Sequence[float]) -> None:
     """Write a picture of kernel points over a neighbourhood, before and after they are moved."""
     width = 2 * MARGIN + len(patches) * PANEL[0] + (len(patches) - 1) * GAP

@@ -880,7 +880,9 @@ def test_scores():
     assert config == {
         "miou": (5 / 8 + 2 / 5) / 2,
         "accuracy": 0.7,
+        "mean_class_accuracy": (5 / 6 + 2 / 4) / 2,
         "iou": {"a": 5 / 8, "b": 2 / 5, "c": None},
+        "class_accuracy": {"a": 5 / 6, "b": 2 / 4, "c": None},
         "points": 10,
     }
     assert voting.scores(np.zeros((2, 2), int), "ab")["miou"] is None
@@ -1159,10 +1161,11 @@ def test_options_that_do_not_apply(command, trained, tmp_path):
     _, _, config = digits(tmp_path)
     model = tmp_path / "model.safetensors"
     training.Training(config, tmp_path, tmp_path)._save(model.name, {})
-    code, out, err = command("test", model, "--data", tmp_path, "--votes", 2)
-    assert (code, out) == (2, "") and "--votes: " in err and "classifies whole clouds" in err
-    code, out, _ = command("test", model, "--data", tmp_path)
-    assert code == 0 and out.startswith("20 labelled: ")
+    for votes in ([], ["--votes", 2]):
+        code, out, _ = command("test", model, "--data", tmp_path, *votes)
+        assert code == 0 and re.match(r"20 labelled: accuracy [\d.]+, mean class accuracy [\d.]+ \| accuracy 0 ", out)
+    code, out, err = command("predict", model, "a.off")
+    assert (code, out) == (2, "") and "expected a network of objects, got one of digits" in err
     code, out, err = command("segment", model, "a.las", "--out", "b.las")
     assert (code, out) == (2, "") and "expected a network that labels points" in err
     model = trained[0] / "best.safetensors"

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import os
 
 READERS = {".off": off.read, ".ply": ply.read_faces}
-EXPECTED = "a mesh in OFF or PLY"
+
+
+class NoFaces(ReadError):
+    """The file is valid, but has no faces."""
 
 
 class Mesh(NamedTuple):
@@ -38,7 +41,7 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
         size = checked_size(path, READERS)
         vertices, counts, corners = READERS[path.suffix.lower()](path, size)
         if len(counts) == 0:
-            raise ReadError("expected a mesh with faces, got none")
+            raise NoFaces("expected a mesh with faces, got none")
         if (few := counts < 3).any():
             face = int(few.argmax())
             raise ReadError(f"face {face}: expected at least 3 corners, got {counts[face]}")
@@ -73,7 +76,8 @@ def sample_mesh(path: str | os.PathLike[str], num_points: int, seed: int = 0) ->
     mesh = read_mesh(path)
     corners = mesh.vertices[mesh.triangles]
     with errors_name(path):
-        return sample_triangles(corners, num_points, np.random.default_rng(seed))[0].astype(np.float32)
+        points, _ = sample_triangles(corners, num_points, np.random.default_rng(seed))
+    return points.astype(np.float32)
 
 
 def sample_triangles(corners: np.ndarray, num_points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

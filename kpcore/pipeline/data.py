@@ -17,6 +17,7 @@ from kpcore.files import expanded
 from kpcore.io import ReadError, read
 from kpcore.io.cloud import MissingField
 from kpcore.io.formats import TABLES
+from kpcore.pipeline import objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 from kpcore.scenes.indoor import indoor
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kpcore.io import Cloud
-    from kpcore.pipeline.settings import Digits, Part, Settings, Source
+    from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
 _MAX_FEATURE = 10.0  # features are clipped to -10 to 10
 _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
@@ -39,10 +40,11 @@ class Scene:
     points : (N, D) float32
     columns : (N, C) float32, the features, see `Columns`; zeros for "local", which depends on the input sphere
     labels : (N,) int64, class numbers, or IGNORED
-    tree : search structure over the points; None for digits
-    full : (n, D) float32, the points before subsampling
+    tree : search structure over the points; None for digits and objects
+    full : (n, D) float32, the points before subsampling; for objects those after it
     full_labels : (n,) class numbers of those, or None
-    cloud : the Cloud that was read, or None for digits
+    cloud : the Cloud that was read, or None for digits and objects
+    name : of an object
     """
 
     points: np.ndarray
@@ -52,6 +54,7 @@ class Scene:
     full: np.ndarray
     full_labels: np.ndarray | None
     cloud: Cloud | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,14 +204,34 @@ def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray)
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
     features = np.clip(columns.features(full, _values(settings, cloud, rows)), -_MAX_FEATURE, _MAX_FEATURE)
-    try:
-        sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
-                                ignore_label=None if labels is None else IGNORED,
-                                origin=settings.net().origin)  # fmt: skip
-    except ValueError as error:
-        raise SettingsError(f"[network] voxel_size: {error}") from None
+    sub = _subsampled(settings, full, features=features, labels=labels,
+                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
     return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud)
+
+
+def _subsampled(settings: Settings, points: np.ndarray, **more: Any) -> kp.subsampling.Subsampled:
+    try:
+        return kp.grid_subsample(points, settings.network.voxel_size, origin=settings.net().origin, **more)
+    except ValueError as error:
+        raise SettingsError(f"[network] voxel_size: {error}") from None
+
+
+def load_objects(settings: Settings, parts: Sequence[Objects],
+                 folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of objects, with a scene for each."""
+    scenes, columns, classes = [], Columns(settings.widths, {}, {}), settings.names
+    for part in parts:
+        for one in objects.listed(part, classes, folder):
+            points = objects.points_of(one, classes, part, settings.data.columns)
+            scenes.append(object_scene(settings, columns, one.name, points, one.label))
+    return scenes, columns
+
+
+def object_scene(settings: Settings, columns: Columns, name: str, points: np.ndarray, label: int = IGNORED) -> Scene:
+    """A Scene of the points of an object in the unit sphere."""
+    points = _subsampled(settings, points).points
+    return Scene(points, columns.features(points, {}), np.array([label], np.int64), None, points, None, name=name)
 
 
 def load_digits(settings: Settings, parts: Sequence[Digits],
@@ -260,6 +283,8 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes."""
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
+    elif settings.data.kind == "objects":
+        scenes, columns = load_objects(settings, parts, folder)
     else:
         scenes, columns = load_scenes(settings, parts, folder, columns)
     if not any((scene.labels != IGNORED).any() for scene in scenes):

@@ -15,6 +15,7 @@ from kpcore import receptive_field
 from kpcore.files import replacing
 from kpcore.io import ReadError
 from kpcore.pipeline import batches
+from kpcore.pipeline.classification import objects_of_files
 from kpcore.pipeline.data import digit_scene, read_cloud, read_idx, scene_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ def scene_of_file(model: Model, path: str | os.PathLike[str]) -> Scene:
 
 
 def scenes_of_files(model: Model, paths: Sequence[Path]) -> tuple[list[Scene], list[str]]:
-    """Scenes of scans and their names; for a network of digits those of all images with ink in idx files."""
+    """Scenes of scans or objects and their names; for a network of digits those of all images with ink in idx files."""
+    if model.settings.data.kind == "objects":
+        scenes = objects_of_files(model, paths)
+        return scenes, [scene.name for scene in scenes]
     if not model.settings.digits:
         return [scene_of_file(model, path) for path in paths], [path.name for path in paths]
     scenes, names = [], []
@@ -146,12 +150,12 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
                       ) -> dict[tuple[int, int], list[Input]]:  # fmt: skip
     """The inputs in which features of the encoder are largest, by (level, channel), the largest first.
 
-    Inputs are spheres that cover the scenes, or whole digits; a feature is a channel of the last block on a level, and
-    as large as its largest value on a point that a sphere would vote for. Spheres of a feature are at least a radius
-    apart. Without `channels` those are chosen that are largest in standard deviations above their mean over all inputs:
+    Inputs are spheres that cover the scenes, or whole digits or objects; a feature is a channel of the last block on a
+    level, and as large as its largest value on a point that a sphere would vote for. Spheres of a feature are at least
+    a radius apart. Without `channels` those are chosen that are largest in standard deviations above their mean over all inputs:
     the most selective ones.
     """
-    training, classifies = model.settings.training, model.settings.digits
+    training, classifies = model.settings.training, model.settings.classifies
     spheres = [batches.whole_scene(scenes, i) for i in range(len(scenes))] if classifies else _covering(model, scenes)
     largest: dict[int, list[np.ndarray]] = {level: [] for level in levels}
 

@@ -167,7 +167,9 @@ class Training:
         """Warn in one line of classes without points in the training data."""
         present = {number for scene in self.scenes for number in np.unique(scene.labels)}
         missing = [name for number, name in enumerate(self.settings.names) if number not in present]
-        if missing and not self.settings.digits:
+        if missing and self.settings.data.kind == "objects":
+            warnings.warn(f"[data] classes {', '.join(missing)}: no objects in the training data", stacklevel=3)
+        elif missing and not self.settings.digits:
             labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
             warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
                           f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
@@ -176,7 +178,7 @@ class Training:
         """The remaining steps of the epoch; yields the log entry of each."""
         training, epoch = self.settings.training, self.epoch
         rng = np.random.default_rng([self.seed, epoch])
-        jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
+        jobs = batches.training_jobs(self.scenes, training, self.settings.classifies, rng, training.steps)
         numbered = itertools.islice(enumerate(jobs), self.step, None)
 
         def make(job: tuple[int, list[batches.Sphere]]) -> batches.Batch:
@@ -260,7 +262,7 @@ class Training:
         entry = {"epoch": self.epoch, "test": voting.scores(confusion, self.settings.names),
                  "seconds": time.perf_counter() - begin}  # fmt: skip
         self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
-        score = entry["test"]["accuracy" if self.settings.digits else "miou"]
+        score = entry["test"]["accuracy" if self.settings.classifies else "miou"]
         if score > self.best:
             self.best = score
             self._save(BEST, {"result": self.results[-1]})

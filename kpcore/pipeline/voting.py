@@ -25,7 +25,9 @@ class Scores(TypedDict):
 
     miou: float | None
     accuracy: float | None
+    mean_class_accuracy: float | None
     iou: dict[str, float | None]
+    class_accuracy: dict[str, float | None]
     points: int
 
 
@@ -98,11 +100,15 @@ def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 
 
 def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes."""
+    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes.
+
+    For a network that classifies whole scenes it is that over scenes.
+    """
     classes = model.net.num_classes
     total = np.zeros((classes, classes), np.int64)
     if not model.net.segments:
-        return _evaluate_classifier(model, scenes, total)
+        true = np.concatenate([scene.labels for scene in scenes])
+        return confusion(true, scene_probabilities(model, scenes, votes, watch=watch).argmax(axis=1), classes)
     for scene in scenes:
         total += confusion(scene.full_labels, labels_of(model, scene, votes, watch=watch), classes)
     return total
@@ -115,28 +121,51 @@ def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def _evaluate_classifier(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
-    """`total` plus the confusion matrix of a network that classifies whole scenes."""
-    training = model.settings.training
-    size = training.batch_clouds
-    spheres = [batches.whole_scene(scenes, number) for number in range(len(scenes))]
+def scene_probabilities(model: Model, scenes: Sequence[Scene], votes: int | None = None, seed: int = 0,
+                        watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
+    """(scenes, classes) class probabilities of whole scenes, the mean over `votes`.
 
-    def make(spheres: list[batches.Sphere]) -> batches.Batch:
-        return batches.make_batch(model.net, scenes, model.columns, spheres)
+    The first vote is that of the scenes as they are; in each further one they are augmented as in training. `watch` is
+    called with the fraction of votes that are done.
+    """
+    training, net = model.settings.training, model.net
+    votes, size = training.votes if votes is None else votes, training.batch_clouds
+    total = np.zeros((len(scenes), net.num_classes), np.float32)
+    jobs = ((vote, begin) for vote in range(votes) for begin in range(0, len(scenes), size))
 
-    jobs = (spheres[i : i + size] for i in range(0, len(spheres), size))
+    def make(job: tuple[int, int]) -> batches.Batch:
+        vote, begin = job
+        spheres = [batches.whole_scene(scenes, number) for number in range(begin, min(begin + size, len(scenes)))]
+        rng = np.random.default_rng([seed, vote, begin]) if vote else None
+        return batches.make_batch(net, scenes, model.columns, spheres, training, rng, learns=False)
+
+    done = 0
     for batch in batches.Prefetched(jobs, make, training.workers):
-        logits = model.net(kp, model.params, model.state, batch.pyramid, batch.features).logits
-        total += confusion(batch.labels, logits.argmax(axis=1), len(total))
-    return total
+        logits = net(kp, model.params, model.state, batch.pyramid, batch.features).logits
+        total[[sphere.scene for sphere in batch.spheres]] += kp.softmax(logits)
+        done += len(batch.spheres)
+        if watch:
+            watch(done / (votes * len(scenes)))
+    return total / votes
 
 
 def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
-    """IoU of each class (None if no point has or gets the class), their mean, the accuracy and the number of points."""
+    """IoU and accuracy of each class, their means, the accuracy and the number of points.
+
+    The IoU of a class is None if no point has or gets it, its accuracy if no point has it.
+    """
     correct, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     union = true + predicted - correct
-    iou = {name: float(c / u) if u else None for name, c, u in zip(names, correct, union, strict=True)}
-    known = [value for value in iou.values() if value is not None]
+    iou, class_accuracy = (
+        {name: float(c / n) if n else None for name, c, n in zip(names, correct, number, strict=True)}
+        for number in (union, true)
+    )
     total = int(confusion.sum())
     accuracy = float(correct.sum() / total) if total else None
-    return {"miou": float(np.mean(known)) if known else None, "accuracy": accuracy, "iou": iou, "points": total}
+    return {"miou": _mean(iou), "accuracy": accuracy, "mean_class_accuracy": _mean(class_accuracy), "iou": iou,
+            "class_accuracy": class_accuracy, "points": total}  # fmt: skip
+
+
+def _mean(values: dict[str, float | None]) -> float | None:
+    known = [value for value in values.values() if value is not None]
+    return float(np.mean(known)) if known else None
