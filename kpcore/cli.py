@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a network and label a scene with it; or subsample, search and convolve a scan",
         description="Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
-        "another one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, "
+        "another one, prints the IoU of each class and writes a picture. With --objects: trains a small KP-CNN on "
+        "generated objects, classifies others and writes a picture. With a scan: level by level subsamples it, "
         "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
     demo.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--columns", type=names, metavar="NAMES", help='with FILE: names for columns that have none, "x y z label"'
     )
+    demo.add_argument("--objects", action="store_true", help="train on generated objects, and classify others")
     demo.add_argument(
         "--out", type=path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
@@ -213,12 +215,14 @@ def _demo(args: argparse.Namespace) -> None:
     from kpcore import demo
 
     options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
+    if args.file and args.objects:
+        raise Refused(f"--objects: only valid without FILE, got {args.file}")
     if args.file:
         demo.scan(args.file, args.out, **demo.SCAN | options)
     elif options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
-        demo.train(args.out)
+        (demo.objects if args.objects else demo.train)(args.out)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -103,10 +103,11 @@ def draw_image_fields(path: Path, title: str, subtitle: str, fields: Sequence[Im
 
 
 def draw_activations(path: Path, title: str, subtitle: str, features: Sequence[Sequence[Activation]],
-                     up: Sequence[float]) -> None:  # fmt: skip
+                     up: Sequence[float], *, cut: bool = True) -> None:  # fmt: skip
     """Write a picture of activations on input points, as in figure 6 of Thomas et al. 2019.
 
     features : the inputs of each feature, which share a scale of colours
+    cut : whether rooms are shown without their ceiling, which a table could be taken for
     """
     from matplotlib import colormaps
 
@@ -116,7 +117,7 @@ def draw_activations(path: Path, title: str, subtitle: str, features: Sequence[S
         low, range_of_values = values.min(), np.ptp(values) or 1
         for one in inputs:
             colors = colormaps["coolwarm"]((one.values - low) / range_of_values, bytes=True)[:, :3]
-            images.append(_cloud_image(one.points, colors, one.spacing, up))
+            images.append(_cloud_image(one.points, colors, one.spacing, up, cut))
     captions = [(one.name, one.note) for inputs in features for one in inputs]
     page = _panels(title, subtitle, images, captions, PANELS_PER_ROW)
     _legend(page, colormaps["coolwarm"](np.linspace(0, 1, 256))[None], "lowest", "activation", "highest")
@@ -131,7 +132,7 @@ def draw_objects(path: Path, title: str, subtitle: str, objects: Sequence[Activa
     for one in objects:
         low, range_of_values = one.values.min(), np.ptp(one.values) or 1
         colors = colormaps["viridis"]((one.values - low) / range_of_values, bytes=True)[:, :3]
-        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1)))
+        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1), cut=False))
     _panels(title, subtitle, images, [(one.name, one.note) for one in objects], PANELS_PER_ROW).write(path)
 
 
@@ -177,10 +178,11 @@ def _view(field: PointField, up: Sequence[float]) -> View:
     return view if view.shows(field.center[None])[0] else View(field.points, np.array(up, float), cut=False)
 
 
-def _cloud_image(points: np.ndarray, colors: np.ndarray, spacing: float, up: Sequence[float]) -> np.ndarray:
-    """An image of a cloud; one of two dimensions is seen from above."""
+def _cloud_image(points: np.ndarray, colors: np.ndarray, spacing: float, up: Sequence[float],
+                 cut: bool = True) -> np.ndarray:  # fmt: skip
+    """An image of a cloud; one of two dimensions is seen from above. With `cut` a room is shown without its ceiling."""
     if points.shape[1] == 3:
-        return View(points, np.array(up, float)).render(points, colors, spacing / 2, *PANEL)
+        return View(points, np.array(up, float), cut).render(points, colors, spacing / 2, *PANEL)
     flat = np.column_stack([points, np.zeros(len(points))])
     return draw_spheres(flat, colors / np.float32(255), spacing / 2, np.array([flat.min(0), flat.max(0)]), *PANEL)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.data import Scene
     from kpcore.pipeline.training import Model
 
-_MOST_ERRORS = 20  # in a picture
+_MOST_DRAWN = 20  # in a picture
 
 
 class Classified(NamedTuple):
@@ -66,18 +66,29 @@ def write_confusion(path: Path, names: Sequence[str], confusion: np.ndarray) -> 
 
 
 def draw_errors(path: Path, model: Model, classified: Classified) -> None:
-    """Write a picture of the objects with a wrong class, at most 20."""
+    """Write a picture of the objects with a wrong class, at most 20, the most probable first."""
+    wrong = classified.errors
+    title = f"{len(wrong)} of {len(classified.scenes)} objects with a wrong class"
+    _draw(path, title, model, classified, wrong[:_MOST_DRAWN])
+
+
+def draw_examples(path: Path, title: str, model: Model, classified: Classified) -> None:
+    """Write a picture of objects at equal steps through the list, and of errors, at most 20 of both."""
+    wrong = classified.errors[: _MOST_DRAWN // 2]
+    others = np.setdiff1d(np.arange(len(classified.scenes)), wrong)
+    chosen = others[np.linspace(0, len(others) - 1, min(len(others), _MOST_DRAWN - len(wrong))).round().astype(int)]
+    _draw(path, title, model, classified, np.concatenate([chosen, wrong]))
+
+
+def _draw(path: Path, title: str, model: Model, classified: Classified, numbers: np.ndarray) -> None:
     from kpcore import visualization
 
-    names, wrong, shown = model.settings.names, classified.errors, []
-    for number in wrong[:_MOST_ERRORS]:
+    names, shown = model.settings.names, []
+    for number in numbers:
         scene, row = classified.scenes[number], classified.probabilities[number]
         shown.append(visualization.Activation(
             scene.points, scene.points[:, -1], model.settings.network.voxel_size,
             f"{names[row.argmax()]} {row.max():.0%}", f"is {names[int(scene.labels[0])]}: {scene.name}",
         ))  # fmt: skip
-    title = f"{len(wrong)} of {len(classified.scenes)} objects with a wrong class"
     with replacing(path) as part:
-        visualization.draw_objects(
-            part, title, f"the predicted class and its probability; the {len(shown)} most probable", shown
-        )
+        visualization.draw_objects(part, title, "the predicted class and its probability", shown)

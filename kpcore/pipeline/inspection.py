@@ -152,8 +152,8 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
 
     Inputs are spheres that cover the scenes, or whole digits or objects; a feature is a channel of the last block on a
     level, and as large as its largest value on a point that a sphere would vote for. Spheres of a feature are at least
-    a radius apart. Without `channels` those are chosen that are largest in standard deviations above their mean over all inputs:
-    the most selective ones.
+    a radius apart. Without `channels` those are chosen that are largest in standard deviations above their mean over
+    all inputs: the most selective ones.
     """
     training, classifies = model.settings.training, model.settings.classifies
     spheres = [batches.whole_scene(scenes, i) for i in range(len(scenes))] if classifies else _covering(model, scenes)
@@ -302,4 +302,5 @@ def draw_features(path: Path, title: str, model: Model,
         ]
         for (level, channel), inputs in features.items()
     ]  # fmt: skip
-    visualization.draw_activations(path, title, "activations on the inputs that maximise them", shown, (0, 0, 1))
+    visualization.draw_activations(path, title, "activations on the inputs that maximise them", shown, (0, 0, 1),
+                                   cut=not model.settings.classifies)  # fmt: skip
