@@ -10,6 +10,7 @@ one pass over no points, in which the `Run` creates the parameters that blocks a
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
     from kpcore.neighbors import Neighbors
     from kpcore.nn.kpnext import KPNeXt
     from kpcore.nn.networks import Network
+    from kpcore.pyramid import Level
 
 MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
 # The kernel_extent of resampled convolutions in mean norms of their kernel points, 1.5 times the least distance between
 # 15 of them. Up to that distance, kernel offsets of zero would be the rigid convolution, but have no gradient, and an
 # offset convolution that starts with zeros would never learn.
 _KERNEL_EXTENT = 4 / 3
+# The logits of a point outside the columns of its head. exp(-10,000) is 0 in every dtype, and float16 can hold the
+# number; with -inf, checks that all outputs of a network are finite and products with 0 would fail.
+OUTSIDE = -1e4
 IN_VOXELS = (1e-6, 100)  # limits of radii in voxels; a sphere that is cut out for training is smaller than 100 voxels
 
 
@@ -148,6 +153,12 @@ class Run(Generic[Value, Buffer]):
         self.observe = observe
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
+    def without_training(self) -> Run[Value, Buffer]:
+        """The same pass outside of training, for layers that get no rows, which have no statistics."""
+        run = copy.copy(self)
+        run.training = False
+        return run
+
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
         """A trained array; while a network is initialised, `draw(rng, shape)` draws its initial values."""
         return self._get("params", self.params, name, shape, draw)
@@ -200,6 +211,30 @@ def check_norm(net: Network | KPNeXt, item_width: int | None) -> None:
     if item_width and groups == item_width:
         raise ValueError(f"norm: expected one with several channels in each group, since the {item_width} channels "
                          f"before the logits have one row for each batch item, got {net.norm!r}")  # fmt: skip
+
+
+def integers_on_host(name: str, value: Any) -> np.ndarray:
+    """Integers of any framework as a NumPy array. They decide what is computed, so no framework can trace them."""
+    if hasattr(value, "cpu"):  # torch
+        value = value.cpu().numpy()
+    try:
+        value = devices.on_host(value) if devices.is_array(value) else np.asarray(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected values, which decide the rows of each head, got an array that jax.jit traces; make it "
+            "a constant of the function"
+        ) from None
+    if value.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    return value
+
+
+def placed_like(array: AnyArray, values: np.ndarray) -> Any:
+    """Values of the host as an array that the operators take together with `array`."""
+    if devices.is_array(array):
+        return devices.to_device_of(array, values)
+    torch = sys.modules.get("torch")
+    return torch.as_tensor(values, device=array.device) if torch and isinstance(array, torch.Tensor) else values
 
 
 def one_row_each(row_splits: Value) -> Value:
@@ -258,6 +293,40 @@ def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, widt
     weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
     out = run.F.linear(features, weights, run.parameter(f"{name}.bias", (width,), _zeros))
     return run.F.leaky_relu(out, run.slope) if activate else out
+
+
+def head(run: Run[Value, Buffer], names: tuple[str, str], features: Value | np.ndarray, hidden: int, width: int,
+         row_splits: AnyArray, normed: bool, rate: float, seed: int | AnyArray | None) -> Value:  # fmt: skip
+    """A layer to `hidden` channels, normalised or with a bias, its dropout, and the layer to the `width` logits."""
+    x = unary(run, names[0], features, hidden, row_splits) if normed else dense(run, names[0], features, hidden)
+    return dense(run, names[1], dropout(run, x, rate, seed), width, activate=False)
+
+
+def heads(run: Run[Value, Buffer], features: Value, widths: Sequence[int], hidden: int, categories: np.ndarray,
+          level: Level, *more: Any) -> Value:  # fmt: skip
+    """The logits of several heads side by side, each computed for the rows of its batch items; `OUTSIDE` elsewhere.
+
+    Head h has `widths[h]` columns and computes the rows of the batch items of `level` whose number in `categories` is
+    h. Its batch normalisation sees these rows alone; a head without rows changes no running statistics. `more` are
+    further arguments of `head`.
+    """
+    F, bounds, parts = run.F, integers_on_host("row_splits", level.row_splits), []
+    heads_of_rows = np.repeat(categories, np.diff(bounds))
+    for number, width in enumerate(widths):
+        before = np.concatenate([[0], np.cumsum(heads_of_rows == number)])  # rows of the head before each row
+        num = int(before[-1])
+        # For each row its place among those of the head, or no neighbour. The transpose lists the rows of the head.
+        pairs = np.arange(num, dtype=np.int32), before
+        places = unchecked_list(*(placed_like(level.neighbors.stored_index, values) for values in pairs), num)
+        # Without rows the features are constants: their gradient would be an array of zeros for each such head.
+        rows = F.nearest_upsample(features if num else detached(features), places.transpose())
+        logits = head(run if num else run.without_training(), (f"heads.{number}.0", f"heads.{number}.1"), rows, hidden,
+                      width, placed_like(level.row_splits, before[bounds]), *more)  # fmt: skip
+        parts.append(F.neighbor_reduce(logits, places, "sum", empty=OUTSIDE))
+    while len(parts) > 1:  # concatenate takes up to four arrays
+        fours = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        parts = [F.concatenate(*four) if len(four) > 1 else four[0] for four in fours]
+    return parts[0]
 
 
 def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | AnyArray | None) -> Value:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from types import ModuleType
 
     from numpy.typing import DTypeLike
@@ -151,6 +152,10 @@ class Network:
         Dropout rate of the layer before the logits, in training.
     origin : {0, "published"}
         Where the grids of pyramids begin, as in `kpcore.build_pyramid`.
+    heads : dict of int by name, optional
+        For the labels of parts of objects: a head for each category, with the number of its parts; `num_classes` is
+        their sum. Each has its own layer of `head_width` channels before its logits. The network is then called with
+        the category of each batch item.
 
     Examples
     --------
@@ -193,6 +198,7 @@ class Network:
     repulse_extent: float = 1.2
     dropout: float = 0.0
     origin: int | str = 0
+    heads: Mapping[str, int] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         single = np.dtype(np.float32)
@@ -224,6 +230,8 @@ class Network:
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip
             checks.choice(name, getattr(self, name), allowed)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _checked_heads(self.heads, self.num_classes, self.segments))
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
@@ -250,6 +258,21 @@ class Network:
     def segments(self) -> bool:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.architecture[-1] != "global_average"
+
+    @property
+    def head_columns(self) -> dict[str, slice]:
+        """The columns of the logits of each category of `heads`, in their order.
+
+        >>> import kpcore as kp
+        >>> net = kp.nn.kpfcnn(4, 7, 0.02, heads={"chair": 4, "table": 3})
+        >>> net.head_columns["table"]
+        slice(4, 7, None)
+        """
+        columns, end = {}, 0
+        for name, parts in (self.heads or {}).items():
+            columns[name] = slice(end, end + parts)
+            end += parts
+        return columns
 
     @property
     def reach(self) -> float:
@@ -306,14 +329,14 @@ class Network:
         """
         return initialised(self, seed, dtype)
 
-    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
-        """See `no_points`."""
-        return no_points(self, dtype)
+    def no_data(self, dtype: DTypeLike) -> tuple[Any, ...]:
+        """See `no_points`; the category of the only batch item follows."""
+        return *no_points(self, dtype), None if self.heads is None else [0]
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
-                 seed: int | AnyArray | None = None,
-                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
+                 seed: int | AnyArray | None = None, detach_offsets: bool = False,
+                 categories: AnyArray | Sequence[int] | None = None) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -334,12 +357,17 @@ class Network:
             Whether offsets and modulations of deformable convolutions are constants of the gradient, as for an
             effective receptive field (`kpcore.effective_receptive_field`). The result is the same; offsets, and what
             computes them, then get no gradient from the logits or the regularization.
+        categories : (B,) integers
+            The number of the category of each batch item in the order of `heads`, for a network that has heads. Their
+            values and those of ``pyramid[0].row_splits`` are needed: under `jax.jit` they must be constants.
 
         Returns
         -------
         Result
+            With `heads`, the logits outside the `head_columns` of a point's category are -10,000, whose exponential is
+            0: softmax, `kpcore.softmax_cross_entropy` and the largest logit are those within the category.
         """
-        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets)
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets, categories)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
@@ -349,7 +377,8 @@ class Network:
                           slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
 
     def compute_logits(self, run: blocks.Run[Value, Buffer], pyramid: Sequence[Level], x: Value | np.ndarray,
-                       seed: int | AnyArray | None) -> Value:  # fmt: skip
+                       seed: int | AnyArray | None,
+                       categories: AnyArray | Sequence[int] | None = None) -> Value:  # fmt: skip
         """The logits for the features `x` of the points of level 0."""
         level, width, downs, skips = 0, self.width, self.num_downs, []
         for number, block in enumerate(self.architecture):
@@ -387,19 +416,30 @@ class Network:
             if run.observe and number < downs and block != "global_average":
                 run.observe(name, level, x)
         row_splits = pyramid[0].row_splits
-        return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
+        layers = self.head_norm, self.dropout, seed
+        if self.heads is not None or categories is not None:
+            numbers = self._checked_categories(categories, row_splits.shape[0] - 1)
+            return blocks.heads(run, x, [*self.heads.values()], self._head_width, numbers, pyramid[0], *layers)
+        row_splits = row_splits if self.segments else blocks.one_row_each(row_splits)
+        return blocks.head(run, ("head.0", "head.1"), x, self._head_width, self.num_classes, row_splits, *layers)
+
+    def _checked_categories(self, categories: Any, items: int) -> np.ndarray:
+        if self.heads is None or categories is None:
+            expected = "None for a network without" if self.heads is None else "one for each batch item of one with"
+            raise ValueError(f"categories: expected {expected} heads, got {categories!r}")
+        categories = blocks.integers_on_host("categories", categories)
+        if categories.shape != (items,):
+            raise ValueError(f"categories: expected ({items},), one for each batch item, got {categories.shape}")
+        wrong = (categories < 0) | (categories >= len(self.heads))
+        if wrong.any():
+            item = int(np.argmax(wrong))
+            expected = f"0 to {len(self.heads) - 1}, the numbers of the heads"
+            raise ValueError(f"categories: expected {expected}, got {categories[item]} for batch item {item}")
+        return categories
 
     @property
     def _head_width(self) -> int:
         return self.head_width or (self.width if self.segments else 1024)
-
-    def _head(self, run, x, row_splits, seed):
-        if self.head_norm:
-            x = blocks.unary(run, "head.0", x, self._head_width, row_splits)
-        else:
-            x = blocks.dense(run, "head.0", x, self._head_width)
-        x = blocks.dropout(run, x, self.dropout, seed)
-        return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
     def _places(self, level: int) -> KernelPlaces:
         voxel = self.voxel_size * 2**level
@@ -502,18 +542,19 @@ def initialised(
     return params, state
 
 
-def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
-    """(pyramid, features) of no points, the input of the pass in which parameters are created or checked."""
-    return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype)
+def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray, None]:
+    """(pyramid, features, seed) of no points, the input of the pass in which parameters are created or checked."""
+    return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype), None
 
 
 def _pass_without_data(net, params, state, dtype, new):
-    net.compute_logits(net.new_run(kpcore, params, state, new=new), *net.no_data(dtype), None)
+    net.compute_logits(net.new_run(kpcore, params, state, new=new), *net.no_data(dtype))
 
 
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
               pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
-              seed: int | AnyArray | None, detach_offsets: bool) -> Result[Value, Buffer]:  # fmt: skip
+              seed: int | AnyArray | None, detach_offsets: bool,
+              *more: Any) -> Result[Value, Buffer]:  # fmt: skip
     """Run a network; the common part of `Network` and `KPNeXt` when they are called."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
@@ -521,7 +562,7 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
     if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
     run = net.new_run(F, params, state, training=training, detach_offsets=detach_offsets)
-    logits = net.compute_logits(run, pyramid, features, seed)
+    logits = net.compute_logits(run, pyramid, features, seed, *more)
     total = None
     for one in run.regularization:
         total = one if total is None else total + one
@@ -531,6 +572,19 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
 def count(params: Parameters[AnyArray]) -> int:
     """The number of parameters: the sum of the sizes of all arrays in a dict."""
     return sum(int(np.prod(value.shape)) for value in params.values())
+
+
+def _checked_heads(heads: object, num_classes: int, segments: bool) -> dict[str, int]:
+    """The numbers of parts by category as a dict of plain numbers."""
+    if not isinstance(heads, Mapping) or not heads or not all(isinstance(name, str) for name in heads):
+        raise TypeError(f"heads: expected a dict of the number of parts by category, got {heads!r}")
+    if not segments:
+        raise ValueError("heads: expected None for a network that ends with global_average, which labels no points, "
+                         f"got {heads!r}")  # fmt: skip
+    heads = {name: checks.integer(f"heads[{name!r}]", parts, 1) for name, parts in heads.items()}
+    if sum(heads.values()) != num_classes:
+        raise ValueError(f"num_classes: expected {sum(heads.values())}, the parts of all heads, got {num_classes}")
+    return heads
 
 
 def _coarser(block: str) -> bool:
