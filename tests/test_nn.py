@@ -22,9 +22,9 @@ GOLDEN = Path(__file__).parent / "golden"
 PARTS = {"chair": 2, "mug": 1, "table": 2}  # heads of a network with 5 classes
 
 
-def small(resampled=0, **options):
+def small(resampled=0, upsample="nearest", **options):
     """A network with 3 levels, the last of them deformable, for features with 2 channels."""
-    architecture = nn.architecture(3, 2, deformable=2, resampled=resampled)
+    architecture = nn.architecture(3, 2, deformable=2, resampled=resampled, upsample=upsample)
     return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
 
 
@@ -109,6 +109,11 @@ def test_architectures():
         "resnetb_resampled_strided", "resnetb_deformable_resampled", "global_average",
     )  # fmt: skip
     assert nn.architecture(5)[-8:] == ("nearest_upsample", "unary") * 4
+    assert nn.architecture(3, upsample="kpconv")[-4:] == ("kpconv_upsample", "unary") * 2
+    with pytest.raises(ValueError, match="upsample: expected 'nearest' without segment, as nothing is upsampled, got"):
+        nn.architecture(3, segment=False, upsample="kpconv")
+    with pytest.raises(ValueError, match="upsample: expected 'nearest' or 'kpconv', got 'linear'"):
+        nn.architecture(3, upsample="linear")
 
 
 @pytest.mark.parametrize(
@@ -117,8 +122,9 @@ def test_architectures():
         (["simple", "resnet"], "architecture: expected a block of the published networks, got 'resnet'"),
         (["simple_strided"], "nearest_upsample until level 0"),
         (["simple", "nearest_upsample"], "expected no nearest_upsample on level 0, got one in block 1"),
+        (["simple", "kpconv_upsample"], "expected no kpconv_upsample on level 0, got one in block 1"),
         (["simple", "global_average", "unary"], "global_average only at the end, got it in block 1"),
-        (["simple_strided", "nearest_upsample", "simple"], "after the first nearest_upsample, got 'simple'"),
+        (["simple_strided", "nearest_upsample", "simple"], "after the first upsampling, got 'simple'"),
         ([], "architecture"),
     ],
 )
@@ -142,6 +148,10 @@ def test_wrong_architectures(blocks_of, message):
         (
             {"architecture": ("simple", "global_average"), "norm": "group", "head_norm": True, "head_width": 32},
             "norm: expected one with several channels in each group",
+        ),
+        (
+            {"architecture": nn.architecture(2, upsample="kpconv"), "decoder_width": 1},
+            "decoder_width: expected at least 2 with kpconv_upsample, got 1",
         ),
         ({"heads": {"chair": 2, "mug": 4}}, "num_classes: expected 6, the parts of all heads, got 2"),
         ({"heads": {"chair": 2, "mug": 0}}, r"heads\['mug'\]: expected at least 1, got 0"),
@@ -172,6 +182,9 @@ def test_wrong_sizes(options, message):
         ({"decoder_width": 2.5}, "decoder_width: expected an integer, got float"),
         ({"fitting_power": "x"}, "fitting_power: expected a number, got str"),
         ({"head_norm": 1}, "head_norm: expected True or False, got int"),
+        ({"learn_kernel_points": 1}, "learn_kernel_points: expected True or False, got int"),
+        ({"heads": ["chair"]}, r"heads: expected a dict of the number of parts by category, got \['chair'\]"),
+        ({"heads": {"chair": 2.5}}, r"heads\['chair'\]: expected an integer, got float"),
     ],
 )
 def test_types_that_no_network_takes(options, message):
@@ -517,6 +530,7 @@ def differences(loss, params, way, step=1e-7):
         {}, {"norm": "group", "norm_groups": 2}, {"norm": "instance"}, {"norm": None}, {"modulated": True},
         {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
         {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0}, {"resampled": 6},
+        {"upsample": "kpconv"}, {"learn_kernel_points": True, "resampled": 3, "modulated": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -601,6 +615,94 @@ def test_padding_of_pooling_is_seen_where_published():
     assert pyramid[0].pools.width == pyramid[0].pools.counts.max()
     assert pyramid[2].pools is None
     assert small().pyramid(pyramid[0].points)[0].pools.width is None
+
+
+# ---- upsampling by convolutions, learned kernel points
+
+
+def test_a_convolution_upsamples_from_the_points_around():
+    architecture = ("simple", "simple_strided", "simple_deformable_strided", "kpconv_upsample", "unary")
+    net = nn.Network((*architecture, "nearest_upsample", "unary"), 2, 5, 0.2, width=8, kernel_size=5)
+    assert (net.upsample_levels, net.num_downs, net.deform_levels) == ((1,), 3, (1,))
+    convolutions, skips = [], []
+
+    class Recording:
+        """The operators of kpcore, with the arguments of the convolutions and of the concatenations."""
+
+        def __getattr__(self, name):
+            calls = {"kpconv": convolutions, "concatenate": skips}.get(name, [])
+            return lambda *args, **options: calls.append(args) or getattr(kp, name)(*args, **options)
+
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    net(Recording(), params, state, pyramid, features)
+    points, queries, neighbors, _, weights, kernel_points, extent = convolutions[-1]
+    assert points is pyramid[2].points and queries is pyramid[1].points and neighbors is pyramid[1].upsamples
+    expected = kp.radius_search(
+        points, queries, 2.5 * 0.8, points_row_splits=pyramid[2].row_splits, queries_row_splits=pyramid[1].row_splits
+    )
+    assert_same_bits(neighbors.index, expected.index)
+    # The level of the coarser points sets the kernel; their 8 channels stay, 2 of them in the convolution.
+    assert (weights.shape, extent) == ((5, 2, 2), net.extent * 0.8)
+    np.testing.assert_allclose(np.linalg.norm(kernel_points, axis=1)[1:].mean(), 0.66 * 2.5 * 0.8, rtol=1e-6)
+    assert [part.shape for part in skips[0]] == [(len(queries), 8), (len(queries), 4)]
+    assert (pyramid[0].upsamples.counts == 1).all()  # the nearest
+    assert not any(name.startswith("decoder.2") for name in params)
+
+
+def test_the_reach_of_a_convolution_that_upsamples():
+    net = nn.kpfcnn(1, 2, 0.1, levels=2, convs=2, width=8, kernel_size=5, dimension=2, upsample="kpconv")
+    # Three blocks within 2.5 voxels of 0.1, the strided one among them, one within 2.5 of 0.2, and the upsampling.
+    assert round(net.reach, 9) == 3 * 0.25 + 2 * 0.5
+    params, state = net.init()
+    middles = np.arange(0.05, 5, 0.1, np.float32)
+    pyramid = net.pyramid(np.stack(np.meshgrid(middles, middles), -1).reshape(-1, 2), subsampled=True)
+    points, at = pyramid[0].points, 25 * len(middles) + 25
+    field = kp.effective_receptive_field(
+        lambda x: net(kp, params, state, pyramid, x).logits, np.ones((len(points), 1), np.float32), [at],
+        reach=net.reach, points=points
+    )[0]  # fmt: skip
+    farthest = np.linalg.norm(points - points[at], axis=1)[field > 0].max()
+    assert 0.6 * net.reach < farthest <= net.reach
+
+
+def test_kernel_points_are_learned_in_units_of_the_extent():
+    net, fixed = small(learn_kernel_points=True), small()
+    params, state = net.init()
+    fixed_params, fixed_state = fixed.init()
+    learned = [name for name in fixed_state if name.endswith("kernel_points")]
+    assert {*params} - {*fixed_params} == {*learned} and len(learned) == 8 and not {*learned} & {*state}
+    np.testing.assert_allclose(1.2 * 0.2 * params[learned[0]], fixed_state[learned[0]], rtol=1e-6)
+    np.testing.assert_allclose(1.2 * 0.8 * params[learned[-1]], fixed_state[learned[-1]], rtol=1e-6)
+    pyramid, features, labels = batch(net)
+    expected = fixed(kp, fixed_params, fixed_state, pyramid, features, training=True)
+    result = net(kp, params, state, pyramid, features, training=True)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.regularization, expected.regularization, rtol=1e-4)
+    losses, after, _ = losses_by_the_tape(net, params, state, pyramid, features, labels, 10)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all((after[name] != params[name]).any() for name in learned)
+
+
+def test_learned_kernel_points_do_not_depend_on_the_unit_of_the_points():
+    """In metres and in millimetres the same losses and, at the same learning rate, the same network."""
+    trained = []
+    for unit in (1.0, 1024.0):
+        net = nn.Network(nn.architecture(2, 2), 2, 5, 0.25 * unit, width=8, kernel_size=5, learn_kernel_points=True)
+        params, state = net.init()
+        rng = np.random.default_rng(0)
+        points = rng.random((300, 3)).astype(np.float32) * np.float32(unit)
+        pyramid = net.pyramid(points)
+        features = rng.standard_normal((len(pyramid[0].points), 2)).astype(np.float32)
+        optimizer = nn.sgd(params, momentum=0.9, lr_scales={"kernel_points": 0.1})
+        for _ in range(3):
+            tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+            logits = net(kp, tensors, state, pyramid, features, training=True).logits
+            kp.softmax_cross_entropy(logits, np.arange(len(features)) % 5).backward()
+            optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 0.1)
+        trained.append(params)
+    for name, value in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 # ---- a head for each category
@@ -835,6 +937,7 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
         nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True, resampled=1),
         small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
         small(resampled=3, norm="group", norm_groups=4),
+        small(upsample="kpconv", deform_radius=3.0), small(learn_kernel_points=True, modulated=True),
         small(heads=PARTS, head_norm=True), small(heads=PARTS, head_norm=True, norm="group", norm_groups=4),
         small(heads=PARTS, dropout=0.4),
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
@@ -1274,7 +1377,8 @@ def test_warm_up_and_cosine_are_torchs():
 
 def test_a_network_in_a_file(tmp_path):
     pytest.importorskip("safetensors")
-    for net in (small(), small(heads=PARTS), nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 4))):
+    others = small(heads=PARTS, upsample="kpconv", learn_kernel_points=True)
+    for net in (small(), others, nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 4))):
         params, state = net.init()
         nn.save(tmp_path / "net.safetensors", net, params, state, names=["a", "b"])
         assert os.listdir(tmp_path) == ["net.safetensors"]

@@ -110,6 +110,8 @@ class Run(Generic[Value, Buffer]):
         Of the regularization of deformable convolutions, see `kpcore.repulsion_loss`.
     detach_offsets : bool
         Whether offsets and modulations of deformable convolutions are constants of the gradient.
+    learn_kernel_points : bool
+        Whether kernel points are parameters, see `kernel`.
     observe : callable, optional
         Called as ``observe(name, level, out)`` with the output of each block of the encoder, and with the `Deformed`
         kernels of each deformable convolution, for which the level is None. For pictures of what a network has learned.
@@ -135,6 +137,7 @@ class Run(Generic[Value, Buffer]):
     conv: Mapping[str, Any]
     repulse_extent: float
     detach_offsets: bool
+    learn_kernel_points: bool
     observe: Callable[[str, int | None, Any], object] | None
     new: NewValues | None
     new_state: dict[str, Buffer]
@@ -143,14 +146,14 @@ class Run(Generic[Value, Buffer]):
     def __init__(self, F: ModuleType, params: dict[str, Value], state: dict[str, Buffer], *, training: bool = False,
                  norm: str | None = "batch", groups: int = 32,
                  momentum: float = 0.02, slope: float = 0.1, conv: Mapping[str, Any] | None = None,
-                 repulse_extent: float = 1.2, detach_offsets: bool = False,
+                 repulse_extent: float = 1.2, detach_offsets: bool = False, learn_kernel_points: bool = False,
                  observe: Callable[[str, int | None, Any], object] | None = None,
                  new: NewValues | None = None) -> None:  # fmt: skip
         self.F, self.params, self.state, self.training = F, params, state, training
         self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
         self.detach_offsets = checks.boolean("detach_offsets", detach_offsets)
-        self.observe = observe
+        self.learn_kernel_points, self.observe = learn_kernel_points, observe
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def without_training(self) -> Run[Value, Buffer]:
@@ -338,17 +341,24 @@ def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | A
     return run.F.dropout(features, rate, seed)
 
 
-def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
-    """The kernel points of a layer, a buffer. As published, each layer rotates them about the last axis by a random
-    angle."""
+def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Value | Buffer:
+    """The kernel points of a layer. As published, each layer rotates them about the last axis by a random angle.
+
+    They are a buffer; or, if the run learns them, a parameter in units of the extent, as offsets are, so that a
+    learning rate does not depend on the unit of the points.
+    """
     num, radius, dimension, shells = (places.get(key) for key in ("num", "radius", "dimension", "shells"))
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         points = kpcore.kernel_points(shells or num, radius, dimension=dimension, dtype=np.float64,
                                       method="shells" if shells else "potential")  # fmt: skip
-        return rotated(points, random_rotation(dimension, "vertical", int(rng.integers(2**62))))
+        points = rotated(points, random_rotation(dimension, "vertical", int(rng.integers(2**62))))
+        return points / places["extent"] if run.learn_kernel_points else points
 
-    return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
+    full_name, shape = f"{name}.kernel_points", (num, dimension)
+    if run.learn_kernel_points:
+        return places["extent"] * run.parameter(full_name, shape, draw)
+    return run.buffer(full_name, shape, draw)
 
 
 def conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,
