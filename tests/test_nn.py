@@ -655,6 +655,7 @@ def test_the_reach_of_a_convolution_that_upsamples():
     net = nn.kpfcnn(1, 2, 0.1, levels=2, convs=2, width=8, kernel_size=5, dimension=2, upsample="kpconv")
     # Three blocks within 2.5 voxels of 0.1, the strided one among them, one within 2.5 of 0.2, and the upsampling.
     assert round(net.reach, 9) == 3 * 0.25 + 2 * 0.5
+    assert round(nn.kpfcnn(1, 2, 0.1, levels=3, convs=2, upsample="kpconv").reach, 9) == 3 * 0.25 + 3 * 0.5 + 2 * 1.0
     params, state = net.init()
     middles = np.arange(0.05, 5, 0.1, np.float32)
     pyramid = net.pyramid(np.stack(np.meshgrid(middles, middles), -1).reshape(-1, 2), subsampled=True)
