@@ -87,6 +87,8 @@ def test_settings_and_their_defaults():
         ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
         ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
         ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
+        ({"network": {"upsample": "linear"}}, r"\[network\] upsample: expected 'nearest' or 'kpconv', got 'linear'"),
+        ({"training": {"kernel_points_lr": -1}}, r"\[training\] kernel_points_lr: expected 0 to 1000, got -1\.0"),
         ({"network": {"hue": 3}}, r"\[network\] .*hue"),
         ({"network": {"kind": "unet"}}, r"\[network\] kind: expected kpconv or kpnext, got 'unet'"),
         ({"network": {"kind": "kpnext"}}, r"\[network\] levels: not valid for kpnext"),
@@ -616,10 +618,26 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     assert imread(folder / "curves.png")[..., :3].std() > 0.05
 
 
+def test_learned_kernel_points_have_a_learning_rate(tmp_path):
+    after = {}
+    for rate in (0, 0.1):
+        sections = settings_dict(training={"kernel_points_lr": rate}, network={"learn_kernel_points": True})
+        run = training.Training(from_dict(sections), tmp_path / str(rate), ".", seed=5)
+        before = {name: value.copy() for name, value in run.model.params.items() if "kernel_points" in name}
+        run.run()
+        after[rate] = [(run.model.params[name] != value).any() for name, value in before.items()]
+    assert before and not any(after[0]) and all(after[0.1])
+
+
 @pytest.mark.parametrize("how", [{"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}, {}])
 @pytest.mark.parametrize(
     "network",
-    [{}, {"deformable": 1, "dropout": 0.2}, {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}],
+    [
+        {},
+        {"deformable": 1, "dropout": 0.2},
+        {"upsample": "kpconv", "learn_kernel_points": True},
+        {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]},
+    ],
 )
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
     sections = settings_dict(training=how, network=network)

@@ -119,8 +119,8 @@ class Data:
 class Architecture:
     """A network of `kpcore.nn`.
 
-    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs`, `deformable` and
-        `resampled`; or "kpnext", a `KPNeXt`, for which these four are not allowed
+    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs`, `deformable`,
+        `resampled` and `upsample`; or "kpnext", a `KPNeXt`, for which these five are not allowed
     options : further arguments of `Network`, or of `kpcore.nn.kpnext`
     """
 
@@ -130,6 +130,7 @@ class Architecture:
     convs: int = 2
     deformable: int = 0
     resampled: int = 0
+    upsample: str = "nearest"
     width: int = 64
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +147,7 @@ class Training:
     optimizer : "sgd" or "adamw"
     schedule : "exponential" (falls by the factor lr_decay in lr_decay_epochs) or "one_cycle"
     offset_lr : factor of the learning rate for parameters with "offset" in their names
+    kernel_points_lr : the same for learned kernel points (`learn_kernel_points` in [network])
     clip_value, clip_norm : limits of the gradients; 0 for none
     class_weights : "none", "inverse" (of the class frequency in the training data) or "root" (square root of these)
     rotate : "vertical", "all" or "none"; or a number, the largest angle about the vertical in degrees
@@ -174,6 +176,7 @@ class Training:
     lr_decay: float = 0.1
     lr_decay_epochs: float = 150.0
     offset_lr: float = 0.1
+    kernel_points_lr: float = 0.1
     clip_value: float = 100.0
     clip_norm: float = 0.0
     class_weights: str = "none"
@@ -192,7 +195,8 @@ class Training:
 _BOUNDS = {
     "radius": LENGTHS, "batch_points": (1, 10**7), "batch_clouds": (1, 10**4), "epochs": (1, 10**4),
     "steps": (1, 10**5), "lr": (1e-12, 1e6), "momentum": (0, 0.99999), "weight_decay": (0, 1e3), "lr_decay": (1e-6, 1),
-    "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
+    "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "kernel_points_lr": (0, 1e3),
+    "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
     "noise": (0, LENGTHS[1]), "keep_color": (0, 1), "votes": (1, 1000), "validate": (1, 10**4), "workers": (0, 256),
     "vote_radius": (0.2, 1),  # at 0.2 a scene needs hundreds of times the spheres that it needs at 0.7
 }  # fmt: skip
@@ -243,7 +247,7 @@ class Settings:
                 return nn.kpnext(*sizes, segment=not self.classifies, **options)
             blocks = nn.architecture(
                 network.levels, network.convs, deformable=network.deformable, resampled=network.resampled,
-                segment=not self.classifies
+                segment=not self.classifies, upsample=network.upsample
             )  # fmt: skip
             return nn.Network(blocks, *sizes, **options)
         except (TypeError, ValueError) as error:
@@ -416,7 +420,7 @@ def _network(values: Any) -> Architecture:
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":
-        for name in ("levels", "convs", "deformable", "resampled"):
+        for name in ("levels", "convs", "deformable", "resampled", "upsample"):
             if getattr(network, name) != getattr(Architecture, name):
                 raise SettingsError(f"[network] {name}: not valid for kpnext, whose setting is depths")
     return network

@@ -341,7 +341,8 @@ class Training:
     # ---- optimizer, schedule, class weights
 
     def _optimizer(self, params: dict[str, np.ndarray]) -> nn.Optimizer[np.ndarray]:
-        training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
+        training = self.settings.training
+        scales = {"offset": training.offset_lr, "kernel_points": training.kernel_points_lr}
         if training.optimizer == "sgd":
             return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
         return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)
