@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import kpcore as kp
 from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
@@ -169,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
     segment.add_argument("--out", type=path, required=True, metavar="FILE", help="labelled copy, in the same format")
     segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
     segment.set_defaults(run=_segment)
 
@@ -268,6 +271,8 @@ def _scores(when: str, scores: Scores, classifies: bool) -> str:
         means = f"accuracy {scores['accuracy']:.4f}, mean class accuracy {scores['mean_class_accuracy']:.4f}"
         return f"{when}: {means} | accuracy {', '.join(parts)}"
     means = f"mIoU {scores['miou']:.4f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.4f}"
+    if "class_miou" in scores:
+        means = f"instance mIoU {scores['miou']:.4f}, class mIoU {scores['class_miou']:.4f}"
     return f"{when}: {means} | IoU {', '.join(parts)}"
 
 
@@ -295,10 +300,16 @@ def _test(args: argparse.Namespace) -> None:
     if classifies:
         classified = classification.classify(model, loaded, args.votes)
         confusion = classified.confusion()
+        scores = voting.scores(confusion, settings.names)
     else:
-        confusion = voting.evaluate(model, loaded, args.votes)
-    scored = _scores(f"{confusion.sum():,} labelled", voting.scores(confusion, settings.names), classifies)
+        confusion, scores = voting.evaluate_scores(model, loaded, args.votes)
+    scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
+    if settings.heads:
+        objects = np.bincount([scene.category for scene in loaded], minlength=len(settings.heads))
+        print(f"{'category':>16} {'objects':>8} {'mIoU':>8}")
+        for (name, value), number in zip(scores["iou"].items(), objects, strict=True):
+            print(f"{name:>16} {number:>8,} {'-' if value is None else f'{value:.4f}':>8}")
     print("confusion, a row for each true class:")
     for name, row in zip(settings.names, confusion, strict=True):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
@@ -334,6 +345,10 @@ def _segment(args: argparse.Namespace) -> None:
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
     if not model.net.segments:
         raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
+    try:
+        segmentation.check_category(model, args.category)
+    except ValueError as error:
+        raise Refused(f"--{error}") from None
     segmentation.check_out(args.file, args.out)
     if args.picture:
         require("matplotlib", "plot")
@@ -343,7 +358,9 @@ def _segment(args: argparse.Namespace) -> None:
         def watch(done: float) -> None:
             bar.update(done - bar.n)
 
-        segmented = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
+        segmented = segmentation.segment(
+            model, args.file, args.out, votes=args.votes, category=args.category, watch=watch
+        )
     print(f"{args.out}: {len(segmented.classes):,} points labelled")
     for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
@@ -360,12 +377,18 @@ def _check_levels(model: Model, path: Path, levels: Sequence[int]) -> None:
         raise Refused(f"--level {max(levels)}: expected a level below {model.net.num_levels}, as {path} has")
 
 
+def _check_no_parts(model: Model, path: Path) -> None:
+    if model.settings.heads:
+        raise Refused(f"{path}: expected a network of scenes, objects or digits, got one of parts")
+
+
 def _erf(args: argparse.Namespace) -> None:
     from kpcore.pipeline import inspection
 
     model = _model(args.model)
     if not model.net.segments:
         raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
+    _check_no_parts(model, args.model)
     _check_levels(model, args.model, [args.level or 0])
     require("matplotlib", "plot")
     pictures = args.out / f"kpcore-erf-{args.file.stem}.png"
@@ -398,6 +421,7 @@ def _features(args: argparse.Namespace) -> None:
     from kpcore.pipeline import inspection
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    _check_no_parts(model, args.model)
     levels = args.level or [level for level in (0, 2) if level < model.net.num_levels]
     _check_levels(model, args.model, levels)
     require("matplotlib", "plot")

@@ -40,6 +40,12 @@ class Batch(NamedTuple):
     pyramid: Pyramid
     features: np.ndarray
     labels: np.ndarray
+    categories: list[int] | None = None  #: of each sphere, for a network that has heads
+
+    @property
+    def options(self) -> dict[str, list[int]]:
+        """Further arguments of the network."""
+        return {} if self.categories is None else {"categories": self.categories}
 
 
 class Potentials:
@@ -182,7 +188,7 @@ def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns,
             sphere_features[:, local] = centered
         points.append(centered)
         features.append(sphere_features)
-        labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
+        labels.append(scene.labels[sphere.rows] if net.segments else scene.labels)
     lengths = [len(centered) for centered in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
     try:
@@ -196,7 +202,9 @@ def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns,
                     f"[network] levels: batch normalisation needs at least 2 points of a batch on each level, got "
                     f"{len(level.points)} on level {number}: use fewer levels, a larger radius or more batch_points"
                 )
-    return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels))
+    categories = [scenes[sphere.scene].category for sphere in spheres]
+    return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels),
+                 None if categories[0] is None else categories)  # fmt: skip
 
 
 def _pyramid(net: Network | KPNeXt, points: np.ndarray, row_splits: np.ndarray, training: Training | None,

@@ -15,11 +15,11 @@ import numpy as np
 import kpcore as kp
 from kpcore.files import expanded
 from kpcore.io import ReadError, read
-from kpcore.io.cloud import MissingField
+from kpcore.io.cloud import UNLABELED, MissingField, list_names
 from kpcore.io.formats import TABLES
 from kpcore.pipeline import objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
-from kpcore.scenes.indoor import indoor
+from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
     import os
@@ -45,6 +45,7 @@ class Scene:
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
     name : of an object
+    category : the number of the category of an object with parts, or None
     """
 
     points: np.ndarray
@@ -55,6 +56,7 @@ class Scene:
     full_labels: np.ndarray | None
     cloud: Cloud | None = None
     name: str = ""
+    category: int | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,50 @@ def object_scene(settings: Settings, columns: Columns, name: str, points: np.nda
     return Scene(points, columns.features(points, {}), np.array([label], np.int64), None, points, None, name=name)
 
 
+def load_parts(settings: Settings, parts: Sequence[Objects],
+               folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of objects whose points have labels, with a scene for each."""
+    scenes, columns, categories = [], Columns(settings.widths, {}, {}), list(settings.data.classes)
+    for part in parts:
+        for one in objects.listed(part, categories, folder):
+            if one.path is None:
+                cloud = shapes(categories[one.label], one.seed, part.points)
+                labels = cloud.labels + PART_LABELS[categories[one.label]][0]
+            else:
+                cloud = read_cloud(settings, one.path)
+                if cloud.labels is None:
+                    raise ReadError(
+                        f"{one.path}: has no labels: {cloud.unlabeled}; name their field as label in [data]"
+                    )
+                labels = cloud.labels
+            scenes.append(part_scene(settings, columns, one.path or one.name, cloud.points, labels, one.label))
+    return scenes, columns
+
+
+def part_scene(settings: Settings, columns: Columns, name: object, points: np.ndarray, labels: np.ndarray | None,
+               category: int) -> Scene:  # fmt: skip
+    """A Scene of an object of a category in the unit sphere, whose labels, if any, are those of its parts."""
+    full, full_labels = objects.in_unit_sphere(name, points), None
+    if labels is not None:
+        full_labels = _part_numbers(settings, name, labels, category)
+    sub = _subsampled(settings, full, labels=full_labels, ignore_label=None if full_labels is None else IGNORED)
+    sub_labels = np.full(len(sub.points), IGNORED, np.int64) if full_labels is None else sub.labels
+    return Scene(sub.points, columns.features(sub.points, {}), sub_labels, None, full, full_labels, name=str(name),
+                 category=category)  # fmt: skip
+
+
+def _part_numbers(settings: Settings, name: object, labels: np.ndarray, category: int) -> np.ndarray:
+    """The class number of each label; an error for one of another category."""
+    parts = [*settings.data.classes.values()]
+    first, out = sum(map(len, parts[:category])), np.full(len(labels), IGNORED, np.int64)
+    for number, label in enumerate(parts[category], first):
+        out[labels == label] = number
+    if (other := (out == IGNORED) & (labels != UNLABELED)).any():
+        expected = f"the part labels {list_names(map(str, parts[category]))} of {[*settings.data.classes][category]}"
+        raise ReadError(f"{name}: expected {expected}, got {labels[other][0]} for point {int(other.argmax())}")
+    return out
+
+
 def load_digits(settings: Settings, parts: Sequence[Digits],
                 folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of idx files, with a scene for each image.
@@ -285,6 +331,8 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
         scenes, columns = load_digits(settings, parts, folder)
     elif settings.data.kind == "objects":
         scenes, columns = load_objects(settings, parts, folder)
+    elif settings.data.kind == "parts":
+        scenes, columns = load_parts(settings, parts, folder)
     else:
         scenes, columns = load_scenes(settings, parts, folder, columns)
     if not any((scene.labels != IGNORED).any() for scene in scenes):

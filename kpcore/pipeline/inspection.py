@@ -241,7 +241,7 @@ def _observed(model: Model, batch: Batch, features: Any, **options: Any) -> list
     """What a pass through the network shows, see `kpcore.nn.Run`."""
     seen: list[tuple[str, int | None, Any]] = []
     run = model.net.new_run(kp, model.params, model.state, observe=lambda *what: seen.append(what), **options)
-    model.net.compute_logits(run, batch.pyramid, features, None)
+    model.net.compute_logits(run, batch.pyramid, features, None, *batch.options.values())
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -45,8 +46,9 @@ def listed(part: Objects, classes: Sequence[str], folder: str | os.PathLike[str]
         ]
     left_out: Counter[str] = Counter()
     path = Path(folder, expanded(part.folder or part.list))
+    find = _in_folder if part.folder else _in_split if path.suffix == ".json" else _in_list
     try:
-        found = [*(_in_folder if part.folder else _in_list)(path, part, classes, left_out)]
+        found = [*find(path, part, classes, left_out)]
     except OSError as error:
         raise ReadError(f"{error.filename or path}: {error.strerror or error}") from None
     if left_out:
@@ -91,6 +93,29 @@ def _in_list(path: Path, part: Objects, classes: Sequence[str], left_out: Counte
             yield Listed(file, classes.index(category), path.parent / file)
         else:
             left_out["lines of no class"] += 1
+
+
+def _in_split(path: Path, part: Objects, classes: Sequence[str], left_out: Counter[str]) -> Iterable[Listed]:
+    """The objects of a JSON list of ShapeNetPart: names such as shape_data/03001627/1007e2, of 03001627/1007e2.txt."""
+    root, categories = path.parent.parent, {}
+    for line in (root / "synsetoffset2category.txt").read_text(encoding="utf-8").splitlines():
+        if len(words := line.split()) == 2:
+            categories[words[1]] = words[0]
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReadError(f"{path}: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.count("/") >= 1 for name in names):
+        raise ReadError(f"{path}: expected a list of names such as shape_data/03001627/1007e2")
+    for name in names:
+        synset, number = name.split("/")[-2:]
+        if synset not in categories:
+            raise ReadError(f"{path}: {name}: expected a category of synsetoffset2category.txt, got {synset}")
+        if categories[synset] in classes:
+            file = f"{synset}/{number}.txt"
+            yield Listed(file, classes.index(categories[synset]), root / file)
+        else:
+            left_out["objects of no class"] += 1
 
 
 def points_of(one: Listed, classes: Sequence[str], part: Objects, columns: Sequence[str] | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from kpcore import nn
 from kpcore.config import require
-from kpcore.scenes import CATEGORIES
+from kpcore.scenes import CATEGORIES, PART_LABELS
 
 if TYPE_CHECKING:
     import os
@@ -63,12 +63,13 @@ class Digits:
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects with a class each: files in folders, files of a list, or `kpcore.scenes.shapes`.
+    """Objects with a class or category each: files in folders, files of a list, or `kpcore.scenes.shapes`.
 
     folder, split : a folder with a sub-folder for each class, named as the class; and the sub-folder of these that is
         read, such as "train" in the folders of ModelNet40. Files are meshes (OFF, PLY with faces) or clouds.
     list : a text file with an object in each line: a file and its class; or a name such as night_stand_0007, which is
         night_stand/night_stand_0007.txt, as in the resampled ModelNet40. Files are relative to the folder of the list.
+        Or one of the JSON files in train_test_split of ShapeNetPart.
     shapes, number : the first seed of `kpcore.scenes.shapes`, and the number of seeds, each of which is an object of
         every class
     points : the number of points sampled from a mesh or a generated object; of a cloud all points are used
@@ -86,7 +87,7 @@ class Objects:
 
 
 Source: TypeAlias = "Part | Digits | Objects"
-_SOURCES = {"scenes": Part, "digits": Digits, "objects": Objects}
+_SOURCES = {"scenes": Part, "digits": Digits, "objects": Objects, "parts": Objects}
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,16 @@ class Data:
     train, test : scenes, digits or objects
     classes : the name of each class and its labels in the files; points with other labels are ignored. Digits have the
         classes 0 to 9. For objects, which are rescaled into the unit sphere, the list of names; by default those of
-        `kpcore.scenes.CATEGORIES` if all objects are generated.
+        `kpcore.scenes.CATEGORIES` if all objects are generated. For parts the name of each category and the labels of
+        its parts, each of which no other category has.
     features : "one" (constant 1), "color" (three columns, 0 to 1), "height" (the last coordinate in the file), "local"
         (coordinates relative to the centre of the input sphere, after augmentation), "value" (grey of a digit, 0 to 1),
         or the name of a field of the files. Height and fields are shifted and scaled so that the middle nine tenths of
         the training data are -1 to 1, and clipped to -10 to 10.
     label : the field of the labels; needed if it has no usual name
     columns : names for the columns of files that have none, see `kpcore.io.read`
-    kind : "scenes", "digits" or "objects"; by default digits where there are images, else scenes
+    kind : "scenes", "digits", "objects", which have a class each, or "parts", objects of a known category whose points
+        have labels; by default digits where there are images, else scenes
     """
 
     train: list[Source]
@@ -224,9 +227,21 @@ class Settings:
         return self.data.kind in ("digits", "objects")
 
     @property
+    def whole(self) -> bool:
+        """Whether an input is a whole cloud, rather than a sphere."""
+        return self.data.kind != "scenes"
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes; for parts those of the category with the label."""
+        if self.data.kind == "parts":
+            return tuple(f"{name} {label}" for name, labels in self.data.classes.items() for label in labels)
         return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
+
+    @property
+    def heads(self) -> dict[str, int] | None:
+        """The number of parts of each category; None unless the data are parts."""
+        return {name: len(labels) for name, labels in self.data.classes.items()} if self.data.kind == "parts" else None
 
     @property
     def dimension(self) -> int:
@@ -249,7 +264,7 @@ class Settings:
                 network.levels, network.convs, deformable=network.deformable, resampled=network.resampled,
                 segment=not self.classifies, upsample=network.upsample
             )  # fmt: skip
-            return nn.Network(blocks, *sizes, **options)
+            return nn.Network(blocks, *sizes, heads=self.heads, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
 
@@ -317,8 +332,10 @@ def _data(values: Any) -> Data:
     names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
+    if kind in ("objects", "parts"):
+        data = _objects(data)
     if kind == "objects":
-        return _objects(data)
+        return data
     if kind == "digits":
         if unknown := {*names} - {"one", "value", "local"}:
             raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(unknown)}")
@@ -331,7 +348,7 @@ def _data(values: Any) -> Data:
         raise SettingsError("[data] features: value is only valid for digits")
     if data.columns is not None and len({*data.columns}) < max(3, len(data.columns)):
         raise SettingsError(f"[data] columns: expected at least x y z, each name once, got {_shown(data.columns)}")
-    if not isinstance(data.classes, dict) or not 2 <= len(data.classes) <= 10_000:
+    if not isinstance(data.classes, dict) or not (1 if kind == "parts" else 2) <= len(data.classes) <= 10_000:
         raise SettingsError(f"[data.classes]: expected 2 to 10,000 classes, got {len(data.classes)}")
     seen = set()
     for name, labels in data.classes.items():
@@ -347,35 +364,42 @@ def _data(values: Any) -> Data:
 
 def _kind(data: Mapping[str, Any]) -> str:
     """The kind of the data; an error if it is unknown or another than that of the parts."""
-    kinds = {type(part) for part in (*data["train"], *data["test"])}
-    if len(kinds) > 1:
+    sources = {type(part) for part in (*data["train"], *data["test"])}
+    if len(sources) > 1:
         raise SettingsError("[data] train, test: expected either scenes or digits, got both")
-    (kind,) = (name for name, source in _SOURCES.items() if source in kinds)
-    if data.get("kind", kind) not in _SOURCES:
-        raise SettingsError(f"[data] kind: expected {', '.join(_SOURCES)}, got {_shown(data['kind'])}")
-    if data.get("kind", kind) != kind:
-        raise SettingsError(f"[data] kind: expected {kind}, as train and test are, got {data['kind']}")
+    kinds = [name for name, source in _SOURCES.items() if source in sources]
+    kind = data.get("kind", kinds[0])
+    if kind not in _SOURCES:
+        raise SettingsError(f"[data] kind: expected {', '.join(_SOURCES)}, got {_shown(kind)}")
+    if kind not in kinds:
+        raise SettingsError(f"[data] kind: expected {kinds[0]}, as train and test are, got {kind}")
     return kind
 
 
 def _objects(data: Data) -> Data:
-    """The data of objects with their classes; an error for settings that do not apply."""
+    """The data of objects or parts with their classes; an error for settings that do not apply."""
     if unknown := {*data.features} - {"one", "local"}:
         raise SettingsError(f"[data] features: expected one or local for objects, got {', '.join(unknown)}")
-    if data.label:
-        raise SettingsError("[data] label: not allowed for objects, whose folder or list says their class")
     classes, generated = data.classes, [part for part in (*data.train, *data.test) if part.shapes is not None]
     if not classes and len(generated) == len(data.train) + len(data.test):
-        classes = [*CATEGORIES]
-    if not isinstance(classes, list) or not 2 <= len({*classes}) == len(classes) <= 10_000:
-        raise SettingsError(f"[data] classes: expected a list of 2 to 10,000 names, each once, got {_shown(classes)}")
+        classes = [*CATEGORIES] if data.kind == "objects" else PART_LABELS
     if generated and (unknown := [name for name in classes if name not in CATEGORIES]):
         raise SettingsError(f"[data] classes: expected those of shapes, {', '.join(CATEGORIES)}, got {unknown[0]} too")
+    if data.kind == "parts":
+        if generated and any(PART_LABELS[name] != labels for name, labels in dict(classes).items()):
+            raise SettingsError(
+                "[data.classes]: expected the part labels of generated shapes, kpcore.scenes.PART_LABELS"
+            )
+        return replace(data, classes=classes)
+    if data.label:
+        raise SettingsError("[data] label: not allowed for objects, whose folder or list says their class")
+    if not isinstance(classes, list) or not 2 <= len({*classes}) == len(classes) <= 10_000:
+        raise SettingsError(f"[data] classes: expected a list of 2 to 10,000 names, each once, got {_shown(classes)}")
     return replace(data, classes=classes)
 
 
 def _part(values: Any, where: str, kind: object) -> Source:
-    if kind == "objects":
+    if kind in ("objects", "parts"):
         part = _section(Objects, values, where)
         sources = [name for name in ("folder", "list", "shapes") if getattr(part, name) is not None]
         if len(sources) != 1:

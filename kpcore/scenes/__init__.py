@@ -8,6 +8,6 @@ cloud = kpcore.scenes.shapes("chair", seed=3)    # one of ten CATEGORIES, labell
 from kpcore.io import Cloud, ReadError, read
 
 from .indoor import indoor
-from .shapes import CATEGORIES, shapes
+from .shapes import CATEGORIES, PART_LABELS, shapes
 
-__all__ = ["CATEGORIES", "Cloud", "ReadError", "indoor", "read", "shapes"]
+__all__ = ["CATEGORIES", "PART_LABELS", "Cloud", "ReadError", "indoor", "read", "shapes"]

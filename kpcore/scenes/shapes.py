@@ -33,6 +33,11 @@ CATEGORIES = {
     "sofa": ("base", "back", "arm", "cushion", "leg"),
     "table": ("top", "leg", "drawer"),
 }  #: the parts of each category
+_FIRST_LABELS = np.cumsum([0, *map(len, CATEGORIES.values())]).tolist()
+PART_LABELS = {
+    name: [*range(first, first + len(parts))]
+    for (name, parts), first in zip(CATEGORIES.items(), _FIRST_LABELS, strict=False)
+}  #: numbers of the parts that no other category has, as data sets of parts number them
 
 _STRETCH = 0.5  # the largest logarithm of the factor of an axis: 1.6 times as long, or as short
 
