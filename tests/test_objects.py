@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from kpcore import cli
 from kpcore.io import ReadError
 from kpcore.nn import checkpoints
 from kpcore.pipeline import batches, classification, data, training, voting
-from kpcore.pipeline.settings import SettingsError, from_dict
+from kpcore.pipeline.settings import SettingsError, from_dict, read_settings
 from kpcore.scenes import CATEGORIES, shapes
 
 pytest.importorskip("safetensors")
@@ -144,6 +145,14 @@ def test_settings_that_are_refused(more, message):
 def test_scenes_need_a_table_of_classes():
     with pytest.raises(SettingsError, match=r"\[data.classes\]: expected 2 to 10,000 classes"):
         from_dict({"data": {"train": ["a.ply"], "classes": ["a", "b"]}, "network": {"voxel_size": 1.0}})
+
+
+def test_the_settings_of_the_pages_are_valid():
+    docs = Path(__file__).parents[1] / "docs"
+    config = read_settings(docs / "modelnet40.toml")
+    assert len(config.names) == 40 and list(config.names) == sorted(config.names) and config.classifies
+    config = read_settings(docs / "shapenetpart.toml")
+    assert len(config.heads) == 16 and [int(name.split()[1]) for name in config.names] == [*range(50)]
 
 
 # ---- folders and lists

@@ -695,9 +695,16 @@ def assert_same_checkpoints(one, other):
             assert_same_bits(value, others[group][name])
 
 
+SHAPES = {"train": [{"shapes": 0, "number": 5, "points": 300}], "test": [{"shapes": 9, "number": 2, "points": 300}]}
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
-    sections = json.dumps(settings_dict(training={"epochs": 3}))
+@pytest.mark.parametrize("kind", ["scenes", "objects", "parts"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path, kind):
+    parts = settings_dict(training={"epochs": 3})
+    if kind != "scenes":
+        parts["data"] = SHAPES | {"kind": kind}
+    sections = json.dumps(parts)
     code = f"""
 import json, sys
 from kpcore.pipeline import training
