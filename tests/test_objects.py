@@ -232,6 +232,10 @@ def test_lists_that_are_refused(resampled):
 
     with pytest.raises(ReadError, match=r"a\.txt: line 2: expected a file and its class, or a name, got 3 words"):
         load("chair_0001\na b c\n")
+    (resampled / "a.txt").write_bytes(b"chair_\xff\n")
+    config = from_dict(sections(data={"train": [{"list": "a.txt"}], "test": [], "classes": CLASSES}))
+    with pytest.raises(ReadError, match=r"a\.txt: expected text in UTF-8, got byte 0xff"):
+        data.load(config, config.data.train, resampled)
     with pytest.raises(ReadError, match=r"chair_0099\.txt: No such file"):
         load("chair_0099\n")
     with (
@@ -426,6 +430,11 @@ def test_train_test_and_predict(command, modelnet):
     assert (code, err) == (0, "")
     lines = [re.fullmatch(r"(.*): (\w+) ([\d.]+)", line) for line in out.splitlines()]
     assert [line[1] for line in lines] == [str(modelnet / "one.off"), str(modelnet / "mug.npy")]
+    code, out, err = command("features", model, modelnet / "one.off", modelnet / "mug.npy", "--level", 1,
+                             "--out", modelnet.parent / "features")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert len(re.findall(r"^level 1, channel +\d+: +[\d.]+ in (one\.off|mug\.npy)$", out, re.MULTILINE)) == 8
+    assert imread(modelnet.parent / "features" / "kpcore-features.png")[..., :3].std() > 0.02
     assert lines[0][2] == "night_stand" and all(1 / 3 < float(line[3]) <= 1 for line in lines)
 
 

@@ -51,6 +51,8 @@ def listed(part: Objects, classes: Sequence[str], folder: str | os.PathLike[str]
         found = [*find(path, part, classes, left_out)]
     except OSError as error:
         raise ReadError(f"{error.filename or path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ReadError(f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#x}") from None
     if left_out:
         reasons = ", ".join(f"{reason} ({number})" for reason, number in left_out.items())
         warnings.warn(f"{path}: {len(found)} objects; left out: {reasons}", stacklevel=2)
@@ -58,9 +60,9 @@ def listed(part: Objects, classes: Sequence[str], folder: str | os.PathLike[str]
 
 
 def _in_folder(path: Path, part: Objects, classes: Sequence[str], left_out: Counter[str]) -> Iterable[Listed]:
-    folders = {entry.name: entry for entry in sorted(path.iterdir())}
-    for name in folders.keys() - {*classes}:
-        left_out["folders of no class" if folders[name].is_dir() else "files beside the folders"] += 1
+    for entry in sorted(path.iterdir()):
+        if entry.name not in classes:
+            left_out["folders of no class" if entry.is_dir() else "files beside the folders"] += 1
     for label, name in enumerate(classes):
         entries = sorted((path / name / (part.split or "")).iterdir())
         files = [entry for entry in entries if entry.suffix.lower() in _SUFFIXES and not entry.is_dir()]
@@ -68,11 +70,10 @@ def _in_folder(path: Path, part: Objects, classes: Sequence[str], left_out: Coun
             folders = [entry.name for entry in entries if entry.is_dir()]
             advice = f", but the folders {list_names(folders)}: choose one with split" if folders else ""
             raise ReadError(f"{path / name / (part.split or '')}: expected files of objects, got none{advice}")
-        left_out["files of another extension"] += len(entries) - len(files)
+        if others := len(entries) - len(files):
+            left_out["files of another extension"] += others
         for entry in files:
             yield Listed(entry.relative_to(path).as_posix(), label, entry)
-    for reason in [reason for reason, number in left_out.items() if not number]:
-        del left_out[reason]
 
 
 def _in_list(path: Path, part: Objects, classes: Sequence[str], left_out: Counter[str]) -> Iterable[Listed]:
