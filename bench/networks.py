@@ -5,6 +5,10 @@ one batch of three pieces of the procedural flat (`kpcore.scenes.indoor`), about
 network over dense operators in PyTorch, with the same weights and the same neighbour lists, which are limited as the
 published calibration limits them. Receptive fields are measured on four pieces, 20,000 points, against a training step
 of the same network.
+
+Objects and parts are the throughput of Thomas et al. (2019), section 4.1: the networks of the paper's size on batches
+of 16 objects, surfaces in the unit sphere, subsampled at 0.02 from 10,000 points (some 6,800 remain, as of ModelNet40)
+and from 2,600 points (some 2,300 remain, as of ShapeNetPart).
 """
 
 import tempfile
@@ -17,7 +21,10 @@ import peers
 import kpcore as kp
 from kpcore import nn
 
-SIZES = {"full": {"scene": 1_000_000, "piece": 5_000, "steps": 12}, "quick": {"scene": 20_000, "piece": 60, "steps": 2}}
+SIZES = {
+    "full": {"scene": 1_000_000, "piece": 5_000, "steps": 12, "objects": 16},
+    "quick": {"scene": 20_000, "piece": 60, "steps": 2, "objects": 2},
+}
 TASKS = {
     "step": [{"deformable": 0}, {"deformable": 5}],
     "convolutions": [{"deformable": 0}, {"deformable": 5}],
@@ -25,6 +32,8 @@ TASKS = {
     "preprocessing": [{}],
     "loading": [{}],
     "receptive_field": [{"deformable": 0}, {"deformable": 5}],
+    "objects": [{}],
+    "parts": [{}],
 }
 # {(case, what, order, against): target}
 TARGETS = {
@@ -42,6 +51,9 @@ TARGETS = {
     ("receptive_field", "deformable, peak memory", "", "a training step"): ("<=", 1),
 }
 CLASSES, FEATURES = 13, 5
+# The categories of ShapeNetPart, with their numbers of parts.
+PARTS = {"airplane": 4, "bag": 2, "cap": 2, "car": 4, "chair": 4, "earphone": 3, "guitar": 3, "knife": 2, "lamp": 4,
+         "laptop": 2, "motorbike": 6, "mug": 2, "pistol": 3, "rocket": 3, "skateboard": 3, "table": 3}  # fmt: skip
 
 
 def prepare(folder, size):
@@ -77,11 +89,16 @@ class Problem:
         self.params, self.state = self.net.init()
         bench.label(order="", size=f"{len(z):,}, H = {self.pyramid[0].neighbors.num_pairs / len(z):.1f}")
 
+    @property
+    def options(self):
+        """Further arguments of the network."""
+        return {}
+
     def prepared(self):
         return self.net.pyramid(self.points, row_splits=self.row_splits, subsampled=True, neighbor_limits=self.limits)
 
     def loss(self, F, params, state, pyramid, features, labels):
-        result = self.net(F, params, state, pyramid, features, training=True)
+        result = self.net(F, params, state, pyramid, features, training=True, **self.options)
         loss = F.softmax_cross_entropy(result.logits, labels)
         return loss if result.regularization is None else loss + result.regularization
 
@@ -132,6 +149,72 @@ class Problem:
 
     def dense(self):
         return self.torch(*peers.dense_network(self.pyramid))
+
+
+class Objects(Problem):
+    """KP-CNN, or with parts KP-FCNN with a head for each category, and a batch of objects as `surface` makes them."""
+
+    def __init__(self, bench, parts, num_sampled):
+        rng, num = np.random.default_rng(0), bench.sizes["objects"]
+        options = {"convs": 2} if num == 16 else {"convs": 2, "width": 16, "levels": 3}
+        if parts:
+            self.net = nn.kpfcnn(4, sum(PARTS.values()), 0.02, heads=PARTS, **options)
+        else:
+            self.net = nn.kpcnn(1, 40, 0.02, **options)
+        sub = kp.grid_subsample(
+            np.concatenate([surface(rng, num_sampled) for _ in range(num)]), self.net.voxel_size,
+            row_splits=kp.row_splits([num_sampled] * num)
+        )  # fmt: skip
+        self.points, self.row_splits = sub.points, sub.row_splits
+        self.limits = kp.calibrate_neighbor_limits([sub.points[: self.row_splits[1]]], voxel_size=self.net.voxel_size,
+                                                   num_levels=self.net.num_levels)  # fmt: skip
+        self.pyramid, ones = self.prepared(), np.ones((len(self.points), 1), np.float32)
+        self.features = np.concatenate([ones, self.points], axis=1) if parts else ones
+        self.categories = np.arange(num)
+        columns = [*self.net.head_columns.values()][:num]
+        self.labels = np.repeat([c.start for c in columns], kp.lengths(self.row_splits)) if parts else self.categories
+        self.params, self.state = self.net.init()
+        bench.label(order="", size=f"{num} x {len(self.points) / num:,.0f}, "
+                                   f"H = {self.pyramid[0].neighbors.num_pairs / len(self.points):.1f}")  # fmt: skip
+
+    @property
+    def options(self):
+        return {"categories": self.categories} if self.net.segments else {}
+
+    def inference(self):
+        """A pass outside of training, as a function."""
+        return lambda: self.net(kp, self.params, self.state, self.pyramid, self.features, **self.options).logits
+
+    def dense_inference(self):
+        import torch
+
+        F, pyramid = peers.dense_network(self.pyramid)
+        params, state = (
+            {name: torch.from_numpy(value) for name, value in values.items()} for values in (self.params, self.state)
+        )
+        features = torch.from_numpy(self.features)
+
+        def infer():
+            with torch.inference_mode():
+                return self.net(F, params, state, pyramid, features, **self.options).logits
+
+        return infer
+
+
+def surface(rng, num):
+    """(num, 3) points drawn by area from a chair of boxes with random proportions, in the unit sphere."""
+    width, depth, seat, back = rng.uniform((0.8, 0.8, 0.7, 0.5), (1.2, 1.2, 1.2, 1.2))
+    legs = [((x, y, 0), (0.1, 0.1, seat)) for x in (0, width - 0.1) for y in (0, depth - 0.1)]
+    boxes = [((0, 0, seat), (width, depth, 0.1)), ((0, 0, seat), (width, 0.1, back)), *legs]
+    corners, sizes = (np.array(values, float) for values in zip(*boxes, strict=True))
+    areas = np.stack([np.delete(sizes, axis, 1).prod(axis=1) for axis in range(3)], axis=1)  # of half of the faces
+    choice = rng.choice(areas.size, num, p=areas.ravel() / areas.sum())
+    box, axis = np.unravel_index(choice, areas.shape)
+    within = rng.random((num, 3))
+    within[np.arange(num), axis] = rng.integers(0, 2, num)
+    points = corners[box] + within * sizes[box]
+    points -= (points.min(axis=0) + points.max(axis=0)) / 2
+    return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
 
 
 def step(bench, deformable):
@@ -283,3 +366,28 @@ def receptive_field(bench, deformable):
     for what, positions, options in (("a position", where, {}), ("one position alone", where[:1], {}),
                                      ("a position, sharing passes", where, sharing)):  # fmt: skip
         bench.compare(f"{kind}, {what}", partial(per_position, positions, **options), "a training step", step)
+
+
+def objects(bench):
+    throughput(bench, Objects(bench, parts=False, num_sampled=10_000), 2.9)
+
+
+def parts(bench):
+    throughput(bench, Objects(bench, parts=True, num_sampled=2_600), 4.1)
+
+
+def throughput(bench, problem, published):
+    """A training step and a pass outside of training, and the batches that they do in a second."""
+    if reason := peers.missing(peers.DENSE_NETWORK):
+        bench.absent("training", peers.DENSE_NETWORK.name, reason)
+        return
+    sides = {
+        "training": (problem.tape(), problem.dense(), f"; {published} on a Titan Xp in 2019"),
+        "inference": (problem.inference(), problem.dense_inference(), ""),
+    }
+    for what, (call, other, also) in sides.items():
+        expected = bench.first(call)
+        np.testing.assert_allclose(other(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        bench.compare(what, call, peers.DENSE_NETWORK.name, other)
+        ours, theirs = (1 / bench.rows[-1][side]["median"] for side in ("ours", "theirs"))
+        bench.row(f"{what}, rate", ours, f"batches a second, dense torch {theirs:.2g}{also}")

@@ -712,27 +712,40 @@ def dense_network(pyramid):
     def padded(neighbors):
         if neighbors is None:
             return None
-        return dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
+        matrix = dense.padded(neighbors.index, neighbors.row_splits, neighbors.num_points)
+        return SimpleNamespace(matrix=matrix, stored_index=neighbors.stored_index)
 
     def kpconv(points, queries, neighbors, features, weights, kernel_points, extent, *, offsets=None,
                modulations=None, influence="linear", aggregation="sum", normalization=None):  # fmt: skip
         assert (influence, aggregation, normalization) == ("linear", "sum", None)
         queries = points if queries is None else queries
-        return dense.kpconv(points, queries, neighbors, features, weights, kernel_points, extent, offsets, modulations)
+        return dense.kpconv(points, queries, neighbors.matrix, features, weights, kernel_points, extent, offsets,
+                            modulations)  # fmt: skip
 
     def batch_norm(features, scale, shift, mean, variance, *, training, momentum, negative_slope):
         mean, variance = mean.clone(), variance.clone()
         out = functional.batch_norm(features, mean, variance, scale, shift, training, momentum, 1e-5)
         return out if negative_slope is None else functional.leaky_relu(out, negative_slope), mean, variance
 
-    def neighbor_reduce(features, neighbors, reduce, pad_value=None):
-        assert (reduce, pad_value) == ("max", None)
+    def neighbor_reduce(features, neighbors, reduce, pad_value=None, empty=None):
+        if reduce == "sum":  # the logits of a head, each at its point
+            out = torch.full((neighbors.num_queries, features.shape[1]), empty)
+            return out.index_copy(0, torch.from_numpy(neighbors.transpose().index).long(), features)
+        assert (reduce, pad_value, empty) == ("max", None, None)
         low = torch.full_like(features[:1], -torch.inf)
-        return dense._gather(torch.cat([features, low]), neighbors).amax(1)
+        return dense._gather(torch.cat([features, low]), neighbors.matrix).amax(1)
+
+    def nearest_upsample(features, neighbors):
+        index = neighbors.matrix[:, 0] if hasattr(neighbors, "matrix") else torch.from_numpy(neighbors.index).long()
+        return features[index]
+
+    def segment_reduce(features, row_splits, reduce):
+        assert reduce == "mean"
+        return torch.stack([item.mean(0) for item in features.split(np.diff(row_splits).tolist())])
 
     def fitting_loss(points, queries, neighbors, kernel_points, offsets, extent):
         shadow = torch.cat([points, torch.full_like(points[:1], 1e6)])
-        relative = shadow[neighbors] - (points if queries is None else queries).unsqueeze(1)
+        relative = shadow[neighbors.matrix] - (points if queries is None else queries).unsqueeze(1)
         squared = (relative.unsqueeze(2) - (kernel_points + offsets).unsqueeze(1)).square().sum(3)
         return (squared.amin(1) / extent**2).mean()
 
@@ -749,7 +762,7 @@ def dense_network(pyramid):
         kpconv=kpconv, batch_norm=batch_norm, neighbor_reduce=neighbor_reduce, fitting_loss=fitting_loss,
         repulsion_loss=repulsion_loss, leaky_relu=functional.leaky_relu, add=torch.add, sigmoid=torch.sigmoid,
         linear=lambda x, w, bias=None: x @ w if bias is None else torch.addmm(bias, x, w),
-        nearest_upsample=lambda features, neighbors: features[neighbors[:, 0]],
+        nearest_upsample=nearest_upsample, segment_reduce=segment_reduce,
         concatenate=lambda *parts: torch.cat(parts, 1), softmax_cross_entropy=functional.cross_entropy,
     )  # fmt: skip
     levels = []

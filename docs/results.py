@@ -1,10 +1,12 @@
 """Makes the figures and tables of docs/results.md that no other command makes.
 
-    python docs/results.py [curves|ablation]
+    python docs/results.py [curves|ablation|variants]
 
 curves: one network trained on the tape, in PyTorch and in JAX.
 ablation: a small version of the comparison of kernels in Thomas et al. 2019, section 4.3 (number of kernel points,
 rigid and deformable): the network of the demo, trained for half of its steps, tested on its unseen flat.
+variants: in the same way, what sections 3.2 and 3.4 mention beside it: learned kernel points, and convolutions that
+upsample, against the rigid network.
 """
 
 import sys
@@ -23,11 +25,12 @@ from kpcore.pipeline.settings import from_dict
 from kpcore.pipeline.training import Training
 
 KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
+HEADER = "mIoU, median of three seeds (least–most) | s | parameters |"
 
 
-def train(kernel_size, deformable, seed):
-    """(mIoU, seconds, number of parameters) of a network trained with this kernel."""
-    network = demo.TRAINING["network"] | {"kernel_size": kernel_size, "deformable": 4 if deformable else 0}
+def train(seed, **changes):
+    """(mIoU, seconds, number of parameters) of the demo's network with some settings changed."""
+    network = demo.TRAINING["network"] | changes
     settings = from_dict(demo.TRAINING | {"network": network, "training": demo.TRAINING["training"] | {"steps": STEPS}})
     with tempfile.TemporaryDirectory() as folder:
         run = Training(settings, folder, folder, seed=seed)
@@ -37,6 +40,14 @@ def train(kernel_size, deformable, seed):
     (scene,), _ = load(settings, [demo.UNSEEN], ".", run.model.columns)
     scores = voting.scores(voting.evaluate(run.model, [scene]), settings.names)
     return scores["miou"], seconds, nn.count(run.model.params)
+
+
+def trained(name, **changes):
+    """Train a network with each of the seeds, print its row of the table and return the mIoUs."""
+    scores, seconds, sizes = zip(*(train(seed, **changes) for seed in SEEDS), strict=True)
+    print(f"| {name} | {np.median(scores):.3f} ({min(scores):.3f}–{max(scores):.3f}) | {np.median(seconds):.0f} | "
+          f"{sizes[0]:,} |", flush=True)  # fmt: skip
+    return scores
 
 
 def curves(steps=100):
@@ -105,22 +116,27 @@ def ablation():
     """Plot the mIoU by number of kernel points, rigid and deformable, and print the table."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    print("| kernel points | | mIoU, median of three seeds (least–most) | s | parameters |\n|---|---|---|---|---|")
-    for kind, deformable in (("rigid", False), ("deformable", True)):
+    print(f"| kernel points | | {HEADER}\n|---|---|---|---|---|")
+    for kind, deformable, color in (("rigid", 0, "C0"), ("deformable", 4, "C1")):
         medians = []
         for kernel_size in KERNELS:
-            runs = [train(kernel_size, deformable, seed) for seed in SEEDS]
-            scores, seconds, sizes = zip(*runs, strict=True)
+            scores = trained(f"{kernel_size} | {kind}", kernel_size=kernel_size, deformable=deformable)
             medians.append(np.median(scores))
-            axes.plot([kernel_size] * len(scores), scores, ".", color="C1" if deformable else "C0", alpha=0.4)
-            print(f"| {kernel_size} | {kind} | {medians[-1]:.3f} ({min(scores):.3f}–{max(scores):.3f}) | "
-                  f"{np.median(seconds):.0f} | {sizes[0]:,} |", flush=True)  # fmt: skip
-        axes.plot(KERNELS, medians, "o-", color="C1" if deformable else "C0", label=kind)
+            axes.plot([kernel_size] * len(scores), scores, ".", color=color, alpha=0.4)
+        axes.plot(KERNELS, medians, "o-", color=color, label=kind)
     axes.set(xlabel="kernel points", ylabel="mIoU on an unseen flat", xticks=KERNELS)
     axes.legend()
     figure.savefig(Path(__file__).with_name("ablation.png"), dpi=120)
 
 
+def variants():
+    """Print the table of the rigid network with learned kernel points, and with convolutions that upsample."""
+    print(f"| | {HEADER}\n|---|---|---|---|")
+    trained("rigid, nearest upsampling")
+    trained("kernel points learned", learn_kernel_points=True)
+    trained("upsampling by KPConv", upsample="kpconv")
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("curves", "ablation"):
-        {"curves": curves, "ablation": ablation}[name]()
+    for name in sys.argv[1:] or ("curves", "ablation", "variants"):
+        {"curves": curves, "ablation": ablation, "variants": variants}[name]()

@@ -1,4 +1,4 @@
-"""The command `kpcore`: its options, and the subcommands train, test, segment, erf and features."""
+"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf and features."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import kpcore as kp
 from kpcore.config import require
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
     from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
+
+
+CONFUSION = "confusion.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a network and label a scene with it; or subsample, search and convolve a scan",
         description="Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
-        "another one, prints the IoU of each class and writes a picture. With a scan: level by level subsamples it, "
+        "another one, prints the IoU of each class and writes a picture. With --objects: trains a small KP-CNN on "
+        "generated objects, classifies others and writes a picture. With a scan: level by level subsamples it, "
         "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
     )
     demo.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
@@ -120,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--columns", type=names, metavar="NAMES", help='with FILE: names for columns that have none, "x y z label"'
     )
+    demo.add_argument("--objects", action="store_true", help="train on generated objects, and classify others")
     demo.add_argument(
         "--out", type=path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
@@ -142,14 +149,29 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--data", type=path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
-    test.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    test.add_argument(
+        "--votes", type=up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
+    )
+    test.add_argument(
+        "--out", type=path, metavar="DIR",
+        help="folder for the confusion matrix as CSV and picture, and for a picture of objects with a wrong class",
+    )  # fmt: skip
     test.set_defaults(run=_test)
+
+    predict = commands.add_parser("predict", help="classes of objects by a trained network")
+    predict.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    predict.add_argument(
+        "files", type=path, nargs="+", metavar="FILE", help="meshes in OFF or PLY, or clouds in any format that is read"
+    )
+    predict.add_argument("--votes", type=up_to(1000), help="votes for each object (default: as in the settings)")
+    predict.set_defaults(run=_predict)
 
     segment = commands.add_parser("segment", help="label a scan with a trained network")
     segment.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
     segment.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
     segment.add_argument("--out", type=path, required=True, metavar="FILE", help="labelled copy, in the same format")
     segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
     segment.set_defaults(run=_segment)
 
@@ -170,7 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     features = commands.add_parser("features", help="inputs that maximise features of a trained network")
     features.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
     features.add_argument(
-        "files", type=path, nargs="+", metavar="FILE", help="scans, or images of digits (idx) for a network of digits"
+        "files",
+        type=path,
+        nargs="+",
+        metavar="FILE",
+        help="scans, objects, or images of digits (idx), as the network has",
     )
     features.add_argument(
         "--level", type=up_to(MOST_LEVELS - 1, 0), action="append", metavar="N",
@@ -192,12 +218,14 @@ def _demo(args: argparse.Namespace) -> None:
     from kpcore import demo
 
     options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
+    if args.file and args.objects:
+        raise Refused(f"--objects: only valid without FILE, got {args.file}")
     if args.file:
         demo.scan(args.file, args.out, **demo.SCAN | options)
     elif options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
-        demo.train(args.out)
+        (demo.objects if args.objects else demo.train)(args.out)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -225,7 +253,7 @@ def _train(args: argparse.Namespace) -> None:
 
         def watch(entry: dict[str, Any]) -> None:
             if "test" in entry:
-                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"]))
+                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"], settings.classifies))
                 return
             bar.set_description_str(f"epoch {entry['epoch'] + 1} of {epochs}")
             bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
@@ -236,9 +264,15 @@ def _train(args: argparse.Namespace) -> None:
     print(f"done in {time.perf_counter() - begin:.0f} s: {args.out}")
 
 
-def _scores(when: str, scores: Scores) -> str:
-    parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in scores["iou"].items()]
+def _scores(when: str, scores: Scores, classifies: bool) -> str:
+    by_class = scores["class_accuracy" if classifies else "iou"]
+    parts = [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in by_class.items()]
+    if classifies:
+        means = f"accuracy {scores['accuracy']:.4f}, mean class accuracy {scores['mean_class_accuracy']:.4f}"
+        return f"{when}: {means} | accuracy {', '.join(parts)}"
     means = f"mIoU {scores['miou']:.4f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.4f}"
+    if "class_miou" in scores:
+        means = f"instance mIoU {scores['miou']:.4f}, class mIoU {scores['class_miou']:.4f}"
     return f"{when}: {means} | IoU {', '.join(parts)}"
 
 
@@ -250,20 +284,59 @@ def _model(path: Path) -> Model:
 
 
 def _test(args: argparse.Namespace) -> None:
-    from kpcore.pipeline import voting
+    from kpcore import picture
+    from kpcore.pipeline import classification, voting
     from kpcore.pipeline.data import load
 
     model = _model(args.model)
     if not model.settings.data.test:
         raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
-    if args.votes and not model.net.segments:
-        raise Refused(f"--votes: only valid for networks that label points, but {args.model} classifies whole clouds")
-    loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-    confusion = voting.evaluate(model, loaded, args.votes)
-    print(_scores(f"{confusion.sum():,} labelled", voting.scores(confusion, model.settings.names)))
+    settings, classifies = model.settings, model.settings.classifies
+    if args.out:
+        require("matplotlib.figure", "plot")
+        make_folder(args.out)
+        check_writable(args.out / CONFUSION)
+    loaded = load(settings, settings.data.test, args.data, model.columns)[0]
+    if classifies:
+        classified = classification.classify(model, loaded, args.votes)
+        confusion = classified.confusion()
+        scores = voting.scores(confusion, settings.names)
+    else:
+        confusion, scores = voting.evaluate_scores(model, loaded, args.votes)
+    scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
+    print(scored)
+    if settings.heads:
+        objects = np.bincount([scene.category for scene in loaded], minlength=len(settings.heads))
+        print(f"{'category':>16} {'objects':>8} {'mIoU':>8}")
+        for (name, value), number in zip(scores["iou"].items(), objects, strict=True):
+            print(f"{name:>16} {number:>8,} {'-' if value is None else f'{value:.4f}':>8}")
     print("confusion, a row for each true class:")
-    for name, row in zip(model.settings.names, confusion, strict=True):
+    for name, row in zip(settings.names, confusion, strict=True):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
+    if not args.out:
+        return
+    classification.write_confusion(args.out / CONFUSION, settings.names, confusion)
+    print(f"table: {args.out / CONFUSION}")
+    drawn = [args.out / "confusion.png"]
+    with replacing(drawn[0]) as part:
+        subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
+        picture.draw_confusion(part, "Confusion", subtitle, settings.names, confusion)
+    if classifies and len(classified.errors):
+        drawn.append(args.out / "errors.png")
+        classification.draw_errors(drawn[1], model, classified)
+    for path in drawn:
+        print(f"picture: {path}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import classification
+
+    model = _model(args.model)
+    if model.settings.data.kind != "objects":
+        raise Refused(f"{args.model}: expected a network of objects, got one of {model.settings.data.kind}")
+    classified = classification.classify(model, classification.objects_of_files(model, args.files), args.votes)
+    for path, number, row in zip(args.files, classified.classes, classified.probabilities, strict=True):
+        print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
 
 
 def _segment(args: argparse.Namespace) -> None:
@@ -272,6 +345,10 @@ def _segment(args: argparse.Namespace) -> None:
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
     if not model.net.segments:
         raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
+    try:
+        segmentation.check_category(model, args.category)
+    except ValueError as error:
+        raise Refused(f"--{error}") from None
     segmentation.check_out(args.file, args.out)
     if args.picture:
         require("matplotlib", "plot")
@@ -281,12 +358,14 @@ def _segment(args: argparse.Namespace) -> None:
         def watch(done: float) -> None:
             bar.update(done - bar.n)
 
-        segmented = segmentation.segment(model, args.file, args.out, votes=args.votes, watch=watch)
+        segmented = segmentation.segment(
+            model, args.file, args.out, votes=args.votes, category=args.category, watch=watch
+        )
     print(f"{args.out}: {len(segmented.classes):,} points labelled")
     for name, number in zip(model.settings.names, segmented.counts, strict=True):
         print(f"{name:>16} {number:>12,}")
     if segmented.scores:
-        print(_scores("compared with the labels in the file", segmented.scores))
+        print(_scores("compared with the labels in the file", segmented.scores, model.settings.classifies))
     if args.picture:
         with replacing(args.picture) as part:
             segmentation.draw(part, args.file.name, segmented, model.settings.names)
@@ -298,12 +377,18 @@ def _check_levels(model: Model, path: Path, levels: Sequence[int]) -> None:
         raise Refused(f"--level {max(levels)}: expected a level below {model.net.num_levels}, as {path} has")
 
 
+def _check_no_parts(model: Model, path: Path) -> None:
+    if model.settings.heads:
+        raise Refused(f"{path}: expected a network of scenes, objects or digits, got one of parts")
+
+
 def _erf(args: argparse.Namespace) -> None:
     from kpcore.pipeline import inspection
 
     model = _model(args.model)
     if not model.net.segments:
         raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
+    _check_no_parts(model, args.model)
     _check_levels(model, args.model, [args.level or 0])
     require("matplotlib", "plot")
     pictures = args.out / f"kpcore-erf-{args.file.stem}.png"
@@ -337,6 +422,7 @@ def _features(args: argparse.Namespace) -> None:
     from kpcore.pipeline import inspection
 
     tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    _check_no_parts(model, args.model)
     levels = args.level or [level for level in (0, 2) if level < model.net.num_levels]
     _check_levels(model, args.model, levels)
     require("matplotlib", "plot")

@@ -17,7 +17,7 @@ from kpcore import scenes
 from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
 from kpcore.files import check_writable, replacing
-from kpcore.pipeline.settings import Part
+from kpcore.pipeline.settings import Objects, Part
 from kpcore.scenes.indoor import NAMES
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from kpcore.io import Cloud
     from kpcore.picture import Patch
+    from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.training import Model
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
 NUM_KERNEL_POINTS = 15
@@ -47,6 +49,17 @@ TRAINING = {
     },
 }  # fmt: skip
 UNSEEN = Part(indoor=100, mirror=True)
+
+OBJECTS = {
+    "data": {"kind": "objects", "train": [{"shapes": 0, "number": 100, "points": 2000}], "features": ["one"]},
+    "network": {"voxel_size": 0.06, "levels": 4, "width": 16, "head_width": 64},
+    "training": {
+        "batch_points": 100_000, "batch_clouds": 16, "epochs": 1, "steps": 600, "optimizer": "adamw", "lr": 0.005,
+        "weight_decay": 0.01, "schedule": "one_cycle", "scale": [0.8, 1.2], "flip": [True, True, False], "noise": 0.005,
+    },
+}  # fmt: skip
+UNSEEN_OBJECTS = Objects(shapes=100_000, number=20, points=2000)
+OBJECT_VOTES = 5
 
 
 def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None) -> None:
@@ -103,31 +116,17 @@ def train(out: Path) -> None:
     from kpcore.pipeline import segmentation, voting
     from kpcore.pipeline.data import load
     from kpcore.pipeline.settings import from_dict
-    from kpcore.pipeline.training import Training
 
     make_folder(out)
     path = out / "kpcore-indoor.png"
     check_writable(path)
     settings = from_dict(TRAINING)
-    steps = settings.training.epochs * settings.training.steps
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(settings, folder, folder)
-        size = kp.nn.count(training.model.params)
-        print(f"KP-FCNN of {size:,} parameters: {steps} steps on {len(training.scenes)} furnished flats")
-        with tqdm(desc="training", total=steps, **BAR) as bar:
-
-            def watch(entry):
-                bar.set_postfix_str(f"  loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right", refresh=False)
-                bar.update()
-
-            begin = time.perf_counter()
-            training.run(watch)
-        print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
-        (scene,), _ = load(settings, [UNSEEN], folder, training.model.columns)
+    model = _trained(settings, "KP-FCNN", "furnished flats")
+    (scene,), _ = load(settings, [UNSEEN], ".", model.columns)
     begin = time.perf_counter()
     with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
-        classes = voting.labels_of(training.model, scene, watch=lambda done: bar.update(done - bar.n))
-    segmented = segmentation.compare(training.model, scene, classes)
+        classes = voting.labels_of(model, scene, watch=lambda done: bar.update(done - bar.n))
+    segmented = segmentation.compare(model, scene, classes)
     seconds = time.perf_counter() - begin
     print(
         f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"
@@ -143,6 +142,56 @@ def train(out: Path) -> None:
     with replacing(path) as part:
         segmentation.draw(part, "A flat that the network has not seen", segmented, settings.names)
     print(f"picture: {path}")
+
+
+def objects(out: Path) -> None:
+    """Train a small KP-CNN on generated objects for some two minutes, then classify objects that it has not seen."""
+    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
+    require("safetensors", "io")
+    from kpcore.pipeline import classification, voting
+    from kpcore.pipeline.data import load
+    from kpcore.pipeline.settings import from_dict
+
+    make_folder(out)
+    path = out / "kpcore-objects.png"
+    check_writable(path)
+    settings = from_dict(OBJECTS)
+    model = _trained(settings, "KP-CNN", "generated objects")
+    unseen, _ = load(settings, [UNSEEN_OBJECTS], ".", model.columns)
+    begin = time.perf_counter()
+    with tqdm(desc="classifying others", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
+        classified = classification.classify(model, unseen, OBJECT_VOTES, lambda done: bar.update(done - bar.n))
+    seconds = time.perf_counter() - begin
+    print(f"{len(unseen)} other objects classified in {seconds:.1f} s, with {OBJECT_VOTES} votes for each")
+    print()
+    scores = voting.scores(classified.confusion(), settings.names)
+    print(f"{'class':>10} {'accuracy':>9}")
+    for name, value in scores["class_accuracy"].items():
+        print(f"{name:>10} {value:>9.3f}")
+    print(f"{'all':>10} {scores['accuracy']:>9.3f}")
+    classification.draw_examples(path, "Objects that the network has not seen", model, classified)
+    print(f"picture: {path}")
+
+
+def _trained(settings: Settings, network: str, scenes: str) -> Model:
+    """Train a network, with a bar, and print what it is trained on and how long it takes."""
+    from kpcore.pipeline.training import Training
+
+    tqdm, steps = require("tqdm", "io").tqdm, settings.training.epochs * settings.training.steps
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(settings, folder, folder)
+        size = kp.nn.count(training.model.params)
+        print(f"{network} of {size:,} parameters: {steps} steps on {len(training.scenes)} {scenes}")
+        with tqdm(desc="training", total=steps, **BAR) as bar:
+
+            def watch(entry):
+                bar.set_postfix_str(f"  loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right", refresh=False)
+                bar.update()
+
+            begin = time.perf_counter()
+            training.run(watch)
+        print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
+    return training.model
 
 
 def _rounded_up(value: float) -> str:

@@ -120,6 +120,24 @@ def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Se
     page.write(path)
 
 
+def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], confusion: np.ndarray) -> None:
+    """Write a picture of a confusion matrix: a row for each true class, shaded by its fraction of the row."""
+    cell, left = 56, 220
+    side = cell * len(names)
+    page = Page(max(left + side + 2 * MARGIN, 900), TOP + side + 160, title, subtitle)
+    fraction = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    page.show(heat(fraction), MARGIN + left, TOP, side, side)
+    for i, name in enumerate(names):
+        middle = TOP + (i + 0.6) * cell
+        page.text(MARGIN + left - 14, middle, _short(name), 9, ha="right")
+        below = MARGIN + left + (i + 0.5) * cell
+        page.text(below, TOP + side + 100, _short(name), 9, rotation=60, ha="center")
+        for j in np.flatnonzero(confusion[i]):
+            x = MARGIN + left + (j + 0.5) * cell
+            page.text(x, middle, str(confusion[i, j]), 8, "black" if fraction[i, j] > 0.6 else TEXT, ha="center")
+    page.write(path)
+
+
 class Page:
     """A figure with a title; positions are in pixels from the upper left corner."""
 

@@ -53,7 +53,8 @@ else:
         radius: float  #: search radius of `neighbors` and `pools`
         neighbors: Neighbors  #: queries are the points of this level
         pools: Neighbors | None  #: queries are the points of the next level, neighbours those of this; None on the last
-        upsamples: Neighbors | None  #: for each point of this level the nearest of the next; None on the last
+        #: For each point of this level the nearest of the next, or those within its radius; None on the last.
+        upsamples: Neighbors | None
 
     class Pyramid(tuple):
         """What `build_pyramid` returns: a tuple of `Level`, the finest first; picklable."""
@@ -64,8 +65,8 @@ else:
 def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_splits: AnyArray | None = None,
                   features: AnyArray | None = None, labels: AnyArray | None = None, subsampled: bool = False,
                   origin: Literal[0, "published"] = 0, conv_radius: float = 2.5, deform_radius: float = 5.0,
-                  deform_levels: Collection[int] = (), neighbor_limits: Sequence[int] | None = None
-                  ) -> Pyramid[np.ndarray]:  # fmt: skip
+                  deform_levels: Collection[int] = (), neighbor_limits: Sequence[int] | None = None,
+                  upsample_levels: Collection[int] = ()) -> Pyramid[np.ndarray]:  # fmt: skip
     """The levels of a network: points subsampled step by step, and the neighbours within and between levels.
 
     As in the published code (Thomas et al. 2019 and its data pipeline): the points of level l are the barycentres of
@@ -97,6 +98,9 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
         Levels that have a deformable convolution, which needs the larger radius.
     neighbor_limits : sequence of int, (num_levels,), optional
         Largest number of neighbours in the lists of each level; the nearest are kept. See `calibrate_neighbor_limits`.
+    upsample_levels : sequence of int
+        Levels, without the last, whose `upsamples` list the points of the next level within its radius, at most as many
+        as its limit, for a convolution that upsamples; the other levels list the nearest one.
 
     Returns
     -------
@@ -133,6 +137,7 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
     origin = common_origin(origin)
     radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
     limits = _limits(neighbor_limits, num_levels)
+    upsample_levels = {checks.integer("upsample_levels", level, 0, num_levels - 2) for level in upsample_levels}
     if subsampled:
         row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
         levels = [(points, *checked_rows(features, labels, sizes), row_splits)]
@@ -142,7 +147,9 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
     voxels = [voxel_size * 2**number for number in range(num_levels)]
     for voxel in voxels[1:]:
         levels.append(subsample_level(voxel, origin, *levels[-1]))
-    lists = lists_of_levels([(points, row_splits) for points, _, _, row_splits in levels], radii, limits)
+    lists = lists_of_levels(
+        [(points, row_splits) for points, _, _, row_splits in levels], radii, limits, upsample_levels
+    )
     return Pyramid(
         Level(points, row_splits, features, labels, *more)
         for (points, features, labels, row_splits), *more in zip(

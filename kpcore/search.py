@@ -14,7 +14,7 @@ from kpcore.backends.devices import AnyArray
 from kpcore.neighbors import Flow, Neighbors, new_list
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from typing_extensions import Unpack
 
@@ -480,26 +480,37 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
 
 
 def lists_of_levels(
-    levels: Sequence[tuple[np.ndarray, np.ndarray]], radii: Sequence[float], limits: Sequence[int | None]
+    levels: Sequence[tuple[np.ndarray, np.ndarray]],
+    radii: Sequence[float],
+    limits: Sequence[int | None],
+    upsample_levels: Collection[int] = (),
 ) -> list[tuple[Neighbors, Neighbors | None, Neighbors | None]]:
     """[(neighbors, pools, upsamples), ...], one for each level; `levels` are (points, row_splits), the finest first.
+
+    `upsamples` of a level has the nearest point of the next level for each point, or on the levels in `upsample_levels`
+    the points within the radius of the next level, at most as many as its limit.
 
     On the GPU all searches are launched before the first size is read, so that this waits for the device once.
     """
     coarser = [*levels[1:], None]
+    ups = [
+        (radii[number + 1], limits[number + 1]) if number in upsample_levels else (math.inf, 1)
+        for number in range(len(levels) - 1)
+    ]
     if isinstance(levels[0][0], np.ndarray):
-        return [_lists_of_level(*each) for each in zip(levels, coarser, radii, limits, strict=True)]
+        return [_lists_of_level(*each) for each in zip(levels, coarser, radii, limits, [*ups, None], strict=True)]
     backend, clouds, searches = devices.backend(levels[0][0]), [], []
     for points, row_splits in levels:
         clouds.append(_Cloud(points, row_splits, "row_splits", None, None, _GRID_DIMENSIONS, known=True))
     indices = [cloud.index(radius) for cloud, radius in zip(clouds, radii, strict=True)]
     options = _SORTS.index("index"), _METRICS.index("l2"), _IGNORES.index(False), False, False, config.check_room
     for number, (index, limit) in enumerate(zip(indices, limits, strict=True)):
-        most = None if limit is None else min(limit, index.num_points)
+        most = _at_most(limit, index)
         searches.append(backend.Search(index, None, None, radii[number], most, *options))
         if coarser[number]:
             searches.append(backend.Search(index, *coarser[number], radii[number], most, *options))
-            searches.append(backend.Search(indices[number + 1], *levels[number], math.inf, 1, *options))
+            (radius, limit), above = ups[number], indices[number + 1]
+            searches.append(backend.Search(above, *levels[number], radius, _at_most(limit, above), *options))
     try:
         results = backend.radius_searches(searches)
     except backend.NotFinite:
@@ -513,13 +524,21 @@ def lists_of_levels(
     return [(*lists[i : i + 3], None, None)[:3] for i in range(0, len(lists), 3)]
 
 
-def _lists_of_level(level, coarser, radius, limit):
+def _at_most(limit, index):
+    return None if limit is None else min(limit, index.num_points)
+
+
+def _lists_of_level(level, coarser, radius, limit, up):
     """(neighbors, pools, upsamples) of one level on the CPU."""
     index = GridIndex(level[0], radius, row_splits=level[1])
     if coarser is None:
         return index.radius_search(None, radius, max_neighbors=limit), None, None
     (points, row_splits), (coarse, splits) = level, coarser
-    upsamples = knn_search(coarse, points, 1, points_row_splits=splits, queries_row_splits=row_splits)
+    bounds = {"points_row_splits": splits, "queries_row_splits": row_splits}
+    if up == (math.inf, 1):
+        upsamples = knn_search(coarse, points, 1, **bounds)
+    else:
+        upsamples = radius_search(coarse, points, up[0], max_neighbors=up[1], **bounds)
     return *index._search_points_and(coarse, splits, radius, limit), upsamples
 
 

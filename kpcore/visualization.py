@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-__all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels",
+__all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels", "draw_objects",
            "draw_point_fields", "write_html"]  # fmt: skip
 
 PANEL, PANELS_PER_ROW = (620, 480), 4  # width and height in pixels
@@ -218,10 +218,11 @@ def draw_image_fields(path: str | os.PathLike[str], title: str, subtitle: str, f
 
 
 def draw_activations(path: str | os.PathLike[str], title: str, subtitle: str, features: Sequence[Sequence[Activation]],
-                     up: Sequence[float]) -> None:  # fmt: skip
+                     up: Sequence[float], *, cut: bool = True) -> None:  # fmt: skip
     """Write a picture of activations on input points, as in figure 6 of Thomas et al. 2019.
 
     features : the inputs of each feature, which share a scale of colours
+    cut : whether rooms are shown without their ceiling, which a table could be taken for
     """
     colormaps = require("matplotlib", "plot").colormaps
     _check_not_empty("features", features)
@@ -233,11 +234,23 @@ def draw_activations(path: str | os.PathLike[str], title: str, subtitle: str, fe
         low, range_of_values = values.min(), np.ptp(values) or 1
         for one in inputs:
             colors = colormaps["coolwarm"]((one.values - low) / range_of_values, bytes=True)[:, :3]
-            images.append(_cloud_image(one.points, colors, one.spacing, up))
+            images.append(_cloud_image(one.points, colors, one.spacing, up, cut))
     captions = [(one.name, one.note) for inputs in features for one in inputs]
     page = _panels(title, subtitle, images, captions, PANELS_PER_ROW)
     _legend(page, colormaps["coolwarm"](np.linspace(0, 1, 256))[None], "lowest", "activation", "highest")
     page.write(path)
+
+
+def draw_objects(path: str | os.PathLike[str], title: str, subtitle: str, objects: Sequence[Activation]) -> None:
+    """Write a picture of objects in a grid, coloured by height or other values."""
+    colormaps = require("matplotlib", "plot").colormaps
+    _check_not_empty("objects", objects)
+    images = []
+    for one in objects:
+        low, range_of_values = one.values.min(), np.ptp(one.values) or 1
+        colors = colormaps["viridis"]((one.values - low) / range_of_values, bytes=True)[:, :3]
+        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1), cut=False))
+    _panels(title, subtitle, images, [(one.name, one.note) for one in objects], PANELS_PER_ROW).write(path)
 
 
 def draw_kernels(path: str | os.PathLike[str], title: str, subtitle: str, patches: Sequence[Patch],
@@ -306,10 +319,11 @@ def _view(field: PointField, up: Sequence[float]) -> View:
     return view if view.shows(field.center[None])[0] else View(field.points, _upward(up), cut=False)
 
 
-def _cloud_image(points: np.ndarray, colors: np.ndarray, spacing: float, up: Sequence[float]) -> np.ndarray:
-    """An image of a cloud; one of two dimensions is seen from above."""
+def _cloud_image(points: np.ndarray, colors: np.ndarray, spacing: float, up: Sequence[float],
+                 cut: bool = True) -> np.ndarray:  # fmt: skip
+    """An image of a cloud; one of two dimensions is seen from above. With `cut` a room is shown without its ceiling."""
     if points.shape[1] == 3:
-        return View(points, _upward(up)).render(points, colors, spacing / 2, *PANEL)
+        return View(points, _upward(up), cut).render(points, colors, spacing / 2, *PANEL)
     flat = np.column_stack([points, np.zeros(len(points))])
     return draw_spheres(flat, colors / np.float32(255), spacing / 2, np.array([flat.min(0), flat.max(0)]), *PANEL)
 

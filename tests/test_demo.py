@@ -12,7 +12,7 @@ import pytest
 
 import kpcore as kp
 from kpcore import cli, demo, scenes
-from kpcore.pipeline.settings import Part
+from kpcore.pipeline.settings import Objects, Part
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -111,12 +111,38 @@ def test_without_a_file_it_trains_and_labels(run, tmp_path, small):
         assert image[200:850, begin : begin + 1000].std() > 0.05
 
 
+def test_objects_are_trained_on_and_classified(run, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    few = {
+        "data": {"kind": "objects", "train": [{"shapes": 0, "number": 4, "points": 300}]},
+        "network": {"voxel_size": 0.2, "levels": 2, "width": 8, "momentum": 0.3},
+        "training": {"epochs": 1, "steps": 12, "batch_clouds": 8},
+    }
+    monkeypatch.setattr(demo, "OBJECTS", few)
+    monkeypatch.setattr(demo, "UNSEEN_OBJECTS", Objects(shapes=100, number=3, points=300))
+    code, out, err = run("--objects")
+    assert (code, err) == (0, "")
+    assert re.search(r"^KP-CNN of [\d,]+ parameters: 12 steps on 40 generated objects$", out, re.MULTILINE)
+    assert re.search(r"^30 other objects classified in [\d.]+ s, with 5 votes for each$", out, re.MULTILINE)
+    rows = re.findall(r"^ +(\w+) +([\d.]+)$", out, re.MULTILINE)
+    assert [name for name, _ in rows] == [*scenes.CATEGORIES, "all"]
+    accuracies = [float(value) for _, value in rows]
+    assert accuracies[-1] == pytest.approx(np.mean(accuracies[:-1]), abs=1e-3) and accuracies[-1] > 0.1
+    assert os.listdir(tmp_path / "out") == ["kpcore-objects.png"]
+    assert picture(tmp_path / "out" / "kpcore-objects.png")[200:600].std() > 0.05
+    assert run("a.npy", "--objects")[::2] == (2, "kpcore: --objects: only valid without FILE, got a.npy\n")
+    assert run("--objects", "--voxel", 1)[0] == 2
+
+
 def test_the_demo_is_that_of_the_settings():
     from kpcore.pipeline.settings import from_dict
 
     settings = from_dict(demo.TRAINING)
     assert settings.names == scenes.indoor(1).names and len(settings.data.train) == 5
     assert demo.UNSEEN not in settings.data.train and demo.UNSEEN.indoor not in range(5)
+    objects = from_dict(demo.OBJECTS)
+    (part,) = objects.data.train
+    assert objects.names == tuple(scenes.CATEGORIES) and demo.UNSEEN_OBJECTS.shapes >= part.shapes + part.number
 
 
 @pytest.mark.parametrize(

@@ -633,7 +633,8 @@ def test_farthest_points_of_nasty_clouds(name, dim, dtype):
 def test_pyramids(subsampled, origin, limits):
     points, _ = clouds.uniform(400)
     rng, splits = np.random.default_rng(0), np.array([0, 150, 150, 400])
-    settings = {"voxel_size": 0.08, "num_levels": 3, "origin": origin, "subsampled": subsampled, "deform_levels": (1,)}
+    settings = {"voxel_size": 0.08, "num_levels": 3, "origin": origin, "subsampled": subsampled, "deform_levels": (1,),
+                "upsample_levels": (0,)}  # fmt: skip
     more = {"features": rng.random((400, 2)).astype(np.float32), "labels": rng.integers(0, 5, 400)}
     counts = fake_cupy.counts
     on_device = to_device({"points": points, "row_splits": splits, **more})
@@ -1326,7 +1327,8 @@ def step_of_a_network(net, place):
     number = len(pyramid[0].points)
     features, labels = place(points[:number, :2].copy()), place(np.arange(number) % 3)
     tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
-    result = net(kp, tensors, state, pyramid, features, training=True)
+    more = {} if net.heads is None else {"categories": place(np.array([1, 1]))}
+    result = net(kp, tensors, state, pyramid, features, training=True, **more)
     loss = kp.softmax_cross_entropy(result.logits, labels)
     if result.regularization is not None:
         loss = loss + result.regularization
@@ -1335,13 +1337,19 @@ def step_of_a_network(net, place):
     nn.clip_by_norm(grads, 1.0)
     nn.clip_by_value(grads, 0.1)
     nn.sgd(params, lr_scales={"offset": 0.1}).step(grads, 0.5)
-    logits = net(kp, params, result.state, pyramid, features).logits
+    logits = net(kp, params, result.state, pyramid, features, **more).logits
     return loss.value, *params.values(), *result.state.values(), logits
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance", None])
-def test_networks(norm):
-    net = nn.Network(nn.architecture(2, 2, deformable=1), 2, 3, 0.4, width=8, kernel_size=4, norm=norm, modulated=True)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm": "instance"}, {"norm": None}, {"learn_kernel_points": True}, {"heads": {"chair": 1, "table": 2}},
+     {"heads": {"chair": 2, "table": 1}, "head_norm": True, "norm": "instance"}],
+    ids=str,
+)  # fmt: skip
+def test_networks(options):
+    architecture = nn.architecture(2, 2, deformable=1, upsample="kpconv" if "heads" in options else "nearest")
+    net = nn.Network(architecture, 2, 3, 0.4, width=8, kernel_size=4, modulated=True, **options)
     assert_equal(step_of_a_network(net, to_device), step_of_a_network(net, lambda value: value), False)
 
 

@@ -19,11 +19,12 @@ from kpcore.nn import blocks, checkpoints
 from kpcore.nn.published import network_name
 
 GOLDEN = Path(__file__).parent / "golden"
+PARTS = {"chair": 2, "mug": 1, "table": 2}  # heads of a network with 5 classes
 
 
-def small(resampled=0, **options):
+def small(resampled=0, upsample="nearest", **options):
     """A network with 3 levels, the last of them deformable, for features with 2 channels."""
-    architecture = nn.architecture(3, 2, deformable=2, resampled=resampled)
+    architecture = nn.architecture(3, 2, deformable=2, resampled=resampled, upsample=upsample)
     return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
 
 
@@ -108,6 +109,11 @@ def test_architectures():
         "resnetb_resampled_strided", "resnetb_deformable_resampled", "global_average",
     )  # fmt: skip
     assert nn.architecture(5)[-8:] == ("nearest_upsample", "unary") * 4
+    assert nn.architecture(3, upsample="kpconv")[-4:] == ("kpconv_upsample", "unary") * 2
+    with pytest.raises(ValueError, match="upsample: expected 'nearest' without segment, as nothing is upsampled, got"):
+        nn.architecture(3, segment=False, upsample="kpconv")
+    with pytest.raises(ValueError, match="upsample: expected 'nearest' or 'kpconv', got 'linear'"):
+        nn.architecture(3, upsample="linear")
 
 
 @pytest.mark.parametrize(
@@ -116,8 +122,9 @@ def test_architectures():
         (["simple", "resnet"], "architecture: expected a block of the published networks, got 'resnet'"),
         (["simple_strided"], "nearest_upsample until level 0"),
         (["simple", "nearest_upsample"], "expected no nearest_upsample on level 0, got one in block 1"),
+        (["simple", "kpconv_upsample"], "expected no kpconv_upsample on level 0, got one in block 1"),
         (["simple", "global_average", "unary"], "global_average only at the end, got it in block 1"),
-        (["simple_strided", "nearest_upsample", "simple"], "after the first nearest_upsample, got 'simple'"),
+        (["simple_strided", "nearest_upsample", "simple"], "after the first upsampling, got 'simple'"),
         ([], "architecture"),
     ],
 )
@@ -142,6 +149,16 @@ def test_wrong_architectures(blocks_of, message):
             {"architecture": ("simple", "global_average"), "norm": "group", "head_norm": True, "head_width": 32},
             "norm: expected one with several channels in each group",
         ),
+        (
+            {"architecture": nn.architecture(2, upsample="kpconv"), "decoder_width": 1},
+            "decoder_width: expected at least 2 with kpconv_upsample, got 1",
+        ),
+        ({"heads": {"chair": 2, "mug": 4}}, "num_classes: expected 6, the parts of all heads, got 2"),
+        ({"heads": {"chair": 2, "mug": 0}}, r"heads\['mug'\]: expected at least 1, got 0"),
+        (
+            {"heads": {"chair": 5}, "architecture": ("simple", "global_average")},
+            r"heads: expected None for a network that ends with global_average, which labels no points, got {'chair'",
+        ),
         ({"head_width": 0}, "head_width: expected at least 1, got 0"),
         ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
         ({"fitting_power": -1.0}, "fitting_power: expected 0 to 1000000, got -1.0"),
@@ -165,6 +182,9 @@ def test_wrong_sizes(options, message):
         ({"decoder_width": 2.5}, "decoder_width: expected an integer, got float"),
         ({"fitting_power": "x"}, "fitting_power: expected a number, got str"),
         ({"head_norm": 1}, "head_norm: expected True or False, got int"),
+        ({"learn_kernel_points": 1}, "learn_kernel_points: expected True or False, got int"),
+        ({"heads": ["chair"]}, r"heads: expected a dict of the number of parts by category, got \['chair'\]"),
+        ({"heads": {"chair": 2.5}}, r"heads\['chair'\]: expected an integer, got float"),
     ],
 )
 def test_types_that_no_network_takes(options, message):
@@ -510,6 +530,7 @@ def differences(loss, params, way, step=1e-7):
         {}, {"norm": "group", "norm_groups": 2}, {"norm": "instance"}, {"norm": None}, {"modulated": True},
         {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
         {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0}, {"resampled": 6},
+        {"upsample": "kpconv"}, {"learn_kernel_points": True, "resampled": 3, "modulated": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -537,6 +558,7 @@ def test_gradients_of_whole_networks(options):
     "net",
     [
         small(norm="instance"), small(norm="group", norm_groups=4), small(norm=None),
+        small(upsample="kpconv", norm="instance"),
         nn.kpcnn(2, 5, 0.2, convs=2, levels=3, width=8, norm="group", norm_groups=4),
         nn.kpcnn(2, 5, 0.2, levels=3, width=8, norm="instance"),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16, norm="group", norm_groups=4),
@@ -594,6 +616,227 @@ def test_padding_of_pooling_is_seen_where_published():
     assert pyramid[0].pools.width == pyramid[0].pools.counts.max()
     assert pyramid[2].pools is None
     assert small().pyramid(pyramid[0].points)[0].pools.width is None
+
+
+# ---- upsampling by convolutions, learned kernel points
+
+
+def test_a_convolution_upsamples_from_the_points_around():
+    architecture = ("simple", "simple_strided", "simple_deformable_strided", "kpconv_upsample", "unary")
+    net = nn.Network((*architecture, "nearest_upsample", "unary"), 2, 5, 0.2, width=8, kernel_size=5)
+    assert (net.upsample_levels, net.num_downs, net.deform_levels) == ((1,), 3, (1,))
+    convolutions, skips = [], []
+
+    class Recording:
+        """The operators of kpcore, with the arguments of the convolutions and of the concatenations."""
+
+        def __getattr__(self, name):
+            calls = {"kpconv": convolutions, "concatenate": skips}.get(name, [])
+            return lambda *args, **options: calls.append(args) or getattr(kp, name)(*args, **options)
+
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    net(Recording(), params, state, pyramid, features)
+    points, queries, neighbors, _, weights, kernel_points, extent = convolutions[-1]
+    assert points is pyramid[2].points and queries is pyramid[1].points and neighbors is pyramid[1].upsamples
+    expected = kp.radius_search(
+        points, queries, 2.5 * 0.8, points_row_splits=pyramid[2].row_splits, queries_row_splits=pyramid[1].row_splits
+    )
+    assert_same_bits(neighbors.index, expected.index)
+    # The level of the coarser points sets the kernel; their 8 channels stay, 2 of them in the convolution.
+    assert (weights.shape, extent) == ((5, 2, 2), net.extent * 0.8)
+    np.testing.assert_allclose(np.linalg.norm(kernel_points, axis=1)[1:].mean(), 0.66 * 2.5 * 0.8, rtol=1e-6)
+    assert [part.shape for part in skips[0]] == [(len(queries), 8), (len(queries), 4)]
+    assert (pyramid[0].upsamples.counts == 1).all()  # the nearest
+    assert not any(name.startswith("decoder.2") for name in params)
+
+
+def test_the_reach_of_a_convolution_that_upsamples():
+    net = nn.kpfcnn(1, 2, 0.1, levels=2, convs=2, width=8, kernel_size=5, dimension=2, upsample="kpconv")
+    # Three blocks within 2.5 voxels of 0.1, the strided one among them, one within 2.5 of 0.2, and the upsampling.
+    assert round(net.reach, 9) == 3 * 0.25 + 2 * 0.5
+    assert round(nn.kpfcnn(1, 2, 0.1, levels=3, convs=2, upsample="kpconv").reach, 9) == 3 * 0.25 + 3 * 0.5 + 2 * 1.0
+    params, state = net.init()
+    middles = np.arange(0.05, 5, 0.1, np.float32)
+    pyramid = net.pyramid(np.stack(np.meshgrid(middles, middles), -1).reshape(-1, 2), subsampled=True)
+    points, at = pyramid[0].points, 25 * len(middles) + 25
+    field = kp.effective_receptive_field(
+        lambda x: net(kp, params, state, pyramid, x).logits, np.ones((len(points), 1), np.float32), [at],
+        reach=net.reach, points=points
+    )[0]  # fmt: skip
+    farthest = np.linalg.norm(points - points[at], axis=1)[field > 0].max()
+    assert 0.6 * net.reach < farthest <= net.reach
+
+
+def test_kernel_points_are_learned_in_units_of_the_extent():
+    net, fixed = small(learn_kernel_points=True), small()
+    params, state = net.init()
+    fixed_params, fixed_state = fixed.init()
+    learned = [name for name in fixed_state if name.endswith("kernel_points")]
+    assert {*params} - {*fixed_params} == {*learned} and len(learned) == 8 and not {*learned} & {*state}
+    np.testing.assert_allclose(1.2 * 0.2 * params[learned[0]], fixed_state[learned[0]], rtol=1e-6)
+    np.testing.assert_allclose(1.2 * 0.8 * params[learned[-1]], fixed_state[learned[-1]], rtol=1e-6)
+    pyramid, features, labels = batch(net)
+    expected = fixed(kp, fixed_params, fixed_state, pyramid, features, training=True)
+    result = net(kp, params, state, pyramid, features, training=True)
+    np.testing.assert_allclose(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.regularization, expected.regularization, rtol=1e-4)
+    losses, after, _ = losses_by_the_tape(net, params, state, pyramid, features, labels, 10)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all((after[name] != params[name]).any() for name in learned)
+
+
+def test_learned_kernel_points_do_not_depend_on_the_unit_of_the_points():
+    """In metres and in millimetres the same losses and, at the same learning rate, the same network."""
+    trained = []
+    for unit in (1.0, 1024.0):
+        net = nn.Network(nn.architecture(2, 2), 2, 5, 0.25 * unit, width=8, kernel_size=5, learn_kernel_points=True)
+        params, state = net.init()
+        rng = np.random.default_rng(0)
+        points = rng.random((300, 3)).astype(np.float32) * np.float32(unit)
+        pyramid = net.pyramid(points)
+        features = rng.standard_normal((len(pyramid[0].points), 2)).astype(np.float32)
+        optimizer = nn.sgd(params, momentum=0.9, lr_scales={"kernel_points": 0.1})
+        for _ in range(3):
+            tensors = {name: kp.autodiff.Tensor(value) for name, value in params.items()}
+            logits = net(kp, tensors, state, pyramid, features, training=True).logits
+            kp.softmax_cross_entropy(logits, np.arange(len(features)) % 5).backward()
+            optimizer.step({name: tensor.grad for name, tensor in tensors.items()}, 0.1)
+        trained.append(params)
+    for name, value in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+# ---- a head for each category
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+def test_a_head_sees_the_rows_of_its_category(norm, training):
+    net = small(heads=PARTS, head_norm=True, norm=norm, dropout=0.5)
+    pyramid = net.pyramid(np.random.default_rng(0).random((200, 3)), row_splits=np.array([0, 60, 60, 130, 200]))
+    level, splits = pyramid[0], pyramid[0].row_splits
+    params, state = net.init(1, np.float64)
+    params = {name: value for name, value in params.items() if name.startswith("heads")}
+    rng = np.random.default_rng(1)
+    features, out_grad = rng.standard_normal((len(level.points), 7)), rng.standard_normal((len(level.points), 5))
+    params |= {f"heads.{number}.0.weights": rng.standard_normal((7, 6)) for number in range(3)}
+    params |= {f"heads.{number}.1.weights": rng.standard_normal((6, parts)) for number, parts in enumerate((2, 1, 2))}
+    for name in {*params, *state}:
+        if ".0.norm." in name:
+            (params if name in params else state)[name] = rng.random(6) + 0.5
+    categories = np.array([2, 0, 0, 2])
+    options = (6,), (True, 0.5, 7)
+
+    def run_of(params):
+        return nn.Run(kp, params, dict(state), training=training, norm=norm)
+
+    def all_heads(features, params):
+        run = run_of(params)
+        return blocks.heads(run, features, (2, 1, 2), *options[0], categories, level, *options[1]), run.new_state
+
+    logits, pullback, new_state = kp.autodiff.vjp(all_heads, features, params, has_aux=True)
+    grad_features, grads = pullback(out_grad)
+    expected, expected_grad = np.full_like(out_grad, -1e4), np.zeros_like(features)
+    expected_state, expected_grads = dict(state), {name: np.zeros_like(value) for name, value in params.items()}
+    for number, columns in ((0, slice(0, 2)), (2, slice(3, 5))):
+        assert net.head_columns[[*PARTS][number]] == columns
+        items = categories == number
+        rows = np.repeat(items, np.diff(splits))
+        lengths = kp.row_splits(np.diff(splits)[items])
+
+        def one_head(features, params, number=number, lengths=lengths):
+            run, names = run_of(params), (f"heads.{number}.0", f"heads.{number}.1")
+            width = (2, 1, 2)[number]
+            return blocks.head(run, names, features, *options[0], width, lengths, *options[1]), run.new_state
+
+        expected[rows, columns], one_pullback, changed = kp.autodiff.vjp(one_head, features[rows], params, has_aux=True)
+        expected_grad[rows], part = one_pullback(np.ascontiguousarray(out_grad[rows, columns]))
+        of_head = f"heads.{number}."
+        expected_grads |= {name: value for name, value in part.items() if name.startswith(of_head)}
+        expected_state |= {name: value for name, value in changed.items() if name.startswith(of_head)}
+    np.testing.assert_allclose(logits, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(grad_features, expected_grad, rtol=1e-12, atol=1e-12)
+    for name, value in (expected_grads | expected_state).items():
+        np.testing.assert_allclose((grads | new_state)[name], value, rtol=1e-12, atol=1e-12, err_msg=name)
+    # The head of the mug has no rows: gradients of zero, and running statistics that stay as they are.
+    assert all(not grads[name].any() for name in params if name.startswith("heads.1"))
+    assert all((new_state[name] == state[name]).all() for name in state if name.startswith("heads.1"))
+    if training and norm == "batch":
+        assert all((new_state[name] != state[name]).any() for name in state if name.startswith("heads.2"))
+
+
+def test_classes_of_other_categories_have_no_probability():
+    net = small(heads=PARTS)
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    logits = net(kp, params, state, pyramid, features, categories=[2, 0]).logits
+    bound = pyramid[0].row_splits[1]
+    labels = np.repeat([3, 1], np.diff(pyramid[0].row_splits))
+    for rows, columns in ((slice(0, bound), slice(3, 5)), (slice(bound, None), slice(0, 2))):
+        within = kp.softmax_cross_entropy(
+            np.ascontiguousarray(logits[rows, columns]), labels[rows] - columns.start, reduction="none"
+        )
+        assert_same_bits(kp.softmax_cross_entropy(logits, labels, reduction="none")[rows], within)
+        assert (logits[rows].argmax(axis=1) - columns.start == logits[rows, columns].argmax(axis=1)).all()
+    _, (grad,) = kp.autodiff.value_and_grad(lambda x: kp.softmax_cross_entropy(x[0], labels))([logits])
+    assert not grad[:bound, :3].any() and not grad[bound:, 2:].any()
+
+
+def test_heads_are_trained_in_every_framework():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    net = small(heads=PARTS, head_norm=True)
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    splits, categories = pyramid[0].row_splits, np.array([2, 0])
+    labels = np.repeat([3, 1], np.diff(splits))
+
+    def loss(F, params, labels=labels, pyramid=pyramid, features=features):
+        result = net(F, params, state, pyramid, features, training=True, categories=categories)
+        return F.softmax_cross_entropy(result.logits, labels) + result.regularization
+
+    expected, grads = kp.autodiff.value_and_grad(lambda params: loss(kp, params))(params)
+    jax_loss, jax_grads = jax.jit(jax.value_and_grad(lambda params: loss(kp.jax, params)))(params)
+    module = kp.torch.Network(net, params, state)
+    levels = net.pyramid(
+        torch.from_numpy(pyramid[0].points), row_splits=torch.from_numpy(splits), subsampled=True, F=kp.torch
+    )
+    logits, regularization = module(levels, torch.from_numpy(features), categories=torch.from_numpy(categories))
+    torch_loss = kp.torch.softmax_cross_entropy(logits, torch.from_numpy(labels)) + regularization
+    torch_loss.backward()
+    np.testing.assert_allclose([float(jax_loss), torch_loss.item()], [expected] * 2, rtol=1e-5)
+    for name, parameter in module.named_parameters():
+        np.testing.assert_allclose(parameter.grad.numpy(), grads[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(np.asarray(jax_grads[name]), grads[name], atol=1e-4, err_msg=name)
+    assert not module.get_parameter("heads.1.0.weights").grad.any()
+    assert_same_bits(module.get_buffer("heads.1.0.norm.mean").numpy(), state["heads.1.0.norm.mean"])
+    with pytest.raises(TypeError, match=r"row_splits: expected values, .* got an array that jax\.jit traces"):
+        jax.jit(lambda pyramid: loss(kp.jax, params, pyramid=pyramid))(pyramid)
+
+
+@pytest.mark.parametrize(
+    ("categories", "error", "message"),
+    [
+        (None, ValueError, "categories: expected one for each batch item of one with heads, got None"),
+        ([0], ValueError, r"categories: expected \(2,\), one for each batch item, got \(1,\)"),
+        ([1, 3], ValueError, "categories: expected 0 to 2, the numbers of the heads, got 3 for batch item 1"),
+        ([-1, 3], ValueError, "categories: expected 0 to 2, the numbers of the heads, got -1 for batch item 0"),
+        ([0.0, 1.0], TypeError, "categories: expected integers, got float64"),
+    ],
+)
+def test_wrong_categories(categories, error, message):
+    net = small(heads=PARTS)
+    params, state = net.init()
+    pyramid, features, _ = batch(net)
+    with pytest.raises(error, match=message):
+        net(kp, params, state, pyramid, features, categories=categories)
+
+
+def test_categories_without_heads():
+    net = small()
+    pyramid, features, _ = batch(net)
+    with pytest.raises(ValueError, match=r"categories: expected None for a network without heads, got \[0, 0\]"):
+        net(kp, *net.init(), pyramid, features, categories=[0, 0])
 
 
 # ---- in every framework
@@ -696,6 +939,9 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
         nn.kpcnn(2, 5, 0.2, levels=2, width=8, norm="group", norm_groups=2, head_norm=True, resampled=1),
         small(norm="instance", dropout=0.4, modulated=True), small(norm=None, dimension=2), small(pool_pad_value=0.0),
         small(resampled=3, norm="group", norm_groups=4),
+        small(upsample="kpconv", deform_radius=3.0), small(learn_kernel_points=True, modulated=True),
+        small(heads=PARTS, head_norm=True), small(heads=PARTS, head_norm=True, norm="group", norm_groups=4),
+        small(heads=PARTS, dropout=0.4),
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
         nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
@@ -709,7 +955,8 @@ def test_a_pass_is_the_same_in_every_framework(net, framework, training):
     params, state = net.init(2)
     pyramid, features, _ = batch(net)
     pyramid = net.pyramid(pyramid[0].points, row_splits=pyramid[0].row_splits, subsampled=True)
-    expected = net(kp, params, state, pyramid, features, training=training, seed=9)
+    more = {"categories": [2, 0]} if getattr(net, "heads", None) else {}
+    expected = net(kp, params, state, pyramid, features, training=training, seed=9, **more)
     if framework == "torch":
         levels = net.pyramid(
             place(pyramid[0].points), row_splits=place(pyramid[0].row_splits), subsampled=True, F=kp.torch
@@ -717,7 +964,7 @@ def test_a_pass_is_the_same_in_every_framework(net, framework, training):
     else:
         levels = module.tree.map(place, pyramid)
     given = ({name: place(value) for name, value in values.items()} for values in (params, state))
-    got = net(F, *given, levels, place(features), training=training, seed=9)
+    got = net(F, *given, levels, place(features), training=training, seed=9, **more)
     np.testing.assert_allclose(np.asarray(got.logits), expected.logits, rtol=1e-4, atol=1e-5)
     for name, value in expected.state.items():
         np.testing.assert_allclose(np.asarray(got.state[name]), value, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -1132,12 +1379,13 @@ def test_warm_up_and_cosine_are_torchs():
 
 def test_a_network_in_a_file(tmp_path):
     pytest.importorskip("safetensors")
-    for net in (small(), nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 4))):
+    others = small(heads=PARTS, upsample="kpconv", learn_kernel_points=True)
+    for net in (small(), others, nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 4))):
         params, state = net.init()
         nn.save(tmp_path / "net.safetensors", net, params, state, names=["a", "b"])
         assert os.listdir(tmp_path) == ["net.safetensors"]
         again, *arrays, more = nn.load(tmp_path / "net.safetensors")
-        assert again == net and more == {"names": ["a", "b"]}
+        assert again == net and hash(again) == hash(net) and more == {"names": ["a", "b"]}
         for one, other in zip(arrays, (params, state), strict=True):
             assert one.keys() == other.keys()
             for name, value in other.items():

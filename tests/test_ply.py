@@ -218,7 +218,7 @@ def test_faces_cost_no_python_for_each(write):
     path = write("a.ply", content)
     with path.open("rb") as opened:
         header = reader._header(opened, len(content))
-        blocks = [len(rows.stops) for rows in reader._list_rows(opened, header.before[0], header.start, len(content))]
+        blocks = [len(rows.stops) for rows in reader._list_rows(opened, header.elements[0], header.start, len(content))]
     assert sum(blocks) == 20_000 and len(blocks) <= 1 + 300_000 // (16_384 - 17)
     np.testing.assert_array_equal(scenes.read(path).labels, LABELS)
 

@@ -96,6 +96,26 @@ def test_levels_are_the_functions_one_by_one(origin):
             reference.assert_rows(level.upsamples, nearest)
 
 
+@pytest.mark.parametrize("limits", [None, (20, 5, 3)])
+def test_lists_for_convolutions_that_upsample(limits):
+    points, _ = clouds.uniform(1000)
+    splits = np.array([0, 300, 300, 1000])
+    settings = {"voxel_size": 0.1, "num_levels": 3, "row_splits": splits, "deform_levels": [1]}
+    nearest = kp.build_pyramid(points, **settings, neighbor_limits=limits)
+    pyramid = kp.build_pyramid(points, **settings, neighbor_limits=limits, upsample_levels=[0])
+    fine, coarse = pyramid[:2]
+    expected = kp.radius_search(
+        coarse.points, fine.points, 5 * 0.2, points_row_splits=coarse.row_splits, queries_row_splits=fine.row_splits,
+        max_neighbors=limits and limits[1]
+    )  # fmt: skip
+    for name in ("index", "row_splits"):
+        assert_same_bits(getattr(fine.upsamples, name), getattr(expected, name))
+        for number in range(3):
+            for kind in ("neighbors", "pools", "upsamples")[: 3 if number == 1 else 2 if number == 0 else 1]:
+                assert_same_bits(*(getattr(getattr(p[number], kind), name) for p in (pyramid, nearest)))
+    assert pyramid[2].upsamples is None
+
+
 def lattice():
     """Two float32 scans on a lattice; most points lie on the faces of voxels."""
     steps = np.random.default_rng(0).integers(0, 32, (2, 800, 3)) * 0.0125

@@ -23,6 +23,9 @@ DEFORMABLE = sorted(GOLDEN.glob("deform_*.npz"))
 # {name: function from a dtype to a layer with 4 channels and few kernel points}
 LAYERS = {
     "rigid": lambda dtype=None: kpt.KPConv(4, 3, 5, radius=0.2, extent=0.25, normalization="count", dtype=dtype),
+    "learned": lambda dtype=None: kpt.KPConv(
+        4, 3, 5, radius=0.2, extent=0.25, learn_kernel_points=True, dtype=dtype
+    ),
     "deformable": lambda dtype=None: kpt.DeformableKPConv(4, 3, 5, radius=0.2, extent=0.25, dtype=dtype),
     "modulated": lambda dtype=None: kpt.DeformableKPConv(
         4, 3, 5, radius=0.2, extent=0.25, modulated=True, influence="gaussian", normalization="count", dtype=dtype
@@ -310,6 +313,14 @@ def test_the_state_of_kpconv():
     drawn_like(layer.weights, 32 * 64)
     norms = layer.kernel_points.norm(dim=1)
     assert norms[0] == 0 and torch.isclose(norms[1:].mean(), torch.tensor(0.2), rtol=1e-5)
+
+
+def test_learned_kernel_points_are_parameters_of_the_same_state():
+    layer = kpt.KPConv(32, 64, radius=0.2, extent=0.15, learn_kernel_points=True)
+    assert {name for name, _ in layer.named_parameters()} == {"kernel_points", "weights"}
+    assert isinstance(layer.kernel_points, torch.nn.Parameter)
+    layer.load_state_dict(kpt.KPConv(32, 64, radius=0.3, extent=0.15).state_dict(), strict=True)
+    assert torch.isclose(layer.kernel_points[1:].norm(dim=1).mean(), torch.tensor(0.3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("modulated", [False, True])

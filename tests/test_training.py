@@ -87,6 +87,8 @@ def test_settings_and_their_defaults():
         ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
         ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
         ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
+        ({"network": {"upsample": "linear"}}, r"\[network\] upsample: expected 'nearest' or 'kpconv', got 'linear'"),
+        ({"training": {"kernel_points_lr": -1}}, r"\[training\] kernel_points_lr: expected 0 to 1000, got -1\.0"),
         ({"network": {"hue": 3}}, r"\[network\] .*hue"),
         ({"network": {"kind": "unet"}}, r"\[network\] kind: expected kpconv or kpnext, got 'unet'"),
         ({"network": {"kind": "kpnext"}}, r"\[network\] levels: not valid for kpnext"),
@@ -616,10 +618,26 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     assert imread(folder / "curves.png")[..., :3].std() > 0.05
 
 
+def test_learned_kernel_points_have_a_learning_rate(tmp_path):
+    after = {}
+    for rate in (0, 0.1):
+        sections = settings_dict(training={"kernel_points_lr": rate}, network={"learn_kernel_points": True})
+        run = training.Training(from_dict(sections), tmp_path / str(rate), ".", seed=5)
+        before = {name: value.copy() for name, value in run.model.params.items() if "kernel_points" in name}
+        run.run()
+        after[rate] = [(run.model.params[name] != value).any() for name, value in before.items()]
+    assert before and not any(after[0]) and all(after[0.1])
+
+
 @pytest.mark.parametrize("how", [{"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}, {}])
 @pytest.mark.parametrize(
     "network",
-    [{}, {"deformable": 1, "dropout": 0.2}, {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}],
+    [
+        {},
+        {"deformable": 1, "dropout": 0.2},
+        {"upsample": "kpconv", "learn_kernel_points": True},
+        {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]},
+    ],
 )
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
     sections = settings_dict(training=how, network=network)
@@ -677,9 +695,16 @@ def assert_same_checkpoints(one, other):
             assert_same_bits(value, others[group][name])
 
 
+SHAPES = {"train": [{"shapes": 0, "number": 5, "points": 300}], "test": [{"shapes": 9, "number": 2, "points": 300}]}
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
-    sections = json.dumps(settings_dict(training={"epochs": 3}))
+@pytest.mark.parametrize("kind", ["scenes", "objects", "parts"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path, kind):
+    parts = settings_dict(training={"epochs": 3})
+    if kind != "scenes":
+        parts["data"] = SHAPES | {"kind": kind}
+    sections = json.dumps(parts)
     code = f"""
 import json, sys
 from kpcore.pipeline import training
@@ -880,7 +905,9 @@ def test_scores():
     assert config == {
         "miou": (5 / 8 + 2 / 5) / 2,
         "accuracy": 0.7,
+        "mean_class_accuracy": (5 / 6 + 2 / 4) / 2,
         "iou": {"a": 5 / 8, "b": 2 / 5, "c": None},
+        "class_accuracy": {"a": 5 / 6, "b": 2 / 4, "c": None},
         "points": 10,
     }
     assert voting.scores(np.zeros((2, 2), int), "ab")["miou"] is None
@@ -1159,10 +1186,11 @@ def test_options_that_do_not_apply(command, trained, tmp_path):
     _, _, config = digits(tmp_path)
     model = tmp_path / "model.safetensors"
     training.Training(config, tmp_path, tmp_path)._save(model.name, {})
-    code, out, err = command("test", model, "--data", tmp_path, "--votes", 2)
-    assert (code, out) == (2, "") and "--votes: " in err and "classifies whole clouds" in err
-    code, out, _ = command("test", model, "--data", tmp_path)
-    assert code == 0 and out.startswith("20 labelled: ")
+    for votes in ([], ["--votes", 2]):
+        code, out, _ = command("test", model, "--data", tmp_path, *votes)
+        assert code == 0 and re.match(r"20 labelled: accuracy [\d.]+, mean class accuracy [\d.]+ \| accuracy 0 ", out)
+    code, out, err = command("predict", model, "a.off")
+    assert (code, out) == (2, "") and "expected a network of objects, got one of digits" in err
     code, out, err = command("segment", model, "a.las", "--out", "b.las")
     assert (code, out) == (2, "") and "expected a network that labels points" in err
     model = trained[0] / "best.safetensors"

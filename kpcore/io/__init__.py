@@ -1,10 +1,12 @@
-"""Reading point cloud files into a `Cloud`, and writing copies of them with other labels.
+"""Reading point cloud files into a `Cloud`, writing copies of them with other labels, and sampling points of meshes.
 
 cloud = kpcore.io.read("scan.laz")     # PLY, PCD, LAS / LAZ / COPC, NPY / NPZ, XYZ / TXT / CSV / PTS, sweeps in .bin
 kpcore.io.write_labels("scan.laz", "labelled.laz", labels, kept=cloud.kept)
+points = kpcore.io.sample_mesh("chair.off", 10_000)     # OFF, PLY with faces
 """
 
 from .cloud import Cloud, ReadError
 from .formats import read, write_labels
+from .mesh import Mesh, read_mesh, sample_mesh
 
-__all__ = ["Cloud", "ReadError", "read", "write_labels"]
+__all__ = ["Cloud", "Mesh", "ReadError", "read", "read_mesh", "sample_mesh", "write_labels"]

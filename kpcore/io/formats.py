@@ -15,7 +15,7 @@ from kpcore.io.cloud import Cloud, LabelField, ReadError, Request, cloud_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from numpy.typing import ArrayLike
 
@@ -85,8 +85,8 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     request = Request(fields, label, columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from the libraries below: each is an error here, or does not matter
-        with _errors_name(path):
-            size = _checked_size(path)
+        with errors_name(path):
+            size = checked_size(path, READERS)
             content = READERS[path.suffix.lower()](path, size, request)
             cloud = cloud_of(content)
     if content.warning:
@@ -106,7 +106,7 @@ def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors in the block into a ReadError of one line that names the file."""
     try:
         yield
@@ -121,15 +121,15 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ReadError(f"{path}: damaged, or not of the format that its extension names: {reason}") from error
 
 
-def _checked_size(path: Path) -> int:
-    """The size of a regular file that is not empty and starts with the signature of its extension."""
+def checked_size(path: Path, readers: Collection[str]) -> int:
+    """The size of a regular file that is not empty, has an extension of `readers`, and starts with its signature."""
     if path.is_dir():
         raise ReadError("is a directory")
     if path.exists() and not path.is_file():
         raise ReadError("is not a regular file")
     size = path.stat().st_size
-    if path.suffix.lower() not in READERS:
-        raise ReadError(f"unknown extension {path.suffix!r}; expected one of {' '.join(READERS)}")
+    if path.suffix.lower() not in readers:
+        raise ReadError(f"unknown extension {path.suffix!r}; expected one of {' '.join(readers)}")
     if size == 0:
         raise ReadError("is empty")
     with path.open("rb") as file:
@@ -166,8 +166,8 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
     _check_name("label", label)
     _check_name("into", into)
     check_out(source, out)
-    with _errors_name(source):
-        _checked_size(source)
+    with errors_name(source):
+        checked_size(source, READERS)
         field = WRITERS[source.suffix.lower()].label_field(source, label, into)
         field.check(out)
     if field.name.lower() in ("x", "y", "z"):
@@ -232,5 +232,5 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
     """Write a copy of the file with labels in `field`, complete or not at all."""
     if field.warning:
         warnings.warn(f"{source}: {field.warning}", stacklevel=3)
-    with _errors_name(source), replacing(out) as part:
+    with errors_name(source), replacing(out) as part:
         field.write(part, labels, kept)

@@ -1,4 +1,4 @@
-"""Polygon files (PLY), ascii or binary: the properties of vertices. Faces and other elements are skipped."""
+"""Polygon files (PLY), ascii or binary: the properties of vertices, and the faces of a mesh."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ TYPES = {
     "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
     "float32": "f4", "float64": "f8", "int64": "i8", "uint64": "u8",  # the last two are not in the specification
 }  # fmt: skip
+CORNERS = ("vertex_indices", "vertex_index")  #: usual names of a face's list of vertices
 BYTE_ORDERS = {"ascii": None, "binary_little_endian": "<", "binary_big_endian": ">"}
 MAX_HEADER = 1 << 20  #: bytes
 LIST_BLOCK = 1 << 14  #: bytes of rows with lists parsed at a time: arrays with an entry per byte stay in the cache
@@ -71,7 +72,7 @@ class Element(NamedTuple):
 
 class Header(NamedTuple):
     byte_order: str | None  #: "<" or ">"; None: text
-    before: list[Element]  #: the elements before the vertices
+    elements: list[Element]  #: in the file's order
     vertex: Element
     start: int  #: the byte where the data starts
     newline: bytes  #: the last byte of each line
@@ -84,6 +85,10 @@ class Header(NamedTuple):
         """Whether every vertex takes the same number of bytes."""
         return self.byte_order is not None and not self.vertex.has_lists
 
+    def before(self, element: Element) -> list[Element]:
+        """The elements before another."""
+        return self.elements[: next(at for at, one in enumerate(self.elements) if one is element)]
+
 
 def read(path: Path, size: int, request: Request) -> Content:
     with path.open("rb") as file:
@@ -91,17 +96,36 @@ def read(path: Path, size: int, request: Request) -> Content:
         properties, num = header.vertex.properties, header.vertex.num
         scalars = [at for at, one in enumerate(properties) if one.count is None]
         if header.has_fixed_rows:
-            file.seek(_vertex_start(file, header, size))
+            file.seek(_start(file, header, header.vertex, size))
             # The fields of a record are named by their number, as two properties may have the same name.
             table = np.fromfile(file, [(str(at), one.dtype) for at, one in enumerate(properties)], num)
             columns = [table[str(at)] for at in scalars]
         else:
             columns, done = [np.empty(num, properties[at].dtype) for at in scalars], 0
-            for rows in _rows(file, header, size):
+            for rows in _rows(file, header, header.vertex, size):
                 for at, column in zip(scalars, columns, strict=True):
                     column[done : done + len(rows.stops)] = rows.numbers(at)
                 done += len(rows.stops)
     return from_columns(NamedArrays(zip([properties[at].name for at in scalars], columns, strict=True)), request)
+
+
+def read_faces(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((n, 3) float64 vertices, the number of corners of each face, the vertices at these corners)."""
+    vertices = read(path, size, Request()).points.astype(np.float64)
+    counts, corners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    with path.open("rb") as file:
+        header = _header(file, size)
+        for element in header.elements:
+            at = first_name_index([one.name for one in element.properties], CORNERS)
+            if element.name != "face" or at is None or element.properties[at].count is None:
+                continue
+            if element.properties[at].dtype.kind == "f":
+                raise ReadError(f"{element.properties[at].name}: expected integers, got {element.properties[at].dtype}")
+            for rows in _rows(file, header, element, size):
+                count, values = rows.lists(at)
+                counts.append(count)
+                corners.append(values)
+    return vertices, np.concatenate(counts), np.concatenate(corners)
 
 
 # ---- the header
@@ -155,7 +179,7 @@ def _header(file: BinaryIO, size: int) -> Header:
         bytes_left -= element.num * (element.min_row_bytes if order else 2 * len(element.properties))
         if bytes_left < 0:
             raise ReadError(f"truncated: declares {element.num} {list_names([element.name])} elements in {size} bytes")
-    return Header(order, elements[: names.index("vertex")], vertex, at, newline, number, insert_at, line_end)
+    return Header(order, elements, vertex, at, newline, number, insert_at, line_end)
 
 
 def _text(*words: bytes) -> str:
@@ -172,24 +196,26 @@ def _dtype(kind: bytes, form: str, number: int) -> np.dtype:
 # ---- the rows of binary files
 
 
-def _rows(file: BinaryIO, header: Header, size: int) -> Iterator[BinaryRows] | Iterator[TextRows]:
-    """The vertices of a text, or of a binary file with lists, some at a time."""
+def _rows(file: BinaryIO, header: Header, element: Element, size: int) -> Iterator[BinaryRows] | Iterator[TextRows]:
+    """The rows of an element of a text, or of one with lists of a binary file, some at a time."""
     if header.byte_order is None:
-        return _text_rows(file, header)
-    return _list_rows(file, header.vertex, _vertex_start(file, header, size), size)
+        return _text_rows(file, header, element)
+    return _list_rows(file, element, _start(file, header, element, size), size)
 
 
-def _vertex_start(file: BinaryIO, header: Header, size: int) -> int:
-    """The byte where the vertices of a binary file start."""
+def _start(file: BinaryIO, header: Header, element: Element, size: int) -> int:
+    """The byte where the rows of an element of a binary file start."""
     at = header.start
-    for element in header.before:
-        if element.has_lists:
-            for rows in _list_rows(file, element, at, size):
+    for earlier in header.before(element):
+        if earlier.has_lists:
+            for rows in _list_rows(file, earlier, at, size):
                 at = rows.at + int(rows.stops[-1])
         else:
-            at += element.num * element.min_row_bytes
-    if at + header.vertex.num * header.vertex.min_row_bytes > size:
-        raise ReadError(f"truncated: declares {header.vertex.num} vertex elements from byte {at} of {size}")
+            at += earlier.num * earlier.min_row_bytes
+    if at + element.num * element.min_row_bytes > size:
+        raise ReadError(
+            f"truncated: declares {element.num} {list_names([element.name])} elements from byte {at} of {size}"
+        )
     return at
 
 
@@ -202,6 +228,13 @@ class BinaryRows(NamedTuple):
 
     def numbers(self, at: int) -> np.ndarray:
         return _at_every_byte(self.data, self.properties[at].dtype)[self.places[at]]
+
+    def lists(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the length of each row's list, the values of all lists) of a property, as int64."""
+        one, starts = self.properties[at], self.places[at]
+        lengths = _at_every_byte(self.data, one.count)[starts].astype(np.int64)
+        places = _within(starts + one.count.itemsize, lengths, one.dtype.itemsize)
+        return lengths, _at_every_byte(self.data, one.dtype)[places].astype(np.int64)
 
     def byte_range(self, at: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(first, last + 1) byte in the file of a property, for each row; None: of a new property after all others."""
@@ -245,6 +278,12 @@ def _list_rows(file: BinaryIO, element: Element, at: int, size: int) -> Iterator
 def _at_every_byte(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A view with the number that starts at each byte."""
     return np.ndarray(len(data) - dtype.itemsize + 1, dtype, data, strides=(1,))
+
+
+def _within(starts: np.ndarray, lengths: np.ndarray, step: int) -> np.ndarray:
+    """The places of the values of lists: start, start + step and so on, for each list."""
+    number = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(starts, lengths) + step * number
 
 
 def _row_starts(stops: np.ndarray) -> np.ndarray:
@@ -308,6 +347,16 @@ class TextRows(NamedTuple):
             raise self.error(expected, self.places[at][valid.argmin()])
         return values
 
+    def lists(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the length of each row's list, the values of all lists) of a property, as int64."""
+        starts = self.places[at]
+        lengths = self.values[starts].astype(np.int64)
+        places = _within(starts + 1, lengths, 1)
+        valid = are_integers(self.values[places], *integer_range(np.int64))
+        if not valid.all():
+            raise self.error("the number of a vertex", places[valid.argmin()])
+        return lengths, self.values[places].astype(np.int64)
+
     def byte_range(self, at: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(first, last + 1) byte in the file of a property, for each row; None: of a new property after all others."""
         if at is None:
@@ -315,10 +364,10 @@ class TextRows(NamedTuple):
         return self.at + self.starts[self.places[at]], self.at + self.ends[self.places[at]]
 
 
-def _text_rows(file: BinaryIO, header: Header) -> Iterator[TextRows]:
-    """The vertices of a text file, one in each line; blank lines are skipped."""
-    vertex, at, number = header.vertex, header.start, header.num_lines + 1
-    skip, left = sum(element.num for element in header.before if element.properties), header.vertex.num
+def _text_rows(file: BinaryIO, header: Header, element: Element) -> Iterator[TextRows]:
+    """The rows of an element of a text file, one in each line; blank lines are skipped."""
+    at, number = header.start, header.num_lines + 1
+    skip, left = sum(earlier.num for earlier in header.before(element) if earlier.properties), element.num
     file.seek(at)
     for text in _line_blocks(file, header.newline):
         data = np.frombuffer(text, np.uint8)
@@ -330,15 +379,16 @@ def _text_rows(file: BinaryIO, header: Header) -> Iterator[TextRows]:
         lines = lines[skipped:][: left + 1]
         skip, left = skip - skipped, left - (len(lines) - 1)
         if len(lines) > 1:
-            yield _rows_of_lines(vertex, at, number, text, starts, ends, lines, newlines)
+            yield _rows_of_lines(element, at, number, text, starts, ends, lines, newlines)
         if not left:
             return
         at, number = at + len(text), number + len(newlines)
     if left:
-        raise ReadError(f"truncated: expected {vertex.num} vertex elements, got {vertex.num - left}")
+        name = list_names([element.name])
+        raise ReadError(f"truncated: expected {element.num} {name} elements, got {element.num - left}")
 
 
-def _rows_of_lines(vertex, at, number, text, starts, ends, lines, newlines):
+def _rows_of_lines(element, at, number, text, starts, ends, lines, newlines):
     """TextRows of the lines whose first words are `lines`."""
     starts, ends, lines = starts[lines[0] : lines[-1]], ends[lines[0] : lines[-1]], lines - lines[0]
 
@@ -359,12 +409,12 @@ def _rows_of_lines(vertex, at, number, text, starts, ends, lines, newlines):
         length = values[places]
         return np.where(are_integers(length, 0, 2**32), length, -1)
 
-    places, stops = _places(vertex.properties, lines[:-1], lines[1:], lambda dtype: 1, length_at)
+    places, stops = _places(element.properties, lines[:-1], lines[1:], lambda dtype: 1, length_at)
     if (stops != lines[1:]).any():
         row = int((stops != lines[1:]).argmax())
-        lists = " and those of its lists" if vertex.has_lists else ""
-        raise error(f"{len(vertex.properties)} numbers{lists}", lines[row], lines[row + 1] - lines[row])
-    return TextRows(vertex.properties, at, starts, ends, values, places, stops, error)
+        lists = " and those of its lists" if element.has_lists else ""
+        raise error(f"{len(element.properties)} numbers{lists}", lines[row], lines[row + 1] - lines[row])
+    return TextRows(element.properties, at, starts, ends, values, places, stops, error)
 
 
 def _numbers(text: bytes) -> np.ndarray:
@@ -413,10 +463,14 @@ def label_field(source: Path, label: str | None, into: str | None) -> LabelField
             )
         if header.has_fixed_rows:
             widths = np.cumsum([0, *(one.dtype.itemsize for one in properties)])
-            start = _vertex_start(file, header, size) + np.arange(num) * widths[-1] + widths[-1 if at is None else at]
+            start = (
+                _start(file, header, header.vertex, size)
+                + np.arange(num) * widths[-1]
+                + widths[-1 if at is None else at]
+            )
             stop = start if at is None else start + dtype.itemsize
         else:
-            ranges = [rows.byte_range(at) for rows in _rows(file, header, size)]
+            ranges = [rows.byte_range(at) for rows in _rows(file, header, header.vertex, size)]
             start, stop = np.concatenate([np.zeros((2, 0), np.int64), *ranges], axis=1)
 
     def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:

@@ -10,6 +10,7 @@ one pass over no points, in which the `Run` creates the parameters that blocks a
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
     from kpcore.neighbors import Neighbors
     from kpcore.nn.kpnext import KPNeXt
     from kpcore.nn.networks import Network
+    from kpcore.pyramid import Level
 
 MOST_LEVELS, MOST_CHANNELS, MOST_PARAMETERS = 16, 2**14, 10**9
 # The kernel_extent of resampled convolutions in mean norms of their kernel points, 1.5 times the least distance between
 # 15 of them. Up to that distance, kernel offsets of zero would be the rigid convolution, but have no gradient, and an
 # offset convolution that starts with zeros would never learn.
 _KERNEL_EXTENT = 4 / 3
+# The logits of a point outside the columns of its head. exp(-10,000) is 0 in every dtype, and float16 can hold the
+# number; with -inf, checks that all outputs of a network are finite and products with 0 would fail.
+OUTSIDE = -1e4
 IN_VOXELS = (1e-6, 100)  # limits of radii in voxels; a sphere that is cut out for training is smaller than 100 voxels
 
 
@@ -105,6 +110,8 @@ class Run(Generic[Value, Buffer]):
         Of the regularization of deformable convolutions, see `kpcore.repulsion_loss`.
     detach_offsets : bool
         Whether offsets and modulations of deformable convolutions are constants of the gradient.
+    learn_kernel_points : bool
+        Whether kernel points are parameters, see `kernel`.
     observe : callable, optional
         Called as ``observe(name, level, out)`` with the output of each block of the encoder, and with the `Deformed`
         kernels of each deformable convolution, for which the level is None. For pictures of what a network has learned.
@@ -130,6 +137,7 @@ class Run(Generic[Value, Buffer]):
     conv: Mapping[str, Any]
     repulse_extent: float
     detach_offsets: bool
+    learn_kernel_points: bool
     observe: Callable[[str, int | None, Any], object] | None
     new: NewValues | None
     new_state: dict[str, Buffer]
@@ -138,15 +146,21 @@ class Run(Generic[Value, Buffer]):
     def __init__(self, F: ModuleType, params: dict[str, Value], state: dict[str, Buffer], *, training: bool = False,
                  norm: str | None = "batch", groups: int = 32,
                  momentum: float = 0.02, slope: float = 0.1, conv: Mapping[str, Any] | None = None,
-                 repulse_extent: float = 1.2, detach_offsets: bool = False,
+                 repulse_extent: float = 1.2, detach_offsets: bool = False, learn_kernel_points: bool = False,
                  observe: Callable[[str, int | None, Any], object] | None = None,
                  new: NewValues | None = None) -> None:  # fmt: skip
         self.F, self.params, self.state, self.training = F, params, state, training
         self.norm, self.groups, self.momentum, self.slope = norm, groups, momentum, slope
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
         self.detach_offsets = checks.boolean("detach_offsets", detach_offsets)
-        self.observe = observe
+        self.learn_kernel_points, self.observe = learn_kernel_points, observe
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
+
+    def without_training(self) -> Run[Value, Buffer]:
+        """The same pass outside of training, for layers that get no rows, which have no statistics."""
+        run = copy.copy(self)
+        run.training = False
+        return run
 
     def parameter(self, name: str, shape: tuple[int, ...], draw: Draw) -> Value:
         """A trained array; while a network is initialised, `draw(rng, shape)` draws its initial values."""
@@ -200,6 +214,30 @@ def check_norm(net: Network | KPNeXt, item_width: int | None) -> None:
     if item_width and groups == item_width:
         raise ValueError(f"norm: expected one with several channels in each group, since the {item_width} channels "
                          f"before the logits have one row for each batch item, got {net.norm!r}")  # fmt: skip
+
+
+def integers_on_host(name: str, value: Any) -> np.ndarray:
+    """Integers of any framework as a NumPy array. They decide what is computed, so no framework can trace them."""
+    if hasattr(value, "cpu"):  # torch
+        value = value.cpu().numpy()
+    try:
+        value = devices.on_host(value) if devices.is_array(value) else np.asarray(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected values, which decide the rows of each head, got an array that jax.jit traces; make it "
+            "a constant of the function"
+        ) from None
+    if value.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    return value
+
+
+def placed_like(array: AnyArray, values: np.ndarray) -> Any:
+    """Values of the host as an array that the operators take together with `array`."""
+    if devices.is_array(array):
+        return devices.to_device_of(array, values)
+    torch = sys.modules.get("torch")
+    return torch.as_tensor(values, device=array.device) if torch and isinstance(array, torch.Tensor) else values
 
 
 def one_row_each(row_splits: Value) -> Value:
@@ -260,6 +298,40 @@ def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, widt
     return run.F.leaky_relu(out, run.slope) if activate else out
 
 
+def head(run: Run[Value, Buffer], names: tuple[str, str], features: Value | np.ndarray, hidden: int, width: int,
+         row_splits: AnyArray, normed: bool, rate: float, seed: int | AnyArray | None) -> Value:  # fmt: skip
+    """A layer to `hidden` channels, normalised or with a bias, its dropout, and the layer to the `width` logits."""
+    x = unary(run, names[0], features, hidden, row_splits) if normed else dense(run, names[0], features, hidden)
+    return dense(run, names[1], dropout(run, x, rate, seed), width, activate=False)
+
+
+def heads(run: Run[Value, Buffer], features: Value, widths: Sequence[int], hidden: int, categories: np.ndarray,
+          level: Level, *more: Any) -> Value:  # fmt: skip
+    """The logits of several heads side by side, each computed for the rows of its batch items; `OUTSIDE` elsewhere.
+
+    Head h has `widths[h]` columns and computes the rows of the batch items of `level` whose number in `categories` is
+    h. Its batch normalisation sees these rows alone; a head without rows changes no running statistics. `more` are
+    further arguments of `head`.
+    """
+    F, bounds, parts = run.F, integers_on_host("row_splits", level.row_splits), []
+    heads_of_rows = np.repeat(categories, np.diff(bounds))
+    for number, width in enumerate(widths):
+        before = np.concatenate([[0], np.cumsum(heads_of_rows == number)])  # rows of the head before each row
+        num = int(before[-1])
+        # For each row its place among those of the head, or no neighbour. The transpose lists the rows of the head.
+        pairs = np.arange(num, dtype=np.int32), before
+        places = unchecked_list(*(placed_like(level.neighbors.stored_index, values) for values in pairs), num)
+        # Without rows the features are constants: their gradient would be an array of zeros for each such head.
+        rows = F.nearest_upsample(features if num else detached(features), places.transpose())
+        logits = head(run if num else run.without_training(), (f"heads.{number}.0", f"heads.{number}.1"), rows, hidden,
+                      width, placed_like(level.row_splits, before[bounds]), *more)  # fmt: skip
+        parts.append(F.neighbor_reduce(logits, places, "sum", empty=OUTSIDE))
+    while len(parts) > 1:  # concatenate takes up to four arrays
+        fours = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        parts = [F.concatenate(*four) if len(four) > 1 else four[0] for four in fours]
+    return parts[0]
+
+
 def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | AnyArray | None) -> Value:
     """`kpcore.dropout` in training; otherwise the features unchanged."""
     if not rate or not run.training:
@@ -269,17 +341,24 @@ def dropout(run: Run[Value, Buffer], features: Value, rate: float, seed: int | A
     return run.F.dropout(features, rate, seed)
 
 
-def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Buffer:
-    """The kernel points of a layer, a buffer. As published, each layer rotates them about the last axis by a random
-    angle."""
+def kernel(run: Run[Value, Buffer], name: str, places: KernelPlaces) -> Value | Buffer:
+    """The kernel points of a layer. As published, each layer rotates them about the last axis by a random angle.
+
+    They are a buffer; or, if the run learns them, a parameter in units of the extent, as offsets are, so that a
+    learning rate does not depend on the unit of the points.
+    """
     num, radius, dimension, shells = (places.get(key) for key in ("num", "radius", "dimension", "shells"))
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         points = kpcore.kernel_points(shells or num, radius, dimension=dimension, dtype=np.float64,
                                       method="shells" if shells else "potential")  # fmt: skip
-        return rotated(points, random_rotation(dimension, "vertical", int(rng.integers(2**62))))
+        points = rotated(points, random_rotation(dimension, "vertical", int(rng.integers(2**62))))
+        return points / places["extent"] if run.learn_kernel_points else points
 
-    return run.buffer(f"{name}.kernel_points", (num, dimension), draw)
+    full_name, shape = f"{name}.kernel_points", (num, dimension)
+    if run.learn_kernel_points:
+        return places["extent"] * run.parameter(full_name, shape, draw)
+    return run.buffer(full_name, shape, draw)
 
 
 def conv(run: Run[Value, Buffer], name: str, where: Geometry, features: Value | np.ndarray, width: int,

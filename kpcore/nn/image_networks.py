@@ -130,9 +130,9 @@ class ImageNetwork:
         """(params, state), as `Network.init` returns them."""
         return initialised(self, seed, dtype)
 
-    def no_data(self, dtype: DTypeLike) -> tuple[np.ndarray]:
-        """A batch of no images, the input of the pass in which parameters are created or checked."""
-        return (np.zeros((0, 32, 32, self.num_features), dtype),)
+    def no_data(self, dtype: DTypeLike) -> tuple[np.ndarray, None]:
+        """(x, seed) of no images, the input of the pass in which parameters are created or checked."""
+        return np.zeros((0, 32, 32, self.num_features), dtype), None
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], x: Value | np.ndarray, *,
                  training: bool = False, seed: int | AnyArray | None = None,

@@ -209,7 +209,7 @@ class KPNeXt:
         """(params, state), as `Network.init` returns them."""
         return initialised(self, seed, dtype)
 
-    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
+    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray, None]:
         """See `no_points`."""
         return no_points(self, dtype)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from types import ModuleType
 
     from numpy.typing import DTypeLike
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kpcore.pyramid import Level
 
 _MOST_BLOCKS = 1024  # architecture() makes at most 992
+_UPSAMPLINGS = ("nearest_upsample", "kpconv_upsample")
 _VARIANTS = ("deformable", "resampled", "strided")  # of the blocks simple and resnetb, in the order of a block's name
 
 
@@ -52,7 +54,7 @@ else:
 
 
 def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, resampled: int = 0,
-                 segment: bool = True) -> tuple[str, ...]:  # fmt: skip
+                 segment: bool = True, upsample: str = "nearest") -> tuple[str, ...]:  # fmt: skip
     """The list of blocks of the published networks.
 
     Parameters
@@ -68,6 +70,8 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, resamp
         last.
     segment : bool
         Whether features are upsampled to the points again (KP-FCNN) or averaged over each batch item (KP-CNN).
+    upsample : {"nearest", "kpconv"}
+        Whether features are upsampled to those of the nearest coarser point, or by a convolution (section 3.4).
 
     Returns
     -------
@@ -89,7 +93,10 @@ def architecture(levels: int = 5, convs: int = 3, *, deformable: int = 0, resamp
         for i in range(len(block_names) - count, len(block_names)):
             kind, *more = block_names[i].split("_")
             block_names[i] = "_".join([kind, name, *more])
-    return (*block_names, *(("nearest_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
+    checks.choice("upsample", upsample, ("nearest", "kpconv"))
+    if not segment and upsample != "nearest":
+        raise ValueError(f"upsample: expected 'nearest' without segment, as nothing is upsampled, got {upsample!r}")
+    return (*block_names, *((f"{upsample}_upsample", "unary") * (levels - 1) if segment else ("global_average",)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,9 @@ class Network:
     architecture : sequence of str
         Blocks as the published PyTorch code names them: simple, resnetb, each with _deformable and _strided; max_pool;
         then global_average, or nearest_upsample and unary up to the first level. See `architecture`. Besides these,
-        simple and resnetb may be _resampled, after _deformable and before _strided.
+        simple and resnetb may be _resampled, after _deformable and before _strided; and kpconv_upsample, in the place
+        of nearest_upsample, is resnetb_strided mirrored: the finer points are the queries, the coarser ones within the
+        radius of their level the neighbours, and the width stays that of the coarser features.
     num_features, num_classes : int
     voxel_size : float
         Voxel size of level 0, in the unit of the points; it doubles with each level.
@@ -151,6 +160,13 @@ class Network:
         Dropout rate of the layer before the logits, in training.
     origin : {0, "published"}
         Where the grids of pyramids begin, as in `kpcore.build_pyramid`.
+    heads : dict of int by name, optional
+        For the labels of parts of objects: a head for each category, with the number of its parts; `num_classes` is
+        their sum. Each has its own layer of `head_width` channels before its logits. The network is then called with
+        the category of each batch item.
+    learn_kernel_points : bool
+        Whether kernel points are parameters, called `kernel_points` in their layer and in units of its extent, rather
+        than constants. Train them at a smaller learning rate, ``lr_scales={"kernel_points": 0.1}``.
 
     Examples
     --------
@@ -193,6 +209,8 @@ class Network:
     repulse_extent: float = 1.2
     dropout: float = 0.0
     origin: int | str = 0
+    heads: Mapping[str, int] | None = field(default=None, hash=False)
+    learn_kernel_points: bool = False
 
     def __post_init__(self) -> None:
         single = np.dtype(np.float32)
@@ -212,6 +230,8 @@ class Network:
         coarsest = 2 ** (self.num_levels - 1)
         for name, most in (("width", coarsest), ("decoder_width", coarsest), ("head_width", 1)):
             blocks.check_channels(name, (getattr(self, name) or 0) * most)
+        if self.upsample_levels and self.decoder_width == 1:
+            raise ValueError("decoder_width: expected at least 2 with kpconv_upsample, got 1")
         blocks.check_fields(self, checks.length, ("voxel_size",), single)
         in_voxels = "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
         blocks.check_fields(self, checks.between, in_voxels, *blocks.IN_VOXELS)
@@ -220,10 +240,12 @@ class Network:
         blocks.check_fields(self, checks.between, ("slope",), -1, 1)
         if self.pool_pad_value is not None:
             blocks.check_fields(self, checks.between, ("pool_pad_value",), -(10**9), 10**9)
-        blocks.check_fields(self, checks.boolean, ("head_norm", "modulated", "always_narrow"))
+        blocks.check_fields(self, checks.boolean, ("head_norm", "modulated", "always_narrow", "learn_kernel_points"))
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip
             checks.choice(name, getattr(self, name), allowed)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _checked_heads(self.heads, self.num_classes, self.segments))
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
@@ -233,7 +255,7 @@ class Network:
     @property
     def num_downs(self) -> int:
         """Number of blocks before the first upsampling."""
-        upsamplings = [i for i, block in enumerate(self.architecture) if block == "nearest_upsample"]
+        upsamplings = [i for i, block in enumerate(self.architecture) if block in _UPSAMPLINGS]
         return upsamplings[0] if upsamplings else len(self.architecture)
 
     @property
@@ -247,9 +269,30 @@ class Network:
         return tuple(sorted(levels))
 
     @property
+    def upsample_levels(self) -> tuple[int, ...]:
+        """The levels to whose points a convolution upsamples."""
+        upsamplings = [block for block in self.architecture if block in _UPSAMPLINGS]
+        return tuple(level for level, block in enumerate(reversed(upsamplings)) if block == "kpconv_upsample")
+
+    @property
     def segments(self) -> bool:
         """Whether each point gets logits; otherwise each batch item does."""
         return self.architecture[-1] != "global_average"
+
+    @property
+    def head_columns(self) -> dict[str, slice]:
+        """The columns of the logits of each category of `heads`, in their order.
+
+        >>> import kpcore as kp
+        >>> net = kp.nn.kpfcnn(4, 7, 0.02, heads={"chair": 4, "table": 3})
+        >>> net.head_columns["table"]
+        slice(4, 7, None)
+        """
+        columns, end = {}, 0
+        for name, parts in (self.heads or {}).items():
+            columns[name] = slice(end, end + parts)
+            end += parts
+        return columns
 
     @property
     def reach(self) -> float:
@@ -271,11 +314,10 @@ class Network:
         for block in self.architecture:
             if block == "nearest_upsample":
                 reach += self.voxel_size * 2**level * math.sqrt(self.dimension)
-                level -= 1
             elif block != "unary":
                 radius = self.deform_radius if level in self.deform_levels else self.conv_radius
                 reach += radius * self.voxel_size * 2**level
-            level += _coarser(block)
+            level += _coarser(block) - (block in _UPSAMPLINGS)
         return reach
 
     def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None,
@@ -287,7 +329,8 @@ class Network:
         levels = F.build_pyramid(
             points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
             labels=labels, subsampled=subsampled, origin=self.origin, conv_radius=self.conv_radius,
-            deform_radius=self.deform_radius, deform_levels=self.deform_levels, neighbor_limits=neighbor_limits
+            deform_radius=self.deform_radius, deform_levels=self.deform_levels, neighbor_limits=neighbor_limits,
+            upsample_levels=self.upsample_levels
         )  # fmt: skip
         if self.pool_pad_value is None:
             return levels
@@ -306,14 +349,14 @@ class Network:
         """
         return initialised(self, seed, dtype)
 
-    def no_data(self, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
-        """See `no_points`."""
-        return no_points(self, dtype)
+    def no_data(self, dtype: DTypeLike) -> tuple[Any, ...]:
+        """See `no_points`; the category of the only batch item follows."""
+        return *no_points(self, dtype), None if self.heads is None else [0]
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
-                 seed: int | AnyArray | None = None,
-                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
+                 seed: int | AnyArray | None = None, detach_offsets: bool = False,
+                 categories: AnyArray | Sequence[int] | None = None) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -334,22 +377,29 @@ class Network:
             Whether offsets and modulations of deformable convolutions are constants of the gradient, as for an
             effective receptive field (`kpcore.effective_receptive_field`). The result is the same; offsets, and what
             computes them, then get no gradient from the logits or the regularization.
+        categories : (B,) integers
+            The number of the category of each batch item in the order of `heads`, for a network that has heads. Their
+            values and those of ``pyramid[0].row_splits`` are needed: under `jax.jit` they must be constants.
 
         Returns
         -------
         Result
+            With `heads`, the logits outside the `head_columns` of a point's category are -10,000, whose exponential is
+            0: softmax, `kpcore.softmax_cross_entropy` and the largest logit are those within the category.
         """
-        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets)
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets, categories)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
         """The `nn.Run` of a pass through this network."""
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
-                          slope=self.slope, conv=conv, repulse_extent=self.repulse_extent, **more)  # fmt: skip
+                          slope=self.slope, conv=conv, repulse_extent=self.repulse_extent,
+                          learn_kernel_points=self.learn_kernel_points, **more)  # fmt: skip
 
     def compute_logits(self, run: blocks.Run[Value, Buffer], pyramid: Sequence[Level], x: Value | np.ndarray,
-                       seed: int | AnyArray | None) -> Value:  # fmt: skip
+                       seed: int | AnyArray | None,
+                       categories: AnyArray | Sequence[int] | None = None) -> Value:  # fmt: skip
         """The logits for the features `x` of the points of level 0."""
         level, width, downs, skips = 0, self.width, self.num_downs, []
         for number, block in enumerate(self.architecture):
@@ -370,9 +420,15 @@ class Network:
             bounds, places = (here.row_splits, target.row_splits), self._places(level)
             if block == "global_average":
                 x = run.F.segment_reduce(x, here.row_splits, "mean")
-            elif block == "nearest_upsample":
-                level -= 1
-                x = run.F.concatenate(run.F.nearest_upsample(x, pyramid[level].upsamples), skips.pop())
+            elif block in _UPSAMPLINGS:
+                level, target = level - 1, pyramid[level - 1]
+                if block == "nearest_upsample":
+                    x = run.F.nearest_upsample(x, target.upsamples)
+                else:
+                    where = here.points, target.points, target.upsamples
+                    x = blocks.bottleneck(run, name, where, x, x.shape[1], places, here.row_splits, target.row_splits,
+                                          always_narrow=self.always_narrow)  # fmt: skip
+                x = run.F.concatenate(x, skips.pop())
             elif block == "max_pool":
                 x = run.F.neighbor_reduce(x, here.pools, "max", pad_value=self.pool_pad_value)
             elif kind == "unary":
@@ -387,19 +443,30 @@ class Network:
             if run.observe and number < downs and block != "global_average":
                 run.observe(name, level, x)
         row_splits = pyramid[0].row_splits
-        return self._head(run, x, row_splits if self.segments else blocks.one_row_each(row_splits), seed)
+        layers = self.head_norm, self.dropout, seed
+        if self.heads is not None or categories is not None:
+            numbers = self._checked_categories(categories, row_splits.shape[0] - 1)
+            return blocks.heads(run, x, [*self.heads.values()], self._head_width, numbers, pyramid[0], *layers)
+        row_splits = row_splits if self.segments else blocks.one_row_each(row_splits)
+        return blocks.head(run, ("head.0", "head.1"), x, self._head_width, self.num_classes, row_splits, *layers)
+
+    def _checked_categories(self, categories: Any, items: int) -> np.ndarray:
+        if self.heads is None or categories is None:
+            expected = "None for a network without" if self.heads is None else "one for each batch item of one with"
+            raise ValueError(f"categories: expected {expected} heads, got {categories!r}")
+        categories = blocks.integers_on_host("categories", categories)
+        if categories.shape != (items,):
+            raise ValueError(f"categories: expected ({items},), one for each batch item, got {categories.shape}")
+        wrong = (categories < 0) | (categories >= len(self.heads))
+        if wrong.any():
+            item = int(np.argmax(wrong))
+            expected = f"0 to {len(self.heads) - 1}, the numbers of the heads"
+            raise ValueError(f"categories: expected {expected}, got {categories[item]} for batch item {item}")
+        return categories
 
     @property
     def _head_width(self) -> int:
         return self.head_width or (self.width if self.segments else 1024)
-
-    def _head(self, run, x, row_splits, seed):
-        if self.head_norm:
-            x = blocks.unary(run, "head.0", x, self._head_width, row_splits)
-        else:
-            x = blocks.dense(run, "head.0", x, self._head_width)
-        x = blocks.dropout(run, x, self.dropout, seed)
-        return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
 
     def _places(self, level: int) -> KernelPlaces:
         voxel = self.voxel_size * 2**level
@@ -417,25 +484,26 @@ def kpcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int 
     >>> kp.nn.count(kp.nn.kpcnn(1, 40, 0.02, convs=2).init()[0])
     14295144
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, False, options)
+    block_names = architecture(levels, convs, deformable=deformable, resampled=resampled, segment=False)
+    return _published(block_names, num_features, num_classes, voxel_size, convs, options)
 
 
 def kpfcnn(num_features: int, num_classes: int, voxel_size: float, *, convs: int = 3, levels: int = 5,
-           deformable: int = 0, resampled: int = 0, **options: Any) -> Network:  # fmt: skip
+           deformable: int = 0, resampled: int = 0, upsample: str = "nearest", **options: Any) -> Network:  # fmt: skip
     """KP-FCNN, which labels points, in the size of the published PyTorch code (`convs=3`) or of the paper (2).
 
-    `options` are those of `Network`.
+    `upsample` is that of `architecture`, `options` are those of `Network`.
     """
-    return _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, True, options)
+    block_names = architecture(levels, convs, deformable=deformable, resampled=resampled, upsample=upsample)
+    return _published(block_names, num_features, num_classes, voxel_size, convs, options)
 
 
-def _published(num_features, num_classes, voxel_size, convs, levels, deformable, resampled, segment, options):
+def _published(block_names, num_features, num_classes, voxel_size, convs, options):
     if convs == 2:  # the paper's TensorFlow code
         options = {"always_narrow": True, "head_norm": True, "slope": 0.2} | options
-        if segment:
+        if block_names[-1] != "global_average":
             half = options.get("width", 128) // 2
             options = {"decoder_width": half, "head_width": half} | options
-    block_names = architecture(levels, convs, deformable=deformable, resampled=resampled, segment=segment)
     return Network(block_names, num_features, num_classes, voxel_size, **options)
 
 
@@ -502,18 +570,19 @@ def initialised(
     return params, state
 
 
-def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray]:
-    """(pyramid, features) of no points, the input of the pass in which parameters are created or checked."""
-    return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype)
+def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray, None]:
+    """(pyramid, features, seed) of no points, the input of the pass in which parameters are created or checked."""
+    return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype), None
 
 
 def _pass_without_data(net, params, state, dtype, new):
-    net.compute_logits(net.new_run(kpcore, params, state, new=new), *net.no_data(dtype), None)
+    net.compute_logits(net.new_run(kpcore, params, state, new=new), *net.no_data(dtype))
 
 
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
               pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
-              seed: int | AnyArray | None, detach_offsets: bool) -> Result[Value, Buffer]:  # fmt: skip
+              seed: int | AnyArray | None, detach_offsets: bool,
+              *more: Any) -> Result[Value, Buffer]:  # fmt: skip
     """Run a network; the common part of `Network` and `KPNeXt` when they are called."""
     if len(pyramid) != net.num_levels:
         raise ValueError(f"pyramid: expected {net.num_levels} levels for the architecture, got {len(pyramid)}")
@@ -521,7 +590,7 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
     if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
     run = net.new_run(F, params, state, training=training, detach_offsets=detach_offsets)
-    logits = net.compute_logits(run, pyramid, features, seed)
+    logits = net.compute_logits(run, pyramid, features, seed, *more)
     total = None
     for one in run.regularization:
         total = one if total is None else total + one
@@ -531,6 +600,19 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
 def count(params: Parameters[AnyArray]) -> int:
     """The number of parameters: the sum of the sizes of all arrays in a dict."""
     return sum(int(np.prod(value.shape)) for value in params.values())
+
+
+def _checked_heads(heads: object, num_classes: int, segments: bool) -> dict[str, int]:
+    """The numbers of parts by category as a dict of plain numbers."""
+    if not isinstance(heads, Mapping) or not heads or not all(isinstance(name, str) for name in heads):
+        raise TypeError(f"heads: expected a dict of the number of parts by category, got {heads!r}")
+    if not segments:
+        raise ValueError("heads: expected None for a network that ends with global_average, which labels no points, "
+                         f"got {heads!r}")  # fmt: skip
+    heads = {name: checks.integer(f"heads[{name!r}]", parts, 1) for name, parts in heads.items()}
+    if sum(heads.values()) != num_classes:
+        raise ValueError(f"num_classes: expected {sum(heads.values())}, the parts of all heads, got {num_classes}")
+    return heads
 
 
 def _coarser(block: str) -> bool:
@@ -544,23 +626,23 @@ def _check_architecture(block_names: Sequence[str]) -> None:
     level, upsampled = 0, False
     for number, block in enumerate(block_names):
         kind, *more = block.split("_")
-        known = block in ("unary", "max_pool", "nearest_upsample", "global_average") or (
+        known = block in ("unary", "max_pool", *_UPSAMPLINGS, "global_average") or (
             kind in ("simple", "resnetb") and more == [variant for variant in _VARIANTS if variant in more]
         )
         if not known:
             raise ValueError(f"architecture: expected a block of the published networks, got {block!r}")
-        if block == "nearest_upsample":
+        if block in _UPSAMPLINGS:
             level, upsampled = level - 1, True
         elif upsampled and block != "unary":
-            expected = "nearest_upsample or unary after the first nearest_upsample"
+            expected = "nearest_upsample, kpconv_upsample or unary after the first upsampling"
             raise ValueError(f"architecture: expected {expected}, got {block!r}")
         elif block == "global_average" and number != len(block_names) - 1:
             raise ValueError(f"architecture: expected global_average only at the end, got it in block {number}")
         level += _coarser(block)
         if level < 0:
-            raise ValueError(f"architecture: expected no nearest_upsample on level 0, got one in block {number}")
+            raise ValueError(f"architecture: expected no {block} on level 0, got one in block {number}")
     if not block_names or (block_names[-1] != "global_average" and level):
-        expected = "global_average at the end, or nearest_upsample until level 0"
+        expected = "global_average at the end, or kpconv_upsample or nearest_upsample until level 0"
         raise ValueError(f"architecture: expected {expected}, got {block_names}")
 
 

@@ -40,6 +40,12 @@ class Batch(NamedTuple):
     pyramid: Pyramid
     features: np.ndarray
     labels: np.ndarray
+    categories: list[int] | None = None  #: of each sphere, for a network that has heads
+
+    @property
+    def options(self) -> dict[str, list[int]]:
+        """Further arguments of the network."""
+        return {} if self.categories is None else {"categories": self.categories}
 
 
 class Potentials:
@@ -114,10 +120,10 @@ def sphere_at(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: 
     return Sphere(number, center, neighbors.index)
 
 
-def training_jobs(scenes: Sequence[Scene], training: Training, digits: bool, rng: np.random.Generator,
+def training_jobs(scenes: Sequence[Scene], training: Training, whole: bool, rng: np.random.Generator,
                   number: int) -> Iterator[list[Sphere]]:  # fmt: skip
-    """`number` lists of spheres, or of whole digits, one list for each batch."""
-    if digits:
+    """`number` lists of spheres, or of `whole` scenes, one list for each batch."""
+    if whole:
         source = _shuffled(scenes, rng)
     else:
         sampler = (Potentials if training.sampling == "regular" else Balanced)(scenes, training.radius, rng)
@@ -166,8 +172,12 @@ def _fill(source: Iterator[Sphere], training: Training, left_over: Sphere | None
 
 
 def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns, spheres: list[Sphere],
-               training: Training | None = None, rng: np.random.Generator | None = None) -> Batch:  # fmt: skip
-    """Make a Batch of spheres; with `rng` they are augmented as the settings say."""
+               training: Training | None = None, rng: np.random.Generator | None = None, *,
+               learns: bool = True) -> Batch:  # fmt: skip
+    """Make a Batch of spheres; with `rng` they are augmented as the settings say.
+
+    Unless `learns`, a level may have a single point, of which batch normalisation computes no statistics.
+    """
     points, features, labels, local = [], [], [], columns.span("local")
     for sphere in spheres:
         scene = scenes[sphere.scene]
@@ -178,21 +188,23 @@ def make_batch(net: Network | KPNeXt, scenes: Sequence[Scene], columns: Columns,
             sphere_features[:, local] = centered
         points.append(centered)
         features.append(sphere_features)
-        labels.append(scene.labels if scene.tree is None else scene.labels[sphere.rows])
+        labels.append(scene.labels[sphere.rows] if net.segments else scene.labels)
     lengths = [len(centered) for centered in points]
     row_splits, stacked = kp.row_splits(lengths), np.concatenate(points)
     try:
         pyramid = _pyramid(net, stacked, row_splits, training, rng)
     except ValueError as error:  # too many voxels along an axis
         raise SettingsError(f"[training] scale, noise: expected smaller values: {error}") from None
-    if rng is not None and net.norm == "batch":
+    if rng is not None and learns and net.norm == "batch":
         for number, level in enumerate(pyramid):
             if len(level.points) < 2:
                 raise SettingsError(
                     f"[network] levels: batch normalisation needs at least 2 points of a batch on each level, got "
                     f"{len(level.points)} on level {number}: use fewer levels, a larger radius or more batch_points"
                 )
-    return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels))
+    categories = [scenes[sphere.scene].category for sphere in spheres]
+    return Batch(spheres, pyramid, np.concatenate(features), np.concatenate(labels),
+                 None if categories[0] is None else categories)  # fmt: skip
 
 
 def _pyramid(net: Network | KPNeXt, points: np.ndarray, row_splits: np.ndarray, training: Training | None,

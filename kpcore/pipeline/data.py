@@ -15,17 +15,18 @@ import numpy as np
 import kpcore as kp
 from kpcore.files import expanded
 from kpcore.io import ReadError, read
-from kpcore.io.cloud import MissingField
+from kpcore.io.cloud import UNLABELED, MissingField, list_names
 from kpcore.io.formats import TABLES
+from kpcore.pipeline import objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
-from kpcore.scenes.indoor import indoor
+from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from kpcore.io import Cloud
-    from kpcore.pipeline.settings import Digits, Part, Settings, Source
+    from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
 _MAX_FEATURE = 10.0  # features are clipped to -10 to 10
 _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
@@ -39,10 +40,12 @@ class Scene:
     points : (N, D) float32
     columns : (N, C) float32, the features, see `Columns`; zeros for "local", which depends on the input sphere
     labels : (N,) int64, class numbers, or IGNORED
-    tree : search structure over the points; None for digits
-    full : (n, D) float32, the points before subsampling
+    tree : search structure over the points; None for digits and objects
+    full : (n, D) float32, the points before subsampling; for objects those after it
     full_labels : (n,) class numbers of those, or None
-    cloud : the Cloud that was read, or None for digits
+    cloud : the Cloud that was read, or None for digits and objects
+    name : of an object
+    category : the number of the category of an object with parts, or None
     """
 
     points: np.ndarray
@@ -52,6 +55,8 @@ class Scene:
     full: np.ndarray
     full_labels: np.ndarray | None
     cloud: Cloud | None = None
+    name: str = ""
+    category: int | None = None
 
 
 @dataclass(frozen=True)
@@ -201,14 +206,78 @@ def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray)
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
     features = np.clip(columns.features(full, _values(settings, cloud, rows)), -_MAX_FEATURE, _MAX_FEATURE)
-    try:
-        sub = kp.grid_subsample(full, settings.network.voxel_size, features=features, labels=labels,
-                                ignore_label=None if labels is None else IGNORED,
-                                origin=settings.net().origin)  # fmt: skip
-    except ValueError as error:
-        raise SettingsError(f"[network] voxel_size: {error}") from None
+    sub = _subsampled(settings, full, features=features, labels=labels,
+                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
     return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud)
+
+
+def _subsampled(settings: Settings, points: np.ndarray, **more: Any) -> kp.subsampling.Subsampled:
+    try:
+        return kp.grid_subsample(points, settings.network.voxel_size, origin=settings.net().origin, **more)
+    except ValueError as error:
+        raise SettingsError(f"[network] voxel_size: {error}") from None
+
+
+def load_objects(settings: Settings, parts: Sequence[Objects],
+                 folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of objects, with a scene for each."""
+    scenes, columns, classes = [], Columns(settings.widths, {}, {}), settings.names
+    for part in parts:
+        for one in objects.listed(part, classes, folder):
+            points = objects.points_of(one, classes, part, settings.data.columns)
+            scenes.append(object_scene(settings, columns, one.name, points, one.label))
+    return scenes, columns
+
+
+def object_scene(settings: Settings, columns: Columns, name: str, points: np.ndarray, label: int = IGNORED) -> Scene:
+    """A Scene of the points of an object in the unit sphere."""
+    points = _subsampled(settings, points).points
+    return Scene(points, columns.features(points, {}), np.array([label], np.int64), None, points, None, name=name)
+
+
+def load_parts(settings: Settings, parts: Sequence[Objects],
+               folder: str | os.PathLike[str]) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of objects whose points have labels, with a scene for each."""
+    scenes, columns, categories = [], Columns(settings.widths, {}, {}), list(settings.data.classes)
+    for part in parts:
+        for one in objects.listed(part, categories, folder):
+            if one.path is None:
+                cloud = shapes(categories[one.label], one.seed, part.points)
+                labels = cloud.labels + PART_LABELS[categories[one.label]][0]
+            else:
+                cloud = read_cloud(settings, one.path)
+                if cloud.labels is None:
+                    raise ReadError(
+                        f"{one.path}: has no labels: {cloud.unlabeled}; name their field as label in [data]"
+                    )
+                labels = cloud.labels
+            scenes.append(part_scene(settings, columns, one.path or one.name, cloud.points, labels, one.label))
+    return scenes, columns
+
+
+def part_scene(settings: Settings, columns: Columns, name: object, points: np.ndarray, labels: np.ndarray | None,
+               category: int) -> Scene:  # fmt: skip
+    """A Scene of an object of a category in the unit sphere, whose labels, if any, are those of its parts."""
+    full, full_labels = objects.in_unit_sphere(name, points), None
+    if labels is not None:
+        full_labels = _part_numbers(settings, name, labels, category)
+    sub = _subsampled(settings, full, labels=full_labels, ignore_label=None if full_labels is None else IGNORED)
+    sub_labels = np.full(len(sub.points), IGNORED, np.int64) if full_labels is None else sub.labels
+    return Scene(sub.points, columns.features(sub.points, {}), sub_labels, None, full, full_labels, name=str(name),
+                 category=category)  # fmt: skip
+
+
+def _part_numbers(settings: Settings, name: object, labels: np.ndarray, category: int) -> np.ndarray:
+    """The class number of each label; an error for one of another category."""
+    parts = [*settings.data.classes.values()]
+    first, out = sum(map(len, parts[:category])), np.full(len(labels), IGNORED, np.int64)
+    for number, label in enumerate(parts[category], first):
+        out[labels == label] = number
+    if (other := (out == IGNORED) & (labels != UNLABELED)).any():
+        expected = f"the part labels {list_names(map(str, parts[category]))} of {[*settings.data.classes][category]}"
+        raise ReadError(f"{name}: expected {expected}, got {labels[other][0]} for point {int(other.argmax())}")
+    return out
 
 
 def load_digits(settings: Settings, parts: Sequence[Digits],
@@ -260,6 +329,10 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes."""
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
+    elif settings.data.kind == "objects":
+        scenes, columns = load_objects(settings, parts, folder)
+    elif settings.data.kind == "parts":
+        scenes, columns = load_parts(settings, parts, folder)
     else:
         scenes, columns = load_scenes(settings, parts, folder, columns)
     if not any((scene.labels != IGNORED).any() for scene in scenes):

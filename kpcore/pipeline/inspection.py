@@ -16,6 +16,7 @@ from kpcore import receptive_field
 from kpcore.files import replacing
 from kpcore.io import ReadError
 from kpcore.pipeline import batches
+from kpcore.pipeline.classification import objects_of_files
 from kpcore.pipeline.data import digit_scene, read_cloud, read_idx, scene_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ def scene_of_file(model: Model, path: str | os.PathLike[str]) -> Scene:
 
 
 def scenes_of_files(model: Model, paths: Sequence[Path]) -> tuple[list[Scene], list[str]]:
-    """Scenes of scans and their names; for a network of digits those of all images with ink in idx files."""
+    """Scenes of scans or objects and their names; for a network of digits those of all images with ink in idx files."""
+    if model.settings.data.kind == "objects":
+        scenes = objects_of_files(model, paths)
+        return scenes, [scene.name for scene in scenes]
     if not model.settings.digits:
         return [scene_of_file(model, path) for path in paths], [path.name for path in paths]
     scenes, names = [], []
@@ -149,12 +153,13 @@ def maximizing_inputs(model: Model, scenes: Sequence[Scene], names: Sequence[str
                       ) -> dict[tuple[int, int], list[Input]]:  # fmt: skip
     """The inputs in which features of the encoder are largest, by (level, channel), the largest first.
 
-    Inputs are spheres that cover the scenes, or whole digits; a feature is a channel of the last block on a level, and
-    as large as its largest value on a point that a sphere would vote for. Spheres of a feature are at least a radius
-    apart. Without `channels` those are chosen that are largest in standard deviations above their mean over all inputs:
-    the most selective ones.
+    Inputs are spheres that cover the scenes, or whole digits or objects; a feature is a channel of the last block on a
+    level, and as large as its largest value on a point that a sphere would vote for. Spheres of a feature are at least
+    a radius apart. Without `channels` those are chosen that are largest in standard deviations above their mean over
+    all inputs: the most selective ones.
     """
-    training, classifies, levels = model.settings.training, model.settings.digits, [*dict.fromkeys(levels)]
+    training, classifies = model.settings.training, model.settings.classifies
+    levels = [*dict.fromkeys(levels)]
     spheres = [batches.whole_scene(scenes, i) for i in range(len(scenes))] if classifies else _covering(model, scenes)
     largest: dict[int, list[np.ndarray]] = {level: [] for level in levels}
 
@@ -240,7 +245,7 @@ def _observed(model: Model, batch: Batch, features: Any, **options: Any) -> list
     """What a pass through the network shows, see `kpcore.nn.Run`."""
     seen: list[tuple[str, int | None, Any]] = []
     run = model.net.new_run(kp, model.params, model.state, observe=lambda *what: seen.append(what), **options)
-    model.net.compute_logits(run, batch.pyramid, features, None)
+    model.net.compute_logits(run, batch.pyramid, features, None, *batch.options.values())
     return seen
 
 
@@ -317,4 +322,5 @@ def draw_features(path: Path, title: str, model: Model,
         ]
         for (level, channel), inputs in features.items()
     ]  # fmt: skip
-    visualization.draw_activations(path, title, "activations on the inputs that maximise them", shown, (0, 0, 1))
+    visualization.draw_activations(path, title, "activations on the inputs that maximise them", shown, (0, 0, 1),
+                                   cut=not model.settings.classifies)  # fmt: skip

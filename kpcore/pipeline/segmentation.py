@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from kpcore import moved
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import voting
-from kpcore.pipeline.data import IGNORED, read_cloud, scene_of
+from kpcore.pipeline.data import IGNORED, part_scene, read_cloud, scene_of
 
 if TYPE_CHECKING:
     import os
@@ -34,29 +35,52 @@ class Segmented(NamedTuple):
 
 
 def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, votes: int | None = None,
-            watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
+            category: str | None = None, watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
     """Label the points of a file, and write a copy with these labels; everything else in it stays the same.
+
+    A network of parts needs the category of the object.
 
     Points without finite coordinates keep their label. `watch` is called with the fraction that is done.
     """
+    check_category(model, category)
     check_out(source, out)
     cloud = read_cloud(model.settings, source, labelled=False)
-    values = np.array([labels[0] for labels in model.settings.data.classes.values()], np.int32)
+    heads, classes = model.settings.heads, [*model.settings.data.classes.values()]
+    values = np.array(np.concatenate(classes) if heads else [labels[0] for labels in classes], np.int32)
     kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
     field = label_field(
         source, out, len(kept), label=model.settings.data.label, values=values
     )  # checks before the work
-    scene = scene_of(model.settings, model.columns, cloud)
+    if heads:
+        number = [*heads].index(category)
+        scene = replace(
+            part_scene(model.settings, model.columns, source, cloud.points, cloud.labels, number), cloud=cloud
+        )
+    else:
+        scene = scene_of(model.settings, model.columns, cloud)
     classes = voting.labels_of(model, scene, votes, watch=watch)
     write_to(field, source, out, values[classes], kept)
     return compare(model, scene, classes)
+
+
+def check_category(model: Model, category: str | None) -> None:
+    """Raise an error unless the category is one of the network, or None for a network without categories."""
+    heads = model.settings.heads
+    if (heads is None) != (category is None) or (heads and category not in heads):
+        expected = f"one of {', '.join(heads)}" if heads else "none for a network without parts"
+        raise ValueError(f"category: expected {expected}, got {category}")
 
 
 def compare(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
     """Compare predicted classes with the labels of a scene."""
     counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
     if true is not None and (true != IGNORED).any():
-        scores = voting.scores(voting.confusion(true, classes, len(counts)), model.settings.names)
+        matrix, heads = voting.confusion(true, classes, len(counts)), model.settings.heads
+        scores = (
+            voting.part_scores([matrix], [scene.category], heads)
+            if heads
+            else voting.scores(matrix, model.settings.names)
+        )
     return Segmented(scene.cloud, classes, counts, true, scores)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from kpcore import nn
 from kpcore.config import require
+from kpcore.scenes import CATEGORIES, PART_LABELS
 
 if TYPE_CHECKING:
     import os
@@ -60,38 +61,69 @@ class Digits:
         return self.images
 
 
-Source: TypeAlias = "Part | Digits"
+@dataclass(frozen=True)
+class Objects:
+    """Objects with a class or category each: files in folders, files of a list, or `kpcore.scenes.shapes`.
+
+    folder, split : a folder with a sub-folder for each class, named as the class; and the sub-folder of these that is
+        read, such as "train" in the folders of ModelNet40. Files are meshes (OFF, PLY with faces) or clouds.
+    list : a text file with an object in each line: a file and its class; or a name such as night_stand_0007, which is
+        night_stand/night_stand_0007.txt, as in the resampled ModelNet40. Files are relative to the folder of the list.
+        Or one of the JSON files in train_test_split of ShapeNetPart.
+    shapes, number : the first seed of `kpcore.scenes.shapes`, and the number of seeds, each of which is an object of
+        every class
+    points : the number of points sampled from a mesh or a generated object; of a cloud all points are used
+    """
+
+    folder: str | None = None
+    split: str | None = None
+    list: str | None = None
+    shapes: int | None = None
+    number: int = 100
+    points: int = 10_000
+
+    def __str__(self) -> str:
+        return self.folder or self.list or f"shapes {self.shapes}"
+
+
+Source: TypeAlias = "Part | Digits | Objects"
+_SOURCES = {"scenes": Part, "digits": Digits, "objects": Objects, "parts": Objects}
 
 
 @dataclass(frozen=True)
 class Data:
     """Where points and labels come from.
 
-    train, test : scenes, or digits
+    train, test : scenes, digits or objects
     classes : the name of each class and its labels in the files; points with other labels are ignored. Digits have the
-        classes 0 to 9.
+        classes 0 to 9. For objects, which are rescaled into the unit sphere, the list of names; by default those of
+        `kpcore.scenes.CATEGORIES` if all objects are generated. For parts the name of each category and the labels of
+        its parts, each of which no other category has.
     features : "one" (constant 1), "color" (three columns, 0 to 1), "height" (the last coordinate in the file), "local"
         (coordinates relative to the centre of the input sphere, after augmentation), "value" (grey of a digit, 0 to 1),
         or the name of a field of the files. Height and fields are shifted and scaled so that the middle nine tenths of
         the training data are -1 to 1, and clipped to -10 to 10.
     label : the field of the labels; needed if it has no usual name
     columns : names for the columns of files that have none, see `kpcore.io.read`
+    kind : "scenes", "digits", "objects", which have a class each, or "parts", objects of a known category whose points
+        have labels; by default digits where there are images, else scenes
     """
 
     train: list[Source]
     test: list[Source] = field(default_factory=list)
-    classes: dict[str, list[int]] = field(default_factory=dict)
+    classes: dict[str, list[int]] | list[str] = field(default_factory=dict)
     features: list[str] = field(default_factory=lambda: ["one"])
     label: str | None = None
     columns: list[str] | None = None
+    kind: str = "scenes"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A network of `kpcore.nn`.
 
-    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs`, `deformable` and
-        `resampled`; or "kpnext", a `KPNeXt`, for which these four are not allowed
+    kind : "kpconv", a `Network` whose blocks `kpcore.nn.architecture` makes from `levels`, `convs`, `deformable`,
+        `resampled` and `upsample`; or "kpnext", a `KPNeXt`, for which these five are not allowed
     options : further arguments of `Network`, or of `kpcore.nn.kpnext`
     """
 
@@ -101,6 +133,7 @@ class Architecture:
     convs: int = 2
     deformable: int = 0
     resampled: int = 0
+    upsample: str = "nearest"
     width: int = 64
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -117,6 +150,7 @@ class Training:
     optimizer : "sgd" or "adamw"
     schedule : "exponential" (falls by the factor lr_decay in lr_decay_epochs) or "one_cycle"
     offset_lr : factor of the learning rate for parameters with "offset" in their names
+    kernel_points_lr : the same for learned kernel points (`learn_kernel_points` in [network])
     clip_value, clip_norm : limits of the gradients; 0 for none
     class_weights : "none", "inverse" (of the class frequency in the training data) or "root" (square root of these)
     rotate : "vertical", "all" or "none"; or a number, the largest angle about the vertical in degrees
@@ -145,6 +179,7 @@ class Training:
     lr_decay: float = 0.1
     lr_decay_epochs: float = 150.0
     offset_lr: float = 0.1
+    kernel_points_lr: float = 0.1
     clip_value: float = 100.0
     clip_norm: float = 0.0
     class_weights: str = "none"
@@ -163,7 +198,8 @@ class Training:
 _BOUNDS = {
     "radius": LENGTHS, "batch_points": (1, 10**7), "batch_clouds": (1, 10**4), "epochs": (1, 10**4),
     "steps": (1, 10**5), "lr": (1e-12, 1e6), "momentum": (0, 0.99999), "weight_decay": (0, 1e3), "lr_decay": (1e-6, 1),
-    "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
+    "lr_decay_epochs": (1e-3, 1e6), "offset_lr": (0, 1e3), "kernel_points_lr": (0, 1e3),
+    "clip_value": (0, 1e9), "clip_norm": (0, 1e9),
     "noise": (0, LENGTHS[1]), "keep_color": (0, 1), "votes": (1, 1000), "validate": (1, 10**4), "workers": (0, 256),
     "vote_radius": (0.2, 1),  # at 0.2 a scene needs hundreds of times the spheres that it needs at 0.7
 }  # fmt: skip
@@ -183,12 +219,29 @@ class Settings:
 
     @property
     def digits(self) -> bool:
-        return isinstance(self.data.train[0], Digits)
+        return self.data.kind == "digits"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a whole cloud has a class, rather than each of its points."""
+        return self.data.kind in ("digits", "objects")
+
+    @property
+    def whole(self) -> bool:
+        """Whether an input is a whole cloud, rather than a sphere."""
+        return self.data.kind != "scenes"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes; for parts those of the category with the label."""
+        if self.data.kind == "parts":
+            return tuple(f"{name} {label}" for name, labels in self.data.classes.items() for label in labels)
         return tuple(map(str, range(10))) if self.digits else tuple(self.data.classes)
+
+    @property
+    def heads(self) -> dict[str, int] | None:
+        """The number of parts of each category; None unless the data are parts."""
+        return {name: len(labels) for name, labels in self.data.classes.items()} if self.data.kind == "parts" else None
 
     @property
     def dimension(self) -> int:
@@ -206,12 +259,12 @@ class Settings:
         options: dict[str, Any] = {"width": network.width, "dimension": self.dimension} | network.options
         try:
             if network.kind == "kpnext":
-                return nn.kpnext(*sizes, segment=not self.digits, **options)
+                return nn.kpnext(*sizes, segment=not self.classifies, **options)
             blocks = nn.architecture(
                 network.levels, network.convs, deformable=network.deformable, resampled=network.resampled,
-                segment=not self.digits
+                segment=not self.classifies, upsample=network.upsample
             )  # fmt: skip
-            return nn.Network(blocks, *sizes, **options)
+            return nn.Network(blocks, *sizes, heads=self.heads, **options)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
 
@@ -273,15 +326,17 @@ def _data(values: Any) -> Data:
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
             raise SettingsError(f"[data] {name}: expected a list of files, got {_shown(parts)}")
-        data[name] = [_part(part, f"[data] {name}[{i}]") for i, part in enumerate(parts)]
+        data[name] = [_part(part, f"[data] {name}[{i}]", data.get("kind")) for i, part in enumerate(parts)]
+    data["kind"] = kind = _kind(data)
     data = _section(Data, data, "[data]")
-    kinds = {type(part) for part in (*data.train, *data.test)}
-    if len(kinds) > 1:
-        raise SettingsError("[data] train, test: expected either scenes or digits, got both")
-    (kind,), names = kinds, data.features
+    names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
-    if kind is Digits:
+    if kind in ("objects", "parts"):
+        data = _objects(data)
+    if kind == "objects":
+        return data
+    if kind == "digits":
         if unknown := {*names} - {"one", "value", "local"}:
             raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(unknown)}")
         if data.classes or data.label or data.columns:
@@ -293,7 +348,7 @@ def _data(values: Any) -> Data:
         raise SettingsError("[data] features: value is only valid for digits")
     if data.columns is not None and len({*data.columns}) < max(3, len(data.columns)):
         raise SettingsError(f"[data] columns: expected at least x y z, each name once, got {_shown(data.columns)}")
-    if not 2 <= len(data.classes) <= 10_000:
+    if not isinstance(data.classes, dict) or not (1 if kind == "parts" else 2) <= len(data.classes) <= 10_000:
         raise SettingsError(f"[data.classes]: expected 2 to 10,000 classes, got {len(data.classes)}")
     seen = set()
     for name, labels in data.classes.items():
@@ -307,7 +362,53 @@ def _data(values: Any) -> Data:
     return data
 
 
-def _part(values: Any, where: str) -> Part | Digits:
+def _kind(data: Mapping[str, Any]) -> str:
+    """The kind of the data; an error if it is unknown or another than that of the parts."""
+    sources = {type(part) for part in (*data["train"], *data["test"])}
+    if len(sources) > 1:
+        raise SettingsError("[data] train, test: expected either scenes or digits, got both")
+    kinds = [name for name, source in _SOURCES.items() if source in sources]
+    kind = data.get("kind", kinds[0])
+    if kind not in _SOURCES:
+        raise SettingsError(f"[data] kind: expected {', '.join(_SOURCES)}, got {_shown(kind)}")
+    if kind not in kinds:
+        raise SettingsError(f"[data] kind: expected {kinds[0]}, as train and test are, got {kind}")
+    return kind
+
+
+def _objects(data: Data) -> Data:
+    """The data of objects or parts with their classes; an error for settings that do not apply."""
+    if unknown := {*data.features} - {"one", "local"}:
+        raise SettingsError(f"[data] features: expected one or local for objects, got {', '.join(unknown)}")
+    classes, generated = data.classes, [part for part in (*data.train, *data.test) if part.shapes is not None]
+    if not classes and len(generated) == len(data.train) + len(data.test):
+        classes = [*CATEGORIES] if data.kind == "objects" else PART_LABELS
+    if generated and (unknown := [name for name in classes if name not in CATEGORIES]):
+        raise SettingsError(f"[data] classes: expected those of shapes, {', '.join(CATEGORIES)}, got {unknown[0]} too")
+    if data.kind == "parts":
+        if generated and any(PART_LABELS[name] != labels for name, labels in dict(classes).items()):
+            raise SettingsError(
+                "[data.classes]: expected the part labels of generated shapes, kpcore.scenes.PART_LABELS"
+            )
+        return replace(data, classes=classes)
+    if data.label:
+        raise SettingsError("[data] label: not allowed for objects, whose folder or list says their class")
+    if not isinstance(classes, list) or not 2 <= len({*classes}) == len(classes) <= 10_000:
+        raise SettingsError(f"[data] classes: expected a list of 2 to 10,000 names, each once, got {_shown(classes)}")
+    return replace(data, classes=classes)
+
+
+def _part(values: Any, where: str, kind: object) -> Source:
+    if kind in ("objects", "parts"):
+        part = _section(Objects, values, where)
+        sources = [name for name in ("folder", "list", "shapes") if getattr(part, name) is not None]
+        if len(sources) != 1:
+            raise SettingsError(f"{where}: expected one of folder, list and shapes, got {_shown(values)}")
+        if part.split is not None and part.folder is None:
+            raise SettingsError(f"{where} split: only valid together with folder, got {sources[0]}")
+        seeds = {} if part.shapes is None else {"shapes": (0, 2**31 - 1)}
+        _check_bounds(part, where, {"points": (1, 10**7), "number": (1, 10**6)} | seeds)
+        return part
     if isinstance(values, dict) and "images" in values:
         part = _section(Digits, values, where)
         if part.first < 0 or (part.last is not None and part.last <= part.first):
@@ -339,13 +440,11 @@ def _network(values: Any) -> Architecture:
     network = _section(Architecture, values, "[network]")
     _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
-        raise SettingsError(
-            "[network] dimension: cannot be set, as it follows from the data: 3 for scenes, 2 for digits"
-        )
+        raise SettingsError("[network] dimension: cannot be set, as it follows from the data: 2 for digits, else 3")
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":
-        for name in ("levels", "convs", "deformable", "resampled"):
+        for name in ("levels", "convs", "deformable", "resampled", "upsample"):
             if getattr(network, name) != getattr(Architecture, name):
                 raise SettingsError(f"[network] {name}: not valid for kpnext, whose setting is depths")
     return network
@@ -392,7 +491,7 @@ def _has_type(value: object, types: str) -> bool:
         elif kind == "float":
             fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
         elif kind == "Source":  # made by `_part`
-            fits = isinstance(value, (Part, Digits))
+            fits = isinstance(value, tuple(_SOURCES.values()))
         else:
             fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[outer]
         if fits:

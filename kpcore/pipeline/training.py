@@ -167,7 +167,11 @@ class Training:
         """Warn in one line of classes without points in the training data."""
         present = {number for scene in self.scenes for number in np.unique(scene.labels)}
         missing = [name for number, name in enumerate(self.settings.names) if number not in present]
-        if missing and not self.settings.digits:
+        if missing and self.settings.data.kind in ("objects", "parts"):
+            warnings.warn(
+                f"[data] classes {', '.join(missing)}: no {self.settings.data.kind} in the training data", stacklevel=3
+            )
+        elif missing and not self.settings.digits:
             labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
             warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
                           f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
@@ -176,7 +180,7 @@ class Training:
         """The remaining steps of the epoch; yields the log entry of each."""
         training, epoch = self.settings.training, self.epoch
         rng = np.random.default_rng([self.seed, epoch])
-        jobs = batches.training_jobs(self.scenes, training, self.settings.digits, rng, training.steps)
+        jobs = batches.training_jobs(self.scenes, training, self.settings.whole, rng, training.steps)
         numbered = itertools.islice(enumerate(jobs), self.step, None)
 
         def make(job: tuple[int, list[batches.Sphere]]) -> batches.Batch:
@@ -218,7 +222,8 @@ class Training:
         """(log entry with the state after the step, gradients). The tape is freed on return."""
         model = self.model
         tensors = {name: kp.autodiff.Tensor(value) for name, value in model.params.items()}
-        result = model.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed)
+        result = model.net(kp, tensors, model.state, batch.pyramid, batch.features, training=True, seed=seed,
+                           **batch.options)  # fmt: skip
         entropy = kp.softmax_cross_entropy(result.logits, batch.labels, ignore_index=IGNORED,
                                            class_weights=self.class_weights)  # fmt: skip
         loss = entropy if result.regularization is None else entropy + result.regularization
@@ -248,7 +253,8 @@ class Training:
             return f"{where}; the features of the batch are not finite"
         watched = _CheckedOperators(model.params)
         try:
-            model.net(watched, model.params, model.state, batch.pyramid, batch.features, training=True, seed=0)
+            model.net(watched, model.params, model.state, batch.pyramid, batch.features, training=True, seed=0,
+                      **batch.options)  # fmt: skip
         except NotFinite as error:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
@@ -256,11 +262,10 @@ class Training:
     def _validate(self) -> dict[str, Any]:
         """Evaluate the test scenes, save the network if it is the best so far; returns the log entry."""
         begin = time.perf_counter()
-        confusion = voting.evaluate(self.model, self.test_scenes)
-        entry = {"epoch": self.epoch, "test": voting.scores(confusion, self.settings.names),
-                 "seconds": time.perf_counter() - begin}  # fmt: skip
+        confusion, scores = voting.evaluate_scores(self.model, self.test_scenes)
+        entry = {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
         self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
-        score = entry["test"]["accuracy" if self.settings.digits else "miou"]
+        score = entry["test"]["accuracy" if self.settings.classifies else "miou"]
         if score > self.best:
             self.best = score
             self._save(BEST, {"result": self.results[-1]})
@@ -339,7 +344,8 @@ class Training:
     # ---- optimizer, schedule, class weights
 
     def _optimizer(self, params: dict[str, np.ndarray]) -> nn.Optimizer[np.ndarray]:
-        training, scales = self.settings.training, {"offset": self.settings.training.offset_lr}
+        training = self.settings.training
+        scales = {"offset": training.offset_lr, "kernel_points": training.kernel_points_lr}
         if training.optimizer == "sgd":
             return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
         return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)

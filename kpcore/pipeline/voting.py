@@ -11,7 +11,7 @@ from kpcore.pipeline import batches
 from kpcore.pipeline.data import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from kpcore.pipeline.data import Scene
     from kpcore.pipeline.settings import Training
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 _SMOOTH = 0.95  # weight of the mean of a point's earlier votes, as in the KPConv code
 
 
-class Scores(TypedDict):
+class Scores(TypedDict, total=False):
     """Scores of labels, see `scores`; the log of a training holds them as JSON."""
 
     miou: float | None
     accuracy: float | None
+    mean_class_accuracy: float | None
     iou: dict[str, float | None]
+    class_accuracy: dict[str, float | None]
     points: int
+    class_miou: float | None  #: of parts alone, see `part_scores`
 
 
 def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
@@ -68,8 +71,7 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
         return batches.make_batch(net, [scene], model.columns, spheres)
 
     for batch in batches.Prefetched(jobs(), make, training.workers):
-        logits = net(kp, model.params, model.state, batch.pyramid, batch.features).logits
-        voted = kp.softmax(logits)
+        voted = kp.softmax(_logits(model, batch))
         begin = 0
         for sphere in batch.spheres:
             near = _near(scene, sphere, training)
@@ -92,17 +94,23 @@ def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarra
 def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
               watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
     """(N,) class numbers of the scene's points before subsampling, each that of the nearest subsampled point."""
+    if scene.category is not None:
+        return next(part_labels(model, [scene], votes, watch))
     classes = probabilities(model, scene, votes, seed, watch).argmax(axis=1)
     return classes[scene.tree.knn_search(scene.full, 1).index]
 
 
 def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes."""
+    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes.
+
+    For a network that classifies whole scenes it is that over scenes.
+    """
     classes = model.net.num_classes
     total = np.zeros((classes, classes), np.int64)
     if not model.net.segments:
-        return _evaluate_classifier(model, scenes, total)
+        true = np.concatenate([scene.labels for scene in scenes])
+        return confusion(true, scene_probabilities(model, scenes, votes, watch=watch).argmax(axis=1), classes)
     for scene in scenes:
         total += confusion(scene.full_labels, labels_of(model, scene, votes, watch=watch), classes)
     return total
@@ -115,28 +123,106 @@ def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def _evaluate_classifier(model: Model, scenes: Sequence[Scene], total: np.ndarray) -> np.ndarray:
-    """`total` plus the confusion matrix of a network that classifies whole scenes."""
-    training = model.settings.training
-    size = training.batch_clouds
-    spheres = [batches.whole_scene(scenes, number) for number in range(len(scenes))]
+def whole_probabilities(model: Model, scenes: Sequence[Scene], votes: int | None = None, seed: int = 0,
+                        watch: Callable[[float], object] | None = None) -> Iterator[np.ndarray]:  # fmt: skip
+    """Class probabilities of each whole scene, the mean over `votes`: (1, classes), or (N, classes) for its points.
 
-    def make(spheres: list[batches.Sphere]) -> batches.Batch:
-        return batches.make_batch(model.net, scenes, model.columns, spheres)
+    The first vote is that of the scene as it is; in each further one it is augmented as in training. `watch` is called
+    with the fraction of votes that are done.
+    """
+    training, net = model.settings.training, model.net
+    votes, size = training.votes if votes is None else votes, training.batch_clouds
+    jobs = [(begin, vote) for begin in range(0, len(scenes), size) for vote in range(votes)]
 
-    jobs = (spheres[i : i + size] for i in range(0, len(spheres), size))
-    for batch in batches.Prefetched(jobs, make, training.workers):
-        logits = model.net(kp, model.params, model.state, batch.pyramid, batch.features).logits
-        total += confusion(batch.labels, logits.argmax(axis=1), len(total))
-    return total
+    def make(job: tuple[int, int]) -> batches.Batch:
+        begin, vote = job
+        spheres = [batches.whole_scene(scenes, number) for number in range(begin, min(begin + size, len(scenes)))]
+        rng = np.random.default_rng([seed, vote, begin]) if vote else None
+        return batches.make_batch(net, scenes, model.columns, spheres, training, rng, learns=False)
+
+    total = np.float32(0)
+    for number, batch in enumerate(batches.Prefetched(jobs, make, training.workers), 1):
+        total = total + kp.softmax(_logits(model, batch))
+        if watch:
+            watch(number / len(jobs))
+        if number % votes == 0:
+            bounds = batch.pyramid[0].row_splits if net.segments else np.arange(len(batch.spheres) + 1)
+            yield from np.split(total / votes, bounds[1:-1])
+            total = np.float32(0)
+
+
+def scene_probabilities(model: Model, scenes: Sequence[Scene], votes: int | None = None, seed: int = 0,
+                        watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
+    """(scenes, classes) class probabilities by a network that classifies scenes, see `whole_probabilities`."""
+    return np.concatenate([*whole_probabilities(model, scenes, votes, seed, watch)])
+
+
+def _logits(model: Model, batch: batches.Batch) -> np.ndarray:
+    return model.net(kp, model.params, model.state, batch.pyramid, batch.features, **batch.options).logits
+
+
+def part_labels(model: Model, scenes: Sequence[Scene], votes: int | None = None,
+                watch: Callable[[float], object] | None = None) -> Iterator[np.ndarray]:  # fmt: skip
+    """(n,) class numbers of the points of each object before subsampling, those of the nearest subsampled points."""
+    shares = whole_probabilities(model, scenes, votes, watch=watch)
+    for scene, share in zip(scenes, shares, strict=True):
+        yield share.argmax(axis=1)[kp.knn_search(scene.points, scene.full, 1).index]
+
+
+def evaluate_scores(model: Model, scenes: Sequence[Scene], votes: int | None = None,
+                    watch: Callable[[float], object] | None = None) -> tuple[np.ndarray, Scores]:  # fmt: skip
+    """(confusion matrix, scores) of a network on scenes, see `evaluate`, `scores` and `part_scores`."""
+    settings, classes = model.settings, model.net.num_classes
+    if settings.heads is None:
+        matrix = evaluate(model, scenes, votes, watch)
+        return matrix, scores(matrix, settings.names)
+    matrices = [
+        confusion(scene.full_labels, labels, classes)
+        for scene, labels in zip(scenes, part_labels(model, scenes, votes, watch), strict=True)
+    ]
+    categories = [scene.category for scene in scenes]
+    return np.sum(matrices, axis=0), part_scores(matrices, categories, settings.heads)
+
+
+def part_scores(matrices: Sequence[np.ndarray], categories: Sequence[int], heads: Mapping[str, int]) -> Scores:
+    """Scores of part labels, from the confusion matrix of each object, as the benchmark ShapeNetPart defines them.
+
+    The IoU of an object is the mean over the parts of its category; a part that neither its labels nor the predicted
+    ones have counts 1. `iou` is the mean over the objects of each category, None without any; `miou` is the mean over
+    all objects, `class_miou` the mean over categories.
+    """
+    begins = np.cumsum([0, *heads.values()])
+    values: dict[str, list[float]] = {name: [] for name in heads}
+    for matrix, category in zip(matrices, categories, strict=True):
+        span = slice(begins[category], begins[category + 1])
+        own = matrix[span, span]
+        correct = np.diag(own)
+        union = own.sum(axis=1) + own.sum(axis=0) - correct
+        values[list(heads)[category]].append(float(np.where(union > 0, correct / np.maximum(union, 1), 1).mean()))
+    iou = {name: float(np.mean(of_objects)) if of_objects else None for name, of_objects in values.items()}
+    common = scores(np.sum(matrices, axis=0), [str(number) for number in range(int(begins[-1]))])
+    miou = float(np.mean([one for ones in values.values() for one in ones]))
+    return common | {"miou": miou, "class_miou": _mean(iou),
+                     "iou": iou, "class_accuracy": {}}  # fmt: skip
 
 
 def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
-    """IoU of each class (None if no point has or gets the class), their mean, the accuracy and the number of points."""
+    """IoU and accuracy of each class, their means, the accuracy and the number of points.
+
+    The IoU of a class is None if no point has or gets it, its accuracy if no point has it.
+    """
     correct, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     union = true + predicted - correct
-    iou = {name: float(c / u) if u else None for name, c, u in zip(names, correct, union, strict=True)}
-    known = [value for value in iou.values() if value is not None]
+    iou, class_accuracy = (
+        {name: float(c / n) if n else None for name, c, n in zip(names, correct, number, strict=True)}
+        for number in (union, true)
+    )
     total = int(confusion.sum())
     accuracy = float(correct.sum() / total) if total else None
-    return {"miou": float(np.mean(known)) if known else None, "accuracy": accuracy, "iou": iou, "points": total}
+    return {"miou": _mean(iou), "accuracy": accuracy, "mean_class_accuracy": _mean(class_accuracy), "iou": iou,
+            "class_accuracy": class_accuracy, "points": total}  # fmt: skip
+
+
+def _mean(values: dict[str, float | None]) -> float | None:
+    known = [value for value in values.values() if value is not None]
+    return float(np.mean(known)) if known else None

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from kpcore.io import Cloud
+from kpcore.scenes import surfaces
 
 NAMES = (
     "ceiling", "floor", "wall", "window", "door", "column", "table", "chair",
@@ -140,29 +141,12 @@ def _grain(rng, points, texture):
 
 def _box(size, color, label, at=(0, 0, 0), texture=PLAIN, sides="xXyYzZ"):
     """The faces of a box that stands on `at`. In `sides` x, y, z are the low faces and X, Y, Z the high ones."""
-    half = np.array(size) / 2
-    middle = np.add(at, (0, 0, half[2]))
-    parts = []
-    for side in sides:
-        axis = "xyz".index(side.lower())
-        face = np.zeros((4, 3))
-        face[:, axis] = half[axis] if side.isupper() else -half[axis]
-        for other, signs in zip([i for i in range(3) if i != axis], ([-1, 1, -1, 1], [-1, -1, 1, 1]), strict=True):
-            face[:, other] = half[other] * np.array(signs)
-        parts.append((face + middle, color, label, texture))
-    return parts
+    return [(face, color, label, texture) for face in surfaces.box(size, at, sides)]
 
 
 def _turned(profile, color, label, at=(0, 0, 0), texture=PLAIN, sides=20):
     """A profile of (radius, height) rotated about the vertical: legs, pots, lamps, columns, spheres."""
-    angle = np.linspace(0, 2 * np.pi, sides + 1)
-    ring = np.stack([np.cos(angle), np.sin(angle), np.zeros(sides + 1)], axis=1)
-    rings = [radius * ring + [0, 0, height] + np.asarray(at, float) for radius, height in profile]
-    return [
-        (np.stack([low[i], low[i + 1], high[i], high[i + 1]]), color, label, texture)
-        for low, high in pairwise(rings)
-        for i in range(sides)
-    ]
+    return [(face, color, label, texture) for face in surfaces.turned(profile, at, sides)]
 
 
 def _sphere(radius, color, label, at):
@@ -172,8 +156,7 @@ def _sphere(radius, color, label, at):
 
 def _put(parts, x, y, z=0.0, yaw=0.0):
     """Parts rotated about the vertical, then moved."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    rotation = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+    rotation = surfaces.rotation(yaw)
     return [(corners @ rotation + [x, y, z], *rest) for corners, *rest in parts]
 
 

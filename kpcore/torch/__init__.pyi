@@ -126,6 +126,7 @@ def build_pyramid(
     deform_radius: float = ...,
     deform_levels: Collection[int] = ...,
     neighbor_limits: Sequence[int] | None = ...,
+    upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Tensor]: ...
 def concatenate(
     first: Tensor,

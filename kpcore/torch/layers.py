@@ -52,6 +52,9 @@ class KPConv(torch.nn.Module):
         As in `kpcore.kernel_points`. By default the kernel points are rotated about the last axis by a random angle
         from torch's generator, as published. The published code also moves each point at random by a hundredth of the
         radius; this layer does not.
+    learn_kernel_points : bool
+        Whether the kernel points are a parameter. They are positions in the unit of the points: give them a learning
+        rate of their own, proportional to the square of the extent.
     dtype : torch.float32 or torch.float64
         The dtype of the weights and kernel points; by default torch's default dtype.
 
@@ -59,7 +62,7 @@ class KPConv(torch.nn.Module):
     ----------
     weights : (K, in_channels, out_channels) parameter
         Uniform in ±1 / sqrt(in_channels * out_channels), the published initialisation.
-    kernel_points : (K, D) buffer
+    kernel_points : (K, D) buffer, or parameter
 
     Examples
     --------
@@ -81,7 +84,7 @@ class KPConv(torch.nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
                  dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
                  normalization: str | None = None, fixed: str = "center", rotate: str | None = "vertical",
-                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                 learn_kernel_points: bool = False, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         in_channels = checks.integer("in_channels", in_channels, 1)
         out_channels = checks.integer("out_channels", out_channels, 1)
@@ -90,7 +93,10 @@ class KPConv(torch.nn.Module):
         self.extent = extent
         self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
-        self.register_buffer("kernel_points", points)
+        if checks.boolean("learn_kernel_points", learn_kernel_points):
+            self.kernel_points = torch.nn.Parameter(points)
+        else:
+            self.register_buffer("kernel_points", points)
         _uniform(self.weights)
 
     def reset_parameters(self) -> None:

@@ -67,7 +67,7 @@ class _Network(torch.nn.Module):
             for name, value in values.items():
                 value.copy_(_distributed_as(value, torch.from_numpy(new[name])))
 
-    def _evaluate(self, *inputs, detach_offsets):
+    def _evaluate(self, *inputs, **options):
         """The `kpcore.nn.Result` of a pass; in training the running statistics are updated."""
         for part in self._parts:
             part()
@@ -75,8 +75,7 @@ class _Network(torch.nn.Module):
         params, buffers = self._values()
         # Copies, because autograd keeps the inputs of operators and the running statistics are overwritten below.
         state = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else buffers
-        result = self.net(kpcore.torch, params, state, *inputs, training=self.training, seed=seed,
-                          detach_offsets=detach_offsets)  # fmt: skip
+        result = self.net(kpcore.torch, params, state, *inputs, training=self.training, seed=seed, **options)
         if self.training:
             with torch.no_grad():
                 for name, value in result.state.items():
@@ -122,8 +121,9 @@ class Network(_Network):
     def extra_repr(self) -> str:
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
-    def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *,
-                detach_offsets: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *, detach_offsets: bool = False,
+                categories: torch.Tensor | Sequence[int] | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
 
         Parameters
@@ -133,8 +133,11 @@ class Network(_Network):
         features : (N, num_features) tensor
         detach_offsets : bool
             Whether offsets of deformable convolutions are constants of the gradient, see `kpcore.nn.Network`.
+        categories : (B,) integers
+            The category of each batch item, for a network that has heads, see `kpcore.nn.Network`.
         """
-        result = self._evaluate(pyramid, features, detach_offsets=detach_offsets)
+        more = {} if categories is None else {"categories": categories}  # which KPNeXt does not take
+        result = self._evaluate(pyramid, features, detach_offsets=detach_offsets, **more)
         return result.logits, result.regularization
 
 
