@@ -116,7 +116,7 @@ def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Se
     for i, (name, color) in enumerate(legend):
         x, y = MARGIN + i % across * 220, TOP + h + 80 + 36 * (i // across)
         page.text(x, y, "●", 12, tuple(color / 255))
-        page.text(x + 26, y, name, 10, PALE_TEXT)
+        page.text(x + 26, y, shortened(name, 190, 10), 10, PALE_TEXT)
     page.write(path)
 
 
@@ -129,9 +129,9 @@ def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], 
     page.show(heat(fraction), MARGIN + left, TOP, side, side)
     for i, name in enumerate(names):
         middle = TOP + (i + 0.6) * cell
-        page.text(MARGIN + left - 14, middle, _short(name), 9, ha="right")
+        page.text(MARGIN + left - 14, middle, shortened(name, left - 14, 9), 9, ha="right")
         below = MARGIN + left + (i + 0.5) * cell
-        page.text(below, TOP + side + 100, _short(name), 9, rotation=60, ha="center")
+        page.text(below, TOP + side + 100, shortened(name, 150, 9), 9, rotation=60, ha="center")
         for j in np.flatnonzero(confusion[i]):
             x = MARGIN + left + (j + 0.5) * cell
             page.text(x, middle, str(confusion[i, j]), 8, "black" if fraction[i, j] > 0.6 else TEXT, ha="center")

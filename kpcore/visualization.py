@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-__all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels", "draw_objects",
-           "draw_point_fields", "write_html"]  # fmt: skip
+__all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels",
+           "draw_objects", "draw_point_fields", "write_html"]  # fmt: skip
 
 PANEL, PANELS_PER_ROW = (620, 480), 4  # width and height in pixels
 _FIELD_WORDS = "0", "root of the share of the largest value", "1"
