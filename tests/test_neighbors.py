@@ -529,6 +529,29 @@ def test_wide_squares_that_overflow_or_vanish_are_an_error(scale):
                       queries_row_splits=np.array([0, 0, 50]))  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["normal", "repeated"])
+def test_a_wide_search_makes_no_matrix_of_queries_and_points(kind, python):
+    done = python(PEAK.format(kind=kind), KPCORE_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 2**20  # the matrix would take 381 MiB
+
+
+PEAK = """
+import numpy as np, kpcore as kp
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+rng = np.random.default_rng(0)
+points = rng.normal(size=(10_000, 32)).astype(np.float32)
+if "{kind}" == "repeated":
+    points = points[rng.integers(0, 9, len(points))]
+kp.knn_search(points[:300], None, 5)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far becomes the present size
+before = peak()
+neighbors = kp.knn_search(points, None, 5)
+print(peak() - before - neighbors.index.nbytes - neighbors.row_splits.nbytes)
+"""
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_wide_coordinates_that_are_not_finite(bad):
     points = clouds.uniform(50, 20)[0]
