@@ -20,6 +20,7 @@ SIZES = {
         "raw": 4_000_000,
         "cloud": 1_000_000,
         "patch": 20_000,
+        "features": (10_000, 20_000, 100_000),
         "pyramid": 100_000,
         "sheet": 100_000,
         "growth": (10**4, 10**5, 10**6, 10**7),
@@ -33,6 +34,7 @@ SIZES = {
         "raw": 40_000,
         "cloud": 10_000,
         "patch": 2_000,
+        "features": (500, 1_000, 2_000),
         "pyramid": 2_000,
         "sheet": 10_000,
         "growth": (10**3, 10**4),
@@ -43,6 +45,8 @@ SIZES = {
         "image_kernels": (3, 6, 16),
     },
 }
+
+FEATURE_DIMENSIONS = (17, 64, 128, 1024)
 
 # {(case, what, order, against): target}. Without a peer a target is in the unit of the row, millions per second and
 # core or MiB. With a baseline of run.BASELINES ("xyz alone", "FMA floor" and others) it is our time as a multiple of
@@ -69,6 +73,9 @@ TARGETS = {
     ("knn_search", "k = 16", "voxel", "Open3D nns"): (">=", 4),
     ("knn_search", "k = 16", "random", "SciPy cKDTree"): (">=", 5),
     ("knn_search", "k = 16", "voxel", "SciPy cKDTree"): (">=", 5),
+    ("knn_features", "k = 20", "D = 64", "scikit-learn brute"): (">=", 2),
+    ("knn_features", "k = 20", "D = 64", "torch cdist + topk"): (">=", 4),
+    **{("knn_features", "memory, k = 20", f"D = {dim}", None): ("<=", 64) for dim in FEATURE_DIMENSIONS},
     ("search_options", "radii", "random", "scalar L2"): ("<=", 1.3),
     ("search_options", "radii", "voxel", "scalar L2"): ("<=", 1.3),
     ("search_options", "l1", "random", "scalar L2"): ("<=", 1.3),
@@ -173,6 +180,12 @@ TASKS = {
     "radius_search": [{"order": order} for order in ORDERS],
     "kdtree": [{"order": order} for order in ORDERS],
     "knn_search": [{"order": order} for order in ORDERS],
+    "knn_features": [
+        *({"dimension": dimension, "size": 1} for dimension in FEATURE_DIMENSIONS),
+        *({"dimension": 64, "size": size} for size in (0, 2)),
+        *({"dimension": dimension, "size": size, "memory": True} for dimension in (64, 1024) for size in (0, 1)),
+        {"dimension": 64, "size": 2, "memory": True},
+    ],
     "search_options": [{"order": order} for order in ORDERS],
     "pyramid": [{"order": order} for order in ORDERS],
     "crowds": [{"cloud": cloud} for cloud in CROWDS],
@@ -400,6 +413,28 @@ def knn_search(bench, order):
 
     bench.rate(f"k = {k}", search, len(points), "M queries/s per core")
     for peer in (peers.PYKDTREE, peers.OPEN3D_KNN, peers.SCIPY_KNN):
+        bench.against(f"k = {k}", search, peer, {"points": points, "k": k}, check)
+
+
+def knn_features(bench, dimension, size, memory=False):
+    """Normally distributed features, of which no index excludes any."""
+    num, k = bench.sizes["features"][size], 20
+    points = np.random.default_rng(0).normal(size=(num, dimension)).astype(np.float32)
+    bench.label(order=f"D = {dimension}", size=f"{num:,}")
+    search = partial(kp.knn_search, points, None, k, return_distances=True)
+    if memory:
+        kp.knn_search(points[:300], None, k)  # starts threads and loads code before memory is measured
+        bench.memory(f"memory, k = {k}", search, num * (8 * k + 8), "MiB beyond the result")
+        return
+    distance = bench.first(search).distance.reshape(-1, k)
+
+    def check(peer_result):
+        # A product of float32 rounds squared distances, of which that of a point to itself is 0.
+        error = 1e-6 * dimension * (points**2).sum(1).max()
+        assert peer_result is None or np.allclose(peer_result**2, distance**2, atol=error), "distances differ"
+
+    bench.rate(f"k = {k}", search, num, "M queries/s per core")
+    for peer in (peers.SKLEARN_KNN, peers.TORCH_KNN, peers.PRODUCT_ALONE):
         bench.against(f"k = {k}", search, peer, {"points": points, "k": k}, check)
 
 

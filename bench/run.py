@@ -47,6 +47,7 @@ BASELINES = (
     "features and filters",
     "the layer",
     "a training step",
+    "NumPy X @ X.T",
 )
 
 

@@ -28,6 +28,8 @@ _SORTS = (None, "index", "distance")
 _METRICS = ("l2", "l1", "linf")
 _IGNORES = (False, True, "index")
 _GRID_DIMENSIONS = (2, 3)
+# Above 16 dimensions knn_search compares each query with every point: the cells and boxes of an index exclude few.
+_KNN_DIMENSIONS = range(1, 1025)
 # A search with max_neighbors takes a kd-tree, which need not test all points within the radius, if the cell of a point
 # holds on average more than 8 * (max_neighbors + 16) points.
 _CROWDED = 8
@@ -136,20 +138,22 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
                queries_row_splits: AnyArray | None = None,
                metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                return_distances: bool = False) -> Neighbors:  # fmt: skip
-    """The k nearest points of each query, by (distance, index); L2, L1 or Linf, 1 to 16 dimensions, batches.
+    """The k nearest points of each query, by (distance, index); L2 in 1 to 1,024 dimensions, L1 or Linf in 1 to 16.
 
     Distances are computed and compared as in `radius_search`; of equally near points those with the smallest index come
     first. A row is shorter than k only if its batch item has fewer points.
 
     Parameters
     ----------
-    points : (N, D) float32 or float64, D = 1 to 16
+    points : (N, D) float32 or float64, D = 1 to 1,024
     queries : (M, D), same dtype, or None
         None: the points themselves; each is then its own nearest neighbour, unless `ignore_query_point` is set.
     k : int
         At least 1.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
+        Batch items, as in `radius_search`.
     metric : {"l2", "l1", "linf"}
+        In more than 16 dimensions only "l2".
     ignore_query_point : bool or "index"
         As in `radius_search`; the result has the k nearest of the other points.
     return_distances : bool
@@ -168,6 +172,16 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
     ValueError, TypeError, MemoryError
         As `radius_search`.
 
+    Notes
+    -----
+    Up to 16 dimensions a kd-tree is searched. In more, as for features of a network, a tree would visit all its leaves,
+    so each query is compared with all points of its batch item by a product of matrices, in time proportional to
+    M * N * D. The product only selects: what it cannot exclude is measured by the formula of `radius_search`, so the
+    result is exact and has the same bits on every machine. Memory beyond the result is some MiB for each thread, at
+    most 64 MiB on the GPU; no (M, N) matrix exists. Where the rounding error of the product is larger than the
+    differences of distances, as among very many nearly equal points, more is measured and the time may be ten times as
+    long.
+
     Examples
     --------
     >>> import numpy as np, kpcore as kp
@@ -177,8 +191,8 @@ def knn_search(points: AnyArray, queries: AnyArray | None, k: int, *, points_row
            [1, 0],
            [2, 1]], dtype=int32)
     """
-    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
-    return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
+    cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits, _KNN_DIMENSIONS)
+    return _nearest_of_cloud(cloud, k, metric, ignore_query_point, return_distances)
 
 
 def knn_graph(points: AnyArray, k: int, *, row_splits: AnyArray | None = None, loop: bool = False,
@@ -215,8 +229,8 @@ def knn_graph(points: AnyArray, k: int, *, row_splits: AnyArray | None = None, l
            [0, 1, 2]])
     """
     ignored = False if checks.boolean("loop", loop) else "index"
-    cloud = _Cloud(points, row_splits, "row_splits", None, None)
-    return _knn_search(cloud.index(None), cloud, k, "l2", ignored, False).edge_index(flow)
+    cloud = _Cloud(points, row_splits, "row_splits", None, None, _KNN_DIMENSIONS)
+    return _nearest_of_cloud(cloud, k, "l2", ignored, False).edge_index(flow)
 
 
 class _KnnOptions(TypedDict, total=False):
@@ -546,6 +560,32 @@ def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
     k = min(checks.integer("k", k, 1), len(cloud.points))
     metric, ignored = checks.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
     return _nearest(index, cloud, math.inf, k, _SORTS.index("distance"), metric, ignored, return_distances)
+
+
+def _nearest_of_cloud(cloud, k, metric, ignore_query_point, return_distances):
+    """The list of the k nearest points of each query, in any number of dimensions."""
+    if cloud.points.shape[1] not in checks.DIMENSIONS:
+        return _feature_search(cloud, k, metric, ignore_query_point, return_distances)
+    return _knn_search(cloud.index(None), cloud, k, metric, ignore_query_point, return_distances)
+
+
+def _feature_search(cloud, k, metric, ignore_query_point, return_distances):
+    """The list of the k nearest points of each query, by a product of queries and points instead of an index."""
+    k = min(checks.integer("k", k, 1), len(cloud.points))
+    if _METRICS[checks.choice("metric", metric, _METRICS)] != "l2":
+        raise ValueError(
+            f"metric: expected 'l2' for points with more than {checks.DIMENSIONS[-1]} dimensions, got {metric!r} for "
+            f"{cloud.points.shape[1]}"
+        )
+    ignored, backend = cloud.ignored(ignore_query_point), devices.backend(cloud.points)
+    try:
+        splits, neighbors, distance = backend.feature_search(
+            cloud.points, cloud.points_row_splits, cloud.queries, cloud.queries_row_splits, k, ignored,
+            return_distances, config.check_room, config.get_num_threads(),
+        )  # fmt: skip
+    except backend.NotFinite:
+        raise cloud.error(_METRICS.index("l2"), is_bounded=False) from None
+    return new_list(neighbors, splits, len(cloud.points), distance)
 
 
 def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):

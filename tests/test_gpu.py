@@ -39,6 +39,12 @@ from kpcore.backends import cpu, gpu, gpu_cell_conv, gpu_deform2d, gpu_kpconv, g
 from kpcore.neighbors import Neighbors
 
 pytestmark = pytest.mark.gpu
+WIDE = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "two far clusters": lambda rng, shape: rng.choice([-1e4, 1e4], (shape[0], 1)) + 1e-3 * rng.normal(size=shape),
+    "activations": lambda rng, shape: np.maximum(rng.normal(size=shape), 0) * (rng.random((shape[0], 1)) < 0.5),
+    "equal": lambda rng, shape: np.full(shape, 0.1),
+}
 MODES = {"forward": {}, "random": {"order": "random", "seed": 1, "preempt": 20}} if EMULATED else {"gpu": {}}
 emulated = pytest.mark.skipif(not EMULATED, reason="counted by the stand-in for CuPy")
 
@@ -275,6 +281,36 @@ def test_knn_search_of_nasty_clouds(name, dim, dtype):
     check(lambda p: kp.GridIndex(p, radius).knn_search(None, 3), points)
 
 
+@pytest.mark.parametrize("queries_at_once", [32, 2048])
+@pytest.mark.parametrize("name", ["normal", "two far clusters", "activations", "equal"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_knn_search_in_many_dimensions(name, dtype, queries_at_once, monkeypatch):
+    monkeypatch.setattr(gpu_search, "_ROWS_AT_ONCE", queries_at_once)
+    if queries_at_once < 2048:
+        monkeypatch.setattr(gpu_search, "_PRODUCT_BYTES", 32 * 70 * 8)
+    points = WIDE[name](np.random.default_rng(0), (150, 19)).astype(dtype)
+    for k, ignore in ((1, False), (9, True), (9, "index"), (150, False)):
+        check(kp.knn_search, points, None, k, ignore_query_point=ignore, return_distances=True)
+    queries, splits = points[::2] + dtype(0.5), np.array([0, 0, 90, 95, 150, 150])
+    check(kp.knn_search, points, queries, 7, return_distances=True)
+    check(kp.knn_search, points, queries, 7, points_row_splits=splits,
+          queries_row_splits=np.array([0, 5, 40, 40, 70, 75]), return_distances=True)  # fmt: skip
+    check(kp.knn_search, points, points[::-1].copy(), 7, ignore_query_point="index", points_row_splits=splits,
+          queries_row_splits=np.array([0, 0, 40, 100, 150, 150]), return_distances=True)  # fmt: skip
+    for empty in (points[:0], points[:1]):
+        check(kp.knn_search, empty, queries, 3)
+        check(kp.knn_search, points, empty, 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_many_dimensions_that_cannot_be_measured(bad):
+    points, queries = np.zeros((2, 40, 33), np.float32)
+    queries[7, 5] = bad
+    for arguments in ((points, queries), (queries, None), (queries, points), (points[:0], queries)):
+        check(kp.knn_search, *arguments, 3)
+    check(kp.knn_search, points, None, 3, metric="l1")
+
+
 @pytest.mark.parametrize("sort", ["index", "distance"])
 @pytest.mark.parametrize("most", [0, 1, 7, 40])
 def test_the_nearest_within_a_radius(most, sort):
@@ -382,6 +418,7 @@ def test_an_index_is_searched_again():
 def test_how_often_a_search_waits():
     points, radius = clouds.uniform(100)
     points = to_device(points)
+    wide, splits = cupy.zeros((100, 17)), to_device(np.array([0, 40, 100]))
     grid, tree, counts = kp.GridIndex(points, radius), kp.KDTree(points), fake_cupy.counts
     for search, waits, launches in (
         (lambda: grid.radius_search(None, radius), 1, 5),
@@ -391,6 +428,8 @@ def test_how_often_a_search_waits():
         (lambda: tree.knn_search(None, 4), 1, 3),
         (lambda: tree.radius_search(None, radius, max_neighbors=3), 0, 2),
         (lambda: kp.radius_search(points, None, radius, count_only=True), 1, 4),
+        (lambda: kp.knn_search(wide, None, 4), 1, 9),
+        (lambda: kp.knn_search(wide, None, 4, points_row_splits=splits), 3, 15),
     ):
         counts.waits = counts.launches = 0
         search()

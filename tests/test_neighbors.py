@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import assert_rows, assert_same_bits
 
 import kpcore as kp
-from kpcore.backends import cpu
+from kpcore.backends import checks, cpu
 
 both_dims = pytest.mark.parametrize("dim", [2, 3])
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -409,6 +409,175 @@ def test_nearest_are_the_same_bits_with_any_instructions_and_threads(name, dtype
     for part in ("index", "row_splits", "distance"):
         for other in results[1:]:
             assert_same_bits(getattr(other, part), getattr(results[0], part))
+
+
+# ---- k nearest in more than 16 dimensions: a product selects, and the formula decides
+
+WIDE = [name for name in clouds.NASTY if "lattice" not in name]  # a lattice in 17 dimensions has 131,072 points
+ADVERSE = {  # distances closer to each other than the rounding error of |x|^2 + |q|^2 - 2 x.q, or equal
+    "far from the origin": lambda rng, shape: 1e4 + 1e-2 * rng.normal(size=shape),
+    "two far clusters": lambda rng, shape: rng.choice([-1e4, 1e4], (shape[0], 1)) + 1e-3 * rng.normal(size=shape),
+    "zeros": lambda rng, shape: np.zeros(shape),
+    "equal": lambda rng, shape: np.full(shape, 0.1),
+    "repeated": lambda rng, shape: rng.normal(size=(20, shape[1]))[rng.integers(0, 20, shape[0])],
+    "one-hot": lambda rng, shape: np.eye(shape[1])[rng.integers(0, shape[1], shape[0])],
+    "integers": lambda rng, shape: rng.integers(0, 3, shape),
+    "activations": lambda rng, shape: np.maximum(rng.normal(size=shape), 0) * (rng.random((shape[0], 1)) < 0.7),
+    "an outlier": lambda rng, shape: rng.normal(size=shape) * np.where(np.arange(shape[0]) == 7, 1e6, 1)[:, None],
+    "subnormal steps": lambda rng, shape: 1e-18 * (rng.random(shape) < 0.1) + 1e-42 * rng.integers(0, 9, shape),
+    "nearly overflowing": lambda rng, shape: 1e18 / np.sqrt(shape[1]) * rng.normal(size=shape),
+    "one axis": lambda rng, shape: rng.normal(size=(shape[0], 1)) * (np.arange(shape[1]) == shape[1] - 1),
+}
+wide_dims = pytest.mark.parametrize("dim", [17, 64, 131])
+
+
+def check_wide(points, queries, k, **options):
+    check_knn(points, queries, k, engines=("function",), **options)
+
+
+@pytest.mark.parametrize("k", [1, 20, 10_000])
+@wide_dims
+@both_dtypes
+@pytest.mark.parametrize("name", WIDE)
+def test_nearest_in_many_dimensions(name, dtype, dim, k):
+    check_wide(clouds.nasty(name, dim, dtype, num=250)[0], None, k)
+
+
+@ignoring
+@pytest.mark.parametrize("k", [1, 9, 400])
+@wide_dims
+@both_dtypes
+@pytest.mark.parametrize("name", ADVERSE)
+def test_nearest_where_the_product_cannot_tell_points_apart(name, dtype, dim, k, ignore):
+    points = ADVERSE[name](np.random.default_rng(dim), (400, dim)).astype(dtype)
+    check_wide(points, None, k, ignore_query_point=ignore)
+
+
+@both_dtypes
+@pytest.mark.parametrize("dim", [17, 1024])
+@pytest.mark.parametrize(("num", "num_queries"), [(1, 1), (63, 1), (65, 13), (700, 3), (13, 300), (0, 5), (5, 0)])
+def test_sizes_of_wide_points_and_queries(num, num_queries, dim, dtype):
+    rng = np.random.default_rng(num)
+    points, queries = rng.normal(size=(num, dim)).astype(dtype), rng.normal(size=(num_queries, dim)).astype(dtype)
+    for k in (1, num + 1):
+        check_wide(points, queries, k)
+
+
+@given(st.data())
+def test_nearest_in_any_number_of_dimensions(data):
+    dtype, dim, num = data.draw(clouds.float_types), data.draw(st.integers(17, 80)), data.draw(st.integers(0, 150))
+    rng = np.random.default_rng(data.draw(clouds.seeds))
+    points = ADVERSE[data.draw(st.sampled_from(sorted(ADVERSE)))](rng, (num, dim)).astype(dtype)
+    queries = data.draw(st.sampled_from([None, points[::3], points + dtype(1)]))
+    options = {"ignore_query_point": data.draw(st.sampled_from([False, True]))}
+    if data.draw(st.booleans()):
+        options["points_row_splits"] = data.draw(clouds.row_splits_of(num))
+        if queries is not None:
+            items = len(options["points_row_splits"]) - 1
+            options["queries_row_splits"] = data.draw(clouds.row_splits_of(len(queries), items))
+    check_wide(points, queries, data.draw(st.integers(1, 40)), **options)
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", ["two far clusters", "activations", "repeated"])
+def test_wide_batches_with_empty_items(name, dtype):
+    points = ADVERSE[name](np.random.default_rng(4), (600, 21)).astype(dtype)
+    points_row_splits = np.array([0, 0, 210, 210, 215, 600, 600])
+    check_wide(points, None, 8, points_row_splits=points_row_splits, ignore_query_point="index")
+    queries, queries_row_splits = points[::2] + dtype(0.5), np.array([0, 20, 20, 45, 140, 300, 300])
+    check_wide(points, queries, 8, points_row_splits=points_row_splits, queries_row_splits=queries_row_splits)
+    check_wide(points, points[::-1].copy(), 300, points_row_splits=points_row_splits,
+               queries_row_splits=np.array([0, 5, 10, 300, 301, 302, 600]), ignore_query_point="index")  # fmt: skip
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", ["two far clusters", "activations", "integers"])
+@pytest.mark.parametrize("dim", [1, 2, 3, 16])
+def test_products_and_boxes_find_the_same_neighbors(dim, name, dtype, monkeypatch):
+    points = ADVERSE[name](np.random.default_rng(dim), (900, dim)).astype(dtype)
+    searches = [(points, None, 20), (points, points[::4] * dtype(1.1), 3)]
+    by_boxes = [kp.knn_search(*search, return_distances=True) for search in searches]
+    monkeypatch.setattr(checks, "DIMENSIONS", range(0))
+    for search, expected in zip(searches, by_boxes, strict=True):
+        by_product = kp.knn_search(*search, return_distances=True)
+        for part in ("index", "row_splits", "distance"):
+            assert_same_bits(getattr(by_product, part), getattr(expected, part))
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", ["two far clusters", "activations", "far from the origin"])
+def test_wide_neighbors_are_the_same_bits_with_any_instructions_and_threads(name, dtype, set_isa, set_threads):
+    points = ADVERSE[name](np.random.default_rng(0), (1500, 70)).astype(dtype)
+    results = []
+    for isa, threads in itertools.product(cpu.isas(), (1, 2, 5)):
+        set_isa(isa)
+        set_threads(threads)
+        for queries in (None, points[:31] + dtype(0.01)):
+            results.append(kp.knn_search(points, queries, 9, return_distances=True))
+    for part in ("index", "row_splits", "distance"):
+        for other, first in zip(results[2:], itertools.cycle(results[:2])):
+            assert_same_bits(getattr(other, part), getattr(first, part))
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e19])
+def test_wide_squares_that_overflow_or_vanish_are_an_error(scale):
+    points = (clouds.uniform(50, 33)[0] * np.float32(scale)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"points: expected squared distances that float32 can hold, got points up to"):
+        kp.knn_search(points, None, 3)
+    with pytest.raises(ValueError, match=r"points and queries up to .* apart in item 1"):
+        kp.knn_search(np.zeros((4, 33), np.float32), points, 3, points_row_splits=np.array([0, 2, 4]),
+                      queries_row_splits=np.array([0, 0, 50]))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["normal", "repeated"])
+def test_a_wide_search_makes_no_matrix_of_queries_and_points(kind, python):
+    done = python(PEAK.format(kind=kind), KPCORE_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 2**20  # the matrix would take 381 MiB
+
+
+PEAK = """
+import numpy as np, kpcore as kp
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+rng = np.random.default_rng(0)
+points = rng.normal(size=(10_000, 32)).astype(np.float32)
+if "{kind}" == "repeated":
+    points = points[rng.integers(0, 9, len(points))]
+kp.knn_search(points[:300], None, 5)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far becomes the present size
+before = peak()
+neighbors = kp.knn_search(points, None, 5)
+print(peak() - before - neighbors.index.nbytes - neighbors.row_splits.nbytes)
+"""
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_wide_coordinates_that_are_not_finite(bad):
+    points = clouds.uniform(50, 20)[0]
+    queries = points.copy()
+    queries[43, 19] = bad
+    with pytest.raises(ValueError, match=r"queries: expected finite coordinates, got .* in row 43"):
+        kp.knn_search(points, queries, 3)
+    with pytest.raises(ValueError, match=r"queries: expected finite coordinates, got .* in row 43"):
+        kp.knn_search(points[:0], queries, 3)
+    with pytest.raises(ValueError, match=r"points: expected finite coordinates, got .* in row 43"):
+        kp.knn_search(queries, None, 3)
+
+
+def test_what_many_dimensions_do_not_take():
+    points = np.zeros((4, 17))
+    with pytest.raises(ValueError, match="metric: expected 'l2' for points with more than 16 dimensions, got 'l1' for"):
+        kp.knn_search(points, None, 2, metric="l1")
+    with pytest.raises(ValueError, match=r"points: expected \(N, D\) with D = 1 to 1024, got \(4, 1025\)"):
+        kp.knn_search(np.zeros((4, 1025)), None, 2)
+    for search in (kp.KDTree, lambda points: kp.radius_search(points, None, 1)):
+        with pytest.raises(ValueError, match=r"points: expected \(N, D\) with D = 1 to 16, got \(4, 17\)"):
+            search(points)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        kp.knn_search(points, None, 0)
+    with pytest.raises(ValueError, match="ignore_query_point: expected True or False for 2 queries of 4 points"):
+        kp.knn_search(points, points[:2], 1, ignore_query_point="index")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,15 @@ from kpcore.backends import gpu_sources
 LIBRARY = nvrtc.library()
 needed = pytest.mark.skipif(LIBRARY is None, reason="the wheel nvidia-cuda-nvrtc is not installed")
 EACH = [(name, variant) for name, variants in nvrtc.variants().items() for variant in variants]
+DECIDING = (
+    "lists.cu",
+    "neighbors.cu",
+    "feature_neighbors.cu",
+    "sampling.cu",
+    "subsampling.cu",
+    "kpconv.cu",
+    "cell_conv.cu",
+)
 THREADS = {"farthest": 512}  # of a block; 128 of all others
 
 
@@ -40,11 +49,7 @@ def test_registers_spills_and_shared_memory(name, variant, architecture):
 @needed
 @pytest.mark.parametrize(
     "name, variant",
-    [
-        (n, v)
-        for n, v in EACH
-        if n in ("lists.cu", "neighbors.cu", "sampling.cu", "subsampling.cu", "kpconv.cu", "cell_conv.cu")
-    ],
+    [(n, v) for n, v in EACH if n in DECIDING],
 )
 def test_what_decides_is_not_contracted(name, variant):
     # The exponential of a gaussian has fused operations of its own, and decides nothing.

@@ -73,6 +73,12 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         Ignore ignore
         int threads
 
+    cdef struct FeatureSearch:
+        Array points, row_splits, queries, queries_row_splits
+        int64_t k
+        Ignore ignore
+        int threads
+
     cdef struct GridSubsample:
         Array points, features, labels, row_splits
         Array voxel_size, origin
@@ -119,6 +125,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         Status (*radius_search_fill)(void*, int32_t*, void*) noexcept nogil
         void (*radius_search_free)(void*) noexcept nogil
         Status (*knn_search)(const Search&, int32_t*, void*, int64_t*) noexcept nogil
+        Status (*feature_search)(const FeatureSearch&, int32_t*, void*, int64_t*) noexcept nogil
         Status (*grid_subsample_count)(const GridSubsample&, int64_t*, void**) noexcept nogil
         Status (*grid_subsample_fill)(void*, const Subsampled&) noexcept nogil
         void (*grid_subsample_free)(void*) noexcept nogil
@@ -382,12 +389,44 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     with nogil:
         status = functions().knn_search(args, to_index, to_distance, to_counts)
     raise_for(status)
+    return packed_rows(counts, neighbors, distance)
+
+
+cdef tuple packed_rows(counts, neighbors, distance):
+    """(row_splits, index, distance) of rows of which `counts` entries are used"""
+    num_queries, k = neighbors.shape
     row_splits = np.zeros(num_queries + 1, np.int64)
     np.cumsum(counts, out=row_splits[1:])
     if row_splits[num_queries] == num_queries * k:
         return row_splits, neighbors.reshape(-1), None if distance is None else distance.reshape(-1)
     used = np.arange(k) < counts[:, None]
     return row_splits, neighbors[used], None if distance is None else distance[used]
+
+
+def feature_search(points, row_splits, queries, queries_row_splits, int64_t k, int ignore, bint return_distances,
+                   check_room, int threads):
+    """(row_splits, index, distance or None): the k nearest by L2 in any number of dimensions"""
+    cdef FeatureSearch args
+    args.points = view(points)
+    args.row_splits = view(row_splits)
+    args.queries = view(points if queries is None else queries)
+    args.queries_row_splits = view(row_splits if queries is None else queries_row_splits)
+    args.k = k
+    args.ignore = <Ignore>ignore
+    args.threads = threads
+    num_queries = args.queries.rows
+    check_room(num_queries * k, num_queries * k * (4 + return_distances * points.dtype.itemsize))
+    counts = np.empty(num_queries, np.int64)
+    neighbors = np.empty((num_queries, k), np.int32)
+    distance = np.empty((num_queries, k), points.dtype) if return_distances else None
+    cdef int64_t* to_counts = <int64_t*>view(counts).data
+    cdef int32_t* to_index = <int32_t*>view(neighbors).data
+    cdef void* to_distance = view(distance).data
+    cdef Status status
+    with nogil:
+        status = functions().feature_search(args, to_index, to_distance, to_counts)
+    raise_for(status)
+    return packed_rows(counts, neighbors, distance)
 
 
 # ---- subsampling

@@ -15,7 +15,7 @@ from kpcore.backends import (  # noqa: F401 - their launchers register themselve
     gpu_sampling,
 )
 from kpcore.backends.gpu_launch import LAUNCHERS, NotFinite, OutOfRange
-from kpcore.backends.gpu_search import Index, Search, knn_search, radius_search, radius_searches
+from kpcore.backends.gpu_search import Index, Search, feature_search, knn_search, radius_search, radius_searches
 from kpcore.backends.gpu_sources import source
 from kpcore.backends.gpu_subsampling import grid_subsample
 
@@ -24,6 +24,7 @@ __all__ = [
     "NotFinite",
     "OutOfRange",
     "Search",
+    "feature_search",
     "grid_subsample",
     "knn_search",
     "radius_search",

@@ -11,9 +11,13 @@ from typing import NamedTuple
 import cupy
 import numpy as np
 
-from kpcore.backends.gpu_launch import WARP, NotFinite, ctype, free_memory, kernels_of, launch, wait
+from kpcore.backends.gpu_launch import WARP, NotFinite, ctype, free_memory, kernels_of, launch, product, wait
 
 _BY_INDEX, _BY_DISTANCE = 1, 2  # Sort
+_EQUAL, _INDEX = 1, 2  # Ignore
+_L2 = 0  # Metric.l2
+# Of a search by products: 2,048 queries with 4,096 points at a time in float32; fewer queries if their lists are long.
+_ROWS_AT_ONCE, _PRODUCT_BYTES, _LIST_BYTES = 2048, 32 << 20, 8 << 20
 _NO_CELLS = {"starts": None, "inverse_cell": 0, "bits_x": 0, "bits_y": 0, "bits_z": 0}
 
 
@@ -196,19 +200,25 @@ def _fill(search, splits, pairs):
 
 
 def check_boxes(points, row_splits, metric, not_measurable, queries=None, queries_row_splits=None):
-    """Set `not_measurable` to 1 if distances between a batch item's points and queries overflow or underflow."""
+    """Set `not_measurable` to 1 if distances between a batch item's points and queries overflow or underflow.
+
+    Returns the sides (items, D) of the boxes around them, which are only set where an item has points and queries.
+    """
     (n, dimension), items = points.shape, len(row_splits) - 1
-    kernels = kernels_of("boxes.cu", KP_T=ctype(points.dtype), KP_DIM=dimension, KP_METRIC=metric)
-    boxes = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64)
-    launch(kernels["grow_boxes"], n, points=points, num_points=n, row_splits=row_splits, num_items=items, boxes=boxes)
+    kernels = kernels_of("boxes.cu", KP_T=ctype(points.dtype), KP_METRIC=metric)
+    boxes, sides = cupy.full((items, 2, dimension), 2**64 - 1, np.uint64), cupy.empty((items, dimension), points.dtype)
+    launch(kernels["grow_boxes"], n, points=points, num_points=n, dimension=dimension, row_splits=row_splits,
+           num_items=items, boxes=boxes)  # fmt: skip
     if queries is not None:
         m = len(queries)
-        launch(kernels["grow_boxes"], m, points=queries, num_points=m, row_splits=queries_row_splits, num_items=items,
-               boxes=boxes)  # fmt: skip
+        launch(kernels["grow_boxes"], m, points=queries, num_points=m, dimension=dimension,
+               row_splits=queries_row_splits, num_items=items, boxes=boxes)  # fmt: skip
     else:
         queries_row_splits = row_splits
-    launch(kernels["check_boxes"], items, boxes=boxes, row_splits=row_splits, queries_row_splits=queries_row_splits,
-           num_items=items, not_measurable=not_measurable)  # fmt: skip
+    launch(kernels["check_boxes"], items, boxes=boxes, dimension=dimension, row_splits=row_splits,
+           queries_row_splits=queries_row_splits, num_items=items, sides=sides,
+           not_measurable=not_measurable)  # fmt: skip
+    return sides
 
 
 def _nearest(search, k, sort):
@@ -253,6 +263,12 @@ def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, igno
     if index.is_empty(queries):
         return search.empty_result()
     counts, nearest, distance, not_finite = _nearest(search, k, sort)
+    return _finished(counts, nearest, distance, not_finite, return_distances)
+
+
+def _finished(counts, nearest, distance, not_finite, return_distances):
+    """(row_splits, index, distance) from rows of k of which `counts` entries are used. Waits."""
+    k = nearest.shape[1]
     pairs, *flags = wait(counts.sum().reshape(1), *not_finite)
     if any(flags):
         raise NotFinite
@@ -261,3 +277,78 @@ def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, igno
         return splits, nearest.reshape(-1), distance.reshape(-1) if return_distances else None
     splits, nearest, distance = _packed(counts, nearest, distance, return_distances)
     return splits, nearest[:pairs].copy(), distance[:pairs].copy() if return_distances else None
+
+
+def feature_search(points, row_splits, queries, queries_row_splits, k, ignore, return_distances, check_room, threads):
+    """(row_splits, index, distance): the k nearest by L2 in any number of dimensions.
+
+    Waits as `knn_search`, and in batches also for the row_splits, since each item has products of its own.
+    """
+    same, dtype = queries is None, points.dtype
+    if same:
+        queries, queries_row_splits = points, row_splits
+    (n, dimension), m = points.shape, len(queries)
+    check_room(m * k, m * k * (4 + dtype.itemsize), free=free_memory)
+    counts, not_finite = cupy.zeros(m, np.int64), cupy.zeros(1, np.uint32)
+    index, distance = cupy.empty((m, k), np.int32), cupy.empty((m, k), dtype)
+    kernels = kernels_of("feature_neighbors.cu", KP_T=ctype(dtype))
+    for rows in (points,) if same else (points, queries):
+        launch(kernels["check_finite"], rows.size, points=rows, num_points=len(rows), dimension=dimension,
+               not_finite=not_finite)  # fmt: skip
+    if n and m:
+        sides = check_boxes(points, row_splits, _L2, not_finite, None if same else queries, queries_row_splits)
+        items = len(row_splits) - 1
+        bounds, queries_bounds = [0, n], [0, m]
+        if items > 1:
+            both = cupy.concatenate([row_splits, queries_row_splits]).get().tolist()
+            bounds, queries_bounds = both[: items + 1], both[items + 1 :]
+        for item in range(items):
+            begin, end = bounds[item : item + 2]
+            first, last = queries_bounds[item : item + 2]
+            if begin < end and first < last:
+                ignored = first - begin if ignore == _INDEX else -m
+                _search_item(kernels, points[begin:end], queries[first:last], sides[item], begin, k,
+                             ignore == _EQUAL, ignored, index[first:last], distance[first:last],
+                             counts[first:last])  # fmt: skip
+    return _finished(counts, index, distance, (not_finite,), return_distances)
+
+
+def _search_item(kernels, points, queries, sides, begin, k, drops_equal, ignored, index, distance, counts):
+    """Write the rows of the queries of a batch item whose points are numbered from `begin` on.
+
+    ignored: the number, in the item, of the point that the first query ignores; the other queries ignore the next ones.
+    """
+    (n, dimension), m, dtype = points.shape, len(queries), points.dtype
+    center, scale = cupy.empty(dimension, dtype), cupy.empty(1, np.float64)
+    launch(kernels["find_center"], dimension, points=points, num_points=n, dimension=dimension, sides=sides,
+           center=center, scale=scale)  # fmt: skip
+    room = 2 * k + 4 * WARP  # of a list, which is measured when it is nearly full
+    at_once = max(WARP, min(_ROWS_AT_ONCE, _LIST_BYTES // (room * (4 + dtype.itemsize))))  # queries
+    points_at_once = min(n, _PRODUCT_BYTES // (at_once * dtype.itemsize))
+    at_once = min(m, at_once)
+    packed_points, norms = cupy.empty((points_at_once, dimension), dtype), cupy.empty(points_at_once, dtype)
+    packed_queries, query_norms = cupy.empty((at_once, dimension), dtype), cupy.empty(at_once, dtype)
+    products = cupy.empty(at_once * points_at_once, dtype)
+    lists = cupy.empty((at_once, 2 + 2 * dtype.itemsize // 4), np.int32)
+    values, ids = cupy.empty((at_once, room), dtype), cupy.empty((at_once, room), np.int32)
+
+    def pack(rows, packed, norms):
+        launch(kernels["pack"], len(rows) * WARP, rows=rows, num_rows=len(rows), dimension=dimension, center=center,
+               scale=scale, packed=packed, norms=norms)  # fmt: skip
+
+    for first in range(0, m, at_once):
+        rows = queries[first : first + at_once]
+        pack(rows, packed_queries, query_norms)
+        launch(kernels["clear_lists"], len(rows), norms=query_norms, num_queries=len(rows), lists=lists)
+        state = {"points": points, "queries": rows, "num_queries": len(rows), "dimension": dimension, "k": k,
+                 "drops_equal": drops_equal, "scale": scale, "lists": lists, "values": values, "ids": ids,
+                 "room": room}  # fmt: skip
+        for start in range(0, n, points_at_once):
+            part = points[start : start + points_at_once]
+            pack(part, packed_points, norms)
+            block = products[: len(rows) * len(part)].reshape(len(rows), len(part))
+            product(packed_queries[: len(rows)], packed_points[: len(part)].T, block)
+            launch(kernels["collect"], len(rows) * WARP, **state, products=block, norms=norms, num_points=len(part),
+                   first_point=start, ignored=ignored + first)  # fmt: skip
+        launch(kernels["finish"], len(rows) * WARP, **state, first_point=begin, index=index[first:],
+               distance=distance[first:], counts=counts[first:])  # fmt: skip

@@ -98,6 +98,14 @@ struct Search {
   int threads;
 };
 
+// A search of the k nearest points by L2 in any number of dimensions; it writes rows as knn_search does.
+struct FeatureSearch {
+  Array points, row_splits, queries, queries_row_splits;
+  int64_t k;
+  Ignore ignore;
+  int threads;
+};
+
 struct GridSubsample {
   Array points, features, labels, row_splits;
   Array voxel_size;  // (D,), dtype of the points
@@ -700,6 +708,7 @@ KP_STRUCTS(KP_STRUCT)
   X(void, radius_search_free, (void* plan))                                                       \
   /* The nearest within the radius: rows of max_neighbors entries, of which `counts` are used. */ \
   X(Status, knn_search, (const Search&, int32_t* index, void* distance, int64_t* counts))         \
+  X(Status, feature_search, (const FeatureSearch&, int32_t* index, void* distance, int64_t*))     \
   X(Status, grid_subsample_count, (const GridSubsample&, int64_t* row_splits, void** plan))       \
   X(Status, grid_subsample_fill, (void* plan, const Subsampled&))                                 \
   X(void, grid_subsample_free, (void* plan))                                                      \

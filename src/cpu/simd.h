@@ -261,6 +261,22 @@ KP_INLINE void transpose_four(const Four<G>* rows, Four<G>* columns) {
   columns[3] = __builtin_shufflevector(high, more_high, 2, 3, 6, 7);
 }
 
+// Transposes a square matrix of lanes<T> vectors in place. The step for N, a power of two, exchanges the bit N of the
+// numbers of row and lane.
+template <class T, int N, int... L>
+KP_INLINE void exchange_lanes(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  const Vec<T> first = __builtin_shufflevector(a, b, (L & N ? lanes<T> + (L ^ N) : L)...);
+  b = __builtin_shufflevector(a, b, (L & N ? lanes<T> + L : L ^ N)...);
+  a = first;
+}
+template <class T, int N = 1>
+KP_INLINE void transpose_square(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i)
+    if (!(i & N)) exchange_lanes<T, N>(v[i], v[i + N], std::make_integer_sequence<int, lanes<T>>());
+  if constexpr (2 * N < lanes<T>) transpose_square<T, 2 * N>(v);
+}
+
 // exp(x) to about one unit in the last place, 0 below the normal range: 2^n times the Taylor series of exp(r), with
 // x = n ln 2 + r and |r| <= ln(2) / 2; ln 2 in two parts (Cody and Waite 1980) keeps r exact.
 template <class T>
