@@ -141,7 +141,7 @@ def test_shapenet_part_is_read_as_downloaded(shapenet):
     assert [scene.category for scene in loaded] == [0, 0, 1, 1]
     for scene in loaded:
         assert len(scene.full) == 400 and np.linalg.norm(scene.full, axis=1).max() == pytest.approx(1)
-        assert {*scene.full_labels} == {0, 1, 2, 3} if scene.category == 0 else {4, 5, 6, 7}
+        assert {*scene.full_labels} == ({0, 1, 2, 3}, {4, 5, 6, 7})[scene.category]
         along = scene.full[:, 0 if scene.category == 0 else 2]
         assert (np.diff(scene.full_labels[np.argsort(along)]) >= 0).all()
     with pytest.warns(UserWarning, match=r"train_file_list\.json: 12 objects; left out: objects of no class \(1\)"):

@@ -45,8 +45,8 @@ _STRETCH = 0.5  # the largest logarithm of the factor of an axis: 1.6 times as l
 def shapes(category: str, seed: int = 0, num_points: int = 10_000) -> Cloud:
     """Points of a generated object, uniform by area; the same for the same category and seed, on every machine.
 
-    The object is about a metre in size, stands on z = 0 and faces any direction. `labels` index `names`, the parts of
-    the category in `CATEGORIES`; not every object has every part.
+    The object is about a metre in size, upright and faces any direction. `labels` index `names`, the parts of the
+    category in `CATEGORIES`; not every object has every part.
 
     >>> chair = shapes("chair", seed=1, num_points=500)
     >>> chair.points.shape, chair.names
