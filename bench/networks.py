@@ -203,7 +203,7 @@ class Objects(Problem):
 
 def surface(rng, num):
     """(num, 3) points drawn by area from a chair of boxes with random proportions, in the unit sphere."""
-    width, depth, seat, back = rng.uniform((0.8, 0.8, 0.7, 0.5), (1.2, 1.2, 1.2, 1.2))
+    width, depth, seat, back = rng.uniform((0.9, 0.9, 0.5, 0.5), (1.2, 1.2, 0.9, 0.9))
     legs = [((x, y, 0), (0.1, 0.1, seat)) for x in (0, width - 0.1) for y in (0, depth - 0.1)]
     boxes = [((0, 0, seat), (width, depth, 0.1)), ((0, 0, seat), (width, 0.1, back)), *legs]
     corners, sizes = (np.array(values, float) for values in zip(*boxes, strict=True))
