@@ -1,17 +1,20 @@
 """Makes the figures and tables of docs/results.md that no other command makes.
 
-    python docs/results.py [curves|ablation|variants]
+    python docs/results.py [curves|ablation|variants|shapes]
 
 curves: one network trained on the tape, in PyTorch and in JAX.
 ablation: a small version of the comparison of kernels in Thomas et al. 2019, section 4.3 (number of kernel points,
 rigid and deformable): the network of the demo, trained for half of its steps, tested on its unseen flat.
 variants: in the same way, what sections 3.2 and 3.4 mention beside it: learned kernel points, and convolutions that
 upsample, against the rigid network.
+shapes: rigid and deformable networks that classify generated objects, and that find their parts.
 """
 
+import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ import kpcore as kp
 from kpcore import demo, nn
 from kpcore.pipeline import voting
 from kpcore.pipeline.data import load
-from kpcore.pipeline.settings import from_dict
+from kpcore.pipeline.settings import from_dict, read_settings
 from kpcore.pipeline.training import Training
 
 KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
@@ -137,6 +140,27 @@ def variants():
     trained("upsampling by KPConv", upsample="kpconv")
 
 
+def shapes():
+    """Print the table of networks for generated objects and their parts."""
+    print("| | | score of 1 vote, seeds 0 / 1 / 2 | of 5 votes | ms a step | parameters |\n|---|---|---|---|---|---|")
+    for kind, score in (("objects", "accuracy"), ("parts", "miou")):
+        settings = read_settings(Path(__file__).with_name(f"{kind}.toml"))
+        for name, deformable in (("rigid", 0), ("deformable", 2)):
+            changed = replace(settings, network=replace(settings.network, deformable=deformable))
+            scores, seconds = [], []
+            for seed in SEEDS:
+                with tempfile.TemporaryDirectory() as folder:
+                    run = Training(changed, folder, folder, seed=seed)
+                    run.run()
+                    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+                seconds += [entry["seconds"] for entry in log if "loss" in entry]
+                scores.append([voting.evaluate_scores(run.model, run.test_scenes, votes)[1][score] for votes in (1, 5)])
+            columns = [" / ".join(f"{value:.3f}" for value in column) for column in zip(*scores, strict=True)]
+            print(f"| {kind} | {name} | {columns[0]} | {columns[1]} | {1e3 * np.median(seconds):.0f} | "
+                  f"{nn.count(run.model.params):,} |", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("curves", "ablation", "variants"):
-        {"curves": curves, "ablation": ablation, "variants": variants}[name]()
+    functions = {"curves": curves, "ablation": ablation, "variants": variants, "shapes": shapes}
+    for name in sys.argv[1:] or functions:
+        functions[name]()
