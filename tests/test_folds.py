@@ -226,10 +226,10 @@ def test_a_fold_is_a_run_like_any_other(whole, command):
         ]  # fmt: skip
         model = training.Model.load(out / name / "best.safetensors")
         assert model.settings == fold
-        columns = data.load(fold, fold.data.train, ".")[1]  # from heights of the scenes to train on alone
-        assert model.columns == columns
+        heights = np.concatenate([indoor(part.points, part.indoor).points[:, 2] for part in fold.data.train])
+        assert model.columns.center["height"] == np.median(heights.astype(np.float64))  # no share of the tested area
         best = max(checkpoints.read(out / name / "last.safetensors")[1]["run"]["results"], key=lambda one: one["miou"])
-        tested = data.load(fold, fold.data.test, ".", columns)[0]
+        tested = data.load(fold, fold.data.test, ".", model.columns)[0]
         assert voting.evaluate(model, tested).tolist() == best["confusion"]
         code, printed, _ = command("test", out / name / "best.safetensors")
         assert code == 0 and f"{best['points']:,} labelled: mIoU {best['miou']:.4f}" in printed
@@ -305,7 +305,7 @@ def test_folds_whose_first_step_failed_are_trained_anew(command, tmp_path):
     assert command("train", tmp_path / "a.toml", "--out", tmp_path / "run", "--fold", "East")[0] == 0
 
 
-def test_killed_in_its_second_fold_a_run_goes_on_to_the_same_weights(whole, command, tmp_path):
+def test_killed_in_its_second_fold_a_run_goes_on_to_the_same_weights(whole, command, tmp_path, monkeypatch):
     toml, out = whole
     code = """
 import os, signal, sys
@@ -325,10 +325,13 @@ cli.main(sys.argv[1:])
     assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
     run = checkpoints.read(tmp_path / "run" / "West-wing" / "last.safetensors")[1]["run"]
     assert (run["epoch"], run["step"]) == (1, 1) and not (tmp_path / "run" / "North" / "log.jsonl").exists()
-    before = (tmp_path / "run" / "East" / "last.safetensors").stat().st_mtime_ns
+    status, printed, _ = command("train", toml, "--out", tmp_path / "run", "--fold", "North")
+    assert status == 0 and printed.endswith("2 of 3 folds are done; to be trained: West-wing\n")
+    train, steps = training.Training._train, []
+    monkeypatch.setattr(training.Training, "_train", lambda run, batch: steps.append(run.out.name) or train(run, batch))
     status, printed, _ = command("train", toml, "--out", tmp_path / "run", "--resume")
-    assert status == 0 and printed.count("done already: ") == 1
-    assert (tmp_path / "run" / "East" / "last.safetensors").stat().st_mtime_ns == before
+    assert status == 0 and printed.count("done already: ") == 2
+    assert steps == ["West-wing"] * (9 - 4)
     for name in NAMES:
         for file in ("last", "best"):
             both = (folder / name / f"{file}.safetensors" for folder in (out, tmp_path / "run"))
