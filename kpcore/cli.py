@@ -23,6 +23,8 @@ from kpcore.pipeline.settings import LENGTHS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kpcore.pipeline.data import PartClouds
+    from kpcore.pipeline.settings import Settings
     from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
 
@@ -135,17 +137,22 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network on labelled clouds with the settings of a TOML file")
     train.add_argument("settings", type=path, metavar="TOML")
     train.add_argument(
-        "--out", type=path, required=True, metavar="DIR", help="folder for checkpoints, the log and curves"
-    )
+        "--out", type=path, required=True, metavar="DIR",
+        help="folder for checkpoints, the log and curves, with a folder in it for each fold",
+    )  # fmt: skip
     train.add_argument("--data", type=path, metavar="DIR", help="folder of the data files (default: that of the TOML)")
     train.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="seed of all random numbers (default 0)")
     train.add_argument(
         "--resume", action="store_true", help="resume the run in the folder --out from its last checkpoint"
     )
+    train.add_argument("--fold", metavar="NAME", help="train this fold only (default: all, one after the other)")
     train.set_defaults(run=_train)
 
     test = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
-    test.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    test.add_argument(
+        "model", type=path, metavar="MODEL",
+        help="a best.safetensors that kpcore train wrote, or the folder of all folds, each of which is tested",
+    )  # fmt: skip
     test.add_argument(
         "--data", type=path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
@@ -230,21 +237,80 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from kpcore.pipeline.settings import read_settings
-    from kpcore.pipeline.training import LAST, LOG, Training
+    from kpcore.pipeline.training import LAST
 
-    tqdm = require("tqdm", "io").tqdm
+    require("tqdm", "io")
     require("safetensors", "io")
     require("matplotlib.figure", "plot")  # checked before hours of training
     settings = read_settings(args.settings)
-    has_run = (args.out / LOG).is_file() and (args.out / LOG).stat().st_size > 0
-    if args.resume and not (args.out / LAST).is_file():
-        advice = "start a new run with another --out" if has_run else "start a new run without --resume"
-        raise Refused(f"--resume: expected a checkpoint {LAST} in {args.out}, got none; {advice}")
-    if has_run and not args.resume:
-        raise Refused(f"--out: {args.out} has a run already; resume it with --resume or choose another folder")
-    make_folder(args.out)
-    check_writable(args.out / LAST)
-    training = Training(settings, args.out, args.data or args.settings.parent, seed=args.seed, resume=args.resume)
+    folds = settings.by_fold()
+    if args.fold is not None and args.fold not in folds:
+        expected = f"one of {', '.join(folds)}" if folds else "settings with folds in [data]"
+        raise Refused(f"--fold: expected {expected}, got {args.fold}")
+    chosen = [name for name in folds if args.fold in (None, name)]
+    outs = [args.out / name for name in chosen] or [args.out]
+    _check_runs(args.out, outs, args.resume)
+    for out in outs:
+        make_folder(out)
+        check_writable(out / LAST)
+    if folds:
+        _train_folds(args, folds, chosen)
+    else:
+        _train_run(args, settings, args.out, resume=args.resume)
+
+
+def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
+    """Raise an error if a folder of the runs has one that was not to be resumed, or if there is none to resume."""
+    from kpcore.pipeline.training import LAST, has_run
+
+    started = [run for run in runs if has_run(run)]
+    without_checkpoint = [run for run in runs if not (run / LAST).is_file()]
+    if started and not resume:
+        raise Refused(f"--out: {started[0]} has a run already; resume it with --resume or choose another folder")
+    if not resume:
+        return
+    lost = [run for run in started if run in without_checkpoint]
+    if lost or len(without_checkpoint) == len(runs):
+        where, advice = (lost[0], "with another --out") if lost else (out, "without --resume")
+        raise Refused(f"--resume: expected a checkpoint {LAST} in {where}, got none; start a new run {advice}")
+
+
+def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> None:
+    """Train the chosen folds, each in a folder of its own in --out; print the table when all folds are complete."""
+    from kpcore.pipeline import folds
+    from kpcore.pipeline.training import CURVES, LAST
+
+    def confusions() -> dict[str, np.ndarray]:
+        found = {name: folds.last_confusion(args.out / name, fold, args.seed) for name, fold in settings.items()}
+        return {name: confusion for name, confusion in found.items() if confusion is not None}
+
+    check_writable(args.out / folds.FOLDS)
+    complete, read_parts = confusions(), {}
+    for name in chosen:
+        out, data = args.out / name, settings[name].data
+        print(f"fold {name}: {len(data.train)} scenes to train on, {len(data.test)} to test")
+        if name in complete and (out / CURVES).is_file():  # the last file that a run writes
+            print(f"done already: {out}")
+        else:
+            _train_run(args, settings[name], out, resume=args.resume and (out / LAST).is_file(), read_parts=read_parts)
+    complete = confusions()
+    if missing := [name for name in settings if name not in complete]:
+        print(f"{len(complete)} of {len(settings)} folds are done; to be trained: {', '.join(missing)}")
+        return
+    names = settings[chosen[0]].names
+    folds.write(args.out / folds.FOLDS, names, complete)
+    print("after the last epoch of each fold; all folds: of the sum of their confusion matrices")
+    print(*folds.table(names, complete), sep="\n")
+    print(f"table: {args.out / folds.FOLDS}")
+
+
+def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resume: bool,
+               read_parts: PartClouds | None = None) -> None:  # fmt: skip
+    from kpcore.pipeline.training import Training
+
+    tqdm = require("tqdm", "io").tqdm
+    folder = args.data or args.settings.parent
+    training = Training(settings, out, folder, seed=args.seed, resume=resume, read_parts=read_parts)
     net, epochs, steps = training.model.net, settings.training.epochs, settings.training.steps
     print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
           f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
@@ -261,7 +327,7 @@ def _train(args: argparse.Namespace) -> None:
 
         begin = time.perf_counter()
         training.run(watch)
-    print(f"done in {time.perf_counter() - begin:.0f} s: {args.out}")
+    print(f"done in {time.perf_counter() - begin:.0f} s: {out}")
 
 
 def _scores(when: str, scores: Scores, classifies: bool) -> str:
@@ -284,18 +350,17 @@ def _model(path: Path) -> Model:
 
 
 def _test(args: argparse.Namespace) -> None:
-    from kpcore import picture
     from kpcore.pipeline import classification, voting
     from kpcore.pipeline.data import load
 
+    if args.model.is_dir():
+        _test_folds(args)
+        return
     model = _model(args.model)
     if not model.settings.data.test:
         raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
     settings, classifies = model.settings, model.settings.classifies
-    if args.out:
-        require("matplotlib.figure", "plot")
-        make_folder(args.out)
-        check_writable(args.out / CONFUSION)
+    _check_out_of_test(args.out)
     loaded = load(settings, settings.data.test, args.data, model.columns)[0]
     if classifies:
         classified = classification.classify(model, loaded, args.votes)
@@ -310,22 +375,60 @@ def _test(args: argparse.Namespace) -> None:
         print(f"{'category':>16} {'objects':>8} {'mIoU':>8}")
         for (name, value), number in zip(scores["iou"].items(), objects, strict=True):
             print(f"{name:>16} {number:>8,} {'-' if value is None else f'{value:.4f}':>8}")
+    _show_confusion(args.out, scored, settings.names, confusion)
+    if args.out and classifies and len(classified.errors):
+        classification.draw_errors(args.out / "errors.png", model, classified)
+        print(f"picture: {args.out / 'errors.png'}")
+
+
+def _check_out_of_test(out: Path | None) -> None:
+    if out:
+        require("matplotlib.figure", "plot")
+        make_folder(out)
+        check_writable(out / CONFUSION)
+
+
+def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
+    """Print a confusion matrix; write it to the folder --out, if any, as CSV and as picture."""
+    from kpcore import picture
+    from kpcore.pipeline import classification
+
     print("confusion, a row for each true class:")
-    for name, row in zip(settings.names, confusion, strict=True):
+    for name, row in zip(names, confusion, strict=True):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
-    if not args.out:
+    if not out:
         return
-    classification.write_confusion(args.out / CONFUSION, settings.names, confusion)
-    print(f"table: {args.out / CONFUSION}")
-    drawn = [args.out / "confusion.png"]
-    with replacing(drawn[0]) as part:
+    classification.write_confusion(out / CONFUSION, names, confusion)
+    print(f"table: {out / CONFUSION}")
+    with replacing(out / "confusion.png") as part:
         subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
-        picture.draw_confusion(part, "Confusion", subtitle, settings.names, confusion)
-    if classifies and len(classified.errors):
-        drawn.append(args.out / "errors.png")
-        classification.draw_errors(drawn[1], model, classified)
-    for path in drawn:
-        print(f"picture: {path}")
+        picture.draw_confusion(part, "Confusion", subtitle, names, confusion)
+    print(f"picture: {out / 'confusion.png'}")
+
+
+def _test_folds(args: argparse.Namespace) -> None:
+    """Test the network of each fold after its last epoch on the scenes of the fold."""
+    from kpcore.pipeline import folds, voting
+    from kpcore.pipeline.data import load
+    from kpcore.pipeline.training import LAST
+
+    if not (args.model / folds.FOLDS).is_file():
+        raise Refused(f"{args.model}: expected a model, or a folder of folds that are all trained, with {folds.FOLDS}")
+    models = {name: _model(args.model / name / LAST) for name in folds.names_of_folds(args.model / folds.FOLDS)}
+    names = next(iter(models.values())).settings.names
+    if other := [name for name, model in models.items() if model.settings.names != names]:
+        raise Refused(f"{args.model / other[0] / LAST}: expected the classes of the other folds, {', '.join(names)}")
+    _check_out_of_test(args.out)
+    confusions = {}
+    for name, model in models.items():
+        loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
+        confusions[name] = voting.evaluate(model, loaded, args.votes)
+        scores = voting.scores(confusions[name], names)
+        print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
+    total = folds.total_confusion(confusions)
+    scored = _scores(f"{total.sum():,} labelled", voting.scores(total, names), classifies=False)
+    print(*folds.table(names, confusions), sep="\n")
+    _show_confusion(args.out, scored, names, total)
 
 
 def _predict(args: argparse.Namespace) -> None:

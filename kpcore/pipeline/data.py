@@ -8,7 +8,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _MAX_FEATURE = 10.0  # features are clipped to -10 to 10
 _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
 IGNORED = -1  # the class number of points without a class
+
+PartClouds: TypeAlias = "dict[str, tuple[Cloud, np.ndarray]]"  # (cloud, rows of the part) by the part's repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +114,17 @@ def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
 
 
 def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
-                columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
-    """([Scene], Columns) of files; without `columns` their centers and scales are computed from these scenes."""
-    clouds = [_load_part(settings, part, folder) for part in parts]
+                columns: Columns | None = None, read_parts: PartClouds | None = None,
+                ) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of files; without `columns` their centers and scales are computed from these scenes.
+
+    Parts in `read_parts` are not read again; others are added to it.
+    """
+    read_parts = {} if read_parts is None else read_parts
+    for part in parts:
+        if repr(part) not in read_parts:
+            read_parts[repr(part)] = _load_part(settings, part, folder)
+    clouds = [read_parts[repr(part)] for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
     return [_scene(settings, columns, *cloud) for cloud in clouds], columns
@@ -324,9 +334,12 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[str],
-         columns: Columns | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
-    """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes."""
+def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[str], columns: Columns | None = None,
+         read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
+
+    `read_parts` is for scenes alone, see `load_scenes`.
+    """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
     elif settings.data.kind == "objects":
@@ -334,7 +347,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, parts, folder, columns)
+        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"

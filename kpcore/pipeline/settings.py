@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
+_FOLDS, _MOST_NAME_BYTES = ("area", "file"), 200  # file systems take names of up to 255 bytes
 LENGTHS = (1e-9, 1e9)  # in the unit of the points; squares of these, and of 2**15 times as much, fit float32
 _LABEL_RANGE = (-(2**31), 2**31 - 1)
 COMPUTED_FEATURES = ("one", "color", "height", "local", "value")  # others are fields of the files
@@ -35,6 +37,8 @@ class Part:
 
     file, min, max : the file, and a box in its coordinates: only points with min <= coordinate < max are used
     indoor, points, mirror : the seed of `kpcore.scenes.indoor`, the number of points, and whether x is negated
+    area : the name of the area that the scene belongs to, for `folds` in [data]; by default the first folder of `file`,
+        as in the folders of S3DIS: Area_1/hallway_1/hallway_1.txt
     """
 
     file: str | None = None
@@ -43,6 +47,7 @@ class Part:
     indoor: int | None = None
     points: int = 300_000
     mirror: bool = False
+    area: str | None = None
 
     def __str__(self) -> str:
         return self.file if self.indoor is None else f"indoor {self.indoor}"
@@ -107,6 +112,8 @@ class Data:
     columns : names for the columns of files that have none, see `kpcore.io.read`
     kind : "scenes", "digits", "objects", which have a class each, or "parts", objects of a known category whose points
         have labels; by default digits where there are images, else scenes
+    folds : "area" or "file" for a k-fold cross-validation, without `test`: the scenes of each area, or of each file,
+        are tested by a network that is trained on all others in `train`
     """
 
     train: list[Source]
@@ -116,6 +123,7 @@ class Data:
     label: str | None = None
     columns: list[str] | None = None
     kind: str = "scenes"
+    folds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +276,18 @@ class Settings:
         except (TypeError, ValueError) as error:
             raise SettingsError(f"[network] {error}") from None
 
+    def by_fold(self) -> dict[str, Settings]:
+        """The settings of the training of each fold by its name, which a folder can have; empty without folds."""
+        data = self.data
+        if data.folds is None:
+            return {}
+        return {
+            name: replace(self, data=replace(
+                data, folds=None, train=[part for part in data.train if part not in test], test=test
+            ))
+            for name, test in _parts_by_fold(data).items()
+        }  # fmt: skip
+
     def asdict(self) -> dict[str, Any]:
         """Nested dicts, from which `from_dict` makes these settings."""
         return asdict(self)
@@ -332,6 +352,8 @@ def _data(values: Any) -> Data:
     names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
+    if data.folds is not None:
+        _parts_by_fold(data)
     if kind in ("objects", "parts"):
         data = _objects(data)
     if kind == "objects":
@@ -374,6 +396,52 @@ def _kind(data: Mapping[str, Any]) -> str:
     if kind not in kinds:
         raise SettingsError(f"[data] kind: expected {kinds[0]}, as train and test are, got {kind}")
     return kind
+
+
+def _parts_by_fold(data: Data) -> dict[str, list[Source]]:
+    """The scenes of each fold by the name of the fold; an error unless they are two or more with no point in common."""
+    if data.kind != "scenes":
+        raise SettingsError(f"[data] folds: only valid for scenes, got {data.kind}")
+    if data.folds not in _FOLDS:
+        raise SettingsError(f"[data] folds: expected {' or '.join(_FOLDS)}, got {_shown(data.folds)}")
+    if data.test:
+        raise SettingsError("[data] test: not allowed together with folds, which test each scene in train")
+    folds: dict[str, list[Source]] = {}
+    keys: dict[str, str] = {}
+    for number, part in enumerate(data.train):
+        where = f"[data] train[{number}]"
+        key = str(part) if data.folds == "file" else _area(part, where)
+        name = re.sub(r"[^\w.-]+", "-", key).strip("-.")
+        if not name or len(name.encode()) > _MOST_NAME_BYTES:
+            expected = f"a fold with a name of letters or digits, at most {_MOST_NAME_BYTES} bytes"
+            raise SettingsError(f"{where} {data.folds}: expected {expected}, got {_shown(key)}")
+        if (other := keys.setdefault(name.casefold(), key)) != key:
+            raise SettingsError(f"{where} {data.folds}: the folders of the folds {other} and {key} have the same name")
+        for fold, parts in folds.items():
+            if fold != name and any(_overlap(part, other) for other in parts):
+                raise SettingsError(f"{where}: expected points that are in one fold only, got {part}, also in {fold}")
+        folds.setdefault(name, []).append(part)
+    if len(folds) == 1:
+        raise SettingsError(f"[data] folds: expected scenes of two {data.folds}s or more, got those of {key} only")
+    return folds
+
+
+def _area(part: Part, where: str) -> str:
+    if part.area is not None:
+        return part.area
+    path = Path(part.file or "")
+    if len(path.parts) < 2 or path.is_absolute() or path.parts[0].startswith(("..", "~")):
+        raise SettingsError(f"{where} area: expected a name, which {part} has no folder to take from")
+    return path.parts[0]
+
+
+def _overlap(part: Part, other: Part) -> bool:
+    """Whether two scenes can have points in common: the same file or indoor seed, and boxes that overlap."""
+    return str(part) == str(other) and all(
+        low < high
+        for one, another in ((part, other), (other, part))
+        for low, high in zip(one.min or (), another.max or (), strict=False)
+    )
 
 
 def _objects(data: Data) -> Data:

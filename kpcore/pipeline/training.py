@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from kpcore.nn.blocks import Parameters
-    from kpcore.pipeline.data import Columns, Scene
+    from kpcore.pipeline.data import Columns, PartClouds, Scene
     from kpcore.pipeline.settings import Settings
 
 LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
@@ -95,6 +95,8 @@ class Training:
         The folder that file names in the settings are relative to.
     seed : int
     resume : bool
+    read_parts : dict, optional
+        Scenes that are read once for several trainings, which the first one fills, see `data.load_scenes`.
     """
 
     settings: Settings
@@ -114,12 +116,15 @@ class Training:
     class_weights: np.ndarray | None
 
     def __init__(self, settings: Settings, out: str | os.PathLike[str], folder: str | os.PathLike[str], *,
-                 seed: int = 0, resume: bool = False) -> None:  # fmt: skip
+                 seed: int = 0, resume: bool = False, read_parts: PartClouds | None = None) -> None:  # fmt: skip
+        if settings.data.folds is not None:
+            raise ValueError("settings: expected those of one fold, from Settings.by_fold, got those of all folds")
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
         self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
-        self.scenes, columns = load(settings, settings.data.train, folder)
-        self.test_scenes = load(settings, settings.data.test, folder, columns)[0] if settings.data.test else []
+        train, test = settings.data.train, settings.data.test
+        self.scenes, columns = load(settings, train, folder, read_parts=read_parts)
+        self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
         self._warn_of_classes()
         net = settings.net()
         params, state = net.init(seed)
@@ -285,18 +290,8 @@ class Training:
 
     def _resume(self) -> None:
         last = self.out / LAST
-        groups, about = checkpoints.read(last)
+        groups, run = saved_run(last, self.settings, self.seed)
         with checkpoints.errors_name(f"resume: {last}"):
-            run = about.get("run")
-            if not isinstance(run, dict):
-                raise ValueError(f"expected the {LAST} of a training, got another checkpoint")
-            saved = from_dict(about.get("settings"))
-            if replace(saved, training=replace(saved.training, workers=0)) != replace(
-                self.settings, training=replace(self.settings.training, workers=0)
-            ):  # results do not depend on workers
-                raise ValueError("expected the settings of the run to resume, got others")
-            if run.get("seed") != self.seed:
-                raise ValueError(f"seed: expected {run.get('seed')}, as of the run to resume, got {self.seed}")
             self._restore(groups, run)
         self._cut_log()
 
@@ -365,6 +360,28 @@ class Training:
         weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
         weights[counts == 0] = 0
         return (weights / weights[counts > 0].mean()).astype(np.float32)
+
+
+def has_run(out: Path) -> bool:
+    """Whether a run in a folder has done a step."""
+    return (out / LOG).is_file() and (out / LOG).stat().st_size > 0
+
+
+def saved_run(last: Path, settings: Settings, seed: int) -> tuple[dict[str, checkpoints.Arrays], dict[str, Any]]:
+    """(groups, run) of the last checkpoint of a run; an error if it has other settings or another seed."""
+    groups, about = checkpoints.read(last)
+    with checkpoints.errors_name(f"resume: {last}"):
+        run = about.get("run")
+        if not isinstance(run, dict):
+            raise ValueError(f"expected the {LAST} of a training, got another checkpoint")
+        saved = from_dict(about.get("settings"))
+        if replace(saved, training=replace(saved.training, workers=0)) != replace(
+            settings, training=replace(settings.training, workers=0)
+        ):  # results do not depend on workers
+            raise ValueError("expected the settings of the run to resume, got others")
+        if run.get("seed") != seed:
+            raise ValueError(f"seed: expected {run.get('seed')}, as of the run to resume, got {seed}")
+    return groups, run
 
 
 def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:
