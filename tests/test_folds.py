@@ -290,9 +290,10 @@ def test_folds_that_cannot_be_trained(whole, command, tmp_path):
         code, printed, err = command("train", *words)
         assert (code, printed) == (2, "") and message in err and err.count("\n") == 1
     assert not (tmp_path / "x").exists()
-    (tmp_path / "folds.json").write_text("[3]")
-    code, _, err = command("test", tmp_path)
-    assert code == 2 and err.endswith("folds.json: expected the folds of a training, got something else\n")
+    for content in ("[3]", "{}", '{"folds": ["East"]}', '{"folds": {}}'):
+        (tmp_path / "folds.json").write_text(content)
+        code, _, err = command("test", tmp_path)
+        assert code == 2 and err.endswith("folds.json: expected the folds of a training, got something else\n")
 
 
 def test_folds_whose_first_step_failed_are_trained_anew(command, tmp_path):

@@ -37,8 +37,8 @@ class Part:
 
     file, min, max : the file, and a box in its coordinates: only points with min <= coordinate < max are used
     indoor, points, mirror : the seed of `kpcore.scenes.indoor`, the number of points, and whether x is negated
-    area : the name of the area that the scene belongs to, for `folds` in [data]; by default the first folder of `file`,
-        as in the folders of S3DIS: Area_1/hallway_1/hallway_1.txt
+    area : the name of the area that the scene belongs to, for `folds` in [data]; by default the first folder of `file`:
+        Area_1 of Area_1/hallway_1.ply
     """
 
     file: str | None = None
@@ -418,7 +418,7 @@ def _parts_by_fold(data: Data) -> dict[str, list[Source]]:
         if (other := keys.setdefault(name.casefold(), key)) != key:
             raise SettingsError(f"{where} {data.folds}: the folders of the folds {other} and {key} have the same name")
         for fold, parts in folds.items():
-            if fold != name and any(_overlap(part, other) for other in parts):
+            if fold != name and any(_overlap(part, another) for another in parts):
                 raise SettingsError(f"{where}: expected points that are in one fold only, got {part}, also in {fold}")
         folds.setdefault(name, []).append(part)
     if len(folds) == 1:
