@@ -77,6 +77,22 @@ def test_gradients_of_a_torch_matrix(pairs, longer, product, expected):
     check_vjp(in_numpy, pullback, (values, FEATURES))
 
 
+def test_gradients_of_a_torch_matrix_of_more_than_2_31_places():
+    torch = pytest.importorskip("torch")
+    num = 50_000
+    place = np.arange(num)
+    index = np.stack([place, (place + 1) % num], 1).ravel()
+    neighbors = kp.Neighbors(index, np.arange(0, 2 * num + 1, 2), num)
+    rng = np.random.default_rng(0)
+    values, features, grad = rng.normal(size=2 * num), rng.normal(size=(num, 2)), rng.normal(size=(num, 2))
+    tensors = [torch.tensor(array, requires_grad=True) for array in (values, features)]
+    out = sparse_mm(kp.torch.to_sparse(neighbors, tensors[0]), tensors[1], "sum")
+    grad_values, grad_features = torch.autograd.grad(out, tensors, torch.tensor(grad))
+    np.testing.assert_allclose(grad_features.numpy(), neighbors.to_sparse(values).T @ grad, atol=1e-12)
+    expected = (features[index] * np.repeat(grad, 2, axis=0)).sum(axis=1)
+    np.testing.assert_allclose(grad_values.numpy(), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_torch_matrix_is_the_matrix_of_scipy(dtype):
     torch = pytest.importorskip("torch")

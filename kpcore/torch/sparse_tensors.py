@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,16 +46,21 @@ def to_sparse(neighbors: Neighbors, values: torch.Tensor | None = None) -> torch
     checked(None, "values", values, optional=True)
     index = to_tensor(neighbors.stored_index)
 
+    shape = neighbors.num_queries, neighbors.num_points
+    # Indices of one dtype, as torch requires. The gradient of torch.sparse.mm(A, x, "sum") in x numbers the places of
+    # the whole matrix in this dtype: with int32 it is wrong, in silence, above 46,340 points (pytorch#99848).
+    dtype = torch.int32 if math.prod(shape) < 2**31 else torch.int64
+
     def make() -> Any:
-        # Indices of one dtype, as torch requires; copies, because the arrays of a list must not change.
-        splits, columns = to_tensor(neighbors.stored_row_splits).to(torch.int32), index[:pairs].clone()
+        # Copies, because the arrays of a list must not change.
+        splits, columns = to_tensor(neighbors.stored_row_splits).to(dtype), index[:pairs].to(dtype, copy=True)
         if values is None:
             entries = torch.ones(pairs, device=index.device)
         else:
             sizes = {"E": (pairs, "neighbors")} | checks.device_of(("neighbors", neighbors.stored_index))
             on_arrays(checks.array, "values", to_array("values", values), "E", checks.REAL, sizes)
             entries = values
-        return internals.apply(_Sparse, entries, splits, columns, (neighbors.num_queries, neighbors.num_points))
+        return internals.apply(_Sparse, entries, splits, columns, shape)
 
     return on_stream_of(index, make)
 
