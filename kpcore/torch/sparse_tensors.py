@@ -45,7 +45,6 @@ def to_sparse(neighbors: Neighbors, values: torch.Tensor | None = None) -> torch
         raise ValueError(f"neighbors: expected at most {checks.MAX_POINTS} pairs, got {pairs}")
     checked(None, "values", values, optional=True)
     index = to_tensor(neighbors.stored_index)
-
     shape = neighbors.num_queries, neighbors.num_points
     # Indices of one dtype, as torch requires. The gradient of torch.sparse.mm(A, x, "sum") in x numbers the places of
     # the whole matrix in this dtype: with int32 it is wrong, in silence, above 46,340 points (pytorch#99848).
