@@ -103,10 +103,14 @@ def test_a_wrong_variable_is_one_line(run, name, value):
     assert re.fullmatch(rf"kpcore: {name}: expected [^\n]+, got '{value[:20]}[^\n]*'\n", err.decode())
 
 
+ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}]
+
+
 @pytest.mark.parametrize(
-    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}]
-)
-@pytest.mark.parametrize("name", [b"a.npy", b"B\xe4ume.npy", "Bäume 木.npy".encode(), b"two\nlines.npy"])
+    ("name", "env"),
+    [*((b"B\xe4ume.npy", env) for env in ENCODINGS),
+     *zip(("Bäume 木.npy".encode(), b"two\nlines.npy", b"a.npy"), ENCODINGS, strict=True)],
+)  # fmt: skip
 def test_names_and_encodings_of_any_kind(run, tmp_path, name, env):
     pytest.importorskip("matplotlib")
     np.save(tmp_path / "b.npy", np.eye(3))

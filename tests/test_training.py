@@ -629,14 +629,17 @@ def test_learned_kernel_points_have_a_learning_rate(tmp_path):
     assert before and not any(after[0]) and all(after[0.1])
 
 
-@pytest.mark.parametrize("how", [{"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}, {}])
+ADAMW = {"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm": 1.0}
+
+
 @pytest.mark.parametrize(
-    "network",
+    ("network", "how"),
     [
-        {},
-        {"deformable": 1, "dropout": 0.2},
-        {"upsample": "kpconv", "learn_kernel_points": True},
-        {"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]},
+        ({}, ADAMW),
+        ({"deformable": 1, "dropout": 0.2}, {}),
+        ({"deformable": 1, "dropout": 0.2}, ADAMW),
+        ({"upsample": "kpconv", "learn_kernel_points": True}, {}),
+        ({"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}, ADAMW),
     ],
 )
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monkeypatch):
