@@ -437,9 +437,19 @@ def _predict(args: argparse.Namespace) -> None:
     model = _model(args.model)
     if model.settings.data.kind != "objects":
         raise Refused(f"{args.model}: expected a network of objects, got one of {model.settings.data.kind}")
-    classified = classification.classify(model, classification.objects_of_files(model, args.files), args.votes)
-    for path, number, row in zip(args.files, classified.classes, classified.probabilities, strict=True):
-        print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
+    objects, refused = [], []
+    for path in args.files:
+        try:
+            objects += [(path, scene) for scene in classification.objects_of_files(model, [path])]
+        except (ValueError, OSError) as error:  # the others have a class nevertheless
+            refused.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error))
+    if objects:
+        paths, scenes = zip(*objects, strict=True)
+        classified = classification.classify(model, [*scenes], args.votes)
+        for path, number, row in zip(paths, classified.classes, classified.probabilities, strict=True):
+            print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
+    if refused:
+        raise Refused(f"{len(refused)} of {len(args.files)} files have no class: {'; '.join(refused)}")
 
 
 def _segment(args: argparse.Namespace) -> None:

@@ -131,7 +131,9 @@ def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], 
         middle = TOP + (i + 0.6) * cell
         page.text(MARGIN + left - 14, middle, shortened(name, left - 14, 9), 9, ha="right")
         below = MARGIN + left + (i + 0.5) * cell
-        page.text(below, TOP + side + 100, shortened(name, 150, 9), 9, rotation=60, ha="center")
+        page.text(
+            below + 8, TOP + side + 22, shortened(name, 150, 9), 9, rotation=60, ha="right", rotation_mode="anchor"
+        )
         for j in np.flatnonzero(confusion[i]):
             x = MARGIN + left + (j + 0.5) * cell
             page.text(x, middle, str(confusion[i, j]), 8, "black" if fraction[i, j] > 0.6 else TEXT, ha="center")

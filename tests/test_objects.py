@@ -11,7 +11,7 @@ import pytest
 from kpcore import cli
 from kpcore.io import ReadError
 from kpcore.nn import checkpoints
-from kpcore.pipeline import batches, classification, data, training, voting
+from kpcore.pipeline import batches, classification, data, objects, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict, read_settings
 from kpcore.scenes import CATEGORIES, shapes
 
@@ -160,9 +160,7 @@ def test_the_settings_of_the_pages_are_valid():
 
 def test_modelnet_folders_are_read_as_downloaded(modelnet):
     config = from_dict(sections(data=in_folders()))
-    with pytest.warns(
-        UserWarning, match="12 objects; left out: files beside the folders .1., files of another extension .1."
-    ):
+    with pytest.warns(UserWarning, match="12 objects; left out: files beside the folders .1., hidden files .1."):
         loaded, _ = data.load(config, config.data.train, modelnet)
     assert [int(scene.labels[0]) for scene in loaded] == 4 * [0] + 4 * [1] + 4 * [2]
     assert [scene.name for scene in loaded[:2]] == ["chair/train/chair_0001.off", "chair/train/chair_0002.off"]
@@ -436,6 +434,56 @@ def test_train_test_and_predict(command, modelnet):
     assert len(re.findall(r"^level 1, channel +\d+: +[\d.]+ in (one\.off|mug\.npy)$", out, re.MULTILINE)) == 8
     assert imread(modelnet.parent / "features" / "kpcore-features.png")[..., :3].std() > 0.02
     assert lines[0][2] == "night_stand" and all(1 / 3 < float(line[3]) <= 1 for line in lines)
+
+
+def test_objects_far_from_the_origin(trained, tmp_path):
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    faces = "3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
+    for name, shift in (("near", 0), ("far", np.array([515368, 4918340, 2322])), ("huge", 0)):
+        rows = "\n".join(
+            " ".join(map(repr, row)) for row in (corners * (1e200 if name == "huge" else 1) + shift).tolist()
+        )
+        (tmp_path / f"{name}.off").write_text(f"OFF\n4 4 0\n{rows}\n{faces}")
+    near, far, huge = (
+        objects.points_of_file(tmp_path / f"{name}.off", 500, None, strict=False) for name in ("near", "far", "huge")
+    )
+    np.testing.assert_allclose(far, near, atol=1e-6)
+    np.testing.assert_allclose(huge, near, atol=1e-6)
+
+
+def test_a_file_that_has_no_class_keeps_none_from_another(command, trained, tmp_path):
+    box(tmp_path / "a.off", (1, 1, 4))
+    (tmp_path / "bad.off").write_text("OFF0 0 0\n")
+    code, out, err = command(
+        "predict", trained[0] / "best.safetensors", *(tmp_path / f for f in ("bad.off", "a.off", "c.off"))
+    )
+    assert code == 2 and re.fullmatch(rf"{tmp_path / 'a.off'}: \w+ [\d.]+\n", out)
+    assert "2 of 3 files have no class: " in err and "bad.off: expected a mesh" in err and "c.off: No such" in err
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a.npy", "a.npz", "b.npz"])
+def test_clouds_without_the_columns_of_the_training(tmp_path, name):
+    points = np.random.default_rng(0).normal(size=(50, 3))
+    columns = ["x", "y", "z", "nx", "ny", "nz"]
+    if name.endswith("xyz"):
+        np.savetxt(tmp_path / name, points)
+    elif name == "a.npy":
+        np.save(tmp_path / name, points)
+    else:
+        np.savez(
+            tmp_path / name, **({"points": points} if name == "a.npz" else dict(zip("xyz", points.T, strict=True)))
+        )
+    got = objects.points_of_file(tmp_path / name, 10, columns, strict=False)
+    np.testing.assert_allclose(got, objects.in_unit_sphere("a", points), atol=1e-6)
+    with pytest.raises(ReadError, match=r"has 3 columns, got 6 names|its columns have names already"):
+        objects.points_of_file(tmp_path / name, 10, columns, strict=True)
+
+
+def test_other_objects_do_not_go_on_with_a_run(trained, tmp_path, monkeypatch):
+    folder, run = trained
+    monkeypatch.setattr(training, "load", lambda *args, **more: (run.scenes[1:], run.model.columns))
+    with pytest.raises(ValueError, match=r"expected the data of the run to resume, [0-9]+ points to train on, got "):
+        training.Training(run.settings, folder, folder, resume=True)
 
 
 def test_commands_that_cannot_be_carried_out(command, trained, tmp_path):

@@ -672,7 +672,9 @@ def test_the_advice_where_two_do_not_match_loses_nothing():
 def test_the_advice_of_an_error_fits_the_array():
     torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
     for framework, array in (("torch", torch.ones(4, 2)), ("jax", jnp.ones((4, 2)))):
-        with pytest.raises(TypeError, match=rf"^features: .*; call kpcore\.{framework}, which takes them$"):
+        with pytest.raises(
+            TypeError, match=rf"^features: .*; call the function of kpcore\.{framework}, which takes them"
+        ):
             kp.softmax(array)
 
 

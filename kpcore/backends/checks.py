@@ -92,7 +92,9 @@ def _device(name, value):
         return "cpu"
     if not devices.is_array(value):
         framework = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}.get(type(value).__module__.partition(".")[0])
-        advice = f"call kpcore.{framework}, which takes them" if framework else "convert it with numpy.asarray"
+        advice = "convert it with numpy.asarray"
+        if framework:
+            advice = f"call the function of kpcore.{framework}, which takes them; methods take numpy.asarray of it"
         raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}; {advice}")
     device, current = value.device.id, sys.modules["cupy"].cuda.Device().id
     if device != current:
@@ -372,5 +374,6 @@ def _not_finite(**arrays):
         bad = ~np.isfinite(value).all(axis=1)
         if bad.any():
             row = int(np.argmax(bad))
-            return ValueError(f"{name}: expected finite coordinates, got {value[row].tolist()} in row {row}")
+            got = value[row].tolist() if value.shape[1] <= DIMENSIONS[-1] else value[row][~np.isfinite(value[row])][0]
+            return ValueError(f"{name}: expected finite coordinates, got {got} in row {row}")
     return None

@@ -33,6 +33,10 @@ class MissingField(ReadError):
     """The file is valid, but has no field with a requested name."""
 
 
+class OtherColumns(ReadError):
+    """The file is valid, but its columns are not those that `columns` names."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cloud:
     """A point cloud ready for kpcore: float32 coordinates near the origin.
@@ -211,7 +215,9 @@ def from_columns(columns: NamedArrays, request: Request, label_names: Sequence[s
 def check_columns(names: Sequence[str], request: Request) -> None:
     """Raise an error if `columns=` was passed for a file whose columns have other names already."""
     if request.columns and [name.lower() for name in request.columns] != [name.lower() for name in names]:
-        raise ReadError(f"its columns have names already, {list_names(names)}; columns= is for a table without names")
+        raise OtherColumns(
+            f"its columns have names already, {list_names(names)}; columns= is for a table without names"
+        )
 
 
 def check_fields(names: Sequence[str], request: Request) -> None:
@@ -298,7 +304,7 @@ def from_table(table: np.ndarray, request: Request) -> Content:
     num, width = table.shape
     if request.columns:
         if len(request.columns) != width:
-            raise ReadError(
+            raise OtherColumns(
                 f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
             )
         return from_columns(NamedArrays(zip(request.columns, table.T, strict=True)), request)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kpcore.files import check_writable, replacing
 from kpcore.io import las, npz, pcd, ply, sweeps, text
-from kpcore.io.cloud import Cloud, LabelField, ReadError, Request, cloud_of
+from kpcore.io.cloud import Cloud, LabelField, OtherColumns, ReadError, Request, cloud_of
 
 if TYPE_CHECKING:
     import os
@@ -92,6 +92,20 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     if content.warning:
         warnings.warn(f"{path}: {content.warning}", stacklevel=2)
     return cloud
+
+
+def read_columns(path: str | os.PathLike[str], columns: Sequence[str] | None, strict: bool, **request: Any) -> Cloud:
+    """Read a file with names for its columns, where its format may have none.
+
+    Unless `strict`, a file with other columns is read by the usual rules of `read`: columns of a training file hold
+    labels, which a file that is to be labelled has not.
+    """
+    try:
+        return read(path, columns=columns if Path(path).suffix.lower() in TABLES else None, **request)
+    except OtherColumns:
+        if strict:
+            raise
+        return read(path, **request)
 
 
 def _check_name(argument: str, name: str | None) -> None:

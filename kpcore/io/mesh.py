@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kpcore.backends import checks
 from kpcore.io import off, ply
 from kpcore.io.cloud import ReadError
 from kpcore.io.formats import checked_size, errors_name
 
 if TYPE_CHECKING:
     import os
+
+    from numpy.typing import DTypeLike
 
 READERS = {".off": off.read, ".ply": ply.read_faces}
 
@@ -40,11 +43,8 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
     with errors_name(path):
         size = checked_size(path, READERS)
         vertices, counts, corners = READERS[path.suffix.lower()](path, size)
-        if len(counts) == 0:
+        if not (counts > 2).any():
             raise NoFaces("expected a mesh with faces, got none")
-        if (few := counts < 3).any():
-            face = int(few.argmax())
-            raise ReadError(f"face {face}: expected at least 3 corners, got {counts[face]}")
         if not (finite := np.isfinite(vertices).all(axis=1)).all():
             vertex = int(finite.argmin())
             raise ReadError(f"vertex {vertex}: expected finite coordinates, got {vertices[vertex].tolist()}")
@@ -53,31 +53,35 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
             at = int(outside.argmax())
             face = int(np.searchsorted(np.cumsum(counts), at, "right"))
             raise ReadError(f"face {face}: expected indices below {len(vertices)}, got {corners[at]}")
-    starts = np.cumsum(counts) - counts
-    first = np.repeat(starts, counts - 2)
-    step = np.arange(len(first)) - np.repeat(np.cumsum(counts - 2) - (counts - 2), counts - 2)
+    starts, fans = np.cumsum(counts) - counts, np.maximum(counts - 2, 0)  # faces of two corners have no area
+    first = np.repeat(starts, fans)
+    step = np.arange(len(first)) - np.repeat(np.cumsum(fans) - fans, fans)
     return Mesh(vertices, np.stack([corners[first], corners[first + step + 1], corners[first + step + 2]], axis=1))
 
 
-def sample_mesh(path: str | os.PathLike[str], num_points: int, seed: int = 0) -> np.ndarray:
-    """(num_points, 3) float32 points of a mesh file, uniform by area; the same for the same seed.
+def sample_mesh(path: str | os.PathLike[str], num_points: int, seed: int = 0,
+                dtype: DTypeLike = np.float32) -> np.ndarray:  # fmt: skip
+    """(num_points, 3) points of a mesh file, uniform by area; the same for the same seed.
 
-    Faces of no area get no points. Coordinates are those of the file; a mesh far from the origin loses digits in
-    float32.
+    Faces of no area get no points. Coordinates are those of the file: of a mesh far from the origin, such as one in
+    world coordinates, float32 loses digits, so take float64 and subtract the mean first.
 
     Raises
     ------
     ReadError
-        See `read_mesh`; or all faces have no area.
+        See `read_mesh`; or all faces have no area; or `dtype` cannot hold a coordinate.
     """
-    num_points = int(num_points)
-    if num_points < 1:
-        raise ValueError(f"num_points: expected at least 1, got {num_points}")
+    num_points = checks.integer("num_points", num_points, 1, 2**40)
+    rng, dtype = np.random.default_rng(checks.integer("seed", seed, 0)), np.dtype(dtype)
+    if dtype not in checks.REAL:
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     mesh = read_mesh(path)
     corners = mesh.vertices[mesh.triangles]
     with errors_name(path):
-        points, _ = sample_triangles(corners, num_points, np.random.default_rng(seed))
-    return points.astype(np.float32)
+        points, _ = sample_triangles(corners, num_points, rng)
+        if (largest := np.abs(points).max()) > np.finfo(dtype).max:
+            raise ReadError(f"expected coordinates that {dtype} can hold, got {largest:g}")
+    return points.astype(dtype)
 
 
 def sample_triangles(corners: np.ndarray, num_points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

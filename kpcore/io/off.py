@@ -22,7 +22,7 @@ def read(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     files of ModelNet40 the counts follow OFF in its line without a space.
     """
     lines = []  #: (number in the file, words) of lines that are not blank
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if words := line.partition(b"#")[0].split():
             lines.append((number, words))
     start = HEADER.match(lines[0][1][0]) if lines else None

@@ -47,7 +47,8 @@ class Classified(NamedTuple):
 def objects_of_files(model: Model, paths: Sequence[Path]) -> list[Scene]:
     """Scenes of meshes or clouds, made as those of the training."""
     settings = model.settings
-    points = (objects.points_of_file(path, settings.data.train[0].points, settings.data.columns) for path in paths)
+    num_points, columns = settings.data.train[0].points, settings.data.columns
+    points = (objects.points_of_file(path, num_points, columns, strict=False) for path in paths)
     return [object_scene(settings, model.columns, path.name, one) for path, one in zip(paths, points, strict=True)]
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.files import expanded
-from kpcore.io import ReadError, read
+from kpcore.io import ReadError
 from kpcore.io.cloud import UNLABELED, MissingField, list_names
-from kpcore.io.formats import TABLES
+from kpcore.io.formats import read_columns
 from kpcore.pipeline import objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 from kpcore.scenes import PART_LABELS, indoor, shapes
@@ -136,15 +136,18 @@ def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
 
 
 def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True) -> Cloud:
-    """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing."""
+    """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing.
+
+    A file to be labelled need not have the columns of the training files, which have labels besides.
+    """
     fields = [name for name in settings.data.features if name not in COMPUTED_FEATURES]
-    columns = settings.data.columns if Path(path).suffix.lower() in TABLES else None
+    columns, label = settings.data.columns, settings.data.label
     try:
-        cloud = read(path, fields=fields, label=settings.data.label, columns=columns)
+        cloud = read_columns(path, columns, labelled, fields=fields, label=label)
     except MissingField:
-        if labelled or settings.data.label is None:
+        if labelled or label is None:
             raise
-        cloud = read(path, fields=fields, columns=columns)
+        cloud = read_columns(path, columns, labelled, fields=fields)
     for name, values in cloud.fields.items():
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kpcore.files import expanded
-from kpcore.io import ReadError, read, sample_mesh
+from kpcore.io import ReadError, sample_mesh
 from kpcore.io.cloud import list_names
-from kpcore.io.formats import READERS, TABLES
+from kpcore.io.formats import READERS, read_columns
 from kpcore.io.mesh import READERS as MESHES
 from kpcore.io.mesh import NoFaces
 from kpcore.scenes import shapes
@@ -65,6 +65,10 @@ def _in_folder(path: Path, part: Objects, classes: Sequence[str], left_out: Coun
             left_out["folders of no class" if entry.is_dir() else "files beside the folders"] += 1
     for label, name in enumerate(classes):
         entries = sorted((path / name / (part.split or "")).iterdir())
+        hidden = [entry for entry in entries if entry.name.startswith(".")]  # such as the ._ files of macOS
+        if hidden:
+            left_out["hidden files"] += len(hidden)
+            entries = [entry for entry in entries if entry not in hidden]
         files = [entry for entry in entries if entry.suffix.lower() in _SUFFIXES and not entry.is_dir()]
         if not files:
             folders = [entry.name for entry in entries if entry.is_dir()]
@@ -123,19 +127,19 @@ def points_of(one: Listed, classes: Sequence[str], part: Objects, columns: Seque
     """(n, 3) float32 points of an object in the unit sphere."""
     if one.path is None:
         return in_unit_sphere(one.name, shapes(classes[one.label], one.seed, part.points).points)
-    return points_of_file(one.path, part.points, columns)
+    return points_of_file(one.path, part.points, columns, strict=True)
 
 
-def points_of_file(path: Path, num_points: int, columns: Sequence[str] | None) -> np.ndarray:
-    """(n, 3) float32 points of a mesh, or of a cloud, in the unit sphere."""
+def points_of_file(path: Path, num_points: int, columns: Sequence[str] | None, *, strict: bool) -> np.ndarray:
+    """(n, 3) float32 points of a mesh or cloud in the unit sphere; for `columns` and `strict` see `read_columns`."""
     suffix = path.suffix.lower()
     if suffix in MESHES:
         try:
-            return in_unit_sphere(path, sample_mesh(path, num_points))
+            return in_unit_sphere(path, sample_mesh(path, num_points, dtype=np.float64))
         except NoFaces:
             if suffix not in READERS:
                 raise
-    cloud = read(path, columns=columns if suffix in TABLES else None)
+    cloud = read_columns(path, columns, strict)
     if cloud.left_out:
         warnings.warn(f"{path}: left out: points that are not finite ({cloud.left_out})", stacklevel=2)
     return in_unit_sphere(path, cloud.points)
@@ -143,8 +147,12 @@ def points_of_file(path: Path, num_points: int, columns: Sequence[str] | None) -
 
 def in_unit_sphere(name: object, points: np.ndarray) -> np.ndarray:
     """Points moved and scaled so that their mean is 0 and the largest norm 1."""
-    centered = points - points.mean(axis=0, dtype=np.float64)
-    radius = float(np.sqrt((centered**2).sum(axis=1).max()))
-    if not radius:
+    with np.errstate(over="ignore", invalid="ignore"):
+        centered = points - points.mean(axis=0, dtype=np.float64)
+        size = float(np.abs(centered).max())
+    if not size:
         raise ReadError(f"{name}: expected an object of a size above 0, got {len(points)} points at one place")
-    return (centered / radius).astype(np.float32)
+    if not np.isfinite(size):
+        raise ReadError(f"{name}: expected coordinates whose sum float64 can hold, got {np.abs(points).max():g}")
+    centered /= size  # before they are squared
+    return (centered / np.sqrt((centered**2).sum(axis=1).max())).astype(np.float32)

@@ -342,6 +342,8 @@ def _data(values: Any) -> Data:
     if not isinstance(values, dict):
         raise SettingsError(f"[data]: expected a table of settings, got {_shown(values)}")
     data = dict(values)
+    if "kind" in data and data["kind"] not in _SOURCES:
+        raise SettingsError(f"[data] kind: expected {', '.join(_SOURCES)}, got {_shown(data['kind'])}")
     for name in ("train", "test"):
         parts = data.get(name, [])
         if not isinstance(parts, list) or (name == "train" and not parts):
@@ -391,8 +393,6 @@ def _kind(data: Mapping[str, Any]) -> str:
         raise SettingsError("[data] train, test: expected either scenes or digits, got both")
     kinds = [name for name, source in _SOURCES.items() if source in sources]
     kind = data.get("kind", kinds[0])
-    if kind not in _SOURCES:
-        raise SettingsError(f"[data] kind: expected {', '.join(_SOURCES)}, got {_shown(kind)}")
     if kind not in kinds:
         raise SettingsError(f"[data] kind: expected {kinds[0]}, as train and test are, got {kind}")
     return kind
@@ -509,6 +509,8 @@ def _network(values: Any) -> Architecture:
     _check_bounds(network, "[network]", {"voxel_size": LENGTHS})
     if "dimension" in network.options:
         raise SettingsError("[network] dimension: cannot be set, as it follows from the data: 2 for digits, else 3")
+    if "heads" in network.options:
+        raise SettingsError('[network] heads: cannot be set, as they follow from the data: kind = "parts"')
     if network.kind not in ("kpconv", "kpnext"):
         raise SettingsError(f"[network] kind: expected kpconv or kpnext, got {_shown(network.kind)}")
     if network.kind == "kpnext":

@@ -285,15 +285,22 @@ class Training:
     def _save_last(self) -> None:
         model = self.model
         groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
-        run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results}
+        run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results,
+               "points": self._num_points()}  # fmt: skip
         checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
 
     def _resume(self) -> None:
         last = self.out / LAST
         groups, run = saved_run(last, self.settings, self.seed)
         with checkpoints.errors_name(f"resume: {last}"):
+            if run.get("points") != self._num_points():
+                raise ValueError(f"expected the data of the run to resume, {run.get('points')} points to train on, got "
+                                 f"{self._num_points()}")  # fmt: skip
             self._restore(groups, run)
         self._cut_log()
+
+    def _num_points(self) -> int:
+        return sum(len(scene.points) for scene in self.scenes)
 
     def _restore(self, groups: Mapping[str, dict[str, np.ndarray]], run: Mapping[str, Any]) -> None:
         model, training = self.model, self.settings.training
