@@ -182,7 +182,7 @@ TASKS = {
     "knn_search": [{"order": order} for order in ORDERS],
     "knn_features": [
         *({"dimension": dimension, "size": 1} for dimension in FEATURE_DIMENSIONS),
-        *({"dimension": 64, "size": size} for size in (0, 2)),
+        {"dimension": 64, "size": 0},
         *({"dimension": dimension, "size": size, "memory": True} for dimension in (64, 1024) for size in (0, 1)),
         {"dimension": 64, "size": 2, "memory": True},
     ],
