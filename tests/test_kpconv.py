@@ -92,8 +92,10 @@ def test_options_and_dtypes(influence, aggregation, normalization, geometry_type
     check_kpconv(case, influence=influence, aggregation=aggregation, normalization=normalization)
 
 
-@pytest.mark.parametrize("cout", CHANNELS)
-@pytest.mark.parametrize("cin", CHANNELS)
+# Rows and columns of a product have their ends apart from each other.
+@pytest.mark.parametrize(
+    ("cin", "cout"), [(a, b) for a in CHANNELS for b in CHANNELS if {a, b} & {1, 17, 64} or a == b]
+)
 @each_feature_type
 def test_channels(feature_type, cin, cout):
     check_kpconv(clouds.random_case(num_kernel=3, cin=cin, cout=cout, feature_type=feature_type))

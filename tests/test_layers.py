@@ -566,7 +566,7 @@ def test_a_loss_over_many_rows():
 @both_dtypes
 def test_linear_of_any_channels(dtype, c_in, c_out, isa):
     rng = np.random.default_rng(0)
-    for n in (1, 5, 6, 12, 119, 120, 121, 251):
+    for n in (1, 6, 119, 251) if c_in % 2 else (5, 12, 120, 121):
         x, w, b = (p.astype(dtype) for p in product(rng, n, c_in, c_out))
         grad = rng.normal(size=(n, c_out)).astype(dtype)
         got = results(kp.linear, (x, w, b), grad)
