@@ -32,7 +32,8 @@ def to_bcoo(neighbors: Neighbors, values: jax.Array | np.ndarray | None = None) 
     --------
     >>> import jax.numpy as jnp, numpy as np, kpcore as kp
     >>> nb = kp.Neighbors(np.array([0, 1, 1], np.int32), kp.row_splits([2, 0, 1]), num_points=2)
-    >>> kp.jax.to_bcoo(nb, jnp.array([1.0, 2.0, 3.0])) @ jnp.array([[10.0], [100.0]])
+    >>> values, x = jnp.array([1.0, 2.0, 3.0], jnp.float32), jnp.array([[10.0], [100.0]], jnp.float32)
+    >>> kp.jax.to_bcoo(nb, values) @ x
     Array([[210.],
            [  0.],
            [300.]], dtype=float32)

@@ -13,6 +13,8 @@ from kpcore.pipeline.data import IGNORED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from typing_extensions import NotRequired
+
     from kpcore.pipeline.data import Scene
     from kpcore.pipeline.settings import Training
     from kpcore.pipeline.training import Model
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 _SMOOTH = 0.95  # weight of the mean of a point's earlier votes, as in the KPConv code
 
 
-class Scores(TypedDict, total=False):
+class Scores(TypedDict):
     """Scores of labels, see `scores`; the log of a training holds them as JSON."""
 
     miou: float | None
@@ -29,7 +31,7 @@ class Scores(TypedDict, total=False):
     iou: dict[str, float | None]
     class_accuracy: dict[str, float | None]
     points: int
-    class_miou: float | None  #: of parts alone, see `part_scores`
+    class_miou: NotRequired[float | None]  #: of parts alone, see `part_scores`
 
 
 def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,

@@ -118,7 +118,7 @@ def train(toml: Path, out: Path) -> Model:
     assert_type(settings, Settings)
     assert_type(settings.names, tuple[str, ...])
     assert_type(settings.training.lr, float)
-    assert_type(settings.data.classes, dict[str, list[int]])
+    assert_type(settings.data.classes, dict[str, list[int]] | list[str])
     assert_type(settings.net(), nn.Network | nn.KPNeXt)
     training = Training(settings, out, toml.parent, seed=1)
     assert_type(training.epoch, int)
