@@ -831,13 +831,7 @@ def deform2d(bench, kind, memory=False):
         layer = partial(kp.deformable_conv2d, padding=1, groups=64 if depthwise else 1)
     bench.label(order=kind, size=f"{batch} x 64 x {size} x {size}")
 
-    def forward():
-        return [layer(x, weight, offsets)]
-
-    def step():
-        out, pullback = kp.autodiff.vjp(layer, x, weight, offsets)
-        return [out, *pullback(grad_out)]
-
+    forward, step = image_calls(layer, (x, weight, offsets), grad_out)
     if memory:
         layer(x[:1, :, :8, :8].copy(), weight, offsets[:1, :, :8, :8].copy())  # starts threads and loads code
         bench.memory("memory of forward", forward, x.nbytes)
@@ -859,6 +853,19 @@ def deform2d(bench, kind, memory=False):
         bench.against("forward", forward, peers.NUMPY_MATMUL, product, lambda _: None, note=blas)
 
 
+def image_calls(layer, arguments, grad_out):
+    """(a layer's forward pass, its forward pass and gradients)."""
+
+    def forward():
+        return [layer(*arguments)]
+
+    def step():
+        out, pullback = kp.autodiff.vjp(layer, *arguments)
+        return [out, *pullback(grad_out)]
+
+    return forward, step
+
+
 def image_kernels(bench, kind):
     """Convolutions of images with a kernel for each image: a mixture of 8 experts, or resampled by its offsets."""
     rng, (batch, size, channels) = np.random.default_rng(9), bench.sizes["image_kernels"]
@@ -872,13 +879,7 @@ def image_kernels(bench, kind):
     weight = rng.standard_normal(weight, np.float32)
     bench.label(order=kind, size=f"{batch} x {channels} x {size} x {size}")
 
-    def forward():
-        return [layer(x, weight, of_images)]
-
-    def step():
-        out, pullback = kp.autodiff.vjp(layer, x, weight, of_images)
-        return [out, *pullback(grad_out)]
-
+    forward, step = image_calls(layer, (x, weight, of_images), grad_out)
     inputs = {"x": x, "weight": weight, "offsets": of_images, "grad_out": grad_out, "depthwise": False}
     for what, call, is_step in (("forward", forward, 0), ("forward + vjp", step, 1)):
         result = bench.first(call)

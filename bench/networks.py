@@ -389,5 +389,5 @@ def throughput(bench, problem, published):
         expected = bench.first(call)
         np.testing.assert_allclose(other(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
         bench.compare(what, call, peers.DENSE_NETWORK.name, other)
-        ours, theirs = (1 / bench.rows[-1][side]["median"] for side in ("ours", "theirs"))
-        bench.row(f"{what}, rate", ours, f"batches a second, dense torch {theirs:.2g}{also}")
+        rate, dense_rate = (1 / bench.rows[-1][side]["median"] for side in ("ours", "theirs"))
+        bench.row(f"{what}, rate", rate, f"batches a second, dense torch {dense_rate:.2g}{also}")

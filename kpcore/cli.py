@@ -276,13 +276,13 @@ def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
 
 
 def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> None:
-    """Train the chosen folds, each in a folder of its own in --out; print the table when all folds are complete."""
+    """Train the chosen folds, each in a folder below --out; print the table when all folds are complete."""
     from kpcore.pipeline import folds
     from kpcore.pipeline.training import CURVES, LAST
 
     def confusions() -> dict[str, np.ndarray]:
-        found = {name: folds.last_confusion(args.out / name, fold, args.seed) for name, fold in settings.items()}
-        return {name: confusion for name, confusion in found.items() if confusion is not None}
+        last = {name: folds.last_confusion(args.out / name, fold, args.seed) for name, fold in settings.items()}
+        return {name: confusion for name, confusion in last.items() if confusion is not None}
 
     check_writable(args.out / folds.FOLDS)
     complete, read_parts = confusions(), {}

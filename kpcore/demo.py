@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from kpcore.io import Cloud
     from kpcore.picture import Patch
-    from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.settings import Settings, Source
     from kpcore.pipeline.training import Model
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
@@ -111,18 +112,10 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
 
 def train(out: Path) -> None:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
-    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
-    require("safetensors", "io")
+    tqdm = require("tqdm", "io").tqdm
+    path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
     from kpcore.pipeline import segmentation, voting
-    from kpcore.pipeline.data import load
-    from kpcore.pipeline.settings import from_dict
 
-    make_folder(out)
-    path = out / "kpcore-indoor.png"
-    check_writable(path)
-    settings = from_dict(TRAINING)
-    model = _trained(settings, "KP-FCNN", "furnished flats")
-    (scene,), _ = load(settings, [UNSEEN], ".", model.columns)
     begin = time.perf_counter()
     with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
         classes = voting.labels_of(model, scene, watch=lambda done: bar.update(done - bar.n))
@@ -146,18 +139,12 @@ def train(out: Path) -> None:
 
 def objects(out: Path) -> None:
     """Train a small KP-CNN on generated objects for some two minutes, then classify objects that it has not seen."""
-    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
-    require("safetensors", "io")
+    tqdm = require("tqdm", "io").tqdm
+    path, settings, model, unseen = _trained(
+        out, "kpcore-objects.png", OBJECTS, UNSEEN_OBJECTS, "KP-CNN", "generated objects"
+    )
     from kpcore.pipeline import classification, voting
-    from kpcore.pipeline.data import load
-    from kpcore.pipeline.settings import from_dict
 
-    make_folder(out)
-    path = out / "kpcore-objects.png"
-    check_writable(path)
-    settings = from_dict(OBJECTS)
-    model = _trained(settings, "KP-CNN", "generated objects")
-    unseen, _ = load(settings, [UNSEEN_OBJECTS], ".", model.columns)
     begin = time.perf_counter()
     with tqdm(desc="classifying others", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
         classified = classification.classify(model, unseen, OBJECT_VOTES, lambda done: bar.update(done - bar.n))
@@ -173,11 +160,20 @@ def objects(out: Path) -> None:
     print(f"picture: {path}")
 
 
-def _trained(settings: Settings, network: str, scenes: str) -> Model:
-    """Train a network, with a bar, and print what it is trained on and how long it takes."""
+def _trained(out: Path, picture_name: str, sections: dict[str, Any], unseen: Source, network: str,
+             scenes: str) -> tuple[Path, Settings, Model, list[Scene]]:  # fmt: skip
+    """(path of the picture, settings, the trained model, the unseen scenes); prints how long training takes."""
+    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
+    require("safetensors", "io")
+    from kpcore.pipeline.data import load
+    from kpcore.pipeline.settings import from_dict
     from kpcore.pipeline.training import Training
 
-    tqdm, steps = require("tqdm", "io").tqdm, settings.training.epochs * settings.training.steps
+    make_folder(out)
+    path = out / picture_name
+    check_writable(path)  # before minutes of training
+    settings = from_dict(sections)
+    steps = settings.training.epochs * settings.training.steps
     with tempfile.TemporaryDirectory() as folder:
         training = Training(settings, folder, folder)
         size = kp.nn.count(training.model.params)
@@ -191,7 +187,7 @@ def _trained(settings: Settings, network: str, scenes: str) -> Model:
             begin = time.perf_counter()
             training.run(watch)
         print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
-    return training.model
+    return path, settings, training.model, load(settings, [unseen], ".", training.model.columns)[0]
 
 
 def _rounded_up(value: float) -> str:

@@ -50,6 +50,18 @@ def shared():
 
 
 @pytest.fixture
+def command(capsys):
+    """Run a command of kpcore in this process: (exit code, standard output, standard error)."""
+    from kpcore import cli
+
+    def run(*words):
+        code = cli.main([*map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def set_threads():
     """kpcore.set_num_threads; the number of threads is restored after the test."""
     before = kp.get_num_threads()

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_training import assert_same_checkpoints, settings_dict
+from test_training import settings_dict
+from training_runs import assert_same_checkpoints
 
 from kpcore import cli
 from kpcore.nn import checkpoints
@@ -47,15 +48,6 @@ momentum = 0.5
 validate = 1
 """
 NAMES = ["East", "West-wing", "North"]
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*words):
-        code = cli.main([*map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_runs import check_resumed
 
-from kpcore import cli
 from kpcore.io import ReadError
-from kpcore.nn import checkpoints
 from kpcore.pipeline import batches, classification, data, objects, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict, read_settings
 from kpcore.scenes import CATEGORIES, shapes
@@ -280,31 +279,7 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, network, monkeypatc
     if "kind" in network:
         parts["network"] = {"voxel_size": 0.15, "width": 16} | network
     config = from_dict(parts)
-    whole = training.Training(config, tmp_path / "whole", ".", seed=5)
-    whole.run()
-    monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
-
-    class Stop(Exception):
-        pass
-
-    def stop(entry):
-        if entry.get("step") == 2 and entry["epoch"] == 0:
-            raise Stop
-
-    part = training.Training(config, tmp_path / "part", ".", seed=5)
-    with pytest.raises(Stop):
-        part.run(stop)
-    part = training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
-    assert (part.epoch, part.step) == (0, 2)
-    part.run()
-    for name in ("last", "best"):
-        (groups, about), (others, about_other) = (
-            checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part")
-        )
-        assert about == about_other
-        for group, values in groups.items():
-            for key, value in values.items():
-                assert value.tobytes() == others[group][key].tobytes()
+    check_resumed(config, tmp_path, [(0, 2)], monkeypatch)
 
 
 def test_a_batch_has_whole_objects(trained):
@@ -352,15 +327,6 @@ def test_errors_begin_with_the_most_probable():
 
 
 # ---- commands
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*words):
-        code = cli.main([*map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 TOML = """

@@ -5,10 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from training_runs import check_resumed
 
-from kpcore import cli
 from kpcore.io import ReadError, read
-from kpcore.nn import checkpoints
 from kpcore.pipeline import batches, data, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict
 from kpcore.scenes import CATEGORIES, PART_LABELS, shapes
@@ -180,29 +179,7 @@ def test_folders_that_are_refused(shapenet, name, text, message):
 @pytest.mark.parametrize("network", [{}, {"deformable": 1}])
 def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, network, monkeypatch):
     config = from_dict(sections(network=network))
-    training.Training(config, tmp_path / "whole", ".", seed=5).run()
-    monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
-
-    class Stop(Exception):
-        pass
-
-    def stop(entry):
-        if entry.get("step") == 2 and entry["epoch"] == 0:
-            raise Stop
-
-    with pytest.raises(Stop):
-        training.Training(config, tmp_path / "part", ".", seed=5).run(stop)
-    part = training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
-    assert (part.epoch, part.step) == (0, 2)
-    part.run()
-    for name in ("last", "best"):
-        (groups, about), (others, about_other) = (
-            checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part")
-        )
-        assert about == about_other
-        for group, values in groups.items():
-            for key, value in values.items():
-                assert value.tobytes() == others[group][key].tobytes()
+    check_resumed(config, tmp_path, [(0, 2)], monkeypatch)
 
 
 def test_an_object_trains_its_head_alone(tmp_path):
@@ -236,15 +213,6 @@ def test_labels_are_those_of_the_nearest_points_and_of_the_category(tmp_path):
 
 
 # ---- commands
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*words):
-        code = cli.main([*map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.filterwarnings("always:.*left out")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from reference import assert_same_bits
+from training_runs import assert_same_checkpoints, check_resumed
 
 import kpcore as kp
 from kpcore import cli, scenes
@@ -647,29 +648,7 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     if "kind" in network:
         sections["network"] = {"voxel_size": 0.2, "momentum": 0.2} | network
     config = from_dict(sections)
-    whole = training.Training(config, tmp_path / "whole", ".", seed=5)
-    whole.run()
-    monkeypatch.setattr(training, "_BETWEEN_CHECKPOINTS", 0)  # after every step
-
-    class Stop(Exception):
-        pass
-
-    def stop_at(*when):
-        def watch(entry):
-            if "loss" in entry and (entry["epoch"], entry["step"]) == when:
-                raise Stop
-
-        return watch
-
-    part = training.Training(config, tmp_path / "part", ".", seed=5)
-    for when in ((0, 3), (1, 0), (1, 4)):
-        with pytest.raises(Stop):
-            part.run(stop_at(*when))
-        part = training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
-    part.run()
-    for name in ("last", "best"):
-        one, other = (checkpoints.read(tmp_path / run / f"{name}.safetensors") for run in ("whole", "part"))
-        assert_same_checkpoints(one, other)
+    check_resumed(config, tmp_path, [(0, 3), (1, 0), (1, 4)], monkeypatch)
 
     def log(run):
         entries = map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
@@ -687,15 +666,6 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(tmp_path, how, network, monke
     checkpoints.write(tmp_path / "part" / "last.safetensors", groups, about)
     with pytest.raises(ValueError, match=rf"resume: .*: params: expected {re.escape(name)} .* got none"):
         training.Training(config, tmp_path / "part", ".", seed=5, resume=True)
-
-
-def assert_same_checkpoints(one, other):
-    (groups, about), (others, about_other) = one, other
-    assert about == about_other and groups.keys() == others.keys()
-    for group, values in groups.items():
-        assert values.keys() == others[group].keys()
-        for name, value in values.items():
-            assert_same_bits(value, others[group][name])
 
 
 SHAPES = {"train": [{"shapes": 0, "number": 5, "points": 300}], "test": [{"shapes": 9, "number": 2, "points": 300}]}
@@ -1082,15 +1052,6 @@ def test_files_that_labels_are_not_written_to(tmp_path):
 
 
 # ---- commands
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*words):
-        code = cli.main([*map(str, words)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 TOML = """

@@ -378,10 +378,7 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
     """(row_splits, index, distance or None): the k nearest within the radius, which may be infinite"""
     cdef Search args = search_arguments(index, queries, queries_row_splits, radius, k, sort, metric, ignore, threads)
     num_queries = index.num_points if queries is None else len(queries)
-    check_room(num_queries * k, num_queries * k * (4 + return_distances * index.dtype.itemsize))
-    counts = np.empty(num_queries, np.int64)
-    neighbors = np.empty((num_queries, k), np.int32)
-    distance = np.empty((num_queries, k), index.dtype) if return_distances else None
+    counts, neighbors, distance = empty_rows(num_queries, k, index.dtype, return_distances, check_room)
     cdef int64_t* to_counts = <int64_t*>view(counts).data
     cdef int32_t* to_index = <int32_t*>view(neighbors).data
     cdef void* to_distance = view(distance).data
@@ -390,6 +387,13 @@ def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int 
         status = functions().knn_search(args, to_index, to_distance, to_counts)
     raise_for(status)
     return packed_rows(counts, neighbors, distance)
+
+
+cdef tuple empty_rows(num_queries, k, dtype, return_distances, check_room):
+    """(counts, index, distance or None) for rows of up to k entries"""
+    check_room(num_queries * k, num_queries * k * (4 + return_distances * dtype.itemsize))
+    distance = np.empty((num_queries, k), dtype) if return_distances else None
+    return np.empty(num_queries, np.int64), np.empty((num_queries, k), np.int32), distance
 
 
 cdef tuple packed_rows(counts, neighbors, distance):
@@ -414,11 +418,7 @@ def feature_search(points, row_splits, queries, queries_row_splits, int64_t k, i
     args.k = k
     args.ignore = <Ignore>ignore
     args.threads = threads
-    num_queries = args.queries.rows
-    check_room(num_queries * k, num_queries * k * (4 + return_distances * points.dtype.itemsize))
-    counts = np.empty(num_queries, np.int64)
-    neighbors = np.empty((num_queries, k), np.int32)
-    distance = np.empty((num_queries, k), points.dtype) if return_distances else None
+    counts, neighbors, distance = empty_rows(args.queries.rows, k, points.dtype, return_distances, check_room)
     cdef int64_t* to_counts = <int64_t*>view(counts).data
     cdef int32_t* to_index = <int32_t*>view(neighbors).data
     cdef void* to_distance = view(distance).data

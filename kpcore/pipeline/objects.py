@@ -48,15 +48,15 @@ def listed(part: Objects, classes: Sequence[str], folder: str | os.PathLike[str]
     path = Path(folder, expanded(part.folder or part.list))
     find = _in_folder if part.folder else _in_split if path.suffix == ".json" else _in_list
     try:
-        found = [*find(path, part, classes, left_out)]
+        all_objects = [*find(path, part, classes, left_out)]
     except OSError as error:
         raise ReadError(f"{error.filename or path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ReadError(f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#x}") from None
     if left_out:
         reasons = ", ".join(f"{reason} ({number})" for reason, number in left_out.items())
-        warnings.warn(f"{path}: {len(found)} objects; left out: {reasons}", stacklevel=2)
-    return found
+        warnings.warn(f"{path}: {len(all_objects)} objects; left out: {reasons}", stacklevel=2)
+    return all_objects
 
 
 def _in_folder(path: Path, part: Objects, classes: Sequence[str], left_out: Counter[str]) -> Iterable[Listed]:

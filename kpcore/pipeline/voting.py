@@ -197,9 +197,9 @@ def part_scores(matrices: Sequence[np.ndarray], categories: Sequence[int], heads
     values: dict[str, list[float]] = {name: [] for name in heads}
     for matrix, category in zip(matrices, categories, strict=True):
         span = slice(begins[category], begins[category + 1])
-        own = matrix[span, span]
-        correct = np.diag(own)
-        union = own.sum(axis=1) + own.sum(axis=0) - correct
+        in_category = matrix[span, span]
+        correct = np.diag(in_category)
+        union = in_category.sum(axis=1) + in_category.sum(axis=0) - correct
         values[list(heads)[category]].append(float(np.where(union > 0, correct / np.maximum(union, 1), 1).mean()))
     iou = {name: float(np.mean(of_objects)) if of_objects else None for name, of_objects in values.items()}
     common = scores(np.sum(matrices, axis=0), [str(number) for number in range(int(begins[-1]))])
