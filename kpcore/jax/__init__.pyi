@@ -1,4 +1,4 @@
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, overload
 
 from jax import Array
@@ -108,6 +108,17 @@ def build_pyramid(
     neighbor_limits: Sequence[int] | None = ...,
     upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Array]: ...
+def calibrate_neighbor_limits(
+    clouds: Iterable[Array | ndarray],
+    *,
+    voxel_size: float,
+    num_levels: int,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    fraction: float = ...,
+) -> list[int]: ...
 def concatenate(
     first: Array | ndarray,
     second: Array | ndarray,
@@ -335,6 +346,9 @@ def leaky_relu(
     features: Array | ndarray,
     negative_slope: float = ...,
 ) -> Array: ...
+def lengths(
+    row_splits: Array | ndarray,
+) -> Array: ...
 def linear(
     features: Array | ndarray,
     weights: Array | ndarray,
@@ -397,6 +411,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Array: ...
+def row_splits(
+    lengths: Sequence[int] | Array | ndarray,
 ) -> Array: ...
 def row_splits_to_batch(
     row_splits: Array | ndarray,
