@@ -112,7 +112,7 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
     sizes = {}
     points1 = arguments.tensor("points1", points1, "N P1 D", arguments.REAL, sizes)
     points2 = arguments.tensor("points2", points2, "N P2 D", (points1.dtype,), sizes)
-    K = checks.integer("K", K, 1, checks.MAX_POINTS)
+    K = checks.integer("K", K, 1)
     radii = _radii(r, points1)
     queries, splits1, row = _stacked("lengths1", points1, lengths1)
     points, splits2, _ = _stacked("lengths2", points2, lengths2)

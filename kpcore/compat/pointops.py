@@ -119,7 +119,7 @@ def knn_query(nsample: int, xyz: torch.Tensor, offset: torch.Tensor, new_xyz: to
             [0.0000e+00, 1.0000e+05]]))
     """
     splits = _bounds(xyz, offset, new_xyz, new_offset)
-    nsample = checks.integer("nsample", nsample, 1, checks.MAX_POINTS)
+    nsample = checks.integer("nsample", nsample, 1)
     neighbors = _nearest(nsample, xyz, new_xyz, splits)
     index = on_stream_of(xyz, lambda: to_tensor(neighbors.to_padded(nsample, -1)))
     distance = to_tensor(neighbors.stored_distance)
@@ -168,11 +168,11 @@ def ball_query(nsample: int, max_radius: float, min_radius: float, xyz: torch.Te
             [ 2,  0, -1],
             [ 3,  1, -1]], dtype=torch.int32)
     """
-    nsample, point, squared, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
+    nsample, point, distance, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
     counts, column = torch.diff(row_splits)[:, None], torch.arange(nsample, device=xyz.device)
     step = counts.to(torch.float32) / nsample  # pointops computes the numbers in float32
     spread = torch.minimum((step * column).to(torch.int64), counts - 1)
-    return _rows_of_pairs(torch.where(counts > nsample, spread, column), counts, point, squared, row_splits)
+    return _rows_of_pairs(torch.where(counts > nsample, spread, column), counts, point, distance, row_splits)
 
 
 @torch.no_grad()
@@ -194,13 +194,13 @@ def random_ball_query(nsample: int, max_radius: float, min_radius: float, xyz: t
     idx, dist
         As `knn_query`, in the random order.
     """
-    nsample, point, squared, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
+    nsample, point, distance, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
     counts = torch.diff(row_splits)
     query = torch.repeat_interleave(torch.arange(len(counts), device=xyz.device), counts, output_size=len(point))
     rank = torch.randperm(len(xyz), device=xyz.device)
     order = torch.argsort(query * len(xyz) + rank[point])
     column = torch.arange(nsample, device=xyz.device)
-    return _rows_of_pairs(column, counts[:, None], point[order], squared[order], row_splits)
+    return _rows_of_pairs(column, counts[:, None], point[order], distance[order], row_splits)
 
 
 def farthest_point_sampling(xyz: torch.Tensor, offset: torch.Tensor, new_offset: torch.Tensor) -> torch.Tensor:
@@ -379,8 +379,8 @@ def query_and_group(nsample: int, xyz: torch.Tensor, new_xyz: torch.Tensor | Non
     (features, idx), or idx
     """
     if idx is None:
-        nsample = checks.integer("nsample", nsample, 1, checks.MAX_POINTS)
-        step = checks.integer("dilation", dilation, 0, checks.MAX_POINTS) + 1
+        nsample = checks.integer("nsample", nsample, 1)
+        step = checks.integer("dilation", dilation, 0) + 1
         total = 1 + (nsample - 1) * step
         queries_offset = new_offset if new_xyz is not None else None
         nearest, _ = knn_query(total, xyz, offset, new_xyz, queries_offset)
@@ -546,8 +546,8 @@ def _nearest(k, xyz, new_xyz, splits):
 
 
 def _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset):
-    """(nsample, point, squared distance, row_splits) of the pairs of a ball query, by (distance, index)."""
-    nsample = checks.integer("nsample", nsample, 1, checks.MAX_POINTS)
+    """(nsample, point, distance, row_splits) of the pairs of a ball query, by (distance, index)."""
+    nsample = checks.integer("nsample", nsample, 1)
     splits = _bounds(xyz, offset, new_xyz, new_offset)
     dtype = np.dtype(np.float64)
     max_radius, min_radius = (
@@ -559,14 +559,17 @@ def _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset):
     reach = max(max_radius, 1.001 * _ALWAYS**0.5)
     with argument_names(**_NAMES, radius="max_radius"):
         neighbors = kpt.radius_search(
-            xyz, new_xyz, reach, points_row_splits=splits[0], queries_row_splits=splits[1], sort="distance"
-        )
+            xyz, new_xyz, reach, points_row_splits=splits[0], queries_row_splits=splits[1], sort="distance",
+            return_distances=True
+        )  # fmt: skip
     point, query, row_splits = pairs(neighbors)
     squared = measures(xyz, xyz if new_xyz is None else new_xyz, point, query, "L2")
     outer, inner = (torch.tensor(radius, dtype=xyz.dtype) for radius in (max_radius, min_radius))
     kept = (squared.to(torch.float64) <= _ALWAYS) | ((squared >= inner * inner) & (squared < outer * outer))
-    point, squared, _, row_splits = kept_pairs(kept, point, squared, query, row_splits)
-    return nsample, point, squared, row_splits
+    # Distances are those of the search: torch's square root is not rounded to the nearest number everywhere.
+    distance = to_tensor(neighbors.stored_distance)[: len(point)]
+    point, distance, _, row_splits = kept_pairs(kept, point, distance, query, row_splits)
+    return nsample, point, distance, row_splits
 
 
 def _gathered(name, rows, idx):
@@ -584,11 +587,11 @@ def _gathered(name, rows, idx):
     return gathered.masked_fill(missing, 0) if some_missing else gathered
 
 
-def _rows_of_pairs(number, counts, point, squared, row_splits):
+def _rows_of_pairs(number, counts, point, distance, row_splits):
     """(idx, dist) of the pairs with these numbers within their rows, padded with -1 and 100,000."""
     column = torch.arange(number.shape[-1], device=point.device)
     there = column < counts
     at = torch.where(there, row_splits[:-1, None] + number, 0)
     point = torch.cat([point, point.new_zeros(1)])  # so that row 0 exists if there are no pairs
-    distance = torch.cat([squared, squared.new_zeros(1)]).sqrt()
+    distance = torch.cat([distance, distance.new_zeros(1)])
     return torch.where(there, point[at], -1).to(torch.int32), torch.where(there, distance[at], _MISSING)

@@ -343,7 +343,7 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
     random_start = checks.boolean("random_start", random_start)
 
     def compute() -> torch.Tensor:
-        points = to_array("src", src.reshape(len(src), -1) if src.ndim else src)
+        points = to_array("src", _columns(src))
         points = checks.points_array("src", points, {}, dimensions=checks.DIMENSIONS)
         if ptr is None:
             rows = None if batch is None else to_array("batch", checked(None, "batch", batch))
@@ -400,7 +400,7 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
     tensor([0, 5, 3, 0, 1])
     """
     checked(None, "pos", pos)
-    pos = pos.reshape(len(pos), -1) if pos.ndim else pos
+    pos = _columns(pos)
     if pos.ndim != 2 or pos.is_complex() or pos.dtype == torch.bool:
         raise TypeError(f"pos: expected real numbers (N, D), got {str(pos.dtype)[6:]} {tuple(pos.shape)}")
     size = _corner("size", size, pos)
@@ -412,7 +412,8 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
     end = pos.amax(0) if end is None else _corner("end", end, pos)
     voxels = ((end - start) / size).to(torch.int64) + 1
     relative = (pos - start) / size
-    outside = ~((relative >= 0) & (relative < voxels)).all(1)
+    numbers = relative.to(torch.int64)
+    outside = ~(relative.isfinite() & (relative >= 0) & (numbers < voxels)).all(1)
     if outside.any():
         row = int(outside.to(torch.uint8).argmax())
         raise ValueError(
@@ -422,7 +423,12 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
     if voxels.to(torch.float64).prod() >= 2**63:
         raise ValueError(f"size: expected a grid of at most 2**63 - 1 voxels, got {voxels.tolist()} along the axes")
     strides = torch.cat([torch.ones_like(voxels[:1]), voxels.cumprod(0)[:-1]])
-    return (relative.to(torch.int64) * strides).sum(1)
+    return (numbers * strides).sum(1)
+
+
+def _columns(tensor):
+    """(N, ...) as (N, D)."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1) if tensor.ndim else tensor
 
 
 def _rows(name, value):
