@@ -34,8 +34,8 @@ Different from pointops:
 * `farthest_point_sampling` chooses no point twice and takes the smallest index of equally far points. Items may be
   empty. Asking for more points than an item has is an error.
 * Gradients are the same in every run, to the bit.
-* `subtraction`, `aggregation`, `attention_relation_step` and `attention_fusion_step` are not here: compute them in
-  torch from the rows that `grouping2` gathers, as in ``input1[:, None] - grouping2(input2, idx)``.
+* `subtraction`, `aggregation`, `attention_relation_step` and `attention_fusion_step` raise NotImplementedError: compute
+  them in torch from the rows that `grouping2` gathers, as in ``input1[:, None] - grouping2(input2, idx)``.
 """
 
 from __future__ import annotations
@@ -52,24 +52,16 @@ from kpcore.compat.stacked import argument_names, farthest_points
 from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
 
 __all__ = [
-    "ball_query", "ball_query_and_group", "batch2offset", "farthest_point_sampling", "furthestsampling", "grouping",
-    "grouping2", "interpolation", "interpolation2", "knn_query", "knn_query_and_group", "knnquery", "offset2batch",
-    "query_and_group", "queryandgroup", "random_ball_query",
+    "aggregation", "attention_fusion_step", "attention_relation_step", "ball_query", "ball_query_and_group",
+    "batch2offset", "farthest_point_sampling", "furthestsampling", "grouping", "grouping2", "interpolation",
+    "interpolation2", "knn_query", "knn_query_and_group", "knnquery", "offset2batch", "query_and_group",
+    "queryandgroup", "random_ball_query", "subtraction",
 ]  # fmt: skip
 
 _NAMES = {"points": "xyz", "queries": "new_xyz", "points_row_splits": "offset", "queries_row_splits": "new_offset",
           "features": "feat", "k": "nsample"}  # fmt: skip
-_NOT_HERE = ("aggregation", "attention_fusion_step", "attention_relation_step", "subtraction")
 _MISSING = 1e5  # the distance where there is no neighbour: the square root of 1e10
 _ALWAYS = 1e-5  # squared distance up to which a ball query takes a point, whatever `min_radius`
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name in _NOT_HERE:
-        raise AttributeError(
-            f"kpcore.compat.pointops has no {name}: compute it in torch from the rows that grouping2 gathers"
-        )
-    raise AttributeError(f"module 'kpcore.compat.pointops' has no attribute {name!r}")
 
 
 # ---- searches
@@ -505,6 +497,32 @@ def batch2offset(batch: torch.Tensor) -> torch.Tensor:
     tensor([2, 2, 5], dtype=torch.int32)
     """
     return kpt.batch_to_row_splits(batch)[1:].to(torch.int32)
+
+
+# ---- not available
+
+
+_ATTENTION = "not in kpcore; compute it in torch from the rows that grouping2 gathers"
+
+
+def subtraction(*_: object) -> NoReturn:
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"subtraction: {_ATTENTION}")
+
+
+def aggregation(*_: object) -> NoReturn:
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"aggregation: {_ATTENTION}")
+
+
+def attention_relation_step(*_: object) -> NoReturn:
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"attention_relation_step: {_ATTENTION}")
+
+
+def attention_fusion_step(*_: object) -> NoReturn:
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"attention_fusion_step: {_ATTENTION}")
 
 
 # ---- what they share

@@ -5,8 +5,8 @@ Code written for torch_cluster runs with one import changed::
     from kpcore.compat import torch_cluster             # in place of: import torch_cluster
     from kpcore.compat.torch_cluster import knn_graph   # in place of: from torch_cluster import knn_graph
 
-PyTorch Geometric, whose functions call torch_cluster, takes this module if it stands under that name before
-torch_geometric is imported::
+The functions of ``torch_geometric.nn`` with these names have the same arguments. Up to version 2.7 all of PyTorch
+Geometric takes this module, if it stands under the name torch_cluster before torch_geometric is imported::
 
     import sys, kpcore.compat.torch_cluster
     sys.modules["torch_cluster"] = kpcore.compat.torch_cluster
@@ -37,8 +37,8 @@ Different from torch_cluster:
 * `grid_cluster` raises an error for points outside `start` to `end`, to which torch_cluster gives the numbers of other
   voxels.
 * Coordinates that are NaN or infinite are an error; so are integers, float16 on the CPU and bfloat16.
-* `graclus_cluster`, `random_walk` and `neighbor_sampler` are not here: take these from torch_cluster or pyg-lib.
-  Functions cannot be compiled by torch.jit.script.
+* `graclus_cluster`, `random_walk` and `neighbor_sampler` raise NotImplementedError. Functions cannot be compiled by
+  torch.jit.script.
 """
 
 from __future__ import annotations
@@ -55,19 +55,13 @@ from kpcore.neighbors import splits_of_batch
 from kpcore.torch.eager import eager
 from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
 
-__all__ = ["fps", "grid_cluster", "knn", "knn_graph", "nearest", "radius", "radius_graph"]
+__all__ = [
+    "fps", "graclus_cluster", "grid_cluster", "knn", "knn_graph", "nearest", "neighbor_sampler", "radius",
+    "radius_graph", "random_walk",
+]  # fmt: skip
 
 _SEARCH = {"points": "x", "queries": "y", "radius": "r", "max_neighbors": "max_num_neighbors", "k": "k"}
-_NOT_HERE = ("graclus_cluster", "neighbor_sampler", "random_walk")
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name in _NOT_HERE:
-        raise AttributeError(
-            f"kpcore.compat.torch_cluster has no {name}: it is an operation on graphs, not on points; take it from "
-            "torch_cluster or pyg-lib"
-        )
-    raise AttributeError(f"module 'kpcore.compat.torch_cluster' has no attribute {name!r}")
+_GRAPHS = "an operation on graphs, not on points, is not in kpcore; take it from torch_cluster or pyg-lib"
 
 
 # `eager` passes arrays to these functions, which share memory with the tensors of the caller, and returns tensors. The
@@ -424,6 +418,24 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
         raise ValueError(f"size: expected a grid of at most 2**63 - 1 voxels, got {voxels.tolist()} along the axes")
     strides = torch.cat([torch.ones_like(voxels[:1]), voxels.cumprod(0)[:-1]])
     return (numbers * strides).sum(1)
+
+
+def graclus_cluster(row: torch.Tensor, col: torch.Tensor, weight: torch.Tensor | None = None,
+                    num_nodes: int | None = None) -> NoReturn:  # fmt: skip
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"graclus_cluster: {_GRAPHS}")
+
+
+def random_walk(row: torch.Tensor, col: torch.Tensor, start: torch.Tensor, walk_length: int, p: float = 1,
+                q: float = 1, coalesced: bool = True, num_nodes: int | None = None,
+                return_edge_indices: bool = False) -> NoReturn:  # fmt: skip
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"random_walk: {_GRAPHS}")
+
+
+def neighbor_sampler(start: torch.Tensor, rowptr: torch.Tensor, size: float) -> NoReturn:
+    """Not available: raises NotImplementedError."""
+    raise NotImplementedError(f"neighbor_sampler: {_GRAPHS}")
 
 
 def _columns(tensor):
