@@ -34,7 +34,6 @@ import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import arguments
 from kpcore.compat.open3d_search import pairs
-from kpcore.compat.stacked import argument_names
 from kpcore.torch.ops import numpy_dtype
 
 __all__ = ["frnn_gather", "frnn_grid_points"]
@@ -119,7 +118,7 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
     item = torch.searchsorted(splits1[1:], torch.arange(len(queries), device=queries.device), right=True)
     radius = float(radii) if radii.numel() == 1 else radii[item]
     has_index = points.shape[1] in checks.DIMENSIONS
-    with argument_names(**_NAMES):
+    with arguments.argument_names(**_NAMES):
         if has_index:
             grid = _grid(points, splits2, radii) if grid is None else _checked_grid(grid, splits2)
             neighbors = grid.index.radius_search(

@@ -46,10 +46,10 @@ import numpy as np
 import torch
 
 import kpcore.torch as kpt
-from kpcore.backends import checks, devices
+from kpcore.backends import checks
+from kpcore.compat.arguments import argument_names
 from kpcore.compat.open3d_search import kept_pairs, measures, pairs
-from kpcore.compat.stacked import argument_names, farthest_points
-from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
+from kpcore.torch.ops import checked, on_stream_of, to_tensor
 
 __all__ = [
     "aggregation", "attention_fusion_step", "attention_relation_step", "ball_query", "ball_query_and_group",
@@ -222,28 +222,16 @@ def farthest_point_sampling(xyz: torch.Tensor, offset: torch.Tensor, new_offset:
     >>> pointops.farthest_point_sampling(xyz, torch.tensor([5]), torch.tensor([3]))
     tensor([0, 3, 4], dtype=torch.int32)
     """
-    checked(None, "xyz", xyz)
-
-    def compute() -> torch.Tensor:
-        points = checks.points_array("xyz", to_array("xyz", xyz), {}, dimensions=checks.DIMENSIONS)
-        bounds = [
-            devices.on_host(to_array(name, _splits(name, ends).cpu()))
-            for name, ends in (("offset", offset), ("new_offset", new_offset))
-        ]
-        checks.check_splits("offset", bounds[0], len(points), "xyz")
-        checks.check_splits("new_offset", bounds[1], int(bounds[1][-1]), "its last value")
-        if len(bounds[0]) != len(bounds[1]):
-            raise ValueError(f"new_offset: expected ({len(offset)},) to match offset, got {tuple(new_offset.shape)}")
-        lengths, counts = map(np.diff, bounds)
-        if (counts > lengths).any():
-            item = int((counts > lengths).argmax())
-            raise ValueError(
-                f"new_offset: expected at most the {lengths[item]} points of item {item}, got {counts[item]}"
-            )
-        with argument_names(points="xyz", row_splits="offset"):
-            return to_tensor(farthest_points(points, counts, devices.to_device_of(points, bounds[0]), 0))
-
-    return on_stream_of(xyz, on_arrays, compute)
+    splits, chosen = _splits("offset", offset), _splits("new_offset", new_offset)
+    if splits.shape != chosen.shape:
+        raise ValueError(f"new_offset: expected {tuple(offset.shape)} to match offset, got {tuple(new_offset.shape)}")
+    lengths, counts = torch.diff(splits), torch.diff(chosen)
+    wrong = (counts < 0) | (counts > lengths)
+    if wrong.any():
+        item = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(f"new_offset: expected 0 to {lengths[item]} points in item {item}, got {counts[item]}")
+    with argument_names(points="xyz", row_splits="offset"):
+        return kpt.farthest_point_sampling(xyz, counts, row_splits=splits).index
 
 
 # ---- grouping

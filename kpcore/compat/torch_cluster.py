@@ -49,11 +49,12 @@ import numpy as np
 import torch
 
 import kpcore
+import kpcore.torch as kpt
 from kpcore.backends import checks, devices
-from kpcore.compat.stacked import argument_names, farthest_points
+from kpcore.compat.arguments import argument_names
 from kpcore.neighbors import splits_of_batch
 from kpcore.torch.eager import eager
-from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
+from kpcore.torch.ops import checked
 
 __all__ = [
     "fps", "graclus_cluster", "grid_cluster", "knn", "knn_graph", "nearest", "neighbor_sampler", "radius",
@@ -331,31 +332,28 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
     >>> fps(src, torch.tensor([0, 0, 0, 0]), ratio=0.5, random_start=False)
     tensor([0, 3])
     """
-    checked(None, "src", src)
-    if ptr is not None and batch is not None:
-        raise ValueError("ptr: expected None, because batch is passed, got both")
-    random_start = checks.boolean("random_start", random_start)
-
-    def compute() -> torch.Tensor:
-        points = to_array("src", _columns(src))
-        points = checks.points_array("src", points, {}, dimensions=checks.DIMENSIONS)
-        if ptr is None:
-            rows = None if batch is None else to_array("batch", checked(None, "batch", batch))
-            (splits,) = _bounds(("", points, rows), None, batch_size)
-            splits = checks.splits_array("batch", splits, len(points), "src", {"device": _where(points)})
-        else:
-            bounds = to_array("ptr", torch.as_tensor(ptr, device=src.device))
-            splits = checks.splits_array("ptr", bounds, len(points), "src", {})
-        lengths = torch.from_numpy(np.diff(devices.on_host(splits)))
-        counts = (lengths.to(torch.float32) * _checked_ratio(ratio, len(lengths), src.dtype)).ceil().to(torch.int64)
-        start: int | np.ndarray = 0
-        if random_start:
-            drawn = (torch.rand(len(lengths), dtype=torch.float64, device="cpu") * lengths).to(torch.int64)
-            start = devices.to_device_of(points, drawn.numpy())
-        with argument_names(points="src"):
-            return to_tensor(farthest_points(points, counts.numpy(), splits, start)).to(torch.int64)
-
-    return on_stream_of(src, on_arrays, compute)
+    points, num_points = _columns(checked(None, "src", src)), len(src)
+    if ptr is not None:
+        if batch is not None:
+            raise ValueError("ptr: expected None, because batch is passed, got both")
+        row_splits = torch.as_tensor(ptr, device=src.device)
+    elif batch is not None:
+        if batch.shape != (num_points,):
+            raise ValueError(f"batch: expected ({num_points},) to match src, got {tuple(batch.shape)}")
+        with argument_names(num_items="batch_size"):
+            row_splits = kpt.batch_to_row_splits(batch, batch_size)
+    elif batch_size not in (None, 1):
+        raise ValueError(f"batch: expected a batch vector, because there are {batch_size} batch items, got None")
+    else:
+        row_splits = torch.tensor([0, num_points], device=src.device)
+    lengths = torch.diff(row_splits).cpu()
+    counts = (lengths.to(torch.float32) * _checked_ratio(ratio, len(lengths), src.dtype)).ceil().to(torch.int64)
+    start: int | torch.Tensor = 0
+    if checks.boolean("random_start", random_start):
+        start = (torch.rand(len(lengths), dtype=torch.float64, device="cpu") * lengths).to(torch.int64).to(src.device)
+    with argument_names(points="src", row_splits="batch" if ptr is None else "ptr"):
+        sampled = kpt.farthest_point_sampling(points, counts.to(src.device), row_splits=row_splits, start=start)
+    return sampled.index.to(torch.int64)
 
 
 def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | None = None,
@@ -448,10 +446,6 @@ def _rows(name, value):
     if getattr(value, "ndim", None) == 1:
         value = value.reshape(-1, 1)
     return checks.array(name, value, "N D", checks.REAL, {})
-
-
-def _where(array):
-    return checks.device_of(("", array))["device"]
 
 
 def _bounds(points, queries, batch_size):
