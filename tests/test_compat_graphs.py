@@ -469,7 +469,7 @@ POINTOPS_ERRORS = [
     (lambda x, o: pointops.ball_query(2, 0.5, -1.0, x, o), "min_radius: expected a number of at least zero"),
     (lambda x, o: pointops.farthest_point_sampling(x, o, o + 1), "new_offset: expected 0 to 2 points in item 0"),
     (lambda x, o: pointops.farthest_point_sampling(x, o, o[:1]), r"new_offset: expected \(2,\) to match offset"),
-    (lambda x, o: pointops.farthest_point_sampling(x, o, o.flip(0) - 4), "new_offset: expected 0 to 4 points in item 1, got -4"),
+    (lambda x, o: pointops.farthest_point_sampling(x, o, o.flip(0) - 4), "new_offset: expected 0 to 4 points in"),
     (lambda x, o: pointops.grouping(x, o[:, None], x), r"idx: expected int32 or int64, got features first; grouping"),
     (lambda x, o: pointops.grouping(o, x, x), r"idx: expected int32 or int64 \(M, nsample\), got int32 \(2,\)"),
     (lambda x, o: pointops.grouping(o[:, None], x, x), "idx: expected values from 0 to 5 to match feat, got 6"),

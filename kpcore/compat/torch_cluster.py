@@ -43,18 +43,17 @@ Different from torch_cluster:
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 import kpcore
-import kpcore.torch as kpt
 from kpcore.backends import checks, devices
 from kpcore.compat.arguments import argument_names
 from kpcore.neighbors import splits_of_batch
 from kpcore.torch.eager import eager
-from kpcore.torch.ops import checked
+from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
 
 __all__ = [
     "fps", "graclus_cluster", "grid_cluster", "knn", "knn_graph", "nearest", "neighbor_sampler", "radius",
@@ -332,28 +331,30 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
     >>> fps(src, torch.tensor([0, 0, 0, 0]), ratio=0.5, random_start=False)
     tensor([0, 3])
     """
-    points, num_points = _columns(checked(None, "src", src)), len(src)
-    if ptr is not None:
-        if batch is not None:
-            raise ValueError("ptr: expected None, because batch is passed, got both")
-        row_splits = torch.as_tensor(ptr, device=src.device)
-    elif batch is not None:
-        if batch.shape != (num_points,):
-            raise ValueError(f"batch: expected ({num_points},) to match src, got {tuple(batch.shape)}")
-        with argument_names(num_items="batch_size"):
-            row_splits = kpt.batch_to_row_splits(batch, batch_size)
-    elif batch_size not in (None, 1):
-        raise ValueError(f"batch: expected a batch vector, because there are {batch_size} batch items, got None")
-    else:
-        row_splits = torch.tensor([0, num_points], device=src.device)
-    lengths = torch.diff(row_splits).cpu()
-    counts = (lengths.to(torch.float32) * _checked_ratio(ratio, len(lengths), src.dtype)).ceil().to(torch.int64)
-    start: int | torch.Tensor = 0
-    if checks.boolean("random_start", random_start):
-        start = (torch.rand(len(lengths), dtype=torch.float64, device="cpu") * lengths).to(torch.int64).to(src.device)
-    with argument_names(points="src", row_splits="batch" if ptr is None else "ptr"):
-        sampled = kpt.farthest_point_sampling(points, counts.to(src.device), row_splits=row_splits, start=start)
-    return sampled.index.to(torch.int64)
+    columns = _columns(checked(None, "src", src))
+    if ptr is not None and batch is not None:
+        raise ValueError("ptr: expected None, because batch is passed, got both")
+    random_start = checks.boolean("random_start", random_start)
+
+    def compute() -> torch.Tensor:
+        points = checks.points_array("points", to_array("src", columns), {}, dimensions=checks.DIMENSIONS)
+        if ptr is None:
+            rows = None if batch is None else to_array("batch", checked(None, "batch", batch))
+            (row_splits,) = _bounds(("", points, rows), None, batch_size)
+        else:
+            row_splits = to_array("ptr", torch.as_tensor(ptr, device=src.device))
+        on_host = np.array([0, len(points)]) if row_splits is None else devices.on_host(row_splits)
+        lengths = np.diff(on_host)
+        start: int | np.ndarray = 0
+        if random_start:
+            drawn = torch.rand(len(lengths), dtype=torch.float64, device="cpu").numpy()
+            start = devices.to_device_of(points, (drawn * lengths).astype(np.int64))
+        counts = devices.to_device_of(points, _counts(ratio, lengths))
+        index, _ = kpcore.farthest_point_sampling(points, counts, row_splits=row_splits, start=start)
+        return to_tensor(index).to(torch.int64)
+
+    with argument_names(points="src", x="src", row_splits="batch" if ptr is None else "ptr"):
+        return on_stream_of(src, on_arrays, compute)
 
 
 def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | None = None,
@@ -507,17 +508,18 @@ def _directions(name, rows):
     return rows / norms[:, None]
 
 
-def _checked_ratio(ratio: Any, num_items: int, dtype: torch.dtype) -> torch.Tensor:
-    """The ratio as a tensor on the host, () or (B,)."""
-    if not isinstance(ratio, torch.Tensor):
-        number = 0.5 if ratio is None else checks.number("ratio", ratio, np.dtype(np.float64))
-        ratio = torch.tensor(number, dtype=dtype)
-    elif ratio.numel() != 1 and ratio.shape != (num_items,):
-        raise ValueError(f"ratio: expected a number, or ({num_items},) to match the batch, got {tuple(ratio.shape)}")
-    ratio = ratio.detach().cpu()
+def _counts(ratio, lengths):
+    """The number of points to choose in each item, (B,) int64, rounded as torch_cluster does on the CPU."""
+    if isinstance(ratio, torch.Tensor):
+        if ratio.numel() != 1 and ratio.shape != lengths.shape:
+            expected = f"a number, or ({len(lengths)},) to match the batch"
+            raise ValueError(f"ratio: expected {expected}, got {tuple(ratio.shape)}")
+        ratio = ratio.detach().cpu().clone().numpy()
+    else:
+        ratio = np.array(0.5 if ratio is None else checks.number("ratio", ratio, np.dtype(np.float64)))
     if not ((ratio > 0) & (ratio <= 1)).all():
-        raise ValueError(f"ratio: expected numbers above 0 and at most 1, got {ratio.tolist()}")
-    return ratio
+        raise ValueError(f"ratio: expected numbers above 0 and at most 1, got {ratio}")
+    return np.ceil(lengths.astype(np.float32) * (ratio if ratio.ndim else np.float32(ratio))).astype(np.int64)
 
 
 def _corner(name, value, pos):

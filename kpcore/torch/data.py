@@ -106,6 +106,8 @@ class PyramidCollate:
         stacked = {"row_splits": kpcore.torch.row_splits(lengths), "features": _stacked_rows("features", features)}
         classes = None
         if labels[0] is not None and not labels[0].ndim:
+            if any(each is None or each.ndim or each.is_floating_point() for each in labels):
+                raise ValueError("labels: expected one class for each cloud, an integer, because the first one has it")
             classes = torch.stack(labels).to(torch.int64)
         else:
             stacked["labels"] = _stacked_rows("labels", labels)
@@ -180,7 +182,7 @@ def _stacked_rows(name, rows):
         return None
     if missing:
         raise ValueError(f"{name}: expected those of every cloud of a batch, got none of number {missing[0]} in it")
-    kinds = {(each.dtype, each.shape[1:]) for each in rows}
+    kinds = {(each.dtype, each.ndim, each.shape[1:]) for each in rows}
     if len(kinds) > 1 or not rows[0].ndim:
         found = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))
         raise ValueError(f"{name}: expected rows of one dtype and width in all clouds of a batch, got {found}")
