@@ -77,13 +77,13 @@ def test_limits_of_an_iterable_of_tensors():
 # ---- batches
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("options", [{}, {"subsampled": True}, {"neighbor_limits": [7, 6, 5]}])
+LIMITS = {"settings": [7, 6, 5], "kpfcnn": [7, 6]}
+OPTIONS = [(net, options) for net in NETS for options in ({}, {"subsampled": True})]
+OPTIONS += [(net, {"neighbor_limits": limits}) for net, limits in LIMITS.items()]
+
+
+@pytest.mark.parametrize(("net", "options"), OPTIONS)
 def test_stacked_pyramids_are_the_pyramid_of_the_batch(net, options):
-    if net == "kpnext" and "neighbor_limits" in options:
-        pytest.skip("a KPNeXt has its number of neighbours")
-    if net == "kpfcnn" and "neighbor_limits" in options:
-        options = {"neighbor_limits": [7, 6]}
     batch = clouds()
     dataset = kpt.PyramidDataset(batch, NETS[net], **options)
     stacked = default_collate([dataset[number] for number in range(len(dataset))])

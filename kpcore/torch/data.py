@@ -11,8 +11,7 @@ import kpcore.torch
 from kpcore.backends import checks, devices
 from kpcore.neighbors import Neighbors, checked, new_list, splits_from_counts
 from kpcore.pyramid import Level, Pyramid
-from kpcore.torch import internals
-from kpcore.torch.ops import on_arrays, torch_stream
+from kpcore.torch import internals, ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
@@ -146,7 +145,7 @@ def to_device(value: Any, device: torch.device | str, *, non_blocking: bool = Fa
             raise ValueError(f"device: expected the CPU or a CUDA GPU, got {device}")
         if device.type == "cpu":
             return value.to("cpu")
-        with torch_stream(device):
+        with ops.torch_stream(device):
             return value.to("cuda")
 
     def moved(part: Any) -> Any:
@@ -223,7 +222,7 @@ def _stacked_levels(levels, *, collate_fn_map=None):
     }
     lengths = torch.cat([torch.diff(torch.as_tensor(splits)) for splits in fields["row_splits"]])
     for name in ("neighbors", "pools", "upsamples"):
-        stacked[name] = None if fields[name][0] is None else on_arrays(_stacked_lists, fields[name])
+        stacked[name] = None if fields[name][0] is None else ops.on_arrays(_stacked_lists, fields[name])
     return levels[0]._replace(row_splits=kpcore.torch.row_splits(lengths), **stacked)
 
 
