@@ -78,8 +78,8 @@ def assert_equal(got, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_results_of_torch_cluster(case):
-    given = {name.rpartition("/")[2]: value for name, value in GOLDEN.items() if name.startswith(f"{case}/in/")}
-    arguments = {name: value.item() if not value.ndim else torch.from_numpy(value) for name, value in given.items()}
+    stored = {name.rpartition("/")[2]: value for name, value in GOLDEN.items() if name.startswith(f"{case}/in/")}
+    arguments = {name: value.item() if not value.ndim else torch.from_numpy(value) for name, value in stored.items()}
     function = case.partition("/")[0]
     if function.startswith("radius"):
         arguments["max_num_neighbors"] = 10**6
@@ -517,13 +517,13 @@ def test_frnn(dtype, dimension, ragged):
     exactly = [(dists[item, :first] == radii[item] ** 2).sum() for item, first in enumerate(lengths[0])]
     assert dimension == 20 or sum(exactly) > 0, "the test needs pairs at exactly the radius"
     p1, p2 = tensors(points1, points2)
-    given = [torch.tensor(each) for each in lengths] if ragged else [None, None]
-    got = frnn.frnn_grid_points(p1, p2, *given, 6, torch.tensor(radii), return_nn=True)
+    numbers = [torch.tensor(each) for each in lengths] if ragged else [None, None]
+    got = frnn.frnn_grid_points(p1, p2, *numbers, 6, torch.tensor(radii), return_nn=True)
     assert_equal(got[0], dists)
     assert_equal(got[1], idxs)
     expected_nn = np.where(idxs[..., None] >= 0, np.take_along_axis(points2[:, None], idxs[..., None].clip(0), 2), 0)
     assert_equal(got[2], expected_nn)
-    again = frnn.frnn_grid_points(p1, p2, *given, 6, max(radii), got[3])
+    again = frnn.frnn_grid_points(p1, p2, *numbers, 6, max(radii), got[3])
     one = frnn_reference(points1, points2, *lengths, 6, [max(radii)] * 3)
     assert_equal(again[0], one[0])
     assert_equal(again[1], one[1])

@@ -181,15 +181,15 @@ def digest(pyramid):
 if __name__ == "__main__":
     net = kp.nn.kpfcnn(2, 4, 0.1, levels=2, convs=2, width=16)
     kpt.radius_search(torch.rand(100000, 3), None, 0.05)  # so that there are threads
-    module, found = kpt.Network(net), []
+    module, digests = kpt.Network(net), []
     for options in ({}, {"num_workers": 2, "multiprocessing_context": "fork"}):
         loaders = (torch.utils.data.DataLoader(kpt.PyramidDataset(clouds(), net), batch_size=2, **options),
                    torch.utils.data.DataLoader(clouds(), batch_size=2, collate_fn=kpt.PyramidCollate(net), **options))
-        found += [[digest(pyramid) for pyramid in loader] for loader in loaders]
+        digests += [[digest(pyramid) for pyramid in loader] for loader in loaders]
     for pyramid in loaders[1]:
         logits, _ = module(pyramid, pyramid[0].features)
         kpt.softmax_cross_entropy(logits, pyramid[0].labels).backward()
-    print(len(found[0]), len(set(map(tuple, found))))
+    print(len(digests[0]), len(set(map(tuple, digests))))
 """
 
 

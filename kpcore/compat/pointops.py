@@ -9,7 +9,7 @@ Indices are int32 and count in the stacked points. Nothing is compiled, nothing 
 every function works on the CPU too.
 
 `furthestsampling`, `knnquery` and `queryandgroup` are those of ``lib/pointops`` of the first Point Transformer
-(POSTECH-CVLab/point-transformer), whose argument order is another; its ``grouping(input, idx)`` is `grouping2`, its
+(POSTECH-CVLab/point-transformer), with another order of arguments; its ``grouping(input, idx)`` is `grouping2`, its
 ``interpolation`` and ``interpolation2`` are the same as here.
 
 As in pointops, and different from the functions of `kpcore`:
@@ -367,11 +367,11 @@ def query_and_group(nsample: int, xyz: torch.Tensor, new_xyz: torch.Tensor | Non
         total = 1 + (nsample - 1) * step
         queries_offset = new_offset if new_xyz is not None else None
         nearest, _ = knn_query(total, xyz, offset, new_xyz, queries_offset)
-        found = (nearest >= 0).sum(1, keepdim=True).to(torch.float64)
+        available = (nearest >= 0).sum(1, keepdim=True).to(torch.float64)
         # pointops computes the numbers in this way, in float64.
-        spread = (found - 1) / max(nsample - 1, 1) - 1
+        spread = (available - 1) / max(nsample - 1, 1) - 1
         column = torch.arange(nsample, device=nearest.device)
-        number = torch.where(found < total, ((spread + 1) * column).to(torch.int64).clamp(min=0), step * column)
+        number = torch.where(available < total, ((spread + 1) * column).to(torch.int64).clamp(min=0), step * column)
         idx = nearest.gather(1, number)
     if not checks.boolean("with_feat", with_feat):
         return idx

@@ -26,7 +26,7 @@ Different from torch_cluster:
   with the smallest index); torch_cluster keeps any. `radius_graph` without loops has at most `max_num_neighbors` edges
   for each point, where torch_cluster 1.6.3 may have one more.
 * The edges of a query are in the order of their index (`radius`) or distance (`knn`), which torch_cluster has on a GPU.
-* `knn_graph` without loops has k edges for each point whose item has that many others, also among equal points.
+* `knn_graph` without loops has k edges for each point, also among equal points, unless its item has fewer others.
 * `cosine=True` works on the CPU too; k may be larger than 100 on the GPU.
 * A batch vector that is not sorted, or holds numbers from `batch_size` on, is an error, where torch_cluster returns
   wrong edges.
@@ -219,7 +219,7 @@ def knn_graph(x: torch.Tensor, k: int, batch: torch.Tensor | None = None, loop: 
     k, batch, cosine, num_workers, batch_size, use_triton
         As in `knn`.
     loop : bool
-        Whether a point may be its own neighbour, one of the k. Other points with its coordinates always may.
+        Whether a point may be a neighbour of itself, one of the k. Other points with its coordinates always may.
     flow : {"source_to_target", "target_to_source"}
         The rows of the result are (neighbours, points), or (points, neighbours).
 
@@ -454,21 +454,21 @@ def _bounds(points, queries, batch_size):
 
     Both are None if there is one item. `points` and `queries`: (name, rows, batch vector or None).
     """
-    given = [points] if queries is None else [points, queries]
+    clouds = [points] if queries is None else [points, queries]
     if batch_size is not None:
         batch_size = checks.integer("batch_size", batch_size, 1, checks.MAX_POINTS)
-    names = [f"batch_{name}" if name else "batch" for name, *_ in given]
-    found = []
-    for name, (rows_name, rows, batch) in zip(names, given, strict=True):
+    names = [f"batch_{name}" if name else "batch" for name, *_ in clouds]
+    known = []
+    for name, (rows_name, rows, batch) in zip(names, clouds, strict=True):
         if batch is not None:
             checks.array(name, batch, "N", checks.INTEGERS, {"N": (len(rows), rows_name or "x")})
             batch = splits_of_batch(name, batch, "batch_size", batch_size)
-        found.append(batch)
-    num_items = batch_size or max(1, *(len(splits) - 1 for splits in found if splits is not None), 1)
+        known.append(batch)
+    num_items = batch_size or max(1, *(len(splits) - 1 for splits in known if splits is not None), 1)
     if num_items == 1:
-        return [None] * len(given)
+        return [None] * len(clouds)
     bounds = []
-    for name, splits, (_, rows, _) in zip(names, found, given, strict=True):
+    for name, splits, (_, rows, _) in zip(names, known, clouds, strict=True):
         if splits is None:
             raise ValueError(f"{name}: expected a batch vector, because there are {num_items} batch items, got None")
         missing = num_items + 1 - len(splits)
@@ -500,7 +500,7 @@ def _nearest(x, y, k, bounds, cosine, ignore):
 
 
 def _directions(name, rows):
-    """Rows scaled to length 1, whose squared distances are twice one minus the cosine of their angle."""
+    """Rows scaled to length 1: their squared distances are twice one minus the cosine of their angle."""
     norms = np.sqrt((rows * rows).sum(axis=1))
     zero = norms == 0
     if zero.any():

@@ -183,8 +183,8 @@ def _stacked_rows(name, rows):
         raise ValueError(f"{name}: expected those of every cloud of a batch, got none of number {missing[0]} in it")
     kinds = {(each.dtype, each.ndim, each.shape[1:]) for each in rows}
     if len(kinds) > 1 or not rows[0].ndim:
-        found = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))
-        raise ValueError(f"{name}: expected rows of one dtype and width in all clouds of a batch, got {found}")
+        shapes = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))
+        raise ValueError(f"{name}: expected rows of one dtype and width in all clouds of a batch, got {shapes}")
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
