@@ -92,8 +92,8 @@ def import_open3d_ml(state_dict: Mapping[str, ArrayLike], config: Mapping[str, A
         ``torch.load(path, weights_only=True)["model_state_dict"]``.
     config : dict
         The section ``model`` of the yml file; at least architecture, first_subsampling_dl, conv_radius, KP_extent, and
-        deform_radius if a block is deformable. The momentum is the smaller of batch_norm_momentum and 1 minus it,
-        since files of different versions mean either.
+        deform_radius if a block is deformable. As there, the momentum of the running statistics is 1 minus
+        batch_norm_momentum, which is 0.98 in all yml files but 0.02 if a file does not have it.
 
     Returns
     -------
@@ -111,10 +111,7 @@ def import_open3d_ml(state_dict: Mapping[str, ArrayLike], config: Mapping[str, A
 
 def _open3d_ml(state_dict, config):
     need(config, "architecture", *_needed_radii(config.get("architecture")))
-    options = {}
-    if "batch_norm_momentum" in config:
-        momentum = checks.between("batch_norm_momentum", config["batch_norm_momentum"], 0, 1)
-        options["momentum"] = min(momentum, 1 - momentum)
+    options = {"momentum": 1 - checks.between("batch_norm_momentum", config.get("batch_norm_momentum", 0.02), 0, 1)}
     state_dict = arrays_of("open3d-ml", state_dict)
     if config.get("reduce_fc"):
         half = _first_width(state_dict, config) // 2

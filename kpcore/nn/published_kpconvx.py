@@ -78,7 +78,7 @@ def _kpconvx(state_dict, config):
     hidden = _given(state_dict, "head.0.mlp.weight", 2)
     shells, options = tuple(config["shell_sizes"]), {}
     if has_attention:
-        options["attention_groups"] = _attention_groups(state_dict, sum(shells), config)
+        options["attention_groups"] = _attention_groups(state_dict, stem.shape[0], config)
     if not segment:
         options |= {"head_width": hidden.shape[0], "head_norm": False, "dropout": 0.4}
     net = KPNeXt(
