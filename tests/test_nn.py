@@ -1,5 +1,6 @@
 """Networks in every framework; optimizers and schedules against torch."""
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,13 @@ PARTS = {"chair": 2, "mug": 1, "table": 2}  # heads of a network with 5 classes
 def small(resampled=0, upsample="nearest", **options):
     """A network with 3 levels, the last of them deformable, for features with 2 channels."""
     architecture = nn.architecture(3, 2, deformable=2, resampled=resampled, upsample=upsample)
+    return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
+
+
+def descriptor(upsamplings=1, **options):
+    """A network with 3 levels whose output is a descriptor of each point on a level, for features with 2 channels."""
+    decoder = ["nearest_upsample", "unary"] * (upsamplings - 1) + ["nearest_upsample"]
+    architecture = ("simple", "resnetb", "resnetb_strided", "resnetb_strided", *decoder, "last_unary")
     return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
 
 
@@ -120,6 +128,7 @@ def test_architectures():
         (["simple", "nearest_upsample"], "expected no nearest_upsample on level 0, got one in block 1"),
         (["simple", "kpconv_upsample"], "expected no kpconv_upsample on level 0, got one in block 1"),
         (["simple", "global_average", "unary"], "global_average only at the end, got it in block 1"),
+        (["simple", "last_unary", "unary"], "last_unary only at the end, got it in block 1"),
         (["simple_strided", "nearest_upsample", "simple"], "after the first upsampling, got 'simple'"),
         ([], "architecture"),
     ],
@@ -156,6 +165,20 @@ def test_wrong_architectures(blocks_of, message):
             r"heads: expected None for a network that ends with global_average, which labels no points, got {'chair'",
         ),
         ({"head_width": 0}, "head_width: expected at least 1, got 0"),
+        ({"decoder_width": [4]}, "decoder_width: expected 0 numbers, one for each level but the last, got 1"),
+        (
+            {"architecture": nn.architecture(3, upsample="kpconv"), "decoder_width": (4, 1)},
+            "decoder_width: expected at least 2 with kpconv_upsample, got 1",
+        ),
+        ({"architecture": nn.architecture(3), "decoder_width": (0, 3)}, "decoder_width: expected at least 1, got 0"),
+        ({"architecture": nn.architecture(3), "decoder_width": (3, 2**15)}, "decoder_width: expected at most 16384"),
+        ({"bottleneck_width": 3}, "bottleneck_width: expected None for an architecture without upsampling, got 3"),
+        ({"architecture": nn.architecture(2), "bottleneck_width": 0}, "bottleneck_width: expected at least 1, got 0"),
+        ({"logits_slope": 2.0}, "logits_slope: expected -1 to 1, got 2.0"),
+        ({"heads": {"chair": 2}, "logits_slope": 0.1}, "logits_slope: expected None with heads, got 0.1"),
+        ({"architecture": ("simple", "last_unary"), "dropout": 0.5}, "dropout: expected none with last_unary, .* 0.5"),
+        ({"architecture": ("simple", "last_unary"), "head_width": 8}, "head_width: expected none with last_unary"),
+        ({"architecture": ("simple", "last_unary"), "heads": {"a": 2}}, "heads: expected none with last_unary"),
         ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
         ({"fitting_power": -1.0}, "fitting_power: expected 0 to 1000000, got -1.0"),
         ({"repulse_extent": 0}, "repulse_extent: expected 1e-06 to 100, got"),
@@ -179,6 +202,9 @@ def test_wrong_sizes(options, message):
         ({"fitting_power": "x"}, "fitting_power: expected a number, got str"),
         ({"head_norm": 1}, "head_norm: expected True or False, got int"),
         ({"learn_kernel_points": 1}, "learn_kernel_points: expected True or False, got int"),
+        ({"bias": 1}, "bias: expected True or False, got int"),
+        ({"norm_together": None}, "norm_together: expected True or False, got NoneType"),
+        ({"decoder_width": [2.5, 3], "architecture": nn.architecture(3)}, "decoder_width: expected an integer, got"),
         ({"heads": ["chair"]}, r"heads: expected a dict of the number of parts by category, got \['chair'\]"),
         ({"heads": {"chair": 2.5}}, r"heads\['chair'\]: expected an integer, got float"),
     ],
@@ -280,6 +306,8 @@ def differences(loss, params, way, step=1e-7):
         {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
         {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0}, {"resampled": 6},
         {"upsample": "kpconv"}, {"learn_kernel_points": True, "resampled": 3, "modulated": True},
+        {"bias": True, "norm": "group", "norm_groups": 1, "norm_together": True, "logits_slope": 0.1},
+        {"norm": "instance", "norm_affine": False, "norm_together": True, "decoder_width": (6, 5)},
     ],
     ids=str,
 )  # fmt: skip
@@ -328,6 +356,98 @@ def test_other_norms_look_at_each_item_alone(net):
     alone = net(kp, params, state, net.pyramid(one, subsampled=True), features[: len(one)]).logits
     assert relative(logits[: len(alone)], alone) < 1e-5
     assert np.ptp(logits, axis=0).max() > 1e-3
+
+
+def test_norms_of_all_items_together():
+    nets = [small(norm=norm, norm_together=True, norm_groups=4) for norm in ("group", "instance")]
+    for net in nets:
+        alone = dataclasses.replace(net, norm_together=False)
+        assert (net.reach, alone.reach) == (None, math.inf)
+        params, state = net.init()
+        pyramid, features, _ = batch(net)
+        whole = [level._replace(row_splits=level.row_splits[[0, -1]]) for level in pyramid]
+        got, split = (one(kp, params, state, pyramid, features).logits for one in (net, alone))
+        assert_same_bits(got, alone(kp, params, state, whole, features).logits)
+        assert np.abs(got - split).max() > 1e-3
+
+
+def test_scales_and_shifts_that_are_constants():
+    net = small(norm="instance", norm_affine=False)
+    params, state = net.init()
+    assert not any("norm" in name for name in params)
+    constants = {name: value for name, value in state.items() if "norm" in name}
+    assert len(constants) == 2 * sum(name.endswith("shift") for name in state) > 0
+    assert all((value == name.endswith("scale")).all() for name, value in constants.items())
+    pyramid, features, _ = batch(net)
+    result = net(kp, params, state, pyramid, features, training=True)
+    learning = dataclasses.replace(net, norm_affine=True)
+    assert_same_bits(result.logits, learning(kp, params | constants, state, pyramid, features, training=True).logits)
+    assert result.state.keys() == state.keys()
+
+
+def test_networks_whose_output_is_a_descriptor():
+    for upsamplings in (1, 2):
+        net = descriptor(upsamplings, bias=True)
+        level = 2 - upsamplings
+        assert (net.output_level, net.segments, net.num_levels) == (level, True, 3)
+        params, state = net.init()
+        assert not any(name.startswith("head") for name in params)
+        assert params[f"decoder.{2 * upsamplings - 1}.bias"].shape == (5,)
+        pyramid, features, _ = batch(net)
+        assert net(kp, params, state, pyramid, features).logits.shape == (len(pyramid[level].points), 5)
+    assert small().output_level == nn.kpcnn(1, 4, 0.1).output_level == 0
+    assert "decoder.1.bias" not in descriptor().init()[0]
+
+
+@pytest.mark.parametrize("framework", ["kpcore", "torch", "jax"])
+def test_a_function_between_encoder_and_decoder(framework):
+    net = descriptor(2, bottleneck_width=7, decoder_width=(6, 5), norm=None)
+    assert net.reach is None
+    params, state = net.init(1)
+    assert params["decoder.1.weights"].shape == (7 + 8, 5)
+    pyramid, features, _ = batch(net)
+    weights = np.random.default_rng(0).standard_normal((16, 7)).astype(np.float32)
+    seen = {}
+
+    def between(x):
+        seen["encoder"] = x
+        return kp.linear(x, weights)
+
+    def observe(name, level, out):
+        seen[name] = level, out
+
+    result = net(kp, params, state, pyramid, features, between=between, observe=observe)
+    assert seen["encoder"] is seen["encoder.3"][1]
+    assert [seen[f"decoder.{number}"][0] for number in range(4)] == [1, 1, 0, 0]
+    assert seen["decoder.3"][1] is result.logits
+    for wrong, message in (
+        (None, r"between: expected a function whose result has 7 columns, got None"),
+        (lambda x: x, r"between: expected a result of shape \(\d+, 7\), got \(\d+, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(kp, params, state, pyramid, features, between=wrong)
+    with pytest.raises(ValueError, match="between: expected None without bottleneck_width, got <function"):
+        small()(kp, *small().init(), pyramid, features, between=between)
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        module = kp.torch.Network(net, params, state)
+        levels = net.pyramid(torch.from_numpy(pyramid[0].points), row_splits=torch.from_numpy(pyramid[0].row_splits),
+                             subsampled=True, F=kp.torch)  # fmt: skip
+        layer = torch.nn.Linear(16, 7, bias=False)
+        layer.weight.data[...] = torch.from_numpy(weights.T.copy())
+        out, _ = module(levels, torch.from_numpy(features), between=layer, observe=observe)
+        assert seen["decoder.3"][1] is out
+        np.testing.assert_allclose(out.detach().numpy(), result.logits, rtol=1e-4, atol=1e-5)
+        out.sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in (layer.weight, module.encoder.get_submodule("0.conv").weights))
+    if framework == "jax":
+        jax = pytest.importorskip("jax")
+
+        def logits(weights, *inputs):
+            return net(kp.jax, *inputs, between=lambda x: x @ weights).logits
+
+        inputs = jax.tree.map(jax.numpy.asarray, (weights, params, state, pyramid, features))
+        np.testing.assert_allclose(jax.jit(logits)(*inputs), result.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -694,6 +814,9 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
         nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
+        small(bias=True, norm="group", norm_groups=4, norm_together=True, logits_slope=0.1),
+        descriptor(norm="instance", norm_affine=False, norm_together=True, normalization="positive"),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, None, segment=False, width=16, extent=1.5, head_width=6, head_norm=False),
     ],
     ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments} {net.dimension}",
 )  # fmt: skip
@@ -764,7 +887,10 @@ def test_a_torch_module_in_one_graph():
 @pytest.mark.parametrize("attention_groups", [None, 4])
 @pytest.mark.parametrize("segment", [True, False])
 def test_gradients_of_kpnext(segment, attention_groups):
-    net = nn.KPNeXt((1, 2), 2, 3, 0.2, attention_groups, segment, width=16, num_neighbors=(8, 10), shells=(1, 6))
+    head = {} if segment else {"head_width": 6, "head_norm": False, "extent": 1.7}
+    net = nn.KPNeXt(
+        (1, 2), 2, 3, 0.2, attention_groups, segment, width=16, num_neighbors=(8, 10), shells=(1, 6), **head
+    )
     params, state = net.init(0, np.float64)
     pyramid, features, labels = batch(net, np.float64)
 
