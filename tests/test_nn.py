@@ -441,10 +441,10 @@ def test_a_function_between_encoder_and_decoder(framework):
         out.sum().backward()
         assert all(p.grad.abs().max() > 0 for p in (layer.weight, module.encoder.get_submodule("0.conv").weights))
     if framework == "jax":
-        jax = pytest.importorskip("jax")
+        jax, F = pytest.importorskip("jax"), kp.jax
 
         def logits(weights, *inputs):
-            return net(kp.jax, *inputs, between=lambda x: x @ weights).logits
+            return net(F, *inputs, between=lambda x: x @ weights).logits
 
         inputs = jax.tree.map(jax.numpy.asarray, (weights, params, state, pyramid, features))
         np.testing.assert_allclose(jax.jit(logits)(*inputs), result.logits, rtol=1e-4, atol=1e-5)

@@ -74,12 +74,15 @@ def import_kpconv_pytorch(
     Traceback (most recent call last):
     ValueError: config: expected first_subsampling_dl, got none
     """
-    return _kpconv_pytorch(state_dict, architecture, config)[:3]
+    return kpconv_pytorch(state_dict, architecture, config)[:3]
 
 
-def _kpconv_pytorch(state_dict, architecture, config):
-    need(config, "first_subsampling_dl")
+def kpconv_pytorch(
+    state_dict: Mapping[str, ArrayLike], architecture: Sequence[str], config: Mapping[str, Any]
+) -> tuple[Network, Arrays, Arrays, list[str]]:
+    """What `import_kpconv_pytorch` returns, and the names of arrays that are not of the network."""
     state_dict = arrays_of("kpconv-pytorch", state_dict)
+    need(config, "first_subsampling_dl")
     return _kpfcnn("kpconv-pytorch", state_dict, architecture, config, {})
 
 
@@ -106,13 +109,16 @@ def import_open3d_ml(state_dict: Mapping[str, ArrayLike], config: Mapping[str, A
     ValueError
         As `import_kpconv_pytorch`.
     """
-    return _open3d_ml(state_dict, config)[:3]
+    return open3d_ml(state_dict, config)[:3]
 
 
-def _open3d_ml(state_dict, config):
+def open3d_ml(
+    state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]
+) -> tuple[Network, Arrays, Arrays, list[str]]:
+    """What `import_open3d_ml` returns, and the names of arrays that are not of the network."""
+    state_dict = arrays_of("open3d-ml", state_dict)
     need(config, "architecture", *_needed_radii(config.get("architecture")))
     options = {"momentum": 1 - checks.between("batch_norm_momentum", config.get("batch_norm_momentum", 0.02), 0, 1)}
-    state_dict = arrays_of("open3d-ml", state_dict)
     if config.get("reduce_fc"):
         half = _first_width(state_dict, config) // 2
         options |= {"decoder_width": half, "head_width": half, "head_norm": True}
@@ -148,10 +154,13 @@ def import_predator(state_dict: Mapping[str, ArrayLike], config: Mapping[str, An
     ValueError
         As `import_kpconv_pytorch`.
     """
-    return _predator(state_dict, config)[:3]
+    return predator(state_dict, config)[:3]
 
 
-def _predator(state_dict, config):
+def predator(
+    state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]
+) -> tuple[Network, Arrays, Arrays, list[str]]:
+    """What `import_predator` returns, and the names of arrays that are not of the network."""
     state_dict = arrays_of("predator", state_dict)
     architecture = _architecture_of(state_dict)
     need(config, *_needed_radii(architecture))

@@ -48,10 +48,14 @@ def import_geotransformer(
     ValueError
         As `import_kpconv_pytorch`.
     """
-    return _geotransformer(state_dict, config)[:3]
+    return geotransformer(state_dict, config)[:3]
 
 
-def _geotransformer(state_dict, config):
+def geotransformer(
+    state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]
+) -> tuple[Network, Arrays, Arrays, list[str]]:
+    """What `import_geotransformer` returns, and the names of arrays that are not of the network."""
+    whole = arrays_of("geotransformer", state_dict)
     need(config, "init_voxel_size", "group_norm")
     voxel = checks.length("init_voxel_size", config["init_voxel_size"], np.dtype(np.float32))
     in_voxels = {}
@@ -59,7 +63,6 @@ def _geotransformer(state_dict, config):
         if f"base_{name}" not in config:
             need(config, f"init_{name}")
         in_voxels[field] = config.get(f"base_{name}", config.get(f"init_{name}", 0) / voxel)
-    whole = arrays_of("geotransformer", state_dict)
     prefix = "backbone." if any(name.startswith("backbone.") for name in whole) else ""
     state_dict = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
     # encoder2_1 is the first block of stage 2; it leads there from stage 1

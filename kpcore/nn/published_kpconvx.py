@@ -59,10 +59,11 @@ def import_kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any
     ValueError
         As `import_kpconv_pytorch`; for settings that `KPNeXt` does not have, such as the aggregation "sum".
     """
-    return _kpconvx(state_dict, config)[:3]
+    return kpconvx(state_dict, config)[:3]
 
 
-def _kpconvx(state_dict, config):
+def kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> tuple[KPNeXt, Arrays, Arrays, list[str]]:
+    """What `import_kpconvx` returns, and the names of arrays that are not of the network."""
     state_dict = arrays_of("kpconvx", state_dict)
     segment = any(name.startswith("decoder_unary_") for name in state_dict)
     has_attention = any(".alpha_mlp." in name for name in state_dict)
