@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -421,7 +422,7 @@ def test_a_function_between_encoder_and_decoder(framework):
     assert [seen[f"decoder.{number}"][0] for number in range(4)] == [1, 1, 0, 0]
     assert seen["decoder.3"][1] is result.logits
     for wrong, message in (
-        (None, r"between: expected a function whose result has 7 columns, got None"),
+        (None, r"between: expected a function that returns 7 columns, got None"),
         (lambda x: x, r"between: expected a result of shape \(\d+, 7\), got \(\d+, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -905,6 +906,20 @@ def test_gradients_of_kpnext(segment, attention_groups):
     along = sum((grads[name] * way[name]).sum() for name in params)
     np.testing.assert_allclose(differences(loss, params, way), along, rtol=1e-4)
     assert any("attention" in name for name in params) == (attention_groups is not None)
+
+
+def test_the_extents_of_kpnext():
+    net = nn.KPNeXt((1, 1), 2, 3, 0.2, None, width=16, num_neighbors=(8, 10), extent=1.5)
+    pyramid, features, _ = batch(net)
+    used = []
+
+    def kpconv(*args, **options):
+        used.append(args[6])
+        return kp.kpconv(*args, **options)
+
+    net(types.SimpleNamespace(**{**vars(kp), "kpconv": kpconv}), *net.init(), pyramid, features)
+    np.testing.assert_allclose(used, [1.5 * 0.2, 1.5 * 0.2, 1.5 * 0.2 * 2.2, 1.5 * 0.2])
+    assert net.reach < dataclasses.replace(net, extent=None).reach
 
 
 def test_the_lists_of_kpnext_are_those_of_voxels():

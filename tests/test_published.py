@@ -1,6 +1,7 @@
 """Imports of checkpoints of published code: outputs, losses and gradients are those that it gives."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,9 @@ class Case:
         return tensors, loss, result
 
 
+@functools.cache
 def case(name):
+    """The recorded network of a client, which tests do not change."""
     if name == "open3d-ml":
         return Case("clients_network_open3dml", lambda state: nn.import_open3d_ml(state, OPEN3D_ML))
     if name == "geotransformer":
@@ -598,7 +601,12 @@ def test_settings_of_geotransformer_and_predator():
     assert other.net.decoder_width == (4, 9)
     with pytest.raises(ValueError, match="config: expected conv_radius, KP_extent, got none"):
         nn.import_predator(other.state_dict, {"first_subsampling_dl": 0.1})
-    with pytest.raises(ValueError, match=r"got none called decoder_blocks\.-1\.mlp\.weight"):
+    for groups in (3, 32):
+        with pytest.raises(
+            ValueError, match=rf"config: expected a group_norm that divides the channels of .* got {groups}"
+        ):
+            nn.import_geotransformer(one.state_dict, GEOTRANSFORMER | {"group_norm": groups})
+    with pytest.raises(ValueError, match=r"expected decoder_blocks\.-1\.mlp\.weight with 2 axes, got none"):
         state = {name: value for name, value in other.state_dict.items() if not name.startswith("decoder")}
         nn.import_predator(state, PREDATOR)
 

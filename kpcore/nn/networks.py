@@ -115,7 +115,7 @@ class Network:
         of nearest_upsample, is resnetb_strided mirrored: the finer points are the queries, the coarser ones within the
         radius of their level the neighbours, and the width stays that of the coarser features. The last block may be
         last_unary, on any level: a linear layer to `num_classes` channels in place of the layers for the logits, as in
-        networks for registration, whose output is a descriptor of each point.
+        networks for registration, which compute a descriptor of each point.
     num_features, num_classes : int
     voxel_size : float
         Voxel size of level 0, in the unit of the points; it doubles with each level.
@@ -326,7 +326,7 @@ class Network:
 
     @property
     def output_level(self) -> int:
-        """The level whose points get logits: 0, or with last_unary that on which the last block is."""
+        """The level of the points that get logits: 0, or with last_unary that of the last block."""
         if not self.segments:
             return 0
         return sum(map(_coarser, self.architecture)) - sum(block in _UPSAMPLINGS for block in self.architecture)
@@ -543,7 +543,7 @@ class Network:
         """What `between` makes of the features `x` of the encoder; x without bottleneck_width."""
         width = self.bottleneck_width
         if (width is None) != (between is None):
-            expected = f"a function whose result has {width} columns" if width else "None without bottleneck_width"
+            expected = f"a function that returns {width} columns" if width else "None without bottleneck_width"
             raise ValueError(f"between: expected {expected}, got {between!r}")
         if between is None:
             return x

@@ -1,4 +1,4 @@
-"""Import of checkpoints of KPConv-PyTorch, and of Open3D-ML and Predator, whose networks have the same blocks.
+"""Import of checkpoints of KPConv-PyTorch, and of Open3D-ML and Predator, which have the same blocks.
 
 An import makes a network from the settings and the sizes of the arrays, and looks up each of its arrays under the name
 that it has in the published code. Other projects' are in `published_geotransformer` and `published_kpconvx`.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kpcore.backends import checks
 from kpcore.nn.networks import Network
-from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, speller
+from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, shape_of, speller
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -164,15 +162,13 @@ def predator(
     state_dict = arrays_of("predator", state_dict)
     architecture = _architecture_of(state_dict)
     need(config, *_needed_radii(architecture))
-    names = "bottle.weight", f"decoder_blocks.{_last_block('decoder_blocks', state_dict)}.mlp.weight"
-    if missing := [name for name in names if name not in state_dict]:
-        raise ValueError(f"state_dict: expected the arrays of Predator, got none called {' and '.join(missing)}")
-    bottle, last = (state_dict[name] for name in names)
-    gnn, options = bottle.shape[0], {"num_classes": last.shape[0]}
+    last = f"decoder_blocks.{_last_block('decoder_blocks', state_dict)}.mlp.weight"
+    bottleneck = shape_of(state_dict, "bottle.weight", 3)[0] + 2  # two scores besides the features
     coarsest = sum("strided" in block for block in architecture)
-    widths = [(gnn + 2) // 2 ** (coarsest - level) for level in range(coarsest)]
-    options |= {"norm_affine": False, "norm_together": True, "normalization": "positive", "bottleneck_width": gnn + 2,
-                "decoder_width": [max(1, width) for width in widths], "norm": "instance"}  # fmt: skip
+    widths = [max(1, bottleneck // 2 ** (coarsest - level)) for level in range(coarsest)]
+    options = {"num_classes": shape_of(state_dict, last, 2)[0], "norm": "instance", "norm_affine": False,
+               "norm_together": True, "normalization": "positive", "bottleneck_width": bottleneck,
+               "decoder_width": widths}  # fmt: skip
     return _kpfcnn("predator", state_dict, architecture, config, options)
 
 
@@ -188,7 +184,7 @@ def _kpfcnn(client, state_dict, architecture, config, options):
     if "modulated" in config:  # parameters.txt has 0 or 1
         from_config["modulated"] = bool(config["modulated"])
     if not config.get("use_batch_norm", True):
-        options = options | {"norm": None}
+        options = options | {"norm": None, "norm_affine": True}
     net = Network(tuple(architecture), **sizes | from_config | options, pool_pad_value=0.0, origin="published")
     downs = net.num_downs
     parts = {"encoder": "encoder_blocks" if downs < len(architecture) else "block_ops", "decoder": "decoder_blocks"}
@@ -208,28 +204,23 @@ def _needed_radii(architecture: object) -> list[str]:
 
 def _sizes(state_dict: Arrays, config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of a network that its arrays show; of those that are missing, any, since the list of them says so."""
-    first = _first_conv(state_dict)
-    num, num_features, _ = (15, 1, 1) if first is None else first.shape
-    logits = state_dict.get("head_softmax.mlp.weight", np.zeros((1, 1)))
-    return {"num_features": num_features, "num_classes": logits.shape[0], "kernel_size": num,
+    num, num_features, _ = shape_of(state_dict, f"{_first_block(state_dict)}.KPConv.weights", 3, (15, 1, 1))
+    num_classes, _ = shape_of(state_dict, "head_softmax.mlp.weight", 2, (1, 1))
+    return {"num_features": num_features, "num_classes": num_classes, "kernel_size": num,
             "width": _first_width(state_dict, config)}  # fmt: skip
 
 
-def _first_conv(state_dict: Arrays) -> np.ndarray | None:
-    """The weights of the convolution of the first block."""
-    for part in ("encoder_blocks", "block_ops"):
-        weights = state_dict.get(f"{part}.0.KPConv.weights")
-        if weights is not None and weights.ndim == 3:
-            return weights
-    return None
+def _first_block(state_dict: Arrays) -> str:
+    is_classifier = any(name.startswith("block_ops.") for name in state_dict)
+    return "block_ops.0" if is_classifier else "encoder_blocks.0"
 
 
 def _first_width(state_dict: Arrays, config: Mapping[str, Any]) -> int:
-    first = _first_conv(state_dict)
-    if first is None:
+    first = _first_block(state_dict)
+    if f"{first}.KPConv.weights" not in state_dict:
         return config.get("first_features_dim", config.get("first_feats_dim", 4))
-    is_simple = not any(name.endswith("_blocks.0.unary2.mlp.weight") for name in state_dict)
-    return first.shape[2] * (2 if is_simple else 4)
+    is_simple = f"{first}.unary2.mlp.weight" not in state_dict
+    return shape_of(state_dict, f"{first}.KPConv.weights", 3)[2] * (2 if is_simple else 4)
 
 
 def _architecture_of(state_dict: Arrays) -> list[str]:
@@ -238,10 +229,12 @@ def _architecture_of(state_dict: Arrays) -> list[str]:
     for number in range(_last_block("encoder_blocks", state_dict) + 1):
         block = f"encoder_blocks.{number}"
         is_simple = f"{block}.unary2.mlp.weight" not in state_dict
-        out = state_dict.get(f"{block}.KPConv.weights" if is_simple else f"{block}.unary2.mlp.weight")
         deformable = f"{block}.KPConv.offset_bias" in state_dict
         kinds.append(("simple" if is_simple else "resnetb") + "_deformable" * deformable)
-        widths.append(0 if out is None else 2 * out.shape[-1] if is_simple else out.shape[0])
+        if is_simple:
+            widths.append(2 * shape_of(state_dict, f"{block}.KPConv.weights", 3, (0, 0, 0))[2])
+        else:
+            widths.append(shape_of(state_dict, f"{block}.unary2.mlp.weight", 2)[0])
     for number in range(len(kinds) - 1):
         if widths[number + 1] == 2 * widths[number]:
             kinds[number] += "_strided"

@@ -74,13 +74,23 @@ def arrays_of(client: str, state_dict: Mapping[str, ArrayLike]) -> Arrays:
     arrays = {name: _array(name, value) for name, value in state_dict.items()}
     if arrays and all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
-    found = clients_of(arrays)
-    if found and client not in found:
-        titles = " or ".join(CLIENTS[other].title for other in found)
-        advice = " or ".join(f"kpcore.nn.{CLIENTS[other].function} (--from {other})" for other in found)
+    looks_like = clients_of(arrays)
+    if looks_like and client not in looks_like:
+        titles = " or ".join(CLIENTS[other].title for other in looks_like)
+        advice = " or ".join(f"kpcore.nn.{CLIENTS[other].function} (--from {other})" for other in looks_like)
         raise ValueError(f"state_dict: expected names of {CLIENTS[client].title}, got those of {titles}, such as "
                          f"{next(iter(arrays))}: use {advice}")  # fmt: skip
     return arrays
+
+
+def shape_of(arrays: Arrays, name: str, axes: int, missing: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The shape of an array with a number of axes; `missing`, or an error, if there is none with this name."""
+    if name not in arrays and missing is not None:
+        return missing
+    if name not in arrays or arrays[name].ndim != axes:
+        got = arrays[name].shape if name in arrays else "none"
+        raise ValueError(f"state_dict: expected {name} with {axes} axes, got {got}")
+    return arrays[name].shape
 
 
 def _array(name: str, value: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kpcore.backends import checks
 from kpcore.nn.networks import Network
-from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, speller
+from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, shape_of, speller
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,14 +80,16 @@ def geotransformer(
         last = f"{block}.norm.norm.weight" not in state_dict
         architecture += ["nearest_upsample", "last_unary" if last else "unary"]
         paths[f"decoder.{2 * number + 1}"] = block
-    first, last = f"{encoder[0]}.KPConv.weights", f"{decoder[0]}.mlp.weight"
-    for name in (first, last):
-        if getattr(state_dict.get(name), "ndim", None) != (3 if name == first else 2):
-            raise ValueError(f"state_dict: expected an array of a convolution and one of a layer, {first} and {last}")
-    num, num_features, width = state_dict[first].shape
+    num, num_features, width = shape_of(state_dict, f"{encoder[0]}.KPConv.weights", 3)
+    num_classes, _ = shape_of(state_dict, f"{decoder[0]}.mlp.weight", 2)
+    groups = checks.integer("group_norm", config["group_norm"], 1)
+    for name, value in state_dict.items():
+        if name.endswith(".norm.weight") and value.size % groups:
+            raise ValueError(f"config: expected a group_norm that divides the channels of {name}, {value.size}, got "
+                             f"{groups}")  # fmt: skip
     net = Network(
-        architecture, num_features, state_dict[last].shape[0], voxel, width=2 * width, kernel_size=num, **in_voxels,
-        norm="group", norm_groups=config["group_norm"], norm_together=True, normalization="positive", bias=True,
+        architecture, num_features, num_classes, voxel, width=2 * width, kernel_size=num, **in_voxels,
+        norm="group", norm_groups=groups, norm_together=True, normalization="positive", bias=True,
         pool_pad_value=0.0, origin="published"
     )  # fmt: skip
     spell = speller(net, paths, "norm.norm", "norm_conv.norm", "mlp.bias")

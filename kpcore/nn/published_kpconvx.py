@@ -10,7 +10,7 @@ import numpy as np
 
 from kpcore.backends import checks
 from kpcore.nn.kpnext import KPNeXt
-from kpcore.nn.published_arrays import NORM, arrays_of, loaded, need
+from kpcore.nn.published_arrays import NORM, arrays_of, loaded, need, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,20 +74,19 @@ def kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> t
             expected = " or ".join(map(repr, allowed))
             raise ValueError(f"config: expected {name} {expected}, as kpcore.nn.KPNeXt has, got {config[name]!r}")
     depths = _depths(state_dict)
-    stem = _given(state_dict, "stem.conv.weights", 4)
-    last = _given(state_dict, "head.1.weight" if segment else "head.2.weight", 2)
-    hidden = _given(state_dict, "head.0.mlp.weight", 2)
-    shells, options = tuple(config["shell_sizes"]), {}
+    stem = shape_of(state_dict, "stem.conv.weights", 4)
+    last = shape_of(state_dict, "head.1.weight" if segment else "head.2.weight", 2)
+    hidden = shape_of(state_dict, "head.0.mlp.weight", 2)
+    options = {"attention_groups": None}
     if has_attention:
-        options["attention_groups"] = _attention_groups(state_dict, stem.shape[0], config)
+        options["attention_groups"] = _attention_groups(state_dict, stem[0], config)
     if not segment:
-        options |= {"head_width": hidden.shape[0], "head_norm": False, "dropout": 0.4}
+        options |= {"head_width": hidden[0], "head_norm": False, "dropout": 0.4}
     net = KPNeXt(
-        depths, stem.shape[2], last.shape[0], **{"attention_groups": None} | options, segment=segment,
-        dimension=config.get("dim", 3), width=stem.shape[3], num_neighbors=tuple(config["neighbor_limits"]),
-        shells=shells, grid_factor=config["radius_scaling"], norm=None if config.get("norm") == "none" else "batch",
-        momentum=config.get("bn_momentum", 0.1), attention_norm=bool(config.get("inv_grp_norm", True)),
-        origin="published", **_lengths(config),
+        depths, stem[2], last[0], segment=segment, dimension=config.get("dim", 3), width=stem[3],
+        num_neighbors=config["neighbor_limits"], shells=config["shell_sizes"], grid_factor=config["radius_scaling"],
+        norm=None if config.get("norm") == "none" else "batch", momentum=config.get("bn_momentum", 0.1),
+        attention_norm=bool(config.get("inv_grp_norm", True)), origin="published", **_lengths(config), **options,
     )  # fmt: skip
     _check_channels(net, config)
     if not net.attention_norm:  # the published layer has these arrays, and does not use them
@@ -126,28 +125,21 @@ def _depths(state_dict: Arrays) -> list[int]:
     return [max(1, stages.count(stage)) for stage in range(1, max(stages) + 1)]
 
 
-def _given(state_dict: Arrays, name: str, ndim: int) -> np.ndarray:
-    value = state_dict.get(name)
-    if value is None or value.ndim != ndim:
-        got = "none" if value is None else f"{value.shape}"
-        raise ValueError(f"state_dict: expected {name} with {ndim} axes, got {got}")
-    return value
-
-
 def _attention_groups(state_dict: Arrays, num: int, config: Mapping[str, Any]) -> int:
     """How many consecutive channels share a number of the attention, the same in all blocks that have one."""
-    found = set()
-    for name, value in state_dict.items():
-        if name.endswith(".alpha_mlp.3.weight"):
-            found.add(value.shape[1] * num // max(1, value.shape[0]))
+    sizes = {
+        value.shape[1] * num // max(1, value.shape[0])
+        for name, value in state_dict.items()
+        if name.endswith(".alpha_mlp.3.weight") and value.ndim == 2
+    }
     first = any(name.startswith("encoder_1.") and ".alpha_mlp." in name for name in state_dict)
-    if first or len(found) != 1:
-        got = "attention in the first stage" if first else f"groups of {sorted(found)} channels"
+    if first or len(sizes) != 1:
+        got = "attention in the first stage" if first else f"groups of {sorted(sizes)} channels"
         raise ValueError("config: expected first_inv_layer 1 and inv_groups above 0, with which all stages but the "
                          f"first have the same number of groups, as kpcore.nn.KPNeXt has, got {got}")  # fmt: skip
-    groups = config.get("inv_groups", *found)
-    if groups not in found:
-        raise ValueError(f"config: expected inv_groups {found.pop()}, as of the arrays, got {groups}")
+    groups = config.get("inv_groups", *sizes)
+    if groups not in sizes:
+        raise ValueError(f"config: expected inv_groups {sizes.pop()}, as of the arrays, got {groups}")
     return groups
 
 

@@ -33,7 +33,7 @@ _LARGEST = 2**24  # bytes of a file of settings
 _PICKED = {"train": ("in_radius",), "augment_test": ("chromatic_norm", "height_norm")}
 # The entries of checkpoints that hold the arrays.
 _STATES = ("model_state_dict", "model", "state_dict")
-# {data set: {number of input channels: features}} in KPConv-PyTorch and ml-kpconvx, whose S3DIR is S3DIS by rooms
+# {data set: {number of input channels: features}} in KPConv-PyTorch and ml-kpconvx; S3DIR there is S3DIS by rooms
 _COLORED = {4: ["one", "color"], 5: ["one", "color", "height"]}
 _FEATURES = {"S3DIS": _COLORED, "S3DIR": _COLORED, "SemanticKitti": {2: ["one", "height"]}}
 # What ml-kpconvx subtracts from colours, 0 to 1, and divides them by (chromatic_norm); and from heights (height_norm).
@@ -167,8 +167,8 @@ def _numbers_of_numpy() -> list[Any]:
 def _why(error: Exception) -> str:
     """In one line why torch.load refuses a file."""
     message = " ".join(str(error).split())
-    if found := re.search(r"GLOBAL ([\w.]+)", message):
-        return (f"expected a checkpoint of arrays and numbers, got one that needs {found[1]}, which could execute "
+    if needed := re.search(r"GLOBAL ([\w.]+)", message):
+        return (f"expected a checkpoint of arrays and numbers, got one that needs {needed[1]}, which could execute "
                 "code; if it is trusted, load it in its own code and save its arrays alone")  # fmt: skip
     return f"is damaged, or no file that torch.save wrote ({type(error).__name__}: {message[:100]})"
 
@@ -186,6 +186,8 @@ def _settings(path: Path, client: str) -> dict[str, Any]:
     if suffix == ".json":
         values = json.loads(text)
     elif suffix in (".yml", ".yaml"):
+        if client == "kpconv-pytorch":  # the arrays of Open3D-ML have the same names, but another function
+            raise ValueError("expected settings of KPConv-PyTorch, got a yml file, as Open3D-ML has (--from open3d-ml)")
         values = require("yaml", "io").safe_load(text)
     elif suffix == ".toml":
         values = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io").loads(text)
