@@ -424,3 +424,14 @@ def test_without_torch(tmp_path, refused, monkeypatch):
 
     monkeypatch.setattr(conversion, "require", require)
     assert refused(path, "kpconv-pytorch")[0].endswith('is not installed: pip install "kpcore[torch]"')
+
+
+def test_a_center_for_each_column(tmp_path, command):
+    path = run_of_kpconv_pytorch(tmp_path, dataset="S3DIS", in_radius="1.2")
+    assert command("convert", path, "--from", "kpconv-pytorch", "--out", tmp_path / "net")[0] == 0
+    net, params, state, about = nn.load(tmp_path / "net")
+    for name, value in (("center", [0.0, 1.0]), ("scale", [1.0, 2.0, 0.0]), ("scale", [1.0, 2.0, "3"]), ("center", [])):
+        columns = about["columns"] | {name: {"color": value}}
+        nn.save(tmp_path / "other", net, params, state, **about | {"columns": columns})
+        with pytest.raises(ValueError, match=rf"other: columns: expected a finite number as {name} of color, got \["):
+            Model.load(tmp_path / "other")
