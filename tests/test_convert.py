@@ -294,10 +294,13 @@ def test_missing_settings_are_named(tmp_path, refused):
     assert refused(path, "kpconv-pytorch")[0] == (
         f"{path}, settings of {settings}: config: expected architecture, conv_radius, KP_extent, got none"
     )
+    lines = [line for line in parameters_of("kpfcnn").splitlines() if "deform_radius" not in line]
+    settings.write_text("\n".join(lines))
+    assert refused(path, "kpconv-pytorch")[0].endswith("config: expected deform_radius, got none")
     settings.unlink()
     assert refused(path, "kpconv-pytorch")[0] == (
-        f"{path}, settings of no parameters.txt beside it or above: config: expected architecture, conv_radius, "
-        "KP_extent, got none"
+        f"{path}, settings of no parameters.txt beside it or above: config: expected architecture, "
+        "first_subsampling_dl, conv_radius, KP_extent, got none"
     )
     path = saved(tmp_path / "a.pth", case("open3d-ml").state_dict, "model_state_dict")
     assert refused(path, "open3d-ml")[0].endswith(
@@ -318,6 +321,8 @@ def test_missing_settings_are_named(tmp_path, refused):
         ("a.toml", '[label_to_names]\n0 = "a"\n1 = "b"', "label_to_names, ignored_labels: expected 6 classes, .* 2"),
         ("a.toml", "[label_to_names]\n" + "".join(f'{i} = "a"\n' for i in range(6)), "expected a different name"),
         ("a.toml", 'conv_radius = "wide"', "conv_radius: expected a number, got str"),
+        ("a.toml", "architecture = [1, 2]", r"architecture: expected a list or tuple of str, got \[1, 2\]"),
+        ("a.toml", "first_features_dim = [8]", "width: expected an integer, got list"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_read(tmp_path, refused, name, text, message):

@@ -115,7 +115,7 @@ def open3d_ml(
 ) -> tuple[Network, Arrays, Arrays, list[str]]:
     """What `import_open3d_ml` returns, and the names of arrays that are not of the network."""
     state_dict = arrays_of("open3d-ml", state_dict)
-    need(config, "architecture", *_needed_radii(config.get("architecture")))
+    need(config, "architecture", *needed_lengths(config.get("architecture")))
     options = {"momentum": 1 - checks.between("batch_norm_momentum", config.get("batch_norm_momentum", 0.02), 0, 1)}
     if config.get("reduce_fc"):
         half = _first_width(state_dict, config) // 2
@@ -161,7 +161,7 @@ def predator(
     """What `import_predator` returns, and the names of arrays that are not of the network."""
     state_dict = arrays_of("predator", state_dict)
     architecture = _architecture_of(state_dict)
-    need(config, *_needed_radii(architecture))
+    need(config, *needed_lengths(architecture))
     last = f"decoder_blocks.{_last_block('decoder_blocks', state_dict)}.mlp.weight"
     bottleneck = shape_of(state_dict, "bottle.weight", 3)[0] + 2  # two scores besides the features
     coarsest = sum("strided" in block for block in architecture)
@@ -197,7 +197,8 @@ def _kpfcnn(client, state_dict, architecture, config, options):
     return net, *loaded(client, net, state_dict, spell, constant=() if net.norm_affine else ("scale", "shift"))
 
 
-def _needed_radii(architecture: object) -> list[str]:
+def needed_lengths(architecture: object) -> list[str]:
+    """The names of the settings that say how large voxels, neighbourhoods and kernels are."""
     deformable = "deformable" in str(architecture)
     return ["first_subsampling_dl", "conv_radius", "KP_extent", *["deform_radius"] * deformable]
 

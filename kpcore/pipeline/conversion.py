@@ -47,22 +47,23 @@ class Format(NamedTuple):
     state: str  #: the entry of a checkpoint that holds the arrays
     beside: str | None  #: the file of settings that the client writes to the folder of a run
     sections: tuple[str, ...]  #: of settings that describe the network
-    needed: tuple[str, ...]  #: without which nothing is converted, besides what the import needs
     load: Callable[..., Any]
 
 
 def _load_kpconv_pytorch(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """As the import, which has defaults for radii, but with all settings that a parameters.txt has."""
+    if not (looks_like := clients_of(state_dict)) or "kpconv-pytorch" in looks_like:
+        need(config, "architecture", *published.needed_lengths(config.get("architecture")))
     return published.kpconv_pytorch(state_dict, config.get("architecture", ()), config)
 
 
 FORMATS = {
-    "kpconv-pytorch": Format("model_state_dict", "parameters.txt", (), ("architecture", "conv_radius", "KP_extent"),
-                             _load_kpconv_pytorch),
-    "open3d-ml": Format("model_state_dict", None, ("dataset", "model"), (), published.open3d_ml),
-    "kpconvx": Format("model_state_dict", "parameters.json", ("data", "model"), (), kpconvx),
-    "geotransformer": Format("model", None, ("backbone",), (), geotransformer),
-    "predator": Format("state_dict", "config.json", ("model", "overlap_attention_module"), (), published.predator),
-}  # fmt: skip
+    "kpconv-pytorch": Format("model_state_dict", "parameters.txt", (), _load_kpconv_pytorch),
+    "open3d-ml": Format("model_state_dict", None, ("dataset", "model"), published.open3d_ml),
+    "kpconvx": Format("model_state_dict", "parameters.json", ("data", "model"), kpconvx),
+    "geotransformer": Format("model", None, ("backbone",), geotransformer),
+    "predator": Format("state_dict", "config.json", ("model", "overlap_attention_module"), published.predator),
+}
 
 
 class Converted(NamedTuple):
@@ -118,12 +119,11 @@ def convert(checkpoint: str | os.PathLike[str], client: str, out: str | os.PathL
             config |= _flat(_settings(path, client), form.sections)
     where = ", ".join(map(str, paths)) or (f"no {form.beside} beside it or above" if form.beside else "no --config")
     try:
-        looks = clients_of(state_dict)
-        if not looks or client in looks:  # else the import says which client it looks like
-            need(config, *form.needed)
         net, params, state, unused = form.load(state_dict, config)
-    except (TypeError, ValueError) as error:
-        first, *lines = str(error).splitlines()
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # settings of any type may come from a file
+        first, *lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError("\n".join([f"{checkpoint}, settings of {where}: {first}", *lines])) from None
     about, missing = _use(client, net, config, checkpoint.name)
     nn.save(out, net, params, state, converted={"from": client, "file": checkpoint.name}, **about)
