@@ -61,7 +61,6 @@ def _on_tensors(function, arguments, tensor, gradient):
         return function(**arguments)
 
     def call():
-        arrays = {}  # of tensors by identity: one that is passed twice stays one array
         for name in data:
             value = arguments[name]
             if not isinstance(value, tensor) and not devices.is_array(value):
@@ -70,9 +69,7 @@ def _on_tensors(function, arguments, tensor, gradient):
                 raise TypeError(
                     f"{name}: {function.__name__} has no gradient; detach it with {name}.detach(), or call {gradient}"
                 )
-            if id(value) not in arrays:
-                arrays[id(value)] = to_array(name, value)
-            arguments[name] = arrays[id(value)]
+            arguments[name] = to_array(name, value)
         out = on_arrays(function, **arguments)
         return tuple(map(to_tensor, out)) if isinstance(out, tuple) else to_tensor(out)
 

@@ -252,7 +252,7 @@ def _checked(names, arguments):
     """(points, queries, {"points_row_splits", "queries_row_splits"}) from queries, supports and the lengths of both."""
     queries, points, *lengths = arguments
     sizes, like = {}, names["points"]
-    points = checks.points_array(like, points, sizes)
+    points = checks.points_array(like, points, sizes, rows="N")
     queries = checks.points_array(names["queries"], queries, sizes, like=(like, points))
     bounds = {}
     for name, array, values in zip(("queries", "points"), (queries, points), lengths, strict=True):
