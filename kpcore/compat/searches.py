@@ -6,6 +6,8 @@ smallest index), filled up with the number of supports of the whole batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import kpcore as kp
@@ -24,7 +26,7 @@ _LENGTHS = dict(zip(_ARGUMENTS, ("q_points", "s_points", "q_lengths", "s_lengths
 
 @arrays_or_tensors(gradient=None)
 def batch_query(queries: AnyArray, supports: AnyArray, q_batches: AnyArray, s_batches: AnyArray, *,
-                radius: float = 0.1, max_neighbors: int | None = None) -> np.ndarray:  # fmt: skip
+                radius: float = 0.1, max_neighbors: int | None = None) -> Any:  # fmt: skip
     """The supports nearer to each query than the radius: KPConv-PyTorch's and OverlapPredator's ``batch_query``.
 
     Of ml-kpconvx, the same function is called `batch_radius_neighbors`. A support at exactly the radius is not a
@@ -50,7 +52,7 @@ def batch_query(queries: AnyArray, supports: AnyArray, q_batches: AnyArray, s_ba
     Raises
     ------
     ValueError, TypeError
-        For shapes, dtypes or lengths that do not agree, coordinates that are not finite, or other radii.
+        For shapes, dtypes or lengths that do not agree, and as `kpcore.radius_search`.
 
     Notes
     -----
@@ -77,7 +79,7 @@ batch_radius_neighbors = batch_query
 
 @arrays_or_tensors(gradient=None)
 def radius_neighbors(q_points: AnyArray, s_points: AnyArray, q_lengths: AnyArray, s_lengths: AnyArray, radius: float,
-                     max_neighbors: int | None = None) -> np.ndarray:  # fmt: skip
+                     max_neighbors: int | None = None) -> Any:  # fmt: skip
     """As `batch_query`, with the arguments and the int64 result of GeoTransformer's extension.
 
     Parameters
@@ -112,7 +114,7 @@ def radius_neighbors(q_points: AnyArray, s_points: AnyArray, q_lengths: AnyArray
 
 @arrays_or_tensors(gradient="kpcore.torch.knn_search for the index alone")
 def batch_knn_neighbors(queries: AnyArray, supports: AnyArray, q_batches: AnyArray, s_batches: AnyArray, *,
-                        n_neighbors: int = 10) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+                        n_neighbors: int = 10) -> tuple[Any, Any]:  # fmt: skip
     """The nearest supports of each query and their squared distances: ``batch_knn_neighbors`` of ml-kpconvx.
 
     Parameters
@@ -154,7 +156,7 @@ def batch_knn_neighbors(queries: AnyArray, supports: AnyArray, q_batches: AnyArr
 
 @arrays_or_tensors(gradient=None)
 def radius_search_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: AnyArray, s_lengths: AnyArray,
-                            radius: float, neighbor_limit: int, inf: float = 1e10) -> np.ndarray:  # fmt: skip
+                            radius: float, neighbor_limit: int, inf: float = 1e10) -> Any:  # fmt: skip
     """The nearest supports of each query up to a distance, at most `neighbor_limit`: Easy-KPConv's search.
 
     The radius is inclusive: distances are rounded square roots, as published, and compared with it.
@@ -194,7 +196,7 @@ def radius_search_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: A
 
 @arrays_or_tensors(gradient=None)
 def radius_count_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: AnyArray, s_lengths: AnyArray,
-                           radius: float, inf: float = 1e10) -> np.ndarray:  # fmt: skip
+                           radius: float, inf: float = 1e10) -> Any:  # fmt: skip
     """How many supports are nearer to each query than the radius: Easy-KPConv's count.
 
     As published the radius is exclusive here, whereas `radius_search_pack_mode` includes it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _CORE = "kpcore.torch.grid_subsample"
 @arrays_or_tensors(gradient=_CORE)
 def subsample(points: AnyArray, *, features: AnyArray | None = None, classes: AnyArray | None = None,
               sampleDl: float = 0.1, method: str = "barycenters", verbose: int = 0
-              ) -> np.ndarray | tuple[np.ndarray, ...]:  # fmt: skip
+              ) -> Any:  # fmt: skip
     """One point for each occupied voxel: KPConv-PyTorch's ``subsample``, which ml-kpconvx calls ``grid_subsample``.
 
     The voxels are the published ones: they begin at ``floor(min * (1 / sampleDl)) * sampleDl``, and a point is in voxel
@@ -82,7 +83,7 @@ grid_subsample = subsample
 @arrays_or_tensors(gradient=_CORE)
 def subsample_batch(points: AnyArray, batches: AnyArray, *, features: AnyArray | None = None,
                     classes: AnyArray | None = None, sampleDl: float = 0.1, method: str = "barycenters",
-                    max_p: int = 0, verbose: int = 0) -> tuple[np.ndarray, ...]:  # fmt: skip
+                    max_p: int = 0, verbose: int = 0) -> tuple[Any, ...]:  # fmt: skip
     """As `subsample`, for each item of a batch: ``subsample_batch`` of KPConv-PyTorch and OverlapPredator.
 
     Of ml-kpconvx, the same function is called `grid_subsample_batch`.
@@ -133,7 +134,7 @@ grid_subsample_batch = subsample_batch
 
 @arrays_or_tensors(gradient=_CORE)
 def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: float = 0.1,
-                             method: str = "barycenters") -> tuple[np.ndarray, ...]:  # fmt: skip
+                             method: str = "barycenters") -> tuple[Any, ...]:  # fmt: skip
     """As `subsample_batch`, and which points are in which voxel: ``batch_grid_partitionning`` of ml-kpconvx.
 
     Parameters
@@ -177,7 +178,7 @@ def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: f
 
 
 @arrays_or_tensors(gradient=_CORE)
-def grid_subsampling(points: AnyArray, lengths: AnyArray, voxel_size: float) -> tuple[np.ndarray, np.ndarray]:
+def grid_subsampling(points: AnyArray, lengths: AnyArray, voxel_size: float) -> tuple[Any, Any]:
     """As `subsample_batch`, with the arguments of GeoTransformer's extension.
 
     Parameters
@@ -210,7 +211,7 @@ def grid_subsampling(points: AnyArray, lengths: AnyArray, voxel_size: float) -> 
 
 
 @arrays_or_tensors(gradient=_CORE)
-def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: float) -> tuple[np.ndarray, np.ndarray]:
+def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: float) -> tuple[Any, Any]:
     """One point for each occupied voxel of a grid that begins at 0: Easy-KPConv's subsampling.
 
     A point is in voxel ``floor(p * (1 / voxel_size))``, computed in the dtype of the points as published.
@@ -250,7 +251,7 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
 
 
 @arrays_or_tensors(gradient=None)
-def furthest_point_sample(points: AnyArray, *, new_n: int = -1, min_d: float = 0.0, verbose: int = 0) -> np.ndarray:
+def furthest_point_sample(points: AnyArray, *, new_n: int = -1, min_d: float = 0.0, verbose: int = 0) -> Any:
     """Points that are far from each other: ``furthest_point_sample`` of ml-kpconvx.
 
     The first is point 0, each next one the furthest from those chosen, of equally far ones the one with the smallest
@@ -324,7 +325,7 @@ def _published(points, batches, voxel_size, *, size="sampleDl", batches_name="ba
 
 
 def _ascending(coordinates, row_splits):
-    """The order of voxels by item and then by their index along each axis; `coordinates`: of a point in each, (M, D)."""
+    """The order of voxels by item and by their index along each axis; `coordinates` (M, D) are of a point in each."""
     xp = devices.namespace(coordinates)
     if not len(coordinates):
         return xp.arange(0)
