@@ -18,10 +18,10 @@ import kpcore as kp
 import kpcore.compat as compat
 from kpcore.compat import cpp_wrappers
 
-GOLDEN = {
-    name: np.load(Path(__file__).parent / "golden" / f"clients_functions_{name}.npz")
-    for name in ("kpconv", "geotransformer", "kpconvx", "easykpconv")
-}
+GOLDEN = {}
+for project in ("kpconv", "geotransformer", "kpconvx", "easykpconv"):
+    with np.load(Path(__file__).parent / "golden" / f"clients_functions_{project}.npz") as file:
+        GOLDEN[project] = dict(file)
 LENGTHS = [60, 0, 50, 40, 0, 0, 30]  # of batch items
 TOLERANCE = 2e-7  # of float32 sums in the order of the input
 EMPTY = [[], [0], [0, 0, 0], [0, 5], [5, 0], [0, 0, 5, 0, 0, 7, 0]]

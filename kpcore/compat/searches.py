@@ -224,7 +224,7 @@ def radius_count_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: An
     around, distance, bound = _around((q_points, s_points, q_lengths, s_lengths), radius, sort=None)
     xp = devices.namespace(distance)
     before = xp.zeros(len(distance) + 1, np.int64)  # how many of the pairs before each one are near enough
-    xp.cumsum(distance < bound, out=before[1:])
+    xp.cumsum(distance < bound, dtype=np.int64, out=before[1:])
     return xp.diff(before[around.stored_row_splits])
 
 

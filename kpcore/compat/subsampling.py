@@ -171,10 +171,8 @@ def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: f
     """
     checks.choice("method", method, _METHODS)
     sub = _published(points, batches, sampleDl)
-    num_points, xp = len(sub.inverse), devices.namespace(sub.inverse)
-    queries, splits, _ = transposed(sub.inverse, xp.arange(num_points + 1), None, len(sub.points))
-    pools = new_list(queries, splits, num_points).to_padded()
-    return sub.points, _lengths(sub.row_splits).astype(np.int32), pools, sub.inverse[:, None]
+    lengths = _lengths(sub.row_splits).astype(np.int32)
+    return sub.points, lengths, _points_of_voxels(sub).to_padded(), sub.inverse[:, None]
 
 
 @arrays_or_tensors(gradient=_CORE)
@@ -243,10 +241,8 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
     per_voxel = points.dtype.type(1 / checks.length("voxel_size", voxel_size, points.dtype))
     in_voxels = points * per_voxel
     sub = kp.grid_subsample(in_voxels, 1.0, features=points, row_splits=splits)
-    xp = devices.namespace(points)
-    one_of_each = xp.empty(len(sub.points), np.int64)
-    one_of_each[sub.inverse] = xp.arange(len(points))
-    order = _ascending(in_voxels[one_of_each], sub.row_splits)
+    members = _points_of_voxels(sub)
+    order = _ascending(in_voxels[members.stored_index[members.stored_row_splits[:-1]]], sub.row_splits)
     return sub.features[order], _lengths(sub.row_splits)
 
 
@@ -305,6 +301,14 @@ def _subsampled(points, batches, features, classes, size, method):
     return sub.points, sub.row_splits, *(values for values in (sub.features, sub.labels) if values is not None)
 
 
+def _points_of_voxels(sub):
+    """The list of the points of each voxel, in the order of their index."""
+    num_points = len(sub.inverse)
+    rows = devices.namespace(sub.inverse).arange(num_points + 1)  # row_splits of a list with the voxel of each point
+    index, row_splits, _ = transposed(sub.inverse, rows, None, len(sub.points))
+    return new_list(index, row_splits, num_points)
+
+
 def _lengths(row_splits):
     return row_splits[1:] - row_splits[:-1]  # not np.diff, which takes 5 us
 
@@ -329,7 +333,7 @@ def _ascending(coordinates, row_splits):
     xp = devices.namespace(coordinates)
     if not len(coordinates):
         return xp.arange(0)
-    axes = [xp.floor(coordinates[:, axis]).astype(np.int64) for axis in range(coordinates.shape[1])]
+    axes = [np.floor(coordinates[:, axis]).astype(np.int64) for axis in range(coordinates.shape[1])]
     columns = [kp.row_splits_to_batch(row_splits), *(axis - axis.min() for axis in axes)]
     lengths = (devices.on_host(xp.stack([column.max() for column in columns])) + 1).tolist()  # waits for a GPU once
     if math.prod(lengths) >= 2**63:  # too many for one number for each
