@@ -241,9 +241,10 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
     per_voxel = points.dtype.type(1 / checks.length("voxel_size", voxel_size, points.dtype))
     in_voxels = points * per_voxel
     sub = kp.grid_subsample(in_voxels, 1.0, features=points, row_splits=splits)
-    members = _points_of_voxels(sub)
-    order = _ascending(in_voxels[members.stored_index[members.stored_row_splits[:-1]]], sub.row_splits)
-    return sub.features[order], _lengths(sub.row_splits)
+    members, xp = _points_of_voxels(sub), devices.namespace(points)
+    first = members.stored_index[members.stored_row_splits[:-1]]
+    order = _ascending(xp.take(in_voxels, first, 0), sub.row_splits)
+    return xp.take(sub.features, order, 0), _lengths(sub.row_splits)
 
 
 @arrays_or_tensors(gradient=None)
@@ -303,9 +304,9 @@ def _subsampled(points, batches, features, classes, size, method):
 
 def _points_of_voxels(sub):
     """The list of the points of each voxel, in the order of their index."""
-    num_points = len(sub.inverse)
-    rows = devices.namespace(sub.inverse).arange(num_points + 1)  # row_splits of a list with the voxel of each point
-    index, row_splits, _ = transposed(sub.inverse, rows, None, len(sub.points))
+    num_points, xp = len(sub.inverse), devices.namespace(sub.inverse)
+    one_voxel_each = xp.arange(num_points + 1, dtype=np.int64)  # row_splits of the list of the voxel of each point
+    index, row_splits, _ = transposed(sub.inverse, one_voxel_each, None, len(sub.points))
     return new_list(index, row_splits, num_points)
 
 
