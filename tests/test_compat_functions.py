@@ -522,6 +522,30 @@ def test_lengths_of_another_kind_than_the_points(function):
             assert_same_bits(np.asarray(a), b)
 
 
+def test_workers_do_not_import_all_of_kpcore_torch(python):
+    """It takes a third of a second, which each new worker of a DataLoader would spend."""
+    pytest.importorskip("torch")
+    run = python(
+        "import sys, torch, numpy as np, kpcore.compat as compat\n"
+        "points, lengths = torch.rand(50, 3), torch.tensor([20, 30])\n"
+        "got = compat.radius_neighbors(points, points, lengths, [20, 30], 0.3)\n"
+        "voxels, counts = compat.grid_subsampling(points, lengths, 0.3)\n"
+        "assert not isinstance(compat.grid_subsampling(points.numpy(), lengths, 0.3)[0], torch.Tensor)\n"
+        "assert 'kpcore.torch' not in sys.modules\n"
+        "for wrong in (points.numpy(), points.int(), points.clone().requires_grad_()):\n"
+        "    try: compat.batch_knn_neighbors(points, wrong, lengths, lengths)\n"
+        "    except TypeError as error: print(error)\n"
+        "assert torch.equal(got, compat.radius_neighbors(points, points, lengths, lengths, 0.3))\n"
+        "again = compat.grid_subsampling(points, lengths, 0.3)\n"
+        "assert torch.equal(voxels, again[0]) and torch.equal(counts, again[1])"
+    )
+    assert run.returncode == 0, run.stderr
+    array, dtype, gradient = run.stdout.splitlines()
+    assert array == "supports: expected a torch tensor, got ndarray; convert it with torch.from_numpy"
+    assert dtype == "supports: expected float32 or float64, got int32; convert it with supports.to(torch.float64)"
+    assert gradient.startswith("supports: batch_knn_neighbors has no gradient; detach it with supports.detach()")
+
+
 @pytest.mark.parametrize("function", [name for name in CALLS if hasattr(cpp_wrappers, name)])
 def test_wrappers_return_arrays(function):
     """As the loaders of OverlapPredator and ml-kpconvx expect."""
