@@ -94,7 +94,7 @@ def assert_nearest_first(got, expected, queries, supports, rounded=False):
 def test_published_voxels(project, function, case):
     arguments, expected = read(project, function, case)
     max_p, whole = arguments.get("max_p", 0), function in ("subsample", "grid_subsample")
-    given = dict(arguments)
+    original = dict(arguments)
     out = call(getattr(compat, function), arguments)
     out = dict(zip([name for name in expected if name != "class_tie"], out if isinstance(out, tuple) else (out,),
                    strict=True))  # fmt: skip
@@ -103,7 +103,7 @@ def test_published_voxels(project, function, case):
     batches = "lengths" if function == "grid_subsampling" else "batches"
     if max_p:  # which voxels are kept depends on the order: the first ones
         assert np.array_equal(out[batches], expected[batches])
-        full = compat.subsample_batch(given["points"], given["batches"], sampleDl=given["sampleDl"])
+        full = compat.subsample_batch(original["points"], original["batches"], sampleDl=original["sampleDl"])
         kept = [full[0][first : first + max_p] for first in clouds.splits(full[1])[:-1]]
         assert_same_bits(out["points"], np.concatenate(kept))
         return

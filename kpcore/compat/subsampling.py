@@ -52,6 +52,11 @@ def subsample(points: AnyArray, *, features: AnyArray | None = None, classes: An
     classes : (M, L) int32, or the dtype of the classes if int32 does not hold it
         Only if classes were passed; L is 1 for classes (N,). A single result is not a tuple.
 
+    Raises
+    ------
+    ValueError, TypeError
+        For another `method`, for shapes or dtypes that do not agree, and as `kpcore.grid_subsample`.
+
     Notes
     -----
     The published order is that of a hash map, and so is its choice among equally frequent classes. The published
@@ -107,6 +112,11 @@ def subsample_batch(points: AnyArray, batches: AnyArray, *, features: AnyArray |
     features, classes
         Only those that were passed.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample`, and for lengths that do not add up to N.
+
     Notes
     -----
     The published process ends for an empty item. Its classes with several columns are wrong from the second item on.
@@ -155,6 +165,11 @@ def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: f
     upsamples : (N, 1) int32
         The voxel of each point.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
+
     Notes
     -----
     The published process ends for an empty item.
@@ -191,6 +206,11 @@ def grid_subsampling(points: AnyArray, lengths: AnyArray, voxel_size: float) -> 
     points : (M, 3), dtype of the points
     lengths : (B,) int64
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
+
     Notes
     -----
     The published process ends for an empty item. The order of the published points is that of a hash map.
@@ -226,6 +246,11 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
     points : (M, 3), dtype of the points
         Barycentres, sorted by item and then by x, y and z of the voxel.
     lengths : (B,) int64
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
 
     Examples
     --------
@@ -268,6 +293,11 @@ def furthest_point_sample(points: AnyArray, *, new_n: int = -1, min_d: float = 0
     -------
     (S,) int32
         At least one index; none if there are no points, for which the published process ends.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For numbers that are not finite or of another type, and as `kpcore.farthest_point_sampling`.
 
     Examples
     --------
