@@ -32,7 +32,7 @@ from kpcore.torch import internals
 _DTYPES = {
     getattr(torch, name): np.dtype(name)
     for name in ("float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32",
-                 "int64")
+                 "int64", "uint16", "uint32", "uint64")
 }  # fmt: skip
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
