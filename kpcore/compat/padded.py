@@ -19,6 +19,7 @@ import torch
 
 from kpcore.backends import checks
 from kpcore.neighbors import Neighbors
+from kpcore.torch.internals import not_compiled
 from kpcore.torch.ops import padded_tensor
 
 # {(id of a matrix, whether only its first column is in the list): (the matrix, its state, the list)}. Single operations
@@ -53,7 +54,7 @@ def neighbors(name: str, matrix: torch.Tensor | Neighbors, num_points: int, *, f
     return matrix if isinstance(matrix, Neighbors) else _converted(name, matrix, num_points, first)
 
 
-@torch.compiler.disable
+@not_compiled("a padded matrix is converted outside of compiled code; pass kpcore.Neighbors.from_padded of it instead")
 def _converted(name: str, matrix: torch.Tensor, num_points: int, first: bool) -> Neighbors:
     if not _is_on or type(matrix) is not torch.Tensor or matrix.is_inference():
         return _convert(name, matrix, num_points, first)
