@@ -1,0 +1,95 @@
+"""Pooling over padded matrices of neighbours, as in the models of KPConv-PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import kpcore as kp
+from kpcore.backends.devices import AnyArray
+from kpcore.compat.kinds import renamed
+from kpcore.neighbors import Neighbors
+
+__all__ = ["closest_pool", "max_pool"]
+
+
+def max_pool(x: AnyArray, inds: AnyArray) -> Any:
+    """The maximum of each channel over the neighbours of each query: KPConv-PyTorch's ``max_pool``.
+
+    As published, a row with fewer neighbours than columns also sees a row of zeros, so that its maxima are at least 0.
+    Differentiable in `x`, for torch tensors under autograd; for arrays see `kpcore.autodiff`.
+
+    Parameters
+    ----------
+    x : (N, C) float32 or float64
+        An array or a tensor.
+    inds : (M, H) int32 or int64
+        Neighbours, of the same kind; N and -1 stand for no neighbour.
+
+    Returns
+    -------
+    (M, C)
+        Zeros for rows without neighbours, also if H is 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes or dtypes that do not agree, or an index outside -1 to N.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kpcore.compat import max_pool
+    >>> max_pool(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0, 1], [1, 2]]))
+    tensor([[-1.],
+            [ 0.]])
+    """
+    return _pooled("neighbor_reduce", x, inds, "max", pad_value=0.0)
+
+
+def closest_pool(x: AnyArray, inds: AnyArray) -> Any:
+    """The features of the first neighbour of each query, zeros where there is none: ``closest_pool`` of KPConv-PyTorch.
+
+    Differentiable in `x`, as `max_pool`.
+
+    Parameters
+    ----------
+    x : (N, C) float32 or float64
+        An array or a tensor.
+    inds : (M, H) int32 or int64
+        Neighbours, of the same kind, of which the first column is used; N and -1 stand for no neighbour.
+
+    Returns
+    -------
+    (M, C)
+        Zeros if H is 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kpcore.compat import closest_pool
+    >>> closest_pool(torch.tensor([[10.0], [20.0]]), torch.tensor([[1, 0], [0, 2], [2, 2]]))
+    tensor([[20.],
+            [10.],
+            [ 0.]])
+    """
+    return _pooled("nearest_upsample", x, inds[:, :1] if getattr(inds, "ndim", None) == 2 else inds)
+
+
+def _pooled(name, x, inds, *args, **options):
+    """The operator of that name over a padded matrix, for arrays or tensors."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(x, tensor) or isinstance(inds, tensor):
+        module, convert = importlib.import_module("kpcore.torch"), _list_of_tensor
+    else:
+        module, convert = kp, Neighbors.from_padded
+    neighbors = renamed({"index": "inds"}, convert, inds, len(x))
+    return renamed({"features": "x"}, getattr(module, name), x, neighbors, *args, **options)
+
+
+def _list_of_tensor(inds, num_points):
+    from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array
+
+    checked(None, "index", inds)
+    return on_stream_of(inds, lambda: on_arrays(Neighbors.from_padded, to_array("index", inds), num_points))
