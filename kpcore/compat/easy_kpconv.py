@@ -16,6 +16,7 @@ import torch
 
 import kpcore.torch as kpt
 from kpcore.compat import padded, published
+from kpcore.compat.kernels import disposition
 from kpcore.torch.layers import draw_uniform
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class KPConv(kpt.KPConv):
                  groups: int = 1, bias: bool = False, dimension: int = 3, inf: float = 1e6) -> None:  # fmt: skip
         super().__init__(
             in_channels, out_channels, kernel_size, extent=sigma, dimension=dimension, groups=groups, bias=bias,
-            normalization="positive", **published.kernel_places(kernel_size, radius)
+            normalization="positive", **disposition(kernel_size, radius)
         )  # fmt: skip
         self.kernel_size, self.in_channels, self.out_channels = kernel_size, in_channels, out_channels
         self.radius, self.sigma, self.groups, self.dimension, self.inf = radius, sigma, groups, dimension, inf

@@ -15,6 +15,7 @@ import torch
 
 import kpcore.torch as kpt
 from kpcore.compat import padded, published
+from kpcore.compat.kernels import disposition
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class KPConv(kpt.KPConv):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, radius: float, sigma: float,
                  bias: bool = False, dimension: int = 3, inf: float = 1e6, eps: float = 1e-9) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, extent=sigma, dimension=dimension, bias=bias,
-                         normalization="positive", **published.kernel_places(kernel_size, radius))  # fmt: skip
+                         normalization="positive", **disposition(kernel_size, radius))  # fmt: skip
         self.kernel_size, self.in_channels, self.out_channels = kernel_size, in_channels, out_channels
         self.radius, self.sigma, self.dimension, self.inf, self.eps = radius, sigma, dimension, inf, eps
 

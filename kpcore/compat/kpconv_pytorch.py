@@ -19,6 +19,8 @@ import torch
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import padded, published
+from kpcore.compat.kernels import disposition
+from kpcore.compat.pools import closest_pool, max_pool
 from kpcore.nn import blocks
 from kpcore.ops import OPS
 from kpcore.torch.layers import draw_uniform, drawn_kernel_points, redraw_kernel_points
@@ -112,9 +114,9 @@ class KPConv(torch.nn.Module):
         checks.choice("aggregation_mode", aggregation_mode, ("sum", "closest"))
         self.deformable, self.modulated = deformable, modulated
         self.offset_features = self.deformed_KP = self._where = self._min_d2 = None
-        places = published.kernel_places(kernel_size, radius)
-        self._draw = partial(drawn_kernel_points, kernel_size, places["radius"], "vertical", dimension=p_dim,
-                             fixed=fixed_kernel_points, method=places["method"])  # fmt: skip
+        kernel_size = checks.integer("kernel_size", kernel_size, 1)
+        self._draw = partial(drawn_kernel_points, kernel_size, rotate="vertical", dimension=p_dim,
+                             fixed=fixed_kernel_points, **disposition(kernel_size, radius))  # fmt: skip
         self.weights = torch.nn.Parameter(torch.empty(kernel_size, in_channels, out_channels))
         if deformable:
             self.offset_dim = kernel_size * (p_dim + bool(modulated))
@@ -247,28 +249,6 @@ def p2p_fitting_regularizer(net: torch.nn.Module) -> torch.Tensor | float:
             torch.zeros_like(layer.kernel_points), kernel_points, layer.KP_extent, repulse_extent=net.repulse_extent
         )
     return net.deform_fitting_power * (2 * fitting + repulsion)
-
-
-def max_pool(x: torch.Tensor, inds: Matrix) -> torch.Tensor:
-    """The maximum over the neighbours of each query, (M, C); a zero takes part in rows with padding, as published.
-
-    Parameters
-    ----------
-    x : (N, C) tensor
-    inds : (M, H) int32 or int64 tensor, or Neighbors with a width
-    """
-    return published.max_pool("inds", x, inds, 0.0)
-
-
-def closest_pool(x: torch.Tensor, inds: Matrix) -> torch.Tensor:
-    """The features of the neighbours in the first column, (M, C); zeros where it is padding.
-
-    Parameters
-    ----------
-    x : (N, C) tensor
-    inds : (M, H) int32 or int64 tensor, or Neighbors
-    """
-    return published.first_pool("inds", x, inds)
 
 
 def global_average(x: torch.Tensor, batch_lengths: torch.Tensor | Sequence[int]) -> torch.Tensor:

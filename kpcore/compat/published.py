@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 import kpcore.torch as kpt
-from kpcore.backends import checks
 from kpcore.compat import padded
 from kpcore.neighbors import Neighbors
 
@@ -18,16 +17,7 @@ if TYPE_CHECKING:
 Matrix: TypeAlias = torch.Tensor | Neighbors  # of neighbours, (M, H), padded with N or -1
 
 PADDING = 1e6  # coordinates of the point that stands for "no neighbour"
-_MOST_POTENTIAL = 30  # from more kernel points on, the published code takes Lloyd's relaxation
-_MEAN_NORM = 0.66  # mean norm of the kernel points in search radii, those of Lloyd's relaxation fill the whole radius
 _GAUSSIAN = 1e-9  # what the published code adds to 2 sigma², with sigma = 0.3 extent
-
-
-def kernel_places(kernel_size: int, radius: float) -> dict[str, Any]:
-    """The arguments `radius` and `method` of `kpcore.torch.KPConv` for a published search radius."""
-    if checks.integer("kernel_size", kernel_size, 1) > _MOST_POTENTIAL:
-        return {"radius": radius, "method": "lloyd"}
-    return {"radius": _MEAN_NORM * radius, "method": "potential"}
 
 
 def influence_extent(influence: str, extent: float) -> float:
@@ -48,7 +38,7 @@ def ungrouped(weights: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def max_pool(name: str, features: torch.Tensor, matrix: Matrix, pad_value: float) -> torch.Tensor:
-    """The maximum over the neighbours of each query; `pad_value` counts as one more in rows with padding."""
+    """The maximum over the neighbours of each query; in rows with padding `pad_value` counts as one more."""
     neighbors = padded.neighbors(name, matrix, features.shape[0])
     return kpt.neighbor_reduce(features, neighbors, "max", pad_value=pad_value)
 
@@ -68,11 +58,12 @@ def global_average(name: str, features: torch.Tensor, lengths: torch.Tensor | Se
         return kpt.segment_reduce(features, row_splits, "mean")
     except ValueError:
         total, least = int(lengths.sum()), int(lengths.min()) if len(lengths) else 0
-        if total == features.shape[0] and least >= 0:
+        if least < 0:
+            raise ValueError(f"{name}: expected numbers of at least 0, got {least}") from None
+        if total == features.shape[0]:
             raise
-        got = f"a sum of {total}" if least >= 0 else least
-        expected = f"lengths of at least 0 that sum to {features.shape[0]}, the rows of the features"
-        raise ValueError(f"{name}: expected {expected}, got {got}") from None
+        expected = f"lengths that add up to {features.shape[0]} to match the features"
+        raise ValueError(f"{name}: expected {expected}, got {total}") from None
 
 
 def only(name: str, value: object, supported: object, why: str) -> None:

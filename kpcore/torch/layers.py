@@ -102,7 +102,7 @@ class KPConv(torch.nn.Module):
         shape, groups = _grouped(in_channels, out_channels, groups)
         self._draw = partial(drawn_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed,
                              method=method)  # fmt: skip
-        points = self._draw(dtype)
+        points = self._draw(dtype=dtype)
         self.extent = extent
         self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization,
                         "groups": groups}  # fmt: skip
@@ -214,7 +214,7 @@ class DeformableKPConv(torch.nn.Module):
         shape, groups = _grouped(in_channels, out_channels, groups)
         places = {"dimension": dimension, "fixed": fixed, "method": method}
         self._draw = partial(drawn_kernel_points, kernel_size, radius, rotate, **places)
-        points = self._draw(dtype)
+        points = self._draw(dtype=dtype)
         self.extent, self.modulated = extent, modulated
         options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
         self.options = options | {"groups": groups}
@@ -367,7 +367,7 @@ class KPConvX(torch.nn.Module):
         channels = checks.integer("channels", channels, 1)
         self._draw = partial(drawn_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
                              method="shells")  # fmt: skip
-        points = self._draw(dtype)
+        points = self._draw(dtype=dtype)
         kernel_size, dtype = len(points), points.dtype
         self.extent, self.influence, self.attention_groups = extent, influence, attention_groups
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, channels))
@@ -479,8 +479,8 @@ def _described(layer: KPConv | DeformableKPConv) -> str:
     return text + f", groups={groups}" * (groups > 1) + ", bias=True" * (layer.bias is not None)
 
 
-def drawn_kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, dtype: torch.dtype | None,
-                        dimension: int, **options: Any) -> torch.Tensor:  # fmt: skip
+def drawn_kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, *, dimension: int,
+                        dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:  # fmt: skip
     """Kernel points (K, D) with a random rotation from torch's generator, on torch's default device."""
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
@@ -497,7 +497,7 @@ def redraw_kernel_points(layer: Any) -> None:
     points = layer.kernel_points
     if not points.is_meta:
         with torch.device("cpu"):
-            points.copy_(layer._draw(torch.float64 if points.dtype == torch.float64 else torch.float32))
+            points.copy_(layer._draw(dtype=torch.float64 if points.dtype == torch.float64 else torch.float32))
 
 
 def draw_uniform(weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
