@@ -50,8 +50,9 @@ class KPConv(kpt.KPConv):
 
     Notes
     -----
-    Differences: -1 means "no neighbour" too; groups work on the CPU; a neighbour at the place of a kernel point has a
-    gradient, where the published one is NaN; the kernel points are not moved at random by a hundredth of the radius.
+    Differences: -1 means "no neighbour" too; groups work on the CPU; where a neighbour is at the place of a kernel
+    point, the gradient of positions is 0, not NaN; the kernel points are not moved at random by a hundredth of the
+    radius.
 
     Examples
     --------

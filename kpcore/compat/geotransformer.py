@@ -47,8 +47,8 @@ class KPConv(kpt.KPConv):
 
     Notes
     -----
-    Differences: -1 means "no neighbour" too; `neighbor_indices` need not be contiguous; a neighbour at the place of a
-    kernel point has a gradient, where the published one is NaN; the kernel points are not moved at random by a
+    Differences: -1 means "no neighbour" too; `neighbor_indices` need not be contiguous; where a neighbour is at the
+    place of a kernel point, the gradient of positions is 0, not NaN; the kernel points are not moved at random by a
     hundredth of the radius.
 
     Examples

@@ -72,9 +72,9 @@ class KPConv(torch.nn.Module):
 
     Notes
     -----
-    Differences: -1 and N both mean "no neighbour", in deformable layers too; a neighbour at the place of a kernel point
-    has a gradient, where the published one is NaN; ``KP_influence="gaussian"`` with ``aggregation_mode="closest"`` has
-    one in deformable layers; the kernel points are not moved at random by a hundredth of the radius.
+    Differences: where a neighbour is at the place of a kernel point, the gradient of offsets and positions is 0, not
+    NaN; deformable layers have a gradient with ``KP_influence="gaussian"`` and ``aggregation_mode="closest"`` too; the
+    kernel points are not moved at random by a hundredth of the radius.
 
     ``torch.utils.checkpoint`` needs ``use_reentrant=False``, or the regularization has no gradient. A replica of
     torch.nn.DataParallel keeps what it computes to itself, as it does in the published code.
