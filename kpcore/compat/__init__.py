@@ -24,6 +24,17 @@ from kpcore.compat.pools import *  # noqa: F403
 from kpcore.compat.searches import *  # noqa: F403
 from kpcore.compat.subsampling import *  # noqa: F403
 
-__all__ = []
+
+def cache(enabled: bool) -> None:
+    """Whether the list made from a padded matrix, a tensor, is kept as long as the tensor; by default it is.
+
+    ``cache(False)`` also drops all lists that are kept. `kpcore.compat.padded` says when a list is used again.
+    """
+    from kpcore.compat import padded  # imports torch
+
+    padded.cache(enabled)
+
+
+__all__ = ["cache"]
 for _module in ("kernels", "pools", "searches", "subsampling"):
     __all__ += sys.modules[f"kpcore.compat.{_module}"].__all__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import kpcore as kp
@@ -11,6 +13,7 @@ from kpcore.compat.kinds import renamed
 __all__ = ["load_kernels"]
 
 _LARGEST_POTENTIAL = 30  # above that the published code takes Lloyd's relaxation
+_MEAN_NORM = 0.66  # of the points other than the centre, in radii of the convolution
 
 
 def load_kernels(radius: float, num_kpoints: int, dimension: int, fixed: str, lloyd: bool = False) -> np.ndarray:
@@ -59,10 +62,9 @@ def load_kernels(radius: float, num_kpoints: int, dimension: int, fixed: str, ll
     """
     radius = checks.length("radius", radius, np.dtype(np.float32))
     num = checks.integer("num_kpoints", num_kpoints, 1)
-    by_lloyd = checks.boolean("lloyd", lloyd) or num > _LARGEST_POTENTIAL
     points = renamed(
-        {"num": "num_kpoints"}, kp.kernel_points, num, 1.0 if by_lloyd else 0.66, dimension=dimension, fixed=fixed,
-        method="lloyd" if by_lloyd else "potential", dtype=np.float64
+        {"num": "num_kpoints"}, kp.kernel_points, num, dimension=dimension, fixed=fixed, dtype=np.float64,
+        **disposition(num, 1.0, checks.boolean("lloyd", lloyd))
     )  # fmt: skip
     angle = np.random.rand() * 2 * np.pi  # noqa: NPY002 - the generator that the callers seed
     points = radius * (points + np.random.normal(scale=0.01, size=points.shape))  # noqa: NPY002
@@ -70,3 +72,10 @@ def load_kernels(radius: float, num_kpoints: int, dimension: int, fixed: str, ll
         x, y = points[:, 0].copy(), points[:, 1].copy()
         points[:, 0], points[:, 1] = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     return points.astype(np.float32)
+
+
+def disposition(num_kpoints: int, radius: float, lloyd: bool = False) -> dict[str, Any]:
+    """The arguments `method` and `radius` of `kpcore.kernel_points` for a published radius of the convolution."""
+    if lloyd or num_kpoints > _LARGEST_POTENTIAL:
+        return {"method": "lloyd", "radius": radius}
+    return {"method": "potential", "radius": _MEAN_NORM * radius}

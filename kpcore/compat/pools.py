@@ -25,7 +25,7 @@ def max_pool(x: AnyArray, inds: AnyArray) -> Any:
     x : (N, C) float32 or float64
         An array or a tensor.
     inds : (M, H) int32 or int64
-        Neighbours, of the same kind; N and -1 stand for no neighbour.
+        Neighbours, of the same kind; N and -1 stand for no neighbour. A tensor is converted once, see `cache`.
 
     Returns
     -------
@@ -79,22 +79,17 @@ def closest_pool(x: AnyArray, inds: AnyArray) -> Any:
             [10.],
             [ 0.]])
     """
-    return _pooled("nearest_upsample", x, inds[:, :1] if getattr(inds, "ndim", None) == 2 else inds)
+    return _pooled("nearest_upsample", x, inds, first=True)
 
 
-def _pooled(name, x, inds, *args, **options):
-    """The operator of that name over a padded matrix, for arrays or tensors."""
+def _pooled(name, x, inds, *args, first=False, **options):
+    """The operator of that name over a padded matrix, or over its first column; for arrays or tensors."""
     tensor = getattr(sys.modules.get("torch"), "Tensor", ())
     if isinstance(x, tensor) or isinstance(inds, tensor):
-        module, convert = importlib.import_module("kpcore.torch"), _list_of_tensor
+        from kpcore.compat import padded
+
+        module, neighbors = importlib.import_module("kpcore.torch"), padded.neighbors("inds", inds, len(x), first=first)
     else:
-        module, convert = kp, Neighbors.from_padded
-    neighbors = renamed({"index": "inds"}, convert, inds, len(x))
+        column = inds[:, :1] if first and getattr(inds, "ndim", None) == 2 else inds
+        module, neighbors = kp, renamed({"index": "inds"}, Neighbors.from_padded, column, len(x))
     return renamed({"features": "x"}, getattr(module, name), x, neighbors, *args, **options)
-
-
-def _list_of_tensor(inds, num_points):
-    from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array
-
-    checked(None, "index", inds)
-    return on_stream_of(inds, lambda: on_arrays(Neighbors.from_padded, to_array("index", inds), num_points))
