@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -267,7 +269,7 @@ def measures(points: torch.Tensor, queries: torch.Tensor, point: torch.Tensor, q
     d = d * d if metric == "L2" else d.abs()
     if metric == "Linf":
         return d.amax(1)
-    return (d[:, 0] + d[:, 1]) + d[:, 2]
+    return functools.reduce(operator.add, d.unbind(1))
 
 
 def kept_pairs(kept: torch.Tensor, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, overload
 
 from jax import Array
@@ -113,6 +113,17 @@ def build_pyramid(
     inclusive: bool = ...,
     upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Array]: ...
+def calibrate_neighbor_limits(
+    clouds: Iterable[Array | ndarray],
+    *,
+    voxel_size: float,
+    num_levels: int,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    fraction: float = ...,
+) -> list[int]: ...
 def concatenate(
     first: Array | ndarray,
     second: Array | ndarray,
@@ -341,6 +352,9 @@ def leaky_relu(
     features: Array | ndarray,
     negative_slope: float = ...,
 ) -> Array: ...
+def lengths(
+    row_splits: Array | ndarray,
+) -> Array: ...
 def linear(
     features: Array | ndarray,
     weights: Array | ndarray,
@@ -405,6 +419,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Array: ...
+def row_splits(
+    lengths: Sequence[int] | Array | ndarray,
 ) -> Array: ...
 def row_splits_to_batch(
     row_splits: Array | ndarray,

@@ -1,4 +1,4 @@
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, overload
 
 from numpy.typing import DTypeLike
@@ -9,6 +9,9 @@ from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
+from kpcore.torch.data import PyramidCollate as PyramidCollate
+from kpcore.torch.data import PyramidDataset as PyramidDataset
+from kpcore.torch.data import to_device as to_device
 from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
 from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d
 from kpcore.torch.deform2d_layers import DeformableKernelConv2d as DeformableKernelConv2d
@@ -133,6 +136,17 @@ def build_pyramid(
     inclusive: bool = ...,
     upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Tensor]: ...
+def calibrate_neighbor_limits(
+    clouds: Iterable[Tensor],
+    *,
+    voxel_size: float,
+    num_levels: int,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    fraction: float = ...,
+) -> list[int]: ...
 def concatenate(
     first: Tensor,
     second: Tensor,
@@ -361,6 +375,9 @@ def leaky_relu(
     features: Tensor,
     negative_slope: float = ...,
 ) -> Tensor: ...
+def lengths(
+    row_splits: Tensor,
+) -> Tensor: ...
 def linear(
     features: Tensor,
     weights: Tensor,
@@ -425,6 +442,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Tensor: ...
+def row_splits(
+    lengths: Sequence[int] | Tensor,
 ) -> Tensor: ...
 def row_splits_to_batch(
     row_splits: Tensor,

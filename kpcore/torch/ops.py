@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -78,12 +78,13 @@ def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arg
     """Call the function, on torch's current stream if `tensor` is on a GPU."""
     if tensor is None or not on_gpu(tensor):
         return function(*arguments)
-    with _torch_stream(tensor.device):
+    with torch_stream(tensor.device):
         return function(*arguments)
 
 
 @contextmanager
-def _torch_stream(device):
+def torch_stream(device: torch.device) -> Iterator[None]:
+    """Within it CuPy uses this GPU and torch's current stream on it."""
     cuda = config.cupy().cuda
     with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
         yield
