@@ -52,8 +52,11 @@ def train(seed, **changes):
 def trained(name, **changes):
     """Train a network with each of the seeds, print its row of the table and return the mIoUs."""
     scores, seconds, sizes = zip(*(train(seed, **changes) for seed in SEEDS), strict=True)
-    print(f"| {name} | {np.median(scores):.3f} ({min(scores):.3f}–{max(scores):.3f}) | {1e3 * np.median(seconds):.0f} | "
-          f"{sizes[0]:,} |", flush=True)  # fmt: skip
+    median, milliseconds = np.median(scores), 1e3 * np.median(seconds)
+    print(
+        f"| {name} | {median:.3f} ({min(scores):.3f}–{max(scores):.3f}) | {milliseconds:.0f} | {sizes[0]:,} |",
+        flush=True,
+    )
     return scores
 
 

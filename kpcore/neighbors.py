@@ -93,20 +93,7 @@ def batch_to_row_splits(batch: AnyArray, num_items: int | None = None) -> np.nda
     >>> kp.batch_to_row_splits(np.array([0, 0, 0, 2, 2]), num_items=4)
     array([0, 3, 3, 5, 5])
     """
-    batch, xp = checks.array("batch", batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
-    falls = batch[1:] < batch[:-1]
-    if falls.any():
-        at = int(falls.argmax())
-        raise ValueError(
-            f"batch: expected numbers that never decrease, got {batch[at]} then {batch[at + 1]} at {at}; sort the rows "
-            "by item first"
-        )
-    first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
-    most = checks.MAX_POINTS if num_items is None else checks.integer("num_items", num_items, 0, checks.MAX_POINTS)
-    if first < 0 or last >= most:
-        match = "" if num_items is None else " to match num_items"
-        raise ValueError(f"batch: expected numbers from 0 to {most - 1}{match}, got {first if first < 0 else last}")
-    return xp.searchsorted(batch, xp.arange((last + 1 if num_items is None else most) + 1, dtype=batch.dtype))
+    return splits_of_batch("batch", batch, "num_items", num_items)
 
 
 def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
@@ -129,6 +116,24 @@ def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
     values = checks.array("row_splits", row_splits, "B+1", checks.SPLITS, {})
     _check_bounds("row_splits", devices.on_host(values))
     return _items_of_rows(values)
+
+
+def splits_of_batch(name: str, batch: AnyArray, size_name: str, num_items: int | None) -> np.ndarray:
+    """`batch_to_row_splits` for arguments that are called `name` and `size_name`."""
+    batch, xp = checks.array(name, batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
+    falls = batch[1:] < batch[:-1]
+    if falls.any():
+        at = int(falls.argmax())
+        raise ValueError(
+            f"{name}: expected numbers that never decrease, got {batch[at]} then {batch[at + 1]} at {at}; sort the "
+            "rows by item first"
+        )
+    first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
+    most = checks.MAX_POINTS if num_items is None else checks.integer(size_name, num_items, 0, checks.MAX_POINTS)
+    if first < 0 or last >= most:
+        match = "" if num_items is None else f" to match {size_name}"
+        raise ValueError(f"{name}: expected numbers from 0 to {most - 1}{match}, got {first if first < 0 else last}")
+    return xp.searchsorted(batch, xp.arange((last + 1 if num_items is None else most) + 1, dtype=batch.dtype))
 
 
 def _items_of_rows(row_splits):
@@ -302,29 +307,12 @@ class Neighbors:
         return padded
 
     @classmethod
-    def from_padded(cls, index: AnyArray, num_points: int) -> Self:
+    def from_padded(cls, index: AnyArray, num_points: int) -> Neighbors:
         """From a padded matrix of neighbours (M, width), int32 or int64; -1 and ``num_points`` mean "no neighbour".
 
         The order of the columns is kept. Any other value outside 0 to ``num_points - 1`` is an error.
         """
-        num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
-        index = checks.array("index", index, "M H", checks.INTEGERS, {})
-        backend, xp = devices.backend(index), devices.namespace(index)
-        row_splits = xp.empty(len(index) + 1, np.int64)
-        try:
-            backend.run("count_padded", padded=index, num_points=num_points, row_splits=row_splits)
-            pairs = xp.empty(int(row_splits[-1]), np.int32)
-            backend.run("unpad", padded=index, num_points=num_points, row_splits=row_splits, index=pairs)
-        except backend.OutOfRange:
-            wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
-            if not wrong.any():
-                raise checks.changed("index") from None
-            row, column = divmod(int(wrong.argmax()), wrong.shape[1])
-            raise ValueError(
-                f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
-                f"in row {row}, column {column}"
-            ) from None
-        return cls._new(pairs, row_splits, num_points, None, index.shape[1])
+        return padded_list("index", index, num_points)
 
     @classmethod
     def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
@@ -510,6 +498,28 @@ def unchecked_list(*args: Any, **kwargs: Any) -> Neighbors:
 def named_list(prefix: str, index: np.ndarray, row_splits: np.ndarray, num_points: int) -> Neighbors:
     """As `Neighbors`, for functions whose arguments are called `<prefix>index` and `<prefix>row_splits`."""
     return new_list(*_checked_fields(prefix, index, row_splits, num_points, None, None))
+
+
+def padded_list(name: str, index: AnyArray, num_points: int) -> Neighbors:
+    """As `Neighbors.from_padded`; errors speak of the matrix as `name`."""
+    num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
+    index = checks.array(name, index, "M H", checks.INTEGERS, {})
+    backend, xp = devices.backend(index), devices.namespace(index)
+    row_splits = xp.empty(len(index) + 1, np.int64)
+    try:
+        backend.run("count_padded", padded=index, num_points=num_points, row_splits=row_splits)
+        pairs = xp.empty(int(row_splits[-1]), np.int32)
+        backend.run("unpad", padded=index, num_points=num_points, row_splits=row_splits, index=pairs)
+    except backend.OutOfRange:
+        wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
+        if not wrong.any():
+            raise checks.changed(name) from None
+        row, column = divmod(int(wrong.argmax()), wrong.shape[1])
+        raise ValueError(
+            f"{name}: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
+            f"in row {row}, column {column}"
+        ) from None
+    return new_list(pairs, row_splits, num_points, None, index.shape[1])
 
 
 def list_for_one_call(index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,

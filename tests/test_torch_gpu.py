@@ -29,7 +29,7 @@ REAL = not test_gpu.EMULATED and torch.cuda.is_available()
 def device(monkeypatch):
     if not REAL:
         monkeypatch.setattr(torch_ops, "on_gpu", lambda tensor: True)
-        monkeypatch.setattr(torch_ops, "_torch_stream", lambda device: nullcontext())
+        monkeypatch.setattr(torch_ops, "torch_stream", lambda device: nullcontext())
 
 
 def place(value):

@@ -25,6 +25,7 @@ Named: TypeAlias = tuple[str, np.ndarray]  # (name of an argument, its array)
 
 FEATURES = list(REAL)  # on the GPU also the dtypes in devices.HALVES
 LABELS: tuple[np.dtype, ...] = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
+ANY_INTEGERS: tuple[np.dtype, ...] = tuple(np.dtype(f"{u}int{bits}") for bits in (8, 16, 32, 64) for u in ("", "u"))
 INTEGERS: tuple[np.dtype, ...] = (np.dtype(np.int32), np.dtype(np.int64))
 SPLITS: tuple[np.dtype, ...] = (np.dtype(np.int64),)
 MAX_POINTS = 2**31 - 1
@@ -123,9 +124,12 @@ def _wrong_shape(name, value, dimensions, sizes):
 
 
 def points_array(name: str, value: Any, sizes: Sizes, *, dimensions: Sequence[int] = (2, 3),
-                 like: Named | None = None) -> np.ndarray:  # fmt: skip
-    """Check coordinates (N, D): real, D in `dimensions`, and at most 2**31 - 1 rows, since indices are int32."""
-    rows = "N" if name == "points" else "M"
+                 like: Named | None = None, rows: str | None = None) -> np.ndarray:  # fmt: skip
+    """Check coordinates (N, D): real, D in `dimensions`, and at most 2**31 - 1 rows, since indices are int32.
+
+    `rows` is the name of the first dimension, by default N for "points" and M for others.
+    """
+    rows = rows or ("N" if name == "points" else "M")
     value = array(name, value, f"{rows} D", REAL, sizes, like=like)
     if value.shape[1] not in dimensions:
         allowed = " or ".join(map(str, dimensions)) if len(dimensions) < 4 else f"{dimensions[0]} to {dimensions[-1]}"

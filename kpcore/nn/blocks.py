@@ -436,17 +436,22 @@ def detached(value: AnyArray) -> Any:
     return jax.lax.stop_gradient(value) if jax is not None and isinstance(value, jax.Array) else value
 
 
-def deformed(F: ModuleType, where: Geometry, features: AnyArray, weights: Value, kernel_points: AnyArray, extent: float,
-             raw: Value, options: Mapping[str, Any]) -> tuple[Value, Value]:  # fmt: skip
-    """(output, offsets (M, K, D)) of a deformable convolution (Thomas et al. 2019, section 3.2).
+def deformation(F: ModuleType, kernel_points: AnyArray, extent: float, raw: Value) -> tuple[Value, Value | None]:
+    """(offsets (M, K, D), modulations (M, K) or None) from the output of the convolution for the offsets.
 
-    `raw` is the output of the convolution for the offsets. Its first K D channels, times the extent, are the offsets;
-    twice the sigmoid of K further channels, if there are any, are the modulations.
+    The first K D channels of `raw`, times the extent, are the offsets; twice the sigmoid of K further channels, if
+    there are any, are the modulations.
     """
     num, dimension = kernel_points.shape
     split = num * dimension
     offsets = extent * raw[:, :split].reshape(-1, num, dimension)
-    modulations = 2 * F.sigmoid(raw[:, split:]) if raw.shape[1] > split else None
+    return offsets, 2 * F.sigmoid(raw[:, split:]) if raw.shape[1] > split else None
+
+
+def deformed(F: ModuleType, where: Geometry, features: AnyArray, weights: Value, kernel_points: AnyArray, extent: float,
+             raw: Value, options: Mapping[str, Any]) -> tuple[Value, Value]:  # fmt: skip
+    """(output, offsets (M, K, D)) of a deformable convolution (Thomas et al. 2019, section 3.2); see `deformation`."""
+    offsets, modulations = deformation(F, kernel_points, extent, raw)
     out = F.kpconv(*where, features, weights, kernel_points, extent, offsets=offsets, modulations=modulations,
                    **options)  # fmt: skip
     return out, offsets

@@ -31,6 +31,7 @@ try:
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
     SequenceKey = torch.utils._pytree.SequenceKey
+    default_collate_fn_map = torch.utils.data._utils.collate.default_collate_fn_map
     register_autocast = getattr(torch.library, "register_autocast", _register_autocast)
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
@@ -79,6 +80,14 @@ def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
     if transforming():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def not_compiled(reason: str) -> Any:
+    """A decorator for a function that torch.compile calls between two compiled parts; `reason` is for its errors."""
+    try:
+        return torch.compiler.disable(reason=reason)
+    except TypeError:  # torch 2.6
+        return torch.compiler.disable
 
 
 def refusal(message: str) -> Any:

@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from kpcore import config, ops
 from kpcore.backends import checks, cpu, devices
 from kpcore.layers import BatchNormed
-from kpcore.neighbors import Neighbors, list_for_one_call, unchecked_list
+from kpcore.neighbors import Neighbors, list_for_one_call, padded_list, unchecked_list
 from kpcore.ops import Out, Shaped
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
@@ -32,7 +32,7 @@ from kpcore.torch import internals
 _DTYPES = {
     getattr(torch, name): np.dtype(name)
     for name in ("float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32",
-                 "int64")
+                 "int64", "uint16", "uint32", "uint64")
 }  # fmt: skip
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -78,12 +78,13 @@ def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arg
     """Call the function, on torch's current stream if `tensor` is on a GPU."""
     if tensor is None or not on_gpu(tensor):
         return function(*arguments)
-    with _torch_stream(tensor.device):
+    with torch_stream(tensor.device):
         return function(*arguments)
 
 
 @contextmanager
-def _torch_stream(device):
+def torch_stream(device: torch.device) -> Iterator[None]:
+    """Within it CuPy uses this GPU and torch's current stream on it."""
     cuda = config.cupy().cuda
     with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
         yield
@@ -149,6 +150,15 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     if isinstance(array, (np.ndarray, np.generic)):
         return torch.from_numpy(np.asarray(array))
     return torch.from_dlpack(array)
+
+
+def padded_tensor(name: str, matrix: object, num_points: int) -> Neighbors:
+    """A list from a padded matrix (M, H) of int32 or int64, in which -1 and `num_points` mean "no neighbour".
+
+    Errors speak of `name`.
+    """
+    matrix = checked(None, name, matrix)
+    return on_stream_of(matrix, lambda: on_arrays(padded_list, name, to_array(name, matrix), num_points))
 
 
 def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> np.dtype:
