@@ -307,29 +307,12 @@ class Neighbors:
         return padded
 
     @classmethod
-    def from_padded(cls, index: AnyArray, num_points: int) -> Self:
+    def from_padded(cls, index: AnyArray, num_points: int) -> Neighbors:
         """From a padded matrix of neighbours (M, width), int32 or int64; -1 and ``num_points`` mean "no neighbour".
 
         The order of the columns is kept. Any other value outside 0 to ``num_points - 1`` is an error.
         """
-        num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
-        index = checks.array("index", index, "M H", checks.INTEGERS, {})
-        backend, xp = devices.backend(index), devices.namespace(index)
-        row_splits = xp.empty(len(index) + 1, np.int64)
-        try:
-            backend.run("count_padded", padded=index, num_points=num_points, row_splits=row_splits)
-            pairs = xp.empty(int(row_splits[-1]), np.int32)
-            backend.run("unpad", padded=index, num_points=num_points, row_splits=row_splits, index=pairs)
-        except backend.OutOfRange:
-            wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
-            if not wrong.any():
-                raise checks.changed("index") from None
-            row, column = divmod(int(wrong.argmax()), wrong.shape[1])
-            raise ValueError(
-                f"index: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
-                f"in row {row}, column {column}"
-            ) from None
-        return cls._new(pairs, row_splits, num_points, None, index.shape[1])
+        return padded_list("index", index, num_points)
 
     @classmethod
     def from_coo(cls, query: AnyArray, point: AnyArray, num_queries: int, num_points: int) -> Self:
@@ -515,6 +498,28 @@ def unchecked_list(*args: Any, **kwargs: Any) -> Neighbors:
 def named_list(prefix: str, index: np.ndarray, row_splits: np.ndarray, num_points: int) -> Neighbors:
     """As `Neighbors`, for functions whose arguments are called `<prefix>index` and `<prefix>row_splits`."""
     return new_list(*_checked_fields(prefix, index, row_splits, num_points, None, None))
+
+
+def padded_list(name: str, index: AnyArray, num_points: int) -> Neighbors:
+    """As `Neighbors.from_padded`; errors speak of the matrix as `name`."""
+    num_points = checks.integer("num_points", num_points, 0, checks.MAX_POINTS)
+    index = checks.array(name, index, "M H", checks.INTEGERS, {})
+    backend, xp = devices.backend(index), devices.namespace(index)
+    row_splits = xp.empty(len(index) + 1, np.int64)
+    try:
+        backend.run("count_padded", padded=index, num_points=num_points, row_splits=row_splits)
+        pairs = xp.empty(int(row_splits[-1]), np.int32)
+        backend.run("unpad", padded=index, num_points=num_points, row_splits=row_splits, index=pairs)
+    except backend.OutOfRange:
+        wrong = ~(((index >= 0) & (index < num_points)) | (index == -1) | (index == num_points))
+        if not wrong.any():
+            raise checks.changed(name) from None
+        row, column = divmod(int(wrong.argmax()), wrong.shape[1])
+        raise ValueError(
+            f"{name}: expected values from -1 to {num_points} to match num_points, got {int(index[row, column])} "
+            f"in row {row}, column {column}"
+        ) from None
+    return new_list(pairs, row_splits, num_points, None, index.shape[1])
 
 
 def list_for_one_call(index: np.ndarray, row_splits: np.ndarray, num_points: int, width: int | None = None,

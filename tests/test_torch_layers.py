@@ -1,7 +1,9 @@
 """The layers of kpcore.torch: results and parameter names against the published layers."""
 
 import itertools
+import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,18 @@ DEFORMABLE = sorted(GOLDEN.glob("deform_*.npz"))
 # {name: function from a dtype to a layer with 4 channels and few kernel points}
 LAYERS = {
     "rigid": lambda dtype=None: kpt.KPConv(4, 3, 5, radius=0.2, extent=0.25, normalization="count", dtype=dtype),
+    "grouped": lambda dtype=None: kpt.KPConv(
+        4, 6, 5, radius=0.2, extent=0.25, groups=2, bias=True, normalization="positive", dtype=dtype
+    ),
     "learned": lambda dtype=None: kpt.KPConv(
         4, 3, 5, radius=0.2, extent=0.25, learn_kernel_points=True, dtype=dtype
     ),
     "deformable": lambda dtype=None: kpt.DeformableKPConv(4, 3, 5, radius=0.2, extent=0.25, dtype=dtype),
     "modulated": lambda dtype=None: kpt.DeformableKPConv(
         4, 3, 5, radius=0.2, extent=0.25, modulated=True, influence="gaussian", normalization="count", dtype=dtype
+    ),
+    "deformable, depthwise": lambda dtype=None: kpt.DeformableKPConv(
+        4, 4, 5, radius=0.2, extent=0.25, groups=4, bias=True, dtype=dtype
     ),
     "x": lambda dtype=None: kpt.KPConvX(4, [1, 4], radius=0.3, extent=0.3, attention_groups=2, dtype=dtype),
     "x, normalized": lambda dtype=None: kpt.KPConvX(
@@ -149,7 +157,9 @@ def test_float64_is_what_float32_rounds(make):
 def test_neither_queries_nor_neighbors(make):
     layer, (points, queries, neighbors, features) = make(), case()
     out, *regularization = with_offsets(layer, points, queries, neighbors, features)
-    assert not neighbors.counts[0] and not out[0].any() and out[1:].any()
+    bias = getattr(layer, "bias", None)
+    assert not neighbors.counts[0] and torch.equal(out[0], torch.zeros_like(out[0]) if bias is None else bias)
+    assert out[1:].any()
     assert all(r.isfinite() for r in regularization)
     nothing = kp.Neighbors(np.empty(0, np.int32), np.zeros(1, np.int64), len(points))
     if not getattr(layer, "attention_norm", False):
@@ -223,7 +233,7 @@ def test_a_network_made_on_meta(seed):
 
 def test_printed(make):
     text = repr(make())
-    assert ("4, 3, kernel_size=5" in text or "4, kernel_size=5" in text) and "extent=0." in text
+    assert re.search(r"4, (\d, )?kernel_size=5, extent=0\.", text)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +246,10 @@ def test_printed(make):
         ),
         (lambda: kpt.KPConv(3, 3, radius=0.2, extent=0.2, rotate="up"), r"^rotate: expected None or 'vertical'"),
         (lambda: kpt.KPConv(3, 3, radius=-1, extent=0.2), r"^radius: expected"),
+        (lambda: kpt.KPConv(4, 6, radius=1, extent=1, groups=4), r"^groups: expected a divisor of 4 and 6 .*, got 4"),
+        (lambda: kpt.DeformableKPConv(4, 4, radius=1, extent=1, groups=0), r"^groups: expected at least 1, got 0"),
+        (lambda: kpt.KPConv(4, 6, radius=1, extent=1, bias=1), r"^bias: expected True or False"),
+        (lambda: kpt.KPConv(4, 6, radius=1, extent=1, method="spiral"), r"^method: expected"),
         (lambda: kpt.KPConvX(0, radius=0.2, extent=0.2), r"^channels: expected at least 1"),
         (lambda: kpt.KPConvX(12, radius=0.2, extent=0.2), r"^attention_groups: expected a divisor of 12 .* got 8"),
         (lambda: kpt.KPConvX(8, radius=0.2, extent=0.2, attention_activation="relu"), r"^attention_activation: expe"),
@@ -254,7 +268,7 @@ def test_wrong_inputs(make):
         ((points, queries, neighbors, features[:-1]), "features"),
         ((points, queries[:-1], neighbors, features), "neighbors"),
         ((points, queries, neighbors.index, features), "neighbors: expected kpcore.Neighbors, got ndarray"),
-        ((points, queries, torch.zeros(20, 3), features), "index"),
+        ((points, queries, torch.zeros(20, 3), features), "neighbors: expected int32 or int64"),
         ((points, queries, torch.zeros(20, 3, device="meta"), features), "neighbors: expected a tensor on the CPU"),
         ((points.double(), queries.double(), neighbors, features), "kernel_points"),
     ):
@@ -346,6 +360,38 @@ def test_the_state_of_a_deformable_layer(modulated):
     assert [name for name in names if "offset" in name] == ["offset_bias", "offset_conv.weights"]
 
 
+@pytest.mark.parametrize(("groups", "shape"), [(1, (15, 6, 6)), (2, (15, 3, 6)), (3, (15, 2, 6)), (6, (15, 6))])
+def test_groups(groups, shape):
+    """Each group is a dense layer of its channels; as many groups as channels are a depthwise convolution."""
+    torch.manual_seed(0)
+    points, queries, neighbors, _ = case()
+    features = torch.randn(40, 6)
+    for make in (kpt.KPConv, kpt.DeformableKPConv):
+        layer = make(6, 6, radius=0.2, extent=0.25, groups=groups, bias=True)
+        assert shapes(layer)["weights"] == shape and shapes(layer)["bias"] == (6,)
+        bound = math.prod(shape[1:]) ** -0.5
+        assert 0.9 * bound < layer.weights.abs().max() <= bound and 0 < layer.bias.abs().max() <= bound
+        assert (f"groups={groups}" in layer.extra_repr()) == (groups > 1) and "bias=True" in layer.extra_repr()
+        out, *offsets = with_offsets(layer, points, queries, neighbors, features)
+        dense = make(6, 6, radius=0.2, extent=0.25)
+        state = {name: value for name, value in layer.state_dict().items() if name != "bias"}
+        state["weights"] = torch.zeros(15, 6, 6)
+        size = 6 // groups
+        for group in range(groups):
+            of_group = slice(group * size, (group + 1) * size)
+            weights = layer.weights[..., of_group]
+            state["weights"][:, of_group, of_group] = weights[:, None] if weights.ndim == 2 else weights
+        dense.load_state_dict(state)
+        expected, *others = with_offsets(dense, points, queries, neighbors, features)
+        assert_close(out.detach().numpy(), (expected + layer.bias).detach().numpy(), 2e-5)
+        assert len(offsets) == len(others) and all(torch.equal(*pair) for pair in zip(offsets, others, strict=True))
+
+
+def test_many_kernel_points_by_lloyd():
+    layer = kpt.KPConv(2, 2, 40, radius=0.2, extent=0.1, method="lloyd")
+    assert layer.kernel_points.shape == (40, 3) and 0.15 < layer.kernel_points.norm(dim=1).max() <= 0.2
+
+
 def test_the_state_of_kpconvx():
     torch.manual_seed(0)
     layer = kpt.KPConvX(64, radius=0.2, extent=0.2, attention_groups=4)
@@ -419,11 +465,11 @@ MODULATED = "KPConv(15, 3, 64, 64, KP_extent, radius, deformable=True, modulated
 ATTENTIVE, DEPTHWISE = "KPConvX(64, shells, radius, sigma, attention_groups)", "KPConvD(64, shells, radius, sigma)"
 
 
-def of_the_table(published, channels, radius, sigma, shells=None, attention_groups=None):
-    """The layer that the table of docs/frameworks.md names for a published one, in float64."""
+def of_the_table(published, channels, radius, sigma, shells=None, attention_groups=None, **more):
+    """The layer that the table of docs/frameworks.md names for a published one, in float64, with `more` options."""
     names = {"channels": channels, "radius": radius, "sigma": sigma, "KP_extent": sigma, "shells": shells,
-             "attention_groups": attention_groups, "float64": torch.float64}  # fmt: skip
-    return eval(f"{TABLE[published][:-1]}, dtype=float64)", vars(kpt) | names)
+             "attention_groups": attention_groups, "float64": torch.float64, "more": more}  # fmt: skip
+    return eval(f"{TABLE[published][:-1]}, dtype=float64, **more)", vars(kpt) | names)
 
 
 @pytest.mark.parametrize(
@@ -446,35 +492,33 @@ def test_kernel_points_are_where_the_published_are(published, norms):
 
 
 CLIENTS = [
-    *[("kpconv_rigid", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
+    ("kpconv_rigid", "linear_sum", RIGID),
     ("kpconv_modulated", "linear", MODULATED),
-    *[("predator", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
-    *[("geotransformer", case, RIGID) for case in ("no_bias", "bias", "bias_strided")],
-    *[("easykpconv", case, RIGID) for case in ("no_bias", "bias_strided")],
-    *[("open3dml", case, RIGID) for case in ("linear_sum", "linear_sum_strided")],
+    ("predator", "linear_sum", RIGID),
+    ("geotransformer", "bias_strided", RIGID),
+    ("easykpconv", "groups2_bias", RIGID),
+    ("easykpconv", "depthwise", RIGID),
     ("kpconvx_conv", "KPConvD/linear", DEPTHWISE),
     ("kpconvx_attention", "KPConvX/groups2_strided", ATTENTIVE),
 ]
 
 
 @pytest.mark.parametrize(("file", "case", "published"), CLIENTS)
-def test_layers_of_published_code(shared, file, case, published):
-    path = shared / "golden" / "clients" / f"layers_{file}.npz"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    with np.load(path) as golden:
+def test_layers_of_published_code(file, case, published):
+    """With the layers of docs/frameworks.md; test_compat_layers.py has all cases and the layers of published names."""
+    with np.load(GOLDEN / f"clients_layers_{file}.npz") as golden:
         g = {key.removeprefix(f"{case}/"): golden[key] for key in golden if key.startswith(f"{case}/")}
     state = {key.removeprefix("in/state/"): torch.from_numpy(v) for key, v in g.items() if key.startswith("in/state/")}
     names = "in/in_channels", "in/out_channels", "in/channels"
     channels = [int(g[name]) for name in names if name in g]
     sigma = float(g["in/sigma"] if "in/sigma" in g else g["in/extent"])
-    shells, groups = g.get("in/shell_sizes", np.ones(1, int)).tolist(), int(g.get("in/attention_groups", 0))
-    layer = of_the_table(published, channels, float(g["in/radius"]), sigma, shells, groups)
-    # These implementations also divide by the number of neighbours with features, and have a bias.
+    shells, attention = g.get("in/shell_sizes", np.ones(1, int)).tolist(), int(g.get("in/attention_groups", 0))
+    more = {}
     if file in ("predator", "geotransformer", "easykpconv"):
-        layer.options["normalization"] = "positive"
-    bias = state.pop("bias", torch.zeros(channels[-1], dtype=torch.float64))
-    state["weights"] = state["weights"].reshape(layer.weights.shape)
+        more = {"normalization": "positive", "bias": "bias" in state, "groups": int(g.get("in/groups", 1))}
+    layer = of_the_table(published, channels, float(g["in/radius"]), sigma, shells, attention, **more)
+    weights = state["weights"]  # Easy-KPConv: (K, groups, Cin / groups, Cout / groups)
+    state["weights"] = weights.transpose(1, 2).reshape(layer.weights.shape) if weights.ndim == 4 else weights
     # Their kernel points are moved at random by a hundredth of the radius.
     ours, theirs = (points.norm(dim=1).sort()[0] for points in (layer.kernel_points, state["kernel_points"]))
     assert (ours - theirs).abs().max() < 0.04 * float(g["in/radius"])
@@ -484,10 +528,10 @@ def test_layers_of_published_code(shared, file, case, published):
     neighbors, more = torch.from_numpy(g["in/neighbors"]), {}
     if len(points) == len(queries):
         queries = None
-    elif groups:  # the published attention uses the first neighbor of a query, or zeros without one
+    elif attention:  # the published attention uses the first neighbor of a query, or zeros without one
         more["query_features"] = torch.cat([features, torch.zeros_like(features[:1])])[neighbors[:, 0]]
     out = layer(points, queries, neighbors, features, **more)
-    assert_close((out + bias).detach().numpy(), g["out/output"], 1e-10)
+    assert_close(out.detach().numpy(), g["out/output"], 1e-10)
 
 
 def test_golden_deformable_is_complete():

@@ -82,6 +82,14 @@ def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
+def not_compiled(reason: str) -> Any:
+    """A decorator for a function that torch.compile calls between two compiled parts; `reason` is for its errors."""
+    try:
+        return torch.compiler.disable(reason=reason)
+    except TypeError:  # torch 2.6
+        return torch.compiler.disable
+
+
 def refusal(message: str) -> Any:
     """A static method for a torch.autograd.Function that raises NotImplementedError with this message."""
 

@@ -14,7 +14,7 @@ from kpcore.backends import checks
 from kpcore.dispositions import random_rotation, rotated
 from kpcore.neighbors import Neighbors
 from kpcore.nn import blocks
-from kpcore.torch.ops import checked, on_stream_of, to_array
+from kpcore.torch.ops import padded_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,12 @@ class KPConv(torch.nn.Module):
         D.
     influence, aggregation, normalization
         As in `kpcore.kpconv`.
-    fixed, rotate
+    groups : int
+        A divisor of both numbers of channels: part i of the output is computed from part i of the input only. If there
+        are as many groups as channels of the input and of the output, the convolution is depthwise.
+    bias : bool
+        Whether to add a bias to the output, after the normalization.
+    fixed, method, rotate
         As in `kpcore.kernel_points`. By default the kernel points are rotated about the last axis by a random angle
         from torch's generator, as published. The published code also moves each point at random by a hundredth of the
         radius; this layer does not.
@@ -60,8 +65,11 @@ class KPConv(torch.nn.Module):
 
     Attributes
     ----------
-    weights : (K, in_channels, out_channels) parameter
-        Uniform in ±1 / sqrt(in_channels * out_channels), the published initialisation.
+    weights : (K, in_channels / groups, out_channels) parameter, depthwise (K, in_channels)
+        Uniform in ±1 / sqrt(in_channels / groups * out_channels), depthwise in ±1 / sqrt(in_channels), the published
+        initialisation.
+    bias : (out_channels,) parameter, or None
+        Uniform in the same limits.
     kernel_points : (K, D) buffer, or parameter
 
     Examples
@@ -74,39 +82,45 @@ class KPConv(torch.nn.Module):
     torch.Size([100, 8])
     >>> [(name, tuple(state.shape)) for name, state in layer.state_dict().items()]
     [('weights', (15, 4, 8)), ('kernel_points', (15, 3))]
+    >>> grouped = kpt.KPConv(4, 8, radius=0.2, extent=0.15, groups=2, bias=True)
+    >>> [(name, tuple(state.shape)) for name, state in grouped.state_dict().items()]
+    [('weights', (15, 2, 8)), ('bias', (8,)), ('kernel_points', (15, 3))]
     """
 
     weights: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
     kernel_points: torch.Tensor
     extent: float
     options: dict[str, Any]
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
                  dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
-                 normalization: str | None = None, fixed: str = "center", rotate: str | None = "vertical",
-                 learn_kernel_points: bool = False, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                 normalization: str | None = None, groups: int = 1, bias: bool = False, fixed: str = "center",
+                 method: str = "potential", rotate: str | None = "vertical", learn_kernel_points: bool = False,
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
-        in_channels = checks.integer("in_channels", in_channels, 1)
-        out_channels = checks.integer("out_channels", out_channels, 1)
-        self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
-        points = self._draw(dtype)
+        shape, groups = _grouped(in_channels, out_channels, groups)
+        self._draw = partial(drawn_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed,
+                             method=method)  # fmt: skip
+        points = self._draw(dtype=dtype)
         self.extent = extent
-        self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
-        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
+        self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization,
+                        "groups": groups}  # fmt: skip
+        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, *shape))
+        self.register_parameter("bias", _new_bias(bias, self.weights))
         if checks.boolean("learn_kernel_points", learn_kernel_points):
             self.kernel_points = torch.nn.Parameter(points)
         else:
             self.register_buffer("kernel_points", points)
-        _uniform(self.weights)
+        draw_uniform(self.weights, self.bias)
 
     def reset_parameters(self) -> None:
-        """Draw new weights and a new rotation of the kernel points."""
-        _redraw(self)
-        _uniform(self.weights)
+        """Draw new weights, a new bias and a new rotation of the kernel points."""
+        redraw_kernel_points(self)
+        draw_uniform(self.weights, self.bias)
 
     def extra_repr(self) -> str:
-        kernel_size, in_channels, out_channels = self.weights.shape
-        return f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
+        return _described(self)
 
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
                 features: torch.Tensor) -> torch.Tensor:  # fmt: skip
@@ -122,10 +136,11 @@ class KPConv(torch.nn.Module):
             torch.compile; if several layers share one, convert it once with ``Neighbors.from_padded``.
         features : (N, in_channels) tensor
         """
-        return kpcore.torch.kpconv(
+        out = kpcore.torch.kpconv(
             points, queries, _as_neighbors(neighbors, points), features, self.weights, self.kernel_points, self.extent,
             **self.options
         )  # fmt: skip
+        return out if self.bias is None else out + self.bias
 
 
 class DeformableKPConv(torch.nn.Module):
@@ -140,7 +155,10 @@ class DeformableKPConv(torch.nn.Module):
     ----------
     in_channels, out_channels, kernel_size
         As in `KPConv`.
-    radius, extent, dimension, influence, aggregation, normalization, fixed, rotate, dtype
+    groups, bias
+        As in `KPConv`, for the deformable convolution. The one that computes the offsets has no groups and always has
+        its bias.
+    radius, extent, dimension, influence, aggregation, normalization, fixed, method, rotate, dtype
         As in `KPConv`, for both convolutions. Since the kernel points move, search for neighbours in a larger radius
         than for a rigid layer: the published networks search within 5 voxels for deformable layers and 2.5 for rigid
         ones, and set `radius` to 0.66 of 2.5 voxels in both.
@@ -148,9 +166,8 @@ class DeformableKPConv(torch.nn.Module):
 
     Attributes
     ----------
-    weights : (K, in_channels, out_channels) parameter
-        Uniform in ±1 / sqrt(in_channels * out_channels).
-    kernel_points : (K, D) buffer
+    weights, bias, kernel_points
+        As in `KPConv`; the kernel points are a buffer.
     offset_conv : KPConv
         From `in_channels` to K D channels, or with `modulated` K (D + 1). As in the published PyTorch code, its weights
         are drawn in the same way (they are not zero), and its kernel points have a rotation of their own.
@@ -180,6 +197,7 @@ class DeformableKPConv(torch.nn.Module):
     """
 
     weights: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
     kernel_points: torch.Tensor
     extent: float
     modulated: bool
@@ -189,34 +207,35 @@ class DeformableKPConv(torch.nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
                  modulated: bool = False, dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
-                 normalization: str | None = None, fixed: str = "center", rotate: str | None = "vertical",
+                 normalization: str | None = None, groups: int = 1, bias: bool = False, fixed: str = "center",
+                 method: str = "potential", rotate: str | None = "vertical",
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
-        in_channels = checks.integer("in_channels", in_channels, 1)
-        out_channels = checks.integer("out_channels", out_channels, 1)
-        self._draw = partial(_kernel_points, kernel_size, radius, rotate, dimension=dimension, fixed=fixed)
-        points = self._draw(dtype)
+        shape, groups = _grouped(in_channels, out_channels, groups)
+        places = {"dimension": dimension, "fixed": fixed, "method": method}
+        self._draw = partial(drawn_kernel_points, kernel_size, radius, rotate, **places)
+        points = self._draw(dtype=dtype)
         self.extent, self.modulated = extent, modulated
-        self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
-        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, in_channels, out_channels))
+        options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
+        self.options = options | {"groups": groups}
+        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, *shape))
+        self.register_parameter("bias", _new_bias(bias, self.weights))
         self.register_buffer("kernel_points", points)
         num_raw = kernel_size * (dimension + bool(modulated))
-        self.offset_conv = KPConv(in_channels, num_raw, kernel_size, radius=radius, extent=extent, dimension=dimension,
-                                  fixed=fixed, rotate=rotate, dtype=dtype, **self.options)  # fmt: skip
+        self.offset_conv = KPConv(in_channels, num_raw, kernel_size, radius=radius, extent=extent, rotate=rotate,
+                                  dtype=dtype, **places, **options)  # fmt: skip
         self.offset_bias = torch.nn.Parameter(points.new_zeros(num_raw))
-        _uniform(self.weights)
+        draw_uniform(self.weights, self.bias)
 
     def reset_parameters(self) -> None:
-        """Draw new weights and new rotations of the kernel points, and set the bias to zero."""
-        _redraw(self)
+        """Draw new weights, a new bias and new rotations of the kernel points, and set the offsets' bias to zero."""
+        redraw_kernel_points(self)
         self.offset_conv.reset_parameters()
         torch.nn.init.zeros_(self.offset_bias)
-        _uniform(self.weights)
+        draw_uniform(self.weights, self.bias)
 
     def extra_repr(self) -> str:
-        kernel_size, in_channels, out_channels = self.weights.shape
-        text = f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={self.extent:.4g}"
-        return text + ", modulated=True" * self.modulated
+        return _described(self) + ", modulated=True" * self.modulated
 
     @overload
     def forward(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
@@ -248,6 +267,8 @@ class DeformableKPConv(torch.nn.Module):
             raw = raw.detach()
         out, offsets = blocks.deformed(kpcore.torch, (points, queries, neighbors), features, self.weights,
                                        self.kernel_points, self.extent, raw, self.options)  # fmt: skip
+        if self.bias is not None:
+            out = out + self.bias
         return (out, offsets) if return_offsets else out
 
     def regularization(self, points: torch.Tensor, queries: torch.Tensor | None, neighbors: Neighbors | torch.Tensor,
@@ -344,9 +365,9 @@ class KPConvX(torch.nn.Module):
                  rotate: str | None = "vertical", dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         channels = checks.integer("channels", channels, 1)
-        self._draw = partial(_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
+        self._draw = partial(drawn_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
                              method="shells")  # fmt: skip
-        points = self._draw(dtype)
+        points = self._draw(dtype=dtype)
         kernel_size, dtype = len(points), points.dtype
         self.extent, self.influence, self.attention_groups = extent, influence, attention_groups
         self.weights = torch.nn.Parameter(points.new_empty(kernel_size, channels))
@@ -366,15 +387,15 @@ class KPConvX(torch.nn.Module):
             )
             self.grpnorm = torch.nn.GroupNorm(kernel_size, num_logits, dtype=dtype)
             self.grpnorm.requires_grad_(bool(attention_norm))
-        _uniform(self.weights)
+        draw_uniform(self.weights)
 
     def reset_parameters(self) -> None:
         """Draw new weights and a new rotation of the kernel points, and reset all other parameters."""
-        _redraw(self)
+        redraw_kernel_points(self)
         if self.attention_groups is not None:
             for module in (*self.alpha_mlp[::3], *self.alpha_mlp[1], self.grpnorm):
                 module.reset_parameters()
-        _uniform(self.weights)
+        draw_uniform(self.weights)
 
     def extra_repr(self) -> str:
         kernel_size, channels = self.weights.shape
@@ -433,8 +454,33 @@ class _Bias(torch.nn.Module):
         return features + self.bias
 
 
-def _kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, dtype: torch.dtype | None,
-                   dimension: int, **options: Any) -> torch.Tensor:  # fmt: skip
+def _grouped(in_channels: int, out_channels: int, groups: int) -> tuple[tuple[int, ...], int]:
+    """(shape of the weights of a kernel point, `groups` for `kpcore.kpconv`) of checked numbers of channels."""
+    in_channels = checks.integer("in_channels", in_channels, 1)
+    out_channels = checks.integer("out_channels", out_channels, 1)
+    groups = checks.integer("groups", groups, 1)
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(f"groups: expected a divisor of {in_channels} and {out_channels} channels, got {groups}")
+    if groups > 1 and groups == in_channels == out_channels:
+        return (in_channels,), 1
+    return (in_channels // groups, out_channels), groups
+
+
+def _new_bias(bias: bool, weights: torch.Tensor) -> torch.nn.Parameter | None:
+    return torch.nn.Parameter(weights.new_empty(weights.shape[-1])) if checks.boolean("bias", bias) else None
+
+
+def _described(layer: KPConv | DeformableKPConv) -> str:
+    """The settings of a layer, as its repr shows them."""
+    (kernel_size, *channels), groups = layer.weights.shape, layer.options["groups"]
+    in_channels, out_channels = channels[0] * groups, channels[-1]
+    groups = out_channels if len(channels) == 1 else groups
+    text = f"{in_channels}, {out_channels}, kernel_size={kernel_size}, extent={layer.extent:.4g}"
+    return text + f", groups={groups}" * (groups > 1) + ", bias=True" * (layer.bias is not None)
+
+
+def drawn_kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, *, dimension: int,
+                        dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:  # fmt: skip
     """Kernel points (K, D) with a random rotation from torch's generator, on torch's default device."""
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
     points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
@@ -446,18 +492,21 @@ def _kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, 
 
 
 @torch.no_grad()
-def _redraw(layer: KPConv | DeformableKPConv | KPConvX) -> None:
-    """Compute the kernel points of a layer again: after `to_empty` their memory is uninitialised."""
+def redraw_kernel_points(layer: Any) -> None:
+    """Compute the `kernel_points` of a layer again with its `_draw`: after `to_empty` their memory is uninitialised."""
     points = layer.kernel_points
     if not points.is_meta:
         with torch.device("cpu"):
-            points.copy_(layer._draw(torch.float64 if points.dtype == torch.float64 else torch.float32))
+            points.copy_(layer._draw(dtype=torch.float64 if points.dtype == torch.float64 else torch.float32))
 
 
-def _uniform(weights: torch.Tensor) -> None:
-    """Draw weights as torch's kaiming_uniform_ with a = sqrt(5), which takes all axes but the first as the fan-in."""
+def draw_uniform(weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Draw weights as torch's kaiming_uniform_ with a = sqrt(5), which takes all axes but the first as the fan-in, and
+    a bias in the same limits."""
     bound = 1 / math.sqrt(weights[0].numel())
     torch.nn.init.uniform_(weights, -bound, bound)
+    if bias is not None:
+        torch.nn.init.uniform_(bias, -bound, bound)
 
 
 def _as_neighbors(neighbors: Neighbors | torch.Tensor, points: torch.Tensor) -> Neighbors:
@@ -469,8 +518,4 @@ def _as_neighbors(neighbors: Neighbors | torch.Tensor, points: torch.Tensor) -> 
             "neighbors: expected kpcore.Neighbors under torch.compile, got a tensor; convert it outside of "
             "the compiled function with Neighbors.from_padded(neighbors.numpy(), len(points))"
         )
-
-    def convert() -> Neighbors:
-        return Neighbors.from_padded(to_array("neighbors", checked(None, "neighbors", neighbors)), len(points))
-
-    return on_stream_of(neighbors, convert)
+    return padded_tensor("neighbors", neighbors, len(points))

@@ -22,7 +22,7 @@ import torch
 from kpcore import config, ops
 from kpcore.backends import checks, cpu, devices
 from kpcore.layers import BatchNormed
-from kpcore.neighbors import Neighbors, list_for_one_call, unchecked_list
+from kpcore.neighbors import Neighbors, list_for_one_call, padded_list, unchecked_list
 from kpcore.ops import Out, Shaped
 from kpcore.pyramid import Level, Pyramid
 from kpcore.sampling import Sampled
@@ -150,6 +150,15 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     if isinstance(array, (np.ndarray, np.generic)):
         return torch.from_numpy(np.asarray(array))
     return torch.from_dlpack(array)
+
+
+def padded_tensor(name: str, matrix: object, num_points: int) -> Neighbors:
+    """A list from a padded matrix (M, H) of int32 or int64, in which -1 and `num_points` mean "no neighbour".
+
+    Errors speak of `name`.
+    """
+    matrix = checked(None, name, matrix)
+    return on_stream_of(matrix, lambda: on_arrays(padded_list, name, to_array(name, matrix), num_points))
 
 
 def numpy_dtype(name: str, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> np.dtype:
