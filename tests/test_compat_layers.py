@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,13 +94,13 @@ def called(layer, *inputs):
     return layer(*in_order(layer, *inputs))
 
 
-def loaded(file, case):
+def loaded(file, case, place=torch.from_numpy):
     """(recorded values, layer with the recorded state, inputs)."""
     g = CASES[file, case]
     layer, state = made(file, case, g), state_of(g)
     assert str(layer.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
-    inputs = [torch.from_numpy(g[f"in/{name}"]) for name in ("q_points", "s_points", "neighbors", "features")]
-    return g, layer, inputs
+    inputs = [place(g[f"in/{name}"]) for name in ("q_points", "s_points", "neighbors", "features")]
+    return g, layer.to(inputs[0].device), inputs
 
 
 def state_of(g):
@@ -111,7 +112,7 @@ def gradients(loss, layer, features):
     names = ["features", *(f"state/{name}" for name, p in layer.named_parameters() if p.requires_grad)]
     values = [features, *(p for p in layer.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
-    return {name: grad.numpy() for name, grad in zip(names, grads, strict=True) if grad is not None}
+    return {name: grad.cpu().numpy() for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
 def as_network(layer, repulse_extent=1.2):
@@ -124,26 +125,33 @@ def as_network(layer, repulse_extent=1.2):
 # ---- recorded layers
 
 
-@pytest.mark.parametrize(("file", "case"), CASES)
-def test_golden(file, case):
-    g, layer, (*where, features) = loaded(file, case)
+def check_recorded(file, case, place=torch.from_numpy):
+    """The output, gradients and what a deformable layer leaves behind against what was recorded, on a device."""
+    g, layer, (*where, features) = loaded(file, case, place)
     features.requires_grad_()
     out = called(layer, *where, features)
-    results = {"output": out.detach().numpy()}
-    grads = gradients((out * torch.from_numpy(g["in/grad_output"])).sum(), layer, features)
-    results |= {f"grad/{name}": grad for name, grad in grads.items()}
+    results = {"output": out}
+    results |= prefixed("grad", gradients((out * place(g["in/grad_output"])).sum(), layer, features))
     if (file, case) in DEFORMABLE:
         regularizer = MODULES[file].p2p_fitting_regularizer(as_network(layer, g["in/repulse_extent"]))
-        results["regularizer"] = regularizer.detach().numpy()
-        grads = gradients(regularizer, layer, features)
-        results |= {f"regularizer_grad/{name}": grad for name, grad in grads.items()}
-        results |= {name: getattr(layer, name).detach().numpy() for name in ("min_d2", "offset_features")}
-        results["deformed_KP_first_rows"] = layer.deformed_KP[:6].detach().numpy()
+        results |= {"regularizer": regularizer, "deformed_KP_first_rows": layer.deformed_KP[:6]}
+        results |= prefixed("regularizer_grad", gradients(regularizer, layer, features))
+        results |= {name: getattr(layer, name) for name in ("min_d2", "offset_features")}
+    results = {n: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in results.items()}
     expected = {name.removeprefix("out/"): g[name] for name in g if name.startswith("out/")}
     unused = {name for name in results.keys() - expected.keys() if not np.any(results[name])}
     assert results.keys() - unused == expected.keys()
     for name, value in expected.items():
         assert_close(results[name], value, 1e-10)
+
+
+def prefixed(prefix, values):
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_golden(file, case):
+    check_recorded(file, case)
 
 
 def test_golden_is_complete():
@@ -412,6 +420,20 @@ def test_wrong_matrices():
             layer(queries, points, wrong, features)
 
 
+@pytest.mark.parametrize("name", ["kpconv_pytorch", "deformable", "geotransformer", "easy_kpconv", "kpconvd"])
+def test_wrong_inputs(name):
+    layer, (queries, points, matrix, features) = LAYERS[name], cloud()
+    names = dict(zip(("queries", "points", "indices", "features"), ("q_p", "s_p", "neighb", "x|s_f"), strict=True))
+    for wrong, argument in (
+        ((queries, points, matrix, features[:-1]), "features"),
+        ((queries, points, matrix, features.double()), "features"),
+        ((queries.double(), points, matrix, features), "queries"),
+        ((queries[:-1], points, matrix, features), "indices"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^({names[argument]}|weights: .* to match features)"):
+            called(layer, *wrong)
+
+
 # ---- pooling
 
 
@@ -595,11 +617,15 @@ def test_changes_in_place_are_seen(conversions):
     assert len(conversions) == 11 and not padded._lists
 
 
-def test_a_late_notice_leaves_the_list_of_another_matrix(conversions):
+def test_an_id_that_another_matrix_had_before(conversions):
     *_, matrix, _ = cloud()
-    made = padded.neighbors("matrix", matrix, 60)
-    padded._forget((id(matrix), False), None)  # that of a matrix which had the same id before
+    made, key = padded.neighbors("matrix", matrix, 60), (id(matrix), False)
+    padded._forget(key, None)  # a late notice of the end of the other matrix
     assert padded.neighbors("matrix", matrix, 60) is made and len(conversions) == 1
+    (_, state, _), other = padded._lists[key], matrix.clone()
+    padded._lists[key] = weakref.ref(other), state, None  # no notice yet
+    again = padded.neighbors("matrix", matrix, 60)
+    assert np.array_equal(again.index, made.index) and padded._lists[key][0]() is matrix
 
 
 def test_threads(conversions):

@@ -22,6 +22,7 @@ from kpcore.torch.layers import draw_uniform
 if TYPE_CHECKING:
     from kpcore.compat.published import Matrix
 
+_NAMES = {"points": "s_points", "queries": "q_points", "features": "s_feats", "neighbors": "neighbor_indices"}
 __all__ = ["KPConv", "global_avgpool_pack_mode", "local_maxpool_pack_mode", "nearest_interpolate_pack_mode"]
 
 
@@ -96,10 +97,10 @@ class KPConv(kpt.KPConv):
         """
         neighbors = padded.neighbors("neighbor_indices", neighbor_indices, s_points.shape[0])
         if self.groups == 1:
-            return super().forward(s_points, q_points, neighbors, s_feats)
+            return published.named(_NAMES, super().forward, s_points, q_points, neighbors, s_feats)
         weights, groups = published.ungrouped(self.weights)
-        out = kpt.kpconv(s_points, q_points, neighbors, s_feats, weights, self.kernel_points, self.extent,
-                         normalization="positive", groups=groups)  # fmt: skip
+        out = published.named(_NAMES, kpt.kpconv, s_points, q_points, neighbors, s_feats, weights, self.kernel_points,
+                              self.extent, normalization="positive", groups=groups)  # fmt: skip
         return out if self.bias is None else out + self.bias
 
 

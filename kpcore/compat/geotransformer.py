@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kpcore.compat.published import Matrix
 
+_NAMES = {"points": "s_points", "queries": "q_points", "features": "s_feats", "neighbors": "neighbor_indices"}
 __all__ = ["KPConv", "global_avgpool", "maxpool", "nearest_upsample"]
 
 
@@ -84,7 +85,7 @@ class KPConv(kpt.KPConv):
             -1 and N both mean "no neighbour". Its list is made once, see `kpcore.compat.padded`.
         """
         neighbors = padded.neighbors("neighbor_indices", neighbor_indices, s_points.shape[0])
-        return super().forward(s_points, q_points, neighbors, s_feats)
+        return published.named(_NAMES, super().forward, s_points, q_points, neighbors, s_feats)
 
 
 def maxpool(x: torch.Tensor, neighbor_indices: Matrix) -> torch.Tensor:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kpcore.compat.published import Matrix
     from kpcore.nn.blocks import Geometry
 
+_NAMES = {"points": "s_pts", "queries": "q_pts", "features": "x", "neighbors": "neighb_inds"}
 __all__ = ["KPConv", "closest_pool", "global_average", "max_pool", "p2p_fitting_regularizer"]
 
 
@@ -162,17 +163,17 @@ class KPConv(torch.nn.Module):
         """
         neighbors = padded.neighbors("neighb_inds", neighb_inds, s_pts.shape[0])
         where = s_pts, q_pts, neighbors
-        extent = published.influence_extent(self.KP_influence, self.KP_extent)
+        extent = published.influence_extent(self.KP_influence, float(self.KP_extent))
         options = {"influence": self.KP_influence, "aggregation": self.aggregation_mode}
         if self.offset_conv is None:
-            return kpt.kpconv(*where, x, self.weights, self.kernel_points, extent, **options,
-                              normalization=self._normalization)  # fmt: skip
+            return published.named(_NAMES, kpt.kpconv, *where, x, self.weights, self.kernel_points, extent, **options,
+                                   normalization=self._normalization)  # fmt: skip
         raw = self.offset_conv(q_pts, s_pts, neighbors, x) + self.offset_bias
-        offsets, modulations = blocks.deformation(kpt, self.kernel_points, self.KP_extent, raw)
+        offsets, modulations = blocks.deformation(kpt, self.kernel_points, float(self.KP_extent), raw)
         self.offset_features, self.deformed_KP = raw, self.kernel_points + offsets
         self._where, self._min_d2 = where, None
-        return kpt.kpconv(*where, x, self.weights, self.kernel_points, extent, **options, offsets=offsets,
-                          modulations=modulations)  # fmt: skip
+        return published.named(_NAMES, kpt.kpconv, *where, x, self.weights, self.kernel_points, extent, **options,
+                               offsets=offsets, modulations=modulations)  # fmt: skip
 
     @property
     def min_d2(self) -> torch.Tensor | None:

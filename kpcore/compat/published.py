@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 
 import kpcore.torch as kpt
 from kpcore.compat import padded
+from kpcore.compat.kinds import renamed
 from kpcore.neighbors import Neighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+Out = TypeVar("Out")
 Matrix: TypeAlias = torch.Tensor | Neighbors  # of neighbours, (M, H), padded with N or -1
 
 PADDING = 1e6  # coordinates of the point that stands for "no neighbour"
@@ -35,6 +37,13 @@ def ungrouped(weights: torch.Tensor) -> tuple[torch.Tensor, int]:
     if in_channels == out_channels == 1:
         return weights.reshape(num, groups), 1  # depthwise
     return weights.transpose(1, 2).reshape(num, in_channels, groups * out_channels), groups
+
+
+def named(names: Mapping[str, str], function: Callable[..., Out], *args: object, **kwargs: object) -> Out:
+    """Call a function; errors about an argument of kpcore speak of the published one, ``names[argument]``."""
+    if torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    return renamed(names, function, *args, **kwargs)
 
 
 def max_pool(name: str, features: torch.Tensor, matrix: Matrix, pad_value: float) -> torch.Tensor:

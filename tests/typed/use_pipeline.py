@@ -150,11 +150,14 @@ def score(training: Training) -> Scores:
 def layers(points: torch.Tensor, neighbors: kp.Neighbors, features: torch.Tensor) -> torch.Tensor:
     """Layers of PyTorch."""
     rigid = kpt.KPConv(4, 8, radius=0.2, extent=0.15)
+    grouped = kpt.KPConv(8, 8, 40, radius=0.2, extent=0.15, groups=2, bias=True, method="lloyd")
     deformable = kpt.DeformableKPConv(8, 8, radius=0.2, extent=0.15, modulated=True, dtype=torch.float32)
     attending = kpt.KPConvX(8, (1, 14), radius=0.3, extent=0.3, attention_groups=None)
     assert_type(rigid.kernel_points, torch.Tensor)
     assert_type(rigid.weights, torch.nn.Parameter)
+    assert_type(grouped.bias, torch.nn.Parameter | None)
     features = rigid(points, None, neighbors, features)  # to a type checker a call of any module returns Any
+    features = grouped(points, None, neighbors, features)
     assert_type(rigid.forward(points, None, neighbors, features), torch.Tensor)
     assert_type(deformable.forward(points, None, neighbors, features), torch.Tensor)
     both = deformable.forward(points, None, neighbors, features, return_offsets=True)
