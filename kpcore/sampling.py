@@ -28,7 +28,7 @@ else:
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
 
 
-def farthest_point_sampling(points: AnyArray, num: int | None = None, *, min_distance: float = 0.0,
+def farthest_point_sampling(points: AnyArray, num: int | AnyArray | None = None, *, min_distance: float = 0.0,
                             row_splits: AnyArray | None = None, start: int | AnyArray = 0,
                             method: Literal["exact", "bucketed"] | None = None) -> Sampled[np.ndarray]:  # fmt: skip
     """Choose points that are far from each other: exactly the greedy choice, in 1 to 16 dimensions, batches.
@@ -41,9 +41,9 @@ def farthest_point_sampling(points: AnyArray, num: int | None = None, *, min_dis
     Parameters
     ----------
     points : (N, D) float32 or float64, D = 1 to 16
-    num : int, optional
-        Number of points to choose in each batch item, at least 1. None: all points of each item, in the order of
-        choice.
+    num : int or (B,) int64, optional
+        Number of points to choose in each batch item, at least 1, or one number of at least 0 for each item. None: all
+        points of each item, in the order of choice.
     min_distance : float
         Zero, or a distance that chosen points keep from each other, in the unit of the points: the choice in an item
         ends before a point with a distance below ``min_distance * min_distance``, squared in the dtype of the points.
@@ -92,7 +92,6 @@ def farthest_point_sampling(points: AnyArray, num: int | None = None, *, min_dis
     """
     sizes = {}
     points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
-    num = checks.MAX_POINTS if num is None else checks.integer("num", num, 1)
     if checks.not_negative("min_distance", min_distance):
         min_distance = checks.length("min_distance", min_distance, points.dtype)
     row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
@@ -100,7 +99,7 @@ def farthest_point_sampling(points: AnyArray, num: int | None = None, *, min_dis
     start = _starts(start, lengths, sizes["device"])
     method = checks.choice("method", method, (None, "exact", "bucketed"))
     out_row_splits = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(np.minimum(lengths, num), out=out_row_splits[1:])
+    np.cumsum(_counts(num, lengths, sizes["device"]), out=out_row_splits[1:])
     xp, num_chosen = devices.namespace(points), int(out_row_splits[-1])
     index = xp.full(num_chosen, -1, np.int32) if min_distance else xp.empty(num_chosen, np.int32)
     backend = devices.backend(points)
@@ -115,6 +114,19 @@ def farthest_point_sampling(points: AnyArray, num: int | None = None, *, min_dis
     is_chosen = index >= 0  # the others are after the end of their item
     sums = xp.concatenate([xp.zeros(1, np.int64), xp.cumsum(is_chosen, dtype=np.int64)])
     return Sampled(index[is_chosen], sums[out_row_splits])
+
+
+def _counts(num, lengths, device):
+    """The number of points to choose in each item, (B,) int64 NumPy, at most as many as there are."""
+    if devices.is_array(num):
+        sizes = {"B": (len(lengths), "row_splits"), "device": device}
+        num = devices.on_host(checks.array("num", num, "B", checks.SPLITS, sizes))
+        if (num < 0).any():
+            item = int(np.argmax(num < 0))
+            raise ValueError(f"num: expected numbers of at least 0, got {num[item]} for item {item}")
+    elif num is not None:
+        num = checks.integer("num", num, 1)
+    return lengths if num is None else np.minimum(lengths, num)
 
 
 def _starts(start, lengths, device):

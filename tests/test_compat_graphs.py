@@ -78,8 +78,8 @@ def assert_equal(got, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_results_of_torch_cluster(case):
-    given = {name.rpartition("/")[2]: value for name, value in GOLDEN.items() if name.startswith(f"{case}/in/")}
-    arguments = {name: value.item() if not value.ndim else torch.from_numpy(value) for name, value in given.items()}
+    stored = {name.rpartition("/")[2]: value for name, value in GOLDEN.items() if name.startswith(f"{case}/in/")}
+    arguments = {name: value.item() if not value.ndim else torch.from_numpy(value) for name, value in stored.items()}
     function = case.partition("/")[0]
     if function.startswith("radius"):
         arguments["max_num_neighbors"] = 10**6
@@ -242,7 +242,7 @@ ERRORS = [
     (lambda x, i: torch_cluster.fps(x, i, ptr=[0, 3]), "ptr: expected None, because batch is passed"),
     (lambda x, i: torch_cluster.fps(x, ptr=[0, 2]), "ptr: expected values from 0 to 3 to match src, got from 0 to 2"),
     (lambda x, i: torch_cluster.fps(x, WRONG), "batch: expected numbers that never decrease"),
-    (lambda x, i: torch_cluster.fps(torch.ones(3, 17)), r"src: expected \(M, D\) with D = 1 to 16"),
+    (lambda x, i: torch_cluster.fps(torch.ones(3, 17)), r"src: expected \(N, D\) with D = 1 to 16"),
     (lambda x, i: torch_cluster.grid_cluster(x, torch.ones(2)), r"size: expected \(3,\) to match pos, got \(2,\)"),
     (lambda x, i: torch_cluster.grid_cluster(x, torch.zeros(3)), "size: expected numbers above zero"),
     (lambda x, i: torch_cluster.grid_cluster(x, torch.ones(3).double()), "size: expected float32 on cpu to match pos"),
@@ -467,9 +467,9 @@ POINTOPS_ERRORS = [
     (lambda x, o: pointops.ball_query(2, 0.5, 0.5, x, o), "min_radius: expected less than max_radius = 0.5, got 0.5"),
     (lambda x, o: pointops.ball_query(2, 0.0, 0.0, x, o), "max_radius: expected a finite number above zero"),
     (lambda x, o: pointops.ball_query(2, 0.5, -1.0, x, o), "min_radius: expected a number of at least zero"),
-    (lambda x, o: pointops.farthest_point_sampling(x, o, o + 1), "new_offset: expected at most the 2 points of"),
+    (lambda x, o: pointops.farthest_point_sampling(x, o, o + 1), "new_offset: expected 0 to 2 points in item 0"),
     (lambda x, o: pointops.farthest_point_sampling(x, o, o[:1]), r"new_offset: expected \(2,\) to match offset"),
-    (lambda x, o: pointops.farthest_point_sampling(x, o, o.flip(0)), "new_offset: expected values that never decrease"),
+    (lambda x, o: pointops.farthest_point_sampling(x, o, o.flip(0) - 4), "new_offset: expected 0 to 4 points in"),
     (lambda x, o: pointops.grouping(x, o[:, None], x), r"idx: expected int32 or int64, got features first; grouping"),
     (lambda x, o: pointops.grouping(o, x, x), r"idx: expected int32 or int64 \(M, nsample\), got int32 \(2,\)"),
     (lambda x, o: pointops.grouping(o[:, None], x, x), "idx: expected values from 0 to 5 to match feat, got 6"),
@@ -517,13 +517,13 @@ def test_frnn(dtype, dimension, ragged):
     exactly = [(dists[item, :first] == radii[item] ** 2).sum() for item, first in enumerate(lengths[0])]
     assert dimension == 20 or sum(exactly) > 0, "the test needs pairs at exactly the radius"
     p1, p2 = tensors(points1, points2)
-    given = [torch.tensor(each) for each in lengths] if ragged else [None, None]
-    got = frnn.frnn_grid_points(p1, p2, *given, 6, torch.tensor(radii), return_nn=True)
+    numbers = [torch.tensor(each) for each in lengths] if ragged else [None, None]
+    got = frnn.frnn_grid_points(p1, p2, *numbers, 6, torch.tensor(radii), return_nn=True)
     assert_equal(got[0], dists)
     assert_equal(got[1], idxs)
     expected_nn = np.where(idxs[..., None] >= 0, np.take_along_axis(points2[:, None], idxs[..., None].clip(0), 2), 0)
     assert_equal(got[2], expected_nn)
-    again = frnn.frnn_grid_points(p1, p2, *given, 6, max(radii), got[3])
+    again = frnn.frnn_grid_points(p1, p2, *numbers, 6, max(radii), got[3])
     one = frnn_reference(points1, points2, *lengths, 6, [max(radii)] * 3)
     assert_equal(again[0], one[0])
     assert_equal(again[1], one[1])

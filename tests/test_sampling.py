@@ -44,6 +44,17 @@ def test_nasty_clouds(name, dim, dtype):
     check_sampling(points, len(points) + 1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_for_each_item(method):
+    points, row_splits = clouds.uniform(500)[0], clouds.splits([100, 0, 300, 60, 40])
+    counts, start = np.array([7, 3, 0, 60, 999]), np.array([5, 0, 9, 1, 0])
+    found = kp.farthest_point_sampling(points, counts, row_splits=row_splits, start=start, method=method)
+    whole = kp.farthest_point_sampling(points, row_splits=row_splits, start=start, method=method).index
+    expected = [whole[begin : begin + count] for begin, count in zip(row_splits[:-1], [7, 0, 0, 60, 40], strict=True)]
+    assert found.row_splits.tolist() == [0, 7, 7, 7, 67, 107]
+    assert found.index.tolist() == np.concatenate(expected).tolist()
+
+
 @pytest.mark.parametrize("num", [1, 2, *clouds.SIZES[:-1], 1025])
 def test_sizes(num):
     points, _ = clouds.uniform(num)
@@ -318,6 +329,9 @@ ERRORS = {
     "list": ({"points": [[0.0]]}, TypeError, "points: expected a NumPy or CuPy array, got list"),
     "integers": ({"points": np.zeros((5, 3), int)}, TypeError, "points: expected float32 or float64, got int64"),
     "none": ({"num": 0}, ValueError, "num: expected at least 1, got 0"),
+    "below none": ({"num": np.array([-1])}, ValueError, "num: expected numbers of at least 0, got -1 for item 0"),
+    "for other items": ({"num": np.array([2, 2])}, ValueError, "num: expected (1,) to match row_splits, got (2,)"),
+    "half of each": ({"num": np.array([1.5])}, TypeError, "num: expected int64, got float64"),
     "half": ({"num": 1.5}, TypeError, "num: expected an integer, got float"),
     "before": ({"start": -1}, ValueError, "start: expected 0 to 2147483647, got -1"),
     "after": ({"start": 5}, ValueError, "start: expected 0 to 4 in item 0, got 5"),

@@ -85,6 +85,21 @@ def test_what_is_not_traced():
     assert kpt.farthest_point_sampling(tensor, 5).index.tolist() == kp.farthest_point_sampling(points, 5).index.tolist()
 
 
+def test_lists_move_to_the_device_and_back():
+    neighbors = kp.radius_search(np.random.default_rng(0).random((50, 3)), None, 0.3)
+    moved = kpt.to_device({"lists": [neighbors]}, "cuda")["lists"][0]
+    assert isinstance(moved.index, cupy.ndarray)
+    assert np.array_equal(kpt.to_device((moved,), "cpu")[0].index, neighbors.index)
+
+
+def test_limits_of_clouds_on_the_device():
+    points = np.random.default_rng(0).random((300, 3), np.float32)
+    settings = {"voxel_size": 0.1, "num_levels": 2}
+    assert kpt.calibrate_neighbor_limits(iter([place(points)]), **settings) == kp.calibrate_neighbor_limits(
+        [points], **settings
+    )
+
+
 def test_a_layer_trains():
     points = place(np.random.default_rng(0).random((60, 3), np.float32))
     neighbors = kpt.radius_search(points, None, 0.4)

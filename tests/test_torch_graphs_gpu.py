@@ -58,6 +58,6 @@ def test_results_of_the_cpu(monkeypatch):
     if not REAL:
         monkeypatch.undo()
     expected = [result.numpy() for result in results(lambda array: torch.from_numpy(array.copy()))]
-    for (ours, _), theirs in zip(got, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    for (result, _), of_cpu in zip(got, expected, strict=True):
+        assert result.dtype == of_cpu.dtype
+        np.testing.assert_allclose(result, of_cpu, rtol=1e-6, atol=1e-6)

@@ -28,14 +28,13 @@ import functools
 import operator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import arguments
-from kpcore.compat.open3d_search import pairs
-from kpcore.compat.stacked import argument_names
-from kpcore.torch.ops import numpy_dtype
+from kpcore.torch.ops import numpy_dtype, on_stream_of, to_tensor
 
 __all__ = ["frnn_gather", "frnn_grid_points"]
 
@@ -116,29 +115,32 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
     radii = _radii(r, points1)
     queries, splits1, row = _stacked("lengths1", points1, lengths1)
     points, splits2, _ = _stacked("lengths2", points2, lengths2)
-    item = torch.searchsorted(splits1[1:], torch.arange(len(queries), device=queries.device), right=True)
-    radius = float(radii) if radii.numel() == 1 else radii[item]
+    item = None if row is None and len(points1) == 1 else _items(splits1, len(queries))
     has_index = points.shape[1] in checks.DIMENSIONS
-    with argument_names(**_NAMES):
+    with arguments.argument_names(**_NAMES):
         if has_index:
             grid = _grid(points, splits2, radii) if grid is None else _checked_grid(grid, splits2)
+            radius = float(radii) if radii.numel() == 1 else radii[item]
             neighbors = grid.index.radius_search(
                 queries, radius, queries_row_splits=splits1, max_neighbors=K, sort="distance"
             )
         else:
             neighbors = kpt.knn_search(points, queries, K, points_row_splits=splits2, queries_row_splits=splits1)
-    point, query, row_splits = pairs(neighbors)
-    column = torch.arange(len(point), device=point.device) - row_splits[query]
-    difference = kpt.gather(points, point) - kpt.gather(queries, query)
-    squared = functools.reduce(operator.add, (difference * difference).unbind(1))
+    index = on_stream_of(queries, lambda: to_tensor(neighbors.to_padded(K, -1, dtype=np.int64)))
+    there = index >= 0
+    gathered = kpt.gather(points if len(points) else points1.new_zeros(1, points1.shape[2]), index.clamp(0).view(-1))
+    difference = gathered.view(*index.shape, queries.shape[1]) - queries[:, None]
+    squared = functools.reduce(operator.add, (difference * difference).unbind(2))
     if not has_index:
-        kept = squared <= (radii * radii if radii.numel() == 1 else (radii * radii)[item[query]])
-        point, query, column, squared = point[kept], query[kept], column[kept], squared[kept]
+        there = there & (squared <= radii * radii if radii.numel() == 1 else squared <= (radii * radii)[item][:, None])
+    begin = 0 if item is None else splits2[item][:, None]
+    dists, idxs = torch.where(there, squared, -1), torch.where(there, index - begin, -1)
+    if row is not None:
+        rows = points1.shape[0] * points1.shape[1], K
+        dists = dists.new_full(rows, -1).index_copy(0, row, dists)
+        idxs = idxs.new_full(rows, -1).index_copy(0, row, idxs)
     shape = *points1.shape[:2], K
-    place = (row[query] * K + column,)
-    dists = points1.new_full((points1[:, :, 0].numel() * K,), -1).index_put(place, squared).view(shape)
-    local = point - splits2[item[query]]
-    idxs = torch.full((dists.numel(),), -1, device=point.device).index_put(place, local).view(shape)
+    dists, idxs = dists.view(shape), idxs.view(shape)
     return dists, idxs, frnn_gather(points2, idxs) if checks.boolean("return_nn", return_nn) else None, grid
 
 
@@ -199,7 +201,7 @@ def _radii(r, points):
 
 
 def _stacked(name, points, lengths):
-    """(rows, row_splits, numbers of the rows among the padded ones) of a padded batch (N, P, D)."""
+    """(rows, row_splits, numbers of the rows among the padded ones or None for all) of a padded batch (N, P, D)."""
     num_items, padded = points.shape[:2]
     rows = points.reshape(-1, points.shape[2])
     if lengths is not None:
@@ -213,8 +215,13 @@ def _stacked(name, points, lengths):
             number = (place < lengths[:, None]).reshape(-1).nonzero()[:, 0]
             splits = torch.cat([number.new_zeros(1), lengths.cumsum(0)])
             return kpt.gather(rows, number), splits, number
-    number = torch.arange(len(rows), device=points.device)
-    return rows, torch.arange(num_items + 1, device=points.device) * padded, number
+    return rows, torch.arange(num_items + 1, device=points.device) * padded, None
+
+
+def _items(row_splits, num_rows):
+    """(num_rows,) int64: the number of the item of each row."""
+    counts = torch.diff(row_splits)
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=num_rows)
 
 
 def _grid(points, row_splits, radii):

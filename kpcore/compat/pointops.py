@@ -9,7 +9,7 @@ Indices are int32 and count in the stacked points. Nothing is compiled, nothing 
 every function works on the CPU too.
 
 `furthestsampling`, `knnquery` and `queryandgroup` are those of ``lib/pointops`` of the first Point Transformer
-(POSTECH-CVLab/point-transformer), whose argument order is another; its ``grouping(input, idx)`` is `grouping2`, its
+(POSTECH-CVLab/point-transformer), with another order of arguments; its ``grouping(input, idx)`` is `grouping2`, its
 ``interpolation`` and ``interpolation2`` are the same as here.
 
 As in pointops, and different from the functions of `kpcore`:
@@ -46,10 +46,10 @@ import numpy as np
 import torch
 
 import kpcore.torch as kpt
-from kpcore.backends import checks, devices
+from kpcore.backends import checks
+from kpcore.compat.arguments import argument_names
 from kpcore.compat.open3d_search import kept_pairs, measures, pairs
-from kpcore.compat.stacked import argument_names, farthest_points
-from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
+from kpcore.torch.ops import checked, on_stream_of, to_tensor
 
 __all__ = [
     "aggregation", "attention_fusion_step", "attention_relation_step", "ball_query", "ball_query_and_group",
@@ -61,7 +61,8 @@ __all__ = [
 _NAMES = {"points": "xyz", "queries": "new_xyz", "points_row_splits": "offset", "queries_row_splits": "new_offset",
           "features": "feat", "k": "nsample"}  # fmt: skip
 _MISSING = 1e5  # the distance where there is no neighbour: the square root of 1e10
-_ALWAYS = 1e-5  # squared distance up to which a ball query takes a point, whatever `min_radius`
+_ALWAYS = 1e-5  # squared distance up to which a ball query takes a point, whatever the radii
+_NEAR = 1.001 * _ALWAYS**0.5
 
 
 # ---- searches
@@ -161,10 +162,12 @@ def ball_query(nsample: int, max_radius: float, min_radius: float, xyz: torch.Te
             [ 3,  1, -1]], dtype=torch.int32)
     """
     nsample, point, distance, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
-    counts, column = torch.diff(row_splits)[:, None], torch.arange(nsample, device=xyz.device)
-    step = counts.to(torch.float32) / nsample  # pointops computes the numbers in float32
-    spread = torch.minimum((step * column).to(torch.int64), counts - 1)
-    return _rows_of_pairs(torch.where(counts > nsample, spread, column), counts, point, distance, row_splits)
+    counts, number = torch.diff(row_splits)[:, None], torch.arange(nsample, device=xyz.device)
+    there = number < counts
+    # pointops computes these numbers in float32.
+    spread = (counts.to(torch.float32) / nsample * number).to(torch.int64)
+    number = torch.where(counts > nsample, torch.minimum(spread, counts - 1), number)
+    return _rows_of_pairs(number, there, point, distance, row_splits)
 
 
 @torch.no_grad()
@@ -191,8 +194,8 @@ def random_ball_query(nsample: int, max_radius: float, min_radius: float, xyz: t
     query = torch.repeat_interleave(torch.arange(len(counts), device=xyz.device), counts, output_size=len(point))
     rank = torch.randperm(len(xyz), device=xyz.device)
     order = torch.argsort(query * len(xyz) + rank[point])
-    column = torch.arange(nsample, device=xyz.device)
-    return _rows_of_pairs(column, counts[:, None], point[order], distance[order], row_splits)
+    number = torch.arange(nsample, device=xyz.device)
+    return _rows_of_pairs(number, number < counts[:, None], point[order], distance[order], row_splits)
 
 
 def farthest_point_sampling(xyz: torch.Tensor, offset: torch.Tensor, new_offset: torch.Tensor) -> torch.Tensor:
@@ -222,28 +225,16 @@ def farthest_point_sampling(xyz: torch.Tensor, offset: torch.Tensor, new_offset:
     >>> pointops.farthest_point_sampling(xyz, torch.tensor([5]), torch.tensor([3]))
     tensor([0, 3, 4], dtype=torch.int32)
     """
-    checked(None, "xyz", xyz)
-
-    def compute() -> torch.Tensor:
-        points = checks.points_array("xyz", to_array("xyz", xyz), {}, dimensions=checks.DIMENSIONS)
-        bounds = [
-            devices.on_host(to_array(name, _splits(name, ends).cpu()))
-            for name, ends in (("offset", offset), ("new_offset", new_offset))
-        ]
-        checks.check_splits("offset", bounds[0], len(points), "xyz")
-        checks.check_splits("new_offset", bounds[1], int(bounds[1][-1]), "its last value")
-        if len(bounds[0]) != len(bounds[1]):
-            raise ValueError(f"new_offset: expected ({len(offset)},) to match offset, got {tuple(new_offset.shape)}")
-        lengths, counts = map(np.diff, bounds)
-        if (counts > lengths).any():
-            item = int((counts > lengths).argmax())
-            raise ValueError(
-                f"new_offset: expected at most the {lengths[item]} points of item {item}, got {counts[item]}"
-            )
-        with argument_names(points="xyz", row_splits="offset"):
-            return to_tensor(farthest_points(points, counts, devices.to_device_of(points, bounds[0]), 0))
-
-    return on_stream_of(xyz, on_arrays, compute)
+    splits, chosen = _splits("offset", offset), _splits("new_offset", new_offset)
+    if splits.shape != chosen.shape:
+        raise ValueError(f"new_offset: expected {tuple(offset.shape)} to match offset, got {tuple(new_offset.shape)}")
+    lengths, counts = torch.diff(splits), torch.diff(chosen)
+    wrong = (counts < 0) | (counts > lengths)
+    if wrong.any():
+        item = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(f"new_offset: expected 0 to {lengths[item]} points in item {item}, got {counts[item]}")
+    with argument_names(points="xyz", row_splits="offset"):
+        return kpt.farthest_point_sampling(xyz, counts, row_splits=splits).index
 
 
 # ---- grouping
@@ -294,14 +285,14 @@ def grouping(idx: torch.Tensor, feat: torch.Tensor, xyz: torch.Tensor, new_xyz: 
             "idx: expected int32 or int64, got features first; grouping(input, idx) of the first Point Transformer is "
             "grouping2"
         )
-    grouped = _gathered("feat", feat, idx)
+    grouped, missing = _gathered("feat", feat, idx)
     if not checks.boolean("with_xyz", with_xyz):
         return grouped
     new_xyz = xyz if new_xyz is None else checked(None, "new_xyz", new_xyz)
     if len(new_xyz) != len(idx):
         raise ValueError(f"new_xyz: expected {len(idx)} rows to match idx, got {len(new_xyz)}")
-    relative = (_gathered("xyz", xyz, idx) - new_xyz[:, None]).masked_fill((idx < 0)[:, :, None], 0)
-    return torch.cat([relative, grouped], -1)
+    relative = _gathered("xyz", xyz, idx)[0] - new_xyz[:, None]
+    return torch.cat([relative if missing is None else relative.masked_fill(missing, 0), grouped], -1)
 
 
 def grouping2(input: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
@@ -317,7 +308,7 @@ def grouping2(input: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     tensor([[[7.],
              [0.]]])
     """
-    return _gathered("input", input, idx)
+    return _gathered("input", input, idx)[0]
 
 
 def knn_query_and_group(feat: torch.Tensor, xyz: torch.Tensor, offset: torch.Tensor | None = None,
@@ -376,11 +367,11 @@ def query_and_group(nsample: int, xyz: torch.Tensor, new_xyz: torch.Tensor | Non
         total = 1 + (nsample - 1) * step
         queries_offset = new_offset if new_xyz is not None else None
         nearest, _ = knn_query(total, xyz, offset, new_xyz, queries_offset)
-        found = (nearest >= 0).sum(1, keepdim=True).to(torch.float64)
+        available = (nearest >= 0).sum(1, keepdim=True).to(torch.float64)
         # pointops computes the numbers in this way, in float64.
-        spread = (found - 1) / max(nsample - 1, 1) - 1
+        spread = (available - 1) / max(nsample - 1, 1) - 1
         column = torch.arange(nsample, device=nearest.device)
-        number = torch.where(found < total, ((spread + 1) * column).to(torch.int64).clamp(min=0), step * column)
+        number = torch.where(available < total, ((spread + 1) * column).to(torch.int64).clamp(min=0), step * column)
         idx = nearest.gather(1, number)
     if not checks.boolean("with_feat", with_feat):
         return idx
@@ -426,13 +417,16 @@ def interpolation(xyz: torch.Tensor, new_xyz: torch.Tensor, feat: torch.Tensor, 
     """
     with argument_names(nsample="k"):
         neighbors = _nearest(k, xyz, new_xyz, _bounds(xyz, offset, new_xyz, new_offset))
-    inverse = 1 / (to_tensor(neighbors.stored_distance)[:, None] + 1e-8)
-    row_splits = to_tensor(neighbors.stored_row_splits)
-    total = kpt.segment_reduce(inverse, row_splits, "sum")
-    counts = torch.diff(row_splits)
-    weights = inverse / torch.repeat_interleave(total, counts, dim=0, output_size=len(inverse))
+    inverse = 1 / (to_tensor(neighbors.stored_distance) + 1e-8)
+    if len(inverse) == neighbors.num_queries * k:
+        rows = inverse.view(-1, k)
+        weights = rows / rows.sum(1, keepdim=True)
+    else:
+        row_splits = to_tensor(neighbors.stored_row_splits)
+        total = kpt.segment_reduce(inverse[:, None], row_splits, "sum")[:, 0]
+        weights = inverse / torch.repeat_interleave(total, torch.diff(row_splits), output_size=len(inverse))
     with argument_names(**_NAMES):
-        return kpt.neighbor_reduce(feat, neighbors, "sum", weights=weights[:, 0].to(feat.dtype))
+        return kpt.neighbor_reduce(feat, neighbors, "sum", weights=weights.view(-1).to(feat.dtype))
 
 
 interpolation2 = interpolation
@@ -539,7 +533,7 @@ def _splits(name, offset):
     offset = checked(None, name, offset)
     if offset.ndim != 1 or offset.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64 (B,), got {str(offset.dtype)[6:]} {tuple(offset.shape)}")
-    return torch.cat([offset.new_zeros(1, dtype=torch.int64), offset])
+    return torch.nn.functional.pad(offset.to(torch.int64), (1, 0))
 
 
 def _bounds(xyz, offset, new_xyz, new_offset):
@@ -574,12 +568,16 @@ def _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset):
     )
     if not min_radius < max_radius:
         raise ValueError(f"min_radius: expected less than max_radius = {max_radius}, got {min_radius}")
-    reach = max(max_radius, 1.001 * _ALWAYS**0.5)
+    # Without an inner radius these are the neighbours, unless points are always taken that are beyond the outer one.
+    is_ball = min_radius == 0 and max_radius > _NEAR
     with argument_names(**_NAMES, radius="max_radius"):
         neighbors = kpt.radius_search(
-            xyz, new_xyz, reach, points_row_splits=splits[0], queries_row_splits=splits[1], sort="distance",
-            return_distances=True
+            xyz, new_xyz, max(max_radius, _NEAR), points_row_splits=splits[0], queries_row_splits=splits[1],
+            inclusive=not is_ball, sort="distance", return_distances=True
         )  # fmt: skip
+    if is_ball:
+        point, row_splits = to_tensor(neighbors.stored_index), to_tensor(neighbors.stored_row_splits)
+        return nsample, point, to_tensor(neighbors.stored_distance), row_splits
     point, query, row_splits = pairs(neighbors)
     squared = measures(xyz, xyz if new_xyz is None else new_xyz, point, query, "L2")
     outer, inner = (torch.tensor(radius, dtype=xyz.dtype) for radius in (max_radius, min_radius))
@@ -591,25 +589,24 @@ def _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset):
 
 
 def _gathered(name, rows, idx):
-    """The rows (N, C) that `idx`, (M, nsample), names, zeros where it is -1; differentiable."""
+    """(the rows (N, C) that `idx`, (M, nsample), names, zeros where it is -1; where that is, or None if nowhere)"""
     idx = checked(None, "idx", idx)
     if idx.ndim != 2 or idx.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"idx: expected int32 or int64 (M, nsample), got {str(idx.dtype)[6:]} {tuple(idx.shape)}")
-    missing = (idx == -1)[:, :, None]
-    some_missing = bool(missing.any())
-    if some_missing:
-        idx = idx.masked_fill(missing[:, :, 0], 0)
+    missing = idx == -1
+    if missing.any():
+        idx, missing = idx.masked_fill(missing, 0), missing[:, :, None]
         rows = rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+    else:
+        missing = None
     with argument_names(features=name, index="idx"):
         gathered = kpt.gather(rows, idx.reshape(-1)).view(*idx.shape, rows.shape[1])
-    return gathered.masked_fill(missing, 0) if some_missing else gathered
+    return (gathered if missing is None else gathered.masked_fill(missing, 0)), missing
 
 
-def _rows_of_pairs(number, counts, point, distance, row_splits):
-    """(idx, dist) of the pairs with these numbers within their rows, padded with -1 and 100,000."""
-    column = torch.arange(number.shape[-1], device=point.device)
-    there = column < counts
+def _rows_of_pairs(number, there, point, distance, row_splits):
+    """(idx, dist) of the pairs with these numbers within their rows, padded with -1 and 100,000 unless `there`."""
+    if not len(point):
+        point, distance = point.new_zeros(1), distance.new_zeros(1)  # so that there is a row 0
     at = torch.where(there, row_splits[:-1, None] + number, 0)
-    point = torch.cat([point, point.new_zeros(1)])  # so that row 0 exists if there are no pairs
-    distance = torch.cat([distance, distance.new_zeros(1)])
-    return torch.where(there, point[at], -1).to(torch.int32), torch.where(there, distance[at], _MISSING)
+    return torch.where(there, point[at], -1), torch.where(there, distance[at], _MISSING)

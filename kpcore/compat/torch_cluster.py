@@ -26,7 +26,7 @@ Different from torch_cluster:
   with the smallest index); torch_cluster keeps any. `radius_graph` without loops has at most `max_num_neighbors` edges
   for each point, where torch_cluster 1.6.3 may have one more.
 * The edges of a query are in the order of their index (`radius`) or distance (`knn`), which torch_cluster has on a GPU.
-* `knn_graph` without loops has k edges for each point whose item has that many others, also among equal points.
+* `knn_graph` without loops has k edges for each point, also among equal points, unless its item has fewer others.
 * `cosine=True` works on the CPU too; k may be larger than 100 on the GPU.
 * A batch vector that is not sorted, or holds numbers from `batch_size` on, is an error, where torch_cluster returns
   wrong edges.
@@ -43,14 +43,14 @@ Different from torch_cluster:
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 import kpcore
 from kpcore.backends import checks, devices
-from kpcore.compat.stacked import argument_names, farthest_points
+from kpcore.compat.arguments import argument_names
 from kpcore.neighbors import splits_of_batch
 from kpcore.torch.eager import eager
 from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
@@ -219,7 +219,7 @@ def knn_graph(x: torch.Tensor, k: int, batch: torch.Tensor | None = None, loop: 
     k, batch, cosine, num_workers, batch_size, use_triton
         As in `knn`.
     loop : bool
-        Whether a point may be its own neighbour, one of the k. Other points with its coordinates always may.
+        Whether a point may be a neighbour of itself, one of the k. Other points with its coordinates always may.
     flow : {"source_to_target", "target_to_source"}
         The rows of the result are (neighbours, points), or (points, neighbours).
 
@@ -331,31 +331,30 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
     >>> fps(src, torch.tensor([0, 0, 0, 0]), ratio=0.5, random_start=False)
     tensor([0, 3])
     """
-    checked(None, "src", src)
+    columns = _columns(checked(None, "src", src))
     if ptr is not None and batch is not None:
         raise ValueError("ptr: expected None, because batch is passed, got both")
     random_start = checks.boolean("random_start", random_start)
 
     def compute() -> torch.Tensor:
-        points = to_array("src", _columns(src))
-        points = checks.points_array("src", points, {}, dimensions=checks.DIMENSIONS)
+        points = checks.points_array("points", to_array("src", columns), {}, dimensions=checks.DIMENSIONS)
         if ptr is None:
             rows = None if batch is None else to_array("batch", checked(None, "batch", batch))
-            (splits,) = _bounds(("", points, rows), None, batch_size)
-            splits = checks.splits_array("batch", splits, len(points), "src", {"device": _where(points)})
+            (row_splits,) = _bounds(("", points, rows), None, batch_size)
         else:
-            bounds = to_array("ptr", torch.as_tensor(ptr, device=src.device))
-            splits = checks.splits_array("ptr", bounds, len(points), "src", {})
-        lengths = torch.from_numpy(np.diff(devices.on_host(splits)))
-        counts = (lengths.to(torch.float32) * _checked_ratio(ratio, len(lengths), src.dtype)).ceil().to(torch.int64)
+            row_splits = to_array("ptr", torch.as_tensor(ptr, device=src.device))
+        on_host = np.array([0, len(points)]) if row_splits is None else devices.on_host(row_splits)
+        lengths = np.diff(on_host)
         start: int | np.ndarray = 0
         if random_start:
-            drawn = (torch.rand(len(lengths), dtype=torch.float64, device="cpu") * lengths).to(torch.int64)
-            start = devices.to_device_of(points, drawn.numpy())
-        with argument_names(points="src"):
-            return to_tensor(farthest_points(points, counts.numpy(), splits, start)).to(torch.int64)
+            drawn = torch.rand(len(lengths), dtype=torch.float64, device="cpu").numpy()
+            start = devices.to_device_of(points, (drawn * lengths).astype(np.int64))
+        counts = devices.to_device_of(points, _counts(ratio, lengths))
+        index, _ = kpcore.farthest_point_sampling(points, counts, row_splits=row_splits, start=start)
+        return to_tensor(index).to(torch.int64)
 
-    return on_stream_of(src, on_arrays, compute)
+    with argument_names(points="src", x="src", row_splits="batch" if ptr is None else "ptr"):
+        return on_stream_of(src, on_arrays, compute)
 
 
 def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | None = None,
@@ -450,30 +449,26 @@ def _rows(name, value):
     return checks.array(name, value, "N D", checks.REAL, {})
 
 
-def _where(array):
-    return checks.device_of(("", array))["device"]
-
-
 def _bounds(points, queries, batch_size):
     """row_splits of points and queries, (N, D) and batch vector of each; of the points only if `queries` is None.
 
     Both are None if there is one item. `points` and `queries`: (name, rows, batch vector or None).
     """
-    given = [points] if queries is None else [points, queries]
+    clouds = [points] if queries is None else [points, queries]
     if batch_size is not None:
         batch_size = checks.integer("batch_size", batch_size, 1, checks.MAX_POINTS)
-    names = [f"batch_{name}" if name else "batch" for name, *_ in given]
-    found = []
-    for name, (rows_name, rows, batch) in zip(names, given, strict=True):
+    names = [f"batch_{name}" if name else "batch" for name, *_ in clouds]
+    known = []
+    for name, (rows_name, rows, batch) in zip(names, clouds, strict=True):
         if batch is not None:
             checks.array(name, batch, "N", checks.INTEGERS, {"N": (len(rows), rows_name or "x")})
             batch = splits_of_batch(name, batch, "batch_size", batch_size)
-        found.append(batch)
-    num_items = batch_size or max(1, *(len(splits) - 1 for splits in found if splits is not None), 1)
+        known.append(batch)
+    num_items = batch_size or max(1, *(len(splits) - 1 for splits in known if splits is not None), 1)
     if num_items == 1:
-        return [None] * len(given)
+        return [None] * len(clouds)
     bounds = []
-    for name, splits, (_, rows, _) in zip(names, found, given, strict=True):
+    for name, splits, (_, rows, _) in zip(names, known, clouds, strict=True):
         if splits is None:
             raise ValueError(f"{name}: expected a batch vector, because there are {num_items} batch items, got None")
         missing = num_items + 1 - len(splits)
@@ -505,7 +500,7 @@ def _nearest(x, y, k, bounds, cosine, ignore):
 
 
 def _directions(name, rows):
-    """Rows scaled to length 1, whose squared distances are twice one minus the cosine of their angle."""
+    """Rows scaled to length 1: their squared distances are twice one minus the cosine of their angle."""
     norms = np.sqrt((rows * rows).sum(axis=1))
     zero = norms == 0
     if zero.any():
@@ -513,17 +508,18 @@ def _directions(name, rows):
     return rows / norms[:, None]
 
 
-def _checked_ratio(ratio: Any, num_items: int, dtype: torch.dtype) -> torch.Tensor:
-    """The ratio as a tensor on the host, () or (B,)."""
-    if not isinstance(ratio, torch.Tensor):
-        number = 0.5 if ratio is None else checks.number("ratio", ratio, np.dtype(np.float64))
-        ratio = torch.tensor(number, dtype=dtype)
-    elif ratio.numel() != 1 and ratio.shape != (num_items,):
-        raise ValueError(f"ratio: expected a number, or ({num_items},) to match the batch, got {tuple(ratio.shape)}")
-    ratio = ratio.detach().cpu()
+def _counts(ratio, lengths):
+    """The number of points to choose in each item, (B,) int64, rounded as torch_cluster does on the CPU."""
+    if isinstance(ratio, torch.Tensor):
+        if ratio.numel() != 1 and ratio.shape != lengths.shape:
+            expected = f"a number, or ({len(lengths)},) to match the batch"
+            raise ValueError(f"ratio: expected {expected}, got {tuple(ratio.shape)}")
+        ratio = ratio.detach().cpu().clone().numpy()
+    else:
+        ratio = np.array(0.5 if ratio is None else checks.number("ratio", ratio, np.dtype(np.float64)))
     if not ((ratio > 0) & (ratio <= 1)).all():
-        raise ValueError(f"ratio: expected numbers above 0 and at most 1, got {ratio.tolist()}")
-    return ratio
+        raise ValueError(f"ratio: expected numbers above 0 and at most 1, got {ratio}")
+    return np.ceil(lengths.astype(np.float32) * (ratio if ratio.ndim else np.float32(ratio))).astype(np.int64)
 
 
 def _corner(name, value, pos):

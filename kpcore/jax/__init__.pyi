@@ -122,6 +122,7 @@ def calibrate_neighbor_limits(
     conv_radius: float = ...,
     deform_radius: float = ...,
     deform_levels: Collection[int] = ...,
+    inclusive: bool = ...,
     fraction: float = ...,
 ) -> list[int]: ...
 def concatenate(
@@ -222,7 +223,7 @@ def dropout(
 ) -> Array: ...
 def farthest_point_sampling(
     points: Array | ndarray,
-    num: int | None = ...,
+    num: int | Array | ndarray | None = ...,
     *,
     min_distance: float = ...,
     row_splits: Array | ndarray | None = ...,

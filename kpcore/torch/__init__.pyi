@@ -145,6 +145,7 @@ def calibrate_neighbor_limits(
     conv_radius: float = ...,
     deform_radius: float = ...,
     deform_levels: Collection[int] = ...,
+    inclusive: bool = ...,
     fraction: float = ...,
 ) -> list[int]: ...
 def concatenate(
@@ -245,7 +246,7 @@ def dropout(
 ) -> Tensor: ...
 def farthest_point_sampling(
     points: Tensor,
-    num: int | None = ...,
+    num: int | Tensor | None = ...,
     *,
     min_distance: float = ...,
     row_splits: Tensor | None = ...,

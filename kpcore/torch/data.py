@@ -11,8 +11,7 @@ import kpcore.torch
 from kpcore.backends import checks, devices
 from kpcore.neighbors import Neighbors, checked, new_list, splits_from_counts
 from kpcore.pyramid import Level, Pyramid
-from kpcore.torch import internals
-from kpcore.torch.ops import on_arrays, torch_stream
+from kpcore.torch import internals, ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
@@ -106,6 +105,8 @@ class PyramidCollate:
         stacked = {"row_splits": kpcore.torch.row_splits(lengths), "features": _stacked_rows("features", features)}
         classes = None
         if labels[0] is not None and not labels[0].ndim:
+            if any(each is None or each.ndim or each.is_floating_point() for each in labels):
+                raise ValueError("labels: expected one class for each cloud, an integer, because the first one has it")
             classes = torch.stack(labels).to(torch.int64)
         else:
             stacked["labels"] = _stacked_rows("labels", labels)
@@ -144,7 +145,7 @@ def to_device(value: Any, device: torch.device | str, *, non_blocking: bool = Fa
             raise ValueError(f"device: expected the CPU or a CUDA GPU, got {device}")
         if device.type == "cpu":
             return value.to("cpu")
-        with torch_stream(device):
+        with ops.torch_stream(device):
             return value.to("cuda")
 
     def moved(part: Any) -> Any:
@@ -180,10 +181,10 @@ def _stacked_rows(name, rows):
         return None
     if missing:
         raise ValueError(f"{name}: expected those of every cloud of a batch, got none of number {missing[0]} in it")
-    kinds = {(each.dtype, each.shape[1:]) for each in rows}
+    kinds = {(each.dtype, each.ndim, each.shape[1:]) for each in rows}
     if len(kinds) > 1 or not rows[0].ndim:
-        found = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))
-        raise ValueError(f"{name}: expected rows of one dtype and width in all clouds of a batch, got {found}")
+        shapes = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))
+        raise ValueError(f"{name}: expected rows of one dtype and width in all clouds of a batch, got {shapes}")
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -221,7 +222,7 @@ def _stacked_levels(levels, *, collate_fn_map=None):
     }
     lengths = torch.cat([torch.diff(torch.as_tensor(splits)) for splits in fields["row_splits"]])
     for name in ("neighbors", "pools", "upsamples"):
-        stacked[name] = None if fields[name][0] is None else on_arrays(_stacked_lists, fields[name])
+        stacked[name] = None if fields[name][0] is None else ops.on_arrays(_stacked_lists, fields[name])
     return levels[0]._replace(row_splits=kpcore.torch.row_splits(lengths), **stacked)
 
 

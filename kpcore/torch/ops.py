@@ -85,8 +85,8 @@ def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arg
 @contextmanager
 def torch_stream(device: torch.device) -> Iterator[None]:
     """Within it CuPy uses this GPU and torch's current stream on it."""
-    cuda = config.cupy().cuda
-    with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+    cuda, index = config.cupy().cuda, torch.cuda.current_device() if device.index is None else device.index
+    with cuda.Device(index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index):
         yield
 
 
