@@ -3,8 +3,10 @@
 from functools import partial
 from pathlib import Path
 
+import clients
 import numpy as np
 import peers
+from clients import compat  # noqa: F401 - run.py looks for a case here
 from run import timed
 
 import kpcore as kp
@@ -159,6 +161,13 @@ TARGETS = {
     ("overhead", "torch, forward", "", "the calls alone"): ("<=", 20),
     ("overhead", "torch, forward + backward", "", "the calls alone"): ("<=", 60),
     ("overhead", "JAX under jit, forward", "", "the calls alone"): ("<=", 25),
+    **{
+        ("compat", what, "", "the calls alone"): ("<=", 50)
+        for what in ("batch_query", "subsample_batch", "KPConv, forward", "KPConv, forward + backward")
+    },
+    ("compat", "lists of a pair", "", "GeoTransformer's steps, SciPy cKDTree"): (">=", 10),
+    ("compat", "lists of a pair", "", "GeoTransformer's steps, pykdtree"): (">=", 10),
+    ("compat", "KPConv-PyTorch, training step", "", "dense torch"): (">=", 3),
 }
 
 
@@ -213,6 +222,7 @@ TASKS = {
     "deformable": [{"order": order} for order in ORDERS],
     "kpconv_kernel_offsets": [{"order": order} for order in ORDERS],
     "overhead": [{}],
+    "compat": clients.TASKS,
     "memory": [
         {"implementation": name, "layer": layer}
         for layer in ("rigid", "deformable")

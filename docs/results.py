@@ -13,7 +13,6 @@ shapes: rigid and deformable networks that classify generated objects, and that 
 import json
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +27,23 @@ from kpcore.pipeline.settings import from_dict, read_settings
 from kpcore.pipeline.training import Training
 
 KERNELS, SEEDS, STEPS = (15, 9, 5), (0, 1, 2), 550
-HEADER = "mIoU, median of three seeds (least–most) | s | parameters |"
+HEADER = "mIoU, median of three seeds (least–most) | ms a step | parameters |"
+
+
+def step_times(run):
+    """The seconds of the steps of a training run, in order."""
+    log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    return [entry["seconds"] for entry in log if "loss" in entry]
 
 
 def train(seed, **changes):
-    """(mIoU, seconds, number of parameters) of the demo's network with some settings changed."""
+    """(mIoU, seconds of each step, number of parameters) of the demo's network with some settings changed."""
     network = demo.TRAINING["network"] | changes
     settings = from_dict(demo.TRAINING | {"network": network, "training": demo.TRAINING["training"] | {"steps": STEPS}})
     with tempfile.TemporaryDirectory() as folder:
         run = Training(settings, folder, folder, seed=seed)
-        begin = time.perf_counter()
         run.run()
-        seconds = time.perf_counter() - begin
+        seconds = step_times(run)
     (scene,), _ = load(settings, [demo.UNSEEN], ".", run.model.columns)
     scores = voting.scores(voting.evaluate(run.model, [scene]), settings.names)
     return scores["miou"], seconds, nn.count(run.model.params)
@@ -48,8 +52,11 @@ def train(seed, **changes):
 def trained(name, **changes):
     """Train a network with each of the seeds, print its row of the table and return the mIoUs."""
     scores, seconds, sizes = zip(*(train(seed, **changes) for seed in SEEDS), strict=True)
-    print(f"| {name} | {np.median(scores):.3f} ({min(scores):.3f}–{max(scores):.3f}) | {np.median(seconds):.0f} | "
-          f"{sizes[0]:,} |", flush=True)  # fmt: skip
+    median, milliseconds = np.median(scores), 1e3 * np.median(seconds)
+    print(
+        f"| {name} | {median:.3f} ({min(scores):.3f}–{max(scores):.3f}) | {milliseconds:.0f} | {sizes[0]:,} |",
+        flush=True,
+    )
     return scores
 
 
@@ -152,8 +159,7 @@ def shapes():
                 with tempfile.TemporaryDirectory() as folder:
                     run = Training(changed, folder, folder, seed=seed)
                     run.run()
-                    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-                seconds += [entry["seconds"] for entry in log if "loss" in entry]
+                    seconds += step_times(run)
                 scores.append([voting.evaluate_scores(run.model, run.test_scenes, votes)[1][score] for votes in (1, 5)])
             columns = [" / ".join(f"{value:.3f}" for value in column) for column in zip(*scores, strict=True)]
             print(f"| {kind} | {name} | {columns[0]} | {columns[1]} | {1e3 * np.median(seconds):.0f} | "

@@ -25,6 +25,7 @@ FRAMEWORKS = {
 # {framework: {module of kpcore.<framework>: what kpcore.<framework> has from it}}
 EXPORTED = {
     "torch": {
+        "data": ("PyramidCollate", "PyramidDataset", "to_device"),
         "deform2d_layers": (
             "ConditionalConv2d",
             "DeformableConv2d",
@@ -49,7 +50,7 @@ _ARRAYS = re.compile(r"Array\[Computed\]|\b(AnyArray|Computed|np\.ndarray)\b")
 def text(file):
     """The text of a stub."""
     imported, array, *argument_and_dtype = FRAMEWORKS[file]
-    lines = ["from collections.abc import Collection, Sequence", "from typing import Literal, overload", ""]
+    lines = ["from collections.abc import Collection, Iterable, Sequence", "from typing import Literal, overload", ""]
     lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
     lines.append("from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")

@@ -1,4 +1,4 @@
-"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf and features."""
+"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features and convert."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kpcore.config import require
 from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
 from kpcore.files import check_writable, expanded, replacing
 from kpcore.nn.blocks import MOST_CHANNELS, MOST_LEVELS
+from kpcore.nn.published_arrays import CLIENTS
 from kpcore.pipeline.settings import LENGTHS
 
 if TYPE_CHECKING:
@@ -215,6 +216,26 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     features.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the picture")
     features.set_defaults(run=_features)
+    convert = commands.add_parser(
+        "convert",
+        help="convert a checkpoint of published PyTorch code",
+        description="Convert a checkpoint of other code to a file that kpcore.nn.load reads; and kpcore segment or "
+        "kpcore predict, if the network labels points or classifies objects and its settings say how its input is "
+        "made. No code in the checkpoint is executed.",
+    )
+    convert.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a file that torch.save wrote")
+    convert.add_argument(
+        "--from", dest="client", choices=[*CLIENTS], required=True, metavar="CODE",
+        help=f"the code that it is of: {', '.join(CLIENTS)}",
+    )  # fmt: skip
+    convert.add_argument(
+        "--config", type=path, action="append", default=[], metavar="FILE",
+        help="settings: parameters.txt, the yml of Open3D-ML, or TOML or JSON with the names of that code; may be "
+        "repeated, later files add to earlier ones (default: parameters.txt, parameters.json or config.json beside the "
+        "checkpoint or one folder above)",
+    )  # fmt: skip
+    convert.add_argument("--out", type=path, required=True, metavar="FILE", help="the safetensors file to write")
+    convert.set_defaults(run=_convert)
     commands.add_parser("config", help="print version, instruction set, threads").set_defaults(
         run=lambda _: kp.show_config()
     )
@@ -555,3 +576,27 @@ def _features(args: argparse.Namespace) -> None:
     with replacing(picture) as part:
         inspection.draw_features(part, f"Features of {args.model}", model, chosen)
     print(f"picture: {picture}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import conversion
+
+    try:
+        converted = conversion.convert(args.checkpoint, args.client, args.out, args.config)
+    except ValueError as error:
+        first, *lines = str(error).splitlines()
+        for line in lines:  # of all arrays that do not fit
+            print(line, file=sys.stderr)
+        raise Refused(f"{first}; nothing is written" if lines else first) from None
+    net, title = converted.net, CLIENTS[args.client].title
+    print(f"{args.out}: {type(net).__name__} of {title}, {kp.nn.count(converted.params):,} parameters, "
+          f"{net.num_levels} levels, voxel size {net.voxel_size:g}, {net.num_features} input features")  # fmt: skip
+    if names := converted.about.get("names"):
+        print(f"{net.num_classes} classes: {', '.join(names)}")
+    else:
+        print(f"{net.num_classes} channels for each point of level {net.output_level}")
+    print(f"settings: {', '.join(map(str, converted.configs)) or 'none'}")
+    if converted.unused:
+        print(f"not converted: {', '.join(conversion.summary(converted.unused))}")
+    command = "segment" if net.segments else "predict"
+    print(f"kpcore {command}: {'cannot use it: ' + converted.missing if converted.missing else 'can use it'}")

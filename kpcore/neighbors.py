@@ -93,20 +93,7 @@ def batch_to_row_splits(batch: AnyArray, num_items: int | None = None) -> np.nda
     >>> kp.batch_to_row_splits(np.array([0, 0, 0, 2, 2]), num_items=4)
     array([0, 3, 3, 5, 5])
     """
-    batch, xp = checks.array("batch", batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
-    falls = batch[1:] < batch[:-1]
-    if falls.any():
-        at = int(falls.argmax())
-        raise ValueError(
-            f"batch: expected numbers that never decrease, got {batch[at]} then {batch[at + 1]} at {at}; sort the rows "
-            "by item first"
-        )
-    first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
-    most = checks.MAX_POINTS if num_items is None else checks.integer("num_items", num_items, 0, checks.MAX_POINTS)
-    if first < 0 or last >= most:
-        match = "" if num_items is None else " to match num_items"
-        raise ValueError(f"batch: expected numbers from 0 to {most - 1}{match}, got {first if first < 0 else last}")
-    return xp.searchsorted(batch, xp.arange((last + 1 if num_items is None else most) + 1, dtype=batch.dtype))
+    return splits_of_batch("batch", batch, "num_items", num_items)
 
 
 def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
@@ -129,6 +116,24 @@ def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
     values = checks.array("row_splits", row_splits, "B+1", checks.SPLITS, {})
     _check_bounds("row_splits", devices.on_host(values))
     return _items_of_rows(values)
+
+
+def splits_of_batch(name: str, batch: AnyArray, size_name: str, num_items: int | None) -> np.ndarray:
+    """`batch_to_row_splits` for arguments that are called `name` and `size_name`."""
+    batch, xp = checks.array(name, batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
+    falls = batch[1:] < batch[:-1]
+    if falls.any():
+        at = int(falls.argmax())
+        raise ValueError(
+            f"{name}: expected numbers that never decrease, got {batch[at]} then {batch[at + 1]} at {at}; sort the "
+            "rows by item first"
+        )
+    first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
+    most = checks.MAX_POINTS if num_items is None else checks.integer(size_name, num_items, 0, checks.MAX_POINTS)
+    if first < 0 or last >= most:
+        match = "" if num_items is None else f" to match {size_name}"
+        raise ValueError(f"{name}: expected numbers from 0 to {most - 1}{match}, got {first if first < 0 else last}")
+    return xp.searchsorted(batch, xp.arange((last + 1 if num_items is None else most) + 1, dtype=batch.dtype))
 
 
 def _items_of_rows(row_splits):

@@ -48,7 +48,7 @@ else:
         points: np.ndarray  #: (N, D)
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
         features: np.ndarray | None  #: (N, C) means of the features of the finer level
-        labels: np.ndarray | None  #: (N,) majorities of the labels of the finer level
+        labels: np.ndarray | None  #: (N,) or (N, L) majorities of the labels of the finer level
         voxel_size: float
         radius: float  #: search radius of `neighbors` and `pools`
         neighbors: Neighbors  #: queries are the points of this level
@@ -66,7 +66,8 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
                   features: AnyArray | None = None, labels: AnyArray | None = None, subsampled: bool = False,
                   origin: Literal[0, "published"] = 0, conv_radius: float = 2.5, deform_radius: float = 5.0,
                   deform_levels: Collection[int] = (), neighbor_limits: Sequence[int] | None = None,
-                  upsample_levels: Collection[int] = ()) -> Pyramid[np.ndarray]:  # fmt: skip
+                  inclusive: bool = True, upsample_levels: Collection[int] = ()
+                  ) -> Pyramid[np.ndarray]:  # fmt: skip
     """The levels of a network: points subsampled step by step, and the neighbours within and between levels.
 
     As in the published code (Thomas et al. 2019 and its data pipeline): the points of level l are the barycentres of
@@ -83,8 +84,8 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
         Bounds of batch items.
     features : (N, C) float32 or float64, optional
         Averaged over the points of each voxel, from level to level.
-    labels : (N,) uint8, int32 or int64, optional
-        The majority of each voxel, from level to level.
+    labels : (N,) or (N, L) of any integer dtype, optional
+        The majority of each voxel, from level to level, in each column by itself.
     subsampled : bool
         Whether the points already are level 0, one for each voxel; otherwise level 0 is
         ``grid_subsample(points, voxel_size, origin=origin)``.
@@ -98,6 +99,8 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
         Levels that have a deformable convolution, which needs the larger radius.
     neighbor_limits : sequence of int, (num_levels,), optional
         Largest number of neighbours in the lists of each level; the nearest are kept. See `calibrate_neighbor_limits`.
+    inclusive : bool
+        Whether points at exactly the radius are neighbours. In the published code they are not.
     upsample_levels : sequence of int
         Levels, without the last, whose `upsamples` list the points of the next level within its radius, at most as many
         as its limit, for a convolution that upsamples; the other levels list the nearest one.
@@ -137,6 +140,7 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
     origin = common_origin(origin)
     radii = _radii(points.dtype, voxel_size, num_levels, conv_radius, deform_radius, deform_levels)
     limits = _limits(neighbor_limits, num_levels)
+    inclusive = checks.boolean("inclusive", inclusive)
     upsample_levels = {checks.integer("upsample_levels", level, 0, num_levels - 2) for level in upsample_levels}
     if subsampled:
         row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
@@ -148,7 +152,7 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
     for voxel in voxels[1:]:
         levels.append(subsample_level(voxel, origin, *levels[-1]))
     lists = lists_of_levels(
-        [(points, row_splits) for points, _, _, row_splits in levels], radii, limits, upsample_levels
+        [(points, row_splits) for points, _, _, row_splits in levels], radii, limits, upsample_levels, inclusive
     )
     return Pyramid(
         Level(points, row_splits, features, labels, *more)
@@ -161,7 +165,7 @@ def build_pyramid(points: AnyArray, *, voxel_size: float, num_levels: int, row_s
 def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, num_levels: int,
                               origin: Literal[0, "published"] = 0, conv_radius: float = 2.5,
                               deform_radius: float = 5.0, deform_levels: Collection[int] = (),
-                              fraction: float = 0.9) -> list[int]:  # fmt: skip
+                              inclusive: bool = True, fraction: float = 0.9) -> list[int]:  # fmt: skip
     """Neighbour limits for `build_pyramid` that leave a fraction of the neighbourhoods of sample clouds untouched.
 
     The limit of a level is the smallest number such that at least `fraction` of its points have no more neighbours than
@@ -171,7 +175,7 @@ def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, 
     ----------
     clouds : iterable of (N, D) arrays
         Typical inputs, with at least one point in all. Only one is held in memory at a time.
-    voxel_size, num_levels, origin, conv_radius, deform_radius, deform_levels
+    voxel_size, num_levels, origin, conv_radius, deform_radius, deform_levels, inclusive
         As in `build_pyramid`.
     fraction : float
         Above 0, at most 1.
@@ -197,7 +201,8 @@ def calibrate_neighbor_limits(clouds: Iterable[AnyArray], *, voxel_size: float, 
         radii = _radii(points.dtype, size, num_levels, conv_radius, deform_radius, deform_levels)
         for number, radius in enumerate(radii):
             points = grid_subsample(points, size * 2**number, origin=origin).points
-            counts = devices.on_host(GridIndex(points, radius).radius_search(None, radius, count_only=True))
+            counts = GridIndex(points, radius).radius_search(None, radius, inclusive=inclusive, count_only=True)
+            counts = devices.on_host(counts)
             histogram = np.bincount(counts, minlength=len(histograms[number]))
             histogram[: len(histograms[number])] += histograms[number]
             histograms[number] = histogram

@@ -38,7 +38,7 @@ _CROWDED = 8
 @overload
 def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
                   points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
-                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                   max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                   count_only: Literal[False] = False) -> Neighbors: ...  # fmt: skip
 
@@ -46,22 +46,22 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
 @overload
 def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
                   points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
-                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                   max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                   count_only: Literal[True]) -> np.ndarray: ...  # fmt: skip
 
 
 def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | AnyArray, *,
                   points_row_splits: AnyArray | None = None, queries_row_splits: AnyArray | None = None,
-                  metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                  inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                   max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                   count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
     """All points within a radius of each query, or how many; L2, L1 or Linf, 1 to 16 dimensions, batches.
 
     A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
     machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
-    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"). A query that is one of the points is its own neighbour, unless
-    `ignore_query_point` says otherwise.
+    ``max(|d0|, |d1|, |d2|) <= r`` ("linf"); with ``inclusive=False`` it is ``<`` in all of these. A query that is one
+    of the points is its own neighbour, unless `ignore_query_point` says otherwise.
 
     Parameters
     ----------
@@ -69,11 +69,14 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
     queries : (M, D), same dtype, or None
         None: the points themselves.
     radius : float, or (M,) of the dtype of the points
-        One for all queries, or one for each; in the unit of the points, above zero, inclusive. A number is rounded to
-        the dtype of the points.
+        One for all queries, or one for each; in the unit of the points, above zero. A number is rounded to the dtype of
+        the points.
     points_row_splits, queries_row_splits : (B + 1,) int64, optional
         Batch items of points and queries, both or neither; a query's neighbours are points of the same item. With
         ``queries=None`` only ``points_row_splits``.
+    inclusive : bool
+        Whether points at exactly the radius are neighbours. The published code of KPConv, among others, searches with
+        an exclusive radius: pass False for the same neighbours.
     metric : {"l2", "l1", "linf"}
     ignore_query_point : bool or "index"
         True: points with exactly the coordinates of the query are not its neighbours (as in Open3D). "index": point i
@@ -126,11 +129,13 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
     array([0., 1., 1., 0., 0.], dtype=float32)
     >>> kp.radius_search(points, None, 2.0, ignore_query_point="index").counts
     array([1, 2, 1])
+    >>> kp.radius_search(points, None, 2.0, ignore_query_point="index", inclusive=False).counts
+    array([1, 1, 0])
     """
     cloud = _Cloud(points, points_row_splits, "points_row_splits", queries, queries_row_splits)
     radius, reach, even = cloud.radius(radius)
     cell = reach if even and cloud.points.shape[1] in _GRID_DIMENSIONS else None
-    return _radius_search(cloud.index(cell), cloud, radius, metric, ignore_query_point, max_neighbors, sort,
+    return _radius_search(cloud.index(cell), cloud, radius, inclusive, metric, ignore_query_point, max_neighbors, sort,
                           return_distances, count_only)  # fmt: skip
 
 
@@ -293,20 +298,20 @@ class KDTree:
     @overload
     def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
                       queries_row_splits: AnyArray | None = None,
-                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                       max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                       count_only: Literal[False] = False) -> Neighbors: ...  # fmt: skip
 
     @overload
     def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
                       queries_row_splits: AnyArray | None = None,
-                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                       max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                       count_only: Literal[True]) -> np.ndarray: ...  # fmt: skip
 
     def radius_search(self, queries: AnyArray | None, radius: float | AnyArray, *,
                       queries_row_splits: AnyArray | None = None,
-                      metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
+                      inclusive: bool = True, metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
                       max_neighbors: int | None = None, sort: Sort | None = "index", return_distances: bool = False,
                       count_only: bool = False) -> Neighbors | np.ndarray:  # fmt: skip
         """As the function `radius_search`, but with the index of this object."""
@@ -315,8 +320,8 @@ class KDTree:
         index = self._index
         if self._cell is not None and reach > self._cell:
             index = cloud.index(reach)
-        return _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
-                              count_only)  # fmt: skip
+        return _radius_search(index, cloud, radius, inclusive, metric, ignore_query_point, max_neighbors, sort,
+                              return_distances, count_only)  # fmt: skip
 
     def knn_search(self, queries: AnyArray | None, k: int, *, queries_row_splits: AnyArray | None = None,
                    metric: Metric = "l2", ignore_query_point: IgnoreQueryPoint = False,
@@ -362,7 +367,7 @@ class GridIndex(KDTree):
             self._tree = KDTree(self.stored_points, row_splits=self._row_splits)
         return self._tree.knn_search(queries, k, **options)
 
-    def _search_points_and(self, queries, queries_row_splits, radius, max_neighbors):
+    def _search_points_and(self, queries, queries_row_splits, radius, inclusive, max_neighbors):
         """(list of the points themselves, list of the queries): the results of two calls of `radius_search`.
 
         One search over both takes three quarters of the time of two, as it collects the points near a cell once.
@@ -373,7 +378,7 @@ class GridIndex(KDTree):
         cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
         cloud.num_queries = len(cloud.queries)
         both = _radius_search(
-            self._index, cloud, cloud.radius(radius)[0], "l2", False, max_neighbors, "index", False, False
+            self._index, cloud, cloud.radius(radius)[0], inclusive, "l2", False, max_neighbors, "index", False, False
         )
         splits = both.stored_row_splits
         pairs_of_points = splits[num_points]
@@ -458,9 +463,10 @@ class _Cloud:
         return error or checks.changed("points" if self.queries is None else "points or queries")
 
 
-def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbors, sort, return_distances,
+def _radius_search(index, cloud, radius, inclusive, metric, ignore_query_point, max_neighbors, sort, return_distances,
                    count_only):  # fmt: skip
     num_points, backend = len(cloud.points), devices.backend(cloud.points)
+    inclusive = checks.boolean("inclusive", inclusive)
     if max_neighbors is not None:
         max_neighbors = min(checks.integer("max_neighbors", max_neighbors, 0), num_points)
     metric, sort = checks.choice("metric", metric, _METRICS), checks.choice("sort", sort, _SORTS)
@@ -468,12 +474,12 @@ def _radius_search(index, cloud, radius, metric, ignore_query_point, max_neighbo
     crowding = index.crowding
     if max_neighbors is not None and not count_only and crowding > _CROWDED * (max_neighbors + 16):
         tree = index if np.isinf(crowding) else cloud.index(None)
-        return _nearest(tree, cloud, radius, max_neighbors, sort or 1, metric, ignored, return_distances)
+        return _nearest(tree, cloud, radius, inclusive, max_neighbors, sort or 1, metric, ignored, return_distances)
 
     def search(queries, queries_row_splits, radius, count_only):
         try:
             return backend.radius_search(
-                index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignored,
+                index, queries, queries_row_splits, radius, inclusive, max_neighbors, sort, metric, ignored,
                 return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
             )  # fmt: skip
         except backend.NotFinite:
@@ -498,11 +504,12 @@ def lists_of_levels(
     radii: Sequence[float],
     limits: Sequence[int | None],
     upsample_levels: Collection[int] = (),
+    inclusive: bool = True,
 ) -> list[tuple[Neighbors, Neighbors | None, Neighbors | None]]:
     """[(neighbors, pools, upsamples), ...], one for each level; `levels` are (points, row_splits), the finest first.
 
     `upsamples` of a level has the nearest point of the next level for each point, or on the levels in `upsample_levels`
-    the points within the radius of the next level, at most as many as its limit.
+    the points within the radius of the next level, at most as many as its limit. `inclusive` as in `radius_search`.
 
     On the GPU all searches are launched before the first size is read, so that this waits for the device once.
     """
@@ -512,7 +519,8 @@ def lists_of_levels(
         for number in range(len(levels) - 1)
     ]
     if isinstance(levels[0][0], np.ndarray):
-        return [_lists_of_level(*each) for each in zip(levels, coarser, radii, limits, [*ups, None], strict=True)]
+        each = zip(levels, coarser, radii, limits, [*ups, None], strict=True)
+        return [_lists_of_level(*arguments, inclusive) for arguments in each]
     backend, clouds, searches = devices.backend(levels[0][0]), [], []
     for points, row_splits in levels:
         clouds.append(_Cloud(points, row_splits, "row_splits", None, None, _GRID_DIMENSIONS, known=True))
@@ -520,11 +528,11 @@ def lists_of_levels(
     options = _SORTS.index("index"), _METRICS.index("l2"), _IGNORES.index(False), False, False, config.check_room
     for number, (index, limit) in enumerate(zip(indices, limits, strict=True)):
         most = _at_most(limit, index)
-        searches.append(backend.Search(index, None, None, radii[number], most, *options))
+        searches.append(backend.Search(index, None, None, radii[number], inclusive, most, *options))
         if coarser[number]:
-            searches.append(backend.Search(index, *coarser[number], radii[number], most, *options))
+            searches.append(backend.Search(index, *coarser[number], radii[number], inclusive, most, *options))
             (radius, limit), above = ups[number], indices[number + 1]
-            searches.append(backend.Search(above, *levels[number], radius, _at_most(limit, above), *options))
+            searches.append(backend.Search(above, *levels[number], radius, inclusive, _at_most(limit, above), *options))
     try:
         results = backend.radius_searches(searches)
     except backend.NotFinite:
@@ -542,24 +550,24 @@ def _at_most(limit, index):
     return None if limit is None else min(limit, index.num_points)
 
 
-def _lists_of_level(level, coarser, radius, limit, up):
+def _lists_of_level(level, coarser, radius, limit, up, inclusive):
     """(neighbors, pools, upsamples) of one level on the CPU."""
     index = GridIndex(level[0], radius, row_splits=level[1])
     if coarser is None:
-        return index.radius_search(None, radius, max_neighbors=limit), None, None
+        return index.radius_search(None, radius, inclusive=inclusive, max_neighbors=limit), None, None
     (points, row_splits), (coarse, splits) = level, coarser
     bounds = {"points_row_splits": splits, "queries_row_splits": row_splits}
     if up == (math.inf, 1):
         upsamples = knn_search(coarse, points, 1, **bounds)
     else:
-        upsamples = radius_search(coarse, points, up[0], max_neighbors=up[1], **bounds)
-    return *index._search_points_and(coarse, splits, radius, limit), upsamples
+        upsamples = radius_search(coarse, points, up[0], inclusive=inclusive, max_neighbors=up[1], **bounds)
+    return *index._search_points_and(coarse, splits, radius, inclusive, limit), upsamples
 
 
 def _knn_search(index, cloud, k, metric, ignore_query_point, return_distances):
     k = min(checks.integer("k", k, 1), len(cloud.points))
     metric, ignored = checks.choice("metric", metric, _METRICS), cloud.ignored(ignore_query_point)
-    return _nearest(index, cloud, math.inf, k, _SORTS.index("distance"), metric, ignored, return_distances)
+    return _nearest(index, cloud, math.inf, True, k, _SORTS.index("distance"), metric, ignored, return_distances)
 
 
 def _nearest_of_cloud(cloud, k, metric, ignore_query_point, return_distances):
@@ -588,13 +596,13 @@ def _feature_search(cloud, k, metric, ignore_query_point, return_distances):
     return new_list(neighbors, splits, len(cloud.points), distance)
 
 
-def _nearest(tree, cloud, radius, k, sort, metric, ignored, return_distances):
+def _nearest(tree, cloud, radius, inclusive, k, sort, metric, ignored, return_distances):
     """The list of the k nearest points of each query within the radius."""
     backend = devices.backend(cloud.points)
     try:
         splits, neighbors, distance = backend.knn_search(
-            tree, cloud.queries, cloud.queries_row_splits, radius, k, sort, metric, ignored, return_distances,
-            config.check_room, config.get_num_threads(),
+            tree, cloud.queries, cloud.queries_row_splits, radius, inclusive, k, sort, metric, ignored,
+            return_distances, config.check_room, config.get_num_threads(),
         )  # fmt: skip
     except backend.NotFinite:
         raise cloud.error(metric, is_bounded=np.ndim(radius) > 0 or math.isfinite(radius)) from None

@@ -40,7 +40,7 @@ else:
 
         points: np.ndarray  #: (V, D) one for each voxel
         features: Array | None  #: (V, C)
-        labels: np.ndarray | None  #: (V,) majorities
+        labels: np.ndarray | None  #: (V,) or (V, L) majorities
         row_splits: np.ndarray  #: (B + 1,) int64 bounds of the batch items
         inverse: np.ndarray  #: (N,) int32 voxel of each input point
         counts: np.ndarray  #: (V,) int32 number of points in each voxel
@@ -90,8 +90,8 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
     voxel_size : float, or D of them
         Edge of a voxel, or its edge along each axis, in the unit of the points, above zero.
     features : (N, C) float32 or float64, optional
-    labels : (N,) uint8, int32 or int64, optional
-        A voxel gets its most frequent label, of equally frequent ones the smallest.
+    labels : (N,) or (N, L) of any integer dtype, optional
+        A voxel gets its most frequent label, of equally frequent ones the smallest; in each of the L columns by itself.
     row_splits : (B + 1,) int64, optional
         Bounds of batch items.
     origin : float, D of them, (B, D) of the dtype of the points, or "published"
@@ -108,7 +108,8 @@ def grid_subsample(points: AnyArray, voxel_size: float | Sequence[float] | np.nd
         The features of a voxel: the mean over its points; the maximum of each channel, NaN if one of them is NaN; or
         the features of its point nearest to the centre. Ignored without `features`.
     ignore_label : int, optional
-        Points with this label do not vote; a voxel with no other points gets this label.
+        Points with this label do not vote, in the columns where they have it; a voxel with no other points gets this
+        label. The dtype of the labels must be able to hold it.
 
     Returns
     -------
@@ -167,6 +168,7 @@ def _call(points, voxel_size, features, labels, row_splits, origin, position, fe
             raise ValueError("ignore_label: expected None, because there are no labels, got a number")
         limits = np.iinfo(labels.dtype)
         ignore_label = checks.integer("ignore_label", ignore_label, limits.min, limits.max)
+        ignore_label -= 2**64 * (ignore_label >= 2**63)  # kernels take the same 64 bits as a signed integer
     row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes, known=known)
     return Call(
         points=points, features=features, labels=labels, row_splits=row_splits, voxel_size=voxel_size,
@@ -179,11 +181,15 @@ def _call(points, voxel_size, features, labels, row_splits, origin, position, fe
 
 
 def checked_rows(features: object, labels: object, sizes: checks.Sizes) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Features and labels, checked to have N rows, where `sizes` has N from the points; None stays None."""
+    """Features and labels, checked to have N rows, where `sizes` has N from the points; None stays None.
+
+    Labels may have columns.
+    """
     if features is not None:
         features = checks.array("features", features, "N C", checks.FEATURES, sizes)
     if labels is not None:
-        labels = checks.array("labels", labels, "N", checks.LABELS, sizes)
+        shape = "N L" if getattr(labels, "ndim", 1) == 2 else "N"
+        labels = checks.array("labels", labels, shape, checks.ANY_INTEGERS, sizes)
     return features, labels
 
 

@@ -1,4 +1,5 @@
-"""Fixtures and settings of all tests: hypothesis tries 500 examples; with KPCORE_NO_SKIP=1 a skip is a failure."""
+"""Fixtures and settings of all tests: hypothesis tries 500 examples, or as many as KPCORE_EXAMPLES says; with
+KPCORE_NO_SKIP=1 a skip is a failure."""
 
 import os
 import subprocess
@@ -13,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for reference, clouds, gradche
 import kpcore as kp
 from kpcore.backends import cpu
 
-settings.register_profile("kpcore", max_examples=500, deadline=None, derandomize=os.environ.get("CI") == "true")
+examples, derandomize = int(os.environ.get("KPCORE_EXAMPLES", "500")), os.environ.get("CI") == "true"
+settings.register_profile("kpcore", max_examples=examples, deadline=None, derandomize=derandomize)
 settings.load_profile("kpcore")
 
 

@@ -118,8 +118,8 @@ def measures(metric, points, queries):
 
 
 def search(points, queries, limit, points_row_splits=None, queries_row_splits=None, metric="l2",
-           ignore_query_point=False, most=None, sort="index"):  # fmt: skip
-    """-> (rows, distances): for every query q, the points whose `measures` are at most ``limit[q]``.
+           ignore_query_point=False, most=None, sort="index", inclusive=True):  # fmt: skip
+    """-> (rows, distances): for every query q, the points whose `measures` are at most, or below, ``limit[q]``.
 
     Of these, the first `most` by (distance, index) are kept, and sorted by distance or by index.
     """
@@ -133,7 +133,7 @@ def search(points, queries, limit, points_row_splits=None, queries_row_splits=No
         start, stop = queries_row_splits[item : item + 2]
         distance_rows = measures(metric, points[first:last], queries[start:stop])
         for q, measured in zip(range(start, stop), distance_rows, strict=True):
-            near = measured <= limit[q]
+            near = measured <= limit[q] if inclusive else measured < limit[q]
             if ignore_query_point is True:
                 near &= (points[first:last] != queries[q]).any(1)
             elif ignore_query_point == "index":
@@ -235,7 +235,9 @@ def grid_subsample(
             "nearest": lambda: features[nearest],
         }[feature]()
     if labels is not None:
-        labels = np.array([majority(labels[m], ignore_label) for m in members], labels.dtype)
+        columns = labels.reshape(len(points), math.prod(labels.shape[1:])).T
+        elected = [[majority(column[m], ignore_label) for m in members] for column in columns]
+        labels = np.array(elected, labels.dtype).T.reshape(len(members), *labels.shape[1:])
     return {
         "points": {
             "barycenter": lambda: exact_means(points, members),
@@ -267,18 +269,22 @@ def grid_subsample_vjp(expected, grad, feature):
 # ---- sampling
 
 
-def farthest_points(points, num, row_splits=None, start=0):
+def farthest_points(points, num, row_splits=None, start=0, min_distance=0):
     """-> (index, row_splits) of greedily chosen points, each the farthest from those before; ties to the smallest index
 
-    Distances are in the dtype of the points, since the choice must be the same to the bit.
+    An item ends before a point nearer than min_distance. Distances are in the dtype of the points, since the choice
+    must be the same to the bit.
     """
+    least = points.dtype.type(min_distance) * points.dtype.type(min_distance)
     row_splits = splits_or_whole(row_splits, len(points))
     starts = np.broadcast_to(start, len(row_splits) - 1)
     index, out_splits = [], [0]
     for (first, last), chosen in zip(itertools.pairwise(row_splits), starts, strict=True):
         item = points[first:last]
         distance = np.full(len(item), np.inf, points.dtype)
-        for _ in range(min(num, len(item))):
+        for _ in range(min(num or len(item), len(item))):
+            if distance[chosen] < least:
+                break
             index.append(first + chosen)
             distance = np.minimum(distance, squared_distances(item, item[chosen : chosen + 1])[0])
             distance[chosen] = -1  # below every distance, so that it is not chosen again

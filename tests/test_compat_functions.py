@@ -18,10 +18,10 @@ import kpcore as kp
 import kpcore.compat as compat
 from kpcore.compat import cpp_wrappers
 
-GOLDEN = {
-    name: np.load(Path(__file__).parent / "golden" / f"clients_functions_{name}.npz")
-    for name in ("kpconv", "geotransformer", "kpconvx", "easykpconv")
-}
+GOLDEN = {}
+for project in ("kpconv", "geotransformer", "kpconvx", "easykpconv"):
+    with np.load(Path(__file__).parent / "golden" / f"clients_functions_{project}.npz") as file:
+        GOLDEN[project] = dict(file)
 LENGTHS = [60, 0, 50, 40, 0, 0, 30]  # of batch items
 TOLERANCE = 2e-7  # of float32 sums in the order of the input
 EMPTY = [[], [0], [0, 0, 0], [0, 5], [5, 0], [0, 0, 5, 0, 0, 7, 0]]
@@ -94,7 +94,7 @@ def assert_nearest_first(got, expected, queries, supports, rounded=False):
 def test_published_voxels(project, function, case):
     arguments, expected = read(project, function, case)
     max_p, whole = arguments.get("max_p", 0), function in ("subsample", "grid_subsample")
-    given = dict(arguments)
+    original = dict(arguments)
     out = call(getattr(compat, function), arguments)
     out = dict(zip([name for name in expected if name != "class_tie"], out if isinstance(out, tuple) else (out,),
                    strict=True))  # fmt: skip
@@ -103,7 +103,7 @@ def test_published_voxels(project, function, case):
     batches = "lengths" if function == "grid_subsampling" else "batches"
     if max_p:  # which voxels are kept depends on the order: the first ones
         assert np.array_equal(out[batches], expected[batches])
-        full = compat.subsample_batch(given["points"], given["batches"], sampleDl=given["sampleDl"])
+        full = compat.subsample_batch(original["points"], original["batches"], sampleDl=original["sampleDl"])
         kept = [full[0][first : first + max_p] for first in clouds.splits(full[1])[:-1]]
         assert_same_bits(out["points"], np.concatenate(kept))
         return
@@ -522,6 +522,30 @@ def test_lengths_of_another_kind_than_the_points(function):
             assert_same_bits(np.asarray(a), b)
 
 
+def test_workers_do_not_import_all_of_kpcore_torch(python):
+    """It takes a third of a second, which each new worker of a DataLoader would spend."""
+    pytest.importorskip("torch")
+    run = python(
+        "import sys, torch, numpy as np, kpcore.compat as compat\n"
+        "points, lengths = torch.rand(50, 3), torch.tensor([20, 30])\n"
+        "got = compat.radius_neighbors(points, points, lengths, [20, 30], 0.3)\n"
+        "voxels, counts = compat.grid_subsampling(points, lengths, 0.3)\n"
+        "assert not isinstance(compat.grid_subsampling(points.numpy(), lengths, 0.3)[0], torch.Tensor)\n"
+        "assert 'kpcore.torch' not in sys.modules\n"
+        "for wrong in (points.numpy(), points.int(), points.clone().requires_grad_()):\n"
+        "    try: compat.batch_knn_neighbors(points, wrong, lengths, lengths)\n"
+        "    except TypeError as error: print(error)\n"
+        "assert torch.equal(got, compat.radius_neighbors(points, points, lengths, lengths, 0.3))\n"
+        "again = compat.grid_subsampling(points, lengths, 0.3)\n"
+        "assert torch.equal(voxels, again[0]) and torch.equal(counts, again[1])"
+    )
+    assert run.returncode == 0, run.stderr
+    array, dtype, gradient = run.stdout.splitlines()
+    assert array == "supports: expected a torch tensor, got ndarray; convert it with torch.from_numpy"
+    assert dtype == "supports: expected float32 or float64, got int32; convert it with supports.to(torch.float64)"
+    assert gradient.startswith("supports: batch_knn_neighbors has no gradient; detach it with supports.detach()")
+
+
 @pytest.mark.parametrize("function", [name for name in CALLS if hasattr(cpp_wrappers, name)])
 def test_wrappers_return_arrays(function):
     """As the loaders of OverlapPredator and ml-kpconvx expect."""
@@ -535,9 +559,13 @@ def test_wrappers_return_arrays(function):
 
 
 def test_every_function_is_exported():
-    assert set(CALLS) | {"load_kernels", "grid_subsample", "grid_subsample_batch", "batch_radius_neighbors"} == set(
-        compat.__all__
-    )
+    assert set(CALLS) | {
+        "load_kernels",
+        "grid_subsample",
+        "grid_subsample_batch",
+        "batch_radius_neighbors",
+        "cache",
+    } == set(compat.__all__)
     assert set(cpp_wrappers.__all__) < set(compat.__all__)
     for name in cpp_wrappers.__all__:
         assert inspect.signature(getattr(cpp_wrappers, name)) == inspect.signature(getattr(compat, name))

@@ -28,7 +28,7 @@ def assert_results(got, expected, kind):
             assert_same_bits(np.ascontiguousarray(a), b)
 
 
-@pytest.mark.parametrize("function", cases.CALLS)
+@pytest.mark.parametrize("function", ["subsample_batch", "batch_query", "grid_subsample_pack_mode", "max_pool"])
 def test_cupy_arrays(function):
     got = cases.results(function, lambda _, array: cupy.asarray(array))
     assert_results(got, cases.results(function), cupy.ndarray)

@@ -143,6 +143,7 @@ def check_gradients(function, *primals, exactly=False, seed=2, **kwargs):
 both_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 types = pytest.mark.parametrize("dim, dtype", [(3, np.float32), (2, np.float64)])
 nasty = pytest.mark.parametrize("name", clouds.NASTY)
+LABEL_TYPES = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 
 
 # ---- every operator
@@ -318,6 +319,22 @@ def test_the_nearest_within_a_radius(most, sort):
     for make in (kp.radius_search, lambda p, q, r, **o: kp.GridIndex(p, r).radius_search(q, r, **o)):
         check(make, points, None, radius, max_neighbors=most, sort=sort, return_distances=True)
         check(make, points, points[::4].copy(), radius, max_neighbors=most, count_only=True)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "metric"),
+    [(dim, dtype, metric) for dim, dtype in ((2, np.float64), (3, np.float32)) for metric in ("l2", "l1", "linf")]
+    + [(1, np.float32, "l2"), (4, np.float32, "l2")],
+)
+def test_an_exclusive_radius(dim, dtype, metric):
+    points = np.random.default_rng(0).integers(0, {1: 40, 2: 7, 3: 4, 4: 3}[dim], (120, dim)).astype(dtype)
+    options = {"metric": metric, "inclusive": False}
+    radii = np.random.default_rng(1).integers(1, 4, 30).astype(dtype)
+    for make in (kp.radius_search, lambda p, q, r, **o: kp.KDTree(p).radius_search(q, r, **o)):
+        neighbors = check(make, points, None, 2.0, **options)
+        assert neighbors.num_pairs < make(points, None, 2.0, metric=metric).num_pairs
+        check(make, points, points[::4].copy(), radii, max_neighbors=7, return_distances=True, **options)
+        check(make, points, points[::4].copy(), radii, count_only=True, **options)
 
 
 def test_batches_and_a_radius_for_each():
@@ -657,6 +674,17 @@ def test_gradients_of_grid_subsample(feature, dtype):
     check_gradients(function, features, points=points, exactly=feature != "mean")
 
 
+@pytest.mark.parametrize("label_type", LABEL_TYPES)
+def test_labels_of_any_type_and_in_columns(label_type):
+    points, (low, high) = clouds.uniform(200)[0], (np.iinfo(label_type).min, np.iinfo(label_type).max)
+    values, splits = np.array([low, low + 1, 3, high - 1, high], label_type), np.array([0, 70, 70, 200])
+    labels = values[np.random.default_rng(0).integers(0, 5, (200, 3))]
+    for ignored in (None, high, low):
+        for given in (labels, labels[:, 0].copy(), labels[:, :0]):
+            check(kp.grid_subsample, points, 0.4, labels=given, ignore_label=ignored, row_splits=splits)
+    check(kp.grid_subsample, points[:0], 0.4, labels=labels[:0])
+
+
 @types
 @nasty
 def test_farthest_points_of_nasty_clouds(name, dim, dtype):
@@ -665,6 +693,27 @@ def test_farthest_points_of_nasty_clouds(name, dim, dtype):
     check(kp.farthest_point_sampling, points, 20)
     splits = np.array([0, n // 3, n // 3, n])
     check(kp.farthest_point_sampling, points, n, row_splits=splits, start=np.array([0, 0, (n > 3) + 0]))
+    least = min(max(float(np.ptp(points)) / 9, 1e-15), 1e15) if n else 1.0
+    check(kp.farthest_point_sampling, points, 20, min_distance=least)
+    check(kp.farthest_point_sampling, points, row_splits=splits, min_distance=least / 2)
+
+
+@types
+def test_farthest_points_that_keep_a_distance(dim, dtype):
+    points = np.random.default_rng(0).integers(0, 4, (150, dim)).astype(dtype)
+    for least in (1, 2**0.5, 2):
+        check(kp.farthest_point_sampling, points, min_distance=least, row_splits=np.array([0, 60, 60, 61, 150]))
+    check(kp.farthest_point_sampling, points[:0], min_distance=1, row_splits=np.array([0, 0, 0]))
+
+
+@pytest.mark.parametrize("limits", [None, (20, 9)])
+def test_a_pyramid_with_an_exclusive_radius(limits):
+    points = np.stack(np.meshgrid(*[np.arange(5, dtype=np.float32)] * 3), -1).reshape(-1, 3)
+    settings = {"voxel_size": 1.0, "num_levels": 2, "conv_radius": 2.0, "upsample_levels": (0,), "subsampled": True}
+    settings |= {"neighbor_limits": limits, "inclusive": False}
+    got, expected = (kp.build_pyramid(each, **settings) for each in (to_device(points), points))
+    for a, b in zip(got, expected, strict=True):
+        assert_equal(tuple(a), tuple(b))
 
 
 @pytest.mark.parametrize("limits", [None, (9, 12, 5)])

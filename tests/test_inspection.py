@@ -95,8 +95,10 @@ def test_blocks_of_the_encoder_are_observed(models, scan, kind):
     plain = model.net(kp, model.params, model.state, batch.pyramid, batch.features).logits
     np.testing.assert_array_equal(logits, plain)
     outputs = [(name, level, out) for name, level, out in seen if level is not None]
-    levels = [level for _, level, _ in outputs]
+    levels = [level for name, level, _ in outputs if name.startswith("encoder")]
     assert levels == ([0, 1, 2] if kind == "kpnext" else [0, 0, 1, 1, 2, 2])
+    decoded = [level for name, level, _ in outputs if name.startswith("decoder")]
+    assert decoded == ([1, 0] if kind == "kpnext" else [1, 1, 0, 0])
     assert all(len(out) == len(batch.pyramid[level].points) for _, level, out in outputs)
     assert len({name for name, *_ in outputs}) == len(outputs)
     assert len(seen) - len(outputs) == (2 if kind == "deformable" else 0)

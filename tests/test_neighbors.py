@@ -4,6 +4,7 @@ import itertools
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import clouds
 import numpy as np
@@ -230,6 +231,98 @@ def test_zeros_of_either_sign_are_equal(metric, dtype, dim):
             check_search(points, queries, 1.5, metric=metric, ignore_query_point=True, max_neighbors=most)
 
 
+# ---- an exclusive radius
+
+
+def integers(dim, dtype, num=240, scale=1.0):
+    """Points with integer coordinates, times a scale, some of them twice: many pairs are at exactly the radius 2."""
+    return (np.random.default_rng(0).integers(0, {1: 60, 2: 9, 3: 5, 5: 3}[dim], (num, dim)) * scale).astype(dtype)
+
+
+@metrics
+@both_dtypes
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+def test_an_exclusive_radius(dim, dtype, metric):
+    # 0.1 has no exact square in either dtype: what rounding puts at exactly the radius is excluded, and nothing else.
+    for scale in (1, 0.1):
+        points = integers(dim, dtype, scale=scale)
+        queries, radius = points[::3] + dtype(scale), 2 * scale
+        excluded = [kp.radius_search(points, None, radius, metric=metric, inclusive=i).num_pairs for i in (True, False)]
+        assert excluded[0] > excluded[1] > 0
+        for sort in ("index", "distance"):
+            check_search(points, None, radius, metric=metric, inclusive=False, sort=sort)
+        check_search(points, queries, radius, metric=metric, inclusive=False, ignore_query_point=True)
+        for most in (1, 5, 300):
+            check_search(points, queries, radius, metric=metric, inclusive=False, max_neighbors=most)
+        radii = (np.random.default_rng(1).integers(1, 4, len(queries)) * scale).astype(dtype)
+        check_search(points, queries, radii, metric=metric, inclusive=False)
+        check_search(points, queries, radii, metric=metric, inclusive=False, max_neighbors=5)
+        splits, others = np.array([0, 100, 100, len(points)]), np.array([0, 20, 40, len(queries)])
+        check_search(points, queries, radius, points_row_splits=splits, queries_row_splits=others, inclusive=False)
+
+
+@metrics
+@both_dtypes
+@pytest.mark.parametrize("dim", [2, 3])
+def test_an_exclusive_radius_in_a_crowd(dim, dtype, metric):
+    # Many points in a cell: searches for a few of them take the kd-tree. All other points are at exactly the radius.
+    corners = np.stack(np.meshgrid(*[[0, 1]] * dim), -1).reshape(-1, dim) * 2
+    points = np.repeat(corners, 300, axis=0).astype(dtype)
+    assert kp.GridIndex(points, 2.0)._index.crowding > 8 * (9 + 16)
+    queries = np.concatenate([points[::100], points[:1] + dtype(1)])
+    for most in (1, 9):
+        check_search(points, queries, 2.0, metric=metric, max_neighbors=most, inclusive=False)
+        check_search(points, queries, 2.0, metric=metric, max_neighbors=most, inclusive=False, ignore_query_point=True)
+        radii = np.full(len(queries), 2, dtype)
+        check_search(points, queries, radii, metric=metric, max_neighbors=most, inclusive=False, sort="distance")
+
+
+def test_an_exclusive_radius_is_counted_and_estimated():
+    points = integers(3, np.float64)
+    expected = [len(row) for row in reference.radius_search(points, None, 2, inclusive=False)[0]]
+    for search in (kp.GridIndex(points, 2).radius_search, kp.KDTree(points).radius_search):
+        assert search(None, 2, count_only=True, inclusive=False).tolist() == expected
+        assert search(None, 2, inclusive=False).counts.tolist() == expected
+    two = np.repeat([[0.0, 0, 0], [1, 0, 0]], 6000, axis=0)
+    kp.set_memory_limit(100 << 20)
+    try:
+        for inclusive, pairs in ((True, 144_000_000), (False, 72_000_000)):
+            with pytest.raises(MemoryError, match=f"about {pairs} neighbours"):
+                kp.radius_search(two, None, 1.0, inclusive=inclusive)
+    finally:
+        kp.set_memory_limit(None)
+
+
+@pytest.mark.parametrize(("dtype", "radius"), [(np.float32, 1.6e-19), (np.float64, 2.2e-154), (np.float32, 1.84e19)])
+def test_the_least_and_the_largest_exclusive_radius(dtype, radius):
+    for metric in ("l2", "l1", "linf"):
+        below = np.nextafter(dtype(radius), dtype(0))
+        points = np.array([[0, 0, 0], [radius, 0, 0], [-below, 0, 0]], dtype)
+        check_search(points, None, radius, ("function", "tree"), metric=metric, inclusive=False)
+        check_search(points, None, radius, ("function", "tree"), metric=metric)
+
+
+@pytest.mark.parametrize("case", ["one", "two", "tenth", "half_steps"])
+def test_the_exclusive_radius_of_released_code(case):
+    with np.load(Path(__file__).parent / "golden" / "clients_core.npz") as file:
+        supports, queries, radius, expected = (
+            file[f"kpconv/batch_query/exact_{case}/{name}"]
+            for name in ("in/supports", "in/queries", "in/radius", "out/neighbors")
+        )
+    rows = [sorted(row[row < len(supports)].tolist()) for row in expected]
+    got = kp.radius_search(supports, queries, float(radius), inclusive=False)
+    assert [row.tolist() for row in np.split(got.index, got.row_splits[1:-1])] == rows
+    assert kp.radius_search(supports, queries, float(radius)).num_pairs > got.num_pairs
+
+
+def test_inclusive_is_true_or_false():
+    for value in (0, 1, None, "no"):
+        with pytest.raises(TypeError, match="inclusive: expected True or False, got "):
+            kp.radius_search(np.zeros((2, 3)), None, 1.0, inclusive=value)
+        with pytest.raises(TypeError, match="inclusive: expected True or False, got "):
+            kp.build_pyramid(np.zeros((2, 3)), voxel_size=1.0, num_levels=1, inclusive=value)
+
+
 # ---- outliers
 
 
@@ -253,7 +346,7 @@ def test_outliers_crowd_no_cell(dim, dtype, far, num):
     queries[:num] = points[:num] + dtype(radius / 2)
     check_search(points, None, radius, ("function", "grid"))
     check_search(points[num:], queries, radius, ("function", "grid"), sort="distance", max_neighbors=3)
-    both = kp.GridIndex(points, radius)._search_points_and(queries, np.array([0, len(queries)]), radius, None)
+    both = kp.GridIndex(points, radius)._search_points_and(queries, np.array([0, len(queries)]), radius, True, None)
     for neighbors, others in zip(both, (None, queries), strict=True):  # build_pyramid searches a level like this
         assert_rows(neighbors, reference.radius_search(points, others, radius)[0])
 

@@ -1,4 +1,4 @@
-"""Networks against the published code, in every framework; optimizers and schedules against torch."""
+"""Networks in every framework; optimizers and schedules against torch."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import tracemalloc
-from pathlib import Path
+import types
 
 import numpy as np
 import pytest
@@ -16,15 +16,20 @@ from reference import assert_same_bits
 import kpcore as kp
 from kpcore import nn
 from kpcore.nn import blocks, checkpoints
-from kpcore.nn.published import network_name
 
-GOLDEN = Path(__file__).parent / "golden"
 PARTS = {"chair": 2, "mug": 1, "table": 2}  # heads of a network with 5 classes
 
 
 def small(resampled=0, upsample="nearest", **options):
     """A network with 3 levels, the last of them deformable, for features with 2 channels."""
     architecture = nn.architecture(3, 2, deformable=2, resampled=resampled, upsample=upsample)
+    return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
+
+
+def descriptor(upsamplings=1, **options):
+    """A network with 3 levels whose output is a descriptor of each point on a level, for features with 2 channels."""
+    decoder = ["nearest_upsample", "unary"] * (upsamplings - 1) + ["nearest_upsample"]
+    architecture = ("simple", "resnetb", "resnetb_strided", "resnetb_strided", *decoder, "last_unary")
     return nn.Network(architecture, 2, 5, 0.2, **{"width": 8, "kernel_size": 5} | options)
 
 
@@ -124,6 +129,7 @@ def test_architectures():
         (["simple", "nearest_upsample"], "expected no nearest_upsample on level 0, got one in block 1"),
         (["simple", "kpconv_upsample"], "expected no kpconv_upsample on level 0, got one in block 1"),
         (["simple", "global_average", "unary"], "global_average only at the end, got it in block 1"),
+        (["simple", "last_unary", "unary"], "last_unary only at the end, got it in block 1"),
         (["simple_strided", "nearest_upsample", "simple"], "after the first upsampling, got 'simple'"),
         ([], "architecture"),
     ],
@@ -160,6 +166,20 @@ def test_wrong_architectures(blocks_of, message):
             r"heads: expected None for a network that ends with global_average, which labels no points, got {'chair'",
         ),
         ({"head_width": 0}, "head_width: expected at least 1, got 0"),
+        ({"decoder_width": [4]}, "decoder_width: expected 0 numbers, one for each level but the last, got 1"),
+        (
+            {"architecture": nn.architecture(3, upsample="kpconv"), "decoder_width": (4, 1)},
+            "decoder_width: expected at least 2 with kpconv_upsample, got 1",
+        ),
+        ({"architecture": nn.architecture(3), "decoder_width": (0, 3)}, "decoder_width: expected at least 1, got 0"),
+        ({"architecture": nn.architecture(3), "decoder_width": (3, 2**15)}, "decoder_width: expected at most 16384"),
+        ({"bottleneck_width": 3}, "bottleneck_width: expected None for an architecture without upsampling, got 3"),
+        ({"architecture": nn.architecture(2), "bottleneck_width": 0}, "bottleneck_width: expected at least 1, got 0"),
+        ({"logits_slope": 2.0}, "logits_slope: expected -1 to 1, got 2.0"),
+        ({"heads": {"chair": 2}, "logits_slope": 0.1}, "logits_slope: expected None with heads, got 0.1"),
+        ({"architecture": ("simple", "last_unary"), "dropout": 0.5}, "dropout: expected none with last_unary, .* 0.5"),
+        ({"architecture": ("simple", "last_unary"), "head_width": 8}, "head_width: expected none with last_unary"),
+        ({"architecture": ("simple", "last_unary"), "heads": {"a": 2}}, "heads: expected none with last_unary"),
         ({"decoder_width": -3}, "decoder_width: expected at least 1, got -3"),
         ({"fitting_power": -1.0}, "fitting_power: expected 0 to 1000000, got -1.0"),
         ({"repulse_extent": 0}, "repulse_extent: expected 1e-06 to 100, got"),
@@ -183,6 +203,9 @@ def test_wrong_sizes(options, message):
         ({"fitting_power": "x"}, "fitting_power: expected a number, got str"),
         ({"head_norm": 1}, "head_norm: expected True or False, got int"),
         ({"learn_kernel_points": 1}, "learn_kernel_points: expected True or False, got int"),
+        ({"bias": 1}, "bias: expected True or False, got int"),
+        ({"norm_together": None}, "norm_together: expected True or False, got NoneType"),
+        ({"decoder_width": [2.5, 3], "architecture": nn.architecture(3)}, "decoder_width: expected an integer, got"),
         ({"heads": ["chair"]}, r"heads: expected a dict of the number of parts by category, got \['chair'\]"),
         ({"heads": {"chair": 2.5}}, r"heads\['chair'\]: expected an integer, got float"),
     ],
@@ -265,253 +288,6 @@ def test_a_parameter_that_is_missing_or_of_another_shape():
         net(kp, params, state, pyramid, features[:, :1])
 
 
-# ---- against the published code
-
-
-def published(name):
-    """(network, params, state, pyramid, inputs and results of the published code)."""
-    golden = dict(np.load(GOLDEN / f"network_{name}.npz"))
-    config = {}
-    for line in golden["config"]:
-        key, value = str(line).split("=")
-        config[key] = float(value) if "." in value else int(value)
-    state_dict = {key[6:]: value for key, value in golden.items() if key.startswith("state/")}
-    net, params, state = nn.import_kpconv_pytorch(state_dict, golden["architecture"].tolist(), config)
-    pyramid = []
-    for level in range(net.num_levels):
-
-        def listed(kind, level=level, of=0):
-            return kp.Neighbors.from_padded(golden[f"{kind}/{level}"], len(golden[f"points/{level + of}"]))
-
-        points, splits = golden[f"points/{level}"], kp.row_splits(golden[f"lengths/{level}"])
-        between = [listed("pools"), listed("upsamples", of=1)] if level + 1 < net.num_levels else [None, None]
-        pyramid.append(kp.Level(points, splits, None, None, 0.0, 0.0, listed("neighbors"), *between))
-    return net, params, state, pyramid, golden
-
-
-@pytest.mark.parametrize("name", ["kpcnn", "kpfcnn"])
-def test_the_published_networks(name):
-    net, params, state, pyramid, golden = published(name)
-    tensors = {key: kp.autodiff.Tensor(value) for key, value in params.items()}
-    result = net(kp, tensors, state, pyramid, golden["features"], training=True)
-    entropy = kp.softmax_cross_entropy(result.logits, golden["labels"])
-    loss = entropy + result.regularization
-    loss.backward()
-    assert relative(result.logits.value, golden["logits_train"]) < 2e-5
-    for got, expected in ((entropy, "output_loss"), (result.regularization, "reg_loss"), (loss, "loss")):
-        np.testing.assert_allclose(got.value, golden[expected], rtol=2e-6)
-    checked = 0
-    for key, value in golden.items():
-        kind, _, theirs = key.partition("/")
-        if kind == "grad":
-            value = value.T if theirs.endswith("mlp.weight") else value
-            assert relative(tensors[network_name(theirs)].grad, value) < 1e-4, theirs
-            checked += 1
-        elif kind == "state_after" and "running" in theirs:
-            assert relative(result.state[network_name(theirs)], value) < 2e-5, theirs
-            checked += 1
-    assert checked == len(params) + sum("norm" in name for name in state)
-    logits = net(kp, params, result.state, pyramid, golden["features"]).logits
-    assert relative(logits, golden["logits_eval"]) < 2e-5
-
-
-def kpnext_name(theirs):
-    """encoder_2.0.up_mlp.1.norm.batch_norm.weight -> encoder.1.0.unary1.norm.scale"""
-    name = re.sub(r"^encoder_(\d+)", lambda m: f"encoder.{int(m[1]) - 1}", theirs)
-    name = re.sub(r"^decoder_unary_(\d+)", lambda m: f"decoder.{int(m[1]) - 1}.unary", name)
-    name = re.sub(r"^decoder_layer_(\d+)", lambda m: f"decoder.{int(m[1]) - 1}.block", name)
-    name = name.replace("norm.norm.batch_norm", "norm").replace("norm.batch_norm", "norm").replace("conv_norm", "norm")
-    for layer, ours in (("up_mlp", "unary1"), ("down_mlp", "unary2"), ("mlp_downcut", "unary_shortcut")):
-        name = re.sub(rf"\.{layer}\.[01]\.", f".{ours}.", name)
-    name = name.replace("alpha_mlp.0", "attention.0").replace("alpha_mlp.1.norm", "attention.0")
-    name = name.replace("alpha_mlp.3", "attention.1").replace("grpnorm", "attention.norm").replace(".mlp.", ".")
-    layer, _, leaf = name.rpartition(".")
-    leaves = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "variance"}
-    return f"{layer}.{leaves[leaf] if layer.endswith('norm') else {'weight': 'weights'}.get(leaf, leaf)}"
-
-
-def kpnext_values(values):
-    """Values under the names of KPNeXt here; linear layers are transposed, the stem loses its axis of groups."""
-    return {
-        kpnext_name(name): np.ascontiguousarray(
-            value[:, 0] if value.ndim == 4 else value.T if name.endswith(".weight") else value
-        )
-        for name, value in values.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-@pytest.mark.parametrize("name", ["kpconvx", "kpconvd"])
-def test_the_published_kpnext(shared, name):
-    path = shared / "golden" / "clients" / f"network_kpnext_{name}.npz"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    with np.load(path) as file:
-        golden = {key.removeprefix("net/"): file[key] for key in file}
-
-    def values(kind):
-        return kpnext_values({key.removeprefix(kind): v for key, v in golden.items() if key.startswith(kind)})
-
-    depths, limits, shells = (
-        golden[f"in/{key}"].tolist() for key in ("layer_blocks", "neighbor_limits", "shell_sizes")
-    )
-    groups = int(golden["in/inv_groups"]) if name == "kpconvx" else None
-    net = nn.KPNeXt(depths, 5, 5, float(golden["in/voxel_size"]), groups, width=16, num_neighbors=limits,
-                    shells=shells, origin="published")  # fmt: skip
-    params, state = net.init()
-    given = values("in/state/")
-    assert given.keys() == params.keys() | state.keys()
-    params, state = ({key: given[key] for key in part} for part in (params, state))
-    assert nn.count(params) == parameters_of_kpnext(depths, net.widths, 5, 5, sum(shells), groups)
-    levels = []
-    for level in range(3):
-
-        def listed(kind, level=level, of=0):
-            return kp.Neighbors.from_padded(golden[f"in/{kind}/{level}"], len(golden[f"in/points/{level + of}"]))
-
-        splits = kp.row_splits(golden[f"in/lengths/{level}"].astype(np.int64))
-        between = [listed("pools"), listed("upsamples", of=1)] if level < 2 else [None, None]
-        levels.append(
-            kp.Level(golden[f"in/points/{level}"], splits, None, None, 0.0, 0.0, listed("neighbors"), *between)
-        )
-    features = golden["in/features"]
-    assert relative(net(kp, params, state, levels, features).logits, golden["out/logits_eval"]) < 3e-5
-    tensors = {key: kp.autodiff.Tensor(value) for key, value in params.items()}
-    result = net(kp, tensors, state, levels, features, training=True)
-    loss = kp.softmax_cross_entropy(result.logits, golden["in/labels"])
-    loss.backward()
-    assert relative(result.logits.value, golden["out/logits_train"]) < 3e-5
-    np.testing.assert_allclose(loss.value, golden["out/loss"], rtol=2e-6)
-    for key, value in values("out/grad/").items():
-        assert relative(tensors[key].grad, value) < 3e-5, key
-    for key, value in values("out/state_after/").items():
-        assert relative(result.state[key], value) < 3e-5, key
-    pyramid = net.pyramid(golden["in/points/0"], row_splits=levels[0].row_splits, subsampled=True)
-    for ours, theirs in zip(pyramid, levels, strict=True):
-        assert ours.row_splits.tolist() == theirs.row_splits.tolist()
-        ours, theirs = (level.points[np.lexsort(level.points.round(4).T)] for level in (ours, theirs))
-        assert np.abs(ours - theirs).max() < 1e-6
-
-
-def test_an_imported_network_has_the_published_grids(tmp_path):
-    net, params, state, *_ = published("kpfcnn")
-    assert net.origin == "published" and small().origin == 0
-    points = lattice()
-    sizes = {"voxel_size": 0.03, "num_levels": net.num_levels, "deform_levels": net.deform_levels}
-    sizes |= {"conv_radius": net.conv_radius, "deform_radius": net.deform_radius}
-
-    def same(levels, origin):
-        expected = kp.build_pyramid(points, origin=origin, **sizes)
-        return all(np.array_equal(a.points, b.points) for a, b in zip(levels, expected, strict=True))
-
-    assert same(net.pyramid(points), "published") and not same(net.pyramid(points), 0)
-    assert same(dataclasses.replace(net, origin=0).pyramid(points), 0)
-    pytest.importorskip("safetensors")
-    nn.save(tmp_path / "net", net, params, state)
-    assert nn.load(tmp_path / "net")[0] == net
-    # Files of versions without `origin` do not name it.
-    groups, about = checkpoints.read(tmp_path / "net")
-    del about["network"]["origin"]
-    checkpoints.write(tmp_path / "old", groups, about)
-    assert nn.load(tmp_path / "old")[0] == dataclasses.replace(net, origin=0)
-
-
-@pytest.mark.parametrize("subsampled", [False, True])
-def test_the_grids_of_kpnext(subsampled):
-    points = lattice()
-    net = nn.KPNeXt((1, 1, 1), 1, 2, 0.03, None, width=16, grid_factor=2, origin="published")
-    expected = kp.build_pyramid(points, voxel_size=0.03, num_levels=3, subsampled=subsampled, origin="published")
-    at_zero = dataclasses.replace(net, origin=0).pyramid(points, subsampled=subsampled)
-    levels = net.pyramid(points, subsampled=subsampled)
-    for one, other in zip(levels, expected, strict=True):
-        assert_same_bits(one.points, other.points)
-    assert not np.array_equal(levels[-1].points, at_zero[-1].points)
-
-
-def test_the_import_says_what_is_wrong():
-    golden = dict(np.load(GOLDEN / "network_kpcnn.npz"))
-    state_dict = {key[6:]: value for key, value in golden.items() if key.startswith("state/")}
-    architecture = golden["architecture"].tolist()
-    config = {"num_classes": 6, "in_features_dim": 4, "first_features_dim": 16, "first_subsampling_dl": 0.03}
-
-    def load(change=None, **more):
-        return nn.import_kpconv_pytorch(state_dict | (change or {}), architecture, config | more)
-
-    with pytest.raises(ValueError, match="config: expected num_classes"):
-        nn.import_kpconv_pytorch(state_dict, architecture, {})
-    with pytest.raises(ValueError, match=r"state_dict: expected head\.1\.weights \(1024, 7\), got \(1024, 6\)"):
-        load(num_classes=7)
-    with pytest.raises(ValueError, match=r"names of the published PyTorch code, got extra\.weight"):
-        load({"extra.weight": np.zeros(3)})
-    with pytest.raises(ValueError, match=r"only what the architecture has, got encoder\.9\.conv\.weights too"):
-        load({"block_ops.9.KPConv.weights": np.zeros(3)})
-    for name, message in (
-        ("epoch", "names of the published PyTorch code, got epoch"),
-        ("block_ops.weights", r"names of the published PyTorch code, got block_ops\.weights"),
-        ("block_ops.0.batch_norm.batch_norm.gamma", r"only what the architecture has, got encoder\.0\.norm\.gamma too"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load({name: np.zeros(3)})
-    missing = state_dict.pop("block_ops.1.unary1.mlp.weight")
-    with pytest.raises(
-        ValueError,
-        match=r"state_dict: expected encoder\.1\.unary1\.weights \(.*, got none",
-    ):
-        load()
-    torch = pytest.importorskip("torch")
-    tensors = {name: torch.tensor(value) for name, value in state_dict.items()}
-    tensors["block_ops.1.unary1.mlp.weight"] = torch.tensor(missing)
-    params = nn.import_kpconv_pytorch(tensors, architecture, config)[1]
-    assert_same_bits(params["encoder.1.unary1.weights"], np.ascontiguousarray(missing.T))
-
-
-def under_published_names(values, norm):
-    """A state_dict with the names of the published PyTorch code."""
-    leaves = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
-    found = {}
-    for name, value in values.items():
-        first, number, *layers, leaf = name.split(".")
-        if first == "head":
-            part = "head_mlp" if number == "0" else "head_softmax"
-            found[f"{part}.{'batch_norm.bias' if leaf == 'bias' else 'mlp.weight'}"] = value.T
-            continue
-        path = [f"{first}_blocks", number]
-        for i, layer in enumerate(layers):
-            if layer == "norm":
-                of_block = first == "encoder" and number != "0" and i == 0
-                path.append("batch_norm_conv" if of_block else "batch_norm")
-                path += ["batch_norm"] * (norm == "batch")
-                leaf = leaves[leaf]
-            else:
-                path.append("KPConv" if layer == "conv" else layer)
-        if leaf == "weights" and "KPConv" not in path:
-            found[".".join([*path, "mlp.weight"])] = value.T
-        else:
-            found[".".join([*path, leaf])] = value
-    return found
-
-
-@pytest.mark.parametrize("norm", ["batch", None])
-@pytest.mark.parametrize("modulated", [False, True])
-def test_the_import_of_other_settings(norm, modulated):
-    net = nn.kpfcnn(3, 5, 0.1, levels=2, deformable=1, width=16, modulated=modulated, norm=norm, pool_pad_value=0.0,
-                    origin="published")  # fmt: skip
-    params, state = net.init(4)
-    config = {
-        "num_classes": 5, "in_features_dim": 3, "first_features_dim": 16, "first_subsampling_dl": 0.1,
-        "modulated": modulated, "use_batch_norm": norm is not None, "batch_norm_momentum": 0.02, "dataset": "S3DIS",
-    }  # fmt: skip
-    given = under_published_names(params | state, norm)
-    assert ("encoder_blocks.1.unary2.batch_norm.bias" in given) == (norm is None)
-    assert given["encoder_blocks.4.KPConv.offset_bias"].shape == (15 * (4 if modulated else 3),)
-    got, *imported = nn.import_kpconv_pytorch(given, net.architecture, config)
-    assert got == net
-    for one, other in zip(imported, (params, state), strict=True):
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            assert_same_bits(one[name], value)
-
-
 # ---- gradients
 
 
@@ -531,6 +307,8 @@ def differences(loss, params, way, step=1e-7):
         {"influence": "gaussian", "normalization": "count"}, {"head_norm": True, "always_narrow": True, "slope": 0.2},
         {"dimension": 2, "dropout": 0.3}, {"pool_pad_value": 0.0}, {"resampled": 6},
         {"upsample": "kpconv"}, {"learn_kernel_points": True, "resampled": 3, "modulated": True},
+        {"bias": True, "norm": "group", "norm_groups": 1, "norm_together": True, "logits_slope": 0.1},
+        {"norm": "instance", "norm_affine": False, "norm_together": True, "decoder_width": (6, 5)},
     ],
     ids=str,
 )  # fmt: skip
@@ -579,6 +357,98 @@ def test_other_norms_look_at_each_item_alone(net):
     alone = net(kp, params, state, net.pyramid(one, subsampled=True), features[: len(one)]).logits
     assert relative(logits[: len(alone)], alone) < 1e-5
     assert np.ptp(logits, axis=0).max() > 1e-3
+
+
+def test_norms_of_all_items_together():
+    nets = [small(norm=norm, norm_together=True, norm_groups=4) for norm in ("group", "instance")]
+    for net in nets:
+        alone = dataclasses.replace(net, norm_together=False)
+        assert (net.reach, alone.reach) == (None, math.inf)
+        params, state = net.init()
+        pyramid, features, _ = batch(net)
+        whole = [level._replace(row_splits=level.row_splits[[0, -1]]) for level in pyramid]
+        got, split = (one(kp, params, state, pyramid, features).logits for one in (net, alone))
+        assert_same_bits(got, alone(kp, params, state, whole, features).logits)
+        assert np.abs(got - split).max() > 1e-3
+
+
+def test_scales_and_shifts_that_are_constants():
+    net = small(norm="instance", norm_affine=False)
+    params, state = net.init()
+    assert not any("norm" in name for name in params)
+    constants = {name: value for name, value in state.items() if "norm" in name}
+    assert len(constants) == 2 * sum(name.endswith("shift") for name in state) > 0
+    assert all((value == name.endswith("scale")).all() for name, value in constants.items())
+    pyramid, features, _ = batch(net)
+    result = net(kp, params, state, pyramid, features, training=True)
+    learning = dataclasses.replace(net, norm_affine=True)
+    assert_same_bits(result.logits, learning(kp, params | constants, state, pyramid, features, training=True).logits)
+    assert result.state.keys() == state.keys()
+
+
+def test_networks_whose_output_is_a_descriptor():
+    for upsamplings in (1, 2):
+        net = descriptor(upsamplings, bias=True)
+        level = 2 - upsamplings
+        assert (net.output_level, net.segments, net.num_levels) == (level, True, 3)
+        params, state = net.init()
+        assert not any(name.startswith("head") for name in params)
+        assert params[f"decoder.{2 * upsamplings - 1}.bias"].shape == (5,)
+        pyramid, features, _ = batch(net)
+        assert net(kp, params, state, pyramid, features).logits.shape == (len(pyramid[level].points), 5)
+    assert small().output_level == nn.kpcnn(1, 4, 0.1).output_level == 0
+    assert "decoder.1.bias" not in descriptor().init()[0]
+
+
+@pytest.mark.parametrize("framework", ["kpcore", "torch", "jax"])
+def test_a_function_between_encoder_and_decoder(framework):
+    net = descriptor(2, bottleneck_width=7, decoder_width=(6, 5), norm=None)
+    assert net.reach is None
+    params, state = net.init(1)
+    assert params["decoder.1.weights"].shape == (7 + 8, 5)
+    pyramid, features, _ = batch(net)
+    weights = np.random.default_rng(0).standard_normal((16, 7)).astype(np.float32)
+    seen = {}
+
+    def between(x):
+        seen["encoder"] = x
+        return kp.linear(x, weights)
+
+    def observe(name, level, out):
+        seen[name] = level, out
+
+    result = net(kp, params, state, pyramid, features, between=between, observe=observe)
+    assert seen["encoder"] is seen["encoder.3"][1]
+    assert [seen[f"decoder.{number}"][0] for number in range(4)] == [1, 1, 0, 0]
+    assert seen["decoder.3"][1] is result.logits
+    for wrong, message in (
+        (None, r"between: expected a function that returns 7 columns, got None"),
+        (lambda x: x, r"between: expected a result of shape \(\d+, 7\), got \(\d+, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(kp, params, state, pyramid, features, between=wrong)
+    with pytest.raises(ValueError, match="between: expected None without bottleneck_width, got <function"):
+        small()(kp, *small().init(), pyramid, features, between=between)
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        module = kp.torch.Network(net, params, state)
+        levels = net.pyramid(torch.from_numpy(pyramid[0].points), row_splits=torch.from_numpy(pyramid[0].row_splits),
+                             subsampled=True, F=kp.torch)  # fmt: skip
+        layer = torch.nn.Linear(16, 7, bias=False)
+        layer.weight.data[...] = torch.from_numpy(weights.T.copy())
+        out, _ = module(levels, torch.from_numpy(features), between=layer, observe=observe)
+        assert seen["decoder.3"][1] is out
+        np.testing.assert_allclose(out.detach().numpy(), result.logits, rtol=1e-4, atol=1e-5)
+        out.sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in (layer.weight, module.encoder.get_submodule("0.conv").weights))
+    if framework == "jax":
+        jax, F = pytest.importorskip("jax"), kp.jax
+
+        def logits(weights, *inputs):
+            return net(F, *inputs, between=lambda x: x @ weights).logits
+
+        inputs = jax.tree.map(jax.numpy.asarray, (weights, params, state, pyramid, features))
+        np.testing.assert_allclose(jax.jit(logits)(*inputs), result.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -945,6 +815,9 @@ def test_one_definition_trained_by_the_tape_and_by_jax():
         nn.Network(("simple_strided", "max_pool", "resnetb", "global_average"), 2, 5, 0.1, width=8),
         nn.KPNeXt((1, 1), 2, 5, 0.2, None, width=16), nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16),
         nn.KPNeXt((1, 1), 2, 5, 0.2, 4, segment=False, width=16, norm="group", norm_groups=4),
+        small(bias=True, norm="group", norm_groups=4, norm_together=True, logits_slope=0.1),
+        descriptor(norm="instance", norm_affine=False, norm_together=True, normalization="positive"),
+        nn.KPNeXt((1, 1), 2, 5, 0.2, None, segment=False, width=16, extent=1.5, head_width=6, head_norm=False),
     ],
     ids=lambda net: f"{type(net).__name__} {net.norm} {net.segments} {net.dimension}",
 )  # fmt: skip
@@ -1015,7 +888,10 @@ def test_a_torch_module_in_one_graph():
 @pytest.mark.parametrize("attention_groups", [None, 4])
 @pytest.mark.parametrize("segment", [True, False])
 def test_gradients_of_kpnext(segment, attention_groups):
-    net = nn.KPNeXt((1, 2), 2, 3, 0.2, attention_groups, segment, width=16, num_neighbors=(8, 10), shells=(1, 6))
+    head = {} if segment else {"head_width": 6, "head_norm": False, "extent": 1.7}
+    net = nn.KPNeXt(
+        (1, 2), 2, 3, 0.2, attention_groups, segment, width=16, num_neighbors=(8, 10), shells=(1, 6), **head
+    )
     params, state = net.init(0, np.float64)
     pyramid, features, labels = batch(net, np.float64)
 
@@ -1030,6 +906,20 @@ def test_gradients_of_kpnext(segment, attention_groups):
     along = sum((grads[name] * way[name]).sum() for name in params)
     np.testing.assert_allclose(differences(loss, params, way), along, rtol=1e-4)
     assert any("attention" in name for name in params) == (attention_groups is not None)
+
+
+def test_the_extents_of_kpnext():
+    net = nn.KPNeXt((1, 1), 2, 3, 0.2, None, width=16, num_neighbors=(8, 10), extent=1.5)
+    pyramid, features, _ = batch(net)
+    used = []
+
+    def kpconv(*args, **options):
+        used.append(args[6])
+        return kp.kpconv(*args, **options)
+
+    net(types.SimpleNamespace(**{**vars(kp), "kpconv": kpconv}), *net.init(), pyramid, features)
+    np.testing.assert_allclose(used, [1.5 * 0.2, 1.5 * 0.2, 1.5 * 0.2 * 2.2, 1.5 * 0.2])
+    assert net.reach < dataclasses.replace(net, extent=None).reach
 
 
 def test_the_lists_of_kpnext_are_those_of_voxels():

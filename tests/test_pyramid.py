@@ -116,6 +116,32 @@ def test_lists_for_convolutions_that_upsample(limits):
     assert pyramid[2].upsamples is None
 
 
+@pytest.mark.parametrize("limits", [None, (20, 9, 5)])
+def test_an_exclusive_radius(limits):
+    # Twice integers, so that the first two levels have the same points, and pairs at exactly the radius on every level.
+    points = 2 * np.stack(np.meshgrid(*[np.arange(9.0)] * 3), -1).reshape(-1, 3)
+    sizes = {"voxel_size": 1.0, "num_levels": 3, "conv_radius": 2.0}
+    settings = {"row_splits": np.array([0, 243, 729]), "subsampled": True, "upsample_levels": [0]}
+    settings |= sizes | {"neighbor_limits": limits}
+    pyramid, inclusive = (kp.build_pyramid(points, **settings, inclusive=i) for i in (False, True))
+
+    def check(got, number, queries, largest):
+        level = pyramid[number]
+        options = {"points_row_splits": level.row_splits, "queries_row_splits": queries.row_splits, "inclusive": False}
+        limit = limits and limits[number]
+        expected = reference.radius_search(level.points, queries.points, level.radius, max_neighbors=limit, **options)
+        reference.assert_rows(got, expected[0])
+        assert limits or got.num_pairs < largest.num_pairs
+
+    for number, (level, other) in enumerate(zip(pyramid, inclusive, strict=True)):
+        check(level.neighbors, number, level, other.neighbors)
+        if number < 2:
+            check(level.pools, number, pyramid[number + 1], other.pools)
+    check(pyramid[0].upsamples, 1, pyramid[0], inclusive[0].upsamples)
+    for inclusive, most in ((True, 7), (False, 1)):
+        assert kp.calibrate_neighbor_limits([points], **sizes, fraction=1.0, inclusive=inclusive)[0] == most
+
+
 def lattice():
     """Two float32 scans on a lattice; most points lie on the faces of voxels."""
     steps = np.random.default_rng(0).integers(0, 32, (2, 800, 3)) * 0.0125

@@ -257,11 +257,12 @@ CALLS = [
     ("grid_subsample", "points", lambda a: np.ones((4, 4), np.float32), ValueError, "4-D"),
     ("grid_subsample", "features", lambda a: a[:3], ValueError, "length"),
     ("grid_subsample", "labels", lambda a: a[:3], ValueError, "length"),
-    ("grid_subsample", "labels", lambda a: a[:, None], ValueError, "2-d"),
+    ("grid_subsample", "labels", lambda a: a[:3, None], ValueError, "length of columns"),
+    ("grid_subsample", "labels", lambda a: a[:, None, None], ValueError, "3-d"),
     ("grid_subsample", "labels", lambda a: a.tolist(), TypeError, "list"),
     *[
         ("grid_subsample", "labels", lambda a, t=t: a.astype(t), TypeError, t)
-        for t in ("float32", "int16", "uint32", "bool", "object")
+        for t in ("float32", ">i4", "bool", "object")
     ],
     ("grid_subsample", "ignore_label", lambda a: 1.5, TypeError, "1.5"),
     ("grid_subsample", "ignore_label", lambda a: 2**63, ValueError, "beyond the dtype"),
@@ -291,7 +292,11 @@ CALLS = [
     ],
     *[
         ("farthest_point_sampling", "num", lambda a, v=v: v, e, repr(v))
-        for v, e in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (None, TypeError))
+        for v, e in ((0, ValueError), (-1, ValueError), (1.5, TypeError))
+    ],
+    *[
+        ("farthest_point_sampling", "min_distance", lambda a, v=v: v, e, repr(v))
+        for v, e in ((-1, ValueError), (np.nan, ValueError), (1e-30, ValueError), (None, TypeError), ("1", TypeError))
     ],
     *[
         ("farthest_point_sampling", "start", lambda a, v=v: v, e, repr(v))

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import clouds
 import numpy as np
@@ -43,6 +44,17 @@ def test_nasty_clouds(name, dim, dtype):
     check_sampling(points, len(points) + 1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_for_each_item(method):
+    points, row_splits = clouds.uniform(500)[0], clouds.splits([100, 0, 300, 60, 40])
+    counts, start = np.array([7, 3, 0, 60, 999]), np.array([5, 0, 9, 1, 0])
+    found = kp.farthest_point_sampling(points, counts, row_splits=row_splits, start=start, method=method)
+    whole = kp.farthest_point_sampling(points, row_splits=row_splits, start=start, method=method).index
+    expected = [whole[begin : begin + count] for begin, count in zip(row_splits[:-1], [7, 0, 0, 60, 40], strict=True)]
+    assert found.row_splits.tolist() == [0, 7, 7, 7, 67, 107]
+    assert found.index.tolist() == np.concatenate(expected).tolist()
+
+
 @pytest.mark.parametrize("num", [1, 2, *clouds.SIZES[:-1], 1025])
 def test_sizes(num):
     points, _ = clouds.uniform(num)
@@ -80,7 +92,11 @@ def test_any_cloud_any_options(data):
         options["start"] = np.array([data.draw(st.integers(0, max(0, length - 1))) for length in lengths], np.int64)
     elif nonempty := lengths[lengths > 0].tolist():
         options["start"] = data.draw(st.integers(0, min(nonempty) - 1))
-    check_sampling(points, data.draw(st.integers(1, 420)), **options)
+    if len(points) and data.draw(st.booleans()):  # the distance of two points, or nearly
+        pair = points[[data.draw(st.integers(0, len(points) - 1)) for _ in range(2)]].astype(np.float64)
+        least = float(np.hypot.reduce(pair[1] - pair[0])) * data.draw(st.sampled_from([1, 0.3, 1 + 1e-6]))
+        options["min_distance"] = least if 1e-18 < least < 1e18 else 0.0
+    check_sampling(points, data.draw(st.none() | st.integers(1, 420)), **options)
 
 
 @given(seed=clouds.seeds, dtype=clouds.float_types, levels=st.integers(2, 5), dim=st.integers(1, 4))
@@ -107,6 +123,70 @@ def test_clouds_that_resist_cutting(growth):
     points = np.zeros((1500, 2))
     points[:, 0] = growth ** np.minimum(np.arange(1500), 700 * np.log(1.5) / np.log(growth))
     check_sampling(points, 300)
+
+
+# ---- a distance that points keep
+
+
+@both_dtypes
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [1, 0.1])
+def test_points_that_keep_a_distance(scale, dim, dtype):
+    # On a lattice many points are at exactly the distance, which they may be. 0.1 is rounded.
+    points = (np.random.default_rng(0).integers(0, {1: 300, 2: 20, 3: 8, 5: 3}[dim], (600, dim)) * scale).astype(dtype)
+    splits = np.array([0, 250, 250, 251, 600])
+    counts = []
+    for least in (0.5, 1, 2**0.5, 2, 3.1):
+        check_sampling(points, None, min_distance=least * scale)
+        check_sampling(points, 40, min_distance=least * scale, row_splits=splits, start=np.array([9, 0, 0, 348]))
+        counts.append(len(kp.farthest_point_sampling(points, min_distance=least * scale).index))
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+@both_methods
+@both_dtypes
+def test_the_distance_may_be_exactly_the_least(dtype, method):
+    points = np.arange(9, dtype=dtype)[:, None]
+    for least, expected in ((4, [0, 8, 4]), (np.nextafter(dtype(4), dtype(5)), [0, 8]), (2, [0, 8, 4, 2, 6])):
+        for num in (None, 7):
+            assert kp.farthest_point_sampling(points, num, min_distance=least, method=method).index.tolist() == expected
+
+
+@both_methods
+def test_all_points(method):
+    points, splits = clouds.nasty("duplicates")[0], np.array([0, 0, 100, 300])
+    check_sampling(points, None, (method,), row_splits=splits)
+    got = kp.farthest_point_sampling(points, row_splits=splits, method=method)
+    assert sorted(got.index.tolist()) == list(range(300)) and got.row_splits.tolist() == splits.tolist()
+    # Without a distance copies follow by index; with one, however small, no point is there twice.
+    far = kp.farthest_point_sampling(points, min_distance=1e-6, method=method)
+    assert len(far.index) == len(np.unique(points, axis=0)) < 300
+
+
+def test_nothing_keeps_any_distance():
+    got = kp.farthest_point_sampling(np.empty((0, 3)), min_distance=0.5, row_splits=np.array([0, 0, 0]))
+    assert (got.index.shape, got.index.dtype, got.row_splits.tolist()) == ((0,), np.int32, [0, 0, 0])
+    one = kp.farthest_point_sampling(np.zeros((3, 3)), 2, min_distance=0.5, row_splits=np.array([0, 2, 2, 3]))
+    assert (one.index.tolist(), one.row_splits.tolist()) == ([0, 2], [0, 1, 1, 2])
+
+
+@both_methods
+def test_the_choice_of_released_code(method):
+    prefix, cases = "kpconvx/furthest_point_sample/", set()
+    with np.load(Path(__file__).parent / "golden" / "clients_core.npz") as file:
+        golden = {key.removeprefix(prefix): file[key] for key in file if key.startswith(prefix)}
+    for case in {key.partition("/")[0] for key in golden}:
+        points, num, least = (golden[f"{case}/in/{name}"] for name in ("points", "new_n", "min_d"))
+        expected = golden[f"{case}/out/index"]
+        got = kp.farthest_point_sampling(
+            points, int(num) if num > 0 else None, min_distance=float(least), method=method
+        ).index
+        # Where only copies are left that code repeats the last index.
+        distinct = len(np.unique(points, axis=0))
+        assert_same_bits(got[:distinct], expected[:distinct])
+        assert len(got) == len(expected)
+        cases.add(case)
+    assert len(cases) == 10
 
 
 # ---- one rule each
@@ -249,6 +329,9 @@ ERRORS = {
     "list": ({"points": [[0.0]]}, TypeError, "points: expected a NumPy or CuPy array, got list"),
     "integers": ({"points": np.zeros((5, 3), int)}, TypeError, "points: expected float32 or float64, got int64"),
     "none": ({"num": 0}, ValueError, "num: expected at least 1, got 0"),
+    "below none": ({"num": np.array([-1])}, ValueError, "num: expected numbers of at least 0, got -1 for item 0"),
+    "for other items": ({"num": np.array([2, 2])}, ValueError, "num: expected (1,) to match row_splits, got (2,)"),
+    "half of each": ({"num": np.array([1.5])}, TypeError, "num: expected int64, got float64"),
     "half": ({"num": 1.5}, TypeError, "num: expected an integer, got float"),
     "before": ({"start": -1}, ValueError, "start: expected 0 to 2147483647, got -1"),
     "after": ({"start": 5}, ValueError, "start: expected 0 to 4 in item 0, got 5"),
@@ -273,6 +356,10 @@ ERRORS = {
         ValueError,
         "row_splits: expected values from 0 to 5 to match points",
     ),
+    "below zero": ({"min_distance": -0.1}, ValueError, "min_distance: expected a number of at least zero, got -0.1"),
+    "no distance": ({"min_distance": None}, TypeError, "min_distance: expected a number, got NoneType"),
+    "not finite": ({"min_distance": np.inf}, ValueError, "min_distance: expected a finite number"),
+    "too near": ({"min_distance": 1e-200}, ValueError, "min_distance: expected a number whose square float64 can hold"),
     "method": ({"method": "fast"}, ValueError, "method: expected None or 'exact' or 'bucketed', got 'fast'"),
 }
 

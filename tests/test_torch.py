@@ -533,7 +533,7 @@ def test_a_release_of_torch_with_other_internals_is_named(python):
         "    setattr(owner, last, kept)\n"
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 12, done.stderr
+    assert len(lines) == 13, done.stderr
     assert all(line.startswith("True kpcore.torch: expected torch 2.6 to 2.14, got ") for line in lines)
 
 
@@ -1104,6 +1104,20 @@ def test_searches_are_those_of_kpcore():
     assert_same_bits(made.numpy(), kp.kernel_points(15, 0.5, dtype=np.float64))
     counts = kpt.radius_search(tensor, None, radius, count_only=True)
     assert_same_bits(counts.numpy(), kp.radius_search(points, None, radius, count_only=True))
+    lattice = torch.tensor([[0.0, 0], [1, 0], [2, 0]])
+    for search in (kpt.KDTree(lattice).radius_search, kpt.GridIndex(lattice, 1.0).radius_search):
+        assert search(None, 1.0, inclusive=False).counts.tolist() == [1, 1, 1]
+    chosen = kpt.farthest_point_sampling(lattice, min_distance=2.0)
+    assert (chosen.index.tolist(), chosen.row_splits.tolist()) == ([0, 2], [0, 2])
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_labels_of_any_type_and_in_columns(name):
+    points, high = np.zeros((3, 2)), np.iinfo(name).max
+    labels = torch.from_numpy(np.array([[high, 1], [high, 0], [2, 0]], name))
+    for given, expected in ((labels, [[high, 0]]), (labels[:, 0], [high])):
+        got = kpt.grid_subsample(torch.from_numpy(points), 1.0, labels=given, ignore_label=1).labels
+        assert got.dtype == getattr(torch, name) and got.numpy().tolist() == expected
 
 
 def test_levels():

@@ -29,7 +29,7 @@ REAL = not test_gpu.EMULATED and torch.cuda.is_available()
 def device(monkeypatch):
     if not REAL:
         monkeypatch.setattr(torch_ops, "on_gpu", lambda tensor: True)
-        monkeypatch.setattr(torch_ops, "_torch_stream", lambda device: nullcontext())
+        monkeypatch.setattr(torch_ops, "torch_stream", lambda device: nullcontext())
 
 
 def place(value):
@@ -83,6 +83,21 @@ def test_what_is_not_traced():
     pyramid = kpt.build_pyramid(tensor, voxel_size=0.1, num_levels=2)
     assert torch.is_tensor(pyramid[0].points) and isinstance(pyramid[0].pools.index, cupy.ndarray)
     assert kpt.farthest_point_sampling(tensor, 5).index.tolist() == kp.farthest_point_sampling(points, 5).index.tolist()
+
+
+def test_lists_move_to_the_device_and_back():
+    neighbors = kp.radius_search(np.random.default_rng(0).random((50, 3)), None, 0.3)
+    moved = kpt.to_device({"lists": [neighbors]}, "cuda")["lists"][0]
+    assert isinstance(moved.index, cupy.ndarray)
+    assert np.array_equal(kpt.to_device((moved,), "cpu")[0].index, neighbors.index)
+
+
+def test_limits_of_clouds_on_the_device():
+    points = np.random.default_rng(0).random((300, 3), np.float32)
+    settings = {"voxel_size": 0.1, "num_levels": 2}
+    assert kpt.calibrate_neighbor_limits(iter([place(points)]), **settings) == kp.calibrate_neighbor_limits(
+        [points], **settings
+    )
 
 
 def test_a_layer_trains():

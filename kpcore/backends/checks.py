@@ -25,6 +25,7 @@ Named: TypeAlias = tuple[str, np.ndarray]  # (name of an argument, its array)
 
 FEATURES = list(REAL)  # on the GPU also the dtypes in devices.HALVES
 LABELS: tuple[np.dtype, ...] = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
+ANY_INTEGERS: tuple[np.dtype, ...] = tuple(np.dtype(f"{u}int{bits}") for bits in (8, 16, 32, 64) for u in ("", "u"))
 INTEGERS: tuple[np.dtype, ...] = (np.dtype(np.int32), np.dtype(np.int64))
 SPLITS: tuple[np.dtype, ...] = (np.dtype(np.int64),)
 MAX_POINTS = 2**31 - 1

@@ -22,6 +22,11 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         int32
         int64
         uint8
+        int8
+        int16
+        uint16
+        uint32
+        uint64
 
     struct Array:
         void* data
@@ -67,6 +72,7 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
         const void* index
         Array queries, queries_row_splits, radii
         double radius
+        bint is_inclusive
         int64_t max_neighbors
         Sort sort
         Metric metric
@@ -152,8 +158,9 @@ cdef int NO_DTYPE = -1
 cdef int DTYPES[64]  # DType by NumPy type number; two type numbers (l and q) may both be int64
 for number in range(64):
     DTYPES[number] = NO_DTYPE
-for character in "fdilqB":
-    DTYPES[np.dtype(character).num] = ("float32", "float64", "int32", "int64", "uint8").index(np.dtype(character).name)
+NAMES = ("float32", "float64", "int32", "int64", "uint8", "int8", "int16", "uint16", "uint32", "uint64")
+for character in "fdbBhHiIlLqQ":
+    DTYPES[np.dtype(character).num] = NAMES.index(np.dtype(character).name)
 
 
 cdef Array view(cnp.ndarray a) except *:
@@ -167,7 +174,7 @@ cdef Array view(cnp.ndarray a) except *:
         return v
     number = cnp.PyArray_TYPE(a)
     if number >= 64 or DTYPES[number] == NO_DTYPE:
-        raise TypeError(f"expected an array of float32, float64, int32, int64 or uint8, got {a.dtype}")
+        raise TypeError(f"expected an array of {', '.join(NAMES)}, got {a.dtype}")
     v.data = cnp.PyArray_DATA(a)
     v.dtype = <DType>DTYPES[number]
     v.cols = a.shape[a.ndim - 1] if a.ndim > 1 else 1
@@ -321,8 +328,8 @@ cdef class Index:
             functions().free_index(self.data)
 
 
-cdef Search search_arguments(Index index, queries, queries_row_splits, radius, int64_t max_neighbors, int sort,
-                             int metric, int ignore, int threads) except *:
+cdef Search search_arguments(Index index, queries, queries_row_splits, radius, bint inclusive, int64_t max_neighbors,
+                             int sort, int metric, int ignore, int threads) except *:
     cdef Search args
     args.index = index.data
     args.queries = view(queries)
@@ -333,6 +340,7 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
     else:
         args.radii = view(None)
         args.radius = radius
+    args.is_inclusive = inclusive
     args.max_neighbors = max_neighbors
     args.sort = <Sort>sort
     args.metric = <Metric>metric
@@ -341,10 +349,10 @@ cdef Search search_arguments(Index index, queries, queries_row_splits, radius, i
     return args
 
 
-def radius_search(Index index, queries, queries_row_splits, radius, max_neighbors, int sort, int metric, int ignore,
-                  bint return_distances, bint count_only, check_room, int threads):
+def radius_search(Index index, queries, queries_row_splits, radius, bint inclusive, max_neighbors, int sort, int metric,
+                  int ignore, bint return_distances, bint count_only, check_room, int threads):
     """(row_splits, index or None, distance or None). check_room(number of pairs, bytes) is called before allocating."""
-    cdef Search args = search_arguments(index, queries, queries_row_splits, radius,
+    cdef Search args = search_arguments(index, queries, queries_row_splits, radius, inclusive,
                                         -1 if max_neighbors is None else max_neighbors, sort, metric, ignore, threads)
     cdef void* plan = NULL
     cdef Status status
@@ -373,10 +381,11 @@ def radius_search(Index index, queries, queries_row_splits, radius, max_neighbor
                 functions().radius_search_free(plan)
 
 
-def knn_search(Index index, queries, queries_row_splits, radius, int64_t k, int sort, int metric, int ignore,
-               bint return_distances, check_room, int threads):
+def knn_search(Index index, queries, queries_row_splits, radius, bint inclusive, int64_t k, int sort, int metric,
+               int ignore, bint return_distances, check_room, int threads):
     """(row_splits, index, distance or None): the k nearest within the radius, which may be infinite"""
-    cdef Search args = search_arguments(index, queries, queries_row_splits, radius, k, sort, metric, ignore, threads)
+    cdef Search args = search_arguments(index, queries, queries_row_splits, radius, inclusive, k, sort, metric, ignore,
+                                        threads)
     num_queries = index.num_points if queries is None else len(queries)
     counts, neighbors, distance = empty_rows(num_queries, k, index.dtype, return_distances, check_room)
     cdef int64_t* to_counts = <int64_t*>view(counts).data
@@ -458,7 +467,7 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, int
         voxels = out_row_splits[-1]
         out_points = np.empty((voxels, points.shape[1]), points.dtype)
         out_features = None if features is None else np.empty((voxels, *features.shape[1:]), features.dtype)
-        out_labels = None if labels is None else np.empty(voxels, labels.dtype)
+        out_labels = None if labels is None else np.empty((voxels, *labels.shape[1:]), labels.dtype)
         inverse = np.empty(len(points), np.int32)
         counts = np.empty(voxels, np.int32)
         nearest = np.empty(voxels, np.int32) if return_nearest else None

@@ -89,7 +89,7 @@ class Index:
         index = {"located": located, "boxes": boxes, "num_points": n, **_NO_CELLS}
         return index, not_finite, {"keys": keys[order], **curve}
 
-    def parameters(self, queries, queries_row_splits, radius, ignore):
+    def parameters(self, queries, queries_row_splits, radius, inclusive, ignore):
         """({parameter of search kernels: value}, array of one: whether a coordinate of the points is not finite)"""
         index, not_finite = (self._boxes if self.cell is None else self._cells)[:2]
         if queries is None:
@@ -97,7 +97,7 @@ class Index:
         per_query = isinstance(radius, cupy.ndarray)
         search = {"queries": queries, "num_queries": len(queries),
                  "radii": radius if per_query else cupy.full(1, radius, self.dtype), "radius_stride": per_query,
-                 "row_splits": self.row_splits, "queries_row_splits": queries_row_splits,
+                 "is_inclusive": inclusive, "row_splits": self.row_splits, "queries_row_splits": queries_row_splits,
                  "num_items": len(queries_row_splits) - 1, "ignore": ignore}  # fmt: skip
         return index | search, not_finite
 
@@ -117,6 +117,7 @@ class Search(NamedTuple):
     queries: cupy.ndarray | None
     queries_row_splits: cupy.ndarray | None
     radius: float | cupy.ndarray
+    inclusive: bool
     max_neighbors: int | None
     sort: int
     metric: int
@@ -135,7 +136,8 @@ class Search(NamedTuple):
 
     def launch(self, index, kernel, /, **values):
         """Launch a kernel with a warp for each query. Returns an array of one: whether a point is not finite."""
-        shared, not_finite = index.parameters(self.queries, self.queries_row_splits, self.radius, self.ignore)
+        shared, not_finite = index.parameters(self.queries, self.queries_row_splits, self.radius, self.inclusive,
+                                              self.ignore)  # fmt: skip
         launch(index.kernels(self.metric)[kernel], self.num_queries * WARP, **shared, **values)
         return not_finite
 
@@ -145,11 +147,11 @@ class Search(NamedTuple):
                 cupy.empty(0, self.index.dtype) if self.return_distances else None)  # fmt: skip
 
 
-def radius_search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore, return_distances,
-                  count_only, check_room, threads):  # fmt: skip
+def radius_search(index, queries, queries_row_splits, radius, inclusive, max_neighbors, sort, metric, ignore,
+                  return_distances, count_only, check_room, threads):  # fmt: skip
     """(row_splits, index, distance). Waits once, for the number of pairs; does not wait if max_neighbors is given."""
-    return radius_searches([Search(index, queries, queries_row_splits, radius, max_neighbors, sort, metric, ignore,
-                                   return_distances, count_only, check_room)])[0]  # fmt: skip
+    return radius_searches([Search(index, queries, queries_row_splits, radius, inclusive, max_neighbors, sort, metric,
+                                   ignore, return_distances, count_only, check_room)])[0]  # fmt: skip
 
 
 def radius_searches(searches):
@@ -255,11 +257,11 @@ def _nearest_within(search):
     return _packed(*nearest, search.return_distances), not_finite
 
 
-def knn_search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, check_room,
-               threads):  # fmt: skip
+def knn_search(index, queries, queries_row_splits, radius, inclusive, k, sort, metric, ignore, return_distances,
+               check_room, threads):  # fmt: skip
     """(row_splits, index, distance). Waits once, for the number of pairs and whether all coordinates are finite."""
-    search = Search(index, queries, queries_row_splits, radius, k, sort, metric, ignore, return_distances, False,
-                    check_room)  # fmt: skip
+    search = Search(index, queries, queries_row_splits, radius, inclusive, k, sort, metric, ignore, return_distances,
+                    False, check_room)  # fmt: skip
     if index.is_empty(queries):
         return search.empty_result()
     counts, nearest, distance, not_finite = _nearest(search, k, sort)

@@ -74,12 +74,15 @@ def grid_subsample(points, features, labels, row_splits, voxel_size, origin, pos
     if features is not None:
         out_features = features[nearest] if feature == _NEAREST else reduced(("average", "maximize")[feature], features)
     if labels is not None:
-        by_label = cupy.argsort(labels)
-        by_voxel = by_label[cupy.argsort(inverse[by_label])]
-        out_labels = cupy.empty(voxels, labels.dtype)
-        launch(kernels[f"elect_{labels.dtype.name}"], voxels, labels=labels[by_voxel], **in_voxels,
-               has_ignore_label=ignore_label is not None, ignore_label=ignore_label or 0,
-               winners=out_labels)  # fmt: skip
+        out_labels = cupy.empty((voxels, *labels.shape[1:]), labels.dtype)
+        columns, unsigned = labels.shape[1] if labels.ndim > 1 else 1, f"uint{8 * labels.dtype.itemsize}"
+        for column in range(columns):
+            of_points = labels if labels.ndim == 1 else labels[:, column]
+            by_label = cupy.argsort(of_points)
+            by_voxel = by_label[cupy.argsort(inverse[by_label])]
+            launch(kernels[f"elect_{unsigned}"], voxels, labels=of_points[by_voxel].view(unsigned), **in_voxels,
+                   has_ignore_label=ignore_label is not None, ignore_label=ignore_label or 0, column=column,
+                   columns=columns, winners=out_labels.view(unsigned))  # fmt: skip
     return out_points, out_features, out_labels, out_row_splits, inverse, counts, nearest
 
 

@@ -14,7 +14,8 @@ lengths: integers (B,) in an array, a tensor or a sequence, where items may be e
 for float64 points everything is computed and returned in float64. Padded indices have the dtype that each code base
 has: int32 for the wrappers of KPConv-PyTorch, OverlapPredator and ml-kpconvx, int64 for GeoTransformer and Easy-KPConv.
 
-Other modules have names of their own: `kpcore.compat.open3d` for ``open3d.ml.torch``.
+Other modules have the names of what they stand for: layers are in `kpcore.compat.kpconv_pytorch`, `predator`,
+`geotransformer`, `easy_kpconv`, `kpconvx` and `open3d_ml`, functions in `torch_cluster`, `pointops`, `frnn`, `open3d`.
 """
 
 import sys

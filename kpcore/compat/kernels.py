@@ -42,6 +42,11 @@ def load_kernels(radius: float, num_kpoints: int, dimension: int, fixed: str, ll
     -------
     (K, dimension) float32
 
+    Raises
+    ------
+    ValueError, TypeError
+        For an argument outside these ranges.
+
     Notes
     -----
     The standard deviation of ml-kpconvx is 0.001. Its layouts of shells are ``kpcore.kernel_points(method="shells")``.

@@ -6,6 +6,7 @@ imported: a caller who has a tensor has imported torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -48,12 +49,18 @@ def arrays_or_tensors(*, gradient: str | None) -> Callable[[Function], Function]
 
 def _on_tensors(function, arguments, tensor, gradient):
     """The result of `function` for arguments, by name, of which some are tensors."""
+    data = [name for name in arguments if name not in _LENGTHS]
+    first = next((arguments[name] for name in data if isinstance(arguments[name], tensor)), None)
+    arrays = [name for name in data if devices.is_array(arguments[name])]
+    if "kpcore.torch" not in sys.modules and (first is None or not arrays):
+        # It takes a third of a second to import, which each new worker of a DataLoader would spend. What the following
+        # refuses (tensors on a GPU, with a gradient or of other dtypes, wrong arguments) takes the other way too.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return _by_numpy(function, arguments, tensor, first is not None)
     import torch
 
     from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
 
-    data = [name for name in arguments if name not in _LENGTHS]
-    first = next((arguments[name] for name in data if isinstance(arguments[name], tensor)), None)
     for name in _LENGTHS & arguments.keys():
         if isinstance(arguments[name], tensor):
             arguments[name] = to_array(name, checked(None, name, arguments[name]).cpu())
@@ -63,7 +70,7 @@ def _on_tensors(function, arguments, tensor, gradient):
     def call():
         for name in data:
             value = arguments[name]
-            if not isinstance(value, tensor) and not devices.is_array(value):
+            if not isinstance(value, tensor) and name not in arrays:
                 continue
             if checked(None, name, value).requires_grad and gradient and torch.is_grad_enabled():
                 raise TypeError(
@@ -74,6 +81,16 @@ def _on_tensors(function, arguments, tensor, gradient):
         return tuple(map(to_tensor, out)) if isinstance(out, tuple) else to_tensor(out)
 
     return on_stream_of(first, call)
+
+
+def _by_numpy(function, arguments, tensor, to_tensors):
+    """The same by torch's conversions from and to NumPy arrays."""
+    arrays = {name: value.numpy() if isinstance(value, tensor) else value for name, value in arguments.items()}
+    out = function(**arrays)
+    if not to_tensors:
+        return out
+    convert = sys.modules["torch"].from_numpy
+    return tuple(map(convert, out)) if isinstance(out, tuple) else convert(out)
 
 
 def row_splits(name: str, lengths: Any, rows: checks.Named) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import arguments
-from kpcore.compat.open3d_search import kept_pairs, measures, pairs
+from kpcore.compat.open3d_search import measures, pairs
 from kpcore.neighbors import Neighbors, transposed
 from kpcore.torch.ops import numpy_dtype, on_stream_of, to_array, to_tensor
 
@@ -98,11 +98,9 @@ def ball_query(xyz: torch.Tensor, center: torch.Tensor, radius: float, nsample: 
     points, queries = xyz.reshape(-1, 3), center.reshape(-1, 3)
     neighbors = kpt.radius_search(
         points, queries, radius, points_row_splits=_bounds(num_items, num_points, xyz.device),
-        queries_row_splits=_bounds(num_items, num_centers, xyz.device)
+        queries_row_splits=_bounds(num_items, num_centers, xyz.device), inclusive=False
     )  # fmt: skip
-    point, query, splits = pairs(neighbors)
-    bound = torch.tensor(radius, dtype=xyz.dtype)
-    point, _, splits = kept_pairs(measures(points, queries, point, query, "L2") < bound * bound, point, query, splits)
+    point, _, splits = pairs(neighbors)
     counts, column = torch.diff(splits)[:, None], torch.arange(nsample, device=xyz.device)
     point = torch.cat([point, point.new_zeros(1)])  # so that an index exists where the last centres have no point
     index = point[splits[:-1, None] + torch.where(column < counts, column, 0)].view(num_items, num_centers, nsample)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -173,16 +175,11 @@ def radius_search(points: torch.Tensor, queries: torch.Tensor, radii: torch.Tens
     radii = arguments.tensor("radii", radii, "num_queries", (points.dtype,), sizes)
     arguments.check_above_zero("radii", radii)
     index_dtype = checked_index_dtype(index_dtype)
-    neighbors = _radius_search(points, queries, bounds, radii, metric, ignore_query_point)
+    neighbors = _radius_search(points, queries, bounds, radii, metric, ignore_query_point, inclusive=False)
     point, query, row_splits = pairs(neighbors)
-    bound, distance = radii * radii if metric == "L2" else radii, measures(points, queries, point, query, metric)
-    distance, point, query, row_splits = kept_pairs(
-        distance < bound.index_select(0, query), distance, point, query, row_splits
-    )
-    if not return_distances:
-        distance = points.new_empty(0)
-    elif normalize_distances:
-        distance = distance / bound[query]
+    distance = measures(points, queries, point, query, metric) if return_distances else points.new_empty(0)
+    if return_distances and normalize_distances:
+        distance = distance / (radii * radii if metric == "L2" else radii)[query]
     return SearchResult(point.to(index_dtype), row_splits, distance)
 
 
@@ -246,11 +243,11 @@ def checked_index_dtype(index_dtype):
     return _INDEX_DTYPES[index_dtype]
 
 
-def _radius_search(points, queries, bounds, radius, metric, ignore_query_point):
+def _radius_search(points, queries, bounds, radius, metric, ignore_query_point, inclusive=True):
     checks.choice("metric", metric, METRICS)
     return kpt.radius_search(
-        points, queries, radius, points_row_splits=bounds[0], queries_row_splits=bounds[1], metric=metric.lower(),
-        ignore_query_point=checks.boolean("ignore_query_point", ignore_query_point)
+        points, queries, radius, points_row_splits=bounds[0], queries_row_splits=bounds[1], inclusive=inclusive,
+        metric=metric.lower(), ignore_query_point=checks.boolean("ignore_query_point", ignore_query_point)
     )  # fmt: skip
 
 
@@ -272,7 +269,7 @@ def measures(points: torch.Tensor, queries: torch.Tensor, point: torch.Tensor, q
     d = d * d if metric == "L2" else d.abs()
     if metric == "Linf":
         return d.amax(1)
-    return (d[:, 0] + d[:, 1]) + d[:, 2]
+    return functools.reduce(operator.add, d.unbind(1))
 
 
 def kept_pairs(kept: torch.Tensor, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:

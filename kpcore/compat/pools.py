@@ -65,6 +65,11 @@ def closest_pool(x: AnyArray, inds: AnyArray) -> Any:
     (M, C)
         Zeros if H is 0.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `max_pool`.
+
     Examples
     --------
     >>> import torch

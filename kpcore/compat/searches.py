@@ -95,6 +95,11 @@ def radius_neighbors(q_points: AnyArray, s_points: AnyArray, q_lengths: AnyArray
     -------
     (M, H) int64
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_query`.
+
     Notes
     -----
     The published code ends the process if there are no queries.
@@ -131,6 +136,15 @@ def batch_knn_neighbors(queries: AnyArray, supports: AnyArray, q_batches: AnyArr
         N where the item has fewer supports.
     sq_distances : (M, n_neighbors), dtype of the points
         1e10 there. The squares of the rounded distances.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, dtypes or lengths that do not agree, and as `kpcore.knn_search`.
+
+    Notes
+    -----
+    The published code finds nothing for the rows after an item without queries, unless it is the first or last one.
 
     Examples
     --------
@@ -176,6 +190,11 @@ def radius_search_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: A
     (M, neighbor_limit) int64
         N where a row has fewer neighbours.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_query`.
+
     Examples
     --------
     >>> import torch
@@ -213,6 +232,11 @@ def radius_count_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: An
     -------
     (M,) int64
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_query`.
+
     Examples
     --------
     >>> import torch
@@ -224,7 +248,7 @@ def radius_count_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: An
     around, distance, bound = _around((q_points, s_points, q_lengths, s_lengths), radius, sort=None)
     xp = devices.namespace(distance)
     before = xp.zeros(len(distance) + 1, np.int64)  # how many of the pairs before each one are near enough
-    xp.cumsum(distance < bound, out=before[1:])
+    xp.cumsum(distance < bound, dtype=np.int64, out=before[1:])
     return xp.diff(before[around.stored_row_splits])
 
 

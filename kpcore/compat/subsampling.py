@@ -52,6 +52,11 @@ def subsample(points: AnyArray, *, features: AnyArray | None = None, classes: An
     classes : (M, L) int32, or the dtype of the classes if int32 does not hold it
         Only if classes were passed; L is 1 for classes (N,). A single result is not a tuple.
 
+    Raises
+    ------
+    ValueError, TypeError
+        For another `method`, for shapes or dtypes that do not agree, and as `kpcore.grid_subsample`.
+
     Notes
     -----
     The published order is that of a hash map, and so is its choice among equally frequent classes. The published
@@ -107,6 +112,11 @@ def subsample_batch(points: AnyArray, batches: AnyArray, *, features: AnyArray |
     features, classes
         Only those that were passed.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample`, and for lengths that do not add up to N.
+
     Notes
     -----
     The published process ends for an empty item. Its classes with several columns are wrong from the second item on.
@@ -155,6 +165,11 @@ def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: f
     upsamples : (N, 1) int32
         The voxel of each point.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
+
     Notes
     -----
     The published process ends for an empty item.
@@ -171,10 +186,8 @@ def batch_grid_partitionning(points: AnyArray, batches: AnyArray, *, sampleDl: f
     """
     checks.choice("method", method, _METHODS)
     sub = _published(points, batches, sampleDl)
-    num_points, xp = len(sub.inverse), devices.namespace(sub.inverse)
-    queries, splits, _ = transposed(sub.inverse, xp.arange(num_points + 1), None, len(sub.points))
-    pools = new_list(queries, splits, num_points).to_padded()
-    return sub.points, _lengths(sub.row_splits).astype(np.int32), pools, sub.inverse[:, None]
+    lengths = _lengths(sub.row_splits).astype(np.int32)
+    return sub.points, lengths, _points_of_voxels(sub).to_padded(), sub.inverse[:, None]
 
 
 @arrays_or_tensors(gradient=_CORE)
@@ -192,6 +205,11 @@ def grid_subsampling(points: AnyArray, lengths: AnyArray, voxel_size: float) -> 
     -------
     points : (M, 3), dtype of the points
     lengths : (B,) int64
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
 
     Notes
     -----
@@ -229,6 +247,11 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
         Barycentres, sorted by item and then by x, y and z of the voxel.
     lengths : (B,) int64
 
+    Raises
+    ------
+    ValueError, TypeError
+        As `subsample_batch`.
+
     Examples
     --------
     >>> import torch
@@ -243,11 +266,10 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
     per_voxel = points.dtype.type(1 / checks.length("voxel_size", voxel_size, points.dtype))
     in_voxels = points * per_voxel
     sub = kp.grid_subsample(in_voxels, 1.0, features=points, row_splits=splits)
-    xp = devices.namespace(points)
-    one_of_each = xp.empty(len(sub.points), np.int64)
-    one_of_each[sub.inverse] = xp.arange(len(points))
-    order = _ascending(in_voxels[one_of_each], sub.row_splits)
-    return sub.features[order], _lengths(sub.row_splits)
+    members, xp = _points_of_voxels(sub), devices.namespace(points)
+    first = members.stored_index[members.stored_row_splits[:-1]]
+    order = _ascending(xp.take(in_voxels, first, 0), sub.row_splits)
+    return xp.take(sub.features, order, 0), _lengths(sub.row_splits)
 
 
 @arrays_or_tensors(gradient=None)
@@ -271,6 +293,11 @@ def furthest_point_sample(points: AnyArray, *, new_n: int = -1, min_d: float = 0
     -------
     (S,) int32
         At least one index; none if there are no points, for which the published process ends.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For numbers that are not finite or of another type, and as `kpcore.farthest_point_sampling`.
 
     Examples
     --------
@@ -305,6 +332,14 @@ def _subsampled(points, batches, features, classes, size, method):
     return sub.points, sub.row_splits, *(values for values in (sub.features, sub.labels) if values is not None)
 
 
+def _points_of_voxels(sub):
+    """The list of the points of each voxel, in the order of their index."""
+    num_points, xp = len(sub.inverse), devices.namespace(sub.inverse)
+    one_voxel_each = xp.arange(num_points + 1, dtype=np.int64)  # row_splits of the list of the voxel of each point
+    index, row_splits, _ = transposed(sub.inverse, one_voxel_each, None, len(sub.points))
+    return new_list(index, row_splits, num_points)
+
+
 def _lengths(row_splits):
     return row_splits[1:] - row_splits[:-1]  # not np.diff, which takes 5 us
 
@@ -329,7 +364,7 @@ def _ascending(coordinates, row_splits):
     xp = devices.namespace(coordinates)
     if not len(coordinates):
         return xp.arange(0)
-    axes = [xp.floor(coordinates[:, axis]).astype(np.int64) for axis in range(coordinates.shape[1])]
+    axes = [np.floor(coordinates[:, axis]).astype(np.int64) for axis in range(coordinates.shape[1])]
     columns = [kp.row_splits_to_batch(row_splits), *(axis - axis.min() for axis in axes)]
     lengths = (devices.on_host(xp.stack([column.max() for column in columns])) + 1).tolist()  # waits for a GPU once
     if math.prod(lengths) >= 2**63:  # too many for one number for each

@@ -1,4 +1,4 @@
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, overload
 
 from jax import Array
@@ -20,6 +20,7 @@ class GridIndex(kpcore.GridIndex):
         radius: float | Array | ndarray,
         *,
         queries_row_splits: Array | ndarray | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -34,6 +35,7 @@ class GridIndex(kpcore.GridIndex):
         radius: float | Array | ndarray,
         *,
         queries_row_splits: Array | ndarray | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -50,6 +52,7 @@ class KDTree(kpcore.KDTree):
         radius: float | Array | ndarray,
         *,
         queries_row_splits: Array | ndarray | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -64,6 +67,7 @@ class KDTree(kpcore.KDTree):
         radius: float | Array | ndarray,
         *,
         queries_row_splits: Array | ndarray | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -106,8 +110,21 @@ def build_pyramid(
     deform_radius: float = ...,
     deform_levels: Collection[int] = ...,
     neighbor_limits: Sequence[int] | None = ...,
+    inclusive: bool = ...,
     upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Array]: ...
+def calibrate_neighbor_limits(
+    clouds: Iterable[Array | ndarray],
+    *,
+    voxel_size: float,
+    num_levels: int,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    inclusive: bool = ...,
+    fraction: float = ...,
+) -> list[int]: ...
 def concatenate(
     first: Array | ndarray,
     second: Array | ndarray,
@@ -206,8 +223,9 @@ def dropout(
 ) -> Array: ...
 def farthest_point_sampling(
     points: Array | ndarray,
-    num: int,
+    num: int | Array | ndarray | None = ...,
     *,
+    min_distance: float = ...,
     row_splits: Array | ndarray | None = ...,
     start: int | Array | ndarray = ...,
     method: Literal["exact", "bucketed"] | None = ...,
@@ -335,6 +353,9 @@ def leaky_relu(
     features: Array | ndarray,
     negative_slope: float = ...,
 ) -> Array: ...
+def lengths(
+    row_splits: Array | ndarray,
+) -> Array: ...
 def linear(
     features: Array | ndarray,
     weights: Array | ndarray,
@@ -361,6 +382,7 @@ def radius_search(
     *,
     points_row_splits: Array | ndarray | None = ...,
     queries_row_splits: Array | ndarray | None = ...,
+    inclusive: bool = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -376,6 +398,7 @@ def radius_search(
     *,
     points_row_splits: Array | ndarray | None = ...,
     queries_row_splits: Array | ndarray | None = ...,
+    inclusive: bool = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -397,6 +420,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Array: ...
+def row_splits(
+    lengths: Sequence[int] | Array | ndarray,
 ) -> Array: ...
 def row_splits_to_batch(
     row_splits: Array | ndarray,

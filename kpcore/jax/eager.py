@@ -12,6 +12,7 @@ import numpy as np
 import kpcore
 from kpcore.jax.operators import is_int32_splits
 from kpcore.jax.pytree import to_host
+from kpcore.ops import ITERABLES
 
 
 def eager(public: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +54,9 @@ class GridIndex(kpcore.GridIndex):
 
 
 def _to_numpy(function, name, value):
-    """Convert JAX arrays to NumPy arrays, also in a dict; `function` is the name to use in errors."""
+    """Convert JAX arrays to NumPy arrays, also in a dict or iterable; `function` is the name to use in errors."""
+    if name in ITERABLES and not isinstance(value, (jax.Array, np.ndarray)):
+        return (_to_numpy(function, name, each) for each in value)
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"{name}: {function} is not traced: expected an array outside of jit, grad and vmap, got {value}"

@@ -25,7 +25,9 @@ from kpcore.nn.optimizers import (
     sgd,
     warm_up,
 )
-from kpcore.nn.published import import_kpconv_pytorch
+from kpcore.nn.published import import_kpconv_pytorch, import_open3d_ml, import_predator
+from kpcore.nn.published_geotransformer import import_geotransformer
+from kpcore.nn.published_kpconvx import import_kpconvx
 
 __all__ = [
     "ImageNetwork",
@@ -43,7 +45,11 @@ __all__ = [
     "count",
     "exponential",
     "images",
+    "import_geotransformer",
     "import_kpconv_pytorch",
+    "import_kpconvx",
+    "import_open3d_ml",
+    "import_predator",
     "kpcnn",
     "kpfcnn",
     "kpnext",

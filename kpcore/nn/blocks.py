@@ -112,9 +112,16 @@ class Run(Generic[Value, Buffer]):
         Whether offsets and modulations of deformable convolutions are constants of the gradient.
     learn_kernel_points : bool
         Whether kernel points are parameters, see `kernel`.
+    bias : bool
+        Whether convolutions and linear layers have a bias besides that of the normalisation after them.
+    norm_affine : bool
+        Whether scale and shift of a normalisation are parameters, or constants in the state.
+    norm_together : bool
+        Whether group and instance normalisation treat all batch items as one.
     observe : callable, optional
-        Called as ``observe(name, level, out)`` with the output of each block of the encoder, and with the `Deformed`
-        kernels of each deformable convolution, for which the level is None. For pictures of what a network has learned.
+        Called as ``observe(name, level, out)`` with the output of each block, and with the `Deformed` kernels of each
+        deformable convolution, for which the level is None. For features of several levels, and for pictures of what a
+        network has learned.
     new : dict, optional
         How to create missing parameters: seed (None: zeros) and dtype. Without it a missing parameter is an error.
 
@@ -138,6 +145,9 @@ class Run(Generic[Value, Buffer]):
     repulse_extent: float
     detach_offsets: bool
     learn_kernel_points: bool
+    bias: bool
+    norm_affine: bool
+    norm_together: bool
     observe: Callable[[str, int | None, Any], object] | None
     new: NewValues | None
     new_state: dict[str, Buffer]
@@ -147,6 +157,7 @@ class Run(Generic[Value, Buffer]):
                  norm: str | None = "batch", groups: int = 32,
                  momentum: float = 0.02, slope: float = 0.1, conv: Mapping[str, Any] | None = None,
                  repulse_extent: float = 1.2, detach_offsets: bool = False, learn_kernel_points: bool = False,
+                 bias: bool = False, norm_affine: bool = True, norm_together: bool = False,
                  observe: Callable[[str, int | None, Any], object] | None = None,
                  new: NewValues | None = None) -> None:  # fmt: skip
         self.F, self.params, self.state, self.training = F, params, state, training
@@ -154,6 +165,7 @@ class Run(Generic[Value, Buffer]):
         self.conv, self.repulse_extent, self.new = conv or {}, repulse_extent, new
         self.detach_offsets = checks.boolean("detach_offsets", detach_offsets)
         self.learn_kernel_points, self.observe = learn_kernel_points, observe
+        self.bias, self.norm_affine, self.norm_together = bias, norm_affine, norm_together
         self.new_state, self.regularization, self._num_new = dict(state), [], 0
 
     def without_training(self) -> Run[Value, Buffer]:
@@ -263,12 +275,13 @@ def norm(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, row_s
          activate: bool = True) -> Value:  # fmt: skip
     """The normalisation or bias that `run.norm` names, followed by a leaky ReLU if `activate`."""
     F, channels = run.F, features.shape[1]
-    shift = run.parameter(f"{name}.shift", (channels,), _zeros)
+    affine = run.parameter if run.norm_affine else run.buffer
+    shift = affine(f"{name}.shift", (channels,), _zeros)
     slope = run.slope if activate else None
     if run.norm is None:
         features = features + shift
         return F.leaky_relu(features, slope) if activate else features
-    scale = run.parameter(f"{name}.scale", (channels,), _ones)
+    scale = affine(f"{name}.scale", (channels,), _ones)
     if run.norm == "batch":
         mean = run.buffer(f"{name}.mean", (channels,), _zeros)
         variance = run.buffer(f"{name}.variance", (channels,), _ones)
@@ -279,22 +292,24 @@ def norm(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, row_s
             run.new_state[f"{name}.mean"], run.new_state[f"{name}.variance"] = out[1:]
         return out[0]
     groups = channels if run.norm == "instance" else math.gcd(run.groups, channels)
-    return F.group_norm(features, groups, scale, shift, row_splits=row_splits, negative_slope=slope)
+    items = None if run.norm_together else row_splits
+    return F.group_norm(features, groups, scale, shift, row_splits=items, negative_slope=slope)
 
 
 def unary(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, width: int, row_splits: AnyArray,
           activate: bool = True) -> Value:  # fmt: skip
     """A linear layer to `width` channels, applied to every point, and its normalisation."""
-    channels = features.shape[1]
-    weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
-    return norm(run, f"{name}.norm", run.F.linear(features, weights), row_splits, activate)
+    out = dense(run, name, features, width, activate=False, bias=run.bias)
+    return norm(run, f"{name}.norm", out, row_splits, activate)
 
 
-def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, width: int, activate: bool = True) -> Value:
-    """A linear layer to `width` channels with a bias, applied to every point."""
+def dense(run: Run[Value, Buffer], name: str, features: Value | np.ndarray, width: int, activate: bool = True,
+          bias: bool = True) -> Value:  # fmt: skip
+    """A linear layer to `width` channels, by default with a bias, applied to every point."""
     channels = features.shape[1]
     weights = run.parameter(f"{name}.weights", (channels, width), _uniform(channels))
-    out = run.F.linear(features, weights, run.parameter(f"{name}.bias", (width,), _zeros))
+    shift = run.parameter(f"{name}.bias", (width,), _zeros) if bias else None
+    out = run.F.linear(features, weights, shift)
     return run.F.leaky_relu(out, run.slope) if activate else out
 
 
@@ -460,6 +475,8 @@ def simple(run: Run[Value, Buffer], name: str, where: Geometry, features: Value 
         out = conv(run, f"{name}.conv", where, features, width, places, resample)
     else:
         out = deformable_conv(run, f"{name}.conv", where, features, width, places, deform, resample)
+    if run.bias:
+        out = out + run.parameter(f"{name}.conv.bias", (width,), _zeros)
     return norm(run, f"{name}.norm", out, row_splits)
 
 

@@ -18,7 +18,7 @@ from kpcore.pyramid import Level, Pyramid
 from kpcore.subsampling import common_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from numpy.typing import DTypeLike
@@ -62,11 +62,17 @@ class KPNeXt:
     shells : sequence of int
         Number of kernel points on each shell.
     radius : float
-        Radius of the kernel and extent of the influence, in voxels of the level.
+        Radius of the kernel, in voxels of the level.
     grid_factor : float
         Factor by which voxels grow from level to level.
     norm, norm_groups, momentum, slope, dropout, origin
         As in `Network`.
+    extent : float, optional
+        Extent of the influence, in voxels of the level; by default that of the kernel, `radius`.
+    head_width : int, optional
+        Channels of the layer before the logits; by default those of the features that it gets.
+    head_norm : bool
+        Whether that layer is normalised, or has a bias, as in the published networks that classify clouds.
 
     Examples
     --------
@@ -98,6 +104,9 @@ class KPNeXt:
     dropout: float = 0.0
     attention_norm: bool = True
     origin: int | str = 0
+    extent: float | None = None
+    head_width: int | None = None
+    head_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("depths", "num_neighbors", "shells"):
@@ -117,15 +126,20 @@ class KPNeXt:
         blocks.check_fields(self, checks.integer, ("num_features", "num_classes", "width"), 1)
         blocks.check_fields(self, checks.integer, ("dimension",), 2, 3)
         blocks.check_fields(self, checks.length, ("voxel_size",), np.dtype(np.float32))
-        blocks.check_fields(self, checks.between, ("radius",), *blocks.IN_VOXELS)
+        in_voxels = [name for name in ("radius", "extent") if getattr(self, name) is not None]
+        blocks.check_fields(self, checks.between, in_voxels, *blocks.IN_VOXELS)
         blocks.check_fields(self, checks.number, ("grid_factor",), np.dtype(np.float32))
         if not 1 < self.grid_factor <= 100:
             raise ValueError(f"grid_factor: expected a number above 1, at most 100, got {self.grid_factor}")
         blocks.check_channels("width", self.widths[-1])
+        if self.head_width is not None:
+            blocks.check_fields(self, checks.integer, ("head_width",), 1)
+            blocks.check_channels("head_width", self.head_width)
         blocks.check_fields(self, checks.between, ("dropout", "momentum"), 0, 1)
         blocks.check_fields(self, checks.between, ("slope",), -1, 1)
-        blocks.check_fields(self, checks.boolean, ("segment", "attention_norm"))
-        blocks.check_norm(self, None if self.segment else self.widths[-1])
+        blocks.check_fields(self, checks.boolean, ("segment", "attention_norm", "head_norm"))
+        normed = self.head_norm and not self.segment
+        blocks.check_norm(self, (self.head_width or self.widths[-1]) if normed else None)
         if self.attention_groups is not None:
             blocks.check_fields(self, checks.integer, ("attention_groups",), 1)
             if any(width % self.attention_groups for width in self.widths):
@@ -167,7 +181,8 @@ class KPNeXt:
         convolutions[0] += self.num_levels > 1
         convolutions[-1] -= self.num_levels > 1
         within_voxels = 2 * math.sqrt(self.dimension) * sum(voxels[1:])
-        radii = (2 * self.radius * num * voxel for num, voxel in zip(convolutions, voxels, strict=True))
+        reach = self.radius + (self.extent or self.radius)
+        radii = (reach * num * voxel for num, voxel in zip(convolutions, voxels, strict=True))
         return within_voxels + sum(radii)
 
     def pyramid(self, points: AnyArray, *, row_splits: AnyArray | None = None, subsampled: bool = False,
@@ -215,10 +230,11 @@ class KPNeXt:
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
-                 seed: int | AnyArray | None = None,
-                 detach_offsets: bool = False) -> Result[Value, Buffer]:  # fmt: skip
+                 seed: int | AnyArray | None = None, detach_offsets: bool = False,
+                 observe: Callable[[str, int | None, Any], object] | None = None
+                 ) -> Result[Value, Buffer]:  # fmt: skip
         """The `Result` of a pass, as when a `Network` is called; `detach_offsets` changes nothing without offsets."""
-        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets)
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets, observe)
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
@@ -253,11 +269,13 @@ class KPNeXt:
             x = run.F.concatenate(run.F.nearest_upsample(x, here.upsamples), skips[level])
             x = blocks.unary(run, f"decoder.{level}.unary", x, widths[level], here.row_splits)
             x = self._block(run, f"decoder.{level}.block", here, x, widths[level], level, self.attention_groups)
+            if run.observe:
+                run.observe(f"decoder.{level}", level, x)
         return self._head(run, x, widths[0], first.row_splits, seed)
 
     def _head(self, run, x, width, row_splits, seed):
-        x = blocks.dropout(run, blocks.unary(run, "head.0", x, width, row_splits), self.dropout, seed)
-        return blocks.dense(run, "head.1", x, self.num_classes, activate=False)
+        return blocks.head(run, ("head.0", "head.1"), x, self.head_width or width, self.num_classes, row_splits,
+                           self.head_norm, self.dropout, seed)  # fmt: skip
 
     def _block(self, run, name, here, x, width, level, attention_groups):
         where = here.points, None, here.neighbors
@@ -266,7 +284,8 @@ class KPNeXt:
 
     def _places(self, level: int) -> ShellPlaces:
         radius = self.radius * self.voxel_size * self.grid_factor**level
-        return {"num": sum(self.shells), "radius": radius, "extent": radius, "dimension": self.dimension,
+        extent = radius if self.extent is None else self.extent * self.voxel_size * self.grid_factor**level
+        return {"num": sum(self.shells), "radius": radius, "extent": extent, "dimension": self.dimension,
                 "shells": self.shells}  # fmt: skip
 
 

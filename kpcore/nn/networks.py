@@ -18,7 +18,7 @@ from kpcore.pyramid import Pyramid
 from kpcore.subsampling import common_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from numpy.typing import DTypeLike
@@ -113,7 +113,9 @@ class Network:
         then global_average, or nearest_upsample and unary up to the first level. See `architecture`. Besides these,
         simple and resnetb may be _resampled, after _deformable and before _strided; and kpconv_upsample, in the place
         of nearest_upsample, is resnetb_strided mirrored: the finer points are the queries, the coarser ones within the
-        radius of their level the neighbours, and the width stays that of the coarser features.
+        radius of their level the neighbours, and the width stays that of the coarser features. The last block may be
+        last_unary, on any level: a linear layer to `num_classes` channels in place of the layers for the logits, as in
+        networks for registration, which compute a descriptor of each point.
     num_features, num_classes : int
     voxel_size : float
         Voxel size of level 0, in the unit of the points; it doubles with each level.
@@ -122,8 +124,9 @@ class Network:
     width : int
         Channels of the first residual block; they double with each level, and a simple block has half of them. 128 in
         the published code, 64 as the paper counts.
-    decoder_width : int, optional
-        Channels of level 0 after upsampling; `width` by default. The networks of the paper have half of it.
+    decoder_width : int or sequence of int, optional
+        Channels of level 0 after upsampling, which double with each level; or those of each level but the last, the
+        finest first. `width` by default. The networks of the paper have half of it.
     head_width : int, optional
         Channels of the layer before the logits; by default 1024 after a global average, else `width`.
     head_norm : bool
@@ -167,6 +170,20 @@ class Network:
     learn_kernel_points : bool
         Whether kernel points are parameters, called `kernel_points` in their layer and in units of its extent, rather
         than constants. Train them at a smaller learning rate, ``lr_scales={"kernel_points": 0.1}``.
+    bias : bool
+        Whether convolutions and linear layers have a bias, besides that of the normalisation after them, as in
+        GeoTransformer.
+    norm_affine : bool
+        Whether scale and shift of a normalisation are parameters; otherwise they are constants in the state, one and
+        zero, as in Predator.
+    norm_together : bool
+        Whether group and instance normalisation treat all clouds of a batch as one, as GeoTransformer and Predator do
+        with the two clouds of a pair, rather than each batch item separately.
+    logits_slope : float, optional
+        Negative slope of a leaky ReLU after the logits, 0.1 in Open3D-ML; none by default.
+    bottleneck_width : int, optional
+        Channels of the features that the decoder gets, if another network stands between encoder and decoder, such as
+        the graph network of Predator. The network is then called with a function `between`.
 
     Examples
     --------
@@ -187,7 +204,7 @@ class Network:
     voxel_size: float
     dimension: int = 3
     width: int = 128
-    decoder_width: int | None = None
+    decoder_width: int | Sequence[int] | None = None
     head_width: int | None = None
     head_norm: bool = False
     kernel_size: int = 15
@@ -211,6 +228,11 @@ class Network:
     origin: int | str = 0
     heads: Mapping[str, int] | None = field(default=None, hash=False)
     learn_kernel_points: bool = False
+    bias: bool = False
+    norm_affine: bool = True
+    norm_together: bool = False
+    logits_slope: float | None = None
+    bottleneck_width: int | None = None
 
     def __post_init__(self) -> None:
         single = np.dtype(np.float32)
@@ -225,13 +247,26 @@ class Network:
         blocks.check_fields(self, checks.integer, ("width",), 4)
         if self.width % 4:
             raise ValueError(f"width: expected a multiple of 4, got {self.width}")
-        widths = [name for name in ("decoder_width", "head_width") if getattr(self, name) is not None]
-        blocks.check_fields(self, checks.integer, widths, 1)
         coarsest = 2 ** (self.num_levels - 1)
-        for name, most in (("width", coarsest), ("decoder_width", coarsest), ("head_width", 1)):
+        if isinstance(self.decoder_width, (list, tuple)):
+            widths = tuple(checks.integer("decoder_width", width, 1) for width in self.decoder_width)
+            if len(widths) != self.num_levels - 1:
+                raise ValueError(f"decoder_width: expected {self.num_levels - 1} numbers, one for each level but the "
+                                 f"last, got {len(widths)}")  # fmt: skip
+            object.__setattr__(self, "decoder_width", widths)
+            blocks.check_channels("decoder_width", max(widths, default=0))
+        elif self.decoder_width is not None:
+            blocks.check_fields(self, checks.integer, ("decoder_width",), 1)
+            blocks.check_channels("decoder_width", self.decoder_width * coarsest)
+        widths = [name for name in ("head_width", "bottleneck_width") if getattr(self, name) is not None]
+        blocks.check_fields(self, checks.integer, widths, 1)
+        for name, most in (("width", coarsest), ("head_width", 1), ("bottleneck_width", 1)):
             blocks.check_channels(name, (getattr(self, name) or 0) * most)
-        if self.upsample_levels and self.decoder_width == 1:
+        if self.upsample_levels and min(map(self._decoder_width, range(self.num_levels - 1))) == 1:
             raise ValueError("decoder_width: expected at least 2 with kpconv_upsample, got 1")
+        if self.bottleneck_width is not None and self.num_downs == len(self.architecture):
+            raise ValueError("bottleneck_width: expected None for an architecture without upsampling, got "
+                             f"{self.bottleneck_width}")  # fmt: skip
         blocks.check_fields(self, checks.length, ("voxel_size",), single)
         in_voxels = "conv_radius", "deform_radius", "extent", "kernel_radius", "repulse_extent"
         blocks.check_fields(self, checks.between, in_voxels, *blocks.IN_VOXELS)
@@ -240,12 +275,22 @@ class Network:
         blocks.check_fields(self, checks.between, ("slope",), -1, 1)
         if self.pool_pad_value is not None:
             blocks.check_fields(self, checks.between, ("pool_pad_value",), -(10**9), 10**9)
-        blocks.check_fields(self, checks.boolean, ("head_norm", "modulated", "always_narrow", "learn_kernel_points"))
+        if self.logits_slope is not None:
+            blocks.check_fields(self, checks.between, ("logits_slope",), -1, 1)
+        yes_or_no = "head_norm", "modulated", "always_narrow", "learn_kernel_points", "bias", "norm_affine"
+        blocks.check_fields(self, checks.boolean, (*yes_or_no, "norm_together"))
         for name, allowed in (("influence", INFLUENCES), ("aggregation", AGGREGATIONS),
                               ("normalization", NORMALIZATIONS)):  # fmt: skip
             checks.choice(name, getattr(self, name), allowed)
         if self.heads is not None:
             object.__setattr__(self, "heads", _checked_heads(self.heads, self.num_classes, self.segments))
+        if not self._has_head:
+            for name in ("head_width", "head_norm", "heads", "dropout"):
+                if value := getattr(self, name):
+                    raise ValueError(f"{name}: expected none with last_unary, which stands in place of the layers for "
+                                     f"the logits, got {value!r}")  # fmt: skip
+        if self.heads is not None and self.logits_slope is not None:
+            raise ValueError(f"logits_slope: expected None with heads, got {self.logits_slope}")
         blocks.check_norm(self, self._head_width if self.head_norm and not self.segments else None)
 
     @property
@@ -280,6 +325,17 @@ class Network:
         return self.architecture[-1] != "global_average"
 
     @property
+    def output_level(self) -> int:
+        """The level of the points that get logits: 0, or with last_unary that of the last block."""
+        if not self.segments:
+            return 0
+        return sum(map(_coarser, self.architecture)) - sum(block in _UPSAMPLINGS for block in self.architecture)
+
+    @property
+    def _has_head(self) -> bool:
+        return self.architecture[-1] != "last_unary"
+
+    @property
     def head_columns(self) -> dict[str, slice]:
         """The columns of the logits of each category of `heads`, in their order.
 
@@ -295,26 +351,30 @@ class Network:
         return columns
 
     @property
-    def reach(self) -> float:
+    def reach(self) -> float | None:
         """The radius of the theoretical receptive field outside of training, in the unit of the points.
 
         The logits of a point depend only on features of points of level 0 within it: the sum of the search radii of all
         blocks, and of the diagonals of voxels, within which the nearest coarser point is. Offsets do not matter, since
         deformed kernel points act on the neighbours of the search. ``math.inf`` if the logits depend on the whole batch
-        item, through a global average or a group or instance normalisation.
+        item, through a global average or a group or instance normalisation; None if they depend on all items of a
+        batch (`norm_together`), or on what another network computes (`bottleneck_width`).
 
         >>> import kpcore as kp
         >>> net = kp.nn.kpfcnn(num_features=1, num_classes=4, voxel_size=0.1, levels=2, convs=2)
         >>> round(net.reach, 3)  # three blocks within 0.25, one within 0.5, and a nearest point in a voxel of 0.2
         1.596
         """
-        if not self.segments or self.norm in ("group", "instance"):
+        by_cloud = self.norm in ("group", "instance")
+        if self.bottleneck_width is not None or (by_cloud and self.norm_together):
+            return None
+        if not self.segments or by_cloud:
             return math.inf
         level, reach = 0, 0.0
         for block in self.architecture:
             if block == "nearest_upsample":
                 reach += self.voxel_size * 2**level * math.sqrt(self.dimension)
-            elif block != "unary":
+            elif block not in ("unary", "last_unary"):
                 radius = self.deform_radius if level in self.deform_levels else self.conv_radius
                 reach += radius * self.voxel_size * 2**level
             level += _coarser(block) - (block in _UPSAMPLINGS)
@@ -350,13 +410,21 @@ class Network:
         return initialised(self, seed, dtype)
 
     def no_data(self, dtype: DTypeLike) -> tuple[Any, ...]:
-        """See `no_points`; the category of the only batch item follows."""
-        return *no_points(self, dtype), None if self.heads is None else [0]
+        """See `no_points`; the category of the only batch item and a function `between` follow."""
+
+        def between(features: np.ndarray) -> np.ndarray:
+            return np.zeros((0, self.bottleneck_width or 0), dtype)
+
+        categories = None if self.heads is None else [0]
+        return *no_points(self, dtype), categories, None if self.bottleneck_width is None else between
 
     def __call__(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer], pyramid: Sequence[Level],
                  features: Value | np.ndarray, *, training: bool = False,
                  seed: int | AnyArray | None = None, detach_offsets: bool = False,
-                 categories: AnyArray | Sequence[int] | None = None) -> Result[Value, Buffer]:  # fmt: skip
+                 categories: AnyArray | Sequence[int] | None = None,
+                 between: Callable[[Value], Value] | None = None,
+                 observe: Callable[[str, int | None, Any], object] | None = None
+                 ) -> Result[Value, Buffer]:  # fmt: skip
         """Logits of the points, or of the batch items.
 
         Parameters
@@ -380,6 +448,13 @@ class Network:
         categories : (B,) integers
             The number of the category of each batch item in the order of `heads`, for a network that has heads. Their
             values and those of ``pyramid[0].row_splits`` are needed: under `jax.jit` they must be constants.
+        between : callable, for a network with `bottleneck_width`
+            Called with the features of the encoder (N, C) on the coarsest level; returns those that the decoder starts
+            from, (N, bottleneck_width).
+        observe : callable, optional
+            Called as ``observe(name, level, out)`` with the output of each block, in their order; see `nn.Run`. With
+            ``observe=lambda name, level, out: levels.update({level: out})`` the dict `levels` has the features of each
+            level after the last block on it.
 
         Returns
         -------
@@ -387,7 +462,8 @@ class Network:
             With `heads`, the logits outside the `head_columns` of a point's category are -10,000, whose exponential is
             0: softmax, `kpcore.softmax_cross_entropy` and the largest logit are those within the category.
         """
-        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets, categories)
+        return evaluated(self, F, params, state, pyramid, features, training, seed, detach_offsets, observe,
+                         categories, between)  # fmt: skip
 
     def new_run(self, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
                 **more: Any) -> blocks.Run[Value, Buffer]:  # fmt: skip
@@ -395,14 +471,17 @@ class Network:
         conv = {name: getattr(self, name) for name in ("influence", "aggregation", "normalization")}
         return blocks.Run(F, params, state, norm=self.norm, groups=self.norm_groups, momentum=self.momentum,
                           slope=self.slope, conv=conv, repulse_extent=self.repulse_extent,
-                          learn_kernel_points=self.learn_kernel_points, **more)  # fmt: skip
+                          learn_kernel_points=self.learn_kernel_points, bias=self.bias, norm_affine=self.norm_affine,
+                          norm_together=self.norm_together, **more)  # fmt: skip
 
     def compute_logits(self, run: blocks.Run[Value, Buffer], pyramid: Sequence[Level], x: Value | np.ndarray,
-                       seed: int | AnyArray | None,
-                       categories: AnyArray | Sequence[int] | None = None) -> Value:  # fmt: skip
+                       seed: int | AnyArray | None, categories: AnyArray | Sequence[int] | None = None,
+                       between: Callable[[Value], Value] | None = None) -> Value:  # fmt: skip
         """The logits for the features `x` of the points of level 0."""
         level, width, downs, skips = 0, self.width, self.num_downs, []
         for number, block in enumerate(self.architecture):
+            if number == downs:
+                x = self._decoder_input(x, between)
             kind, deform = block.split("_")[0], self.modulated if "deformable" in block else None
             resample = "resampled" in block
             here = pyramid[level]
@@ -412,7 +491,6 @@ class Network:
                     skips.append(x)
             else:
                 name = f"decoder.{number - downs}"
-                decoder_width = (self.decoder_width or self.width) * 2**level
             target, where = here, (here.points, None, here.neighbors)
             if _coarser(block):
                 target = pyramid[level + 1]
@@ -432,7 +510,10 @@ class Network:
             elif block == "max_pool":
                 x = run.F.neighbor_reduce(x, here.pools, "max", pad_value=self.pool_pad_value)
             elif kind == "unary":
-                x = blocks.unary(run, name, x, width if number < downs else decoder_width, here.row_splits)
+                to = width if number < downs else self._decoder_width(level)
+                x = blocks.unary(run, name, x, to, here.row_splits)
+            elif block == "last_unary":
+                x = blocks.dense(run, name, x, self.num_classes, activate=False, bias=self.bias)
             elif kind == "simple":
                 x = blocks.simple(run, name, where, x, width // 2, places, bounds[1], deform, resample)
             else:
@@ -440,8 +521,13 @@ class Network:
                                       self.pool_pad_value, resample)  # fmt: skip
             if _coarser(block):
                 level, width = level + 1, 2 * width
-            if run.observe and number < downs and block != "global_average":
+            if run.observe and block != "global_average":
                 run.observe(name, level, x)
+        return self._activated(run, self._head(run, pyramid, x, seed, categories))
+
+    def _head(self, run, pyramid, x, seed, categories):
+        if not self._has_head:
+            return x
         row_splits = pyramid[0].row_splits
         layers = self.head_norm, self.dropout, seed
         if self.heads is not None or categories is not None:
@@ -449,6 +535,27 @@ class Network:
             return blocks.heads(run, x, [*self.heads.values()], self._head_width, numbers, pyramid[0], *layers)
         row_splits = row_splits if self.segments else blocks.one_row_each(row_splits)
         return blocks.head(run, ("head.0", "head.1"), x, self._head_width, self.num_classes, row_splits, *layers)
+
+    def _activated(self, run, logits):
+        return logits if self.logits_slope is None else run.F.leaky_relu(logits, self.logits_slope)
+
+    def _decoder_input(self, x, between):
+        """What `between` makes of the features `x` of the encoder; x without bottleneck_width."""
+        width = self.bottleneck_width
+        if (width is None) != (between is None):
+            expected = f"a function that returns {width} columns" if width else "None without bottleneck_width"
+            raise ValueError(f"between: expected {expected}, got {between!r}")
+        if between is None:
+            return x
+        out = between(x)
+        if tuple(out.shape) != (x.shape[0], width):
+            raise ValueError(f"between: expected a result of shape {(x.shape[0], width)}, got {tuple(out.shape)}")
+        return out
+
+    def _decoder_width(self, level: int) -> int:
+        if isinstance(self.decoder_width, tuple):
+            return self.decoder_width[level]
+        return (self.decoder_width or self.width) * 2**level
 
     def _checked_categories(self, categories: Any, items: int) -> np.ndarray:
         if self.heads is None or categories is None:
@@ -570,6 +677,13 @@ def initialised(
     return params, state
 
 
+def shapes(net: Network | KPNeXt) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The shapes of (params, state) of a network by name, without drawing initial values."""
+    params, state = {}, {}
+    _pass_without_data(net, params, state, np.dtype(np.float32), {"seed": None, "dtype": np.float32})
+    return tuple({name: value.shape for name, value in values.items()} for values in (params, state))
+
+
 def no_points(net: Network | KPNeXt, dtype: DTypeLike) -> tuple[Pyramid, np.ndarray, None]:
     """(pyramid, features, seed) of no points, the input of the pass in which parameters are created or checked."""
     return net.pyramid(np.zeros((0, net.dimension), dtype)), np.zeros((0, net.num_features), dtype), None
@@ -582,6 +696,7 @@ def _pass_without_data(net, params, state, dtype, new):
 def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], state: Parameters[Buffer],
               pyramid: Sequence[Level], features: Value | np.ndarray, training: bool,
               seed: int | AnyArray | None, detach_offsets: bool,
+              observe: Callable[[str, int | None, Any], object] | None,
               *more: Any) -> Result[Value, Buffer]:  # fmt: skip
     """Run a network; the common part of `Network` and `KPNeXt` when they are called."""
     if len(pyramid) != net.num_levels:
@@ -589,7 +704,7 @@ def evaluated(net: Network | KPNeXt, F: ModuleType, params: Parameters[Value], s
     check_dimension(net, pyramid[0].points)
     if len(features.shape) != 2 or features.shape[1] != net.num_features:
         raise ValueError(f"features: expected (N, {net.num_features}), got {tuple(features.shape)}")
-    run = net.new_run(F, params, state, training=training, detach_offsets=detach_offsets)
+    run = net.new_run(F, params, state, training=training, detach_offsets=detach_offsets, observe=observe)
     logits = net.compute_logits(run, pyramid, features, seed, *more)
     total = None
     for one in run.regularization:
@@ -626,23 +741,23 @@ def _check_architecture(block_names: Sequence[str]) -> None:
     level, upsampled = 0, False
     for number, block in enumerate(block_names):
         kind, *more = block.split("_")
-        known = block in ("unary", "max_pool", *_UPSAMPLINGS, "global_average") or (
+        known = block in ("unary", "last_unary", "max_pool", *_UPSAMPLINGS, "global_average") or (
             kind in ("simple", "resnetb") and more == [variant for variant in _VARIANTS if variant in more]
         )
         if not known:
             raise ValueError(f"architecture: expected a block of the published networks, got {block!r}")
         if block in _UPSAMPLINGS:
             level, upsampled = level - 1, True
-        elif upsampled and block != "unary":
-            expected = "nearest_upsample, kpconv_upsample or unary after the first upsampling"
+        elif upsampled and block not in ("unary", "last_unary"):
+            expected = "nearest_upsample, kpconv_upsample, unary or last_unary after the first upsampling"
             raise ValueError(f"architecture: expected {expected}, got {block!r}")
-        elif block == "global_average" and number != len(block_names) - 1:
-            raise ValueError(f"architecture: expected global_average only at the end, got it in block {number}")
+        if block in ("global_average", "last_unary") and number != len(block_names) - 1:
+            raise ValueError(f"architecture: expected {block} only at the end, got it in block {number}")
         level += _coarser(block)
         if level < 0:
             raise ValueError(f"architecture: expected no {block} on level 0, got one in block {number}")
-    if not block_names or (block_names[-1] != "global_average" and level):
-        expected = "global_average at the end, or kpconv_upsample or nearest_upsample until level 0"
+    if not block_names or (block_names[-1] not in ("global_average", "last_unary") and level):
+        expected = "global_average or last_unary at the end, or kpconv_upsample or nearest_upsample until level 0"
         raise ValueError(f"architecture: expected {expected}, got {block_names}")
 
 

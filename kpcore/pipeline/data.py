@@ -66,12 +66,13 @@ class Columns:
     """The columns of a scene's features, and how their values are scaled.
 
     widths : the number of columns of each feature by its name, in their order
-    center, scale : by name, for all features but "one" and "local": a value v becomes (v - center) / scale
+    center, scale : by name, for all features but "one" and "local": a value v becomes (v - center) / scale; a number,
+        or one for each column
     """
 
     widths: dict[str, int]
-    center: dict[str, float]
-    scale: dict[str, float]
+    center: dict[str, float | list[float]]
+    scale: dict[str, float | list[float]]
 
     def features(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The (n, C) float32 features of points.
@@ -108,7 +109,10 @@ def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
             ("scale", columns.scale, lambda number: 1 / _MAX_SCALE < number < _MAX_SCALE),
         ):
             number = numbers.get(name) if isinstance(numbers, dict) else None
-            if type(number) not in (int, float) or not fits(number):
+            of_columns = number if isinstance(number, list) else [number] * settings.widths[name]
+            if len(of_columns) != settings.widths[name] or not all(
+                type(one) in (int, float) and fits(one) for one in of_columns
+            ):
                 raise SettingsError(f"columns: expected a finite number as {kind} of {name}, got {number!r}")
     return columns
 

@@ -238,7 +238,7 @@ def _nearest(points: np.ndarray) -> int:
 def _activations(model: Model, batch: Batch, features: Any, *, detach_offsets: bool = False) -> Mapping[int, Any]:
     """The output of the last block of the encoder on each level."""
     observed = _observed(model, batch, features, detach_offsets=detach_offsets)
-    return {level: out for _, level, out in observed if level is not None}
+    return {level: out for name, level, out in observed if level is not None and name.startswith("encoder")}
 
 
 def _observed(model: Model, batch: Batch, features: Any, **options: Any) -> list[tuple[str, int | None, Any]]:

@@ -1,4 +1,4 @@
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, overload
 
 from numpy.typing import DTypeLike
@@ -9,6 +9,9 @@ from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
+from kpcore.torch.data import PyramidCollate as PyramidCollate
+from kpcore.torch.data import PyramidDataset as PyramidDataset
+from kpcore.torch.data import to_device as to_device
 from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
 from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d
 from kpcore.torch.deform2d_layers import DeformableKernelConv2d as DeformableKernelConv2d
@@ -40,6 +43,7 @@ class GridIndex(kpcore.GridIndex):
         radius: float | Tensor,
         *,
         queries_row_splits: Tensor | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -54,6 +58,7 @@ class GridIndex(kpcore.GridIndex):
         radius: float | Tensor,
         *,
         queries_row_splits: Tensor | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -70,6 +75,7 @@ class KDTree(kpcore.KDTree):
         radius: float | Tensor,
         *,
         queries_row_splits: Tensor | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -84,6 +90,7 @@ class KDTree(kpcore.KDTree):
         radius: float | Tensor,
         *,
         queries_row_splits: Tensor | None = ...,
+        inclusive: bool = ...,
         metric: Metric = ...,
         ignore_query_point: IgnoreQueryPoint = ...,
         max_neighbors: int | None = ...,
@@ -126,8 +133,21 @@ def build_pyramid(
     deform_radius: float = ...,
     deform_levels: Collection[int] = ...,
     neighbor_limits: Sequence[int] | None = ...,
+    inclusive: bool = ...,
     upsample_levels: Collection[int] = ...,
 ) -> Pyramid[Tensor]: ...
+def calibrate_neighbor_limits(
+    clouds: Iterable[Tensor],
+    *,
+    voxel_size: float,
+    num_levels: int,
+    origin: Literal[0, "published"] = ...,
+    conv_radius: float = ...,
+    deform_radius: float = ...,
+    deform_levels: Collection[int] = ...,
+    inclusive: bool = ...,
+    fraction: float = ...,
+) -> list[int]: ...
 def concatenate(
     first: Tensor,
     second: Tensor,
@@ -226,8 +246,9 @@ def dropout(
 ) -> Tensor: ...
 def farthest_point_sampling(
     points: Tensor,
-    num: int,
+    num: int | Tensor | None = ...,
     *,
+    min_distance: float = ...,
     row_splits: Tensor | None = ...,
     start: int | Tensor = ...,
     method: Literal["exact", "bucketed"] | None = ...,
@@ -355,6 +376,9 @@ def leaky_relu(
     features: Tensor,
     negative_slope: float = ...,
 ) -> Tensor: ...
+def lengths(
+    row_splits: Tensor,
+) -> Tensor: ...
 def linear(
     features: Tensor,
     weights: Tensor,
@@ -381,6 +405,7 @@ def radius_search(
     *,
     points_row_splits: Tensor | None = ...,
     queries_row_splits: Tensor | None = ...,
+    inclusive: bool = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -396,6 +421,7 @@ def radius_search(
     *,
     points_row_splits: Tensor | None = ...,
     queries_row_splits: Tensor | None = ...,
+    inclusive: bool = ...,
     metric: Metric = ...,
     ignore_query_point: IgnoreQueryPoint = ...,
     max_neighbors: int | None = ...,
@@ -417,6 +443,9 @@ def repulsion_loss(
     repulse_extent: float = ...,
     detach_others: bool = ...,
     reduction: str = ...,
+) -> Tensor: ...
+def row_splits(
+    lengths: Sequence[int] | Tensor,
 ) -> Tensor: ...
 def row_splits_to_batch(
     row_splits: Tensor,

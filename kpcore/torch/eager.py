@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import kpcore
 from kpcore.backends import devices
-from kpcore.ops import Op
+from kpcore.ops import ITERABLES, Op
 from kpcore.torch import internals
 from kpcore.torch.ops import (
     NO_JVP,
@@ -155,11 +156,19 @@ def _first_tensor(arguments):
     index = arguments.get("self")
     if index is not None and hasattr(index, "stored_points") and not isinstance(index.stored_points, np.ndarray):
         return to_tensor(index.stored_points)
+    for name in arguments.keys() & ITERABLES:  # the first of them is taken out and put back
+        values = iter(arguments[name])
+        first = list(itertools.islice(values, 1))
+        arguments[name] = itertools.chain(first, values)
+        if first and isinstance(first[0], torch.Tensor):
+            return first[0]
     return next((a for a in arguments.values() if isinstance(a, torch.Tensor)), None)
 
 
 def _to_arrays(name, value):
-    """Replace tensors and torch dtypes by arrays and NumPy dtypes, also in a dict."""
+    """Replace tensors and torch dtypes by arrays and NumPy dtypes, also in a dict, and one by one in an iterable."""
+    if name in ITERABLES and not isinstance(value, (torch.Tensor, np.ndarray)):
+        return (to_array(name, checked(None, name, each)) for each in value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return to_array(name, checked(None, name, value))
     if isinstance(value, torch.dtype):

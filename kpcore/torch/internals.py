@@ -31,6 +31,7 @@ try:
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     GetAttrKey = torch.utils._pytree.GetAttrKey
     SequenceKey = torch.utils._pytree.SequenceKey
+    default_collate_fn_map = torch.utils.data._utils.collate.default_collate_fn_map
     register_autocast = getattr(torch.library, "register_autocast", _register_autocast)
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node

@@ -10,7 +10,7 @@ import kpcore
 from kpcore.nn.networks import check_values
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
@@ -122,7 +122,9 @@ class Network(_Network):
         return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
 
     def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *, detach_offsets: bool = False,
-                categories: torch.Tensor | Sequence[int] | None = None
+                categories: torch.Tensor | Sequence[int] | None = None,
+                between: Callable[[torch.Tensor], torch.Tensor] | None = None,
+                observe: Callable[[str, int | None, Any], object] | None = None
                 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """(logits, regularization), as in `kpcore.nn.Result`; in training the running statistics are updated.
 
@@ -135,9 +137,14 @@ class Network(_Network):
             Whether offsets of deformable convolutions are constants of the gradient, see `kpcore.nn.Network`.
         categories : (B,) integers
             The category of each batch item, for a network that has heads, see `kpcore.nn.Network`.
+        between : callable
+            What computes the input of the decoder, for a network with `bottleneck_width`, see `kpcore.nn.Network`.
+        observe : callable, optional
+            Called with the name, level and output of each block, see `kpcore.nn.Network`.
         """
-        more = {} if categories is None else {"categories": categories}  # which KPNeXt does not take
-        result = self._evaluate(pyramid, features, detach_offsets=detach_offsets, **more)
+        more = {"categories": categories, "between": between}  # which KPNeXt does not take
+        more = {name: value for name, value in more.items() if value is not None}
+        result = self._evaluate(pyramid, features, detach_offsets=detach_offsets, observe=observe, **more)
         return result.logits, result.regularization
 
 

@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -32,7 +32,7 @@ from kpcore.torch import internals
 _DTYPES = {
     getattr(torch, name): np.dtype(name)
     for name in ("float16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32",
-                 "int64")
+                 "int64", "uint16", "uint32", "uint64")
 }  # fmt: skip
 _TORCH_DTYPES = {dtype: ours for ours, dtype in _DTYPES.items()}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -78,14 +78,15 @@ def on_stream_of(tensor: torch.Tensor | None, function: Callable[..., Out], *arg
     """Call the function, on torch's current stream if `tensor` is on a GPU."""
     if tensor is None or not on_gpu(tensor):
         return function(*arguments)
-    with _torch_stream(tensor.device):
+    with torch_stream(tensor.device):
         return function(*arguments)
 
 
 @contextmanager
-def _torch_stream(device):
-    cuda = config.cupy().cuda
-    with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+def torch_stream(device: torch.device) -> Iterator[None]:
+    """Within it CuPy uses this GPU and torch's current stream on it."""
+    cuda, index = config.cupy().cuda, torch.cuda.current_device() if device.index is None else device.index
+    with cuda.Device(index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index):
         yield
 
 

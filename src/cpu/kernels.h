@@ -12,7 +12,8 @@
 
 namespace kp {
 
-enum class DType : int { float32, float64, int32, int64, uint8 };
+// The types after uint8 are those of labels only.
+enum class DType : int { float32, float64, int32, int64, uint8, int8, int16, uint16, uint32, uint64 };
 
 struct Array {
   void* data;
@@ -91,6 +92,7 @@ struct Search {
   Array queries, queries_row_splits;
   Array radii;  // (M,), one for each query; null: `radius` for all queries
   double radius;
+  bool is_inclusive;      // whether points at exactly the radius are neighbors
   int64_t max_neighbors;  // keep only the nearest; negative: no limit
   Sort sort;
   Metric metric;
@@ -176,6 +178,7 @@ struct Subsampled {
   F(Array, row_splits)              \
   F(Array, start)                   \
   F(Array, out_row_splits)          \
+  F(double, min_distance)           \
   F(Sampling, method)               \
   F(Array, index)
 

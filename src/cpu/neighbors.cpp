@@ -85,17 +85,15 @@ void destroy(void* x) {
 
 // ---- searches ----------------------------------------------------------------------------------------------------
 
-// The largest measure of a neighbor, for each query: the radius, squared for L2 because distances are compared squared.
+// The largest measure of a neighbor, for each query.
 template <class T>
 struct Limits {
   const T* radii;
   T radius;
   Metric metric;
+  bool is_inclusive;
 
-  T operator()(int64_t id) const {
-    const T r = radii ? radii[id] : radius;
-    return metric == Metric::l2 ? r * r : r;
-  }
+  T operator()(int64_t id) const { return largest_measure(metric, radii ? radii[id] : radius, is_inclusive); }
 };
 template <class T>
 KP_OUTLINE void put_distances(Metric metric, const T* measures, int64_t n, T* distances) {
@@ -120,7 +118,9 @@ struct Plan {
   const SortedPoints<T, Kind::dimension>& queries() const {
     return search.queries.data ? sorted_queries.points : Kind::points(index());
   }
-  Limits<T> limits() const { return {search.radii.data ? radii.data() : nullptr, T(search.radius), search.metric}; }
+  Limits<T> limits() const {
+    return {search.radii.data ? radii.data() : nullptr, T(search.radius), search.metric, search.is_inclusive};
+  }
 
   // Checks and sorts the queries. `any` becomes false if there are no points or no queries.
   Status prepare(const Search& arguments, bool& any) {

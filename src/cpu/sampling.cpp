@@ -30,19 +30,26 @@ namespace {
 
 constexpr int64_t max_bucket_points = 96;  // the fastest of 32, 48, 64, 96 and 128
 
-// The points of a batch item, how many of them to choose, and where to write the choice.
+// The points of a batch item, how many of them to choose at most, the smallest squared distance that they keep from
+// each other, and where to write the choice.
 template <class T>
 struct SampledItem {
   const T* points;
   int64_t n;
   int dimension;
   int64_t start, count;
+  T least;
   int32_t *out, offset;
+
+  // Whether the choice by distance ends because the farthest point is at this squared distance.
+  bool ends_at(T distance) const { return !(distance > 0) || distance < least; }
 };
 
-// Once the largest distance is zero, all remaining points duplicate chosen ones: they are taken in order of index.
+// Once the largest distance is zero, all remaining points duplicate chosen ones: they are taken in order of index, or
+// none if points keep a distance.
 template <class T>
 bool take_remaining(const SampledItem<T>& item, int64_t taken) {
+  if (item.least > 0) return true;
   Buffer<uint8_t> is_taken;
   if (!is_taken.resize(item.n)) return false;
   memset(is_taken.data(), 0, size_t(item.n));
@@ -99,7 +106,7 @@ bool scan(const SampledItem<T>& item, int threads) {
       Farthest best = step[0];
       for (int u = 1; u < count; ++u)
         if (step[u].distance > best.distance) best = step[u];
-      if (!(best.distance > 0)) {
+      if (item.ends_at(best.distance)) {
         if (t == 0) taken = s + 1;
         break;
       }
@@ -137,7 +144,7 @@ class Buckets {
       item.out[s] = item.offset + int32_t(chosen);
       if (s + 1 == item.count) return true;
       const Farthest far = lower_below(levels_ - 1, 0, item.points + chosen * dim());
-      if (!(far.distance > 0)) return take_remaining(item, s + 1);
+      if (item.ends_at(far.distance)) return take_remaining(item, s + 1);
       chosen = far.id;
     }
   }
@@ -196,8 +203,6 @@ class Buckets {
     if (pivot == high) pivot = next_below(pivot);
     return partition(axis, begin, end, pivot);
   }
-  static float next_below(float x) { return ::nextafterf(x, -INFINITY); }
-  static double next_below(double x) { return ::nextafter(x, -INFINITY); }
 
   static void range(const T* x, int64_t begin, int64_t end, T* low, T* high) {
     Vec<T> least = broadcast(x[begin]), most = least;
@@ -396,6 +401,7 @@ Status sample(const FarthestPoints& args, int32_t* index) {
   const auto* start = as<int64_t>(args.start);
   const int64_t items = args.row_splits.rows - 1;
   const int dimension = int(args.points.cols);
+  const T min_distance = T(args.min_distance);
   const int64_t cost =
       args.points.rows + 32 * out_splits[items];  // a step costs as much as putting 32 points in buckets
   const int threads = useful_threads(int(smaller<int64_t>(args.threads, items)), cost, 1 << 10);
@@ -412,6 +418,7 @@ Status sample(const FarthestPoints& args, int32_t* index) {
                                 dimension,
                                 start[b],
                                 count,
+                                min_distance * min_distance,
                                 index + out_splits[b],
                                 int32_t(splits[b])};
       const int threads = items == 1 ? args.threads : 1;

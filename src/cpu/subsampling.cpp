@@ -232,41 +232,49 @@ KP_INLINE void max_row(const T* rows, int64_t columns, const int32_t* ids, int64
   }
 }
 
-// Finds the most frequent label of a voxel; of equally frequent labels the smallest. Labels of a range below 65,536 are
-// counted with one counter each, others are sorted.
-template <class L>
+// Finds the most frequent label of a voxel in one column of labels; of equally frequent labels the smallest. Labels of
+// a range below 65,536 are counted with one counter each, others are sorted.
+//
+// U is the unsigned integer of the size of a label, `sign` its highest bit if labels are signed, else 0: with this bit
+// inverted, labels are in the order of unsigned integers. In here all labels are.
+template <class U>
 class LabelVote {
  public:
-  LabelVote(const GridSubsample& args, int64_t smallest, int64_t largest)
-      : labels_(as<L>(args.labels)),
+  LabelVote(const GridSubsample& args, int64_t column, U sign, U smallest, U largest)
+      : labels_(as<U>(args.labels) + column),
+        columns_(args.labels.cols),
+        sign_(sign),
         smallest_(smallest),
-        ignore_(args.ignore_label.value),
-        has_ignore_(args.ignore_label.is_set),
-        use_counters_(uint64_t(largest) - uint64_t(smallest) < (1 << 16)) {
+        ignored_(U(U(args.ignore_label.value) ^ sign)),
+        has_ignored_(args.ignore_label.is_set),
+        use_counters_(U(largest - smallest) < (1 << 16)) {
     if (!use_counters_) return;
-    range_ = uint64_t(largest - smallest) + 1;
+    range_ = uint64_t(U(largest - smallest)) + 1;
     enough_ = counts_.resize(int64_t(range_));
     if (enough_) memset(counts_.data(), 0, size_t(range_) * sizeof(int32_t));
   }
   bool enough() const { return enough_; }
 
   // Returns false if memory runs out.
-  bool vote(const int32_t* ids, int64_t n, L* winner) {
-    return use_counters_ ? count(ids, n, winner) : sort(ids, n, winner);
+  bool vote(const int32_t* ids, int64_t n, U* winner) {
+    U label = ignored_;
+    const bool enough = use_counters_ ? count(ids, n, &label) : sort(ids, n, &label);
+    *winner = U(label ^ sign_);
+    return enough;
   }
 
  private:
-  bool ignored(L label) const { return has_ignore_ && int64_t(label) == ignore_; }
+  U label_of(int32_t id) const { return U(read_once(labels_ + id * columns_) ^ sign_); }
+  bool is_ignored(U label) const { return has_ignored_ && label == ignored_; }
   // The counter of a label. At least range_ if the caller changed the label after smallest and largest were determined.
-  uint64_t counter_of(L label) const { return uint64_t(label) - uint64_t(smallest_); }
+  uint64_t counter_of(U label) const { return uint64_t(label) - uint64_t(smallest_); }
 
   // The counters used are reset by going over the points again.
-  bool count(const int32_t* ids, int64_t n, L* winner) {
+  bool count(const int32_t* ids, int64_t n, U* winner) {
     int32_t most = 0;
-    *winner = L(ignore_);
     for (int64_t i = 0; i < n; ++i) {
-      const L label = read_once(labels_ + ids[i]);
-      if (ignored(label) || counter_of(label) >= range_) continue;
+      const U label = label_of(ids[i]);
+      if (is_ignored(label) || counter_of(label) >= range_) continue;
       const int32_t c = ++counts_[int64_t(counter_of(label))];
       if (c > most || (c == most && label < *winner)) {
         most = c;
@@ -274,18 +282,17 @@ class LabelVote {
       }
     }
     for (int64_t i = 0; i < n; ++i)
-      if (const uint64_t at = counter_of(read_once(labels_ + ids[i])); at < range_) counts_[int64_t(at)] = 0;
+      if (const uint64_t at = counter_of(label_of(ids[i])); at < range_) counts_[int64_t(at)] = 0;
     return true;
   }
-  bool sort(const int32_t* ids, int64_t n, L* winner) {
+  bool sort(const int32_t* ids, int64_t n, U* winner) {
     if (!a_.resize(n) || !spare_.resize(n)) return false;
     int64_t voters = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const L label = labels_[ids[i]];
-      if (!ignored(label)) a_[voters++] = label;
+      const U label = label_of(ids[i]);
+      if (!is_ignored(label)) a_[voters++] = label;
     }
-    *winner = L(ignore_);
-    const L* sorted = merge_sort(a_.data(), spare_.data(), voters, int64_t(1), [](L a, L b) { return a < b; });
+    const U* sorted = merge_sort(a_.data(), spare_.data(), voters, int64_t(1), [](U a, U b) { return a < b; });
     int64_t most = 0;
     for (int64_t i = 0, run = 0; i < voters; ++i) {
       run = i && sorted[i] == sorted[i - 1] ? run + 1 : 1;
@@ -297,12 +304,13 @@ class LabelVote {
     return true;
   }
 
-  const L* labels_;
-  int64_t smallest_, ignore_;
+  const U* labels_;
+  int64_t columns_;
+  U sign_, smallest_, ignored_;
   uint64_t range_ = 0;
-  bool has_ignore_, use_counters_, enough_ = true;
+  bool has_ignored_, use_counters_, enough_ = true;
   Buffer<int32_t> counts_;
-  Buffer<L> a_, spare_;
+  Buffer<U> a_, spare_;
 };
 
 constexpr int64_t voxels_per_block = 1024;
@@ -438,18 +446,52 @@ Status maximize(const Plan& plan, const Array& rows, const Array& maxima) {
       });
 }
 
-template <class L>
-Status vote_labels(const Plan& plan, const Array& labels) {
-  const auto* from = as<L>(plan.args.labels);
-  auto* to = into<L>(labels);
-  L smallest = from[0], largest = from[0];
-  for (int64_t i = 1; i < plan.args.points.rows; ++i) {
-    smallest = smaller(smallest, from[i]);
-    largest = larger(largest, from[i]);
+// One column after the other. `sign`: see LabelVote.
+template <class U>
+Status vote_labels(const Plan& plan, const Array& labels, U sign) {
+  const Array& from = plan.args.labels;
+  const int64_t n = from.rows, columns = from.cols;
+  Status status = Status::ok;
+  for (int64_t c = 0; status == Status::ok && c < columns; ++c) {
+    U smallest = U(as<U>(from)[c] ^ sign), largest = smallest;
+    const auto extend = [&, column = as<U>(from) + c](auto stride) {
+      for (int64_t i = 1; i < n; ++i) {
+        const U label = U(column[i * stride] ^ sign);
+        smallest = smaller(smallest, label);
+        largest = larger(largest, label);
+      }
+    };
+    if (columns == 1)  // vectorized
+      extend(std::integral_constant<int64_t, 1>());
+    else
+      extend(columns);
+    status = for_each_voxel(
+        plan, [&, c] { return LabelVote<U>(plan.args, c, sign, smallest, largest); },
+        [=, to = into<U>(labels) + c](LabelVote<U>& majority, int64_t v, const int32_t* ids, int64_t n) {
+          return majority.vote(ids, n, to + v * columns);
+        });
   }
-  return for_each_voxel(
-      plan, [&] { return LabelVote<L>(plan.args, int64_t(smallest), int64_t(largest)); },
-      [=](LabelVote<L>& majority, int64_t v, const int32_t* ids, int64_t n) { return majority.vote(ids, n, to + v); });
+  return status;
+}
+Status vote_labels(const Plan& plan, const Array& labels) {
+  switch (labels.dtype) {
+    case DType::int8:
+      return vote_labels(plan, labels, uint8_t(1 << 7));
+    case DType::uint8:
+      return vote_labels(plan, labels, uint8_t(0));
+    case DType::int16:
+      return vote_labels(plan, labels, uint16_t(1 << 15));
+    case DType::uint16:
+      return vote_labels(plan, labels, uint16_t(0));
+    case DType::int32:
+      return vote_labels(plan, labels, uint32_t(1) << 31);
+    case DType::uint32:
+      return vote_labels(plan, labels, uint32_t(0));
+    case DType::int64:
+      return vote_labels(plan, labels, uint64_t(1) << 63);
+    default:
+      return vote_labels(plan, labels, uint64_t(0));
+  }
 }
 
 // Backward of a mean: each point receives its voxel's gradient divided by the number of points. Backward of "nearest":
@@ -563,14 +605,7 @@ Status grid_subsample_fill(void* opaque, const Subsampled& out) {
       status = with_real(args.features.dtype,
                          [&](auto t) { return maximize<decltype(t)>(plan, args.features, out.features); });
   }
-  if (status == Status::ok && args.labels.data) {
-    if (args.labels.dtype == DType::uint8)
-      status = vote_labels<uint8_t>(plan, out.labels);
-    else if (args.labels.dtype == DType::int32)
-      status = vote_labels<int32_t>(plan, out.labels);
-    else
-      status = vote_labels<int64_t>(plan, out.labels);
-  }
+  if (status == Status::ok && args.labels.data) status = vote_labels(plan, out.labels);
   return status;
 }
 

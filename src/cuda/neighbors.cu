@@ -54,7 +54,7 @@ __device__ bool is_finite(const T* at, unsigned* not_finite) {
 
 struct Query {
   T at[D];
-  T limit;         // the largest measure of a neighbor: r² for L2
+  T limit;         // the largest measure of a neighbor
   double reach;    // the radius, slightly enlarged
   int begin, end;  // numbers of the points of the query's batch item
   int32_t number;
@@ -73,12 +73,13 @@ struct Query {
   }
 };
 
-__device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, const int64_t* row_splits,
-                          const int64_t* queries_row_splits, int num_items, Ignore ignore, int64_t q) {
+__device__ Query query_of(const T* queries, const T* radii, int64_t radius_stride, int is_inclusive,
+                          const int64_t* row_splits, const int64_t* queries_row_splits, int num_items, Ignore ignore,
+                          int64_t q) {
   Query query;
   for (int a = 0; a < D; ++a) query.at[a] = queries[q * D + a];
   const T radius = radii[q * radius_stride];
-  query.limit = metric == Metric::l2 ? radius * radius : radius;
+  query.limit = largest_measure(metric, radius, is_inclusive);
   query.reach = double(radius) * (1 + 1e-6);  // the rounded measure may accept points just beyond the radius
   const int item = item_of(queries_row_splits, num_items, q);
   query.begin = int(row_splits[item]);
@@ -272,10 +273,11 @@ using Index = Cells;
     }                                \
   }
 #endif
-#define KP_QUERIES                                                                                         \
-  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, const int64_t *row_splits, \
-      const int64_t *queries_row_splits, int num_items, Ignore ignore
-#define KP_QUERY(q) query_of(queries, radii, radius_stride, row_splits, queries_row_splits, num_items, ignore, q)
+#define KP_QUERIES                                                                                \
+  const T *queries, int64_t num_queries, const T *radii, int64_t radius_stride, int is_inclusive, \
+      const int64_t *row_splits, const int64_t *queries_row_splits, int num_items, Ignore ignore
+#define KP_QUERY(q) \
+  query_of(queries, radii, radius_stride, is_inclusive, row_splits, queries_row_splits, num_items, ignore, q)
 
 }  // namespace
 }  // namespace kp

@@ -33,12 +33,14 @@ struct Farthest {
 
 using namespace kp;
 
-// index = the chosen points of each item, in the order of choice; `distances` (N,) is scratch.
+// index = the chosen points of each item, in the order of choice; `distances` (N,) is scratch. An item ends early, and
+// the rest of its index is not written, where the next point is nearer to the chosen ones than min_distance.
 extern "C" __global__ void farthest(const T* points, const int64_t* row_splits, const int64_t* start,
-                                    const int64_t* out_row_splits, int num_items, T* distances, int32_t* index,
-                                    unsigned* not_finite) {
+                                    const int64_t* out_row_splits, int num_items, double min_distance, T* distances,
+                                    int32_t* index, unsigned* not_finite) {
   __shared__ T distance_of[warp];
   __shared__ int32_t point_of[warp];
+  const T least = T(min_distance) * T(min_distance);
   const int thread = int(threadIdx.x), warp_number = thread / warp, num_warps = int(blockDim.x) / warp;
   for (int item = int(blockIdx.x); item < num_items; item += int(gridDim.x)) {
     const int64_t begin = row_splits[item], end = row_splits[item + 1];
@@ -72,6 +74,7 @@ extern "C" __global__ void farthest(const T* points, const int64_t* row_splits, 
       for (int w = 0; w < num_warps; ++w) best.take(distance_of[w], point_of[w]);
       chosen = best.point;
       __syncthreads();
+      if (best.distance < least) break;  // the same in all threads
     }
   }
 }

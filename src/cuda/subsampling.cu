@@ -175,34 +175,43 @@ extern "C" __global__ void use_centers(const T* points, const int64_t* row_split
   }
 }
 
-// The most frequent label of each voxel, of equally frequent ones the smallest. The labels of a voxel are sorted.
-template <class L>
-__device__ void elect(const L* labels, const int64_t* begins, int64_t num_voxels, int has_ignore_label,
-                      int64_t ignore_label, L* winners) {
+// winners[v, column] = the most frequent label of voxel v, of equally frequent ones the smallest. `labels` are those of
+// one column, sorted within each voxel. They are only compared for equality: U is an unsigned integer of their size.
+template <class U>
+__device__ void elect(const U* labels, const int64_t* begins, int64_t num_voxels, int has_ignore_label,
+                      int64_t ignore_label, int64_t column, int64_t columns, U* winners) {
   for (int64_t v = first_thread(); v < num_voxels; v += num_threads()) {
-    L winner = L(ignore_label);
+    U winner = U(ignore_label);
     int64_t most = 0, run = 0;
     for (int64_t at = begins[v]; at < begins[v + 1]; ++at) {
       run = at > begins[v] && labels[at] == labels[at - 1] ? run + 1 : 1;
-      if (run > most && !(has_ignore_label && int64_t(labels[at]) == ignore_label)) {
+      if (run > most && !(has_ignore_label && labels[at] == U(ignore_label))) {
         most = run;
         winner = labels[at];
       }
     }
-    winners[v] = winner;
+    winners[v * columns + column] = winner;
   }
 }
 extern "C" __global__ void elect_uint8(const uint8_t* labels, const int64_t* begins, int64_t num_voxels,
-                                       int has_ignore_label, int64_t ignore_label, uint8_t* winners) {
-  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+                                       int has_ignore_label, int64_t ignore_label, int64_t column, int64_t columns,
+                                       uint8_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, column, columns, winners);
 }
-extern "C" __global__ void elect_int32(const int32_t* labels, const int64_t* begins, int64_t num_voxels,
-                                       int has_ignore_label, int64_t ignore_label, int32_t* winners) {
-  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+extern "C" __global__ void elect_uint16(const uint16_t* labels, const int64_t* begins, int64_t num_voxels,
+                                        int has_ignore_label, int64_t ignore_label, int64_t column, int64_t columns,
+                                        uint16_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, column, columns, winners);
 }
-extern "C" __global__ void elect_int64(const int64_t* labels, const int64_t* begins, int64_t num_voxels,
-                                       int has_ignore_label, int64_t ignore_label, int64_t* winners) {
-  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, winners);
+extern "C" __global__ void elect_uint32(const uint32_t* labels, const int64_t* begins, int64_t num_voxels,
+                                        int has_ignore_label, int64_t ignore_label, int64_t column, int64_t columns,
+                                        uint32_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, column, columns, winners);
+}
+extern "C" __global__ void elect_uint64(const uint64_t* labels, const int64_t* begins, int64_t num_voxels,
+                                        int has_ignore_label, int64_t ignore_label, int64_t column, int64_t columns,
+                                        uint64_t* winners) {
+  elect(labels, begins, num_voxels, has_ignore_label, ignore_label, column, columns, winners);
 }
 
 // ---- gradient of features

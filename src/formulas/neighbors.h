@@ -47,6 +47,22 @@ KP_HD V measure(const V* d, int dimension) {
   }
 }
 
+// The largest number below x, which is not the lowest of its type.
+template <class T>
+KP_HD T next_below(T x) {
+  if constexpr (sizeof(T) == 4)
+    return nextafterf(x, -3.40282347e38f);
+  else
+    return nextafter(x, -1.7976931348623157e308);
+}
+
+// The largest measure of a neighbor: that of the radius, or the next smaller number if the radius is exclusive.
+template <class T>
+KP_HD T largest_measure(Metric metric, T radius, bool is_inclusive) {
+  const T measured = metric == Metric::l2 ? radius * radius : radius;
+  return is_inclusive ? measured : next_below(measured);
+}
+
 // Whether measures within a box with these sides can tell points apart: the measure of its diagonal must be zero or a
 // normal number of the dtype. If it overflows or underflows, different points seem equally near. If a radius bounds the
 // search (is_bounded), overflow is allowed, since infinity is beyond the radius.

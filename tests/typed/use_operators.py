@@ -22,7 +22,7 @@ def searches(points: np.ndarray, queries: np.ndarray, count_only: bool) -> kp.Ne
     assert_type(kp.knn_search(points, queries, 3, metric="l1", return_distances=True), kp.Neighbors)
     tree, grid = kp.KDTree(points), kp.GridIndex(points, 0.5, row_splits=kp.row_splits([3, 4]))
     for index in (tree, grid):
-        assert_type(index.radius_search(queries, 0.1, sort="distance", max_neighbors=8), kp.Neighbors)
+        assert_type(index.radius_search(queries, 0.1, inclusive=False, sort="distance", max_neighbors=8), kp.Neighbors)
         assert_type(index.radius_search(queries, 0.1, count_only=True), np.ndarray)
         assert_type(index.knn_search(queries, 3, ignore_query_point=True), kp.Neighbors)
     return nb
@@ -110,6 +110,7 @@ def subsampling(points: np.ndarray, labels: np.ndarray, features: Tensor) -> np.
     assert_type(sub.features, Tensor | None)
     chosen = kp.farthest_point_sampling(sub.points, 10, method="exact")
     assert_type(chosen.index, np.ndarray)
+    assert_type(kp.farthest_point_sampling(sub.points, min_distance=0.2), kp.Sampled[np.ndarray])
     limits = kp.calibrate_neighbor_limits([points], voxel_size=0.1, num_levels=3, fraction=0.8)
     pyramid = kp.build_pyramid(points, voxel_size=0.1, num_levels=3, deform_levels=range(2), neighbor_limits=limits)
     assert_type(pyramid, kp.Pyramid)
