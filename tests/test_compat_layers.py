@@ -192,9 +192,9 @@ RESUMED = [
 @pytest.mark.parametrize(("file", "case"), RESUMED)
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_optimizers_resume(file, case, kind):
-    """Two steps with the client's parameters, in its groups by learning rate; the third is the same with ours."""
+    """Two steps with the client's parameters, in its groups by learning rate; the layer's make the third."""
     _, layer, _ = loaded(file, case)
-    theirs = client_parameters(file, state_of(CASES[file, case]))
+    client = client_parameters(file, state_of(CASES[file, case]))
     options = {"lr": 0.1, "momentum": 0.98, "weight_decay": 1e-3} if kind == "SGD" else {"lr": 0.1}
 
     def optimizer(parameters):
@@ -209,17 +209,17 @@ def test_optimizers_resume(file, case, kind):
                 parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         optimizer.step()
 
-    saved = optimizer(theirs)
+    saved = optimizer(client)
     for seed in range(2):
-        step(saved, theirs, seed)
+        step(saved, client, seed)
     with torch.no_grad():
-        for parameter, (_, trained) in zip(layer.parameters(), theirs, strict=True):
+        for parameter, (_, trained) in zip(layer.parameters(), client, strict=True):
             parameter.copy_(trained)
     resumed = optimizer(list(layer.named_parameters()))
     resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
-    step(saved, theirs, 2)
+    step(saved, client, 2)
     step(resumed, list(layer.named_parameters()), 2)
-    for parameter, (name, expected) in zip(layer.parameters(), theirs, strict=True):
+    for parameter, (name, expected) in zip(layer.parameters(), client, strict=True):
         assert torch.equal(parameter, expected), name
         assert parameter.requires_grad or torch.equal(parameter, state_of(CASES[file, case])[name])
 
@@ -266,7 +266,7 @@ def test_no_regularization_before_a_forward_pass():
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_deformable_predator(modulated):
-    """By the formula: divided by the number of neighbours in range whose features sum to more than zero."""
+    """By the formula: divided by the number of neighbours in range with features that sum to more than zero."""
     g, _, (queries, points, indices, features) = loaded("kpconv_modulated", "linear")
     extent = 0.16
     layer = predator.KPConv(15, 3, 2, 3, extent, 0.5, deformable=True, modulated=modulated).double()

@@ -27,7 +27,7 @@ __all__ = ["KPConv", "global_avgpool", "maxpool", "nearest_upsample"]
 
 
 class KPConv(kpt.KPConv):
-    """Rigid kernel point convolution, divided by the number of neighbours whose features sum to more than zero.
+    """Rigid kernel point convolution, divided by the number of neighbours with features that sum to more than zero.
 
     Names of parameters and buffers, their order, shapes and initialisation are the published ones.
 

@@ -281,7 +281,7 @@ class KPDef(torch.nn.Module):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise NotImplementedError(
             "KPDef: its offsets, which a linear layer computes, are not supported; keep the published class, or take "
-            "kpcore.torch.DeformableKPConv, whose offsets a convolution computes"
+            "kpcore.torch.DeformableKPConv, in which a convolution computes them"
         )
 
 

@@ -24,7 +24,7 @@ __all__ = ["KPConv", "closest_pool", "global_average", "max_pool", "p2p_fitting_
 class KPConv(kpconv_pytorch.KPConv):
     """As `kpcore.compat.kpconv_pytorch.KPConv`, divided by the number of neighbours with features.
 
-    The output of a query is divided by the number of its neighbours whose features sum to more than zero, of a
+    The output of a query is divided by the number of its neighbours with features that sum to more than zero, of a
     deformable layer among those in range of a deformed kernel point; never by less than 1.
 
     Examples
