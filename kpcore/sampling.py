@@ -94,8 +94,9 @@ def farthest_point_sampling(points: AnyArray, num: int | AnyArray | None = None,
     points = checks.points_array("points", points, sizes, dimensions=checks.DIMENSIONS)
     if checks.not_negative("min_distance", min_distance):
         min_distance = checks.length("min_distance", min_distance, points.dtype)
+    is_one_item = row_splits is None
     row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
-    lengths = np.diff(devices.on_host(row_splits))
+    lengths = np.array([len(points)]) if is_one_item else np.diff(devices.on_host(row_splits))
     start = _starts(start, lengths, sizes["device"])
     method = checks.choice("method", method, (None, "exact", "bucketed"))
     out_row_splits = np.zeros(len(lengths) + 1, np.int64)

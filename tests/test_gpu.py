@@ -453,6 +453,19 @@ def test_how_often_a_search_waits():
         assert (counts.waits, counts.launches) == (waits, launches)
 
 
+@emulated
+@pytest.mark.parametrize(
+    ("options", "waits"), [({"num": 5}, 1), ({"min_distance": 0.4}, 2), ({"num": 5, "row_splits": [0, 40, 100]}, 3)]
+)
+def test_how_often_a_sampling_waits(options, waits):
+    points, options = to_device(clouds.uniform(100)[0]), dict(options)
+    if "row_splits" in options:
+        options["row_splits"] = to_device(np.array(options["row_splits"]))
+    fake_cupy.counts.waits = 0
+    kp.farthest_point_sampling(points, **options)
+    assert fake_cupy.counts.waits == waits
+
+
 # ---- kernel maps
 
 MAPS = {

@@ -118,28 +118,27 @@ def test_lists_for_convolutions_that_upsample(limits):
 
 @pytest.mark.parametrize("limits", [None, (20, 9, 5)])
 def test_an_exclusive_radius(limits):
-    points = np.stack(np.meshgrid(*[np.arange(9.0)] * 3), -1).reshape(-1, 3)
-    splits, sizes = np.array([0, 300, 729]), {"voxel_size": 1.0, "num_levels": 3, "conv_radius": 2.0}
-    settings = {"row_splits": splits, "subsampled": True, "neighbor_limits": limits, "upsample_levels": [1]}
-    inclusive, pyramid = (kp.build_pyramid(points, **sizes, **settings, inclusive=i) for i in (True, False))
-    for number, level in enumerate(pyramid):
-        options = {"max_neighbors": limits and limits[number], "inclusive": False}
-        for kind, queries in (("neighbors", level), ("pools", pyramid[number + 1] if number < 2 else None)):
-            if queries is not None:
-                expected = reference.radius_search(
-                    level.points, queries.points, level.radius, points_row_splits=level.row_splits,
-                    queries_row_splits=queries.row_splits, **options
-                )[0]  # fmt: skip
-                reference.assert_rows(getattr(level, kind), expected)
-        if not limits and number < 2:
-            assert level.neighbors.num_pairs < inclusive[number].neighbors.num_pairs
-    fine, coarse = pyramid[1:]
-    expected = reference.radius_search(
-        coarse.points, fine.points, coarse.radius, points_row_splits=coarse.row_splits,
-        queries_row_splits=fine.row_splits, max_neighbors=limits and limits[2], inclusive=False
-    )[0]  # fmt: skip
-    reference.assert_rows(fine.upsamples, expected)
-    for inclusive, most in ((True, 33), (False, 27)):  # lattice points at most 2 apart, and nearer than 2
+    # Twice integers, so that the first two levels have the same points, and pairs at exactly the radius on every level.
+    points = 2 * np.stack(np.meshgrid(*[np.arange(9.0)] * 3), -1).reshape(-1, 3)
+    sizes = {"voxel_size": 1.0, "num_levels": 3, "conv_radius": 2.0}
+    settings = {"row_splits": np.array([0, 243, 729]), "subsampled": True, "upsample_levels": [0]}
+    settings |= sizes | {"neighbor_limits": limits}
+    pyramid, inclusive = (kp.build_pyramid(points, **settings, inclusive=i) for i in (False, True))
+
+    def check(got, number, queries, largest):
+        level = pyramid[number]
+        options = {"points_row_splits": level.row_splits, "queries_row_splits": queries.row_splits, "inclusive": False}
+        limit = limits and limits[number]
+        expected = reference.radius_search(level.points, queries.points, level.radius, max_neighbors=limit, **options)
+        reference.assert_rows(got, expected[0])
+        assert limits or got.num_pairs < largest.num_pairs
+
+    for number, (level, other) in enumerate(zip(pyramid, inclusive, strict=True)):
+        check(level.neighbors, number, level, other.neighbors)
+        if number < 2:
+            check(level.pools, number, pyramid[number + 1], other.pools)
+    check(pyramid[0].upsamples, 1, pyramid[0], inclusive[0].upsamples)
+    for inclusive, most in ((True, 7), (False, 1)):
         assert kp.calibrate_neighbor_limits([points], **sizes, fraction=1.0, inclusive=inclusive)[0] == most
 
 

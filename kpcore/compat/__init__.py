@@ -15,7 +15,7 @@ for float64 points everything is computed and returned in float64. Padded indice
 has: int32 for the wrappers of KPConv-PyTorch, OverlapPredator and ml-kpconvx, int64 for GeoTransformer and Easy-KPConv.
 
 Other modules have the names of what they stand for: layers are in `kpcore.compat.kpconv_pytorch`, `predator`,
-`geotransformer`, `easy_kpconv`, `kpconvx` and `open3d_ml`, functions in `torch_cluster`, `pointops`, `frnn` and `open3d`.
+`geotransformer`, `easy_kpconv`, `kpconvx` and `open3d_ml`, functions in `torch_cluster`, `pointops`, `frnn`, `open3d`.
 """
 
 import sys

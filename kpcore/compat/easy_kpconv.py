@@ -10,6 +10,7 @@ One line at the end of a file replaces what is above it, in ``easy_kpconv/layers
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,16 +18,18 @@ import torch
 import kpcore.torch as kpt
 from kpcore.compat import padded, published
 from kpcore.compat.kernels import disposition
-from kpcore.torch.layers import draw_uniform
+from kpcore.torch.layers import draw_uniform, redraw_kernel_points
 
 if TYPE_CHECKING:
     from kpcore.compat.published import Matrix
 
+_PLACES = {"num_kpoints": "kernel_size"}
+_NAMES = {"points": "s_points", "queries": "q_points", "features": "s_feats", "neighbors": "neighbor_indices"}
 __all__ = ["KPConv", "global_avgpool_pack_mode", "local_maxpool_pack_mode", "nearest_interpolate_pack_mode"]
 
 
 class KPConv(kpt.KPConv):
-    """Rigid kernel point convolution, divided by the number of neighbours whose features sum to more than zero.
+    """Rigid kernel point convolution, divided by the number of neighbours with features that sum to more than zero.
 
     Names of parameters and buffers, their order, shapes and initialisation are the published ones: with several groups,
     weights are (K, groups, in_channels / groups, out_channels / groups).
@@ -51,8 +54,7 @@ class KPConv(kpt.KPConv):
     Notes
     -----
     Differences: -1 means "no neighbour" too; groups work on the CPU; where a neighbour is at the place of a kernel
-    point, the gradient of positions is 0, not NaN; the kernel points are not moved at random by a hundredth of the
-    radius.
+    point, the gradient of positions is 0, not NaN.
 
     Examples
     --------
@@ -71,12 +73,23 @@ class KPConv(kpt.KPConv):
             in_channels, out_channels, kernel_size, extent=sigma, dimension=dimension, groups=groups, bias=bias,
             normalization="positive", **disposition(kernel_size, radius)
         )  # fmt: skip
+        self._draw = partial(published.kernel_points, kernel_size, radius, dimension, names=_PLACES)
+        redraw_kernel_points(self)
         self.kernel_size, self.in_channels, self.out_channels = kernel_size, in_channels, out_channels
-        self.radius, self.sigma, self.groups, self.dimension, self.inf = radius, sigma, groups, dimension, inf
+        self.radius, self.groups, self.dimension, self.inf = radius, groups, dimension, inf
         if groups > 1:
             shape = kernel_size, groups, in_channels // groups, out_channels // groups
             self.weights = torch.nn.Parameter(self.weights.new_empty(shape))
             draw_uniform(self.weights, self.bias)
+
+    @property
+    def sigma(self) -> float:
+        """The extent of the influence, under its published name."""
+        return self.extent
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self.extent = value
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, sigma={self.sigma:.4g}"
@@ -96,10 +109,10 @@ class KPConv(kpt.KPConv):
         """
         neighbors = padded.neighbors("neighbor_indices", neighbor_indices, s_points.shape[0])
         if self.groups == 1:
-            return super().forward(s_points, q_points, neighbors, s_feats)
+            return published.named(_NAMES, super().forward, s_points, q_points, neighbors, s_feats)
         weights, groups = published.ungrouped(self.weights)
-        out = kpt.kpconv(s_points, q_points, neighbors, s_feats, weights, self.kernel_points, self.extent,
-                         normalization="positive", groups=groups)  # fmt: skip
+        out = published.named(_NAMES, kpt.kpconv, s_points, q_points, neighbors, s_feats, weights, self.kernel_points,
+                              self.extent, normalization="positive", groups=groups)  # fmt: skip
         return out if self.bias is None else out + self.bias
 
 

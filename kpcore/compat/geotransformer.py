@@ -9,6 +9,7 @@ replace what is above them::
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,17 +17,20 @@ import torch
 import kpcore.torch as kpt
 from kpcore.compat import padded, published
 from kpcore.compat.kernels import disposition
+from kpcore.torch.layers import redraw_kernel_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kpcore.compat.published import Matrix
 
+_PLACES = {"num_kpoints": "kernel_size"}
+_NAMES = {"points": "s_points", "queries": "q_points", "features": "s_feats", "neighbors": "neighbor_indices"}
 __all__ = ["KPConv", "global_avgpool", "maxpool", "nearest_upsample"]
 
 
 class KPConv(kpt.KPConv):
-    """Rigid kernel point convolution, divided by the number of neighbours whose features sum to more than zero.
+    """Rigid kernel point convolution, divided by the number of neighbours with features that sum to more than zero.
 
     Names of parameters and buffers, their order, shapes and initialisation are the published ones.
 
@@ -48,8 +52,7 @@ class KPConv(kpt.KPConv):
     Notes
     -----
     Differences: -1 means "no neighbour" too; `neighbor_indices` need not be contiguous; where a neighbour is at the
-    place of a kernel point, the gradient of positions is 0, not NaN; the kernel points are not moved at random by a
-    hundredth of the radius.
+    place of a kernel point, the gradient of positions is 0, not NaN.
 
     Examples
     --------
@@ -68,8 +71,19 @@ class KPConv(kpt.KPConv):
                  bias: bool = False, dimension: int = 3, inf: float = 1e6, eps: float = 1e-9) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, extent=sigma, dimension=dimension, bias=bias,
                          normalization="positive", **disposition(kernel_size, radius))  # fmt: skip
+        self._draw = partial(published.kernel_points, kernel_size, radius, dimension, names=_PLACES)
+        redraw_kernel_points(self)
         self.kernel_size, self.in_channels, self.out_channels = kernel_size, in_channels, out_channels
-        self.radius, self.sigma, self.dimension, self.inf, self.eps = radius, sigma, dimension, inf, eps
+        self.radius, self.dimension, self.inf, self.eps = radius, dimension, inf, eps
+
+    @property
+    def sigma(self) -> float:
+        """The extent of the influence, under its published name."""
+        return self.extent
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self.extent = value
 
     def forward(self, s_feats: torch.Tensor, q_points: torch.Tensor, s_points: torch.Tensor,  # type: ignore[override]
                 neighbor_indices: Matrix) -> torch.Tensor:  # fmt: skip
@@ -84,7 +98,7 @@ class KPConv(kpt.KPConv):
             -1 and N both mean "no neighbour". Its list is made once, see `kpcore.compat.padded`.
         """
         neighbors = padded.neighbors("neighbor_indices", neighbor_indices, s_points.shape[0])
-        return super().forward(s_points, q_points, neighbors, s_feats)
+        return published.named(_NAMES, super().forward, s_points, q_points, neighbors, s_feats)
 
 
 def maxpool(x: torch.Tensor, neighbor_indices: Matrix) -> torch.Tensor:

@@ -14,16 +14,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import padded, published
-from kpcore.compat.kernels import disposition
 from kpcore.compat.pools import closest_pool, max_pool
 from kpcore.nn import blocks
 from kpcore.ops import OPS
-from kpcore.torch.layers import draw_uniform, drawn_kernel_points, redraw_kernel_points
+from kpcore.torch.layers import draw_uniform, redraw_kernel_points
 from kpcore.torch.ops import on_stream_of, to_array, to_tensor
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from kpcore.compat.published import Matrix
     from kpcore.nn.blocks import Geometry
 
+_PLACES = {"num_kpoints": "kernel_size", "dimension": "p_dim", "fixed": "fixed_kernel_points"}
+_NAMES = {"points": "s_pts", "queries": "q_pts", "features": "x", "neighbors": "neighb_inds"}
 __all__ = ["KPConv", "closest_pool", "global_average", "max_pool", "p2p_fitting_regularizer"]
 
 
@@ -73,8 +75,7 @@ class KPConv(torch.nn.Module):
     Notes
     -----
     Differences: where a neighbour is at the place of a kernel point, the gradient of offsets and positions is 0, not
-    NaN; deformable layers have a gradient with ``KP_influence="gaussian"`` and ``aggregation_mode="closest"`` too; the
-    kernel points are not moved at random by a hundredth of the radius.
+    NaN; deformable layers have a gradient with ``KP_influence="gaussian"`` and ``aggregation_mode="closest"`` too.
 
     ``torch.utils.checkpoint`` needs ``use_reentrant=False``, or the regularization has no gradient. A replica of
     torch.nn.DataParallel keeps what it computes to itself, as it does in the published code.
@@ -107,6 +108,7 @@ class KPConv(torch.nn.Module):
         self.K, self.p_dim = kernel_size, p_dim
         self.in_channels = checks.integer("in_channels", in_channels, 1)
         self.out_channels = checks.integer("out_channels", out_channels, 1)
+        checks.length("KP_extent", KP_extent, np.dtype(np.float32))
         self.radius, self.KP_extent = radius, KP_extent
         self.fixed_kernel_points = fixed_kernel_points
         self.KP_influence, self.aggregation_mode = KP_influence, aggregation_mode
@@ -115,8 +117,8 @@ class KPConv(torch.nn.Module):
         self.deformable, self.modulated = deformable, modulated
         self.offset_features = self.deformed_KP = self._where = self._min_d2 = None
         kernel_size = checks.integer("kernel_size", kernel_size, 1)
-        self._draw = partial(drawn_kernel_points, kernel_size, rotate="vertical", dimension=p_dim,
-                             fixed=fixed_kernel_points, **disposition(kernel_size, radius))  # fmt: skip
+        self._draw = partial(published.kernel_points, kernel_size, radius, p_dim, fixed_kernel_points,
+                             names=_PLACES)  # fmt: skip
         self.weights = torch.nn.Parameter(torch.empty(kernel_size, in_channels, out_channels))
         if deformable:
             self.offset_dim = kernel_size * (p_dim + bool(modulated))
@@ -134,7 +136,7 @@ class KPConv(torch.nn.Module):
         return KPConv(*arguments)
 
     def reset_parameters(self) -> None:
-        """Draw new weights and a new rotation of the kernel points, and set the bias of the offsets to zero."""
+        """Draw new weights and new places of the kernel points, and set the bias of the offsets to zero."""
         redraw_kernel_points(self)
         draw_uniform(self.weights)
         if self.offset_conv is not None:
@@ -162,24 +164,30 @@ class KPConv(torch.nn.Module):
         """
         neighbors = padded.neighbors("neighb_inds", neighb_inds, s_pts.shape[0])
         where = s_pts, q_pts, neighbors
-        extent = published.influence_extent(self.KP_influence, self.KP_extent)
+        extent = published.influence_extent(self.KP_influence, float(self.KP_extent))
         options = {"influence": self.KP_influence, "aggregation": self.aggregation_mode}
-        if self.offset_conv is None:
-            return kpt.kpconv(*where, x, self.weights, self.kernel_points, extent, **options,
-                              normalization=self._normalization)  # fmt: skip
+        if not self.deformable:
+            return published.named(_NAMES, kpt.kpconv, *where, x, self.weights, self.kernel_points, extent, **options,
+                                   normalization=self._normalization)  # fmt: skip
         raw = self.offset_conv(q_pts, s_pts, neighbors, x) + self.offset_bias
-        offsets, modulations = blocks.deformation(kpt, self.kernel_points, self.KP_extent, raw)
+        offsets, modulations = blocks.deformation(kpt, self.kernel_points, float(self.KP_extent), raw)
         self.offset_features, self.deformed_KP = raw, self.kernel_points + offsets
-        self._where, self._min_d2 = where, None
-        return kpt.kpconv(*where, x, self.weights, self.kernel_points, extent, **options, offsets=offsets,
-                          modulations=modulations)  # fmt: skip
+        self._where, self._min_d2 = (where, published.version(s_pts), published.version(q_pts)), None
+        return published.named(_NAMES, kpt.kpconv, *where, x, self.weights, self.kernel_points, extent, **options,
+                               offsets=offsets, modulations=modulations)  # fmt: skip
 
     @property
     def min_d2(self) -> torch.Tensor | None:
         if self._min_d2 is None and self.deformed_KP is not None:
             # The gradient is that of the forward pass, also if the first to read this is a log under torch.no_grad.
+            where, *versions = self._where
+            if any(v not in (None, published.version(p)) for v, p in zip(versions, where[:2], strict=True)):
+                raise RuntimeError(
+                    "min_d2: expected the points of the forward pass, from which it is computed when it is first read, "
+                    "got points that were changed in place"
+                )
             with torch.set_grad_enabled(self.deformed_KP.requires_grad):
-                self._min_d2 = _nearest_distances(self._where, self.deformed_KP)
+                self._min_d2 = _nearest_distances(where, self.deformed_KP)
         return self._min_d2
 
 

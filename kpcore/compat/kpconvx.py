@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KPConv", "KPConvD", "KPConvX", "KPDef", "KPMini", "global_avgpool", "local_maxpool", "local_nearest_pool"]
 
+_NAMES = {"points": "s_pts", "queries": "q_pts", "features": "s_feats", "neighbors": "neighb_inds"}
 _ACTIVATION = torch.nn.LeakyReLU(0.1)
 _INFLUENCES = ("linear", "gaussian", "constant")
 _AGGREGATIONS = {"sum": "sum", "nearest": "closest"}  # {name there: name in kpcore}
@@ -150,8 +151,8 @@ class KPConv(torch.nn.Module):
                 sources = kpt.neighbor_reduce(s_feats, neighbors, "sum") / max(1, neighbors.width)
             modulations = 2 * torch.sigmoid(self.gen_mlp(sources))
         weights, groups = published.ungrouped(self.weights)
-        return kpt.kpconv(
-            s_pts.detach(), q_pts.detach(), neighbors, s_feats, weights, self.kernel_points,
+        return published.named(
+            _NAMES, kpt.kpconv, s_pts.detach(), q_pts.detach(), neighbors, s_feats, weights, self.kernel_points,
             published.influence_extent(self.influence_mode, self.sigma), influence=self.influence_mode,
             aggregation=_AGGREGATIONS[self.aggregation_mode], groups=groups, modulations=modulations
         )  # fmt: skip
@@ -202,7 +203,7 @@ class KPConvD(kpt.KPConvX):
                 neighb_inds: Matrix) -> torch.Tensor:  # fmt: skip
         """(M, C), see `KPConv.forward`."""
         neighbors = padded.neighbors("neighb_inds", neighb_inds, s_pts.shape[0])
-        return super().forward(s_pts.detach(), q_pts.detach(), neighbors, s_feats)
+        return published.named(_NAMES, super().forward, s_pts.detach(), q_pts.detach(), neighbors, s_feats)
 
 
 KPMini = KPConvD  # its name in kpconv_blocks.py
@@ -271,7 +272,7 @@ bn_momentum, inf
         sources = s_feats
         if q_pts.shape[0] != s_pts.shape[0]:
             sources = published.first_pool("neighb_inds", s_feats, neighb_inds)
-        return super().forward(s_pts.detach(), q_pts.detach(), neighbors, s_feats, sources)
+        return published.named(_NAMES, super().forward, s_pts.detach(), q_pts.detach(), neighbors, s_feats, sources)
 
 
 class KPDef(torch.nn.Module):
@@ -280,7 +281,7 @@ class KPDef(torch.nn.Module):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise NotImplementedError(
             "KPDef: its offsets, which a linear layer computes, are not supported; keep the published class, or take "
-            "kpcore.torch.DeformableKPConv, whose offsets a convolution computes"
+            "kpcore.torch.DeformableKPConv, in which a convolution computes them"
         )
 
 

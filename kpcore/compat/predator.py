@@ -3,8 +3,6 @@
 One line at the end of its ``models/blocks.py`` replaces the class and the functions above it::
 
     from kpcore.compat.predator import KPConv, max_pool, closest_pool, global_average
-
-D3Feat.pytorch has the same class.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ __all__ = ["KPConv", "closest_pool", "global_average", "max_pool", "p2p_fitting_
 class KPConv(kpconv_pytorch.KPConv):
     """As `kpcore.compat.kpconv_pytorch.KPConv`, divided by the number of neighbours with features.
 
-    The output of a query is divided by the number of its neighbours whose features sum to more than zero, of a
+    The output of a query is divided by the number of its neighbours with features that sum to more than zero, of a
     deformable layer among those in range of a deformed kernel point; never by less than 1.
 
     Examples
@@ -55,7 +53,7 @@ class KPConv(kpconv_pytorch.KPConv):
         with torch.no_grad():
             has_features, rigid = (x.sum(1, keepdim=True) > 0).to(out.dtype), torch.zeros_like(self.kernel_points)
             counts = kpt.kpconv(
-                s_pts, q_pts, neighbors, has_features, out.new_ones(self.K, 1), rigid, self.KP_extent,
+                s_pts, q_pts, neighbors, has_features, out.new_ones(self.K, 1), rigid, float(self.KP_extent),
                 influence="constant", aggregation="closest", offsets=self.deformed_KP
             )  # fmt: skip
         return out / counts.clamp(min=1)

@@ -59,7 +59,7 @@ class KPConv(torch.nn.Module):
         radius; this layer does not.
     learn_kernel_points : bool
         Whether the kernel points are a parameter. They are positions in the unit of the points: give them a learning
-        rate of their own, proportional to the square of the extent.
+        rate apart from the others, proportional to the square of the extent.
     dtype : torch.float32 or torch.float64
         The dtype of the weights and kernel points; by default torch's default dtype.
 
@@ -170,7 +170,7 @@ class DeformableKPConv(torch.nn.Module):
         As in `KPConv`; the kernel points are a buffer.
     offset_conv : KPConv
         From `in_channels` to K D channels, or with `modulated` K (D + 1). As in the published PyTorch code, its weights
-        are drawn in the same way (they are not zero), and its kernel points have a rotation of their own.
+        are drawn in the same way (they are not zero), and its kernel points are rotated by another angle.
     offset_bias : (K D,) or (K (D + 1),) parameter
         Initially zero. The published training uses a tenth of the learning rate for parameters with "offset" in their
         name.

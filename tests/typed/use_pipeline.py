@@ -13,6 +13,7 @@ from typing_extensions import assert_type
 import kpcore as kp
 import kpcore.torch as kpt
 from kpcore import io, nn, scenes
+from kpcore.compat import geotransformer, kpconv_pytorch, kpconvx
 from kpcore.nn import checkpoints
 from kpcore.pipeline import segmentation
 from kpcore.pipeline.settings import Settings, SettingsError, read_settings
@@ -150,11 +151,14 @@ def score(training: Training) -> Scores:
 def layers(points: torch.Tensor, neighbors: kp.Neighbors, features: torch.Tensor) -> torch.Tensor:
     """Layers of PyTorch."""
     rigid = kpt.KPConv(4, 8, radius=0.2, extent=0.15)
+    grouped = kpt.KPConv(8, 8, 40, radius=0.2, extent=0.15, groups=2, bias=True, method="lloyd")
     deformable = kpt.DeformableKPConv(8, 8, radius=0.2, extent=0.15, modulated=True, dtype=torch.float32)
     attending = kpt.KPConvX(8, (1, 14), radius=0.3, extent=0.3, attention_groups=None)
     assert_type(rigid.kernel_points, torch.Tensor)
     assert_type(rigid.weights, torch.nn.Parameter)
+    assert_type(grouped.bias, torch.nn.Parameter | None)
     features = rigid(points, None, neighbors, features)  # to a type checker a call of any module returns Any
+    features = grouped(points, None, neighbors, features)
     assert_type(rigid.forward(points, None, neighbors, features), torch.Tensor)
     assert_type(deformable.forward(points, None, neighbors, features), torch.Tensor)
     both = deformable.forward(points, None, neighbors, features, return_offsets=True)
@@ -162,6 +166,22 @@ def layers(points: torch.Tensor, neighbors: kp.Neighbors, features: torch.Tensor
     features, offsets = both
     loss = attending.forward(points, None, neighbors, features).square().mean()
     return loss + deformable.regularization(points, None, neighbors, offsets)
+
+
+def layers_of_published_code(points: torch.Tensor, indices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Layers of PyTorch with the arguments of the code bases around KPConv."""
+    deformable = kpconv_pytorch.KPConv(15, 3, 4, 8, KP_extent=0.15, radius=0.3, deformable=True)
+    assert_type(deformable.forward(points, points, indices, features), torch.Tensor)
+    assert_type(deformable.min_d2, torch.Tensor | None)
+    assert_type(deformable.kernel_points, torch.nn.Parameter)
+    rigid = geotransformer.KPConv(8, 8, 15, radius=0.3, sigma=0.2, bias=True)
+    attending = kpconvx.KPConvX(8, (1, 14), radius=0.3, sigma=0.3, attention_groups=4)
+    features = rigid.forward(deformable(points, points, indices, features), points, points, indices)
+    assert_type(attending.forward(points, points, features, indices), torch.Tensor)
+    assert_type(kpconvx.local_maxpool(features, indices), torch.Tensor)
+    regularization = kpconv_pytorch.p2p_fitting_regularizer(torch.nn.ModuleList([deformable]))
+    assert_type(regularization, torch.Tensor | float)
+    return features.square().mean() + regularization
 
 
 def layers_of_open3d(features: torch.Tensor, points: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
