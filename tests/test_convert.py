@@ -113,7 +113,7 @@ def test_a_checkpoint_of_open3d_ml(tmp_path, command):
     assert "not converted: num_batches_tracked\n" in out
     assert "kpcore segment: cannot use it: features: expected the names of the 3 columns of its input" in out
     assert command("segment", tmp_path / "net", "a.ply", "--out", "b.ply")[2].endswith(
-        "expected a file that kpcore train wrote, got one without its settings or columns\n"
+        "got one of kpcore convert, which says what is missing for segment and predict\n"
     )
     # A further file names the classes and the columns of the input.
     names = ["none", "road", "marking", "nature", "building", "line"]
@@ -322,7 +322,11 @@ def test_missing_settings_are_named(tmp_path, refused):
         ("a.toml", "[label_to_names]\n" + "".join(f'{i} = "a"\n' for i in range(6)), "expected a different name"),
         ("a.toml", 'conv_radius = "wide"', "conv_radius: expected a number, got str"),
         ("a.toml", "architecture = [1, 2]", r"architecture: expected a list or tuple of str, got \[1, 2\]"),
-        ("a.toml", "first_features_dim = [8]", "width: expected an integer, got list"),
+        ("a.toml", "first_features_dim = [8]", "config: first_features_dim: expected an integer, got list"),
+        ("a.toml", "[model]\nKP_extent = 9.0", r"a\.toml: expected settings outside of tables, got \[model\]"),
+        ("a.toml", 'ignored_labels = "12"', "ignored_labels: expected a list of labels, got '12'"),
+        ("a.toml", "label_values = [0.5, 1.5]", "label_values: expected a list of integers, got"),
+        ("a.toml", 'use_batch_norm = "no"', "config: expected use_batch_norm 0 or 1, got 'no'"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_read(tmp_path, refused, name, text, message):
@@ -404,7 +408,12 @@ def test_where_it_is_written(tmp_path, command, refused):
     whole = path.read_bytes()
     code, _, err = command("convert", path, "--from", "kpconv-pytorch", "--out", path)
     assert (code, path.read_bytes()) == (2, whole)
-    assert err == f"kpcore: {path}: expected a file other than the checkpoint, which is never overwritten\n"
+    assert err == f"kpcore: {path}: expected a file other than {path}, which is read and never overwritten\n"
+    settings = path.parents[1] / "parameters.txt"
+    whole = settings.read_bytes()
+    code, _, err = command("convert", path, "--from", "kpconv-pytorch", "--out", settings)
+    assert (code, settings.read_bytes()) == (2, whole)
+    assert "which is read and never overwritten" in err
     code, _, err = command("convert", path, "--from", "kpconv-pytorch", "--out", tmp_path / "none" / "net")
     assert (code, err) == (2, f"kpcore: {tmp_path / 'none' / 'net'}: there is no folder {tmp_path / 'none'}\n")
     # An existing file is replaced, as by other commands; but not if the checkpoint is refused.

@@ -21,6 +21,7 @@ OPEN3D_ML = {
     "modulated": False, "use_batch_norm": True, "num_classes": 5, "first_features_dim": 16, "in_features_dim": 3,
     "num_kernel_points": 15, "in_points_dim": 3,
 }  # fmt: skip
+_NOWHERE = 1e6  # in arrays that no recorded array is imported to
 KPCONVX = {
     "shell_sizes": [1, 14], "kp_radius": 2.1, "kp_sigma": 2.1, "radius_scaling": 2.2, "init_sub_size": 0.14,
     "in_sub_size": 0.14, "in_sub_mode": "grid", "neighbor_limits": [10, 12, 10], "inv_grp_norm": True, "inv_groups": 8,
@@ -74,9 +75,9 @@ class Case:
         They are imported in the place of the arrays that they belong to, and those that were changed are returned.
         """
         recorded = self.part(self.out, start)
-        nowhere = {name: np.full(np.shape(value), np.nan, np.float32) for name, value in self.state_dict.items()}
+        nowhere = {name: np.full(np.shape(value), _NOWHERE, np.float32) for name, value in self.state_dict.items()}
         _, params, state = self.load(nowhere | recorded)
-        found = {name: value for name, value in (params | state).items() if np.isfinite(value).any()}
+        found = {name: value for name, value in (params | state).items() if (value != _NOWHERE).any()}
         assert len([name for name in found if name in params or "norm" in name]) >= len(recorded) > 0
         return {name: value for name, value in found.items() if not (name.endswith(("scale", "shift")) and (
             value == value.flat[0]).all())}  # fmt: skip
@@ -584,7 +585,9 @@ def test_settings_of_geotransformer_and_predator():
     net = nn.import_geotransformer(state, GEOTRANSFORMER)[0]
     assert (net.num_levels, net.output_level, net.num_classes) == (3, 0, 6)
     for changed, message in (({"init_voxel_size": None}, "config: expected init_voxel_size, got none"),
-                             ({"base_radius": None}, "conv_radius: expected"),
+                             ({"base_radius": None}, "base_radius: expected a number"),
+                             ({"kernel_size": 9}, "config: expected kernel_size 15, as of the arrays, got 9"),
+                             ({"output_dim": 3}, "config: expected output_dim 8, as of the arrays, got 3"),
                              ({"group_norm": None}, "config: expected group_norm")):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             nn.import_geotransformer(one.state_dict, GEOTRANSFORMER | changed)
@@ -674,7 +677,7 @@ def test_an_import_without_arrays_or_settings():
         nn.import_open3d_ml({}, {})
     with pytest.raises(ValueError, match="config: expected deform_radius, got none"):
         nn.import_open3d_ml({}, {name: value for name, value in OPEN3D_ML.items() if name != "deform_radius"})
-    with pytest.raises(TypeError, match="state_dict: expected arrays or tensors on the CPU, got dict for optimizer"):
+    with pytest.raises(TypeError, match=r"expected dense arrays or tensors .* on the CPU, got <class 'dict'> for"):
         nn.import_open3d_ml({"optimizer": {}}, OPEN3D_ML)
     for function in (nn.import_predator, nn.import_geotransformer, nn.import_kpconvx):
         with pytest.raises(ValueError, match=r"expected arrays of|expected stem|config: expected"):
@@ -691,5 +694,78 @@ def test_tensors_of_torch_are_imported():
         for name, value in params.items():
             assert value.dtype == np.float32
             assert relative(value, one.params[name]) < (4e-3 if kind is torch.bfloat16 else 1e-9)
-    with pytest.raises(TypeError, match=r"expected arrays or tensors on the CPU, got one on meta for "):
+    with pytest.raises(TypeError, match=r"got torch.strided, torch.float32, on meta for "):
         nn.import_open3d_ml({name: value.to("meta") for name, value in tensors.items()}, OPEN3D_ML)
+
+
+def test_arrays_that_no_network_has():
+    """All are refused at once: a network of 100,000 blocks would take minutes to make."""
+    torch, one = pytest.importorskip("torch"), case("predator")
+    first = next(iter(one.state_dict))
+    for name, value, error, message in (
+        (
+            "encoder_blocks.100000.unary2.mlp.weight",
+            np.ones((4, 4)),
+            ValueError,
+            "names with numbers up to 1024, got e",
+        ),
+        (
+            "encoder_blocks.2000.unary2.mlp.weight",
+            np.ones((4, 4)),
+            ValueError,
+            "names with numbers up to 1024, got enc",
+        ),
+        (first, np.full(3, np.nan), ValueError, f"expected finite numbers in float32, got NaN or infinity in {first}"),
+        (first, np.full(3, 1e300), ValueError, "expected finite numbers in float32, got NaN or infinity"),
+        (first, torch.tensor([1e300], dtype=torch.float64), ValueError, "expected finite numbers in float32"),
+        (first, np.ones(3, complex), TypeError, "of real numbers on the CPU, got complex128 for"),
+        (
+            first,
+            torch.ones(3, dtype=torch.complex64),
+            TypeError,
+            "of real numbers on the CPU, got torch.strided, .*x64",
+        ),
+        (first, torch.ones(3, 3).to_sparse(), TypeError, "expected dense arrays .*, got torch.sparse_coo"),
+        (first, np.array(["1"]), TypeError, "of real numbers on the CPU, got <U1"),
+        (first, np.ma.masked_array([1.0], [True]), TypeError, "expected dense arrays"),
+        (3, np.ones(3), TypeError, "state_dict: expected arrays by name, got dict"),
+    ):
+        with pytest.raises(error, match=message):
+            nn.import_predator(one.state_dict | {name: value}, PREDATOR)
+    for wrong in (None, [1]):
+        with pytest.raises(TypeError, match="state_dict: expected arrays by name, got"):
+            nn.import_predator(wrong, PREDATOR)
+        with pytest.raises(TypeError, match="config: expected settings by name, got"):
+            nn.import_predator(one.state_dict, wrong)
+
+
+def test_prefixes_of_wrapped_networks():
+    one = case("open3d-ml")
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        net, *_ = nn.import_open3d_ml({prefix + name: value for name, value in one.state_dict.items()}, OPEN3D_ML)
+        assert net == one.net
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kp_mode": "kpconvd"}, "expected kp_mode 'kpconvx', as of the arrays, got 'kpconvd'"),
+        ({"layer_blocks": [9, 9]}, r"expected layer_blocks \[1, 1, 1\], as of the arrays, got \[9, 9\]"),
+        ({"init_channels": 64}, "expected init_channels 16, as of the arrays, got 64"),
+        ({"inv_grp_norm": "False"}, "expected inv_grp_norm 0 or 1, got 'False'"),
+        ({"shell_sizes": "x"}, "config: shell_sizes: expected"),
+        ({"channel_scaling": "1.41"}, "channel_scaling: expected a number"),
+    ],
+)
+def test_settings_that_contradict_the_arrays(changed, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        nn.import_kpconvx(case("kpconvx").state_dict, KPCONVX | changed)
+
+
+def test_published_networks_search_within_an_exclusive_radius():
+    points = np.stack(np.meshgrid(*[np.arange(6.0)] * 3), -1).reshape(-1, 3).astype(np.float32)
+    net = nn.Network(nn.architecture(1, 2), 1, 2, voxel_size=1.0, conv_radius=2.0, width=4)
+    published = dataclasses.replace(net, origin="published")
+    for one, inclusive in ((net, True), (published, False)):
+        got = one.pyramid(points, subsampled=True)[0].neighbors
+        assert np.array_equal(got.index, kp.radius_search(points, None, 2.0, inclusive=inclusive).index)

@@ -264,7 +264,7 @@ def grid_subsample_pack_mode(points: AnyArray, lengths: AnyArray, voxel_size: fl
     points = checks.points_array("points", points, {})
     splits = row_splits("lengths", lengths, ("points", points))
     per_voxel = points.dtype.type(1 / checks.length("voxel_size", voxel_size, points.dtype))
-    in_voxels = points * per_voxel
+    in_voxels = devices.namespace(points).asarray(points) * per_voxel  # of a subclass such as numpy.matrix too
     sub = kp.grid_subsample(in_voxels, 1.0, features=points, row_splits=splits)
     members, xp = _points_of_voxels(sub), devices.namespace(points)
     first = members.stored_index[members.stored_row_splits[:-1]]

@@ -15,7 +15,7 @@ from kpcore.kpconv import AGGREGATIONS, INFLUENCES, NORMALIZATIONS
 from kpcore.nn import blocks
 from kpcore.nn.blocks import Buffer, Value
 from kpcore.pyramid import Pyramid
-from kpcore.subsampling import common_origin
+from kpcore.subsampling import PUBLISHED, common_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -162,7 +162,7 @@ class Network:
     dropout : float
         Dropout rate of the layer before the logits, in training.
     origin : {0, "published"}
-        Where the grids of pyramids begin, as in `kpcore.build_pyramid`.
+        Where the grids of pyramids begin, as in `kpcore.build_pyramid`. "published": radii are exclusive too, as there.
     heads : dict of int by name, optional
         For the labels of parts of objects: a head for each category, with the number of its parts; `num_classes` is
         their sum. Each has its own layer of `head_width` channels before its logits. The network is then called with
@@ -388,7 +388,8 @@ class Network:
         check_dimension(self, points)
         levels = F.build_pyramid(
             points, voxel_size=self.voxel_size, num_levels=self.num_levels, row_splits=row_splits, features=features,
-            labels=labels, subsampled=subsampled, origin=self.origin, conv_radius=self.conv_radius,
+            labels=labels, subsampled=subsampled, origin=self.origin, inclusive=self.origin != PUBLISHED,
+            conv_radius=self.conv_radius,
             deform_radius=self.deform_radius, deform_levels=self.deform_levels, neighbor_limits=neighbor_limits,
             upsample_levels=self.upsample_levels
         )  # fmt: skip

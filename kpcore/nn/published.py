@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kpcore.backends import checks
 from kpcore.nn.networks import Network
-from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, shape_of, speller
+from kpcore.nn.published_arrays import arrays_of, flag, loaded, made, need, numbers, shape_of, speller
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -117,7 +117,7 @@ def open3d_ml(
     state_dict = arrays_of("open3d-ml", state_dict)
     need(config, "architecture", *needed_lengths(config.get("architecture")))
     options = {"momentum": 1 - checks.between("batch_norm_momentum", config.get("batch_norm_momentum", 0.02), 0, 1)}
-    if config.get("reduce_fc"):
+    if flag(config, "reduce_fc", False):
         half = _first_width(state_dict, config) // 2
         options |= {"decoder_width": half, "head_width": half, "head_norm": True}
     else:
@@ -182,10 +182,12 @@ def _kpfcnn(client, state_dict, architecture, config, options):
     sizes = _sizes(state_dict, config)
     from_config = {field: config[name] for name, field in _SETTINGS.items() if name in config}
     if "modulated" in config:  # parameters.txt has 0 or 1
-        from_config["modulated"] = bool(config["modulated"])
-    if not config.get("use_batch_norm", True):
+        from_config["modulated"] = flag(config, "modulated", False)
+    if not flag(config, "use_batch_norm", True):
         options = options | {"norm": None, "norm_affine": True}
-    net = Network(tuple(architecture), **sizes | from_config | options, pool_pad_value=0.0, origin="published")
+    names = {field: name for name, field in _SETTINGS.items() if name in config and field not in options}
+    net = made(Network, names, tuple(architecture), **sizes | from_config | options, pool_pad_value=0.0,
+               origin="published")  # fmt: skip
     downs = net.num_downs
     parts = {"encoder": "encoder_blocks" if downs < len(architecture) else "block_ops", "decoder": "decoder_blocks"}
     paths = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from kpcore.nn.networks import shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import ArrayLike
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from kpcore.nn.networks import Network
 
 Arrays: TypeAlias = dict[str, np.ndarray]
+Made = TypeVar("Made")
+_MOST_BLOCKS = 1024  # of a network
 # {name of an array of a normalisation here: its published name}
 NORM = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
 
@@ -65,15 +68,49 @@ def speller(net: Network, paths: Mapping[str, str], norm: str, conv_norm: str, b
 
 def need(config: Mapping[str, Any], *names: str) -> None:
     """Raise an error that lists the settings among `names` that a config does not have."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected settings by name, got {type(config).__name__}")
     if missing := [name for name in names if config.get(name) is None]:
         raise ValueError(f"config: expected {', '.join(missing)}, got none")
 
 
+def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A setting that is on or off."""
+    value = config.get(name, default)
+    if value not in (0, 1):
+        raise ValueError(f"config: expected {name} 0 or 1, got {value!r}")
+    return bool(value)
+
+
+def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Check that settings, where a config has them, are as the arrays show: {name: value}."""
+    for name, size in sizes.items():
+        if config.get(name, size) != size:
+            raise ValueError(f"config: expected {name} {size!r}, as of the arrays, got {config[name]!r}")
+
+
+def made(kind: Callable[..., Made], names: Mapping[str, str], *sizes: Any, **fields: Any) -> Made:
+    """A network; errors about a field of it speak of the setting ``names[field]``."""
+    try:
+        return kind(*sizes, **fields)
+    except (TypeError, ValueError) as error:
+        field, _, message = str(error).partition(":")
+        if field not in names:
+            raise
+        raise type(error)(f"config: {names[field]}:{message}") from None
+
+
 def arrays_of(client: str, state_dict: Mapping[str, ArrayLike]) -> Arrays:
     """The arrays of a checkpoint, without the prefix of DataParallel; an error if the names are another client's."""
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise TypeError(f"state_dict: expected arrays by name, got {type(state_dict).__name__}")
     arrays = {name: _array(name, value) for name, value in state_dict.items()}
-    if arrays and all(name.startswith("module.") for name in arrays):
-        arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # of DataParallel and torch.compile, in either order
+        if arrays and all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
+    for name in arrays:
+        if re.search(r"\d{5}", name) or any(number > _MOST_BLOCKS for number in numbers(name)):
+            raise ValueError(f"state_dict: expected names with numbers up to {_MOST_BLOCKS}, got {name[:100]}")
     looks_like = clients_of(arrays)
     if looks_like and client not in looks_like:
         titles = " or ".join(CLIENTS[other].title for other in looks_like)
@@ -94,13 +131,20 @@ def shape_of(arrays: Arrays, name: str, axes: int, missing: tuple[int, ...] | No
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    try:
-        if hasattr(value, "float"):  # a torch tensor, which NumPy cannot read if it is bfloat16
-            value = value.detach().float()
-        return np.asarray(value, np.float32)
-    except (TypeError, ValueError):  # also a tensor on the GPU
-        got = f"one on {value.device}" if hasattr(value, "device") else type(value).__name__
-        raise TypeError(f"state_dict: expected arrays or tensors on the CPU, got {got} for {name}") from None
+    is_tensor = hasattr(value, "is_complex")  # of torch
+    if is_tensor and not value.is_complex() and "strided" in str(value.layout) and value.device.type == "cpu":
+        array = value.detach().float().numpy()  # NumPy cannot read bfloat16
+    elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and not np.ma.isMaskedArray(value):
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, np.float32)
+    else:
+        got = f"{value.layout}, {value.dtype}, on {value.device}" if is_tensor else getattr(value, "dtype", type(value))
+        raise TypeError(
+            f"state_dict: expected dense arrays or tensors of real numbers on the CPU, got {got} for {name}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"state_dict: expected finite numbers in float32, got NaN or infinity in {name}")
+    return array
 
 
 def clients_of(names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kpcore.backends import checks
 from kpcore.nn.networks import Network
-from kpcore.nn.published_arrays import arrays_of, loaded, need, numbers, shape_of, speller
+from kpcore.nn.published_arrays import arrays_of, check_sizes, loaded, need, numbers, shape_of, speller
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +62,8 @@ def geotransformer(
     for field, name in (("conv_radius", "radius"), ("extent", "sigma")):
         if f"base_{name}" not in config:
             need(config, f"init_{name}")
-        in_voxels[field] = config.get(f"base_{name}", config.get(f"init_{name}", 0) / voxel)
+        setting, unit = (f"base_{name}", 1) if f"base_{name}" in config else (f"init_{name}", voxel)
+        in_voxels[field] = checks.length(setting, config[setting], np.dtype(np.float64)) / unit
     prefix = "backbone." if any(name.startswith("backbone.") for name in whole) else ""
     state_dict = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
     # encoder2_1 is the first block of stage 2; it leads there from stage 1
@@ -82,6 +83,7 @@ def geotransformer(
         paths[f"decoder.{2 * number + 1}"] = block
     num, num_features, width = shape_of(state_dict, f"{encoder[0]}.KPConv.weights", 3)
     num_classes, _ = shape_of(state_dict, f"{decoder[0]}.mlp.weight", 2)
+    check_sizes(config, {"kernel_size": num, "input_dim": num_features, "init_dim": width, "output_dim": num_classes})
     groups = checks.integer("group_norm", config["group_norm"], 1)
     for name, value in state_dict.items():
         if name.endswith(".norm.weight") and value.size % groups:

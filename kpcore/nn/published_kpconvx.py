@@ -10,7 +10,7 @@ import numpy as np
 
 from kpcore.backends import checks
 from kpcore.nn.kpnext import KPNeXt
-from kpcore.nn.published_arrays import NORM, arrays_of, loaded, need, shape_of
+from kpcore.nn.published_arrays import NORM, arrays_of, check_sizes, flag, loaded, made, need, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +24,10 @@ _ONLY = {
     "kp_mode": ("kpconvx", "kpconvd"), "kp_influence": ("linear",), "kp_aggregation": ("nearest",),
     "inv_act": ("sigmoid",), "norm": ("batch", "none"), "grid_pool": (True,), "kpx_upcut": (False,),
     "in_sub_mode": ("grid",),
+}  # fmt: skip
+_SETTINGS = {
+    "dim": "dimension", "neighbor_limits": "num_neighbors", "shell_sizes": "shells", "radius_scaling": "grid_factor",
+    "bn_momentum": "momentum", "init_sub_size": "voxel_size", "kp_radius": "radius", "kp_sigma": "extent",
 }  # fmt: skip
 _LAYERS = {
     "unary1": ("up_mlp.0", "up_mlp.1.norm"), "unary2": ("down_mlp.0", "down_mlp.1.norm"),
@@ -75,6 +79,9 @@ def kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> t
             raise ValueError(f"config: expected {name} {expected}, as kpcore.nn.KPNeXt has, got {config[name]!r}")
     depths = _depths(state_dict)
     stem = shape_of(state_dict, "stem.conv.weights", 4)
+    check_sizes(config, {"kp_mode": "kpconvx" if has_attention else "kpconvd", "init_channels": stem[3]})
+    if "layer_blocks" in config:
+        check_sizes({"layer_blocks": [*config["layer_blocks"]]}, {"layer_blocks": depths})
     last = shape_of(state_dict, "head.1.weight" if segment else "head.2.weight", 2)
     hidden = shape_of(state_dict, "head.0.mlp.weight", 2)
     options = {"attention_groups": None}
@@ -82,11 +89,12 @@ def kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> t
         options["attention_groups"] = _attention_groups(state_dict, stem[0], config)
     if not segment:
         options |= {"head_width": hidden[0], "head_norm": False, "dropout": 0.4}
-    net = KPNeXt(
-        depths, stem[2], last[0], segment=segment, dimension=config.get("dim", 3), width=stem[3],
+    names = {field: name for name, field in _SETTINGS.items()}
+    net = made(
+        KPNeXt, names, depths, stem[2], last[0], segment=segment, dimension=config.get("dim", 3), width=stem[3],
         num_neighbors=config["neighbor_limits"], shells=config["shell_sizes"], grid_factor=config["radius_scaling"],
         norm=None if config.get("norm") == "none" else "batch", momentum=config.get("bn_momentum", 0.1),
-        attention_norm=bool(config.get("inv_grp_norm", True)), origin="published", **_lengths(config), **options,
+        attention_norm=flag(config, "inv_grp_norm", True), origin="published", **_lengths(config), **options,
     )  # fmt: skip
     _check_channels(net, config)
     if not net.attention_norm:  # the published layer has these arrays, and does not use them
@@ -144,7 +152,7 @@ def _attention_groups(state_dict: Arrays, num: int, config: Mapping[str, Any]) -
 
 
 def _check_channels(net: KPNeXt, config: Mapping[str, Any]) -> None:
-    scaling = config.get("channel_scaling", 1.41)
+    scaling = checks.between("channel_scaling", config.get("channel_scaling", 1.41), 0, 100)
     published = tuple(math.ceil((net.width * scaling**level - 0.1) / 16) * 16 for level in range(net.num_levels))
     if published != net.widths:
         raise ValueError(f"config: expected channel_scaling and init_channels with which stages have {net.widths} "

@@ -104,8 +104,7 @@ def convert(checkpoint: str | os.PathLike[str], client: str, out: str | os.PathL
         For files that cannot be read, missing settings, and arrays that do not fit, which it lists in lines.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise ValueError(f"{out}: expected a file other than the checkpoint, which is never overwritten")
+    _check_differs(out, checkpoint)
     require("safetensors", "io")
     check_writable(out)
     form, paths = FORMATS[client], [Path(path) for path in configs]
@@ -115,6 +114,7 @@ def convert(checkpoint: str | os.PathLike[str], client: str, out: str | os.PathL
         paths = [place for place in places if place.is_file()][:1]
     config = {}
     for path in paths:
+        _check_differs(out, path)
         with errors_name(path):
             config |= _flat(_settings(path, client), form.sections)
     where = ", ".join(map(str, paths)) or (f"no {form.beside} beside it or above" if form.beside else "no --config")
@@ -131,6 +131,11 @@ def convert(checkpoint: str | os.PathLike[str], client: str, out: str | os.PathL
 
 
 # ---- files
+
+
+def _check_differs(out: Path, path: Path) -> None:
+    if out.exists() and path.exists() and out.samefile(path):
+        raise ValueError(f"{out}: expected a file other than {path}, which is read and never overwritten")
 
 
 def read_checkpoint(path: Path, state: str) -> Mapping[str, Any]:
@@ -159,7 +164,7 @@ def read_checkpoint(path: Path, state: str) -> Mapping[str, Any]:
 
 def _numbers_of_numpy() -> list[Any]:
     """What a pickled number of NumPy needs, such as the loss of the best epoch; it executes nothing."""
-    scalar, dtypes = np.float64(0).__reduce__()[0], [np.dtype(kind) for kind in ("f8", "f4", "i8", "i4")]
+    scalar, dtypes = np.float64(0).__reduce__()[0], [np.dtype(kind) for kind in ("f8", "f4", "i8", "i4", "?")]
     names = "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"  # of NumPy 1 and 2
     return [*((scalar, name) for name in names), np.dtype, *map(type, dtypes)]
 
@@ -223,11 +228,15 @@ def _number(word: str) -> Any:
             return kind(word)
         except ValueError:
             continue
-    return None if word == "None" else word
+    return {"None": None, "True": True, "False": False}.get(word, word)
 
 
 def _flat(values: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
     """The settings outside of sections, and those in the sections that describe the network."""
+    if not sections:
+        tables = [name for name, value in values.items() if isinstance(value, dict) and not name.startswith("label_")]
+        if tables:
+            raise ValueError(f"expected settings outside of tables, got [{tables[0]}]")
     flat = {name: value for name, value in values.items() if name not in sections}
     for section in sections:
         if isinstance(values.get(section), dict):
@@ -275,12 +284,17 @@ def classes_of(num_classes: int, config: Mapping[str, Any]) -> tuple[list[str], 
     called by their label, or by their number.
     """
     by_label = config.get("label_to_names", config.get("label_and_names"))
-    ignored = config.get("ignored_labels", config.get("ignored_label_inds")) or []
+    ignored = config.get("ignored_labels", config.get("ignored_label_inds"))
+    ignored = [] if ignored is None else [ignored] if type(ignored) is int else ignored
+    if not isinstance(ignored, (list, tuple)) or any(type(label) is not int for label in ignored):
+        raise ValueError(f"ignored_labels: expected a list of labels, got {ignored!r}")
+    listed = config.get("lbl_values", config.get("label_values")) or ()
+    if any(type(label) is not int for label in listed):
+        raise ValueError(f"label_values: expected a list of integers, got {listed!r}")
     try:
         pairs = by_label.items() if isinstance(by_label, dict) else by_label or ()
         named = {int(label): str(name) for label, name in pairs}
-        labels = [*named] or [int(label) for label in config.get("lbl_values", config.get("label_values")) or ()]
-        labels = sorted({*labels} - {int(label) for label in ignored}) or [*range(num_classes)]
+        labels = sorted({*(named or listed)} - {*ignored}) or [*range(num_classes)]
     except (TypeError, ValueError):
         raise ValueError(f"label_to_names: expected a name for each label, got {by_label!r}") from None
     if len(labels) != num_classes:

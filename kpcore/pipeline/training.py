@@ -61,7 +61,10 @@ class Model:
         net, params, state, about = nn.load(path)
         with checkpoints.errors_name(path):
             if not {"settings", "columns"} <= about.keys():
-                raise ValueError("expected a file that kpcore train wrote, got one without its settings or columns")
+                got = "got one without its settings or columns"
+                if "converted" in about:
+                    got = "got one of kpcore convert, which says what is missing for segment and predict"
+                raise ValueError(f"expected a file that kpcore train wrote, {got}")
             settings = from_dict(about["settings"])
             _check_network(net, settings)
             return cls(net, params, state, settings, columns_of(settings, about["columns"]))
