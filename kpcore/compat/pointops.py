@@ -285,14 +285,23 @@ def grouping(idx: torch.Tensor, feat: torch.Tensor, xyz: torch.Tensor, new_xyz: 
             "idx: expected int32 or int64, got features first; grouping(input, idx) of the first Point Transformer is "
             "grouping2"
         )
-    grouped, missing = _gathered("feat", feat, idx)
     if not checks.boolean("with_xyz", with_xyz):
-        return grouped
+        return _gathered("feat", feat, idx)[0]
+    xyz, feat = checked(None, "xyz", xyz), checked(None, "feat", feat)
     new_xyz = xyz if new_xyz is None else checked(None, "new_xyz", new_xyz)
-    if len(new_xyz) != len(idx):
-        raise ValueError(f"new_xyz: expected {len(idx)} rows to match idx, got {len(new_xyz)}")
-    relative = _gathered("xyz", xyz, idx)[0] - new_xyz[:, None]
-    return torch.cat([relative if missing is None else relative.masked_fill(missing, 0), grouped], -1)
+    if xyz.ndim != 2 or feat.ndim != 2 or len(xyz) != len(feat):
+        raise ValueError(f"feat: expected (N, C) to match xyz {tuple(xyz.shape)}, got {tuple(feat.shape)}")
+    if new_xyz.shape != (len(idx), xyz.shape[1]):
+        expected = len(idx), xyz.shape[1]
+        raise ValueError(f"new_xyz: expected {expected} to match idx and xyz, got {tuple(new_xyz.shape)}")
+    for name, other in (("feat", feat), ("new_xyz", new_xyz)):
+        if other.dtype != xyz.dtype:
+            raise TypeError(f"{name}: expected {str(xyz.dtype)[6:]} to match xyz, got {str(other.dtype)[6:]}")
+    # Both are gathered at once and the queries subtracted in place, as the result is much larger than its parts.
+    grouped, missing = _gathered("feat", torch.cat([xyz, feat], 1), idx)
+    centers = new_xyz[:, None]
+    grouped[:, :, : xyz.shape[1]] -= centers if missing is None else torch.where(missing, 0, centers)
+    return grouped
 
 
 def grouping2(input: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
