@@ -1330,7 +1330,8 @@ def test_resuming_a_run_that_does_not_exist(command, tmp_path):
         *[(lambda about, v=v: about["columns"].update(widths=v), "columns: expected widths") for v in (
             3, {}, {"one": 1}, {"one": 1, "color": 3, "height": 10**9}, {"height": 1, "color": 3, "one": 1})],
         *[(lambda about, v=v: about["columns"].update(center=v), "finite number as center of") for v in (
-            3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1, 2]}, {"color": 0.0, "height": 1e999})],
+            3, [], {}, {"color": "0", "height": 0.0}, {"color": 0.0, "height": [1, 2]},
+            {"color": 0.0, "height": 1e999})],
         *[(lambda about, v=v: about["columns"]["scale"].update(height=v), "finite number as scale of height") for v in (
             0, -1, None, True, float("nan"), 1e-320)],
         (lambda about: about.pop("columns"), "without its settings or columns"),
