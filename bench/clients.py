@@ -60,9 +60,9 @@ def calls(bench):
         bench.absent("layers", "the calls alone", reason)
         return
     import torch
-    from kpcore.compat.kpconv_pytorch import KPConv
 
     import kpcore.torch as kpt
+    from kpcore.compat.kpconv_pytorch import KPConv
 
     layer = KPConv(15, 3, 4, 8, 0.3, 0.4)
     tensor, features = torch.from_numpy(points), torch.rand(10, 4)
