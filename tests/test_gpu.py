@@ -27,7 +27,7 @@ import fake_cupy
 try:
     import cupy
 
-    EMULATED = not cupy.cuda.is_available()
+    EMULATED = fake_cupy.is_installed() or not cupy.cuda.is_available()
 except ImportError:
     EMULATED = True
 if EMULATED:
