@@ -449,3 +449,12 @@ def test_a_center_for_each_column(tmp_path, command):
         nn.save(tmp_path / "other", net, params, state, **about | {"columns": columns})
         with pytest.raises(ValueError, match=rf"other: columns: expected a finite number as {name} of color, got \["):
             Model.load(tmp_path / "other")
+
+
+def test_what_torch_may_load_stays_as_it_was(tmp_path, command):
+    import kpcore.torch  # noqa: F401 - which lets torch load lists and pyramids
+
+    before = torch.serialization.get_safe_globals()
+    path = run_of_kpconv_pytorch(tmp_path)
+    assert command("convert", path, "--from", "kpconv-pytorch", "--out", tmp_path / "net")[0] == 0
+    assert set(torch.serialization.get_safe_globals()) == set(before)

@@ -144,8 +144,10 @@ def read_checkpoint(path: Path, state: str) -> Mapping[str, Any]:
         raise ValueError(f"{path}: is not a regular file")
     path.open("rb").close()  # if this fails, the OSError names the file
     torch = require("torch", "torch")
+    allowed = torch.serialization.get_safe_globals()  # which the context would take away at its end
+    added = [one for one in _numbers_of_numpy() if one not in allowed]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_numbers_of_numpy()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(added):
             warnings.simplefilter("ignore")  # of the format of old files
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
