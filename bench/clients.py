@@ -1,7 +1,7 @@
 """The case `compat` of ``python bench/run.py cpu``: code of other projects, before and after it imports kpcore.compat.
 
 Before, their layers are the dense formulation in PyTorch. Their compiled functions are represented by kd-trees of SciPy
-and pykdtree, which search as theirs do (one tree for each batch item, neighbours by distance, padded rows), and by
+and pykdtree, which search in the same way (one tree for each batch item, neighbours by distance, padded rows), and by
 grids of NumPy; the names of the rows say so. Both sides have the same parameters and the same padded matrices.
 """
 
@@ -127,7 +127,7 @@ def pipeline(bench):
 
 
 def numpy_grid(points, lengths, voxel):
-    """Barycentres of the voxels of each item, whose grid begins where the published one does."""
+    """Barycentres of the voxels of each item, in a grid that begins where the published one does."""
     out, counts = [], []
     for item in np.split(points, np.cumsum(lengths)[:-1]):
         origin = np.floor(item.min(0) / voxel) * voxel
@@ -167,7 +167,7 @@ def search_of_trees(tree, queries, points, query_lengths, lengths, radius, limit
     return np.concatenate(out)
 
 
-# A training step of KP-FCNN in the client's own form: torch modules over padded matrices.
+# A training step of KP-FCNN in the form of the client: torch modules over padded matrices.
 
 
 def step(bench):

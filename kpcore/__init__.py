@@ -15,8 +15,8 @@ Dtypes
     convert; so are arrays on two devices. Arrays that are not contiguous or aligned are copied. No argument is ever
     written to.
 Neighbours
-    Neighbour lists in CSR form, :class:`Neighbors`. By default a radius is inclusive and a point is its own neighbour.
-    Lengths are in the unit of ``points``.
+    Neighbour lists in CSR form, :class:`Neighbors`. By default a radius is inclusive and a point is a neighbour of
+    itself. Lengths are in the unit of ``points``.
 Decisions
     Which points are within the radius, which voxel a point is in, which kernel point is nearest: the same bits on every
     machine, instruction set, number of threads and GPU. Floating-point results do not depend on the number of threads,

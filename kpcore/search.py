@@ -61,7 +61,7 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
     A point x is a neighbour of q if ``|x - q| <= radius``. With d = x - q, in the dtype of the coordinates and on every
     machine alike, that is ``(d0*d0 + d1*d1) + d2*d2 <= r*r`` ("l2"), ``(|d0| + |d1|) + |d2| <= r`` ("l1") or
     ``max(|d0|, |d1|, |d2|) <= r`` ("linf"); with ``inclusive=False`` it is ``<`` in all of these. A query that is one
-    of the points is its own neighbour, unless `ignore_query_point` says otherwise.
+    of the points is a neighbour of itself, unless `ignore_query_point` says otherwise.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ def measures(metric, points, queries):
 
 def search(points, queries, limit, points_row_splits=None, queries_row_splits=None, metric="l2",
            ignore_query_point=False, most=None, sort="index", inclusive=True):  # fmt: skip
-    """-> (rows, distances): for every query q, the points whose `measures` are at most, or below, ``limit[q]``.
+    """-> (rows, distances): for every query q, the points with `measures` of at most, or below, ``limit[q]``.
 
     Of these, the first `most` by (distance, index) are kept, and sorted by distance or by index.
     """

@@ -667,3 +667,13 @@ def test_errors_speak_of_tensors():
         compat.subsample(points.int())
     with pytest.raises(TypeError, match=r"^x: expected a torch tensor, got ndarray"):
         compat.max_pool(POINTS, torch.zeros(4, 2, dtype=torch.int64))
+
+
+def test_numbers_in_tensors():
+    torch = pytest.importorskip("torch")
+    points, lengths = np.random.default_rng(0).random((30, 3), np.float32), [20, 10]
+    expected = compat.batch_query(points, points, lengths, lengths, radius=0.5)
+    assert_same_bits(compat.batch_query(points, points, lengths, lengths, radius=torch.tensor(0.5)), expected)
+    tensor = torch.from_numpy(points)
+    got = compat.batch_query(tensor, tensor, lengths, lengths, radius=torch.tensor(0.5))
+    assert_same_bits(got.numpy(), expected)

@@ -460,7 +460,10 @@ def test_wrong_inputs(name):
         ((queries.double(), points, matrix, features), "queries"),
         ((queries[:-1], points, matrix, features), "indices"),
     ):
-        with pytest.raises((TypeError, ValueError), match=f"^({names[argument]}|weights: .* to match features)"):
+        with pytest.raises(
+            (TypeError, ValueError),
+            match=rf"^({names[argument]}|weights: .* to match (x|s_feats),)",
+        ):
             called(layer, *wrong)
 
 

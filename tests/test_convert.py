@@ -69,7 +69,7 @@ def assert_same_network(path, expected):
 
 
 def test_a_checkpoint_of_kpconv_pytorch(tmp_path, command, monkeypatch):
-    """Its settings are found above the checkpoint."""
+    """The settings lie in the folder above the checkpoint."""
     path = run_of_kpconv_pytorch(tmp_path, dataset="S3DIS", in_radius="1.200", use_batch_norm=1, modulated=0)
     monkeypatch.chdir(path.parent)
     code, out, err = command("convert", "chkp_0007.tar", "--from", "kpconv-pytorch", "--out", tmp_path / "net.st")
@@ -322,7 +322,7 @@ def test_missing_settings_are_named(tmp_path, refused):
         ("a.toml", "[label_to_names]\n" + "".join(f'{i} = "a"\n' for i in range(6)), "expected a different name"),
         ("a.toml", 'conv_radius = "wide"', "conv_radius: expected a number, got str"),
         ("a.toml", "architecture = [1, 2]", r"architecture: expected a list or tuple of str, got \[1, 2\]"),
-        ("a.toml", "first_features_dim = [8]", "config: first_features_dim: expected an integer, got list"),
+        ("a.toml", "first_features_dim = [8]", "first_features_dim: expected an integer, got list"),
         ("a.toml", "[model]\nKP_extent = 9.0", r"a\.toml: expected settings outside of tables, got \[model\]"),
         ("a.toml", 'ignored_labels = "12"', "ignored_labels: expected a list of labels, got '12'"),
         ("a.toml", "label_values = [0.5, 1.5]", "label_values: expected a list of integers, got"),
@@ -365,7 +365,7 @@ def test_a_checkpoint_that_would_execute_code(tmp_path, refused, monkeypatch, zi
     last = refused(path, "kpconv-pytorch")[0]
     assert last == (
         f"{path}: expected a checkpoint of arrays and numbers, got one that needs {os.system.__module__}.system, which "
-        "could execute code; if it is trusted, load it in its own code and save its arrays alone"
+        "could execute code; if it is trusted, load it with the code that wrote it and save its arrays alone"
     )
     assert not (tmp_path / "harmful").exists()
 

@@ -50,9 +50,9 @@ class Case:
     def __init__(self, name, load, pools="pools", upsamples="upsamples"):
         with np.load(GOLDEN / f"{name}.npz") as file:
             arrays = {key.removeprefix("net/"): file[key] for key in file}
-        self.given = {key[3:]: value for key, value in arrays.items() if key.startswith("in/")}
+        self.inputs = {key[3:]: value for key, value in arrays.items() if key.startswith("in/")}
         self.out = {key[4:]: value for key, value in arrays.items() if key.startswith("out/")}
-        self.state_dict, self.load = self.part(self.given, "state/"), load
+        self.state_dict, self.load = self.part(self.inputs, "state/"), load
         self.net, self.params, self.state = load(self.state_dict)
         self.levels = [self.level(number, pools, upsamples) for number in range(self.net.num_levels)]
 
@@ -62,11 +62,11 @@ class Case:
 
     def level(self, number, pools, upsamples):
         def listed(kind, of=0):
-            return kp.Neighbors.from_padded(self.given[f"{kind}/{number}"], len(self.given[f"points/{number + of}"]))
+            return kp.Neighbors.from_padded(self.inputs[f"{kind}/{number}"], len(self.inputs[f"points/{number + of}"]))
 
-        splits = kp.row_splits(self.given[f"lengths/{number}"].astype(np.int64))
+        splits = kp.row_splits(self.inputs[f"lengths/{number}"].astype(np.int64))
         between = [listed(pools), listed(upsamples, of=1)] if number + 1 < self.net.num_levels else [None, None]
-        points = self.given[f"points/{number}"]
+        points = self.inputs[f"points/{number}"]
         return kp.Level(points, splits, None, None, 0.0, 0.0, listed("neighbors"), *between)
 
     def named(self, start):
@@ -85,8 +85,8 @@ class Case:
     def trained(self):
         """(tensors of the parameters, loss, result) of a training pass."""
         tensors = {name: kp.autodiff.Tensor(value) for name, value in self.params.items()}
-        result = self.net(kp, tensors, self.state, self.levels, self.given["features"], training=True)
-        loss = entropy = kp.softmax_cross_entropy(result.logits, self.given["labels"])
+        result = self.net(kp, tensors, self.state, self.levels, self.inputs["features"], training=True)
+        loss = entropy = kp.softmax_cross_entropy(result.logits, self.inputs["labels"])
         if result.regularization is not None:
             loss = entropy + result.regularization
             np.testing.assert_allclose(entropy.value, self.out["output_loss"], rtol=2e-6)
@@ -115,7 +115,7 @@ def case(name):
 @pytest.mark.parametrize("name", ["open3d-ml", "kpconvx", "kpconvd"])
 def test_networks_that_label_points(name):
     one = case(name)
-    logits = one.net(kp, one.params, one.state, one.levels, one.given["features"]).logits
+    logits = one.net(kp, one.params, one.state, one.levels, one.inputs["features"]).logits
     assert relative(logits, one.out["logits_eval"]) < 3e-5
     tensors, loss, result = one.trained()
     assert relative(result.logits.value, one.out["logits_train"]) < 3e-5
@@ -132,15 +132,15 @@ def test_the_backbone_of_geotransformer():
     one = case("geotransformer")
     assert (one.net.output_level, one.net.reach) == (1, None)
     tensors, levels = {name: kp.autodiff.Tensor(value) for name, value in one.params.items()}, {}
-    result = one.net(kp, tensors, one.state, one.levels, one.given["features"],
+    result = one.net(kp, tensors, one.state, one.levels, one.inputs["features"],
                      observe=lambda name, level, out: levels.update({level: out}))  # fmt: skip
     feats = [levels[level] for level in (1, 2, 3)]
     assert result.logits is feats[0]
     loss = 0
     for number, out in enumerate(feats):
         assert relative(out.value, one.out[f"feats/{number}"]) < 3e-5
-        out.backward(one.given[f"grad_outputs/{number}"])
-        loss += (out.value * one.given[f"grad_outputs/{number}"]).sum(dtype=np.float64)
+        out.backward(one.inputs[f"grad_outputs/{number}"])
+        loss += (out.value * one.inputs[f"grad_outputs/{number}"]).sum(dtype=np.float64)
     np.testing.assert_allclose(loss, one.out["loss"], rtol=3e-5)
     for key, value in one.named("grad/").items():
         assert relative(tensors[key].grad, value) < 3e-5, key
@@ -210,26 +210,26 @@ def test_predator_with_its_graph_network_between_encoder_and_decoder():
     torch = pytest.importorskip("torch")
     kpt = pytest.importorskip("kpcore.torch")
     one = case("predator")
-    own = ("epsilon", "bottle", "gnn", "proj_gnn", "proj_score")
+    not_imported = ("epsilon", "bottle", "gnn", "proj_gnn", "proj_score")
     arrays = {name: torch.tensor(value, requires_grad=True) for name, value in one.state_dict.items()
-              if name.split(".")[0] in own}  # fmt: skip
+              if name.split(".")[0] in not_imported}  # fmt: skip
     coarsest = one.levels[-1]
     gnn = graph_network(torch, arrays, torch.tensor(coarsest.points), int(coarsest.row_splits[1]),
-                        int(one.given["dgcnn_k"]))  # fmt: skip
+                        int(one.inputs["dgcnn_k"]))  # fmt: skip
     seen = []
     module = kpt.Network(one.net, one.params, one.state)
     levels = [
         level._replace(points=torch.tensor(level.points), row_splits=torch.tensor(level.row_splits))
         for level in one.levels
     ]
-    features = torch.tensor(one.given["features"])
+    features = torch.tensor(one.inputs["features"])
     out, _ = module(levels, features, between=lambda x: gnn(seen.append(x) or x))
     assert relative(seen[0].detach(), one.out["encoder"]) < 3e-5
     feats = torch.nn.functional.normalize(out[:, :-2], dim=1)
     overlap, saliency = torch.sigmoid(out[:, -2]), torch.sigmoid(out[:, -1])
     for got, name in ((feats, "feats"), (overlap, "scores_overlap"), (saliency, "scores_saliency")):
         assert relative(got.detach(), one.out[name]) < 1e-4  # Predator's float32 differs from float64 by 2e-5
-    loss = (feats * torch.tensor(one.given["grad_feats"])).sum() + overlap.sum() - 0.5 * saliency.sum()
+    loss = (feats * torch.tensor(one.inputs["grad_feats"])).sum() + overlap.sum() - 0.5 * saliency.sum()
     loss.backward()
     np.testing.assert_allclose(loss.detach(), one.out["loss"], rtol=1e-5)
     grads = {name: value.grad for name, value in module.named_parameters()}
@@ -255,7 +255,7 @@ def sets(neighbors, queries, points, first=None):
 @pytest.mark.parametrize("name", ["open3d-ml", "kpconvx", "kpconvd", "geotransformer", "predator"])
 def test_pyramids_of_an_imported_network_are_the_published_ones(name):
     one = case(name)
-    limits = {} if "kpconv" in name else {"neighbor_limits": one.given["neighbor_limits"].tolist()}
+    limits = {} if "kpconv" in name else {"neighbor_limits": one.inputs["neighbor_limits"].tolist()}
     ours = one.net.pyramid(one.levels[0].points, row_splits=one.levels[0].row_splits, subsampled=True, **limits)
     orders = [[by_coordinates(level.points) for level in levels] for levels in (ours, one.levels)]
     numbers = [[np.argsort(order) for order in of_levels] for of_levels in orders]
@@ -511,7 +511,7 @@ def test_a_classifier_of_kpconvx():
     net, params, state = nn.import_kpconvx(given, KPCONVX | {"kp_mode": "kpconvd", "num_classes": 7})
     assert (net.segments, net.num_classes, net.head_width, net.head_norm, net.dropout) == (False, 7, 24, False, 0.4)
     levels = {}
-    logits = net(kp, params, state, one.levels, one.given["features"],
+    logits = net(kp, params, state, one.levels, one.inputs["features"],
                  observe=lambda name, level, out: levels.update({level: out})).logits  # fmt: skip
     means = kp.segment_reduce(levels[2], one.levels[2].row_splits, "mean")
     hidden = means @ given["head.0.mlp.weight"].T + given["head.0.norm.norm.bias"]
@@ -539,7 +539,7 @@ def test_settings_of_kpconvx():
     net, params, more = nn.import_kpconvx(state, KPCONVX | {"inv_grp_norm": False})
     assert not net.attention_norm
     assert not any("attention.norm" in name for name in params)
-    assert relative(net(kp, params, more, one.levels, one.given["features"]).logits, one.out["logits_eval"]) > 1e-3
+    assert relative(net(kp, params, more, one.levels, one.inputs["features"]).logits, one.out["logits_eval"]) > 1e-3
     for changed, message in (
         ({"init_sub_size": -1.0}, r"expected init_sub_size and kp_sigma above 0, got -1 and 2\.1: their product"),
         ({"kp_aggregation": "sum"}, r"config: expected kp_aggregation 'nearest', as kpcore\.nn\.KPNeXt has, got 'sum'"),
@@ -753,7 +753,7 @@ def test_prefixes_of_wrapped_networks():
         ({"layer_blocks": [9, 9]}, r"expected layer_blocks \[1, 1, 1\], as of the arrays, got \[9, 9\]"),
         ({"init_channels": 64}, "expected init_channels 16, as of the arrays, got 64"),
         ({"inv_grp_norm": "False"}, "expected inv_grp_norm 0 or 1, got 'False'"),
-        ({"shell_sizes": "x"}, "config: shell_sizes: expected"),
+        ({"shell_sizes": "x"}, "^shell_sizes: expected a sequence of integers, got str"),
         ({"channel_scaling": "1.41"}, "channel_scaling: expected a number"),
     ],
 )

@@ -226,6 +226,14 @@ def test_what_weights_only_loads():
         saved_and_loaded(kp.kernel_map(np.zeros((1, 3), np.int32), kernel_size=3))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "uint64", "int64"])
+def test_labels_of_pyramids_in_files(dtype):
+    labels = np.arange(40, dtype=dtype).reshape(20, 2)
+    pyramid = kp.build_pyramid(np.random.default_rng(0).random((20, 3)), labels=labels, voxel_size=0.2, num_levels=2)
+    for level, expected in zip(saved_and_loaded(pyramid), pyramid, strict=True):
+        assert level.labels.dtype == expected.labels.dtype and np.array_equal(level.labels, expected.labels)
+
+
 def saved_and_loaded(value):
     file = io.BytesIO()
     torch.save(value, file)

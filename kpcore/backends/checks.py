@@ -9,8 +9,10 @@ import functools
 import math
 import numbers
 import operator
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -381,3 +383,15 @@ def _not_finite(**arrays):
             got = value[row].tolist() if value.shape[1] <= DIMENSIONS[-1] else value[row][~np.isfinite(value[row])][0]
             return ValueError(f"{name}: expected finite coordinates, got {got} in row {row}")
     return None
+
+
+@contextmanager
+def argument_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Within it, errors about arguments speak of ``names[argument]``, for functions that call them otherwise."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if names and error.args and isinstance(error.args[0], str):
+            pattern = rf"\b({'|'.join(names)})\b"
+            error.args = (re.sub(pattern, lambda match: names[match[0]], error.args[0]), *error.args[1:])
+        raise

@@ -1,4 +1,4 @@
-"""Other code bases' functions under their own names and argument orders, computed by kpcore.
+"""Other code bases' functions under the names and argument orders that they have there, computed by kpcore.
 
 The functions here are the compiled ones of the code bases around KPConv, so that one import switches::
 

@@ -7,9 +7,6 @@ which tests written for Open3D look for.
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -107,15 +104,3 @@ def neighbors(prefix: str, index: object, row_splits: object, num_points: int, s
         return on_arrays(named_list, prefix, *arrays, num_points)
 
     return on_stream_of(index, make)
-
-
-@contextmanager
-def argument_names(**names: str) -> Iterator[None]:
-    """Within it, errors of kpcore's functions have other names of arguments: {name in kpcore: name there}."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if error.args and isinstance(error.args[0], str):
-            pattern = rf"\b({'|'.join(names)})\b"
-            error.args = (re.sub(pattern, lambda match: names[match[0]], error.args[0]), *error.args[1:])
-        raise

@@ -115,9 +115,9 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
     radii = _radii(r, points1)
     queries, splits1, row = _stacked("lengths1", points1, lengths1)
     points, splits2, _ = _stacked("lengths2", points2, lengths2)
-    item = None if row is None and len(points1) == 1 else _items(splits1, len(queries))
+    item = None if row is None and len(points1) == 1 else kpt.row_splits_to_batch(splits1)
     has_index = points.shape[1] in checks.DIMENSIONS
-    with arguments.argument_names(**_NAMES):
+    with checks.argument_names(_NAMES):
         if has_index:
             grid = _grid(points, splits2, radii) if grid is None else _checked_grid(grid, splits2)
             radius = float(radii) if radii.numel() == 1 else radii[item]
@@ -216,12 +216,6 @@ def _stacked(name, points, lengths):
             splits = torch.cat([number.new_zeros(1), lengths.cumsum(0)])
             return kpt.gather(rows, number), splits, number
     return rows, torch.arange(num_items + 1, device=points.device) * padded, None
-
-
-def _items(row_splits, num_rows):
-    """(num_rows,) int64: the number of the item of each row."""
-    counts = torch.diff(row_splits)
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=num_rows)
 
 
 def _grid(points, row_splits, radii):

@@ -8,7 +8,6 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.backends import checks
-from kpcore.compat.kinds import renamed
 
 __all__ = ["load_kernels"]
 
@@ -62,10 +61,9 @@ def load_kernels(radius: float, num_kpoints: int, dimension: int, fixed: str, ll
     """
     radius = checks.length("radius", radius, np.dtype(np.float32))
     num = checks.integer("num_kpoints", num_kpoints, 1)
-    points = renamed(
-        {"num": "num_kpoints"}, kp.kernel_points, num, dimension=dimension, fixed=fixed, dtype=np.float64,
-        **disposition(num, 1.0, checks.boolean("lloyd", lloyd))
-    )  # fmt: skip
+    places = disposition(num, 1.0, checks.boolean("lloyd", lloyd))
+    with checks.argument_names({"num": "num_kpoints"}):
+        points = kp.kernel_points(num, dimension=dimension, fixed=fixed, dtype=np.float64, **places)
     angle = np.random.rand() * 2 * np.pi  # noqa: NPY002 - the generator that the callers seed
     points = radius * (points + np.random.normal(scale=0.01, size=points.shape))  # noqa: NPY002
     if dimension in (2, 3):

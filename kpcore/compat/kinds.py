@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,7 +48,11 @@ def arrays_or_tensors(*, gradient: str | None) -> Callable[[Function], Function]
 
 
 def _on_tensors(function, arguments, tensor, gradient):
-    """The result of `function` for arguments, by name, of which some are tensors."""
+    """The result of `function` for arguments, by name, of which some are tensors; those without axes are numbers."""
+    arguments = {
+        name: value.item() if isinstance(value, tensor) and not value.ndim else value
+        for name, value in arguments.items()
+    }
     data = [name for name in arguments if name not in _LENGTHS]
     first = next((arguments[name] for name in data if isinstance(arguments[name], tensor)), None)
     arrays = [name for name in data if devices.is_array(arguments[name])]
@@ -109,14 +113,3 @@ def row_splits(name: str, lengths: Any, rows: checks.Named) -> np.ndarray:
     if splits[-1] != len(array):
         raise ValueError(f"{name}: expected lengths that add up to {len(array)} to match {rows_name}, got {splits[-1]}")
     return devices.to_device_of(array, splits)
-
-
-def renamed(names: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the function; an error about its argument ``key`` becomes one about ``names[key]``."""
-    try:
-        return function(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        name, colon, rest = str(error).partition(":")
-        if name in names:
-            error.args = (names[name] + colon + rest,)
-        raise

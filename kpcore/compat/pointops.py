@@ -47,7 +47,6 @@ import torch
 
 import kpcore.torch as kpt
 from kpcore.backends import checks
-from kpcore.compat.arguments import argument_names
 from kpcore.compat.open3d_search import kept_pairs, measures, pairs
 from kpcore.torch.ops import checked, on_stream_of, to_tensor
 
@@ -233,7 +232,7 @@ def farthest_point_sampling(xyz: torch.Tensor, offset: torch.Tensor, new_offset:
     if wrong.any():
         item = int(wrong.to(torch.uint8).argmax())
         raise ValueError(f"new_offset: expected 0 to {lengths[item]} points in item {item}, got {counts[item]}")
-    with argument_names(points="xyz", row_splits="offset"):
+    with checks.argument_names({"points": "xyz", "row_splits": "offset"}):
         return kpt.farthest_point_sampling(xyz, counts, row_splits=splits).index
 
 
@@ -424,7 +423,7 @@ def interpolation(xyz: torch.Tensor, new_xyz: torch.Tensor, feat: torch.Tensor, 
     >>> pointops.interpolation(xyz, new_xyz, feat, torch.tensor([2]), torch.tensor([1]), k=2)
     tensor([[20.]])
     """
-    with argument_names(nsample="k"):
+    with checks.argument_names({"nsample": "k"}):
         neighbors = _nearest(k, xyz, new_xyz, _bounds(xyz, offset, new_xyz, new_offset))
     inverse = 1 / (to_tensor(neighbors.stored_distance) + 1e-8)
     if len(inverse) == neighbors.num_queries * k:
@@ -434,7 +433,7 @@ def interpolation(xyz: torch.Tensor, new_xyz: torch.Tensor, feat: torch.Tensor, 
         row_splits = to_tensor(neighbors.stored_row_splits)
         total = kpt.segment_reduce(inverse[:, None], row_splits, "sum")[:, 0]
         weights = inverse / torch.repeat_interleave(total, torch.diff(row_splits), output_size=len(inverse))
-    with argument_names(**_NAMES):
+    with checks.argument_names(_NAMES):
         return kpt.neighbor_reduce(feat, neighbors, "sum", weights=weights.view(-1).to(feat.dtype))
 
 
@@ -485,7 +484,7 @@ def offset2batch(offset: torch.Tensor) -> torch.Tensor:
     >>> pointops.offset2batch(torch.tensor([2, 2, 5], dtype=torch.int32))
     tensor([0, 0, 2, 2, 2])
     """
-    with argument_names(row_splits="offset"):
+    with checks.argument_names({"row_splits": "offset"}):
         return kpt.row_splits_to_batch(_splits("offset", offset))
 
 
@@ -560,7 +559,7 @@ def _bounds(xyz, offset, new_xyz, new_offset):
 
 
 def _nearest(k, xyz, new_xyz, splits):
-    with argument_names(**_NAMES):
+    with checks.argument_names(_NAMES):
         return kpt.knn_search(
             xyz, new_xyz, k, points_row_splits=splits[0], queries_row_splits=splits[1], return_distances=True
         )
@@ -579,7 +578,7 @@ def _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset):
         raise ValueError(f"min_radius: expected less than max_radius = {max_radius}, got {min_radius}")
     # Without an inner radius these are the neighbours, unless points are always taken that are beyond the outer one.
     is_ball = min_radius == 0 and max_radius > _NEAR
-    with argument_names(**_NAMES, radius="max_radius"):
+    with checks.argument_names(_NAMES | {"radius": "max_radius"}):
         neighbors = kpt.radius_search(
             xyz, new_xyz, max(max_radius, _NEAR), points_row_splits=splits[0], queries_row_splits=splits[1],
             inclusive=not is_ball, sort="distance", return_distances=True
@@ -608,7 +607,7 @@ def _gathered(name, rows, idx):
         rows = rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
     else:
         missing = None
-    with argument_names(features=name, index="idx"):
+    with checks.argument_names({"features": name, "index": "idx"}):
         gathered = kpt.gather(rows, idx.reshape(-1)).view(*idx.shape, rows.shape[1])
     return (gathered if missing is None else gathered.masked_fill(missing, 0)), missing
 

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 import kpcore as kp
+from kpcore.backends import checks
 from kpcore.backends.devices import AnyArray
-from kpcore.compat.kinds import renamed
 from kpcore.neighbors import Neighbors
 
 __all__ = ["closest_pool", "max_pool"]
@@ -90,6 +90,8 @@ def _pooled(name, x, inds, *args, first=False, **options):
 
         module, neighbors = importlib.import_module("kpcore.torch"), padded.neighbors("inds", inds, len(x), first=first)
     else:
-        column = inds[:, :1] if first and getattr(inds, "ndim", None) == 2 else inds
-        module, neighbors = kp, renamed({"index": "inds"}, Neighbors.from_padded, column, len(x))
-    return renamed({"features": "x"}, getattr(module, name), x, neighbors, *args, **options)
+        module, column = kp, inds[:, :1] if first and getattr(inds, "ndim", None) == 2 else inds
+        with checks.argument_names({"index": "inds"}):
+            neighbors = Neighbors.from_padded(column, len(x))
+    with checks.argument_names({"features": "x"}):
+        return getattr(module, name)(x, neighbors, *args, **options)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 
 import kpcore.torch as kpt
+from kpcore.backends import checks
 from kpcore.compat import padded
 from kpcore.compat.kernels import load_kernels
-from kpcore.compat.kinds import renamed
 from kpcore.neighbors import Neighbors
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def kernel_points(num: int, radius: float, dimension: int, fixed: str = "center"
     In float32 and at a random place near that of `kpcore.kernel_points`, as published: a neighbour at the very place of
     a kernel point has a gradient of NaN in the published code, to which these states may be passed on.
     """
-    points = renamed(names, load_kernels, radius, num, dimension, fixed)
+    with checks.argument_names(names):
+        points = load_kernels(radius, num, dimension, fixed)
     return torch.from_numpy(points).to(torch.get_default_device(), dtype or torch.get_default_dtype())
 
 
@@ -60,7 +61,8 @@ def named(names: Mapping[str, str], function: Callable[..., Out], *args: object,
     """Call a function; errors about an argument of kpcore speak of the published one, ``names[argument]``."""
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    return renamed(names, function, *args, **kwargs)
+    with checks.argument_names(names):
+        return function(*args, **kwargs)
 
 
 def max_pool(name: str, features: torch.Tensor, matrix: Matrix, pad_value: float) -> torch.Tensor:

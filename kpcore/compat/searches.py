@@ -13,7 +13,7 @@ import numpy as np
 import kpcore as kp
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray
-from kpcore.compat.kinds import arrays_or_tensors, renamed, row_splits
+from kpcore.compat.kinds import arrays_or_tensors, row_splits
 
 __all__ = ["batch_knn_neighbors", "batch_query", "batch_radius_neighbors", "radius_count_pack_mode",
            "radius_neighbors", "radius_search_pack_mode"]  # fmt: skip
@@ -157,7 +157,8 @@ def batch_knn_neighbors(queries: AnyArray, supports: AnyArray, q_batches: AnyArr
     """
     width = checks.integer("n_neighbors", n_neighbors, 1, checks.MAX_POINTS)
     points, queries, bounds = _checked(_BATCHES, (queries, supports, q_batches, s_batches))
-    nearest = renamed(_BATCHES, kp.knn_search, points, queries, width, **bounds, return_distances=True)
+    with checks.argument_names(_BATCHES):
+        nearest = kp.knn_search(points, queries, width, **bounds, return_distances=True)
     squares = nearest.stored_distance
     squares *= squares
     if len(squares) == nearest.num_queries * width:
@@ -257,7 +258,8 @@ def _padded(names, arguments, radius, max_neighbors, dtype):
     if max_neighbors is not None:
         checks.integer("max_neighbors", max_neighbors, 1)
     options = {"inclusive": False, "sort": "distance", "max_neighbors": max_neighbors}
-    return renamed(names, kp.radius_search, points, queries, radius, **bounds, **options).to_padded(dtype=dtype)
+    with checks.argument_names(names):
+        return kp.radius_search(points, queries, radius, **bounds, **options).to_padded(dtype=dtype)
 
 
 def _around(arguments, radius, **options):
@@ -270,7 +272,8 @@ def _around(arguments, radius, **options):
     for _ in range(2):
         wider = np.nextafter(wider, np.inf, dtype=points.dtype)
     options |= {"return_distances": True}
-    around = renamed(_LENGTHS, kp.radius_search, points, queries, float(wider), **bounds, **options)
+    with checks.argument_names(_LENGTHS):
+        around = kp.radius_search(points, queries, float(wider), **bounds, **options)
     return around, around.stored_distance, radius
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import kpcore as kp
 from kpcore.backends import checks, devices
 from kpcore.backends.devices import AnyArray
-from kpcore.compat.kinds import arrays_or_tensors, renamed, row_splits
+from kpcore.compat.kinds import arrays_or_tensors, row_splits
 from kpcore.neighbors import new_list, transposed
 
 __all__ = ["batch_grid_partitionning", "furthest_point_sample", "grid_subsample", "grid_subsample_batch",
@@ -314,7 +314,8 @@ def furthest_point_sample(points: AnyArray, *, new_n: int = -1, min_d: float = 0
         return devices.namespace(points).empty(0, np.int32)
     min_d = checks.number("min_d", min_d, points.dtype)
     if min_d > 0:
-        return renamed({"min_distance": "min_d"}, kp.farthest_point_sampling, points, num, min_distance=min_d).index
+        with checks.argument_names({"min_distance": "min_d"}):
+            return kp.farthest_point_sampling(points, num, min_distance=min_d).index
     index = kp.farthest_point_sampling(points, num, min_distance=_smallest(points.dtype)).index
     if len(index) == num:
         return index
@@ -355,8 +356,9 @@ def _published(points, batches, voxel_size, *, size="sampleDl", batches_name="ba
     """kp.grid_subsample with the published origin; `size` and `batches_name` are the names of the arguments."""
     points = checks.points_array("points", points, {})
     splits = None if batches is None else row_splits(batches_name, batches, ("points", points))
-    return renamed({"voxel_size": size, "labels": "classes"}, kp.grid_subsample, points, voxel_size, features=features,
-                   labels=labels, row_splits=splits, origin="published")  # fmt: skip
+    with checks.argument_names({"voxel_size": size, "labels": "classes"}):
+        return kp.grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=splits,
+                                 origin="published")  # fmt: skip
 
 
 def _ascending(coordinates, row_splits):

@@ -50,7 +50,6 @@ import torch
 
 import kpcore
 from kpcore.backends import checks, devices
-from kpcore.compat.arguments import argument_names
 from kpcore.neighbors import splits_of_batch
 from kpcore.torch.eager import eager
 from kpcore.torch.ops import checked, on_arrays, on_stream_of, to_array, to_tensor
@@ -279,7 +278,7 @@ def nearest(x: torch.Tensor, y: torch.Tensor, batch_x: torch.Tensor | None = Non
     """
     x, y = _rows("x", x), _rows("y", y)
     x_splits, y_splits = _bounds(("x", x, batch_x), ("y", y, batch_y), None)
-    with argument_names(points="y", queries="x"):
+    with checks.argument_names({"points": "y", "queries": "x"}):
         neighbors = kpcore.knn_search(y, x, 1, points_row_splits=y_splits, queries_row_splits=x_splits)
     if neighbors.num_pairs != len(x):
         row = int((neighbors.counts == 0).argmax())
@@ -353,7 +352,7 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
         index, _ = kpcore.farthest_point_sampling(points, counts, row_splits=row_splits, start=start)
         return to_tensor(index).to(torch.int64)
 
-    with argument_names(points="src", x="src", row_splits="batch" if ptr is None else "ptr"):
+    with checks.argument_names({"points": "src", "x": "src", "row_splits": "batch" if ptr is None else "ptr"}):
         return on_stream_of(src, on_arrays, compute)
 
 
@@ -481,7 +480,7 @@ def _bounds(points, queries, batch_size):
 
 def _within(x, y, r, bounds, max_num_neighbors, ignore):
     """The list of the points nearer than r to each query; `y` is None if the queries are the points."""
-    with argument_names(**_SEARCH):
+    with checks.argument_names(_SEARCH):
         return kpcore.radius_search(
             x, y, r, points_row_splits=bounds[0], queries_row_splits=bounds[1], inclusive=False,
             max_neighbors=max_num_neighbors, ignore_query_point="index" if ignore else False
@@ -492,7 +491,7 @@ def _nearest(x, y, k, bounds, cosine, ignore):
     """The list of the k nearest points of each query; `y` is None if the queries are the points."""
     if checks.boolean("cosine", cosine):
         x, y = _directions("x", x), None if y is None else _directions("y", y)
-    with argument_names(**_SEARCH):
+    with checks.argument_names(_SEARCH):
         return kpcore.knn_search(
             x, y, k, points_row_splits=bounds[0], queries_row_splits=bounds[1],
             ignore_query_point="index" if ignore else False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kpcore.backends import checks
 from kpcore.nn.networks import Network
-from kpcore.nn.published_arrays import arrays_of, flag, loaded, made, need, numbers, shape_of, speller
+from kpcore.nn.published_arrays import arrays_of, flag, loaded, need, numbers, shape_of, speller
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -186,8 +186,8 @@ def _kpfcnn(client, state_dict, architecture, config, options):
     if not flag(config, "use_batch_norm", True):
         options = options | {"norm": None, "norm_affine": True}
     names = {field: name for name, field in _SETTINGS.items() if name in config and field not in options}
-    net = made(Network, names, tuple(architecture), **sizes | from_config | options, pool_pad_value=0.0,
-               origin="published")  # fmt: skip
+    with checks.argument_names(names):
+        net = Network(tuple(architecture), **sizes | from_config | options, pool_pad_value=0.0, origin="published")
     downs = net.num_downs
     parts = {"encoder": "encoder_blocks" if downs < len(architecture) else "block_ops", "decoder": "decoder_blocks"}
     paths = {}

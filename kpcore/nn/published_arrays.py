@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kpcore.nn.networks import Network
 
 Arrays: TypeAlias = dict[str, np.ndarray]
-Made = TypeVar("Made")
 _MOST_BLOCKS = 1024  # of a network
 # {name of an array of a normalisation here: its published name}
 NORM = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
@@ -87,17 +86,6 @@ def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     for name, size in sizes.items():
         if config.get(name, size) != size:
             raise ValueError(f"config: expected {name} {size!r}, as of the arrays, got {config[name]!r}")
-
-
-def made(kind: Callable[..., Made], names: Mapping[str, str], *sizes: Any, **fields: Any) -> Made:
-    """A network; errors about a field of it speak of the setting ``names[field]``."""
-    try:
-        return kind(*sizes, **fields)
-    except (TypeError, ValueError) as error:
-        field, _, message = str(error).partition(":")
-        if field not in names:
-            raise
-        raise type(error)(f"config: {names[field]}:{message}") from None
 
 
 def arrays_of(client: str, state_dict: Mapping[str, ArrayLike]) -> Arrays:

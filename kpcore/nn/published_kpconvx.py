@@ -10,7 +10,7 @@ import numpy as np
 
 from kpcore.backends import checks
 from kpcore.nn.kpnext import KPNeXt
-from kpcore.nn.published_arrays import NORM, arrays_of, check_sizes, flag, loaded, made, need, shape_of
+from kpcore.nn.published_arrays import NORM, arrays_of, check_sizes, flag, loaded, need, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,13 +89,13 @@ def kpconvx(state_dict: Mapping[str, ArrayLike], config: Mapping[str, Any]) -> t
         options["attention_groups"] = _attention_groups(state_dict, stem[0], config)
     if not segment:
         options |= {"head_width": hidden[0], "head_norm": False, "dropout": 0.4}
-    names = {field: name for name, field in _SETTINGS.items()}
-    net = made(
-        KPNeXt, names, depths, stem[2], last[0], segment=segment, dimension=config.get("dim", 3), width=stem[3],
-        num_neighbors=config["neighbor_limits"], shells=config["shell_sizes"], grid_factor=config["radius_scaling"],
-        norm=None if config.get("norm") == "none" else "batch", momentum=config.get("bn_momentum", 0.1),
-        attention_norm=flag(config, "inv_grp_norm", True), origin="published", **_lengths(config), **options,
-    )  # fmt: skip
+    with checks.argument_names({field: name for name, field in _SETTINGS.items() if name in config}):
+        net = KPNeXt(
+            depths, stem[2], last[0], segment=segment, dimension=config.get("dim", 3), width=stem[3],
+            num_neighbors=config["neighbor_limits"], shells=config["shell_sizes"], grid_factor=config["radius_scaling"],
+            norm=None if config.get("norm") == "none" else "batch", momentum=config.get("bn_momentum", 0.1),
+            attention_norm=flag(config, "inv_grp_norm", True), origin="published", **_lengths(config), **options,
+        )  # fmt: skip
     _check_channels(net, config)
     if not net.attention_norm:  # the published layer has these arrays, and does not use them
         kept = {name: value for name, value in state_dict.items() if ".grpnorm." not in name}

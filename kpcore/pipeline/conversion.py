@@ -176,7 +176,7 @@ def _why(error: Exception) -> str:
     message = " ".join(str(error).split())
     if needed := re.search(r"GLOBAL ([\w.]+)", message):
         return (f"expected a checkpoint of arrays and numbers, got one that needs {needed[1]}, which could execute "
-                "code; if it is trusted, load it in its own code and save its arrays alone")  # fmt: skip
+                "code; if it is trusted, load it with the code that wrote it and save its arrays alone")  # fmt: skip
     return f"is damaged, or no file that torch.save wrote ({type(error).__name__}: {message[:100]})"
 
 

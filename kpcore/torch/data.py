@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PyramidDataset(torch.utils.data.Dataset):
-    """The pyramid of each cloud of another dataset, built when it is asked for: in a worker process of a DataLoader.
+    """The pyramid of each cloud of another dataset, built when it is read: in a worker process of a DataLoader.
 
     ``torch.utils.data.DataLoader(PyramidDataset(clouds, net), batch_size=4)`` needs no `collate_fn`: torch's default
     one stacks pyramids to the pyramid of the batch, to the bit the one that `PyramidCollate` builds from the clouds.
@@ -33,7 +33,7 @@ class PyramidDataset(torch.utils.data.Dataset):
 
         points : (N, D) float32 or float64
         features : (N, C) float32 or float64, or None
-        labels : (N,) uint8, int32 or int64, or an integer, the class of the whole cloud, or None
+        labels : (N,) of any integer dtype, or an integer, the class of the whole cloud, or None
     net : kpcore.nn.Network, kpcore.nn.KPNeXt or kpcore.torch.Network, or dict
         The network that the pyramids are for, or the settings of `build_pyramid`.
     **options
@@ -244,7 +244,7 @@ def _safe_globals():
     before it is used, and NumPy arrays of numbers."""
     array = np.zeros(0, np.int32)
     reconstruct, make_list = array.__reduce__()[0], Neighbors(array, np.zeros(1, np.int64), 0).__reduce__()[0]
-    dtypes = {type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "uint8")}
+    dtypes = {type(np.dtype(name)) for name in (*checks.REAL, *checks.ANY_INTEGERS)}
     names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]  # NumPy 1 and 2
     return [Level, Pyramid, make_list, np.ndarray, np.dtype, *dtypes, *names]
 
