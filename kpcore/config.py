@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +177,8 @@ def require(module: str, extra: str) -> ModuleType:
 def _imported(module: str, missing: str) -> ModuleType:
     package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        with contextlib.nullcontext() if module in sys.modules else _interrupt_afterwards():
+            return importlib.import_module(module)
     except Exception as error:  # a package built for another NumPy can raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ModuleNotFoundError(missing, name=package) from None
@@ -182,6 +186,27 @@ def _imported(module: str, missing: str) -> ModuleType:
         raise ImportError(
             f"{package} is installed but cannot be imported: {type(error).__name__}: {reason}", name=package
         ) from error
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended.
+
+    In the initialisation of an extension module, KeyboardInterrupt becomes an ImportError, after which those made with
+    pybind11 end the process with a fatal error.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def check_room(num_neighbors: int, size: int, estimated: bool = False, free: Callable[[], float] | None = None) -> None:

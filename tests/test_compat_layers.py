@@ -338,7 +338,14 @@ def test_settings_that_are_changed_later():
     other.load_state_dict(layer.state_dict())
     layer.sigma = 0.05
     assert torch.equal(layer(features, points, points, indices), other(features, points, points, indices))
-    assert layer(features, points, points, indices).any()
+    assert layer(features, points, points, indices).any() and layer.sigma == 0.05
+    for make in (kpconvx.KPConvD, kpconvx.KPConvX):
+        more = {} if make is kpconvx.KPConvD else {"attention_groups": 2}
+        layer, other = (make(4, [1, 14], 0.5, sigma, influence_mode="gaussian", **more) for sigma in (0.3, 0.05))
+        other.load_state_dict(layer.state_dict())
+        layer.sigma = 0.05
+        assert torch.equal(layer(points, points, features, indices), other(points, points, features, indices))
+        assert layer(points, points, features, indices).any() and layer.sigma == 0.05
     deformable = kpconv_pytorch.KPConv(15, 3, 4, 8, 0.3, 0.5, deformable=True)
     rigid = kpconv_pytorch.KPConv(15, 3, 4, 8, 0.3, 0.5)
     rigid.load_state_dict({name: deformable.state_dict()[name] for name in ("weights", "kernel_points")})

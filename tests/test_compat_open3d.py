@@ -571,7 +571,7 @@ def open3d():
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        pytest.skip(f"open3d's operators are of another torch than {torch.__version__}: {error}")
+        pytest.skip(f"open3d's operators cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}")
     return torch.ops.open3d
 
 

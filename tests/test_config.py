@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -490,6 +491,29 @@ def test_show_config_names_the_gpu_or_what_it_lacks(python):
     assert (
         "NotFoundError: expected CuPy, for arrays on a GPU: pip install kpcore[cuda12] or kpcore[cuda13]" in run.stderr
     )
+
+
+def test_ctrl_c_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
+    (tmp_path / "interrupted_package.py").write_text(
+        "import signal\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:  # as pybind11 does\n"
+        "    raise ImportError('initialization failed')\n"
+        "complete = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kp.config.require("interrupted_package", "io")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert sys.modules.pop("interrupted_package").complete
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a handler of somebody else stays in force
+        kp.config.require("interrupted_package", "io")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        sys.modules.pop("interrupted_package", None)
 
 
 def test_no_function_imports_cupy(python):

@@ -126,12 +126,9 @@ def _wrong_shape(name, value, dimensions, sizes):
 
 
 def points_array(name: str, value: Any, sizes: Sizes, *, dimensions: Sequence[int] = (2, 3),
-                 like: Named | None = None, rows: str | None = None) -> np.ndarray:  # fmt: skip
-    """Check coordinates (N, D): real, D in `dimensions`, and at most 2**31 - 1 rows, since indices are int32.
-
-    `rows` is the name of the first dimension, by default N for "points" and M for others.
-    """
-    rows = rows or ("N" if name == "points" else "M")
+                 like: Named | None = None) -> np.ndarray:  # fmt: skip
+    """Check coordinates (N, D): real, D in `dimensions`, and at most 2**31 - 1 rows, since indices are int32."""
+    rows = "N" if name == "points" else "M"
     value = array(name, value, f"{rows} D", REAL, sizes, like=like)
     if value.shape[1] not in dimensions:
         allowed = " or ".join(map(str, dimensions)) if len(dimensions) < 4 else f"{dimensions[0]} to {dimensions[-1]}"

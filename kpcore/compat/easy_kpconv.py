@@ -67,6 +67,8 @@ class KPConv(kpt.KPConv):
     (torch.Size([200, 8]), torch.Size([15, 2, 2, 4]))
     """
 
+    sigma = published.EXTENT
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, radius: float, sigma: float,
                  groups: int = 1, bias: bool = False, dimension: int = 3, inf: float = 1e6) -> None:  # fmt: skip
         super().__init__(
@@ -81,15 +83,6 @@ class KPConv(kpt.KPConv):
             shape = kernel_size, groups, in_channels // groups, out_channels // groups
             self.weights = torch.nn.Parameter(self.weights.new_empty(shape))
             draw_uniform(self.weights, self.bias)
-
-    @property
-    def sigma(self) -> float:
-        """The extent of the influence, under its published name."""
-        return self.extent
-
-    @sigma.setter
-    def sigma(self, value: float) -> None:
-        self.extent = value
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, sigma={self.sigma:.4g}"

@@ -67,6 +67,8 @@ class KPConv(kpt.KPConv):
     ['weights', 'bias', 'kernel_points']
     """
 
+    sigma = published.EXTENT
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, radius: float, sigma: float,
                  bias: bool = False, dimension: int = 3, inf: float = 1e6, eps: float = 1e-9) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, extent=sigma, dimension=dimension, bias=bias,
@@ -75,15 +77,6 @@ class KPConv(kpt.KPConv):
         redraw_kernel_points(self)
         self.kernel_size, self.in_channels, self.out_channels = kernel_size, in_channels, out_channels
         self.radius, self.dimension, self.inf, self.eps = radius, dimension, inf, eps
-
-    @property
-    def sigma(self) -> float:
-        """The extent of the influence, under its published name."""
-        return self.extent
-
-    @sigma.setter
-    def sigma(self, value: float) -> None:
-        self.extent = value
 
     def forward(self, s_feats: torch.Tensor, q_points: torch.Tensor, s_points: torch.Tensor,  # type: ignore[override]
                 neighbor_indices: Matrix) -> torch.Tensor:  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -103,13 +104,15 @@ def row_splits(name: str, lengths: Any, rows: checks.Named) -> np.ndarray:
     `lengths` are integers (B,), an array or a sequence; they add up to the rows of the array.
     """
     rows_name, array = rows
+    if not devices.is_array(array) or array.ndim != 2:
+        checks.array(rows_name, array, "N D", checks.REAL, {})  # raises
     values = devices.on_host(lengths) if devices.is_array(lengths) else np.asarray(lengths)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise TypeError(f"{name}: expected integers (B,), got {values.dtype} {values.shape}")
-    splits = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values.astype(np.int64, copy=False), out=splits[1:])
-    if values.size and values.min() < 0:
-        raise ValueError(f"{name}: expected numbers of at least 0, got {values.min()}")
-    if splits[-1] != len(array):
-        raise ValueError(f"{name}: expected lengths that add up to {len(array)} to match {rows_name}, got {splits[-1]}")
-    return devices.to_device_of(array, splits)
+    numbers = values.tolist()  # for the few items of a batch faster than NumPy
+    bounds = [0, *itertools.accumulate(numbers)]
+    if min(numbers, default=0) < 0:
+        raise ValueError(f"{name}: expected numbers of at least 0, got {min(numbers)}")
+    if bounds[-1] != len(array):
+        raise ValueError(f"{name}: expected lengths that add up to {len(array)} to match {rows_name}, got {bounds[-1]}")
+    return devices.to_device_of(array, np.array(bounds, np.int64))

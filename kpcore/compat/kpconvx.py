@@ -158,6 +158,13 @@ class KPConv(torch.nn.Module):
         )  # fmt: skip
 
 
+def _set_sigma(layer: Any, sigma: float) -> None:
+    layer._sigma, layer.extent = sigma, published.influence_extent(layer.influence, sigma)
+
+
+_SIGMA = property(lambda layer: layer._sigma, _set_sigma)
+
+
 class KPConvD(kpt.KPConvX):
     """Depthwise kernel point convolution in which each neighbour has the weights of its nearest kernel point.
 
@@ -184,6 +191,8 @@ class KPConvD(kpt.KPConvX):
     >>> layer(points, points, feats, inds).shape, list(layer.state_dict())
     (torch.Size([200, 16]), ['weights', 'kernel_points'])
     """
+
+    sigma = _SIGMA
 
     def __init__(self, channels: int, shell_sizes: Sequence[int], radius: float, sigma: float, Cmid: int = 0,
                  shared_kp_data: dict[str, Any] | None = None, dimension: int = 3, influence_mode: str = "linear",
@@ -239,6 +248,8 @@ bn_momentum, inf
     >>> layer(points, points, feats, inds).shape, layer.alpha_mlp[3].weight.shape
     (torch.Size([200, 16]), torch.Size([172, 16]))
     """
+
+    sigma = _SIGMA
 
     def __init__(self, channels: int, shell_sizes: Sequence[int], radius: float, sigma: float,
                  attention_groups: int = 8, attention_act: str = "sigmoid", mod_grp_norm: bool = False,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Out = TypeVar("Out")
 Matrix: TypeAlias = torch.Tensor | Neighbors  # of neighbours, (M, H), padded with N or -1
 
+# The published name `sigma` of the attribute `extent` of a layer.
+EXTENT = property(lambda layer: layer.extent, lambda layer, value: setattr(layer, "extent", value))
 PADDING = 1e6  # coordinates of the point that stands for "no neighbour"
 _GAUSSIAN = 1e-9  # what the published code adds to 2 sigma², with sigma = 0.3 extent
 

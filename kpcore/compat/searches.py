@@ -156,7 +156,7 @@ def batch_knn_neighbors(queries: AnyArray, supports: AnyArray, q_batches: AnyArr
     ([[0, 1], [1, 0], [2, 1]], [[0.0, 1.0], [0.0, 1.0], [0.0, 4.0]])
     """
     width = checks.integer("n_neighbors", n_neighbors, 1, checks.MAX_POINTS)
-    points, queries, bounds = _checked(_BATCHES, (queries, supports, q_batches, s_batches))
+    points, queries, bounds = _with_bounds(_BATCHES, (queries, supports, q_batches, s_batches))
     with checks.argument_names(_BATCHES):
         nearest = kp.knn_search(points, queries, width, **bounds, return_distances=True)
     squares = nearest.stored_distance
@@ -254,7 +254,7 @@ def radius_count_pack_mode(q_points: AnyArray, s_points: AnyArray, q_lengths: An
 
 
 def _padded(names, arguments, radius, max_neighbors, dtype):
-    points, queries, bounds = _checked(names, arguments)
+    points, queries, bounds = _with_bounds(names, arguments)
     if max_neighbors is not None:
         checks.integer("max_neighbors", max_neighbors, 1)
     options = {"inclusive": False, "sort": "distance", "max_neighbors": max_neighbors}
@@ -267,7 +267,8 @@ def _around(arguments, radius, **options):
 
     So no pair is missing of which the rounded square root is at most the radius, but the square above that of it.
     """
-    points, queries, bounds = _checked(_LENGTHS, arguments)
+    points, queries, bounds = _with_bounds(_LENGTHS, arguments)
+    points = checks.points_array("s_points", points, {})
     radius = wider = points.dtype.type(checks.length("radius", radius, points.dtype))
     for _ in range(2):
         wider = np.nextafter(wider, np.inf, dtype=points.dtype)
@@ -277,12 +278,12 @@ def _around(arguments, radius, **options):
     return around, around.stored_distance, radius
 
 
-def _checked(names, arguments):
-    """(points, queries, {"points_row_splits", "queries_row_splits"}) from queries, supports and the lengths of both."""
+def _with_bounds(names, arguments):
+    """(points, queries, {"points_row_splits", "queries_row_splits"}) from queries, supports and the lengths of both.
+
+    Points and queries are checked by the search, under ``argument_names(names)``.
+    """
     queries, points, *lengths = arguments
-    sizes, like = {}, names["points"]
-    points = checks.points_array(like, points, sizes, rows="N")
-    queries = checks.points_array(names["queries"], queries, sizes, like=(like, points))
     bounds = {}
     for name, array, values in zip(("queries", "points"), (queries, points), lengths, strict=True):
         splits = f"{name}_row_splits"

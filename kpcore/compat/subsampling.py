@@ -354,7 +354,6 @@ def _safely(values, dtype):
 
 def _published(points, batches, voxel_size, *, size="sampleDl", batches_name="batches", features=None, labels=None):
     """kp.grid_subsample with the published origin; `size` and `batches_name` are the names of the arguments."""
-    points = checks.points_array("points", points, {})
     splits = None if batches is None else row_splits(batches_name, batches, ("points", points))
     with checks.argument_names({"voxel_size": size, "labels": "classes"}):
         return kp.grid_subsample(points, voxel_size, features=features, labels=labels, row_splits=splits,
