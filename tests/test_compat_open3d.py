@@ -609,9 +609,9 @@ def test_searches_of_open3d(open3d, dtype, metric, ignore):
     for name, arguments in searches:
         got = getattr(ops, name)(p, q, *arguments, metric, ignore, True)
         expected = getattr(open3d, name)(p, q, *arguments, metric, ignore, True)
-        for ours, theirs in zip(sorted_rows(got), sorted_rows(expected), strict=True):
-            assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs, rtol=4 * np.finfo(dtype).eps, atol=0)
+        for left, right in zip(sorted_rows(got), sorted_rows(expected), strict=True):
+            assert left.dtype == right.dtype
+            torch.testing.assert_close(left, right, rtol=4 * np.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("metric", ["L1", "L2"])
@@ -619,13 +619,13 @@ def test_strictness_of_open3d(open3d, metric):
     p, q, ps, qs = tensors(lattice(150, np.float32, 2), lattice(100, np.float32, 3), *SPLITS)
     r = torch.randint(1, 4, (100,)).float() * 0.1
     got, expected = (m.radius_search(p, q, r, ps, qs, 3, metric, False, True) for m in (ops, open3d))
-    for ours, theirs in zip(sorted_rows(got), sorted_rows(expected), strict=True):
-        assert torch.equal(ours, theirs)
+    for left, right in zip(sorted_rows(got), sorted_rows(expected), strict=True):
+        assert torch.equal(left, right)
 
 
 def assert_equal_results(got, expected):
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    for left, right in zip(got, expected, strict=True):
+        assert left.dtype == right.dtype and torch.equal(left, right)
 
 
 def test_batches_of_open3d(open3d):
@@ -660,8 +660,8 @@ def test_voxel_pooling_of_open3d(open3d, dtype, position_fn, feature_fn):
     got, expected = (m.voxel_pooling(positions, features, 0.8, position_fn, feature_fn) for m in (ops, open3d))
     voxels = torch.floor(open3d.voxel_pooling(positions, features, 0.8, "nearest_neighbor")[0] / 0.8)
     order = np.lexsort(voxels.numpy().T)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs[order])
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right[order])
 
 
 def test_lists_of_open3d(open3d):

@@ -43,8 +43,8 @@ def test_golden(function, configuration, case):
         interpolation=interpolation
     )  # fmt: skip
     grads = torch.autograd.grad(got, inputs, torch.from_numpy(grad_out))
-    for ours, theirs in zip((got.detach(), *grads), (out, *expected), strict=True):
-        assert_close(ours.numpy(), theirs, 2e-5)
+    for left, right in zip((got.detach(), *grads), (out, *expected), strict=True):
+        assert_close(left.numpy(), right, 2e-5)
 
 
 # ---- calls of all four functions
@@ -229,9 +229,9 @@ def test_convolutions_of_open3d(open3d, function, seed):  # noqa: F811
     for number, (options, normalize) in enumerate(itertools.product(shapes, (False, True))):
         call = random_call(function, seed, importances[(number + seed) % 4], distinct=True)
         options = {"normalize": normalize, **options}
-        for ours, theirs in zip(results(ops, function, call, options), results(open3d, function, call, options),
+        for left, right in zip(results(ops, function, call, options), results(open3d, function, call, options),
                                 strict=True):  # fmt: skip
-            assert_close(ours.numpy(), theirs.numpy(), 2e-5)
+            assert_close(left.numpy(), right.numpy(), 2e-5)
 
 
 def test_where_a_sum_is_zero_in_open3d(open3d):  # noqa: F811

@@ -226,8 +226,8 @@ def test_a_converted_network_labels_a_scan(tmp_path, command):
         labels = file["labels"]
     net, params, state, *_ = published("kpfcnn")
     points = points.astype(np.float32)
-    given = np.concatenate([np.ones((3000, 1)), colors / 255], axis=1).astype(np.float32)
-    sub = kp.grid_subsample(points, net.voxel_size, features=given, origin=net.origin)
+    inputs = np.concatenate([np.ones((3000, 1)), colors / 255], axis=1).astype(np.float32)
+    sub = kp.grid_subsample(points, net.voxel_size, features=inputs, origin=net.origin)
     levels = net.pyramid(sub.points, subsampled=True)
     expected = net(kp, params, state, levels, sub.features).logits.argmax(axis=1)
     nearest = kp.knn_search(sub.points, points, 1).index

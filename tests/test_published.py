@@ -77,9 +77,9 @@ class Case:
         recorded = self.part(self.out, start)
         nowhere = {name: np.full(np.shape(value), _NOWHERE, np.float32) for name, value in self.state_dict.items()}
         _, params, state = self.load(nowhere | recorded)
-        found = {name: value for name, value in (params | state).items() if (value != _NOWHERE).any()}
-        assert len([name for name in found if name in params or "norm" in name]) >= len(recorded) > 0
-        return {name: value for name, value in found.items() if not (name.endswith(("scale", "shift")) and (
+        known = {name: value for name, value in (params | state).items() if (value != _NOWHERE).any()}
+        assert len([name for name in known if name in params or "norm" in name]) >= len(recorded) > 0
+        return {name: value for name, value in known.items() if not (name.endswith(("scale", "shift")) and (
             value == value.flat[0]).all())}  # fmt: skip
 
     def trained(self):
@@ -256,19 +256,19 @@ def sets(neighbors, queries, points, first=None):
 def test_pyramids_of_an_imported_network_are_the_published_ones(name):
     one = case(name)
     limits = {} if "kpconv" in name else {"neighbor_limits": one.inputs["neighbor_limits"].tolist()}
-    ours = one.net.pyramid(one.levels[0].points, row_splits=one.levels[0].row_splits, subsampled=True, **limits)
-    orders = [[by_coordinates(level.points) for level in levels] for levels in (ours, one.levels)]
+    built = one.net.pyramid(one.levels[0].points, row_splits=one.levels[0].row_splits, subsampled=True, **limits)
+    orders = [[by_coordinates(level.points) for level in levels] for levels in (built, one.levels)]
     numbers = [[np.argsort(order) for order in of_levels] for of_levels in orders]
-    for level, (got, expected) in enumerate(zip(ours, one.levels, strict=True)):
+    for level, (got, expected) in enumerate(zip(built, one.levels, strict=True)):
         assert got.row_splits.tolist() == expected.row_splits.tolist()
         assert np.abs(got.points[orders[0][level]] - expected.points[orders[1][level]]).max() < 1e-6
         lists = [("neighbors", level, level, None)]
-        if level + 1 < len(ours):
+        if level + 1 < len(built):
             lists += [("pools", level + 1, level, None), ("upsamples", level, level + 1, 1)]
         for kind, queries, points, first in lists:
             both = [
                 sets(getattr(levels[level], kind), order[queries], number[points], first)
-                for levels, order, number in zip((ours, one.levels), orders, numbers, strict=True)
+                for levels, order, number in zip((built, one.levels), orders, numbers, strict=True)
             ]
             assert both[0] == both[1], (level, kind)
 
@@ -418,12 +418,12 @@ def test_imported_networks_are_saved_and_loaded(name, tmp_path):
 def under_published_names(values, norm):
     """A state_dict with the names of KPConv-PyTorch."""
     leaves = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
-    found = {}
+    renamed = {}
     for name, value in values.items():
         first, number, *layers, leaf = name.split(".")
         if first == "head":
             part = "head_mlp" if number == "0" else "head_softmax"
-            found[f"{part}.{'batch_norm.bias' if leaf == 'bias' else 'mlp.weight'}"] = value.T
+            renamed[f"{part}.{'batch_norm.bias' if leaf == 'bias' else 'mlp.weight'}"] = value.T
             continue
         path = [f"{first}_blocks", number]
         for i, layer in enumerate(layers):
@@ -435,10 +435,10 @@ def under_published_names(values, norm):
             else:
                 path.append("KPConv" if layer == "conv" else layer)
         if leaf == "weights" and "KPConv" not in path:
-            found[".".join([*path, "mlp.weight"])] = value.T
+            renamed[".".join([*path, "mlp.weight"])] = value.T
         else:
-            found[".".join([*path, leaf])] = value
-    return found
+            renamed[".".join([*path, leaf])] = value
+    return renamed
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
@@ -452,10 +452,10 @@ def test_the_import_of_other_settings(norm, modulated):
         "modulated": int(modulated), "use_batch_norm": int(norm is not None), "batch_norm_momentum": 0.02,
         "dataset": "S3DIS",
     }  # fmt: skip
-    given = under_published_names(params | state, norm)
-    assert ("encoder_blocks.1.unary2.batch_norm.bias" in given) == (norm is None)
-    assert given["encoder_blocks.4.KPConv.offset_bias"].shape == (15 * (4 if modulated else 3),)
-    got, *imported = nn.import_kpconv_pytorch(given, net.architecture, config)
+    tensors = under_published_names(params | state, norm)
+    assert ("encoder_blocks.1.unary2.batch_norm.bias" in tensors) == (norm is None)
+    assert tensors["encoder_blocks.4.KPConv.offset_bias"].shape == (15 * (4 if modulated else 3),)
+    got, *imported = nn.import_kpconv_pytorch(tensors, net.architecture, config)
     assert got == net
     for one, other in zip(imported, (params, state), strict=True):
         assert one.keys() == other.keys()
@@ -481,12 +481,12 @@ def test_settings_of_open3d_ml():
     # With reduce_fc the layers after the upsampling have half the channels, the head is normalised, the logits linear.
     half = nn.kpfcnn(3, 5, 0.12, levels=2, width=16, decoder_width=8, head_width=8, head_norm=True)
     params, more = half.init(1)
-    given = under_published_names({k: v for k, v in (params | more).items() if "head.0.norm" not in k}, "batch")
+    tensors = under_published_names({k: v for k, v in (params | more).items() if "head.0.norm" not in k}, "batch")
     leaves = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
     for leaf, published_leaf in leaves.items():
-        given[f"head_mlp.batch_norm.batch_norm.{published_leaf}"] = (params | more)[f"head.0.norm.{leaf}"]
+        tensors[f"head_mlp.batch_norm.batch_norm.{published_leaf}"] = (params | more)[f"head.0.norm.{leaf}"]
     config = OPEN3D_ML | {"architecture": list(half.architecture), "reduce_fc": True}
-    net, imported, _ = nn.import_open3d_ml(given, config)
+    net, imported, _ = nn.import_open3d_ml(tensors, config)
     assert (net.decoder_width, net.head_width, net.head_norm, net.logits_slope) == (8, 8, True, None)
     for name, value in params.items():
         assert_same_bits(imported[name], value)
@@ -507,16 +507,16 @@ def classifier_of_kpconvx():
 
 
 def test_a_classifier_of_kpconvx():
-    one, given = case("kpconvd"), classifier_of_kpconvx()
-    net, params, state = nn.import_kpconvx(given, KPCONVX | {"kp_mode": "kpconvd", "num_classes": 7})
+    one, tensors = case("kpconvd"), classifier_of_kpconvx()
+    net, params, state = nn.import_kpconvx(tensors, KPCONVX | {"kp_mode": "kpconvd", "num_classes": 7})
     assert (net.segments, net.num_classes, net.head_width, net.head_norm, net.dropout) == (False, 7, 24, False, 0.4)
     levels = {}
     logits = net(kp, params, state, one.levels, one.inputs["features"],
                  observe=lambda name, level, out: levels.update({level: out})).logits  # fmt: skip
     means = kp.segment_reduce(levels[2], one.levels[2].row_splits, "mean")
-    hidden = means @ given["head.0.mlp.weight"].T + given["head.0.norm.norm.bias"]
+    hidden = means @ tensors["head.0.mlp.weight"].T + tensors["head.0.norm.norm.bias"]
     hidden = np.where(hidden > 0, hidden, np.float32(0.1) * hidden)
-    assert relative(logits, hidden @ given["head.2.weight"].T + given["head.2.bias"]) < 1e-5
+    assert relative(logits, hidden @ tensors["head.2.weight"].T + tensors["head.2.bias"]) < 1e-5
 
 
 def test_settings_of_kpconvx():
@@ -689,8 +689,8 @@ def test_tensors_of_torch_are_imported():
     one = case("open3d-ml")
     tensors = {name: torch.tensor(value) for name, value in one.state_dict.items()}
     for kind in (torch.float32, torch.float64, torch.bfloat16):
-        given = {name: value.to(kind) if value.is_floating_point() else value for name, value in tensors.items()}
-        _, params, _ = nn.import_open3d_ml(given, OPEN3D_ML)
+        converted = {name: value.to(kind) if value.is_floating_point() else value for name, value in tensors.items()}
+        _, params, _ = nn.import_open3d_ml(converted, OPEN3D_ML)
         for name, value in params.items():
             assert value.dtype == np.float32
             assert relative(value, one.params[name]) < (4e-3 if kind is torch.bfloat16 else 1e-9)

@@ -48,11 +48,11 @@ def test_nasty_clouds(name, dim, dtype):
 def test_a_number_for_each_item(method):
     points, row_splits = clouds.uniform(500)[0], clouds.splits([100, 0, 300, 60, 40])
     counts, start = np.array([7, 3, 0, 60, 999]), np.array([5, 0, 9, 1, 0])
-    found = kp.farthest_point_sampling(points, counts, row_splits=row_splits, start=start, method=method)
+    sampled = kp.farthest_point_sampling(points, counts, row_splits=row_splits, start=start, method=method)
     whole = kp.farthest_point_sampling(points, row_splits=row_splits, start=start, method=method).index
     expected = [whole[begin : begin + count] for begin, count in zip(row_splits[:-1], [7, 0, 0, 60, 40], strict=True)]
-    assert found.row_splits.tolist() == [0, 7, 7, 7, 67, 107]
-    assert found.index.tolist() == np.concatenate(expected).tolist()
+    assert sampled.row_splits.tolist() == [0, 7, 7, 7, 67, 107]
+    assert sampled.index.tolist() == np.concatenate(expected).tolist()
 
 
 @pytest.mark.parametrize("num", [1, 2, *clouds.SIZES[:-1], 1025])
