@@ -12,15 +12,24 @@ import peers
 
 import kpcore as kp
 
-TASKS = [{"what": "calls"}, {"what": "pipeline"}, {"what": "step"}]
 VOXEL, RADIUS, EXTENT = 0.04, 0.1, 0.048
-WIDTHS = {"full": (128, 5), "quick": (16, 3)}  # width and levels of the network of the case `step`
+# Client: (its module of kpcore.compat, batch items, levels, groups of its norm; None stands for batch statistics, 0 for
+# a group for each channel). Predator's network is its encoder and decoder, without the attention between them.
+CLIENTS = {
+    "KPConv-PyTorch": ("kpconv_pytorch", 3, 5, None),
+    "GeoTransformer": ("geotransformer", 2, 4, 32),
+    "OverlapPredator": ("predator", 2, 4, 0),
+}
+TASKS = [{"what": "calls"}, {"what": "pipeline"}, *({"what": client} for client in CLIENTS)]
 
 
 def compat(bench, what):
-    """Calls of ten points over those of the core, the lists of a pair of scans, and a training step."""
+    """Calls of ten points over those of the core, the lists of a pair of scans, and training steps."""
     bench.label(order="", size="10")
-    {"calls": calls, "pipeline": pipeline, "step": step}[what](bench)
+    if what in CLIENTS:
+        step(bench, what)
+    else:
+        {"calls": calls, "pipeline": pipeline}[what](bench)
 
 
 def rooms(num_points, num_items):
@@ -167,27 +176,29 @@ def search_of_trees(tree, queries, points, query_lengths, lengths, radius, limit
     return np.concatenate(out)
 
 
-# A training step of KP-FCNN in the form of the client: torch modules over padded matrices.
+# A training step of the networks of three clients: torch modules over padded matrices.
 
 
-def step(bench):
+def step(bench, client):
+    what = f"{client}, training step"
     if reason := peers.missing(peers.DENSE_NETWORK):
-        bench.absent("KPConv-PyTorch, training step", peers.DENSE_NETWORK.name, reason)
+        bench.absent(what, peers.DENSE_NETWORK.name, reason)
         return
     import torch
 
-    from kpcore.compat import kpconv_pytorch
-
-    width, num_levels = WIDTHS["quick" if bench.sizes["patch"] < 10_000 else "full"]
-    points, lengths = rooms(bench.sizes["patch"] // 4, 3)
+    module, num_items, num_levels, groups = CLIENTS[client]
+    width = 128
+    if bench.sizes["patch"] < 10_000:
+        width, num_levels, groups = 16, 3, min(groups, 4) if groups else groups
+    points, lengths = rooms(bench.sizes["patch"] // 4, num_items)
     bench.label(order="", size=f"{len(points):,}")
     batch = published_batch(points, lengths, num_levels)
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, 13, len(points)))
     steps, losses, states = [], [], []
-    for layers in (kpconv_pytorch, dense_layers()):
+    for dense in (False, True):
         torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 - from which the client draws its kernel points
-        network = client_network(layers, width, num_levels)
+        np.random.seed(0)  # noqa: NPY002 - from which the clients draw their kernel points
+        network = client_network(layers_of(module, dense), width, num_levels, groups)
         if states:
             network.load_state_dict(states[0])  # strict: names and shapes are the client's on both sides
         states.append({name: value.clone() for name, value in network.state_dict().items()})
@@ -203,7 +214,7 @@ def step(bench):
         steps.append(train)
         losses.append(bench.first(train))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    bench.compare("KPConv-PyTorch, training step", steps[0], peers.DENSE_NETWORK.name, steps[1])
+    bench.compare(what, steps[0], peers.DENSE_NETWORK.name, steps[1])
 
 
 def published_batch(points, lengths, num_levels):
@@ -230,37 +241,66 @@ def published_batch(points, lengths, num_levels):
     return batch
 
 
-def dense_layers():
-    """KPConv, max_pool and closest_pool of the client in the dense formulation, under the same names."""
+def layers_of(module, dense):
+    """KPConv, max_pool and closest_pool of a module of kpcore.compat, or the same ones in the dense formulation.
+
+    Both have the names and the state of the client; their arguments are in one order.
+    """
+    from importlib import import_module
     from types import SimpleNamespace
 
     import torch
 
-    from kpcore.compat import kpconv_pytorch
+    client, formulas = import_module(f"kpcore.compat.{module}"), peers.dense_module()
+    geotransformer = module == "geotransformer"
+    divides = module != "kpconv_pytorch"
 
-    dense = peers.dense_module()
+    def with_zeros(x):
+        return torch.cat([x, torch.zeros_like(x[:1])])
 
-    class KPConv(kpconv_pytorch.KPConv):
-        def forward(self, q_pts, s_pts, neighb_inds, x):
-            return dense.kpconv(s_pts, q_pts, neighb_inds, x, self.weights, self.kernel_points, self.KP_extent)
+    class KPConv(client.KPConv):
+        def __init__(self, channels, out, extent, radius):
+            first = (channels, out, 15, radius, extent) if geotransformer else (15, 3, channels, out, extent, radius)
+            super().__init__(*first)
+            self.reach = extent
+
+        def forward(self, q_points, s_points, inds, x):
+            if not dense:
+                order = (x, q_points, s_points, inds) if geotransformer else (q_points, s_points, inds, x)
+                return super().forward(*order)
+            out = formulas.kpconv(s_points, q_points, inds, x, self.weights, self.kernel_points, self.reach)
+            if not divides:
+                return out
+            return out / (with_zeros(x.sum(1)) > 0)[inds].sum(1, keepdim=True).clamp(min=1)
 
     def max_pool(x, inds):
-        return dense._gather(torch.cat([x, torch.zeros_like(x[:1])]), inds).amax(1)
+        return formulas._gather(with_zeros(x), inds).amax(1)
 
     def closest_pool(x, inds):
-        return torch.cat([x, torch.zeros_like(x[:1])])[inds[:, 0]]
+        return with_zeros(x)[inds[:, 0]]
 
+    if not dense:
+        max_pool = client.maxpool if geotransformer else client.max_pool
+        closest_pool = client.nearest_upsample if geotransformer else client.closest_pool
     return SimpleNamespace(KPConv=KPConv, max_pool=max_pool, closest_pool=closest_pool)
 
 
-def client_network(layers, width, num_levels):
+def client_network(layers, width, num_levels, groups):
     """KP-FCNN as torch modules, over the KPConv, max_pool and closest_pool of `layers`."""
     import torch
     from torch import nn
 
+    class GroupNorm(nn.GroupNorm):  # over all points of the batch, as the clients have it
+        def forward(self, x):
+            return super().forward(x.T[None])[0].T
+
+    def norm(channels):
+        if groups is None:
+            return nn.BatchNorm1d(channels, momentum=0.02)
+        return GroupNorm(groups or channels, channels, affine=groups > 0)
+
     def unary(channels, out):
-        layer, norm = nn.Linear(channels, out, bias=False), nn.BatchNorm1d(out, momentum=0.02)
-        return nn.Sequential(layer, norm, nn.LeakyReLU(0.1))
+        return nn.Sequential(nn.Linear(channels, out, bias=False), norm(out), nn.LeakyReLU(0.1))
 
     class Residual(nn.Module):
         def __init__(self, channels, out, level, strided=False):
@@ -268,8 +308,8 @@ def client_network(layers, width, num_levels):
             self.level, self.strided = level, strided
             self.first = unary(channels, out // 4)
             scale = 2**level
-            self.conv = layers.KPConv(15, 3, out // 4, out // 4, EXTENT * scale, RADIUS * scale)
-            self.norm, self.last = nn.BatchNorm1d(out // 4, momentum=0.02), unary(out // 4, out)[:2]
+            self.conv = layers.KPConv(out // 4, out // 4, EXTENT * scale, RADIUS * scale)
+            self.norm, self.last = norm(out // 4), unary(out // 4, out)[:2]
             self.shortcut = unary(channels, out)[:2] if channels != out else nn.Identity()
 
         def forward(self, x, batch):
@@ -283,7 +323,7 @@ def client_network(layers, width, num_levels):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.norm = layers.KPConv(15, 3, 1, width // 2, EXTENT, RADIUS), nn.BatchNorm1d(width // 2)
+            self.stem, self.norm = layers.KPConv(1, width // 2, EXTENT, RADIUS), norm(width // 2)
             self.encoder, self.decoder, channels = nn.ModuleList(), nn.ModuleList(), width // 2
             for level in range(num_levels):
                 out = width * 2**level
