@@ -108,8 +108,7 @@ ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "
 
 @pytest.mark.parametrize(
     ("name", "env"),
-    [*((b"B\xe4ume.npy", env) for env in ENCODINGS),
-     *zip(("Bäume 木.npy".encode(), b"two\nlines.npy", b"a.npy"), ENCODINGS, strict=True)],
+    [(b"B\xe4ume.npy", ENCODINGS[1]), *zip(("Bäume 木.npy".encode(), b"two\nlines.npy"), ENCODINGS[::2], strict=True)],
 )  # fmt: skip
 def test_names_and_encodings_of_any_kind(run, tmp_path, name, env):
     pytest.importorskip("matplotlib")

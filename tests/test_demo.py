@@ -145,9 +145,7 @@ def test_the_demo_is_that_of_the_settings():
     assert objects.names == tuple(scenes.CATEGORIES) and demo.UNSEEN_OBJECTS.shapes >= part.shapes + part.number
 
 
-@pytest.mark.parametrize(
-    "points", [[[1, 2, 3]], [[1, 2, 3]] * 4, [[0, 0, 0], [9, 0, 0]], np.eye(3), np.arange(18).reshape(6, 3)]
-)
+@pytest.mark.parametrize("points", [[[1, 2, 3]], [[1, 2, 3]] * 4, [[0, 0, 0], [9, 0, 0]]])
 def test_tiny_clouds_go_down_to_one_point(run, tmp_path, points):
     code, out, err = run(save(tmp_path / "tiny.npy", points), "--levels", 11, "--channels", 3)
     assert (code, err) == (0, "")

@@ -1,5 +1,6 @@
 """kernel_map and to_dense. Maps are compared exactly with a dictionary of coordinates, and with torch and spconv."""
 
+import functools
 import gc
 import itertools
 import math
@@ -11,7 +12,7 @@ import clouds
 import numpy as np
 import pytest
 from gradcheck import check_vjp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_close, assert_same_bits
 
@@ -155,6 +156,7 @@ def test_rules_and_kernels(rule, kernel_size, axes):
                 check_map(coords, kernel_size=kernel_size, dilation=dilation, stride=stride, padding=1, rule=rule)
 
 
+@settings(max_examples=settings().max_examples // 4)  # 80 ms each
 @given(st.data())
 def test_any_voxels_any_options(data):
     axes, rule = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(RULES))
@@ -339,9 +341,11 @@ def test_the_transpose_is_the_adjoint():
 @pytest.mark.parametrize(
     "kernel_size, stride, padding, dilation", [(3, 1, 1, 1), (3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 2, 2)]
 )
-def test_spconv(kernel_size, stride, padding, dilation):
+def test_spconv(kernel_size, stride, padding, dilation, request):
     """The CPU wheel of spconv: the same outputs and values, for all three kinds of layers."""
     torch, spconv = pytest.importorskip("torch"), pytest.importorskip("spconv.pytorch")
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)  # with two, spconv 2.3.8 loses some of the sums: another result in each call
     shape, coords, features, _ = layer(3, kernel_size, num=150, extent=9)
     features = features.astype(np.float32)
     indices = torch.from_numpy(np.concatenate([np.zeros((len(coords), 1), np.int32), coords], 1))

@@ -847,7 +847,7 @@ def test_a_pass_is_the_same_in_every_framework(net, framework, training):
 
 
 @pytest.mark.parametrize(
-    "net", [small(modulated=True), small(resampled=6), nn.KPNeXt((1, 2), 2, 5, 0.2, 4, width=16)], ids=repr
+    "net", [small(modulated=True, resampled=6), nn.KPNeXt((1, 2), 2, 5, 0.2, 4, width=16)], ids=repr
 )
 def test_a_torch_module_is_trained_in_one_graph(net):
     torch = pytest.importorskip("torch")

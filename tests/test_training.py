@@ -636,8 +636,6 @@ ADAMW = {"optimizer": "adamw", "schedule": "one_cycle", "lr": 0.01, "clip_norm":
 @pytest.mark.parametrize(
     ("network", "how"),
     [
-        ({}, ADAMW),
-        ({"deformable": 1, "dropout": 0.2}, {}),
         ({"deformable": 1, "dropout": 0.2}, ADAMW),
         ({"upsample": "kpconv", "learn_kernel_points": True}, {}),
         ({"kind": "kpnext", "depths": [1, 1], "width": 16, "num_neighbors": [8, 8]}, ADAMW),
@@ -1287,7 +1285,7 @@ def test_a_full_disk_takes_no_part_of_a_line(tmp_path):
     assert (tmp_path / "log").read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.parametrize("size", [0, 10_000, 20_000, 40_000])
+@pytest.mark.parametrize("size", [0, 40_000])
 def test_a_run_without_room_is_one_line(python, tmp_path, size):
     """The first checkpoint of the run has 27 kB, curves.png 50."""
     (tmp_path / "a.toml").write_text(TOML)
