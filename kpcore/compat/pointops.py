@@ -118,7 +118,7 @@ def knn_query(nsample: int, xyz: torch.Tensor, offset: torch.Tensor, new_xyz: to
     distance = to_tensor(neighbors.stored_distance)
     if len(distance) == index.numel():
         return index, distance.view(index.shape)
-    return index, distance.new_full(index.shape, _MISSING).masked_scatter_(index >= 0, distance)
+    return index, _padded(index >= 0, distance, _MISSING)
 
 
 @torch.no_grad()
@@ -162,10 +162,11 @@ def ball_query(nsample: int, max_radius: float, min_radius: float, xyz: torch.Te
     nsample, point, distance, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
     counts, number = torch.diff(row_splits)[:, None], torch.arange(nsample, device=xyz.device)
     there = number < counts
-    if (counts > nsample).any():
-        # pointops computes these numbers in float32.
-        spread = (counts.to(torch.float32) / nsample * number).to(torch.int64)
-        number = torch.where(counts > nsample, torch.minimum(spread, counts - 1), number)
+    if not (counts > nsample).any():
+        return _padded(there, point, -1), _padded(there, distance, _MISSING)
+    # pointops computes these numbers in float32.
+    spread = (counts.to(torch.float32) / nsample * number).to(torch.int64)
+    number = torch.where(counts > nsample, torch.minimum(spread, counts - 1), number)
     return _rows_of_pairs(number, there, point, distance, row_splits)
 
 
@@ -618,6 +619,11 @@ def _gathered(name, rows, idx):
     with checks.argument_names({"features": name, "index": "idx"}):
         gathered = kpt.gather(rows, idx.reshape(-1)).view(*idx.shape, rows.shape[1])
     return (gathered if missing is None else gathered.masked_fill(missing, 0)), missing
+
+
+def _padded(there, values, fill):
+    """The values in order where `there` is true, elsewhere `fill`."""
+    return values.new_full(there.shape, fill).masked_scatter_(there, values)
 
 
 def _rows_of_pairs(number, there, point, distance, row_splits):
