@@ -71,8 +71,9 @@ def _threads_and_why() -> tuple[int, str]:
         choice = 1, "a worker process (daemonic, as those of a DataLoader or Pool), one of several"
     else:
         choice = _available_cores()
-    # A spawned child runs its parent's main module before it knows whether it is daemonic: the choice is not kept yet.
-    if not (process and "__mp_main__" in sys.modules and process.parent_process() is None):
+    # A spawned child runs its parent's main module and reads its arguments before it knows whether it is daemonic:
+    # the choice is not kept yet. multiprocessing says so by this attribute.
+    if not (process and getattr(process.current_process(), "_inheriting", False)):
         _chosen = choice
     return choice
 

@@ -118,9 +118,14 @@ def row_splits_to_batch(row_splits: AnyArray) -> np.ndarray:
     return _items_of_rows(values)
 
 
-def splits_of_batch(name: str, batch: AnyArray, size_name: str, num_items: int | None) -> np.ndarray:
-    """`batch_to_row_splits` for arguments that are called `name` and `size_name`."""
-    batch, xp = checks.array(name, batch, "N", checks.INTEGERS, {}), devices.namespace(batch)
+def splits_of_batch(name: str, batch: AnyArray, size_name: str, num_items: int | None,
+                    rows: tuple[int, str] | None = None) -> np.ndarray:  # fmt: skip
+    """`batch_to_row_splits` for arguments that are called `name` and `size_name`.
+
+    `rows`: the number of rows that the batch vector must have, and the name of the argument that has them.
+    """
+    batch = checks.array(name, batch, "N", checks.INTEGERS, {} if rows is None else {"N": rows})
+    xp = devices.namespace(batch)
     falls = batch[1:] < batch[:-1]
     if falls.any():
         at = int(falls.argmax())
@@ -140,7 +145,7 @@ def _items_of_rows(row_splits):
     """(row_splits[-1],) int64: the number of the item of each row; `row_splits` are not checked."""
     xp, num_items = devices.namespace(row_splits), len(row_splits) - 1
     if xp is np:
-        return np.repeat(np.arange(num_items), np.diff(row_splits))
+        return np.repeat(np.arange(num_items), row_splits[1:] - row_splits[:-1])  # np.diff takes 4 µs more
     # CuPy's repeat takes the numbers of repetitions from the host only.
     return xp.searchsorted(row_splits[1:], xp.arange(int(row_splits[-1])), side="right")
 

@@ -389,7 +389,12 @@ class GridIndex(KDTree):
 
 
 def _rebuilt(cls, points, row_splits, cell):  # pickles name this function: it cannot be renamed
-    return cls(points, row_splits=row_splits) if cell is None else cls(points, cell, row_splits=row_splits)
+    made = cls.__new__(cls)
+    if cell is None:  # not made.__init__: that of kpcore.torch takes tensors
+        KDTree.__init__(made, points, row_splits=row_splits)
+    else:
+        GridIndex.__init__(made, points, cell, row_splits=row_splits)
+    return made
 
 
 class _Cloud:

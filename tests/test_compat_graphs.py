@@ -215,6 +215,16 @@ def test_issues_of_torch_cluster():
     assert torch.equal(torch_cluster.radius_graph(crowd, 2.0), torch_cluster.radius_graph(turned, 2.0))  # 106, 72
 
 
+def test_voxels_of_integers_are_exact():
+    """torch divides integers in float32, and the difference of two int8 may not fit int8."""
+    pos = torch.tensor([[0], [2**25 + 1], [2**26 + 3]])
+    assert torch_cluster.grid_cluster(pos, torch.tensor([1])).tolist() == pos[:, 0].tolist()
+    pos = torch.tensor([[-120], [119], [0]], dtype=torch.int8)
+    assert torch_cluster.grid_cluster(pos, torch.tensor([10], dtype=torch.int8)).tolist() == [0, 23, 12]
+    end = torch.tensor([127], dtype=torch.int8)
+    assert torch_cluster.grid_cluster(pos[1:], end // 10, pos[0], end).tolist() == [19, 10]
+
+
 WRONG = torch.tensor([0, 1, 0])
 ERRORS = [
     (lambda x, i: torch_cluster.knn(x.numpy(), x, 1), "x: expected a torch tensor, got ndarray"),
@@ -227,8 +237,10 @@ ERRORS = [
     (lambda x, i: torch_cluster.knn(x, x, 1, None, i), "batch_x: expected a batch vector, because there are 3 batch"),
     (lambda x, i: torch_cluster.knn(x, x, 1, i, i, batch_size=2), "batch_x: expected .* to match batch_size, got 2"),
     (lambda x, i: torch_cluster.knn(x, 0 * x, 1, cosine=True), "y: expected no rows of zeros with"),
+    (lambda x, i: torch_cluster.knn(x.half(), x.half(), 1, cosine=True), "x: expected float32 or float64, got float16"),
     (lambda x, i: torch_cluster.knn(x, x, 1, cosine=1), "cosine: expected True or False, got int"),
     (lambda x, i: torch_cluster.radius(x, x, 0.0), "r: expected a finite number above zero, got 0.0"),
+    (lambda x, i: torch_cluster.radius(x, x, x[0, 0]), r"r: expected a number, got Tensor; convert it with r.item\(\)"),
     (lambda x, i: torch_cluster.radius(x, x, 1.0, max_num_neighbors=-1), "max_num_neighbors: expected at least 0"),
     (lambda x, i: torch_cluster.radius(x / 0, x, 1.0), "x: expected finite coordinates, got .* in row 0"),
     (lambda x, i: torch_cluster.radius(x, x[:2], 1.0, ignore_same_index=True), "ignore_same_index: expected as many"),
@@ -239,6 +251,9 @@ ERRORS = [
     (lambda x, i: torch_cluster.nearest(x, x[:0]), "y: expected at least one point, got none"),
     (lambda x, i: torch_cluster.fps(x, ratio=1.5), "ratio: expected numbers above 0 and at most 1, got 1.5"),
     (lambda x, i: torch_cluster.fps(x, i, torch.ones(2)), r"ratio: expected a number, or \(3,\) to match the batch"),
+    (lambda x, i: torch_cluster.fps(x, i, torch.ones(3, device="meta")), "ratio: expected a tensor on the CPU or"),
+    (lambda x, i: torch_cluster.fps(x, i, torch.ones(3).bfloat16()), "ratio: expected float32 or float64"),
+    (lambda x, i: torch_cluster.fps(x, ptr=i.to("meta")), "ptr: expected a tensor on the CPU or"),
     (lambda x, i: torch_cluster.fps(x, i, ptr=[0, 3]), "ptr: expected None, because batch is passed"),
     (lambda x, i: torch_cluster.fps(x, ptr=[0, 2]), "ptr: expected values from 0 to 3 to match src, got from 0 to 2"),
     (lambda x, i: torch_cluster.fps(x, WRONG), "batch: expected numbers that never decrease"),
@@ -248,6 +263,8 @@ ERRORS = [
     (lambda x, i: torch_cluster.grid_cluster(x, torch.ones(3).double()), "size: expected float32 on cpu to match pos"),
     (lambda x, i: torch_cluster.grid_cluster(x, torch.ones(3), 1.5 + 0 * x[0]), "pos: expected points from start"),
     (lambda x, i: torch_cluster.grid_cluster(x, torch.ones(3), None, x[1]), "pos: expected points .* in row 2"),
+    (lambda x, i: torch_cluster.grid_cluster(1e30 * x, torch.ones(3), 0 * x[0], x[0]), "pos: expected points from sta"),
+    (lambda x, i: torch_cluster.grid_cluster(1e30 * x, torch.ones(3)), "size: expected a grid of at most"),
     (lambda x, i: torch_cluster.grid_cluster(x / 0, torch.ones(3)), "pos: expected points from start"),
     (lambda x, i: torch_cluster.grid_cluster(x.double(), 0 * x[0].double() + 1e-9), "size: expected a grid of at"),
 ]  # fmt: skip
@@ -442,6 +459,22 @@ def test_interpolation():
     np.testing.assert_allclose(single.numpy(), expected, rtol=2e-5)
 
 
+def test_pointops_under_autocast():
+    """As in training with AMP: layers give features of 16 bits, coordinates stay in float32."""
+    xyz, feat = torch.from_numpy(cloud(30, 23)), torch.from_numpy(cloud(30, 24)).bfloat16().requires_grad_()
+    offset, idx = torch.tensor([30]), torch.arange(30).view(10, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        grouped = pointops.grouping(idx, feat, xyz, xyz[:10], True)
+        between = pointops.interpolation(xyz, xyz[:10] + 0.01, feat, offset, torch.tensor([10]))
+    assert torch.equal(grouped, pointops.grouping(idx, feat.float(), xyz, xyz[:10], True))
+    exact = pointops.interpolation(xyz, xyz[:10] + 0.01, feat.float(), offset, torch.tensor([10]))
+    assert torch.equal(between, exact) and between.dtype == torch.float32
+    (grouped.sum() + between.sum()).backward()
+    assert feat.grad.dtype == torch.bfloat16 and feat.grad.all()
+    with pytest.raises(TypeError, match=r"^feat: expected float32 to match xyz, got bfloat16"):
+        pointops.grouping(idx, feat, xyz, xyz[:10], True)
+
+
 def test_offsets():
     offset = torch.tensor([2, 2, 5, 9], dtype=torch.int32)
     batch = pointops.offset2batch(offset)
@@ -461,6 +494,8 @@ POINTOPS_ERRORS = [
     (lambda x, o: pointops.knn_query(2, x, o.float()), r"offset: expected int32 or int64 \(B,\), got float32 \(2,\)"),
     (lambda x, o: pointops.knn_query(2, x, o, x), "new_offset: expected a tensor, because new_xyz is one, got None"),
     (lambda x, o: pointops.knn_query(2, x, o, None, o), "new_xyz: expected a tensor, because new_offset"),
+    (lambda x, o: pointops.knn_query(2, x, o, x, [2, 6]), "new_offset: expected a torch tensor, got list"),
+    (lambda x, o: pointops.interpolation(x, x, x.numpy(), o, o), "feat: expected a torch tensor, got ndarray; convert"),
     (lambda x, o: pointops.knn_query(2, x, o, x, o[1:]), r"new_offset: expected \(2,\) to match offset, got \(1,\)"),
     (lambda x, o: pointops.knn_query(2, x, o, x.double(), o), "new_xyz: expected float32 to match xyz, got float64"),
     (lambda x, o: pointops.knn_query(0, x, o), "nsample: expected at least 1, got 0"),
@@ -553,6 +588,27 @@ def test_frnn_is_differentiable():
     assert empty.shape == (2, 1, 1, 3) and not empty.any()
 
 
+@pytest.mark.parametrize("num_points", [0, 5])
+def test_gradients_of_frnn_without_points(num_points):
+    """torch.autograd.grad raises an error for an input from which no output is computed."""
+    points1, points2 = torch.rand(2, 4, 3, requires_grad=True), torch.rand(2, num_points, 3, requires_grad=True)
+    lengths2 = torch.tensor([0, 0])
+    dists, idxs, nn, _ = frnn.frnn_grid_points(points1, points2, None, lengths2, 2, 0.5, return_nn=True)
+    assert (dists == -1).all() and (idxs == -1).all()
+    for result in (dists, nn):
+        gradients = torch.autograd.grad(result.sum(), points2, retain_graph=True)
+        assert gradients[0].shape == points2.shape and not gradients[0].any()
+    assert frnn.frnn_gather(points2[..., :0], idxs).shape == (2, 4, 2, 0)
+
+
+def test_a_radius_in_a_tensor():
+    points = torch.from_numpy(cloud(40, 25)).view(2, 20, 3)
+    expected = frnn.frnn_grid_points(points, points, K=4, r=0.3)[1]
+    for r in (torch.tensor(0.3), torch.tensor([0.3]), torch.tensor([0.3, 0.3])):
+        assert torch.equal(frnn.frnn_grid_points(points, points, K=4, r=r)[1], expected)
+    assert frnn.frnn_grid_points(points[:0], points[:0], K=4, r=torch.ones(0))[1].shape == (0, 20, 4)
+
+
 FRNN_ERRORS = [
     (lambda p: frnn.frnn_grid_points(p, p, r=1.0), "K: expected at least 1, got -1"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2), "r: expected a finite number above zero, got -1"),
@@ -562,6 +618,9 @@ FRNN_ERRORS = [
     (lambda p: frnn.frnn_grid_points(p, p, None, torch.ones(3).long(), 2, 1.0), r"lengths2: invalid shape, expected"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.ones(3)), r"r: expected a number, \(1,\) or \(2,\) to match"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.tensor([1.0, 0.0])), "r: expected numbers above zero, got 0.0"),
+    (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.ones(2, device="meta")), "r: expected a tensor on the CPU or"),
+    (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.tensor([1, 1e30])), "r: expected a number whose square"),
+    (lambda p: frnn.frnn_grid_points(p[..., :0], p[..., :0], K=2, r=1.0), r"points2: expected \(N, D\) with D = 1 to"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=1.0, grid=(p, p)), "grid: expected what frnn_grid_points"),
     (lambda p: frnn.frnn_grid_points(p, p[:, :3], K=2, r=1.0, grid=frnn.frnn_grid_points(p, p, K=1, r=1.0)[3]),
      r"grid: expected one .* that end at \[3, 6\], got one with items that end at \[4, 8\]"),

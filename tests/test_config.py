@@ -212,6 +212,13 @@ def test_an_explicit_number_of_threads_wins_in_worker_processes(method, tmp_path
     assert run_workers(tmp_path, method=method, early=False, explicit=False) == [6, 6, 6, 6]
 
 
+def test_the_choice_is_kept_where_multiprocessing_is_loaded(python, no_wish):
+    """As torch does; each search then read the files of the control group again, which took longer than the search."""
+    code = "import multiprocessing, kpcore as kp; kp.get_num_threads(); kp.config._available_cores = None"
+    done = python(f"{code}; print(kp.get_num_threads() > 0)")
+    assert done.stdout == "True\n", done.stderr
+
+
 LOADER = """
 import torch
 import kpcore as kp

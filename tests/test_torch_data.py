@@ -1,5 +1,6 @@
 """kpcore.torch with torch.utils.data: pyramids of batches built and stacked in workers, saved and moved."""
 
+import copy
 import io
 import pickle
 import subprocess
@@ -131,11 +132,23 @@ def test_stacked_lists():
     )
 
 
+def test_a_dataloader_without_batches():
+    """torch makes a list of any tuple; networks take it, and kpcore.Pyramid is a collate_fn that keeps the pyramid."""
+    net = NETS["kpfcnn"]
+    dataset, module = kpt.PyramidDataset(clouds((300, 200)), net), kpt.Network(net).eval()
+    for levels, expected in zip(torch.utils.data.DataLoader(dataset, batch_size=None), dataset, strict=True):
+        logits = module(levels, levels[0].features)[0]
+        assert torch.equal(logits, module(expected, expected[0].features)[0])
+    for kept in torch.utils.data.DataLoader(dataset, batch_size=None, collate_fn=kp.Pyramid):
+        assert type(kept) is kp.Pyramid
+
+
 SAMPLES = clouds((40, 30))
 WRONG = {
     "net": (lambda: kpt.PyramidCollate(3), "net: expected a network of kpcore.nn or a dict, got int"),
     "key": (lambda: collate({"points": SAMPLES[0][0], "colors": 1}), "clouds: expected the keys points, features"),
     "parts": (lambda: collate((1, 2, 3, 4)), "clouds: expected points, features and labels, got 4 parts"),
+    "pair": (lambda: collate((SAMPLES[0][0], 3)), r"features: expected one row .* is \(points, None, class\)"),
     "features": (lambda: collate(SAMPLES[0], SAMPLES[1][:1]), "features: expected those of every cloud"),
     "labels": (lambda: collate(SAMPLES[0], (*SAMPLES[1][:2], 3)), "labels: expected rows of one dtype and"),
     "classes": (lambda: collate((*SAMPLES[1][:2], 3), SAMPLES[0]), "labels: expected one class for each cloud"),
@@ -224,6 +237,16 @@ def test_what_weights_only_loads():
         loaded.counts  # noqa: B018
     with pytest.raises(pickle.UnpicklingError, match=r"kpcore.kernel_map.KernelMap"):
         saved_and_loaded(kp.kernel_map(np.zeros((1, 3), np.int32), kernel_size=3))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_copies_of_an_index(again):
+    points, row_splits = torch.from_numpy(clouds((50,))[0][0]), torch.tensor([0, 20, 50])
+    for index in (kpt.KDTree(points, row_splits=row_splits), kpt.GridIndex(points, 0.3, row_splits=row_splits)):
+        copied = again(index)
+        lists = copied.radius_search(points, 0.3, queries_row_splits=row_splits)
+        assert type(copied) is type(index)
+        assert arrays(lists) == arrays(index.radius_search(points, 0.3, queries_row_splits=row_splits))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "uint64", "int64"])

@@ -253,7 +253,7 @@ def test_printed(make):
         (lambda: kpt.KPConvX(0, radius=0.2, extent=0.2), r"^channels: expected at least 1"),
         (lambda: kpt.KPConvX(12, radius=0.2, extent=0.2), r"^attention_groups: expected a divisor of 12 .* got 8"),
         (lambda: kpt.KPConvX(8, radius=0.2, extent=0.2, attention_activation="relu"), r"^attention_activation: expe"),
-        (lambda: kpt.KPConvX(8, 15, radius=0.2, extent=0.2), r"^num: expected a sequence"),
+        (lambda: kpt.KPConvX(8, 15, radius=0.2, extent=0.2), r"^shell_sizes: expected a sequence"),
     ],
 )
 def test_wrong_settings(wrong, error):
@@ -664,6 +664,19 @@ def test_batch_norm_is_not_made_one_of_several_processes(network):
     converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     assert converted is module and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules())
     assert torch.equal(module(*given)[0], expected)
+
+
+@pytest.mark.parametrize("layer", [kpt.KPConv, kpt.DeformableKPConv])
+def test_kernel_points_in_shells(layer):
+    made = layer(4, 6, [1, 8], radius=0.2, extent=0.15, method="shells", groups=2)
+    assert made.weights.shape == (9, 2, 6) and made.kernel_points.shape == (9, 3)
+    points = torch.rand(30, 3)
+    assert made(points, None, kpt.radius_search(points, None, 0.4), torch.ones(30, 4)).shape == (30, 6)
+    made.reset_parameters()
+    with pytest.raises(TypeError, match=r"^kernel_size: expected a sequence of integers, .* got int"):
+        layer(4, 6, 9, radius=0.2, extent=0.15, method="shells")
+    with pytest.raises(ValueError, match=r"^shell_sizes: expected"):
+        kpt.KPConvX(8, [2, 8], radius=0.2, extent=0.15)
 
 
 def test_the_default_dtype():

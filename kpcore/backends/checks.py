@@ -193,7 +193,8 @@ def _real(name, value):
     if type(value) is float:  # the usual case; isinstance(value, numbers.Real) takes 0.4 us
         return value
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        advice = f"; convert it with {name}.item()" if getattr(value, "shape", None) == () else ""
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{advice}")
     try:
         return float(value)
     except OverflowError:
@@ -229,7 +230,7 @@ def lengths(name: str, value: Any, rows: int, like: Named) -> tuple[np.ndarray, 
 
     Returns the array and a copy of it on the host, which on the CPU is the array itself.
     """
-    checked = array(name, value, "M", REAL, {"M": (rows, "the queries")} | device_of(like), like=like)
+    checked = array(name, value, "M", REAL, {"M": (rows, "queries")} | device_of(like), like=like)
     value = devices.on_host(checked)
     limits = np.finfo(value.dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):

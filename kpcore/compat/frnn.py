@@ -34,12 +34,12 @@ import torch
 import kpcore.torch as kpt
 from kpcore.backends import checks
 from kpcore.compat import arguments
-from kpcore.torch.ops import numpy_dtype, on_stream_of, to_tensor
+from kpcore.torch.ops import checked, numpy_dtype, on_stream_of, to_tensor
 
 __all__ = ["frnn_gather", "frnn_grid_points"]
 
 _GRID_DIMENSIONS = (2, 3)
-_NAMES = {"points": "points2", "queries": "points1", "radius": "r", "k": "K", "max_neighbors": "K"}
+_NAMES = {"points": "points2", "queries": "points1", "radius": "r", "cell": "r", "k": "K", "max_neighbors": "K"}
 
 
 class Grid(NamedTuple):
@@ -66,7 +66,7 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
         The numbers of points of the items, at most P1 and P2; by default all of them.
     K : int
         At least 1; required.
-    r : float, or (1,) or (N,) tensor
+    r : float, or () or (1,) or (N,) tensor
         The radius, or one for each item, above zero, inclusive; required.
     grid : Grid, optional
         What an earlier call with the same `points2` and `lengths2` returned.
@@ -112,35 +112,36 @@ def frnn_grid_points(points1: torch.Tensor, points2: torch.Tensor, lengths1: tor
     points1 = arguments.tensor("points1", points1, "N P1 D", arguments.REAL, sizes)
     points2 = arguments.tensor("points2", points2, "N P2 D", (points1.dtype,), sizes)
     K = checks.integer("K", K, 1)
-    radii = _radii(r, points1)
+    r = _radius(r, points1)
     queries, splits1, row = _stacked("lengths1", points1, lengths1)
     points, splits2, _ = _stacked("lengths2", points2, lengths2)
-    item = None if row is None and len(points1) == 1 else kpt.row_splits_to_batch(splits1)
+    radius = r
+    if isinstance(r, torch.Tensor):
+        radius = torch.repeat_interleave(r, torch.diff(splits1), output_size=len(queries))
     has_index = points.shape[1] in checks.DIMENSIONS
     with checks.argument_names(_NAMES):
         if has_index:
-            grid = _grid(points, splits2, radii) if grid is None else _checked_grid(grid, splits2)
-            radius = float(radii) if radii.numel() == 1 else radii[item]
+            grid = _grid(points, splits2, r) if grid is None else _checked_grid(grid, splits2)
             neighbors = grid.index.radius_search(
                 queries, radius, queries_row_splits=splits1, max_neighbors=K, sort="distance"
             )
         else:
             neighbors = kpt.knn_search(points, queries, K, points_row_splits=splits2, queries_row_splits=splits1)
     index = on_stream_of(queries, lambda: to_tensor(neighbors.to_padded(K, -1, dtype=np.int64)))
-    there = index >= 0
-    gathered = kpt.gather(points if len(points) else points1.new_zeros(1, points1.shape[2]), index.clamp(0).view(-1))
+    gathered = _rows_at(points, index.clamp(0).view(-1))
     difference = gathered.view(*index.shape, queries.shape[1]) - queries[:, None]
     squared = functools.reduce(operator.add, (difference * difference).unbind(2))
     if not has_index:
-        there = there & (squared <= radii * radii if radii.numel() == 1 else squared <= (radii * radii)[item][:, None])
-    begin = 0 if item is None else splits2[item][:, None]
-    dists, idxs = torch.where(there, squared, -1), torch.where(there, index - begin, -1)
+        radius = torch.as_tensor(radius, dtype=squared.dtype, device=squared.device).reshape(-1, 1)
+        index = torch.where(squared <= radius * radius, index, -1)
+    dists = torch.where(index < 0, -1, squared)
     if row is not None:
         rows = points1.shape[0] * points1.shape[1], K
         dists = dists.new_full(rows, -1).index_copy(0, row, dists)
-        idxs = idxs.new_full(rows, -1).index_copy(0, row, idxs)
+        index = index.new_full(rows, -1).index_copy(0, row, index)
     shape = *points1.shape[:2], K
-    dists, idxs = dists.view(shape), idxs.view(shape)
+    dists, index = dists.view(shape), index.view(shape)
+    idxs = torch.where(index < 0, -1, index - splits2[:-1, None, None])
     return dists, idxs, frnn_gather(points2, idxs) if checks.boolean("return_nn", return_nn) else None, grid
 
 
@@ -185,25 +186,34 @@ def frnn_gather(x: torch.Tensor, idxs: torch.Tensor, lengths: torch.Tensor | Non
             raise ValueError(f"idxs: expected -1, or 0 to {num_points - 1} to match x, got {bad}")
     missing = idxs < 0
     begins = torch.arange(num_items, device=x.device)[:, None, None] * num_points
-    rows = x.reshape(-1, x.shape[2]) if num_points else x.new_zeros(1, x.shape[2])
-    gathered = kpt.gather(rows, torch.where(missing, 0, idxs + begins).reshape(-1))
+    gathered = _rows_at(x.flatten(0, 1), torch.where(missing, 0, idxs + begins).reshape(-1))
     return gathered.view(*idxs.shape, x.shape[2]).masked_fill(missing[..., None], 0)
 
 
-def _radii(r, points):
-    """The radius as a tensor, () or (N,), of the dtype and on the device of the points."""
+def _rows_at(rows, index):
+    """The rows that an index without errors names; a row of zeros if there are no rows, then named by 0."""
+    if not len(rows):
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return kpt.gather(rows, index) if rows.requires_grad else rows.index_select(0, index)
+
+
+def _radius(r, points):
+    """The radius as a number, or as a tensor (N,) of the dtype and on the device of the points."""
     if not isinstance(r, torch.Tensor):
-        return points.new_tensor(checks.length("r", r, numpy_dtype("points1", points.dtype)))
-    if r.shape not in ((1,), (len(points),)):
+        return checks.length("r", r, numpy_dtype("points1", points.dtype))
+    r = checked(None, "r", r)
+    if r.shape not in ((), (1,), (len(points),)):
         raise ValueError(f"r: expected a number, (1,) or ({len(points)},) to match points1, got {tuple(r.shape)}")
+    if r.numel() == 1:
+        return checks.length("r", r.item(), numpy_dtype("points1", points.dtype))
     arguments.check_above_zero("r", r)
-    return r.detach().to(points) if len(r) > 1 else r.detach().to(points)[0]
+    return r.detach().to(points)
 
 
 def _stacked(name, points, lengths):
     """(rows, row_splits, numbers of the rows among the padded ones or None for all) of a padded batch (N, P, D)."""
     num_items, padded = points.shape[:2]
-    rows = points.reshape(-1, points.shape[2])
+    rows = points.flatten(0, 1)
     if lengths is not None:
         sizes = {"N": (num_items, "points1"), "device": (points.device, "points1")}
         lengths = arguments.tensor(name, lengths, "N", arguments.INTEGERS, sizes)
@@ -214,14 +224,15 @@ def _stacked(name, points, lengths):
             place = torch.arange(padded, device=points.device)
             number = (place < lengths[:, None]).reshape(-1).nonzero()[:, 0]
             splits = torch.cat([number.new_zeros(1), lengths.cumsum(0)])
-            return kpt.gather(rows, number), splits, number
+            return _rows_at(rows, number), splits, number
     return rows, torch.arange(num_items + 1, device=points.device) * padded, None
 
 
-def _grid(points, row_splits, radii):
+def _grid(points, row_splits, r):
     """An index of the points for searches with these radii."""
     if points.shape[1] in _GRID_DIMENSIONS and len(points):
-        return Grid(kpt.GridIndex(points, float(radii.max()), row_splits=row_splits), row_splits)
+        cell = float(r.max()) if isinstance(r, torch.Tensor) else r
+        return Grid(kpt.GridIndex(points, cell, row_splits=row_splits), row_splits)
     return Grid(kpt.KDTree(points, row_splits=row_splits), row_splits)
 
 

@@ -108,7 +108,7 @@ class KPConv(torch.nn.Module):
         self.influence_mode, self.aggregation_mode, self.inf = influence_mode, aggregation_mode, inf
         self.fixed_kernel_points, self.modulated, self.use_geom = fixed_kernel_points, modulated, use_geom
         self._draw = partial(drawn_kernel_points, shell_sizes, radius, "vertical", dimension=dimension,
-                             fixed=fixed_kernel_points, method="shells")  # fmt: skip
+                             fixed=fixed_kernel_points, method="shells", name="shell_sizes")  # fmt: skip
         points = self._draw()
         self.K = len(points)
         self.gather_mode = groups == in_channels and aggregation_mode == "nearest" and self.K > 25

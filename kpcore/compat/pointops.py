@@ -33,6 +33,7 @@ Different from pointops:
   features. `knnquery` repeats the first point of the item, as there.
 * `farthest_point_sampling` chooses no point twice and takes the smallest index of equally far points. Items may be
   empty. Asking for more points than an item has is an error.
+* Under autocast, features of 16 bits are taken in float32, and `grouping` and `interpolation` return float32.
 * Gradients are the same in every run, to the bit.
 * `subtraction`, `aggregation`, `attention_relation_step` and `attention_fusion_step` raise NotImplementedError: compute
   them in torch from the rows that `grouping2` gathers, as in ``input1[:, None] - grouping2(input2, idx)``.
@@ -117,9 +118,7 @@ def knn_query(nsample: int, xyz: torch.Tensor, offset: torch.Tensor, new_xyz: to
     distance = to_tensor(neighbors.stored_distance)
     if len(distance) == index.numel():
         return index, distance.view(index.shape)
-    padded = distance.new_full(index.shape, _MISSING)
-    padded[index >= 0] = distance
-    return index, padded
+    return index, _padded(index >= 0, distance, _MISSING)
 
 
 @torch.no_grad()
@@ -163,6 +162,8 @@ def ball_query(nsample: int, max_radius: float, min_radius: float, xyz: torch.Te
     nsample, point, distance, row_splits = _between(nsample, max_radius, min_radius, xyz, offset, new_xyz, new_offset)
     counts, number = torch.diff(row_splits)[:, None], torch.arange(nsample, device=xyz.device)
     there = number < counts
+    if not (counts > nsample).any():
+        return _padded(there, point, -1), _padded(there, distance, _MISSING)
     # pointops computes these numbers in float32.
     spread = (counts.to(torch.float32) / nsample * number).to(torch.int64)
     number = torch.where(counts > nsample, torch.minimum(spread, counts - 1), number)
@@ -286,7 +287,7 @@ def grouping(idx: torch.Tensor, feat: torch.Tensor, xyz: torch.Tensor, new_xyz: 
         )
     if not checks.boolean("with_xyz", with_xyz):
         return _gathered("feat", feat, idx)[0]
-    xyz, feat = checked(None, "xyz", xyz), checked(None, "feat", feat)
+    xyz, feat = checked(None, "xyz", xyz), _under_autocast(checked(None, "feat", feat))
     new_xyz = xyz if new_xyz is None else checked(None, "new_xyz", new_xyz)
     if xyz.ndim != 2 or feat.ndim != 2 or len(xyz) != len(feat):
         raise ValueError(f"feat: expected (N, C) to match xyz {tuple(xyz.shape)}, got {tuple(feat.shape)}")
@@ -423,6 +424,7 @@ def interpolation(xyz: torch.Tensor, new_xyz: torch.Tensor, feat: torch.Tensor, 
     >>> pointops.interpolation(xyz, new_xyz, feat, torch.tensor([2]), torch.tensor([1]), k=2)
     tensor([[20.]])
     """
+    feat = _under_autocast(checked(None, "feat", feat))
     with checks.argument_names({"nsample": "k"}):
         neighbors = _nearest(k, xyz, new_xyz, _bounds(xyz, offset, new_xyz, new_offset))
     inverse = 1 / (to_tensor(neighbors.stored_distance) + 1e-8)
@@ -553,9 +555,16 @@ def _bounds(xyz, offset, new_xyz, new_offset):
     splits = _splits("offset", offset)
     if new_offset is None:
         return splits, None
-    if new_offset.shape != offset.shape:
+    queries_splits = _splits("new_offset", new_offset)
+    if queries_splits.shape != splits.shape:
         raise ValueError(f"new_offset: expected {tuple(offset.shape)} to match offset, got {tuple(new_offset.shape)}")
-    return splits, _splits("new_offset", new_offset)
+    return splits, queries_splits
+
+
+def _under_autocast(feat):
+    """Features of 16 bits in float32 under autocast, as the operators of kpcore.torch compute there."""
+    is_half = feat.dtype in (torch.float16, torch.bfloat16)
+    return feat.float() if is_half and torch.is_autocast_enabled(feat.device.type) else feat
 
 
 def _nearest(k, xyz, new_xyz, splits):
@@ -610,6 +619,11 @@ def _gathered(name, rows, idx):
     with checks.argument_names({"features": name, "index": "idx"}):
         gathered = kpt.gather(rows, idx.reshape(-1)).view(*idx.shape, rows.shape[1])
     return (gathered if missing is None else gathered.masked_fill(missing, 0)), missing
+
+
+def _padded(there, values, fill):
+    """The values in order where `there` is true, elsewhere `fill`."""
+    return values.new_full(there.shape, fill).masked_scatter_(there, values)
 
 
 def _rows_of_pairs(number, there, point, distance, row_splits):

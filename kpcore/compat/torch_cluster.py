@@ -36,13 +36,14 @@ Different from torch_cluster:
   at most 1, and items may be empty.
 * `grid_cluster` raises an error for points outside `start` to `end`, to which torch_cluster gives the numbers of other
   voxels.
-* Coordinates that are NaN or infinite are an error; so are integers, float16 on the CPU and bfloat16.
+* Coordinates that are NaN or infinite are an error; so are integers, float16 and bfloat16.
 * `graclus_cluster`, `random_walk` and `neighbor_sampler` raise NotImplementedError. Functions cannot be compiled by
   torch.jit.script.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -336,12 +337,15 @@ def fps(src: torch.Tensor, batch: torch.Tensor | None = None, ratio: float | tor
     random_start = checks.boolean("random_start", random_start)
 
     def compute() -> torch.Tensor:
-        points = checks.points_array("points", to_array("src", columns), {}, dimensions=checks.DIMENSIONS)
+        points = to_array("src", columns)
+        if points.ndim != 2:
+            checks.points_array("points", points, {}, dimensions=checks.DIMENSIONS)  # raises
         if ptr is None:
             rows = None if batch is None else to_array("batch", checked(None, "batch", batch))
             (row_splits,) = _bounds(("", points, rows), None, batch_size)
         else:
-            row_splits = to_array("ptr", torch.as_tensor(ptr, device=src.device))
+            bounds = ptr if isinstance(ptr, torch.Tensor) else torch.as_tensor(ptr, device=src.device)
+            row_splits = to_array("ptr", checked(None, "ptr", bounds))
         on_host = np.array([0, len(points)]) if row_splits is None else devices.on_host(row_splits)
         lengths = np.diff(on_host)
         start: int | np.ndarray = 0
@@ -360,7 +364,8 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
                  end: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """The number of the voxel of each point in a grid, the first axis fastest.
 
-    The voxel of a point is ``(pos - start) / size`` rounded down, in the dtype of the points. Along an axis there are
+    The voxel of a point is ``(pos - start) / size`` rounded down, in the dtype of the points, or exact if they are
+    integers. Along an axis there are
     as many voxels as reach from `start` to `end`. With a column of batch numbers of size 1 this clusters a batch, as
     ``voxel_grid`` of PyTorch Geometric does.
 
@@ -400,20 +405,26 @@ def grid_cluster(pos: torch.Tensor, size: torch.Tensor, start: torch.Tensor | No
         raise ValueError(f"size: expected numbers above zero, got {size.tolist()}")
     if not len(pos):
         return torch.zeros(0, dtype=torch.int64, device=pos.device)
-    start = pos.amin(0) if start is None else _corner("start", start, pos)
-    end = pos.amax(0) if end is None else _corner("end", end, pos)
-    voxels = ((end - start) / size).to(torch.int64) + 1
-    relative = (pos - start) / size
-    numbers = relative.to(torch.int64)
-    outside = ~(relative.isfinite() & (relative >= 0) & (numbers < voxels)).all(1)
+    start = None if start is None else _corner("start", start, pos)
+    end = None if end is None else _corner("end", end, pos)
+    if pos.is_floating_point():
+        divided = torch.div
+    else:  # exact; torch divides integers in float32, and their differences may not fit their dtype
+        pos, size, start, end = (each if each is None else each.to(torch.int64) for each in (pos, size, start, end))
+        divided = partial(torch.div, rounding_mode="floor")
+    start, end = pos.amin(0) if start is None else start, pos.amax(0) if end is None else end
+    extent, relative = divided(end - start, size), divided(pos - start, size)
+    voxels, numbers = extent.to(torch.int64) + 1, relative.to(torch.int64)
+    if extent.isfinite().all() and (extent.to(torch.float64) + 1).prod() >= 2**63:
+        shown = (extent.to(torch.float64).floor() + 1).tolist()
+        raise ValueError(f"size: expected a grid of at most 2**63 - 1 voxels, got {shown} along the axes")
+    outside = ~((relative >= 0) & (relative < 2.0**62) & (numbers < voxels)).all(1)  # larger ones do not fit int64
     if outside.any():
         row = int(outside.to(torch.uint8).argmax())
         raise ValueError(
             f"pos: expected points from start = {start.tolist()} to end = {end.tolist()}, got {pos[row].tolist()} in "
             f"row {row}"
         )
-    if voxels.to(torch.float64).prod() >= 2**63:
-        raise ValueError(f"size: expected a grid of at most 2**63 - 1 voxels, got {voxels.tolist()} along the axes")
     strides = torch.cat([torch.ones_like(voxels[:1]), voxels.cumprod(0)[:-1]])
     return (numbers * strides).sum(1)
 
@@ -442,7 +453,9 @@ def _columns(tensor):
 
 
 def _rows(name, value):
-    """Rows of coordinates (N, D), of a dtype and shape that searches take; numbers (N,) become (N, 1)."""
+    """Rows of coordinates (N, D), of a shape that searches take; they check the rest. Numbers (N,) become (N, 1)."""
+    if getattr(value, "ndim", None) == 2:
+        return value
     if getattr(value, "ndim", None) == 1:
         value = value.reshape(-1, 1)
     return checks.array(name, value, "N D", checks.REAL, {})
@@ -460,8 +473,7 @@ def _bounds(points, queries, batch_size):
     known = []
     for name, (rows_name, rows, batch) in zip(names, clouds, strict=True):
         if batch is not None:
-            checks.array(name, batch, "N", checks.INTEGERS, {"N": (len(rows), rows_name or "x")})
-            batch = splits_of_batch(name, batch, "batch_size", batch_size)
+            batch = splits_of_batch(name, batch, "batch_size", batch_size, (len(rows), rows_name or "x"))
         known.append(batch)
     num_items = batch_size or max(1, *(len(splits) - 1 for splits in known if splits is not None), 1)
     if num_items == 1:
@@ -500,6 +512,7 @@ def _nearest(x, y, k, bounds, cosine, ignore):
 
 def _directions(name, rows):
     """Rows scaled to length 1: their squared distances are twice one minus the cosine of their angle."""
+    rows = checks.array(name, rows, "N D", checks.REAL, {})
     norms = np.sqrt((rows * rows).sum(axis=1))
     zero = norms == 0
     if zero.any():
@@ -510,10 +523,13 @@ def _directions(name, rows):
 def _counts(ratio, lengths):
     """The number of points to choose in each item, (B,) int64, rounded as torch_cluster does on the CPU."""
     if isinstance(ratio, torch.Tensor):
+        ratio = checked(None, "ratio", ratio)
+        if ratio.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"ratio: expected float32 or float64, got {str(ratio.dtype)[6:]}")
         if ratio.numel() != 1 and ratio.shape != lengths.shape:
             expected = f"a number, or ({len(lengths)},) to match the batch"
             raise ValueError(f"ratio: expected {expected}, got {tuple(ratio.shape)}")
-        ratio = ratio.detach().cpu().clone().numpy()
+        ratio = ratio.detach().cpu().numpy()
     else:
         ratio = np.array(0.5 if ratio is None else checks.number("ratio", ratio, np.dtype(np.float64)))
     if not ((ratio > 0) & (ratio <= 1)).all():

@@ -181,6 +181,11 @@ def _stacked_rows(name, rows):
         return None
     if missing:
         raise ValueError(f"{name}: expected those of every cloud of a batch, got none of number {missing[0]} in it")
+    if name != "labels" and any(not each.ndim for each in rows):
+        raise ValueError(
+            f"{name}: expected one row for each point, got a number; a cloud of points with a class is "
+            "(points, None, class)"
+        )
     kinds = {(each.dtype, each.ndim, each.shape[1:]) for each in rows}
     if len(kinds) > 1 or not rows[0].ndim:
         shapes = " and ".join(sorted(f"{str(each.dtype)[6:]} {tuple(each.shape)}" for each in rows))

@@ -31,17 +31,21 @@ from kpcore.torch.ops import (
 def eager(public: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function of kpcore that has no gradient: tensors take the place of its arrays."""
     signature = inspect.signature(public)
+    positional = tuple(name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     @functools.wraps(public)
     def function(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
+        arguments = {**dict(zip(positional, args)), **kwargs}  # noqa: B905 - too many args are noticed below
+        if len(arguments) < len(args) + len(kwargs):
+            signature.bind(*args, **kwargs)  # raises the TypeError that Python raises for such a call
 
         def compute():
-            for name, value in bound.arguments.items():
-                bound.arguments[name] = _to_arrays(name, value)
-            return _to_tensors(on_arrays(public, *bound.args, **bound.kwargs))
+            # The defaults are not filled in, and the signature not bound, which would take as long as a small search.
+            values = [_to_arrays(name, value) for name, value in arguments.items()]
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            return _to_tensors(on_arrays(public, *values[: len(args)], **named))
 
-        return on_stream_of(_first_tensor(bound.arguments), compute)
+        return on_stream_of(_first_tensor(arguments), compute)
 
     return function
 

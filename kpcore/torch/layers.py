@@ -38,8 +38,8 @@ class KPConv(torch.nn.Module):
     Parameters
     ----------
     in_channels, out_channels : int
-    kernel_size : int
-        K, the number of kernel points.
+    kernel_size : int, or with ``method="shells"`` a sequence of int
+        K, the number of kernel points; with "shells" the number of points of each shell, the first of which is 1.
     radius : float
         The mean norm of the kernel points; 0.66 of the search radius in the published networks.
     extent : float
@@ -93,8 +93,8 @@ class KPConv(torch.nn.Module):
     extent: float
     options: dict[str, Any]
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
-                 dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int] = 15, *, radius: float,
+                 extent: float, dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
                  normalization: str | None = None, groups: int = 1, bias: bool = False, fixed: str = "center",
                  method: str = "potential", rotate: str | None = "vertical", learn_kernel_points: bool = False,
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -106,7 +106,7 @@ class KPConv(torch.nn.Module):
         self.extent = extent
         self.options = {"influence": influence, "aggregation": aggregation, "normalization": normalization,
                         "groups": groups}  # fmt: skip
-        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, *shape))
+        self.weights = torch.nn.Parameter(points.new_empty(len(points), *shape))
         self.register_parameter("bias", _new_bias(bias, self.weights))
         if checks.boolean("learn_kernel_points", learn_kernel_points):
             self.kernel_points = torch.nn.Parameter(points)
@@ -205,10 +205,10 @@ class DeformableKPConv(torch.nn.Module):
     offset_conv: KPConv
     offset_bias: torch.nn.Parameter
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 15, *, radius: float, extent: float,
-                 modulated: bool = False, dimension: int = 3, influence: str = "linear", aggregation: str = "sum",
-                 normalization: str | None = None, groups: int = 1, bias: bool = False, fixed: str = "center",
-                 method: str = "potential", rotate: str | None = "vertical",
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int] = 15, *, radius: float,
+                 extent: float, modulated: bool = False, dimension: int = 3, influence: str = "linear",
+                 aggregation: str = "sum", normalization: str | None = None, groups: int = 1, bias: bool = False,
+                 fixed: str = "center", method: str = "potential", rotate: str | None = "vertical",
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         shape, groups = _grouped(in_channels, out_channels, groups)
@@ -218,10 +218,10 @@ class DeformableKPConv(torch.nn.Module):
         self.extent, self.modulated = extent, modulated
         options = {"influence": influence, "aggregation": aggregation, "normalization": normalization}
         self.options = options | {"groups": groups}
-        self.weights = torch.nn.Parameter(points.new_empty(kernel_size, *shape))
+        self.weights = torch.nn.Parameter(points.new_empty(len(points), *shape))
         self.register_parameter("bias", _new_bias(bias, self.weights))
         self.register_buffer("kernel_points", points)
-        num_raw = kernel_size * (dimension + bool(modulated))
+        num_raw = len(points) * (dimension + bool(modulated))
         self.offset_conv = KPConv(in_channels, num_raw, kernel_size, radius=radius, extent=extent, rotate=rotate,
                                   dtype=dtype, **places, **options)  # fmt: skip
         self.offset_bias = torch.nn.Parameter(points.new_zeros(num_raw))
@@ -366,7 +366,7 @@ class KPConvX(torch.nn.Module):
         super().__init__()
         channels = checks.integer("channels", channels, 1)
         self._draw = partial(drawn_kernel_points, shell_sizes, radius, rotate, dimension=dimension, fixed=fixed,
-                             method="shells")  # fmt: skip
+                             method="shells", name="shell_sizes")  # fmt: skip
         points = self._draw(dtype=dtype)
         kernel_size, dtype = len(points), points.dtype
         self.extent, self.influence, self.attention_groups = extent, influence, attention_groups
@@ -480,10 +480,15 @@ def _described(layer: KPConv | DeformableKPConv) -> str:
 
 
 def drawn_kernel_points(num: int | Sequence[int], radius: float, rotate: str | None, *, dimension: int,
-                        dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:  # fmt: skip
-    """Kernel points (K, D) with a random rotation from torch's generator, on torch's default device."""
+                        dtype: torch.dtype | None = None, name: str = "kernel_size", **options: Any
+                        ) -> torch.Tensor:  # fmt: skip
+    """Kernel points (K, D) with a random rotation from torch's generator, on torch's default device.
+
+    Errors call `num` by `name`.
+    """
     dtype, device = torch.get_default_dtype() if dtype is None else dtype, torch.get_default_device()
-    points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
+    with checks.argument_names({"num": name}):
+        points = kpcore.torch.kernel_points(num, radius, dimension=dimension, dtype=dtype, **options)
     checks.choice("rotate", rotate, (None, "vertical", "full"))
     if rotate is not None and device.type != "meta":  # on "meta" nothing is drawn, as in torch's layers
         rotation = random_rotation(dimension, rotate, int(torch.randint(2**62, (), device="cpu")))

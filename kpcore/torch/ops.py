@@ -52,6 +52,7 @@ _ADVICE = (
     (re.compile(r"(\w+)\.astype\((\w+)\.dtype\)"), r"\1.to(\2.dtype)"),
     (re.compile(r"cupy\.asnumpy\((\w+)\)"), r'\1.to("cpu")'),
     (re.compile(r"cupy\.asarray\((\w+)\)"), r'\1.to("cuda")'),
+    (re.compile("a number, got ndarray"), "a number, got Tensor"),
     (re.compile("NumPy or CuPy array"), "torch tensor"),
     (re.compile(r"numpy\.asarray"), "torch.tensor"),
     (re.compile("NumPy array"), "tensor on the CPU"),
