@@ -619,7 +619,7 @@ FRNN_ERRORS = [
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.ones(3)), r"r: expected a number, \(1,\) or \(2,\) to match"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.tensor([1.0, 0.0])), "r: expected numbers above zero, got 0.0"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.ones(2, device="meta")), "r: expected a tensor on the CPU or"),
-    (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.tensor([1, 1e30])), "r: expected a number whose square"),
+    (lambda p: frnn.frnn_grid_points(p, p, K=2, r=torch.tensor([1, 1e30])), "r: expected a number with a square"),
     (lambda p: frnn.frnn_grid_points(p[..., :0], p[..., :0], K=2, r=1.0), r"points2: expected \(N, D\) with D = 1 to"),
     (lambda p: frnn.frnn_grid_points(p, p, K=2, r=1.0, grid=(p, p)), "grid: expected what frnn_grid_points"),
     (lambda p: frnn.frnn_grid_points(p, p[:, :3], K=2, r=1.0, grid=frnn.frnn_grid_points(p, p, K=1, r=1.0)[3]),

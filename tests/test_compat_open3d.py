@@ -566,7 +566,7 @@ def open3d():
     """torch.ops.open3d, without importing open3d, which needs graphics libraries."""
     spec = importlib.util.find_spec("open3d")
     if spec is None:
-        pytest.skip("open3d is not installed (pip install open3d-cpu), whose operators this compares with")
+        pytest.skip("open3d is not installed (pip install open3d-cpu); this compares with its operators")
     library = Path(spec.submodule_search_locations[0]) / "open3d_torch_ops.so"
     try:
         torch.ops.load_library(library)

@@ -359,7 +359,7 @@ ERRORS = {
     "below zero": ({"min_distance": -0.1}, ValueError, "min_distance: expected a number of at least zero, got -0.1"),
     "no distance": ({"min_distance": None}, TypeError, "min_distance: expected a number, got NoneType"),
     "not finite": ({"min_distance": np.inf}, ValueError, "min_distance: expected a finite number"),
-    "too near": ({"min_distance": 1e-200}, ValueError, "min_distance: expected a number whose square float64 can hold"),
+    "too near": ({"min_distance": 1e-200}, ValueError, "min_distance: expected a number with a square that"),
     "method": ({"method": "fast"}, ValueError, "method: expected None or 'exact' or 'bucketed', got 'fast'"),
 }
 

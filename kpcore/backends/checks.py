@@ -207,7 +207,7 @@ def length(name: str, value: object, dtype: np.dtype) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a finite number above zero, got {value}")
     if not _square_fits(number, dtype):
-        raise ValueError(f"{name}: expected a number whose square {dtype} can hold, got {value}")
+        raise ValueError(f"{name}: expected a number with a square that {dtype} holds, got {value}")
     return number
 
 
@@ -238,7 +238,7 @@ def lengths(name: str, value: Any, rows: int, like: Named) -> tuple[np.ndarray, 
     if bad.any():
         row = int(np.argmax(bad))
         raise ValueError(
-            f"{name}: expected numbers above zero whose squares {value.dtype} can hold, got {value[row]} in row {row}"
+            f"{name}: expected numbers above zero with squares that {value.dtype} holds, got {value[row]} in row {row}"
         )
     return checked, value
 
