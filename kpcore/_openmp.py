@@ -42,6 +42,8 @@ def waiting() -> str:
     """A description of the OpenMP library and of how long its waiting threads spin."""
     if not cpu.has_openmp():
         return "no: built without it, one thread"
+    if cpu.openmp_library() is None:  # Windows
+        return "yes; how long waiting threads spin is not set by kpcore (OMP_WAIT_POLICY)"
     library = os.path.realpath(cpu.openmp_library())
     if _set_by_user:
         return f"{library}; waiting threads spin as set by {', '.join(_set_by_user)}"
@@ -66,6 +68,11 @@ except ImportError as error:
         raise ImportError(
             f"kpcore: expected an installed package, got its sources in {Path(__file__).parents[1]}: install them (pip "
             "install .) and start Python in another folder"
+        ) from error
+    if not Path(__file__).exists():
+        raise ImportError(
+            f"kpcore: expected an installed package, got {Path(__file__).parent} in an archive, from which Python "
+            "loads no extension modules: install it (pip install)"
         ) from error
     raise
 finally:

@@ -30,11 +30,13 @@ _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def _available_cores() -> tuple[int, str]:
-    """(number of cores this process may use, reason): its affinity, or the quota of its control group if lower."""
+    """(number of cores this process may use, reason): its affinity, or the limit of its control group or OpenMP."""
     try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
+        cores = cpu.bound_processors() or len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
         cores = os.cpu_count() or 1
+    if cpu.thread_limit() < cores:
+        return cpu.thread_limit(), f"OMP_THREAD_LIMIT={os.environ.get('OMP_THREAD_LIMIT')}"
     for quota in (_quota_v2, _quota_v1):
         try:
             allowed = max(1, math.ceil(min(cores, quota())))

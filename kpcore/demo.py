@@ -211,7 +211,7 @@ class Level:
     voxel: float
     neighbors: kp.Neighbors
     seconds: tuple[float, ...]  # subsample, search, forward, backward
-    peak: int  # MB of memory used by the process so far, at most
+    peak: float  # MB of memory used by the process so far, at most; NaN where the system does not say
 
     @property
     def mean_neighbors(self) -> float:
@@ -308,12 +308,15 @@ def _table(levels: Sequence[Level], channels: int) -> None:
     print()
 
 
-def _peak_memory() -> int:
-    """Peak memory in MB. VmHWM of Linux belongs to the program; ru_maxrss also counts the shell that started it."""
+def _peak_memory() -> float:
+    """Peak memory in MB. VmHWM of Linux belongs to the program; ru_maxrss also counts the shell that started it.
+    NaN on Windows, which has neither."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) // 1024
     except (OSError, IndexError):
-        import resource
-
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -74,7 +74,7 @@ def _create(part: Path) -> None:
 
 def _to_disk(part: Path) -> None:
     """Write the bytes to disk: some file systems report a full disk only here, or lose the bytes in a crash."""
-    file = os.open(part, os.O_RDONLY)
+    file = os.open(part, os.O_RDWR)  # Windows flushes no file that is open for reading only
     try:
         os.fsync(file)
     finally:

@@ -39,6 +39,15 @@ def run(start):
     return run
 
 
+def test_the_package_runs_as_the_command(tmp_path):
+    """Where the folder of scripts is not on the PATH."""
+    done = subprocess.run([sys.executable, "-m", "kpcore", "config"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("kpcore ")
+    done = subprocess.run([sys.executable, "-m", "kpcore", "no"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: kpcore ")
+
+
 def closed_pipe():
     """The end to write to of a pipe that nobody reads."""
     reader, writer = os.pipe()

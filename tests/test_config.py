@@ -1,6 +1,7 @@
 """Threads, instruction sets, environment, what an import costs, and the rule that CI skips nothing."""
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,8 +89,9 @@ def test_threads_from_the_environment(env, expected, python, monkeypatch):
     assert python("import kpcore; print(kpcore.get_num_threads())", **env).stdout == f"{expected}\n"
 
 
-# ---- threads that wait
+# ---- threads that OpenMP binds, and that wait
 
+needs_openmp = pytest.mark.skipif(not cpu.has_openmp(), reason="built without OpenMP")
 needs_gomp = pytest.mark.skipif("gomp" not in (cpu.openmp_library() or ""), reason="not GCC's OpenMP")
 SPINS = "ctypes.CDLL(kp.backends.cpu.openmp_library()).omp_display_env(1)"  # OpenMP itself says it, to stderr
 
@@ -98,6 +101,29 @@ def no_wish(monkeypatch):
     """An environment that says nothing of threads."""
     for name in ("KPCORE_NUM_THREADS", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@needs_openmp
+@pytest.mark.parametrize(
+    "env",
+    [{"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "cores"}, {"OMP_PLACES": "threads", "OMP_PROC_BIND": "spread"}],
+    ids=str,
+)
+def test_threads_that_openmp_binds_are_as_many(env, python, no_wish):
+    """OpenMP binds the thread that loads it to one core, and then the system says that this thread may use one."""
+    code = "import os, kpcore as kp; print(kp.config._available_cores())"
+    assert python(code, **env).stdout == python(code).stdout != ""
+
+
+@needs_openmp
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no threads")
+def test_threads_are_no_more_than_openmp_may_use(python, no_wish):
+    code = "import kpcore as kp; print(kp.get_num_threads())"
+    core = str(min(os.sched_getaffinity(0)))
+    assert python(code, GOMP_CPU_AFFINITY=core, OMP_PLACES=f"{{{core}}}").stdout == "1\n"
+    assert (
+        python("import kpcore; kpcore.show_config()", OMP_THREAD_LIMIT="1").stdout.count("1: OMP_THREAD_LIMIT=1 (") == 1
+    )
 
 
 def spins(done):
@@ -152,6 +178,65 @@ def test_config_knows_the_openmp_of_torch(names, first, python, no_wish):
     done = python(f"import {names}; kpcore.show_config()")
     assert ("loaded before kpcore" in done.stdout) is first
     assert ("torch" in re.search(r"OpenMP +(\S+)", done.stdout).group(1)) is first
+
+
+# ---- the version
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("meson.build", r"^  version: '(.*)',$"),
+        ("CHANGELOG.md", r"^## (\S+)"),
+        ("CITATION.cff", r"^version: (.*)$"),
+        (".ci/conda/recipe.yaml", r"^  version: (\d.*)$"),
+        ("README.md", r"kpcore-(.*?)-cp310-abi3"),
+    ],
+)
+def test_the_version_is_the_same_in_every_file(file, pattern):
+    text = (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
+    assert re.search(pattern, text, re.MULTILINE).group(1) == kp.__version__
+
+
+# ---- systems that lack what Linux has
+
+
+def test_without_an_affinity_all_cores_are_used(monkeypatch):
+    """As on macOS and Windows."""
+    monkeypatch.delattr(kp.config.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(kp.config.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(kp.config, "_quota_v2", lambda: float("inf"))
+    assert kp.config._available_cores() == (7, "the cores this process may use")
+
+
+def test_config_without_the_file_of_openmp(monkeypatch, capsys):
+    """As on Windows."""
+    monkeypatch.setattr(kp._openmp, "cpu", SimpleNamespace(has_openmp=lambda: True, openmp_library=lambda: None))
+    kp.show_config()
+    assert "how long waiting threads spin is not set by kpcore" in capsys.readouterr().out
+
+
+def test_the_package_is_imported_where_processes_do_not_fork(python):
+    """As on Windows, which has no os.register_at_fork, os.sched_getaffinity, /proc or module resource."""
+    code = """
+import pathlib, os, sys
+for name in ("fork", "register_at_fork", "sched_getaffinity"):
+    delattr(os, name)
+sys.modules["resource"] = None
+read_text = pathlib.Path.read_text
+def refused(path, *arguments):
+    if str(path).startswith(("/proc", "/sys")):
+        raise FileNotFoundError(path)
+    return read_text(path, *arguments)
+pathlib.Path.read_text = refused
+import numpy as np, kpcore as kp
+kp.show_config()
+kp.radius_search(np.zeros((9, 3)), None, 1.0)
+from kpcore import demo
+print(demo._peak_memory())
+"""
+    done = python(code)
+    assert done.stdout.endswith("nan\n"), done.stderr
 
 
 # ---- how many threads a worker process has
@@ -307,6 +392,12 @@ def test_the_source_folder_is_not_the_package(python):
     assert f"ImportError: kpcore: expected an installed package, got its sources in {root}: install" in done.stderr
 
 
+def test_the_package_says_that_an_archive_cannot_be_imported(python, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "k"), "zip", Path(kp.__file__).parents[1], "kpcore")
+    done = python(f"import sys; sys.path.insert(0, {archive!r}); import kpcore")
+    assert f"expected an installed package, got {archive}/kpcore in an archive" in done.stderr
+
+
 # ---- small problems
 
 NUM_TASKS = """
@@ -347,6 +438,17 @@ def test_small_problems_start_no_threads(num, operators, started, python):
 def test_base_is_always_usable():
     assert "base" in cpu.isas()
     assert set(cpu.isas()) <= {"base", "avx2", "avx512"}
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="needs Linux on x86-64"
+)
+def test_instruction_sets_are_those_that_the_system_lists():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split())
+    needed = {"avx2": {"avx2", "fma", "bmi2"}, "avx512": {"avx512f", "avx512vl", "avx512dq", "avx512bw", "fma", "bmi2"}}
+    listed = {isa for isa, names in needed.items() if names <= flags}
+    assert set(cpu.isas()) - {"base"} <= listed
+    assert not listed or max(listed) in cpu.isas()  # a build may have fewer, but has the widest
 
 
 @pytest.mark.parametrize("name", ["sse9", "", "AVX2 "])

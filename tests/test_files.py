@@ -92,3 +92,12 @@ def test_what_cannot_be_written_is_said_before(tmp_path):
     check_writable(tmp_path / "file")
     check_writable(tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
+
+
+def test_a_file_is_flushed_through_a_descriptor_that_may_write(tmp_path, monkeypatch):
+    """Windows flushes no other."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.write(file, b"")))  # an OSError if it may not
+    with replacing(tmp_path / "a.txt"):
+        pass
+    assert flushed == [0]

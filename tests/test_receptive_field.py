@@ -456,12 +456,12 @@ def test_dtypes_of_torch():
         assert layer.weight.grad is None
 
 
-def test_neither_torch_nor_jax_is_imported_for_arrays():
+def test_neither_torch_nor_jax_is_imported_for_arrays(tmp_path):
     code = (
         "import sys, numpy as np, kpcore as kp; kp.effective_receptive_field(lambda x: x, np.ones((3, 1)), [1]); "
         "assert not {'torch', 'jax', 'cupy'} & {*sys.modules}"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 IMAGE = {"layout": "NCHW"}

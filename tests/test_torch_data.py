@@ -210,7 +210,7 @@ def test_workers_of_a_dataloader(tmp_path):
     """Batches from two forked processes are those of this process, and a network trains on them."""
     script = tmp_path / "main.py"
     script.write_text(LOADERS)
-    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "2 1", done.stderr
 
 

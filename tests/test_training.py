@@ -173,7 +173,11 @@ def test_settings_and_their_defaults():
             for got in (re.escape(str(float(wrong) if "e" in bounds or "1000" in bounds else wrong)),)
         ],
         ({"training": {"radius": 10**400}}, r"\[training\] radius: expected float, got 1000.*\.\.\.$"),
-        ({"training": {"steps": 0xF << 20_000}}, r"\[training\] steps: expected .*, got an integer of too many digits"),
+        pytest.param(
+            {"training": {"steps": 0xF << 20_000}},
+            r"\[training\] steps: expected .*, got an integer of too many digits",
+            marks=pytest.mark.skipif(not hasattr(sys, "set_int_max_str_digits"), reason="Python before 3.10.7"),
+        ),
         ({"network": {"voxel_size": 1e30}}, r"\[network\] voxel_size: expected 1e-09 to 1e\+09, got 1e\+30"),
         (
             {"network": {"width": 10**9}},
@@ -229,7 +233,7 @@ def test_settings_files_of_any_editor(tmp_path):
         (text.encode("utf-16-le"), "got UTF-16"),
         (text.encode("latin-1"), "expected text in UTF-8, got byte 0xe4 at 5"),
         (b"a = " + 100_000 * b"[", "nested too deep"),
-        (b"a = " + 5000 * b"9", "4300 digits"),
+        (b"a = " + 5000 * b"9", "4300 digits" if hasattr(sys, "set_int_max_str_digits") else ""),
         (b"data = 3", r"\[data\]: expected a table of settings, got 3"),
         (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected a table of settings, got 3"),
         (bytes(2**24 + 1), "expected a TOML file of at most 16,777,216 bytes, got 16,777,217"),

@@ -142,6 +142,8 @@ cdef extern from "cpu/fields.h" namespace "kp" nogil:
     const char* const* c_isas "kp::isas"() noexcept
     bint c_has_openmp "kp::has_openmp"() noexcept
     const char* c_openmp_library "kp::openmp_library"() noexcept
+    int c_bound_processors "kp::bound_processors"() noexcept
+    int c_thread_limit "kp::thread_limit"() noexcept
     bint c_pause_threads "kp::pause_threads"() noexcept
     const char* c_version "KP_VERSION"
 
@@ -601,6 +603,14 @@ def has_openmp():
 def openmp_library():
     cdef const char* path = c_openmp_library()
     return None if path is NULL else path.decode()
+
+
+def bound_processors():
+    return c_bound_processors()
+
+
+def thread_limit():
+    return c_thread_limit()
 
 
 def pause_threads():

@@ -1,19 +1,11 @@
 // Measures the peak rate of fused multiply-adds of one core, with which benchmarks compare.
 #include "gemm.h"
 
-#include <time.h>
-
 #include "kernels.h"
 
 namespace kp {
 namespace KP_ISA {
 namespace {
-
-double seconds() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
 
 // The best of twenty runs of the micro-kernel of 5 ms each, on operands that stay in the first-level cache.
 template <class F>

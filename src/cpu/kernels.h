@@ -743,6 +743,8 @@ bool set_isa(const char* name);  // false if `name` is not one of isas()
 const char* const* isas();       // the instruction sets that this machine runs, best last, null-terminated
 bool has_openmp();
 const char* openmp_library();
+int bound_processors();
+int thread_limit();
 bool pause_threads();
 
 extern const Functions functions_base, functions_avx2, functions_avx512;

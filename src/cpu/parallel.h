@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "formulas/common.h"
+#include "system.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -55,12 +56,12 @@ class Buffer {
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data_); }
+  ~Buffer() { free_aligned(data_); }
 
   // Discards the content. Afterwards data() is not null, even for size 0. Returns false if memory runs out.
   bool resize(int64_t size) {
     if (data_ && size <= size_) return true;
-    free(data_);
+    free_aligned(data_);
     data_ = nullptr;
     size_ = 0;
     size_t bytes = size_t(size) * sizeof(T) + 64;
@@ -70,8 +71,8 @@ class Buffer {
     constexpr size_t page = size_t(2) << 20;
     const size_t pages = (bytes + page - 1) / page * page;
     if (pages - bytes <= bytes / 8) bytes = pages;
-    void* p = nullptr;
-    if (posix_memalign(&p, bytes >= page ? page : 64, bytes)) return false;
+    void* const p = allocate_aligned(bytes >= page ? page : 64, bytes);
+    if (!p) return false;
 #if defined(__linux__)
     if (bytes >= page) madvise(p, bytes / page * page, MADV_HUGEPAGE);
 #endif

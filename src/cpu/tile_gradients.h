@@ -2,8 +2,6 @@
 // tile's sums, from which gradients of positions follow.
 #pragma once
 
-#include <sched.h>
-
 #include "tile_products.h"
 
 namespace kp {
@@ -22,7 +20,7 @@ class Turns {
   }
   void wait(int64_t part, int64_t tile) {
     for (int tries = 0; __atomic_load_n(&turn_[part * line], __ATOMIC_ACQUIRE) != tile; ++tries)
-      if (tries > 1000) sched_yield();
+      if (tries > 1000) yield_core();
   }
   void pass(int64_t part, int64_t tile) { __atomic_store_n(&turn_[part * line], tile + 1, __ATOMIC_RELEASE); }
 
