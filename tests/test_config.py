@@ -18,6 +18,7 @@ import pytest
 import kpcore as kp
 from kpcore.backends import cpu
 
+needs_openmp = pytest.mark.skipif(not cpu.has_openmp(), reason="built without OpenMP")
 USE = "import numpy as np, kpcore as kp; kp.radius_search(np.zeros((9, 3)), None, 1.0); "
 
 
@@ -54,12 +55,14 @@ def test_public_names_exist():
 # ---- threads
 
 
+@needs_openmp
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_set_num_threads(num, set_threads):
     set_threads(num)
     assert kp.get_num_threads() == num
 
 
+@needs_openmp
 def test_num_threads_is_the_same_in_every_python_thread(set_threads):
     set_threads(3)
     with ThreadPoolExecutor(1) as pool:
@@ -76,6 +79,7 @@ def test_wrong_num_threads(num, error, set_threads):
     assert kp.get_num_threads() == before
 
 
+@needs_openmp
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
@@ -92,7 +96,6 @@ def test_threads_from_the_environment(env, expected, python, monkeypatch):
 
 # ---- threads that OpenMP binds, and that wait
 
-needs_openmp = pytest.mark.skipif(not cpu.has_openmp(), reason="built without OpenMP")
 needs_gomp = pytest.mark.skipif("gomp" not in (cpu.openmp_library() or ""), reason="not GCC's OpenMP")
 SPINS = "ctypes.CDLL(kp.backends.cpu.openmp_library()).omp_display_env(1)"  # OpenMP itself says it, to stderr
 
@@ -282,6 +285,7 @@ def run_workers(folder, **choices):
     return [int(word) for word in done.stdout.split()]
 
 
+@needs_openmp
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_daemonic_children_take_one_thread_and_others_all(method, early, tmp_path, no_wish):
@@ -289,6 +293,7 @@ def test_daemonic_children_take_one_thread_and_others_all(method, early, tmp_pat
     assert found == [5, 1, 1, 5]
 
 
+@needs_openmp
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_an_explicit_number_of_threads_wins_in_worker_processes(method, tmp_path, no_wish, monkeypatch):
     assert run_workers(tmp_path, method=method, early=True, explicit=True) == [3, 3, 3, 3]
@@ -321,6 +326,7 @@ if __name__ == "__main__":
 """
 
 
+@needs_openmp
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize(("env", "expected"), [({}, "1 1"), ({"KPCORE_NUM_THREADS": "3"}, "3 3")])
 def test_workers_of_a_dataloader_take_one_thread_unless_told_otherwise(method, env, expected, tmp_path, no_wish):
@@ -356,6 +362,7 @@ def test_a_child_of_a_process_whose_openmp_cannot_pause_its_threads_takes_one(py
     assert done.stdout.startswith("1 True threads: expected 1 in a forked child, because the OpenMP"), done
 
 
+@needs_openmp
 def test_a_child_of_a_process_whose_openmp_pauses_its_threads_keeps_their_number(python, no_wish):
     code = FORKED.replace("kp.config.cpu.pause_threads = lambda: False", "")
     assert python(code, timeout=60).stdout == "2 True set\n"
@@ -381,6 +388,7 @@ def test_the_least_limit_is_the_number_of_threads(quota, limit, expected, monkey
     assert kp.config._available_cores() == expected
 
 
+@needs_openmp
 @pytest.mark.parametrize(
     ("env", "code", "expected"),
     [
@@ -433,6 +441,7 @@ print(num_threads() - before)
 """
 
 
+@needs_openmp
 @pytest.mark.parametrize(
     ("num", "operators", "started"), [(10, True, False), (200, True, False), (50_000, False, True)]
 )
@@ -460,7 +469,7 @@ def test_instruction_sets_are_those_that_the_system_lists():
     needed = {"avx2": {"avx2", "fma", "bmi2"}, "avx512": {"avx512f", "avx512vl", "avx512dq", "avx512bw", "fma", "bmi2"}}
     listed = {isa for isa, names in needed.items() if names <= flags}
     assert set(cpu.isas()) - {"base"} <= listed
-    assert not listed or max(listed) in cpu.isas()  # a build may have fewer, but has the widest
+    assert not listed or len(cpu.isas()) == 1 or max(listed) in cpu.isas()  # a build may have fewer
 
 
 @pytest.mark.parametrize("name", ["sse9", "", "AVX2 "])
