@@ -50,6 +50,7 @@ from kpcore.sampling import *  # noqa: F403
 from kpcore.search import *  # noqa: F403
 from kpcore.sparse import *  # noqa: F403
 from kpcore.subsampling import *  # noqa: F403
+from kpcore.terrain import *  # noqa: F403
 
 if TYPE_CHECKING:
     from kpcore import compat, io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> ModuleType:
 # here those of functions.
 _EXPORTING = (
     *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
-    *("pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling"),
+    *("pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
 )
 __all__ = ["autodiff"]
 for _module in _EXPORTING:
