@@ -19,7 +19,8 @@ import numpy as np
 from kpcore import _openmp
 from kpcore.backends import checks, cpu
 
-__all__ = ["__version__", "get_memory_limit", "get_num_threads", "set_memory_limit", "set_num_threads", "show_config"]
+__all__ = ["KpcoreWarning", "__version__", "get_memory_limit", "get_num_threads", "set_memory_limit",
+           "set_num_threads", "show_config"]  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 __version__: str = cpu.version()
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+class KpcoreWarning(UserWarning):
+    """A result may not be trusted, and why: input unlike that of the training, classes without points, other units."""
 
 
 def _available_cores() -> tuple[int, str]:

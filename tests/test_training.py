@@ -101,7 +101,7 @@ def test_settings_and_their_defaults():
         ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor, got neither"),
         (
             {"data": {"test": [{"images": "a", "labels": "b"}]}},
-            r"\[data\] train, test: expected either scenes or digits",
+            r"\[data\] train, test, validation: expected either scenes or digits",
         ),
         ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected 2 to 10,000 classes, got 1"),
         ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels that no other class has"),
@@ -110,7 +110,7 @@ def test_settings_and_their_defaults():
         ({"data": {"features": ["one", "Echo", "echo"]}}, r"\[data\] features: expected at least one, each once"),
         ({"data": {"features": ["value"]}}, r"\[data\] features: value is only valid for digits"),
         ({"data": {"train": [{"file": "a.las", "min": [0.0] * 4}]}}, r"train\[0\] min: expected up to 3 coordinates"),
-        ({"data": {"train": [DIGITS]}}, r"\[data\] train, test: expected either scenes or digits"),
+        ({"data": {"train": [DIGITS]}}, r"\[data\] train, test, validation: expected either scenes or digits"),
         (
             {"data": {"train": [DIGITS], "test": []}},
             r"\[data\] features: .* for digits, got (color|height)",
@@ -202,7 +202,7 @@ def test_settings_and_their_defaults():
         ),
         ({"data": {"columns": [*"xyzz"]}}, r"\[data\] columns: expected at least x y z, each name once"),
         ({"data": {"columns": "x y z"}}, r"\[data\] columns: expected list\[str\] \| None, got 'x y z'"),
-        ({"wind": {"a": 1}}, "expected the sections data, network and training, got wind too"),
+        ({"wind": {"a": 1}}, "expected the sections data, network, training and blocks, got wind too"),
     ],
 )
 def test_settings_that_are_refused(more, message):

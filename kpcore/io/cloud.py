@@ -57,6 +57,7 @@ class Cloud:
     kept : (n,) bool, True for the file's points that are in the cloud; None: all are.
     rounding : the largest change of a coordinate by rounding to float32, in the file's unit.
     unlabeled : the reason why labels is None, as text.
+    exact : (N, 3) float64, the file's own coordinates, if they were requested; otherwise None.
     """
 
     points: np.ndarray
@@ -70,6 +71,7 @@ class Cloud:
     kept: np.ndarray | None = None
     rounding: float = 0.0
     unlabeled: str | None = None
+    exact: np.ndarray | None = None
 
 
 class Content(NamedTuple):
@@ -368,7 +370,7 @@ def packed_colors_of(values: np.ndarray) -> tuple[np.ndarray | None, str | None]
     return colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
 
 
-def cloud_of(content: Content) -> Cloud:
+def cloud_of(content: Content, with_exact: bool = False) -> Cloud:
     """The Cloud made from a file's Content: points shifted and rounded, points that are not finite left out."""
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
@@ -387,7 +389,7 @@ def cloud_of(content: Content) -> Cloud:
             )
         points, colors, labels = (a if a is None else a[kept] for a in (points, colors, labels))
         fields = {name: values[kept] for name, values in fields.items()}
-    shift = _shift(points)
+    shift, in_file = _shift(points), points
     exact = points - shift if shift.any() else points
     points = np.ascontiguousarray(exact, np.float32)
     rounding = 0.0
@@ -396,7 +398,8 @@ def cloud_of(content: Content) -> Cloud:
         rounding = float(np.abs(change, out=change).max())
     left_out = 0 if kept is None else len(kept) - len(points)
     return Cloud(points, colors, labels, shift, left_out, None, content.up, fields, kept, rounding,
-                 content.unlabeled if labels is None else None)  # fmt: skip
+                 content.unlabeled if labels is None else None,
+                 in_file.astype(np.float64, copy=False) if with_exact else None)  # fmt: skip
 
 
 def _shift(points: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ WRITERS = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # formats that l
 
 
 def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str | None = None,
-         columns: Sequence[str] | None = None) -> Cloud:  # fmt: skip
+         columns: Sequence[str] | None = None, exact: bool = False) -> Cloud:  # fmt: skip
     """Read a point cloud from a file; its extension names the format.
 
     Formats: PLY; PCD (ascii, binary, binary_compressed); LAS, LAZ and COPC; NPY (a table or a structured array); NPZ
@@ -57,6 +57,8 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
         Without them the columns are x y z, and r g b if there are exactly three more of whole numbers up to 255, each
         with some above 31. They are never labels, as x y z r g b label and x y z intensity r g b cannot be told apart.
         Passing them for columns that have names is an error.
+    exact : bool
+        Whether the result has the file's coordinates in float64 too, besides those in float32 near the origin.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
         with errors_name(path):
             size = checked_size(path, READERS)
             content = READERS[path.suffix.lower()](path, size, request)
-            cloud = cloud_of(content)
+            cloud = cloud_of(content, exact)
     if content.warning:
         warnings.warn(f"{path}: {content.warning}", stacklevel=2)
     return cloud

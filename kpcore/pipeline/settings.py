@@ -16,13 +16,16 @@ from kpcore.scenes import CATEGORIES, PART_LABELS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
 _FOLDS, _MOST_NAME_BYTES = ("area", "file"), 200  # file systems take names of up to 255 bytes
 LENGTHS = (1e-9, 1e9)  # in the unit of the points; squares of these, and of 2**15 times as much, fit float32
 _LABEL_RANGE = (-(2**31), 2**31 - 1)
-COMPUTED_FEATURES = ("one", "color", "height", "local", "value")  # others are fields of the files
+# Of the local surface around a point, see `kpcore.estimate_normals` and `kpcore.covariance_features`.
+SURFACE_FEATURES = ("normals", "linearity", "planarity", "scattering", "verticality", "curvature")
+COMPUTED_FEATURES = ("one", "color", "height", "local", "value", "height_above_ground", *SURFACE_FEATURES)
+FLAGS = ("withheld", "overlap", "synthetic", "key_point")  # of points of LAS files, for `ignore`
 
 Section = TypeVar("Section")  # one of the dataclasses below
 
@@ -91,6 +94,46 @@ class Objects:
         return self.folder or self.list or f"shapes {self.shapes}"
 
 
+@dataclass(frozen=True)
+class Ground:
+    """How the ground is estimated for the feature height_above_ground, see `kpcore.height_above_ground`.
+
+    cell : side of a cell, in the unit of the points: where the ground has about one point
+    window : more than the width of the widest building
+    slope : rise over run of the steepest ground
+    """
+
+    cell: float = 1.0
+    window: float = 20.0
+    slope: float = 0.3
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The neighbourhood from which normals and the other features of the local surface are computed.
+
+    neighbors : the number of nearest points, the point itself among them
+    radius : instead, all points within this distance
+    """
+
+    neighbors: int = 20
+    radius: float | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks, the square cells of a lattice in which a scan is labelled, see `kpcore.pipeline.blocks`.
+
+    side : of a block; by default where a block of the training data has some 150,000 points after subsampling, at least
+        four radii of input spheres
+    halo : width of the margin around a block whose points are in its input but get their labels in other blocks; by
+        default the radius of input spheres and the reach of the features
+    """
+
+    side: float | None = None
+    halo: float | None = None
+
+
 Source: TypeAlias = "Part | Digits | Objects"
 _SOURCES = {"scenes": Part, "digits": Digits, "objects": Objects, "parts": Objects}
 
@@ -100,18 +143,28 @@ class Data:
     """Where points and labels come from.
 
     train, test : scenes, digits or objects
+    validation : those by which the best network of a training is chosen, as in `test`; or the fraction of each scene in
+        `train`, a strip at one end of it, that is set aside for this. Without it the best is chosen by `test`, so that
+        its score there is too good.
     classes : the name of each class and its labels in the files; points with other labels are ignored. Digits have the
         classes 0 to 9. For objects, which are rescaled into the unit sphere, the list of names; by default those of
         `kpcore.scenes.CATEGORIES` if all objects are generated. For parts the name of each category and the labels of
         its parts, each of which no other category has.
     features : "one" (constant 1), "color" (three columns, 0 to 1), "height" (the last coordinate in the file), "local"
-        (coordinates relative to the centre of the input sphere, after augmentation), "value" (grey of a digit, 0 to 1),
-        or the name of a field of the files. Height and fields are shifted and scaled so that the middle nine tenths of
-        the training data are -1 to 1, and clipped to -10 to 10.
+        (coordinates relative to the centre of the input sphere, after augmentation), "height_above_ground" (above the
+        lowest surface around; the dimension HeightAboveGround of files that have it), "normals" (three columns),
+        "linearity", "planarity", "scattering", "verticality", "curvature" (of the surface around), "value" (grey of a
+        digit, 0 to 1), or the name of a field of the files. Heights and fields are shifted and scaled so that the
+        middle nine tenths of the training data are -1 to 1, and clipped to -10 to 10.
     label : the field of the labels; needed if it has no usual name
     columns : names for the columns of files that have none, see `kpcore.io.read`
     kind : "scenes", "digits", "objects", which have a class each, or "parts", objects of a known category whose points
         have labels; by default digits where there are images, else scenes
+    may_be_empty : names of classes that may have no points in the training data; for others that is an error
+    colors : "#rrggbb" by the name of a class, for pictures; by default ASPRS colours where labels are ASPRS classes
+    ignore : labels, and the flags withheld, overlap, synthetic and key_point of LAS files, whose points are not read
+    drop_zeros : whether points at (0, 0, 0), where a scanner had no return, are not read; by default in sensor sweeps
+    ground, surface : how height_above_ground, and normals and the like, are computed
     folds : "area" or "file" for a k-fold cross-validation, without `test`: the scenes of each area, or of each file,
         are tested by a network that is trained on all others in `train`
     """
@@ -124,6 +177,13 @@ class Data:
     columns: list[str] | None = None
     kind: str = "scenes"
     folds: str | None = None
+    validation: list[Source] | float = field(default_factory=list)
+    may_be_empty: list[str] = field(default_factory=list)
+    colors: dict[str, str] = field(default_factory=dict)
+    ignore: list = field(default_factory=list)
+    drop_zeros: bool | None = None
+    ground: Ground = field(default_factory=Ground)
+    surface: Surface = field(default_factory=Surface)
 
 
 @dataclass(frozen=True)
@@ -224,6 +284,7 @@ class Settings:
     data: Data
     network: Architecture
     training: Training
+    blocks: Blocks = field(default_factory=Blocks)
 
     @property
     def digits(self) -> bool:
@@ -258,7 +319,7 @@ class Settings:
     @property
     def widths(self) -> dict[str, int]:
         """The number of columns of each feature by its name."""
-        return {name: {"local": self.dimension, "color": 3}.get(name, 1) for name in self.data.features}
+        return {name: {"local": self.dimension, "color": 3, "normals": 3}.get(name, 1) for name in self.data.features}
 
     def net(self) -> nn.Network | nn.KPNeXt:
         """The network for the features and classes of the data."""
@@ -330,10 +391,12 @@ def from_dict(values: dict[str, Any]) -> Settings:
         _data(values.pop("data", {})),
         _network(values.pop("network", {})),
         _section(Training, values.pop("training", {}), "[training]"),
+        _section(Blocks, values.pop("blocks", {}), "[blocks]"),
     )
     if values:
-        raise SettingsError(f"expected the sections data, network and training, got {', '.join(values)} too")
+        raise SettingsError(f"expected the sections data, network, training and blocks, got {', '.join(values)} too")
     _check_training(settings.training, settings.dimension)
+    _check_lengths(settings.blocks, "[blocks]", ("side", "halo"))
     settings.net()
     return settings
 
@@ -349,8 +412,18 @@ def _data(values: Any) -> Data:
         if not isinstance(parts, list) or (name == "train" and not parts):
             raise SettingsError(f"[data] {name}: expected a list of files, got {_shown(parts)}")
         data[name] = [_part(part, f"[data] {name}[{i}]", data.get("kind")) for i, part in enumerate(parts)]
+    validation = data.get("validation", [])
+    if isinstance(validation, list):
+        data["validation"] = [_part(part, f"[data] validation[{i}]", data.get("kind"))
+                              for i, part in enumerate(validation)]  # fmt: skip
+    elif type(validation) is not float or not 0.01 <= validation <= 0.5:
+        raise SettingsError(f"[data] validation: expected a list of files, or a fraction from 0.01 to 0.5, got "
+                            f"{_shown(validation)}")  # fmt: skip
+    data["ground"] = _section(Ground, data.get("ground", {}), "[data.ground]")
+    data["surface"] = _section(Surface, data.get("surface", {}), "[data.surface]")
     data["kind"] = kind = _kind(data)
     data = _section(Data, data, "[data]")
+    _check_reading(data)
     names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
@@ -386,11 +459,45 @@ def _data(values: Any) -> Data:
     return data
 
 
+def _check_reading(data: Data) -> None:
+    """Check the settings of classes, of what is not read, and of computed features."""
+    for name, values in (("may_be_empty", data.may_be_empty), ("colors", data.colors)):
+        if unknown := [one for one in values if one not in (*data.classes, *map(str, range(10)))]:
+            raise SettingsError(f"[data] {name}: expected names of classes, got {_shown(unknown[0])}; there are "
+                                f"{', '.join(data.classes)}")  # fmt: skip
+    for name, color in data.colors.items():
+        if not isinstance(color, str) or not re.fullmatch("#[0-9a-fA-F]{6}", color):
+            raise SettingsError(f'[data.colors] {name}: expected a colour such as "#ff8000", got {_shown(color)}')
+    for one in data.ignore:
+        if one not in FLAGS and type(one) is not int:
+            raise SettingsError(f"[data] ignore: expected labels or {', '.join(FLAGS)}, got {_shown(one)}")
+    _check_lengths(data.ground, "[data.ground]", ("cell", "window"))
+    _check_bounds(data.ground, "[data.ground]", {"slope": (0, 100)})
+    _check_bounds(data.surface, "[data.surface]", {"neighbors": (3, 1000)})
+    _check_lengths(data.surface, "[data.surface]", ("radius",))
+    if data.kind != "scenes":
+        for name in ("validation", "ignore", "drop_zeros"):
+            if getattr(data, name) not in (None, []):
+                raise SettingsError(f"[data] {name}: only valid for scenes, got {data.kind}")
+    elif isinstance(data.validation, list):
+        for number, part in enumerate(data.validation):
+            if any(_overlap(part, another) for another in data.train):
+                raise SettingsError(f"[data] validation[{number}]: expected points that are not in train, got {part}")
+    elif data.folds is not None:
+        raise SettingsError("[data] validation: not allowed together with folds")
+
+
+def _check_lengths(section: object, where: str, names: Sequence[str]) -> None:
+    """Check that lengths which may be None are in the range of lengths."""
+    _check_bounds(section, where, {name: LENGTHS for name in names if getattr(section, name) is not None})
+
+
 def _kind(data: Mapping[str, Any]) -> str:
     """The kind of the data; an error if it is unknown or another than that of the parts."""
-    sources = {type(part) for part in (*data["train"], *data["test"])}
+    validation = data["validation"] if isinstance(data.get("validation"), list) else []
+    sources = {type(part) for part in (*data["train"], *data["test"], *validation)}
     if len(sources) > 1:
-        raise SettingsError("[data] train, test: expected either scenes or digits, got both")
+        raise SettingsError("[data] train, test, validation: expected either scenes or digits, got both")
     kinds = [name for name, source in _SOURCES.items() if source in sources]
     kind = data.get("kind", kinds[0])
     if kind not in kinds:
@@ -563,7 +670,8 @@ def _has_type(value: object, types: str) -> bool:
         elif kind == "Source":  # made by `_part`
             fits = isinstance(value, tuple(_SOURCES.values()))
         else:
-            fits = type(value) is {"int": int, "str": str, "bool": bool, "dict": dict}[outer]
+            types_of = {"int": int, "str": str, "bool": bool, "dict": dict, "Ground": Ground, "Surface": Surface}
+            fits = type(value) is types_of[outer]
         if fits:
             return True
     return False
