@@ -366,7 +366,6 @@ def _scores(when: str, scores: Scores, classifies: bool) -> str:
 def _model(path: Path) -> Model:
     from kpcore.pipeline.training import Model
 
-    require("safetensors", "io")
     return Model.load(path)
 
 
