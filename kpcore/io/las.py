@@ -26,6 +26,7 @@ from kpcore.io.cloud import (
     colors_of,
     decode_text,
     fields_from,
+    flags_from,
     integer_range,
     join_warnings,
     labels_from,
@@ -49,6 +50,7 @@ _TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _LAYERS = {
     "x": "XY_RETURNS_CHANNEL", "y": "XY_RETURNS_CHANNEL", "z": "Z", "classification": "CLASSIFICATION",
     "intensity": "INTENSITY", "gps_time": "GPS_TIME", "red": "RGB", "green": "RGB", "blue": "RGB",
+    "withheld": "FLAGS", "overlap": "FLAGS", "synthetic": "FLAGS", "key_point": "FLAGS",
 }  # fmt: skip
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
@@ -158,8 +160,13 @@ def read(path: Path, size: int, request: Request) -> Content:
         # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
         standard = {dimension.name: dimension for dimension in reversed(head.dimensions)}
         requested = (*request.fields, *([request.label] if request.label else []))
+        requested += tuple(
+            name for name in request.ignore if isinstance(name, str) and name_index(names, name) is not None
+        )
         wanted = {(at := name_index(names, name)): head.dimensions[at] for name in requested}
-        if not request.label:
+        # Point formats 0 to 5 have no bit for overlap: these points are of class 12 (LAS 1.1 to 1.4 R15).
+        by_class = "overlap" in request.ignore and name_index(names, "overlap") is None
+        if not request.label or by_class:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
         channels = ("red", "green", "blue") if "red" in standard else ()
@@ -177,8 +184,11 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning, "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
         )
     fields = fields_from(columns, request)
-    warning = join_warnings(warning, unsure)
-    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, warning=warning, reference=reference)
+    flags = flags_from(columns, request)
+    if by_class:
+        flags["overlap"] = columns.at(columns.names.index("classification")) == 12
+    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, flags=flags, reference=reference,
+                   warning=join_warnings(warning, unsure))  # fmt: skip
 
 
 # ---- the header and its records
