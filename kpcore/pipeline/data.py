@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,10 +16,10 @@ import numpy as np
 import kpcore as kp
 from kpcore.files import expanded
 from kpcore.io import ReadError
-from kpcore.io.cloud import UNLABELED, MissingField, list_names
-from kpcore.io.formats import read_columns
+from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
+from kpcore.io.formats import field_names, read_columns
 from kpcore.pipeline import objects
-from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
+from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
@@ -182,25 +183,57 @@ def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
     return cloud_scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
-def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True, exact: bool = False) -> Cloud:
+def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True, exact: bool = False,
+               ignore: Sequence[int | str] = ()) -> Cloud:  # fmt: skip
     """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing.
 
-    A file to be labelled need not have the columns of the training files, which have labels besides.
+    A file to be labelled need not have the columns of the training files, which have labels besides. Points with labels
+    or flags of `ignore`, or of the same setting, are left out.
     """
-    fields = [name for name in settings.data.features if name not in COMPUTED_FEATURES]
-    columns, label = settings.data.columns, settings.data.label
+    data = settings.data
+    fields = [name for name in data.features if name not in COMPUTED_FEATURES]
+    if computed := [name for name in (HEIGHT, *SURFACE_FEATURES) if name in data.features]:
+        in_file = field_names(path)
+        fields += [HEIGHT_FIELD] if HEIGHT in computed and name_index(in_file, HEIGHT_FIELD) is not None else []
+        for name in computed:
+            if name != HEIGHT and name_index(in_file, name) is not None:
+                warnings.warn(
+                    f"{path}: its field {name} is not used, since the feature {name} is computed", stacklevel=2
+                )
+    request = {"fields": fields, "exact": exact, "ignore": (*data.ignore, *ignore), "drop_zeros": data.drop_zeros}
     try:
-        cloud = read_columns(path, columns, labelled, fields=fields, label=label, exact=exact)
+        cloud = read_columns(path, data.columns, labelled, label=data.label, **request)
     except MissingField:
-        if labelled or label is None:
+        if labelled or data.label is None:
             raise
-        cloud = read_columns(path, columns, labelled, fields=fields, exact=exact)
+        cloud = read_columns(path, data.columns, labelled, **request)
+    if cloud.reference is not None and cloud.reference.kind in ("geographic", "geocentric"):
+        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {cloud.reference.kind} ones "
+                        f"({cloud.reference.name}): project the file first")  # fmt: skip
     for name, values in cloud.fields.items():
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
-    if "color" in settings.data.features and cloud.colors is None:
+    if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
+    if number := cloud.dropped.get("zeros"):
+        share = 100 * number / (len(cloud.points) + cloud.left_out + sum(cloud.dropped.values()))
+        warnings.warn(f"{path}: {number:,} points at (0, 0, 0), {share:.2g} %, are left out", stacklevel=2)
     return cloud
+
+
+def scaled(cloud: Cloud, horizontal: float, vertical: float) -> Cloud:
+    """The cloud in another unit: x and y, and z, times these factors."""
+    factors = np.array([horizontal, horizontal, vertical])
+    exact, shift = coordinates(cloud) * factors, np.floor(cloud.shift * factors)
+    fields, reference = dict(cloud.fields), cloud.reference
+    if HEIGHT_FIELD in fields:
+        fields[HEIGHT_FIELD] = fields[HEIGHT_FIELD] * vertical
+    if reference is not None:
+        units = (None if unit is None else unit / factor
+                 for unit, factor in ((reference.horizontal, horizontal), (reference.vertical, vertical)))  # fmt: skip
+        reference = reference._replace(**dict(zip(("horizontal", "vertical"), units, strict=True)))
+    points = (exact - shift).astype(np.float32)
+    return replace(cloud, points=points, exact=exact, shift=shift, fields=fields, reference=reference)
 
 
 def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:

@@ -194,7 +194,7 @@ def spacing_of(points: np.ndarray) -> float:
 
 def unit_of(clouds: Sequence[Cloud]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
-    references = [getattr(cloud, "reference", None) for cloud in clouds]
+    references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
     for name in ("horizontal", "vertical"):
         values = {None if one is None else getattr(one, name) for one in references}
