@@ -49,7 +49,7 @@ class Scene:
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
     rows : (n,) the cloud's points that are in the scene, or None for digits and objects
-    name : of an object
+    name : of an object, or of a file
     category : the number of the category of an object with parts, or None
     """
 
@@ -137,7 +137,8 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     clouds = [read_parts[repr(part)] for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
-    return [cloud_scene(settings, columns, *cloud) for cloud in clouds], columns
+    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
 
 
 def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],

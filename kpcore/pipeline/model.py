@@ -11,7 +11,7 @@ import numpy as np
 from kpcore import nn
 from kpcore.backends import checks, devices
 from kpcore.config import KpcoreWarning
-from kpcore.io.cloud import Content, cloud_of, list_names
+from kpcore.io.cloud import Content, Request, cloud_of, list_names
 from kpcore.nn import checkpoints
 from kpcore.pipeline import blocks, labelling, statistics, voting
 from kpcore.pipeline.data import HEIGHT, HEIGHT_FIELD, columns_of, object_scene
@@ -199,7 +199,7 @@ class Model:
                 raise checks.not_finite(**{name: values})
             arrays[optional.get(lower, lower)] = values
         colors = None if colors is None else _checked_colors(devices.on_host(devices.as_array(colors)), len(points))
-        return cloud_of(Content(points, tuple(arrays), arrays, colors), with_exact=True)
+        return cloud_of(Content(points, tuple(arrays), arrays, colors), Request(exact=True))
 
     def _asked(self) -> str:
         """The features that `predict` has to be passed, in words."""
