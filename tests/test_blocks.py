@@ -20,7 +20,7 @@ def cloud_at(points, **fields):
 def terrain(num=6000, at=(84_900.0, 447_500.0, 3.0), seed=0):
     """(points in float64 in the coordinates of a map, intensity) of ground with a house."""
     rng = np.random.default_rng(seed)
-    points = rng.uniform((0, 0, 0), (60, 40, 0.2), (num, 3))
+    points = rng.uniform((0, 0, 0), (140, 40, 0.2), (num, 3))
     points[(np.abs(points[:, :2] - (30, 20)) < 6).all(axis=1), 2] += 7
     points = np.round(points, 2)  # as in files: many points share a coordinate, and some are at the same place
     points[-50:] = points[:50]
@@ -92,7 +92,7 @@ def test_labels_do_not_depend_on_order_threads_or_other_blocks(model):
     assert_same_bits(one.probabilities, first.probabilities)
 
     # The points of one block with all that its input reaches: halo 6, and 30 for heights above ground.
-    low = np.floor(points[0, :2] / 20) * 20
+    low = np.floor(points[points[:, 0].argmin(), :2] / 20) * 20
     near = ((points[:, :2] >= low - 36) & (points[:, :2] <= low + 56)).all(axis=1)
     assert 0 < near.sum() < len(points)
     cut = labelling.label(model, cloud_at(points[near], intensity=intensity[near]), keep_probabilities=True)
