@@ -107,11 +107,16 @@ def columns_with_values(columns: Columns) -> list[Column]:
     out, begin = [], 0
     for name, width in columns.widths.items():
         if name not in ("one", "local"):
-            names = _NAMES.get(name, (name,))
+            names = column_names(name, width)
             center, scale = (np.broadcast_to(values[name], width) for values in (columns.center, columns.scale))
             out += [Column(begin + i, names[i], float(center[i]), float(scale[i])) for i in range(width)]
         begin += width
     return out
+
+
+def column_names(feature: str, width: int) -> tuple[str, ...]:
+    """The name of each column of a feature."""
+    return _NAMES.get(feature, (feature,) * width)
 
 
 class Observed:
