@@ -207,6 +207,8 @@ def _unit(node: Node) -> float | None:
 
 def from_keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[Reference | None, str | None]:
     """(the Reference in the records 34735, 34736 and 34737 of a LAS file, or None; a warning or None)."""
+    if not directory.strip(b"\0"):
+        return None, None
     keys, damaged = _keys(directory, doubles, text)
     if not keys and not damaged:
         return None, None
@@ -244,8 +246,8 @@ def _keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[dict[int, int 
     shorts = struct.unpack(f"<{len(directory) // 2}H", directory[: len(directory) // 2 * 2])
     if len(shorts) < 4 or shorts[0] != 1:
         return {}, True
-    num, keys, damaged = shorts[3], {}, False
-    damaged = len(shorts) < 4 + 4 * num
+    num, keys = shorts[3], {}
+    damaged = len(shorts) < 4 + 4 * num or (num == 0 and any(shorts[4:]))  # some writers leave the number at 0
     for at in range(4, min(4 + 4 * num, len(shorts) - 3), 4):
         key, place, count, value = shorts[at : at + 4]
         if place == 0:
