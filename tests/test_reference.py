@@ -166,6 +166,7 @@ KEYS = [
     ),  # both, laspy 250
     ({1024: 3, 2048: 4978}, ("EPSG:4978", "geocentric", 1.0, 1.0)),
     ({1024: 3, 2048: 4978, 2052: 9036}, ("EPSG:4978", "geocentric", 1000.0, 1000.0)),
+    ({1024: 3, 2048: 4326}, ("EPSG:4326", "unknown", None, None)),  # which is of degrees: a contradiction
     ({3072: 25832}, ("EPSG:25832", "projected", 1.0, None)),  # without a type of model
     ({1024: 32767, 2048: 4258}, ("EPSG:4258", "geographic", None, None)),
     ({1024: 32767}, (None, "unknown", None, None)),
@@ -290,7 +291,7 @@ def test_references_of_real_files(shared):
     name = "NAD_1983_HARN_Lambert_Conformal_Conic"
     expected = {
         "autzen_trim.laz": Reference(name, "projected", FOOT, None, "GeoTIFF keys"),
-        "lone-star.laz": Reference("EPSG:4326", "geocentric", 1.0, 1.0, "GeoTIFF keys"),
+        "lone-star.laz": Reference("EPSG:4326", "unknown", None, None, "GeoTIFF keys"),  # as geocentric; it is in UTM
         **dict.fromkeys(("ahn3_cropped_1.laz", "brighton_small.laz", "ign_50x100m.las", "lion_takanawa.copc.laz")),
     }
     for file, stated in expected.items():
