@@ -15,7 +15,7 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.files import expanded
-from kpcore.io import ReadError
+from kpcore.io import ReadError, faults
 from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
 from kpcore.io.formats import field_names, read_columns
 from kpcore.pipeline import objects
@@ -216,9 +216,8 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
-    if number := cloud.dropped.get("zeros"):
-        share = 100 * number / (len(cloud.points) + cloud.left_out + sum(cloud.dropped.values()))
-        warnings.warn(f"{path}: {number:,} points at (0, 0, 0), {share:.2g} %, are left out", stacklevel=2)
+    for sentence in faults(cloud):
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from kpcore.pipeline.statistics import Statistics
 
 
+_RANGES = {"one": "constant", "local": "relative to the centre of a sphere"}
+
+
 class Prediction(NamedTuple):
     """What `Model.predict` returns; arrays are CuPy arrays if the points are."""
 
@@ -123,7 +126,7 @@ class Model:
         for name, width in settings.widths.items():
             columns = [ranges[of] for of in statistics.column_names(name, width) if of in ranges]
             words = [f"{one.edges[0]:.4g} to {one.edges[-1]:.4g}" for one in columns]
-            lines.append(f"{name:>24}  {', '.join(words) or f'{width} columns'}")
+            lines.append(f"{name:>24}  {', '.join(words) or _RANGES.get(name, f'columns: {width}')}")
         if self.statistics:
             one = self.statistics
             units = zip(("x and y", "z"), one.unit, strict=True)
