@@ -17,7 +17,7 @@ from kpcore.files import expanded
 from kpcore.io import ReadError
 from kpcore.io.cloud import UNLABELED, MissingField, list_names
 from kpcore.io.formats import read_columns
-from kpcore.pipeline import objects
+from kpcore.pipeline import filenames, objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
@@ -345,7 +345,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
          read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
 
-    `read_parts` is for scenes alone, see `load_scenes`.
+    Scenes of a folder or a pattern are those of its files. `read_parts` is for scenes alone, see `load_scenes`.
     """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
@@ -354,7 +354,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts)
+        scenes, columns = load_scenes(settings, filenames.single(parts, folder), folder, columns, read_parts)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"
