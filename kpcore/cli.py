@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 CONFUSION = "confusion.csv"
+QUIET, VERBOSE = "quiet", "verbose"
 FORMATS = ("laz", "las", "ply", "npz", "pcd", "csv")  # that --format names
 DONE, FAULT, REFUSED, FAILED, NOT_TRUSTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 EXIT_CODES = {
@@ -61,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
     args = parser().parse_args(words)
     args.warned, args.resumable = _Warned(), None
-    with printing(args.quiet, args.verbose), args.warned.shown(), _threads(args.threads), _nothing_on_stdout(args.json):
+    with (
+        printing(args.amount == QUIET, args.amount == VERBOSE),
+        args.warned.shown(),
+        _threads(args.threads),
+        _nothing_on_stdout(args.json),
+    ):
         code, results = _run(args, words)
     if args.json:
         command = {"command": args.command, "exit_code": code}
@@ -300,11 +306,11 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=_up_to(_openmp.MOST_THREADS), metavar="N",
         help="threads to compute with (default: all cores this process may use); no result depends on their number",
     )  # fmt: skip
-    amount = shared.add_mutually_exclusive_group()
-    amount.add_argument(
-        "--quiet", "-q", action="store_true", help="print no progress and nothing but results, warnings and errors"
-    )
-    amount.add_argument("--verbose", "-v", action="store_true", help="print more about what is done")
+    for name, amount, what in (
+        ("quiet", QUIET, "print no progress and nothing but results, warnings and errors"),
+        ("verbose", VERBOSE, "print more about what is done"),
+    ):
+        shared.add_argument(f"-{name[0]}", f"--{name}", dest="amount", action="store_const", const=amount, help=what)
     shared.add_argument(
         "--json", action="store_true",
         help="print one JSON object with the results on standard output, and nothing else there",
@@ -365,8 +371,8 @@ def parser() -> argparse.ArgumentParser:
         "The files of [data] train, validation and test are relative to --data. Each may be a folder (\"tiles/\": the "
         "PLY, PCD, LAS, LAZ and NPZ files in it) or a pattern (\"tiles/*.laz\"), which stand for files in the order of "
         "their names. A run that was stopped is resumed with the same command and --resume, and gives the same "
-        "network to the bit; so does one with more epochs than before, another validate or other workers in the TOML "
-        "file, in which no other setting may have changed.",
+        "network to the bit. With --resume the TOML file may also have more epochs than before, and another validate "
+        "or workers; no other setting may have changed.",
         "kpcore train scans.toml --data /data/scans --out runs/scans\n"
         "kpcore train scans.toml --data /data/scans --out runs/scans --resume\n"
         "kpcore train city.toml --init runs/scans/best.safetensors --out runs/city",
