@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from kpcore.pipeline.data import PartClouds
+    from kpcore.pipeline.model import Model
     from kpcore.pipeline.segmentation import Segmented
     from kpcore.pipeline.settings import Settings
-    from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
 
 
@@ -254,8 +254,8 @@ def _number(text: str) -> float:
 
 def _fraction(text: str) -> float:
     value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, got {text}")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a probability above 0, at most 1, got {text}")
     return value
 
 
@@ -270,13 +270,11 @@ def _up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
 
 
 def _labels(text: str) -> tuple[int, ...]:
-    """Labels such as 7,9,18; none for no label."""
-    if text == "none":
-        return ()
+    """Labels such as 7,9,18."""
     try:
         return tuple(int(one) for one in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected labels such as 7,9,18, or none, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected labels such as 7,9,18, got {text!r}") from None
 
 
 def _ignored(text: str) -> tuple[int | str, ...]:
@@ -288,14 +286,14 @@ def _ignored(text: str) -> tuple[int | str, ...]:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
-def _factors(text: str) -> str | float | tuple[float, float]:
-    """One factor, or one for x and y and one for z, or auto."""
+def _factors(text: str) -> str | tuple[float, float]:
+    """The factors of x and y, and of z, or auto."""
     if text == "auto":
         return text
     values = [_length(one) for one in text.split(",")]
     if len(values) > 2:
         raise argparse.ArgumentTypeError(f"expected one factor, or two such as 0.3048,1, or auto, got {text!r}")
-    return values[0] if len(values) == 1 else (values[0], values[1])
+    return values[0], values[-1]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -461,15 +459,14 @@ def parser() -> argparse.ArgumentParser:
     segment.add_argument("--resume", action="store_true", help="skip scans whose copies are in the folder already")
     segment.add_argument(
         "--method", choices=("blocks", "potentials"),
-        help="label in square blocks, in an order that changes nothing (the default), or by votes of overlapping "
-        "spheres",
+        help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
+        "votes, or if the network has the feature local)",
     )  # fmt: skip
     segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument(
-        "--keep", type=_labels, metavar="LABELS",
-        help="points with one of these labels keep it, such as 7,9,18 (noise, water, high noise: the default); none "
-        "for no such labels",
+        "--keep", type=_labels, default=(), metavar="LABELS",
+        help="points that have one of these labels keep it, such as 7,9,18: noise, water and high noise",
     )  # fmt: skip
     segment.add_argument("--into", metavar="NAME", help="write the labels to this field instead of the usual one")
     segment.add_argument(
@@ -480,8 +477,9 @@ def parser() -> argparse.ArgumentParser:
         help="points whose label has a smaller probability than this get the label of unclassified points",
     )  # fmt: skip
     segment.add_argument(
-        "--ignore", type=_ignored, metavar="LABELS",
-        help="leave points with these labels or flags out of the input of the network, such as 7,18,withheld,overlap",
+        "--ignore", type=_ignored, default=(), metavar="LABELS",
+        help="leave points with these labels or flags out of the input of the network, such as 7,18,withheld,overlap; "
+        "they keep the label that they have",
     )  # fmt: skip
     segment.add_argument(
         "--scale", type=_factors, metavar="FACTOR",
@@ -653,6 +651,7 @@ def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen
 
 def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resume: bool,
                read_parts: PartClouds | None = None) -> dict[str, Any]:  # fmt: skip
+    from kpcore.pipeline import class_table
     from kpcore.pipeline.training import BEST, Training
 
     begin = time.perf_counter()
@@ -662,14 +661,20 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
     parameters, points = kp.nn.count(training.model.params), sum(len(scene.points) for scene in training.scenes)
     sizes = f"{parameters:,} parameters, {net.num_levels} levels, {len(settings.names)} classes"
     say(f"{sizes}; {points:,} points to train on")
+    say(*class_table.lines(training.classes, "objects" if settings.classifies else "points"))
+    if training.test_scenes and not training.validation_scenes:
+        say("the best network is chosen by the test data, so its score there is too good: see validation in [data]")
     detail(f"data read and network made in {time.perf_counter() - begin:.1f} s; {kp.get_num_threads()} threads")
+    tested: dict[str, Any] = {}
     with Progress("training", epochs * steps, training.epoch * steps + training.step) as progress:
 
         def watch(entry: dict[str, Any]) -> None:
-            if "test" in entry:
-                say(_scores(f"after epoch {entry['epoch']}", entry["test"], settings.classifies))
-                detail(f"tested in {entry['seconds']:.1f} s")
-                return
+            for kind in ("validation", "test"):
+                if kind in entry:
+                    say(_scores(f"{kind} after epoch {entry['epoch']}", entry[kind], settings.classifies))
+                    detail(f"{kind} took {entry['seconds']:.1f} s")
+                    tested[kind] = entry[kind]
+                    return
             progress.step(f"epoch {entry['epoch'] + 1} of {epochs}", f"loss {entry['loss']:.3f}",
                           f"step {entry['step'] + 1} of {steps}")  # fmt: skip
 
@@ -680,6 +685,7 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
     return {
         "out": out, "model": out / BEST, "epochs": epochs, "seconds": seconds, "parameters": parameters,
         "points": points, "classes": settings.names, "loss": training.loss, "results": training.results,
+        **tested,
     }  # fmt: skip
 
 
@@ -705,14 +711,13 @@ def _scores(when: str, scores: Scores, classifies: bool) -> str:
 
 
 def _model(path: Path) -> Model:
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
-    require("safetensors", "io")
     return Model.load(path)
 
 
 def _test(args: argparse.Namespace) -> dict[str, Any]:
-    from kpcore.pipeline import classification, voting
+    from kpcore.pipeline import classification, labelling, voting
     from kpcore.pipeline.data import load
 
     if args.model.is_dir():
@@ -728,7 +733,7 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
         confusion = classified.confusion()
         scores = voting.scores(confusion, settings.names)
     else:
-        confusion, scores = voting.evaluate_scores(model, loaded, args.votes)
+        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes)
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -776,7 +781,7 @@ def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusi
 
 def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     """Test the network of each fold after its last epoch on the scenes of the fold."""
-    from kpcore.pipeline import folds, voting
+    from kpcore.pipeline import folds, labelling, voting
     from kpcore.pipeline.data import load
     from kpcore.pipeline.training import LAST
 
@@ -790,7 +795,7 @@ def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     confusions = {}
     for name, model in models.items():
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        confusions[name] = voting.evaluate(model, loaded, args.votes)
+        confusions[name] = labelling.evaluate(model, loaded, args.votes)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)
@@ -833,10 +838,8 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise Refused(f"--{error}") from None
     copies = _copies(args)
-    names = ("votes", "category", "method", "keep", "into", "unclassified", "ignore", "scale")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.confidence:
-        options["confidence"] = True
+    names = ("method", "votes", "category", "keep", "into", "confidence", "unclassified", "ignore", "scale")
+    options = {name: getattr(args, name) for name in names}
     if copies is None:
         return {"files": [_segment_one(args, model, args.files[0], args.out, options)]}
     make_folder(args.out)
@@ -929,6 +932,8 @@ def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Pat
     counts = dict(zip(names, segmented.counts.tolist(), strict=True))
     matrix = _confusion(model, segmented)
     say(f"{copy}: {len(segmented.classes):,} points labelled", *([] if watch else _lines(counts)))
+    notes = segmented.labelled.notes if segmented.labelled else []
+    say(*notes)
     detail(f"{source}: {seconds:.1f} s")
     if matrix is not None:
         _show_labelled(model, "compared with the labels in the file", segmented.scores, None if watch else matrix)
@@ -938,7 +943,8 @@ def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Pat
         say(f"picture: {args.picture}")
     return {
         "file": source, "out": copy, "points": len(segmented.classes), "counts": counts, "scores": segmented.scores,
-        "confusion": matrix, "seconds": seconds, "warnings": args.warned.lines[before:],
+        "confusion": matrix, "seconds": seconds, "notes": notes,
+        "warnings": args.warned.lines[before:],
     }  # fmt: skip
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
     from kpcore.picture import Patch
     from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings, Source
-    from kpcore.pipeline.training import Model
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
 NUM_KERNEL_POINTS = 15
@@ -122,12 +122,12 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
 def train(out: Path) -> dict[str, Any]:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
     path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
-    from kpcore.pipeline import segmentation, voting
+    from kpcore.pipeline import labelling, segmentation
 
     begin = time.perf_counter()
     with Progress("labelling an unseen flat") as bar:
-        classes = voting.labels_of(model, scene, watch=bar.to)
-    segmented = segmentation.compare(model, scene, classes)
+        classes = labelling.labels_of(model, scene, watch=bar.to)
+    segmented = segmentation.compare(model, scene.cloud, scene.full_labels, classes)
     seconds = time.perf_counter() - begin
     say(
         f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"

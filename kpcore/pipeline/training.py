@@ -9,7 +9,7 @@ import os
 import reprlib
 import time
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,13 +18,15 @@ import numpy as np
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.config import free_memory, require
+from kpcore.config import KpcoreWarning, free_memory, require
 from kpcore.files import replacing
 from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays, shapes
-from kpcore.pipeline import batches, filenames, voting
-from kpcore.pipeline.data import IGNORED, columns_of, load
+from kpcore.pipeline import batches, blocks, filenames, labelling, statistics
+from kpcore.pipeline.class_table import check_classes, class_table
+from kpcore.pipeline.data import IGNORED, columns_of, load, load_training
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from kpcore.nn.blocks import Parameters
+    from kpcore.pipeline.class_table import ClassTable
     from kpcore.pipeline.data import Columns, PartClouds, Scene
     from kpcore.pipeline.settings import Settings, Source
     from kpcore.pipeline.settings import Training as TrainingSettings
@@ -42,47 +45,6 @@ _BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
 
 class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the first layer with such an output."""
-
-
-class Model:
-    """A trained network with its settings, which say how the features of a cloud are made."""
-
-    net: nn.Network | nn.KPNeXt
-    params: dict[str, np.ndarray]
-    state: dict[str, np.ndarray]
-    settings: Settings
-    columns: Columns
-
-    def __init__(self, net: nn.Network | nn.KPNeXt, params: dict[str, np.ndarray], state: dict[str, np.ndarray],
-                 settings: Settings, columns: Columns) -> None:  # fmt: skip
-        self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Load a file that a training wrote."""
-        net, params, state, about = nn.load(path)
-        with checkpoints.errors_name(path):
-            if not {"settings", "columns"} <= about.keys():
-                got = "got one without its settings or columns"
-                if "converted" in about:
-                    got = "got one of kpcore convert, which says what is missing for segment and predict"
-                raise ValueError(f"expected a file that kpcore train wrote, {got}")
-            settings = from_dict(about["settings"])
-            _check_network(net, settings)
-            return cls(net, params, state, settings, columns_of(settings, about["columns"]))
-
-    def about(self) -> dict[str, Any]:
-        """Settings and columns in JSON types, for the header of a checkpoint."""
-        return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
-
-
-def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
-    """Raise an error unless the network fits the data of the settings."""
-    expected = settings.net()
-    for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
-        if getattr(net, name) != getattr(expected, name):
-            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
-                             f"{getattr(net, name)}")  # fmt: skip
 
 
 class Training:
@@ -120,7 +82,9 @@ class Training:
     files: dict[str, list[str]]  #: the scenes of each list in [data], with those of folders and patterns
     init: str | None  #: the model that the run began with
     scenes: list[Scene]
+    validation_scenes: list[Scene]  #: by which the best network is chosen; without any it is chosen by test_scenes
     test_scenes: list[Scene]
+    classes: ClassTable  #: points and files of each class
     model: Model
     optimizer: nn.Optimizer[np.ndarray]
     schedule: Callable[[float], float]  #: the learning rate of a step, counted over all epochs
@@ -135,10 +99,10 @@ class Training:
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
         self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
-        train, test = settings.data.train, settings.data.test
+        test = settings.data.test
         self.files = filenames.listed(settings, folder)
         net = settings.net()
-        size = _check_memory(settings, net)
+        sizes = _check_memory(settings, net)
         saved = saved_run(self.out / LAST, settings, seed) if resume else None
         initial = _Initial(Path(init), settings, net) if init is not None and not resume else None
         self.init = str(init) if initial else saved.run.get("init") if saved else None
@@ -146,14 +110,21 @@ class Training:
             raise ValueError(f"init: expected none, as the run to resume in {out} began without, got {init}")
         columns = initial.model.columns if initial else saved.columns if saved else None
         say(f"reading the data: {', '.join(f'{len(one)} for {name}' for name, one in self.files.items() if one)}")
-        self.scenes, columns = load(settings, train, folder, columns, read_parts)
+        self.scenes, self.validation_scenes, columns = load_training(settings, folder, read_parts, columns)
         self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
-        self._warn_of_classes()
-        say(size)
+        parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
+        self.classes = class_table(settings, parts)
+        for message in check_classes(settings, parts, self.classes):
+            warnings.warn(message, KpcoreWarning, stacklevel=2)
+        say(sizes)
         params, state = net.init(seed)
         if initial:
             say(initial.fill(params, state))
-        self.model = Model(net, params, state, settings, columns)
+        size = of_training = None
+        if not settings.whole:
+            size = blocks.default_size(settings, self.scenes)
+            of_training = statistics.of_training(settings, net, columns, self.scenes, size.side)
+        self.model = Model(net, params, state, settings, columns, size, of_training)
         self.optimizer = self._optimizer(params)
         self.schedule = _schedule(settings.training)
         self.class_weights = self._class_weights()
@@ -181,30 +152,16 @@ class Training:
                         self._save_last()
                         saved = time.perf_counter()
                 self.epoch, self.step = self.epoch + 1, 0
-                if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
-                    entry = self._validate()
+                for entry in self._scores(self.epoch == training.epochs):
                     _append(log, entry)
                     if watch:
                         watch(entry)
                 self._save_last()
                 saved = time.perf_counter()
-        if not self.test_scenes:
+        if not (self.test_scenes or self.validation_scenes):
             self._save(BEST, {})
         curves(self.out)
         return self.results
-
-    def _warn_of_classes(self) -> None:
-        """Warn in one line of classes without points in the training data."""
-        present = {number for scene in self.scenes for number in np.unique(scene.labels)}
-        missing = [name for number, name in enumerate(self.settings.names) if number not in present]
-        if missing and self.settings.data.kind in ("objects", "parts"):
-            warnings.warn(
-                f"[data] classes {', '.join(missing)}: no {self.settings.data.kind} in the training data", stacklevel=3
-            )
-        elif missing and not self.settings.digits:
-            labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
-            warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
-                          f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
         """The remaining steps of the epoch; yields the log entry of each."""
@@ -289,30 +246,50 @@ class Training:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
 
-    def _validate(self) -> dict[str, Any]:
-        """Evaluate the test scenes, save the network if it is the best so far; returns the log entry."""
+    def _scores(self, is_last: bool) -> Iterator[dict[str, Any]]:
+        """The log entries of the scores after an epoch that is validated, or the last; saves the best network so far.
+
+        With scenes for validation the test scenes are labelled once, by the best network after the last epoch.
+        """
+        if not (is_last or self.epoch % self.settings.training.validate == 0):
+            return
+        if not self.validation_scenes:
+            if self.test_scenes:
+                yield self._validate("test", self.test_scenes)
+            return
+        yield self._validate("validation", self.validation_scenes)
+        if is_last and self.test_scenes:
+            best = Model.load(self.out / BEST)
+            begin = time.perf_counter()
+            confusion, scores = labelling.evaluate_scores(best, self.test_scenes)
+            result = {"epoch": self.epoch, "confusion": confusion.tolist(), **scores}
+            _save(self.out / BEST, best, {**best.history, "test": result})
+            yield {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
+
+    def _validate(self, kind: str, scenes: list[Scene]) -> dict[str, Any]:
+        """Evaluate scenes, save the network if it is the best so far; returns the log entry."""
         begin = time.perf_counter()
-        confusion, scores = voting.evaluate_scores(self.model, self.test_scenes)
-        entry = {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
-        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
-        score = entry["test"]["accuracy" if self.settings.classifies else "miou"]
-        if score > self.best:
+        confusion, scores = labelling.evaluate_scores(self.model, scenes)
+        entry = {"epoch": self.epoch, kind: scores, "seconds": time.perf_counter() - begin}
+        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **scores})
+        score = scores["accuracy" if self.settings.classifies else "miou"]
+        if score is not None and score > self.best:
             self.best = score
-            self._save(BEST, {"result": self.results[-1]})
+            self._save(BEST, {"result": self.results[-1], "chosen_by": kind})
         return entry
 
     # ---- checkpoints
 
     def _save(self, name: str, more: Mapping[str, Any]) -> None:
-        model = self.model
-        nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
+        _save(self.out / name, self.model, {"classes": self.classes, **more})
 
     def _save_last(self) -> None:
         model = self.model
         groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
         run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results,
                "points": self._num_points(), "files": self.files, "init": self.init}  # fmt: skip
-        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
+        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about()
+                          | {"classes": self.classes, "run": run})  # fmt: skip
 
     def _resume(self, saved: SavedRun, say: Callable[[str], object]) -> None:
         last = self.out / LAST
@@ -382,9 +359,9 @@ class Training:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                is_test = "test" in entry
-                at = entry["epoch"], 0 if is_test else entry["step"]
-                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+                is_score = "test" in entry or "validation" in entry
+                at = entry["epoch"], 0 if is_score else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_score else at < (self.epoch, self.step)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
                     raise ValueError(f"resume: {path}: line {number}: expected a log entry of a training") from None
@@ -412,6 +389,10 @@ class Training:
         weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
         weights[counts == 0] = 0
         return (weights / weights[counts > 0].mean()).astype(np.float32)
+
+
+def _save(path: Path, model: Model, more: Mapping[str, Any]) -> None:
+    nn.save(path, model.net, model.params, model.state, **model.about(), **more)
 
 
 def has_run(out: Path) -> bool:
@@ -522,10 +503,10 @@ class _Initial:
 
     def __init__(self, path: Path, settings: Settings, net: nn.Network | nn.KPNeXt) -> None:
         self.path, self.names, self.model = path, settings.names, Model.load(path)
-        theirs = self.model.settings
+        trained = self.model.settings
         differences = []
-        if [*theirs.widths.items()] != [*settings.widths.items()]:
-            differences.append(f"features {', '.join(theirs.widths)} in the model, {', '.join(settings.widths)} here")
+        if [*trained.widths.items()] != [*settings.widths.items()]:
+            differences.append(f"features {', '.join(trained.widths)} in the model, {', '.join(settings.widths)} here")
         if type(self.model.net) is not type(net):
             differences.append(f"{type(self.model.net).__name__} in the model, {type(net).__name__} here")
         else:
@@ -539,7 +520,7 @@ class _Initial:
         if differences:
             raise ValueError(f"init: {path}: expected the network of the settings, got another: "
                              f"{'; '.join(differences)}")  # fmt: skip
-        self._same = theirs.names == settings.names and theirs.heads == settings.heads
+        self._same = trained.names == settings.names and trained.heads == settings.heads
 
     def fill(self, params: dict[str, np.ndarray], state: dict[str, np.ndarray]) -> str:
         """Copy the arrays of the model into those of the new network; returns a line that says what was taken."""
@@ -554,8 +535,8 @@ class _Initial:
         line = f"begins with {self.path}: {taken:,} numbers are taken, features are scaled as there"
         if self._same:
             return line
-        theirs, names = (list_names(names) for names in (self.model.settings.names, self.names))
-        return f"{line}; {new:,} are new, of the layer for the classes: {names}, there {theirs}"
+        trained, names = (list_names(names) for names in (self.model.settings.names, self.names))
+        return f"{line}; {new:,} are new, of the layer for the classes: {names}, there {trained}"
 
 
 def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:
