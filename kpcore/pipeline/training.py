@@ -412,8 +412,7 @@ class SavedRun(NamedTuple):
 def saved_run(last: Path, settings: Settings, seed: int) -> SavedRun:
     """Read the last checkpoint of a run; an error if it does not go on with the settings or has another seed.
 
-    `epochs` may be larger than in the run. `validate` and `workers`, of which the trained weights do not depend, may be
-    others.
+    `epochs` may be larger than in the run. `validate` and `workers` may be others: no weight depends on them.
     """
     groups, about = checkpoints.read(last)
     with checkpoints.errors_name(f"resume: {last}"):
@@ -473,27 +472,35 @@ def _schedule(training: TrainingSettings) -> Callable[[float], float]:
 
 
 def _check_memory(settings: Settings, net: nn.Network | nn.KPNeXt) -> str:
-    """A line with the sizes of the network; a MemoryError if they exceed what is free, before anything is drawn."""
+    """A line with the sizes of the network; a MemoryError if they exceed what is free, before anything is drawn.
+
+    A checkpoint needs most: besides parameters and moments, a copy of the moments, and of all of them a copy and the
+    text that is written. Measured: 7 times the parameters with one moment (SGD), 11 times with two (AdamW). What the
+    features of a batch take is not counted.
+    """
     params, state = (sum(map(math.prod, one.values())) for one in shapes(net))
     moments = 1 if settings.training.optimizer == "sgd" else 2
-    size, free = 4 * ((2 + moments) * params + state), free_memory()
-    sizes = f"{params:,} parameters; with gradients and optimizer {_bytes(size)}"
+    size, free = 4 * ((3 + 4 * moments) * params + 3 * state), free_memory()
+    sizes = f"{params:,} parameters, which need {_bytes(size)} with gradients, optimizer and checkpoint"
     if size > free:
         network = settings.network
-        size_of = f"levels = {network.levels}, " if network.kind == "kpconv" else ""
-        raise MemoryError(f"[network] {size_of}width = {network.width}: {sizes}, of {_bytes(free)} that are free")
+        levels = f"levels = {network.levels}, " if network.kind == "kpconv" else ""
+        raise MemoryError(f"[network] {levels}width = {network.width}: {sizes}, and {_bytes(free)} are free")
     return f"initialising {sizes}"
 
 
 def _bytes(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
+    """A size with a unit in which it is at least 1."""
+    power = max(one for one in (1, 2, 3) if size >= 1024**one or one == 1)
+    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 class _Initial:
     """A trained model that a training begins with.
 
-    All its arrays are taken but, where the classes are others or in another order, those of the logits, which stay new:
-    columns of logits mean classes. The features are scaled as there, so that each number means the same.
+    All its arrays are taken, also the running statistics; but if the classes are others, or in another order, the layer
+    of the logits stays new, as its columns are classes (of parts: all layers of the categories). Features are scaled as
+    for the model, so that each of their numbers means the same.
 
     Raises ValueError with all that differs unless the features and the network are those of the model.
     """
@@ -525,18 +532,18 @@ class _Initial:
     def fill(self, params: dict[str, np.ndarray], state: dict[str, np.ndarray]) -> str:
         """Copy the arrays of the model into those of the new network; returns a line that says what was taken."""
         taken = new = 0
-        for arrays, trained in ((params, self.model.params), (state, self.model.state)):
+        for arrays, source in ((params, self.model.params), (state, self.model.state)):
             for name, value in arrays.items():
-                if not self._same and name.startswith(("head.1.", "heads.")):
+                if self._same or not name.startswith(("head.1.", "heads.")):
+                    value[...] = source[name]
+                    taken += value.size
+                else:
                     new += value.size
-                    continue
-                value[...] = trained[name]
-                taken += value.size
         line = f"begins with {self.path}: {taken:,} numbers are taken, features are scaled as there"
         if self._same:
             return line
-        trained, names = (list_names(names) for names in (self.model.settings.names, self.names))
-        return f"{line}; {new:,} are new, of the layer for the classes: {names}, there {trained}"
+        before, now = list_names(self.model.settings.names), list_names(self.names)
+        return f"{line}; {new:,} are new, of the layer for the classes, which are {now}, there {before}"
 
 
 def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:
