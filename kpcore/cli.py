@@ -77,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """(exit code, results) of a command; the reason is printed on standard error unless it is done."""
-    from kpcore.pipeline.training import NotFinite
-
     try:
         results = args.run(args) or {}
     except BrokenPipeError:
@@ -94,8 +92,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         if isinstance(error, MemoryError):
             reason = f"not enough memory for {' '.join(words)}{f': {error}' if str(error) else ''}"
         _print_error(reason)
-        is_refusal = isinstance(error, (ValueError, NotFinite, ImportError, OSError, MemoryError))
-        return REFUSED if is_refusal else FAULT, {"error": reason}
+        return REFUSED if isinstance(error, _refusals()) else FAULT, {"error": reason}
     failed = results.get("failed", [])
     for one in failed:
         _print_error(_about(one["file"], one["error"]))
@@ -106,15 +103,20 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
     return NOT_TRUSTED if getattr(args, "strict", False) and args.warned.is_not_trusted else DONE, results
 
 
-def _reason(error: BaseException) -> str:
-    """What an exception says, for one line. kpcore raises a ValueError for any invalid input."""
+def _refusals() -> tuple[type[Exception], ...]:
+    """Types of the exceptions that are no error in kpcore, which raises a ValueError for any invalid input."""
     from kpcore.pipeline.training import NotFinite
 
+    return ValueError, NotFinite, ImportError, OSError, MemoryError, Warning  # a warning where Python is told so by -W
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, for one line."""
     if isinstance(error, OSError):
         return f"{error.filename or 'standard output'}: {error.strerror or error}"
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {error}' if str(error) else ''}"
-    if isinstance(error, (ValueError, NotFinite, ImportError)):
+    if isinstance(error, _refusals()):
         return str(error)
     calls = [call for call in traceback.extract_tb(error.__traceback__) if f"{os.sep}kpcore{os.sep}" in call.filename]
     where = ", ".join(f"{Path(call.filename).name} line {call.lineno} in {call.name}" for call in calls[:-4:-1])

@@ -118,7 +118,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif not _printing.quiet and time.perf_counter() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.perf_counter()
-            parts = [self.what, more, note, f"{self.done / self.total:.0%} done", self._left()]
+            parts = [self.what, more, note, f"{100 * self.done / self.total:.0f} % done", self._left()]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     def step(self, what: str | None = None, note: str = "", more: str = "") -> None:

@@ -38,8 +38,8 @@ def matching(name: str | os.PathLike[str], folder: str | os.PathLike[str] = ".")
         scans = [one for one in inside if Path(one).suffix.lower() in SCANS]
         if not scans:
             formats = ", ".join(suffix[1:].upper() for suffix in SCANS)
-            others = f", but {len(inside)} others: name them by a pattern such as {path / '*'}{Path(inside[0]).suffix}"
-            raise SettingsError(f"{full}: expected a folder of {formats} files, got none{others if inside else ''}")
+            pattern = f"; name others by a pattern such as {path / '*'}{Path(inside[0]).suffix}" if inside else ""
+            raise SettingsError(f"{full}: expected a folder of {formats} files, got none{pattern}")
         return [(path / one).as_posix() for one in scans]
     if not glob.has_magic(os.fspath(path)) or full.exists():
         return [os.fspath(name)]
