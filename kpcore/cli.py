@@ -735,7 +735,7 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
         confusion = classified.confusion()
         scores = voting.scores(confusion, settings.names)
     else:
-        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes)
+        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes, compare=True)
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -797,7 +797,7 @@ def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     confusions = {}
     for name, model in models.items():
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        confusions[name] = labelling.evaluate(model, loaded, args.votes)
+        confusions[name] = labelling.evaluate(model, loaded, args.votes, compare=True)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)

@@ -151,7 +151,8 @@ def set_memory_limit(limit: int | None) -> None:
     >>> kp.set_memory_limit(100)
     >>> kp.radius_search(np.zeros((10, 3)), None, 1.0)
     Traceback (most recent call last):
-    MemoryError: 100 neighbours would take 400 bytes, more than the limit of 100 (kpcore.set_memory_limit)
+    MemoryError: 100 neighbours would take 400 bytes, more than the limit of 100 (kpcore.set_memory_limit); of 10 \
+queries the one at (0.0, 0.0, 0.0) has the most, 10
     >>> kp.set_memory_limit(None)
     """
     global _memory_limit

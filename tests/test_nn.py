@@ -1269,6 +1269,79 @@ def test_warm_up_and_cosine_are_torchs():
     assert nn.warm_up(nn.cosine(0.1, 10), 0)(3) == nn.cosine(0.1, 10)(3)
 
 
+# ---- tables of the blocks
+
+SUMMARIZED = {
+    "small": small(),
+    "classes": nn.kpcnn(1, 4, 0.2, levels=3, convs=2, width=8, head_norm=True),
+    "heads, upsampled by convolutions": small(heads=PARTS, upsample="kpconv", learn_kernel_points=True, resampled=1),
+    "descriptor": descriptor(bottleneck_width=12),
+    "max_pool": nn.Network(("simple", "max_pool", "resnetb", "nearest_upsample", "unary"), 2, 5, 0.2, width=8),
+    "KPNeXt": nn.KPNeXt((1, 2, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 5, 6), extent=1.5),
+    "KPNeXt of classes": nn.KPNeXt((1, 1), 1, 2, 0.1, width=16, num_neighbors=(4, 5), segment=False, norm=None),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIZED)
+def test_the_table_of_blocks(name):
+    """Each number against those of a pass, of the pyramid and of the parameters."""
+    net = SUMMARIZED[name]
+    params, state = net.init()
+    title, columns, *rows, last = nn.summary(net, params).splitlines()
+    assert title.startswith(f"{type(net).__name__}: ") and title.endswith(", float32")
+    assert title == nn.summary(net).splitlines()[0] + ", float32"
+    assert " ".join(columns.split()) == "block kind level in out neighbours extent parameters"
+    assert len({len(line) for line in (columns, *rows, last)}) == 1
+    names = [row.split()[0] for row in rows]
+    numbers = [int(row.split()[-1].replace(",", "")) for row in rows]
+    for row_name, number in zip(names, numbers, strict=True):
+        assert number == sum(value.size for key, value in params.items() if key.startswith(f"{row_name}."))
+    assert sum(numbers) == nn.count(params) and last.split() == ["total", f"{nn.count(params):,}"]
+
+    outputs = {}
+    pyramid = net.pyramid(np.random.default_rng(0).random((200, 3), np.float32))
+    more = {"categories": [0]} if getattr(net, "heads", None) else {}
+    if getattr(net, "bottleneck_width", None):
+        more["between"] = lambda x: np.zeros((len(x), net.bottleneck_width), np.float32)
+    features = np.ones((len(pyramid[0].points), net.num_features), np.float32)
+
+    def observe(block, level, out):
+        if level is not None:
+            outputs[block] = level, out.shape[1]
+
+    net(kp, params, state, pyramid, features, observe=observe, **more)
+    rows = dict(zip(names, rows, strict=True))
+    for block, (level, channels) in outputs.items():
+        row = rows.get(block) or rows[f"{block}.block"]
+        before, after, inside, out = re.search(r" (\d+)(?:->(\d+))? +(\d+) +(\d+) ", row + " ").groups()
+        assert (int(after or before), int(out)) == (level, channels)
+        weights = [value for key, value in params.items() if re.fullmatch(rf"{block}(\.unary1|\.conv)?\.weights", key)]
+        assert not weights or int(inside) in weights[0].shape
+        if re.search("simple|resnetb|max_pool|kpconv", row):
+            radius = pyramid[int(before)].radius
+            assert f" {radius:.4g} " in row
+            if "max_pool" not in row:
+                assert f" {net.extent * pyramid[int(before)].voxel_size:.4g} " in row
+        elif "inverted" in row:
+            extent = (net.extent or net.radius) * pyramid[level].voxel_size
+            assert re.search(rf" {net.num_neighbors[level]} nearest +{extent:.4g} ", row)
+    assert all(block in names for block in outputs if "decoder" not in block)
+
+
+def test_the_table_of_other_parameters():
+    net = small()
+    with pytest.raises(ValueError, match=r"params: expected encoder\.0\.conv\.weights .*, got none"):
+        nn.summary(net, {})
+    with pytest.raises(TypeError, match=r"net: expected a kpcore\.nn\.Network or KPNeXt, got str"):
+        nn.summary("net")
+
+
+def test_a_torch_module_prints_its_blocks():
+    pytest.importorskip("torch")
+    for net in (small(), SUMMARIZED["KPNeXt"]):
+        assert repr(kp.torch.Network(net)) == nn.summary(net)
+
+
 # ---- files
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.files import expanded
-from kpcore.io import ReadError
+from kpcore.io import ReadError, faults
 from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
 from kpcore.io.formats import field_names, read_columns
 from kpcore.pipeline import filenames, objects
@@ -49,7 +49,7 @@ class Scene:
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
     rows : (n,) the cloud's points that are in the scene, or None for digits and objects
-    name : of an object
+    name : of an object, or of a file
     category : the number of the category of an object with parts, or None
     """
 
@@ -137,7 +137,8 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     clouds = [read_parts[repr(part)] for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
-    return [cloud_scene(settings, columns, *cloud) for cloud in clouds], columns
+    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
 
 
 def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
@@ -216,9 +217,8 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
-    if number := cloud.dropped.get("zeros"):
-        share = 100 * number / (len(cloud.points) + cloud.left_out + sum(cloud.dropped.values()))
-        warnings.warn(f"{path}: {number:,} points at (0, 0, 0), {share:.2g} %, are left out", stacklevel=2)
+    for sentence in faults(cloud):
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
 
 

@@ -172,6 +172,7 @@ class Data:
     colors : "#rrggbb" by the name of a class, for pictures; by default ASPRS colours where labels are ASPRS classes
     ignore : labels, and the flags withheld, overlap, synthetic and key_point of LAS files, whose points are not read
     drop_zeros : whether points at (0, 0, 0), where a scanner had no return, are not read; by default in sensor sweeps
+    licence : of the data or the model, as text that the model file holds
     ground, surface : how height_above_ground, and normals and the like, are computed
     folds : "area" or "file" for a k-fold cross-validation, without `test`: the scenes of each area, or of each file,
         are tested by a network that is trained on all others in `train`
@@ -190,6 +191,7 @@ class Data:
     colors: dict[str, str] = field(default_factory=dict)
     ignore: list = field(default_factory=list)
     drop_zeros: bool | None = None
+    licence: str | None = None
     ground: Ground = field(default_factory=Ground)
     surface: Surface = field(default_factory=Surface)
 
