@@ -160,8 +160,13 @@ KEYS = [
     ({1024: 1, 3072: 32610, 3076: 9003}, ("EPSG:32610", "projected", SURVEY_FOOT, None)),  # the key says more
     ({1024: 2, 2048: 4326}, ("EPSG:4326", "geographic", None, None)),
     ({1024: 2, 2048: 4326, 2049: "WGS 84", 4099: 9001}, ("WGS 84", "geographic", None, 1.0)),
+    (
+        {1024: 1, 2048: 4326, 2052: 9001, 2054: 9102, 3072: 32612},
+        ("EPSG:32612", "projected", 1.0, None),
+    ),  # both, laspy 250
     ({1024: 3, 2048: 4978}, ("EPSG:4978", "geocentric", 1.0, 1.0)),
     ({1024: 3, 2048: 4978, 2052: 9036}, ("EPSG:4978", "geocentric", 1000.0, 1000.0)),
+    ({1024: 3, 2048: 4326}, ("EPSG:4326", "unknown", None, None)),  # which is of degrees: a contradiction
     ({3072: 25832}, ("EPSG:25832", "projected", 1.0, None)),  # without a type of model
     ({1024: 32767, 2048: 4258}, ("EPSG:4258", "geographic", None, None)),
     ({1024: 32767}, (None, "unknown", None, None)),
@@ -189,7 +194,11 @@ def test_damaged_keys_say_so():
     whole = reference.from_keys(directory, doubles, text)
     assert whole == (Reference("a name", "projected", FOOT, None, "GeoTIFF keys"), None)
     assert reference.from_keys(directory + bytes(8), doubles, text) == whole  # with zeros behind, as libLAS writes them
-    for damaged in ((b"", doubles, text), (directory[:-1], doubles, text), (directory, doubles[:-1], text),
+    assert (
+        reference.from_keys(b"", doubles, text) == reference.from_keys(bytes(16), b"", b"") == (None, None)
+    )  # laspy 227
+    without_number = directory[:6] + bytes(2) + directory[8:]  # as laspy 197
+    for damaged in ((without_number, doubles, text), (directory[:-1], doubles, text), (directory, doubles[:-1], text),
                     (directory, doubles, b""), (b"\2" + directory[1:], doubles, text)):  # fmt: skip
         stated, warning = reference.from_keys(*damaged)
         assert stated.horizontal in (FOOT, None)
@@ -224,7 +233,7 @@ def test_which_of_two_records_counts(write, extended):
     """The WKT bit of the global encoding decides; the other one may add the unit of z; contradictions are told."""
 
     def file(records, bit=False):
-        data = made(6, extended=records) if extended else made(6, records=records)
+        data = made(1, extended=records) if extended else made(1, records=records)
         return write("a.las", with_bit(data) if bit else patched(data, 6, "<H", 0))
 
     assert read(file([WKT])).reference == Reference("Oregon North (ft)", "projected", FOOT, None, "WKT")
@@ -242,8 +251,21 @@ def test_which_of_two_records_counts(write, extended):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read(file([WKT, *feet], True)).reference == both
+        newer = [(b"LASF_Projection", 4224, PROJECTED.encode())]
+        assert read(file(newer)).reference.name == "New Mexico Central (ftUS)"
+        assert read(file([*newer, WKT])).reference.name == "Oregon North (ft)"
         others = [(b"liblas", 2112, b"]"), (b"LASF_Projection", 7, b"]"), (b"LASF_Spec", 34735, b"1")]
         assert read(file([*others, WKT])).reference.horizontal == FOOT
+
+
+@pytest.mark.parametrize(
+    ("form", "minor", "counts"), [(1, 4, 1.0), (5, 3, 1.0), (6, 4, FOOT), (10, 4, FOOT), (1, 5, FOOT)]
+)
+def test_point_formats_and_versions_that_require_text(write, form, minor, counts):
+    """Although the bit is not set; GeoTIFF keys are not allowed there (laspy 266)."""
+    path = write("a.las", patched(made(form, minor, records=[WKT, *METRES]), 6, "<H", 0))
+    with pytest.warns(UserWarning, match="the first counts"):
+        assert read(path).reference.horizontal == counts
 
 
 def test_a_damaged_record_is_told_and_replaced_by_nothing(write):
@@ -269,7 +291,7 @@ def test_references_of_real_files(shared):
     name = "NAD_1983_HARN_Lambert_Conformal_Conic"
     expected = {
         "autzen_trim.laz": Reference(name, "projected", FOOT, None, "GeoTIFF keys"),
-        "lone-star.laz": Reference("EPSG:4326", "geocentric", 1.0, 1.0, "GeoTIFF keys"),
+        "lone-star.laz": Reference("EPSG:4326", "unknown", None, None, "GeoTIFF keys"),  # as geocentric; it is in UTM
         **dict.fromkeys(("ahn3_cropped_1.laz", "brighton_small.laz", "ign_50x100m.las", "lion_takanawa.copc.laz")),
     }
     for file, stated in expected.items():

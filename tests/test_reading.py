@@ -5,7 +5,7 @@ import pytest
 from files import FILES, LABELS, POINTS, las, npy, npz, ply
 from test_las import described, made
 
-from kpcore.io import ReadError, field_names, formats, read, write_labels
+from kpcore.io import ReadError, duplicates, faults, field_names, formats, read, write_labels
 from kpcore.io.cloud import Request
 
 NAMELESS = ("table.npy", "table.npz", "spaces.xyz", "semicolons.csv")
@@ -268,3 +268,97 @@ def test_zeros_are_those_of_the_file_not_of_the_shifted_cloud(write):
     cloud = read(write("a.npy", npy(points)), drop_zeros=True)
     assert cloud.dropped == {"zeros": 1}
     np.testing.assert_array_equal(cloud.points + cloud.shift, points[[0, 2, 3]])
+
+
+# ---- what looks wrong
+
+
+def test_nothing_is_wrong_with_distinct_points(write):
+    points = np.random.default_rng(0).random((5000, 3)) + 0.1
+    for place in ([0, 0, 0], [515368.0, 4918340, 2322]):
+        assert faults(read(write("a.npy", npy(points + place)))) == []
+    assert faults(read(write("a.xyz", b"1 2 3\n"))) == []
+
+
+def test_zeros_are_said_and_are_no_duplicates(write):
+    """Also in a cloud with a shift, where they are not at zero; shares are of the points of the file."""
+    rows = np.concatenate([np.zeros((300, 3)), np.random.default_rng(0).random((690, 3)), np.full((10, 3), np.nan)])
+    nan = "10 of 1,000 points (1 %) left out, as a coordinate is NaN, infinite or too large for float32"
+    there = "300 of 1,000 points (30 %) at (0, 0, 0), as pixels without a return are; drop_zeros leaves them out"
+    dropped = "300 of 1,000 points (30 %) at (0, 0, 0) left out, as pixels without a return are there"
+    for shift in (0, [515368.0, 4918340, 2322]):
+        points = np.where(rows == 0, 0, rows + shift)
+        path = write("a.npz", npz(points=points, labels=np.arange(1000) < 100))
+        for exact in (False, True):
+            assert faults(read(path, exact=exact)) == [nan, there]
+            assert faults(read(path, exact=exact, drop_zeros=True)) == [nan, dropped]
+        assert faults(read(path, ignore=[1])) == [nan, there.replace("300", "200").replace("30 %", "20 %")]
+
+
+def test_duplicates_above_a_share_and_the_most_crowded_place(write):
+    rng = np.random.default_rng(0)
+    parts = [rng.random((8000, 3)), rng.random((10, 3)).repeat(100, axis=0), np.full((1001, 3), (0.5, -0.25, 7))]
+    points = rng.permutation(np.concatenate(parts)) + np.array([1000, 2000, 0])
+    cloud = read(write("a.npy", npy(points)))
+    num = len(points) - len(np.unique(points, axis=0))
+    assert num == 990 + 1000
+    duplicates = "1,990 of 10,001 points (19.9 %) at the position of an earlier point"
+    place = "1,001 of 10,001 points (10 %) at one place, (1000.5, 1999.75, 7), all neighbours of each other"
+    assert faults(cloud) == [duplicates, place]
+    assert faults(cloud, share=num / 10_001) == [duplicates, place]
+    assert faults(cloud, share=0.2) == [place]
+    assert faults(read(write("a.npy", npy(points[points[:, 2] < 7]))), share=0.2) == []
+    for wrong in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="share: expected a number from 0 to 1, got"):
+            faults(cloud, share=wrong)
+
+
+def test_positions_are_compared_as_a_search_would_or_exactly(write):
+    points = np.array([[1e4, 0, 0], [1e4 + 1e-5, 0, 0], [1e4 + 1e-5, 0, 1e4]])
+    path = write("a.npy", npy(points))
+    assert faults(read(path)) == ["1 of 3 points (33.3 %) at the position of an earlier point"]
+    assert faults(read(path, exact=True)) == []
+
+
+@pytest.mark.parametrize("hashes", ["as they are", "one", "few"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_distinct_positions_are_exact_whatever_the_hash(monkeypatch, hashes, dtype):
+    if hashes != "as they are":
+        of = {"one": lambda values: np.zeros(len(values)), "few": lambda values: np.abs(values) // 0.2 * 2.0**50}[
+            hashes
+        ]
+        monkeypatch.setattr(duplicates, "_hashes", lambda columns: of(columns[0]).astype(np.uint64))
+    rng = np.random.default_rng(0)
+    for points in (rng.integers(-3, 4, (2000, 3)), rng.random((500, 3)), np.zeros((7, 3)), np.ones((1, 3))):
+        points = points.astype(dtype) * rng.choice([-1, 1], (len(points), 1))  # minus zero is zero
+        first, counts = duplicates.distinct(points)
+        expected, number = np.unique(points + 0.0, axis=0, return_counts=True)
+        assert all((points[:at] != points[at]).any(axis=1).all() for at in first[:50])  # the first of each
+        order = np.lexsort((points[first] + 0.0).T[::-1])
+        np.testing.assert_array_equal(points[first][order], expected)
+        np.testing.assert_array_equal(counts[order], number)
+
+
+def test_hashes_of_close_positions_differ():
+    """Positions on a lattice, also of millimetres, whose bits differ in few places: no two of them have one hash."""
+    lattice = np.stack(np.meshgrid(*[np.arange(50)] * 3), axis=-1).reshape(-1, 3)
+    for points in (
+        lattice.astype(np.float32),
+        lattice.astype(float),
+        (lattice / 1000).astype(np.float32),
+        lattice / 1000,
+    ):
+        keys = np.sort(duplicates._hashes([np.ascontiguousarray(values) for values in points.T]))
+        assert (keys[1:] != keys[:-1]).all()
+
+
+def test_faults_of_real_files(shared):
+    folder = shared / "data"
+    nan, *_ = faults(read(folder / "region_growing_rgb_tutorial.pcd"))
+    assert nan.startswith("47,353 of 307,200 points (15.4 %) left out, as a coordinate is NaN")
+    (zeros,) = faults(read(folder / "source.ply"))  # all of its duplicates
+    assert zeros.startswith("5,107 of 69,792 points (7.32 %) at (0, 0, 0), as pixels without a return")
+    assert faults(read(folder / "source.ply", drop_zeros=True)) == [
+        "5,107 of 69,792 points (7.32 %) at (0, 0, 0) left out, as pixels without a return are there"
+    ]
+    assert faults(read(folder / "car_cloud400.csv")) == []

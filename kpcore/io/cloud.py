@@ -456,12 +456,12 @@ def _ignored(
         elif labels is not None:
             yield str(one), labels == one
     if request.drop_zeros:
-        yield "zeros", are_zeros(points)
+        yield "zeros", are_at(points, (0, 0, 0))
 
 
-def are_zeros(points: np.ndarray) -> np.ndarray:
-    """True for each point at exactly (0, 0, 0): in a range image a pixel without a return."""
-    return (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
+def are_at(points: np.ndarray, place: Sequence[float] | np.ndarray) -> np.ndarray:
+    """True for each point at exactly this place."""
+    return (points[:, 0] == place[0]) & (points[:, 1] == place[1]) & (points[:, 2] == place[2])
 
 
 def _shift(points: np.ndarray) -> np.ndarray:
@@ -470,7 +470,7 @@ def _shift(points: np.ndarray) -> np.ndarray:
     Outliers are not counted: a single point at (0, 0, 0) in a scan at UTM northings would make the extent so large that
     the shift were zero, and float32 would lose 0.25 m.
     """
-    zeros = are_zeros(points)
+    zeros = are_at(points, (0, 0, 0))
     placed = points[~zeros] if zeros.any() else points
     if len(placed) == 0:
         return np.zeros(3)

@@ -269,8 +269,9 @@ def _extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Ite
 def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
     """(the coordinate reference system in the records before or after the points, or None; a warning or None).
 
-    Well-known text counts where the WKT bit of the global encoding is set, as it must be for point formats 6 to 10
-    (LAS 1.4 R15, table 4), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count.
+    Well-known text counts where the WKT bit of the global encoding is set, in point formats 6 to 10, which must set it
+    (LAS 1.4 R15), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count. Record 4224 is a second text
+    that PDAL writes, of version 2.
     """
     data: dict[int, bytes] = {}
     for record in head.records:
@@ -280,7 +281,8 @@ def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | Non
         if record.user == b"LASF_Projection":
             data.setdefault(record.number, _read_at(file, at + 60, min(length, _LONGEST_TEXT)))
     keys = (data[34735], data.get(34736, b""), data.get(34737, b"")) if 34735 in data else None
-    return combined(data.get(2112), keys, head.minor >= 5 or bool(head.raw[6] & 16))
+    wkt_first = bool(head.raw[6] & 16) or head.point_format >= 6 or head.minor >= 5
+    return combined(data.get(2112) or data.get(4224), keys, wkt_first)
 
 
 def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:
