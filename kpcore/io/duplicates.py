@@ -21,7 +21,7 @@ def faults(cloud: Cloud, share: float = 0.01) -> list[str]:
 
     - points left out because a coordinate is NaN, infinite or too large for float32;
     - points at exactly (0, 0, 0) in the file's coordinates, as in range images where there was no return, left out or
-      not; a single one only if the others are far from there (`Cloud.shift`), as the origin may be a point of an object;
+      not; a single one only if the others are far from there (`Cloud.shift`), as objects may have the origin inside;
     - points at exactly the position of an earlier point, if they are at least `share` of all;
     - the position at which most points are, if they are more than 1,000: each of them is a neighbour of all others, so
       that 10,000 of them are 100 million pairs.
