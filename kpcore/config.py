@@ -164,6 +164,11 @@ def get_memory_limit() -> int | None:
     return _memory_limit
 
 
+def free_memory() -> float:
+    """The limit in bytes if one is set, else the memory that is free, or infinity where the system does not say."""
+    return _free_memory() if _memory_limit is None else _memory_limit
+
+
 @functools.cache
 def cupy() -> ModuleType:
     """The module CuPy; an error that says what is missing if it cannot be used."""
@@ -284,10 +289,10 @@ def _gpu() -> str:
     )
 
 
-def show_config() -> None:
-    """Print version, instruction set, threads and libraries in use, for bug reports."""
+def config_rows() -> dict[str, str]:
+    """What `show_config` prints, by name."""
     threads, why = _threads_and_why()
-    rows = {
+    return {
         "kpcore": __version__,
         "instruction set": f"{cpu.isa()} (of {', '.join(cpu.isas())}; KPCORE_ISA overrides)",
         "threads": f"{threads}: {why} (KPCORE_NUM_THREADS and kpcore.set_num_threads override)",
@@ -296,5 +301,9 @@ def show_config() -> None:
         "NumPy": np.__version__,
         "GPU": _gpu(),
     }
-    for name, value in rows.items():
+
+
+def show_config() -> None:
+    """Print version, instruction set, threads and libraries in use, for bug reports."""
+    for name, value in config_rows().items():
         print(f"{name:16} {value}")

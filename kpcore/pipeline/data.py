@@ -18,7 +18,7 @@ from kpcore.files import expanded
 from kpcore.io import ReadError, faults
 from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
 from kpcore.io.formats import field_names, read_columns
-from kpcore.pipeline import objects
+from kpcore.pipeline import filenames, objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
@@ -149,16 +149,17 @@ def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.Path
 
 
 def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts: PartClouds | None = None,
-                  ) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
-    """(scenes to train on, scenes for validation, Columns) of settings."""
+                  columns: Columns | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
+    """(scenes to train on, scenes for validation, Columns) of settings; `columns` as in `load`."""
     train, validation = settings.data.train, settings.data.validation
     if isinstance(validation, list):
-        scenes, columns = load(settings, train, folder, read_parts=read_parts)
+        scenes, columns = load(settings, train, folder, columns, read_parts)
         return scenes, load(settings, validation, folder, columns, read_parts)[0] if validation else [], columns
     read_parts = {} if read_parts is None else read_parts
+    train = filenames.single(train, folder)
     _read_parts(settings, train, folder, read_parts)
     split = [_split(*read_parts[repr(part)], validation) for part in train]
-    columns = _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
+    columns = columns or _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
     scenes = [cloud_scene(settings, columns, cloud, rows) for cloud, rows, _ in split]
     aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
@@ -451,7 +452,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
          read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
 
-    `read_parts` is for scenes alone, see `load_scenes`.
+    Scenes of a folder or a pattern are those of its files. `read_parts` is for scenes alone, see `load_scenes`.
     """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
@@ -460,7 +461,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts)
+        scenes, columns = load_scenes(settings, filenames.single(parts, folder), folder, columns, read_parts)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"
