@@ -17,16 +17,16 @@ from kpcore.pipeline.settings import bounds_text
 INTRODUCTION = """\
 # Settings
 
-Every key of the TOML file that `kpcore train` reads, with an example. [The guide](guide.md#start-from-your-files) says how `kpcore init`
-writes such a file, [networks.md](networks.md#train-on-your-scans) what a training does. A key that does not exist is an error, which
-names the one that was probably meant, or the table that it stands in. Lengths in the *unit of the points* are metres or feet, as the files have
-them. This page is written by `python docs/settings.py`.
+Every key of the TOML file that `kpcore train` reads, with an example. [The guide](guide.md#start-from-your-files) says
+how `kpcore init` writes such a file, [networks.md](networks.md#train-on-your-scans) what a training does. A key that
+does not exist is an error, which names the one that was probably meant, or the table that it stands in. Lengths in the *unit
+of the points* are metres or feet, as the files have them. This page is written by `python docs/settings.py`.
 
 """
 # (heading, what follows it, dataclass) of each table
 TABLES = (
     ("[data]", "", sections.Data),
-    ("A scene in train, test or validation", 'The name of a file, or a table such as `{ file = "a.laz", max = [500.0] }`:',
+    ("A scene in train, test or validation", 'A file name, or a table such as `{ file = "a.laz", max = [500.0] }`:',
      sections.Part),
     ("Objects or parts in train or test", "", sections.Objects),
     ("Digits in train or test", "", sections.Digits),
@@ -115,11 +115,9 @@ def _values(key, types):
 
 def _described(public):
     """{argument: its text} of a docstring in numpydoc form; arguments without text are left out."""
-    text = inspect.getdoc(public).partition("\nParameters\n----------\n")[2]
+    text = inspect.getdoc(public).partition("\nParameters\n----------\n")[2].partition("\nReturns\n")[0]
     found = {}
-    for names, body in re.findall(
-        r"^(\w[^\n]*)\n((?:    [^\n]*\n|\n(?=    ))+)", text.partition("\nReturns\n")[0], re.M
-    ):
+    for names, body in re.findall(r"^(\w[^\n]*)\n((?:    [^\n]*\n|\n(?=    ))+)", text, re.M):
         if not body.strip().startswith("As in"):
             for name in names.partition(" : ")[0].split(", "):
                 found[name] = " ".join(body.split())

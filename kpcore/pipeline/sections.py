@@ -238,8 +238,8 @@ class Data:
         default='"digits" where there are images, else "scenes"',
     ))
     folds: str | None = field(default=None, metadata=about(
-        "cross-validation in k folds, without `test`: the scenes of each area, or of each file, are tested by a network "
-        "that is trained on all others in `train`",
+        "cross-validation in k folds, without `test`: the scenes of each area, or of each file, are tested by a "
+        "network that is trained on all others in `train`",
         "for S3DIS, or where there are few scans", '"area"', choices=("area", "file"), default="none",
     ))
     validation: list[Source] | float = field(default_factory=list, metadata=about(
@@ -328,13 +328,16 @@ OPTIONS: dict[str, dict[str, Key]] = {
         "decoder_width": Key("", "half of `width` for the networks of the paper", "32", default="`width`"),
         "head_width": Key("", "smaller for few classes of objects", "128", default="1024 for objects, else `width`"),
         "head_norm": Key("", "true for objects and digits", "true"),
-        "kernel_size": Key("number of kernel points", "smaller for speed; 13, 15, 17 in the paper", "13", allowed="1 to 100",
-                           also=("num_kernel_points",)),
-        "conv_radius": Key("radius of the neighbourhoods", "larger where voxels have few neighbours", "3.0", _IN_VOXELS, (1e-6, 100)),
-        "deform_radius": Key("the same on levels with a deformable block", "with `deformable`", "6.0", _IN_VOXELS, (1e-6, 100)),
-        "extent": Key("distance at which the influence of a kernel point ends", "larger for smoother kernels", "1.0", _IN_VOXELS, (1e-6, 100), also=("kp_extent",)),
+        "kernel_size": Key("number of kernel points", "smaller for speed; 13, 15, 17 in the paper", "13",
+                           allowed="1 to 100", also=("num_kernel_points",)),
+        "conv_radius": Key("radius of the neighbourhoods", "larger where voxels have few neighbours", "3.0",
+                           _IN_VOXELS, (1e-6, 100)),
+        "deform_radius": Key("the same on levels with a deformable block", "with `deformable`", "6.0",
+                             _IN_VOXELS, (1e-6, 100)),
+        "extent": Key("distance at which the influence of a kernel point ends", "larger for smoother kernels", "1.0",
+                      _IN_VOXELS, (1e-6, 100), also=("kp_extent",)),
         "kernel_radius": Key("", "in experiments", "0.6", "`conv_radius`", (1e-6, 100)),
-        "influence": Key("how the influence of a kernel point falls with distance: to 0 at `extent`, as a Gaussian, or not",
+        "influence": Key("how the influence of a kernel point falls with distance: to 0 at `extent`, Gaussian, or not",
                          "in experiments", '"gaussian"', choices=INFLUENCES, also=("kp_influence",)),
         "aggregation": Key("", "closest is faster and somewhat less accurate", '"closest"', choices=AGGREGATIONS,
                            also=("aggregation_mode",)),
