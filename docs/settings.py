@@ -19,8 +19,8 @@ INTRODUCTION = """\
 
 Every key of the TOML file that `kpcore train` reads, with an example. [The guide](guide.md#start-from-your-files) says
 how `kpcore init` writes such a file, [networks.md](networks.md#train-on-your-scans) what a training does. A key that
-does not exist is an error, which names the one that was probably meant, or the table that it stands in. Lengths in the *unit
-of the points* are metres or feet, as the files have them. This page is written by `python docs/settings.py`.
+does not exist is an error, which names the one that was probably meant, or the table that it stands in. Lengths in the
+*unit of the points* are metres or feet, as the files have them. This page is written by `python docs/settings.py`.
 
 """
 # (heading, what follows it, dataclass) of each table
@@ -116,12 +116,12 @@ def _values(key, types):
 def _described(public):
     """{argument: its text} of a docstring in numpydoc form; arguments without text are left out."""
     text = inspect.getdoc(public).partition("\nParameters\n----------\n")[2].partition("\nReturns\n")[0]
-    found = {}
+    texts = {}
     for names, body in re.findall(r"^(\w[^\n]*)\n((?:    [^\n]*\n|\n(?=    ))+)", text, re.M):
         if not body.strip().startswith("As in"):
             for name in names.partition(" : ")[0].split(", "):
-                found[name] = " ".join(body.split())
-    return found
+                texts[name] = " ".join(body.split())
+    return texts
 
 
 if __name__ == "__main__":

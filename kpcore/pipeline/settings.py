@@ -396,14 +396,14 @@ def _part(values: Any, where: str, kind: object) -> Source:
 
 
 def _network(values: Any) -> Architecture:
-    own = keys(Architecture)
+    names = keys(Architecture)
     if isinstance(values, dict):
         if not isinstance(values.get("options", {}), dict):
             raise SettingsError(f"[network] options: expected a table of settings, got {_shown(values['options'])}")
-        options = {name: value for name, value in values.items() if name not in own} | values.get("options", {})
-        values = {name: value for name, value in values.items() if name in own} | {"options": options}
+        options = {name: value for name, value in values.items() if name not in names} | values.get("options", {})
+        values = {name: value for name, value in values.items() if name in names} | {"options": options}
         kind = values.get("kind", Architecture.kind)
-        _check_choice("[network] kind", kind, own["kind"].choices)
+        _check_choice("[network] kind", kind, names["kind"].choices)
         for name in _ONLY_KPCONV if kind == "kpnext" else ():
             if values.get(name, getattr(Architecture, name)) != getattr(Architecture, name):
                 raise SettingsError(f"[network] {name}: not valid for kpnext, whose setting is depths")

@@ -1,0 +1,535 @@
+"""Settings to start from, written from what labelled files hold: the text that `kpcore init` prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+import kpcore as kp
+from kpcore.config import require
+from kpcore.io import ReadError, field_names, read
+from kpcore.io.cloud import COLORS, LABELS, UNLABELED, list_names
+from kpcore.io.formats import READERS
+from kpcore.io.mesh import READERS as MESHES
+from kpcore.pipeline.sections import COMPUTED_FEATURES
+from kpcore.pipeline.settings import SettingsError, from_dict, toml_parser
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kpcore.io import Cloud
+
+MOST_POINTS = 20_000_000  # files are read until these are reached; others are listed only
+_MOST_LABELS = 256  # different ones in a field of classes: object numbers are more
+_FEW, _FEW_SHARE = 200, 0.002  # classes with fewer points, or a smaller share of all, are comments
+_RARE_SHARE = 0.02  # with such a class, the classes have weights
+_OF_RADIUS = 30  # voxels
+_NEIGHBORS = 8  # from whose distance the spacing is computed
+_SAMPLE = 100_000  # values of a field in a file, for its quantiles
+_LARGE = 50.0  # metres from which on a scan is terrain rather than rooms
+
+# Names by ASPRS LAS 1.4 R15, table 17; None: points that are no surface, or that nobody has classified.
+ASPRS: dict[int, str | None] = {
+    0: None, 1: "unclassified", 2: "ground", 3: "low_vegetation", 4: "medium_vegetation", 5: "high_vegetation",
+    6: "building", 7: None, 8: "model_key_point", 9: "water", 10: "rail", 11: "road", 12: None, 13: "wire_guard",
+    14: "wire_conductor", 15: "transmission_tower", 16: "wire_connector", 17: "bridge", 18: None,
+    19: "overhead_structure", 20: None, 21: "snow", 22: None,
+}  # fmt: skip
+_IGNORED = {0: "never classified", 7: "low noise", 12: "overlap", 18: "high noise", 20: "ignored ground",
+            22: "temporal exclusion", UNLABELED: "without a label"}  # fmt: skip
+# Fields that are features by themselves, and why others are not.
+_MEASURED = ("intensity", "reflectance", "amplitude", "return_number", "number_of_returns", "num_returns", "nir",
+             "infrared", "near_infrared", "echo_width", "pulse_width")  # fmt: skip
+_NOT_OF_SURFACE = {
+    **dict.fromkeys(("scan_angle", "scan_angle_rank", "scan_direction_flag", "edge_of_flight_line", "scanner_channel",
+                     "point_source_id", "user_data", "gps_time", "time", "timestamp", "synthetic", "key_point",
+                     "withheld", "overlap"), "of the flight, not of the surface"),
+    **dict.fromkeys(("nx", "ny", "nz", "normal_x", "normal_y", "normal_z", "normalx", "normaly", "normalz"),
+                    "a direction, which is not rotated in training as points are; the feature normals is"),
+    **dict.fromkeys(("index", "id", "point_id", "original_cloud_index", "instance", "instance_id", "object",
+                     "object_id", "segment", "segment_id"), "a number, not a measurement"),
+}  # fmt: skip
+_PLACES = {"x", "y", "z", "rgb", "rgba", "alpha", *LABELS, *(name for names in COLORS for name in names)}
+
+
+class Values(NamedTuple):
+    """What is known of a field in a file."""
+
+    low: float
+    high: float
+    sample: np.ndarray  #: some of the values
+    bad: int  #: values that are NaN or infinite
+
+
+class Scan(NamedTuple):
+    """What is known of a file."""
+
+    path: Path
+    num: int
+    labels: Counter[int]
+    fields: dict[str, Values | None]  #: None: not read
+    has_colors: bool
+    size: np.ndarray  #: (3,) extents of the middle 99 %
+    spacing: np.ndarray  #: distances between points at some places
+    reference: object  #: see `kpcore.io.Reference`
+
+
+def draft(paths: Sequence[Path], folder: Path, *, label: str | None = None, columns: Sequence[str] | None = None) -> str:
+    """The text of a settings file for labelled scans, or for a folder of objects with a sub-folder for each class.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files; and folders, of which all files that can be read are taken.
+    folder : Path
+        Where the text is to be saved: file names in it are relative to this folder.
+    label, columns
+        As in [data].
+
+    Raises
+    ------
+    ReadError
+        A file cannot be read or has no labels.
+    SettingsError
+        No settings fit the files: their labels are all the same, or their names cannot be written in TOML.
+    """
+    if len(paths) == 1 and (classes := _folders_of_objects(paths[0])):
+        text = _text_of_objects(paths[0], classes, folder)
+    else:
+        text = _text_of_scans(_files(paths), folder, label, columns)
+    from_dict(toml_parser().loads(text))  # never text that `kpcore train` refuses
+    return text
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """The files of all paths, each once, those of a folder by name."""
+    files: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in READERS and one.is_file())
+            inside = [one for one in inside if not one.name.startswith(".")]  # such as the ._ files of macOS
+            if not inside:
+                raise ReadError(f"{path}: expected files that can be read, {' '.join(READERS)}, got none in this folder")
+            files |= dict.fromkeys(inside)
+        else:
+            files[path] = None
+    return [*files]
+
+
+# ---- reading
+
+
+def _scan(path: Path, label: str | None, columns: Sequence[str] | None) -> tuple[Scan, Cloud]:
+    """What is known of a file, and its points and labels."""
+    columns = columns if path.suffix.lower() in (".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin") else None
+    names = field_names(path, columns=columns)
+    plain = {_plain(name): name for name in reversed(names)}
+    unread = {name for name in plain if name in _NOT_OF_SURFACE or "time" in name}
+    wanted = [name for name in plain if name not in unread | _PLACES and name != (label or "").lower()]
+    cloud = _with_fields(path, [plain[name] for name in wanted], label, columns)
+    if cloud.labels is None:
+        raise ReadError(f"{path}: expected labels, got none: {cloud.unlabeled}; its fields are {list_names(names)}; name "
+                        "the one that holds classes with --label")  # fmt: skip
+    reference = cloud.reference
+    if reference is not None and reference.kind == "geographic":
+        raise ReadError(f"{path}: expected projected coordinates, got degrees ({reference.name}); project it first")
+    labels = Counter({int(one): int(num) for one, num in zip(*np.unique(cloud.labels, return_counts=True), strict=True)})
+    if len(labels) > _MOST_LABELS:
+        advice = "are they object numbers? Name the field of classes with --label"
+        raise ReadError(f"{path}: expected at most {_MOST_LABELS} different labels, got {len(labels):,}: {advice}")
+    fields: dict[str, Values | None] = {}
+    for name in plain:
+        if name in wanted and (values := cloud.fields.get(plain[name].lower())) is not None:
+            finite = values[np.isfinite(values)]
+            sample = finite[:: 1 + len(finite) // _SAMPLE]
+            low, high = (float(finite.min()), float(finite.max())) if len(finite) else (math.nan, math.nan)
+            fields[name] = Values(low, high, sample, len(values) - len(finite))
+        elif name not in _PLACES and name != (label or "").lower():
+            fields[name] = None
+    sample = cloud.points[:: 1 + len(cloud.points) // _SAMPLE]
+    low, high = np.quantile(sample, (0.005, 0.995), axis=0)
+    has_colors = cloud.colors is not None and bool(np.ptp(cloud.colors, axis=0).any())
+    return Scan(path, len(cloud.points), labels, fields, has_colors, high - low,
+                _spacings(path, cloud.points, low, high), reference), cloud  # fmt: skip
+
+
+def _with_fields(path: Path, names: list[str], label: str | None, columns: Sequence[str] | None) -> Cloud:
+    """Read a file with all fields that have a number for each point."""
+    try:
+        return read(path, fields=names, label=label, columns=columns)
+    except ReadError:
+        cloud = read(path, label=label, columns=columns)  # an error here is one of the file
+    readable = {}
+    for name in names:  # one of them is text, has two columns, or holds integers beyond float64
+        try:
+            readable |= read(path, fields=[name], label=label, columns=columns).fields
+        except ReadError:
+            continue
+    cloud.fields.update(readable)
+    return cloud
+
+
+def _plain(name: str) -> str:
+    return name.lower().removeprefix("scalar_")
+
+
+def _spacings(path: Path, points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Distances between neighbouring points at places spread over a cloud evenly, however dense it is there.
+
+    A surface with n points in a disc of radius r has the spacing r sqrt(pi / n).
+    """
+    extent = float((high - low).max())
+    near = points[((points >= low - extent) & (points <= high + extent)).all(axis=1)]
+    if not extent or len(near) <= _NEIGHBORS:
+        raise ReadError(f"{path}: expected points at more than {_NEIGHBORS} places, got {len(points):,} points")
+    places = kp.grid_subsample(near, extent / 64, position="nearest").points
+    places = places[:: 1 + len(places) // 5000]
+    nb = kp.knn_search(near, places, _NEIGHBORS + 1)
+    farthest = nb.distance[np.asarray(nb.row_splits[1:]) - 1]
+    return farthest[farthest > 0] * math.sqrt(math.pi / _NEIGHBORS)
+
+
+# ---- scans
+
+
+def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, columns: Sequence[str] | None) -> str:
+    scans: list[Scan] = []
+    largest = None
+    # A part of the files is read evenly from the first to the last: by the fractional parts of the golden ratio.
+    for path in sorted(files, key=lambda path: files.index(path) * 0.6180339887 % 1):
+        if sum(scan.num for scan in scans) < MOST_POINTS:
+            scan, cloud = _scan(path, label, columns)
+            if not scans or scan.num > max(one.num for one in scans):
+                largest = cloud
+            scans.append(scan)
+    scans.sort(key=lambda scan: files.index(scan.path))
+    assert largest is not None
+    spacing = float(np.median(np.concatenate([scan.spacing for scan in scans])))
+    voxel = nice(2 * spacing)
+    size = np.max([scan.size for scan in scans], axis=0)
+    radius = nice(min(_OF_RADIUS * voxel, max(4 * voxel, 0.4 * float(size.max()))))
+    levels = min(5, max(2, 1 + math.floor(math.log2(radius / (2.5 * voxel)))))
+    counts = sum((scan.labels for scan in scans), Counter())
+    train, test, of_test = _split(files, scans, largest, folder)
+    classes, shares = _classes(scans, counts, of_test, of_test is not None)
+    features, comments, ground = _features(scans, size, voxel)
+    in_sphere = _points_in_spheres(largest.points, voxel, radius)
+    batch_points = max(20_000, round(1.2 * in_sphere, -3))
+
+    unread = len(files) - len(scans)
+    of = f"{len(scans)} of {len(files)} files" if unread else f"{len(files)} file{'s' * (len(files) > 1)}"
+    lines = [f"# Settings of a training, written by kpcore init from {of} with {counts.total():,} points.",
+             "# kpcore train FILE.toml --out runs/first     trains for some minutes; docs/settings.md has every key.",
+             *_unit(scans)]  # fmt: skip
+    if unread:
+        lines.append(f"# {unread} files were not read, as the others have {MOST_POINTS:,} points: they may have other labels.")
+    lines += ["", "[data]", *train, *test]
+    lines += [f"label = {text(label)}"] * bool(label) + [f"columns = {_list(columns)}"] * bool(columns)
+    lines += ["validation = 0.1     # of the training data, at one end of each scan: chooses the best network", ""]
+    lines += [f"features = {_list(features)}", *comments, *ground]
+    lines += ["", "[data.classes]       # labels in the files; points with others are ignored", *classes]
+    lines += [
+        "", "[network]",
+        f"voxel_size = {voxel!r}     # twice the distance between points, {spacing:.2g}: half of it shows more, in four times the time",
+        f"levels = {levels}           # voxels of {voxel!r} to {voxel * 2 ** (levels - 1):g}; more see farther",
+        "width = 32           # channels; 64 for many classes and days of training",
+        "", "[training]",
+        f"radius = {radius!r}     # of input spheres, {radius / voxel:.3g} voxels; 25 to 50 are usual",
+        f"batch_points = {batch_points}     # a sphere has up to some {in_sphere:,}",
+        "batch_clouds = 8", "epochs = 20          # more while the score still rises", "steps = 75", 'optimizer = "adamw"',
+        "lr = 0.004", 'schedule = "one_cycle"', "weight_decay = 0.01",
+        f"noise = {nice(0.02 * voxel)!r}         # of coordinates",
+    ]  # fmt: skip
+    if shares and min(shares) < _RARE_SHARE:
+        lines.append(f'class_weights = "root"     # as a class has {100 * min(shares):.2g} % of the points')
+    return "\n".join(lines) + "\n"
+
+
+def _points_in_spheres(points: np.ndarray, voxel: float, radius: float) -> int:
+    """The number of subsampled points in a large input sphere: the 99th percentile of some."""
+    places = kp.grid_subsample(points, voxel).points
+    chosen = np.random.default_rng(0).choice(len(places), min(500, len(places)), replace=False)
+    return int(np.quantile(kp.radius_search(places, places[chosen], radius, count_only=True), 0.99))
+
+
+def _unit(scans: Sequence[Scan]) -> list[str]:
+    """Comments about the unit of lengths."""
+    stated = {(one.horizontal, one.vertical): one.name for scan in scans if (one := scan.reference) is not None}
+    if len(stated) > 1:
+        raise ReadError(f"expected files of one unit, got {', '.join(map(str, stated.values()))}; convert them first")
+    if not stated:
+        return ["# The files do not say in which unit their coordinates are; lengths here are in the same one."]
+    (horizontal, vertical), name = stated.popitem()
+    unit = "does not say its unit" if horizontal is None else f"has units of {horizontal:.6g} m"
+    other = f", and of {vertical:.6g} m for z" if vertical not in (None, horizontal) else ""
+    return [f"# The coordinate reference system ({printable(name)}) {unit}{other}; lengths here are in the unit of the files."]
+
+
+def _metres(scans: Sequence[Scan]) -> float:
+    """Metres in a unit of the files, 1 where they do not say it."""
+    stated = [one.horizontal for scan in scans if (one := scan.reference) is not None]
+    return next(filter(None, stated), 1.0)
+
+
+def _features(scans: Sequence[Scan], size: np.ndarray, voxel: float) -> tuple[list[str], list[str], list[str]]:
+    """(features, comments about them and the other fields, lines of the ground)."""
+    metres, features, comments, ground = _metres(scans), ["one"], [], []
+    across, up = metres * float(size[:2].max()), metres * float(size[2])
+    if across >= max(_LARGE, 2 * up):
+        features.append("height_above_ground")
+        comments.append("# height_above_ground is the same on a hill and in a valley; height, the last coordinate, is not.")
+        cell = nice(max(1 / metres, 2 * voxel))
+        if (cell, metres) != (1.0, 1.0):
+            ground = [f"ground = {{ cell = {cell!r}, window = {nice(20 / metres)!r} }}     # window: wider than the widest building"]
+    else:
+        features.append("height")
+        comments.append("# height is the last coordinate in the file: leave it out if floors are at different heights.")
+    colored = [scan.path.name for scan in scans if scan.has_colors]
+    if len(colored) == len(scans):
+        features.append("color")
+    elif colored:
+        comments.append(f"# color is left out: {printable(colored[0])} has colours, not all files do.")
+    names = dict.fromkeys(name for scan in scans for name in scan.fields)
+    described = []
+    for name in names:
+        if name in COMPUTED_FEATURES or name == "heightaboveground":
+            what = "read in place of the computed heights" if "height_above" in name.replace("abovegr", "_above_gr") else \
+                "not used: kpcore computes the feature of this name"
+            described.append((name, what))
+            continue
+        missing = next((scan.path.name for scan in scans if name not in scan.fields), None)
+        values = [one for scan in scans if (one := scan.fields.get(name)) is not None]
+        if missing or not values:
+            reason = f"{printable(missing)} does not have it" if missing else _reason(name)
+            described.append((name, f"not used: {reason}"))
+            continue
+        low, high, bad = min(one.low for one in values), max(one.high for one in values), sum(one.bad for one in values)
+        if bad:
+            described.append((name, f"not used: NaN or infinite for {bad:,} points"))
+        elif low == high:
+            described.append((name, f"not used: {low:g} throughout"))
+        else:
+            first, last = np.quantile(np.concatenate([one.sample for one in values]), (0.05, 0.95))
+            measured = name in _MEASURED
+            features += [name] * measured
+            described.append((name, f"{'' if measured else 'not used: '}{low:g} to {high:g}, nine tenths {first:g} to {last:g}"))
+    width = max((len(printable(name)) for name, _ in described), default=0)
+    if described:
+        comments.append("# Fields of the files, any of which can be a feature:")
+        comments += [f"#   {printable(name):{width}}  {what}" for name, what in described]
+    return features, comments, ground
+
+
+def _reason(name: str) -> str:
+    return _NOT_OF_SURFACE.get(name, "of the flight, not of the surface" if "time" in name else "not a number a point")
+
+
+def _classes(scans: Sequence[Scan], counts: Counter[int], of_test: Counter[int] | None,
+             has_test: bool) -> tuple[list[str], list[float]]:  # fmt: skip
+    """(lines of the classes, the share of each class in the points)."""
+    named = {label: _class_name(label, scans) for label in sorted(counts)}
+    total = counts.total()
+    chosen = [label for label in named if label not in _IGNORED or not _is_las(scans)]
+    chosen = [label for label in chosen if label != UNLABELED]
+    enough = [label for label in chosen if counts[label] >= max(_FEW, _FEW_SHARE * total)]
+    for more in (chosen, [label for label in named if label != UNLABELED]):
+        enough = enough if len(enough) > 1 else more
+    if len(enough) < 2:
+        held = ", ".join(f"{label} ({num:,} points)" for label, num in counts.items())
+        raise SettingsError(f"expected labels of two classes or more, got {held}")
+    lines = []
+    width = max(len(f"{key(name)} = [{label}]") for label, name in named.items())
+    for label, name in named.items():
+        num = counts[label]
+        what = f"{num:,} points, {100 * num / total:.3g} %"
+        if of_test is not None:
+            what += f"; {100 * of_test[label] / num:.0f} % of them in test"
+        if label in enough:
+            lines.append(f"{f'{key(name)} = [{label}]':{width}}     # {what}")
+        else:
+            reason = _IGNORED[label] if label in _IGNORED and label not in chosen else "too few"
+            lines.append(f"# {f'{key(name)} = [{label}]':{width}}   # {what}: {reason}, ignored")
+    return lines, [counts[label] / total for label in enough]
+
+
+def _is_las(scans: Sequence[Scan]) -> bool:
+    return all(scan.path.suffix.lower() in (".las", ".laz") for scan in scans)
+
+
+def _class_name(label: int, scans: Sequence[Scan]) -> str:
+    name = ASPRS.get(label) if _is_las(scans) else None
+    if name is None and _is_las(scans) and label in _IGNORED:
+        name = _IGNORED[label].replace(" ", "_")
+    return name or (f"class_{label}" if label >= 0 else f"class_minus_{-label}")
+
+
+def _split(files: Sequence[Path], scans: Sequence[Scan], cloud: Cloud, folder: Path) -> tuple[list[str], list[str], Counter[int] | None]:
+    """(lines of train, lines of test, the number of points of each label in test or None if not all is known)."""
+    names = [_relative(path, folder) for path in files]
+    if len(files) > 1:
+        number = max(1, round(len(files) / 5))
+        inside = None
+        if len(scans) == len(files):
+            inside = sum((scan.labels for scan in scans[-number:]), Counter())
+        return _file_list("train", names[:-number]), _file_list("test", names[-number:]), inside
+    axis, limit, rows = _cut(cloud)
+    inside = Counter({int(one): int(num) for one, num in zip(*np.unique(cloud.labels[rows], return_counts=True), strict=True)})
+    corner = ["-inf", "inf"][0]
+    low = ", ".join(["-inf"] * axis + [repr(limit)])
+    high = ", ".join(["inf"] * axis + [repr(limit)])
+    del corner
+    is_above = bool(cloud.points[rows[0], axis] + cloud.shift[axis] >= limit)
+    one, other = (f"max = [{high}]", f"min = [{low}]") if is_above else (f"min = [{low}]", f"max = [{high}]")
+    share = 100 * len(rows) / len(cloud.points)
+    return ([f"train = [{{ file = {text(names[0])}, {one} }}]"],
+            [f"test = [{{ file = {text(names[0])}, {other} }}]     # {share:.0f} % of the points, on the other side of {'xyz'[axis]} = {limit!r}"],
+            inside)  # fmt: skip
+
+
+def _cut(cloud: Cloud) -> tuple[int, float, np.ndarray]:
+    """(axis, coordinate in the file, rows of the points to test): a fifth to a third of a cloud at one end.
+
+    Of such ends that is taken which has most of the class of which it has least.
+    """
+    labels, counts = np.unique(cloud.labels, return_counts=True)
+    labels, counts = labels[counts >= min(_FEW, counts.max())], counts[counts >= min(_FEW, counts.max())]
+    best, chosen = -1.0, None
+    for axis in range(2):
+        values = cloud.points[:, axis].astype(np.float64) + cloud.shift[axis]
+        low, high = np.quantile(values[:: 1 + len(values) // _SAMPLE], (0.005, 0.995))
+        step = 10.0 ** math.floor(math.log10(max(high - low, 1e-30) / 50))
+        for share in (0.2, 0.25, 0.33, 0.67, 0.75, 0.8):
+            limit = round(float(np.quantile(values, share)) / step) * step
+            limit = round(limit, max(0, -math.floor(math.log10(step))))
+            rows = np.flatnonzero(values >= limit if share > 0.5 else values < limit)
+            if not 0.1 <= len(rows) / len(values) <= 0.5:
+                continue
+            inside = np.array([np.count_nonzero(cloud.labels[rows] == label) for label in labels])
+            parts = inside / counts
+            score = float(np.minimum(parts, 1 - parts).min())
+            if score > best:
+                best, chosen = score, (axis, limit, rows)
+    if chosen is None:
+        raise SettingsError("expected a cloud that can be cut into a part to train and one to test, got one whose points are at few places")
+    return chosen
+
+
+# ---- objects
+
+
+def _folders_of_objects(path: Path) -> dict[str, list[Path]]:
+    """The folders in a folder by name, with the meshes or clouds in each; empty unless they are classes of objects."""
+    if not path.is_dir():
+        return {}
+    suffixes = {*MESHES, *READERS}
+    classes = {}
+    for one in sorted(path.iterdir()):
+        if one.is_dir() and not one.name.startswith("."):
+            files = [file for file in one.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+            if files:
+                classes[one.name] = sorted(files)
+    return classes if len(classes) > 1 and not _has_labels(next(iter(classes.values()))[0]) else {}
+
+
+def _has_labels(path: Path) -> bool:
+    """Whether a file is a cloud whose points have labels."""
+    if path.suffix.lower() not in READERS:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read(path).labels is not None
+
+
+def _text_of_objects(path: Path, classes: dict[str, list[Path]], folder: Path) -> str:
+    splits = Counter(file.relative_to(path / name).parts[0] if file.parent != path / name else ""
+                     for name, files in classes.items() for file in files)  # fmt: skip
+    inside = [split for split in splits if split]
+    train = "train" if "train" in inside else ""
+    test = next((split for split in ("test", "val", "validation") if split in inside), "")
+    if inside and not (train and test):
+        raise SettingsError(f"{path}: expected the files of a class in its folder, or in its folders train and test, got "
+                            f"{', '.join(inside[:5])}")  # fmt: skip
+    name = text(_relative(path, folder))
+    lines = [
+        f"# Settings of a training, written by kpcore init from a folder with {sum(splits.values()):,} objects of "
+        f"{len(classes)} classes.",
+        "# kpcore train FILE.toml --out runs/first     trains for some minutes; docs/settings.md has every key.",
+        "", "[data]", 'kind = "objects"     # which are moved and scaled into the unit sphere',
+    ]  # fmt: skip
+    if train:
+        lines += [f'train = [{{ folder = {name}, split = "train", points = 2000 }}]     # points: sampled from a mesh',
+                  f"test = [{{ folder = {name}, split = {text(test)}, points = 2000 }}]"]  # fmt: skip
+    else:
+        lines += [f"train = [{{ folder = {name}, points = 2000 }}]     # points: sampled from a mesh",
+                  "# test = [{ folder = \"...\", points = 2000 }]     # a folder with other objects: without it nothing says how good the network is"]  # fmt: skip
+    lines += ['features = ["one"]', f"classes = {_list(list(classes))}"]
+    lines += [f"# {printable(one)}: {len(files):,} objects" for one, files in classes.items()]
+    lines += [
+        "", "[network]", "voxel_size = 0.05    # of the unit sphere; 0.02 in the paper, for some ten times the time",
+        "levels = 4", "width = 32", "head_width = 256", "",
+        "[training]", "batch_points = 200000", "batch_clouds = 16", "epochs = 20", "steps = 75", 'optimizer = "adamw"',
+        "lr = 0.004", 'schedule = "one_cycle"', "weight_decay = 0.01", "scale = [0.8, 1.2]",
+        'rotate = "vertical"     # "none" if all stand alike', "noise = 0.005",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+# ---- text
+
+
+def nice(value: float) -> float:
+    """The nearest of 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten.
+
+    >>> nice(0.2437), nice(29.0), nice(9.4)
+    (0.25, 30.0, 10.0)
+    """
+    power = math.floor(math.log10(value))
+    best = min((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10), key=lambda factor: abs(math.log(value / (factor * 10.0**power))))
+    return float(f"{best}e{power}")
+
+
+def text(value: str) -> str:
+    """A string in TOML."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"expected a name in UTF-8, as TOML is, got {value!r}") from None
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def key(name: str) -> str:
+    """The key of a table in TOML."""
+    return name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else text(name)
+
+
+def printable(name: str) -> str:
+    """A name for a comment, on one line."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def _list(values: Sequence[str]) -> str:
+    return f"[{', '.join(map(text, values))}]"
+
+
+def _file_list(name: str, files: Sequence[str]) -> list[str]:
+    if len(files) == 1:
+        return [f"{name} = [{text(files[0])}]"]
+    return [f"{name} = [", *(f"    {text(file)}," for file in files), "]"]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The name of a file in settings in a folder: relative to it, unless the path is absolute."""
+    if path.is_absolute():
+        return path.as_posix()
+    try:
+        name = Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return path.absolute().as_posix()
+    return f"./{name}" if name.startswith("~") else name  # ~ is the home folder
