@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from kpcore.io.reference import Reference
+
 # Usual names of a field of labels, and of an array of labels in an NPZ. The first one that a file has is used.
 LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
 LABEL_ARRAYS = ("labels", "label", "classes", "y")
@@ -22,6 +24,8 @@ COLORS = (
     ("rf", "gf", "bf"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
 )
+# Names of one field: PDAL's of a dimension, as it writes it into extra bytes, and that of kpcore's feature.
+SPELLINGS = (("heightaboveground", "height_above_ground"),)
 UNLABELED = -1
 
 
@@ -58,6 +62,7 @@ class Cloud:
     rounding : the largest change of a coordinate by rounding to float32, in the file's unit.
     unlabeled : the reason why labels is None, as text.
     exact : (N, 3) float64, the file's own coordinates, if they were requested; otherwise None.
+    reference : what a LAS or LAZ states of its coordinate reference system, or None; see `Reference`.
     """
 
     points: np.ndarray
@@ -72,6 +77,7 @@ class Cloud:
     rounding: float = 0.0
     unlabeled: str | None = None
     exact: np.ndarray | None = None
+    reference: Reference | None = None
 
 
 class Content(NamedTuple):
@@ -85,6 +91,7 @@ class Content(NamedTuple):
     unlabeled: str | None = None  #: why there are no labels
     up: tuple[int, int, int] = (0, 0, 1)
     warning: str | None = None  #: what may have been read as the wrong thing
+    reference: Reference | None = None
 
 
 class Request(NamedTuple):
@@ -153,13 +160,15 @@ def name_index(names: Sequence[str], name: str) -> int | None:
     """The index of a name among a file's names; None if it is not there.
 
     A name that is spelled exactly so comes first, then one in other case, then one after the prefix "scalar_", which
-    CloudCompare adds. Two equally good matches are an error.
+    CloudCompare adds, then another spelling of it (`SPELLINGS`). Two equally good matches are an error.
     """
     lower = name.lower()
+    spellings = next((group for group in SPELLINGS if lower in group), ())
     exact = [other == name for other in names]
     any_case = [other.lower() == lower for other in names]
     prefixed = [other.lower().removeprefix("scalar_") == lower for other in names]
-    for matches in (exact, any_case, prefixed):
+    spelled = [other.lower().removeprefix("scalar_") in spellings for other in names]
+    for matches in (exact, any_case, prefixed, spelled):
         if sum(matches) > 1:
             raise ReadError(f"has {sum(matches)} fields named {name}")
         if any(matches):
@@ -305,11 +314,7 @@ def from_table(table: np.ndarray, request: Request) -> Content:
         raise ReadError(f"expected an (N, 3 or more) table of numbers, got {table.shape} {table.dtype}")
     num, width = table.shape
     if request.columns:
-        if len(request.columns) != width:
-            raise OtherColumns(
-                f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
-            )
-        return from_columns(NamedArrays(zip(request.columns, table.T, strict=True)), request)
+        return from_columns(NamedArrays(zip(table_names(width, request), table.T, strict=True)), request)
     if num < width and width > 9:
         raise ReadError(
             f"expected a row for each point, got {table.shape}: transpose the array, or name its columns with columns="
@@ -324,6 +329,18 @@ def from_table(table: np.ndarray, request: Request) -> Content:
                    "x y z intensity r g b; no colours were read: name the columns with columns=")  # fmt: skip
     reason = "its columns have no names: pass them as columns= (in settings, columns of [data])"
     return content._replace(unlabeled=content.unlabeled and reason, warning=warning)
+
+
+def table_names(width: int, request: Request) -> tuple[str, ...]:
+    """The names of `width` columns that have none: as many of the request, or x y z.
+
+    Whether three more are r g b depends on all of their values.
+    """
+    if request.columns and len(request.columns) != width:
+        raise OtherColumns(
+            f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
+        )
+    return request.columns or ("x", "y", "z")
 
 
 def may_be_colors(rgb: np.ndarray) -> bool:
@@ -399,7 +416,7 @@ def cloud_of(content: Content, with_exact: bool = False) -> Cloud:
     left_out = 0 if kept is None else len(kept) - len(points)
     return Cloud(points, colors, labels, shift, left_out, None, content.up, fields, kept, rounding,
                  content.unlabeled if labels is None else None,
-                 in_file.astype(np.float64, copy=False) if with_exact else None)  # fmt: skip
+                 in_file.astype(np.float64, copy=False) if with_exact else None, content.reference)  # fmt: skip
 
 
 def _shift(points: np.ndarray) -> np.ndarray:

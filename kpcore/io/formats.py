@@ -23,6 +23,11 @@ READERS = {
     ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
     ".xyz": text.read, ".txt": text.read, ".csv": text.read, ".pts": text.read, ".bin": sweeps.read,
 }  # fmt: skip
+FIELD_NAMES = {
+    ".ply": ply.field_names, ".pcd": pcd.field_names, ".las": las.field_names, ".laz": las.field_names,
+    ".npy": npz.npy_field_names, ".npz": npz.field_names, ".bin": sweeps.field_names,
+    **dict.fromkeys((".xyz", ".txt", ".csv", ".pts"), text.field_names),
+}  # fmt: skip
 SIGNATURES = [
     (b"ply", "PLY", {".ply"}),
     (b"LASF", "LAS", {".las", ".laz"}),
@@ -47,7 +52,8 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     path : str or Path
     fields : sequence of str
         Names of more fields to read, such as intensity; a missing one is an error. A name that is spelled exactly so
-        comes first, then one in other case, then one after the prefix "scalar_", which CloudCompare adds.
+        comes first, then one in other case, then one after the prefix "scalar_", which CloudCompare adds. PDAL's
+        HeightAboveGround and height_above_ground are the same field.
     label : str, optional
         The field of the labels. By default it is classification in a LAS or LAZ; in an NPZ the first of labels, label,
         classes and y that the file has; elsewhere the first of label, labels, class, classification, semantic,
@@ -78,10 +84,8 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
         with different labels.
     """
     path = Path(path)
-    fields, columns = _names("fields", fields), None if columns is None else _names("columns", columns)
+    fields, columns = _names("fields", fields), _column_names(columns)
     _check_name("label", label)
-    if columns == ():
-        raise ValueError("columns: expected names, got none")
     if len({name.lower() for name in fields}) < len(fields):
         raise ValueError(f"fields: expected names that differ in more than case, got {list(fields)}")
     request = Request(fields, label, columns)
@@ -94,6 +98,47 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     if content.warning:
         warnings.warn(f"{path}: {content.warning}", stacklevel=2)
     return cloud
+
+
+def field_names(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of the fields of a file, without its points: headers, or the lines of a text up to the first row.
+
+    A .bin, which has no header, is read whole.
+
+    Parameters
+    ----------
+    path : str or Path
+    columns : sequence of str, optional
+        Names for the columns of a table that has none, as for `read`. Without them its fields are x, y and z.
+
+    Returns
+    -------
+    tuple of str
+        In the file's order and spelling. A LAS has its standard dimensions first, in lower case with underscores; an
+        NPZ its arrays and then the columns of the points.
+
+    Raises
+    ------
+    ReadError
+        The header is damaged.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import kpcore as kp
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "plot.csv"
+    >>> _ = path.write_text("x,y,z,HeightAboveGround\\n1,2,3,0.5")
+    >>> kp.io.field_names(path)
+    ('x', 'y', 'z', 'HeightAboveGround')
+    >>> kp.io.read(path, fields=["height_above_ground"]).fields
+    {'height_above_ground': array([0.5])}
+    """
+    path = Path(path)
+    request = Request(columns=_column_names(columns))
+    with warnings.catch_warnings(), errors_name(path):
+        warnings.simplefilter("ignore")
+        size = checked_size(path, FIELD_NAMES)
+        return FIELD_NAMES[path.suffix.lower()](path, size, request)
 
 
 def read_columns(path: str | os.PathLike[str], columns: Sequence[str] | None, strict: bool, **request: Any) -> Cloud:
@@ -119,6 +164,14 @@ def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}: expected a sequence of names, got {names!r}")
     return tuple(names)
+
+
+def _column_names(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    if columns is None:
+        return None
+    if not (names := _names("columns", columns)):
+        raise ValueError("columns: expected names, got none")
+    return names
 
 
 @contextmanager

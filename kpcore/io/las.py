@@ -31,11 +31,14 @@ from kpcore.io.cloud import (
     labels_from,
     name_index,
 )
+from kpcore.io.reference import combined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from typing import BinaryIO
+
+    from kpcore.io.reference import Reference
 
 _BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
@@ -49,6 +52,7 @@ _LAYERS = {
 }  # fmt: skip
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
+_LONGEST_TEXT = 1 << 20  # bytes of a coordinate reference system; those of real files have some thousand
 
 
 class Dimension(NamedTuple):
@@ -137,10 +141,18 @@ class Header(NamedTuple):
         return len(self.raw) + sum(len(record.raw) for record in self.records) + len(self.padding)
 
 
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    with path.open("rb") as file:
+        head = _header(file, size)
+    check_columns(head.names, request)
+    return head.names
+
+
 def read(path: Path, size: int, request: Request) -> Content:
     with path.open("rb") as file:
         head = _header(file, size)
         names = head.names
+        reference, unsure = _reference(file, head, size)
         check_columns(names, request)
         check_fields(names, request)
         # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
@@ -165,7 +177,8 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning, "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
         )
     fields = fields_from(columns, request)
-    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, warning=warning)
+    warning = join_warnings(warning, unsure)
+    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, warning=warning, reference=reference)
 
 
 # ---- the header and its records
@@ -241,6 +254,23 @@ def _extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Ite
             return
         yield at, length, _record(header, struct.unpack_from("<H", header, 18)[0], b"")
         at += 60 + length
+
+
+def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
+    """(the coordinate reference system in the records before or after the points, or None; a warning or None).
+
+    Well-known text counts where the WKT bit of the global encoding is set, as it must be for point formats 6 to 10
+    (LAS 1.4 R15, table 4), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count.
+    """
+    data: dict[int, bytes] = {}
+    for record in head.records:
+        if record.user == b"LASF_Projection":
+            data.setdefault(record.number, record.data)
+    for at, length, record in _extended_records(file, head.raw.ljust(375, b"\0"), head.minor, size):
+        if record.user == b"LASF_Projection":
+            data.setdefault(record.number, _read_at(file, at + 60, min(length, _LONGEST_TEXT)))
+    keys = (data[34735], data.get(34736, b""), data.get(34737, b"")) if 34735 in data else None
+    return combined(data.get(2112), keys, head.minor >= 5 or bool(head.raw[6] & 16))
 
 
 def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:
