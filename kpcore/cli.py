@@ -1,4 +1,4 @@
-"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features and convert."""
+"""The command `kpcore`: options and subcommands init, train, test, predict, segment, erf, features and convert."""
 
 from __future__ import annotations
 
@@ -135,6 +135,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    init = commands.add_parser(
+        "init",
+        help="write settings for a training, from what labelled files hold",
+        description="Reads labelled scans, or a folder of objects with a sub-folder for each class, and prints a "
+        "settings file for kpcore train: classes with their numbers of points, features, lengths that fit the density, "
+        "and a part to test on. Nothing is written but the file of --out. Example: kpcore init scans/*.laz > my.toml",
+    )
+    init.add_argument(
+        "files", type=path, nargs="+", metavar="FILE",
+        help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN; or a folder of these; or a folder of objects",
+    )  # fmt: skip
+    init.add_argument("--label", metavar="NAME", help="field of the labels (default: the first usual name)")
+    init.add_argument(
+        "--columns", type=names, metavar="NAMES", help='names for columns that have none, "x y z intensity label"'
+    )
+    init.add_argument("--out", type=path, metavar="TOML", help="the file to write (default: standard output)")
+    init.set_defaults(run=_init)
+
     train = commands.add_parser("train", help="train a network on labelled clouds with the settings of a TOML file")
     train.add_argument("settings", type=path, metavar="TOML")
     train.add_argument(
@@ -254,6 +272,27 @@ def _demo(args: argparse.Namespace) -> None:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
         (demo.objects if args.objects else demo.train)(args.out)
+
+
+def _init(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import starting
+
+    if args.out and args.out.exists():
+        raise Refused(f"--out {args.out}: expected a new file, got one that exists, which is never overwritten")
+    if args.out:
+        check_writable(args.out)
+    folder = args.out.parent if args.out else Path()
+    text = starting.draft(args.files, folder, label=args.label, columns=args.columns)
+    if args.out:
+        with replacing(args.out) as part:
+            part.write_text(text, encoding="utf-8")
+        print(f"{args.out}: read it, change what you like, then: kpcore train {args.out} --out runs/first")
+        return
+    try:
+        print(text, end="")
+    except UnicodeEncodeError as error:
+        got = f"{error.encoding}, which has no {error.object[error.start]!a}"
+        raise Refused(f"standard output: expected UTF-8, got {got}; write the file with --out") from None
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -40,11 +40,12 @@ from kpcore.scenes import CATEGORIES, PART_LABELS
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping, Sequence
+    from types import ModuleType
 
 __all__ = [
     "COMPUTED_FEATURES", "FLAGS", "LENGTHS", "SURFACE_FEATURES", "Architecture", "Blocks", "Data", "Digits",
     "Ground", "Objects", "Part", "Settings", "SettingsError", "Source", "Surface", "Training", "bounds_text",
-    "from_dict", "read_settings",
+    "from_dict", "read_settings", "toml_parser",
 ]  # fmt: skip
 
 _UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
@@ -138,9 +139,14 @@ class Settings:
         return asdict(self)
 
 
+def toml_parser() -> ModuleType:
+    """The module that parses TOML."""
+    return require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
+
+
 def read_settings(path: str | os.PathLike[str]) -> Settings:
     """Read settings from a TOML file; errors name the setting."""
-    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "io")
+    toml = toml_parser()
     try:
         values = toml.loads(_text(path))
         _check_classes_of_file(values)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import kpcore as kp
-from kpcore.config import require
 from kpcore.io import ReadError, field_names, read
 from kpcore.io.cloud import COLORS, LABELS, UNLABELED, list_names
-from kpcore.io.formats import READERS
+from kpcore.io.formats import READERS, TABLES
 from kpcore.io.mesh import READERS as MESHES
 from kpcore.pipeline.sections import COMPUTED_FEATURES
 from kpcore.pipeline.settings import SettingsError, from_dict, toml_parser
@@ -24,12 +23,14 @@ from kpcore.pipeline.settings import SettingsError, from_dict, toml_parser
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kpcore.io import Cloud
+    from kpcore.io import Cloud, Reference
 
 MOST_POINTS = 20_000_000  # files are read until these are reached; others are listed only
 _MOST_LABELS = 256  # different ones in a field of classes: object numbers are more
-_FEW, _FEW_SHARE = 200, 0.002  # classes with fewer points, or a smaller share of all, are comments
+_FEW, _FEW_SHARE = 200, 0.002  # classes with fewer points to train on, or a smaller share of them, are comments
 _RARE_SHARE = 0.02  # with such a class, the classes have weights
+_VOXEL = 1.5  # spacings, and the quantile of these over places: at edges of a scan points are sparse
+_QUANTILE = 0.25
 _OF_RADIUS = 30  # voxels
 _NEIGHBORS = 8  # from whose distance the spacing is computed
 _SAMPLE = 100_000  # values of a field in a file, for its quantiles
@@ -78,10 +79,12 @@ class Scan(NamedTuple):
     has_colors: bool
     size: np.ndarray  #: (3,) extents of the middle 99 %
     spacing: np.ndarray  #: distances between points at some places
-    reference: object  #: see `kpcore.io.Reference`
+    reference: Reference | None
 
 
-def draft(paths: Sequence[Path], folder: Path, *, label: str | None = None, columns: Sequence[str] | None = None) -> str:
+def draft(
+    paths: Sequence[Path], folder: Path, *, label: str | None = None, columns: Sequence[str] | None = None
+) -> str:
     """The text of a settings file for labelled scans, or for a folder of objects with a sub-folder for each class.
 
     Parameters
@@ -116,7 +119,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in READERS and one.is_file())
             inside = [one for one in inside if not one.name.startswith(".")]  # such as the ._ files of macOS
             if not inside:
-                raise ReadError(f"{path}: expected files that can be read, {' '.join(READERS)}, got none in this folder")
+                raise ReadError(f"{path}: expected a folder with files in {' '.join(READERS)}, got none in it")
             files |= dict.fromkeys(inside)
         else:
             files[path] = None
@@ -128,19 +131,21 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 def _scan(path: Path, label: str | None, columns: Sequence[str] | None) -> tuple[Scan, Cloud]:
     """What is known of a file, and its points and labels."""
-    columns = columns if path.suffix.lower() in (".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin") else None
+    columns = columns if path.suffix.lower() in TABLES else None
     names = field_names(path, columns=columns)
-    plain = {_plain(name): name for name in reversed(names)}
-    unread = {name for name in plain if name in _NOT_OF_SURFACE or "time" in name}
-    wanted = [name for name in plain if name not in unread | _PLACES and name != (label or "").lower()]
+    plain: dict[str, str] = {}
+    for name in names:
+        plain.setdefault(_plain(name), name)
+    places = _PLACES | {_plain(label or "")}
+    wanted = [name for name in plain if name not in places and not _reason(name)]
     cloud = _with_fields(path, [plain[name] for name in wanted], label, columns)
     if cloud.labels is None:
-        raise ReadError(f"{path}: expected labels, got none: {cloud.unlabeled}; its fields are {list_names(names)}; name "
-                        "the one that holds classes with --label")  # fmt: skip
+        raise ReadError(f"{path}: expected labels, got none: {cloud.unlabeled}; its fields are {list_names(names)}; "
+                        "name the one that holds classes with --label")  # fmt: skip
     reference = cloud.reference
     if reference is not None and reference.kind == "geographic":
         raise ReadError(f"{path}: expected projected coordinates, got degrees ({reference.name}); project it first")
-    labels = Counter({int(one): int(num) for one, num in zip(*np.unique(cloud.labels, return_counts=True), strict=True)})
+    labels = _counts(cloud.labels)
     if len(labels) > _MOST_LABELS:
         advice = "are they object numbers? Name the field of classes with --label"
         raise ReadError(f"{path}: expected at most {_MOST_LABELS} different labels, got {len(labels):,}: {advice}")
@@ -151,7 +156,7 @@ def _scan(path: Path, label: str | None, columns: Sequence[str] | None) -> tuple
             sample = finite[:: 1 + len(finite) // _SAMPLE]
             low, high = (float(finite.min()), float(finite.max())) if len(finite) else (math.nan, math.nan)
             fields[name] = Values(low, high, sample, len(values) - len(finite))
-        elif name not in _PLACES and name != (label or "").lower():
+        elif name not in places:
             fields[name] = None
     sample = cloud.points[:: 1 + len(cloud.points) // _SAMPLE]
     low, high = np.quantile(sample, (0.005, 0.995), axis=0)
@@ -180,6 +185,17 @@ def _plain(name: str) -> str:
     return name.lower().removeprefix("scalar_")
 
 
+def _counts(labels: np.ndarray) -> Counter[int]:
+    return Counter({int(label): int(num) for label, num in zip(*np.unique(labels, return_counts=True), strict=True)})
+
+
+def _reason(name: str) -> str:
+    """Why a field is not read; empty if it is."""
+    if name in COMPUTED_FEATURES:
+        return "kpcore computes the feature of this name"
+    return _NOT_OF_SURFACE.get(name, "of the flight, not of the surface" if "time" in name else "")
+
+
 def _spacings(path: Path, points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Distances between neighbouring points at places spread over a cloud evenly, however dense it is there.
 
@@ -191,7 +207,7 @@ def _spacings(path: Path, points: np.ndarray, low: np.ndarray, high: np.ndarray)
         raise ReadError(f"{path}: expected points at more than {_NEIGHBORS} places, got {len(points):,} points")
     places = kp.grid_subsample(near, extent / 64, position="nearest").points
     places = places[:: 1 + len(places) // 5000]
-    nb = kp.knn_search(near, places, _NEIGHBORS + 1)
+    nb = kp.knn_search(near, places, _NEIGHBORS + 1, return_distances=True)
     farthest = nb.distance[np.asarray(nb.row_splits[1:]) - 1]
     return farthest[farthest > 0] * math.sqrt(math.pi / _NEIGHBORS)
 
@@ -211,15 +227,15 @@ def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, colum
             scans.append(scan)
     scans.sort(key=lambda scan: files.index(scan.path))
     assert largest is not None
-    spacing = float(np.median(np.concatenate([scan.spacing for scan in scans])))
-    voxel = nice(2 * spacing)
+    spacing = float(np.quantile(np.concatenate([scan.spacing for scan in scans]), _QUANTILE))
+    voxel = nice(_VOXEL * spacing)
     size = np.max([scan.size for scan in scans], axis=0)
     radius = nice(min(_OF_RADIUS * voxel, max(4 * voxel, 0.4 * float(size.max()))))
     levels = min(5, max(2, 1 + math.floor(math.log2(radius / (2.5 * voxel)))))
     counts = sum((scan.labels for scan in scans), Counter())
-    train, test, of_test = _split(files, scans, largest, folder)
-    classes, shares = _classes(scans, counts, of_test, of_test is not None)
-    features, comments, ground = _features(scans, size, voxel)
+    parts, of_test = _split(files, scans, largest, folder)
+    classes, shares = _classes(scans, counts, of_test)
+    features, of_features = _features(scans, size, voxel)
     in_sphere = _points_in_spheres(largest.points, voxel, radius)
     batch_points = max(20_000, round(1.2 * in_sphere, -3))
 
@@ -227,24 +243,29 @@ def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, colum
     of = f"{len(scans)} of {len(files)} files" if unread else f"{len(files)} file{'s' * (len(files) > 1)}"
     lines = [f"# Settings of a training, written by kpcore init from {of} with {counts.total():,} points.",
              "# kpcore train FILE.toml --out runs/first     trains for some minutes; docs/settings.md has every key.",
-             *_unit(scans)]  # fmt: skip
+             _unit(scans)]  # fmt: skip
     if unread:
-        lines.append(f"# {unread} files were not read, as the others have {MOST_POINTS:,} points: they may have other labels.")
-    lines += ["", "[data]", *train, *test]
-    lines += [f"label = {text(label)}"] * bool(label) + [f"columns = {_list(columns)}"] * bool(columns)
+        lines.append(f"# {unread} files were not read, as the others have {MOST_POINTS:,} points or more; they may "
+                     "hold other labels.")  # fmt: skip
+    lines += ["", "[data]", *parts]
+    if label:
+        lines.append(f"label = {toml_text(label)}")
+    if columns:
+        lines.append(f"columns = {_list(columns)}")
     lines += ["validation = 0.1     # of the training data, at one end of each scan: chooses the best network", ""]
-    lines += [f"features = {_list(features)}", *comments, *ground]
+    lines += [f"features = {_list(features)}", *of_features]
     lines += ["", "[data.classes]       # labels in the files; points with others are ignored", *classes]
     lines += [
         "", "[network]",
-        f"voxel_size = {voxel!r}     # twice the distance between points, {spacing:.2g}: half of it shows more, in four times the time",
-        f"levels = {levels}           # voxels of {voxel!r} to {voxel * 2 ** (levels - 1):g}; more see farther",
+        f"voxel_size = {voxel!r}     # 1.5 times the distance between points, {spacing:.2g}; with half of it a "
+        "training takes four times as long",
+        f"levels = {levels}           # with voxels of {voxel:g} to {voxel * 2 ** (levels - 1):g}",
         "width = 32           # channels; 64 for many classes and days of training",
         "", "[training]",
         f"radius = {radius!r}     # of input spheres, {radius / voxel:.3g} voxels; 25 to 50 are usual",
         f"batch_points = {batch_points}     # a sphere has up to some {in_sphere:,}",
-        "batch_clouds = 8", "epochs = 20          # more while the score still rises", "steps = 75", 'optimizer = "adamw"',
-        "lr = 0.004", 'schedule = "one_cycle"', "weight_decay = 0.01",
+        "batch_clouds = 8", "epochs = 20          # more while the score still rises", "steps = 75",
+        'optimizer = "adamw"', "lr = 0.004", 'schedule = "one_cycle"', "weight_decay = 0.01",
         f"noise = {nice(0.02 * voxel)!r}         # of coordinates",
     ]  # fmt: skip
     if shares and min(shares) < _RARE_SHARE:
@@ -259,104 +280,101 @@ def _points_in_spheres(points: np.ndarray, voxel: float, radius: float) -> int:
     return int(np.quantile(kp.radius_search(places, places[chosen], radius, count_only=True), 0.99))
 
 
-def _unit(scans: Sequence[Scan]) -> list[str]:
-    """Comments about the unit of lengths."""
+def _unit(scans: Sequence[Scan]) -> str:
+    """A comment about the unit of lengths."""
     stated = {(one.horizontal, one.vertical): one.name for scan in scans if (one := scan.reference) is not None}
     if len(stated) > 1:
-        raise ReadError(f"expected files of one unit, got {', '.join(map(str, stated.values()))}; convert them first")
+        names = ", ".join(printable(name or "one without a name") for name in stated.values())
+        raise ReadError(f"expected files with coordinates of one unit, got those of {names}: convert some first")
     if not stated:
-        return ["# The files do not say in which unit their coordinates are; lengths here are in the same one."]
+        return "# The files do not say the unit of their coordinates; lengths here are in the same one."
     (horizontal, vertical), name = stated.popitem()
-    unit = "does not say its unit" if horizontal is None else f"has units of {horizontal:.6g} m"
-    other = f", and of {vertical:.6g} m for z" if vertical not in (None, horizontal) else ""
-    return [f"# The coordinate reference system ({printable(name)}) {unit}{other}; lengths here are in the unit of the files."]
+    unit = "unknown" if horizontal is None else f"{horizontal:.6g} m"
+    if vertical not in (None, horizontal):
+        unit += f", of z {vertical:.6g} m"
+    return f"# Unit of the files and of lengths here: {unit} ({printable(name or 'no name of the reference system')})."
 
 
-def _metres(scans: Sequence[Scan]) -> float:
-    """Metres in a unit of the files, 1 where they do not say it."""
+def _features(scans: Sequence[Scan], size: np.ndarray, voxel: float) -> tuple[list[str], list[str]]:
+    """(features, lines after them: comments, and the settings of the ground)."""
     stated = [one.horizontal for scan in scans if (one := scan.reference) is not None]
-    return next(filter(None, stated), 1.0)
-
-
-def _features(scans: Sequence[Scan], size: np.ndarray, voxel: float) -> tuple[list[str], list[str], list[str]]:
-    """(features, comments about them and the other fields, lines of the ground)."""
-    metres, features, comments, ground = _metres(scans), ["one"], [], []
-    across, up = metres * float(size[:2].max()), metres * float(size[2])
-    if across >= max(_LARGE, 2 * up):
+    metres = next(filter(None, stated), 1.0)  # in a unit of the files
+    features, lines = ["one"], []
+    if metres * float(size[:2].max()) >= max(_LARGE, 2 * metres * float(size[2])):
         features.append("height_above_ground")
-        comments.append("# height_above_ground is the same on a hill and in a valley; height, the last coordinate, is not.")
+        lines.append("# height_above_ground is alike on a hill and in a valley; height, the last coordinate, is not.")
         cell = nice(max(1 / metres, 2 * voxel))
         if (cell, metres) != (1.0, 1.0):
-            ground = [f"ground = {{ cell = {cell!r}, window = {nice(20 / metres)!r} }}     # window: wider than the widest building"]
+            lines.append(f"ground = {{ cell = {cell!r}, window = {nice(20 / metres)!r} }}     # window: wider than any "
+                         "building")  # fmt: skip
     else:
         features.append("height")
-        comments.append("# height is the last coordinate in the file: leave it out if floors are at different heights.")
+        lines.append("# height is the last coordinate in the file: leave it out where floors are at different heights.")
     colored = [scan.path.name for scan in scans if scan.has_colors]
     if len(colored) == len(scans):
         features.append("color")
     elif colored:
-        comments.append(f"# color is left out: {printable(colored[0])} has colours, not all files do.")
-    names = dict.fromkeys(name for scan in scans for name in scan.fields)
-    described = []
-    for name in names:
-        if name in COMPUTED_FEATURES or name == "heightaboveground":
-            what = "read in place of the computed heights" if "height_above" in name.replace("abovegr", "_above_gr") else \
-                "not used: kpcore computes the feature of this name"
-            described.append((name, what))
-            continue
-        missing = next((scan.path.name for scan in scans if name not in scan.fields), None)
-        values = [one for scan in scans if (one := scan.fields.get(name)) is not None]
-        if missing or not values:
-            reason = f"{printable(missing)} does not have it" if missing else _reason(name)
-            described.append((name, f"not used: {reason}"))
-            continue
-        low, high, bad = min(one.low for one in values), max(one.high for one in values), sum(one.bad for one in values)
-        if bad:
-            described.append((name, f"not used: NaN or infinite for {bad:,} points"))
-        elif low == high:
-            described.append((name, f"not used: {low:g} throughout"))
-        else:
-            first, last = np.quantile(np.concatenate([one.sample for one in values]), (0.05, 0.95))
-            measured = name in _MEASURED
-            features += [name] * measured
-            described.append((name, f"{'' if measured else 'not used: '}{low:g} to {high:g}, nine tenths {first:g} to {last:g}"))
-    width = max((len(printable(name)) for name, _ in described), default=0)
+        lines.append(f"# color is left out: {printable(colored[0])} has colours, not all files do.")
+    described: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for scan in scans for name in scan.fields):
+        what, is_feature = _described(name, scans)
+        described.setdefault(what, []).append(printable(name))
+        features += [name] * is_feature
     if described:
-        comments.append("# Fields of the files, any of which can be a feature:")
-        comments += [f"#   {printable(name):{width}}  {what}" for name, what in described]
-    return features, comments, ground
+        lines.append("# Fields of the files, any of which may be a feature:")
+        lines += [f"#   {', '.join(some)}: {what}" for what, some in described.items()]
+    return features, lines
 
 
-def _reason(name: str) -> str:
-    return _NOT_OF_SURFACE.get(name, "of the flight, not of the surface" if "time" in name else "not a number a point")
+def _described(name: str, scans: Sequence[Scan]) -> tuple[str, bool]:
+    """(what a field holds, whether it is a feature)."""
+    if name.replace("_", "") == "heightaboveground":
+        return "read in place of heights that kpcore computes", False
+    if reason := _reason(name):
+        return f"not used, {reason}", False
+    if missing := [scan.path.name for scan in scans if name not in scan.fields]:
+        return f"not used, {printable(missing[0])} does not have it", False
+    values = [one for scan in scans if (one := scan.fields[name]) is not None]
+    if len(values) < len(scans):
+        return "not used, not a number for each point", False
+    if bad := sum(one.bad for one in values):
+        return f"not used, NaN or infinite for {bad:,} points", False
+    low, high = min(one.low for one in values), max(one.high for one in values)
+    if low == high:
+        return f"not used, {low:g} throughout", False
+    first, last = np.quantile(np.concatenate([one.sample for one in values]), (0.05, 0.95))
+    what = f"{low:g} to {high:g}, the middle nine tenths {first:g} to {last:g}"
+    return (what, True) if name in _MEASURED else (f"not used, as kpcore does not know it; {what}", False)
 
 
-def _classes(scans: Sequence[Scan], counts: Counter[int], of_test: Counter[int] | None,
-             has_test: bool) -> tuple[list[str], list[float]]:  # fmt: skip
-    """(lines of the classes, the share of each class in the points)."""
+def _classes(scans: Sequence[Scan], counts: Counter[int],
+             of_test: Counter[int] | None) -> tuple[list[str], list[float]]:  # fmt: skip
+    """(lines of the classes, the share of each in the points to train on)."""
     named = {label: _class_name(label, scans) for label in sorted(counts)}
-    total = counts.total()
-    chosen = [label for label in named if label not in _IGNORED or not _is_las(scans)]
-    chosen = [label for label in chosen if label != UNLABELED]
-    enough = [label for label in chosen if counts[label] >= max(_FEW, _FEW_SHARE * total)]
-    for more in (chosen, [label for label in named if label != UNLABELED]):
-        enough = enough if len(enough) > 1 else more
-    if len(enough) < 2:
-        held = ", ".join(f"{label} ({num:,} points)" for label, num in counts.items())
-        raise SettingsError(f"expected labels of two classes or more, got {held}")
+    train = counts - of_test if of_test is not None else counts
+    total, total_train = counts.total(), train.total()
+    labelled = [label for label in named if label != UNLABELED and train[label]]
+    surfaces = [label for label in labelled if label not in _IGNORED or not _is_las(scans)]
+    enough = [label for label in surfaces if train[label] >= max(_FEW, _FEW_SHARE * total_train)]
+    chosen = next((some for some in (enough, surfaces, labelled) if len(some) > 1), [])
+    if not chosen:
+        held = ", ".join(f"{label} ({train[label]:,} of {num:,} points)" for label, num in sorted(counts.items()))
+        of = scans[0].path if len(scans) == 1 else f"{len(scans)} files"
+        raise SettingsError(f"{of}: expected labels of two classes or more to train on, got {held}")
     lines = []
-    width = max(len(f"{key(name)} = [{label}]") for label, name in named.items())
+    width = max(len(f"{toml_key(name)} = [{label}]") for label, name in named.items())
     for label, name in named.items():
-        num = counts[label]
-        what = f"{num:,} points, {100 * num / total:.3g} %"
+        num, line = counts[label], f"{toml_key(name)} = [{label}]"
+        what = f"{num:,} points, {100 * num / total:.2g} %"
         if of_test is not None:
             what += f"; {100 * of_test[label] / num:.0f} % of them in test"
-        if label in enough:
-            lines.append(f"{f'{key(name)} = [{label}]':{width}}     # {what}")
-        else:
-            reason = _IGNORED[label] if label in _IGNORED and label not in chosen else "too few"
-            lines.append(f"# {f'{key(name)} = [{label}]':{width}}   # {what}: {reason}, ignored")
-    return lines, [counts[label] / total for label in enough]
+        if label in chosen:
+            lines.append(f"{line:{width}}     # {what}")
+            continue
+        few = "too few to train on" if train[label] else "none to train on"
+        reason = few if label in surfaces or label not in _IGNORED else _IGNORED[label]
+        lines.append(f"# {line:{width}}   # ignored, {reason}: {what}")
+    return lines, [train[label] / total_train for label in chosen]
 
 
 def _is_las(scans: Sequence[Scan]) -> bool:
@@ -370,54 +388,50 @@ def _class_name(label: int, scans: Sequence[Scan]) -> str:
     return name or (f"class_{label}" if label >= 0 else f"class_minus_{-label}")
 
 
-def _split(files: Sequence[Path], scans: Sequence[Scan], cloud: Cloud, folder: Path) -> tuple[list[str], list[str], Counter[int] | None]:
-    """(lines of train, lines of test, the number of points of each label in test or None if not all is known)."""
+def _split(files: Sequence[Path], scans: Sequence[Scan], cloud: Cloud,
+           folder: Path) -> tuple[list[str], Counter[int] | None]:  # fmt: skip
+    """(lines of train and test, the number of points of each label in test or None if it is not known)."""
     names = [_relative(path, folder) for path in files]
     if len(files) > 1:
         number = max(1, round(len(files) / 5))
         inside = None
         if len(scans) == len(files):
             inside = sum((scan.labels for scan in scans[-number:]), Counter())
-        return _file_list("train", names[:-number]), _file_list("test", names[-number:]), inside
+        return [*_file_list("train", names[:-number]), *_file_list("test", names[-number:])], inside
     axis, limit, rows = _cut(cloud)
-    inside = Counter({int(one): int(num) for one, num in zip(*np.unique(cloud.labels[rows], return_counts=True), strict=True)})
-    corner = ["-inf", "inf"][0]
-    low = ", ".join(["-inf"] * axis + [repr(limit)])
-    high = ", ".join(["inf"] * axis + [repr(limit)])
-    del corner
     is_above = bool(cloud.points[rows[0], axis] + cloud.shift[axis] >= limit)
-    one, other = (f"max = [{high}]", f"min = [{low}]") if is_above else (f"min = [{low}]", f"max = [{high}]")
-    share = 100 * len(rows) / len(cloud.points)
-    return ([f"train = [{{ file = {text(names[0])}, {one} }}]"],
-            [f"test = [{{ file = {text(names[0])}, {other} }}]     # {share:.0f} % of the points, on the other side of {'xyz'[axis]} = {limit!r}"],
-            inside)  # fmt: skip
+    low = f"min = [{', '.join(['-inf'] * axis + [repr(limit)])}]"
+    high = f"max = [{', '.join(['inf'] * axis + [repr(limit)])}]"
+    train, test = (high, low) if is_above else (low, high)
+    return [
+        f"train = [{{ file = {toml_text(names[0])}, {train} }}]",
+        f"test = [{{ file = {toml_text(names[0])}, {test} }}]     # {100 * len(rows) / len(cloud.points):.0f} % of the "
+        f"points, beyond {'xy'[axis]} = {limit!r}",
+    ], _counts(cloud.labels[rows])  # fmt: skip
 
 
 def _cut(cloud: Cloud) -> tuple[int, float, np.ndarray]:
     """(axis, coordinate in the file, rows of the points to test): a fifth to a third of a cloud at one end.
 
-    Of such ends that is taken which has most of the class of which it has least.
+    Of all ends that is taken that leaves a tenth of most classes to train on, and then divides the classes best.
     """
-    labels, counts = np.unique(cloud.labels, return_counts=True)
-    labels, counts = labels[counts >= min(_FEW, counts.max())], counts[counts >= min(_FEW, counts.max())]
-    best, chosen = -1.0, None
+    labels, number, counts = np.unique(cloud.labels, return_inverse=True, return_counts=True)
+    counted = counts >= min(_FEW, counts.max())
+    best, chosen = (-1.0, -1.0), None
     for axis in range(2):
-        values = cloud.points[:, axis].astype(np.float64) + cloud.shift[axis]
+        values = cloud.points[:, axis] + cloud.shift[axis]
         low, high = np.quantile(values[:: 1 + len(values) // _SAMPLE], (0.005, 0.995))
-        step = 10.0 ** math.floor(math.log10(max(high - low, 1e-30) / 50))
-        for share in (0.2, 0.25, 0.33, 0.67, 0.75, 0.8):
-            limit = round(float(np.quantile(values, share)) / step) * step
-            limit = round(limit, max(0, -math.floor(math.log10(step))))
-            rows = np.flatnonzero(values >= limit if share > 0.5 else values < limit)
-            if not 0.1 <= len(rows) / len(values) <= 0.5:
-                continue
-            inside = np.array([np.count_nonzero(cloud.labels[rows] == label) for label in labels])
-            parts = inside / counts
-            score = float(np.minimum(parts, 1 - parts).min())
-            if score > best:
-                best, chosen = score, (axis, limit, rows)
+        digits = max(0, -math.floor(math.log10(max(high - low, 1e-30) / 50)))
+        for share in (0.2, 0.25, 0.3, 0.35, 0.65, 0.7, 0.75, 0.8):
+            limit = round(float(np.quantile(values, share)), digits)
+            is_test = values >= limit if share > 0.5 else values < limit
+            parts = (np.bincount(number[is_test], minlength=len(labels)) / counts)[counted]
+            score = float(np.count_nonzero(parts <= 0.9)), float(np.minimum(parts, 1 - parts).mean())
+            if 0.1 <= is_test.mean() <= 0.5 and score > best:
+                best, chosen = score, (axis, limit, np.flatnonzero(is_test))
     if chosen is None:
-        raise SettingsError("expected a cloud that can be cut into a part to train and one to test, got one whose points are at few places")
+        raise SettingsError("expected a cloud that can be cut into a part to train and one to test, got one with "
+                            "points at few places")  # fmt: skip
     return chosen
 
 
@@ -454,9 +468,9 @@ def _text_of_objects(path: Path, classes: dict[str, list[Path]], folder: Path) -
     train = "train" if "train" in inside else ""
     test = next((split for split in ("test", "val", "validation") if split in inside), "")
     if inside and not (train and test):
-        raise SettingsError(f"{path}: expected the files of a class in its folder, or in its folders train and test, got "
-                            f"{', '.join(inside[:5])}")  # fmt: skip
-    name = text(_relative(path, folder))
+        raise SettingsError(f"{path}: expected the files of a class in its folder, or in its folders train and test, "
+                            f"got {', '.join(inside[:5])}")  # fmt: skip
+    name = toml_text(_relative(path, folder))
     lines = [
         f"# Settings of a training, written by kpcore init from a folder with {sum(splits.values()):,} objects of "
         f"{len(classes)} classes.",
@@ -465,10 +479,12 @@ def _text_of_objects(path: Path, classes: dict[str, list[Path]], folder: Path) -
     ]  # fmt: skip
     if train:
         lines += [f'train = [{{ folder = {name}, split = "train", points = 2000 }}]     # points: sampled from a mesh',
-                  f"test = [{{ folder = {name}, split = {text(test)}, points = 2000 }}]"]  # fmt: skip
+                  f"test = [{{ folder = {name}, split = {toml_text(test)}, points = 2000 }}]"]  # fmt: skip
     else:
-        lines += [f"train = [{{ folder = {name}, points = 2000 }}]     # points: sampled from a mesh",
-                  "# test = [{ folder = \"...\", points = 2000 }]     # a folder with other objects: without it nothing says how good the network is"]  # fmt: skip
+        lines += [
+            f"train = [{{ folder = {name}, points = 2000 }}]     # points: sampled from a mesh",
+            '# test = [{ folder = "...", points = 2000 }]     # other objects; without them there are no scores',
+        ]
     lines += ['features = ["one"]', f"classes = {_list(list(classes))}"]
     lines += [f"# {printable(one)}: {len(files):,} objects" for one, files in classes.items()]
     lines += [
@@ -495,7 +511,7 @@ def nice(value: float) -> float:
     return float(f"{best}e{power}")
 
 
-def text(value: str) -> str:
+def toml_text(value: str) -> str:
     """A string in TOML."""
     try:
         value.encode()
@@ -504,9 +520,9 @@ def text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def key(name: str) -> str:
+def toml_key(name: str) -> str:
     """The key of a table in TOML."""
-    return name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else text(name)
+    return name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else toml_text(name)
 
 
 def printable(name: str) -> str:
@@ -515,13 +531,13 @@ def printable(name: str) -> str:
 
 
 def _list(values: Sequence[str]) -> str:
-    return f"[{', '.join(map(text, values))}]"
+    return f"[{', '.join(map(toml_text, values))}]"
 
 
 def _file_list(name: str, files: Sequence[str]) -> list[str]:
     if len(files) == 1:
-        return [f"{name} = [{text(files[0])}]"]
-    return [f"{name} = [", *(f"    {text(file)}," for file in files), "]"]
+        return [f"{name} = [{toml_text(files[0])}]"]
+    return [f"{name} = [", *(f"    {toml_text(file)}," for file in files), "]"]
 
 
 def _relative(path: Path, folder: Path) -> str:
