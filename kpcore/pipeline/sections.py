@@ -208,7 +208,7 @@ class Data:
         "to merge classes, or to leave rare ones out", "{ ground = [2], building = [6] }",
         allowed="2 to 10,000 classes; labels of 32 bits, each in one class",
         default="digits: 0 to 9; generated objects: `kpcore.scenes.CATEGORIES`",
-        also=("class", "labels", "class_names"),
+        also=("class", "class_names"),
     ))
     features: list[str] = field(default_factory=lambda: ["one"], metadata=about(
         'what the network knows of a point besides its place: "one" (constant 1), "color" (three columns, 0 to 1), '
