@@ -166,10 +166,10 @@ def test_points_that_are_there_many_times(here, room):
 def test_many_files_are_read_in_part(here, room, monkeypatch):
     for number in range(10):
         np.savez(f"{number}.npz", points=room.points[number::4], labels=room.labels[number::4])
-    monkeypatch.setattr(starting, "MOST_POINTS", 5000)
+    monkeypatch.setattr(starting, "MOST_POINTS", 2500)
     text = starting.draft([Path()], Path())
     assert "from 2 of 10 files with " in text
-    assert "# 8 files were not read, as the others have 5,000 points or more; they may hold other labels." in text
+    assert "# 8 files were not read, as the others have 2,500 points or more; they may hold other labels." in text
     config = from_dict(toml_parser().loads(text))
     assert (len(config.data.train), len(config.data.test)) == (8, 2) and "in test" not in text
 
@@ -200,6 +200,16 @@ def test_paths_that_are_not_scans(command, here):
         assert (code, out) == (2, "") and err.startswith(f"kpcore: {path}: {message}") and err.count("\n") == 1, err
     code, _, err = command("init", "b.docx", "--out", "missing/a.toml")
     assert code == 2 and "there is no folder missing" in err
+
+
+def test_a_folder_of_several_formats(here, room):
+    (here / "scans" / "more").mkdir(parents=True)
+    (here / "scans" / "notes.txt").write_text("not a scan")
+    for name in ("scans/b", "scans/more/a", "scans/._c"):
+        np.savez(f"{name}.npz", points=room.points, labels=room.labels)
+    with pytest.warns(kp.KpcoreWarning, match=r"scans: 2 \.npz files; left out: 1 \.txt$"):
+        config = from_dict(toml_parser().loads(starting.draft([Path("scans")], Path())))
+    assert [part.file for part in (*config.data.train, *config.data.test)] == ["scans/b.npz", "scans/more/a.npz"]
 
 
 def test_units_of_reference_systems():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import kpcore as kp
+from kpcore.config import KpcoreWarning
 from kpcore.io import ReadError, field_names, read
 from kpcore.io.cloud import COLORS, LABELS, UNLABELED, list_names
 from kpcore.io.formats import READERS, TABLES
@@ -90,7 +91,7 @@ def draft(
     Parameters
     ----------
     paths : sequence of Path
-        Files; and folders, of which all files that can be read are taken.
+        Files; and folders, of which all files of the most frequent format are taken.
     folder : Path
         Where the text is to be saved: file names in it are relative to this folder.
     label, columns
@@ -116,14 +117,26 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     files: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in READERS and one.is_file())
-            inside = [one for one in inside if not one.name.startswith(".")]  # such as the ._ files of macOS
-            if not inside:
-                raise ReadError(f"{path}: expected a folder with files in {' '.join(READERS)}, got none in it")
-            files |= dict.fromkeys(inside)
+            files |= dict.fromkeys(_in_folder(path))
         else:
             files[path] = None
     return [*files]
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """The files of the most frequent format in a folder and those below; others may be notes, or weights in a .bin."""
+    by_format: dict[str, list[Path]] = {}
+    for one in sorted(path.rglob("*")):
+        suffix = one.suffix.lower().replace(".laz", ".las")
+        if suffix in READERS and one.is_file() and not one.name.startswith("."):  # "._" files are of macOS
+            by_format.setdefault(suffix, []).append(one)
+    if not by_format:
+        raise ReadError(f"{path}: expected a folder with files in {' '.join(READERS)}, got none in it")
+    chosen = max(by_format.values(), key=len)
+    if others := [f"{len(some)} {suffix}" for suffix, some in by_format.items() if some is not chosen]:
+        warnings.warn(f"{path}: {len(chosen)} {chosen[0].suffix} files; left out: {', '.join(others)}", KpcoreWarning,
+                      stacklevel=2)  # fmt: skip
+    return chosen
 
 
 # ---- reading
