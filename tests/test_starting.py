@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kpcore as kp
@@ -151,7 +151,7 @@ def test_spacing_and_lengths_follow_the_density():
         corners = np.quantile(points, (0.005, 0.995), axis=0)
         spacings = starting._spacings(Path("a"), points.astype(np.float32), *corners)
         assert np.median(spacings) == pytest.approx(density**-0.5, rel=0.05)
-    far = np.concatenate([points, [[1e6, 0, 0]]]).astype(np.float32)  # one point far away changes nothing
+    far = np.concatenate([points, [[1e8, 0, 0]]]).astype(np.float32)  # one point far away changes nothing
     spacings = starting._spacings(Path("a"), far, *corners)
     assert np.median(spacings) == pytest.approx(density**-0.5, rel=0.05)
 
@@ -245,6 +245,7 @@ def test_a_folder_of_objects(command, here, split):
 
 
 @settings(max_examples=100)
+@example("\x7f\t\\ \"😀\n#")
 @given(st.text(max_size=30))
 def test_text_in_toml_is_read_back(value):
     try:
