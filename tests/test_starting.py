@@ -245,7 +245,7 @@ def test_a_folder_of_objects(command, here, split):
 
 
 @settings(max_examples=100)
-@example("\x7f\t\\ \"😀\n#")
+@example('\x7f\t\\ "😀\n#')
 @given(st.text(max_size=30))
 def test_text_in_toml_is_read_back(value):
     try:

@@ -26,6 +26,7 @@ from kpcore.io.cloud import (
     colors_of,
     decode_text,
     fields_from,
+    flags_from,
     integer_range,
     join_warnings,
     labels_from,
@@ -49,6 +50,7 @@ _TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _LAYERS = {
     "x": "XY_RETURNS_CHANNEL", "y": "XY_RETURNS_CHANNEL", "z": "Z", "classification": "CLASSIFICATION",
     "intensity": "INTENSITY", "gps_time": "GPS_TIME", "red": "RGB", "green": "RGB", "blue": "RGB",
+    "withheld": "FLAGS", "overlap": "FLAGS", "synthetic": "FLAGS", "key_point": "FLAGS",
 }  # fmt: skip
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
@@ -158,8 +160,13 @@ def read(path: Path, size: int, request: Request) -> Content:
         # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
         standard = {dimension.name: dimension for dimension in reversed(head.dimensions)}
         requested = (*request.fields, *([request.label] if request.label else []))
+        requested += tuple(
+            name for name in request.ignore if isinstance(name, str) and name_index(names, name) is not None
+        )
         wanted = {(at := name_index(names, name)): head.dimensions[at] for name in requested}
-        if not request.label:
+        # Point formats 0 to 5 have no bit for overlap: these points are of class 12 (LAS 1.1 to 1.4 R15).
+        by_class = "overlap" in request.ignore and name_index(names, "overlap") is None
+        if not request.label or by_class:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
         channels = ("red", "green", "blue") if "red" in standard else ()
@@ -177,8 +184,11 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning, "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
         )
     fields = fields_from(columns, request)
-    warning = join_warnings(warning, unsure)
-    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, warning=warning, reference=reference)
+    flags = flags_from(columns, request)
+    if by_class:
+        flags["overlap"] = columns.at(columns.names.index("classification")) == 12
+    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, flags=flags, reference=reference,
+                   warning=join_warnings(warning, unsure))  # fmt: skip
 
 
 # ---- the header and its records
@@ -259,8 +269,9 @@ def _extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Ite
 def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
     """(the coordinate reference system in the records before or after the points, or None; a warning or None).
 
-    Well-known text counts where the WKT bit of the global encoding is set, as it must be for point formats 6 to 10
-    (LAS 1.4 R15, table 4), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count.
+    Well-known text counts where the WKT bit of the global encoding is set, in point formats 6 to 10, which must set it
+    (LAS 1.4 R15), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count. Record 4224 is a second text
+    that PDAL writes, of version 2.
     """
     data: dict[int, bytes] = {}
     for record in head.records:
@@ -270,7 +281,8 @@ def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | Non
         if record.user == b"LASF_Projection":
             data.setdefault(record.number, _read_at(file, at + 60, min(length, _LONGEST_TEXT)))
     keys = (data[34735], data.get(34736, b""), data.get(34737, b"")) if 34735 in data else None
-    return combined(data.get(2112), keys, head.minor >= 5 or bool(head.raw[6] & 16))
+    wkt_first = bool(head.raw[6] & 16) or head.point_format >= 6 or head.minor >= 5
+    return combined(data.get(2112) or data.get(4224), keys, wkt_first)
 
 
 def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:

@@ -22,6 +22,7 @@ from kpcore.io.cloud import (
     colors_of,
     fields_from,
     first_name_index,
+    flags_from,
     from_columns,
     from_table,
     integer_range,
@@ -197,6 +198,7 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning = join_warnings(warning, f"it has no array named points: {members[at][0]} was read as the points")
         return content._replace(
             labels=labels, unlabeled=unlabeled, names=columns.names, fields=fields_from(columns, request),
+            flags=flags_from(columns, request),
             warning=join_warnings(content.warning, warning),
         )  # fmt: skip
 

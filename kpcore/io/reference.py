@@ -41,7 +41,11 @@ VERTICAL = {
 _SURVEY_FEET = re.compile(r"ftUS|US[ _-]?survey[ _-]?(?:foot|feet)|foot_us\b|us-ft", re.I)
 _FEET = re.compile(r"\(ft\)|feet_intl|international[ _](?:foot|feet)", re.I)
 
-_KINDS = {
+# Geographic systems of two dimensions, WGS 84, NAD 83, NAD 27 and ETRS 89, which some files name as geocentric ones.
+FLAT = (4326, 4269, 4267, 4258)
+
+Kind = Literal["projected", "geographic", "geocentric", "local", "unknown"]
+_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("PROJCS", "PROJCRS", "PROJECTEDCRS", "DERIVEDPROJCRS"), "projected"),
     **dict.fromkeys(("GEOGCS", "GEOGCRS", "GEOGRAPHICCRS", "GEODCRS", "GEODETICCRS"), "geographic"),
     "GEOCCS": "geocentric",
@@ -65,7 +69,7 @@ class Reference(NamedTuple):
 
     name: str | None
     #: geographic: x and y are degrees of longitude and latitude; local: of an engineer's site
-    kind: Literal["projected", "geographic", "geocentric", "local", "unknown"]
+    kind: Kind
     #: metres per unit of x and y: 0.3048 for international feet, 1200/3937 for US survey feet; None: degrees, or the
     #: file does not say
     horizontal: float | None
@@ -163,7 +167,7 @@ def _single_systems(nodes: list[Node]) -> Iterator[Node]:
             yield node
 
 
-def _units_of(system: Node) -> tuple[str, float | None, float | None]:
+def _units_of(system: Node) -> tuple[Kind, float | None, float | None]:
     """(kind, metres per unit of x and y or None, metres per unit of z or None) of a system that is not vertical."""
     kind, common, axes = _KINDS[system.keyword], _unit(system), _axes(system)
     if kind == "geographic" and any(node.keyword == "CS" and _is(node.name, "cartesian") for node in system.nodes):
@@ -205,15 +209,23 @@ def _unit(node: Node) -> float | None:
 # ---- GeoTIFF keys
 
 
+class Keys(NamedTuple):
+    """GeoTIFF keys by the type of their values."""
+
+    codes: dict[int, int]
+    sizes: dict[int, float]
+    texts: dict[int, str]
+
+
 def from_keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[Reference | None, str | None]:
     """(the Reference in the records 34735, 34736 and 34737 of a LAS file, or None; a warning or None)."""
-    keys, damaged = _keys(directory, doubles, text)
-    if not keys and not damaged:
+    if not directory.strip(b"\0"):
         return None, None
-    kind = {1: "projected", 2: "geographic", 3: "geocentric"}.get(keys.get(1024))
-    if kind is None:  # undefined or missing; 0 is the code of no system
-        kind = "projected" if keys.get(3072) else "geographic" if keys.get(2048) else "unknown"
-    citation, heights = _text_of(keys, 3073) or _text_of(keys, 1026), _text_of(keys, 4097)
+    keys, damaged = _keys(directory, doubles, text)
+    if not any(keys) and not damaged:
+        return None, None
+    kind = _kind(keys.codes)
+    citation = keys.texts.get(3073) or keys.texts.get(1026)
     plane, _, above = (citation or "").partition(" + ")
     unknown: list[int] = []
     if kind == "geographic":
@@ -223,14 +235,13 @@ def from_keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[Reference 
     else:
         horizontal = _key_unit(keys, 3076, 3077, unknown)
         if horizontal is None and not unknown:
-            code = keys.get(3072)
-            metric = isinstance(code, int) and any(first <= code <= last for first, last in METRIC)
+            metric = any(first <= keys.codes.get(3072, 0) <= last for first, last in METRIC)
             horizontal = 1.0 if metric else _unit_in(plane)
     vertical = horizontal if kind == "geocentric" else _key_unit(keys, 4099, None, unknown)
     if vertical is None:
-        vertical = VERTICAL.get(keys.get(4096)) or _unit_in(heights or above)
-    code = keys.get(3072) if kind == "projected" else keys.get(2048)
-    name = citation or _text_of(keys, 2049) or (f"EPSG:{code}" if isinstance(code, int) and 0 < code < 32767 else None)
+        vertical = VERTICAL.get(keys.codes.get(4096, 0)) or _unit_in(keys.texts.get(4097) or above)
+    code = keys.codes.get(3072 if kind == "projected" else 2048, 0)
+    name = citation or keys.texts.get(2049) or (f"EPSG:{code}" if 0 < code < 32767 else None)
     warning = None
     if damaged:
         warning = "the GeoTIFF keys of its coordinate reference system are damaged: its unit may be unknown"
@@ -239,40 +250,44 @@ def from_keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[Reference 
     return Reference(name, kind, horizontal, vertical, "GeoTIFF keys"), warning
 
 
-def _keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[dict[int, int | float | str], bool]:
-    """(values by key, whether the records are damaged)"""
+def _kind(codes: dict[int, int]) -> Kind:
+    if codes.get(1024) == 3:
+        return "unknown" if codes.get(2048) in FLAT else "geocentric"
+    if codes.get(1024) in (1, 2):
+        return "projected" if codes[1024] == 1 else "geographic"
+    return "projected" if codes.get(3072) else "geographic" if codes.get(2048) else "unknown"  # undefined, or missing
+
+
+def _keys(directory: bytes, doubles: bytes, text: bytes) -> tuple[Keys, bool]:
+    """(the keys, whether the records are damaged)"""
     shorts = struct.unpack(f"<{len(directory) // 2}H", directory[: len(directory) // 2 * 2])
+    keys = Keys({}, {}, {})
     if len(shorts) < 4 or shorts[0] != 1:
-        return {}, True
-    num, keys, damaged = shorts[3], {}, False
-    damaged = len(shorts) < 4 + 4 * num
+        return keys, True
+    num = shorts[3]
+    damaged = len(shorts) < 4 + 4 * num or (num == 0 and any(shorts[4:]))  # some writers leave the number at 0
     for at in range(4, min(4 + 4 * num, len(shorts) - 3), 4):
         key, place, count, value = shorts[at : at + 4]
         if place == 0:
-            keys[key] = value
+            keys.codes[key] = value
         elif place == 34736 and 8 * value + 8 <= len(doubles):
-            keys[key] = struct.unpack_from("<d", doubles, 8 * value)[0]
+            keys.sizes[key] = struct.unpack_from("<d", doubles, 8 * value)[0]
         elif place == 34737 and value + count <= len(text.rstrip(b"\0")) + 1:
-            keys[key] = decode_text(text[value : value + count].partition(b"\0")[0]).strip("| ")
+            keys.texts[key] = decode_text(text[value : value + count].partition(b"\0")[0]).strip("| ")
         else:
             damaged = True
     return keys, damaged
 
 
-def _text_of(keys: dict[int, int | float | str], key: int) -> str | None:
-    value = keys.get(key)
-    return value if isinstance(value, str) and value else None
-
-
-def _key_unit(keys: dict[int, int | float | str], key: int, size: int | None, unknown: list[int]) -> float | None:
+def _key_unit(keys: Keys, key: int, size: int | None, unknown: list[int]) -> float | None:
     """Metres per unit by the key of a unit, or of its size if the unit is the file's; None if it does not say.
 
     A code that is in no table is appended to `unknown`.
     """
-    code = keys.get(key)
-    if code in (None, 0, 32767):
-        length = keys.get(size) if size is not None else None
-        return length if isinstance(length, float) and 0 < length < math.inf else None
+    code = keys.codes.get(key, 0)
+    if code in (0, 32767):
+        length = keys.sizes.get(size, 0.0) if size is not None else 0.0
+        return length if 0 < length < math.inf else None
     if code not in UNITS:
         unknown.append(code)
     return UNITS.get(code)

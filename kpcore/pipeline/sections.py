@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -48,8 +49,9 @@ class Part:
     """A scene: a file of points with labels, or the part of it in a box; or the embedded indoor scene."""
 
     file: str | None = field(default=None, metadata=about(
-        "the file, relative to the folder of the TOML or of --data", "for each scan", '"a.laz"', also=("path", "name"),
-        allowed="a path; needed unless `indoor` is there",
+        "the file, relative to the folder of the TOML or of --data. A folder (tiles/) stands for each of the scans in it, "
+        "a pattern (tiles/*.laz) for each file that matches, in the order of their names",
+        "for each scan", '"a.laz"', also=("path", "name"), allowed="a path; needed unless `indoor` is there",
     ))
     min: list[float] | None = field(default=None, metadata=about(
         "lowest corner of a box in the file's coordinates; points on it belong to the part",
@@ -76,6 +78,11 @@ class Part:
 
     def __str__(self) -> str:
         return self.file if self.indoor is None else f"indoor {self.indoor}"
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether `file` is written as a folder or a pattern."""
+        return self.file is not None and (self.file.endswith("/") or glob.has_magic(self.file))
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,10 @@ class Data:
         "whether points at (0, 0, 0), where a scanner had no return, are not read",
         "true for other files with such points; false for a sweep with a true point there", "true",
         default="true for sensor sweeps (.bin), else false",
+    ))
+    licence: str | None = field(default=None, metadata=about(
+        "licence of the data or the model, as text that the model file holds", "before a model is passed on",
+        '"CC BY 4.0"', also=("license",), allowed="text",
     ))
     ground: Ground = field(default_factory=Ground, metadata=about(
         "the table [data.ground]", "with the feature height_above_ground", "{ cell = 2.0 }",

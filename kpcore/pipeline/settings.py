@@ -231,8 +231,8 @@ def _data(values: Any) -> Data:
     names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
-    if data.folds is not None:
-        _parts_by_fold(data)
+    if data.folds is not None and not any(isinstance(part, Part) and part.is_pattern for part in data.train):
+        _parts_by_fold(data)  # those of a pattern are known where the folder of the data is
     if kind in ("objects", "parts"):
         data = _objects(data)
     if kind == "objects":

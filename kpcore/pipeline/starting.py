@@ -18,6 +18,7 @@ from kpcore.io import ReadError, field_names, read
 from kpcore.io.cloud import COLORS, LABELS, UNLABELED, list_names
 from kpcore.io.formats import READERS, TABLES
 from kpcore.io.mesh import READERS as MESHES
+from kpcore.pipeline import filenames
 from kpcore.pipeline.sections import COMPUTED_FEATURES
 from kpcore.pipeline.settings import SettingsError, from_dict, toml_parser
 
@@ -119,7 +120,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             files |= dict.fromkeys(_in_folder(path))
         else:
-            files[path] = None
+            files |= dict.fromkeys(map(Path, filenames.matching(path)))
     return [*files]
 
 

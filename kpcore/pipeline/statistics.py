@@ -107,11 +107,16 @@ def columns_with_values(columns: Columns) -> list[Column]:
     out, begin = [], 0
     for name, width in columns.widths.items():
         if name not in ("one", "local"):
-            names = _NAMES.get(name, (name,))
+            names = column_names(name, width)
             center, scale = (np.broadcast_to(values[name], width) for values in (columns.center, columns.scale))
             out += [Column(begin + i, names[i], float(center[i]), float(scale[i])) for i in range(width)]
         begin += width
     return out
+
+
+def column_names(feature: str, width: int) -> tuple[str, ...]:
+    """The name of each column of a feature."""
+    return _NAMES.get(feature, (feature,) * width)
 
 
 class Observed:
@@ -194,7 +199,7 @@ def spacing_of(points: np.ndarray) -> float:
 
 def unit_of(clouds: Sequence[Cloud]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
-    references = [getattr(cloud, "reference", None) for cloud in clouds]
+    references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
     for name in ("horizontal", "vertical"):
         values = {None if one is None else getattr(one, name) for one in references}
@@ -247,9 +252,8 @@ def _units_that_differ(training: Sequence[float | None], observed: Sequence[floa
     both_known = [(axes, one, other) for axes, one, other in pairs if one and other and abs(other / one - 1) > 1e-3]
     if not both_known:
         return []
-    horizontal, vertical = (
-        other / one if one and other else 1.0 for one, other in zip(training, observed, strict=True)
-    )
+    factors = [other / one if one and other else None for one, other in zip(training, observed, strict=True)]
+    horizontal, vertical = factors if None not in factors else 2 * [factors[0] or factors[1]]
     scale = f"{horizontal:.7g}" if horizontal == vertical else f"{horizontal:.7g},{vertical:.7g}"
     words = " and ".join(f"{axes} are in units of {other:.7g} m where training had {one:.7g} m"
                          for axes, one, other in both_known)  # fmt: skip
