@@ -49,8 +49,8 @@ class Part:
     """A scene: a file of points with labels, or the part of it in a box; or the embedded indoor scene."""
 
     file: str | None = field(default=None, metadata=about(
-        "the file, relative to the folder of the TOML or of --data. A folder (tiles/) stands for each of the scans in it, "
-        "a pattern (tiles/*.laz) for each file that matches, in the order of their names",
+        "the file, relative to the folder of the TOML or of --data. A folder (tiles/) stands for each of the scans in "
+        "it, a pattern (tiles/*.laz) for each file that matches, in the order of their names",
         "for each scan", '"a.laz"', also=("path", "name"), allowed="a path; needed unless `indoor` is there",
     ))
     min: list[float] | None = field(default=None, metadata=about(
