@@ -6,11 +6,13 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_training import TOML, settings_dict
 
 import kpcore as kp
-from kpcore.pipeline import sections, settings
+from kpcore.io import ReadError
+from kpcore.pipeline import data, sections, settings
 from kpcore.pipeline.settings import SettingsError, from_dict
 
 DIGITS = {"images": "a", "labels": "b"}
@@ -317,13 +319,27 @@ def test_values_that_are_nearly_right(path, value, message):
     assert re.search(message, refusal(with_value(SCENES, path, value)))
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("intensty", "did you mean Intensity?"), ("heigth", "did you mean height?"),
+     ("planrity", "did you mean planarity?"), ("temperature", "there are labels x y z Intensity")],
+)  # fmt: skip
+def test_features_that_are_misspelt(tmp_path, name, advice):
+    columns = ["x", "y", "z", "Intensity"]
+    np.savez(tmp_path / "a.npz", points=np.rec.fromarrays(np.ones((4, 5)), names=columns), labels=np.arange(5) % 2)
+    config = from_dict(SCENES | {"data": SCENES["data"] | {"train": ["a.npz"], "features": ["one", name]}})
+    with pytest.raises(ReadError) as refused:
+        data.read_cloud(config, tmp_path / "a.npz")
+    assert str(refused.value).endswith(advice) and str(refused.value).count("did you mean") <= 1
+
+
 def test_a_setting_after_the_line_of_the_classes(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text(TOML.replace("upright =", "ignore = [7]\nupright ="))
     with pytest.raises(SettingsError, match=r"\[data.classes\] ignore: .* stands before the line \[data.classes\]"):
         settings.read_settings(path)
-    data = {"train": ["a.las"], "classes": {"ignore": [7], "ground": [2]}}  # of a checkpoint: its names stay valid
-    assert from_dict(SCENES | {"data": data}).names == ("ignore", "ground")
+    saved = {"train": ["a.las"], "classes": {"ignore": [7], "ground": [2]}}  # of a checkpoint: its names stay valid
+    assert from_dict(SCENES | {"data": saved}).names == ("ignore", "ground")
 
 
 # ---- the reference page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kpcore.kpconv import AGGREGATIONS, INFLUENCES
@@ -40,7 +40,7 @@ def about(meaning: str, when: str, example: str, **more: Any) -> Mapping[str, An
 
 def keys(section: type) -> dict[str, Key]:
     """The `Key` of each field of a dataclass below, by name."""
-    return {name: one.metadata["key"] for name, one in section.__dataclass_fields__.items()}
+    return {one.name: one.metadata["key"] for one in fields(section)}
 
 
 # fmt: off

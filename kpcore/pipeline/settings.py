@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPUTED_FEATURES", "FLAGS", "LENGTHS", "SURFACE_FEATURES", "Architecture", "Blocks", "Data", "Digits",
     "Ground", "Objects", "Part", "Settings", "SettingsError", "Source", "Surface", "Training", "bounds_text",
-    "from_dict", "read_settings", "toml_parser",
+    "from_dict", "near", "read_settings", "toml_parser",
 ]  # fmt: skip
 
 _UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
@@ -239,9 +239,8 @@ def _data(values: Any) -> Data:
         return data
     if kind == "digits":
         if unknown := {*names} - {"one", "value", "local"}:
-            near = _near(min(unknown), ("one", "value", "local"))
             raise SettingsError(f"[data] features: expected one, value or local for digits, got {', '.join(unknown)}"
-                                f"{near}")  # fmt: skip
+                                f"{near(min(unknown), ('one', 'value', 'local'))}")  # fmt: skip
         if data.classes or data.label or data.columns:
             raise SettingsError(
                 "[data]: classes, label and columns are not allowed for digits, whose classes are 0 to 9"
@@ -273,14 +272,14 @@ def _check_reading(data: Data) -> None:
     for name, values in (("may_be_empty", data.may_be_empty), ("colors", data.colors)):
         if unknown := [one for one in values if one not in (*data.classes, *map(str, range(10)))]:
             raise SettingsError(f"[data] {name}: expected names of classes, got {_shown(unknown[0])}; there are "
-                                f"{', '.join(data.classes)}{_near(unknown[0], data.classes)}")  # fmt: skip
+                                f"{', '.join(data.classes)}{near(unknown[0], data.classes)}")  # fmt: skip
     for name, color in data.colors.items():
         if not isinstance(color, str) or not re.fullmatch("#[0-9a-fA-F]{6}", color):
             raise SettingsError(f'[data.colors] {name}: expected a colour such as "#ff8000", got {_shown(color)}')
     for one in data.ignore:
         if one not in FLAGS and type(one) is not int:
             expected = f"labels or {', '.join(FLAGS)}"
-            raise SettingsError(f"[data] ignore: expected {expected}, got {_shown(one)}{_near(one, FLAGS)}")
+            raise SettingsError(f"[data] ignore: expected {expected}, got {_shown(one)}{near(one, FLAGS)}")
     if data.kind != "scenes":
         for name in ("validation", "ignore", "drop_zeros"):
             if getattr(data, name) not in (None, []):
@@ -353,8 +352,8 @@ def _overlap(part: Part, other: Part) -> bool:
 def _objects(data: Data) -> Data:
     """The data of objects or parts with their classes; an error for settings that do not apply."""
     if unknown := {*data.features} - {"one", "local"}:
-        near = _near(min(unknown), ("one", "local"))
-        raise SettingsError(f"[data] features: expected one or local for objects, got {', '.join(unknown)}{near}")
+        raise SettingsError(f"[data] features: expected one or local for objects, got {', '.join(unknown)}"
+                            f"{near(min(unknown), ('one', 'local'))}")  # fmt: skip
     classes, generated = data.classes, [part for part in (*data.train, *data.test) if part.shapes is not None]
     if not classes and len(generated) == len(data.train) + len(data.test):
         classes = [*CATEGORIES] if data.kind == "objects" else PART_LABELS
@@ -456,7 +455,7 @@ def bounds_text(bounds: tuple[float, float]) -> str:
 
 def _check_choice(where: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise SettingsError(f"{where}: expected {_listed(choices, 'or')}, got {_shown(value)}{_near(value, choices)}")
+        raise SettingsError(f"{where}: expected {_listed(choices, 'or')}, got {_shown(value)}{near(value, choices)}")
 
 
 def _listed(words: Sequence[str], conjunction: str) -> str:
@@ -529,18 +528,18 @@ def _section_advice(name: str) -> str:
     if plain in _SUBTABLES:
         return f"; did you mean [data.{plain}]?"
     sections = [one.name for one in fields(Settings)]
-    if near := difflib.get_close_matches(plain, [*sections, *_SUBTABLES], 1, _ALIKE):
-        return f"; did you mean [{'data.' * (near[0] in _SUBTABLES)}{near[0]}]?"
+    if nearest := difflib.get_close_matches(plain, [*sections, *_SUBTABLES], 1, _ALIKE):
+        return f"; did you mean [{'data.' * (nearest[0] in _SUBTABLES)}{nearest[0]}]?"
     return f"; {name}: {advice}" if (advice := _advice(name, {}, _other_tables({}, "", _TABLES))) else ""
 
 
-def _near(value: object, choices: Iterable[str]) -> str:
-    """Text after an error for a value: the allowed one that it is like, if any."""
+def near(value: object, choices: Iterable[str], alike: float = _ALIKE) -> str:
+    """Text after an error for a value: the allowed one that it is like, if any; `alike` from 0 to 1, see difflib."""
     if not isinstance(value, str):
         return ""
     by_lower = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(value.strip().lower(), by_lower, 1, _ALIKE)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+    nearest = difflib.get_close_matches(value.strip().lower(), by_lower, 1, alike)
+    return f"; did you mean {by_lower[nearest[0]]}?" if nearest else ""
 
 
 # ---- values
@@ -583,7 +582,7 @@ def _check_training(training: Training, dimension: int) -> None:
 
     rotate, kinds = training.rotate, ("vertical", "all", "none")
     is_valid = rotate in kinds if isinstance(rotate, str) else 0 <= rotate <= 180
-    check("rotate", is_valid, "vertical, all, none, or degrees from 0 to 180", _near(rotate, kinds))
+    check("rotate", is_valid, "vertical, all, none, or degrees from 0 to 180", near(rotate, kinds))
     scale = training.scale
     check(
         "scale",

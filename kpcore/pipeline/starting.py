@@ -157,8 +157,9 @@ def _scan(path: Path, label: str | None, columns: Sequence[str] | None) -> tuple
         raise ReadError(f"{path}: expected labels, got none: {cloud.unlabeled}; its fields are {list_names(names)}; "
                         "name the one that holds classes with --label")  # fmt: skip
     reference = cloud.reference
-    if reference is not None and reference.kind == "geographic":
-        raise ReadError(f"{path}: expected projected coordinates, got degrees ({reference.name}); project it first")
+    if reference is not None and reference.kind in ("geographic", "geocentric"):
+        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {reference.kind} ones "
+                        f"({printable(reference.name or 'no name')}): project the file first")  # fmt: skip
     labels = _counts(cloud.labels)
     if len(labels) > _MOST_LABELS:
         advice = "are they object numbers? Name the field of classes with --label"
