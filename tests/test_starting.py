@@ -157,10 +157,17 @@ def test_spacing_and_lengths_follow_the_density():
 
 
 def test_points_that_are_there_many_times(here, room):
-    np.savez("a.npz", points=np.repeat(room.points, 2, 0), labels=np.repeat(room.labels, 2))
-    np.savez("b.npz", points=room.points, labels=room.labels)
-    one, other = (from_dict(toml_parser().loads(starting.draft([Path(name)], Path()))) for name in ("a.npz", "b.npz"))
-    assert 0.5 < one.network.voxel_size / other.network.voxel_size <= 1
+    sizes = {}
+    for times in (1, 2, 10):
+        np.savez("a.npz", points=np.repeat(room.points, times, 0), labels=np.repeat(room.labels, times))
+        sizes[times] = from_dict(toml_parser().loads(starting.draft([Path("a.npz")], Path()))).network.voxel_size
+    assert 0.5 < sizes[2] / sizes[1] <= 1 and sizes[10] == sizes[1]
+
+
+def test_a_batch_has_room_for_a_sphere(here, room, monkeypatch):
+    np.savez("a.npz", points=room.points, labels=room.labels)
+    monkeypatch.setattr(starting, "_points_in_spheres", lambda *_: 33_333)
+    assert from_dict(toml_parser().loads(starting.draft([Path("a.npz")], Path()))).training.batch_points == 40_000
 
 
 def test_many_files_are_read_in_part(here, room, monkeypatch):

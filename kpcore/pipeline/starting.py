@@ -224,6 +224,8 @@ def _spacings(path: Path, points: np.ndarray, low: np.ndarray, high: np.ndarray)
     places = places[:: 1 + len(places) // 5000]
     nb = kp.knn_search(near, places, _NEIGHBORS + 1, return_distances=True)
     farthest = nb.distance[np.asarray(nb.row_splits[1:]) - 1]
+    if not farthest.any():  # each point is there many times
+        return _spacings(path, np.unique(points, axis=0), low, high)
     return farthest[farthest > 0] * math.sqrt(math.pi / _NEIGHBORS)
 
 
@@ -231,16 +233,15 @@ def _spacings(path: Path, points: np.ndarray, low: np.ndarray, high: np.ndarray)
 
 
 def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, columns: Sequence[str] | None) -> str:
-    scans: list[Scan] = []
     largest = None
     # A part of the files is read evenly from the first to the last: by the fractional parts of the golden ratio.
-    for path in sorted(files, key=lambda path: files.index(path) * 0.6180339887 % 1):
-        if sum(scan.num for scan in scans) < MOST_POINTS:
-            scan, cloud = _scan(path, label, columns)
-            if not scans or scan.num > max(one.num for one in scans):
+    read_scans: dict[int, Scan] = {}
+    for number in sorted(range(len(files)), key=lambda number: number * 0.6180339887 % 1):
+        if sum(scan.num for scan in read_scans.values()) < MOST_POINTS:
+            read_scans[number], cloud = _scan(files[number], label, columns)
+            if largest is None or len(cloud.points) > len(largest.points):
                 largest = cloud
-            scans.append(scan)
-    scans.sort(key=lambda scan: files.index(scan.path))
+    scans = [scan for _, scan in sorted(read_scans.items())]
     assert largest is not None
     spacing = float(np.quantile(np.concatenate([scan.spacing for scan in scans]), _QUANTILE))
     voxel = nice(_VOXEL * spacing)
@@ -252,7 +253,7 @@ def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, colum
     classes, shares = _classes(scans, counts, of_test)
     features, of_features = _features(scans, size, voxel)
     in_sphere = _points_in_spheres(largest.points, voxel, radius)
-    batch_points = max(20_000, round(1.2 * in_sphere, -3))
+    batch_points = max(20_000, round(int(1.2 * in_sphere), -3))
 
     unread = len(files) - len(scans)
     of = f"{len(scans)} of {len(files)} files" if unread else f"{len(files)} file{'s' * (len(files) > 1)}"
