@@ -364,9 +364,7 @@ class _Plan:
             return np.dtype(np.float32)
         if self.target is ply and dtype.kind in "iu" and dtype.itemsize == 8:
             if field is not None:
-                raise ReadError(
-                    f"{field}: expected a type that PLY has, at most 32 bits for integers, got {dtype.name}"
-                )
+                raise ReadError(f"{field}: expected a type of PLY, at most 32 bits for integers, got {dtype.name}")
             if known is None:
                 return None
             for smaller in (np.int32, np.uint32, np.float64):

@@ -245,7 +245,7 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
             ):
                 for _ in range(header.num_lines):
                     file.readline()
-                write_rows(file, copy, None, header.num, edits, added)
+                write_rows(file, copy, None, header.num, int(starts[-1]), edits, added)
             return []
         starts = np.cumsum([0, *(kind.itemsize * count for _, kind, count in header.fields)])
         added = {one: filled(kept, values[one], kind.newbyteorder("<")) for one, kind in new.items()}

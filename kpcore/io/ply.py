@@ -535,7 +535,7 @@ def _type_name(name: str, dtype: np.dtype) -> str:
     """The name of a type in the specification, which has no integers of 64 bits."""
     kinds = [kind for kind, code in TYPES.items() if np.dtype(code) == dtype.newbyteorder("=")]
     if kinds[0].endswith("64"):
-        raise ReadError(f"{name}: expected a type that PLY has, at most 32 bits for integers, got {dtype.name}")
+        raise ReadError(f"{name}: expected a type of PLY, at most 32 bits for integers, got {dtype.name}")
     return kinds[0]
 
 

@@ -131,4 +131,4 @@ def nameless(table: np.ndarray) -> list[str]:
 def check_new_name(argument: str, name: str) -> None:
     """Raise an error unless the name of a new field is one word, as PLY, PCD and tables without separators need it."""
     if name.split() != [name] or not name.isprintable():
-        raise ReadError(f"{argument}: expected one word as the name of a new property, got {name!r}")
+        raise ReadError(f"{argument}: expected one word as the name of a new field, got {name!r}")

@@ -359,7 +359,7 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
             for _ in range(head.skip):
                 line = file.readline()
                 copy.write(_with_names(line, head, width, encoding, new) if new and stated else line)
-            write_rows(file, copy, head.delimiter, num, edits, added, head.count is not None)
+            write_rows(file, copy, head.delimiter, num, width, edits, added, head.count is not None)
         return []
 
     return LabelField(name, num, *integer_range(np.int32), write)
@@ -412,12 +412,13 @@ def _with_names(line: str, head: Head, width: int, encoding: str, new: Sequence[
         return line
     separators = (head.delimiter, None, ",")
     separator = next(one for one in separators if len([name for name in _cells(plain_names, one) if name]) == width)
-    return _appended(text, separator, [_as_in(encoding, name) for name in new]) + end
+    return _appended(text, separator, [_as_in(encoding, name) for name in new], width) + end
 
 
-def write_rows(file: TextIO, copy: TextIO, delimiter: str | None, num: int, edits: Sequence[tuple[int, Iterator[str]]],
+def write_rows(file: TextIO, copy: TextIO, delimiter: str | None, num: int, width: int,
+               edits: Sequence[tuple[int, Iterator[str]]],
                added: Sequence[Iterator[str]], counts: bool = False) -> None:  # fmt: skip
-    """Copy the rows of a table with other text in some cells, and with cells added at the end of each row.
+    """Copy the `num` rows of a table of `width` columns, with other text in some cells, and with cells at their ends.
 
     `edits` is [(column, texts of the rows)], "" where the cell stays as it is; `counts`: lines of one number are no
     rows. Blank lines and comments stay.
@@ -436,7 +437,7 @@ def write_rows(file: TextIO, copy: TextIO, delimiter: str | None, num: int, edit
             spans = _spans(body, delimiter)
             for at, word in sorted(changed, reverse=True):
                 body = body[: spans[at][0]] + word + body[spans[at][1] :]
-        copy.write((_appended(body, delimiter, [next(words) for words in added]) if added else body) + rest)
+        copy.write((_appended(body, delimiter, [next(words) for words in added], width) if added else body) + rest)
         row += 1
     if row != num:
         raise ReadError(f"changed while it was read: had {num} points, has {row}")
@@ -466,10 +467,11 @@ def _spans(body: str, delimiter: str | None) -> list[tuple[int, int]]:
     return spans
 
 
-def _appended(body: str, delimiter: str | None, words: Sequence[str]) -> str:
-    """The row with more cells: before a delimiter at its end, and before spaces."""
+def _appended(body: str, delimiter: str | None, words: Sequence[str], width: int) -> str:
+    """The row of `width` cells with more: before a delimiter after the last cell, and before spaces."""
     cells = body.rstrip() if delimiter != "\t" else body.rstrip(" ")
-    end = delimiter if delimiter and cells.endswith(delimiter) else ""
+    is_ended = delimiter and cells.endswith(delimiter) and len(_spans(cells, delimiter)) > width
+    end = delimiter if is_ended else ""
     stop = len(cells) - len(end)
     return cells[:stop] + "".join(f"{delimiter or ' '}{word}" for word in words) + body[stop:]
 
