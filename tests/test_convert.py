@@ -20,7 +20,16 @@ KEPT = np.arange(NUM) % 7 != 3
 LABELS = np.arange(NUM, dtype=np.int32)[KEPT] % 20 + 3
 PERCENT = (np.arange(NUM) * 6 % 256).astype(np.uint8)[KEPT]
 SCORES = np.linspace(0, 1, KEPT.sum(), dtype=np.float32)
-TYPES = {"f4": "float", "f8": "double", "u1": "uchar", "u2": "ushort", "i4": "int", "u8": "uint64", "i2": "short"}
+TYPES = {
+    "f4": "float",
+    "f8": "double",
+    "u1": "uchar",
+    "u2": "ushort",
+    "i4": "int",
+    "u8": "uint64",
+    "i2": "short",
+    "i1": "char",
+}
 
 
 def cloud(with_nan=False):
@@ -140,10 +149,10 @@ def read_text(path):
 
 def read_las(path):
     data = pytest.importorskip("laspy").read(path)
-    assert (data.header.version.minor, data.header.point_count) == (4, NUM)
+    assert data.header.version.minor == 4
     np.testing.assert_allclose(data.header.mins, data.xyz.min(axis=0), atol=1e-9)
     np.testing.assert_allclose(data.header.maxs, data.xyz.max(axis=0), atol=1e-9)
-    assert data.header.number_of_points_by_return.sum() == NUM
+    assert data.header.number_of_points_by_return.sum() == len(data.points)
     return {name: np.array(data[name]) for name in ("x", "y", "z", *list(data.point_format.dimension_names)[3:])}
 
 
@@ -343,6 +352,151 @@ def test_standard_dimensions_by_their_names(tmp_path):
     assert "3 parts are not carried over: array text, array other, array objects" in note
     assert "user_data to user_data_2" in note and "it has no colours, which are 0" in note
     assert not columns.header.global_encoding.gps_time_type
+
+
+def test_which_field_labels_go_into(tmp_path):
+    """As the table in the docstring of write_labels says."""
+    laspy = pytest.importorskip("laspy")
+    source = saved(tmp_path / "a.npz", np.zeros((2, 3)), truth=np.int16([7, 8]), classes=np.uint8([3, 4]))
+    for suffix, more, expected in (
+        (".las", {}, {"classification": [1, 200], "truth": [7, 8]}),
+        (".las", {"label": "truth"}, {"classification": [1, 200], "classes": [3, 4]}),
+        (".las", {"label": "none"}, {"classification": [1, 200], "truth": [7, 8], "classes": [3, 4]}),
+        (".las", {"into": "truth"}, {"truth": [1, 200], "classification": [3, 4]}),
+        (".las", {"into": "new"}, {"new": [1, 200], "truth": [7, 8], "classification": [3, 4]}),
+        (".las", {"into": "Classification"}, {"classification": [1, 200], "truth": [7, 8], "classes": [3, 4]}),
+        (".ply", {}, {"label": [1, 200], "truth": [7, 8]}),
+        (".ply", {"label": "truth"}, {"truth": [1, 200], "classes": [3, 4]}),
+        (".ply", {"label": "none"}, {"none": [1, 200], "truth": [7, 8], "classes": [3, 4]}),
+        (".csv", {"into": "TRUTH"}, {"truth": [1, 200], "classes": [3, 4]}),
+        (".pcd", {"into": "new"}, {"new": [1, 200], "truth": [7, 8], "classes": [3, 4]}),
+    ):
+        out = tmp_path / f"b{suffix}"
+        write_labels(source, out, [1, 200], **more)
+        if suffix == ".las":
+            data = laspy.read(out)
+            columns = {name: data[name] for name in ("classification", *data.point_format.extra_dimension_names)}
+        else:
+            columns = {name: values for name, values in READ[suffix](out).items() if name not in ("x", "y", "z")}
+        assert {name: values.tolist() for name, values in columns.items()} == expected | (
+            {} if "classification" in expected or suffix != ".las" else {"classification": [0, 0]}
+        ), (suffix, more)  # fmt: skip
+    with pytest.raises(ReadError, match="into: expected a field of one number for each point, got y, a coordinate"):
+        write_labels(source, tmp_path / "c.ply", [1, 2], into="y")
+    with pytest.raises(
+        ReadError, match="classification holds 0 to 255, got labels 1 to 256; name another or a new field"
+    ):
+        write_labels(source, tmp_path / "c.las", [1, 256])
+    with pytest.raises(ReadError, match=r"a\.npz: has 2 points, got labels for 3"):
+        write_labels(source, tmp_path / "c.las", [1, 2, 3])
+
+
+def test_old_labels_that_a_las_does_not_hold(tmp_path):
+    """A point without a label becomes 0, never classified; what is lost is said."""
+    laspy = pytest.importorskip("laspy")
+    old = np.array([np.nan, 300, 7, -1, 2.5, 9])
+    source = saved(tmp_path / "a.npz", np.zeros((6, 3)), label=old)
+    kept = np.arange(6) == 5
+    data, note = written_las(laspy, source, tmp_path / "a.las", [1], kept=kept)
+    assert np.array(data.classification).tolist() == [0, 0, 7, 0, 0, 1]
+    assert "2 points that get no new label have one that classification does not hold: it is 0" in note
+
+
+def test_more_extra_dimensions_than_a_las_has(tmp_path):
+    laspy = pytest.importorskip("laspy")
+    names = [f"n{number:03}" for number in range(350)]
+    source = saved(tmp_path / "a.npz", np.zeros((2, 3)), **{name: np.uint8([1, 2]) for name in names})
+    data, note = written_las(laspy, source, tmp_path / "a.las", [1, 2])
+    assert [*data.point_format.extra_dimension_names] == names[:341]
+    assert "9 parts are not carried over: n341, n342" in note
+    with pytest.raises(ReadError, match="confidence: a LAS has at most 341 extra dimensions"):
+        write_labels(source, tmp_path / "b.las", [1, 2], extra={"confidence": np.uint8([1, 2])})
+
+
+def test_tables_without_names_and_sweeps(tmp_path):
+    """Named as when they are read."""
+    sweep = np.float32([[1, 2, 3, 0.5], [40, 5, 6, 0.25]])
+    sweep.tofile(tmp_path / "a.bin")
+    (tmp_path / "a.pts").write_text("2\n1.5 2 3 -100 10 20 250\n4 5 6 7 50 80 40\n")
+    (tmp_path / "a.xyz").write_text("1 2 3 9\n4 5 6 8.5\n")
+    np.save(tmp_path / "a.npy", np.float32([[1, 2, 3, 255, 40, 50], [4, 5, 6, 90, 80, 70]]))
+    for name, expected in (
+        ("a.bin", "x,y,z,intensity,label\n1.0,2.0,3.0,0.5,1\n40.0,5.0,6.0,0.25,2\n"),
+        ("a.pts", "x,y,z,red,green,blue,intensity,label\n1.5,2.0,3.0,10,20,250,-100,1\n4.0,5.0,6.0,50,80,40,7,2\n"),
+        ("a.xyz", "x,y,z,column_4,label\n1.0,2.0,3.0,9.0,1\n4.0,5.0,6.0,8.5,2\n"),
+        ("a.npy", "x,y,z,red,green,blue,label\n1.0,2.0,3.0,255.0,40.0,50.0,1\n4.0,5.0,6.0,90.0,80.0,70.0,2\n"),
+    ):
+        write_labels(tmp_path / name, tmp_path / "b.csv", [1, 2])
+        assert (tmp_path / "b.csv").read_text() == expected
+    columns = ["x", "y", "z", "time", "intensity"]
+    write_labels(tmp_path / "a.xyz", tmp_path / "b.csv", [1, 2], columns=columns[:4])
+    assert (tmp_path / "b.csv").read_text().startswith("x,y,z,time,label\n")
+    write_labels(tmp_path / "a.xyz", tmp_path / "b.csv", [1, 2], columns=columns)  # not those of the file
+    assert (tmp_path / "b.csv").read_text().startswith("x,y,z,column_4,label\n")
+
+
+def test_what_a_ply_or_pcd_has_besides_points_is_said(tmp_path):
+    head = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+    head += "property list uchar int near\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
+    (tmp_path / "a.ply").write_text(head + "0 0 0 1 2\n1 0 0 0\n0 1 0 0\n3 0 1 2\n")
+    columns, note = written(tmp_path / "a.ply", tmp_path / "a.csv", [1, 2, 3])
+    assert note == "2 parts are not carried over: element face, list near"
+    assert [*columns] == ["x", "y", "z", "label"]
+    head = "FIELDS x y z n\nSIZE 4 4 4 2\nTYPE F F F U\nCOUNT 1 1 1 2\nWIDTH 1\nHEIGHT 2\nVIEWPOINT 1 0 0 1 0 0 0\n"
+    (tmp_path / "a.pcd").write_text(head + "DATA ascii\n0 0 0 1 2\n1 0 0 3 4\n")
+    columns, note = written(tmp_path / "a.pcd", tmp_path / "a.ply", [1, 2])
+    assert note == "2 parts are not carried over: its 1 x 2 layout, viewpoint"
+    assert (columns["n_0"].tolist(), columns["n_1"].dtype.str) == ([1, 3], "<u2")
+    columns, _ = written(tmp_path / "a.ply", tmp_path / "b.pcd", [1, 2])
+    assert [*columns] == ["x", "y", "z", "n_0", "n_1", "label"]
+
+
+def test_a_file_that_changes_during_the_work(tmp_path):
+    """It is read again when the labels are there."""
+    (tmp_path / "a.csv").write_text("x,y,z\n1,2,3\n4,5,6\n")
+    for out in ("b.csv", "b.las", "b.npz"):
+        field = formats.label_field(tmp_path / "a.csv", tmp_path / out, 2)
+        for rows in (3, 1):
+            (tmp_path / "a.csv").write_text("x,y,z\n" + "1,2,3\n" * rows)
+            with pytest.raises(ReadError, match=r"a\.csv: changed while it was read: had 2 points"):
+                formats.write_to(field, tmp_path / "a.csv", tmp_path / out, np.array([1, 2]), np.ones(2, bool))
+        (tmp_path / "a.csv").write_text("x,y,z\n1,2,3\n4,5,6\n")
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+@pytest.mark.parametrize("suffix", READ)
+def test_a_full_disk(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    if suffix == ".laz":
+        pytest.importorskip("lazrs")
+    np.random.default_rng(0).random((9_000, 4), np.float32).tofile(tmp_path / "a.bin")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with warnings.catch_warnings(), pytest.raises(ReadError, match=rf"/out{suffix}: File too large$"):
+            warnings.simplefilter("ignore")
+            write_labels(tmp_path / "a.bin", tmp_path / f"out{suffix}", np.zeros(9_000, int))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize(("name", "after", "note"), [
+    ("autzen_trim.laz", ".ply", "2 parts are not carried over: coordinate reference system, 1 record of the header"),
+    ("fragment.pcd", ".laz", ""),
+    ("car_cloud400.csv", ".las", "coordinates are rounded to 0.0001, by up to 5e-05"),
+])  # fmt: skip
+def test_real_files(shared, tmp_path, name, after, note):
+    pytest.importorskip("lazrs")
+    before = read(shared / "data" / name, exact=True)
+    labels = np.arange(len(before.points)) % 9
+    _, said = written(shared / "data" / name, tmp_path / f"a{after}", labels)
+    there = read(tmp_path / f"a{after}", exact=True)
+    assert said == note
+    assert np.abs(there.exact - before.exact).max() <= (5.1e-5 if note.startswith("coord") else 1e-8)
+    np.testing.assert_array_equal(there.labels, labels)
+    if before.colors is not None:
+        np.testing.assert_array_equal(there.colors, before.colors)
 
 
 def written_las(laspy, source, out, labels, **more):

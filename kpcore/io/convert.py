@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,7 +132,7 @@ class _Plan:
         self.known = [Values() for _ in table.columns]
         for arrays in table.blocks():
             for at, (known, array) in enumerate(zip(self.known, arrays, strict=True)):
-                if array.ndim == 1:
+                if self._is_looked_at(at, table.columns[at]):
                     known.add(array, decimals=self.is_las and at < 3)
         self.moves: list[Move] = []
         self.placed: dict[str, int] = {}  # the move of each field that is written
@@ -147,6 +148,17 @@ class _Plan:
                 self._add(name, Column(key, dtype), None)
         if self.is_las:
             self._frame()
+
+    def _is_looked_at(self, at: int, column: Column) -> bool:
+        """Whether the values of a column decide on its place or type."""
+        if column.width > 1:
+            return False
+        plain = column.name.lower().removeprefix("scalar_")
+        if at < 3 or plain in ("rgb", "rgba", *itertools.chain(*COLORS)):
+            return True
+        if self.is_las:
+            return column.name == self.table.label or any(_is(column.name, name) for name in STANDARD)
+        return self.target is ply and column.dtype.kind in "iu" and column.dtype.itemsize == 8
 
     # ---- which columns there are
 

@@ -193,6 +193,8 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
     kinds = {} if extra is None else _extra_types(extra)
     if into is not None and name_index([*kinds], into) is not None:
         raise ValueError(f"extra: expected names other than that of the labels, got {into!r}")
+    if coordinates := [name for name in kinds if name.lower() in ("x", "y", "z")]:
+        raise ValueError(f"extra: expected names of fields, got {coordinates[0]!r}, which is a coordinate")
     check_out(source, out)
     columns = columns if source.suffix.lower() in TABLES else None
     with errors_name(source), warnings.catch_warnings():
@@ -205,9 +207,6 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
         field.check(out)
     if field.name.lower() in ("x", "y", "z"):
         raise ReadError(f"{source}: expected a field for the labels, got {field.name}, which is a coordinate")
-    for name in kinds:
-        if name.lower() in ("x", "y", "z"):
-            raise ReadError(f"{source}: extra: expected names of fields, got {name}, which is a coordinate")
     if name_index([*kinds], field.name) is not None:
         raise ReadError(f"{source}: extra: expected names other than that of the labels, got {field.name}")
     if field.num_points != num:

@@ -343,4 +343,4 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
     with out.open("wb") as file:
         file.write(f"# .PCD v0.7 - Point Cloud Data file format\n{head}".encode())
         for arrays in blocks:
-            records(columns, arrays).tofile(file)
+            file.write(records(columns, arrays))

@@ -614,4 +614,4 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
     with out.open("wb") as file:
         file.write("\n".join(head).encode())
         for arrays in blocks:
-            records(columns, arrays).tofile(file)
+            file.write(records(columns, arrays))

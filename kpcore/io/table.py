@@ -106,12 +106,12 @@ def filled(kept: np.ndarray, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def records(columns: Sequence[Column], arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The arrays as packed little-endian records, one for each point."""
+    """The bytes of the arrays as packed little-endian records, one for each point."""
     layout = [(str(at), one.dtype.newbyteorder("<"), (one.width,)[: one.width > 1]) for at, one in enumerate(columns)]
     table = np.empty(len(arrays[0]), layout)
     for at, values in enumerate(arrays):
         table[str(at)] = values
-    return table
+    return table.view(np.uint8)
 
 
 def number_words(values: np.ndarray) -> list[str]:
