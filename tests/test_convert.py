@@ -266,7 +266,7 @@ def saved(path, points, **arrays):
         ([[500_000.001, 5_000_000.002, 1], [0, 0, 0]], 2e-3, 1.1e-3),  # 32 bits of millimetres are not enough
         ([[-7.123456789, 50.0, 1], [-7.123456788, 50.0, 1]], 1e-9, None),  # degrees
         ([[2.5, 2.5, 2.5]], 1e-3, None),
-        ([[1e12, 1, 0], [0, 0, 0]], 500, 250),
+        ([[2e7, 1 / 3, 0], [-2e7, 0, 0]], 1e-2, 3.4e-3),
     ],
 )
 def test_coordinates_of_a_new_las(tmp_path, points, scale, rounding):
@@ -285,6 +285,16 @@ def test_coordinates_of_a_new_las(tmp_path, points, scale, rounding):
         said = re.search(r"a\.las: coordinates are rounded to (\S+), by up to (\S+)$", str(caught[0].message))
         assert float(said[1]) == scale
         assert change <= rounding and abs(float(said[2]) - change) <= 0.05 * change
+
+
+@pytest.mark.parametrize("far", [1e9, 1e30, 1.7e308])
+def test_coordinates_that_a_las_cannot_hold(tmp_path, far):
+    source = saved(tmp_path / "a.npz", np.array([[far, 0, 0], [-far, 1, 2], [1.25, 3, 4]]))
+    with pytest.raises(
+        ReadError, match=r"a\.npz: LAS cannot hold coordinates from -.* to .*: its 32 bits need steps of"
+    ):
+        write_labels(source, tmp_path / "a.las", [1, 2, 3])
+    assert os.listdir(tmp_path) == ["a.npz"]
 
 
 def test_float32_coordinates_of_a_new_las(tmp_path):
@@ -424,7 +434,7 @@ def test_tables_without_names_and_sweeps(tmp_path):
         ("a.bin", "x,y,z,intensity,label\n1.0,2.0,3.0,0.5,1\n40.0,5.0,6.0,0.25,2\n"),
         ("a.pts", "x,y,z,red,green,blue,intensity,label\n1.5,2.0,3.0,10,20,250,-100,1\n4.0,5.0,6.0,50,80,40,7,2\n"),
         ("a.xyz", "x,y,z,column_4,label\n1.0,2.0,3.0,9.0,1\n4.0,5.0,6.0,8.5,2\n"),
-        ("a.npy", "x,y,z,red,green,blue,label\n1.0,2.0,3.0,255.0,40.0,50.0,1\n4.0,5.0,6.0,90.0,80.0,70.0,2\n"),
+        ("a.npy", "x,y,z,red,green,blue,label\n1.0,2.0,3.0,255,40,50,1\n4.0,5.0,6.0,90,80,70,2\n"),
     ):
         write_labels(tmp_path / name, tmp_path / "b.csv", [1, 2])
         assert (tmp_path / "b.csv").read_text() == expected
@@ -433,6 +443,28 @@ def test_tables_without_names_and_sweeps(tmp_path):
     assert (tmp_path / "b.csv").read_text().startswith("x,y,z,time,label\n")
     write_labels(tmp_path / "a.xyz", tmp_path / "b.csv", [1, 2], columns=columns)  # not those of the file
     assert (tmp_path / "b.csv").read_text().startswith("x,y,z,column_4,label\n")
+
+
+@pytest.mark.parametrize("suffix", READ)
+def test_names_of_fields_that_are_hard_to_write(tmp_path, suffix):
+    """Each field arrives under a name by which kpcore reads it, and the new names are said."""
+    if suffix == ".laz":
+        pytest.importorskip("lazrs")
+    names = ["a,b", "a b", "a_b", 'q"', "#h", "h//i", " lead", "X2", "tab\tbed", "line\nbreak", "_", "n" * 40, "n" * 41,
+             "classification", "intensity", "xyz", "Ω", "property", "count"]  # fmt: skip
+    table = np.zeros(2, [("x", "f8"), ("y", "f8"), ("z", "f8"), *((name, "f4") for name in names)])
+    for number, name in enumerate(names):
+        table[name] = number + 0.5, -number
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy, about names that are not ASCII
+        np.save(tmp_path / "a.npy", table)
+    columns, note = written(tmp_path / "a.npy", tmp_path / f"b{suffix}", [1, 2], into="new")
+    arrived = {tuple(values.tolist()): name for name, values in columns.items() if len(values) == 2}
+    for number, name in enumerate(names):
+        there = arrived[number + 0.5, -number]
+        assert there == name or f" to {there}" in note, (name, there, note)
+        assert read(tmp_path / f"b{suffix}", fields=[there]).fields[there.lower()].tolist() == [number + 0.5, -number]
+    assert columns["new"].tolist() == [1, 2]
 
 
 def test_what_a_ply_or_pcd_has_besides_points_is_said(tmp_path):

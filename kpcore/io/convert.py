@@ -40,6 +40,7 @@ RGB = ("red", "green", "blue")
 # of the largest that divides the extent into a million parts. One part in a million of 1 km is 1 mm.
 MOST_DECIMALS, PARTS = 9, 1e6
 LARGEST_WHOLE = 2**31 - 2
+LARGEST_STEP = 0.01  # of coordinates that do not fit into steps of 0.001
 STANDARD = {one.name: one for one in las.standard_dimensions(8)}
 MOST_EXTRA = 65_535 // 192  # descriptions of extra bytes that fit into a record of a LAS
 
@@ -198,7 +199,7 @@ class _Plan:
 
     def _color_moves(self, places: list[int], is_byte: bool, is_whole: bool, of_256: bool) -> None:
         types = [self.table.columns[at].dtype for at in places]
-        dtype = np.result_type(*types) if self.target in (npz, text) else np.dtype(np.uint8 if is_byte else np.uint16)
+        dtype = np.dtype(np.uint8 if is_byte else np.uint16) if is_whole else np.result_type(*types)
 
         def moved(at, arrays):
             values = arrays[at]
@@ -212,11 +213,9 @@ class _Plan:
             dtype = np.dtype(np.uint16)
             if not is_whole:
                 self.notes.append("colours from 0 to 1 are rounded to 16 bits")
-        elif self.target in (ply, pcd) and not is_whole:
-            dtype = np.result_type(*types)
-        elif self.target in (ply, pcd) and not is_byte and of_256:
+        elif self.target in (ply, pcd) and dtype == np.uint16 and of_256:
             dtype = np.dtype(np.uint8)
-        elif self.target in (ply, pcd) and not is_byte:
+        elif self.target in (ply, pcd) and dtype == np.uint16:
             self.notes.append("its colours have 16 bits, which some programs do not read")
         makers = [lambda arrays, at=at: moved(at, arrays).astype(dtype) for at in places]
         if self.target is pcd and dtype == np.uint8:
@@ -415,9 +414,13 @@ class _Plan:
         number = exact[0] if exact and reach * 10.0 ** exact[0] < LARGEST_WHOLE else next(parts, MOST_DECIMALS)
         scale = 10.0**-number
         if reach / scale >= LARGEST_WHOLE:  # as with a point at the origin beside UTM coordinates
-            steps = (factor * 10.0**power for power in range(-3, 300) for factor in (1, 2, 5))
-            scale = next(step for step in steps if extent / step < 2 * LARGEST_WHOLE)
+            steps = (factor * 10.0**power for power in range(-3, 308) for factor in (1, 2, 5))
+            scale = next((step for step in steps if extent / step < 2 * LARGEST_WHOLE), np.inf)
             offset = tuple(float(np.floor((a + b) / 2)) for a, b in zip(low, high, strict=True))
+            if scale > LARGEST_STEP:
+                reason = f"its 32 bits need steps of {scale:g}, more than {LARGEST_STEP}"
+                raise ReadError(f"LAS cannot hold coordinates from {min(low):g} to {max(high):g}: {reason}; remove "
+                                "outliers, or write a PLY, PCD, NPZ or CSV file")  # fmt: skip
         names = [move.column.name for move in self.moves]
         self.form = 8 if "nir" in names else 7 if "red" in names else 6
         if self.form == 8 and "red" not in names:
@@ -508,7 +511,7 @@ def _cast(values: np.ndarray, dtype: np.dtype, others: np.ndarray) -> tuple[np.n
 
 def _name_in(suffix: str, name: str) -> str:
     """A name that a format can hold."""
-    name = "".join(letter if letter.isprintable() else "_" for letter in name) or "_"
+    name = "".join(letter if letter.isprintable() else "_" for letter in name).strip() or "_"
     if suffix in (".las", ".laz"):
         while len(name.encode()) > 32:
             name = name[:-1]

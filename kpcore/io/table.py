@@ -31,7 +31,7 @@ class Table(NamedTuple):
     #: not 1. It can be called again.
     blocks: Callable[[], Iterator[list[np.ndarray]]]
     label: str | None  #: the column that holds labels by its name
-    missing: list[str] = []  #: what the file has besides, in words  # noqa: RUF012
+    missing: list[str]  #: what the file has besides, in words
 
     @property
     def names(self) -> tuple[str, ...]:
