@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -51,76 +51,66 @@ class Values:
 
     low: float = np.inf
     high: float = -np.inf
-    not_finite: int = 0  #: how many
-    first: int = -1  #: the point of the first of these
     is_whole: bool = True
     of_256: bool = True  #: all are multiples of 256
     is_single: bool = True  #: float32 holds all
     decimals: list[int] = field(default_factory=lambda: [*range(3, MOST_DECIMALS + 1)])  #: of which all have no more
-    num: int = 0
 
     def add(self, values: np.ndarray, decimals: bool = False) -> None:
         if values.dtype.kind == "f":
             finite = np.isfinite(values)
-            if not finite.all():
-                self.first = self.num + int(finite.argmin()) if self.first < 0 else self.first
-                self.not_finite += int((~finite).sum())
-                self.is_whole = False
             used = values if finite.all() else values[finite]
-            self.is_whole &= bool((used == np.floor(used)).all())
+            self.is_whole &= bool(finite.all() and (used == np.floor(used)).all())
             with np.errstate(over="ignore"):
                 self.is_single &= bool((used.astype(np.float32) == used).all())
         else:
             used = values
             self.is_single &= bool((used.astype(np.float32).astype(np.float64) == used).all())
-        self.num += len(values)
         if not len(used):
             return
         self.low, self.high = min(self.low, used.min().item()), max(self.high, used.max().item())
         self.of_256 &= self.within(0, 65_535) and not (used.astype(np.uint16) & np.uint16(255)).any()
         if decimals:
-            self.decimals = [number for number in self.decimals if not _rounding(used, 10.0**-number)[0]]
+            self.decimals = [number for number in self.decimals if not _rounding(used, 10.0**-number)]
 
     def within(self, smallest: float, largest: float) -> bool:
         """Whether all are whole numbers in this range."""
         return self.is_whole and smallest <= self.low and self.high <= largest
 
 
-def _rounding(values: np.ndarray, scale: float, offset: float = 0.0) -> tuple[float, np.ndarray]:
-    """(the largest change of values by rounding to whole numbers of `scale`, these numbers).
+def _rounding(values: np.ndarray, scale: float, offset: float = 0.0) -> float:
+    """The largest change of values by rounding to whole numbers of `scale`.
 
     It is 0 if the numbers times the scale, rounded to the type of the values, are the values, or next to them.
     """
     exact = values.astype(np.float64)
-    whole = np.rint((exact - offset) / scale)
-    change = np.abs(whole * scale + offset - exact)
+    change = np.abs(np.rint((exact - offset) / scale) * scale + offset - exact)
     near = np.spacing(np.abs(values)).astype(np.float64) * (2.0 if values.dtype.itemsize == 8 else 0.5)
-    return float(change.max(where=change > near, initial=0.0)), whole
+    return float(change.max(where=change > near, initial=0.0))
+
+
+# Values of some points from the arrays of the source's columns.
+Channel: TypeAlias = "Callable[[list[np.ndarray]], np.ndarray]"
 
 
 class Move(NamedTuple):
     """A column of the new file, and where its values come from."""
 
     column: Column
-    #: values(arrays of some points) in the order of the source's columns; None: a new column
-    values: Callable[[list[np.ndarray]], np.ndarray] | None
+    values: Channel | None  #: None: a new column
 
 
 def label_field(source: Path, out: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype],
                 values: np.ndarray | tuple[()], columns: Sequence[str] | None) -> LabelField:  # fmt: skip
     """The LabelField of a source of another format than `out`: everything that can be carried over is."""
     suffix, size = source.suffix.lower(), source.stat().st_size
-    named = {"columns": columns} if suffix in (".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin") else {}
+    named = {} if columns is None else {"columns": columns}  # of formats whose columns may have no names
     table = TABLES[suffix](source, size, **named)
     if table.num == 0:
         raise ReadError("holds no points")
     plan = _Plan(table, out, label, into, extra, values)
-
-    def write(part: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
-        return plan.write(part, labels, kept, extra)
-
     limits = integer_range(plan.moves[plan.placed[plan.name]].column.dtype)
-    return LabelField(plan.name, table.num, *limits, write)
+    return LabelField(plan.name, table.num, *limits, plan.write)
 
 
 class _Plan:
@@ -131,10 +121,21 @@ class _Plan:
         self.is_las = self.target is las
         self.lost, self.renamed, self.notes = [*table.missing], [], []
         self.known = [Values() for _ in table.columns]
+        num, not_finite = 0, []
         for arrays in table.blocks():
             for at, (known, array) in enumerate(zip(self.known, arrays, strict=True)):
                 if self._is_looked_at(at, table.columns[at]):
                     known.add(array, decimals=self.is_las and at < 3)
+            if self.is_las:
+                not_finite.append(
+                    num + np.flatnonzero(~np.logical_and.reduce([np.isfinite(one) for one in arrays[:3]]))
+                )
+            num += len(arrays[0])
+        if self.is_las and (count := sum(map(len, not_finite))):
+            raise ReadError(
+                f"LAS holds no coordinates that are NaN or infinite, as {count} points have (the first is point "
+                f"{np.concatenate(not_finite)[0]}): write a PLY, PCD, NPZ or CSV file"
+            )
         self.moves: list[Move] = []
         self.placed: dict[str, int] = {}  # the move of each field that is written
         self._points()
@@ -165,12 +166,6 @@ class _Plan:
 
     def _points(self) -> None:
         known, types = self.known[:3], [column.dtype for column in self.table.columns[:3]]
-        if self.is_las and (wrong := max(one.not_finite for one in known)):
-            first = min(one.first for one in known if one.first >= 0)
-            raise ReadError(
-                f"LAS holds no coordinates that are NaN or infinite, as {wrong} points have (the first is point "
-                f"{first}): write a PLY, PCD, NPZ or CSV file"
-            )
         single = all(one.is_single for one in known)
         for at, axis in enumerate("xyz"):
             dtype = types[at] if self.target is text else np.dtype(np.float32 if single else np.float64)
@@ -182,75 +177,66 @@ class _Plan:
 
     def _colors(self) -> list[int]:
         """The places of the columns of colours, which are moved to their standard names."""
-        names, known = self.table.names, self.known
+        names, columns = self.table.names, self.table.columns
         for trio in COLORS:
             places = [name_index(names, name) for name in trio]
-            if None in places or any(self.table.columns[at].width > 1 for at in places):
+            if None in places or any(columns[at].width > 1 for at in places):
                 continue
-            low, high = min(known[at].low for at in places), max(known[at].high for at in places)
-            whole = all(known[at].is_whole for at in places)
-            fractions = low >= 0 and high <= 1 and self.table.columns[places[0]].dtype.kind == "f"
-            if not ((whole and low >= 0 and high <= 65_535) or fractions):
+            known = [self.known[at] for at in places]
+            low, high = min(one.low for one in known), max(one.high for one in known)
+            dtype = np.result_type(*(columns[at].dtype for at in places))
+            is_fraction = dtype.kind == "f" and high <= 1
+            if low < 0 or not (is_fraction or all(one.within(0, 65_535) for one in known)):
                 return []
-            of_256 = all(known[at].of_256 for at in places)
-            self._color_moves(places, whole and high <= 255 and not fractions, whole and not fractions, of_256)
+            channels = [lambda arrays, at=at: arrays[at] for at in places]
+            if not is_fraction:
+                dtype = np.dtype(np.uint8 if high <= 255 else np.uint16)
+            self._add_colors(channels, dtype, all(one.of_256 for one in known))
             return places
-        return self._packed_colors()
+        at = next((place for name in ("rgb", "rgba") if (place := name_index(names, name)) is not None), None)
+        if at is None or columns[at].width > 1:
+            return []
+        has_bits = columns[at].dtype.itemsize == 4
+        if not has_bits and not self.known[at].within(0, 2**32 - 1):
+            return []
 
-    def _color_moves(self, places: list[int], is_byte: bool, is_whole: bool, of_256: bool) -> None:
-        types = [self.table.columns[at].dtype for at in places]
-        dtype = np.dtype(np.uint8 if is_byte else np.uint16) if is_whole else np.result_type(*types)
+        def byte(arrays: list[np.ndarray], shift: int) -> np.ndarray:
+            bits = arrays[at].view(np.uint32) if has_bits else arrays[at].astype(np.uint32)
+            return (bits >> shift & 255).astype(np.uint8)
 
-        def moved(at, arrays):
-            values = arrays[at]
-            if self.is_las and not is_whole:  # from 0 to 1
-                return np.rint(np.nan_to_num(values.astype(np.float64)) * 65_535)
-            if self.is_las and is_byte:
-                return values.astype(np.uint16) * np.uint16(256)
-            return values.astype(np.float64) // 256 if of_256 and not is_byte and dtype == np.uint8 else values
+        channels = [lambda arrays, shift=shift: byte(arrays, shift) for shift in (16, 8, 0)]
+        self._add_colors(channels, np.dtype(np.uint8), False)
+        if names[at].lower() == "rgba":
+            self.moves.append(Move(Column("alpha", np.dtype(np.uint8)), lambda arrays: byte(arrays, 24)))
+        return [at]
 
+    def _add_colors(self, channels: list[Channel], dtype: np.dtype, of_256: bool) -> None:
+        """Add red, green and blue: of 8 or 16 bits, or floats from 0 to 1."""
+        is_byte, is_fraction, factor = dtype == np.uint8, dtype.kind == "f", 1.0
         if self.is_las:
-            dtype = np.dtype(np.uint16)
-            if not is_whole:
+            dtype, factor = np.dtype(np.uint16), 65_535.0 if is_fraction else 256.0 if is_byte else 1.0
+            if is_fraction:
                 self.notes.append("colours from 0 to 1 are rounded to 16 bits")
         elif self.target in (ply, pcd) and dtype == np.uint16 and of_256:
-            dtype = np.dtype(np.uint8)
+            dtype, factor = np.dtype(np.uint8), 1 / 256
         elif self.target in (ply, pcd) and dtype == np.uint16:
             self.notes.append("its colours have 16 bits, which some programs do not read")
-        makers = [lambda arrays, at=at: moved(at, arrays).astype(dtype) for at in places]
-        if self.target is pcd and dtype == np.uint8:
-            packed = Column("rgb", np.dtype(np.float32))
-            self.moves.append(Move(packed, lambda arrays: _packed([make(arrays) for make in makers])))
-        else:
-            self.moves += [Move(Column(name, dtype), make) for name, make in zip(RGB, makers, strict=True)]
 
-    def _packed_colors(self) -> list[int]:
-        names = self.table.names
-        at = next((place for name in ("rgb", "rgba") if (place := name_index(names, name)) is not None), None)
-        if at is None or self.table.columns[at].width > 1:
-            return []
-        dtype = self.table.columns[at].dtype
-        if dtype.itemsize != 4 and not self.known[at].within(0, 2**32 - 1):
-            return []
+        def converted(values: np.ndarray) -> np.ndarray:
+            if factor != 1:
+                values = np.rint(np.nan_to_num(values.astype(np.float64)) * factor)
+            return values.astype(dtype)
 
-        def bits(arrays):
-            return arrays[at].view(np.uint32) if dtype.itemsize == 4 else arrays[at].astype(np.uint32)
+        if self.target is pcd and dtype == np.uint8:  # as PCL stores them: 0x00RRGGBB in the bits of a float32
 
-        makers = [lambda arrays, shift=shift: (bits(arrays) >> shift & 255).astype(np.uint8) for shift in (16, 8, 0)]
-        if self.target is pcd:
-            packed = Column("rgb", np.dtype(np.float32))
-            self.moves.append(Move(packed, lambda arrays: _packed([make(arrays) for make in makers])))
-        elif self.is_las:
-            for name, make in zip(RGB, makers, strict=True):
-                self.moves.append(
-                    Move(Column(name, np.dtype(np.uint16)), lambda arrays, make=make: make(arrays) * np.uint16(256))
-                )
-        else:
-            self.moves += [Move(Column(name, np.dtype(np.uint8)), make) for name, make in zip(RGB, makers, strict=True)]
-        if names[at].lower() == "rgba":
-            alpha = Column("alpha", np.dtype(np.uint8))
-            self.moves.append(Move(alpha, lambda arrays: (bits(arrays) >> 24).astype(np.uint8)))
-        return [at]
+            def packed(arrays: list[np.ndarray]) -> np.ndarray:
+                red, green, blue = (converted(channel(arrays)).astype(np.uint32) for channel in channels)
+                return (red << 16 | green << 8 | blue).view(np.float32)
+
+            self.moves.append(Move(Column("rgb", np.dtype(np.float32)), packed))
+            return
+        for name, channel in zip(RGB, channels, strict=True):
+            self.moves.append(Move(Column(name, dtype), lambda arrays, channel=channel: converted(channel(arrays))))
 
     def _fields(self, label, into, extra, values, colors) -> dict[int | str, tuple[str, np.dtype]]:
         """What is written besides: {place of a column that it replaces, or its new name: (name, type)}."""
@@ -275,9 +261,8 @@ class _Plan:
         else:
             self._check_replaced("into" if into else "label", at, colors)
             dtype = self.table.columns[at].dtype
-            fits = (
-                len(values) and integer_range(dtype)[0] <= np.min(values) and np.max(values) <= integer_range(dtype)[1]
-            )
+            low, high = integer_range(dtype)
+            fits = len(values) and low <= np.min(values) and np.max(values) <= high
             fields[at] = (self.name, dtype if fits else np.promote_types(dtype, int32))
         for name, dtype in extra.items():
             at = name_index(names, name)
@@ -293,29 +278,19 @@ class _Plan:
     def _check_replaced(self, argument: str, at: int, colors: Sequence[int]) -> None:
         column = self.table.columns[at]
         if at < 3 or at in colors or column.width > 1:
-            kind = (
-                "a coordinate" if at < 3 else "a colour" if at in colors else f"{column.width} numbers for each point"
-            )
+            kind = "a coordinate" if at < 3 else "a colour" if at in colors else f"of {column.width} numbers"
             raise ReadError(f"{argument}: expected a field of one number for each point, got {column.name}, {kind}")
 
     def _column(self, at: int, column: Column, field: tuple[str, np.dtype] | None, is_label: bool) -> None:
         """Add the moves of a column of the source; `field`: what replaces its values at the points that are kept."""
-        if column.width == 1:
-            self._add(
-                None if field is None else field[0],
-                Column(column.name if field is None else field[0], column.dtype if field is None else field[1]),
-                lambda arrays: arrays[at], at, is_label,
-            )  # fmt: skip
-        elif self.target in (npz, pcd):
-            self._add(None, column, lambda arrays: arrays[at], at)
+        if column.width == 1 and field is not None:
+            self._add(field[0], Column(*field), lambda arrays: arrays[at], at, is_label)
+        elif column.width == 1 or self.target in (npz, pcd):
+            self._add(None, column, lambda arrays: arrays[at], at, is_label)
         else:
             for number in range(column.width):
-                self._add(
-                    None,
-                    Column(f"{column.name}_{number}", column.dtype),
-                    lambda arrays, n=number: arrays[at][:, n],
-                    None,
-                )
+                part = Column(f"{column.name}_{number}", column.dtype)
+                self._add(None, part, lambda arrays, number=number: arrays[at][:, number])
 
     def _add(self, field, column, values, at=None, is_label=False) -> None:
         """Add a column under a name and in a type that the target has; `field`: the name of what is written to it."""
@@ -359,9 +334,8 @@ class _Plan:
         if field is not None:  # values that are not known yet
             fits = np.can_cast(column.dtype, bool if dimension.bits else dimension.dtype, "safe")
         else:
-            fits = known is not None and known.within(
-                integer_range(dimension.dtype)[0] if not dimension.bits else 0, largest
-            )
+            smallest = 0 if dimension.bits else integer_range(dimension.dtype)[0]
+            fits = known is not None and known.within(smallest, largest)
         return name if fits else None
 
     def _type(self, column: Column, known: Values | None, field: str | None) -> np.dtype | None:
@@ -427,14 +401,11 @@ class _Plan:
             self.notes.append("it has no colours, which are 0")
         if not {"return_number", "number_of_returns"} & {*names}:
             for name in ("return_number", "number_of_returns"):  # 0 is not valid
-                self.moves.append(
-                    Move(Column(name, np.dtype(np.uint8)), lambda arrays: np.ones(len(arrays[0]), np.uint8))
-                )
-        times = [
-            known.high for known, one in zip(self.known, self.table.columns, strict=True) if _is(one.name, "gps_time")
-        ]
+                column = Column(name, np.dtype(np.uint8))
+                self.moves.append(Move(column, lambda arrays: np.ones(len(arrays[0]), np.uint8)))
+        time = next((at for at, name in enumerate(self.table.names) if _is(name, "gps_time")), None)
         week = 604_800  # seconds: what is longer is counted from 1980
-        self.frame = las.Frame(scale, offset, bool(times) and times[0] > week)
+        self.frame = las.Frame(scale, offset, time is not None and self.known[time].high > week)
 
     # ---- writing
 
@@ -461,7 +432,7 @@ class _Plan:
                     made.append(values.astype(column.dtype, copy=False))
                 if self.is_las:
                     for axis, offset in enumerate(self.frame.offset):
-                        rounding = max(rounding, _rounding(made[axis], self.frame.scale, offset)[0])
+                        rounding = max(rounding, _rounding(made[axis], self.frame.scale, offset))
                 counted, done = counted + len(chosen), done + count
                 yield made
 
@@ -486,12 +457,6 @@ class _Plan:
 def _is(name: str, standard: str) -> bool:
     """Whether the name is that of a standard dimension, as LAS, PDAL or CloudCompare spell it."""
     return re.sub(r"[_ ]", "", name.lower().removeprefix("scalar_")) == standard.replace("_", "")
-
-
-def _packed(channels: Sequence[np.ndarray]) -> np.ndarray:
-    """Colours as PCL stores them: 0x00RRGGBB in the bits of a float32."""
-    red, green, blue = (values.astype(np.uint32) for values in channels)
-    return (red << 16 | green << 8 | blue).view(np.float32)
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, others: np.ndarray) -> tuple[np.ndarray, int]:
