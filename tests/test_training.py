@@ -21,7 +21,7 @@ from training_runs import assert_same_checkpoints, check_resumed
 import kpcore as kp
 from kpcore import cli, scenes
 from kpcore.nn import checkpoints
-from kpcore.pipeline import batches, data, segmentation, settings, training, voting
+from kpcore.pipeline import batches, data, labelling, segmentation, settings, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict
 
 pytest.importorskip("safetensors")
@@ -427,7 +427,7 @@ def test_digits_without_ink_are_classified_too(tmp_path, bright):
     images[40:, 5, 5] = bright
     idx(tmp_path / "images.gz", images)
     run = training.Training(config, tmp_path / "run", tmp_path)
-    confusion = voting.evaluate(run.model, run.test_scenes)
+    confusion = labelling.evaluate(run.model, run.test_scenes)
     assert_same_bits(confusion.sum(axis=1), np.bincount(labels[40:], minlength=10))
 
 
@@ -616,7 +616,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     best = max(tests, key=lambda e: e["test"]["miou"])
     model = training.Model.load(folder / "best.safetensors")
     assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.model.net
-    config = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
+    config = voting.scores(labelling.evaluate(model, run.test_scenes), model.settings.names)
     assert config == best["test"]
     from matplotlib.image import imread
 
@@ -852,10 +852,10 @@ def test_votes_come_back_to_every_point(votes, vote_radius):
     shares = voting.probabilities(model, known, votes)
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
     assert (shares.argmax(axis=1) == np.maximum(scene.labels, 0)).all()
-    labels = voting.labels_of(model, known, votes)
+    labels = labelling.labels_of(model, known, votes, mode="potentials")
     nearest = ((scene.full[:, None] - scene.points) ** 2).sum(axis=2).argmin(axis=1)
     assert (labels == np.maximum(scene.labels, 0)[nearest]).all()
-    confusion = voting.evaluate(model, [known, known], votes)
+    confusion = labelling.evaluate(model, [known, known], votes, mode="potentials")
     counted = scene.full_labels >= 0
     assert confusion.sum() == 2 * counted.sum()
     assert np.trace(confusion) == 2 * (labels == scene.full_labels)[counted].sum()
@@ -1016,7 +1016,7 @@ def test_an_npz_of_any_names(tmp_path):
 
 def test_labels_that_cannot_be_written_are_refused_before_the_network_runs(trained, tmp_path, monkeypatch):
     model = training.Model.load(trained[0] / "best.safetensors")
-    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("the network ran"))
+    monkeypatch.setattr(segmentation, "label", lambda *args, **more: pytest.fail("the network ran"))
     points = scenes.indoor(2000, seed=3)
     for labels, reason in (
         (np.ones(2000, bool), r"labels: expected one number for each of 2000 points, got \(2000,\) bool"),
@@ -1086,7 +1086,7 @@ def test_train_test_and_segment(command, tmp_path):
     assert (code, err) == (0, "")
     assert re.search(r"^[\d,]+ parameters, 2 levels, 2 classes; [\d,]+ points to train on$", out, re.MULTILINE)
     number = r"[\d.]+"
-    line = rf"^after epoch 2: mIoU ({number}), accuracy {number} \| IoU flat {number}, upright {number}$"
+    line = rf"^test after epoch 2: mIoU ({number}), accuracy {number} \| IoU flat {number}, upright {number}$"
     scored = re.search(line, out, re.MULTILINE)
     assert float(scored[1]) > 0.6
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")

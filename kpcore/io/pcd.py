@@ -17,6 +17,7 @@ from kpcore.io.cloud import (
     ReadError,
     Request,
     are_integers,
+    check_columns,
     check_extra,
     decode_text,
     first_name_index,
@@ -50,6 +51,12 @@ class Header(NamedTuple):
     def record(self) -> int:
         """Bytes of a point in a binary file."""
         return sum(kind.itemsize * count for _, kind, count in self.fields)
+
+
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    names = tuple(name for name, _, _ in _header(path).fields if name != "_")
+    check_columns(names, request)
+    return names
 
 
 def read(path: Path, size: int, request: Request) -> Content:

@@ -28,6 +28,10 @@ KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
 
 
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    return request.columns or _layout(path, size)
+
+
 def read(path: Path, size: int, request: Request) -> Content:
     return from_columns(NamedArrays(_columns(path, size, request.columns)), request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 import re
 import sys
@@ -38,7 +39,9 @@ class SettingsError(ValueError):
 class Part:
     """A scene: a file of points with labels, or the embedded indoor scene.
 
-    file, min, max : the file, and a box in its coordinates: only points with min <= coordinate < max are used
+    file, min, max : the file, and a box in its coordinates: only points with min <= coordinate < max are used. A folder
+        ("tiles/") stands for each of the scans in it, a pattern ("tiles/*.laz") for each file that matches, in the
+        order of their names.
     indoor, points, mirror : the seed of `kpcore.scenes.indoor`, the number of points, and whether x is negated
     area : the name of the area that the scene belongs to, for `folds` in [data]; by default the first folder of `file`:
         Area_1 of Area_1/hallway_1.ply
@@ -54,6 +57,11 @@ class Part:
 
     def __str__(self) -> str:
         return self.file if self.indoor is None else f"indoor {self.indoor}"
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether `file` is written as a folder or a pattern."""
+        return self.file is not None and (self.file.endswith("/") or glob.has_magic(self.file))
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class Data:
     colors : "#rrggbb" by the name of a class, for pictures; by default ASPRS colours where labels are ASPRS classes
     ignore : labels, and the flags withheld, overlap, synthetic and key_point of LAS files, whose points are not read
     drop_zeros : whether points at (0, 0, 0), where a scanner had no return, are not read; by default in sensor sweeps
+    licence : of the data or the model, as text that the model file holds
     ground, surface : how height_above_ground, and normals and the like, are computed
     folds : "area" or "file" for a k-fold cross-validation, without `test`: the scenes of each area, or of each file,
         are tested by a network that is trained on all others in `train`
@@ -182,6 +191,7 @@ class Data:
     colors: dict[str, str] = field(default_factory=dict)
     ignore: list = field(default_factory=list)
     drop_zeros: bool | None = None
+    licence: str | None = None
     ground: Ground = field(default_factory=Ground)
     surface: Surface = field(default_factory=Surface)
 
@@ -427,8 +437,8 @@ def _data(values: Any) -> Data:
     names = data.features
     if not names or len({name.lower() for name in names}) < len(names):
         raise SettingsError(f"[data] features: expected at least one, each once, got {names}")
-    if data.folds is not None:
-        _parts_by_fold(data)
+    if data.folds is not None and not any(isinstance(part, Part) and part.is_pattern for part in data.train):
+        _parts_by_fold(data)  # those of a pattern are known where the folder of the data is
     if kind in ("objects", "parts"):
         data = _objects(data)
     if kind == "objects":
