@@ -153,10 +153,11 @@ def input_of(model: Model, cloud: Cloud, block: Block, like: ArrayLike | None = 
     seen = block.seen
     local = (points[seen] - block.center).astype(np.float32)
     features = model.columns.clipped(local, {name: column[seen] for name, column in values.items()})
+    inside = local[block.inside[seen]]
     if devices.is_array(like):
-        local, features = (devices.to_device_of(like, array) for array in (local, features))
+        local, inside, features = (devices.to_device_of(like, array) for array in (local, inside, features))
     sub = subsampled(settings, local, features=features)
-    places = kp.knn_search(sub.points, local[np.flatnonzero(block.inside[seen])], 1).index
+    places = kp.knn_search(sub.points, inside, 1).index
     pyramid = net.pyramid(sub.points, row_splits=sub.row_splits, subsampled=True)
     return Input(block.positions[block.inside], places, sub.features, pyramid, len(local))
 
