@@ -199,6 +199,25 @@ def test_further_fields_in_one_pass(write, tmp_path, name):
         assert out.stat().st_size == again.stat().st_size or name == "a.laz"
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("form", ["ascii", "binary_big_endian"])
+def test_a_property_is_replaced_beside_a_new_one(tmp_path, form, at):
+    """Bytes of one row end where those of the next start."""
+    plyfile = pytest.importorskip("plyfile")
+    names = ["x", "y", "z"]
+    names.insert(at, "label")
+    table = np.zeros(4, [(name, "u1" if name == "label" else "f8") for name in names])
+    table["x"], table["label"] = POINTS[:, 0], LABELS
+    element = plyfile.PlyElement.describe(table, "vertex")
+    plyfile.PlyData([element], text=form == "ascii", byte_order=">" if "big" in form else "=").write(tmp_path / "a.ply")
+    extra = {"wide": np.float64([1.5, 2, 3]), "confidence": PERCENT}
+    write_labels(tmp_path / "a.ply", tmp_path / "b.ply", NEW + 100, kept=KEPT, extra=extra)
+    vertex = plyfile.PlyData.read(tmp_path / "b.ply")["vertex"]
+    assert [one.name for one in vertex.properties] == [*names, "wide", "confidence"]
+    assert vertex["label"].tolist() == [105, 106, 7, 107] and vertex["x"].tolist() == POINTS[:, 0].tolist()
+    assert vertex["wide"].tolist() == [1.5, 2, 0, 3] and vertex["confidence"].tolist() == [99, 200, 0, 1]
+
+
 def test_laspy_reads_further_fields(write, tmp_path):
     laspy = pytest.importorskip("laspy")
     path = write("a.las", las(POINTS))

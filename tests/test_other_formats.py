@@ -223,6 +223,10 @@ def test_every_format_into_every_other(tmp_path, monkeypatch, before, after):
     renamed = before not in (".ply", ".pcd", ".xyz") and after in (".ply", ".pcd", ".xyz", ".txt")
     assert ("renamed: dichte é to dichte_é" in note) == renamed
     assert "rounded" not in note
+    if after in LAS:
+        laspy = pytest.importorskip("laspy")
+        encoding = laspy.read(tmp_path / f"b{after}").header.global_encoding
+        assert before in LAS or (encoding.wkt, encoding.gps_time_type) == (True, 1)  # times beyond a week
     again = read(tmp_path / f"b{after}", label=name if after == ".npz" else None)  # by kpcore too
     np.testing.assert_array_equal(again.labels, expected)
 
