@@ -568,7 +568,7 @@ def _in_order(edits: list[Edit]) -> Edit:
     width = max(edit.words.shape[1] for edit in edits)
     words = np.concatenate([np.pad(edit.words, ((0, 0), (0, width - edit.words.shape[1]))) for edit in edits])
     start, stop, sizes = (np.concatenate([edit[at] for edit in edits]) for at in (0, 1, 3))
-    order = np.argsort(start, kind="stable")
+    order = np.lexsort((stop, start))  # what is inserted where another row starts belongs to the row before
     return Edit(start[order], stop[order], words[order], sizes[order])
 
 
