@@ -124,11 +124,11 @@ class LabelField(NamedTuple):
     check: Callable[[Path], None] = lambda path: None  #: raises an error if no file can be written to that path
 
 
-def check_extra(name: str, found: DTypeLike, dtype: np.dtype) -> None:
-    """Raise an error unless a field of the type that was found holds every value of `dtype`, for `extra`."""
-    if not np.can_cast(dtype, found, "safe"):
+def check_extra(name: str, present: DTypeLike, dtype: np.dtype) -> None:
+    """Raise an error unless a field of the present type holds every value of `dtype`, for `extra`."""
+    if not np.can_cast(dtype, present, "safe"):
         raise ReadError(
-            f"extra: field {name} is {np.dtype(found).name}, which does not hold {dtype.name}; name another"
+            f"extra: field {name} is {np.dtype(present).name}, which does not hold {dtype.name}; name another"
         )
 
 

@@ -104,7 +104,7 @@ def label_field(source: Path, out: Path, label: str | None, into: str | None, ex
                 values: np.ndarray | tuple[()], columns: Sequence[str] | None) -> LabelField:  # fmt: skip
     """The LabelField of a source of another format than `out`: everything that can be carried over is."""
     suffix, size = source.suffix.lower(), source.stat().st_size
-    named = {} if columns is None else {"columns": columns}  # of formats whose columns may have no names
+    named = {} if columns is None else {"columns": columns}  # of formats with columns that may have no names
     table = TABLES[suffix](source, size, **named)
     if table.num == 0:
         raise ReadError("holds no points")

@@ -352,10 +352,10 @@ def write_labels(source: str | os.PathLike[str], out: str | os.PathLike[str], la
     columns stays as it is.
 
     In another format coordinates and colours go to their standard places, and other fields keep their names and types;
-    dimensions of LAS point formats 6 to 8 are found by their names (``GpsTime`` is gps_time). Coordinates stay exact,
-    except in a LAS, where they are whole numbers of 0.001 or the first smaller power of ten in which all are exact; if
-    there is none, of the largest that divides the extent into a million parts. A warning says by how much they are
-    rounded, which fields are renamed, and what is not carried over.
+    dimensions of LAS point formats 6 to 8 are recognised by their names (``GpsTime`` is gps_time). Coordinates stay
+    exact, except in a LAS, where they are whole numbers of 0.001 or the first smaller power of ten in which all are
+    exact; if there is none, of the largest that divides the extent into a million parts. A warning says by how much
+    they are rounded, which fields are renamed, and what is not carried over.
 
     Parameters
     ----------
@@ -382,7 +382,7 @@ def write_labels(source: str | os.PathLike[str], out: str | os.PathLike[str], la
         The source is damaged or truncated, the field cannot hold the labels, a coordinate is NaN or infinite and `out`
         is a LAS, or `out` cannot be written. No partial file is left behind.
     ValueError, TypeError
-        Arrays whose shapes or types do not fit.
+        Shapes or types of arrays do not fit.
 
     Warns
     -----

@@ -517,7 +517,7 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
 
 
 def check_plain(out: Path) -> None:
-    """Raise an error if the name is that of a COPC, whose octree is not written."""
+    """Raise an error if the name is that of a COPC, as no octree is written."""
     if out.name.lower().endswith(".copc.laz"):
         raise ReadError("labels are written to a plain LAZ: expected a name that does not end in .copc.laz")
 

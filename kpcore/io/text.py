@@ -52,7 +52,7 @@ _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{
 _BLOCK = 1 << 22  # characters cleaned at a time
 _MAX_COMMENTS = 100  # the last comments are searched for column names
 _MAX_LINE = 1 << 20  # bytes
-ROWS = 1 << 16  # rows whose new cells are in memory at a time
+ROWS = 1 << 16  # rows with new cells in memory at a time
 
 # Words in a comment that make it column names, and words that make it a sentence.
 _COLUMN_WORDS = {
