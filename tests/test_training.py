@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from types import SimpleNamespace
 
