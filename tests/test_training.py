@@ -938,10 +938,10 @@ def test_train_test_and_segment(command, tmp_path):
 def test_a_scan_without_the_label_field_is_labelled_too(trained, tmp_path):
     model = training.Model.load(trained[0] / "best.safetensors")
     model.settings = from_dict(settings_dict(data={"label": "truth"}))
-    cloud = scenes.indoor(2000, seed=3)
+    cloud = scenes.indoor(12_000, seed=3)
     np.savez(tmp_path / "a.npz", points=cloud.points, colors=cloud.colors)
     config = segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
-    assert config.scores is None and config.counts.sum() == 2000
+    assert config.scores is None and config.counts.sum() == 12_000
     with np.load(tmp_path / "b.npz") as after:
         assert (after["truth"] == np.array([0, 2, 6])[config.classes]).all()
 

@@ -218,7 +218,7 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
-    for sentence in faults(cloud):
+    for sentence in faults(cloud) if data.kind == "scenes" else ():
         warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
 
