@@ -113,7 +113,7 @@ def test_settings_and_their_defaults():
     [
         (
             {"kind": "object", "train": ["a.ply"], "test": []},
-            r"\[data\] kind: expected scenes, digits, objects, parts, got 'object'",
+            r"\[data\] kind: expected scenes, digits, objects or parts, got 'object'",
         ),
         (
             {"kind": "digits", "train": ["a.ply"], "test": []},
