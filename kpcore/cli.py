@@ -673,7 +673,7 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
         detail(f"{name}: {', '.join(files) or 'none'}")
     detail(f"data read and network made in {time.perf_counter() - begin:.1f} s; {kp.get_num_threads()} threads")
     tested: dict[str, Any] = {}
-    with Progress("training", epochs * steps, training.epoch * steps + training.step) as progress:
+    with Progress("training", epochs * steps, training.epoch * steps + training.step, rate=True) as progress:
 
         def watch(entry: dict[str, Any]) -> None:
             for kind in ("validation", "test"):
