@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         _print_error(_about(one["file"], one["error"]))
     if failed:
         total = len(failed) + len(results["files"]) + len(results.get("skipped", []))
-        _print_error(f"{len(failed)} of {total} files failed")
+        if total > 1:
+            _print_error(f"{len(failed)} of {total} files failed")
         return FAILED if len(failed) < total else REFUSED, results
     return NOT_TRUSTED if getattr(args, "strict", False) and args.warned.is_not_trusted else DONE, results
 
