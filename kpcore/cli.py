@@ -912,9 +912,10 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
         if (other := taken.setdefault(name.casefold(), source)) is not source:
             raise Refused(f"{source}: its copy would be {args.out / name}, as that of {other}")
         copies[source] = args.out / name
-    for source, copy in copies.items():
-        if copy.exists() and source.exists() and copy.samefile(source):
-            raise Refused(f"--out {args.out}: {source} would be replaced by its copy; expected another folder")
+    originals = {os.path.realpath(source) for source in sources}
+    for copy in copies.values():
+        if os.path.realpath(copy) in originals:
+            raise Refused(f"--out {args.out}: the scan {copy} would be replaced by a copy; expected another folder")
     return copies
 
 
