@@ -367,6 +367,27 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=_path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
 
+    init = command(
+        "init", _init, "write settings for a training, from what labelled files hold",
+        "Reads labelled scans, or a folder of objects with a sub-folder for each class, and prints a settings file for "
+        "kpcore train: classes with their numbers of points, features, lengths that fit the density, and a part to "
+        "test on, with what was seen as comments. File names are relative to the current folder, or to that of --out.",
+        "kpcore init scans/*.laz > my.toml\n"
+        "kpcore init room.npy --columns \"x y z red green blue label\" --out my.toml",
+    )  # fmt: skip
+    init.add_argument(
+        "files", type=_path, nargs="+", metavar="FILE",
+        help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN; a pattern; a folder of these and its sub-folders; or a "
+        "folder of objects",
+    )  # fmt: skip
+    init.add_argument("--label", metavar="NAME", help="field of the labels (default: the first usual name)")
+    init.add_argument(
+        "--columns", type=_names, metavar="NAMES", help='names for columns that have none, "x y z intensity label"'
+    )
+    init.add_argument(
+        "--out", type=_path, metavar="TOML", help="the file to write, which must not exist (default: standard output)"
+    )
+
     train = command(
         "train", _train, "train a network on labelled clouds with the settings of a TOML file",
         "The files of [data] train, validation and test are relative to --data. Each may be a folder (\"tiles/\": the "
@@ -378,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
         "kpcore train scans.toml --data /data/scans --out runs/scans --resume\n"
         "kpcore train city.toml --init runs/scans/best.safetensors --out runs/city",
     )  # fmt: skip
-    train.add_argument("settings", type=_path, metavar="TOML", help="the settings, see docs/networks.md")
+    train.add_argument("settings", type=_path, metavar="TOML", help="the settings, see docs/settings.md")
     train.add_argument(
         "--out", type=_path, required=True, metavar="DIR",
         help="folder for checkpoints, the log and curves, with a folder in it for each fold",
@@ -577,6 +598,28 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     if options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     return (demo.objects if args.objects else demo.train)(args.out)
+
+
+def _init(args: argparse.Namespace) -> dict[str, Any]:
+    from kpcore.pipeline import starting
+
+    if args.out and args.out.exists():
+        raise Refused(f"--out {args.out}: expected a new file, got one that exists, which is never overwritten")
+    if args.out:
+        check_writable(args.out)
+    folder = args.out.parent if args.out else Path()
+    text = starting.draft(args.files, folder, label=args.label, columns=args.columns)
+    if args.out:
+        with replacing(args.out) as part:
+            part.write_text(text, encoding="utf-8")
+        say(f"{args.out}: read it, change what you like, then: kpcore train {args.out} --out runs/first")
+        return {"out": args.out, "settings": text}
+    try:
+        print(text, end="")
+    except UnicodeEncodeError as error:
+        got = f"{error.encoding}, which has no {error.object[error.start]!a}"
+        raise Refused(f"standard output: expected UTF-8, got {got}; write the file with --out") from None
+    return {"settings": text}
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
     say(f"{name}: {summary}")
     if cloud.left_out:
         say(f"left out: {cloud.left_out:,} points with NaN or infinite coordinates")
+    if zeros := cloud.dropped.get("zeros"):
+        say(f"left out: {zeros:,} points at (0, 0, 0), as without a return")
     notes = []
     if cloud.shift.any():
         notes.append(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")

@@ -191,7 +191,7 @@ def test_config_knows_the_openmp_of_torch(names, first, python, no_wish):
     ("file", "pattern"),
     [
         ("meson.build", r"^  version: '(.*)',$"),
-        ("CHANGELOG.md", r"^## (\S+)"),
+        ("CHANGELOG.md", r"^## (\d\S*)"),
         ("CITATION.cff", r"^version: (.*)$"),
         (".ci/conda/recipe.yaml", r"^  version: (\d.*)$"),
         ("README.md", r"kpcore-(.*?)-cp310-abi3"),

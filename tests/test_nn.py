@@ -1633,7 +1633,7 @@ def test_a_network_is_loaded_with_numpy_and_scipy_alone(tmp_path, net):
 import sys
 for name in ("safetensors", "torch", "tqdm", "matplotlib", "jax", "cupy", "laspy", "yaml"):
     sys.modules[name] = None  # importing it is an error
-import numpy as np, kpcore as kp
+import numpy as np, kpcore as kp, kpcore.pipeline.training, kpcore.pipeline.segmentation
 net, params, state, more = kp.nn.load({str(tmp_path / "a")!r})
 pyramid = net.pyramid(np.random.default_rng(0).random((300, 3), np.float32))
 logits = net(kp, params, state, pyramid, np.ones((len(pyramid[0].points), net.num_features), np.float32)).logits

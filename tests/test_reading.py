@@ -295,6 +295,14 @@ def test_zeros_are_said_and_are_no_duplicates(write):
         assert faults(read(path, ignore=[1])) == [nan, there.replace("300", "200").replace("30 %", "20 %")]
 
 
+def test_a_single_point_at_the_origin_is_said_only_far_from_the_others(write):
+    points = np.concatenate([np.zeros((1, 3)), np.random.default_rng(0).random((99, 3))])
+    assert faults(read(write("a.npy", npy(points)))) == []
+    points[1:] += [515368.0, 4918340, 2322]
+    (sentence,) = faults(read(write("a.npy", npy(points))))
+    assert sentence.startswith("1 of 100 points (1 %) at (0, 0, 0)")
+
+
 def test_duplicates_above_a_share_and_the_most_crowded_place(write):
     rng = np.random.default_rng(0)
     parts = [rng.random((8000, 3)), rng.random((10, 3)).repeat(100, axis=0), np.full((1001, 3), (0.5, -0.25, 7))]

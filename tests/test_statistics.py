@@ -72,6 +72,8 @@ def test_equal_values_and_none():
 def test_values_unlike_those_of_the_training(training, values, message):
     observed = of_intensity(values, training)
     messages = statistics.differences(training, observed)
+    few = statistics.differences(training, of_intensity(values[:99], training, unit=[1.0, None]))
+    assert few == []
     assert [bool(re.match(message, one)) for one in messages] == [True] if message else messages == []
 
 

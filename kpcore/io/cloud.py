@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -245,7 +246,10 @@ def check_fields(names: Sequence[str], request: Request) -> None:
     """Raise an error that lists the file's fields if a requested one is missing."""
     wanted = (*request.fields, *([] if request.label is None else [request.label]))
     if missing := sorted({name for name in wanted if name_index(names, name) is None}):
-        raise MissingField(f"has no field {' '.join(missing)}; there are {list_names(names)}")
+        by_lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(missing[0].lower(), by_lower, 1, 0.75)
+        advice = f"; did you mean {list_names([by_lower[near[0]]])}?" if near else ""
+        raise MissingField(f"has no field {' '.join(missing)}; there are {list_names(names)}{advice}")
 
 
 def fields_from(columns: NamedArrays, request: Request) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ def faults(cloud: Cloud, share: float = 0.01) -> list[str]:
 
     - points left out because a coordinate is NaN, infinite or too large for float32;
     - points at exactly (0, 0, 0) in the file's coordinates, as in range images where there was no return, left out or
-      not;
+      not; a single one only if the others are far from there (`Cloud.shift`), as objects may have the origin inside;
     - points at exactly the position of an earlier point, if they are at least `share` of all;
     - the position at which most points are, if they are more than 1,000: each of them is a neighbour of all others, so
       that 10,000 of them are 100 million pairs.
@@ -67,7 +67,8 @@ def faults(cloud: Cloud, share: float = 0.01) -> list[str]:
         sentences.append(f"{counted(dropped)} at (0, 0, 0) left out, as pixels without a return are there")
     points, shift = (cloud.points, cloud.shift) if cloud.exact is None else (cloud.exact, np.zeros(3))
     is_zero = are_at(points, (-shift).astype(points.dtype))
-    if zeros := int(is_zero.sum()):
+    zeros = int(is_zero.sum())
+    if zeros > 1 or (zeros and cloud.shift.any()):
         advice = "as pixels without a return are; drop_zeros leaves them out"
         sentences.append(f"{counted(zeros)} at (0, 0, 0), {advice}")
         points = points[~is_zero]

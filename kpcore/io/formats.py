@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     -----
     UserWarning
         The file may have been read wrongly or in part: colours in no usual range, columns without names, two fields
-        with different labels.
+        with different labels, a damaged coordinate reference system or two with different units.
     """
     path = Path(path)
     fields, columns = _names("fields", fields), _column_names(columns)

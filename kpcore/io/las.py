@@ -54,7 +54,7 @@ _LAYERS = {
 }  # fmt: skip
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
-_LONGEST_TEXT = 1 << 20  # bytes of a coordinate reference system; those of real files have some thousand
+_LONGEST_TEXT = 1 << 18  # bytes of a coordinate reference system; those of real files have some thousand
 
 
 class Dimension(NamedTuple):

@@ -19,7 +19,7 @@ from kpcore.io import ReadError, faults
 from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
 from kpcore.io.formats import field_names, read_columns
 from kpcore.pipeline import filenames, objects
-from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError
+from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError, near
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
@@ -205,9 +205,10 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
     request = {"fields": fields, "exact": exact, "ignore": (*data.ignore, *ignore), "drop_zeros": data.drop_zeros}
     try:
         cloud = read_columns(path, data.columns, labelled, label=data.label, **request)
-    except MissingField:
+    except MissingField as error:
         if labelled or data.label is None:
-            raise
+            advice = next(filter(None, (near(name, COMPUTED_FEATURES, 0.75) for name in fields)), "")
+            raise MissingField(f"{error}{advice if 'did you mean' not in str(error) else ''}") from None
         cloud = read_columns(path, data.columns, labelled, **request)
     if cloud.reference is not None and cloud.reference.kind in ("geographic", "geocentric"):
         raise ReadError(f"{path}: expected coordinates in a length such as metres, got {cloud.reference.kind} ones "
@@ -217,7 +218,7 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
     if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
-    for sentence in faults(cloud):
+    for sentence in faults(cloud) if data.kind == "scenes" else ():
         warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
 

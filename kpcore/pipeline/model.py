@@ -276,33 +276,3 @@ def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
         if getattr(net, name) != getattr(expected, name):
             raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
                              f"{getattr(net, name)}")  # fmt: skip
-
-
-def load_model(path: str | os.PathLike[str]) -> Model:
-    """Load a trained model, to label points with it. It needs NumPy and SciPy alone.
-
-    Parameters
-    ----------
-    path : str or Path
-        A best.safetensors or last.safetensors that ``kpcore train`` wrote, or a file of ``kpcore convert``.
-
-    Returns
-    -------
-    Model
-        With `classes`, `features`, `voxel_size`, `summary` and `predict`.
-
-    Raises
-    ------
-    ValueError
-        The file is damaged, or holds no trained model; the message names it.
-    OSError
-        It cannot be read.
-
-    Examples
-    --------
-    >>> import kpcore as kp
-    >>> model = kp.load_model("runs/ahn3/best.safetensors")              # doctest: +SKIP
-    >>> result = model.predict(points, intensity=intensity)              # doctest: +SKIP
-    >>> result.labels, result.confidence, result.warnings                # doctest: +SKIP
-    """
-    return Model.load(path)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.config import KpcoreWarning
+from kpcore.config import KpcoreWarning, free_memory
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
-from kpcore.pipeline import statistics, voting
+from kpcore.pipeline import blocks, statistics, voting
 from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud, scaled
 from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
 
@@ -38,7 +38,7 @@ class Segmented(NamedTuple):
 def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, method: str | None = None,
             votes: int | None = None, category: str | None = None, keep: Sequence[int] = (), into: str | None = None,
             confidence: bool = False, unclassified: float | None = None, ignore: Sequence[int | str] = (),
-            scale: tuple[float, float] | str | None = None,
+            scale: tuple[float, float] | str | None = None, report: Callable[[str], object] | None = None,
             watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
     """Label the points of a file, and write a copy with these labels; everything else in it stays the same.
 
@@ -62,10 +62,18 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         Points with these labels or flags are not in the input, and keep their label; see `kpcore.io.read`.
     scale : (float, float) or "auto", optional
         Factors of x and y, and of z, to the unit of the training; "auto": as the file and the model state their units.
+    report : function, optional
+        Is called with lines of text before the work: how many blocks there are, and what they need; and what is not as
+        usual.
 
     Returns
     -------
     Segmented
+
+    Raises
+    ------
+    MemoryError
+        If a block needs more memory than there is.
 
     Warns
     -----
@@ -91,6 +99,8 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         true = part_numbers(model.settings, source, cloud.labels, [*model.settings.heads].index(category))
     elif cloud.labels is not None:
         true = class_numbers(model.settings, cloud.labels)
+    if category is None:
+        tell(model, cloud, method, votes, report)
     labelled = label(model, cloud, mode=method, votes=votes, category=category, watch=watch)
     for message in labelled.warnings:
         warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
@@ -103,6 +113,24 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         kept[kept] = changes
     write_to(field, source, out, labels, kept)
     return compare(model, cloud, true, labelled.classes, category)._replace(labelled=labelled)
+
+
+def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
+         report: Callable[[str], object] | None) -> None:  # fmt: skip
+    """Report how a cloud will be labelled; an error if it needs more memory than there is."""
+    chosen, notes = chosen_method(model, method, votes)
+    if chosen == "blocks":
+        plan, size = blocks.plan(model, cloud, np.arange(len(cloud.points))), model.block_size
+        notes = [f"{plan.blocks:,} blocks of {size.side:g} with a halo of {size.halo:g}, up to {plan.points:,} points, "
+                 f"which need some {plan.memory / 2**30:.2g} GiB"]  # fmt: skip
+        limit = free_memory()
+        if plan.memory > limit:
+            raise MemoryError(f"{notes[0]}, more than the {limit / 2**30:.2g} GiB there are; the method potentials has "
+                              "smaller inputs")  # fmt: skip
+        if model.net.norm in ("group", "instance"):
+            notes.append(f"the network's {model.net.norm} normalisation is over the points of each block")
+    for note in notes if report else ():
+        report(note)
 
 
 def unit_scale(model: Model, cloud: Cloud) -> tuple[float, float]:

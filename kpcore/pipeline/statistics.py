@@ -25,6 +25,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _BINS = 128  # of a histogram, from the 0.001 to the 0.999 quantile, besides one below and one above
 _SHARE_BEYOND = 0.1  # of values beyond the training range, which has 0.002 of the training's
 _SHIFT = 0.5  # the largest difference of two cumulative distributions: tiles of one survey differ by 0.05 to 0.3
+_FEWEST_POINTS = 100  # that have a distribution
 _RATIO = 2.0  # of points per voxel, spacing and neighbours
 _SCENES_OF_NEIGHBORS = 8
 _SPACING_POINTS = 20_000  # points to which the nearest is searched
@@ -221,7 +222,9 @@ def of_training(settings: Settings, net: nn.Network | nn.KPNeXt, columns: Column
 
 def differences(training: Statistics, observed: Statistics) -> list[str]:
     """In a line each, what differs so much from the training that labels are not to be trusted."""
-    out = []
+    out = _units_that_differ(training.unit, observed.unit)
+    if observed.points < _FEWEST_POINTS:
+        return out
     for name, feature in training.features.items():
         other = observed.features[name]
         shares, others = (np.array(one.counts) / max(1, sum(one.counts)) for one in (feature, other))
@@ -232,7 +235,6 @@ def differences(training: Statistics, observed: Statistics) -> list[str]:
         elif shift > _SHIFT:
             medians = (dict(one.quantiles)[0.5] for one in (other, feature))
             out.append("{} has a median of {:.4g} where training had {:.4g}".format(name, *medians))
-    out += _units_that_differ(training.unit, observed.unit)
     density = []
     if _differs(observed.points_per_voxel, training.points_per_voxel):
         density.append(f"{observed.points_per_voxel:.3g} points per voxel where training had "

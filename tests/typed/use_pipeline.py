@@ -16,9 +16,11 @@ from kpcore import io, nn, scenes
 from kpcore.compat import geotransformer, kpconv_pytorch, kpconvx
 from kpcore.nn import checkpoints
 from kpcore.pipeline import segmentation
+from kpcore.pipeline.labelling import evaluate
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import Settings, SettingsError, read_settings
-from kpcore.pipeline.training import Model, Training
-from kpcore.pipeline.voting import Scores, evaluate, scores
+from kpcore.pipeline.training import Training
+from kpcore.pipeline.voting import Scores, scores
 
 
 def read_and_label(source: Path) -> tuple[float, float]:
