@@ -120,9 +120,9 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
 
 def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
          report: Callable[[str], object] | None) -> None:  # fmt: skip
-    """Report how a cloud will be labelled; an error if it needs more memory than there is."""
-    chosen, notes = chosen_method(model, method, votes)
-    if chosen == "blocks":
+    """Report what blocks need; an error if it is more memory than there is."""
+    notes: list[str] = []
+    if chosen_method(model, method, votes)[0] == "blocks":
         plan, size = blocks.plan(model, cloud, np.arange(len(cloud.points))), model.block_size
         notes = [f"{plan.blocks:,} blocks of {size.side:g} with a halo of {size.halo:g}, up to {plan.points:,} points, "
                  f"which need some {plan.memory / 2**30:.2g} GiB"]  # fmt: skip
