@@ -422,6 +422,18 @@ def test_scenes_of_patterns_keep_their_box_and_are_checked(tmp_path):
     assert [*filenames.expand(config, tmp_path).by_fold()] == ["a.npz", "b.npz"]
 
 
+def test_a_pattern_that_stands_for_a_test_scene_too_is_warned_about(tiles, tmp_path):
+    def config(**data):
+        return from_dict(settings_dict(data=data))
+
+    message = r"\[data\] test: expected points that are not in train, got t1\.npz, so that their scores are too good"
+    with pytest.warns(kp.KpcoreWarning, match=message):
+        training.Training(config(train=["t*.npz"], test=["t1.npz"]), tmp_path, tiles)
+    box = {"file": "t1.npz", "min": [0.0]}
+    for train, test in ((["t[02].npz"], "t1.npz"), (["t1.npz"], "t1.npz"), ([{"file": "t*.npz", "max": [0.0]}], box)):
+        assert filenames.trained_and_tested(config(train=train, test=[test]), tiles) == []
+
+
 # ---- resuming, beginning with a model, memory
 
 
