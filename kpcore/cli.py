@@ -338,6 +338,13 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
+    def method(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--method", choices=("blocks", "potentials"),
+            help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
+            "votes, or if the network has the feature local)",
+        )  # fmt: skip
+
     def strict(one: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--strict", action="store_true",
@@ -429,6 +436,7 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--data", type=_path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
+    method(test)
     test.add_argument(
         "--votes", type=_up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
     )
@@ -484,11 +492,7 @@ def parser() -> argparse.ArgumentParser:
         "--resume", action="store_true",
         help="skip scans whose copies are in the folder already, whatever options these were made with",
     )  # fmt: skip
-    segment.add_argument(
-        "--method", choices=("blocks", "potentials"),
-        help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
-        "votes, or if the network has the feature local)",
-    )  # fmt: skip
+    method(segment)
     segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument(
@@ -575,6 +579,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--out", type=_path, required=True, metavar="FILE", help="the safetensors file to write")
 
+    info = command(
+        "info", _info, "print what a trained model is and was trained on",
+        "Prints the blocks of the network, classes with their labels, features with the ranges that they had in "
+        "training, the spacing and unit of the points, scores, and the licence that the settings state.",
+        "kpcore info best.safetensors",
+    )  # fmt: skip
+    info.add_argument("model", type=_path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+
     command("config", _config, "print version, instruction set, threads and GPU, for bug reports", "", "kpcore config")
     return top
 
@@ -585,6 +597,14 @@ def parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> dict[str, Any]:
     kp.show_config()
     return {"config": config_rows()}
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    model = _model(args.model)
+    print(f"{args.model}: {args.model.stat().st_size:,} bytes")
+    print(model.summary())
+    return {"model": args.model, "bytes": args.model.stat().st_size, "parameters": kp.nn.count(model.params),
+            **model.about(), **model.history}  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -788,7 +808,9 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
     else:
         with Progress("testing") as progress:
             watch = progress.to if settings.heads else _of_each(progress, len(loaded))
-            confusion, scores = labelling.evaluate_scores(model, loaded, args.votes, watch, compare=True)
+            confusion, scores = labelling.evaluate_scores(
+                model, loaded, args.votes, watch, mode=args.method, compare=True
+            )
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -863,7 +885,7 @@ def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
         with Progress(f"testing {name}") as progress:
             watch = _of_each(progress, len(loaded))
-            confusions[name] = labelling.evaluate(model, loaded, args.votes, watch, compare=True)
+            confusions[name] = labelling.evaluate(model, loaded, args.votes, watch, mode=args.method, compare=True)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)
@@ -1011,7 +1033,7 @@ def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Pat
     from kpcore.pipeline import segmentation, voting
 
     begin, before = time.perf_counter(), len(args.warned.lines)
-    segmented = segmentation.segment(model, source, copy, watch=watch, **options)
+    segmented = segmentation.segment(model, source, copy, watch=watch, report=say, **options)
     matrix, names = None, model.settings.names
     if segmented.scores is not None:
         matrix = voting.confusion(segmented.true, segmented.classes, len(names))

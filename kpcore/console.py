@@ -147,9 +147,9 @@ def duration(seconds: float) -> str:
 
 
 def classes_in_mean(scores: Scores) -> str:
-    """Text after a mean IoU that says over how many classes it is; empty if over all."""
-    counted = sum(value is not None for value in scores["iou"].values())
-    return "" if counted == len(scores["iou"]) else f" over {counted} of {len(scores['iou'])} classes"
+    """Text after a mean IoU that says over how many classes it is."""
+    counted, number = sum(value is not None for value in scores["iou"].values()), len(scores["iou"])
+    return f" over {number} classes" if counted == number else f" over {counted} of {number} classes"
 
 
 def make_folder(out: Path) -> None:
