@@ -88,7 +88,7 @@ def listed(settings: Settings, folder: str | os.PathLike[str]) -> dict[str, list
 
 
 def trained_and_tested(settings: Settings, folder: str | os.PathLike[str]) -> list[str]:
-    """Scenes for tests that a folder or a pattern in `train` stands for too, whose scores say nothing."""
+    """Scenes for tests that a folder or a pattern in `train` stands for too: their scores say nothing."""
     patterns = [part for part in settings.data.train if single([part], folder) != [part]]
     tests, scenes = (single(parts, folder) for parts in (settings.data.test, patterns))
     return [str(test) for test in tests if isinstance(test, Part) and any(overlap(test, one) for one in scenes)]
