@@ -380,7 +380,7 @@ def test_options_are_passed_on(command, monkeypatch, model, tiles, tmp_path):
              "0.5", "--ignore", "7,withheld", "--scale", "2,1"]  # fmt: skip
     assert command("segment", model, tiles / "t1.npz", "--out", tmp_path / "out", *words)[0] == 0
     ((source, out, options),) = calls
-    options.pop("watch")
+    assert callable(options.pop("watch")) and options.pop("report") is console.say
     assert (source, out) == (tiles / "t1.npz", tmp_path / "out" / "t1.npz") and options == {
         "method": "potentials", "votes": 2, "category": None, "keep": (2,), "into": "new", "confidence": True,
         "unclassified": 0.5, "ignore": (7, "withheld"), "scale": (2.0, 1.0),
