@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
@@ -95,9 +96,9 @@ def normals(points: AnyArray, *, k: int | None = None, radius: float | None = No
     float32 that are 500,000 m from the origin, where coordinates are rounded to 3 cm, have upward normals where
     neighbourhoods are as small: subtract an origin first.
 
-    Covariances and eigenvectors (by Jacobi's method) are computed in float64 from coordinates relative to the point. The
-    result has the same bits with any number of threads. Neighbours are searched for some points at a time, so that
-    memory is bounded however large the neighbourhoods are.
+    Covariances (divided by the number of points) and eigenvectors (by Jacobi's method) are computed in float64 from
+    coordinates relative to the point. The result has the same bits with any number of threads. Neighbours are searched
+    for some points at a time, so that memory is bounded however large the neighbourhoods are.
 
     References
     ----------
@@ -160,8 +161,8 @@ def covariance_features(points: AnyArray, *, k: int | None = None, radius: float
 
     References
     ----------
-    .. [1] M. Weinmann et al., "Semantic point cloud interpretation based on optimal neighborhoods, relevant features and
-       efficient classifiers", ISPRS Journal 105, 2015; after K. F. West et al., SPIE 5426, 2004.
+    .. [1] M. Weinmann et al., "Semantic point cloud interpretation based on optimal neighborhoods, relevant features
+       and efficient classifiers", ISPRS Journal 105, 2015; after K. F. West et al., SPIE 5426, 2004.
     .. [2] J. Demantké et al., "Streamed vertical rectangle detection in terrestrial laser scans for facade database
        production", ISPRS Annals I-3, 2012; the square roots: "Dimensionality based scale selection in 3D lidar point
        clouds", ISPRS Archives XXXVIII-5/W12, 2011.
@@ -279,9 +280,7 @@ def outlier_mask(points: AnyArray, *, mean_k: int | None = None, std_mul: float 
     points = tree.stored_points
     row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", {}, known=True)
     distances = devices.namespace(points).zeros((len(points), 1))
-    nearest = lambda queries, splits: tree.knn_search(
-        queries, mean_k + 1, queries_row_splits=splits, return_distances=True
-    )
+    nearest = partial(tree.knn_search, k=mean_k + 1, return_distances=True)
     for rows, neighbors in _in_blocks(points, row_splits, mean_k + 1, nearest):
         others = neighbors.counts[:, None] - 1
         total = segment_reduce(
@@ -308,14 +307,14 @@ def _fitted(points, k, radius, viewpoint, row_splits, *, with_eigenvalues):
     xp, backend = devices.namespace(points), devices.backend(points)
     if radius is None:
         tree, pairs = KDTree(points, row_splits=row_splits), min(k, len(points))
-        search = lambda queries, splits: tree.knn_search(queries, k, queries_row_splits=splits)
+        search = partial(tree.knn_search, k=k)
     else:
         radius = checks.length("radius", radius, points.dtype)
         grid = GridIndex(points, radius, row_splits=row_splits)
         if k is not None and not xp.isfinite(points).all():  # on the GPU a search with max_neighbors does not notice
             raise checks.not_finite(points=points)
-        pairs = _mean_neighbors(grid, points, radius, row_splits)
-        search = lambda queries, splits: grid.radius_search(queries, radius, queries_row_splits=splits, max_neighbors=k)
+        pairs = _mean_neighbors(grid, points, radius, row_splits) if k is None else min(k, len(points))
+        search = partial(grid.radius_search, radius=radius, max_neighbors=k)
     normal, eigenvalues = xp.empty_like(points), xp.empty_like(points) if with_eigenvalues else None
     for rows, neighbors in _in_blocks(points, row_splits, pairs, search):
         backend.run(
@@ -342,19 +341,18 @@ def _viewpoints(viewpoint, points, sizes):
 
 
 def _in_blocks(points: np.ndarray, row_splits: np.ndarray, pairs: float,
-               search: Callable[[np.ndarray | None, np.ndarray | None], Neighbors],
-               ) -> Iterator[tuple[slice, Neighbors]]:  # fmt: skip
+               search: Callable[..., Neighbors]) -> Iterator[tuple[slice, Neighbors]]:  # fmt: skip
     """(rows, the neighbours of these points): all points at once, or as many as have some `_PAIRS` neighbours.
 
-    `pairs`: the mean number of neighbours of a point. ``search(queries, row_splits)`` finds them.
+    `pairs`: the mean number of neighbours of a point. ``search(queries, queries_row_splits=...)`` returns them.
     """
     rows = max(_LEAST_ROWS, int(_PAIRS / max(pairs, 1)))
     if rows >= len(points):
-        yield slice(0, len(points)), search(None, None)
+        yield slice(0, len(points)), search(None)
         return
     for begin in range(0, len(points), rows):
         part = slice(begin, min(begin + rows, len(points)))
-        yield part, search(points[part], row_splits.clip(part.start, part.stop) - begin)
+        yield part, search(points[part], queries_row_splits=row_splits.clip(part.start, part.stop) - begin)
 
 
 def _mean_neighbors(index, points, radius, row_splits):
