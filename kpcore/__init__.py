@@ -30,8 +30,7 @@ Edges
 
 import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loads backends.cpu)
 from kpcore.config import *  # noqa: F403
@@ -55,11 +54,14 @@ from kpcore.terrain import *  # noqa: F403
 
 if TYPE_CHECKING:
     from kpcore import compat, io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
+    from kpcore.pipeline.model import load_model
 
 _IMPORTED_WHEN_USED = ("compat", "io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "load_model":
+        return importlib.import_module("kpcore.pipeline.model").load_model
     if name in _IMPORTED_WHEN_USED:
         return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
@@ -71,7 +73,7 @@ _EXPORTING = (
     *("config", "continuous", "deform2d", "deformation", "dispositions", "features", "kernel_map", "kpconv", "layers"),
     *("neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
 )
-__all__ = ["autodiff"]
+__all__ = ["autodiff", "load_model"]
 for _module in _EXPORTING:
     __all__ += sys.modules[f"kpcore.{_module}"].__all__
 __all__.sort()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kpcore.pipeline.data import PartClouds
+    from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings
-    from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
 
 
@@ -327,6 +327,7 @@ def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen
 
 def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resume: bool,
                read_parts: PartClouds | None = None) -> None:  # fmt: skip
+    from kpcore.pipeline import class_table
     from kpcore.pipeline.training import Training
 
     tqdm = require("tqdm", "io").tqdm
@@ -335,13 +336,17 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
     net, epochs, steps = training.model.net, settings.training.epochs, settings.training.steps
     print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
           f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
+    print(*class_table.lines(training.classes, "objects" if settings.classifies else "points"), sep="\n")
+    if training.test_scenes and not training.validation_scenes:
+        print("the best network is chosen by the test data, so its score there is too good: see validation in [data]")
     done = training.epoch * steps + training.step
     with tqdm(total=epochs * steps, initial=done, desc="training", **BAR) as bar:
 
         def watch(entry: dict[str, Any]) -> None:
-            if "test" in entry:
-                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"], settings.classifies))
-                return
+            for kind in ("validation", "test"):
+                if kind in entry:
+                    bar.write(_scores(f"{kind} after epoch {entry['epoch']}", entry[kind], settings.classifies))
+                    return
             bar.set_description_str(f"epoch {entry['epoch'] + 1} of {epochs}")
             bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
             bar.update()
@@ -364,14 +369,13 @@ def _scores(when: str, scores: Scores, classifies: bool) -> str:
 
 
 def _model(path: Path) -> Model:
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
-    require("safetensors", "io")
     return Model.load(path)
 
 
 def _test(args: argparse.Namespace) -> None:
-    from kpcore.pipeline import classification, voting
+    from kpcore.pipeline import classification, labelling, voting
     from kpcore.pipeline.data import load
 
     if args.model.is_dir():
@@ -388,7 +392,7 @@ def _test(args: argparse.Namespace) -> None:
         confusion = classified.confusion()
         scores = voting.scores(confusion, settings.names)
     else:
-        confusion, scores = voting.evaluate_scores(model, loaded, args.votes)
+        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes)
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -429,7 +433,7 @@ def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusi
 
 def _test_folds(args: argparse.Namespace) -> None:
     """Test the network of each fold after its last epoch on the scenes of the fold."""
-    from kpcore.pipeline import folds, voting
+    from kpcore.pipeline import folds, labelling, voting
     from kpcore.pipeline.data import load
     from kpcore.pipeline.training import LAST
 
@@ -443,7 +447,7 @@ def _test_folds(args: argparse.Namespace) -> None:
     confusions = {}
     for name, model in models.items():
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        confusions[name] = voting.evaluate(model, loaded, args.votes)
+        confusions[name] = labelling.evaluate(model, loaded, args.votes)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
     from kpcore.picture import Patch
     from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings, Source
-    from kpcore.pipeline.training import Model
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
 NUM_KERNEL_POINTS = 15
@@ -114,12 +114,12 @@ def train(out: Path) -> None:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
     tqdm = require("tqdm", "io").tqdm
     path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
-    from kpcore.pipeline import segmentation, voting
+    from kpcore.pipeline import labelling, segmentation
 
     begin = time.perf_counter()
     with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
-        classes = voting.labels_of(model, scene, watch=lambda done: bar.update(done - bar.n))
-    segmented = segmentation.compare(model, scene, classes)
+        classes = labelling.labels_of(model, scene, watch=lambda done: bar.update(done - bar.n))
+    segmented = segmentation.compare(model, scene.cloud, scene.full_labels, classes)
     seconds = time.perf_counter() - begin
     print(
         f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"

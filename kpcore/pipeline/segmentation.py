@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore import moved
+from kpcore.config import KpcoreWarning
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import voting
-from kpcore.pipeline.data import IGNORED, part_scene, read_cloud, scene_of
+from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud
+from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from kpcore.pipeline.data import Scene
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
 __all__ = ["Segmented", "compare", "draw", "segment", "write_labels"]
 
@@ -32,56 +32,49 @@ class Segmented(NamedTuple):
     counts: np.ndarray  #: (classes,) number of points of each predicted class
     true: np.ndarray | None  #: (N,) class numbers by the labels in the file, IGNORED where these are of no class
     scores: voting.Scores | None  #: of the predicted classes; None without labels
+    labelled: Labelled | None = None  #: with the confidence, and with what makes the classes doubtful
 
 
-def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, votes: int | None = None,
-            category: str | None = None, watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
+def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, method: str | None = None,
+            votes: int | None = None, category: str | None = None,
+            watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
     """Label the points of a file, and write a copy with these labels; everything else in it stays the same.
 
-    A network of parts needs the category of the object.
-
-    Points without finite coordinates keep their label. `watch` is called with the fraction that is done.
+    Points without finite coordinates keep their label. See `Model.predict` for the arguments.
     """
     check_category(model, category)
+    chosen_method(model, method, votes)
     check_out(source, out)
-    cloud = read_cloud(model.settings, source, labelled=False)
-    heads, classes = model.settings.heads, [*model.settings.data.classes.values()]
-    values = np.array(np.concatenate(classes) if heads else [labels[0] for labels in classes], np.int32)
+    cloud = read_cloud(model.settings, source, labelled=False, exact=True)
+    values = model.label_values
     kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
     field = label_field(
         source, out, len(kept), label=model.settings.data.label, values=values
     )  # checks before the work
-    if heads:
-        number = [*heads].index(category)
-        scene = replace(
-            part_scene(model.settings, model.columns, source, cloud.points, cloud.labels, number), cloud=cloud
-        )
-    else:
-        scene = scene_of(model.settings, model.columns, cloud)
-    classes = voting.labels_of(model, scene, votes, watch=watch)
-    write_to(field, source, out, values[classes], kept)
-    return compare(model, scene, classes)
+    true = None
+    if cloud.labels is not None and category is not None:
+        true = part_numbers(model.settings, source, cloud.labels, [*model.settings.heads].index(category))
+    elif cloud.labels is not None:
+        true = class_numbers(model.settings, cloud.labels)
+    labelled = label(model, cloud, mode=method, votes=votes, category=category, watch=watch)
+    for message in labelled.warnings:
+        warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
+    write_to(field, source, out, values[labelled.classes], kept)
+    return compare(model, cloud, true, labelled.classes, category)._replace(labelled=labelled)
 
 
-def check_category(model: Model, category: str | None) -> None:
-    """Raise an error unless the category is one of the network, or None for a network without categories."""
-    heads = model.settings.heads
-    if (heads is None) != (category is None) or (heads and category not in heads):
-        expected = f"one of {', '.join(heads)}" if heads else "none for a network without parts"
-        raise ValueError(f"category: expected {expected}, got {category}")
-
-
-def compare(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
-    """Compare predicted classes with the labels of a scene."""
-    counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
+def compare(model: Model, cloud: Cloud, true: np.ndarray | None, classes: np.ndarray,
+            category: str | None = None) -> Segmented:  # fmt: skip
+    """Compare predicted classes of a cloud's points with those of its labels, None if it has none."""
+    counts, scores = np.bincount(classes, minlength=model.net.num_classes), None
     if true is not None and (true != IGNORED).any():
         matrix, heads = voting.confusion(true, classes, len(counts)), model.settings.heads
         scores = (
-            voting.part_scores([matrix], [scene.category], heads)
+            voting.part_scores([matrix], [[*heads].index(category)], heads)
             if heads
             else voting.scores(matrix, model.settings.names)
         )
-    return Segmented(scene.cloud, classes, counts, true, scores)
+    return Segmented(cloud, classes, counts, true, scores)
 
 
 def draw(path: Path, title: str, segmented: Segmented, names: Sequence[str]) -> None:
@@ -102,7 +95,3 @@ def draw(path: Path, title: str, segmented: Segmented, names: Sequence[str]) -> 
     scores = segmented.scores
     subtitle = f"mIoU {scores['miou']:.3f}, accuracy {scores['accuracy']:.3f}" if scores else ""
     picture.draw_classes(path, title, subtitle, segmented.cloud, panels, [*zip(names, colors, strict=True)])
-
-
-def __getattr__(name: str) -> object:
-    return moved.attribute(__name__, name)

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ import numpy as np
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.config import require
+from kpcore.config import KpcoreWarning, require
 from kpcore.files import replacing
-from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays
-from kpcore.pipeline import batches, voting
-from kpcore.pipeline.data import IGNORED, columns_of, load
+from kpcore.pipeline import batches, blocks, labelling, statistics
+from kpcore.pipeline.class_table import check_classes, class_table
+from kpcore.pipeline.data import IGNORED, load, load_training
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from io import FileIO
 
     from kpcore.nn.blocks import Parameters
-    from kpcore.pipeline.data import Columns, PartClouds, Scene
+    from kpcore.pipeline.class_table import ClassTable
+    from kpcore.pipeline.data import PartClouds, Scene
     from kpcore.pipeline.settings import Settings
 
 LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
@@ -40,47 +42,6 @@ _BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
 
 class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the first layer with such an output."""
-
-
-class Model:
-    """A trained network with its settings, which say how the features of a cloud are made."""
-
-    net: nn.Network | nn.KPNeXt
-    params: dict[str, np.ndarray]
-    state: dict[str, np.ndarray]
-    settings: Settings
-    columns: Columns
-
-    def __init__(self, net: nn.Network | nn.KPNeXt, params: dict[str, np.ndarray], state: dict[str, np.ndarray],
-                 settings: Settings, columns: Columns) -> None:  # fmt: skip
-        self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Load a file that a training wrote."""
-        net, params, state, about = nn.load(path)
-        with checkpoints.errors_name(path):
-            if not {"settings", "columns"} <= about.keys():
-                got = "got one without its settings or columns"
-                if "converted" in about:
-                    got = "got one of kpcore convert, which says what is missing for segment and predict"
-                raise ValueError(f"expected a file that kpcore train wrote, {got}")
-            settings = from_dict(about["settings"])
-            _check_network(net, settings)
-            return cls(net, params, state, settings, columns_of(settings, about["columns"]))
-
-    def about(self) -> dict[str, Any]:
-        """Settings and columns in JSON types, for the header of a checkpoint."""
-        return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
-
-
-def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
-    """Raise an error unless the network fits the data of the settings."""
-    expected = settings.net()
-    for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
-        if getattr(net, name) != getattr(expected, name):
-            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
-                             f"{getattr(net, name)}")  # fmt: skip
 
 
 class Training:
@@ -112,7 +73,9 @@ class Training:
     results: list[dict[str, Any]]  #: of each validation so far
     loss: float | None  #: of the last step
     scenes: list[Scene]
+    validation_scenes: list[Scene]  #: by which the best network is chosen; without any it is chosen by test_scenes
     test_scenes: list[Scene]
+    classes: ClassTable  #: points and files of each class
     model: Model
     optimizer: nn.Optimizer[np.ndarray]
     schedule: Callable[[float], float]  #: the learning rate of a step, counted over all epochs
@@ -125,13 +88,20 @@ class Training:
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
         self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
-        train, test = settings.data.train, settings.data.test
-        self.scenes, columns = load(settings, train, folder, read_parts=read_parts)
+        test = settings.data.test
+        self.scenes, self.validation_scenes, columns = load_training(settings, folder, read_parts)
         self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
-        self._warn_of_classes()
+        parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
+        self.classes = class_table(settings, parts)
+        for message in check_classes(settings, parts, self.classes):
+            warnings.warn(message, KpcoreWarning, stacklevel=2)
         net = settings.net()
         params, state = net.init(seed)
-        self.model = Model(net, params, state, settings, columns)
+        size = of_training = None
+        if not settings.whole:
+            size = blocks.default_size(settings, self.scenes)
+            of_training = statistics.of_training(settings, net, columns, self.scenes, size.side)
+        self.model = Model(net, params, state, settings, columns, size, of_training)
         self.optimizer = self._optimizer(params)
         self.schedule = self._schedule()
         self.class_weights = self._class_weights()
@@ -159,30 +129,16 @@ class Training:
                         self._save_last()
                         saved = time.perf_counter()
                 self.epoch, self.step = self.epoch + 1, 0
-                if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
-                    entry = self._validate()
+                for entry in self._scores(self.epoch == training.epochs):
                     _append(log, entry)
                     if watch:
                         watch(entry)
                 self._save_last()
                 saved = time.perf_counter()
-        if not self.test_scenes:
+        if not (self.test_scenes or self.validation_scenes):
             self._save(BEST, {})
         curves(self.out)
         return self.results
-
-    def _warn_of_classes(self) -> None:
-        """Warn in one line of classes without points in the training data."""
-        present = {number for scene in self.scenes for number in np.unique(scene.labels)}
-        missing = [name for number, name in enumerate(self.settings.names) if number not in present]
-        if missing and self.settings.data.kind in ("objects", "parts"):
-            warnings.warn(
-                f"[data] classes {', '.join(missing)}: no {self.settings.data.kind} in the training data", stacklevel=3
-            )
-        elif missing and not self.settings.digits:
-            labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
-            warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
-                          f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
         """The remaining steps of the epoch; yields the log entry of each."""
@@ -267,30 +223,50 @@ class Training:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
 
-    def _validate(self) -> dict[str, Any]:
-        """Evaluate the test scenes, save the network if it is the best so far; returns the log entry."""
+    def _scores(self, is_last: bool) -> Iterator[dict[str, Any]]:
+        """The log entries of the scores after an epoch that is validated, or the last; saves the best network so far.
+
+        With scenes for validation the test scenes are labelled once, by the best network after the last epoch.
+        """
+        if not (is_last or self.epoch % self.settings.training.validate == 0):
+            return
+        if not self.validation_scenes:
+            if self.test_scenes:
+                yield self._validate("test", self.test_scenes)
+            return
+        yield self._validate("validation", self.validation_scenes)
+        if is_last and self.test_scenes:
+            best = Model.load(self.out / BEST)
+            begin = time.perf_counter()
+            confusion, scores = labelling.evaluate_scores(best, self.test_scenes)
+            result = {"epoch": self.epoch, "confusion": confusion.tolist(), **scores}
+            _save(self.out / BEST, best, {**best.history, "test": result})
+            yield {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
+
+    def _validate(self, kind: str, scenes: list[Scene]) -> dict[str, Any]:
+        """Evaluate scenes, save the network if it is the best so far; returns the log entry."""
         begin = time.perf_counter()
-        confusion, scores = voting.evaluate_scores(self.model, self.test_scenes)
-        entry = {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
-        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
-        score = entry["test"]["accuracy" if self.settings.classifies else "miou"]
-        if score > self.best:
+        confusion, scores = labelling.evaluate_scores(self.model, scenes)
+        entry = {"epoch": self.epoch, kind: scores, "seconds": time.perf_counter() - begin}
+        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **scores})
+        score = scores["accuracy" if self.settings.classifies else "miou"]
+        if score is not None and score > self.best:
             self.best = score
-            self._save(BEST, {"result": self.results[-1]})
+            self._save(BEST, {"result": self.results[-1], "chosen_by": kind})
         return entry
 
     # ---- checkpoints
 
     def _save(self, name: str, more: Mapping[str, Any]) -> None:
-        model = self.model
-        nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
+        _save(self.out / name, self.model, {"classes": self.classes, **more})
 
     def _save_last(self) -> None:
         model = self.model
         groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
         run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results,
                "points": self._num_points()}  # fmt: skip
-        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
+        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about()
+                          | {"classes": self.classes, "run": run})  # fmt: skip
 
     def _resume(self) -> None:
         last = self.out / LAST
@@ -334,9 +310,9 @@ class Training:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                is_test = "test" in entry
-                at = entry["epoch"], 0 if is_test else entry["step"]
-                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+                is_score = "test" in entry or "validation" in entry
+                at = entry["epoch"], 0 if is_score else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_score else at < (self.epoch, self.step)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
                     raise ValueError(f"resume: {path}: line {number}: expected a log entry of a training") from None
@@ -370,6 +346,10 @@ class Training:
         weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
         weights[counts == 0] = 0
         return (weights / weights[counts > 0].mean()).astype(np.float32)
+
+
+def _save(path: Path, model: Model, more: Mapping[str, Any]) -> None:
+    nn.save(path, model.net, model.params, model.state, **model.about(), **more)
 
 
 def has_run(out: Path) -> bool:
