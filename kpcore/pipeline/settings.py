@@ -22,7 +22,7 @@ _UTF_16_MARKS, _MAX_BYTES = (b"\xff\xfe", b"\xfe\xff"), 2**24
 _FOLDS, _MOST_NAME_BYTES = ("area", "file"), 200  # file systems take names of up to 255 bytes
 LENGTHS = (1e-9, 1e9)  # in the unit of the points; squares of these, and of 2**15 times as much, fit float32
 _LABEL_RANGE = (-(2**31), 2**31 - 1)
-# Of the local surface around a point, see `kpcore.estimate_normals` and `kpcore.covariance_features`.
+# Of the local surface around a point, see `kpcore.normals` and `kpcore.covariance_features`.
 SURFACE_FEATURES = ("normals", "linearity", "planarity", "scattering", "verticality", "curvature")
 COMPUTED_FEATURES = ("one", "color", "height", "local", "value", "height_above_ground", *SURFACE_FEATURES)
 FLAGS = ("withheld", "overlap", "synthetic", "key_point")  # of points of LAS files, for `ignore`
