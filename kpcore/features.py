@@ -92,9 +92,9 @@ def normals(points: AnyArray, *, k: int | None = None, radius: float | None = No
     directions. Then the smallest eigenvalue has several eigenvectors, and the normal is the one nearest to the
     viewpoint or +z, +y, +x, in this order, as the sign is: of one point or equal points +z, of a slanting line the
     direction perpendicular to it that is steepest, of a vertical line +y. Directions are perpendicular if they are to
-    within a millionth, and eigenvalues equal if rounding of the coordinates can make the difference. So points in
-    float32 that are 500,000 m from the origin, where coordinates are rounded to 3 cm, have upward normals where
-    neighbourhoods are as small: subtract an origin first.
+    within a millionth, or within the angle that rounding of the coordinates can make; eigenvalues are equal if rounding
+    can make the difference. So points in float32 that are 500,000 m from the origin, where coordinates are rounded to
+    3 cm, have upward normals where neighbourhoods are as small: subtract an origin first.
 
     Covariances (divided by the number of points) and eigenvectors (by Jacobi's method) are computed in float64 from
     coordinates relative to the point. The result has the same bits with any number of threads. Neighbours are searched
@@ -278,7 +278,8 @@ def outlier_mask(points: AnyArray, *, mean_k: int | None = None, std_mul: float 
     std_mul = checks.not_negative("std_mul", std_mul)
     tree = KDTree(points, row_splits=row_splits)
     points = tree.stored_points
-    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", {}, known=True)
+    sizes = checks.device_of(("points", points))
+    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes, known=True)
     distances = devices.namespace(points).zeros((len(points), 1))
     nearest = partial(tree.knn_search, k=mean_k + 1, return_distances=True)
     for rows, neighbors in _in_blocks(points, row_splits, mean_k + 1, nearest):

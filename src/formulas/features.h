@@ -91,8 +91,10 @@ KP_HD Eigen eigen_of(const Covariance& c) {
 }
 
 // normal = the unit vector in the space of the last `dimension` eigenvectors that is nearest to a direction. False, and
-// nothing is written, if the direction is zero, or perpendicular to that space to within a millionth.
-KP_HD bool point_towards(const Eigen& eigen, int dimension, double dx, double dy, double dz, double* normal) {
+// nothing is written, if the direction is zero, or perpendicular to that space: if the cosine of the angle between them
+// is at most `least`.
+KP_HD bool point_towards(const Eigen& eigen, int dimension, double least, double dx, double dy, double dz,
+                         double* normal) {
   const double largest = fmax(fabs(dx), fmax(fabs(dy), fabs(dz)));
   if (!(largest > 0 && largest - largest == 0)) return false;
   const double d[3] = {dx / largest, dy / largest, dz / largest};
@@ -103,7 +105,7 @@ KP_HD bool point_towards(const Eigen& eigen, int dimension, double dx, double dy
     for (int a = 0; a < 3; ++a) p[a] = dimension == 1 ? along * v[a] : d[a] - along * v[a];
   }
   const double length = sqrt(p[0] * p[0] + p[1] * p[1] + p[2] * p[2]);
-  if (!(length > 1e-6 * sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]))) return false;
+  if (!(length > least * sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]))) return false;
   for (int a = 0; a < 3; ++a) normal[a] = p[a] / length;
   return true;
 }
@@ -137,11 +139,14 @@ KP_HD void fit_plane(const T* points, const T* query, const int32_t* index, int6
     if (difference <= 1e-14 * eigen.value[0] || sqrt(eigen.value[i]) - sqrt(eigen.value[i + 1]) <= rounding)
       ++dimension;
   }
+  // Rounding turns the plane by about its ratio to the extent. An axis passes in any case: one is within 55 degrees.
+  const double angle = dimension < 3 ? rounding / sqrt(eigen.value[2 - dimension]) : 0;
+  const double least = angle < 1e-6 ? 1e-6 : angle < 0.1 ? angle : 0.1;
   double n[3] = {0, 0, 1};
-  bool is_set = viewpoint && point_towards(eigen, dimension, double(viewpoint[0]) - qx, double(viewpoint[1]) - qy,
-                                           double(viewpoint[2]) - qz, n);
+  bool is_set = viewpoint && point_towards(eigen, dimension, least, double(viewpoint[0]) - qx,
+                                           double(viewpoint[1]) - qy, double(viewpoint[2]) - qz, n);
   for (int axis = 2; axis >= 0 && !is_set; --axis)
-    is_set = point_towards(eigen, dimension, axis == 0, axis == 1, axis == 2, n);
+    is_set = point_towards(eigen, dimension, least, axis == 0, axis == 1, axis == 2, n);
   for (int a = 0; a < 3; ++a) normal[a] = T(n[a]);
 }
 
