@@ -277,21 +277,19 @@ def outlier_mask(points: AnyArray, *, mean_k: int | None = None, std_mul: float 
     mean_k = min(checks.integer("mean_k", mean_k, 1), checks.MAX_POINTS)
     std_mul = checks.not_negative("std_mul", std_mul)
     tree = KDTree(points, row_splits=row_splits)
-    points = tree.stored_points
-    sizes = checks.device_of(("points", points))
-    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes, known=True)
+    points, row_splits = tree.stored_points, tree.stored_row_splits
     distances = devices.namespace(points).zeros((len(points), 1))
     nearest = partial(tree.knn_search, k=mean_k + 1, return_distances=True)
     for rows, neighbors in _in_blocks(points, row_splits, mean_k + 1, nearest):
-        others = neighbors.counts[:, None] - 1
+        others = np.maximum(neighbors.counts[:, None] - 1, 1)
         total = segment_reduce(
             neighbors.stored_distance[:, None].astype(np.float64), neighbors.stored_row_splits, "sum"
         )
-        distances[rows] = total / others.clip(1)  # the distance of the point itself is 0
+        distances[rows] = total / others  # the distance of the point itself is 0
     item, counts = row_splits_to_batch(row_splits), row_splits[1:] - row_splits[:-1]
     mean = segment_reduce(distances, row_splits)
     squares = segment_reduce((distances - mean[item]) ** 2, row_splits, "sum")
-    limit = mean[:, 0] + std_mul * (squares[:, 0] / (counts - 1).clip(1)) ** 0.5
+    limit = mean[:, 0] + std_mul * (squares[:, 0] / np.maximum(counts - 1, 1)) ** 0.5
     return distances[:, 0] > (limit * (1 + 1e-12))[item]
 
 
@@ -304,18 +302,18 @@ def _fitted(points, k, radius, viewpoint, row_splits, *, with_eigenvalues):
     elif radius is None:
         k = _K
     viewpoints = None if viewpoint is None else _viewpoints(viewpoint, points, sizes)
-    row_splits = checks.splits_array("row_splits", row_splits, len(points), "points", sizes)
     xp, backend = devices.namespace(points), devices.backend(points)
     if radius is None:
-        tree, pairs = KDTree(points, row_splits=row_splits), min(k, len(points))
-        search = partial(tree.knn_search, k=k)
+        index = KDTree(points, row_splits=row_splits)
+        search = partial(index.knn_search, k=k)
     else:
         radius = checks.length("radius", radius, points.dtype)
-        grid = GridIndex(points, radius, row_splits=row_splits)
         if k is not None and not xp.isfinite(points).all():  # on the GPU a search with max_neighbors does not notice
             raise checks.not_finite(points=points)
-        pairs = _mean_neighbors(grid, points, radius, row_splits) if k is None else min(k, len(points))
-        search = partial(grid.radius_search, radius=radius, max_neighbors=k)
+        index = GridIndex(points, radius, row_splits=row_splits)
+        search = partial(index.radius_search, radius=radius, max_neighbors=k)
+    points, row_splits = index.stored_points, index.stored_row_splits
+    pairs = _mean_neighbors(index, radius) if k is None else min(k, len(points))
     normal, eigenvalues = xp.empty_like(points), xp.empty_like(points) if with_eigenvalues else None
     for rows, neighbors in _in_blocks(points, row_splits, pairs, search):
         backend.run(
@@ -352,16 +350,17 @@ def _in_blocks(points: np.ndarray, row_splits: np.ndarray, pairs: float,
         yield slice(0, len(points)), search(None)
         return
     for begin in range(0, len(points), rows):
-        part = slice(begin, min(begin + rows, len(points)))
-        yield part, search(points[part], queries_row_splits=row_splits.clip(part.start, part.stop) - begin)
+        end = min(begin + rows, len(points))
+        splits = np.minimum(np.maximum(row_splits, begin), end) - begin
+        yield slice(begin, end), search(points[begin:end], queries_row_splits=splits)
 
 
-def _mean_neighbors(index, points, radius, row_splits):
-    """The mean number of points within a radius of 256 points, evenly spaced in their order."""
-    xp = devices.namespace(points)
+def _mean_neighbors(index, radius):
+    """The mean number of points within a radius of 256 of the points of an index, evenly spaced in their order."""
+    points = index.stored_points
     if not len(points):
         return 0.0
-    rows = xp.unique(xp.linspace(0, len(points) - 1, 256).astype(np.int64))
-    splits = xp.searchsorted(rows, row_splits)
+    rows = devices.to_device_of(points, np.unique(np.linspace(0, len(points) - 1, 256).astype(np.int64)))
+    splits = devices.namespace(points).searchsorted(rows, index.stored_row_splits)
     counts = index.radius_search(points[rows], radius, queries_row_splits=splits, count_only=True)
-    return float(counts.mean())
+    return int(counts.sum()) / len(rows)
