@@ -6,7 +6,7 @@ from pathlib import Path
 import clouds
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_same_bits
 
@@ -125,9 +125,10 @@ def test_nasty_clouds(name, dtype):
         assert (found.normals[:, 2] > -0.101).all()
 
 
+@settings(max_examples=settings().max_examples // 4)
 @given(st.data())
 def test_a_batch_is_its_items(data):
-    points, radius = data.draw(clouds.clouds(dim=3))
+    points, radius = data.draw(clouds.clouds(dim=3, max_num=60))
     row_splits = data.draw(clouds.row_splits_of(len(points)))
     options = data.draw(st.sampled_from([{"k": 5}, {"radius": radius}, {"k": 5, "radius": radius}]))
 
@@ -307,9 +308,10 @@ def test_roundings_make_no_outliers():
     assert not kp.outlier_mask(ring, mean_k=2, std_mul=0.0).any()
 
 
+@settings(max_examples=settings().max_examples // 4)
 @given(st.data())
 def test_outliers_of_a_batch_are_those_of_its_items(data):
-    points, radius = data.draw(clouds.clouds())
+    points, radius = data.draw(clouds.clouds(max_num=60))
     row_splits = data.draw(clouds.row_splits_of(len(points)))
     rule = data.draw(st.sampled_from([{"mean_k": 6, "std_mul": 1.0}, {"radius": radius, "min_points": 3}]))
     try:

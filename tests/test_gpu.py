@@ -751,7 +751,7 @@ def test_how_often_surfaces_and_outliers_wait():
     for call, waits in (
         (lambda: kp.normals(points), 1),
         (lambda: kp.normals(points, radius=radius), 4),
-        (lambda: kp.outlier_mask(points, mean_k=5, std_mul=1.0), 3),
+        (lambda: kp.outlier_mask(points, mean_k=5, std_mul=1.0), 6),
         (lambda: kp.outlier_mask(points, radius=radius, min_points=4), 1),
     ):
         fake_cupy.counts.waits = 0

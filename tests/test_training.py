@@ -593,7 +593,7 @@ SURFACE = ["normals", "linearity", "planarity", "scattering", "verticality", "cu
 @pytest.mark.parametrize("surface", [{}, {"neighbors": 9}, {"radius": 0.3}])
 def test_features_of_the_local_surface(surface):
     """They are computed from all points of the cloud, before those of the part are chosen, and are not scaled."""
-    part = {"indoor": 0, "points": 4_000, "min": [1.0, 0.0, 0.0]}
+    part = {"indoor": 0, "points": 4_000, "min": [1.0, -99.0, -99.0]}
     config = from_dict(settings_dict(data={"train": [part], "features": ["one", *SURFACE], "surface": surface}))
     loaded, columns = data.load(config, config.data.train, ".")
     cloud = kp.scenes.indoor(4_000, 0)
@@ -635,7 +635,7 @@ def test_normals_are_turned_scaled_and_mirrored_with_the_points(rotate):
 
 
 def test_a_run_with_features_of_the_local_surface(tmp_path):
-    sections = settings_dict(data={"features": ["one", *SURFACE]}, training={"epochs": 1})
+    sections = settings_dict(data={"features": ["one", *SURFACE]}, training={"epochs": 1, "steps": 2})
     run = training.Training(from_dict(sections), tmp_path, ".")
     run.run()
     model = training.Model.load(tmp_path / "best.safetensors")
