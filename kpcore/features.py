@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CovarianceFeatures", "covariance_features", "normals", "outlier_mask"]
 
 _K = 20  # nearest points of a neighbourhood, where neither k nor radius says otherwise
-_PAIRS, _LEAST_ROWS = 2**24, 2**10  # neighbours, on average, and at least points, that are searched at a time
+_PAIRS, _LEAST_ROWS = 2**24, 2**6  # neighbours, on average, and at least points, that are searched at a time
 
 if TYPE_CHECKING:  # generic here only, as kpcore.sampling.Sampled
 

@@ -328,7 +328,7 @@ def test_outliers_of_a_batch_are_those_of_its_items(data):
 
 def results(points, radius):
     row_splits = np.array([0, len(points) // 3, len(points) // 3, len(points)])
-    viewpoint = np.full_like(points, 2)
+    viewpoint = points[::-1] * 3
     for options in ({}, {"radius": radius}, {"k": 7, "radius": radius}):
         yield from kp.covariance_features(points, **options)
         yield kp.normals(points, row_splits=row_splits, viewpoint=viewpoint, **options)
