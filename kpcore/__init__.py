@@ -30,7 +30,8 @@ Edges
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from kpcore import _openmp, autodiff, moved  # noqa: F401 (_openmp first: it loads backends.cpu)
 from kpcore.config import *  # noqa: F403
@@ -42,6 +43,7 @@ from kpcore.features import *  # noqa: F403
 from kpcore.kernel_map import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
 from kpcore.layers import *  # noqa: F403
+from kpcore.models import *  # noqa: F403
 from kpcore.neighbors import *  # noqa: F403
 from kpcore.pooling import *  # noqa: F403
 from kpcore.pyramid import *  # noqa: F403
@@ -54,14 +56,11 @@ from kpcore.terrain import *  # noqa: F403
 
 if TYPE_CHECKING:
     from kpcore import compat, io, jax, nn, ops, pipeline, scenes, torch  # noqa: F401
-    from kpcore.pipeline.model import load_model
 
 _IMPORTED_WHEN_USED = ("compat", "io", "jax", "nn", "ops", "pipeline", "scenes", "torch")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        return importlib.import_module("kpcore.pipeline.model").load_model
+def __getattr__(name: str) -> ModuleType:
     if name in _IMPORTED_WHEN_USED:
         return importlib.import_module(f"kpcore.{name}")
     raise AttributeError(f"module 'kpcore' has no attribute {name!r}")
@@ -71,9 +70,10 @@ def __getattr__(name: str) -> Any:
 # here those of functions.
 _EXPORTING = (
     *("config", "continuous", "deform2d", "deformation", "dispositions", "features", "kernel_map", "kpconv", "layers"),
-    *("neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
+    *("models", "neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling"),
+    "terrain",
 )
-__all__ = ["autodiff", "load_model"]
+__all__ = ["autodiff"]
 for _module in _EXPORTING:
     __all__ += sys.modules[f"kpcore.{_module}"].__all__
 __all__.sort()

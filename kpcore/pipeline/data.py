@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,11 +15,11 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.files import expanded
-from kpcore.io import ReadError
-from kpcore.io.cloud import UNLABELED, MissingField, list_names
-from kpcore.io.formats import read_columns
-from kpcore.pipeline import objects
-from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError
+from kpcore.io import ReadError, faults
+from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
+from kpcore.io.formats import field_names, read_columns
+from kpcore.pipeline import filenames, objects
+from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError, near
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Scene:
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
     rows : (n,) the cloud's points that are in the scene, or None for digits and objects
-    name : of an object
+    name : of an object, or of a file
     category : the number of the category of an object with parts, or None
     """
 
@@ -136,7 +137,8 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     clouds = [read_parts[repr(part)] for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
-    return [cloud_scene(settings, columns, *cloud) for cloud in clouds], columns
+    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
 
 
 def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
@@ -147,16 +149,17 @@ def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.Path
 
 
 def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts: PartClouds | None = None,
-                  ) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
-    """(scenes to train on, scenes for validation, Columns) of settings."""
+                  columns: Columns | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
+    """(scenes to train on, scenes for validation, Columns) of settings; `columns` as in `load`."""
     train, validation = settings.data.train, settings.data.validation
     if isinstance(validation, list):
-        scenes, columns = load(settings, train, folder, read_parts=read_parts)
+        scenes, columns = load(settings, train, folder, columns, read_parts)
         return scenes, load(settings, validation, folder, columns, read_parts)[0] if validation else [], columns
     read_parts = {} if read_parts is None else read_parts
+    train = filenames.single(train, folder)
     _read_parts(settings, train, folder, read_parts)
     split = [_split(*read_parts[repr(part)], validation) for part in train]
-    columns = _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
+    columns = columns or _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
     scenes = [cloud_scene(settings, columns, cloud, rows) for cloud, rows, _ in split]
     aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
@@ -182,25 +185,57 @@ def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
     return cloud_scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
-def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True, exact: bool = False) -> Cloud:
+def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True, exact: bool = False,
+               ignore: Sequence[int | str] = ()) -> Cloud:  # fmt: skip
     """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing.
 
-    A file to be labelled need not have the columns of the training files, which have labels besides.
+    A file to be labelled need not have the columns of the training files, which have labels besides. Points with labels
+    or flags of `ignore`, or of the same setting, are left out.
     """
-    fields = [name for name in settings.data.features if name not in COMPUTED_FEATURES]
-    columns, label = settings.data.columns, settings.data.label
+    data = settings.data
+    fields = [name for name in data.features if name not in COMPUTED_FEATURES]
+    if computed := [name for name in (HEIGHT, *SURFACE_FEATURES) if name in data.features]:
+        in_file = field_names(path)
+        fields += [HEIGHT_FIELD] if HEIGHT in computed and name_index(in_file, HEIGHT_FIELD) is not None else []
+        for name in computed:
+            if name != HEIGHT and name_index(in_file, name) is not None:
+                warnings.warn(
+                    f"{path}: its field {name} is not used, since the feature {name} is computed", stacklevel=2
+                )
+    request = {"fields": fields, "exact": exact, "ignore": (*data.ignore, *ignore), "drop_zeros": data.drop_zeros}
     try:
-        cloud = read_columns(path, columns, labelled, fields=fields, label=label, exact=exact)
-    except MissingField:
-        if labelled or label is None:
-            raise
-        cloud = read_columns(path, columns, labelled, fields=fields, exact=exact)
+        cloud = read_columns(path, data.columns, labelled, label=data.label, **request)
+    except MissingField as error:
+        if labelled or data.label is None:
+            advice = next(filter(None, (near(name, COMPUTED_FEATURES, 0.75) for name in fields)), "")
+            raise MissingField(f"{error}{advice if 'did you mean' not in str(error) else ''}") from None
+        cloud = read_columns(path, data.columns, labelled, **request)
+    if cloud.reference is not None and cloud.reference.kind in ("geographic", "geocentric"):
+        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {cloud.reference.kind} ones "
+                        f"({cloud.reference.name}): project the file first")  # fmt: skip
     for name, values in cloud.fields.items():
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
-    if "color" in settings.data.features and cloud.colors is None:
+    if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
+    for sentence in faults(cloud) if data.kind == "scenes" else ():
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
+
+
+def scaled(cloud: Cloud, horizontal: float, vertical: float) -> Cloud:
+    """The cloud in another unit: x and y, and z, times these factors."""
+    factors = np.array([horizontal, horizontal, vertical])
+    exact, shift = coordinates(cloud) * factors, np.floor(cloud.shift * factors)
+    fields, reference = dict(cloud.fields), cloud.reference
+    if HEIGHT_FIELD in fields:
+        fields[HEIGHT_FIELD] = fields[HEIGHT_FIELD] * vertical
+    if reference is not None:
+        units = (None if unit is None else unit / factor
+                 for unit, factor in ((reference.horizontal, horizontal), (reference.vertical, vertical)))  # fmt: skip
+        reference = reference._replace(**dict(zip(("horizontal", "vertical"), units, strict=True)))
+    points = (exact - shift).astype(np.float32)
+    return replace(cloud, points=points, exact=exact, shift=shift, fields=fields, reference=reference)
 
 
 def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
@@ -440,7 +475,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
          read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
 
-    `read_parts` is for scenes alone, see `load_scenes`.
+    Scenes of a folder or a pattern are those of its files. `read_parts` is for scenes alone, see `load_scenes`.
     """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
@@ -449,7 +484,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts)
+        scenes, columns = load_scenes(settings, filenames.single(parts, folder), folder, columns, read_parts)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"

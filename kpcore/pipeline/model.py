@@ -11,7 +11,7 @@ import numpy as np
 from kpcore import nn
 from kpcore.backends import checks, devices
 from kpcore.config import KpcoreWarning
-from kpcore.io.cloud import Content, cloud_of, list_names
+from kpcore.io.cloud import Content, Request, cloud_of, list_names
 from kpcore.nn import checkpoints
 from kpcore.pipeline import blocks, labelling, statistics, voting
 from kpcore.pipeline.data import HEIGHT, HEIGHT_FIELD, columns_of, object_scene
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from kpcore.pipeline.data import Columns
     from kpcore.pipeline.settings import Settings
     from kpcore.pipeline.statistics import Statistics
+
+
+_RANGES = {"one": "constant", "local": "relative to the centre of a sphere"}
 
 
 class Prediction(NamedTuple):
@@ -108,6 +111,45 @@ class Model:
     def voxel_size(self) -> float:
         """Voxel size of level 0 of the network, in the unit of the points."""
         return self.net.voxel_size
+
+    def summary(self) -> str:
+        """What the model is and was trained on, in lines of text."""
+        net, settings, labels = self.net, self.settings, self.label_values
+        lines = [nn.summary(net, self.params), ""]
+        shares = self.statistics.class_shares if self.statistics else {}
+        lines.append(f"{len(self.classes)} classes")
+        for name, label in zip(self.classes, labels, strict=True):
+            share = f", {100 * shares[name]:.2f} % of the training" if name in shares else ""
+            lines.append(f"{name:>24}  label {label}{share}")
+        lines.append(f"{net.num_features} features")
+        ranges = self.statistics.features if self.statistics else {}
+        for name, width in settings.widths.items():
+            columns = [ranges[of] for of in statistics.column_names(name, width) if of in ranges]
+            words = [f"{one.edges[0]:.4g} to {one.edges[-1]:.4g}" for one in columns]
+            lines.append(f"{name:>24}  {', '.join(words) or _RANGES.get(name, f'columns: {width}')}")
+        if self.statistics:
+            one = self.statistics
+            units = zip(("x and y", "z"), one.unit, strict=True)
+            stated = [f"{axes} in units of {unit:.7g} m" for axes, unit in units if unit]
+            lines.append(f"trained on {one.points:,} points, {one.spacing:.3g} apart, {one.points_per_voxel:.3g} in a "
+                         f"voxel; {' and '.join(stated) or 'unit not stated'}")  # fmt: skip
+        else:
+            lines.append("no training statistics: input is not compared with that of the training")
+        if not settings.whole:
+            size, method = self.block_size, labelling.chosen_method(self)[0]
+            lines.append(f"labels by {method}; blocks of {size.side:g} with a halo of {size.halo:g}, spheres of radius "
+                         f"{settings.training.radius:g}")  # fmt: skip
+        for kind in ("result", "test"):
+            if isinstance(scores := self.history.get(kind), dict):
+                what = (
+                    f"chosen by its {self.history.get('chosen_by', 'test')} scores"
+                    if kind == "result"
+                    else "test, once"
+                )
+                lines.append(f"after epoch {scores['epoch']}, {what}: mIoU {scores['miou']:.4f}, accuracy "
+                             f"{scores['accuracy']:.4f}")  # fmt: skip
+        lines.append(f"licence: {settings.data.licence or 'not stated'}")
+        return "\n".join(lines)
 
     def predict(self, points: ArrayLike, *, colors: ArrayLike | None = None, mode: str | None = None,
                 votes: int | None = None, category: str | None = None,
@@ -195,11 +237,11 @@ class Model:
             values = devices.on_host(devices.as_array(fields[name]))
             if values.shape != (len(points),) or values.dtype.kind not in "fiub":
                 raise ValueError(f"{name}: expected ({len(points)},) numbers, got {values.shape} {values.dtype}")
-            if not np.isfinite(values).all():
-                raise checks.not_finite(**{name: values})
+            if bad := len(values) - int(np.isfinite(values).sum()):
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinite ones for {bad:,} points")
             arrays[optional.get(lower, lower)] = values
         colors = None if colors is None else _checked_colors(devices.on_host(devices.as_array(colors)), len(points))
-        return cloud_of(Content(points, tuple(arrays), arrays, colors), with_exact=True)
+        return cloud_of(Content(points, tuple(arrays), arrays, colors), Request(exact=True))
 
     def _asked(self) -> str:
         """The features that `predict` has to be passed, in words."""
@@ -234,33 +276,3 @@ def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
         if getattr(net, name) != getattr(expected, name):
             raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
                              f"{getattr(net, name)}")  # fmt: skip
-
-
-def load_model(path: str | os.PathLike[str]) -> Model:
-    """Load a trained model, to label points with it. It needs NumPy and SciPy alone.
-
-    Parameters
-    ----------
-    path : str or Path
-        A best.safetensors or last.safetensors that ``kpcore train`` wrote, or a file of ``kpcore convert``.
-
-    Returns
-    -------
-    Model
-        With `classes`, `features`, `voxel_size`, `summary` and `predict`.
-
-    Raises
-    ------
-    ValueError
-        The file is damaged, or holds no trained model; the message names it.
-    OSError
-        It cannot be read.
-
-    Examples
-    --------
-    >>> import kpcore as kp
-    >>> model = kp.load_model("runs/ahn3/best.safetensors")              # doctest: +SKIP
-    >>> result = model.predict(points, intensity=intensity)              # doctest: +SKIP
-    >>> result.labels, result.confidence, result.warnings                # doctest: +SKIP
-    """
-    return Model.load(path)

@@ -25,6 +25,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _BINS = 128  # of a histogram, from the 0.001 to the 0.999 quantile, besides one below and one above
 _SHARE_BEYOND = 0.1  # of values beyond the training range, which has 0.002 of the training's
 _SHIFT = 0.5  # the largest difference of two cumulative distributions: tiles of one survey differ by 0.05 to 0.3
+_FEWEST_POINTS = 100  # that have a distribution
 _RATIO = 2.0  # of points per voxel, spacing and neighbours
 _SCENES_OF_NEIGHBORS = 8
 _SPACING_POINTS = 20_000  # points to which the nearest is searched
@@ -107,11 +108,16 @@ def columns_with_values(columns: Columns) -> list[Column]:
     out, begin = [], 0
     for name, width in columns.widths.items():
         if name not in ("one", "local"):
-            names = _NAMES.get(name, (name,))
+            names = column_names(name, width)
             center, scale = (np.broadcast_to(values[name], width) for values in (columns.center, columns.scale))
             out += [Column(begin + i, names[i], float(center[i]), float(scale[i])) for i in range(width)]
         begin += width
     return out
+
+
+def column_names(feature: str, width: int) -> tuple[str, ...]:
+    """The name of each column of a feature."""
+    return _NAMES.get(feature, (feature,) * width)
 
 
 class Observed:
@@ -194,7 +200,7 @@ def spacing_of(points: np.ndarray) -> float:
 
 def unit_of(clouds: Sequence[Cloud]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
-    references = [getattr(cloud, "reference", None) for cloud in clouds]
+    references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
     for name in ("horizontal", "vertical"):
         values = {None if one is None else getattr(one, name) for one in references}
@@ -216,7 +222,9 @@ def of_training(settings: Settings, net: nn.Network | nn.KPNeXt, columns: Column
 
 def differences(training: Statistics, observed: Statistics) -> list[str]:
     """In a line each, what differs so much from the training that labels are not to be trusted."""
-    out = []
+    out = _units_that_differ(training.unit, observed.unit)
+    if observed.points < _FEWEST_POINTS:
+        return out
     for name, feature in training.features.items():
         other = observed.features[name]
         shares, others = (np.array(one.counts) / max(1, sum(one.counts)) for one in (feature, other))
@@ -227,7 +235,6 @@ def differences(training: Statistics, observed: Statistics) -> list[str]:
         elif shift > _SHIFT:
             medians = (dict(one.quantiles)[0.5] for one in (other, feature))
             out.append("{} has a median of {:.4g} where training had {:.4g}".format(name, *medians))
-    out += _units_that_differ(training.unit, observed.unit)
     density = []
     if _differs(observed.points_per_voxel, training.points_per_voxel):
         density.append(f"{observed.points_per_voxel:.3g} points per voxel where training had "
@@ -247,9 +254,8 @@ def _units_that_differ(training: Sequence[float | None], observed: Sequence[floa
     both_known = [(axes, one, other) for axes, one, other in pairs if one and other and abs(other / one - 1) > 1e-3]
     if not both_known:
         return []
-    horizontal, vertical = (
-        other / one if one and other else 1.0 for one, other in zip(training, observed, strict=True)
-    )
+    factors = [other / one if one and other else None for one, other in zip(training, observed, strict=True)]
+    horizontal, vertical = factors if None not in factors else 2 * [factors[0] or factors[1]]
     scale = f"{horizontal:.7g}" if horizontal == vertical else f"{horizontal:.7g},{vertical:.7g}"
     words = " and ".join(f"{axes} are in units of {other:.7g} m where training had {one:.7g} m"
                          for axes, one, other in both_known)  # fmt: skip
