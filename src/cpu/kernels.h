@@ -182,8 +182,8 @@ struct Subsampled {
   F(Sampling, method)               \
   F(Array, index)
 
-// The normal of the plane through the neighbors of each query, and the eigenvalues of their covariance, falling: (M,
-// 3). viewpoints: (M, 3) or (1, 3), towards which normals point.
+// Of the neighbors of each query the normal of the plane through them, and the eigenvalues of their covariance, the
+// largest first, both (M, 3). viewpoints: (M, 3), or (1, 3) for all, towards which normals point.
 #define KP_FIELDS_FitPlanes(F) \
   F(Array, points)             \
   F(Array, queries)            \
