@@ -292,12 +292,31 @@ def computed_values(settings: Settings, points: np.ndarray, known: Collection[st
         values[HEIGHT] = kp.height_above_ground(
             points, cell=ground.cell, window=ground.window, slope=ground.slope
         ).astype(np.float32)
-    return values
+    return values | _surface_values(settings, points, known)
+
+
+def _surface_values(settings: Settings, points: np.ndarray, known: Collection[str]) -> dict[str, np.ndarray]:
+    """Values of the features of the local surface, but for those that are `known`; normals point upwards."""
+    names = [name for name in settings.data.features if name in SURFACE_FEATURES and name not in known]
+    if not names:
+        return {}
+    surface = settings.data.surface
+    neighborhood = {"radius": surface.radius} if surface.radius else {"k": surface.neighbors}
+    try:
+        features = kp.covariance_features(points, **neighborhood)
+    except ValueError as error:
+        raise SettingsError(f"[data] features: {names[0]} cannot be computed: {error}") from None
+    return {name: getattr(features, name).astype(np.float32) for name in names}
 
 
 def feature_reach(settings: Settings) -> float:
     """The distance up to which other points have an effect on the computed features of a point."""
-    return 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+    reach = 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+    if any(name in SURFACE_FEATURES for name in settings.data.features):
+        # Where a surface has one point in each voxel, its k nearest are within sqrt(k / pi) voxels; almost twice that.
+        surface = settings.data.surface
+        reach = max(reach, surface.radius or settings.network.voxel_size * math.sqrt(surface.neighbors))
+    return reach
 
 
 def coordinates(cloud: Cloud, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -317,6 +336,9 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
     clouds_values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
     for name in clouds_values[0]:
         if name == "color":
+            continue
+        if name in SURFACE_FEATURES:  # from -1 to 1 already; a center would turn normals
+            center[name], scale[name] = 0.0, 1.0
             continue
         # Quantiles 0.05 and 0.95 become -1 and 1, not the extremes: intensities have outliers 100 times as large.
         values = np.concatenate([cloud_values[name] for cloud_values in clouds_values]).astype(np.float64)
