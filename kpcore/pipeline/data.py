@@ -134,10 +134,7 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     """
     read_parts = {} if read_parts is None else read_parts
     _read_parts(settings, parts, folder, read_parts)
-    clouds = [read_parts[repr(part)] for part in parts]
-    if columns is None:
-        columns = _columns(settings, clouds)
-    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    scenes, columns = _scenes(settings, [read_parts[repr(part)] for part in parts], columns)
     return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
 
 
@@ -159,8 +156,7 @@ def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts
     train = filenames.single(train, folder)
     _read_parts(settings, train, folder, read_parts)
     split = [_split(*read_parts[repr(part)], validation) for part in train]
-    columns = columns or _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
-    scenes = [cloud_scene(settings, columns, cloud, rows) for cloud, rows, _ in split]
+    scenes, columns = _scenes(settings, [(cloud, rows) for cloud, rows, _ in split], columns)
     aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
         if not any((scene.labels != IGNORED).any() for scene in of_scenes):
@@ -330,10 +326,20 @@ def _all_values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str,
     return values | {name: column[rows] for name, column in computed.items()}
 
 
-def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
-    """Columns whose centers and scales are computed from the clouds."""
+def _scenes(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]],
+            columns: Columns | None) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of clouds and rows; without `columns` their centers and scales are computed from these."""
+    if columns:
+        return [cloud_scene(settings, columns, cloud, rows) for cloud, rows in clouds], columns
+    values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
+    columns = _columns(settings, values)
+    pairs = zip(clouds, values, strict=True)
+    return [cloud_scene(settings, columns, cloud, rows, of_scene) for (cloud, rows), of_scene in pairs], columns
+
+
+def _columns(settings: Settings, clouds_values: Sequence[dict[str, np.ndarray]]) -> Columns:
+    """Columns with the centers and scales of values of clouds."""
     center, scale = {"color": 0.0}, {"color": 255.0}
-    clouds_values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
     for name in clouds_values[0]:
         if name == "color":
             continue
@@ -347,11 +353,12 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
     return Columns(settings.widths, center, scale)
 
 
-def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
-    """A Scene with some points of a cloud, labelled or not."""
+def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray,
+                values: dict[str, np.ndarray] | None = None) -> Scene:  # fmt: skip
+    """A Scene with some points of a cloud, labelled or not; with the values of its features if they are known."""
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = columns.clipped(full, _all_values(settings, cloud, rows))
+    features = columns.clipped(full, values or _all_values(settings, cloud, rows))
     sub = subsampled(settings, full, features=features, labels=labels,
                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
