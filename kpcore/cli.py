@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
         return number
 
+    def with_theme(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command.add_argument("--theme", choices=["dark", "light"], default="dark", help="of pictures (default: dark)")
+        return command
+
     parser = argparse.ArgumentParser(prog="kpcore", description="The numerical core of point convolutions.")
     parser.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -133,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
-    demo.set_defaults(run=_demo)
+    with_theme(demo).set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a network on labelled clouds with the settings of a TOML file")
     train.add_argument("settings", type=path, metavar="TOML")
@@ -164,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=path, metavar="DIR",
         help="folder for the confusion matrix as CSV and picture, and for a picture of objects with a wrong class",
     )  # fmt: skip
-    test.set_defaults(run=_test)
+    with_theme(test).set_defaults(run=_test)
 
     predict = commands.add_parser("predict", help="classes of objects by a trained network")
     predict.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
@@ -181,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
-    segment.set_defaults(run=_segment)
+    with_theme(segment).set_defaults(run=_segment)
 
     erf = commands.add_parser("erf", help="effective receptive fields of a trained network in a scan")
     erf.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
@@ -195,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the features of the encoder on this level; 0 is the finest (default: of the logit of the class)",
     )  # fmt: skip
     erf.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the pictures")
-    erf.set_defaults(run=_erf)
+    with_theme(erf).set_defaults(run=_erf)
 
     features = commands.add_parser("features", help="inputs that maximise features of a trained network")
     features.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
@@ -215,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         help="channels of the features (default: the four most selective)",
     )  # fmt: skip
     features.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the picture")
-    features.set_defaults(run=_features)
+    with_theme(features).set_defaults(run=_features)
     convert = commands.add_parser(
         "convert",
         help="convert a checkpoint of published PyTorch code",
@@ -249,11 +253,11 @@ def _demo(args: argparse.Namespace) -> None:
     if args.file and args.objects:
         raise Refused(f"--objects: only valid without FILE, got {args.file}")
     if args.file:
-        demo.scan(args.file, args.out, **demo.SCAN | options)
+        demo.scan(args.file, args.out, **demo.SCAN | options, theme=args.theme)
     elif options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
     else:
-        (demo.objects if args.objects else demo.train)(args.out)
+        (demo.objects if args.objects else demo.train)(args.out, args.theme)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -396,9 +400,9 @@ def _test(args: argparse.Namespace) -> None:
         print(f"{'category':>16} {'objects':>8} {'mIoU':>8}")
         for (name, value), number in zip(scores["iou"].items(), objects, strict=True):
             print(f"{name:>16} {number:>8,} {'-' if value is None else f'{value:.4f}':>8}")
-    _show_confusion(args.out, scored, settings.names, confusion)
+    _show_confusion(args, scored, settings.names, confusion)
     if args.out and classifies and len(classified.errors):
-        classification.draw_errors(args.out / "errors.png", model, classified)
+        classification.draw_errors(args.out / "errors.png", model, classified, args.theme)
         print(f"picture: {args.out / 'errors.png'}")
 
 
@@ -409,11 +413,12 @@ def _check_out_of_test(out: Path | None) -> None:
         check_writable(out / CONFUSION)
 
 
-def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
+def _show_confusion(args: argparse.Namespace, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
     """Print a confusion matrix; write it to the folder --out, if any, as CSV and as picture."""
     from kpcore import picture
     from kpcore.pipeline import classification
 
+    out: Path | None = args.out
     print("confusion, a row for each true class:")
     for name, row in zip(names, confusion, strict=True):
         print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
@@ -423,7 +428,7 @@ def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusi
     print(f"table: {out / CONFUSION}")
     with replacing(out / "confusion.png") as part:
         subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
-        picture.draw_confusion(part, "Confusion", subtitle, names, confusion)
+        picture.draw_confusion(part, "Confusion", subtitle, names, confusion, theme=args.theme)
     print(f"picture: {out / 'confusion.png'}")
 
 
@@ -449,7 +454,7 @@ def _test_folds(args: argparse.Namespace) -> None:
     total = folds.total_confusion(confusions)
     scored = _scores(f"{total.sum():,} labelled", voting.scores(total, names), classifies=False)
     print(*folds.table(names, confusions), sep="\n")
-    _show_confusion(args.out, scored, names, total)
+    _show_confusion(args, scored, names, total)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -502,7 +507,7 @@ def _segment(args: argparse.Namespace) -> None:
         print(_scores("compared with the labels in the file", segmented.scores, model.settings.classifies))
     if args.picture:
         with replacing(args.picture) as part:
-            segmentation.draw(part, args.file.name, segmented, model.settings.names)
+            segmentation.draw(part, args.file.name, segmented, model.settings, theme=args.theme)
         print(f"picture: {args.picture}")
 
 
@@ -548,7 +553,7 @@ def _erf(args: argparse.Namespace) -> None:
         print(f"{place} {name:>12} {field.size:>8.1f} {field.radius:>8.3f} {deviations}")
     print("voxels: root of the number above 4.55 % of the largest value; radius: with 95 % of the mass")
     subtitle = f"effective receptive fields, {'logits' if args.level is None else f'level {args.level}'}, {args.model}"
-    for path in inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields):
+    for path in inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields, args.theme):
         print(f"picture: {path}")
 
 
@@ -574,7 +579,7 @@ def _features(args: argparse.Namespace) -> None:
         for one in inputs:
             print(f"level {level}, channel {channel:>4}: {one.activation.max():>9.3f} in {one.name}")
     with replacing(picture) as part:
-        inspection.draw_features(part, f"Features of {args.model}", model, chosen)
+        inspection.draw_features(part, f"Features of {args.model}", model, chosen, args.theme)
     print(f"picture: {picture}")
 
 

@@ -63,7 +63,8 @@ UNSEEN_OBJECTS = Objects(shapes=100_000, number=20, points=2000)
 OBJECT_VOTES = 5
 
 
-def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None) -> None:
+def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None,
+         theme: str = "dark") -> None:  # fmt: skip
     """Run the operators on a file, level by level: print a table and write a picture.
 
     `columns` are names for the columns of a table that has none.
@@ -104,13 +105,13 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
             for number, level in enumerate(finished)
         ]
         with replacing(path) as part:
-            picture.draw(part, name, summary, cloud, panels, _patch(finished[0]))
+            picture.draw(part, name, summary, cloud, panels, _patch(finished[0]), theme=theme)
         bar.update()
     _table(finished, channels)
     print(f"picture: {path}")
 
 
-def train(out: Path) -> None:
+def train(out: Path, theme: str = "dark") -> None:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
     tqdm = require("tqdm", "io").tqdm
     path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
@@ -133,11 +134,11 @@ def train(out: Path) -> None:
     mean = f"{segmented.scores['miou']:>7.3f}{classes_in_mean(segmented.scores)}"
     print(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
     with replacing(path) as part:
-        segmentation.draw(part, "A flat that the network has not seen", segmented, settings.names)
+        segmentation.draw(part, "A flat that the network has not seen", segmented, settings, theme=theme, unit="m")
     print(f"picture: {path}")
 
 
-def objects(out: Path) -> None:
+def objects(out: Path, theme: str = "dark") -> None:
     """Train a small KP-CNN on generated objects for some two minutes, then classify objects that it has not seen."""
     tqdm = require("tqdm", "io").tqdm
     path, settings, model, unseen = _trained(
@@ -156,7 +157,7 @@ def objects(out: Path) -> None:
     for name, value in scores["class_accuracy"].items():
         print(f"{name:>10} {value:>9.3f}")
     print(f"{'all':>10} {scores['accuracy']:>9.3f}")
-    classification.draw_examples(path, "Objects that the network has not seen", model, classified)
+    classification.draw_examples(path, "Objects that the network has not seen", model, classified, theme)
     print(f"picture: {path}")
 
 
