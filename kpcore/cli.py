@@ -303,7 +303,8 @@ def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
 def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> None:
     """Train the chosen folds, each in a folder below --out; print the table when all folds are complete."""
     from kpcore.pipeline import folds
-    from kpcore.pipeline.training import CURVES, LAST
+    from kpcore.pipeline.curves import CURVES
+    from kpcore.pipeline.training import LAST
 
     def confusions() -> dict[str, np.ndarray]:
         last = {name: folds.last_confusion(args.out / name, fold, args.seed) for name, fold in settings.items()}
