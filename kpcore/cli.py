@@ -1,4 +1,5 @@
-"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features and convert."""
+"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features, report and
+convert."""
 
 from __future__ import annotations
 
@@ -220,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     features.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the picture")
     with_theme(features).set_defaults(run=_features)
+    report = commands.add_parser("report", help="one HTML page about a training: scores, curves, data, settings, times")
+    report.add_argument("folder", type=path, metavar="RUN", help="the folder that kpcore train wrote")
+    report.add_argument("--out", type=path, metavar="HTML", help="the page (default: report.html in that folder)")
+    report.add_argument(
+        "--data", type=path, metavar="DIR", help="folder of the data files, for pictures of test scenes"
+    )
+    report.set_defaults(run=_report)
     convert = commands.add_parser(
         "convert",
         help="convert a checkpoint of published PyTorch code",
@@ -582,6 +590,15 @@ def _features(args: argparse.Namespace) -> None:
     with replacing(picture) as part:
         inspection.draw_features(part, f"Features of {args.model}", model, chosen, args.theme)
     print(f"picture: {picture}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from kpcore.pipeline import report
+
+    require("safetensors", "io")
+    require("matplotlib", "plot")
+    check_writable(args.out or args.folder / report.REPORT)
+    print(f"report: {report.write(args.folder, args.out, data=args.data)}")
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from kpcore.picture import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels",
            "draw_objects", "draw_point_fields", "write_html"]  # fmt: skip
@@ -295,9 +295,13 @@ def write_html(path: str | os.PathLike[str], field: PointField, up: Sequence[flo
         "POINTS": _encoded(np.concatenate([points, np.zeros((1, 3))]).astype("<f4")),
         "COLORS": _encoded(colors),
     }
-    page = Path(__file__).with_name("point_cloud.html").read_text(encoding="utf-8")
-    page = re.sub("{{([A-Z]+)}}", lambda name: values[name[1]], page)  # in one pass: a title may have braces itself
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).write_text(filled(Path(__file__).with_name("point_cloud.html"), values), encoding="utf-8")
+
+
+def filled(template: Path, values: Mapping[str, str]) -> str:
+    """The text of a template in which each {{NAME}} is replaced by the value of that name."""
+    text = template.read_text(encoding="utf-8")
+    return re.sub("{{([A-Z]+)}}", lambda name: values[name[1]], text)  # in one pass: a value may have braces itself
 
 
 def _check_not_empty(name: str, values: Sequence[object]) -> None:

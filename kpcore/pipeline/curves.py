@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LOG, CURVES = "log.jsonl", "curves.png"
 _WIDTH, _TOP_HEIGHT, _SMALL_HEIGHT = 12.0, 2.7, 1.55  # of the figure, its first row and the rows of classes, in inches
-_LEFT, _RIGHT, _GAP = 0.55, 0.15, 0.5
-_MOST_ACROSS, _MOST_POINTS = 8, 400
+_LEFT, _RIGHT, _GAP, _SMALL_GAP = 0.55, 0.15, 0.62, 0.22
+_MOST_ACROSS, _MOST_CLASSES, _MOST_POINTS = 8, 80, 400
 
 
 class Validation(NamedTuple):
@@ -82,6 +82,7 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
     page, best = picture.theme_named(theme), log.best(classifies)
     by_class = "class_accuracy" if classifies else "iou"
     names = [*dict.fromkeys(name for one in log.validations for name in one.scores.get(by_class) or ())]
+    names, num_classes = names[:_MOST_CLASSES], len(names)
     regularized = any("regularization" in entry for entry in log.steps)
     top = ["loss", *(["entropy"] if regularized else []), "lr", *(["scores"] if log.validations else [])]
     across = min(max(4, math.ceil(len(names) / math.ceil(len(names) / _MOST_ACROSS))) if names else 4, _MOST_ACROSS)
@@ -91,15 +92,12 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
 
     def panel(column: int, columns: int, y: float, h: float, title: str, note: str = "") -> Any:
         """Axes with their upper edge y inches below that of the figure."""
-        w = (_WIDTH - _LEFT - _RIGHT - (columns - 1) * _GAP) / columns
-        x = _LEFT + column * (w + _GAP)
+        gap = _GAP if h > _SMALL_HEIGHT else _SMALL_GAP
+        w = (_WIDTH - _LEFT - _RIGHT - (columns - 1) * gap) / columns
+        x = _LEFT + column * (w + gap)
         axes = made.add_axes((x / _WIDTH, 1 - (y + h) / height, w / _WIDTH, h / height), facecolor=page.background)
-        # Titles are in 9 points: a letter is 0.075 inches wide.
-        title = picture.in_one_line(title)
-        if len(title) > (most := max(4, int(w / 0.075) - len(note) - 1)):
-            title = f"{title[: most - 1]}…"
-        title = title.replace("$", r"\$")
-        axes.set_title(title, loc="left", fontsize=9, color=page.text, pad=4)
+        room = (w - 0.07 * len(note) - 0.1) * picture.DPI
+        axes.set_title(picture.shortened(title, room, 9), loc="left", fontsize=9, color=page.text, pad=4)
         axes.set_title(note, loc="right", fontsize=9, color=page.pale, pad=4)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(page.pale)
@@ -107,7 +105,7 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
         axes.grid(axis="y", color=page.pale, alpha=0.25, lw=0.6)
         axes.set_axisbelow(True)
         axes.set_xlim(0, last)
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5 if w > 2 else 3)
         return axes
 
     per_epoch = 1 + max(entry["step"] for entry in log.steps)
@@ -121,7 +119,14 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
             _plot_scores(axes, log, best, classifies, page)
         else:
             values = np.array([entry.get(name, math.nan) for entry in log.steps], np.float64)
-            axes = panel(column, len(top), 0.35, _TOP_HEIGHT - 0.55, titles[name], f"{values[-1]:.3g} at the end")
+            axes = panel(
+                column,
+                len(top),
+                0.35,
+                _TOP_HEIGHT - 0.55,
+                titles[name],
+                "" if name == "lr" else f"last {values[-1]:.3g}",
+            )
             _plot_steps(axes, at, values, page, smooth=name != "lr")
             if best:
                 axes.axvline(best.epoch, color=page.pale, lw=0.8, ls=(0, (3, 3)))
@@ -143,7 +148,8 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
         if best:
             axes.axvline(best.epoch, color=page.pale, lw=0.8, ls=(0, (3, 3)))
     if names:
-        words = "accuracy of each class" if classifies else "IoU of each class"
+        which = "each class" if len(names) == num_classes else f"the first {len(names)} of {num_classes} classes"
+        words = f"{'accuracy' if classifies else 'IoU'} of {which}"
         made.text(_LEFT / _WIDTH, 1 - (0.35 + _TOP_HEIGHT) / height,
                   f"{words} in validation; dashed, and the numbers: the best epoch", size=9, weight="bold",
                   color=page.text)  # fmt: skip
@@ -153,8 +159,8 @@ def figure(log: Log, *, classifies: bool = False, theme: str = "light") -> Any:
 def _best_words(best: Validation | None, classifies: bool) -> str:
     if best is None:
         return ""
-    name, words = ("accuracy", "accuracy") if classifies else ("miou", "mIoU")
-    return f"best {words} {best.scores[name]:.3f}, epoch {best.epoch}"
+    name = "accuracy" if classifies else "miou"
+    return f"best {best.scores[name]:.3f}, epoch {best.epoch}"
 
 
 def _plot_steps(axes: Any, at: np.ndarray, values: np.ndarray, page: picture.Theme, smooth: bool) -> None:
@@ -169,7 +175,7 @@ def _plot_steps(axes: Any, at: np.ndarray, values: np.ndarray, page: picture.The
     width = max(1, len(values) // 60) if smooth else 1
     mean = np.convolve(values, np.ones(width) / width, "valid")
     chosen = np.unique(np.linspace(0, len(mean) - 1, min(len(mean), _MOST_POINTS)).round().astype(int))
-    axes.plot(at[width - 1 :][chosen], mean[chosen], color=page.full, lw=1.6)
+    axes.plot(at[width - 1 :][chosen], mean[chosen], color=page.full, lw=1.6, marker="o" if len(mean) == 1 else "")
     if smooth and np.nanmin(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
