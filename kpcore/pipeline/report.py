@@ -228,8 +228,10 @@ def _figure(made: Callable[[str], Any], words: str) -> str:
 
 
 def _both_themes(images: Mapping[str, str], words: str) -> str:
-    return (f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{images["dark"]}">'
-            f'<img src="{images["light"]}" alt="{_text(words)}"></picture></figure>')  # fmt: skip
+    # Not by a <picture>, of which a dark page would print the dark image.
+    return "".join(("<figure>", *(
+        f'<img class="of-{theme}" src="{image}" alt="{_text(words)}">' for theme, image in images.items()
+    ), "</figure>"))  # fmt: skip
 
 
 # ---- numbers and warnings
