@@ -597,7 +597,6 @@ def _report(args: argparse.Namespace) -> None:
 
     require("safetensors", "io")
     require("matplotlib", "plot")
-    check_writable(args.out or args.folder / report.REPORT)
     print(f"report: {report.write(args.folder, args.out, data=args.data)}")
 
 

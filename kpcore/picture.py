@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -130,14 +130,14 @@ def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
     page.write(path)
 
 
-def draw_classes(path: str | os.PathLike[str] | IO[bytes], title: str, subtitle: str, cloud: Cloud,
+def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud: Cloud,
                  panels: Sequence[tuple[str, np.ndarray]], legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], *,
                  theme: str = "dark", unit: str | None = None, width: int | None = None) -> None:  # fmt: skip
     """Write a picture of a cloud in several colourings, with a scale bar, and an arrow to the north for maps.
 
     Parameters
     ----------
-    path : str, Path or file
+    path : str or Path
     title, subtitle : str
     cloud : Cloud
         The north is drawn for one that `on_map` says is on a map.
@@ -230,10 +230,10 @@ def share_words(share: float) -> str:
 
 
 def _short_number(number: int) -> str:
-    """A number in at most five characters up to billions."""
-    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= 10 * size or (number >= size and letter != "k"):
-            return f"{number / size:.3g}{letter}"
+    """A number in at most five characters, up to billions."""
+    for least, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if number >= least:
+            return f"{number / size:.{0 if number >= 100 * size else 1}f}{letter}"
     return str(number)
 
 
@@ -244,9 +244,10 @@ def length_words(length: float, unit: str | None) -> str:
     """A length with its unit: from km to mm for metres, "ft" for any foot, "units" where the unit is not known."""
     unit = _UNITS.get(unit.lower().replace("us survey ", ""), unit) if unit else "units"
     if unit == "m":
-        for size, word in ((1000, "km"), (1, "m"), (0.01, "cm"), (0.001, "mm")):
-            if length >= size * (1 - 1e-9):
-                return f"{length / size:g} {word}"
+        size, word = next(
+            (s, w) for s, w in ((1000, "km"), (1, "m"), (0.01, "cm"), (0, "mm")) if length >= 0.999999 * s
+        )
+        return f"{length / (size or 0.001):g} {word}"
     return f"{length:g} {unit}"
 
 
@@ -320,7 +321,7 @@ class Page:
     def show(self, image: np.ndarray, x: float, y: float, w: float, h: float) -> None:
         self.panel(x, y, w, h).imshow(image, interpolation="none", aspect="auto")
 
-    def write(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         with warnings.catch_warnings():

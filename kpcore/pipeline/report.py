@@ -13,6 +13,7 @@ import io
 import json
 import math
 import statistics
+import tempfile
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +24,7 @@ import kpcore as kp
 from kpcore import picture
 from kpcore.config import require
 from kpcore.console import classes_in_mean
-from kpcore.files import replacing
+from kpcore.files import check_writable, replacing
 from kpcore.nn import checkpoints
 from kpcore.pipeline import classification, curves, segmentation, voting
 from kpcore.pipeline.colors import class_colors
@@ -75,6 +76,8 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     ------
     ValueError
         The folder has no run, or files of it are damaged.
+    OSError
+        The page cannot be written.
 
     Examples
     --------
@@ -85,6 +88,7 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     folder = Path(run)
     out = folder / REPORT if out is None else Path(out)
     read = _read(folder)
+    check_writable(out)  # before the pictures
     page = filled(Path(__file__).with_name("report.html"), _page(read, data))
     with replacing(out) as part:
         part.write_text(page, encoding="utf-8")
@@ -530,7 +534,7 @@ def _pictures_section(run: _Run, data: str | os.PathLike[str] | None) -> str:
     if settings.classifies:
         classified = classification.classify(model, scenes[:_MOST_OBJECTS])
         images = _pictures(
-            lambda file, theme: classification.draw_examples(file, "Test data", model, classified, theme)
+            lambda path, theme: classification.draw_examples(path, "Test data", model, classified, theme)
         )
         return _both_themes(images, "Test data with their predicted classes")
     if settings.heads:
@@ -541,20 +545,21 @@ def _pictures_section(run: _Run, data: str | os.PathLike[str] | None) -> str:
         # Of the file only the points of the part are drawn.
         segmented = segmented._replace(cloud=replace(scene.cloud, points=scene.full, colors=None, labels=None))
 
-        def draw(file: io.BytesIO, theme: str, title: str = str(part), seen: Any = segmented) -> None:
-            segmentation.draw(file, title, seen, settings, theme=theme, unit=_unit(run), width=_PANEL)
+        def draw(path: Path, theme: str, title: str = str(part), seen: Any = segmented) -> None:
+            segmentation.draw(path, title, seen, settings, theme=theme, unit=_unit(run), width=_PANEL)
 
         out.append(_both_themes(_pictures(draw), f"{part}: predicted classes, labels, and where they differ"))
     return "".join(out)
 
 
-def _pictures(draw: Callable[[io.BytesIO, str], None]) -> dict[str, str]:
-    """A PNG for each theme, drawn by a function of a file and the theme, as addresses that hold it."""
+def _pictures(draw: Callable[[Path, str], None]) -> dict[str, str]:
+    """A PNG for each theme, drawn by a function of its path and the theme, as addresses that hold it."""
     out = {}
-    for theme in picture.THEMES:
-        file = io.BytesIO()
-        draw(file, theme)
-        out[theme] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    with tempfile.TemporaryDirectory() as folder:
+        for theme in picture.THEMES:
+            path = Path(folder, f"{theme}.png")
+            draw(path, theme)
+            out[theme] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return out
 
 

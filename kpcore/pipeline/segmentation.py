@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,7 @@ def compare(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
     return Segmented(scene.cloud, classes, counts, true, scores)
 
 
-def draw(path: str | os.PathLike[str] | IO[bytes], title: str, segmented: Segmented,
+def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
          names: Settings | Sequence[str], *, theme: str = "dark", unit: str | None = None,
          width: int | None = None) -> None:  # fmt: skip
     """Write a picture of the cloud coloured by predicted class; with labels also by label and by difference.
