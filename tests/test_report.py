@@ -236,6 +236,8 @@ def test_a_report_of_a_run(run, tmp_path):
     assert "#123456" in page.source  # the colour in the settings
     assert f"{sum(value.size for value in model.params.values()):,}" in page.text["head"]
     settings = page.lines("settings")
+    folded = "".join(re.findall("<details>.*?</details>", page.source))
+    assert 'changed">epochs<' in page.source and ">epochs<" not in folded and ">lr<" in folded
     assert settings[settings.index("epochs") + 1 :][:2] == ["2", "20"]  # value and default
     assert "[training]: " in page.text["settings"] and settings[settings.index("lr") + 1 :][:2] == ["0.01", "0.01"]
     assert "2 of 2" in page.text["times"] and "2 × validation" in page.text["times"]
@@ -250,12 +252,13 @@ def test_a_report_of_a_run(run, tmp_path):
 
 @pytest.mark.usefixtures("no_curves")
 def test_recorded_parts_of_a_report(run, tmp_path):
-    points = {"ceiling": 50, "floor": 100_000, TAGS: 1000, NAMES[3]: 99}
+    points = {"ceiling": 50, "floor": 20_000, TAGS: 1000, NAMES[3]: 99}
     histogram = {"edges": [0.0, 1.0, 3.0], "counts": [1, 3]}
 
     def record(about):
         about["classes"] = {"train": {name: {"points": n, "files": 7} for name, n in points.items()},
-                            "test": {"floor": {"points": 321, "files": 1}}}  # fmt: skip
+                            "test": {"floor": {"points": 321_000, "files": 1},
+                                     "ceiling": {"points": 150, "files": 1}}}  # fmt: skip
         about["statistics"] = {
             "train": {"features": {TAGS: {"histogram": histogram}, "height": {"histogram": histogram}},
                       "neighbors": [{"mean": 21.25, "quantiles": [[0.05, 4], [0.95, 33]]}], "points_per_voxel": 1.234,
@@ -269,8 +272,8 @@ def test_recorded_parts_of_a_report(run, tmp_path):
     page = Page(report.write(copied(run, tmp_path, record)))
     lines = page.lines("classes")
     at = lines.index("floor")
-    assert lines[at + 1 : at + 7] == ["100,000", "99", "7", "321", "100", "1"]
-    assert re.findall(r'<td class="few">([^<]*)</td>', page.source) == ["50", "–", "–", "99", "–"]
+    assert lines[at + 1 : at + 7] == ["20,000", "95", "7", "321,000", "99.9", "1"]
+    assert re.findall(r'<td class="few">([^<]*)</td>', page.source) == ["50", "150", "–", "99", "–"]
     assert "21.2" in page.text["features"] and "4 to 33" in page.text["features"] and "1.23" in page.text["features"]
     assert "horizontal foot" in page.text["features"]
     assert [at for at, *_ in page.images] == ["curves"] * 2 + ["features"] * 2
