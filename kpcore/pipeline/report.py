@@ -294,9 +294,10 @@ def _warnings(run: _Run) -> list[str]:
         total, correct = shown.confusion.sum(axis=1), np.diag(shown.confusion)
         never = [name for name, n, c in zip(settings.names, total, correct, strict=False) if n and not c]
         if never:
-            lines.append(f"After epoch {shown.epoch} no point of these classes is labelled right: {', '.join(never)}.")
+            lines.append(f"After epoch {shown.epoch} these classes are never predicted rightly: {', '.join(never)}.")
         if absent := [name for name, n in zip(settings.names, total, strict=False) if not n]:
-            lines.append(f"The validation has no points of {', '.join(absent)}.")
+            what = "objects" if settings.classifies else "points"
+            lines.append(f"The validation has no {what} of {', '.join(absent)}.")
     for split, classes in _splits(run):
         points = {name: _count(classes, name, "points") or 0 for name in settings.names}
         if few := [name for name in points if _is_few(points[name], sum(points.values()))]:
