@@ -25,7 +25,7 @@ FRAMEWORKS = {
 # {framework: {module of kpcore.<framework>: what kpcore.<framework> has from it}}
 EXPORTED = {
     "torch": {
-        "data": ("PyramidCollate", "PyramidDataset", "to_device"),
+        "data": ("PyramidCollate", "PyramidDataset", "dynamic_shapes", "to_device"),
         "deform2d_layers": (
             "ConditionalConv2d",
             "DeformableConv2d",

@@ -42,6 +42,7 @@ from kpcore.dispositions import *  # noqa: F403
 from kpcore.kernel_map import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
 from kpcore.layers import *  # noqa: F403
+from kpcore.models import *  # noqa: F403
 from kpcore.neighbors import *  # noqa: F403
 from kpcore.pooling import *  # noqa: F403
 from kpcore.pyramid import *  # noqa: F403
@@ -67,8 +68,8 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "neighbors"),
-    *("pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
+    *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "models"),
+    *("neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
 )
 __all__ = ["autodiff"]
 for _module in _EXPORTING:

@@ -1,274 +1,645 @@
-"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features, report and
-convert."""
+"""The command `kpcore`: its options, and the subcommands train, test, predict, segment, erf, features and convert."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import math
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import kpcore as kp
-from kpcore.config import require
-from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
+from kpcore import _openmp
+from kpcore.config import config_rows, require
+from kpcore.console import Progress, Refused, classes_in_mean, detail, make_folder, print_line, printing, say
 from kpcore.files import check_writable, expanded, replacing
 from kpcore.nn.blocks import MOST_CHANNELS, MOST_LEVELS
 from kpcore.nn.published_arrays import CLIENTS
-from kpcore.pipeline.settings import LENGTHS
+from kpcore.pipeline.settings import FLAGS, LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     from kpcore.pipeline.data import PartClouds
+    from kpcore.pipeline.model import Model
+    from kpcore.pipeline.segmentation import Segmented
     from kpcore.pipeline.settings import Settings
-    from kpcore.pipeline.training import Model
     from kpcore.pipeline.voting import Scores
 
 
 CONFUSION = "confusion.csv"
+QUIET, VERBOSE = "quiet", "verbose"
+FORMATS = ("laz", "las", "ply", "npz", "pcd", "csv")  # that --format names
+DONE, FAULT, REFUSED, FAILED, NOT_TRUSTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+EXIT_CODES = {
+    DONE: "done",
+    FAULT: "an error in kpcore itself, please report it",
+    REFUSED: "the options or the input were refused, or could not be read or written; nothing is done",
+    FAILED: "some files failed and are listed, the others are done",
+    NOT_TRUSTED: "done, but with --strict: there were warnings that the result may not be trusted",
+    INTERRUPTED: "interrupted by Ctrl-C (143: by SIGTERM)",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, 2 for invalid options or input, 130 after Ctrl-C.
+    """Run the command. Returns its exit code, one of EXIT_CODES.
 
     Raises BrokenPipeError if the reader of standard output has closed it.
     """
-    from kpcore.pipeline.training import NotFinite
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    args = parser().parse_args(words)
+    args.warned, args.resumable = _Warned(), None
+    with (
+        printing(args.amount == QUIET, args.amount == VERBOSE),
+        args.warned.shown(),
+        _threads(args.threads),
+        _nothing_on_stdout(args.json),
+    ):
+        code, results = _run(args, words)
+    if args.json:
+        command = {"command": args.command, "exit_code": code}
+        print(json.dumps(_plain(command | results | {"warnings": args.warned.lines})))
+    return code
 
-    args = _parser().parse_args(argv)
+
+def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """(exit code, results) of a command; the reason is printed on standard error unless it is done."""
     try:
-        with _warnings_in_lines():
-            args.run(args)
+        results = args.run(args) or {}
     except BrokenPipeError:
         raise
-    except (ValueError, NotFinite, ImportError) as error:  # kpcore raises a ValueError for any invalid input
-        return _refused(error)
-    except OSError as error:
-        return _refused(f"{error.filename or 'standard output'}: {error.strerror or error}")
-    except MemoryError as error:
-        words = " ".join(sys.argv[1:] if argv is None else argv)
-        return _refused(f"not enough memory for {words}{f': {error}' if str(error) else ''}")
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    except KeyboardInterrupt as error:
+        if args.resumable and args.resumable():
+            resumed = words if "--resume" in words else [*words, "--resume"]
+            _print_error(f"interrupted; resume with: {shlex.join(['kpcore', *resumed])}")
+        code = TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+        return code, {"error": "interrupted"}
+    except Exception as error:
+        reason = _reason(error)
+        if isinstance(error, MemoryError):
+            reason = f"not enough memory for {' '.join(words)}{f': {error}' if str(error) else ''}"
+        _print_error(reason)
+        return REFUSED if isinstance(error, _refusals()) else FAULT, {"error": reason}
+    failed = results.get("failed", [])
+    for one in failed:
+        _print_error(_about(one["file"], one["error"]))
+    if failed:
+        total = len(failed) + len(results["files"]) + len(results.get("skipped", []))
+        _print_error(f"{len(failed)} of {total} files failed")
+        return FAILED if len(failed) < total else REFUSED, results
+    return NOT_TRUSTED if getattr(args, "strict", False) and args.warned.is_not_trusted else DONE, results
 
 
-def _refused(reason: object) -> int:
-    _print_line(reason)
-    return 2
+def _refusals() -> tuple[type[Exception], ...]:
+    """Types of the exceptions that are no error in kpcore, which raises a ValueError for any invalid input."""
+    from kpcore.pipeline.training import NotFinite
+
+    return ValueError, NotFinite, ImportError, OSError, MemoryError, Warning  # a warning where Python is told so by -W
 
 
-def _print_line(message: object) -> None:
+def _reason(error: BaseException) -> str:
+    """What an exception says, for one line."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'standard output'}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {error}' if str(error) else ''}"
+    if isinstance(error, _refusals()):
+        return str(error)
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if f"{os.sep}kpcore{os.sep}" in call.filename]
+    where = ", ".join(f"{Path(call.filename).name} line {call.lineno} in {call.name}" for call in calls[:-4:-1])
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"this is an error in kpcore, please report it: {what} ({where})"
+
+
+def _about(file: object, message: str) -> str:
+    """A message that names a file."""
+    return message if str(file) in message else f"{file}: {message}"
+
+
+def _print_error(message: object) -> None:
     """Print a message on stderr in one line, even if a name in it has line breaks."""
-    print(f"kpcore: {'; '.join(str(message).splitlines())}", file=sys.stderr)
+    print_line(f"kpcore: {'; '.join(str(message).splitlines())}", sys.stderr)
+
+
+@dataclasses.dataclass
+class _Warned:
+    """The warnings of a command, each printed once as one line on stderr."""
+
+    lines: list[str] = dataclasses.field(default_factory=list)
+    is_not_trusted: bool = False  #: whether one says that the result may not be trusted
+    file: Path | None = None  #: the one of several files that they are about
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        def show(message, category, *_):
+            self.is_not_trusted |= issubclass(category, kp.KpcoreWarning)
+            line = str(message) if self.file is None else _about(self.file, str(message))
+            if line not in self.lines:
+                self.lines.append(line)
+                _print_error(line)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", kp.KpcoreWarning)  # otherwise once for several files
+            warnings.showwarning = show
+            yield
 
 
 @contextmanager
-def _warnings_in_lines() -> Iterator[None]:
-    """Print each warning once, as one line on stderr."""
-    shown = set()
+def _threads(number: int | None) -> Iterator[None]:
+    before = kp.get_num_threads()
+    if number is not None:
+        kp.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            kp.set_num_threads(before)
 
-    def show(message, *_):
-        if str(message) not in shown:
-            shown.add(str(message))
-            _print_line(message)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
+@contextmanager
+def _nothing_on_stdout(is_json: bool) -> Iterator[None]:
+    """With --json, leave out all that the block prints on standard output."""
+    if not is_json:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield
 
 
-def _parser() -> argparse.ArgumentParser:
-    def path(text: str) -> Path:
-        if not text:
-            raise argparse.ArgumentTypeError("expected a path, got an empty one")
-        return expanded(text)
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
-    def names(text: str) -> list[str]:
-        if not text.split():
-            raise argparse.ArgumentTypeError('expected names such as "x y z intensity", got none')
-        return text.split()
 
-    def length(text: str) -> float:
-        value, (smallest, largest) = float(text), LENGTHS
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _plain(value: Any) -> Any:
+    """A value of types that JSON has; numbers that are not finite, which it has not, become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+# ---- options
+
+
+class _Help(argparse.HelpFormatter):
+    """Help with texts of several paragraphs; lines that begin with spaces are printed as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            line if line.startswith(" ") or not line else super(_Help, self)._fill_text(line, width, indent)
+            for line in lines
+        )
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return expanded(text)
+
+
+def _names(text: str) -> list[str]:
+    if not text.split():
+        raise argparse.ArgumentTypeError('expected names such as "x y z intensity", got none')
+    return text.split()
+
+
+def _length(text: str) -> float:
+    value, (smallest, largest) = _number(text), LENGTHS
+    if not smallest <= value <= largest:
+        raise argparse.ArgumentTypeError(f"expected a length from {smallest:g} to {largest:g}, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a probability above 0, at most 1, got {text}")
+    return value
+
+
+def _up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
         if not smallest <= value <= largest:
-            raise argparse.ArgumentTypeError(f"expected a length from {smallest:g} to {largest:g}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected {smallest} to {largest}, got {text}")
         return value
 
-    def up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
-        def number(text: str) -> int:
-            value = int(text)
-            if not smallest <= value <= largest:
-                raise argparse.ArgumentTypeError(f"expected {smallest} to {largest}, got {text}")
-            return value
+    return number
 
-        return number
 
-    def with_theme(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("--theme", choices=["dark", "light"], default="dark", help="of pictures (default: dark)")
-        return command
+def _labels(text: str) -> tuple[int, ...]:
+    """Labels such as 7,9,18."""
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected labels such as 7,9,18, got {text!r}") from None
 
-    parser = argparse.ArgumentParser(prog="kpcore", description="The numerical core of point convolutions.")
-    parser.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train a network and label a scene with it; or subsample, search and convolve a scan",
-        description="Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
+
+def _ignored(text: str) -> tuple[int | str, ...]:
+    """Labels and flags such as 7,18,withheld."""
+    try:
+        return tuple(one if one in FLAGS else int(one) for one in text.split(","))
+    except ValueError:
+        expected = f"labels, and flags of {', '.join(FLAGS)}, such as 7,18,withheld"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def _factors(text: str) -> str | tuple[float, float]:
+    """The factors of x and y, and of z, or auto."""
+    if text == "auto":
+        return text
+    values = [_length(one) for one in text.split(",")]
+    if len(values) > 2:
+        raise argparse.ArgumentTypeError(f"expected one factor, or two such as 0.3048,1, or auto, got {text!r}")
+    return values[0], values[-1]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; docs/commands.py writes the page of the commands from it."""
+    common = argparse.ArgumentParser(add_help=False)
+    shared = common.add_argument_group("options of every command")
+    shared.add_argument(
+        "--threads", type=_up_to(_openmp.MOST_THREADS), metavar="N",
+        help="threads to compute with (default: all cores this process may use); no result depends on their number",
+    )  # fmt: skip
+    for name, amount, what in (
+        ("quiet", QUIET, "print no progress and nothing but results, warnings and errors"),
+        ("verbose", VERBOSE, "print more about what is done"),
+    ):
+        shared.add_argument(f"-{name[0]}", f"--{name}", dest="amount", action="store_const", const=amount, help=what)
+    shared.add_argument(
+        "--json", action="store_true",
+        help="print one JSON object with the results on standard output, and nothing else there",
+    )  # fmt: skip
+    top = argparse.ArgumentParser(
+        prog="kpcore", formatter_class=_Help,
+        description="Train networks of point convolutions on labelled scans, and label others with them.",
+        epilog="kpcore COMMAND --help describes a command, with examples and its exit codes.",
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"kpcore {kp.__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], summary: str, description: str,
+                examples: str, *more_codes: int) -> argparse.ArgumentParser:  # fmt: skip
+        codes = sorted({DONE, FAULT, REFUSED, INTERRUPTED, *more_codes})
+        epilog = "\n".join([
+            "examples:", *(f"  {line}" for line in examples.splitlines()), "",
+            "exit codes:", *(f"  {code:<4} {EXIT_CODES[code]}" for code in codes),
+        ])  # fmt: skip
+        text = f"{summary[0].upper()}{summary[1:]}. {description}".rstrip()
+        one = commands.add_parser(
+            name, parents=[common], help=summary, description=text, epilog=epilog, formatter_class=_Help
+        )
+        one.set_defaults(run=run)
+        return one
+
+    def strict(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--strict", action="store_true",
+            help="exit with 4 if a warning says that the result may not be trusted; it is written nevertheless",
+        )  # fmt: skip
+
+    def with_theme(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--theme", choices=("dark", "light"), default="dark", help="of pictures (default: dark)")
+
+    trained = {"type": _path, "metavar": "MODEL", "help": "a best.safetensors that kpcore train wrote"}
+    demo = command(
+        "demo", _demo, "train a network and label a scene with it; or subsample, search and convolve a scan",
+        "Without a file: trains a small KP-FCNN on five furnished flats for some two minutes, labels "
         "another one, prints the IoU of each class and writes a picture. With --objects: trains a small KP-CNN on "
         "generated objects, classifies others and writes a picture. With a scan: level by level subsamples it, "
         "searches neighbours and runs a KPConv forward and backward; prints a table and writes a picture.",
-    )
-    demo.add_argument("file", nargs="?", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
-    demo.add_argument("--voxel", type=length, help="with FILE: voxel size of level 0 in its unit (default 0.04)")
+        "kpcore demo\nkpcore demo --objects\nkpcore demo scan.laz --voxel 0.1 --levels 4",
+    )  # fmt: skip
+    demo.add_argument("file", nargs="?", type=_path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
+    demo.add_argument("--voxel", type=_length, help="with FILE: voxel size of level 0 in its unit (default 0.04)")
     demo.add_argument(
-        "--levels", type=up_to(12), help="with FILE: number of levels, each with twice the voxel size (default 5)"
+        "--levels", type=_up_to(12), help="with FILE: number of levels, each with twice the voxel size (default 5)"
     )
-    demo.add_argument("--channels", type=up_to(1024), help="with FILE: channels in and out (default 64)")
+    demo.add_argument("--channels", type=_up_to(1024), help="with FILE: channels in and out (default 64)")
     demo.add_argument(
-        "--columns", type=names, metavar="NAMES", help='with FILE: names for columns that have none, "x y z label"'
+        "--columns", type=_names, metavar="NAMES", help='with FILE: names for columns that have none, "x y z label"'
     )
     demo.add_argument("--objects", action="store_true", help="train on generated objects, and classify others")
     demo.add_argument(
-        "--out", type=path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
+        "--out", type=_path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
-    with_theme(demo).set_defaults(run=_demo)
+    with_theme(demo)
 
-    train = commands.add_parser("train", help="train a network on labelled clouds with the settings of a TOML file")
-    train.add_argument("settings", type=path, metavar="TOML")
+    init = command(
+        "init", _init, "write settings for a training, from what labelled files hold",
+        "Reads labelled scans, or a folder of objects with a sub-folder for each class, and prints a settings file for "
+        "kpcore train: classes with their numbers of points, features, lengths that fit the density, and a part to "
+        "test on, with what was seen as comments. File names are relative to the current folder, or to that of --out.",
+        "kpcore init scans/*.laz > my.toml\n"
+        "kpcore init room.npy --columns \"x y z red green blue label\" --out my.toml",
+    )  # fmt: skip
+    init.add_argument(
+        "files", type=_path, nargs="+", metavar="FILE",
+        help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN; a pattern; a folder of these and its sub-folders; or a "
+        "folder of objects",
+    )  # fmt: skip
+    init.add_argument("--label", metavar="NAME", help="field of the labels (default: the first usual name)")
+    init.add_argument(
+        "--columns", type=_names, metavar="NAMES", help='names for columns that have none, "x y z intensity label"'
+    )
+    init.add_argument(
+        "--out", type=_path, metavar="TOML", help="the file to write, which must not exist (default: standard output)"
+    )
+
+    train = command(
+        "train", _train, "train a network on labelled clouds with the settings of a TOML file",
+        "The files of [data] train, validation and test are relative to --data. Each may be a folder (\"tiles/\": the "
+        "PLY, PCD, LAS, LAZ and NPZ files in it) or a pattern (\"tiles/*.laz\"), which stand for files in the order of "
+        "their names. A run that was stopped is resumed with the same command and --resume, and gives the same "
+        "network to the bit. With --resume the TOML file may also have more epochs than before, and another validate "
+        "or workers; no other setting may have changed.",
+        "kpcore train scans.toml --data /data/scans --out runs/scans\n"
+        "kpcore train scans.toml --data /data/scans --out runs/scans --resume\n"
+        "kpcore train city.toml --init runs/scans/best.safetensors --out runs/city",
+    )  # fmt: skip
+    train.add_argument("settings", type=_path, metavar="TOML", help="the settings, see docs/settings.md")
     train.add_argument(
-        "--out", type=path, required=True, metavar="DIR",
+        "--out", type=_path, required=True, metavar="DIR",
         help="folder for checkpoints, the log and curves, with a folder in it for each fold",
     )  # fmt: skip
-    train.add_argument("--data", type=path, metavar="DIR", help="folder of the data files (default: that of the TOML)")
-    train.add_argument("--seed", type=up_to(2**31 - 1, 0), default=0, help="seed of all random numbers (default 0)")
+    train.add_argument("--data", type=_path, metavar="DIR", help="folder of the data files (default: that of the TOML)")
+    train.add_argument("--seed", type=_up_to(2**31 - 1, 0), default=0, help="seed of all random numbers (default 0)")
     train.add_argument(
         "--resume", action="store_true", help="resume the run in the folder --out from its last checkpoint"
     )
+    train.add_argument(
+        "--init", type=_path, metavar="MODEL",
+        help="begin with the weights of this trained model, which has the same features and network; the layer for the "
+        "classes is new unless they are the same in the same order, and features are scaled as in the model",
+    )  # fmt: skip
     train.add_argument("--fold", metavar="NAME", help="train this fold only (default: all, one after the other)")
-    train.set_defaults(run=_train)
 
-    test = commands.add_parser("test", help="IoU of a trained network on the test files of its settings")
+    test = command(
+        "test", _test, "compute the IoU of a trained network on the test files of its settings", "",
+        "kpcore test runs/scans/best.safetensors --data /data/scans\n"
+        "kpcore test runs/scans/best.safetensors --data /data/scans --out tested --strict",
+        NOT_TRUSTED,
+    )  # fmt: skip
     test.add_argument(
-        "model", type=path, metavar="MODEL",
+        "model", type=_path, metavar="MODEL",
         help="a best.safetensors that kpcore train wrote, or the folder of all folds, each of which is tested",
     )  # fmt: skip
     test.add_argument(
-        "--data", type=path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
+        "--data", type=_path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
     test.add_argument(
-        "--votes", type=up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
+        "--votes", type=_up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
     )
     test.add_argument(
-        "--out", type=path, metavar="DIR",
+        "--out", type=_path, metavar="DIR",
         help="folder for the confusion matrix as CSV and picture, and for a picture of objects with a wrong class",
     )  # fmt: skip
-    with_theme(test).set_defaults(run=_test)
+    with_theme(test)
+    strict(test)
 
-    predict = commands.add_parser("predict", help="classes of objects by a trained network")
-    predict.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    predict = command(
+        "predict", _predict, "print the classes of objects by a trained network", "",
+        "kpcore predict runs/objects/best.safetensors chair.off table.ply",
+        FAILED, NOT_TRUSTED,
+    )  # fmt: skip
+    predict.add_argument("model", **trained)
     predict.add_argument(
-        "files", type=path, nargs="+", metavar="FILE", help="meshes in OFF or PLY, or clouds in any format that is read"
+        "files",
+        type=_path,
+        nargs="+",
+        metavar="FILE",
+        help="meshes in OFF or PLY, or clouds in any format that is read",
     )
-    predict.add_argument("--votes", type=up_to(1000), help="votes for each object (default: as in the settings)")
-    predict.set_defaults(run=_predict)
+    predict.add_argument("--votes", type=_up_to(1000), help="votes for each object (default: as in the settings)")
+    strict(predict)
 
-    segment = commands.add_parser("segment", help="label a scan with a trained network")
-    segment.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
-    segment.add_argument("file", type=path, metavar="FILE", help="PLY, LAS, LAZ or NPZ")
-    segment.add_argument("--out", type=path, required=True, metavar="FILE", help="labelled copy, in the same format")
-    segment.add_argument("--votes", type=up_to(1000), help="votes for each place (default: as in the settings)")
+    segment = command(
+        "segment", _segment, "label scans with a trained network",
+        "Writes a copy of each scan with labels; everything else in it stays the same. If a scan has labels already, "
+        "the scores and the confusion matrix against them are printed. Files that cannot be labelled are listed at the "
+        "end, the others are done nevertheless.",
+        "kpcore segment best.safetensors scan.laz --out labelled.laz\n"
+        "kpcore segment best.safetensors tiles/ --out labelled --keep 7,9,18 --confidence\n"
+        "kpcore segment best.safetensors tiles/ --out labelled --resume\n"
+        "kpcore segment best.safetensors 'tiles/**/*.ply' --out labelled --format laz\n"
+        "kpcore segment best.safetensors feet.laz --out labelled.laz --scale 0.3048 --strict",
+        FAILED, NOT_TRUSTED,
+    )  # fmt: skip
+    segment.add_argument("model", **trained)
+    segment.add_argument(
+        "files", type=_path, nargs="+", metavar="FILE",
+        help="scans; folders, which stand for the PLY, PCD, LAS, LAZ and NPZ files in them; or patterns in quotes, "
+        "where ** stands for folders within folders",
+    )  # fmt: skip
+    segment.add_argument(
+        "--out", type=_path, required=True, metavar="FILE|DIR",
+        help="labelled copy of one FILE, if this name has an extension; otherwise a folder, which is made, for copies "
+        "with the names of the scans. Files in it that have these names are replaced",
+    )  # fmt: skip
+    segment.add_argument(
+        "--format", choices=FORMATS, help="format of the copies in a folder (default: that of each scan)"
+    )
+    segment.add_argument("--resume", action="store_true", help="skip scans whose copies are in the folder already")
+    segment.add_argument(
+        "--method", choices=("blocks", "potentials"),
+        help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
+        "votes, or if the network has the feature local)",
+    )  # fmt: skip
+    segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
-    segment.add_argument("--picture", type=path, metavar="PNG", help="picture of the labels")
-    with_theme(segment).set_defaults(run=_segment)
+    segment.add_argument(
+        "--keep", type=_labels, default=(), metavar="LABELS",
+        help="points that have one of these labels keep it, such as 7,9,18: noise, water and high noise",
+    )  # fmt: skip
+    segment.add_argument("--into", metavar="NAME", help="write the labels to this field instead of the usual one")
+    segment.add_argument(
+        "--confidence", action="store_true", help="add a field confidence, the probability of the label in percent"
+    )
+    segment.add_argument(
+        "--unclassified", type=_fraction, metavar="P",
+        help="points whose label has a smaller probability than this get the label of unclassified points",
+    )  # fmt: skip
+    segment.add_argument(
+        "--ignore", type=_ignored, default=(), metavar="LABELS",
+        help="leave points with these labels or flags out of the input of the network, such as 7,18,withheld,overlap; "
+        "they keep the label that they have",
+    )  # fmt: skip
+    segment.add_argument(
+        "--scale", type=_factors, metavar="FACTOR",
+        help="multiply coordinates by this before the network sees them: 0.3048 for a scan in feet where training was "
+        "in metres; 0.3048,1 if only x and y are in feet; auto for the units that the file names",
+    )  # fmt: skip
+    segment.add_argument("--picture", type=_path, metavar="PNG", help="picture of the labels of one scan")
+    with_theme(segment)
+    strict(segment)
 
-    erf = commands.add_parser("erf", help="effective receptive fields of a trained network in a scan")
-    erf.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
-    erf.add_argument("file", type=path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
+    erf = command(
+        "erf", _erf, "draw effective receptive fields of a trained network in a scan", "",
+        "kpcore erf best.safetensors scan.laz --out fields\n"
+        "kpcore erf best.safetensors scan.laz --at 12.5 3 1.2 --level 3 --out fields",
+    )  # fmt: skip
+    erf.add_argument("model", **trained)
+    erf.add_argument("file", type=_path, metavar="FILE", help="PLY, PCD, LAS, LAZ, NPY, NPZ, TXT, CSV, BIN")
     erf.add_argument(
         "--at", type=float, nargs=3, action="append", metavar=("X", "Y", "Z"),
         help="position of an output, in the coordinates of the file; may be repeated (default: the middle of the scan)",
     )  # fmt: skip
     erf.add_argument(
-        "--level", type=up_to(MOST_LEVELS - 1, 0), metavar="N",
+        "--level", type=_up_to(MOST_LEVELS - 1, 0), metavar="N",
         help="of the features of the encoder on this level; 0 is the finest (default: of the logit of the class)",
     )  # fmt: skip
-    erf.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the pictures")
-    with_theme(erf).set_defaults(run=_erf)
+    erf.add_argument("--out", type=_path, default=Path(), metavar="DIR", help="folder for the pictures")
+    with_theme(erf)
 
-    features = commands.add_parser("features", help="inputs that maximise features of a trained network")
-    features.add_argument("model", type=path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+    features = command(
+        "features", _features, "draw the inputs that maximise features of a trained network", "",
+        "kpcore features best.safetensors a.laz b.laz --level 2 --out features",
+    )  # fmt: skip
+    features.add_argument("model", **trained)
     features.add_argument(
         "files",
-        type=path,
+        type=_path,
         nargs="+",
         metavar="FILE",
         help="scans, objects, or images of digits (idx), as the network has",
     )
     features.add_argument(
-        "--level", type=up_to(MOST_LEVELS - 1, 0), action="append", metavar="N",
+        "--level", type=_up_to(MOST_LEVELS - 1, 0), action="append", metavar="N",
         help="level of the encoder, may be repeated; 0 is the finest (default: 0 and 2)",
     )  # fmt: skip
     features.add_argument(
-        "--channels", type=up_to(MOST_CHANNELS - 1, 0), nargs="+", metavar="N",
+        "--channels", type=_up_to(MOST_CHANNELS - 1, 0), nargs="+", metavar="N",
         help="channels of the features (default: the four most selective)",
     )  # fmt: skip
-    features.add_argument("--out", type=path, default=Path(), metavar="DIR", help="folder for the picture")
-    with_theme(features).set_defaults(run=_features)
-    report = commands.add_parser("report", help="one HTML page about a training: scores, curves, data, settings, times")
-    report.add_argument("folder", type=path, metavar="RUN", help="the folder that kpcore train wrote")
-    report.add_argument("--out", type=path, metavar="HTML", help="the page (default: report.html in that folder)")
+    features.add_argument("--out", type=_path, default=Path(), metavar="DIR", help="folder for the picture")
+    with_theme(features)
+
+    report = command(
+        "report", _report, "write one HTML page about a training: scores, curves, data, settings, times",
+        "The page loads nothing, can be mailed and printed, and is dark or light as its reader's system is.",
+        "kpcore report runs/scans\nkpcore report runs/scans --data scans --out report.html",
+    )  # fmt: skip
+    report.add_argument("folder", type=_path, metavar="RUN", help="the folder that kpcore train wrote")
+    report.add_argument("--out", type=_path, metavar="HTML", help="the page (default: report.html in that folder)")
     report.add_argument(
-        "--data", type=path, metavar="DIR", help="folder of the data files, for pictures of test scenes"
-    )
-    report.set_defaults(run=_report)
-    convert = commands.add_parser(
-        "convert",
-        help="convert a checkpoint of published PyTorch code",
-        description="Convert a checkpoint of other code to a file that kpcore.nn.load reads; and kpcore segment or "
+        "--data", type=_path, metavar="DIR",
+        help="folder of the data files, for pictures of test scenes and their features beside those of the training",
+    )  # fmt: skip
+
+    convert = command(
+        "convert", _convert, "convert a checkpoint of published PyTorch code",
+        "The result is a file that kpcore.nn.load reads; and kpcore segment or "
         "kpcore predict, if the network labels points or classifies objects and its settings say how its input is "
         "made. No code in the checkpoint is executed.",
-    )
-    convert.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a file that torch.save wrote")
+        "kpcore convert chkp_0500.tar --from kpconv-pytorch --out s3dis.safetensors",
+    )  # fmt: skip
+    convert.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a file that torch.save wrote")
     convert.add_argument(
         "--from", dest="client", choices=[*CLIENTS], required=True, metavar="CODE",
         help=f"the code that it is of: {', '.join(CLIENTS)}",
     )  # fmt: skip
     convert.add_argument(
-        "--config", type=path, action="append", default=[], metavar="FILE",
+        "--config", type=_path, action="append", default=[], metavar="FILE",
         help="settings: parameters.txt, the yml of Open3D-ML, or TOML or JSON with the names of that code; may be "
         "repeated, later files add to earlier ones (default: parameters.txt, parameters.json or config.json beside the "
         "checkpoint or one folder above)",
     )  # fmt: skip
-    convert.add_argument("--out", type=path, required=True, metavar="FILE", help="the safetensors file to write")
-    convert.set_defaults(run=_convert)
-    commands.add_parser("config", help="print version, instruction set, threads").set_defaults(
-        run=lambda _: kp.show_config()
-    )
-    return parser
+    convert.add_argument("--out", type=_path, required=True, metavar="FILE", help="the safetensors file to write")
+
+    command("config", _config, "print version, instruction set, threads and GPU, for bug reports", "", "kpcore config")
+    return top
 
 
-def _demo(args: argparse.Namespace) -> None:
+# ---- commands: each returns its results, for --json
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    kp.show_config()
+    return {"config": config_rows()}
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore import demo
 
     options = {name: getattr(args, name) for name in demo.SCAN if getattr(args, name) is not None}
     if args.file and args.objects:
         raise Refused(f"--objects: only valid without FILE, got {args.file}")
     if args.file:
-        demo.scan(args.file, args.out, **demo.SCAN | options, theme=args.theme)
-    elif options:
+        return demo.scan(args.file, args.out, **demo.SCAN | options, theme=args.theme)
+    if options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
-    else:
-        (demo.objects if args.objects else demo.train)(args.out, args.theme)
+    return (demo.objects if args.objects else demo.train)(args.out, args.theme)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _init(args: argparse.Namespace) -> dict[str, Any]:
+    from kpcore.pipeline import starting
+
+    if args.out and args.out.exists():
+        raise Refused(f"--out {args.out}: expected a new file, got one that exists, which is never overwritten")
+    if args.out:
+        check_writable(args.out)
+    folder = args.out.parent if args.out else Path()
+    text = starting.draft(args.files, folder, label=args.label, columns=args.columns)
+    if args.out:
+        with replacing(args.out) as part:
+            part.write_text(text, encoding="utf-8")
+        print(f"{args.out}: read it, change what you like, then: kpcore train {args.out} --out runs/first")
+        return {"out": args.out, "settings": text}
+    try:
+        print(text, end="")
+    except UnicodeEncodeError as error:
+        got = f"{error.encoding}, which has no {error.object[error.start]!a}"
+        raise Refused(f"standard output: expected UTF-8, got {got}; write the file with --out") from None
+    return {"settings": text}
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from kpcore.pipeline import filenames
     from kpcore.pipeline.settings import read_settings
     from kpcore.pipeline.training import LAST
 
@@ -276,6 +647,8 @@ def _train(args: argparse.Namespace) -> None:
     require("safetensors", "io")
     require("matplotlib.figure", "plot")  # checked before hours of training
     settings = read_settings(args.settings)
+    if settings.data.folds:
+        settings = filenames.expand(settings, args.data or args.settings.parent)
     folds = settings.by_fold()
     if args.fold is not None and args.fold not in folds:
         expected = f"one of {', '.join(folds)}" if folds else "settings with folds in [data]"
@@ -286,10 +659,11 @@ def _train(args: argparse.Namespace) -> None:
     for out in outs:
         make_folder(out)
         check_writable(out / LAST)
-    if folds:
-        _train_folds(args, folds, chosen)
-    else:
-        _train_run(args, settings, args.out, resume=args.resume)
+    args.resumable = lambda: any((out / LAST).is_file() for out in outs)
+    with _ended_by_sigterm():
+        if folds:
+            return _train_folds(args, folds, chosen)
+        return _train_run(args, settings, args.out, resume=args.resume)
 
 
 def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
@@ -308,7 +682,7 @@ def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
         raise Refused(f"--resume: expected a checkpoint {LAST} in {where}, got none; start a new run {advice}")
 
 
-def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> None:
+def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> dict[str, Any]:
     """Train the chosen folds, each in a folder below --out; print the table when all folds are complete."""
     from kpcore.pipeline import folds
     from kpcore.pipeline.curves import CURVES
@@ -319,49 +693,75 @@ def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen
         return {name: confusion for name, confusion in last.items() if confusion is not None}
 
     check_writable(args.out / folds.FOLDS)
-    complete, read_parts = confusions(), {}
+    complete, read_parts, trained = confusions(), {}, {}
     for name in chosen:
         out, data = args.out / name, settings[name].data
-        print(f"fold {name}: {len(data.train)} scenes to train on, {len(data.test)} to test")
+        say(f"fold {name}: {len(data.train)} scenes to train on, {len(data.test)} to test")
         if name in complete and (out / CURVES).is_file():  # the last file that a run writes
-            print(f"done already: {out}")
+            say(f"done already: {out}")
         else:
-            _train_run(args, settings[name], out, resume=args.resume and (out / LAST).is_file(), read_parts=read_parts)
+            trained[name] = _train_run(
+                args, settings[name], out, resume=args.resume and (out / LAST).is_file(), read_parts=read_parts
+            )
     complete = confusions()
     if missing := [name for name in settings if name not in complete]:
-        print(f"{len(complete)} of {len(settings)} folds are done; to be trained: {', '.join(missing)}")
-        return
+        say(f"{len(complete)} of {len(settings)} folds are done; to be trained: {', '.join(missing)}")
+        return {"folds": trained, "missing": missing}
     names = settings[chosen[0]].names
     folds.write(args.out / folds.FOLDS, names, complete)
-    print("after the last epoch of each fold; all folds: of the sum of their confusion matrices")
-    print(*folds.table(names, complete), sep="\n")
-    print(f"table: {args.out / folds.FOLDS}")
+    say("after the last epoch of each fold; all folds: of the sum of their confusion matrices")
+    say(*folds.table(names, complete))
+    say(f"table: {args.out / folds.FOLDS}")
+    return {"folds": trained, "missing": [], "table": args.out / folds.FOLDS} | _scores_of_folds(names, complete)
 
 
 def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resume: bool,
-               read_parts: PartClouds | None = None) -> None:  # fmt: skip
-    from kpcore.pipeline.training import Training
+               read_parts: PartClouds | None = None) -> dict[str, Any]:  # fmt: skip
+    from kpcore.pipeline import class_table
+    from kpcore.pipeline.training import BEST, Training
 
-    tqdm = require("tqdm", "io").tqdm
-    folder = args.data or args.settings.parent
-    training = Training(settings, out, folder, seed=args.seed, resume=resume, read_parts=read_parts)
+    begin = time.perf_counter()
+    training = Training(settings, out, args.data or args.settings.parent, seed=args.seed, resume=resume,
+                        read_parts=read_parts, init=args.init, say=say)  # fmt: skip
     net, epochs, steps = training.model.net, settings.training.epochs, settings.training.steps
-    print(f"{kp.nn.count(training.model.params):,} parameters, {net.num_levels} levels, {len(settings.names)} classes; "
-          f"{sum(len(scene.points) for scene in training.scenes):,} points to train on")  # fmt: skip
-    done = training.epoch * steps + training.step
-    with tqdm(total=epochs * steps, initial=done, desc="training", **BAR) as bar:
+    parameters, points = kp.nn.count(training.model.params), sum(len(scene.points) for scene in training.scenes)
+    sizes = f"{parameters:,} parameters, {net.num_levels} levels, {len(settings.names)} classes"
+    say(f"{sizes}; {points:,} points to train on")
+    say(*class_table.lines(training.classes, "objects" if settings.classifies else "points"))
+    if training.test_scenes and not training.validation_scenes:
+        say("the best network is chosen by the test data, so its score there is too good: see validation in [data]")
+    detail(f"data read and network made in {time.perf_counter() - begin:.1f} s; {kp.get_num_threads()} threads")
+    tested: dict[str, Any] = {}
+    with Progress("training", epochs * steps, training.epoch * steps + training.step) as progress:
 
         def watch(entry: dict[str, Any]) -> None:
-            if "test" in entry:
-                bar.write(_scores(f"after epoch {entry['epoch']}", entry["test"], settings.classifies))
-                return
-            bar.set_description_str(f"epoch {entry['epoch'] + 1} of {epochs}")
-            bar.set_postfix_str(f"  loss {entry['loss']:.3f}", refresh=False)
-            bar.update()
+            for kind in ("validation", "test"):
+                if kind in entry:
+                    say(_scores(f"{kind} after epoch {entry['epoch']}", entry[kind], settings.classifies))
+                    detail(f"{kind} took {entry['seconds']:.1f} s")
+                    tested[kind] = entry[kind]
+                    return
+            progress.step(f"epoch {entry['epoch'] + 1} of {epochs}", f"loss {entry['loss']:.3f}",
+                          f"step {entry['step'] + 1} of {steps}")  # fmt: skip
 
         begin = time.perf_counter()
         training.run(watch)
-    print(f"done in {time.perf_counter() - begin:.0f} s: {out}")
+    seconds = time.perf_counter() - begin
+    say(f"done in {seconds:.0f} s: {out}")
+    return {
+        "out": out, "model": out / BEST, "epochs": epochs, "seconds": seconds, "parameters": parameters,
+        "points": points, "classes": settings.names, "loss": training.loss, "results": training.results,
+        **tested,
+    }  # fmt: skip
+
+
+def _scores_of_folds(names: Sequence[str], confusions: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The scores and the confusion matrix of each fold and of their sum."""
+    from kpcore.pipeline import folds, voting
+
+    total = folds.total_confusion(confusions)
+    scores = {name: voting.scores(one, names) | {"confusion": one} for name, one in confusions.items()}
+    return {"classes": names, "scores": voting.scores(total, names), "confusion": total, "scores_of_folds": scores}
 
 
 def _scores(when: str, scores: Scores, classifies: bool) -> str:
@@ -377,19 +777,17 @@ def _scores(when: str, scores: Scores, classifies: bool) -> str:
 
 
 def _model(path: Path) -> Model:
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
-    require("safetensors", "io")
     return Model.load(path)
 
 
-def _test(args: argparse.Namespace) -> None:
-    from kpcore.pipeline import classification, voting
+def _test(args: argparse.Namespace) -> dict[str, Any]:
+    from kpcore.pipeline import classification, labelling, voting
     from kpcore.pipeline.data import load
 
     if args.model.is_dir():
-        _test_folds(args)
-        return
+        return _test_folds(args)
     model = _model(args.model)
     if not model.settings.data.test:
         raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
@@ -401,7 +799,7 @@ def _test(args: argparse.Namespace) -> None:
         confusion = classified.confusion()
         scores = voting.scores(confusion, settings.names)
     else:
-        confusion, scores = voting.evaluate_scores(model, loaded, args.votes)
+        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes, compare=True)
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -412,7 +810,8 @@ def _test(args: argparse.Namespace) -> None:
     _show_confusion(args, scored, settings.names, confusion)
     if args.out and classifies and len(classified.errors):
         classification.draw_errors(args.out / "errors.png", model, classified, args.theme)
-        print(f"picture: {args.out / 'errors.png'}")
+        say(f"picture: {args.out / 'errors.png'}")
+    return {"classes": settings.names, "scores": scores, "confusion": confusion}
 
 
 def _check_out_of_test(out: Path | None) -> None:
@@ -422,28 +821,34 @@ def _check_out_of_test(out: Path | None) -> None:
         check_writable(out / CONFUSION)
 
 
+def _confusion_lines(names: Sequence[str], confusion: np.ndarray) -> list[str]:
+    rows = zip(names, confusion, strict=True)
+    return [
+        "confusion, a row for each true class:",
+        *(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row) for name, row in rows),
+    ]
+
+
 def _show_confusion(args: argparse.Namespace, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
     """Print a confusion matrix; write it to the folder --out, if any, as CSV and as picture."""
     from kpcore import picture
     from kpcore.pipeline import classification
 
     out: Path | None = args.out
-    print("confusion, a row for each true class:")
-    for name, row in zip(names, confusion, strict=True):
-        print(f"{name:>16} " + " ".join(f"{value:>10,}" for value in row))
+    print(*_confusion_lines(names, confusion), sep="\n")
     if not out:
         return
     classification.write_confusion(out / CONFUSION, names, confusion)
-    print(f"table: {out / CONFUSION}")
+    say(f"table: {out / CONFUSION}")
     with replacing(out / "confusion.png") as part:
         subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
         picture.draw_confusion(part, "Confusion", subtitle, names, confusion, theme=args.theme)
-    print(f"picture: {out / 'confusion.png'}")
+    say(f"picture: {out / 'confusion.png'}")
 
 
-def _test_folds(args: argparse.Namespace) -> None:
+def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     """Test the network of each fold after its last epoch on the scenes of the fold."""
-    from kpcore.pipeline import folds, voting
+    from kpcore.pipeline import folds, labelling, voting
     from kpcore.pipeline.data import load
     from kpcore.pipeline.training import LAST
 
@@ -457,67 +862,176 @@ def _test_folds(args: argparse.Namespace) -> None:
     confusions = {}
     for name, model in models.items():
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        confusions[name] = voting.evaluate(model, loaded, args.votes)
+        confusions[name] = labelling.evaluate(model, loaded, args.votes, compare=True)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)
     scored = _scores(f"{total.sum():,} labelled", voting.scores(total, names), classifies=False)
     print(*folds.table(names, confusions), sep="\n")
     _show_confusion(args, scored, names, total)
+    return _scores_of_folds(names, confusions)
 
 
-def _predict(args: argparse.Namespace) -> None:
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import classification
 
     model = _model(args.model)
     if model.settings.data.kind != "objects":
         raise Refused(f"{args.model}: expected a network of objects, got one of {model.settings.data.kind}")
-    objects, refused = [], []
+    objects, failed, files = [], [], []
     for path in args.files:
         try:
             objects += [(path, scene) for scene in classification.objects_of_files(model, [path])]
-        except (ValueError, OSError) as error:  # the others have a class nevertheless
-            refused.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error))
+        except (ValueError, OSError, ImportError) as error:  # the others have a class nevertheless
+            failed.append({"file": path, "error": _reason(error)})
     if objects:
         paths, scenes = zip(*objects, strict=True)
         classified = classification.classify(model, [*scenes], args.votes)
         for path, number, row in zip(paths, classified.classes, classified.probabilities, strict=True):
             print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
-    if refused:
-        raise Refused(f"{len(refused)} of {len(args.files)} files have no class: {'; '.join(refused)}")
+            probabilities = dict(zip(model.settings.names, row, strict=True))
+            files.append({"file": path, "class": model.settings.names[number], "probabilities": probabilities})
+    return {"files": files, "failed": failed}
 
 
-def _segment(args: argparse.Namespace) -> None:
+def _segment(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import segmentation
 
-    tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    model = _model(args.model)
     if not model.net.segments:
         raise Refused(f"{args.model}: expected a network that labels points, got one that classifies whole clouds")
     try:
         segmentation.check_category(model, args.category)
     except ValueError as error:
         raise Refused(f"--{error}") from None
-    segmentation.check_out(args.file, args.out)
+    copies = _copies(args)
+    names = ("method", "votes", "category", "keep", "into", "confidence", "unclassified", "ignore", "scale")
+    options = {name: getattr(args, name) for name in names}
+    if copies is None:
+        return {"files": [_segment_one(args, model, args.files[0], args.out, options)]}
+    make_folder(args.out)
+    args.resumable = lambda: True
+    with _ended_by_sigterm():
+        return _segment_all(args, model, copies, options)
+
+
+def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
+    """The copy of each scan in the folder --out; None if --out is the copy of a single file."""
+    from kpcore.pipeline import filenames, segmentation
+
+    sources = [Path(name) for file in args.files for name in filenames.matching(file)]
+    if len(args.files) == 1 and sources == args.files and args.out.suffix and not args.out.is_dir():
+        for name, value in (("format", args.format), ("resume", args.resume)):
+            if value:
+                raise Refused(f"--{name}: only valid where --out is a folder, got {args.out}, which has an extension")
+        segmentation.check_out(sources[0], args.out)
+        if args.picture:
+            require("matplotlib", "plot")
+            check_writable(args.picture)
+        return None
     if args.picture:
-        require("matplotlib", "plot")
-        check_writable(args.picture)
-    with tqdm(total=1.0, desc="labelling", **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
+        raise Refused("--picture: only valid for one FILE and the name of its copy as --out")
+    if args.out.exists() and not args.out.is_dir():
+        raise Refused(f"--out {args.out}: expected a folder for {len(sources)} scans, got a file")
+    if args.out.suffix.lower()[1:] in FORMATS and not args.out.is_dir():
+        raise Refused(f"--out {args.out}: expected the name of a folder for {len(sources)} scans, got that of a file")
+    copies, taken = {}, {}
+    for source in sources:
+        name = f"{source.stem}.{args.format}" if args.format else source.name
+        if (other := taken.setdefault(name.casefold(), source)) is not source:
+            raise Refused(f"{source}: its copy would be {args.out / name}, as that of {other}")
+        copies[source] = args.out / name
+    for source, copy in copies.items():
+        if copy.exists() and source.exists() and copy.samefile(source):
+            raise Refused(f"--out {args.out}: {source} would be replaced by its copy; expected another folder")
+    return copies
 
-        def watch(done: float) -> None:
-            bar.update(done - bar.n)
 
-        segmented = segmentation.segment(
-            model, args.file, args.out, votes=args.votes, category=args.category, watch=watch
-        )
-    print(f"{args.out}: {len(segmented.classes):,} points labelled")
-    for name, number in zip(model.settings.names, segmented.counts, strict=True):
-        print(f"{name:>16} {number:>12,}")
-    if segmented.scores:
-        print(_scores("compared with the labels in the file", segmented.scores, model.settings.classifies))
+def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path],
+                 options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Label several scans; those that fail are in the results, and do not keep the others from being labelled."""
+    from kpcore.pipeline import voting
+
+    skipped = [source for source, copy in copies.items() if args.resume and copy.exists()]
+    if skipped:
+        say(f"{len(skipped)} of {len(copies)} scans have a copy in {args.out} already and are skipped")
+    files, failed = [], []
+    with Progress("labelling") as progress:
+        left = [(source, copy) for source, copy in copies.items() if source not in skipped]
+        for number, (source, copy) in enumerate(left):
+            args.warned.file = source
+
+            def watch(done: float, number: int = number, source: Path = source) -> None:
+                progress.to((number + done) / len(left), f"{number + 1} of {len(left)}", source.name)
+
+            try:
+                files.append(_segment_one(args, model, source, copy, options, watch))
+            except Exception as error:
+                failed.append({"file": source, "error": _reason(error)})
+                say(f"{source}: failed")
+    args.warned.file = None
+    results = {"files": files, "failed": failed, "skipped": skipped, "classes": model.settings.names}
+    if len(files) > 1:
+        counts = {name: sum(one["counts"][name] for one in files) for name in model.settings.names}
+        say(f"{len(files)} scans: {sum(counts.values()):,} points labelled", *_lines(counts))
+        results["counts"] = counts
+    if len(files) > 1 and (matrices := [one["confusion"] for one in files if one["confusion"] is not None]):
+        total, heads = np.sum(matrices, axis=0), model.settings.heads
+        if heads:
+            scores = voting.part_scores(matrices, [[*heads].index(args.category)] * len(matrices), heads)
+        else:
+            scores = voting.scores(total, model.settings.names)
+        _show_labelled(model, f"compared with the labels of {len(matrices)} scans", scores, total)
+        results |= {"scores": scores, "confusion": total}
+    return results
+
+
+def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Path, options: dict[str, Any],
+                 watch: Callable[[float], object] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Label a scan and print what it has become; returns what --json prints of it."""
+    from kpcore.pipeline import segmentation
+
+    begin, before = time.perf_counter(), len(args.warned.lines)
+    with nullcontext() if watch else Progress("labelling") as progress:
+        segmented = segmentation.segment(model, source, copy, watch=watch or progress.to, **options)
+    seconds = time.perf_counter() - begin
+    names = model.settings.names
+    counts = dict(zip(names, segmented.counts.tolist(), strict=True))
+    matrix = _confusion(model, segmented)
+    say(f"{copy}: {len(segmented.classes):,} points labelled", *([] if watch else _lines(counts)))
+    notes = segmented.labelled.notes if segmented.labelled else []
+    say(*notes)
+    detail(f"{source}: {seconds:.1f} s")
+    if matrix is not None:
+        _show_labelled(model, "compared with the labels in the file", segmented.scores, None if watch else matrix)
     if args.picture:
         with replacing(args.picture) as part:
-            segmentation.draw(part, args.file.name, segmented, model.settings, theme=args.theme)
-        print(f"picture: {args.picture}")
+            segmentation.draw(part, source.name, segmented, model.settings, theme=args.theme)
+        say(f"picture: {args.picture}")
+    return {
+        "file": source, "out": copy, "points": len(segmented.classes), "counts": counts, "scores": segmented.scores,
+        "confusion": matrix, "seconds": seconds, "notes": notes,
+        "warnings": args.warned.lines[before:],
+    }  # fmt: skip
+
+
+def _lines(counts: dict[str, int]) -> list[str]:
+    return [f"{name:>16} {number:>12,}" for name, number in counts.items()]
+
+
+def _confusion(model: Model, segmented: Segmented) -> np.ndarray | None:
+    """The confusion matrix of a scan that has labels of the classes."""
+    from kpcore.pipeline import voting
+
+    if segmented.scores is None:
+        return None
+    return voting.confusion(segmented.true, segmented.classes, len(model.settings.names))
+
+
+def _show_labelled(model: Model, what: str, scores: Scores, matrix: np.ndarray | None) -> None:
+    say(_scores(what, scores, model.settings.classifies))
+    if matrix is not None:
+        say(*_confusion_lines(model.settings.names, matrix))
 
 
 def _check_levels(model: Model, path: Path, levels: Sequence[int]) -> None:
@@ -530,7 +1044,7 @@ def _check_no_parts(model: Model, path: Path) -> None:
         raise Refused(f"{path}: expected a network of scenes, objects or digits, got one of parts")
 
 
-def _erf(args: argparse.Namespace) -> None:
+def _erf(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import inspection
 
     model = _model(args.model)
@@ -562,14 +1076,21 @@ def _erf(args: argparse.Namespace) -> None:
         print(f"{place} {name:>12} {field.size:>8.1f} {field.radius:>8.3f} {deviations}")
     print("voxels: root of the number above 4.55 % of the largest value; radius: with 95 % of the mass")
     subtitle = f"effective receptive fields, {'logits' if args.level is None else f'level {args.level}'}, {args.model}"
-    for path in inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields, args.theme):
-        print(f"picture: {path}")
+    paths = [*inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields, args.theme)]
+    say(*(f"picture: {path}" for path in paths))
+    return {"pictures": paths, "fields": [
+        {
+            "position": field.center + scene.cloud.shift, "class": model.settings.names[field.predicted],
+            "voxels": field.size, "radius": field.radius, "deviations": field.deviations,
+        }
+        for field in fields
+    ]}  # fmt: skip
 
 
-def _features(args: argparse.Namespace) -> None:
+def _features(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import inspection
 
-    tqdm, model = require("tqdm", "io").tqdm, _model(args.model)
+    model = _model(args.model)
     _check_no_parts(model, args.model)
     levels = args.level or [level for level in (0, 2) if level < model.net.num_levels]
     _check_levels(model, args.model, levels)
@@ -578,29 +1099,30 @@ def _features(args: argparse.Namespace) -> None:
     scenes, names = inspection.scenes_of_files(model, args.files)
     make_folder(args.out)
     check_writable(picture)
-    with tqdm(total=1.0, desc="evaluating", **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
-
-        def watch(done: float) -> None:
-            bar.update(done - bar.n)
-
-        chosen = inspection.maximizing_inputs(model, scenes, names, levels, channels=args.channels, watch=watch)
+    with Progress("evaluating") as progress:
+        chosen = inspection.maximizing_inputs(model, scenes, names, levels, channels=args.channels, watch=progress.to)
     for (level, channel), inputs in chosen.items():
         for one in inputs:
             print(f"level {level}, channel {channel:>4}: {one.activation.max():>9.3f} in {one.name}")
     with replacing(picture) as part:
         inspection.draw_features(part, f"Features of {args.model}", model, chosen, args.theme)
-    print(f"picture: {picture}")
+    say(f"picture: {picture}")
+    return {"picture": picture, "features": [
+        {"level": level, "channel": channel, "inputs": {one.name: one.activation.max() for one in inputs}}
+        for (level, channel), inputs in chosen.items()
+    ]}  # fmt: skip
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import report
 
-    require("safetensors", "io")
     require("matplotlib", "plot")
-    print(f"report: {report.write(args.folder, args.out, data=args.data)}")
+    path = report.write(args.folder, args.out, data=args.data)
+    say(f"report: {path}")
+    return {"report": path}
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from kpcore.pipeline import conversion
 
     try:
@@ -608,17 +1130,22 @@ def _convert(args: argparse.Namespace) -> None:
     except ValueError as error:
         first, *lines = str(error).splitlines()
         for line in lines:  # of all arrays that do not fit
-            print(line, file=sys.stderr)
+            print_line(line, sys.stderr)
         raise Refused(f"{first}; nothing is written" if lines else first) from None
     net, title = converted.net, CLIENTS[args.client].title
-    print(f"{args.out}: {type(net).__name__} of {title}, {kp.nn.count(converted.params):,} parameters, "
+    say(f"{args.out}: {type(net).__name__} of {title}, {kp.nn.count(converted.params):,} parameters, "
           f"{net.num_levels} levels, voxel size {net.voxel_size:g}, {net.num_features} input features")  # fmt: skip
     if names := converted.about.get("names"):
-        print(f"{net.num_classes} classes: {', '.join(names)}")
+        say(f"{net.num_classes} classes: {', '.join(names)}")
     else:
-        print(f"{net.num_classes} channels for each point of level {net.output_level}")
-    print(f"settings: {', '.join(map(str, converted.configs)) or 'none'}")
+        say(f"{net.num_classes} channels for each point of level {net.output_level}")
+    say(f"settings: {', '.join(map(str, converted.configs)) or 'none'}")
     if converted.unused:
-        print(f"not converted: {', '.join(conversion.summary(converted.unused))}")
+        say(f"not converted: {', '.join(conversion.summary(converted.unused))}")
     command = "segment" if net.segments else "predict"
-    print(f"kpcore {command}: {'cannot use it: ' + converted.missing if converted.missing else 'can use it'}")
+    say(f"kpcore {command}: {'cannot use it: ' + converted.missing if converted.missing else 'can use it'}")
+    return {
+        "out": args.out, "network": type(net).__name__, "parameters": kp.nn.count(converted.params),
+        "classes": converted.about.get("names"), "command": None if converted.missing else command,
+        "missing": converted.missing, "not_converted": converted.unused,
+    }  # fmt: skip

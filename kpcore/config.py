@@ -151,7 +151,8 @@ def set_memory_limit(limit: int | None) -> None:
     >>> kp.set_memory_limit(100)
     >>> kp.radius_search(np.zeros((10, 3)), None, 1.0)
     Traceback (most recent call last):
-    MemoryError: 100 neighbours would take 400 bytes, more than the limit of 100 (kpcore.set_memory_limit)
+    MemoryError: 100 neighbours would take 400 bytes, more than the limit of 100 (kpcore.set_memory_limit); of 10 \
+queries the one at (0.0, 0.0, 0.0) has the most, 10
     >>> kp.set_memory_limit(None)
     """
     global _memory_limit
@@ -161,6 +162,11 @@ def set_memory_limit(limit: int | None) -> None:
 def get_memory_limit() -> int | None:
     """The limit in bytes, or None; see `set_memory_limit`."""
     return _memory_limit
+
+
+def free_memory() -> float:
+    """The limit in bytes if one is set, else the memory that is free, or infinity where the system does not say."""
+    return _free_memory() if _memory_limit is None else _memory_limit
 
 
 @functools.cache
@@ -283,10 +289,10 @@ def _gpu() -> str:
     )
 
 
-def show_config() -> None:
-    """Print version, instruction set, threads and libraries in use, for bug reports."""
+def config_rows() -> dict[str, str]:
+    """What `show_config` prints, by name."""
     threads, why = _threads_and_why()
-    rows = {
+    return {
         "kpcore": __version__,
         "instruction set": f"{cpu.isa()} (of {', '.join(cpu.isas())}; KPCORE_ISA overrides)",
         "threads": f"{threads}: {why} (KPCORE_NUM_THREADS and kpcore.set_num_threads override)",
@@ -295,5 +301,9 @@ def show_config() -> None:
         "NumPy": np.__version__,
         "GPU": _gpu(),
     }
-    for name, value in rows.items():
+
+
+def show_config() -> None:
+    """Print version, instruction set, threads and libraries in use, for bug reports."""
+    for name, value in config_rows().items():
         print(f"{name:16} {value}")

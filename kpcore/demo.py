@@ -15,7 +15,7 @@ import numpy as np
 import kpcore as kp
 from kpcore import scenes
 from kpcore.config import require
-from kpcore.console import BAR, BAR_WITHOUT_RATE, Refused, classes_in_mean, make_folder
+from kpcore.console import Progress, Refused, classes_in_mean, make_folder, print_line, say
 from kpcore.files import check_writable, replacing
 from kpcore.pipeline.settings import Objects, Part
 from kpcore.scenes.indoor import NAMES
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kpcore.io import Cloud
     from kpcore.picture import Patch
     from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings, Source
-    from kpcore.pipeline.training import Model
 
 SCAN = {"voxel": 0.04, "levels": 5, "channels": 64, "columns": None}  # options for a FILE and their defaults
 NUM_KERNEL_POINTS = 15
@@ -64,12 +64,13 @@ OBJECT_VOTES = 5
 
 
 def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None,
-         theme: str = "dark") -> None:  # fmt: skip
+         theme: str = "dark") -> dict[str, Any]:  # fmt: skip
     """Run the operators on a file, level by level: print a table and write a picture.
 
-    `columns` are names for the columns of a table that has none.
+    `columns` are names for the columns of a table that has none. Returns what --json prints.
     """
-    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
+    require("tqdm", "io")
+    require("matplotlib", "plot")
     from kpcore import picture
 
     name, path = Path(file).name, out / f"kpcore-{Path(file).stem}.png"
@@ -77,23 +78,24 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
     make_folder(out)
     check_writable(path)
     summary = _summary(cloud)
-    print(f"{name}: {summary}")
+    say(f"{name}: {summary}")
     if cloud.left_out:
-        print(f"left out: {cloud.left_out:,} points with NaN or infinite coordinates")
+        say(f"left out: {cloud.left_out:,} points with NaN or infinite coordinates")
+    if zeros := cloud.dropped.get("zeros"):
+        say(f"left out: {zeros:,} points at (0, 0, 0), as without a return")
     notes = []
     if cloud.shift.any():
         notes.append(f"subtracted in float64: {' '.join(f'{value:.0f}' for value in cloud.shift)}")
     if cloud.rounding > 0:
         notes.append(f"float32 changes coordinates by at most {_rounded_up(cloud.rounding)}")
     if notes:
-        print("; ".join(notes))
+        say("; ".join(notes))
 
     finished = []
-    style = {"bar_format": "{desc:20}{bar:40}{percentage:4.0f} %", "leave": False, "ncols": 72, "nrows": 24}
-    with tqdm(desc="level 0", total=4 * levels + 1, disable=None, **style) as bar:
+    with Progress("level 0", 4 * levels + 1) as bar:
         for number in range(levels):
             finished.append(_level(number, finished[-1] if finished else cloud, voxel * 2**number, channels, bar))
-        bar.set_description_str("picture")
+        bar.to(bar.done, "picture")
         panels = [
             (
                 level.points,
@@ -106,65 +108,74 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
         ]
         with replacing(path) as part:
             picture.draw(part, name, summary, cloud, panels, _patch(finished[0]), theme=theme)
-        bar.update()
+        bar.step()
     _table(finished, channels)
-    print(f"picture: {path}")
+    say(f"picture: {path}")
+    steps = "subsample", "search", "forward", "backward"
+    return {"file": file, "picture": path, "levels": [
+        {
+            "voxel": level.voxel, "points": len(level.points), "neighbours": level.mean_neighbors,
+            "seconds": dict(zip(steps, level.seconds, strict=True)),
+        }
+        for level in finished
+    ]}  # fmt: skip
 
 
-def train(out: Path, theme: str = "dark") -> None:
+def train(out: Path, theme: str = "dark") -> dict[str, Any]:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
-    tqdm = require("tqdm", "io").tqdm
     path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
-    from kpcore.pipeline import segmentation, voting
+    from kpcore.pipeline import labelling, segmentation
 
     begin = time.perf_counter()
-    with tqdm(desc="labelling an unseen flat", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
-        classes = voting.labels_of(model, scene, watch=lambda done: bar.update(done - bar.n))
-    segmented = segmentation.compare(model, scene, classes)
+    with Progress("labelling an unseen flat") as bar:
+        classes = labelling.labels_of(model, scene, watch=bar.to)
+    segmented = segmentation.compare(model, scene.cloud, scene.full_labels, classes)
     seconds = time.perf_counter() - begin
-    print(
+    say(
         f"{len(classes):,} points of another flat labelled in {seconds:.1f} s ({len(scene.points):,} after subsampling)"
     )
-    print()
-    print(f"{'class':>10} {'IoU':>7} {'points':>9}")
+    say("")
+    say(f"{'class':>10} {'IoU':>7} {'points':>9}")
     true = np.bincount(segmented.true, minlength=len(settings.names))
     for name, number in zip(settings.names, true, strict=True):
         value = segmented.scores["iou"][name]
-        print(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
+        say(f"{name:>10} {'-' if value is None else f'{value:.3f}':>7} {number:>9,}")
     mean = f"{segmented.scores['miou']:>7.3f}{classes_in_mean(segmented.scores)}"
-    print(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
+    say(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
     with replacing(path) as part:
         segmentation.draw(part, "A flat that the network has not seen", segmented, settings, theme=theme, unit="m")
-    print(f"picture: {path}")
+    say(f"picture: {path}")
+    return {"picture": path, "scores": segmented.scores}
 
 
-def objects(out: Path, theme: str = "dark") -> None:
+def objects(out: Path, theme: str = "dark") -> dict[str, Any]:
     """Train a small KP-CNN on generated objects for some two minutes, then classify objects that it has not seen."""
-    tqdm = require("tqdm", "io").tqdm
     path, settings, model, unseen = _trained(
         out, "kpcore-objects.png", OBJECTS, UNSEEN_OBJECTS, "KP-CNN", "generated objects"
     )
     from kpcore.pipeline import classification, voting
 
     begin = time.perf_counter()
-    with tqdm(desc="classifying others", total=1.0, **BAR | {"bar_format": BAR_WITHOUT_RATE}) as bar:
-        classified = classification.classify(model, unseen, OBJECT_VOTES, lambda done: bar.update(done - bar.n))
+    with Progress("classifying others") as bar:
+        classified = classification.classify(model, unseen, OBJECT_VOTES, bar.to)
     seconds = time.perf_counter() - begin
-    print(f"{len(unseen)} other objects classified in {seconds:.1f} s, with {OBJECT_VOTES} votes for each")
-    print()
+    say(f"{len(unseen)} other objects classified in {seconds:.1f} s, with {OBJECT_VOTES} votes for each")
+    say("")
     scores = voting.scores(classified.confusion(), settings.names)
-    print(f"{'class':>10} {'accuracy':>9}")
+    say(f"{'class':>10} {'accuracy':>9}")
     for name, value in scores["class_accuracy"].items():
-        print(f"{name:>10} {value:>9.3f}")
-    print(f"{'all':>10} {scores['accuracy']:>9.3f}")
+        say(f"{name:>10} {value:>9.3f}")
+    say(f"{'all':>10} {scores['accuracy']:>9.3f}")
     classification.draw_examples(path, "Objects that the network has not seen", model, classified, theme)
-    print(f"picture: {path}")
+    say(f"picture: {path}")
+    return {"picture": path, "scores": scores}
 
 
 def _trained(out: Path, picture_name: str, sections: dict[str, Any], unseen: Source, network: str,
              scenes: str) -> tuple[Path, Settings, Model, list[Scene]]:  # fmt: skip
     """(path of the picture, settings, the trained model, the unseen scenes); prints how long training takes."""
-    tqdm, _ = require("tqdm", "io").tqdm, require("matplotlib", "plot")
+    require("tqdm", "io")
+    require("matplotlib", "plot")
     require("safetensors", "io")
     from kpcore.pipeline.data import load
     from kpcore.pipeline.settings import from_dict
@@ -178,16 +189,15 @@ def _trained(out: Path, picture_name: str, sections: dict[str, Any], unseen: Sou
     with tempfile.TemporaryDirectory() as folder:
         training = Training(settings, folder, folder)
         size = kp.nn.count(training.model.params)
-        print(f"{network} of {size:,} parameters: {steps} steps on {len(training.scenes)} {scenes}")
-        with tqdm(desc="training", total=steps, **BAR) as bar:
+        say(f"{network} of {size:,} parameters: {steps} steps on {len(training.scenes)} {scenes}")
+        with Progress("training", steps) as bar:
 
             def watch(entry):
-                bar.set_postfix_str(f"  loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right", refresh=False)
-                bar.update()
+                bar.step(note=f"loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right")
 
             begin = time.perf_counter()
             training.run(watch)
-        print(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
+        say(f"trained in {time.perf_counter() - begin:.0f} s; the last loss was {training.loss:.3f}")
     return path, settings, training.model, load(settings, [unseen], ".", training.model.columns)[0]
 
 
@@ -219,16 +229,16 @@ class Level:
         return self.neighbors.num_pairs / len(self.points)
 
 
-def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: Any) -> Level:
+def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: Progress) -> Level:
     """Run the operators on one level: subsample the finer level, search neighbours, KPConv forward and backward."""
     seconds = []
 
     def step(name: str, job: Callable[[], Any]) -> Any:
-        bar.set_description_str(f"level {number}: {name}")
+        bar.to(bar.done, f"level {number}: {name}")
         start = time.perf_counter()
         result = job()
         seconds.append(time.perf_counter() - start)
-        bar.update()
+        bar.step()
         return result
 
     colors = None if finer.colors is None else finer.colors.astype(np.float32)
@@ -249,11 +259,11 @@ def _level(number: int, finer: Cloud | Level, voxel: float, channels: int, bar: 
     step("backward", lambda: pullback(grad))
     level = Level(sub.points, sub.features, sub.labels, voxel, neighbors, tuple(seconds), _peak_memory())
     if number == 0:
-        _check_voxel(finer.points, level, bar)
+        _check_voxel(finer.points, level)
     return level
 
 
-def _check_voxel(points: np.ndarray, level: Level, bar: Any) -> None:
+def _check_voxel(points: np.ndarray, level: Level) -> None:
     """Print one line on stderr if the voxel size seems to be in another unit than the file."""
     if len(points) < 50 or not np.ptp(points, axis=0).any():
         return
@@ -263,9 +273,7 @@ def _check_voxel(points: np.ndarray, level: Level, bar: Any) -> None:
         outcome = f"leaves {level.mean_neighbors:.1f} neighbours per point, itself included"
     else:
         return
-    bar.write(
-        f"kpcore: --voxel {level.voxel:g} {outcome}; is it in the file's unit?{_suggestion(points)}", file=sys.stderr
-    )
+    print_line(f"kpcore: --voxel {level.voxel:g} {outcome}; is it in the file's unit?{_suggestion(points)}", sys.stderr)
 
 
 def _suggestion(points: np.ndarray) -> str:
@@ -298,15 +306,15 @@ def _patch(level: Level) -> Patch:
 
 
 def _table(levels: Sequence[Level], channels: int) -> None:
-    print()
-    print(f"KPConv, {NUM_KERNEL_POINTS} kernel points, {channels} -> {channels} channels, float32, times in ms")
-    print(HEADER)
+    say("")
+    say(f"KPConv, {NUM_KERNEL_POINTS} kernel points, {channels} -> {channels} channels, float32, times in ms")
+    say(HEADER)
     for number, level in enumerate(levels):
         rate = len(level.points) / sum(level.seconds) / 1e6
         times = [1000 * seconds for seconds in level.seconds]
-        print(ROW.format(number, level.voxel, len(level.points), level.mean_neighbors, *times, rate, level.peak))
-    print("M points/s: the level's points over all four steps, each run once and cold; peak MB: of the process so far")
-    print()
+        say(ROW.format(number, level.voxel, len(level.points), level.mean_neighbors, *times, rate, level.peak))
+    say("M points/s: the level's points over all four steps, each run once and cold; peak MB: of the process so far")
+    say("")
 
 
 def _peak_memory() -> float:

@@ -19,7 +19,10 @@ _SEARCH = ("GridIndex", "KDTree", "_rebuilt", "knn_search", "radius_search")  # 
 # For each module the names that it had, and (module, name) of each now.
 ATTRIBUTES = {
     "kpcore.neighbors": {name: ("kpcore.search", name) for name in _SEARCH},
-    "kpcore.pipeline.segmentation": {"found": ("kpcore.pipeline.segmentation", "compare")},
+    "kpcore.pipeline.voting": {
+        name: ("kpcore.pipeline.labelling", name) for name in ("evaluate", "evaluate_scores", "labels_of")
+    }
+    | {"part_labels": ("kpcore.pipeline.labelling", "classes_of")},
 }
 
 

@@ -96,7 +96,7 @@ def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
     page = Page(width, height, title, subtitle, theme)
     radius = min(0.5 * levels[0][2], 3 * view.pixel(*MAIN_SIZE)) or 0.5 * levels[0][2]
     page.show(view.render(cloud.points, cloud.colors, radius, *MAIN_SIZE, theme=theme), MARGIN, TOP, *MAIN_SIZE)
-    draw_scale(page, view, radius, MAIN_SIZE, MARGIN, TOP + MAIN_SIZE[1] + 30, unit)
+    draw_scale(page, view, radius, MAIN_SIZE, MARGIN, TOP + MAIN_SIZE[1] + 30, unit or unit_of(cloud))
     if on_map(cloud):
         draw_north(page, view, MARGIN + MAIN_SIZE[0] - 40, TOP + MAIN_SIZE[1] + 20)
 
@@ -146,7 +146,7 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
         A group begins a line.
     theme : "dark" or "light"
     unit : str, optional
-        Of coordinates, see `length_words`.
+        Of coordinates, see `length_words`; by default that which the file of the cloud states.
     width : int, optional
         Of a panel in pixels.
     """
@@ -166,7 +166,7 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
         x = MARGIN + i * (w + GAP)
         page.show(view.render(cloud.points, colors, radius, w, h, theme=theme), x, TOP, w, h)
         page.text(x + w / 2, TOP + h + 40, name, 12, weight="bold", ha="center")
-    draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 40, unit)
+    draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 40, unit or unit_of(cloud))
     if on_map(cloud):
         draw_north(page, view, width - MARGIN - 36, TOP + h + 36)
     y = TOP + h + 120
@@ -258,8 +258,23 @@ def round_length(largest: float) -> float:
 
 
 def on_map(cloud: Cloud) -> bool:
-    """Whether y is the north of a map: z is up, and coordinates are so far from zero as those of projections are."""
-    return tuple(cloud.up) == (0, 0, 1) and bool(np.any(cloud.shift))
+    """Whether y is the north of a map: z is up, and the file states a projected or geographic reference system.
+
+    If it states none: coordinates are as far from zero as those of projections are.
+    """
+    if tuple(cloud.up) != (0, 0, 1):
+        return False
+    if cloud.reference is None or cloud.reference.kind == "unknown":
+        return bool(np.any(cloud.shift))
+    return cloud.reference.kind in ("projected", "geographic")
+
+
+def unit_of(cloud: Cloud) -> str | None:
+    """The unit of x and y that a file states, "m" or "ft"; None for other units, and where it states none."""
+    metres = None if cloud.reference is None else cloud.reference.horizontal
+    if metres is None:
+        return None
+    return "m" if metres == 1 else "ft" if abs(metres - 0.3048) < 1e-5 else None
 
 
 def draw_scale(page: Page, view: View, radius: float, size: tuple[int, int], x: float, y: float,

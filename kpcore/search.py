@@ -105,7 +105,8 @@ def radius_search(points: AnyArray, queries: AnyArray | None, radius: float | An
         For other dtypes.
     MemoryError
         For a result larger than the free memory, or than the limit of `set_memory_limit`; raised before memory is
-        allocated.
+        allocated. The message has the place of the query with the most neighbours, as a result can be too large because
+        of one place: 30,000 points within the radius of each other are 900,000,000 pairs.
 
     Notes
     -----
@@ -442,6 +443,18 @@ class _Cloud:
         row_splits = self.points_row_splits if self.queries is None else self.queries_row_splits
         return rows, np.searchsorted(rows, row_splits)
 
+    def fullest(self, counts, rows=None):
+        """The query with the most of these neighbours, in words; `rows` has the queries if not all are counted.
+
+        A result is too large because of a radius that is too large everywhere, or of one place: 30,000 points within it
+        have 900,000,000 pairs.
+        """
+        place = int(counts.argmax())
+        queries = self.points if self.queries is None else self.queries
+        coordinates = devices.on_host(queries[place if rows is None else int(rows[place])])
+        at = ", ".join(map(str, coordinates))
+        return f"the one at ({at}) has the most, {int(counts[place])}"
+
     def ignored(self, ignore_query_point):
         """The number of the option in _IGNORES, checked."""
         if ignore_query_point == "index" and self.num_queries != len(self.points):
@@ -481,11 +494,20 @@ def _radius_search(index, cloud, radius, inclusive, metric, ignore_query_point, 
         tree = index if np.isinf(crowding) else cloud.index(None)
         return _nearest(tree, cloud, radius, inclusive, max_neighbors, sort or 1, metric, ignored, return_distances)
 
+    def check_room(*size, **free):
+        try:
+            config.check_room(*size, **free)
+        except MemoryError as error:
+            if max_neighbors is not None:
+                raise
+            counts = np.diff(search(cloud.queries, cloud.queries_row_splits, radius, True)[0])
+            raise MemoryError(f"{error}; of {len(counts)} queries {cloud.fullest(counts)}") from None
+
     def search(queries, queries_row_splits, radius, count_only):
         try:
             return backend.radius_search(
                 index, queries, queries_row_splits, radius, inclusive, max_neighbors, sort, metric, ignored,
-                return_distances and not count_only, count_only, config.check_room, config.get_num_threads(),
+                return_distances and not count_only, count_only, check_room, config.get_num_threads(),
             )  # fmt: skip
         except backend.NotFinite:
             raise cloud.error(metric, is_bounded=True) from None
@@ -498,8 +520,12 @@ def _radius_search(index, cloud, radius, inclusive, metric, ignore_query_point, 
         counts = search(
             (cloud.points if cloud.queries is None else cloud.queries)[rows], queries_row_splits, sampled, True
         )
-        expected = int(np.mean(np.diff(counts[0])) * cloud.num_queries)
-        config.check_room(expected, 4 * expected, estimated=True)
+        counts = np.diff(counts[0])
+        expected = int(np.mean(counts) * cloud.num_queries)
+        try:
+            config.check_room(expected, 4 * expected, estimated=True)
+        except MemoryError as error:
+            raise MemoryError(f"{error}; of {len(rows)} queries {cloud.fullest(counts, rows)}") from None
     splits, neighbors, distance = search(cloud.queries, cloud.queries_row_splits, radius, count_only)
     return np.diff(splits) if count_only else new_list(neighbors, splits, num_points, distance)
 

@@ -1,7 +1,9 @@
 """The console script in processes of its own: closed pipes, full disks, signals, encodings, a wrong environment."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,3 +179,105 @@ def test_home_folders_and_empty_names(run, tmp_path):
     for words in (["demo", ""], ["demo", "a.npy", "--out", ""], ["train", "", "--out", "x"], ["test", ""]):
         code, out, err = run(*words)
         assert (code, out) == (2, b"") and err.endswith(b"expected a path, got an empty one\n")
+
+
+# ---- commands that take long: progress, and what ends them
+
+SETTINGS = """
+[data]
+train = [{ indoor = 0, points = 2000 }]
+[data.classes]
+flat = [0, 1]
+upright = [2, 3, 4, 5]
+[network]
+voxel_size = 0.3
+levels = 2
+width = 8
+kernel_size = 5
+[training]
+batch_points = 1000
+batch_clouds = 2
+epochs = 1
+steps = 100000
+"""
+LINES = "import kpcore.console; kpcore.console.SECONDS_BETWEEN_LINES = 0.2\n"
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=10)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_ended_says_how_to_resume_it(start, tmp_path, number):
+    pytest.importorskip("safetensors")
+    (tmp_path / "a b.toml").write_text(SETTINGS)
+    process = start("train", "a b.toml", "--out", "run", code=LINES + START)
+    log = tmp_path / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") > 2, process)
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    *lines, last = err.decode().splitlines()
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert last == "kpcore: interrupted; resume with: kpcore train 'a b.toml' --out run --resume"
+    step = r"epoch 1 of 1, step \d+ of 100000, loss [\d.]+, 0 % done, [\d.]+ (s|min|h) left"
+    assert lines and all(re.fullmatch(step, line) for line in lines), lines
+    assert b"points to train on" in out and not [one for one in os.listdir(tmp_path / "run") if "part" in one]
+    if number == signal.SIGTERM:
+        return
+    words, before = shlex.split(last.partition("with: ")[2])[1:], log.stat().st_ino
+    process = start(*words, "--quiet")
+    wait_for(lambda: log.stat().st_ino != before and log.read_bytes(), process)  # cut to its checkpoint, and goes on
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (out, err.decode()) == (b"", f"{last} --quiet\n")
+
+
+SLOW_SECOND = """
+import kpcore.pipeline.segmentation as s
+import pathlib, time
+segment, calls = s.segment, []
+def slow(*args, **more):
+    calls.append(args)
+    if len(calls) == 2:
+        pathlib.Path("second").touch()
+        time.sleep(60)
+    return segment(*args, **more)
+s.segment = slow
+"""
+
+
+def test_labelling_that_is_ended_keeps_what_is_done(start, run, tmp_path):
+    from kpcore.pipeline import training
+    from kpcore.pipeline.settings import read_settings
+
+    pytest.importorskip("safetensors")
+    (tmp_path / "a.toml").write_text(SETTINGS)
+    training.Training(read_settings(tmp_path / "a.toml"), tmp_path, tmp_path)._save("m.safetensors", {})
+    (tmp_path / "scans").mkdir()
+    for name in "abc":
+        np.savez(tmp_path / "scans" / f"{name}.npz", points=np.random.default_rng(0).random((300, 3)) * 3)
+    process = start("segment", "m.safetensors", "scans", "--out", "out", "--json", code=SLOW_SECOND + START)
+    wait_for((tmp_path / "second").exists, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and os.listdir(tmp_path / "out") == ["a.npz"]
+    resume = "kpcore segment m.safetensors scans --out out --json --resume"
+    assert err.decode().splitlines()[-1] == f"kpcore: interrupted; resume with: {resume}"
+    assert json.loads(out)["error"] == "interrupted"
+    code, out, _ = run(*shlex.split(resume)[1:])
+    assert code == 0 and json.loads(out)["skipped"] == ["scans/a.npz"] and len(os.listdir(tmp_path / "out")) == 3
+
+
+def test_json_meets_a_closed_pipe_and_a_full_disk(run):
+    pipe = closed_pipe()
+    code, _, err = run("config", "--json", stdout=pipe)
+    os.close(pipe)
+    assert (code, err) == (141, b"")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full:
+            code, _, err = run("config", "--json", stdout=full)
+        assert (code, err) == (2, b"kpcore: standard output: No space left on device\n")

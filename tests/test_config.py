@@ -191,7 +191,7 @@ def test_config_knows_the_openmp_of_torch(names, first, python, no_wish):
     ("file", "pattern"),
     [
         ("meson.build", r"^  version: '(.*)',$"),
-        ("CHANGELOG.md", r"^## (\S+)"),
+        ("CHANGELOG.md", r"^## (\d\S*)"),
         ("CITATION.cff", r"^version: (.*)$"),
         (".ci/conda/recipe.yaml", r"^  version: (\d.*)$"),
         ("README.md", r"kpcore-(.*?)-cp310-abi3"),
@@ -556,6 +556,40 @@ def test_a_result_larger_than_the_free_memory_is_an_error_before_it_is_made(monk
         MemoryError, match=r"about 400000000 neighbours would take 1600000000 bytes, more than the 536870912 "
     ):
         kp.radius_search(np.zeros((20_000, 3), np.float32), None, 1.0)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_error_of_a_result_too_large_names_the_crowded_place(indexed):
+    """Queries that are the points, and others; in the digits of the dtype."""
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.random((1000, 3)), np.full((300, 3), (0.1, 0.7, 0.3))]).astype(np.float32)
+    counts = kp.radius_search(points, None, 0.05, count_only=True)
+    assert counts.max() == counts[1000] >= 300
+
+    def assert_refused(message, queries, **options):
+        with pytest.raises(MemoryError, match=message):
+            if indexed:
+                kp.GridIndex(points, 0.05).radius_search(queries, 0.05, **options)
+            else:
+                kp.radius_search(points, queries, 0.05, **options)
+
+    place = r"queries the one at \(0\.1, 0\.7, 0\.3\) has the most,"
+    try:
+        kp.set_memory_limit(1000)
+        assert_refused(
+            rf"^{counts.sum()} neighbours .* \(kpcore.set_memory_limit\); of 1300 {place} {counts.max()}$", None
+        )
+        assert_refused(rf"; of 2 {place} {counts.max()}$", points[[5, 1200]])
+        assert_refused(r"\(kpcore.set_memory_limit\)$", None, max_neighbors=8)  # no place has more than others
+    finally:
+        kp.set_memory_limit(None)
+
+
+def test_the_error_of_an_estimate_names_the_place_too(monkeypatch):
+    monkeypatch.setattr(kp.config, "_free_memory", lambda: 2**29)
+    place = r"of 256 queries the one at \(0\.0, 0\.0, 0\.0\) has the most, 20000"
+    with pytest.raises(MemoryError, match=f"^about .*; {place}$"):
+        kp.radius_search(np.zeros((20_000, 3)), None, 1.0)
 
 
 def test_free_memory_is_some():

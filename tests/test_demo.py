@@ -160,6 +160,11 @@ def test_what_was_left_out_is_reported(run, tmp_path):
     assert code == 0
     assert "holes.npy: 93 points" in out
     assert "left out: 7 points with NaN or infinite coordinates" in out
+    sweep = np.concatenate([np.zeros((11, 4)), np.random.default_rng(0).random((100, 4))]).astype(np.float32)
+    (tmp_path / "sweep.bin").write_bytes(sweep.tobytes())
+    _, out, _ = run(tmp_path / "sweep.bin", "--voxel", 0.2, "--levels", 1, "--channels", 2)
+    assert "sweep.bin: 100 points" in out
+    assert "left out: 11 points at (0, 0, 0), as without a return" in out
 
 
 def test_what_float32_changes_is_reported(run, tmp_path):

@@ -13,7 +13,7 @@ from training_runs import assert_same_checkpoints
 
 from kpcore import cli
 from kpcore.nn import checkpoints
-from kpcore.pipeline import data, training, voting
+from kpcore.pipeline import data, labelling, training
 from kpcore.pipeline.settings import SettingsError, from_dict, read_settings
 from kpcore.scenes import indoor
 
@@ -222,7 +222,7 @@ def test_a_fold_is_a_run_like_any_other(whole, command):
         assert model.columns.center["height"] == np.median(heights.astype(np.float64))  # no share of the tested area
         best = max(checkpoints.read(out / name / "last.safetensors")[1]["run"]["results"], key=lambda one: one["miou"])
         tested = data.load(fold, fold.data.test, ".", model.columns)[0]
-        assert voting.evaluate(model, tested).tolist() == best["confusion"]
+        assert labelling.evaluate(model, tested).tolist() == best["confusion"]
         code, printed, _ = command("test", out / name / "best.safetensors")
         assert code == 0 and f"{best['points']:,} labelled: mIoU {best['miou']:.4f}" in printed
     alone = training.Training(fold, out.parent / "alone", ".")  # the last fold, on scenes that it reads itself

@@ -1508,3 +1508,18 @@ def test_optimizers(make, dtype):
         return *params.values(), *state.values()
 
     assert_equal(moved(to_device), moved(lambda value: value), False)
+
+
+def test_the_error_of_a_result_too_large_is_that_of_the_cpu():
+    points = np.concatenate([np.linspace(0, 1, 90).reshape(30, 3), np.full((10, 3), 0.25)]).astype(np.float32)
+    messages = []
+    try:
+        kp.set_memory_limit(100)
+        for array in (points, cupy.asarray(points)):
+            with pytest.raises(MemoryError) as refused:
+                kp.radius_search(array, None, 0.01)
+            messages.append(str(refused.value))
+    finally:
+        kp.set_memory_limit(None)
+    assert messages[0] == messages[1]
+    assert "of 40 queries the one at (0.25, 0.25, 0.25) has the most, 10" in messages[0]

@@ -70,7 +70,7 @@ HEIGHT = described(b"height", 5, 24, 0.5, 9)
 CASES = {
     **{f"format {form}": made(form, 4 if form >= 6 else 2) for form in range(11) if form not in (4, 5, 9, 10)},
     "version 1.0": made(1, 0, padding=b"\xdd\xcc"),
-    "version 1.1": made(0, 1, records=[(b"LASF_Projection", 34735, b"12345678")]),
+    "version 1.1": made(0, 1, records=[(b"LASF_Projection", 34735, struct.pack("<4H", 1, 1, 0, 0))]),
     "waveforms of 1.3": made(4, 3, behind=b"RIFF" + bytes(range(100))),
     "waveforms of 1.4": made(9, 4, behind=b"RIFF" + bytes(99), extended=[(b"me", 9, b"odd")]),
     "waveforms and colours": made(10, 4, behind=b"RIFF" + bytes(range(200))),

@@ -10,7 +10,7 @@ import pytest
 from training_runs import check_resumed
 
 from kpcore.io import ReadError
-from kpcore.pipeline import batches, classification, data, objects, training, voting
+from kpcore.pipeline import batches, classification, data, labelling, objects, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict, read_settings
 from kpcore.scenes import CATEGORIES, shapes
 
@@ -310,7 +310,7 @@ def test_votes_are_the_mean_over_augmented_passes(trained):
     seen = []
     voting.scene_probabilities(model, loaded, 2, watch=seen.append)
     assert seen == [0.25, 0.5, 0.75, 1]
-    confusion = voting.evaluate(model, loaded, 3)
+    confusion = labelling.evaluate(model, loaded, 3)
     true = np.array([int(scene.labels[0]) for scene in loaded])
     assert confusion.tolist() == voting.confusion(true, three.argmax(axis=1), 3).tolist()
 

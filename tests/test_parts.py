@@ -8,7 +8,7 @@ import pytest
 from training_runs import check_resumed
 
 from kpcore.io import ReadError, read
-from kpcore.pipeline import batches, data, training, voting
+from kpcore.pipeline import batches, data, labelling, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict
 from kpcore.scenes import CATEGORIES, PART_LABELS, shapes
 
@@ -196,7 +196,7 @@ def test_labels_are_those_of_the_nearest_points_and_of_the_category(tmp_path):
     run = training.Training(from_dict(sections()), tmp_path, ".")
     for votes in (1, 2):
         shares = [*voting.whole_probabilities(run.model, run.test_scenes, votes)]
-        labels = [*voting.part_labels(run.model, run.test_scenes, votes)]
+        labels = [*labelling.classes_of(run.model, run.test_scenes, votes)]
         for scene, share, label in zip(run.test_scenes, shares, labels, strict=True):
             columns = run.model.net.head_columns[list(SOME)[scene.category]]
             assert share.shape == (len(scene.points), 8) and label.shape == (len(scene.full),)
@@ -208,7 +208,7 @@ def test_labels_are_those_of_the_nearest_points_and_of_the_category(tmp_path):
             np.testing.assert_allclose(shares[0], alone, atol=1e-5)
         else:
             assert abs(shares[0] - alone).max() > 1e-4
-    matrix, scores = voting.evaluate_scores(run.model, run.test_scenes)
+    matrix, scores = labelling.evaluate_scores(run.model, run.test_scenes)
     assert matrix.sum() == 400 * len(run.test_scenes) == scores["points"]
 
 

@@ -1,6 +1,7 @@
 """Pictures of clouds: the view, scale bar and north arrow, the legend, themes, confusion matrices."""
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
 from kpcore import picture
-from kpcore.io import Cloud
+from kpcore.io import Cloud, Reference
 from kpcore.pipeline import colors, segmentation, voting
 from kpcore.pipeline.data import IGNORED
 from kpcore.pipeline.settings import from_dict
@@ -169,6 +170,18 @@ def test_which_clouds_are_on_a_map():
     points = tile(10)
     assert picture.on_map(cloud_of(points, UTM)) and not picture.on_map(cloud_of(points))
     assert not picture.on_map(cloud_of(points, UTM, up=(0, -1, 0)))  # of a camera
+    for kind, far, expected in (("projected", False, True), ("local", True, False), ("unknown", True, True)):
+        cloud = cloud_of(points, UTM if far else (0, 0, 0))
+        assert picture.on_map(replace(cloud, reference=Reference(None, kind, 1.0, None, "WKT"))) == expected
+
+
+@pytest.mark.parametrize(("metres", "unit"), [
+    (1.0, "m"), (0.3048, "ft"), (1200 / 3937, "ft"), (None, None), (0.01, None),
+])  # fmt: skip
+def test_the_unit_that_a_file_states(metres, unit):
+    assert picture.unit_of(cloud_of(tile(3))) is None
+    reference = Reference(None, "projected", metres, None, "WKT")
+    assert picture.unit_of(replace(cloud_of(tile(3)), reference=reference)) == unit
 
 
 # ---- segmented clouds

@@ -222,8 +222,8 @@ def test_a_report_of_a_run(run, tmp_path):
     assert "Training a & <b>" in page.text["head"]
     for section in ("scores", "confusion", "settings"):
         assert {*NAMES} <= {line.removeprefix("classes.") for line in page.lines(section)}, section
-    # What this version does not record, and what was not asked for.
-    assert page.lines("classes")[1:] == ["not recorded by this version"] == page.lines("features")[1:]
+    # What was not asked for.
+    assert "--data DIR" in page.text["features"]
     assert "--data DIR" in page.text["pictures"]
     model = training.Model.load(run / "best.safetensors")
     result = checkpoints.read(run / "best.safetensors")[1]["result"]
@@ -243,7 +243,9 @@ def test_a_report_of_a_run(run, tmp_path):
     assert "2 of 2" in page.text["times"] and "2 × validation" in page.text["times"]
     assert any("chosen by the test data" in line for line in page.lines("warnings"))
     # Curves for both kinds of pages, of the same content every time.
-    assert [(at, kind) for at, kind, _, _ in page.images] == [("curves", "of-dark"), ("curves", "of-light")]
+    assert [(at, kind) for at, kind, _, _ in page.images] == [
+        (at, kind) for at in ("curves", "features") for kind in ("of-dark", "of-light")
+    ]
     for _, _, source, words in page.images:
         svg = base64.b64decode(source.partition("base64,")[2]).decode()
         assert svg.rstrip().endswith("</svg>") and words
@@ -253,18 +255,16 @@ def test_a_report_of_a_run(run, tmp_path):
 @pytest.mark.usefixtures("no_curves")
 def test_recorded_parts_of_a_report(run, tmp_path):
     points = {"ceiling": 50, "floor": 20_000, TAGS: 1000, NAMES[3]: 99}
-    histogram = {"edges": [0.0, 1.0, 3.0], "counts": [1, 3]}
+    histogram = {"quantiles": [], "edges": [0.0, 1.0, 3.0], "counts": [0, 1, 3, 4]}
 
     def record(about):
         about["classes"] = {"train": {name: {"points": n, "files": 7} for name, n in points.items()},
                             "test": {"floor": {"points": 321_000, "files": 1},
                                      "ceiling": {"points": 150, "files": 1}}}  # fmt: skip
         about["statistics"] = {
-            "train": {"features": {TAGS: {"histogram": histogram}, "height": {"histogram": histogram}},
-                      "neighbors": [{"mean": 21.25, "quantiles": [[0.05, 4], [0.95, 33]]}], "points_per_voxel": 1.234,
-                      "spacing": 0.5, "unit": {"horizontal": "foot"}},
-            "test": {"features": {"height": {"histogram": {"edges": [0, 1], "counts": [0]}}}, "neighbors": [],
-                     "unit": None},
+            "features": {TAGS: histogram, "height": histogram, "none": {"edges": [0, 1], "counts": [0, 0, 0]}},
+            "neighbors": [21.25, 8.5], "points_per_voxel": 1.234, "spacing": 0.5, "points": 54321,
+            "unit": [0.3048, None], "class_shares": {},
         }  # fmt: skip
         about["warnings"] = ["97 % of <intensity> lies beyond"]
         about["run"]["epoch"] = 1
@@ -274,8 +274,12 @@ def test_recorded_parts_of_a_report(run, tmp_path):
     at = lines.index("floor")
     assert lines[at + 1 : at + 7] == ["20,000", "95", "7", "321,000", "99.9", "1"]
     assert re.findall(r'<td class="few">([^<]*)</td>', page.source) == ["50", "150", "–", "99", "–"]
-    assert "21.2" in page.text["features"] and "4 to 33" in page.text["features"] and "1.23" in page.text["features"]
-    assert "horizontal foot" in page.text["features"]
+    lines = page.lines("features")
+    assert lines[1:9:2] == ["points and neighbours", "points", "points per voxel", "spacing of points"]
+    assert lines[2:10:2] == ["train", "54,321", "1.23", "0.5"]
+    assert lines[9:15] == [
+        "metres per unit of x and y", "0.3048", "neighbours on level 0", "21.2", "neighbours on level 1", "8.5"
+    ]  # fmt: skip
     assert [at for at, *_ in page.images] == ["curves"] * 2 + ["features"] * 2
     warnings = page.text["warnings"]
     assert "97 % of <intensity> lies beyond" in warnings and "1 of 2 epochs are done" in warnings
@@ -283,15 +287,21 @@ def test_recorded_parts_of_a_report(run, tmp_path):
 
 
 @pytest.mark.parametrize("statistics", [
-    None, 3, [], {}, {"train": None}, {"train": {}}, {"train": {"features": None, "neighbors": None}},
-    {"train": {"features": {"a": None, "b": {"histogram": {"edges": [1, 0], "counts": [2]}}}}},
-    {"train": {"features": {"a": {"histogram": {"edges": [0, 1, 2], "counts": [2]}}}, "neighbors": [None, {}]}},
+    None, 3, [], {}, {"features": None, "neighbors": None}, {"features": {"a": None}, "unit": [None, None]},
+    {"features": {"b": {"edges": [1, 0], "counts": [2, 1, 1]}}, "neighbors": [None]},
+    {"features": {"a": {"edges": [0, 1, 2], "counts": [2]}}, "points": None},
 ])  # fmt: skip
 def test_statistics_that_say_nothing_are_left_out(run, statistics):
     read = report._read(run)
     read = read._replace(about=read.about | {"statistics": statistics, "classes": statistics})
-    for section in (report._features_section, report._classes_section):
-        assert "not recorded by this version" in section(read) or section(read).count("<td") == 4 * 4
+    assert "not recorded by this version" in report._features_section(read, None)
+    assert "not recorded by this version" in report._classes_section(read)
+
+
+def test_histograms():
+    edges, density, beyond = report._histogram({"edges": [0, 1, 3], "counts": [1, 4, 3, 2]})
+    np.testing.assert_allclose(density, [0.4, 0.15])
+    assert beyond == pytest.approx(0.3) and edges.tolist() == [0, 1, 3]
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -324,6 +334,9 @@ def test_a_report_of_what_is_left(run, tmp_path):
 def test_pictures_of_test_scenes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_PANEL", 120)
     page = Page(report.write(run, tmp_path / "a.html", data=tmp_path))
+    lines = page.lines("features")
+    at = lines.index("points and neighbours")
+    assert lines[at : at + 6] == ["points and neighbours", "train", "test", "points", "6,000", "4,000"]
     (_, dark, one, words), (_, light, other, _) = (image for image in page.images if image[0] == "pictures")
     assert (dark, light) == ("of-dark", "of-light") and one != other and words.startswith("indoor 2: ")
     for source in (one, other):

@@ -805,38 +805,52 @@ def test_exported_for_any_number_of_points():
     assert torch.equal(exported.module()(*other), net(*other))
 
 
-def any_size(value):
-    """`dynamic_shapes` in which every size is dynamic."""
-    auto = torch.export.Dim.AUTO
-    if isinstance(value, torch.Tensor):
-        return {0: auto}
-    if isinstance(value, kp.Neighbors):
-        return [auto] + [{0: auto}] * (len(tree_leaves(value)) - 1)
-    if isinstance(value, kp.pyramid.Level):
-        return type(value)(*map(any_size, value))._replace(row_splits=None)
-    return list(map(any_size, value)) if isinstance(value, (tuple, list)) else None
+EXPORTED = {
+    "kpfcnn": kp.nn.kpfcnn(
+        1, 4, 0.15, levels=2, convs=2, width=8, pool_pad_value=0.0, deformable=1, modulated=True, upsample="kpconv"
+    ),
+    "kpnext": kp.nn.KPNeXt((1, 1), 1, 4, 0.1, width=16, num_neighbors=(6, 8)),
+}
 
 
+@pytest.mark.parametrize("name", EXPORTED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's, of its own doings
-def test_a_network_exported_saved_and_loaded(monkeypatch):
+def test_a_network_exported_saved_and_loaded(name, monkeypatch):
     import io
     import logging
 
     # torch warns when it loads the example inputs, since it does not know their classes, and fails to format it.
     monkeypatch.setattr(logging.getLogger("torch._export.serde.serialize"), "disabled", True)
 
-    def case(num):
-        levels = net.pyramid(torch.rand(num, 3), F=kpt)
-        return levels, torch.ones(len(levels[0].points), 1)
+    def case(*lengths):
+        points = torch.rand(sum(lengths), 3)
+        levels = net.pyramid(points, row_splits=torch.from_numpy(kp.row_splits(lengths)), F=kpt)
+        return levels, torch.rand(len(levels[0].points), 1)
 
     torch.manual_seed(0)
-    net = kp.nn.kpfcnn(1, 4, 0.15, levels=2, convs=2, width=8)
-    module, given, file = kpt.Network(net).eval(), case(300), io.BytesIO()
-    torch.export.save(torch.export.export(module, given, dynamic_shapes=tuple(map(any_size, given))), file)
+    net, file = EXPORTED[name], io.BytesIO()
+    module, example = kpt.Network(net).eval(), case(200, 100)
+    torch.export.save(torch.export.export(module, example, dynamic_shapes=kpt.dynamic_shapes(example)), file)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
-    for num in (300, 500):
-        given = case(num)
-        assert torch.equal(loaded(*given)[0], module(*given)[0])
+    for inputs in (example, case(500), case(900, 40, 300), case(7, 0)):
+        assert torch.equal(loaded(*inputs)[0], module(*inputs)[0])
+
+
+def test_dynamic_shapes_have_the_form_of_the_inputs():
+    any_size = torch.export.Dim.AUTO
+    points, neighbors, x = net_case(60)
+    padded = neighbors.with_width(90)
+    level = kpt.build_pyramid(points, voxel_size=0.3, num_levels=1)[0]
+    assert kpt.dynamic_shapes((points, None, 0.3, [neighbors, padded], {"x": x, "n": torch.tensor(3)})) == (
+        {0: any_size},
+        None,
+        None,
+        [[any_size, {0: any_size}, {0: any_size}], [any_size, any_size, {0: any_size}, {0: any_size}]],
+        {"x": {0: any_size}, "n": None},
+    )
+    shapes = kpt.dynamic_shapes(level)
+    assert type(shapes) is type(level) and shapes.voxel_size is None and shapes.points == {0: any_size}
+    assert shapes.neighbors == [any_size, {0: any_size}, {0: any_size}]
 
 
 @pytest.mark.parametrize("trained_first", [False, True])
@@ -846,8 +860,7 @@ def test_an_exported_program_takes_lists_trained_with_or_not(trained_first):
     points, _, neighbors, x = cases[0 if trained_first else 1]
     layer(points, None, neighbors, x.clone().requires_grad_()).sum().backward()
     assert neighbors.stored_transposed is not None
-    shapes = tuple(None if value is None else any_size(value) for value in cases[0])
-    program = torch.export.export(layer, cases[0], dynamic_shapes=shapes).module()
+    program = torch.export.export(layer, cases[0], dynamic_shapes=kpt.dynamic_shapes(cases[0])).module()
     assert torch.equal(program(*cases[1]), layer(*cases[1]))
 
 

@@ -1,4 +1,4 @@
-"""Training on labelled scenes: settings, batches, runs that go on, votes, labels in files, the commands."""
+"""Training on labelled scenes: batches, runs that go on, votes, labels in files, the commands."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from training_runs import assert_same_checkpoints, check_resumed
 import kpcore as kp
 from kpcore import cli, scenes
 from kpcore.nn import checkpoints
-from kpcore.pipeline import batches, data, segmentation, settings, training, voting
+from kpcore.pipeline import batches, data, labelling, segmentation, settings, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict
 
 pytest.importorskip("safetensors")
@@ -49,9 +49,6 @@ def settings_dict(**more):
     return sections
 
 
-DIGITS = {"images": "a", "labels": "b"}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(folder, Training) of a run."""
@@ -59,190 +56,6 @@ def trained(tmp_path_factory):
     run = training.Training(from_dict(settings_dict()), folder, folder)
     run.run()
     return folder, run
-
-
-# ---- settings
-
-
-def test_settings_and_their_defaults():
-    config = from_dict(settings_dict())
-    assert config.names == ("flat", "upright", "thing") and not config.digits
-    net = config.net()
-    assert (net.num_features, net.num_classes, net.width, net.kernel_size) == (5, 3, 8, 5)
-    assert config.training.rotate == "vertical" and config.training.workers == 2
-    assert from_dict(json.loads(json.dumps(config.asdict()))) == config
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"training": {"speed": 3}}, r"\[training\] speed: unknown setting; known are radius"),
-        (
-            {"training": {"epoch": 3}},
-            r"\[training\] epoch: unknown setting; did you mean epochs\? known are radius",
-        ),
-        ({"training": {"radius": "2"}}, r"\[training\] radius: expected float, got '2'"),
-        ({"training": {"radius": 0}}, r"\[training\] radius: expected 1e-09 to 1e\+09, got 0\.0"),
-        ({"training": {"optimizer": "lion"}}, r"\[training\] optimizer: expected sgd or adamw, got 'lion'"),
-        ({"training": {"rotate": "sideways"}}, r"\[training\] rotate: expected vertical, all, none, or degrees"),
-        ({"training": {"scale": [1.1, 0.9]}}, r"\[training\] scale"),
-        ({"training": {"flip": [1]}}, r"\[training\] flip: expected list\[bool\]"),
-        ({"network": {"width": 30}}, r"\[network\] width: expected a multiple of 4, got 30"),
-        ({"network": {"upsample": "linear"}}, r"\[network\] upsample: expected 'nearest' or 'kpconv', got 'linear'"),
-        ({"training": {"kernel_points_lr": -1}}, r"\[training\] kernel_points_lr: expected 0 to 1000, got -1\.0"),
-        ({"network": {"hue": 3}}, r"\[network\] .*hue"),
-        ({"network": {"kind": "unet"}}, r"\[network\] kind: expected kpconv or kpnext, got 'unet'"),
-        ({"network": {"kind": "kpnext"}}, r"\[network\] levels: not valid for kpnext"),
-        ({"data": {"train": []}}, r"\[data\] train: expected a list of files, got \[\]"),
-        (
-            {"data": {"train": [{"file": "a.las", "indoor": 1}]}},
-            r"train\[0\]: expected either file or indoor, got both",
-        ),
-        ({"data": {"train": [{}]}}, r"train\[0\]: expected either file or indoor, got neither"),
-        (
-            {"data": {"test": [{"images": "a", "labels": "b"}]}},
-            r"\[data\] train, test, validation: expected either scenes or digits",
-        ),
-        ({"data": {"classes": {"a": [1]}}}, r"\[data.classes\]: expected 2 to 10,000 classes, got 1"),
-        ({"data": {"classes": {"a": [1], "b": [1]}}}, r"\[data.classes\] b: expected labels that no other class has"),
-        ({"data": {"classes": {"a": [1], "b": ["x"]}}}, r"\[data.classes\] b: expected a list of integers"),
-        ({"data": {"features": []}}, r"\[data\] features: expected at least one"),
-        ({"data": {"features": ["one", "Echo", "echo"]}}, r"\[data\] features: expected at least one, each once"),
-        ({"data": {"features": ["value"]}}, r"\[data\] features: value is only valid for digits"),
-        ({"data": {"train": [{"file": "a.las", "min": [0.0] * 4}]}}, r"train\[0\] min: expected up to 3 coordinates"),
-        ({"data": {"train": [DIGITS]}}, r"\[data\] train, test, validation: expected either scenes or digits"),
-        (
-            {"data": {"train": [DIGITS], "test": []}},
-            r"\[data\] features: .* for digits, got (color|height)",
-        ),
-        (
-            {"data": {"train": [DIGITS], "test": [], "features": ["one"]}},
-            r"classes, label and columns are not allowed for digits",
-        ),
-        (
-            {"data": {"train": [DIGITS | {"first": 3, "last": 3}]}},
-            r"train\[0\] first, last: expected 0 <= first < last",
-        ),
-        ({"data": {"train": [DIGITS | {"first": -3}]}}, r"train\[0\] first, last: expected 0 <= first < last, got"),
-        ({"training": {"vote_radius": 0.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 0\.1"),
-        ({"training": {"vote_radius": 1.1}}, r"\[training\] vote_radius: expected 0\.2 to 1, got 1\.1"),
-        ({"training": {"votes": 0}}, r"\[training\] votes: expected 1 to 1,000, got 0"),
-        ({"training": {"rotate": -1}}, r"\[training\] rotate: expected vertical, all, none, or degrees from 0 to 180"),
-        ({"training": {"scale": [0.9, float("inf")]}}, r"\[training\] scale: expected the smallest and largest factor"),
-        ({"training": {"flip": [True] * 4}}, r"\[training\] flip: expected up to 3 axes, got \[True"),
-        (
-            {"training": {"scale": [1e9, 1e9]}},
-            r"\[training\] scale: expected the smallest and largest factor, from 0\.01",
-        ),
-        ({"training": {"momentum": 1.0}}, r"\[training\] momentum: expected 0 to 0\.99999, got 1\.0"),
-        ({"network": {"dimension": 2}}, r"\[network\] dimension: cannot be set"),
-        ({"network": {"options": 3}}, r"\[network\] options: expected a table of settings, got 3"),
-        ({"network": {"slope": "x"}}, r"\[network\] slope: expected a number, got str"),
-        ({"network": {"kind": "kpnext", "levels": 5, "segment": False}}, r"\[network\] .*segment"),
-        (
-            {"data": {"train": [{"file": "a.las", "mirror": True}]}},
-            r"train\[0\] points, mirror: only valid together with indoor",
-        ),
-        (
-            {"data": {"train": [{"file": "a.las", "points": 3}]}},
-            r"train\[0\] points, mirror: only valid together with indoor, got a file",
-        ),
-        ({"network": {"dropout": 1.5}}, r"\[network\] dropout: expected 0 to 1, got 1\.5"),
-        ({"network": {"conv_radius": -1.0}}, r"\[network\] conv_radius: expected"),
-        *[
-            ({"training": {name: wrong}}, rf"\[training\] {name}: expected {bounds}, got {got}")
-            for name, bounds, wrongs in (
-                ("radius", r"1e-09 to 1e\+09", (1e30, 1e-30, 0, float("nan"), float("inf"))),
-                ("batch_points", "1 to 10,000,000", (10**9, 0)),
-                ("batch_clouds", "1 to 10,000", (10**9, 0)),
-                ("epochs", "1 to 10,000", (10**9, 2**63 - 1)),
-                ("steps", "1 to 100,000", (10**9,)),
-                ("lr", r"1e-12 to 1e\+06", (1e30, 0, float("nan"))),
-                ("weight_decay", "0 to 1000", (1e30, -1)),
-                ("lr_decay", "1e-06 to 1", (10.0, 0)),
-                ("lr_decay_epochs", r"0\.001 to 1e\+06", (1e30, 0)),
-                ("offset_lr", "0 to 1000", (1e30,)),
-                ("clip_value", r"0 to 1e\+09", (1e30,)),
-                ("clip_norm", r"0 to 1e\+09", (1e30,)),
-                ("noise", r"0 to 1e\+09", (1e30, -1.0, float("nan"))),
-                ("votes", "1 to 1,000", (10**9,)),
-                ("validate", "1 to 10,000", (10**9, 0)),
-                ("workers", "0 to 256", (10**9, -1)),
-            )
-            for wrong in wrongs
-            for got in (re.escape(str(float(wrong) if "e" in bounds or "1000" in bounds else wrong)),)
-        ],
-        ({"training": {"radius": 10**400}}, r"\[training\] radius: expected float, got 1000.*\.\.\.$"),
-        pytest.param(
-            {"training": {"steps": 0xF << 20_000}},
-            r"\[training\] steps: expected .*, got an integer of too many digits",
-            marks=pytest.mark.skipif(not hasattr(sys, "set_int_max_str_digits"), reason="Python before 3.10.7"),
-        ),
-        ({"network": {"voxel_size": 1e30}}, r"\[network\] voxel_size: expected 1e-09 to 1e\+09, got 1e\+30"),
-        (
-            {"network": {"width": 10**9}},
-            r"\[network\] width: expected at most 16384 channels on any level, got 2000000000",
-        ),
-        ({"network": {"levels": 10**9}}, r"\[network\] levels: expected 1 to 16, got 1000000000"),
-        ({"network": {"convs": 10**9}}, r"\[network\] convs: expected 2 to 64, got 1000000000"),
-        ({"network": {"deformable": 10**9}}, r"\[network\] deformable: expected 0 to \d+, got 1000000000"),
-        ({"network": {"kernel_size": 10**9}}, r"\[network\] kernel_size: expected 1 to 100, got 1000000000"),
-        ({"network": {"conv_radius": 1e30}}, r"\[network\] conv_radius: expected 1e-06 to 100, got 1e\+30"),
-        ({"network": {"slope": 1e30}}, r"\[network\] slope: expected -1 to 1, got 1e\+30"),
-        (
-            {"data": {"train": [{"indoor": 0, "points": 10**12}]}},
-            r"train\[0\] points: expected 1 to 100,000,000, got 10+",
-        ),
-        ({"data": {"train": [{"indoor": -1}]}}, r"train\[0\] indoor: expected 0 to 2,147,483,647, got -1"),
-        ({"data": {"train": [{"file": "a", "max": [float("nan")]}]}}, r"train\[0\] max: expected up to 3 coordinates"),
-        ({"data": {"classes": {"a": [1], "b": [2**31]}}}, r"\[data.classes\] b: expected 32-bit integers, got"),
-        (
-            {"data": {"columns": ["x", "y"]}},
-            r"\[data\] columns: expected at least x y z, each name once, got \['x', 'y'\]",
-        ),
-        ({"data": {"columns": [*"xyzz"]}}, r"\[data\] columns: expected at least x y z, each name once"),
-        ({"data": {"columns": "x y z"}}, r"\[data\] columns: expected list\[str\] \| None, got 'x y z'"),
-        ({"wind": {"a": 1}}, "expected the sections data, network, training and blocks, got wind too"),
-    ],
-)
-def test_settings_that_are_refused(more, message):
-    sections = settings_dict()
-    for name, values in more.items():
-        sections[name] = sections.get(name, {}) | values
-    with pytest.raises(SettingsError, match=message):
-        from_dict(sections)
-
-
-def test_files_that_are_not_settings(tmp_path):
-    with pytest.raises(SettingsError, match=r"missing.toml: No such file"):
-        settings.read_settings(tmp_path / "missing.toml")
-    for name, text in (("a", b"[data"), ("b", b"\xff\xfe"), ("c", b"[data]\ntrain = 3")):
-        (tmp_path / name).write_bytes(text)
-        with pytest.raises(SettingsError, match=str(tmp_path / name)):
-            settings.read_settings(tmp_path / name)
-
-
-def test_settings_files_of_any_editor(tmp_path):
-    path, text = tmp_path / "a.toml", "# Gebäude" + TOML
-    for encoding in ("utf-8", "utf-8-sig"):
-        path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
-        assert settings.read_settings(path).names == ("flat", "upright")
-    for content, message in (
-        (text.encode("utf-16"), "expected UTF-8, as of any TOML file, got UTF-16: save it as UTF-8"),
-        (b"\xfe\xff" + text.encode("utf-16-be"), "got UTF-16"),
-        (text.encode("utf-16-le"), "got UTF-16"),
-        (text.encode("latin-1"), "expected text in UTF-8, got byte 0xe4 at 5"),
-        (b"a = " + 100_000 * b"[", "nested too deep"),
-        (b"a = " + 5000 * b"9", "4300 digits" if hasattr(sys, "set_int_max_str_digits") else ""),
-        (b"data = 3", r"\[data\]: expected a table of settings, got 3"),
-        (b"network = 3\n" + text.split("[network]")[0].encode(), r"\[network\]: expected a table of settings, got 3"),
-        (bytes(2**24 + 1), "expected a TOML file of at most 16,777,216 bytes, got 16,777,217"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(SettingsError, match=rf"a\.toml: .*{message}"):
-            settings.read_settings(path)
-    with pytest.raises(SettingsError, match="is not a regular file"):
-        settings.read_settings(tmp_path)
 
 
 # ---- scenes
@@ -427,7 +240,7 @@ def test_digits_without_ink_are_classified_too(tmp_path, bright):
     images[40:, 5, 5] = bright
     idx(tmp_path / "images.gz", images)
     run = training.Training(config, tmp_path / "run", tmp_path)
-    confusion = voting.evaluate(run.model, run.test_scenes)
+    confusion = labelling.evaluate(run.model, run.test_scenes)
     assert_same_bits(confusion.sum(axis=1), np.bincount(labels[40:], minlength=10))
 
 
@@ -616,7 +429,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     best = max(tests, key=lambda e: e["test"]["miou"])
     model = training.Model.load(folder / "best.safetensors")
     assert model.settings == run.settings and model.columns == run.model.columns and model.net == run.model.net
-    config = voting.scores(voting.evaluate(model, run.test_scenes), model.settings.names)
+    config = voting.scores(labelling.evaluate(model, run.test_scenes), model.settings.names)
     assert config == best["test"]
     from matplotlib.image import imread
 
@@ -852,10 +665,10 @@ def test_votes_come_back_to_every_point(votes, vote_radius):
     shares = voting.probabilities(model, known, votes)
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
     assert (shares.argmax(axis=1) == np.maximum(scene.labels, 0)).all()
-    labels = voting.labels_of(model, known, votes)
+    labels = labelling.labels_of(model, known, votes, mode="potentials")
     nearest = ((scene.full[:, None] - scene.points) ** 2).sum(axis=2).argmin(axis=1)
     assert (labels == np.maximum(scene.labels, 0)[nearest]).all()
-    confusion = voting.evaluate(model, [known, known], votes)
+    confusion = labelling.evaluate(model, [known, known], votes, mode="potentials")
     counted = scene.full_labels >= 0
     assert confusion.sum() == 2 * counted.sum()
     assert np.trace(confusion) == 2 * (labels == scene.full_labels)[counted].sum()
@@ -1016,7 +829,7 @@ def test_an_npz_of_any_names(tmp_path):
 
 def test_labels_that_cannot_be_written_are_refused_before_the_network_runs(trained, tmp_path, monkeypatch):
     model = training.Model.load(trained[0] / "best.safetensors")
-    monkeypatch.setattr(voting, "labels_of", lambda *args, **more: pytest.fail("the network ran"))
+    monkeypatch.setattr(segmentation, "label", lambda *args, **more: pytest.fail("the network ran"))
     points = scenes.indoor(2000, seed=3)
     for labels, reason in (
         (np.ones(2000, bool), r"labels: expected one number for each of 2000 points, got \(2000,\) bool"),
@@ -1086,7 +899,7 @@ def test_train_test_and_segment(command, tmp_path):
     assert (code, err) == (0, "")
     assert re.search(r"^[\d,]+ parameters, 2 levels, 2 classes; [\d,]+ points to train on$", out, re.MULTILINE)
     number = r"[\d.]+"
-    line = rf"^after epoch 2: mIoU ({number}), accuracy {number} \| IoU flat {number}, upright {number}$"
+    line = rf"^test after epoch 2: mIoU ({number}), accuracy {number} \| IoU flat {number}, upright {number}$"
     scored = re.search(line, out, re.MULTILINE)
     assert float(scored[1]) > 0.6
     code, _, err = command("train", tmp_path / "a.toml", "--out", tmp_path / "run")
@@ -1125,10 +938,10 @@ def test_train_test_and_segment(command, tmp_path):
 def test_a_scan_without_the_label_field_is_labelled_too(trained, tmp_path):
     model = training.Model.load(trained[0] / "best.safetensors")
     model.settings = from_dict(settings_dict(data={"label": "truth"}))
-    cloud = scenes.indoor(2000, seed=3)
+    cloud = scenes.indoor(12_000, seed=3)
     np.savez(tmp_path / "a.npz", points=cloud.points, colors=cloud.colors)
     config = segmentation.segment(model, tmp_path / "a.npz", tmp_path / "b.npz")
-    assert config.scores is None and config.counts.sum() == 2000
+    assert config.scores is None and config.counts.sum() == 12_000
     with np.load(tmp_path / "b.npz") as after:
         assert (after["truth"] == np.array([0, 2, 6])[config.classes]).all()
 

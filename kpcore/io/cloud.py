@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import DTypeLike
+
+    from kpcore.io.reference import Reference
 
 # Usual names of a field of labels, and of an array of labels in an NPZ. The first one that a file has is used.
 LABELS = ("label", "labels", "class", "classification", "semantic", "semantic_label", "class_id")
@@ -22,6 +25,10 @@ COLORS = (
     ("rf", "gf", "bf"),
     ("diffuse_red", "diffuse_green", "diffuse_blue"),
 )
+# Names of one field: PDAL's of a dimension, as it writes it into extra bytes, and that of kpcore's feature.
+SPELLINGS = (("heightaboveground", "height_above_ground"),)
+# Flags of points, bits of a LAS and fields elsewhere, by which points can be left out.
+FLAGS = ("withheld", "overlap", "synthetic", "key_point")
 UNLABELED = -1
 
 
@@ -54,10 +61,13 @@ class Cloud:
     up : the axis that points away from the ground; in a depth camera's frame y points down.
     fields : the requested fields by name in lower case, each (N,): float32 where that holds every value of the file's
         type (integers of up to 16 bits, float32), else float64.
-    kept : (n,) bool, True for the file's points that are in the cloud; None: all are.
+    kept : (n,) bool, True for the file's points that are in the cloud, in the file's order; None: all are.
     rounding : the largest change of a coordinate by rounding to float32, in the file's unit.
     unlabeled : the reason why labels is None, as text.
     exact : (N, 3) float64, the file's own coordinates, if they were requested; otherwise None.
+    reference : what a LAS or LAZ states of its coordinate reference system, or None; see `Reference`.
+    dropped : the number of points left out as the caller asked, by the label ("7"), the flag or "zeros" for which they
+        were; the first reason counts. Every point of the file is one of points, left_out and these.
     """
 
     points: np.ndarray
@@ -72,6 +82,8 @@ class Cloud:
     rounding: float = 0.0
     unlabeled: str | None = None
     exact: np.ndarray | None = None
+    reference: Reference | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 class Content(NamedTuple):
@@ -85,6 +97,8 @@ class Content(NamedTuple):
     unlabeled: str | None = None  #: why there are no labels
     up: tuple[int, int, int] = (0, 0, 1)
     warning: str | None = None  #: what may have been read as the wrong thing
+    reference: Reference | None = None
+    flags: dict[str, np.ndarray] | None = None  #: the requested flags that the file has; not 0: set
 
 
 class Request(NamedTuple):
@@ -93,6 +107,9 @@ class Request(NamedTuple):
     fields: tuple[str, ...] = ()
     label: str | None = None  #: the field of the labels; None: the first usual name that the file has
     columns: tuple[str, ...] | None = None  #: names for the columns of a table without names
+    ignore: tuple[int | str, ...] = ()  #: labels and flags; points with one of them are left out
+    drop_zeros: bool = False  #: whether points at (0, 0, 0) are left out
+    exact: bool = False  #: whether the file's coordinates are to be kept in float64
 
 
 class LabelField(NamedTuple):
@@ -153,13 +170,15 @@ def name_index(names: Sequence[str], name: str) -> int | None:
     """The index of a name among a file's names; None if it is not there.
 
     A name that is spelled exactly so comes first, then one in other case, then one after the prefix "scalar_", which
-    CloudCompare adds. Two equally good matches are an error.
+    CloudCompare adds, then another spelling of it (`SPELLINGS`). Two equally good matches are an error.
     """
     lower = name.lower()
+    spellings = next((group for group in SPELLINGS if lower in group), ())
     exact = [other == name for other in names]
     any_case = [other.lower() == lower for other in names]
     prefixed = [other.lower().removeprefix("scalar_") == lower for other in names]
-    for matches in (exact, any_case, prefixed):
+    spelled = [other.lower().removeprefix("scalar_") in spellings for other in names]
+    for matches in (exact, any_case, prefixed, spelled):
         if sum(matches) > 1:
             raise ReadError(f"has {sum(matches)} fields named {name}")
         if any(matches):
@@ -211,7 +230,8 @@ def from_columns(columns: NamedArrays, request: Request, label_names: Sequence[s
         messages.append(warning)
     labels, unlabeled, warning = labels_from(columns, request, label_names)
     fields = fields_from(columns, request)
-    return Content(points, columns.names, fields, colors, labels, unlabeled, warning=join_warnings(*messages, warning))
+    return Content(points, columns.names, fields, colors, labels, unlabeled, warning=join_warnings(*messages, warning),
+                   flags=flags_from(columns, request))  # fmt: skip
 
 
 def check_columns(names: Sequence[str], request: Request) -> None:
@@ -226,13 +246,22 @@ def check_fields(names: Sequence[str], request: Request) -> None:
     """Raise an error that lists the file's fields if a requested one is missing."""
     wanted = (*request.fields, *([] if request.label is None else [request.label]))
     if missing := sorted({name for name in wanted if name_index(names, name) is None}):
-        raise MissingField(f"has no field {' '.join(missing)}; there are {list_names(names)}")
+        by_lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(missing[0].lower(), by_lower, 1, 0.75)
+        advice = f"; did you mean {list_names([by_lower[near[0]]])}?" if near else ""
+        raise MissingField(f"has no field {' '.join(missing)}; there are {list_names(names)}{advice}")
 
 
 def fields_from(columns: NamedArrays, request: Request) -> dict[str, np.ndarray]:
     """The requested fields by name."""
     check_fields(columns.names, request)
     return {name: columns.find(name) for name in request.fields}
+
+
+def flags_from(columns: NamedArrays, request: Request) -> dict[str, np.ndarray]:
+    """The flags to ignore that the file has."""
+    flags = {one: columns.find(one) for one in request.ignore if isinstance(one, str)}
+    return {name: values for name, values in flags.items() if values is not None}
 
 
 def labels_from(
@@ -253,7 +282,7 @@ def labels_from(
         return None, "no field has a usual name for labels", None
     first, *others = dict.fromkeys(places)
     name = f"field {columns.names[first]}"
-    labels, reason = labels_of(columns.at(first), name)
+    labels, reason = labels_of(columns.at(first), name, allow_zeros=0 in request.ignore)
     for at in others:  # for example object numbers beside classes
         other, _ = labels_of(columns.at(at), "")
         if other is not None and not np.array_equal(labels, other):
@@ -305,11 +334,7 @@ def from_table(table: np.ndarray, request: Request) -> Content:
         raise ReadError(f"expected an (N, 3 or more) table of numbers, got {table.shape} {table.dtype}")
     num, width = table.shape
     if request.columns:
-        if len(request.columns) != width:
-            raise OtherColumns(
-                f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
-            )
-        return from_columns(NamedArrays(zip(request.columns, table.T, strict=True)), request)
+        return from_columns(NamedArrays(zip(table_names(width, request), table.T, strict=True)), request)
     if num < width and width > 9:
         raise ReadError(
             f"expected a row for each point, got {table.shape}: transpose the array, or name its columns with columns="
@@ -324,6 +349,18 @@ def from_table(table: np.ndarray, request: Request) -> Content:
                    "x y z intensity r g b; no colours were read: name the columns with columns=")  # fmt: skip
     reason = "its columns have no names: pass them as columns= (in settings, columns of [data])"
     return content._replace(unlabeled=content.unlabeled and reason, warning=warning)
+
+
+def table_names(width: int, request: Request) -> tuple[str, ...]:
+    """The names of `width` columns that have none: as many of the request, or x y z.
+
+    Whether three more are r g b depends on all of their values.
+    """
+    if request.columns and len(request.columns) != width:
+        raise OtherColumns(
+            f"has {width} columns, got {len(request.columns)} names in columns=: {list_names(request.columns)}"
+        )
+    return request.columns or ("x", "y", "z")
 
 
 def may_be_colors(rgb: np.ndarray) -> bool:
@@ -370,13 +407,14 @@ def packed_colors_of(values: np.ndarray) -> tuple[np.ndarray | None, str | None]
     return colors_of(np.column_stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255]).astype(np.uint8))
 
 
-def cloud_of(content: Content, with_exact: bool = False) -> Cloud:
-    """The Cloud made from a file's Content: points shifted and rounded, points that are not finite left out."""
+def cloud_of(content: Content, request: Request) -> Cloud:
+    """The Cloud made from a file's Content: points shifted and rounded; none that is not finite, or ignored."""
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
         raise ReadError("holds no points")
     fields = {name.lower(): _field(name, values) for name, values in content.fields.items()}
-    for name, array in (("colors", colors), ("labels", labels), *fields.items()):
+    flags = {name: _field(name, values) for name, values in (content.flags or {}).items()}
+    for name, array in (("colors", colors), ("labels", labels), *fields.items(), *flags.items()):
         if array is not None and len(array) != len(points):
             raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
 
@@ -387,6 +425,15 @@ def cloud_of(content: Content, with_exact: bool = False) -> Cloud:
             raise ReadError(
                 f"has no finite points: all {len(points)} have a coordinate that is NaN, infinite or beyond float32"
             )
+    left_out, dropped = 0 if kept is None else int((~kept).sum()), {}
+    for name, ignored in _ignored(points, labels, flags, request):
+        if number := int((ignored if kept is None else ignored & kept).sum()):
+            dropped[name] = number
+            kept = ~ignored if kept is None else kept & ~ignored
+    if kept is not None:
+        if not kept.any():
+            reasons = ", ".join(f"{name} ({number})" for name, number in dropped.items())
+            raise ReadError(f"has no points but those that are not read: {reasons}")
         points, colors, labels = (a if a is None else a[kept] for a in (points, colors, labels))
         fields = {name: values[kept] for name, values in fields.items()}
     shift, in_file = _shift(points), points
@@ -396,10 +443,29 @@ def cloud_of(content: Content, with_exact: bool = False) -> Cloud:
     if exact.dtype != np.float32:
         change = exact - points
         rounding = float(np.abs(change, out=change).max())
-    left_out = 0 if kept is None else len(kept) - len(points)
     return Cloud(points, colors, labels, shift, left_out, None, content.up, fields, kept, rounding,
                  content.unlabeled if labels is None else None,
-                 in_file.astype(np.float64, copy=False) if with_exact else None)  # fmt: skip
+                 in_file.astype(np.float64, copy=False) if request.exact else None, content.reference,
+                 dropped)  # fmt: skip
+
+
+def _ignored(
+    points: np.ndarray, labels: np.ndarray | None, flags: dict[str, np.ndarray], request: Request
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, True for each of its points) of the labels and flags to ignore that the file has, and of zeros."""
+    for one in request.ignore:
+        if isinstance(one, str):
+            if one in flags:
+                yield one, (flags[one] != 0) & ~np.isnan(flags[one])
+        elif labels is not None:
+            yield str(one), labels == one
+    if request.drop_zeros:
+        yield "zeros", are_at(points, (0, 0, 0))
+
+
+def are_at(points: np.ndarray, place: Sequence[float] | np.ndarray) -> np.ndarray:
+    """True for each point at exactly this place."""
+    return (points[:, 0] == place[0]) & (points[:, 1] == place[1]) & (points[:, 2] == place[2])
 
 
 def _shift(points: np.ndarray) -> np.ndarray:
@@ -408,7 +474,7 @@ def _shift(points: np.ndarray) -> np.ndarray:
     Outliers are not counted: a single point at (0, 0, 0) in a scan at UTM northings would make the extent so large that
     the shift were zero, and float32 would lose 0.25 m.
     """
-    zeros = (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
+    zeros = are_at(points, (0, 0, 0))
     placed = points[~zeros] if zeros.any() else points
     if len(placed) == 0:
         return np.zeros(3)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kpcore.backends import checks
 from kpcore.files import check_writable, replacing
 from kpcore.io import las, npz, pcd, ply, sweeps, text
-from kpcore.io.cloud import Cloud, LabelField, OtherColumns, ReadError, Request, cloud_of
+from kpcore.io.cloud import FLAGS, Cloud, LabelField, OtherColumns, ReadError, Request, cloud_of
 
 if TYPE_CHECKING:
     import os
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 READERS = {
     ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
     ".xyz": text.read, ".txt": text.read, ".csv": text.read, ".pts": text.read, ".bin": sweeps.read,
+}  # fmt: skip
+FIELD_NAMES = {
+    ".ply": ply.field_names, ".pcd": pcd.field_names, ".las": las.field_names, ".laz": las.field_names,
+    ".npy": npz.npy_field_names, ".npz": npz.field_names, ".bin": sweeps.field_names,
+    **dict.fromkeys((".xyz", ".txt", ".csv", ".pts"), text.field_names),
 }  # fmt: skip
 SIGNATURES = [
     (b"ply", "PLY", {".ply"}),
@@ -34,7 +40,8 @@ WRITERS = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # formats that l
 
 
 def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str | None = None,
-         columns: Sequence[str] | None = None, exact: bool = False) -> Cloud:  # fmt: skip
+         columns: Sequence[str] | None = None, exact: bool = False, ignore: Sequence[int | str] = (),
+         drop_zeros: bool | None = None) -> Cloud:  # fmt: skip
     """Read a point cloud from a file; its extension names the format.
 
     Formats: PLY; PCD (ascii, binary, binary_compressed); LAS, LAZ and COPC; NPY (a table or a structured array); NPZ
@@ -47,7 +54,8 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     path : str or Path
     fields : sequence of str
         Names of more fields to read, such as intensity; a missing one is an error. A name that is spelled exactly so
-        comes first, then one in other case, then one after the prefix "scalar_", which CloudCompare adds.
+        comes first, then one in other case, then one after the prefix "scalar_", which CloudCompare adds. PDAL's
+        HeightAboveGround and height_above_ground are the same field.
     label : str, optional
         The field of the labels. By default it is classification in a LAS or LAZ; in an NPZ the first of labels, label,
         classes and y that the file has; elsewhere the first of label, labels, class, classification, semantic,
@@ -59,6 +67,15 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
         Passing them for columns that have names is an error.
     exact : bool
         Whether the result has the file's coordinates in float64 too, besides those in float32 near the origin.
+    ignore : sequence of int and str
+        Labels, such as 7 (noise), and flags, of "withheld", "overlap", "synthetic" and "key_point": points with one of
+        them are left out. ``Cloud.kept`` says which are there, so that `write_labels` leaves the others as they are.
+        Labels are those of ``Cloud.labels``. Flags are bits of a LAS, and elsewhere fields of that name, set where not
+        0; point formats 0 to 5, which have no bit for overlap, mark it by class 12. No point is left out for a flag or
+        label that the file does not have.
+    drop_zeros : bool, optional
+        Whether points at exactly (0, 0, 0) in the file's coordinates, such as pixels without a return, are left out. By
+        default they are from sensor sweeps (.bin) and from no other file.
 
     Returns
     -------
@@ -67,7 +84,9 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     Raises
     ------
     ReadError
-        The file is damaged or truncated, or has no field of a requested name.
+        The file is damaged or truncated, has no field of a requested name, or no points but ignored ones.
+    ValueError, TypeError
+        For an argument that is none of the above.
     ModuleNotFoundError
         The format needs a package that is not installed.
 
@@ -75,25 +94,66 @@ def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str
     -----
     UserWarning
         The file may have been read wrongly or in part: colours in no usual range, columns without names, two fields
-        with different labels.
+        with different labels, a damaged coordinate reference system or two with different units.
     """
     path = Path(path)
-    fields, columns = _names("fields", fields), None if columns is None else _names("columns", columns)
+    fields, columns = _names("fields", fields), _column_names(columns)
     _check_name("label", label)
-    if columns == ():
-        raise ValueError("columns: expected names, got none")
     if len({name.lower() for name in fields}) < len(fields):
         raise ValueError(f"fields: expected names that differ in more than case, got {list(fields)}")
-    request = Request(fields, label, columns)
+    suffix = path.suffix.lower()
+    drop_zeros = suffix == ".bin" if drop_zeros is None else checks.boolean("drop_zeros", drop_zeros)
+    exact = checks.boolean("exact", exact)
+    request = Request(fields, label, columns, _labels_and_flags(ignore), drop_zeros, exact)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from the libraries below: each is an error here, or does not matter
         with errors_name(path):
             size = checked_size(path, READERS)
-            content = READERS[path.suffix.lower()](path, size, request)
-            cloud = cloud_of(content, exact)
+            cloud = cloud_of(content := READERS[suffix](path, size, request), request)
     if content.warning:
         warnings.warn(f"{path}: {content.warning}", stacklevel=2)
     return cloud
+
+
+def field_names(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of the fields of a file, without its points: headers, or the lines of a text up to the first row.
+
+    A .bin, which has no header, is read whole.
+
+    Parameters
+    ----------
+    path : str or Path
+    columns : sequence of str, optional
+        Names for the columns of a table that has none, as for `read`. Without them its fields are x, y and z.
+
+    Returns
+    -------
+    tuple of str
+        In the file's order and spelling. A LAS has its standard dimensions first, in lower case with underscores; an
+        NPZ its arrays and then the columns of the points.
+
+    Raises
+    ------
+    ReadError
+        The header is damaged.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import kpcore as kp
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "plot.csv"
+    >>> _ = path.write_text("x,y,z,HeightAboveGround\\n1,2,3,0.5")
+    >>> kp.io.field_names(path)
+    ('x', 'y', 'z', 'HeightAboveGround')
+    >>> kp.io.read(path, fields=["height_above_ground"]).fields
+    {'height_above_ground': array([0.5])}
+    """
+    path = Path(path)
+    request = Request(columns=_column_names(columns))
+    with warnings.catch_warnings(), errors_name(path):
+        warnings.simplefilter("ignore")
+        size = checked_size(path, FIELD_NAMES)
+        return FIELD_NAMES[path.suffix.lower()](path, size, request)
 
 
 def read_columns(path: str | os.PathLike[str], columns: Sequence[str] | None, strict: bool, **request: Any) -> Cloud:
@@ -119,6 +179,25 @@ def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}: expected a sequence of names, got {names!r}")
     return tuple(names)
+
+
+def _labels_and_flags(ignore: Sequence[int | str]) -> tuple[int | str, ...]:
+    expected = f"expected a sequence of labels (integers) and flags ({', '.join(FLAGS)})"
+    if isinstance(ignore, str) or not hasattr(ignore, "__iter__"):
+        raise TypeError(f"ignore: {expected}, got {ignore!r}")
+    for one in ignore:
+        is_label = isinstance(one, (int, np.integer)) and not isinstance(one, bool)
+        if not is_label and not (isinstance(one, str) and one in FLAGS):
+            raise ValueError(f"ignore: {expected}, got {one!r}")
+    return tuple(one if isinstance(one, str) else int(one) for one in ignore)
+
+
+def _column_names(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    if columns is None:
+        return None
+    if not (names := _names("columns", columns)):
+        raise ValueError("columns: expected names, got none")
+    return names
 
 
 @contextmanager

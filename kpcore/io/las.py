@@ -26,16 +26,20 @@ from kpcore.io.cloud import (
     colors_of,
     decode_text,
     fields_from,
+    flags_from,
     integer_range,
     join_warnings,
     labels_from,
     name_index,
 )
+from kpcore.io.reference import combined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from typing import BinaryIO
+
+    from kpcore.io.reference import Reference
 
 _BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
@@ -46,9 +50,11 @@ _TYPES = (None, "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _LAYERS = {
     "x": "XY_RETURNS_CHANNEL", "y": "XY_RETURNS_CHANNEL", "z": "Z", "classification": "CLASSIFICATION",
     "intensity": "INTENSITY", "gps_time": "GPS_TIME", "red": "RGB", "green": "RGB", "blue": "RGB",
+    "withheld": "FLAGS", "overlap": "FLAGS", "synthetic": "FLAGS", "key_point": "FLAGS",
 }  # fmt: skip
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
+_LONGEST_TEXT = 1 << 18  # bytes of a coordinate reference system; those of real files have some thousand
 
 
 class Dimension(NamedTuple):
@@ -137,17 +143,30 @@ class Header(NamedTuple):
         return len(self.raw) + sum(len(record.raw) for record in self.records) + len(self.padding)
 
 
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    with path.open("rb") as file:
+        head = _header(file, size)
+    check_columns(head.names, request)
+    return head.names
+
+
 def read(path: Path, size: int, request: Request) -> Content:
     with path.open("rb") as file:
         head = _header(file, size)
         names = head.names
+        reference, unsure = _reference(file, head, size)
         check_columns(names, request)
         check_fields(names, request)
         # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
         standard = {dimension.name: dimension for dimension in reversed(head.dimensions)}
         requested = (*request.fields, *([request.label] if request.label else []))
+        requested += tuple(
+            name for name in request.ignore if isinstance(name, str) and name_index(names, name) is not None
+        )
         wanted = {(at := name_index(names, name)): head.dimensions[at] for name in requested}
-        if not request.label:
+        # Point formats 0 to 5 have no bit for overlap: these points are of class 12 (LAS 1.1 to 1.4 R15).
+        by_class = "overlap" in request.ignore and name_index(names, "overlap") is None
+        if not request.label or by_class:
             wanted.setdefault(names.index("classification"), standard["classification"])
         points, colors, more = [], [], {at: [] for at in wanted}
         channels = ("red", "green", "blue") if "red" in standard else ()
@@ -165,7 +184,11 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning, "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
         )
     fields = fields_from(columns, request)
-    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, warning=warning)
+    flags = flags_from(columns, request)
+    if by_class:
+        flags["overlap"] = columns.at(columns.names.index("classification")) == 12
+    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, flags=flags, reference=reference,
+                   warning=join_warnings(warning, unsure))  # fmt: skip
 
 
 # ---- the header and its records
@@ -241,6 +264,25 @@ def _extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Ite
             return
         yield at, length, _record(header, struct.unpack_from("<H", header, 18)[0], b"")
         at += 60 + length
+
+
+def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
+    """(the coordinate reference system in the records before or after the points, or None; a warning or None).
+
+    Well-known text counts where the WKT bit of the global encoding is set, in point formats 6 to 10, which must set it
+    (LAS 1.4 R15), and in LAS 1.5, which has no GeoTIFF keys; elsewhere GeoTIFF keys count. Record 4224 is a second text
+    that PDAL writes, of version 2.
+    """
+    data: dict[int, bytes] = {}
+    for record in head.records:
+        if record.user == b"LASF_Projection":
+            data.setdefault(record.number, record.data)
+    for at, length, record in _extended_records(file, head.raw.ljust(375, b"\0"), head.minor, size):
+        if record.user == b"LASF_Projection":
+            data.setdefault(record.number, _read_at(file, at + 60, min(length, _LONGEST_TEXT)))
+    keys = (data[34735], data.get(34736, b""), data.get(34737, b"")) if 34735 in data else None
+    wkt_first = bool(head.raw[6] & 16) or head.point_format >= 6 or head.minor >= 5
+    return combined(data.get(2112) or data.get(4224), keys, wkt_first)
 
 
 def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:

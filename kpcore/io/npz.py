@@ -18,9 +18,11 @@ from kpcore.io.cloud import (
     NamedArrays,
     ReadError,
     Request,
+    check_columns,
     colors_of,
     fields_from,
     first_name_index,
+    flags_from,
     from_columns,
     from_table,
     integer_range,
@@ -28,10 +30,11 @@ from kpcore.io.cloud import (
     labels_from,
     list_names,
     name_index,
+    table_names,
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
     from typing import IO
     from zipfile import ZipFile, ZipInfo
@@ -41,6 +44,21 @@ Result = TypeVar("Result")
 POINTS = ("points", "xyz", "pos", "position", "positions", "coord", "coords")
 COLORS = ("colors", "color", "rgb")
 _MAX_HEADER = 1 << 16  # bytes; the header of a structured array names its fields
+
+
+def npy_field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    with path.open("rb") as file:
+        return _column_names(*_header(file, "the array", size), request)
+
+
+def _column_names(shape: tuple[int, ...], dtype: np.dtype, request: Request) -> tuple[str, ...]:
+    """The names of the columns of an array of this shape and type."""
+    if dtype.names:
+        check_columns(dtype.names, request)
+        return dtype.names
+    if len(shape) != 2 or shape[1] < 3:
+        raise ReadError(f"expected an (N, 3 or more) table of numbers, got {shape} {dtype}")
+    return table_names(shape[1], request)
 
 
 def read_npy(path: Path, size: int, request: Request) -> Content:
@@ -129,6 +147,25 @@ def _place_of_points(archive: ZipFile, members: list[tuple[str, ZipInfo]]) -> in
     return tables[0]
 
 
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    with zipfile.ZipFile(path) as archive:
+        members = _members(archive)
+        at = _place_of_points(archive, members)
+        if at is None:
+            names = tuple(name for name, _ in members)
+            check_columns(names, request)
+            return names
+        others = tuple(name for place, (name, _) in enumerate(members) if place != at)
+        shape, dtype = _shape(archive, *members[at])
+        hidden = _hidden(others, dtype, request)
+        return (*others, *(name for name in _column_names(shape, dtype, request) if name not in hidden))
+
+
+def _hidden(arrays: Iterable[str], dtype: np.dtype, request: Request) -> set[str]:
+    """The columns of points that are not fields: where nothing names them, those that arrays have; y may be labels."""
+    return set() if dtype.names or request.columns else {name.lower() for name in arrays}
+
+
 def read(path: Path, size: int, request: Request) -> Content:
     with zipfile.ZipFile(path) as archive:
         members = _members(archive)
@@ -143,10 +180,9 @@ def read(path: Path, size: int, request: Request) -> Content:
             content = from_columns(NamedArrays(named), points_request)
         else:
             content = from_table(points, points_request)
-            named = [*zip(request.columns or "xyz", points.T, strict=False)]
-            if not request.columns:  # y may be an array of labels
-                array_names = {name.lower() for name, _ in arrays}
-                named = [(name, values) for name, values in named if name not in array_names]
+            hidden = _hidden((name for name, _ in arrays), points.dtype, request)
+            pairs = zip(request.columns or "xyz", points.T, strict=False)
+            named = [(name, values) for name, values in pairs if name not in hidden]
         others, columns = NamedArrays(arrays), NamedArrays([*arrays, *named])
         if (rgb := first_name_index(others.names, COLORS)) is not None:
             colors, warning = colors_of(others.at(rgb))
@@ -162,6 +198,7 @@ def read(path: Path, size: int, request: Request) -> Content:
             warning = join_warnings(warning, f"it has no array named points: {members[at][0]} was read as the points")
         return content._replace(
             labels=labels, unlabeled=unlabeled, names=columns.names, fields=fields_from(columns, request),
+            flags=flags_from(columns, request),
             warning=join_warnings(content.warning, warning),
         )  # fmt: skip
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.io.cloud import Content, NamedArrays, ReadError, Request, are_integers, decode_text, from_columns
+from kpcore.io.cloud import (
+    Content,
+    NamedArrays,
+    ReadError,
+    Request,
+    are_integers,
+    check_columns,
+    decode_text,
+    from_columns,
+)
 from kpcore.io.text import check_lines, numbers
 
 if TYPE_CHECKING:
@@ -24,6 +33,12 @@ class Header(NamedTuple):
     encoding: str
     num_lines: int
     start: int  #: the byte where the data starts
+
+
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    names = tuple(name for name, _, _ in _header(path).fields if name != "_")
+    check_columns(names, request)
+    return names
 
 
 def read(path: Path, size: int, request: Request) -> Content:

@@ -18,6 +18,7 @@ from kpcore.io.cloud import (
     ReadError,
     Request,
     are_integers,
+    check_columns,
     decode_text,
     first_name_index,
     from_columns,
@@ -88,6 +89,13 @@ class Header(NamedTuple):
     def before(self, element: Element) -> list[Element]:
         """The elements before another."""
         return self.elements[: next(at for at, one in enumerate(self.elements) if one is element)]
+
+
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    with path.open("rb") as file:
+        names = tuple(one.name for one in _header(file, size).vertex.properties if one.count is None)
+    check_columns(names, request)
+    return names
 
 
 def read(path: Path, size: int, request: Request) -> Content:

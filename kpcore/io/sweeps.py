@@ -15,8 +15,12 @@ KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
 
 
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    return request.columns or _layout(path, size)
+
+
 def read(path: Path, size: int, request: Request) -> Content:
-    names = request.columns or _layout(path, size)
+    names = field_names(path, size, request)
     if size % (4 * len(names)):
         raise ReadError(
             f"{size} bytes are not a multiple of {4 * len(names)}, a record of {len(names)} float32: {' '.join(names)}"

@@ -14,14 +14,17 @@ from kpcore.io.cloud import (
     NamedArrays,
     ReadError,
     Request,
+    check_columns,
     decode_text,
     from_columns,
     from_table,
     join_warnings,
     may_be_colors,
+    table_names,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 # A number with a decimal point, and an empty cell, which is read as NaN.
@@ -60,6 +63,27 @@ class Head(NamedTuple):
     names: str  #: the line that names the columns, or ""
     comments: list[str]  #: the last comments, latest first
     count: int | None  #: declared number of rows (PTS)
+    row: list[str]  #: the cells of the first row
+
+
+def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
+    """From the lines up to the first row, which also shows whether the columns of a PTS may be r g b."""
+    check_lines(path, only_first=True)
+    head = _head(path, _encoding(path), request)
+    row, header = head.row, _header(head, request)
+    if head.trailing and not (len(header) == len(row) and header[-1]):
+        row = row[:-1]
+    if _has_xyz(head.names):
+        names = tuple(_names_of_line(head.names, head.delimiter, len(row)))
+        check_columns(names, request)
+        return names
+    if request.columns is None:
+        names, _ = _names_of_comments(head.comments, head.delimiter, len(row))
+        if names is None and path.suffix.lower() == ".pts":
+            names = _names_of_pts(np.array([[float(_clean(cell, None, set()) or "nan") for cell in row]]))
+        if names is not None:
+            return tuple(names)
+    return table_names(len(row), request)
 
 
 def read(path: Path, size: int, request: Request) -> Content:
@@ -67,7 +91,7 @@ def read(path: Path, size: int, request: Request) -> Content:
     encoding = _encoding(path)
     head = _head(path, encoding, request)
     table = numbers(path, encoding, head.delimiter, head.skip, head.count)
-    header = _cells(head.names, head.delimiter) if _has_xyz(head.names) else request.columns or ()
+    header = _header(head, request)
     if head.trailing and np.isnan(table[:, -1]).all() and not (len(header) == table.shape[1] and header[-1]):
         table = table[:, :-1]
     width, warning = table.shape[1], None
@@ -85,12 +109,19 @@ def read(path: Path, size: int, request: Request) -> Content:
     return content._replace(warning=join_warnings(warning, content.warning))
 
 
-def check_lines(path: Path) -> None:
+def _header(head: Head, request: Request) -> Sequence[str]:
+    """The names of the columns in the file or in the request, as they are written; () if there are none."""
+    return _cells(head.names, head.delimiter) if _has_xyz(head.names) else request.columns or ()
+
+
+def check_lines(path: Path, only_first: bool = False) -> None:
     """Raise an error for a line of a megabyte or more, for which NumPy would allocate 12 times as much."""
     with path.open("rb") as file:
         while len(part := file.read(_MAX_LINE)) == _MAX_LINE:
             if b"\n" not in part and b"\r" not in part:
                 raise ReadError(f"expected a row for each point, got a line of more than {_MAX_LINE} bytes")
+            if only_first:
+                return
 
 
 def _encoding(path: Path) -> str:
@@ -123,7 +154,7 @@ def _head(path: Path, encoding: str, request: Request) -> Head:
                         )
                     if encoding == "latin-1":
                         names, *comments = (decode_text(text.encode(encoding)) for text in (names, *comments))
-                    return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comments, count)
+                    return Head(skip, delimiter, delimiter is not None and not cells[-1], names, comments, count, cells)
                 elif not names and (request.columns or _has_xyz(line)):
                     names = line
                 else:

@@ -28,6 +28,7 @@ from kpcore.nn.optimizers import (
 from kpcore.nn.published import import_kpconv_pytorch, import_open3d_ml, import_predator
 from kpcore.nn.published_geotransformer import import_geotransformer
 from kpcore.nn.published_kpconvx import import_kpconvx
+from kpcore.nn.summaries import summary
 
 __all__ = [
     "ImageNetwork",
@@ -60,5 +61,6 @@ __all__ = [
     "resnet50_dw",
     "save",
     "sgd",
+    "summary",
     "warm_up",
 ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -16,7 +18,6 @@ from kpcore.nn.kpnext import KPNeXt
 from kpcore.nn.networks import Network, check_arrays
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
 
     from kpcore.nn.blocks import Parameters
@@ -58,7 +59,7 @@ def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (ImportError, MemoryError, OSError):
         raise
-    except Exception as error:  # safetensors has exceptions of its own, and wrong JSON values cause any exception
+    except Exception as error:  # wrong JSON values cause any exception
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {message if len(message) <= 400 else message[:400] + ' ...'}") from None
 
@@ -94,12 +95,87 @@ def write(path: str | os.PathLike[str], groups: Mapping[str, Parameters[np.ndarr
         Path(part).write_bytes(data)
 
 
-def _opened(path: Path) -> Any:
-    safetensors = require("safetensors", "io")
-    try:
-        return safetensors.safe_open(path, "numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"is damaged, or no safetensors file: {error}") from None
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8",
+    "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # bytes, as in the library safetensors
+
+
+def _contents(file: BinaryIO) -> tuple[dict[str, str], Arrays]:
+    """(metadata, arrays) of an open safetensors file: new arrays, in the order of their names.
+
+    The file is the length of the header in 8 bytes, the header, and the arrays without gaps between them. The header is
+    a JSON object in UTF-8 with an entry for each array, and texts by name as ``__metadata__``
+    (https://github.com/huggingface/safetensors). Everything is checked before memory is taken for an array. An error is
+    what the library refuses, and besides names that occur twice, entries with other fields than dtype, shape and
+    data_offsets, and more than 32 dimensions.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length > size or length > _LONGEST_HEADER:
+        most = max(0, min(size - 8, _LONGEST_HEADER))
+        raise ValueError(f"expected a header of at most {most} bytes, got a length of {length}")
+    header = json.loads(file.read(length).decode(), object_pairs_hook=_named_once, parse_int=_integer)
+    if not isinstance(header, dict):
+        raise ValueError(f"expected a header that is a JSON object, got {type(header).__name__}")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("expected texts by name as __metadata__")
+    "".join([*header, *metadata, *metadata.values()]).encode()  # an error for one half of a surrogate pair
+    entries = sorted(((name, *_entry(name, entry)) for name, entry in header.items()), key=lambda entry: entry[3:])
+    end = 0
+    for name, _, _, begin, stop in entries:
+        if begin != end:
+            raise ValueError(f"{name!r}: expected data_offsets that begin at {end}, got {begin}")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"expected {8 + length + end} bytes, as the header says, got {size}")
+    arrays = {name: np.empty(shape, dtype) for name, dtype, shape, _, _ in entries}
+    for name, array in arrays.items():
+        if file.readinto(array) != array.nbytes:
+            raise ValueError(f"{name!r}: expected {array.nbytes} bytes, got fewer: the file has become shorter")
+    return metadata, dict(sorted(arrays.items()))
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these names and values; an error for a name that occurs twice."""
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r}: expected each name once in the header, got it twice")
+        values[name] = value
+    return values
+
+
+def _integer(text: str) -> int | float:
+    """An integer of JSON; a float, which no size may be, for one with a sign or of more than 19 digits."""
+    return int(text) if text.isdigit() and len(text) < 20 else float(text)
+
+
+def _entry(name: str, entry: Any) -> tuple[str, list[int], int, int]:
+    """(dtype, shape, begin, end) of an array, checked."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r}: expected dtype, shape and data_offsets, got {entry!r}")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise ValueError(f"{name!r}: expected a dtype of {', '.join(_DTYPES)}, got {kind!r}")
+    for field, values in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise ValueError(f"{name!r}: expected {field} of integers from 0 on, got {values!r}")
+    if len(shape) > 32 or len(offsets) != 2:  # 32: the most dimensions that every NumPy has
+        raise ValueError(
+            f"{name!r}: expected at most 32 dimensions and 2 data_offsets, got {len(shape)}, {len(offsets)}"
+        )
+    itemsize = np.dtype(_DTYPES[kind]).itemsize
+    if itemsize * math.prod(num or 1 for num in shape) >= 2**63:  # NumPy allocates no such array, even an empty one
+        raise ValueError(f"{name!r}: expected a shape of fewer than 2**63 bytes, got {shape}")
+    num_bytes = itemsize * math.prod(shape)
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(f"{name!r}: expected data_offsets of {num_bytes} bytes for {kind} {shape}, got {offsets}")
+    return _DTYPES[kind], shape, *offsets
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any]]:
@@ -107,13 +183,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is not a regular file")
-    path.open("rb").close()  # if this fails, the OSError names the file, which that of safetensors does not
-    with errors_name(path), _opened(path) as file:
-        about = json.loads((file.metadata() or {}).get("kpcore", "{}"))
+    with path.open("rb") as file, errors_name(path):
+        try:
+            metadata, arrays = _contents(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is damaged, or no safetensors file: {error}") from None
+        about = json.loads(metadata.get("kpcore", "{}"))
         if not isinstance(about, dict):
             raise ValueError(f"expected a JSON object in the metadata named kpcore, got {type(about).__name__}")
         groups = {group: {} for group in about.pop("groups", ())}
-        for full_name in file.keys():  # noqa: SIM118 - not a dict
+        for full_name, array in arrays.items():
             group, _, name = full_name.partition(".")
-            groups.setdefault(group, {})[name] = file.get_tensor(full_name)
+            groups.setdefault(group, {})[name] = array
     return groups, about

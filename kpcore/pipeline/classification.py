@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kpcore.pipeline.data import Scene
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
 _MOST_DRAWN = 20  # in a picture
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,22 +15,23 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.files import expanded
-from kpcore.io import ReadError
-from kpcore.io.cloud import UNLABELED, MissingField, list_names
-from kpcore.io.formats import read_columns
-from kpcore.pipeline import objects
-from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
+from kpcore.io import ReadError, faults
+from kpcore.io.cloud import UNLABELED, MissingField, list_names, name_index
+from kpcore.io.formats import field_names, read_columns
+from kpcore.pipeline import filenames, objects
+from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError, near
 from kpcore.scenes import PART_LABELS, indoor, shapes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from kpcore.io import Cloud
     from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
-_MAX_FEATURE = 10.0  # features are clipped to -10 to 10
+MAX_FEATURE = 10.0  # features are clipped to -10 to 10
 _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
+HEIGHT, HEIGHT_FIELD = "height_above_ground", "heightaboveground"  # the feature, and PDAL's dimension in lower case
 IGNORED = -1  # the class number of points without a class
 
 PartClouds: TypeAlias = "dict[str, tuple[Cloud, np.ndarray]]"  # (cloud, rows of the part) by the part's repr
@@ -46,7 +48,8 @@ class Scene:
     full : (n, D) float32, the points before subsampling; for objects those after it
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
-    name : of an object
+    rows : (n,) the cloud's points that are in the scene, or None for digits and objects
+    name : of an object, or of a file
     category : the number of the category of an object with parts, or None
     """
 
@@ -57,6 +60,7 @@ class Scene:
     full: np.ndarray
     full_labels: np.ndarray | None
     cloud: Cloud | None = None
+    rows: np.ndarray | None = None
     name: str = ""
     category: int | None = None
 
@@ -87,6 +91,10 @@ class Columns:
             else:
                 parts.append((values[name].reshape(len(points), width) - self.center[name]) / self.scale[name])
         return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
+
+    def clipped(self, points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The features, from -10 to 10."""
+        return np.clip(self.features(points, values), -MAX_FEATURE, MAX_FEATURE)
 
     def span(self, name: str) -> slice | None:
         """The columns of a feature; None if it is not used."""
@@ -125,39 +133,109 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     Parts in `read_parts` are not read again; others are added to it.
     """
     read_parts = {} if read_parts is None else read_parts
-    for part in parts:
-        if repr(part) not in read_parts:
-            read_parts[repr(part)] = _load_part(settings, part, folder)
+    _read_parts(settings, parts, folder, read_parts)
     clouds = [read_parts[repr(part)] for part in parts]
     if columns is None:
         columns = _columns(settings, clouds)
-    return [_scene(settings, columns, *cloud) for cloud in clouds], columns
+    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
+
+
+def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
+                read_parts: PartClouds) -> None:  # fmt: skip
+    for part in parts:
+        if repr(part) not in read_parts:
+            read_parts[repr(part)] = _load_part(settings, part, folder)
+
+
+def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts: PartClouds | None = None,
+                  columns: Columns | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
+    """(scenes to train on, scenes for validation, Columns) of settings; `columns` as in `load`."""
+    train, validation = settings.data.train, settings.data.validation
+    if isinstance(validation, list):
+        scenes, columns = load(settings, train, folder, columns, read_parts)
+        return scenes, load(settings, validation, folder, columns, read_parts)[0] if validation else [], columns
+    read_parts = {} if read_parts is None else read_parts
+    train = filenames.single(train, folder)
+    _read_parts(settings, train, folder, read_parts)
+    split = [_split(*read_parts[repr(part)], validation) for part in train]
+    columns = columns or _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
+    scenes = [cloud_scene(settings, columns, cloud, rows) for cloud, rows, _ in split]
+    aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
+    for name, of_scenes in (("train", scenes), ("validation", aside)):
+        if not any((scene.labels != IGNORED).any() for scene in of_scenes):
+            raise SettingsError(f"[data] {name}: expected points with labels of the classes, got none in this part of "
+                                f"{', '.join(map(str, train))}")  # fmt: skip
+    return scenes, aside, columns
+
+
+def _split(cloud: Cloud, rows: np.ndarray, fraction: float) -> tuple[Cloud, np.ndarray, np.ndarray]:
+    """(cloud, rows to train on, rows that are set aside): a strip with this fraction of the points, at the end of the
+    longer axis of x and y."""
+    points = cloud.points[rows, :2]
+    along = points[:, np.ptp(points, axis=0).argmax()]
+    aside = along > np.quantile(along, 1 - fraction)
+    if not 0 < aside.sum() < len(rows):
+        raise SettingsError(f"[data] validation: expected scenes that can be split, got one of {len(rows)} points")
+    return cloud, rows[~aside], rows[aside]
 
 
 def scene_of(settings: Settings, columns: Columns, cloud: Cloud) -> Scene:
     """A Scene with all points of a cloud, labelled or not."""
-    return _scene(settings, columns, cloud, np.arange(len(cloud.points)))
+    return cloud_scene(settings, columns, cloud, np.arange(len(cloud.points)))
 
 
-def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True) -> Cloud:
+def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool = True, exact: bool = False,
+               ignore: Sequence[int | str] = ()) -> Cloud:  # fmt: skip
     """Read a file with the fields of the features, and the labels; unless `labelled`, the labels may be missing.
 
-    A file to be labelled need not have the columns of the training files, which have labels besides.
+    A file to be labelled need not have the columns of the training files, which have labels besides. Points with labels
+    or flags of `ignore`, or of the same setting, are left out.
     """
-    fields = [name for name in settings.data.features if name not in COMPUTED_FEATURES]
-    columns, label = settings.data.columns, settings.data.label
+    data = settings.data
+    fields = [name for name in data.features if name not in COMPUTED_FEATURES]
+    if computed := [name for name in (HEIGHT, *SURFACE_FEATURES) if name in data.features]:
+        in_file = field_names(path)
+        fields += [HEIGHT_FIELD] if HEIGHT in computed and name_index(in_file, HEIGHT_FIELD) is not None else []
+        for name in computed:
+            if name != HEIGHT and name_index(in_file, name) is not None:
+                warnings.warn(
+                    f"{path}: its field {name} is not used, since the feature {name} is computed", stacklevel=2
+                )
+    request = {"fields": fields, "exact": exact, "ignore": (*data.ignore, *ignore), "drop_zeros": data.drop_zeros}
     try:
-        cloud = read_columns(path, columns, labelled, fields=fields, label=label)
-    except MissingField:
-        if labelled or label is None:
-            raise
-        cloud = read_columns(path, columns, labelled, fields=fields)
+        cloud = read_columns(path, data.columns, labelled, label=data.label, **request)
+    except MissingField as error:
+        if labelled or data.label is None:
+            advice = next(filter(None, (near(name, COMPUTED_FEATURES, 0.75) for name in fields)), "")
+            raise MissingField(f"{error}{advice if 'did you mean' not in str(error) else ''}") from None
+        cloud = read_columns(path, data.columns, labelled, **request)
+    if cloud.reference is not None and cloud.reference.kind in ("geographic", "geocentric"):
+        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {cloud.reference.kind} ones "
+                        f"({cloud.reference.name}): project the file first")  # fmt: skip
     for name, values in cloud.fields.items():
         if bad := len(values) - int(np.isfinite(values).sum()):
             raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
-    if "color" in settings.data.features and cloud.colors is None:
+    if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
+    for sentence in faults(cloud) if data.kind == "scenes" else ():
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
+
+
+def scaled(cloud: Cloud, horizontal: float, vertical: float) -> Cloud:
+    """The cloud in another unit: x and y, and z, times these factors."""
+    factors = np.array([horizontal, horizontal, vertical])
+    exact, shift = coordinates(cloud) * factors, np.floor(cloud.shift * factors)
+    fields, reference = dict(cloud.fields), cloud.reference
+    if HEIGHT_FIELD in fields:
+        fields[HEIGHT_FIELD] = fields[HEIGHT_FIELD] * vertical
+    if reference is not None:
+        units = (None if unit is None else unit / factor
+                 for unit, factor in ((reference.horizontal, horizontal), (reference.vertical, vertical)))  # fmt: skip
+        reference = reference._replace(**dict(zip(("horizontal", "vertical"), units, strict=True)))
+    points = (exact - shift).astype(np.float32)
+    return replace(cloud, points=points, exact=exact, shift=shift, fields=fields, reference=reference)
 
 
 def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
@@ -192,23 +270,51 @@ def _load_part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -
     return cloud, np.flatnonzero(keep)
 
 
-def _values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Values of the features that come from the cloud, before scaling: (n,) or (n, 3) float32 by name."""
+def values_of(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of the features of some points that the cloud holds, before scaling: (n,) or (n, 3) float32 by name."""
     values = {}
     for name in settings.data.features:
         if name == "color":
             values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
             values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+        elif name == HEIGHT and HEIGHT_FIELD in cloud.fields:
+            values[name] = cloud.fields[HEIGHT_FIELD][rows]
         elif name not in COMPUTED_FEATURES:
             values[name] = cloud.fields[name.lower()][rows]
     return values
 
 
+def computed_values(settings: Settings, points: np.ndarray, known: Collection[str]) -> dict[str, np.ndarray]:
+    """Values of the features that are computed from all points around, by name, but for those that are `known`."""
+    values, ground = {}, settings.data.ground
+    if HEIGHT in settings.data.features and HEIGHT not in known:
+        values[HEIGHT] = kp.height_above_ground(
+            points, cell=ground.cell, window=ground.window, slope=ground.slope
+        ).astype(np.float32)
+    return values
+
+
+def feature_reach(settings: Settings) -> float:
+    """The distance up to which other points have an effect on the computed features of a point."""
+    return 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+
+
+def coordinates(cloud: Cloud, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """(n, 3) float64 coordinates in the file of some points, exact if they were read so."""
+    return cloud.points[rows] + cloud.shift if cloud.exact is None else cloud.exact[rows]
+
+
+def _all_values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+    values = values_of(settings, cloud, rows)
+    computed = computed_values(settings, coordinates(cloud), values)
+    return values | {name: column[rows] for name, column in computed.items()}
+
+
 def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
     """Columns whose centers and scales are computed from the clouds."""
     center, scale = {"color": 0.0}, {"color": 255.0}
-    clouds_values = [_values(settings, cloud, rows) for cloud, rows in clouds]
+    clouds_values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
     for name in clouds_values[0]:
         if name == "color":
             continue
@@ -219,17 +325,19 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
     return Columns(settings.widths, center, scale)
 
 
-def _scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
+def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
+    """A Scene with some points of a cloud, labelled or not."""
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = np.clip(columns.features(full, _values(settings, cloud, rows)), -_MAX_FEATURE, _MAX_FEATURE)
-    sub = _subsampled(settings, full, features=features, labels=labels,
-                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
+    features = columns.clipped(full, _all_values(settings, cloud, rows))
+    sub = subsampled(settings, full, features=features, labels=labels,
+                     ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
-    return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud)
+    return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud, rows)
 
 
-def _subsampled(settings: Settings, points: np.ndarray, **more: Any) -> kp.subsampling.Subsampled:
+def subsampled(settings: Settings, points: np.ndarray, **more: Any) -> kp.subsampling.Subsampled:
+    """Points with one for each voxel of level 0 of the network."""
     try:
         return kp.grid_subsample(points, settings.network.voxel_size, origin=settings.net().origin, **more)
     except ValueError as error:
@@ -249,7 +357,7 @@ def load_objects(settings: Settings, parts: Sequence[Objects],
 
 def object_scene(settings: Settings, columns: Columns, name: str, points: np.ndarray, label: int = IGNORED) -> Scene:
     """A Scene of the points of an object in the unit sphere."""
-    points = _subsampled(settings, points).points
+    points = subsampled(settings, points).points
     return Scene(points, columns.features(points, {}), np.array([label], np.int64), None, points, None, name=name)
 
 
@@ -278,14 +386,14 @@ def part_scene(settings: Settings, columns: Columns, name: object, points: np.nd
     """A Scene of an object of a category in the unit sphere, whose labels, if any, are those of its parts."""
     full, full_labels = objects.in_unit_sphere(name, points), None
     if labels is not None:
-        full_labels = _part_numbers(settings, name, labels, category)
-    sub = _subsampled(settings, full, labels=full_labels, ignore_label=None if full_labels is None else IGNORED)
+        full_labels = part_numbers(settings, name, labels, category)
+    sub = subsampled(settings, full, labels=full_labels, ignore_label=None if full_labels is None else IGNORED)
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if full_labels is None else sub.labels
     return Scene(sub.points, columns.features(sub.points, {}), sub_labels, None, full, full_labels, name=str(name),
                  category=category)  # fmt: skip
 
 
-def _part_numbers(settings: Settings, name: object, labels: np.ndarray, category: int) -> np.ndarray:
+def part_numbers(settings: Settings, name: object, labels: np.ndarray, category: int) -> np.ndarray:
     """The class number of each label; an error for one of another category."""
     parts = [*settings.data.classes.values()]
     first, out = sum(map(len, parts[:category])), np.full(len(labels), IGNORED, np.int64)
@@ -345,7 +453,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
          read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
 
-    `read_parts` is for scenes alone, see `load_scenes`.
+    Scenes of a folder or a pattern are those of its files. `read_parts` is for scenes alone, see `load_scenes`.
     """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
@@ -354,7 +462,7 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts)
+        scenes, columns = load_scenes(settings, filenames.single(parts, folder), folder, columns, read_parts)
     if not any((scene.labels != IGNORED).any() for scene in scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"

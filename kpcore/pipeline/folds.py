@@ -30,7 +30,7 @@ def last_confusion(out: Path, settings: Settings, seed: int) -> np.ndarray | Non
     last, classes = out / LAST, len(settings.names)
     if not (has_run(out) and last.is_file()):
         return None
-    _, run = saved_run(last, settings, seed)
+    run = saved_run(last, settings, seed).run
     with checkpoints.errors_name(f"resume: {last}"):
         if run["epoch"] != settings.training.epochs:
             return None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kpcore.picture import Patch
     from kpcore.pipeline.batches import Batch, Sphere
     from kpcore.pipeline.data import Scene
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
 __all__ = ["Input", "ReceptiveField", "draw_features", "draw_fields", "field_at", "kernels_at", "maximizing_inputs",
            "middle_point", "nearest_point", "point_field", "scene_of_file", "scenes_of_files"]  # fmt: skip

@@ -12,7 +12,6 @@ import html
 import io
 import json
 import math
-import statistics
 import tempfile
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -26,12 +25,13 @@ from kpcore.config import require
 from kpcore.console import classes_in_mean
 from kpcore.files import check_writable, replacing
 from kpcore.nn import checkpoints
-from kpcore.pipeline import classification, curves, segmentation, voting
+from kpcore.pipeline import classification, curves, labelling, segmentation, statistics, voting
 from kpcore.pipeline.colors import class_colors
 from kpcore.pipeline.data import load
 from kpcore.pipeline.folds import FOLDS
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
-from kpcore.pipeline.training import BEST, LAST, Model
+from kpcore.pipeline.training import BEST, LAST
 from kpcore.visualization import filled
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from kpcore.nn.checkpoints import Arrays
-    from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.settings import Settings, Source
     from kpcore.pipeline.voting import Scores
 
 __all__ = ["REPORT", "write"]
@@ -65,7 +66,8 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
         The page; by default ``report.html`` in that folder.
     data : str or Path, optional
         The folder of the data files. With it the best network, or else the last one, labels up to four of the test
-        scenes (those of the validation if there are none), and the report has a picture of each.
+        scenes (those of the validation if there are none), and the report has a picture of each, and their features
+        beside those of the training.
 
     Returns
     -------
@@ -89,7 +91,8 @@ def write(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     out = folder / REPORT if out is None else Path(out)
     read = _read(folder)
     check_writable(out)  # before the pictures
-    page = filled(Path(__file__).with_name("report.html"), _page(read, data))
+    tested = None if data is None else _tested(read, data)
+    page = filled(Path(__file__).with_name("report.html"), _page(read, tested))
     with replacing(out) as part:
         part.write_text(page, encoding="utf-8")
     return out
@@ -121,6 +124,34 @@ class Result(NamedTuple):
     epoch: int
     confusion: np.ndarray
     scores: Scores
+
+
+class _Tested(NamedTuple):
+    """Test data of a run, read for pictures, and how their distribution differs from that of the training."""
+
+    model: Model
+    parts: Sequence[Source]
+    scenes: list[Scene]
+    statistics: dict[str, Any] | None
+    differences: list[str]
+
+
+def _tested(run: _Run, data: str | os.PathLike[str]) -> _Tested:
+    settings = run.settings
+    validation = settings.data.validation if isinstance(settings.data.validation, list) else []
+    parts = (settings.data.test or validation)[: _MOST_PICTURES if settings.data.kind == "scenes" else None]
+    model = Model.load(run.folder / (BEST if (run.folder / BEST).is_file() else LAST))
+    if not parts:
+        return _Tested(model, [], [], None, [])
+    scenes = load(settings, parts, data, model.columns)[0]
+    if model.statistics is None or settings.whole:
+        return _Tested(model, parts, scenes, None, [])
+    clouds = [scene.cloud for scene in scenes]
+    observed = statistics.Observed(model.columns, model.statistics)
+    observed.add_scenes(model.net, scenes, model.block_size.side)
+    spacing = float(np.median([statistics.spacing_of(scene.full) for scene in scenes]))
+    seen = observed.statistics(spacing, statistics.unit_of(clouds))
+    return _Tested(model, parts, scenes, seen.asdict(), statistics.differences(model.statistics, seen))
 
 
 def _at(values: Any, *names: str) -> Any:
@@ -165,15 +196,15 @@ def _result(described: Mapping[str, Any]) -> Result:
 # ---- the page
 
 
-def _page(run: _Run, data: str | os.PathLike[str] | None) -> dict[str, str]:
+def _page(run: _Run, tested: _Tested | None) -> dict[str, str]:
     sections: dict[str, str] = {
-        "Warnings": _warnings_section(run),
+        "Warnings": _warnings_section(run, tested),
         "Scores": _scores_section(run),
         "Confusion": _confusion_section(run),
         "Curves": _curves_section(run),
         "Classes": _classes_section(run),
-        "Features": _features_section(run),
-        "Pictures": _pictures_section(run, data),
+        "Features": _features_section(run, tested),
+        "Pictures": _pictures_section(run, tested),
         "Settings": _settings_section(run),
         "Times": _times_section(run),
     }
@@ -274,8 +305,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _warnings_section(run: _Run) -> str:
-    lines = _warnings(run)
+def _warnings_section(run: _Run, tested: _Tested | None) -> str:
+    lines = _warnings(run) + [f"Test data: {one}" for one in (tested.differences if tested else ())]
     if not lines:
         return "<p>None.</p>"
     return f'<ul class="warnings">{"".join(f"<li>{_text(line)}</li>" for line in lines)}</ul>'
@@ -436,16 +467,14 @@ def _curves_section(run: _Run) -> str:
                    "Loss, learning rate, scores of the validations and the score of each class by epoch")  # fmt: skip
 
 
-def _features_section(run: _Run) -> str:
-    of = {name: one for name in _SPLITS if isinstance(one := run.recorded("statistics", name), dict)}
-    if not of:
-        return _MISSING
-    histograms = {name: {} for one in of.values() for name in one.get("features") or {}}
+def _features_section(run: _Run, tested: _Tested | None) -> str:
+    of = {"train": run.recorded("statistics"), "test": tested.statistics if tested else None}
+    of = {name: one for name, one in of.items() if isinstance(one, dict)}
+    histograms: dict[str, dict[str, Histogram]] = {}
     for split, one in of.items():
-        for name in histograms:
-            if (histogram := _histogram(_at(one, "features", name, "histogram"))) is not None:
-                histograms[name][split] = histogram
-    histograms = {name: splits for name, splits in histograms.items() if splits}
+        for name, described in (one.get("features") or {}).items():
+            if (histogram := _histogram(described)) is not None:
+                histograms.setdefault(name, {})[split] = histogram
     parts = []
     if histograms:
         parts.append(_figure(lambda theme: _draw_histograms(histograms, theme),
@@ -453,31 +482,43 @@ def _features_section(run: _Run) -> str:
     rows = [[words, *cells] for words, *cells in _statistics_rows(of) if any(cell != "–" for cell in cells)]
     if rows:
         parts.append(_table(["points and neighbours", *of], rows))
+    if parts and tested is None:
+        parts.append('<p class="missing">of test data with kpcore report --data DIR</p>')
     return "".join(parts) or _MISSING
 
 
-def _histogram(described: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """(edges, shares of the values per unit); None unless it is a histogram with any value."""
+class Histogram(NamedTuple):
+    """A histogram of values between its outer edges, and the share of those beyond."""
+
+    edges: np.ndarray
+    density: np.ndarray  #: the share of all values, for a length of 1
+    beyond: float
+
+
+def _histogram(described: Any) -> Histogram | None:
+    """The histogram of a feature, see `statistics.Feature`; None unless it has any value."""
     edges, counts = (np.array(_at(described, name) or [], np.float64) for name in ("edges", "counts"))
     widths = np.diff(edges)
-    if not len(counts) or len(widths) != len(counts) or not (widths > 0).all() or not counts.sum() > 0:
+    if len(counts) != len(edges) + 1 or not len(widths) or not (widths > 0).all() or not counts.sum() > 0:
         return None
-    return edges, counts / counts.sum() / widths
+    return Histogram(edges, counts[1:-1] / counts.sum() / widths, float(counts[[0, -1]].sum() / counts.sum()))
 
 
-def _draw_histograms(histograms: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], theme: str) -> Any:
+def _draw_histograms(histograms: Mapping[str, Mapping[str, Histogram]], theme: str) -> Any:
     page, across = picture.THEMES[theme], min(4, max(2, len(histograms)))
     rows = math.ceil(len(histograms) / across)
     made = require("matplotlib.figure", "plot").Figure((12, 0.35 + 2.1 * rows), facecolor=page.background)
     styles = {
         "train": {"fill": True, "color": page.pale, "alpha": 0.45, "lw": 0},
-        "validation": {"color": page.text, "lw": 1.2, "ls": ":"},
         "test": {"color": page.differs, "lw": 1.6},
     }
     for number, (name, splits) in enumerate(histograms.items()):
         axes = made.add_subplot(rows, across, number + 1, facecolor=page.background)
-        for split, (edges, density) in splits.items():
-            axes.stairs(density, edges, label=split, **styles[split])
+        for split, one in splits.items():
+            axes.stairs(one.density, one.edges, label=split, **styles[split])
+        if "test" in splits and splits["test"].beyond > 0.005:
+            note = f"{picture.share_words(splits['test'].beyond)} % of the test beyond"
+            axes.set_title(note, loc="right", fontsize=8, color=page.differs, pad=4)
         axes.set_title(picture.shortened(name, 360, 9), loc="left", fontsize=9, color=page.text, pad=4)
         axes.set(yticks=[], xmargin=0.02)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -491,47 +532,27 @@ def _draw_histograms(histograms: Mapping[str, Mapping[str, tuple[np.ndarray, np.
 
 
 def _statistics_rows(of: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    levels = max(len(one.get("neighbors") or ()) for one in of.values())
     rows = []
-    for words, name in (("points per voxel", "points_per_voxel"), ("spacing of points", "spacing")):
-        rows.append(
-            [words, *(_number(value, ".3g") if _is_number(value := one.get(name)) else "–" for one in of.values())]
-        )
-    rows.append(["unit", *(_text(_unit_words(one.get("unit"))) for one in of.values())])
-    for level in range(levels):
-        cells = []
-        for one in of.values():
-            stored = one.get("neighbors") or []
-            cells.append(_neighbors_words(stored[level]) if level < len(stored) else "–")
-        rows.append([f"neighbours on level {level}", *cells])
+    for words, name, form in (("points", "points", ",.0f"), ("points per voxel", "points_per_voxel", ".3g"),
+                              ("spacing of points", "spacing", ".3g")):  # fmt: skip
+        values = [one.get(name) for one in of.values()]
+        rows.append([words, *(_number(value, form) if _is_number(value) else "–" for value in values)])
+    for axis, words in enumerate(("metres per unit of x and y", "metres per unit of z")):
+        units = [(*(one.get("unit") or ()), None, None)[axis] for one in of.values()]
+        rows.append([words, *(_number(value, ".7g") if _is_number(value) else "–" for value in units)])
+    neighbors = [one.get("neighbors") or [] for one in of.values()]
+    for level in range(max(map(len, neighbors), default=0)):
+        cells = [one[level] if level < len(one) else None for one in neighbors]
+        rows.append([f"neighbours on level {level}", *(_number(n, ".1f") if _is_number(n) else "–" for n in cells)])
     return rows
 
 
-def _neighbors_words(level: Any) -> str:
-    mean, quantiles = _at(level, "mean"), _at(level, "quantiles") or []
-    if not _is_number(mean):
-        return "–"
-    values = [value for _, value in quantiles if _is_number(value)]
-    ends = f" <small>{min(values):.3g} to {max(values):.3g}</small>" if values else ""
-    return f"{mean:.1f}{ends}"
-
-
-def _unit_words(unit: Any) -> str:
-    if isinstance(unit, dict):
-        return ", ".join(f"{name} {value}" for name, value in unit.items() if value is not None) or "–"
-    return "–" if unit is None else str(unit)
-
-
-def _pictures_section(run: _Run, data: str | os.PathLike[str] | None) -> str:
-    if data is None:
+def _pictures_section(run: _Run, tested: _Tested | None) -> str:
+    if tested is None:
         return '<p class="missing">none: made by kpcore report --data DIR, the folder of the data files</p>'
-    settings = run.settings
-    validation = settings.data.validation if isinstance(settings.data.validation, list) else []
-    parts = (settings.data.test or validation)[: _MOST_PICTURES if settings.data.kind == "scenes" else None]
+    settings, (model, parts, scenes, *_) = run.settings, tested
     if not parts:
         return '<p class="missing">none: the settings have no test data</p>'
-    model = Model.load(run.folder / (BEST if (run.folder / BEST).is_file() else LAST))
-    scenes = load(settings, parts, data, model.columns)[0]
     if settings.classifies:
         classified = classification.classify(model, scenes[:_MOST_OBJECTS])
         images = _pictures(
@@ -542,12 +563,14 @@ def _pictures_section(run: _Run, data: str | os.PathLike[str] | None) -> str:
         return '<p class="missing">none: made of scenes and of objects without parts</p>'
     out = []
     for part, scene in zip(parts, scenes, strict=True):
-        segmented = segmentation.compare(model, scene, voting.labels_of(model, scene))
         # Of the file only the points of the part are drawn.
-        segmented = segmented._replace(cloud=replace(scene.cloud, points=scene.full, colors=None, labels=None))
+        cloud = replace(scene.cloud, points=scene.full, colors=None, labels=None)
+        segmented = segmentation.compare(model, cloud, scene.full_labels, labelling.labels_of(model, scene))
+        unit = "m" if getattr(part, "indoor", None) is not None else None  # otherwise that of the file
 
-        def draw(path: Path, theme: str, title: str = str(part), seen: Any = segmented) -> None:
-            segmentation.draw(path, title, seen, settings, theme=theme, unit=_unit(run), width=_PANEL)
+        def draw(path: Path, theme: str, title: str = str(part), seen: Any = segmented,
+                 unit: str | None = unit) -> None:  # fmt: skip
+            segmentation.draw(path, title, seen, settings, theme=theme, unit=unit, width=_PANEL)
 
         out.append(_both_themes(_pictures(draw), f"{part}: predicted classes, labels, and where they differ"))
     return "".join(out)
@@ -562,13 +585,6 @@ def _pictures(draw: Callable[[Path, str], None]) -> dict[str, str]:
             draw(path, theme)
             out[theme] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return out
-
-
-def _unit(run: _Run) -> str | None:
-    """The unit of lengths in the plane, where the run has recorded it."""
-    unit = run.recorded("statistics", "train", "unit")
-    unit = _at(unit, "horizontal") if isinstance(unit, dict) else unit
-    return unit if isinstance(unit, str) else None
 
 
 # ---- settings and times
@@ -642,17 +658,17 @@ def _times_section(run: _Run) -> str:
     rows = [["epochs", f"{run.epochs_done if run.epochs_done is not None else '–'} of {training.epochs}"],
             ["steps", f"{len(log.steps):,}"]]  # fmt: skip
     if seconds:
-        rows += [["step", f"{statistics.median(seconds):.3f} s <small>median; the longest {max(seconds):.3f}</small>"],
+        rows += [["step", f"{np.median(seconds):.3f} s <small>median; the longest {max(seconds):.3f}</small>"],
                  ["all steps", _duration(sum(seconds))]]  # fmt: skip
     if seconds and len(points) == len(seconds):
-        rows += [["points in a batch", f"{statistics.fmean(points):,.0f} <small>mean</small>"],
+        rows += [["points in a batch", f"{np.mean(points):,.0f} <small>mean</small>"],
                  ["points in a second", f"{sum(points) / sum(seconds):,.0f}"]]  # fmt: skip
     if (share := _waited(log.steps)) is not None:
         rows.append(["waited for batches", f"{picture.share_words(share)} % of the time"])
     for words, scored in (("validation", log.validations), ("test", log.tests)):
         times = [one.seconds for one in scored if _is_number(one.seconds)]
         if times:
-            rows.append([f"{len(times)} × {words}", f"{statistics.fmean(times):.1f} s <small>mean</small>"])
+            rows.append([f"{len(times)} × {words}", f"{np.mean(times):.1f} s <small>mean</small>"])
     if (seed := run.recorded("run", "seed")) is not None:
         rows.append(["seed", _text(seed)])
     return _table(["what", '<th class="text">how much</th>'],

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore import moved
+from kpcore.config import KpcoreWarning, free_memory
 from kpcore.console import classes_in_mean
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
-from kpcore.pipeline import voting
+from kpcore.pipeline import blocks, statistics, voting
 from kpcore.pipeline.colors import class_colors, distinct_colors
-from kpcore.pipeline.data import IGNORED, part_scene, read_cloud, scene_of
+from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud, scaled
+from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
 from kpcore.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from kpcore.pipeline.data import Scene
-    from kpcore.pipeline.training import Model
+    from kpcore.pipeline.model import Model
 
 __all__ = ["Segmented", "compare", "draw", "segment", "write_labels"]
 
@@ -34,56 +35,130 @@ class Segmented(NamedTuple):
     counts: np.ndarray  #: (classes,) number of points of each predicted class
     true: np.ndarray | None  #: (N,) class numbers by the labels in the file, IGNORED where these are of no class
     scores: voting.Scores | None  #: of the predicted classes; None without labels
+    labelled: Labelled | None = None  #: with the confidence, and with what makes the classes doubtful
 
 
-def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, votes: int | None = None,
-            category: str | None = None, watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
+def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, method: str | None = None,
+            votes: int | None = None, category: str | None = None, keep: Sequence[int] = (), into: str | None = None,
+            confidence: bool = False, unclassified: float | None = None, ignore: Sequence[int | str] = (),
+            scale: tuple[float, float] | str | None = None, report: Callable[[str], object] | None = None,
+            watch: Callable[[float], object] | None = None) -> Segmented:  # fmt: skip
     """Label the points of a file, and write a copy with these labels; everything else in it stays the same.
 
-    A network of parts needs the category of the object.
+    Parameters
+    ----------
+    model : Model
+    source, out : path
+        See `kpcore.io.write_labels`.
+    method : {"blocks", "potentials"}, optional
+        See `Model.predict`, as for `votes`, `category` and `watch`.
+    keep : sequence of int
+        Points that have one of these labels in the file keep it.
+    into : str, optional
+        The field that the labels are written to, an existing or a new one.
+    confidence : bool
+        Whether a field ``confidence`` is written too: the probability of the label in per cent, uint8; 0 for points
+        that keep their label.
+    unclassified : float, optional
+        Points with a smaller probability get the label 1 in LAS and LAZ, unclassified in ASPRS's table, elsewhere 0.
+    ignore : sequence of int and str
+        Points with these labels or flags are not in the input, and keep their label; see `kpcore.io.read`.
+    scale : (float, float) or "auto", optional
+        Factors of x and y, and of z, to the unit of the training; "auto": as the file and the model state their units.
+    report : function, optional
+        Is called with lines of text before the work: how many blocks there are, and what they need; and what is not as
+        usual.
 
-    Points without finite coordinates keep their label. `watch` is called with the fraction that is done.
+    Returns
+    -------
+    Segmented
+
+    Raises
+    ------
+    MemoryError
+        If a block needs more memory than there is.
+
+    Warns
+    -----
+    KpcoreWarning
+        The input is unlike that of the training; each is in ``Segmented.labelled.warnings`` too.
     """
     check_category(model, category)
+    chosen_method(model, method, votes)
     check_out(source, out)
-    cloud = read_cloud(model.settings, source, labelled=False)
-    heads, classes = model.settings.heads, [*model.settings.data.classes.values()]
-    values = np.array(np.concatenate(classes) if heads else [labels[0] for labels in classes], np.int32)
-    kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    field = label_field(
-        source, out, len(kept), label=model.settings.data.label, values=values
-    )  # checks before the work
-    if heads:
-        number = [*heads].index(category)
-        scene = replace(
-            part_scene(model.settings, model.columns, source, cloud.points, cloud.labels, number), cloud=cloud
-        )
-    else:
-        scene = scene_of(model.settings, model.columns, cloud)
-    classes = voting.labels_of(model, scene, votes, watch=watch)
-    write_to(field, source, out, values[classes], kept)
-    return compare(model, scene, classes)
+    if unclassified is not None and not 0 < unclassified <= 1:
+        raise ValueError(f"unclassified: expected a probability above 0, at most 1, got {unclassified}")
+    cloud = read_cloud(model.settings, source, labelled=False, exact=True, ignore=ignore)
+    if scale is not None:
+        cloud = scaled(cloud, *(unit_scale(model, cloud) if scale == "auto" else scale))
+    values, kept = model.label_values, np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
+    doubtful = 1 if Path(source).suffix.lower() in (".las", ".laz") else 0
+    field = label_field(  # checks before the work
+        source, out, len(kept), label=None if into else model.settings.data.label, into=into,
+        values=values if unclassified is None else [*values, doubtful]
+    )  # fmt: skip
+    true = None
+    if cloud.labels is not None and category is not None:
+        true = part_numbers(model.settings, source, cloud.labels, [*model.settings.heads].index(category))
+    elif cloud.labels is not None:
+        true = class_numbers(model.settings, cloud.labels)
+    if category is None:
+        tell(model, cloud, method, votes, report)
+    labelled = label(model, cloud, mode=method, votes=votes, category=category, watch=watch)
+    for message in labelled.warnings:
+        warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
+    labels = values[labelled.classes]
+    if unclassified is not None:
+        labels[labelled.confidence < unclassified] = doubtful
+    if keep and cloud.labels is not None:
+        changes = ~np.isin(cloud.labels, keep)
+        kept, labels = kept.copy(), labels[changes]
+        kept[kept] = changes
+    write_to(field, source, out, labels, kept)
+    return compare(model, cloud, true, labelled.classes, category)._replace(labelled=labelled)
 
 
-def check_category(model: Model, category: str | None) -> None:
-    """Raise an error unless the category is one of the network, or None for a network without categories."""
-    heads = model.settings.heads
-    if (heads is None) != (category is None) or (heads and category not in heads):
-        expected = f"one of {', '.join(heads)}" if heads else "none for a network without parts"
-        raise ValueError(f"category: expected {expected}, got {category}")
+def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
+         report: Callable[[str], object] | None) -> None:  # fmt: skip
+    """Report how a cloud will be labelled; an error if it needs more memory than there is."""
+    chosen, notes = chosen_method(model, method, votes)
+    if chosen == "blocks":
+        plan, size = blocks.plan(model, cloud, np.arange(len(cloud.points))), model.block_size
+        notes = [f"{plan.blocks:,} blocks of {size.side:g} with a halo of {size.halo:g}, up to {plan.points:,} points, "
+                 f"which need some {plan.memory / 2**30:.2g} GiB"]  # fmt: skip
+        limit = free_memory()
+        if plan.memory > limit:
+            raise MemoryError(f"{notes[0]}, more than the {limit / 2**30:.2g} GiB there are; the method potentials has "
+                              "smaller inputs")  # fmt: skip
+        if model.net.norm in ("group", "instance"):
+            notes.append(f"the network's {model.net.norm} normalisation is over the points of each block")
+    for note in notes if report else ():
+        report(note)
 
 
-def compare(model: Model, scene: Scene, classes: np.ndarray) -> Segmented:
-    """Compare predicted classes with the labels of a scene."""
-    counts, true, scores = np.bincount(classes, minlength=model.net.num_classes), scene.full_labels, None
+def unit_scale(model: Model, cloud: Cloud) -> tuple[float, float]:
+    """Factors of x and y, and of z, from the unit that a file states to that of the training."""
+    training = model.statistics.unit if model.statistics else [None, None]
+    of_file = statistics.unit_of([cloud])
+    for name, unit in (("the file", of_file), ("the files of the training", training)):
+        if unit[0] is None:
+            raise ValueError(f"scale: expected numbers rather than auto, since {name} states no unit")
+    horizontal = of_file[0] / training[0]
+    return horizontal, of_file[1] / training[1] if of_file[1] and training[1] else horizontal
+
+
+def compare(model: Model, cloud: Cloud, true: np.ndarray | None, classes: np.ndarray,
+            category: str | None = None) -> Segmented:  # fmt: skip
+    """Compare predicted classes of a cloud's points with those of its labels, None if it has none."""
+    counts, scores = np.bincount(classes, minlength=model.net.num_classes), None
     if true is not None and (true != IGNORED).any():
         matrix, heads = voting.confusion(true, classes, len(counts)), model.settings.heads
         scores = (
-            voting.part_scores([matrix], [scene.category], heads)
+            voting.part_scores([matrix], [[*heads].index(category)], heads)
             if heads
             else voting.scores(matrix, model.settings.names)
         )
-    return Segmented(scene.cloud, classes, counts, true, scores)
+    return Segmented(cloud, classes, counts, true, scores)
 
 
 def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
@@ -127,7 +202,3 @@ def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
         subtitle += f" · mIoU {scores['miou']:.3f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.3f}"
     legend = [group for group in (occurring, differences) if group]
     picture.draw_classes(path, title, subtitle, segmented.cloud, panels, legend, theme=theme, unit=unit, width=width)
-
-
-def __getattr__(name: str) -> object:
-    return moved.attribute(__name__, name)

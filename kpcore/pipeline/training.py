@@ -6,33 +6,39 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import kpcore as kp
 from kpcore import nn
+from kpcore.config import KpcoreWarning, free_memory
 from kpcore.files import replacing
 from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
-from kpcore.nn.networks import check_arrays
-from kpcore.pipeline import batches, voting
+from kpcore.nn.networks import check_arrays, shapes
+from kpcore.pipeline import batches, blocks, filenames, labelling, statistics
+from kpcore.pipeline.class_table import check_classes, class_table
 from kpcore.pipeline.curves import LOG, curves
-from kpcore.pipeline.data import IGNORED, columns_of, load
+from kpcore.pipeline.data import IGNORED, columns_of, load, load_training
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from io import FileIO
 
     from kpcore.nn.blocks import Parameters
+    from kpcore.pipeline.class_table import ClassTable
     from kpcore.pipeline.data import Columns, PartClouds, Scene
-    from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.settings import Settings, Source
+    from kpcore.pipeline.settings import Training as TrainingSettings
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 _BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
@@ -40,47 +46,6 @@ _BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
 
 class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the first layer with such an output."""
-
-
-class Model:
-    """A trained network with its settings, which say how the features of a cloud are made."""
-
-    net: nn.Network | nn.KPNeXt
-    params: dict[str, np.ndarray]
-    state: dict[str, np.ndarray]
-    settings: Settings
-    columns: Columns
-
-    def __init__(self, net: nn.Network | nn.KPNeXt, params: dict[str, np.ndarray], state: dict[str, np.ndarray],
-                 settings: Settings, columns: Columns) -> None:  # fmt: skip
-        self.net, self.params, self.state, self.settings, self.columns = net, params, state, settings, columns
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Load a file that a training wrote."""
-        net, params, state, about = nn.load(path)
-        with checkpoints.errors_name(path):
-            if not {"settings", "columns"} <= about.keys():
-                got = "got one without its settings or columns"
-                if "converted" in about:
-                    got = "got one of kpcore convert, which says what is missing for segment and predict"
-                raise ValueError(f"expected a file that kpcore train wrote, {got}")
-            settings = from_dict(about["settings"])
-            _check_network(net, settings)
-            return cls(net, params, state, settings, columns_of(settings, about["columns"]))
-
-    def about(self) -> dict[str, Any]:
-        """Settings and columns in JSON types, for the header of a checkpoint."""
-        return {"settings": self.settings.asdict(), "columns": asdict(self.columns)}
-
-
-def _check_network(net: nn.Network | nn.KPNeXt, settings: Settings) -> None:
-    """Raise an error unless the network fits the data of the settings."""
-    expected = settings.net()
-    for name in ("num_features", "num_classes", "voxel_size", "dimension", "segments", "origin"):
-        if getattr(net, name) != getattr(expected, name):
-            raise ValueError(f"network: expected {name} {getattr(expected, name)}, as in its settings, got "
-                             f"{getattr(net, name)}")  # fmt: skip
 
 
 class Training:
@@ -100,6 +65,10 @@ class Training:
     resume : bool
     read_parts : dict, optional
         Scenes that are read once for several trainings, which the first one fills, see `data.load_scenes`.
+    init : Path, optional
+        A trained model to begin with, see `_Initial`. With `resume` it is not read, as the run has begun with it.
+    say : callable, optional
+        Called with a line before each part of the work until the first step, which may take minutes.
     """
 
     settings: Settings
@@ -111,32 +80,57 @@ class Training:
     best: float  #: the best score of a validation so far, -1 before the first
     results: list[dict[str, Any]]  #: of each validation so far
     loss: float | None  #: of the last step
+    files: dict[str, list[str]]  #: the scenes of each list in [data], with those of folders and patterns
+    init: str | None  #: the model that the run began with
     scenes: list[Scene]
+    validation_scenes: list[Scene]  #: by which the best network is chosen; without any it is chosen by test_scenes
     test_scenes: list[Scene]
+    classes: ClassTable  #: points and files of each class
     model: Model
     optimizer: nn.Optimizer[np.ndarray]
     schedule: Callable[[float], float]  #: the learning rate of a step, counted over all epochs
     class_weights: np.ndarray | None
 
     def __init__(self, settings: Settings, out: str | os.PathLike[str], folder: str | os.PathLike[str], *,
-                 seed: int = 0, resume: bool = False, read_parts: PartClouds | None = None) -> None:  # fmt: skip
+                 seed: int = 0, resume: bool = False, read_parts: PartClouds | None = None,
+                 init: str | os.PathLike[str] | None = None,
+                 say: Callable[[str], object] = lambda line: None) -> None:  # fmt: skip
         if settings.data.folds is not None:
             raise ValueError("settings: expected those of one fold, from Settings.by_fold, got those of all folds")
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
         self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
-        train, test = settings.data.train, settings.data.test
-        self.scenes, columns = load(settings, train, folder, read_parts=read_parts)
-        self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
-        self._warn_of_classes()
+        test = settings.data.test
+        self.files = filenames.listed(settings, folder)
         net = settings.net()
+        sizes = _check_memory(settings, net)
+        saved = saved_run(self.out / LAST, settings, seed) if resume else None
+        initial = _Initial(Path(init), settings, net) if init is not None and not resume else None
+        self.init = str(init) if initial else saved.run.get("init") if saved else None
+        if resume and init is not None and self.init is None:
+            raise ValueError(f"init: expected none, as the run to resume in {out} began without, got {init}")
+        columns = initial.model.columns if initial else saved.columns if saved else None
+        say(f"reading the data: {', '.join(f'{len(one)} for {name}' for name, one in self.files.items() if one)}")
+        self.scenes, self.validation_scenes, columns = load_training(settings, folder, read_parts, columns)
+        self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
+        parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
+        self.classes = class_table(settings, parts)
+        for message in check_classes(settings, parts, self.classes):
+            warnings.warn(message, KpcoreWarning, stacklevel=2)
+        say(sizes)
         params, state = net.init(seed)
-        self.model = Model(net, params, state, settings, columns)
+        if initial:
+            say(initial.fill(params, state))
+        size = of_training = None
+        if not settings.whole:
+            size = blocks.default_size(settings, self.scenes)
+            of_training = statistics.of_training(settings, net, columns, self.scenes, size.side)
+        self.model = Model(net, params, state, settings, columns, size, of_training)
         self.optimizer = self._optimizer(params)
-        self.schedule = self._schedule()
+        self.schedule = _schedule(settings.training)
         self.class_weights = self._class_weights()
-        if resume:
-            self._resume()
+        if saved:
+            self._resume(saved, say)
 
     # ---- a run
 
@@ -159,30 +153,16 @@ class Training:
                         self._save_last()
                         saved = time.perf_counter()
                 self.epoch, self.step = self.epoch + 1, 0
-                if self.test_scenes and (self.epoch % training.validate == 0 or self.epoch == training.epochs):
-                    entry = self._validate()
+                for entry in self._scores(self.epoch == training.epochs):
                     _append(log, entry)
                     if watch:
                         watch(entry)
                 self._save_last()
                 saved = time.perf_counter()
-        if not self.test_scenes:
+        if not (self.test_scenes or self.validation_scenes):
             self._save(BEST, {})
         curves(self.out, classifies=self.settings.classifies)
         return self.results
-
-    def _warn_of_classes(self) -> None:
-        """Warn in one line of classes without points in the training data."""
-        present = {number for scene in self.scenes for number in np.unique(scene.labels)}
-        missing = [name for number, name in enumerate(self.settings.names) if number not in present]
-        if missing and self.settings.data.kind in ("objects", "parts"):
-            warnings.warn(
-                f"[data] classes {', '.join(missing)}: no {self.settings.data.kind} in the training data", stacklevel=3
-            )
-        elif missing and not self.settings.digits:
-            labels = np.unique(np.concatenate([np.unique(scene.cloud.labels) for scene in self.scenes]))
-            warnings.warn(f"[data.classes] {', '.join(missing)}: no points in the training data, whose labels are "
-                          f"{list_names(map(str, labels))}", stacklevel=3)  # fmt: skip
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
         """The remaining steps of the epoch; yields the log entry of each."""
@@ -267,40 +247,86 @@ class Training:
             return f"{where}; {error}"
         return f"{where}; all layers' outputs are finite"
 
-    def _validate(self) -> dict[str, Any]:
-        """Evaluate the test scenes, save the network if it is the best so far; returns the log entry."""
+    def _scores(self, is_last: bool) -> Iterator[dict[str, Any]]:
+        """The log entries of the scores after an epoch that is validated, or the last; saves the best network so far.
+
+        With scenes for validation the test scenes are labelled once, by the best network after the last epoch.
+        """
+        if not (is_last or self.epoch % self.settings.training.validate == 0):
+            return
+        if not self.validation_scenes:
+            if self.test_scenes:
+                yield self._validate("test", self.test_scenes)
+            return
+        yield self._validate("validation", self.validation_scenes)
+        if is_last and self.test_scenes:
+            best = Model.load(self.out / BEST)
+            begin = time.perf_counter()
+            confusion, scores = labelling.evaluate_scores(best, self.test_scenes)
+            result = {"epoch": self.epoch, "confusion": confusion.tolist(), **scores}
+            _save(self.out / BEST, best, {**best.history, "test": result})
+            yield {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
+
+    def _validate(self, kind: str, scenes: list[Scene]) -> dict[str, Any]:
+        """Evaluate scenes, save the network if it is the best so far; returns the log entry."""
         begin = time.perf_counter()
-        confusion, scores = voting.evaluate_scores(self.model, self.test_scenes)
-        entry = {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
-        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **entry["test"]})
-        score = entry["test"]["accuracy" if self.settings.classifies else "miou"]
-        if score > self.best:
+        confusion, scores = labelling.evaluate_scores(self.model, scenes)
+        entry = {"epoch": self.epoch, kind: scores, "seconds": time.perf_counter() - begin}
+        self.results.append({"epoch": self.epoch, "confusion": confusion.tolist(), **scores})
+        score = scores["accuracy" if self.settings.classifies else "miou"]
+        if score is not None and score > self.best:
             self.best = score
-            self._save(BEST, {"result": self.results[-1]})
+            self._save(BEST, {"result": self.results[-1], "chosen_by": kind})
         return entry
 
     # ---- checkpoints
 
     def _save(self, name: str, more: Mapping[str, Any]) -> None:
-        model = self.model
-        nn.save(self.out / name, model.net, model.params, model.state, **model.about(), **more)
+        _save(self.out / name, self.model, {"classes": self.classes, **more})
 
     def _save_last(self) -> None:
         model = self.model
         groups = {"params": model.params, "state": model.state, "optimizer": self.optimizer.state()}
         run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results,
-               "points": self._num_points()}  # fmt: skip
-        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about() | {"run": run})
+               "points": self._num_points(), "files": self.files, "init": self.init}  # fmt: skip
+        checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about()
+                          | {"classes": self.classes, "run": run})  # fmt: skip
 
-    def _resume(self) -> None:
+    def _resume(self, saved: SavedRun, say: Callable[[str], object]) -> None:
         last = self.out / LAST
-        groups, run = saved_run(last, self.settings, self.seed)
         with checkpoints.errors_name(f"resume: {last}"):
-            if run.get("points") != self._num_points():
-                raise ValueError(f"expected the data of the run to resume, {run.get('points')} points to train on, got "
-                                 f"{self._num_points()}")  # fmt: skip
-            self._restore(groups, run)
+            self._check_files(saved.run.get("files"))
+            if saved.run.get("points") != self._num_points():
+                raise ValueError(f"expected the data of the run to resume, {saved.run.get('points')} points to train "
+                                 f"on, got {self._num_points()}")  # fmt: skip
+            self._restore(saved.groups, saved.run)
         self._cut_log()
+        self._say_what_changes(saved.settings, say)
+
+    def _check_files(self, before: Any) -> None:
+        """Raise an error if a folder or a pattern has other files than when the run began."""
+        if not isinstance(before, dict) or before == self.files:  # not stored by earlier versions
+            return
+        changes = []
+        for name, files in self.files.items():
+            earlier = before.get(name, [])
+            for word, some, others in (("new", files, earlier), ("missing", earlier, files)):
+                if other := [one for one in some if one not in others]:
+                    changes.append(f"{word} in {name}: {list_names(other)}")
+        raise ValueError(f"expected the files of the run to resume, got others: {'; '.join(changes) or 'their order'}")
+
+    def _say_what_changes(self, before: Settings, say: Callable[[str], object]) -> None:
+        """Say what more epochs change in the steps that are left."""
+        training = self.settings.training
+        if training.epochs == before.training.epochs:
+            return
+        line = f"{training.epochs} epochs instead of {before.training.epochs}"
+        if training.schedule == "one_cycle":
+            step = self.epoch * training.steps + self.step
+            rates = [schedule(step) for schedule in (self.schedule, _schedule(before.training))]
+            line += ": the cycle of the learning rate is stretched to them, which is now {:.3g} instead of {:.3g}"
+            line = line.format(*rates)
+        say(line)
 
     def _num_points(self) -> int:
         return sum(len(scene.points) for scene in self.scenes)
@@ -334,9 +360,9 @@ class Training:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                is_test = "test" in entry
-                at = entry["epoch"], 0 if is_test else entry["step"]
-                is_done = at <= (self.epoch, self.step) if is_test else at < (self.epoch, self.step)
+                is_score = "test" in entry or "validation" in entry
+                at = entry["epoch"], 0 if is_score else entry["step"]
+                is_done = at <= (self.epoch, self.step) if is_score else at < (self.epoch, self.step)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
                     raise ValueError(f"resume: {path}: line {number}: expected a log entry of a training") from None
@@ -355,12 +381,6 @@ class Training:
             return nn.sgd(params, momentum=training.momentum, weight_decay=training.weight_decay, lr_scales=scales)
         return nn.adamw(params, weight_decay=training.weight_decay, lr_scales=scales)
 
-    def _schedule(self) -> Callable[[float], float]:
-        training = self.settings.training
-        if training.schedule == "one_cycle":
-            return nn.one_cycle(training.lr, max(2, training.epochs * training.steps))
-        return nn.exponential(training.lr, training.lr_decay, max(1, round(training.lr_decay_epochs * training.steps)))
-
     def _class_weights(self) -> np.ndarray | None:
         kind = self.settings.training.class_weights
         if kind == "none":
@@ -372,26 +392,159 @@ class Training:
         return (weights / weights[counts > 0].mean()).astype(np.float32)
 
 
+def _save(path: Path, model: Model, more: Mapping[str, Any]) -> None:
+    nn.save(path, model.net, model.params, model.state, **model.about(), **more)
+
+
 def has_run(out: Path) -> bool:
     """Whether a run in a folder has done a step."""
     return (out / LOG).is_file() and (out / LOG).stat().st_size > 0
 
 
-def saved_run(last: Path, settings: Settings, seed: int) -> tuple[dict[str, checkpoints.Arrays], dict[str, Any]]:
-    """(groups, run) of the last checkpoint of a run; an error if it has other settings or another seed."""
+class SavedRun(NamedTuple):
+    """The last checkpoint of a run."""
+
+    groups: dict[str, checkpoints.Arrays]
+    run: dict[str, Any]  #: how far it is
+    settings: Settings  #: those that it was run with
+    columns: Columns
+
+
+def saved_run(last: Path, settings: Settings, seed: int) -> SavedRun:
+    """Read the last checkpoint of a run; an error if it does not go on with the settings or has another seed.
+
+    `epochs` may be larger than in the run. `validate` and `workers` may be others: no weight depends on them.
+    """
     groups, about = checkpoints.read(last)
     with checkpoints.errors_name(f"resume: {last}"):
         run = about.get("run")
         if not isinstance(run, dict):
             raise ValueError(f"expected the {LAST} of a training, got another checkpoint")
         saved = from_dict(about.get("settings"))
-        if replace(saved, training=replace(saved.training, workers=0)) != replace(
-            settings, training=replace(settings.training, workers=0)
-        ):  # results do not depend on workers
-            raise ValueError("expected the settings of the run to resume, got others")
+        if differences := _differences(saved, settings):
+            raise ValueError(f"expected the settings of the run to resume, got others: {'; '.join(differences)}")
         if run.get("seed") != seed:
             raise ValueError(f"seed: expected {run.get('seed')}, as of the run to resume, got {seed}")
-    return groups, run
+        return SavedRun(groups, run, saved, columns_of(saved, about.get("columns")))
+
+
+def _differences(saved: Settings, settings: Settings) -> list[str]:
+    """A text for each setting that is not that of the run to resume, up to eight of them."""
+    allowed = {"epochs", "validate", "workers"}
+    if settings.training.epochs < saved.training.epochs:
+        allowed.remove("epochs")
+    before, now = (dict(_flat(one.asdict())) for one in (saved, settings))
+    differences = [
+        f"{name}: {reprlib.repr(before.get(name))} in the run, {reprlib.repr(now.get(name))} in the file"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name) and name not in {f"[training] {one}" for one in allowed}
+    ]
+    for name in filenames.LISTS:
+        lists = getattr(saved.data, name), getattr(settings.data, name)
+        if lists[0] != lists[1] and all(isinstance(one, list) for one in lists):
+            earlier, later = _other_scenes(*lists), _other_scenes(*lists[::-1])
+            text = f"{earlier} in the run, {later} in the file" if earlier != later else "in another order"
+            differences = [one for one in differences if not one.startswith(f"[data] {name}: ")]
+            differences.append(f"[data] {name}: {text}")
+    return differences[:8] + ([f"and {len(differences) - 8} more"] if len(differences) > 8 else [])
+
+
+def _other_scenes(scenes: Sequence[Source], others: Sequence[Source]) -> str:
+    """The scenes that are not among the others: their names, or all their settings where others have these names."""
+    names = {str(one) for one in others}
+    return list_names(repr(one) if str(one) in names else str(one) for one in scenes if one not in others)
+
+
+def _flat(values: Mapping[str, Any], table: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all settings in nested dicts, such as ("[training] lr", 0.01)."""
+    for name, value in values.items():
+        if isinstance(value, dict) and table != "data.classes":
+            inner = name if not table else table if name == "options" else f"{table}.{name}"
+            yield from _flat(value, inner)
+        else:
+            yield f"[{table}] {name}", value
+
+
+def _schedule(training: TrainingSettings) -> Callable[[float], float]:
+    """The learning rate of each step."""
+    if training.schedule == "one_cycle":
+        return nn.one_cycle(training.lr, max(2, training.epochs * training.steps))
+    return nn.exponential(training.lr, training.lr_decay, max(1, round(training.lr_decay_epochs * training.steps)))
+
+
+def _check_memory(settings: Settings, net: nn.Network | nn.KPNeXt) -> str:
+    """A line with the sizes of the network; a MemoryError if they exceed what is free, before anything is drawn.
+
+    A checkpoint needs most: besides parameters and moments, a copy of the moments, and of all of them a copy and the
+    text that is written. Measured: 7 times the parameters with one moment (SGD), 11 times with two (AdamW). What the
+    features of a batch take is not counted.
+    """
+    params, state = (sum(map(math.prod, one.values())) for one in shapes(net))
+    moments = 1 if settings.training.optimizer == "sgd" else 2
+    size, free = 4 * ((3 + 4 * moments) * params + 3 * state), free_memory()
+    sizes = f"{params:,} parameters, which need {_bytes(size)} with gradients, optimizer and checkpoint"
+    if size > free:
+        network = settings.network
+        levels = f"levels = {network.levels}, " if network.kind == "kpconv" else ""
+        raise MemoryError(f"[network] {levels}width = {network.width}: {sizes}, and {_bytes(free)} are free")
+    return f"initialising {sizes}"
+
+
+def _bytes(size: float) -> str:
+    """A size with a unit in which it is at least 1."""
+    power = max(one for one in (1, 2, 3) if size >= 1024**one or one == 1)
+    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+
+
+class _Initial:
+    """A trained model that a training begins with.
+
+    All its arrays are taken, also the running statistics; but if the classes are others, or in another order, the layer
+    of the logits stays new, as its columns are classes (of parts: all layers of the categories). Features are scaled as
+    for the model, so that each of their numbers means the same.
+
+    Raises ValueError with all that differs unless the features and the network are those of the model.
+    """
+
+    # They change no array and no result of the trained network.
+    _FREE = ("num_classes", "heads", "dropout", "momentum", "fitting_power", "repulse_extent")
+
+    def __init__(self, path: Path, settings: Settings, net: nn.Network | nn.KPNeXt) -> None:
+        self.path, self.names, self.model = path, settings.names, Model.load(path)
+        trained = self.model.settings
+        differences = []
+        if [*trained.widths.items()] != [*settings.widths.items()]:
+            differences.append(f"features {', '.join(trained.widths)} in the model, {', '.join(settings.widths)} here")
+        if type(self.model.net) is not type(net):
+            differences.append(f"{type(self.model.net).__name__} in the model, {type(net).__name__} here")
+        else:
+            differences += [
+                f"{one.name} {reprlib.repr(getattr(self.model.net, one.name))} in the model, "
+                f"{reprlib.repr(getattr(net, one.name))} here"
+                for one in fields(net)
+                if one.name not in (*self._FREE, "num_features")
+                and getattr(net, one.name) != getattr(self.model.net, one.name)
+            ]
+        if differences:
+            raise ValueError(f"init: {path}: expected the network of the settings, got another: "
+                             f"{'; '.join(differences)}")  # fmt: skip
+        self._same = trained.names == settings.names and trained.heads == settings.heads
+
+    def fill(self, params: dict[str, np.ndarray], state: dict[str, np.ndarray]) -> str:
+        """Copy the arrays of the model into those of the new network; returns a line that says what was taken."""
+        taken = new = 0
+        for arrays, source in ((params, self.model.params), (state, self.model.state)):
+            for name, value in arrays.items():
+                if self._same or not name.startswith(("head.1.", "heads.")):
+                    value[...] = source[name]
+                    taken += value.size
+                else:
+                    new += value.size
+        line = f"begins with {self.path}: {taken:,} numbers are taken, features are scaled as there"
+        if self._same:
+            return line
+        before, now = list_names(self.model.settings.names), list_names(self.names)
+        return f"{line}; {new:,} are new, of the layer for the classes, which are {now}, there {before}"
 
 
 def _grad(tensor: kp.autodiff.Tensor) -> np.ndarray:

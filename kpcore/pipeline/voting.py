@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 import kpcore as kp
+from kpcore import moved
 from kpcore.pipeline import batches
 from kpcore.pipeline.data import IGNORED
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Training
     from kpcore.pipeline.training import Model
 
+_POINTS_AT_ONCE = 1_000_000
 _SMOOTH = 0.95  # weight of the mean of a point's earlier votes, as in the KPConv code
 
 
@@ -93,29 +95,18 @@ def _near(scene: Scene, sphere: batches.Sphere, training: Training) -> np.ndarra
     return squared <= (training.vote_radius * training.radius) ** 2
 
 
-def labels_of(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
-              watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """(N,) class numbers of the scene's points before subsampling, each that of the nearest subsampled point."""
-    if scene.category is not None:
-        return next(part_labels(model, [scene], votes, watch))
-    classes = probabilities(model, scene, votes, seed, watch).argmax(axis=1)
-    return classes[scene.tree.knn_search(scene.full, 1).index]
+def point_probabilities(model: Model, scene: Scene, votes: int | None = None, seed: int = 0,
+                        watch: Callable[[float], object] | None = None
+                        ) -> Iterator[tuple[slice, np.ndarray]]:  # fmt: skip
+    """(rows, (n, classes) probabilities) of the scene's points before subsampling, those of the nearest one after it.
 
-
-def evaluate(model: Model, scenes: Sequence[Scene], votes: int | None = None,
-             watch: Callable[[float], object] | None = None) -> np.ndarray:  # fmt: skip
-    """The confusion matrix over the labelled points of scenes before subsampling; rows are true classes.
-
-    For a network that classifies whole scenes it is that over scenes.
+    A million points at once, since those of all may need ten times the memory of the cloud.
     """
-    classes = model.net.num_classes
-    total = np.zeros((classes, classes), np.int64)
-    if not model.net.segments:
-        true = np.concatenate([scene.labels for scene in scenes])
-        return confusion(true, scene_probabilities(model, scenes, votes, watch=watch).argmax(axis=1), classes)
-    for scene in scenes:
-        total += confusion(scene.full_labels, labels_of(model, scene, votes, watch=watch), classes)
-    return total
+    of_voxels = probabilities(model, scene, votes, seed, watch)
+    nearest = scene.tree.knn_search(scene.full, 1).index
+    for begin in range(0, len(nearest), _POINTS_AT_ONCE):
+        rows = slice(begin, begin + _POINTS_AT_ONCE)
+        yield rows, of_voxels[nearest[rows]]
 
 
 def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -163,27 +154,12 @@ def _logits(model: Model, batch: batches.Batch) -> np.ndarray:
     return model.net(kp, model.params, model.state, batch.pyramid, batch.features, **batch.options).logits
 
 
-def part_labels(model: Model, scenes: Sequence[Scene], votes: int | None = None,
-                watch: Callable[[float], object] | None = None) -> Iterator[np.ndarray]:  # fmt: skip
-    """(n,) class numbers of the points of each object before subsampling, those of the nearest subsampled points."""
+def part_probabilities(model: Model, scenes: Sequence[Scene], votes: int | None = None,
+                       watch: Callable[[float], object] | None = None) -> Iterator[np.ndarray]:  # fmt: skip
+    """(n, classes) probabilities of the points of each object before subsampling, those of the nearest one after it."""
     shares = whole_probabilities(model, scenes, votes, watch=watch)
     for scene, share in zip(scenes, shares, strict=True):
-        yield share.argmax(axis=1)[kp.knn_search(scene.points, scene.full, 1).index]
-
-
-def evaluate_scores(model: Model, scenes: Sequence[Scene], votes: int | None = None,
-                    watch: Callable[[float], object] | None = None) -> tuple[np.ndarray, Scores]:  # fmt: skip
-    """(confusion matrix, scores) of a network on scenes, see `evaluate`, `scores` and `part_scores`."""
-    settings, classes = model.settings, model.net.num_classes
-    if settings.heads is None:
-        matrix = evaluate(model, scenes, votes, watch)
-        return matrix, scores(matrix, settings.names)
-    matrices = [
-        confusion(scene.full_labels, labels, classes)
-        for scene, labels in zip(scenes, part_labels(model, scenes, votes, watch), strict=True)
-    ]
-    categories = [scene.category for scene in scenes]
-    return np.sum(matrices, axis=0), part_scores(matrices, categories, settings.heads)
+        yield share[kp.knn_search(scene.points, scene.full, 1).index]
 
 
 def part_scores(matrices: Sequence[np.ndarray], categories: Sequence[int], heads: Mapping[str, int]) -> Scores:
@@ -228,3 +204,7 @@ def scores(confusion: np.ndarray, names: Sequence[str]) -> Scores:
 def _mean(values: dict[str, float | None]) -> float | None:
     known = [value for value in values.values() if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def __getattr__(name: str) -> object:
+    return moved.attribute(__name__, name)

@@ -10,8 +10,9 @@ kernel map, and `ContinuousConv`, `SparseConv`, `SparseConvTranspose`, `FixedRad
 and `VoxelPooling` have the arguments of Open3D's. `LocalDeformableKernel2d`, `GlobalDeformableKernel2d`,
 `DeformableConv2d`, `DeformableKernelConv2d` and `ConditionalConv2d` are layers over images with the arguments of
 torch.nn.Conv2d. `Network` and `ImageNetwork` are networks of `kpcore.nn` as modules. `PyramidDataset` and
-`PyramidCollate` build pyramids in the workers of a DataLoader, `to_device` moves them. After the import,
-``torch.load(weights_only=True)`` reads lists and pyramids, and NumPy arrays of numbers, of which they consist.
+`PyramidCollate` build pyramids in the workers of a DataLoader, `to_device` moves them, and with `dynamic_shapes` a
+program of torch.export takes pyramids of any size. After the import, ``torch.load(weights_only=True)`` reads lists and
+pyramids, and NumPy arrays of numbers, of which they consist.
 docs/frameworks.md describes all of it, and the limits.
 """
 
@@ -27,7 +28,7 @@ from kpcore.neighbors import Neighbors
 from kpcore.ops import EAGER as _EAGER
 from kpcore.ops import OPS as _OPS
 from kpcore.torch import eager as _eager
-from kpcore.torch.data import PyramidCollate, PyramidDataset, to_device
+from kpcore.torch.data import PyramidCollate, PyramidDataset, dynamic_shapes, to_device
 from kpcore.torch.deform2d_layers import (
     ConditionalConv2d,
     DeformableConv2d,
@@ -77,6 +78,7 @@ __all__ = [
     "StridedConv",
     "SubmanifoldConv",
     "VoxelPooling",
+    "dynamic_shapes",
     "to_device",
     "to_sparse",
     "use_torch_allocator",

@@ -11,6 +11,7 @@ from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
 from kpcore.torch.data import PyramidCollate as PyramidCollate
 from kpcore.torch.data import PyramidDataset as PyramidDataset
+from kpcore.torch.data import dynamic_shapes as dynamic_shapes
 from kpcore.torch.data import to_device as to_device
 from kpcore.torch.deform2d_layers import ConditionalConv2d as ConditionalConv2d
 from kpcore.torch.deform2d_layers import DeformableConv2d as DeformableConv2d

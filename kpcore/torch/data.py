@@ -159,6 +159,53 @@ def to_device(value: Any, device: torch.device | str, *, non_blocking: bool = Fa
     return value
 
 
+def dynamic_shapes(inputs: Any) -> Any:
+    """The `dynamic_shapes` of `torch.export.export` for a program that takes clouds of any size.
+
+    The first size of each tensor, and the numbers of points and widths of lists, may then be others than in `inputs`.
+    Last sizes, the numbers in levels, such as radii, and whether there is a tensor, a list or its distances stay as
+    they are there. torch also keeps a first size of 0 or 1, so use a cloud with two points or more on each level. If a
+    network has somewhere one row for each batch item (a global average, group or instance normalisation), a program of
+    one cloud takes single clouds, and a program of a batch takes batches of two or more.
+
+    Parameters
+    ----------
+    inputs : tuple, or dict by name
+        The positional arguments that the module is exported with, or a dict of all arguments: pyramids, levels, lists,
+        tensors, and nests of them.
+
+    Returns
+    -------
+    tuple or dict
+        The shapes in the form that torch expects.
+
+    Examples
+    --------
+    >>> import torch, kpcore as kp, kpcore.torch as kpt
+    >>> layer = kpt.KPConv(1, 2, 5, radius=0.2, extent=0.2)
+    >>> def inputs(num):
+    ...     points = torch.rand(num, 3)
+    ...     return points, None, kpt.radius_search(points, None, 0.3), torch.ones(num, 1)
+    >>> example = inputs(50)
+    >>> program = torch.export.export(layer, example, dynamic_shapes=kpt.dynamic_shapes(example))
+    >>> program.module()(*inputs(80)).shape
+    torch.Size([80, 2])
+    """
+    any_size = torch.export.Dim.AUTO
+    if isinstance(inputs, torch.Tensor):
+        return {0: any_size} if inputs.ndim else None
+    if isinstance(inputs, Neighbors):  # torch expects the leaves of a node of any class but its own as a list
+        return [{0: any_size} if isinstance(leaf, torch.Tensor) else any_size for leaf in internals.tree_leaves(inputs)]
+    if isinstance(inputs, dict):
+        return {name: dynamic_shapes(part) for name, part in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        parts = map(dynamic_shapes, inputs)
+        if hasattr(inputs, "_fields"):
+            return type(inputs)(*parts)
+        return tuple(parts) if type(inputs) is tuple else list(parts)
+    return None
+
+
 def _parts(cloud):
     """(points, features or None, labels or None) of a cloud, as tensors."""
     if isinstance(cloud, dict):

@@ -35,6 +35,7 @@ try:
     register_autocast = getattr(torch.library, "register_autocast", _register_autocast)
     register_namedtuple = torch.utils._pytree._register_namedtuple
     register_pytree_node = torch.utils._pytree.register_pytree_node
+    tree_leaves = torch.utils._pytree.tree_leaves
     _autocast_is_on = torch._C._is_any_autocast_enabled
     _num_dispatch_modes = torch._C._len_torch_dispatch_stack
     _num_function_modes = torch._C._len_torch_function_stack

@@ -94,9 +94,11 @@ class _Network(torch.nn.Module):
 class Network(_Network):
     """A network of `kpcore.nn` as a module; parameters and buffers have the names that they have there.
 
+    It prints as the table of its blocks, `kpcore.nn.summary`.
+
     Parameters
     ----------
-    net : kpcore.nn.Network
+    net : kpcore.nn.Network or kpcore.nn.KPNeXt
     params, state : dict of NumPy arrays by name, optional
         Copied into the module; by default those of ``net.init(seed)``.
     seed : int
@@ -118,8 +120,8 @@ class Network(_Network):
                  state: Parameters[np.ndarray] | None = None, seed: int = 0) -> None:  # fmt: skip
         super().__init__(net, params, state, seed)
 
-    def extra_repr(self) -> str:
-        return f"{self.net.num_features} features, {self.net.num_classes} classes, {self.net.num_levels} levels"
+    def __repr__(self) -> str:
+        return kpcore.nn.summary(self.net)
 
     def forward(self, pyramid: Sequence[Level], features: torch.Tensor, *, detach_offsets: bool = False,
                 categories: torch.Tensor | Sequence[int] | None = None,

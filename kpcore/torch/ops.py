@@ -590,19 +590,20 @@ def _tensors(arrays, arguments, grad=None):
 
 def _flatten_neighbors(neighbors):
     names, leaves = _leaves(neighbors)
-    return leaves, [neighbors.width, neighbors.carries_transpose, "distance" in names]
+    return leaves, [neighbors.width is not None, neighbors.carries_transpose, "distance" in names]
 
 
 def _flatten_with_keys(neighbors):
     names, leaves = _leaves(neighbors)
-    context = [neighbors.width, neighbors.carries_transpose, "distance" in names]
+    context = [neighbors.width is not None, neighbors.carries_transpose, "distance" in names]
     return [(internals.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
 
 
 def _leaves(neighbors):
-    """(names, leaves) of a list as a pytree: num_points, and tensors with copies of the arrays.
+    """(names, leaves) of a list as a pytree: num_points, the width if there is one, and tensors.
 
-    They are copies so that writing to a leaf does not change the list. They are made once for each list, because
+    The numbers are leaves because a program of torch.export has constants in place of what is no leaf. The tensors are
+    copies of the arrays, so that writing to a leaf does not change the list. They are made once for each list, because
     torch.export recognises an input by its memory.
     """
     if neighbors.stored_leaves is None:
@@ -613,14 +614,16 @@ def _leaves(neighbors):
             back = neighbors.transpose() if neighbors.stored_transposed is None else neighbors.stored_transposed
             arrays |= {"transposed_index": back.stored_index, "transposed_row_splits": back.stored_row_splits}
         copies = [to_tensor(array).clone() if devices.is_array(array) else array for array in arrays.values()]
-        object.__setattr__(neighbors, "stored_leaves", (("num_points", *arrays), copies))
+        object.__setattr__(neighbors, "stored_leaves", ((*arrays,), copies))
     names, copies = neighbors.stored_leaves
-    return names, [neighbors.num_points, *copies]
+    numbers = {"num_points": neighbors.num_points} | ({} if neighbors.width is None else {"width": neighbors.width})
+    return (*numbers, *names), [*numbers.values(), *copies]
 
 
 def _unflatten_neighbors(leaves, context):
+    has_width, carries_transpose, has_distance = context
     num_points, *leaves = leaves
-    width, carries_transpose, has_distance = context
+    width, *leaves = leaves if has_width else (None, *leaves)
     index, row_splits, *others = map(_array_of_leaf, leaves)
     distance, *others = others if has_distance else (None, *others)
     back = None

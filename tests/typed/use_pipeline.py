@@ -16,18 +16,25 @@ from kpcore import io, nn, scenes
 from kpcore.compat import geotransformer, kpconv_pytorch, kpconvx
 from kpcore.nn import checkpoints
 from kpcore.pipeline import segmentation
+from kpcore.pipeline.labelling import evaluate
+from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import Settings, SettingsError, read_settings
-from kpcore.pipeline.training import Model, Training
-from kpcore.pipeline.voting import Scores, evaluate, scores
+from kpcore.pipeline.training import Training
+from kpcore.pipeline.voting import Scores, scores
 
 
 def read_and_label(source: Path) -> tuple[float, float]:
     """Read a scan, label its points by height, and write it again."""
     try:
-        cloud = io.read(source, fields=["intensity"], label="class")
+        cloud = io.read(source, fields=["intensity"], label="class", ignore=[7, "withheld"], drop_zeros=True)
     except io.ReadError as error:
         raise SystemExit(str(error)) from error
     assert_type(cloud, io.Cloud)
+    assert_type(cloud.dropped, "dict[str, int]")
+    assert_type(io.field_names(source, columns=["x", "y", "z"]), "tuple[str, ...]")
+    assert_type(io.faults(cloud, share=0.05), "list[str]")
+    if (reference := cloud.reference) is not None and reference.kind != "geographic":
+        assert_type(reference.horizontal, "float | None")
     assert_type(cloud.points, np.ndarray)
     assert_type(cloud.colors, np.ndarray | None)
     assert_type(cloud.fields, dict[str, np.ndarray])

@@ -1,0 +1,221 @@
+"""Class probabilities of a cloud, block by block.
+
+A block is a square cell of a lattice in the file's coordinates. Its input is every point of the cell and of a margin
+around it, in an order that follows from their values alone; it is one batch item by itself. Only the points of the cell
+get its labels. So a label depends on the block's points and the network, not on the order of the points in the file, on
+threads, on memory, or on what was labelled before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+import kpcore as kp
+from kpcore.backends import devices
+from kpcore.pipeline import batches
+from kpcore.pipeline.data import computed_values, coordinates, feature_reach, subsampled, values_of
+from kpcore.pipeline.settings import LENGTHS, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from kpcore.io import Cloud
+    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.model import Model
+    from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.statistics import Observed
+    from kpcore.pyramid import Pyramid
+
+TYPICAL_POINTS = 150_000  # of level 0 in a block of the training data
+_MOST_CELLS = 2**31  # along an axis
+_TYPICAL_NEIGHBORS = 40
+_PREPARED = 3  # blocks in memory at once: the one in the network, the next, and that which is being prepared
+_BYTES_OF_INPUT = 150  # of a point of a block: float64 coordinates, order, features before and after subsampling
+
+
+class BlockSize(NamedTuple):
+    """The size of blocks, in the unit of the points."""
+
+    side: float
+    halo: float  #: width of the margin that the network sees; computed features see their reach more
+
+
+class Block(NamedTuple):
+    """The points of a cell and of its margins."""
+
+    center: np.ndarray  #: (3,) float64, subtracted from the coordinates
+    rows: np.ndarray  #: (n,) indices into the cloud's points, in the order of their values
+    positions: np.ndarray  #: (n,) of these in the rows of the cloud that are labelled
+    seen: np.ndarray  #: (n,) bool, points in the cell and in the margin that the network sees
+    inside: np.ndarray  #: (n,) bool, points in the cell
+
+
+class Plan(NamedTuple):
+    """What labelling in blocks takes."""
+
+    blocks: int
+    points: int  #: in the largest block, with the margin that the network sees; an estimate from the points of its cell
+    memory: int  #: bytes besides the cloud, an estimate
+
+
+class Input(NamedTuple):
+    """What the network gets for a block."""
+
+    positions: np.ndarray  #: of the points in the cell, in the rows of the cloud that are labelled
+    places: np.ndarray  #: the point of level 0 that is nearest to each of these
+    features: np.ndarray  #: (n, C) of level 0
+    pyramid: Pyramid
+    num_points: int  #: before subsampling
+
+
+def default_size(settings: Settings, scenes: Sequence[Scene]) -> BlockSize:
+    """The size of the settings; by default a side with which a block of the scenes has some 150,000 points."""
+    radius, blocks = settings.training.radius, settings.blocks
+    side = blocks.side
+    if side is None:
+        # The area that points cover, in cells as wide as an input sphere: an outlier far away adds one cell.
+        cells = sum(len(np.unique(np.floor(scene.points[:, :2] / radius), axis=0)) for scene in scenes)
+        density = sum(len(scene.points) for scene in scenes) / (cells * radius**2)
+        side = max(4 * radius, float(f"{math.sqrt(TYPICAL_POINTS / density):.2g}"))
+    return BlockSize(side, radius if blocks.halo is None else blocks.halo)
+
+
+def size_without_training(settings: Settings) -> BlockSize:
+    """The size for a model that does not say it, as those of versions before 0.3."""
+    radius, blocks = settings.training.radius, settings.blocks
+    return BlockSize(blocks.side or 8 * radius, radius if blocks.halo is None else blocks.halo)
+
+
+def size_of(described: Mapping[str, float]) -> BlockSize:
+    """Make a BlockSize from its description in JSON."""
+    size = BlockSize(**described)
+    if not all(type(length) in (int, float) and LENGTHS[0] <= length <= LENGTHS[1] for length in size):
+        raise SettingsError(f"blocks: expected a side and a halo, got {described}")
+    return size
+
+
+def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
+              values: Mapping[str, np.ndarray]) -> Iterator[Block]:  # fmt: skip
+    """The blocks of some points of a cloud, each with a point in its cell; by x, then by y.
+
+    `reach` is the width of the margin around the one that the network sees. `values` by name, (n,) or (n, width), order
+    points that are at the same place.
+    """
+    points = coordinates(cloud, rows)
+    cells = np.floor(points[:, :2] / size.side)
+    if np.abs(cells).max(initial=0) >= _MOST_CELLS:
+        raise ValueError(
+            f"side: expected blocks with which the points lie in fewer than 2**32 columns, got a side of {size.side:g} "
+            f"and coordinates up to {np.abs(points[:, :2]).max():g}"
+        )
+    order = np.lexsort((cells[:, 1], cells[:, 0]))
+    starts = np.flatnonzero((np.diff(cells[order], axis=0, prepend=np.nan) != 0).any(axis=1))
+    ends = np.append(starts[1:], len(order))
+    numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(cells[order[starts]])}
+    around = math.ceil((size.halo + reach) / size.side)
+    steps = range(-around, around + 1)
+    for (x, y), number in numbers.items():
+        near = [numbers[x + dx, y + dy] for dx in steps for dy in steps if (x + dx, y + dy) in numbers]
+        rows_near = np.concatenate([order[starts[other] : ends[other]] for other in near])
+        low, high = np.array([x, y]) * size.side, np.array([x + 1, y + 1]) * size.side
+        # The distance to the cell along an axis; 0 in it, although a quotient may be rounded up to the next cell.
+        inside = np.repeat([other == number for other in near], [ends[other] - starts[other] for other in near])
+        outside = np.maximum(low - points[rows_near, :2], points[rows_near, :2] - high).max(axis=1)
+        outside[inside] = 0
+        kept = np.flatnonzero(outside <= size.halo + reach)
+        kept = kept[_order_of_values(points[rows_near[kept]],
+                                     {name: column[rows_near[kept]] for name, column in values.items()})]  # fmt: skip
+        rows_near, seen, inside = rows_near[kept], outside[kept] <= size.halo, inside[kept]
+        heights = np.sort(points[rows_near[inside], 2])
+        center = np.array([*(low + high) / 2, heights[len(heights) // 2]])
+        yield Block(center, rows[rows_near], rows_near, seen, inside)
+
+
+def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The order of points by x, y and z, then by their values."""
+    order = np.lexsort(points.T[::-1])
+    if not (np.diff(points[order], axis=0) == 0).all(axis=1).any():
+        return order
+    return np.lexsort([*np.column_stack([*values.values(), points[:, ::-1]]).T])
+
+
+def input_of(model: Model, cloud: Cloud, block: Block, like: ArrayLike | None = None) -> Input:
+    """The network's input for a block, on the device of `like`."""
+    settings, net = model.settings, model.net
+    points = coordinates(cloud, block.rows)
+    known = values_of(settings, cloud, block.rows)
+    values = known | computed_values(settings, points, known)
+    seen = block.seen
+    local = (points[seen] - block.center).astype(np.float32)
+    features = model.columns.clipped(local, {name: column[seen] for name, column in values.items()})
+    inside = local[block.inside[seen]]
+    if devices.is_array(like):
+        local, inside, features = (devices.to_device_of(like, array) for array in (local, inside, features))
+    sub = subsampled(settings, local, features=features)
+    places = kp.knn_search(sub.points, inside, 1).index
+    pyramid = net.pyramid(sub.points, row_splits=sub.row_splits, subsampled=True)
+    return Input(block.positions[block.inside], places, sub.features, pyramid, len(local))
+
+
+def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
+    """How many blocks there are, the points of the largest, and the memory that it takes."""
+    size = model.block_size
+    cells = np.floor(coordinates(cloud, rows)[:, :2] / size.side)
+    counts = np.unique(cells, axis=0, return_counts=True)[1]
+    points = min(len(rows), int(counts.max() * (1 + 2 * size.halo / size.side) ** 2))
+    return Plan(len(counts), points, int(points * _bytes_per_point(model)))
+
+
+def _bytes_per_point(model: Model) -> float:
+    """Memory for a point of a block before subsampling.
+
+    Measured for KP-FCNNs of 32 to 128 channels, the sum below is 0.8 to 1.3 times the peak.
+    """
+    widths: list[tuple[int, int]] = []  # (level, channels) of each block of the network
+    few = np.zeros((2, model.net.dimension), np.float32)
+    pyramid, features = model.net.pyramid(few, subsampled=True), np.zeros((2, model.net.num_features), np.float32)
+    model.net(kp, model.params, model.state, pyramid, features,
+              observe=lambda name, level, value: widths.append((level, value.shape[1])))  # fmt: skip
+    share = 1 / 3  # of the points of a level that the next has, on surfaces
+    largest = max(channels * share**level for level, channels in widths)
+    encoded = dict(widths[: 1 + max(range(len(widths)), key=lambda number: widths[number][0])])
+    kept = sum(channels * share**level for level, channels in encoded.items())
+    statistics = model.statistics
+    counts = statistics.neighbors if statistics else [_TYPICAL_NEIGHBORS] * model.net.num_levels
+    pairs = sum(number * share**level for level, number in enumerate(counts))
+    of_level_0 = 4 * (kept + 2.5 * largest) + _PREPARED * 4 * 2.5 * pairs
+    return _PREPARED * _BYTES_OF_INPUT + of_level_0 / max(1.0, statistics.points_per_voxel if statistics else 1.0)
+
+
+def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLike | None = None,
+                  watch: Callable[[float], object] | None = None,
+                  observed: Observed | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(positions in `rows`, (n, classes) probabilities) of the points in each block.
+
+    `rows` are the cloud's points that are to be labelled. `watch` is called with the fraction of them that is done;
+    `observed` counts the features and neighbours of all blocks.
+    """
+    settings, net, done = model.settings, model.net, 0
+    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values_of(settings, cloud, rows))
+    groups = model.params, model.state
+    if devices.is_array(like):
+        groups = ({name: devices.to_device_of(like, value) for name, value in group.items()} for group in groups)
+    params, state = groups
+    # One thread prepares the next blocks: each takes up to a gigabyte.
+    ready = batches.Prefetched(
+        chosen, lambda block: input_of(model, cloud, block, like), min(1, settings.training.workers)
+    )
+    for block in ready:
+        if observed:
+            observed.add(devices.on_host(block.features), block.num_points)
+            observed.add_neighbors(block.pyramid)
+        logits = net(kp, params, state, block.pyramid, block.features).logits
+        yield block.positions, devices.on_host(kp.softmax(logits)[block.places])
+        done += len(block.positions)
+        if watch:
+            watch(done / len(rows))

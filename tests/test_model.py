@@ -1,0 +1,193 @@
+"""Trained models that are called from Python: their file, the features that they take, results and warnings."""
+
+import warnings
+
+import numpy as np
+import pytest
+from reference import assert_same_bits
+
+import kpcore as kp
+from kpcore import nn
+from kpcore.pipeline import blocks, data, statistics
+from kpcore.pipeline.blocks import BlockSize
+from kpcore.pipeline.data import Columns
+from kpcore.pipeline.model import Model
+from kpcore.pipeline.settings import from_dict
+
+SETTINGS = {
+    "data": {"train": ["a.laz"], "classes": {"low": [2, 9], "high": [6]},
+             "features": ["one", "color", "height_above_ground", "intensity"]},
+    "network": {"voxel_size": 1.0, "levels": 2, "width": 8, "kernel_size": 5},
+    "training": {"radius": 6.0},
+}  # fmt: skip
+
+
+def scan(num=3000, seed=0):
+    """Arguments of `predict` besides the points, which come first."""
+    rng = np.random.default_rng(seed)
+    points = rng.uniform((0, 0, 0), (40, 40, 0.2), (num, 3)) + np.array([84_900.0, 447_500.0, 0])
+    return points, {"colors": rng.integers(0, 256, (num, 3), np.uint8), "intensity": rng.integers(0, 200, num)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The path of a model with random weights and the statistics of `scan()`."""
+    config = from_dict(SETTINGS)
+    net, (points, fields) = config.net(), scan()
+    shift, labels = points.min(axis=0), np.full(len(points), 2, np.int32)
+    cloud = kp.io.Cloud((points - shift).astype(np.float32), fields["colors"], labels, shift,
+                        fields={"intensity": fields["intensity"].astype(np.float32)})  # fmt: skip
+    columns = Columns(config.widths, {"color": 0.0, "height_above_ground": 0.0, "intensity": 100.0},
+                      {"color": 255.0, "height_above_ground": 1.0, "intensity": 50.0})  # fmt: skip
+    scene = data.scene_of(config, columns, cloud)
+    params, state = net.init(3)
+    model = Model(net, params, state, config, columns, BlockSize(30.0, 6.0),
+                  statistics.of_training(config, net, columns, [scene], 30.0))  # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    nn.save(path, net, params, state, **model.about(), result={"miou": 0.5})
+    return path
+
+
+def test_a_model_that_is_loaded(saved):
+    model = kp.load_model(saved)
+    assert model.classes == ("low", "high") and model.label_values.tolist() == [2, 6]
+    assert model.features == ("one", "color", "height_above_ground", "intensity") and model.voxel_size == 1.0
+    assert model.block_size == (30.0, 6.0) and model.history == {"result": {"miou": 0.5}}
+    assert model.statistics.features["intensity"].counts and isinstance(model, Model)
+    groups, about = nn.checkpoints.read(saved)
+    for name, value, message in (
+        ("blocks", {"side": -1.0, "halo": 1.0}, "blocks: expected a side and a halo"),
+        ("blocks", {"side": 1.0}, "halo"),
+        ("statistics", {"features": 1}, "statistics: expected the distribution"),
+    ):
+        bad = saved.with_name("bad.safetensors")
+        nn.checkpoints.write(bad, groups, about | {name: value})
+        with pytest.raises(ValueError, match=rf"bad\.safetensors: .*{message}"):
+            kp.load_model(bad)
+
+
+def test_predictions(saved):
+    model, (points, fields) = kp.load_model(saved), scan()
+    done = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = model.predict(points, **fields, watch=done.append)
+    assert result.warnings == () and done[-1] == 1 and 0 < done[0] < 1 and len(done) == 4
+    assert result.probabilities.shape == (3000, 2) and result.probabilities.dtype == np.float32
+    np.testing.assert_allclose(result.probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert_same_bits(result.classes, result.probabilities.argmax(axis=1))
+    assert_same_bits(result.confidence, result.probabilities.max(axis=1))
+    assert_same_bits(result.labels, np.array([2, 6], np.int32)[result.classes])
+    assert 0 < result.classes.mean() < 1
+
+    votes = model.predict(points, **fields, mode="potentials")
+    assert (votes.classes == result.classes).mean() > 0.8
+    renamed = {"rgb": fields["colors"] / 255, "Intensity": fields["intensity"].astype(float)}
+    assert_same_bits(model.predict(points, **renamed).probabilities, result.probabilities)
+    heights = kp.height_above_ground(points)
+    passed = model.predict(points, **fields, height_above_ground=heights)
+    assert (passed.classes == result.classes).mean() > 0.99
+    with pytest.warns(kp.KpcoreWarning, match="100 % of height_above_ground lies beyond"):
+        higher = model.predict(points, **fields, height_above_ground=heights + 3)
+    assert (higher.probabilities != passed.probabilities).any()
+    single = (points - points.min(axis=0)).astype(np.float32)
+    assert len(model.predict(single, **fields).labels) == 3000
+
+
+def test_arguments_that_do_not_fit(saved):
+    model, (points, fields) = kp.load_model(saved), scan(50)
+    asked = "of the model, to which are passed: points, colors, intensity"
+    for changes, error, message in (
+        (
+            {"intensity": None},
+            TypeError,
+            f"intensity: expected its values, as it is one of the features {asked}; got no fields",
+        ),
+        ({"intensity": None, "Amplitude": np.zeros(50)}, TypeError, "intensity: expected .*; got Amplitude"),
+        ({"colors": None}, TypeError, f"colors: expected those of the points, as color is one of the features {asked}"),
+        ({"gps_time": np.zeros(50)}, TypeError, f"gps_time: expected only features of the model {asked}"),
+        ({"rgb": fields["colors"]}, TypeError, "colors: expected once, got rgb too"),
+        ({"intensity": np.zeros(49)}, ValueError, r"intensity: expected \(50,\) numbers, got \(49,\) float64"),
+        ({"intensity": np.full(50, np.nan)}, ValueError, "intensity: expected finite"),
+        ({"colors": np.full((50, 3), 1.5)}, ValueError, "colors: expected floats from 0 to 1, got 1.5 to 1.5"),
+        (
+            {"colors": np.zeros((50, 3), np.uint16)},
+            ValueError,
+            r"colors: expected \(50, 3\) uint8 or floats, got .* uint16",
+        ),
+        ({"mode": "sphere"}, ValueError, "mode: expected 'blocks' or 'potentials', got 'sphere'"),
+        ({"category": "chair"}, ValueError, "category: expected none for a network without parts, got chair"),
+    ):
+        arguments = {name: value for name, value in (fields | changes).items() if value is not None}
+        with pytest.raises(error, match=message):
+            model.predict(points, **arguments)
+    for bad, error, message in (
+        (points[:, :2], ValueError, "points: expected .* with D = 3"),
+        (points.astype(int), TypeError, "points: expected float32 or float64"),
+        (np.full((50, 3), np.inf), ValueError, "points: expected finite"),
+        (points[:0], ValueError, "points: expected at least one, got none"),
+    ):
+        with pytest.raises(error, match=message):
+            model.predict(bad, **fields)
+
+
+def test_an_input_unlike_the_training(saved):
+    model, (points, fields) = kp.load_model(saved), scan()
+    raised = points + np.array([0, 0, 100.3])
+    assert model.predict(raised, **fields).warnings == ()
+    with pytest.warns(kp.KpcoreWarning, match="100 % of intensity lies beyond the training range"):
+        result = model.predict(points, **fields | {"intensity": fields["intensity"] + 5000})
+    assert len(result.warnings) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = model.predict(points / 0.3048, **fields)
+    assert [str(one.message) for one in caught] == [*result.warnings] and {one.category for one in caught} == {
+        kp.KpcoreWarning
+    }
+    assert result.warnings[-1].endswith("other unit or density? Try --scale 0.3048")
+
+
+def test_models_of_earlier_versions(saved, tmp_path):
+    groups, about = nn.checkpoints.read(saved)
+    old = {name: value for name, value in about.items() if name not in ("blocks", "statistics")}
+    nn.checkpoints.write(tmp_path / "old.safetensors", groups, old)
+    model, (points, fields) = kp.load_model(tmp_path / "old.safetensors"), scan(200)
+    assert model.statistics is None and model.block_size == blocks.size_without_training(model.settings) == (48.0, 6.0)
+    assert model.predict(points, **fields).warnings == ()
+
+
+@pytest.mark.parametrize("kind", ["objects", "parts"])
+def test_objects_and_their_parts(kind):
+    from kpcore.scenes import shapes
+
+    config = from_dict({
+        "data": {"kind": kind, "train": [{"shapes": 0, "number": 1}]},
+        "network": {"voxel_size": 0.1, "levels": 2, "width": 8},
+    })  # fmt: skip
+    net = config.net()
+    model = Model(net, *net.init(0), config, Columns(config.widths, {}, {}))
+    points = shapes("table", 5, 500).points.astype(np.float64) * 7 + 100
+    if kind == "objects":
+        result = model.predict(points)
+        assert result.labels.shape == (1,) and result.probabilities.shape == (1, len(model.classes))
+    else:
+        result = model.predict(points, category="table")
+        parts = config.data.classes["table"]
+        assert result.labels.shape == (500,) and {*result.labels} <= {*parts}
+        with pytest.raises(ValueError, match=r"category: expected one of .*, got None"):
+            model.predict(points)
+
+
+def test_a_model_needs_numpy_and_scipy_alone(saved, python):
+    code = f"""
+import sys
+for name in ("safetensors", "torch", "tqdm", "matplotlib", "jax", "cupy", "laspy", "lazrs"):
+    sys.modules[name] = None
+import numpy as np, kpcore as kp
+model = kp.load_model({str(saved)!r})
+points = np.random.default_rng(0).uniform(0, 30, (500, 3))
+result = model.predict(points, colors=np.zeros((500, 3), np.uint8), intensity=np.full(500, 100))
+print(len(result.labels), model.classes)
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout) == (0, "500 ('low', 'high')\n"), done.stderr
