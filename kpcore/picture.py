@@ -160,16 +160,16 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
     rows = [-(-len(group) // across) for group in legend]
     if np.isfinite(view.max_height):
         subtitle += " · ceiling and near walls are cut away"
-    page = Page(width, TOP + h + 120 + _LEGEND_LINE * sum(rows) + 20 * (len(rows) - 1) + 30, title, subtitle, theme)
+    page = Page(width, TOP + h + 160 + _LEGEND_LINE * sum(rows) + 20 * (len(rows) - 1) + 30, title, subtitle, theme)
     radius = drawn_radius(view, cloud.points, w, h)
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
         page.show(view.render(cloud.points, colors, radius, w, h, theme=theme), x, TOP, w, h)
         page.text(x + w / 2, TOP + h + 40, name, 12, weight="bold", ha="center")
-    draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 40, unit or unit_of(cloud))
+    draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 90, unit or unit_of(cloud))
     if on_map(cloud):
-        draw_north(page, view, width - MARGIN - 36, TOP + h + 36)
-    y = TOP + h + 120
+        draw_north(page, view, width - MARGIN - 50, TOP + h + 66)
+    y = TOP + h + 160
     for group, lines in zip(legend, rows, strict=True):
         for i, (name, number, color) in enumerate(group):
             x, below = MARGIN + i % across * column, y + _LEGEND_LINE * (i // across)
