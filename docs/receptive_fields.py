@@ -15,7 +15,7 @@ from PIL import Image
 
 import kpcore as kp
 from kpcore import demo, visualization
-from kpcore.pipeline import inspection, voting
+from kpcore.pipeline import inspection, labelling, voting
 from kpcore.pipeline.data import load
 from kpcore.pipeline.settings import from_dict
 from kpcore.pipeline.training import BEST, Model, Training
@@ -63,7 +63,7 @@ def main(folder):
     for kind in KINDS:
         model = trained(kind, Path(folder))
         (scene,), _ = load(model.settings, [demo.UNSEEN], ".", model.columns)
-        miou = voting.scores(voting.evaluate(model, [scene]), model.settings.names)["miou"]
+        miou = voting.scores(labelling.evaluate(model, [scene]), model.settings.names)["miou"]
         for detach_offsets in (False, True)[: 1 + (kind != "rigid")]:
             for label in (CHAIR, FLOOR):
                 radius, size, mass, points = measured(model, scene, label, detach_offsets)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import kpcore as kp
 from kpcore import demo, nn
-from kpcore.pipeline import voting
+from kpcore.pipeline import labelling, voting
 from kpcore.pipeline.data import load
 from kpcore.pipeline.settings import from_dict, read_settings
 from kpcore.pipeline.training import Training
@@ -45,7 +45,7 @@ def train(seed, **changes):
         run.run()
         seconds = step_times(run)
     (scene,), _ = load(settings, [demo.UNSEEN], ".", run.model.columns)
-    scores = voting.scores(voting.evaluate(run.model, [scene]), settings.names)
+    scores = voting.scores(labelling.evaluate(run.model, [scene]), settings.names)
     return scores["miou"], seconds, nn.count(run.model.params)
 
 
@@ -160,7 +160,9 @@ def shapes():
                     run = Training(changed, folder, folder, seed=seed)
                     run.run()
                     seconds += step_times(run)
-                scores.append([voting.evaluate_scores(run.model, run.test_scenes, votes)[1][score] for votes in (1, 5)])
+                scores.append(
+                    [labelling.evaluate_scores(run.model, run.test_scenes, votes)[1][score] for votes in (1, 5)]
+                )
             columns = [" / ".join(f"{value:.3f}" for value in column) for column in zip(*scores, strict=True)]
             print(f"| {kind} | {name} | {columns[0]} | {columns[1]} | {1e3 * np.median(seconds):.0f} | "
                   f"{nn.count(run.model.params):,} |", flush=True)  # fmt: skip

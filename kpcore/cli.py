@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         _print_error(_about(one["file"], one["error"]))
     if failed:
         total = len(failed) + len(results["files"]) + len(results.get("skipped", []))
-        _print_error(f"{len(failed)} of {total} files failed")
+        if total > 1:
+            _print_error(f"{len(failed)} of {total} files failed")
         return FAILED if len(failed) < total else REFUSED, results
     return NOT_TRUSTED if getattr(args, "strict", False) and args.warned.is_not_trusted else DONE, results
 
@@ -337,6 +338,13 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
+    def method(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--method", choices=("blocks", "potentials"),
+            help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
+            "votes, or if the network has the feature local)",
+        )  # fmt: skip
+
     def strict(one: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--strict", action="store_true",
@@ -432,6 +440,7 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--data", type=_path, default=Path(), metavar="DIR", help="folder of the test files (default: the current one)"
     )
+    method(test)
     test.add_argument(
         "--votes", type=_up_to(1000), help="votes for each place, or for each object (default: as in the settings)"
     )
@@ -484,12 +493,11 @@ def parser() -> argparse.ArgumentParser:
     segment.add_argument(
         "--format", choices=FORMATS, help="format of the copies in a folder (default: that of each scan)"
     )
-    segment.add_argument("--resume", action="store_true", help="skip scans whose copies are in the folder already")
     segment.add_argument(
-        "--method", choices=("blocks", "potentials"),
-        help="label in square blocks, or by votes of overlapping spheres (default: blocks; potentials if there are "
-        "votes, or if the network has the feature local)",
+        "--resume", action="store_true",
+        help="skip scans whose copies are in the folder already, whatever options these were made with",
     )  # fmt: skip
+    method(segment)
     segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")
     segment.add_argument("--category", metavar="NAME", help="category of the object, for a network of parts")
     segment.add_argument(
@@ -591,6 +599,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--out", type=_path, required=True, metavar="FILE", help="the safetensors file to write")
 
+    info = command(
+        "info", _info, "print what a trained model is and was trained on",
+        "Prints the blocks of the network, classes with their labels, features with the ranges that they had in "
+        "training, the spacing and unit of the points, scores, and the licence that the settings state.",
+        "kpcore info best.safetensors",
+    )  # fmt: skip
+    info.add_argument("model", type=_path, metavar="MODEL", help="a best.safetensors that kpcore train wrote")
+
     command("config", _config, "print version, instruction set, threads and GPU, for bug reports", "", "kpcore config")
     return top
 
@@ -601,6 +617,14 @@ def parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> dict[str, Any]:
     kp.show_config()
     return {"config": config_rows()}
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    model = _model(args.model)
+    print(f"{args.model}: {args.model.stat().st_size:,} bytes")
+    print(model.summary())
+    return {"model": args.model, "bytes": args.model.stat().st_size, "parameters": kp.nn.count(model.params),
+            **model.about(), **model.history}  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -628,7 +652,7 @@ def _init(args: argparse.Namespace) -> dict[str, Any]:
     if args.out:
         with replacing(args.out) as part:
             part.write_text(text, encoding="utf-8")
-        print(f"{args.out}: read it, change what you like, then: kpcore train {args.out} --out runs/first")
+        say(f"{args.out}: read it, change what you like, then: kpcore train {args.out} --out runs/first")
         return {"out": args.out, "settings": text}
     try:
         print(text, end="")
@@ -730,9 +754,11 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
     say(*class_table.lines(training.classes, "objects" if settings.classifies else "points"))
     if training.test_scenes and not training.validation_scenes:
         say("the best network is chosen by the test data, so its score there is too good: see validation in [data]")
+    for name, files in training.files.items():
+        detail(f"{name}: {', '.join(files) or 'none'}")
     detail(f"data read and network made in {time.perf_counter() - begin:.1f} s; {kp.get_num_threads()} threads")
     tested: dict[str, Any] = {}
-    with Progress("training", epochs * steps, training.epoch * steps + training.step) as progress:
+    with Progress("training", epochs * steps, training.epoch * steps + training.step, rate=True) as progress:
 
         def watch(entry: dict[str, Any]) -> None:
             for kind in ("validation", "test"):
@@ -793,13 +819,19 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(f"{args.model}: expected test files in its settings ([data] test), got none")
     settings, classifies = model.settings, model.settings.classifies
     _check_out_of_test(args.out)
+    detail("reading the test data")
     loaded = load(settings, settings.data.test, args.data, model.columns)[0]
     if classifies:
-        classified = classification.classify(model, loaded, args.votes)
+        with Progress("testing") as progress:
+            classified = classification.classify(model, loaded, args.votes, progress.to)
         confusion = classified.confusion()
         scores = voting.scores(confusion, settings.names)
     else:
-        confusion, scores = labelling.evaluate_scores(model, loaded, args.votes, compare=True)
+        with Progress("testing") as progress:
+            watch = progress.to if settings.heads else _of_each(progress, len(loaded))
+            confusion, scores = labelling.evaluate_scores(
+                model, loaded, args.votes, watch, mode=args.method, compare=True
+            )
     scored = _scores(f"{confusion.sum():,} labelled", scores, classifies)
     print(scored)
     if settings.heads:
@@ -812,6 +844,17 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
         classification.draw_errors(args.out / "errors.png", model, classified, args.theme)
         say(f"picture: {args.out / 'errors.png'}")
     return {"classes": settings.names, "scores": scores, "confusion": confusion}
+
+
+def _of_each(progress: Progress, number: int) -> Callable[[float], None]:
+    """A function that takes the fractions that are done of each of several scenes, one after the other."""
+    at = [0, 0.0]
+
+    def watch(done: float) -> None:
+        at[:] = at[0] + (done < at[1]), done
+        progress.to((at[0] + done) / number)
+
+    return watch
 
 
 def _check_out_of_test(out: Path | None) -> None:
@@ -862,7 +905,9 @@ def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     confusions = {}
     for name, model in models.items():
         loaded = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        confusions[name] = labelling.evaluate(model, loaded, args.votes, compare=True)
+        with Progress(f"testing {name}") as progress:
+            watch = _of_each(progress, len(loaded))
+            confusions[name] = labelling.evaluate(model, loaded, args.votes, watch, mode=args.method, compare=True)
         scores = voting.scores(confusions[name], names)
         print(_scores(f"fold {name}, {scores['points']:,} labelled", scores, classifies=False))
     total = folds.total_confusion(confusions)
@@ -886,7 +931,8 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
             failed.append({"file": path, "error": _reason(error)})
     if objects:
         paths, scenes = zip(*objects, strict=True)
-        classified = classification.classify(model, [*scenes], args.votes)
+        with Progress("classifying") as progress:
+            classified = classification.classify(model, [*scenes], args.votes, progress.to)
         for path, number, row in zip(paths, classified.classes, classified.probabilities, strict=True):
             print(f"{path}: {model.settings.names[number]} {row[number]:.4f}")
             probabilities = dict(zip(model.settings.names, row, strict=True))
@@ -908,7 +954,14 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
     names = ("method", "votes", "category", "keep", "into", "confidence", "unclassified", "ignore", "scale")
     options = {name: getattr(args, name) for name in names}
     if copies is None:
-        return {"files": [_segment_one(args, model, args.files[0], args.out, options)]}
+        with Progress("labelling") as progress:
+            one, segmented = _segment_one(args, model, args.files[0], args.out, options, progress.to)
+        _show_one(one, model, is_alone=True)
+        if args.picture:
+            with replacing(args.picture) as part:
+                segmentation.draw(part, args.files[0].name, segmented, model.settings, theme=args.theme)
+            say(f"picture: {args.picture}")
+        return {"files": [one], "classes": model.settings.names}
     make_folder(args.out)
     args.resumable = lambda: True
     with _ended_by_sigterm():
@@ -919,7 +972,12 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
     """The copy of each scan in the folder --out; None if --out is the copy of a single file."""
     from kpcore.pipeline import filenames, segmentation
 
-    sources = [Path(name) for file in args.files for name in filenames.matching(file)]
+    sources = []
+    for file in args.files:
+        names = filenames.matching(file)
+        sources += map(Path, names)
+        if names != [str(file)]:
+            detail(f"{file}: {len(names)} scans")
     if len(args.files) == 1 and sources == args.files and args.out.suffix and not args.out.is_dir():
         for name, value in (("format", args.format), ("resume", args.resume)):
             if value:
@@ -941,9 +999,10 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
         if (other := taken.setdefault(name.casefold(), source)) is not source:
             raise Refused(f"{source}: its copy would be {args.out / name}, as that of {other}")
         copies[source] = args.out / name
-    for source, copy in copies.items():
-        if copy.exists() and source.exists() and copy.samefile(source):
-            raise Refused(f"--out {args.out}: {source} would be replaced by its copy; expected another folder")
+    originals = {os.path.realpath(source) for source in sources}
+    for copy in copies.values():
+        if os.path.realpath(copy) in originals:
+            raise Refused(f"--out {args.out}: the scan {copy} would be replaced by a copy; expected another folder")
     return copies
 
 
@@ -965,10 +1024,13 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
                 progress.to((number + done) / len(left), f"{number + 1} of {len(left)}", source.name)
 
             try:
-                files.append(_segment_one(args, model, source, copy, options, watch))
+                one, _ = _segment_one(args, model, source, copy, options, watch)
             except Exception as error:
                 failed.append({"file": source, "error": _reason(error)})
                 say(f"{source}: failed")
+            else:
+                files.append(one)
+                _show_one(one, model)
     args.warned.file = None
     results = {"files": files, "failed": failed, "skipped": skipped, "classes": model.settings.names}
     if len(files) > 1:
@@ -981,57 +1043,41 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
             scores = voting.part_scores(matrices, [[*heads].index(args.category)] * len(matrices), heads)
         else:
             scores = voting.scores(total, model.settings.names)
-        _show_labelled(model, f"compared with the labels of {len(matrices)} scans", scores, total)
+        say(_scores(f"compared with the labels of {len(matrices)} scans", scores, model.settings.classifies))
+        say(*_confusion_lines(model.settings.names, total))
         results |= {"scores": scores, "confusion": total}
     return results
 
 
 def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Path, options: dict[str, Any],
-                 watch: Callable[[float], object] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Label a scan and print what it has become; returns what --json prints of it."""
-    from kpcore.pipeline import segmentation
+                 watch: Callable[[float], object]) -> tuple[dict[str, Any], Segmented]:  # fmt: skip
+    """Label a scan; returns what --json prints of it, and all of it."""
+    from kpcore.pipeline import segmentation, voting
 
     begin, before = time.perf_counter(), len(args.warned.lines)
-    with nullcontext() if watch else Progress("labelling") as progress:
-        segmented = segmentation.segment(model, source, copy, watch=watch or progress.to, **options)
-    seconds = time.perf_counter() - begin
-    names = model.settings.names
-    counts = dict(zip(names, segmented.counts.tolist(), strict=True))
-    matrix = _confusion(model, segmented)
-    say(f"{copy}: {len(segmented.classes):,} points labelled", *([] if watch else _lines(counts)))
-    notes = segmented.labelled.notes if segmented.labelled else []
-    say(*notes)
-    detail(f"{source}: {seconds:.1f} s")
-    if matrix is not None:
-        _show_labelled(model, "compared with the labels in the file", segmented.scores, None if watch else matrix)
-    if args.picture:
-        with replacing(args.picture) as part:
-            segmentation.draw(part, source.name, segmented, model.settings, theme=args.theme)
-        say(f"picture: {args.picture}")
+    segmented = segmentation.segment(model, source, copy, watch=watch, report=say, **options)
+    matrix, names = None, model.settings.names
+    if segmented.scores is not None:
+        matrix = voting.confusion(segmented.true, segmented.classes, len(names))
     return {
-        "file": source, "out": copy, "points": len(segmented.classes), "counts": counts, "scores": segmented.scores,
-        "confusion": matrix, "seconds": seconds, "notes": notes,
-        "warnings": args.warned.lines[before:],
-    }  # fmt: skip
+        "file": source, "out": copy, "points": len(segmented.classes),
+        "counts": dict(zip(names, segmented.counts.tolist(), strict=True)), "scores": segmented.scores,
+        "confusion": matrix, "seconds": time.perf_counter() - begin,
+        "notes": segmented.labelled.notes if segmented.labelled else [], "warnings": args.warned.lines[before:],
+    }, segmented  # fmt: skip
+
+
+def _show_one(one: dict[str, Any], model: Model, is_alone: bool = False) -> None:
+    say(f"{one['out']}: {one['points']:,} points labelled", *(_lines(one["counts"]) if is_alone else []), *one["notes"])
+    detail(f"{one['file']}: {one['seconds']:.1f} s")
+    if one["scores"] is not None:
+        say(_scores("compared with the labels in the file", one["scores"], model.settings.classifies))
+    if one["scores"] is not None and is_alone:
+        say(*_confusion_lines(model.settings.names, one["confusion"]))
 
 
 def _lines(counts: dict[str, int]) -> list[str]:
     return [f"{name:>16} {number:>12,}" for name, number in counts.items()]
-
-
-def _confusion(model: Model, segmented: Segmented) -> np.ndarray | None:
-    """The confusion matrix of a scan that has labels of the classes."""
-    from kpcore.pipeline import voting
-
-    if segmented.scores is None:
-        return None
-    return voting.confusion(segmented.true, segmented.classes, len(model.settings.names))
-
-
-def _show_labelled(model: Model, what: str, scores: Scores, matrix: np.ndarray | None) -> None:
-    say(_scores(what, scores, model.settings.classifies))
-    if matrix is not None:
-        say(*_confusion_lines(model.settings.names, matrix))
 
 
 def _check_levels(model: Model, path: Path, levels: Sequence[int]) -> None:

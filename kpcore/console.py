@@ -87,19 +87,20 @@ class Progress:
         Steps, or the default 1 for a fraction.
     done : float
         What was done before, by a run that is resumed.
+    rate : bool
+        Whether the bar shows the number of steps in a second.
     """
 
-    def __init__(self, what: str, total: float = 1.0, done: float = 0.0) -> None:
-        self.what, self.total, self.done = what, total, done
+    def __init__(self, what: str, total: float = 1.0, done: float = 0.0, rate: bool = False) -> None:
+        self.what, self.total, self.done, self._format = what, total, done, _WITH_RATE if rate else _WITHOUT_RATE
         self._first, self._began = done, time.perf_counter()
         self._printed = self._began
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if not _printing.quiet and sys.stderr.isatty():
-            bar_format = _WITHOUT_RATE if self.total == 1 else _WITH_RATE
             self._bar = require("tqdm", "io").tqdm(
-                desc=self.what, total=self.total, initial=self.done, bar_format=bar_format, **_BAR
+                desc=self.what, total=self.total, initial=self.done, bar_format=self._format, **_BAR
             )
             _printing.bar = self
         return self
@@ -111,9 +112,9 @@ class Progress:
 
     def to(self, done: float, what: str | None = None, note: str = "", more: str = "") -> None:
         """Show that `done` of the total is done; `note` is shown beside the bar, and in a line after `more`."""
-        self.what, self.done = what or self.what, done
+        is_new, self.what, self.done = what not in (None, self.what), what or self.what, done
         if self._bar is not None:
-            self._bar.set_description_str(self.what, refresh=False)
+            self._bar.set_description_str(self.what, refresh=is_new)
             self._bar.set_postfix_str(f"  {note}" if note else "", refresh=False)
             self._bar.update(done - self._bar.n)
         elif not _printing.quiet and time.perf_counter() - self._printed >= SECONDS_BETWEEN_LINES:
@@ -144,9 +145,9 @@ def duration(seconds: float) -> str:
 
 
 def classes_in_mean(scores: Scores) -> str:
-    """Text after a mean IoU that says over how many classes it is; empty if over all."""
-    counted = sum(value is not None for value in scores["iou"].values())
-    return "" if counted == len(scores["iou"]) else f" over {counted} of {len(scores['iou'])} classes"
+    """Text after a mean IoU that says over how many classes it is."""
+    counted, number = sum(value is not None for value in scores["iou"].values()), len(scores["iou"])
+    return f" over {number} classes" if counted == number else f" over {counted} of {number} classes"
 
 
 def make_folder(out: Path) -> None:

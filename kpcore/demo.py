@@ -190,7 +190,7 @@ def _trained(out: Path, picture_name: str, sections: dict[str, Any], unseen: Sou
         training = Training(settings, folder, folder)
         size = kp.nn.count(training.model.params)
         say(f"{network} of {size:,} parameters: {steps} steps on {len(training.scenes)} {scenes}")
-        with Progress("training", steps) as bar:
+        with Progress("training", steps, rate=True) as bar:
 
             def watch(entry):
                 bar.step(note=f"loss {entry['loss']:.3f}, {entry['accuracy']:.1%} right")

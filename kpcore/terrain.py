@@ -18,7 +18,7 @@ _WINDOW_GROWTH = 1.5  # windows of 3, 5, 7, 11, 15, ... cells; all odd sizes fin
 
 
 def height_above_ground(
-    points: ArrayLike, *, cell: float = 1.0, window: float = 20.0, slope: float = 0.3
+    points: ArrayLike, *, cell: float = 1.0, window: float = 40.0, slope: float = 0.15
 ) -> np.ndarray:
     """Height of each point above the ground, the lowest surface without what is narrower than a window; z is up.
 
@@ -39,7 +39,7 @@ def height_above_ground(
     window : float
         Width of the widest window: more than the width of the widest building.
     slope : float
-        Rise over run of the steepest ground. A larger value keeps ridges and embankments, and low objects too.
+        Rise over run of the steepest ground. A larger value keeps ridges and embankments, and wide low objects too.
 
     Returns
     -------

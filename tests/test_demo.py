@@ -95,6 +95,7 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "UNSEEN", Part(indoor=100, mirror=True, points=10_000))
 
 
+@pytest.mark.filterwarnings("ignore:.*few points:kpcore.KpcoreWarning")
 def test_without_a_file_it_trains_and_labels(run, tmp_path, small):
     pytest.importorskip("safetensors")
     code, out, err = run()

@@ -333,7 +333,7 @@ def test_wave_packets_that_lazrs_loses(write, tmp_path):
 
 def test_waveforms_in_another_file_are_not_forgotten(write, tmp_path):
     path = write("a.las", patched(made(4, 3), 6, "<H", 4))
-    with pytest.warns(UserWarning, match=r"a\.las: its waveforms are in a separate \.wdp file"):
+    with pytest.warns(UserWarning, match=r"b\.las: its waveforms are in a separate \.wdp file"):
         write_labels(path, tmp_path / "b.las", np.zeros(100, int))
 
 

@@ -421,9 +421,9 @@ def test_spaces_in_text_stay(tmp_path):
             "label is a list property, which cannot hold labels; name another",
         ),
         ([("int", "Label", [0] * 4), ("int", "LABEL", [0] * 4)], None, [1] * 4, "has 2 fields named label"),
-        ([], "two words", [1] * 4, "label, into: expected one word as the name of a new property, got 'two words'"),
-        ([], "\udcff", [1] * 4, "label, into: expected one word as the name of a new property, got '\\udcff'"),
-        ([], "a\nelement", [1] * 4, "label, into: expected one word as the name of a new property, got 'a\\nelement'"),
+        ([], "two words", [1] * 4, "label, into: expected one word as the name of a new field, got 'two words'"),
+        ([], "\udcff", [1] * 4, "label, into: expected one word as the name of a new field, got '\\udcff'"),
+        ([], "a\nelement", [1] * 4, "label, into: expected one word as the name of a new field, got 'a\\nelement'"),
         ([], None, [1] * 3, "has 4 points, got labels for 3"),
     ],
 )

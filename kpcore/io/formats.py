@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kpcore.backends import checks
+from kpcore.config import require
 from kpcore.files import check_writable, replacing
-from kpcore.io import las, npz, pcd, ply, sweeps, text
-from kpcore.io.cloud import FLAGS, Cloud, LabelField, OtherColumns, ReadError, Request, cloud_of
+from kpcore.io import convert, las, npz, pcd, ply, sweeps, text
+from kpcore.io.cloud import FLAGS, Cloud, LabelField, OtherColumns, ReadError, Request, cloud_of, name_index
+from kpcore.io.convert import CREATORS as WRITERS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, DTypeLike
 
 READERS = {
     ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
@@ -36,7 +38,6 @@ SIGNATURES = [
     (b"PK\x03\x04", "NPZ", {".npz"}),
 ]
 TABLES = {".npy", ".npz", ".xyz", ".txt", ".csv", ".pts", ".bin"}  # formats whose columns may have no names
-WRITERS = {".las": las, ".laz": las, ".ply": ply, ".npz": npz}  # formats that labels can be written to
 
 
 def read(path: str | os.PathLike[str], *, fields: Sequence[str] = (), label: str | None = None,
@@ -239,15 +240,18 @@ def checked_size(path: Path, readers: Collection[str]) -> int:
 def check_out(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Raise an error unless a copy of `source` with labels can be written to `out`."""
     source, out = Path(source), Path(out)
-    source_format = WRITERS.get(source.suffix.lower())
-    if source_format is None:
-        extension = source.suffix or "a file without extension"
-        raise ReadError(f"{source}: labels can be written to PLY, LAS, LAZ and NPZ files, not to {extension}")
-    if source_format is not WRITERS.get(out.suffix.lower()):
-        expected = " or ".join(suffix for suffix, writer in WRITERS.items() if writer is source_format)
-        raise ReadError(f"{out}: expected the extension {expected}, the format of {source.name}, got {out.suffix!r}")
+    for path, suffixes, what in ((source, READERS, "read"), (out, WRITERS, "written")):
+        if path.suffix.lower() not in suffixes:
+            got = repr(path.suffix) if path.suffix else "no extension"
+            raise ReadError(
+                f"{path}: expected an extension of files that can be {what}, {' '.join(suffixes)}, got {got}"
+            )
     if out.exists() and source.exists() and out.samefile(source):
         raise ReadError(f"{out}: expected a file other than the source, which is never overwritten")
+    if out.suffix.lower() == ".laz":
+        with errors_name(out):
+            las.check_plain(out)
+            require("lazrs", "io")
     try:
         check_writable(out)
     except OSError as error:
@@ -255,18 +259,35 @@ def check_out(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> No
 
 
 def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num: int, *, label: str | None = None,
-                into: str | None = None, values: np.ndarray | tuple[()] = ()) -> LabelField:  # fmt: skip
-    """The LabelField of a file of `num` points; an error unless it can hold `values` and `out` can be written."""
+                into: str | None = None, values: np.ndarray | tuple[()] = (),
+                extra: Mapping[str, DTypeLike] | None = None,
+                columns: Sequence[str] | None = None) -> LabelField:  # fmt: skip
+    """The LabelField of a file of `num` points; an error unless it can hold `values` and `out` can be written.
+
+    `extra` is {name: type} of further fields. Of `columns`, those that do not fit are not used, as in `read_columns`.
+    """
     source, out = Path(source), Path(out)
     _check_name("label", label)
     _check_name("into", into)
+    kinds = {} if extra is None else _extra_types(extra)
+    if into is not None and name_index([*kinds], into) is not None:
+        raise ValueError(f"extra: expected names other than that of the labels, got {into!r}")
+    if coordinates := [name for name in kinds if name.lower() in ("x", "y", "z")]:
+        raise ValueError(f"extra: expected names of fields, got {coordinates[0]!r}, which is a coordinate")
     check_out(source, out)
-    with errors_name(source):
+    columns = columns if source.suffix.lower() in TABLES else None
+    with errors_name(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from the libraries below, as in `read`
         checked_size(source, READERS)
-        field = WRITERS[source.suffix.lower()].label_field(source, label, into)
+        try:
+            field = _field(source, out, label, into, kinds, values, columns)
+        except OtherColumns:
+            field = _field(source, out, label, into, kinds, values, None)
         field.check(out)
     if field.name.lower() in ("x", "y", "z"):
         raise ReadError(f"{source}: expected a field for the labels, got {field.name}, which is a coordinate")
+    if name_index([*kinds], field.name) is not None:
+        raise ReadError(f"{source}: extra: expected names other than that of the labels, got {field.name}")
     if field.num_points != num:
         raise ReadError(f"{source}: has {field.num_points} points, got labels for {num}")
     if len(values) and not (field.smallest <= np.min(values) and np.max(values) <= field.largest):
@@ -277,40 +298,109 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
     return field
 
 
+def _field(source: Path, out: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype],
+           values: np.ndarray | tuple[()], columns: Sequence[str] | None) -> LabelField:  # fmt: skip
+    writer, suffix = WRITERS[out.suffix.lower()], source.suffix.lower()
+    is_copy = WRITERS.get(suffix) is writer
+    if writer is text and out.suffix.lower() != suffix:
+        is_copy = {out.suffix.lower(), suffix} == {".txt", ".xyz"}  # a CSV has commas
+    if not is_copy:
+        return convert.label_field(source, out, label, into, extra, values, columns)
+    return writer.label_field(source, label, into, extra, *[columns] * (writer is text))
+
+
+def _extra_types(extra: Mapping[str, DTypeLike]) -> dict[str, np.dtype]:
+    """The types of further fields, by name; bool is written as uint8."""
+    kinds = {}
+    for name, kind in extra.items():
+        _check_name("extra", name)
+        dtype = np.dtype(kind).newbyteorder("=")
+        if dtype.kind not in "fiub" or dtype.itemsize > 8 or (dtype.kind, dtype.itemsize) == ("f", 2):
+            raise TypeError(f"extra: expected numbers of up to 64 bits, and no float16, for {name}, got {dtype.name}")
+        kinds[name] = np.dtype(np.uint8) if dtype.kind == "b" else dtype
+    if len({name.lower() for name in kinds}) < len(kinds):
+        raise ValueError(f"extra: expected names that differ in more than case, got {[*kinds]}")
+    return kinds
+
+
 def write_labels(source: str | os.PathLike[str], out: str | os.PathLike[str], labels: ArrayLike, *,
-                 kept: ArrayLike | None = None, label: str | None = None, into: str | None = None) -> None:  # fmt: skip
-    """Write a copy of a file with other labels; everything else in it stays the same.
+                 kept: ArrayLike | None = None, label: str | None = None, into: str | None = None,
+                 extra: Mapping[str, ArrayLike] | None = None,
+                 columns: Sequence[str] | None = None) -> None:  # fmt: skip
+    """Write the points of a file with labels, into a copy or into a new file of another format.
 
-    `out` appears complete or not at all. The labels go into the field of the first line that applies:
+    `out` appears complete or not at all. The number and order of the points stay the same. The labels go into the field
+    of the first line that applies:
 
-    =================  =======================  =====================================================
-    passed             LAS, LAZ                 PLY, NPZ
-    =================  =======================  =====================================================
-    ``into=name``      that field, or a new extra dimension / property / array of that name (int32)
-    ``label=name``     that field if present    that field, or a new one of that name (int32)
-    neither            classification           the first of a usual name, or a new ``label`` / ``labels``
-    =================  =======================  =====================================================
+    =================  ==============================  ============================================================
+    passed             `out` is LAS, LAZ               `out` is PLY, PCD, CSV, TXT, XYZ, NPZ
+    =================  ==============================  ============================================================
+    ``into=name``      that field, or a new extra      that field, or a new property / field / column / array of
+                       dimension of that name (int32)  that name (int32)
+    ``label=name``     that field if the source is     that field, or a new one of that name (int32)
+                       LAS or LAZ and has it
+    neither            classification                  the source's labels by a usual name, or a new ``label``
+                                                       (``labels`` in an NPZ)
+    =================  ==============================  ============================================================
 
     With ``label=name`` and a LAS that has no such field the labels go into classification. Earlier values of the field
-    are lost. In a LAS every byte except those of the labels is kept; the points of a LAZ are compressed again. A COPC
-    becomes a plain LAZ, because its octree stores the positions of points in the file.
+    are lost.
+
+    In a copy of the same format (LAS and LAZ are one, and TXT and XYZ) everything else stays the same: in a LAS
+    every byte except those of the labels; the points of a LAZ are compressed again, and a COPC becomes a plain LAZ,
+    because its octree stores the positions of points in the file. A compressed PCD becomes a binary one. Text of other
+    columns stays as it is.
+
+    In another format coordinates and colours go to their standard places, and other fields keep their names and types;
+    dimensions of LAS point formats 6 to 8 are recognised by their names (``GpsTime`` is gps_time). Coordinates stay
+    exact, except in a LAS, where they are whole numbers of 0.001 or the first smaller power of ten in which all are
+    exact; if there is none, of the largest that divides the extent into a million parts. A warning says by how much
+    they are rounded, which fields are renamed, and what is not carried over.
 
     Parameters
     ----------
-    source, out : path
-        Both LAS or LAZ, both PLY or both NPZ. An existing `out` is replaced, unless it is the source.
+    source : path
+        A file that `read` reads.
+    out : path
+        LAS, LAZ, PLY, PCD, NPZ, CSV, TXT or XYZ. An existing file is replaced, unless it is the source.
     labels : (N,) integers
     kept : (n,) bool, optional
         True for the file's points that `labels` belong to, such as `Cloud.kept`; by default all. Other points keep
         their label, or get 0 in a new field.
     label, into : str, optional
         Names of fields, see the table.
+    extra : dict of (N,) arrays, optional
+        Further fields by name, such as ``{"confidence": uint8 array}``, of integers or floats of up to 64 bits (in a
+        PLY integers have up to 32). A field that the file has is replaced, if it holds every value of this type. Points
+        where `kept` is False keep their value, or get 0 in a new field.
+    columns : sequence of str, optional
+        Names for the columns of a source without names, as in `read`.
 
     Raises
     ------
     ReadError
-        The source is damaged or truncated, the field cannot hold the labels, or `out` cannot be written. No partial
-        file is left behind.
+        The source is damaged or truncated, the field cannot hold the labels, a coordinate is NaN or infinite and `out`
+        is a LAS, or `out` cannot be written. No partial file is left behind.
+    ValueError, TypeError
+        Shapes or types of arrays do not fit.
+
+    Warns
+    -----
+    UserWarning
+        One line that names `out` and says what differs from the source there.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> import numpy as np
+    >>> from kpcore import io
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "a.csv").write_text("x,y,z,ring\\n1.5,2,3,0\\n4,5,6.25,1\\n")
+    >>> percent = np.array([97, 60], np.uint8)
+    >>> io.write_labels(folder / "a.csv", folder / "a.las", [2, 6], extra={"confidence": percent})
+    >>> cloud = io.read(folder / "a.las", fields=["ring", "confidence"])
+    >>> cloud.labels, cloud.fields["confidence"]
+    (array([2, 6], dtype=int32), array([97., 60.], dtype=float32))
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
@@ -319,13 +409,21 @@ def write_labels(source: str | os.PathLike[str], out: str | os.PathLike[str], la
     if kept.dtype != bool or kept.ndim != 1 or int(kept.sum()) != len(labels):
         got = f"{kept.shape} {kept.dtype} with {np.count_nonzero(kept)}"
         raise ValueError(f"kept: expected (n,) bool with {len(labels)} True, got {got}")
-    write_to(label_field(source, out, len(kept), label=label, into=into, values=labels), source, out, labels, kept)
+    more = {name: np.asarray(values) for name, values in (extra or {}).items()}
+    kinds = {name: values.dtype for name, values in more.items()}
+    field = label_field(source, out, len(kept), label=label, into=into, values=labels, extra=kinds, columns=columns)
+    write_to(field, source, out, labels, kept, more)
 
 
 def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str], labels: np.ndarray,
-             kept: np.ndarray) -> None:  # fmt: skip
-    """Write a copy of the file with labels in `field`, complete or not at all."""
-    if field.warning:
-        warnings.warn(f"{source}: {field.warning}", stacklevel=3)
+             kept: np.ndarray, extra: Mapping[str, np.ndarray] | None = None) -> None:  # fmt: skip
+    """Write the file with labels in `field` and further fields, complete or not at all; warn of what differs in it."""
+    arrays = {}
+    for name, values in (extra or {}).items():
+        if values.shape != labels.shape:
+            raise ValueError(f"extra: expected {labels.shape} values of {name}, as labels, got {values.shape}")
+        arrays[name] = values.astype(_extra_types({name: values.dtype})[name], copy=False)
     with errors_name(source), replacing(out) as part:
-        field.write(part, labels, kept)
+        notes = field.write(part, labels, kept, arrays)
+    if notes:
+        warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=3)

@@ -10,11 +10,12 @@ import io
 import math
 import os
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.config import get_num_threads, require
+from kpcore.config import __version__, get_num_threads, require
 from kpcore.io.cloud import (
     Content,
     LabelField,
@@ -22,6 +23,7 @@ from kpcore.io.cloud import (
     ReadError,
     Request,
     check_columns,
+    check_extra,
     check_fields,
     colors_of,
     decode_text,
@@ -33,9 +35,10 @@ from kpcore.io.cloud import (
     name_index,
 )
 from kpcore.io.reference import combined
+from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -67,6 +70,15 @@ class Dimension(NamedTuple):
     bits: int = 0  #: number of bits; 0: all of the type
     scale: float | None = None  #: None: values are stored as they are, without scale and offset
     offset: float = 0.0
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def holds(self) -> np.dtype:
+        """The largest type of which it holds every value; bool for fewer than 8 bits or values with a scale."""
+        return np.dtype(bool if self.bits or self.scale is not None else self.dtype)
 
     def read(self, records: np.ndarray) -> np.ndarray:
         """The values in (n, size) uint8 records, with scale and offset applied."""
@@ -454,7 +466,7 @@ def _blocks(file: BinaryIO, head: Header, names: set[str] | None = None) -> Iter
 # ---- labels
 
 
-def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
+def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
     size = source.stat().st_size
     with source.open("rb") as file:
         head = _header(file, size)
@@ -464,45 +476,69 @@ def label_field(source: Path, label: str | None, into: str | None) -> LabelField
         at = name_index(head.names, name)
     if at is None and into is None:
         at = head.names.index("classification")  # the standard one, if an extra dimension has this name too
-    dimension = _new_dimension(head, into) if at is None else head.dimensions[at]
+    new = []
+    if at is None:
+        new.append(_new_dimension("into", into, np.dtype("i4"), head.size))
+    dimension = new[0] if at is None else head.dimensions[at]
     if dimension.scale is not None:
         raise ReadError(f"field {dimension.name} has a scale or an offset; expected one of whole numbers for labels")
+    others = []
+    for other, dtype in extra.items():
+        at = name_index(head.names, other)
+        if at is None:
+            new.append(_new_dimension("extra", other, dtype, head.size + sum(one.itemsize for one in new)))
+            others.append(new[-1])
+        else:
+            others.append(head.dimensions[at])
+            check_extra(others[-1].name, others[-1].holds, dtype)
+    if new:
+        length = sum(len(record.data) for record in head.records if record.is_extra_bytes)
+        is_long = (
+            head.size + sum(one.itemsize for one in new) > 65_535 or length + len(_description(head, new)) > 65_535
+        )
+        if not head.may_grow or is_long:
+            argument = "into" if new[0] is dimension else "extra"
+            raise ReadError(
+                f"{argument}: cannot add a field {new[0].name}, as its extra bytes are described after the points, "
+                "wrongly or at too great length; choose an existing field"
+            )
     smallest, largest = (0, (1 << dimension.bits) - 1) if dimension.bits else integer_range(dimension.dtype)
 
-    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
-        _write(source, head, tail, dimension, out, labels, kept)
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
+        edits = [(dimension, labels), *zip(others, extra.values(), strict=True)]
+        _write(source, head, tail, edits, new, out, kept)
+        waves = head.point_format in (4, 5, 9, 10) and head.raw[6] & 4
+        return ["its waveforms are in a separate .wdp file, which is not copied"] if waves else []
 
     def check(out: Path) -> None:
-        if out.name.lower().endswith(".copc.laz"):
-            raise ReadError(
-                f"labels are written to a plain LAZ, so the name of the new file must not end in .copc.laz: {out.name}"
-            )
         _check_packets(source, head, out)
 
-    warning = None
-    if head.point_format in (4, 5, 9, 10) and head.raw[6] & 4:
-        warning = "its waveforms are in a separate .wdp file, which is not copied"
-    return LabelField(dimension.name, head.num, smallest, largest, write, check, warning)
+    return LabelField(dimension.name, head.num, smallest, largest, write, check)
 
 
-def _new_dimension(head: Header, name: str) -> Dimension:
-    """A new int32 dimension at the end of each point record."""
+def check_plain(out: Path) -> None:
+    """Raise an error if the name is that of a COPC, as no octree is written."""
+    if out.name.lower().endswith(".copc.laz"):
+        raise ReadError("labels are written to a plain LAZ: expected a name that does not end in .copc.laz")
+
+
+def _new_dimension(argument: str, name: str, dtype: np.dtype, at: int) -> Dimension:
+    """A new dimension in the extra bytes of each point record."""
     if not 0 < len(name.encode()) <= 32:
-        raise ReadError(f"into: expected a name of 1 to 32 bytes for a new field, got {name!r}")
-    length = sum(len(record.data) for record in head.records if record.is_extra_bytes)
-    if not head.may_grow or head.size + 4 > 65_535 or length + len(_description(head, name)) > 65_535:
-        raise ReadError(
-            f"into: cannot add a field {name}, as its extra bytes are described after the points, wrongly or at too "
-            "great length; choose an existing field"
-        )
-    return Dimension(name, head.size, "<i4")
+        raise ReadError(f"{argument}: expected a name of 1 to 32 bytes for a new field, got {name!r}")
+    return Dimension(name, at, dtype.newbyteorder("<").str)
 
 
-def _description(head: Header, name: str) -> bytes:
-    """Data for the extra-bytes record: descriptions of the bytes that have none, then that of a new field."""
+def _description(head: Header, new: Sequence[Dimension]) -> bytes:
+    """Data for the extra-bytes record: descriptions of the bytes that have none, then those of new fields."""
     pieces = [min(255, head.undescribed - at) for at in range(0, head.undescribed, 255)]
-    blank = b"".join(struct.pack("<2xBB188x", 0, piece) for piece in pieces)
-    return blank + struct.pack("<2xBB32s156x", _TYPES.index("i4"), 0, name.encode())
+    return b"".join(struct.pack("<2xBB188x", 0, piece) for piece in pieces) + _descriptions(new)
+
+
+def _descriptions(new: Sequence[Dimension]) -> bytes:
+    return b"".join(
+        struct.pack("<2xBB32s156x", _TYPES.index(dimension.dtype[1:]), 0, dimension.name.encode()) for dimension in new
+    )
 
 
 def _tail_parts(file: BinaryIO, head: Header, size: int) -> tuple[list[tuple[int, int]], int]:
@@ -531,12 +567,15 @@ def _next_pointer(head: Header, at: int, size: int) -> int:
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
 
-def _write(source, head, tail, dimension, out, labels, kept):
-    """Write the copy. Only labels, compressed points and byte positions in the header differ from the source."""
+def _write(source, head, tail, edits, new, out, kept):
+    """Write the copy. Only labels, compressed points and byte positions in the header differ from the source.
+
+    `edits` is [(dimension, values of the points where kept is True)], `new` the dimensions that the source has not.
+    """
     parts, left_out = tail
-    compressed, added = out.suffix.lower() == ".laz", 4 if dimension.at == head.size else 0
+    compressed, added = out.suffix.lower() == ".laz", sum(dimension.itemsize for dimension in new)
     laszip = _laszip(head, head.size + added) if compressed else None
-    records = _records(head, _description(head, dimension.name) if added else b"", laszip)
+    records = _records(head, _description(head, new) if added else b"", laszip)
     header = bytearray(head.raw)
     start = len(header) + sum(len(record.raw) for record in records) + len(head.padding)
     form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
@@ -545,22 +584,20 @@ def _write(source, head, tail, dimension, out, labels, kept):
     with source.open("rb") as file, out.open("wb") as written:
         target = _WriteErrors(written)
         target.write(bytes(header) + b"".join(record.raw for record in records) + head.padding)
-        pack = _compressor(target, laszip) if compressed else None
-        begin = done = 0
-        for block in _blocks(file, head):
-            if added:
-                block = np.pad(block, ((0, 0), (0, added)))
-            chosen = kept[begin : begin + len(block)]
-            count = int(chosen.sum())
-            dimension.write(block, chosen, labels[done : done + count])
-            begin, done = begin + len(block), done + count
-            if pack:
-                target.call(pack.compress_many, block.reshape(-1))
-            else:
-                target.write(block)
-        if pack:
-            target.call(pack.done)
-        target.seek(0, io.SEEK_END)
+
+        def blocks() -> Iterator[np.ndarray]:
+            begin = done = 0
+            for block in _blocks(file, head):
+                if added:
+                    block = np.pad(block, ((0, 0), (0, added)))
+                chosen = kept[begin : begin + len(block)]
+                count = int(chosen.sum())
+                for dimension, values in edits:
+                    dimension.write(block, chosen, values[done : done + count])
+                begin, done = begin + len(block), done + count
+                yield block
+
+        _write_points(target, blocks(), laszip)
         for low, high in parts:
             for place, byte in _pointers(head):
                 if low <= byte <= high:
@@ -573,6 +610,19 @@ def _write(source, head, tail, dimension, out, labels, kept):
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
         target.seek(0)
         target.write(bytes(header))
+
+
+def _write_points(target: _WriteErrors, blocks: Iterable[np.ndarray], laszip: bytes | None) -> None:
+    """Write point records to the end of a file, compressed unless `laszip` is None."""
+    pack = None if laszip is None else _compressor(target, laszip)
+    for block in blocks:
+        if pack:
+            target.call(pack.compress_many, block.reshape(-1))
+        else:
+            target.write(block)
+    if pack:
+        target.call(pack.done)
+    target.seek(0, io.SEEK_END)
 
 
 def _records(head: Header, description: bytes, laszip: bytes | None) -> list[Record]:
@@ -622,13 +672,13 @@ def _with_data_added(
 
 def _laszip(head: Header, size: int) -> bytes:
     """The LASzip record for points of this size: that of the file if lazrs can write so, else the default of lazrs."""
-    default = (
-        require("lazrs", "io")
-        .LazVlr.new_for_compression(head.point_format, size - _SIZES[head.point_format])
-        .record_data()
-    )
+    default = _default_laszip(head.point_format, size)
     same = head.compressed and (head.laszip[0], head.laszip[32:]) == (default[0], default[32:])
     return head.laszip if same and struct.unpack_from("<I", head.laszip, 12)[0] != _VARYING else default
+
+
+def _default_laszip(form: int, size: int) -> bytes:
+    return require("lazrs", "io").LazVlr.new_for_compression(form, size - _SIZES[form]).record_data()
 
 
 def _compressor(target, laszip):
@@ -653,3 +703,94 @@ def _check_packets(source: Path, head: Header, out: Path) -> None:
                 raise ReadError(
                     "its wave packets would be lost in a LAZ file, which lazrs cannot write; write a LAS file"
                 )
+
+
+# ---- a new file
+
+
+class Frame(NamedTuple):
+    """What the header of a new file says of its points."""
+
+    scale: float
+    offset: tuple[float, float, float]
+    is_standard_time: bool  #: GPS times count from 1980, less a billion seconds; not from the start of a week
+
+
+def table(path: Path, size: int) -> Table:
+    """All dimensions of a file, scales applied; its coordinate reference system and waveforms are missing."""
+    with path.open("rb") as file:
+        head = _header(file, size)
+        records = [*head.records, *(record for _, _, record in _extended_records(file, head.raw, head.minor, size))]
+    missing = ["coordinate reference system"] * any(record.user == b"LASF_Projection" for record in records)
+    missing += ["waveforms"] * (head.point_format in (4, 5, 9, 10))
+    missing += [f"{head.undescribed} bytes of each point that no record describes"] * (head.undescribed > 0)
+    ordinary = (b"LASF_Projection", b"copc", b"laszip encoded")
+    others = sum(record.user not in ordinary and not record.is_extra_bytes for record in records)
+    missing += [f"{others} record{'s' * (others > 1)} of the header"] * (others > 0)
+    columns: list[Column] = []
+    for dimension in head.dimensions:
+        dtype = np.dtype("f8") if dimension.scale is not None else np.dtype(dimension.dtype).newbyteorder("=")
+        columns.append(Column(unique(dimension.name, [one.name for one in columns]), dtype))
+
+    def blocks() -> Iterator[list[np.ndarray]]:
+        with path.open("rb") as file:
+            for points in _blocks(file, head):
+                yield [dimension.read(points) for dimension in head.dimensions]
+
+    return Table(head.num, columns, blocks, "classification", missing)
+
+
+def standard_dimensions(form: int) -> list[Dimension]:
+    """The dimensions of a point format other than coordinates."""
+    return [one for one in _standard_dimensions(form, (1, 1, 1), (0, 0, 0)) if one.scale is None]
+
+
+def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]], form: int,
+           frame: Frame) -> None:  # fmt: skip
+    """Write LAS 1.4, point format 6, 7 or 8; columns without a standard name are extra dimensions."""
+    standard = {one.name: one for one in _standard_dimensions(form, (frame.scale,) * 3, frame.offset)}
+    size, extra = _SIZES[form], []
+    for column in columns:
+        if column.name not in standard:
+            extra.append(_new_dimension("extra", column.name, column.dtype, size))
+            size += extra[-1].itemsize
+    dimensions = {**standard, **{one.name: one for one in extra}}
+    laszip = _default_laszip(form, size) if out.suffix.lower() == ".laz" else None
+    records = []
+    if extra:
+        records = _with_data_added(records, lambda record: record.is_extra_bytes, b"LASF_Spec", 4, _descriptions(extra))
+    if laszip is not None:
+        records = _with_data_added(records, lambda record: record.is_laszip, b"laszip encoded", 22204, laszip)
+    low, high, returns = np.full(3, np.inf), np.full(3, -np.inf), np.zeros(16, np.uint64)
+
+    def packed() -> Iterator[np.ndarray]:
+        for arrays in blocks:
+            points = np.zeros((len(arrays[0]), size), np.uint8)
+            for axis, values in enumerate(arrays[:3]):
+                whole = np.rint((values.astype(np.float64) - frame.offset[axis]) / frame.scale)
+                dimensions["xyz"[axis]]._replace(scale=None).write(points, slice(None), whole)
+                stored = dimensions["xyz"[axis]].read(points)
+                low[axis], high[axis] = min(low[axis], stored.min()), max(high[axis], stored.max())
+            for column, values in zip(columns[3:], arrays[3:], strict=True):
+                dimensions[column.name].write(points, slice(None), values)
+            returns[:] += np.bincount(standard["return_number"].read(points), minlength=16).astype(np.uint64)
+            yield points
+
+    def header() -> bytes:
+        encoding = 16 | frame.is_standard_time  # 16: any coordinate reference system is WKT, as formats 6 to 10 demand
+        start, today = 375 + sum(len(record.raw) for record in records), time.gmtime()
+        software = f"kpcore {__version__}".encode()[:32]
+        head = struct.pack(
+            "<4sHH16xBB32s32sHH", b"LASF", 0, encoding, 1, 4, b"OTHER", software, today.tm_yday, today.tm_year
+        )
+        head += struct.pack("<HIIBH24x", 375, start, len(records), form | 0x80 * (laszip is not None), size)
+        bounds = np.column_stack([high, low]).ravel() if num else np.zeros(6)
+        head += struct.pack("<12d", *[frame.scale] * 3, *frame.offset, *bounds)
+        return head + struct.pack("<QQIQ15Q", 0, 0, 0, num, *map(int, returns[1:]))
+
+    with out.open("wb") as written:
+        target = _WriteErrors(written)
+        target.write(header() + b"".join(record.raw for record in records))
+        _write_points(target, packed(), laszip)
+        target.seek(0)
+        target.write(header())

@@ -13,12 +13,14 @@ import numpy as np
 
 from kpcore.io.cloud import (
     LABEL_ARRAYS,
+    LABELS,
     Content,
     LabelField,
     NamedArrays,
     ReadError,
     Request,
     check_columns,
+    check_extra,
     colors_of,
     fields_from,
     first_name_index,
@@ -32,12 +34,15 @@ from kpcore.io.cloud import (
     name_index,
     table_names,
 )  # fmt: skip
+from kpcore.io.table import nameless, points_first, table_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
     from typing import IO
     from zipfile import ZipFile, ZipInfo
+
+    from kpcore.io.table import Column, Table
 
 Result = TypeVar("Result")
 # Usual names of arrays; the first that is there is used.
@@ -208,7 +213,7 @@ def _usual_labels(at: int | None) -> tuple[str, ...]:
     return LABEL_ARRAYS if at is not None else tuple(name for name in LABEL_ARRAYS if name != "y")
 
 
-def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
+def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
     label = into or label
     with zipfile.ZipFile(source) as archive:
         for info in archive.infolist():  # members that cannot be copied are reported early
@@ -220,42 +225,140 @@ def label_field(source: Path, label: str | None, into: str | None) -> LabelField
         num = shape[0] if shape else 0
         place = name_index(names, label) if label else first_name_index(names, _usual_labels(at))
         name = (label or "labels") if place is None else names[place]
-        if place is None:
-            _, dtype = (None, np.dtype("V")) if at is None else _shape(archive, *members[at])
-            if name_index(dtype.names or (), name) is not None:
-                raise ReadError(
-                    f"{name} is a column of the points, which labels cannot be written to; name a new array with into="
-                )
-            if name.lower() in (*POINTS, *COLORS) or {"/", "\\"} & {*name}:
-                raise ReadError(f"into: expected a name for a new array of labels, got {name!r}")
-            values = np.zeros(num, np.int32)
-        else:
-            shape, dtype = _shape(archive, *members[place])
+        places, fields = {name: place}, {}  # of each field that is written; None: new
+        for other in extra:
+            places[other] = name_index(names, other)
+        for other, where in places.items():
+            if where is None:
+                _, dtype = (None, np.dtype("V")) if at is None else _shape(archive, *members[at])
+                if name_index(dtype.names or (), other) is not None:
+                    raise ReadError(f"{other} is a column of the points, which labels cannot be written to; "
+                                    "name a new array with into=")  # fmt: skip
+                if other.lower() in (*POINTS, *COLORS) or {"/", "\\"} & {*other}:
+                    argument = "into" if other == name else "extra"
+                    raise ReadError(f"{argument}: expected a name for a new array of labels, got {other!r}")
+                fields[other] = np.zeros(num, np.int32 if other == name else extra[other])
+                continue
+            shape, dtype = _shape(archive, *members[where])
             if shape not in ((num,), (num, 1)) or dtype.kind not in "fiu":
-                raise ReadError(f"{name}: expected one number for each of {num} points, got {shape} {dtype}")
-            values = _array(archive, *members[place])
-    replaced = None if place is None else members[place][1].header_offset
+                raise ReadError(f"{other}: expected one number for each of {num} points, got {shape} {dtype}")
+            if other in extra:
+                check_extra(names[where], dtype, extra[other])
+            fields[other] = _array(archive, *members[where])
+    replaced = {members[where][1].header_offset: other for other, where in places.items() if where is not None}
 
-    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
-        values.reshape(-1)[kept] = labels
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
+        for other, values in ((name, labels), *extra.items()):
+            fields[other].reshape(-1)[kept] = values
         # Not np.savez_compressed: arrays called "file" or "allow_pickle" clash with its arguments, and it appends .npz.
         with zipfile.ZipFile(source) as before, zipfile.ZipFile(out, "w") as after:
             after.comment = before.comment
             for info in before.infolist():
                 with before.open(info) as member, after.open(copy.copy(info), "w") as new:
-                    if info.header_offset == replaced:
+                    if info.header_offset in replaced:
+                        values = fields[replaced[info.header_offset]]
                         np.lib.format.write_array(new, values, allow_pickle=False)
                     else:
                         shutil.copyfileobj(member, new)
-            if replaced is None:
-                info = zipfile.ZipInfo(f"{name}.npy")
-                info.compress_type = zipfile.ZIP_DEFLATED
-                with after.open(info, "w", force_zip64=True) as new:
-                    np.lib.format.write_array(new, values, allow_pickle=False)
+            for other, where in places.items():
+                if where is None:
+                    _write_member(after, other, fields[other])
+        return []
 
-    return LabelField(name, num, *integer_range(values.dtype), write)
+    return LabelField(name, num, *integer_range(fields[name].dtype), write)
+
+
+def _write_member(archive: ZipFile, name: str, values: np.ndarray) -> None:
+    info = zipfile.ZipInfo(f"{name}.npy")
+    info.compress_type = zipfile.ZIP_DEFLATED
+    with archive.open(info, "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, values, allow_pickle=False)
 
 
 def _read_through(file: IO[bytes]) -> None:
     while file.read(1 << 20):
         pass
+
+
+# ---- a new file
+
+
+def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
+    """All arrays of one number or row for each point; columns of the points are named as when they are read."""
+    with zipfile.ZipFile(path) as archive:
+        members = _members(archive)
+        names = [name for name, _ in members]
+        at = _place_of_points(archive, members)
+        num = _shape(archive, *members[name_index(names, "x") if at is None else at])[0][:1]
+        colors = None if at is None else first_name_index(names, COLORS)
+        chosen, missing, num_columns = [], [], []
+        for place, (name, info) in enumerate(members):
+            try:
+                shape, dtype = _shape(archive, name, info)
+            except ReadError:  # of Python objects, for example
+                shape, dtype = (), np.dtype("V")
+            if place == at or (shape[:1] == num and len(shape) <= 2 and dtype.kind in "fiub"):
+                chosen.append(place)
+            else:
+                missing.append(f"array {name}")
+
+    def load() -> list[tuple[str, np.ndarray]]:
+        points, found = [], []
+        with zipfile.ZipFile(path) as archive:
+            for place in chosen:
+                name, values = members[place][0], _array(archive, *members[place])
+                if place == at:
+                    points = points_first(_columns_of(values, columns))
+                    num_columns[:] = [len(points)]
+                elif place == colors and values.ndim == 2 and values.shape[1] in (3, 4):
+                    found += zip(("red", "green", "blue", "alpha"), values.T, strict=False)
+                else:
+                    found.append((name, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values))
+        return points + found if points else points_first(found)
+
+    def label(names: list[str]) -> int | None:
+        place = first_name_index(names[3:], _usual_labels(at))  # the first three are x, y, z
+        if place is None:  # a column of the points
+            return first_name_index(names[: num_columns[0]], LABELS) if num_columns else None
+        return place + 3
+
+    return table_of(load, label, missing)
+
+
+def table_npy(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
+    """All columns of an array."""
+    with path.open("rb") as file:
+        _header(file, "the array", size)
+
+    def load() -> list[tuple[str, np.ndarray]]:
+        array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_MAX_HEADER)
+        return points_first(_columns_of(array, columns))
+
+    return table_of(load, lambda names: first_name_index(names, LABELS), [])
+
+
+def _columns_of(array: np.ndarray, columns: Sequence[str] | None) -> list[tuple[str, np.ndarray]]:
+    """[(name, values)] of a table or a structured array."""
+    request = Request(columns=None if columns is None else tuple(columns))
+    if array.dtype.names:
+        check_columns(array.dtype.names, request)
+        return [(name, array[name]) for name in array.dtype.names]
+    from_table(array[:1000], request)  # raises an error unless it is a table of these columns
+    return [*zip(columns or nameless(array), array.T, strict=True)]
+
+
+def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]]) -> None:
+    """Write arrays points, colors and one for each other column. Unlike other formats, all are in memory at once."""
+    parts: list[list[np.ndarray]] = [[] for _ in columns]
+    for arrays in blocks:
+        for part, values in zip(parts, arrays, strict=True):
+            part.append(values)
+    whole = [np.concatenate(part).astype(one.dtype, copy=False) for part, one in zip(parts, columns, strict=True)]
+    names = [one.name for one in columns]
+    members = [("points", np.column_stack(whole[:3]))]
+    if names[3:6] == ["red", "green", "blue"]:
+        members.append(("colors", np.column_stack(whole[3:6])))
+        names[3:6], whole[3:6] = [], []
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, values in (*members, *zip(names[3:], whole[3:], strict=True)):
+            _write_member(archive, name, values)

@@ -6,6 +6,7 @@ import bisect
 import re
 import shutil
 import warnings
+from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from kpcore.io.cloud import (
     Request,
     are_integers,
     check_columns,
+    check_extra,
     decode_text,
     first_name_index,
     from_columns,
@@ -26,11 +28,14 @@ from kpcore.io.cloud import (
     list_names,
     name_index,
 )
+from kpcore.io.table import check_new_name, filled, number_words, points_first, records, table_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
+
+    from kpcore.io.table import Column, Table
 
 # Not through plyfile 1.1: it rejects comments and names that are not ASCII, reads lists row by row in Python (40,000
 # faces in 0.1 s), and changes the header of a file that it writes again.
@@ -99,6 +104,11 @@ def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
 
 
 def read(path: Path, size: int, request: Request) -> Content:
+    return from_columns(NamedArrays(_columns(path, size)), request)
+
+
+def _columns(path: Path, size: int) -> list[tuple[str, np.ndarray]]:
+    """[(name, values)] of the properties of vertices that are not lists."""
     with path.open("rb") as file:
         header = _header(file, size)
         properties, num = header.vertex.properties, header.vertex.num
@@ -114,7 +124,7 @@ def read(path: Path, size: int, request: Request) -> Content:
                 for at, column in zip(scalars, columns, strict=True):
                     column[done : done + len(rows.stops)] = rows.numbers(at)
                 done += len(rows.stops)
-    return from_columns(NamedArrays(zip([properties[at].name for at in scalars], columns, strict=True)), request)
+    return [(properties[at].name, column) for at, column in zip(scalars, columns, strict=True)]
 
 
 def read_faces(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -451,7 +461,16 @@ def _line_blocks(file: BinaryIO, newline: bytes) -> Iterator[bytes]:
 # ---- labels
 
 
-def label_field(source: Path, label: str | None, into: str | None) -> LabelField:
+class Edit(NamedTuple):
+    """Bytes of some rows that are replaced, or inserted where `start` is `stop`."""
+
+    start: np.ndarray  #: first byte in the file, for each of these rows
+    stop: np.ndarray
+    words: np.ndarray  #: (rows, w) uint8
+    sizes: np.ndarray  #: the number of these bytes that are written, for each row
+
+
+def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
     size = source.stat().st_size
     with source.open("rb") as file:
         header = _header(file, size)
@@ -459,57 +478,109 @@ def label_field(source: Path, label: str | None, into: str | None) -> LabelField
         names = [one.name for one in properties]
         label = into or label
         at = name_index(names, label) if label else first_name_index(names, LABELS)
+        name, dtype = label or "label", np.dtype("i4")
         if at is None:
-            name, dtype = label or "label", np.dtype((header.byte_order or "=") + "i4")
-            if name.split() != [name] or not name.isprintable():
-                raise ReadError(f"label, into: expected one word as the name of a new property, got {name!r}")
-        elif properties[at].count is None:
-            name, dtype, _ = properties[at]
+            check_new_name("label, into", name)
         else:
-            raise ReadError(
-                f"{names[at]} is a list property, which cannot hold labels; name another or a new property with into="
-            )
+            name, dtype = names[at], _number_type(properties[at])
+        places = {name: at}  # of each field that is written; None: new
+        for other, kind in extra.items():
+            places[other] = name_index(names, other)
+            if places[other] is None:
+                check_new_name("extra", other)
+                _type_name(other, kind)
+            else:
+                check_extra(names[places[other]], _number_type(properties[places[other]]), kind)
         if header.has_fixed_rows:
             widths = np.cumsum([0, *(one.dtype.itemsize for one in properties)])
-            start = (
-                _start(file, header, header.vertex, size)
-                + np.arange(num) * widths[-1]
-                + widths[-1 if at is None else at]
-            )
-            stop = start if at is None else start + dtype.itemsize
+            first = _start(file, header, header.vertex, size) + np.arange(num) * widths[-1]
+            ranges = {
+                at: (first + widths[-1 if at is None else at], first + widths[-1 if at is None else at + 1])
+                for at in {*places.values()}
+            }
         else:
-            ranges = [rows.byte_range(at) for rows in _rows(file, header, header.vertex, size)]
-            start, stop = np.concatenate([np.zeros((2, 0), np.int64), *ranges], axis=1)
+            rows = [
+                {at: rows.byte_range(at) for at in {*places.values()}}
+                for rows in _rows(file, header, header.vertex, size)
+            ]
+            empty = np.zeros((2, 0), np.int64)
+            ranges = {at: np.concatenate([empty, *(block[at] for block in rows)], axis=1) for at in {*places.values()}}
 
-    def write(out: Path, labels: np.ndarray, kept: np.ndarray) -> None:
-        line, places, values = b"", (start[kept], stop[kept]), labels.astype(np.int64)
-        if at is None:
-            line, places, values = f"property int {name}".encode() + header.line_end, (start, stop), np.zeros(num, int)
-            values[kept] = labels
-        if header.byte_order is None:
-            words = values.astype("S")
-            words = np.char.add(b" ", words) if at is None else words
-            sizes = np.char.str_len(words)
-        else:
-            words, sizes = values.astype(dtype), np.full(len(values), dtype.itemsize)
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
+        lines, new, edits = b"", [], []
+        for one, values in ((name, labels), *extra.items()):
+            place = places[one]
+            if place is None:
+                kind = np.dtype("i4") if one == name else values.dtype
+                lines += f"property {_type_name(one, kind)} {one}".encode() + header.line_end
+                new.append(_words(filled(kept, values, kind), kind, header.byte_order))
+            else:
+                start, stop = ranges[place]
+                edits.append(_edit(start[kept], stop[kept], _words(values, properties[place].dtype, header.byte_order)))
+        if new and header.byte_order:
+            edits.append(_edit(*ranges[None], np.concatenate(new, axis=1)))
+        elif new:
+            edits.append(
+                _edit(*ranges[None], reduce(np.char.add, [word for words in new for word in (b" ", words)], b""))
+            )
         with source.open("rb") as file, out.open("wb") as copy:
-            copy.write(file.read(header.insert_at) + line)
-            _copy_with(file, copy, *places, words, sizes)
+            copy.write(file.read(header.insert_at) + lines)
+            _copy_with(file, copy, _in_order(edits))
+        return []
 
     return LabelField(name, num, *integer_range(dtype), write)
 
 
-def _copy_with(file, out, starts, stops, words, sizes):
-    """Copy the rest of a file; bytes starts[i] to stops[i] are replaced by the first sizes[i] bytes of words[i]."""
-    for first in range(0, len(starts), LABEL_BLOCK):
-        start, stop, size = (array[first : first + LABEL_BLOCK] for array in (starts, stops, sizes))
+def _number_type(one: Property) -> np.dtype:
+    if one.count is not None:
+        raise ReadError(
+            f"{one.name} is a list property, which cannot hold labels; name another or a new property with into="
+        )
+    return one.dtype
+
+
+def _type_name(name: str, dtype: np.dtype) -> str:
+    """The name of a type in the specification, which has no integers of 64 bits."""
+    kinds = [kind for kind, code in TYPES.items() if np.dtype(code) == dtype.newbyteorder("=")]
+    if kinds[0].endswith("64"):
+        raise ReadError(f"{name}: expected a type of PLY, at most 32 bits for integers, got {dtype.name}")
+    return kinds[0]
+
+
+def _words(values: np.ndarray, dtype: np.dtype, byte_order: str | None) -> np.ndarray:
+    """Numbers as they are in the file: bytes of text, or (n, w) uint8."""
+    if byte_order is None:
+        return values.astype("S") if values.dtype.kind in "iub" else np.array(number_words(values), "S")
+    words = np.ascontiguousarray(values, dtype.newbyteorder(byte_order))
+    return words.view(np.uint8).reshape(len(words), dtype.itemsize)
+
+
+def _edit(start: np.ndarray, stop: np.ndarray, words: np.ndarray) -> Edit:
+    if words.dtype.kind != "S":
+        return Edit(start, stop, words, np.full(len(words), words.shape[1]))
+    return Edit(start, stop, words.view(np.uint8).reshape(len(words), words.itemsize), np.char.str_len(words))
+
+
+def _in_order(edits: list[Edit]) -> Edit:
+    """All edits as one, in the order of the file."""
+    if len(edits) == 1:
+        return edits[0]
+    width = max(edit.words.shape[1] for edit in edits)
+    words = np.concatenate([np.pad(edit.words, ((0, 0), (0, width - edit.words.shape[1]))) for edit in edits])
+    start, stop, sizes = (np.concatenate([edit[at] for edit in edits]) for at in (0, 1, 3))
+    order = np.lexsort((stop, start))  # what is inserted where another row starts belongs to the row before
+    return Edit(start[order], stop[order], words[order], sizes[order])
+
+
+def _copy_with(file, out, edit):
+    """Copy the rest of a file with an edit of it."""
+    for first in range(0, len(edit.start), LABEL_BLOCK):
+        start, stop, letters, size = (array[first : first + LABEL_BLOCK] for array in edit)
         for _ in range(file.tell(), start[0], COPY_BLOCK):
             out.write(file.read(min(COPY_BLOCK, start[0] - file.tell())))
         at = file.tell()
         data = np.fromfile(file, np.uint8, stop[-1] - at)
-        start, stop = start - at, stop - at
-        letters = words[first : first + LABEL_BLOCK].view(np.uint8).reshape(len(size), -1)
-        width = letters.shape[1]
+        start, stop, width = start - at, stop - at, letters.shape[1]
         if (size == width).all() and (stop - start == width).all():
             copy = data  # nothing moves, as in every binary file that has labels
             copy[start[:, None] + np.arange(width)] = letters
@@ -527,6 +598,28 @@ def _copy_with(file, out, starts, stops, words, sizes):
 def _are_inside(starts: np.ndarray, stops: np.ndarray, num: int) -> np.ndarray:
     """True for each of `num` bytes that lies in one of the ranges."""
     steps = np.zeros(num + 1, np.int8)
-    steps[starts] += 1  # 0 where one range starts at the end of another
-    steps[stops] -= 1
+    np.add.at(steps, starts, 1)  # several at one byte: an empty range, and one that ends or starts there
+    np.subtract.at(steps, stops, 1)
     return np.cumsum(steps[:-1], dtype=np.int8) > 0
+
+
+# ---- a new file
+
+
+def table(path: Path, size: int) -> Table:
+    """All columns of a file; lists and other elements are missing."""
+    with path.open("rb") as file:
+        header = _header(file, size)
+    missing = [f"element {one.name}" for one in header.elements if one is not header.vertex and one.num]
+    missing += [f"list {one.name}" for one in header.vertex.properties if one.count is not None]
+    return table_of(lambda: points_first(_columns(path, size)), lambda names: first_name_index(names, LABELS), missing)
+
+
+def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]]) -> None:
+    """Write a binary file with these properties of its vertices."""
+    lines = [f"property {_type_name(one.name, one.dtype)} {one.name}" for one in columns]
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {num}", *lines, "end_header", ""]
+    with out.open("wb") as file:
+        file.write("\n".join(head).encode())
+        for arrays in blocks:
+            file.write(records(columns, arrays))

@@ -6,10 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kpcore.io.cloud import Content, NamedArrays, ReadError, Request, are_integers, from_columns
+from kpcore.io.cloud import (
+    LABELS,
+    Content,
+    NamedArrays,
+    ReadError,
+    Request,
+    are_integers,
+    first_name_index,
+    from_columns,
+)
+from kpcore.io.table import points_first, table_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from kpcore.io.table import Table
 
 KITTI = ("x", "y", "z", "intensity")
 NUSCENES = (*KITTI, "ring")
@@ -20,13 +33,23 @@ def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
 
 
 def read(path: Path, size: int, request: Request) -> Content:
-    names = field_names(path, size, request)
+    return from_columns(NamedArrays(_columns(path, size, request.columns)), request)
+
+
+def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
+    """All columns of a sweep."""
+    return table_of(
+        lambda: points_first(_columns(path, size, columns)), lambda names: first_name_index(names, LABELS), []
+    )
+
+
+def _columns(path: Path, size: int, columns: Sequence[str] | None) -> list[tuple[str, np.ndarray]]:
+    names = columns or _layout(path, size)
     if size % (4 * len(names)):
         raise ReadError(
             f"{size} bytes are not a multiple of {4 * len(names)}, a record of {len(names)} float32: {' '.join(names)}"
         )
-    table = np.fromfile(path, np.float32).reshape(-1, len(names))
-    return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
+    return [*zip(names, np.fromfile(path, np.float32).reshape(-1, len(names)).T, strict=True)]
 
 
 def _layout(path: Path, size: int) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,21 +12,30 @@ import numpy as np
 from kpcore.io.cloud import (
     LABELS,
     Content,
+    LabelField,
     NamedArrays,
     ReadError,
     Request,
+    are_integers,
     check_columns,
     decode_text,
+    first_name_index,
     from_columns,
     from_table,
+    integer_range,
     join_warnings,
     may_be_colors,
+    name_index,
     table_names,
 )
+from kpcore.io.table import check_new_name, nameless, number_words, points_first, table_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+    from typing import TextIO
+
+    from kpcore.io.table import Column, Table
 
 # A number with a decimal point, and an empty cell, which is read as NaN.
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf|infinity)", re.I | re.A)
@@ -42,6 +52,7 @@ _SURELY_DECIMAL = re.compile(r"(?<![\d,.])(?:(?:0\d*|\d{4,}),\d|\d*,(?:\d\d?|\d{
 _BLOCK = 1 << 22  # characters cleaned at a time
 _MAX_COMMENTS = 100  # the last comments are searched for column names
 _MAX_LINE = 1 << 20  # bytes
+ROWS = 1 << 16  # rows with new cells in memory at a time
 
 # Words in a comment that make it column names, and words that make it a sentence.
 _COLUMN_WORDS = {
@@ -69,7 +80,7 @@ class Head(NamedTuple):
 def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
     """From the lines up to the first row, which also shows whether the columns of a PTS may be r g b."""
     check_lines(path, only_first=True)
-    head = _head(path, _encoding(path), request)
+    head = _head(path, encoding_of(path), request)
     row, header = head.row, _header(head, request)
     if head.trailing and not (len(header) == len(row) and header[-1]):
         row = row[:-1]
@@ -87,26 +98,30 @@ def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
 
 
 def read(path: Path, size: int, request: Request) -> Content:
+    _, table, names, warning = _parsed(path, request)
+    if names is not None:
+        return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
+    content = from_table(table, request)
+    return content._replace(warning=join_warnings(warning, content.warning))
+
+
+def _parsed(path: Path, request: Request) -> tuple[Head, np.ndarray, Sequence[str] | None, str | None]:
+    """(layout, table, the column names that the file has or None, a warning or None)."""
     check_lines(path)
-    encoding = _encoding(path)
+    encoding = encoding_of(path)
     head = _head(path, encoding, request)
     table = numbers(path, encoding, head.delimiter, head.skip, head.count)
     header = _header(head, request)
     if head.trailing and np.isnan(table[:, -1]).all() and not (len(header) == table.shape[1] and header[-1]):
         table = table[:, :-1]
-    width, warning = table.shape[1], None
+    width, names, warning = table.shape[1], None, None
     if _has_xyz(head.names):
         names = _names_of_line(head.names, head.delimiter, width)
-    elif request.columns:
-        names = None
-    else:
+    elif not request.columns:
         names, warning = _names_of_comments(head.comments, head.delimiter, width)
         if names is None and path.suffix.lower() == ".pts":
             names = _names_of_pts(table)
-    if names is not None:
-        return from_columns(NamedArrays(zip(names, table.T, strict=True)), request)
-    content = from_table(table, request)
-    return content._replace(warning=join_warnings(warning, content.warning))
+    return head, table, names, warning
 
 
 def _header(head: Head, request: Request) -> Sequence[str]:
@@ -124,7 +139,7 @@ def check_lines(path: Path, only_first: bool = False) -> None:
                 return
 
 
-def _encoding(path: Path) -> str:
+def encoding_of(path: Path) -> str:
     """The encoding by the byte order mark; else Latin-1, which decodes any bytes, as comments may hold anything."""
     with path.open("rb") as file:
         start = file.read(3)
@@ -332,3 +347,215 @@ def _first_error(text: str, delimiter: str | None, width: int | None, before: in
             if not (_is_number(cell) or _EMPTY.fullmatch(cell)):
                 return f"line {number}: expected numbers, got {cell[:40]!r}"
     return "does not hold a table of numbers"
+
+
+# ---- labels
+
+
+def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype],
+                columns: Sequence[str] | None = None) -> LabelField:  # fmt: skip
+    """Text of all other columns stays as it is; a new column gets a name where the others have names."""
+    request = Request(columns=None if columns is None else tuple(columns))
+    head, table, stated, _ = _parsed(source, request)
+    num, width = table.shape
+    if stated is not None:
+        check_columns(stated, request)
+    elif width < 3 or (columns and len(columns) != width):
+        from_table(table, request)  # says what is wrong
+    names = [*(stated or columns or nameless(table))]
+    label = into or label
+    at = name_index(names, label) if label else first_name_index(names, LABELS)
+    name = (label or "label") if at is None else names[at]
+    places = {name: at, **{other: name_index(names, other) for other in extra}}  # of each field written; None: new
+    new = [other for other, place in places.items() if place is None]
+    for other in new:
+        check_new_name("extra" if other in extra else "label, into", other)
+        if set(other) & set('"#,;') or "//" in other:
+            raise ReadError(f"expected a name without separators and quotes for a new column, got {other!r}")
+
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
+        values = {name: labels, **extra}
+        comma = _has_decimal_commas(source, head)
+        edits = [
+            (place, row_words(values[other], kept, "", comma)) for other, place in places.items() if place is not None
+        ]
+        added = [row_words(values[other], kept, "0", comma) for other in new]
+        encoding = encoding_of(source)
+        with source.open(encoding=encoding, newline="") as file, out.open("w", encoding=encoding, newline="") as copy:
+            if new and not stated:
+                line = (head.delimiter or " ").join([*names, *new])
+                copy.write(f"# {_as_in(encoding, line)}{_line_end(source, encoding)}")
+            for _ in range(head.skip):
+                line = file.readline()
+                copy.write(_with_names(line, head, width, encoding, new) if new and stated else line)
+            write_rows(file, copy, head.delimiter, num, width, edits, added, head.count is not None)
+        return []
+
+    return LabelField(name, num, *integer_range(np.int32), write)
+
+
+def row_words(values: np.ndarray, kept: np.ndarray, other: str, comma: bool = False) -> Iterator[str]:
+    """The text of a column, one for each point; `other` for points where kept is False."""
+    done = 0
+    for begin in range(0, len(kept), ROWS):
+        keeps = kept[begin : begin + ROWS].tolist()
+        chosen = iter(number_words(values[done : done + sum(keeps)]))
+        done += sum(keeps)
+        for keep in keeps:
+            word = next(chosen) if keep else other
+            yield word.replace(".", ",") if comma else word
+
+
+def _as_in(encoding: str, text: str) -> str:
+    """Text that has the bytes of UTF-8 in a file that is read as Latin-1, which its other bytes may not be."""
+    return text.encode().decode(encoding) if encoding == "latin-1" else text
+
+
+def _line_end(path: Path, encoding: str) -> str:
+    with path.open(encoding=encoding, newline="") as file:
+        line = file.readline()
+    return line[len(line.rstrip("\r\n")) :] or "\n"
+
+
+def _has_decimal_commas(path: Path, head: Head) -> bool:
+    """Whether the first row has a decimal comma, so that fractions in new columns are written with it too."""
+    if head.delimiter == ",":
+        return False
+    with path.open(encoding=encoding_of(path)) as file:
+        return any("," in _uncommented(line) for line in itertools.islice(file, head.skip, head.skip + 1))
+
+
+def _with_names(line: str, head: Head, width: int, encoding: str, new: Sequence[str]) -> str:
+    """The line with the names of new columns, if it is the one that has the names of the others."""
+    text, end = line.rstrip("\r\n"), line[len(line.rstrip("\r\n")) :]
+    plain = decode_text(text.encode(encoding)) if encoding == "latin-1" else text
+    words = plain.strip()
+    if words.startswith(("#", "//")):
+        usual = [comment for comment in head.comments if _names_of_comment(comment, head.delimiter, width)[0]]
+        is_names = not _has_xyz(head.names) and words.lstrip("#/") == usual[0]
+        plain_names = words.lstrip("#/")
+    else:
+        is_names = bool(head.names) and _uncommented(plain) == head.names
+        plain_names = _uncommented(plain)
+    if not is_names:
+        return line
+    separators = (head.delimiter, None, ",")
+    separator = next(one for one in separators if len([name for name in _cells(plain_names, one) if name]) == width)
+    return _appended(text, separator, [_as_in(encoding, name) for name in new], width) + end
+
+
+def write_rows(file: TextIO, copy: TextIO, delimiter: str | None, num: int, width: int,
+               edits: Sequence[tuple[int, Iterator[str]]],
+               added: Sequence[Iterator[str]], counts: bool = False) -> None:  # fmt: skip
+    """Copy the `num` rows of a table of `width` columns, with other text in some cells, and with cells at their ends.
+
+    `edits` is [(column, texts of the rows)], "" where the cell stays as it is; `counts`: lines of one number are no
+    rows. Blank lines and comments stay.
+    """
+    row = 0
+    for line in file:
+        text = line.strip()
+        if not text or text.startswith(("#", "//")) or (counts and re.fullmatch(r"\d+", text, re.A)):
+            copy.write(line)
+            continue
+        if row == num:
+            raise ReadError(f"changed while it was read: had {num} points")
+        body, rest = _body(line)
+        changed = [(at, word) for at, words in edits if (word := next(words))]
+        if changed:
+            spans = _spans(body, delimiter)
+            for at, word in sorted(changed, reverse=True):
+                body = body[: spans[at][0]] + word + body[spans[at][1] :]
+        copy.write((_appended(body, delimiter, [next(words) for words in added], width) if added else body) + rest)
+        row += 1
+    if row != num:
+        raise ReadError(f"changed while it was read: had {num} points, has {row}")
+
+
+def _body(line: str) -> tuple[str, str]:
+    """(the cells of a line, the comment and line end after them)."""
+    body = line.rstrip("\r\n")
+    if "#" in body or "//" in body:
+        masked = _WINDOWS_NAN.sub(lambda found: "n" * len(found[0]), body)
+        masked = _WINDOWS_INF.sub(lambda found: "n" * len(found[0]), masked)
+        if found := _COMMENT.search(masked):
+            body = body[: found.start()]
+    return body, line[len(body) :]
+
+
+def _spans(body: str, delimiter: str | None) -> list[tuple[int, int]]:
+    """(first, last + 1) character of each cell, without spaces around it."""
+    if delimiter is None:
+        return [found.span() for found in re.finditer(r"\S+", body)]
+    marks = [found.start() for found in re.finditer(rf'"[^"]*"|({delimiter})', body) if found[1]]
+    spans = []
+    for low, high in zip([0, *(mark + 1 for mark in marks)], [*marks, len(body)], strict=True):
+        cell = body[low:high]
+        before, after = len(cell) - len(cell.lstrip()), len(cell) - len(cell.rstrip())
+        spans.append((low + before, high - after) if cell.strip() else (low, high))
+    return spans
+
+
+def _appended(body: str, delimiter: str | None, words: Sequence[str], width: int) -> str:
+    """The row of `width` cells with more: before a delimiter after the last cell, and before spaces."""
+    cells = body.rstrip() if delimiter != "\t" else body.rstrip(" ")
+    is_ended = delimiter and cells.endswith(delimiter) and len(_spans(cells, delimiter)) > width
+    end = delimiter if is_ended else ""
+    stop = len(cells) - len(end)
+    return cells[:stop] + "".join(f"{delimiter or ' '}{word}" for word in words) + body[stop:]
+
+
+# ---- a new file
+
+
+def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
+    """All columns of a file: of 32 or 64-bit integers if the first row has a whole number and all others are whole."""
+    missing: list[str] = []
+
+    def load() -> list[tuple[str, np.ndarray]]:
+        request = Request(columns=None if columns is None else tuple(columns))
+        head, numbers_of, stated, _ = _parsed(path, request)
+        if stated is not None:
+            check_columns(stated, request)
+        else:
+            from_table(numbers_of[:1000], request)  # raises an error unless it is a table of these columns
+        names, encoding = [*(stated or columns or nameless(numbers_of))], encoding_of(path)
+        with path.open(encoding=encoding) as file:
+            first = _cells(_uncommented(next(itertools.islice(file, head.skip, None)).rstrip("\n")), head.delimiter)
+        found = []
+        for at, (name, values) in enumerate(zip(names, numbers_of.T, strict=True)):
+            typed = values
+            if re.fullmatch(r"[-+]?\d+", first[at], re.A) and name.lower() not in ("x", "y", "z"):
+                if are_integers(values, *integer_range(np.int32)).all():
+                    typed = values.astype(np.int32)
+                elif are_integers(values, -(2.0**53) + 1, 2.0**53 - 1).all():
+                    typed = values.astype(np.int64)
+                elif are_integers(values, -(2.0**63), 2.0**64).all():  # float64 has rounded these
+                    typed = _exact_integers(path, encoding, head, at)
+                    typed = values if typed is None else typed
+                    if typed is values and f"all digits of {name}" not in missing:
+                        missing.append(f"all digits of {name}")
+            found.append((name, typed))
+        return points_first(found)
+
+    return table_of(load, lambda names: first_name_index(names, LABELS), missing)
+
+
+def _exact_integers(path: Path, encoding: str, head: Head, at: int) -> np.ndarray | None:
+    for dtype in (np.int64, np.uint64):
+        try:
+            return np.loadtxt(path, dtype, delimiter=head.delimiter, skiprows=head.skip, usecols=at, ndmin=1,
+                              encoding=encoding)  # fmt: skip
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]]) -> None:
+    """Write a table with names in its first line, separated by commas in a CSV, else by spaces."""
+    delimiter = "," if out.suffix.lower() == ".csv" else " "
+    with out.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter, lineterminator="\n").writerow([one.name for one in columns])
+        for arrays in blocks:
+            words = zip(*(number_words(values) for values in arrays), strict=True)
+            file.writelines(f"{delimiter.join(row)}\n" for row in words)

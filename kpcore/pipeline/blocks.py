@@ -9,7 +9,7 @@ threads, on memory, or on what was labelled before.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -137,11 +137,32 @@ def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
 
 
 def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The order of points by x, y and z, then by their values."""
-    order = np.lexsort(points.T[::-1])
-    if not (np.diff(points[order], axis=0) == 0).all(axis=1).any():
-        return order
-    return np.lexsort([*np.column_stack([*values.values(), points[:, ::-1]]).T])
+    """The order of points by x, y and z, then by their values.
+
+    Three sorts of single numbers, and a sort of what is equal in x and y, take a third of the time of np.lexsort.
+    """
+    key = _ranks(points[:, 0]) << 32 | _ranks(points[:, 1])
+    order = np.argsort(key)
+    in_order = key[order]
+    equal = np.append(in_order[1:] == in_order[:-1], False)
+    tied = equal | np.append(False, equal[:-1])
+    if tied.any():
+        rows = order[tied]
+        order[tied] = rows[np.lexsort([*(column[rows] for column in _columns_of(values)), points[rows, 2], key[rows]])]
+    return order
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The number of smaller different values of each."""
+    order = np.argsort(values)
+    in_order = values[order]
+    ranks = np.empty(len(values), np.int64)
+    ranks[order] = np.cumsum(np.append(False, in_order[1:] != in_order[:-1])[: len(values)])
+    return ranks
+
+
+def _columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [column for of_feature in values.values() for column in of_feature.reshape(len(of_feature), -1).T]
 
 
 def input_of(model: Model, cloud: Cloud, block: Block, like: ArrayLike | None = None) -> Input:
@@ -179,8 +200,12 @@ def _bytes_per_point(model: Model) -> float:
     widths: list[tuple[int, int]] = []  # (level, channels) of each block of the network
     few = np.zeros((2, model.net.dimension), np.float32)
     pyramid, features = model.net.pyramid(few, subsampled=True), np.zeros((2, model.net.num_features), np.float32)
-    model.net(kp, model.params, model.state, pyramid, features,
-              observe=lambda name, level, value: widths.append((level, value.shape[1])))  # fmt: skip
+
+    def see(name: str, level: int | None, value: Any) -> None:
+        if level is not None and isinstance(value, np.ndarray):  # else the deformed kernel points of a layer
+            widths.append((level, value.shape[1]))
+
+    model.net(kp, model.params, model.state, pyramid, features, observe=see)
     share = 1 / 3  # of the points of a level that the next has, on surfaces
     largest = max(channels * share**level for level, channels in widths)
     encoded = dict(widths[: 1 + max(range(len(widths)), key=lambda number: widths[number][0])])

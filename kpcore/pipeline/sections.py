@@ -149,12 +149,12 @@ class Ground:
         "side of a cell of the lattice of lowest points: where the ground has about one point",
         "larger where points are sparse or in feet; smaller for indoor scans", "2.0", unit=POINTS, bounds=LENGTHS,
     ))
-    window: float = field(default=20.0, metadata=about(
+    window: float = field(default=40.0, metadata=about(
         "more than the width of the widest building, which would be ground otherwise",
         "larger for halls and city blocks; smaller in steep terrain without large buildings", "60.0", unit=POINTS,
         bounds=LENGTHS,
     ))
-    slope: float = field(default=0.3, metadata=about(
+    slope: float = field(default=0.15, metadata=about(
         "rise over run of the steepest ground", "larger in mountains, where ridges would be cut off", "1.0",
         bounds=(0, 100),
     ))

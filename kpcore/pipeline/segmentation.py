@@ -92,10 +92,11 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
     if scale is not None:
         cloud = scaled(cloud, *(unit_scale(model, cloud) if scale == "auto" else scale))
     values, kept = model.label_values, np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    doubtful = 1 if Path(source).suffix.lower() in (".las", ".laz") else 0
+    doubtful = 1 if Path(out).suffix.lower() in (".las", ".laz") else 0
+    more = {"confidence": np.uint8} if confidence else {}
     field = label_field(  # checks before the work
-        source, out, len(kept), label=None if into else model.settings.data.label, into=into,
-        values=values if unclassified is None else [*values, doubtful]
+        source, out, len(kept), label=None if into else model.settings.data.label, into=into, extra=more,
+        values=values if unclassified is None else [*values, doubtful], columns=model.settings.data.columns
     )  # fmt: skip
     true = None
     if cloud.labels is not None and category is not None:
@@ -110,19 +111,21 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
     labels = values[labelled.classes]
     if unclassified is not None:
         labels[labelled.confidence < unclassified] = doubtful
+    written = {"confidence": np.round(100 * labelled.confidence).astype(np.uint8)} if confidence else {}
     if keep and cloud.labels is not None:
         changes = ~np.isin(cloud.labels, keep)
         kept, labels = kept.copy(), labels[changes]
         kept[kept] = changes
-    write_to(field, source, out, labels, kept)
+        written = {name: of_points[changes] for name, of_points in written.items()}
+    write_to(field, source, out, labels, kept, written)
     return compare(model, cloud, true, labelled.classes, category)._replace(labelled=labelled)
 
 
 def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
          report: Callable[[str], object] | None) -> None:  # fmt: skip
-    """Report how a cloud will be labelled; an error if it needs more memory than there is."""
-    chosen, notes = chosen_method(model, method, votes)
-    if chosen == "blocks":
+    """Report what blocks need; an error if it is more memory than there is."""
+    notes: list[str] = []
+    if chosen_method(model, method, votes)[0] == "blocks":
         plan, size = blocks.plan(model, cloud, np.arange(len(cloud.points))), model.block_size
         notes = [f"{plan.blocks:,} blocks of {size.side:g} with a halo of {size.halo:g}, up to {plan.points:,} points, "
                  f"which need some {plan.memory / 2**30:.2g} GiB"]  # fmt: skip

@@ -43,7 +43,7 @@ def read_and_label(source: Path) -> tuple[float, float]:
     heights = cloud.points[:, 2]
     labels = (heights > 1.0).astype(np.int32)
     io.write_labels(source, "labelled.ply", labels, kept=cloud.kept, into="above")
-    segmentation.write_labels(source, source.with_suffix(".laz"), [1, 2, 3])
+    segmentation.write_labels(source, source.with_suffix(".laz"), [1, 2, 3], extra={"confidence": [90, 80, 70]})
     if cloud.names is not None:
         print(", ".join(cloud.names))
     return float(heights.min()), cloud.rounding
