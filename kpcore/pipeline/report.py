@@ -276,7 +276,7 @@ def _numbers(run: _Run) -> list[tuple[str, str]]:
     settings, shown, out = run.settings, run.best or run.last, []
     if shown:
         main = "accuracy" if settings.classifies else "miou"
-        by = "" if run.log and run.log.tests else ", of the test data" if settings.data.test else ""
+        by = ", of the validation" if run.log and run.log.tests else ", of the test data" if settings.data.test else ""
         where = f"after epoch {shown.epoch} of {settings.training.epochs}{by}"
         words = "accuracy" if settings.classifies else f"mIoU{classes_in_mean(shown.scores)}"
         out.append((_number(shown.scores.get(main)), f"{words} {where}"))
