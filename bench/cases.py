@@ -200,6 +200,7 @@ TASKS = {
     "crowds": [{"cloud": cloud} for cloud in CROWDS],
     "grid_subsample": [{"order": order} for order in ORDERS],
     "farthest_point_sampling": [{}],
+    "features": [{"order": order} for order in ORDERS],
     "neighbor_reduce": [{"order": order} for order in ORDERS],
     "kpconv": [
         *({"order": order, "channels": channels} for channels in CHANNELS for order in ORDERS),
@@ -564,6 +565,32 @@ def farthest_point_sampling(bench):
     bench.label(order="random", size=f"{len(points):,}, {num:,} chosen")
     bench.rate("1 of 24", sample, len(points), "M points/s per core")
     bench.against("1 of 24", sample, peers.FPSAMPLE, {"points": points, "num": num}, check)
+
+
+def features(bench, order):
+    """Normals and covariance features of the 20 nearest points, and statistical outliers."""
+    points, k = arranged(np.load(bench.folder / "cloud.npy")[: bench.sizes["pyramid"]], order), 20
+    normals, shapes = partial(kp.normals, points, k=k), partial(kp.covariance_features, points, k=k)
+    outliers = partial(kp.outlier_mask, points, mean_k=k - 1, std_mul=1.0)
+    near = points[kp.knn_search(points, None, k).index.reshape(-1, k)].astype(np.float64)
+    near -= near.mean(1, keepdims=True)
+    values, vectors = np.linalg.eigh(np.einsum("nka,nkb->nab", near, near))
+    flat = values[:, 1] - values[:, 0] > 0.05 * values[:, 2]
+    expected = vectors[flat, :, 0]
+
+    def check(peer_result):
+        for result in (peer_result, bench.first(normals)):
+            assert (abs((result[flat] * expected).sum(1)) > 1 - 1e-4).mean() > 0.999, "normals differ"
+
+    check(bench.first(normals))
+    assert np.array_equal(bench.first(shapes).normals, bench.first(normals)), "normals differ"
+    bench.label(order=order, size=f"{len(points):,}, k = {k}")
+    bench.rate("normals", normals, len(points), "M points/s per core")
+    search = partial(kp.knn_search, points, None, k)
+    bench.compare("normals", normals, "their search", search)
+    bench.compare("covariance_features", shapes, "their search", search)
+    bench.compare("outlier_mask", outliers, "their search", search)
+    bench.against("normals", normals, peers.OPEN3D_NORMALS, {"points": points, "k": k}, check)
 
 
 def neighbor_reduce(bench, order):

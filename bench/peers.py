@@ -186,6 +186,25 @@ SMALL_GICP = Peer("small_gicp", imports("small_gicp"), gicp, lambda cloud: np.as
 OPEN3D_VOXEL = Peer("Open3D tensor", imports("open3d"), open3d_voxel, lambda cloud: cloud.point.positions.numpy())
 
 
+# Normals of the k nearest points: read() gives them as an array.
+
+
+def open3d_normals(points, k):
+    import open3d
+
+    positions = open3d.core.Tensor.from_numpy(points)
+
+    def run():
+        cloud = open3d.t.geometry.PointCloud(positions)
+        cloud.estimate_normals(max_nn=k)
+        return cloud
+
+    return run
+
+
+OPEN3D_NORMALS = Peer("Open3D tensor", imports("open3d"), open3d_normals, lambda cloud: cloud.point.normals.numpy())
+
+
 # The pyramid: read() gives the number of points of each level and of pairs of each list.
 
 

@@ -13,8 +13,9 @@ from kpcore.ops import OPS
 
 BEGIN, END = "<!-- operators:begin -->\n", "<!-- operators:end -->\n"
 # In the order in which a network uses them, from points to the loss, and what shows what it has learned.
-MODULES = ("search", "neighbors", "subsampling", "sampling", "pyramid", "dispositions", "kpconv", "deformation",
-           "continuous", "sparse", "kernel_map", "pooling", "deform2d", "layers", "receptive_field")  # fmt: skip
+MODULES = ("search", "neighbors", "subsampling", "sampling", "features", "pyramid", "dispositions", "kpconv",
+           "deformation", "continuous", "sparse", "kernel_map", "pooling", "deform2d", "layers",
+           "receptive_field")  # fmt: skip
 
 
 def table():

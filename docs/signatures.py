@@ -52,7 +52,7 @@ def text(file):
     imported, array, *argument_and_dtype = FRAMEWORKS[file]
     lines = ["from collections.abc import Collection, Iterable, Sequence", "from typing import Literal, overload", ""]
     lines += [*sorted([*imported, "from numpy.typing import DTypeLike"]), "", "import kpcore"]
-    lines.append("from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled")
+    lines.append("from kpcore import BatchNormed, CovarianceFeatures, KernelMap, Pyramid, Sampled, Subsampled")
     lines.append("from kpcore import Neighbors as Neighbors")
     framework = file.partition("/")[0]
     more = [f"from kpcore.{framework}.{module} import {name} as {name}"

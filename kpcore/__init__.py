@@ -39,6 +39,7 @@ from kpcore.continuous import *  # noqa: F403
 from kpcore.deform2d import *  # noqa: F403
 from kpcore.deformation import *  # noqa: F403
 from kpcore.dispositions import *  # noqa: F403
+from kpcore.features import *  # noqa: F403
 from kpcore.kernel_map import *  # noqa: F403
 from kpcore.kpconv import *  # noqa: F403
 from kpcore.layers import *  # noqa: F403
@@ -68,8 +69,9 @@ def __getattr__(name: str) -> ModuleType:
 # Modules whose `__all__` is exported here. They are looked up in sys.modules, since some names, such as kpconv, are
 # here those of functions.
 _EXPORTING = (
-    *("config", "continuous", "deform2d", "deformation", "dispositions", "kernel_map", "kpconv", "layers", "models"),
-    *("neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling", "terrain"),
+    *("config", "continuous", "deform2d", "deformation", "dispositions", "features", "kernel_map", "kpconv", "layers"),
+    *("models", "neighbors", "pooling", "pyramid", "receptive_field", "sampling", "search", "sparse", "subsampling"),
+    "terrain",
 )
 __all__ = ["autodiff"]
 for _module in _EXPORTING:

@@ -510,7 +510,7 @@ def parser() -> argparse.ArgumentParser:
     )
     segment.add_argument(
         "--unclassified", type=_fraction, metavar="P",
-        help="points whose label has a smaller probability than this get the label of unclassified points",
+        help="label points as unclassified if their class has a smaller probability than this",
     )  # fmt: skip
     segment.add_argument(
         "--ignore", type=_ignored, default=(), metavar="LABELS",

@@ -114,9 +114,11 @@ class Progress:
         """Show that `done` of the total is done; `note` is shown beside the bar, and in a line after `more`."""
         is_new, self.what, self.done = what not in (None, self.what), what or self.what, done
         if self._bar is not None:
-            self._bar.set_description_str(self.what, refresh=is_new)
+            self._bar.set_description_str(self.what, refresh=False)
             self._bar.set_postfix_str(f"  {note}" if note else "", refresh=False)
             self._bar.update(done - self._bar.n)
+            if is_new:
+                self._bar.refresh()
         elif not _printing.quiet and time.perf_counter() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.perf_counter()
             parts = [self.what, more, note, f"{100 * self.done / self.total:.0f} % done", self._left()]

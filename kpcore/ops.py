@@ -49,9 +49,9 @@ Saved = tuple[np.ndarray, ...]
 OPS: dict[str, Op] = {}
 # Public functions without gradients, which frameworks call but do not trace: the shapes of most results depend on
 # values.
-EAGER = ("batch_to_row_splits", "build_pyramid", "calibrate_neighbor_limits", "farthest_point_sampling", "kernel_map",
-         "kernel_points", "knn_graph", "knn_search", "lengths", "radius_search", "row_splits",
-         "row_splits_to_batch")  # fmt: skip
+EAGER = ("batch_to_row_splits", "build_pyramid", "calibrate_neighbor_limits", "covariance_features",
+         "farthest_point_sampling", "kernel_map", "kernel_points", "knn_graph", "knn_search", "lengths", "normals",
+         "outlier_mask", "radius_search", "row_splits", "row_splits_to_batch")  # fmt: skip
 # Their arguments that are iterables of arrays, of which only one is to be in memory at a time.
 ITERABLES = ("clouds",)
 

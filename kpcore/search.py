@@ -268,7 +268,7 @@ class KDTree:
     (100, 300)
     """
 
-    __slots__ = ("_cell", "_index", "_row_splits", "stored_points")
+    __slots__ = ("_cell", "_index", "stored_points", "stored_row_splits")
     _dimensions: ClassVar[Sequence[int]] = checks.DIMENSIONS
 
     def __init__(self, points: AnyArray, *, row_splits: AnyArray | None = None) -> None:
@@ -278,19 +278,19 @@ class KDTree:
     def _set_points(self, cloud, cell):
         """Copy the points of `cloud` and build the index: a grid of cells of this width, or a kd-tree for None."""
         cloud.points = cloud.points.copy()
-        self.stored_points, self._row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
+        self.stored_points, self.stored_row_splits, self._cell = cloud.points, cloud.points_row_splits.copy(), cell
         self._index = cloud.index(cell)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.stored_points)} points, {self.stored_points.shape[1]} dimensions)"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuilt, (type(self), self.stored_points, self._row_splits, self._cell)
+        return _rebuilt, (type(self), self.stored_points, self.stored_row_splits, self._cell)
 
     def _cloud(self, queries, queries_row_splits):
         """The indexed points and these queries, checked."""
-        splits = self._row_splits if queries is None or queries_row_splits is not None else None
-        if splits is None and len(self._row_splits) != 2:
+        splits = self.stored_row_splits if queries is None or queries_row_splits is not None else None
+        if splits is None and len(self.stored_row_splits) != 2:
             raise ValueError("queries_row_splits: expected an array, because the points are in batches, got None")
         return _Cloud(
             self.stored_points, splits, "row_splits", queries, queries_row_splits, self._dimensions, known=True
@@ -365,7 +365,7 @@ class GridIndex(KDTree):
     def knn_search(self, queries: AnyArray | None, k: int, **options: Unpack[_KnnOptions]) -> Neighbors:
         """As the function `knn_search`, with a kd-tree that the first call builds."""
         if self._tree is None:
-            self._tree = KDTree(self.stored_points, row_splits=self._row_splits)
+            self._tree = KDTree(self.stored_points, row_splits=self.stored_row_splits)
         return self._tree.knn_search(queries, k, **options)
 
     def _search_points_and(self, queries, queries_row_splits, radius, inclusive, max_neighbors):
@@ -376,7 +376,7 @@ class GridIndex(KDTree):
         cloud = self._cloud(queries, queries_row_splits)
         num_points = len(self.stored_points)
         cloud.queries = np.concatenate([self.stored_points, cloud.queries])
-        cloud.queries_row_splits = np.concatenate([self._row_splits, num_points + cloud.queries_row_splits[1:]])
+        cloud.queries_row_splits = np.concatenate([self.stored_row_splits, num_points + cloud.queries_row_splits[1:]])
         cloud.num_queries = len(cloud.queries)
         both = _radius_search(
             self._index, cloud, cloud.radius(radius)[0], inclusive, "l2", False, max_neighbors, "index", False, False

@@ -380,7 +380,7 @@ def test_options_are_passed_on(command, monkeypatch, model, tiles, tmp_path):
              "0.5", "--ignore", "7,withheld", "--scale", "2,1"]  # fmt: skip
     assert command("segment", model, tiles / "t1.npz", "--out", tmp_path / "out", *words)[0] == 0
     ((source, out, options),) = calls
-    options.pop("watch")
+    assert callable(options.pop("watch")) and options.pop("report") is console.say
     assert (source, out) == (tiles / "t1.npz", tmp_path / "out" / "t1.npz") and options == {
         "method": "potentials", "votes": 2, "category": None, "keep": (2,), "into": "new", "confidence": True,
         "unclassified": 0.5, "ignore": (7, "withheld"), "scale": (2.0, 1.0),
@@ -420,6 +420,18 @@ def test_scenes_of_patterns_keep_their_box_and_are_checked(tmp_path):
         training.Training(config, tmp_path / "run", tmp_path)
     config = from_dict(settings_dict(data={"train": ["*.npz"], "folds": "file"}))
     assert [*filenames.expand(config, tmp_path).by_fold()] == ["a.npz", "b.npz"]
+
+
+def test_a_pattern_that_stands_for_a_test_scene_too_is_warned_about(tiles, tmp_path):
+    def config(**data):
+        return from_dict(settings_dict(data=data))
+
+    message = r"\[data\] test: expected points that are not in train, got t1\.npz, so that their scores are too good"
+    with pytest.warns(kp.KpcoreWarning, match=message):
+        training.Training(config(train=["t*.npz"], test=["t1.npz"]), tmp_path, tiles)
+    box = {"file": "t1.npz", "min": [0.0]}
+    for train, test in ((["t[02].npz"], "t1.npz"), (["t1.npz"], "t1.npz"), ([{"file": "t*.npz", "max": [0.0]}], box)):
+        assert filenames.trained_and_tested(config(train=train, test=[test]), tiles) == []
 
 
 # ---- resuming, beginning with a model, memory

@@ -719,6 +719,46 @@ def test_farthest_points_that_keep_a_distance(dim, dtype):
     check(kp.farthest_point_sampling, points[:0], min_distance=1, row_splits=np.array([0, 0, 0]))
 
 
+@nasty
+def test_surfaces_of_nasty_clouds(name):
+    points, radius = clouds.nasty(name, 3, np.float32, num=40)
+    splits = np.array([0, len(points) // 3, len(points) // 3, len(points)])
+    check(kp.covariance_features, points, k=6, radius=radius, row_splits=splits)
+    check(kp.normals, points.astype(np.float64), k=5, viewpoint=points[::-1].astype(np.float64))
+
+
+def test_outliers():
+    points, radius = clouds.uniform(60)
+    splits = np.array([0, 20, 20, 60])
+    check(kp.outlier_mask, points, mean_k=5, std_mul=0.5, row_splits=splits)
+    check(kp.outlier_mask, points, radius=radius, min_points=15)
+    check(kp.outlier_mask, points[:1], mean_k=5, std_mul=0.5)
+
+
+def test_surfaces_in_blocks(monkeypatch):
+    monkeypatch.setattr("kpcore.features._PAIRS", 300)
+    monkeypatch.setattr("kpcore.features._LEAST_ROWS", 16)
+    points, radius = clouds.uniform(100)
+    batch = {"row_splits": np.array([0, 30, 30, 100])}
+    check(kp.normals, points, radius=radius, viewpoint=np.array([0, 0, 9], np.float32), **batch)
+    check(kp.outlier_mask, points, mean_k=7, std_mul=1.0, **batch)
+
+
+@emulated
+def test_how_often_surfaces_and_outliers_wait():
+    points, radius = clouds.uniform(100)
+    points = to_device(points)
+    for call, waits in (
+        (lambda: kp.normals(points), 1),
+        (lambda: kp.normals(points, radius=radius), 4),
+        (lambda: kp.outlier_mask(points, mean_k=5, std_mul=1.0), 6),
+        (lambda: kp.outlier_mask(points, radius=radius, min_points=4), 1),
+    ):
+        fake_cupy.counts.waits = 0
+        call()
+        assert fake_cupy.counts.waits == waits
+
+
 @pytest.mark.parametrize("limits", [None, (20, 9)])
 def test_a_pyramid_with_an_exclusive_radius(limits):
     points = np.stack(np.meshgrid(*[np.arange(5, dtype=np.float32)] * 3), -1).reshape(-1, 3)

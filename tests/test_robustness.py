@@ -55,6 +55,9 @@ def arguments_of(name):
             "labels": np.arange(4),
         },
         "farthest_point_sampling": {"points": points, "num": 2},
+        "normals": {"points": points},
+        "covariance_features": {"points": points, "radius": 0.5},
+        "outlier_mask": {"points": points, "mean_k": 2, "std_mul": 1.0},
         "build_pyramid": {
             "points": points,
             "voxel_size": 0.1,
@@ -144,6 +147,9 @@ OPS_WITH_GEOMETRY = [
     ("GridIndex", "points"),
     ("grid_subsample", "points"),
     ("farthest_point_sampling", "points"),
+    ("normals", "points"),
+    ("covariance_features", "points"),
+    ("outlier_mask", "points"),
     ("build_pyramid", "points"),
     ("kpconv", "points"),
     ("kpconv", "queries"),
@@ -691,7 +697,7 @@ def test_an_error_says_what_was_expected_and_what_came():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:9])
+@pytest.mark.parametrize(("op", "argument"), OPS_WITH_GEOMETRY[:12])
 def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, value):
     points = np.random.default_rng(0).uniform(size=(1000, 3)).astype(dtype)
     points[637, 1] = points[901, 2] = value
@@ -704,6 +710,9 @@ def test_a_coordinate_that_is_not_finite_names_its_row(op, argument, dtype, valu
         ("GridIndex", "points"): lambda: kp.GridIndex(points, 1.0),
         ("grid_subsample", "points"): lambda: kp.grid_subsample(points, 1.0),
         ("farthest_point_sampling", "points"): lambda: kp.farthest_point_sampling(points, 3),
+        ("normals", "points"): lambda: kp.normals(points, k=5, radius=1.0),
+        ("covariance_features", "points"): lambda: kp.covariance_features(points, radius=1.0),
+        ("outlier_mask", "points"): lambda: kp.outlier_mask(points, mean_k=3, std_mul=1.0),
         ("build_pyramid", "points"): lambda: kp.build_pyramid(points, voxel_size=0.1, num_levels=2, subsampled=True),
     }
     with pytest.raises(ValueError, match=rf"{argument}.*\b637\b"):
@@ -818,6 +827,8 @@ NUMBERS = {  # {function: {argument that is a number: valid value}}
     "GridIndex": {"cell": 0.5},
     "grid_subsample": {"voxel_size": 0.5, "origin": 0.5, "ignore_label": 1},
     "farthest_point_sampling": {"num": 2, "start": 0},
+    "normals": {"k": 3, "radius": 0.5},
+    "outlier_mask": {"mean_k": 2, "std_mul": 1.0},
     "build_pyramid": {"voxel_size": 0.1, "num_levels": 2, "conv_radius": 2.5, "deform_radius": 5.0},
     "neighbor_reduce": {"empty": 0.0},
     "segment_reduce": {"empty": 0.0},

@@ -1,5 +1,6 @@
 """Training on labelled scenes: batches, runs that go on, votes, labels in files, the commands."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -397,6 +398,63 @@ def test_scale_noise_flips_and_lost_colors():
             signs.add(np.sign(factor[1]))
             blank.add(not batch.features[begin:end, 1:4].any())
     assert signs == {-1, 1} and blank == {True, False}
+
+
+SURFACE = ["normals", "linearity", "planarity", "scattering", "verticality", "curvature"]
+
+
+@pytest.mark.parametrize("surface", [{}, {"neighbors": 9}, {"radius": 0.3}])
+def test_features_of_the_local_surface(surface):
+    """They are computed from all points of the cloud, before those of the part are chosen, and are not scaled."""
+    part = {"indoor": 0, "points": 4_000, "min": [1.0, -99.0, -99.0]}
+    config = from_dict(settings_dict(data={"train": [part], "features": ["one", *SURFACE], "surface": surface}))
+    loaded, columns = data.load(config, config.data.train, ".")
+    cloud = kp.scenes.indoor(4_000, 0)
+    points, options = cloud.points + cloud.shift, {"radius": 0.3} if "radius" in surface else {}
+    expected = kp.covariance_features(points, k=None if options else surface.get("neighbors", 20), **options)
+    rows = points[:, 0] >= 1
+    sub = kp.grid_subsample(cloud.points[rows], 0.2, features=np.column_stack(
+        [np.ones(len(points)), *(getattr(expected, name) for name in SURFACE)]
+    )[rows].astype(np.float32))  # fmt: skip
+    assert_same_bits(loaded[0].columns, sub.features)
+    assert 0 < rows.sum() < len(rows)
+    assert columns.center == {"color": 0.0} | dict.fromkeys(SURFACE, 0.0)
+    assert columns.scale == {"color": 255.0} | dict.fromkeys(SURFACE, 1.0)
+    assert data.columns_of(config, dataclasses.asdict(columns)) == columns
+    assert data.feature_reach(config) == pytest.approx(0.3 if options else 0.2 * surface.get("neighbors", 20) ** 0.5)
+
+
+@pytest.mark.parametrize("rotate", ["vertical", "all", "none", 20])
+def test_normals_are_turned_scaled_and_mirrored_with_the_points(rotate):
+    config = from_dict(settings_dict(
+        data={"features": ["linearity", "normals", "one"]},
+        training={"rotate": rotate, "noise": 0.0, "scale": [0.5, 2.0], "flip": [True, True, True]},
+    ))  # fmt: skip
+    made, loaded = batches_of(config, 0)
+    mirrored = set()
+    for batch in made:
+        for i, sphere in enumerate(batch.spheres):
+            begin, end = batch.pyramid[0].row_splits[i : i + 2]
+            was, now = loaded[0].points[sphere.rows] - sphere.center, batch.pyramid[0].points[begin:end]
+            matrix, *_ = np.linalg.lstsq(was.astype(np.float64), now.astype(np.float64), rcond=None)
+            before, after = loaded[0].columns[sphere.rows, 1:4], batch.features[begin:end, 1:4]
+            expected = before @ np.linalg.inv(matrix).T  # which a plane through the points has
+            length = np.linalg.norm(before, axis=1, keepdims=True)
+            expected *= length / np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(after, expected, atol=1e-4)
+            assert_same_bits(batch.features[begin:end, [0, 4]], loaded[0].columns[sphere.rows][:, [0, 4]])
+            mirrored.add(np.linalg.det(matrix) < 0)
+    assert mirrored == {True, False}
+
+
+def test_a_run_with_features_of_the_local_surface(tmp_path):
+    sections = settings_dict(data={"features": ["one", *SURFACE]}, training={"epochs": 1, "steps": 2})
+    run = training.Training(from_dict(sections), tmp_path, ".")
+    run.run()
+    model = training.Model.load(tmp_path / "best.safetensors")
+    assert model.columns == run.model.columns and model.settings.widths == {"one": 1} | dict.fromkeys(SURFACE, 1) | {
+        "normals": 3
+    }
 
 
 def test_turned_grids_are_turned_back():

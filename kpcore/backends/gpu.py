@@ -7,6 +7,7 @@ from kpcore.backends import (  # noqa: F401 - their launchers register themselve
     gpu_cell_conv,
     gpu_deform2d,
     gpu_deformation,
+    gpu_features,
     gpu_kernel_map,
     gpu_kpconv,
     gpu_layers,

@@ -6,7 +6,7 @@ from numpy import ndarray
 from numpy.typing import DTypeLike
 
 import kpcore
-from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, CovarianceFeatures, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.jax.sparse_arrays import to_bcoo as to_bcoo
 from kpcore.neighbors import Flow
@@ -182,6 +182,14 @@ def continuous_conv_transpose(
     importances: Array | ndarray | None = ...,
     neighbor_importances: Array | ndarray | None = ...,
 ) -> Array: ...
+def covariance_features(
+    points: Array | ndarray,
+    *,
+    k: int | None = ...,
+    radius: float | None = ...,
+    viewpoint: Array | ndarray | Sequence[float] | None = ...,
+    row_splits: Array | ndarray | None = ...,
+) -> CovarianceFeatures[Array]: ...
 def deformable_conv2d(
     x: Array | ndarray,
     weight: Array | ndarray,
@@ -373,6 +381,23 @@ def neighbor_reduce(
     weights: Array | ndarray | None = ...,
     empty: float = ...,
     pad_value: float | None = ...,
+) -> Array: ...
+def normals(
+    points: Array | ndarray,
+    *,
+    k: int | None = ...,
+    radius: float | None = ...,
+    viewpoint: Array | ndarray | Sequence[float] | None = ...,
+    row_splits: Array | ndarray | None = ...,
+) -> Array: ...
+def outlier_mask(
+    points: Array | ndarray,
+    *,
+    mean_k: int | None = ...,
+    std_mul: float | None = ...,
+    radius: float | None = ...,
+    min_points: int | None = ...,
+    row_splits: Array | ndarray | None = ...,
 ) -> Array: ...
 @overload
 def radius_search(

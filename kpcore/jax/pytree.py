@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kpcore.features import CovarianceFeatures
 from kpcore.jax.ffi import ONLY_ON_CPU
 from kpcore.kernel_map import KernelMap
 from kpcore.layers.normalization import BatchNormed
@@ -78,7 +79,7 @@ def _register_with_export():
         serialize_auxdata=lambda _: b"",
         deserialize_auxdata=lambda _: None,
     )
-    for record in Level, BatchNormed, Subsampled, Sampled, Result:
+    for record in Level, BatchNormed, CovarianceFeatures, Subsampled, Sampled, Result:
         export.register_namedtuple_serialization(record, serialized_name=f"kpcore.{record.__name__}")
 
 

@@ -236,24 +236,38 @@ def _random_rotation(dimension: int, kind: str, rng: np.random.Generator) -> np.
 def _augmented(points: np.ndarray, features: np.ndarray, training: Training, columns: Columns,
                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Points and features of a sphere, rotated, scaled, mirrored, with noise, and sometimes without colours."""
-    dimension = points.shape[1]
+    dimension, normals = points.shape[1], columns.span("normals")
+    rotation = None
     if training.rotate in ("vertical", "all"):
         kind = "vertical" if training.rotate == "vertical" else "full"
-        points = rotated(points, _random_rotation(dimension, kind, rng))
+        rotation = _random_rotation(dimension, kind, rng)
     elif training.rotate != "none":
         angle = np.deg2rad(rng.uniform(-training.rotate, training.rotate))
         rotation = np.eye(dimension)
         rotation[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        points = rotated(points, rotation.astype(np.float32))
+        rotation = rotation.astype(np.float32)
+    if rotation is not None:
+        points = rotated(points, rotation)
+        if normals:
+            features[:, normals] = rotated(features[:, normals], rotation)
     scale = rng.uniform(*training.scale, dimension)
     flips = rng.random(dimension) < 0.5
     scale[[axis for axis, flip in enumerate(training.flip) if flip and flips[axis]]] *= -1
     points = points * scale.astype(np.float32)
+    if normals:
+        features[:, normals] = _scaled_normals(features[:, normals], scale)
     points = points + rng.normal(0, training.noise, points.shape).astype(np.float32)
     color = columns.span("color")
     if color and rng.random() >= training.keep_color:
         features[:, color] = 0
     return points, features
+
+
+def _scaled_normals(normals: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The normals of a surface that is scaled along each axis, with their lengths: means over voxels are below 1."""
+    scaled = normals / scale
+    before, after = (np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (normals, scaled))
+    return scaled * (before / np.maximum(after, np.finfo(np.float32).tiny))
 
 
 class Prefetched(Generic[Job, Result]):

@@ -134,10 +134,7 @@ def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.Path
     """
     read_parts = {} if read_parts is None else read_parts
     _read_parts(settings, parts, folder, read_parts)
-    clouds = [read_parts[repr(part)] for part in parts]
-    if columns is None:
-        columns = _columns(settings, clouds)
-    scenes = [cloud_scene(settings, columns, *cloud) for cloud in clouds]
+    scenes, columns = _scenes(settings, [read_parts[repr(part)] for part in parts], columns)
     return [replace(scene, name=str(part)) for scene, part in zip(scenes, parts, strict=True)], columns
 
 
@@ -159,8 +156,7 @@ def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts
     train = filenames.single(train, folder)
     _read_parts(settings, train, folder, read_parts)
     split = [_split(*read_parts[repr(part)], validation) for part in train]
-    columns = columns or _columns(settings, [(cloud, rows) for cloud, rows, _ in split])
-    scenes = [cloud_scene(settings, columns, cloud, rows) for cloud, rows, _ in split]
+    scenes, columns = _scenes(settings, [(cloud, rows) for cloud, rows, _ in split], columns)
     aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
         if not any((scene.labels != IGNORED).any() for scene in of_scenes):
@@ -292,12 +288,31 @@ def computed_values(settings: Settings, points: np.ndarray, known: Collection[st
         values[HEIGHT] = kp.height_above_ground(
             points, cell=ground.cell, window=ground.window, slope=ground.slope
         ).astype(np.float32)
-    return values
+    return values | _surface_values(settings, points, known)
+
+
+def _surface_values(settings: Settings, points: np.ndarray, known: Collection[str]) -> dict[str, np.ndarray]:
+    """Values of the features of the local surface, but for those that are `known`; normals point upwards."""
+    names = [name for name in settings.data.features if name in SURFACE_FEATURES and name not in known]
+    if not names:
+        return {}
+    surface = settings.data.surface
+    neighborhood = {"radius": surface.radius} if surface.radius else {"k": surface.neighbors}
+    try:
+        features = kp.covariance_features(points, **neighborhood)
+    except ValueError as error:
+        raise SettingsError(f"[data] features: {names[0]} cannot be computed: {error}") from None
+    return {name: getattr(features, name).astype(np.float32) for name in names}
 
 
 def feature_reach(settings: Settings) -> float:
     """The distance up to which other points have an effect on the computed features of a point."""
-    return 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+    reach = 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+    if any(name in SURFACE_FEATURES for name in settings.data.features):
+        # Where a surface has one point in each voxel, its k nearest are within sqrt(k / pi) voxels; almost twice that.
+        surface = settings.data.surface
+        reach = max(reach, surface.radius or settings.network.voxel_size * math.sqrt(surface.neighbors))
+    return reach
 
 
 def coordinates(cloud: Cloud, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -311,12 +326,25 @@ def _all_values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str,
     return values | {name: column[rows] for name, column in computed.items()}
 
 
-def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> Columns:
-    """Columns whose centers and scales are computed from the clouds."""
+def _scenes(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]],
+            columns: Columns | None) -> tuple[list[Scene], Columns]:  # fmt: skip
+    """([Scene], Columns) of clouds and rows; without `columns` their centers and scales are computed from these."""
+    if columns:
+        return [cloud_scene(settings, columns, cloud, rows) for cloud, rows in clouds], columns
+    values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
+    columns = _columns(settings, values)
+    pairs = zip(clouds, values, strict=True)
+    return [cloud_scene(settings, columns, cloud, rows, of_scene) for (cloud, rows), of_scene in pairs], columns
+
+
+def _columns(settings: Settings, clouds_values: Sequence[dict[str, np.ndarray]]) -> Columns:
+    """Columns with the centers and scales of values of clouds."""
     center, scale = {"color": 0.0}, {"color": 255.0}
-    clouds_values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
     for name in clouds_values[0]:
         if name == "color":
+            continue
+        if name in SURFACE_FEATURES:  # from -1 to 1 already; a center would turn normals
+            center[name], scale[name] = 0.0, 1.0
             continue
         # Quantiles 0.05 and 0.95 become -1 and 1, not the extremes: intensities have outliers 100 times as large.
         values = np.concatenate([cloud_values[name] for cloud_values in clouds_values]).astype(np.float64)
@@ -325,11 +353,12 @@ def _columns(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]]) -> 
     return Columns(settings.widths, center, scale)
 
 
-def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray) -> Scene:
-    """A Scene with some points of a cloud, labelled or not."""
+def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray,
+                values: dict[str, np.ndarray] | None = None) -> Scene:  # fmt: skip
+    """A Scene with some points of a cloud, labelled or not; with the values of its features if they are known."""
     full = cloud.points[rows]
     labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = columns.clipped(full, _all_values(settings, cloud, rows))
+    features = columns.clipped(full, values or _all_values(settings, cloud, rows))
     sub = subsampled(settings, full, features=features, labels=labels,
                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpcore.files import expanded
-from kpcore.pipeline.settings import Part, SettingsError, from_dict
+from kpcore.pipeline.settings import Part, SettingsError, from_dict, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,3 +85,10 @@ def listed(settings: Settings, folder: str | os.PathLike[str]) -> dict[str, list
     """The scenes of the settings by the name of their list, with those of folders and patterns as they are now."""
     data = expand(settings, folder).data
     return {name: [str(one) for one in parts] for name in LISTS if isinstance(parts := getattr(data, name, None), list)}
+
+
+def trained_and_tested(settings: Settings, folder: str | os.PathLike[str]) -> list[str]:
+    """Scenes for tests that a folder or a pattern in `train` stands for too: their scores say nothing."""
+    patterns = [part for part in settings.data.train if single([part], folder) != [part]]
+    tests, scenes = (single(parts, folder) for parts in (settings.data.test, patterns))
+    return [str(test) for test in tests if isinstance(test, Part) and any(overlap(test, one) for one in scenes)]

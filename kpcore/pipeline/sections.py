@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LENGTHS = (1e-9, 1e9)  # in the unit of the points; squares of these, and of 2**15 times as much, fit float32
-# Of the local surface around a point, see `kpcore.estimate_normals` and `kpcore.covariance_features`.
+# Of the local surface around a point, see `kpcore.normals` and `kpcore.covariance_features`.
 SURFACE_FEATURES = ("normals", "linearity", "planarity", "scattering", "verticality", "curvature")
 COMPUTED_FEATURES = ("one", "color", "height", "local", "value", "height_above_ground", *SURFACE_FEATURES)
 FLAGS = ("withheld", "overlap", "synthetic", "key_point")  # of points of LAS files, for `ignore`

@@ -286,7 +286,7 @@ def _check_reading(data: Data) -> None:
                 raise SettingsError(f"[data] {name}: only valid for scenes, got {data.kind}")
     elif isinstance(data.validation, list):
         for number, part in enumerate(data.validation):
-            if any(_overlap(part, another) for another in data.train):
+            if any(overlap(part, another) for another in data.train):
                 raise SettingsError(f"[data] validation[{number}]: expected points that are not in train, got {part}")
     elif data.folds is not None:
         raise SettingsError("[data] validation: not allowed together with folds")
@@ -323,7 +323,7 @@ def _parts_by_fold(data: Data) -> dict[str, list[Source]]:
         if (other := keys.setdefault(name.casefold(), key)) != key:
             raise SettingsError(f"{where} {data.folds}: the folders of the folds {other} and {key} have the same name")
         for fold, parts in folds.items():
-            if fold != name and any(_overlap(part, another) for another in parts):
+            if fold != name and any(overlap(part, another) for another in parts):
                 raise SettingsError(f"{where}: expected points that are in one fold only, got {part}, also in {fold}")
         folds.setdefault(name, []).append(part)
     if len(folds) == 1:
@@ -340,7 +340,7 @@ def _area(part: Part, where: str) -> str:
     return path.parts[0]
 
 
-def _overlap(part: Part, other: Part) -> bool:
+def overlap(part: Part, other: Part) -> bool:
     """Whether two scenes can have points in common: the same file or indoor seed, and boxes that overlap."""
     return str(part) == str(other) and all(
         low < high

@@ -115,6 +115,9 @@ class Training:
         self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
         parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
         self.classes = class_table(settings, parts)
+        if tested := filenames.trained_and_tested(settings, folder):
+            warnings.warn(f"[data] test: expected points that are not in train, got {list_names(tested)}, so that "
+                          "their scores are too good", KpcoreWarning, stacklevel=2)  # fmt: skip
         for message in check_classes(settings, parts, self.classes):
             warnings.warn(message, KpcoreWarning, stacklevel=2)
         say(sizes)

@@ -5,7 +5,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor, dtype
 
 import kpcore
-from kpcore import BatchNormed, KernelMap, Pyramid, Sampled, Subsampled
+from kpcore import BatchNormed, CovarianceFeatures, KernelMap, Pyramid, Sampled, Subsampled
 from kpcore import Neighbors as Neighbors
 from kpcore.neighbors import Flow
 from kpcore.search import IgnoreQueryPoint, Metric, Sort
@@ -206,6 +206,14 @@ def continuous_conv_transpose(
     importances: Tensor | None = ...,
     neighbor_importances: Tensor | None = ...,
 ) -> Tensor: ...
+def covariance_features(
+    points: Tensor,
+    *,
+    k: int | None = ...,
+    radius: float | None = ...,
+    viewpoint: Tensor | Sequence[float] | None = ...,
+    row_splits: Tensor | None = ...,
+) -> CovarianceFeatures[Tensor]: ...
 def deformable_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -397,6 +405,23 @@ def neighbor_reduce(
     weights: Tensor | None = ...,
     empty: float = ...,
     pad_value: float | None = ...,
+) -> Tensor: ...
+def normals(
+    points: Tensor,
+    *,
+    k: int | None = ...,
+    radius: float | None = ...,
+    viewpoint: Tensor | Sequence[float] | None = ...,
+    row_splits: Tensor | None = ...,
+) -> Tensor: ...
+def outlier_mask(
+    points: Tensor,
+    *,
+    mean_k: int | None = ...,
+    std_mul: float | None = ...,
+    radius: float | None = ...,
+    min_points: int | None = ...,
+    row_splits: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def radius_search(

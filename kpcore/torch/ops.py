@@ -21,6 +21,7 @@ import torch
 
 from kpcore import config, ops
 from kpcore.backends import checks, cpu, devices
+from kpcore.features import CovarianceFeatures
 from kpcore.layers import BatchNormed
 from kpcore.neighbors import Neighbors, list_for_one_call, padded_list, unchecked_list
 from kpcore.ops import Out, Shaped
@@ -658,5 +659,5 @@ internals.register_pytree_node(
     serialized_type_name="kpcore.Pyramid",
     flatten_with_keys_fn=lambda levels: ([(internals.SequenceKey(i), level) for i, level in enumerate(levels)], None),
 )
-for _record in (BatchNormed, Level, Sampled, Subsampled):
+for _record in (BatchNormed, CovarianceFeatures, Level, Sampled, Subsampled):
     internals.register_namedtuple(_record, serialized_type_name=f"kpcore.{_record.__name__}")

@@ -182,6 +182,17 @@ struct Subsampled {
   F(Sampling, method)               \
   F(Array, index)
 
+// Of the neighbors of each query the normal of the plane through them, and the eigenvalues of their covariance, the
+// largest first, both (M, 3). viewpoints: (M, 3), or (1, 3) for all, towards which normals point.
+#define KP_FIELDS_FitPlanes(F) \
+  F(Array, points)             \
+  F(Array, queries)            \
+  F(Array, index)              \
+  F(Array, row_splits)         \
+  F(OptionalArray, viewpoints) \
+  F(OptionalArray, normals)    \
+  F(OptionalArray, eigenvalues)
+
 // weights: (E,), one for each pair. forward_row_splits: set only in the backward pass of a mean: grad_out of query j is
 // divided by j's number of neighbors, read from forward_row_splits. For max and min: lists shorter than `width` are
 // padded with pad_value, and `choice` receives the row that was chosen, -1 for padding.
@@ -595,6 +606,7 @@ struct Subsampled {
   X(unpad, Unpad)                                     \
   X(grid_subsample_grad, GridSubsampleGrad)           \
   X(farthest_points, FarthestPoints)                  \
+  X(fit_planes, FitPlanes)                            \
   X(neighbor_reduce, NeighborReduce)                  \
   X(neighbor_reduce_grad_weights, NeighborReduce)     \
   X(segment_reduce, SegmentReduce)                    \
@@ -657,6 +669,7 @@ struct Subsampled {
   X(Unpad)                  \
   X(GridSubsampleGrad)      \
   X(FarthestPoints)         \
+  X(FitPlanes)              \
   X(NeighborReduce)         \
   X(SegmentReduce)          \
   X(Unpool)                 \
