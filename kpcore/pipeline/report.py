@@ -49,7 +49,7 @@ REPORT = "report.html"
 FEW_POINTS, FEW_SHARE = 100, 0.001  # a class with less is marked
 _MOST_PICTURES, _PANEL = 4, 640  # scenes with a picture, and the width of its panels in pixels
 _MOST_OBJECTS = 200  # that are classified, of which 20 are drawn
-_MOST_COUNTED = 16  # classes of a confusion matrix whose cells show numbers besides shares
+_MOST_COUNTED = 16  # classes of a confusion matrix with numbers besides shares in its cells
 _MISSING = '<p class="missing">not recorded by this version</p>'
 _SPLITS = ("train", "validation", "test")
 
