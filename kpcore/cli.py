@@ -351,6 +351,9 @@ def parser() -> argparse.ArgumentParser:
             help="exit with 4 if a warning says that the result may not be trusted; it is written nevertheless",
         )  # fmt: skip
 
+    def with_theme(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--theme", choices=("dark", "light"), default="dark", help="of pictures (default: dark)")
+
     trained = {"type": _path, "metavar": "MODEL", "help": "a best.safetensors that kpcore train wrote"}
     demo = command(
         "demo", _demo, "train a network and label a scene with it; or subsample, search and convolve a scan",
@@ -373,6 +376,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=_path, default=Path(), metavar="DIR", help="folder for the picture (default: the current one)"
     )
+    with_theme(demo)
 
     init = command(
         "init", _init, "write settings for a training, from what labelled files hold",
@@ -444,6 +448,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=_path, metavar="DIR",
         help="folder for the confusion matrix as CSV and picture, and for a picture of objects with a wrong class",
     )  # fmt: skip
+    with_theme(test)
     strict(test)
 
     predict = command(
@@ -518,6 +523,7 @@ def parser() -> argparse.ArgumentParser:
         "in metres; 0.3048,1 if only x and y are in feet; auto for the units that the file names",
     )  # fmt: skip
     segment.add_argument("--picture", type=_path, metavar="PNG", help="picture of the labels of one scan")
+    with_theme(segment)
     strict(segment)
 
     erf = command(
@@ -536,6 +542,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the features of the encoder on this level; 0 is the finest (default: of the logit of the class)",
     )  # fmt: skip
     erf.add_argument("--out", type=_path, default=Path(), metavar="DIR", help="folder for the pictures")
+    with_theme(erf)
 
     features = command(
         "features", _features, "draw the inputs that maximise features of a trained network", "",
@@ -558,6 +565,19 @@ def parser() -> argparse.ArgumentParser:
         help="channels of the features (default: the four most selective)",
     )  # fmt: skip
     features.add_argument("--out", type=_path, default=Path(), metavar="DIR", help="folder for the picture")
+    with_theme(features)
+
+    report = command(
+        "report", _report, "write one HTML page about a training: scores, curves, data, settings, times",
+        "The page loads nothing, can be mailed and printed, and is dark or light as its reader's system is.",
+        "kpcore report runs/scans\nkpcore report runs/scans --data scans --out report.html",
+    )  # fmt: skip
+    report.add_argument("folder", type=_path, metavar="RUN", help="the folder that kpcore train wrote")
+    report.add_argument("--out", type=_path, metavar="HTML", help="the page (default: report.html in that folder)")
+    report.add_argument(
+        "--data", type=_path, metavar="DIR",
+        help="folder of the data files, for pictures of test scenes and their features beside those of the training",
+    )  # fmt: skip
 
     convert = command(
         "convert", _convert, "convert a checkpoint of published PyTorch code",
@@ -614,10 +634,10 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     if args.file and args.objects:
         raise Refused(f"--objects: only valid without FILE, got {args.file}")
     if args.file:
-        return demo.scan(args.file, args.out, **demo.SCAN | options)
+        return demo.scan(args.file, args.out, **demo.SCAN | options, theme=args.theme)
     if options:
         raise Refused(f"--{', --'.join(options)}: only valid together with FILE")
-    return (demo.objects if args.objects else demo.train)(args.out)
+    return (demo.objects if args.objects else demo.train)(args.out, args.theme)
 
 
 def _init(args: argparse.Namespace) -> dict[str, Any]:
@@ -689,7 +709,8 @@ def _check_runs(out: Path, runs: Sequence[Path], resume: bool) -> None:
 def _train_folds(args: argparse.Namespace, settings: dict[str, Settings], chosen: Sequence[str]) -> dict[str, Any]:
     """Train the chosen folds, each in a folder below --out; print the table when all folds are complete."""
     from kpcore.pipeline import folds
-    from kpcore.pipeline.training import CURVES, LAST
+    from kpcore.pipeline.curves import CURVES
+    from kpcore.pipeline.training import LAST
 
     def confusions() -> dict[str, np.ndarray]:
         last = {name: folds.last_confusion(args.out / name, fold, args.seed) for name, fold in settings.items()}
@@ -818,9 +839,9 @@ def _test(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{'category':>16} {'objects':>8} {'mIoU':>8}")
         for (name, value), number in zip(scores["iou"].items(), objects, strict=True):
             print(f"{name:>16} {number:>8,} {'-' if value is None else f'{value:.4f}':>8}")
-    _show_confusion(args.out, scored, settings.names, confusion)
+    _show_confusion(args, scored, settings.names, confusion)
     if args.out and classifies and len(classified.errors):
-        classification.draw_errors(args.out / "errors.png", model, classified)
+        classification.draw_errors(args.out / "errors.png", model, classified, args.theme)
         say(f"picture: {args.out / 'errors.png'}")
     return {"classes": settings.names, "scores": scores, "confusion": confusion}
 
@@ -851,11 +872,12 @@ def _confusion_lines(names: Sequence[str], confusion: np.ndarray) -> list[str]:
     ]
 
 
-def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
+def _show_confusion(args: argparse.Namespace, scored: str, names: Sequence[str], confusion: np.ndarray) -> None:
     """Print a confusion matrix; write it to the folder --out, if any, as CSV and as picture."""
     from kpcore import picture
     from kpcore.pipeline import classification
 
+    out: Path | None = args.out
     print(*_confusion_lines(names, confusion), sep="\n")
     if not out:
         return
@@ -863,7 +885,7 @@ def _show_confusion(out: Path | None, scored: str, names: Sequence[str], confusi
     say(f"table: {out / CONFUSION}")
     with replacing(out / "confusion.png") as part:
         subtitle = f"{scored.partition(' | ')[0]}; rows: true class"
-        picture.draw_confusion(part, "Confusion", subtitle, names, confusion)
+        picture.draw_confusion(part, "Confusion", subtitle, names, confusion, theme=args.theme)
     say(f"picture: {out / 'confusion.png'}")
 
 
@@ -891,7 +913,7 @@ def _test_folds(args: argparse.Namespace) -> dict[str, Any]:
     total = folds.total_confusion(confusions)
     scored = _scores(f"{total.sum():,} labelled", voting.scores(total, names), classifies=False)
     print(*folds.table(names, confusions), sep="\n")
-    _show_confusion(args.out, scored, names, total)
+    _show_confusion(args, scored, names, total)
     return _scores_of_folds(names, confusions)
 
 
@@ -937,7 +959,7 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
         _show_one(one, model, is_alone=True)
         if args.picture:
             with replacing(args.picture) as part:
-                segmentation.draw(part, args.files[0].name, segmented, model.settings.names)
+                segmentation.draw(part, args.files[0].name, segmented, model.settings, theme=args.theme)
             say(f"picture: {args.picture}")
         return {"files": [one], "classes": model.settings.names}
     make_folder(args.out)
@@ -1100,7 +1122,7 @@ def _erf(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{place} {name:>12} {field.size:>8.1f} {field.radius:>8.3f} {deviations}")
     print("voxels: root of the number above 4.55 % of the largest value; radius: with 95 % of the mass")
     subtitle = f"effective receptive fields, {'logits' if args.level is None else f'level {args.level}'}, {args.model}"
-    paths = [*inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields)]
+    paths = [*inspection.draw_fields(pictures, args.file.name, subtitle, model, scene, fields, args.theme)]
     say(*(f"picture: {path}" for path in paths))
     return {"pictures": paths, "fields": [
         {
@@ -1129,12 +1151,21 @@ def _features(args: argparse.Namespace) -> dict[str, Any]:
         for one in inputs:
             print(f"level {level}, channel {channel:>4}: {one.activation.max():>9.3f} in {one.name}")
     with replacing(picture) as part:
-        inspection.draw_features(part, f"Features of {args.model}", model, chosen)
+        inspection.draw_features(part, f"Features of {args.model}", model, chosen, args.theme)
     say(f"picture: {picture}")
     return {"picture": picture, "features": [
         {"level": level, "channel": channel, "inputs": {one.name: one.activation.max() for one in inputs}}
         for (level, channel), inputs in chosen.items()
     ]}  # fmt: skip
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from kpcore.pipeline import report
+
+    require("matplotlib", "plot")
+    path = report.write(args.folder, args.out, data=args.data)
+    say(f"report: {path}")
+    return {"report": path}
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:

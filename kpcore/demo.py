@@ -63,8 +63,8 @@ UNSEEN_OBJECTS = Objects(shapes=100_000, number=20, points=2000)
 OBJECT_VOTES = 5
 
 
-def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None
-         ) -> dict[str, Any]:  # fmt: skip
+def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, columns: Sequence[str] | None = None,
+         theme: str = "dark") -> dict[str, Any]:  # fmt: skip
     """Run the operators on a file, level by level: print a table and write a picture.
 
     `columns` are names for the columns of a table that has none. Returns what --json prints.
@@ -107,7 +107,7 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
             for number, level in enumerate(finished)
         ]
         with replacing(path) as part:
-            picture.draw(part, name, summary, cloud, panels, _patch(finished[0]))
+            picture.draw(part, name, summary, cloud, panels, _patch(finished[0]), theme=theme)
         bar.step()
     _table(finished, channels)
     say(f"picture: {path}")
@@ -121,7 +121,7 @@ def scan(file: Path, out: Path, voxel: float, levels: int, channels: int, column
     ]}  # fmt: skip
 
 
-def train(out: Path) -> dict[str, Any]:
+def train(out: Path, theme: str = "dark") -> dict[str, Any]:
     """Train a small KP-FCNN on embedded scenes for some two minutes, then label a scene that it has not seen."""
     path, settings, model, (scene,) = _trained(out, "kpcore-indoor.png", TRAINING, UNSEEN, "KP-FCNN", "furnished flats")
     from kpcore.pipeline import labelling, segmentation
@@ -143,12 +143,12 @@ def train(out: Path) -> dict[str, Any]:
     mean = f"{segmented.scores['miou']:>7.3f}{classes_in_mean(segmented.scores)}"
     say(f"{'mean':>10} {mean}   accuracy {segmented.scores['accuracy']:.3f}")
     with replacing(path) as part:
-        segmentation.draw(part, "A flat that the network has not seen", segmented, settings.names)
+        segmentation.draw(part, "A flat that the network has not seen", segmented, settings, theme=theme, unit="m")
     say(f"picture: {path}")
     return {"picture": path, "scores": segmented.scores}
 
 
-def objects(out: Path) -> dict[str, Any]:
+def objects(out: Path, theme: str = "dark") -> dict[str, Any]:
     """Train a small KP-CNN on generated objects for some two minutes, then classify objects that it has not seen."""
     path, settings, model, unseen = _trained(
         out, "kpcore-objects.png", OBJECTS, UNSEEN_OBJECTS, "KP-CNN", "generated objects"
@@ -166,7 +166,7 @@ def objects(out: Path) -> dict[str, Any]:
     for name, value in scores["class_accuracy"].items():
         say(f"{name:>10} {value:>9.3f}")
     say(f"{'all':>10} {scores['accuracy']:>9.3f}")
-    classification.draw_examples(path, "Objects that the network has not seen", model, classified)
+    classification.draw_examples(path, "Objects that the network has not seen", model, classified, theme)
     say(f"picture: {path}")
     return {"picture": path, "scores": scores}
 

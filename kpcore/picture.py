@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,48 @@ if TYPE_CHECKING:
 
     from kpcore.io import Cloud
 
-BACKGROUND, TEXT, PALE_TEXT = "#0f1319", "#e9ecf0", "#8d98a7"
 MARK = (60, 220, 90)
 DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
 MAIN_SIZE = (1560, 860)  # of the cloud
 NEIGHBORHOOD_SIZE = 720
 LEVEL_HEIGHT, LEVELS_PER_ROW = 300, 5
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a page as "#rrggbb".
+
+    background, text, pale : of the page, of its text, and of text that matters less
+    same, differs, unlabeled : of points where labels agree with predicted classes, where not, and that have no label
+    empty, full : of the cells of a confusion matrix with none and all points of a row
+    """
+
+    background: str
+    text: str
+    pale: str
+    same: str
+    differs: str
+    unlabeled: str
+    empty: str
+    full: str
+
+
+THEMES = {
+    "dark": Theme("#0f1319", "#e9ecf0", "#8d98a7", "#68727e", "#ff4b4b", "#3a424d", "#181e27", "#5aa9ff"),
+    "light": Theme("#ffffff", "#14181f", "#5b6675", "#b4bcc6", "#d3122a", "#dde2e8", "#eef2f7", "#1759a6"),
+}
+
+
+def theme_named(name: str) -> Theme:
+    """The theme dark or light; an error for another name."""
+    if name not in THEMES:
+        raise ValueError(f"theme: expected {' or '.join(THEMES)}, got {name!r}")
+    return THEMES[name]
+
+
+def rgb(color: str) -> np.ndarray:
+    """(3,) uint8 of a colour "#rrggbb"."""
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +82,8 @@ class Patch:
 
 
 def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
-         levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch) -> None:  # fmt: skip
+         levels: Sequence[tuple[np.ndarray, np.ndarray | None, float, str, str]], patch: Patch, *,
+         theme: str = "dark", unit: str | None = None) -> None:  # fmt: skip
     """Write the picture of `kpcore demo FILE`: the cloud, one neighbourhood beside it, the levels below.
 
     levels : (points, colors or None, voxel, name, numbers as text) of each, the finest first.
@@ -54,105 +92,240 @@ def draw(path: Path, title: str, subtitle: str, cloud: Cloud,
     across = min(len(levels), LEVELS_PER_ROW)
     rows = -(-len(levels) // across)
     width = 2 * MARGIN + MAIN_SIZE[0] + GAP + NEIGHBORHOOD_SIZE
-    height = TOP + MAIN_SIZE[1] + rows * (LEVEL_HEIGHT + 100) + 40
-    page = Page(width, height, title, subtitle)
+    height = TOP + MAIN_SIZE[1] + 40 + rows * (LEVEL_HEIGHT + 100) + 40
+    page = Page(width, height, title, subtitle, theme)
     radius = min(0.5 * levels[0][2], 3 * view.pixel(*MAIN_SIZE)) or 0.5 * levels[0][2]
-    page.show(view.render(cloud.points, cloud.colors, radius, *MAIN_SIZE), MARGIN, TOP, *MAIN_SIZE)
+    page.show(view.render(cloud.points, cloud.colors, radius, *MAIN_SIZE, theme=theme), MARGIN, TOP, *MAIN_SIZE)
+    draw_scale(page, view, radius, MAIN_SIZE, MARGIN, TOP + MAIN_SIZE[1] + 30, unit or unit_of(cloud))
+    if on_map(cloud):
+        draw_north(page, view, MARGIN + MAIN_SIZE[0] - 40, TOP + MAIN_SIZE[1] + 20)
 
-    left = MARGIN + MAIN_SIZE[0] + GAP
+    left, pale = MARGIN + MAIN_SIZE[0] + GAP, page.theme.pale
     page.text(left, 66, "One neighbourhood of level 0", 13, weight="bold")
-    page.text(left, 104, patch.caption, 10, PALE_TEXT)
-    draw_neighborhood(page.panel(left, TOP, NEIGHBORHOOD_SIZE, NEIGHBORHOOD_SIZE), patch, view.axes)
-    page.show(heat(np.linspace(0, 1, 256))[None], left + 60, TOP + NEIGHBORHOOD_SIZE + 24, NEIGHBORHOOD_SIZE - 120, 14)
+    page.text(left, 104, patch.caption, 10, pale)
+    draw_neighborhood(page.panel(left, TOP, NEIGHBORHOOD_SIZE, NEIGHBORHOOD_SIZE), patch, view.axes, theme=theme)
+    scale = heat(np.linspace(0, 1, 256), theme)[None]
+    page.show(scale, left + 60, TOP + NEIGHBORHOOD_SIZE + 24, NEIGHBORHOOD_SIZE - 120, 14)
     for x, words in (
         (60, "0"),
         (NEIGHBORHOOD_SIZE / 2, "influence = max(0, 1 − distance / extent)"),
         (NEIGHBORHOOD_SIZE - 60, "1"),
     ):
-        page.text(left + x, TOP + NEIGHBORHOOD_SIZE + 70, words, 10, PALE_TEXT, ha="center")
+        page.text(left + x, TOP + NEIGHBORHOOD_SIZE + 70, words, 10, pale, ha="center")
     page.text(
         left + NEIGHBORHOOD_SIZE / 2,
         TOP + NEIGHBORHOOD_SIZE + 106,
-        "white: kernel points, larger where influence adds up",
+        f"{'white' if theme == 'dark' else 'black'}: kernel points, larger where influence adds up",
         10,
-        PALE_TEXT,
+        pale,
         ha="center",
     )
 
     w = (width - 2 * MARGIN - (LEVELS_PER_ROW - 1) * GAP) // LEVELS_PER_ROW
     for i, (points, colors, voxel, name, numbers) in enumerate(levels):
-        x, y = MARGIN + i % across * (w + GAP), TOP + MAIN_SIZE[1] + 40 + i // across * (LEVEL_HEIGHT + 100)
-        page.show(view.render(points, colors, 0.5 * voxel, w, LEVEL_HEIGHT), x, y, w, LEVEL_HEIGHT)
+        x, y = MARGIN + i % across * (w + GAP), TOP + MAIN_SIZE[1] + 80 + i // across * (LEVEL_HEIGHT + 100)
+        page.show(view.render(points, colors, 0.5 * voxel, w, LEVEL_HEIGHT, theme=theme), x, y, w, LEVEL_HEIGHT)
         page.text(x + w / 2, y + LEVEL_HEIGHT + 26, name, 10.5, weight="bold", ha="center")
-        page.text(x + w / 2, y + LEVEL_HEIGHT + 50, numbers, 9.5, PALE_TEXT, ha="center")
+        page.text(x + w / 2, y + LEVEL_HEIGHT + 50, numbers, 9.5, pale, ha="center")
     page.write(path)
 
 
-def class_colors(number: int) -> np.ndarray:
-    """(number, 3) uint8 colours that are easy to tell apart."""
-    colormaps = require("matplotlib", "plot").colormaps
-    order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
-    return np.array([colormaps["tab20"](order[i % 20], bytes=True)[:3] for i in range(number)], np.uint8)
+def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud: Cloud,
+                 panels: Sequence[tuple[str, np.ndarray]], legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], *,
+                 theme: str = "dark", unit: str | None = None, width: int | None = None) -> None:  # fmt: skip
+    """Write a picture of a cloud in several colourings, with a scale bar, and an arrow to the north for maps.
 
-
-def draw_classes(path: Path, title: str, subtitle: str, cloud: Cloud, panels: Sequence[tuple[str, np.ndarray]],
-                 legend: Sequence[tuple[str, np.ndarray]]) -> None:  # fmt: skip
-    """Write a picture of a cloud in several colourings.
-
-    panels : (name, (N, 3) uint8 colours) of each; legend : (name, colour) of each class.
+    Parameters
+    ----------
+    path : str or Path
+    title, subtitle : str
+    cloud : Cloud
+        The north is drawn for one that `on_map` says is on a map.
+    panels : sequence of (name, (N, 3) uint8 colours)
+    legend : sequence of groups, each a sequence of (name, number as text, colour)
+        A group begins a line.
+    theme : "dark" or "light"
+    unit : str, optional
+        Of coordinates, see `length_words`; by default that which the file of the cloud states.
+    width : int, optional
+        Of a panel in pixels.
     """
-    view, w = View(cloud.points, np.array(cloud.up, float)), 1100
+    view, w = View(cloud.points, np.array(cloud.up, float)), width or (1300 if len(panels) == 1 else 800)
     across_box, up_box = (view.box[1] - view.box[0])[:2]
-    h = int(np.clip(w * up_box / (across_box or 1), 300, 1100))
+    h = int(np.clip(w * up_box / (across_box or 1), 0.3 * w, w))
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
-    across = max(1, (width - 2 * MARGIN) // 220)
-    height = TOP + h + 70 + 36 * -(-len(legend) // across) + 30
-    page = Page(width, height, title, subtitle)
-    radius = 3 * view.pixel(w, h) or 1.0  # of a single point
+    column = 26 + max(_text_width(f"{name}  {number}", _LEGEND_SIZE) for group in legend for name, number, _ in group)
+    column = min(column + 30, width - 2 * MARGIN)
+    across = max(1, (width - 2 * MARGIN) // column)
+    rows = [-(-len(group) // across) for group in legend]
+    if np.isfinite(view.max_height):
+        subtitle += " · ceiling and near walls are cut away"
+    page = Page(width, TOP + h + 160 + _LEGEND_LINE * sum(rows) + 20 * (len(rows) - 1) + 30, title, subtitle, theme)
+    radius = drawn_radius(view, cloud.points, w, h)
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
-        page.show(view.render(cloud.points, colors, radius, w, h), x, TOP, w, h)
-        page.text(x + w / 2, TOP + h + 34, name, 11, weight="bold", ha="center")
-    for i, (name, color) in enumerate(legend):
-        x, y = MARGIN + i % across * 220, TOP + h + 80 + 36 * (i // across)
-        page.text(x, y, "●", 12, tuple(color / 255))
-        page.text(x + 26, y, shortened(name, 190, 10), 10, PALE_TEXT)
+        page.show(view.render(cloud.points, colors, radius, w, h, theme=theme), x, TOP, w, h)
+        page.text(x + w / 2, TOP + h + 40, name, 12, weight="bold", ha="center")
+    draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 90, unit or unit_of(cloud))
+    if on_map(cloud):
+        draw_north(page, view, width - MARGIN - 50, TOP + h + 66)
+    y = TOP + h + 160
+    for group, lines in zip(legend, rows, strict=True):
+        for i, (name, number, color) in enumerate(group):
+            x, below = MARGIN + i % across * column, y + _LEGEND_LINE * (i // across)
+            page.swatch(x, below, color)
+            name = shortened(name, column - 26 - _text_width(f"  {number}", _LEGEND_SIZE), _LEGEND_SIZE)
+            page.text(x + 30, below, name, _LEGEND_SIZE)
+            page.text(x + 30 + _text_width(f"{name}  ", _LEGEND_SIZE), below, number, _LEGEND_SIZE, page.theme.pale)
+        y += _LEGEND_LINE * lines + 20
     page.write(path)
 
 
-def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], confusion: np.ndarray) -> None:
-    """Write a picture of a confusion matrix: a row for each true class, shaded by its fraction of the row."""
-    cell, left = 56, 220
-    side = cell * len(names)
-    page = Page(max(left + side + 2 * MARGIN, 900), TOP + side + 160, title, subtitle)
-    fraction = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    page.show(heat(fraction), MARGIN + left, TOP, side, side)
+def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], confusion: np.ndarray, *,
+                   theme: str = "dark") -> None:  # fmt: skip
+    """Write a picture of a confusion matrix: a row for each true class, with its shares in % and numbers of points.
+
+    Numbers are left out where there are more than 12 classes, shares where there are more than 40.
+    """
+    number = len(names)
+    cell, size = (92, 11) if number <= 12 else (58, 9.5) if number <= 24 else (38, 7) if number <= 40 else (16, 5)
+    left, right, side = 250, 190, cell * number
+    page = Page(max(left + side + right + 2 * MARGIN, 900), TOP + 50 + side + 230, title, subtitle, theme)
+    total = confusion.sum(axis=1, keepdims=True)
+    fraction, top = confusion / np.maximum(total, 1), TOP + 50
+    empty, full = (rgb(color) / 255 for color in (page.theme.empty, page.theme.full))
+    page.show(empty + fraction[..., None] * (full - empty), MARGIN + left, top, side, side)
+    page.text(MARGIN + left + side / 2, top - 22, "predicted class", 11, page.theme.pale, ha="center")
+    page.text(MARGIN, top - 22, "true class", 11, page.theme.pale)
+    page.text(MARGIN + left + side + 18, top - 22, "number", 11, page.theme.pale)
+    label_size = min(11, 0.5 * cell)
     for i, name in enumerate(names):
-        middle = TOP + (i + 0.6) * cell
-        page.text(MARGIN + left - 14, middle, shortened(name, left - 14, 9), 9, ha="right")
+        middle = top + (i + 0.5) * cell + 7
+        page.text(MARGIN + left - 14, middle, shortened(name, left - 14, label_size), label_size, ha="right")
+        page.text(MARGIN + left + side + 18, middle, f"{total[i, 0]:,}", label_size, page.theme.pale)
         below = MARGIN + left + (i + 0.5) * cell
         page.text(
-            below + 8, TOP + side + 22, shortened(name, 150, 9), 9, rotation=60, ha="right", rotation_mode="anchor"
-        )
-        for j in np.flatnonzero(confusion[i]):
+            below + 8, top + side + 26, shortened(name, 190, label_size), label_size, rotation=55, ha="right",
+            rotation_mode="anchor"
+        )  # fmt: skip
+        for j in np.flatnonzero(confusion[i]) if number <= 40 else ():
             x = MARGIN + left + (j + 0.5) * cell
-            page.text(x, middle, str(confusion[i, j]), 8, "black" if fraction[i, j] > 0.6 else TEXT, ha="center")
+            color = page.theme.background if fraction[i, j] > 0.55 else page.theme.text
+            page.text(x, middle - (8 if number <= 12 else 0), share_words(fraction[i, j]), size, color, ha="center")
+            if number <= 12:
+                page.text(x, middle + 18, _short_number(confusion[i, j]), 8, color, ha="center", alpha=0.75)
     page.write(path)
+
+
+_LEGEND_SIZE, _LEGEND_LINE = 11.5, 40
+
+
+def share_words(share: float) -> str:
+    """A share in per cent: one digit after the point below 10 %, and none that rounds to nothing or to all."""
+    if 0 < share < 0.0005:
+        return "<0.1"
+    if 0.995 <= share < 1:
+        return f"{min(100 * share, 99.9):.1f}"
+    return f"{100 * share:.1f}" if 0 < share < 0.0995 else f"{100 * share:.0f}"
+
+
+def _short_number(number: int) -> str:
+    """A number in at most five characters, up to billions."""
+    for least, size, letter in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if number >= least:
+            return f"{number / size:.{0 if number >= 100 * size else 1}f}{letter}"
+    return str(number)
+
+
+_UNITS = {"m": "m", "metre": "m", "meter": "m", "metres": "m", "meters": "m", "ft": "ft", "foot": "ft", "feet": "ft"}
+
+
+def length_words(length: float, unit: str | None) -> str:
+    """A length with its unit: from km to mm for metres, "ft" for any foot, "units" where the unit is not known."""
+    unit = _UNITS.get(unit.lower().replace("us survey ", ""), unit) if unit else "units"
+    if unit == "m":
+        size, word = next(
+            (s, w) for s, w in ((1000, "km"), (1, "m"), (0.01, "cm"), (0, "mm")) if length >= 0.999999 * s
+        )
+        return f"{length / (size or 0.001):g} {word}"
+    return f"{length:g} {unit}"
+
+
+def round_length(largest: float) -> float:
+    """The largest of the lengths ..., 1, 2, 5, 10, 20, 50, ... up to a length above zero."""
+    power = 10.0 ** math.floor(math.log10(largest))
+    return max(digit * power for digit in (1, 2, 5) if digit * power <= largest * (1 + 1e-9))
+
+
+def on_map(cloud: Cloud) -> bool:
+    """Whether y is the north of a map: z is up, and the file states a projected or geographic reference system.
+
+    If it states none: coordinates are as far from zero as those of projections are.
+    """
+    if tuple(cloud.up) != (0, 0, 1):
+        return False
+    if cloud.reference is None or cloud.reference.kind == "unknown":
+        return bool(np.any(cloud.shift))
+    return cloud.reference.kind in ("projected", "geographic")
+
+
+def unit_of(cloud: Cloud) -> str | None:
+    """The unit of x and y that a file states, "m" or "ft"; None for other units, and where it states none."""
+    metres = None if cloud.reference is None else cloud.reference.horizontal
+    if metres is None:
+        return None
+    return "m" if metres == 1 else "ft" if abs(metres - 0.3048) < 1e-5 else None
+
+
+def draw_scale(page: Page, view: View, radius: float, size: tuple[int, int], x: float, y: float,
+               unit: str | None) -> None:  # fmt: skip
+    """A scale bar of a round length, at most a quarter of an image wide, with its lower left corner at x, y.
+
+    It holds for lengths along the width of the image, which are level.
+    """
+    pixels = pixels_of_unit(view.box, radius, *size)
+    length = round_length(size[0] / (4 * pixels))
+    page.line([x, x, x + length * pixels, x + length * pixels], [y - 12, y, y, y - 12])
+    page.text(x + length * pixels + 12, y, length_words(length, unit), 11)
+
+
+def draw_north(page: Page, view: View, x: float, y: float) -> None:
+    """An arrow along +y as the view shows it, around x, y, with the letter N before its tip."""
+    right, above = view.axes[:2, 1]
+    direction = np.array([right, -above]) / max(math.hypot(right, above), 1e-9)
+    tip, tail = np.array([x, y]) + 26 * direction, np.array([x, y]) - 26 * direction
+    side = 8 * np.array([-direction[1], direction[0]])
+    back = tip - 18 * direction
+    page.line(*zip(tail, tip, strict=True))
+    page.line(*zip(back + side, tip, back - side, strict=True))
+    letter = tip + 22 * direction
+    page.text(letter[0], letter[1] + 8, "N", 11, ha="center", weight="bold")
 
 
 class Page:
     """A figure with a title; positions are in pixels from the upper left corner."""
 
-    def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
+    def __init__(self, width: int, height: int, title: str, subtitle: str, theme: str = "dark") -> None:
         figure = require("matplotlib.figure", "plot")
-        self.width, self.height = width, height
-        self.figure = figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+        self.width, self.height, self.theme = width, height, theme_named(theme)
+        self.figure = figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=self.theme.background)
         self.text(MARGIN, 66, shortened(title, width - 2 * MARGIN, 21, bold=True), 21, weight="bold")
-        self.text(MARGIN, 104, shortened(subtitle, width - 2 * MARGIN, 11), 11, PALE_TEXT)
+        self.text(MARGIN, 104, shortened(subtitle, width - 2 * MARGIN, 11), 11, self.theme.pale)
 
-    def text(self, x: float, y: float, words: str, size: float, color: Any = TEXT, **style: Any) -> None:
+    def text(self, x: float, y: float, words: str, size: float, color: Any = None, **style: Any) -> None:
         place = x / self.width, 1 - y / self.height
-        self.figure.text(*place, words, size=size, color=color, va="baseline", **style)
+        self.figure.text(*place, words, size=size, color=color or self.theme.text, va="baseline", **style)
+
+    def line(self, x: Sequence[float], y: Sequence[float], width: float = 1.5) -> None:
+        lines = require("matplotlib.lines", "plot")
+        x, y = np.array(x) / self.width, 1 - np.array(y) / self.height
+        self.figure.add_artist(lines.Line2D(x, y, color=self.theme.text, lw=width, solid_joinstyle="miter"))
+
+    def swatch(self, x: float, y: float, color: np.ndarray, size: float = 20) -> None:
+        """A square with its lower left corner at x, y."""
+        patches = require("matplotlib.patches", "plot")
+        place = x / self.width, 1 - y / self.height
+        self.figure.add_artist(patches.Rectangle(place, size / self.width, size / self.height, fc=tuple(color / 255)))
 
     def panel(self, x: float, y: float, w: float, h: float) -> Any:
         place = x / self.width, 1 - (y + h) / self.height, w / self.width, h / self.height
@@ -181,11 +354,19 @@ def shortened(words: str, width: float, size: float, bold: bool = False) -> str:
 
     What is too long loses its middle, since names of files differ at their ends.
     """
-    letter = (0.62 if bold else 0.53) * size * DPI / 72  # the mean width
-    words, most = in_one_line(words), int(width / letter)
+    words, most = in_one_line(words), int(width / _letter_width(size, bold))
     if len(words) > most:
         words = f"{words[: most // 2 - 1]} … {words[len(words) - most // 2 + 2 :]}"
     return words.replace("$", r"\$")
+
+
+def _letter_width(size: float, bold: bool = False) -> float:
+    """The mean width of a letter in pixels."""
+    return (0.62 if bold else 0.53) * size * DPI / 72
+
+
+def _text_width(words: str, size: float) -> int:
+    return math.ceil(len(words) * _letter_width(size))
 
 
 class View:
@@ -204,7 +385,8 @@ class View:
         # At random: every n-th point of a scan may be a single laser beam.
         if len(points) > 100_000:
             points = points[np.random.default_rng(0).integers(len(points), size=100_000)]
-        low, high = np.percentile(points, [1.5, 98.5], axis=0)  # outliers must not shrink the rest
+        points = points[_are_near(points)]
+        low, high = np.percentile(points, [0.5, 99.5], axis=0)  # outliers must not shrink the rest
         margin = 0.08 * (high - low).max()
         points = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
         height = points @ up
@@ -264,7 +446,7 @@ class View:
         return max((self.box[1] - self.box[0])[:2] / [width, height])
 
     def render(self, points: np.ndarray, colors: np.ndarray | None, radius: float, width: int, height: int,
-               mark: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+               mark: np.ndarray | None = None, theme: str = "dark") -> np.ndarray:  # fmt: skip
         """An orthographic image (height, width, 3) in 0..1; points are spheres of this radius, at least one pixel.
 
         `mark` is a position that gets a green disc, which no point hides.
@@ -281,7 +463,45 @@ class View:
             disc = self.axes @ mark + np.column_stack([disc, np.full(len(disc), np.ptp(flat[:, 2]) + 9 * radius)])
             flat = np.concatenate([flat, disc])
             colors = np.concatenate([colors, np.broadcast_to(np.float32(MARK) / 255, disc.shape)])
-        return draw_spheres(flat, colors, radius, self.box, width, height)
+        return draw_spheres(flat, colors, radius, self.box, width, height, theme)
+
+
+def _are_near(points: np.ndarray) -> np.ndarray:
+    """True for points within twenty times the size of the shortest half of the coordinates along an axis.
+
+    Others are far outliers, such as returns of nothing, which many scanners write as (0, 0, 0): at UTM coordinates
+    these are thousands of kilometres away. Up to half of the points may be such.
+    """
+    ordered = np.sort(points.astype(np.float64), axis=0)
+    half = (len(points) + 1) // 2
+    width = ordered[half - 1 :] - ordered[: len(points) - half + 1]
+    start = width.argmin(axis=0)
+    axes = np.arange(points.shape[1])
+    middle, reach = ordered[start + half // 2, axes], 20 * width[start, axes].max()
+    if reach == 0:  # half of the points are at one place
+        return np.ones(len(points), bool)
+    return (np.abs(points - middle) <= reach).all(axis=1)
+
+
+def drawn_radius(view: View, points: np.ndarray, width: int, height: int) -> float:
+    """The radius by which points cover a surface in an image of this size: 2 to 8 pixels.
+
+    It is 0.8 of the distance of as many points on a square lattice over those 16 x 16 pixels that have any.
+    """
+    flat = points[view.shows(points)] @ view.axes[:2].T
+    pixel = view.pixel(width, height)
+    if not pixel or not len(flat):
+        return 1.0
+    cells = np.floor((flat - view.box[0, :2]) / (16 * pixel))
+    inside = ((cells >= 0) & (cells < [width / 16, height / 16])).all(axis=1)
+    covered = np.unique(cells[inside] @ [1, 4096]).size * (16 * pixel) ** 2
+    return float(np.clip(0.8 * math.sqrt(covered / max(1, inside.sum())), 2 * pixel, 8 * pixel))
+
+
+def pixels_of_unit(box: np.ndarray, radius: float, width: int, height: int) -> float:
+    """The number of pixels for a length of 1 in an image that shows a box of points with a radius."""
+    scale = min([width, height] / ((box[1] - box[0])[:2] + 2 * radius))
+    return min(scale, 32 / radius)  # a single point does not fill the page
 
 
 def _axes(toward: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -297,18 +517,18 @@ def _heights(fraction: np.ndarray) -> np.ndarray:
     return colormaps["viridis"](0.15 + 0.83 * fraction)[:, :3].astype(np.float32)
 
 
-def heat(influence: np.ndarray) -> np.ndarray:
+def heat(influence: np.ndarray, theme: str = "dark") -> np.ndarray:
+    """Colours of values from 0 to 1: the largest is light on a dark page and dark on a light one."""
     colormaps = require("matplotlib", "plot").colormaps
-    return colormaps["plasma"](0.2 + 0.8 * influence)
+    return colormaps["plasma"](0.2 + 0.8 * influence if theme == "dark" else 0.9 - 0.8 * influence)
 
 
 def draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.ndarray, width: int,
-           height: int) -> np.ndarray:  # fmt: skip
+                 height: int, theme: str = "dark") -> np.ndarray:  # fmt: skip
     """An image of points, which are already in the axes of the view, as shaded spheres in a z-buffer."""
     oversampling = 2  # drawn twice as large, then averaged
     columns, rows = oversampling * width, oversampling * height
-    scale = min([columns, rows] / ((box[1] - box[0])[:2] + 2 * radius))
-    scale = min(scale, 32 * oversampling / radius)  # a single point does not fill the page
+    scale = oversampling * pixels_of_unit(box, radius, width, height)
     pixel_radius = max(radius * scale, 0.75 * oversampling)
     reach = int(pixel_radius)
     order = np.argsort(flat[:, 2])  # the farthest first: if a pixel is assigned twice, the last assignment counts
@@ -346,12 +566,13 @@ def draw_spheres(flat: np.ndarray, colors: np.ndarray, radius: float, box: np.nd
             nearer = np.roll(nearest, (step * dy, step * dx), (0, 1)) - nearest - step
         hidden += np.nan_to_num(nearer, nan=0, posinf=0, neginf=0).clip(0, 10 * oversampling)
     shade = 1.12 * shade * np.exp(-hidden / (60 * oversampling))
-    background = np.array([int(BACKGROUND[i : i + 2], 16) / 255 for i in (1, 3, 5)], np.float32)
+    background = rgb(THEMES[theme].background) / np.float32(255)
     image = np.where((front_point >= 0)[..., None], colors[front_point] * shade[..., None], background)
     return image.clip(0, 1).reshape(height, oversampling, width, oversampling, 3).mean(axis=(1, 3))
 
 
-def draw_neighborhood(axes: Any, patch: Patch, view: np.ndarray, reach: float | None = None) -> None:
+def draw_neighborhood(axes: Any, patch: Patch, view: np.ndarray, reach: float | None = None,
+                      theme: str = "dark") -> None:  # fmt: skip
     """Draw neighbours and kernel points, far ones first, and a line for each influence above 0.
 
     `reach` is half the width of the panel; by default the kernel fills it.
@@ -359,24 +580,26 @@ def draw_neighborhood(axes: Any, patch: Patch, view: np.ndarray, reach: float | 
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
 
+    page = THEMES[theme]
+    ink = tuple(rgb(page.text) / 255) if theme == "light" else (1, 1, 1)
     points, kernel = patch.neighbors @ view.T, patch.kernel_points @ view.T
     total = patch.influence.sum(axis=0) / (patch.influence.sum(axis=0).max() or 1)
     reach = reach or 1.03 * (np.linalg.norm(kernel[:, :2], axis=1).max() + patch.extent)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=PALE_TEXT, lw=1.1, ls=(0, (6, 4))))
+    axes.add_patch(Circle((0, 0), patch.radius, fill=False, ec=page.pale, lw=1.1, ls=(0, (6, 4))))
     for (x, y, _), weight in zip(kernel, total, strict=True):
-        face, edge = (1, 1, 1, 0.01 + 0.05 * weight), (1, 1, 1, 0.08 + 0.3 * weight)
+        face, edge = (*ink, 0.01 + 0.05 * weight), (*ink, 0.08 + 0.3 * weight)
         axes.add_patch(Circle((x, y), patch.extent, fc=face, ec=edge, lw=0.8))
 
     n, k = np.nonzero(patch.influence)
     strength = patch.influence[n, k]
-    colors = heat(strength)
+    colors = heat(strength, theme)
     colors[:, 3] = 0.35 + 0.65 * strength
     segments = np.stack([points[n, :2], kernel[k, :2]], axis=1)
     axes.add_collection(LineCollection(segments, colors=colors, linewidths=0.8 + 2.6 * strength, zorder=2))
 
     best = patch.influence.max(axis=1)
-    balls = [(z, xy, 0.026, heat(h) if h > 0 else PALE_TEXT) for (*xy, z), h in zip(points, best, strict=True)]
-    balls += [(z, xy, 0.016 + 0.026 * w, TEXT) for (*xy, z), w in zip(kernel, total, strict=True)]
+    balls = [(z, xy, 0.026, heat(h, theme) if h > 0 else page.pale) for (*xy, z), h in zip(points, best, strict=True)]
+    balls += [(z, xy, 0.016 + 0.026 * w, page.text) for (*xy, z), w in zip(kernel, total, strict=True)]
     for _, xy, size, color in sorted(balls, key=lambda ball: ball[0]):
-        axes.add_patch(Circle(xy, size * reach, fc=color, ec=BACKGROUND, lw=1, zorder=3))
+        axes.add_patch(Circle(xy, size * reach, fc=color, ec=page.background, lw=1, zorder=3))

@@ -20,7 +20,6 @@ from kpcore.picture import (
     GAP,
     MARGIN,
     MARK,
-    PALE_TEXT,
     TOP,
     Page,
     Patch,
@@ -34,7 +33,7 @@ from kpcore.picture import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Activation", "ImageField", "Patch", "PointField", "draw_activations", "draw_image_fields", "draw_kernels",
            "draw_objects", "draw_point_fields", "write_html"]  # fmt: skip
@@ -189,21 +188,24 @@ def field_colors(values: np.ndarray, colors: np.ndarray | None = None) -> np.nda
 
 
 def draw_point_fields(path: str | os.PathLike[str], title: str, subtitle: str, fields: Sequence[PointField],
-                      up: Sequence[float], across: int = PANELS_PER_ROW) -> None:  # fmt: skip
-    """Write a picture of fields over point clouds, as in figure 7 of Thomas et al. 2019; the outputs are green."""
+                      up: Sequence[float], across: int = PANELS_PER_ROW, *, theme: str = "dark") -> None:  # fmt: skip
+    """Write a picture of fields over point clouds, as in figure 7 of Thomas et al. 2019; the outputs are green.
+
+    theme : "dark" or "light", of the page, as for all pictures
+    """
     _check_not_empty("fields", fields)
     images = []
     for field in fields:
         view = _view(field, up)
         colors = field_colors(field.values, field.colors)
-        images.append(view.render(field.points, colors, field.spacing / 2, *PANEL, mark=field.center))
-    page = _panels(title, subtitle, images, [(field.name, field.note) for field in fields], across)
+        images.append(view.render(field.points, colors, field.spacing / 2, *PANEL, mark=field.center, theme=theme))
+    page = _panels(title, subtitle, images, [(field.name, field.note) for field in fields], across, theme)
     _legend(page, field_colors(np.linspace(0, 1, 256) ** 2)[None], *_FIELD_WORDS)
     page.write(path)
 
 
 def draw_image_fields(path: str | os.PathLike[str], title: str, subtitle: str, fields: Sequence[ImageField],
-                      across: int = PANELS_PER_ROW) -> None:  # fmt: skip
+                      across: int = PANELS_PER_ROW, *, theme: str = "dark") -> None:  # fmt: skip
     """Write a picture of heat maps of fields over images; the pixels of the outputs are green."""
     _check_not_empty("fields", fields)
     images = []
@@ -212,13 +214,13 @@ def draw_image_fields(path: str | os.PathLike[str], title: str, subtitle: str, f
         colors = field_colors(field.values.ravel(), image.reshape(-1, 3)).reshape(image.shape)
         colors[tuple(field.center)] = MARK
         images.append(colors)
-    page = _panels(title, subtitle, images, [(field.name, field.note) for field in fields], across)
+    page = _panels(title, subtitle, images, [(field.name, field.note) for field in fields], across, theme)
     _legend(page, field_colors(np.linspace(0, 1, 256) ** 2)[None], *_FIELD_WORDS)
     page.write(path)
 
 
 def draw_activations(path: str | os.PathLike[str], title: str, subtitle: str, features: Sequence[Sequence[Activation]],
-                     up: Sequence[float], *, cut: bool = True) -> None:  # fmt: skip
+                     up: Sequence[float], *, cut: bool = True, theme: str = "dark") -> None:  # fmt: skip
     """Write a picture of activations on input points, as in figure 6 of Thomas et al. 2019.
 
     features : the inputs of each feature, which share a scale of colours
@@ -234,14 +236,15 @@ def draw_activations(path: str | os.PathLike[str], title: str, subtitle: str, fe
         low, range_of_values = values.min(), np.ptp(values) or 1
         for one in inputs:
             colors = colormaps["coolwarm"]((one.values - low) / range_of_values, bytes=True)[:, :3]
-            images.append(_cloud_image(one.points, colors, one.spacing, up, cut))
+            images.append(_cloud_image(one.points, colors, one.spacing, up, cut, theme))
     captions = [(one.name, one.note) for inputs in features for one in inputs]
-    page = _panels(title, subtitle, images, captions, PANELS_PER_ROW)
+    page = _panels(title, subtitle, images, captions, PANELS_PER_ROW, theme)
     _legend(page, colormaps["coolwarm"](np.linspace(0, 1, 256))[None], "lowest", "activation", "highest")
     page.write(path)
 
 
-def draw_objects(path: str | os.PathLike[str], title: str, subtitle: str, objects: Sequence[Activation]) -> None:
+def draw_objects(path: str | os.PathLike[str], title: str, subtitle: str, objects: Sequence[Activation], *,
+                 theme: str = "dark") -> None:  # fmt: skip
     """Write a picture of objects in a grid, coloured by height or other values."""
     colormaps = require("matplotlib", "plot").colormaps
     _check_not_empty("objects", objects)
@@ -249,12 +252,13 @@ def draw_objects(path: str | os.PathLike[str], title: str, subtitle: str, object
     for one in objects:
         low, range_of_values = one.values.min(), np.ptp(one.values) or 1
         colors = colormaps["viridis"]((one.values - low) / range_of_values, bytes=True)[:, :3]
-        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1), cut=False))
-    _panels(title, subtitle, images, [(one.name, one.note) for one in objects], PANELS_PER_ROW).write(path)
+        images.append(_cloud_image(one.points, colors, one.spacing, (0, 0, 1), cut=False, theme=theme))
+    captions = [(one.name, one.note) for one in objects]
+    _panels(title, subtitle, images, captions, PANELS_PER_ROW, theme).write(path)
 
 
 def draw_kernels(path: str | os.PathLike[str], title: str, subtitle: str, patches: Sequence[Patch],
-                 up: Sequence[float]) -> None:  # fmt: skip
+                 up: Sequence[float], *, theme: str = "dark") -> None:  # fmt: skip
     """Write a picture of kernel points over a neighbourhood, before and after they are moved.
 
     patches : one for each panel; `Patch.with_linear_influence(neighbors, kernel_points, radius, extent, caption)` makes
@@ -262,12 +266,12 @@ def draw_kernels(path: str | os.PathLike[str], title: str, subtitle: str, patche
     """
     _check_not_empty("patches", patches)
     width = 2 * MARGIN + len(patches) * PANEL[0] + (len(patches) - 1) * GAP
-    page = Page(width, TOP + PANEL[0] + 80, title, subtitle)
+    page = Page(width, TOP + PANEL[0] + 80, title, subtitle, theme)
     reach = 1.03 * max(np.linalg.norm([*p.kernel_points, *p.neighbors], axis=1).max() for p in patches)
     axes = View(patches[0].neighbors, _upward(up), cut=False).axes
     for number, patch in enumerate(patches):
         x = MARGIN + number * (PANEL[0] + GAP)
-        draw_neighborhood(page.panel(x, TOP, PANEL[0], PANEL[0]), patch, axes, reach)
+        draw_neighborhood(page.panel(x, TOP, PANEL[0], PANEL[0]), patch, axes, reach, theme)
         near = np.count_nonzero(patch.influence.any(axis=1))
         words = f"{patch.caption}: influence on {near} of {len(patch.neighbors)} neighbours"
         page.text(x + PANEL[0] / 2, TOP + PANEL[0] + 34, shortened(words, PANEL[0], 11), 11, ha="center")
@@ -291,9 +295,13 @@ def write_html(path: str | os.PathLike[str], field: PointField, up: Sequence[flo
         "POINTS": _encoded(np.concatenate([points, np.zeros((1, 3))]).astype("<f4")),
         "COLORS": _encoded(colors),
     }
-    page = Path(__file__).with_name("point_cloud.html").read_text(encoding="utf-8")
-    page = re.sub("{{([A-Z]+)}}", lambda name: values[name[1]], page)  # in one pass: a title may have braces itself
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).write_text(filled(Path(__file__).with_name("point_cloud.html"), values), encoding="utf-8")
+
+
+def filled(template: Path, values: Mapping[str, str]) -> str:
+    """The text of a template in which each {{NAME}} is replaced by the value of that name."""
+    text = template.read_text(encoding="utf-8")
+    return re.sub("{{([A-Z]+)}}", lambda name: values[name[1]], text)  # in one pass: a value may have braces itself
 
 
 def _check_not_empty(name: str, values: Sequence[object]) -> None:
@@ -320,30 +328,31 @@ def _view(field: PointField, up: Sequence[float]) -> View:
 
 
 def _cloud_image(points: np.ndarray, colors: np.ndarray, spacing: float, up: Sequence[float],
-                 cut: bool = True) -> np.ndarray:  # fmt: skip
+                 cut: bool = True, theme: str = "dark") -> np.ndarray:  # fmt: skip
     """An image of a cloud; one of two dimensions is seen from above. With `cut` a room is shown without its ceiling."""
     if points.shape[1] == 3:
-        return View(points, _upward(up), cut).render(points, colors, spacing / 2, *PANEL)
+        return View(points, _upward(up), cut).render(points, colors, spacing / 2, *PANEL, theme=theme)
     flat = np.column_stack([points, np.zeros(len(points))])
-    return draw_spheres(flat, colors / np.float32(255), spacing / 2, np.array([flat.min(0), flat.max(0)]), *PANEL)
+    box = np.array([flat.min(0), flat.max(0)])
+    return draw_spheres(flat, colors / np.float32(255), spacing / 2, box, *PANEL, theme)
 
 
 def _panels(title: str, subtitle: str, images: Sequence[np.ndarray], captions: Sequence[tuple[str, str]],
-            across: int) -> Page:  # fmt: skip
+            across: int, theme: str) -> Page:  # fmt: skip
     """A page with images in rows, each with a name and a note below, and room for a legend."""
     if across < 1:
         raise ValueError(f"across: expected at least 1, got {across}")
     across = min(across, len(images))
     width, height = PANEL
     rows = -(-len(images) // across)
-    page = Page(2 * MARGIN + across * (width + GAP) - GAP, TOP + rows * (height + 90) + 80, title, subtitle)
+    page = Page(2 * MARGIN + across * (width + GAP) - GAP, TOP + rows * (height + 90) + 80, title, subtitle, theme)
     for number, (image, (name, note)) in enumerate(zip(images, captions, strict=True)):
         x, y = MARGIN + number % across * (width + GAP), TOP + number // across * (height + 90)
         h, w = image.shape[:2]
         scale = min(width / w, height / h)  # images of other proportions are centred
         page.show(image, x + (width - scale * w) / 2, y + (height - scale * h) / 2, scale * w, scale * h)
         page.text(x + width / 2, y + height + 30, shortened(name, width, 11, bold=True), 11, weight="bold", ha="center")
-        page.text(x + width / 2, y + height + 56, shortened(note, width, 9.5), 9.5, PALE_TEXT, ha="center")
+        page.text(x + width / 2, y + height + 56, shortened(note, width, 9.5), 9.5, page.theme.pale, ha="center")
     return page
 
 
@@ -351,4 +360,4 @@ def _legend(page: Page, scale: np.ndarray, low: str, words: str, high: str) -> N
     left, width, y = MARGIN, min(PANEL[0], page.width - 2 * MARGIN), page.height - 80
     page.show(scale, left, y, width, 14)
     for x, text, side in ((0, low, "left"), (width / 2, words, "center"), (width, high, "right")):
-        page.text(left + x, y + 40, text, 10, PALE_TEXT, ha=side)
+        page.text(left + x, y + 40, text, 10, page.theme.pale, ha=side)

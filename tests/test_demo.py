@@ -73,12 +73,12 @@ def test_the_main_job_on_a_file(run, tmp_path, flat):
         assert (row[4:8] >= 0).all()
     assert (rows[:, 9] > 10).all()
     image = picture(tmp_path / "out" / "kpcore-flat.png")
-    assert image.shape == (1430, 2400, 3)
+    assert image.shape == (1470, 2400, 3)
     for corner in (
         image[200:900, 100:1500],
         image[150:850, 1650:2350],
-        image[1040:1320, 50:480],
-        image[1040:1320, 970:1400],
+        image[1080:1360, 50:480],
+        image[1080:1360, 970:1400],
     ):
         assert corner.std() > 0.05  # something is drawn in each panel
 

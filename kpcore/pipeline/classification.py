@@ -66,22 +66,22 @@ def write_confusion(path: Path, names: Sequence[str], confusion: np.ndarray) -> 
         table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
 
 
-def draw_errors(path: Path, model: Model, classified: Classified) -> None:
+def draw_errors(path: Path, model: Model, classified: Classified, theme: str = "dark") -> None:
     """Write a picture of the objects with a wrong class, at most 20, the most probable first."""
     wrong = classified.errors
     title = f"{len(wrong)} of {len(classified.scenes)} objects with a wrong class"
-    _draw(path, title, model, classified, wrong[:_MOST_DRAWN])
+    _draw(path, title, model, classified, wrong[:_MOST_DRAWN], theme)
 
 
-def draw_examples(path: Path, title: str, model: Model, classified: Classified) -> None:
+def draw_examples(path: Path, title: str, model: Model, classified: Classified, theme: str = "dark") -> None:
     """Write a picture of objects at equal steps through the list, and of errors, at most 20 of both."""
     wrong = classified.errors[: _MOST_DRAWN // 2]
     others = np.setdiff1d(np.arange(len(classified.scenes)), wrong)
     chosen = others[np.linspace(0, len(others) - 1, min(len(others), _MOST_DRAWN - len(wrong))).round().astype(int)]
-    _draw(path, title, model, classified, np.concatenate([chosen, wrong]))
+    _draw(path, title, model, classified, np.concatenate([chosen, wrong]), theme)
 
 
-def _draw(path: Path, title: str, model: Model, classified: Classified, numbers: np.ndarray) -> None:
+def _draw(path: Path, title: str, model: Model, classified: Classified, numbers: np.ndarray, theme: str) -> None:
     from kpcore import visualization
 
     names, shown = model.settings.names, []
@@ -92,4 +92,4 @@ def _draw(path: Path, title: str, model: Model, classified: Classified, numbers:
             f"{names[row.argmax()]} {row.max():.0%}", f"is {names[int(scene.labels[0])]}: {scene.name}",
         ))  # fmt: skip
     with replacing(path) as part:
-        visualization.draw_objects(part, title, "the predicted class and its probability", shown)
+        visualization.draw_objects(part, title, "the predicted class and its probability", shown, theme=theme)

@@ -281,7 +281,7 @@ def _drawn_spacing(points: np.ndarray, voxel: float) -> float:
 
 
 def draw_fields(path: Path, title: str, subtitle: str, model: Model, scene: Scene,
-                fields: Sequence[ReceptiveField]) -> list[Path]:  # fmt: skip
+                fields: Sequence[ReceptiveField], theme: str = "dark") -> list[Path]:  # fmt: skip
     """Write a picture of fields and pages that the mouse turns, and a picture of deformed kernels; the paths of all.
 
     `title` names the scan and `subtitle` says of which outputs the fields are.
@@ -294,7 +294,7 @@ def draw_fields(path: Path, title: str, subtitle: str, model: Model, scene: Scen
         for number, field in enumerate(fields, 1)
     ]
     with replacing(path) as part:
-        visualization.draw_point_fields(part, title, subtitle, shown, up)
+        visualization.draw_point_fields(part, title, subtitle, shown, up, theme=theme)
     paths = [path]
     for number, (field, one) in enumerate(zip(fields, shown, strict=True), 1):
         paths.append(path.with_name(f"{path.stem}-{number}.html"))
@@ -303,12 +303,13 @@ def draw_fields(path: Path, title: str, subtitle: str, model: Model, scene: Scen
         if patches := kernels_at(model, scene, field.center):
             paths.append(path.with_name(f"{path.stem}-{number}-kernel.png"))
             with replacing(paths[-1]) as part:
-                visualization.draw_kernels(part, title, f"last deformable convolution, {one.name}", patches, up)
+                visualization.draw_kernels(part, title, f"last deformable convolution, {one.name}", patches, up,
+                                           theme=theme)  # fmt: skip
     return paths
 
 
 def draw_features(path: Path, title: str, model: Model,
-                  features: Mapping[tuple[int, int], Sequence[Input]]) -> None:  # fmt: skip
+                  features: Mapping[tuple[int, int], Sequence[Input]], theme: str = "dark") -> None:  # fmt: skip
     """Write a picture of the activations on inputs, which are shown with z upwards."""
     from kpcore import visualization
 
@@ -323,4 +324,4 @@ def draw_features(path: Path, title: str, model: Model,
         for (level, channel), inputs in features.items()
     ]  # fmt: skip
     visualization.draw_activations(path, title, "activations on the inputs that maximise them", shown, (0, 0, 1),
-                                   cut=not model.settings.classifies)  # fmt: skip
+                                   cut=not model.settings.classifies, theme=theme)  # fmt: skip

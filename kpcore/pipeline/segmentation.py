@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kpcore.config import KpcoreWarning, free_memory
+from kpcore.console import classes_in_mean
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import blocks, statistics, voting
+from kpcore.pipeline.colors import class_colors, distinct_colors
 from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud, scaled
 from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
+from kpcore.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import os
@@ -161,21 +164,44 @@ def compare(model: Model, cloud: Cloud, true: np.ndarray | None, classes: np.nda
     return Segmented(cloud, classes, counts, true, scores)
 
 
-def draw(path: Path, title: str, segmented: Segmented, names: Sequence[str]) -> None:
-    """Write a picture of the cloud coloured by predicted class; with labels also by label and by difference."""
+def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
+         names: Settings | Sequence[str], *, theme: str = "dark", unit: str | None = None,
+         width: int | None = None) -> None:  # fmt: skip
+    """Write a picture of the cloud coloured by predicted class; with labels also by label and by difference.
+
+    The legend has the classes that occur, with their shares of the points.
+
+    names : settings, of which classes have the colours of `colors.class_colors`; or names of classes without settings
+    theme, unit, width : see `picture.draw_classes`
+    """
     from kpcore import picture
 
-    colors = picture.class_colors(len(names))
-    panels = [("found", colors[segmented.classes])]
-    if segmented.true is not None and segmented.scores:
-        ignored = segmented.true == IGNORED
-        label_colors = np.vstack([colors, [90, 90, 90]]).astype(np.uint8)  # the last is that of IGNORED
-        differs = ~ignored & (segmented.true != segmented.classes)
-        differs_colors = np.array([[96, 104, 112], [236, 64, 64]], np.uint8)
-        panels += [
-            ("labels", label_colors[np.where(ignored, len(names), segmented.true)]),
-            ("where they differ", differs_colors[differs.astype(np.intp)]),
-        ]
+    page, classes = picture.theme_named(theme), segmented.classes
+    if isinstance(names, Settings):
+        names, colors = names.names, class_colors(names)
+    else:
+        colors = distinct_colors(len(names))
+    panels, true = [("predicted", colors[classes])], segmented.true if segmented.scores else None
+    shares = [segmented.counts / max(1, len(classes))]
+    differences = []
+    if true is not None:
+        ignored, differs = true == IGNORED, (true != IGNORED) & (true != classes)
+        shares.append(np.bincount(true[~ignored], minlength=len(names)) / max(1, len(true)))
+        of_labels = np.vstack([colors, picture.rgb(page.unlabeled)])  # the last is that of IGNORED
+        kinds = np.where(ignored, 2, differs)
+        of_differences = np.array([picture.rgb(one) for one in (page.same, page.differs, page.unlabeled)])
+        panels += [("labels", of_labels[true]), ("where they differ", of_differences[kinds])]
+        for number, words in enumerate(("as labelled", "another class", "of no class in the file")):
+            if share := np.count_nonzero(kinds == number) / len(kinds):
+                differences.append((words, f"{picture.share_words(share)} %", of_differences[number]))
+    occurring = []
+    for name, color, *of_class in zip(names, colors, *shares, strict=True):
+        if any(of_class):
+            words = ", labels ".join(f"{picture.share_words(share)} %" for share in of_class)
+            occurring.append((name, words, color))
     scores = segmented.scores
-    subtitle = f"mIoU {scores['miou']:.3f}, accuracy {scores['accuracy']:.3f}" if scores else ""
-    picture.draw_classes(path, title, subtitle, segmented.cloud, panels, [*zip(names, colors, strict=True)])
+    subtitle = f"{len(classes):,} points"
+    if scores:
+        subtitle += f" · mIoU {scores['miou']:.3f}{classes_in_mean(scores)}, accuracy {scores['accuracy']:.3f}"
+    legend = [group for group in (occurring, differences) if group]
+    picture.draw_classes(path, title, subtitle, segmented.cloud, panels, legend, theme=theme, unit=unit, width=width)

@@ -18,13 +18,14 @@ import numpy as np
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.config import KpcoreWarning, free_memory, require
+from kpcore.config import KpcoreWarning, free_memory
 from kpcore.files import replacing
 from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays, shapes
 from kpcore.pipeline import batches, blocks, filenames, labelling, statistics
 from kpcore.pipeline.class_table import check_classes, class_table
+from kpcore.pipeline.curves import LOG, curves
 from kpcore.pipeline.data import IGNORED, columns_of, load, load_training
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Settings, Source
     from kpcore.pipeline.settings import Training as TrainingSettings
 
-LAST, BEST, LOG, CURVES = "last.safetensors", "best.safetensors", "log.jsonl", "curves.png"
+LAST, BEST = "last.safetensors", "best.safetensors"
 _BETWEEN_CHECKPOINTS = 60  # seconds; results do not depend on it
 
 
@@ -163,7 +164,7 @@ class Training:
                 saved = time.perf_counter()
         if not (self.test_scenes or self.validation_scenes):
             self._save(BEST, {})
-        curves(self.out)
+        curves(self.out, classifies=self.settings.classifies)
         return self.results
 
     def _epoch(self) -> Iterator[dict[str, Any]]:
@@ -585,37 +586,3 @@ class _CheckedOperators(ModuleType):
             return out
 
         return checked
-
-
-def curves(out: str | os.PathLike[str]) -> None:
-    """Plot the log of a run: the loss of the steps and the scores of the validations."""
-    plot = require("matplotlib.figure", "plot")
-    entries = [json.loads(line) for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines()]
-    steps, tests = [e for e in entries if "loss" in e], [e for e in entries if "test" in e]
-    if not steps:
-        return
-    figure = plot.Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    per_epoch = 1 + max(e["step"] for e in steps)
-    at = np.array([e["epoch"] + e["step"] / per_epoch for e in steps])
-    for name in ("loss", "entropy", "regularization"):
-        if name in steps[0]:
-            values = np.array([e.get(name) for e in steps], np.float64)
-            width = max(1, len(values) // 100)
-            smooth = np.convolve(values, np.ones(width) / width, "valid")
-            left.plot(at[width - 1 :], smooth, label=f"{name}, mean of {width}" if width > 1 else name)
-    left.set(xlabel="epoch", yscale="log")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter(lambda value, _: "")
-    left.legend()
-    for name in ("miou", "accuracy"):
-        values = [(e["epoch"], e["test"][name]) for e in tests if e["test"].get(name) is not None]
-        if values:
-            right.plot(*zip(*values, strict=True), marker="o", label=name)
-    for name in tests[0]["test"].get("iou", {}) if tests else ():
-        right.plot([e["epoch"] for e in tests], [e["test"]["iou"][name] for e in tests], lw=0.8, label=f"IoU {name}")
-    right.set(xlabel="epoch", ylim=(0, 1))
-    if tests:
-        right.legend(fontsize="small")
-    with replacing(Path(out) / CURVES) as part:
-        figure.savefig(part, dpi=120)
