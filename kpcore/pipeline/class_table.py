@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ClassTable: TypeAlias = "dict[str, dict[str, dict[str, int]]]"  # {part: {class: {"points": n, "files": n}}}
 
-_FEWEST_POINTS, _LEAST_SHARE = 100, 1e-3
+FEWEST_POINTS, LEAST_SHARE = 100, 1e-3  # of a class with an IoU that says something
 
 
 def class_table(settings: Settings, parts: Mapping[str, Sequence[Scene]]) -> ClassTable:
@@ -118,7 +118,7 @@ def _check_counts(table: ClassTable) -> list[str]:
     messages = []
     for part, numbers in table.items():
         total = sum(one["points"] for one in numbers.values())
-        fewest = max(_FEWEST_POINTS, _LEAST_SHARE * total)
+        fewest = max(FEWEST_POINTS, LEAST_SHARE * total)
         few = [f"{name} {one['points']:,} ({100 * one['points'] / max(1, total):.2g} %)"
                for name, one in numbers.items() if one["points"] < fewest]  # fmt: skip
         if few:

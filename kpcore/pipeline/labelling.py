@@ -54,12 +54,13 @@ def chosen_method(model: Model, mode: str | None = None, votes: int | None = Non
 
 def label(model: Model, cloud: Cloud | None, rows: np.ndarray | None = None, *, scene: Scene | None = None,
           mode: str | None = None, votes: int | None = None, seed: int = 0, category: str | None = None,
-          keep_probabilities: bool = False, compare: bool = True, like: ArrayLike | None = None,
+          keep_probabilities: bool = False, compare: bool = True, advise: bool = True, like: ArrayLike | None = None,
           watch: Callable[[float], object] | None = None) -> Labelled:  # fmt: skip
     """Label the points of a cloud, or some rows of it.
 
     `scene` is the Scene of these points, if there is one already. With `compare` the input is compared with that of the
-    training. `like` is an array of the device that computes. See `Model.predict` for the others.
+    training, see `statistics.differences` for `advise`. `like` is an array of the device that computes. See
+    `Model.predict` for the others.
     """
     check_category(model, category)
     if category is not None:
@@ -87,8 +88,8 @@ def label(model: Model, cloud: Cloud | None, rows: np.ndarray | None = None, *, 
             probabilities[at] = shares
     messages = []
     if observed:
-        spacing = statistics.spacing_of(cloud.points[rows])
-        messages = statistics.differences(model.statistics, observed.statistics(spacing, statistics.unit_of([cloud])))
+        seen = observed.statistics(statistics.spacing_of(cloud.points[rows]), statistics.unit_of([cloud]))
+        messages = statistics.differences(model.statistics, seen, advise)
     elif compare:
         notes.append("the model file has no training statistics, so its input is not compared with them")
     return Labelled(classes, confidence, probabilities, messages, notes)

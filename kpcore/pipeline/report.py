@@ -26,6 +26,7 @@ from kpcore.console import classes_in_mean
 from kpcore.files import check_writable, replacing
 from kpcore.nn import checkpoints
 from kpcore.pipeline import classification, curves, labelling, segmentation, statistics, voting
+from kpcore.pipeline.class_table import FEWEST_POINTS, LEAST_SHARE
 from kpcore.pipeline.colors import class_colors
 from kpcore.pipeline.data import load
 from kpcore.pipeline.folds import FOLDS
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["REPORT", "write"]
 
 REPORT = "report.html"
-FEW_POINTS, FEW_SHARE = 100, 0.001  # a class with less is marked
 _MOST_PICTURES, _PANEL = 4, 640  # scenes with a picture, and the width of its panels in pixels
 _MOST_OBJECTS = 200  # that are classified, of which 20 are drawn
 _MOST_COUNTED = 16  # classes of a confusion matrix with numbers besides shares in its cells
@@ -107,6 +107,7 @@ class _Run(NamedTuple):
     params: Arrays
     best: Result | None
     last: Result | None
+    test: Result | None  #: of the best network on the test data, after the last epoch, if another part chose it
     log: curves.Log | None
 
     @property
@@ -176,13 +177,13 @@ def _read(folder: Path) -> _Run:
             raise ValueError("expected a file that kpcore train wrote, got one without its settings")
         settings = from_dict(about["settings"])
         results = [_result(one) for one in _at(about, "run", "results") or ()]
-    best = None
+    best = test = None
     if BEST in files:
         with checkpoints.errors_name(folder / BEST):
-            chosen = files[BEST][1].get("result")
-            best = _result(chosen) if chosen else None
+            chosen, tested = (files[BEST][1].get(name) for name in ("result", "test"))
+            best, test = _result(chosen) if chosen else None, _result(tested) if tested else None
     log = curves.read_log(folder / curves.LOG) if (folder / curves.LOG).is_file() else None
-    return _Run(folder, settings, about, groups.get("params", {}), best, results[-1] if results else None, log)
+    return _Run(folder, settings, about, groups.get("params", {}), best, results[-1] if results else None, test, log)
 
 
 def _result(described: Mapping[str, Any]) -> Result:
@@ -332,7 +333,9 @@ def _warnings(run: _Run) -> list[str]:
     for split, classes in _splits(run):
         points = {name: _count(classes, name, "points") or 0 for name in settings.names}
         if few := [name for name in points if _is_few(points[name], sum(points.values()))]:
-            lines.append(f"Few points in {split}, less than {FEW_POINTS} or {100 * FEW_SHARE:g} %: {', '.join(few)}.")
+            lines.append(
+                f"Few points in {split}, less than {FEWEST_POINTS} or {100 * LEAST_SHARE:g} %: {', '.join(few)}."
+            )
     if run.log and (share := _waited(run.log.steps)) is not None and share > 0.1:
         lines.append(f"Steps waited for batches {share:.0%} of the time: more workers in [training] may help.")
     return lines
@@ -354,7 +357,7 @@ def _count(classes: Mapping[str, Any], name: str, what: str) -> int | None:
 
 
 def _is_few(points: int, total: int) -> bool:
-    return points < FEW_POINTS or points < FEW_SHARE * total
+    return points < FEWEST_POINTS or points < LEAST_SHARE * total
 
 
 def _swatches(run: _Run) -> list[str]:
@@ -380,7 +383,7 @@ def _classes_section(run: _Run) -> str:
             row.append("–" if value is None or not total else picture.share_words(value / total))
             files = _count(classes, name, "files")
             row.append("–" if files is None else f"{files:,}")
-    words = f"Marked: a class with less than {FEW_POINTS} points or {100 * FEW_SHARE:g} % of them."
+    words = f"Marked: a class with less than {FEWEST_POINTS} points or {100 * LEAST_SHARE:g} % of them."
     return f"{_table(head, rows)}<p class='pale'>{words}</p>"
 
 
@@ -422,16 +425,15 @@ def _confusion_section(run: _Run) -> str:
     results = [("best", run.best), ("last", run.last)]
     if run.best and run.last and run.best.epoch == run.last.epoch:
         results = [("best and last", run.best)]
+    results = [(f"{which} validation", result) for which, result in results]
     parts = []
-    for which, result in results:
+    for which, result in [("test", run.test), *results]:
         if result is None or len(result.confusion) != len(run.settings.names):
             continue
         table = _confusion_table(run, result.confusion)
-        title = f"<h3>{which} validation, after epoch {result.epoch}</h3>"
-        # The second one is folded, as it seldom differs much.
-        parts.append(
-            f"<details><summary>{which} validation</summary>{title}{table}</details>" if parts else title + table
-        )
+        title = f"<h3>{which}, after epoch {result.epoch}</h3>"
+        # All but the first are folded, as they seldom differ much.
+        parts.append(f"<details><summary>{which}</summary>{title}{table}</details>" if parts else title + table)
     if not parts:
         return _MISSING
     return f"<p>A row for each true class: its points by predicted class, in per cent of the row.</p>{''.join(parts)}"

@@ -105,7 +105,8 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         true = class_numbers(model.settings, cloud.labels)
     if category is None:
         tell(model, cloud, method, votes, report)
-    labelled = label(model, cloud, mode=method, votes=votes, category=category, watch=watch)
+    labelled = label(model, cloud, mode=method, votes=votes, category=category, advise=scale is None,
+                     watch=watch)  # fmt: skip
     for message in labelled.warnings:
         warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
     labels = values[labelled.classes]

@@ -220,8 +220,11 @@ def of_training(settings: Settings, net: nn.Network | nn.KPNeXt, columns: Column
     return observed.statistics(spacing, unit_of([scene.cloud for scene in scenes]), shares)
 
 
-def differences(training: Statistics, observed: Statistics) -> list[str]:
-    """In a line each, what differs so much from the training that labels are not to be trusted."""
+def differences(training: Statistics, observed: Statistics, advise: bool = True) -> list[str]:
+    """In a line each, what differs so much from the training that labels are not to be trusted.
+
+    With `advise` a line says which scale to try, if coordinates have not been scaled yet.
+    """
     out = _units_that_differ(training.unit, observed.unit)
     if observed.points < _FEWEST_POINTS:
         return out
@@ -245,7 +248,7 @@ def differences(training: Statistics, observed: Statistics) -> list[str]:
         means = (", ".join(f"{number:.3g}" for number in one.neighbors) for one in (observed, training))
         density.append("{} neighbours on the levels of the network where training had {}".format(*means))
     if density:
-        out.append(f"{'; '.join(density)}: other unit or density?{_advice(training, observed)}")
+        out.append(f"{'; '.join(density)}: other unit or density?{_advice(training, observed) if advise else ''}")
     return out
 
 

@@ -86,6 +86,7 @@ class Training:
     validation_scenes: list[Scene]  #: by which the best network is chosen; without any it is chosen by test_scenes
     test_scenes: list[Scene]
     classes: ClassTable  #: points and files of each class
+    warnings: list[str]  #: what is doubtful about the data
     model: Model
     optimizer: nn.Optimizer[np.ndarray]
     schedule: Callable[[float], float]  #: the learning rate of a step, counted over all epochs
@@ -115,10 +116,11 @@ class Training:
         self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
         parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
         self.classes = class_table(settings, parts)
+        self.warnings = check_classes(settings, parts, self.classes)
         if tested := filenames.trained_and_tested(settings, folder):
-            warnings.warn(f"[data] test: expected points that are not in train, got {list_names(tested)}, so that "
-                          "their scores are too good", KpcoreWarning, stacklevel=2)  # fmt: skip
-        for message in check_classes(settings, parts, self.classes):
+            self.warnings.append(f"[data] test: expected points that are not in train, got {list_names(tested)}, so "
+                                 "that their scores are too good")  # fmt: skip
+        for message in self.warnings:
             warnings.warn(message, KpcoreWarning, stacklevel=2)
         say(sizes)
         params, state = net.init(seed)
@@ -285,7 +287,7 @@ class Training:
     # ---- checkpoints
 
     def _save(self, name: str, more: Mapping[str, Any]) -> None:
-        _save(self.out / name, self.model, {"classes": self.classes, **more})
+        _save(self.out / name, self.model, {"classes": self.classes, "warnings": self.warnings, **more})
 
     def _save_last(self) -> None:
         model = self.model
@@ -293,7 +295,7 @@ class Training:
         run = {"epoch": self.epoch, "step": self.step, "seed": self.seed, "best": self.best, "results": self.results,
                "points": self._num_points(), "files": self.files, "init": self.init}  # fmt: skip
         checkpoints.write(self.out / LAST, groups, checkpoints.about_network(model.net) | model.about()
-                          | {"classes": self.classes, "run": run})  # fmt: skip
+                          | {"classes": self.classes, "warnings": self.warnings, "run": run})  # fmt: skip
 
     def _resume(self, saved: SavedRun, say: Callable[[str], object]) -> None:
         last = self.out / LAST
