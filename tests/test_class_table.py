@@ -106,7 +106,8 @@ def test_a_fraction_of_each_scene_for_validation(folder):
     for scene, part, aside in zip(whole, train, validation, strict=True):
         number = len(scene.full)
         assert len(part.full) + len(aside.full) == number and abs(len(aside.full) / number - 0.2) < 0.01
-        assert part.full[:, 0].max() <= aside.full[:, 0].min()  # x is the longer axis
+        low, high = aside.full[:, 0].min(), aside.full[:, 0].max()  # x is the longer axis
+        assert not ((part.full[:, 0] > low) & (part.full[:, 0] < high)).any()
     for fraction, message in ((0.001, "from 0.01 to 0.5, got 0.001"), ("all", "a list of files, or a fraction")):
         with pytest.raises(SettingsError, match=rf"\[data\] validation: expected .*{message}"):
             config(classes, validation=fraction)
@@ -116,10 +117,11 @@ def test_a_fraction_of_each_scene_for_validation(folder):
         config(classes, validation=["a.npz"])
 
 
-def test_scenes_of_one_class_in_the_part_that_is_set_aside(folder):
-    points = np.random.default_rng(0).uniform((0, 0, 0), (12, 8, 0.5), (1000, 3))
-    np.savez(folder / "a.npz", points=points, labels=np.where(points[:, 0] > 8, 9, 2).astype(np.int32))
-    with pytest.raises(
-        SettingsError, match=r"\[data\] validation: expected points with labels of the classes, got none in"
-    ):
-        data.load_training(config({"ground": [2], "other": [3]}, validation=0.1, train=["a.npz"]), folder)
+def test_the_strip_that_is_set_aside_has_a_share_of_each_class(folder):
+    points = np.random.default_rng(0).uniform((0, 0, 0), (12, 8, 0.5), (4000, 3))
+    labels = np.select([np.abs(points[:, 0] - 4) < 1.5, np.abs(points[:, 0] - 6) < 0.3], [6, 9], 2)
+    np.savez(folder / "a.npz", points=points, labels=labels.astype(np.int32))
+    settings = config({"ground": [2], "building": [6], "water": [9]}, validation=0.1, train=["a.npz"])
+    (train,), (aside,), _ = data.load_training(settings, folder)
+    counts = [np.bincount(scene.full_labels, minlength=3) for scene in (train, aside)]
+    assert (counts[0] > 0).all() and (counts[1] > 0).sum() >= 2 and counts[1].sum() == 400

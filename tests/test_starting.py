@@ -129,7 +129,7 @@ def test_airborne_scans(shared, tmp_path, name, classes, more, voxel, said):
     measured = ["intensity", "return_number", "number_of_returns"]
     assert config.data.features == ["one", "height_above_ground", *more, *measured]
     assert (config.network.voxel_size, config.training.radius) == (voxel, 100.0 if voxel == 3 else 15.0)
-    assert config.data.ground.window == (60.0 if voxel == 3 else 20.0)  # 20 m
+    assert config.data.ground.window == pytest.approx(40 / (0.3048 if voxel == 3 else 1), rel=0.3)
     test = in_part(cloud.exact, config.data.test[0])
     for label, (num, percent) in counts_in_comments(text).items():
         assert num == (cloud.labels == label).sum()

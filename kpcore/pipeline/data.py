@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
 MAX_FEATURE = 10.0  # features are clipped to -10 to 10
+_STRIPS = 41  # places of the strip that is set aside for validation
 _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value - center) / scale is finite in float64
 HEIGHT, HEIGHT_FIELD = "height_above_ground", "heightaboveground"  # the feature, and PDAL's dimension in lower case
 IGNORED = -1  # the class number of points without a class
@@ -155,7 +156,7 @@ def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts
     read_parts = {} if read_parts is None else read_parts
     train = filenames.single(train, folder)
     _read_parts(settings, train, folder, read_parts)
-    split = [_split(*read_parts[repr(part)], validation) for part in train]
+    split = [_split(settings, *read_parts[repr(part)], validation) for part in train]
     scenes, columns = _scenes(settings, [(cloud, rows) for cloud, rows, _ in split], columns)
     aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
@@ -165,14 +166,27 @@ def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts
     return scenes, aside, columns
 
 
-def _split(cloud: Cloud, rows: np.ndarray, fraction: float) -> tuple[Cloud, np.ndarray, np.ndarray]:
-    """(cloud, rows to train on, rows that are set aside): a strip with this fraction of the points, at the end of the
-    longer axis of x and y."""
+def _split(settings: Settings, cloud: Cloud, rows: np.ndarray,
+           fraction: float) -> tuple[Cloud, np.ndarray, np.ndarray]:  # fmt: skip
+    """(cloud, rows to train on, rows that are set aside): a strip with this fraction of the points.
+
+    It is across the longer axis of x and y, where the share of each class that is in it is the nearest to the fraction.
+    """
     points = cloud.points[rows, :2]
     along = points[:, np.ptp(points, axis=0).argmax()]
-    aside = along > np.quantile(along, 1 - fraction)
-    if not 0 < aside.sum() < len(rows):
+    order = np.argsort(along, kind="stable")
+    number = round(fraction * len(rows))
+    if not 0 < number < len(rows):
         raise SettingsError(f"[data] validation: expected scenes that can be split, got one of {len(rows)} points")
+    labels = class_numbers(settings, cloud.labels[rows])[order]
+    begins = np.unique(np.linspace(0, len(rows) - number, _STRIPS).round().astype(np.int64))
+    off = np.zeros(len(begins))
+    for label in np.unique(labels[labels != IGNORED]):
+        before = np.cumsum(np.append(0, labels == label))
+        off += np.abs((before[begins + number] - before[begins]) / before[-1] - fraction)
+    begin = int(begins[off.argmin()])
+    aside = np.zeros(len(rows), bool)
+    aside[order[begin : begin + number]] = True
     return cloud, rows[~aside], rows[aside]
 
 

@@ -251,7 +251,8 @@ class Data:
     ))
     validation: list[Source] | float = field(default_factory=list, metadata=about(
         "those by which the best network of a training is chosen, as in `test`; or the fraction of each scene in "
-        "`train`, a strip at one end of it, that is set aside for this. Without it the best is chosen by `test`, and "
+        "`train`, a strip across it with a share of each class, that is set aside for this. Without it the best is "
+        "chosen by `test`, and "
         "its score there is too good",
         "always, if the score on `test` is to be published or relied on", "0.1",
         allowed="a list of scenes, or a fraction from 0.01 to 0.5; scenes only", also=("val", "valid", "val_files"),

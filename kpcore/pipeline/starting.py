@@ -19,7 +19,7 @@ from kpcore.io.cloud import COLORS, LABELS, UNLABELED, list_names
 from kpcore.io.formats import READERS, TABLES
 from kpcore.io.mesh import READERS as MESHES
 from kpcore.pipeline import filenames
-from kpcore.pipeline.sections import COMPUTED_FEATURES
+from kpcore.pipeline.sections import COMPUTED_FEATURES, Ground
 from kpcore.pipeline.settings import SettingsError, from_dict, toml_parser
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _text_of_scans(files: Sequence[Path], folder: Path, label: str | None, colum
         lines.append(f"label = {toml_text(label)}")
     if columns:
         lines.append(f"columns = {_list(columns)}")
-    lines += ["validation = 0.1     # of the training data, at one end of each scan: chooses the best network", ""]
+    lines += ["validation = 0.1     # of the training data, a strip across each scan: chooses the best network", ""]
     lines += [f"features = {_list(features)}", *of_features]
     lines += ["", "[data.classes]       # labels in the files; points with others are ignored", *classes]
     lines += [
@@ -321,7 +321,7 @@ def _features(scans: Sequence[Scan], size: np.ndarray, voxel: float) -> tuple[li
         lines.append("# height_above_ground is alike on a hill and in a valley; height, the last coordinate, is not.")
         cell = nice(max(1 / metres, 2 * voxel))
         if (cell, metres) != (1.0, 1.0):
-            lines.append(f"ground = {{ cell = {cell!r}, window = {nice(20 / metres)!r} }}     # window: wider than any "
+            lines.append(f"ground = {{ cell = {cell!r}, window = {nice(Ground().window / metres)!r} }}     # window: wider than any "
                          "building")  # fmt: skip
     else:
         features.append("height")
