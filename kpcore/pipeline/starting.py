@@ -321,8 +321,8 @@ def _features(scans: Sequence[Scan], size: np.ndarray, voxel: float) -> tuple[li
         lines.append("# height_above_ground is alike on a hill and in a valley; height, the last coordinate, is not.")
         cell = nice(max(1 / metres, 2 * voxel))
         if (cell, metres) != (1.0, 1.0):
-            lines.append(f"ground = {{ cell = {cell!r}, window = {nice(Ground().window / metres)!r} }}     # window: wider than any "
-                         "building")  # fmt: skip
+            window = nice(Ground().window / metres)
+            lines.append(f"ground = {{ cell = {cell!r}, window = {window!r} }}     # window: wider than any building")
     else:
         features.append("height")
         lines.append("# height is the last coordinate in the file: leave it out where floors are at different heights.")
