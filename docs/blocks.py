@@ -23,10 +23,10 @@ def near_edge(scene, side, length):
     return (np.minimum(places, side - places) < length).any(axis=1)
 
 
-def row(model, scenes, name, edge, *, mode, side=None, halo=None):
+def row(model, scenes, name, edge, *, mode, side=None, halo=None, lattices=1):
     """Print the row of one way to label."""
     if side:
-        model.block_size = BlockSize(side, halo)
+        model.block_size = BlockSize(side, halo, lattices)
     begin = time.perf_counter()
     labels = [labelling.labels_of(model, scene, mode=mode) for scene in scenes]
     seconds = time.perf_counter() - begin
@@ -50,24 +50,16 @@ def main():
     for path in args.models:
         model = kp.load_model(path)
         scenes = load(model.settings, model.settings.data.test, args.data, model.columns)[0]
-        radius, (side, halo) = model.settings.training.radius, model.block_size
+        radius, (side, halo, _) = model.settings.training.radius, model.block_size
         print(f"\n{path}: {sum(len(scene.full) for scene in scenes):,} points, radius {radius:g}\n")
         print(f"| | mIoU | accuracy | within {args.edge:g} of an edge | s |\n|---|---|---|---|---|")
         row(model, scenes, "potentials", args.edge, mode="potentials")
         row(model, scenes, "one pass over the whole", args.edge, mode="blocks", side=1e5, halo=0.0)
-        row(
-            model,
-            scenes,
-            f"blocks of {side:g}, halo {halo:g}, the default",
-            args.edge,
-            mode="blocks",
-            side=side,
-            halo=halo,
-        )
-        for radii in (8, 4):
-            for share in (1.0, 0.5):
-                name = f"blocks of {radii * radius:g}, halo {share * radius:g}"
-                row(model, scenes, name, args.edge, mode="blocks", side=radii * radius, halo=share * radius)
+        sizes = [(side, halo), *((radii * radius, share * radius) for radii in (8, 4) for share in (1.0, 0.5))]
+        for side, halo in dict.fromkeys(sizes):
+            for lattices in (1, 2):
+                name = f"blocks of {side:g}, halo {halo:g}, {lattices} lattice{'s' * (lattices > 1)}"
+                row(model, scenes, name, args.edge, mode="blocks", side=side, halo=halo, lattices=lattices)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def terrain(num=6000, at=(84_900.0, 447_500.0, 3.0), seed=0):
 
 SETTINGS = {
     "data": {"train": ["a.laz"], "classes": {"low": [2], "high": [6]},
-             "features": ["one", "height_above_ground", "intensity"]},
+             "features": ["one", "height_above_ground", "intensity"], "ground": {"window": 10.0}},
     "network": {"voxel_size": 1.0, "levels": 2, "width": 8, "kernel_size": 5},
     "training": {"radius": 6.0},
 }  # fmt: skip
@@ -91,9 +91,10 @@ def test_labels_do_not_depend_on_order_threads_or_other_blocks(model):
         kp.set_num_threads(threads)
     assert_same_bits(one.probabilities, first.probabilities)
 
-    # The points of one block with all that its input reaches: halo 6, and 30 for heights above ground.
+    # The points of a cell with all that labels in it depend on: cells of the second lattice reach 10 beyond, the halo
+    # is 6, and heights above ground reach 15.
     low = np.floor(points[points[:, 0].argmin(), :2] / 20) * 20
-    near = ((points[:, :2] >= low - 36) & (points[:, :2] <= low + 56)).all(axis=1)
+    near = ((points[:, :2] >= low - 31) & (points[:, :2] <= low + 51)).all(axis=1)
     assert 0 < near.sum() < len(points)
     cut = labelling.label(model, cloud_at(points[near], intensity=intensity[near]), keep_probabilities=True)
     in_cell = (np.floor(points / 20) * 20)[:, :2] == low
@@ -114,8 +115,9 @@ def test_a_block_is_one_item_of_the_network(model):
     """The probabilities are those of the network on the block's points by itself."""
     points, intensity = terrain(1500)
     cloud = cloud_at(points, intensity=intensity)
-    block = next(blocks.blocks_of(cloud, np.arange(1500), model.block_size, 30.0, {}))
-    heights = kp.height_above_ground(points[block.rows])[block.seen]
+    single = Model(model.net, model.params, model.state, model.settings, model.columns, BlockSize(20.0, 6.0, 1))
+    block = next(blocks.blocks_of(cloud, np.arange(1500), single.block_size, 15.0, {}))
+    heights = kp.height_above_ground(points[block.rows], window=10.0)[block.seen]
     rows = block.rows[block.seen]
     columns = np.column_stack([np.ones(len(rows)), (heights - 3) / 4, (intensity[rows] - 100) / 50]).astype(np.float32)
     local = (points[rows] - block.center).astype(np.float32)
@@ -124,7 +126,7 @@ def test_a_block_is_one_item_of_the_network(model):
     shares = kp.softmax(model.net(kp, model.params, model.state, pyramid, sub.features).logits)
     nearest = ((local[:, None] - sub.points) ** 2).sum(axis=2).argmin(axis=1)
     inside = block.inside[block.seen]
-    got = labelling.label(model, cloud, keep_probabilities=True).probabilities
+    got = labelling.label(single, cloud, keep_probabilities=True).probabilities
     np.testing.assert_allclose(got[rows[inside]], shares[nearest[inside]], atol=1e-5)
 
 
@@ -143,12 +145,12 @@ def test_the_size_of_blocks():
                          None, None, None, None, None)]  # fmt: skip
     config = from_dict(SETTINGS)
     # 5000 points of level 0 on some 5000 square units: 150,000 on a square of 390 x 390
-    side, halo = blocks.default_size(config, scenes)
-    assert 350 < side < 420 and side == float(f"{side:.2g}") and halo == 6.0
-    assert blocks.default_size(from_dict(SETTINGS | {"blocks": {"side": 31.5, "halo": 2.0}}), scenes) == (31.5, 2.0)
+    side, halo, lattices = blocks.default_size(config, scenes)
+    assert 350 < side < 420 and side == float(f"{side:.2g}") and (halo, lattices) == (6.0, 2)
+    assert blocks.default_size(from_dict(SETTINGS | {"blocks": {"side": 31.5, "halo": 2.0}}), scenes) == (31.5, 2.0, 2)
     many = [data.Scene(np.tile(scenes[0].points, (400, 1)), None, None, None, None, None)]
     assert blocks.default_size(config, many).side == 4 * 6.0
-    assert blocks.size_without_training(config) == (48.0, 6.0)
+    assert blocks.size_without_training(config) == (48.0, 6.0, 2)
 
 
 def test_which_method_labels(model):
@@ -165,3 +167,26 @@ def test_which_method_labels(model):
     assert method == "potentials" and "the feature local is measured from the centre" in note
     with pytest.raises(ValueError, match="mode: expected potentials for a model with the feature local, got blocks"):
         labelling.chosen_method(other, "blocks")
+
+
+def test_two_lattices_are_averaged(model):
+    """The second is shifted by half a side and turned; the network sees turned points only if training did."""
+    points, intensity = terrain(2500)
+    cloud = cloud_at(points, intensity=intensity)
+    both = labelling.label(model, cloud, keep_probabilities=True).probabilities
+    single = Model(model.net, model.params, model.state, model.settings, model.columns, BlockSize(20.0, 6.0, 1))
+    first = labelling.label(single, cloud, keep_probabilities=True).probabilities
+    second = 2 * both - first
+    assert abs(second - first).max() > 1e-4 and abs(both.sum(axis=1) - 1).max() < 1e-5
+    # A lattice that is shifted by half a side is that of points shifted by as much.
+    shifted = [*blocks.blocks_of(cloud, np.arange(2500), single.block_size, 0.0, {}, 0.5)]
+    moved = cloud_at(points - np.array([10.0, 10.0, 0]), intensity=intensity)
+    plain = [*blocks.blocks_of(moved, np.arange(2500), single.block_size, 0.0, {})]
+    assert [{*one.rows[one.inside]} for one in shifted] == [{*one.rows[one.inside]} for one in plain]
+    for rotate, are_turned in (("vertical", True), ("none", False), (20.0, False), (45.0, True)):
+        config = from_dict(SETTINGS | {"training": {"radius": 6.0, "rotate": rotate}})
+        other = Model(model.net, model.params, model.state, config, model.columns, model.block_size)
+        turned, plain = (blocks.input_of(other, cloud, shifted[0], angle).pyramid[0].points for angle in (30.0, 0.0))
+        # Positions are means over other voxels, so that only their hull agrees.
+        width = np.ptp(turned, axis=0) - np.ptp(plain, axis=0)
+        assert (abs(width[:2]).max() > 2) == are_turned

@@ -4,6 +4,9 @@ A block is a square cell of a lattice in the file's coordinates. Its input is ev
 around it, in an order that follows from their values alone; it is one batch item by itself. Only the points of the cell
 get its labels. So a label depends on the block's points and the network, not on the order of the points in the file, on
 threads, on memory, or on what was labelled before.
+
+The probabilities are the mean over two lattices. The second is shifted by half a side and its blocks are turned, so
+that voxels have other faces: in one lattice floors and walls may lie on them, by which a flat lost 0.06 of its mean IoU.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import numpy as np
 import kpcore as kp
 from kpcore import nn
 from kpcore.backends import devices
+from kpcore.dispositions import rotated
 from kpcore.pipeline import batches
 from kpcore.pipeline.data import computed_values, coordinates, feature_reach, subsampled, values_of
 from kpcore.pipeline.settings import LENGTHS, SettingsError
+from kpcore.pyramid import Pyramid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +35,6 @@ if TYPE_CHECKING:
     from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings
     from kpcore.pipeline.statistics import Observed
-    from kpcore.pyramid import Pyramid
 
 TYPICAL_POINTS = 150_000  # of level 0 in a block of the training data
 _MOST_CELLS = 2**31  # along an axis
@@ -44,6 +48,17 @@ class BlockSize(NamedTuple):
 
     side: float
     halo: float  #: width of the margin that the network sees; computed features see their reach more
+    lattices: int = 2  #: over which probabilities are averaged
+
+
+class Lattice(NamedTuple):
+    """Where blocks are, and how their voxels are turned about the vertical."""
+
+    shift: float  #: of the cells in x and y, in sides
+    angle: float  #: in degrees
+
+
+LATTICES = (Lattice(0.0, 0.0), Lattice(0.5, 30.0))
 
 
 class Block(NamedTuple):
@@ -83,32 +98,33 @@ def default_size(settings: Settings, scenes: Sequence[Scene]) -> BlockSize:
         cells = sum(len(np.unique(np.floor(scene.points[:, :2] / radius), axis=0)) for scene in scenes)
         density = sum(len(scene.points) for scene in scenes) / (cells * radius**2)
         side = max(4 * radius, float(f"{math.sqrt(TYPICAL_POINTS / density):.2g}"))
-    return BlockSize(side, radius if blocks.halo is None else blocks.halo)
+    return BlockSize(side, radius if blocks.halo is None else blocks.halo, blocks.lattices)
 
 
 def size_without_training(settings: Settings) -> BlockSize:
     """The size for a model that does not say it, as those of versions before 0.3."""
     radius, blocks = settings.training.radius, settings.blocks
-    return BlockSize(blocks.side or 8 * radius, radius if blocks.halo is None else blocks.halo)
+    return BlockSize(blocks.side or 8 * radius, radius if blocks.halo is None else blocks.halo, blocks.lattices)
 
 
 def size_of(described: Mapping[str, float]) -> BlockSize:
     """Make a BlockSize from its description in JSON."""
     size = BlockSize(**described)
-    if not all(type(length) in (int, float) and LENGTHS[0] <= length <= LENGTHS[1] for length in size):
-        raise SettingsError(f"blocks: expected a side and a halo, got {described}")
+    is_size = all(type(length) in (int, float) and LENGTHS[0] <= length <= LENGTHS[1] for length in size[:2])
+    if not is_size or size.lattices not in range(1, len(LATTICES) + 1):
+        raise SettingsError(f"blocks: expected a side, a halo and 1 or 2 lattices, got {described}")
     return size
 
 
 def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
-              values: Mapping[str, np.ndarray]) -> Iterator[Block]:  # fmt: skip
+              values: Mapping[str, np.ndarray], shift: float = 0.0) -> Iterator[Block]:  # fmt: skip
     """The blocks of some points of a cloud, each with a point in its cell; by x, then by y.
 
     `reach` is the width of the margin around the one that the network sees. `values` by name, (n,) or (n, width), order
-    points that are at the same place.
+    points that are at the same place. `shift` is that of the lattice, in sides.
     """
     points = coordinates(cloud, rows)
-    cells = np.floor(points[:, :2] / size.side)
+    cells = np.floor(points[:, :2] / size.side - shift)
     if np.abs(cells).max(initial=0) >= _MOST_CELLS:
         raise ValueError(
             f"side: expected blocks with which the points lie in fewer than 2**32 columns, got a side of {size.side:g} "
@@ -123,7 +139,7 @@ def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
     for (x, y), number in numbers.items():
         near = [numbers[x + dx, y + dy] for dx in steps for dy in steps if (x + dx, y + dy) in numbers]
         rows_near = np.concatenate([order[starts[other] : ends[other]] for other in near])
-        low, high = np.array([x, y]) * size.side, np.array([x + 1, y + 1]) * size.side
+        low, high = (np.array([x, y]) + shift) * size.side, (np.array([x, y]) + shift + 1) * size.side
         # The distance to the cell along an axis; 0 in it, although a quotient may be rounded up to the next cell.
         inside = np.repeat([other == number for other in near], [ends[other] - starts[other] for other in near])
         outside = np.maximum(low - points[rows_near, :2], points[rows_near, :2] - high).max(axis=1)
@@ -166,8 +182,11 @@ def _columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     return [column for of_feature in values.values() for column in of_feature.reshape(len(of_feature), -1).T]
 
 
-def input_of(model: Model, cloud: Cloud, block: Block, like: ArrayLike | None = None) -> Input:
-    """The network's input for a block, on the device of `like`."""
+def input_of(model: Model, cloud: Cloud, block: Block, angle: float = 0.0, like: ArrayLike | None = None) -> Input:
+    """The network's input for a block whose voxels are turned by an angle, on the device of `like`.
+
+    The points are turned too if the network was trained with such rotations; else they are turned back afterwards.
+    """
     settings, net = model.settings, model.net
     points = coordinates(cloud, block.rows)
     known = values_of(settings, cloud, block.rows)
@@ -175,13 +194,32 @@ def input_of(model: Model, cloud: Cloud, block: Block, like: ArrayLike | None = 
     seen = block.seen
     local = (points[seen] - block.center).astype(np.float32)
     features = model.columns.clipped(local, {name: column[seen] for name, column in values.items()})
+    if angle:
+        turn = _rotation(angle)
+        local = rotated(local, turn)
+        if (normals := model.columns.span("normals")) and _knows(settings, angle):
+            features[:, normals] = rotated(features[:, normals], turn)
     inside = local[block.inside[seen]]
     if devices.is_array(like):
         local, inside, features = (devices.to_device_of(like, array) for array in (local, inside, features))
     sub = subsampled(settings, local, features=features)
     places = kp.knn_search(sub.points, inside, 1).index
     pyramid = net.pyramid(sub.points, row_splits=sub.row_splits, subsampled=True)
+    if angle and not _knows(settings, angle):
+        back = devices.to_device_of(like, _rotation(-angle)) if devices.is_array(like) else _rotation(-angle)
+        pyramid = Pyramid(level._replace(points=rotated(level.points, back)) for level in pyramid)
     return Input(block.positions[block.inside], places, sub.features, pyramid, len(local))
+
+
+def _rotation(angle: float) -> np.ndarray:
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]], np.float32)
+
+
+def _knows(settings: Settings, angle: float) -> bool:
+    """Whether the network was trained on points that are turned about the vertical by this angle."""
+    rotate = settings.training.rotate
+    return rotate in ("vertical", "all") if isinstance(rotate, str) else rotate >= angle
 
 
 def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
@@ -190,7 +228,8 @@ def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
     cells = np.floor(coordinates(cloud, rows)[:, :2] / size.side)
     counts = np.unique(cells, axis=0, return_counts=True)[1]
     points = min(len(rows), int(counts.max() * (1 + 2 * size.halo / size.side) ** 2))
-    return Plan(len(counts), points, int(points * _bytes_per_point(model)))
+    sums = 4 * len(rows) * model.net.num_classes if size.lattices > 1 else 0
+    return Plan(size.lattices * len(counts), points, int(points * _bytes_per_point(model)) + sums)
 
 
 def _bytes_per_point(model: Model) -> float:
@@ -228,22 +267,41 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
     `rows` are the cloud's points that are to be labelled. `watch` is called with the fraction of them that is done;
     `observed` counts the features and neighbours of all blocks.
     """
-    settings, net, done = model.settings, model.net, 0
-    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values_of(settings, cloud, rows))
+    lattices = LATTICES[: model.block_size.lattices]
+    total = np.zeros((len(rows), model.net.num_classes), np.float32) if len(lattices) > 1 else None
+    values = values_of(model.settings, cloud, rows)
+    done = 0
+    for number, lattice in enumerate(lattices, 1):
+        for positions, shares in _of_lattice(model, cloud, rows, lattice, values, like, observed):
+            if total is None:
+                yield positions, shares
+            elif number < len(lattices):
+                total[positions] += shares
+            else:
+                yield positions, (total[positions] + shares) / len(lattices)
+            done += len(positions)
+            if watch:
+                watch(done / (len(rows) * len(lattices)))
+
+
+def _of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, values: Mapping[str, np.ndarray],
+                like: ArrayLike | None, observed: Observed | None
+                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice."""
+    settings, net = model.settings, model.net
+    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values, lattice.shift)
     groups = model.params, model.state
     if devices.is_array(like):
         groups = ({name: devices.to_device_of(like, value) for name, value in group.items()} for group in groups)
     params, state = groups
+
+    def make(block: Block) -> Input:
+        return input_of(model, cloud, block, lattice.angle, like)
+
     # One thread prepares the next blocks: each takes up to a gigabyte.
-    ready = batches.Prefetched(
-        chosen, lambda block: input_of(model, cloud, block, like), min(1, settings.training.workers)
-    )
-    for block in ready:
+    for block in batches.Prefetched(chosen, make, min(1, settings.training.workers)):
         if observed:
             observed.add(devices.on_host(block.features), block.num_points)
             observed.add_neighbors(block.pyramid)
         logits = net(kp, params, state, block.pyramid, block.features).logits
         yield block.positions, devices.on_host(kp.softmax(logits)[block.places])
-        done += len(block.positions)
-        if watch:
-            watch(done / len(rows))

@@ -188,7 +188,11 @@ class Blocks:
     halo: float | None = field(default=None, metadata=about(
         "width of the margin around a block whose points are input but get their labels in other blocks",
         "larger where labels change at the edges of blocks", "15.0", unit=POINTS, bounds=LENGTHS,
-        default="the training radius and the reach of the features",
+        default="the training radius; features such as height_above_ground see their reach more",
+    ))
+    lattices: int = field(default=2, metadata=about(
+        "lattices of blocks over which probabilities are averaged; the second is shifted and its voxels are turned",
+        "1 for labels in half of the time, with a mean IoU that is lower by up to 0.02", "1", bounds=(1, 2),
     ))
 
 
