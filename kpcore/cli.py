@@ -16,7 +16,7 @@ import traceback
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -60,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises BrokenPipeError if the reader of standard output has closed it.
     """
     words = [*(sys.argv[1:] if argv is None else argv)]
-    args = parser().parse_args(words)
+    try:
+        args = parser().parse_args(words)
+    except _WrongOptions as error:
+        _print_error(f"{error} (--help describes the command)")
+        if "--json" in words:
+            print(json.dumps({"command": None, "exit_code": REFUSED, "error": str(error), "warnings": []}))
+        return REFUSED
     args.warned, args.resumable = _Warned(), None
     with (
         printing(args.amount == QUIET, args.amount == VERBOSE),
@@ -85,6 +91,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         if args.resumable and args.resumable():
             resumed = words if "--resume" in words else [*words, "--resume"]
             _print_error(f"interrupted; resume with: {shlex.join(['kpcore', *resumed])}")
+        else:
+            _print_error("interrupted; there is nothing to resume")
         code = TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
         return code, {"error": "interrupted"}
     except Exception as error:
@@ -299,6 +307,17 @@ def _factors(text: str) -> str | tuple[float, float]:
     return values[0], values[-1]
 
 
+class _WrongOptions(ValueError):
+    """Options that the parser refuses."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises an error of one line, which --json needs too, where argparse prints and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongOptions(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; docs/commands.py writes the page of the commands from it."""
     common = argparse.ArgumentParser(add_help=False)
@@ -316,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
         "--json", action="store_true",
         help="print one JSON object with the results on standard output, and nothing else there",
     )  # fmt: skip
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="kpcore", formatter_class=_Help,
         description="Train networks of point convolutions on labelled scans, and label others with them.",
         epilog="kpcore COMMAND --help describes a command, with examples and its exit codes.",
@@ -510,7 +529,8 @@ def parser() -> argparse.ArgumentParser:
     )
     segment.add_argument(
         "--unclassified", type=_fraction, metavar="P",
-        help="label points as unclassified if their class has a smaller probability than this",
+        help="label points as unclassified, 1 in LAS and LAZ and 0 in other formats, if their class has a smaller "
+        "probability than this",
     )  # fmt: skip
     segment.add_argument(
         "--ignore", type=_ignored, default=(), metavar="LABELS",
@@ -752,7 +772,9 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
     sizes = f"{parameters:,} parameters, {net.num_levels} levels, {len(settings.names)} classes"
     say(f"{sizes}; {points:,} points to train on")
     say(*class_table.lines(training.classes, "objects" if settings.classifies else "points"))
-    if training.test_scenes and not training.validation_scenes:
+    if not (training.test_scenes or training.validation_scenes):
+        say("without test or validation in [data] the last network is kept, and nothing says how good it is")
+    elif not training.validation_scenes:
         say("the best network is chosen by the test data, so its score there is too good: see validation in [data]")
     for name, files in training.files.items():
         detail(f"{name}: {', '.join(files) or 'none'}")
@@ -763,7 +785,10 @@ def _train_run(args: argparse.Namespace, settings: Settings, out: Path, *, resum
         def watch(entry: dict[str, Any]) -> None:
             for kind in ("validation", "test"):
                 if kind in entry:
-                    say(_scores(f"{kind} after epoch {entry['epoch']}", entry[kind], settings.classifies))
+                    when = f"after epoch {entry['epoch']}"
+                    if "best" in entry:
+                        when = f"of the best network, that after epoch {entry['best']}"
+                    print_line(_scores(f"{kind} {when}", entry[kind], settings.classifies))
                     detail(f"{kind} took {entry['seconds']:.1f} s")
                     tested[kind] = entry[kind]
                     return
@@ -1068,12 +1093,17 @@ def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Pat
 
 
 def _show_one(one: dict[str, Any], model: Model, is_alone: bool = False) -> None:
-    say(f"{one['out']}: {one['points']:,} points labelled", *(_lines(one["counts"]) if is_alone else []), *one["notes"])
-    detail(f"{one['file']}: {one['seconds']:.1f} s")
+    lines = [
+        f"{one['out']}: {one['points']:,} points labelled",
+        *(_lines(one["counts"]) if is_alone else []),
+        *one["notes"],
+    ]
     if one["scores"] is not None:
-        say(_scores("compared with the labels in the file", one["scores"], model.settings.classifies))
-    if one["scores"] is not None and is_alone:
-        say(*_confusion_lines(model.settings.names, one["confusion"]))
+        lines.append(_scores("compared with the labels in the file", one["scores"], model.settings.classifies))
+        lines += _confusion_lines(model.settings.names, one["confusion"]) if is_alone else []
+    for line in lines:
+        print_line(line)
+    detail(f"{one['file']}: {one['seconds']:.1f} s")
 
 
 def _lines(counts: dict[str, int]) -> list[str]:

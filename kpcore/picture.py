@@ -414,11 +414,13 @@ class View:
         return high - 0.1 * (high - low) if covered > 0.6 * np.unique(cells).size else np.inf
 
     def _view(self, points: np.ndarray, room: bool) -> np.ndarray:
-        """(right, above, toward) as rows: the first direction that covers 95 % of the image cells of the best one."""
+        """(right, above, toward) as rows: the first direction that covers most of the image cells of the best one."""
         if self.up[1]:  # the frame of a depth camera: seen from beside the camera
             return _axes(np.array([0.25, 0.15, -1.0]), self.up)
         elevation = np.radians(50 if room else 30)
-        azimuths = (-68, -112, 112, 68, -22, -158, 158, 22) if room else range(-75, 285, 15)
+        # Of outdoor scenes the views from the south come first, in which north is up, as on maps.
+        around = (-90 + sign * angle for angle in range(0, 181, 15) for sign in (1, -1))
+        azimuths = (-68, -112, 112, 68, -22, -158, 158, 22) if room else tuple(dict.fromkeys(around))
         candidates = []
         for azimuth in np.radians(azimuths):
             level = np.cos(elevation) * np.array([np.cos(azimuth), np.sin(azimuth)])
@@ -427,7 +429,7 @@ class View:
             cell = max(np.ptp(flat, axis=0) / [120, 66]) or 1  # the aspect ratio of MAIN_SIZE
             candidates.append((np.unique(np.floor((flat - flat.min(axis=0)) / cell) @ [1, 256]).size, axes))
         most_cells = max(cells for cells, _ in candidates)
-        return next(axes for cells, axes in candidates if cells >= 0.95 * most_cells)
+        return next(axes for cells, axes in candidates if cells >= (0.95 if room else 0.85) * most_cells)
 
     def shows(self, points: np.ndarray) -> np.ndarray:
         """True for points that are not cut away."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,11 +10,16 @@ import numpy as np
 from kpcore.backends import checks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import ArrayLike
 
 __all__ = ["height_above_ground"]
 
-_MOST_CELLS = 2**28  # 2 GiB of heights
+_MOST_CELLS = 2.0**50  # from the origin, which float64 tells apart
+_TILE = 1024  # cells along the side of a tile; clouds of up to two tiles are one: 100 bytes a cell are 400 MB
+_MARGIN = 1.5  # around a tile, in windows
+_TIE = 1e-6  # heights in whole centimetres hit a limit exactly, above or below it by the rounding of a constant added
 _WINDOW_GROWTH = 1.5  # windows of 3, 5, 7, 11, 15, ... cells; all odd sizes find the same ground within 0.3 % of points
 
 
@@ -50,13 +56,14 @@ def height_above_ground(
     Raises
     ------
     ValueError
-        For NaN or infinite coordinates, lengths that are not above zero, or points spread over more than 2**28 cells.
+        For NaN or infinite coordinates, and lengths that are not above zero or too small for the coordinates.
     TypeError
         For other dtypes.
 
     Notes
     -----
     The surface at a place depends on points within some one and a half windows, and further where cells are empty.
+    Clouds of more than 2,048 cells along an axis are divided into tiles, each with a margin of one and a half windows.
 
     References
     ----------
@@ -81,21 +88,51 @@ def height_above_ground(
         raise checks.not_finite(points=points)
     if len(points) == 0:
         return np.zeros(0)
-    from scipy import ndimage
-
     places = points[:, :2].astype(np.float64) / cell
     rows = np.floor(places)
+    if not np.abs(rows).max() < _MOST_CELLS:
+        raise ValueError(
+            f"cell: expected a side with which the points lie within 2**50 cells of the origin, got {cell:g}"
+        )
+    first = rows.min(axis=0)
+    shape = rows.max(axis=0) - first + 1
+    limits = window / cell, slope * cell, 2.5 * cell
+    margin = math.ceil(_MARGIN * window / cell) + 2
+    if shape.max() <= max(2 * _TILE, 2 * margin):
+        return points[:, 2] - _ground_below(places, rows, points[:, 2], *limits)
+    out = np.empty(len(points))
+    for inside, near in _tiles(rows, max(_TILE, margin), margin):
+        out[inside] = _ground_below(places[near], rows[near], points[near, 2], *limits)[np.isin(near, inside)]
+    return points[:, 2] - out
+
+
+def _tiles(rows: np.ndarray, side: int, margin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(points in a tile, points in it and in the margin around it), in the order of their index, of each tile of cells.
+
+    A point far from all others would take the memory of all cells between.
+    """
+    tiles = np.floor(rows / side)
+    order = np.lexsort((tiles[:, 1], tiles[:, 0]))
+    starts = np.flatnonzero((np.diff(tiles[order], axis=0, prepend=np.nan) != 0).any(axis=1))
+    members = np.split(order, starts[1:])
+    numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(tiles[order[starts]])}
+    for (x, y), number in numbers.items():
+        around = [numbers[x + dx, y + dy] for dx in (-1, 0, 1) for dy in (-1, 0, 1) if (x + dx, y + dy) in numbers]
+        near = np.sort(np.concatenate([members[other] for other in around]))
+        low = np.array([x, y]) * side
+        kept = ((rows[near] >= low - margin) & (rows[near] < low + side + margin)).all(axis=1)
+        yield np.sort(members[number]), near[kept]
+
+
+def _ground_below(places: np.ndarray, rows: np.ndarray, heights: np.ndarray, window: float, rise: float,
+                  noise: float) -> np.ndarray:  # fmt: skip
+    """The height of the ground at each point; places, rows and the window in cells."""
+    from scipy import ndimage
+
     first = rows.min(axis=0)
     shape = tuple(map(int, rows.max(axis=0) - first + 1))
-    if shape[0] * shape[1] > _MOST_CELLS:
-        raise ValueError(
-            f"cell: expected a side with which the points lie in at most {_MOST_CELLS:,} cells, got {cell:g} and "
-            f"{shape[0]:,} x {shape[1]:,}: take a larger one, or leave out points far from all others"
-        )
-    lowest = _lowest(rows - first, points[:, 2], shape)
-    ground = _ground(lowest, window / cell, slope * cell, 2.5 * cell)
-    heights = ndimage.map_coordinates(ground, (places - 0.5 - first).T, order=1, mode="nearest")
-    return points[:, 2] - heights
+    ground = _ground(_lowest(rows - first, heights, shape), min(window, 2.0 * max(shape)), rise, noise)
+    return ndimage.map_coordinates(ground, (places - 0.5 - first).T, order=1, mode="nearest")
 
 
 def _lowest(rows: np.ndarray, heights: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -112,12 +149,12 @@ def _ground(lowest: np.ndarray, window: float, rise: float, noise: float) -> np.
 
     surface = _filled(lowest)
     around = ndimage.median_filter(surface, size=5, mode="nearest")
-    is_noise = surface < around - noise
+    is_noise = surface < around - noise - _TIE
     surface = np.where(is_noise, around, surface)
     is_ground = np.isfinite(lowest) & ~is_noise
     for half in _half_windows(window):
         opened = ndimage.grey_opening(surface, size=2 * half + 1, mode="nearest")
-        is_ground &= surface - opened <= rise * half
+        is_ground &= surface - opened <= rise * half + _TIE
         surface = opened
     return _filled(np.where(is_ground, lowest, np.nan)) if is_ground.any() else surface
 

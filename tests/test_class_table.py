@@ -38,7 +38,7 @@ def test_points_and_files_of_each_class(folder):
         run = training.Training(config({"ground": [2], "building": [6], "water": [9]}), folder / "run", folder)
     assert [str(one.message) for one in caught] == [
         "[data] train: few points of water 1 (0.05 %): their IoU says little",
-        "[data] test: few points of water 0 (0 %): their IoU says little",
+        "[data] test: no points of water: the score says nothing of them",
     ]
     assert run.classes == {
         "train": {"ground": {"points": 1400, "files": 2}, "building": {"points": 600, "files": 1},
@@ -125,3 +125,15 @@ def test_the_strip_that_is_set_aside_has_a_share_of_each_class(folder):
     (train,), (aside,), _ = data.load_training(settings, folder)
     counts = [np.bincount(scene.full_labels, minlength=3) for scene in (train, aside)]
     assert (counts[0] > 0).all() and (counts[1] > 0).sum() >= 2 and counts[1].sum() == 400
+
+
+def test_a_best_network_that_is_gone_is_said_and_replaced(folder):
+    settings = config({"ground": [2], "building": [6]})
+    training.Training(settings, folder / "run", folder).run()
+    best = folder / "run" / "best.safetensors"
+    best.unlink()
+    with pytest.warns(
+        kp.KpcoreWarning, match=r"best.safetensors: expected the best network, got none; it is that of the"
+    ):
+        training.Training(settings, folder / "run", folder, resume=True).run()
+    assert kp.load_model(best).history["chosen_by"] == "the last epoch"

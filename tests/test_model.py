@@ -1,5 +1,6 @@
 """Trained models that are called from Python: their file, the features that they take, results and warnings."""
 
+import re
 import warnings
 
 import numpy as np
@@ -44,7 +45,7 @@ def saved(tmp_path_factory):
     model = Model(net, params, state, config, columns, BlockSize(30.0, 6.0),
                   statistics.of_training(config, net, columns, [scene], 30.0))  # fmt: skip
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
-    nn.save(path, net, params, state, **model.about(), result={"miou": 0.5})
+    nn.save(path, net, params, state, **model.about(), result={"epoch": 1, "accuracy": 0.7, "miou": 0.5})
     return path
 
 
@@ -52,7 +53,9 @@ def test_a_model_that_is_loaded(saved):
     model = kp.load_model(saved)
     assert model.classes == ("low", "high") and model.label_values.tolist() == [2, 6]
     assert model.features == ("one", "color", "height_above_ground", "intensity") and model.voxel_size == 1.0
-    assert model.block_size == (30.0, 6.0, 2) and model.history == {"result": {"miou": 0.5}}
+    assert model.block_size == (30.0, 6.0, 2) and model.history == {
+        "result": {"epoch": 1, "accuracy": 0.7, "miou": 0.5}
+    }
     assert model.statistics.features["intensity"].counts and isinstance(model, Model)
     groups, about = nn.checkpoints.read(saved)
     for name, value, message in (
@@ -60,6 +63,7 @@ def test_a_model_that_is_loaded(saved):
         ("blocks", {"side": 1.0}, "halo"),
         ("blocks", {"side": 1.0, "halo": 1.0, "lattices": 3}, "1 or 2 lattices"),
         ("statistics", {"features": 1}, "statistics: expected the distribution"),
+        ("result", {"miou": 0.5}, "result: expected an epoch, an accuracy and a mean IoU"),
     ):
         bad = saved.with_name("bad.safetensors")
         nn.checkpoints.write(bad, groups, about | {name: value})
@@ -196,3 +200,55 @@ print(len(result.labels), model.classes)
 """
     done = python(code)
     assert (done.returncode, done.stdout) == (0, "500 ('low', 'high')\n"), done.stderr
+
+
+def test_coordinates_that_float32_does_not_hold(saved):
+    model, (points, fields) = kp.load_model(saved), scan(3000)
+    single = points.astype(np.float32)  # steps of 0.03 in y, of voxels of 1
+    assert model.predict(single, **fields).warnings == ()
+    with pytest.warns(
+        kp.KpcoreWarning, match=r"points: float32 holds coordinates of 7.16e\+06 in steps of 0.5, 50 % of a"
+    ):
+        model.predict((points * 16).astype(np.float32), **fields)
+
+
+def segmented(saved, folder, **options):
+    """(written labels, the labels before, what was reported) of a scan that has labels 6 and 7 already."""
+    from kpcore.pipeline import segmentation
+
+    points, fields = scan(600)
+    before = np.where(np.arange(600) % 3 == 0, 7, 6).astype(np.int32)
+    np.savez(folder / "a.npz", points=points, labels=before, **fields)
+    lines = []
+    result = segmentation.segment(
+        kp.load_model(saved), folder / "a.npz", folder / "b.npz", report=lines.append, **options
+    )
+    with np.load(folder / "b.npz") as written:
+        return {name: written[name] for name in written.files}, before, lines + result.labelled.notes, result
+
+
+@pytest.mark.filterwarnings("ignore::kpcore.KpcoreWarning")
+def test_labels_that_are_kept_and_doubtful_ones(saved, tmp_path):
+    written, before, lines, result = segmented(saved, tmp_path, keep=[7], confidence=True)
+    assert (written["labels"][before == 7] == 7).all() and {*written["labels"][before == 6]} <= {2, 6}
+    assert (written["confidence"][before == 7] == 0).all() and (written["confidence"][before == 6] >= 50).all()
+    assert result.counts.sum() == 400 and "200 points keep their label" in lines
+    assert re.fullmatch(r"8 blocks of 30 with a halo of 6, up to \d+ points, which need some .* GiB", lines[0])
+
+    written, before, *_ = segmented(saved, tmp_path, keep=[7], into="pred")
+    assert_same_bits(written["labels"], before)
+    assert (written["pred"][before == 7] == 7).all() and {*written["pred"][before == 6]} <= {2, 6}
+
+    written, before, lines, result = segmented(saved, tmp_path, ignore=[7], unclassified=1.0)
+    assert (written["labels"][before == 7] == 7).all() and (written["labels"][before == 6] == 0).all()
+    assert result.counts.sum() == 0 and lines[-2:] == [
+        "200 points are ignored and keep their label", "400 points have a smaller probability and get the label 0"
+    ]  # fmt: skip
+
+
+def test_points_in_another_unit_are_refused_before_hours_of_blocks(saved):
+    model, (points, fields) = kp.load_model(saved), scan(3000)
+    with pytest.raises(
+        ValueError, match=r"points: expected some 150,000 in a block of 30, got 3,000 in 2,\d+ blocks: .*unit"
+    ):
+        model.predict(points * 1000, **fields)

@@ -68,7 +68,7 @@ def test_a_file_is_cut_and_trains_as_it_is(command, here, room):
         short = re.sub(rf"^{name} = \d+", f"{name} = {value}", short, flags=re.MULTILINE)
     (here / "short.toml").write_text(short, encoding="utf-8")
     code, out, err = command("train", "short.toml", "--out", "run")
-    assert code == 0 and "test after epoch 1: mIoU" in out, err
+    assert code == 0 and "test of the best network, that after epoch 1: mIoU" in out, err
 
 
 def test_files_are_listed_with_the_last_ones_to_test(command, here, room):

@@ -181,6 +181,10 @@ def _entry(name: str, entry: Any) -> tuple[str, list[int], int, int]:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any]]:
     """(groups, about) of a file that `write` wrote."""
     path = Path(path)
+    if path.is_dir():
+        inside = path / "best.safetensors"
+        advice = f"; there is {inside}" if inside.is_file() else ""
+        raise ValueError(f"{path}: expected a file, got a folder{advice}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is not a regular file")
     with path.open("rb") as file, errors_name(path):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TYPICAL_POINTS = 150_000  # of level 0 in a block of the training data
 _MOST_CELLS = 2**31  # along an axis
+_MOST_EMPTY_BLOCKS, _FEWEST_POINTS = 1000, 50  # of so many blocks each has so many points on average: or hours are lost
 _TYPICAL_NEIGHBORS = 40
 _PREPARED = 3  # blocks in memory at once: the one in the network, the next, and that which is being prepared
 _BYTES_OF_INPUT = 150  # of a point of a block: float64 coordinates, order, features before and after subsampling
@@ -133,6 +134,11 @@ def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
     order = np.lexsort((cells[:, 1], cells[:, 0]))
     starts = np.flatnonzero((np.diff(cells[order], axis=0, prepend=np.nan) != 0).any(axis=1))
     ends = np.append(starts[1:], len(order))
+    if len(starts) > _MOST_EMPTY_BLOCKS and len(rows) < _FEWEST_POINTS * len(starts):
+        raise ValueError(
+            f"points: expected some {TYPICAL_POINTS:,} in a block of {size.side:g}, got {len(rows):,} in "
+            f"{len(starts):,} blocks: coordinates may have another unit than in training, see --scale"
+        )
     numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(cells[order[starts]])}
     around = math.ceil((size.halo + reach) / size.side)
     steps = range(-around, around + 1)

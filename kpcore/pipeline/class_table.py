@@ -118,9 +118,14 @@ def _check_counts(table: ClassTable) -> list[str]:
     messages = []
     for part, numbers in table.items():
         total = sum(one["points"] for one in numbers.values())
+        if none := [name for name, one in numbers.items() if not one["points"] and table["train"][name]["points"]]:
+            what = (
+                "the best network is chosen without them" if part == "validation" else "the score says nothing of them"
+            )
+            messages.append(f"[data] {part}: no points of {', '.join(none)}: {what}")
         fewest = max(FEWEST_POINTS, LEAST_SHARE * total)
         few = [f"{name} {one['points']:,} ({100 * one['points'] / max(1, total):.2g} %)"
-               for name, one in numbers.items() if one["points"] < fewest]  # fmt: skip
+               for name, one in numbers.items() if 0 < one["points"] < fewest]  # fmt: skip
         if few:
             messages.append(f"[data] {part}: few points of {', '.join(few)}: their IoU says little")
     return messages

@@ -112,6 +112,8 @@ def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
     columns = Columns(**described)
     if not isinstance(columns.widths, dict) or [*columns.widths.items()] != [*settings.widths.items()]:
         raise SettingsError(f"columns: expected widths {settings.widths}, as of the features, got {columns.widths!r}")
+    if any(type(width) is not int for width in columns.widths.values()):
+        raise SettingsError(f"columns: expected widths that are integers, got {columns.widths!r}")
     for name in settings.widths.keys() - {"one", "local"}:
         for kind, numbers, fits in (
             ("center", columns.center, lambda number: abs(number) < _MAX_SCALE),

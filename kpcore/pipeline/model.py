@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.statistics import Statistics
 
 
+_MOST_ROUNDING = 0.05  # of coordinates, in voxels
 _RANGES = {"one": "constant", "local": "relative to the centre of a sphere"}
 
 
@@ -77,6 +78,8 @@ class Model:
             _check_network(net, settings)
             columns = columns_of(settings, about.pop("columns"))
             size, described = about.pop("blocks", None), about.pop("statistics", None)
+            for kind in ("result", "test"):
+                _check_result(kind, about.get(kind))
             return cls(net, params, state, settings, columns, blocks.size_of(size) if size else None,
                        statistics.from_dict(described, columns) if described else None, about)  # fmt: skip
 
@@ -88,6 +91,9 @@ class Model:
         if self.statistics:
             about["statistics"] = self.statistics.asdict()
         return about
+
+    def __repr__(self) -> str:
+        return f"Model({len(self.classes)} classes: {', '.join(self.classes)}; features: {', '.join(self.features)})"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -131,8 +137,8 @@ class Model:
             one = self.statistics
             units = zip(("x and y", "z"), one.unit, strict=True)
             stated = [f"{axes} in units of {unit:.7g} m" for axes, unit in units if unit]
-            lines.append(f"trained on {one.points:,} points, {one.spacing:.3g} apart, {one.points_per_voxel:.3g} in a "
-                         f"voxel; {' and '.join(stated) or 'unit not stated'}")  # fmt: skip
+            distance = f"the median distance to the nearest {one.spacing:.3g}, {one.points_per_voxel:.3g} in a voxel"
+            lines.append(f"trained on {one.points:,} points, {distance}; {' and '.join(stated) or 'unit not stated'}")
         else:
             lines.append("no training statistics: input is not compared with that of the training")
         if not settings.whole:
@@ -144,9 +150,9 @@ class Model:
                 what = (
                     f"chosen by its {self.history.get('chosen_by', 'test')} scores"
                     if kind == "result"
-                    else "test, once"
+                    else "on the test data"
                 )
-                lines.append(f"after epoch {scores['epoch']}, {what}: mIoU {scores['miou']:.4f}, accuracy "
+                lines.append(f"after epoch {scores['epoch']}, {what}: mIoU {scores['miou'] or 0:.4f}, accuracy "
                              f"{scores['accuracy']:.4f}")  # fmt: skip
         lines.append(f"licence: {settings.data.licence or 'not stated'}")
         return "\n".join(lines)
@@ -198,12 +204,20 @@ class Model:
             scene = object_scene(self.settings, self.columns, "points", in_unit_sphere("points", cloud.points))
             shares = voting.scene_probabilities(self, [scene], votes, watch=watch)
             return _prediction(self, points, shares.argmax(axis=1), shares, [])
+        rounding = float(np.spacing(np.abs(cloud.exact).max().astype(np.float32)))
+        messages = []
+        if devices.as_array(points).dtype == np.float32 and rounding > _MOST_ROUNDING * self.voxel_size:
+            messages.append(
+                f"points: float32 holds coordinates of {np.abs(cloud.exact).max():.4g} in steps of "
+                f"{rounding:.2g}, {100 * rounding / self.voxel_size:.2g} % of a voxel: pass float64"
+            )
         labelled = labelling.label(
             self, cloud, mode=mode, votes=votes, category=category, keep_probabilities=True, like=points, watch=watch
         )
-        for message in labelled.warnings:
+        messages += labelled.warnings
+        for message in messages:
             warnings.warn(message, KpcoreWarning, stacklevel=2)
-        return _prediction(self, points, labelled.classes, labelled.probabilities, labelled.warnings)
+        return _prediction(self, points, labelled.classes, labelled.probabilities, messages)
 
     def _cloud(self, points: ArrayLike, colors: ArrayLike | None, fields: Mapping[str, ArrayLike]) -> Cloud:
         """The Cloud of arguments of `predict`; an error for features that are missing or unknown."""
@@ -231,7 +245,7 @@ class Model:
                 f"{missing[0]}: expected its values, as it is one of the features {self._asked()}; got {got}"
             )
         if unknown := [name for lower, name in names.items() if lower not in known]:
-            raise TypeError(f"{unknown[0]}: expected only features of the model {self._asked()}")
+            raise TypeError(f"{unknown[0]}: expected only features {self._asked()}")
         arrays = {}
         for lower, name in names.items():
             values = devices.on_host(devices.as_array(fields[name]))
@@ -258,10 +272,20 @@ def _prediction(model: Model, points: ArrayLike, classes: np.ndarray, probabilit
     return Prediction(*arrays, tuple(messages))
 
 
+def _check_result(kind: str, scores: object) -> None:
+    """Raise an error unless scores in a file are none, or have an epoch and numbers."""
+    if scores is None:
+        return
+    numbers = (("epoch", (int,)), ("accuracy", (int, float)), ("miou", (int, float, type(None))))
+    if not isinstance(scores, dict) or any(type(scores.get(name)) not in kinds for name, kinds in numbers):
+        raise ValueError(f"{kind}: expected an epoch, an accuracy and a mean IoU")
+
+
 def _checked_colors(colors: np.ndarray, num: int) -> np.ndarray:
     """Colours as (N, 3) uint8."""
     if colors.shape != (num, 3) or (colors.dtype != np.uint8 and colors.dtype.kind != "f"):
-        raise ValueError(f"colors: expected ({num}, 3) uint8 or floats, got {colors.shape} {colors.dtype}")
+        raise ValueError(f"colors: expected ({num}, 3) uint8 or floats from 0 to 1, got {colors.shape} {colors.dtype}"
+                         + (": divide 16-bit colours by 65535" if colors.dtype == np.uint16 else ""))  # fmt: skip
     if colors.dtype == np.uint8:
         return colors
     if not ((colors >= 0) & (colors <= 1)).all():

@@ -150,12 +150,14 @@ class Ground:
         "larger where points are sparse or in feet; smaller for indoor scans", "2.0", unit=POINTS, bounds=LENGTHS,
     ))
     window: float = field(default=40.0, metadata=about(
-        "more than the width of the widest building, which would be ground otherwise",
+        "more than the width of the widest building, which would be ground otherwise; and so is what is lower than "
+        "`slope` times half of its width: 3 with 0.15 and a width of 40",
         "larger for halls and city blocks; smaller in steep terrain without large buildings", "60.0", unit=POINTS,
         bounds=LENGTHS,
     ))
     slope: float = field(default=0.15, metadata=about(
-        "rise over run of the steepest ground", "larger in mountains, where ridges would be cut off", "1.0",
+        "rise over run of the steepest ground",
+        "larger in mountains, where ridges would be cut off; smaller for wide low halls in flat terrain", "1.0",
         bounds=(0, 100),
     ))
 

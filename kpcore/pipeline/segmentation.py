@@ -32,7 +32,7 @@ class Segmented(NamedTuple):
 
     cloud: Cloud | None  #: None for digits
     classes: np.ndarray  #: (N,) predicted class numbers of the cloud's points
-    counts: np.ndarray  #: (classes,) number of points of each predicted class
+    counts: np.ndarray  #: (classes,) number of points of each predicted class; of `segment`, those that it wrote
     true: np.ndarray | None  #: (N,) class numbers by the labels in the file, IGNORED where these are of no class
     scores: voting.Scores | None  #: of the predicted classes; None without labels
     labelled: Labelled | None = None  #: with the confidence, and with what makes the classes doubtful
@@ -62,7 +62,8 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
     unclassified : float, optional
         Points with a smaller probability get the label 1 in LAS and LAZ, unclassified in ASPRS's table, elsewhere 0.
     ignore : sequence of int and str
-        Points with these labels or flags are not in the input, and keep their label; see `kpcore.io.read`.
+        Points with these labels or flags are not in the input, and keep their label; in a new field they have 0. See
+        `kpcore.io.read`.
     scale : (float, float) or "auto", optional
         Factors of x and y, and of z, to the unit of the training; "auto": as the file and the model state their units.
     report : function, optional
@@ -96,7 +97,8 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
     more = {"confidence": np.uint8} if confidence else {}
     field = label_field(  # checks before the work
         source, out, len(kept), label=None if into else model.settings.data.label, into=into, extra=more,
-        values=values if unclassified is None else [*values, doubtful], columns=model.settings.data.columns
+        values=[*values, *([] if unclassified is None else [doubtful]), *(keep if into else ())],
+        columns=model.settings.data.columns
     )  # fmt: skip
     true = None
     if cloud.labels is not None and category is not None:
@@ -109,17 +111,32 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
                      watch=watch)  # fmt: skip
     for message in labelled.warnings:
         warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
-    labels = values[labelled.classes]
+    labels, is_of_class = values[labelled.classes], np.ones(len(labelled.classes), bool)
+    ignored = sum(number for name, number in cloud.dropped.items() if name != "zeros")
+    if ignored:
+        what = "keep their label" if into is None else f"have 0 in {into}, unless they had another value there"
+        labelled.notes.append(f"{ignored:,} points are ignored and {what}")
     if unclassified is not None:
-        labels[labelled.confidence < unclassified] = doubtful
+        is_of_class = labelled.confidence >= unclassified
+        labels[~is_of_class] = doubtful
+        also = [name for name, value in zip(model.classes, values, strict=True) if value == doubtful]
+        labelled.notes.append(f"{np.count_nonzero(~is_of_class):,} points have a smaller probability and get the label "
+                              f"{doubtful}{f', which the class {also[0]} has too' if also else ''}")  # fmt: skip
     written = {"confidence": np.round(100 * labelled.confidence).astype(np.uint8)} if confidence else {}
     if keep and cloud.labels is not None:
         changes = ~np.isin(cloud.labels, keep)
-        kept, labels = kept.copy(), labels[changes]
-        kept[kept] = changes
-        written = {name: of_points[changes] for name, of_points in written.items()}
+        is_of_class &= changes
+        labelled.notes.append(f"{np.count_nonzero(~changes):,} points keep their label")
+        if into is None:
+            kept, labels = kept.copy(), labels[changes]
+            kept[kept] = changes
+            written = {name: of_points[changes] for name, of_points in written.items()}
+        else:  # a new field has no labels yet
+            labels[~changes] = cloud.labels[~changes]
+            written = {name: np.where(changes, of_points, 0) for name, of_points in written.items()}
     write_to(field, source, out, labels, kept, written)
-    return compare(model, cloud, true, labelled.classes, category)._replace(labelled=labelled)
+    counts = np.bincount(labelled.classes[is_of_class], minlength=model.net.num_classes)
+    return compare(model, cloud, true, labelled.classes, category)._replace(counts=counts, labelled=labelled)
 
 
 def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
@@ -128,8 +145,9 @@ def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
     notes: list[str] = []
     if chosen_method(model, method, votes)[0] == "blocks":
         plan, size = blocks.plan(model, cloud, np.arange(len(cloud.points))), model.block_size
-        notes = [f"{plan.blocks:,} blocks of {size.side:g} with a halo of {size.halo:g}, up to {plan.points:,} points, "
-                 f"which need some {plan.memory / 2**30:.2g} GiB"]  # fmt: skip
+        number = f"{plan.blocks:,} block{'s' * (plan.blocks != 1)} of {size.side:g}"
+        notes = [f"{number} with a halo of {size.halo:g}, up to {plan.points:,} points, which need some "
+                 f"{plan.memory / 2**30:.2g} GiB"]  # fmt: skip
         limit = free_memory()
         if plan.memory > limit:
             raise MemoryError(f"{notes[0]}, more than the {limit / 2**30:.2g} GiB there are; the method potentials has "
@@ -144,9 +162,9 @@ def unit_scale(model: Model, cloud: Cloud) -> tuple[float, float]:
     """Factors of x and y, and of z, from the unit that a file states to that of the training."""
     training = model.statistics.unit if model.statistics else [None, None]
     of_file = statistics.unit_of([cloud])
-    for name, unit in (("the file", of_file), ("the files of the training", training)):
+    for name, unit in (("the file states", of_file), ("the files of the training state", training)):
         if unit[0] is None:
-            raise ValueError(f"scale: expected numbers rather than auto, since {name} states no unit")
+            raise ValueError(f"scale: expected numbers rather than auto, since {name} no unit")
     horizontal = of_file[0] / training[0]
     return horizontal, of_file[1] / training[1] if of_file[1] and training[1] else horizontal
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 20_000_000  # files are read until these are reached; others are listed only
 _MOST_LABELS = 256  # different ones in a field of classes: object numbers are more
+_SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # of a cloud that may be its part to test
 _FEW, _FEW_SHARE = 200, 0.002  # classes with fewer points to train on, or a smaller share of them, are comments
 _RARE_SHARE = 0.02  # with such a class, the classes have weights
 _VOXEL = 1.5  # spacings, and the quantile of these over places: at edges of a scan points are sparse
@@ -427,22 +428,24 @@ def _split(files: Sequence[Path], scans: Sequence[Scan], cloud: Cloud,
 
 
 def _cut(cloud: Cloud) -> tuple[int, float, np.ndarray]:
-    """(axis, coordinate in the file, rows of the points to test): a fifth to a third of a cloud at one end.
+    """(axis, coordinate in the file, rows of the points to test): a seventh to a half of a cloud at one end.
 
-    Of all ends that is taken that leaves a tenth of most classes to train on, and then divides the classes best.
+    Of all ends that is taken that leaves a tenth of most classes to train on, then has a twentieth of most to test, and
+    then divides the classes best.
     """
     labels, number, counts = np.unique(cloud.labels, return_inverse=True, return_counts=True)
     counted = counts >= min(_FEW, counts.max())
-    best, chosen = (-1.0, -1.0), None
+    best, chosen = (-1.0,) * 3, None
     for axis in range(2):
         values = cloud.points[:, axis] + cloud.shift[axis]
         low, high = np.quantile(values[:: 1 + len(values) // _SAMPLE], (0.005, 0.995))
         digits = max(0, -math.floor(math.log10(max(high - low, 1e-30) / 50)))
-        for share in (0.2, 0.25, 0.3, 0.35, 0.65, 0.7, 0.75, 0.8):
+        for share in (*_SHARES, *(1 - share for share in _SHARES)):
             limit = round(float(np.quantile(values, share)), digits)
             is_test = values >= limit if share > 0.5 else values < limit
             parts = (np.bincount(number[is_test], minlength=len(labels)) / counts)[counted]
-            score = float(np.count_nonzero(parts <= 0.9)), float(np.minimum(parts, 1 - parts).mean())
+            both = np.minimum(parts, 1 - parts)
+            score = float(np.count_nonzero(parts <= 0.9)), float(np.count_nonzero(both >= 0.05)), float(both.mean())
             if 0.1 <= is_test.mean() <= 0.5 and score > best:
                 best, chosen = score, (axis, limit, np.flatnonzero(is_test))
     if chosen is None:

@@ -79,7 +79,13 @@ def from_dict(values: Mapping[str, Any], columns: Columns) -> Statistics:
     try:
         features = {str(name): Feature(**feature) for name, feature in values["features"].items()}
         statistics = Statistics(**{**values, "features": features})
-        numbers = [statistics.points_per_voxel, statistics.spacing, *statistics.neighbors]
+        numbers = [
+            statistics.points,
+            *statistics.class_shares.values(),
+            statistics.points_per_voxel,
+            statistics.spacing,
+            *statistics.neighbors,
+        ]
         numbers += [length for length in statistics.unit if length is not None]
         for feature in features.values():
             numbers += [*feature.edges, *feature.counts, *np.asarray(feature.quantiles, float).ravel()]
@@ -160,7 +166,8 @@ class Observed:
         """Count the features of scenes, and the neighbours in a block of this side in the middle of some of them."""
         self.add(np.concatenate([scene.columns for scene in scenes]), sum(len(scene.full) for scene in scenes))
         for scene in scenes[:: 1 + len(scenes) // _SCENES_OF_NEIGHBORS]:
-            middle = np.median(scene.points[:, :2], axis=0)
+            places = scene.points[:, :2]
+            middle = places[((places - np.median(places, axis=0)) ** 2).sum(axis=1).argmin()]  # the median may be empty
             points = scene.points[(np.abs(scene.points[:, :2] - middle) <= side / 2).all(axis=1)]
             self.add_neighbors(net.pyramid(points, row_splits=kp.row_splits([len(points)]), subsampled=True))
 
@@ -244,7 +251,8 @@ def differences(training: Statistics, observed: Statistics, advise: bool = True)
                        f"{training.points_per_voxel:.3g}")  # fmt: skip
     if _differs(observed.spacing, training.spacing):
         density.append(f"points {observed.spacing:.3g} apart where training had {training.spacing:.3g}")
-    if any(map(_differs, observed.neighbors, training.neighbors)):
+    # Neighbourhoods of coarser levels reach beyond small clouds and narrow strips.
+    if any(map(_differs, observed.neighbors[:2], training.neighbors[:2])):
         means = (", ".join(f"{number:.3g}" for number in one.neighbors) for one in (observed, training))
         density.append("{} neighbours on the levels of the network where training had {}".format(*means))
     if density:
@@ -257,11 +265,13 @@ def _units_that_differ(training: Sequence[float | None], observed: Sequence[floa
     both_known = [(axes, one, other) for axes, one, other in pairs if one and other and abs(other / one - 1) > 1e-3]
     if not both_known:
         return []
-    factors = [other / one if one and other else None for one, other in zip(training, observed, strict=True)]
-    horizontal, vertical = factors if None not in factors else 2 * [factors[0] or factors[1]]
-    scale = f"{horizontal:.7g}" if horizontal == vertical else f"{horizontal:.7g},{vertical:.7g}"
     words = " and ".join(f"{axes} are in units of {other:.7g} m where training had {one:.7g} m"
                          for axes, one, other in both_known)  # fmt: skip
+    factors = [other / one if one and other else None for one, other in zip(training, observed, strict=True)]
+    if factors[0] is None:
+        return [f"{words}; the unit of x and y is not known"]
+    horizontal, vertical = factors if None not in factors else 2 * [factors[0]]
+    scale = f"{horizontal:.7g}" if horizontal == vertical else f"{horizontal:.7g},{vertical:.7g}"
     return [f"{words}: use --scale {scale}"]
 
 
@@ -272,6 +282,8 @@ def _differs(one: float, other: float) -> bool:
 def _advice(training: Statistics, observed: Statistics) -> str:
     """Which scale to try, if the spacing says that the unit is another one."""
     if not (training.spacing and observed.spacing):
+        return ""
+    if training.unit[0] and observed.unit[0]:  # what differs there is told by itself
         return ""
     ratio = training.spacing / observed.spacing
     for factor in (*_FACTORS, *(1 / factor for factor in _FACTORS)):

@@ -166,6 +166,10 @@ class Training:
                 saved = time.perf_counter()
         if not (self.test_scenes or self.validation_scenes):
             self._save(BEST, {})
+        elif not (self.out / BEST).is_file():
+            self._save(BEST, {"result": self.results[-1], "chosen_by": "the last epoch"})
+            warnings.warn(f"{self.out / BEST}: expected the best network, got none; it is that of the last epoch now",
+                          KpcoreWarning, stacklevel=2)  # fmt: skip
         curves(self.out, classifies=self.settings.classifies)
         return self.results
 
@@ -265,12 +269,14 @@ class Training:
             return
         yield self._validate("validation", self.validation_scenes)
         if is_last and self.test_scenes:
-            best = Model.load(self.out / BEST)
+            best = Model.load(self.out / BEST) if (self.out / BEST).is_file() else self.model
+            best.history.setdefault("result", self.results[-1])
             begin = time.perf_counter()
             confusion, scores = labelling.evaluate_scores(best, self.test_scenes)
             result = {"epoch": self.epoch, "confusion": confusion.tolist(), **scores}
             _save(self.out / BEST, best, {**best.history, "test": result})
-            yield {"epoch": self.epoch, "test": scores, "seconds": time.perf_counter() - begin}
+            of = best.history["result"]["epoch"]
+            yield {"epoch": self.epoch, "test": scores, "best": of, "seconds": time.perf_counter() - begin}
 
     def _validate(self, kind: str, scenes: list[Scene]) -> dict[str, Any]:
         """Evaluate scenes, save the network if it is the best so far; returns the log entry."""
