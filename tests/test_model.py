@@ -118,7 +118,7 @@ def test_arguments_that_do_not_fit(saved):
         (
             {"colors": np.zeros((50, 3), np.uint16)},
             ValueError,
-            r"colors: expected \(50, 3\) uint8 or floats, got .* uint16",
+            r"colors: expected \(50, 3\) uint8 or floats from 0 to 1, got .* uint16: divide",
         ),
         ({"mode": "sphere"}, ValueError, "mode: expected 'blocks' or 'potentials', got 'sphere'"),
         ({"category": "chair"}, ValueError, "category: expected none for a network without parts, got chair"),
