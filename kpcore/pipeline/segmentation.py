@@ -127,13 +127,8 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         changes = ~np.isin(cloud.labels, keep)
         is_of_class &= changes
         labelled.notes.append(f"{np.count_nonzero(~changes):,} points keep their label")
-        if into is None:
-            kept, labels = kept.copy(), labels[changes]
-            kept[kept] = changes
-            written = {name: of_points[changes] for name, of_points in written.items()}
-        else:  # a new field has no labels yet
-            labels[~changes] = cloud.labels[~changes]
-            written = {name: np.where(changes, of_points, 0) for name, of_points in written.items()}
+        labels[~changes] = cloud.labels[~changes]  # written too, as the field may be a new one
+        written = {name: np.where(changes, of_points, 0) for name, of_points in written.items()}
     write_to(field, source, out, labels, kept, written)
     counts = np.bincount(labelled.classes[is_of_class], minlength=model.net.num_classes)
     return compare(model, cloud, true, labelled.classes, category)._replace(counts=counts, labelled=labelled)
