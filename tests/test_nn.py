@@ -1650,9 +1650,13 @@ def test_paths_that_are_no_model_files(tmp_path):
         nn.load(tmp_path / "none")
     assert missing.value.filename == str(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
-    for name in (".", "pipe"):
-        with pytest.raises(ValueError, match="is not a regular file"):
-            nn.load(tmp_path / name)
+    with pytest.raises(ValueError, match="pipe: is not a regular file"):
+        nn.load(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="expected a file, got a folder$"):
+        nn.load(tmp_path)
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(ValueError, match=r"expected a file, got a folder; there is .*best\.safetensors"):
+        nn.load(tmp_path)
 
 
 KPNEXT = {"depths": (1, 1), "width": 16, "num_neighbors": (4, 4)}
