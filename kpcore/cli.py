@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         if args.resumable and args.resumable():
             resumed = words if "--resume" in words else [*words, "--resume"]
             _print_error(f"interrupted; resume with: {shlex.join(['kpcore', *resumed])}")
-        else:
+        elif args.command in ("train", "segment"):
             _print_error("interrupted; there is nothing to resume")
         code = TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
         return code, {"error": "interrupted"}

@@ -47,7 +47,7 @@ def test_the_package_runs_as_the_command(tmp_path):
     assert done.stdout.startswith("kpcore ")
     done = subprocess.run([sys.executable, "-m", "kpcore", "no"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: kpcore ")
+    assert done.stderr.startswith("kpcore: argument COMMAND: invalid choice: ")
 
 
 def closed_pipe():

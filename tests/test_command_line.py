@@ -55,8 +55,8 @@ def no_pictures():
     from kpcore import picture
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "curves", lambda out: None)
-        patch.setattr(picture, "draw", lambda *args: None)
+        patch.setattr(training, "curves", lambda out, **more: None)
+        patch.setattr(picture, "draw", lambda *args, **more: None)
         yield
 
 
@@ -130,9 +130,12 @@ def test_the_page_of_the_commands_is_that_of_the_parser(monkeypatch):
     ],
 )
 def test_values_that_are_refused(capsys, words, message):
-    with pytest.raises(SystemExit) as end:
-        cli.main(words)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1 and err.startswith("kpcore: ")
+    assert cli.main([*words, "--json"]) == 2
+    described = json.loads(capsys.readouterr().out)
+    assert message in described["error"] and described["exit_code"] == 2
 
 
 def test_values_of_segment():

@@ -1652,7 +1652,7 @@ def test_paths_that_are_no_model_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: is not a regular file"):
         nn.load(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="expected a file, got a folder$"):
+    with pytest.raises(ValueError, match=r"expected a file, got a folder$"):
         nn.load(tmp_path)
     (tmp_path / "best.safetensors").touch()
     with pytest.raises(ValueError, match=r"expected a file, got a folder; there is .*best\.safetensors"):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,9 +318,7 @@ def test_votes_are_the_mean_over_augmented_passes(trained):
 
 def test_errors_begin_with_the_most_probable():
     loaded = [data.Scene(*6 * [None], name=str(label)) for label in range(4)]
-    loaded = [
-        training.replace(scene, labels=np.array([label])) for scene, label in zip(loaded, [0, 1, 1, 0], strict=True)
-    ]
+    loaded = [replace(scene, labels=np.array([label])) for scene, label in zip(loaded, [0, 1, 1, 0], strict=True)]
     shares = np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.2, 0.8]])
     classified = classification.Classified(loaded, shares)
     assert classified.classes.tolist() == [0, 0, 0, 1] and classified.errors.tolist() == [2, 3, 1]
