@@ -231,11 +231,9 @@ def test_every_format_into_every_other(tmp_path, monkeypatch, before, after):
     np.testing.assert_array_equal(again.labels, expected)
 
 
-@pytest.mark.parametrize("before", WRITE)
+@pytest.mark.parametrize("before", [suffix for suffix in WRITE if suffix not in LAS])
 def test_points_that_are_not_finite(tmp_path, before):
     """Other formats than LAS hold them; a LAS is refused before anything is written."""
-    if before in LAS:
-        pytest.skip("a LAS holds no NaN")
     pytest.importorskip("lazrs")
     table = cloud(with_nan=True)
     WRITE[before](tmp_path / f"a{before}", table)
