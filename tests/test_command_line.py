@@ -159,9 +159,11 @@ def test_the_number_of_threads_is_that_of_one_command(command, monkeypatch):
 
 
 def test_quiet_leaves_results_and_nothing_else(command, tiles, model, tmp_path):
-    assert command("segment", model, tiles / "t1.npz", "--out", tmp_path / "a.npz", "-q") == (0, "", "")
+    code, out, err = command("segment", model, tiles / "t1.npz", "--out", tmp_path / "a.npz", "-q")
+    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'a.npz'}: 1,500 points labelled\n") and "mIoU" in out
     write_toml(tmp_path / "a.toml", settings_dict())
-    assert command("train", tmp_path / "a.toml", "--data", tiles, "--out", tmp_path / "run", "--quiet") == (0, "", "")
+    code, out, err = command("train", tmp_path / "a.toml", "--data", tiles, "--out", tmp_path / "run", "--quiet")
+    assert (code, err) == (0, "") and re.fullmatch(r"(test after epoch \d: mIoU .*\n)+|", out)
     assert command("demo", tiles / "t1.npz", "--voxel", 0.3, "--levels", 1, "--channels", 2, "--out", tmp_path,
                    "--quiet") == (0, "", "")  # fmt: skip
     code, out, err = command("config", "--quiet")
