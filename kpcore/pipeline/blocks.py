@@ -241,7 +241,7 @@ def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
 def _bytes_per_point(model: Model) -> float:
     """Memory for a point of a block before subsampling.
 
-    Besides the cloud, the peak was between half and 1.2 times this sum for KP-FCNNs of 32 and 64 channels, rigid and
+    Besides the cloud, the peak was between half and 1.3 times this sum for KP-FCNNs of 32 and 64 channels, rigid and
     deformable, and a KPNeXt, in one block and in nine.
     """
     widths: list[tuple[int, int]] = []  # (level, channels) of each block of the network
