@@ -537,7 +537,7 @@ def test_a_release_of_torch_with_other_internals_is_named(python):
         "    setattr(owner, last, kept)\n"
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 13, done.stderr
+    assert len(lines) == 14, done.stderr
     assert all(line.startswith("True kpcore.torch: expected torch 2.6 to 2.14, got ") for line in lines)
 
 
