@@ -514,7 +514,7 @@ def parser() -> argparse.ArgumentParser:
     )
     segment.add_argument(
         "--resume", action="store_true",
-        help="skip scans whose copies are in the folder already, whatever options these were made with",
+        help="skip scans that have a copy in the folder already; its options and model are not compared",
     )  # fmt: skip
     method(segment)
     segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")

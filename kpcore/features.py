@@ -220,7 +220,7 @@ def outlier_mask(points: AnyArray, *, mean_k: int | None = None, std_mul: float 
     min_points : int
         At least 1; the point itself is not counted.
     row_splits : (B + 1,) int64, optional
-        Bounds of batch items, each of which has its own neighbours, mean and standard deviation.
+        Bounds of batch items; neighbours, mean and standard deviation are those of each item.
 
     Returns
     -------

@@ -1,23 +1,8 @@
 """Models that are called with arrays of a GPU, on the emulator where there is none."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
-
-import fake_cupy
-
-try:
-    import cupy
-
-    EMULATED = fake_cupy.is_installed() or not cupy.cuda.is_available()
-except ImportError:
-    EMULATED = True
-if EMULATED:
-    cupy = fake_cupy.install()
+from test_gpu import cupy
 
 from kpcore.pipeline.blocks import BlockSize
 from kpcore.pipeline.data import Columns

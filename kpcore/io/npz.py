@@ -303,7 +303,7 @@ def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
                 missing.append(f"array {name}")
 
     def load() -> list[tuple[str, np.ndarray]]:
-        points, found = [], []
+        points, fields = [], []
         with zipfile.ZipFile(path) as archive:
             for place in chosen:
                 name, values = members[place][0], _array(archive, *members[place])
@@ -311,10 +311,10 @@ def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
                     points = points_first(_columns_of(values, columns))
                     num_columns[:] = [len(points)]
                 elif place == colors and values.ndim == 2 and values.shape[1] in (3, 4):
-                    found += zip(("red", "green", "blue", "alpha"), values.T, strict=False)
+                    fields += zip(("red", "green", "blue", "alpha"), values.T, strict=False)
                 else:
-                    found.append((name, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values))
-        return points + found if points else points_first(found)
+                    fields.append((name, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values))
+        return points + fields if points else points_first(fields)
 
     def label(names: list[str]) -> int | None:
         place = first_name_index(names[3:], _usual_labels(at))  # the first three are x, y, z

@@ -262,7 +262,7 @@ class BinaryRows(NamedTuple):
 
 
 def _list_rows(file: BinaryIO, element: Element, at: int, size: int) -> Iterator[BinaryRows]:
-    """The rows of an element with lists, found without a Python loop over rows.
+    """The rows of an element with lists, without a Python loop over rows.
 
     Where a row ends depends on the list lengths in it. For every byte of a block it is computed where a row that
     started there would end; `_row_starts` then follows these ends from the first byte, which is known to start a row.

@@ -476,18 +476,18 @@ def _body(line: str) -> tuple[str, str]:
     """(the cells of a line, the comment and line end after them)."""
     body = line.rstrip("\r\n")
     if "#" in body or "//" in body:
-        masked = _WINDOWS_NAN.sub(lambda found: "n" * len(found[0]), body)
-        masked = _WINDOWS_INF.sub(lambda found: "n" * len(found[0]), masked)
-        if found := _COMMENT.search(masked):
-            body = body[: found.start()]
+        masked = _WINDOWS_NAN.sub(lambda match: "n" * len(match[0]), body)
+        masked = _WINDOWS_INF.sub(lambda match: "n" * len(match[0]), masked)
+        if match := _COMMENT.search(masked):
+            body = body[: match.start()]
     return body, line[len(body) :]
 
 
 def _spans(body: str, delimiter: str | None) -> list[tuple[int, int]]:
     """(first, last + 1) character of each cell, without spaces around it."""
     if delimiter is None:
-        return [found.span() for found in re.finditer(r"\S+", body)]
-    marks = [found.start() for found in re.finditer(rf'"[^"]*"|({delimiter})', body) if found[1]]
+        return [match.span() for match in re.finditer(r"\S+", body)]
+    marks = [match.start() for match in re.finditer(rf'"[^"]*"|({delimiter})', body) if match[1]]
     spans = []
     for low, high in zip([0, *(mark + 1 for mark in marks)], [*marks, len(body)], strict=True):
         cell = body[low:high]
@@ -522,7 +522,7 @@ def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
         names, encoding = [*(stated or columns or nameless(numbers_of))], encoding_of(path)
         with path.open(encoding=encoding) as file:
             first = _cells(_uncommented(next(itertools.islice(file, head.skip, None)).rstrip("\n")), head.delimiter)
-        found = []
+        named = []
         for at, (name, values) in enumerate(zip(names, numbers_of.T, strict=True)):
             typed = values
             if re.fullmatch(r"[-+]?\d+", first[at], re.A) and name.lower() not in ("x", "y", "z"):
@@ -535,8 +535,8 @@ def table(path: Path, size: int, columns: Sequence[str] | None = None) -> Table:
                     typed = values if typed is None else typed
                     if typed is values and f"all digits of {name}" not in missing:
                         missing.append(f"all digits of {name}")
-            found.append((name, typed))
-        return points_first(found)
+            named.append((name, typed))
+        return points_first(named)
 
     return table_of(load, lambda names: first_name_index(names, LABELS), missing)
 
