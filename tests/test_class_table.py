@@ -57,7 +57,7 @@ def test_points_and_files_of_each_class(folder):
 def test_a_label_that_no_file_holds(folder):
     with pytest.warns(kp.KpcoreWarning) as caught:
         training.Training(config({"ground": [2, 22], "building": [6]}), folder / "run", folder)
-    listed = "2 (2,100 points, ground) 6 (900 points, building) 9 (1 points, of no class) 64 (400 points, of no class)"
+    listed = "2 (2,100 points, ground) 6 (900 points, building) 9 (1 point, of no class) 64 (400 points, of no class)"
     assert [str(one.message) for one in caught] == [
         f"[data.classes] ground: no file holds the label 22; there are {listed}; the nearest of no class is 9"
     ]
@@ -67,7 +67,7 @@ def test_a_class_without_points_is_an_error(folder):
     classes = {"ground": [2], "building": [5]}
     message = (
         r"\[data.classes\] building: expected points with the label 5 in the training data, got none; their labels are "
-        r"2 \(1,400 points, ground\) 6 \(600 points, of no class\) 9 \(1 points, of no class\); the nearest of no "
+        r"2 \(1,400 points, ground\) 6 \(600 points, of no class\) 9 \(1 point, of no class\); the nearest of no "
         r'class is 6; if this is intended: may_be_empty = \["building"\] in \[data\]'
     )
     with pytest.raises(SettingsError, match=message):

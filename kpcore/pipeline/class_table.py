@@ -98,7 +98,7 @@ def _shown(labels: Mapping[int, int], settings: Settings) -> str:
     """Labels with their numbers of points, and whether they are of a class."""
     known = {label: name for name, of_class in settings.data.classes.items() for label in of_class}
     return list_names(
-        f"{label} ({number:,} points{f', {known[label]}' if label in known else ', of no class'})"
+        f"{label} ({number:,} point{'s' * (number != 1)}{f', {known[label]}' if label in known else ', of no class'})"
         for label, number in sorted(labels.items())
     )
 
