@@ -289,7 +289,7 @@ def values_of(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, n
         if name == "color":
             values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
-            values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+            values[name] = coordinates(cloud, rows)[:, -1].astype(np.float32)
         elif name == HEIGHT and HEIGHT_FIELD in cloud.fields:
             values[name] = cloud.fields[HEIGHT_FIELD][rows]
         elif name not in COMPUTED_FEATURES:
