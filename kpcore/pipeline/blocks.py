@@ -188,7 +188,7 @@ def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np
     tied = equal | np.append(False, equal[:-1])
     if tied.any():
         rows = order[tied]
-        order[tied] = rows[np.lexsort([*(column[rows] for column in _columns_of(values)), points[rows, 2], key[rows]])]
+        order[tied] = rows[np.lexsort([*(column[rows] for column in columns_of(values)), points[rows, 2], key[rows]])]
     return order
 
 
@@ -201,7 +201,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The columns of values by name, (n,) each."""
     return [column for of_feature in values.values() for column in of_feature.reshape(len(of_feature), -1).T]
 
 
@@ -252,10 +253,10 @@ def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
     counts = np.unique(cells, axis=0, return_counts=True)[1]
     points = min(len(rows), int(counts.max() * (1 + 2 * size.halo / size.side) ** 2))
     sums = 4 * len(rows) * model.net.num_classes if size.lattices > 1 else 0
-    return Plan(size.lattices * len(counts), points, int(points * _bytes_per_point(model)) + sums)
+    return Plan(size.lattices * len(counts), points, int(points * bytes_per_point(model)) + sums)
 
 
-def _bytes_per_point(model: Model) -> float:
+def bytes_per_point(model: Model) -> float:
     """Memory for a point of a block before subsampling.
 
     Besides the cloud, the peak was between half and 1.3 times this sum for KP-FCNNs of 32 and 64 channels, rigid and

@@ -8,6 +8,7 @@ results of both.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,16 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kpcore.files import replacing
-from kpcore.io import ReadError, scans
-from kpcore.io.cloud import Cloud, Request, field_values, ignored_points
+from kpcore.io import ReadError, copc, scans
+from kpcore.io.cloud import Cloud, Request, field_values, ignored_points, name_index
 from kpcore.nn import checkpoints
 from kpcore.pipeline import blocks, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, feature_reach, not_finite, values_of
 from kpcore.pipeline.model import Model
+from kpcore.pipeline.segmentation import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from kpcore.io.scans import Scan
@@ -78,8 +80,10 @@ class Job:
     files: list[Source]
     options: Options
 
-    def __init__(self, folder: Path, files: Sequence[Source], options: Options) -> None:
+    def __init__(self, folder: Path, files: Sequence[Source], options: Options, low: Sequence[float],
+                 high: Sequence[float]) -> None:  # fmt: skip
         self.folder, self.files, self.options = folder, [*files], options
+        self.low, self.high = low, high  #: of the survey, in the unit of the network
 
     @property
     def path(self) -> Path:
@@ -97,6 +101,22 @@ class Job:
     def tiles(self) -> tiles.Tiles:
         return tiles.Tiles(self.folder / "cells")
 
+    @property
+    def rules(self) -> Rules:
+        return Rules(tuple(self.options.keep), self.options.unclassified)
+
+    def request(self, scan: Scan) -> Request:
+        """What is read of a file for the input of the network."""
+        options = self.options
+        identity = [name for name in (_TIME, _RETURN) if name in scan.names] if len(self.files) > 1 else []
+        return Request(tuple(dict.fromkeys([*options.fields, *identity])), self.label(scan),
+                       ignore=tuple(options.ignore), drop_zeros=options.drop_zeros)  # fmt: skip
+
+    def label(self, scan: Scan) -> str | None:
+        """The field of the labels in a file; None: classification."""
+        label = self.options.label
+        return label if label and name_index(scan.names, label) is not None else None
+
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a worker keeps its job until it ends
     def scan(self, number: int) -> Scan:
         """The header of a file; an error if it is not the one that the job was made for."""
@@ -108,7 +128,8 @@ class Job:
 
     def save(self) -> None:
         """Write the description."""
-        described = {"files": [asdict(source) for source in self.files], "options": asdict(self.options)}
+        described = {"files": [asdict(source) for source in self.files], "options": asdict(self.options),
+                     "low": [*self.low], "high": [*self.high]}  # fmt: skip
         with replacing(self.path) as part:
             part.write_text(json.dumps(described))
 
@@ -116,7 +137,7 @@ class Job:
     def load(cls, folder: Path) -> Job:
         described = json.loads((folder / "job.json").read_text())
         files = [Source(**one) for one in described["files"]]
-        return cls(folder, files, Options(**described["options"]))
+        return cls(folder, files, Options(**described["options"]), described["low"], described["high"])
 
 
 class FileFailed(ReadError):
@@ -146,7 +167,7 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     """
     model, options = job.model, job.options
     low, high = box_of(cells, model.block_size.side, options.lattices)
-    margin = (model.block_size.halo + feature_reach(model.settings)) * _SLACK
+    margin = margin_of(model)
     points = points_in(job, low - margin, high + margin, without)
     chosen = np.flatnonzero(points.first == np.arange(len(points.first)))
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
@@ -161,11 +182,11 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     place = np.empty(len(points.first), np.int64)
     place[chosen] = np.arange(len(chosen))
     place = place[points.first]
-    _write(job, cells, points, place, labelled, total)
-    about = {"points": int(np.count_nonzero(labelled))}
+    about = {"inputs": inputs_of(job, cells, without), "points": int(np.count_nonzero(labelled[place] == options.lattices))}
     if observed:
-        inside = np.flatnonzero(labelled)
-        about |= {"observed": observed.counted(), "spacing": statistics.spacing_of(points.cloud.exact[chosen[inside]])}
+        inside = points.cloud.exact[chosen[labelled > 0]]
+        about |= {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
+    _write(job, cells, points, place, labelled, total, about)
     return about
 
 
@@ -181,8 +202,8 @@ def result_path(job: Job, cells: Cells) -> Path:
     return job.folder / "groups" / f"{cells.x}_{cells.y}_{cells.number}.safetensors"
 
 
-def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: np.ndarray,
-           total: np.ndarray) -> None:  # fmt: skip
+def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: np.ndarray, total: np.ndarray,
+           about: dict[str, Any]) -> None:  # fmt: skip
     """Write the labels of the points that all lattices have labelled, and the probabilities of others, by file."""
     lattices, arrays = job.options.lattices, {}
     for number in np.unique(points.files):
@@ -196,22 +217,46 @@ def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: 
         arrays[str(number)] = {
             "rows": rows[whole], "classes": shares.argmax(axis=1).astype(np.int32), "confidence": shares.max(axis=1),
             "part_rows": rows[part], "part_total": total[at[part]],
-            "close": np.array([np.count_nonzero(_are_close(shares))]),
+            "close": np.array([np.count_nonzero(are_close(shares))]),
         }  # fmt: skip
         if job.options.probabilities:
             arrays[str(number)]["probabilities"] = shares
     path = result_path(job, cells)
     path.parent.mkdir(exist_ok=True)
-    checkpoints.write(path, arrays, {"cells": [*cells]})
+    checkpoints.write(path, arrays, about)
+
+
+def are_close(shares: np.ndarray) -> np.ndarray:
+    """(n,) bool, whether the two largest probabilities of a point are nearly equal."""
+    if shares.shape[1] < 2:
+        return np.zeros(len(shares), bool)
+    two = np.partition(shares, -2, axis=1)[:, -2:]
+    return two[:, 1] - two[:, 0] < CLOSE
+
+
+def inputs_of(job: Job, cells: Cells, without: Collection[int] = ()) -> str:
+    """Says which files' points are in the input of a group; another one if one of them changes."""
+    margin = margin_of(job.model)
+    low, high = box_of(cells, job.model.block_size.side, job.options.lattices)
+    keys = [job.files[number].key for number in files_in(job, low - margin, high + margin, without)]
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def margin_of(model: Model) -> float:
+    """The width of the margin of a group: every point that has an effect on its labels is in it."""
+    return (model.block_size.halo + feature_reach(model.settings)) * _SLACK
 
 
 def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> Points:
     """The points of a survey in a box of x and y, in the unit of the network, that are in its input."""
-    pieces = [
-        piece
-        for number, rows, records in _records_in(job, low, high, without)
-        if len((piece := _piece(job, number, rows, records, low, high)).rows)
-    ]
+    pieces = []
+    for number in files_in(job, low, high, without):
+        try:
+            piece = _piece(job, number, low, high)
+        except ReadError as error:
+            raise FileFailed(number, str(error)) from None
+        if len(piece.rows):
+            pieces.append(piece)
     if not pieces:
         empty = np.empty((0, 3))
         return Points(Cloud(empty, None, None, np.zeros(3), exact=empty), *np.empty((3, 0), np.int64))
@@ -240,28 +285,30 @@ class _Piece(NamedTuple):
     identity: np.ndarray  #: (n, 2) GPS time and number of the return
 
 
-def _records_in(job: Job, low: np.ndarray, high: np.ndarray,
-                without: Collection[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
-    """(number of a file, rows, records) of the files with points in a box; some lie beyond it."""
-    side = job.model.block_size.side / tiles.CELLS_OF_BLOCK
-    entries = job.tiles.entries(np.floor(low / side), np.floor(high / side))
-    for number in np.unique(entries["file"]).tolist():
-        if number not in without:
-            yield number, *job.tiles.read(entries[entries["file"] == number], job.scan(number).record_size)
+def files_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> list[int]:
+    """The numbers of the files that may have points in a box of x and y, in the unit of the network."""
+    numbers = {*np.unique(job.tiles.entries(*_cells_of(job, low, high))["file"]).tolist()}
+    begin, end = low / job.options.scale[:2], high / job.options.scale[:2]
     for number, source in enumerate(job.files):
-        if source.box is None or number in without:
-            continue
-        begin, end = low / job.options.scale[:2], high / job.options.scale[:2]
-        if (end >= source.box[:2]).all() and (begin <= source.box[2:]).all():
-            yield number, *scans.records_in(job.scan(number), begin, end)
+        if source.box and (end >= source.box[:2]).all() and (begin <= source.box[2:]).all():
+            numbers.add(number)
+    return sorted(numbers - {*without})
 
 
-def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np.ndarray, high: np.ndarray) -> _Piece:
-    """The points of records that lie in a box and are in the input of the network."""
+def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    side = job.model.block_size.side / tiles.CELLS_OF_BLOCK
+    return np.floor(low / side), np.floor(high / side)
+
+
+def _piece(job: Job, number: int, low: np.ndarray, high: np.ndarray) -> _Piece:
+    """The points of a file that lie in a box and are in the input of the network."""
     options, scan = job.options, job.scan(number)
-    identity = [name for name in (_TIME, _RETURN) if name in scan.names] if len(job.files) > 1 else []
-    request = Request(tuple(dict.fromkeys([*options.fields, *identity])), options.label if options.ignore else None,
-                      ignore=tuple(options.ignore), drop_zeros=options.drop_zeros)  # fmt: skip
+    if job.files[number].box:
+        rows, records = copc.records_in(scan, low / options.scale[:2], high / options.scale[:2])
+    else:
+        entries = job.tiles.entries(*_cells_of(job, low, high))
+        rows, records = job.tiles.read(entries[entries["file"] == number], scan.record_size)
+    request = job.request(scan)
     content = scans.decoded(scan, records, request, options.wide_colors)
     points = content.points * np.array(options.scale)
     kept = ((points[:, :2] >= low) & (points[:, :2] <= high)).all(axis=1)
@@ -269,15 +316,15 @@ def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np
         kept &= ~ignored
     fields = {name.lower(): field_values(name, content.fields[name])[kept] for name in options.fields}
     if bad := not_finite(fields):
-        raise FileFailed(number, f"{scan.path}: {bad}")
+        raise ReadError(f"{scan.path}: {bad}")
     if HEIGHT_FIELD in fields:
         fields[HEIGHT_FIELD] = fields[HEIGHT_FIELD] * options.scale[2]
-    same = np.zeros((np.count_nonzero(kept), 2))
+    identity = np.zeros((np.count_nonzero(kept), 2))
     for column, name in enumerate((_TIME, _RETURN)):
-        if name in identity:
-            same[:, column] = content.fields[name][kept]
+        if name in request.fields:
+            identity[:, column] = content.fields[name][kept]
     colors = content.colors[kept] if "color" in job.model.settings.data.features else None
-    return _Piece(number, points[kept], rows[kept], fields, colors, same)
+    return _Piece(number, points[kept], rows[kept], fields, colors, identity)
 
 
 def places_taken_twice(points: np.ndarray) -> np.ndarray:
