@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from kpcore.pipeline.model import Model
 from kpcore.pipeline.segmentation import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from kpcore.io.scans import Scan
@@ -168,26 +169,29 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     model, options = job.model, job.options
     low, high = box_of(cells, model.block_size.side, options.lattices)
     margin = margin_of(model)
+    begin = time.perf_counter()
     points = points_in(job, low - margin, high + margin, without)
+    reading = time.perf_counter() - begin
     chosen = np.flatnonzero(points.first == np.arange(len(points.first)))
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
     total = np.zeros((len(chosen), model.net.num_classes), np.float32)
     labelled = np.zeros(len(chosen), np.uint8)  # by so many lattices
-    values = values_of(model.settings, points.cloud, chosen)
+    values, first_lattice = values_of(model.settings, points.cloud, chosen), 0
     for lattice in LATTICES[: options.lattices]:
         pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, values, cells=cells, observed=observed)
         for positions, shares in pieces:
             total[positions] += shares
             labelled[positions] += 1
+            first_lattice += len(positions) if lattice is LATTICES[0] else 0
     place = np.empty(len(points.first), np.int64)
     place[chosen] = np.arange(len(chosen))
     place = place[points.first]
-    about = {"inputs": inputs_of(job, cells, without), "points": int(np.count_nonzero(labelled[place] == options.lattices))}
+    about = {"inputs": inputs_of(job, cells, without), "points": first_lattice}
     if observed:
         inside = points.cloud.exact[chosen[labelled > 0]]
         about |= {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
     _write(job, cells, points, place, labelled, total, about)
-    return about
+    return about | {"reading": reading}
 
 
 def box_of(cells: Cells, side: float, lattices: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,8 +242,17 @@ def inputs_of(job: Job, cells: Cells, without: Collection[int] = ()) -> str:
     """Says which files' points are in the input of a group; another one if one of them changes."""
     margin = margin_of(job.model)
     low, high = box_of(cells, job.model.block_size.side, job.options.lattices)
-    keys = [job.files[number].key for number in files_in(job, low - margin, high + margin, without)]
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    return inputs_digest(job.files[number] for number in files_in(job, low - margin, high + margin, without))
+
+
+def inputs_digest(files: Iterable[Source]) -> str:
+    """Another one if a file changes."""
+    return hashlib.sha256("\n".join(source.key for source in files).encode()).hexdigest()
+
+
+def bytes_per_point(model: Model) -> int:
+    """Memory for a point of a group, besides that for blocks."""
+    return _BYTES_PER_POINT + 4 * (model.net.num_classes + 2 * sum(model.columns.widths.values()))
 
 
 def margin_of(model: Model) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,18 +17,15 @@ from kpcore.nn import checkpoints
 from kpcore.pipeline import groups
 from kpcore.pipeline.data import IGNORED, class_numbers
 from kpcore.pipeline.overview import Overview
-from kpcore.pipeline.probabilities import ProbabilityStore
-from kpcore.pipeline.segmentation import Rules, final_labels
+from kpcore.pipeline.segmentation import final_labels
 from kpcore.pipeline.voting import confusion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from kpcore.io.cloud import LabelField
     from kpcore.pipeline.blocks import Cells
     from kpcore.pipeline.groups import Job
-    from kpcore.pipeline.model import Model
 
 
 class Labels(NamedTuple):
@@ -82,7 +80,7 @@ def field_of(job: Job, number: int) -> LabelField:
     source, options, rules = job.files[number], job.options, job.rules
     return label_field(
         source.path, source.out, source.points, label=None if options.into else options.label, into=options.into,
-        values=rules.values(bool(options.into)), extra={"confidence": np.uint8} if options.confidence else {},
+        values=rules.values(job.model, options.into is not None), extra={"confidence": np.uint8} if options.confidence else {},
     )  # fmt: skip
 
 
@@ -93,31 +91,34 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     """
     source, options, model, scan = job.files[number], job.options, job.model, job.scan(number)
     results, rules = Results(job, number, cells), job.rules
-    label = options.label if options.label in scan.names else None
-    request, num_classes = Request(label=label), model.net.num_classes
+    request, num_classes = Request(label=job.label(scan)), model.net.num_classes
     counts, matrix = np.zeros(num_classes, np.int64), np.zeros((num_classes, num_classes), np.int64)
-    notes = {"ignored": 0, "kept": 0, "unclassified": 0}
+    notes = {"ignored": 0, "stays": 0, "unclassified": 0}
     has_labels = False
     overview = Overview(job.low, job.high, num_classes)
-    store = ProbabilityStore(options.probabilities).writer(source.out, source.points) if options.probabilities else None
+    store = None
+    if options.probabilities:
+        from kpcore.pipeline.probabilities import ProbabilityStore
+
+        store = ProbabilityStore(options.probabilities, model).writer(source.out, source.points)
 
     def pieces(first: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         nonlocal has_labels
-        found = results.labels(first, len(records))
+        labels = results.labels(first, len(records))
         content = scans.decoded(scan, records, request, wide_colors=options.wide_colors)
-        chosen = found.classes != IGNORED
-        classes, confidence = found.classes[chosen], found.confidence[chosen]
+        chosen = labels.classes != IGNORED
+        classes, confidence = labels.classes[chosen], labels.confidence[chosen]
         final = final_labels(model, rules, classes, confidence, content.labels[chosen])
         true = class_numbers(model.settings, content.labels[chosen])
         has_labels |= bool(content.labels.any())
         matrix[:] += confusion(true, classes, num_classes)
         counts[:] += np.bincount(classes[final.is_of_class], minlength=num_classes)
-        for name, value in (("ignored", len(chosen) - len(classes)), ("kept", final.kept),
+        for name, value in (("ignored", len(chosen) - len(classes)), ("stays", final.stays),
                             ("unclassified", final.unclassified)):  # fmt: skip
             notes[name] += value
-        overview.add(content.points[:, :2] * np.array(options.scale[:2]), found.classes)
+        overview.add(content.points[:, :2] * np.array(options.scale[:2]), labels.classes)
         if store:
-            store.append(found.probabilities)
+            store.append(labels.probabilities)
         return chosen, final.labels, {"confidence": final.percent} if options.confidence else {}
 
     with warnings.catch_warnings(record=True) as caught:
@@ -130,7 +131,7 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     overview.save(folder / f"{number}.npz")
     about = {
         "counts": counts.tolist(), "confusion": matrix.tolist() if has_labels else None, **notes,
-        "close": results.close, "made_of": made_of, "size": source_size(source.out),
+        "close": results.close, "made_of": made_of, "size": os.stat(source.out).st_size,
         "warnings": [str(one.message) for one in caught],
     }  # fmt: skip
     with replacing(folder / f"{number}.json") as part:

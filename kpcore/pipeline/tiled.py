@@ -11,12 +11,15 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import socket
+import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,20 +29,22 @@ import scipy
 from kpcore import config, nn
 from kpcore.backends import checks
 from kpcore.config import KpcoreWarning, free_memory
+from kpcore.console import plain
 from kpcore.files import replacing
-from kpcore.io import ReadError, scans
-from kpcore.io.cloud import name_index
+from kpcore.io import ReadError, copc, scans
+from kpcore.io.cloud import Request, name_index
 from kpcore.nn import checkpoints
-from kpcore.pipeline import blocks, engines, groups, merging, statistics, surveys, tiles, voting
-from kpcore.pipeline.blocks import Cells
-from kpcore.pipeline.data import check_projected, feature_reach, fields_of
+from kpcore.pipeline import blocks, engines, filenames, groups, merging, statistics, surveys, tiles, voting
+from kpcore.pipeline.blocks import LATTICES, Cells
+from kpcore.pipeline.data import check_projected, fields_of
 from kpcore.pipeline.groups import FileFailed, Job, Options, Source
 from kpcore.pipeline.labelling import chosen_method
 from kpcore.pipeline.model import Model
+from kpcore.pipeline.overview import Overview
 from kpcore.pipeline.segmentation import unit_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from kpcore.io.scans import Scan
@@ -299,7 +304,8 @@ class _Run:
         if scan is None:
             return Source(os.path.abspath(source), 0, 0, 0, os.path.abspath(copy))
         if scan.is_copc:
-            box = [*copc.box(scan)]
+            nodes = copc.nodes(scan)
+            box = [*nodes.low[:, :2].min(axis=0).tolist(), *nodes.high[:, :2].max(axis=0).tolist()]
         return Source(scan.path, scan.size, scan.modified, scan.num_points, os.path.abspath(copy), box)
 
     def _check_disk(self) -> None:
@@ -423,12 +429,13 @@ class _Run:
         (self.folder / "cells.json").unlink(missing_ok=True)
         side = self.model.block_size.side / tiles.CELLS_OF_BLOCK
         budget = self._memory(memory)
-        failed = tiles.build(self.folder / "cells", self.scans, numbers, self.job, side, min(1 << 30, budget // 6), see,
-                             watch)  # fmt: skip
+        needed = {number: scans.needed(self.scans[number], self.job.request(self.scans[number])) for number in numbers}
+        scale, at_once = self.job.options.scale, min(1 << 30, budget // 6)
+        failed = tiles.build(self.folder / "cells", self.scans, needed, side, scale, at_once, see, watch)
         for number, scan in self.scans.items():
-            if needs_colors and self.files[number].box and number not in failed:
+            if needs_colors and self.files[number].box:
                 try:
-                    widest = max(widest, scans.widest_color(scan, copc.coarsest(scan)[1]))
+                    widest = max(widest, scans.widest_color(scan, next(scans.records(scan))[1]))  # a million points
                 except ReadError as error:
                     failed[number] = str(error)
         self.failed |= failed
@@ -458,7 +465,9 @@ class _Run:
         for number, scan in self.scans.items():
             if self.files[number].box and number not in self.failed:
                 counts.append(_count_nodes(scan, self.job.options.scale, size.side / tiles.CELLS_OF_BLOCK))
-        count = tiles.summed(np.concatenate([one.cells for one in counts]), np.concatenate([one.points for one in counts]))
+        count = tiles.summed(
+            np.concatenate([one.cells for one in counts]), np.concatenate([one.points for one in counts])
+        )
         if not count.points.sum():
             raise ReadError(next(iter(self.failed.values()), "sources: expected points, got none"))
         margin = groups.margin_of(model)
@@ -467,7 +476,7 @@ class _Run:
         in_block = squares.points.max() * (1 + 2 * size.halo / size.side) ** 2
         of_block = int(in_block * blocks.bytes_per_point(model))
         per_point = groups.bytes_per_point(model)
-        here, budget = engine.workers == 1 and engine.is_here, self._memory(memory)
+        here, budget = engine.is_here, self._memory(memory)
         of_worker = budget if here else (budget - _INTERPRETER) // engine.workers
         limit = (of_worker - _INTERPRETER - _model_bytes(model) - of_block) / per_point
         limit = min(limit, _MOST_IN_GROUP)
@@ -486,7 +495,15 @@ class _Run:
             workers = "" if engine.workers == 1 else f" for each of {engine.workers} workers"
             raise ValueError(f"memory: expected at least {_gib(needs * engine.workers)}{workers}, got {_gib(budget)}; "
                              "fewer workers, or a model with smaller [blocks], need less")  # fmt: skip
-        self.count = count
+        sums = {tuple(cells): points for cells, points in zip(squares.cells.tolist(), squares.points, strict=True)}
+        self.points_of = [
+            sum(
+                sums.get((x, y), 0.0)
+                for x in range(one.x, one.x + one.number)
+                for y in range(one.y, one.y + one.number)
+            )
+            for one in self.groups
+        ]
 
     # ---- the work
 
@@ -507,7 +524,9 @@ class _Run:
         self.inputs = [self._inputs(group) for group in range(len(self.groups))]
         job.save()
         self.written = {number: about for number in self.groups_of if (about := self._already_written(number))}
-        needed = {group for number, of_file in self.groups_of.items() if number not in self.written for group in of_file}
+        needed = {
+            group for number, of_file in self.groups_of.items() if number not in self.written for group in of_file
+        }
         self.abouts: dict[int, dict[str, Any]] = {}
         for group in range(len(self.groups)):
             if about := self._result(group):
@@ -609,7 +628,9 @@ class _Run:
             for one in self.touches[group]:
                 self.written.pop(one, None)
                 self.asked.discard(one)
-        return [self._task_of_group(group) for group in again if any(one in self.groups_of for one in self.touches[group])]
+        return [
+            self._task_of_group(group) for group in again if any(one in self.groups_of for one in self.touches[group])
+        ]
 
     def _tell(self, outcome: Mapping[str, Any]) -> None:
         rate = self.points / max(1e-9, time.perf_counter() - self.started)
@@ -685,7 +706,7 @@ class _Run:
             "instruction_set": self.instruction_set, "kpcore": config.__version__,
         }  # fmt: skip
         with replacing(self.out / SUMMARY) as part:
-            part.write_text(json.dumps(_plain(described), indent=1))
+            part.write_text(json.dumps(plain(described), indent=1))
 
     def _draw(self, survey: Survey) -> None:
         if self.is_alone or not self.written:
@@ -812,7 +833,7 @@ def _count_nodes(scan: Scan, scale: Sequence[float], side: float) -> tiles.Count
     """The number of points in each cell by the nodes of a COPC, as if those of a node were spread evenly in its box."""
     nodes = copc.nodes(scan)
     cells, points = [], []
-    for low, high, number in zip(nodes.low * scale[:2], nodes.high * scale[:2], nodes.counts, strict=True):
+    for low, high, number in zip(nodes.low[:, :2] * scale[:2], nodes.high[:, :2] * scale[:2], nodes.count, strict=True):
         begin, end = np.floor(low / side).astype(np.int64), np.floor(high / side).astype(np.int64) + 1
         inside = np.stack(np.meshgrid(*map(np.arange, begin, end), indexing="ij"), axis=-1).reshape(-1, 2)
         cells.append(inside)

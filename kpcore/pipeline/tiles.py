@@ -1,7 +1,7 @@
 """Points of LAS and LAZ files by their place: one pass sorts records into square cells, in files on disk.
 
-The cells are those of no block and no file: a quarter of a block wide, so that a box reads few points beyond it. Records
-stay as they are in the LAS, with their row in it, so nothing is lost and nothing is rounded.
+A cell is a quarter of a block wide, so that few points beyond a box are read with it. Records stay as they are in the
+file, with their row in it, so nothing is rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kpcore.files import replacing
 from kpcore.io import ReadError, scans
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from kpcore.io.scans import Scan
 
@@ -41,11 +41,12 @@ def bytes_on_disk(files: Iterable[Scan]) -> int:
     return sum(scan.num_points * (scan.record_size + ROW.itemsize) for scan in files)
 
 
-def build(folder: Path, files: Sequence[Scan], numbers: Iterable[int], side: float, scale: Sequence[float], memory: int,
-          see: Callable[[int, np.ndarray], object], watch: Callable[[int], object] | None = None
-          ) -> dict[int, str]:  # fmt: skip
-    """Sort the points of some of the files into cells, and return {number of a file: why it cannot be read}.
+def build(folder: Path, files: Mapping[int, Scan], needed: Mapping[int, Collection[str]], side: float,
+          scale: Sequence[float], memory: int, see: Callable[[int, np.ndarray], object],
+          watch: Callable[[int], object] | None = None) -> dict[int, str]:  # fmt: skip
+    """Sort the points of files into cells, and return {number of a file: why it cannot be read}.
 
+    files, needed : the dimensions by the number of each file that is sorted; others may be 0 in the cells
     side : of a cell, in the unit of the network; `scale` are the factors of x, y and z to that unit
     memory : bytes of records that are sorted at once
     see : is called with (number, records) of every piece of a file
@@ -54,10 +55,12 @@ def build(folder: Path, files: Sequence[Scan], numbers: Iterable[int], side: flo
     folder.mkdir(parents=True, exist_ok=True)
     entries, failed = [], {}
     with (folder / _RECORDS).open("wb") as to_records, (folder / _ROWS).open("wb") as to_rows:
-        for number in numbers:
-            scan = files[number]
+        for number, names in needed.items():
+            pieces = scans.records(files[number], names)
             try:
-                of_file = _sort_file(scan, number, side, scale, memory, to_records, to_rows, see, watch)
+                of_file = _sort_file(
+                    files[number], number, pieces, side, scale, memory, to_records, to_rows, see, watch
+                )
             except ReadError as error:
                 failed[number] = str(error)
                 continue
@@ -71,9 +74,9 @@ def build(folder: Path, files: Sequence[Scan], numbers: Iterable[int], side: flo
     return failed
 
 
-def _sort_file(scan, number, side, scale, memory, to_records, to_rows, see, watch) -> list[np.ndarray]:
+def _sort_file(scan, number, records_of, side, scale, memory, to_records, to_rows, see, watch) -> list[np.ndarray]:
     entries, pieces, held = [], [], 0
-    for first, records in scans.records(scan):
+    for first, records in records_of:
         see(number, records)
         if pieces and (held + records.nbytes > memory or first + len(records) - pieces[0][0] > np.iinfo(ROW).max):
             entries.append(_sort_pieces(scan, number, side, scale, pieces, to_records, to_rows))
@@ -92,7 +95,8 @@ def _sort_pieces(scan, number, side, scale, pieces, to_records, to_rows) -> np.n
     points = scans.coordinates(scan, records)[:, :2] * np.asarray(scale[:2])
     cells = np.floor(points / side)
     if np.abs(cells).max() >= _MOST_CELLS:
-        raise ReadError(f"{scan.path}: its points lie in more than 2**32 columns of blocks of {CELLS_OF_BLOCK * side:g}")
+        width = CELLS_OF_BLOCK * side
+        raise ReadError(f"{scan.path}: its points lie in more than 2**32 columns of blocks of {width:g}")
     order = np.lexsort((cells[:, 1], cells[:, 0]))  # stable: rows of a cell ascend
     cells = cells[order]
     starts = np.flatnonzero((np.diff(cells, axis=0, prepend=np.nan) != 0).any(axis=1))
