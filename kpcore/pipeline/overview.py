@@ -245,7 +245,7 @@ class Overview:
     def _majority(self) -> tuple[np.ndarray, int]:
         """(classes of squares of pixels, -1 where no point is; their side in pixels).
 
-        The smallest side, a power of two, with which 80 % of the squares have points, of those in larger squares of 16
+        The smallest side, a power of two, with which 90 % of the squares have points, of those in larger squares of 16
         by 16 that have any.
         """
         for size in (1, 2, 4, 8, 16, 32, 64):
@@ -259,7 +259,7 @@ class Overview:
                     most = np.maximum(most, sums)
             shown = best >= 0
             around = np.count_nonzero(_in_squares(shown, 16)) * 16**2
-            if np.count_nonzero(shown) >= 0.8 * min(around, shown.size) or max(best.shape) <= 16:
+            if np.count_nonzero(shown) >= 0.9 * min(around, shown.size) or max(best.shape) <= 16:
                 break
         return best, size
 
