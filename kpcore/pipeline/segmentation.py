@@ -13,10 +13,9 @@ from kpcore.console import classes_in_mean
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import blocks, statistics, voting
-from kpcore.pipeline.colors import class_colors, distinct_colors
+from kpcore.pipeline.colors import named_colors
 from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud, scaled
 from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
-from kpcore.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from kpcore.io.scans import Scan
     from kpcore.pipeline.model import Model
+    from kpcore.pipeline.settings import Settings
 
 __all__ = ["Segmented", "compare", "draw", "segment", "write_labels"]
 
@@ -229,10 +229,7 @@ def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
     from kpcore import picture
 
     page, classes = picture.theme_named(theme), segmented.classes
-    if isinstance(names, Settings):
-        names, colors = names.names, class_colors(names)
-    else:
-        colors = distinct_colors(len(names))
+    names, colors = named_colors(names)
     panels, true = [("predicted", colors[classes])], segmented.true if segmented.scores else None
     shares = [segmented.counts / max(1, len(classes))]
     differences = []

@@ -222,12 +222,11 @@ def _different_systems(scans: list[Header]) -> str | None:
 
 
 def _near_origin(scans: list[Header]) -> str | None:
-    """The first two files, if none states a system and one is near the origin, as `kpcore.io.cloud._shift` has it."""
+    """The first two files, if none states a system and one is near the origin."""
     used, low, high = _boxes(scans)
     if len(used) < 2 or _key(_name_of(scans[used[0]].reference)):
         return None
-    extents, reach = (high - low).max(axis=1), np.maximum(abs(low), abs(high)).max(axis=1)
-    near = np.flatnonzero(reach <= np.maximum(1000.0, 10.0 * extents))
+    near = np.flatnonzero(~are_far(low, high))
     if not len(near):
         return None
     pair = sorted({0, near[0]} if near[0] else {0, 1})
@@ -355,6 +354,16 @@ def _counted(number: int, word: str) -> str:
 
 
 # ---- boxes
+
+
+def are_far(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Whether boxes are far from the origin, as those of projected coordinates are, and scans in a room are not.
+
+    (n, 2) corners in x and y. The rule of `kpcore.io.Cloud.shift`: the largest coordinate is above 1000 and above ten
+    times the extent.
+    """
+    extents, reach = (high - low).max(axis=-1), np.maximum(np.abs(low), np.abs(high)).max(axis=-1)
+    return reach > np.maximum(1000.0, 10.0 * extents)
 
 
 def _boxes(scans: list[Header]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
