@@ -7,14 +7,11 @@ The plane is divided into square cells. All that stands in a cell, and all rando
 from __future__ import annotations
 
 import operator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.config import get_num_threads
 from kpcore.io import Cloud, las
 from kpcore.io.table import Column
 
@@ -229,15 +226,7 @@ def _parts(low, high, density, seed) -> Iterator[Points]:
             inside &= (values * STEP >= a) & (values * STEP < b)
         return points.chosen(inside)
 
-    num = get_num_threads()
-    if num == 1:
-        yield from map(part, cells)
-        return
-    with ThreadPoolExecutor(num) as pool:
-        waiting = [pool.submit(part, cell) for cell in islice(cells, 2 * num)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(pool.submit(part, cell) for cell in islice(cells, 1))
+    return map(part, cells)
 
 
 # ---- the world
@@ -334,14 +323,20 @@ def _interpolated(nodes, x, y):
 
 
 def _ground(nodes):
+    """The same at one place, in numbers of Python, which is 20 times as fast."""
+    rows = nodes.tolist()
+
     def height(x: float, y: float) -> float:
-        return float(_interpolated(nodes, np.float64([x]), np.float64([y]))[0])
+        fx, fy = float(x) / NODE, float(y) / NODE
+        ix, iy = int(fx), int(fy)
+        below, above = (row[ix] + (fx - ix) * (row[ix + 1] - row[ix]) for row in rows[iy : iy + 2])
+        return below + (fy - iy) * (above - below)
 
     return height
 
 
 def _build(scan, seed, i, j, ground, density):
-    """Put the objects of a cell into its scan; return further points as a list of (x, y, z, label, intensity)."""
+    """Put the objects of a cell into its scan; return (x, y, z, label, intensity) of points on upright surfaces."""
     rng = _rng(seed, i, j, WORLD)
     kind = _kind(seed, i, j)
     extra = []
@@ -362,7 +357,7 @@ def _build(scan, seed, i, j, ground, density):
         if has_street:
             _street(scan, rng, ground, side, kind)
     _power(scan, rng, seed, i, j, extra)
-    return [_sampled(one, density, rng) for one in extra]
+    return _upright(scan, extra, density, rng)
 
 
 def _pave(scan, streets):
@@ -422,25 +417,37 @@ def _building(scan, rng, ground, extra, at, half, yaw, height, roof, material, p
             on = (np.abs(sides[0] - middle) < 1.2) & (sides[1] > 0) & (across < b - 0.7)
             z = np.where(on, np.maximum(z, base + 0.75 * pitch * b), z)
     _put(part, inside, z.astype(np.float32), BUILDING, material)
-    cos, sin = np.cos(yaw), np.sin(yaw)
-    for normal, length, reach in (((cos, sin), b, a), ((-cos, -sin), b, a), ((-sin, cos), a, b), ((sin, -cos), a, b)):
-        middle = np.array([x + normal[0] * reach, y + normal[1] * reach])
-        tangent = length * np.array([-normal[1], normal[0]])
-        extra.append((middle - tangent, middle + tangent, ground(x, y), base, BUILDING, 0.7 * material, 0.09))
+    foot, cos, sin = base - height, np.cos(yaw), np.sin(yaw)
+    for nx, ny, width, reach in ((cos, sin, b, a), (-cos, -sin, b, a), (-sin, cos, a, b), (sin, -cos, a, b)):
+        mx, my, tx, ty = x + nx * reach, y + ny * reach, -ny * width, nx * width
+        extra.append((mx - tx, my - ty, mx + tx, my + ty, foot, base, BUILDING, 0.7 * material, 0.09))
 
 
-def _sampled(surface, density, rng):
-    """Points (x, y, z, label, intensity) on an upright surface from one place to another, between two heights.
+def _upright(scan, surfaces, density, rng):
+    """(x, y, z, label, intensity) of points on upright surfaces, where no building hides them.
 
-    `share` is their number per square metre of it for each pulse per square metre of ground.
+    A surface is (start x, start y, end x, end y, lowest, highest, label, intensity, share); it faces to the right of
+    the way from its start to its end. `share` is the number of points for a square metre of it and a pulse per square
+    metre of ground.
     """
-    start, end, low, high, label, intensity, share = surface
-    area = max(np.linalg.norm(end - start), 0.3) * (high - low)
-    num = rng.poisson(density * share * area)
-    along, up = rng.random((2, num))
-    xy = start + along[:, None] * (end - start) + rng.normal(0, NOISE, (num, 2))
-    inside = ((xy >= 0) & (xy < CELL - STEP)).all(axis=1)
-    return xy[inside, 0], xy[inside, 1], (low + up * (high - low))[inside], label, intensity
+    start_x, start_y, end_x, end_y, low, high, label, intensity, share = np.array(surfaces).reshape(-1, 9).T
+    dx, dy = end_x - start_x, end_y - start_y
+    length = np.hypot(dx, dy)
+    num = rng.poisson(density * share * np.maximum(length, 0.3) * (high - low))
+    of = np.repeat(np.arange(len(num)), num)
+    along, up = rng.random((2, len(of)))
+    noise = rng.normal(0, NOISE, (2, len(of)))
+    x, y = start_x[of] + along * dx[of] + noise[0], start_y[of] + along * dy[of] + noise[1]
+    z = low[of] + up * (high - low)[of]
+    outward = 0.4 / np.maximum(length, 1e-9)[of]
+    step = CELL / len(scan.x)
+    column, row = (
+        (at / step).astype(int).clip(0, len(scan.x) - 1) for at in (x + outward * dy[of], y - outward * dx[of])
+    )
+    seen = (scan.label[row, column] != BUILDING) | (scan.z[row, column] < z) | (label[of] == POLE)
+    seen &= (np.minimum(x, y) >= 0) & (np.maximum(x, y) < CELL - STEP)
+    of = of[seen]
+    return (*(values[seen].astype(np.float32) for values in (x, y, z)), label[of].astype(np.uint8), intensity[of])
 
 
 def _tree(scan, rng, ground, x, y, radius):
@@ -611,10 +618,9 @@ def _power(scan, rng, seed, i, j, extra):
         for pole, foot in zip(poles, feet, strict=True):
             place = pole - origin[axis]
             if 0 <= place < CELL:
-                spot = np.array([place, middle] if axis == 0 else [middle, place])
-                extra.append((spot, spot, foot, foot + MAST, POLE, 350.0, 0.5))
-                bar = np.array([0, 0.9] if axis == 0 else [0.9, 0])
-                extra.append((spot - bar, spot + bar, foot + MAST - 0.1, foot + MAST, POLE, 350.0, 2.0))
+                x, y, bx, by = (place, middle, 0, 0.9) if axis == 0 else (middle, place, 0.9, 0)
+                extra.append((x, y, x, y, foot, foot + MAST, POLE, 350, 0.5))
+                extra.append((x - bx, y - by, x + bx, y + by, foot + MAST - 0.1, foot + MAST, POLE, 350, 2))
 
 
 # ---- the scanner
@@ -659,13 +665,10 @@ def _returns(scan, extra, rng, luck, i, j):
     z[at], label[at], intensity[at] = wire[wired], WIRE, CABLE
     intensity /= np.sqrt(number, dtype=np.float32)
 
-    if extra:
-        sizes = [len(one[0]) for one in extra]
-        x, y, z = (np.concatenate([values, *(one[axis].astype(np.float32) for one in extra)])
-                   for axis, values in enumerate((x, y, z)))  # fmt: skip
-        label = np.concatenate([label, np.repeat(np.array([one[3] for one in extra], np.uint8), sizes)])
-        intensity = np.concatenate([intensity, np.repeat(np.array([one[4] for one in extra], np.float32), sizes)])
-        order, number = (np.concatenate([values, np.ones(sum(sizes), np.uint8)]) for values in (order, number))
+    x, y, z, label, intensity = (np.concatenate(both) for both in zip((x, y, z, label, intensity), extra, strict=True))
+    single = np.ones(len(extra[0]), np.uint8)
+    order, number = (np.concatenate([values, single]) for values in (order, number))
+    intensity = intensity.astype(np.float32, copy=False)
     noise = rng.standard_normal((2, len(x)), np.float32)
     z += np.float32(NOISE) * noise[0]
     intensity *= 1 + np.float32(0.12) * noise[1]
