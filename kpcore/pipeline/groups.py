@@ -96,7 +96,7 @@ class Job:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model.load(self.model_path, mapped=True)
+        return Model.load(self.model_path)
 
     @functools.cached_property
     def tiles(self) -> tiles.Tiles:
@@ -279,8 +279,7 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     colors = None if pieces[0].colors is None else np.concatenate([piece.colors for piece in pieces])
     cloud = Cloud(exact, colors, None, np.zeros(3), fields=fields, exact=exact)
     first = np.arange(len(rows))
-    if len(pieces) > 1:
-        maybe = places_taken_twice(exact)
+    if len(pieces) > 1 and len(maybe := places_taken_twice(exact)):
         values = values_of(job.model.settings, cloud, maybe)
         identity = np.concatenate([piece.identity for piece in pieces])[maybe]
         first[maybe] = maybe[same_points(exact[maybe], identity, files[maybe], values)]

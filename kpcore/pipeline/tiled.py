@@ -485,12 +485,11 @@ class _Run:
         self.groups, largest = _divided(squares, limit, margin / size.side, size.lattices)
         needs = _INTERPRETER + _model_bytes(model) + of_block + int(largest * per_point)
         price = (1 + 2 * size.halo / size.side) ** 2
-        self.say(
-            f"{size.lattices * np.count_nonzero(squares.points):,} blocks of {size.side:g} with a halo of {size.halo:g} "
-            f"(each point is {size.lattices * price:.3g} times in the network) in {len(self.groups):,} groups",
-            f"{engine.description}: the largest block has some {int(in_block):,} points, the largest group "
-            f"{int(largest):,}; a worker needs some {_gib(needs)} of {_gib(of_worker)}",
-        )  # fmt: skip
+        self.say(f"{size.lattices * np.count_nonzero(squares.points):,} blocks of {size.side:g} with a halo of "
+                 f"{size.halo:g}, which put each point {size.lattices * price:.3g} times into the network, in "
+                 f"{len(self.groups):,} groups")  # fmt: skip
+        self.say(f"{engine.description}: the largest block has some {int(in_block):,} points, the largest group "
+                 f"{int(largest):,}; a worker needs some {_gib(needs)} of {_gib(of_worker)}")  # fmt: skip
         if needs > of_worker:
             workers = "" if engine.workers == 1 else f" for each of {engine.workers} workers"
             raise ValueError(f"memory: expected at least {_gib(needs * engine.workers)}{workers}, got {_gib(budget)}; "
@@ -550,7 +549,7 @@ class _Run:
     def _result(self, group: int) -> dict[str, Any] | None:
         """What is known of a group that is done, with these files as its input; None if it is not."""
         try:
-            _, about = checkpoints.read(groups.result_path(self.job, self.groups[group]), mapped=True)
+            _, about = checkpoints.read(groups.result_path(self.job, self.groups[group]))
         except (OSError, ValueError):
             return None
         return about if about.get("inputs") == self.inputs[group] else None
