@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kpcore.io.reference import Reference
 
 T = TypeVar("T")
-_BLOCK = 1_000_000  # points in memory at once
+BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes per point of point formats 0 to 10
 # Types of extra bytes by their number in the file.
@@ -170,6 +170,10 @@ class Header(NamedTuple):
     def chunk_bytes(self) -> float:
         """The size of the largest chunk when it is unpacked; infinity: not in chunks."""
         return math.inf if self.chunks is None else max(count for count, _ in self.chunks) * self.size
+
+    @property
+    def has_varying_chunks(self) -> bool:
+        return self.chunks is not None and struct.unpack_from("<I", self.laszip, 12)[0] == _VARYING
 
     @property
     def warning(self) -> str | None:
@@ -502,14 +506,18 @@ def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, list[tu
     if compressor == 3:  # a chunk: one point, the number of points, the byte length of each layer, the layers
         layers = {10: 9, 11: 1, 12: 2, 13: 1}  # layers of point, RGB, RGB + NIR, wave packet; each extra byte has one
         words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
-        at, total = start + 8, 0
+        at, declared = start + 8, []
         while at < table:
             count, *lengths = struct.unpack(f"<{words}I", read_at(file, at + head.size, 4 * words))
-            total, at = total + count, at + head.size + 4 * words + sum(lengths)
+            declared.append((count, head.size + 4 * words + sum(lengths)))
+            at += declared[-1][1]
+        total = sum(count for count, _ in declared)
         if (total, at) != (head.num, table):
             raise ReadError(
                 f"damaged: expected {head.num} points up to byte {table}, the chunks have {total} up to byte {at}"
             )
+        if chunk_size == _VARYING and declared != [chunk for chunk in chunks if chunk != (0, 0)]:
+            raise ReadError("damaged: chunks have other numbers of points or bytes than the chunk table says")
     # lazrs does not tell where the table ends: that is known if writing it again gives the same bytes.
     rewritten = io.BytesIO()
     lazrs.write_chunk_table(rewritten, chunks, lazrs.LazVlr(laszip))
@@ -537,18 +545,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def read_blocks(file: BinaryIO, head: Header, names: set[str] | None = None) -> Iterator[np.ndarray]:
+def layers(names: Collection[str] | None) -> Any:
+    """What lazrs unpacks of a LAZ with layers: what these dimensions need, or all."""
+    lazrs = require("lazrs", "io")
+    parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
+    flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
+    return lazrs.DecompressionSelection(int(flags))
+
+
+def read_blocks(file: BinaryIO, head: Header, names: Collection[str] | None = None) -> Iterator[np.ndarray]:
     """The point records in file order, (n, size) uint8 at a time. Of a LAZ with layers only `names` are unpacked."""
     file.seek(head.start)
     unpack = None
     if head.compressed:
-        lazrs = require("lazrs", "io")
-        parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
-        flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
         unpacker = lazrs_class("LasZipDecompressor", head.chunk_bytes)
-        unpack = unpacker(file, head.laszip, lazrs.DecompressionSelection(int(flags)))
-    for begin in range(0, head.num, _BLOCK):
-        shape = min(_BLOCK, head.num - begin), head.size
+        unpack = unpacker(file, head.laszip, layers(names))
+    for begin in range(0, head.num, BLOCK):
+        shape = min(BLOCK, head.num - begin), head.size
         if unpack:
             records = np.zeros(shape, np.uint8)
             unpack.decompress_many(records.reshape(-1))

@@ -133,7 +133,8 @@ def _header(scan: Scan) -> las.Header:
 def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, (n, record_size) uint8) of all points in the order of the file, at most a million at a time.
 
-    Of a LAZ in layers (point formats 6 to 10) only the dimensions `names` are unpacked; the others are 0.
+    Of a LAZ in layers (point formats 6 to 10) only x, y and the dimensions `names` are unpacked, and the
+    bytes of others are undefined.
 
     Raises
     ------
