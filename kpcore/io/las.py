@@ -12,6 +12,7 @@ import os
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -467,6 +468,18 @@ def read_at(file: BinaryIO, at: int, count: int) -> bytes:
 # ---- points
 
 
+def state_of(file: BinaryIO) -> tuple[int, int]:
+    """(size in bytes, time of the last change in nanoseconds) of an open file."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(file: BinaryIO, state: tuple[int, int]) -> None:
+    """Raise an error if an open file is not in this state, in which its header was read."""
+    if state_of(file) != state:
+        raise ReadError("has changed since its header was read")
+
+
 def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, list[tuple[int, int]] | None]:
     """Check the LASzip record and the chunk table, which lazrs does not check.
 
@@ -589,8 +602,9 @@ def ahead(blocks: Iterator[T]) -> Iterator[T]:
 
 
 def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
-    size = source.stat().st_size
     with source.open("rb") as file:
+        state = state_of(file)
+        size, _ = state
         head = read_header(file, size)
         tail = _tail_parts(file, head, size)
     at, name = None, label if into is None else into
@@ -627,7 +641,10 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
     smallest, largest = (0, (1 << dimension.bits) - 1) if dimension.bits else integer_range(dimension.dtype)
 
     def write_pieces(out: Path, pieces: Pieces) -> list[str]:
-        _write(source, head, tail, (dimension, dict(zip(extra, others, strict=True))), new, out, pieces)
+        with source.open("rb") as file:
+            check_unchanged(file, state)
+            _write(file, head, tail, (dimension, dict(zip(extra, others, strict=True))), new, out, pieces)
+            check_unchanged(file, state)
         waves = head.point_format in (4, 5, 9, 10) and head.raw[6] & 4
         return ["its waveforms are in a separate .wdp file, which is not copied"] if waves else []
 
@@ -704,7 +721,7 @@ def _next_pointer(head: Header, at: int, size: int) -> int:
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
 
-def _write(source, head, tail, edited, new, out, pieces):
+def _write(file, head, tail, edited, new, out, pieces):
     """Write the copy. Only labels, compressed points and byte positions in the header differ from the source.
 
     `edited` is (the dimension of the labels, {name: dimension} of further fields), `new` the dimensions that the source
@@ -719,26 +736,12 @@ def _write(source, head, tail, edited, new, out, pieces):
     form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
     struct.pack_into("<IIBH", header, 96, start, len(records), form, head.size + added)
 
-    with source.open("rb") as file, out.open("wb") as written:
+    with out.open("wb") as written:
         target = _WriteErrors(written)
         target.write(bytes(header) + b"".join(record.raw for record in records) + head.padding)
 
-        def blocks() -> Iterator[np.ndarray]:
-            label, others = edited
-            first_row = 0
-            for block in ahead(read_blocks(file, head)):
-                read_only = block.view()
-                read_only.flags.writeable = False
-                chosen, labels, extra = pieces(first_row, read_only)
-                first_row += len(block)
-                if added:
-                    block = np.pad(block, ((0, 0), (0, added)))
-                label.write(block, chosen, labels)
-                for name, dimension in others.items():
-                    dimension.write(block, chosen, extra[name])
-                yield block
-
-        _write_points(target, blocks(), laszip)
+        with closing(ahead(read_blocks(file, head))) as blocks:
+            _write_points(target, _edited(blocks, edited, added, pieces), laszip)
         for low, high in parts:
             for place, byte in _pointers(head):
                 if low <= byte <= high:
@@ -751,6 +754,22 @@ def _write(source, head, tail, edited, new, out, pieces):
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
         target.seek(0)
         target.write(bytes(header))
+
+
+def _edited(blocks, edited, added, pieces) -> Iterator[np.ndarray]:
+    """The blocks with labels and further fields in them; `added` bytes are appended to each record."""
+    label, others = edited
+    first_row = 0
+    for block in blocks:
+        read_only = block.view()
+        read_only.flags.writeable = False
+        chosen, labels, extra = pieces(first_row, read_only)
+        first_row += len(block)
+        records = np.pad(block, ((0, 0), (0, added))) if added else block
+        label.write(records, chosen, labels)
+        for name, dimension in others.items():
+            dimension.write(records, chosen, extra[name])
+        yield records
 
 
 def _write_points(target: _WriteErrors, blocks: Iterable[np.ndarray], laszip: bytes | None) -> None:
