@@ -245,13 +245,13 @@ class Overview:
     def _majority(self) -> tuple[np.ndarray, int]:
         """(classes of squares of pixels, -1 where no point is; their side in pixels).
 
-        The smallest side, a power of two, with which at most a quarter of the squares that have points have a single
-        one. Of points at random, 2.3 fall into such a square, and 90 % of the squares have some.
+        The smallest side, a power of two, with which at most 15 % of the squares that have points have a single one. Of
+        points at random, three fall into such a square, and 95 % of the squares have some.
         """
         total = self.counts.sum(axis=0, dtype=np.int64)
         for size in (1, 2, 4, 8, 16, 32, 64):
             taken = _in_squares(total, size)
-            if np.count_nonzero(taken == 1) <= 0.25 * np.count_nonzero(taken) or max(taken.shape) <= 16:
+            if np.count_nonzero(taken == 1) <= 0.15 * np.count_nonzero(taken) or max(taken.shape) <= 16:
                 break
         most = np.zeros(taken.shape, np.int64)
         classes = np.full(taken.shape, -1)
