@@ -5,10 +5,12 @@ import pickle
 import time
 from typing import NamedTuple
 
+import files
 import numpy as np
 import pytest
 
 from kpcore.io import Reference
+from kpcore.io.scans import opened
 from kpcore.pipeline import surveys
 
 RD = Reference("Amersfoort / RD New", "projected", 1.0, 1.0, "WKT")
@@ -189,6 +191,25 @@ def test_files_without_points_are_left_out():
     assert surveys.overlapping([empty, tile(0), tile(0)]).tolist() == [[1, 2]]
 
 
+def test_a_header_without_a_box():
+    damaged = tile(1, name="damaged.laz")._replace(low=None, high=None)
+    words = "damaged.laz, which states no box of its points that can be right"
+    assert decided(tile(0), damaged) == (False, f"each of the 2 files is labelled by itself: {words}")
+    with pytest.raises(ValueError, match=f"together: expected boxes .* got {words}"):
+        decided(tile(0), damaged, together=True)
+
+
+def test_scans_of_files(tmp_path):
+    square = np.array([[0.0, 0, 0], [100, 0, 1], [0, 100, 2], [100, 100, 3]])
+    for name, x in (("a", 85_000.0), ("b", 85_099.0), ("c", 85_050.0)):
+        (tmp_path / f"{name}.las").write_bytes(files.las(square + np.array([x, 446_000, 0]), (x, 446_000, 0)))
+    a, b, c = (opened(tmp_path / f"{name}.las") for name in "abc")
+    assert surveys.decide([a, b]).reason.startswith("2 files, 8 points, are labelled as one survey")
+    assert "the boxes of a.las and c.las overlap by 50 % of the smaller one" in surveys.decide([a, c]).reason
+    assert surveys.overlapping([a, c, b]).tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert "a.las and a.las" not in surveys.decide([a, a]).reason and "twice" in surveys.decide([a, a]).reason
+
+
 @pytest.mark.parametrize("high", [(np.nan, 1, 1), (np.inf, 1, 1), (-1, 1, 1)])
 def test_a_box_that_is_none_is_named(high):
     damaged = Scan("damaged.laz", (0.0, 0.0, 0.0), high)
@@ -259,10 +280,10 @@ def test_too_many_pairs_are_an_error(monkeypatch):
 
 @pytest.mark.parametrize("shape", ["grid", "corridor", "cross"])
 def test_many_tiles_take_seconds(shape):
-    number = 20_000
+    number = 10_000
     i = np.arange(number)
     if shape == "grid":
-        at = np.column_stack([i % 141, i // 141]) * 100.0
+        at = np.column_stack([i % 100, i // 100]) * 100.0
     elif shape == "corridor":
         at = np.column_stack([i % 7, 100.0 * i])
     else:

@@ -184,7 +184,7 @@ class Overview:
     def load(cls, path: str | os.PathLike[str]) -> Overview:
         """The overview that `save` wrote; a ValueError that names the file if it is damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as data, np.load(data, allow_pickle=False) as file:
                 overview = cls(file["low"], file["high"], len(file["totals"]) - 1, int(file["most_pixels"]))
                 overview.totals, overview.outside = file["totals"], int(file["outside"])
                 overview._used = file["used"]
@@ -233,7 +233,7 @@ class Overview:
         ]
         legend = [group for group in (entries[:-1], entries[-1:]) if group] if self.totals[-1] else [entries]
         if self.outside:
-            subtitle += f" · {self.outside:,} points outside of the map"
+            subtitle += f" · {self.outside:,} point{'' if self.outside == 1 else 's'} outside of the map"
         if reference is None or reference.kind == "unknown":
             is_map = bool(are_far(self.low, self.high))
         else:
@@ -245,23 +245,21 @@ class Overview:
     def _majority(self) -> tuple[np.ndarray, int]:
         """(classes of squares of pixels, -1 where no point is; their side in pixels).
 
-        The smallest side, a power of two, with which 90 % of the squares have points, of those in larger squares of 16
-        by 16 that have any.
+        The smallest side, a power of two, with which at most 15 % of the squares that have points have a single one. Of
+        points at random, three fall into such a square, and 95 % of the squares have some.
         """
+        total = self.counts.sum(axis=0, dtype=np.int64)
         for size in (1, 2, 4, 8, 16, 32, 64):
-            most = best = None
-            for number, counts in enumerate(self.counts):
-                sums = _in_squares(counts, size)
-                if most is None:
-                    most, best = sums, np.where(sums > 0, number, -1).astype(np.int32)
-                else:
-                    best[sums > most] = number
-                    most = np.maximum(most, sums)
-            shown = best >= 0
-            around = np.count_nonzero(_in_squares(shown, 16)) * 16**2
-            if np.count_nonzero(shown) >= 0.9 * min(around, shown.size) or max(best.shape) <= 16:
+            taken = _in_squares(total, size)
+            if np.count_nonzero(taken == 1) <= 0.15 * np.count_nonzero(taken) or max(taken.shape) <= 16:
                 break
-        return best, size
+        most = np.zeros(taken.shape, np.int64)
+        classes = np.full(taken.shape, -1)
+        for number, counts in enumerate(self.counts):
+            sums = _in_squares(counts, size)
+            classes[sums > most] = number
+            most = np.maximum(most, sums)
+        return classes, size
 
 
 def _in_squares(values: np.ndarray, size: int) -> np.ndarray:

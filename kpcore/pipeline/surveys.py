@@ -8,7 +8,7 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kpcore.io import Reference
+    from kpcore.io.scans import Scan
 
 __all__ = ["Decision", "decide", "overlapping"]
 
@@ -29,25 +30,6 @@ _BLOCK = 4_000_000  # pairs that are compared at once: about 300 MB
 _NAMELESS = ("", "unknown", "undefined", "unnamed", "none", "local", "userdefined", "unknownengineeringcrs")
 
 
-class Header(Protocol):
-    """What is read of a `kpcore.io.scans.Scan`: what the header of a LAS, LAZ or COPC file states."""
-
-    @property
-    def path(self) -> str | os.PathLike[str]: ...
-
-    @property
-    def num_points(self) -> int: ...
-
-    @property
-    def low(self) -> Sequence[float]: ...  # three coordinates of the lower corner of the box of the points
-
-    @property
-    def high(self) -> Sequence[float]: ...
-
-    @property
-    def reference(self) -> Reference | None: ...
-
-
 class Decision(NamedTuple):
     """Whether files are labelled as one survey, and a sentence that says so and why."""
 
@@ -55,7 +37,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-def decide(scans: Sequence[Header], together: bool | None = None,
+def decide(scans: Sequence[Scan], together: bool | None = None,
            others: Sequence[str | os.PathLike[str]] = ()) -> Decision:  # fmt: skip
     """Decide whether files are one survey, labelled as if they were one file, or labelled each by itself.
 
@@ -74,7 +56,8 @@ def decide(scans: Sequence[Header], together: bool | None = None,
     Parameters
     ----------
     scans : sequence of `kpcore.io.scans.Scan`
-        In the order in which the sentence should look for the first two that differ.
+        In the order in which the sentence should look for the first two that differ. A file of which the header states
+        no box that can be right is no part of a survey, unless `kpcore.io.scans.measured` has made one.
     together : bool, optional
         True: one survey, whatever the names of the reference systems and the overlap. False: each by itself.
     others : sequence of str or Path
@@ -135,7 +118,7 @@ def decide(scans: Sequence[Header], together: bool | None = None,
     return Decision(True, f"{one_survey} (--separate labels each by itself)")
 
 
-def overlapping(scans: Sequence[Header], touching: bool = False) -> np.ndarray:
+def overlapping(scans: Sequence[Scan], touching: bool = False) -> np.ndarray:
     """Pairs of files with boxes that overlap in x and y, where points may be in both, as in buffered tiles.
 
     Parameters
@@ -171,7 +154,7 @@ def overlapping(scans: Sequence[Header], touching: bool = False) -> np.ndarray:
 # ---- what differs: a clause that names two files, or None
 
 
-def _check_together(scans: list[Header], others: Sequence[str | os.PathLike[str]]) -> None:
+def _check_together(scans: list[Scan], others: Sequence[str | os.PathLike[str]]) -> None:
     for check, expected in (
         (lambda _: _other_formats(others), "LAS, LAZ and COPC files"),
         (_not_boxes, "boxes with finite low <= high"),
@@ -186,15 +169,19 @@ def _other_formats(others: Sequence[str | os.PathLike[str]]) -> str | None:
     return f"{Path(others[0]).name}, which is no LAS, LAZ or COPC file" if others else None
 
 
-def _not_boxes(scans: list[Header]) -> str | None:
+def _not_boxes(scans: list[Scan]) -> str | None:
     for scan in scans:
+        if not scan.num_points:
+            continue
+        if scan.low is None or scan.high is None:
+            return f"{_names(scan)[0]}, which states no box of its points that can be right"
         box = np.array([scan.low, scan.high], np.float64)
-        if scan.num_points and not (np.isfinite(box).all() and (box[0] <= box[1]).all()):
+        if not (np.isfinite(box).all() and (box[0] <= box[1]).all()):
             return f"{_names(scan)[0]}, with {box[0].tolist()} to {box[1].tolist()} in its header"
     return None
 
 
-def _different_units(scans: list[Header]) -> str | None:
+def _different_units(scans: list[Scan]) -> str | None:
     """Units that both files state and that differ; what a file does not state differs from nothing here."""
     for axes, unit in (("", _horizontal), ("heights in ", lambda reference: reference and reference.vertical)):
         pair = _first_two(scans, unit, lambda a, b: a is None or b is None or _same_length(a, b))
@@ -204,7 +191,7 @@ def _different_units(scans: list[Header]) -> str | None:
     return None
 
 
-def _different_systems(scans: list[Header]) -> str | None:
+def _different_systems(scans: list[Scan]) -> str | None:
     pair = _first_two(scans, lambda reference: reference, _same_system, skip=False)
     if pair is None:
         return None
@@ -221,7 +208,7 @@ def _different_systems(scans: list[Header]) -> str | None:
     return f"{a} states {words[0]} and {b} states {words[1]}"
 
 
-def _near_origin(scans: list[Header]) -> str | None:
+def _near_origin(scans: list[Scan]) -> str | None:
     """The first two files, if none states a system and one is near the origin."""
     used, low, high = _boxes(scans)
     if len(used) < 2 or _key(_name_of(scans[used[0]].reference)):
@@ -237,7 +224,7 @@ def _near_origin(scans: list[Header]) -> str | None:
     )
 
 
-def _on_each_other(scans: list[Header]) -> str | None:
+def _on_each_other(scans: list[Scan]) -> str | None:
     used, low, high = _boxes(scans)
     area = (high - low).prod(axis=1)
     for pairs in _pairs(low, high, False):
@@ -252,7 +239,7 @@ def _on_each_other(scans: list[Header]) -> str | None:
     return None
 
 
-def _one_file_twice(scans: list[Header]) -> str | None:
+def _one_file_twice(scans: list[Scan]) -> str | None:
     """Two paths of one file: equal, or symbolic or hard links. Only files with equal headers are looked at on disk."""
     alike, seen = defaultdict(list), {}
     for scan in scans:
@@ -274,7 +261,7 @@ def _one_file_twice(scans: list[Header]) -> str | None:
 # ---- systems and units
 
 
-def _first_two(scans: list[Header], value: Callable, same: Callable, skip: bool = True) -> tuple[Header, Header] | None:
+def _first_two(scans: list[Scan], value: Callable, same: Callable, skip: bool = True) -> tuple[Scan, Scan] | None:
     """The first file with points, and the first whose value differs from its; None if none does.
 
     skip : leave out files of which the value is None
@@ -343,7 +330,7 @@ def _unit_words(metres: float | None) -> str:
     return f"units of {metres:.12g} m"
 
 
-def _names(*scans: Header) -> list[str]:
+def _names(*scans: Scan) -> list[str]:
     """The names of files, with their folders if two are equal."""
     names = [Path(scan.path).name for scan in scans]
     return [*map(in_one_line, names if len({*names}) == len(names) else [str(Path(scan.path)) for scan in scans])]
@@ -366,7 +353,7 @@ def are_far(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return reach > np.maximum(1000.0, 10.0 * extents)
 
 
-def _boxes(scans: list[Header]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _boxes(scans: list[Scan]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(positions of the files with points, (n, 2) lower and (n, 2) upper corners of their boxes in x and y)"""
     used = np.array([i for i, scan in enumerate(scans) if scan.num_points], np.int64)
     corners = [np.array([side(scans[i])[:2] for i in used], np.float64).reshape(-1, 2)
