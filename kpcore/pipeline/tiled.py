@@ -41,6 +41,7 @@ from kpcore.pipeline.groups import FileFailed, Job, Options, Source
 from kpcore.pipeline.labelling import chosen_method
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.overview import Overview
+from kpcore.pipeline.probabilities import create_store
 from kpcore.pipeline.segmentation import unit_scale
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
                   format: str | None = None, keep: Sequence[int] = (), into: str | None = None,
                   confidence: bool = False, unclassified: float | None = None, probabilities: bool = False,
                   ignore: Sequence[int | str] = (), scale: tuple[float, float] | str | None = None,
-                  report: Callable[[str], object] | None = None,
+                  theme: str = "dark", report: Callable[[str], object] | None = None,
                   watch: Callable[[str, float, str], object] | None = None) -> Survey:  # fmt: skip
     """Label LAS, LAZ and COPC files as one survey, and write a labelled copy of each.
 
@@ -130,10 +131,13 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
         See `kpcore.pipeline.segmentation.segment`.
     probabilities : bool
         Whether the probabilities of all classes are written to ``probabilities.zarr`` in `out`.
+    theme : {"dark", "light"}
+        Of the picture.
     report : function, optional
         Is called with lines of text.
     watch : function, optional
-        Is called with ("reading" or "labelling", the fraction that is done, a note).
+        Is called with ("reading" or "labelling", the fraction that is done, a note); and after each task with
+        ("worker", 0, what was done where).
 
     Returns
     -------
@@ -169,7 +173,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, say, watch)
+    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine:
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
@@ -207,9 +211,9 @@ class _Run:
     """A survey from the headers of its files to its summary."""
 
     def __init__(self, model: Model, model_path: Path | None, copies: Mapping[Path, Path], out: Path,
-                 scratch: str | os.PathLike[str] | None, say: Callable[[str], object],
+                 scratch: str | os.PathLike[str] | None, theme: str, say: Callable[[str], object],
                  watch: Callable[[str, float, str], object] | None) -> None:  # fmt: skip
-        self.model, self.model_path, self.copies, self.say = model, model_path, copies, say
+        self.model, self.model_path, self.copies, self.theme, self.say = model, model_path, copies, theme, say
         self.out = out if out.suffix.lower() not in scans.EXTENSIONS or out.is_dir() else out.parent
         self.watch = watch or (lambda what, done, note: None)
         self.is_alone = self.out != out
@@ -375,6 +379,10 @@ class _Run:
         else:
             model = self.model
             nn.save(self.job.model_path, model.net, model.params, model.state, **model.about())
+        if probabilities := self.job.options.probabilities:
+            labels = self.model.label_values.tolist()
+            create_store(probabilities, [source.path for source in self.files], self.model.classes, labels,
+                         model=self._model_hash(), resume=bool(earlier))  # fmt: skip
         self._write_manifest({"state": "running"})
 
     def _lock(self) -> None:
@@ -721,9 +729,9 @@ class _Run:
                  for number, scan in self.scans.items() if number in self.written]  # fmt: skip
         points = sum(one.points for one in survey.files)
         subtitle = f"{points:,} points, {len(survey.files):,} files"
-        unit = "m" if (self.model.statistics and self.model.statistics.unit[0] == 1) else None
-        with replacing(self.out / PICTURE) as part:
-            whole.draw(part, self.out.absolute().name, subtitle, self.model.settings, boxes=boxes, unit=unit)
+        unit = None if (scale == 1).all() else "units of the training"
+        whole.draw(self.out / PICTURE, self.out.absolute().name, subtitle, self.model.settings, boxes, theme=self.theme,
+                   unit=unit, reference=next(iter(self.scans.values())).reference)  # fmt: skip
 
 
 def _is_file(task: tuple[Any, ...]) -> bool:
