@@ -1088,16 +1088,9 @@ def _why_no_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pat
     method, notes = labelling.chosen_method(model, args.method, args.votes)
     if method != "blocks":
         return notes[0] if notes else "potentials need a whole cloud"
-    outs = (
-        [f".{args.format}"]
-        if args.format
-        else [args.out.suffix.lower()]
-        if args.out.suffix and len(sources) == 1
-        else []
-    )
-    for suffix in outs:
-        if suffix not in scans.EXTENSIONS and not args.out.is_dir():
-            return f"{suffix[1:].upper()} files are not written piece by piece"
+    suffix = f".{args.format}" if args.format else args.out.suffix.lower() if len(sources) == 1 else ""
+    if suffix and suffix not in scans.EXTENSIONS and (args.format or not args.out.is_dir()):
+        return f"{suffix[1:].upper()} files are not written piece by piece"
     others = [source for source in sources if source.suffix.lower() not in scans.EXTENSIONS]
     return f"{others[0].name} is no LAS, LAZ or COPC file" if others else None
 
@@ -1187,6 +1180,7 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
 def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path],
                  options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """Label several scans; those that fail are in the results, and do not keep the others from being labelled."""
+    from kpcore.io import scans
     from kpcore.pipeline import voting
 
     skipped = [source for source, copy in copies.items() if args.resume and copy.exists()]
@@ -1202,7 +1196,10 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
                 progress.to((number + done) / len(left), f"{number + 1} of {len(left)}", source.name)
 
             try:
-                one, _ = _segment_one(args, model, source, copy, options, watch)
+                if not _why_no_survey(args, model, [source]) and _is_large(args, scans.opened(source)):
+                    one = _segment_large(args, model, source, copy, progress)
+                else:
+                    one, _ = _segment_one(args, model, source, copy, options, watch)
             except Exception as error:
                 failed.append({"file": source, "error": _reason(error)})
                 say(f"{source}: failed")
@@ -1225,6 +1222,15 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
         say(*_confusion_lines(model.settings.names, total))
         results |= {"scores": scores, "confusion": total}
     return results
+
+
+def _segment_large(args: argparse.Namespace, model: Model, source: Path, copy: Path,
+                   progress: Progress) -> dict[str, Any]:  # fmt: skip
+    """Label a scan that does not fit into memory; what --json prints of it."""
+    results = _segment_survey(args, model, [source], copy, progress)
+    for failed in results["failed"]:
+        raise Refused(failed["error"])
+    return results["files"][0] | {"seconds": results["seconds"]["all"], "notes": results["notes"]}
 
 
 def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Path, options: dict[str, Any],

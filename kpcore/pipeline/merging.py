@@ -78,10 +78,11 @@ class Results:
 
 def field_of(job: Job, number: int) -> LabelField:
     """Where the labels of a file are written; an error if they cannot be."""
-    source, options, rules = job.files[number], job.options, job.rules
+    source, options = job.files[number], job.options
+    extra = {"confidence": np.uint8} if options.confidence else {}
     return label_field(
         source.path, source.out, source.points, label=None if options.into else options.label, into=options.into,
-        values=rules.values(job.model, options.into is not None), extra={"confidence": np.uint8} if options.confidence else {},
+        values=job.rules.values(job.model, options.into is not None), extra=extra,
     )  # fmt: skip
 
 

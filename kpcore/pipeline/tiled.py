@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +46,7 @@ from kpcore.pipeline.probabilities import create_store
 from kpcore.pipeline.segmentation import unit_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from kpcore.io.scans import Scan
@@ -174,7 +175,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
     run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
-    with _engine(workers, dask, client, executor, memory) as engine:
+    with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
             unclassified=unclassified, probabilities=probabilities, ignore=ignore, scale=scale,
@@ -224,9 +225,24 @@ class _Run:
         self.scans: dict[int, Scan] = {}
         self.seconds = {"tiling": 0.0, "reading": 0.0, "labelling": 0.0, "writing": 0.0}
         self.peaks: dict[tuple[str, int], int] = {}
-        self.points = 0
+        self.points, self.has_begun = 0, False
 
     # ---- before the work
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Leave nothing behind if the block raises an error before any work is done."""
+        was_there = self.out.exists()
+        try:
+            yield
+        except BaseException:
+            if not self.has_begun:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.manifest_path.unlink(missing_ok=True)
+                if not was_there:
+                    with suppress(OSError):
+                        self.out.rmdir()
+            raise
 
     def prepare(self, engine: Engine, *, memory: int | None, resume: bool, scale: tuple[float, float] | str | None,
                 ignore: Sequence[int | str], keep: Sequence[int], into: str | None, confidence: bool,
@@ -240,6 +256,8 @@ class _Run:
         factors = [1.0, 1.0, 1.0] if scale is None else [float(scale[0]), float(scale[0]), float(scale[1])]
         if unclassified is not None and not 0 < unclassified <= 1:
             raise ValueError(f"unclassified: expected a probability above 0, at most 1, got {unclassified}")
+        if probabilities:
+            config.require("zarr", "zarr")
         store = str((self.out / PROBABILITIES).absolute()) if probabilities else None
         options = Options(
             self._fields(), self.model.settings.data.label, [*self.model.settings.data.ignore, *ignore],
@@ -253,6 +271,7 @@ class _Run:
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
+        self.has_begun = earlier is not None
         self._make_folder(earlier)
         for number in self.scans:
             merging.field_of(self.job, number)
@@ -346,8 +365,8 @@ class _Run:
                                                if before.get(key) != value[key])  # fmt: skip
                 if name == "model":
                     before, value = "another one", "this model"
-                raise ValueError(f"resume: expected {name} {before}, as in the run in {self.out}, got {value}; leave out "
-                                 "--resume to label all files again, or choose another folder")  # fmt: skip
+                advice = "without --resume, all files are labelled again"
+                raise ValueError(f"resume: expected {name} {before}, as in {self.manifest_path}, got {value}; {advice}")
         return earlier
 
     def _described(self, options: Options) -> dict[str, Any]:
@@ -434,6 +453,7 @@ class _Run:
             done += points
             self.watch("reading", done / total, f"{done:,} points")
 
+        self.has_begun = True
         (self.folder / "cells.json").unlink(missing_ok=True)
         side = self.model.block_size.side / tiles.CELLS_OF_BLOCK
         budget = self._memory(memory)
