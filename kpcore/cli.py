@@ -23,7 +23,7 @@ import numpy as np
 import kpcore as kp
 from kpcore import _openmp
 from kpcore.config import config_rows, require
-from kpcore.console import Progress, Refused, classes_in_mean, detail, make_folder, print_line, printing, say
+from kpcore.console import Progress, Refused, classes_in_mean, detail, make_folder, plain, print_line, printing, say
 from kpcore.files import check_writable, expanded, replacing
 from kpcore.nn.blocks import MOST_CHANNELS, MOST_LEVELS
 from kpcore.nn.published_arrays import CLIENTS
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, results = _run(args, words)
     if args.json:
         command = {"command": args.command, "exit_code": code}
-        print(json.dumps(_plain(command | results | {"warnings": args.warned.lines})))
+        print(json.dumps(plain(command | results | {"warnings": args.warned.lines})))
     return code
 
 
@@ -208,19 +208,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _plain(value: Any) -> Any:
-    """A value of types that JSON has; numbers that are not finite, which it has not, become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
 # ---- options
@@ -1018,16 +1005,12 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
         raise Refused(f"--out {args.out}: expected a folder for {len(sources)} scans, got a file")
     if args.out.suffix.lower()[1:] in FORMATS and not args.out.is_dir():
         raise Refused(f"--out {args.out}: expected the name of a folder for {len(sources)} scans, got that of a file")
-    copies, taken = {}, {}
+    copies = {}
     for source in sources:
-        name = f"{source.stem}.{args.format}" if args.format else source.name
-        if (other := taken.setdefault(name.casefold(), source)) is not source:
-            raise Refused(f"{source}: its copy would be {args.out / name}, as that of {other}")
-        copies[source] = args.out / name
-    originals = {os.path.realpath(source) for source in sources}
-    for copy in copies.values():
-        if os.path.realpath(copy) in originals:
-            raise Refused(f"--out {args.out}: the scan {copy} would be replaced by a copy; expected another folder")
+        if source in copies:
+            raise Refused(f"{source}: expected each scan once, got it twice")
+        copies[source] = args.out / filenames.copy_name(source, args.format)
+    filenames.check_copies(copies)
     return copies
 
 

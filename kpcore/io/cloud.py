@@ -445,8 +445,8 @@ def cloud_of(content: Content, request: Request) -> Cloud:
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
         raise ReadError("holds no points")
-    fields = {name.lower(): _field(name, values) for name, values in content.fields.items()}
-    flags = {name: _field(name, values) for name, values in (content.flags or {}).items()}
+    fields = {name.lower(): field_values(name, values) for name, values in content.fields.items()}
+    flags = {name: field_values(name, values) for name, values in (content.flags or {}).items()}
     for name, array in (("colors", colors), ("labels", labels), *fields.items(), *flags.items()):
         if array is not None and len(array) != len(points):
             raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
@@ -459,7 +459,7 @@ def cloud_of(content: Content, request: Request) -> Cloud:
                 f"has no finite points: all {len(points)} have a coordinate that is NaN, infinite or beyond float32"
             )
     left_out, dropped = 0 if kept is None else int((~kept).sum()), {}
-    for name, ignored in _ignored(points, labels, flags, request):
+    for name, ignored in ignored_points(points, labels, flags, request):
         if number := int((ignored if kept is None else ignored & kept).sum()):
             dropped[name] = number
             kept = ~ignored if kept is None else kept & ~ignored
@@ -482,7 +482,7 @@ def cloud_of(content: Content, request: Request) -> Cloud:
                  dropped)  # fmt: skip
 
 
-def _ignored(
+def ignored_points(
     points: np.ndarray, labels: np.ndarray | None, flags: dict[str, np.ndarray], request: Request
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, True for each of its points) of the labels and flags to ignore that the file has, and of zeros."""
@@ -526,7 +526,8 @@ def _corners(points: np.ndarray) -> np.ndarray:
     return np.array([[f(points[:, axis]) for axis in range(points.shape[1])] for f in (np.min, np.max)], np.float64)
 
 
-def _field(name: str, values: np.ndarray) -> np.ndarray:
+def field_values(name: str, values: np.ndarray) -> np.ndarray:
+    """The values of a field as float32 where that holds every value of their type, else float64."""
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise ReadError(f"field {name}: expected one number for each point, got {values.shape} {values.dtype}")

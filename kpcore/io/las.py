@@ -905,9 +905,12 @@ def standard_dimensions(form: int) -> list[Dimension]:
     return [one for one in _standard_dimensions(form, (1, 1, 1), (0, 0, 0)) if one.scale is None]
 
 
-def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]], form: int,
+def create(out: Path, num: int | None, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]], form: int,
            frame: Frame) -> None:  # fmt: skip
-    """Write LAS 1.4, point format 6, 7 or 8; columns without a standard name are extra dimensions."""
+    """Write LAS 1.4, point format 6, 7 or 8; columns without a standard name are extra dimensions.
+
+    `num` is the number of points; None: as many as `blocks` yields.
+    """
     standard = {one.name: one for one in _standard_dimensions(form, (frame.scale,) * 3, frame.offset)}
     size, extra = _SIZES[form], []
     for column in columns:
@@ -921,10 +924,12 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
         records = _with_data_added(records, lambda record: record.is_extra_bytes, b"LASF_Spec", 4, _descriptions(extra))
     if laszip is not None:
         records = _with_data_added(records, lambda record: record.is_laszip, b"laszip encoded", 22204, laszip)
-    low, high, returns = np.full(3, np.inf), np.full(3, -np.inf), np.zeros(16, np.uint64)
+    low, high, returns, counted = np.full(3, np.inf), np.full(3, -np.inf), np.zeros(16, np.uint64), 0
 
     def packed() -> Iterator[np.ndarray]:
+        nonlocal counted
         for arrays in blocks:
+            counted += len(arrays[0])
             points = np.zeros((len(arrays[0]), size), np.uint8)
             for axis, values in enumerate(arrays[:3]):
                 whole = np.rint((values.astype(np.float64) - frame.offset[axis]) / frame.scale)
@@ -944,9 +949,9 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
             "<4sHH16xBB32s32sHH", b"LASF", 0, encoding, 1, 4, b"OTHER", software, today.tm_yday, today.tm_year
         )
         head += struct.pack("<HIIBH24x", 375, start, len(records), form | 0x80 * (laszip is not None), size)
-        bounds = np.column_stack([high, low]).ravel() if num else np.zeros(6)
+        bounds = np.column_stack([high, low]).ravel() if np.isfinite(low).all() else np.zeros(6)
         head += struct.pack("<12d", *[frame.scale] * 3, *frame.offset, *bounds)
-        return head + struct.pack("<QQIQ15Q", 0, 0, 0, num, *map(int, returns[1:]))
+        return head + struct.pack("<QQIQ15Q", 0, 0, 0, counted if num is None else num, *map(int, returns[1:]))
 
     with out.open("wb") as written:
         target = _WriteErrors(written)

@@ -193,6 +193,11 @@ def decoded(scan: Scan, records: np.ndarray, request: Request, wide_colors: bool
                        flags=chosen.flags(columns, request), reference=scan.reference)  # fmt: skip
 
 
+def coordinates(scan: Scan, records: np.ndarray) -> np.ndarray:
+    """(n, 3) float64 coordinates of records."""
+    return las.stacked(las.selected(scan.dimensions, Request()).axes, records)
+
+
 def widest_color(scan: Scan, records: np.ndarray) -> int:
     """The largest value of red, green and blue in these records; 0 if the point format has no colours."""
     channels = las.selected(scan.dimensions, Request()).channels
