@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -180,7 +181,8 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
             unclassified=unclassified, probabilities=probabilities, ignore=ignore, scale=scale,
         )  # fmt: skip
-        run.label(engine)
+        if not run.is_complete:
+            run.label(engine)
     return run.finish(begin)
 
 
@@ -271,7 +273,10 @@ class _Run:
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
-        self.has_begun = earlier is not None
+        self.has_begun, self.earlier = earlier is not None, earlier or {}
+        if self._is_complete():
+            self.say(f"all {len(self.files):,} files are done")
+            return
         self._make_folder(earlier)
         for number in self.scans:
             merging.field_of(self.job, number)
@@ -374,7 +379,7 @@ class _Run:
         libraries = {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
         described = asdict(options)
         del described["wide_colors"]
-        return {"format": _FORMAT, "made_with": libraries, "instruction_set": self.instruction_set,
+        return {"format": _FORMAT, "made_with": libraries, "instruction_set": f"{platform.machine()} {self.instruction_set}",
                 "model": self._model_hash(), "blocks": self.model.block_size._asdict(),
                 "options": json.loads(json.dumps(described))}  # fmt: skip
 
@@ -386,6 +391,17 @@ class _Run:
         for name, array in sorted((self.model.params | self.model.state).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    def _is_complete(self) -> bool:
+        """Whether an earlier run has labelled these files, and the copies are there."""
+        done = self.earlier.get("files", {})
+        self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in self.files}
+        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in self.files
+                                if source.key in done)  # fmt: skip
+        if self.is_complete:
+            self.written = {number: done[source.key] for number, source in enumerate(self.files)}
+            self.abouts, self.groups = {}, []
+        return self.is_complete
 
     def _make_folder(self, earlier: dict[str, Any] | None) -> None:
         if not earlier and self.folder.exists():
@@ -589,10 +605,10 @@ class _Run:
     def _already_written(self, number: int) -> dict[str, Any] | None:
         try:
             about = json.loads((self.folder / "files" / f"{number}.json").read_text())
-            size = os.stat(self.files[number].out).st_size
         except (OSError, ValueError):
-            return None
-        return about if (about["made_of"], about["size"]) == (self._made_of(number), size) else None
+            about = self.earlier.get("files", {}).get(self.files[number].key)
+        is_done = about and (about["made_of"], about["size"]) == (self._made_of(number), _size(self.files[number].out))
+        return about if is_done else None
 
     def _is_ready(self, number: int) -> bool:
         return all(group in self.abouts for group in self.groups_of[number])
@@ -698,6 +714,8 @@ class _Run:
             max(sum(self.peaks.values()), _peak()), len(self.groups),
             sum(about["close"] for about in self.written.values()),
         )  # fmt: skip
+        if self.is_complete:
+            return survey
         self._write_summary(survey)
         self._draw(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
@@ -797,6 +815,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, engines.WorkerKilled):
         return f"its labels could not be computed: {error}"
     return f"its labels could not be computed: {type(error).__name__}: {error}"
+
+
+def _size(path: str) -> int | None:
+    """The size of a file; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _hashed(text: str) -> str:
