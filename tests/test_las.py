@@ -7,11 +7,12 @@ import struct
 import tracemalloc
 from decimal import Decimal
 
+import copc_files
 import numpy as np
 import pytest
 from files import LABELS, POINTS, las, laz, patched, refusal
 
-from kpcore.io import ReadError, read, write_labels
+from kpcore.io import ReadError, formats, read, write_labels
 from kpcore.io import las as las_reader
 
 SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # of points, by their format
@@ -164,6 +165,47 @@ def test_all_but_the_labels_stays_as_it_was(tmp_path, name, out):
             assert len(before) == len(after)
         assert_passed_through(CASES[name], after, labels)
         np.testing.assert_array_equal(read(tmp_path / f"c.{out}", label="classification").labels, labels)
+
+
+def dimensions_of(path):
+    """Every dimension of a file, by name, as laspy reads it."""
+    laspy = pytest.importorskip("laspy")
+    data = path.read_bytes()
+    points = laspy.read(io.BytesIO(ascii_only(patched(data, 25, "<B", max(data[25], 1)))))
+    return {name: np.asarray(points[name]) for name in points.point_format.dimension_names}
+
+
+@pytest.mark.parametrize("name", [*CASES, "copc 6", "copc 7", "copc 8"])
+def test_labels_written_in_blocks_change_no_other_dimension(tmp_path, name, monkeypatch):
+    """Of every point format, from LAS, LAZ and COPC, to LAS and LAZ, as laspy reads them, and byte by byte."""
+    pytest.importorskip("lazrs")
+    monkeypatch.setattr("kpcore.io.las.BLOCK", 33)
+    if name in CASES:
+        (tmp_path / "a.las").write_bytes(CASES[name])
+        write_labels(tmp_path / "a.las", tmp_path / "b.laz", np.arange(100) % 32)
+        sources = [tmp_path / "a.las", tmp_path / "b.laz"]
+    else:
+        form = int(name[5:])
+        made = copc_files.records(np.random.default_rng(form).uniform(0, 50, (100, 3)), form)
+        sources = [tmp_path / "a.copc.laz"]
+        sources[0].write_bytes(copc_files.copc(made, form))
+    labels = (np.arange(100) * 7 + 3) % 32
+    for source, out in itertools.product(sources, [tmp_path / "c.las", tmp_path / "c.laz"]):
+        field = formats.label_field(source, out, 100, values=labels)
+        assert field.write_pieces is not None
+
+        def pieces(first_row, records):
+            rows = np.arange(first_row, first_row + len(records))
+            return rows % 3 != 0, labels[rows[rows % 3 != 0]], {}
+
+        formats.write_pieces(field, source, out, pieces)
+        before, after = dimensions_of(source), dimensions_of(out)
+        assert [*before] == [*after] and len(before) >= 15
+        is_new = np.arange(100) % 3 != 0
+        for one, values in before.items():
+            expected = np.where(is_new, labels, values) if one == "classification" else values
+            np.testing.assert_array_equal(after[one], expected, one)
+        assert_passed_through(source.read_bytes(), out.read_bytes(), np.where(is_new, labels, before["classification"]))
 
 
 @pytest.mark.parametrize("out", ["las", "laz"])

@@ -12,7 +12,8 @@ import os
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,7 +40,7 @@ from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from kpcore.io.reference import Reference
 
 T = TypeVar("T")
-_BLOCK = 1_000_000  # points in memory at once
+BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes per point of point formats 0 to 10
 # Types of extra bytes by their number in the file.
@@ -170,6 +171,10 @@ class Header(NamedTuple):
     def chunk_bytes(self) -> float:
         """The size of the largest chunk when it is unpacked; infinity: not in chunks."""
         return math.inf if self.chunks is None else max(count for count, _ in self.chunks) * self.size
+
+    @property
+    def has_varying_chunks(self) -> bool:
+        return self.chunks is not None and struct.unpack_from("<I", self.laszip, 12)[0] == _VARYING
 
     @property
     def warning(self) -> str | None:
@@ -463,6 +468,18 @@ def read_at(file: BinaryIO, at: int, count: int) -> bytes:
 # ---- points
 
 
+def state_of(file: BinaryIO) -> tuple[int, int]:
+    """(size in bytes, time of the last change in nanoseconds) of an open file."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(file: BinaryIO, state: tuple[int, int]) -> None:
+    """Raise an error if an open file is not in this state, in which its header was read."""
+    if state_of(file) != state:
+        raise ReadError("has changed since its header was read")
+
+
 def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, list[tuple[int, int]] | None]:
     """Check the LASzip record and the chunk table, which lazrs does not check.
 
@@ -502,14 +519,18 @@ def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, list[tu
     if compressor == 3:  # a chunk: one point, the number of points, the byte length of each layer, the layers
         layers = {10: 9, 11: 1, 12: 2, 13: 1}  # layers of point, RGB, RGB + NIR, wave packet; each extra byte has one
         words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
-        at, total = start + 8, 0
+        at, declared = start + 8, []
         while at < table:
             count, *lengths = struct.unpack(f"<{words}I", read_at(file, at + head.size, 4 * words))
-            total, at = total + count, at + head.size + 4 * words + sum(lengths)
+            declared.append((count, head.size + 4 * words + sum(lengths)))
+            at += declared[-1][1]
+        total = sum(count for count, _ in declared)
         if (total, at) != (head.num, table):
             raise ReadError(
                 f"damaged: expected {head.num} points up to byte {table}, the chunks have {total} up to byte {at}"
             )
+        if chunk_size == _VARYING and declared != [chunk for chunk in chunks if chunk != (0, 0)]:
+            raise ReadError("damaged: chunks have other numbers of points or bytes than the chunk table says")
     # lazrs does not tell where the table ends: that is known if writing it again gives the same bytes.
     rewritten = io.BytesIO()
     lazrs.write_chunk_table(rewritten, chunks, lazrs.LazVlr(laszip))
@@ -537,18 +558,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def read_blocks(file: BinaryIO, head: Header, names: set[str] | None = None) -> Iterator[np.ndarray]:
+def layers(names: Collection[str] | None) -> Any:
+    """What lazrs unpacks of a LAZ with layers: what these dimensions need, or all."""
+    lazrs = require("lazrs", "io")
+    parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
+    flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
+    return lazrs.DecompressionSelection(int(flags))
+
+
+def read_blocks(file: BinaryIO, head: Header, names: Collection[str] | None = None) -> Iterator[np.ndarray]:
     """The point records in file order, (n, size) uint8 at a time. Of a LAZ with layers only `names` are unpacked."""
     file.seek(head.start)
     unpack = None
     if head.compressed:
-        lazrs = require("lazrs", "io")
-        parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
-        flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
         unpacker = lazrs_class("LasZipDecompressor", head.chunk_bytes)
-        unpack = unpacker(file, head.laszip, lazrs.DecompressionSelection(int(flags)))
-    for begin in range(0, head.num, _BLOCK):
-        shape = min(_BLOCK, head.num - begin), head.size
+        unpack = unpacker(file, head.laszip, layers(names))
+    for begin in range(0, head.num, BLOCK):
+        shape = min(BLOCK, head.num - begin), head.size
         if unpack:
             records = np.zeros(shape, np.uint8)
             unpack.decompress_many(records.reshape(-1))
@@ -576,8 +602,9 @@ def ahead(blocks: Iterator[T]) -> Iterator[T]:
 
 
 def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
-    size = source.stat().st_size
     with source.open("rb") as file:
+        state = state_of(file)
+        size, _ = state
         head = read_header(file, size)
         tail = _tail_parts(file, head, size)
     at, name = None, label if into is None else into
@@ -614,7 +641,10 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
     smallest, largest = (0, (1 << dimension.bits) - 1) if dimension.bits else integer_range(dimension.dtype)
 
     def write_pieces(out: Path, pieces: Pieces) -> list[str]:
-        _write(source, head, tail, (dimension, dict(zip(extra, others, strict=True))), new, out, pieces)
+        with source.open("rb") as file:
+            check_unchanged(file, state)
+            _write(file, head, tail, (dimension, dict(zip(extra, others, strict=True))), new, out, pieces)
+            check_unchanged(file, state)
         waves = head.point_format in (4, 5, 9, 10) and head.raw[6] & 4
         return ["its waveforms are in a separate .wdp file, which is not copied"] if waves else []
 
@@ -691,7 +721,7 @@ def _next_pointer(head: Header, at: int, size: int) -> int:
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
 
-def _write(source, head, tail, edited, new, out, pieces):
+def _write(file, head, tail, edited, new, out, pieces):
     """Write the copy. Only labels, compressed points and byte positions in the header differ from the source.
 
     `edited` is (the dimension of the labels, {name: dimension} of further fields), `new` the dimensions that the source
@@ -706,26 +736,12 @@ def _write(source, head, tail, edited, new, out, pieces):
     form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
     struct.pack_into("<IIBH", header, 96, start, len(records), form, head.size + added)
 
-    with source.open("rb") as file, out.open("wb") as written:
+    with out.open("wb") as written:
         target = _WriteErrors(written)
         target.write(bytes(header) + b"".join(record.raw for record in records) + head.padding)
 
-        def blocks() -> Iterator[np.ndarray]:
-            label, others = edited
-            first_row = 0
-            for block in ahead(read_blocks(file, head)):
-                read_only = block.view()
-                read_only.flags.writeable = False
-                chosen, labels, extra = pieces(first_row, read_only)
-                first_row += len(block)
-                if added:
-                    block = np.pad(block, ((0, 0), (0, added)))
-                label.write(block, chosen, labels)
-                for name, dimension in others.items():
-                    dimension.write(block, chosen, extra[name])
-                yield block
-
-        _write_points(target, blocks(), laszip)
+        with closing(ahead(read_blocks(file, head))) as blocks:
+            _write_points(target, _edited(blocks, edited, added, pieces), laszip)
         for low, high in parts:
             for place, byte in _pointers(head):
                 if low <= byte <= high:
@@ -738,6 +754,22 @@ def _write(source, head, tail, edited, new, out, pieces):
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
         target.seek(0)
         target.write(bytes(header))
+
+
+def _edited(blocks, edited, added, pieces) -> Iterator[np.ndarray]:
+    """The blocks with labels and further fields in them; `added` bytes are appended to each record."""
+    label, others = edited
+    first_row = 0
+    for block in blocks:
+        read_only = block.view()
+        read_only.flags.writeable = False
+        chosen, labels, extra = pieces(first_row, read_only)
+        first_row += len(block)
+        records = np.pad(block, ((0, 0), (0, added))) if added else block
+        label.write(records, chosen, labels)
+        for name, dimension in others.items():
+            dimension.write(records, chosen, extra[name])
+        yield records
 
 
 def _write_points(target: _WriteErrors, blocks: Iterable[np.ndarray], laszip: bytes | None) -> None:

@@ -8,7 +8,7 @@ of a file, whether its colours have 8 or 16 bits and whether it has labels at al
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,6 +62,10 @@ class Scan(NamedTuple):
         return tuple(dimension.name for dimension in self.dimensions)
 
     @property
+    def state(self) -> tuple[int, int]:
+        return self.size, self.modified
+
+    @property
     def has_colors(self) -> bool:
         return "red" in self.names
 
@@ -78,14 +82,14 @@ def opened(path: str | os.PathLike[str]) -> Scan:
     with errors_name(path):
         size = checked_size(path, EXTENSIONS)
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+            _, modified = las.state_of(file)
             head = las.read_header(file, size)
             reference, unsure = las.read_reference(file, head, size)
     low, high = las.box(head) or (None, None)
     first = head.records[0] if head.records else None
     is_copc = head.compressed and first is not None and (first.user, first.number) == (b"copc", 1)
     return Scan(
-        os.path.abspath(path), size, status.st_mtime_ns, head.num, head.size, low, high, reference, head.point_format,
+        os.path.abspath(path), size, modified, head.num, head.size, low, high, reference, head.point_format,
         head.compressed, is_copc, tuple(head.dimensions), join_warnings(head.warning, unsure),
     )  # fmt: skip
 
@@ -112,16 +116,9 @@ def measured(scan: Scan) -> Scan:
 def unchanged(scan: Scan) -> Iterator[tuple[BinaryIO, las.Header]]:
     """The open file of a scan and its header; a ReadError if the file has changed, before the block or meanwhile."""
     with errors_name(scan.path), open(scan.path, "rb") as file:
-        check_unchanged(scan, file)
+        las.check_unchanged(file, scan.state)
         yield file, _header(scan)
-        check_unchanged(scan, file)
-
-
-def check_unchanged(scan: Scan, file: BinaryIO) -> None:
-    """Raise an error if an open file is not the one that was opened as a `Scan`."""
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (scan.size, scan.modified):
-        raise ReadError("has changed since its header was read")
+        las.check_unchanged(file, scan.state)
 
 
 @lru_cache(_MOST_HEADERS)
@@ -133,7 +130,8 @@ def _header(scan: Scan) -> las.Header:
 def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, (n, record_size) uint8) of all points in the order of the file, at most a million at a time.
 
-    Of a LAZ in layers (point formats 6 to 10) only the dimensions `names` are unpacked; the others are 0.
+    Of a LAZ in layers (point formats 6 to 10) only x, y and the dimensions `names` are unpacked, and the
+    bytes of others are undefined.
 
     Raises
     ------
@@ -142,10 +140,11 @@ def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[
     """
     with unchanged(scan) as (file, head):
         first = 0
-        for block in las.ahead(las.read_blocks(file, head, None if names is None else {*names})):
-            check_unchanged(scan, file)
-            yield first, block
-            first += len(block)
+        with closing(las.ahead(las.read_blocks(file, head, names))) as blocks:
+            for block in blocks:
+                las.check_unchanged(file, scan.state)
+                yield first, block
+                first += len(block)
 
 
 def needed(scan: Scan, request: Request) -> set[str]:

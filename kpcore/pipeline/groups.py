@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ from kpcore.pipeline import blocks, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, feature_reach, not_finite, values_of
 from kpcore.pipeline.model import Model
+from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from kpcore.io.scans import Scan
 
@@ -96,11 +97,18 @@ class Job:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model.load(self.model_path, mapped=True)
+        return Model.load(self.model_path)
 
     @functools.cached_property
     def tiles(self) -> tiles.Tiles:
         return tiles.Tiles(self.folder / "cells")
+
+    @functools.cached_property
+    def store(self) -> ProbabilityStore:
+        """Where the probabilities of all classes are written."""
+        paths = [source.path for source in self.files]
+        return ProbabilityStore(Path(self.options.probabilities), self.model.classes,
+                                dict(zip(paths, array_names(paths), strict=True)))  # fmt: skip
 
     @property
     def rules(self) -> Rules:
@@ -279,8 +287,7 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     colors = None if pieces[0].colors is None else np.concatenate([piece.colors for piece in pieces])
     cloud = Cloud(exact, colors, None, np.zeros(3), fields=fields, exact=exact)
     first = np.arange(len(rows))
-    if len(pieces) > 1:
-        maybe = places_taken_twice(exact)
+    if len(pieces) > 1 and len(maybe := places_taken_twice(exact)):
         values = values_of(job.model.settings, cloud, maybe)
         identity = np.concatenate([piece.identity for piece in pieces])[maybe]
         first[maybe] = maybe[same_points(exact[maybe], identity, files[maybe], values)]

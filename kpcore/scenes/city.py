@@ -241,10 +241,10 @@ WORLD, SCAN, KIND, LINES = range(4)  # what random numbers are for
 
 def _kind(seed, i, j):
     """The kind of a cell: that of its district, or now and then another, or that of the next district at its edge."""
-    own = _rng(seed, i, j, KIND)
-    di, dj = own.integers(-1, 2, 2)
+    here = _rng(seed, i, j, KIND)
+    di, dj = here.integers(-1, 2, 2)
     draw = _rng(seed, (i + di) // DISTRICT, (j + dj) // DISTRICT, LINES).random(2)[0]
-    return int(np.searchsorted(SHARES, own.random() if own.random() < 0.15 else draw, side="right"))
+    return int(np.searchsorted(SHARES, here.random() if here.random() < 0.15 else draw, side="right"))
 
 
 def _has_line(seed, number, axis):
