@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ from kpcore.pipeline import blocks, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, feature_reach, not_finite, values_of
 from kpcore.pipeline.model import Model
+from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from kpcore.io.scans import Scan
 
@@ -101,6 +102,13 @@ class Job:
     @functools.cached_property
     def tiles(self) -> tiles.Tiles:
         return tiles.Tiles(self.folder / "cells")
+
+    @functools.cached_property
+    def store(self) -> ProbabilityStore:
+        """Where the probabilities of all classes are written."""
+        paths = [source.path for source in self.files]
+        return ProbabilityStore(Path(self.options.probabilities), self.model.classes,
+                                dict(zip(paths, array_names(paths), strict=True)))  # fmt: skip
 
     @property
     def rules(self) -> Rules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -77,10 +78,11 @@ class Results:
 
 def field_of(job: Job, number: int) -> LabelField:
     """Where the labels of a file are written; an error if they cannot be."""
-    source, options, rules = job.files[number], job.options, job.rules
+    source, options = job.files[number], job.options
+    extra = {"confidence": np.uint8} if options.confidence else {}
     return label_field(
         source.path, source.out, source.points, label=None if options.into else options.label, into=options.into,
-        values=rules.values(job.model, options.into is not None), extra={"confidence": np.uint8} if options.confidence else {},
+        values=job.rules.values(job.model, options.into is not None), extra=extra,
     )  # fmt: skip
 
 
@@ -96,16 +98,11 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     notes = {"ignored": 0, "stays": 0, "unclassified": 0}
     has_labels = False
     overview = Overview(job.low, job.high, num_classes)
-    store = None
-    if options.probabilities:
-        from kpcore.pipeline.probabilities import ProbabilityStore
-
-        store = ProbabilityStore(options.probabilities, model).writer(source.out, source.points)
 
     def pieces(first: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         nonlocal has_labels
         labels = results.labels(first, len(records))
-        content = scans.decoded(scan, records, request, wide_colors=options.wide_colors)
+        content = scans.decoded(scan, records, request)
         chosen = labels.classes != IGNORED
         classes, confidence = labels.classes[chosen], labels.confidence[chosen]
         final = final_labels(model, rules, classes, confidence, content.labels[chosen])
@@ -121,11 +118,10 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
             store.append(labels.probabilities)
         return chosen, final.labels, {"confidence": final.percent} if options.confidence else {}
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
         warnings.simplefilter("always")
+        store = stack.enter_context(job.store.writer(source.path, source.points)) if options.probabilities else None
         write_pieces(field_of(job, number), source.path, source.out, pieces)
-    if store:
-        store.close()
     folder = job.folder / "files"
     folder.mkdir(exist_ok=True)
     overview.save(folder / f"{number}.npz")

@@ -14,11 +14,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import socket
 import sys
 import time
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,10 +43,11 @@ from kpcore.pipeline.groups import FileFailed, Job, Options, Source
 from kpcore.pipeline.labelling import chosen_method
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.overview import Overview
+from kpcore.pipeline.probabilities import create_store
 from kpcore.pipeline.segmentation import unit_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from kpcore.io.scans import Scan
@@ -93,7 +96,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
                   format: str | None = None, keep: Sequence[int] = (), into: str | None = None,
                   confidence: bool = False, unclassified: float | None = None, probabilities: bool = False,
                   ignore: Sequence[int | str] = (), scale: tuple[float, float] | str | None = None,
-                  report: Callable[[str], object] | None = None,
+                  theme: str = "dark", report: Callable[[str], object] | None = None,
                   watch: Callable[[str, float, str], object] | None = None) -> Survey:  # fmt: skip
     """Label LAS, LAZ and COPC files as one survey, and write a labelled copy of each.
 
@@ -130,10 +133,13 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
         See `kpcore.pipeline.segmentation.segment`.
     probabilities : bool
         Whether the probabilities of all classes are written to ``probabilities.zarr`` in `out`.
+    theme : {"dark", "light"}
+        Of the picture.
     report : function, optional
         Is called with lines of text.
     watch : function, optional
-        Is called with ("reading" or "labelling", the fraction that is done, a note).
+        Is called with ("reading" or "labelling", the fraction that is done, a note); and after each task with
+        ("worker", 0, what was done where).
 
     Returns
     -------
@@ -169,13 +175,14 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, say, watch)
-    with _engine(workers, dask, client, executor, memory) as engine:
+    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
+    with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
             unclassified=unclassified, probabilities=probabilities, ignore=ignore, scale=scale,
         )  # fmt: skip
-        run.label(engine)
+        if not run.is_complete:
+            run.label(engine)
     return run.finish(begin)
 
 
@@ -207,9 +214,9 @@ class _Run:
     """A survey from the headers of its files to its summary."""
 
     def __init__(self, model: Model, model_path: Path | None, copies: Mapping[Path, Path], out: Path,
-                 scratch: str | os.PathLike[str] | None, say: Callable[[str], object],
+                 scratch: str | os.PathLike[str] | None, theme: str, say: Callable[[str], object],
                  watch: Callable[[str, float, str], object] | None) -> None:  # fmt: skip
-        self.model, self.model_path, self.copies, self.say = model, model_path, copies, say
+        self.model, self.model_path, self.copies, self.theme, self.say = model, model_path, copies, theme, say
         self.out = out if out.suffix.lower() not in scans.EXTENSIONS or out.is_dir() else out.parent
         self.watch = watch or (lambda what, done, note: None)
         self.is_alone = self.out != out
@@ -220,9 +227,24 @@ class _Run:
         self.scans: dict[int, Scan] = {}
         self.seconds = {"tiling": 0.0, "reading": 0.0, "labelling": 0.0, "writing": 0.0}
         self.peaks: dict[tuple[str, int], int] = {}
-        self.points = 0
+        self.points, self.has_begun = 0, False
 
     # ---- before the work
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Leave nothing behind if the block raises an error before any work is done."""
+        was_there = self.out.exists()
+        try:
+            yield
+        except BaseException:
+            if not self.has_begun:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.manifest_path.unlink(missing_ok=True)
+                if not was_there:
+                    with suppress(OSError):
+                        self.out.rmdir()
+            raise
 
     def prepare(self, engine: Engine, *, memory: int | None, resume: bool, scale: tuple[float, float] | str | None,
                 ignore: Sequence[int | str], keep: Sequence[int], into: str | None, confidence: bool,
@@ -236,6 +258,8 @@ class _Run:
         factors = [1.0, 1.0, 1.0] if scale is None else [float(scale[0]), float(scale[0]), float(scale[1])]
         if unclassified is not None and not 0 < unclassified <= 1:
             raise ValueError(f"unclassified: expected a probability above 0, at most 1, got {unclassified}")
+        if probabilities:
+            config.require("zarr", "zarr")
         store = str((self.out / PROBABILITIES).absolute()) if probabilities else None
         options = Options(
             self._fields(), self.model.settings.data.label, [*self.model.settings.data.ignore, *ignore],
@@ -249,6 +273,10 @@ class _Run:
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
+        self.has_begun, self.earlier = earlier is not None, earlier or {}
+        if self._is_complete():
+            self.say(f"all {len(self.files):,} files are done")
+            return
         self._make_folder(earlier)
         for number in self.scans:
             merging.field_of(self.job, number)
@@ -342,8 +370,8 @@ class _Run:
                                                if before.get(key) != value[key])  # fmt: skip
                 if name == "model":
                     before, value = "another one", "this model"
-                raise ValueError(f"resume: expected {name} {before}, as in the run in {self.out}, got {value}; leave out "
-                                 "--resume to label all files again, or choose another folder")  # fmt: skip
+                advice = "without --resume, all files are labelled again"
+                raise ValueError(f"resume: expected {name} {before}, as in {self.manifest_path}, got {value}; {advice}")
         return earlier
 
     def _described(self, options: Options) -> dict[str, Any]:
@@ -351,7 +379,7 @@ class _Run:
         libraries = {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
         described = asdict(options)
         del described["wide_colors"]
-        return {"format": _FORMAT, "made_with": libraries, "instruction_set": self.instruction_set,
+        return {"format": _FORMAT, "made_with": libraries, "instruction_set": f"{platform.machine()} {self.instruction_set}",
                 "model": self._model_hash(), "blocks": self.model.block_size._asdict(),
                 "options": json.loads(json.dumps(described))}  # fmt: skip
 
@@ -364,6 +392,17 @@ class _Run:
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def _is_complete(self) -> bool:
+        """Whether an earlier run has labelled these files, and the copies are there."""
+        done = self.earlier.get("files", {})
+        self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in self.files}
+        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in self.files
+                                if source.key in done)  # fmt: skip
+        if self.is_complete:
+            self.written = {number: done[source.key] for number, source in enumerate(self.files)}
+            self.abouts, self.groups = {}, []
+        return self.is_complete
+
     def _make_folder(self, earlier: dict[str, Any] | None) -> None:
         if not earlier and self.folder.exists():
             self._lock()
@@ -375,6 +414,10 @@ class _Run:
         else:
             model = self.model
             nn.save(self.job.model_path, model.net, model.params, model.state, **model.about())
+        if probabilities := self.job.options.probabilities:
+            labels = self.model.label_values.tolist()
+            create_store(probabilities, [source.path for source in self.files], self.model.classes, labels,
+                         model=self._model_hash(), resume=bool(earlier))  # fmt: skip
         self._write_manifest({"state": "running"})
 
     def _lock(self) -> None:
@@ -426,6 +469,7 @@ class _Run:
             done += points
             self.watch("reading", done / total, f"{done:,} points")
 
+        self.has_begun = True
         (self.folder / "cells.json").unlink(missing_ok=True)
         side = self.model.block_size.side / tiles.CELLS_OF_BLOCK
         budget = self._memory(memory)
@@ -561,10 +605,10 @@ class _Run:
     def _already_written(self, number: int) -> dict[str, Any] | None:
         try:
             about = json.loads((self.folder / "files" / f"{number}.json").read_text())
-            size = os.stat(self.files[number].out).st_size
         except (OSError, ValueError):
-            return None
-        return about if (about["made_of"], about["size"]) == (self._made_of(number), size) else None
+            about = self.earlier.get("files", {}).get(self.files[number].key)
+        is_done = about and (about["made_of"], about["size"]) == (self._made_of(number), _size(self.files[number].out))
+        return about if is_done else None
 
     def _is_ready(self, number: int) -> bool:
         return all(group in self.abouts for group in self.groups_of[number])
@@ -670,6 +714,8 @@ class _Run:
             max(sum(self.peaks.values()), _peak()), len(self.groups),
             sum(about["close"] for about in self.written.values()),
         )  # fmt: skip
+        if self.is_complete:
+            return survey
         self._write_summary(survey)
         self._draw(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
@@ -721,9 +767,9 @@ class _Run:
                  for number, scan in self.scans.items() if number in self.written]  # fmt: skip
         points = sum(one.points for one in survey.files)
         subtitle = f"{points:,} points, {len(survey.files):,} files"
-        unit = "m" if (self.model.statistics and self.model.statistics.unit[0] == 1) else None
-        with replacing(self.out / PICTURE) as part:
-            whole.draw(part, self.out.absolute().name, subtitle, self.model.settings, boxes=boxes, unit=unit)
+        unit = None if (scale == 1).all() else "units of the training"
+        whole.draw(self.out / PICTURE, self.out.absolute().name, subtitle, self.model.settings, boxes, theme=self.theme,
+                   unit=unit, reference=next(iter(self.scans.values())).reference)  # fmt: skip
 
 
 def _is_file(task: tuple[Any, ...]) -> bool:
@@ -769,6 +815,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, engines.WorkerKilled):
         return f"its labels could not be computed: {error}"
     return f"its labels could not be computed: {type(error).__name__}: {error}"
+
+
+def _size(path: str) -> int | None:
+    """The size of a file; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _hashed(text: str) -> str:

@@ -236,25 +236,25 @@ def _rng(seed, i, j, what):
     return np.random.default_rng([seed, i % 2**32, j % 2**32, what])
 
 
-WORLD, SCAN, KIND, LINES = range(4)  # what random numbers are for
+WORLD, SCAN, KIND, DISTRICTS, LINES, TERRAIN = range(6)  # what random numbers are for
 
 
 def _kind(seed, i, j):
     """The kind of a cell: that of its district, or now and then another, or that of the next district at its edge."""
     here = _rng(seed, i, j, KIND)
     di, dj = here.integers(-1, 2, 2)
-    draw = _rng(seed, (i + di) // DISTRICT, (j + dj) // DISTRICT, LINES).random(2)[0]
+    draw = _rng(seed, (i + di) // DISTRICT, (j + dj) // DISTRICT, DISTRICTS).random()
     return int(np.searchsorted(SHARES, here.random() if here.random() < 0.15 else draw, side="right"))
 
 
 def _has_line(seed, number, axis):
     """Whether a power line runs along the street of this number; axis 0: along x."""
-    return _rng(seed, number, axis, LINES).random(3)[2] < 0.3
+    return _rng(seed, number, axis, LINES).random() < 0.3
 
 
 def _terrain(seed, x, y):
     """Heights at coordinates: seven waves of 150 to 4000 m, each with slopes of up to 1.4 %."""
-    rng = np.random.default_rng([seed, 7])
+    rng = _rng(seed, 0, 0, TERRAIN)
     height = 0.0
     for wavelength in np.geomspace(150, 4000, 7):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
@@ -643,10 +643,12 @@ def _returns(scan, extra, rng, luck, i, j):
     wired = np.flatnonzero(wire > -np.inf)
     counts[wired] += 1
 
-    start = np.cumsum(counts, dtype=np.int64) - counts
-    number = np.repeat(counts, counts)
-    pulse = np.repeat(np.arange(shape), counts)
-    order = (np.arange(len(pulse)) - start[pulse] + 1).astype(np.uint8)
+    start = np.cumsum(counts, dtype=np.int32) - counts
+    pulse = np.repeat(np.arange(shape, dtype=np.int32), counts)
+    number = counts[pulse]
+    order = np.ones(len(pulse), np.uint8)
+    for turn in range(1, 5):
+        order[start[counts > turn] + turn] = turn + 1
     x, y, z, label, intensity = (values[pulse] for values in (x, y, z, label, intensity))
     has_wire = np.zeros(shape, np.uint8)
     has_wire[wired] = 1
