@@ -20,6 +20,7 @@ import platform
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 
     import distributed
 
-_SECONDS_TO_CONNECT = 10  # to a scheduler of Dask, and until it has a worker
+_SECONDS_TO_CONNECT = 5  # to a scheduler of Dask, and until it has a worker
 _SECONDS_WITHOUT_WORKERS = 600  # until a run ends, during which a cluster may start new ones
+_SILENT = logging.CRITICAL + 1  # level of a log
 _LOSSES_IN_COMPANY = 2  # of a task, before it runs alone
 _STARTS = 3  # attempts to start processes after others were killed
 
@@ -396,10 +398,10 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
     Raises
     ------
     RuntimeError
-        The processes do not start, or this is the import of a script by one of them.
+        The processes do not start.
     """
     workers = checks.integer("workers", workers, 1, 1024)
-    _refuse_in_import_of_main()
+    _end_in_import_of_main()
     context = multiprocessing.get_context("spawn")
     threads = max(1, config.get_num_threads() // workers)
     pool: ProcessPoolExecutor | None = None
@@ -418,8 +420,7 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
             if not isinstance(error, BrokenProcessPool):
                 raise
             if attempts == 1:
-                raise RuntimeError("workers: expected processes that start, got one that ended at once; it may have "
-                                   "written the reason above") from None  # fmt: skip
+                raise _no_start() from None
             start(attempts - 1)
 
     def end() -> None:
@@ -444,11 +445,15 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
                   lambda: [submit(machine).result()], renew, end)  # fmt: skip
 
 
-def _refuse_in_import_of_main() -> None:
-    """Raise an error in a spawned process that is importing the script of its parent, and would start others."""
+def _end_in_import_of_main() -> None:
+    """End a spawned process that imports the script of its parent and comes to the start of processes there."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError('workers: expected a script that starts them under if __name__ == "__main__":, got one that '
-                           "starts them when a worker imports it")  # fmt: skip
+        sys.exit("kpcore: a worker that imports this script came to the start of workers")
+
+
+def _no_start() -> RuntimeError:
+    return RuntimeError('workers: expected processes that start, got one that ended at once; a script starts them '
+                        'under if __name__ == "__main__":')  # fmt: skip
 
 
 def _begin_worker(theirs: Any, threads: int, memory: int | None) -> None:
@@ -520,12 +525,12 @@ def dask(cluster: str | distributed.Client, *, memory: int | None = None) -> Eng
         Workers have no kpcore, or another version.
     """
     distributed = require("distributed", "dask")
-    local = re.fullmatch(r"local:([1-9]\d{0,3})", cluster) if isinstance(cluster, str) else None
+    local = re.fullmatch(r"local:(.*)", cluster) if isinstance(cluster, str) else None
     with contextlib.ExitStack() as stack:
         if isinstance(cluster, str):
             _silence_dask(stack)
         if local:
-            client, where, threads = _local_client(distributed, int(local[1]), stack)
+            client, where, threads = _local_client(distributed, local[1], stack)
         elif isinstance(cluster, str):
             client, where, threads = _remote_client(distributed, cluster, stack), f"Dask at {cluster}", None
         elif isinstance(cluster, distributed.Client) and not cluster.asynchronous:
@@ -560,26 +565,40 @@ def _silence_dask(stack: contextlib.ExitStack) -> None:
     for name in ("distributed", "distributed.client", "tornado.application"):
         logger = logging.getLogger(name)
         stack.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL + 1)
+        logger.setLevel(_SILENT)
 
 
-def _local_client(distributed: Any, workers: int, stack: contextlib.ExitStack) -> tuple[distributed.Client, str, int]:
-    _refuse_in_import_of_main()
-    cluster = stack.enter_context(distributed.LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=None,
-        silence_logs=logging.CRITICAL + 1,
-    ))  # fmt: skip
-    client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
-    return client, "Dask here", max(1, config.get_num_threads() // workers)
+def _local_client(distributed: Any, workers: str, stack: contextlib.ExitStack) -> tuple[distributed.Client, str, int]:
+    if not re.fullmatch(r"[1-9]\d{0,2}", workers):
+        raise ValueError(f"cluster: expected local:N with 1 to 999 workers, got 'local:{workers}'")
+    _end_in_import_of_main()
+    try:
+        cluster = distributed.LocalCluster(n_workers=int(workers), threads_per_worker=1, processes=True, memory_limit=0,
+                                           dashboard_address=None, silence_logs=_SILENT,
+                                           scheduler_kwargs={"allowed_failures": _LOSSES_IN_COMPANY - 1})  # fmt: skip
+    except RuntimeError as error:
+        raise _no_start() from error
+    client = stack.enter_context(distributed.Client(stack.enter_context(cluster), set_as_default=False))
+    return client, "Dask here", max(1, config.get_num_threads() // int(workers))
 
 
 def _remote_client(distributed: Any, address: str, stack: contextlib.ExitStack) -> distributed.Client:
     if not re.fullmatch(r"(\w+://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", address):
         raise ValueError(f"cluster: expected tcp://host:port or local:N, got {address!r}")
+    made: Future[Any] = Future()
+
+    def connect() -> None:
+        try:
+            made.set_result(distributed.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False))
+        except Exception as error:
+            made.set_exception(error)
+
+    # In a thread, as a client waits for ever for the answer of another server, such as that of Dask's web pages.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        client = distributed.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        client = made.result(_SECONDS_TO_CONNECT + 1)
+    except Exception as error:
+        reason = " ".join(str(error).split()) if isinstance(error, OSError) and str(error) else "no answer of Dask"
         raise ConnectionError(f"{address}: expected a scheduler of Dask, got none: {reason}") from None
     stack.enter_context(client)
     try:
