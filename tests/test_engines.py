@@ -215,13 +215,13 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     assert "a worker that imports this script" in done.stderr and done.stderr.count("Traceback") == 1
 
 
-def test_a_script_from_standard_input_as_a_notebook_has_no_file(tmp_path):
-    script = ("from kpcore.pipeline import engines\nwith engines.processes(1) as engine:\n"
-              "    print(*engine.run(abs, [-3]))\n"
-              "    def mine(task): pass\n    for one in engine.run(mine, [1]): print(one)\n")  # fmt: skip
-    done = subprocess.run([sys.executable], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("(-3, 3)\n")
-    assert "mine" in done.stdout + done.stderr.splitlines()[-1]
+def test_code_without_a_file_as_in_a_notebook(python):
+    """Needs no guard; a function that is defined there is refused, as processes cannot import it."""
+    done = python("from kpcore.pipeline import engines\nengine = engines.processes(1)\nprint(*engine.run(abs, [-3]))\n"
+                  "def mine(task): pass\nfor one in engine.run(mine, [1]): print(one)")  # fmt: skip
+    assert done.stdout == "(-3, 3)\n"
+    expected = "TypeError: function: expected one of a module that workers can import, got <function mine at"
+    assert done.stderr.splitlines()[-1].startswith(expected)
 
 
 def alive(process):
@@ -279,7 +279,9 @@ def test_addresses_of_dask_that_are_wrong(monkeypatch, capfd):
         with pytest.raises(ConnectionError, match=r"expected a scheduler of Dask, got none: no answer of Dask$"):
             engines.dask(f"127.0.0.1:{web.server_address[1]}")
         web.shutdown()
-    with distributed.LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=None) as cluster:
+    with distributed.LocalCluster(
+        n_workers=0, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
+    ) as cluster:
         with pytest.raises(ConnectionError, match="expected workers, got a scheduler without any"):
             engines.dask(cluster.scheduler_address)
         cluster.scale(1)

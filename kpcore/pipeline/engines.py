@@ -12,6 +12,7 @@ from and write to storage that all workers share; only small values travel. `con
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -245,6 +246,8 @@ class Engine:
         ------
         Unfit
             A worker has another version of kpcore, or does not run the instruction set.
+        TypeError
+            Processes cannot import the function.
         RuntimeError, ConnectionError
             Processes cannot be started; the connection to Dask is lost, or all its workers for ten minutes.
         BrokenExecutor
@@ -279,6 +282,8 @@ class Engine:
             else:
                 (suspects if job.losses == _LOSSES_IN_COMPANY else jobs).append(job)
 
+        if self._renew:
+            self._check_importable(function)
         try:
             while True:
                 alone = any(job.losses == _LOSSES_IN_COMPANY for job in under_way.values())
@@ -327,6 +332,19 @@ class Engine:
             if cpu.isa() != before and _users == 0:
                 cpu.set_isa(before)
 
+    def _check_importable(self, function: Callable[[Any], Any]) -> None:
+        """Raise an error for a function that processes cannot load: each would end, as if it had been killed."""
+        try:
+            data = pickle.dumps(function)
+            try:
+                self._submit(functools.partial(_load, data)).result()
+            except BrokenProcessPool:  # killed since the last run
+                self._renew()
+                self._submit(functools.partial(_load, data)).result()
+        except (pickle.PicklingError, AttributeError, ImportError, TypeError) as error:
+            raise TypeError(f"function: expected one of a module that workers can import, got {function!r}: {error}"
+                            ) from None  # fmt: skip
+
     def close(self) -> None:
         """End the workers that the engine has started."""
         if self._end:
@@ -337,6 +355,10 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _load(data: bytes) -> None:
+    pickle.loads(data)
 
 
 def _exception(future: Future[Any]) -> BaseException | None:
@@ -574,8 +596,9 @@ def _local_client(distributed: Any, workers: str, stack: contextlib.ExitStack) -
     _end_in_import_of_main()
     try:
         cluster = distributed.LocalCluster(n_workers=int(workers), threads_per_worker=1, processes=True, memory_limit=0,
-                                           dashboard_address=None, silence_logs=_SILENT,
-                                           scheduler_kwargs={"allowed_failures": _LOSSES_IN_COMPANY - 1})  # fmt: skip
+                                           dashboard_address="127.0.0.1:0", silence_logs=_SILENT, scheduler_kwargs={
+                                               "dashboard": False, "allowed_failures": _LOSSES_IN_COMPANY - 1,
+                                           })  # fmt: skip
     except RuntimeError as error:
         raise _no_start() from error
     client = stack.enter_context(distributed.Client(stack.enter_context(cluster), set_as_default=False))
