@@ -1562,10 +1562,10 @@ def test_model_files_in_memory(tmp_path):
     nn.save(tmp_path / "net", net, params, state)
     again, *groups, _ = nn.load(tmp_path / "net", mapped=True)
     assert again == net and all(array.base is not None for group in groups for array in group.values())
-    points = np.random.default_rng(0).random((500, 3), np.float32)
-    pyramid, features = net.pyramid(points), np.ones((500, net.num_features), np.float32)
-    assert_same_bits(net(kp, *groups, pyramid, features[: len(pyramid.levels[0].points)]).logits,
-                     net(kp, params, state, pyramid, features[: len(pyramid.levels[0].points)]).logits)  # fmt: skip
+    pyramid = net.pyramid(np.random.default_rng(0).random((500, 3), np.float32))
+    features = np.ones((len(pyramid[0].points), net.num_features), np.float32)
+    results = [net(kp, *arrays, pyramid, features).logits for arrays in (groups, (params, state))]
+    assert_same_bits(*results)
     nn.save(tmp_path / "net", net, net.init(1)[0], state)  # as a training does, while another process has it mapped
     for one, other in zip(groups, (params, state), strict=True):
         for name, value in other.items():

@@ -109,7 +109,7 @@ _DTYPES = {
 _LONGEST_HEADER = 100_000_000  # bytes, as in the library safetensors
 
 
-def _contents(file: BinaryIO, mapped: bool) -> tuple[dict[str, str], Arrays]:
+def _contents(file: BinaryIO, mapped: bool = False) -> tuple[dict[str, str], Arrays]:
     """(metadata, arrays) of an open safetensors file: new arrays, or views of it, in the order of their names.
 
     The file is the length of the header in 8 bytes, the header, and the arrays without gaps between them. The header is
