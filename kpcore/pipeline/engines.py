@@ -204,6 +204,11 @@ class Engine:
         return f"<engine: {self.description}>"
 
     @property
+    def is_here(self) -> bool:
+        """Whether tasks run in this process, one after the other."""
+        return self._submit is None
+
+    @property
     def workers(self) -> int:
         """The number of tasks that run at the same time; of a cluster, now."""
         return self._workers()

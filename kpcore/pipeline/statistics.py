@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kpcore import nn
     from kpcore.io import Cloud
+    from kpcore.io.scans import Scan
     from kpcore.pipeline.data import Columns, Scene
     from kpcore.pipeline.settings import Settings
     from kpcore.pyramid import Pyramid
@@ -171,6 +172,22 @@ class Observed:
             points = scene.points[(np.abs(scene.points[:, :2] - middle) <= side / 2).all(axis=1)]
             self.add_neighbors(net.pyramid(points, row_splits=kp.row_splits([len(points)]), subsampled=True))
 
+    def counted(self) -> dict[str, Any]:
+        """What was counted in the bins of a training, in JSON types."""
+        return {"counts": [counts.tolist() for counts in self._counts], "neighbors": self._neighbors.tolist(),
+                "points": self.points, "voxels": self.voxels}  # fmt: skip
+
+    def add_counted(self, counted: Mapping[str, Any]) -> None:
+        """Add what was counted elsewhere, see `counted`."""
+        if counted["voxels"]:
+            if self._edges is None:
+                self.add(np.empty((0, 1 + max((column.number for column in self._columns), default=0)), np.float32), 0)
+            for counts, others in zip(self._counts, counted["counts"], strict=True):
+                counts += others
+            self.points, self.voxels = self.points + counted["points"], self.voxels + counted["voxels"]
+        neighbors = np.array(counted["neighbors"]).reshape(-1, 2)
+        self._neighbors = self._neighbors + neighbors if len(self._neighbors) else neighbors
+
     def _edges_of(self, column: Column, values: np.ndarray) -> np.ndarray:
         if self._training:
             edges = np.array(self._training.features[column.name].edges)
@@ -205,7 +222,7 @@ def spacing_of(points: np.ndarray) -> float:
     return float(np.median(kp.knn_search(points, queries, 2, return_distances=True).distance[1::2]))
 
 
-def unit_of(clouds: Sequence[Cloud]) -> list[float | None]:
+def unit_of(clouds: Sequence[Cloud | Scan]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
     references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
