@@ -10,21 +10,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 
+from kpcore import config
 from kpcore.files import replacing
 from kpcore.io import ReadError, copc, scans
 from kpcore.io.cloud import Cloud, Request, field_values, ignored_points, name_index
 from kpcore.nn import checkpoints
-from kpcore.pipeline import blocks, statistics, tiles
+from kpcore.pipeline import blocks, engines, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, not_finite, reach_of, values_of
-from kpcore.pipeline.model import Model
+from kpcore.pipeline.model import Model, kept
 from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules
 
@@ -97,11 +100,16 @@ class Job:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model.load(self.model_path)
+        return kept(self.model_path)
 
     @functools.cached_property
     def tiles(self) -> tiles.Tiles:
         return tiles.Tiles(self.folder / "cells")
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """(files, 4) of each file, see `Source.box`; NaN for one without an index."""
+        return np.array([source.box or [np.nan] * 4 for source in self.files])
 
     @functools.cached_property
     def store(self) -> ProbabilityStore:
@@ -137,7 +145,8 @@ class Job:
 
     def save(self) -> None:
         """Write the description."""
-        described = {"files": [asdict(source) for source in self.files], "options": asdict(self.options),
+        described = {"made_with": made_with(), "files": [asdict(source) for source in self.files],
+                     "options": asdict(self.options),
                      "low": [*self.low], "high": [*self.high]}  # fmt: skip
         with replacing(self.path) as part:
             part.write_text(json.dumps(described))
@@ -145,8 +154,17 @@ class Job:
     @classmethod
     def load(cls, folder: Path) -> Job:
         described = json.loads((folder / "job.json").read_text())
+        if (versions := made_with()) != described["made_with"]:
+            names = next(f"{name} {described['made_with'][name]}, as here, got {version}"
+                         for name, version in versions.items() if version != described["made_with"][name])  # fmt: skip
+            raise engines.Unfit(f"{socket.gethostname()}: expected {names}: the bits of labels could differ")
         files = [Source(**one) for one in described["files"]]
         return cls(folder, files, Options(**described["options"]), described["low"], described["high"])
+
+
+def made_with() -> dict[str, str]:
+    """The versions of packages on which the bits of labels depend."""
+    return {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
 
 
 class FileFailed(ReadError):
@@ -172,7 +190,7 @@ class Points(NamedTuple):
 def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[str, Any]:
     """Label the blocks of a group, and write the result; files `without` are left out.
 
-    Returns what is to be known of the group besides.
+    Returns what the driver has to know of it; the distribution of its input is in the result alone.
     """
     model, options = job.model, job.options
     low, high = box_of(cells, model.block_size.side, options.lattices)
@@ -196,10 +214,11 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     place[chosen] = np.arange(len(chosen))
     place = place[points.first]
     about = {"inputs": inputs_of(job, cells, without), "points": first_lattice}
+    more = {}
     if observed:
         inside = points.cloud.exact[chosen[labelled > 0]]
-        about |= {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
-    _write(job, cells, points, place, labelled, total, about)
+        more = {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
+    _write(job, cells, points, place, labelled, total, about | more)
     return about | {"reading": reading}
 
 
@@ -218,7 +237,7 @@ def result_path(job: Job, cells: Cells) -> Path:
 def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: np.ndarray, total: np.ndarray,
            about: dict[str, Any]) -> None:  # fmt: skip
     """Write the labels of the points that all lattices have labelled, and the probabilities of others, by file."""
-    lattices, arrays = job.options.lattices, {}
+    lattices, arrays, dtype = job.options.lattices, {}, np.min_scalar_type(total.shape[1])
     for number in np.unique(points.files):
         of_file = np.flatnonzero(points.files == number)
         of_file = of_file[np.argsort(points.rows[of_file])]
@@ -228,7 +247,7 @@ def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: 
             continue
         shares = total[at[whole]] / lattices
         arrays[str(number)] = {
-            "rows": rows[whole], "classes": shares.argmax(axis=1).astype(np.int32), "confidence": shares.max(axis=1),
+            "rows": rows[whole], "classes": shares.argmax(axis=1).astype(dtype), "confidence": shares.max(axis=1),
             "part_rows": rows[part], "part_total": total[at[part]],
             "close": np.array([np.count_nonzero(are_close(shares))]),
         }  # fmt: skip
@@ -310,10 +329,8 @@ def files_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[in
     """The numbers of the files that may have points in a box of x and y, in the unit of the network."""
     numbers = {*np.unique(job.tiles.entries(*_cells_of(job, low, high))["file"]).tolist()}
     begin, end = low / job.options.scale[:2], high / job.options.scale[:2]
-    for number, source in enumerate(job.files):
-        if source.box and (end >= source.box[:2]).all() and (begin <= source.box[2:]).all():
-            numbers.add(number)
-    return sorted(numbers - {*without})
+    meet = (job.boxes[:, :2] <= end).all(axis=1) & (job.boxes[:, 2:] >= begin).all(axis=1)
+    return sorted(numbers.union(np.flatnonzero(meet).tolist()).difference(without))
 
 
 def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

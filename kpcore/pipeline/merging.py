@@ -44,7 +44,7 @@ class Results:
         self.lattices, self.num_classes = job.options.lattices, job.model.net.num_classes
         self.keeps_probabilities, self._parts, self.close = job.options.probabilities is not None, [], 0
         for one in cells:
-            of_group, _ = checkpoints.read(groups.result_path(job, one))
+            of_group, _ = checkpoints.read(groups.result_path(job, one), mapped=True)
             if (of_file := of_group.get(str(number))) is not None:
                 self._parts.append(of_file)
                 self.close += int(of_file["close"][0])
