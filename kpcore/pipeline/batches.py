@@ -65,7 +65,12 @@ class Potentials:
     def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator, move: bool = True) -> None:
         self.scenes, self.radius, self.rng, self.move = scenes, radius, rng, move
         try:
-            places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
+            places = [
+                scene.stored.places(radius / 10)
+                if scene.stored
+                else kp.grid_subsample(scene.points, radius / 10).points
+                for scene in scenes
+            ]
         except ValueError as error:
             raise SettingsError(
                 f"[training] radius: expected a larger one, got {radius}; for voxels of a tenth of it: {error}"
@@ -101,21 +106,39 @@ class Balanced:
 
     def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator) -> None:
         self.scenes, self.radius, self.rng = scenes, radius, rng
-        bounds = np.cumsum([0, *(len(scene.points) for scene in scenes)])
-        labels = np.concatenate([scene.labels for scene in scenes])
-        # For each class the numbers of its points, counted over all scenes.
-        self._bounds, self._rows = bounds, [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+        # Of each scene its points by class, and where each class begins among them: four bytes for a point, which are
+        # on disk for scenes of a cache.
+        self._rows, begins = zip(*map(_by_class, scenes), strict=True)
+        classes = max(map(len, begins))
+        self._begins = np.array([np.pad(one, (0, classes - len(one)), "edge") for one in begins])
+        # For each class with points, the number of these in all scenes before each.
+        counts = np.diff(self._begins, axis=1).T
+        self._classes = np.flatnonzero(counts.any(axis=1))
+        self._bounds = np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
 
     def next(self) -> Sphere:
         """The next sphere."""
-        at = int(self.rng.choice(self._rows[self.rng.integers(len(self._rows))]))
-        number = int(np.searchsorted(self._bounds, at, "right")) - 1
-        center = self.scenes[number].points[at - self._bounds[number]]
+        label = self._classes[self.rng.integers(len(self._classes))]
+        bounds = self._bounds[label]
+        at = int(self.rng.integers(bounds[-1]))
+        number = int(np.searchsorted(bounds, at, "right")) - 1
+        center = self.scenes[number].points[self._rows[number][self._begins[number, label] + at - bounds[number]]]
         return sphere_at(self.scenes, number, center, self.radius)
+
+
+def _by_class(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """(the points by class, in ascending order within each; where each class begins among them, and the end)"""
+    if scene.stored:
+        return scene.stored.by_class()
+    order = np.argsort(scene.labels, kind="stable").astype(np.int32)
+    in_order = scene.labels[order]
+    return order, np.searchsorted(in_order, np.arange(in_order[-1] + 2))
 
 
 def sphere_at(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
     """The points of a scene within a radius of a centre."""
+    if scenes[number].stored:
+        return Sphere(number, center, scenes[number].tree.within(center, radius))
     neighbors = scenes[number].tree.radius_search(center[None], radius)
     return Sphere(number, center, neighbors.index)
 

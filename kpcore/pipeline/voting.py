@@ -103,7 +103,7 @@ def point_probabilities(model: Model, scene: Scene, votes: int | None = None, se
     A million points at once, since those of all may need ten times the memory of the cloud.
     """
     of_voxels = probabilities(model, scene, votes, seed, watch)
-    nearest = scene.tree.knn_search(scene.full, 1).index
+    nearest = scene.stored.nearest(scene.full) if scene.stored else scene.tree.knn_search(scene.full, 1).index
     for begin in range(0, len(nearest), _POINTS_AT_ONCE):
         rows = slice(begin, begin + _POINTS_AT_ONCE)
         yield rows, of_voxels[nearest[rows]]
