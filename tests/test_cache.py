@@ -1,4 +1,4 @@
-"""[data] cache: runs that equal those in memory; entries that are reused, made again, damaged, or made by two at once."""
+"""[data] cache: runs equal to those in memory, entries that are reused, made again, damaged, or made by two at once."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from test_training import CLASSES, settings_dict
 
 import kpcore as kp
 from kpcore import scenes
-from kpcore.pipeline import batches, cache, data, training, voting
+from kpcore.pipeline import batches, boxes, cache, data, training, voting
 from kpcore.pipeline.settings import SettingsError, from_dict
 
 pytest.importorskip("safetensors")
@@ -142,21 +142,49 @@ def test_boxes_are_searched_as_a_tree(dimension):
     rng = np.random.default_rng(0)
     places = rng.uniform(-50, 50, (60_000, dimension)) * np.array([1, 1, 0.02])[:dimension]
     points = kp.grid_subsample(places.astype(np.float32), 0.1).points
-    assert len(points) > cache._RUN**2  # three levels of boxes
-    boxes, tree = cache.Boxes(points, cache.boxes_of(points)), kp.KDTree(points)
+    assert len(points) > boxes._RUN**2  # three levels of boxes
+    index, tree = boxes.Boxes(points), kp.KDTree(points)
     centers = [*points[:: len(points) // 20], *rng.uniform(-60, 60, (20, dimension)).astype(np.float32)]
     for center, radius in zip(centers, np.tile([0.05, 1.0, 7.3, 200.0], 10), strict=False):
         expected = tree.radius_search(center[None], radius).index
-        assert_same_bits(expected, boxes.within(center, radius))
+        assert_same_bits(expected, index.within(center, radius))
 
 
 def test_boxes_hold_points_at_exactly_the_radius():
     points = np.array([[0.1], [0.3], [0.7]], np.float32) * np.ones(2, np.float32)
     for radius in np.float32(0.1) * np.arange(1, 12, dtype=np.float32):
-        boxes = cache.Boxes(points, cache.boxes_of(points))
+        index = boxes.Boxes(points)
         for center in np.array([[0.0, 0.1], [0.3, 0.9], [1.1, 0.7]], np.float32):
             expected = kp.KDTree(points).radius_search(center[None], float(radius)).index
-            assert_same_bits(expected, boxes.within(center, float(radius)))
+            assert_same_bits(expected, index.within(center, float(radius)))
+
+
+@pytest.mark.parametrize("move", [True, False])
+def test_potentials_rise_as_if_all_were_computed(move):
+    rng = np.random.default_rng(1)
+    loaded = []
+    for size in ([30, 20, 1], [3, 3, 3], [25, 40, 2]):
+        points = kp.grid_subsample(rng.uniform(0, size, (30_000, 3)).astype(np.float32), 0.3).points
+        loaded.append(data.Scene(points, None, None, kp.KDTree(points), None, None))
+    sampler = batches.Potentials(loaded, 2.0, np.random.default_rng(2), move)
+    rng = np.random.default_rng(2)
+    places = [kp.grid_subsample(scene.points, 0.2).points for scene in loaded]
+    bounds = np.cumsum([0, *map(len, places)])
+    values = rng.uniform(0, 1e-3, bounds[-1])
+    for _ in range(300):
+        at = int(values.argmin())
+        number = int(np.searchsorted(bounds, at, "right")) - 1
+        center = places[number][at - bounds[number]]
+        if move:
+            center = (center + np.clip(rng.normal(0, 0.2, 3), -1, 1)).astype(np.float32)
+        squared = ((places[number] - center) ** 2).sum(axis=1, dtype=np.float64) / 4
+        values[bounds[number] : bounds[number + 1]] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        sphere = sampler.next()
+        assert sphere.scene == number
+        assert_same_bits(sphere.center, center)
+        assert_same_bits(sphere.rows, loaded[number].tree.radius_search(center[None], 2.0).index)
+    assert_same_bits(sampler.values, values)
+    assert sampler.lowest == values.min()
 
 
 def test_balanced_spheres_are_drawn_as_from_lists_of_rows():

@@ -11,6 +11,7 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.dispositions import random_rotation, rotated
+from kpcore.pipeline.boxes import Boxes
 from kpcore.pipeline.settings import SettingsError
 from kpcore.pyramid import Pyramid
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kpcore.nn import KPNeXt, Network
     from kpcore.pipeline.data import Columns, Scene
     from kpcore.pipeline.settings import Training
+
+_BLOCK = 1024  # potentials of which the lowest is known: of 4 million, finding it takes 5 µs instead of 2 ms
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -76,14 +79,24 @@ class Potentials:
                 f"[training] radius: expected a larger one, got {radius}; for voxels of a tenth of it: {error}"
             ) from None
         self._bounds = np.cumsum([0, *map(len, places)])
-        self._places = np.concatenate(places)
-        self.values = rng.uniform(0, 1e-3, len(self._places))
+        self._boxes = [Boxes(np.asarray(of_scene)) for of_scene in places]
+        number = self._bounds[-1]
+        blocks = np.full((-(-number // _BLOCK), _BLOCK), np.inf)
+        self.values = blocks.ravel()[:number]
+        self.values[:] = rng.uniform(0, 1e-3, number)
+        self._blocks, self._lowest = blocks, blocks.min(axis=1)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest potential."""
+        return float(self._lowest.min())
 
     def next(self) -> Sphere:
         """The next sphere."""
-        at = int(self.values.argmin())
+        block = int(self._lowest.argmin())
+        at = block * _BLOCK + int(self._blocks[block].argmin())
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
-        center = self._places[at]
+        center = self._boxes[number].points[at - self._bounds[number]]
         if self.move:
             noise = self.rng.normal(0, self.radius / 10, len(center))
             center = (center + np.clip(noise, -self.radius / 2, self.radius / 2)).astype(np.float32)
@@ -91,9 +104,13 @@ class Potentials:
 
     def at(self, number: int, center: np.ndarray) -> Sphere:
         """The sphere of a scene around a centre; its potentials rise."""
-        places = slice(self._bounds[number], self._bounds[number + 1])
-        squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
-        self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        boxes = self._boxes[number]
+        near = boxes.near(center, self.radius)
+        squared = ((boxes.points[near] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
+        rows = near + self._bounds[number]
+        self.values[rows] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        changed = np.unique(rows // _BLOCK)
+        self._lowest[changed] = self._blocks[changed].min(axis=1)
         return sphere_at(self.scenes, number, center, self.radius)
 
 

@@ -40,6 +40,7 @@ from kpcore.files import expanded
 from kpcore.io import Cloud, ReadError
 from kpcore.io.reference import Reference
 from kpcore.pipeline import data, statistics
+from kpcore.pipeline.boxes import Boxes, boxes_of
 from kpcore.pipeline.data import Columns, Scene
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 
@@ -54,50 +55,6 @@ _ENDS = 1 << 16  # bytes at the begin and at the end of a file that are part of 
 _PIECE = 1 << 20  # bytes or rows that are read at once
 _LEFT_OVER = 86_400  # seconds after which an entry that nobody has finished is removed
 _OPEN_FILES = 1 << 16  # the most that are allowed at once: each array that is mapped keeps a file open
-_RUN = 128  # points, or boxes, in a box of `Boxes`
-# The test of a pair rounds to float32, by less than 1e-6 of the distance: no point that passes it is in a box beyond.
-_MARGIN = 1 + 1e-5
-
-
-class Boxes:
-    """Search in mapped points that are in the order of a space-filling curve, as those of `kpcore.grid_subsample`.
-
-    Each run of 128 consecutive points has its bounding box, and so has each run of 128 boxes. A search reads the points
-    of the runs near the query only. The result is that of `KDTree`, to the bit and in the same order.
-    """
-
-    def __init__(self, points: np.ndarray, boxes: np.ndarray) -> None:
-        """`boxes` as of `boxes_of`."""
-        self.points = points
-        self._levels = [boxes]
-        while len(self._levels[0]) > _RUN:
-            low, high = (_reduced(reduce, self._levels[0][:, side])
-                         for side, reduce in enumerate((np.minimum, np.maximum)))  # fmt: skip
-            self._levels.insert(0, np.stack([low, high], axis=1))
-
-    def within(self, center: np.ndarray, radius: float) -> np.ndarray:
-        """(n,) int32, in ascending order: the points within a radius of a (D,) centre."""
-        numbers = np.arange(len(self._levels[0]))
-        limit = (float(np.float32(radius)) * _MARGIN) ** 2
-        for boxes, following in zip(self._levels, [*self._levels[1:], self.points], strict=True):
-            low, high = boxes[numbers].astype(np.float64).transpose(1, 0, 2)
-            gap = np.maximum(0, np.maximum(low - center, center - high))
-            near = numbers[(gap**2).sum(axis=1) <= limit]
-            numbers = (near[:, None] * _RUN + np.arange(_RUN)).ravel()
-            numbers = numbers[numbers < len(following)]
-        if len(numbers) == 0:
-            return np.zeros(0, np.int32)
-        inside = kp.radius_search(self.points[numbers], center[None], radius).index
-        return numbers[inside].astype(np.int32)
-
-
-def boxes_of(points: np.ndarray) -> np.ndarray:
-    """(runs, 2, D) float32, the lowest and highest coordinates of each run of points."""
-    return np.stack([_reduced(reduce, points) for reduce in (np.minimum, np.maximum)], axis=1)
-
-
-def _reduced(reduce: np.ufunc, rows: np.ndarray) -> np.ndarray:
-    return reduce.reduceat(rows, np.arange(0, len(rows), _RUN))
 
 
 class Stored(NamedTuple):

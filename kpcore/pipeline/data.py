@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from kpcore.io import Cloud
-    from kpcore.pipeline.cache import Boxes, Cache, Stored
+    from kpcore.pipeline.boxes import Boxes
+    from kpcore.pipeline.cache import Cache, Stored
     from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
 MAX_FEATURE = 10.0  # features are clipped to -10 to 10

@@ -54,10 +54,10 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
 
     def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
-        while not covered.all() or sampler.values.min() < votes - 1:
+        while not covered.all() or sampler.lowest < votes - 1:
             # Spheres raise potentials up to their radius but vote only up to vote_radius, so that a place near several
             # spheres may never have the lowest potential.
-            left_out = sampler.values.min() >= votes
+            left_out = sampler.lowest >= votes
             sphere = sampler.at(0, scene.points[covered.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
                 continue
