@@ -104,8 +104,13 @@ def default_size(settings: Settings, scenes: Sequence[Scene]) -> BlockSize:
 
 def _num_cells(points: np.ndarray, side: float) -> int:
     """The number of square cells with points."""
-    cells = [np.unique(np.floor(piece[:, :2] / side), axis=0) for piece in pieces(points)]
-    return len(np.unique(np.concatenate(cells), axis=0))
+    cells = [_runs(np.floor(piece[:, :2] / side)) for piece in pieces(points)]
+    return len(np.unique(_runs(np.concatenate(cells)), axis=0))
+
+
+def _runs(rows: np.ndarray) -> np.ndarray:
+    """The first of each run of equal rows; np.unique of all takes a hundred times as long, 80 s for 20 million."""
+    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 
 
 def size_without_training(settings: Settings) -> BlockSize:

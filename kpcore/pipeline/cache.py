@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +45,7 @@ from kpcore.pipeline.data import Columns, Scene
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from kpcore.pipeline.settings import Part, Settings
 
@@ -260,13 +260,9 @@ class Cache:
         if name not in self._entries:
             opened = _opened(self.folder / name, full_key)
             if opened is None:
-                try:
-                    opened = self._written(name, full_key, make())
-                except OSError as error:
-                    if error.filename is not None and not Path(error.filename).is_relative_to(self.folder):
-                        raise
-                    got = error.strerror or str(error)
-                    raise OSError(error.errno, f"[data] cache: {got}", error.filename or str(self.folder)) from None
+                made = make()
+                with _errors_name(self.folder):
+                    opened = self._written(name, full_key, made)
             self._entries[name] = opened
         return self._entries[name]
 
@@ -281,24 +277,32 @@ class Cache:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                part.rename(path)
-            except OSError:  # one that was damaged, or one that another training has finished in the meantime
-                if (other := _opened(path, key)) is not None:
-                    return other
-                path.rename(damaged := self._part_name(name))
-                shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
-                part.rename(path)
+            for last in (False, False, True):
+                try:
+                    part.rename(path)
+                    break
+                except OSError:  # one that is damaged, or that another training has finished in the meantime
+                    if (other := _opened(path, key)) is not None:
+                        return other
+                    if last:
+                        raise
+                    self._remove(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return Entry(path, json.loads(text)["about"])
+
+    def _remove(self, path: Path) -> None:
+        """Remove what is there; under another name, as it is neither whole nor gone while files are removed."""
+        with suppress(FileNotFoundError):
+            path.rename(removed := self._part_name(path.name))
+            shutil.rmtree(removed) if removed.is_dir() else removed.unlink()
 
     def _part_name(self, name: str) -> Path:
         return self.folder / f".{name}.{secrets.token_hex(8)}.part"
 
     def quantiles(self, arrays: Sequence[np.ndarray], q: Sequence[float], dtype: type) -> np.ndarray:
         """np.quantile of all values of arrays, as this dtype, partitioned on disk and not in memory."""
-        with tempfile.TemporaryFile(dir=self.folder) as file:
+        with _errors_name(self.folder), tempfile.TemporaryFile(dir=self.folder) as file:
             for array in arrays:
                 for piece in data.pieces(array):
                     file.write(np.ascontiguousarray(piece, dtype))
@@ -394,6 +398,16 @@ def _warn(messages: Sequence[str]) -> None:
 
 
 # ---- files of entries
+
+
+@contextmanager
+def _errors_name(folder: Path) -> Iterator[None]:
+    """Let an OSError name the setting and the folder."""
+    try:
+        yield
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise OSError(error.errno, f"[data] cache: {got}", str(error.filename or folder)) from None
 
 
 def _full(kind: str, key: Mapping[str, Any]) -> dict[str, Any]:
